@@ -128,6 +128,7 @@ def run(
             folder = RunFolder.open(path, loaded.to_dict(), dump(loaded), differences, out is not None, context.emit)
             try:
                 if isinstance(loaded, Chain):
+                    context.stages = loaded.stages
                     return run_chain(loaded, folder, context, start_time)
                 return run_stage(loaded, folder, context, StagePosition())[0]
             finally:
@@ -161,6 +162,7 @@ class _RunContext:
     ) -> None:
         self.control, self.set_training, self.device = control, set_training, device
         self.auto_settings: Mapping[str, Mapping[str, Any]] = {}  # what `auto` stands for, by stage
+        self.stages: tuple[settings.RecipeConfig, ...] = ()  # of a chain: they share one base
         self.recorder = _SummaryRecorder()
         self.emit = EventBus(self.recorder)
         self.shows_dashboard = ui in ("auto", "tui") and can_show(sys.stdout, os.environ, forced=ui == "tui")
@@ -219,7 +221,7 @@ def run_stage(
         context.show_dashboard(console_log or folder.console_log, chain(previous_events, read_events(folder.events)))
         if auto_settings := context.auto_settings.get(recipe.name):
             recipe = recipe.model_copy(update={"train": recipe.train.model_copy(update=dict(auto_settings))})
-        built = build(recipe, emit, context.device, base, fresh=checkpoint is None)
+        built = build(recipe, emit, context.device, base, fresh=checkpoint is None, stages=context.stages)
         exit_stack.callback(built.close)
         stage = Stage(
             recipe,

@@ -20,6 +20,7 @@ from lowrank_tune import settings
 from lowrank_tune.assembly import load_roles
 from lowrank_tune.assembly.reward_model import REWARD_ROLE, encode_answer, end_of_turn_ids, score_rows
 from lowrank_tune.assembly.rl import make_row_check
+from lowrank_tune.assembly.rope import select_rope
 from lowrank_tune.data import ChatTemplate, Conversation, InvalidRow, detect_format, load_prompts, read_source
 from lowrank_tune.data.files import RawExample
 from lowrank_tune.data.ground_truth import extract_answer
@@ -30,6 +31,7 @@ from lowrank_tune.errors import UserError
 from lowrank_tune.events import Emit, Progress
 from lowrank_tune.model.adapters import read_adapter
 from lowrank_tune.model.base import load_base, load_tokenizer
+from lowrank_tune.model.rotary import factors_of
 from lowrank_tune.rewards import RewardInput, Score, WeightedReward, WorkerPool, build_rewards, row_rejection_reason
 from lowrank_tune.rewards.reward_model import RewardModel
 from lowrank_tune.rewards.verdicts import exceeds_failure_limit, score_all
@@ -141,7 +143,8 @@ def _attach_base_model(
         if adapter.path
     }
     emit(Progress(description=f"loading {recipe.base.model}", done=0, total=1))
-    base = load_base(recipe.base, template.tokenizer, device)
+    factors = factors_of(select_rope((recipe,), emit))
+    base = load_base(recipe.base, template.tokenizer, device, rope_factors=factors)
     inference_recipe = recipe.model_copy(
         update={"train": recipe.train.model_copy(update={"gradient_checkpointing": False})}
     )

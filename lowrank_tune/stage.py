@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
@@ -134,7 +134,7 @@ class Stage:
             else []
         )
         self.shown_questions: list[HeldoutQuestion] = (
-            shown[: recipe.evaluate.num_completions_to_print] if self.is_generative else []
+            self._questions_with_room(shown)[: recipe.evaluate.num_completions_to_print] if self.is_generative else []
         )
         self.summary: dict[str, Any] = {}
         self.pair_metrics: dict[str, float] = {}
@@ -157,6 +157,7 @@ class Stage:
                 "revision": base.revision,
                 "bits": base.bits,
                 "device": base.device.type,
+                "rope_factors": base.rope.factors if base.rope is not None else None,
                 "tensors": self.base_hashes,
                 "adapters": self.adapters,
             },
@@ -179,6 +180,11 @@ class Stage:
         finished = self.trainer.run()
         set_training(False)
         return self.trainer.state.step, finished
+
+    def _questions_with_room(self, questions: Sequence[HeldoutQuestion]) -> list[HeldoutQuestion]:
+        """Those whose answers make no row that is longer than the base's rotary frequencies are for."""
+        limit, new_tokens = self.built.base.max_row_length, self.recipe.evaluate.max_new_tokens
+        return [one for one in questions if limit is None or len(one.prompt_ids) + new_tokens <= limit]
 
     @property
     def reference_name(self) -> str:

@@ -3,6 +3,7 @@ one."""
 
 from __future__ import annotations
 
+import copy
 import functools
 import tempfile
 import warnings
@@ -24,6 +25,7 @@ from lowrank_tune.model.activation_checkpointing import Checkpointing
 from lowrank_tune.model.adapters import lora_config
 from lowrank_tune.model.base import Base, freeze_base, load_base
 from lowrank_tune.model.roles import Roles
+from lowrank_tune.model.rotary import RopeFactors
 from lowrank_tune.types import Batch
 
 warnings.filterwarnings("ignore", message=".*gradient_checkpointing.*", category=FutureWarning)
@@ -52,9 +54,26 @@ CONFIG_CHANGES: dict[str, dict[str, Any]] = {
     "gemma3_text": {"final_logit_softcapping": 3.0, "query_pre_attn_scalar": 16, "sliding_window": 64},
     "cohere": {"logit_scale": 0.25},
     "granite": {"logits_scaling": 4.0},
+    "recurrent_gemma": {"logits_soft_cap": 3.0, "num_hidden_layers": 3},
     "gpt_neo": {"attention_types": [[["global"], 2]], "num_layers": 2, "num_heads": 4},
     "gpt2": {"n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 256},
 }
+LONGROPE_LENGTH = 16
+LONGROPE: dict[str, Any] = {
+    "original_max_position_embeddings": LONGROPE_LENGTH,
+    "rope_parameters": {
+        "rope_type": "longrope",
+        "rope_theta": 10000.0,
+        "short_factor": [1.0 + 0.1 * i for i in range(8)],
+        "long_factor": [3.0 + i for i in range(8)],
+    },
+}
+"""A base like Phi-3-128k: RoPE type `longrope`, short up to 16 tokens."""
+DYNAMIC: dict[str, Any] = {
+    "max_position_embeddings": 32,
+    "rope_parameters": {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 4.0},
+}
+"""RoPE type `dynamic`, for rows of up to 32 tokens."""
 ARCHITECTURES = (
     "llama",
     "qwen2",
@@ -82,7 +101,7 @@ def random_model(kind: str = "llama", seed: int = 0, gain: float = 4.0, **change
             if key.startswith("n_") or key in ("vocab_size", *changes) or "token_id" in key
         }
     torch.manual_seed(seed)
-    config = AutoConfig.for_model(kind, **options)
+    config = AutoConfig.for_model(kind, **copy.deepcopy(options))  # some configurations complete a mapping in place
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -112,9 +131,9 @@ def load_base_of(bits: int = 4, kind: str = "llama", seed: int = 0) -> Base:
     return load_base(settings.BaseConfig(model=saved_model(kind, seed), bits=bits), TOKENIZER, CPU)  # type: ignore[arg-type]
 
 
-def unquantized_base(kind: str, **changes: Any) -> Base:
+def unquantized_base(kind: str, rope_factors: RopeFactors = "short", **changes: Any) -> Base:
     """An unquantized base without the trip over the disk."""
-    return freeze_base(random_model(kind, **changes), TOKENIZER, name=kind, bits=16)
+    return freeze_base(random_model(kind, **changes), TOKENIZER, name=kind, bits=16, rope_factors=rope_factors)
 
 
 def roles_over(

@@ -14,7 +14,16 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from models import ARCHITECTURES, gradients, perturb, ragged_batch, relative_error, roles_over, unquantized_base
+from models import (
+    ARCHITECTURES,
+    gradients,
+    perturb,
+    ragged_batch,
+    random_model,
+    relative_error,
+    roles_over,
+    unquantized_base,
+)
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -360,6 +369,7 @@ DROPPED: dict[str, dict[str, Any]] = {
     "cohere": {"scale": 1.0},
     "granite": {"scale": 1.0},
     "phi": {"bias": None},
+    "recurrent_gemma": {"softcap": None},
 }
 
 
@@ -371,6 +381,17 @@ def test_a_head_with_something_dropped_is_seen_and_refused(monkeypatch: pytest.M
     monkeypatch.setattr(roles_module, "head_of", lambda model: replace(logps_module.head_of(model), **DROPPED[kind]))
     with pytest.raises(UserError, match="^base.model: the head of .* computes something"):
         roles_over(unquantized_base(kind))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_head_that_differs_by_more_than_rounding_is_refused(dtype: torch.dtype) -> None:
+    """RecurrentGemma's soft cap of 30 moves logits of this size by less than 1 % in the norm."""
+    model = random_model("recurrent_gemma", gain=12.0, logits_soft_cap=30.0)
+    head = logps_module.head_of(model.to(dtype))
+    assert head.softcap == 30.0
+    logps_module.check_head(model, head)
+    with pytest.raises(UserError, match="^base.model: the head of recurrent_gemma models computes something"):
+        logps_module.check_head(model, replace(head, softcap=None))
 
 
 def test_granite_divides_and_hyperclova_multiplies() -> None:

@@ -25,6 +25,7 @@ from lowrank_tune.assembly.rl import (
     make_ppo,
     make_rollout_collector,
 )
+from lowrank_tune.assembly.rope import check_heldout_length, select_rope
 from lowrank_tune.assembly.stacks import ROLES_WITH_HEAD, build_stacks, frozen_adapters
 from lowrank_tune.data import (
     BatchSampler,
@@ -48,6 +49,7 @@ from lowrank_tune.model.base import Base, combined_hash, hash_of, load_base, loa
 from lowrank_tune.model.heads import HEAD_WEIGHT_KEY
 from lowrank_tune.model.oom import MemoryLimits
 from lowrank_tune.model.roles import Roles
+from lowrank_tune.model.rotary import FixedRope, factors_of
 from lowrank_tune.types import Algorithm, Batch
 
 ALGORITHMS: dict[str, Callable[[AlgorithmContext, settings.RecipeConfig], Algorithm]] = {
@@ -98,10 +100,11 @@ def build(
     device: torch.device | None = None,
     base: Base | None = None,
     fresh: bool = True,
+    stages: Sequence[settings.RecipeConfig] = (),
 ) -> RunComponents:
     """Loads what is cheap to check first: adapters' folders, tokenizer, data, and only then the base, where none is
-    given: the stages of a chain share one. A `fresh` run also tries its rewards on completions of its policy. Raises
-    UserError."""
+    given: the stages of a chain share one, and `stages` are all of them. A `fresh` run also tries its rewards on
+    completions of its policy. Raises UserError."""
     saved = {
         name: read_adapter(
             adapter.path, f"adapters.{name}.path", head=name == REWARD_ROLE or name in recipe.extra_adapters
@@ -112,16 +115,17 @@ def build(
     check_adapter_lineage(recipe, saved, emit)
     template = ChatTemplate.from_tokenizer(base.tokenizer if base else load_tokenizer(recipe.base))
     emit(LogMessage(message=template.describe()))
+    rope = select_rope(stages or (recipe,), emit)
     if recipe.algorithm in ONLINE_ALGORITHMS:
-        return _build_online(recipe, emit, device, base, fresh, saved, template)
+        return _build_online(recipe, emit, device, base, fresh, saved, template, rope)
     data = load(recipe.data, template, recipe.seed, emit, pairs=recipe.uses_pairs)
     for line in data.report.lines():
         emit(LogMessage(message=line, level="warning" if "; dropped " in line else "info"))
-    heldout = _heldout_questions(recipe, template)
-    base = base or _load_base(recipe, template, device, emit)
+    heldout = _heldout_questions(recipe, template, rope)
+    base = base or _load_base(recipe, template, device, emit, rope)
     hashes = base.hashes()
     roles = load_roles(recipe, base, saved, emit)
-    micro_tokens = micro_tokens_of(recipe, _max_sequence_length(recipe))
+    micro_tokens = micro_tokens_of(recipe, recipe.max_train_length)
     collate_fns = {
         store: _make_collate(store, template.pad_id) for store in (data.train, data.validation) if store is not None
     }
@@ -165,17 +169,18 @@ def _build_online(
     fresh: bool,
     saved: Mapping[str, SavedAdapter],
     template: ChatTemplate,
+    rope: FixedRope | None,
 ) -> RunComponents:
     """The same for an algorithm that writes its own rows: prompts and rewards instead of rows."""
-    data, heldout = load_train_prompts(recipe, template, emit), _heldout_questions(recipe, template)
+    data, heldout = load_train_prompts(recipe, template, emit), _heldout_questions(recipe, template, rope)
     scorer = RewardScorer(recipe, template)
     try:
         if not scorer.reward_models:
             check_reference_rewards(scorer, data, recipe.rewards_check, recipe.seed, emit)
-        base = base or _load_base(recipe, template, device, emit)
+        base = base or _load_base(recipe, template, device, emit, rope)
         hashes, roles = base.hashes(), load_roles(recipe, base, saved, emit)
         stop_ids = base.end_ids | template.end_ids
-        micro_tokens = micro_tokens_of(recipe, _max_sequence_length(recipe))
+        micro_tokens = micro_tokens_of(recipe, recipe.max_train_length)
         if scorer.reward_models:
             scorer.set_base_model(roles, micro_tokens)
             check_reference_rewards(scorer, data, recipe.rewards_check, recipe.seed, emit)
@@ -249,24 +254,21 @@ def _raise_no_units(units: Sequence[int]) -> Batch:
     raise AssertionError("there are no held-out rows")
 
 
-def _load_base(recipe: settings.RecipeConfig, template: ChatTemplate, device: torch.device | None, emit: Emit) -> Base:
+def _load_base(
+    recipe: settings.RecipeConfig,
+    template: ChatTemplate,
+    device: torch.device | None,
+    emit: Emit,
+    rope: FixedRope | None,
+) -> Base:
     emit(Progress(description=f"loading {recipe.base.model}", done=0, total=1))
     cap_cuda_memory(recipe.train.memory_budget_gib)
     if recipe.base.backend == "unsloth":
-        base = unsloth.load_base(recipe.base, template.tokenizer, _max_sequence_length(recipe), device)
+        base = unsloth.load_base(recipe.base, template.tokenizer, recipe.max_train_length, device)
     else:
-        base = load_base(recipe.base, template.tokenizer, device)
+        base = load_base(recipe.base, template.tokenizer, device, rope_factors=factors_of(rope))
     emit(Progress(description=f"loading {recipe.base.model}", done=1, total=1))
     return base
-
-
-def _max_sequence_length(recipe: settings.RecipeConfig) -> int:
-    """Tokens of the longest row that is trained on."""
-    return (
-        recipe.data.max_prompt_length + recipe.rollout.max_new_tokens
-        if recipe.algorithm in ONLINE_ALGORITHMS
-        else recipe.data.max_length
-    )
 
 
 def micro_tokens_of(recipe: settings.RecipeConfig, max_length: int) -> int:
@@ -274,7 +276,7 @@ def micro_tokens_of(recipe: settings.RecipeConfig, max_length: int) -> int:
     return min(max(4096, (recipe.train.micro_batch_rows or 4) * max_length), 1 << 15)
 
 
-def _heldout_questions(recipe: settings.RecipeConfig, template: ChatTemplate) -> list[Prompt]:
+def _heldout_questions(recipe: settings.RecipeConfig, template: ChatTemplate, rope: FixedRope | None) -> list[Prompt]:
     config = recipe.evaluate
     if config.eval_dataset is None:
         return []
@@ -286,6 +288,8 @@ def _heldout_questions(recipe: settings.RecipeConfig, template: ChatTemplate) ->
         raise UserError(
             "evaluate.eval_dataset: none of its rows has a gold answer; name its column in `ground_truth` or `columns`"
         )
+    if rope is not None:
+        check_heldout_length(recipe, max(len(template.prompt(prompt.messages)) for prompt in usable), rope)
     return usable
 
 

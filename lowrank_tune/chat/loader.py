@@ -15,18 +15,24 @@ from lowrank_tune.data import ChatTemplate
 from lowrank_tune.errors import OutOfMemory, UserError
 from lowrank_tune.events import Emit, LogMessage, Progress
 from lowrank_tune.export.finished_run import FinishedRun, adapters_at, adapters_in, check_base, roles_of
-from lowrank_tune.model.adapters import SavedAdapter, lora_config, read_adapter
-from lowrank_tune.model.base import Base, load_base, load_tokenizer
+from lowrank_tune.model.adapters import SavedAdapter, adapter_rope_factors, lora_config, read_adapter
+from lowrank_tune.model.base import Base, load_base, load_config, load_tokenizer
 from lowrank_tune.model.roles import Roles
+from lowrank_tune.model.rotary import RopeFactors, select_factors
 
 TEMPLATE = "chat_template.jinja"
 
 
 def load_chat_model(
-    name: str, emit: Emit, bits: int | None = None, base: str | None = None, device: torch.device | None = None
+    name: str,
+    emit: Emit,
+    bits: int | None = None,
+    base: str | None = None,
+    device: torch.device | None = None,
+    max_new_tokens: int = 0,
 ) -> ChatModel:
     """RUN or MODEL, ready to speak. `bits` and `base` are for what does not say: a model, an adapter, a base that was
-    moved.
+    moved. Where no run says which rotary frequencies to use, an answer of `max_new_tokens` selects them.
 
     Raises UserError: no such thing, a reward model, a base that is gone or is not the one that was trained over.
     """
@@ -36,8 +42,9 @@ def load_chat_model(
     emit(LogMessage(message=target.description if target.model else f"{target.description}; over {base_config.model}"))
     try:
         template = _template(base_config, target.adapter, emit)
+        factors = _rope_factors(target, base_config, max_new_tokens)
         emit(Progress(description=f"loading {base_config.model}", done=0, total=1))
-        loaded = load_base(base_config, template.tokenizer, device)
+        loaded = load_base(base_config, template.tokenizer, device, rope_factors=factors)
         emit(Progress(description=f"loading {base_config.model}", done=1, total=1))
     except UserError as error:
         if target.model:
@@ -61,7 +68,9 @@ def load_chat_model(
         )
     )
     emit(LogMessage(message=template.describe()))
-    positions = getattr(loaded.model.config.get_text_config(), "max_position_embeddings", None)
+    if loaded.rope is not None:
+        emit(LogMessage(message=loaded.rope.describe()))
+    positions = loaded.max_row_length or getattr(loaded.model.config.get_text_config(), "max_position_embeddings", None)
     system = target.run.recipe.data.system_prompt if target.run is not None else None
     return ChatModel(
         roles,
@@ -113,6 +122,15 @@ def _base(
     revision = top.config.revision
     pinned = f"{top.base_name}@{revision}" if revision and "@" not in str(top.base_name) else str(top.base_name)
     return settings.BaseConfig(model=base or pinned, bits=16 if bits == 16 else 4)
+
+
+def _rope_factors(target: ChatTarget, base_config: settings.BaseConfig, max_new_tokens: int) -> RopeFactors:
+    """The factors that it was trained with; where that is not known, those for an answer and at least one token before
+    it."""
+    if target.run is not None:
+        return target.run.rope_factors
+    trained = adapter_rope_factors(str(target.adapter)) if target.adapter is not None else None
+    return trained or select_factors(load_config(base_config), max_new_tokens + 1)
 
 
 def _template(base_config: settings.BaseConfig, adapter: Path | None, emit: Emit) -> ChatTemplate:

@@ -34,8 +34,9 @@ from lowrank_tune.evaluation.target import (
     roles_for,
 )
 from lowrank_tune.events import Emit, LogMessage, Progress
-from lowrank_tune.model.base import Base, load_base, load_tokenizer
+from lowrank_tune.model.base import Base, load_base, load_config, load_tokenizer
 from lowrank_tune.model.roles import Roles
+from lowrank_tune.model.rotary import fixed_rope, select_factors
 from lowrank_tune.types import SamplingParams
 
 PROMPTS, NEW_TOKENS = 100, 256  # where no recipe says
@@ -154,7 +155,8 @@ def evaluate(given: str, options: Options, emit: Emit, device: torch.device | No
     )
     recipe = target.recipe if has_questions else None
     with Grader(recipe, options.verifier if has_questions else None, reward_model is not None, template) as grader:
-        base = _load(target, template, device, emit)
+        longest_row = _longest_row(eval_questions, sampling_options.max_new_tokens)
+        base = _load(target, template, device, emit, longest_row)
         check_bases(target, reward_model, base, emit)
         roles = roles_for(target, reward_model, base)
         grader.set_base_model(roles)
@@ -163,10 +165,25 @@ def evaluate(given: str, options: Options, emit: Emit, device: torch.device | No
         )
 
 
-def _load(target: EvalTarget, template: ChatTemplate, device: torch.device | None, emit: Emit) -> Base:
-    label = f"loading {target.base.model}"
+def _longest_row(eval_questions: EvalQuestions, max_new_tokens: int) -> int:
+    """Tokens of the longest row: a question with its answer, or with its reference answer."""
+    lengths = [len(question.prompt_ids) + max_new_tokens for question in eval_questions.questions]
+    references = [question.reference for question in eval_questions.questions if question.reference is not None]
+    return max([*lengths, *(len(reference.input_ids) for reference in references)], default=0)
+
+
+def _load(
+    target: EvalTarget, template: ChatTemplate, device: torch.device | None, emit: Emit, longest_row: int
+) -> Base:
+    """The base, with the rotary frequencies that the target was trained with; else with those for the longest row.
+    Raises UserError for rows that are longer than these are for."""
+    label, config = f"loading {target.base.model}", load_config(target.base)
+    factors = target.rope_factors or select_factors(config, longest_row)
+    if (rope := fixed_rope(config, factors)) is not None:
+        emit(LogMessage(message=rope.describe()))
+        rope.check_row_length(longest_row)
     emit(Progress(description=label, done=0, total=1))
-    base = load_base(target.base, template.tokenizer, device)
+    base = load_base(target.base, template.tokenizer, device, rope_factors=factors)
     emit(Progress(description=label, done=1, total=1))
     return base
 

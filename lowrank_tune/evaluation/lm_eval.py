@@ -93,6 +93,7 @@ def _results(base: Base, template: ChatTemplate, tasks: Tasks) -> Mapping[str, A
         pretrained=base.model,
         tokenizer=tokenizer,
         backend="causal",
+        max_length=base.max_row_length,
         batch_size="auto" if base.device.type == "cuda" else CPU_BATCH_SIZE,
     )
     try:

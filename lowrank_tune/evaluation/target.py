@@ -21,9 +21,18 @@ from lowrank_tune.checkpoint.run_format import check_run_format
 from lowrank_tune.errors import UserError
 from lowrank_tune.events import Emit, LogMessage
 from lowrank_tune.export.finished_run import adapters_in, load_finished_run
-from lowrank_tune.model.adapters import CONFIG, STACK, SavedAdapter, lora_config, read_adapter, read_stack
+from lowrank_tune.model.adapters import (
+    CONFIG,
+    STACK,
+    SavedAdapter,
+    adapter_rope_factors,
+    lora_config,
+    read_adapter,
+    read_stack,
+)
 from lowrank_tune.model.base import BUILTIN_MODEL, Base, base_hashes
 from lowrank_tune.model.roles import Roles
+from lowrank_tune.model.rotary import RopeFactors
 from lowrank_tune.validation.score_file import reward_run
 
 BASE, REWARD_MODEL_ROLE = "base", "reward_model"
@@ -56,6 +65,8 @@ class EvalTarget:
     facts: Mapping[str, Any] = field(default_factory=dict)
     reward_model_stack: Stack = field(default_factory=dict)
     """The stack of the reward model that the recipe's own rewards ask."""
+    rope_factors: RopeFactors | None = None
+    """The factors of RoPE type `longrope` that it was trained with; None where that is not known."""
 
 
 def resolve_target(given: str, bits: Literal[4, 16] | None, emit: Emit) -> EvalTarget:
@@ -78,6 +89,7 @@ def resolve_target(given: str, bits: Literal[4, 16] | None, emit: Emit) -> EvalT
             "adapter",
             settings.BaseConfig(model=saved.base_name, bits=bits or 4),
             {"adapter": {"adapter": saved}},
+            rope_factors=adapter_rope_factors(given),
         )
     if path.is_dir() and not (path / "config.json").is_file():
         raise UserError(f"{given} is neither a run (run.json), nor an adapter ({CONFIG}), nor a model (config.json)")
@@ -110,6 +122,7 @@ def _target_from_run(path: Path, emit: Emit) -> EvalTarget:
             finished.recipe,
             finished.facts,
             _reward_model_stack(finished.recipe),
+            finished.rope_factors,
         )
     writers = {
         str(stage.get("name")): path / f"{number}-{stage.get('name')}"
@@ -133,6 +146,7 @@ def _target_from_run(path: Path, emit: Emit) -> EvalTarget:
         last.recipe,
         last.facts,
         _reward_model_stack(last.recipe),
+        last.rope_factors,
     )
 
 
@@ -244,6 +258,12 @@ def check_reward_model(target: EvalTarget, reward_model: EvalRewardModel) -> Non
         raise UserError(
             f"--reward-model: the base of {reward_model.run} is {reward_base}, the base of {target.name} is "
             f"{target_base}: they must be the same"
+        )
+    ours, theirs = target.facts.get("rope_factors"), reward_model.facts.get("rope_factors")
+    if ours and theirs and ours != theirs:
+        raise UserError(
+            f"--reward-model: {reward_model.run} was trained with the {theirs} factors of RoPE type `longrope` and "
+            f"{target.name} with the {ours} ones: one base in memory has one set"
         )
 
 

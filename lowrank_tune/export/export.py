@@ -31,6 +31,7 @@ from lowrank_tune.export.ollama import Modelfile
 from lowrank_tune.export.output_folder import check_disk_space, check_overwritable, export_folder
 from lowrank_tune.export.template_probe import derive_turns
 from lowrank_tune.model.base import count_weights, load_base, load_config, load_tokenizer, pick_device
+from lowrank_tune.model.rotary import fixed_rope
 
 ExportFormat = Literal["gguf", "gguf-lora", "ollama", "peft", "hub"]
 DEFAULT_OUTTYPE = {"gguf": "f16", "gguf-lora": "f32", "ollama": "q8_0", "adapter": "f32"}
@@ -142,7 +143,12 @@ def _lora(run: FinishedRun, options: ExportOptions, target: Path, emit: Emit, de
         _write_card(
             folder,
             gguf_lora_card(
-                run.recipe, file, outtype, options.ollama_base if options.to == "ollama" else None, eos_tokens
+                run.recipe,
+                file,
+                outtype,
+                options.ollama_base if options.to == "ollama" else None,
+                eos_tokens,
+                fixed_rope(load_config(run.base), run.rope_factors),
             ),
         )
 
@@ -160,7 +166,7 @@ def _compare_base(run: FinishedRun, emit: Emit, device: torch.device | None) -> 
             )
         )
         return
-    check_base(run, load_base(run.base, load_tokenizer(run.base), at))
+    check_base(run, load_base(run.base, load_tokenizer(run.base), at, rope_factors=run.rope_factors))
 
 
 def _model(
@@ -204,7 +210,14 @@ def _model(
         _write_card(
             folder,
             gguf_model_card(
-                run.recipe, file, outtype, options.weights, merged.report.table(), eos_tokens, options.to == "ollama"
+                run.recipe,
+                file,
+                outtype,
+                options.weights,
+                merged.report.table(),
+                eos_tokens,
+                options.to == "ollama",
+                fixed_rope(load_config(run.base), run.rope_factors),
             ),
         )
 

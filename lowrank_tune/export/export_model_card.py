@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from lowrank_tune import __version__, settings
-from lowrank_tune.export.model_card import recipe_text, yaml_front_matter
+from lowrank_tune.export.model_card import recipe_text, rope_section, yaml_front_matter
+from lowrank_tune.model.rotary import FixedRope
 
 Table = Sequence[tuple[str, str]]
 
@@ -18,6 +19,7 @@ def gguf_model_card(
     table: Table,
     eos_tokens: Sequence[str],
     ollama: bool,
+    rope: FixedRope | None = None,
 ) -> str:
     """`README.md` beside the GGUF file of a merged model."""
     weights = {
@@ -54,6 +56,7 @@ def gguf_model_card(
             "",
             "## How to use it",
             "",
+            *rope_section(rope),
             *use,
             *_llama(f"llama-cli -m {file}"),
             "LM Studio takes the same file: `lms import " + file + "`.",
@@ -64,7 +67,12 @@ def gguf_model_card(
 
 
 def gguf_lora_card(
-    recipe: settings.RecipeConfig, file: str, kind: str, start: str | None, eos_tokens: Sequence[str]
+    recipe: settings.RecipeConfig,
+    file: str,
+    kind: str,
+    start: str | None,
+    eos_tokens: Sequence[str],
+    rope: FixedRope | None = None,
 ) -> str:
     """`README.md` beside a GGUF adapter; `start` is what a Modelfile beside it begins with."""
     use = (
@@ -90,6 +98,7 @@ def gguf_lora_card(
             "",
             "## How to use it",
             "",
+            *rope_section(rope),
             *use,
             *_llama(f"llama-cli -m base.gguf --lora {file}"),
             "A base that is quantized otherwise than in training answers a little differently: `lowrank-tune export "

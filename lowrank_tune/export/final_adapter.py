@@ -5,7 +5,8 @@ adapter, with the frozen ones below it folded into it (`train.final_adapters: co
 lies in a folder of its name, where later stages and continued runs read it (`stack.json` says so). With `separate` the
 root is the trained one alone, each frozen one lies in a folder of its name, and the card says how to load them
 together. PPO's value has a folder of its own. Beside them: model card, tokenizer with chat template, and a generation
-config with every token that ends an answer. Nothing here names the machine.
+config with every token that ends an answer; over a base of RoPE type `longrope` also the set of its factors. Nothing
+here names the machine.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from lowrank_tune.checkpoint import Snapshot
 from lowrank_tune.events import LogMessage
 from lowrank_tune.export.combine_lora import LoraAdapter, cannot_combine_reason, combine_adapters
 from lowrank_tune.export.model_card import Adapters, model_card
-from lowrank_tune.model.adapters import CONFIG, STACK, WEIGHTS
+from lowrank_tune.model.adapters import CONFIG, ROPE, STACK, WEIGHTS
 from lowrank_tune.model.base import Base
 from lowrank_tune.model.roles import ADAPTER_PREFIX, Roles
 from lowrank_tune.stage import Stage
@@ -60,12 +61,20 @@ def final_folder(stage: Stage) -> Snapshot:
             f"the base's own"
         )
         stage.emit(LogMessage(level="warning", message=message))
+    rope = built.base.rope
+    if rope is not None and rope.factors is not None:
+        snapshot.documents[ROPE] = {
+            "version": 1,
+            "rope_type": rope.rope_type,
+            "factors": rope.factors,
+            "original_max_position_embeddings": rope.original_length,
+        }
     if "policy" in built.trained:
         snapshot.documents["generation_config.json"] = generation_config(
             built.base, built.stop_ids, built.template.pad_id
         )
     info = Adapters(names, combined, root[0], is_generative="policy" in built.trained)
-    text = model_card(stage.recipe, stage.summary, built.base.revision, info, eos_token_strings(built))
+    text = model_card(stage.recipe, stage.summary, built.base.revision, info, eos_token_strings(built), rope)
     snapshot.raw_files["README.md"] = text.encode("utf-8", "replace")
     return snapshot
 

@@ -19,6 +19,7 @@ from lowrank_tune.export.combine_lora import LoraAdapter, cannot_combine_reason
 from lowrank_tune.model.adapters import STACK, SavedAdapter, read_adapter, read_stack
 from lowrank_tune.model.base import Base, base_hashes
 from lowrank_tune.model.roles import ADAPTER_PREFIX, Roles
+from lowrank_tune.model.rotary import RopeFactors, stored_factors
 from lowrank_tune.recipe import from_dict
 
 
@@ -44,6 +45,11 @@ class FinishedRun:
             else base_config.model
         )
         return base_config.model_copy(update={"model": pinned})
+
+    @property
+    def rope_factors(self) -> RopeFactors:
+        """The factors that the run used, where the base's RoPE type is `longrope`."""
+        return stored_factors(self.facts)
 
     def fingerprint(self) -> str:
         """Of the adapter's files in `final/`."""

@@ -79,7 +79,7 @@ def merge(
     readback = readback_device(weights, device or pick_device(), emit)
     template = ChatTemplate.from_tokenizer(load_tokenizer(finished.base))
     saved = adapters_in(finished)
-    base = load_base(finished.base, template.tokenizer, device)
+    base = load_base(finished.base, template.tokenizer, device, rope_factors=finished.rope_factors)
     check_base(finished, base)
     source = (
         original_weights(finished, base)
@@ -89,7 +89,7 @@ def merge(
     roles = roles_of(saved, base)
     adapters = lora_adapters_of(roles)
     eos_token_ids = base.end_ids | template.end_ids
-    probes = make_probes(finished.recipe, template, emit)
+    probes = make_probes(finished.recipe, template, emit, base.max_row_length)
     recorded = record_outputs(roles, probes, eos_token_ids, emit)
     roles.unload_adapters()
     with as_user_error(target):
@@ -100,9 +100,9 @@ def merge(
             fresh.mkdir()
             write_weights(fresh, merged_tensor_shapes(base), source, adapters, emit, shard)
             _write_configs(fresh, finished, base, template, eos_token_ids)
-            device = base.device
+            device, rope = base.device, base.rope
             del base, roles, source
-            report = compare_models(fresh, recorded, eos_token_ids, readback, emit)
+            report = compare_models(fresh, recorded, eos_token_ids, readback, emit, finished.rope_factors)
             show(report)
             if faults := report.faults(base_weights == "dequantized"):
                 raise TrainingError(
@@ -110,7 +110,7 @@ def merge(
                 )
             _write(
                 fresh / "README.md",
-                merged_model_card(finished.recipe, base_weights, report.table()).encode("utf-8", "replace"),
+                merged_model_card(finished.recipe, base_weights, report.table(), rope).encode("utf-8", "replace"),
             )
             facts = {"version": 1, "base": base_weights, "adapter": finished.fingerprint(), **report.to_dict()}
             _write(fresh / "merge.json", json.dumps(facts, indent=2).encode())

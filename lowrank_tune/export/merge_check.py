@@ -27,6 +27,7 @@ from lowrank_tune.generation import Engine
 from lowrank_tune.generation.engine import device_memory
 from lowrank_tune.model.base import Base, load_base, load_tokenizer
 from lowrank_tune.model.roles import Roles
+from lowrank_tune.model.rotary import RopeFactors
 from lowrank_tune.types import Row, SamplingParams
 from lowrank_tune.validation import render_questions, select_questions
 
@@ -127,11 +128,14 @@ class MergeReport:
         ]
 
 
-def make_probes(recipe: settings.RecipeConfig, template: ChatTemplate, emit: Emit) -> ProbePrompts:
+def make_probes(
+    recipe: settings.RecipeConfig, template: ChatTemplate, emit: Emit, max_row_length: int | None = None
+) -> ProbePrompts:
     """Held-out prompts and rows of the recipe; where they are few, or its data is no longer there, the kit's own
-    problems beside them."""
+    problems beside them. A prompt and its answer have at most `max_row_length` tokens."""
+    longest = MAX_PROMPT_TOKENS if max_row_length is None else min(MAX_PROMPT_TOKENS, max_row_length - MAX_NEW_TOKENS)
     try:
-        probes = _of_recipe(recipe, template)
+        probes = _of_recipe(recipe, template, longest)
     except UserError as error:
         emit(
             LogMessage(
@@ -146,37 +150,37 @@ def make_probes(recipe: settings.RecipeConfig, template: ChatTemplate, emit: Emi
             settings.SourceConfig(dataset="builtin:arithmetic", split="heldout"), MAX_PROMPTS, recipe.seed
         ),
         template,
+        longest,
     )
     origin = f"{probes.origin} and the kit's problems" if probes.prompts else "the kit's problems"
     return ProbePrompts([*probes.prompts, *built_in][:MAX_PROMPTS], probes.rows, origin)
 
 
-def _of_recipe(recipe: settings.RecipeConfig, template: ChatTemplate) -> ProbePrompts:
+def _of_recipe(recipe: settings.RecipeConfig, template: ChatTemplate, longest: int) -> ProbePrompts:
     rows, prompt_ids, origin = list[Row](), list[list[int]](), "held-out prompts"
     if recipe.algorithm in ("sft", "dpo"):
         data = load(recipe.data, template, recipe.seed, _ignore_event, pairs=recipe.uses_pairs)
         store = data.validation if data.validation is not None and data.validation.units else data.train
         origin = "validation rows" if store is data.validation else "training rows"
         rows = [store[unit * store.rows_per_unit] for unit in range(min(MAX_ROWS, store.units))]
-        prompt_ids = [question.prompt_ids for question in select_questions(store, template, MAX_PROMPTS)]
+        questions = select_questions(store, template, MAX_PROMPTS)
+        prompt_ids = [question.prompt_ids for question in questions if len(question.prompt_ids) <= longest]
     source = recipe.evaluate.eval_dataset or (recipe.data.train[0] if not rows else None)
     if source is not None:
         origin = (
             f"{origin} and held-out prompts" if rows else origin if recipe.evaluate.eval_dataset else "training prompts"
         )
         prompt_ids = _prompt_ids(
-            load_heldout_prompts(source, MAX_PROMPTS, recipe.seed, recipe.data.system_prompt), template
+            load_heldout_prompts(source, MAX_PROMPTS, recipe.seed, recipe.data.system_prompt), template, longest
         )
-    return ProbePrompts([ids for ids in prompt_ids if len(ids) <= MAX_PROMPT_TOKENS], rows, origin)
+    return ProbePrompts(prompt_ids, rows, origin)
 
 
-def _prompt_ids(examples: Sequence[Prompt], template: ChatTemplate) -> list[list[int]]:
-    return [
-        question.prompt_ids
-        for question in render_questions(
-            [example for example in examples if template.validate_messages(example.messages) is None], template
-        )
-    ]
+def _prompt_ids(examples: Sequence[Prompt], template: ChatTemplate, longest: int) -> list[list[int]]:
+    """The prompts of at most `longest` tokens."""
+    usable = [example for example in examples if template.validate_messages(example.messages) is None]
+    questions = render_questions(usable, template)
+    return [question.prompt_ids for question in questions if len(question.prompt_ids) <= longest]
 
 
 def record_outputs(roles: Roles, probes: ProbePrompts, eos_token_ids: frozenset[int], emit: Emit) -> RecordedOutputs:
@@ -229,12 +233,13 @@ def compare_models(
     eos_token_ids: frozenset[int],
     readback: tuple[torch.device, torch.dtype],
     emit: Emit,
+    rope_factors: RopeFactors = "short",
 ) -> MergeReport:
-    """Reads the merged model back as a user would, and lets it read the same. Raises TrainingError where it cannot even
-    be read."""
+    """Reads the merged model back as a user would, with the rotary frequencies of the run, and lets it read the same.
+    Raises TrainingError where it cannot even be read."""
     base_settings = settings.BaseConfig(model=str(folder), bits=16)
     try:
-        base = load_base(base_settings, load_tokenizer(base_settings), *readback)
+        base = load_base(base_settings, load_tokenizer(base_settings), *readback, rope_factors=rope_factors)
     except UserError as error:
         raise TrainingError(f"the merged model cannot be read back, and nothing is left of it: {error}") from error
     base.model.eval()

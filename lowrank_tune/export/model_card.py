@@ -17,6 +17,7 @@ import yaml
 from lowrank_tune import __version__, settings
 from lowrank_tune.export.ollama import quoted
 from lowrank_tune.model.base import BUILTIN_MODEL
+from lowrank_tune.model.rotary import FixedRope
 
 VLLM_RANK_LIMITS = (8, 16, 32, 64, 128, 256, 320, 512)
 """What vLLM takes as `--max-lora-rank`."""
@@ -41,6 +42,7 @@ def model_card(
     revision: str | None,
     adapters: Adapters,
     eos_tokens: Sequence[str],
+    rope: FixedRope | None = None,
 ) -> str:
     """`README.md` of `final/`."""
     base = recipe.base.model.partition("@")[0]
@@ -55,6 +57,7 @@ def model_card(
         *results_section(summary),
         "## How to use it",
         "",
+        *rope_section(rope),
     ]
     parts += (
         _policy_usage(recipe.base, adapters, eos_tokens)
@@ -86,6 +89,21 @@ def yaml_front_matter(
     if any(map(looks_like_hub_id, sets)):
         facts["datasets"] = list(dict.fromkeys(filter(looks_like_hub_id, sets)))
     return f"---\n{yaml.safe_dump(facts, sort_keys=False)}---\n"
+
+
+def rope_section(rope: FixedRope | None) -> list[str]:
+    """With which rotary frequencies to serve it, where other software selects them by the length of its context."""
+    if rope is None:
+        return []
+    length = rope.original_length
+    if rope.factors is None:
+        context, other = f"at most {length:,} tokens", "longer rows change the frequencies of RoPE type `dynamic`"
+    elif rope.factors == "long":
+        context, other = f"more than {length:,} tokens", "a shorter one selects the short factors"
+    else:
+        context, other = f"at most {length:,} tokens", "a longer one selects the long factors"
+    flags = "vLLM's `--max-model-len`, llama.cpp's `-c`"
+    return [f"It was trained with the {rope.name}: serve it with a context of {context} ({flags}); {other}.", ""]
 
 
 def looks_like_hub_id(name: str) -> bool:
@@ -325,7 +343,12 @@ def _reward_usage(base: settings.BaseConfig, revision: str | None) -> list[str]:
     ]
 
 
-def merged_model_card(recipe: settings.RecipeConfig, base_weights: str, table: Sequence[tuple[str, str]]) -> str:
+def merged_model_card(
+    recipe: settings.RecipeConfig,
+    base_weights: str,
+    table: Sequence[tuple[str, str]],
+    rope: FixedRope | None = None,
+) -> str:
     """`README.md` of a merged model: what was added to what, and the comparison with what was trained."""
     base = recipe.base.model.partition("@")[0]
     into = (
@@ -354,6 +377,7 @@ def merged_model_card(recipe: settings.RecipeConfig, base_weights: str, table: S
             "`lowrank-tune export RUN --to gguf` "
             "makes a file for llama.cpp of it.",
             "",
+            *rope_section(rope),
             "## The recipe",
             "",
             "```yaml",

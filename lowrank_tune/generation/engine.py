@@ -118,6 +118,8 @@ class Engine:
         if not prompts or n < 1 or sampling.max_new_tokens < 1:
             return
         limits, columns = self.roles.limits, max(map(len, prompts)) + sampling.max_new_tokens
+        if self.roles.base.rope is not None:
+            self.roles.base.rope.check_row_length(columns)
         progress = _RetryState(limits.max_batch_units("cache_tokens", columns, min(self.slots, n * len(prompts))))
         while True:
             try:

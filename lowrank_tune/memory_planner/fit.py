@@ -154,17 +154,8 @@ def _advice(spec: SimulationSpec, search: Search, plan: Plan) -> str:
 def _micro(recipe: settings.RecipeConfig, sizes: Sizes, units: int) -> str:
     """The recipe's own way to say how large a micro-batch is."""
     if recipe.train.micro_batch_tokens is not None:
-        return f"train.micro_batch_tokens={units * sizes.rows_per_unit * max_row_length(recipe)}"
+        return f"train.micro_batch_tokens={units * sizes.rows_per_unit * recipe.max_train_length}"
     return f"train.micro_batch_size={units}"
-
-
-def max_row_length(recipe: settings.RecipeConfig) -> int:
-    """Tokens of the longest row that the recipe lets through."""
-    return (
-        recipe.data.max_prompt_length + recipe.rollout.max_new_tokens
-        if recipe.algorithm in ONLINE_ALGORITHMS
-        else recipe.data.max_length
-    )
 
 
 def _shorten(spec: SimulationSpec, plan: Plan) -> str:

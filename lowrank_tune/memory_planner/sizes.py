@@ -45,7 +45,7 @@ class Sizes:
 def sizes_of(recipe: settings.RecipeConfig, units: int | None = None) -> Sizes:
     """The largest micro-batch that a recipe lets through: rows as long as they may be; or one of so many `units`."""
     train, online = recipe.train, recipe.algorithm in ("grpo", "ppo")
-    length = recipe.data.max_prompt_length + recipe.rollout.max_new_tokens if online else recipe.data.max_length
+    length = recipe.max_train_length
     rows_per_unit = 2 if recipe.uses_pairs else 1
     step = train.prompts_per_step * recipe.rollout.num_generations if online else train.global_batch_size or 1 << 20
     num_units = units or train.micro_batch_rows

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from lowrank_tune.errors import UserError
 from lowrank_tune.manifest import MANIFEST, changed_file
 from lowrank_tune.model.heads import HEAD_WEIGHT_KEY
+from lowrank_tune.model.rotary import RopeFactors
 
 if TYPE_CHECKING:  # the model floor must run where pydantic is not installed (benchmarks/gpu.py)
     from lowrank_tune import settings
@@ -24,7 +25,8 @@ STACK = "stack.json"
 """Beside a run's final adapter where frozen ones lay below it: `stack` (names, lowest first), `below` (hashes of the
 frozen ones by name), and `folded`: whether the root is all of them in one, and the trained one alone lies in a folder
 of its name; else the root is the trained one alone, and the others lie in folders of theirs."""
-
+ROPE = "rope.json"
+"""Beside a run's final adapter over a base of RoPE type `longrope`: `factors`, the set that it was trained with."""
 
 UNSUPPORTED_PEFT_OPTIONS = (
     "use_dora",
@@ -150,6 +152,22 @@ def _check_unchanged(folder: Path, name: str, key: str) -> None:
                 f"{key}: {folder / name} has changed since it was written: restore it from a copy; or, where the "
                 f"change is meant, delete {root / MANIFEST}"
             )
+
+
+def adapter_rope_factors(path: str) -> RopeFactors | None:
+    """The factors of RoPE type `longrope` that the adapter in a folder, or in a run's `final/`, was trained with; None
+    where the folder names none. Raises UserError for a file that cannot be understood."""
+    given = Path(path).expanduser()
+    folder = given / "final" if (given / "final" / CONFIG).exists() else given
+    if not (folder / ROPE).exists():
+        return None
+    try:
+        factors = json.loads((folder / ROPE).read_bytes())["factors"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{folder / ROPE} is broken: {type(error).__name__}: {error}") from error
+    if factors not in ("short", "long"):
+        raise UserError(f"{folder / ROPE} is broken: `factors` is {factors!r}, and must be `short` or `long`")
+    return "long" if factors == "long" else "short"
 
 
 @dataclass(frozen=True)

@@ -34,6 +34,7 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cache
 from transformers.utils import logging as transformers_logging
 
 from lowrank_tune.errors import UserError
+from lowrank_tune.model.rotary import FixedRope, RopeFactors, check_frequencies, fix_frequencies, fixed_rope
 
 if TYPE_CHECKING:  # the model floor must run where pydantic is not installed (benchmarks/gpu.py)
     from lowrank_tune import settings
@@ -60,6 +61,13 @@ class Base:
     """Whose code runs the model's forward: `transformers` is transformers' own."""
     transformers_forward: Callable[[], AbstractContextManager[Any]] = nullcontext
     """What to enter where the model must run by transformers' own code, whatever the backend."""
+    rope: FixedRope | None = None
+    """The one set of rotary frequencies of a base whose RoPE type would select them anew in each call."""
+
+    @property
+    def max_row_length(self) -> int | None:
+        """Tokens of the longest row that the rotary frequencies are for; None where the RoPE type sets no limit."""
+        return self.rope.max_row_length if self.rope is not None else None
 
     def autocast(self) -> AbstractContextManager[Any]:
         """bf16 autocast on CUDA, nothing on the CPU."""
@@ -103,9 +111,10 @@ def load_base(
     tokenizer: Any,
     device: torch.device | None = None,
     dtype: torch.dtype | None = None,
+    rope_factors: RopeFactors = "short",
 ) -> Base:
-    """Loads and freezes it, in the device's own `dtype` where none is given. Raises UserError with one sentence for
-    whatever a person can mend."""
+    """Loads and freezes it, in the device's own `dtype` where none is given. `rope_factors` are those of RoPE type
+    `longrope` (`model/rotary.py`). Raises UserError with one sentence for whatever a person can mend."""
     silence_transformers()
     device = device or pick_device()
     with describe_load_errors(base_config) as (path_or_id, arguments):
@@ -131,9 +140,17 @@ def load_base(
     ):
         torch.set_num_threads(1)
     revision = arguments["revision"] or getattr(config, "_commit_hash", None)
-    return freeze_base(
-        model, tokenizer, name=base_config.model, revision=revision, bits=4 if quantized else base_config.bits
+    base = freeze_base(
+        model,
+        tokenizer,
+        name=base_config.model,
+        revision=revision,
+        bits=4 if quantized else base_config.bits,
+        rope_factors=rope_factors,
     )
+    if base.rope is not None:
+        check_frequencies(model, base.rope)
+    return base
 
 
 def weight_files(base_config: settings.BaseConfig) -> dict[str, Path]:
@@ -184,9 +201,17 @@ def _check_weights(model: Any, loading_info: dict[str, Any], name: str) -> None:
             )
 
 
-def freeze_base(model: Any, tokenizer: Any, name: str, bits: int, revision: str | None = None) -> Base:
-    """Makes a loaded model a base: nothing trainable, train mode (transformers checkpoints only there), no trap of the
-    CPU kernels."""
+def freeze_base(
+    model: Any,
+    tokenizer: Any,
+    name: str,
+    bits: int,
+    revision: str | None = None,
+    rope_factors: RopeFactors = "short",
+) -> Base:
+    """Makes a loaded model a base: nothing trainable, train mode (transformers checkpoints only there), one set of
+    rotary frequencies, no trap of the CPU kernels."""
+    fix_frequencies(model, rope_factors)
     for module in model.modules():
         if isinstance(module, bitsandbytes.nn.Linear4bit):
             # On CPUs with AVX512-BF16 an eval forward repacks the weight in place and takes a path without autograd.
@@ -206,7 +231,8 @@ def freeze_base(model: Any, tokenizer: Any, name: str, bits: int, revision: str 
         # each micro-batch and in each decoding step, so the plans cost more than the products. Recomputed layers must
         # choose the same kernel: no context here.
         torch.backends.cuda.enable_cudnn_sdp(False)
-    return Base(model, tokenizer, name, revision, device, bits, _end_ids(model, tokenizer))
+    rope = fixed_rope(model.config, rope_factors)
+    return Base(model, tokenizer, name, revision, device, bits, _end_ids(model, tokenizer), rope=rope)
 
 
 def nf4_config(device: torch.device) -> BitsAndBytesConfig:

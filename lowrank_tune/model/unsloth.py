@@ -32,6 +32,7 @@ from lowrank_tune.model.base import (
     weight_files,
 )
 from lowrank_tune.model.roles import Roles
+from lowrank_tune.model.rotary import fixed_rope
 from lowrank_tune.types import Batch
 
 if TYPE_CHECKING:  # as in `base`
@@ -64,6 +65,11 @@ def load_base(
             raise UserError(
                 f"base.backend: `unsloth` is used for {', '.join(SUPPORTED_MODEL_TYPES)} models, and "
                 f"{base_config.model} is {config.model_type}; use `transformers`, or leave it out"
+            )
+        if (rope := fixed_rope(config)) is not None:
+            raise UserError(
+                f"base.backend: `unsloth` is not used for RoPE type `{rope.rope_type}`, whose frequencies must be set "
+                "once for all calls; use `transformers`, or leave it out"
             )
         four_bits = check_quantization(config, base_config) or base_config.bits == 4
         try:

@@ -1,4 +1,4 @@
-"""`smt`: Z3 decides. Rows hold SMT-LIB 2 in the column `smt`: declarations and assertions. `kind` says what a
+"""`smt`: Z3 decides. Rows hold SMT-LIB 2 in the column `smt`: declarations and assertions. `answer_type` says what a
 completion tells:
 
 - `statement`: `sat` or `unsat` in its last box or its last line; where the row has a `claim`, a formula, `valid` or
@@ -81,7 +81,7 @@ class SmtReward(WorkerReward):
 
     def reference_request(self, item: RewardInput) -> Mapping[str, Any] | None:
         """The row's own formulas. A statement is these and nothing else, so that no completion is to blame."""
-        return None if self.kind == "statement" else {**self.build_request(item), "text": None}
+        return None if self.answer_type == "statement" else {**self.build_request(item), "text": None}
 
     def parse_reply(self, item: RewardInput, reply: Reply) -> Score:
         if "fault" in reply:

@@ -80,6 +80,21 @@ class RecipeConfig(Settings):
         return any(reward.name == "answer" for reward in self.rewards)
 
     @property
+    def max_train_length(self) -> int:
+        """Tokens of the longest row that is trained on."""
+        if self.algorithm in ("grpo", "ppo"):
+            return self.data.max_prompt_length + self.rollout.max_new_tokens
+        return self.data.max_length
+
+    @property
+    def longest_row(self) -> int:
+        """Tokens of the longest row by the settings, whatever the data holds: of those that are trained on, and of
+        held-out answers, whose prompts count with `data.max_prompt_length`."""
+        if self.evaluate.eval_dataset is None:
+            return self.max_train_length
+        return max(self.max_train_length, self.data.max_prompt_length + self.evaluate.max_new_tokens)
+
+    @property
     def metric_for_best_model(self) -> str:
         """What makes a step the best."""
         return self.evaluate.metric_for_best_model or (

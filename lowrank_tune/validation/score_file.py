@@ -20,6 +20,7 @@ from lowrank_tune.errors import UserError
 from lowrank_tune.events import Emit, LogMessage
 from lowrank_tune.model.adapters import read_adapter
 from lowrank_tune.model.base import load_base, load_tokenizer
+from lowrank_tune.model.rotary import stored_factors
 from lowrank_tune.recipe import from_dict
 from lowrank_tune.types import Row
 from lowrank_tune.validation.validate import PairScores, validation_batches
@@ -60,7 +61,8 @@ def score_file(
         name: read_adapter(str(adapter_config.path), f"adapters.{name}.path", head=name == "reward")
         for name, adapter_config in adapters.items()
     }
-    base = load_base(recipe.base, template.tokenizer, device)
+    factors = stored_factors(_read_json_object(folder / "base.json"))
+    base = load_base(recipe.base, template.tokenizer, device, rope_factors=factors)
     roles = load_roles(recipe, base, saved, _ignore_event)
     scores = torch.empty(len(rows))
     collate_fn = partial(collate_units, rows, pad_id=template.pad_id)

@@ -63,7 +63,9 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Event
     with pytest.MonkeyPatch.context() as patched:
         real = build_module.load_base
         patched.setattr(
-            build_module, "load_base", lambda wanted, *rest: bases.append(wanted.model) or real(wanted, *rest)
+            build_module,
+            "load_base",
+            lambda wanted, *rest, **more: bases.append(wanted.model) or real(wanted, *rest, **more),
         )
         assert run(Chain.from_dict(CHAIN), out=out, ui="none", device=CPU, on_event=events.append).status == "done"
     return out, events, bases

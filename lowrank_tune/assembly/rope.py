@@ -1,0 +1,92 @@
+"""The rotary frequencies of a run, selected from its settings before its base is loaded (`model/rotary.py`).
+
+The settings bound every row, and the same settings select the same frequencies when a run is continued. All stages of a
+chain share one base and one selection: an adapter that was trained with one set of factors would lie frozen below
+stages that compute with the other. An adapter from another run brings its own: where one was trained with the long
+factors, so is this run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from lowrank_tune import settings
+from lowrank_tune.errors import ConfigError, ConfigProblem
+from lowrank_tune.events import Emit, LogMessage
+from lowrank_tune.model.adapters import adapter_rope_factors
+from lowrank_tune.model.base import load_config
+from lowrank_tune.model.rotary import FixedRope, RopeFactors, fixed_rope, select_factors
+
+
+def select_rope(stages: Sequence[settings.RecipeConfig], emit: Emit) -> FixedRope | None:
+    """The frequencies for these stages over one base; None where its RoPE type leaves no choice. Raises ConfigError for
+    rows that are longer than RoPE type `dynamic` allows."""
+    config = load_config(stages[0].base)
+    longest = max(stages, key=lambda stage: stage.longest_row)
+    rope = fixed_rope(config, select_factors(config, longest.longest_row))
+    if rope is None:
+        return None
+    if rope.rope_type == "dynamic":
+        _refuse_long_rows(stages, rope)
+        emit(LogMessage(message=rope.describe()))
+        return rope
+    adapters = _adapter_factors(stages)
+    setting = _length_setting(longest) if longest.longest_row == longest.max_train_length else "evaluate.max_new_tokens"
+    reason = f"by `{setting}` the longest row has {longest.longest_row:,} tokens"
+    if rope.factors == "short" and "long" in adapters.values():
+        rope = fixed_rope(config, "long")
+        assert rope is not None, "the configuration is the same"
+        reason = f"{next(path for path, factors in adapters.items() if factors == 'long')} was trained with them"
+    emit(LogMessage(message=f"{rope.describe()} ({reason})"))
+    for path, factors in adapters.items():
+        if factors != rope.factors:
+            used = f"and this run uses the {rope.factors} ones"
+            message = f"the adapter in {path} was trained with the {factors} factors of RoPE type `longrope`, {used}"
+            emit(LogMessage(level="warning", message=message))
+    return rope
+
+
+def check_heldout_length(recipe: settings.RecipeConfig, longest_prompt: int, rope: FixedRope) -> None:
+    """Raises ConfigError where a held-out answer could make a row longer than the frequencies are for."""
+    limit, new_tokens = rope.max_row_length, recipe.evaluate.max_new_tokens
+    if limit is None or longest_prompt + new_tokens <= limit:
+        return
+    room = limit - longest_prompt
+    cure = f"set it to {room:,} or less" if room > 0 else "use shorter prompts in `evaluate.eval_dataset`"
+    if rope.rope_type == "longrope":
+        key = _length_setting(recipe)
+        cure += f", or set `{key}` so that rows may have more than {limit:,} tokens, which selects the long factors"
+    message = (
+        f"{new_tokens:,} tokens after a held-out prompt of {longest_prompt:,} make a row of more than {limit:,}, the "
+        f"longest that the frequencies of RoPE type `{rope.rope_type}` are for in this run: {cure}"
+    )
+    raise ConfigError([ConfigProblem(message, "evaluate.max_new_tokens")])
+
+
+def _refuse_long_rows(stages: Sequence[settings.RecipeConfig], rope: FixedRope) -> None:
+    problems = []
+    for stage in stages:
+        if stage.max_train_length <= rope.original_length:
+            continue
+        key = _length_setting(stage)
+        prompts = " and `data.max_prompt_length` allow" if key == "rollout.max_new_tokens" else " allows"
+        message = (
+            f"it{prompts} rows of {stage.max_train_length:,} tokens, and the base's RoPE type `dynamic` changes the "
+            f"frequencies of all rows of a call that holds one of more than {rope.original_length:,} "
+            f"(`max_position_embeddings`): allow at most {rope.original_length:,}"
+        )
+        problems.append(ConfigProblem(message, f"stages.{stage.name}.{key}" if len(stages) > 1 else key))
+    if problems:
+        raise ConfigError(problems)
+
+
+def _length_setting(recipe: settings.RecipeConfig) -> str:
+    """The setting that bounds the rows of training."""
+    return "rollout.max_new_tokens" if recipe.algorithm in ("grpo", "ppo") else "data.max_length"
+
+
+def _adapter_factors(stages: Sequence[settings.RecipeConfig]) -> dict[str, RopeFactors]:
+    """The factors that each loaded adapter was trained with, by its path, where its folder names them."""
+    paths = dict.fromkeys(adapter.path for stage in stages for adapter in stage.adapters.values() if adapter.path)
+    found = {path: adapter_rope_factors(path) for path in paths}
+    return {path: factors for path, factors in found.items() if factors is not None}

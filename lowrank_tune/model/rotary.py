@@ -1,0 +1,214 @@
+"""Rotary embeddings whose frequencies transformers selects again in each call, by the call's longest row: the RoPE
+types `longrope` and `dynamic`.
+
+A row beside a longer one would then have other log-probs than alone, and a cache would hold keys of two kinds. So the
+frequencies are set once, when the base is loaded, and every call uses them:
+
+- `longrope` has two sets of factors, of which vLLM selects one by `max_model_len`. Here the longest row that a run may
+  have selects it in the same way: above `original_max_position_embeddings` the long factors, else the short ones.
+- `dynamic` keeps the frequencies of rows up to `max_position_embeddings`. Longer rows are refused.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+from lowrank_tune.errors import UserError
+
+RopeFactors = Literal["short", "long"]
+FIXED = "fixed"
+"""The RoPE type of a module whose frequencies are set: none that transformers would update."""
+CALL_DEPENDENT_TYPES = ("longrope", "dynamic")
+
+
+@dataclass(frozen=True)
+class FixedRope:
+    """The one set of frequencies of a base whose RoPE type would select them by the longest row of each call."""
+
+    rope_type: Literal["longrope", "dynamic"]
+    original_length: int
+    """Tokens of the longest row that the frequencies of short rows are for."""
+    factors: RopeFactors | None
+    """Of `longrope`."""
+
+    @property
+    def max_row_length(self) -> int | None:
+        """Tokens of the longest row that these frequencies are for; None where that is left to the base."""
+        return None if self.factors == "long" else self.original_length
+
+    @property
+    def name(self) -> str:
+        """The frequencies in words."""
+        return "RoPE type `dynamic`" if self.factors is None else f"{self.factors} factors of RoPE type `longrope`"
+
+    def check_row_length(self, tokens: int) -> None:
+        """Raises UserError for a prompt and its answer that together are longer than these frequencies are for."""
+        limit = self.max_row_length
+        if limit is not None and tokens > limit:
+            raise UserError(
+                f"a prompt and its answer may have {tokens:,} tokens together, above {limit:,}, the limit of the "
+                f"base's {self.name}: use shorter prompts, or fewer new tokens"
+            )
+
+    def describe(self) -> str:
+        """Return a sentence for the log."""
+        if self.factors is None:
+            return (
+                f"RoPE type `dynamic`: every call uses the frequencies of rows of up to {self.original_length:,} "
+                "tokens, and longer rows are refused"
+            )
+        reach = "more than" if self.factors == "long" else "up to"
+        return (
+            f"RoPE type `longrope`: every call uses the {self.factors} factors, which are for contexts of {reach} "
+            f"{self.original_length:,} tokens"
+        )
+
+
+def fixed_rope(config: Any, factors: RopeFactors = "short") -> FixedRope | None:
+    """The frequencies of a base with this configuration, with these factors where its RoPE type has two sets. None for
+    RoPE types that do not depend on the call."""
+    text = config.get_text_config()
+    lengths = {
+        rope_type: _original_length(text, rope_type, parameters)
+        for parameters in _rope_parameters(text)
+        if (rope_type := _rope_type(parameters)) in CALL_DEPENDENT_TYPES
+    }
+    if "dynamic" in lengths:
+        return FixedRope("dynamic", min(lengths.values()), None)
+    return FixedRope("longrope", lengths["longrope"], factors) if lengths else None
+
+
+def select_factors(config: Any, longest_row: int) -> RopeFactors:
+    """The factors for rows of up to so many tokens."""
+    rope = fixed_rope(config)
+    return "long" if rope is not None and longest_row > rope.original_length else "short"
+
+
+def factors_of(rope: FixedRope | None) -> RopeFactors:
+    """The factors that `load_base` takes; `short` where there is nothing to select."""
+    return "long" if rope is not None and rope.factors == "long" else "short"
+
+
+def stored_factors(facts: Mapping[str, Any]) -> RopeFactors:
+    """What a run stored in its `base.json`. A run from before it did, and one over another RoPE type, has none."""
+    return "long" if facts.get("rope_factors") == "long" else "short"
+
+
+def fix_frequencies(model: Any, factors: RopeFactors) -> None:
+    """Sets the frequencies of every rotary embedding once, and ends transformers' own updates of them."""
+    for module in _rotary_modules(model):
+        for layer_type, rope_type in _rope_types(module):
+            if rope_type == "longrope":
+                _set_longrope(module, layer_type, factors)
+        if isinstance(module.rope_type, dict):
+            module.rope_type = {name: _fixed_type(rope_type) for name, rope_type in module.rope_type.items()}
+        else:
+            module.rope_type = _fixed_type(module.rope_type)
+
+
+@torch.no_grad()
+def check_frequencies(model: Any, rope: FixedRope) -> None:
+    """Compares the rotations of positions alone with those beside the last one of the longest row. Raises UserError for
+    a model that still selects its frequencies by the call, or whose long factors cannot be set."""
+    is_long = rope.factors == "long"
+    last, modules = rope.original_length - (not is_long), list(_rotary_modules(model))
+    fixed = [
+        _is_constant(module, layer_type, last, model.dtype)
+        and (not is_long or _reads_buffer(module, layer_type, model.dtype))
+        for module in modules
+        for layer_type, rope_type in _rope_types(module)
+        if rope_type == FIXED
+    ]
+    if not fixed or not all(fixed):
+        cure = f"use rows of up to {rope.original_length:,} tokens, or another base" if is_long else "use another base"
+        raise UserError(
+            f"base.model: {model.config.model_type} models compute the frequencies of RoPE type `{rope.rope_type}` in "
+            f"code of their own, which cannot be set once for all calls; {cure}"
+        )
+
+
+def _rope_parameters(config: Any) -> list[Mapping[str, Any]]:
+    """The RoPE parameters of a configuration: one mapping, or one for each type of layer."""
+    parameters = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+    by_layer_type = [value for value in parameters.values() if isinstance(value, Mapping)]
+    return by_layer_type or [parameters]
+
+
+def _rope_type(parameters: Mapping[str, Any]) -> Any:
+    rope_type = parameters.get("rope_type", parameters.get("type"))
+    # HunYuan calls its own type `dynamic` too, whose frequencies `alpha` sets once
+    return "default" if rope_type == "dynamic" and parameters.get("alpha") else rope_type
+
+
+def _original_length(config: Any, rope_type: Any, parameters: Mapping[str, Any]) -> int:
+    length = config.max_position_embeddings
+    if rope_type == "longrope":
+        length = parameters.get("original_max_position_embeddings") or length
+    return int(length)
+
+
+def _rotary_modules(model: Any) -> Iterator[Any]:
+    for module in model.modules():
+        if isinstance(getattr(module, "rope_type", None), (str, dict)) and hasattr(module, "config"):
+            yield module
+
+
+def _rope_types(module: Any) -> list[tuple[str | None, str]]:
+    """The RoPE type of each type of layer, which is None where one is for all."""
+    return list(module.rope_type.items()) if isinstance(module.rope_type, dict) else [(None, module.rope_type)]
+
+
+def _fixed_type(rope_type: str) -> str:
+    return FIXED if rope_type in CALL_DEPENDENT_TYPES else rope_type
+
+
+def _prefix(layer_type: str | None) -> str:
+    """What the names of a layer type's buffers begin with."""
+    return "" if layer_type is None else f"{layer_type}_"
+
+
+def _set_longrope(module: Any, layer_type: str | None, factors: RopeFactors) -> None:
+    parameters = module.config.rope_parameters
+    parameters = parameters if layer_type is None else parameters[layer_type]
+    length = parameters["original_max_position_embeddings"] + (factors == "long")
+    buffers = [getattr(module, f"{_prefix(layer_type)}{name}") for name in ("inv_freq", "original_inv_freq")]
+    frequencies, scaling = ROPE_INIT_FUNCTIONS["longrope"](
+        module.config, buffers[0].device, seq_len=length, layer_type=layer_type
+    )
+    for buffer in buffers:
+        buffer.copy_(frequencies)
+    setattr(module, f"{_prefix(layer_type)}attention_scaling", scaling)
+
+
+def _rotations(module: Any, layer_type: str | None, positions: list[list[int]], dtype: torch.dtype) -> list[Tensor]:
+    """The first row of what a module computes of positions: cosines and sines, or complex numbers."""
+    device = next(module.buffers()).device
+    arguments = () if layer_type is None else (layer_type,)
+    outputs = module(torch.zeros(1, dtype=dtype, device=device), torch.tensor(positions, device=device), *arguments)
+    return [output[:1].clone() for output in (outputs if isinstance(outputs, tuple) else (outputs,))]
+
+
+def _is_constant(module: Any, layer_type: str | None, last: int, dtype: torch.dtype) -> bool:
+    """Whether the rotations of a row do not change beside a row that ends at position `last`."""
+    alone = _rotations(module, layer_type, [[0, 1]], dtype)
+    return _are_equal(alone, _rotations(module, layer_type, [[0, 1], [0, last]], dtype))
+
+
+def _reads_buffer(module: Any, layer_type: str | None, dtype: torch.dtype) -> bool:
+    """Whether the rotations follow the buffer that holds the frequencies. (PhiMoE computes the short ones anew.)"""
+    buffer: Tensor = getattr(module, f"{_prefix(layer_type)}inv_freq")
+    frequencies, before = buffer.clone(), _rotations(module, layer_type, [[0, 1]], dtype)
+    buffer.zero_()
+    after = _rotations(module, layer_type, [[0, 1]], dtype)
+    buffer.copy_(frequencies)
+    return not _are_equal(before, after)
+
+
+def _are_equal(one: list[Tensor], other: list[Tensor]) -> bool:
+    return all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
