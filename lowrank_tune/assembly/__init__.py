@@ -110,7 +110,9 @@ def build(
         if adapter.path
     }
     check_adapter_lineage(recipe, saved, emit)
-    template = ChatTemplate.from_tokenizer(base.tokenizer if base else load_tokenizer(recipe.base))
+    template = ChatTemplate.from_tokenizer(
+        base.tokenizer if base else load_tokenizer(recipe.base), recipe.data.template_date
+    )
     emit(LogMessage(message=template.describe()))
     if recipe.algorithm in ONLINE_ALGORITHMS:
         return _build_online(recipe, emit, device, base, fresh, saved, template)

@@ -35,7 +35,8 @@ def load_chat_model(
     base_config = _base(target, saved, bits, base)
     emit(LogMessage(message=target.description if target.model else f"{target.description}; over {base_config.model}"))
     try:
-        template = _template(base_config, target.adapter, emit)
+        template_date = target.run.recipe.data.template_date if target.run is not None else None
+        template = _template(base_config, target.adapter, template_date, emit)
         emit(Progress(description=f"loading {base_config.model}", done=0, total=1))
         loaded = load_base(base_config, template.tokenizer, device)
         emit(Progress(description=f"loading {base_config.model}", done=1, total=1))
@@ -115,9 +116,11 @@ def _base(
     return settings.BaseConfig(model=base or pinned, bits=16 if bits == 16 else 4)
 
 
-def _template(base_config: settings.BaseConfig, adapter: Path | None, emit: Emit) -> ChatTemplate:
+def _template(
+    base_config: settings.BaseConfig, adapter: Path | None, template_date: str | None, emit: Emit
+) -> ChatTemplate:
     """The base's; or the one that came with an adapter from elsewhere, where that is another one."""
-    template = ChatTemplate.from_tokenizer(tokenizer := load_tokenizer(base_config))
+    template = ChatTemplate.from_tokenizer(tokenizer := load_tokenizer(base_config), template_date)
     if adapter is not None and (adapter / TEMPLATE).is_file():
         try:
             text = (adapter / TEMPLATE).read_text(encoding="utf-8")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from itertools import count
 from pathlib import Path
@@ -59,10 +59,7 @@ class RunFolder:
         `is_explicit_path`: the person named the folder. Raises `UserError` for a run of another recipe, for a folder
         that is no run, for one in use or one that cannot be written.
         """
-        if path.name in ("", ".."):
-            path = path.resolve()
-        for number in count(1):
-            folder = cls(path if number == 1 else path.with_name(f"{path.name}-{number}"))
+        for number, folder in cls._candidates(path):
             if (state := folder._state()) == "foreign" and number == 1:
                 raise UserError(f"{path} exists and is no run: give another folder with --out")
             if state in ("foreign", "finished"):
@@ -81,6 +78,29 @@ class RunFolder:
                 emit(LogMessage(message=message, level="warning" if is_explicit_path else "info"))
             return folder
         raise AssertionError("count never ends")
+
+    @classmethod
+    def stored_recipe(cls, path: Path) -> dict[str, Any] | None:
+        """The recipe of the unfinished run that `open` would continue here; None where it would begin a new one, or
+        refuse."""
+        for number, folder in cls._candidates(path):
+            state = folder._state()
+            if state == "unfinished":
+                with suppress(OSError, ValueError, KeyError, TypeError):
+                    stored = json.loads((folder.path / "run.json").read_bytes())["recipe"]
+                    return stored if isinstance(stored, dict) else None
+                return None
+            if state == "new" or (state == "foreign" and number == 1):
+                return None
+        raise AssertionError("count never ends")
+
+    @classmethod
+    def _candidates(cls, path: Path) -> Iterator[tuple[int, Self]]:
+        """NAME, NAME-2, NAME-3 and so on, with their numbers."""
+        if path.name in ("", ".."):
+            path = path.resolve()
+        for number in count(1):
+            yield number, cls(path if number == 1 else path.with_name(f"{path.name}-{number}"))
 
     def checkpoint(self, step: int) -> Path:
         return self.checkpoints / f"step-{step}"
