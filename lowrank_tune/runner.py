@@ -18,6 +18,7 @@ import torch
 
 from lowrank_tune import settings, trackers, unsloth_import
 from lowrank_tune.assembly import build
+from lowrank_tune.assembly.run_date import with_template_date
 from lowrank_tune.checkpoint import RunFolder, latest_checkpoint
 from lowrank_tune.errors import OutOfMemory, UserError
 from lowrank_tune.events import Emit, Event, LogMessage, RunEnded, SampleLogged, StepEnd
@@ -109,6 +110,7 @@ def run(
             if (memory_gib := gpu_memory_gib() if device is None or device.type == "cuda" else None) is not None:
                 context.auto_settings = check_fit(loaded, memory_gib, context.emit)
             path = Path(out) if out else Path("runs") / (loaded.name or "run")
+            loaded = with_template_date(loaded, path)
             folder = RunFolder.open(path, loaded.to_dict(), dump(loaded), differences, out is not None, context.emit)
             try:
                 if isinstance(loaded, Chain):

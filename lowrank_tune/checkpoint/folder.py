@@ -80,19 +80,23 @@ class RunFolder:
         raise AssertionError("count never ends")
 
     @classmethod
-    def stored_recipe(cls, path: Path) -> dict[str, Any] | None:
-        """The recipe of the unfinished run that `open` would continue here; None where it would begin a new one, or
+    def unfinished(cls, path: Path) -> Self | None:
+        """The unfinished run that `open` would continue here, as it lies; None where it would begin a new one, or
         refuse."""
         for number, folder in cls._candidates(path):
             state = folder._state()
-            if state == "unfinished":
-                with suppress(OSError, ValueError, KeyError, TypeError):
-                    stored = json.loads((folder.path / "run.json").read_bytes())["recipe"]
-                    return stored if isinstance(stored, dict) else None
-                return None
-            if state == "new" or (state == "foreign" and number == 1):
-                return None
+            if state == "finished" or (state == "foreign" and number > 1):
+                continue
+            return folder if state == "unfinished" else None
         raise AssertionError("count never ends")
+
+    def stored_recipe(self) -> Any:
+        """What `run.json` holds as the recipe. Raises OSError, ValueError, KeyError or TypeError."""
+        return json.loads((self.path / "run.json").read_bytes())["recipe"]
+
+    def has_checkpoints(self) -> bool:
+        """Whether the run, or a stage of the chain, has saved anything."""
+        return any(self.checkpoints.glob("step-*")) or any(self.path.glob("*/checkpoints/step-*"))
 
     @classmethod
     def _candidates(cls, path: Path) -> Iterator[tuple[int, Self]]:
@@ -173,10 +177,10 @@ class RunFolder:
         self.continued = self._state() == "unfinished"
         # A run (of a chain: all stages) that never saved has nothing to lose: whoever mends its recipe starts again in
         # the same folder.
-        if self.continued and (any(self.checkpoints.glob("step-*")) or any(self.path.glob("*/checkpoints/step-*"))):
+        if self.continued and self.has_checkpoints():
             check_run_format(self.path)
             try:
-                old = json.loads((self.path / "run.json").read_bytes())["recipe"]
+                old = self.stored_recipe()
             except (OSError, ValueError, KeyError, TypeError) as error:
                 raise UserError(f"{self.path / 'run.json'} cannot be understood. {hint}") from error
             if lines := differences(old, recipe):
