@@ -29,6 +29,7 @@ from typing import Self
 _NAME = r"(?P<name>[\w:]*(?:think|thought|reason)[\w:]*)"
 _OPENED = re.compile(rf"<{_NAME}>(?P<space>\s*)\Z")
 _CLOSED = re.compile(rf"</{_NAME}>\s*\Z")
+THOUGHT_TAG = re.compile(rf"</?{_NAME}>")
 REWRITTEN = "the chat template rewrites the turns before the last answer, so that its prompt does not come out again"
 THOUGHT_CLOSED = (
     "its answer has a thought, and the chat template's generation prompt closes the thought before the answer"
