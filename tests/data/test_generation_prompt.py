@@ -12,7 +12,8 @@ from typing import Any
 
 import pytest
 from template_shapes import REFUSED, SHAPES, TRL_IMAGE_TEMPLATES
-from tokenizers_for_tests import tiny
+from tokenizers import processors
+from tokenizers_for_tests import CHATML, tiny
 
 from lowrank_tune.data import ChatTemplate, InvalidRow
 from lowrank_tune.errors import UserError
@@ -39,13 +40,13 @@ TEXT_TEMPLATES = [name for name in TEMPLATES if name.removeprefix("trl/") not in
 
 @functools.cache
 def made(name: str, marks: str) -> Any:
-    """A tokenizer with a template: a vocabulary to which its control tokens are foreign (`foreign`), special tokens
-    (`special`), or special tokens with the tags of thoughts among them (`tags`)."""
+    """A tokenizer with a template, whose control tokens are foreign to it (`foreign`), or special tokens, the tags of
+    thoughts among them (`special`)."""
     text = TEMPLATES[name]
     one = tiny(text, split=True)
     found = set(re.findall(r"<\|[\w ]+\|>|<｜[^<>｜]+｜>|<\|?\w+\|>|<\|\w+\|?>|<(?:start|end)_of_turn>", text))
-    tokens = {"foreign": set(), "special": found, "tags": found | {"<think>", "</think>"}}[marks]
-    one.add_special_tokens({"additional_special_tokens": sorted(tokens)})
+    if marks == "special":
+        one.add_special_tokens({"extra_special_tokens": sorted(found | {"<think>", "</think>"})})
     return one
 
 
@@ -102,12 +103,12 @@ def on_day(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("name", TEXT_TEMPLATES)
 def test_the_prompt_is_the_one_of_other_software(name: str) -> None:
     checked = 0
-    for marks in ("foreign", "special", "tags"):
+    for marks in ("foreign", "special"):
         for system in (False, True):
             for exchanges in (1, 2):
                 for answers in ANSWERS.values():
                     checked += check(name, marks, conversation(system, exchanges, answers))
-    assert checked >= 12
+    assert checked >= 8
 
 
 def check(name: str, marks: str, messages: list[Message]) -> bool:
@@ -156,3 +157,78 @@ def test_trls_templates_for_images_are_refused_by_name(name: str) -> None:
     pytest.importorskip("trl")
     with pytest.raises(UserError, match="the base's chat template"):
         ChatTemplate.from_tokenizer(tiny(TEMPLATES[f"trl/{name}"]))
+
+
+def trained(name: str, answer: str, marks: str = "foreign") -> str | None:
+    """What is trained behind one question; None for a row that is dropped."""
+    template = template_of(name, marks)
+    row = template.encode_many([[Message("user", "Hm?"), Message("assistant", answer)]])[0]
+    if isinstance(row, InvalidRow):
+        return None
+    ((start, end),) = stretches(row)
+    return template.decode(row.input_ids[start:end], special_tokens=True)
+
+
+@pytest.mark.parametrize("marks", ["foreign", "special"])
+@pytest.mark.parametrize(
+    ("name", "answer", "expected"),
+    [
+        ("r1", "It is 4.", "\n</think>\n\nIt is 4.</s>"),
+        ("r1", f"{THOUGHT}It is 4.", "Two and two.\n</think>\n\nIt is 4.</s>"),
+        ("r1", "Two and two.\n</think>\n\nIt is 4.", "Two and two.\n</think>\n\nIt is 4.</s>"),
+        ("r1", "<think>\n\n</think>\n\nIt is 4.", "\n</think>\n\nIt is 4.</s>"),
+        ("r1", "<think>Two.</think>It is 4.", "Two.</think>It is 4.</s>"),
+        ("empty thought", "It is 4.", "</think>It is 4.<|im_end|>"),
+        ("empty thought", f"{THOUGHT}It is 4.", "Two and two.\n</think>\n\nIt is 4.<|im_end|>"),
+        ("empty thought", "Two.</think>It is 4.", "Two.</think>It is 4.<|im_end|>"),
+        ("two thoughts", "It is 4.", "\n</think>\n\nIt is 4.<|im_end|>"),
+        ("two thoughts", "<think>\nTwo.\n</think>It is 4.", "Two.\n</think>\n\nIt is 4.<|im_end|>"),
+        ("drops thoughts", "It is 4.", "It is 4.</s>"),
+        ("drops thoughts", f"{THOUGHT}It is 4.", f"{THOUGHT}It is 4.</s>"),
+        ("closed thought", "It is 4.", "It is 4.<|im_end|>"),
+        ("closed thought", f"{THOUGHT}It is 4.", None),
+        ("other words", "It is 4.", "It is 4.</s>"),
+        ("no generation prompt", "It is 4.", "<|im_start|>assistant\nIt is 4.<|im_end|>"),
+    ],
+)
+def test_what_is_trained_behind_the_prompt(name: str, answer: str, expected: str | None, marks: str) -> None:
+    assert trained(name, answer, marks) == expected
+
+
+WRITES_THOUGHT = CHATML.replace(
+    "{{ m['content'] }}", "{% if m['role'] == 'assistant' %}<think>\n\n</think>\n\n{% endif %}{{ m['content'] }}"
+)
+
+
+@pytest.mark.parametrize("space", ["\u2028", " ", "\n\n", "\u3000"])
+@pytest.mark.parametrize("tags", [False, True])
+def test_an_answer_of_white_space_is_trained_with_its_end_token(space: str, tags: bool) -> None:
+    one = tiny(WRITES_THOUGHT)
+    if tags:
+        one.add_special_tokens({"extra_special_tokens": ["<think>", "</think>"]})
+    template = ChatTemplate.from_tokenizer(one)
+    row = template.encode([Message("user", "Hm?"), Message("assistant", space)])
+    ((start, end),) = stretches(row)
+    text = template.decode(row.input_ids[start:end], special_tokens=True)
+    assert text == f"<think>\n\n</think>\n\n{space}<|im_end|>"
+
+
+def test_no_bos_where_the_template_has_none() -> None:
+    """Zephyr's template on a tokenizer that puts one before every text of its own."""
+    one = tiny(CHATML)
+    one.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", one.bos_token_id)]
+    )
+    assert one("a").input_ids[0] == one.bos_token_id
+    template, messages = ChatTemplate.from_tokenizer(one), [Message("user", "Hm?"), Message("assistant", "Yes.")]
+    stock_ids = one.apply_chat_template([vars(messages[0])], add_generation_prompt=True, return_dict=False)
+    assert template.prompt(messages[:1]) == stock_ids and one.bos_token_id not in stock_ids
+    assert list(template.encode(messages).input_ids[: len(stock_ids)]) == stock_ids
+    assert not template.begins_with_bos
+
+
+def test_a_completion_becomes_a_turn_with_the_tag_that_stood_in_the_prompt() -> None:
+    opens, plain = template_of("r1", "foreign"), template_of("other words", "foreign")
+    assert opens.answer_content("Two.\n</think>\n\nIt is 4.") == "<think>\nTwo.\n</think>\n\nIt is 4."
+    assert opens.answer_content("cut off") == "cut off"
+    assert plain.answer_content("Two.</think>It is 4.") == "Two.</think>It is 4."
