@@ -18,6 +18,7 @@ import torch
 
 from lowrank_tune import settings, trackers, unsloth_import
 from lowrank_tune.assembly import build
+from lowrank_tune.assembly.run_date import with_template_date
 from lowrank_tune.checkpoint import RunFolder, as_user_error, latest_checkpoint, quarantine_broken_final
 from lowrank_tune.errors import OutOfMemory, UserError
 from lowrank_tune.events import Emit, Event, LogMessage, RunEnded, SampleLogged, StepEnd
@@ -125,6 +126,7 @@ def run(
             vram_gib = gpu_memory_gib() if device is None or device.type == "cuda" else None
             finished = finished_stages(loaded, planned)
             context.auto_settings = check_before_loading(loaded, planned, finished, vram_gib, context.emit)
+            loaded = with_template_date(loaded, path)
             folder = RunFolder.open(path, loaded.to_dict(), dump(loaded), differences, out is not None, context.emit)
             try:
                 if isinstance(loaded, Chain):

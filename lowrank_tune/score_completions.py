@@ -104,7 +104,8 @@ def score_completions(
             "`reward_model` needs the adapter of an earlier stage of this chain, and only a run has it: name it with "
             f"stages.{recipe.name}.adapters.{REWARD_ROLE}.path=RUN/N-NAME"
         )
-    reader = ResponseReader(recipe, ChatTemplate.from_tokenizer(load_tokenizer(recipe.base)), bool(reward_models))
+    template = ChatTemplate.from_tokenizer(load_tokenizer(recipe.base), recipe.data.template_date)
+    reader = ResponseReader(recipe, template, bool(reward_models))
     result = CompletionScores(weighted, [], recipe.rollout.max_reward_failure_rate)
     result.responses = reader.references(emit) if file is None else reader.responses(file, weighted, result.dropped)
     result.responses = result.responses[:limit]

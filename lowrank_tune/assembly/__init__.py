@@ -113,7 +113,9 @@ def build(
         if adapter.path
     }
     check_adapter_lineage(recipe, saved, emit)
-    template = ChatTemplate.from_tokenizer(base.tokenizer if base else load_tokenizer(recipe.base))
+    template = ChatTemplate.from_tokenizer(
+        base.tokenizer if base else load_tokenizer(recipe.base), recipe.data.template_date
+    )
     emit(LogMessage(message=template.describe()))
     rope = select_rope(stages or (recipe,), emit)
     if recipe.algorithm in ONLINE_ALGORITHMS:

@@ -41,7 +41,8 @@ def load_chat_model(
     base_config = _base(target, saved, bits, base)
     emit(LogMessage(message=target.description if target.model else f"{target.description}; over {base_config.model}"))
     try:
-        template = _template(base_config, target.adapter, emit)
+        template_date = target.run.recipe.data.template_date if target.run is not None else None
+        template = _template(base_config, target.adapter, template_date, emit)
         factors = _rope_factors(target, base_config, max_new_tokens)
         emit(Progress(description=f"loading {base_config.model}", done=0, total=1))
         loaded = load_base(base_config, template.tokenizer, device, rope_factors=factors)
@@ -133,9 +134,11 @@ def _rope_factors(target: ChatTarget, base_config: settings.BaseConfig, max_new_
     return trained or select_factors(load_config(base_config), max_new_tokens + 1)
 
 
-def _template(base_config: settings.BaseConfig, adapter: Path | None, emit: Emit) -> ChatTemplate:
+def _template(
+    base_config: settings.BaseConfig, adapter: Path | None, template_date: str | None, emit: Emit
+) -> ChatTemplate:
     """The base's; or the one that came with an adapter from elsewhere, where that is another one."""
-    template = ChatTemplate.from_tokenizer(tokenizer := load_tokenizer(base_config))
+    template = ChatTemplate.from_tokenizer(tokenizer := load_tokenizer(base_config), template_date)
     if adapter is not None and (adapter / TEMPLATE).is_file():
         try:
             text = (adapter / TEMPLATE).read_text(encoding="utf-8")

@@ -194,7 +194,8 @@ class ChatSession:
 
     def _end(self, stream: AnswerStream, number: int, view: AnswerView, exchange: Exchange) -> None:
         if stream.finish_reason or stream.text:
-            exchange.answers[stream.variant] = ChatAnswer(stream.text, stream.ended)
+            content = self.chat_model.template.answer_content(stream.text)
+            exchange.answers[stream.variant] = ChatAnswer(content, stream.ended)
         stats, warns = _answer_stats(stream, self.options.max_new_tokens)
         view.end(number, stats, warns)
 

@@ -87,6 +87,13 @@ class RunFolder:
         return next(cls._candidates(_with_name(path))).path
 
     @classmethod
+    def unfinished(cls, path: Path) -> Self | None:
+        """The unfinished run that `open` would continue here; None where it would begin a new one. Raises `UserError`
+        for a folder that is no run."""
+        folder = next(cls._candidates(_with_name(path)))
+        return folder if folder._state() == "unfinished" else None
+
+    @classmethod
     def _candidates(cls, path: Path) -> Iterator[Self]:
         """The folder, then NAME-2, NAME-3 and so on, without those of finished runs and of something else."""
         for number in count(1):
@@ -95,6 +102,14 @@ class RunFolder:
                 raise UserError(f"{path} exists and is no run: give another folder with --out")
             if state not in ("foreign", "finished"):
                 yield folder
+
+    def stored_recipe(self) -> Any:
+        """What `run.json` holds as the recipe. Raises OSError, ValueError, KeyError or TypeError."""
+        return json.loads((self.path / "run.json").read_bytes())["recipe"]
+
+    def has_checkpoints(self) -> bool:
+        """Whether the run, or a stage of the chain, has saved anything."""
+        return any(self.checkpoints.glob("step-*")) or any(self.path.glob("*/checkpoints/step-*"))
 
     def checkpoint(self, step: int) -> Path:
         return self.checkpoints / f"step-{step}"
@@ -167,10 +182,10 @@ class RunFolder:
         self.continued = self._state() == "unfinished"
         # A run (of a chain: all stages) that never saved has nothing to lose: whoever mends its recipe starts again in
         # the same folder.
-        if self.continued and (any(self.checkpoints.glob("step-*")) or any(self.path.glob("*/checkpoints/step-*"))):
+        if self.continued and self.has_checkpoints():
             check_run_format(self.path)
             try:
-                old = json.loads((self.path / "run.json").read_bytes())["recipe"]
+                old = self.stored_recipe()
             except (OSError, ValueError, KeyError, TypeError) as error:
                 raise UserError(f"{self.path / 'run.json'} cannot be understood. {hint}") from error
             if lines := differences(old, recipe):

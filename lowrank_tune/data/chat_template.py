@@ -5,11 +5,13 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Sequence
+from datetime import date
 from typing import Any
 
 from lowrank_tune.data.fallback_templates import DefaultTemplate, PlainTextTemplate
 from lowrank_tune.data.formats import InvalidRow
 from lowrank_tune.data.jinja_template import JinjaChatTemplate
+from lowrank_tune.data.template_date import fixed_date
 from lowrank_tune.data.tokenizer_backend import TokenizerBackend
 from lowrank_tune.errors import UserError
 from lowrank_tune.types import Message, Row
@@ -22,9 +24,14 @@ class ChatTemplate:
     `prompt`."""
 
     def __init__(
-        self, backend: TokenizerBackend, scheme: DefaultTemplate | PlainTextTemplate | JinjaChatTemplate
+        self,
+        backend: TokenizerBackend,
+        scheme: DefaultTemplate | PlainTextTemplate | JinjaChatTemplate,
+        date_written: date | None = None,
     ) -> None:
         self._backend, self._scheme = backend, scheme
+        self.date_written: date | None = date_written
+        """The date in every text, where the template writes one; fixed when this was made."""
         self.tokenizer: Any = backend.tokenizer
         self.end_ids: frozenset[int] = scheme.end_ids
         """A completion ends at any of these (and at those that the base's generation config adds)."""
@@ -32,17 +39,28 @@ class ChatTemplate:
         """Any valid id: padding is masked, never recognized by its id."""
         own = getattr(backend.tokenizer, "chat_template", None) or ""
         named = f"{type(scheme).__name__} {scheme.description} {backend.bos} {backend.eos} {own}"
+        named += f" {date_written}" if date_written else ""
         self.fingerprint: str = hashlib.blake2b(
             f"{named}\n{backend.state}".encode("utf-8", "replace"), digest_size=16
         ).hexdigest()
         """Changes with anything that changes the ids."""
 
     @classmethod
-    def from_tokenizer(cls, tokenizer: Any) -> ChatTemplate:
-        """The tokenizer's own template; or the kit's, where the vocabulary has its control tokens; or plain words."""
+    def from_tokenizer(cls, tokenizer: Any, template_date: str | None = None) -> ChatTemplate:
+        """The tokenizer's own template; or the kit's, where the vocabulary has its control tokens; or plain words.
+
+        `template_date` (YYYY-MM-DD) is the date that a template with one writes: a run passes its own, so that all its
+        prompts are the same on every day. By default today, where the template asks the clock. Raises UserError where
+        the template writes none.
+        """
         backend = TokenizerBackend(tokenizer)
-        if tokenizer.chat_template:
-            return cls(backend, JinjaChatTemplate(backend))
+        try:
+            own = str(tokenizer.get_chat_template()) if tokenizer.chat_template else None
+        except ValueError as error:
+            raise UserError(f"the base's tokenizer has several chat templates and no default one: {error}") from error
+        date_written = fixed_date(own, template_date)
+        if own is not None:
+            return cls(backend, JinjaChatTemplate(backend, date_written), date_written)
         return cls(
             backend,
             DefaultTemplate(backend) if DefaultTemplate.has_all_special_tokens(backend) else PlainTextTemplate(backend),
@@ -90,6 +108,34 @@ class ChatTemplate:
         return self._scheme.marker_pattern if isinstance(self._scheme, PlainTextTemplate) else None
 
     @property
+    def dated_chat_template(self) -> str:
+        """`chat_template` with its date fixed, where it writes one: it renders the text that is trained, on any day."""
+        return self._scheme.dated_chat_template if isinstance(self._scheme, JinjaChatTemplate) else self.chat_template
+
+    def render(self, messages: list[dict[str, str]], add_generation_prompt: bool) -> str:
+        """What `dated_chat_template` makes of turns in other software."""
+        return str(
+            self.tokenizer.apply_chat_template(
+                messages,
+                chat_template=self.dated_chat_template,
+                tokenize=False,
+                add_generation_prompt=add_generation_prompt,
+            )
+        )
+
+    @property
+    def begins_with_bos(self) -> bool:
+        """Whether the tokenizer's BOS is the first token of a prompt."""
+        return self._backend.bos is not None and self.prompt([Message("user", "?")])[:1] == [self._backend.bos]
+
+    def answer_content(self, text: str) -> str:
+        """A completion's text as the content of a turn: where the prompt opened a thought and the text closes it, with
+        the opening tag."""
+        if not isinstance(self._scheme, JinjaChatTemplate):
+            return text
+        return self._scheme.generation_prompt.with_tag(text)
+
+    @property
     def chat_template(self) -> str:
         """The same as a chat template for other software, which renders a text and then encodes it whole."""
         return self._scheme.chat_template
@@ -97,4 +143,5 @@ class ChatTemplate:
     def describe(self) -> str:
         """One sentence for the start-up line."""
         ends = ", ".join(f"`{self._backend.id_to_token(number)}`" for number in sorted(self.end_ids))
-        return f"chat text by {self._scheme.description}; an answer ends at {ends}"
+        dated = f"; it writes the date {self.date_written}" if self.date_written else ""
+        return f"chat text by {self._scheme.description}{dated}; an answer ends at {ends}"

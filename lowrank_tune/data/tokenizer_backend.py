@@ -60,12 +60,6 @@ class TokenizerBackend:
         )
         return alone.ids != after.ids[-len(alone.ids) :]
 
-    @property
-    def begins_with_bos(self) -> bool:
-        """Whether the tokenizer's own call puts a bos token in front."""
-        ids = self.tokenizer("a")["input_ids"]
-        return self.bos is not None and ids[:1] == [self.bos]
-
     def encode_plain(self, texts: Sequence[str]) -> list[list[int]]:
         """Ids of texts in which control tokens are just characters."""
         return [

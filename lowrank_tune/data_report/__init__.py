@@ -34,7 +34,7 @@ __all__ = [
 
 def inspect_data(recipe: settings.RecipeConfig, emit: Emit, cache: Path | None = None) -> DataReport:
     """Reads and tokenizes everything. Raises `UserError` only where there is nothing to show."""
-    template = ChatTemplate.from_tokenizer(load_tokenizer(recipe.base))
+    template = ChatTemplate.from_tokenizer(load_tokenizer(recipe.base), recipe.data.template_date)
     evaluation = recipe.evaluate
     heldout = (
         load_heldout_prompts(evaluation.eval_dataset, evaluation.num_prompts, recipe.seed, recipe.data.system_prompt)

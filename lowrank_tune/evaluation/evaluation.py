@@ -148,7 +148,8 @@ def evaluate(given: str, options: Options, emit: Emit, device: torch.device | No
     reward_model = resolve_reward_model(options.reward_model) if options.reward_model is not None else None
     if reward_model is not None:
         check_reward_model(target, reward_model)
-    template = ChatTemplate.from_tokenizer(load_tokenizer(target.base))
+    template_date = target.recipe.data.template_date if target.recipe is not None else None
+    template = ChatTemplate.from_tokenizer(load_tokenizer(target.base), template_date)
     has_questions = options.dataset is not None or not options.tasks
     eval_questions = (
         _questions(target, options, sampling_options, template, emit) if has_questions else EvalQuestions([], "")

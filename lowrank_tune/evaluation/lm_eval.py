@@ -88,7 +88,7 @@ def _results(base: Base, template: ChatTemplate, tasks: Tasks) -> Mapping[str, A
     from lm_eval.models.huggingface import HFLM
 
     tokenizer = copy.deepcopy(base.tokenizer)  # the harness gives it a padding token
-    tokenizer.chat_template = tokenizer.chat_template or template.chat_template
+    tokenizer.chat_template = template.dated_chat_template
     model = HFLM(
         pretrained=base.model,
         tokenizer=tokenizer,

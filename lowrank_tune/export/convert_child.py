@@ -3,8 +3,8 @@ that it may not know.
 
 It knows tokenizers by a hash of what they make of one text, so one that was trained at home is strange to it even where
 it cuts words by the rules of a known one; PRE is llama.cpp's name of these rules (empty for none), and is used for
-strange ones only. BOS (0 or 1) says whether the tokenizer puts its first token before every text, for a file that would
-leave that open: what runs it would guess, and not all guess alike.
+strange ones only. BOS (0 or 1) decides whether what runs the file puts the BOS before every text: left open, not all
+guess alike, and a chat template may write none although the tokenizer's own call does.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def _patch_bos(vocabulary: Any, adds: bool) -> None:
     original = vocabulary.add_to_gguf
 
     def add_to_gguf(self: Any, *arguments: Any, **more: Any) -> None:
-        self.add_special_token.setdefault("bos", adds)
+        self.add_special_token["bos"] = adds
         original(self, *arguments, **more)
 
     vocabulary.add_to_gguf = add_to_gguf

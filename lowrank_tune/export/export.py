@@ -4,18 +4,15 @@ it."""
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from datetime import date
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from transformers import GenerationConfig
 
 from lowrank_tune import __version__
 from lowrank_tune.checkpoint import load
-from lowrank_tune.data import ChatTemplate
 from lowrank_tune.errors import UserError
 from lowrank_tune.events import Emit, LogMessage
 from lowrank_tune.export import llama_cpp
@@ -27,9 +24,8 @@ from lowrank_tune.export.gguf_model import BITS_PER_WEIGHT, NATIVE_OUTTYPES, con
 from lowrank_tune.export.hub import EXCLUDED_FILES, Upload, push
 from lowrank_tune.export.merge import BaseWeights, find_existing_merge, merge
 from lowrank_tune.export.merge_check import MergeReport
-from lowrank_tune.export.ollama import Modelfile
+from lowrank_tune.export.modelfile import eos_tokens_of, has_bos, modelfile_text
 from lowrank_tune.export.output_folder import check_disk_space, check_overwritable, export_folder
-from lowrank_tune.export.template_probe import derive_turns
 from lowrank_tune.model.base import count_weights, load_base, load_config, load_tokenizer, pick_device
 from lowrank_tune.model.rotary import fixed_rope
 
@@ -133,12 +129,12 @@ def _lora(run: FinishedRun, options: ExportOptions, target: Path, emit: Emit, de
     gguf_tensors(config, tensors, shape)
     check_disk_space(target, sum(4 * tensor.numel() for tensor in tensors.values()), "the adapter")
     _compare_base(run, emit, device)
-    file, eos_tokens = f"{slug(run.recipe)}-lora-{outtype}.gguf", _eos_tokens(run)
+    file, eos_tokens = f"{slug(run.recipe)}-lora-{outtype}.gguf", eos_tokens_of(run)
     with export_folder(target, _manifest_fields(run, options, quantization=outtype), emit) as folder:
         write_gguf_lora(folder / file, run.recipe.name or run.recipe.algorithm, config, tensors, shape, outtype)
         if options.to == "ollama":
             (folder / "Modelfile").write_text(
-                _modelfile(run, options, options.ollama_base, f"./{file}", None, emit), encoding="utf-8"
+                modelfile_text(run, options.system, options.ollama_base, f"./{file}", None, emit), encoding="utf-8"
             )
         _write_card(
             folder,
@@ -193,7 +189,7 @@ def _model(
     architectures = load_config(run.base).architectures or []
     if architectures and not llama_cpp.supports_architecture(converter, architectures):
         raise UserError(f"llama.cpp's converter knows no {architectures[0]}; `--to peft` copies the adapter as it is")
-    file, eos_tokens = f"{slug(run.recipe)}-{outtype}.gguf", _eos_tokens(run)
+    file, eos_tokens = f"{slug(run.recipe)}-{outtype}.gguf", eos_tokens_of(run)
     with export_folder(
         target, _manifest_fields(run, options, quantization=outtype, weights=options.weights), emit
     ) as folder:
@@ -205,7 +201,7 @@ def _model(
         shutil.rmtree(folder / "merged", ignore_errors=True)
         if options.to == "ollama":
             (folder / "Modelfile").write_text(
-                _modelfile(run, options, f"./{file}", None, folder / file, emit), encoding="utf-8"
+                modelfile_text(run, options.system, f"./{file}", None, folder / file, emit), encoding="utf-8"
             )
         _write_card(
             folder,
@@ -232,7 +228,7 @@ def _convert(
     emit: Emit,
 ) -> None:
     """The file of a merged model; the small types by way of one in 16 bits."""
-    name, adds_bos = run.recipe.name or run.recipe.algorithm, bool(_bos(load_tokenizer(run.base), None))
+    name, adds_bos = run.recipe.name or run.recipe.algorithm, has_bos(run)
     if outtype in NATIVE_OUTTYPES:
         convert(converter, merged, file, outtype, name, adds_bos, emit)
         return
@@ -249,69 +245,6 @@ def _outtype(options: ExportOptions, export_target: str, choices: Mapping[str, o
     if outtype not in choices:
         raise UserError(f"--quantization {outtype} is not supported by this export; supported: {', '.join(choices)}")
     return outtype
-
-
-def _modelfile(
-    run: FinishedRun, options: ExportOptions, start: str, adapter: str | None, file: Path | None, emit: Emit
-) -> str:
-    tokenizer = load_tokenizer(run.base)
-    jinja = ChatTemplate.from_tokenizer(tokenizer).chat_template
-
-    def render(messages: list[dict[str, str]], add_generation_prompt: bool) -> str:
-        return str(
-            tokenizer.apply_chat_template(
-                messages, chat_template=jinja, tokenize=False, add_generation_prompt=add_generation_prompt
-            )
-        )
-
-    turns, name = derive_turns(render), slug(run.recipe)
-    remarks = [f"{name}, made with lowrank_tune {__version__}:  ollama create {name} -f Modelfile"]
-    if adapter is not None:
-        remarks.append(
-            "FROM is the base model of the adapter: a GGUF file, or a name in Ollama's library. The closer it is to "
-            "the weights in training, the better. `--ollama-format merged` writes one merged model and needs no base."
-        )
-    if turns is None:
-        message = (
-            "the base's chat template cannot be put into Ollama's words: Ollama takes the one in the GGUF where it "
-            "knows it, else the "
-            "bare text"
-        )
-        emit(LogMessage(level="warning", message=message))
-        remarks.append(f"No TEMPLATE: {message}.")
-    elif (today := date.today().strftime("%d %b %Y")) in turns.opening:
-        remarks.append(f"The base's template writes the date of the day; here it stays {today}.")
-    config = load_config(run.base).get_text_config()
-    return Modelfile(
-        start,
-        adapter,
-        turns,
-        _bos(tokenizer, file),
-        options.system or run.recipe.data.system_prompt,
-        _eos_tokens(run),
-        GenerationConfig.from_pretrained(run.final).to_diff_dict(),
-        int(getattr(config, "max_position_embeddings", None) or 1 << 30),
-        remarks,
-    ).text()
-
-
-def _bos(tokenizer: Any, file: Path | None) -> str:
-    """The text of the token that is put before every prompt, as the GGUF says, or else as the tokenizer does; empty for
-    none."""
-    adds = tokenizer.bos_token_id is not None and tokenizer("a").input_ids[:1] == [tokenizer.bos_token_id]
-    if file is not None:
-        field = gguf_module().GGUFReader(file).get_field("tokenizer.ggml.add_bos_token")
-        adds = adds if field is None else bool(field.contents())
-    return str(tokenizer.bos_token) if adds else ""
-
-
-def _eos_tokens(run: FinishedRun) -> Sequence[str]:
-    """The tokens that end an answer, in letters."""
-    tokenizer, eos_token_ids = load_tokenizer(run.base), GenerationConfig.from_pretrained(run.final).eos_token_id
-    return [
-        str(tokenizer.convert_ids_to_tokens(number))
-        for number in ([eos_token_ids] if isinstance(eos_token_ids, int) else eos_token_ids or [])
-    ]
 
 
 def _manifest_fields(run: FinishedRun, options: ExportOptions, **more: str) -> dict[str, Any]:

@@ -90,7 +90,7 @@ def _without_offsets(pretokenizer: Any) -> Any:
 
 
 def convert(folder: Path, merged: Path, file: Path, kind: str, name: str, adds_bos: bool, emit: Emit) -> None:
-    """Runs the converter in `folder` on a merged model; `adds_bos`: its tokenizer puts its first token before every
+    """Runs the converter in `folder` on a merged model; `adds_bos`: what runs it is to put the BOS before every
     text.
 
     Raises TrainingError with what it said, UserError for a model that it does not know."""

@@ -77,7 +77,7 @@ def merge(
     weights = count_weights(finished.base)
     check_disk_space(target, 2 * weights, "the merged model")
     readback = readback_device(weights, device or pick_device(), emit)
-    template = ChatTemplate.from_tokenizer(load_tokenizer(finished.base))
+    template = ChatTemplate.from_tokenizer(load_tokenizer(finished.base), finished.recipe.data.template_date)
     saved = adapters_in(finished)
     base = load_base(finished.base, template.tokenizer, device, rope_factors=finished.rope_factors)
     check_base(finished, base)

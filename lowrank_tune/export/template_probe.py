@@ -70,6 +70,13 @@ def derive_turns(render: Render) -> TemplateTurns | None:
     return turns if agree else None
 
 
+def keeps_thoughts(render: Render, turns: TemplateTurns) -> bool:
+    """Whether the template writes the thoughts of earlier answers, as the pieces do."""
+    answer = f"<think>\nHm.\n</think>\n\n{ANSWER}"
+    messages = [("user", USERS[0]), ("assistant", answer), ("user", USERS[1])]
+    return turns.write(messages) == _rendered(render, messages, True)
+
+
 def _without_system(render: Render) -> TemplateTurns:
     (first_user, second_user), answer = USERS, ANSWER
     alone, with_prompt = (

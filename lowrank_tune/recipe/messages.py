@@ -451,6 +451,7 @@ def format_error(model: type[BaseModel], error: ErrorDetails, path: Path, value:
         "string_too_long": f"must have at most {limits.get('max_length')} letters",
         "string_unicode": "holds half of a surrogate pair, which is no character",
         "string_pattern_mismatch": f"{pattern_message}, found {describe_value(value)}",
+        "calendar_day": f"must be a day as YYYY-MM-DD, found {describe_value(value)}",
     }
     return (
         simple.get(kind)

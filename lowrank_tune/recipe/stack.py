@@ -60,6 +60,7 @@ def conflicts(stages: Stages, index: int) -> Iterator[Finding]:
     """What a stage says that the others do not allow: a second base, and two adapters of one name in its stack."""
     stage = stages[index]
     yield from _base_conflicts(stages[0], stage)
+    yield from _template_date_conflicts(stages[0], stage)
     loaded, finished, trained = (
         frozen_adapters_of(stages, index),
         frozen_stage_names(stages, index),
@@ -99,3 +100,18 @@ def _base_conflicts(first: Mapping[str, Any], stage: Mapping[str, Any]) -> Itera
                 ("base", key),
                 f"is {describe_value(value)} in stage {first['name']}, and a chain has one base in memory",
             )
+
+
+def _template_date_conflicts(first: Mapping[str, Any], stage: Mapping[str, Any]) -> Iterator[Finding]:
+    """The chat template writes one date in all stages: each trains over what the others learned behind it."""
+    first_date, stage_date = (get_raw(recipe, "data", "template_date") for recipe in (first, stage))
+    if stage_date != first_date:
+        yield (
+            ("data", "template_date"),
+            f"is {_date_or_none(first_date)} in stage {first['name']}, and all stages of a chain have one date; write "
+            "it above `stages`",
+        )
+
+
+def _date_or_none(value: Any) -> str:
+    return "not set" if value is None else describe_value(value)

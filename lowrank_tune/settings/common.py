@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
+from datetime import date
 from typing import Annotated, TypeVar
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
@@ -17,12 +19,21 @@ def _non_empty(entries: tuple[T, ...]) -> tuple[T, ...]:
     return entries
 
 
+def _calendar_day(text: str) -> str:
+    """A day as YYYY-MM-DD; `fromisoformat` alone also takes 20260726 and 2026-W30-7."""
+    with suppress(ValueError):
+        if date.fromisoformat(text).isoformat() == text:
+            return text
+    raise PydanticCustomError("calendar_day", "must be a day as YYYY-MM-DD")
+
+
 NON_EMPTY = (Field(strict=False, json_schema_extra={"minItems": 1}), AfterValidator(_non_empty))
 
 PositiveInt = Annotated[int, Field(ge=1, le=1_000_000_000_000)]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 NonEmptyStr = Annotated[str, Field(min_length=1, max_length=4096, pattern=r"^[^\x00-\x1f\x7f]+$")]
 StrList = Annotated[tuple[NonEmptyStr, ...], *NON_EMPTY]
+Day = Annotated[str, Field(json_schema_extra={"format": "date"}), AfterValidator(_calendar_day)]
 RunName = Annotated[str, Field(pattern=r"^$|^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
 
 

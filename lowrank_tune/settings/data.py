@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from lowrank_tune.settings.common import NON_EMPTY, Fraction, NonEmptyStr, PositiveInt, Settings
+from lowrank_tune.settings.common import NON_EMPTY, Day, Fraction, NonEmptyStr, PositiveInt, Settings
 
 
 class SourceConfig(Settings):
@@ -58,6 +58,9 @@ class DataConfig(Settings):
     """Tokens of all training rows as the recipe's author counted them; shown beside what is measured."""
     system_prompt: str | None = None
     """A system prompt for rows that bring none."""
+    template_date: Day | None = None
+    """The date (YYYY-MM-DD) that the base's chat template writes, where it writes one. By default the day on which the
+    run began, where the template asks the clock (`strftime_now`); else the template's own."""
     max_length: Annotated[int, Field(ge=8)] = 1024
     """Longest row in tokens."""
     max_prompt_length: Annotated[int, Field(ge=1)] = 512

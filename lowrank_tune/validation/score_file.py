@@ -50,7 +50,7 @@ def score_file(
     cannot are told.
     """
     recipe, folder = reward_run(run)
-    template = ChatTemplate.from_tokenizer(load_tokenizer(recipe.base))
+    template = ChatTemplate.from_tokenizer(load_tokenizer(recipe.base), recipe.data.template_date)
     data, pairs = _rows(recipe, file, template, emit)
     rows = data.train
     adapters = {**recipe.adapters, "reward": settings.AdapterConfig(path=str(folder))}

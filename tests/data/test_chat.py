@@ -64,8 +64,10 @@ def test_every_turn_is_trained(name: str) -> None:
     template = template_of(name)
     row = template.encode(conversation("What is 1 + 2?", "It is 3.", "And 4?", "It is 7."))
     end = ENDS.get(name, "</s>")
-    first = toy_text.END_OF_TURN if name == "kit" else "" if name == "no end" else end
-    assert trained_text(template, row) == f"It is 3.{first}It is 7.{end}"
+    first = toy_text.END_OF_TURN if name == "kit" else end
+    # Without an end token the vocabulary joins the dot and the next turn's line break, which is no answer's.
+    before = "It is 3" if name == "no end" else f"It is 3.{first}"
+    assert trained_text(template, row) == f"{before}It is 7.{end}"
 
 
 @pytest.mark.parametrize("name", [*TINY, *REAL])
@@ -194,19 +196,23 @@ def test_merged_edge_keeps_the_prompt() -> None:
     assert crossed, "the test's own merges are gone"
 
 
-def test_edge_without_a_crossing_token_that_still_changes_the_prompt() -> None:
-    """GPT-2's rule splits "\\n\\nYes" into two newlines and a word, and "\\n\\n" alone is one token: nothing crosses,
-    yet the ids differ."""
+def test_an_earlier_answer_behind_other_ids_than_its_prompt_is_context() -> None:
+    """GPT-2's rule splits "\n\nYes" into two newlines and a word, and "\n\n" alone is one token: the ids of the
+    first prompt do not come out again once its answer follows. The last prompt is the one that is asked with."""
     made = tiny(CHATML.replace("\n", "\n\n"), split=True)
     template = ChatTemplate.from_tokenizer(made)
     messages = conversation("Hm?", "Yes.", "Hm?", "No.")
-    stock = made.apply_chat_template([vars(message) for message in messages], tokenize=True)["input_ids"]
     row = template.encode(messages)
-    for end in (1, 3):
-        prompt = template.prompt(messages[:end])
-        assert list(row.input_ids[: len(prompt)]) == prompt
-    assert stock[: len(prompt)] != prompt, "the test's own case is gone"
-    assert trained_text(template, row) == "Yes.<|im_end|>No.<|im_end|>"
+    first, last = (
+        made.apply_chat_template(
+            [vars(message) for message in messages[:end]], add_generation_prompt=True, return_dict=False
+        )
+        for end in (1, 3)
+    )
+    assert [template.prompt(messages[:end]) for end in (1, 3)] == [first, last]
+    assert list(row.input_ids[: len(last)]) == last and list(row.input_ids[: len(first)]) != first
+    assert trained_text(template, row) == "No.<|im_end|>"
+    assert "so only the last answer is trained" in template.describe()
 
 
 def test_words_reject_their_markers() -> None:

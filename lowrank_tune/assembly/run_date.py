@@ -1,0 +1,46 @@
+"""The date in the prompts of a run: that of the day on which it began, stored in its recipe, on whatever day it is
+continued."""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from dataclasses import replace
+from datetime import date
+from pathlib import Path
+from typing import TypeVar
+
+from lowrank_tune import settings
+from lowrank_tune.checkpoint import RunFolder
+from lowrank_tune.data.template_date import calls_clock
+from lowrank_tune.model.base import load_tokenizer
+from lowrank_tune.recipe import Chain
+
+AnyRecipe = TypeVar("AnyRecipe", bound=settings.RecipeConfig | Chain)
+
+
+def with_template_date(recipe: AnyRecipe, path: Path) -> AnyRecipe:
+    """The recipe of a run in the folder `path`, with `data.template_date` where its chat template asks the clock and
+    the recipe gives no date; one for all stages of a chain. Raises UserError where there is no such base."""
+    first = recipe.stages[0] if isinstance(recipe, Chain) else recipe
+    if first.data.template_date is not None or not calls_clock(str(load_tokenizer(first.base).chat_template or "")):
+        return recipe
+    unfinished = RunFolder.unfinished(path)
+    day = None if unfinished is None else _stored_date(unfinished)
+    # A run that an older version began has no date: it goes on without one.
+    if day is None and unfinished is not None and unfinished.has_checkpoints():
+        return recipe
+    return _dated(recipe, day or date.today().isoformat())
+
+
+def _stored_date(folder: RunFolder) -> str | None:
+    with suppress(OSError, ValueError, KeyError, IndexError, TypeError):
+        recipe = folder.stored_recipe()
+        first = recipe["stages"][0] if "stages" in recipe else recipe
+        return str(first["data"]["template_date"])
+    return None
+
+
+def _dated(recipe: AnyRecipe, day: str) -> AnyRecipe:
+    if isinstance(recipe, Chain):
+        return replace(recipe, stages=tuple(_dated(stage, day) for stage in recipe.stages))
+    return recipe.model_copy(update={"data": recipe.data.model_copy(update={"template_date": day})})

@@ -1,0 +1,157 @@
+"""Where an answer begins: behind the generation prompt, which every other software asks with, so it is kept as it is.
+
+Most templates write an answer as the generation prompt and what follows it; then what follows is trained. Some do not:
+
+- The generation prompt opens a thought (`<think>\\n`), and the template drops the thoughts of the answers that it is
+  given (DeepSeek-R1), or writes an empty one in other white space (`<think></think>`, Nemotron). Trained is what a
+  reasoning parser needs to find the same thought and the same answer: the answer's own thought, its closing tag, and
+  the answer as the template writes it. An answer without a thought is trained behind an empty one: as the template
+  writes it, else as `<think>\\n\\n</think>\\n\\n`, which DeepSeek-R1 itself writes where it does not think. (Without
+  the closing tag, parsers take the whole answer for a thought.)
+- The template drops the thought of the last answer, and its generation prompt opens none. The thought is trained as it
+  is, tags included, before the answer as the template writes it.
+- The generation prompt closes a thought (Qwen3.5 without thinking). An answer with a thought cannot follow: the row is
+  dropped.
+- The template begins an answer in other words than its generation prompt ends with, always the same ones. Trained is
+  the answer from its own first character on, behind the generation prompt.
+
+A template that does none of this is refused. Of earlier answers the template writes what it likes, and an answer is
+trained only where the text up to it is its own prompt.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from dataclasses import dataclass
+from typing import Self
+
+_NAME = r"(?P<name>[\w:]*(?:think|thought|reason)[\w:]*)"
+_OPENED = re.compile(rf"<{_NAME}>(?P<space>\s*)\Z")
+_CLOSED = re.compile(rf"</{_NAME}>\s*\Z")
+THOUGHT_TAG = re.compile(rf"</?{_NAME}>")
+REWRITTEN = "the chat template rewrites the turns before the last answer, so that its prompt does not come out again"
+THOUGHT_CLOSED = (
+    "its answer has a thought, and the chat template's generation prompt closes the thought before the answer"
+)
+
+
+@dataclass(frozen=True)
+class OpenedThought:
+    """The tag that a generation prompt opens at its end, as `<think>`, and the white space behind it."""
+
+    name: str
+    space: str
+
+    @property
+    def tag(self) -> str:
+        return f"<{self.name}>"
+
+    @property
+    def closing(self) -> str:
+        return f"</{self.name}>"
+
+
+@dataclass(frozen=True)
+class OwnThought:
+    """An answer's own thought, `before` it the opening tag or nothing, and the answer behind the closing tag."""
+
+    before: str
+    text: str
+    answer: str
+
+
+@dataclass(frozen=True)
+class GenerationPrompt:
+    """How a template's generation prompt goes over into an answer.
+
+    `ends_with` stands at its end in place of `begins_with`, with which the template begins an answer; both are empty
+    where the prompt is the beginning of the answered conversation, or its `opened` thought takes care of the rest.
+    """
+
+    opened: OpenedThought | None
+    ends_with: str = ""
+    begins_with: str = ""
+
+    @classmethod
+    def from_probe(cls, prompt: str, whole: str, answer: str) -> Self | None:
+        """Of a template that renders a question as `prompt`, and it with its answer as `whole`; None for a template
+        that is refused."""
+        match = _OPENED.search(prompt)
+        if match is not None:
+            opened = cls(OpenedThought(match["name"], match["space"]))
+            return opened if opened.completion(prompt, whole, answer) is not None else None
+        if whole.startswith(prompt):
+            return cls(None)
+        common = len(os.path.commonprefix([prompt, whole]))
+        begins_with, found, _ = whole[common:].partition(answer)
+        return cls(None, prompt[common:], begins_with) if found else None
+
+    def own_thought(self, content: str) -> OwnThought | None:
+        """The thought in an answer's content; None where it has none."""
+        opened = self.opened or OpenedThought("think", "")
+        head, closing, answer = content.rpartition(opened.closing)
+        starts = head.lstrip().startswith(opened.tag)
+        # Where the prompt opens the thought, what a model wrote behind it has no opening tag.
+        if not closing or not (starts or self.opened):
+            return None
+        if not starts:
+            return OwnThought("", head, answer)
+        space, tag, text = head.partition(opened.tag)
+        return OwnThought(space + tag, text.removeprefix(opened.space), answer)
+
+    def completion(self, prompt: str, whole: str, content: str) -> str | None:
+        """What is trained behind the prompt, where the template renders the turns with their answer as `whole`; None
+        where the template writes another prompt, or drops the answer's thought."""
+        thought = self.own_thought(content)
+        direct = self._behind(prompt, whole)
+        if direct is not None and not self._reopens(direct) and (thought is None or thought.text.strip() in direct):
+            return direct
+        return self._behind_opened(prompt, whole, None) if thought is None and self.opened is not None else None
+
+    def completion_with_thought(self, prompt: str, whole: str, thought: OwnThought) -> str | None:
+        """The same for an answer whose thought the template does not write: `whole` is the rendering of its rest."""
+        if self.opened is not None:
+            return self._behind_opened(prompt, whole, thought.text)
+        direct = self._behind(prompt, whole)
+        return None if direct is None else f"{thought.before}{thought.text}</think>{direct}"
+
+    def refusal(self, prompt: str, content: str) -> str:
+        """Why an answer cannot follow the prompt, as a phrase that rows are counted by."""
+        closed = _CLOSED.search(prompt)
+        return THOUGHT_CLOSED if closed is not None and f"</{closed['name']}>" in content else REWRITTEN
+
+    def with_tag(self, text: str) -> str:
+        """A completion as the content of a turn: with the tag that stood in the prompt, where it closes the thought."""
+        opened = self.opened
+        if opened is None or opened.closing not in text or opened.tag in text:
+            return text
+        return f"{opened.tag}{opened.space}{text}"
+
+    def _behind(self, prompt: str, whole: str) -> str | None:
+        """What the template writes in the prompt's place and behind it."""
+        start = prompt.removesuffix(self.ends_with) + self.begins_with
+        return whole[len(start) :] if prompt.endswith(self.ends_with) and whole.startswith(start) else None
+
+    def _reopens(self, completion: str) -> bool:
+        """Whether the template closes the opened thought at once, and writes that in the answer as plain words."""
+        if self.opened is None:
+            return False
+        return completion.partition(self.opened.closing)[2].lstrip().startswith(self.opened.tag)
+
+    def _behind_opened(self, prompt: str, whole: str, thought: str | None) -> str | None:
+        """What follows the opened tag, where `whole` is the rendering of an answer without a thought."""
+        opened = self.opened
+        assert opened is not None
+        before = prompt.removesuffix(opened.tag + opened.space)
+        if before == prompt or not whole.startswith(before):
+            return None
+        empty, answer = "\n", whole[len(before) :]
+        if answer.startswith(opened.tag):
+            empty, closing, answer = answer.removeprefix(opened.tag).partition(opened.closing)
+            if not closing or empty.strip():
+                return None
+            empty = empty.removeprefix(opened.space)
+        elif thought is None:
+            answer = f"\n\n{answer}"
+        return f"{thought or empty}{opened.closing}{answer}"

@@ -1,0 +1,108 @@
+"""The Modelfile of a run: what Ollama is to send to the model, token for token what the run trained with."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from transformers import GenerationConfig
+
+from lowrank_tune import __version__
+from lowrank_tune.data import ChatTemplate
+from lowrank_tune.events import Emit, LogMessage
+from lowrank_tune.export.export_model_card import slug
+from lowrank_tune.export.finished_run import FinishedRun
+from lowrank_tune.export.gguf_lora import gguf_module
+from lowrank_tune.export.ollama import Modelfile
+from lowrank_tune.export.template_probe import TemplateTurns, derive_turns, keeps_thoughts
+from lowrank_tune.model.base import load_config, load_tokenizer
+
+NO_TEMPLATE = (
+    "the base's chat template cannot be put into Ollama's words: Ollama takes the one in the GGUF where it knows it, "
+    "else the bare text"
+)
+
+
+def modelfile_text(
+    run: FinishedRun, system: str | None, start: str, adapter: str | None, file: Path | None, emit: Emit
+) -> str:
+    """The Modelfile that begins with the weights `start`; `file` is the GGUF that they lie in, where the export made
+    it."""
+    template = _template(run)
+    bos, turns = bos_of_runner(template.tokenizer, file), derive_turns(template.render)
+    config = load_config(run.base).get_text_config()
+    return Modelfile(
+        start,
+        adapter,
+        turns,
+        bos,
+        system or run.recipe.data.system_prompt,
+        eos_tokens_of(run),
+        GenerationConfig.from_pretrained(run.final).to_diff_dict(),
+        int(getattr(config, "max_position_embeddings", None) or 1 << 30),
+        _remarks(run, template, turns, bos, adapter, emit),
+    ).text()
+
+
+def _remarks(
+    run: FinishedRun, template: ChatTemplate, turns: TemplateTurns | None, bos: str, adapter: str | None, emit: Emit
+) -> list[str]:
+    """How the file is used, and wherein what Ollama sends differs from what was trained; the latter is a warning
+    too."""
+    name = slug(run.recipe)
+    remarks = [f"{name}, made with lowrank_tune {__version__}:  ollama create {name} -f Modelfile"]
+    if adapter is not None:
+        remarks.append(
+            "FROM is the base model of the adapter: a GGUF file, or a name in Ollama's library. The closer it is to "
+            "the weights in training, the better. `--ollama-format merged` writes one merged model and needs no base."
+        )
+    warnings = []
+    if turns is None:
+        warnings.append(f"No TEMPLATE: {NO_TEMPLATE}.")
+    else:
+        if template.date_written is not None:
+            remarks.append(
+                f"The base's chat template writes a date; here it stays {template.date_written}, as in training."
+            )
+        if not keeps_thoughts(template.render, turns):
+            remarks.append(
+                "The base's chat template drops the thoughts of earlier answers; Ollama sends an answer as it is given."
+            )
+    if bos and not template.begins_with_bos:
+        warnings.append(
+            f"Ollama puts {bos} before every prompt of this base; its chat template does not, so training had none."
+        )
+    for warning in warnings:
+        emit(LogMessage(level="warning", message=f"Modelfile: {warning}"))
+    return [*remarks, *warnings]
+
+
+def _template(run: FinishedRun) -> ChatTemplate:
+    return ChatTemplate.from_tokenizer(load_tokenizer(run.base), run.recipe.data.template_date)
+
+
+def has_bos(run: FinishedRun) -> bool:
+    """Whether what runs the model is to put the BOS before every prompt: where the tokenizer does, unless the chat
+    template writes none, for then no prompt of the run had one."""
+    template = _template(run)
+    return bool(bos_of_runner(template.tokenizer, None)) and template.begins_with_bos
+
+
+def bos_of_runner(tokenizer: Any, file: Path | None) -> str:
+    """The text of the token that is put before every prompt, as the GGUF says, or else as the tokenizer does; empty for
+    none."""
+    adds = tokenizer.bos_token_id is not None and tokenizer("a").input_ids[:1] == [tokenizer.bos_token_id]
+    if file is not None:
+        field = gguf_module().GGUFReader(file).get_field("tokenizer.ggml.add_bos_token")
+        adds = adds if field is None else bool(field.contents())
+    return str(tokenizer.bos_token) if adds else ""
+
+
+def eos_tokens_of(run: FinishedRun) -> Sequence[str]:
+    """The tokens that end an answer, in letters."""
+    tokenizer, eos_token_ids = load_tokenizer(run.base), GenerationConfig.from_pretrained(run.final).eos_token_id
+    return [
+        str(tokenizer.convert_ids_to_tokens(number))
+        for number in ([eos_token_ids] if isinstance(eos_token_ids, int) else eos_token_ids or [])
+    ]
