@@ -1,5 +1,5 @@
-"""Laws of a stage: which evaluation decides what the best step is, and what a resume restores of the watch over the
-reward."""
+"""Laws of a stage: which evaluation decides what the best step is, and that a resume restores the reward-hacking
+detector."""
 
 from __future__ import annotations
 
@@ -33,8 +33,8 @@ def recipe_of(algorithm: str, steps: int, **evaluate: Any) -> Recipe:
     return Recipe.from_dict(data)
 
 
-def play_losses(monkeypatch: pytest.MonkeyPatch, losses: Sequence[float]) -> None:
-    """Has the evaluations of a run find these validation losses, one after the other."""
+def set_validation_losses(monkeypatch: pytest.MonkeyPatch, losses: Sequence[float]) -> None:
+    """Replaces what the evaluations of a run measure by these losses, one after the other."""
     left = iter(losses)
     monkeypatch.setattr("lowrank_tune.stage.validate", lambda *_: {"loss": next(left)})
 
@@ -62,8 +62,9 @@ def control(monkeypatch: pytest.MonkeyPatch) -> TrainerControl:
 def test_an_evaluation_on_request_never_decides(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, control: TrainerControl
 ) -> None:
-    """It finds the lowest loss of all after step 1, whose adapter is saved too. Step 2 is the best scheduled one."""
-    play_losses(monkeypatch, [0.5, 1.0, 2.0])
+    """It is the one after step 1, whose loss is the lowest of all and whose adapter is saved too. Step 2 is the best of
+    the scheduled ones."""
+    set_validation_losses(monkeypatch, [0.5, 1.0, 2.0])
     evaluated: list[Evaluated] = []
 
     def on_event(event: Event) -> None:
@@ -86,19 +87,19 @@ def test_an_evaluation_on_request_never_decides(
 def test_of_equal_steps_the_first_is_best_by_loss_and_the_last_by_accuracy(
     metric: str, best: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    play_losses(monkeypatch, [1.0, 1.0])
+    set_validation_losses(monkeypatch, [1.0, 1.0])
     monkeypatch.setattr(Stage, "_evaluate_heldout", lambda self: {"accuracy": 0.5, "repetition": 0.0})
     recipe = recipe_of("sft", 2, eval_steps=1, metric_for_best_model=metric)
     found = run(recipe, out=tmp_path / "run", ui="none")
     assert found.summary["best"]["step"] == best and is_final(found.folder, best)
 
 
-# --- the watch over the reward, in a run that is resumed --------------------------------------------------------------
+# --- the reward-hacking detector, in a run that is resumed ------------------------------------------------------------
 
 
 @pytest.fixture
 def hacked_after_three(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Reward and accuracy part ways as soon as there are four evaluations, that of the reference among them."""
+    """Makes reward and accuracy diverge as soon as there are four evaluations, that of the reference among them."""
 
     def diverged(points: Sequence[EvalPoint], reward_range: float) -> Divergence | None:
         return Divergence(1, 0.9, 0.1, (0.2, 0.8)) if len(points) >= 4 else None
@@ -110,7 +111,7 @@ def hacking_recipe(on_reward_hacking: str) -> Recipe:
     return recipe_of("grpo", 4, eval_steps=1, max_new_tokens=4, on_reward_hacking=on_reward_hacking)
 
 
-def saved_watch(folder: Path, step: int) -> Any:
+def saved_detector(folder: Path, step: int) -> Any:
     return json.loads((folder / "checkpoints" / f"step-{step}" / "state.json").read_text())["watch"]
 
 
@@ -129,13 +130,13 @@ def stopped_after(step: int, recipe: Recipe, out: Path, control: TrainerControl)
 
 
 @pytest.mark.usefixtures("hacked_after_three")
-def test_a_resumed_run_remembers_its_evaluations(tmp_path: Path, control: TrainerControl) -> None:
+def test_a_resumed_run_continues_the_reward_hacking_detector(tmp_path: Path, control: TrainerControl) -> None:
     recipe = hacking_recipe("warn")
     straight = run(recipe, out=tmp_path / "straight", ui="none")
     stopped_after(2, recipe, tmp_path / "resumed", control)
     resumed = run(recipe, out=tmp_path / "resumed", ui="none")
-    assert saved_watch(resumed.folder, 4) == saved_watch(straight.folder, 4)
-    assert [point[0] for point in saved_watch(straight.folder, 4)["points"]] == [0, 1, 2, 3, 4]
+    assert saved_detector(resumed.folder, 4) == saved_detector(straight.folder, 4)
+    assert [point[0] for point in saved_detector(straight.folder, 4)["points"]] == [0, 1, 2, 3, 4]
     assert hacking_warnings(resumed) == hacking_warnings(straight) and len(hacking_warnings(straight)) == 1
     assert resumed.summary["hacking"] == straight.summary["hacking"] == {"step": 3, "ended": False}
     assert run_fingerprint(resumed.folder) == run_fingerprint(straight.folder)

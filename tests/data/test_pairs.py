@@ -442,7 +442,7 @@ def test_content_hash(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     )
 
 
-def test_the_content_hash_knows_where_rows_end(tmp_path: Path) -> None:
+def test_the_content_hash_depends_on_where_rows_end(tmp_path: Path) -> None:
     """The same tokens with the same mask, cut into other rows, are other data: [a b][c] is not [a][b c]."""
     store = loaded(tmp_path, write(tmp_path / "a.jsonl", ROWS)).train
     tokens = np.array([7, 8, 9], dtype=np.int32), np.ones(3, dtype=bool)
