@@ -257,6 +257,16 @@ def test_where_a_recipe_stands_is_no_part_of_it(folder: Path) -> None:
 def test_the_adapter_of_an_earlier_stage_need_not_be_there_yet(folder: Path, path: str) -> None:
     named = CHAIN.replace("    rewards:", f"    adapters: {{reward: {{path: {path}}}}}\n    rewards:")
     assert problems_of(write("tutor.yaml", named)) == ()
+    assert (
+        problems_of(
+            "tutor.yaml",
+            "train.memory_check=warn",
+            "stages.sft.train.memory_check=off",
+            "stages.score.train.memory_check=off",
+            vram_gib=8.0,
+        )
+        == ()
+    ), "nor is its memory planned"
     other = write("tutor.yaml", named.replace("2-score", "3-score"))
     assert [problem.key for problem in problems_of(other)] == ["stages.ppo.adapters.reward.path"]
 
