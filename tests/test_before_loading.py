@@ -120,7 +120,7 @@ stages:
       - {name: lean, program: [no-such-lean]}
     evaluate: {eval_dataset: {dataset: prose.jsonl}}
 """
-EXPECTED = (  # what the line holds, the key, and what is said of it
+EXPECTED = (  # a text on the line, the key, and the message
     ("{dataset: pairs.jsonl}", "stages.sft.data.train.0.dataset", "preference pairs"),
     ("{dataset: odd.jsonl}", "stages.sft.data.train.1.dataset", "the columns antwort, frage are no known shape"),
     ("{question: frage}", "stages.sft.data.train.2.columns", "no column `frage`.*the rows have answer, question"),
@@ -257,6 +257,16 @@ def test_where_a_recipe_stands_is_no_part_of_it(folder: Path) -> None:
 def test_the_adapter_of_an_earlier_stage_need_not_be_there_yet(folder: Path, path: str) -> None:
     named = CHAIN.replace("    rewards:", f"    adapters: {{reward: {{path: {path}}}}}\n    rewards:")
     assert problems_of(write("tutor.yaml", named)) == ()
+    assert (
+        problems_of(
+            "tutor.yaml",
+            "train.memory_check=warn",
+            "stages.sft.train.memory_check=off",
+            "stages.score.train.memory_check=off",
+            vram_gib=8.0,
+        )
+        == ()
+    ), "nor is its memory planned"
     other = write("tutor.yaml", named.replace("2-score", "3-score"))
     assert [problem.key for problem in problems_of(other)] == ["stages.ppo.adapters.reward.path"]
 
@@ -305,7 +315,7 @@ def test_all_stages_that_do_not_fit_the_card_are_reported_with_the_other_faults(
 def test_memory_is_planned_for_all_stages_before_any_fault_ends_the_run(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The planner itself is tested elsewhere: here its plans are made up, and say that two of three stages are too
+    """The planner itself is tested elsewhere: these plans are made up, and by them two of three stages are too
     large."""
     write("tutor.yaml", CHAIN.replace("pairs.jsonl", "no.jsonl"))
     module = "lowrank_tune.memory_planner.preflight_check"
@@ -336,6 +346,17 @@ def test_a_disk_without_room_for_all_stages_is_reported(folder: Path, monkeypatc
     assert re.match(r"runs/tutor: .* of all 3 stages take 0\.\d\d GiB, and 0\.10 GiB are free", problem.message)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(1 << 40, 0, 1 << 30))
     assert problems_of("tutor.yaml") == ()
+
+
+@pytest.mark.parametrize(("accepted", "count", "is_fault"), [(0.1, 1100, True), (0.9, 1100, False), (0.9, 900, True)])
+def test_a_large_source_may_begin_with_rows_that_the_recipe_accepts_to_lose(
+    folder: Path, accepted: float, count: int, is_fault: bool
+) -> None:
+    """Rows that can be used follow behind the first 1,100: what is not read decides, where the recipe lets it."""
+    rows = [*({"question": "What?", "answer": ""} for _ in range(count)), *(QUESTIONS if count > 1000 else ())]
+    write("long.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+    text = SINGLE.format(algorithm="sft", dataset="long.jsonl", optim="adamw", more="")
+    assert bool(problems_of(write("one.yaml", text), f"data.max_invalid_fraction={accepted}")) is is_fault
 
 
 def damaged_gzip(path: Path) -> None:
@@ -442,7 +463,7 @@ def test_data_sets_of_the_hub_are_checked_by_their_description(folder: Path, mon
     ]
 
 
-def test_a_hub_that_does_not_answer_is_asked_once_and_is_no_fault(
+def test_a_hub_that_does_not_answer_gets_one_request_and_is_no_fault(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     hub = FakeHub(monkeypatch, answers=False)

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from lowrank_tune.data.files import DataFile, RawExample, RowMask, open_binary, open_file, row_of
+from lowrank_tune.data.files import READ_ERRORS, DataFile, RawExample, RowMask, open_binary, open_file, row_of
 from lowrank_tune.data.formats import InvalidRow
 from lowrank_tune.errors import UserError
 
@@ -31,8 +31,7 @@ class ArrayHead:
         assert mask is None, "rows are picked from whole files"
         size = FIRST_BYTES
         while True:
-            with open_binary(self.path, self.is_gz) as file:
-                data = file.read(size)
+            data = self._read(size)
             if len(data) < size:  # a small array is read like any other, with the same faults
                 yield from open_file(self.path, self.name).rows(None)
                 return
@@ -43,6 +42,13 @@ class ArrayHead:
 
     def content_key(self) -> str:
         raise AssertionError("nothing is kept that was made of a part of a file")
+
+    def _read(self, size: int) -> bytes:
+        try:
+            with open_binary(self.path, self.is_gz) as file:
+                return file.read(size)
+        except READ_ERRORS as error:
+            raise UserError(f"{self.name}: cannot be read ({getattr(error, 'strerror', None) or error})") from error
 
     def _decode(self, data: bytes) -> str:
         try:

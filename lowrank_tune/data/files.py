@@ -12,6 +12,7 @@ import hashlib
 import io
 import json
 import sys
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import compress
 from pathlib import Path
@@ -28,6 +29,8 @@ RawExample = Mapping[str, Any]
 RowMask = NDArray[np.bool_] | None
 SUFFIXES = (".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".parquet")
 BOM = b"\xef\xbb\xbf"
+READ_ERRORS = (OSError, EOFError, zlib.error)
+"""What reading a file may raise, a gzipped one that is cut off or damaged too."""
 
 
 class DataFile(Protocol):
@@ -80,7 +83,7 @@ def open_file(path: Path, name: str, open_array: OpenArray | None = None) -> Dat
         if first not in (b"", b"{") and suffix not in (".json", ".jsonl", ".ndjson"):
             raise UserError(f"{name}: it is neither JSON lines, a JSON array, CSV (.csv, .tsv) nor Parquet")
         return _JsonLines(path, name, is_gz)
-    except (OSError, EOFError) as error:
+    except READ_ERRORS as error:
         raise UserError(f"{name}: cannot be read ({getattr(error, 'strerror', None) or error})") from error
 
 
@@ -134,7 +137,7 @@ class _JsonLines(_File):
                     text = text.removeprefix(BOM) if line == 1 else text
                     if text.strip():
                         yield line, text
-        except (OSError, EOFError) as error:
+        except READ_ERRORS as error:
             raise UserError(
                 f"{self.name}: cannot be read to its end ({getattr(error, 'strerror', None) or error})"
             ) from error
@@ -199,7 +202,7 @@ class _Table(_File):
                     )
         except (csv.Error, UnicodeDecodeError) as error:
             raise UserError(f"{self.name}: not a well-formed CSV file in UTF-8 ({error})") from error
-        except (OSError, EOFError) as error:
+        except READ_ERRORS as error:
             raise UserError(
                 f"{self.name}: cannot be read to its end ({getattr(error, 'strerror', None) or error})"
             ) from error

@@ -22,7 +22,7 @@ UNREACHABLE = frozenset({"ConnectionError", "ConnectError", "TimeoutException", 
 
 
 class HubUnreachable(Exception):
-    """The hub does not answer, and nothing is known of the data set: it may lie in the cache."""
+    """The hub does not answer. The data set may lie in the cache nevertheless."""
 
 
 class HubRows:

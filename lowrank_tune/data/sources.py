@@ -22,7 +22,7 @@ from lowrank_tune.toy import problems
 ROWS_SEED_TAG = 4  # a tag beside those of `mixture`, which keeps the random streams apart
 BUILTIN_DATASETS = ("builtin:arithmetic", "builtin:arithmetic-preferences")
 BUILTIN_SIZES = {"train": 400, "heldout": 200}
-HEAD_ROWS = 1000  # rows that are looked at, at most, to tell what a source holds
+HEAD_ROWS = 1000  # rows, at most, by which the contents of a source are judged
 
 
 class RowLocation(NamedTuple):

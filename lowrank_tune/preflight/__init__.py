@@ -56,12 +56,26 @@ def check_before_loading(
         _extend(findings, disk_findings(sound, folder, model))
     changes: Mapping[str, Mapping[str, Any]] = {}
     if vram_gib is not None and not base_findings:
-        fit = check_fit(loaded, vram_gib, emit, skip=findings.keys() - {stage.recipe.name for stage in sound})
+        fit = check_fit(loaded, vram_gib, emit, skip=findings.keys() - _with_known_adapters(sound, emit))
         changes = fit.changes
         _extend(findings, {name: [(("train",), message)] for name, message in fit.faults.items()})
     if problems := locate(loaded, findings):
         raise ConfigError(problems)
     return changes
+
+
+def _with_known_adapters(stages: Sequence[PlannedStage], emit: Emit) -> set[str]:
+    """The stages whose memory can be planned. One that names the folder of an earlier stage as an adapter's is planned
+    when that adapter is there, as its shape is read from its files."""
+    known: set[str] = set()
+    for stage in stages:
+        named = [name for name in stage.recipe.adapters if stage.pending_adapter(name) is not None]
+        if not named:
+            known.add(stage.recipe.name)
+            continue
+        message = f"{stage.recipe.name}: its memory is not planned, as adapters.{named[0]}.path is still to be written"
+        emit(LogMessage(message=message, level="warning"))
+    return known
 
 
 def _extend(findings: Findings, more: Mapping[str, Sequence[Finding]]) -> None:
@@ -93,8 +107,8 @@ def _read_base(base: settings.BaseConfig, emit: Emit) -> tuple[Any, list[Finding
 
 
 def _sound_stages(stages: Sequence[PlannedStage], model: Any, findings: Findings) -> list[PlannedStage]:
-    """The stages that are to run and whose adapters can be laid as the recipe says, so that their size is known. Adds
-    the findings of the others; what lies on a faulty adapter is not looked at."""
+    """The stages that are to run and whose adapters can be laid over each other, so that their size can be computed.
+    Adds the findings of the others. A stage above a faulty one is not sound either."""
     sound: list[PlannedStage] = []
     is_sound = True
     for stage in stages:

@@ -1,4 +1,4 @@
-"""The base by its configuration alone, and what a recipe asks of it."""
+"""The base by its configuration alone, and what a recipe requires of it."""
 
 from __future__ import annotations
 

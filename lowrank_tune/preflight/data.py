@@ -24,6 +24,8 @@ from lowrank_tune.recipe.yaml_nodes import Path
 from lowrank_tune.settings import SourceConfig
 
 MAX_COLUMNS = 12  # names of columns that a sentence lists
+MANY_INVALID = 0.5
+"""Where a recipe accepts so large a share of unusable rows, a large source may well begin with them."""
 MISSING_HELDOUT_ANSWER = "no gold answer to compare with"
 RowCheck = Callable[[RawExample, str], str | None]
 """Why a row of a format cannot be used; None where it can."""
@@ -41,7 +43,7 @@ def sources_of(recipe: settings.RecipeConfig) -> Iterator[tuple[Path, SourceConf
 
 
 class DataCheck:
-    """Looks into the sources of recipes. Once the hub does not answer, it is asked no more."""
+    """Looks into the sources of recipes. After the hub did not answer once, no further request is sent."""
 
     def __init__(self, emit: Emit) -> None:
         self.emit, self.hub_answers = emit, True
@@ -56,7 +58,8 @@ class DataCheck:
                 if source.dataset in BUILTIN_DATASETS or not is_hub_dataset(source.dataset):
                     head = read_head(source, recipe.seed)
                     check = _heldout_check(source, recipe) if is_heldout else _row_check(source, recipe, rejection)
-                    _check_rows(source, head, format_of(source, head, pairs), check)
+                    only_whole = not is_heldout and recipe.data.max_invalid_fraction >= MANY_INVALID
+                    _check_rows(head, format_of(source, head, pairs), check, only_whole)
                 else:
                     self._check_hub(source, pairs)
             except UserError as error:
@@ -85,7 +88,7 @@ class DataCheck:
 
 @dataclass(frozen=True)
 class ColumnNames:
-    """A data set of which the names of its columns are known: one row without values."""
+    """One row without values, for a data set whose description names its columns."""
 
     name: str
     columns: Sequence[str]
@@ -94,8 +97,9 @@ class ColumnNames:
         yield RowLocation(self.name, 1), dict.fromkeys(self.columns, "")
 
 
-def _check_rows(source: SourceConfig, head: NamedRows, format_name: str, check: RowCheck) -> None:
-    """Raises UserError where none of the first rows can be used. Reads up to the first that can."""
+def _check_rows(head: NamedRows, format_name: str, check: RowCheck, only_whole: bool) -> None:
+    """Raises UserError where none of the first rows can be used; with `only_whole` where these are all that there are.
+    Reads up to the first row that can be used."""
     report = SourceReport(head.name, format_name)
     columns: dict[str, None] = {}
     for location, row in head:
@@ -105,7 +109,10 @@ def _check_rows(source: SourceConfig, head: NamedRows, format_name: str, check: 
         report.read += 1
         report.count_dropped(reason, str(location))
         columns |= {} if isinstance(row, InvalidRow) else dict.fromkeys(map(str, row))
-    rows = f"its {report.read:,} rows" if report.read < HEAD_ROWS else f"its first {report.read:,} rows"
+    is_whole = report.read < HEAD_ROWS
+    if only_whole and not is_whole:
+        return
+    rows = f"its {report.read:,} rows" if is_whole else f"its first {report.read:,} rows"
     raise UserError(f"{head.name}: none of {rows} can be used: {report.reasons()}{_cure(report, sorted(columns))}")
 
 
