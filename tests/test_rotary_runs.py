@@ -3,9 +3,11 @@ they leave is used with the factors of the run."""
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +18,16 @@ from models import CPU, LONGROPE
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-from lowrank_tune import Chain, Recipe, run, settings
+from lowrank_tune import Chain, Recipe, UserError, run, settings
 from lowrank_tune.chat import load_chat_model
 from lowrank_tune.data import ChatTemplate
 from lowrank_tune.evaluation.evaluation import Options, evaluate
+from lowrank_tune.evaluation.target import EvalRewardModel, EvalTarget, check_reward_model
 from lowrank_tune.events import Event, LogMessage, StepEnd
+from lowrank_tune.export.export import _compare_base
+from lowrank_tune.export.finished_run import load_finished_run
 from lowrank_tune.export.merge import merge
-from lowrank_tune.model.base import load_tokenizer
+from lowrank_tune.model.base import Base, load_tokenizer
 from lowrank_tune.toy import problems
 from lowrank_tune.types import Message
 
@@ -118,10 +123,13 @@ def test_chat_and_eval_use_the_factors_of_the_run(
     assert alone.roles.base.rope.factors == "long"  # type: ignore[union-attr]
     plain = load_chat_model(str(base), quiet, 16, device=CPU, max_new_tokens=8)
     assert plain.positions == ORIGINAL_LENGTH, "a short answer selects the short factors, and rows are bounded"
-    events: list[Event] = []
-    options = Options(dataset="builtin:arithmetic", num_prompts=2, max_new_tokens=2)
-    evaluate(str(out), options, events.append, CPU)
-    assert "the long factors" in lines(events)[0]
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"question": "1?", "answer": "1"}\n')
+    for name, factors in ((out, "long"), (tmp_path / "adapter", "long"), (base, "short")):
+        events: list[Event] = []
+        options = Options(dataset=str(rows), max_new_tokens=2, bits=None if name == out else 16)
+        evaluate(str(name), options, events.append, CPU)
+        assert f"the {factors} factors" in lines(events)[0], "rows this short select the short factors by themselves"
 
 
 def test_losses_of_eval_are_those_of_transformers_in_calls_with_a_long_row(
@@ -169,6 +177,55 @@ def test_rollouts_agree_with_the_policy_and_a_short_run_stays_short(base: Path, 
     assert run(Recipe.from_dict(short), out=tmp_path / "short", ui="none", device=CPU).status == "done"
     assert factors_in(tmp_path / "short") == ("short", "short")
     assert load_chat_model(str(tmp_path / "short"), quiet, device=CPU).positions == ORIGINAL_LENGTH
+
+
+def test_the_base_of_a_run_is_compared_with_its_factors(finished: tuple[Path, list[Event]]) -> None:
+    """A GGUF adapter is exported over a base that is compared tensor by tensor; another set of factors differs."""
+    run_of = load_finished_run(finished[0])
+    _compare_base(run_of, quiet, CPU)
+    with pytest.raises(UserError, match="is not the base that"):
+        _compare_base(replace(run_of, facts={**run_of.facts, "rope_factors": "short"}), quiet, CPU)
+
+
+def test_a_reward_model_of_other_factors_is_refused(base: Path) -> None:
+    config = settings.BaseConfig(model=str(base))
+    target = EvalTarget("warm", "run", config, {}, facts={"rope_factors": "long"})
+    for factors in ("long", None):
+        check_reward_model(target, EvalRewardModel(Path("rm"), config, {}, {"rope_factors": factors}))
+    with pytest.raises(
+        UserError, match=r"^--reward-model: rm was trained with the short factors .* warm with the long"
+    ):
+        check_reward_model(target, EvalRewardModel(Path("rm"), config, {}, {"rope_factors": "short"}))
+
+
+@pytest.mark.slow
+def test_scores_of_a_reward_model_are_computed_with_the_factors_of_its_run(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reward = sft(base) | {"name": "score", "algorithm": "reward", "evaluate": {"eval_steps": 2}}
+    reward["data"] = reward["data"] | {"train": [{"dataset": "builtin:arithmetic-preferences", "max_samples": 24}]}
+    assert run(Recipe.from_dict(reward), out=tmp_path / "score", ui="none", device=CPU).status == "done"
+    assert factors_in(tmp_path / "score") == ("long", "long")
+    loaded: list[Base] = []
+    modules = [
+        importlib.import_module(f"lowrank_tune.{name}") for name in ("validation.score_file", "score_completions")
+    ]
+    for module in modules:
+        load = module.load_base
+        monkeypatch.setattr(
+            module, "load_base", lambda *given, load=load, **more: loaded.append(load(*given, **more)) or loaded[-1]
+        )
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"question": "1?", "answer": "1"}\n')
+    modules[0].score_file(tmp_path / "score", str(rows), quiet, CPU)
+    recipe = {key: value for key, value in grpo(base).items() if key != "evaluate"} | {
+        "rewards": [{"name": "reward_model"}],
+        "adapters": {"reward": {"path": str(tmp_path / "score")}},
+        "rollout": {"num_generations": 2, "max_new_tokens": 8},
+        "data": {"train": [{"dataset": "builtin:arithmetic", "max_samples": 8}], "max_prompt_length": 24},
+    }
+    modules[1].score_completions(Recipe.from_dict(recipe), None, 2, quiet, CPU)
+    assert [one.rope.factors for one in loaded if one.rope is not None] == ["long", "long"]
 
 
 @pytest.mark.slow
