@@ -42,7 +42,9 @@ ESCAPED_COMMAND = re.compile(r"\\\\(?=[a-zA-Z])")  # a command with a backslash 
 LATEX_SPACES = re.compile(r"(?<!\\)\\[!,;: ]|\\q?quad\b|~|\s+")
 LATEX_LAYOUT = re.compile(r"\\(?:left|right)(?![a-z]) ?(?=[|()\[\]\\/<>.])\.?|(?<!\\)\\[()\[\]]")
 # where a digit follows, what looks like one number is none
-LATEX_SIGNS = re.compile(r"\\(?:displaystyle|limits)\b|(?:\^ ?(?:\\circ|\{ ?\\circ ?\})|\u00b0)(?! ?\d)|(?<!\d)\\?\$|\\?\$(?!\d)")
+LATEX_SIGNS = re.compile(
+    r"\\(?:displaystyle|limits)\b|(?:\^ ?(?:\\circ|\{ ?\\circ ?\})|\u00b0)(?! ?\d)|(?<!\d)\\?\$|\\?\$(?!\d)"
+)
 SPACE = re.compile(r"\\[,;: ]|~| ")
 EQUIVALENT_LATEX: tuple[tuple[re.Pattern[str], str | Callable[[re.Match[str]], str]], ...] = (
     (re.compile(r"\\[dtc]frac(?![a-z])"), r"\\frac"),
