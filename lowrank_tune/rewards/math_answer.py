@@ -5,10 +5,10 @@ What exact numbers, choices and words can decide is decided at once, as in `answ
 math-verify in a worker process, which knows that \frac{\sqrt{8}}{2} = \sqrt{2}, that 1 < x and (1, \infty) are one set,
 that x + 1 = y and 2y = 2x + 2 are one line; of an irrational number it takes six right decimals for the answer.
 
-An answer that cannot be read as a whole is wrong (`latex_syntax.py`): 2n is not 2, what no bracket closes is nothing,
-2 = 3 holds nowhere, 1 2 and 5... are no numbers. So is one of unreasonable size, or one that takes too much computing; a
-completion that did not stop by itself has not answered. Of a gold answer that is a whole solution the box counts. One
-that cannot be read is never a 0 but an error: a fault of the data.
+An answer that cannot be read as a whole is wrong (`latex_syntax.py`): 2n is not 2, 1 2 and 5... are no numbers, 2 = 3
+holds nowhere, and a box that nothing closes has no contents. So is an answer of unreasonable size, or one that takes
+too much computing. A completion that did not stop by itself has not answered. Of a gold answer that is a whole
+solution the box counts. A gold answer that cannot be read is never a 0 but an error: a fault of the data.
 """
 
 from __future__ import annotations
