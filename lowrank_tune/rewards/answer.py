@@ -1,10 +1,11 @@
 r"""`answer`: the final answer of a completion is the gold answer, exactly.
 
-The final answer is the last `\boxed{}`, else what follows the last `####`, else the last number. Numbers are compared
+The final answer is the last `\boxed{}` (or the last boxes, where they make one list), else what follows the last
+`####`, else the last number. A box that nothing closes is a wrong answer. Numbers are compared
 as exact rationals: 1,234 = 1234, 12.50 = 12.5, 3/4 = 0.75 = \frac{3}{4}; digits are ASCII. A percent sign is a unit: 50
 % is right where the gold says 50 % or 50 (the question asked for percent) or 0.5, and a bare 0.5 where it says 50 %. A
 gold answer that is no number is compared as text, without case. What only begins like a number is wrong: "1,2" and
-"1e5" are not 2 and 5, and in a box "2x" is not 2 ("2 apples" and "2kg" are).
+"1e5" are not 2 and 5, and in a box "2x" is not 2 ("2 apples" and "2kg" are, `units.py`).
 """
 
 from __future__ import annotations

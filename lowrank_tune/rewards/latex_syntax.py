@@ -13,7 +13,7 @@ from typing import NamedTuple
 MAX_CHARS = 1000  # characters of an answer
 MAX_DIGITS = 200  # of one number
 MAX_DEPTH = 20  # brackets in brackets
-MAX_GROUP_DEPTH = 8  # the same without those around the argument of a command, which cost little
+MAX_GROUP_DEPTH = 6  # the same without those around the argument of a command, which cost little
 MAX_EXPONENT_DEPTH = 3  # powers in exponents
 CLOSING = {"(": (")", "]"), "[": (")", "]"), "{": ("}",), "\\{": ("\\}",)}
 TOKEN = re.compile(r"\\[a-zA-Z]+|\\.|[^\\ ]", re.DOTALL)

@@ -3,10 +3,12 @@ r"""`math_answer`: the final answer of a completion is the gold answer, as mathe
 What exact numbers, choices and words can decide is decided at once, as in `answer` (`answer_parsing.py`): 1,234 = 1234,
 3/4 = 0.75, 50 % where the gold says 50, 5 cm where it says 5, (B) where it says B or B) 37.5. The rest goes to
 math-verify in a worker process, which knows that \frac{\sqrt{8}}{2} = \sqrt{2}, that 1 < x and (1, \infty) are one set,
-that x + 1 = y and 2y = 2x + 2 are one line; of an irrational number it takes six right decimals for the answer. A
-completion that did not stop by itself has not answered, an answer of unreasonable size
-(`answer_parsing.too_large_reason`) is wrong. A gold answer that cannot be read is never a 0 but an error: a fault of
-the data.
+that x + 1 = y and 2y = 2x + 2 are one line; of an irrational number it takes six right decimals for the answer.
+
+An answer that cannot be read as a whole is wrong (`latex_syntax.py`): 2n is not 2, 1 2 and 5... are no numbers, 2 = 3
+holds nowhere, and a box that nothing closes has no contents. So is an answer of unreasonable size, or one that takes
+too much computing. A completion that did not stop by itself has not answered. Of a gold answer that is a whole
+solution the box counts. A gold answer that cannot be read is never a 0 but an error: a fault of the data.
 """
 
 from __future__ import annotations

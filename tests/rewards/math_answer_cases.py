@@ -65,7 +65,7 @@ ANSWERS: dict[str, list[Case]] = {
         ("x<5", "5", False),
     ],
     "groups that are not closed": [
-        (r"\frac{7}{x", "7", False),
+        (r"7 - \frac{0}{x", "7", False),
         ("(7", "7", False),
         ("7)", "7", False),
         ("[7", "7", False),
@@ -261,8 +261,16 @@ COMPLETIONS: dict[str, list[Case]] = {
         (r"\boxed{7} or rather \boxed{8", "7", False),
         (r"\boxed{}7", "8", False),
         (r"\boxed{\boxed{7}}", "7", True),
-        (r"\boxed{5}", r"Adding both sides gives $x + 2 = 7$, so that $x = \boxed{5}$ is the only solution here.", True),
-        (r"\boxed{2}", r"Adding both sides gives $x + 2 = 7$, so that $x = \boxed{5}$ is the only solution here.", False),
+        (
+            r"\boxed{5}",
+            r"Adding both sides gives $x + 2 = 7$, so that $x = \boxed{5}$ is the only solution here.",
+            True,
+        ),
+        (
+            r"\boxed{2}",
+            r"Adding both sides gives $x + 2 = 7$, so that $x = \boxed{5}$ is the only solution here.",
+            False,
+        ),
         (r"\boxed{1, 2}", r"The roots are $\boxed{1}$ and $\boxed{2}$.", True),
         (r"\boxed{2}", r"The roots are $\boxed{1}$ and $\boxed{2}$.", False),
     ],

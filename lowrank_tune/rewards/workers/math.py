@@ -18,6 +18,7 @@ from latex2sympy2_extended.logic import And
 from latex2sympy2_extended.sets import FiniteSet
 from math_verify.grader import should_treat_as_complex
 
+from lowrank_tune.rewards.workers.cpu_limit import CpuTimeExceeded, limit_cpu_time
 from lowrank_tune.rewards.workers.math_comparison import MathParseError, answers_are_equal, without_approximation
 from lowrank_tune.rewards.workers.math_equality import UNEVALUATED_TYPES
 
@@ -26,6 +27,7 @@ NORMALIZATION = NormalizationConfig(basic_latex=True, units=False, malformed_ope
 CONVERSION = ConversionConfig(lowercase_symbols=False)
 # parts of an answer; decimal digits of a number in it; power of what is no number
 MAX_NODES, MAX_DIGITS, MAX_POWER = 2000, 1e4, 1000.0
+CPU_TIME_SHARE = 0.5  # of the seconds of a call: computing time that an answer may take
 
 
 def load(spec: Mapping[str, Any]) -> Callable[[Mapping[str, Any]], GradeResult]:
@@ -38,16 +40,28 @@ def load(spec: Mapping[str, Any]) -> Callable[[Mapping[str, Any]], GradeResult]:
 
 
 def grade(request: Mapping[str, Any]) -> GradeResult:
-    """`same`: whether the answers are equal; else `gold` or `found`: why that one cannot be read."""
+    """`same`: whether the answers are equal; else `gold` or `found`: why that one cannot be read.
+
+    An answer that takes most of the time of the call to read and compare is one that cannot be read. Where the gold
+    answer has an integral, a sum or the like, that may be the cause, and the clock of the call decides.
+    """
     try:
         ground_truth = parse_answer(request["gold"])
     except MathParseError as error:
         return {"gold": str(error)}
     is_set = any(request[name].startswith("\\{") for name in ("gold", "found"))
+    compare = functools.partial(_is_equal, ground_truth, request["found"], is_set)
+    seconds = request["seconds"] * CPU_TIME_SHARE
     try:
-        return {"same": answers_are_equal(ground_truth, parse_answer(request["found"]), is_set)}
+        return {"same": compare() if ground_truth.has(*UNEVALUATED_TYPES) else limit_cpu_time(seconds, compare)}
     except MathParseError as error:
         return {"found": str(error)}
+    except CpuTimeExceeded:
+        return {"found": f"takes more than {seconds:.3g} s to compute"}
+
+
+def _is_equal(ground_truth: Any, found: str, is_set: bool) -> bool:
+    return answers_are_equal(ground_truth, parse_answer(found), is_set)
 
 
 @functools.lru_cache(256)

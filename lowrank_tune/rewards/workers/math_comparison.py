@@ -21,16 +21,7 @@ class MathParseError(Exception):
 def answers_are_equal(ground_truth: Any, answer: Any, is_set: bool) -> bool:
     """Whether an answer is the gold one. `is_set`: one of them is written in the braces of a set, so that neither
     stands for a point. Raises MathParseError for an equation that does not hold."""
-    if is_equation(answer):
-        check_constant_sides(sides_of(answer))
-        if not is_equation(ground_truth):
-            answer = value_of_equation(answer)
-    elif is_assignment_relation(ground_truth):
-        ground_truth = take_last_relation(ground_truth).rhs
-    if is_assignment_relation(ground_truth) and is_assignment_relation(answer):
-        if take_first_relation(ground_truth).lhs == take_first_relation(answer).lhs:
-            right_side, answer_side = (take_last_relation(equation).rhs for equation in (ground_truth, answer))
-            return answers_are_equal(right_side, answer_side, is_set)
+    ground_truth, answer = without_names(ground_truth, answer)
     members, answer_members = list_members(ground_truth), list_members(answer)
     point, answer_point = coordinates(ground_truth), coordinates(answer)
     if members is not None and answer_members is not None:
@@ -39,11 +30,27 @@ def answers_are_equal(ground_truth: Any, answer: Any, is_set: bool) -> bool:
         return answers_are_equal(members[0], answer, is_set=False)
     if answer_members is not None and len(answer_members) == 1:
         return answers_are_equal(ground_truth, answer_members[0], is_set=False)
-    if sympy.Tuple in (type(ground_truth), type(answer)) and point is not None and answer_point is not None:
+    if members is not None and answer_point is not None:
+        return not is_set and are_equal_in_order(members, answer_point)
+    if point is not None and answer_members is not None:
+        return not is_set and are_equal_in_order(point, answer_members)
+    if point is not None and answer_point is not None and sympy.Tuple in (type(ground_truth), type(answer)):
         return are_equal_in_order(point, answer_point)
-    if members is not None and answer_point is not None or answer_members is not None and point is not None:
-        return not is_set and are_equal_in_order(members or point or (), answer_members or answer_point or ())
     return values_are_equal(ground_truth, answer)
+
+
+def without_names(ground_truth: Any, answer: Any) -> tuple[Any, Any]:
+    """Both without the name of the value, where one gives it no name, or both the same; else as they are."""
+    if is_equation(answer):
+        check_constant_sides(sides_of(answer))
+        if not is_equation(ground_truth):
+            return ground_truth, value_of_equation(answer)
+        if not (is_assignment_relation(ground_truth) and is_assignment_relation(answer)):
+            return ground_truth, answer
+        if take_first_relation(ground_truth).lhs != take_first_relation(answer).lhs:
+            return ground_truth, answer
+        answer = take_last_relation(answer).rhs
+    return (take_last_relation(ground_truth).rhs if is_assignment_relation(ground_truth) else ground_truth), answer
 
 
 def list_members(expression: Any) -> Sequence[Any] | None:
