@@ -63,8 +63,8 @@ def in_rounds(cases: list[Any], vary: Callable[[int, int], int]) -> list[Any]:
 
 
 def earlier(call: int, number: int) -> int:
-    """Another call before this one: each of them once, before the first comes again."""
-    return (call - number * 7) % (call + 1)
+    """Another call up to this one in each round."""
+    return (call - number * 11) % (call + 1)
 
 
 @pytest.mark.parametrize(("algorithm", "seed"), in_rounds(MOMENTS, lambda seed, number: seed + 100 * number))
