@@ -13,6 +13,7 @@ import shutil
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -41,10 +42,10 @@ class Situation:
 
 
 SITUATIONS = {
-    "sft": Situation(lambda: fault_recipe("sft"), "a step", 5),
-    "grpo": Situation(lambda: fault_recipe("grpo"), "a step", 5),
-    "dpo": Situation(lambda: fault_recipe("dpo"), "a step", 5),
-    "at its end": Situation(lambda: fault_recipe("sft"), "end of a stage", 0),
+    "sft": Situation(partial(fault_recipe, "sft"), "a step", 5),
+    "grpo": Situation(partial(fault_recipe, "grpo"), "a step", 5),
+    "dpo": Situation(partial(fault_recipe, "dpo"), "a step", 5),
+    "at its end": Situation(partial(fault_recipe, "sft"), "end of a stage", 0),
     "between stages": Situation(chain_recipe, "start of a stage", 1),
     "in the second stage": Situation(chain_recipe, "a step", 3),
 }

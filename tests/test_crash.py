@@ -62,12 +62,16 @@ def in_rounds(cases: list[Any], vary: Callable[[int, int], int]) -> list[Any]:
     return cases + further
 
 
+def other_seed(seed: int, number: int) -> int:
+    return seed + 100 * number
+
+
 def earlier(call: int, number: int) -> int:
-    """Another call before this one: each of them once, before the first comes again."""
-    return (call - number * 7) % (call + 1)
+    """Another call up to this one in each round."""
+    return (call - number * 11) % (call + 1)
 
 
-@pytest.mark.parametrize(("algorithm", "seed"), in_rounds(MOMENTS, lambda seed, number: seed + 100 * number))
+@pytest.mark.parametrize(("algorithm", "seed"), in_rounds(MOMENTS, other_seed))
 def test_killed_at_a_random_moment(
     fork_server: ForkServer, straight: Straight, tmp_path: Path, algorithm: str, seed: int
 ) -> None:

@@ -328,6 +328,7 @@ def test_an_adapter_of_another_base_is_refused(tmp_path: Path, finished: Path) -
 
     other = tmp_path / "adapter"
     shutil.copytree(finished / "final", other)
+    (other / "manifest.json").unlink()  # the change is meant
     weights = load_file(other / "adapter_model.safetensors")
     save_file(
         {key: torch.zeros(tensor.shape[0], tensor.shape[1] + 64) for key, tensor in weights.items()},

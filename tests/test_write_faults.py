@@ -12,7 +12,8 @@ from pathlib import Path
 
 import pytest
 from crash import rounds, seed
-from faults import CommandServer, Fault, WriteFaults, check_failed_run, fault_recipe
+from failing_disk import Fault
+from faults import CommandServer, WriteFaults, check_failed_run, fault_recipe
 
 pytestmark = pytest.mark.slow
 DRAWS = 4
