@@ -66,6 +66,10 @@ REFUSED = {
         "{{ m.content + '<|im_end|>\n' }}{% endfor %}"
         "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n<think>\n' }}{% endif %}"
     ).replace("'\nHm. '", "'\n<think>Hm.'"),
+    "another conversation than the prompt's": (
+        "{{ 'Talk: ' if not add_generation_prompt else 'Ask: ' }}{% for m in messages %}{{ m.content + eos_token }}"
+        "{% endfor %}"
+    ),
     "images": "{% for m in messages %}{% for part in m.content %}{{ part.text }}{% endfor %}{% endfor %}",
 }
 TRL_IMAGE_TEMPLATES = ("idefics3", "llava_next", "smolvlm")
