@@ -94,17 +94,17 @@ def test_chat(case: Any) -> None:
 
 def test_eval(case: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     _, folder, _, _, stock, rows = case
-    asked = []
+    received = []
 
     class Stopping(Engine):
         def generate(self, prompts: Any, *more: Any) -> Any:
-            asked.extend(prompts)
+            received.extend(prompts)
             raise UserError("enough")
 
     monkeypatch.setattr("lowrank_tune.evaluation.evaluator.Engine", Stopping)
     with pytest.raises(UserError, match="enough"):
         evaluation.evaluate(str(folder), evaluation.Options(dataset=rows), ignore, CPU)
-    assert asked == 2 * [stock]
+    assert received == 2 * [stock]
 
 
 def test_modelfile(case: Any) -> None:

@@ -74,7 +74,7 @@ class GenerationPrompt:
     begins_with: str = ""
 
     @classmethod
-    def from_probe(cls, prompt: str, whole: str, answer: str) -> Self | None:
+    def from_probe(cls, prompt: str, whole: str, question: str, answer: str) -> Self | None:
         """Of a template that renders a question as `prompt`, and it with its answer as `whole`; None for a template
         that is refused."""
         match = _OPENED.search(prompt)
@@ -85,7 +85,8 @@ class GenerationPrompt:
             return cls(None)
         common = len(os.path.commonprefix([prompt, whole]))
         begins_with, found, _ = whole[common:].partition(answer)
-        return cls(None, prompt[common:], begins_with) if found else None
+        ends_with = prompt[common:]
+        return cls(None, ends_with, begins_with) if found and question not in ends_with + begins_with else None
 
     def own_thought(self, content: str) -> OwnThought | None:
         """The thought in an answer's content; None where it has none."""

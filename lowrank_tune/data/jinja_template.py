@@ -81,7 +81,7 @@ class JinjaChatTemplate:
         return question, answered
 
     def _probe_generation_prompt(self, question: str, answered: str) -> GenerationPrompt:
-        found = GenerationPrompt.from_probe(question, answered, PROBE_ANSWER)
+        found = GenerationPrompt.from_probe(question, answered, PROBE_QUESTION, PROBE_ANSWER)
         if found is None:
             raise UserError(
                 f"the base's chat template cannot be trained with: its generation prompt ends with {question[-40:]!r}, "

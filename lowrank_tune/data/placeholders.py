@@ -20,19 +20,20 @@ class Placeholders:
     def __init__(self, backend: TokenizerBackend) -> None:
         self._pattern, self._names = backend.special_pattern, list(backend.special_tokens)
         self._characters = {name: chr(FIRST_PLACEHOLDER + index) for index, name in enumerate(self._names)}
-        self._tags = {name: name for name in self._names if THOUGHT_TAG.fullmatch(name)}
+        self._of_assistant = self._characters | {name: name for name in self._names if THOUGHT_TAG.fullmatch(name)}
+        self._private = frozenset(self._characters.values())
 
     def insert(self, messages: ChatMessages) -> list[Message]:
         """The turns, with a private character for each control token that stands in them."""
         return [Message(message.role, self._replace(message)) for message in messages]
 
     def _replace(self, message: Message) -> str:
-        characters = self._characters | self._tags if message.role == "assistant" else self._characters
+        characters = self._of_assistant if message.role == "assistant" else self._characters
         return self._pattern.sub(lambda match: characters[match.group()], message.content)
 
     def found_in(self, text: str) -> bool:
         """Whether a text holds one."""
-        return not text.isascii() and not set(self._characters.values()).isdisjoint(text)
+        return not text.isascii() and not self._private.isdisjoint(text)
 
     def restore(self, text: str) -> str:
         """The text with the control tokens as the plain characters that they are there."""

@@ -136,7 +136,7 @@ class SpanEncoder:
     def _tail(self, text: str, span: Span) -> str:
         """The end of a prompt from its last control token on. The tokenizer never merges across such a token."""
         prompt = text[: span.start]
-        return prompt[max((prompt.rfind(token) for token in self._template_tokens), default=0) :]
+        return prompt[max([0, *(prompt.rfind(token) for token in self._template_tokens)]) :]
 
     def _pieces(self, text: str, first: bool) -> list[int]:
         """Ids of a text, control tokens of the template apart, stand-ins as the plain characters that they stand

@@ -40,6 +40,12 @@ OTHER_WORDS = (
     "{% if add_generation_prompt %}{{ '### assistant:\n' }}{% endif %}"
 )
 """Begins an answer with a space where the generation prompt has a line break."""
+LINE_BREAKS = (
+    "{% for m in messages %}{{ '### ' + m.role + ':\n\n' + m.content }}"
+    "{{ eos_token if m.role == 'assistant' else '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '### assistant:\n\n' }}{% endif %}"
+)
+"""Ends a prompt with what GPT-2's rule splits in another way once an answer follows; the first has no control token."""
 NO_PROMPT = "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{% endfor %}"
 """Has no generation prompt, so that a model writes the mark of its turn itself."""
 DATED = (
@@ -57,6 +63,7 @@ SHAPES = {
     "drops thoughts": DROPS,
     "closed thought": CLOSED_THOUGHT,
     "other words": OTHER_WORDS,
+    "line breaks": LINE_BREAKS,
     "no generation prompt": NO_PROMPT,
     "dated": DATED,
 }
@@ -66,6 +73,10 @@ REFUSED = {
         "{{ m.content + '<|im_end|>\n' }}{% endfor %}"
         "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n<think>\n' }}{% endif %}"
     ).replace("'\nHm. '", "'\n<think>Hm.'"),
+    "another conversation than the prompt's": (
+        "{{ 'Talk: ' if not add_generation_prompt else 'Ask: ' }}{% for m in messages %}{{ m.content + eos_token }}"
+        "{% endfor %}"
+    ),
     "images": "{% for m in messages %}{% for part in m.content %}{{ part.text }}{% endfor %}{% endfor %}",
 }
 TRL_IMAGE_TEMPLATES = ("idefics3", "llava_next", "smolvlm")
