@@ -110,8 +110,8 @@ class WorkerReward(ABC):
         return {"prompt": item.prompt, "completion": item.completion, "row": dict(item.row)}
 
     def reference_request(self, item: RewardInput) -> Mapping[str, Any] | None:
-        """The request that grades the row's own answer, the same for all completions of a row. Where it keeps the limits
-        that a completion exceeds, the completion is at fault, and else the row or the verifier.
+        """The request that grades the row's own answer, the same for all completions of a row. Where it keeps the
+        limits that a completion exceeds, the completion is at fault, and else the row or the verifier.
 
         The ground truth in a box, unless a reward reads something else; None where no request shows it. Only for
         verifiers of the kit.
