@@ -110,8 +110,8 @@ class WorkerReward(ABC):
         return {"prompt": item.prompt, "completion": item.completion, "row": dict(item.row)}
 
     def reference_request(self, item: RewardInput) -> Mapping[str, Any] | None:
-        """What the worker is told of the row's own answer, the same for all completions of a row. Where it is graded
-        within the limits that a completion exceeds, the completion is to blame, and else the row or the verifier.
+        """The request that grades the row's own answer, the same for all completions of a row. Where it keeps the
+        limits that a completion exceeds, the completion is at fault, and else the row or the verifier.
 
         The ground truth in a box, unless a reward reads something else; None where no request shows it. Only for
         verifiers of the kit.
@@ -130,7 +130,7 @@ class WorkerReward(ABC):
 
     @abstractmethod
     def on_timeout(self, item: RewardInput, seconds: float) -> Score:
-        """The score of a completion that was not graded within so many seconds, where it need not be to blame."""
+        """The score of a completion that was not graded within so many seconds, where it need not be at fault."""
 
     @abstractmethod
     def on_worker_crash(self, item: RewardInput, reason: str) -> Score:

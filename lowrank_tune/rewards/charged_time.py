@@ -1,12 +1,11 @@
 """A limit on the time that processes take for themselves, whatever else the machine does.
 
-Charged is the time that they run on a processor, and the time that none of their threads could run: they sleep, or wait
-for nobody. Not charged is the time in which a thread could run while other programs had the processors. Threads that
-wait for each other's processors gain nothing by it: meanwhile one of them runs. The charge never exceeds the wall
-clock.
+Charged is the time that they run on a processor, and the time that none of their threads could run, as in a sleep. Not
+charged is the time in which a thread could run while other programs had the processors. While threads of theirs wait
+for each other's processors one of them runs, so that time is charged. The charge never exceeds the wall clock.
 
 CPU time is the kernel's own count. Whether a thread could run is looked up at random times, which no program can
-foresee.
+predict.
 """
 
 from __future__ import annotations

@@ -12,8 +12,8 @@ completion tells:
 
 Formulas and definitions are read from the last closed fence (`smt2`, `smt`, `smtlib`, `lisp` or none), else from the
 whole completion. Only literals, declared names and known operators reach Z3. Where Z3 cannot decide a statement, or
-cannot tell for another reason than the time, there is no score: an error or a timeout, never a 0. A witness or an
-invariant on which Z3 takes too long is wrong where it decides the row's own formulas in time.
+gives up before its time is over, there is no score: an error or a timeout, never a 0. A witness or an invariant on
+which Z3 takes too long is wrong where it decides the row's own formulas in time.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ class SmtReward(WorkerReward):
         return {**columns, "text": item.completion if code_block is None else code_block}
 
     def reference_request(self, item: RewardInput) -> Mapping[str, Any] | None:
-        """The row's own formulas. A statement is these and nothing else, so that no completion is to blame."""
+        """The row's own formulas. A statement is these and nothing else, so that no completion is at fault."""
         return None if self.answer_type == "statement" else {**self.build_request(item), "text": None}
 
     def parse_reply(self, item: RewardInput, reply: Reply) -> Score:

@@ -1,7 +1,7 @@
 """One place of the pool: a thread with its worker process, which it replaces when it is lost.
 
-A completion that exceeds a limit is to blame itself where the row's own answer keeps it, graded by the same process or
-a new one: then it is wrong, and else without a score.
+A completion that exceeds a limit is at fault itself where the row's own answer keeps it, graded by the same process or
+a new one: then it is wrong, and else it has no score.
 """
 
 from __future__ import annotations
@@ -127,7 +127,7 @@ class WorkerThread(threading.Thread):
         return self.worker.request(message, limit * request.reward.worker_time_factor)
 
     def _score_of(self, request: ScoreRequest, reply: Reply) -> Score:
-        """The score from a reply, also from one that tells of an exceeded limit."""
+        """The score from a reply, also from one that reports an exceeded limit."""
         if reply.get("late"):
             limit = self._limit(request.reward)
             return self._exceeded(request, f"{limit:g} s") or request.reward.on_timeout(request.item, limit)
@@ -137,7 +137,7 @@ class WorkerThread(threading.Thread):
         return score
 
     def _exceeded(self, request: ScoreRequest, limit: str) -> Score | None:
-        """The score of a completion that exceeds a limit of a verifier, where it alone is to blame. None for a user's
+        """The score of a completion that exceeds a limit of a verifier, where it alone is at fault. None for a user's
         function, which has no limits that a completion may exceed."""
         reward = request.reward
         is_verifier = self._worker_specs[request.spec_index]["kind"] == "verifier"
