@@ -190,6 +190,26 @@ def test_a_split_loses_nothing(
     ), "a family is apart"
 
 
+@pytest.mark.parametrize(
+    ("rows", "tokens", "together", "sizes"),
+    [
+        (None, 10, 1, [2, 2, 2]),
+        (None, 9, 1, [1] * 6),
+        (None, 20, 2, [4, 2]),
+        (None, 15, 1, [3, 3]),
+        (3, 10, 1, [2, 2, 2]),
+    ],
+)
+def test_a_micro_batch_of_exactly_the_budget_is_whole(
+    rows: int | None, tokens: int, together: int, sizes: list[int]
+) -> None:
+    """Six rows of five tokens."""
+    batch = ragged_batch([5] * 6)
+    batch.extra = {"row": torch.arange(6), "token": batch.attention_mask.long()}
+    assert [len(micro) for micro in batch.split(rows, tokens, together)] == sizes
+    assert wrong_split(batch, rows, tokens, together) == []
+
+
 def test_a_split_that_cuts_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     batch = ragged_batch(LENGTHS)
     batch.extra = {"row": torch.arange(8), "token": batch.attention_mask.long()}
