@@ -107,8 +107,8 @@ class JinjaChatTemplate:
         rows = self._encoder.encode_many(rendered)
         if any(isinstance(row, Row) and _count_stretches(row) < 2 for row in rows):
             description += (
-                "; the tokenizer encodes the end of a prompt in another way where an answer follows, so only the last "
-                "answer is trained"
+                "; the tokenizer may encode the end of a prompt in another way once an answer follows, and an earlier "
+                "answer for which it does is not trained"
             )
         return description
 

@@ -212,7 +212,7 @@ def test_an_earlier_answer_behind_other_ids_than_its_prompt_is_context() -> None
     assert [template.prompt(messages[:end]) for end in (1, 3)] == [first, last]
     assert list(row.input_ids[: len(last)]) == last and list(row.input_ids[: len(first)]) != first
     assert trained_text(template, row) == "No.<|im_end|>"
-    assert "so only the last answer is trained" in template.describe()
+    assert "an earlier answer for which it does is not trained" in template.describe()
 
 
 def test_words_reject_their_markers() -> None:
