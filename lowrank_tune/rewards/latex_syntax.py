@@ -1,8 +1,8 @@
 r"""Whether an answer in LaTeX can be read as a whole, before a parser sees it.
 
-latex2sympy2 reads more than an answer says: 5 6 and 5{6} are 11 (a mixed number), the 8 of 5_8, an apostrophe and
-\ldots vanish, 1.5.5 is a product. What it would read so has no one meaning, and is no answer. Its time grows fast with
-the brackets in brackets, which are therefore counted first.
+latex2sympy2 reads what no one means: 5 6 and 5{6} as 11 (a mixed number). The 8 of 5_8, an apostrophe and \ldots
+vanish, 1.5.5 is a product. What it would read so has no one meaning, and is no answer. Its time grows fast with the
+brackets in brackets, which are therefore counted first.
 """
 
 from __future__ import annotations

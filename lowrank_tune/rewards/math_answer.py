@@ -1,9 +1,9 @@
 r"""`math_answer`: the final answer of a completion is the gold answer, as mathematics.
 
-What exact numbers, choices and words can decide is decided at once, as in `answer` (`answer_parsing.py`): 1,234 = 1234,
-3/4 = 0.75, 50 % where the gold says 50, 5 cm where it says 5, (B) where it says B or B) 37.5. The rest goes to
-math-verify in a worker process, which knows that \frac{\sqrt{8}}{2} = \sqrt{2}, that 1 < x and (1, \infty) are one set,
-that x + 1 = y and 2y = 2x + 2 are one line; of an irrational number it takes six right decimals for the answer.
+What exact numbers, choices and words can decide is decided at once, as in `answer` (`answer_parsing.py`): 1,234 =
+1234, 3/4 = 0.75, 50 % for a gold 50, 5 cm for 5, (B) for B or B) 37.5. The rest goes to math-verify in a worker
+process: there \frac{\sqrt{8}}{2} = \sqrt{2}, 1 < x and (1, \infty) are one set, x + 1 = y and 2y = 2x + 2 are one
+line; of an irrational number six right decimals are enough.
 
 An answer that cannot be read as a whole is wrong (`latex_syntax.py`): 2n is not 2, 1 2 and 5... are no numbers, 2 = 3
 holds nowhere, and a box that nothing closes has no contents. So is an answer of unreasonable size, or one that takes

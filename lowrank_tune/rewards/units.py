@@ -11,13 +11,13 @@ import re
 LETTERS = frozenset("m g s h l L N J W V A K C F".split())
 SYMBOLS = frozenset(
     "cm mm km dm nm kg mg ml mL cl dl kL Hz kHz MHz Pa kPa kW MW kWh Wh kJ cal kcal mol rad deg ft in yd mi lb "
-    "lbs oz gal pt qt hr hrs min mins sec secs ms yr yrs mph kmh kph cc sq cu ha a.m p.m am pm".split()
+    "lbs oz gal pt qt hr hrs min mins sec secs ms yr yrs mph kmh kph cc sq cu ha a.m p.m am pm USD EUR GBP".split()
 )
 NAMES = frozenset(
     "meter metre centimeter centimetre millimeter millimetre kilometer kilometre inch inche foot feet yard mile "
     "gram kilogram milligram pound ounce ton liter litre milliliter millilitre gallon quart pint cup second "
     "minute hour day week month year degree radian unit dollar cent euro square cubic volt watt joule newton "
-    "point".split()
+    "point man men woman women boy girl child children person people".split()
 )
 SMALL_WORDS = frozenset("of per to in by".split())
 OPERATORS = frozenset(

@@ -96,6 +96,7 @@ ANSWERS: dict[str, list[Case]] = {
         (r"5 \text{ square units}", "5", True),
         (r"5 \text{ apples}", "5", True),
         ("5 apples", "5", True),
+        ("5 men", "5", True),
         ("5", r"5 \text{ cm}", True),
         (r"2\sqrt{3} \text{ cm}", r"2\sqrt{3}", True),
         (r"\$5", "5", True),

@@ -127,7 +127,7 @@ def names_of(expression: Any) -> set[Any]:
 
 
 def without_approximation(exact: Any, approximation: Any) -> Any:
-    r"""What `exact \approx approximation` says: the exact part, or that a name has the approximate value.
+    r"""The exact part of `exact \approx approximation`; of a name and a number, that they are equal.
 
     Raises MathParseError where the two are far apart.
     """
