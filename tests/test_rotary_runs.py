@@ -222,7 +222,11 @@ def test_scores_of_a_reward_model_are_computed_with_the_factors_of_its_run(
         "rewards": [{"name": "reward_model"}],
         "adapters": {"reward": {"path": str(tmp_path / "score")}},
         "rollout": {"num_generations": 2, "max_new_tokens": 8},
-        "data": {"train": [{"dataset": "builtin:arithmetic", "max_samples": 8}], "max_prompt_length": 24},
+        "data": {
+            "train": [{"dataset": "builtin:arithmetic", "max_samples": 8}],
+            "max_prompt_length": 24,
+            "max_invalid_fraction": 1.0,
+        },
     }
     modules[1].score_completions(Recipe.from_dict(recipe), None, 2, quiet, CPU)
     assert [one.rope.factors for one in loaded if one.rope is not None] == ["long", "long"]
