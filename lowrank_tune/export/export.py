@@ -281,7 +281,11 @@ def _modelfile(
         remarks.append(f"No TEMPLATE: {message}.")
     elif (today := date.today().strftime("%d %b %Y")) in turns.opening:
         remarks.append(f"The base's template writes the date of the day; here it stays {today}.")
-    config = load_config(run.base).get_text_config()
+    config = load_config(run.base)
+    positions, min_context_length = getattr(config.get_text_config(), "max_position_embeddings", None), 0
+    if (rope := fixed_rope(config, run.rope_factors)) is not None:
+        positions = rope.max_row_length or positions
+        min_context_length = max(run.recipe.longest_row, rope.original_length + 1) if rope.factors == "long" else 0
     return Modelfile(
         start,
         adapter,
@@ -290,8 +294,9 @@ def _modelfile(
         options.system or run.recipe.data.system_prompt,
         _eos_tokens(run),
         GenerationConfig.from_pretrained(run.final).to_diff_dict(),
-        int(getattr(config, "max_position_embeddings", None) or 1 << 30),
+        int(positions or 1 << 30),
         remarks,
+        min_context_length,
     ).text()
 
 
