@@ -14,6 +14,7 @@ import pytest
 import torch
 from bitsandbytes.nn import Linear4bit
 from models import (
+    LONGROPE,
     VOCAB,
     all_tensors,
     changed_tensors,
@@ -700,15 +701,11 @@ def test_train_mode_comes_back_and_dropout_sleeps() -> None:
         assert count[0] == 3  # one layer call a token: the cache works, nothing is recomputed
 
 
-@pytest.mark.parametrize("kind", ["llama", "llama, rope grows", "qwen2", "gemma3_text", "gpt_neo"])
+@pytest.mark.parametrize("kind", ["llama", "phi3, longrope", "qwen2", "gemma3_text", "gpt_neo"])
 def test_a_rollout_leaves_a_model_that_learns_as_before(kind: str) -> None:
-    """Autograd refuses tensors of inference mode: none may stay, and a rope that grew with the text is among what
-    could."""
-    grows = {
-        "max_position_embeddings": 8,
-        "rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4},
-    }
-    roles = roles_over(unquantized_base(kind.split(",")[0], **grows if "grows" in kind else {}))
+    """Autograd refuses tensors of inference mode: none may stay, and rotary frequencies are among what could."""
+    changes = LONGROPE if "longrope" in kind else {}
+    roles = roles_over(unquantized_base(kind.split(",")[0], "long", **changes))
     perturb(roles, "policy")
 
     def learned(row: Sequence[int]) -> torch.Tensor:
@@ -719,7 +716,7 @@ def test_a_rollout_leaves_a_model_that_learns_as_before(kind: str) -> None:
 
     before = learned(PROMPTS[0])
     run(roles, n=2)
-    assert learned(range(5, 15)).norm() > 0, "a row that the grown rope serves as it is"
+    assert learned(range(5, 15)).norm() > 0
     assert torch.equal(learned(PROMPTS[0]), before) and before.norm() > 0
     assert torch.is_grad_enabled() and not torch.is_inference_mode_enabled()
 

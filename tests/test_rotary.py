@@ -28,7 +28,7 @@ from models import (
 )
 from transformers import AutoConfig
 
-from lowrank_tune import Chain, Recipe, UserError, run, settings
+from lowrank_tune import Chain, Recipe, UserError, assembly, run, settings
 from lowrank_tune.assembly.rope import check_heldout_length, select_rope
 from lowrank_tune.errors import ConfigError
 from lowrank_tune.events import Event, LogMessage
@@ -314,6 +314,18 @@ def test_held_out_answers_that_are_too_long_are_refused() -> None:
         check_heldout_length(sft, 11, FixedRope("dynamic", 16, None))
     with pytest.raises(ConfigError, match=r"use shorter prompts in `evaluate.eval_dataset`$"):
         check_heldout_length(sft, 16, FixedRope("dynamic", 16, None))
+
+
+def test_a_run_with_long_held_out_answers_is_refused_before_its_base_is_loaded(
+    saved: Callable[[str], str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LOWRANK_TUNE_CACHE", str(tmp_path))
+    monkeypatch.setattr(assembly, "load_base", lambda *_, **__: pytest.fail("the base was loaded"))
+    heldout = {"eval_dataset": {"dataset": "builtin:arithmetic", "split": "heldout"}, "max_new_tokens": 30}
+    rows = data(32) | {"max_invalid_fraction": 1.0}
+    wanted = recipe(saved("dynamic"), data=rows, evaluate=heldout)
+    with pytest.raises(ConfigError, match=r"^evaluate.max_new_tokens: 30 tokens after a held-out prompt of "):
+        assembly.build(Recipe.from_dict(wanted), lambda event: None, CPU)
 
 
 def test_a_chain_is_refused_before_its_first_stage(saved: Callable[[str], str], tmp_path: Path) -> None:

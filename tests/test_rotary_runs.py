@@ -21,7 +21,8 @@ from transformers import AutoModelForCausalLM
 from lowrank_tune import Chain, Recipe, UserError, run, settings
 from lowrank_tune.chat import load_chat_model
 from lowrank_tune.data import ChatTemplate
-from lowrank_tune.evaluation.evaluation import Options, evaluate
+from lowrank_tune.evaluation.evaluation import Options, _select_rope, evaluate
+from lowrank_tune.evaluation.questions import EvalQuestion, EvalQuestions
 from lowrank_tune.evaluation.target import EvalRewardModel, EvalTarget, check_reward_model
 from lowrank_tune.events import Event, LogMessage, StepEnd
 from lowrank_tune.export.export import _compare_base
@@ -187,6 +188,23 @@ def test_the_base_of_a_run_is_compared_with_its_factors(finished: tuple[Path, li
         _compare_base(replace(run_of, facts={**run_of.facts, "rope_factors": "short"}), quiet, CPU)
 
 
+def test_questions_that_are_too_long_for_the_factors_of_a_run_are_left_out(base: Path) -> None:
+    config = settings.BaseConfig(model=str(base))
+    questions = [EvalQuestion(n, [5] * length, "", None) for n, length in enumerate((8, 25, 24))]
+    for factors, left in (("short", [0, 2]), ("long", [0, 1, 2]), (None, [0, 1, 2])):
+        events: list[Event] = []
+        target = EvalTarget("warm", "run", config, {}, rope_factors=factors)  # type: ignore[arg-type]
+        selected, usable = _select_rope(target, EvalQuestions(questions, "rows"), 8, events.append)
+        assert [question.number for question in usable.questions] == left and selected == (factors or "long")
+        warnings = [one.message for one in events if isinstance(one, LogMessage) and one.level == "warning"]
+        assert len(warnings) == (len(left) < 3) and all(
+            one.startswith("1 of 3 questions are left out") for one in warnings
+        )
+    target = EvalTarget("warm", "run", config, {}, rope_factors="short")
+    with pytest.raises(UserError, match="may have 38 tokens together, above 32"):
+        _select_rope(target, EvalQuestions(questions, "rows"), 30, quiet)
+
+
 def test_a_reward_model_of_other_factors_is_refused(base: Path) -> None:
     config = settings.BaseConfig(model=str(base))
     target = EvalTarget("warm", "run", config, {}, facts={"rope_factors": "long"})
@@ -222,7 +240,11 @@ def test_scores_of_a_reward_model_are_computed_with_the_factors_of_its_run(
         "rewards": [{"name": "reward_model"}],
         "adapters": {"reward": {"path": str(tmp_path / "score")}},
         "rollout": {"num_generations": 2, "max_new_tokens": 8},
-        "data": {"train": [{"dataset": "builtin:arithmetic", "max_samples": 8}], "max_prompt_length": 24},
+        "data": {
+            "train": [{"dataset": "builtin:arithmetic", "max_samples": 8}],
+            "max_prompt_length": 24,
+            "max_invalid_fraction": 1.0,
+        },
     }
     modules[1].score_completions(Recipe.from_dict(recipe), None, 2, quiet, CPU)
     assert [one.rope.factors for one in loaded if one.rope is not None] == ["long", "long"]

@@ -32,7 +32,7 @@ def load_chat_model(
     max_new_tokens: int = 0,
 ) -> ChatModel:
     """RUN or MODEL, ready to speak. `bits` and `base` are for what does not say: a model, an adapter, a base that was
-    moved. Where no run says which rotary frequencies to use, an answer of `max_new_tokens` selects them.
+    moved. Where no run stores its rotary frequencies, an answer of `max_new_tokens` selects them.
 
     Raises UserError: no such thing, a reward model, a base that is gone or is not the one that was trained over.
     """

@@ -20,7 +20,13 @@ from lowrank_tune.evaluation.evaluator import EvalResult, Evaluator
 from lowrank_tune.evaluation.grading import Grader
 from lowrank_tune.evaluation.intervals import CONFIDENCE
 from lowrank_tune.evaluation.metrics import Metrics, deltas_vs_base, missing_scores, variant_metrics, win_rates
-from lowrank_tune.evaluation.questions import EvalQuestions, eval_source, load_eval_questions, recipe_heldout_questions
+from lowrank_tune.evaluation.questions import (
+    EvalQuestion,
+    EvalQuestions,
+    eval_source,
+    load_eval_questions,
+    recipe_heldout_questions,
+)
 from lowrank_tune.evaluation.results import EVALS, VERSION
 from lowrank_tune.evaluation.target import (
     BASE,
@@ -36,7 +42,7 @@ from lowrank_tune.evaluation.target import (
 from lowrank_tune.events import Emit, LogMessage, Progress
 from lowrank_tune.model.base import Base, load_base, load_config, load_tokenizer
 from lowrank_tune.model.roles import Roles
-from lowrank_tune.model.rotary import fixed_rope, select_factors
+from lowrank_tune.model.rotary import RopeFactors, fixed_rope, select_factors
 from lowrank_tune.types import SamplingParams
 
 PROMPTS, NEW_TOKENS = 100, 256  # where no recipe says
@@ -156,8 +162,8 @@ def evaluate(given: str, options: Options, emit: Emit, device: torch.device | No
     )
     recipe = target.recipe if has_questions else None
     with Grader(recipe, options.verifier if has_questions else None, reward_model is not None, template) as grader:
-        longest_row = _longest_row(eval_questions, sampling_options.max_new_tokens)
-        base = _load(target, template, device, emit, longest_row)
+        factors, eval_questions = _select_rope(target, eval_questions, sampling_options.max_new_tokens, emit)
+        base = _load(target, template, device, emit, factors)
         check_bases(target, reward_model, base, emit)
         roles = roles_for(target, reward_model, base)
         grader.set_base_model(roles)
@@ -166,25 +172,43 @@ def evaluate(given: str, options: Options, emit: Emit, device: torch.device | No
         )
 
 
-def _longest_row(eval_questions: EvalQuestions, max_new_tokens: int) -> int:
-    """Tokens of the longest row: a question with its answer, or with its reference answer."""
-    lengths = [len(question.prompt_ids) + max_new_tokens for question in eval_questions.questions]
-    references = [question.reference for question in eval_questions.questions if question.reference is not None]
-    return max([*lengths, *(len(reference.input_ids) for reference in references)], default=0)
+def _select_rope(
+    target: EvalTarget, eval_questions: EvalQuestions, max_new_tokens: int, emit: Emit
+) -> tuple[RopeFactors, EvalQuestions]:
+    """The rotary frequencies that the target was trained with, else those for the longest row; and the questions that
+    make no row which is longer than these are for. Raises UserError where none is left."""
+    config, questions = load_config(target.base), eval_questions.questions
+    lengths = [_row_length(question, max_new_tokens) for question in questions]
+    factors = target.rope_factors or select_factors(config, max(lengths, default=0))
+    rope = fixed_rope(config, factors)
+    if rope is None:
+        return factors, eval_questions
+    emit(LogMessage(message=rope.describe()))
+    limit = rope.max_row_length or max(lengths, default=0)
+    usable = [question for question, length in zip(questions, lengths, strict=True) if length <= limit]
+    if questions and not usable:
+        rope.check_row_length(min(lengths))
+    if len(usable) < len(questions):
+        message = (
+            f"{len(questions) - len(usable)} of {len(questions)} questions are left out: with an answer of up to "
+            f"{max_new_tokens:,} tokens they have more than {limit:,}, the limit of the base's {rope.name}"
+        )
+        emit(LogMessage(level="warning", message=message))
+    return factors, EvalQuestions(usable, eval_questions.origin)
+
+
+def _row_length(question: EvalQuestion, max_new_tokens: int) -> int:
+    """Tokens of a question with the longer of its answer and its reference answer."""
+    reference = len(question.reference.input_ids) if question.reference is not None else 0
+    return max(len(question.prompt_ids) + max_new_tokens, reference)
 
 
 def _load(
-    target: EvalTarget, template: ChatTemplate, device: torch.device | None, emit: Emit, longest_row: int
+    target: EvalTarget, template: ChatTemplate, device: torch.device | None, emit: Emit, rope_factors: RopeFactors
 ) -> Base:
-    """The base, with the rotary frequencies that the target was trained with; else with those for the longest row.
-    Raises UserError for rows that are longer than these are for."""
-    label, config = f"loading {target.base.model}", load_config(target.base)
-    factors = target.rope_factors or select_factors(config, longest_row)
-    if (rope := fixed_rope(config, factors)) is not None:
-        emit(LogMessage(message=rope.describe()))
-        rope.check_row_length(longest_row)
+    label = f"loading {target.base.model}"
     emit(Progress(description=label, done=0, total=1))
-    base = load_base(target.base, template.tokenizer, device, rope_factors=factors)
+    base = load_base(target.base, template.tokenizer, device, rope_factors=rope_factors)
     emit(Progress(description=label, done=1, total=1))
     return base
 

@@ -17,6 +17,7 @@ from lowrank_tune.export.gguf_lora import gguf_module
 from lowrank_tune.export.ollama import Modelfile
 from lowrank_tune.export.template_probe import TemplateTurns, derive_turns, keeps_thoughts
 from lowrank_tune.model.base import load_config, load_tokenizer
+from lowrank_tune.model.rotary import fixed_rope
 
 NO_TEMPLATE = (
     "the base's chat template cannot be put into Ollama's words: Ollama takes the one in the GGUF where it knows it, "
@@ -31,7 +32,7 @@ def modelfile_text(
     it."""
     template = _template(run)
     bos, turns = bos_of_runner(template.tokenizer, file), derive_turns(template.render)
-    config = load_config(run.base).get_text_config()
+    positions, min_context_length = _context_lengths(run)
     return Modelfile(
         start,
         adapter,
@@ -40,9 +41,21 @@ def modelfile_text(
         system or run.recipe.data.system_prompt,
         eos_tokens_of(run),
         GenerationConfig.from_pretrained(run.final).to_diff_dict(),
-        int(getattr(config, "max_position_embeddings", None) or 1 << 30),
+        positions,
         _remarks(run, template, turns, bos, adapter, emit),
+        min_context_length,
     ).text()
+
+
+def _context_lengths(run: FinishedRun) -> tuple[int, int]:
+    """The longest context that the model has, and the one that selects the rotary frequencies of the run; 0 for any."""
+    config = load_config(run.base)
+    positions = getattr(config.get_text_config(), "max_position_embeddings", None)
+    rope = fixed_rope(config, run.rope_factors)
+    if rope is None:
+        return int(positions or 1 << 30), 0
+    selecting = max(run.recipe.longest_row, rope.original_length + 1) if rope.factors == "long" else 0
+    return int(rope.max_row_length or positions or 1 << 30), selecting
 
 
 def _remarks(

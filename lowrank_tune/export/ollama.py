@@ -40,6 +40,8 @@ class Modelfile:
     generation: Mapping[str, Any]
     context_length: int
     remarks: Sequence[str]
+    min_context_length: int = 0
+    """Tokens below which Ollama would select other rotary frequencies than those in training; 0 for none."""
 
     def text(self) -> str:
         """The file."""
@@ -56,7 +58,8 @@ class Modelfile:
             for key, value in self.generation.items()
             if key in PARAMETER_NAMES and isinstance(value, (int, float)) and not isinstance(value, bool)
         ]
-        lines += [f"PARAMETER num_ctx {self.context_length}"] if self.context_length < DEFAULT_CONTEXT else []
+        context_length = min(self.context_length, max(DEFAULT_CONTEXT, self.min_context_length))
+        lines += [f"PARAMETER num_ctx {context_length}"] if context_length != DEFAULT_CONTEXT else []
         return "\n".join(lines) + "\n"
 
 

@@ -241,3 +241,15 @@ def test_go_itself_writes_the_same(tmp_path: Path) -> None:
         text=True,
     )
     assert re.search(r"unfinished\Z", json.loads(done.stdout)[0]), "an unfinished answer is continued"
+
+
+@pytest.mark.parametrize(
+    ("positions", "minimum", "expected"), [(131072, 8192, 8192), (131072, 300, None), (512, 300, 512), (4096, 0, None)]
+)
+def test_a_modelfile_sets_a_context_that_selects_the_frequencies_of_training(
+    positions: int, minimum: int, expected: int | None
+) -> None:
+    """Ollama's own context of 4,096 tokens would select the short factors of RoPE type `longrope`."""
+    text = Modelfile("./a.gguf", None, None, "", None, [], {}, positions, [], minimum).text()
+    assert text.count("num_ctx") == (expected is not None)
+    assert expected is None or f"PARAMETER num_ctx {expected}\n" in text
