@@ -336,7 +336,7 @@ def test_a_chain_is_refused_before_its_first_stage(saved: Callable[[str], str], 
     chain = Chain.from_dict({"name": "two", "base": {"model": saved("dynamic")}, "stages": stages})
     with pytest.raises(ConfigError, match=r"^stages.rl.rollout.max_new_tokens: "):
         run(chain, out=tmp_path / "two", ui="none", device=CPU)
-    assert not (tmp_path / "two" / "1-warm" / "final").exists()
+    assert not (tmp_path / "two").exists()
 
 
 @pytest.mark.slow

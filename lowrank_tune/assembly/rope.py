@@ -9,6 +9,8 @@ factors, so is this run.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
 
 from lowrank_tune import settings
 from lowrank_tune.errors import ConfigError, ConfigProblem
@@ -27,7 +29,7 @@ def select_rope(stages: Sequence[settings.RecipeConfig], emit: Emit) -> FixedRop
     if rope is None:
         return None
     if rope.rope_type == "dynamic":
-        _refuse_long_rows(stages, rope)
+        _refuse_long_rows(stages, config)
         emit(LogMessage(message=rope.describe()))
         return rope
     adapters = _adapter_factors(stages)
@@ -63,21 +65,30 @@ def check_heldout_length(recipe: settings.RecipeConfig, longest_prompt: int, rop
     raise ConfigError([ConfigProblem(message, "evaluate.max_new_tokens")])
 
 
-def _refuse_long_rows(stages: Sequence[settings.RecipeConfig], rope: FixedRope) -> None:
-    problems = []
-    for stage in stages:
-        if stage.max_train_length <= rope.original_length:
-            continue
-        key = _length_setting(stage)
-        prompts = " and `data.max_prompt_length` allow" if key == "rollout.max_new_tokens" else " allows"
-        message = (
-            f"it{prompts} rows of {stage.max_train_length:,} tokens, and the base's RoPE type `dynamic` changes the "
-            f"frequencies of all rows of a call that holds one of more than {rope.original_length:,} "
-            f"(`max_position_embeddings`): allow at most {rope.original_length:,}"
-        )
-        problems.append(ConfigProblem(message, f"stages.{stage.name}.{key}" if len(stages) > 1 else key))
-    if problems:
-        raise ConfigError(problems)
+def long_row_problem(recipe: settings.RecipeConfig, config: Any) -> ConfigProblem | None:
+    """The setting that allows longer rows than RoPE type `dynamic` is for; None where none does."""
+    rope = fixed_rope(config, "short")
+    if rope is None or rope.rope_type != "dynamic" or recipe.max_train_length <= rope.original_length:
+        return None
+    key = _length_setting(recipe)
+    prompts = " and `data.max_prompt_length` allow" if key == "rollout.max_new_tokens" else " allows"
+    message = (
+        f"it{prompts} rows of {recipe.max_train_length:,} tokens, and the base's RoPE type `dynamic` changes the "
+        f"frequencies of all rows of a call that holds one of more than {rope.original_length:,} "
+        f"(`max_position_embeddings`): allow at most {rope.original_length:,}"
+    )
+    return ConfigProblem(message, key)
+
+
+def _refuse_long_rows(stages: Sequence[settings.RecipeConfig], config: Any) -> None:
+    problems = {stage.name: long_row_problem(stage, config) for stage in stages}
+    located = [
+        replace(problem, key=f"stages.{name}.{problem.key}") if len(stages) > 1 else problem
+        for name, problem in problems.items()
+        if problem is not None
+    ]
+    if located:
+        raise ConfigError(located)
 
 
 def _length_setting(recipe: settings.RecipeConfig) -> str:

@@ -15,7 +15,7 @@ from lowrank_tune.errors import ConfigError, UserError
 from lowrank_tune.events import Emit, LogMessage
 from lowrank_tune.memory_planner import check_fit
 from lowrank_tune.preflight.adapters import adapter_findings
-from lowrank_tune.preflight.base import meta_model, optimizer_findings, target_findings
+from lowrank_tune.preflight.base import meta_model, optimizer_findings, row_length_findings, target_findings
 from lowrank_tune.preflight.data import DataCheck
 from lowrank_tune.preflight.disk import disk_findings
 from lowrank_tune.preflight.findings import findings_of
@@ -114,7 +114,7 @@ def _sound_stages(stages: Sequence[PlannedStage], model: Any, findings: Findings
     for stage in stages:
         found = list(adapter_findings(stage))
         if model is not None and not stage.is_finished:
-            found += target_findings(stage, model)
+            found += [*target_findings(stage, model), *row_length_findings(stage, model)]
         findings[stage.recipe.name] += found
         is_sound = is_sound and not found
         if is_sound and not stage.is_finished:

@@ -9,6 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from lowrank_tune import settings
+from lowrank_tune.assembly.rope import long_row_problem
 from lowrank_tune.errors import UserError
 from lowrank_tune.model.adapters import lora_config
 from lowrank_tune.model.base import check_quantization, describe_load_errors, load_config
@@ -24,6 +25,12 @@ def meta_model(base: settings.BaseConfig) -> Any:
     check_quantization(config, base)
     with describe_load_errors(base) as (_, arguments), torch.device("meta"):
         return AutoModelForCausalLM.from_config(config, trust_remote_code=arguments["trust_remote_code"])
+
+
+def row_length_findings(stage: PlannedStage, model: Any) -> Iterator[Finding]:
+    """Rows that are longer than the base's rotary frequencies are for."""
+    if (problem := long_row_problem(stage.recipe, model.config)) is not None:
+        yield tuple(problem.key.split(".")), problem.message
 
 
 def optimizer_findings(stage: PlannedStage, on_gpu: bool) -> Iterator[Finding]:
