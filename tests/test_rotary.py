@@ -34,7 +34,6 @@ from lowrank_tune.errors import ConfigError
 from lowrank_tune.events import Event, LogMessage
 from lowrank_tune.export.model_card import rope_section
 from lowrank_tune.generation import Engine
-from lowrank_tune.memory_planner import plan
 from lowrank_tune.model import unsloth
 from lowrank_tune.model.adapters import CONFIG, ROPE, adapter_rope_factors
 from lowrank_tune.model.base import combined_hash, load_base, load_tokenizer
@@ -337,12 +336,6 @@ def test_a_chain_is_refused_before_its_first_stage(saved: Callable[[str], str], 
     with pytest.raises(ConfigError, match=r"^stages.rl.rollout.max_new_tokens: "):
         run(chain, out=tmp_path / "two", ui="none", device=CPU)
     assert not (tmp_path / "two").exists()
-
-
-@pytest.mark.slow
-def test_memory_is_planned_for_rows_of_any_length(saved: Callable[[str], str]) -> None:
-    (found,) = plan(Recipe.from_dict(grpo(saved("longrope"), 40)))
-    assert found.fits and found.sizes.length == 50
 
 
 # --- uses -------------------------------------------------------------------------------------------------------------

@@ -6,7 +6,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -62,8 +62,8 @@ def with_few_layers(config: Any, layers: Sequence[Layer]) -> Any:
 
 
 def meta_base(config: Any, name: str, bits: int, device: torch.device) -> Base:
-    """The frozen base as `load_base` would make it of this configuration, on meta tensors, without a limit to its rows:
-    a plan tries longer ones. Enter `fake_device_mode` first."""
+    """The frozen base as `load_base` would make it of this configuration, on meta tensors. Enter `fake_device_mode`
+    first."""
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
@@ -74,7 +74,7 @@ def meta_base(config: Any, name: str, bits: int, device: torch.device) -> Base:
             for module in model.modules():
                 if isinstance(module, bitsandbytes.nn.Linear4bit):
                     _quantize(module, dtype)
-    return replace(freeze_base(model, None, name=name, bits=bits), rope=None)
+    return freeze_base(model, None, name=name, bits=bits)
 
 
 def _quantize(module: Any, dtype: torch.dtype) -> None:
