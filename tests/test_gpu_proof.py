@@ -111,6 +111,8 @@ def test_a_changed_base_is_found(gpu: ModuleType, monkeypatch: pytest.MonkeyPatc
 
 def test_rounded_logits_are_found(gpu: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     exact = Head.logits
+    # In fp32, as on a CPU, the check at the load of a base refuses such a head.
+    monkeypatch.setattr("lowrank_tune.model.roles.check_head", lambda model, head: None)
     monkeypatch.setattr(Head, "logits", lambda self, *arguments: exact(self, *arguments).bfloat16().float())
     assert check().failed == ["logits left the product in fp32"]
 

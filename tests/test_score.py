@@ -272,7 +272,9 @@ def preset(place: Path, *rewards: str) -> str:
 def test_the_command(place: Path) -> None:
     rows = [{"question": f"{n}?", "gold": "5", "completion": "5" if n % 2 else "66 \x1b[31m"} for n in range(40)]
     rows[8]["completion"] = "boom"
-    made = preset(place, "name: answer", "name: './mine.py:odd', on_error: drop", "name: length, target_tokens: 3")
+    made = preset(
+        place, "name: answer", "name: './mine.py:odd', on_error: drop, kind: verifier", "name: length, target_tokens: 3"
+    )
     result = score_command(made, "--file", write(rows), "--out", "o.jsonl")
     assert result.exit_code == 0 and "40 responses scored" in result.output and "\x1b" not in result.output
     assert (
