@@ -57,7 +57,7 @@ PPO_CALLS = [
 
 def in_rounds(cases: list[Any], vary: Callable[[int, int], int]) -> list[Any]:
     """The cases, and in the further rounds of `LOWRANK_TUNE_TEST_ROUNDS` other ones: `vary(value, round)`."""
-    values = [case if isinstance(case, tuple) else case.values for case in cases]
+    values = [getattr(case, "values", case) for case in cases]
     further = [slow(name, vary(value, number)) for number in range(1, rounds()) for name, value in values]
     return cases + further
 
