@@ -203,7 +203,7 @@ CURVES = {
     "ppo": ("reward", "heldout/accuracy", "learned reward"),
 }
 """Of each algorithm the statistic of the steps, that of the held-out checks, and what the first one is called."""
-CHECKS = {"heldout/accuracy": "held-out exact, greedy", "eval_accuracy": "held out", "eval_rewards/margins": "held out"}
+CHECKS = {"heldout/accuracy": "held-out exact, pass@1", "eval_accuracy": "held out", "eval_rewards/margins": "held out"}
 CARD, BAR_HEIGHT, BAR_GAP = 290, 168, 14
 STYLE = (
     "text{font-family:system-ui,-apple-system,'Segoe UI',Roboto,'DejaVu "

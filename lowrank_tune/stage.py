@@ -332,7 +332,7 @@ class Stage:
             else -deciding_metrics["loss"]
         )
         best_checkpoint = self.best_checkpoint
-        # Of steps with as many right answers the later one counts: a greedy score saturates while what is sampled still
+        # Of steps with as many right answers the later one counts: a score saturates while what is sampled still
         # grows better.
         is_better = score is not None and (
             best_checkpoint.best_score is None
@@ -360,9 +360,9 @@ class Stage:
         return is_best
 
     def _evaluate_heldout(self) -> dict[str, float]:
-        """The policy's answers to the held-out questions, one greedy answer each, judged; and how much they repeat
-        themselves."""
-        sampling = SamplingParams(self.recipe.evaluate.max_new_tokens, self.built.stop_ids, 0.0, self.recipe.seed)
+        """The policy's answers to the held-out questions, one each, judged; and how much they repeat themselves. They
+        are drawn as those of `_heldout_metrics`: a greedy answer can be right long before most sampled ones are."""
+        sampling = self._heldout_sampling()
         answers = generate_answers(
             self.built.roles, "policy", self.built.template, self.heldout, 1, sampling, self.emit
         )
@@ -431,13 +431,7 @@ class Stage:
 
     def _heldout_metrics(self, name: str, role: str, step: int) -> None:
         """Answers to the held-out prompts by a role, kept under `name`."""
-        config = self.recipe.evaluate
-        sampling = SamplingParams(
-            config.max_new_tokens,
-            self.built.stop_ids,
-            config.temperature if config.num_samples > 1 else 0.0,
-            self.recipe.seed,
-        )
+        config, sampling = self.recipe.evaluate, self._heldout_sampling()
         answers = generate_answers(
             self.built.roles, role, self.built.template, self.heldout, config.num_samples, sampling, self.emit
         )
@@ -451,6 +445,12 @@ class Stage:
         self.best_checkpoint.answers[name] = [
             self._as_sample(samples[0]) for samples in answers[: config.num_completions_to_print]
         ]
+
+    def _heldout_sampling(self) -> SamplingParams:
+        """Greedy where each question has one answer."""
+        config = self.recipe.evaluate
+        temperature = config.temperature if config.num_samples > 1 else 0.0
+        return SamplingParams(config.max_new_tokens, self.built.stop_ids, temperature, self.recipe.seed)
 
     def _emit_samples(self, answers: list[HeldoutAnswer], role: str, step: int) -> None:
         for answer in answers:

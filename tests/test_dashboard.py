@@ -530,15 +530,15 @@ def test_held_out_answers_while_training_are_a_curve_and_no_stage() -> None:
     )
     shown = plain_text(render(state, View(), 120, 40))
     for words in (
-        "held-out exact, greedy 75.0 %",
-        "sft 25.0 %, now 75.0 % (greedy)",
+        "held-out exact, pass@1 75.0 %",
+        "sft 25.0 %, now 75.0 % (pass@1)",
         "answers of the policy after step",
     ):
         assert words in shown
     state.apply(measured(8, "grpo", 0.625, 12.0))
     assert list(state.heldout) == ["sft", "grpo"] and "now" not in plain_text(render(state, View(), 120, 40))
     sft = state_after([START, *steps(4), measured(4, "policy", 0.5, 5.0)])  # any algorithm may keep its best by answers
-    assert "held-out exact, greedy 50.0 %" in plain_text(render(sft, View(), 120, 40))
+    assert "held-out exact, pass@1 50.0 %" in plain_text(render(sft, View(), 120, 40))
 
 
 def test_several_rewards_share_a_chart_and_the_whole_has_a_band() -> None:

@@ -113,7 +113,8 @@ class EvaluationConfig(Settings):
     """Longest answer in tokens."""
     metric_for_best_model: Literal["loss", "accuracy"] | None = None
     """What makes a step the best: the lowest validation loss, or the most held-out questions answered exactly, one
-    greedy answer each. Where it is not given: `accuracy` for grpo and ppo with `eval_dataset`, else `loss`."""
+    answer each (greedy, or sampled where `num_samples` is more than 1). Where it is not given: `accuracy` for grpo and
+    ppo with `eval_dataset`, else `loss`."""
     on_reward_hacking: Literal["warn", "stop"] = "warn"
     """What to do where the reward rises and held-out answers get worse by more than their noise: say so; or end the run
     there too, with the best step as its result. For grpo and ppo with `eval_dataset`."""

@@ -73,7 +73,7 @@ TITLES = {
     "completions/clipped_ratio": "truncated",
     "frac_reward_zero_std": "zero-std groups",
     "logps_per_token/chosen": "log-prob a token",
-    "heldout/accuracy": "held-out exact, greedy",
+    "heldout/accuracy": "held-out exact, pass@1",
     "kl_coef": "weight of the KL",
     "approx_kl": "KL within a step",
 }

@@ -257,7 +257,7 @@ def _heldout_line(state: State, view: View, width: int) -> str:
         for who, stats in state.heldout.items()
         if "accuracy" in stats
     ]
-    figures += [f"now {percent(state.now['accuracy'])} (greedy)"] if "accuracy" in state.now else []
+    figures += [f"now {percent(state.now['accuracy'])} (pass@1)"] if "accuracy" in state.now else []
     ends = figures if len(figures) < 3 else [figures[0], figures[-1]]
     for text in (f"held-out exact: {', '.join(figures)}", f"exact: {', '.join(figures)}", f"exact: {', '.join(ends)}"):
         if figures and len(text) <= width:

@@ -94,7 +94,7 @@ def _passes(run: ComparedRun) -> str:
     return f"{percent(pass_rates[-1][1])} (of {pass_rates[-1][0][8:]})" if pass_rates else ""
 
 
-def _greedy_accuracy(run: ComparedRun) -> str:
+def _best_accuracy(run: ComparedRun) -> str:
     points = run.points("heldout/accuracy")
     if not points:
         return ""
@@ -182,7 +182,7 @@ ROWS: tuple[tuple[str, Callable[[ComparedRun], str]], ...] = (
     ("held-out exact, before", _heldout_cell(0, "accuracy", percent, named=True)),
     ("held-out exact, after", _heldout_cell(-1, "accuracy", percent, named=True)),
     ("one of several exact", _passes),
-    ("best while training", _greedy_accuracy),
+    ("best while training", _best_accuracy),
     ("held-out pairs right", _pairs),
     ("validation loss, best", _best_loss),
     ("reward", _first_and_last_tenth("reward")),
