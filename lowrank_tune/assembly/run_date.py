@@ -19,7 +19,7 @@ AnyRecipe = TypeVar("AnyRecipe", bound=settings.RecipeConfig | Chain)
 
 
 def with_template_date(recipe: AnyRecipe, path: Path) -> AnyRecipe:
-    """The recipe of a run in the folder `path`, with `data.template_date` where its chat template asks the clock and
+    """The recipe of a run in the folder `path`, with `data.template_date` where its chat template uses the clock and
     the recipe gives no date; one for all stages of a chain. Raises UserError where there is no such base."""
     first = recipe.stages[0] if isinstance(recipe, Chain) else recipe
     if first.data.template_date is not None or not calls_clock(str(load_tokenizer(first.base).chat_template or "")):

@@ -1,4 +1,4 @@
-"""Where in the text of a conversation the assistant speaks, and which of its answers follow their own prompts."""
+"""Where the assistant's answers are in the text of a conversation, and which of its answers follow their own prompts."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class Rendered:
 
 @dataclass(frozen=True)
 class _Answer:
-    """An answer, the prompt that asks for it, and the turns up to it as the template writes them."""
+    """An answer, its prompt, and the turns up to it as the template writes them."""
 
     content: str
     prompt: str

@@ -50,7 +50,7 @@ class ChatTemplate:
         """The tokenizer's own template; or the kit's, where the vocabulary has its control tokens; or plain words.
 
         `template_date` (YYYY-MM-DD) is the date that a template with one writes: a run passes its own, so that all its
-        prompts are the same on every day. By default today, where the template asks the clock. Raises UserError where
+        prompts are the same on every day. By default today, where the template uses the clock. Raises UserError where
         the template writes none.
         """
         backend = TokenizerBackend(tokenizer)

@@ -1,4 +1,4 @@
-"""Where an answer begins: behind the generation prompt, which every other software asks with, so it is kept as it is.
+"""Where an answer begins: behind the generation prompt, which all other software uses, so it is kept as it is.
 
 Most templates write an answer as the generation prompt and what follows it; then what follows is trained. Some do not:
 

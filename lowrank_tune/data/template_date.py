@@ -1,7 +1,7 @@
 """The date that a chat template writes, as Llama 3.2's "Today Date: 26 Jul 2026": fixed, so that no prompt depends on
 the clock.
 
-A template that calls `strftime_now` asks the clock. One that only reads `date_string` writes a date of its own where it
+A template that calls `strftime_now` uses the clock. One that only reads `date_string` writes a date of its own where it
 is given none, and so does other software. So a date is fixed by default for the first kind alone.
 
 `apply_chat_template` takes no functions for a template, so the date is fixed in the template's own text: by a line in
@@ -27,7 +27,7 @@ def calls_clock(chat_template: str | None) -> bool:
 
 
 def fixed_date(chat_template: str | None, template_date: str | None) -> date | None:
-    """The date that a template is to write: the one given, else today where it asks the clock. Raises UserError for a
+    """The date that a template is to write: the one given, else today where it uses the clock. Raises UserError for a
     given one that it would not write."""
     if template_date is None:
         return date.today() if calls_clock(chat_template) else None

@@ -33,7 +33,7 @@ class RewardInput:
 class Score:
     """What one reward gives one completion.
 
-    pass, fail: right or wrong; graded: a figure in between. error, timeout: the reward itself could not tell. That a
+    pass, fail: right or wrong; graded: a figure in between. error, timeout: the reward itself failed. That a
     completion alone exceeds the limits of a verifier is a fail. `value` None never becomes a number: by the reward's
     `on_error` the completion leaves its group, or the run stops, with `reason`.
     """

@@ -3,7 +3,7 @@
 The code runs in one confined process and the tests in another, with the worker between them: what the tests expect is
 never where the code is, values arrive as exact plain types, and the tester alone compares, types too, unless the row's
 own reference fails by a type (MBPP has one that returns 0 for False). Tests that pass earn 1; a wrong value, a missing
-one, an exception, a crash, or no end in time earns 0. The time is that of the code alone (`charged_time.py`): while
+one, an exception, a crash, or no end in time scores 0. The time is that of the code alone (`charged_time.py`): while
 other programs have the processors its clock stands still. A row whose tests are at fault, a sandbox that does not
 start, or a machine too busy to have let the code run is an error or a timeout, and never a 0.
 

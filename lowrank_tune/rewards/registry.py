@@ -73,7 +73,7 @@ def build_rewards(configs: Sequence[RewardConfig], folder: Path) -> list[Weighte
 
 
 def _with_default_kinds(rewards: Sequence[WeightedReward]) -> list[WeightedReward]:
-    """The rewards, where a user's function beside a verifier is shaping unless the recipe says otherwise."""
+    """The rewards, where a user's function beside a verifier is shaping unless the recipe gives another kind."""
     if not any(reward.must_separate for reward in rewards):
         return list(rewards)
     return [

@@ -1,5 +1,5 @@
-"""`smt`: Z3 decides. Rows hold SMT-LIB 2 in the column `smt`: declarations and assertions. `answer_type` says what a
-completion tells:
+"""`smt`: Z3 decides. Rows hold SMT-LIB 2 in the column `smt`: declarations and assertions. `answer_type` is what a
+completion contains:
 
 - `statement`: `sat` or `unsat` in its last box or its last line; where the row has a `claim`, a formula, `valid` or
   `invalid`: whether the assertions imply it.

@@ -60,7 +60,7 @@ class DataConfig(Settings):
     """A system prompt for rows that bring none."""
     template_date: Day | None = None
     """The date (YYYY-MM-DD) that the base's chat template writes, where it writes one. By default the day on which the
-    run began, where the template asks the clock (`strftime_now`); else the template's own."""
+    run began, where the template uses the clock (`strftime_now`); else the template's own."""
     max_length: Annotated[int, Field(ge=8)] = 1024
     """Longest row in tokens."""
     max_prompt_length: Annotated[int, Field(ge=1)] = 512
