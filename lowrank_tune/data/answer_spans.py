@@ -1,4 +1,4 @@
-"""Where the assistant's answers are in the text of a conversation, and which of its answers follow their own prompts."""
+"""Where the answers of the assistant are in the text of a conversation, and which of them follow their own prompts."""
 
 from __future__ import annotations
 
