@@ -35,7 +35,7 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any], str, str]] = {
     "math_answer": ({}, {"gold": r"\sqrt{8}"}, r"It is \boxed{2\sqrt{2}}", r"It is \boxed{2\sqrt{3}}"),
     "symbolic": ({}, {"gold": "(x+1)^2"}, r"It is \boxed{x^2+2x+1}", r"It is \boxed{x^2+2x+2}"),
     "python_tests": ({}, TESTS, CODE, CODE.replace("2 * x", "x * 3")),
-    "smt": ({"kind": "witness"}, {"smt": SMT}, "x = 2", "x = 1"),
+    "smt": ({"answer_type": "witness"}, {"smt": SMT}, "x = 2", "x = 1"),
     "lean": ({}, ROW, PROOF, "by wrong"),
     "json_schema": ({"json_schema": {"type": "object", "required": ["a"]}}, {}, '{"a": 1}', '{"b": 1}'),
     "regex": ({"pattern": "ye+s"}, {}, "yeees", "no"),

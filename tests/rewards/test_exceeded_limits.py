@@ -113,7 +113,7 @@ FERMAT = "(exists ((a Int)(b Int)(c Int)) (and (> a 2) (> b 2) (> c 2) (= (+ (* 
 @pytest.mark.slow
 def test_a_witness_on_which_z3_takes_too_long_is_wrong_where_it_decides_the_row() -> None:
     pytest.importorskip("z3")
-    with WorkerPool[int]([one("smt", kind="witness")], 1, LIMIT) as pool:
+    with WorkerPool[int]([one("smt", answer_type="witness")], 1, LIMIT) as pool:
         easy = "(declare-const p Bool)(assert p)"
         assert score(pool, f"(define-fun p () Bool {FERMAT})", smt=easy).verdict == "fail"
         assert score(pool, "p = true", smt=easy).verdict == "pass"
@@ -125,7 +125,7 @@ def test_a_witness_on_which_z3_takes_too_long_is_wrong_where_it_decides_the_row(
 def test_an_invariant_on_which_z3_takes_too_long_is_wrong_where_it_decides_the_row() -> None:
     pytest.importorskip("z3")
     easy = {"smt": "(declare-const i Int)", "init": "(= i 0)", "transition": "(= i! (+ i 1))", "property": "(>= i 0)"}
-    with WorkerPool[int]([one("smt", kind="invariant")], 1, LIMIT) as pool:
+    with WorkerPool[int]([one("smt", answer_type="invariant")], 1, LIMIT) as pool:
         assert score(pool, f"(and (>= i 0) (not {FERMAT}))", **easy).verdict == "fail"
         assert score(pool, "(>= i 0)", **easy).verdict == "pass"
         assert score(pool, "(>= i 0)", **{**easy, "init": FERMAT}).verdict == "timeout"
