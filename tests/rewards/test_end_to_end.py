@@ -109,4 +109,4 @@ def test_a_run_learns_what_the_verifier_rewards(use: str, tmp_path: Path, monkey
     assert steps[0]["kl"] < 1e-9 < 1e-6 < steps[-1]["kl"], "the policy moves away from its reference"
     messages = " ".join(event.message for event in events if isinstance(event, LogMessage))
     assert re.search(f"reward {use}: reference answers 1", messages), messages
-    assert (use in JUDGES) != ("does not judge" in messages)
+    assert (use in JUDGES) != ("(shaping)" in messages)
