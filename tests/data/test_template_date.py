@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import datetime
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import pytest
+from stopped_clock import stop_clock
 from template_shapes import DATED
 from tokenizers_for_tests import CHATML, tiny
 
 from lowrank_tune import Recipe
 from lowrank_tune.data import ChatTemplate
-from lowrank_tune.data import template_date as module
 from lowrank_tune.data.tokenize import tokenize
 from lowrank_tune.errors import ConfigError, UserError
 from lowrank_tune.types import Message
@@ -30,25 +29,7 @@ SetClock = Callable[[str], None]
 @pytest.fixture
 def set_clock(monkeypatch: pytest.MonkeyPatch) -> SetClock:
     """Sets transformers' clock and ours to noon of a day."""
-    from transformers.utils import chat_template_utils
-
-    def set_to(day: str) -> None:
-        noon = datetime.datetime.fromisoformat(f"{day}T12:00")
-
-        class Clock(datetime.datetime):
-            @classmethod
-            def now(cls, tz: Any = None) -> Any:
-                return noon
-
-        class Today(datetime.date):
-            @classmethod
-            def today(cls) -> Any:
-                return noon.date()
-
-        monkeypatch.setattr(chat_template_utils, "datetime", Clock)
-        monkeypatch.setattr(module, "date", Today)
-
-    return set_to
+    return partial(stop_clock, monkeypatch)
 
 
 def prompt_text(template: ChatTemplate) -> str:

@@ -18,7 +18,7 @@ from latex2sympy2_extended.logic import And
 from latex2sympy2_extended.sets import FiniteSet
 from math_verify.grader import should_treat_as_complex
 
-from lowrank_tune.rewards.workers.cpu_limit import CpuTimeExceeded, limit_cpu_time
+from lowrank_tune.rewards.workers.budget import time_limit
 from lowrank_tune.rewards.workers.math_comparison import MathParseError, answers_are_equal, without_approximation
 from lowrank_tune.rewards.workers.math_equality import UNEVALUATED_TYPES
 
@@ -53,11 +53,12 @@ def grade(request: Mapping[str, Any]) -> GradeResult:
     compare = functools.partial(_is_equal, ground_truth, request["found"], is_set)
     seconds = request["seconds"] * CPU_TIME_SHARE
     try:
-        return {"same": compare() if ground_truth.has(*UNEVALUATED_TYPES) else limit_cpu_time(seconds, compare)}
+        same = compare() if ground_truth.has(*UNEVALUATED_TYPES) else time_limit(seconds, compare)
     except MathParseError as error:
         return {"found": str(error)}
-    except CpuTimeExceeded:
-        return {"found": f"takes more than {seconds:.3g} s to compute"}
+    if same is None:
+        return {"found": f"takes more than {seconds:.3g} s, or too much memory, to compute"}
+    return {"same": same}
 
 
 def _is_equal(ground_truth: Any, found: str, is_set: bool) -> bool:
