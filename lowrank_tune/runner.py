@@ -19,7 +19,13 @@ import torch
 from lowrank_tune import settings, trackers, unsloth_import
 from lowrank_tune.assembly import build
 from lowrank_tune.assembly.run_date import with_template_date
-from lowrank_tune.checkpoint import RunFolder, as_user_error, latest_checkpoint, quarantine_broken_final
+from lowrank_tune.checkpoint import (
+    RunFolder,
+    as_user_error,
+    broken_final_reason,
+    latest_checkpoint,
+    quarantine_broken_final,
+)
 from lowrank_tune.errors import OutOfMemory, UserError
 from lowrank_tune.events import Emit, Event, LogMessage, RunEnded, SampleLogged, StepEnd
 from lowrank_tune.export import final_folder
@@ -315,14 +321,17 @@ def run_chain(stage_chain: Chain, folder: RunFolder, context: _RunContext, start
 
 
 def finished_stages(loaded: settings.RecipeConfig | Chain, folder: Path) -> frozenset[str]:
-    """The stages of a chain that have ended in its folder, and will be left as they are."""
+    """The stages of a chain that have ended in its folder and will be left as they are. A stage whose final folder is
+    broken is not one of them: it is continued, and writes that folder again."""
     if not isinstance(loaded, Chain):
         return frozenset()
-    summaries = {
-        stage.name: summary_of(folder / stage_folder(number, stage.name))
-        for number, stage in enumerate(loaded.stages, 1)
-    }
-    return frozenset(name for name, summary in summaries.items() if summary is not None and summary["status"] == "done")
+    finished: set[str] = set()
+    for number, stage in enumerate(loaded.stages, 1):
+        path = folder / stage_folder(number, stage.name)
+        summary = summary_of(path)
+        if summary is not None and summary["status"] == "done" and broken_final_reason(path / "final") is None:
+            finished.add(stage.name)
+    return frozenset(finished)
 
 
 def summary_of(path: Path) -> dict[str, Any] | None:

@@ -14,6 +14,8 @@ from lowrank_tune.errors import UserError
 from lowrank_tune.events import Event, LogMessage
 from lowrank_tune.manifest import changed_file, manifest_files
 from lowrank_tune.model.adapters import read_adapter
+from lowrank_tune.recipe import Chain, load_any
+from lowrank_tune.runner import finished_stages
 
 ADAPTER, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 
@@ -97,3 +99,19 @@ def test_a_broken_final_steps_out_of_the_way(tmp_path: Path, damage: str) -> Non
     assert (tmp_path / "broken-final").is_dir() == (damage != "delete all")
     (message,) = events
     assert isinstance(message, LogMessage) and message.level == "warning" and "written again" in message.message
+
+
+def test_a_stage_with_a_broken_final_folder_has_not_finished(tmp_path: Path) -> None:
+    """Preflight then expects its adapter from the stage itself, which writes its final folder again."""
+    chain = load_any("tiny-rlhf")
+    assert isinstance(chain, Chain)
+    first, second = (tmp_path / f"{number}-{stage.name}" for number, stage in enumerate(chain.stages[:2], 1))
+    for stage in (first, second):
+        final_of(stage)
+        (stage / "summary.json").write_text('{"status": "done"}')
+    names = [stage.name for stage in chain.stages]
+    assert finished_stages(chain, tmp_path) == set(names[:2])
+    flip(first / "final" / ADAPTER)
+    assert finished_stages(chain, tmp_path) == {names[1]}
+    (second / "summary.json").write_text('{"status": "interrupted"}')
+    assert finished_stages(chain, tmp_path) == frozenset()

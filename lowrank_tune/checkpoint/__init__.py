@@ -18,6 +18,7 @@ from lowrank_tune.checkpoint.atomic_files import (
 from lowrank_tune.checkpoint.checkpoint import (
     CorruptCheckpoint,
     Snapshot,
+    broken_final_reason,
     latest_checkpoint,
     load,
     quarantine_broken_final,
@@ -36,6 +37,7 @@ __all__ = [
     "flatten_optimizer",
     "load",
     "latest_checkpoint",
+    "broken_final_reason",
     "quarantine_broken_final",
     "restore_optimizer",
     "restore_rng",

@@ -186,20 +186,27 @@ def _quarantine(path: Path) -> Path:
     return quarantined
 
 
-def quarantine_broken_final(final: Path, emit: Emit) -> bool:
-    """Whether the final folder of an ended run is missing, or an adapter in it is no longer what was written: with a
-    warning, and after renaming the folder to `broken-final`. What a person may edit, such as the model card, is not
-    looked at."""
+def broken_final_reason(final: Path) -> str | None:
+    """Why the final folder of an ended run must be written again: it is missing, or an adapter in it is no longer what
+    was written. None where it is whole. What a person may edit, such as the model card, is not read."""
     if not final.is_dir():
-        emit(LogMessage(message=f"{final} is missing: it is written again from a checkpoint", level="warning"))
-        return True
+        return f"{final} is missing"
     adapter_files = [name for name in manifest_files(final) if PurePosixPath(name).name in ADAPTER_FILES]
     name = changed_file(final, adapter_files)
-    if name is None:
+    return None if name is None else f"{final / name} is missing or has changed since it was written"
+
+
+def quarantine_broken_final(final: Path, emit: Emit) -> bool:
+    """Whether the final folder of an ended run must be written again: with a warning, and after renaming what is there
+    to `broken-final`."""
+    reason = broken_final_reason(final)
+    if reason is None:
         return False
-    reason = f"{final / name} is missing or has changed since it was written"
-    quarantined = _quarantine(final)
-    message = f"{reason}: {final.name} was set aside as {quarantined.name}, and is written again from a checkpoint"
+    if not final.is_dir():
+        message = f"{reason}: it is written again from a checkpoint"
+    else:
+        quarantined = _quarantine(final)
+        message = f"{reason}: {final.name} was set aside as {quarantined.name}, and is written again from a checkpoint"
     emit(LogMessage(message=message, level="warning"))
     return True
 
