@@ -36,6 +36,7 @@ def test_verifiers() -> None:
     ) == 2
 
 
+@pytest.mark.slow
 def test_rollout() -> None:
     assert "greedy words equal for 100%" in run("rollout.py", "--tiny")
 
@@ -94,9 +95,8 @@ def test_sft_curves_agree(words: list[str]) -> None:
     assert "equal to 1e-4" in run("sft.py", *words)
 
 
-@pytest.mark.parametrize(
-    "names", [["ours", "hand"], pytest.param(["ours", "ours-apart", "hand", "hand-lean"], marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("names", [["ours", "hand"], ["ours", "ours-apart", "hand", "hand-lean"]])
 def test_dpo_curves_agree(tmp_path: Path, names: list[str]) -> None:
     """Ours with and without sharing and both loops by hand do the same steps; every figure is there."""
     file = tmp_path / "dpo.json"

@@ -160,7 +160,10 @@ class Cut(Exception):
     """A crash between or within stages."""
 
 
-@pytest.mark.parametrize(("stage", "step"), [(2, 1), (3, 1), (4, 0), (4, 1)])
+@pytest.mark.parametrize(
+    ("stage", "step"),
+    [(2, 1), pytest.param(3, 1, marks=pytest.mark.slow), (4, 0), pytest.param(4, 1, marks=pytest.mark.slow)],
+)
 def test_cut_anywhere_a_chain_goes_on_as_if_nothing_had_been(
     finished: tuple[Path, list[Event]], tmp_path: Path, stage: int, step: int
 ) -> None:

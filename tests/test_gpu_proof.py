@@ -199,6 +199,7 @@ def test_a_head_that_is_not_saved_is_found(gpu: ModuleType, monkeypatch: pytest.
     assert check("reward").failed == ["saved and reloaded, it computes the same"]
 
 
+@slow
 def test_every_memory_mode_gives_the_same_gradient(base: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     modes = module("memory_modes")
     result = modes.check_memory_modes(base, size())
@@ -222,6 +223,7 @@ def test_optimizers_change_all_adapters(base: Any, monkeypatch: pytest.MonkeyPat
     assert modes.check_optimizers(base, ("adamw",)).failed == ["adamw changes all adapters"]
 
 
+@slow
 def test_recovery_from_too_little_memory(base: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     oom = module("oom")
     result = oom.check_recovery(base, size(), None)
@@ -264,7 +266,11 @@ def test_a_cell_and_its_kernels(base: Any) -> None:
 
 @pytest.mark.parametrize(
     "error",
-    [torch.OutOfMemoryError("CUDA out of memory. Tried 2.00 GiB.\nMore"), TrainingError("diverged"), KeyError("x")],
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried 2.00 GiB.\nMore"),
+        pytest.param(TrainingError("diverged"), marks=slow),
+        pytest.param(KeyError("x"), marks=slow),
+    ],
 )
 def test_an_error_in_a_cell_is_recorded_and_the_next_cell_runs(
     base: Any, monkeypatch: pytest.MonkeyPatch, error: Exception
@@ -607,6 +613,7 @@ def machine_packages() -> list[str]:
     return list(module("pack").read_machine())
 
 
+@slow
 def test_algorithms_need_no_more_than_the_machine_has(gpu: ModuleType, tmp_path: Path) -> None:
     """Without pydantic, datasets, TRL and re2: nothing but torch, transformers, peft, accelerate and bitsandbytes."""
     path = tmp_path / "records.jsonl"

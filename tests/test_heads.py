@@ -223,6 +223,7 @@ def in_a_new_process(code: str, rows: Path, *places: str) -> dict[str, Tensor]:
     return load_file(out)
 
 
+@pytest.mark.slow
 def test_a_new_process_and_plain_peft_find_the_same_scores(tmp_path: Path) -> None:
     batch, expected, places = make_batch(ROWS), dict[str, Tensor](), list[str]()
     save_file({"ids": batch.input_ids, "attended": batch.attention_mask.long()}, tmp_path / "rows")

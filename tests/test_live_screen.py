@@ -196,6 +196,7 @@ def test_at_most_two_frames_a_second(emulator: Emulator) -> None:
     assert 2 <= len(steps) <= 8
 
 
+@pytest.mark.slow
 def test_a_costly_screen_slows_itself_down(tmp_path: Path) -> None:
     """Frames of 60 ms of processor time may come every 2 s."""
     program = (
@@ -260,6 +261,7 @@ def test_where_a_dashboard_is_shown(capsys: pytest.CaptureFixture[str]) -> None:
     assert emulator.finish() == 0 and b"[True, False, True, False, False]" in emulator.raw
 
 
+@pytest.mark.slow
 def test_an_event_costs_less_than_a_millisecond() -> None:
     emulator = Emulator(str(ROOT / "benchmarks" / "dashboard_render.py"), "--emit", os.devnull)
     assert emulator.finish() == 0

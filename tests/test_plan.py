@@ -26,7 +26,7 @@ from lowrank_tune.memory_planner import check_fit, plan, planner
 from lowrank_tune.memory_planner.extrapolation import Peaks
 from lowrank_tune.memory_planner.fit import largest_fitting
 from lowrank_tune.memory_planner.meta_model import layers_of
-from lowrank_tune.memory_planner.plan_report import Phase, needed
+from lowrank_tune.memory_planner.plan_report import Phase, Plan, needed
 from lowrank_tune.memory_planner.planner import decoding_phases, peaks_of, phases_in, phases_of, plan_of
 from lowrank_tune.memory_planner.rollouts import DecodingSpec
 from lowrank_tune.memory_planner.simulation import SimulationSpec, simulate
@@ -55,7 +55,7 @@ def off(shape: str, algorithms: list[str], layers: list[str]) -> dict[tuple[str,
     return {tuple(row[:3]): float(row[4]) / float(row[3]) - 1 for row in rows}
 
 
-@pytest.mark.parametrize(("shape", "algorithm", "layers"), [("qwen2", "sft", "none"), ("llama", "grpo", "2")])
+@pytest.mark.parametrize(("shape", "algorithm", "layers"), [("llama", "grpo", "2")])
 def test_what_is_planned_is_what_is_measured(shape: str, algorithm: str, layers: str) -> None:
     found = off(shape, [algorithm], [layers])
     assert len(found) == 1 and all(abs(one) < CLOSE for one in found.values()), found
@@ -123,7 +123,7 @@ evaluate: {{eval_dataset: {{dataset: builtin:arithmetic}}, num_prompts: 200, max
     return str(file)
 
 
-@pytest.mark.parametrize("layers", [2, 9])
+@pytest.mark.parametrize("layers", [2, pytest.param(9, marks=pytest.mark.slow)])
 def test_keys_and_values_are_those_of_the_slots(tmp_path: Path, layers: int) -> None:
     """On a card: slots * columns * (keys and values) * heads * width * layers in bfloat16, however few layers are
     rehearsed; beside them at most one layer's copy of the prompts for all slots, and their numbers."""
@@ -217,10 +217,14 @@ def test_what_is_offloaded_is_not_on_the_card() -> None:
     """Of each layer the input of its rows waits elsewhere, all but the one that is being computed again. The highest
     point is then at the first layer, when all others have their gradients."""
     rows = ["data.max_length=2048", "train.micro_batch_size=2"]
-    plans = {
-        kept: next(plan(load_any("qwen2.5-7b-sft", *rows, f"train.activation_offloading={kept}"), 24.0))
-        for kept in ("false", "true")
-    }
+
+    def planned(offloading: str) -> Plan:
+        (spec,) = simulation_specs(
+            load_any("qwen2.5-7b-sft", *rows, f"train.activation_offloading={offloading}"), "cuda"
+        )
+        return plan_of(spec, 24 << 30, "sft")
+
+    plans = {offloading: planned(offloading) for offloading in ("false", "true")}
     config = configs.config_of("Qwen/Qwen2.5-7B-Instruct")
     assert config is not None
     inputs = (config["num_hidden_layers"] - 1) * 2 * 2048 * config["hidden_size"] * 2
@@ -228,7 +232,7 @@ def test_what_is_offloaded_is_not_on_the_card() -> None:
 
 
 def test_the_command_reports_whether_it_fits() -> None:
-    done = CliRunner().invoke(app, ["plan", "tiny-sft", "--vram", "0.9"])
+    done = CliRunner().invoke(app, ["plan", "tiny-sft", "--vram", "0.9", "evaluate={}"])
     assert done.exit_code == 2 and "does not fit" in done.output
     unknown = CliRunner().invoke(app, ["plan", "qwen2.5-7b-sft", "base.model=./nowhere"])
     assert (
@@ -267,14 +271,19 @@ def test_a_jump_in_what_is_needed_does_not_end_the_search(
     assert largest_fitting(need, start, most, room) == max(count for count in range(most + 1) if need(count) <= room)
 
 
-def test_what_cannot_fit_is_refused_before_anything_is_loaded_and_auto_becomes_numbers() -> None:
-    (fault,) = check_fit(load_any("tiny-sft"), 0.9, lambda event: None).faults.values()
+def test_what_cannot_fit_is_refused_before_anything_is_loaded() -> None:
+    offline = "evaluate={}"
+    (fault,) = check_fit(load_any("tiny-sft", offline), 0.9, lambda event: None).faults.values()
     assert re.match(r"does not fit the card.*fits with .*train.memory_check=warn", fault)
     events: list[Event] = []
-    warned = check_fit(load_any("tiny-sft", "train.memory_check=warn"), 0.9, events.append)
+    warned = check_fit(load_any("tiny-sft", offline, "train.memory_check=warn"), 0.9, events.append)
     assert warned.changes == {"tiny-sft": {}} and not warned.faults
     assert [event.level for event in events if isinstance(event, LogMessage)] == ["warning"]
-    own = {"train.micro_batch_size=auto", "train.gradient_checkpointing=auto"}
+
+
+@pytest.mark.slow
+def test_auto_becomes_numbers() -> None:
+    own = ("evaluate={}", "train.micro_batch_size=auto", "train.gradient_checkpointing=auto")
     (changes,) = check_fit(load_any("tiny-sft", *own), 24.0, lambda event: None).changes.values()
     assert changes["gradient_checkpointing"] == 0 and changes["micro_batch_size"] > 4
 

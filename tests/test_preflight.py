@@ -194,6 +194,7 @@ def real(name: str) -> dict[str, Any]:
     return {"dataset": str(SHARED / name)} | ({"columns": SVAMP} if "svamp" in name else {})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", REAL)
 def test_real_rows(name: str) -> None:
     found = examined(real(name), max_length=4096)
@@ -211,6 +212,7 @@ def test_real_rows(name: str) -> None:
     assert any("<|end_of_turn|>" in segment for trained, segment in found.examples[0].segments if trained)
 
 
+@pytest.mark.slow
 def test_real_golds_commas_boxes_and_floats() -> None:
     """GSM8K's thousands commas, MATH's last box, rows of NuminaMath without one, SVAMP's integers as floats."""
     golds = {

@@ -894,7 +894,9 @@ def attributes(model: nn.Module) -> set[str]:
 
 
 @pytest.mark.parametrize(("first", "then"), [(False, False), (True, False), (False, True), (True, True)])
-@pytest.mark.parametrize("kind", ["4", "16", "tiny-tutor"])
+@pytest.mark.parametrize(
+    "kind", ["4", pytest.param("16", marks=pytest.mark.slow), pytest.param("tiny-tutor", marks=pytest.mark.slow)]
+)
 def test_a_released_base_is_as_it_was_loaded(kind: str, first: bool, then: bool) -> None:
     assert released_wrong(kind, first, then) == set()
 

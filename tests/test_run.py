@@ -137,7 +137,9 @@ def test_interrupted_and_continued_equals_straight_through(finished: Path, tmp_p
     assert run_fingerprint(outcome.folder) == run_fingerprint(finished)
 
 
-@pytest.mark.parametrize("action", ["stop", "evaluate", "save"])
+@pytest.mark.parametrize(
+    "action", [pytest.param("stop", marks=pytest.mark.slow), "evaluate", pytest.param("save", marks=pytest.mark.slow)]
+)
 def test_what_is_requested_on_the_way_does_not_choose_the_final_adapter(
     action: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

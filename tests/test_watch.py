@@ -214,7 +214,7 @@ def test_a_pipe_follows_a_chain_to_the_end_of_its_last_stage(chain: Path) -> Non
     assert out[0] == "a chain begins" and "\x1b" not in "".join(out)
 
 
-@pytest.mark.parametrize("status", ["failed", "interrupted"])
+@pytest.mark.parametrize("status", ["failed", pytest.param("interrupted", marks=pytest.mark.slow)])
 def test_a_stage_that_breaks_ends_its_chain(chain: Path, run: Path, status: Literal["failed", "interrupted"]) -> None:
     write_events(chain / "1-sft", *STARTS, step(1), ended(status))
     out = piped(str(chain), str(run)).communicate(timeout=60)[0].decode().splitlines()  # and the next run follows

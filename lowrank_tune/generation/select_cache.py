@@ -38,6 +38,15 @@ def select_cache(model: Any, emit: Emit | None = None) -> KVStore:
     return _cache_by_model[model](model)
 
 
+def select_cache_without_values(model: Any) -> KVStore:
+    """Return an empty store of the fastest kind whose passes the model accepts. Nothing is compared: for the planner,
+    whose meta tensors have no values."""
+    if model not in _cache_by_model:
+        usable = (kind for kind, _ in STORES if not isinstance(_decode_probes_or_fault(kind, model), str))
+        _cache_by_model[model] = next(usable, NoCacheStore)
+    return _cache_by_model[model](model)
+
+
 def _select_kv_cache(model: Any, emit: Emit | None) -> StoreFactory:
     faults: list[str] = []
     chosen: StoreFactory = NoCacheStore
@@ -63,13 +72,9 @@ def cache_fault(kind: StoreFactory, model: Any) -> str | None:
 
     Two prompts of different lengths, one of them in two slots, must continue as they do alone and without a cache.
     """
-    try:
-        probes = _decode_probes(kind(model), model.get_input_embeddings().weight.shape[0])
-    # whatever another kind of cache runs into
-    except (TypeError, ValueError, RuntimeError, AttributeError, LookupError) as error:
-        if is_out_of_memory(error):
-            raise
-        return str(error) or type(error).__name__
+    probes = _decode_probes_or_fault(kind, model)
+    if isinstance(probes, str):
+        return probes
     plain = [_uncached_state(model, sequence) for sequence, _ in probes]
     half = plain[0].dtype != torch.float32 or torch.is_autocast_enabled(model.device.type)
     rounding = 0.0
@@ -81,6 +86,17 @@ def cache_fault(kind: StoreFactory, model: Any) -> str | None:
     if all(difference <= allowed for difference in differences):  # false for NaN, too
         return None
     return f"hidden states differ by {max(differences):.1%} from plain passes, and {allowed:.1%} is allowed"
+
+
+def _decode_probes_or_fault(kind: StoreFactory, model: Any) -> list[tuple[list[int], Tensor]] | str:
+    """The probes, or what the model raises when it is used with this kind of store."""
+    try:
+        return _decode_probes(kind(model), model.get_input_embeddings().weight.shape[0])
+    # whatever another kind of cache runs into
+    except (TypeError, ValueError, RuntimeError, AttributeError, LookupError) as error:
+        if is_out_of_memory(error):
+            raise
+        return str(error) or type(error).__name__
 
 
 def _decode_probes(store: KVStore, vocabulary: int) -> list[tuple[list[int], Tensor]]:

@@ -10,7 +10,7 @@ from lowrank_tune.generation import Engine
 from lowrank_tune.generation.attention import batched_attention
 from lowrank_tune.generation.cpu_linears import fast_linears
 from lowrank_tune.generation.decode_scheduler import PREFILL_TOKENS
-from lowrank_tune.generation.select_cache import select_cache
+from lowrank_tune.generation.select_cache import select_cache_without_values
 from lowrank_tune.model.roles import Roles
 from lowrank_tune.types import SamplingParams
 
@@ -42,7 +42,7 @@ def decode(
     sampling = SamplingParams(spec.max_new_tokens, frozenset())
     on_pass("reading")
     with engine._generation_mode(states), batched_attention(model):
-        store = select_cache(model)
+        store = select_cache_without_values(model)
         store.allocate(spec.slots, columns, 1 << 60)
     ahead = max(
         1,

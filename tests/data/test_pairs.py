@@ -616,6 +616,7 @@ REASONS: dict[str, tuple[int, dict[str, list[int]]]] = {  # pairs, and every lin
 MANY = {"two assistant turns in a row": 10, "both answers are equal": 6}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", REASONS)
 def test_real_pairs(tmp_path: Path, name: str) -> None:
     if not (SHARED / "data" / name).exists():

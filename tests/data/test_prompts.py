@@ -306,6 +306,7 @@ def test_others_come_by_weight() -> None:
 SVAMP = {"format": "alpaca", "columns": {"instruction": "Body", "input": "Question", "output": "Answer"}}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("path", "more", "read", "least_used", "least_golds"),
     [

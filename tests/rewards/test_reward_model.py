@@ -133,6 +133,7 @@ def below(out: Path, *names: str) -> dict[str, Any]:
     }
 
 
+@pytest.mark.slow
 def test_the_reward_model_does_not_change_what_the_policy_writes(
     finished: tuple[Path, list[Event], list[str]], tmp_path: Path
 ) -> None:
