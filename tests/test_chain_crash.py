@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 from crash import KILL_POINTS, ForkServer, continue_to_the_end, rounds, run_fingerprint, seed
 
+pytestmark = pytest.mark.slow
 STAGES = ("1-sft", "2-reward", "3-ppo")
 WRITES = 450
 """The chain below has more calls that write than these."""
@@ -111,20 +112,15 @@ def left_by(out: Path) -> dict[str, Any]:
 
 PLACES = [
     ("start of a stage", 2, "3-ppo"),
-    *(
-        pytest.param(*place, marks=pytest.mark.slow)
-        for place in (
-            ("a step", 1, "1-sft"),
-            ("end of a stage", 0, "1-sft"),
-            ("start of a stage", 1, "2-reward"),
-            ("a step", 4, "2-reward"),
-            ("end of a stage", 1, "2-reward"),
-            ("rollout", 8, "3-ppo"),
-            ("update of ppo", 7, "3-ppo"),
-            ("a step", 8, "3-ppo"),
-            ("end of a stage", 2, "3-ppo"),
-        )
-    ),
+    ("a step", 1, "1-sft"),
+    ("end of a stage", 0, "1-sft"),
+    ("start of a stage", 1, "2-reward"),
+    ("a step", 4, "2-reward"),
+    ("end of a stage", 1, "2-reward"),
+    ("rollout", 8, "3-ppo"),
+    ("update of ppo", 7, "3-ppo"),
+    ("a step", 8, "3-ppo"),
+    ("end of a stage", 2, "3-ppo"),
 ]
 
 
@@ -146,7 +142,6 @@ def test_rlhf_killed_in_and_between_its_stages(
     assert left_by(out) == straight
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("number", range(len(PLACES) * (rounds() - 1) or 1))
 def test_rlhf_dies_in_a_write(fork_server: ForkServer, straight: dict[str, Any], tmp_path: Path, number: int) -> None:
     """At a random write, fsync or rename of any stage; in the further rounds of `LOWRANK_TUNE_TEST_ROUNDS` at more."""

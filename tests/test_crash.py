@@ -43,13 +43,21 @@ def slow(*values: Any) -> Any:
     return pytest.param(*values, marks=pytest.mark.slow)
 
 
-MOMENTS = [("sft", 0), slow("sft", 1), slow("sft", 2), slow("reward", 3), slow("dpo", 4), ("grpo", 5), slow("ppo", 6)]
+MOMENTS = [
+    ("sft", 0),
+    slow("sft", 1),
+    slow("sft", 2),
+    slow("reward", 3),
+    slow("dpo", 4),
+    slow("grpo", 5),
+    slow("ppo", 6),
+]
 WRITES = [
     slow("sft", 60),
     slow("sft", 97),
     slow("reward", 70),
     slow("dpo", 20),
-    ("dpo", 70),
+    slow("dpo", 70),
     slow("grpo", 70),
     ("ppo", 70),
 ]

@@ -188,6 +188,7 @@ def test_prompts_that_are_shared_wrongly_are_found(gpu: ModuleType, monkeypatch:
     assert check("reward").failed == ["shared prompts change nothing"]
 
 
+@slow
 def test_a_head_that_is_not_saved_is_found(gpu: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     def zeroed(tensors: Any, file: Any) -> None:
         save_file(

@@ -185,6 +185,7 @@ def test_a_closed_terminal_lets_the_run_save(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "asked.json").read_text()) == ["stop"]
 
 
+@pytest.mark.slow
 def test_at_most_two_frames_a_second(emulator: Emulator) -> None:
     emulator.until("ETA")
     frames, steps, start = 0, set(), time.monotonic()

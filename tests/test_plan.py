@@ -143,6 +143,7 @@ def test_what_is_planned_from_few_layers_is_what_all_of_them_hold(tmp_path: Path
     assert {phase.name: phase.total for phase in phases_in(peaks_of(scene, 9))} == whole
 
 
+@pytest.mark.slow
 def test_where_the_room_was_thought_too_large_fewer_are_decoded_and_one_at_least(tmp_path: Path) -> None:
     """32 MiB a sequence, 64 of them 2 GiB. The engine goes on with fewer where memory runs short, so a card between one
     and all is enough."""
@@ -272,11 +273,14 @@ def test_a_jump_in_what_is_needed_does_not_end_the_search(
 
 
 def test_what_cannot_fit_is_refused_before_anything_is_loaded() -> None:
-    offline = "evaluate={}"
-    (fault,) = check_fit(load_any("tiny-sft", offline), 0.9, lambda event: None).faults.values()
+    (fault,) = check_fit(load_any("tiny-sft", "evaluate={}"), 0.9, lambda event: None).faults.values()
     assert re.match(r"does not fit the card.*fits with .*train.memory_check=warn", fault)
+
+
+@pytest.mark.slow
+def test_what_cannot_fit_is_a_warning_where_the_recipe_asks_for_one() -> None:
     events: list[Event] = []
-    warned = check_fit(load_any("tiny-sft", offline, "train.memory_check=warn"), 0.9, events.append)
+    warned = check_fit(load_any("tiny-sft", "evaluate={}", "train.memory_check=warn"), 0.9, events.append)
     assert warned.changes == {"tiny-sft": {}} and not warned.faults
     assert [event.level for event in events if isinstance(event, LogMessage)] == ["warning"]
 

@@ -51,6 +51,7 @@ def small(sft: Path, steps: int = 2, **ppo: Any) -> dict[str, Any]:
     }
 
 
+@pytest.mark.slow
 def test_a_run_leaves_its_base_alone_and_can_be_repeated(tmp_path: Path, sft_run: Path) -> None:  # noqa: F811
     files = {path: path.read_bytes() for path in sft_run.rglob("*") if path.is_file()}
     outcome, events = run_with_events(small(sft_run), tmp_path / "one")
@@ -234,6 +235,7 @@ def growth(monkeypatch: pytest.MonkeyPatch, sft: Path, out: Path) -> tuple[int, 
     return most, scratch, copies
 
 
+@pytest.mark.slow
 def test_no_second_base_stands_while_it_learns(tmp_path: Path, sft_run: Path, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
     most, scratch, copies = growth(monkeypatch, sft_run, tmp_path / "one")
     assert scratch > 1 << 20 and most < scratch / 4 and copies == [], (most, scratch)

@@ -185,7 +185,7 @@ def differs(unbroken: Any, name: str, backward: bool, draws: int) -> list[str]:
     return wrong if splits else ["nothing was split"]
 
 
-@pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
+@pytest.mark.parametrize("backward", [pytest.param(False, marks=pytest.mark.slow), True], ids=["forward", "backward"])
 @pytest.mark.parametrize("name", ALGORITHMS)
 def test_gradient_and_figures_are_those_of_the_unbroken_run(unbroken: Any, name: str, backward: bool) -> None:
     assert differs(unbroken, name, backward, 1) == []

@@ -378,6 +378,7 @@ def serve(scorer: WorkerPool[Any], word: str) -> tuple[Score, Score, bool]:
     return verifier, own, scorer.pids != before
 
 
+@pytest.mark.slow
 def test_a_verifier_has_limits_and_a_user_s_function_keeps_its_memory(greedy: WorkerPool[Any]) -> None:
     score, own, replaced = serve(greedy, "memory")
     assert (score.value, score.verdict) == (0.0, "fail") and "memory" in score.reason and not replaced

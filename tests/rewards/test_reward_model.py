@@ -71,6 +71,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Event
     return out, events, bases
 
 
+@pytest.mark.slow
 def test_scores_are_those_of_the_reward_models_own_run(
     finished: tuple[Path, list[Event], list[str]], tmp_path: Path
 ) -> None:
