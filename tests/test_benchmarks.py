@@ -24,6 +24,7 @@ def run(name: str, *words: str) -> str:
     return done.stdout
 
 
+@pytest.mark.slow
 def test_startup() -> None:
     assert "lowrank-tune --help" in run("startup.py", "--quick")
 

@@ -654,7 +654,9 @@ def warned_about_learning(rate: float, schedule: str = "constant", name: str = "
     return [message for message in warnings_of(events) if "nothing is being learned" in message]
 
 
-@pytest.mark.parametrize("name", ALGORITHMS)
+@pytest.mark.parametrize(
+    "name", ["sft", *(pytest.param(name, marks=pytest.mark.slow) for name in ALGORITHMS if name != "sft")]
+)
 def test_a_learning_rate_too_low_to_learn_gives_one_warning(name: str) -> None:
     assert len(warned_about_learning(1e-30, name=name)) == 1
     assert len(warned_about_learning(1e-12, name=name)) == 1

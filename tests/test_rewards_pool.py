@@ -378,6 +378,7 @@ ENDS = {
 }
 
 
+@pytest.mark.slow
 def test_no_worker_outlives_the_run(folder: Path) -> None:
     """However a run ends, also while its workers are deep in a function; the runs side by side, for each imports
     torch."""

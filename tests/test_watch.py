@@ -239,6 +239,7 @@ def test_the_dashboard_of_a_chain_that_runs(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "asked.json").read_text()) == ["stop"] and b"interrupted after step 1" in emulator.raw
 
 
+@pytest.mark.slow
 def test_a_chain_in_a_terminal(chain: Path) -> None:
     emulator = Emulator("-m", "lowrank_tune", "watch", str(chain))
     emulator.until("starting")
@@ -253,6 +254,7 @@ def test_a_chain_in_a_terminal(chain: Path) -> None:
     assert emulator.finish() == 0 and shell_is_sane(emulator)
 
 
+@pytest.mark.slow
 def test_a_group_is_looked_at_and_left(tmp_path: Path) -> None:
     (tmp_path / "events.jsonl").write_bytes((Path(__file__).parent / "recorded" / "grpo.jsonl").read_bytes())
     emulator = Emulator("-m", "lowrank_tune", "watch", str(tmp_path))
