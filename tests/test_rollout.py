@@ -152,6 +152,7 @@ def test_models_get_the_store_that_serves_them() -> None:
     for kind, wanted in (("llama", StaticSlotCache), ("gpt_neo", DynamicCacheStore)):
         with torch.no_grad():
             assert type(select_cache.select_cache(unquantized_base(kind).model)) is wanted
+            assert type(select_cache.select_cache_without_values(unquantized_base(kind).model)) is wanted
 
 
 @pytest.mark.parametrize("fault", ["none", "position_ids", "attention_mask"])
