@@ -128,7 +128,7 @@ EXPECTED = (  # a text on the line, the key, and the message
     ("torn.json", "stages.sft.data.train.4.dataset", "the JSON array is broken"),
     ("row.jsonl", "stages.sft.data.validation.0.dataset", "no such file; did you mean `rows.jsonl`"),
     ("w_proj", "stages.sft.adapters.policy.target_modules", "no linear module w_proj; it has .*q_proj"),
-    ("paged_adamw_8bit", "stages.sft.train.optim", "say adamw_8bit"),
+    ("paged_adamw_8bit", "stages.sft.train.optim", "use adamw_8bit"),
     ("nobody/nothing", "stages.dpo.data.train.0.dataset", "no preference pair"),
     ("nobody/nothing", "stages.dpo.data.train.1.dataset", "HF_HUB_OFFLINE"),
     ("below: {path", "stages.dpo.adapters.below.path", "there is no folder nowhere"),
@@ -187,7 +187,7 @@ FAULTS = {
     "no file": ({"dataset": "row.jsonl"}, 5, "data.train.0.dataset", "did you mean `rows.jsonl`"),
     "columns": ({"dataset": "odd.jsonl"}, 5, "data.train.0.dataset", "no known shape"),
     "no pairs": ({"algorithm": "reward"}, 5, "data.train.0.dataset", "no preference pair"),
-    "optimizer": ({"optim": "paged_adamw"}, 6, "train.optim", "there is no card"),
+    "optimizer": ({"optim": "paged_adamw"}, 6, "train.optim", "there is no GPU"),
     "base": ({"more": "seed: 1"}, 3, "base.model", "there is no folder ./nowhere"),
     "tracker": ({"optim": "adamw, report_to: mlflow"}, 6, "train.report_to", "mlflow is not installed"),
     "reward": (

@@ -80,8 +80,8 @@ def test_a_state_comes_back_from_files_to_the_bit(tmp_path: Path, name: str) -> 
 def test_paged_optimizers_need_a_gpu_and_name_the_alternative(name: str) -> None:
     with pytest.raises(
         UserError,
-        match=f"^train.optim: {name} moves its states between a card and the machine's memory, and there is no "
-        f"card; say {name.removeprefix('paged_')}$",
+        match=f"^train.optim: {name} moves its states between GPU and host memory, and there is no GPU"
+        f"; use {name.removeprefix('paged_')}$",
     ):
         make_optimizer([nn.Parameter(torch.zeros(2))], settings.TrainingConfig(optim=name), CPU)  # type: ignore[arg-type]
 

@@ -1,9 +1,9 @@
 """The rotary frequencies of a run, selected from its settings before its base is loaded (`model/rotary.py`).
 
 The settings bound every row, and the same settings select the same frequencies when a run is continued. All stages of a
-chain share one base and one selection: an adapter that was trained with one set of factors would lie frozen below
-stages that compute with the other. An adapter from another run brings its own: where one was trained with the long
-factors, so is this run.
+chain share one base and one selection: otherwise an adapter that was trained with one set of factors would be
+frozen below stages that compute with the other. Where an adapter of another run was trained with the long factors, this
+run uses them too.
 """
 
 from __future__ import annotations

@@ -1,22 +1,22 @@
-"""Where an answer begins: behind the generation prompt, which all other software uses, so it is kept as it is.
+"""Where an answer begins: after the generation prompt, which is kept unchanged, as all other software uses it.
 
-Most templates write an answer as the generation prompt and what follows it; then what follows is trained. Some do not:
+Most templates render an answer as the generation prompt and a continuation; then the continuation is trained. Others:
 
 - The generation prompt opens a thought (`<think>\\n`), and the template drops the thoughts of the answers that it is
-  given (DeepSeek-R1), or writes an empty one in other white space (`<think></think>`, Nemotron). Trained is what a
-  reasoning parser needs to find the same thought and the same answer: the answer's own thought, its closing tag, and
-  the answer as the template writes it. An answer without a thought is trained behind an empty one: as the template
-  writes it, else as `<think>\\n\\n</think>\\n\\n`, which DeepSeek-R1 itself writes where it does not think. (Without
-  the closing tag, parsers take the whole answer for a thought.)
-- The template drops the thought of the last answer, and its generation prompt opens none. The thought is trained as it
-  is, tags included, before the answer as the template writes it.
+  given (DeepSeek-R1), or writes an empty one with other white space (`<think></think>`, Nemotron). Then the trained
+  text is what a reasoning parser splits into the same thought and the same answer: the answer's own thought, its
+  closing tag, and the answer as the template writes it. An answer without a thought follows an empty one: as the
+  template writes it, else `<think>\\n\\n</think>\\n\\n`, which DeepSeek-R1 itself writes where it does not think.
+  (Without the closing tag, parsers return the whole answer as a thought.)
+- The template drops the thought of the last answer, and its generation prompt opens none. The thought is trained
+  unchanged, tags included, before the answer as the template writes it.
 - The generation prompt closes a thought (Qwen3.5 without thinking). An answer with a thought cannot follow: the row is
   dropped.
-- The template begins an answer in other words than its generation prompt ends with, always the same ones. Trained is
-  the answer from its own first character on, behind the generation prompt.
+- The template begins an answer with a fixed text that differs from the end of its generation prompt. The answer is
+  trained from its own first character on, after the generation prompt.
 
-A template that does none of this is refused. Of earlier answers the template writes what it likes, and an answer is
-trained only where the text up to it is its own prompt.
+Any other template is refused. A template may render earlier answers in any way; an earlier answer is trained only where
+the text before it is its own prompt.
 """
 
 from __future__ import annotations
@@ -63,10 +63,10 @@ class OwnThought:
 
 @dataclass(frozen=True)
 class GenerationPrompt:
-    """How a template's generation prompt goes over into an answer.
+    """How an answer follows a template's generation prompt.
 
     `ends_with` stands at its end in place of `begins_with`, with which the template begins an answer; both are empty
-    where the prompt is the beginning of the answered conversation, or its `opened` thought takes care of the rest.
+    where the prompt is the beginning of the answered conversation, or opens a thought (`opened`).
     """
 
     opened: OpenedThought | None

@@ -22,7 +22,7 @@ UNREACHABLE = frozenset({"ConnectionError", "ConnectError", "TimeoutException", 
 
 
 class HubUnreachable(Exception):
-    """The hub does not answer. The data set may lie in the cache nevertheless."""
+    """The hub does not answer. The data set may be in the cache nevertheless."""
 
 
 class HubRows:

@@ -75,8 +75,8 @@ class JinjaChatTemplate:
         assert isinstance(question, str) and isinstance(answered, str)
         if PROBE_QUESTION not in question or PROBE_ANSWER not in answered:
             raise UserError(
-                "the base's chat template cannot be trained with: it leaves out what a turn says (templates for images "
-                "take lists of parts, not text)"
+                "the base's chat template cannot be trained with: it leaves out the text of a turn (templates for "
+                "images take lists of parts, not text)"
             )
         return question, answered
 

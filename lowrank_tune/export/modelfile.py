@@ -1,4 +1,4 @@
-"""The Modelfile of a run: what Ollama is to send to the model, token for token what the run trained with."""
+"""The Modelfile of a run, with which Ollama sends the model the tokens that the run trained with."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ from lowrank_tune.model.base import load_config, load_tokenizer
 from lowrank_tune.model.rotary import fixed_rope
 
 NO_TEMPLATE = (
-    "the base's chat template cannot be put into Ollama's words: Ollama takes the one in the GGUF where it knows it, "
-    "else the bare text"
+    "the base's chat template cannot be written in Ollama's template language: Ollama uses the one in the GGUF "
+    "where it supports it, else the text without a template"
 )
 
 
 def modelfile_text(
     run: FinishedRun, system: str | None, start: str, adapter: str | None, file: Path | None, emit: Emit
 ) -> str:
-    """The Modelfile that begins with the weights `start`; `file` is the GGUF that they lie in, where the export made
-    it."""
+    """The Modelfile that begins with the weights `start`; `file` is the GGUF file of these weights, where the export
+    wrote one."""
     template = _template(run)
     bos, turns = bos_of_runner(template.tokenizer, file), derive_turns(template.render)
     positions, min_context_length = _context_lengths(run)
@@ -61,8 +61,8 @@ def _context_lengths(run: FinishedRun) -> tuple[int, int]:
 def _remarks(
     run: FinishedRun, template: ChatTemplate, turns: TemplateTurns | None, bos: str, adapter: str | None, emit: Emit
 ) -> list[str]:
-    """How the file is used, and wherein what Ollama sends differs from what was trained; the latter is a warning
-    too."""
+    """How the file is used, and how the text that Ollama sends differs from the trained one; the latter is also logged
+    as a warning."""
     name = slug(run.recipe)
     remarks = [f"{name}, made with lowrank_tune {__version__}:  ollama create {name} -f Modelfile"]
     if adapter is not None:
@@ -113,7 +113,7 @@ def bos_of_runner(tokenizer: Any, file: Path | None) -> str:
 
 
 def eos_tokens_of(run: FinishedRun) -> Sequence[str]:
-    """The tokens that end an answer, in letters."""
+    """The tokens that end an answer, as strings."""
     tokenizer, eos_token_ids = load_tokenizer(run.base), GenerationConfig.from_pretrained(run.final).eos_token_id
     return [
         str(tokenizer.convert_ids_to_tokens(number))

@@ -128,7 +128,7 @@ def sliding_windows(model: Any) -> list[int | None]:
 
 
 def layer_windows(config: Any) -> list[int | None]:
-    """Each layer's sliding window as transformers' own cache has it, None for none. A configuration without
+    """Each layer's sliding window as in transformers' own cache, None for none. A configuration without
     `layer_types` has one window for all layers."""
     cache = DynamicCache(config=config)
     return [

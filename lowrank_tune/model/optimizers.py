@@ -38,12 +38,11 @@ def make_optimizer(
 
 
 def check_optimizer(train: settings.TrainingConfig, device_type: str) -> None:
-    """Raises UserError for an optimizer that this kind of device has no use for."""
+    """Raises UserError for an optimizer that this kind of device does not support."""
     if device_type != "cuda" and train.optim.startswith("paged_"):
         raise UserError(
-            f"train.optim: {train.optim} moves its states between a card and the machine's memory, and there "
-            f"is no card; "
-            f"say {train.optim.removeprefix('paged_')}"
+            f"train.optim: {train.optim} moves its states between GPU and host memory, and there is no GPU; "
+            f"use {train.optim.removeprefix('paged_')}"
         )
 
 

@@ -107,7 +107,7 @@ def _read_base(base: settings.BaseConfig, emit: Emit) -> tuple[Any, list[Finding
 
 
 def _sound_stages(stages: Sequence[PlannedStage], model: Any, findings: Findings) -> list[PlannedStage]:
-    """The stages that are to run and whose adapters can be laid over each other, so that their size can be computed.
+    """The stages that are to run and whose adapters can be stacked, so that their size can be computed.
     Adds the findings of the others. A stage above a faulty one is not sound either."""
     sound: list[PlannedStage] = []
     is_sound = True

@@ -1,4 +1,4 @@
-"""The adapters of files: read as the run will read them, and laid over each other."""
+"""Saved adapters: read as the run will read them, and stacked."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from lowrank_tune.recipe.raw_settings import Finding
 
 def adapter_findings(stage: PlannedStage) -> Iterator[Finding]:
     """Adapters that are not there, are none, or lack what they were trained over. Of a stage that has ended only those
-    that later ones lay below theirs; those that an earlier stage names are its own findings."""
+    that later stages stack below theirs; those that an earlier stage names are its own findings."""
     kept = frozen_adapters(stage.recipe)
     names = [name for name, _ in stage.saved_adapters() if name in kept or not stage.is_finished]
     saved: dict[str, SavedAdapter] = {}
@@ -36,7 +36,7 @@ def adapter_findings(stage: PlannedStage) -> Iterator[Finding]:
 
 
 def read_saved_adapter(stage: PlannedStage, name: str) -> SavedAdapter:
-    """An adapter of a stage that lies in a file. Raises UserError."""
+    """A saved adapter of a stage. Raises UserError."""
     has_head = name == REWARD_ROLE or name in stage.complete.extra_adapters
     return read_adapter(str(stage.complete.adapters[name].path), f"adapters.{name}.path", head=has_head)
 

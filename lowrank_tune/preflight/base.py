@@ -28,13 +28,13 @@ def meta_model(base: settings.BaseConfig) -> Any:
 
 
 def row_length_findings(stage: PlannedStage, model: Any) -> Iterator[Finding]:
-    """Rows that are longer than the base's rotary frequencies are for."""
+    """Settings that allow longer rows than the base's rotary frequencies support."""
     if (problem := long_row_problem(stage.recipe, model.config)) is not None:
         yield tuple(problem.key.split(".")), problem.message
 
 
 def optimizer_findings(stage: PlannedStage, on_gpu: bool) -> Iterator[Finding]:
-    """An optimizer that this device has not."""
+    """An optimizer that this device does not support."""
     try:
         check_optimizer(stage.recipe.train, "cuda" if on_gpu else "cpu")
     except UserError as error:
@@ -42,7 +42,7 @@ def optimizer_findings(stage: PlannedStage, on_gpu: bool) -> Iterator[Finding]:
 
 
 def target_findings(stage: PlannedStage, model: Any) -> Iterator[Finding]:
-    """Modules that an adapter is to be put on, and the base has not."""
+    """Target modules of an adapter that the base does not have."""
     recipe = stage.recipe
     for name in (recipe.trained_adapter, *recipe.extra_adapters):
         adapter = recipe.adapters.get(name)

@@ -1,4 +1,4 @@
-"""The sources of a recipe by their first rows: whether they are there, have the columns, and serve the algorithm."""
+"""Checks the sources of a recipe by their first rows: existence, columns, and use for the algorithm."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def sources_of(recipe: settings.RecipeConfig) -> Iterator[tuple[Path, SourceConf
 
 
 class DataCheck:
-    """Looks into the sources of recipes. After the hub did not answer once, no further request is sent."""
+    """Checks the sources of recipes. After the hub did not answer once, no further request is sent."""
 
     def __init__(self, emit: Emit) -> None:
         self.emit, self.hub_answers = emit, True
@@ -74,8 +74,8 @@ class DataCheck:
             self.hub_answers, columns = False, None
             self.emit(
                 LogMessage(
-                    message=f"{source.dataset}: not checked before the run, as the hub does not answer; it is used "
-                    "where it lies in the cache",
+                    message=f"{source.dataset}: not checked before the run, as the hub does not answer; the "
+                    "cached copy is used if there is one",
                     level="warning",
                 )
             )

@@ -1,7 +1,7 @@
 """Whether the disk has room for the checkpoints and final adapters of all stages.
 
 A checkpoint holds each trained adapter in fp32 and the states of its optimizer. `final/` holds the trained adapter, and
-what it lies on once more. A stage that has ended keeps its checkpoints.
+the adapters below it once more. A stage that has ended keeps its checkpoints.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The stages of a recipe as the checks see them: what each will load, and what of it another stage is still to make."""
+"""The stages of a recipe for the checks: what each loads, and which of it another stage is still to write."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class PlannedStage:
     recipe: settings.RecipeConfig
     """As it was written."""
     complete: settings.RecipeConfig
-    """With the adapters that earlier stages lay below it."""
+    """With the adapters that earlier stages stack below it."""
     folder: Path
     """Where it is written."""
     is_finished: bool
@@ -37,7 +37,7 @@ class PlannedStage:
         return self.pending.get(resolved.parent if resolved.name == "final" else resolved)
 
     def saved_adapters(self) -> Iterator[tuple[str, str]]:
-        """Name and path of the adapters that lie in files already."""
+        """Name and path of the adapters that are already written."""
         for name, adapter in self.complete.adapters.items():
             if adapter.path is not None and self.pending_adapter(name) is None:
                 yield name, adapter.path

@@ -90,7 +90,7 @@ class SmtReward(WorkerReward):
         if "row" in value:
             return self._no_score("error", f"the row is at fault: {value['row']}", item)
         if "unknown" in value:
-            return self._no_score("error", f"Z3 cannot tell: {value['unknown']}", item)
+            return self._no_score("error", f"Z3 cannot decide: {value['unknown']}", item)
         if "status" in value:
             correct = claimed_verdict(item.completion) == value["status"]
             return Score(float(correct), "pass" if correct else "fail", "" if correct else f"it is {value['status']}")

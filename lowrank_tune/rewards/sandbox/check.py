@@ -80,9 +80,9 @@ class SandboxPair:
         return CheckResult("fail", f"did not end within {self.seconds:g} s", slow=True)
 
     def _starved_result(self, starved: str) -> CheckResult:
-        """Whose doing it is that the code has waited for a processor nearly all the time. A program that only computes
-        would have had its time meanwhile, unless the machine is too busy: code that sleeps and wakes up all the time
-        waits as often as it likes."""
+        """The result of code that waited for a processor nearly all the time. A program that only computes would have
+        used its time meanwhile, unless the machine is too busy: code that sleeps and wakes up all the time may wait
+        any number of times."""
         self.end()
         if computing_share(PROBE_SECONDS) * MAX_WALL_FACTOR >= 1.0:
             return self._slow_result()

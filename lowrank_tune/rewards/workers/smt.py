@@ -38,7 +38,7 @@ DecideFn = Callable[[str], str]
 
 
 class Undecided(Exception):
-    """Z3 cannot tell; the message says why."""
+    """Z3 cannot decide; the message is its reason."""
 
 
 class InvalidRow(Exception):
