@@ -22,7 +22,9 @@ import pyte
 import pytest
 
 from lowrank_tune.checkpoint import latest_checkpoint
+from lowrank_tune.events import StepEnd
 from lowrank_tune.ui.terminal import ENTER, LEAVE, ascii_only, can_show
+from lowrank_tune.ui.watch import read_events
 
 ROOT = Path(__file__).parent.parent
 PLAYER = str(ROOT / "tests" / "event_player.py")
@@ -374,6 +376,17 @@ def test_a_background_job_is_not_stopped_and_draws_nothing(tmux: Tmux, tmp_path:
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["status"] == "done"
 
 
+def wait_for_step(log: Path, step: int) -> None:
+    """Returns once a run has logged this step or a later one."""
+    end = time.monotonic() + PATIENCE
+    while True:
+        events = read_events(log) if log.exists() else ()
+        if any(isinstance(event, StepEnd) and event.step >= step for event in events):
+            return
+        assert time.monotonic() < end, f"step {step} was not reached"
+        time.sleep(0.2)
+
+
 @pytest.mark.slow
 def test_a_real_run_in_tmux_is_stopped_continued_and_left(tmux: Tmux, tmp_path: Path) -> None:
     """By `q`, by Ctrl-C and by closing the terminal: each time a valid checkpoint, from which the next start goes
@@ -388,7 +401,7 @@ def test_a_real_run_in_tmux_is_stopped_continued_and_left(tmux: Tmux, tmp_path: 
     for way in ("q", "C-c"):
         tmux.type(f"clear; {demo}")
         tmux.until("ETA")
-        time.sleep(1)
+        wait_for_step(tmp_path / "run" / "1-sft" / "events.jsonl", reached + 1)
         tmux("send-keys", way)
         tmux.until("code 130")
         assert "interrupted and saved" in tmux.text()
@@ -397,7 +410,7 @@ def test_a_real_run_in_tmux_is_stopped_continued_and_left(tmux: Tmux, tmp_path: 
         reached = found[0]
     tmux.type(f"clear; {demo}")
     tmux.until("ETA")
-    time.sleep(1)
+    wait_for_step(tmp_path / "run" / "1-sft" / "events.jsonl", reached + 1)
     process = int((tmp_path / "run" / ".lock").read_text())
     tmux("new-window", "bash --norc")
     tmux("kill-pane", "-t", ":0")
