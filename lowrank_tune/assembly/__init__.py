@@ -15,11 +15,11 @@ from lowrank_tune.algorithms.reference_logps import reference_logps
 from lowrank_tune.algorithms.reward_model import RewardModeling
 from lowrank_tune.algorithms.rollouts import RolloutCollector
 from lowrank_tune.algorithms.sft import SFT
+from lowrank_tune.assembly.reward_dry_run import dry_run_rewards
 from lowrank_tune.assembly.reward_model import REWARD_ROLE, reward_model_base
 from lowrank_tune.assembly.rl import (
     RewardScorer,
     check_reference_rewards,
-    dry_run_rewards,
     load_train_prompts,
     make_grpo,
     make_ppo,

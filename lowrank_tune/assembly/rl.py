@@ -1,5 +1,5 @@
-"""The wiring of algorithms that write their own rows: prompts, rewards on the side, the harvester, and a look at both
-before any training."""
+"""The components of an online algorithm: prompts, rewards on their workers, the rollout collector, and a check of the
+rewards on reference answers."""
 
 from __future__ import annotations
 
@@ -14,14 +14,13 @@ from lowrank_tune import settings
 from lowrank_tune.algorithms.context import AlgorithmContext
 from lowrank_tune.algorithms.grpo import GRPO
 from lowrank_tune.algorithms.ppo import PPO, CriticConfig, GAEConfig, KLControlConfig, UpdateConfig
-from lowrank_tune.algorithms.reward_failures import RewardFailure, RewardFailureTracker, summarize_failures
+from lowrank_tune.algorithms.reward_failures import RewardFailure, RewardFailureTracker
 from lowrank_tune.algorithms.rollouts import RolloutBatch, RolloutCollector
 from lowrank_tune.assembly.reward_model import append_end_of_turn, encode_answer, end_of_turn_ids, score_rows
 from lowrank_tune.data import ChatTemplate, PromptDataset, PromptExample, load_prompts, make_prompt_sampler
 from lowrank_tune.errors import TrainingError, UserError
-from lowrank_tune.events import Emit, GroupLogged, LogMessage, Progress
+from lowrank_tune.events import Emit, GroupLogged, LogMessage
 from lowrank_tune.functional import step_seed
-from lowrank_tune.generation import Engine
 from lowrank_tune.model.roles import Roles
 from lowrank_tune.rewards import (
     RewardInput,
@@ -33,19 +32,14 @@ from lowrank_tune.rewards import (
     make_negative_samples,
     row_rejection_reason,
     sanity_check_rewards,
-    zero_std_fraction,
 )
 from lowrank_tune.rewards.base import HasStatus
 from lowrank_tune.rewards.reward_model import RewardModel
 from lowrank_tune.rewards.user_function import is_user_function
-from lowrank_tune.types import Completion, SamplingParams
+from lowrank_tune.types import Completion
 
 NUM_ROWS_CHECKED = 48  # reference answers that the rewards are tried on
-NUM_DRY_RUN_PROMPTS, DRY_RUN_COMPLETIONS = (
-    16,
-    4,
-)  # prompts, and completions of each, that estimate how many groups will have zero reward std
-DRY_RUN_SEED_TAG, ROLLOUT_SEED_TAG = 1 << 20, 1 << 21  # tags that keep the seeds of the trial and of rollouts apart
+ROLLOUT_SEED_TAG = 1 << 21  # differs from the tag of `reward_dry_run`, so that the two never share random numbers
 
 
 def load_train_prompts(recipe: settings.RecipeConfig, template: ChatTemplate, emit: Emit) -> PromptDataset:
@@ -73,7 +67,7 @@ def make_row_check(recipe: settings.RecipeConfig) -> Callable[[PromptExample], s
 
 
 class RewardScorer:
-    """The recipe's rewards on their workers, for a harvester."""
+    """The recipe's rewards on their workers, for a rollout collector."""
 
     def __init__(self, recipe: settings.RecipeConfig, template: ChatTemplate) -> None:
         self.weighted: list[WeightedReward] = build_rewards(recipe.rewards, Path.cwd())
@@ -287,87 +281,3 @@ def make_ppo(recipe: settings.RecipeConfig, context: AlgorithmContext, collector
             config.max_logprob_mismatch,
         ),
     )
-
-
-def dry_run_rewards(
-    recipe: settings.RecipeConfig,
-    roles: Roles,
-    template: ChatTemplate,
-    prompts: PromptDataset,
-    scorer: RewardScorer,
-    stop_ids: frozenset[int],
-    emit: Emit,
-) -> None:
-    """Says before the first step how many groups will teach nothing, from a few completions of a few prompts."""
-    sampled_prompts = random.Random(f"trial-{recipe.seed}").sample(
-        prompts.examples, min(NUM_DRY_RUN_PROMPTS, len(prompts.examples))
-    )
-    sampling = SamplingParams(
-        recipe.rollout.max_new_tokens, stop_ids, recipe.rollout.temperature, step_seed(recipe.seed, DRY_RUN_SEED_TAG)
-    )
-    label = "trying a few prompts"
-    for done, completion in enumerate(
-        Engine(roles, "policy", recipe.rollout.max_num_seqs).generate(
-            [prompt.input_ids for prompt in sampled_prompts], DRY_RUN_COMPLETIONS, sampling
-        ),
-        1,
-    ):
-        body = completion.token_ids[:-1] if completion.finish_reason == "stop" else completion.token_ids
-        scorer.submit(
-            completion.prompt * DRY_RUN_COMPLETIONS + completion.sample,
-            sampled_prompts[completion.prompt],
-            template.decode(body),
-            completion,
-        )
-        if done % DRY_RUN_COMPLETIONS == 0:
-            emit(Progress(description=label, done=done, total=len(sampled_prompts) * DRY_RUN_COMPLETIONS))
-    scores = scorer.collect()
-    failures = [values for values in scores.values() if isinstance(values, RewardFailure)]
-    if failures:
-        emit(
-            LogMessage(
-                level="warning",
-                message=f"{len(failures)} of {len(scores)} trial completions could not be scored: "
-                f"{summarize_failures(failures)}",
-            )
-        )
-    rewards = {
-        key: sum(w * v for w, v in zip(scorer.weights, values, strict=True))
-        for key, values in scores.items()
-        if not isinstance(values, RewardFailure)
-    }
-    if not rewards:
-        raise UserError(
-            f"rewards: none of {len(scores)} trial completions could be scored: {summarize_failures(failures)}"
-        )
-    highest, lowest = max(rewards.values()), min(rewards.values())
-    n = recipe.rollout.num_generations
-    if highest - lowest <= 1e-6:
-        message = (
-            f"{len(rewards)} completions of {len(sampled_prompts)} prompts all earn {highest:.3g}: such groups have no "
-            "signal; "
-        )
-        emit(
-            LogMessage(
-                level="warning",
-                message=message + "an easier task, a partial reward or an SFT adapter below would give one",
-            )
-        )
-        return
-    rewards_by_prompt = [
-        [
-            rewards[key]
-            for key in range(index * DRY_RUN_COMPLETIONS, (index + 1) * DRY_RUN_COMPLETIONS)
-            if key in rewards
-        ]
-        for index in range(len(sampled_prompts))
-    ]
-    rates = [
-        sum(value > (highest + lowest) / 2 for value in prompt_rewards) / len(prompt_rewards)
-        for prompt_rewards in rewards_by_prompt
-        if prompt_rewards
-    ]
-    zero_std_share = zero_std_fraction(rates, n, DRY_RUN_COMPLETIONS)
-    message = f"{sum(rates) / len(rates):.0%} of {len(rewards)} trial completions earn more than half: "
-    message += f"about {zero_std_share:.0%} of groups of {n} will have zero reward std"
-    emit(LogMessage(message=message, level="warning" if zero_std_share > 0.6 else "info"))

@@ -1,0 +1,113 @@
+"""Rewards of a few completions before the first step of GRPO: an estimate of how many groups will have no signal."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping, Sequence
+
+from lowrank_tune import settings
+from lowrank_tune.algorithms.reward_failures import RewardFailure, summarize_failures
+from lowrank_tune.assembly.rl import RewardScorer
+from lowrank_tune.data import ChatTemplate, PromptDataset, PromptExample
+from lowrank_tune.errors import UserError
+from lowrank_tune.events import Emit, LogMessage, Progress
+from lowrank_tune.functional import step_seed
+from lowrank_tune.generation import Engine
+from lowrank_tune.model.roles import Roles
+from lowrank_tune.rewards import zero_std_fraction
+from lowrank_tune.types import SamplingParams
+
+NUM_PROMPTS = 16
+NUM_COMPLETIONS = 4  # of each prompt
+SEED_TAG = 1 << 20  # differs from the tag of rollouts, so that the two never share random numbers
+MAX_ZERO_STD_SHARE = 0.6  # above it the estimate is a warning
+
+
+def dry_run_rewards(
+    recipe: settings.RecipeConfig,
+    roles: Roles,
+    template: ChatTemplate,
+    prompts: PromptDataset,
+    scorer: RewardScorer,
+    stop_ids: frozenset[int],
+    emit: Emit,
+) -> None:
+    """Generates completions of a few prompts, scores them and logs the expected share of groups with zero reward std.
+
+    Raises UserError where no completion could be scored.
+    """
+    num_prompts = min(NUM_PROMPTS, len(prompts.examples))
+    sampled_prompts = random.Random(f"trial-{recipe.seed}").sample(prompts.examples, num_prompts)
+    rollout = recipe.rollout
+    sampling = SamplingParams(rollout.max_new_tokens, stop_ids, rollout.temperature, step_seed(recipe.seed, SEED_TAG))
+    engine = Engine(roles, "policy", rollout.max_num_seqs)
+    _submit_completions(engine, sampled_prompts, sampling, template, scorer, emit)
+    rewards = weighted_rewards(scorer, emit)
+    emit(describe_rewards(rewards, num_prompts, rollout.num_generations))
+
+
+def _submit_completions(
+    engine: Engine,
+    prompts: Sequence[PromptExample],
+    sampling: SamplingParams,
+    template: ChatTemplate,
+    scorer: RewardScorer,
+    emit: Emit,
+) -> None:
+    """Submits each completion under the request id `prompt * NUM_COMPLETIONS + sample`."""
+    total = len(prompts) * NUM_COMPLETIONS
+    completions = engine.generate([prompt.input_ids for prompt in prompts], NUM_COMPLETIONS, sampling)
+    for done, completion in enumerate(completions, 1):
+        body = completion.token_ids[:-1] if completion.finish_reason == "stop" else completion.token_ids
+        request_id = completion.prompt * NUM_COMPLETIONS + completion.sample
+        scorer.submit(request_id, prompts[completion.prompt], template.decode(body), completion)
+        if done % NUM_COMPLETIONS == 0:
+            emit(Progress(description="trying a few prompts", done=done, total=total))
+
+
+def weighted_rewards(scorer: RewardScorer, emit: Emit) -> dict[int, float]:
+    """The weighted sum of the rewards by request id, without the completions that could not be scored."""
+    scores = scorer.collect()
+    failures = []
+    rewards = {}
+    for request_id, values in scores.items():
+        if isinstance(values, RewardFailure):
+            failures.append(values)
+        else:
+            rewards[request_id] = sum(w * v for w, v in zip(scorer.weights, values, strict=True))
+    if not rewards:
+        raise UserError(
+            f"rewards: none of {len(scores)} trial completions could be scored: {summarize_failures(failures)}"
+        )
+    if failures:
+        message = f"{len(failures)} of {len(scores)} trial completions could not be scored: "
+        emit(LogMessage(level="warning", message=message + summarize_failures(failures)))
+    return rewards
+
+
+def describe_rewards(rewards: Mapping[int, float], num_prompts: int, num_generations: int) -> LogMessage:
+    """The expected share of groups of `num_generations` completions with zero reward std. A completion passes if its
+    reward is above the middle between the highest and the lowest."""
+    highest, lowest = max(rewards.values()), min(rewards.values())
+    if highest - lowest <= 1e-6:
+        message = (
+            f"{len(rewards)} completions of {num_prompts} prompts all have reward {highest:.3g}: such groups have no "
+            "signal; an easier task, a partial reward or an SFT adapter below would give one"
+        )
+        return LogMessage(level="warning", message=message)
+    threshold = (highest + lowest) / 2
+    rates = _pass_rates(rewards, threshold)
+    zero_std_share = zero_std_fraction(rates, num_generations, NUM_COMPLETIONS)
+    message = (
+        f"{sum(rates) / len(rates):.0%} of {len(rewards)} trial completions have a reward above {threshold:.3g}: "
+        f"about {zero_std_share:.0%} of groups of {num_generations} will have zero reward std"
+    )
+    return LogMessage(message=message, level="warning" if zero_std_share > MAX_ZERO_STD_SHARE else "info")
+
+
+def _pass_rates(rewards: Mapping[int, float], threshold: float) -> list[float]:
+    """The share of completions above `threshold` of each prompt that has a scored completion."""
+    passed_by_prompt: dict[int, list[bool]] = {}
+    for request_id, reward in sorted(rewards.items()):
+        passed_by_prompt.setdefault(request_id // NUM_COMPLETIONS, []).append(reward > threshold)
+    return [sum(passed) / len(passed) for passed in passed_by_prompt.values()]
