@@ -369,6 +369,18 @@ def test_shaping_rewards_alone_are_a_warning_and_beside_a_verifier_the_sum_decid
     assert "the weighted sum does not separate" in (fault or "")
 
 
+def test_a_reward_without_any_score_is_refused_with_the_reason() -> None:
+    """Where a recipe tolerates all failures, no failure ends the check, and there is nothing to compare."""
+    without_answers = [item("So it is 5.", None, prompt=f"Row {number}?") for number in range(8)]
+    report = sanity_check_rewards(
+        [WeightedReward("answer", 1.0, AnswerReward())], without_answers, without_answers, max_failure_rate=1.0
+    )
+    fault = report.fault() or ""
+    assert "has no score for any reference answer" in fault
+    assert "needs a gold answer" in fault
+    assert "nan" not in fault
+
+
 def test_share_ahead_by_hand() -> None:
     assert auc([1.0, 0.0], [0.0, 0.0]) == 0.75 and auc([1.0], [1.0]) == 0.5 and auc([0.0], [1.0]) == 0.0
     assert required_auc(1000, 5000) == 0.6 and required_auc(2, 10) == 0.9

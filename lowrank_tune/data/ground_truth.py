@@ -16,6 +16,7 @@ MATH_DELIMITERS = re.compile(r"\$|\\[()\[\],;:! ]|\\q?quad\b|\s+")
 SEPARATOR = re.compile(
     r" *(?:(?:[\w()]+ +){0,4}(?:and|or) *|[,;] *(?:(?:and|or) +)?)?(?:[A-Za-z]\w{0,3}(?:_\{?\w+\}?)? *= *)?"
 )
+BRACE = re.compile(r"\\.|[{}]", re.DOTALL)
 WHOLE_NUMBER = re.compile(r"[-+]?\$?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?%?")
 
 
@@ -58,7 +59,7 @@ def answer_after_hashes(text: str) -> str | None:
 
 def last_boxed(text: str) -> str | None:
     r"""The contents of the last closed `\boxed{...}`, with nested braces; `\{` and `\}` do not count."""
-    box = _last_box(text, len(text))
+    box = _last_box(text, len(text), _closing_braces(text))
     return None if box is None else box.contents or None
 
 
@@ -67,11 +68,12 @@ def boxed_answer(text: str) -> str | None:
 
     `\boxed{1} and \boxed{2}` is `1, 2`; a box that repeats another counts once. A sentence between boxes parts them.
     """
-    box = _last_box(text, len(text))
+    closings = _closing_braces(text)
+    box = _last_box(text, len(text), closings)
     contents: list[str] = []
     while box is not None and len(contents) < MAX_BOXES:
         contents.append(box.contents)
-        before = _last_box(text, box.start)
+        before = _last_box(text, box.start, closings)
         joined = before is not None and before.end <= box.start and _is_separator(text[before.end : box.start])
         box = before if joined else None
     return ", ".join(dict.fromkeys(each for each in reversed(contents) if each)) or None
@@ -80,7 +82,7 @@ def boxed_answer(text: str) -> str | None:
 def unclosed_box(text: str) -> str | None:
     r"""What begins with the last `\boxed{` of a text, where no brace closes it."""
     opening = _last_opening(text, len(text))
-    if opening is None or _closing_brace(text, opening[1]) is not None:
+    if opening is None or opening[1] in _closing_braces(text):
         return None
     return text[opening[0] :]
 
@@ -93,11 +95,11 @@ class _Box(NamedTuple):
     contents: str
 
 
-def _last_box(text: str, end: int) -> _Box | None:
+def _last_box(text: str, end: int, closings: Mapping[int, int]) -> _Box | None:
     """The last closed box that begins before `end`."""
     while (opening := _last_opening(text, end)) is not None:
         start, brace = opening
-        closing = _closing_brace(text, brace)
+        closing = closings.get(brace)
         if closing is not None:
             return _Box(start, closing + 1, _without_separators(text[brace + 1 : closing]))
         end = start
@@ -124,17 +126,17 @@ def _is_separator(text: str) -> bool:
     return SEPARATOR.fullmatch(plain) is not None
 
 
-def _closing_brace(text: str, opening: int) -> int | None:
-    depth, position = 0, opening
-    while position < len(text):
-        if text[position] == "\\":
-            position += 2
-            continue
-        depth += {"{": 1, "}": -1}.get(text[position], 0)
-        if depth == 0:
-            return position
-        position += 1
-    return None
+def _closing_braces(text: str) -> dict[int, int]:
+    r"""The position of the closing brace of each opening brace that has one. One pass: a text may have as many boxes as
+    characters allow. A backslash escapes the character behind it."""
+    closings: dict[int, int] = {}
+    opened: list[int] = []
+    for match in BRACE.finditer(text):
+        if match[0] == "{":
+            opened.append(match.start())
+        elif match[0] == "}" and opened:
+            closings[opened.pop()] = match.start()
+    return closings
 
 
 def last_number(text: str) -> str | None:

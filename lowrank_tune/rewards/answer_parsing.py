@@ -37,13 +37,12 @@ UNICODE_TO_LATEX = str.maketrans(
         "\u222a": r"\cup ",
     }
 )
-TRAILING_MARKS = re.compile(r"[ ,;]*(?:(?<!\.)\.)?[ ,;]*$")  # a full stop, but not the three dots of what goes on
 ESCAPED_COMMAND = re.compile(r"\\\\(?=[a-zA-Z])")  # a command with a backslash too many; in a matrix it ends a row
 LATEX_SPACES = re.compile(r"(?<!\\)\\[!,;: ]|\\q?quad\b|~|\s+")
 LATEX_LAYOUT = re.compile(r"\\(?:left|right)(?![a-z]) ?(?=[|()\[\]\\/<>.])\.?|(?<!\\)\\[()\[\]]")
 # where a digit follows, what looks like one number is none
 LATEX_SIGNS = re.compile(
-    r"\\(?:displaystyle|limits)\b|(?:\^ ?(?:\\circ|\{ ?\\circ ?\})|\u00b0)(?! ?\d)|(?<!\d)\\?\$|\\?\$(?!\d)"
+    r"\\(?:displaystyle|limits)(?![a-zA-Z])|(?:\^ ?(?:\\circ|\{ ?\\circ ?\})|\u00b0)(?! ?\d)|(?<!\d)\\?\$|\\?\$(?!\d)"
 )
 SPACE = re.compile(r"\\[,;: ]|~| ")
 EQUIVALENT_LATEX: tuple[tuple[re.Pattern[str], str | Callable[[re.Match[str]], str]], ...] = (
@@ -60,8 +59,12 @@ EQUIVALENT_LATEX: tuple[tuple[re.Pattern[str], str | Callable[[re.Match[str]], s
     (re.compile(r"(?<![\d.,_^])\d{1,3}(?:(?:\\[,;: ]|~| )\d{3})+(?!\d)"), lambda match: SPACE.sub("", match[0])),
 )
 TEXT_COMMAND = re.compile(r"\\text ?\{([^{}]*)\}")
-CHOICE_LETTERS = re.compile(r"[A-J](?:(?: ?, ?| and )[A-J]){0,9}")
+CHOICE_LETTERS = re.compile(r"[A-J](?:(?: ?, ?| and )[A-J]){0,9}|\([A-J]\)(?:(?: ?, ?| and |, and )\([A-J]\)){1,9}")
 CHOICE_LETTER = re.compile(r"\(([A-Ja-j])\)|([A-J])\)|([A-J])(?=[.:]\s)[.:]")
+# (a)^2 and (a) + 1 are formulas
+OPERATOR = re.compile(r" ?(?:[+*/^_=<>]|- |\\(?:cdot|times|div|pm|leq?|geq?|neq?)(?![a-z]))|[-(\[!|]")
+# (a) 3, (b) 5 is an answer in parts
+ANOTHER_LETTER = re.compile(r"\([A-Ja-j]\)")
 WORD_PATTERN = re.compile(r"[A-Za-z][A-Za-z',.; -]*")
 SYMBOLS_ONLY = re.compile(
     r"[\u2460-\u2473<>=, ]+"
@@ -94,18 +97,16 @@ def compare_exact(answer: str, ground_truth: str) -> bool | None:
         if actual is not None:
             return actual.letters == expected.letters
         if not expected.rest:
-            return normalize_text(answer).upper() in expected.letters
+            return {normalize_text(answer).upper()} == expected.letters
         ground_truth = expected.rest
     elif actual is not None and actual.rest:
         answer = actual.rest
     if (in_base := _compare_in_base(answer, ground_truth)) is not None:
         return in_base
     number, expected_number = parse_exact_number(answer), parse_exact_number(ground_truth)
-    if (number is None) != (expected_number is None):
-        number, expected_number = (
-            number or parse_decimal_comma(answer),
-            expected_number or parse_decimal_comma(ground_truth),
-        )
+    if number is None and expected_number is not None:
+        # of the answer alone: a gold 1,2 is two numbers
+        number = parse_decimal_comma(answer)
     if number is not None and expected_number is not None:
         return number.equals(expected_number) and not _have_other_names(answer, ground_truth)
     if is_text(ground_truth):
@@ -187,19 +188,28 @@ def normalize_latex(text: str) -> str:
     text = LATEX_SIGNS.sub(" ", LATEX_LAYOUT.sub("", text))
     for pattern, plain in EQUIVALENT_LATEX:
         text = pattern.sub(plain, text)
-    return TRAILING_MARKS.sub("", LATEX_SPACES.sub(" ", text).lstrip(" ,;"))
+    return _without_trailing_marks(LATEX_SPACES.sub(" ", text).lstrip(" ,;"))
+
+
+def _without_trailing_marks(text: str) -> str:
+    """Without the punctuation at the end: one full stop, but not the three dots of what goes on."""
+    text = text.rstrip(" ,;")
+    if text.endswith(".") and not text.endswith(".."):
+        text = text[:-1].rstrip(" ,;")
+    return text
 
 
 def parse_choice(text: str) -> Choice | None:
     """A tidied answer as one of several: `(B)`, `C) 37.5%`, `A and D`."""
     plain = " ".join(TEXT_COMMAND.sub(r" \1 ", text).split())
     if CHOICE_LETTERS.fullmatch(plain):
-        return Choice(frozenset(plain.replace("and", "").replace(",", "").split()), "")
+        return Choice(frozenset(re.findall(r"[A-J]", plain)), "")
     if (match := CHOICE_LETTER.match(plain)) is None:
         return None
-    return Choice(
-        frozenset((match[1] or match[2] or match[3]).upper()), plain[match.end() :].lstrip(" :").rstrip(" .:")
-    )
+    rest = plain[match.end() :]
+    if OPERATOR.match(rest) or ANOTHER_LETTER.search(rest):
+        return None
+    return Choice(frozenset((match[1] or match[2] or match[3]).upper()), rest.lstrip(" :").rstrip(" .:"))
 
 
 def _compare_in_base(answer: str, ground_truth: str) -> bool | None:
@@ -224,17 +234,19 @@ def _compare_in_base(answer: str, ground_truth: str) -> bool | None:
 def _have_other_names(answer: str, ground_truth: str) -> bool:
     """Whether both name what has the value, as x = 5, and with different names."""
     names = [VARIABLE_PREFIX.match(text) for text in (answer, ground_truth)]
-    found = {name[0].strip(" =") for name in names if name is not None}
+    found = {name[0].strip(" =").casefold() for name in names if name is not None}
     return len(found) == 2
 
 
 def _compare_lists(answer: str, ground_truth: str) -> bool | None:
     """Two lists of numbers without names: points and intervals in their order and with their brackets, sets and bare
-    lists in any order."""
+    lists in any order. A number that a set in braces contains twice counts once."""
     actual, expected = _parse_list(answer), _parse_list(ground_truth)
     if actual is None or expected is None or actual[0] != expected[0]:
         return None
     numbers, expected_numbers = actual[1], expected[1]
+    if answer.startswith(r"\{") or ground_truth.startswith(r"\{"):
+        numbers, expected_numbers = list(dict.fromkeys(numbers)), list(dict.fromkeys(expected_numbers))
     if len(numbers) != len(expected_numbers):
         return False
     if actual[0] == "{}":

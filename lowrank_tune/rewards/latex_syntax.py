@@ -1,6 +1,6 @@
 r"""Whether an answer in LaTeX can be read as a whole, before a parser sees it.
 
-latex2sympy2 reads what no one means: 5 6 and 5{6} as 11 (a mixed number). The 8 of 5_8, an apostrophe and \ldots
+latex2sympy2 reads what no one means: 5 6, 5{6} and 5[6] as 11 (a mixed number). The 8 of 5_8, an apostrophe and \ldots
 vanish, 1.5.5 is a product. What it would read so has no one meaning, and is no answer. Its time grows fast with the
 brackets in brackets, which are therefore counted first.
 """
@@ -25,6 +25,12 @@ MISREAD = (
         "has a command for the layout",
     ),
     (re.compile(r"(?<![\d._^])(?:\d*\.)?\d+ +[\d.]"), "has two numbers side by side"),
+    # 2[3] is read as 5; the root \sqrt[3]2 is none of these
+    (re.compile(r"\d ?(?:\[|\\\{) ?[\d.]+ ?(?:\]|\\\})"), "has a bracket around a number beside a number"),
+    (
+        re.compile(r"(?<!\\sqrt)(?<!\\sqrt )(?:\[[^\[\]]*\]|\\\{[^{}]*\\\}) ?[\d\[]"),
+        "has a number behind a bracket",
+    ),
     (re.compile(r"\.\d+\.\d|\d\.\d+\."), "has a number with two decimal points"),
     (re.compile(r"[\d)] ?_"), "has an index behind a number"),
     (re.compile(r"(?<!matrix\}) ?\^ ?(?:T(?![a-zA-Z])|\{ ?T ?\}|\{? ?\\top)"), "has the transpose of no matrix"),

@@ -15,7 +15,7 @@ import re
 import secrets
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 from lowrank_tune.errors import UserError
@@ -91,16 +91,21 @@ class LeanReward(WorkerReward):
         return None
 
     def build_request(self, item: RewardInput) -> Mapping[str, Any]:
+        # a name that no completion can refer to
+        name = f"goal_{secrets.token_hex(8)}"
         statement = _statement(item.row)
         assert statement is not None
-        name = f"goal_{secrets.token_hex(8)}"
-        header = item.row.get("header")
-        head = restated_theorem(statement, header if isinstance(header, str) else "", name)
-        return {"name": name, "proof": extract_proof(item.completion, statement), "head": head}
+        return {
+            "name": name,
+            "proof": extract_proof(item.completion, statement),
+            "head": _head(item.row, statement, name),
+        }
 
     def reference_request(self, item: RewardInput) -> Mapping[str, Any] | None:
         """The row's statement, without a proof: what Lean has to do for every completion."""
-        return {**self.build_request(replace(item, completion="trivial")), "name": "goal", "proof": ":= by sorry"}
+        statement = _statement(item.row)
+        assert statement is not None
+        return {"name": "goal", "proof": ":= by sorry", "head": _head(item.row, statement, "goal")}
 
     def parse_reply(self, item: RewardInput, reply: Reply) -> Score:
         if "fault" in reply:
@@ -135,6 +140,11 @@ def make_lean(name: str, program: Sequence[str] | None) -> LeanReward:
 
 def _statement(row: Mapping[str, Any]) -> str | None:
     return next((row[column] for column in COLUMNS if isinstance(row.get(column), str) and row[column].strip()), None)
+
+
+def _head(row: Mapping[str, Any], statement: str, name: str) -> str:
+    header = row.get("header")
+    return restated_theorem(statement, header if isinstance(header, str) else "", name)
 
 
 def restated_theorem(statement: str, header: str, name: str) -> str:

@@ -88,6 +88,8 @@ class SanityReport:
     def _problem(self, separation: Separation, label: str) -> str | None:
         if separation.auc >= self.required_auc:
             return None
+        if math.isnan(separation.reference_mean) or math.isnan(separation.negative_mean):
+            return f"rewards: {label} has no score for any reference answer or for any wrong one: {self.failed[0]}"
         if separation.is_constant:
             description = f"every answer gets {separation.reference_mean:.3g}"
         else:

@@ -25,8 +25,13 @@ OPERATORS = frozenset(
     "fifth fifths sixth sixths seventh sevenths eighth eighths ninth ninths tenth tenths hundred hundreds "
     "hundredth hundredths thousand thousands thousandth thousandths million millions billion billions trillion "
     "trillions dozen dozens squared cubed factorial choose modulo mod sqrt frac sin cos tan cot log exp max gcd "
-    "lcm binom alpha beta gamma delta epsilon theta kappa lambda sigma omega infinity".split()
+    "lcm binom alpha beta gamma delta epsilon theta kappa lambda sigma omega infinity "
+    "repeating recurring score gross crore crores lakh lakhs googol "
+    "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen "
+    "eighteen nineteen twenty thirty forty fifty sixty seventy eighty ninety".split()
 )
+# sixteenths, twentieths, quadrillion: a fraction or a power of ten
+NUMBER_ENDING = re.compile(r".*(?:teenths?|tieths?|twel(?:f|v)ths?|illions?(?:ths?)?)", re.I)
 NOUN = re.compile(r"(?=.*[aeiou]|.*[^\x00-\x7f])[^\W\d_][^\W\d_'-]{2,}", re.I)
 # in a formula, where letters are also a product, a longer word
 PLAIN_NOUN = re.compile(r"(?=.*[aeiou])(?:[^\W\d_]{3,}s|[^\W\d_]{5,})", re.I)
@@ -62,6 +67,6 @@ def _is_unit_word(word: str, letters: frozenset[str], noun: re.Pattern[str] | No
     lower = word.casefold()
     if word in letters or word in SYMBOLS:
         return True
-    if lower in OPERATORS:
+    if lower in OPERATORS or NUMBER_ENDING.fullmatch(word):
         return False
     return lower in NAMES or lower.removesuffix("s") in NAMES or noun is not None and noun.fullmatch(word) is not None

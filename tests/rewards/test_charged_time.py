@@ -232,9 +232,7 @@ time.sleep(99)
 
 
 def test_a_name_does_not_look_like_a_state(start: StartProgram) -> None:
-    program = start(
-        "import ctypes, time\nctypes.CDLL(None).prctl(15, b') R 1 1 (')\nprint(1, flush=True)\ntime.sleep(99)"
-    )
+    program = start(NAMED)
     assert program.stdout is not None
     program.stdout.readline()
     time.sleep(0.1)

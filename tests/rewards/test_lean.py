@@ -240,3 +240,14 @@ def test_every_goal_has_a_name_of_its_own(scorer: WorkerPool[int]) -> None:
         and re.fullmatch(r"goal_[0-9a-f]{16}", one["name"])
         and f"theorem {one['name']} (x" in one["head"]
     )
+
+
+def test_the_reference_is_one_request_for_all_completions_of_a_row(scorer: WorkerPool[int]) -> None:
+    """So that Lean is run on it once (`WorkerThread._is_graded`)."""
+    reward = scorer.rewards[0]
+    first, second = (
+        reward.reference_request(RewardInput("Prove it.", text, None, ROW, True, 9))  # type: ignore[attr-defined]
+        for text in (PROOF, "by hang")
+    )
+    assert first == second
+    assert first["head"].endswith("theorem goal (x : Nat) : x + 0 = x")

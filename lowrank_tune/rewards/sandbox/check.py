@@ -25,9 +25,9 @@ PROBE_SECONDS = 0.5
 
 @dataclass(frozen=True)
 class CheckResult:
-    """How a check ended. pass, fail: the code is right or wrong. fault: the row's tests are to blame. late: the machine
-    is. error: we are. `mistyped`: what failed is equal to what was expected, but for its type. `slow`: what failed did
-    not end in time."""
+    """How a check ended. pass, fail: the code is right or wrong. The cause of no result is in the row's tests (fault),
+    a busy machine (late) or the sandbox (error). `mistyped`: what failed is equal to what was expected, but for its
+    type. `slow`: what failed did not end in time."""
 
     outcome: Literal["pass", "fail", "fault", "late", "error"]
     reason: str = ""
@@ -104,7 +104,7 @@ class SandboxPair:
         return CheckResult(*decode(message[1:]))
 
     def _solver_reply(self, request: bytes) -> bytes:
-        """What the solver says. Whatever else it does is the code's doing. Raises TestFailed."""
+        """The solver's reply. Raises TestFailed for anything else that the solver does."""
         try:
             return self._exchange(self._solver, request)
         except TimeLimitReached:
@@ -117,8 +117,8 @@ class SandboxPair:
             raise TestFailed("wrote to the stream of its results") from None
 
     def _tester_reply(self, solver_reply: bytes, calls: int) -> bytes:
-        """What the tester says next. It is ours, but what it compares came from the code: late or out of memory, it is
-        the code's fault too."""
+        """The tester's next message. Raises TooSlow where it runs out of time on values of the code, and Unconfined
+        where the tests do not begin or their process ends."""
         try:
             return self._exchange(self._tester, solver_reply)
         except TimeLimitReached:

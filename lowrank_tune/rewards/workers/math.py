@@ -62,7 +62,17 @@ def grade(request: Mapping[str, Any]) -> GradeResult:
 
 
 def _is_equal(ground_truth: Any, found: str, is_set: bool) -> bool:
-    return answers_are_equal(ground_truth, parse_answer(found), is_set)
+    """Whether the answers are equal. Raises MathParseError for an answer with which the libraries fail, where they
+    compare the gold one with itself: the answer alone is then the cause."""
+    answer = parse_answer(found)
+    try:
+        return answers_are_equal(ground_truth, answer, is_set)
+    except (MathParseError, MemoryError):
+        raise
+    # sympy and math-verify raise AttributeError, KeyError, NotImplementedError, RecursionError and others
+    except Exception as error:
+        answers_are_equal(ground_truth, ground_truth, is_set)
+        raise MathParseError(f"cannot be compared ({type(error).__name__})") from error
 
 
 @functools.lru_cache(256)

@@ -57,10 +57,9 @@ def differ_numerically(ground_truth: Any, answer: Any) -> bool:
         return False
     symbols = sorted(ground_truth.free_symbols | answer.free_symbols, key=str)
     for point in (0.7312, 1.3871):
-        values = [
-            expression.evalf(15, subs={symbol: point + 0.0731 * index for index, symbol in enumerate(symbols)})
-            for expression in expressions
-        ]
+        # `evalf(subs=...)` raises AttributeError for the floor of a symbol
+        substitutions = {symbol: sympy.Float(point + 0.0731 * index) for index, symbol in enumerate(symbols)}
+        values = [expression.xreplace(substitutions).evalf(15) for expression in expressions]
         if not all(value.is_comparable and value.is_finite for value in values):
             return False
         if abs(values[0] - values[1]) > DIFFERENCE_TOLERANCE * max(abs(values[0]), abs(values[1])):
