@@ -273,9 +273,6 @@ ANSWERS: dict[str, list[Case]] = {
         ("5 & 6", "5", False),
         (r"5 \foo", "5", False),
     ],
-}
-
-COMPLETIONS: dict[str, list[Case]] = {
     "choices": [
         ("(a) 7, (b) 9", "(a) 3, (b) 5", False),
         ("(a) 3, (b) 5", "(a) 3, (b) 5", True),
@@ -302,6 +299,9 @@ COMPLETIONS: dict[str, list[Case]] = {
         ("x<2", r"x\ne 1", False),
         (r"x\ne 1", "x<2", False),
     ],
+}
+
+COMPLETIONS: dict[str, list[Case]] = {
     "boxes": [
         (r"$\boxed{(2, 2)} \text{ and } \boxed{(6, 2)}$", "(2,2), (6,2)", True),
         (r"$\boxed{(2, 2)} \text{ and } \boxed{(6, 2)}$", "(6,2)", False),
