@@ -16,11 +16,13 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from typer.testing import CliRunner
 
 from lowrank_tune import Recipe, UserError, run
+from lowrank_tune.checkpoint import Snapshot, write_atomically
 from lowrank_tune.cli import app
 from lowrank_tune.data.array_head import FIRST_BYTES, first_values
 from lowrank_tune.data.head import read_head
@@ -28,6 +30,8 @@ from lowrank_tune.data.sources import read_source
 from lowrank_tune.errors import ConfigError, ConfigProblem
 from lowrank_tune.events import Event, LogMessage
 from lowrank_tune.preflight import check_before_loading
+from lowrank_tune.preflight.adapters import read_saved_adapter
+from lowrank_tune.preflight.stages import stages_of
 from lowrank_tune.recipe import load_any
 from lowrank_tune.settings import SourceConfig
 
@@ -269,6 +273,38 @@ def test_the_adapter_of_an_earlier_stage_need_not_be_there_yet(folder: Path, pat
     ), "nor is its memory planned"
     other = write("tutor.yaml", named.replace("2-score", "3-score"))
     assert [problem.key for problem in problems_of(other)] == ["stages.ppo.adapters.reward.path"]
+
+
+def save_adapter(path: str, rank: int = 2) -> None:
+    """Writes an adapter as a run leaves it in `final/`."""
+    weights = {"base_model.model.q.lora_A.weight": torch.ones(rank, 3)}
+    config = {"peft_type": "LORA", "r": rank, "target_modules": ["q_proj"]}
+    documents = {"adapter_config.json": config}
+    write_atomically(Path(path) / "final", Snapshot({"adapter_model.safetensors": weights}, documents))
+
+
+TRAINS_ON = """\
+name: tutor
+base: {model: tiny-tutor}
+train: {max_steps: 2}
+data: {train: [{dataset: rows.jsonl}]}
+stages:
+  - name: first
+    algorithm: sft
+    adapters: {policy: {path: saved}}
+  - {name: second, algorithm: sft}
+  - {name: third, algorithm: sft}
+"""
+
+
+def test_a_first_stage_may_train_on_from_a_saved_adapter(folder: Path) -> None:
+    """Its numbers are then those of the saved adapter, in the stages above it too."""
+    save_adapter("saved")
+    assert problems_of(write("tutor.yaml", TRAINS_ON)) == ()
+    second = stages_of(load_any("tutor.yaml"), Path("runs/tutor"))[1]
+    assert read_saved_adapter(second, "first").folder == Path("saved/final")
+    (problem,) = problems_of("tutor.yaml", "stages.first.adapters.policy.path=nowhere")
+    assert problem.key == "stages.first.adapters.policy.path"
 
 
 def test_a_stage_that_has_ended_is_not_checked_again(folder: Path) -> None:

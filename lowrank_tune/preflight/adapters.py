@@ -36,9 +36,10 @@ def adapter_findings(stage: PlannedStage) -> Iterator[Finding]:
 
 
 def read_saved_adapter(stage: PlannedStage, name: str) -> SavedAdapter:
-    """A saved adapter of a stage. Raises UserError."""
+    """Reads a saved adapter of a stage, or the one that an earlier stage trains on from. Raises UserError."""
+    adapter = stage.pending_adapter(name) or stage.complete.adapters[name]
     has_head = name == REWARD_ROLE or name in stage.complete.extra_adapters
-    return read_adapter(str(stage.complete.adapters[name].path), f"adapters.{name}.path", head=has_head)
+    return read_adapter(str(adapter.path), f"adapters.{name}.path", head=has_head)
 
 
 def _check_stack(stage: PlannedStage, saved: dict[str, SavedAdapter]) -> None:

@@ -29,7 +29,8 @@ class PlannedStage:
     """Folders of earlier stages that have not ended, and the adapters that they train."""
 
     def pending_adapter(self, name: str) -> settings.AdapterConfig | None:
-        """The settings of an adapter that an earlier stage is still to train; None for any other."""
+        """The settings of an adapter that an earlier stage is still to train; None for any other. A `path` in them is
+        the saved adapter that the earlier stage trains on from."""
         path = self.complete.adapters[name].path
         if path is None:
             return None
@@ -60,16 +61,16 @@ def stages_of(
     stages: list[PlannedStage] = []
     pending: dict[Path, settings.AdapterConfig] = {}
     for index, (recipe, path) in enumerate(zip(loaded.stages, folders, strict=True)):
-        stages.append(
-            PlannedStage(
-                recipe,
-                loaded.recipe_of(index, paths),
-                path,
-                recipe.name in finished,
-                frozenset(frozen_adapters_of(data, index)) - recipe.adapters.keys(),
-                dict(pending),
-            )
+        stage = PlannedStage(
+            recipe,
+            loaded.recipe_of(index, paths),
+            path,
+            recipe.name in finished,
+            frozenset(frozen_adapters_of(data, index)) - recipe.adapters.keys(),
+            dict(pending),
         )
-        if recipe.name not in finished:
-            pending[path] = recipe.adapters[recipe.trained_adapter]
+        stages.append(stage)
+        if not stage.is_finished:
+            trained = recipe.trained_adapter
+            pending[path] = stage.pending_adapter(trained) or recipe.adapters[trained]
     return stages
