@@ -275,6 +275,43 @@ def test_the_adapter_of_an_earlier_stage_need_not_be_there_yet(folder: Path, pat
     assert [problem.key for problem in problems_of(other)] == ["stages.ppo.adapters.reward.path"]
 
 
+INHERITS = """\
+name: tutor
+base: {model: tiny-tutor}
+train: {max_steps: 2}
+data: {train: [{dataset: rows.jsonl}]}
+stages:
+  - {name: first, algorithm: sft}
+  - name: second
+    algorithm: sft
+    adapters: {below: {path: runs/tutor/1-first}}
+  - {name: third, algorithm: sft}
+  - {name: fourth, algorithm: sft, train: {memory_check: off}, data: {train: [{dataset: absent.jsonl}]}}
+"""
+
+
+def test_memory_is_not_planned_over_an_inherited_adapter_that_is_still_to_be_trained(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    planned: list[str] = []
+
+    def plan_of(spec: Any, vram: int, name: str) -> Any:
+        planned.append(name)
+        raise UserError("base.model: cannot be planned")
+
+    monkeypatch.setattr("lowrank_tune.memory_planner.preflight_check.plan_of", plan_of)
+    events: list[Event] = []
+    loaded = load_any(write("tutor.yaml", INHERITS))
+    with pytest.raises(ConfigError) as raised:
+        check_before_loading(loaded, Path("runs/tutor"), frozenset(), 8.0, events.append)
+    faults = [(problem.line, problem.key) for problem in raised.value.problems]
+    assert faults == [(2, "stages.first.base.model"), (11, "stages.fourth.data.train.0.dataset")]
+    assert planned == ["first"], "and what the planner raises is one fault of several"
+    warnings = [event.message for event in events if isinstance(event, LogMessage)]
+    assert [line.partition(":")[0] for line in warnings] == ["second", "third"]
+    assert "adapters.below is read from runs/tutor/1-first, which an earlier stage of this run writes" in warnings[1]
+
+
 def save_adapter(path: str, rank: int = 2) -> None:
     """Writes an adapter as a run leaves it in `final/`."""
     weights = {"base_model.model.q.lora_A.weight": torch.ones(rank, 3)}
