@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from lowrank_tune.checkpoint import Snapshot, quarantine_broken_final, write_atomically
+from lowrank_tune.checkpoint import Snapshot, broken_final_reason, load, quarantine_broken_final, write_atomically
 from lowrank_tune.errors import UserError
 from lowrank_tune.events import Event, LogMessage
 from lowrank_tune.manifest import changed_file, manifest_files
-from lowrank_tune.model.adapters import read_adapter
+from lowrank_tune.model.adapters import ROPE, STACK, adapter_rope_factors, read_adapter
 from lowrank_tune.recipe import Chain, load_any
 from lowrank_tune.runner import finished_stages
 
@@ -77,6 +77,42 @@ def test_a_changed_adapter_is_not_loaded(tmp_path: Path, name: str, folder: str)
         read_adapter(str(final / folder), "adapters.sft.path")
     (final / "manifest.json").unlink()
     read_adapter(str(final / folder), "adapters.sft.path")
+
+
+def stacked_final(folder: Path) -> Path:
+    """A final folder with its trained adapter at the root, over a frozen one, and both files that say how to load
+    it."""
+    final = final_of(folder, ("", "below"))
+    whole = load(final)
+    whole.documents[STACK] = {
+        "stack": ["below", "policy"],
+        "frozen_adapters": {"below": "hash"},
+        "combined": False,
+    }
+    whole.documents[ROPE] = {"version": 1, "factors": "long"}
+    return write_atomically(final, whole)
+
+
+@pytest.mark.parametrize("damage", ["delete", "change"])
+@pytest.mark.parametrize("name", [STACK, ROPE])
+def test_stack_and_factors_are_as_they_were_written(tmp_path: Path, name: str, damage: str) -> None:
+    """Without its stack the adapter would be loaded over the bare base; without its factors, with the short ones."""
+    final = stacked_final(tmp_path)
+
+    def loaded() -> tuple[list[str], str | None]:
+        return list(read_adapter(str(tmp_path), "key").frozen_adapters), adapter_rope_factors(str(tmp_path))
+
+    assert loaded() == (["below"], "long") and broken_final_reason(final) is None
+    if damage == "delete":
+        (final / name).unlink()
+    else:
+        (final / name).write_text((final / name).read_text().replace("long", "short").replace("hash", "other"))
+    words = "is missing" if damage == "delete" else "has changed since it was written"
+    with pytest.raises(UserError, match=f"{name} {words}: restore it from a copy; or, .* delete .*manifest.json"):
+        loaded()
+    assert name in str(broken_final_reason(final))
+    (final / "manifest.json").unlink()
+    loaded()
 
 
 def test_what_a_person_may_edit_is_not_looked_at(tmp_path: Path) -> None:

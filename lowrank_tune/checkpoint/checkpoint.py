@@ -24,7 +24,7 @@ from lowrank_tune.events import Emit, LogMessage
 from lowrank_tune.manifest import MANIFEST, changed_file, content_hash, manifest_bytes, manifest_files
 
 VERSION = 1
-ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors", "stack.json")
+ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors", "stack.json", "rope.json")
 _STEP = re.compile(r"step-(0|[1-9]\d*)")
 
 
