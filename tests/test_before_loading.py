@@ -77,6 +77,16 @@ def problems_of(
     return ()
 
 
+def problems_and_warnings(file: str, *overrides: str) -> tuple[tuple[ConfigProblem, ...], list[str]]:
+    events: list[Event] = []
+    problems: tuple[ConfigProblem, ...] = ()
+    try:
+        check_before_loading(load_any(file, *overrides), Path("runs/tutor"), frozenset(), None, events.append)
+    except ConfigError as error:
+        problems = error.problems
+    return problems, [event.message for event in events if isinstance(event, LogMessage) and event.level == "warning"]
+
+
 def _ignore(event: Event) -> None: ...
 
 
@@ -421,15 +431,40 @@ def test_a_disk_without_room_for_all_stages_is_reported(folder: Path, monkeypatc
     assert problems_of("tutor.yaml") == ()
 
 
-@pytest.mark.parametrize(("accepted", "count", "is_fault"), [(0.1, 1100, True), (0.9, 1100, False), (0.9, 900, True)])
-def test_a_large_source_may_begin_with_rows_that_the_recipe_accepts_to_lose(
-    folder: Path, accepted: float, count: int, is_fault: bool
+@pytest.mark.parametrize(
+    ("count", "overrides", "is_fault"),
+    [
+        (1100, "data.max_invalid_fraction=0", True),
+        (1100, "data.max_invalid_fraction=0 data.train.0.max_samples=20", False),
+        (1100, "data.max_invalid_fraction=0.1", False),
+        (900, "data.max_invalid_fraction=0.9", True),
+        (1100, "data.max_invalid_fraction=0.9 data.train.0.columns.answer=reply", True),
+    ],
+)
+def test_a_large_source_may_begin_with_rows_that_cannot_be_used(
+    folder: Path, count: int, overrides: str, is_fault: bool
 ) -> None:
-    """Rows that can be used follow behind the first 1,100: what is not read decides, where the recipe lets it."""
+    """Usable rows follow after the first 1,100, which are more than what is read: a warning, unless the recipe accepts
+    no unusable row, or names a column that no row has."""
     rows = [*({"question": "What?", "answer": ""} for _ in range(count)), *(QUESTIONS if count > 1000 else ())]
     write("long.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
     text = SINGLE.format(algorithm="sft", dataset="long.jsonl", optim="adamw", more="")
-    assert bool(problems_of(write("one.yaml", text), f"data.max_invalid_fraction={accepted}")) is is_fault
+    problems, warnings = problems_and_warnings(write("one.yaml", text), *overrides.split())
+    (message,) = [problem.message for problem in problems] if is_fault else warnings
+    assert message.startswith(f"long.jsonl: none of its {'first 1,000' if count > 1000 else count} rows can be used: ")
+    assert len(problems) + len(warnings) == 1
+
+
+@pytest.mark.parametrize("source", ["", ", columns: {gold: truth}"])
+def test_held_out_prompts_are_drawn_from_more_than_the_first_rows(folder: Path, source: str) -> None:
+    rows = [*PROSE] * 37 + QUESTIONS
+    write("late.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+    more = f"evaluate: {{eval_dataset: {{dataset: late.jsonl{source}}}}}"
+    text = SINGLE.format(algorithm="sft", dataset="rows.jsonl", optim="adamw", more=more)
+    problems, warnings = problems_and_warnings(write("one.yaml", text))
+    (message,) = [problem.message for problem in problems] if source else warnings
+    assert "late.jsonl: none of its first 1,000 rows can be used: 1000: no gold answer" in message
+    assert len(problems) + len(warnings) == 1
 
 
 def damaged_gzip(path: Path) -> None:
