@@ -376,7 +376,7 @@ def test_a_run_looks_for_ended_stages_in_the_folder_that_it_will_take(
     monkeypatch.setattr("lowrank_tune.runner.check_before_loading", stop)
     write("tutor.yaml", CHAIN)
     for path in ("runs/tutor/1-sft", "runs/tutor-2/1-sft", "runs/tutor-2/2-score"):
-        Path(path, "final").mkdir(parents=True)
+        save_adapter(path)
         write(f"{path}/summary.json", '{"status": "done"}')
     for name, status in (("tutor", "done"), ("tutor-2", "interrupted")):
         write(f"runs/{name}/run.json", "{}")

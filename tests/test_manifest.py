@@ -122,6 +122,23 @@ def test_what_a_person_may_edit_is_not_looked_at(tmp_path: Path) -> None:
     read_adapter(str(tmp_path), "key")
 
 
+@pytest.mark.parametrize("name", [None, "manifest.json", ADAPTER, CONFIG])
+def test_an_incomplete_final_folder_is_not_whole(tmp_path: Path, name: str | None) -> None:
+    """Emptied; with a torn manifest; and without a manifest and one of the files that an adapter must have."""
+    final = final_of(tmp_path)
+    torn = final / "manifest.json"
+    if name is None:
+        for file in final.iterdir():
+            file.unlink()
+    elif name == torn.name:
+        torn.write_bytes(torn.read_bytes()[:-5])
+    else:
+        torn.unlink()
+        assert broken_final_reason(final) is None
+        (final / name).unlink()
+    assert (name or CONFIG) in str(broken_final_reason(final))
+
+
 @pytest.mark.parametrize("damage", ["flip", "delete", "delete all"])
 def test_a_broken_final_steps_out_of_the_way(tmp_path: Path, damage: str) -> None:
     final, events = final_of(tmp_path, ("", "policy")), list[Event]()
