@@ -142,6 +142,7 @@ def test_an_incomplete_final_folder_is_not_whole(tmp_path: Path, name: str | Non
 @pytest.mark.parametrize("damage", ["flip", "delete", "delete all"])
 def test_a_broken_final_steps_out_of_the_way(tmp_path: Path, damage: str) -> None:
     final, events = final_of(tmp_path, ("", "policy")), list[Event]()
+    (tmp_path / "checkpoints" / "step-2").mkdir(parents=True)
     if damage == "flip":
         flip(final / "policy" / ADAPTER)
     elif damage == "delete":
@@ -152,6 +153,22 @@ def test_a_broken_final_steps_out_of_the_way(tmp_path: Path, damage: str) -> Non
     assert (tmp_path / "broken-final").is_dir() == (damage != "delete all")
     (message,) = events
     assert isinstance(message, LogMessage) and message.level == "warning" and "written again" in message.message
+
+
+@pytest.mark.parametrize("is_missing", [False, True])
+def test_a_broken_final_without_a_checkpoint_is_left_as_it_is(tmp_path: Path, is_missing: bool) -> None:
+    """To train the stage again is for a person to choose."""
+    final, events = final_of(tmp_path / "1-sft"), list[Event]()
+    (tmp_path / "1-sft" / "checkpoints").mkdir()
+    if is_missing:
+        final.rename(tmp_path / "elsewhere")
+    else:
+        flip(final / ADAPTER)
+    before = sorted(tmp_path.rglob("*"))
+    choice = r"holds no checkpoint to write it from: restore .*final from a copy, or delete .*1-sft to train this stage"
+    with pytest.raises(UserError, match=choice):
+        quarantine_broken_final(final, events.append)
+    assert sorted(tmp_path.rglob("*")) == before and events == []
 
 
 def test_a_stage_with_a_broken_final_folder_has_not_finished(tmp_path: Path) -> None:

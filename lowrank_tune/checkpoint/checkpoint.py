@@ -206,10 +206,16 @@ def broken_final_reason(final: Path) -> str | None:
 
 def quarantine_broken_final(final: Path, emit: Emit) -> bool:
     """Whether the final folder of an ended run must be written again: with a warning, and after renaming what is there
-    to `broken-final`."""
+    to `broken-final`. Raises UserError where the run has no checkpoint to write it from; then nothing has changed."""
     reason = broken_final_reason(final)
     if reason is None:
         return False
+    checkpoints = final.with_name("checkpoints")
+    if not _steps(checkpoints):
+        raise UserError(
+            f"{reason}, and {checkpoints} holds no checkpoint to write it from: restore {final} from a copy, or delete "
+            f"{final.parent} to train this stage again"
+        )
     if not final.is_dir():
         message = f"{reason}: it is written again from a checkpoint"
     else:
