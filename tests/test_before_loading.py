@@ -3,6 +3,7 @@ of files are read."""
 
 from __future__ import annotations
 
+import errno
 import gzip
 import importlib.util
 import json
@@ -29,6 +30,7 @@ from lowrank_tune.data.head import read_head
 from lowrank_tune.data.sources import read_source
 from lowrank_tune.errors import ConfigError, ConfigProblem
 from lowrank_tune.events import Event, LogMessage
+from lowrank_tune.paths import nearest_existing
 from lowrank_tune.preflight import check_before_loading
 from lowrank_tune.preflight.adapters import read_saved_adapter
 from lowrank_tune.preflight.stages import stages_of
@@ -429,6 +431,26 @@ def test_a_disk_without_room_for_all_stages_is_reported(folder: Path, monkeypatc
     assert re.match(r"runs/tutor: .* of all 3 stages take 0\.\d\d GiB, and 0\.10 GiB are free", problem.message)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(1 << 40, 0, 1 << 30))
     assert problems_of("tutor.yaml") == ()
+
+
+def test_a_disk_that_cannot_be_examined_is_one_fault_of_several(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def disk_usage(path: Path) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(shutil, "disk_usage", disk_usage)
+    text = SINGLE.format(algorithm="sft", dataset="no.jsonl", optim="adamw", more="")
+    messages = [problem.message for problem in problems_of(write("one.yaml", text))]
+    assert sorted(message.partition(":")[0] for message in messages) == ["cannot write runs/tutor", "no.jsonl"]
+
+
+def test_a_folder_that_cannot_be_looked_up_counts_as_absent(folder: Path) -> None:
+    """The run itself then reports why it cannot be written."""
+    Path("runs").mkdir()
+    for name in ("a" * 300, "absent/b"):
+        assert nearest_existing(Path("runs", name)) == folder / "runs"
+    text = SINGLE.format(algorithm="sft", dataset="rows.jsonl", optim="adamw", more="")
+    with pytest.raises(UserError, match="cannot write runs/aaa.*: the name is too long"):
+        run(write("one.yaml", text), out=f"runs/{'a' * 300}", ui="none", device=torch.device("cpu"))
 
 
 @pytest.mark.parametrize(
