@@ -115,6 +115,16 @@ def test_stack_and_factors_are_as_they_were_written(tmp_path: Path, name: str, d
     loaded()
 
 
+@pytest.mark.parametrize("name", [CONFIG, STACK, ROPE])
+def test_files_nested_without_end_are_broken(tmp_path: Path, name: str) -> None:
+    final = stacked_final(tmp_path)
+    (final / "manifest.json").unlink()
+    (final / name).write_text("[" * 100_000)
+    with pytest.raises(UserError, match="broken: .*recursion"):
+        read_adapter(str(tmp_path), "key")
+        adapter_rope_factors(str(tmp_path))
+
+
 def test_what_a_person_may_edit_is_not_looked_at(tmp_path: Path) -> None:
     (final_of(tmp_path) / "README.md").write_text("a better card")
     events: list[Event] = []

@@ -130,7 +130,7 @@ def read_adapter(path: str, key: str, head: bool = False, combined: bool = False
     try:
         raw = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
         tensors = load_file(folder / WEIGHTS)
-    except (ValueError, OSError, SafetensorError) as error:
+    except (ValueError, OSError, SafetensorError, RecursionError) as error:
         raise UserError(f"{key}: the adapter in {folder} is broken: {error}") from error
     if strange := sorted(name for name in tensors if "lora_embedding" in name):
         raise UserError(
@@ -167,7 +167,7 @@ def adapter_rope_factors(path: str) -> RopeFactors | None:
         return None
     try:
         factors = json.loads((folder / ROPE).read_bytes())["factors"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(f"{folder / ROPE} is broken: {type(error).__name__}: {error}") from error
     if factors not in ("short", "long"):
         raise UserError(f"{folder / ROPE} is broken: `factors` is {factors!r}, and must be `short` or `long`")
@@ -195,7 +195,7 @@ def read_stack(folder: Path, key: str) -> AdapterStack:
             name and "/" not in name and name not in (".", "..") for name in names
         ):
             return AdapterStack(names, frozen_adapters, bool(data["combined"]))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"{key}: {folder / STACK} is broken: {type(error).__name__}: {error}") from error
     raise UserError(f"{key}: {folder / STACK} is broken: its names do not fit together")
 
