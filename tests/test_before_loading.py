@@ -254,6 +254,35 @@ def test_a_fault_of_what_all_stages_share_is_reported_once(folder: Path) -> None
     assert str(problem) == "tutor.yaml:2: base.model: there is no folder ./nowhere"
 
 
+SHARED = """\
+name: tutor
+base: {model: tiny-tutor}
+train: {max_steps: 2}
+data: {train: [{dataset: absent.jsonl}]}
+stages:
+  - {name: first, algorithm: sft, data: {train: [{dataset: rows.jsonl}]}}
+  - {name: second, algorithm: sft}
+  - {name: third, algorithm: sft}
+  - {name: fourth, algorithm: sft, data: {train: [{dataset: absent.jsonl}]}}
+"""
+
+
+def test_a_fault_of_what_some_stages_share_is_reported_once(folder: Path) -> None:
+    """The first stage has other data, or has ended."""
+    file = write("tutor.yaml", SHARED)
+    problems = problems_of(file)
+    found = [(problem.line, problem.key) for problem in problems]
+    assert found == [(4, "data.train.0.dataset"), (9, "stages.fourth.data.train.0.dataset")]
+    assert problems[0].message.startswith("absent.jsonl: no such file")
+    assert problems[0].message.endswith(" (stages second, third)")
+    save_adapter("runs/tutor/1-first")
+    write("tutor.yaml", SHARED.replace(", data: {train: [{dataset: rows.jsonl}]}", ""))
+    ended = problems_of("tutor.yaml", finished=frozenset({"first"}))
+    assert [(problem.line, problem.key) for problem in ended] == found
+    by_override = [str(problem) for problem in problems_of("tutor.yaml", "stages.second.data.train.0.dataset=no.jsonl")]
+    assert by_override[-1].startswith("override: stages.second.data.train.0.dataset: no.jsonl")
+
+
 def test_overrides_and_recipes_made_in_python_have_no_line(folder: Path) -> None:
     (problem,) = problems_of(write("tutor.yaml", CHAIN), "stages.ppo.data.train.0.dataset=no.jsonl")
     assert str(problem).startswith("override: stages.ppo.data.train.0.dataset: no.jsonl: no such file")
@@ -412,12 +441,11 @@ def test_memory_is_planned_for_all_stages_before_any_fault_ends_the_run(
     monkeypatch.setattr(f"{module}.plan_of", plan_of)
     monkeypatch.setattr(f"{module}.with_fit_report", lambda spec, plan: plan)
     found = {problem.key: problem.message for problem in problems_of("tutor.yaml", vram_gib=8.0)}
-    stages = ["stages.sft.train", "stages.ppo.train"]
-    assert sorted(found) == sorted(["stages.score.data.train.0.dataset", *stages])
+    assert sorted(found) == ["stages.score.data.train.0.dataset", "train"]
     sentence = (
         "does not fit the card: needs 9.0 of 8.0 GiB by plan, most of it in update; type this; train.memory_check"
     )
-    assert all(found[stage].startswith(sentence) for stage in stages)
+    assert found["train"].startswith(sentence) and found["train"].endswith(" (stages sft, ppo)")
 
 
 Usage = namedtuple("Usage", "total used free")
