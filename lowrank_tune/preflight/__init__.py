@@ -1,6 +1,6 @@
 """Before anything of a run is loaded: files, columns, rewards, adapters, disk and memory of all its stages.
 
-Every fault is reported at once, with the line of the recipe where it stands. Of data only the first rows are read. What
+Every fault is reported at once, with the line of its setting in the recipe. Of data only the first rows are read. What
 a later stage needs of an earlier one is only checked to be what that stage makes.
 """
 

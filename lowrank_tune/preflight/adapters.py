@@ -51,4 +51,4 @@ def _check_stack(stage: PlannedStage, saved: dict[str, SavedAdapter]) -> None:
 
 
 def _ignore_event(event: Event) -> None:
-    """The run itself reports how it takes its adapters."""
+    """Drops the event. The run emits it again when it loads its adapters."""

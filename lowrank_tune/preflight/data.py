@@ -30,7 +30,7 @@ RowCheck = Callable[[RawExample, str], str | None]
 
 
 def sources_of(recipe: settings.RecipeConfig) -> Iterator[tuple[Path, SourceConfig]]:
-    """Every source of a recipe and where it stands."""
+    """Yields every source of a recipe with the path of its setting."""
     for index, source in enumerate(recipe.data.train):
         yield ("data", "train", index), source
     if recipe.algorithm not in ONLINE_ALGORITHMS:
