@@ -30,6 +30,7 @@ from lowrank_tune.data.head import read_head
 from lowrank_tune.data.sources import read_source
 from lowrank_tune.errors import ConfigError, ConfigProblem
 from lowrank_tune.events import Event, LogMessage
+from lowrank_tune.model.adapters import SavedAdapter, read_adapter
 from lowrank_tune.paths import nearest_existing
 from lowrank_tune.preflight import check_before_loading
 from lowrank_tune.preflight.adapters import read_saved_adapter
@@ -375,12 +376,20 @@ stages:
 """
 
 
-def test_a_first_stage_may_train_on_from_a_saved_adapter(folder: Path) -> None:
+def test_a_first_stage_may_train_on_from_a_saved_adapter(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its numbers are then those of the saved adapter, in the stages above it too."""
     save_adapter("saved")
     assert problems_of(write("tutor.yaml", TRAINS_ON)) == ()
     second = stages_of(load_any("tutor.yaml"), Path("runs/tutor"))[1]
     assert read_saved_adapter(second, "first").folder == Path("saved/final")
+    reads: list[str] = []
+
+    def counted(path: str, key: str, head: bool) -> SavedAdapter:
+        reads.append(path)
+        return read_adapter(path, key, head)
+
+    monkeypatch.setattr("lowrank_tune.preflight.adapters.read_adapter", counted)
+    assert problems_of("tutor.yaml") == () and reads == ["saved"], "once for all stages"
     (problem,) = problems_of("tutor.yaml", "stages.first.adapters.policy.path=nowhere")
     assert problem.key == "stages.first.adapters.policy.path"
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from lowrank_tune import settings
+from lowrank_tune.model.adapters import SavedAdapter
 from lowrank_tune.recipe import Chain
 from lowrank_tune.recipe.chain import stage_folder
 from lowrank_tune.recipe.stack import frozen_adapters_of
@@ -27,6 +28,9 @@ class PlannedStage:
     """Adapters of files that an earlier stage names, and this one does not."""
     pending: Mapping[Path, settings.AdapterConfig] = field(default_factory=dict)
     """Folders of earlier stages that have not ended, and the adapters that they train."""
+    loaded: dict[tuple[Path, bool], SavedAdapter] = field(default_factory=dict)
+    """Adapters that were read, by folder and whether with a head. All stages of a run share it, so that none is read
+    twice."""
 
     def pending_adapter(self, name: str) -> settings.AdapterConfig | None:
         """The settings of an adapter that an earlier stage is still to train; None for any other. A `path` in them is
@@ -60,6 +64,7 @@ def stages_of(
     paths = {recipe.name: str(path) for recipe, path in zip(loaded.stages, folders, strict=True)}
     stages: list[PlannedStage] = []
     pending: dict[Path, settings.AdapterConfig] = {}
+    saved: dict[tuple[Path, bool], SavedAdapter] = {}
     for index, (recipe, path) in enumerate(zip(loaded.stages, folders, strict=True)):
         stage = PlannedStage(
             recipe,
@@ -68,6 +73,7 @@ def stages_of(
             recipe.name in finished,
             frozenset(frozen_adapters_of(data, index)) - recipe.adapters.keys(),
             dict(pending),
+            saved,
         )
         stages.append(stage)
         if not stage.is_finished:
