@@ -26,6 +26,7 @@ from rich.table import Table
 from rich.text import Text
 
 from lowrank_tune import unsloth_import
+from lowrank_tune.paths import nearest_existing
 from lowrank_tune.ui import escape_control_chars
 
 GIB = 1 << 30
@@ -253,7 +254,7 @@ def disk(environ: Mapping[str, str]) -> Iterator[CheckResult]:
         ("hub cache", hub_cache, "HF_HOME"),
         ("here", Path.cwd(), "--out"),
     ):
-        free = shutil.disk_usage(_existing(folder)).free / GIB
+        free = shutil.disk_usage(nearest_existing(folder)).free / GIB
         detail = f"{folder}, {free:,.1f} GiB free"
         if not _writable(folder):
             level: Level = "warning" if name == "hub cache" else "fault"
@@ -266,13 +267,9 @@ def disk(environ: Mapping[str, str]) -> Iterator[CheckResult]:
             yield CheckResult("ok", name, detail)
 
 
-def _existing(folder: Path) -> Path:
-    return next(ancestor for ancestor in (folder, *folder.parents) if ancestor.exists())
-
-
 def _writable(folder: Path) -> bool:
     try:
-        with tempfile.TemporaryFile(dir=_existing(folder)):
+        with tempfile.TemporaryFile(dir=nearest_existing(folder)):
             return True
     except OSError:
         return False

@@ -76,7 +76,7 @@ def truncate_after_step(data: bytes, step: int) -> bytes:
     for raw in data.splitlines(keepends=True):
         try:
             event = json.loads(raw) if raw.endswith(b"\n") else None
-        except ValueError:
+        except (ValueError, RecursionError):
             event = None
         if not isinstance(event, dict):
             continue
@@ -98,9 +98,10 @@ def log_gaps(events: Path, samples: Path, step: int) -> Iterator[str]:
     missing = [number for number in range(1, step + 1) if number not in steps]
     if broken or missing:
         first = f" (the first is step {missing[0]})" if missing else ""
+        lines = "1 line" if broken == 1 else f"{broken} lines"
         yield (
-            f"{events} is damaged: {broken} lines cannot be read, and {len(missing)} of {step} steps are "
-            f"missing{first}; curves and report are without them, the training goes on unchanged"
+            f"{events} is damaged: {lines} cannot be read, and {len(missing)} of {step} steps are missing{first}; "
+            "curves and report are without them, the training goes on unchanged"
         )
     num_logged = sum(event.get("event") == SampleLogged.kind for event in logged)
     shown, broken = _parse_lines(samples, step)

@@ -3,6 +3,7 @@ of files are read."""
 
 from __future__ import annotations
 
+import errno
 import gzip
 import importlib.util
 import json
@@ -16,18 +17,24 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from typer.testing import CliRunner
 
 from lowrank_tune import Recipe, UserError, run
+from lowrank_tune.checkpoint import Snapshot, write_atomically
 from lowrank_tune.cli import app
 from lowrank_tune.data.array_head import FIRST_BYTES, first_values
 from lowrank_tune.data.head import read_head
 from lowrank_tune.data.sources import read_source
 from lowrank_tune.errors import ConfigError, ConfigProblem
 from lowrank_tune.events import Event, LogMessage
+from lowrank_tune.model.adapters import SavedAdapter, read_adapter
+from lowrank_tune.paths import nearest_existing
 from lowrank_tune.preflight import check_before_loading
+from lowrank_tune.preflight.adapters import read_saved_adapter
+from lowrank_tune.preflight.stages import stages_of
 from lowrank_tune.recipe import load_any
 from lowrank_tune.settings import SourceConfig
 
@@ -71,6 +78,16 @@ def problems_of(
     except ConfigError as error:
         return error.problems
     return ()
+
+
+def problems_and_warnings(file: str, *overrides: str) -> tuple[tuple[ConfigProblem, ...], list[str]]:
+    events: list[Event] = []
+    problems: tuple[ConfigProblem, ...] = ()
+    try:
+        check_before_loading(load_any(file, *overrides), Path("runs/tutor"), frozenset(), None, events.append)
+    except ConfigError as error:
+        problems = error.problems
+    return problems, [event.message for event in events if isinstance(event, LogMessage) and event.level == "warning"]
 
 
 def _ignore(event: Event) -> None: ...
@@ -238,6 +255,35 @@ def test_a_fault_of_what_all_stages_share_is_reported_once(folder: Path) -> None
     assert str(problem) == "tutor.yaml:2: base.model: there is no folder ./nowhere"
 
 
+SHARED = """\
+name: tutor
+base: {model: tiny-tutor}
+train: {max_steps: 2}
+data: {train: [{dataset: absent.jsonl}]}
+stages:
+  - {name: first, algorithm: sft, data: {train: [{dataset: rows.jsonl}]}}
+  - {name: second, algorithm: sft}
+  - {name: third, algorithm: sft}
+  - {name: fourth, algorithm: sft, data: {train: [{dataset: absent.jsonl}]}}
+"""
+
+
+def test_a_fault_of_what_some_stages_share_is_reported_once(folder: Path) -> None:
+    """The first stage has other data, or has ended."""
+    file = write("tutor.yaml", SHARED)
+    problems = problems_of(file)
+    found = [(problem.line, problem.key) for problem in problems]
+    assert found == [(4, "data.train.0.dataset"), (9, "stages.fourth.data.train.0.dataset")]
+    assert problems[0].message.startswith("absent.jsonl: no such file")
+    assert problems[0].message.endswith(" (stages second, third)")
+    save_adapter("runs/tutor/1-first")
+    write("tutor.yaml", SHARED.replace(", data: {train: [{dataset: rows.jsonl}]}", ""))
+    ended = problems_of("tutor.yaml", finished=frozenset({"first"}))
+    assert [(problem.line, problem.key) for problem in ended] == found
+    by_override = [str(problem) for problem in problems_of("tutor.yaml", "stages.second.data.train.0.dataset=no.jsonl")]
+    assert by_override[-1].startswith("override: stages.second.data.train.0.dataset: no.jsonl")
+
+
 def test_overrides_and_recipes_made_in_python_have_no_line(folder: Path) -> None:
     (problem,) = problems_of(write("tutor.yaml", CHAIN), "stages.ppo.data.train.0.dataset=no.jsonl")
     assert str(problem).startswith("override: stages.ppo.data.train.0.dataset: no.jsonl: no such file")
@@ -271,6 +317,83 @@ def test_the_adapter_of_an_earlier_stage_need_not_be_there_yet(folder: Path, pat
     assert [problem.key for problem in problems_of(other)] == ["stages.ppo.adapters.reward.path"]
 
 
+INHERITS = """\
+name: tutor
+base: {model: tiny-tutor}
+train: {max_steps: 2}
+data: {train: [{dataset: rows.jsonl}]}
+stages:
+  - {name: first, algorithm: sft}
+  - name: second
+    algorithm: sft
+    adapters: {below: {path: runs/tutor/1-first}}
+  - {name: third, algorithm: sft}
+  - {name: fourth, algorithm: sft, train: {memory_check: off}, data: {train: [{dataset: absent.jsonl}]}}
+"""
+
+
+def test_memory_is_not_planned_over_an_inherited_adapter_that_is_still_to_be_trained(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    planned: list[str] = []
+
+    def plan_of(spec: Any, vram: int, name: str) -> Any:
+        planned.append(name)
+        raise UserError("base.model: cannot be planned")
+
+    monkeypatch.setattr("lowrank_tune.memory_planner.preflight_check.plan_of", plan_of)
+    events: list[Event] = []
+    loaded = load_any(write("tutor.yaml", INHERITS))
+    with pytest.raises(ConfigError) as raised:
+        check_before_loading(loaded, Path("runs/tutor"), frozenset(), 8.0, events.append)
+    faults = [(problem.line, problem.key) for problem in raised.value.problems]
+    assert faults == [(2, "stages.first.base.model"), (11, "stages.fourth.data.train.0.dataset")]
+    assert planned == ["first"], "and what the planner raises is one fault of several"
+    warnings = [event.message for event in events if isinstance(event, LogMessage)]
+    assert [line.partition(":")[0] for line in warnings] == ["second", "third"]
+    assert "adapters.below is read from runs/tutor/1-first, which an earlier stage of this run writes" in warnings[1]
+
+
+def save_adapter(path: str, rank: int = 2) -> None:
+    """Writes an adapter as a run leaves it in `final/`."""
+    weights = {"base_model.model.q.lora_A.weight": torch.ones(rank, 3)}
+    config = {"peft_type": "LORA", "r": rank, "target_modules": ["q_proj"]}
+    documents = {"adapter_config.json": config}
+    write_atomically(Path(path) / "final", Snapshot({"adapter_model.safetensors": weights}, documents))
+
+
+TRAINS_ON = """\
+name: tutor
+base: {model: tiny-tutor}
+train: {max_steps: 2}
+data: {train: [{dataset: rows.jsonl}]}
+stages:
+  - name: first
+    algorithm: sft
+    adapters: {policy: {path: saved}}
+  - {name: second, algorithm: sft}
+  - {name: third, algorithm: sft}
+"""
+
+
+def test_a_first_stage_may_train_on_from_a_saved_adapter(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its numbers are then those of the saved adapter, in the stages above it too."""
+    save_adapter("saved")
+    assert problems_of(write("tutor.yaml", TRAINS_ON)) == ()
+    second = stages_of(load_any("tutor.yaml"), Path("runs/tutor"))[1]
+    assert read_saved_adapter(second, "first").folder == Path("saved/final")
+    reads: list[str] = []
+
+    def counted(path: str, key: str, head: bool) -> SavedAdapter:
+        reads.append(path)
+        return read_adapter(path, key, head)
+
+    monkeypatch.setattr("lowrank_tune.preflight.adapters.read_adapter", counted)
+    assert problems_of("tutor.yaml") == () and reads == ["saved"], "once for all stages"
+    (problem,) = problems_of("tutor.yaml", "stages.first.adapters.policy.path=nowhere")
+    assert problem.key == "stages.first.adapters.policy.path"
+
+
 def test_a_stage_that_has_ended_is_not_checked_again(folder: Path) -> None:
     gone = write(
         "tutor.yaml", CHAIN.replace("sft\n    data: {train: [{dataset: rows", "sft\n    data: {train: [{dataset: old")
@@ -293,7 +416,7 @@ def test_a_run_looks_for_ended_stages_in_the_folder_that_it_will_take(
     monkeypatch.setattr("lowrank_tune.runner.check_before_loading", stop)
     write("tutor.yaml", CHAIN)
     for path in ("runs/tutor/1-sft", "runs/tutor-2/1-sft", "runs/tutor-2/2-score"):
-        Path(path, "final").mkdir(parents=True)
+        save_adapter(path)
         write(f"{path}/summary.json", '{"status": "done"}')
     for name, status in (("tutor", "done"), ("tutor-2", "interrupted")):
         write(f"runs/{name}/run.json", "{}")
@@ -327,12 +450,11 @@ def test_memory_is_planned_for_all_stages_before_any_fault_ends_the_run(
     monkeypatch.setattr(f"{module}.plan_of", plan_of)
     monkeypatch.setattr(f"{module}.with_fit_report", lambda spec, plan: plan)
     found = {problem.key: problem.message for problem in problems_of("tutor.yaml", vram_gib=8.0)}
-    stages = ["stages.sft.train", "stages.ppo.train"]
-    assert sorted(found) == sorted(["stages.score.data.train.0.dataset", *stages])
+    assert sorted(found) == ["stages.score.data.train.0.dataset", "train"]
     sentence = (
         "does not fit the card: needs 9.0 of 8.0 GiB by plan, most of it in update; type this; train.memory_check"
     )
-    assert all(found[stage].startswith(sentence) for stage in stages)
+    assert found["train"].startswith(sentence) and found["train"].endswith(" (stages sft, ppo)")
 
 
 Usage = namedtuple("Usage", "total used free")
@@ -348,15 +470,60 @@ def test_a_disk_without_room_for_all_stages_is_reported(folder: Path, monkeypatc
     assert problems_of("tutor.yaml") == ()
 
 
-@pytest.mark.parametrize(("accepted", "count", "is_fault"), [(0.1, 1100, True), (0.9, 1100, False), (0.9, 900, True)])
-def test_a_large_source_may_begin_with_rows_that_the_recipe_accepts_to_lose(
-    folder: Path, accepted: float, count: int, is_fault: bool
+def test_a_disk_that_cannot_be_examined_is_one_fault_of_several(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def disk_usage(path: Path) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(shutil, "disk_usage", disk_usage)
+    text = SINGLE.format(algorithm="sft", dataset="no.jsonl", optim="adamw", more="")
+    messages = [problem.message for problem in problems_of(write("one.yaml", text))]
+    assert sorted(message.partition(":")[0] for message in messages) == ["cannot write runs/tutor", "no.jsonl"]
+
+
+def test_a_folder_that_cannot_be_looked_up_counts_as_absent(folder: Path) -> None:
+    """The run itself then reports why it cannot be written."""
+    Path("runs").mkdir()
+    for name in ("a" * 300, "absent/b"):
+        assert nearest_existing(Path("runs", name)) == folder / "runs"
+    text = SINGLE.format(algorithm="sft", dataset="rows.jsonl", optim="adamw", more="")
+    with pytest.raises(UserError, match="cannot write runs/aaa.*: the name is too long"):
+        run(write("one.yaml", text), out=f"runs/{'a' * 300}", ui="none", device=torch.device("cpu"))
+
+
+@pytest.mark.parametrize(
+    ("count", "overrides", "is_fault"),
+    [
+        (1100, "data.max_invalid_fraction=0", True),
+        (1100, "data.max_invalid_fraction=0 data.train.0.max_samples=20", False),
+        (1100, "data.max_invalid_fraction=0.1", False),
+        (900, "data.max_invalid_fraction=0.9", True),
+        (1100, "data.max_invalid_fraction=0.9 data.train.0.columns.answer=reply", True),
+    ],
+)
+def test_a_large_source_may_begin_with_rows_that_cannot_be_used(
+    folder: Path, count: int, overrides: str, is_fault: bool
 ) -> None:
-    """Rows that can be used follow behind the first 1,100: what is not read decides, where the recipe lets it."""
+    """Usable rows follow after the first 1,100, which are more than what is read: a warning, unless the recipe accepts
+    no unusable row, or names a column that no row has."""
     rows = [*({"question": "What?", "answer": ""} for _ in range(count)), *(QUESTIONS if count > 1000 else ())]
     write("long.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
     text = SINGLE.format(algorithm="sft", dataset="long.jsonl", optim="adamw", more="")
-    assert bool(problems_of(write("one.yaml", text), f"data.max_invalid_fraction={accepted}")) is is_fault
+    problems, warnings = problems_and_warnings(write("one.yaml", text), *overrides.split())
+    (message,) = [problem.message for problem in problems] if is_fault else warnings
+    assert message.startswith(f"long.jsonl: none of its {'first 1,000' if count > 1000 else count} rows can be used: ")
+    assert len(problems) + len(warnings) == 1
+
+
+@pytest.mark.parametrize("source", ["", ", columns: {gold: truth}"])
+def test_held_out_prompts_are_drawn_from_more_than_the_first_rows(folder: Path, source: str) -> None:
+    rows = [*PROSE] * 37 + QUESTIONS
+    write("late.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+    more = f"evaluate: {{eval_dataset: {{dataset: late.jsonl{source}}}}}"
+    text = SINGLE.format(algorithm="sft", dataset="rows.jsonl", optim="adamw", more=more)
+    problems, warnings = problems_and_warnings(write("one.yaml", text))
+    (message,) = [problem.message for problem in problems] if source else warnings
+    assert "late.jsonl: none of its first 1,000 rows can be used: 1000: no gold answer" in message
+    assert len(problems) + len(warnings) == 1
 
 
 def damaged_gzip(path: Path) -> None:

@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from lowrank_tune.checkpoint import Snapshot, quarantine_broken_final, write_atomically
+from lowrank_tune.checkpoint import Snapshot, broken_final_reason, load, quarantine_broken_final, write_atomically
 from lowrank_tune.errors import UserError
 from lowrank_tune.events import Event, LogMessage
 from lowrank_tune.manifest import changed_file, manifest_files
-from lowrank_tune.model.adapters import read_adapter
+from lowrank_tune.model.adapters import ROPE, STACK, adapter_rope_factors, read_adapter
 from lowrank_tune.recipe import Chain, load_any
 from lowrank_tune.runner import finished_stages
 
@@ -79,6 +79,52 @@ def test_a_changed_adapter_is_not_loaded(tmp_path: Path, name: str, folder: str)
     read_adapter(str(final / folder), "adapters.sft.path")
 
 
+def stacked_final(folder: Path) -> Path:
+    """A final folder with its trained adapter at the root, over a frozen one, and both files that say how to load
+    it."""
+    final = final_of(folder, ("", "below"))
+    whole = load(final)
+    whole.documents[STACK] = {
+        "stack": ["below", "policy"],
+        "frozen_adapters": {"below": "hash"},
+        "combined": False,
+    }
+    whole.documents[ROPE] = {"version": 1, "factors": "long"}
+    return write_atomically(final, whole)
+
+
+@pytest.mark.parametrize("damage", ["delete", "change"])
+@pytest.mark.parametrize("name", [STACK, ROPE])
+def test_stack_and_factors_are_as_they_were_written(tmp_path: Path, name: str, damage: str) -> None:
+    """Without its stack the adapter would be loaded over the bare base; without its factors, with the short ones."""
+    final = stacked_final(tmp_path)
+
+    def loaded() -> tuple[list[str], str | None]:
+        return list(read_adapter(str(tmp_path), "key").frozen_adapters), adapter_rope_factors(str(tmp_path))
+
+    assert loaded() == (["below"], "long") and broken_final_reason(final) is None
+    if damage == "delete":
+        (final / name).unlink()
+    else:
+        (final / name).write_text((final / name).read_text().replace("long", "short").replace("hash", "other"))
+    words = "is missing" if damage == "delete" else "has changed since it was written"
+    with pytest.raises(UserError, match=f"{name} {words}: restore it from a copy; or, .* delete .*manifest.json"):
+        loaded()
+    assert name in str(broken_final_reason(final))
+    (final / "manifest.json").unlink()
+    loaded()
+
+
+@pytest.mark.parametrize("name", [CONFIG, STACK, ROPE])
+def test_files_nested_without_end_are_broken(tmp_path: Path, name: str) -> None:
+    final = stacked_final(tmp_path)
+    (final / "manifest.json").unlink()
+    (final / name).write_text("[" * 100_000)
+    with pytest.raises(UserError, match="broken: .*recursion"):
+        read_adapter(str(tmp_path), "key")
+        adapter_rope_factors(str(tmp_path))
+
+
 def test_what_a_person_may_edit_is_not_looked_at(tmp_path: Path) -> None:
     (final_of(tmp_path) / "README.md").write_text("a better card")
     events: list[Event] = []
@@ -86,9 +132,27 @@ def test_what_a_person_may_edit_is_not_looked_at(tmp_path: Path) -> None:
     read_adapter(str(tmp_path), "key")
 
 
+@pytest.mark.parametrize("name", [None, "manifest.json", ADAPTER, CONFIG])
+def test_an_incomplete_final_folder_is_not_whole(tmp_path: Path, name: str | None) -> None:
+    """Emptied; with a torn manifest; and without a manifest and one of the files that an adapter must have."""
+    final = final_of(tmp_path)
+    torn = final / "manifest.json"
+    if name is None:
+        for file in final.iterdir():
+            file.unlink()
+    elif name == torn.name:
+        torn.write_bytes(torn.read_bytes()[:-5])
+    else:
+        torn.unlink()
+        assert broken_final_reason(final) is None
+        (final / name).unlink()
+    assert (name or CONFIG) in str(broken_final_reason(final))
+
+
 @pytest.mark.parametrize("damage", ["flip", "delete", "delete all"])
 def test_a_broken_final_steps_out_of_the_way(tmp_path: Path, damage: str) -> None:
     final, events = final_of(tmp_path, ("", "policy")), list[Event]()
+    (tmp_path / "checkpoints" / "step-2").mkdir(parents=True)
     if damage == "flip":
         flip(final / "policy" / ADAPTER)
     elif damage == "delete":
@@ -99,6 +163,22 @@ def test_a_broken_final_steps_out_of_the_way(tmp_path: Path, damage: str) -> Non
     assert (tmp_path / "broken-final").is_dir() == (damage != "delete all")
     (message,) = events
     assert isinstance(message, LogMessage) and message.level == "warning" and "written again" in message.message
+
+
+@pytest.mark.parametrize("is_missing", [False, True])
+def test_a_broken_final_without_a_checkpoint_is_left_as_it_is(tmp_path: Path, is_missing: bool) -> None:
+    """To train the stage again is for a person to choose."""
+    final, events = final_of(tmp_path / "1-sft"), list[Event]()
+    (tmp_path / "1-sft" / "checkpoints").mkdir()
+    if is_missing:
+        final.rename(tmp_path / "elsewhere")
+    else:
+        flip(final / ADAPTER)
+    before = sorted(tmp_path.rglob("*"))
+    choice = r"holds no checkpoint to write it from: restore .*final from a copy, or delete .*1-sft to train this stage"
+    with pytest.raises(UserError, match=choice):
+        quarantine_broken_final(final, events.append)
+    assert sorted(tmp_path.rglob("*")) == before and events == []
 
 
 def test_a_stage_with_a_broken_final_folder_has_not_finished(tmp_path: Path) -> None:

@@ -205,15 +205,28 @@ def test_questions_that_are_too_long_for_the_factors_of_a_run_are_left_out(base:
         _select_rope(target, EvalQuestions(questions, "rows"), 30, quiet)
 
 
-def test_a_reward_model_of_other_factors_is_refused(base: Path) -> None:
+@pytest.mark.parametrize(
+    "known", [{"facts": {"rope_factors": "long"}}, {"rope_factors": "long"}], ids=["by a run", "by an adapter"]
+)
+def test_a_reward_model_of_other_factors_is_refused(base: Path, known: dict[str, Any]) -> None:
     config = settings.BaseConfig(model=str(base))
-    target = EvalTarget("warm", "run", config, {}, facts={"rope_factors": "long"})
+    target = EvalTarget("warm", "run", config, {}, **known)
     for factors in ("long", None):
         check_reward_model(target, EvalRewardModel(Path("rm"), config, {}, {"rope_factors": factors}))
     with pytest.raises(
         UserError, match=r"^--reward-model: rm was trained with the short factors .* warm with the long"
     ):
         check_reward_model(target, EvalRewardModel(Path("rm"), config, {}, {"rope_factors": "short"}))
+
+
+def test_a_target_without_factors_uses_those_of_the_reward_model(base: Path) -> None:
+    config = settings.BaseConfig(model=str(base))
+    questions = EvalQuestions([EvalQuestion(0, [5] * 8, "", None)], "rows")
+    target = EvalTarget("base", "model", config, {})
+    for factors, selected in (("long", "long"), ("short", "short"), (None, "short")):
+        reward_model = EvalRewardModel(Path("rm"), config, {}, {"rope_factors": factors})
+        check_reward_model(target, reward_model)
+        assert _select_rope(target, questions, 8, quiet, reward_model)[0] == selected
 
 
 @pytest.mark.slow

@@ -160,6 +160,7 @@ def test_half_written_and_senseless_lines_are_cut() -> None:
     future = b'{"v": 3, "event": "of a later version", "step": 1}\n'
     # a last line without its end is half
     assert truncate_after_step(good + b"\x00\x00\xff\n" + b"[1]\n" + future + good[:-1], 5) == good + future
+    assert truncate_after_step(b"[" * 100_000 + b"\n" + good, 5) == good
 
 
 def test_a_cut_at_every_byte(tmp_path: Path) -> None:
@@ -198,9 +199,9 @@ def test_logs_without_gaps_give_no_sentence(tmp_path: Path) -> None:
         (lambda data: b"", "0 lines cannot be read, and 3 of 3 steps are missing (the first is step 1)"),
         (lambda data: bytes(len(data)), "0 lines cannot be read, and 3 of 3 steps are missing (the first is step 1)"),
         (lambda data: data[: len(data) // 2], "missing"),
-        (lambda data: data.replace(b'"step": 2', b'"step": 2\xff', 1), "1 lines cannot be read, and 1 of 3 steps"),
+        (lambda data: data.replace(b'"step": 2', b'"step": 2\xff', 1), "1 line cannot be read, and 1 of 3 steps"),
         (lambda data: data.replace(b'"step_end"', b'"stex_end"', 1), "0 lines cannot be read, and 1 of 3 steps"),
-        (lambda data: b"[" * 100_000 + b"\n" + data, "1 lines cannot be read, and 0 of 3 steps are missing;"),
+        (lambda data: b"[" * 100_000 + b"\n" + data, "1 line cannot be read, and 0 of 3 steps are missing;"),
         (None, "3 of 3 steps are missing"),
     ],
 )

@@ -24,7 +24,8 @@ from lowrank_tune.events import Emit, LogMessage
 from lowrank_tune.manifest import MANIFEST, changed_file, content_hash, manifest_bytes, manifest_files
 
 VERSION = 1
-ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors", "stack.json")
+REQUIRED_FILES = ("adapter_config.json", "adapter_model.safetensors")
+ADAPTER_FILES = (*REQUIRED_FILES, "stack.json", "rope.json")
 _STEP = re.compile(r"step-(0|[1-9]\d*)")
 
 
@@ -187,21 +188,34 @@ def _quarantine(path: Path) -> Path:
 
 
 def broken_final_reason(final: Path) -> str | None:
-    """Why the final folder of an ended run must be written again: it is missing, or an adapter in it is no longer what
-    was written. None where it is whole. What a person may edit, such as the model card, is not read."""
+    """Why the final folder of an ended run must be written again: it or its adapter is missing, its manifest is not
+    valid, or an adapter in it is no longer what was written. None where it is whole. What a person may edit, such as
+    the model card, is not read."""
     if not final.is_dir():
         return f"{final} is missing"
-    adapter_files = [name for name in manifest_files(final) if PurePosixPath(name).name in ADAPTER_FILES]
-    name = changed_file(final, adapter_files)
-    return None if name is None else f"{final / name} is missing or has changed since it was written"
+    listed = manifest_files(final)
+    if not listed and (final / MANIFEST).exists():
+        return f"{final / MANIFEST} has changed since it was written"
+    for name in REQUIRED_FILES:
+        if not (final / name).exists():
+            return f"{final / name} is missing"
+    adapter_files = [name for name in listed if PurePosixPath(name).name in ADAPTER_FILES]
+    changed = changed_file(final, adapter_files)
+    return None if changed is None else f"{final / changed} is missing or has changed since it was written"
 
 
 def quarantine_broken_final(final: Path, emit: Emit) -> bool:
     """Whether the final folder of an ended run must be written again: with a warning, and after renaming what is there
-    to `broken-final`."""
+    to `broken-final`. Raises UserError where the run has no checkpoint to write it from; then nothing has changed."""
     reason = broken_final_reason(final)
     if reason is None:
         return False
+    checkpoints = final.with_name("checkpoints")
+    if not _steps(checkpoints):
+        raise UserError(
+            f"{reason}, and {checkpoints} holds no checkpoint to write it from: restore {final} from a copy, or delete "
+            f"{final.parent} to train this stage again"
+        )
     if not final.is_dir():
         message = f"{reason}: it is written again from a checkpoint"
     else:

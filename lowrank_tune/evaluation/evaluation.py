@@ -162,7 +162,8 @@ def evaluate(given: str, options: Options, emit: Emit, device: torch.device | No
     )
     recipe = target.recipe if has_questions else None
     with Grader(recipe, options.verifier if has_questions else None, reward_model is not None, template) as grader:
-        factors, eval_questions = _select_rope(target, eval_questions, sampling_options.max_new_tokens, emit)
+        max_new_tokens = sampling_options.max_new_tokens
+        factors, eval_questions = _select_rope(target, eval_questions, max_new_tokens, emit, reward_model)
         base = _load(target, template, device, emit, factors)
         check_bases(target, reward_model, base, emit)
         roles = roles_for(target, reward_model, base)
@@ -173,13 +174,18 @@ def evaluate(given: str, options: Options, emit: Emit, device: torch.device | No
 
 
 def _select_rope(
-    target: EvalTarget, eval_questions: EvalQuestions, max_new_tokens: int, emit: Emit
+    target: EvalTarget,
+    eval_questions: EvalQuestions,
+    max_new_tokens: int,
+    emit: Emit,
+    reward_model: EvalRewardModel | None = None,
 ) -> tuple[RopeFactors, EvalQuestions]:
-    """The rotary frequencies that the target was trained with, else those for the longest row; and the questions that
-    make no row which is longer than these are for. Raises UserError where none is left."""
+    """The rotary frequencies that the target was trained with, else the reward model's, else those for the longest row;
+    and the questions that make no row which is longer than these are for. Raises UserError where none is left."""
     config, questions = load_config(target.base), eval_questions.questions
     lengths = [_row_length(question, max_new_tokens) for question in questions]
-    factors = target.rope_factors or select_factors(config, max(lengths, default=0))
+    trained = target.rope_factors or (reward_model.rope_factors if reward_model is not None else None)
+    factors = trained or select_factors(config, max(lengths, default=0))
     rope = fixed_rope(config, factors)
     if rope is None:
         return factors, eval_questions

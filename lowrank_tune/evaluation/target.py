@@ -32,7 +32,7 @@ from lowrank_tune.model.adapters import (
 )
 from lowrank_tune.model.base import BUILTIN_MODEL, Base, base_hashes
 from lowrank_tune.model.roles import Roles
-from lowrank_tune.model.rotary import RopeFactors
+from lowrank_tune.model.rotary import RopeFactors, stored_factors
 from lowrank_tune.validation.score_file import reward_run
 
 BASE, REWARD_MODEL_ROLE = "base", "reward_model"
@@ -49,6 +49,11 @@ class EvalRewardModel:
     base: settings.BaseConfig
     stack: Stack
     facts: Mapping[str, Any]
+
+    @property
+    def rope_factors(self) -> RopeFactors | None:
+        """The factors of RoPE type `longrope` that it was trained with; None where its run stored none."""
+        return stored_factors(self.facts) if self.facts.get("rope_factors") else None
 
 
 @dataclass(frozen=True)
@@ -259,7 +264,7 @@ def check_reward_model(target: EvalTarget, reward_model: EvalRewardModel) -> Non
             f"--reward-model: the base of {reward_model.run} is {reward_base}, the base of {target.name} is "
             f"{target_base}: they must be the same"
         )
-    ours, theirs = target.facts.get("rope_factors"), reward_model.facts.get("rope_factors")
+    ours, theirs = target.rope_factors or target.facts.get("rope_factors"), reward_model.rope_factors
     if ours and theirs and ours != theirs:
         raise UserError(
             f"--reward-model: {reward_model.run} was trained with the {theirs} factors of RoPE type `longrope` and "

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from lowrank_tune import settings
+from lowrank_tune.errors import UserError
 from lowrank_tune.events import Emit, LogMessage, Progress
 from lowrank_tune.memory_planner.fit import choose_micro_batch, with_fit_report
 from lowrank_tune.memory_planner.plan_report import GIB, Plan
@@ -20,10 +21,12 @@ MEMORY_CHECK_HINT = "; train.memory_check=warn tries it all the same"
 
 @dataclass
 class MemoryFit:
-    """Of each stage, by name: what to change in its `train`, and why it cannot be run on this card."""
+    """Of each stage, by name: what to change in its `train`, why it cannot be run on this card, and why it cannot be
+    planned."""
 
     changes: dict[str, Mapping[str, Any]] = field(default_factory=dict)
     faults: dict[str, str] = field(default_factory=dict)
+    errors: dict[str, UserError] = field(default_factory=dict)
 
 
 def check_fit(
@@ -31,13 +34,18 @@ def check_fit(
 ) -> MemoryFit:
     """The plan of each stage but those to `skip`, and what follows from it. Logs what was planned."""
     stages = loaded.stages if isinstance(loaded, Chain) else (loaded,)
-    skip = {stage.name for stage in stages if stage.name in skip or stage.train.memory_check == "off"}
-    fit, count = MemoryFit(), len(stages) - len(skip)
+    names = {stage.name for stage in stages}
+    planned = [stage.name for stage in stages if stage.name not in skip and stage.train.memory_check != "off"]
+    fit, count = MemoryFit(), len(planned)
     if not count:
         return fit
     emit(Progress(description="planning memory", done=0, total=count))
-    for spec in simulation_specs(loaded, "cuda", skip):
-        _plan_stage(spec, vram_gib, emit, fit)
+    for name in planned:
+        try:
+            for spec in simulation_specs(loaded, "cuda", names - {name}):
+                _plan_stage(spec, vram_gib, emit, fit)
+        except UserError as error:
+            fit.errors[name] = error
     emit(Progress(description="planning memory", done=count, total=count))
     return fit
 

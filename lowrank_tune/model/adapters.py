@@ -130,7 +130,7 @@ def read_adapter(path: str, key: str, head: bool = False, combined: bool = False
     try:
         raw = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
         tensors = load_file(folder / WEIGHTS)
-    except (ValueError, OSError, SafetensorError) as error:
+    except (ValueError, OSError, SafetensorError, RecursionError) as error:
         raise UserError(f"{key}: the adapter in {folder} is broken: {error}") from error
     if strange := sorted(name for name in tensors if "lora_embedding" in name):
         raise UserError(
@@ -144,26 +144,30 @@ def read_adapter(path: str, key: str, head: bool = False, combined: bool = False
 
 
 def _check_unchanged(folder: Path, name: str, key: str) -> None:
-    """Raises UserError for a file that is not what was written with the folder, or with the folder around it."""
+    """Raises UserError for a file that is missing or has changed, by the manifest of its folder or of the one around
+    it. A file that neither of them lists, as in a folder without one, may be missing."""
     for root in (folder, folder.parent):
         relative_name = (folder / name).relative_to(root).as_posix()
-        if (folder / name).exists() and changed_file(root, [relative_name]) is not None:
-            raise UserError(
-                f"{key}: {folder / name} has changed since it was written: restore it from a copy; or, where the "
-                f"change is meant, delete {root / MANIFEST}"
-            )
+        if changed_file(root, [relative_name]) is None:
+            continue
+        change = "has changed since it was written" if (folder / name).exists() else "is missing"
+        raise UserError(
+            f"{key}: {folder / name} {change}: restore it from a copy; or, where the change is meant, delete "
+            f"{root / MANIFEST}"
+        )
 
 
 def adapter_rope_factors(path: str) -> RopeFactors | None:
     """The factors of RoPE type `longrope` that the adapter in a folder, or in a run's `final/`, was trained with; None
-    where the folder names none. Raises UserError for a file that cannot be understood."""
+    where the folder names none. Raises UserError for a file that cannot be understood, or is not as it was written."""
     given = Path(path).expanduser()
     folder = given / "final" if (given / "final" / CONFIG).exists() else given
+    _check_unchanged(folder, ROPE, path)
     if not (folder / ROPE).exists():
         return None
     try:
         factors = json.loads((folder / ROPE).read_bytes())["factors"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(f"{folder / ROPE} is broken: {type(error).__name__}: {error}") from error
     if factors not in ("short", "long"):
         raise UserError(f"{folder / ROPE} is broken: `factors` is {factors!r}, and must be `short` or `long`")
@@ -191,7 +195,7 @@ def read_stack(folder: Path, key: str) -> AdapterStack:
             name and "/" not in name and name not in (".", "..") for name in names
         ):
             return AdapterStack(names, frozen_adapters, bool(data["combined"]))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"{key}: {folder / STACK} is broken: {type(error).__name__}: {error}") from error
     raise UserError(f"{key}: {folder / STACK} is broken: its names do not fit together")
 

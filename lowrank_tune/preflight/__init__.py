@@ -1,6 +1,6 @@
 """Before anything of a run is loaded: files, columns, rewards, adapters, disk and memory of all its stages.
 
-Every fault is reported at once, with the line of the recipe where it stands. Of data only the first rows are read. What
+Every fault is reported at once, with the line of its setting in the recipe. Of data only the first rows are read. What
 a later stage needs of an earlier one is only checked to be what that stage makes.
 """
 
@@ -59,22 +59,25 @@ def check_before_loading(
         fit = check_fit(loaded, vram_gib, emit, skip=findings.keys() - _with_known_adapters(sound, emit))
         changes = fit.changes
         _extend(findings, {name: [(("train",), message)] for name, message in fit.faults.items()})
+        _extend(findings, {name: list(findings_of(error, ("train",))) for name, error in fit.errors.items()})
     if problems := locate(loaded, findings):
         raise ConfigError(problems)
     return changes
 
 
 def _with_known_adapters(stages: Sequence[PlannedStage], emit: Emit) -> set[str]:
-    """The stages whose memory can be planned. One that names the folder of an earlier stage as an adapter's is planned
-    when that adapter is there, as its shape is read from its files."""
+    """The stages whose memory can be planned. One that names the folder of an earlier stage as an adapter's, or
+    inherits such an adapter, is planned when that adapter is there, as its shape is read from its files."""
     known: set[str] = set()
     for stage in stages:
-        named = [name for name in stage.recipe.adapters if stage.pending_adapter(name) is not None]
-        if not named:
+        by_path = (*stage.recipe.adapters, *sorted(stage.inherited))
+        pending = [name for name in by_path if stage.pending_adapter(name) is not None]
+        if not pending:
             known.add(stage.recipe.name)
-            continue
-        message = f"{stage.recipe.name}: its memory is not planned, as adapters.{named[0]}.path is still to be written"
-        emit(LogMessage(message=message, level="warning"))
+        elif stage.recipe.train.memory_check != "off":
+            folder = stage.complete.adapters[pending[0]].path
+            message = f"{stage.recipe.name}: memory is not planned: adapters.{pending[0]} is read from {folder}, which "
+            emit(LogMessage(message=f"{message}an earlier stage of this run writes", level="warning"))
     return known
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
 from lowrank_tune.assembly import check_adapter_lineage
 from lowrank_tune.assembly.reward_model import REWARD_ROLE, reward_model_base
@@ -36,9 +37,14 @@ def adapter_findings(stage: PlannedStage) -> Iterator[Finding]:
 
 
 def read_saved_adapter(stage: PlannedStage, name: str) -> SavedAdapter:
-    """A saved adapter of a stage. Raises UserError."""
+    """Reads a saved adapter of a stage, or the one that an earlier stage trains on from; each once for all stages.
+    Raises UserError."""
+    path = str((stage.pending_adapter(name) or stage.complete.adapters[name]).path)
     has_head = name == REWARD_ROLE or name in stage.complete.extra_adapters
-    return read_adapter(str(stage.complete.adapters[name].path), f"adapters.{name}.path", head=has_head)
+    key = Path(path).expanduser().resolve(), has_head
+    if key not in stage.loaded:
+        stage.loaded[key] = read_adapter(path, f"adapters.{name}.path", head=has_head)
+    return stage.loaded[key]
 
 
 def _check_stack(stage: PlannedStage, saved: dict[str, SavedAdapter]) -> None:
@@ -50,4 +56,4 @@ def _check_stack(stage: PlannedStage, saved: dict[str, SavedAdapter]) -> None:
 
 
 def _ignore_event(event: Event) -> None:
-    """The run itself reports how it takes its adapters."""
+    """Drops the event. The run emits it again when it loads its adapters."""

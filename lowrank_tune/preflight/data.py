@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 
 from lowrank_tune import settings
@@ -24,15 +24,13 @@ from lowrank_tune.recipe.yaml_nodes import Path
 from lowrank_tune.settings import SourceConfig
 
 MAX_COLUMNS = 12  # names of columns that a sentence lists
-MANY_INVALID = 0.5
-"""Where a recipe accepts so large a share of unusable rows, a large source may well begin with them."""
 MISSING_HELDOUT_ANSWER = "no gold answer to compare with"
 RowCheck = Callable[[RawExample, str], str | None]
 """Why a row of a format cannot be used; None where it can."""
 
 
 def sources_of(recipe: settings.RecipeConfig) -> Iterator[tuple[Path, SourceConfig]]:
-    """Every source of a recipe and where it stands."""
+    """Yields every source of a recipe with the path of its setting."""
     for index, source in enumerate(recipe.data.train):
         yield ("data", "train", index), source
     if recipe.algorithm not in ONLINE_ALGORITHMS:
@@ -58,13 +56,36 @@ class DataCheck:
                 if source.dataset in BUILTIN_DATASETS or not is_hub_dataset(source.dataset):
                     head = read_head(source, recipe.seed)
                     check = _heldout_check(source, recipe) if is_heldout else _row_check(source, recipe, rejection)
-                    only_whole = not is_heldout and recipe.data.max_invalid_fraction >= MANY_INVALID
-                    _check_rows(head, format_of(source, head, pairs), check, only_whole)
+                    # a row that cannot be used ends such a run
+                    is_strict = not is_heldout and source.max_samples is None and not recipe.data.max_invalid_fraction
+                    self._check_rows(source, head, format_of(source, head, pairs), check, is_strict)
                 else:
                     self._check_hub(source, pairs)
             except UserError as error:
                 key = "columns" if source.columns and "column" in str(error) else "dataset"
                 yield (*path, key), str(error)
+
+    def _check_rows(
+        self, source: SourceConfig, head: NamedRows, format_name: str, check: RowCheck, is_strict: bool
+    ) -> None:
+        """Raises UserError where none of the first rows can be used and these are all rows, or lack a column, or
+        `is_strict`. Else logs a warning, as the rows after them may be usable. Reads up to the first usable row."""
+        report = SourceReport(head.name, format_name)
+        columns: dict[str, None] = {}
+        for location, row in head:
+            reason = row.reason if isinstance(row, InvalidRow) else check(row, format_name)
+            if reason is None:
+                return
+            report.read += 1
+            report.count_dropped(reason, str(location))
+            columns |= {} if isinstance(row, InvalidRow) else dict.fromkeys(map(str, row))
+        is_whole = report.read < HEAD_ROWS
+        rows = f"its {report.read:,} rows" if is_whole else f"its first {report.read:,} rows"
+        message = f"{head.name}: none of {rows} can be used: {report.reasons()}{_cure(report, sorted(columns))}"
+        if is_whole or is_strict or _lacks_column(source, report, columns):
+            raise UserError(message)
+        later = "the rows after them are checked when the run loads its data"
+        self.emit(LogMessage(message=f"{message}; {later}", level="warning"))
 
     def _check_hub(self, source: SourceConfig, pairs: bool | None) -> None:
         """Raises UserError for a data set of the hub that cannot be had, or lacks columns by its description."""
@@ -97,23 +118,12 @@ class ColumnNames:
         yield RowLocation(self.name, 1), dict.fromkeys(self.columns, "")
 
 
-def _check_rows(head: NamedRows, format_name: str, check: RowCheck, only_whole: bool) -> None:
-    """Raises UserError where none of the first rows can be used; with `only_whole` where these are all that there are.
-    Reads up to the first row that can be used."""
-    report = SourceReport(head.name, format_name)
-    columns: dict[str, None] = {}
-    for location, row in head:
-        reason = row.reason if isinstance(row, InvalidRow) else check(row, format_name)
-        if reason is None:
-            return
-        report.read += 1
-        report.count_dropped(reason, str(location))
-        columns |= {} if isinstance(row, InvalidRow) else dict.fromkeys(map(str, row))
-    is_whole = report.read < HEAD_ROWS
-    if only_whole and not is_whole:
-        return
-    rows = f"its {report.read:,} rows" if is_whole else f"its first {report.read:,} rows"
-    raise UserError(f"{head.name}: none of {rows} can be used: {report.reasons()}{_cure(report, sorted(columns))}")
+def _lacks_column(source: SourceConfig, report: SourceReport, columns: Collection[str]) -> bool:
+    """Whether rows of these columns cannot be used because none of them has a column that the source names or that its
+    format must have."""
+    return not set(source.columns.values()) <= set(columns) or all(
+        reason.startswith("no column ") for reason in report.dropped
+    )
 
 
 def _cure(report: SourceReport, columns: Sequence[str]) -> str:

@@ -7,6 +7,7 @@ the adapters below it once more. A stage that has ended keeps its checkpoints.
 from __future__ import annotations
 
 import math
+import os
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -18,7 +19,10 @@ from torch import nn
 
 from lowrank_tune.assembly.reward_model import REWARD_ROLE
 from lowrank_tune.assembly.stacks import ROLES_WITH_HEAD, frozen_adapters
+from lowrank_tune.checkpoint import as_user_error
+from lowrank_tune.errors import UserError
 from lowrank_tune.model.adapters import lora_config
+from lowrank_tune.paths import nearest_existing
 from lowrank_tune.preflight.adapters import read_saved_adapter
 from lowrank_tune.preflight.stages import PlannedStage
 from lowrank_tune.recipe.raw_settings import Finding
@@ -45,17 +49,21 @@ class DiskNeed:
 
 
 def disk_findings(stages: Sequence[PlannedStage], folder: Path, model: Any) -> Mapping[str, list[Finding]]:
-    """By stage: the one that needs most, where the disk of the run's folder has too little room for all of them."""
+    """By stage: the one that needs most, where the disk of the run's folder has too little room for all of them, or
+    cannot be examined."""
     needs = {stage.recipe.name: disk_need(stage, model) for stage in stages if not stage.is_finished}
-    written = sum(
-        _bytes_in(stage.folder / part) for stage in stages if not stage.is_finished for part in ("checkpoints", "final")
-    )
+    largest = max(needs, key=lambda name: needs[name].total)
+    parts = [stage.folder / part for stage in stages if not stage.is_finished for part in ("checkpoints", "final")]
+    try:
+        with as_user_error(folder):
+            written = sum(map(_bytes_in, parts))
+            usage = shutil.disk_usage(nearest_existing(folder))
+    except UserError as error:
+        return {largest: [((), str(error))]}
     # one checkpoint more, as an old one goes only when the new one is complete
     needed = sum(need.total for need in needs.values()) + max(need.checkpoint for need in needs.values()) - written
-    usage = shutil.disk_usage(_existing(folder))
     if usage.free >= needed or not usage.total:
         return {}
-    largest = max(needs, key=lambda name: needs[name].total)
     whose = f"all {len(needs)} stages" if len(needs) > 1 else "the run"
     message = (
         f"{folder}: the checkpoints and adapters of {whose} take {needed / GIB:.2f} GiB, and {usage.free / GIB:.2f} "
@@ -126,10 +134,7 @@ def _head_numbers(model: Any) -> int:
     return int(model.config.get_text_config().hidden_size)
 
 
-def _existing(folder: Path) -> Path:
-    path = folder.resolve()
-    return next(ancestor for ancestor in (path, *path.parents) if ancestor.exists())
-
-
 def _bytes_in(folder: Path) -> int:
-    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+    """Bytes of the files in a folder. Folders that cannot be listed, or are not there, count as empty."""
+    files = (Path(path, name) for path, _, names in os.walk(folder) for name in names)
+    return sum(file.stat().st_size for file in files if file.is_file())

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from lowrank_tune import settings
+from lowrank_tune.model.adapters import SavedAdapter
 from lowrank_tune.recipe import Chain
 from lowrank_tune.recipe.chain import stage_folder
 from lowrank_tune.recipe.stack import frozen_adapters_of
@@ -27,9 +28,13 @@ class PlannedStage:
     """Adapters of files that an earlier stage names, and this one does not."""
     pending: Mapping[Path, settings.AdapterConfig] = field(default_factory=dict)
     """Folders of earlier stages that have not ended, and the adapters that they train."""
+    loaded: dict[tuple[Path, bool], SavedAdapter] = field(default_factory=dict)
+    """Adapters that were read, by folder and whether with a head. All stages of a run share it, so that none is read
+    twice."""
 
     def pending_adapter(self, name: str) -> settings.AdapterConfig | None:
-        """The settings of an adapter that an earlier stage is still to train; None for any other."""
+        """The settings of an adapter that an earlier stage is still to train; None for any other. A `path` in them is
+        the saved adapter that the earlier stage trains on from."""
         path = self.complete.adapters[name].path
         if path is None:
             return None
@@ -59,17 +64,19 @@ def stages_of(
     paths = {recipe.name: str(path) for recipe, path in zip(loaded.stages, folders, strict=True)}
     stages: list[PlannedStage] = []
     pending: dict[Path, settings.AdapterConfig] = {}
+    saved: dict[tuple[Path, bool], SavedAdapter] = {}
     for index, (recipe, path) in enumerate(zip(loaded.stages, folders, strict=True)):
-        stages.append(
-            PlannedStage(
-                recipe,
-                loaded.recipe_of(index, paths),
-                path,
-                recipe.name in finished,
-                frozenset(frozen_adapters_of(data, index)) - recipe.adapters.keys(),
-                dict(pending),
-            )
+        stage = PlannedStage(
+            recipe,
+            loaded.recipe_of(index, paths),
+            path,
+            recipe.name in finished,
+            frozenset(frozen_adapters_of(data, index)) - recipe.adapters.keys(),
+            dict(pending),
+            saved,
         )
-        if recipe.name not in finished:
-            pending[path] = recipe.adapters[recipe.trained_adapter]
+        stages.append(stage)
+        if not stage.is_finished:
+            trained = recipe.trained_adapter
+            pending[path] = stage.pending_adapter(trained) or recipe.adapters[trained]
     return stages

@@ -177,8 +177,8 @@ def _dedupe_problems(drafts: Sequence[StageDraft]) -> list[ConfigProblem]:
 
 
 def label_problems(problems_by_stage: Sequence[tuple[str, Sequence[ConfigProblem]]]) -> list[ConfigProblem]:
-    """Faults under the names of their stages; what is wrong in all of them stands in what they share, and is reported
-    once."""
+    """Puts the names of the stages into the keys of their faults. A fault of all stages is in a setting that they
+    share, and has no name."""
     counts = Counter(problem for _, problems in problems_by_stage for problem in set(problems))
     return [
         problem

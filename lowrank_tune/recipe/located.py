@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from itertools import filterfalse
 
 from lowrank_tune import settings
 from lowrank_tune.errors import ConfigProblem
@@ -14,14 +16,28 @@ from lowrank_tune.recipe.yaml_nodes import SourcePosition
 
 def locate(loaded: settings.RecipeConfig | Chain, findings: Mapping[str, Sequence[Finding]]) -> list[ConfigProblem]:
     """The faults of a recipe, or of a chain's stages by name, in the order of their lines. A fault that several stages
-    share by one line is reported once."""
+    have at one line is reported once, with their names where these are not all."""
     if not isinstance(loaded, Chain):
         problems = _problems_of(loaded, findings.get(loaded.name, ()))
         return sorted_problems(problems, _file_of(loaded))
-    problems = label_problems(
-        [(stage.name, _problems_of(stage, findings.get(stage.name, ()))) for stage in loaded.stages]
-    )
-    return sorted_problems(problems, loaded.stages[0].source_file)
+    by_stage = {stage.name: _problems_of(stage, findings.get(stage.name, ())) for stage in loaded.stages}
+    shared = _shared_problems(by_stage)
+    own = [(name, list(filterfalse(shared.__contains__, problems))) for name, problems in by_stage.items()]
+    return sorted_problems([*shared.values(), *label_problems(own)], loaded.stages[0].source_file)
+
+
+def _shared_problems(by_stage: Mapping[str, Sequence[ConfigProblem]]) -> dict[ConfigProblem, ConfigProblem]:
+    """The faults that some stages, but not all, have with the same file, line, key and message: each with the one that
+    is reported for them. Without a line nothing shows that they are in one setting."""
+    names: dict[ConfigProblem, list[str]] = {}
+    for name, problems in by_stage.items():
+        for problem in dict.fromkeys(problems):
+            names.setdefault(problem, []).append(name)
+    return {
+        problem: replace(problem, message=f"{problem.message} (stages {', '.join(stages)})")
+        for problem, stages in names.items()
+        if problem.line is not None and 1 < len(stages) < len(by_stage)
+    }
 
 
 def _problems_of(recipe: settings.RecipeConfig, findings: Sequence[Finding]) -> list[ConfigProblem]:

@@ -73,7 +73,7 @@ class Recipe(settings.RecipeConfig):
         return data
 
     def with_source(self, tree: Node) -> Self:
-        """This recipe, whose settings stand in a tree."""
+        """Returns this recipe, with the tree that its settings were read from."""
         self._source = SourceTree(tree)
         return self
 

@@ -103,7 +103,8 @@ def _base_conflicts(first: Mapping[str, Any], stage: Mapping[str, Any]) -> Itera
 
 
 def _template_date_conflicts(first: Mapping[str, Any], stage: Mapping[str, Any]) -> Iterator[Finding]:
-    """The chat template writes one date in all stages: each trains over what the others learned behind it."""
+    """Yields a fault for a stage whose chat template would write another date than the first stage's: its adapter is
+    trained over adapters that were trained with that date in their prompts."""
     first_date, stage_date = (get_raw(recipe, "data", "template_date") for recipe in (first, stage))
     if stage_date != first_date:
         yield (
