@@ -122,15 +122,16 @@ class SpanEncoder:
 
     def _stretch(self, text: str, encoding: Encoding, span: Span, tails: Mapping[str, list[int]]) -> Stretch | None:
         """The tokens of an answer, where the ids before it are those of its prompt; else None."""
-        start, last = _token_at(encoding, span.start, len(text)), encoding.char_to_token(span.end - 1)
-        if start is None or last is None:
+        start, end = _token_at(encoding, span.start, len(text)), encoding.char_to_token(span.end - 1)
+        if start is None or end is None:
             return None
         tail = tails[self._tail(text, span)]
         if encoding.ids[max(0, start - len(tail)) : start] != tail:
             return None
-        chars = encoding.token_to_chars(last)
-        # An answer without an end token may share its last token with the next turn, which is then not trained.
-        end = last if chars is not None and chars[1] > span.end else last + 1
+        # The last character may take several tokens. An answer without an end token may share its last token with the
+        # next turn, which is then not trained.
+        while (chars := encoding.token_to_chars(end)) is not None and chars[0] < span.end and chars[1] <= span.end:
+            end += 1
         return (start, end) if end > start else None
 
     def _tail(self, text: str, span: Span) -> str:
