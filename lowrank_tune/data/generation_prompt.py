@@ -3,11 +3,11 @@
 Most templates render an answer as the generation prompt and a continuation; then the continuation is trained. Others:
 
 - The generation prompt opens a thought (`<think>\\n`), and the template drops the thoughts of the answers that it is
-  given (DeepSeek-R1), or writes an empty one with other white space (`<think></think>`, Nemotron). Then the trained
-  text is what a reasoning parser splits into the same thought and the same answer: the answer's own thought, its
-  closing tag, and the answer as the template writes it. An answer without a thought follows an empty one: as the
-  template writes it, else `<think>\\n\\n</think>\\n\\n`, which DeepSeek-R1 itself writes where it does not think.
-  (Without the closing tag, parsers return the whole answer as a thought.)
+  given (DeepSeek-R1), or writes an empty one with other white space (`<think></think>`, Nemotron) or as its closing tag
+  alone (`</think>`, GLM-4.7). Then the trained text is what a reasoning parser splits into the same thought and the
+  same answer: the answer's own thought, its closing tag, and the answer as the template writes it. An answer without a
+  thought follows an empty one: as the template writes it, else `<think>\\n\\n</think>\\n\\n`, which DeepSeek-R1 itself
+  writes before an answer without a thought. (Without the closing tag, parsers return the whole answer as a thought.)
 - The template drops the thought of the last answer, and its generation prompt opens none. The thought is trained
   unchanged, tags included, before the answer as the template writes it.
 - The generation prompt closes a thought (Qwen3.5 without thinking). An answer with a thought cannot follow: the row is
@@ -153,6 +153,8 @@ class GenerationPrompt:
             if not closing or empty.strip():
                 return None
             empty = empty.removeprefix(opened.space)
+        elif answer.startswith(opened.closing):
+            empty, answer = "", answer.removeprefix(opened.closing)
         elif thought is None:
             answer = f"\n\n{answer}"
         return f"{thought or empty}{opened.closing}{answer}"

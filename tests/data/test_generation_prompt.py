@@ -181,6 +181,8 @@ def trained(name: str, answer: str, marks: str = "foreign") -> str | None:
         ("empty thought", "It is 4.", "</think>It is 4.<|im_end|>"),
         ("empty thought", f"{THOUGHT}It is 4.", "Two and two.\n</think>\n\nIt is 4.<|im_end|>"),
         ("empty thought", "Two.</think>It is 4.", "Two.</think>It is 4.<|im_end|>"),
+        ("closing tag", "It is 4.", "</think>It is 4.</s>"),
+        ("closing tag", f"{THOUGHT}It is 4.", "Two and two.</think>It is 4.</s>"),
         ("two thoughts", "It is 4.", "\n</think>\n\nIt is 4.<|im_end|>"),
         ("two thoughts", "<think>\nTwo.\n</think>It is 4.", "Two.\n</think>\n\nIt is 4.<|im_end|>"),
         ("drops thoughts", "It is 4.", "It is 4.</s>"),
