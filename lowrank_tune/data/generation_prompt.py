@@ -60,6 +60,11 @@ class OwnThought:
     text: str
     answer: str
 
+    def is_written_in(self, completion: str) -> bool:
+        """Whether the thought stands before the answer. An empty thought counts as written."""
+        start = completion.rfind(self.answer.strip())
+        return self.text.strip() in (completion if start < 0 else completion[:start])
+
 
 @dataclass(frozen=True)
 class GenerationPrompt:
@@ -106,7 +111,7 @@ class GenerationPrompt:
         where the template writes another prompt, or drops the answer's thought."""
         thought = self.own_thought(content)
         direct = self._behind(prompt, whole)
-        if direct is not None and not self._reopens(direct) and (thought is None or thought.text.strip() in direct):
+        if direct is not None and not self._reopens(direct) and (thought is None or thought.is_written_in(direct)):
             return direct
         return self._behind_opened(prompt, whole, None) if thought is None and self.opened is not None else None
 

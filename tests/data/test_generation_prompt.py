@@ -187,9 +187,12 @@ def trained(name: str, answer: str, marks: str = "foreign") -> str | None:
         ("two thoughts", "<think>\nTwo.\n</think>It is 4.", "Two.\n</think>\n\nIt is 4.<|im_end|>"),
         ("drops thoughts", "It is 4.", "It is 4.</s>"),
         ("drops thoughts", f"{THOUGHT}It is 4.", f"{THOUGHT}It is 4.</s>"),
+        ("drops thoughts", "<think>4</think> It is 4.", "<think>4</think> It is 4.</s>"),
         ("closed thought", "It is 4.", "It is 4.<|im_end|>"),
         ("closed thought", f"{THOUGHT}It is 4.", None),
+        ("closed thought", "<think>\n\n</think>\n\nIt is 4.", "It is 4.<|im_end|>"),
         ("other words", "It is 4.", "It is 4.</s>"),
+        ("other words", "<think>4</think>4", "<think>4</think>4</s>"),
         ("no generation prompt", "It is 4.", "<|im_start|>assistant\nIt is 4.<|im_end|>"),
     ],
 )
