@@ -108,8 +108,10 @@ class GenerationPrompt:
 
     def completion(self, prompt: str, whole: str, content: str) -> str | None:
         """What is trained behind the prompt, where the template renders the turns with their answer as `whole`; None
-        where the template writes another prompt, or drops the answer's thought."""
+        where the template writes another prompt or drops the answer's thought, or the prompt closes the thought."""
         thought = self.own_thought(content)
+        if thought is not None and thought.text.strip() and self.refusal(prompt, content) == THOUGHT_CLOSED:
+            return None
         direct = self._behind(prompt, whole)
         if direct is not None and not self._reopens(direct) and (thought is None or thought.is_written_in(direct)):
             return direct

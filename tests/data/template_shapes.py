@@ -43,6 +43,8 @@ CLOSED_THOUGHT = (
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n<think>\n\n</think>\n\n' }}{% endif %}"
 )
 """Closes a thought in the generation prompt (Qwen3.5 without thinking)."""
+ALWAYS_CLOSED = CLOSED_THOUGHT.replace(" and loop.last and '</think>' not in c", "")
+"""Closes a thought in the generation prompt and in every answer (SmolLM3 with `/no_think`)."""
 OTHER_WORDS = (
     "{% for m in messages %}{{ '### ' + m.role + ': ' + m.content + eos_token + '\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '### assistant:\n' }}{% endif %}"
@@ -71,6 +73,7 @@ SHAPES = {
     "two thoughts": TWO_THOUGHTS,
     "drops thoughts": DROPS,
     "closed thought": CLOSED_THOUGHT,
+    "always closed": ALWAYS_CLOSED,
     "other words": OTHER_WORDS,
     "line breaks": LINE_BREAKS,
     "no generation prompt": NO_PROMPT,

@@ -191,6 +191,8 @@ def trained(name: str, answer: str, marks: str = "foreign") -> str | None:
         ("closed thought", "It is 4.", "It is 4.<|im_end|>"),
         ("closed thought", f"{THOUGHT}It is 4.", None),
         ("closed thought", "<think>\n\n</think>\n\nIt is 4.", "It is 4.<|im_end|>"),
+        ("always closed", "It is 4.", "It is 4.<|im_end|>"),
+        ("always closed", f"{THOUGHT}It is 4.", None),
         ("other words", "It is 4.", "It is 4.</s>"),
         ("other words", "<think>4</think>4", "<think>4</think>4</s>"),
         ("no generation prompt", "It is 4.", "<|im_start|>assistant\nIt is 4.<|im_end|>"),
