@@ -1,5 +1,5 @@
-"""One prompt: training, rollouts, chat, eval and the Modelfile of a run ask with the ids that `apply_chat_template`
-gives, on whatever day."""
+"""One prompt: its ids in training, rollouts, chat, eval and the Modelfile of a run are those that `apply_chat_template`
+gives, on any day."""
 
 from __future__ import annotations
 
@@ -32,11 +32,15 @@ TURNS = (
     "{% for m in messages %}{% set c = m.content.split('</think>')[-1] if m.role == 'assistant' else m.content %}"
     "{{ '<|' + m.role + '|>' + c + '<|end_of_turn|>' }}{% endfor %}"
 )
+KEEPING_TURNS = "{% for m in messages %}{{ '<|' + m.role + '|>' + m.content + '<|end_of_turn|>' }}{% endfor %}"
 TEMPLATES = {
     "thought": "{{ bos_token }}" + TURNS + "{% if add_generation_prompt %}{{ '<|assistant|><think>\n' }}{% endif %}",
     "no bos": TURNS + "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}",
     "dated": "{{ bos_token }}{{ strftime_now('%d %b %Y') }}"
     + TURNS
+    + "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}",
+    "keeps thoughts": "{{ bos_token }}"
+    + KEEPING_TURNS
     + "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}",
 }
 
@@ -119,4 +123,4 @@ def test_modelfile(case: Any) -> None:
     assert has_bos(finished) == written.startswith(bos) == (name != "no bos")
     assert any(f"Ollama puts {bos} before every prompt" in warning for warning in warnings) == (name == "no bos")
     assert ("here it stays 2024-07-26, as in training" in text) == (name == "dated")
-    assert "drops the thoughts of earlier answers" in text
+    assert ("drops the thoughts of earlier answers" in text) == (name != "keeps thoughts")

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from stopped_clock import stop_clock
 from template_shapes import REFUSED, SHAPES, TRL_IMAGE_TEMPLATES
 from tokenizers import processors
 from tokenizers_for_tests import CHATML, tiny
@@ -20,7 +21,7 @@ from lowrank_tune.errors import UserError
 from lowrank_tune.types import Message, Row
 
 DAY = "2024-07-26"
-"""The day on which Llama 3.1's template stands still."""
+"""The date that Llama 3.1's template writes by default."""
 THOUGHT = "<think>\nTwo and two.\n</think>\n\n"
 ANSWERS = {"plain": ("It is 4.", "Yes."), "thoughts": (f"{THOUGHT}It is 4.", f"{THOUGHT}Yes.")}
 
@@ -86,17 +87,7 @@ def stretches(row: Row) -> list[tuple[int, int]]:
 
 @pytest.fixture
 def on_day(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Stops transformers' clock at noon of `DAY`."""
-    import datetime
-
-    from transformers.utils import chat_template_utils
-
-    class Stopped(datetime.datetime):
-        @classmethod
-        def now(cls, tz: datetime.tzinfo | None = None) -> Stopped:
-            return cls(2024, 7, 26, 12)
-
-    monkeypatch.setattr(chat_template_utils, "datetime", Stopped)
+    stop_clock(monkeypatch, DAY)
 
 
 @pytest.mark.usefixtures("on_day")
