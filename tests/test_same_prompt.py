@@ -81,6 +81,21 @@ def case(made: FinishedRun, request: pytest.FixtureRequest, tmp_path: Path, monk
     return request.param, made.run, recipe, tokenizer, stock, str(rows)
 
 
+def undated_modelfile(made: FinishedRun, chat_template: str) -> tuple[str, list[str]]:
+    """The Modelfile of a run without a stored date over a base with this template, and the warnings."""
+    tokenizer = load_tokenizer(settings.BaseConfig(model=str(made.base)))
+    tokenizer.chat_template = chat_template
+    tokenizer.save_pretrained(made.base)
+    stored = json.loads((made.run / "run.json").read_text())
+    stored["recipe"]["data"].pop("template_date", None)
+    (made.run / "run.json").write_text(json.dumps(stored))
+    warnings: list[str] = []
+    text = modelfile_text(
+        load_finished_run(made.run), None, "./m.gguf", None, None, lambda event: warnings.append(event.message)
+    )
+    return text, warnings
+
+
 def test_training_and_rollouts(case: Any) -> None:
     _, _, recipe, tokenizer, stock, _ = case
     template = ChatTemplate.from_tokenizer(tokenizer, recipe.data.template_date)
@@ -124,3 +139,13 @@ def test_modelfile(case: Any) -> None:
     assert any(f"Ollama puts {bos} before every prompt" in warning for warning in warnings) == (name == "no bos")
     assert ("here it stays 2024-07-26, as in training" in text) == (name == "dated")
     assert ("drops the thoughts of earlier answers" in text) == (name != "keeps thoughts")
+
+
+def test_a_modelfile_of_a_run_without_a_stored_date_warns_of_it(
+    made: FinishedRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stop_clock(monkeypatch, "2026-11-28")
+    text, warnings = undated_modelfile(made, TEMPLATES["dated"])
+    assert "as in training" not in text
+    remark = "here it stays 2026-11-28, the day of this export, because the run stored no date"
+    assert remark in text and any(remark in warning for warning in warnings)

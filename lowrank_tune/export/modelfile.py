@@ -74,9 +74,14 @@ def _remarks(
     if turns is None:
         warnings.append(f"No TEMPLATE: {NO_TEMPLATE}.")
     else:
-        if template.date_written is not None:
+        if run.recipe.data.template_date is not None:
             remarks.append(
                 f"The base's chat template writes a date; here it stays {template.date_written}, as in training."
+            )
+        elif template.date_written is not None:
+            warnings.append(
+                f"The base's chat template writes a date; here it stays {template.date_written}, the day of this export, "
+                "because the run stored no date."
             )
         if not keeps_thoughts(template.render, turns):
             remarks.append(
