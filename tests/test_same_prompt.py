@@ -149,3 +149,9 @@ def test_a_modelfile_of_a_run_without_a_stored_date_warns_of_it(
     assert "as in training" not in text
     remark = "here it stays 2026-11-28, the day of this export, because the run stored no date"
     assert remark in text and any(remark in warning for warning in warnings)
+
+
+def test_a_modelfile_of_a_template_that_refuses_thoughts(made: FinishedRun) -> None:
+    refusing = "{% for m in messages if '<think>' in m.content %}{{ raise_exception('no thoughts') }}{% endfor %}"
+    text, warnings = undated_modelfile(made, refusing + TEMPLATES["keeps thoughts"])
+    assert "TEMPLATE" in text and "refuses the thoughts of earlier answers; Ollama sends" in text and not warnings

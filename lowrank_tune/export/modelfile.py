@@ -80,12 +80,14 @@ def _remarks(
             )
         elif template.date_written is not None:
             warnings.append(
-                f"The base's chat template writes a date; here it stays {template.date_written}, the day of this export, "
-                "because the run stored no date."
+                f"The base's chat template writes a date; here it stays {template.date_written}, the day of this "
+                "export, because the run stored no date."
             )
-        if not keeps_thoughts(template.render, turns):
+        kept = keeps_thoughts(template.render, turns)
+        if not kept:
             remarks.append(
-                "The base's chat template drops the thoughts of earlier answers; Ollama sends an answer as it is given."
+                f"The base's chat template {'refuses' if kept is None else 'drops'} the thoughts of earlier answers; "
+                "Ollama sends an answer as it is given."
             )
     if bos and not template.begins_with_bos:
         warnings.append(
