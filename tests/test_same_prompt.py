@@ -155,3 +155,17 @@ def test_a_modelfile_of_a_template_that_refuses_thoughts(made: FinishedRun) -> N
     refusing = "{% for m in messages if '<think>' in m.content %}{{ raise_exception('no thoughts') }}{% endfor %}"
     text, warnings = undated_modelfile(made, refusing + TEMPLATES["keeps thoughts"])
     assert "TEMPLATE" in text and "refuses the thoughts of earlier answers; Ollama sends" in text and not warnings
+
+
+def test_an_export_builds_the_chat_template_once(made: FinishedRun, monkeypatch: pytest.MonkeyPatch) -> None:
+    built, from_tokenizer = [], ChatTemplate.from_tokenizer
+
+    def counted(*arguments: Any) -> ChatTemplate:
+        built.append(arguments)
+        return from_tokenizer(*arguments)
+
+    monkeypatch.setattr(ChatTemplate, "from_tokenizer", counted)
+    finished = load_finished_run(made.run)
+    modelfile_text(finished, None, "./m.gguf", None, None, ignore)
+    has_bos(finished)
+    assert len(built) == 1
