@@ -118,13 +118,13 @@ def check(name: str, marks: str, messages: list[Message]) -> bool:
     assert row.input_ids[end - 1] in template.end_ids
     own_prompts = [stock(name, marks, messages[:index]) for index in range(1, len(messages) - 1)]
     for first, _ in earlier:
-        assert list(row.input_ids[:first]) in own_prompts, "an earlier answer behind ids that nobody asks with"
+        assert list(row.input_ids[:first]) in own_prompts, "an earlier answer does not follow its own prompt"
     check_parsed(template, list(row.input_ids[:start]), list(row.input_ids[start:end]), messages[-1].content)
     return True
 
 
 def check_parsed(template: ChatTemplate, prompt: list[int], trained: list[int], answer: str) -> None:
-    """A reasoning parser finds in what is trained what the row says."""
+    """A reasoning parser finds the thought and the answer of the row in what is trained."""
     text = template.decode(trained, special_tokens=True)
     thought, _, rest = answer.rpartition("</think>")
     assert rest.strip() in text
