@@ -14,6 +14,7 @@ from lowrank_tune import Chain, Recipe, run
 from lowrank_tune.assembly.run_date import with_template_date
 from lowrank_tune.errors import ConfigError
 from lowrank_tune.events import CheckpointSaved, Event
+from lowrank_tune.model.base import load_tokenizer
 
 UNDATED = (
     "{{ bos_token }}{% for m in messages %}{{ '<|' + m.role + '|>' + m.content + '<|end_of_turn|>' }}{% endfor %}"
@@ -83,6 +84,16 @@ def test_a_template_without_a_date_leaves_the_recipe_as_it_is(tmp_path: Path) ->
     recipe = Recipe.load("tiny-sft", f"base.model={base_of(tmp_path, UNDATED)}")
     assert with_template_date(recipe, tmp_path / "run") == recipe
     assert "template_date" not in recipe.to_dict()["data"]
+
+
+def test_of_several_templates_the_default_one_decides(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stop_clock(monkeypatch, "2026-11-28")
+    for default, other, day in ((UNDATED, DATED, None), (DATED, UNDATED, "2026-11-28")):
+        recipe = Recipe.load("tiny-sft", f"base.model={base_of(tmp_path, default)}")
+        (tmp_path / "base" / "additional_chat_templates").mkdir(exist_ok=True)
+        (tmp_path / "base" / "additional_chat_templates" / "tool_use.jinja").write_text(other)
+        assert set(load_tokenizer(recipe.base).chat_template) == {"default", "tool_use"}
+        assert with_template_date(recipe, tmp_path / "run").data.template_date == day
 
 
 def test_a_chain_has_one_date(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,5 +1,5 @@
-"""One prompt: training, rollouts, chat, eval and the Modelfile of a run ask with the ids that `apply_chat_template`
-gives, on whatever day."""
+"""One prompt: its ids in training, rollouts, chat, eval and the Modelfile of a run are those that `apply_chat_template`
+gives, on any day."""
 
 from __future__ import annotations
 
@@ -32,11 +32,15 @@ TURNS = (
     "{% for m in messages %}{% set c = m.content.split('</think>')[-1] if m.role == 'assistant' else m.content %}"
     "{{ '<|' + m.role + '|>' + c + '<|end_of_turn|>' }}{% endfor %}"
 )
+KEEPING_TURNS = "{% for m in messages %}{{ '<|' + m.role + '|>' + m.content + '<|end_of_turn|>' }}{% endfor %}"
 TEMPLATES = {
     "thought": "{{ bos_token }}" + TURNS + "{% if add_generation_prompt %}{{ '<|assistant|><think>\n' }}{% endif %}",
     "no bos": TURNS + "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}",
     "dated": "{{ bos_token }}{{ strftime_now('%d %b %Y') }}"
     + TURNS
+    + "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}",
+    "keeps thoughts": "{{ bos_token }}"
+    + KEEPING_TURNS
     + "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}",
 }
 
@@ -75,6 +79,21 @@ def case(made: FinishedRun, request: pytest.FixtureRequest, tmp_path: Path, monk
     stock = list(tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_dict=False))
     stop_clock(monkeypatch, "2026-11-28")
     return request.param, made.run, recipe, tokenizer, stock, str(rows)
+
+
+def undated_modelfile(made: FinishedRun, chat_template: str) -> tuple[str, list[str]]:
+    """The Modelfile of a run without a stored date over a base with this template, and the warnings."""
+    tokenizer = load_tokenizer(settings.BaseConfig(model=str(made.base)))
+    tokenizer.chat_template = chat_template
+    tokenizer.save_pretrained(made.base)
+    stored = json.loads((made.run / "run.json").read_text())
+    stored["recipe"]["data"].pop("template_date", None)
+    (made.run / "run.json").write_text(json.dumps(stored))
+    warnings: list[str] = []
+    text = modelfile_text(
+        load_finished_run(made.run), None, "./m.gguf", None, None, lambda event: warnings.append(event.message)
+    )
+    return text, warnings
 
 
 def test_training_and_rollouts(case: Any) -> None:
@@ -119,4 +138,34 @@ def test_modelfile(case: Any) -> None:
     assert has_bos(finished) == written.startswith(bos) == (name != "no bos")
     assert any(f"Ollama puts {bos} before every prompt" in warning for warning in warnings) == (name == "no bos")
     assert ("here it stays 2024-07-26, as in training" in text) == (name == "dated")
-    assert "drops the thoughts of earlier answers" in text
+    assert ("drops the thoughts of earlier answers" in text) == (name != "keeps thoughts")
+
+
+def test_a_modelfile_of_a_run_without_a_stored_date_warns_of_it(
+    made: FinishedRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stop_clock(monkeypatch, "2026-11-28")
+    text, warnings = undated_modelfile(made, TEMPLATES["dated"])
+    assert "as in training" not in text
+    remark = "here it stays 2026-11-28, the day of this export, because the run stored no date"
+    assert remark in text and any(remark in warning for warning in warnings)
+
+
+def test_a_modelfile_of_a_template_that_refuses_thoughts(made: FinishedRun) -> None:
+    refusing = "{% for m in messages if '<think>' in m.content %}{{ raise_exception('no thoughts') }}{% endfor %}"
+    text, warnings = undated_modelfile(made, refusing + TEMPLATES["keeps thoughts"])
+    assert "TEMPLATE" in text and "refuses the thoughts of earlier answers; Ollama sends" in text and not warnings
+
+
+def test_an_export_builds_the_chat_template_once(made: FinishedRun, monkeypatch: pytest.MonkeyPatch) -> None:
+    built, from_tokenizer = [], ChatTemplate.from_tokenizer
+
+    def counted(*arguments: Any) -> ChatTemplate:
+        built.append(arguments)
+        return from_tokenizer(*arguments)
+
+    monkeypatch.setattr(ChatTemplate, "from_tokenizer", counted)
+    finished = load_finished_run(made.run)
+    modelfile_text(finished, None, "./m.gguf", None, None, ignore)
+    has_bos(finished)
+    assert len(built) == 1

@@ -12,6 +12,7 @@ from typing import TypeVar
 from lowrank_tune import settings
 from lowrank_tune.checkpoint import RunFolder
 from lowrank_tune.data.template_date import calls_clock
+from lowrank_tune.data.tokenizer_backend import default_chat_template
 from lowrank_tune.model.base import load_tokenizer
 from lowrank_tune.recipe import Chain
 
@@ -22,7 +23,7 @@ def with_template_date(recipe: AnyRecipe, path: Path) -> AnyRecipe:
     """The recipe of a run in the folder `path`, with `data.template_date` where its chat template uses the clock and
     the recipe gives no date; one for all stages of a chain. Raises UserError where there is no such base."""
     first = recipe.stages[0] if isinstance(recipe, Chain) else recipe
-    if first.data.template_date is not None or not calls_clock(str(load_tokenizer(first.base).chat_template or "")):
+    if first.data.template_date is not None or not calls_clock(default_chat_template(load_tokenizer(first.base))):
         return recipe
     unfinished = RunFolder.unfinished(path)
     day = None if unfinished is None else _stored_date(unfinished)

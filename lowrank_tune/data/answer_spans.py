@@ -121,7 +121,7 @@ class SpanFinder:
 
     def _located(self, answers: Sequence[_Answer], completion: str) -> Rendered | InvalidRow:
         """The spans in the last prompt and its completion. A template may rewrite an earlier answer, as those do that
-        drop thoughts: then the model never saw its prompt, and it is not trained."""
+        drop thoughts: then the text does not contain its prompt with the answer, and it is not trained."""
         text = answers[-1].prompt + completion
         spans = []
         for answer in answers[:-1]:

@@ -12,7 +12,7 @@ from lowrank_tune.data.fallback_templates import DefaultTemplate, PlainTextTempl
 from lowrank_tune.data.formats import InvalidRow
 from lowrank_tune.data.jinja_template import JinjaChatTemplate
 from lowrank_tune.data.template_date import fixed_date
-from lowrank_tune.data.tokenizer_backend import TokenizerBackend
+from lowrank_tune.data.tokenizer_backend import TokenizerBackend, default_chat_template
 from lowrank_tune.errors import UserError
 from lowrank_tune.types import Message, Row
 
@@ -54,10 +54,7 @@ class ChatTemplate:
         the template writes none.
         """
         backend = TokenizerBackend(tokenizer)
-        try:
-            own = str(tokenizer.get_chat_template()) if tokenizer.chat_template else None
-        except ValueError as error:
-            raise UserError(f"the base's tokenizer has several chat templates and no default one: {error}") from error
+        own = default_chat_template(tokenizer)
         date_written = fixed_date(own, template_date)
         if own is not None:
             return cls(backend, JinjaChatTemplate(backend, date_written), date_written)

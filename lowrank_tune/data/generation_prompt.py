@@ -3,11 +3,11 @@
 Most templates render an answer as the generation prompt and a continuation; then the continuation is trained. Others:
 
 - The generation prompt opens a thought (`<think>\\n`), and the template drops the thoughts of the answers that it is
-  given (DeepSeek-R1), or writes an empty one with other white space (`<think></think>`, Nemotron). Then the trained
-  text is what a reasoning parser splits into the same thought and the same answer: the answer's own thought, its
-  closing tag, and the answer as the template writes it. An answer without a thought follows an empty one: as the
-  template writes it, else `<think>\\n\\n</think>\\n\\n`, which DeepSeek-R1 itself writes where it does not think.
-  (Without the closing tag, parsers return the whole answer as a thought.)
+  given (DeepSeek-R1), or writes an empty one with other white space (`<think></think>`, Nemotron) or as its closing tag
+  alone (`</think>`, GLM-4.7). Then the trained text is what a reasoning parser splits into the same thought and the
+  same answer: the answer's own thought, its closing tag, and the answer as the template writes it. An answer without a
+  thought follows an empty one: as the template writes it, else `<think>\\n\\n</think>\\n\\n`, which DeepSeek-R1 itself
+  writes before an answer without a thought. (Without the closing tag, parsers return the whole answer as a thought.)
 - The template drops the thought of the last answer, and its generation prompt opens none. The thought is trained
   unchanged, tags included, before the answer as the template writes it.
 - The generation prompt closes a thought (Qwen3.5 without thinking). An answer with a thought cannot follow: the row is
@@ -60,6 +60,11 @@ class OwnThought:
     text: str
     answer: str
 
+    def is_written_in(self, completion: str) -> bool:
+        """Whether the thought stands before the answer. An empty thought counts as written."""
+        start = completion.rfind(self.answer.strip())
+        return self.text.strip() in (completion if start < 0 else completion[:start])
+
 
 @dataclass(frozen=True)
 class GenerationPrompt:
@@ -103,10 +108,12 @@ class GenerationPrompt:
 
     def completion(self, prompt: str, whole: str, content: str) -> str | None:
         """What is trained behind the prompt, where the template renders the turns with their answer as `whole`; None
-        where the template writes another prompt, or drops the answer's thought."""
+        where the template writes another prompt or drops the answer's thought, or the prompt closes the thought."""
         thought = self.own_thought(content)
+        if thought is not None and thought.text.strip() and self.refusal(prompt, content) == THOUGHT_CLOSED:
+            return None
         direct = self._behind(prompt, whole)
-        if direct is not None and not self._reopens(direct) and (thought is None or thought.text.strip() in direct):
+        if direct is not None and not self._reopens(direct) and (thought is None or thought.is_written_in(direct)):
             return direct
         return self._behind_opened(prompt, whole, None) if thought is None and self.opened is not None else None
 
@@ -153,6 +160,8 @@ class GenerationPrompt:
             if not closing or empty.strip():
                 return None
             empty = empty.removeprefix(opened.space)
+        elif answer.startswith(opened.closing):
+            empty, answer = "", answer.removeprefix(opened.closing)
         elif thought is None:
             answer = f"\n\n{answer}"
         return f"{thought or empty}{opened.closing}{answer}"

@@ -13,8 +13,10 @@ HASHES_END = re.compile(r"####[^\n]*+(?:\s*\nThe answer is[^\n]*+)?\s*\Z")  # GS
 MAX_BOXES, MAX_SEPARATOR_CHARS = 20, 80  # boxes of one answer, characters between two of them
 TEXT_COMMAND = re.compile(r"\\text ?\{([^{}]*)\}")
 MATH_DELIMITERS = re.compile(r"\$|\\[()\[\],;:! ]|\\q?quad\b|\s+")
+VERB = r"(?:is|are|was|were|has|have|had|gives?|gave|equals?|makes?|means?|yields?|becomes?)\b"
 SEPARATOR = re.compile(
-    r" *(?:(?:[\w()]+ +){0,4}(?:and|or) *|[,;] *(?:(?:and|or) +)?)?(?:[A-Za-z]\w{0,3}(?:_\{?\w+\}?)? *= *)?"
+    rf" *(?:(?:(?!{VERB})[\w()]+ +){{0,4}}(?:and|or) *|[,;] *(?:(?:and|or) +)?)?"
+    r"(?:[A-Za-z]\w{0,3}(?:_\{?\w+\}?)? *= *)?"
 )
 BRACE = re.compile(r"\\.|[{}]", re.DOTALL)
 WHOLE_NUMBER = re.compile(r"[-+]?\$?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?%?")
@@ -119,7 +121,8 @@ def _last_opening(text: str, end: int) -> tuple[int, int] | None:
 
 
 def _is_separator(text: str) -> bool:
-    r"""Whether a text between two boxes makes one list of them: nothing, a comma, `and`, `papers and`, `and $y =`."""
+    r"""Whether a text between two boxes makes one list of them: nothing, a comma, `and`, `papers and`, `and $y =`.
+    A verb before `and` makes a sentence."""
     if len(text) > MAX_SEPARATOR_CHARS:
         return False
     plain = MATH_DELIMITERS.sub(" ", TEXT_COMMAND.sub(r" \1 ", text))

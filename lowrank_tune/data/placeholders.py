@@ -1,7 +1,7 @@
 """Stand-ins for control tokens in a row's own text: the only control tokens in a rendering are then the template's.
 
-Where the tags of thoughts (`<think>`, `</think>`) are control tokens, those in an assistant's turn stay: a model that
-thinks writes them itself.
+Where the tags of thoughts (`<think>`, `</think>`) are control tokens, those in an assistant's turn stay: they are part
+of the answer that is trained.
 """
 
 from __future__ import annotations

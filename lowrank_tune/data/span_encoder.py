@@ -13,8 +13,7 @@ from lowrank_tune.data.placeholders import Placeholders
 from lowrank_tune.data.tokenizer_backend import TokenizerBackend, token_start
 from lowrank_tune.types import Row
 
-MAX_CACHED_TAIL = 64  # tails of prompts up to this long are worth remembering
-MAX_CACHED_TAILS = 10_000
+MAX_CACHED_TAIL, MAX_CACHED_TAILS = 64, 10_000  # characters of a prompt's end, and how many ends are cached
 Stretch = tuple[int, int]
 """The first token of an answer, and the one behind its last."""
 
@@ -46,14 +45,14 @@ class SpanEncoder:
         tail_ids = self._tail_cache | {
             tail: encoding.ids for tail, encoding in zip(new_tails, encodings[len(simple) :], strict=True)
         }
-        self._remember(tail_ids)
+        self._cache_tails(tail_ids)
         of_row = dict(zip(simple, encodings, strict=False))
         return [
             item if isinstance(item, InvalidRow) else self._row(item, of_row.get(index), tail_ids)
             for index, item in enumerate(rendered)
         ]
 
-    def _remember(self, tail_ids: Mapping[str, list[int]]) -> None:
+    def _cache_tails(self, tail_ids: Mapping[str, list[int]]) -> None:
         for tail, ids in tail_ids.items():
             if len(tail) <= MAX_CACHED_TAIL and len(self._tail_cache) < MAX_CACHED_TAILS:
                 self._tail_cache[tail] = ids
@@ -122,15 +121,16 @@ class SpanEncoder:
 
     def _stretch(self, text: str, encoding: Encoding, span: Span, tails: Mapping[str, list[int]]) -> Stretch | None:
         """The tokens of an answer, where the ids before it are those of its prompt; else None."""
-        start, last = _token_at(encoding, span.start, len(text)), encoding.char_to_token(span.end - 1)
-        if start is None or last is None:
+        start, end = _token_at(encoding, span.start, len(text)), encoding.char_to_token(span.end - 1)
+        if start is None or end is None:
             return None
         tail = tails[self._tail(text, span)]
         if encoding.ids[max(0, start - len(tail)) : start] != tail:
             return None
-        chars = encoding.token_to_chars(last)
-        # An answer without an end token may share its last token with the next turn, which is then not trained.
-        end = last if chars is not None and chars[1] > span.end else last + 1
+        # The last character may take several tokens. An answer without an end token may share its last token with the
+        # next turn, which is then not trained.
+        while (chars := encoding.token_to_chars(end)) is not None and chars[0] < span.end and chars[1] <= span.end:
+            end += 1
         return (start, end) if end > start else None
 
     def _tail(self, text: str, span: Span) -> str:

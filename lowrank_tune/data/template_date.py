@@ -11,14 +11,15 @@ front that defines `strftime_now` as a macro, or `date_string`.
 from __future__ import annotations
 
 import json
+import re
 from datetime import date, datetime, time
 
 from lowrank_tune.errors import UserError
 
 CLOCK, VARIABLE = "strftime_now", "date_string"
 VARIABLE_FORMAT = "%d %b %Y"  # the one in which Llama's templates write it
-DIRECTIVES = "aAwdbBmyYHIpMSfjUWcxXGuVDFTRehC"
-PADDED = "dmyHIMSjUW"  # those that `%-d` writes without zeros in front
+DIRECTIVE = re.compile(r"%[-_^#0:]*\d*[EO]?[A-Za-z+]")  # as `%d`, `%-d`, `%^b`, `%Od`
+PERCENT_SIGN = "\0"  # stands for `%%` while the directives are replaced
 
 
 def calls_clock(chat_template: str | None) -> bool:
@@ -47,7 +48,10 @@ def with_date(chat_template: str, day: date | None) -> str:
     midnight = datetime.combine(day, time.min)
     if not calls_clock(chat_template):
         return f"{{% set {VARIABLE} = {json.dumps(midnight.strftime(VARIABLE_FORMAT))} %}}\n{chat_template}"
-    values = {f"%{letter}": midnight.strftime(f"%{letter}") for letter in DIRECTIVES}
-    values |= {f"%-{letter}": values[f"%{letter}"].lstrip("0") or "0" for letter in PADDED}
-    replaced = "".join(f".replace({json.dumps(name)}, {json.dumps(value)})" for name, value in values.items())
+    # All that stands in the template, whether a directive or not: a format may stand apart from the call.
+    values = {name: midnight.strftime(name) for name in dict.fromkeys(DIRECTIVE.findall(chat_template))}
+    values = {"%%": PERCENT_SIGN, **values, PERCENT_SIGN: "%"}
+    replaced = "".join(
+        f".replace({json.dumps(name)}, {json.dumps(value)})" for name, value in values.items() if name != value
+    )
     return f"{{% macro {CLOCK}(format) %}}{{{{ format{replaced} }}}}{{% endmacro %}}\n{chat_template}"

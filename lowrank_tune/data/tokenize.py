@@ -26,7 +26,7 @@ from lowrank_tune.errors import UserError
 from lowrank_tune.events import Emit, LogMessage, Progress
 from lowrank_tune.types import Row
 
-VERSION = 5  # of the rules that turn a row into ids, and of what is told of it: raise it when they change
+VERSION = 6  # of the rules that turn a row into ids and of what is reported of it: raise it when they change
 CHUNK = 512  # rows at a time: as Python numbers, long ones take a hundred times the room that they take on disk
 
 

@@ -95,6 +95,17 @@ class TokenizerBackend:
         return cast(str, self.tokenizer.convert_ids_to_tokens(token_id))
 
 
+def default_chat_template(tokenizer: Any) -> str | None:
+    """The template that `apply_chat_template` uses, of several the default one; None for a tokenizer without one.
+    Raises UserError where there are several and no default one."""
+    if not tokenizer.chat_template:
+        return None
+    try:
+        return str(tokenizer.get_chat_template())
+    except ValueError as error:
+        raise UserError(f"the base's tokenizer has several chat templates and no default one: {error}") from error
+
+
 def token_start(encoding: Encoding, token: int) -> int | None:
     """The first character of a token."""
     chars = encoding.token_to_chars(token)

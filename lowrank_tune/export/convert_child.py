@@ -1,10 +1,10 @@
-"""Run as a program of its own (`python convert_child.py CONVERTER PRE BOS ...`): llama.cpp's converter, told two things
-that it may not know.
+"""Run as a program of its own (`python convert_child.py CONVERTER PRE BOS ...`): llama.cpp's converter with two facts
+that it cannot derive from every tokenizer.
 
-It knows tokenizers by a hash of what they make of one text, so one that was trained at home is strange to it even where
-it cuts words by the rules of a known one; PRE is llama.cpp's name of these rules (empty for none), and is used for
-strange ones only. BOS (0 or 1) decides whether what runs the file puts the BOS before every text: left open, not all
-guess alike, and a chat template may write none although the tokenizer's own call does.
+It recognizes tokenizers by a hash of what they make of one text, so it does not recognize a newly trained one, even
+where that splits words by known rules. PRE is llama.cpp's name of these rules (empty for none), and is used only for
+tokenizers that are not recognized. BOS (0 or 1) decides whether what runs the file puts the BOS before every text:
+without it programs decide differently, and a chat template may write none although the tokenizer's own call does.
 """
 
 from __future__ import annotations

@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +15,11 @@ from torch import nn
 
 from lowrank_tune import settings
 from lowrank_tune.checkpoint.run_format import check_run_format
+from lowrank_tune.data import ChatTemplate
 from lowrank_tune.errors import UserError
 from lowrank_tune.export.combine_lora import LoraAdapter, cannot_combine_reason
 from lowrank_tune.model.adapters import STACK, SavedAdapter, read_adapter, read_stack
-from lowrank_tune.model.base import Base, base_hashes
+from lowrank_tune.model.base import Base, base_hashes, load_tokenizer
 from lowrank_tune.model.roles import ADAPTER_PREFIX, Roles
 from lowrank_tune.model.rotary import RopeFactors, stored_factors
 from lowrank_tune.recipe import from_dict
@@ -50,6 +52,11 @@ class FinishedRun:
     def rope_factors(self) -> RopeFactors:
         """The factors that the run used, where the base's RoPE type is `longrope`."""
         return stored_factors(self.facts)
+
+    @cached_property
+    def chat_template(self) -> ChatTemplate:
+        """The base's chat template with the date of the run, built and probed once."""
+        return ChatTemplate.from_tokenizer(load_tokenizer(self.base), self.recipe.data.template_date)
 
     def fingerprint(self) -> str:
         """Of the adapter's files in `final/`."""

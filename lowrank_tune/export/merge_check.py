@@ -235,8 +235,8 @@ def compare_models(
     emit: Emit,
     rope_factors: RopeFactors = "short",
 ) -> MergeReport:
-    """Reads the merged model back as a user would, with the rotary frequencies of the run, and lets it read the same.
-    Raises TrainingError where it cannot even be read."""
+    """Loads the merged model as a user would, with the rotary frequencies of the run, and compares its outputs with the
+    recorded ones. Raises TrainingError where it cannot be loaded."""
     base_settings = settings.BaseConfig(model=str(folder), bits=16)
     try:
         base = load_base(base_settings, load_tokenizer(base_settings), *readback, rope_factors=rope_factors)

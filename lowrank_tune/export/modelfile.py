@@ -9,7 +9,6 @@ from typing import Any
 from transformers import GenerationConfig
 
 from lowrank_tune import __version__
-from lowrank_tune.data import ChatTemplate
 from lowrank_tune.events import Emit, LogMessage
 from lowrank_tune.export.export_model_card import slug
 from lowrank_tune.export.finished_run import FinishedRun
@@ -30,7 +29,7 @@ def modelfile_text(
 ) -> str:
     """The Modelfile that begins with the weights `start`; `file` is the GGUF file of these weights, where the export
     wrote one."""
-    template = _template(run)
+    template = run.chat_template
     bos, turns = bos_of_runner(template.tokenizer, file), derive_turns(template.render)
     positions, min_context_length = _context_lengths(run)
     return Modelfile(
@@ -42,7 +41,7 @@ def modelfile_text(
         eos_tokens_of(run),
         GenerationConfig.from_pretrained(run.final).to_diff_dict(),
         positions,
-        _remarks(run, template, turns, bos, adapter, emit),
+        _remarks(run, turns, bos, adapter, emit),
         min_context_length,
     ).text()
 
@@ -58,12 +57,10 @@ def _context_lengths(run: FinishedRun) -> tuple[int, int]:
     return int(rope.max_row_length or positions or 1 << 30), selecting
 
 
-def _remarks(
-    run: FinishedRun, template: ChatTemplate, turns: TemplateTurns | None, bos: str, adapter: str | None, emit: Emit
-) -> list[str]:
+def _remarks(run: FinishedRun, turns: TemplateTurns | None, bos: str, adapter: str | None, emit: Emit) -> list[str]:
     """How the file is used, and how the text that Ollama sends differs from the trained one; the latter is also logged
     as a warning."""
-    name = slug(run.recipe)
+    name, template = slug(run.recipe), run.chat_template
     remarks = [f"{name}, made with lowrank_tune {__version__}:  ollama create {name} -f Modelfile"]
     if adapter is not None:
         remarks.append(
@@ -74,13 +71,20 @@ def _remarks(
     if turns is None:
         warnings.append(f"No TEMPLATE: {NO_TEMPLATE}.")
     else:
-        if template.date_written is not None:
+        if run.recipe.data.template_date is not None:
             remarks.append(
                 f"The base's chat template writes a date; here it stays {template.date_written}, as in training."
             )
-        if not keeps_thoughts(template.render, turns):
+        elif template.date_written is not None:
+            warnings.append(
+                f"The base's chat template writes a date; here it stays {template.date_written}, the day of this "
+                "export, because the run stored no date."
+            )
+        kept = keeps_thoughts(template.render, turns)
+        if not kept:
             remarks.append(
-                "The base's chat template drops the thoughts of earlier answers; Ollama sends an answer as it is given."
+                f"The base's chat template {'refuses' if kept is None else 'drops'} the thoughts of earlier answers; "
+                "Ollama sends an answer as it is given."
             )
     if bos and not template.begins_with_bos:
         warnings.append(
@@ -91,20 +95,16 @@ def _remarks(
     return [*remarks, *warnings]
 
 
-def _template(run: FinishedRun) -> ChatTemplate:
-    return ChatTemplate.from_tokenizer(load_tokenizer(run.base), run.recipe.data.template_date)
-
-
 def has_bos(run: FinishedRun) -> bool:
     """Whether what runs the model is to put the BOS before every prompt: where the tokenizer does, unless the chat
     template writes none, for then no prompt of the run had one."""
-    template = _template(run)
+    template = run.chat_template
     return bool(bos_of_runner(template.tokenizer, None)) and template.begins_with_bos
 
 
 def bos_of_runner(tokenizer: Any, file: Path | None) -> str:
-    """The text of the token that is put before every prompt, as the GGUF says, or else as the tokenizer does; empty for
-    none."""
+    """The text of the token that is put before every prompt: the GGUF file decides where there is one, else the
+    tokenizer; empty for none."""
     adds = tokenizer.bos_token_id is not None and tokenizer("a").input_ids[:1] == [tokenizer.bos_token_id]
     if file is not None:
         field = gguf_module().GGUFReader(file).get_field("tokenizer.ggml.add_bos_token")

@@ -70,11 +70,15 @@ def derive_turns(render: Render) -> TemplateTurns | None:
     return turns if agree else None
 
 
-def keeps_thoughts(render: Render, turns: TemplateTurns) -> bool:
-    """Whether the template writes the thoughts of earlier answers, as the pieces do."""
+def keeps_thoughts(render: Render, turns: TemplateTurns) -> bool | None:
+    """Whether the template writes the thoughts of earlier answers, as the pieces do; None where it refuses them."""
     answer = f"<think>\nHm.\n</think>\n\n{ANSWER}"
     messages = [("user", USERS[0]), ("assistant", answer), ("user", USERS[1])]
-    return turns.write(messages) == _rendered(render, messages, True)
+    try:
+        rendered = _rendered(render, messages, True)
+    except Exception:  # a template may raise anything
+        return None
+    return turns.write(messages) == rendered
 
 
 def _without_system(render: Render) -> TemplateTurns:

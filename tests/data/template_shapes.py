@@ -18,6 +18,14 @@ EMPTY_THOUGHT = (
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n<think>\n' }}{% endif %}"
 )
 """Opens a thought, and writes an empty one in other white space (Nemotron)."""
+CLOSING_TAG = (
+    "{% for m in messages %}" + USER + "{% if m.role == 'assistant' %}{% set c = m.content %}{{ '<|assistant|>' }}"
+    "{% if loop.last and '</think>' in c %}"
+    "{{ '<think>' + c.split('</think>')[0].split('<think>')[-1].strip() }}{% endif %}"
+    "{{ '</think>' + c.split('</think>')[-1].strip() }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|><think>' }}{% endif %}"
+)
+"""Opens a thought, and writes the closing tag alone before an answer without one (GLM-4.7)."""
 TWO_THOUGHTS = (
     "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' }}"
     "{% if m.role == 'assistant' %}{{ '<think>\n\n</think>\n\n' }}{% endif %}"
@@ -35,6 +43,8 @@ CLOSED_THOUGHT = (
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n<think>\n\n</think>\n\n' }}{% endif %}"
 )
 """Closes a thought in the generation prompt (Qwen3.5 without thinking)."""
+ALWAYS_CLOSED = CLOSED_THOUGHT.replace(" and loop.last and '</think>' not in c", "")
+"""Closes a thought in the generation prompt and in every answer (SmolLM3 with `/no_think`)."""
 OTHER_WORDS = (
     "{% for m in messages %}{{ '### ' + m.role + ': ' + m.content + eos_token + '\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '### assistant:\n' }}{% endif %}"
@@ -59,9 +69,11 @@ DATED = (
 SHAPES = {
     "r1": R1,
     "empty thought": EMPTY_THOUGHT,
+    "closing tag": CLOSING_TAG,
     "two thoughts": TWO_THOUGHTS,
     "drops thoughts": DROPS,
     "closed thought": CLOSED_THOUGHT,
+    "always closed": ALWAYS_CLOSED,
     "other words": OTHER_WORDS,
     "line breaks": LINE_BREAKS,
     "no generation prompt": NO_PROMPT,

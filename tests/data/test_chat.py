@@ -70,6 +70,14 @@ def test_every_turn_is_trained(name: str) -> None:
     assert trained_text(template, row) == f"{before}It is 7.{end}"
 
 
+@pytest.mark.parametrize("answer", ["Fine 🙂", "🙂", "你好", "é"])
+def test_a_last_character_of_several_tokens_is_trained_whole(answer: str) -> None:
+    """Where no end token closes an answer: of the last one, and of an earlier one."""
+    template = template_of("no end")
+    row = template.encode(conversation("Hm?", answer, "And?", answer))
+    assert trained_text(template, row) == f"{answer}{answer}</s>"
+
+
 @pytest.mark.parametrize("name", [*TINY, *REAL])
 def test_at_most_one_bos_and_one_end(name: str) -> None:
     made = template_of(name).tokenizer

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from stopped_clock import stop_clock
 from template_shapes import REFUSED, SHAPES, TRL_IMAGE_TEMPLATES
 from tokenizers import processors
 from tokenizers_for_tests import CHATML, tiny
@@ -20,7 +21,7 @@ from lowrank_tune.errors import UserError
 from lowrank_tune.types import Message, Row
 
 DAY = "2024-07-26"
-"""The day on which Llama 3.1's template stands still."""
+"""The date that Llama 3.1's template writes by default."""
 THOUGHT = "<think>\nTwo and two.\n</think>\n\n"
 ANSWERS = {"plain": ("It is 4.", "Yes."), "thoughts": (f"{THOUGHT}It is 4.", f"{THOUGHT}Yes.")}
 
@@ -86,17 +87,7 @@ def stretches(row: Row) -> list[tuple[int, int]]:
 
 @pytest.fixture
 def on_day(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Stops transformers' clock at noon of `DAY`."""
-    import datetime
-
-    from transformers.utils import chat_template_utils
-
-    class Stopped(datetime.datetime):
-        @classmethod
-        def now(cls, tz: datetime.tzinfo | None = None) -> Stopped:
-            return cls(2024, 7, 26, 12)
-
-    monkeypatch.setattr(chat_template_utils, "datetime", Stopped)
+    stop_clock(monkeypatch, DAY)
 
 
 @pytest.mark.usefixtures("on_day")
@@ -127,13 +118,13 @@ def check(name: str, marks: str, messages: list[Message]) -> bool:
     assert row.input_ids[end - 1] in template.end_ids
     own_prompts = [stock(name, marks, messages[:index]) for index in range(1, len(messages) - 1)]
     for first, _ in earlier:
-        assert list(row.input_ids[:first]) in own_prompts, "an earlier answer behind ids that nobody asks with"
+        assert list(row.input_ids[:first]) in own_prompts, "an earlier answer does not follow its own prompt"
     check_parsed(template, list(row.input_ids[:start]), list(row.input_ids[start:end]), messages[-1].content)
     return True
 
 
 def check_parsed(template: ChatTemplate, prompt: list[int], trained: list[int], answer: str) -> None:
-    """A reasoning parser finds in what is trained what the row says."""
+    """A reasoning parser finds the thought and the answer of the row in what is trained."""
     text = template.decode(trained, special_tokens=True)
     thought, _, rest = answer.rpartition("</think>")
     assert rest.strip() in text
@@ -181,13 +172,20 @@ def trained(name: str, answer: str, marks: str = "foreign") -> str | None:
         ("empty thought", "It is 4.", "</think>It is 4.<|im_end|>"),
         ("empty thought", f"{THOUGHT}It is 4.", "Two and two.\n</think>\n\nIt is 4.<|im_end|>"),
         ("empty thought", "Two.</think>It is 4.", "Two.</think>It is 4.<|im_end|>"),
+        ("closing tag", "It is 4.", "</think>It is 4.</s>"),
+        ("closing tag", f"{THOUGHT}It is 4.", "Two and two.</think>It is 4.</s>"),
         ("two thoughts", "It is 4.", "\n</think>\n\nIt is 4.<|im_end|>"),
         ("two thoughts", "<think>\nTwo.\n</think>It is 4.", "Two.\n</think>\n\nIt is 4.<|im_end|>"),
         ("drops thoughts", "It is 4.", "It is 4.</s>"),
         ("drops thoughts", f"{THOUGHT}It is 4.", f"{THOUGHT}It is 4.</s>"),
+        ("drops thoughts", "<think>4</think> It is 4.", "<think>4</think> It is 4.</s>"),
         ("closed thought", "It is 4.", "It is 4.<|im_end|>"),
         ("closed thought", f"{THOUGHT}It is 4.", None),
+        ("closed thought", "<think>\n\n</think>\n\nIt is 4.", "It is 4.<|im_end|>"),
+        ("always closed", "It is 4.", "It is 4.<|im_end|>"),
+        ("always closed", f"{THOUGHT}It is 4.", None),
         ("other words", "It is 4.", "It is 4.</s>"),
+        ("other words", "<think>4</think>4", "<think>4</think>4</s>"),
         ("no generation prompt", "It is 4.", "<|im_start|>assistant\nIt is 4.<|im_end|>"),
     ],
 )

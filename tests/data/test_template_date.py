@@ -1,4 +1,4 @@
-"""The date in a chat template: transformers' own rendering on that day, whatever the clock shows."""
+"""The date in a chat template: transformers' own rendering on that day, on whatever day it is rendered."""
 
 from __future__ import annotations
 
@@ -19,7 +19,17 @@ from lowrank_tune.errors import ConfigError, UserError
 from lowrank_tune.types import Message
 
 QUESTION = [Message("user", "Hm?")]
-FORMATS = ("%d %b %Y", "%Y-%m-%d", "%A, %-d %B %y", "%a %j", "%m/%d/%Y", "%F week %V of %G")
+FORMATS = (
+    "%d %b %Y",
+    "%Y-%m-%d",
+    "%A, %-d %B %y",
+    "%a %j",
+    "%m/%d/%Y",
+    "%F week %V of %G",
+    "%d%% %%d %%%d",
+    "%^b %_d %-e %-V %Od %3d",
+    "%n|%t|%z|%Z|%q",
+)
 VARIABLE = (
     "{% if date_string is not defined %}{% set date_string = '26 Jul 2024' %}{% endif %}{{ date_string }}\n" + CHATML
 )
@@ -46,8 +56,10 @@ def test_a_fixed_date_is_what_transformers_writes_on_that_day(set_clock: SetCloc
 
 
 def test_the_time_of_a_fixed_date_is_midnight() -> None:
-    text = "{{ strftime_now('%a %j %H:%M:%S %p') }}|" + CHATML
-    assert prompt_text(ChatTemplate.from_tokenizer(tiny(text), "2026-01-02")).startswith("Fri 002 00:00:00 AM|")
+    text = "{{ strftime_now('%a %j %H:%M:%S %p %k %l %P') }}|" + CHATML
+    assert prompt_text(ChatTemplate.from_tokenizer(tiny(text), "2026-01-02")).startswith(
+        "Fri 002 00:00:00 AM  0 12 am|"
+    )
 
 
 @pytest.mark.parametrize("front", ["", "\n", "  ", "\n  {% if true %}x{% endif %}\n", "  {%- if true %}\nx{% endif %}"])
@@ -68,7 +80,7 @@ def test_without_a_date_given_it_is_the_day_on_which_the_template_was_loaded(set
     assert "Today Date: 27 Nov 2026" in template.decode(answered.input_ids)
 
 
-def test_a_template_that_asks_no_clock_keeps_its_own_date_unless_one_is_given(set_clock: SetClock) -> None:
+def test_a_template_without_a_clock_keeps_its_own_date_unless_one_is_given(set_clock: SetClock) -> None:
     set_clock("2026-11-27")
     template = ChatTemplate.from_tokenizer(tiny(VARIABLE))
     assert prompt_text(template).startswith("26 Jul 2024\n") and template.date_written is None
