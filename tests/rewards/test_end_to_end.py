@@ -21,7 +21,7 @@ from transformers import AutoTokenizer
 
 from lowrank_tune import Recipe, run
 from lowrank_tune.algorithms import rollouts
-from lowrank_tune.assembly import rl
+from lowrank_tune.assembly import reward_dry_run
 from lowrank_tune.events import LogMessage, StepEnd
 from lowrank_tune.model.roles import Roles
 from lowrank_tune.rewards.negative_samples import WORDS
@@ -97,9 +97,9 @@ def test_a_run_learns_what_the_verifier_rewards(use: str, tmp_path: Path, monkey
             "gradient_checkpointing": False,
         },
     }
-    from_base = AutoTokenizer.from_pretrained(str(Path(rl.__file__).parents[1] / "toy" / "base"))
+    from_base = AutoTokenizer.from_pretrained(str(Path(reward_dry_run.__file__).parents[1] / "toy" / "base"))
     engine = canned([right, wrong], from_base)
-    for module in (rollouts, rl):
+    for module in (rollouts, reward_dry_run):
         monkeypatch.setattr(module, "Engine", engine)
     events: list[Any] = []
     run(Recipe.from_dict(recipe), out=tmp_path / "run", ui="none", device=CPU, on_event=events.append)
