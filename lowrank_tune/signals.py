@@ -1,4 +1,4 @@
-"""What a person asks of a running loop, by keys or by signals. The loop looks at it at step borders."""
+"""Requests to a running loop, by keys or by signals. The loop reads them between steps."""
 
 from __future__ import annotations
 
@@ -21,14 +21,19 @@ class TrainerControl:
 
 @contextmanager
 def handle_signals(control: TrainerControl) -> Iterator[Callable[[bool], None]]:
-    """While the loop runs (it is told so by what this yields), SIGINT, SIGTERM or SIGHUP asks it to stop; a second one
-    stops at once.
+    """Sets `control.stop` at SIGINT, SIGTERM or SIGHUP while the loop runs; the yielded function is called with True and
+    False around it.
 
-    Outside of the loop there is nothing to save, and the first one raises KeyboardInterrupt.
+    A second SIGINT raises KeyboardInterrupt. A second SIGTERM or SIGHUP does nothing: a terminal that closes, or a
+    batch system, may send several, and the checkpoint is then still to be written.
+
+    Outside of the loop there is nothing to save, and the first signal raises KeyboardInterrupt.
     """
     is_training = False
 
     def handle(number: int, frame: object) -> None:
+        if control.stop and number != signal.SIGINT:
+            return
         if control.stop or not is_training:
             raise KeyboardInterrupt
         control.stop = True

@@ -22,7 +22,7 @@ from lowrank_tune import Recipe, UserError, run
 from lowrank_tune.cli import app
 from lowrank_tune.errors import TrainingError
 from lowrank_tune.recipe import dump
-from lowrank_tune.signals import TrainerControl
+from lowrank_tune.signals import TrainerControl, handle_signals
 
 
 def quick(**train: Any) -> dict[str, Any]:
@@ -253,6 +253,22 @@ def test_it_runs_outside_the_main_thread(tmp_path: Path) -> None:
     assert outcomes and outcomes[0].status == "done"
 
 
+@pytest.mark.parametrize("repeated", [signal.SIGTERM, signal.SIGHUP])
+def test_only_a_second_ctrl_c_ends_a_run_at_once(repeated: signal.Signals) -> None:
+    control = TrainerControl()
+    with handle_signals(control) as set_training:
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(repeated)
+        set_training(True)
+        signal.raise_signal(repeated)
+        assert control.stop
+        signal.raise_signal(repeated)
+        set_training(False)
+        signal.raise_signal(repeated)
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+
+
 @pytest.mark.parametrize(
     "sent", [signal.SIGINT, *(pytest.param(one, marks=pytest.mark.slow) for one in (signal.SIGTERM, signal.SIGHUP))]
 )
@@ -264,6 +280,9 @@ def test_a_signal_ends_the_process_with_130_and_a_checkpoint(tmp_path: Path, sen
     while time.time() < deadline and '"event": "step_end"' not in (_read(out / "events.jsonl")):
         time.sleep(0.05)
     process.send_signal(sent)
+    if sent != signal.SIGINT:
+        # As a terminal that closes does. A second Ctrl-C ends the run at once, a second one of these does not.
+        process.send_signal(sent)
     output, _ = process.communicate(timeout=60)
     assert process.returncode == 130, output
     assert "Traceback" not in output and "\x1b" not in output
