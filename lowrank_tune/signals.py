@@ -21,8 +21,8 @@ class TrainerControl:
 
 @contextmanager
 def handle_signals(control: TrainerControl) -> Iterator[Callable[[bool], None]]:
-    """Sets `control.stop` at SIGINT, SIGTERM or SIGHUP while the loop runs; the yielded function is called with True and
-    False around it.
+    """Sets `control.stop` at SIGINT, SIGTERM or SIGHUP while the loop runs; the yielded function is called with
+    True and False around it.
 
     A second SIGINT raises KeyboardInterrupt. A second SIGTERM or SIGHUP does nothing: a terminal that closes, or a
     batch system, may send several, and the checkpoint is then still to be written.
