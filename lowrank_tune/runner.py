@@ -296,6 +296,9 @@ def run_chain(stage_chain: Chain, folder: RunFolder, context: _RunContext, start
                     f"{path}"
                 )
             )
+            steps = finished_summary.get("step", 0)
+            for gap in log_gaps(path / "events.jsonl", path / "samples.jsonl", steps, has_ended=True):
+                context.emit(LogMessage(message=gap, level="warning"))
             folders[name] = str(path.resolve())
             summaries.append(finished_summary)
             continue

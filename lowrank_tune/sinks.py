@@ -90,17 +90,20 @@ def truncate_after_step(data: bytes, step: int) -> bytes:
     return b"".join(kept_lines)
 
 
-def log_gaps(events: Path, samples: Path, step: int) -> Iterator[str]:
-    """Sentences about what the logs of a run lack of the part before the checkpoint of `step`. A last line without its
-    end is what a crash leaves, and no gap. Raises `UserError` for a file that cannot be read."""
+def log_gaps(events: Path, samples: Path, step: int, has_ended: bool = False) -> Iterator[str]:
+    """Sentences about what the logs of a run lack of the part before the checkpoint of `step`, or of all where it
+    `has_ended`. A last line without its end is what a crash leaves, and no gap. Raises `UserError` for a file that
+    cannot be read."""
     logged, broken = _parse_lines(events, step)
     steps = {event.get("step") for event in logged if event.get("event") == StepEnd.kind}
     missing = [number for number in range(1, step + 1) if number not in steps]
-    if broken or missing:
+    lacks_end = has_ended and not any(event.get("event") == RunEnded.kind for event in logged)
+    if broken or missing or lacks_end:
         first = f" (the first is step {missing[0]})" if missing else ""
         lines = "1 line" if broken == 1 else f"{broken} lines"
+        end = ", and so is its end" if lacks_end else ""
         yield (
-            f"{events} is damaged: {lines} cannot be read, and {len(missing)} of {step} steps are missing{first}; "
+            f"{events} is damaged: {lines} cannot be read, and {len(missing)} of {step} steps are missing{first}{end}; "
             "curves and report are without them, the training goes on unchanged"
         )
     num_logged = sum(event.get("event") == SampleLogged.kind for event in logged)

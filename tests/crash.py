@@ -16,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -132,9 +133,18 @@ def _alive(pid: int) -> bool:
         return False
 
 
+def logged_events(path: Path) -> list[dict[str, Any]]:
+    """The events of a log. A damaged line, or a file that is missing, has none: the fingerprint then differs."""
+    events = []
+    for line in path.read_bytes().splitlines() if path.exists() else ():
+        with suppress(ValueError):
+            events.append(json.loads(line))
+    return events
+
+
 def run_fingerprint(folder: Path) -> dict[str, Any]:
     """What must be equal: each step's figures once, validation, and the bytes of the final adapter."""
-    events = [json.loads(line) for line in (folder / "events.jsonl").read_text().splitlines()]
+    events = logged_events(folder / "events.jsonl")
     steps = [
         (e["step"], {k: v for k, v in e["stats"].items() if k not in NONDETERMINISTIC_STATS})
         for e in events

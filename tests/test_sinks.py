@@ -215,6 +215,15 @@ def test_gaps_of_a_log_are_named(tmp_path: Path, damage: Any, figures: str) -> N
     assert str(events) in sentence and figures in sentence
 
 
+def test_the_log_of_an_ended_run_has_its_end(tmp_path: Path) -> None:
+    events, samples = logs_of_a_run(tmp_path)
+    (sentence,) = log_gaps(events, samples, 3, has_ended=True)
+    assert "0 of 3 steps are missing, and so is its end;" in sentence
+    with events.open("ab") as file:
+        file.write(to_json_line(RunEnded(status="done", step=3, seconds=1.0)))
+    assert list(log_gaps(events, samples, 3, has_ended=True)) == []
+
+
 def test_gaps_of_the_samples_are_named(tmp_path: Path) -> None:
     events, samples = logs_of_a_run(tmp_path)
     samples.write_bytes(samples.read_bytes().replace(b"{", b"", 1))
