@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import typer
 import yaml
-from markdown import DOCS, PAGES, README, ROOT, anchors, commands, fenced_blocks, inline_code, links
+from markdown import DOCS, PAGES, README, ROOT, Block, anchors, commands, fenced_blocks, inline_code, links
 
 from lowrank_tune.cli import app
 from lowrank_tune.errors import ConfigError
@@ -166,13 +166,16 @@ def parse_command(words: list[str]) -> Any:
 def kit_commands(text: str) -> list[list[str]]:
     """The command lines of the kit in a page: of `sh` blocks, and of whole commands between backticks."""
     lines = [command for block in fenced_blocks(text, "sh") for command in commands(block)]
-    lines += [code.split() for code in inline_code(text) if code.startswith("lowrank-tune ")]
+    inline = [Block("sh", code, 0) for code in inline_code(text) if code.startswith("lowrank-tune ")]
+    lines += [command for block in inline for command in commands(block)]
     return [words for words in lines if Path(words[0]).name == "lowrank-tune" and words[1:] not in (["--version"], [])]
 
 
 @each_page
 def test_commands_parse_and_their_settings_exist(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Overrides are checked against the preset, or the recipe of the same page, that they are given to."""
+    if page.name == "CHANGELOG.md":
+        pytest.skip("entries name commands that later versions renamed")
     text = page.read_text(encoding="utf-8")
     monkeypatch.chdir(tmp_path)
     recipes = {file.name for file in write_recipes(text, tmp_path)}
