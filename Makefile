@@ -78,9 +78,9 @@ define install_cpu_torch
 echo $(1)/bin/python -m pip install --no-deps torch -c $(2) --index-url $(CPU_INDEX); \
 	$(1)/bin/python -m pip install --no-deps torch -c $(2) --index-url $(CPU_INDEX) || { \
 	if test -e $(1)/.empty; then rm -rf $(1); fi; \
-	echo 'CPU=1 takes torch from $(CPU_INDEX), and it could not be installed from there: pip wrote the reason above.'; \
+	{ echo 'CPU=1 takes torch from $(CPU_INDEX), and it could not be installed from there: pip wrote the reason above.'; \
 	echo 'If this address cannot be reached, name a mirror of it (make CPU_INDEX=URL CPU=1 ...), or leave out CPU=1: torch then comes'; \
-	echo 'from the package index, in its build for CUDA, which is gigabytes larger and also runs without a GPU.'; \
+	echo 'from the package index, in its build for CUDA, which is gigabytes larger and also runs without a GPU.'; } >&2; \
 	exit 1; }
 endef
 
