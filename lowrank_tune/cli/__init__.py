@@ -8,10 +8,24 @@ from typing import Annotated
 import typer
 
 from lowrank_tune import __version__
-from lowrank_tune.cli import chat, checks, eval, export, merge, monitor, plan, presets, run, score
+from lowrank_tune.cli import chat, checks, eval, examples, export, merge, monitor, plan, presets, run, score
 from lowrank_tune.cli.common import app
 
-__all__ = ["app", "chat", "checks", "eval", "export", "main", "merge", "monitor", "plan", "presets", "run", "score"]
+__all__ = [
+    "app",
+    "chat",
+    "checks",
+    "eval",
+    "examples",
+    "export",
+    "main",
+    "merge",
+    "monitor",
+    "plan",
+    "presets",
+    "run",
+    "score",
+]
 
 COMMAND_ORDER = "demo run plan data score watch report compare chat eval merge export doctor schema".split()
 """The commands in the order of `--help`."""

@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 
 from lowrank_tune.cli.common import Debug, app, report_user_errors
-from lowrank_tune.errors import UserError
+from lowrank_tune.cli.new_file import write_new_file
 
 presets = typer.Typer(
     invoke_without_command=True, help="List the presets, or print or copy one to start your own from."
@@ -64,17 +64,8 @@ def copy_preset(
     with report_user_errors(debug):
         from lowrank_tune.recipe import find_preset
 
-        text, target = find_preset(name).read_text(encoding="utf-8"), file or Path(f"{name}.yaml")
-        try:
-            with target.open("x", encoding="utf-8") as opened:
-                opened.write(text)
-        except OSError as error:
-            reason = (
-                "is there already; name another file"
-                if target.exists()
-                else f"cannot be written: {error.strerror or error}"
-            )
-            raise UserError(f"{target}: {reason}") from error
+        target = file or Path(f"{name}.yaml")
+        write_new_file(target, find_preset(name).read_text(encoding="utf-8"), "name another file")
         print(f"{target}: change it, then `lowrank-tune data {target}` and `lowrank-tune run {target}`")
 
 
