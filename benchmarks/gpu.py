@@ -5,7 +5,7 @@
     PYTHONPATH=. python benchmarks/gpu.py proof --tiny           # the same code on the CPU, in some minutes
     PYTHONPATH=. python benchmarks/gpu.py parts                  # the parts, in their order
     PYTHONPATH=. python benchmarks/gpu.py plan --out plans.json  # the planned memory, for `--plans plans.json`
-    PYTHONPATH=. python benchmarks/gpu.py table FILE             # Markdown for RESULTS.md
+    PYTHONPATH=. python benchmarks/gpu.py table FILE             # Markdown for docs/benchmarks.md
 
 Memory is limited to 24 GB where the GPU has more; shares are of the device's own matrix product rate and bandwidth,
 measured in the same run. Each record is on disk before the next measurement starts. A part that fails, hangs or kills

@@ -1,4 +1,4 @@
-"""What was measured, in the terminal and as Markdown for RESULTS.md."""
+"""What was measured, in the terminal and as Markdown for docs/benchmarks.md."""
 
 from __future__ import annotations
 
