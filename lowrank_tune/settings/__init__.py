@@ -1,8 +1,5 @@
-"""Every setting of a recipe: typed, strict, frozen, with its default and its meaning. No torch here: a fault is told in
-a second.
-
-Names are those that users of the Hugging Face libraries already know. `recipe` reads them from YAML.
-"""
+"""Every setting of a recipe: typed, strict, frozen, with its default and its meaning. Imports no torch, so that a
+faulty recipe is reported at once."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What all settings share: strictness, and the kinds of values."""
+"""The base class of all settings, and the types of their values."""
 
 from __future__ import annotations
 
@@ -13,14 +13,15 @@ T = TypeVar("T")
 
 
 def _non_empty(entries: tuple[T, ...]) -> tuple[T, ...]:
-    """Not empty. Pydantic's own `min_length` would hide the faults of the entries behind a fault of the list."""
+    """Checks that a list is not empty. Pydantic's own `min_length` would hide the faults of the entries behind a fault
+    of the list."""
     if not entries:
         raise PydanticCustomError("too_short", "must have at least one entry")
     return entries
 
 
 def _calendar_day(text: str) -> str:
-    """A day as YYYY-MM-DD; `fromisoformat` alone also takes 20260726 and 2026-W30-7."""
+    """Checks that a day is written as YYYY-MM-DD; `fromisoformat` alone also accepts 20260726 and 2026-W30-7."""
     with suppress(ValueError):
         if date.fromisoformat(text).isoformat() == text:
             return text

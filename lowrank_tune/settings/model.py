@@ -13,7 +13,8 @@ TRAINED_ADAPTER = {"reward": "reward"}
 
 
 def default_adapter_name(algorithm: object) -> str:
-    """The adapter that an algorithm trains; `policy` also for a word that is no algorithm, which is told elsewhere."""
+    """Returns the name of the adapter that an algorithm trains; `policy` for a value that is no algorithm, which is
+    reported elsewhere."""
     return TRAINED_ADAPTER.get(algorithm, "policy") if isinstance(algorithm, str) else "policy"
 
 
@@ -22,7 +23,7 @@ EXTRA_ADAPTERS: dict[str, tuple[str, ...]] = {"ppo": ("value",)}
 
 
 def extra_adapters(algorithm: object) -> tuple[str, ...]:
-    """The adapters of an algorithm that lie beside its policy's stack."""
+    """Returns the adapters of an algorithm that are beside the stack of its policy."""
     return EXTRA_ADAPTERS.get(algorithm, ()) if isinstance(algorithm, str) else ()
 
 
@@ -30,29 +31,29 @@ class BaseConfig(Settings):
     """The frozen base."""
 
     model: NonEmptyStr = "tiny-tutor"
-    """A hub id, `id@revision`, a folder, or `tiny-tutor`, which ships with the package."""
+    """A hub id, `id@revision`, a folder, or `tiny-tutor`, which is part of the package."""
     bits: Literal[4, 16] = 4
     """4: NF4 with double quantization. 16: not quantized."""
     backend: Literal["transformers", "unsloth"] = "transformers"
-    """Whose code runs the base: transformers', or unsloth's (sft, and dpo and grpo with the base as reference; an
-    environment of its own)."""
+    """Library that runs the base: `transformers`, or `unsloth` (for sft, and for dpo and grpo with the base as
+    reference; in an environment of its own)."""
     trust_remote_code: bool = False
-    """Run Python code that comes with the model. Only for repositories that you trust as you trust your shell."""
+    """Runs Python code that comes with the model, with your permissions. Only for repositories that you trust."""
 
 
 class AdapterConfig(Settings):
-    """One LoRA adapter. With `path` it is loaded: frozen below the policy, or continued where it is the policy's
+    """One LoRA adapter. With `path` it is loaded: frozen below the policy, or trained further if it is the policy's
     own."""
 
     r: PositiveInt = 16
     """Rank."""
     lora_alpha: Annotated[float, Field(gt=0)] = 32.0
-    """Scale: the update is multiplied by alpha / r (by alpha / sqrt(r) with rslora)."""
+    """Scale: the update is multiplied by lora_alpha / r (lora_alpha / sqrt(r) with `use_rslora`)."""
     lora_dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
-    """Dropout on the adapter's input while it trains."""
+    """Dropout on the input of the adapter in training."""
     target_modules: Literal["all-linear"] | StrList = "all-linear"
     """Names of the linear modules that get an adapter."""
     use_rslora: bool = False
-    """Rank-stabilised scaling (arXiv:2312.03732)."""
+    """Rank-stabilized scaling (arXiv:2312.03732)."""
     path: NonEmptyStr | None = None
     """Folder of an existing adapter, or of a run."""

@@ -1,4 +1,4 @@
-"""Algorithms that learn from pairs."""
+"""Settings of the algorithms that learn from preference pairs."""
 
 from __future__ import annotations
 
@@ -10,21 +10,21 @@ from lowrank_tune.settings.common import Settings
 
 
 class RewardModelConfig(Settings):
-    """What `algorithm: reward` optimizes: Bradley-Terry, with the margin of a row that has one."""
+    """Settings of `algorithm: reward`: the Bradley-Terry loss, with the margin of each row that has one."""
 
     center_rewards_coefficient: Annotated[float, Field(ge=0.0)] = 0.0
     """Weight of (R+ + R-)^2, which keeps the scores around 0 (arXiv:2312.09244)."""
 
 
 class DPOConfig(Settings):
-    """What `algorithm: dpo` optimizes."""
+    """Settings of `algorithm: dpo`."""
 
     loss_type: Literal["sigmoid", "ipo", "hinge", "robust", "apo_zero", "sigmoid_norm"] = "sigmoid"
-    """The preference loss: of DPO (sigmoid), IPO, SLiC (hinge), robust DPO, APO-zero, or sigmoid of log-probs a
-    token."""
+    """Preference loss: `sigmoid` (DPO), `ipo` (IPO), `hinge` (SLiC), `robust` (robust DPO), `apo_zero` (APO-zero), or
+    `sigmoid_norm` (sigmoid of log-probs per token)."""
     beta: Annotated[float, Field(gt=0.0)] = 0.1
-    """How closely the policy is held to the reference: higher is closer."""
+    """Strength of the reference: with a higher value the policy stays closer to it."""
     label_smoothing: Annotated[float, Field(ge=0.0, lt=0.5)] = 0.1
-    """For `robust`: the share of pairs whose sides are taken to be the wrong way round."""
+    """For `robust`: assumed share of pairs whose sides are swapped."""
     sft_coef: Annotated[float, Field(ge=0.0)] = 0.0
-    """Weight of an SFT term on the chosen answers, against their unlearning."""
+    """Weight of an SFT loss on the chosen answers, which keeps them from becoming less likely."""

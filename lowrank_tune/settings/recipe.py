@@ -1,4 +1,4 @@
-"""A whole recipe."""
+"""The settings of a whole recipe."""
 
 from __future__ import annotations
 
@@ -16,46 +16,46 @@ from lowrank_tune.settings.train import EvaluationConfig, TrainingConfig
 
 
 class RecipeConfig(Settings):
-    """One run, complete."""
+    """One complete run."""
 
     name: RunName = ""
-    """Name of the run and of its folder under `runs/`; the recipe file's name where it is not given."""
+    """Name of the run and of its folder under `runs/`. Default: the name of the recipe file."""
     description: str = ""
     """One line for `lowrank-tune presets`."""
     algorithm: Literal["sft", "reward", "dpo", "ppo", "grpo"]
-    """What is optimized."""
+    """The training algorithm."""
     seed: Annotated[int, Field(ge=0, le=2**32 - 1)] = 0
-    """Seeds everything."""
+    """Seed of all random draws."""
     base: BaseConfig = BaseConfig()
     """The frozen base."""
     adapters: dict[str, AdapterConfig] = Field(
         default_factory=dict, json_schema_extra={"propertyNames": {"pattern": "^[a-z][a-z0-9_]{0,39}$"}}
     )
-    """`policy` (for a reward model: `reward`) is trained; every other one needs a `path` and lies frozen below it, in
-    this order. For ppo `value` is trained too, by default in the policy's shape; with a `path` it goes on from
-    there."""
+    """`policy` (for a reward model: `reward`) is trained, and has its defaults if it is not given. Every other adapter
+    needs a `path` and is frozen below it, in this order. For ppo, `value` is trained too, by default with the shape of
+    the policy's adapter; with a `path` it is trained further."""
     reference: NonEmptyStr | None = None
-    """What the policy is held to and compared with, as a check: `base`, or the frozen adapter right below the policy.
-    It is always the policy's stack without its top; a recipe that says otherwise is refused."""
+    """Name of what the policy is compared with, as a check: `base`, or the frozen adapter directly below the policy.
+    The reference is always the policy's stack without its top; any other value is refused."""
     data: DataConfig
-    """What is trained on."""
+    """The rows, and how they are read."""
     train: TrainingConfig = TrainingConfig()
-    """The loop."""
+    """The training loop."""
     reward: RewardModelConfig = RewardModelConfig()
-    """What `algorithm: reward` optimizes."""
+    """Settings of `algorithm: reward`."""
     dpo: DPOConfig = DPOConfig()
-    """What `algorithm: dpo` optimizes."""
+    """Settings of `algorithm: dpo`."""
     rewards: Annotated[tuple[RewardConfig, ...], Field(strict=False)] = ()
-    """What completions earn."""
+    """Rewards of completions."""
     rewards_check: Literal["strict", "warn", "off"] = "strict"
-    """Before training the rewards score reference answers and wrong answers. Where they do not separate the two:
-    refuse to train, log a warning, or do not try it at all."""
+    """Before training, the rewards score reference answers and wrong answers. If they do not separate the two, `strict`
+    refuses to train and `warn` logs a warning; `off` skips the check."""
     rollout: RolloutConfig = RolloutConfig()
-    """How completions are drawn while training."""
+    """How completions are drawn in training."""
     grpo: GRPOConfig = GRPOConfig()
-    """What `algorithm: grpo` optimizes."""
+    """Settings of `algorithm: grpo`."""
     ppo: PPOConfig = PPOConfig()
-    """What `algorithm: ppo` optimizes."""
+    """Settings of `algorithm: ppo`."""
     evaluate: EvaluationConfig = EvaluationConfig()
     """Held-out measurements."""
 
@@ -66,7 +66,7 @@ class RecipeConfig(Settings):
 
     @property
     def extra_adapters(self) -> tuple[str, ...]:
-        """The adapters that lie in no policy's stack, but for the reward model's."""
+        """The adapters that are in no policy's stack, except the reward model's."""
         return extra_adapters(self.algorithm)
 
     @property
@@ -88,15 +88,15 @@ class RecipeConfig(Settings):
 
     @property
     def longest_row(self) -> int:
-        """Tokens of the longest row by the settings, whatever the data holds: of those that are trained on, and of
-        held-out answers, whose prompts count with `data.max_prompt_length`."""
+        """Tokens of the longest row by the settings, whatever the data contains: of training rows, and of held-out
+        answers, whose prompts count with `data.max_prompt_length`."""
         if self.evaluate.eval_dataset is None:
             return self.max_train_length
         return max(self.max_train_length, self.data.max_prompt_length + self.evaluate.max_new_tokens)
 
     @property
     def metric_for_best_model(self) -> str:
-        """What makes a step the best."""
+        """The metric that selects the best step."""
         return self.evaluate.metric_for_best_model or (
             "accuracy" if self.algorithm in ("grpo", "ppo") and self.evaluate.eval_dataset else "loss"
         )

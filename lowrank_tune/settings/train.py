@@ -1,4 +1,4 @@
-"""The loop, and what is measured beside it."""
+"""The training loop, and the held-out measurements beside it."""
 
 from __future__ import annotations
 
@@ -13,76 +13,75 @@ TrackerName = Literal["tensorboard", "wandb", "trackio", "mlflow"]
 
 
 class TrainingConfig(Settings):
-    """The loop."""
+    """The training loop."""
 
     max_steps: PositiveInt | None = None
     """Optimizer steps. Give this or `num_train_epochs`."""
     num_train_epochs: Annotated[float, Field(gt=0.0)] | None = None
     """Passes over the training rows."""
     global_batch_size: PositiveInt | None = None
-    """Rows of one optimizer step (16 unless `tokens_per_step` is given). With preferences a row is a pair."""
+    """Rows per optimizer step (16 unless `tokens_per_step` is given). With preferences a row is a pair."""
     prompts_per_step: PositiveInt = 16
-    """Prompts of one optimizer step, where completions are drawn."""
+    """Prompts per optimizer step, where completions are drawn."""
     tokens_per_step: PositiveInt | None = None
-    """Or: as many rows as fit this many tokens."""
+    """In place of `global_batch_size`: as many rows per step as fit in this many tokens."""
     micro_batch_size: PositiveInt | Literal["auto"] | None = None
-    """Rows (completions, where they are drawn) that go through the model at once (4 unless `micro_batch_tokens` is
-    given); `auto`: as many as fit the card by its plan, together with `gradient_checkpointing: auto` no more than speed
-    needs (4 where there is no card). Changes memory and speed, never the gradient."""
+    """Rows (or completions) that go through the model at once (4 unless `micro_batch_tokens` is given). `auto`: as many
+    as fit in the memory of the GPU by its plan, together with `gradient_checkpointing: auto` no more than speed needs
+    (4 without a GPU). Changes memory and speed, never the gradient."""
     micro_batch_tokens: PositiveInt | None = None
-    """Or: as many rows as fit this many tokens, padding counted."""
+    """In place of `micro_batch_size`: as many rows as fit in this many tokens, padding included."""
     length_window: PositiveInt = 1
-    """Rows are sorted by length within a window of this many steps, so that rows of a step need little padding."""
+    """Rows are sorted by length within a window of this many steps, so that the rows of a step need little padding."""
     learning_rate: Annotated[float, Field(gt=0.0)] = 2e-4
     """Peak learning rate."""
     lr_scheduler_type: Literal["cosine", "linear", "constant"] = "cosine"
-    """How the rate falls after the warm-up."""
+    """Decay of the learning rate after the warm-up."""
     warmup_steps: Annotated[int, Field(ge=0)] = 0
-    """Steps over which the rate rises from 0."""
+    """Steps over which the learning rate rises from 0."""
     optim: Literal["adamw", "adamw_8bit", "paged_adamw", "paged_adamw_8bit"] = "adamw"
-    """AdamW in fp32; bitsandbytes' 8-bit and paged ones need CUDA."""
+    """AdamW in fp32, or the 8-bit and paged ones of bitsandbytes, which need CUDA."""
     weight_decay: Annotated[float, Field(ge=0.0)] = 0.0
-    """AdamW's decoupled decay."""
+    """Decoupled weight decay of AdamW."""
     adam_beta1: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.9
-    """Decay of the first moment."""
+    """Decay rate of the first moment."""
     adam_beta2: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.999
-    """Decay of the second moment."""
+    """Decay rate of the second moment."""
     max_grad_norm: Annotated[float, Field(gt=0.0)] = 1.0
-    """Gradients are scaled down to this norm, those of a value by themselves."""
+    """Gradients are scaled down to this norm; those of the value by themselves."""
     gradient_checkpointing: bool | Literal["none", "all", "auto"] | Annotated[int, Field(ge=0)] = True
-    """Recompute activations in the backward pass: less memory, about a third more time. `all` layers (or true), `none`
-    (or false), the first N of them, or `auto`: as few as fit where the run is planned, else all. Never changes the
-    gradient."""
+    """Recomputes activations in the backward pass: less memory, for one more forward pass of these layers. `all` layers
+    (or true), `none` (or false), the first N of them, or `auto`: as few as fit if the run is planned, else all. Never
+    changes the gradient."""
     activation_offloading: bool = False
-    """Keep what recomputed layers begin with in the machine's memory instead of the card's: longer rows, a little more
-    time."""
+    """Keeps the inputs of recomputed layers in the memory of the machine instead of the GPU: longer rows, more time."""
     memory_budget_gib: Annotated[float, Field(gt=0.0)] | None = None
-    """Memory of the card that the run may use, in GiB; all of it where it is not given. The keys and values of rollouts
-    share it with the update, so it decides how many sequences are decoded at once. Without a card it bounds those
-    alone, a quarter of the machine's memory by default."""
+    """GPU memory that the run may use, in GiB. Default: all of it. The keys and values of rollouts share it with the
+    update, so it decides how many sequences are decoded at once. Without a GPU it limits only those, by default to a
+    quarter of the machine's memory."""
     memory_check: Literal["refuse", "warn", "off"] = "refuse"
-    """On a card a run is planned before anything is loaded (`lowrank-tune plan`). What cannot fit is refused, or told
-    and tried, or not looked at."""
+    """On a GPU a run is planned before anything is loaded (`lowrank-tune plan`). If it cannot fit, `refuse` it, or
+    `warn` and try; `off` skips the plan."""
     max_nonfinite_steps: PositiveInt = 5
     """Stops after this many steps in a row whose loss or gradient is not finite; each is skipped and counted."""
     logging_steps: PositiveInt = 10
-    """Steps between lines of the console. On these steps KL to the reference is measured too, which costs forwards of a
-    micro-batch."""
+    """Steps between lines of the console. On these steps the KL to the reference is measured too, which needs extra
+    forward passes of one micro-batch."""
     save_steps: PositiveInt | None = None
-    """Steps between checkpoints; about ten over the run where it is not given."""
+    """Steps between checkpoints. Default: about ten checkpoints per run."""
     save_total_limit: PositiveInt = 2
-    """Newest checkpoints kept, besides the best."""
+    """Newest checkpoints kept, in addition to the best."""
     load_best_model_at_end: bool = True
-    """Whether `final/` is the adapter of the best evaluation (`evaluate.metric_for_best_model`), else that of the last
+    """`final/` is the adapter of the best evaluation (`evaluate.metric_for_best_model`); if false, that of the last
     step."""
     final_adapters: Literal["combined", "separate"] = "combined"
-    """Where frozen adapters lie below the trained one: `final/` is all of them folded into one adapter, exactly, whose
-    rank is the sum of theirs; or each stays apart in a folder of its own, to be loaded together."""
+    """If frozen adapters are below the trained one: `combined` folds all of them into one adapter in `final/`, exactly,
+    whose rank is the sum of theirs; `separate` keeps each in a folder of its own, to be loaded together."""
     report_to: TrackerName | Annotated[tuple[TrackerName, ...], Field(strict=False)] = ()
-    """Experiment trackers that are told steps, held-out figures and settings too: tensorboard (files in the run's
+    """Experiment trackers that also receive steps, held-out figures and settings: tensorboard (files in the run's
     folder), wandb, trackio, mlflow; one, or several in a list."""
     project: NonEmptyStr = "lowrank-tune"
-    """The project (of mlflow: the experiment) that wandb, trackio and mlflow file the run under."""
+    """Project of the run in wandb and trackio; experiment of the run in mlflow."""
 
     @property
     def trackers(self) -> tuple[str, ...]:
@@ -91,32 +90,32 @@ class TrainingConfig(Settings):
 
     @property
     def micro_batch_rows(self) -> int | None:
-        """`micro_batch_size` as a number; 4 for `auto`, where nobody has planned it."""
+        """`micro_batch_size` as a number; 4 for `auto` if the run is not planned."""
         return 4 if self.micro_batch_size == "auto" else self.micro_batch_size
 
 
 class EvaluationConfig(Settings):
-    """Held-out measurements while training."""
+    """Held-out measurements in training."""
 
     eval_steps: PositiveInt | None = None
-    """Steps between evaluations; about ten over the run where it is not given."""
+    """Steps between evaluations. Default: about ten evaluations per run."""
     eval_dataset: SourceConfig | None = None
-    """Prompts with gold answers: the model answers them before and after the run, and exact answers and proper stops
-    are counted."""
+    """Prompts with gold answers. The model answers them before and after the run; exact answers and proper stops are
+    counted."""
     num_prompts: PositiveInt = 100
-    """How many of them."""
+    """Number of prompts drawn from it."""
     num_samples: PositiveInt = 1
-    """Answers for each prompt: 1 is greedy, more are sampled and give pass@1 and pass@k."""
+    """Answers per prompt: 1 is greedy; more are sampled and give pass@1 and pass@k."""
     temperature: Annotated[float, Field(gt=0.0)] = 1.0
     """Temperature of sampled answers."""
     max_new_tokens: PositiveInt = 64
-    """Longest answer in tokens."""
+    """Maximum length of an answer in tokens."""
     metric_for_best_model: Literal["loss", "accuracy"] | None = None
-    """What makes a step the best: the lowest validation loss, or the most held-out questions answered exactly, one
-    answer each (greedy, or sampled where `num_samples` is more than 1). Where it is not given: `accuracy` for grpo and
-    ppo with `eval_dataset`, else `loss`."""
+    """Metric that selects the best step: `loss` (the lowest validation loss) or `accuracy` (the most held-out questions
+    answered exactly, one answer each: greedy, or sampled if `num_samples` is more than 1). Default: `accuracy` for grpo
+    and ppo with `eval_dataset`, else `loss`."""
     on_reward_hacking: Literal["warn", "stop"] = "warn"
-    """What to do where the reward rises and held-out answers get worse by more than their noise: say so; or end the run
-    there too, with the best step as its result. For grpo and ppo with `eval_dataset`."""
+    """If the reward rises and held-out answers get worse by more than their noise: `warn`, or `stop` the run, with the
+    best step as its result. For grpo and ppo with `eval_dataset`."""
     num_completions_to_print: Annotated[int, Field(ge=0)] = 3
-    """Prompts (held-out ones, else of validation rows) whose answers are shown at every evaluation."""
+    """Number of prompts (held-out ones, else of validation rows) whose answers are shown at every evaluation."""
