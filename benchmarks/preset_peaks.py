@@ -1,13 +1,14 @@
-"""The planned peak of every preset, held against the comment in its file; no weights, no network, no GPU.
+"""The planned peak of every preset, compared with the comment in its file; no weights, no network, no GPU.
 
-    PYTHONPATH=. python benchmarks/preset_peaks.py                    # every preset: planned, told in its file, fits
+    PYTHONPATH=. python benchmarks/preset_peaks.py                    # every preset: planned, stated in its file, fits
                                                                       # 24 GiB or not
     PYTHONPATH=. python benchmarks/preset_peaks.py qwen3-8b-grpo ...  # some of them
-    PYTHONPATH=. python benchmarks/preset_peaks.py --write --table    # puts the comments into presets/, prints the
-                                                                      # table of the README
+    PYTHONPATH=. python benchmarks/preset_peaks.py --write --table    # writes the comments into presets/, prints
+                                                                      # the table of docs/presets.md
 
-Planned is what the card must have: tensors at the highest point of the run (of a chain, of its worst stage), the CUDA
-context and what the allocator cannot use. Ends with 1 where a comment is off by more than 1 % or a preset does not fit.
+Planned is the memory that the GPU needs: tensors at the highest point of the run (of a chain, of its worst stage), the
+CUDA context and what the allocator cannot use. Returns 1 where a comment is off by more than 1 % or a preset does not
+fit.
 """
 
 from __future__ import annotations
@@ -23,22 +24,22 @@ from lowrank_tune.memory_planner.planner import plan_of
 from lowrank_tune.memory_planner.specs import simulation_specs
 from lowrank_tune.recipe import Preset, find_preset, list_presets, load_any
 
-CARD_GIB = 24.0
+GPU_GIB = 24.0
 WITHIN = 0.01
 COMMENT = re.compile(r"^# Planned peak: .*\n", re.MULTILINE)
 COLUMNS = ("sft", "reward", "dpo", "grpo", "ppo", "preference", "rlvr", "rlhf")
 
 
 def planned(name: str) -> tuple[float, str]:
-    """GiB that the card must have, and where that is: the phase, of a chain behind the stage."""
-    # An adapter that another preset trains is planned as the stage below it: no run of it is here.
+    """GiB that the GPU needs, and in which phase; of a chain, the stage and the phase."""
+    # An adapter that another preset trains is planned as the stage below it: there is no run of it.
     below = load_any(name).to_dict().get("adapters", {}).get("sft", {}).get("path")
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "chain.yaml"
         if below:
             top = f"{{name: top, extends: {name}, adapters: {{sft: null}}}}"
             file.write_text(f"stages:\n- {{name: sft, extends: {Path(below).name}}}\n- {top}\n", encoding="utf-8")
-        vram = round(CARD_GIB * GIB)
+        vram = round(GPU_GIB * GIB)
         plans = [
             plan_of(scene, vram, scene.recipe.name)
             for scene in simulation_specs(load_any(str(file) if below else name), "cuda")
@@ -50,7 +51,7 @@ def planned(name: str) -> tuple[float, str]:
 
 
 def comment_of(gib: float, where: str) -> str:
-    return f"# Planned peak: {gib:.1f} GiB ({where}); not yet measured on a card.\n"
+    return f"# Planned peak: {gib:.1f} GiB ({where}); not yet measured on a GPU.\n"
 
 
 def with_comment(text: str, comment: str) -> str:
@@ -63,7 +64,7 @@ def with_comment(text: str, comment: str) -> str:
 
 
 def table(found: dict[str, float]) -> str:
-    """Markdown: bases down, what is done to them across."""
+    """Markdown: one row for each base, one column for each algorithm or chain."""
     rows: dict[str, dict[str, float]] = {}
     for name, gib in found.items():
         base, _, what = name.rpartition("-")
@@ -82,9 +83,9 @@ def wanted(names: list[str]) -> list[Preset]:
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("names", nargs="*", metavar="PRESET", help="all for cards where none is given")
+    parser.add_argument("names", nargs="*", metavar="PRESET", help="default: all except the tiny ones")
     parser.add_argument("--write", action="store_true", help="put the planned peak into the presets' files")
-    parser.add_argument("--table", action="store_true", help="print the README's table")
+    parser.add_argument("--table", action="store_true", help="print the table of docs/presets.md")
     options = parser.parse_args(arguments)
     found: dict[str, float] = {}
     wrong = 0
@@ -96,9 +97,9 @@ def main(arguments: list[str] | None = None) -> int:
             file.write_text(with_comment(file.read_text(encoding="utf-8"), comment_of(gib, where)), encoding="utf-8")
         stated = gib if options.write else preset.peak_gib
         off = stated is None or abs(stated - gib) > max(WITHIN * gib, 0.051)
-        wrong += off or gib > CARD_GIB
-        verdict = "does not fit" if gib > CARD_GIB else "off" if off else "ok"
-        print(f"{preset.name:<24}{gib:6.2f} GiB planned ({where}), told {stated}: {verdict}", flush=True)
+        wrong += off or gib > GPU_GIB
+        verdict = "does not fit" if gib > GPU_GIB else "off" if off else "ok"
+        print(f"{preset.name:<24}{gib:6.2f} GiB planned ({where}), stated {stated}: {verdict}", flush=True)
     if options.table:
         print(table(found))
     return int(wrong > 0)

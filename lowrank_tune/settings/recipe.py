@@ -14,6 +14,9 @@ from lowrank_tune.settings.rewards import RewardConfig
 from lowrank_tune.settings.rollouts import GRPOConfig, PPOConfig, RolloutConfig
 from lowrank_tune.settings.train import EvaluationConfig, TrainingConfig
 
+DEFAULT_LEARNING_RATES = {"sft": 2e-4, "reward": 1e-4, "dpo": 5e-6, "grpo": 1e-5, "ppo": 1e-5}
+"""Peak learning rates for LoRA where a recipe gives none; docs/preset-choices.md has the sources."""
+
 
 class RecipeConfig(Settings):
     """One complete run."""
@@ -112,3 +115,18 @@ class RecipeConfig(Settings):
             return data
         adapters, name = data.get("adapters", {}), default_adapter_name(data.get("algorithm"))
         return data if name in adapters else {**data, "adapters": {**adapters, name: {}}}
+
+    @model_validator(mode="before")
+    @classmethod
+    def _with_learning_rate(cls, data: Any) -> Any:
+        if not isinstance(data, dict):
+            return data
+        rate = DEFAULT_LEARNING_RATES.get(algorithm) if isinstance(algorithm := data.get("algorithm"), str) else None
+        train = data.get("train", {})
+        if rate is None:
+            return data
+        if isinstance(train, TrainingConfig) and "learning_rate" not in train.model_fields_set:
+            return {**data, "train": train.model_copy(update={"learning_rate": rate})}
+        if isinstance(train, dict) and "learning_rate" not in train:
+            return {**data, "train": {**train, "learning_rate": rate}}
+        return data
