@@ -164,10 +164,11 @@ def parse_command(words: list[str]) -> Any:
 
 
 def kit_commands(text: str) -> list[list[str]]:
-    """The command lines of the kit in a page: of `sh` blocks, and of whole commands between backticks."""
+    """The command lines of the kit in a page: those of `sh` blocks, and those between backticks that are more than the
+    name of a command."""
     lines = [command for block in fenced_blocks(text, "sh") for command in commands(block)]
     inline = [Block("sh", code, 0) for code in inline_code(text) if code.startswith("lowrank-tune ")]
-    lines += [command for block in inline for command in commands(block)]
+    lines += [command for block in inline for command in commands(block) if command[1:2] != command[1:]]
     return [words for words in lines if Path(words[0]).name == "lowrank-tune" and words[1:] not in (["--version"], [])]
 
 
