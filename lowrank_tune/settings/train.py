@@ -60,7 +60,7 @@ class TrainingConfig(Settings):
     update, so it decides how many sequences are decoded at once. Without a GPU it limits only those, by default to a
     quarter of the machine's memory."""
     memory_check: Literal["refuse", "warn", "off"] = "refuse"
-    """On a GPU a run is planned before anything is loaded (`lowrank-tune plan`). If it cannot fit, `refuse` it, or
+    """On a GPU a run is planned before anything is loaded (the command `plan`). If it cannot fit, `refuse` it, or
     `warn` and try; `off` skips the plan."""
     max_nonfinite_steps: PositiveInt = 5
     """Stops after this many steps in a row whose loss or gradient is not finite; each is skipped and counted."""
