@@ -1,8 +1,13 @@
-"""The presets: which there are, what they rest on, and that they can be told without the network."""
+"""The presets: which exist, what they contain, and the pages about them; without the network."""
 
 from __future__ import annotations
 
+import fnmatch
 import importlib.util
+import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +18,9 @@ from lowrank_tune.cli import app
 from lowrank_tune.memory_planner import plan
 from lowrank_tune.model import configs
 from lowrank_tune.recipe import Chain, Recipe, list_presets, load_any, presets
+from lowrank_tune.settings.recipe import DEFAULT_LEARNING_RATES
 
+ROOT = Path(__file__).parent.parent
 NAMES = [preset.name for preset in list_presets()]
 HUB = {
     "AI-MO/NuminaMath-CoT": ("train", ("source", "problem", "solution", "messages")),
@@ -27,7 +34,7 @@ HUB = {
     ),
     "openai/gsm8k": ("train", ("question", "answer")),
 }
-"""The split to learn from and the columns of each data set, as its author publishes it."""
+"""The training split and the columns of each data set, as its author publishes them."""
 
 
 def stages_of(name: str) -> tuple[Recipe, ...]:
@@ -78,14 +85,17 @@ def test_the_list_fits_a_narrow_terminal_and_goes_from_small_to_large() -> None:
     assert sizes == sorted(sizes) and sizes[0] == 0.0 and sizes[-1] == 32.0
 
 
-def peaks() -> Any:
-    spec = importlib.util.spec_from_file_location(
-        "preset_peaks", Path(__file__).parent.parent / "benchmarks" / "preset_peaks.py"
-    )
+def load_script(path: str) -> Any:
+    """A module from a file that is in no package."""
+    spec = importlib.util.spec_from_file_location(Path(path).stem, ROOT / path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+def peaks() -> Any:
+    return load_script("benchmarks/preset_peaks.py")
 
 
 def test_the_peak_that_a_preset_states_fits_its_gpu() -> None:
@@ -105,12 +115,12 @@ def test_the_peak_that_a_preset_states_is_the_planned_one(name: str) -> None:
     (preset,) = (preset for preset in list_presets() if preset.name == name)
     gib, _ = peaks().planned(name)
     if preset.peak_gib is None:
-        pytest.skip(f"{gib:.1f} GiB planned, and its file tells none yet: benchmarks/preset_peaks.py --write")
+        pytest.skip(f"{gib:.1f} GiB planned, and its file states none yet: benchmarks/preset_peaks.py --write")
     assert preset.peak_gib == pytest.approx(gib, rel=0.01, abs=0.051)
 
 
-def test_a_stranger_below_is_planned_like_the_trained_adapter() -> None:
-    """`myllm-dpo` stands on a run that nobody has made yet."""
+def test_a_missing_adapter_below_is_planned_like_the_trained_one() -> None:
+    """`myllm-dpo` is on top of a run that does not exist yet."""
     (found,) = plan(load_any("myllm-dpo", "evaluate={}"), 0.0)
     assert any("nothing lies at runs/myllm-sft yet" in note for note in found.notes)
     (update,) = (phase.bytes for phase in found.phases if phase.name == "update")
@@ -123,3 +133,108 @@ def test_a_variant_is_shown_whole() -> None:
     )
     assert "extends: qwen2.5-7b-dpo" in written and "beta" not in written
     assert "extends" not in whole and "beta: 0.1" in whole and "model: Qwen/Qwen3-8B" in whole
+
+
+def test_the_generated_tables_are_up_to_date() -> None:
+    script = load_script("scripts/presets_table.py")
+    page = script.render()
+    assert page == script.PAGE.read_text(encoding="utf-8"), "run scripts/presets_table.py"
+    assert all(f"| `{name}` |" in page for name in NAMES)
+
+
+def choices() -> list[list[str]]:
+    """The rows of the table of values in docs/preset-choices.md."""
+    text = (ROOT / "docs" / "preset-choices.md").read_text(encoding="utf-8")
+    section = text[text.index("## The values") : text.index("## All algorithms")]
+    lines = [line for line in section.splitlines() if line.startswith("| `")]
+    return [[cell.strip().strip("`") for cell in line.strip("|").split("|")] for line in lines]
+
+
+def chosen_row(stage: Recipe) -> list[str]:
+    """The settings of a stage as the table writes them."""
+    train, adapter = stage.train, stage.adapters[stage.trained_adapter]
+    online = stage.algorithm in ("grpo", "ppo")
+    other = {
+        "sft": [],
+        "reward": [("center_rewards_coefficient", stage.reward.center_rewards_coefficient)],
+        "dpo": [("beta", stage.dpo.beta), ("sft_coef", stage.dpo.sft_coef or None)],
+        "grpo": [("beta", stage.grpo.beta)],
+        "ppo": [
+            ("kl_coef", stage.ppo.kl_coef),
+            ("kl_target", stage.ppo.kl_target),
+            ("value_learning_rate", stage.ppo.value_learning_rate),
+            ("num_ppo_epochs", stage.ppo.num_ppo_epochs),
+            ("target_kl", stage.ppo.target_kl),
+        ],
+    }[stage.algorithm]
+    return [
+        str(adapter.r),
+        f"{adapter.lora_alpha:g}",
+        short(train.learning_rate),
+        f"{train.prompts_per_step} x {stage.rollout.num_generations}" if online else str(train.global_batch_size),
+        f"{train.max_steps} steps"
+        if online
+        else f"{train.num_train_epochs:g} epoch{'s' * (train.num_train_epochs != 1)}",
+        str(train.warmup_steps),
+        ", ".join(f"`{name}` {short(value)}" for name, value in other if value is not None),
+    ]
+
+
+def short(number: float) -> str:
+    """5e-06 as 5e-6, and a rate always with an exponent."""
+    text = f"{number:.0e}" if number < 0.01 else f"{number:g}"
+    return text.replace("e-0", "e-")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_preset_has_the_values_of_the_page(name: str) -> None:
+    for stage in stages_of(name):
+        rows = [row for row in choices() if row[0] == stage.algorithm and fnmatch.fnmatch(name, row[1])]
+        written = [*rows[-1][2:8], rows[-1][8]]
+        assert [cell.replace("`", "") for cell in written] == [cell.replace("`", "") for cell in chosen_row(stage)]
+
+
+def test_every_row_of_the_page_is_used() -> None:
+    used = set()
+    for name in NAMES:
+        for stage in stages_of(name):
+            rows = [n for n, row in enumerate(choices()) if row[0] == stage.algorithm and fnmatch.fnmatch(name, row[1])]
+            used.add(rows[-1])
+    assert used == set(range(len(choices())))
+
+
+@pytest.mark.parametrize("algorithm", sorted(DEFAULT_LEARNING_RATES))
+def test_a_recipe_without_a_rate_gets_that_of_the_presets(algorithm: str) -> None:
+    online, pairs = algorithm in ("grpo", "ppo"), algorithm in ("reward", "dpo")
+    dataset = "builtin:arithmetic-preferences" if pairs else "builtin:arithmetic"
+    recipe: dict[str, Any] = {
+        "algorithm": algorithm,
+        "data": {"train": [{"dataset": dataset}]},
+        "train": {"max_steps": 1},
+        **({"rewards": [{"name": "answer"}]} if online else {}),
+    }
+    found = Recipe.from_dict(recipe).train.learning_rate
+    (preset,) = stages_of(f"qwen2.5-7b-{algorithm}")
+    assert found == DEFAULT_LEARNING_RATES[algorithm] == preset.train.learning_rate
+    given = Recipe.from_dict({**recipe, "train": {"max_steps": 1, "learning_rate": 0.5}})
+    assert given.train.learning_rate == 0.5 and Recipe.from_dict(given.to_dict()) == given
+
+
+@pytest.mark.slow
+def test_the_sweep_runs(tmp_path: Path) -> None:
+    file = tmp_path / "sweep.jsonl"
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "benchmarks" / "preset_sweep.py"), "--tiny", "--json", str(file), "sft", "dpo"],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        cwd=ROOT,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    cells = [json.loads(line) for line in file.read_text().splitlines()]
+    assert [(cell["algorithm"], cell["steps"]) for cell in cells] == [("sft", 2)] * 12 + [("dpo", 2)] * 4
+    first = {cell["r"]: cell["after"] for cell in cells if cell["learning_rate"] == 2e-4}
+    assert max(first.values()) - min(first.values()) < 0.01, (
+        "with a fixed alpha the first steps hardly depend on the rank"
+    )
+    assert "| r 64 |" in done.stdout and "| learning rate | exact answers: SFT | after dpo |" in done.stdout

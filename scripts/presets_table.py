@@ -1,0 +1,120 @@
+"""The generated part of docs/presets.md: tables of all presets, from the preset files.
+
+    PYTHONPATH=. python scripts/presets_table.py           # writes the page
+    PYTHONPATH=. python scripts/presets_table.py --check   # returns 1 where the page is not up to date
+
+Only what is between the two markers is generated; the text around it is written by hand. Peaks are those that the
+preset files state; `benchmarks/preset_peaks.py` plans them and compares them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+from itertools import groupby
+from pathlib import Path
+
+from lowrank_tune.recipe import Chain, Preset, find_preset, list_presets, load_any
+
+PAGE = Path(__file__).parent.parent / "docs" / "presets.md"
+BEGIN, END = "<!-- generated: begin -->", "<!-- generated: end -->"
+COLUMNS = ("sft", "reward", "dpo", "grpo", "ppo", "preference", "rlvr", "rlhf")
+GPU_SIZES_GIB = (8, 12, 16, 24)
+ROUNDED_GIB = 0.05  # the files state one decimal
+PEAK_PHASE = re.compile(r"^# Planned peak: [\d.]+ GiB \(([^)]*)\)", re.MULTILINE)
+
+
+def base_table(presets: list[Preset]) -> str:
+    """GiB by base and by algorithm or chain."""
+    by_base: dict[str, dict[str, str]] = {}
+    for preset in presets:
+        base, _, what = preset.name.rpartition("-")
+        by_base.setdefault(base, {})[what] = "" if preset.peak_gib is None else f"{preset.peak_gib:.1f}"
+    lines = [f"| `NAME-` | {' | '.join(f'`{what}`' for what in COLUMNS)} |", "|---|" + "---|" * len(COLUMNS)]
+    lines += [
+        f"| `{base}` | {' | '.join(cells.get(what, '') for what in COLUMNS)} |" for base, cells in by_base.items()
+    ]
+    return "\n".join(lines)
+
+
+def datasets_of(preset: Preset) -> str:
+    """The training data sets of a preset, each once, in the order of its stages."""
+    loaded = load_any(preset.name)
+    stages = loaded.stages if isinstance(loaded, Chain) else (loaded,)
+    names = (source.dataset for stage in stages for source in stage.data.train)
+    return ", ".join(f"`{name.rpartition('/')[2]}`" for name in dict.fromkeys(names))
+
+
+def preset_tables(presets: list[Preset]) -> str:
+    """Every preset with its description and its data sets, under the size of its base."""
+    parts = []
+    for group, members in groupby(presets, key=lambda preset: preset.group):
+        lines = [f"### {group}", "", "| preset | what | data sets | GiB |", "|---|---|---|---|"]
+        for preset in members:
+            peak = "" if preset.peak_gib is None else f"{preset.peak_gib:.1f}"
+            lines.append(f"| `{preset.name}` | {preset.description} | {datasets_of(preset)} | {peak} |")
+        parts.append("\n".join(lines))
+    return "\n\n".join(parts)
+
+
+def size_table(presets: list[Preset]) -> str:
+    """For each GPU size the presets whose peak is in an update: it does not depend on the size of the GPU."""
+    fixed = [preset for preset in presets if preset.peak_gib is not None and _peaks_in_update(preset)]
+    lines = ["| GPU | presets that fit without a change, besides those of the rows above |", "|---|---|"]
+    smaller = 0
+    for size in GPU_SIZES_GIB:
+        fitting = [preset.name for preset in fixed if smaller < (preset.peak_gib or 0.0) + ROUNDED_GIB <= size]
+        lines.append(f"| {size} GB | {', '.join(f'`{name}`' for name in fitting) or 'none'} |")
+        smaller = size
+    return "\n".join(lines)
+
+
+def _peaks_in_update(preset: Preset) -> bool:
+    found = PEAK_PHASE.search(find_preset(preset.name).read_text(encoding="utf-8"))
+    return found is not None and found[1].endswith("update")
+
+
+def generated() -> str:
+    """What stands between the markers."""
+    presets = list_presets()
+    large = [preset for preset in presets if preset.billions]
+    return "\n\n".join(
+        (
+            "## Planned memory",
+            base_table(large),
+            "GiB of a 24 GiB GPU, as planned; of a chain its worst stage.",
+            "## SFT, reward models and DPO by GPU memory",
+            size_table(large),
+            "## All presets",
+            preset_tables(presets),
+        )
+    )
+
+
+def render() -> str:
+    """The whole page as it should be: its text with the generated part brought up to date."""
+    text = PAGE.read_text(encoding="utf-8")
+    before, begin, rest = text.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not begin or not end:
+        raise SystemExit(f"{PAGE}: the markers {BEGIN} and {END} are missing")
+    return f"{before}{BEGIN}\n\n{generated()}\n\n{END}{after}"
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="compare only; return 1 where the page is not up to date")
+    options = parser.parse_args(arguments)
+    page = render()
+    if options.check:
+        if page != PAGE.read_text(encoding="utf-8"):
+            print(f"{PAGE} is not up to date: run scripts/presets_table.py", file=sys.stderr)
+            return 1
+        return 0
+    PAGE.write_text(page, encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
