@@ -122,7 +122,7 @@ def git_faults(root: Path, version: str) -> list[str]:
     faults = []
     if changes:
         names = ", ".join(change[3:] for change in changes[:5]) + (", ..." if len(changes) > 5 else "")
-        faults.append(f"{len(changes)} changes are not committed: {names}")
+        faults.append(f"changes that are not committed: {names}")
     if run_command(["git", "tag", "--list", tag_of(version)], root).strip():
         faults.append(f"the tag {tag_of(version)} exists; raise the version in {VERSION_FILE}")
     return faults

@@ -262,7 +262,7 @@ def test_a_planted_fault_of_the_changelog_is_found(repository: Path, old: str, n
 def test_changes_that_are_not_committed_are_found(repository: Path) -> None:
     (repository / "new.py").touch()
     (repository / "CHANGELOG.md").write_text(CHANGELOG + "- C.\n")
-    assert check_repository(repository) == ["2 changes are not committed: CHANGELOG.md, new.py"]
+    assert check_repository(repository) == ["changes that are not committed: CHANGELOG.md, new.py"]
 
 
 def test_a_tag_that_exists_is_found(repository: Path) -> None:
@@ -290,7 +290,7 @@ def test_all_faults_are_reported_at_once_and_no_tag_is_set(
     assert release.main([], repository) == 2
     lines = capsys.readouterr().err.splitlines()
     assert [line.split(":")[0] for line in lines] == [
-        "1 changes are not committed",
+        "changes that are not committed",
         "CHANGELOG.md",
         "a fault of the wheel",
     ]
@@ -462,6 +462,7 @@ def test_the_installed_wheel_checks_the_machine(command_line: Any) -> None:
 
 @pytest.mark.slow
 def test_the_installed_wheel_trains(command_line: Any, tmp_path: Path) -> None:
-    assert "runs/tiny-sft" in command_line("run", "tiny-sft", "train.num_train_epochs=null", "train.max_steps=2")
+    short = ("train.max_steps=2", "evaluate.num_prompts=8", "evaluate.num_samples=1")
+    assert "runs/tiny-sft" in command_line("run", "tiny-sft", *short)
     run = tmp_path / "empty" / "runs" / "tiny-sft"
     assert (run / "final" / "adapter_model.safetensors").is_file() and (run / "report.html").is_file()
