@@ -41,6 +41,9 @@ PATHS = {
 }
 """Where the keys of a section belong, if not under its own name."""
 
+BY_ALGORITHM = {"train.learning_rate"}
+"""Settings whose default depends on the algorithm; the description has the values."""
+
 INTRODUCTION = """\
 # Settings reference
 
@@ -73,8 +76,9 @@ def _section(name: str, prefix: str, schema: Schema, kinds: Schema) -> Iterator[
     yield "|---|---|---|---|"
     required = schema.get("required", [])
     for key, field in schema["properties"].items():
-        meaning = _meaning(f"{prefix}.{key}" if prefix else key, field, kinds)
-        yield f"| `{key}` | {_type_text(field)} | {_default_text(field, key in required)} | {meaning} |"
+        path_of_key = f"{prefix}.{key}" if prefix else key
+        default = "by algorithm" if path_of_key in BY_ALGORITHM else _default_text(field, key in required)
+        yield f"| `{key}` | {_type_text(field)} | {default} | {_meaning(path_of_key, field, kinds)} |"
     yield ""
 
 

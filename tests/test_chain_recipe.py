@@ -544,7 +544,7 @@ def test_differences() -> None:
     new["stages"][1]["adapters"]["reward"]["r"] = 2
     assert differences(old, new) == [
         "stages.reward.adapters.reward.r: was 16, is 2",
-        "stages.dpo.train.learning_rate: was 0.0002, is 1.0",
+        "stages.dpo.train.learning_rate: was 5e-06, is 1.0",
     ]
     swapped = {**old, "stages": [old["stages"][index] for index in (1, 0, 2)]}
     assert differences(old, swapped) == ["stages: was 'sft -> reward -> dpo', is 'reward -> sft -> dpo'"]
