@@ -40,7 +40,7 @@ class TrainingConfig(Settings):
     warmup_steps: Annotated[int, Field(ge=0)] = 0
     """Steps over which the learning rate rises from 0."""
     optim: Literal["adamw", "adamw_8bit", "paged_adamw", "paged_adamw_8bit"] = "adamw"
-    """AdamW in fp32, or the 8-bit and paged ones of bitsandbytes, which need CUDA."""
+    """AdamW in fp32, or those of bitsandbytes: with 8-bit states, or paged ones, which need CUDA."""
     weight_decay: Annotated[float, Field(ge=0.0)] = 0.0
     """Decoupled weight decay of AdamW."""
     adam_beta1: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.9
