@@ -15,7 +15,6 @@ from typing import Any
 
 import pytest
 import typer
-import yaml
 from markdown import DOCS, PAGES, README, ROOT, Block, anchors, commands, fenced_blocks, inline_code, links
 
 from lowrank_tune.cli import app
@@ -169,7 +168,8 @@ def kit_commands(text: str) -> list[list[str]]:
     lines = [command for block in fenced_blocks(text, "sh") for command in commands(block)]
     inline = [Block("sh", code, 0) for code in inline_code(text) if code.startswith("lowrank-tune ")]
     lines += [command for block in inline for command in commands(block) if command[1:2] != command[1:]]
-    return [words for words in lines if Path(words[0]).name == "lowrank-tune" and words[1:] not in (["--version"], [])]
+    lines = [words for words in lines if words[1:]]
+    return [words for words in lines if Path(words[0]).name == "lowrank-tune" and words[1] != "--version"]
 
 
 @each_page
@@ -272,11 +272,6 @@ def test_the_site_builds_strictly(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
     pages = {file.stem for file in (tmp_path / "site").glob("*.html")}
     assert {page.stem for page in PAGES} <= pages
-    loaded = re.compile(r"<(?:script|link|img)[^>]+(?:src|href)=\"https?://(?!squidfunk)")
+    loaded = re.compile(r"<(?:script|link|img)[^>]+(?:src|href)=\"https?://")
     for file in (tmp_path / "site").glob("*.html"):
         assert loaded.findall(file.read_text(encoding="utf-8")) == [], file.name
-
-
-def test_settings_of_the_site_are_read_safely() -> None:
-    config = yaml.safe_load((ROOT / "mkdocs.yml").read_text(encoding="utf-8"))
-    assert config["theme"]["font"] is False and "offline" in config["plugins"]
