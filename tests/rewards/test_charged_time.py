@@ -220,7 +220,8 @@ def test_threads_and_children_count_also_when_they_have_ended(start: StartProgra
     program.stdout.readline()
     time.sleep(0.1)
     tree = read_tree([program.pid])
-    assert tree is not None and 0.43 < tree.cpu_seconds < 0.9 and not tree.runnable
+    # The kernel counts in hundredths and truncates user and system time of each process. Without one part it is 0.3.
+    assert tree is not None and 0.38 < tree.cpu_seconds < 0.9 and not tree.runnable
 
 
 NAMED = """
