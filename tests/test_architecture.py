@@ -16,7 +16,7 @@ import lowrank_tune
 
 PACKAGE = Path(lowrank_tune.__file__).parent
 ORDER = (
-    "errors events reward_hacking regex manifest paths unsloth_import settings types dist functional toy model data "
+    "errors events reward_hacking regex manifest paths unsloth_import settings types functional toy model data "
     "generation rewards algorithms recipe checkpoint assembly data_report validation score_completions "
     "signals trainer memory_planner stage export evaluation sinks trackers preflight ui runner chat doctor cli"
 ).split()

@@ -127,7 +127,7 @@ DESCRIPTIONS_BY_ALGORITHM = {
     },
     "grpo": {
         "reward": "mean reward of the completions, before any KL is taken off",
-        "heldout/accuracy": "share of held-out questions that the policy answers exactly, greedily (pass@1)",
+        "heldout/accuracy": "share of held-out questions that the policy answers exactly (pass@1)",
         "heldout/eos_rate": "share of those answers that end by themselves",
         "heldout/mean_length": "tokens of such an answer",
         "heldout/repetition": "share of sequences of four words that the same answer had already",
@@ -149,7 +149,7 @@ DESCRIPTIONS_BY_ALGORITHM = {
     "ppo": {
         "reward": "mean reward of the completions, before penalties and before any KL is taken off",
         "scores": "what stands at the last token: the reward, less the penalty of completions without an end",
-        "heldout/accuracy": "share of held-out questions that the policy answers exactly, greedily (pass@1)",
+        "heldout/accuracy": "share of held-out questions that the policy answers exactly (pass@1)",
         "heldout/eos_rate": "share of those answers that end by themselves",
         "heldout/mean_length": "tokens of such an answer",
         "heldout/repetition": "share of sequences of four words that the same answer had already",
