@@ -426,7 +426,7 @@ def test_rollouts_are_reported(tmp_path: Path) -> None:
         "0.100 \u2192 0.900",
         "reward, first and last step",
         "held-out exact",
-        "answers exactly, greedily (pass@1)",
+        "answers exactly (pass@1)",
         "tokens of a completion",
         "they give no gradient",
         "this reward by itself",
