@@ -7,15 +7,36 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+from typer.core import TyperArgument, TyperCommand, TyperGroup, TyperOption
 
 from lowrank_tune.errors import OutOfMemory, UserError
 
 INTERRUPTED = 130
+
+
+class _PlainTypes:
+    """Leaves the Python types of arguments and flags (`<list[str]>`, `<bool>`) out of a help page."""
+
+    def get_params(self, ctx: Any) -> list[Any]:
+        params: list[Any] = super().get_params(ctx)  # type: ignore[misc]
+        for param in params:
+            if isinstance(param, TyperArgument) or (isinstance(param, TyperOption) and param.is_flag):
+                vars(param)["display_type_rich"] = lambda ctx: None
+        return params
+
+
+class HelpCommand(_PlainTypes, TyperCommand): ...
+
+
+class HelpGroup(_PlainTypes, TyperGroup): ...
+
+
 app = typer.Typer(
+    cls=HelpGroup,
     no_args_is_help=True,
     add_completion=True,
     pretty_exceptions_enable=False,
@@ -33,7 +54,7 @@ class UiMode(StrEnum):
 
 
 Overrides = Annotated[
-    list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Settings to change, as train.learning_rate=1e-4.")
+    list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Settings to change, as train.learning_rate=1e-4.")
 ]
 Out = Annotated[Path | None, typer.Option("--out", help="Folder of the run; runs/NAME where it is not given.")]
 Ui = Annotated[UiMode, typer.Option("--ui", help="What to draw.")]
@@ -72,7 +93,7 @@ def report_user_errors(debug: bool) -> Iterator[None]:
     except KeyboardInterrupt as error:
         print("interrupted; what was saved is valid, and the same command continues from there", file=sys.stderr)
         raise typer.Exit(INTERRUPTED) from error
-    except typer.Exit:
+    except (typer.Exit, BrokenPipeError):  # of a closed pipe `main` knows
         raise
     except Exception as error:
         if debug:

@@ -36,7 +36,9 @@ NumSamples = Annotated[
 ]
 PassAtK = Annotated[
     list[int] | None,
-    typer.Option("--pass-at-k", min=1, help="Report pass@K beside pass@1; can be repeated. Default: --num-samples."),
+    typer.Option(
+        "--pass-at-k", min=1, metavar="K", help="Report pass@K beside pass@1; can be repeated. Default: --num-samples."
+    ),
 ]
 Temperature = Annotated[
     float | None, typer.Option("--temperature", min=0.0, help="0 is greedy, the default for one answer per prompt.")

@@ -12,7 +12,7 @@ from lowrank_tune.cli.common import Debug, Ui, UiMode, app, report_user_errors
 
 @app.command("watch")
 def watch_command(
-    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Folders of runs, or their events.jsonl.")],
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN", help="Folders of runs, or their events.jsonl.")],
     ui: Ui = UiMode.auto,
     debug: Debug = False,
 ) -> None:
@@ -36,9 +36,7 @@ def report_command(
 
 @app.command("compare")
 def compare_command(
-    runs: Annotated[
-        list[Path], typer.Argument(metavar="RUN RUN...", help="Folders of runs or chains, finished or not.")
-    ],
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN", help="Folders of runs or chains, finished or not.")],
     html: Annotated[
         Path | None, typer.Option("--html", help="File for the page; else compare.html beside RUN.")
     ] = None,

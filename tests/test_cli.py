@@ -1,0 +1,45 @@
+"""Laws of the command line as a whole: its help pages, and a pipe whose reader goes."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+from typer.testing import CliRunner
+
+from lowrank_tune.cli import PANELS, app
+
+WIDE = {"COLUMNS": "80", "TERMINAL_WIDTH": "80"}
+
+
+@pytest.mark.parametrize("command", ["schema", "presets", "presets show tiny-sft", "--help", "plan --help"])
+def test_a_pipe_whose_reader_has_gone_ends_a_command_without_a_message(command: str) -> None:
+    """As other programs end: by the code of SIGPIPE."""
+    read, write = os.pipe()
+    os.close(read)
+    try:
+        done = subprocess.run(
+            [sys.executable, "-m", "lowrank_tune", *command.split()], stdout=write, stderr=subprocess.PIPE, timeout=60
+        )
+    finally:
+        os.close(write)
+    assert (done.returncode, done.stderr) == (141, b"")
+
+
+def test_the_help_lists_each_command_in_a_panel_and_breaks_no_sentence() -> None:
+    page = CliRunner().invoke(app, ["--help"], env=WIDE).output
+    panels = [line for line in page.splitlines() if re.match("╭─ .* ─", line)]
+    assert [panel.strip("╭─╮ ") for panel in panels] == ["Options", *PANELS]
+    # a line of a description is followed by another one only where its first word did not fit
+    for line, following in zip(page.splitlines(), page.splitlines()[1:], strict=False):
+        if line.startswith("│ ") and re.match(r"│ {10}\w", following):
+            assert len(line[:-1].rstrip()) + 1 + len(following[10:].split()[0]) > 77, (line, following)
+
+
+@pytest.mark.parametrize("command", [command.name or "" for command in app.registered_commands])
+def test_no_help_page_shows_types_of_python(command: str) -> None:
+    page = CliRunner().invoke(app, [command, "--help"], env=WIDE).output
+    assert "list[" not in page and "<bool>" not in page and "[[" not in page and "......" not in page
