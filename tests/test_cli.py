@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
@@ -43,3 +44,39 @@ def test_the_help_lists_each_command_in_a_panel_and_breaks_no_sentence() -> None
 def test_no_help_page_shows_types_of_python(command: str) -> None:
     page = CliRunner().invoke(app, [command, "--help"], env=WIDE).output
     assert "list[" not in page and "<bool>" not in page and "[[" not in page and "......" not in page
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "chat {}",
+        "eval {}",
+        "merge {}",
+        "export {} --to peft",
+        "watch {}",
+        "report {}",
+        "compare runs/first {}",
+        "score {} --file x.jsonl",
+    ],
+)
+def test_a_run_that_is_not_there_brings_the_nearest_one(
+    command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("first", "second"):
+        (tmp_path / "runs" / name).mkdir(parents=True)
+        (tmp_path / "runs" / name / "run.json").write_text("{}")
+    for name, hint in (
+        ("runs/frist", "; did you mean `runs/first`?"),
+        ("./runs/zzz", "; runs here: runs/first, runs/second"),
+        ("runs/zzz/1-sft", "; runs here: runs/first, runs/second"),
+    ):
+        done = CliRunner().invoke(app, command.format(name).split())
+        assert done.exit_code == 2
+        assert done.output.replace("run or model", "run").strip() == f"{Path(name)}: there is no such run{hint}"
+
+
+def test_where_no_run_is_at_all_the_message_names_the_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    done = CliRunner().invoke(app, ["merge", "nope"])
+    assert (done.exit_code, done.output.strip()) == (2, "nope: there is no such run, and no run in runs/")

@@ -107,7 +107,7 @@ def test_a_pipe_gets_lines_without_an_escape_byte(run: Path) -> None:
         and output[-1] == END
         and any("step 96/96" in one for one in output)
     )
-    assert b"no run to watch" in piped(str(run / "nothing")).communicate(timeout=60)[1]
+    assert b"nothing: there is no such run" in piped(str(run / "nothing")).communicate(timeout=60)[1]
 
 
 STARTS = [

@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from lowrank_tune.cli.common import INTERRUPTED, Debug, app, loading_message, report_user_errors
+from lowrank_tune.cli.common import INTERRUPTED, Debug, app, check_run_or_model, loading_message, report_user_errors
 
 
 class VariantOption(StrEnum):
@@ -63,6 +63,7 @@ def chat_command(
     """Talk to what a run trained: adapters on, off, or both side by side. From a pipe: one question a line in, plain
     answers out."""
     with report_user_errors(debug):
+        check_run_or_model(name)
         with loading_message():
             from lowrank_tune.chat import SamplingOptions, chat
 

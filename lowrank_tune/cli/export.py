@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from lowrank_tune.cli.common import Debug, app, loading_message, report_user_errors
+from lowrank_tune.cli.common import Debug, app, check_run, loading_message, report_user_errors
 from lowrank_tune.cli.merge import MergeWeights, proof_table
 
 
@@ -79,6 +79,7 @@ def export_command(
 ) -> None:
     """Write what a run trained for llama.cpp, Ollama or PEFT, or push it to the Hugging Face hub (privately)."""
     with report_user_errors(debug):
+        check_run(run)
         with loading_message():
             from lowrank_tune.export.export import ExportOptions, export
             from lowrank_tune.export.hub import Upload

@@ -46,10 +46,10 @@ def plan_command(
         loaded = load_any(recipe, *(overrides or []))
         in_chain = isinstance(loaded, Chain)
         with loading_message():
-            from lowrank_tune.memory_planner import gpu_memory_gib, plan
+            from lowrank_tune.memory_planner import Plan, gpu_memory_gib, plan
             from lowrank_tune.ui.plan_view import show, worst_stage_line
 
-        console, plans = Console(highlight=False), []
+        console, plans = Console(highlight=False), list[Plan]()
         found_gib = None if device == PlanDevice.cpu else vram or gpu_memory_gib()
         vram_gib = 0.0 if device == PlanDevice.cpu else found_gib or DEFAULT_GPU_GIB
         for stage_plan in plan(loaded, vram_gib, device.value):
