@@ -95,9 +95,10 @@ def export_command(
         def show_upload(planned_upload: Upload) -> None:
             plain.close()
             visibility = "everybody can read" if planned_upload.public else "private"
+            repository = {True: "a new repository", False: "which is there", None: "not looked up: HF_HUB_OFFLINE"}
             print(
-                f"to {planned_upload.repo} ({'a new repository' if planned_upload.new else 'which is there'}, "
-                f"{visibility}): {planned_upload.size / 2**20:,.1f} MiB"
+                f"to {planned_upload.repo} ({repository[planned_upload.new]}, {visibility}): "
+                f"{planned_upload.size / 2**20:,.1f} MiB"
             )
             table = Table("file", "bytes", box=None)
             for name, size in planned_upload.files:
