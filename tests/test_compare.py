@@ -198,7 +198,7 @@ def test_wrong_input_in_one_sentence(tmp_path: Path) -> None:
         ([good], "compare needs two runs or more"),
         ([good, good], "is named 2 times"),
         ([good, good / "events.jsonl"], "is named 2 times"),
-        ([good, tmp_path / "none"], "none: it is no run folder"),
+        ([good, tmp_path / "none"], "none: there is no such run"),
         ([good, tmp_path / "empty"], "empty: it is no run folder"),
         ([good, tmp_path / "silent"], "holds no events"),
         ([good, tmp_path / "half"], "holds no events"),

@@ -636,7 +636,7 @@ def _shown(text: str) -> str:
         (["{run}"], b"\xff\xfe\n", "line 1 is not UTF-8"),
         (["{run}", "--top-p", "2"], "", "top_p: 2.0 cannot be"),
         (["{run}", "--bits", "16"], "", "was trained over 4 bits"),
-        (["no/such/run"], "", "there is no run or model no/such/run"),
+        (["no/such/run"], "", "no/such/run: there is no such run or model"),
         (["{run}x"], "", "did you mean `{run}`"),
         (["what ever"], "", "no name that a model of the hub could have"),
         (["{run}/run.json"], "", "is a file"),

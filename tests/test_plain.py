@@ -11,6 +11,7 @@ import sys
 import unicodedata
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -257,6 +258,7 @@ def test_a_chain_and_its_pairs_in_lines() -> None:
         "  rejected 2+2? -> five  [score -0.500]",
         "stage 2 of 3 done after step 9 in 1:00",
     ]
+    assert shown(replace(start, name="", stages=1)).startswith("run: reward of m, 9 steps")
 
 
 def test_remaining_time_counts_pauses() -> None:
@@ -291,6 +293,7 @@ def test_sparse_progress_in_a_pipe() -> None:
     ]
     assert progress((0, 0.0), (0, 100.0)) == []
     assert progress((0, 0.0), total=0) == ["loading: 0/0 (100 %)"]
+    assert progress((42, 0.0), total=40) == ["loading: 42/42 (100 %)"]  # rows that were dropped are read too
     assert progress((100, 0.0), (100, 1.0)) == ["loading: 100/100 (100 %)"] * 2  # the same job once more
 
 
@@ -428,15 +431,42 @@ def test_summary_has_the_status_and_the_folder(tmp_path: Path) -> None:
         f"in         {tmp_path}",
         "  final            the adapter, to load, merge or export",
         "  events.jsonl     everything that was measured",
+        "next",
+        f"  lowrank-tune chat {tmp_path}              talk to it",
+        f"  lowrank-tune eval {tmp_path}              measure it on held-out questions",
+        f"  lowrank-tune export {tmp_path} --to gguf  write it for llama.cpp",
+        f"  lowrank-tune report {tmp_path}            write report.html again",
     ]
     assert summary_table({}, tmp_path / "absent") == f"status     unknown\nin         {tmp_path / 'absent'}"
+
+
+def test_the_next_commands_are_those_for_what_was_trained() -> None:
+    def commands(**summary: Any) -> list[str]:
+        lines = summary_table(summary, Path("my runs/x")).splitlines()
+        return [line.split()[1] for line in lines if line.startswith("  lowrank-tune") and "'my runs/x'" in line]
+
+    assert commands(status="done", algorithm="reward") == ["score", "report"]
+    stages = [{"name": "a", "algorithm": "sft"}, {"name": "b", "algorithm": "reward"}]
+    assert commands(status="done", stages=stages) == ["chat", "eval", "export", "report"]
+    assert commands(status="interrupted", algorithm="sft") == []
+
+
+@pytest.mark.parametrize("width", [60, 80, 120])
+def test_a_summary_is_broken_between_values_and_words(width: int) -> None:
+    last = {"loss": 0.92, "kl": 0.01, "entropy": 0.2, "learning_rate": 5e-4, "grad_norm": 0.6, "accuracy": 0.8}
+    warning = "a/long-path/to/some_rows.jsonl (alpaca): 59 of 60 rows, 7071 tokens; dropped 1: malformed JSON (line 7)"
+    summary = {"status": "interrupted", "last": last | {"step": 3}, "warnings": [warning]}
+    whole, folded = (summary_table(summary, Path("runs/x"), size) for size in (None, width))
+    assert max(map(len, folded.splitlines())) <= width and folded.split() == whole.split()
+    for part in whole.splitlines()[1].split("  "):
+        assert part in folded  # `accuracy 80.0 %` stands on one line
 
 
 def test_summary_of_pairs_and_of_a_chain(tmp_path: Path) -> None:
     pairs = {"accuracy": 0.93, "calibration_error": 0.041, "length_correlation": -0.2}
     figures = "accuracy 93.0 %  calibration error 4.1 %  length correlation -0.20"
-    lines = summary_table({"status": "done", "heldout_pairs": pairs}, tmp_path).splitlines()
-    assert lines == ["status     done", "held-out pairs", f"  {figures}", f"in         {tmp_path}"]
+    lines = summary_table({"status": "interrupted", "heldout_pairs": pairs}, tmp_path).splitlines()
+    assert lines == ["status     interrupted", "held-out pairs", f"  {figures}", f"in         {tmp_path}"]
     for name in ("1-sft", "report.html"):
         (tmp_path / name).mkdir()
     stages = [

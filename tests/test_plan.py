@@ -30,9 +30,11 @@ from lowrank_tune.memory_planner.plan_report import Phase, Plan, needed
 from lowrank_tune.memory_planner.planner import decoding_phases, peaks_of, phases_in, phases_of, plan_of
 from lowrank_tune.memory_planner.rollouts import DecodingSpec
 from lowrank_tune.memory_planner.simulation import SimulationSpec, simulate
+from lowrank_tune.memory_planner.sizes import Sizes
 from lowrank_tune.memory_planner.specs import simulation_specs
 from lowrank_tune.model import configs
 from lowrank_tune.recipe import load_any
+from lowrank_tune.ui.plan_view import lines, worst_stage_line
 
 BENCHMARK = Path(__file__).parent.parent / "benchmarks" / "plan.py"
 CLOSE = 0.03
@@ -241,6 +243,50 @@ def test_the_command_reports_whether_it_fits() -> None:
         and unknown.output.strip().count("\n") == 0
         and "there is no folder ./nowhere" in unknown.output
     )
+
+
+def stage_plan(name: str, vram_gib: float, advice: str = "", **phases: float) -> Plan:
+    """A plan whose phases (`old_and_reference=...`) hold so many GiB of weights."""
+    held = tuple(Phase(phase.replace("_", " "), {"weights": round(size * 2**30)}) for phase, size in phases.items())
+    return Plan(name, "sft", "a model", 4, "cuda", 2, 2, Sizes(1, 512), held, round(vram_gib * 2**30), advice=advice)
+
+
+def test_what_fits_is_never_more_than_there_is() -> None:
+    """A phase that runs in smaller pieces does not count in the figure beside `fits`."""
+    split = stage_plan("", 8, update=6.9, validation=7.18)
+    assert split.fits and [phase.name for phase in split.split_phases] == ["validation"]
+    words = [str(line) for line in lines(split)]
+    assert words[1].startswith("fits: 7.93 of 8.00 GiB (tensors 6.90,")
+    assert words[2] == "validation runs in smaller pieces: at once it needs 8.22 GiB"
+    whole = stage_plan("", 9, update=6.9, validation=7.18)
+    assert str(lines(whole)[1]).startswith("fits: 8.22 of 9.00 GiB (tensors 7.18,") and not whole.split_phases
+    refused = stage_plan("", 7, update=6.9, validation=7.18)
+    assert not refused.fits and str(lines(refused)[1]).startswith("does not fit: 7.93 of 7.00 GiB")
+
+
+def test_the_advice_of_a_stage_names_its_settings() -> None:
+    advice = "fits with data.max_length=512 train.micro_batch_tokens=512"
+    refused = stage_plan("ppo", 7, advice, update=6.9)
+    assert str(lines(refused)[-1]) == advice
+    own = "fits with stages.ppo.data.max_length=512 stages.ppo.train.micro_batch_tokens=512"
+    assert str(lines(refused, in_chain=True)[-1]) == own
+
+
+def test_the_worst_stage_is_the_one_that_does_not_fit() -> None:
+    stages = [stage_plan("a", 24, update=15), stage_plan("b", 7, update=6.9), stage_plan("c", 24, update=14)]
+    assert str(worst_stage_line(stages)) == "worst stage: b, 7.93 of 7.00 GiB, does not fit"
+    assert str(worst_stage_line(stages[::2])) == "worst stage: a, 16.37 of 24.00 GiB, fits"
+    assert str(worst_stage_line([replace(stages[0], vram=0, device="cpu")])) == "worst stage: a, 15.00 GiB"
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_an_assumed_size_is_named() -> None:
+    assumed = CliRunner().invoke(app, ["plan", "tiny-sft", "evaluate={}"])
+    assert "no GPU found: 24 GiB are assumed" in assumed.output and assumed.exit_code == 0
+    given_size = CliRunner().invoke(app, ["plan", "tiny-sft", "evaluate={}", "--vram", "8"])
+    assert "assumed" not in given_size.output
+    cpu = CliRunner().invoke(app, ["plan", "tiny-sft", "evaluate={}", "--device", "cpu"])
+    assert cpu.output.rstrip().endswith("GiB of this machine's memory for tensors")
 
 
 @given(st.integers(1, 300), st.integers(1, 300), st.integers(0, 1000), st.integers(1, 50), st.integers(0, 20000))

@@ -95,6 +95,22 @@ def test_every_trouble_is_counted_with_its_lines(tmp_path: Path) -> None:
     assert sum(made.lengths.counts) == made.report.train_rows + made.report.validation_rows == 40
 
 
+def test_rows_that_are_too_long_have_a_bar_to_scale_and_a_cure(tmp_path: Path) -> None:
+    long = [{"question": "a" * 4000, "answer": "b"}] * 40
+    made = examined(write(tmp_path / "a.jsonl", [*ROWS[:20], *long]))
+    lines = [line.split() for line in printed(made).splitlines()]
+    bars = {tuple(line[:-2]): len(line[-2]) for line in lines if len(line) > 3 and "█" in line[-2]}
+    assert bars["over", "256"] == 40 == 2 * max(size for name, size in bars.items() if "to" in name)
+    used, rows = made.parts[0].used, made.parts[0].rows
+    words = f"20 of 60 rows used, {used - rows} set aside to validate with"
+    assert used > rows and words in " ".join(printed(made).split())
+    (fault,) = made.faults
+    cure = f"raise `data.max_length` (the longest row has {made.lengths.longest:,} tokens), or raise `data.max_invalid"
+    assert cure in fault and "mend" not in fault
+    (fault,) = examined(write(tmp_path / "b.jsonl", ["{broken"] * 3 + ROWS[:5])).faults
+    assert "; mend them, or raise" in fault and "max_length" not in fault
+
+
 def test_truncated_rows_are_named(tmp_path: Path) -> None:
     conversation = [{"role": role, "content": text} for text in ("one", "two " * 60) for role in ("user", "assistant")]
     made = examined(

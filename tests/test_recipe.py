@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 import subprocess
 import sys
 import time
@@ -123,7 +124,7 @@ def test_every_fault_at_once(write: Write) -> None:
 
 def test_missing_settings_stand_at_their_section(write: Write) -> None:
     assert faults_of(write("# a comment\nname: x\ndata:\n  max_length: 64\n")) == [
-        "my.yaml:2: algorithm: is missing",
+        "my.yaml:2: algorithm: is missing: one of sft, reward, dpo, ppo, grpo",
         "my.yaml:2: train.max_steps: is missing: give `train.max_steps` or `train.num_train_epochs`",
         "my.yaml:3: data.train: is missing",
     ]
@@ -166,6 +167,28 @@ def test_extends_that_leads_nowhere(write: Write, extends: str, message: str) ->
     assert message in faults_of(
         write(f"extends: {extends}\nalgorithm: sft\ndata: {{train: [{{dataset: builtin:arithmetic}}]}}\n")
     )
+
+
+@pytest.mark.parametrize(
+    ("name", "meant"),
+    [
+        ("my", "my.yaml"),
+        ("my.yml", "my.yaml"),
+        ("mine-7b", "mine-7.yaml"),
+        ("tiny-sft.yaml", "tiny-sft"),
+        ("tiny-stf", "tiny-sft"),
+        ("sub/ny.yaml", ""),
+        ("zzz", ""),
+    ],
+)
+def test_a_name_that_is_no_recipe_brings_the_nearest_one(write: Write, name: str, meant: str) -> None:
+    """A recipe file in the folder that the name leads to, or a preset; never all presets."""
+    write("extends: tiny-sft\n")
+    write("extends: tiny-sft\n", "mine-7.yaml")
+    with pytest.raises(UserError) as failed:
+        load_any(name)
+    found = re.search("did you mean `(.*)`", str(failed.value))
+    assert (found[1] if found else "") == meant and len(str(failed.value)) < 120
 
 
 def test_a_long_circle_and_a_long_chain(write: Write) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -16,8 +17,20 @@ from typer.testing import CliRunner
 
 from lowrank_tune import Recipe, UserError, run
 from lowrank_tune.cli import app
-from lowrank_tune.events import Evaluated, Event, GroupLogged, LogMessage, RunEnded, RunStarted, SampleLogged, StepEnd
+from lowrank_tune.events import (
+    CheckpointSaved,
+    Evaluated,
+    Event,
+    GroupLogged,
+    LogMessage,
+    RunEnded,
+    RunStarted,
+    SampleLogged,
+    StepEnd,
+)
 from lowrank_tune.sinks import to_json_line
+from lowrank_tune.ui.compare import read_runs
+from lowrank_tune.ui.compare.figures import rows
 from lowrank_tune.ui.report import page, read_chain, read_run_log, write_report
 from lowrank_tune.ui.report.charts import ChartLine, chart, downsample, format_tick, smooth
 from lowrank_tune.ui.report.plots import histogram_pair, reliability, scatter
@@ -733,3 +746,27 @@ def test_short_numbers() -> None:
         "12,345",
         "-3.5",
     ]
+
+
+@pytest.mark.parametrize("end", ["interrupted", "killed"])
+def test_the_wall_time_is_that_of_all_sessions(tmp_path: Path, end: str) -> None:
+    """Two sessions of 20 s with an hour between them: the first session counts and the hour does not."""
+    stopped = [RunEnded(time=120.0, status="interrupted", step=1, seconds=20.0)] if end == "interrupted" else []
+    events = [
+        LogMessage(time=100.0, message="loading"),
+        replace(started(), time=105.0),
+        replace(step(1, loss=1.0), time=119.0),
+        CheckpointSaved(time=120.0, step=1, path="step-1", seconds=1.0),
+        *stopped,
+        LogMessage(time=3720.0, message="loading"),
+        replace(started(), time=3725.0, resumed_from=1),
+        replace(step(2, loss=1.0), time=3740.0),
+    ]
+    record = read_run_log(write(tmp_path / "going-on", *events))
+    assert record.seconds == 40.0
+    finished = read_run_log(
+        write(tmp_path / "done", *events, RunEnded(time=3741.0, status="done", step=2, seconds=21.0))
+    )
+    assert finished.seconds == 41.0 and "0:41" in check(page(finished)).text
+    compared = dict(rows(read_runs([tmp_path / "done", tmp_path / "going-on"])))
+    assert compared["time"] == ["0:41", "0:40"]

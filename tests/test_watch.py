@@ -4,6 +4,7 @@ pipe."""
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import time
@@ -17,7 +18,10 @@ from lowrank_tune.errors import UserError
 from lowrank_tune.events import Event, LogMessage, RunEnded, RunStarted, StepEnd
 from lowrank_tune.sinks import to_json_line
 from lowrank_tune.ui.formatting import clock
+from lowrank_tune.ui.panes import View
+from lowrank_tune.ui.render import render
 from lowrank_tune.ui.run_paths import stage_folders
+from lowrank_tune.ui.text_layout import plain_text
 from lowrank_tune.ui.watch import Tail, Tails, WatchedRun, event_files, latest_event_file, read_events, watch
 from tests.test_live_screen import ENVIRON, PLAYER, Emulator, shell_is_sane
 
@@ -107,7 +111,34 @@ def test_a_pipe_gets_lines_without_an_escape_byte(run: Path) -> None:
         and output[-1] == END
         and any("step 96/96" in one for one in output)
     )
-    assert b"no run to watch" in piped(str(run / "nothing")).communicate(timeout=60)[1]
+    assert b"nothing: there is no such run" in piped(str(run / "nothing")).communicate(timeout=60)[1]
+
+
+def dead_process() -> int:
+    """The number of a process that has ended."""
+    process = subprocess.Popen([sys.executable, "-c", ""])
+    process.wait()
+    return process.pid
+
+
+def test_a_killed_run_has_an_ended_process(run: Path) -> None:
+    lines = RECORDED.splitlines(keepends=True)
+    (run / "events.jsonl").write_bytes(b"".join(lines[:-1]))
+    (run / ".lock").write_text(f"{os.getpid()}\n")
+    watched = WatchedRun(run / "events.jsonl", folder=run)
+    assert watched.poll() and watched.state.ended_process is None and not watched.poll()
+    process = dead_process()
+    (run / ".lock").write_text(f"{process}\n")
+    assert watched.poll() and watched.state.ended_process == process and not watched.poll()
+    now = watched.state.last_time + 5
+    words = f"process {process} has ended, no news for 0:05"
+    for width, height in ((100, 30), (40, 8)):
+        screen = plain_text(render(watched.state, View(now=now), width, height))
+        assert words[: width - 10] in screen and "ETA" not in screen
+    out, errors = piped(str(run)).communicate(timeout=60)
+    assert f"process {process} has ended before the run did" in out.decode() and not errors
+    (run / "events.jsonl").write_bytes(RECORDED)
+    assert watched.poll() and "has ended," not in plain_text(render(watched.state, View(now=now), 100, 30))
 
 
 STARTS = [

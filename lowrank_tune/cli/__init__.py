@@ -3,6 +3,8 @@ second."""
 
 from __future__ import annotations
 
+import os
+import sys
 from typing import Annotated
 
 import typer
@@ -10,6 +12,7 @@ import typer
 from lowrank_tune import __version__
 from lowrank_tune.cli import chat, checks, eval, examples, export, merge, monitor, plan, presets, run, score
 from lowrank_tune.cli.common import app
+from lowrank_tune.cli.help_pages import arrange_commands
 
 __all__ = [
     "app",
@@ -27,9 +30,10 @@ __all__ = [
     "score",
 ]
 
-COMMAND_ORDER = "demo run plan data score watch report compare chat eval merge export doctor schema".split()
-"""The commands in the order of `--help`."""
-app.registered_commands.sort(key=lambda command: COMMAND_ORDER.index(command.name or ""))
+CLOSED_PIPE = 128 + 13
+"""Exit code of a program that SIGPIPE ends, as a shell prints it."""
+
+arrange_commands(app)
 
 
 @app.callback(invoke_without_command=True)
@@ -40,4 +44,17 @@ def options(version: Annotated[bool, typer.Option("--version", help="Print the v
 
 
 def main() -> None:
-    app()
+    """Run the command line. If the reader of a pipe has closed it (`presets | head -1`), end without a message."""
+    try:
+        app()
+    except SystemExit as end:
+        closed = isinstance(end.__context__, BrokenPipeError)
+        try:
+            sys.stdout.flush()
+        except BrokenPipeError:
+            closed = closed or not end.code
+        if not closed:
+            raise
+        # else Python flushes stdout at its exit, meets the closed pipe again, and prints a message
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(CLOSED_PIPE)

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from enum import StrEnum
 from typing import Annotated, Literal
 
 import typer
 
-from lowrank_tune.cli.common import INTERRUPTED, Debug, app, loading_message, report_user_errors
+from lowrank_tune.cli.common import INTERRUPTED, Debug, app, check_run_or_model, loading_message, report_user_errors
 
 
 class VariantOption(StrEnum):
@@ -64,6 +63,7 @@ def chat_command(
     """Talk to what a run trained: adapters on, off, or both side by side. From a pipe: one question a line in, plain
     answers out."""
     with report_user_errors(debug):
+        check_run_or_model(name)
         with loading_message():
             from lowrank_tune.chat import SamplingOptions, chat
 
@@ -74,7 +74,3 @@ def chat_command(
         except KeyboardInterrupt as error:
             print("interrupted", file=sys.stderr)
             raise typer.Exit(INTERRUPTED) from error
-        # whoever read the answers has gone; Python must not find that out once more at its end
-        except BrokenPipeError as error:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            raise typer.Exit(1) from error

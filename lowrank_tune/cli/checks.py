@@ -49,7 +49,7 @@ def data_command(
 
 @app.command("doctor")
 def doctor_command(debug: Debug = False) -> None:
-    """Check this machine: Python, torch, the card, 4-bit arithmetic, versions, disk, terminal. Ends with 1 where
+    """Check this machine: Python, torch, the GPU, 4-bit arithmetic, versions, disk, terminal. Ends with 1 where
     something needed fails."""
     with report_user_errors(debug):
         from lowrank_tune.doctor import print_results, run_checks

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from difflib import get_close_matches
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
@@ -12,10 +13,13 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from lowrank_tune.cli.help_pages import HelpGroup
 from lowrank_tune.errors import OutOfMemory, UserError
 
 INTERRUPTED = 130
+
 app = typer.Typer(
+    cls=HelpGroup,
     no_args_is_help=True,
     add_completion=True,
     pretty_exceptions_enable=False,
@@ -33,7 +37,7 @@ class UiMode(StrEnum):
 
 
 Overrides = Annotated[
-    list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Settings to change, as train.learning_rate=1e-4.")
+    list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Settings to change, as train.learning_rate=1e-4.")
 ]
 Out = Annotated[Path | None, typer.Option("--out", help="Folder of the run; runs/NAME where it is not given.")]
 Ui = Annotated[UiMode, typer.Option("--ui", help="What to draw.")]
@@ -46,6 +50,32 @@ def check_output_file(path: Path | None) -> None:
         raise UserError(
             f"{path}: {'is a folder' if path.is_dir() else 'there is no such folder'}; give the path of a file to write"
         )
+
+
+RUNS = Path("runs")
+MAX_NAMES = 8
+"""Runs that a message lists."""
+
+
+def check_run(run: Path, what: str = "run") -> None:
+    """Raises UserError if there is nothing at `run`; the message names the runs that are near."""
+    if run.exists():
+        return
+    folders = dict.fromkeys([run.parent if run.parent.is_dir() and run.parent != Path() else RUNS, RUNS])
+    for folder in folders:
+        names = {found.parent.name: str(found.parent) for found in sorted(folder.glob("*/run.json"))}
+        if near := get_close_matches(run.name, names, n=1, cutoff=0.6):
+            raise UserError(f"{run}: there is no such {what}; did you mean `{names[near[0]]}`?")
+        if names:
+            listed = ", ".join([*names.values()][:MAX_NAMES]) + (", ..." if len(names) > MAX_NAMES else "")
+            raise UserError(f"{run}: there is no such {what}; runs here: {listed}")
+    raise UserError(f"{run}: there is no such {what}, and no run in {' or '.join(f'{folder}/' for folder in folders)}")
+
+
+def check_run_or_model(name: str) -> None:
+    """As `check_run`, for a name that can also be the id of a model: of those only paths are checked."""
+    if name.startswith((".", "/", "~")) or name.count("/") > 1 or Path(name).parts[:1] == (str(RUNS),):
+        check_run(Path(name).expanduser(), "run or model")
 
 
 @contextmanager
@@ -72,7 +102,7 @@ def report_user_errors(debug: bool) -> Iterator[None]:
     except KeyboardInterrupt as error:
         print("interrupted; what was saved is valid, and the same command continues from there", file=sys.stderr)
         raise typer.Exit(INTERRUPTED) from error
-    except typer.Exit:
+    except (typer.Exit, BrokenPipeError):  # of a closed pipe `main` knows
         raise
     except Exception as error:
         if debug:

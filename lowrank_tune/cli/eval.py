@@ -9,7 +9,15 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 from rich.console import Console
 
-from lowrank_tune.cli.common import INTERRUPTED, Debug, app, check_output_file, loading_message, report_user_errors
+from lowrank_tune.cli.common import (
+    INTERRUPTED,
+    Debug,
+    app,
+    check_output_file,
+    check_run_or_model,
+    loading_message,
+    report_user_errors,
+)
 from lowrank_tune.errors import UserError
 
 if TYPE_CHECKING:
@@ -36,7 +44,9 @@ NumSamples = Annotated[
 ]
 PassAtK = Annotated[
     list[int] | None,
-    typer.Option("--pass-at-k", min=1, help="Report pass@K beside pass@1; can be repeated. Default: --num-samples."),
+    typer.Option(
+        "--pass-at-k", min=1, metavar="K", help="Report pass@K beside pass@1; can be repeated. Default: --num-samples."
+    ),
 ]
 Temperature = Annotated[
     float | None, typer.Option("--temperature", min=0.0, help="0 is greedy, the default for one answer per prompt.")
@@ -112,6 +122,7 @@ def eval_command(
         if bits not in (None, base_bits):
             raise UserError(f"--bits {bits}: it is 4 or 16")
         check_output_file(out)
+        check_run_or_model(run_or_model)
         with loading_message():
             from lowrank_tune.evaluation import Options
 

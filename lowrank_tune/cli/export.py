@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from lowrank_tune.cli.common import Debug, app, loading_message, report_user_errors
+from lowrank_tune.cli.common import Debug, app, check_run, loading_message, report_user_errors
 from lowrank_tune.cli.merge import MergeWeights, proof_table
 
 
@@ -79,6 +79,7 @@ def export_command(
 ) -> None:
     """Write what a run trained for llama.cpp, Ollama or PEFT, or push it to the Hugging Face hub (privately)."""
     with report_user_errors(debug):
+        check_run(run)
         with loading_message():
             from lowrank_tune.export.export import ExportOptions, export
             from lowrank_tune.export.hub import Upload
@@ -94,9 +95,10 @@ def export_command(
         def show_upload(planned_upload: Upload) -> None:
             plain.close()
             visibility = "everybody can read" if planned_upload.public else "private"
+            repository = {True: "a new repository", False: "which is there", None: "not looked up: HF_HUB_OFFLINE"}
             print(
-                f"to {planned_upload.repo} ({'a new repository' if planned_upload.new else 'which is there'}, "
-                f"{visibility}): {planned_upload.size / 2**20:,.1f} MiB"
+                f"to {planned_upload.repo} ({repository[planned_upload.new]}, {visibility}): "
+                f"{planned_upload.size / 2**20:,.1f} MiB"
             )
             table = Table("file", "bytes", box=None)
             for name, size in planned_upload.files:

@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from lowrank_tune.cli.common import Debug, app, loading_message, report_user_errors
+from lowrank_tune.cli.common import Debug, app, check_run, loading_message, report_user_errors
 
 
 class MergeWeights(StrEnum):
@@ -44,6 +44,7 @@ def merge_command(
     """Merge what a run trained into its base, in bf16, and compare the result with what was trained. Ends with 1 where
     they differ."""
     with report_user_errors(debug):
+        check_run(run)
         with loading_message():
             from lowrank_tune.export import MergeReport, merge
             from lowrank_tune.ui.plain import LineLogger

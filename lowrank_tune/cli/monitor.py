@@ -7,17 +7,19 @@ from typing import Annotated
 
 import typer
 
-from lowrank_tune.cli.common import Debug, Ui, UiMode, app, report_user_errors
+from lowrank_tune.cli.common import Debug, Ui, UiMode, app, check_run, report_user_errors
 
 
 @app.command("watch")
 def watch_command(
-    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Folders of runs, or their events.jsonl.")],
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN", help="Folders of runs, or their events.jsonl.")],
     ui: Ui = UiMode.auto,
     debug: Debug = False,
 ) -> None:
     """Show runs that happen elsewhere, or happened; several beside each other."""
     with report_user_errors(debug):
+        for run in runs:
+            check_run(run)
         from lowrank_tune.ui.watch import watch
 
         watch(runs, plain=ui == UiMode.plain)
@@ -29,6 +31,7 @@ def report_command(
 ) -> None:
     """Write RUN/report.html anew: curves, samples, data, recipe, in one file for a browser."""
     with report_user_errors(debug):
+        check_run(run)
         from lowrank_tune.ui.report import write_report
 
         print(write_report(run))
@@ -36,9 +39,7 @@ def report_command(
 
 @app.command("compare")
 def compare_command(
-    runs: Annotated[
-        list[Path], typer.Argument(metavar="RUN RUN...", help="Folders of runs or chains, finished or not.")
-    ],
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN", help="Folders of runs or chains, finished or not.")],
     html: Annotated[
         Path | None, typer.Option("--html", help="File for the page; else compare.html beside RUN.")
     ] = None,
@@ -47,6 +48,8 @@ def compare_command(
     """Put runs side by side: curves, held-out results, and where their recipes differ; here, and as one page for a
     browser."""
     with report_user_errors(debug):
+        for run in runs:
+            check_run(run)
         from lowrank_tune.ui.compare import compare
 
         print(f"the page: {compare(runs, html)}")

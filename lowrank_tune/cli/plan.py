@@ -1,4 +1,4 @@
-"""Will it fit the card?"""
+"""Whether a run fits the GPU."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from lowrank_tune.cli.common import Debug, Overrides, app, loading_message, repo
 from lowrank_tune.errors import UserError
 
 DEFAULT_GPU_GIB = 24.0
-"""What is planned for where no card is here and nobody names one."""
+"""What is planned for where there is no GPU and no --vram."""
 
 
 class PlanDevice(StrEnum):
@@ -27,28 +27,40 @@ def plan_command(
     recipe: Annotated[str, typer.Argument(metavar="PRESET|FILE", help="A preset's name, or a recipe file.")],
     overrides: Overrides = None,
     vram: Annotated[
-        float | None, typer.Option("--vram", min=0.1, help="GiB of the card; by default the one that is here, else 24.")
+        float | None,
+        typer.Option(
+            "--vram",
+            min=0.1,
+            metavar="GIB",
+            help="Memory of the GPU. Default: that of this machine's GPU, or 24 without one.",
+        ),
     ] = None,
-    device: Annotated[PlanDevice, typer.Option("--device", help="Plan for a card, or for the CPU.")] = PlanDevice.cuda,
+    device: Annotated[PlanDevice, typer.Option("--device", help="Plan for a GPU, or for the CPU.")] = PlanDevice.cuda,
     debug: Debug = False,
 ) -> None:
-    """Say what a run will hold in memory, phase by phase, and what fits the card: from the recipe alone, without
-    weights or a GPU. Ends with 2 where it does not fit."""
+    """Print what a run will hold in memory, phase by phase, and whether it fits the GPU: from the recipe alone,
+    without weights or a GPU. Ends with 2 if it does not fit."""
     with report_user_errors(debug):
-        from lowrank_tune.recipe import load_any
+        from lowrank_tune.recipe import Chain, load_any
 
         loaded = load_any(recipe, *(overrides or []))
+        in_chain = isinstance(loaded, Chain)
         with loading_message():
-            from lowrank_tune.memory_planner import gpu_memory_gib, plan
-            from lowrank_tune.ui.plan_view import show
+            from lowrank_tune.memory_planner import Plan, gpu_memory_gib, plan
+            from lowrank_tune.ui.plan_view import show, worst_stage_line
 
-        console, fits = Console(highlight=False), True
-        for number, stage_plan in enumerate(
-            plan(loaded, 0.0 if device == PlanDevice.cpu else vram or gpu_memory_gib() or DEFAULT_GPU_GIB, device.value)
-        ):
-            if number:
+        console, plans = Console(highlight=False), list[Plan]()
+        found_gib = None if device == PlanDevice.cpu else vram or gpu_memory_gib()
+        vram_gib = 0.0 if device == PlanDevice.cpu else found_gib or DEFAULT_GPU_GIB
+        for stage_plan in plan(loaded, vram_gib, device.value):
+            if plans:
                 console.print()
-            show(stage_plan, console)
-            fits = fits and stage_plan.fits
-        if not fits:
+            show(stage_plan, console, in_chain)
+            plans.append(stage_plan)
+        if in_chain:
+            console.print()
+            console.print(worst_stage_line(plans))
+        if device == PlanDevice.cuda and found_gib is None:
+            console.print(f"no GPU found: {DEFAULT_GPU_GIB:.0f} GiB are assumed; --vram GIB plans for another size")
+        if not all(stage_plan.fits for stage_plan in plans):
             raise typer.Exit(UserError.exit_code)

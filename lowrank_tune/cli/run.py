@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+import sys
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -66,7 +68,8 @@ def demo_command(overrides: Overrides = None, out: Out = None, ui: Ui = UiMode.a
 def _print_summary(outcome: RunResult) -> None:
     from lowrank_tune.ui.summary import summary_table
 
-    print(summary_table(outcome.summary, outcome.folder))
+    width = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
+    print(summary_table(outcome.summary, outcome.folder, width))
     if outcome.status == "interrupted":
         print("interrupted and saved; the same command continues")
         raise typer.Exit(INTERRUPTED)

@@ -17,6 +17,7 @@ from lowrank_tune.cli.common import (
     Overrides,
     app,
     check_output_file,
+    check_run,
     loading_message,
     report_user_errors,
 )
@@ -58,8 +59,13 @@ def score_command(
     """Score completions with the rewards of a recipe, or with the reward model of a run. Exits with 1 if a run would
     stop at the failures of the rewards."""
     with report_user_errors(debug):
+        from lowrank_tune.recipe.extends import SUFFIXES
+
         check_output_file(out)
-        if not Path(recipe_or_run).is_dir():
+        path = Path(recipe_or_run)
+        if len(path.parts) > 1 and path.suffix not in SUFFIXES:
+            check_run(path)  # no preset's name, no recipe file
+        if not path.is_dir():
             _score_with_rewards(recipe_or_run, overrides or [], file, limit, out)
             return
         unused = [*(["--limit"] if limit is not None else []), *(overrides or [])]
@@ -70,7 +76,7 @@ def score_command(
             )
         if file is None:
             raise UserError(f"{recipe_or_run} is a folder, so it is read as a run: --file is required")
-        _score_with_reward_model(Path(recipe_or_run), file, out)
+        _score_with_reward_model(path, file, out)
 
 
 def _score_with_rewards(

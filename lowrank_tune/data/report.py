@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -78,14 +79,22 @@ class SourceReport:
 
     def fault(self, max_invalid_fraction: float) -> str | None:
         """Why training must not begin: too little of the source can be used."""
+        limit = self._limit_to_raise()
         if not self.used:
-            return f"{self.name}: none of its {self.read} rows can be used: {self.reasons()}"
+            return f"{self.name}: none of its {self.read} rows can be used: {self.reasons()}" + (limit and f"; {limit}")
         if self.num_dropped > max_invalid_fraction * self.read:
             return (
                 f"{self.name}: {self.num_dropped} of {self.read} rows cannot be used: {self.reasons()}; "
-                "mend them, or raise `data.max_invalid_fraction` to go on without them"
+                f"{limit or 'mend them'}, or raise `data.max_invalid_fraction` to go on without them"
             )
         return None
+
+    def _limit_to_raise(self) -> str:
+        """What to raise where most of the rows that cannot be used are too long, or an empty string."""
+        reason = max(self.dropped, key=lambda reason: self.dropped[reason].count, default="")
+        limit = re.match(r"longer than (data\.\w+)", reason)
+        longest = f" (the longest row has {self.longest:,} tokens)" if self.longest else ""
+        return f"raise `{limit[1]}`{longest}" if limit else ""
 
     def check(self, max_invalid_fraction: float) -> None:
         """Raises `UserError` where too little of the source can be used."""

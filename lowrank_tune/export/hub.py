@@ -4,7 +4,7 @@ otherwise."""
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,12 +23,13 @@ NETWORK_PACKAGES = ("huggingface_hub", "httpx", "httpx2", "httpcore", "httpcore2
 
 @dataclass(frozen=True)
 class Upload:
-    """What will go where: names with their sizes in bytes, and whether everybody can read it then."""
+    """What will go where: names with their sizes in bytes, and whether everybody can read it then. `new` is None where
+    the hub was not asked whether there is such a repository."""
 
     repo: str
     files: Sequence[tuple[str, int]]
     public: bool
-    new: bool
+    new: bool | None
 
     @property
     def size(self) -> int:
@@ -40,15 +41,17 @@ def push(folder: Path, repo: str, public: bool, show: Callable[[Upload], None], 
     will go before it does.
 
     Raises UserError where it must not or cannot be, TrainingError where the hub or the network fails. A repository that
-    is there and public is never written without `public`.
+    is there and public is never written without `public`. Where HF_HUB_OFFLINE is set, `dry_run` asks the hub nothing.
     """
-    token = _token(repo)
-    api = HfApi(token=token, library_name="lowrank_tune", library_version=__version__)
-    with _as_user_error(repo, token):
-        try:
-            existing: Any = api.repo_info(repo)
-        except RepositoryNotFoundError:
-            existing = None
+    _check_name(repo)
+    if constants.HF_HUB_OFFLINE and not dry_run:
+        raise UserError("nothing can be pushed while HF_HUB_OFFLINE is set")
+    token = "" if constants.HF_HUB_OFFLINE else _token()
+    api = HfApi(token=token or False, library_name="lowrank_tune", library_version=__version__)
+    existing: Any = None
+    if token:
+        with _as_user_error(repo, token), suppress(RepositoryNotFoundError):
+            existing = api.repo_info(repo)
     if existing is not None and existing.private is not True and not public:
         raise UserError(
             f"{repo} is on the hub already and everybody can read it: --public pushes to it all the same, or name "
@@ -63,7 +66,10 @@ def push(folder: Path, repo: str, public: bool, show: Callable[[Upload], None], 
         (str(path.relative_to(folder)), path.stat().st_size) for path in sorted(folder.rglob("*")) if path.is_file()
     ]
     upload = Upload(
-        repo, [(name, size) for name, size in files if name not in EXCLUDED_FILES], public, existing is None
+        repo,
+        [(name, size) for name, size in files if name not in EXCLUDED_FILES],
+        public,
+        existing is None if token else None,
     )
     show(upload)
     address = f"{api.endpoint}/{repo}"
@@ -81,19 +87,20 @@ def push(folder: Path, repo: str, public: bool, show: Callable[[Upload], None], 
     return address
 
 
-def _token(repo: str) -> str:
+def _check_name(repo: str) -> None:
     try:
         validate_repo_id(repo)
     except ValueError as error:
         raise UserError(f"--repo: {repo!r} is no name of a repository: write user/name") from error
     if "/" not in repo:
-        raise UserError(f"--repo: {repo!r} says not whose it is: write user/name")
-    if constants.HF_HUB_OFFLINE:
-        raise UserError("nothing can be pushed while HF_HUB_OFFLINE is set")
+        raise UserError(f"--repo: {repo!r} is without its owner: write user/name")
+
+
+def _token() -> str:
     token = get_token()
     if not token:
         raise UserError(
-            "the hub does not know you: `hf auth login` first, or set HF_TOKEN, with a token that may write"
+            "there is no token for the hub: `hf auth login` first, or set HF_TOKEN, with a token that may write"
         )
     return str(token)
 

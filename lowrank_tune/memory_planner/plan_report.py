@@ -1,4 +1,4 @@
-"""A plan: what each phase of a run holds at its highest point, and whether the card has room for it."""
+"""A plan: what each phase of a run holds at its highest point, and whether the GPU has room for it."""
 
 from __future__ import annotations
 
@@ -73,15 +73,28 @@ class Plan:
         return self.peak_phase.total
 
     @property
+    def split_phases(self) -> tuple[Phase, ...]:
+        """Phases that run in smaller pieces, because at once they need more than there is."""
+        return tuple(
+            phase
+            for phase in self.phases
+            if phase.name in SPLITTABLE_PHASES and 0 < self.vram < needed(phase.total, self.device)
+        )
+
+    @property
+    def unsplit_peak(self) -> int:
+        """Bytes of tensors at the highest point of the phases that run whole."""
+        return max((phase.total for phase in self.phases if phase not in self.split_phases), default=0)
+
+    @property
     def needed(self) -> int:
         """Bytes that the device must have for it."""
-        return needed(self.peak, self.device)
+        return needed(self.unsplit_peak, self.device)
 
     @property
     def fits(self) -> bool:
         """Whether nothing that must be held at once is more than there is."""
-        required = max((phase.total for phase in self.phases if phase.name not in SPLITTABLE_PHASES), default=0)
-        return not self.vram or needed(required, self.device) <= self.vram
+        return not self.vram or self.needed <= self.vram
 
 
 def needed(peak: int, device: str) -> int:

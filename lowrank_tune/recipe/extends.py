@@ -9,9 +9,11 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
+from difflib import get_close_matches
 from pathlib import Path as File
 
-from lowrank_tune.errors import ConfigError, ConfigProblem, UserError, did_you_mean
+from lowrank_tune.errors import ConfigError, ConfigProblem, UserError
 from lowrank_tune.recipe.rules import MUTUALLY_EXCLUSIVE
 from lowrank_tune.recipe.strict_yaml import parse_scalar, parse_yaml
 from lowrank_tune.recipe.yaml_nodes import Node, Path, SourcePosition, find_node, invalid_text, remove_key
@@ -40,9 +42,19 @@ def find_preset(name: str) -> File:
         for folder in preset_folders():
             if (file := folder / f"{name}.yaml").is_file():
                 return file
-    names = preset_names()
-    hint = did_you_mean(name, names) or f"; there are {', '.join(names) or 'none'} (a file's name ends in .yaml)"
+    hint = near_recipe(File(name)) or "; `lowrank-tune presets` lists them (a file's name ends in .yaml)"
     raise UserError(f"no preset is called {name!r:.80}{hint}")
+
+
+def near_recipe(file: File) -> str:
+    """ "; did you mean `my.yaml`?" for the recipe file beside it, or the preset, whose name is nearest; or an empty
+    string."""
+    names = {name: name for name in preset_names()}
+    with suppress(OSError, ValueError):
+        names |= {other.stem: display_path(other) for other in file.parent.iterdir() if other.suffix in SUFFIXES}
+    stem = file.stem if file.suffix in SUFFIXES else file.name
+    matches = get_close_matches(stem, names, n=1, cutoff=0.6)
+    return f"; did you mean `{names[matches[0]]}`?" if matches else ""
 
 
 def is_file_name(text: str) -> bool:
@@ -65,7 +77,7 @@ def read_file(file: File) -> bytes:
             raise UserError(f"{display_path(file)}: is a folder, and a recipe is a YAML file")
         return file.read_bytes()
     except FileNotFoundError:
-        raise UserError(f"{display_path(file)}: there is no such file") from None
+        raise UserError(f"{display_path(file)}: there is no such file{near_recipe(file)}") from None
     except (OSError, ValueError) as error:
         raise UserError(f"{str(file)!r:.200}: cannot be read: {getattr(error, 'strerror', None) or error}") from None
 

@@ -439,8 +439,9 @@ def format_error(model: type[BaseModel], error: ErrorDetails, path: Path, value:
     """One of pydantic's errors, for people."""
     kind, limits = error["type"], error.get("ctx", {})
     pattern_message = PATTERN_MESSAGES.get(str(path[-1]) if len(path) == 1 else "", PATTERN_MESSAGES[""])
+    choices = [kind for kind in annotations_at(model, path) if get_origin(kind) is Literal]
     simple = {
-        "missing": "is missing",
+        "missing": f"is missing: {describe_expected(model, path)}" if choices else "is missing",
         "finite_number": f"must be a finite number, found {describe_value(value)}",
         "greater_than": f"must be greater than {limits.get('gt')}, found {describe_value(value)}",
         "greater_than_equal": f"must be at least {limits.get('ge')}, found {describe_value(value)}",

@@ -96,6 +96,7 @@ def _mixture(data_report: DataReport, unit: str, plain: bool) -> RenderableType:
             Text.assemble(
                 (escape_control_chars(part.name, 90), "cyan"),
                 (f"  {part.format}, {part.used:,} of {part.read:,} {unit}s used", QUIET),
+                (f", {part.used - part.rows:,} set aside to validate with" if part.used > part.rows else "", QUIET),
                 (ground_truths, QUIET),
             )
         )
@@ -121,12 +122,12 @@ def _measures(part: MixturePart, totals: Sequence[int], unit: str, plain: bool) 
 
 def _lengths(lengths: Lengths, unit: str, plain: bool) -> RenderableType:
     table = _grid("r", "l", "r")
-    largest = max(lengths.counts, default=0)
+    largest = max(*lengths.counts, lengths.over, 0)
     for low, high, count in zip(lengths.edges, lengths.edges[1:], lengths.counts, strict=False):
         table.add_row(
             f"{low + 1:,} to {high:,}", Text(bar(count / largest if largest else 0.0, 40, plain), "cyan"), f"{count:,}"
         )
-    shown = Text(bar(min(1.0, lengths.over / largest) if largest else 0.0, 40, plain), BAD)
+    shown = Text(bar(lengths.over / largest if largest else 0.0, 40, plain), BAD)
     table.add_row(f"over {lengths.limit:,}", shown, Text(f"{lengths.over:,}", BAD if lengths.over else GOOD))
     words = (
         f"half of the {unit}s have up to {lengths.median:,} tokens, 95 % up to {lengths.p95:,}; the longest read "

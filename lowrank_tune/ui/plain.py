@@ -95,9 +95,8 @@ class LineLogger:
         trained = f"{event.trainable:,} trained parameters"
         self._last_start = event
         stage = f", stage {event.stage} of {event.stages}" if event.stages > 1 else ""
-        self._print(
-            f"run {event.name}{stage}: {event.algorithm} of {event.model}{where}, {event.steps} steps, {trained}"
-        )
+        name = f" {event.name}" if event.name else ""  # a recipe made in Python can be without one
+        self._print(f"run{name}{stage}: {event.algorithm} of {event.model}{where}, {event.steps} steps, {trained}")
         for role, stack in event.roles.items():
             if role == "reference":
                 continue  # said in words below
@@ -140,7 +139,8 @@ class LineLogger:
     def _print_progress(self, event: Progress) -> None:
         """At the end of a job; before it a line for each tenth, but at most every 5 s; and where a tenth takes long,
         every minute."""
-        share = event.done / event.total if event.total else 1.0
+        total = max(event.done, event.total)  # more is read than was asked for where rows are dropped
+        share = event.done / total if total else 1.0
         last_share, when = self._last_progress.setdefault(event.description, (0.0, event.time))
         waited, left = event.time - when, ""
         if event.done >= event.total:
@@ -150,7 +150,7 @@ class LineLogger:
             left = f"  ETA {clock((1 - share) * waited / (share - last_share))}"
         else:
             return
-        self._print(f"{event.description}: {event.done:,}/{event.total:,} ({100 * share:.0f} %){left}")
+        self._print(f"{event.description}: {event.done:,}/{total:,} ({100 * share:.0f} %){left}")
 
     def _draw_bar(self, event: Progress) -> None:
         description = escape_control_chars(event.description, 40)
@@ -172,7 +172,7 @@ class LineLogger:
                 (0.0, 0.0),
             )
         over = event.done >= event.total
-        self._bar.update(self._task[1], completed=event.done, total=event.total)
+        self._bar.update(self._task[1], completed=event.done, total=max(event.done, event.total))
         if over or event.time - self._last_progress[description][1] >= 0.1:
             self._last_progress[description] = (0.0, event.time)
             self._bar.refresh()

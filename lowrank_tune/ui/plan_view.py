@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Sequence
+
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -11,23 +14,37 @@ from lowrank_tune.memory_planner.plan_report import (
     FRAGMENTATION,
     GIB,
     PURPOSES,
-    SPLITTABLE_PHASES,
     Plan,
+    needed,
 )
 from lowrank_tune.ui import escape_control_chars
 
 SHORT = {"optimizer": "optim.", "gradients": "grads", "activations": "activ.", "KV cache": "KV"}
 """Heads of columns, so that the table has room in 80 columns."""
 SMALL = GIB // 10  # below it figures are in MiB
+SETTING = re.compile(r"(?<![\w.])(?=(?:adapters|data|evaluate|rollout|train)\.\w)")
+"""Before a setting that each stage of a chain has for itself."""
 
 
-def show(plan: Plan, console: Console) -> None:
-    """The whole plan of one stage."""
+def show(plan: Plan, console: Console, in_chain: bool = False) -> None:
+    """The whole plan of a recipe, or of one stage of a chain."""
     for heading in headline(plan):
         console.print(Text(heading, "bold"))
     console.print(_table(plan))
-    for line in lines(plan):
+    for line in lines(plan, in_chain):
         console.print(line)
+
+
+def worst_stage_line(plans: Sequence[Plan]) -> Text:
+    """The stage of a chain that needs most of the memory there is, and whether it fits."""
+    worst = max(plans, key=lambda plan: (not plan.fits, plan.needed / (plan.vram or 1)))
+    name = f"worst stage: {escape_control_chars(worst.name)}"
+    if not worst.vram:
+        return Text(f"{name}, {worst.needed / GIB:.2f} GiB", "bold")
+    return Text(
+        f"{name}, {worst.needed / GIB:.2f} of {worst.vram / GIB:.2f} GiB, {'fits' if worst.fits else 'does not fit'}",
+        "bold green" if worst.fits else "bold red",
+    )
 
 
 def _table(plan: Plan) -> Table:
@@ -59,27 +76,24 @@ def headline(plan: Plan) -> tuple[str, str]:
     )
 
 
-def lines(plan: Plan) -> list[Text]:
-    """What binds, whether it fits, what would fit, and what to type."""
+def lines(plan: Plan, in_chain: bool = False) -> list[Text]:
+    """What binds, whether it fits, what would fit, and what to type; for a stage `stages.NAME.train...`."""
     binding = plan.peak_phase
     texts = [Text(f"most is held in: {binding.name}" + (f" ({binding.where})" if binding.where else ""))]
     if not plan.vram:
-        return [*texts, Text(f"tensors: {plan.peak / GIB:.2f} GiB")]
+        return [*texts, Text(f"needs {plan.peak / GIB:.2f} GiB of this machine's memory for tensors")]
     verdict = "fits" if plan.fits else "does not fit"
+    needed_gib, vram_gib, tensors_gib = plan.needed / GIB, plan.vram / GIB, plan.unsplit_peak / GIB
     texts.append(
         Text(
-            f"{verdict}: {plan.needed / GIB:.2f} of {plan.vram / GIB:.2f} GiB (tensors {plan.peak / GIB:.2f}, CUDA "
-            f"itself "
+            f"{verdict}: {needed_gib:.2f} of {vram_gib:.2f} GiB (tensors {tensors_gib:.2f}, CUDA itself "
             f"{CUDA_CONTEXT_BYTES / GIB:.2f}, lost {FRAGMENTATION:.0%})",
             "green" if plan.fits else "bold red",
         )
     )
-    if plan.fits and plan.needed > plan.vram:
-        texts.append(
-            Text(
-                f"{binding.name} goes through in smaller pieces" if binding.name in SPLITTABLE_PHASES else binding.name
-            )
-        )
+    for phase in plan.split_phases if plan.fits else ():
+        phase_gib = needed(phase.total, plan.device) / GIB
+        texts.append(Text(f"{phase.name} runs in smaller pieces: at once it needs {phase_gib:.2f} GiB"))
     if plan.max_micro_batch_size is not None and plan.fits_length is not None:
         texts.append(
             Text(
@@ -88,7 +102,7 @@ def lines(plan: Plan) -> list[Text]:
             )
         )
     if plan.advice:
-        texts.append(Text(plan.advice, "yellow"))
+        texts.append(Text(SETTING.sub(f"stages.{plan.name}.", plan.advice) if in_chain else plan.advice, "yellow"))
     return texts + [Text(note, "dim") for note in plan.notes]
 
 

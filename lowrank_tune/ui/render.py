@@ -75,9 +75,11 @@ def status(state: State, view: View) -> tuple[str, str]:
             f"{stage}{sanitize(state.ended.status)} in {clock(state.ended.seconds)}",
             "good" if state.ended.status == "done" else "bad",
         )
+    silent = view.now - state.last_time if view.now is not None and state.last_time else 0.0
+    if state.ended_process is not None:
+        return f"process {state.ended_process} has ended, no news for {clock(silent)}", "bad"
     if view.pending:
         return ", ".join(view.pending), "warning"
-    silent = view.now - state.last_time if view.now is not None and state.last_time else 0.0
     if silent > STALE_SECONDS:
         return f"no news for {clock(silent)}", "warning"
     if state.loading:
@@ -91,7 +93,7 @@ def _title(state: State, view: View, width: int) -> Line:
     if run is not None:
         stages = f"{dot}stage {run.stage} of {run.stages}: " if run.stages > 1 else dot
         name, model, device = (sanitize(text, view.ascii_only, 60) for text in (run.name, run.model, run.device))
-        line += [(name, "strong"), (f"{stages}{sanitize(run.algorithm, view.ascii_only)} of {model}", "")]
+        line += [(name or "run", "strong"), (f"{stages}{sanitize(run.algorithm, view.ascii_only)} of {model}", "")]
         line += [(f"{dot}{device}", "quiet")] if device else []
     status_text, style = status(state, view)
     status_text = f"  {status_text} "
@@ -132,7 +134,7 @@ def _progress(state: State, view: View, width: int) -> Line:
             f"{sanitize(state.job.description, view.ascii_only, 44)} {state.job.done:,}/{state.job.total:,}",
             *(facts if state.step else []),
         ]
-    elif state.seconds_left is not None and state.step < state.steps:
+    elif state.seconds_left is not None and state.step < state.steps and state.ended_process is None:
         facts.append(f"ETA {clock(state.seconds_left)}")
     if state.start_time is not None and state.ended is None:
         facts.append(f"for {clock(state.last_time - state.start_time)}")
@@ -145,7 +147,7 @@ def _progress(state: State, view: View, width: int) -> Line:
 
 
 def _resources(state: State, view: View, width: int) -> Line:
-    """Memory against the card, and where the time goes: that of the steps by their phases, and that of the run."""
+    """Memory of the GPU, and where the time goes: that of the steps by their phases, and that of the run."""
     line: Line = []
     if (used := state.memory_gib) is not None:
         total = state.started.memory_total_gib if state.started else 0.0
@@ -265,6 +267,7 @@ def _small(state: State, view: View, width: int) -> list[Line]:
         lines.append([(f"{sanitize(state.job.description, view.ascii_only)} {state.job.done}/{state.job.total}", "")])
     if run is not None:
         left = f", ETA {clock(state.seconds_left)}" if state.seconds_left is not None else ""
+        left = "" if state.ended_process is not None else left
         lines.append([(f"step {state.step}/{state.steps}{left}", "")])
     names = [
         name

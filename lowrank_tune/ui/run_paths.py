@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,19 @@ def stage_folders(path: Path) -> list[Path]:
     if (path / EVENTS).is_file():
         return [path]
     return [path / f"{number}-{name}" for number, name in enumerate(_names(path / "run.json"), 1)] or [path]
+
+
+def ended_process(path: Path) -> int | None:
+    """The process that wrote a run last, if no process of its number is on this machine; None where there is one, or
+    where the folder does not name it."""
+    try:
+        process = int((path / ".lock").read_text())
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return process
+    except (OSError, ValueError, OverflowError):
+        return None
+    return None
 
 
 def is_chain(path: Path) -> bool:

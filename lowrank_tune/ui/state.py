@@ -1,5 +1,5 @@
 """What a screen knows of a run. Only events change it, so that a live run, a followed file and a recorded one look the
-same."""
+same; but `ended_process`, of which the events of a killed run cannot say anything."""
 
 from __future__ import annotations
 
@@ -90,6 +90,7 @@ class State:
 
     started: RunStarted | None = None
     ended: RunEnded | None = None
+    ended_process: int | None = None  # of a followed run: the process that wrote it, if it has ended
     job: Progress | None = None
     step: int = 0
     steps: int = 0

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import shlex
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from lowrank_tune.ui import escape_control_chars
 from lowrank_tune.ui.formatting import clock, format_stats, percent
+from lowrank_tune.ui.text_layout import fold
+
+LABEL = 11  # cells before the values
 
 
-def summary_table(summary: Mapping[str, Any], folder: Path) -> str:
-    """The end of a run or a chain in lines: how it ended, its metrics, held-out figures, warnings, and where everything
-    lies. Inert."""
+def summary_table(summary: Mapping[str, Any], folder: Path, width: int | None = None) -> str:
+    """The end of a run or a chain in lines: how it ended, its metrics, held-out figures, warnings, where everything
+    lies, and what can be done with it next. Inert. Lines are broken at words before they reach `width`."""
     lines = [f"status     {escape_control_chars(str(summary.get('status', 'unknown')))}", *_figures_of(summary)]
     stages = [stage for stage in _listed(summary, "stages") if isinstance(stage, Mapping)]
     for stage in stages:
@@ -37,7 +41,27 @@ def summary_table(summary: Mapping[str, Any], folder: Path) -> str:
         for name, description in {**outputs, **_OUTPUTS}.items()
         if _output_exists(folder, name)
     ]
+    if width is not None:
+        lines = [fold(line, width, LABEL) for line in lines]
+    if summary.get("status") == "done":
+        lines += _next_lines(stages or [summary], folder)
     return "\n".join(lines)
+
+
+def _next_lines(stages: Sequence[Mapping[str, Any]], folder: Path) -> list[str]:
+    """The commands for what a run trained."""
+    run = escape_control_chars(shlex.quote(str(folder)))
+    if all(stage.get("algorithm") == "reward" for stage in stages):
+        commands = {f"score {run} --file rows.jsonl": "score answers with it"}
+    else:
+        commands = {
+            f"chat {run}": "talk to it",
+            f"eval {run}": "measure it on held-out questions",
+            f"export {run} --to gguf": "write it for llama.cpp",
+        }
+    commands[f"report {run}"] = "write report.html again"
+    size = max(map(len, commands))
+    return ["next", *(f"  lowrank-tune {command:{size}}  {words}" for command, words in commands.items())]
 
 
 def _listed(data: Mapping[str, Any], name: str) -> list[Any]:

@@ -3,6 +3,8 @@ here."""
 
 from __future__ import annotations
 
+import re
+import textwrap
 from collections.abc import Sequence
 
 from rich.cells import cell_len, set_cell_size
@@ -93,6 +95,14 @@ def wrap(text: str, width: int, lines: int) -> list[str]:
         rows.append(rest[:cut].rstrip())
         rest = rest[cut:].lstrip()
     return rows
+
+
+def fold(line: str, width: int, indent: int) -> str:
+    """A line broken before it reaches `width`; never within a word, nor between a name and its value where values are
+    two blanks apart. What follows is indented."""
+    joined = re.sub(r"(?<=\S) (?=\S)", "\0", line) if re.search(r"\S {2,}\S.* {2,}\S", line) else line
+    rows = textwrap.wrap(joined, width, subsequent_indent=" " * indent, break_long_words=False, break_on_hyphens=False)
+    return "\n".join(rows).replace("\0", " ")
 
 
 def _cut(text: str, width: int) -> int:

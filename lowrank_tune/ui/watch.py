@@ -13,12 +13,12 @@ from pathlib import Path
 
 from lowrank_tune.checkpoint.run_format import check_run_format
 from lowrank_tune.errors import UserError
-from lowrank_tune.events import Event, RunEnded, RunStarted, from_json
+from lowrank_tune.events import Event, LogMessage, RunEnded, RunStarted, from_json
 from lowrank_tune.ui.live_screen import LiveScreen
 from lowrank_tune.ui.panes import View
 from lowrank_tune.ui.plain import LineLogger
 from lowrank_tune.ui.render import render_several
-from lowrank_tune.ui.run_paths import EVENTS, is_chain, stage_folders
+from lowrank_tune.ui.run_paths import EVENTS, ended_process, is_chain, stage_folders
 from lowrank_tune.ui.state import State
 from lowrank_tune.ui.terminal import can_show
 from lowrank_tune.ui.text_layout import Line
@@ -95,21 +95,29 @@ class Tails:
 class WatchedRun:
     """One run, or a chain of stages, as it is seen from its files."""
 
-    def __init__(self, *paths: Path) -> None:
-        self.tails, self.state = Tails(paths), State()
+    def __init__(self, *paths: Path, folder: Path | None = None) -> None:
+        self.tails, self.state, self.folder = Tails(paths), State(), folder
 
     def poll(self) -> bool:
+        process = None if self.folder is None else ended_process(self.folder)  # before the last events are read
         anew, events = self.tails.poll()
         if anew:
             self.state = State()
         for event in events:
             self.state.apply(event)
-        return anew or bool(events)
+        changed = process != self.state.ended_process
+        self.state.ended_process = process
+        return anew or bool(events) or changed
 
 
 def event_files(run: Path) -> list[Path]:
     """The files of events of a run or a chain, from its folder, or itself. Raises UserError where there is no run."""
     return [folder / EVENTS for folder in stage_folders(run)] if is_chain(run) else [_single(run)]
+
+
+def run_folder(run: Path) -> Path:
+    """The folder of a run that is given by its folder, or by its file of events."""
+    return run if run.is_dir() else run.parent
 
 
 def latest_event_file(run: Path) -> Path:
@@ -133,9 +141,9 @@ def watch(runs: Sequence[Path], environ: Mapping[str, str] = os.environ, plain: 
         check_run_format(run)
     paths = [event_files(run) for run in runs]
     if plain or not can_show(sys.stdout, environ, forced=True):
-        _print_lines(paths)
+        _print_lines(paths, [run_folder(run) for run in runs])
         return
-    watched = [WatchedRun(*files) for files in paths]
+    watched = [WatchedRun(*files, folder=run_folder(run)) for run, files in zip(runs, paths, strict=True)]
     over, failures = threading.Event(), []
 
     def changed() -> bool:
@@ -167,17 +175,24 @@ def watch(runs: Sequence[Path], environ: Mapping[str, str] = os.environ, plain: 
         raise failures[0]
 
 
-def _print_lines(runs: Sequence[Sequence[Path]]) -> None:
-    """Each run's events as plain lines, one run after the other, followed to its end: that of the last stage, or of one
-    that broke."""
-    for paths in runs:
+def _print_lines(runs: Sequence[Sequence[Path]], folders: Sequence[Path]) -> None:
+    """Each run's events as plain lines, one run after the other, followed to its end: that of the last stage, of one
+    that broke, or of the process that wrote it."""
+    for paths, folder in zip(runs, folders, strict=True):
         tails, line_logger, ended, stage = Tails(paths), LineLogger(), False, 1
         while not ended:
+            process = ended_process(folder)
             _, events = tails.poll()
             for event in events:
                 line_logger(event)
                 stage = event.stage if isinstance(event, RunStarted) else stage
                 ended = isinstance(event, RunEnded) and (event.status != "done" or stage >= len(paths))
+            if not events and not ended and process is not None:
+                message = (
+                    f"{folder}: process {process} has ended before the run did; the command that began it continues it"
+                )
+                line_logger(LogMessage(message=message, level="warning"))
+                ended = True
             if not events and not ended:
                 time.sleep(POLL_SECONDS)
         line_logger.close()

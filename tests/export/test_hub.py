@@ -181,7 +181,7 @@ class Api:
     error: Exception | None = None
 
     def __init__(self, **more: Any) -> None:
-        assert more["token"] == TOKEN
+        assert more["token"] in (TOKEN, False)
 
     def repo_info(self, repo: str) -> Any:
         if self.private is None:
@@ -235,12 +235,16 @@ def test_private_by_default_and_never_into_a_public_repository(tmp_path: Path, m
     monkeypatch.setattr(Api, "error", ZeroDivisionError("ours"))
     with pytest.raises(ZeroDivisionError):
         push(tmp_path, "me/mine", False, shown.append)
-    for repo, sentence in (("mine", "says not whose"), ("me/../x", "is no name"), ("a/b/c", "is no name")):
+    for repo, sentence in (("mine", "without its owner"), ("me/../x", "is no name"), ("a/b/c", "is no name")):
         with pytest.raises(UserError, match=sentence):
             push(tmp_path, repo, False, shown.append)
     monkeypatch.setattr(hub, "get_token", lambda: None)
-    with pytest.raises(UserError, match="the hub does not know you"):
+    with pytest.raises(UserError, match="there is no token for the hub"):
         push(tmp_path, "me/mine", False, shown.append)
     monkeypatch.setattr(hub.constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(UserError, match="while HF_HUB_OFFLINE is set"):
         push(tmp_path, "me/mine", False, shown.append)
+    assert push(tmp_path, "me/mine", False, shown.append, dry_run=True).endswith("/me/mine")
+    assert shown[-1] == Upload("me/mine", [("README.md", 5)], False, None)
+    with pytest.raises(UserError, match="write user/name"):
+        push(tmp_path, "mine", False, shown.append, dry_run=True)

@@ -61,12 +61,7 @@ def _steps(run: ComparedRun) -> str:
 
 
 def _seconds(run: ComparedRun) -> str:
-    return clock(
-        sum(
-            run_log.ended.seconds if run_log.ended is not None else run_log.last - run_log.began
-            for run_log in run.run_logs
-        )
-    )
+    return clock(sum(run_log.seconds for run_log in run.run_logs))
 
 
 def _heldout_cell(

@@ -134,7 +134,7 @@ def _chain_tiles(chain: ChainLog) -> str:
     tiles.append(
         _tile(f"{sum(run_log.status == 'done' for run_log in chain.started_stages)} / {len(chain.stages)}", "stages")
     )
-    tiles.append(_tile(clock(sum(_duration(run_log) for run_log in chain.started_stages)), "wall time of the stages"))
+    tiles.append(_tile(clock(sum(run_log.seconds for run_log in chain.started_stages)), "wall time of the stages"))
     tiles.append(_tile(_large(sum(run_log.tokens for run_log in chain.started_stages)), "tokens trained through"))
     return f'<div class="tiles">{"".join(tiles)}</div>'
 
@@ -196,7 +196,7 @@ def _tiles(run_log: RunLog) -> str:
     tiles = [*_heldout_tile(sections.heldout_by_stage(run_log)), *_pairs_tile(run_log), *_loss_tiles(run_log)]
     steps = run_log.started.steps if run_log.started else 0
     tiles.append(_tile(f"{run_log.step:,}" + (f" / {steps:,}" if steps else ""), "steps"))
-    tiles.append(_tile(clock(_duration(run_log)), "wall time"))
+    tiles.append(_tile(clock(run_log.seconds), "wall time"))
     if run_log.tokens:
         tiles.append(_tile(_large(run_log.tokens), "tokens trained through"))
     if speeds := list(run_log.series.get("tokens_per_second", {}).values()):
@@ -211,10 +211,6 @@ def _tiles(run_log: RunLog) -> str:
 def _tile(value: str, label: str, more: str = "", wide: bool = False) -> str:
     added = f" <i>{text(more)}</i>" if more else ""
     return f'<div class="tile{" wide" if wide else ""}"><b>{text(value)}</b><span>{text(label)}</span>{added}</div>'
-
-
-def _duration(run_log: RunLog) -> float:
-    return run_log.ended.seconds if run_log.ended else run_log.last - run_log.began
 
 
 def _pairs_tile(run_log: RunLog) -> list[str]:

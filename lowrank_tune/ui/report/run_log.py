@@ -23,6 +23,7 @@ from lowrank_tune.events import (
 from lowrank_tune.ui.groups import Group, read_group
 from lowrank_tune.ui.metrics import POLICY, phases_of
 from lowrank_tune.ui.run_paths import EVENTS, stage_folders
+from lowrank_tune.ui.wall_time import WallTime
 
 StepValues = dict[int, float]  # step -> value
 MAX_GROUPS = 64  # that are kept of a run, spread over it
@@ -52,15 +53,22 @@ class RunLog:
     base: Mapping[str, Any] = field(default_factory=dict)
     scores: Mapping[str, Any] = field(default_factory=dict)
     recipe: str = ""
+    _wall_time: WallTime = field(default_factory=WallTime)
     _every: int = 1
 
     @property
     def status(self) -> str:
         return self.ended.status if self.ended else "not ended"
 
+    @property
+    def seconds(self) -> float:
+        """Wall time of all sessions."""
+        return self._wall_time.seconds
+
     def apply(self, event: Event) -> None:
         """Takes one event. A run that goes on after an interruption has not ended."""
         self.began, self.last = self.began or event.time, event.time
+        self._wall_time.apply(event)
         if isinstance(event, RunStarted):
             self.started, self.ended = event, None
         elif isinstance(event, StepEnd):
