@@ -588,7 +588,7 @@ def test_a_gpu_is_read_through_nvidia_ml(monkeypatch: pytest.MonkeyPatch) -> Non
         nvmlDeviceGetUtilizationRates=lambda handle: Named(gpu=97),
     )
     monkeypatch.setitem(sys.modules, "pynvml", driver)
-    assert GpuStats().read() == "card 19.0/24.0 GiB 71 C 310 W 97 %"
+    assert GpuStats().read() == "GPU 19.0/24.0 GiB 71 C 310 W 97 %"
     driver.nvmlDeviceGetTemperature = None
     assert GpuStats().read() == ""
     monkeypatch.setitem(sys.modules, "pynvml", None)

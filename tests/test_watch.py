@@ -114,7 +114,7 @@ def test_a_pipe_gets_lines_without_an_escape_byte(run: Path) -> None:
     assert b"nothing: there is no such run" in piped(str(run / "nothing")).communicate(timeout=60)[1]
 
 
-def dead_process() -> int:
+def ended_pid() -> int:
     """The number of a process that has ended."""
     process = subprocess.Popen([sys.executable, "-c", ""])
     process.wait()
@@ -127,7 +127,7 @@ def test_a_killed_run_has_an_ended_process(run: Path) -> None:
     (run / ".lock").write_text(f"{os.getpid()}\n")
     watched = WatchedRun(run / "events.jsonl", folder=run)
     assert watched.poll() and watched.state.ended_process is None and not watched.poll()
-    process = dead_process()
+    process = ended_pid()
     (run / ".lock").write_text(f"{process}\n")
     assert watched.poll() and watched.state.ended_process == process and not watched.poll()
     now = watched.state.last_time + 5

@@ -1,5 +1,5 @@
-"""What the card says of itself: memory in use by all, temperature, power, load. Only where nvidia-ml-py is installed
-and finds a card."""
+"""What the GPU reports: memory in use by all, temperature, power, load. Only where nvidia-ml-py is installed
+and finds a GPU."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ POLL_SECONDS = 2.0  # seconds between two questions to the driver
 
 
 class GpuStats:
-    """The first visible card. Silent for ever after the first thing that goes wrong."""
+    """The first visible GPU. Silent for ever after the first thing that goes wrong."""
 
     def __init__(self) -> None:
         self._driver: Any = None
@@ -21,11 +21,11 @@ class GpuStats:
             pynvml = import_module("pynvml")  # optional: no dependency of the kit
             pynvml.nvmlInit()
             self._driver, self._handle = pynvml, pynvml.nvmlDeviceGetHandleByIndex(0)
-        except Exception:  # not installed, no driver, no card: the kinds differ by version
+        except Exception:  # not installed, no driver, no GPU: the kinds differ by version
             self._driver = None
 
     def read(self) -> str:
-        """`card 19.2/24.0 GiB 71 C 310 W 97 %`, or nothing."""
+        """`GPU 19.2/24.0 GiB 71 C 310 W 97 %`, or nothing."""
         now = time.monotonic()
         if self._driver is not None and now - self._last_poll >= POLL_SECONDS:
             self._last_poll = now
@@ -35,7 +35,7 @@ class GpuStats:
                 power = self._driver.nvmlDeviceGetPowerUsage(self._handle) / 1000
                 load = self._driver.nvmlDeviceGetUtilizationRates(self._handle).gpu
                 self._text = (
-                    f"card {memory.used / 2**30:.1f}/{memory.total / 2**30:.1f} GiB {temperature} C {power:.0f} W "
+                    f"GPU {memory.used / 2**30:.1f}/{memory.total / 2**30:.1f} GiB {temperature} C {power:.0f} W "
                     f"{load} %"
                 )
             except Exception:
