@@ -570,6 +570,8 @@ def test_commands_are_obeyed(chat_model: ChatModel) -> None:
         parse("//etc is what?") == "/etc is what?"
         and parse("/clear") == Command("/reset", "")
         and len(help_lines()) == 12
+        and help_lines()[4].startswith("/set [NAME VALUE]      show or change")
+        and help_lines()[8].startswith("/save FILE [base|tuned] add the conversation")
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
 from lowrank_tune.errors import UserError, did_you_mean
@@ -54,10 +55,8 @@ def parse(line: str) -> Command | str:
 
 def help_lines() -> list[str]:
     """One line a command."""
-    lines = []
+    formatted = []
     for name, words in HELP.items():
-        first, _, rest = words.partition(" ")
-        takes = first if first.startswith("[") or first.isupper() else ""
-        lines.append((name, takes, words) if not takes else (name, takes, rest))
-    formatted = [f"{name} {takes}".ljust(22) + f" {words}" for name, takes, words in lines]
+        takes, rest = re.fullmatch(r"((?:\[[^\]]*\] |[A-Z]+ )*)(.*)", words).groups()  # type: ignore[union-attr]
+        formatted.append(f"{name} {takes}".rstrip().ljust(22) + f" {rest}")
     return [*formatted, '"""' + " " * 20 + 'begins a question of many lines, which ends with """']
