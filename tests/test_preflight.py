@@ -254,7 +254,7 @@ def test_real_golds_commas_boxes_and_floats() -> None:
         ("hh_rlhf/helpful-base_test.jsonl.gz", "these rows are preference pairs"),
         ("llamafactory_demos/dpo_en_demo.json.gz", "these rows are preference pairs"),
         ("aqua/dev.json", "no known shape"),
-        ("mbpp/mbpp.jsonl.gz", "no known shape"),
+        ("mbpp/mbpp.jsonl.gz", "`columns: {question: text, answer: code}`"),
     ],
 )
 def test_rows_of_other_trades_are_one_sentence(name: str, sentence: str) -> None:

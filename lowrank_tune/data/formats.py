@@ -97,10 +97,17 @@ def detect_format(row: RawExample, columns: Mapping[str, str] | None = None, pai
     known_formats = "; ".join(
         f"{format_name} ({', '.join(names[0] for names in needed)})" for format_name, needed in FORMATS.items()
     )
+    example = next((columns for columns in CODE_COLUMNS if {*columns.values()} <= {*row}), EXAMPLE_COLUMNS)
+    pairs_of_names = ", ".join(f"{name}: {column}" for name, column in example.items())
     raise UserError(
         f"the columns {names or '(none)'} are no known shape; known are {known_formats}: "
-        "name yours with `columns:`, as in `columns: {question: problem, answer: solution}`"
+        f"name yours with `columns:`, as in `columns: {{{pairs_of_names}}}`"
     )
+
+
+EXAMPLE_COLUMNS = {"question": "problem", "answer": "solution"}
+CODE_COLUMNS = ({"question": "text", "answer": "code"}, {"question": "prompt", "answer": "canonical_solution"})
+"""The columns of MBPP and of HumanEval, for the example in a message."""
 
 
 def to_conversation(

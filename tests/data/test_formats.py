@@ -170,3 +170,20 @@ def test_hostile_rows_are_faults(row: Any, shape: str, how: str) -> None:
     except InvalidRow:
         return
     assert made.messages[-1].role == "assistant" and all(message.content.encode() for message in made.messages)
+
+
+@pytest.mark.parametrize(
+    ("row", "example"),
+    [
+        ({"text": "", "code": "", "test_list": []}, "{question: text, answer: code}"),
+        (
+            {"prompt": "", "canonical_solution": "", "test": "", "entry_point": ""},
+            "{question: prompt, answer: canonical_solution}",
+        ),
+        ({"frage": "", "antwort": ""}, "{question: problem, answer: solution}"),
+    ],
+)
+def test_the_example_of_columns_is_the_rows_own_where_it_is_known(row: dict[str, Any], example: str) -> None:
+    with pytest.raises(UserError) as failed:
+        detect_format(row)
+    assert str(failed.value).endswith(f"as in `columns: {example}`")
