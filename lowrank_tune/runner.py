@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import json
 import os
 import sys
@@ -41,8 +42,10 @@ from lowrank_tune.sinks import EventBus, JsonLines, Sink, log_gaps
 from lowrank_tune.stage import Stage
 from lowrank_tune.ui.plain import LineLogger
 from lowrank_tune.ui.report import write_report
+from lowrank_tune.ui.summary import summary_table
 from lowrank_tune.ui.terminal import can_show
 from lowrank_tune.ui.tui import Tui
+from lowrank_tune.ui.wall_time import WallTime
 from lowrank_tune.ui.watch import read_events
 
 
@@ -54,6 +57,13 @@ class RunResult:
     folder: Path
     summary: dict[str, Any]
 
+    def __repr__(self) -> str:
+        return f"RunResult(status={self.status!r}, folder={str(self.folder)!r})"
+
+    def _repr_html_(self) -> str:
+        """The table that the command line prints, for a notebook."""
+        return f"<pre>{html.escape(summary_table(self.summary, self.folder))}</pre>"
+
 
 class _SummaryRecorder:
     """Keeps the events that came before the log file was open, the warnings, and the last values, for the summary."""
@@ -62,6 +72,7 @@ class _SummaryRecorder:
         self.earlier: list[Event] | None = []
         self.warnings: list[str] = []
         self.last: dict[str, float] = {}
+        self.earlier_seconds = 0.0  # of the sessions before
 
     def __call__(self, event: Event) -> None:
         if self.earlier is not None:
@@ -71,16 +82,20 @@ class _SummaryRecorder:
         if isinstance(event, StepEnd):
             self.last = {"step": event.step, **event.stats}
 
-    def start_stage(self, events: Iterable[Event]) -> None:
+    def start_stage(self, events: Iterable[Event], start_time: float) -> None:
         """A stage begins: it has its own warnings, and the last values of the part of it that stands in the log: one
         that was killed at its very end has no step left to do."""
         self.warnings = [
             event.message for event in self.earlier or () if isinstance(event, LogMessage) and event.level == "warning"
         ]
         self.earlier, self.last = None, {}
+        wall_time = WallTime()
         for event in events:
+            if event.time < start_time:
+                wall_time.apply(event)
             if isinstance(event, StepEnd):
                 self.last = {"step": event.step, **event.stats}
+        self.earlier_seconds = wall_time.seconds
 
     def emit_failure(
         self,
@@ -123,7 +138,7 @@ def run(
     """
     loaded = recipe if isinstance(recipe, (settings.RecipeConfig, Chain)) else load_any(recipe, *overrides)
     unsloth_import.import_unsloth(backends_of(loaded))  # refused here where nobody did it in time
-    control, start_time = TrainerControl(), time.time()
+    control = TrainerControl()
     with handle_signals(control) as set_training:  # around the screen too, which must be taken down whatever comes
         context = _RunContext(control, set_training, ui, device, on_event)
         try:
@@ -137,7 +152,7 @@ def run(
             try:
                 if isinstance(loaded, Chain):
                     context.stages = loaded.stages
-                    return run_chain(loaded, folder, context, start_time)
+                    return run_chain(loaded, folder, context)
                 return run_stage(loaded, folder, context, StagePosition())[0]
             finally:
                 write_html_report(folder)
@@ -225,7 +240,7 @@ def run_stage(
         ):
             files.append(tracker)
             emit.attach(tracker)
-        recorder.start_stage(read_events(folder.events))
+        recorder.start_stage(read_events(folder.events), start_time)
         context.show_dashboard(console_log or folder.console_log, chain(previous_events, read_events(folder.events)))
         if auto_settings := context.auto_settings.get(recipe.name):
             recipe = recipe.model_copy(update={"train": recipe.train.model_copy(update=dict(auto_settings))})
@@ -243,7 +258,8 @@ def run_stage(
             position.previous_results,
         )
         step, finished = stage.train(context.set_training)
-        stage.finish(finished, start_time, recorder.last, recorder.warnings, final_folder)
+        earlier_seconds = recorder.earlier_seconds
+        stage.finish(finished, start_time, recorder.last, recorder.warnings, final_folder, earlier_seconds)
         built.roles.unload_adapters()
         return RunResult("done" if finished else "interrupted", folder.path, stage.summary), built.base
     except BaseException as error:
@@ -275,7 +291,7 @@ def _out_of_memory(error: BaseException, recipe: settings.RecipeConfig) -> OutOf
     return OutOfMemory(f"{message}; {suggestions(recipe, kind, tokens, torch.cuda.is_available())}")
 
 
-def run_chain(stage_chain: Chain, folder: RunFolder, context: _RunContext, start_time: float) -> RunResult:
+def run_chain(stage_chain: Chain, folder: RunFolder, context: _RunContext) -> RunResult:
     """Stage after stage over one base in memory, each adapter flowing into the next stack; a stage that has ended is
     left as it is."""
     folders: dict[str, str] = {}
@@ -318,7 +334,7 @@ def run_chain(stage_chain: Chain, folder: RunFolder, context: _RunContext, start
         folders[name] = str(path.resolve())
         if outcome.status == "interrupted":
             break
-    summary = chain_summary(stage_chain, summaries, time.time() - start_time)
+    summary = chain_summary(stage_chain, summaries)
     folder.write_json("summary.json", summary)
     return RunResult(summary["status"], folder.path, summary)
 
@@ -362,7 +378,7 @@ def _reusable_heldout(stage_chain: Chain, number: int, summaries: list[dict[str,
     return reusable
 
 
-def chain_summary(stage_chain: Chain, summaries: list[dict[str, Any]], seconds: float) -> dict[str, Any]:
+def chain_summary(stage_chain: Chain, summaries: list[dict[str, Any]]) -> dict[str, Any]:
     """What the stages left, together; held-out figures under the names of the base and of the stages."""
     stages = []
     for number, (stage, summary) in enumerate(zip(stage_chain.stages, summaries, strict=False), 1):
@@ -389,7 +405,7 @@ def chain_summary(stage_chain: Chain, summaries: list[dict[str, Any]], seconds: 
         "status": "done" if done else "interrupted",
         "name": stage_chain.name,
         "algorithm": stage_chain.algorithm,
-        "seconds": round(seconds, 1),
+        "seconds": round(sum(stage.get("seconds", 0.0) for stage in stages), 1),
         "stages": stages,
         **merged,
         "warnings": all_warnings,

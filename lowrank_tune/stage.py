@@ -200,9 +200,10 @@ class Stage:
         last: dict[str, float],
         warnings: list[str],
         make_final: Callable[[Stage], Snapshot],
+        earlier_seconds: float = 0.0,
     ) -> None:
         """The best adapter answers the held-out prompts, what `make_final` takes of it becomes `final/`, and the
-        summary is written."""
+        summary is written. Its `seconds` are those of all sessions, `earlier_seconds` those of the sessions before."""
         step = self.trainer.state.step
         if finished:
             self._load_best()
@@ -229,7 +230,7 @@ class Stage:
             "algorithm": self.recipe.algorithm,
             "step": step,
             "steps": self.built.steps,
-            "seconds": round(time.time() - start_time, 1),
+            "seconds": round(earlier_seconds + time.time() - start_time, 1),
             "last": last,
             **best,
             "heldout": {name: stats["accuracy"] for name, stats in self.best_checkpoint.heldout.items()},
@@ -564,7 +565,8 @@ def _ignore_event(event: Event) -> None:
 def _device_name(device: torch.device) -> str:
     if device.type == "cuda":
         return f"{torch.cuda.get_device_name(device)}, bf16"
-    return f"CPU, {torch.get_num_threads()} threads, fp32"
+    threads = torch.get_num_threads()
+    return f"CPU, {threads} thread{'' if threads == 1 else 's'}, fp32"
 
 
 def _memory_total_gib(device: torch.device) -> float:

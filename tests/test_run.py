@@ -22,6 +22,7 @@ from lowrank_tune import Recipe, UserError, run
 from lowrank_tune.cli import app
 from lowrank_tune.errors import TrainingError
 from lowrank_tune.recipe import dump
+from lowrank_tune.runner import RunResult
 from lowrank_tune.signals import TrainerControl, handle_signals
 
 
@@ -187,9 +188,11 @@ def test_stopped_between_two_steps_continues_exactly(
     step = 0 if moment.startswith("before") else 2
     assert first.status == "interrupted" and (first.folder / "checkpoints" / f"step-{step}").exists()
     control.stop = False
-    assert run_fingerprint(run(Recipe.from_dict(quick()), out=tmp_path / "run", ui="none").folder) == run_fingerprint(
-        finished
-    )
+    second = run(Recipe.from_dict(quick()), out=tmp_path / "run", ui="none")
+    assert run_fingerprint(second.folder) == run_fingerprint(finished)
+    events = [json.loads(line) for line in (second.folder / "events.jsonl").read_text().splitlines()]
+    sessions = [event["seconds"] for event in events if event["event"] == "run_ended"]
+    assert len(sessions) == 2 and abs(second.summary["seconds"] - sum(sessions)) < 0.5
 
 
 def test_a_changed_recipe_is_refused_with_the_difference_but_more_steps_are_not(tmp_path: Path) -> None:
@@ -359,3 +362,10 @@ def test_an_adapter_of_another_base_is_refused(tmp_path: Path, finished: Path) -
     recipe["adapters"] = {"sft": {"path": str(other)}, "policy": {"r": 2}}
     with pytest.raises(UserError, match="another base"):
         run(Recipe.from_dict(recipe), out=tmp_path / "run", ui="none")
+
+
+def test_a_result_is_short_in_a_notebook(tmp_path: Path) -> None:
+    result = RunResult("done", tmp_path, {"status": "done", "warnings": ["<b>"]})
+    assert repr(result) == f"RunResult(status='done', folder='{tmp_path}')"
+    page = result._repr_html_()
+    assert page.startswith("<pre>status     done") and "&lt;b&gt;" in page and "<b>" not in page
