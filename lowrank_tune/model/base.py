@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 import bitsandbytes
 import torch
+from huggingface_hub import is_offline_mode
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import (
@@ -368,10 +369,8 @@ def _load_error_message(name: str, revision: str, error: Exception) -> str:
         word in text.lower()
         for word in ("couldn't connect", "offline", "can't load", "not a local folder", "connection", "resolve")
     ):
-        return (
-            f"base.model: {where} is no folder, not in the local cache, and could not be fetched; check the name "
-            f"and the network"
-        )
+        cure = "unset HF_HUB_OFFLINE to fetch it" if is_offline_mode() else "check the name and the network"
+        return f"base.model: {where} is no folder, not in the local cache, and could not be fetched; {cure}"
     return (
         f"base.model: {where} cannot be loaded: "
         f"{text.strip().splitlines()[0] if text.strip() else type(error).__name__}"
