@@ -177,7 +177,7 @@ def gpu() -> Iterator[CheckResult]:
             "warning",
             "CUDA",
             f"none seen (torch is built {f'for CUDA {built}' if built else 'without CUDA'})",
-            f"a CPU trains only small bases; for a card, {fix}",
+            f"a CPU trains only small bases; for a GPU, {fix}",
         )
         return
     for number in range(torch.cuda.device_count()):
@@ -364,6 +364,6 @@ def unsloth() -> Iterator[CheckResult]:
         yield CheckResult(
             "warning",
             "unsloth",
-            f"{version}, and there is no card",
+            f"{version}, and there is no GPU",
             "`base.backend: unsloth` works without one, and is no faster than plain there",
         )

@@ -213,7 +213,7 @@ def readback_device(weights: int, device: torch.device, emit: Emit) -> tuple[tor
     if device.type == "cuda" and needed > available:
         emit(
             LogMessage(
-                message=f"the merged model needs {needed / 2**30:.0f} GiB and the card has {available / 2**30:.0f}: it "
+                message=f"the merged model needs {needed / 2**30:.0f} GiB and the GPU has {available / 2**30:.0f}: it "
                 f"is compared on the CPU"
             )
         )

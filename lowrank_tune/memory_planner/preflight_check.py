@@ -74,4 +74,4 @@ def _describe(plan: Plan) -> str:
 
 
 def _does_not_fit(spec: SimulationSpec, plan: Plan) -> str:
-    return f"does not fit the card: {_describe(plan)}; {with_fit_report(spec, plan).advice}"
+    return f"does not fit the GPU: {_describe(plan)}; {with_fit_report(spec, plan).advice}"

@@ -66,7 +66,7 @@ def decode(raw: bytes) -> str:
         raise YamlSyntaxError("is not UTF-8 text here", raw[: error.start].count(b"\n") + 1) from None
     for number, line in enumerate(text.split("\n"), 1):
         if "\t" in line[: len(line) - len(line.lstrip())] and line.strip():
-            raise YamlSyntaxError("is indented with a tab; YAML wants spaces", number)
+            raise YamlSyntaxError("is indented with a tab; YAML needs spaces", number)
     return text
 
 

@@ -80,7 +80,7 @@ class PPOConfig(Settings):
     kl_target: Annotated[float, Field(gt=0.0)] | None = None
     """KL to the reference, in nats per token, that the weight is adapted to. Default: the weight is constant."""
     kl_gain: Annotated[float, Field(gt=0.0, le=1.0)] = 0.1
-    """Gain of this adaptation: one step changes the weight by at most a fifth of it."""
+    """Gain of this adaptation: one step changes the weight by at most the share 0.2 * `kl_gain`."""
     gamma: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
     """Discount factor of later rewards."""
     lam: Fraction = 0.95

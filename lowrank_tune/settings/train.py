@@ -40,7 +40,8 @@ class TrainingConfig(Settings):
     warmup_steps: Annotated[int, Field(ge=0)] = 0
     """Steps over which the learning rate rises from 0."""
     optim: Literal["adamw", "adamw_8bit", "paged_adamw", "paged_adamw_8bit"] = "adamw"
-    """AdamW in fp32, or those of bitsandbytes: with 8-bit states, or paged ones, which need CUDA."""
+    """AdamW in fp32, or that of bitsandbytes with 8-bit states, with paged states, or with both. Paged states need
+    CUDA."""
     weight_decay: Annotated[float, Field(ge=0.0)] = 0.0
     """Decoupled weight decay of AdamW."""
     adam_beta1: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.9
@@ -48,7 +49,7 @@ class TrainingConfig(Settings):
     adam_beta2: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.999
     """Decay rate of the second moment."""
     max_grad_norm: Annotated[float, Field(gt=0.0)] = 1.0
-    """Gradients are scaled down to this norm; those of the value by themselves."""
+    """Gradients are scaled down to this norm; for ppo, those of the value separately."""
     gradient_checkpointing: bool | Literal["none", "all", "auto"] | Annotated[int, Field(ge=0)] = True
     """Recomputes activations in the backward pass: less memory, for one more forward pass of these layers. `all` layers
     (or true), `none` (or false), the first N of them, or `auto`: as few as fit if the run is planned, else all. Never
