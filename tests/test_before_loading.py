@@ -432,7 +432,7 @@ def test_all_stages_that_do_not_fit_the_card_are_reported_with_the_other_faults(
     found = {problem.key: problem.message for problem in problems_of("tutor.yaml", vram_gib=0.5)}
     stages = [f"stages.{name}.train" for name in ("sft", "score", "ppo")]
     assert sorted(found) == sorted(["stages.score.data.train.0.dataset", *stages])
-    assert all(re.match(r"does not fit the card: needs [\d.]+ of 0\.5 GiB", found[stage]) for stage in stages)
+    assert all(re.match(r"does not fit the GPU: needs [\d.]+ of 0\.5 GiB", found[stage]) for stage in stages)
 
 
 def test_memory_is_planned_for_all_stages_before_any_fault_ends_the_run(
@@ -452,7 +452,7 @@ def test_memory_is_planned_for_all_stages_before_any_fault_ends_the_run(
     found = {problem.key: problem.message for problem in problems_of("tutor.yaml", vram_gib=8.0)}
     assert sorted(found) == ["stages.score.data.train.0.dataset", "train"]
     sentence = (
-        "does not fit the card: needs 9.0 of 8.0 GiB by plan, most of it in update; type this; train.memory_check"
+        "does not fit the GPU: needs 9.0 of 8.0 GiB by plan, most of it in update; type this; train.memory_check"
     )
     assert found["train"].startswith(sentence) and found["train"].endswith(" (stages sft, ppo)")
 

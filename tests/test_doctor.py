@@ -80,7 +80,7 @@ def test_unsloth_is_reported_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
         == "2026.10.9, which needs trl<=1.15.0 (1.16.0 is installed)"
     )
     assert "refused here" in check_of("2026.10.9", ["trl<=1.15.0 (1.16.0 is installed)"]).fix
-    assert "no card" in check_of("2026.10.9", []).detail and check_of("2026.10.9", [], card=True).level == "ok"
+    assert "no GPU" in check_of("2026.10.9", []).detail and check_of("2026.10.9", [], card=True).level == "ok"
 
 
 def test_bounds() -> None:

@@ -320,7 +320,7 @@ def test_a_jump_in_what_is_needed_does_not_end_the_search(
 
 def test_what_cannot_fit_is_refused_before_anything_is_loaded() -> None:
     (fault,) = check_fit(load_any("tiny-sft", "evaluate={}"), 0.9, lambda event: None).faults.values()
-    assert re.match(r"does not fit the card.*fits with .*train.memory_check=warn", fault)
+    assert re.match(r"does not fit the GPU.*fits with .*train.memory_check=warn", fault)
 
 
 @pytest.mark.slow

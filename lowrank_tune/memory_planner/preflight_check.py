@@ -1,4 +1,4 @@
-"""Before a run on a card: what `auto` stands for, and which stages do not fit."""
+"""Before a run on a GPU: what `auto` stands for, and which stages do not fit."""
 
 from __future__ import annotations
 
@@ -74,4 +74,4 @@ def _describe(plan: Plan) -> str:
 
 
 def _does_not_fit(spec: SimulationSpec, plan: Plan) -> str:
-    return f"does not fit the card: {_describe(plan)}; {with_fit_report(spec, plan).advice}"
+    return f"does not fit the GPU: {_describe(plan)}; {with_fit_report(spec, plan).advice}"

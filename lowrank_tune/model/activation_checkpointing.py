@@ -68,16 +68,16 @@ def disable_checkpointing(model: Any) -> None:
 
 
 def _offloaded(checkpoint: Callable[..., Any], *arguments: Any, **named: Any) -> Any:
-    # Without a card there is nothing to pin, and the copy is a plain one: the same path, so that tests walk it.
+    # Without a GPU there is nothing to pin, and the copy is a plain one: the same path, so that tests walk it.
     with save_on_cpu(pin_memory=True):
         return checkpoint(*arguments, **named)
 
 
 def cap_cuda_memory(budget_gib: float | None) -> None:
-    """Bounds what this process takes of the card. Raises UserError where the card has less than the budget."""
+    """Bounds what this process takes of the GPU. Raises UserError where the GPU has less than the budget."""
     if budget_gib is None or not torch.cuda.is_available():
         return
     total = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
     if budget_gib * 2**30 > total:
-        raise UserError(f"train.memory_budget_gib: the card has {total / 2**30:.1f} GiB, not {budget_gib:g}")
+        raise UserError(f"train.memory_budget_gib: the GPU has {total / 2**30:.1f} GiB, not {budget_gib:g}")
     torch.cuda.set_per_process_memory_fraction(budget_gib * 2**30 / total)

@@ -367,7 +367,7 @@ def test_a_gpu_too_small_for_16_bits_is_reported_and_the_cpu_used(monkeypatch: p
     place = module.readback_device  # type: ignore[attr-defined]
     assert place(8 << 30, torch.device("cuda"), events.append) == (torch.device("cuda"), torch.bfloat16) and not events
     assert place(14 << 30, torch.device("cuda"), events.append) == (torch.device("cpu"), torch.bfloat16)
-    assert "needs 29 GiB and the card has 24: it is compared on the CPU" in events[0].message
+    assert "needs 29 GiB and the GPU has 24: it is compared on the CPU" in events[0].message
     with pytest.raises(UserError, match="needs 141 GiB of memory, and this machine has 64"):
         place(70 << 30, torch.device("cuda"), events.append)
 
