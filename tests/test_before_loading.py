@@ -451,9 +451,7 @@ def test_memory_is_planned_for_all_stages_before_any_fault_ends_the_run(
     monkeypatch.setattr(f"{module}.with_fit_report", lambda spec, plan: plan)
     found = {problem.key: problem.message for problem in problems_of("tutor.yaml", vram_gib=8.0)}
     assert sorted(found) == ["stages.score.data.train.0.dataset", "train"]
-    sentence = (
-        "does not fit the GPU: needs 9.0 of 8.0 GiB by plan, most of it in update; type this; train.memory_check"
-    )
+    sentence = "does not fit the GPU: needs 9.0 of 8.0 GiB by plan, most of it in update; type this; train.memory_check"
     assert found["train"].startswith(sentence) and found["train"].endswith(" (stages sft, ppo)")
 
 
