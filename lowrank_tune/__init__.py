@@ -51,8 +51,8 @@ def run(
     return started(loaded, out=out, ui=ui, device=device, on_event=on_event)
 
 
-# Blocks of a card's memory that can grow lose little between phases of other sizes. Torch reads this once, before its
-# first use of the card, so it is set before anything below imports torch; what the user has set stands.
+# Blocks of a GPU's memory that can grow lose little between phases of other sizes. Torch reads this once, before its
+# first use of the GPU, so it is set before anything below imports torch; what the user has set stands.
 if (
     sys.platform == "linux"
     and not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF"} & os.environ.keys()

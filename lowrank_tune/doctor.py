@@ -168,7 +168,7 @@ def _release(version: str) -> tuple[int, ...]:
 
 
 def gpu() -> Iterator[CheckResult]:
-    """Cards, their memory, and bf16."""
+    """GPUs, their memory, and bf16."""
     torch: Any = importlib.import_module("torch")
     if not torch.cuda.is_available():
         built = torch.version.cuda
@@ -191,19 +191,19 @@ def gpu() -> Iterator[CheckResult]:
         if not has_bf16:
             yield CheckResult(
                 "fault",
-                f"card {number}",
+                f"GPU {number}",
                 detail,
                 "bfloat16 is needed: RTX 30 series or newer; or CUDA_VISIBLE_DEVICES= for the CPU",
             )
         elif free < total / 2:
             yield CheckResult(
                 "warning",
-                f"card {number}",
+                f"GPU {number}",
                 detail,
                 "another process holds more than half of its memory: see `nvidia-smi`",
             )
         else:
-            yield CheckResult("ok", f"card {number}", detail)
+            yield CheckResult("ok", f"GPU {number}", detail)
 
 
 def bitsandbytes_4bit() -> Iterator[CheckResult]:

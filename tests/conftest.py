@@ -19,12 +19,12 @@ settings.load_profile("derandomized")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests marked `gpu` are skipped, not failed, on a machine without a card."""
+    """Tests marked `gpu` are skipped, not failed, on a machine without a GPU."""
     marked = [item for item in items if item.get_closest_marker("gpu")]
     if not marked:
         return
-    import torch  # only where a test asks for a card: it takes seconds
+    import torch  # only where a test asks for a GPU: it takes seconds
 
     if not torch.cuda.is_available():
         for item in marked:
-            item.add_marker(pytest.mark.skip(reason="needs a CUDA card"))
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU"))

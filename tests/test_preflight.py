@@ -108,7 +108,7 @@ def test_rows_that_are_too_long_have_a_bar_to_scale_and_a_cure(tmp_path: Path) -
     cure = f"raise `data.max_length` (the longest row has {made.lengths.longest:,} tokens), or raise `data.max_invalid"
     assert cure in fault and "mend" not in fault
     (fault,) = examined(write(tmp_path / "b.jsonl", ["{broken"] * 3 + ROWS[:5])).faults
-    assert "; mend them, or raise" in fault and "max_length" not in fault
+    assert "; correct them, or raise" in fault and "max_length" not in fault
 
 
 def test_truncated_rows_are_named(tmp_path: Path) -> None:
@@ -347,7 +347,7 @@ def test_pairs_are_counted_as_pairs(tmp_path: Path) -> None:
         too_long: (1, [13]),
         f"{too_long}, its prompt alone": (1, [14]),
         "repeating an earlier pair": (1, [4]),
-        "contradicting: the same answers stand the other way round too": (2, [6, 8]),
+        "contradicting: the same answers also occur the other way round": (2, [6, 8]),
     }
     assert found.sides is not None and (
         found.sides.pairs,

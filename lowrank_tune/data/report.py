@@ -85,7 +85,7 @@ class SourceReport:
         if self.num_dropped > max_invalid_fraction * self.read:
             return (
                 f"{self.name}: {self.num_dropped} of {self.read} rows cannot be used: {self.reasons()}; "
-                f"{limit or 'mend them'}, or raise `data.max_invalid_fraction` to go on without them"
+                f"{limit or 'correct them'}, or raise `data.max_invalid_fraction` to go on without them"
             )
         return None
 

@@ -174,7 +174,7 @@ def _contradictory_pairs(data: TokenizedSplits) -> DataIssue:
     units_of = contradictory_pairs(parts)
     locations = [location for rows, units in zip(parts, units_of, strict=True) for location in _locations(rows, units)]
     return DataIssue(
-        "contradicting: the same answers stand the other way round too",
+        "contradicting: the same answers also occur the other way round",
         sum(map(len, units_of)),
         "kept; together they teach nothing",
         tuple(locations[:EXAMPLES]),

@@ -27,7 +27,7 @@ from lowrank_tune.model.roles import Roles
 
 MISSING = "--tasks needs lm-evaluation-harness, which is not installed: pip install 'lowrank-tune[harness]'"
 BOOTSTRAP_ITERS = 1000  # of the harness, for metrics that are no means
-CPU_BATCH_SIZE = 8  # rows at once on a CPU; on a card the harness finds out how many fit
+CPU_BATCH_SIZE = 8  # rows at once on a CPU; on a GPU the harness finds out how many fit
 
 
 @dataclass(frozen=True)

@@ -207,7 +207,7 @@ def record_outputs(roles: Roles, probes: ProbePrompts, eos_token_ids: frozenset[
 
 def readback_device(weights: int, device: torch.device, emit: Emit) -> tuple[torch.device, torch.dtype]:
     """Where a model of so many weights can be read back, and in which precision: the device of the run; or in bf16 the
-    main memory, where a card that trained it in 4 bits is too small for 16. Raises UserError where neither holds it."""
+    main memory, where a GPU that trained it in 4 bits is too small for 16. Raises UserError where neither holds it."""
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     needed, available = weights * dtype.itemsize + (1 << 30), device_memory(device)
     if device.type == "cuda" and needed > available:

@@ -30,7 +30,7 @@ from lowrank_tune.types import Completion, SamplingParams, Token
 
 T = TypeVar("T")
 CHUNK_LOGITS = 1 << 24  # made at once: 64 MiB in fp32
-USABLE_MEMORY_FRACTION = 0.92  # of a card: the rest is lost between blocks
+USABLE_MEMORY_FRACTION = 0.92  # of a GPU: the rest is lost between blocks
 WORKSPACE_BYTES = 3 << 29  # CUDA's context and libraries, logits, and the activations of a prompt that is read: 1.5 GiB
 
 
@@ -214,7 +214,7 @@ def _inference_mode(states: Sequence[dict[str, Any]], device: str) -> Iterator[N
 
 
 def default_cache_bytes(roles: Roles) -> int:
-    """Bytes for keys and values. On a card all that the run may use, but for what stays there and some to work with:
+    """Bytes for keys and values. On a GPU all that the run may use, but for what stays there and some to work with:
     while sequences are decoded, no activation of an update lives. Else a budget, or a quarter of the machine's memory.
     What is free now does not count: it would make one run differ from the next.
     """
@@ -225,7 +225,7 @@ def default_cache_bytes(roles: Roles) -> int:
 
 
 def gpu_cache_bytes(budget: int, resident: int) -> int:
-    """Bytes for keys and values of a budget on a card where so many stay for the whole run."""
+    """Bytes for keys and values of a budget on a GPU where so many stay for the whole run."""
     return max(int(budget * USABLE_MEMORY_FRACTION) - resident - WORKSPACE_BYTES, budget // 16)
 
 

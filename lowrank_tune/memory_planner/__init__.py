@@ -1,4 +1,4 @@
-"""The memory planner: what a run will hold, phase by phase, before any weight is read, and what fits a card."""
+"""The memory planner: what a run will hold, phase by phase, before any weight is read, and what fits a GPU."""
 
 from __future__ import annotations
 
@@ -38,5 +38,5 @@ def _assumption_notes(loaded: settings.RecipeConfig | Chain) -> list[str]:
 
 
 def gpu_memory_gib() -> float | None:
-    """Memory of the card that is here."""
+    """Memory of the GPU that is here."""
     return torch.cuda.get_device_properties(0).total_memory / GIB if torch.cuda.is_available() else None

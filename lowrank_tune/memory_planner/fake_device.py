@@ -175,7 +175,7 @@ class FakeDeviceMode(TorchFunctionMode):
 
 @contextmanager
 def fake_device_mode(device: torch.device) -> Iterator[FakeDeviceMode]:
-    """Enters the mode. Where torch has no card, its autocast for CUDA would switch itself off: here it is told that
+    """Enters the mode. Where torch has no GPU, its autocast for CUDA would switch itself off: here it is told that
     there is one."""
     mode, clear = FakeDeviceMode(device), torch.clear_autocast_cache
 

@@ -11,7 +11,7 @@ from torch.autograd.graph import saved_tensors_hooks
 
 
 class OffloadedTensorHooks(saved_tensors_hooks):
-    """Stands for torch's `save_on_cpu` on a card: what a graph keeps takes no bytes there until the backward pass asks
+    """Stands for torch's `save_on_cpu` on a GPU: what a graph keeps takes no bytes there until the backward pass asks
     for it."""
 
     def __init__(self, pin_memory: bool = False) -> None:

@@ -1,4 +1,4 @@
-"""Before a run on a card: what `auto` stands for, and which stages do not fit."""
+"""Before a run on a GPU: what `auto` stands for, and which stages do not fit."""
 
 from __future__ import annotations
 

@@ -68,13 +68,13 @@ def disable_checkpointing(model: Any) -> None:
 
 
 def _offloaded(checkpoint: Callable[..., Any], *arguments: Any, **named: Any) -> Any:
-    # Without a card there is nothing to pin, and the copy is a plain one: the same path, so that tests walk it.
+    # Without a GPU there is nothing to pin, and the copy is a plain one: the same path, so that tests walk it.
     with save_on_cpu(pin_memory=True):
         return checkpoint(*arguments, **named)
 
 
 def cap_cuda_memory(budget_gib: float | None) -> None:
-    """Bounds what this process takes of the GPU. Raises UserError if the GPU has less than the budget."""
+    """Bounds what this process takes of the GPU. Raises UserError where the GPU has less than the budget."""
     if budget_gib is None or not torch.cuda.is_available():
         return
     total = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory

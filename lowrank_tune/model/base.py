@@ -81,7 +81,7 @@ class Base:
 
 
 def pick_device() -> torch.device:
-    """CUDA where there is one. Raises UserError for a card without bf16."""
+    """CUDA where there is one. Raises UserError for a GPU without bf16."""
     if not torch.cuda.is_available():
         return torch.device("cpu")
     if not torch.cuda.is_bf16_supported(including_emulation=False):

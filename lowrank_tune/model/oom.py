@@ -36,7 +36,7 @@ class DoesNotFit(OutOfMemory):
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that the card, or the machine, has no memory left."""
+    """Whether an error says that the GPU, or the machine, has no memory left."""
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
         return True
     return isinstance(error, RuntimeError) and any(message in str(error).lower() for message in OOM_MESSAGES)

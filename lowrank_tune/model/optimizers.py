@@ -18,7 +18,7 @@ def make_optimizer(
     parameters: list[nn.Parameter] | list[dict[str, Any]], train: settings.TrainingConfig, device: torch.device
 ) -> torch.optim.Optimizer:
     """AdamW (arXiv:1711.05101) on the fp32 masters, fused; or bitsandbytes' with 8-bit states (arXiv:2110.02861;
-    tensors of fewer than 4,096 elements keep them in fp32), or paged ones. Raises UserError for these without a card:
+    tensors of fewer than 4,096 elements keep them in fp32), or paged ones. Raises UserError for these without a GPU:
     they would page nothing.
 
     Groups of parameters (torch's `{"params": [...]}`) may have a `share`: what their learning rate is to the run's.
@@ -47,7 +47,7 @@ def check_optimizer(train: settings.TrainingConfig, device_type: str) -> None:
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> None:
-    """`load_state_dict`, after which states that were paged are paged again: bitsandbytes would leave them on the card
+    """`load_state_dict`, after which states that were paged are paged again: bitsandbytes would leave them on the GPU
     for good."""
     optimizer.load_state_dict(dict(state))
     if not getattr(optimizer, "is_paged", False):

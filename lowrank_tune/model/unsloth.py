@@ -1,4 +1,4 @@
-"""The base as unsloth loads it (`base.backend: unsloth`): its attention, rotary embeddings and norms on a card, PEFT's
+"""The base as unsloth loads it (`base.backend: unsloth`): its attention, rotary embeddings and norms on a GPU, PEFT's
 adapters on top.
 
 unsloth must have been imported before (`unsloth_import.import_unsloth`). Its habits that matter here: it swaps a base
@@ -120,7 +120,7 @@ def _check(model: Any, config: Any, base_config: settings.BaseConfig, four_bits:
 
 def _restore_transformers_forward(model: Any, device: torch.device) -> Callable[[], AbstractContextManager[Any]]:
     """A context in which the model runs by transformers' own code. unsloth's forwards run only in modules that it has
-    marked; what else it replaced is the module of rotary embeddings. Without a card it replaces nothing. Raises
+    marked; what else it replaced is the module of rotary embeddings. Without a GPU it replaces nothing. Raises
     UserError where it works otherwise."""
     marked = [module for module in model.modules() if getattr(module, "_unsloth_fast_path", False)]
     if not marked and device.type == "cuda":

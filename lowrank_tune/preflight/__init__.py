@@ -39,7 +39,7 @@ def check_before_loading(
 ) -> Mapping[str, Mapping[str, Any]]:
     """Checks a recipe, or the stages of a chain, that is to run in a folder, where those called `finished` have ended.
 
-    Returns what `auto` stands for in `train`, by stage, on a card of `vram_gib`; without a card no memory is planned.
+    Returns what `auto` stands for in `train`, by stage, on a GPU of `vram_gib`; without a GPU no memory is planned.
     Raises ConfigError with every fault.
     """
     stages = stages_of(loaded, folder, finished)

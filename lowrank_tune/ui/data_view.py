@@ -44,7 +44,7 @@ def preflight_view(data_report: DataReport, title: str, plain: bool = False) -> 
     reads = (
         "what the model is asked"
         if data_report.completions
-        else f"what the model reads; trained is what stands in {brackets}"
+        else f"what the model reads; trained is the text in {brackets}"
     )
     parts: list[RenderableType] = [
         Text(escape_control_chars(title), HEAD),
