@@ -117,9 +117,11 @@ def test_a_name_that_cannot_be_a_path_is_one_sentence(command: str) -> None:
     assert done.exit_code == 2 and "internal error" not in done.output and done.output.strip().count("\n") == 0
 
 
-def test_names_of_runs_are_inert_in_a_message(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_names_of_files_are_inert_in_a_message(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     run = tmp_path / "runs" / "red\x1b[31m"
     run.mkdir(parents=True)
     (run / "run.json").write_text("{}")
-    assert "runs/red\\x1b[31m" in CliRunner().invoke(app, ["watch", "runs/zzz"]).output
+    (tmp_path / "a-recipe\x1b.yaml").touch()
+    for command, name in (("watch runs/zzz", "runs/red\\x1b[31m"), ("run a-recipe.yaml", "`a-recipe\\x1b.yaml`")):
+        assert name in CliRunner().invoke(app, command.split()).output

@@ -67,8 +67,7 @@ def check_run(run: Path, what: str = "run") -> None:
         raise UserError(f"{run}: {error.strerror}") from error
     folders = dict.fromkeys([run.parent if run.parent.is_dir() and run.parent != Path() else RUNS, RUNS])
     for folder in folders:
-        found = sorted(file.parent for file in folder.glob("*/run.json"))
-        names = {path.name: escape_control_chars(str(path)) for path in found}
+        names = {found.parent.name: str(found.parent) for found in sorted(folder.glob("*/run.json"))}
         if near := get_close_matches(run.name, names, n=1, cutoff=0.6):
             raise UserError(f"{run}: there is no such {what}; did you mean `{names[near[0]]}`?")
         if names:
@@ -105,7 +104,8 @@ def report_user_errors(debug: bool) -> Iterator[None]:
     except UserError as error:
         if debug:
             raise
-        print(str(error), file=sys.stderr)
+        # a name of a file or of a run can have any character in it
+        print("\n".join(map(escape_control_chars, str(error).split("\n"))), file=sys.stderr)
         raise typer.Exit(error.exit_code) from error
     except KeyboardInterrupt as error:
         print("interrupted; what was saved is valid, and the same command continues from there", file=sys.stderr)
