@@ -13,6 +13,8 @@ SLOW = (slow or gpu) and not network and not unsloth and not llamacpp
 
 .PHONY: help demo test test-all test-slow check lint test-oldest docs docs-serve dist release clean
 .DELETE_ON_ERROR:
+# Two targets must not install into one environment at the same time (make -j).
+.NOTPARALLEL:
 
 help: ## List the targets.
 	@echo 'make TARGET [PYTHON=python3.12] [VENV=.venv] [CPU=1]'
@@ -84,7 +86,10 @@ echo $(1)/bin/python -m pip install --no-deps torch -c $(2) --index-url $(CPU_IN
 	exit 1; }
 endef
 
-# The stamps install again when the dependencies change. INCLUDED: the stamps of what an installation contains too.
+# The stamps install again when the dependencies change. INCLUDED: the stamps of what an installation contains too. Both
+# are empty by default, whatever the environment has under these names.
+EXTRAS =
+INCLUDED =
 STAMPS = $(VENV)/.installed $(addprefix $(VENV)/.installed-,dev docs release all)
 $(STAMPS): INCLUDED = $(VENV)/.installed
 $(VENV)/.installed-dev: EXTRAS = [dev]

@@ -88,10 +88,12 @@ class _SummaryRecorder:
         self.warnings = [
             event.message for event in self.earlier or () if isinstance(event, LogMessage) and event.level == "warning"
         ]
+        # the messages of the checks before the stage are of this session, and in the log already
+        session_start = min([start_time, *(event.time for event in self.earlier or ())])
         self.earlier, self.last = None, {}
         wall_time = WallTime()
         for event in events:
-            if event.time < start_time:
+            if event.time < session_start:
                 wall_time.apply(event)
             if isinstance(event, StepEnd):
                 self.last = {"step": event.step, **event.stats}

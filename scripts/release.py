@@ -50,7 +50,10 @@ def run_command(command: Sequence[str | Path], cwd: Path) -> str:
     PYTHONPATH is removed, so that an installed package is not hidden by a checkout.
     """
     environ = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    done = subprocess.run([str(word) for word in command], cwd=cwd, env=environ, capture_output=True, text=True)
+    try:
+        done = subprocess.run([str(word) for word in command], cwd=cwd, env=environ, capture_output=True, text=True)
+    except OSError as error:
+        raise ReleaseError(f"`{command[0]}` cannot be run: {error.strerror}") from error
     if done.returncode:
         messages = (done.stderr.strip() or done.stdout.strip() or f"exit code {done.returncode}").splitlines()
         raise ReleaseError(
@@ -85,6 +88,8 @@ def date_faults(section: Section, today: date) -> list[str]:
     place = f"{CHANGELOG}:{section.line}: [{section.name}]"
     try:
         released = date.fromisoformat(section.date)
+        if released.isoformat() != section.date:  # 20260101 is accepted too
+            raise ValueError(section.date)
     except ValueError:
         return [f"{place} has the date {section.date!r}; write the day of the release as YYYY-MM-DD"]
     return [f"{place} has the date {released}, and today is {today}"] if released > today else []

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -29,6 +30,33 @@ def test_a_pipe_whose_reader_has_gone_ends_a_command_without_a_message(command: 
     finally:
         os.close(write)
     assert (done.returncode, done.stderr) == (141, b"")
+
+
+@pytest.mark.parametrize(("command", "code"), [("presets", 0), ("--version", 0), ("run nothing", 2)])
+def test_a_closed_stdout_is_no_fault(command: str, code: int) -> None:
+    line = f"{shlex.quote(sys.executable)} -m lowrank_tune {command} >&-"
+    done = subprocess.run(line, shell=True, stderr=subprocess.PIPE, timeout=60)
+    assert done.returncode == code and b"Traceback" not in done.stderr
+
+
+def test_a_command_that_fails_keeps_its_code_where_the_reader_has_gone() -> None:
+    """What it printed is still in the buffer when it fails."""
+    read, write = os.pipe()
+    os.close(read)
+    program = """if True:
+        import sys
+        from lowrank_tune import cli
+        def fail():
+            print("printed")
+            sys.exit(3)
+        cli.app = fail
+        cli.main()"""
+    environ = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    try:
+        done = subprocess.run([sys.executable, "-c", program], stdout=write, stderr=subprocess.PIPE, env=environ)
+    finally:
+        os.close(write)
+    assert (done.returncode, done.stderr) == (3, b"")
 
 
 def test_the_help_lists_each_command_in_a_panel_and_breaks_no_sentence() -> None:
@@ -81,3 +109,19 @@ def test_where_no_run_is_at_all_the_message_names_the_folder(tmp_path: Path, mon
     monkeypatch.chdir(tmp_path)
     done = CliRunner().invoke(app, ["merge", "nope"])
     assert (done.exit_code, done.output.strip()) == (2, "nope: there is no such run, and no run in runs/")
+
+
+@pytest.mark.parametrize("command", ["chat ~nobody-of-this-name/x", "watch {long}", "chat ./{long}", "export {long}"])
+def test_a_name_that_cannot_be_a_path_is_one_sentence(command: str) -> None:
+    done = CliRunner().invoke(app, [*command.format(long="a" * 300).split(), *(["--to", "peft"] * ("ex" in command))])
+    assert done.exit_code == 2 and "internal error" not in done.output and done.output.strip().count("\n") == 0
+
+
+def test_names_of_files_are_inert_in_a_message(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    run = tmp_path / "runs" / "red\x1b[31m"
+    run.mkdir(parents=True)
+    (run / "run.json").write_text("{}")
+    (tmp_path / "a-recipe\x1b.yaml").touch()
+    for command, name in (("watch runs/zzz", "runs/red\\x1b[31m"), ("run a-recipe.yaml", "`a-recipe\\x1b.yaml`")):
+        assert name in CliRunner().invoke(app, command.split()).output

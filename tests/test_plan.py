@@ -255,6 +255,7 @@ def test_what_fits_is_never_more_than_there_is() -> None:
     """A phase that runs in smaller pieces does not count in the figure beside `fits`."""
     split = stage_plan("", 8, update=6.9, validation=7.18)
     assert split.fits and [phase.name for phase in split.split_phases] == ["validation"]
+    assert split.peak_phase.name == "update", "the phase that the figure is of"
     words = [str(line) for line in lines(split)]
     assert words[1].startswith("fits: 7.93 of 8.00 GiB (tensors 6.90,")
     assert words[2] == "validation runs in smaller pieces: at once it needs 8.22 GiB"

@@ -117,7 +117,8 @@ def test_the_extras_of_the_slow_tests_are_pinned() -> None:
 def make(*arguments: str, environ: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
     if shutil.which("make") is None:
         pytest.skip("needs make")
-    outer = {name: value for name, value in os.environ.items() if not name.startswith("MAKE")}
+    # what `make test CPU=1` hands to the tests
+    outer = {name: value for name, value in os.environ.items() if not name.startswith(("MAKE", "CPU"))}
     command = ["make", f"PYTHON={sys.executable}", *arguments]
     return subprocess.run(command, cwd=ROOT, env=outer | (environ or {}), capture_output=True, text=True)
 
@@ -138,7 +139,9 @@ def test_cpu_takes_torch_alone_from_the_index_of_pytorch(tmp_path: Path, target:
     assert " -e '." in others[0] and others[0].endswith(" -c constraints/newest.txt")
 
 
-def test_without_cpu_everything_comes_from_the_package_index(tmp_path: Path) -> None:
+def test_without_cpu_everything_comes_from_the_package_index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CPU", "1")
+    monkeypatch.setenv("EXTRAS", "[other]")
     (command,) = installations("demo", f"VENV={tmp_path}/.venv")
     assert command == f"{tmp_path}/.venv/bin/python -m pip install -e '.' -c constraints/newest.txt"
 
@@ -146,6 +149,17 @@ def test_without_cpu_everything_comes_from_the_package_index(tmp_path: Path) -> 
 def test_the_slow_tests_have_what_builds_the_package_and_the_site(tmp_path: Path) -> None:
     (command,) = installations("test-slow", f"VENV={tmp_path}/.venv")
     assert "'.[dev,trl,docs,release]'" in command
+
+
+def test_two_targets_do_not_install_at_the_same_time(tmp_path: Path) -> None:
+    """`make -j`: both install into one environment."""
+    python, log = tmp_path / "bin" / "python", tmp_path / "log"
+    python.parent.mkdir()
+    python.write_text(f"#!/bin/sh\necho begins >> {log}\nsleep 0.1\necho ends >> {log}\n")
+    python.chmod(0o755)
+    done = make("-j4", f"{tmp_path}/.installed-docs", f"{tmp_path}/.installed-release", f"VENV={tmp_path}")
+    assert done.returncode == 0, done.stderr
+    assert log.read_text().split() == ["begins", "ends"] * 2
 
 
 def test_help_lists_every_target() -> None:
@@ -246,6 +260,7 @@ def test_a_repository_without_faults_passes(repository: Path) -> None:
         (" - 2027-03-04", "", "CHANGELOG.md:5: [1.2.3] has the date ''"),
         ("2027-03-04", "2027-03-05", "CHANGELOG.md:5: [1.2.3] has the date 2027-03-05, and today is 2027-03-04"),
         ("2027-03-04", "2027-02-30", "CHANGELOG.md:5: [1.2.3] has the date '2027-02-30'"),
+        ("2027-03-04", "20270304", "CHANGELOG.md:5: [1.2.3] has the date '20270304'"),
         ("\n### Added\n- A thing.\n", "", "CHANGELOG.md:5: [1.2.3] has no entries"),
         ("[Unreleased]\n", "[Unreleased]\n- New.\n", "CHANGELOG.md:3: [Unreleased] has entries; move them to [1.2.3]"),
         ("[Unreleased]\n", "[Unreleased]\n## [2.0.0] - 2027-01-01\n- C.\n", "[1.2.3] is not the newest section"),
@@ -301,7 +316,7 @@ def test_without_faults_the_tag_is_set_and_nothing_is_published(
     repository: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(release, "distribution_faults", lambda *_: [])
-    (repository / "CHANGELOG.md").write_text(CHANGELOG.replace("2027-03-04", "2026-11-28"))
+    (repository / "CHANGELOG.md").write_text(CHANGELOG.replace("2027-03-04", "2020-01-01"))
     git(repository, "commit", "--quiet", "--all", "--message", "second")
     assert release.main(["--check"], repository) == 0 and git(repository, "tag") == ""
     assert release.main([], repository) == 0
@@ -316,6 +331,11 @@ def test_a_folder_that_is_no_repository_is_one_sentence(tmp_path: Path, capsys: 
     (tmp_path / "lowrank_tune" / "__init__.py").write_text('__version__ = "1.2.3"\n')
     assert release.main([], tmp_path) == 2
     assert "not a git repository" in capsys.readouterr().err
+
+
+def test_a_program_that_is_missing_is_one_sentence(tmp_path: Path) -> None:
+    with pytest.raises(release.ReleaseError, match="lowrank-tune` cannot be run: No such file"):
+        release.run_command([tmp_path / "bin" / "lowrank-tune", "--version"], tmp_path)
 
 
 @pytest.mark.parametrize(

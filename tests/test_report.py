@@ -23,6 +23,7 @@ from lowrank_tune.events import (
     Event,
     GroupLogged,
     LogMessage,
+    Progress,
     RunEnded,
     RunStarted,
     SampleLogged,
@@ -748,15 +749,16 @@ def test_short_numbers() -> None:
     ]
 
 
-@pytest.mark.parametrize("end", ["interrupted", "killed"])
+@pytest.mark.parametrize("end", ["interrupted", "killed", "killed while it evaluated"])
 def test_the_wall_time_is_that_of_all_sessions(tmp_path: Path, end: str) -> None:
     """Two sessions of 20 s with an hour between them: the first session counts and the hour does not."""
     stopped = [RunEnded(time=120.0, status="interrupted", step=1, seconds=20.0)] if end == "interrupted" else []
     events = [
         LogMessage(time=100.0, message="loading"),
         replace(started(), time=105.0),
-        replace(step(1, loss=1.0), time=119.0),
-        CheckpointSaved(time=120.0, step=1, path="step-1", seconds=1.0),
+        replace(step(1, loss=1.0), time=114.0),
+        CheckpointSaved(time=115.0 if "while" in end else 120.0, step=1, path="step-1", seconds=1.0),
+        *([Progress(time=time, description="", done=1, total=9) for time in (116.0, 120.0)] if "while" in end else []),
         *stopped,
         LogMessage(time=3720.0, message="loading"),
         replace(started(), time=3725.0, resumed_from=1),

@@ -21,8 +21,9 @@ from typer.testing import CliRunner, Result
 from lowrank_tune import Recipe, UserError, run
 from lowrank_tune.cli import app
 from lowrank_tune.errors import TrainingError
+from lowrank_tune.events import CheckpointSaved, LogMessage
 from lowrank_tune.recipe import dump
-from lowrank_tune.runner import RunResult
+from lowrank_tune.runner import RunResult, _SummaryRecorder
 from lowrank_tune.signals import TrainerControl, handle_signals
 
 
@@ -369,3 +370,12 @@ def test_a_result_is_short_in_a_notebook(tmp_path: Path) -> None:
     assert repr(result) == f"RunResult(status='done', folder='{tmp_path}')"
     page = result._repr_html_()
     assert page.startswith("<pre>status     done") and "&lt;b&gt;" in page and "<b>" not in page
+
+
+def test_the_pause_before_a_killed_run_goes_on_is_no_time_of_it() -> None:
+    """What is checked before the stage begins is a message of the new session, written before its start."""
+    recorder = _SummaryRecorder()
+    killed = [LogMessage(time=100.0, message=""), CheckpointSaved(time=120.0, step=1, path="", seconds=1.0)]
+    recorder(LogMessage(time=3719.0, message="planning memory"))
+    recorder.start_stage([*killed, *(recorder.earlier or ())], start_time=3720.0)
+    assert recorder.earlier_seconds == 20.0

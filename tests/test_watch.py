@@ -3,6 +3,7 @@ pipe."""
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import subprocess
@@ -129,6 +130,9 @@ def test_a_killed_run_has_an_ended_process(run: Path) -> None:
     assert watched.poll() and watched.state.ended_process is None and not watched.poll()
     process = ended_pid()
     (run / ".lock").write_text(f"{process}\n")
+    with (run / ".lock").open() as lock:  # the process is in a container: the kernel has it under another number
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        assert not watched.poll() and watched.state.ended_process is None
     assert watched.poll() and watched.state.ended_process == process and not watched.poll()
     now = watched.state.last_time + 5
     words = f"process {process} has ended, no news for 0:05"

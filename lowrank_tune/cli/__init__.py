@@ -44,17 +44,20 @@ def options(version: Annotated[bool, typer.Option("--version", help="Print the v
 
 
 def main() -> None:
-    """Run the command line. If the reader of a pipe has closed it (`presets | head -1`), end without a message."""
+    """Run the command line. If the reader of a pipe has closed it (`presets | head -1`), end without a message.
+
+    A command that has failed keeps its exit code.
+    """
     try:
         app()
     except SystemExit as end:
-        closed = isinstance(end.__context__, BrokenPipeError)
+        code = CLOSED_PIPE if isinstance(end.__context__, BrokenPipeError) else end.code
+        if sys.stdout is None:  # closed from the start
+            sys.exit(code)
         try:
             sys.stdout.flush()
         except BrokenPipeError:
-            closed = closed or not end.code
-        if not closed:
-            raise
-        # else Python flushes stdout at its exit, meets the closed pipe again, and prints a message
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(CLOSED_PIPE)
+            # Python flushes stdout at its exit, meets the closed pipe again, and prints a message
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            code = code or CLOSED_PIPE
+        sys.exit(code)

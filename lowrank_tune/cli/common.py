@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from difflib import get_close_matches
 from enum import StrEnum
 from pathlib import Path
@@ -15,6 +15,7 @@ from rich.console import Console
 
 from lowrank_tune.cli.help_pages import HelpGroup
 from lowrank_tune.errors import OutOfMemory, UserError
+from lowrank_tune.ui import escape_control_chars
 
 INTERRUPTED = 130
 
@@ -59,8 +60,11 @@ MAX_NAMES = 8
 
 def check_run(run: Path, what: str = "run") -> None:
     """Raises UserError if there is nothing at `run`; the message names the runs that are near."""
-    if run.exists():
-        return
+    try:
+        if run.exists():
+            return
+    except OSError as error:  # a name that is too long, a folder that cannot be read
+        raise UserError(f"{run}: {error.strerror}") from error
     folders = dict.fromkeys([run.parent if run.parent.is_dir() and run.parent != Path() else RUNS, RUNS])
     for folder in folders:
         names = {found.parent.name: str(found.parent) for found in sorted(folder.glob("*/run.json"))}
@@ -75,7 +79,10 @@ def check_run(run: Path, what: str = "run") -> None:
 def check_run_or_model(name: str) -> None:
     """As `check_run`, for a name that can also be the id of a model: of those only paths are checked."""
     if name.startswith((".", "/", "~")) or name.count("/") > 1 or Path(name).parts[:1] == (str(RUNS),):
-        check_run(Path(name).expanduser(), "run or model")
+        path = Path(name)
+        with suppress(RuntimeError):  # ~NAME of a user that does not exist
+            path = path.expanduser()
+        check_run(path, "run or model")
 
 
 @contextmanager
@@ -97,7 +104,8 @@ def report_user_errors(debug: bool) -> Iterator[None]:
     except UserError as error:
         if debug:
             raise
-        print(str(error), file=sys.stderr)
+        # a name of a file or of a run can have any character in it
+        print("\n".join(map(escape_control_chars, str(error).split("\n"))), file=sys.stderr)
         raise typer.Exit(error.exit_code) from error
     except KeyboardInterrupt as error:
         print("interrupted; what was saved is valid, and the same command continues from there", file=sys.stderr)

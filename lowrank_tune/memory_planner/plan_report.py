@@ -64,12 +64,13 @@ class Plan:
 
     @property
     def peak_phase(self) -> Phase:
-        """The phase that needs most."""
-        return max(self.phases, key=lambda phase: phase.total)
+        """The phase that needs most, of those that run whole."""
+        return max((phase for phase in self.phases if phase not in self.split_phases), key=lambda phase: phase.total)
 
     @property
     def peak(self) -> int:
-        """Bytes of tensors at the highest point of all: phases share bytes, so it is a maximum and no sum."""
+        """Bytes of tensors at the highest point of the phases that run whole: phases share bytes, so it is a maximum
+        and no sum."""
         return self.peak_phase.total
 
     @property
@@ -82,14 +83,9 @@ class Plan:
         )
 
     @property
-    def unsplit_peak(self) -> int:
-        """Bytes of tensors at the highest point of the phases that run whole."""
-        return max((phase.total for phase in self.phases if phase not in self.split_phases), default=0)
-
-    @property
     def needed(self) -> int:
         """Bytes that the device must have for it."""
-        return needed(self.unsplit_peak, self.device)
+        return needed(self.peak, self.device)
 
     @property
     def fits(self) -> bool:

@@ -83,7 +83,7 @@ def lines(plan: Plan, in_chain: bool = False) -> list[Text]:
     if not plan.vram:
         return [*texts, Text(f"needs {plan.peak / GIB:.2f} GiB of this machine's memory for tensors")]
     verdict = "fits" if plan.fits else "does not fit"
-    needed_gib, vram_gib, tensors_gib = plan.needed / GIB, plan.vram / GIB, plan.unsplit_peak / GIB
+    needed_gib, vram_gib, tensors_gib = plan.needed / GIB, plan.vram / GIB, plan.peak / GIB
     texts.append(
         Text(
             f"{verdict}: {needed_gib:.2f} of {vram_gib:.2f} GiB (tensors {tensors_gib:.2f}, CUDA itself "

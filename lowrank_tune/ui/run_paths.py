@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 from collections.abc import Mapping
@@ -19,13 +20,16 @@ def stage_folders(path: Path) -> list[Path]:
 
 
 def ended_process(path: Path) -> int | None:
-    """The process that wrote a run last, if no process of its number is on this machine; None where there is one, or
-    where the folder does not name it."""
+    """The process that wrote a run last, if no process of its number is on this machine and none holds the lock of the
+    run, as one in a container or on another machine can; None otherwise, or where the folder does not name it."""
     try:
-        process = int((path / ".lock").read_text())
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return process
+        with (path / ".lock").open() as lock:
+            process = int(lock.read())
+            try:
+                os.kill(process, 0)
+            except ProcessLookupError:
+                fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+                return process
     except (OSError, ValueError, OverflowError):
         return None
     return None
