@@ -369,8 +369,8 @@ def _load_error_message(name: str, revision: str, error: Exception) -> str:
         word in text.lower()
         for word in ("couldn't connect", "offline", "can't load", "not a local folder", "connection", "resolve")
     ):
-        cure = "unset HF_HUB_OFFLINE to fetch it" if is_offline_mode() else "check the name and the network"
-        return f"base.model: {where} is no folder, not in the local cache, and could not be fetched; {cure}"
+        place = "HF_HUB_OFFLINE, which is set" if is_offline_mode() else "the network"
+        return f"base.model: {where} is no folder, not in the local cache, and could not be fetched; check the name and {place}"
     return (
         f"base.model: {where} cannot be loaded: "
         f"{text.strip().splitlines()[0] if text.strip() else type(error).__name__}"
