@@ -370,7 +370,10 @@ def _load_error_message(name: str, revision: str, error: Exception) -> str:
         for word in ("couldn't connect", "offline", "can't load", "not a local folder", "connection", "resolve")
     ):
         place = "HF_HUB_OFFLINE, which is set" if is_offline_mode() else "the network"
-        return f"base.model: {where} is no folder, not in the local cache, and could not be fetched; check the name and {place}"
+        return (
+            f"base.model: {where} is no folder, not in the local cache, and could not be fetched; check the name and "
+            f"{place}"
+        )
     return (
         f"base.model: {where} cannot be loaded: "
         f"{text.strip().splitlines()[0] if text.strip() else type(error).__name__}"
