@@ -76,7 +76,7 @@ def _peaks_in_update(preset: Preset) -> bool:
 
 
 def generated() -> str:
-    """What stands between the markers."""
+    """The text between the markers."""
     presets = list_presets()
     large = [preset for preset in presets if preset.billions]
     return "\n\n".join(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ast
 import importlib
-import importlib.util
 import json
 import os
 import re
@@ -83,6 +82,12 @@ def test_broken_links_are_found(text: str, found: list[str]) -> None:
 def test_blocks_have_a_language(page: Path) -> None:
     blocks = fenced_blocks(page.read_text(encoding="utf-8"))
     assert [block.line for block in blocks if block.language not in LANGUAGES] == []
+
+
+def test_the_checks_of_blocks_have_what_to_check() -> None:
+    texts = [page.read_text(encoding="utf-8") for page in CHECKED]
+    counts = {language: sum(len(fenced_blocks(text, language)) for text in texts) for language in sorted(LANGUAGES)}
+    assert counts["yaml"] > 30 and counts["sh"] > 40 and counts["python"] > 8 and counts["json"] > 8
 
 
 def load_fragment(text: str, folder: Path) -> None:
@@ -219,14 +224,6 @@ def test_named_files_exist(page: Path) -> None:
     pattern = re.compile(r"(?:lowrank_tune|benchmarks|scripts|tests|examples|presets|docs|constraints)/[\w./-]*\w")
     paths = {word.partition("::")[0] for word in words if pattern.fullmatch(word.partition("::")[0])}
     assert sorted(path for path in paths if not (ROOT / path).exists()) == []
-
-
-def script(name: str) -> Any:
-    spec = importlib.util.spec_from_file_location(name.removesuffix(".py"), ROOT / "scripts" / name)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.mark.parametrize("page", SCRIPTS)

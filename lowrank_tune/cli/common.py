@@ -110,7 +110,7 @@ def report_user_errors(debug: bool) -> Iterator[None]:
     except KeyboardInterrupt as error:
         print("interrupted; what was saved is valid, and the same command continues from there", file=sys.stderr)
         raise typer.Exit(INTERRUPTED) from error
-    except (typer.Exit, BrokenPipeError):  # of a closed pipe `main` knows
+    except (typer.Exit, BrokenPipeError):  # `main` handles a closed pipe
         raise
     except Exception as error:
         if debug:

@@ -1,5 +1,5 @@
 """What a screen knows of a run. Only events change it, so that a live run, a followed file and a recorded one look the
-same; but `ended_process`, of which the events of a killed run cannot say anything."""
+same, except `ended_process`: the events of a killed run do not contain it."""
 
 from __future__ import annotations
 
