@@ -21,12 +21,12 @@ import time
 from pathlib import Path
 
 from lowrank_tune.events import StepEnd
-from lowrank_tune.signals import TrainerControl
-from lowrank_tune.ui.panes import View
-from lowrank_tune.ui.render import render
+from lowrank_tune.training.signals import TrainerControl
 from lowrank_tune.ui.state import State
-from lowrank_tune.ui.text_layout import to_ansi
-from lowrank_tune.ui.tui import Tui
+from lowrank_tune.ui.terminal.panes import View
+from lowrank_tune.ui.terminal.render import render
+from lowrank_tune.ui.terminal.text_layout import to_ansi
+from lowrank_tune.ui.terminal.tui import Tui
 from lowrank_tune.ui.watch import read_events
 
 RECORDED = Path(__file__).parent.parent / "tests" / "recorded" / "demo.jsonl"

@@ -98,7 +98,7 @@ MAKERS: dict[str, Callable[[random.Random], Row]] = {
 
 def recipe_of(folder: Path, rows: int, tokenizer: str) -> Any:
     """The preset over local files: each source with its columns, and its share of so many rows."""
-    from lowrank_tune.recipe import Recipe  # after the environment is set
+    from lowrank_tune.config import Recipe  # after the environment is set
 
     preset = Recipe.load(PRESET)
     total = sum(source.max_samples or 0 for source in preset.data.train)
@@ -128,7 +128,7 @@ def file_of(folder: Path, dataset: str) -> Path:
 
 def make(folder: Path, rows: int) -> None:
     """Writes a tenth more rows of each source than the mixture takes, as a draw has more to choose from."""
-    from lowrank_tune.recipe import Recipe
+    from lowrank_tune.config import Recipe
 
     sources = Recipe.load(PRESET).data.train
     total = sum(source.max_samples or 0 for source in sources)
@@ -153,7 +153,7 @@ def start(folder: Path, rows: int, tokenizer: str, picture: bool) -> None:
     from lowrank_tune.data import ChatTemplate, load
     from lowrank_tune.data_report import report_rows
     from lowrank_tune.model.base import load_tokenizer
-    from lowrank_tune.ui.data_view import show
+    from lowrank_tune.ui.views.data import show
 
     recipe = recipe_of(folder, rows, tokenizer)
     template = ChatTemplate.from_tokenizer(load_tokenizer(recipe.base))

@@ -159,28 +159,28 @@ class Task(harness.Task):
 def ours(task: Task, turn: Turns, share: bool = True) -> list[float]:
     import torch
 
-    from lowrank_tune import settings
     from lowrank_tune.algorithms.context import AlgorithmContext
     from lowrank_tune.algorithms.dpo import DPO
     from lowrank_tune.algorithms.reference_logps import reference_logps
+    from lowrank_tune.config import AdapterConfig, BaseConfig, TrainingConfig
     from lowrank_tune.data import collate_units
     from lowrank_tune.data.token_store import Entry, StoreWriter
     from lowrank_tune.events import StepEnd
     from lowrank_tune.model.adapters import lora_config
     from lowrank_tune.model.base import load_base
     from lowrank_tune.model.roles import Roles
-    from lowrank_tune.trainer import Trainer, make_optimizer
+    from lowrank_tune.training.trainer import Trainer, make_optimizer
     from lowrank_tune.types import Batch, Row
 
     device = torch.device("cpu")
-    base = load_base(settings.BaseConfig(model=task.folder, bits=16), tokenizer=None, device=device)
-    config = lora_config(settings.AdapterConfig(r=RANK, lora_alpha=ALPHA), base.model)
+    base = load_base(BaseConfig(model=task.folder, bits=16), tokenizer=None, device=device)
+    config = lora_config(AdapterConfig(r=RANK, lora_alpha=ALPHA), base.model)
     roles = Roles(
         base, {"policy": config}, ["policy"], {"policy": ["policy"], "reference": []}, checkpointing=task.checkpointing
     )
     roles.share_prefixes = share
     same_adapters(base.model)
-    train = settings.TrainingConfig(
+    train = TrainingConfig(
         max_steps=task.steps,
         global_batch_size=PAIRS,
         micro_batch_size=PAIRS,

@@ -23,9 +23,9 @@ from typing import Any
 import numpy as np
 import torch
 
+from lowrank_tune.assembly.finished_run import FinishedRun, adapters_in, check_base, load_finished_run, roles_of
 from lowrank_tune.data import ChatTemplate
 from lowrank_tune.export.export import ExportOptions, export
-from lowrank_tune.export.finished_run import FinishedRun, adapters_in, check_base, load_finished_run, roles_of
 from lowrank_tune.export.merge import merge
 from lowrank_tune.export.merge_check import RecordedOutputs, make_probes, record_outputs
 from lowrank_tune.model.base import BUILTIN_MODEL, load_base, load_tokenizer

@@ -127,24 +127,24 @@ class Scoring:
 def ours(task: Task, turn: Turns) -> list[float]:
     import torch
 
-    from lowrank_tune import settings
     from lowrank_tune.algorithms.context import AlgorithmContext
     from lowrank_tune.algorithms.grpo import GRPO
     from lowrank_tune.algorithms.rollouts import RolloutCollector
+    from lowrank_tune.config import AdapterConfig, BaseConfig, TrainingConfig
     from lowrank_tune.events import StepEnd
     from lowrank_tune.functional import step_seed
     from lowrank_tune.model.adapters import lora_config
     from lowrank_tune.model.base import load_base
     from lowrank_tune.model.roles import Roles
-    from lowrank_tune.trainer import Trainer, make_optimizer
+    from lowrank_tune.training.trainer import Trainer, make_optimizer
 
     prompts, new, vocabulary, micro = task.work()
     device, tokenizer, clock, scoring = torch.device("cpu"), words(vocabulary), Clock(task, "ours"), Scoring()
-    base = load_base(settings.BaseConfig(model=task.folder, bits=16), tokenizer=None, device=device)
-    config = lora_config(settings.AdapterConfig(r=RANK, lora_alpha=ALPHA), base.model)
+    base = load_base(BaseConfig(model=task.folder, bits=16), tokenizer=None, device=device)
+    config = lora_config(AdapterConfig(r=RANK, lora_alpha=ALPHA), base.model)
     roles = Roles(base, {"policy": config}, ["policy"], {"policy": ["policy"], "reference": []}, checkpointing=False)
     same_adapters(base.model)
-    train = settings.TrainingConfig(
+    train = TrainingConfig(
         max_steps=task.steps,
         global_batch_size=PROMPTS,
         micro_batch_size=micro,

@@ -28,7 +28,7 @@ from lowrank_tune.assembly import ALGORITHMS, ONLINE_ALGORITHMS, load_roles
 from lowrank_tune.generation import Engine
 from lowrank_tune.memory_planner.planner import make_spec, phases_of
 from lowrank_tune.model.base import load_base
-from lowrank_tune.trainer import Trainer, make_optimizer
+from lowrank_tune.training.trainer import Trainer, make_optimizer
 from lowrank_tune.types import Batch, SamplingParams
 
 CPU = torch.device("cpu")

@@ -19,10 +19,10 @@ import sys
 import tempfile
 from pathlib import Path
 
+from lowrank_tune.config import Preset, find_preset, list_presets, load_any
 from lowrank_tune.memory_planner import GIB
 from lowrank_tune.memory_planner.planner import plan_of
 from lowrank_tune.memory_planner.specs import simulation_specs
-from lowrank_tune.recipe import Preset, find_preset, list_presets, load_any
 
 GPU_GIB = 24.0
 WITHIN = 0.01

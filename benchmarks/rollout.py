@@ -67,15 +67,15 @@ def fill(model: Any) -> None:
 def ours(folder: str, bits: int) -> Contender:
     import torch
 
-    from lowrank_tune import settings
+    from lowrank_tune.config import AdapterConfig, BaseConfig
     from lowrank_tune.generation import Engine
     from lowrank_tune.model.adapters import lora_config
     from lowrank_tune.model.base import load_base
     from lowrank_tune.model.roles import Roles
     from lowrank_tune.types import SamplingParams
 
-    base = load_base(settings.BaseConfig(model=folder, bits=bits), tokenizer=None, device=torch.device("cpu"))
-    config = lora_config(settings.AdapterConfig(r=RANK, lora_alpha=ALPHA), base.model)
+    base = load_base(BaseConfig(model=folder, bits=bits), tokenizer=None, device=torch.device("cpu"))
+    config = lora_config(AdapterConfig(r=RANK, lora_alpha=ALPHA), base.model)
     roles = Roles(base, {"policy": config}, ["policy"], {"policy": ["policy"], "reference": []})
     fill(base.model)
 

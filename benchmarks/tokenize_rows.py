@@ -78,8 +78,8 @@ def best(repeats: int, jobs: dict[str, Callable[[int], None]]) -> dict[str, list
 
 def compare(name: str, rows: list[dict[str, Any]], tokenizer: Any, repeats: int) -> float:
     """Prints one table; returns the rate of `encode` as a share of the bare one."""
+    from lowrank_tune.config import DataConfig, SourceConfig
     from lowrank_tune.data import ChatTemplate, InvalidRow, detect_format, load, to_conversation
-    from lowrank_tune.settings import DataConfig, SourceConfig
 
     conversations = [to_conversation(row, detect_format(row, {}), {}, "auto").messages for row in rows]
     texts = [

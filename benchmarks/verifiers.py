@@ -14,11 +14,11 @@ import sys
 import time
 from pathlib import Path
 
+from lowrank_tune.config import RewardConfig
 from lowrank_tune.errors import UserError
 from lowrank_tune.rewards import RewardInput, WorkerPool, build_rewards
 from lowrank_tune.rewards.sandbox.isolation import LEVELS, probe_level
 from lowrank_tune.rewards.sandbox.launch import Confined
-from lowrank_tune.settings import RewardConfig
 
 CODE = [
     ("def f(x):\n    return x * x", ["assert f(3) == 9", "assert f(-2) == 4", "assert f(0) == 0"]),

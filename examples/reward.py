@@ -7,7 +7,7 @@ import tempfile
 from pathlib import Path
 
 from lowrank_tune import Recipe, run
-from lowrank_tune.validation import score_file
+from lowrank_tune.evaluation import score_file
 
 
 def write_pairs(path: Path, count: int = 160) -> None:

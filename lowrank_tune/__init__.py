@@ -20,15 +20,14 @@ logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 if TYPE_CHECKING:
     import torch
 
-    from lowrank_tune import settings
+    from lowrank_tune.config import Chain, Recipe, RecipeConfig
     from lowrank_tune.errors import UserError
     from lowrank_tune.events import Event
-    from lowrank_tune.recipe import Chain, Recipe
     from lowrank_tune.runner import RunResult
 
 
 def run(
-    recipe: settings.RecipeConfig | Chain | str | Path,
+    recipe: RecipeConfig | Chain | str | Path,
     *overrides: str,
     out: str | Path | None = None,
     ui: str = "auto",
@@ -41,7 +40,7 @@ def run(
     Raises UserError (a sentence for the person) and KeyboardInterrupt at a second Ctrl-C. `on_event` sees every event.
     The recipe is read before torch is imported: a backend that it names may have to come first.
     """
-    from lowrank_tune.recipe import backends_of, load_any
+    from lowrank_tune.config import backends_of, load_any
     from lowrank_tune.unsloth_import import import_unsloth
 
     loaded = load_any(recipe, *overrides) if isinstance(recipe, (str, Path)) else recipe
@@ -63,7 +62,7 @@ if (
 # the heavy modules load at first use, so that `--help` and a faulty recipe take a second
 def __getattr__(name: str) -> Any:
     if name in ("Chain", "Recipe"):
-        from lowrank_tune import recipe
+        from lowrank_tune import config as recipe
 
         return getattr(recipe, name)
     if name == "UserError":

@@ -17,7 +17,7 @@ from typing import Any, Literal
 
 import torch
 
-from lowrank_tune import settings, trackers, unsloth_import
+from lowrank_tune import unsloth_import
 from lowrank_tune.assembly import build
 from lowrank_tune.assembly.run_date import with_template_date
 from lowrank_tune.checkpoint import (
@@ -27,24 +27,25 @@ from lowrank_tune.checkpoint import (
     latest_checkpoint,
     quarantine_broken_final,
 )
+from lowrank_tune.config import Chain, RecipeConfig, backends_of, differences, dump, load_any
+from lowrank_tune.config.chain import stage_folder
+from lowrank_tune.config.memory_rules import suggestions
 from lowrank_tune.errors import OutOfMemory, UserError
 from lowrank_tune.events import Emit, Event, LogMessage, RunEnded, SampleLogged, StepEnd
-from lowrank_tune.export import final_folder
 from lowrank_tune.memory_planner import gpu_memory_gib
 from lowrank_tune.model.base import Base
 from lowrank_tune.model.oom import DoesNotFit, free_traceback, is_out_of_memory
 from lowrank_tune.preflight import check_before_loading
-from lowrank_tune.recipe import Chain, backends_of, differences, dump, load_any
-from lowrank_tune.recipe.chain import stage_folder
-from lowrank_tune.recipe.memory_rules import suggestions
-from lowrank_tune.signals import TrainerControl, handle_signals
-from lowrank_tune.sinks import EventBus, JsonLines, Sink, log_gaps
-from lowrank_tune.stage import Stage
-from lowrank_tune.ui.plain import LineLogger
+from lowrank_tune.training import trackers
+from lowrank_tune.training.final_adapter import final_folder
+from lowrank_tune.training.signals import TrainerControl, handle_signals
+from lowrank_tune.training.sinks import EventBus, JsonLines, Sink, log_gaps
+from lowrank_tune.training.stage import Stage
 from lowrank_tune.ui.report import write_report
-from lowrank_tune.ui.summary import summary_table
-from lowrank_tune.ui.terminal import can_show
-from lowrank_tune.ui.tui import Tui
+from lowrank_tune.ui.terminal.device import can_show
+from lowrank_tune.ui.terminal.plain import LineLogger
+from lowrank_tune.ui.terminal.tui import Tui
+from lowrank_tune.ui.views.summary import summary_table
 from lowrank_tune.ui.wall_time import WallTime
 from lowrank_tune.ui.watch import read_events
 
@@ -126,7 +127,7 @@ class _SummaryRecorder:
 
 
 def run(
-    recipe: settings.RecipeConfig | Chain | str | Path,
+    recipe: RecipeConfig | Chain | str | Path,
     *overrides: str,
     out: str | Path | None = None,
     ui: str = "auto",
@@ -138,7 +139,7 @@ def run(
 
     Raises UserError (a sentence for the person) and KeyboardInterrupt at a second Ctrl-C. `on_event` sees every event.
     """
-    loaded = recipe if isinstance(recipe, (settings.RecipeConfig, Chain)) else load_any(recipe, *overrides)
+    loaded = recipe if isinstance(recipe, (RecipeConfig, Chain)) else load_any(recipe, *overrides)
     unsloth_import.import_unsloth(backends_of(loaded))  # refused here where nobody did it in time
     control = TrainerControl()
     with handle_signals(control) as set_training:  # around the screen too, which must be taken down whatever comes
@@ -187,7 +188,7 @@ class _RunContext:
     ) -> None:
         self.control, self.set_training, self.device = control, set_training, device
         self.auto_settings: Mapping[str, Mapping[str, Any]] = {}  # what `auto` stands for, by stage
-        self.stages: tuple[settings.RecipeConfig, ...] = ()  # of a chain: they share one base
+        self.stages: tuple[RecipeConfig, ...] = ()  # of a chain: they share one base
         self.recorder = _SummaryRecorder()
         self.emit = EventBus(self.recorder)
         self.shows_dashboard = ui in ("auto", "tui") and can_show(sys.stdout, os.environ, forced=ui == "tui")
@@ -204,7 +205,7 @@ class _RunContext:
 
 
 def run_stage(
-    recipe: settings.RecipeConfig,
+    recipe: RecipeConfig,
     folder: RunFolder,
     context: _RunContext,
     position: StagePosition,
@@ -283,7 +284,7 @@ def run_stage(
             emit.detach(file)
 
 
-def _out_of_memory(error: BaseException, recipe: settings.RecipeConfig) -> OutOfMemory:
+def _out_of_memory(error: BaseException, recipe: RecipeConfig) -> OutOfMemory:
     """The sentence with what to type. What the failed attempt held is let go: the process may go on."""
     lines, kind, tokens = str(error).splitlines() or [""], "", 0
     if isinstance(error, DoesNotFit):
@@ -341,7 +342,7 @@ def run_chain(stage_chain: Chain, folder: RunFolder, context: _RunContext) -> Ru
     return RunResult(summary["status"], folder.path, summary)
 
 
-def finished_stages(loaded: settings.RecipeConfig | Chain, folder: Path) -> frozenset[str]:
+def finished_stages(loaded: RecipeConfig | Chain, folder: Path) -> frozenset[str]:
     """The stages of a chain that have ended in its folder and will be left as they are. A stage whose final folder is
     broken is not one of them: it is continued, and writes that folder again."""
     if not isinstance(loaded, Chain):

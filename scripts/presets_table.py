@@ -15,7 +15,7 @@ import sys
 from itertools import groupby
 from pathlib import Path
 
-from lowrank_tune.recipe import Chain, Preset, find_preset, list_presets, load_any
+from lowrank_tune.config import Chain, Preset, find_preset, list_presets, load_any
 
 PAGE = Path(__file__).parent.parent / "docs" / "presets.md"
 BEGIN, END = "<!-- generated: begin -->", "<!-- generated: end -->"

@@ -12,8 +12,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from lowrank_tune.recipe.rules import USED_BY
-from lowrank_tune.settings import RecipeConfig
+from lowrank_tune.config import RecipeConfig
+from lowrank_tune.config.rules import USED_BY
 
 PAGE = Path(__file__).parent.parent / "docs" / "settings.md"
 Schema = Mapping[str, Any]

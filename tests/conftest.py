@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import sys
+from pathlib import Path
 
 import pytest
 
@@ -11,6 +13,9 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # One thread: the tests' models are tiny, and two threads that wait for each other on a busy machine are ten times
 # slower.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+# A test module may import what another one defines, also from another folder.
+sys.path.extend(str(folder) for folder in sorted(Path(__file__).parent.iterdir()) if folder.is_dir())
 
 from hypothesis import HealthCheck, settings  # noqa: E402  (the environment above must stand first)
 

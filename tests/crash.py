@@ -288,10 +288,15 @@ KILL_POINTS = {
     # the policy's gradient is there, the value's is not
     "update of ppo": ("lowrank_tune.algorithms.ppo", "PPO", "_value_term"),
     "between passes of ppo": ("lowrank_tune.algorithms.ppo", "PPO", "should_continue"),
-    "start of a stage": ("lowrank_tune.stage", "Stage", "__init__"),  # the stage before has left all that it leaves
-    "a step": ("lowrank_tune.trainer", "Trainer", "_step"),
+    # the stage before has left all that it leaves
+    "start of a stage": (
+        "lowrank_tune.training.stage",
+        "Stage",
+        "__init__",
+    ),
+    "a step": ("lowrank_tune.training.trainer", "Trainer", "_step"),
     # all steps are done and saved, and final/ is not there
-    "end of a stage": ("lowrank_tune.stage", "Stage", "finish"),
+    "end of a stage": ("lowrank_tune.training.stage", "Stage", "finish"),
 }
 """Where a run or a chain can be killed: module, class and method. Saving is where writes, fsyncs and renames are."""
 

@@ -15,8 +15,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from lowrank_tune.events import Event, LogMessage, RunEnded, RunStarted, StepEnd
-from lowrank_tune.signals import TrainerControl, handle_signals
-from lowrank_tune.ui.tui import Tui
+from lowrank_tune.training.signals import TrainerControl, handle_signals
+from lowrank_tune.ui.terminal.tui import Tui
 from lowrank_tune.ui.watch import read_events
 
 RECORDED = Path(__file__).parent / "recorded"

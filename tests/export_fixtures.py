@@ -13,13 +13,14 @@ import torch
 from models import CPU, perturb, random_model
 from transformers import AutoTokenizer
 
-from lowrank_tune import Recipe, settings
+from lowrank_tune import Recipe
 from lowrank_tune.checkpoint import write_atomically
+from lowrank_tune.config import AdapterConfig, BaseConfig
 from lowrank_tune.data import ChatTemplate
-from lowrank_tune.export import final_folder
 from lowrank_tune.model.adapters import lora_config
 from lowrank_tune.model.base import BUILTIN_MODEL, base_hashes, combined_hash, hash_of, load_base, load_tokenizer
 from lowrank_tune.model.roles import Roles
+from lowrank_tune.training.final_adapter import final_folder
 
 IDS = torch.tensor([[5, 9, 33, 7, 21, 60, 3, 44, 120, 90, 7, 8]])
 CARD_WORDS = ("measured", "held-out")
@@ -37,7 +38,7 @@ class FinishedRun:
 def make_base(folder: Path, kind: str, tied: bool, spare: int = 0, **changes: Any) -> Path:
     """A random model with the tokenizer of the package's tiny base, which has no template of its own; `spare` rows
     stand for no token."""
-    tokenizer = load_tokenizer(settings.BaseConfig(model=BUILTIN_MODEL))
+    tokenizer = load_tokenizer(BaseConfig(model=BUILTIN_MODEL))
     shape = {
         "vocab_size": len(tokenizer) + spare,
         "tie_word_embeddings": tied,
@@ -84,7 +85,7 @@ def make_run(
     template = ChatTemplate.from_tokenizer(load_tokenizer(recipe.base))
     base = load_base(recipe.base, template.tokenizer, CPU)
     names, hashes = [*lower, "policy"], base_hashes(base.model)
-    wanted = settings.AdapterConfig(r=4, lora_alpha=8.0, use_rslora=rslora, **more)
+    wanted = AdapterConfig(r=4, lora_alpha=8.0, use_rslora=rslora, **more)
     roles = Roles(
         base,
         {name: lora_config(wanted, base.model) for name in names},

@@ -18,9 +18,9 @@ from peft import LoraConfig
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from lowrank_tune import settings
 from lowrank_tune.algorithms.context import AlgorithmContext
 from lowrank_tune.algorithms.sft import SFT
+from lowrank_tune.config import AdapterConfig, BaseConfig
 from lowrank_tune.model.activation_checkpointing import Checkpointing
 from lowrank_tune.model.adapters import lora_config
 from lowrank_tune.model.base import Base, freeze_base, load_base
@@ -128,7 +128,7 @@ def saved_model(kind: str = "llama", seed: int = 0) -> str:
 
 def load_base_of(bits: int = 4, kind: str = "llama", seed: int = 0) -> Base:
     """A fresh base, through the door that users take."""
-    return load_base(settings.BaseConfig(model=saved_model(kind, seed), bits=bits), TOKENIZER, CPU)  # type: ignore[arg-type]
+    return load_base(BaseConfig(model=saved_model(kind, seed), bits=bits), TOKENIZER, CPU)  # type: ignore[arg-type]
 
 
 def unquantized_base(kind: str, rope_factors: RopeFactors = "short", **changes: Any) -> Base:
@@ -152,7 +152,7 @@ def roles_over(
 ) -> Roles:
     """Roles with `policy`, or `only`, on top of `lower`; `extra` are further adapters, `heads` the roles with a scalar
     head."""
-    adapter_settings = settings.AdapterConfig(**{"r": 4, "lora_alpha": 16.0, "lora_dropout": dropout} | lora)
+    adapter_settings = AdapterConfig(**{"r": 4, "lora_alpha": 16.0, "lora_dropout": dropout} | lora)
     names = (*lower, only, *extra)
     if base.model.config.model_type == "gpt2":  # its layers are Conv1D, which settings do not name
         configs = {

@@ -16,15 +16,15 @@ import lowrank_tune
 
 PACKAGE = Path(lowrank_tune.__file__).parent
 ORDER = (
-    "errors events reward_hacking regex manifest paths unsloth_import settings types functional toy model data "
-    "generation rewards algorithms recipe checkpoint assembly data_report validation score_completions "
-    "signals trainer memory_planner stage export evaluation sinks trackers preflight ui runner chat doctor cli"
+    "errors events regex manifest paths unsloth_import config types functional toy model data generation rewards "
+    "algorithms checkpoint assembly data_report evaluation export training memory_planner preflight ui runner chat "
+    "doctor cli"
 ).split()
 LAZY = ("__init__", "__main__", "cli")
 """Modules that load first-party code at first use, so that `--help` and a faulty recipe take a second."""
 UNSAFE_MODULES = {"pickle", "cPickle", "dill", "cloudpickle", "marshal", "shelve", "joblib"}
 UNSAFE_CALLS = {"torch.load", "yaml.load", "yaml.unsafe_load", "yaml.full_load", "os.system", "eval", "exec"}
-ROOT_NAMES = {"Chain": "recipe", "Recipe": "recipe", "run": "runner", "UserError": "errors"}
+ROOT_NAMES = {"Chain": "config", "Recipe": "config", "run": "runner", "UserError": "errors"}
 
 
 def layer_of(file: Path, package: Path) -> str:
@@ -119,14 +119,14 @@ def test_the_package_follows_its_architecture() -> None:
 @pytest.mark.parametrize(
     ("file", "line", "fault"),
     [
-        ("errors.py", "from lowrank_tune.settings import BaseConfig", "errors must not know settings"),
-        ("errors.py", "from lowrank_tune import settings", "errors must not know settings"),
-        ("settings/train.py", "import lowrank_tune.recipe.strict_yaml", "settings must not know recipe"),
-        ("functional.py", "from lowrank_tune import Recipe", "functional must not know recipe"),
+        ("errors.py", "from lowrank_tune.config import BaseConfig", "errors must not know config"),
+        ("errors.py", "from lowrank_tune import config", "errors must not know config"),
+        ("config/training.py", "import lowrank_tune.training.trainer", "config must not know training"),
+        ("events.py", "from lowrank_tune import Recipe", "events must not know config"),
         ("functional.py", "def f():\n    from lowrank_tune import errors", "inside a function"),
-        ("recipe/rules.py", "from lowrank_tune.trainer import Trainer", "recipe must not know trainer"),
-        ("recipe/rules.py", "from .strict_yaml import parse", "a relative import"),
-        ("recipe/rules.py", "from lowrank_tune.helpers import f", "not in the order"),
+        ("config/rules.py", "from lowrank_tune.training.trainer import Trainer", "config must not know training"),
+        ("config/rules.py", "from .strict_yaml import parse", "a relative import"),
+        ("config/rules.py", "from lowrank_tune.helpers import f", "not in the order"),
         ("helpers.py", "import os", "helpers has no place in the order"),
         ("events.py", "import pickle", "imports pickle"),
         ("events.py", "import torch\ntorch.load('x')", "calls torch.load"),
@@ -148,7 +148,7 @@ def test_a_planted_fault_is_found(tmp_path: Path, file: str, line: str, fault: s
 
 
 @pytest.mark.parametrize(
-    "module", ["lowrank_tune", "lowrank_tune.recipe", "lowrank_tune.errors", "lowrank_tune.events"]
+    "module", ["lowrank_tune", "lowrank_tune.config", "lowrank_tune.errors", "lowrank_tune.events"]
 )
 def test_light_imports(module: str) -> None:
     code = (

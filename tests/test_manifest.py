@@ -10,11 +10,11 @@ import pytest
 import torch
 
 from lowrank_tune.checkpoint import Snapshot, broken_final_reason, load, quarantine_broken_final, write_atomically
+from lowrank_tune.config import Chain, load_any
 from lowrank_tune.errors import UserError
 from lowrank_tune.events import Event, LogMessage
 from lowrank_tune.manifest import changed_file, manifest_files
 from lowrank_tune.model.adapters import ROPE, STACK, adapter_rope_factors, read_adapter
-from lowrank_tune.recipe import Chain, load_any
 from lowrank_tune.runner import finished_stages
 
 ADAPTER, CONFIG = "adapter_model.safetensors", "adapter_config.json"

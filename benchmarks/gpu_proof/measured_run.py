@@ -15,7 +15,7 @@ from gpu_proof.profiling import Profile, profiled
 from gpu_proof.synthetic import TrainSettings
 from lowrank_tune.events import Event, StepEnd
 from lowrank_tune.model.roles import Roles
-from lowrank_tune.trainer import Trainer, TrainerState, make_optimizer
+from lowrank_tune.training.trainer import Trainer, TrainerState, make_optimizer
 from lowrank_tune.types import Algorithm, Batch, StepBatch
 
 

@@ -16,7 +16,7 @@ from lowrank_tune.errors import UserError
 from lowrank_tune.model.activation_checkpointing import Checkpointing
 from lowrank_tune.model.base import Base
 from lowrank_tune.model.rounding import relative_difference
-from lowrank_tune.trainer import make_optimizer
+from lowrank_tune.training.trainer import make_optimizer
 
 
 def check_memory_modes(base: Base, size: Size) -> CheckResult:

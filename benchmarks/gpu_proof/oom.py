@@ -17,7 +17,7 @@ from gpu_proof.synthetic import Size, TrainSettings, ragged_rows
 from lowrank_tune.model.base import Base
 from lowrank_tune.model.oom import MemoryLimits
 from lowrank_tune.model.rounding import allowed_difference, relative_difference
-from lowrank_tune.trainer import Trainer
+from lowrank_tune.training.trainer import Trainer
 
 SLACK_BYTES = 1 << 20
 """What a cache may have kept."""

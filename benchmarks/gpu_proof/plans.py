@@ -34,8 +34,8 @@ def make_plans(cells: Iterable[tuple[str, Cell]], cap_gb: float) -> dict[str, An
 
 def plan_cell(cell: Cell, shape: str, cap_gb: float) -> Any:
     """Return the `Plan` of a cell on a GPU."""
+    from lowrank_tune.config import Recipe
     from lowrank_tune.memory_planner import plan  # needs packages that such a machine may lack
-    from lowrank_tune.recipe import Recipe
 
     return next(plan(Recipe.from_dict(recipe_of(cell, shape)), cap_gb * 1e9 / 2**30))
 

@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from lowrank_tune import settings
 from lowrank_tune.algorithms.context import AlgorithmContext
 from lowrank_tune.algorithms.dpo import DPO
 from lowrank_tune.algorithms.reference_logps import reference_logps
@@ -27,6 +26,7 @@ from lowrank_tune.assembly.rl import (
 )
 from lowrank_tune.assembly.rope import check_heldout_length, select_rope
 from lowrank_tune.assembly.stacks import ROLES_WITH_HEAD, build_stacks, frozen_adapters
+from lowrank_tune.config import RecipeConfig
 from lowrank_tune.data import (
     BatchSampler,
     ChatTemplate,
@@ -52,14 +52,14 @@ from lowrank_tune.model.roles import Roles
 from lowrank_tune.model.rotary import FixedRope, factors_of
 from lowrank_tune.types import Algorithm, Batch
 
-ALGORITHMS: dict[str, Callable[[AlgorithmContext, settings.RecipeConfig], Algorithm]] = {
+ALGORITHMS: dict[str, Callable[[AlgorithmContext, RecipeConfig], Algorithm]] = {
     "sft": lambda context, recipe: SFT(context),
     "reward": lambda context, recipe: RewardModeling(context, recipe.reward.center_rewards_coefficient),
     "dpo": lambda context, recipe: DPO(
         context, recipe.dpo.loss_type, recipe.dpo.beta, recipe.dpo.label_smoothing, recipe.dpo.sft_coef
     ),
 }
-ONLINE_ALGORITHMS: dict[str, Callable[[settings.RecipeConfig, AlgorithmContext, RolloutCollector], Algorithm]] = {
+ONLINE_ALGORITHMS: dict[str, Callable[[RecipeConfig, AlgorithmContext, RolloutCollector], Algorithm]] = {
     "grpo": make_grpo,
     "ppo": make_ppo,
 }
@@ -95,12 +95,12 @@ class RunComponents:
 
 
 def build(
-    recipe: settings.RecipeConfig,
+    recipe: RecipeConfig,
     emit: Emit,
     device: torch.device | None = None,
     base: Base | None = None,
     fresh: bool = True,
-    stages: Sequence[settings.RecipeConfig] = (),
+    stages: Sequence[RecipeConfig] = (),
 ) -> RunComponents:
     """Loads what is cheap to check first: adapters' folders, tokenizer, data, and only then the base, where none is
     given: the stages of a chain share one, and `stages` are all of them. A `fresh` run also tries its rewards on
@@ -164,7 +164,7 @@ def build(
 
 
 def _build_online(
-    recipe: settings.RecipeConfig,
+    recipe: RecipeConfig,
     emit: Emit,
     device: torch.device | None,
     base: Base | None,
@@ -223,7 +223,7 @@ def _build_online(
     )
 
 
-def check_adapter_lineage(recipe: settings.RecipeConfig, saved: dict[str, SavedAdapter], emit: Emit) -> None:
+def check_adapter_lineage(recipe: RecipeConfig, saved: dict[str, SavedAdapter], emit: Emit) -> None:
     """An adapter that was trained over others lies over the same ones again, told by content; where this recipe loads
     none of them, it is taken with them folded into it. Raises UserError where only some are there. (The reward model
     has a stack of its own.)"""
@@ -257,7 +257,7 @@ def _raise_no_units(units: Sequence[int]) -> Batch:
 
 
 def _load_base(
-    recipe: settings.RecipeConfig,
+    recipe: RecipeConfig,
     template: ChatTemplate,
     device: torch.device | None,
     emit: Emit,
@@ -273,12 +273,12 @@ def _load_base(
     return base
 
 
-def micro_tokens_of(recipe: settings.RecipeConfig, max_length: int) -> int:
+def micro_tokens_of(recipe: RecipeConfig, max_length: int) -> int:
     """Tokens that go through the model at once where no gradient is kept."""
     return min(max(4096, (recipe.train.micro_batch_rows or 4) * max_length), 1 << 15)
 
 
-def _heldout_questions(recipe: settings.RecipeConfig, template: ChatTemplate, rope: FixedRope | None) -> list[Prompt]:
+def _heldout_questions(recipe: RecipeConfig, template: ChatTemplate, rope: FixedRope | None) -> list[Prompt]:
     config = recipe.evaluate
     if config.eval_dataset is None:
         return []
@@ -295,7 +295,7 @@ def _heldout_questions(recipe: settings.RecipeConfig, template: ChatTemplate, ro
     return usable
 
 
-def load_roles(recipe: settings.RecipeConfig, base: Base, saved: Mapping[str, SavedAdapter], emit: Emit) -> Roles:
+def load_roles(recipe: RecipeConfig, base: Base, saved: Mapping[str, SavedAdapter], emit: Emit) -> Roles:
     """The stacks of the recipe over the base (`build_stacks`), with the weights of the adapters that were `saved`."""
     top, lower = recipe.trained_adapter, frozen_adapters(recipe)
     below = reward_model_base(saved, lower) if REWARD_ROLE in recipe.adapters and top != REWARD_ROLE else []

@@ -5,9 +5,9 @@ from __future__ import annotations
 import random
 from collections.abc import Mapping, Sequence
 
-from lowrank_tune import settings
 from lowrank_tune.algorithms.reward_failures import RewardFailure, summarize_failures
 from lowrank_tune.assembly.rl import RewardScorer
+from lowrank_tune.config import RecipeConfig
 from lowrank_tune.data import ChatTemplate, PromptDataset, PromptExample
 from lowrank_tune.errors import UserError
 from lowrank_tune.events import Emit, LogMessage, Progress
@@ -24,7 +24,7 @@ MAX_ZERO_STD_SHARE = 0.6  # above it the estimate is a warning
 
 
 def dry_run_rewards(
-    recipe: settings.RecipeConfig,
+    recipe: RecipeConfig,
     roles: Roles,
     template: ChatTemplate,
     prompts: PromptDataset,

@@ -10,13 +10,13 @@ from typing import Literal
 
 from torch import Tensor
 
-from lowrank_tune import settings
 from lowrank_tune.algorithms.context import AlgorithmContext
 from lowrank_tune.algorithms.grpo import GRPO
 from lowrank_tune.algorithms.ppo import PPO, CriticConfig, GAEConfig, KLControlConfig, UpdateConfig
 from lowrank_tune.algorithms.reward_failures import RewardFailure, RewardFailureTracker
 from lowrank_tune.algorithms.rollouts import RolloutBatch, RolloutCollector
 from lowrank_tune.assembly.reward_model import append_end_of_turn, encode_answer, end_of_turn_ids, score_rows
+from lowrank_tune.config import RecipeConfig
 from lowrank_tune.data import ChatTemplate, PromptDataset, PromptExample, load_prompts, make_prompt_sampler
 from lowrank_tune.errors import TrainingError, UserError
 from lowrank_tune.events import Emit, GroupLogged, LogMessage
@@ -42,7 +42,7 @@ NUM_ROWS_CHECKED = 48  # reference answers that the rewards are tried on
 ROLLOUT_SEED_TAG = 1 << 21  # differs from the tag of `reward_dry_run`, so that the two never share random numbers
 
 
-def load_train_prompts(recipe: settings.RecipeConfig, template: ChatTemplate, emit: Emit) -> PromptDataset:
+def load_train_prompts(recipe: RecipeConfig, template: ChatTemplate, emit: Emit) -> PromptDataset:
     """The prompts to draw completions for. Raises UserError."""
     prompts = load_prompts(
         recipe.data,
@@ -57,7 +57,7 @@ def load_train_prompts(recipe: settings.RecipeConfig, template: ChatTemplate, em
     return prompts
 
 
-def make_row_check(recipe: settings.RecipeConfig) -> Callable[[PromptExample], str | None]:
+def make_row_check(recipe: RecipeConfig) -> Callable[[PromptExample], str | None]:
     """Of each row of the data, why no reward could judge by it."""
     builtin_rewards = [use for use in recipe.rewards if not is_user_function(use.name)]
     weighted = build_rewards(builtin_rewards, Path.cwd()) if builtin_rewards else []
@@ -69,7 +69,7 @@ def make_row_check(recipe: settings.RecipeConfig) -> Callable[[PromptExample], s
 class RewardScorer:
     """The recipe's rewards on their workers, for a rollout collector."""
 
-    def __init__(self, recipe: settings.RecipeConfig, template: ChatTemplate) -> None:
+    def __init__(self, recipe: RecipeConfig, template: ChatTemplate) -> None:
         self.weighted: list[WeightedReward] = build_rewards(recipe.rewards, Path.cwd())
         self.max_failure_rate = recipe.rollout.max_reward_failure_rate
         self.weights = [weighted_reward.weight for weighted_reward in self.weighted]
@@ -167,7 +167,7 @@ def check_reference_rewards(
 
 
 def make_rollout_collector(
-    recipe: settings.RecipeConfig,
+    recipe: RecipeConfig,
     roles: Roles,
     template: ChatTemplate,
     prompts: PromptDataset,
@@ -239,7 +239,7 @@ def _completion(rollout: RolloutBatch, advantages: Tensor, i: int) -> Mapping[st
     }
 
 
-def make_grpo(recipe: settings.RecipeConfig, context: AlgorithmContext, collector: RolloutCollector) -> GRPO:
+def make_grpo(recipe: RecipeConfig, context: AlgorithmContext, collector: RolloutCollector) -> GRPO:
     """The algorithm of the recipe."""
     config = recipe.grpo
     epsilon_high = config.epsilon_high
@@ -263,7 +263,7 @@ def make_grpo(recipe: settings.RecipeConfig, context: AlgorithmContext, collecto
     )
 
 
-def make_ppo(recipe: settings.RecipeConfig, context: AlgorithmContext, collector: RolloutCollector) -> PPO:
+def make_ppo(recipe: RecipeConfig, context: AlgorithmContext, collector: RolloutCollector) -> PPO:
     """The algorithm of the recipe."""
     config = recipe.ppo
     critic = CriticConfig(config.vf_coef if config.critic == "shared" else 1.0, config.cliprange_value)

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from lowrank_tune import settings
+from lowrank_tune.config import RecipeConfig
 from lowrank_tune.errors import ConfigError, ConfigProblem
 from lowrank_tune.events import Emit, LogMessage
 from lowrank_tune.model.adapters import adapter_rope_factors
@@ -20,7 +20,7 @@ from lowrank_tune.model.base import load_config
 from lowrank_tune.model.rotary import FixedRope, RopeFactors, fixed_rope, select_factors
 
 
-def select_rope(stages: Sequence[settings.RecipeConfig], emit: Emit) -> FixedRope | None:
+def select_rope(stages: Sequence[RecipeConfig], emit: Emit) -> FixedRope | None:
     """The frequencies for these stages over one base; None where its RoPE type leaves no choice. Raises ConfigError for
     rows that are longer than RoPE type `dynamic` allows."""
     config = load_config(stages[0].base)
@@ -48,7 +48,7 @@ def select_rope(stages: Sequence[settings.RecipeConfig], emit: Emit) -> FixedRop
     return rope
 
 
-def check_heldout_length(recipe: settings.RecipeConfig, longest_prompt: int, rope: FixedRope) -> None:
+def check_heldout_length(recipe: RecipeConfig, longest_prompt: int, rope: FixedRope) -> None:
     """Raises ConfigError where a held-out answer could make a row longer than the frequencies are for."""
     limit, new_tokens = rope.max_row_length, recipe.evaluate.max_new_tokens
     if limit is None or longest_prompt + new_tokens <= limit:
@@ -65,7 +65,7 @@ def check_heldout_length(recipe: settings.RecipeConfig, longest_prompt: int, rop
     raise ConfigError([ConfigProblem(message, "evaluate.max_new_tokens")])
 
 
-def long_row_problem(recipe: settings.RecipeConfig, config: Any) -> ConfigProblem | None:
+def long_row_problem(recipe: RecipeConfig, config: Any) -> ConfigProblem | None:
     """The setting that allows longer rows than RoPE type `dynamic` is for; None where none does."""
     rope = fixed_rope(config, "short")
     if rope is None or rope.rope_type != "dynamic" or recipe.max_train_length <= rope.original_length:
@@ -80,7 +80,7 @@ def long_row_problem(recipe: settings.RecipeConfig, config: Any) -> ConfigProble
     return ConfigProblem(message, key)
 
 
-def _refuse_long_rows(stages: Sequence[settings.RecipeConfig], config: Any) -> None:
+def _refuse_long_rows(stages: Sequence[RecipeConfig], config: Any) -> None:
     problems = {stage.name: long_row_problem(stage, config) for stage in stages}
     located = [
         replace(problem, key=f"stages.{name}.{problem.key}") if len(stages) > 1 else problem
@@ -91,12 +91,12 @@ def _refuse_long_rows(stages: Sequence[settings.RecipeConfig], config: Any) -> N
         raise ConfigError(located)
 
 
-def _length_setting(recipe: settings.RecipeConfig) -> str:
+def _length_setting(recipe: RecipeConfig) -> str:
     """The setting that bounds the rows of training."""
     return "rollout.max_new_tokens" if recipe.algorithm in ("grpo", "ppo") else "data.max_length"
 
 
-def _adapter_factors(stages: Sequence[settings.RecipeConfig]) -> dict[str, RopeFactors]:
+def _adapter_factors(stages: Sequence[RecipeConfig]) -> dict[str, RopeFactors]:
     """The factors that each loaded adapter was trained with, by its path, where its folder names them."""
     paths = dict.fromkeys(adapter.path for stage in stages for adapter in stage.adapters.values() if adapter.path)
     found = {path: adapter_rope_factors(path) for path in paths}

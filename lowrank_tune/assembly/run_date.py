@@ -9,14 +9,13 @@ from datetime import date
 from pathlib import Path
 from typing import TypeVar
 
-from lowrank_tune import settings
 from lowrank_tune.checkpoint import RunFolder
+from lowrank_tune.config import Chain, RecipeConfig
 from lowrank_tune.data.template_date import calls_clock
 from lowrank_tune.data.tokenizer_backend import default_chat_template
 from lowrank_tune.model.base import load_tokenizer
-from lowrank_tune.recipe import Chain
 
-AnyRecipe = TypeVar("AnyRecipe", bound=settings.RecipeConfig | Chain)
+AnyRecipe = TypeVar("AnyRecipe", bound=RecipeConfig | Chain)
 
 
 def with_template_date(recipe: AnyRecipe, path: Path) -> AnyRecipe:

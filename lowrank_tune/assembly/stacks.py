@@ -8,15 +8,15 @@ from typing import Any
 
 from peft import LoraConfig
 
-from lowrank_tune import settings
 from lowrank_tune.assembly.reward_model import REWARD_ROLE
+from lowrank_tune.config import RecipeConfig
 from lowrank_tune.model.adapters import lora_config
 
 ROLES_WITH_HEAD = {"reward", "value"}
 """Roles with a scalar head."""
 
 
-def frozen_adapters(recipe: settings.RecipeConfig) -> list[str]:
+def frozen_adapters(recipe: RecipeConfig) -> list[str]:
     """The frozen adapters below the trained one, lowest first."""
     return [
         name for name in recipe.adapters if name not in (recipe.trained_adapter, REWARD_ROLE, *recipe.extra_adapters)
@@ -24,7 +24,7 @@ def frozen_adapters(recipe: settings.RecipeConfig) -> list[str]:
 
 
 def build_stacks(
-    recipe: settings.RecipeConfig, model: Any, loaded: Mapping[str, LoraConfig], reward_base: Sequence[str]
+    recipe: RecipeConfig, model: Any, loaded: Mapping[str, LoraConfig], reward_base: Sequence[str]
 ) -> tuple[dict[str, LoraConfig], dict[str, list[str]]]:
     """The adapters in the order they lie, and the stacks of the roles: the trained adapter over the frozen ones;
     without it, the reference.
@@ -45,7 +45,7 @@ def build_stacks(
     return configs, stacks
 
 
-def _value_stack(recipe: settings.RecipeConfig, stacks: Mapping[str, list[str]]) -> list[str]:
+def _value_stack(recipe: RecipeConfig, stacks: Mapping[str, list[str]]) -> list[str]:
     """What the value speaks with: the policy's stack, or what lies below the policy, or below the reward model that it
     is a copy of."""
     if recipe.ppo.critic == "shared":
@@ -54,7 +54,7 @@ def _value_stack(recipe: settings.RecipeConfig, stacks: Mapping[str, list[str]])
 
 
 def _value_config(
-    recipe: settings.RecipeConfig, model: Any, loaded: Mapping[str, LoraConfig], lora_configs: Mapping[str, LoraConfig]
+    recipe: RecipeConfig, model: Any, loaded: Mapping[str, LoraConfig], lora_configs: Mapping[str, LoraConfig]
 ) -> LoraConfig:
     """The value's shape: the reward model's where it is a copy, else its own where it has one, else the policy's."""
     if "value" in loaded:

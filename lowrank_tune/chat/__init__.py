@@ -11,8 +11,8 @@ from lowrank_tune.chat.conversation import Conversation, append_row
 from lowrank_tune.chat.loader import load_chat_model
 from lowrank_tune.chat.sampling_options import SamplingOptions
 from lowrank_tune.chat.session import ChatSession
-from lowrank_tune.ui.chat_screen import ChatScreen
-from lowrank_tune.ui.plain import LineLogger
+from lowrank_tune.ui.terminal.chat_screen import ChatScreen
+from lowrank_tune.ui.terminal.plain import LineLogger
 
 __all__ = [
     "AnswerStream",

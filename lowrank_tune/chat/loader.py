@@ -7,14 +7,14 @@ from pathlib import Path
 
 import torch
 
-from lowrank_tune import settings
 from lowrank_tune.assembly import check_adapter_lineage
+from lowrank_tune.assembly.finished_run import FinishedRun, adapters_at, adapters_in, check_base, roles_of
 from lowrank_tune.chat.chat_model import ChatModel
 from lowrank_tune.chat.target import ChatTarget, resolve_target
+from lowrank_tune.config import AdapterConfig, BaseConfig
 from lowrank_tune.data import ChatTemplate
 from lowrank_tune.errors import OutOfMemory, UserError
 from lowrank_tune.events import Emit, LogMessage, Progress
-from lowrank_tune.export.finished_run import FinishedRun, adapters_at, adapters_in, check_base, roles_of
 from lowrank_tune.model.adapters import SavedAdapter, adapter_rope_factors, lora_config, read_adapter
 from lowrank_tune.model.base import Base, load_base, load_config, load_tokenizer
 from lowrank_tune.model.roles import Roles
@@ -63,7 +63,7 @@ def load_chat_model(
         if saved
         else Roles(
             loaded,
-            {"unheard": lora_config(settings.AdapterConfig(r=1), loaded.model)},
+            {"unheard": lora_config(AdapterConfig(r=1), loaded.model)},
             trainable=[],
             stacks={"policy": []},
         )
@@ -103,12 +103,12 @@ def _adapters(target: ChatTarget, emit: Emit) -> Mapping[str, SavedAdapter]:
 
 def _base(
     target: ChatTarget, saved_adapters: Mapping[str, SavedAdapter], bits: int | None, base: str | None
-) -> settings.BaseConfig:
+) -> BaseConfig:
     """Which base to load. Raises UserError."""
     if target.model is not None:
         if base is not None:
             raise UserError(f"--base: {target.model} is a model itself; --base is for runs and adapters")
-        return settings.BaseConfig(model=target.model, bits=16 if bits == 16 else 4)
+        return BaseConfig(model=target.model, bits=16 if bits == 16 else 4)
     if target.run is not None:
         base_config = target.run.base
         if bits not in (None, base_config.bits):
@@ -122,10 +122,10 @@ def _base(
         raise UserError(f"{target.adapter} does not say over which base it was trained: name it with --base")
     revision = top.config.revision
     pinned = f"{top.base_name}@{revision}" if revision and "@" not in str(top.base_name) else str(top.base_name)
-    return settings.BaseConfig(model=base or pinned, bits=16 if bits == 16 else 4)
+    return BaseConfig(model=base or pinned, bits=16 if bits == 16 else 4)
 
 
-def _rope_factors(target: ChatTarget, base_config: settings.BaseConfig, max_new_tokens: int) -> RopeFactors:
+def _rope_factors(target: ChatTarget, base_config: BaseConfig, max_new_tokens: int) -> RopeFactors:
     """The factors that it was trained with; where that is not known, those for an answer and at least one token before
     it."""
     if target.run is not None:
@@ -134,9 +134,7 @@ def _rope_factors(target: ChatTarget, base_config: settings.BaseConfig, max_new_
     return trained or select_factors(load_config(base_config), max_new_tokens + 1)
 
 
-def _template(
-    base_config: settings.BaseConfig, adapter: Path | None, template_date: str | None, emit: Emit
-) -> ChatTemplate:
+def _template(base_config: BaseConfig, adapter: Path | None, template_date: str | None, emit: Emit) -> ChatTemplate:
     """The base's; or the one that came with an adapter from elsewhere, where that is another one."""
     template = ChatTemplate.from_tokenizer(tokenizer := load_tokenizer(base_config), template_date)
     if adapter is not None and (adapter / TEMPLATE).is_file():

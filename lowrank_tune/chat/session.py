@@ -16,7 +16,7 @@ from lowrank_tune.chat.sampling_options import SamplingOptions
 from lowrank_tune.errors import UserError
 from lowrank_tune.functional import step_seed
 from lowrank_tune.types import Message
-from lowrank_tune.ui.chat_screen import AnswerView, ChatScreen
+from lowrank_tune.ui.terminal.chat_screen import AnswerView, ChatScreen
 
 FORCE_QUIT_PRESSES = 3  # times that Ctrl-C is pressed during one answer
 

@@ -10,14 +10,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lowrank_tune import settings
+from lowrank_tune.assembly.finished_run import FinishedRun
 from lowrank_tune.checkpoint import CorruptCheckpoint, load
 from lowrank_tune.checkpoint.run_format import check_run_format
+from lowrank_tune.config import default_adapter_name, from_dict
 from lowrank_tune.errors import UserError, did_you_mean
-from lowrank_tune.export.finished_run import FinishedRun
 from lowrank_tune.model.adapters import CONFIG
 from lowrank_tune.model.base import BUILTIN_MODEL
-from lowrank_tune.recipe import from_dict
 
 _HUB = re.compile(r"[A-Za-z0-9][\w.-]*(?:/[\w.-]+)?(?:@[\w./-]+)?")
 _STEP = re.compile(r"step-(0|[1-9]\d*)")
@@ -111,7 +110,7 @@ def _policy_run(folder: Path) -> FinishedRun:
     recipe = _read_json_object(folder / "run.json").get("recipe")
     if not isinstance(recipe, dict):
         raise UserError(f"{folder}/run.json cannot be understood, so nothing tells what this run trained")
-    if settings.default_adapter_name(recipe.get("algorithm")) != "policy":
+    if default_adapter_name(recipe.get("algorithm")) != "policy":
         raise UserError(
             f"{folder} trained a reward model, which scores answers and generates none: "
             f"use `lowrank-tune score {folder} --file FILE`"
@@ -124,7 +123,7 @@ def _chain(folder: Path, stages: list[Any]) -> ChatTarget:
     writers = [
         f"{number}-{stage.get('name')}"
         for number, stage in enumerate(stages, 1)
-        if isinstance(stage, dict) and settings.default_adapter_name(stage.get("algorithm")) == "policy"
+        if isinstance(stage, dict) and default_adapter_name(stage.get("algorithm")) == "policy"
     ]
     if not writers:
         raise UserError(

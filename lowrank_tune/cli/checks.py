@@ -21,14 +21,14 @@ def data_command(
     """Show what would be trained on, before anything is: mixture, lengths, faulty rows with their lines, end token,
     loss mask."""
     with report_user_errors(debug):
-        from lowrank_tune.recipe import Chain, load_any
+        from lowrank_tune.config import Chain, load_any
 
         loaded = load_any(recipe, *(overrides or []))
         with loading_message():
             from lowrank_tune.data_report import inspect_data
             from lowrank_tune.events import Event, LogMessage, Progress
-            from lowrank_tune.ui.data_view import show
-            from lowrank_tune.ui.plain import LineLogger
+            from lowrank_tune.ui.terminal.plain import LineLogger
+            from lowrank_tune.ui.views.data import show
 
         def on_event(event: Event) -> None:
             if isinstance(event, Progress) or isinstance(event, LogMessage) and event.level == "warning":

@@ -158,8 +158,8 @@ def eval_command(
 def _evaluate(run_or_model: str, out: Path | None, options: Options) -> None:
     """Measures, keeps the result and prints it. Ends with 130 where a person interrupted."""
     from lowrank_tune.evaluation import append_record, evaluate, has_metrics, parse_record
-    from lowrank_tune.ui.evals_view import show
-    from lowrank_tune.ui.plain import LineLogger
+    from lowrank_tune.ui.terminal.plain import LineLogger
+    from lowrank_tune.ui.views.evaluation import show
 
     plain = LineLogger(sys.stderr)
     try:

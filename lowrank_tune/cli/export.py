@@ -84,7 +84,7 @@ def export_command(
             from lowrank_tune.export.export import ExportOptions, export
             from lowrank_tune.export.hub import Upload
             from lowrank_tune.export.merge_check import MergeReport
-            from lowrank_tune.ui.plain import LineLogger
+            from lowrank_tune.ui.terminal.plain import LineLogger
 
         plain = LineLogger(sys.stderr)
 

@@ -47,7 +47,7 @@ def merge_command(
         check_run(run)
         with loading_message():
             from lowrank_tune.export import MergeReport, merge
-            from lowrank_tune.ui.plain import LineLogger
+            from lowrank_tune.ui.terminal.plain import LineLogger
 
         plain = LineLogger(sys.stderr)
 

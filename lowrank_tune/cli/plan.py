@@ -41,13 +41,13 @@ def plan_command(
     """Print what a run will hold in memory, phase by phase, and whether it fits the GPU: from the recipe alone,
     without weights or a GPU. Ends with 2 if it does not fit."""
     with report_user_errors(debug):
-        from lowrank_tune.recipe import Chain, load_any
+        from lowrank_tune.config import Chain, load_any
 
         loaded = load_any(recipe, *(overrides or []))
         in_chain = isinstance(loaded, Chain)
         with loading_message():
             from lowrank_tune.memory_planner import Plan, gpu_memory_gib, plan
-            from lowrank_tune.ui.plan_view import show, worst_stage_line
+            from lowrank_tune.ui.views.plan import show, worst_stage_line
 
         console, plans = Console(highlight=False), list[Plan]()
         found_gib = None if device == PlanDevice.cpu else vram or gpu_memory_gib()

@@ -27,7 +27,7 @@ def presets_command(context: typer.Context) -> None:
     if context.invoked_subcommand is not None:
         return
     with report_user_errors(False):
-        from lowrank_tune.recipe import list_presets
+        from lowrank_tune.config import list_presets
 
         for group, members in groupby(list_presets(), key=lambda preset: preset.group):
             print(group)
@@ -49,7 +49,7 @@ def show_preset(
 ) -> None:
     """Print a preset as it is written; with --resolved the complete recipe with every setting."""
     with report_user_errors(debug):
-        from lowrank_tune.recipe import dump, find_preset, load_any
+        from lowrank_tune.config import dump, find_preset, load_any
 
         sys.stdout.write(dump(load_any(name)) if resolved else find_preset(name).read_text(encoding="utf-8"))
 
@@ -62,7 +62,7 @@ def copy_preset(
 ) -> None:
     """Copy a preset to a file of your own; never over one that is there."""
     with report_user_errors(debug):
-        from lowrank_tune.recipe import find_preset
+        from lowrank_tune.config import find_preset
 
         target = file or Path(f"{name}.yaml")
         write_new_file(target, find_preset(name).read_text(encoding="utf-8"), "name another file")
@@ -73,6 +73,6 @@ def copy_preset(
 def schema_command(debug: Debug = False) -> None:
     """Print the JSON schema of a recipe, for editors."""
     with report_user_errors(debug):
-        from lowrank_tune.recipe import schema as recipe_schema
+        from lowrank_tune.config import schema as recipe_schema
 
         print(json.dumps(recipe_schema(), indent=2))

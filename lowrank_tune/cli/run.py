@@ -37,7 +37,7 @@ def run_command(
 ) -> None:
     """Run a recipe; the same command again continues it."""
     with report_user_errors(debug):
-        from lowrank_tune.recipe import backends_of, load_any
+        from lowrank_tune.config import backends_of, load_any
         from lowrank_tune.unsloth_import import import_unsloth
 
         loaded = load_any(recipe, *(overrides or []))
@@ -53,7 +53,7 @@ def demo_command(overrides: Overrides = None, out: Out = None, ui: Ui = UiMode.a
     """Teach the tiny base that ships with the package, without GPU or network, by SFT and then by GRPO, and compare
     before and after."""
     with report_user_errors(debug):
-        from lowrank_tune.recipe import load_any
+        from lowrank_tune.config import load_any
 
         loaded = load_any("tiny-rlvr", "name=demo", *(overrides or []))
         with loading_message():
@@ -66,7 +66,7 @@ def demo_command(overrides: Overrides = None, out: Out = None, ui: Ui = UiMode.a
 
 
 def _print_summary(outcome: RunResult) -> None:
-    from lowrank_tune.ui.summary import summary_table
+    from lowrank_tune.ui.views.summary import summary_table
 
     width = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
     print(summary_table(outcome.summary, outcome.folder, width))

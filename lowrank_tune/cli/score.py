@@ -59,7 +59,7 @@ def score_command(
     """Score completions with the rewards of a recipe, or with the reward model of a run. Exits with 1 if a run would
     stop at the failures of the rewards."""
     with report_user_errors(debug):
-        from lowrank_tune.recipe.extends import SUFFIXES
+        from lowrank_tune.config.extends import SUFFIXES
 
         check_output_file(out)
         path = Path(recipe_or_run)
@@ -83,16 +83,16 @@ def _score_with_rewards(
     recipe: str, overrides: list[str], file: str | None, limit: int | None, out: Path | None
 ) -> None:
     """Scores with the rewards of a recipe, or of each stage of a chain that has rewards."""
-    from lowrank_tune.recipe import Chain, load_any
+    from lowrank_tune.config import Chain, load_any
 
     loaded = load_any(recipe, *overrides)
     stages = [stage for stage in (loaded.stages if isinstance(loaded, Chain) else (loaded,)) if stage.rewards]
     if not stages:
         raise UserError(f"{recipe} has no rewards: no algorithm of it learns from completions")
     with loading_message():
-        from lowrank_tune.score_completions import score_completions
-        from lowrank_tune.ui.completion_scores_view import show
-        from lowrank_tune.ui.plain import LineLogger
+        from lowrank_tune.evaluation.score_completions import score_completions
+        from lowrank_tune.ui.terminal.plain import LineLogger
+        from lowrank_tune.ui.views.completion_scores import show
 
     status, lines = 0, list[str]()
     for stage in stages:
@@ -117,9 +117,9 @@ def _score_with_rewards(
 def _score_with_reward_model(run: Path, file: str, out: Path | None) -> None:
     """Scores with the reward model of a run, or of the last stage of a chain that trained one."""
     with loading_message():
-        from lowrank_tune.ui.plain import LineLogger
-        from lowrank_tune.ui.reward_model_scores_view import show
-        from lowrank_tune.validation import score_file
+        from lowrank_tune.evaluation import score_file
+        from lowrank_tune.ui.terminal.plain import LineLogger
+        from lowrank_tune.ui.views.reward_model_scores import show
 
     plain = LineLogger(sys.stderr)
     try:

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from lowrank_tune import settings
+from lowrank_tune.config import DataConfig, SourceConfig
 from lowrank_tune.data.chat_template import ChatTemplate
 from lowrank_tune.data.files import RawExample
 from lowrank_tune.data.formats import InvalidRow, with_system
@@ -22,9 +22,9 @@ PROMPT_MISMATCH = "the ids of its prompt are not the beginning of both sides"
 
 def encode_pairs(
     chunk: Chunk,
-    source: settings.SourceConfig,
+    source: SourceConfig,
     format_name: str,
-    data_config: settings.DataConfig,
+    data_config: DataConfig,
     template: ChatTemplate,
     report: SourceReport,
 ) -> Iterator[Entry | InvalidRow]:
@@ -47,7 +47,7 @@ def encode_pairs(
         yield rows if isinstance(rows, InvalidRow) else _entry(pair, rows)
 
 
-def pair_of(raw: RawExample, source: settings.SourceConfig, system: str | None) -> PreferencePair | InvalidRow:
+def pair_of(raw: RawExample, source: SourceConfig, system: str | None) -> PreferencePair | InvalidRow:
     """The pair of a row with the recipe's system prompt where it brings none, or what is wrong with it."""
     try:
         pair = to_pair(raw, source.columns)
@@ -98,9 +98,7 @@ def _mask_prompt(prompt: list[int], chosen: Row, rejected: Row) -> RowPair | Inv
     return first, second
 
 
-def _truncate(
-    pair: PreferencePair, prompt: int, data: settings.DataConfig, template: ChatTemplate
-) -> RowPair | InvalidRow:
+def _truncate(pair: PreferencePair, prompt: int, data: DataConfig, template: ChatTemplate) -> RowPair | InvalidRow:
     """The pair without the oldest exchanges of its prompt, as few as it takes. No answer is ever cut, and the last
     question stays."""
     reason = f"longer than data.max_length ({data.max_length} tokens)"

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from itertools import chain, islice
 
+from lowrank_tune.config import SourceConfig
 from lowrank_tune.data.array_head import open_array_head
 from lowrank_tune.data.files import DataFile, RawExample
 from lowrank_tune.data.formats import InvalidRow
@@ -16,7 +17,6 @@ from lowrank_tune.data.sources import (
     empty_source,
     open_local_files,
 )
-from lowrank_tune.settings import SourceConfig
 
 
 class SourceHead:

@@ -10,10 +10,10 @@ from typing import Any
 
 import numpy as np
 
+from lowrank_tune.config import SourceConfig
 from lowrank_tune.data.files import RowMask
 from lowrank_tune.data.formats import InvalidRow
 from lowrank_tune.errors import UserError
-from lowrank_tune.settings import SourceConfig
 
 LIST = re.compile(r"\[([^\]]*)\]")
 INFO_SECONDS = 5.0

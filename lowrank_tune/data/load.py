@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from lowrank_tune import settings
+from lowrank_tune.config import DataConfig, SourceConfig
 from lowrank_tune.data.chat_template import ChatTemplate
 from lowrank_tune.data.encode_pairs import pair_of
 from lowrank_tune.data.files import RawExample
@@ -45,7 +45,7 @@ class Prompt:
 
 
 def load(
-    data: settings.DataConfig,
+    data: DataConfig,
     template: ChatTemplate,
     seed: int,
     emit: Emit,
@@ -103,9 +103,7 @@ def load(
     return TokenizedSplits(train, validation, report)
 
 
-def load_heldout_prompts(
-    source: settings.SourceConfig, count: int, seed: int, system: str | None = None
-) -> list[Prompt]:
+def load_heldout_prompts(source: SourceConfig, count: int, seed: int, system: str | None = None) -> list[Prompt]:
     """Up to `count` prompts of a source, drawn with the seed. Rows that cannot be used are passed over."""
     if source.dataset in BUILTIN_DATASETS:
         source = source.model_copy(update={"max_samples": source.max_samples or count})
@@ -127,7 +125,7 @@ def load_heldout_prompts(
 
 
 def to_heldout_prompt(
-    raw: RawExample, source: settings.SourceConfig, format_name: str, system: str | None
+    raw: RawExample, source: SourceConfig, format_name: str, system: str | None
 ) -> Prompt | InvalidRow:
     """The prompt of a row; of a pair the gold answer stands in the chosen side."""
     if format_name == "preference":
@@ -170,7 +168,7 @@ def _hash_keys(keys: NDArray[np.uint64], seed: int) -> NDArray[np.uint64]:
     return mixed ^ (mixed >> np.uint64(31))
 
 
-def _check_weights(sources: Sequence[settings.SourceConfig]) -> None:
+def _check_weights(sources: Sequence[SourceConfig]) -> None:
     given = [source.weight for source in sources if source.weight is not None]
     if given and (len(given) < len(sources) or not math.isclose(sum(given), 1.0, abs_tol=1e-6)):
         raise UserError(
@@ -179,7 +177,7 @@ def _check_weights(sources: Sequence[settings.SourceConfig]) -> None:
         )
 
 
-def _mixture(sources: Sequence[settings.SourceConfig], train: TokenizedDataset) -> str:
+def _mixture(sources: Sequence[SourceConfig], train: TokenizedDataset) -> str:
     if len(sources) == 1:
         return "one source"
     counts = np.bincount(train.source_of, minlength=len(sources))

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from lowrank_tune import settings
+from lowrank_tune.config import DataConfig, SourceConfig, TrainingConfig
 from lowrank_tune.data.chat_template import ChatTemplate
 from lowrank_tune.data.files import RawExample
 from lowrank_tune.data.formats import InvalidRow
@@ -83,9 +83,7 @@ class PromptDataset:
 class PromptSampler(BatchSampler):
     """Which prompts make up each step, and which others can take the place of those that teach nothing."""
 
-    def __init__(
-        self, dataset: PromptDataset, data: settings.DataConfig, train: settings.TrainingConfig, seed: int
-    ) -> None:
+    def __init__(self, dataset: PromptDataset, data: DataConfig, train: TrainingConfig, seed: int) -> None:
         given = [source.weight for source in data.train]
         by_prompts = train.model_copy(
             update={"global_batch_size": train.prompts_per_step, "tokens_per_step": None, "length_window": 1}
@@ -112,15 +110,13 @@ class PromptSampler(BatchSampler):
         return [int(queue[index % len(queue)]) for index in range(count)]
 
 
-def make_prompt_sampler(
-    dataset: PromptDataset, data: settings.DataConfig, train: settings.TrainingConfig, seed: int
-) -> PromptSampler:
+def make_prompt_sampler(dataset: PromptDataset, data: DataConfig, train: TrainingConfig, seed: int) -> PromptSampler:
     """The order of these prompts, `train.prompts_per_step` a step."""
     return PromptSampler(dataset, data, train, seed)
 
 
 def load_prompts(
-    data: settings.DataConfig,
+    data: DataConfig,
     template: ChatTemplate,
     seed: int,
     emit: Emit,
@@ -160,8 +156,8 @@ def load_prompts(
 
 
 def _load_source(
-    source: settings.SourceConfig,
-    data: settings.DataConfig,
+    source: SourceConfig,
+    data: DataConfig,
     template: ChatTemplate,
     seed: int,
     emit: Emit,
@@ -211,9 +207,9 @@ def _count(report: SourceReport, example: PromptExample, is_known: bool) -> None
 
 def _to_prompt_example(
     raw: RawExample,
-    source: settings.SourceConfig,
+    source: SourceConfig,
     format_name: str,
-    data: settings.DataConfig,
+    data: DataConfig,
     template: ChatTemplate,
     report: SourceReport,
 ) -> tuple[PromptExample, int] | InvalidRow:
@@ -244,7 +240,7 @@ def _ids(messages: Sequence[Message], template: ChatTemplate) -> list[int] | Inv
         return error.__cause__ if isinstance(error.__cause__, InvalidRow) else InvalidRow(str(error))
 
 
-def _mixture(sources: Sequence[settings.SourceConfig], reports: Sequence[SourceReport]) -> str:
+def _mixture(sources: Sequence[SourceConfig], reports: Sequence[SourceReport]) -> str:
     if len(sources) == 1:
         return "one source"
     total = max(1, sum(report.used for report in reports))

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from lowrank_tune.settings import TrainingConfig
+from lowrank_tune.config import TrainingConfig
 
 RowIndices = NDArray[np.int64]
 ROWS_PER_STEP = 16

@@ -12,11 +12,11 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from lowrank_tune.config import SourceConfig
 from lowrank_tune.data.files import SUFFIXES, DataFile, OpenArray, RawExample, RowMask, open_file, select_rows
 from lowrank_tune.data.formats import InvalidRow
 from lowrank_tune.data.hub import HubRows
 from lowrank_tune.errors import UserError, did_you_mean
-from lowrank_tune.settings import SourceConfig
 from lowrank_tune.toy import problems
 
 ROWS_SEED_TAG = 4  # a tag beside those of `mixture`, which keeps the random streams apart

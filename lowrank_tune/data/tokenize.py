@@ -13,7 +13,7 @@ from typing import Protocol
 
 import numpy as np
 
-from lowrank_tune import settings
+from lowrank_tune.config import DataConfig, SourceConfig
 from lowrank_tune.data.boxed import box_final_answer
 from lowrank_tune.data.chat_template import ChatTemplate
 from lowrank_tune.data.encode_pairs import encode_pairs
@@ -31,8 +31,8 @@ CHUNK = 512  # rows at a time: as Python numbers, long ones take a hundred times
 
 
 def tokenize(
-    sources: Sequence[settings.SourceConfig],
-    data: settings.DataConfig,
+    sources: Sequence[SourceConfig],
+    data: DataConfig,
     template: ChatTemplate,
     seed: int,
     emit: Emit,
@@ -82,7 +82,7 @@ class NamedRows(Protocol):
     def __iter__(self) -> Iterator[tuple[RowLocation, RawExample | InvalidRow]]: ...
 
 
-def format_of(source: settings.SourceConfig, rows: NamedRows, pairs: bool | None = None) -> str:
+def format_of(source: SourceConfig, rows: NamedRows, pairs: bool | None = None) -> str:
     """The shape that the recipe names, or that of the first row that has a known one; with `pairs` told, it must be
     that or not."""
     format_name = source.format if source.format != "auto" else _detect_format(source, rows, bool(pairs))
@@ -99,7 +99,7 @@ def format_of(source: settings.SourceConfig, rows: NamedRows, pairs: bool | None
     return format_name
 
 
-def _detect_format(source: settings.SourceConfig, rows: NamedRows, pairs: bool) -> str:
+def _detect_format(source: SourceConfig, rows: NamedRows, pairs: bool) -> str:
     faults: list[UserError] = []
     for _, row in islice(rows, HEAD_ROWS):
         if not isinstance(row, InvalidRow):
@@ -115,10 +115,10 @@ def _detect_format(source: settings.SourceConfig, rows: NamedRows, pairs: bool) 
 
 
 def _key(
-    sources: Sequence[settings.SourceConfig],
+    sources: Sequence[SourceConfig],
     formats: Sequence[str],
     opened: Sequence[SourceRows],
-    data: settings.DataConfig,
+    data: DataConfig,
     template: ChatTemplate,
     pairs: bool,
 ) -> str:
@@ -136,10 +136,10 @@ def _key(
 
 def _tokenize_source(
     number: int,
-    source: settings.SourceConfig,
+    source: SourceConfig,
     format_name: str,
     rows: SourceRows,
-    data: settings.DataConfig,
+    data: DataConfig,
     template: ChatTemplate,
     writer: StoreWriter,
     files: dict[str, int],
@@ -184,7 +184,7 @@ def chunks(rows: SourceRows, report: SourceReport) -> Iterator[tuple[Chunk, int]
             yield chunk, read
 
 
-def check_enough_rows(source: settings.SourceConfig, report: SourceReport) -> str | None:
+def check_enough_rows(source: SourceConfig, report: SourceReport) -> str | None:
     """Why there are fewer rows than the recipe asks for."""
     if source.max_samples is None or report.used >= source.max_samples:
         return None
@@ -196,9 +196,9 @@ def check_enough_rows(source: settings.SourceConfig, report: SourceReport) -> st
 
 def _encode(
     chunk: Chunk,
-    source: settings.SourceConfig,
+    source: SourceConfig,
     format_name: str,
-    data: settings.DataConfig,
+    data: DataConfig,
     template: ChatTemplate,
     report: SourceReport,
 ) -> Iterator[Entry | InvalidRow]:
@@ -228,7 +228,7 @@ def _encode(
 
 
 def conversation(
-    raw: RawExample, source: settings.SourceConfig, format_name: str, system: str | None, require_answer: bool = True
+    raw: RawExample, source: SourceConfig, format_name: str, system: str | None, require_answer: bool = True
 ) -> Conversation | InvalidRow:
     """The conversation of a row with the recipe's system prompt where it brings none, or what is wrong with it."""
     try:
@@ -239,7 +239,7 @@ def conversation(
     return Conversation(with_system(chat.messages, system), chat.ground_truth)
 
 
-def _truncate(chat: Conversation, data: settings.DataConfig, template: ChatTemplate) -> Row | InvalidRow:
+def _truncate(chat: Conversation, data: DataConfig, template: ChatTemplate) -> Row | InvalidRow:
     """The conversation up to the last answer with which it fits. No answer is ever cut: half of one teaches to stop
     there, or not to."""
     ends = [index + 1 for index, message in enumerate(chat.messages) if message.role == "assistant"]

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from lowrank_tune import settings
 from lowrank_tune.assembly.rl import make_row_check
+from lowrank_tune.config import RecipeConfig
 from lowrank_tune.data import ChatTemplate, load, load_heldout_prompts
 from lowrank_tune.data.prompts import load_prompts
 from lowrank_tune.data_report.prompts import report_prompts
@@ -32,7 +32,7 @@ __all__ = [
 ]
 
 
-def inspect_data(recipe: settings.RecipeConfig, emit: Emit, cache: Path | None = None) -> DataReport:
+def inspect_data(recipe: RecipeConfig, emit: Emit, cache: Path | None = None) -> DataReport:
     """Reads and tokenizes everything. Raises `UserError` only where there is nothing to show."""
     template = ChatTemplate.from_tokenizer(load_tokenizer(recipe.base), recipe.data.template_date)
     evaluation = recipe.evaluate

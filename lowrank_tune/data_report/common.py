@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from lowrank_tune import settings
+from lowrank_tune.config import RecipeConfig, SourceConfig
 from lowrank_tune.data import ChatTemplate, InvalidRow, Prompt, Report
 from lowrank_tune.data.report import EXAMPLES, SourceReport
 from lowrank_tune.data_report.report import DataIssue, Lengths
@@ -37,7 +37,7 @@ NO_TARGET = (
 )
 
 
-def weighted_by(sources: Sequence[settings.SourceConfig], unit: str = "row") -> str:
+def weighted_by(sources: Sequence[SourceConfig], unit: str = "row") -> str:
     """What decides the mixture, in words."""
     if len(sources) == 1:
         return "one source"
@@ -112,7 +112,7 @@ def truncate_middle(text: str, limit: int) -> str:
     return text if len(text) <= limit else text[: limit // 2] + " [...] " + text[-limit // 2 :]
 
 
-def invalid_sources(report: Report, recipe: settings.RecipeConfig) -> list[str]:
+def invalid_sources(report: Report, recipe: RecipeConfig) -> list[str]:
     """Sources of which too many rows cannot be used, a sentence each."""
     return [
         fault

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from lowrank_tune import settings
+from lowrank_tune.config import RecipeConfig
 from lowrank_tune.data import ChatTemplate, Prompt
 from lowrank_tune.data.prompts import PromptDataset, make_prompt_sampler
 from lowrank_tune.data.report import EXAMPLES
@@ -25,7 +25,7 @@ from lowrank_tune.data_report.report import DataIssue, DataReport, Epoch, Exampl
 
 
 def report_prompts(
-    recipe: settings.RecipeConfig, dataset: PromptDataset, template: ChatTemplate, heldout: Sequence[Prompt] = ()
+    recipe: RecipeConfig, dataset: PromptDataset, template: ChatTemplate, heldout: Sequence[Prompt] = ()
 ) -> DataReport:
     """The picture of the prompts that completions are drawn for."""
     parts, epoch = _prompt_mixture(recipe, dataset)
@@ -47,7 +47,7 @@ def report_prompts(
     )
 
 
-def _prompt_mixture(recipe: settings.RecipeConfig, dataset: PromptDataset) -> tuple[tuple[MixturePart, ...], Epoch]:
+def _prompt_mixture(recipe: RecipeConfig, dataset: PromptDataset) -> tuple[tuple[MixturePart, ...], Epoch]:
     """The same of prompts."""
     weights, total = [source.weight for source in recipe.data.train], max(1, len(dataset))
     drawn, steps, all_steps = np.zeros(0, np.int64), 0, 0

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from lowrank_tune import settings
+from lowrank_tune.config import RecipeConfig
 from lowrank_tune.data import (
     BatchSampler,
     ChatTemplate,
@@ -36,7 +36,7 @@ from lowrank_tune.data_report.report import DataIssue, DataReport, EosStats, Epo
 
 
 def report_rows(
-    recipe: settings.RecipeConfig, data: TokenizedSplits, template: ChatTemplate, heldout: Sequence[Prompt] = ()
+    recipe: RecipeConfig, data: TokenizedSplits, template: ChatTemplate, heldout: Sequence[Prompt] = ()
 ) -> DataReport:
     """The picture of loaded data."""
     stats = compute_token_stats(data.train, template.end_ids)
@@ -58,9 +58,7 @@ def report_rows(
     )
 
 
-def _mixture(
-    recipe: settings.RecipeConfig, data: TokenizedSplits, stats: TokenStats
-) -> tuple[tuple[MixturePart, ...], Epoch]:
+def _mixture(recipe: RecipeConfig, data: TokenizedSplits, stats: TokenStats) -> tuple[tuple[MixturePart, ...], Epoch]:
     """The parts, and the first epoch exactly as the loop will draw it."""
     train, sources = data.train, data.report.train
     epoch = _sample_epoch(recipe, train)
@@ -96,7 +94,7 @@ def _mixture(
     return parts, Epoch(len(rows), int(lengths[rows].sum()), int(trained_of[rows].sum()), steps, all_steps)
 
 
-def _sample_epoch(recipe: settings.RecipeConfig, train: TokenizedDataset) -> tuple[NDArray[np.int64], int, int] | None:
+def _sample_epoch(recipe: RecipeConfig, train: TokenizedDataset) -> tuple[NDArray[np.int64], int, int] | None:
     """Rows (or pairs) and steps of the first epoch, and the steps of the run; None where the mixture cannot be
     drawn."""
     weights = [source.weight for source in recipe.data.train]
@@ -235,7 +233,7 @@ def _segments(rows: TokenizedDataset, number: int, template: ChatTemplate) -> tu
     return tuple(segments)
 
 
-def _fatal_problems(recipe: settings.RecipeConfig, data: TokenizedSplits, eos_stats: EosStats) -> list[str]:
+def _fatal_problems(recipe: RecipeConfig, data: TokenizedSplits, eos_stats: EosStats) -> list[str]:
     faults = invalid_sources(data.report, recipe)
     if data.report.train_rows and not eos_stats.trained:
         faults.append(

@@ -2,6 +2,7 @@
 interval."""
 
 from lowrank_tune.evaluation.evaluation import Evaluation, Options, evaluate, has_metrics
+from lowrank_tune.evaluation.response_scores import ScoredResponse, score_file
 from lowrank_tune.evaluation.results import EVALS, EvalRecord, MetricValue, append_record, parse_record, read_records
 
 __all__ = [
@@ -10,9 +11,11 @@ __all__ = [
     "MetricValue",
     "Options",
     "EvalRecord",
+    "ScoredResponse",
     "append_record",
     "evaluate",
     "has_metrics",
     "read_records",
     "parse_record",
+    "score_file",
 ]

@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 import torch
 
-from lowrank_tune import settings
+from lowrank_tune.config import EvaluationConfig, RecipeConfig
 from lowrank_tune.data import ChatTemplate
 from lowrank_tune.errors import UserError
 from lowrank_tune.evaluation import lm_eval
@@ -106,12 +106,10 @@ class Evaluation:
     interrupted: bool = False
 
 
-def resolve_options(options: Options, recipe: settings.RecipeConfig | None) -> EvalSamplingOptions:
+def resolve_options(options: Options, recipe: RecipeConfig | None) -> EvalSamplingOptions:
     """Fills in what was not asked for. Raises UserError for what contradicts itself."""
     defaults = (
-        recipe.evaluate
-        if recipe is not None
-        else settings.EvaluationConfig(num_prompts=PROMPTS, max_new_tokens=NEW_TOKENS)
+        recipe.evaluate if recipe is not None else EvaluationConfig(num_prompts=PROMPTS, max_new_tokens=NEW_TOKENS)
     )
     num_samples = options.num_samples or defaults.num_samples
     temperature = (
@@ -133,7 +131,7 @@ def resolve_options(options: Options, recipe: settings.RecipeConfig | None) -> E
     )
 
 
-def _max_new_tokens(recipe: settings.RecipeConfig | None, defaults: settings.EvaluationConfig) -> int:
+def _max_new_tokens(recipe: RecipeConfig | None, defaults: EvaluationConfig) -> int:
     """Held-out answers as the run drew them; where it had none, as it drew its completions."""
     online = recipe is not None and recipe.algorithm in ("grpo", "ppo") and defaults.eval_dataset is None
     return recipe.rollout.max_new_tokens if recipe is not None and online else defaults.max_new_tokens

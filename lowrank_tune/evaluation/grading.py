@@ -7,10 +7,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from lowrank_tune import settings
 from lowrank_tune.assembly.reward_model import REWARD_ROLE, append_end_of_turn, end_of_turn_ids, score_rows
+from lowrank_tune.config import RecipeConfig, RewardConfig
 from lowrank_tune.data import ChatTemplate
 from lowrank_tune.errors import UserError
+from lowrank_tune.evaluation.heldout import is_exact
 from lowrank_tune.evaluation.questions import EvalQuestion
 from lowrank_tune.evaluation.target import REWARD_MODEL_ROLE
 from lowrank_tune.model.roles import Roles
@@ -18,7 +19,6 @@ from lowrank_tune.rewards import RewardInput, Score, WeightedReward, WorkerPool,
 from lowrank_tune.rewards.reward_model import RewardModel
 from lowrank_tune.rewards.verdicts import is_correct
 from lowrank_tune.types import Completion
-from lowrank_tune.validation import is_exact
 
 MICRO_TOKENS = 1 << 14
 GROUND_TRUTH = "gold answer"
@@ -48,13 +48,13 @@ class Grader:
     """
 
     def __init__(
-        self, recipe: settings.RecipeConfig | None, verifier: str | None, has_reward_model: bool, template: ChatTemplate
+        self, recipe: RecipeConfig | None, verifier: str | None, has_reward_model: bool, template: ChatTemplate
     ) -> None:
         self.template = template
         rewards = build_rewards(recipe.rewards, Path.cwd()) if recipe is not None and recipe.rewards else []
         self.rewards: list[WeightedReward] = rewards
         self.verifiers = (
-            build_rewards([settings.RewardConfig(name=verifier)], Path.cwd())
+            build_rewards([RewardConfig(name=verifier)], Path.cwd())
             if verifier is not None
             else [
                 weighted_reward

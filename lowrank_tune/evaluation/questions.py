@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from lowrank_tune import settings
+from lowrank_tune.config import RecipeConfig, SourceConfig
 from lowrank_tune.data import ChatTemplate, Conversation, InvalidRow, load, load_heldout_prompts, read_source
 from lowrank_tune.data.load import Prompt
 from lowrank_tune.data.tokenize import conversation, format_of
@@ -38,7 +38,7 @@ class EvalQuestions:
 
 
 def load_eval_questions(
-    source: settings.SourceConfig, count: int, seed: int, template: ChatTemplate, system: str | None
+    source: SourceConfig, count: int, seed: int, template: ChatTemplate, system: str | None
 ) -> EvalQuestions:
     """Up to `count` questions of a source, drawn as a run draws its held-out ones. Raises UserError where no row can be
     asked."""
@@ -72,7 +72,7 @@ def load_eval_questions(
 
 
 def _reference(
-    prompt: Prompt, source: settings.SourceConfig, format_name: str, template: ChatTemplate, system: str | None
+    prompt: Prompt, source: SourceConfig, format_name: str, template: ChatTemplate, system: str | None
 ) -> Row | None:
     """The row whole; of a pair there is none here: what is better than something else need not be what should be
     said."""
@@ -83,9 +83,7 @@ def _reference(
     return None if isinstance(row, InvalidRow) or not any(row.completion_mask) else row
 
 
-def recipe_heldout_questions(
-    recipe: settings.RecipeConfig, count: int, template: ChatTemplate, emit: Emit
-) -> EvalQuestions:
+def recipe_heldout_questions(recipe: RecipeConfig, count: int, template: ChatTemplate, emit: Emit) -> EvalQuestions:
     """The held-out questions of a run's own recipe; else its validation rows. Raises UserError where it has neither."""
     eval_dataset = recipe.evaluate.eval_dataset
     if eval_dataset is not None:
@@ -115,9 +113,7 @@ def recipe_heldout_questions(
     )
 
 
-def _validation_questions(
-    recipe: settings.RecipeConfig, count: int, template: ChatTemplate, emit: Emit
-) -> EvalQuestions:
+def _validation_questions(recipe: RecipeConfig, count: int, template: ChatTemplate, emit: Emit) -> EvalQuestions:
     """Rows that the run set aside of its training rows. Their gold answers are not kept, so they give losses, and
     prompts for a reward model."""
     store = load(recipe.data, template, recipe.seed, _ignore_event, pairs=recipe.uses_pairs).validation
@@ -144,14 +140,12 @@ def _validation_questions(
     return EvalQuestions(questions, "validation rows of the run")
 
 
-def eval_source(
-    given: str, name: str | None, split: str | None, recipe: settings.RecipeConfig | None
-) -> settings.SourceConfig:
+def eval_source(given: str, name: str | None, split: str | None, recipe: RecipeConfig | None) -> SourceConfig:
     """The source of --dataset; columns, format and gold answers are read as the recipe reads its own rows."""
-    source = settings.SourceConfig(
+    source = SourceConfig(
         dataset=given, config_name=name, split=split or ("heldout" if given == "builtin:arithmetic" else "train")
     )
-    like: Sequence[settings.SourceConfig] = (
+    like: Sequence[SourceConfig] = (
         () if recipe is None else [*filter(None, [recipe.evaluate.eval_dataset]), *recipe.data.train]
     )
     if not like or given.startswith("builtin:arithmetic") or like[0].dataset.startswith("builtin:arithmetic"):

@@ -15,12 +15,13 @@ from typing import Any, Literal
 
 import torch
 
-from lowrank_tune import settings
+from lowrank_tune.assembly.finished_run import adapters_in, load_finished_run
 from lowrank_tune.assembly.reward_model import REWARD_ROLE
 from lowrank_tune.checkpoint.run_format import check_run_format
+from lowrank_tune.config import AdapterConfig, BaseConfig, RecipeConfig, default_adapter_name
 from lowrank_tune.errors import UserError
+from lowrank_tune.evaluation.response_scores import reward_run
 from lowrank_tune.events import Emit, LogMessage
-from lowrank_tune.export.finished_run import adapters_in, load_finished_run
 from lowrank_tune.model.adapters import (
     CONFIG,
     STACK,
@@ -33,7 +34,6 @@ from lowrank_tune.model.adapters import (
 from lowrank_tune.model.base import BUILTIN_MODEL, Base, base_hashes
 from lowrank_tune.model.roles import Roles
 from lowrank_tune.model.rotary import RopeFactors, stored_factors
-from lowrank_tune.validation.score_file import reward_run
 
 BASE, REWARD_MODEL_ROLE = "base", "reward_model"
 Stack = Mapping[str, SavedAdapter]
@@ -46,7 +46,7 @@ class EvalRewardModel:
     was trained over."""
 
     run: Path
-    base: settings.BaseConfig
+    base: BaseConfig
     stack: Stack
     facts: Mapping[str, Any]
 
@@ -63,10 +63,10 @@ class EvalTarget:
 
     name: str
     kind: Literal["run", "chain", "adapter", "model"]
-    base: settings.BaseConfig
+    base: BaseConfig
     variants: dict[str, Stack]
     folder: Path | None = None
-    recipe: settings.RecipeConfig | None = None
+    recipe: RecipeConfig | None = None
     facts: Mapping[str, Any] = field(default_factory=dict)
     reward_model_stack: Stack = field(default_factory=dict)
     """The stack of the reward model that the recipe's own rewards ask."""
@@ -92,7 +92,7 @@ def resolve_target(given: str, bits: Literal[4, 16] | None, emit: Emit) -> EvalT
         return EvalTarget(
             path.resolve().name,
             "adapter",
-            settings.BaseConfig(model=saved.base_name, bits=bits or 4),
+            BaseConfig(model=saved.base_name, bits=bits or 4),
             {"adapter": {"adapter": saved}},
             rope_factors=adapter_rope_factors(given),
         )
@@ -103,7 +103,7 @@ def resolve_target(given: str, bits: Literal[4, 16] | None, emit: Emit) -> EvalT
             f"{given}: there is no such run or model; name the folder of a run or a model, `{BUILTIN_MODEL}`, or an "
             "id of the hub"
         )
-    return EvalTarget(given, "model", settings.BaseConfig(model=given, bits=bits or 4), {})
+    return EvalTarget(given, "model", BaseConfig(model=given, bits=bits or 4), {})
 
 
 def _target_from_run(path: Path, emit: Emit) -> EvalTarget:
@@ -111,7 +111,7 @@ def _target_from_run(path: Path, emit: Emit) -> EvalTarget:
     recipe = _read_json_object(path / "run.json").get("recipe")
     stages = recipe.get("stages") if isinstance(recipe, dict) else None
     if not isinstance(stages, list):
-        if isinstance(recipe, dict) and settings.default_adapter_name(recipe.get("algorithm")) != "policy":
+        if isinstance(recipe, dict) and default_adapter_name(recipe.get("algorithm")) != "policy":
             raise UserError(
                 f"{path} trained a reward model, which does not answer: score responses with it (`score {path} --file "
                 f"FILE`), or compare the answers of another run (`eval RUN --reward-model {path}`)"
@@ -132,7 +132,7 @@ def _target_from_run(path: Path, emit: Emit) -> EvalTarget:
     writers = {
         str(stage.get("name")): path / f"{number}-{stage.get('name')}"
         for number, stage in enumerate(stages, 1)
-        if isinstance(stage, dict) and settings.default_adapter_name(stage.get("algorithm")) == "policy"
+        if isinstance(stage, dict) and default_adapter_name(stage.get("algorithm")) == "policy"
     }
     ended = {name: load_finished_run(folder) for name, folder in writers.items() if (folder / "final").is_dir()}
     if not ended:
@@ -155,7 +155,7 @@ def _target_from_run(path: Path, emit: Emit) -> EvalTarget:
     )
 
 
-def _reward_model_stack(recipe: settings.RecipeConfig) -> Stack:
+def _reward_model_stack(recipe: RecipeConfig) -> Stack:
     adapter_config = recipe.adapters.get(REWARD_ROLE)
     uses_reward_model = any(reward.name == "reward_model" for reward in recipe.rewards)
     return (
@@ -205,7 +205,7 @@ def roles_for(target: EvalTarget, reward_model: EvalRewardModel | None, base: Ba
             stacks[role] = [*(f"under_{role}_{name}" for name, _ in frozen), role]
             saved |= {**{f"under_{role}_{name}": adapter for name, adapter in frozen}, role: top[1]}
     configs = {name: adapter.config for name, adapter in saved.items()} or {
-        "none": lora_config(settings.AdapterConfig(r=1), base.model)
+        "none": lora_config(AdapterConfig(r=1), base.model)
     }
     roles = Roles(
         base,

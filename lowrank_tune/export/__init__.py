@@ -1,7 +1,6 @@
-"""What leaves a run: the folder `final/`, and merged models."""
+"""Merged models and other formats of a finished run."""
 
-from lowrank_tune.export.final_adapter import final_folder
 from lowrank_tune.export.merge import MergedModel, merge
 from lowrank_tune.export.merge_check import MergeReport
 
-__all__ = ["MergedModel", "MergeReport", "final_folder", "merge"]
+__all__ = ["MergedModel", "MergeReport", "merge"]

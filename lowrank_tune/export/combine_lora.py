@@ -15,9 +15,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from bitsandbytes.nn import Linear4bit
+from torch import Tensor, nn
 
+from lowrank_tune.errors import UserError
 from lowrank_tune.model.heads import HEAD_WEIGHT_KEY
+from lowrank_tune.model.roles import ADAPTER_PREFIX, Roles
 
 PEFT_PREFIX, LORA_A, LORA_B = "base_model.model.", ".lora_A.weight", ".lora_B.weight"
 
@@ -120,3 +123,23 @@ def _target_modules(adapters: Sequence[LoraAdapter], names: Sequence[str]) -> li
     return (
         sorted({name for adapter in adapters for name in adapter.config["target_modules"]}) if simple else list(names)
     )
+
+
+def lora_adapters_of(roles: Roles) -> list[LoraAdapter]:
+    """The policy's adapters with their scales. Raises UserError for what cannot be added to a weight. (An adapter on
+    the output head is refused by `Roles`: where the head is tied, a merged one would change what is read too.)"""
+    names = [name.removeprefix(ADAPTER_PREFIX) for name in roles.stacks["policy"]]
+    adapters = [
+        LoraAdapter(roles.adapter_config(name), roles.adapter_tensors(name), roles.scalings(name)) for name in names
+    ]
+    if (reason := cannot_combine_reason(adapters)) is not None:
+        raise UserError(f"this adapter cannot be merged: {reason}")
+    model = roles.base.model
+    for module in dict.fromkeys(module for adapter in adapters for module in adapter.scalings):
+        layer = model.get_submodule(module).base_layer
+        if not isinstance(layer, (nn.Linear, Linear4bit)):
+            raise UserError(
+                f"this adapter cannot be merged: {module} is a {type(layer).__name__}, and only linear modules are "
+                f"known here"
+            )
+    return adapters

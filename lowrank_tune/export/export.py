@@ -12,15 +12,15 @@ from typing import Any, Literal
 import torch
 
 from lowrank_tune import __version__
+from lowrank_tune.assembly.finished_run import FinishedRun, adapters_in, check_base, load_finished_run
 from lowrank_tune.checkpoint import load
 from lowrank_tune.errors import UserError
 from lowrank_tune.events import Emit, LogMessage
-from lowrank_tune.export import llama_cpp
 from lowrank_tune.export.combine_lora import cannot_combine_reason, combine_adapters, saved_lora_adapter
 from lowrank_tune.export.export_model_card import gguf_lora_card, gguf_model_card, slug
-from lowrank_tune.export.finished_run import FinishedRun, adapters_in, check_base, load_finished_run
-from lowrank_tune.export.gguf_lora import TYPES, gguf_module, gguf_tensors, shape_of, write_gguf_lora
-from lowrank_tune.export.gguf_model import BITS_PER_WEIGHT, NATIVE_OUTTYPES, convert, estimate_gguf_size, quantize
+from lowrank_tune.export.gguf import llama_cpp
+from lowrank_tune.export.gguf.lora import TYPES, gguf_module, gguf_tensors, shape_of, write_gguf_lora
+from lowrank_tune.export.gguf.model import BITS_PER_WEIGHT, NATIVE_OUTTYPES, convert, estimate_gguf_size, quantize
 from lowrank_tune.export.hub import EXCLUDED_FILES, Upload, push
 from lowrank_tune.export.merge import BaseWeights, find_existing_merge, merge
 from lowrank_tune.export.merge_check import MergeReport

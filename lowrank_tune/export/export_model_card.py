@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from lowrank_tune import __version__, settings
+from lowrank_tune import __version__
+from lowrank_tune.config import RecipeConfig
 from lowrank_tune.export.model_card import recipe_text, rope_section, yaml_front_matter
 from lowrank_tune.model.rotary import FixedRope
 
@@ -12,7 +13,7 @@ Table = Sequence[tuple[str, str]]
 
 
 def gguf_model_card(
-    recipe: settings.RecipeConfig,
+    recipe: RecipeConfig,
     file: str,
     kind: str,
     into: str,
@@ -67,7 +68,7 @@ def gguf_model_card(
 
 
 def gguf_lora_card(
-    recipe: settings.RecipeConfig,
+    recipe: RecipeConfig,
     file: str,
     kind: str,
     start: str | None,
@@ -110,7 +111,7 @@ def gguf_lora_card(
     )
 
 
-def slug(recipe: settings.RecipeConfig) -> str:
+def slug(recipe: RecipeConfig) -> str:
     """The run's name as files and Ollama take it."""
     name = "".join(
         letter if letter.isascii() and (letter.isalnum() or letter in "-._") else "-"
@@ -119,7 +120,7 @@ def slug(recipe: settings.RecipeConfig) -> str:
     return name.strip("-.") or recipe.algorithm
 
 
-def _page(recipe: settings.RecipeConfig, relation: str, body: list[str]) -> str:
+def _page(recipe: RecipeConfig, relation: str, body: list[str]) -> str:
     head = yaml_front_matter(recipe, "gguf", ["gguf", "lowrank-tune", recipe.algorithm], relation=relation)
     return "\n".join(
         [
@@ -140,11 +141,11 @@ def _page(recipe: settings.RecipeConfig, relation: str, body: list[str]) -> str:
     )
 
 
-def _create(recipe: settings.RecipeConfig) -> list[str]:
+def _create(recipe: RecipeConfig) -> list[str]:
     return ["```sh", f"ollama create {slug(recipe)} -f Modelfile", f"ollama run {slug(recipe)}", "```", ""]
 
 
-def _base(recipe: settings.RecipeConfig) -> str:
+def _base(recipe: RecipeConfig) -> str:
     return recipe.base.model.partition("@")[0]
 
 

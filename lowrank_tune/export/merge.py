@@ -25,24 +25,23 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from lowrank_tune.checkpoint import as_user_error
-from lowrank_tune.data import ChatTemplate
-from lowrank_tune.errors import TrainingError, UserError
-from lowrank_tune.events import Emit, Progress
-from lowrank_tune.export.combine_lora import LoraAdapter
-from lowrank_tune.export.final_adapter import generation_config, serialize_tokenizer
-from lowrank_tune.export.finished_run import (
+from lowrank_tune.assembly.finished_run import (
     FinishedRun,
     adapters_in,
     check_base,
     load_finished_run,
-    lora_adapters_of,
     roles_of,
 )
+from lowrank_tune.checkpoint import as_user_error
+from lowrank_tune.data import ChatTemplate
+from lowrank_tune.errors import TrainingError, UserError
+from lowrank_tune.events import Emit, Progress
+from lowrank_tune.export.combine_lora import LoraAdapter, lora_adapters_of
 from lowrank_tune.export.merge_check import MergeReport, compare_models, make_probes, readback_device, record_outputs
 from lowrank_tune.export.model_card import merged_model_card
 from lowrank_tune.export.output_folder import check_disk_space, clean_stale
 from lowrank_tune.model.base import Base, count_weights, load_base, load_tokenizer, pick_device, weight_files
+from lowrank_tune.training.final_adapter import generation_config, serialize_tokenizer
 
 BaseWeights = Literal["dequantized", "original"]
 SHARD = 4 << 30  # bytes

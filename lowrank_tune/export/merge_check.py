@@ -19,9 +19,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lowrank_tune import settings
+from lowrank_tune.config import BaseConfig, RecipeConfig, SourceConfig
 from lowrank_tune.data import ChatTemplate, Prompt, load, load_heldout_prompts
 from lowrank_tune.errors import TrainingError, UserError
+from lowrank_tune.evaluation.heldout import render_questions, select_questions
 from lowrank_tune.events import Emit, LogMessage, Progress
 from lowrank_tune.generation import Engine
 from lowrank_tune.generation.engine import device_memory
@@ -29,7 +30,6 @@ from lowrank_tune.model.base import Base, load_base, load_tokenizer
 from lowrank_tune.model.roles import Roles
 from lowrank_tune.model.rotary import RopeFactors
 from lowrank_tune.types import Row, SamplingParams
-from lowrank_tune.validation import render_questions, select_questions
 
 MAX_MEAN_KL = 1e-3
 """Nats a token of KL(trained || merged), in the weights that were trained over."""
@@ -129,7 +129,7 @@ class MergeReport:
 
 
 def make_probes(
-    recipe: settings.RecipeConfig, template: ChatTemplate, emit: Emit, max_row_length: int | None = None
+    recipe: RecipeConfig, template: ChatTemplate, emit: Emit, max_row_length: int | None = None
 ) -> ProbePrompts:
     """Held-out prompts and rows of the recipe; where they are few, or its data is no longer there, the kit's own
     problems beside them. A prompt and its answer have at most `max_row_length` tokens."""
@@ -146,9 +146,7 @@ def make_probes(
     if len(probes.prompts) == MAX_PROMPTS:
         return probes
     built_in = _prompt_ids(
-        load_heldout_prompts(
-            settings.SourceConfig(dataset="builtin:arithmetic", split="heldout"), MAX_PROMPTS, recipe.seed
-        ),
+        load_heldout_prompts(SourceConfig(dataset="builtin:arithmetic", split="heldout"), MAX_PROMPTS, recipe.seed),
         template,
         longest,
     )
@@ -156,7 +154,7 @@ def make_probes(
     return ProbePrompts([*probes.prompts, *built_in][:MAX_PROMPTS], probes.rows, origin)
 
 
-def _of_recipe(recipe: settings.RecipeConfig, template: ChatTemplate, longest: int) -> ProbePrompts:
+def _of_recipe(recipe: RecipeConfig, template: ChatTemplate, longest: int) -> ProbePrompts:
     rows, prompt_ids, origin = list[Row](), list[list[int]](), "held-out prompts"
     if recipe.algorithm in ("sft", "dpo"):
         data = load(recipe.data, template, recipe.seed, _ignore_event, pairs=recipe.uses_pairs)
@@ -237,7 +235,7 @@ def compare_models(
 ) -> MergeReport:
     """Loads the merged model as a user would, with the rotary frequencies of the run, and compares its outputs with the
     recorded ones. Raises TrainingError where it cannot be loaded."""
-    base_settings = settings.BaseConfig(model=str(folder), bits=16)
+    base_settings = BaseConfig(model=str(folder), bits=16)
     try:
         base = load_base(base_settings, load_tokenizer(base_settings), *readback, rope_factors=rope_factors)
     except UserError as error:

@@ -14,7 +14,8 @@ from typing import Any
 
 import yaml
 
-from lowrank_tune import __version__, settings
+from lowrank_tune import __version__
+from lowrank_tune.config import BaseConfig, RecipeConfig
 from lowrank_tune.export.ollama import quoted
 from lowrank_tune.model.base import BUILTIN_MODEL
 from lowrank_tune.model.rotary import FixedRope
@@ -37,7 +38,7 @@ class Adapters:
 
 
 def model_card(
-    recipe: settings.RecipeConfig,
+    recipe: RecipeConfig,
     summary: Mapping[str, Any],
     revision: str | None,
     adapters: Adapters,
@@ -77,9 +78,7 @@ def model_card(
     return "\n".join(parts)
 
 
-def yaml_front_matter(
-    recipe: settings.RecipeConfig, library: str, tags: Sequence[str], relation: str = "adapter"
-) -> str:
+def yaml_front_matter(recipe: RecipeConfig, library: str, tags: Sequence[str], relation: str = "adapter") -> str:
     """The part of a card that the hub reads. Names of files and folders have no place in it."""
     base = recipe.base.model.partition("@")[0]
     facts: dict[str, Any] = {"library_name": library, "pipeline_tag": "text-generation", "tags": list(tags)}
@@ -112,7 +111,7 @@ def looks_like_hub_id(name: str) -> bool:
     return bool(owner and rest) and "/" not in rest and not name.startswith((".", "~")) and not Path(name).exists()
 
 
-def _description(recipe: settings.RecipeConfig, base: str, revision: str | None, adapters: Adapters) -> str:
+def _description(recipe: RecipeConfig, base: str, revision: str | None, adapters: Adapters) -> str:
     kind = {
         "sft": "answers",
         "reward": "preference pairs, as a reward model",
@@ -146,7 +145,7 @@ def _description(recipe: settings.RecipeConfig, base: str, revision: str | None,
     return f"{summary}\n\nRank {config['r']}, alpha {config['lora_alpha']:g}, on {where}."
 
 
-def _training_section(recipe: settings.RecipeConfig, summary: Mapping[str, Any]) -> list[str]:
+def _training_section(recipe: RecipeConfig, summary: Mapping[str, Any]) -> list[str]:
     lines = ["## Data", ""]
     for source in recipe.data.train:
         facts = [
@@ -227,13 +226,13 @@ def _vllm(base: str, rank: int) -> list[str]:
     ]
 
 
-def _base_location(base: settings.BaseConfig) -> str:
+def _base_location(base: BaseConfig) -> str:
     """What other software knows the base by."""
     name = base.model.partition("@")[0]
     return "./base" if name == BUILTIN_MODEL else name
 
 
-def _policy_usage(base: settings.BaseConfig, adapters: Adapters, eos_tokens: Sequence[str]) -> list[str]:
+def _policy_usage(base: BaseConfig, adapters: Adapters, eos_tokens: Sequence[str]) -> list[str]:
     stops = ", ".join(f"`{end}`" for end in eos_tokens)
     lines = [
         f"An answer ends at {stops}; `generation_config.json` says so too. The chat template lies with the tokenizer.",
@@ -257,7 +256,7 @@ def _policy_usage(base: settings.BaseConfig, adapters: Adapters, eos_tokens: Seq
     return [*lines, *_vllm(_base_location(base), int(adapters.config["r"])), *_llama_cpp(eos_tokens)]
 
 
-def _peft_snippet(base: settings.BaseConfig, adapters: Adapters) -> list[str]:
+def _peft_snippet(base: BaseConfig, adapters: Adapters) -> list[str]:
     four = base.bits == 4
     names = ", ".join(
         ["AutoModelForCausalLM", "AutoTokenizer", *(["BitsAndBytesConfig"] if four else []), "GenerationConfig"]
@@ -323,7 +322,7 @@ def _llama_cpp(eos_tokens: Sequence[str]) -> list[str]:
     ]
 
 
-def _reward_usage(base: settings.BaseConfig, revision: str | None) -> list[str]:
+def _reward_usage(base: BaseConfig, revision: str | None) -> list[str]:
     arguments = (
         json.dumps(_base_location(base)) + (f", revision={json.dumps(revision)}" if revision else "") + ", num_labels=1"
     )
@@ -344,7 +343,7 @@ def _reward_usage(base: settings.BaseConfig, revision: str | None) -> list[str]:
 
 
 def merged_model_card(
-    recipe: settings.RecipeConfig,
+    recipe: RecipeConfig,
     base_weights: str,
     table: Sequence[tuple[str, str]],
     rope: FixedRope | None = None,
@@ -390,7 +389,7 @@ def merged_model_card(
     )
 
 
-def recipe_text(recipe: settings.RecipeConfig) -> str:
+def recipe_text(recipe: RecipeConfig) -> str:
     """The recipe in YAML, with adapters by the names of their folders: where on a machine those lie is nobody's
     business."""
     facts = recipe.to_dict()

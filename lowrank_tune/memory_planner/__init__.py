@@ -7,18 +7,17 @@ from dataclasses import replace
 
 import torch
 
-from lowrank_tune import settings
+from lowrank_tune.config import Chain, RecipeConfig
 from lowrank_tune.memory_planner.fit import with_fit_report
 from lowrank_tune.memory_planner.plan_report import GIB, Phase, Plan
 from lowrank_tune.memory_planner.planner import plan_of
 from lowrank_tune.memory_planner.preflight_check import check_fit
 from lowrank_tune.memory_planner.specs import missing_adapters, simulation_specs
-from lowrank_tune.recipe import Chain
 
 __all__ = ["GIB", "Phase", "Plan", "gpu_memory_gib", "check_fit", "plan"]
 
 
-def plan(loaded: settings.RecipeConfig | Chain, vram_gib: float = 0.0, device: str = "cuda") -> Iterator[Plan]:
+def plan(loaded: RecipeConfig | Chain, vram_gib: float = 0.0, device: str = "cuda") -> Iterator[Plan]:
     """The plan of a recipe, or of each stage of a chain. On `cpu` nothing is compared with `vram_gib`. Raises
     UserError."""
     for spec in simulation_specs(loaded, device):
@@ -27,7 +26,7 @@ def plan(loaded: settings.RecipeConfig | Chain, vram_gib: float = 0.0, device: s
         yield replace(fitted_plan, notes=(*fitted_plan.notes, *_assumption_notes(loaded)))
 
 
-def _assumption_notes(loaded: settings.RecipeConfig | Chain) -> list[str]:
+def _assumption_notes(loaded: RecipeConfig | Chain) -> list[str]:
     """What was planned in place of what is not there."""
     if isinstance(loaded, Chain):
         return []

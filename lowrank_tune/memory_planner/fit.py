@@ -7,8 +7,8 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
 
-from lowrank_tune import settings
 from lowrank_tune.assembly import ONLINE_ALGORITHMS
+from lowrank_tune.config import RecipeConfig
 from lowrank_tune.memory_planner.extrapolation import MIN_LAYERS, fit_linear_model
 from lowrank_tune.memory_planner.meta_model import layers_of
 from lowrank_tune.memory_planner.plan_report import DECODING_PHASES, GIB, NON_UPDATE_PHASES, Plan, needed
@@ -113,7 +113,7 @@ def _with_length(sizes: Sizes, length: int) -> Sizes:
     return replace(sizes, length=length, prompt_length=min(sizes.prompt_length, length - 1))
 
 
-def _step_units(recipe: settings.RecipeConfig) -> int:
+def _step_units(recipe: RecipeConfig) -> int:
     """Units of an optimizer step, where that is a number."""
     if recipe.algorithm in ONLINE_ALGORITHMS:
         return recipe.train.prompts_per_step * recipe.rollout.num_generations
@@ -151,7 +151,7 @@ def _advice(spec: SimulationSpec, search: Search, plan: Plan) -> str:
     return _shorten(spec, plan)
 
 
-def _micro(recipe: settings.RecipeConfig, sizes: Sizes, units: int) -> str:
+def _micro(recipe: RecipeConfig, sizes: Sizes, units: int) -> str:
     """The recipe's own way to say how large a micro-batch is."""
     if recipe.train.micro_batch_tokens is not None:
         return f"train.micro_batch_tokens={units * sizes.rows_per_unit * recipe.max_train_length}"

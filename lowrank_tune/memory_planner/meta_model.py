@@ -18,7 +18,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
 
-from lowrank_tune import settings
+from lowrank_tune.config import AdapterConfig, BaseConfig
 from lowrank_tune.model.adapters import lora_config
 from lowrank_tune.model.base import Base, check_quantization, freeze_base, load_config, nf4_config
 from lowrank_tune.model.configs import config_of
@@ -35,7 +35,7 @@ class Layer:
     recomputed: bool = True
 
 
-def config_for(base: settings.BaseConfig) -> Any:
+def config_for(base: BaseConfig) -> Any:
     """The base's configuration: of the bases that presets name, from the package; else as `load_config` finds it.
     Raises UserError."""
     bundled = None if Path(base.model.partition("@")[0]).expanduser().is_dir() else config_of(base.model)
@@ -118,7 +118,7 @@ def stored_tensors(model: Any) -> list[torch.Tensor]:
     return tensors
 
 
-def meta_lora_config(base: settings.BaseConfig, adapter: settings.AdapterConfig) -> LoraConfig:
+def meta_lora_config(base: BaseConfig, adapter: AdapterConfig) -> LoraConfig:
     """The LoRA that settings stand for, of an adapter that is not there yet."""
     with torch.device("meta"):
         return lora_config(adapter, AutoModelForCausalLM.from_config(with_few_layers(config_for(base), [Layer()])))

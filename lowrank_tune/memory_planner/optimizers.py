@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from lowrank_tune import settings
+from lowrank_tune.config import TrainingConfig
 from lowrank_tune.model.optimizers import make_optimizer
 
 MIN_8BIT_SIZE = 4096  # elements of a tensor up to which bitsandbytes keeps 32 bits
@@ -15,7 +15,7 @@ MIN_PAGED_SIZE = 100_000
 BLOCK = 256
 
 
-def planned_optimizer(parameters: list[nn.Parameter], train: settings.TrainingConfig, device: torch.device) -> Any:
+def planned_optimizer(parameters: list[nn.Parameter], train: TrainingConfig, device: torch.device) -> Any:
     """The recipe's optimizer after its first step, on meta tensors. Those of bitsandbytes have kernels for cards alone:
     their moments are made as it makes them (`optim/optimizer.py`), and the step of another one stands for theirs, which
     all happen in place."""

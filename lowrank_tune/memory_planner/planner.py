@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from peft import LoraConfig
 
-from lowrank_tune import settings
 from lowrank_tune.assembly import ONLINE_ALGORITHMS
+from lowrank_tune.config import RecipeConfig
 from lowrank_tune.generation.engine import gpu_cache_bytes
 from lowrank_tune.generation.slot_cache import layer_windows
 from lowrank_tune.memory_planner.extrapolation import Peaks, extrapolate_layers
@@ -27,7 +27,7 @@ HOST_MEMORY_DIVISOR = 4  # of the machine's memory: what keys and values may tak
 
 
 def make_spec(
-    recipe: settings.RecipeConfig,
+    recipe: RecipeConfig,
     device: torch.device,
     loaded: Mapping[str, LoraConfig],
     reward_base_adapters: Sequence[str] = (),
@@ -145,9 +145,7 @@ def _where(point_suffix: Sequence[str]) -> str:
     return ""
 
 
-def _decoding_specs(
-    recipe: settings.RecipeConfig, config: Any, device: torch.device, limit: int
-) -> dict[str, DecodingSpec]:
+def _decoding_specs(recipe: RecipeConfig, config: Any, device: torch.device, limit: int) -> dict[str, DecodingSpec]:
     """Completions of training, and answers to held-out questions."""
     train, rollout, evaluation = recipe.train, recipe.rollout, recipe.evaluate
     specs: dict[str, DecodingSpec] = {}

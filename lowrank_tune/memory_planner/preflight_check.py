@@ -6,7 +6,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from lowrank_tune import settings
+from lowrank_tune.config import Chain, RecipeConfig
 from lowrank_tune.errors import UserError
 from lowrank_tune.events import Emit, LogMessage, Progress
 from lowrank_tune.memory_planner.fit import choose_micro_batch, with_fit_report
@@ -14,7 +14,6 @@ from lowrank_tune.memory_planner.plan_report import GIB, Plan
 from lowrank_tune.memory_planner.planner import plan_of
 from lowrank_tune.memory_planner.simulation import SimulationSpec
 from lowrank_tune.memory_planner.specs import simulation_specs
-from lowrank_tune.recipe import Chain
 
 MEMORY_CHECK_HINT = "; train.memory_check=warn tries it all the same"
 
@@ -29,9 +28,7 @@ class MemoryFit:
     errors: dict[str, UserError] = field(default_factory=dict)
 
 
-def check_fit(
-    loaded: settings.RecipeConfig | Chain, vram_gib: float, emit: Emit, skip: Collection[str] = ()
-) -> MemoryFit:
+def check_fit(loaded: RecipeConfig | Chain, vram_gib: float, emit: Emit, skip: Collection[str] = ()) -> MemoryFit:
     """The plan of each stage but those to `skip`, and what follows from it. Logs what was planned."""
     stages = loaded.stages if isinstance(loaded, Chain) else (loaded,)
     names = {stage.name for stage in stages}

@@ -14,13 +14,13 @@ import torch
 from peft import LoraConfig
 from torch import Tensor, nn
 
-from lowrank_tune import settings
 from lowrank_tune.algorithms.context import AlgorithmContext
 from lowrank_tune.algorithms.ppo import PPO
 from lowrank_tune.algorithms.rollouts import RolloutBatch, RolloutCollector
 from lowrank_tune.assembly import ALGORITHMS, ONLINE_ALGORITHMS
 from lowrank_tune.assembly.reward_model import REWARD_ROLE, score_rows
 from lowrank_tune.assembly.stacks import ROLES_WITH_HEAD, build_stacks
+from lowrank_tune.config import RecipeConfig
 from lowrank_tune.data import PromptExample
 from lowrank_tune.memory_planner.allocation_tracker import AllocationTracker
 from lowrank_tune.memory_planner.extrapolation import Peaks
@@ -32,7 +32,7 @@ from lowrank_tune.memory_planner.rollouts import DecodingSpec, decode
 from lowrank_tune.memory_planner.sizes import Sizes, batch_of
 from lowrank_tune.model import logprobs
 from lowrank_tune.model.roles import Roles
-from lowrank_tune.trainer import Trainer, TrainerState
+from lowrank_tune.training.trainer import Trainer, TrainerState
 from lowrank_tune.types import Batch, LossTerm, Stats, StepBatch
 
 
@@ -41,7 +41,7 @@ class SimulationSpec:
     """All that is rehearsed but for depth. `loaded` are the shapes of adapters that come from files,
     `reward_base_adapters` what lies under a reward model that is not trained; `rollouts` by name of their phase."""
 
-    recipe: settings.RecipeConfig
+    recipe: RecipeConfig
     config: Any
     device: torch.device
     sizes: Sizes

@@ -6,8 +6,8 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from lowrank_tune import settings
 from lowrank_tune.assembly import micro_tokens_of
+from lowrank_tune.config import RecipeConfig
 from lowrank_tune.types import Batch
 
 DEFAULT_ROWS = 4  # of a micro-batch, where a recipe says nothing
@@ -42,7 +42,7 @@ class Sizes:
         return (units if max_units is None else min(units, max_units)) * self.rows_per_unit
 
 
-def sizes_of(recipe: settings.RecipeConfig, units: int | None = None) -> Sizes:
+def sizes_of(recipe: RecipeConfig, units: int | None = None) -> Sizes:
     """The largest micro-batch that a recipe lets through: rows as long as they may be; or one of so many `units`."""
     train, online = recipe.train, recipe.algorithm in ("grpo", "ppo")
     length = recipe.max_train_length

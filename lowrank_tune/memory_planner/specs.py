@@ -9,22 +9,19 @@ from pathlib import Path
 import torch
 from peft import LoraConfig
 
-from lowrank_tune import settings
 from lowrank_tune.assembly.reward_model import REWARD_ROLE, reward_model_base
 from lowrank_tune.assembly.stacks import frozen_adapters
+from lowrank_tune.config import AdapterConfig, Chain, RecipeConfig
+from lowrank_tune.config.adapter_stack import frozen_stage_names, reward_source_stage
 from lowrank_tune.memory_planner.meta_model import meta_lora_config
 from lowrank_tune.memory_planner.planner import make_spec
 from lowrank_tune.memory_planner.simulation import SimulationSpec
 from lowrank_tune.model.adapters import read_adapter
-from lowrank_tune.recipe import Chain
-from lowrank_tune.recipe.stack import frozen_stage_names, reward_source_stage
 
 PENDING_PATH = "the adapter of stage "
 
 
-def simulation_specs(
-    loaded: settings.RecipeConfig | Chain, device: str, skip: Collection[str] = ()
-) -> Iterator[SimulationSpec]:
+def simulation_specs(loaded: RecipeConfig | Chain, device: str, skip: Collection[str] = ()) -> Iterator[SimulationSpec]:
     """One of a recipe, or of each stage but those to `skip`. Raises UserError."""
     kind = torch.device(device)
     if not isinstance(loaded, Chain):
@@ -60,7 +57,7 @@ def simulation_specs(
         )
 
 
-def missing_adapters(recipe: settings.RecipeConfig) -> list[str]:
+def missing_adapters(recipe: RecipeConfig) -> list[str]:
     """Frozen adapters that another run is still to make. They are supposed to have the shape of the trained one."""
     frozen = {
         name: adapter
@@ -71,9 +68,9 @@ def missing_adapters(recipe: settings.RecipeConfig) -> list[str]:
 
 
 def _stage_spec(
-    recipe: settings.RecipeConfig,
+    recipe: RecipeConfig,
     device: torch.device,
-    pending_adapters: Mapping[str, settings.AdapterConfig],
+    pending_adapters: Mapping[str, AdapterConfig],
     reward_base_adapters: Sequence[str] | None,
 ) -> SimulationSpec:
     """One stage. `pending_adapters` are the adapters of earlier stages, which are not there yet; `reward_base_adapters`

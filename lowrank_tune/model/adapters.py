@@ -18,7 +18,7 @@ from lowrank_tune.model.heads import HEAD_WEIGHT_KEY
 from lowrank_tune.model.rotary import RopeFactors
 
 if TYPE_CHECKING:  # the model floor must run where pydantic is not installed (benchmarks/gpu.py)
-    from lowrank_tune import settings
+    from lowrank_tune.config import AdapterConfig
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 STACK = "stack.json"
@@ -240,7 +240,7 @@ def _config(raw: Any, key: str, folder: Path) -> LoraConfig:
     return LoraConfig(**lora_kwargs | {"init_lora_weights": True, "task_type": "CAUSAL_LM"})
 
 
-def lora_config(adapter_config: settings.AdapterConfig, model: Any) -> LoraConfig:
+def lora_config(adapter_config: AdapterConfig, model: Any) -> LoraConfig:
     """A fresh LoRA for this model. Raises UserError for target modules that it has not."""
     linears = linear_names(model)
     if not linears:

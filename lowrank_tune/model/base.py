@@ -38,7 +38,7 @@ from lowrank_tune.errors import UserError
 from lowrank_tune.model.rotary import FixedRope, RopeFactors, check_frequencies, fix_frequencies, fixed_rope
 
 if TYPE_CHECKING:  # the model floor must run where pydantic is not installed (benchmarks/gpu.py)
-    from lowrank_tune import settings
+    from lowrank_tune.config import BaseConfig
 
 BUILTIN_MODEL = "tiny-tutor"
 SINGLE_THREAD_MAX_PARAMS, SINGLE_THREAD_ENV = 20_000_000, "OMP_NUM_THREADS"
@@ -92,7 +92,7 @@ def pick_device() -> torch.device:
     return torch.device("cuda", torch.cuda.current_device())
 
 
-def load_tokenizer(base_config: settings.BaseConfig) -> Any:
+def load_tokenizer(base_config: BaseConfig) -> Any:
     """The base's tokenizer alone, so that data can be judged before gigabytes are read. Raises UserError as
     `load_base`."""
     silence_transformers()
@@ -100,7 +100,7 @@ def load_tokenizer(base_config: settings.BaseConfig) -> Any:
         return AutoTokenizer.from_pretrained(path_or_id, **arguments)
 
 
-def load_config(base_config: settings.BaseConfig) -> Any:
+def load_config(base_config: BaseConfig) -> Any:
     """The base's configuration alone. Raises UserError as `load_base`."""
     silence_transformers()
     with describe_load_errors(base_config) as (path_or_id, arguments):
@@ -108,7 +108,7 @@ def load_config(base_config: settings.BaseConfig) -> Any:
 
 
 def load_base(
-    base_config: settings.BaseConfig,
+    base_config: BaseConfig,
     tokenizer: Any,
     device: torch.device | None = None,
     dtype: torch.dtype | None = None,
@@ -154,7 +154,7 @@ def load_base(
     return base
 
 
-def weight_files(base_config: settings.BaseConfig) -> dict[str, Path]:
+def weight_files(base_config: BaseConfig) -> dict[str, Path]:
     """The file of each tensor of the base as its author published it. Raises UserError as `load_base`."""
     with describe_load_errors(base_config) as (path_or_id, arguments):
         index = cached_file(
@@ -175,7 +175,7 @@ def weight_files(base_config: settings.BaseConfig) -> dict[str, Path]:
         return {name: paths[file] for name, file in weight_map.items()}
 
 
-def count_weights(base_config: settings.BaseConfig) -> int:
+def count_weights(base_config: BaseConfig) -> int:
     """Numbers in the base's weights, a tied head counted once, without reading any. Raises UserError as `load_base`."""
     with describe_load_errors(base_config) as (path_or_id, arguments):
         config = AutoConfig.from_pretrained(path_or_id, **arguments)
@@ -298,7 +298,7 @@ def silence_transformers() -> None:
 
 
 @contextmanager
-def describe_load_errors(base_config: settings.BaseConfig) -> Iterator[tuple[str, dict[str, Any]]]:
+def describe_load_errors(base_config: BaseConfig) -> Iterator[tuple[str, dict[str, Any]]]:
     """Where the model lies and how to ask for it; what the libraries raise inside becomes one sentence."""
     name, _, revision = base_config.model.partition("@")
     path_or_id = str(files("lowrank_tune.toy") / "base") if name == BUILTIN_MODEL else _existing_folder(name) or name
@@ -335,7 +335,7 @@ def _existing_folder(name: str) -> str | None:
     return None
 
 
-def check_quantization(config: Any, base_config: settings.BaseConfig) -> bool:
+def check_quantization(config: Any, base_config: BaseConfig) -> bool:
     """Whether the repository is quantized already: with bitsandbytes in 4 bits, or it is refused."""
     quantized = getattr(config, "quantization_config", None)
     if quantized is None:

@@ -11,11 +11,11 @@ from torch import nn
 from lowrank_tune.errors import UserError
 
 if TYPE_CHECKING:  # the model floor must run where pydantic is not installed (benchmarks/gpu.py)
-    from lowrank_tune import settings
+    from lowrank_tune.config import TrainingConfig
 
 
 def make_optimizer(
-    parameters: list[nn.Parameter] | list[dict[str, Any]], train: settings.TrainingConfig, device: torch.device
+    parameters: list[nn.Parameter] | list[dict[str, Any]], train: TrainingConfig, device: torch.device
 ) -> torch.optim.Optimizer:
     """AdamW (arXiv:1711.05101) on the fp32 masters, fused; or bitsandbytes' with 8-bit states (arXiv:2110.02861;
     tensors of fewer than 4,096 elements keep them in fp32), or paged ones. Raises UserError for these without a GPU:
@@ -37,7 +37,7 @@ def make_optimizer(
     return kinds[train.optim](parameters, lr=train.learning_rate, betas=betas, weight_decay=decay)  # type: ignore[no-any-return]
 
 
-def check_optimizer(train: settings.TrainingConfig, device_type: str) -> None:
+def check_optimizer(train: TrainingConfig, device_type: str) -> None:
     """Raises UserError for an optimizer that this kind of device does not support."""
     if device_type != "cuda" and train.optim.startswith("paged_"):
         raise UserError(

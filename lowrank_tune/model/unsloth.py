@@ -36,7 +36,7 @@ from lowrank_tune.model.rotary import fixed_rope
 from lowrank_tune.types import Batch
 
 if TYPE_CHECKING:  # as in `base`
-    from lowrank_tune import settings
+    from lowrank_tune.config import BaseConfig
 
 SUPPORTED_MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
 """Models that unsloth has forwards of its own for, and that were read through for this."""
@@ -51,9 +51,7 @@ UNKNOWN_VERSION_MESSAGE = (
 )
 
 
-def load_base(
-    base_config: settings.BaseConfig, tokenizer: Any, max_seq_length: int, device: torch.device | None = None
-) -> Base:
+def load_base(base_config: BaseConfig, tokenizer: Any, max_seq_length: int, device: torch.device | None = None) -> Base:
     """As `base.load_base`; `max_seq_length` is the longest row in tokens that will be trained on. Raises UserError."""
     unsloth: Any = sys.modules["unsloth"]
     silence_transformers()
@@ -95,7 +93,7 @@ def load_base(
     return replace(base, backend="unsloth", transformers_forward=_restore_transformers_forward(model, device))
 
 
-def _check(model: Any, config: Any, base_config: settings.BaseConfig, four_bits: bool) -> None:
+def _check(model: Any, config: Any, base_config: BaseConfig, four_bits: bool) -> None:
     """What unsloth does without a word: other weights, weights that are missing, a longer vocabulary, 16 bits where 4
     were asked for."""
     linears = [module for module in model.modules() if isinstance(module, bitsandbytes.nn.Linear4bit)]

@@ -10,7 +10,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from lowrank_tune import settings, trackers
+from lowrank_tune.config import BaseConfig, Chain, RecipeConfig, locate
+from lowrank_tune.config.raw_settings import Finding
 from lowrank_tune.errors import ConfigError, UserError
 from lowrank_tune.events import Emit, LogMessage
 from lowrank_tune.memory_planner import check_fit
@@ -21,8 +22,7 @@ from lowrank_tune.preflight.disk import disk_findings
 from lowrank_tune.preflight.findings import findings_of
 from lowrank_tune.preflight.rewards import reward_findings
 from lowrank_tune.preflight.stages import PlannedStage, stages_of
-from lowrank_tune.recipe import Chain, locate
-from lowrank_tune.recipe.raw_settings import Finding
+from lowrank_tune.training import trackers
 
 __all__ = ["check_before_loading"]
 
@@ -31,7 +31,7 @@ Findings = dict[str, list[Finding]]
 
 
 def check_before_loading(
-    loaded: settings.RecipeConfig | Chain,
+    loaded: RecipeConfig | Chain,
     folder: Path,
     finished: frozenset[str],
     vram_gib: float | None,
@@ -97,7 +97,7 @@ def _input_findings(stage: PlannedStage, data: DataCheck, on_gpu: bool) -> Itera
     yield from data.findings(stage.recipe)
 
 
-def _read_base(base: settings.BaseConfig, emit: Emit) -> tuple[Any, list[Finding]]:
+def _read_base(base: BaseConfig, emit: Emit) -> tuple[Any, list[Finding]]:
     """The base without weights, None where it cannot be had; and why."""
     try:
         return meta_model(base), []

@@ -8,18 +8,18 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM
 
-from lowrank_tune import settings
 from lowrank_tune.assembly.rope import long_row_problem
+from lowrank_tune.config import BaseConfig
+from lowrank_tune.config.raw_settings import Finding
 from lowrank_tune.errors import UserError
 from lowrank_tune.model.adapters import lora_config
 from lowrank_tune.model.base import check_quantization, describe_load_errors, load_config
 from lowrank_tune.model.optimizers import check_optimizer
 from lowrank_tune.preflight.findings import findings_of
 from lowrank_tune.preflight.stages import PlannedStage
-from lowrank_tune.recipe.raw_settings import Finding
 
 
-def meta_model(base: settings.BaseConfig) -> Any:
+def meta_model(base: BaseConfig) -> Any:
     """The base without weights. Raises UserError as `load_base`."""
     config = load_config(base)
     check_quantization(config, base)

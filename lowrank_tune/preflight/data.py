@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 
-from lowrank_tune import settings
 from lowrank_tune.assembly import ONLINE_ALGORITHMS
 from lowrank_tune.assembly.rl import make_row_check
+from lowrank_tune.config import RecipeConfig, SourceConfig
+from lowrank_tune.config.raw_settings import Finding
+from lowrank_tune.config.yaml_nodes import Path
 from lowrank_tune.data import InvalidRow, PromptExample, RowLocation, SourceReport
 from lowrank_tune.data.encode_pairs import pair_of
 from lowrank_tune.data.files import RawExample
@@ -19,9 +21,6 @@ from lowrank_tune.data.sources import BUILTIN_DATASETS, HEAD_ROWS, is_hub_datase
 from lowrank_tune.data.tokenize import NamedRows, conversation, format_of
 from lowrank_tune.errors import UserError
 from lowrank_tune.events import Emit, LogMessage
-from lowrank_tune.recipe.raw_settings import Finding
-from lowrank_tune.recipe.yaml_nodes import Path
-from lowrank_tune.settings import SourceConfig
 
 MAX_COLUMNS = 12  # names of columns that a sentence lists
 MISSING_HELDOUT_ANSWER = "no gold answer to compare with"
@@ -29,7 +28,7 @@ RowCheck = Callable[[RawExample, str], str | None]
 """Why a row of a format cannot be used; None where it can."""
 
 
-def sources_of(recipe: settings.RecipeConfig) -> Iterator[tuple[Path, SourceConfig]]:
+def sources_of(recipe: RecipeConfig) -> Iterator[tuple[Path, SourceConfig]]:
     """Yields every source of a recipe with the path of its setting."""
     for index, source in enumerate(recipe.data.train):
         yield ("data", "train", index), source
@@ -46,7 +45,7 @@ class DataCheck:
     def __init__(self, emit: Emit) -> None:
         self.emit, self.hub_answers = emit, True
 
-    def findings(self, recipe: settings.RecipeConfig) -> Iterator[Finding]:
+    def findings(self, recipe: RecipeConfig) -> Iterator[Finding]:
         """Sources that are not there, or hold nothing that the recipe could use."""
         rejection = _rejection_by_rewards(recipe)
         for path, source in sources_of(recipe):
@@ -137,7 +136,7 @@ def _cure(report: SourceReport, columns: Sequence[str]) -> str:
 
 
 def _row_check(
-    source: SourceConfig, recipe: settings.RecipeConfig, rejection: Callable[[PromptExample], str | None]
+    source: SourceConfig, recipe: RecipeConfig, rejection: Callable[[PromptExample], str | None]
 ) -> RowCheck:
     system = recipe.data.system_prompt
 
@@ -161,7 +160,7 @@ def _row_check(
     return check_pair if recipe.uses_pairs else check_row
 
 
-def _heldout_check(source: SourceConfig, recipe: settings.RecipeConfig) -> RowCheck:
+def _heldout_check(source: SourceConfig, recipe: RecipeConfig) -> RowCheck:
     def check(row: RawExample, format_name: str) -> str | None:
         prompt = to_heldout_prompt(row, source, format_name, recipe.data.system_prompt)
         if isinstance(prompt, InvalidRow):
@@ -171,7 +170,7 @@ def _heldout_check(source: SourceConfig, recipe: settings.RecipeConfig) -> RowCh
     return check
 
 
-def _rejection_by_rewards(recipe: settings.RecipeConfig) -> Callable[[PromptExample], str | None]:
+def _rejection_by_rewards(recipe: RecipeConfig) -> Callable[[PromptExample], str | None]:
     """Why the rewards of a recipe could not score the completions of a row. Rewards that cannot be made are findings of
     their own (`reward_findings`), and reject no row."""
     try:

@@ -20,13 +20,13 @@ from torch import nn
 from lowrank_tune.assembly.reward_model import REWARD_ROLE
 from lowrank_tune.assembly.stacks import ROLES_WITH_HEAD, frozen_adapters
 from lowrank_tune.checkpoint import as_user_error
+from lowrank_tune.config.raw_settings import Finding
 from lowrank_tune.errors import UserError
 from lowrank_tune.model.adapters import lora_config
 from lowrank_tune.paths import nearest_existing
 from lowrank_tune.preflight.adapters import read_saved_adapter
 from lowrank_tune.preflight.stages import PlannedStage
-from lowrank_tune.recipe.raw_settings import Finding
-from lowrank_tune.stage import DEFAULT_NUM_SAVES
+from lowrank_tune.training.stage import DEFAULT_NUM_SAVES
 
 GIB = 1 << 30
 WEIGHT_BYTES = 4

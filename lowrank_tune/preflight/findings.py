@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from lowrank_tune.config import RecipeConfig
+from lowrank_tune.config.raw_settings import Finding
+from lowrank_tune.config.yaml_nodes import Path
 from lowrank_tune.errors import ConfigError, UserError
-from lowrank_tune.recipe.raw_settings import Finding
-from lowrank_tune.recipe.yaml_nodes import Path
-from lowrank_tune.settings import RecipeConfig
 
 
 def findings_of(error: UserError, path: Path) -> Iterator[Finding]:

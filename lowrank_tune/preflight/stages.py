@@ -6,33 +6,32 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from lowrank_tune import settings
+from lowrank_tune.config import AdapterConfig, Chain, RecipeConfig
+from lowrank_tune.config.adapter_stack import frozen_adapters_of
+from lowrank_tune.config.chain import stage_folder
 from lowrank_tune.model.adapters import SavedAdapter
-from lowrank_tune.recipe import Chain
-from lowrank_tune.recipe.chain import stage_folder
-from lowrank_tune.recipe.stack import frozen_adapters_of
 
 
 @dataclass(frozen=True)
 class PlannedStage:
     """One stage of a run; a single recipe is a chain of one."""
 
-    recipe: settings.RecipeConfig
+    recipe: RecipeConfig
     """As it was written."""
-    complete: settings.RecipeConfig
+    complete: RecipeConfig
     """With the adapters that earlier stages stack below it."""
     folder: Path
     """Where it is written."""
     is_finished: bool
     inherited: frozenset[str] = frozenset()
     """Adapters of files that an earlier stage names, and this one does not."""
-    pending: Mapping[Path, settings.AdapterConfig] = field(default_factory=dict)
+    pending: Mapping[Path, AdapterConfig] = field(default_factory=dict)
     """Folders of earlier stages that have not ended, and the adapters that they train."""
     loaded: dict[tuple[Path, bool], SavedAdapter] = field(default_factory=dict)
     """Adapters that were read, by folder and whether with a head. All stages of a run share it, so that none is read
     twice."""
 
-    def pending_adapter(self, name: str) -> settings.AdapterConfig | None:
+    def pending_adapter(self, name: str) -> AdapterConfig | None:
         """The settings of an adapter that an earlier stage is still to train; None for any other. A `path` in them is
         the saved adapter that the earlier stage trains on from."""
         path = self.complete.adapters[name].path
@@ -53,9 +52,7 @@ class PlannedStage:
         return any(self.pending_adapter(name) is not None for name in self.complete.adapters)
 
 
-def stages_of(
-    loaded: settings.RecipeConfig | Chain, folder: Path, finished: frozenset[str] = frozenset()
-) -> list[PlannedStage]:
+def stages_of(loaded: RecipeConfig | Chain, folder: Path, finished: frozenset[str] = frozenset()) -> list[PlannedStage]:
     """The stages of a recipe that is run in a folder, where those called `finished` have ended."""
     if not isinstance(loaded, Chain):
         return [PlannedStage(loaded, loaded, folder, is_finished=False)]
@@ -63,7 +60,7 @@ def stages_of(
     folders = [(folder / stage_folder(number, recipe.name)).resolve() for number, recipe in enumerate(loaded.stages, 1)]
     paths = {recipe.name: str(path) for recipe, path in zip(loaded.stages, folders, strict=True)}
     stages: list[PlannedStage] = []
-    pending: dict[Path, settings.AdapterConfig] = {}
+    pending: dict[Path, AdapterConfig] = {}
     saved: dict[tuple[Path, bool], SavedAdapter] = {}
     for index, (recipe, path) in enumerate(zip(loaded.stages, folders, strict=True)):
         stage = PlannedStage(

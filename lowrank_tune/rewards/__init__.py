@@ -3,9 +3,9 @@
 from lowrank_tune.rewards.base import Reward, RewardInput, Score
 from lowrank_tune.rewards.failures import first_failure, row_rejection_reason
 from lowrank_tune.rewards.negative_samples import make_negative_samples
-from lowrank_tune.rewards.pool import WorkerPool
 from lowrank_tune.rewards.registry import WeightedReward, build_rewards, total
 from lowrank_tune.rewards.sanity_check import SanityReport, sanity_check_rewards
+from lowrank_tune.rewards.workers.pool import WorkerPool
 from lowrank_tune.rewards.zero_std import zero_std_fraction
 
 __all__ = [

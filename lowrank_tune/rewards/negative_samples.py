@@ -6,8 +6,8 @@ import random
 from collections.abc import Sequence
 from dataclasses import replace
 
-from lowrank_tune.rewards.answer import answers_match
 from lowrank_tune.rewards.base import RewardInput
+from lowrank_tune.rewards.math.answer import answers_match
 
 WORDS = "river table silver quickly because of green a the window into carry never paper then".split()
 

@@ -8,21 +8,21 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
+from lowrank_tune.config import RewardConfig
 from lowrank_tune.errors import ConfigError, ConfigProblem, TrainingError, UserError, did_you_mean
-from lowrank_tune.rewards.answer import AnswerReward
 from lowrank_tune.rewards.base import Reward, Score
-from lowrank_tune.rewards.json_schema import read_schema, require_package
-from lowrank_tune.rewards.lean import make_lean
-from lowrank_tune.rewards.length import LengthReward
-from lowrank_tune.rewards.math_answer import make_math_answer
-from lowrank_tune.rewards.python_tests import PythonTestsReward
-from lowrank_tune.rewards.regex_reward import RegexReward
-from lowrank_tune.rewards.repetition import NGRAM, RepetitionReward
+from lowrank_tune.rewards.code.python_tests import PythonTestsReward
+from lowrank_tune.rewards.formal.lean import make_lean
+from lowrank_tune.rewards.formal.smt import SmtReward
+from lowrank_tune.rewards.math.answer import AnswerReward
+from lowrank_tune.rewards.math.math_answer import make_math_answer
+from lowrank_tune.rewards.math.symbolic import make_symbolic
 from lowrank_tune.rewards.reward_model import RewardModel
-from lowrank_tune.rewards.smt import SmtReward
-from lowrank_tune.rewards.symbolic import make_symbolic
+from lowrank_tune.rewards.text.json_schema import read_schema, require_package
+from lowrank_tune.rewards.text.length import LengthReward
+from lowrank_tune.rewards.text.regex_reward import RegexReward
+from lowrank_tune.rewards.text.repetition import NGRAM, RepetitionReward
 from lowrank_tune.rewards.user_function import UserFunctionReward, is_user_function, read_user_function
-from lowrank_tune.settings import RewardConfig
 
 
 @dataclass(frozen=True)

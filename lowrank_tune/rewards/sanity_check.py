@@ -12,9 +12,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from lowrank_tune.rewards.base import BatchedReward, RewardInput, Score
-from lowrank_tune.rewards.pool import WorkerPool
 from lowrank_tune.rewards.registry import WeightedReward
 from lowrank_tune.rewards.verdicts import VerdictSummary, exceeds_failure_limit, score_all, summarize_verdicts
+from lowrank_tune.rewards.workers.pool import WorkerPool
 
 CHANCE_AUC, REQUIRED_AUC, Z_THRESHOLD = 0.5, 0.9, 4.0
 MIN_AUC_MARGIN = 0.1  # how far above chance even a great many rows must be

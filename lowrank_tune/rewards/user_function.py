@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 
 from lowrank_tune.errors import UserError
 from lowrank_tune.rewards.base import Reply, RewardInput, Score, WorkerReward
-from lowrank_tune.rewards.pool import score_serially
+from lowrank_tune.rewards.workers.pool import score_serially
 
 
 @dataclass(frozen=True)

@@ -12,8 +12,8 @@ from itertools import combinations
 
 from lowrank_tune.rewards.base import RewardInput, Score
 from lowrank_tune.rewards.failures import first_failure
-from lowrank_tune.rewards.pool import WorkerPool
 from lowrank_tune.rewards.registry import WeightedReward
+from lowrank_tune.rewards.workers.pool import WorkerPool
 
 CHUNK_SIZE = 16  # completions between two reports of progress
 CORRECT_THRESHOLD = 0.5

@@ -7,7 +7,7 @@ import math
 from collections.abc import Iterator
 from statistics import fmean
 
-from lowrank_tune.reward_hacking import DEFAULT_STDERR, WINDOW, EvalPoint
+from lowrank_tune.training.reward_hacking import DEFAULT_STDERR, WINDOW, EvalPoint
 from lowrank_tune.ui.state import State
 
 LENGTH_GROWTH, REPETITION_RISE = 1.3, 0.1  # times; share of word sequences

@@ -14,14 +14,14 @@ from pathlib import Path
 from lowrank_tune.checkpoint.run_format import check_run_format
 from lowrank_tune.errors import UserError
 from lowrank_tune.events import Event, LogMessage, RunEnded, RunStarted, from_json
-from lowrank_tune.ui.live_screen import LiveScreen
-from lowrank_tune.ui.panes import View
-from lowrank_tune.ui.plain import LineLogger
-from lowrank_tune.ui.render import render_several
 from lowrank_tune.ui.run_paths import EVENTS, ended_process, is_chain, stage_folders
 from lowrank_tune.ui.state import State
-from lowrank_tune.ui.terminal import can_show
-from lowrank_tune.ui.text_layout import Line
+from lowrank_tune.ui.terminal.device import can_show
+from lowrank_tune.ui.terminal.live_screen import LiveScreen
+from lowrank_tune.ui.terminal.panes import View
+from lowrank_tune.ui.terminal.plain import LineLogger
+from lowrank_tune.ui.terminal.render import render_several
+from lowrank_tune.ui.terminal.text_layout import Line
 
 POLL_SECONDS, MAX_BYTES = 0.3, 8_000_000
 

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from tokenizers_for_tests import CHATML, NO_END, SHARED, THINKING, tiny
 
+from lowrank_tune.config import DataConfig, SourceConfig
 from lowrank_tune.data import (
     ChatTemplate,
     InvalidRow,
@@ -26,7 +27,6 @@ from lowrank_tune.data.sources import _looks_like_a_path
 from lowrank_tune.data.tokenize import conversation, format_of
 from lowrank_tune.errors import TrainingError, UserError
 from lowrank_tune.events import Event, Progress
-from lowrank_tune.settings import DataConfig, SourceConfig
 
 TEMPLATE = ChatTemplate.from_tokenizer(tiny())
 ROWS = [{"question": f"What is {n} + 1?", "answer": f"It is {n + 1}.\n#### {n + 1}"} for n in range(40)]

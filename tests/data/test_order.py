@@ -11,10 +11,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from lowrank_tune.config import TrainingConfig
 from lowrank_tune.data import BatchSampler, collate
 from lowrank_tune.data.load import split_mask
 from lowrank_tune.data.sampler import largest_remainder
-from lowrank_tune.settings import TrainingConfig
 from lowrank_tune.types import Row
 
 

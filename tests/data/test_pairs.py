@@ -14,6 +14,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from tokenizers_for_tests import CHATML, MARKS, REAL, SHARED, TINY, tiny, tokenizer
 
+from lowrank_tune.config import DataConfig, SourceConfig
 from lowrank_tune.data import (
     ChatTemplate,
     InvalidRow,
@@ -34,7 +35,6 @@ from lowrank_tune.data.report import SourceReport
 from lowrank_tune.data.sources import RowLocation
 from lowrank_tune.data.token_store import Entry
 from lowrank_tune.errors import UserError
-from lowrank_tune.settings import DataConfig, SourceConfig
 from lowrank_tune.types import Message, Row
 
 Q, A, B = "What is 2 + 3?", "It is 5.", "It is 6."

@@ -16,6 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers_for_tests import CHATML, LLAMA3, NO_SYSTEM, SHARED, tiny, tokenizer
 
+from lowrank_tune.config import DataConfig, SourceConfig, TrainingConfig
 from lowrank_tune.data import (
     ChatTemplate,
     PromptDataset,
@@ -29,7 +30,6 @@ from lowrank_tune.data import (
 from lowrank_tune.data.prompts import MISSING_ANSWER
 from lowrank_tune.errors import UserError
 from lowrank_tune.events import Event, LogMessage, Progress
-from lowrank_tune.settings import DataConfig, SourceConfig, TrainingConfig
 from lowrank_tune.types import Message
 
 TEMPLATE = ChatTemplate.from_tokenizer(tiny())

@@ -14,14 +14,13 @@ from hub_fixtures import EXAMPLE_ROWS as ALL_SHAPES
 from hub_fixtures import write_rows
 from tokenizers_for_tests import CHATML, tiny
 
+from lowrank_tune.config import DataConfig, Recipe, SourceConfig
 from lowrank_tune.data import ChatTemplate, load, load_prompts, read_source
 from lowrank_tune.data.boxed import to_boxed
 from lowrank_tune.data.ground_truth import last_boxed
 from lowrank_tune.data.load import split_mask
 from lowrank_tune.errors import ConfigError
 from lowrank_tune.events import Event, LogMessage
-from lowrank_tune.recipe import Recipe
-from lowrank_tune.settings import DataConfig, SourceConfig
 
 TEMPLATE = ChatTemplate.from_tokenizer(tiny(CHATML))
 SHAPES = {source.dataset: ALL_SHAPES[source.dataset] for source in Recipe.load("myllm-sft").data.train}

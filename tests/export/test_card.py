@@ -15,15 +15,15 @@ from models import TOKENIZER
 from peft import PeftModel
 from transformers import AutoTokenizer, GenerationConfig
 
-from lowrank_tune import Recipe, UserError, settings
+from lowrank_tune import Recipe, UserError
 from lowrank_tune.assembly import check_adapter_lineage
 from lowrank_tune.checkpoint import load
+from lowrank_tune.config import BaseConfig, dump
 from lowrank_tune.data import ChatTemplate
 from lowrank_tune.events import Event, LogMessage
 from lowrank_tune.export.model_card import Adapters, model_card, rank_limit
 from lowrank_tune.model.adapters import SavedAdapter, read_adapter
 from lowrank_tune.model.base import load_base
-from lowrank_tune.recipe import dump
 from lowrank_tune.types import Message
 
 CONVERSATION = [
@@ -146,7 +146,7 @@ def test_a_tokenizer_that_cannot_be_saved_costs_no_adapter(tmp_path: Path, monke
     def broken(built: Any) -> dict[str, bytes]:
         raise NotImplementedError("no vocabulary file")
 
-    monkeypatch.setattr("lowrank_tune.export.final_adapter.tokenizer_files", broken)
+    monkeypatch.setattr("lowrank_tune.training.final_adapter.tokenizer_files", broken)
     made = make_run(tmp_path)
     assert (made.run / "final" / "adapter_model.safetensors").exists() and not (
         made.run / "final" / "tokenizer.json"
@@ -158,7 +158,7 @@ def test_the_python_of_the_card_works_for_a_stack_kept_apart(
 ) -> None:
     code = code_of((apart.run / "final" / "README.md").read_text())
     assert "set_adapter" in code and "adapter/sft" in code
-    base = load_base(settings.BaseConfig(model=str(apart.base)), TOKENIZER, CPU)
+    base = load_base(BaseConfig(model=str(apart.base)), TOKENIZER, CPU)
     lines = [
         line.replace("./adapter", str(apart.run / "final")) for line in code.splitlines() if line.startswith("model")
     ]

@@ -23,14 +23,14 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, Qwen2Tokenize
 from typer.testing import CliRunner
 
 from lowrank_tune import UserError
+from lowrank_tune.assembly.finished_run import adapters_in, load_finished_run
 from lowrank_tune.cli import app
 from lowrank_tune.errors import TrainingError
 from lowrank_tune.events import Event, Progress
-from lowrank_tune.export import llama_cpp
 from lowrank_tune.export.combine_lora import saved_lora_adapter
 from lowrank_tune.export.export import ExportOptions, export
-from lowrank_tune.export.finished_run import adapters_in, load_finished_run
-from lowrank_tune.export.gguf_model import BITS_PER_WEIGHT, convert, estimate_gguf_size, pretokenizer_name, run_tool
+from lowrank_tune.export.gguf import llama_cpp
+from lowrank_tune.export.gguf.model import BITS_PER_WEIGHT, convert, estimate_gguf_size, pretokenizer_name, run_tool
 from lowrank_tune.export.merge import find_existing_merge
 
 TAKE = "lowrank_tune.export.export"

@@ -27,11 +27,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from lowrank_tune import UserError
 from lowrank_tune.export.combine_lora import combine_adapters
 from lowrank_tune.export.export import ExportOptions, export
-from lowrank_tune.export.final_adapter import as_lora_adapter
-from lowrank_tune.export.gguf_lora import shape_of, write_gguf_lora
-from lowrank_tune.export.gguf_model import convert
-from lowrank_tune.export.llama_cpp import LORA_CONVERTER, converter_folder
+from lowrank_tune.export.gguf.llama_cpp import LORA_CONVERTER, converter_folder
+from lowrank_tune.export.gguf.lora import shape_of, write_gguf_lora
+from lowrank_tune.export.gguf.model import convert
 from lowrank_tune.export.merge import merge
+from lowrank_tune.training.final_adapter import as_lora_adapter
 
 pytestmark = pytest.mark.llamacpp
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma3_text")

@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from lowrank_tune import UserError, settings
+from lowrank_tune import UserError
+from lowrank_tune.config import BaseConfig
 from lowrank_tune.data import ChatTemplate
 from lowrank_tune.export.ollama import Modelfile, go_template, quoted
 from lowrank_tune.export.template_probe import ProbeMessages, TemplateTurns, derive_turns
@@ -79,7 +80,7 @@ def pieces(jinja: str) -> TemplateTurns | None:
 
 
 def from_package(plain: bool) -> str:
-    tokenizer = load_tokenizer(settings.BaseConfig(model=BUILTIN_MODEL))
+    tokenizer = load_tokenizer(BaseConfig(model=BUILTIN_MODEL))
     if plain:
         tokenizer.add_special_tokens({"extra_special_tokens": []})
         return (

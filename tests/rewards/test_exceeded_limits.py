@@ -10,11 +10,11 @@ from typing import Any
 
 import pytest
 
+from lowrank_tune.config import RewardConfig
 from lowrank_tune.rewards import RewardInput, Score, WorkerPool, build_rewards
 from lowrank_tune.rewards.base import Reward, WorkerReward
-from lowrank_tune.rewards.process import Worker
 from lowrank_tune.rewards.sandbox import isolation
-from lowrank_tune.settings import RewardConfig
+from lowrank_tune.rewards.workers.process import Worker
 
 LIMIT = 0.3
 

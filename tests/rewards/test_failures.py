@@ -31,7 +31,7 @@ from lowrank_tune.events import GroupLogged, LogMessage, StepEnd
 from lowrank_tune.model.base import load_tokenizer
 from lowrank_tune.model.roles import Roles
 from lowrank_tune.rewards import Score
-from lowrank_tune.signals import TrainerControl
+from lowrank_tune.training.signals import TrainerControl
 from lowrank_tune.types import Batch, Completion, to_floats
 
 LOST = RewardFailure("answer", "error", "because")
@@ -372,7 +372,7 @@ def test_a_builtin_verifier_drops_by_default_and_stops_above_its_share(
     place: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(
-        "lowrank_tune.rewards.answer.AnswerReward._score",
+        "lowrank_tune.rewards.math.answer.AnswerReward._score",
         lambda self, item: (
             Score(None, "error", f"planted {len(item.completion)}")
             if len(item.completion) % 2 == 1

@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from malformed_yaml import MAX_CPU_SECONDS
 
+from lowrank_tune.config import RewardConfig
 from lowrank_tune.errors import ConfigError
 from lowrank_tune.rewards import RewardInput, Score, WorkerPool, build_rewards
-from lowrank_tune.rewards.lean import InvalidProof, extract_proof, restated_theorem, strip_comments
-from lowrank_tune.settings import RewardConfig
-from tests.malformed_yaml import MAX_CPU_SECONDS
+from lowrank_tune.rewards.formal.lean import InvalidProof, extract_proof, restated_theorem, strip_comments
 
 STAND_IN = r"""
 import json, os, re, subprocess, sys, time

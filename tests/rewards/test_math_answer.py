@@ -19,20 +19,20 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from malformed_yaml import MAX_CPU_SECONDS
 
+from lowrank_tune.config import RewardConfig
 from lowrank_tune.data.ground_truth import extract_answer
 from lowrank_tune.errors import UserError
 from lowrank_tune.rewards import RewardInput, Score, WorkerPool, build_rewards
-from lowrank_tune.rewards.answer_parsing import compare_exact
 from lowrank_tune.rewards.base import WorkerReward
-from lowrank_tune.rewards.final_answer import extract_final_answer
-from lowrank_tune.rewards.latex_syntax import too_large_reason
-from lowrank_tune.rewards.math_answer import MathAnswerReward, make_math_answer
+from lowrank_tune.rewards.math.answer_parsing import compare_exact
+from lowrank_tune.rewards.math.final_answer import extract_final_answer
+from lowrank_tune.rewards.math.latex_syntax import too_large_reason
+from lowrank_tune.rewards.math.math_answer import MathAnswerReward, make_math_answer
 from lowrank_tune.rewards.user_function import UserFunctionReward
-from lowrank_tune.rewards.worker import CallTimeout, LimitedGrader
 from lowrank_tune.rewards.workers.budget import time_limit
-from lowrank_tune.settings import RewardConfig
-from tests.malformed_yaml import MAX_CPU_SECONDS
+from lowrank_tune.rewards.workers.worker import CallTimeout, LimitedGrader
 
 sys.path.insert(0, str(Path(__file__).parent))
 from resource_bombs import RESOURCE_BOMBS, boxed  # noqa: E402
@@ -275,7 +275,7 @@ def test_what_repeats_is_read_in_linear_time(text: str) -> None:
 
 def test_a_comparison_that_fails_for_any_answer_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     """An answer is wrong where a library fails on it alone; where it fails on the gold answer too, nobody can judge."""
-    from lowrank_tune.rewards.workers import math as worker
+    from lowrank_tune.rewards.math import math_worker as worker
 
     compare = worker.answers_are_equal
     request = {"gold": "x+1", "found": "x+2", "seconds": 5.0}
@@ -305,7 +305,7 @@ def test_excess() -> None:
 def test_recipes_name_it_and_a_missing_package_has_a_cure(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     [made] = build_rewards([RewardConfig(name="math_answer")], tmp_path)
     assert made.reward == MathAnswerReward("math_answer") and made.name == "math_answer"
-    monkeypatch.setattr("lowrank_tune.rewards.math_answer.find_spec", lambda name: None)
+    monkeypatch.setattr("lowrank_tune.rewards.math.math_answer.find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"`math_answer` needs .*math_verify.*pip install 'lowrank-tune\[verifiers\]'"):
         make_math_answer("math_answer")
 

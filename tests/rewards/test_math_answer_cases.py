@@ -19,10 +19,10 @@ from hypothesis import strategies as st
 
 from lowrank_tune.data.ground_truth import boxed_answer, unclosed_box
 from lowrank_tune.rewards import RewardInput, WorkerPool
-from lowrank_tune.rewards.answer import parse_number
-from lowrank_tune.rewards.answer_parsing import compare_exact
-from lowrank_tune.rewards.latex_syntax import MAX_DEPTH, MAX_GROUP_DEPTH, too_large_reason
-from lowrank_tune.rewards.math_answer import MathAnswerReward
+from lowrank_tune.rewards.math.answer import parse_number
+from lowrank_tune.rewards.math.answer_parsing import compare_exact
+from lowrank_tune.rewards.math.latex_syntax import MAX_DEPTH, MAX_GROUP_DEPTH, too_large_reason
+from lowrank_tune.rewards.math.math_answer import MathAnswerReward
 from lowrank_tune.rewards.workers.budget import time_limit
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -30,7 +30,7 @@ from math_answer_cases import ANSWERS, COMPLETIONS, Case  # noqa: E402
 from resource_bombs import RESOURCE_BOMBS, boxed  # noqa: E402
 
 pytest.importorskip("math_verify")
-from lowrank_tune.rewards.workers import math as worker  # noqa: E402
+from lowrank_tune.rewards.math import math_worker as worker  # noqa: E402
 
 LIMIT = 10.0  # seconds for one answer on a busy machine; a few hundredths on an idle one
 IN_BOXES = {

@@ -13,19 +13,19 @@ from typing import Any
 
 import pytest
 import reward_hacks
+from malformed_yaml import MAX_CPU_SECONDS
 
 from lowrank_tune import doctor
+from lowrank_tune.config import UNSAFE_CODE, RewardConfig
 from lowrank_tune.errors import ConfigError, UserError
 from lowrank_tune.rewards import RewardInput, Score, WorkerPool, build_rewards
-from lowrank_tune.rewards import python_tests as reward_module
-from lowrank_tune.rewards.charged_time import ChargedTime, Starved
-from lowrank_tune.rewards.python_tests import PythonTestsReward
+from lowrank_tune.rewards.code import python_tests as reward_module
+from lowrank_tune.rewards.code.python_tests import PythonTestsReward
+from lowrank_tune.rewards.code.python_tests_worker import InvalidTests, extract_code, row_tests
 from lowrank_tune.rewards.sandbox import check as check_module
 from lowrank_tune.rewards.sandbox import isolation
 from lowrank_tune.rewards.sandbox.check import SandboxPair
-from lowrank_tune.rewards.workers.python_tests import InvalidTests, extract_code, row_tests
-from lowrank_tune.settings import UNSAFE_CODE, RewardConfig
-from tests.malformed_yaml import MAX_CPU_SECONDS
+from lowrank_tune.rewards.workers.charged_time import ChargedTime, Starved
 
 DATA = Path(__file__).parents[3] / "shared" / "data"
 needs_sandbox = pytest.mark.skipif(isolation.best_available() is None, reason="this machine has no sandbox for code")

@@ -9,13 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from malformed_yaml import MAX_CPU_SECONDS
 
+from lowrank_tune.config import RewardConfig, reward_rules
 from lowrank_tune.errors import ConfigError
-from lowrank_tune.recipe import reward_rules
 from lowrank_tune.regex import to_utf8
 from lowrank_tune.rewards import Reward, RewardInput, WorkerPool, build_rewards, registry, total
-from lowrank_tune.settings import RewardConfig
-from tests.malformed_yaml import MAX_CPU_SECONDS
 
 MEGABYTE = 1_000_000
 HOSTILE = {

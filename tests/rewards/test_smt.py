@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 
+from lowrank_tune.config import RewardConfig
 from lowrank_tune.rewards import RewardInput, Score, WorkerPool, build_rewards
-from lowrank_tune.rewards.smt import claimed_verdict
-from lowrank_tune.rewards.workers.smtlib_parser import SmtlibParseError, check_term, format_sexpr, parse_sexprs
-from lowrank_tune.settings import RewardConfig
+from lowrank_tune.rewards.formal.smt import claimed_verdict
+from lowrank_tune.rewards.formal.smtlib_parser import SmtlibParseError, check_term, format_sexpr, parse_sexprs
 
 pytest.importorskip("z3")
 KINDS = ("statement", "witness", "invariant")

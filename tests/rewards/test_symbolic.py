@@ -15,19 +15,19 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from malformed_yaml import MAX_CPU_SECONDS
 
+from lowrank_tune.config import RewardConfig
 from lowrank_tune.errors import UserError
 from lowrank_tune.rewards import Score, WorkerPool, build_rewards
-from lowrank_tune.rewards.symbolic import SymbolicReward, make_symbolic
-from lowrank_tune.rewards.workers.expression import (
+from lowrank_tune.rewards.math.expression import (
     MAX_CHARS,
     MAX_DEPTH,
     ExpressionParseError,
     free_variables,
     parse_expression,
 )
-from lowrank_tune.settings import RewardConfig
-from tests.malformed_yaml import MAX_CPU_SECONDS
+from lowrank_tune.rewards.math.symbolic import SymbolicReward, make_symbolic
 
 sys.path.insert(0, str(Path(__file__).parent))
 from resource_bombs import RESOURCE_BOMBS, boxed  # noqa: E402
@@ -243,7 +243,7 @@ def test_reading_any_text_gives_a_tree_or_unreadable(text: str) -> None:
 def test_recipes_name_it_and_a_missing_package_has_a_cure(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     [made] = build_rewards([RewardConfig(name="symbolic")], tmp_path)
     assert made.reward == SymbolicReward("symbolic")
-    monkeypatch.setattr("lowrank_tune.rewards.math_answer.find_spec", lambda name: None)
+    monkeypatch.setattr("lowrank_tune.rewards.math.math_answer.find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"`symbolic` needs .*sympy.*pip install 'lowrank-tune\[verifiers\]'"):
         make_symbolic("symbolic")
 

@@ -18,7 +18,7 @@ import pytest
 from time_programs import CHEATS, HONEST, TASK
 
 from lowrank_tune.rewards import RewardInput, Score, WorkerPool
-from lowrank_tune.rewards.python_tests import PythonTestsReward
+from lowrank_tune.rewards.code.python_tests import PythonTestsReward
 from lowrank_tune.rewards.sandbox import isolation
 from lowrank_tune.rewards.sandbox.launch import Level
 

@@ -1,2 +1,2 @@
-"""What verifiers do inside a worker process: each module has `load(job)`, which gives the function that judges one
-completion."""
+"""Worker processes that compute rewards: pool, process, protocol, limits. Each `*_worker` module of a verifier has
+`load(spec)`, which returns the function that grades one completion."""

@@ -14,8 +14,8 @@ from lowrank_tune.checkpoint import write_file
 from lowrank_tune.ui.compare.page import compare_page
 from lowrank_tune.ui.compare.runs import ComparedRun, read_runs
 from lowrank_tune.ui.compare.screen import TextCanvas, screen
-from lowrank_tune.ui.terminal import ascii_only
-from lowrank_tune.ui.text_layout import plain_text, to_ansi
+from lowrank_tune.ui.terminal.device import ascii_only
+from lowrank_tune.ui.terminal.text_layout import plain_text, to_ansi
 
 __all__ = ["TextCanvas", "ComparedRun", "compare", "compare_page", "read_runs", "screen"]
 

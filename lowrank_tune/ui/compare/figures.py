@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from statistics import fmean, median
 
-from lowrank_tune.ui import evals_view
 from lowrank_tune.ui.compare.runs import ComparedRun
 from lowrank_tune.ui.formatting import clock, number, percent
 from lowrank_tune.ui.metrics import GENERATIVE_ALGORITHMS, PAIR_ACCURACY, POLICY, WITHOUT_REFERENCE
 from lowrank_tune.ui.report.html import get_mapping, get_number
 from lowrank_tune.ui.report.run_log import StepValues
 from lowrank_tune.ui.report.sections import heldout_by_stage, heldout_by_stage_of_chain
+from lowrank_tune.ui.views import evaluation as evals_view
 
 ENDS = 10  # a first or last value is the mean of a tenth of the run
 ARROW = " \u2192 "

@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from lowrank_tune.checkpoint.run_format import check_run_format
+from lowrank_tune.config.yaml_nodes import dotted, leaves
 from lowrank_tune.errors import UserError
 from lowrank_tune.evaluation import EvalRecord as Evaluated
 from lowrank_tune.evaluation import read_records
-from lowrank_tune.recipe.yaml_nodes import dotted, leaves
 from lowrank_tune.ui.metrics import charts_of
 from lowrank_tune.ui.report.run_log import ChainLog, RunLog, StepValues, read_chain, read_run_log
 from lowrank_tune.ui.run_paths import EVENTS, is_chain

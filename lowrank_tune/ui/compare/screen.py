@@ -8,11 +8,11 @@ from dataclasses import dataclass
 
 from rich.cells import cell_len
 
-from lowrank_tune.ui.charts import Curve, chart, format_number, smooth
 from lowrank_tune.ui.compare.figures import rows
 from lowrank_tune.ui.compare.runs import ComparedRun, common_metrics, differences, without_recipe
 from lowrank_tune.ui.metrics import TITLES
-from lowrank_tune.ui.text_layout import Line, fit, sanitize, side_by_side, wrap
+from lowrank_tune.ui.terminal.charts import Curve, chart, format_number, smooth
+from lowrank_tune.ui.terminal.text_layout import Line, fit, sanitize, side_by_side, wrap
 
 LINE_STYLES = (("first", "*"), ("second", "o"), ("chosen", "+"), ("third", "x"), ("rejected", "#"), ("fourth", "@"))
 """Style and sign of a side; the seventh looks as the first."""

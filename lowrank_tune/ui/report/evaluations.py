@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from lowrank_tune.evaluation import EvalRecord, read_records
-from lowrank_tune.ui import evals_view
 from lowrank_tune.ui.report.html import table, text
+from lowrank_tune.ui.views import evaluation as evals_view
 
 MAX_EVALUATIONS = 20
 

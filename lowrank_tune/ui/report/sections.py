@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any
 
+from lowrank_tune.evaluation.heldout import is_exact
 from lowrank_tune.events import SampleLogged
 from lowrank_tune.ui.formatting import number, percent
 from lowrank_tune.ui.metrics import (
@@ -32,7 +33,6 @@ from lowrank_tune.ui.report.charts import (
 )
 from lowrank_tune.ui.report.html import block, entries, get_mapping, get_number, pairs, table, text
 from lowrank_tune.ui.report.run_log import ChainLog, RunLog
-from lowrank_tune.validation import is_exact
 
 HEADS = {
     "": "(all)",

@@ -1,0 +1,75 @@
+"""Where rows come from and which are used."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from lowrank_tune.config.base import NON_EMPTY, Day, Fraction, NonEmptyStr, PositiveInt, Settings
+
+
+class SourceConfig(Settings):
+    """One source of rows."""
+
+    dataset: NonEmptyStr
+    """A hub id, `id@revision`, a file (JSON, JSON lines, CSV or TSV, each also gzipped; Parquet), a folder of such
+    files, `builtin:arithmetic` (built-in problems) or `builtin:arithmetic-preferences` (pairs of answers to them)."""
+    config_name: NonEmptyStr | None = None
+    """Configuration of a hub data set, for example `main` of openai/gsm8k."""
+    split: NonEmptyStr = "train"
+    """Split of a hub data set, or of a built-in one (`train`, `heldout`)."""
+    format: Literal["auto", "messages", "sharegpt", "alpaca", "prompt_completion", "question_answer", "preference"] = (
+        "auto"
+    )
+    """Shape of a row. `auto` detects it from the columns; the run prints what was found. `preference` is a chosen and a
+    rejected answer."""
+    columns: dict[NonEmptyStr, NonEmptyStr] = Field(default_factory=dict)
+    """Renames columns: from the name in the format to the name in the data, for example `{question: problem, answer:
+    solution}`."""
+    ground_truth: Literal["auto", "none", "answer", "hashes", "boxed", "last_number", "gold"] = "auto"
+    """Source of the gold answer: `answer` (the whole answer), `hashes` (after `####`), `boxed` (the last box),
+    `last_number`, `gold` (a column), or `none`. `auto` uses `####` at the end, else a column, else the last box, else
+    an answer that is only a number."""
+    max_samples: PositiveInt | None = None
+    """Number of rows, drawn with the seed. A row that cannot be used is replaced by another one, as long as there are
+    more."""
+    final_answer: Literal["boxed"] | None = None
+    """`boxed` puts the final answer of a reply in a box if `####` or `The answer is:` marks it at the end; other
+    replies do not change."""
+    weight: Annotated[float, Field(gt=0.0, le=1.0)] | None = None
+    """Share of the rows drawn from this source. Either all sources have a weight and the weights sum to 1, or none has
+    one and row counts decide."""
+
+
+Sources = Annotated[tuple[SourceConfig, ...], Field(strict=False)]
+
+
+class DataConfig(Settings):
+    """The rows, and how they are read."""
+
+    train: Annotated[tuple[SourceConfig, ...], *NON_EMPTY]
+    """Sources of the training rows."""
+    validation: Sources = ()
+    """Sources of the validation rows. Without them, `eval_fraction` of the training rows is held out."""
+    eval_fraction: Annotated[float, Field(ge=0.0, lt=0.9)] = 0.05
+    """Share of the training rows held out for validation; 0 for none."""
+    eval_rows: PositiveInt | None = None
+    """Number of training rows held out for validation, in place of `eval_fraction`."""
+    expected_tokens: PositiveInt | None = None
+    """Tokens of all training rows as counted by the author of the recipe; printed beside the measured number."""
+    system_prompt: str | None = None
+    """System prompt for rows that have none."""
+    template_date: Day | None = None
+    """Date (YYYY-MM-DD) that the chat template of the base writes, if it writes one. Default: the day on which the run
+    began if the template uses the clock (`strftime_now`), else the template's own date."""
+    max_length: Annotated[int, Field(ge=8)] = 1024
+    """Maximum length of a row in tokens."""
+    max_prompt_length: Annotated[int, Field(ge=1)] = 512
+    """Maximum length of a prompt in tokens, where completions are drawn. A longer prompt is dropped and counted."""
+    truncation: Literal["drop", "truncate"] = "drop"
+    """`drop`: a row that is too long is dropped and counted. `truncate`: it is cut at the last whole turn that fits, or
+    dropped if none fits. A pair is cut at the front: the oldest exchanges of its prompt are removed, the same on both
+    sides. No answer is ever cut."""
+    max_invalid_fraction: Fraction = 0.1
+    """Refuses to train if more than this share of the rows of a source cannot be used."""

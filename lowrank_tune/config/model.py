@@ -1,0 +1,59 @@
+"""The base and its adapters."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from lowrank_tune.config.base import NonEmptyStr, PositiveInt, Settings, StrList
+
+TRAINED_ADAPTER = {"reward": "reward"}
+"""The adapter that an algorithm trains, where it is not `policy`."""
+
+
+def default_adapter_name(algorithm: object) -> str:
+    """Returns the name of the adapter that an algorithm trains; `policy` for a value that is no algorithm, which is
+    reported elsewhere."""
+    return TRAINED_ADAPTER.get(algorithm, "policy") if isinstance(algorithm, str) else "policy"
+
+
+EXTRA_ADAPTERS: dict[str, tuple[str, ...]] = {"ppo": ("value",)}
+"""Adapters that an algorithm has for roles of their own: they lie in no policy's stack."""
+
+
+def extra_adapters(algorithm: object) -> tuple[str, ...]:
+    """Returns the adapters of an algorithm that are beside the stack of its policy."""
+    return EXTRA_ADAPTERS.get(algorithm, ()) if isinstance(algorithm, str) else ()
+
+
+class BaseConfig(Settings):
+    """The frozen base."""
+
+    model: NonEmptyStr = "tiny-tutor"
+    """A hub id, `id@revision`, a folder, or `tiny-tutor`, which is part of the package."""
+    bits: Literal[4, 16] = 4
+    """4: NF4 with double quantization. 16: not quantized."""
+    backend: Literal["transformers", "unsloth"] = "transformers"
+    """Library that runs the base: `transformers`, or `unsloth` (for sft, and for dpo and grpo with the base as
+    reference; in an environment of its own)."""
+    trust_remote_code: bool = False
+    """Runs Python code that comes with the model, with your permissions. Only for repositories that you trust."""
+
+
+class AdapterConfig(Settings):
+    """One LoRA adapter. With `path` it is loaded: frozen below the policy, or trained further if it is the policy's
+    own."""
+
+    r: PositiveInt = 16
+    """Rank."""
+    lora_alpha: Annotated[float, Field(gt=0)] = 32.0
+    """Scale: the update is multiplied by lora_alpha / r (lora_alpha / sqrt(r) with `use_rslora`)."""
+    lora_dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
+    """Dropout on the input of the adapter in training."""
+    target_modules: Literal["all-linear"] | StrList = "all-linear"
+    """Names of the linear modules that get an adapter."""
+    use_rslora: bool = False
+    """Rank-stabilized scaling (arXiv:2312.03732)."""
+    path: NonEmptyStr | None = None
+    """Folder of an existing adapter, or of a run."""

@@ -1,0 +1,122 @@
+"""The training loop, and the held-out measurements beside it."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from lowrank_tune.config.base import NonEmptyStr, PositiveInt, Settings
+from lowrank_tune.config.data import SourceConfig
+
+TrackerName = Literal["tensorboard", "wandb", "trackio", "mlflow"]
+
+
+class TrainingConfig(Settings):
+    """The training loop."""
+
+    max_steps: PositiveInt | None = None
+    """Optimizer steps. Give this or `num_train_epochs`."""
+    num_train_epochs: Annotated[float, Field(gt=0.0)] | None = None
+    """Passes over the training rows."""
+    global_batch_size: PositiveInt | None = None
+    """Rows per optimizer step (16 unless `tokens_per_step` is given). With preferences a row is a pair."""
+    prompts_per_step: PositiveInt = 16
+    """Prompts per optimizer step, where completions are drawn."""
+    tokens_per_step: PositiveInt | None = None
+    """In place of `global_batch_size`: as many rows per step as fit in this many tokens."""
+    micro_batch_size: PositiveInt | Literal["auto"] | None = None
+    """Rows (or completions) that go through the model at once (4 unless `micro_batch_tokens` is given). `auto`: as many
+    as fit in the memory of the GPU by its plan, together with `gradient_checkpointing: auto` no more than speed needs
+    (4 without a GPU). Changes memory and speed, never the gradient."""
+    micro_batch_tokens: PositiveInt | None = None
+    """In place of `micro_batch_size`: as many rows as fit in this many tokens, padding included."""
+    length_window: PositiveInt = 1
+    """Rows are sorted by length within a window of this many steps, so that the rows of a step need little padding."""
+    learning_rate: Annotated[float, Field(gt=0.0)] = 2e-4
+    """Peak learning rate; by default 2e-4 for `sft`, 1e-4 for `reward`, 5e-6 for `dpo`, 1e-5 for `grpo` and `ppo`."""
+    lr_scheduler_type: Literal["cosine", "linear", "constant"] = "cosine"
+    """Decay of the learning rate after the warm-up."""
+    warmup_steps: Annotated[int, Field(ge=0)] = 0
+    """Steps over which the learning rate rises from 0."""
+    optim: Literal["adamw", "adamw_8bit", "paged_adamw", "paged_adamw_8bit"] = "adamw"
+    """AdamW in fp32, or that of bitsandbytes with 8-bit states, with paged states, or with both. Paged states need
+    CUDA."""
+    weight_decay: Annotated[float, Field(ge=0.0)] = 0.0
+    """Decoupled weight decay of AdamW."""
+    adam_beta1: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.9
+    """Decay rate of the first moment."""
+    adam_beta2: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.999
+    """Decay rate of the second moment."""
+    max_grad_norm: Annotated[float, Field(gt=0.0)] = 1.0
+    """Gradients are scaled down to this norm; for ppo, those of the value separately."""
+    gradient_checkpointing: bool | Literal["none", "all", "auto"] | Annotated[int, Field(ge=0)] = True
+    """Recomputes activations in the backward pass: less memory, for one more forward pass of these layers. `all` layers
+    (or true), `none` (or false), the first N of them, or `auto`: as few as fit if the run is planned, else all. Never
+    changes the gradient."""
+    activation_offloading: bool = False
+    """Keeps the inputs of recomputed layers in the memory of the machine instead of the GPU: longer rows, more time."""
+    memory_budget_gib: Annotated[float, Field(gt=0.0)] | None = None
+    """GPU memory that the run may use, in GiB. Default: all of it. The keys and values of rollouts share it with the
+    update, so it decides how many sequences are decoded at once. Without a GPU it limits only those, by default to a
+    quarter of the machine's memory."""
+    memory_check: Literal["refuse", "warn", "off"] = "refuse"
+    """On a GPU a run is planned before anything is loaded (the command `plan`). If it cannot fit, `refuse` it, or
+    `warn` and try; `off` skips the plan."""
+    max_nonfinite_steps: PositiveInt = 5
+    """Stops after this many steps in a row whose loss or gradient is not finite; each is skipped and counted."""
+    logging_steps: PositiveInt = 10
+    """Steps between lines of the console. On these steps the KL to the reference is measured too, which needs extra
+    forward passes of one micro-batch."""
+    save_steps: PositiveInt | None = None
+    """Steps between checkpoints. Default: about ten checkpoints per run."""
+    save_total_limit: PositiveInt = 2
+    """Newest checkpoints kept, in addition to the best."""
+    load_best_model_at_end: bool = True
+    """`final/` is the adapter of the best evaluation (`evaluate.metric_for_best_model`); if false, that of the last
+    step."""
+    final_adapters: Literal["combined", "separate"] = "combined"
+    """If frozen adapters are below the trained one: `combined` folds all of them into one adapter in `final/`, exactly,
+    whose rank is the sum of theirs; `separate` keeps each in a folder of its own, to be loaded together."""
+    report_to: TrackerName | Annotated[tuple[TrackerName, ...], Field(strict=False)] = ()
+    """Experiment trackers that also receive steps, held-out figures and settings: tensorboard (files in the run's
+    folder), wandb, trackio, mlflow; one, or several in a list."""
+    project: NonEmptyStr = "lowrank-tune"
+    """Project of the run in wandb and trackio; experiment of the run in mlflow."""
+
+    @property
+    def trackers(self) -> tuple[str, ...]:
+        """`report_to` as a list."""
+        return (self.report_to,) if isinstance(self.report_to, str) else self.report_to
+
+    @property
+    def micro_batch_rows(self) -> int | None:
+        """`micro_batch_size` as a number; 4 for `auto` if the run is not planned."""
+        return 4 if self.micro_batch_size == "auto" else self.micro_batch_size
+
+
+class EvaluationConfig(Settings):
+    """Held-out measurements in training."""
+
+    eval_steps: PositiveInt | None = None
+    """Steps between evaluations. Default: about ten evaluations per run."""
+    eval_dataset: SourceConfig | None = None
+    """Prompts with gold answers. The model answers them before and after the run; exact answers and proper stops are
+    counted."""
+    num_prompts: PositiveInt = 100
+    """Number of prompts drawn from it."""
+    num_samples: PositiveInt = 1
+    """Answers per prompt: 1 is greedy; more are sampled and give pass@1 and pass@k."""
+    temperature: Annotated[float, Field(gt=0.0)] = 1.0
+    """Temperature of sampled answers."""
+    max_new_tokens: PositiveInt = 64
+    """Maximum length of an answer in tokens."""
+    metric_for_best_model: Literal["loss", "accuracy"] | None = None
+    """Metric that selects the best step: `loss` (the lowest validation loss) or `accuracy` (the most held-out questions
+    answered exactly, one answer each: greedy, or sampled if `num_samples` is more than 1). Default: `accuracy` for grpo
+    and ppo with `eval_dataset`, else `loss`."""
+    on_reward_hacking: Literal["warn", "stop"] = "warn"
+    """If the reward rises and held-out answers get worse by more than their noise: `warn`, or `stop` the run, with the
+    best step as its result. For grpo and ppo with `eval_dataset`."""
+    num_completions_to_print: Annotated[int, Field(ge=0)] = 3
+    """Number of prompts (held-out ones, else of validation rows) whose answers are shown at every evaluation."""

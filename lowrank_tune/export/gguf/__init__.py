@@ -1,0 +1,1 @@
+"""GGUF files: adapter, merged model, quantization."""

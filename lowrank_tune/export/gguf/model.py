@@ -1,0 +1,179 @@
+"""A merged model as one GGUF file: llama.cpp's own converter, and its quantizer for the small types."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from lowrank_tune.errors import TrainingError, UserError
+from lowrank_tune.events import Emit, Progress
+from lowrank_tune.export.gguf.llama_cpp import CONVERTER, Quantizer
+
+BITS_PER_WEIGHT = {
+    "f32": (32.0, 0),
+    "f16": (16.0, 1),
+    "bf16": (16.0, 32),
+    "q8_0": (8.5, 7),
+    "q6_k": (6.6, 18),
+    "q5_k_m": (5.7, 17),
+    "q5_k_s": (5.6, 16),
+    "q5_1": (6.0, 9),
+    "q5_0": (5.6, 8),
+    "q4_k_m": (4.9, 15),
+    "q4_k_s": (4.7, 14),
+    "q4_1": (5.1, 3),
+    "q4_0": (4.7, 2),
+    "iq4_nl": (4.7, 25),
+    "iq4_xs": (4.5, 30),
+    "q3_k_l": (4.3, 13),
+    "q3_k_m": (4.0, 12),
+    "q3_k_s": (3.7, 11),
+    "q2_k": (3.4, 10),
+}
+"""Bits a weight, about, and llama.cpp's number of each type."""
+NATIVE_OUTTYPES = ("f32", "f16", "bf16", "q8_0")
+"""What the converter writes by itself."""
+BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}
+QWEN2 = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+PRETOKENIZERS: dict[str, tuple[Any, Any]] = {
+    "gpt-2": (None, BYTE_LEVEL),
+    "smollm": (
+        None,
+        {"type": "Sequence", "pretokenizers": [{"type": "Digits", "individual_digits": True}, BYTE_LEVEL]},
+    ),
+    "qwen2": (
+        {"type": "NFC"},
+        {
+            "type": "Sequence",
+            "pretokenizers": [
+                {"type": "Split", "pattern": {"Regex": QWEN2}, "behavior": "Isolated", "invert": False},
+                BYTE_LEVEL | {"use_regex": False},
+            ],
+        },
+    ),
+}
+"""How text is normalized, and cut into words before BPE: rules that a tokenizer.json may state, by llama.cpp's name of
+the same ones. (The normalizing of Qwen2 it leaves out, for Qwen's own models too.)"""
+
+
+def estimate_gguf_size(weights: int, kind: str) -> int:
+    """Bytes of a GGUF file of so many weights, rather too many; of the 16-bit file that it is quantized from too."""
+    size = int(weights * BITS_PER_WEIGHT[kind][0] / 8 * 1.05)
+    return size if kind in NATIVE_OUTTYPES else size + int(weights * 2.1)
+
+
+def pretokenizer_name(merged: Path) -> str | None:
+    """llama.cpp's name of the rules by which this tokenizer cuts words; None where they are none of `PRETOKENIZERS`, or
+    it is no BPE."""
+    try:
+        raw = json.loads((merged / "tokenizer.json").read_bytes())
+        if raw["model"]["type"] != "BPE" or raw["model"].get("byte_fallback"):
+            return None
+        stated = (raw.get("normalizer"), _without_offsets(raw["pre_tokenizer"]))
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return next((name for name, rules in PRETOKENIZERS.items() if rules == stated), None)
+
+
+def _without_offsets(pretokenizer: Any) -> Any:
+    if isinstance(pretokenizer, dict):
+        return {key: _without_offsets(value) for key, value in pretokenizer.items() if key != "trim_offsets"}
+    return [_without_offsets(rule) for rule in pretokenizer] if isinstance(pretokenizer, list) else pretokenizer
+
+
+def convert(folder: Path, merged: Path, file: Path, kind: str, name: str, adds_bos: bool, emit: Emit) -> None:
+    """Runs the converter in `folder` on a merged model; `adds_bos`: what runs it is to put the BOS before every
+    text.
+
+    Raises TrainingError with what it said, UserError for a model that it does not know."""
+    child = Path(__file__).with_name("convert_child.py")
+    command = [
+        sys.executable,
+        "-P",
+        str(child),
+        str(folder / CONVERTER),
+        pretokenizer_name(merged) or "",
+        str(int(adds_bos)),
+        str(merged),
+        "--outfile",
+        str(file),
+        "--outtype",
+        kind,
+        "--model-name",
+        name,
+    ]
+    code, output = run_tool(command, f"llama.cpp writes {kind}", r"Writing:\s+(\d+)%()", emit)
+    text = "\n".join(output)
+    if code == 0 and file.is_file():
+        return
+    if "pre-tokenizer was not recognized" in text:
+        raise UserError(
+            "llama.cpp's converter does not know this base's tokenizer, so no GGUF of the whole model can be made; "
+            "`--to gguf-lora` and `--to peft` need no tokenizer"
+        )
+    if missing := re.search(r"No module named '([\w.]+)'", text):
+        raise UserError(
+            f"llama.cpp's converter needs the package {missing.group(1)}: pip install 'lowrank-tune[export]'"
+        )
+    raise TrainingError(f"llama.cpp's converter failed (exit code {code}): {_error_line(output)}")
+
+
+def quantize(tool: Quantizer, source: Path, file: Path, kind: str, emit: Emit) -> None:
+    """Runs the quantizer. Raises TrainingError with what it said."""
+    command = tool.command(source, file, kind, BITS_PER_WEIGHT[kind][1])
+    code, output = run_tool(command, f"llama.cpp quantizes to {kind}", r"\[\s*(\d+)/\s*(\d+)\]", emit)
+    if code or not file.is_file():
+        raise TrainingError(f"llama.cpp's quantizer failed (exit code {code}): {_error_line(output)}")
+
+
+def run_tool(command: Sequence[str], label: str, pattern: str, emit: Emit) -> tuple[int, list[str]]:
+    """Its exit code and the last lines that it said; `pattern` finds what is done, and of how much (else 100), in a
+    line. It dies with us."""
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "PYTHONUNBUFFERED": "1"}
+    environment.pop("NO_LOCAL_GGUF", None)
+    process = subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        stdin=subprocess.DEVNULL,
+        env=environment,
+        text=True,
+        encoding="utf-8",
+        errors="replace",
+    )
+    lines, progress = list[str](), re.compile(pattern)
+    emit(Progress(description=label, done=0, total=100))
+    try:
+        assert process.stdout is not None
+        for line in process.stdout:  # a bar's carriage returns end lines too
+            lines = [*lines[-200:], line.rstrip()]
+            if match := progress.search(line):
+                emit(Progress(description=label, done=int(match.group(1)), total=int(match.group(2) or 100)))
+        code = process.wait()
+    except BaseException:
+        process.kill()
+        process.wait()
+        raise
+    return code, [line for line in lines if line]
+
+
+def _error_line(output: Sequence[str]) -> str:
+    errors = (
+        [line for line in output if re.search(r"error|exception|failed", line, re.IGNORECASE)]
+        or list(output)
+        or ["it said nothing"]
+    )
+    asserted = [line.strip() for line in output if line.strip().startswith("assert ")]
+    return (
+        f"{errors[-1].strip()}: {asserted[-1]}"
+        if asserted and errors[-1].strip() == "AssertionError"
+        else errors[-1].strip()
+    )

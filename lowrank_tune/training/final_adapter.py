@@ -1,0 +1,127 @@
+"""`final/`, the folder that a user takes away.
+
+At its root lies one adapter in PEFT's format that answers as the run did, whatever it was trained over: the trained
+adapter, with the frozen ones below it folded into it (`train.final_adapters: combined`). Then the trained one alone
+lies in a folder of its name, where later stages and continued runs read it (`stack.json` says so). With `separate` the
+root is the trained one alone, each frozen one lies in a folder of its name, and the card says how to load them
+together. PPO's value has a folder of its own. Beside them: model card, tokenizer with chat template, and a generation
+config with every token that ends an answer; over a base of RoPE type `longrope` also the set of its factors. Nothing
+here names the machine.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from lowrank_tune.assembly import RunComponents
+from lowrank_tune.checkpoint import Snapshot
+from lowrank_tune.events import LogMessage
+from lowrank_tune.export.combine_lora import LoraAdapter, cannot_combine_reason, combine_adapters
+from lowrank_tune.export.model_card import Adapters, model_card
+from lowrank_tune.model.adapters import CONFIG, ROPE, STACK, WEIGHTS
+from lowrank_tune.model.base import Base
+from lowrank_tune.model.roles import ADAPTER_PREFIX, Roles
+from lowrank_tune.training.stage import Stage
+
+MACHINE_SPECIFIC_KEYS = {"name_or_path", "special_tokens_map_file", "tokenizer_file", "is_local", "local_files_only"}
+"""Entries of a tokenizer's configuration that say where it was loaded from."""
+
+
+def final_folder(stage: Stage) -> Snapshot:
+    """All files of `final/`, of a stage that has ended."""
+    roles, built = stage.built.roles, stage.built
+    top, *others = built.trained
+    names = [name.removeprefix(ADAPTER_PREFIX) for name in roles.stacks[top]]
+    adapters, reason = [as_lora_adapter(roles, name) for name in names], None
+    combined = len(names) == 1 or stage.recipe.train.final_adapters == "combined"
+    if combined and (reason := cannot_combine_reason(adapters)) is not None:
+        if len(names) > 1:
+            message = f"the adapters {', '.join(names)} cannot be folded into one ({reason}): final/ holds them apart"
+            stage.emit(LogMessage(level="warning", message=message))
+        combined = False
+    snapshot = Snapshot()
+    root = combine_adapters(adapters) if combined else (dict(adapters[-1].config), dict(adapters[-1].tensors))
+    snapshot.documents[CONFIG], snapshot.tensors[WEIGHTS] = root
+    if len(names) > 1:
+        frozen = {name: stage.adapters[name] for name in names[:-1]}
+        snapshot.documents[STACK] = {"version": 1, "stack": names, "frozen_adapters": frozen, "combined": combined}
+        for name, adapter in [(top, adapters[-1])] if combined else zip(names[:-1], adapters[:-1], strict=True):
+            _add(snapshot, name, adapter)
+    for name in others:
+        _add(snapshot, name, as_lora_adapter(roles, name))
+    try:
+        snapshot.raw_files |= tokenizer_files(built)
+    # what was trained must not be lost over this
+    except (OSError, ValueError, TypeError, NotImplementedError, AttributeError) as error:
+        message = (
+            f"final/ has no tokenizer: the base's cannot save itself ({type(error).__name__}: {error}); use "
+            f"the base's own"
+        )
+        stage.emit(LogMessage(level="warning", message=message))
+    rope = built.base.rope
+    if rope is not None and rope.factors is not None:
+        snapshot.documents[ROPE] = {
+            "version": 1,
+            "rope_type": rope.rope_type,
+            "factors": rope.factors,
+            "original_max_position_embeddings": rope.original_length,
+        }
+    if "policy" in built.trained:
+        snapshot.documents["generation_config.json"] = generation_config(
+            built.base, built.stop_ids, built.template.pad_id
+        )
+    info = Adapters(names, combined, root[0], is_generative="policy" in built.trained)
+    text = model_card(stage.recipe, stage.summary, built.base.revision, info, eos_token_strings(built), rope)
+    snapshot.raw_files["README.md"] = text.encode("utf-8", "replace")
+    return snapshot
+
+
+def as_lora_adapter(roles: Roles, name: str) -> LoraAdapter:
+    """An adapter of a loaded model, as it would be saved. A head that stands alone has no scales."""
+    return LoraAdapter(roles.adapter_config(name), roles.adapter_tensors(name), roles.scalings(name))
+
+
+def _add(snapshot: Snapshot, name: str, adapter: LoraAdapter) -> None:
+    snapshot.documents[f"{name}/{CONFIG}"], snapshot.tensors[f"{name}/{WEIGHTS}"] = (
+        dict(adapter.config),
+        dict(adapter.tensors),
+    )
+
+
+def tokenizer_files(built: RunComponents) -> dict[str, bytes]:
+    """The tokenizer's files with the chat template that was trained with, the kit's own where the base brought none."""
+    return serialize_tokenizer(built.template.tokenizer, built.template.chat_template)
+
+
+def serialize_tokenizer(tokenizer: Any, template: str) -> dict[str, bytes]:
+    """What the tokenizer saves, by name; without the place that it was loaded from."""
+    before = tokenizer.chat_template
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            tokenizer.chat_template = before or template
+            tokenizer.save_pretrained(folder)
+        finally:
+            tokenizer.chat_template = before
+        files = {
+            str(path.relative_to(folder)): path.read_bytes()
+            for path in sorted(Path(folder).rglob("*"))
+            if path.is_file()
+        }
+    config = json.loads(files["tokenizer_config.json"])
+    portable_config = {key: value for key, value in config.items() if key not in MACHINE_SPECIFIC_KEYS}
+    return files | {"tokenizer_config.json": json.dumps(portable_config, indent=2, ensure_ascii=False).encode()}
+
+
+def generation_config(base: Base, eos_token_ids: frozenset[int], pad_token_id: int) -> dict[str, Any]:
+    """The base's own, with every token that ends an answer: its end tokens and those of the chat template."""
+    config = base.model.generation_config.to_diff_dict() if base.model.generation_config is not None else {}
+    public_config = {key: value for key, value in config.items() if not key.startswith("_")}
+    return {**public_config, "eos_token_id": sorted(eos_token_ids), "pad_token_id": pad_token_id}
+
+
+def eos_token_strings(built: RunComponents) -> list[str]:
+    """The end tokens in letters."""
+    return [str(built.template.tokenizer.convert_ids_to_tokens(number)) for number in sorted(built.stop_ids)]

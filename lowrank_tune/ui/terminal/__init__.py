@@ -1,0 +1,1 @@
+"""The terminal dashboard, the chat screen and the plain log."""

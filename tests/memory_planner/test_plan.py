@@ -1,0 +1,349 @@
+"""Laws of the memory planner: what it says is what torch's allocator records, whatever the model, the algorithm, and
+what is recomputed."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from models import unquantized_base
+from transformers import LlamaConfig
+from typer.testing import CliRunner
+
+from lowrank_tune.cli import app
+from lowrank_tune.config import load_any
+from lowrank_tune.events import Event, LogMessage
+from lowrank_tune.generation.kv_cache import StaticSlotCache
+from lowrank_tune.memory_planner import check_fit, plan, planner
+from lowrank_tune.memory_planner.extrapolation import Peaks
+from lowrank_tune.memory_planner.fit import largest_fitting
+from lowrank_tune.memory_planner.meta_model import layers_of
+from lowrank_tune.memory_planner.plan_report import Phase, Plan, needed
+from lowrank_tune.memory_planner.planner import decoding_phases, peaks_of, phases_in, phases_of, plan_of
+from lowrank_tune.memory_planner.rollouts import DecodingSpec
+from lowrank_tune.memory_planner.simulation import SimulationSpec, simulate
+from lowrank_tune.memory_planner.sizes import Sizes
+from lowrank_tune.memory_planner.specs import simulation_specs
+from lowrank_tune.model import configs
+from lowrank_tune.ui.views.plan import lines, worst_stage_line
+
+BENCHMARK = Path(__file__).parents[2] / "benchmarks" / "plan.py"
+CLOSE = 0.03
+
+
+def off(shape: str, algorithms: list[str], layers: list[str]) -> dict[tuple[str, ...], float]:
+    """By how much the planner is off, of each cell. In a process of its own: what is measured is all that a process
+    holds, and tensors that other tests left behind, or that die meanwhile, are none of the run's. With one thread, as
+    kernels keep scratch for each."""
+    command = [sys.executable, str(BENCHMARK), "--shapes", shape, "--algorithms", *algorithms, "--layers", *layers]
+    path = os.pathsep.join([str(BENCHMARK.parent.parent), *filter(None, [os.environ.get("PYTHONPATH")])])
+    own = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=own, capture_output=True, text=True, timeout=900)
+    assert done.returncode == 0, done.stderr[-2000:]
+    rows = [
+        [cell.strip() for cell in line.strip("|").split("|")]
+        for line in done.stdout.splitlines()
+        if line.startswith("|")
+    ][2:]
+    return {tuple(row[:3]): float(row[4]) / float(row[3]) - 1 for row in rows}
+
+
+@pytest.mark.parametrize(("shape", "algorithm", "layers"), [("llama", "grpo", "2")])
+def test_what_is_planned_is_what_is_measured(shape: str, algorithm: str, layers: str) -> None:
+    found = off(shape, [algorithm], [layers])
+    assert len(found) == 1 and all(abs(one) < CLOSE for one in found.values()), found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("shape", ["llama", "mistral", "qwen2", "qwen3", "gemma2"])
+def test_what_is_planned_is_what_is_measured_everywhere(shape: str) -> None:
+    found = off(shape, ["sft", "reward", "dpo", "grpo", "ppo", "rollout"], ["all", "none", "2"])
+    assert len(found) == 16 and all(abs(one) < CLOSE for one in found.values()), found
+
+
+def test_a_plan_needs_neither_weights_nor_a_card() -> None:
+    (scene,) = simulation_specs(load_any("qwen2.5-7b-sft"), "cuda")
+    found = plan_of(scene, 24 << 30, "sft")
+    config = configs.config_of("Qwen/Qwen2.5-7B-Instruct")
+    assert config is not None and found.layers == config["num_hidden_layers"] and found.fits
+    embeddings = 2 * 2 * config["vocab_size"] * config["hidden_size"]
+    linear = (
+        config["num_hidden_layers"]
+        * config["hidden_size"]
+        * (2 * config["hidden_size"] + 2 * 512 + 3 * config["intermediate_size"])
+    )
+    expected = embeddings + linear * (0.5 + 1 / 64 + 4 / 64 / 256)  # NF4 with double quantization: arXiv:2305.14314
+    weights = found.peak_phase.bytes["weights"]
+    assert abs(weights / expected - 1) < 0.001
+    lora = (
+        16
+        * config["num_hidden_layers"]
+        * (
+            4 * config["hidden_size"]
+            + 2 * (config["hidden_size"] + 512)
+            + 3 * (config["hidden_size"] + config["intermediate_size"])
+        )
+    )
+    assert (
+        abs(found.peak_phase.bytes["adapters"] / (4 * lora) - 1) < 0.01
+        and abs(found.peak_phase.bytes["optimizer"] / (8 * lora) - 1) < 0.01
+    )
+
+
+def llama(tmp_path: Path, **sizes: int) -> str:
+    """A recipe of GRPO over a Llama of these sizes, of which there is the configuration alone."""
+    common = {
+        "vocab_size": 1000,
+        "hidden_size": 256,
+        "intermediate_size": 512,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 4,
+    }
+    LlamaConfig(**common | sizes, tie_word_embeddings=False).save_pretrained(tmp_path)
+    file = tmp_path / "recipe.yaml"
+    file.write_text(
+        f"""
+algorithm: grpo
+base: {{model: {tmp_path}, bits: 4}}
+data: {{train: [{{dataset: builtin:arithmetic}}], max_prompt_length: 128}}
+rewards: [{{name: answer}}]
+rollout: {{num_generations: 8, max_new_tokens: 384, max_num_seqs: 64}}
+train: {{max_steps: 2, micro_batch_size: 1, prompts_per_step: 8}}
+evaluate: {{eval_dataset: {{dataset: builtin:arithmetic}}, num_prompts: 200, max_new_tokens: 384}}
+""",
+        encoding="utf-8",
+    )
+    return str(file)
+
+
+@pytest.mark.parametrize("layers", [2, pytest.param(9, marks=pytest.mark.slow)])
+def test_keys_and_values_are_those_of_the_slots(tmp_path: Path, layers: int) -> None:
+    """On a card: slots * columns * (keys and values) * heads * width * layers in bfloat16, however few layers are
+    rehearsed; beside them at most one layer's copy of the prompts for all slots, and their numbers."""
+    (scene,) = simulation_specs(load_any(llama(tmp_path, num_hidden_layers=layers)), "cuda")
+    token = 2 * 4 * 32 * 2  # of a layer: keys and values, 4 heads of width 32, 2 bytes
+    for name, slots in (("rollout", 64), ("held-out answers", 200)):
+        found = next(phase for phase in phases_of(scene, 24 << 30) if phase.name == name)
+        kept = slots * (128 + 384) * token * layers
+        assert kept <= found.bytes["KV cache"] <= kept + slots * 128 * token + 8192, name
+        assert found.bytes["activations"] < 64 << 20
+
+
+def test_what_is_planned_from_few_layers_is_what_all_of_them_hold(tmp_path: Path) -> None:
+    (scene,) = simulation_specs(load_any(llama(tmp_path, num_hidden_layers=9)), "cuda")
+    scene = replace(scene, rollouts={"rollout": DecodingSpec("policy", 64, 128, 384, 8, 8, 1 << 40)})
+    whole = {phase.name: phase.total for phase in phases_in(simulate(scene, layers_of(scene.config, 9)))}
+    assert {phase.name: phase.total for phase in phases_in(peaks_of(scene, 9))} == whole
+
+
+@pytest.mark.slow
+def test_where_the_room_was_thought_too_large_fewer_are_decoded_and_one_at_least(tmp_path: Path) -> None:
+    """32 MiB a sequence, 64 of them 2 GiB. The engine goes on with fewer where memory runs short, so a card between one
+    and all is enough."""
+    (scene,) = simulation_specs(
+        load_any(llama(tmp_path, num_hidden_layers=16, num_key_value_heads=8, hidden_size=1024)), "cuda"
+    )
+
+    def rollout(vram: int) -> Phase:
+        (found,) = decoding_phases(scene, {"rollout": DecodingSpec("policy", 64, 128, 384, 8, 8, 1 << 40)}, 16, vram)
+        return found
+
+    sequence, most, one = 512 * 2 * 1024 * 2 * 16, rollout(24 << 30), rollout(1)
+    assert most.bytes["KV cache"] >= 64 * sequence and one.bytes["KV cache"] < 2 * sequence
+    room = one.total + 20 * sequence
+    assert one.total + 10 * sequence < rollout(needed(room, "cuda")).total <= room
+
+
+@pytest.mark.parametrize(
+    ("kind", "more"),
+    [
+        ("llama", {}),
+        ("qwen2", {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1}),
+        ("mistral", {"sliding_window": 8}),  # one window for all layers, and no `layer_types`
+        ("gemma2", {"sliding_window": 8}),
+    ],
+)
+def test_a_sequence_is_planned_with_the_bytes_that_the_cache_keeps_for_it(kind: str, more: dict[str, Any]) -> None:
+    model = unquantized_base(kind, **more).model
+    for columns in (5, 8, 30):
+        store = StaticSlotCache(model)
+        store.allocate(3, columns, 1 << 40)
+        store.insert(store.prefill([[3, 4, 5]])[0], [0, 0, 0], [0, 1, 2])
+        kept = sum(layer.keys.nbytes + layer.values.nbytes for layer in store.cache.layers)
+        assert 3 * planner._bytes_of(model.config, columns, torch.device("cpu")) == kept, columns
+
+
+@pytest.fixture(scope="module")
+def sixteen_layers(tmp_path_factory: pytest.TempPathFactory) -> SimulationSpec:
+    (spec,) = simulation_specs(load_any(llama(tmp_path_factory.mktemp("llama"), num_hidden_layers=16)), "cuda")
+    return spec
+
+
+@given(
+    slots=st.integers(1, 4) | st.integers(1, 64),
+    prompts=st.integers(1, 8),
+    reading=st.integers(1, 160),
+    room=st.floats(0, 1),
+)
+def test_where_one_sequence_fits_the_rollout_fits(
+    sixteen_layers: SimulationSpec, slots: int, prompts: int, reading: int, room: float
+) -> None:
+    """The highest moment is a step over all slots, or the reading of a few prompts at once: that one becomes lower only
+    when there are fewer slots than prompts."""
+    each = 512 * 2 * 4 * 32 * 2 * 16  # of 512 tokens: keys and values, 4 heads of width 32, 2 bytes, 16 layers
+
+    def bytes_with(slots: int) -> int:
+        return (50 << 20) + max(slots * each, min(slots, prompts) * reading << 20)
+
+    def peaks_with(spec: SimulationSpec, recomputed: int) -> Peaks:
+        return {("rollout: step",): {"KV cache": bytes_with(spec.rollouts["rollout"].slots)}}
+
+    least, most = needed(bytes_with(1), "cuda"), needed(bytes_with(slots), "cuda")
+    vram = least + int(room * (most - least))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(planner, "peaks_of", peaks_with)
+        decoding = DecodingSpec("policy", slots, 128, 384, 8, 8, 1 << 40)
+        (found,) = decoding_phases(sixteen_layers, {"rollout": decoding}, 16, vram)
+    assert needed(found.total, "cuda") <= vram
+
+
+def test_what_is_offloaded_is_not_on_the_card() -> None:
+    """Of each layer the input of its rows waits elsewhere, all but the one that is being computed again. The highest
+    point is then at the first layer, when all others have their gradients."""
+    rows = ["data.max_length=2048", "train.micro_batch_size=2"]
+
+    def planned(offloading: str) -> Plan:
+        (spec,) = simulation_specs(
+            load_any("qwen2.5-7b-sft", *rows, f"train.activation_offloading={offloading}"), "cuda"
+        )
+        return plan_of(spec, 24 << 30, "sft")
+
+    plans = {offloading: planned(offloading) for offloading in ("false", "true")}
+    config = configs.config_of("Qwen/Qwen2.5-7B-Instruct")
+    assert config is not None
+    inputs = (config["num_hidden_layers"] - 1) * 2 * 2048 * config["hidden_size"] * 2
+    assert inputs - plans["true"].peak_phase.bytes["gradients"] <= plans["false"].peak - plans["true"].peak <= inputs
+
+
+def test_the_command_reports_whether_it_fits() -> None:
+    done = CliRunner().invoke(app, ["plan", "tiny-sft", "--vram", "0.9", "evaluate={}"])
+    assert done.exit_code == 2 and "does not fit" in done.output
+    unknown = CliRunner().invoke(app, ["plan", "qwen2.5-7b-sft", "base.model=./nowhere"])
+    assert (
+        unknown.exit_code == 2
+        and unknown.output.strip().count("\n") == 0
+        and "there is no folder ./nowhere" in unknown.output
+    )
+
+
+def stage_plan(name: str, vram_gib: float, advice: str = "", **phases: float) -> Plan:
+    """A plan whose phases (`old_and_reference=...`) hold so many GiB of weights."""
+    held = tuple(Phase(phase.replace("_", " "), {"weights": round(size * 2**30)}) for phase, size in phases.items())
+    return Plan(name, "sft", "a model", 4, "cuda", 2, 2, Sizes(1, 512), held, round(vram_gib * 2**30), advice=advice)
+
+
+def test_what_fits_is_never_more_than_there_is() -> None:
+    """A phase that runs in smaller pieces does not count in the figure beside `fits`."""
+    split = stage_plan("", 8, update=6.9, validation=7.18)
+    assert split.fits and [phase.name for phase in split.split_phases] == ["validation"]
+    assert split.peak_phase.name == "update", "the phase that the figure is of"
+    words = [str(line) for line in lines(split)]
+    assert words[1].startswith("fits: 7.93 of 8.00 GiB (tensors 6.90,")
+    assert words[2] == "validation runs in smaller pieces: at once it needs 8.22 GiB"
+    whole = stage_plan("", 9, update=6.9, validation=7.18)
+    assert str(lines(whole)[1]).startswith("fits: 8.22 of 9.00 GiB (tensors 7.18,") and not whole.split_phases
+    refused = stage_plan("", 7, update=6.9, validation=7.18)
+    assert not refused.fits and str(lines(refused)[1]).startswith("does not fit: 7.93 of 7.00 GiB")
+
+
+def test_the_advice_of_a_stage_names_its_settings() -> None:
+    advice = "fits with data.max_length=512 train.micro_batch_tokens=512"
+    refused = stage_plan("ppo", 7, advice, update=6.9)
+    assert str(lines(refused)[-1]) == advice
+    own = "fits with stages.ppo.data.max_length=512 stages.ppo.train.micro_batch_tokens=512"
+    assert str(lines(refused, in_chain=True)[-1]) == own
+
+
+def test_the_worst_stage_is_the_one_that_does_not_fit() -> None:
+    stages = [stage_plan("a", 24, update=15), stage_plan("b", 7, update=6.9), stage_plan("c", 24, update=14)]
+    assert str(worst_stage_line(stages)) == "worst stage: b, 7.93 of 7.00 GiB, does not fit"
+    assert str(worst_stage_line(stages[::2])) == "worst stage: a, 16.37 of 24.00 GiB, fits"
+    assert str(worst_stage_line([replace(stages[0], vram=0, device="cpu")])) == "worst stage: a, 15.00 GiB"
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_an_assumed_size_is_named() -> None:
+    assumed = CliRunner().invoke(app, ["plan", "tiny-sft", "evaluate={}"])
+    assert "no GPU found: 24 GiB are assumed" in assumed.output and assumed.exit_code == 0
+    given_size = CliRunner().invoke(app, ["plan", "tiny-sft", "evaluate={}", "--vram", "8"])
+    assert "assumed" not in given_size.output
+    cpu = CliRunner().invoke(app, ["plan", "tiny-sft", "evaluate={}", "--device", "cpu"])
+    assert cpu.output.rstrip().endswith("GiB of this machine's memory for tensors")
+
+
+@given(st.integers(1, 300), st.integers(1, 300), st.integers(0, 1000), st.integers(1, 50), st.integers(0, 20000))
+def test_the_largest_that_fits_is_found(start: int, most: int, fixed: int, each: int, room: int) -> None:
+    found = largest_fitting(lambda count: fixed + each * count, start, most, room)
+    assert found == max(0, min(most, (room - fixed) // each))
+
+
+@given(
+    start=st.integers(1, 60),
+    beyond=st.integers(1, 200),
+    more=st.integers(0, 50),
+    fixed=st.integers(0, 1000),
+    each=st.integers(1, 50),
+    spare=st.floats(0, 0.99),
+    jump=st.integers(0, 500),
+)
+def test_a_jump_in_what_is_needed_does_not_end_the_search(
+    start: int, beyond: int, more: int, fixed: int, each: int, spare: float, jump: int
+) -> None:
+    """What is needed grows evenly up to twice the start, where it is asked first; then there is a jump, and it grows
+    evenly again. The first guess is too large, and what is found is what trying all numbers finds."""
+    most = 2 * start + beyond + more
+
+    def need(count: int) -> int:
+        return fixed + each * count + (jump if count > 2 * start else 0)
+
+    room = need(2 * start + beyond) + int(spare * each)
+    assert largest_fitting(need, start, most, room) == max(count for count in range(most + 1) if need(count) <= room)
+
+
+def test_what_cannot_fit_is_refused_before_anything_is_loaded() -> None:
+    (fault,) = check_fit(load_any("tiny-sft", "evaluate={}"), 0.9, lambda event: None).faults.values()
+    assert re.match(r"does not fit the GPU.*fits with .*train.memory_check=warn", fault)
+
+
+@pytest.mark.slow
+def test_what_cannot_fit_is_a_warning_where_the_recipe_asks_for_one() -> None:
+    events: list[Event] = []
+    warned = check_fit(load_any("tiny-sft", "evaluate={}", "train.memory_check=warn"), 0.9, events.append)
+    assert warned.changes == {"tiny-sft": {}} and not warned.faults
+    assert [event.level for event in events if isinstance(event, LogMessage)] == ["warning"]
+
+
+@pytest.mark.slow
+def test_auto_becomes_numbers() -> None:
+    own = ("evaluate={}", "train.micro_batch_size=auto", "train.gradient_checkpointing=auto")
+    (changes,) = check_fit(load_any("tiny-sft", *own), 24.0, lambda event: None).changes.values()
+    assert changes["gradient_checkpointing"] == 0 and changes["micro_batch_size"] > 4
+
+
+def test_nothing_is_left_as_the_planner_made_it() -> None:
+    before = torch.clear_autocast_cache
+    list(plan(load_any("tiny-sft"), 24.0))
+    assert (
+        torch.clear_autocast_cache is before
+        and torch.ones(1).device.type == "cpu"
+        and not torch.is_autocast_enabled("cuda")
+    )

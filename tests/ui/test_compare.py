@@ -1,0 +1,306 @@
+"""Several runs side by side: what the table says, which curves share a chart, where recipes differ; hostile text,
+half-written files."""
+
+from __future__ import annotations
+
+import json
+import re
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+import pytest
+from malformed_yaml import HOSTILE_TEXTS, is_inert
+from test_report import check, started, step, write
+from typer.testing import CliRunner
+
+from lowrank_tune import UserError
+from lowrank_tune.cli import app
+from lowrank_tune.events import Evaluated, Event, LogMessage, RunEnded, SampleLogged
+from lowrank_tune.ui.compare import TextCanvas, compare, compare_page, read_runs, screen
+from lowrank_tune.ui.compare.figures import rows
+from lowrank_tune.ui.compare.runs import common_metrics, differences, labels_of
+from lowrank_tune.ui.terminal.text_layout import Line, plain_text, width_of
+
+RECORDED = Path(__file__).parents[1] / "recorded"
+RECIPE = {"name": "a", "algorithm": "sft", "seed": 0, "train": {"max_steps": 9, "learning_rate": 1e-3}}
+
+
+def finished(
+    folder: Path,
+    algorithm: str = "sft",
+    exact: float = 0.5,
+    recipe: dict[str, Any] | None = None,
+    losses: tuple[float, ...] = (3.0, 1.0),
+    **facts: Any,
+) -> Path:
+    """A run that has ended, with its summary and its recipe."""
+    events: list[Event] = [started(algorithm=algorithm, steps=len(losses))]
+    events += [
+        step(number, loss=loss, kl=0.1 * number, **{"completions/mean_length": 10.0 * number})
+        for number, loss in enumerate(losses, 1)
+    ]
+    details = {"base": {"accuracy": 0.02, "mean_length": 40.0}, algorithm: {"accuracy": exact, "mean_length": 20.0}}
+    events.append(RunEnded(status="done", step=len(losses), seconds=61.0))
+    files = {
+        "summary": {"status": "done", "heldout_details": details, **facts},
+        "run": {"version": 2, "recipe": recipe or RECIPE},
+    }
+    return write(folder, *events, **files)
+
+
+def chain(folder: Path, *algorithms: str, num_started: int = 2) -> Path:
+    """A chain of which so many stages have ended."""
+    folder.mkdir()
+    stages = [{"name": algorithm, "algorithm": algorithm} for algorithm in algorithms]
+    (folder / "run.json").write_text(json.dumps({"recipe": {"name": "chained", "stages": stages}}))
+    for number, algorithm in list(enumerate(algorithms, 1))[:num_started]:
+        finished(
+            folder / f"{number}-{algorithm}",
+            algorithm,
+            0.3 * number,
+            {"algorithm": algorithm, "adapters": {"x": {"path": str(folder)}}},
+        )
+    return folder
+
+
+def recorded(folder: Path, name: str, keep: int | None = None) -> Path:
+    """A real run as it was recorded, or what it had written after so many bytes."""
+    folder.mkdir()
+    (folder / "events.jsonl").write_bytes((RECORDED / f"{name}.jsonl").read_bytes()[:keep])
+    return folder
+
+
+def table(*folders: Path) -> dict[str, list[str]]:
+    return dict(rows(read_runs(folders)))
+
+
+def drawn(*folders: Path, paper: TextCanvas = TextCanvas(120)) -> str:  # noqa: B008
+    return plain_text(screen(read_runs(folders), paper))
+
+
+def test_the_table_by_hand(tmp_path: Path) -> None:
+    found = table(finished(tmp_path / "a", exact=0.25, losses=(3.0, 2.5, 1.0)), finished(tmp_path / "b", "dpo", 0.75))
+    assert (
+        found["algorithm"] == ["sft", "dpo"]
+        and found["base"] == ["tiny", "tiny"]
+        and found["ended"] == ["done", "done"]
+    )
+    assert found["steps"] == ["3", "2"] and found["time"] == ["1:01", "1:01"]
+    assert found["held-out exact, before"] == ["2.0 % (base)"] * 2 and found["held-out exact, after"] == [
+        "25.0 % (sft)",
+        "75.0 % (dpo)",
+    ]
+    assert found["loss"] == ["3.000 \u2192 1.000"] * 2 and found["KL to reference, end"] == ["0.300", "0.200"]
+    assert found["tokens a completion"] == ["10.0 \u2192 30.0", "10.0 \u2192 20.0"] and found[
+        "tokens an answer, after"
+    ] == ["20.0", "20.0"]
+    assert "reward" not in found and "held-out pairs right" not in found, "what no side has is left out"
+
+
+def test_chains_and_runs_that_have_not_ended(tmp_path: Path) -> None:
+    whole, half = chain(tmp_path / "whole", "sft", "grpo"), chain(tmp_path / "half", "sft", "grpo", num_started=1)
+    going = write(
+        tmp_path / "going",
+        started(algorithm="grpo"),
+        step(1, reward=0.2),
+        step(2, reward=0.4),
+        Evaluated(step=2, stats={"heldout/policy/accuracy": 0.4}),
+    )
+    broken = write(
+        tmp_path / "broken",
+        started(),
+        step(1, loss=1.0),
+        RunEnded(status="failed", step=1, seconds=2.0, message="the disk is full"),
+    )
+    early = finished(tmp_path / "early", hacking={"step": 2, "ended": True})
+    found = table(whole, half, going, broken, early)
+    assert found["algorithm"] == ["sft \u2192 grpo", "sft", "grpo", "sft", "sft"]
+    assert found["ended"] == ["done", "not ended", "not ended", "failed", "done, early"]
+    assert found["steps"] == ["2 + 2", "2", "2 of 9", "1 of 9", "2"] and found["time"][:2] == ["2:02", "1:01"]
+    assert found["held-out exact, after"] == ["60.0 % (grpo)", "30.0 % (sft)", "", "", "50.0 % (sft)"]
+    assert (
+        found["best while training"] == ["", "", "40.0 % (step 2)", "", ""]
+        and found["reward"][2] == "0.200 \u2192 0.400"
+    )
+    assert found["loss"][0] == "" and found["loss"][3] == "1.000 \u2192 1.000", "a policy's loss says nothing"
+    assert found["reward hacking"] == ["", "", "", "", "said at step 2"]
+    assert "broken failed: the disk is full" in drawn(whole, broken)
+    stage = table(whole / "1-sft", whole / "2-grpo")
+    assert stage["algorithm"] == ["sft", "grpo"], "a stage is a run folder too"
+
+
+def test_recorded_runs_share_what_means_the_same(tmp_path: Path) -> None:
+    sides = read_runs([recorded(tmp_path / name, name) for name in ("demo", "dpo", "reward", "grpo")])
+    charts = [(name, [side.label for side in several]) for name, several in common_metrics(sides)]
+    assert ("kl", ["demo", "dpo", "grpo"]) in charts and not any("accurac" in name for name, _ in charts)
+    assert not [name for name, _ in charts if name == "loss"], "losses of different algorithms are different things"
+    assert ("learning_rate", ["demo", "dpo", "reward", "grpo"]) in charts and all(
+        len(several) > 1 for _, several in charts
+    )
+    twice = read_runs([recorded(tmp_path / "again", "demo"), tmp_path / "demo"])
+    assert ("loss", ["again", "demo"]) in [
+        (name, [side.label for side in several]) for name, several in common_metrics(twice)
+    ]
+
+
+@pytest.mark.parametrize("keep", [20_000, 40_003])
+def test_half_written_events_are_read_as_far_as_they_go(tmp_path: Path, keep: int) -> None:
+    found = table(recorded(tmp_path / "whole", "grpo"), recorded(tmp_path / "part", "grpo", keep))
+    steps = [
+        event["step"]
+        for event in map(json.loads, (RECORDED / "grpo.jsonl").read_bytes()[:keep].split(b"\n")[:-1])
+        if event["event"] == "step_end"
+    ]
+    assert found["ended"] == ["done", "not ended"] and found["steps"][1].split(" of ")[0] == str(steps[-1])
+
+
+def test_settings_that_differ(tmp_path: Path) -> None:
+    other = {
+        "name": "b",
+        "algorithm": "sft",
+        "seed": 0,
+        "train": {"max_steps": 9, "learning_rate": 2e-3},
+        "data": {"train": [{"dataset": "x"}]},
+    }
+    one, two = finished(tmp_path / "a"), finished(tmp_path / "b", recipe=other)
+    assert differences(read_runs([one, two])) == {
+        "train.learning_rate": ["0.001", "0.002"],
+        "data.train.0.dataset": [None, "x"],
+    }
+    assert "train.learning_rate  0.001 | 0.002" in drawn(one, two) and "data.train.0.dataset  not set | x" in drawn(
+        one, two
+    )
+    assert "the recipes are the same" in drawn(one, finished(tmp_path / "c"))
+    (two / "run.json").write_text("{")
+    assert "the settings of b are not known" in drawn(one, two) and "the settings of b are not known" in drawn(
+        two, one
+    ).replace("\n", " ")
+    chains = read_runs([chain(tmp_path / "x", "sft", "dpo"), chain(tmp_path / "y", "sft", "grpo")])
+    assert differences(chains) == {"stages": ["sft -> dpo", "sft -> grpo"], "algorithm": ["dpo", "grpo"]}, (
+        "each lies in its own folder"
+    )
+
+
+def test_labels_distinguish_runs(tmp_path: Path) -> None:
+    assert labels_of([tmp_path / "a" / "run", tmp_path / "b" / "run"]) == ["a/run", "b/run"]
+    assert labels_of([tmp_path / "a" / "run", tmp_path / "b" / "other"]) == ["run", "other"]
+
+
+def test_wrong_input_in_one_sentence(tmp_path: Path) -> None:
+    good = finished(tmp_path / "good")
+    (tmp_path / "empty").mkdir()
+    write(tmp_path / "silent")
+    (tmp_path / "half").mkdir()
+    (tmp_path / "half" / "events.jsonl").write_bytes((RECORDED / "demo.jsonl").read_bytes()[:50])
+    later = chain(tmp_path / "later", "sft", "grpo", num_started=0)
+    for names, message in (
+        ([good], "compare needs two runs or more"),
+        ([good, good], "is named 2 times"),
+        ([good, good / "events.jsonl"], "is named 2 times"),
+        ([good, tmp_path / "none"], "none: there is no such run"),
+        ([good, tmp_path / "empty"], "empty: it is no run folder"),
+        ([good, tmp_path / "silent"], "holds no events"),
+        ([good, tmp_path / "half"], "holds no events"),
+        ([good, later], "no stage of this chain has begun"),
+    ):
+        made = CliRunner().invoke(app, ["compare", *map(str, names)])
+        assert (
+            made.exit_code == UserError.exit_code and message in made.output and made.output.strip().count("\n") == 0
+        ), made.output
+    assert not (tmp_path / "compare.html").exists()
+    made = CliRunner().invoke(
+        app, ["compare", str(good), str(finished(tmp_path / "b")), "--html", str(tmp_path / "no" / "x.html")]
+    )
+    assert made.exit_code != 0 and "x.html" in made.output and "Traceback" not in made.output
+
+
+def test_the_command_prints_plainly_and_writes_a_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("COLUMNS", raising=False)
+    one, two = finished(tmp_path / "one"), finished(tmp_path / "two", losses=(4.0, 2.0))
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    made = CliRunner().invoke(app, ["compare", str(one), str(two)])
+    assert (
+        made.exit_code == 0
+        and "\x1b" not in made.output
+        and f"the page: {tmp_path.resolve() / 'compare.html'}" in made.output
+    )
+    assert all(len(line) <= 120 for line in made.output.splitlines()[:-1])
+    assert before == {path: path.read_bytes() for path in before}, "the runs are only read"
+    text = check((tmp_path / "compare.html").read_text(encoding="utf-8")).text
+    for words in ("one, two", "held-out exact, after", "50.0 % (sft)", "Curves", "None: the recipes are the same"):
+        assert words in text, words
+    assert (
+        CliRunner().invoke(app, ["compare", str(one), str(two), "--html", str(tmp_path / "here.html")]).exit_code == 0
+    )
+    assert (tmp_path / "here.html").read_bytes() == (tmp_path / "compare.html").read_bytes()
+
+
+class Tty(StringIO):
+    encoding = "utf-8"
+
+    def isatty(self) -> bool:
+        return True
+
+
+def test_colors_only_where_they_are_wanted(tmp_path: Path) -> None:
+    runs = [finished(tmp_path / "one"), finished(tmp_path / "two")]
+    page = tmp_path / "x.html"
+    colored, bare, dumb = Tty(), Tty(), Tty()
+    compare(runs, page, colored, {"TERM": "xterm-256color", "LANG": "en_GB.UTF-8", "COLUMNS": "80"})
+    compare(runs, page, bare, {"TERM": "xterm-256color", "LANG": "en_GB.UTF-8", "NO_COLOR": "1"})
+    compare(runs, page, dumb, {"TERM": "dumb", "LANG": "C"})
+    assert "\x1b[96m" in colored.getvalue() and re.search("[\u2801-\u28ff]", colored.getvalue())
+    assert not re.search(r"\x1b\[(3|9)\d", bare.getvalue()) and not re.search("[\u2801-\u28ff]", bare.getvalue()), (
+        "signs tell lines apart"
+    )
+    assert "\x1b" not in dumb.getvalue() and dumb.getvalue().isascii()
+    assert "*" in bare.getvalue() and "o" in bare.getvalue()
+
+
+def test_a_line_for_each_run(tmp_path: Path) -> None:
+    """In a chart each run has its own sign, at the height of its value."""
+    sides = read_runs([finished(tmp_path / "high", losses=(4.0,) * 5), finished(tmp_path / "low", losses=(1.0,) * 5)])
+    lines = plain_text(screen(sides, TextCanvas(80, signs=True))).splitlines()
+    chart = [line[:39] for line in lines[:9]]
+    assert "loss" in chart[0] and "*4" in chart[0] and "o1" in chart[0]
+    assert "*" in chart[1] and "o" not in chart[1] and "o" in chart[-2] and "*" not in chart[-2]
+
+
+@pytest.mark.parametrize("width", [40, 80, 120, 200])
+@pytest.mark.parametrize("count", [2, 3, 7])
+def test_every_width_and_number_of_runs(tmp_path: Path, width: int, count: int) -> None:
+    names = [f"run-{number}-{'long' * number}" for number in range(count)]
+    sides = read_runs([finished(tmp_path / name) for name in names])
+    for paper in (TextCanvas(width), TextCanvas(width, signs=True), TextCanvas(width, signs=True, ascii_only=True)):
+        lines: list[Line] = screen(sides, paper)
+        assert all(width_of(line) <= width for line in lines)
+        text = plain_text(lines)
+        assert all(name[:8] in text for name in names) and text.count("held-out exact, after") >= 1
+        assert not paper.ascii_only or text.isascii()
+    if (width, count) == (80, 2):
+        assert len(plain_text(screen(sides, TextCanvas(width))).split("the recipes are the same")[1].splitlines()) <= 24
+
+
+def test_hostile_text_is_inert(tmp_path: Path) -> None:
+    good = finished(tmp_path / "good")
+    for number, bad in enumerate(HOSTILE_TEXTS):
+        events = [
+            started(name=bad, model=bad, reference=bad, algorithm=bad),
+            LogMessage(message=bad, level="warning"),
+            step(1, **{bad: 1.0, "loss": 1.0, "kl": 1.0}),
+            step(2, **{bad: 2.0, "loss": 1.0, "kl": 2.0}),
+            Evaluated(step=1, stats={f"heldout/{bad}/accuracy": 0.5, "heldout/base/accuracy": 0.1}),
+            SampleLogged(step=1, prompt=bad, completion=bad, finish_reason="stop"),
+            RunEnded(status="failed", step=1, seconds=1.0, message=bad),
+        ]
+        folder = write(
+            tmp_path / f"<i>&'\x1b\u202e{number}",
+            *events,
+            run={"recipe": {"algorithm": bad, bad: {bad: bad}}},
+            summary={"status": "failed", "heldout_details": {bad: {bad: 0.1, "accuracy": bad}}, "hacking": bad},
+        )
+        sides = read_runs([folder, good])
+        html, text = compare_page(sides), plain_text(screen(sides, TextCanvas(100)))
+        check(html)
+        assert is_inert(text) and "\x1b" not in text and len(html) < 200_000
