@@ -33,7 +33,7 @@ RECORDED = Path(__file__).parent.parent / "tests" / "recorded" / "demo.jsonl"
 SIZES = ((80, 24), (120, 40), (200, 60))
 RUN = """
 import sys, time
-from lowrank_tune.recipe import Recipe
+from lowrank_tune.config import Recipe
 from lowrank_tune.runner import run
 short = ("name=bench", "evaluate.num_prompts=8", "evaluate.num_samples=1", f"train.num_train_epochs={sys.argv[3]}")
 recipe = Recipe.load("tiny-sft", *short)

@@ -22,7 +22,7 @@ from typing import Any
 
 FORK_SERVER_SCRIPT = r"""
 import importlib, json, os, signal, sys
-from lowrank_tune.recipe import Chain, Recipe
+from lowrank_tune.config import Chain, Recipe
 from lowrank_tune.runner import run
 
 for line in sys.stdin:

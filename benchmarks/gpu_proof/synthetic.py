@@ -21,7 +21,7 @@ Rows = Callable[[int], Batch]
 
 @dataclass(frozen=True)
 class AdapterSettings:
-    """Stands for `settings.AdapterConfig`, which needs pydantic."""
+    """Stands for `config.AdapterConfig`, which needs pydantic."""
 
     r: int = 16
     lora_alpha: float = 32.0
@@ -32,7 +32,7 @@ class AdapterSettings:
 
 @dataclass(frozen=True)
 class TrainSettings:
-    """Stands for `settings.TrainingConfig`: what the trainer and the optimizer read."""
+    """Stands for `config.TrainingConfig`: what the trainer and the optimizer read."""
 
     micro_batch_size: int
     micro_batch_tokens: int | None = None

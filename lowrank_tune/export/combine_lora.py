@@ -125,6 +125,11 @@ def _target_modules(adapters: Sequence[LoraAdapter], names: Sequence[str]) -> li
     )
 
 
+def as_lora_adapter(roles: Roles, name: str) -> LoraAdapter:
+    """An adapter of a loaded model, as it would be saved. A head that stands alone has no scales."""
+    return LoraAdapter(roles.adapter_config(name), roles.adapter_tensors(name), roles.scalings(name))
+
+
 def lora_adapters_of(roles: Roles) -> list[LoraAdapter]:
     """The policy's adapters with their scales. Raises UserError for what cannot be added to a weight. (An adapter on
     the output head is refused by `Roles`: where the head is tied, a merged one would change what is read too.)"""

@@ -39,9 +39,9 @@ from lowrank_tune.events import Emit, Progress
 from lowrank_tune.export.combine_lora import LoraAdapter, lora_adapters_of
 from lowrank_tune.export.merge_check import MergeReport, compare_models, make_probes, readback_device, record_outputs
 from lowrank_tune.export.model_card import merged_model_card
+from lowrank_tune.export.model_files import generation_config, serialize_tokenizer
 from lowrank_tune.export.output_folder import check_disk_space, clean_stale
 from lowrank_tune.model.base import Base, count_weights, load_base, load_tokenizer, pick_device, weight_files
-from lowrank_tune.training.final_adapter import generation_config, serialize_tokenizer
 
 BaseWeights = Literal["dequantized", "original"]
 SHARD = 4 << 30  # bytes

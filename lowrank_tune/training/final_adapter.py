@@ -11,23 +11,15 @@ here names the machine.
 
 from __future__ import annotations
 
-import json
-import tempfile
-from pathlib import Path
-from typing import Any
-
 from lowrank_tune.assembly import RunComponents
 from lowrank_tune.checkpoint import Snapshot
 from lowrank_tune.events import LogMessage
-from lowrank_tune.export.combine_lora import LoraAdapter, cannot_combine_reason, combine_adapters
+from lowrank_tune.export.combine_lora import LoraAdapter, as_lora_adapter, cannot_combine_reason, combine_adapters
 from lowrank_tune.export.model_card import Adapters, model_card
+from lowrank_tune.export.model_files import generation_config, serialize_tokenizer
 from lowrank_tune.model.adapters import CONFIG, ROPE, STACK, WEIGHTS
-from lowrank_tune.model.base import Base
-from lowrank_tune.model.roles import ADAPTER_PREFIX, Roles
+from lowrank_tune.model.roles import ADAPTER_PREFIX
 from lowrank_tune.training.stage import Stage
-
-MACHINE_SPECIFIC_KEYS = {"name_or_path", "special_tokens_map_file", "tokenizer_file", "is_local", "local_files_only"}
-"""Entries of a tokenizer's configuration that say where it was loaded from."""
 
 
 def final_folder(stage: Stage) -> Snapshot:
@@ -79,11 +71,6 @@ def final_folder(stage: Stage) -> Snapshot:
     return snapshot
 
 
-def as_lora_adapter(roles: Roles, name: str) -> LoraAdapter:
-    """An adapter of a loaded model, as it would be saved. A head that stands alone has no scales."""
-    return LoraAdapter(roles.adapter_config(name), roles.adapter_tensors(name), roles.scalings(name))
-
-
 def _add(snapshot: Snapshot, name: str, adapter: LoraAdapter) -> None:
     snapshot.documents[f"{name}/{CONFIG}"], snapshot.tensors[f"{name}/{WEIGHTS}"] = (
         dict(adapter.config),
@@ -94,32 +81,6 @@ def _add(snapshot: Snapshot, name: str, adapter: LoraAdapter) -> None:
 def tokenizer_files(built: RunComponents) -> dict[str, bytes]:
     """The tokenizer's files with the chat template that was trained with, the kit's own where the base brought none."""
     return serialize_tokenizer(built.template.tokenizer, built.template.chat_template)
-
-
-def serialize_tokenizer(tokenizer: Any, template: str) -> dict[str, bytes]:
-    """What the tokenizer saves, by name; without the place that it was loaded from."""
-    before = tokenizer.chat_template
-    with tempfile.TemporaryDirectory() as folder:
-        try:
-            tokenizer.chat_template = before or template
-            tokenizer.save_pretrained(folder)
-        finally:
-            tokenizer.chat_template = before
-        files = {
-            str(path.relative_to(folder)): path.read_bytes()
-            for path in sorted(Path(folder).rglob("*"))
-            if path.is_file()
-        }
-    config = json.loads(files["tokenizer_config.json"])
-    portable_config = {key: value for key, value in config.items() if key not in MACHINE_SPECIFIC_KEYS}
-    return files | {"tokenizer_config.json": json.dumps(portable_config, indent=2, ensure_ascii=False).encode()}
-
-
-def generation_config(base: Base, eos_token_ids: frozenset[int], pad_token_id: int) -> dict[str, Any]:
-    """The base's own, with every token that ends an answer: its end tokens and those of the chat template."""
-    config = base.model.generation_config.to_diff_dict() if base.model.generation_config is not None else {}
-    public_config = {key: value for key, value in config.items() if not key.startswith("_")}
-    return {**public_config, "eos_token_id": sorted(eos_token_ids), "pad_token_id": pad_token_id}
 
 
 def eos_token_strings(built: RunComponents) -> list[str]:

@@ -14,12 +14,12 @@ from safetensors.torch import save_file
 
 from lowrank_tune.export.combine_lora import (
     LoraAdapter,
+    as_lora_adapter,
     cannot_combine_reason,
     combine_adapters,
     saved_lora_adapter,
 )
 from lowrank_tune.model.roles import Roles
-from lowrank_tune.training.final_adapter import as_lora_adapter
 
 IDS = torch.tensor([[5, 9, 33, 7, 21, 60, 3]])
 

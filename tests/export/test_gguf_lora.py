@@ -14,9 +14,8 @@ from peft import LoraConfig
 from test_fold import MIXED, stack
 
 from lowrank_tune import UserError
-from lowrank_tune.export.combine_lora import LoraAdapter, combine_adapters, saved_lora_adapter
+from lowrank_tune.export.combine_lora import LoraAdapter, as_lora_adapter, combine_adapters, saved_lora_adapter
 from lowrank_tune.export.gguf.lora import gguf_tensors, shape_of, write_gguf_lora
-from lowrank_tune.training.final_adapter import as_lora_adapter
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma3_text")
 SHORT = {

@@ -25,13 +25,12 @@ from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lowrank_tune import UserError
-from lowrank_tune.export.combine_lora import combine_adapters
+from lowrank_tune.export.combine_lora import as_lora_adapter, combine_adapters
 from lowrank_tune.export.export import ExportOptions, export
 from lowrank_tune.export.gguf.llama_cpp import LORA_CONVERTER, converter_folder
 from lowrank_tune.export.gguf.lora import shape_of, write_gguf_lora
 from lowrank_tune.export.gguf.model import convert
 from lowrank_tune.export.merge import merge
-from lowrank_tune.training.final_adapter import as_lora_adapter
 
 pytestmark = pytest.mark.llamacpp
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma3_text")

@@ -190,7 +190,7 @@ save_file(scores, out)
 OURS = """
 import sys, torch
 from safetensors.torch import load_file, save_file
-from lowrank_tune import settings
+from lowrank_tune import config
 from lowrank_tune.model.adapters import read_adapter
 from lowrank_tune.model.base import load_base
 from lowrank_tune.model.roles import Roles
@@ -200,7 +200,7 @@ given, scores = load_file(rows), {}
 for base, adapter in zip(places[::2], places[1::2]):
     for bits in (4, 16):
         saved = read_adapter(adapter, "adapters.reward.path", head=True)
-        loaded = load_base(settings.BaseConfig(model=base, bits=bits), None, torch.device("cpu"))
+        loaded = load_base(config.BaseConfig(model=base, bits=bits), None, torch.device("cpu"))
         roles = Roles(loaded, {"reward": saved.config}, ["reward"], {"reward": ["reward"]}, heads=["reward"])
         roles.load_adapter_tensors("reward", saved.tensors, "here")
         with roles.inference_mode():

@@ -362,7 +362,7 @@ import signal, sys, time
 signal.signal(signal.SIGINT, signal.default_int_handler)  # who runs the tests in the background may ignore it
 from pathlib import Path
 from lowrank_tune.rewards import RewardInput, WorkerPool, build_rewards
-from lowrank_tune.settings import RewardConfig
+from lowrank_tune.config import RewardConfig
 rewards = build_rewards([RewardConfig(name=f"mine.py:{sys.argv[1]}")], Path())
 scorer = WorkerPool([each.reward for each in rewards], workers=2, timeout_seconds=600)
 for number in range(4):

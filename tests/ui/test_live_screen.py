@@ -203,7 +203,7 @@ def test_at_most_two_frames_a_second(emulator: Emulator) -> None:
 def test_a_costly_screen_slows_itself_down(tmp_path: Path) -> None:
     """Frames of 60 ms of processor time may come every 2 s."""
     program = (
-        "import runpy, sys, time; from lowrank_tune.ui import tui\n"
+        "import runpy, sys, time; from lowrank_tune.ui.terminal import tui\n"
         "usual, count = tui.render, [0]\n"
         "def slow(*words):\n"
         "    end = time.thread_time() + 0.06\n"
@@ -279,7 +279,7 @@ def test_an_event_costs_less_than_a_millisecond() -> None:
 
 def test_a_broken_screen_goes_on_in_lines(tmp_path: Path) -> None:
     program = (
-        "import runpy, sys; from lowrank_tune.ui import tui\n"
+        "import runpy, sys; from lowrank_tune.ui.terminal import tui\n"
         "def broken(*_): raise ZeroDivisionError('planted')\n"
         f"tui.render = broken; sys.argv = ['event_player', {str(tmp_path)!r}, '0.02']; sys.path.insert(0, "
         f"{str(ROOT)!r})\n"
