@@ -30,10 +30,9 @@ from lowrank_tune.paths import nearest_existing
 from lowrank_tune.ui import escape_control_chars
 
 GIB = 1 << 30
-MIN_DISK_GIB, RECOMMENDED_DISK_GIB = (
-    1.0,
-    20.0,
-)  # GiB: too little to save anything; too little for a 7B base and its cache
+# GiB: too little to save anything; too little for a 7B base and its cache
+MIN_DISK_GIB = 1.0
+RECOMMENDED_DISK_GIB = 20.0
 REQUIRED_PACKAGES = (
     "torch",
     "transformers",
@@ -97,7 +96,10 @@ def print_results(results: list[CheckResult], console: Console) -> None:
         table.add_row(Text(result.level, STYLES[result.level]), Text(result.name), detail)
     console.print(table)
     faults, warnings = (sum(result.level == level for result in results) for level in ("fault", "warning"))
-    verdict = "this machine is fit" if not faults else "this machine is not fit yet"
+    if not faults:
+        verdict = "this machine is fit"
+    else:
+        verdict = "this machine is not fit yet"
     console.print(
         Text(
             f"{verdict}: {faults} faults, {warnings} warnings",
@@ -140,9 +142,10 @@ def requirements() -> dict[str, str]:
         requirement_lines = metadata.requires("lowrank-tune") or []
     except metadata.PackageNotFoundError:
         file = Path(__file__).resolve().parent.parent / "pyproject.toml"
-        requirement_lines = (
-            tomllib.loads(file.read_text(encoding="utf-8"))["project"]["dependencies"] if file.is_file() else []
-        )
+        if file.is_file():
+            requirement_lines = tomllib.loads(file.read_text(encoding="utf-8"))["project"]["dependencies"]
+        else:
+            requirement_lines = []
     split = (re.match(r"([A-Za-z0-9._-]+)\s*([^;]*)", line) for line in requirement_lines if "extra ==" not in line)
     return {match[1].lower(): match[2].strip() for match in split if match}
 
@@ -172,7 +175,10 @@ def gpu() -> Iterator[CheckResult]:
     torch: Any = importlib.import_module("torch")
     if not torch.cuda.is_available():
         built = torch.version.cuda
-        fix = "install the driver, and check that `nvidia-smi` works" if built else "install torch's CUDA build"
+        if built:
+            fix = "install the driver, and check that `nvidia-smi` works"
+        else:
+            fix = "install torch's CUDA build"
         yield CheckResult(
             "warning",
             "CUDA",
@@ -209,15 +215,26 @@ def gpu() -> Iterator[CheckResult]:
 def bitsandbytes_4bit() -> Iterator[CheckResult]:
     """A real NF4 product against that of the same weight, dequantized, and the gradient of its input."""
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it tells of kernels that it could use and does not need
-    torch, bitsandbytes = importlib.import_module("torch"), importlib.import_module("bitsandbytes")
+    torch = importlib.import_module("torch")
+    bitsandbytes = importlib.import_module("bitsandbytes")
     on_gpu = torch.cuda.is_available()
-    device, dtype = ("cuda", torch.bfloat16) if on_gpu else ("cpu", torch.float32)
+    if on_gpu:
+        device, dtype = ("cuda", torch.bfloat16)
+    else:
+        device, dtype = ("cpu", torch.float32)
     generator = torch.Generator().manual_seed(0)
     layer = bitsandbytes.nn.Linear4bit(
-        256, 128, bias=False, compute_dtype=dtype, quant_type="nf4", compress_statistics=True
+        256,
+        128,
+        bias=False,
+        compute_dtype=dtype,
+        quant_type="nf4",
+        compress_statistics=True,
     )
     layer.weight = bitsandbytes.nn.Params4bit(
-        torch.randn(128, 256, generator=generator), requires_grad=False, quant_type="nf4"
+        torch.randn(128, 256, generator=generator),
+        requires_grad=False,
+        quant_type="nf4",
     )
     layer.support_avx512bf16_for_cpu = False  # that path repacks the weight and has no gradient
     layer = layer.to(device)
@@ -280,7 +297,9 @@ def hub(environ: Mapping[str, str]) -> Iterator[CheckResult]:
     home = Path(environ.get("HF_HOME") or Path.home() / ".cache" / "huggingface").expanduser()
     has_token = bool(environ.get("HF_TOKEN")) or (home / "token").is_file()
     yield CheckResult(
-        "ok", "hub token", "there is one" if has_token else "none: gated bases cannot be fetched (`hf auth login`)"
+        "ok",
+        "hub token",
+        "there is one" if has_token else "none: gated bases cannot be fetched (`hf auth login`)",
     )
     offline = environ.get("HF_HUB_OFFLINE", "").lower() in ("1", "true", "yes", "on")
     yield CheckResult(
@@ -299,14 +318,20 @@ def terminal(environ: Mapping[str, str]) -> Iterator[CheckResult]:
         for name, variable in (("tmux", "TMUX"), ("screen", "STY"), ("ssh", "SSH_CONNECTION"))
         if environ.get(variable)
     ]
-    colors = "no colors (NO_COLOR)" if environ.get("NO_COLOR") else f"colors: {Console().color_system or 'none'}"
+    if environ.get("NO_COLOR"):
+        colors = "no colors (NO_COLOR)"
+    else:
+        colors = f"colors: {Console().color_system or 'none'}"
     detail = f"{columns}x{lines}, TERM {environ.get('TERM') or 'not set'}, {colors}, {sys.stdout.encoding}"
     detail += f", inside {' in '.join(inside)}" if inside else ""
     if not sys.stdout.isatty():
         yield CheckResult("ok", "terminal", "none: output goes to a file or a pipe, as plain lines")
     elif environ.get("TERM", "dumb") == "dumb":
         yield CheckResult(
-            "warning", "terminal", detail, "set TERM (xterm-256color) to see the dashboard; plain lines work"
+            "warning",
+            "terminal",
+            detail,
+            "set TERM (xterm-256color) to see the dashboard; plain lines work",
         )
     elif columns < 80 or lines < 24:
         yield CheckResult("warning", "terminal", detail, "80x24 or more shows the dashboard whole")

@@ -37,7 +37,10 @@ class ConfigProblem:
     line: int | None = None
 
     def __str__(self) -> str:
-        location = f"{self.file}:{self.line}" if self.file and self.line else self.file
+        if self.file and self.line:
+            location = f"{self.file}:{self.line}"
+        else:
+            location = self.file
         return ": ".join(part for part in (location, self.key, self.message) if part)
 
 

@@ -48,7 +48,12 @@ def mean(values: Tensor) -> WeightedMean:
 
 
 def gae(
-    rewards: Tensor, values: Tensor, mask: Tensor, bootstrap_values: Tensor, gamma: float = 1.0, lam: float = 0.95
+    rewards: Tensor,
+    values: Tensor,
+    mask: Tensor,
+    bootstrap_values: Tensor,
+    gamma: float = 1.0,
+    lam: float = 0.95,
 ) -> Tensor:
     """Generalized advantage estimation (arXiv:1506.02438, equation 16) over the tokens of the mask; (B, T) fp32, 0
     outside it.
@@ -57,13 +62,17 @@ def gae(
     behind the last token, 0 for a completion that ended, the value of what was written where it was cut. Slots outside
     the mask are passed over, wherever they stand and whatever they hold.
     """
-    rewards, values = apply_mask(rewards, mask).double(), apply_mask(values, mask).double()
+    rewards = apply_mask(rewards, mask).double()
+    values = apply_mask(values, mask).double()
     advantages = torch.zeros_like(rewards)
-    next_value, running = bootstrap_values.double(), torch.zeros_like(bootstrap_values, dtype=torch.float64)
+    next_value = bootstrap_values.double()
+    running = torch.zeros_like(bootstrap_values, dtype=torch.float64)
     for t in range(rewards.shape[1] - 1, -1, -1):
         in_mask = mask[:, t]
         running = torch.where(
-            in_mask, rewards[:, t] + gamma * next_value - values[:, t] + gamma * lam * running, running
+            in_mask,
+            rewards[:, t] + gamma * next_value - values[:, t] + gamma * lam * running,
+            running,
         )
         next_value = torch.where(in_mask, values[:, t], next_value)
         advantages[:, t] = apply_mask(running, in_mask)
@@ -83,9 +92,12 @@ def whiten(values: Tensor, mask: Tensor) -> Tensor:
 def explained_variance(values: Tensor, returns: Tensor, mask: Tensor) -> float:
     """1 - Var(returns - values) / Var(returns) over the mask: 1 for values that foretell everything, 0 for constant
     ones; nan where returns do not vary."""
-    targets, predictions = returns[mask].double(), values[mask].double()
+    targets = returns[mask].double()
+    predictions = values[mask].double()
     variance = float(targets.var(correction=0)) if len(targets) else 0.0
-    return 1.0 - float((targets - predictions).var(correction=0)) / variance if variance else float("nan")
+    if variance:
+        return 1.0 - float((targets - predictions).var(correction=0)) / variance
+    return float("nan")
 
 
 def reliability_bins(difference: Tensor, num_bins: int = 10) -> list[tuple[float, float, int]]:
@@ -111,11 +123,14 @@ def calibration_error(bins: list[tuple[float, float, int]]) -> float:
     """Expected calibration error: the mean distance of confidence and share that is right, over all pairs
     (arXiv:1706.04599)."""
     total = sum(count for _, _, count in bins)
-    return sum(abs(confidence - right) * count for confidence, right, count in bins) / total if total else float("nan")
+    if total:
+        return sum(abs(confidence - right) * count for confidence, right, count in bins) / total
+    return float("nan")
 
 
 def correlation(a: Tensor, b: Tensor) -> float:
     """Pearson's; nan where one of the two does not vary."""
-    a, b = a.double() - a.double().mean(), b.double() - b.double().mean()
+    a = a.double() - a.double().mean()
+    b = b.double() - b.double().mean()
     size = float(a.norm() * b.norm())
     return float(a @ b) / size if size else float("nan")

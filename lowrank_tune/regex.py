@@ -48,7 +48,10 @@ def compile_pattern(pattern: str) -> Any:
 
 def _explain_error(pattern: str, error: Exception) -> str:
     message = error.args[0] if error.args else ""
-    message = message.decode(errors="replace") if isinstance(message, bytes) else str(message)
+    if isinstance(message, bytes):
+        message = message.decode(errors="replace")
+    else:
+        message = str(message)
     for signs, name, fix in UNSUPPORTED_SYNTAX:
         if any(sign in message for sign in signs) or (
             message.endswith("(?P") and "(?P=" in pattern and "(?P=" in signs

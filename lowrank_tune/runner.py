@@ -91,7 +91,8 @@ class _SummaryRecorder:
         ]
         # the messages of the checks before the stage are of this session, and in the log already
         session_start = min([start_time, *(event.time for event in self.earlier or ())])
-        self.earlier, self.last = None, {}
+        self.earlier = None
+        self.last = {}
         wall_time = WallTime()
         for event in events:
             if event.time < session_start:
@@ -139,7 +140,10 @@ def run(
 
     Raises UserError (a sentence for the person) and KeyboardInterrupt at a second Ctrl-C. `on_event` sees every event.
     """
-    loaded = recipe if isinstance(recipe, (RecipeConfig, Chain)) else load_any(recipe, *overrides)
+    if isinstance(recipe, (RecipeConfig, Chain)):
+        loaded = recipe
+    else:
+        loaded = load_any(recipe, *overrides)
     unsloth_import.import_unsloth(backends_of(loaded))  # refused here where nobody did it in time
     control = TrainerControl()
     with handle_signals(control) as set_training:  # around the screen too, which must be taken down whatever comes
@@ -147,7 +151,10 @@ def run(
         try:
             path = Path(out) if out else Path("runs") / (loaded.name or "run")
             planned = RunFolder.pick(path)
-            vram_gib = gpu_memory_gib() if device is None or device.type == "cuda" else None
+            if device is None or device.type == "cuda":
+                vram_gib = gpu_memory_gib()
+            else:
+                vram_gib = None
             finished = finished_stages(loaded, planned)
             context.auto_settings = check_before_loading(loaded, planned, finished, vram_gib, context.emit)
             loaded = with_template_date(loaded, path)
@@ -186,7 +193,9 @@ class _RunContext:
         device: torch.device | None,
         on_event: Callable[[Event], None] | None,
     ) -> None:
-        self.control, self.set_training, self.device = control, set_training, device
+        self.control = control
+        self.set_training = set_training
+        self.device = device
         self.auto_settings: Mapping[str, Mapping[str, Any]] = {}  # what `auto` stands for, by stage
         self.stages: tuple[RecipeConfig, ...] = ()  # of a chain: they share one base
         self.recorder = _SummaryRecorder()
@@ -215,7 +224,10 @@ def run_stage(
 ) -> tuple[RunResult, Base]:
     """One algorithm in its folder, from its newest checkpoint to its end. The base comes back without any adapter, for
     the next stage."""
-    start_time, emit, recorder, step = time.time(), context.emit, context.recorder, 0
+    start_time = time.time()
+    emit = context.emit
+    recorder = context.recorder
+    step = 0
     files: list[Sink] = []
     exit_stack = ExitStack()
     try:
@@ -223,12 +235,14 @@ def run_stage(
         step = checkpoint[0] if checkpoint else 0
         for gap in log_gaps(folder.events, folder.samples, step) if checkpoint else ():
             emit(LogMessage(message=gap, level="warning"))
-        name = (
-            f"{folder.path.resolve().parent.name}-{folder.path.name}"
-            if position.count > 1
-            else folder.path.resolve().name
-        )
-        earlier_events = list(read_events(folder.events)) if recipe.train.trackers else []
+        if position.count > 1:
+            name = f"{folder.path.resolve().parent.name}-{folder.path.name}"
+        else:
+            name = folder.path.resolve().name
+        if recipe.train.trackers:
+            earlier_events = list(read_events(folder.events))
+        else:
+            earlier_events = []
         for path, only in ((folder.events, ()), (folder.samples, (SampleLogged,))):
             files.append(JsonLines(path, step if checkpoint else None, event_types=only))
             emit.attach(files[-1], recorder.earlier or ())
@@ -268,7 +282,10 @@ def run_stage(
     except BaseException as error:
         if is_out_of_memory(error) or isinstance(error, DoesNotFit):
             error = _out_of_memory(error, recipe)
-        message = str(error) if isinstance(error, UserError) else type(error).__name__
+        if isinstance(error, UserError):
+            message = str(error)
+        else:
+            message = type(error).__name__
         recorder.emit_failure(
             emit,
             "interrupted" if isinstance(error, KeyboardInterrupt) else "failed",
@@ -286,11 +303,17 @@ def run_stage(
 
 def _out_of_memory(error: BaseException, recipe: RecipeConfig) -> OutOfMemory:
     """The sentence with what to type. What the failed attempt held is let go: the process may go on."""
-    lines, kind, tokens = str(error).splitlines() or [""], "", 0
+    lines = str(error).splitlines() or [""]
+    kind = ""
+    tokens = 0
     if isinstance(error, DoesNotFit):
-        kind, tokens = error.kind, error.tokens
+        kind = error.kind
+        tokens = error.tokens
     free_traceback(error)
-    message = lines[0] if lines[0].startswith("out of memory") else f"out of memory: {lines[0]}"
+    if lines[0].startswith("out of memory"):
+        message = lines[0]
+    else:
+        message = f"out of memory: {lines[0]}"
     return OutOfMemory(f"{message}; {suggestions(recipe, kind, tokens, torch.cuda.is_available())}")
 
 
@@ -323,7 +346,10 @@ def run_chain(stage_chain: Chain, folder: RunFolder, context: _RunContext) -> Ru
             continue
         recipe = stage_chain.recipe_of(number - 1, folders)
         position = StagePosition(
-            number, len(stage_chain.stages), name, _reusable_heldout(stage_chain, number, summaries)
+            number,
+            len(stage_chain.stages),
+            name,
+            _reusable_heldout(stage_chain, number, summaries),
         )
         earlier_events = [
             event for earlier in folders.values() for event in read_events(Path(earlier) / "events.jsonl")
@@ -362,7 +388,9 @@ def summary_of(path: Path) -> dict[str, Any] | None:
         summary = json.loads((path / "summary.json").read_bytes())
     except (OSError, ValueError):
         return None
-    return summary if isinstance(summary, dict) and "status" in summary else None
+    if isinstance(summary, dict) and "status" in summary:
+        return summary
+    return None
 
 
 def _reusable_heldout(stage_chain: Chain, number: int, summaries: list[dict[str, Any]]) -> dict[str, Any]:
@@ -433,5 +461,7 @@ def write_html_report(folder: RunFolder) -> None:
         write_report(folder.path)
     except Exception as error:
         warnings.warn(
-            f"report.html could not be written: {type(error).__name__}: {error}", RuntimeWarning, stacklevel=2
+            f"report.html could not be written: {type(error).__name__}: {error}",
+            RuntimeWarning,
+            stacklevel=2,
         )

@@ -40,7 +40,9 @@ class WeightedMean:
     @property
     def value(self) -> float:
         count = float(self.count)
-        return float(self.total) / count if count else float("nan")
+        if count:
+            return float(self.total) / count
+        return float("nan")
 
 
 Stats = dict[str, WeightedMean]
@@ -56,11 +58,10 @@ def to_floats(stats: Mapping[str, WeightedMean]) -> dict[str, float]:
     """All means as numbers, with one transfer from the device."""
     flat = [value for mean in stats.values() for value in (mean.total, mean.count)]
     device = next((value.device for value in flat if isinstance(value, Tensor)), torch.device("cpu"))
-    host = (
-        torch.stack([torch.as_tensor(value, dtype=torch.float64, device=device) for value in flat]).tolist()
-        if flat
-        else []
-    )
+    if flat:
+        host = torch.stack([torch.as_tensor(value, dtype=torch.float64, device=device) for value in flat]).tolist()
+    else:
+        host = []
     return {name: WeightedMean(host[2 * i], host[2 * i + 1]).value for i, name in enumerate(stats)}
 
 
@@ -106,7 +107,9 @@ class Batch:
 
         def take_rows(tensor: Tensor) -> Tensor:
             picked = tensor[rows]
-            return picked[:, :width] if picked.ndim > 1 and picked.shape[1] == self.input_ids.shape[1] else picked
+            if picked.ndim > 1 and picked.shape[1] == self.input_ids.shape[1]:
+                return picked[:, :width]
+            return picked
 
         return Batch(
             take_rows(self.input_ids),
@@ -128,10 +131,12 @@ class Batch:
         units: list[int] = []
         width = 0
         for unit in self._units_by_length(lengths, rows_per_unit):
-            count, wider = (len(units) + 1) * rows_per_unit, max(width, lengths[unit])
+            count = (len(units) + 1) * rows_per_unit
+            wider = max(width, lengths[unit])
             if units and ((rows is not None and count > rows) or (tokens is not None and count * wider > tokens)):
                 yield self._select_units(units, rows_per_unit, width)
-                units, wider = [], lengths[unit]
+                units = []
+                wider = lengths[unit]
             units.append(unit)
             width = wider
         if units:

@@ -42,7 +42,8 @@ from lowrank_tune.functional import (
 )
 from lowrank_tune.types import Batch, LossTerm, Stats, StepBatch, WeightedMean
 
-CHOSEN_LOGP_DROP, CONSECUTIVE_STEPS = -0.5, 3
+CHOSEN_LOGP_DROP = -0.5
+CONSECUTIVE_STEPS = 3
 """Nats a token by which the chosen answers may become less likely than under the reference, for so many steps, before a
 person is told."""
 
@@ -68,7 +69,8 @@ def dpo_loss(
         case "hinge":
             return torch.relu(1 - beta * difference)
         case "robust":
-            log_sigmoid, log_sigmoid_flipped = F.logsigmoid(beta * difference), F.logsigmoid(-beta * difference)
+            log_sigmoid = F.logsigmoid(beta * difference)
+            log_sigmoid_flipped = F.logsigmoid(-beta * difference)
             return (label_smoothing * log_sigmoid_flipped - (1 - label_smoothing) * log_sigmoid) / (
                 1 - 2 * label_smoothing
             )
@@ -90,13 +92,11 @@ class DPO:
         label_smoothing: float = 0.0,
         sft_coef: float = 0.0,
     ) -> None:
-        self.context, self.loss_type, self.beta, self.label_smoothing, self.sft_coef = (
-            context,
-            loss_type,
-            beta,
-            label_smoothing,
-            sft_coef,
-        )
+        self.context = context
+        self.loss_type = loss_type
+        self.beta = beta
+        self.label_smoothing = label_smoothing
+        self.sft_coef = sft_coef
         self._consecutive_drops = 0  # steps in a row
 
     def collect(self, step: int) -> StepBatch:
@@ -127,8 +127,10 @@ class DPO:
         """Losses (P,), log-probs (B, T), and the figures."""
         loss_mask = micro.loss_mask
         logps = self.context.roles.logps("policy", micro).logps
-        logratio, num_tokens = logps.sum(dim=1) - micro.extra["reference"], loss_mask.sum(dim=1)
-        chosen_logratio, rejected_logratio = logratio[::2], logratio[1::2]
+        logratio = logps.sum(dim=1) - micro.extra["reference"]
+        num_tokens = loss_mask.sum(dim=1)
+        chosen_logratio = logratio[::2]
+        rejected_logratio = logratio[1::2]
         losses = dpo_loss(
             self.loss_type,
             chosen_logratio,
@@ -162,7 +164,10 @@ class DPO:
         )
 
     def iter_warnings(self, metrics: Mapping[str, float]) -> Iterator[str]:
-        self._consecutive_drops = self._consecutive_drops + 1 if metrics["logps/chosen_delta"] < CHOSEN_LOGP_DROP else 0
+        if metrics["logps/chosen_delta"] < CHOSEN_LOGP_DROP:
+            self._consecutive_drops = self._consecutive_drops + 1
+        else:
+            self._consecutive_drops = 0
         if self._consecutive_drops >= CONSECUTIVE_STEPS:
             yield (
                 f"the chosen answers have become less likely than under the reference, by "

@@ -70,7 +70,8 @@ def zero_std_groups(rewards: Tensor, scored: Tensor | None = None) -> Tensor:
     to learn from."""
     if scored is not None:
         rewards = torch.where(scored, rewards, torch.inf)
-        lowest, highest = rewards.amin(dim=1), torch.where(scored, rewards, -torch.inf).amax(dim=1)
+        lowest = rewards.amin(dim=1)
+        highest = torch.where(scored, rewards, -torch.inf).amax(dim=1)
         return highest - lowest <= REWARD_EPS
     return rewards.amax(dim=1) - rewards.amin(dim=1) <= REWARD_EPS
 
@@ -91,7 +92,8 @@ def policy_loss(
         log_ratio = (log_ratio.sum(dim=1, keepdim=True) / mask.sum(dim=1, keepdim=True).clamp_min(1)).expand_as(
             log_ratio
         )
-    ratio, advantage = log_ratio.exp(), advantage[:, None]
+    ratio = log_ratio.exp()
+    advantage = advantage[:, None]
     if loss_type == "cispo":
         clipped_ratio = ratio.detach().clamp_max(epsilon_high)
         return apply_mask(-clipped_ratio * advantage * logps, mask), (ratio > epsilon_high) & mask
@@ -100,13 +102,21 @@ def policy_loss(
     return apply_mask(-torch.minimum(ratio * advantage, clipped * advantage), mask), is_clipped
 
 
-def kl_penalty(estimator: str, logps: Tensor, old_logps: Tensor, reference_logps: Tensor, mask: Tensor) -> Tensor:
+def kl_penalty(
+    estimator: str,
+    logps: Tensor,
+    old_logps: Tensor,
+    reference_logps: Tensor,
+    mask: Tensor,
+) -> Tensor:
     """logps, old, reference (B, T) -> the KL term of each token (B, T)."""
     d = apply_mask(reference_logps - logps, mask)
     if estimator == "k2":
         return d.square() / 2
     k3 = torch.expm1(d) - d
-    return k3 * apply_mask(logps - old_logps, mask).exp() if estimator == "k3_ratio" else k3
+    if estimator == "k3_ratio":
+        return k3 * apply_mask(logps - old_logps, mask).exp()
+    return k3
 
 
 @dataclass
@@ -142,24 +152,29 @@ class GRPO:
         missing_eos_penalty: float = 1.0,
         zero_std_groups: str = "drop",
     ) -> None:
-        self.context, self.collector, self.loss_type, self.epsilon_low = context, collector, loss_type, epsilon_low
-        self.epsilon_high = DEFAULT_EPSILON_HIGH.get(loss_type, 0.2) if epsilon_high is None else epsilon_high
-        self.beta, self.kl_in_reward, self.kl_estimator, self.num_iterations, self.old_logps_source = (
-            beta,
-            kl_in_reward,
-            kl_estimator,
-            num_iterations,
-            old_logps_source,
-        )
-        self.max_logprob_mismatch, self.truncated_completions, self.missing_eos_penalty, self.zero_std_groups = (
-            max_logprob_mismatch,
-            truncated_completions,
-            missing_eos_penalty,
-            zero_std_groups,
-        )
-        self._first_pass, self._num_rows, self._skip_update = True, 1, False
+        self.context = context
+        self.collector = collector
+        self.loss_type = loss_type
+        self.epsilon_low = epsilon_low
+        if epsilon_high is None:
+            self.epsilon_high = DEFAULT_EPSILON_HIGH.get(loss_type, 0.2)
+        else:
+            self.epsilon_high = epsilon_high
+        self.beta = beta
+        self.kl_in_reward = kl_in_reward
+        self.kl_estimator = kl_estimator
+        self.num_iterations = num_iterations
+        self.old_logps_source = old_logps_source
+        self.max_logprob_mismatch = max_logprob_mismatch
+        self.truncated_completions = truncated_completions
+        self.missing_eos_penalty = missing_eos_penalty
+        self.zero_std_groups = zero_std_groups
+        self._first_pass = True
+        self._num_rows = 1
+        self._skip_update = False
         self._first_reward: float | None = None
-        self._num_completions, self._reward_failures = 0, list[RewardFailure]()
+        self._num_completions = 0
+        self._reward_failures = list[RewardFailure]()
 
     def collect(self, step: int) -> StepBatch:
         rollouts = [self._collect_rollouts(step, 0)]
@@ -183,20 +198,18 @@ class GRPO:
             )
         stats |= {name: WeightedMean(stats[name].total, 1) for name in rollouts[0].timings}  # of all draws together
         rollout = RolloutBatch.concat(rollouts, self.collector.pad_id)
-        self._num_completions, self._reward_failures = (
-            len(rollout.failed_rewards),
-            [failure for failure in rollout.failed_rewards if failure is not None],
-        )
+        self._num_completions = len(rollout.failed_rewards)
+        self._reward_failures = [failure for failure in rollout.failed_rewards if failure is not None]
         stats |= self.collector.failures.stats(self._reward_failures)
         # Where nothing can be told apart the step weighs nothing: what KL alone leaves is noise there, and Adam walks
         # at its full rate.
-        informative = (
-            ~zero_std_groups(rollout.shaped_rewards, rollout.scored)
-            if self.zero_std_groups != "keep"
-            else rollout.scored.any(dim=1)
-        )
+        if self.zero_std_groups != "keep":
+            informative = ~zero_std_groups(rollout.shaped_rewards, rollout.scored)
+        else:
+            informative = rollout.scored.any(dim=1)
         self._skip_update = not bool(informative.any())
-        rollout = rollout if self._skip_update or bool(informative.all()) else rollout.select_groups(informative)
+        if not (self._skip_update or bool(informative.all())):
+            rollout = rollout.select_groups(informative)
         advantages = group_advantages(rollout.shaped_rewards, self.loss_type != "dr_grpo", rollout.scored)
         self.collector.log_group(step, rollout, advantages)
         batch = self._training_batch(rollout, advantages)
@@ -211,7 +224,9 @@ class GRPO:
         batch.extra["advantage"] = advantages.flatten()
         if self.truncated_completions == "mask":
             batch.completion_mask &= ~rollout.truncated[:, None]
-        return batch if self._skip_update or bool(rollout.scored.all()) else rollout.scored_rows()
+        if self._skip_update or bool(rollout.scored.all()):
+            return batch
+        return rollout.scored_rows()
 
     def _collect_rollouts(self, step: int, draw: int, prompts: int | None = None) -> RolloutBatch:
         """Completions with what they earn: reward, minus the penalty of being cut, minus the KL where that stands in
@@ -232,7 +247,8 @@ class GRPO:
         return rollout
 
     def token_weights(self, batch: Batch) -> Tensor:
-        loss_mask, self._num_rows = batch.loss_mask, len(batch)
+        loss_mask = batch.loss_mask
+        self._num_rows = len(batch)
         if self._skip_update:
             return torch.zeros(loss_mask.shape)
         if self.loss_type in ("dapo", "cispo"):
@@ -246,12 +262,24 @@ class GRPO:
 
     def compute_losses(self, micro: Batch) -> Iterator[LossTerm]:
         assert micro.token_weights is not None, "weigh comes before terms"
-        loss_mask, extra, temperature = micro.loss_mask, micro.extra, self.collector.temperature
+        loss_mask = micro.loss_mask
+        extra = micro.extra
+        temperature = self.collector.temperature
         output = self.context.roles.logps("policy", micro, temperature)
-        logps, entropy = output.logps, output.entropy
-        old_logps = extra["sampler"] if self.old_logps_source == "sampler" else extra.get("old", logps.detach())
+        logps = output.logps
+        entropy = output.entropy
+        if self.old_logps_source == "sampler":
+            old_logps = extra["sampler"]
+        else:
+            old_logps = extra.get("old", logps.detach())
         per_token, is_clipped = policy_loss(
-            self.loss_type, logps, old_logps, extra["advantage"], loss_mask, self.epsilon_low, self.epsilon_high
+            self.loss_type,
+            logps,
+            old_logps,
+            extra["advantage"],
+            loss_mask,
+            self.epsilon_low,
+            self.epsilon_high,
         )
         stats = {
             "entropy": masked_mean(entropy, loss_mask),
@@ -288,7 +316,10 @@ class GRPO:
     def check(self, micro: Batch, step: int) -> None:
         if self.context.fresh and step == 0:
             check_reference(
-                self.context.roles, micro, expect_equal=True, description=self.context.reference_description
+                self.context.roles,
+                micro,
+                expect_equal=True,
+                description=self.context.reference_description,
             )
 
     def iter_warnings(self, metrics: Mapping[str, float]) -> Iterator[str]:

@@ -58,7 +58,13 @@ TRUNCATED_WARN_FRACTION = 0.8
 MINIBATCH_SEED_TAG = 15  # tag of the seed that mixes minibatches; draws of a step are numbered from 0
 
 
-def token_rewards(old_logps: Tensor, reference_logps: Tensor, mask: Tensor, score: Tensor, kl_coef: float) -> Tensor:
+def token_rewards(
+    old_logps: Tensor,
+    reference_logps: Tensor,
+    mask: Tensor,
+    score: Tensor,
+    kl_coef: float,
+) -> Tensor:
     """old, reference, says (B, T), score (B,) -> what each token earns (B, T): minus its KL, and at the row's last
     token the score."""
     rewards = -kl_coef * apply_mask(old_logps - reference_logps, mask)
@@ -67,7 +73,11 @@ def token_rewards(old_logps: Tensor, reference_logps: Tensor, mask: Tensor, scor
 
 
 def policy_loss(
-    logps: Tensor, old_logps: Tensor, advantages: Tensor, mask: Tensor, cliprange: float
+    logps: Tensor,
+    old_logps: Tensor,
+    advantages: Tensor,
+    mask: Tensor,
+    cliprange: float,
 ) -> tuple[Tensor, Tensor]:
     """logps, old, advantages, says (B, T) -> the loss of each token and whether the clip stopped its gradient; (B, T)
     each."""
@@ -79,7 +89,11 @@ def policy_loss(
 
 
 def value_loss(
-    values: Tensor, old_values: Tensor, returns: Tensor, mask: Tensor, cliprange_value: float
+    values: Tensor,
+    old_values: Tensor,
+    returns: Tensor,
+    mask: Tensor,
+    cliprange_value: float,
 ) -> tuple[Tensor, Tensor]:
     """values, old, returns, says (B, T) -> the loss of each token and whether the clip stopped its gradient; clip 0 for
     none."""
@@ -188,25 +202,33 @@ class PPO:
 
     def collect(self, step: int) -> StepBatch:
         rollout = self.collector.collect(step, 0)
-        self._num_completions, self._reward_failures = (
-            len(rollout.failed_rewards),
-            [failure for failure in rollout.failed_rewards if failure is not None],
-        )
+        self._num_completions = len(rollout.failed_rewards)
+        self._reward_failures = [failure for failure in rollout.failed_rewards if failure is not None]
         has_reward = rollout.scored.flatten()
         self._skip_update = not bool(has_reward.any())  # then there is nothing to learn, and the step weighs nothing
-        rows = torch.arange(len(has_reward)) if self._skip_update else has_reward.nonzero().squeeze(1)
-        batch = rollout.batch if len(rows) == len(has_reward) else rollout.batch.select_rows(rows)
+        if self._skip_update:
+            rows = torch.arange(len(has_reward))
+        else:
+            rows = has_reward.nonzero().squeeze(1)
+        if len(rows) == len(has_reward):
+            batch = rollout.batch
+        else:
+            batch = rollout.batch.select_rows(rows)
         loss_mask = batch.loss_mask
-        old_logps, reference_logps = self.collector.logps("policy", batch), self.collector.logps("reference", batch)
+        old_logps = self.collector.logps("policy", batch)
+        reference_logps = self.collector.logps("reference", batch)
         mismatch = masked_mean((old_logps - batch.extra["sampler"]).abs(), loss_mask)
         self._check_sampler(mismatch.value)
         values, final_values = self._values(batch)
         scores, bootstrap_values = self._terminal_rewards_and_bootstrap_values(
-            rollout.shaped_rewards.flatten()[rows].nan_to_num(0.0), rollout.truncated[rows], final_values
+            rollout.shaped_rewards.flatten()[rows].nan_to_num(0.0),
+            rollout.truncated[rows],
+            final_values,
         )
         rewards = token_rewards(old_logps, reference_logps, loss_mask, scores, self.kl_coef)
         advantages = gae(rewards, values, loss_mask, bootstrap_values, self.gae_config.gamma, self.gae_config.lam)
-        returns, whitened = apply_mask(values, loss_mask) + advantages, whiten(advantages, loss_mask)
+        returns = apply_mask(values, loss_mask) + advantages
+        whitened = whiten(advantages, loss_mask)
         batch.extra |= {"old": old_logps, "values": values, "returns": returns, "advantages": whitened}
         kl = masked_mean(kl_k3(old_logps, reference_logps, loss_mask), loss_mask)
         stats = (
@@ -225,7 +247,9 @@ class PPO:
         ) == explained:  # no number where all returns are one
             stats["explained_variance"] = WeightedMean(explained, 1)
         row_advantages = torch.zeros(len(has_reward)).index_copy(
-            0, rows, whitened.sum(dim=1) / loss_mask.sum(dim=1).clamp_min(1)
+            0,
+            rows,
+            whitened.sum(dim=1) / loss_mask.sum(dim=1).clamp_min(1),
         )
         self.collector.log_group(step, rollout, row_advantages.view_as(rollout.rewards))
         if self.kl_control.kl_target is not None and kl.count:
@@ -247,7 +271,10 @@ class PPO:
             )
 
     def _terminal_rewards_and_bootstrap_values(
-        self, scores: Tensor, truncated: Tensor, final_values: Tensor
+        self,
+        scores: Tensor,
+        truncated: Tensor,
+        final_values: Tensor,
     ) -> tuple[Tensor, Tensor]:
         """The score at each row's last token, and the value behind it; (B,) each. `final_values` are the values of
         all that was written."""
@@ -282,7 +309,9 @@ class PPO:
 
     def token_weights(self, batch: Batch) -> Tensor:
         self._num_rows = len(batch)
-        return torch.zeros(batch.input_ids.shape) if self._skip_update else token_mean_weights(batch.loss_mask)
+        if self._skip_update:
+            return torch.zeros(batch.input_ids.shape)
+        return token_mean_weights(batch.loss_mask)
 
     def compute_losses(self, micro: Batch) -> Iterator[LossTerm]:
         yield self._policy_term(micro)
@@ -290,12 +319,21 @@ class PPO:
 
     def _policy_term(self, micro: Batch) -> LossTerm:
         assert micro.token_weights is not None, "weigh comes before terms"
-        loss_mask, extra, entropy_coef = micro.loss_mask, micro.extra, self.update.entropy_coef
+        loss_mask = micro.loss_mask
+        extra = micro.extra
+        entropy_coef = self.update.entropy_coef
         output = self.context.roles.logps(
-            "policy", micro, self.collector.temperature, entropy_gradient=entropy_coef > 0
+            "policy",
+            micro,
+            self.collector.temperature,
+            entropy_gradient=entropy_coef > 0,
         )
         per_token, is_clipped = policy_loss(
-            output.logps, extra["old"], extra["advantages"], loss_mask, self.update.cliprange
+            output.logps,
+            extra["old"],
+            extra["advantages"],
+            loss_mask,
+            self.update.cliprange,
         )
         if entropy_coef:
             per_token = per_token - entropy_coef * apply_mask(output.entropy, loss_mask)
@@ -312,10 +350,15 @@ class PPO:
 
     def _value_term(self, micro: Batch) -> LossTerm:
         assert micro.token_weights is not None, "weigh comes before terms"
-        loss_mask, extra = micro.loss_mask, micro.extra
+        loss_mask = micro.loss_mask
+        extra = micro.extra
         values = shift_right(self.context.roles.scores(self.critic.role, micro))
         per_token, is_clipped = value_loss(
-            values, extra["values"], extra["returns"], loss_mask, self.critic.cliprange_value
+            values,
+            extra["values"],
+            extra["returns"],
+            loss_mask,
+            self.critic.cliprange_value,
         )
         loss = self.critic.vf_coef * (per_token * apply_mask(micro.token_weights, loss_mask)).sum()
         return LossTerm(
@@ -335,7 +378,10 @@ class PPO:
     def check(self, micro: Batch, step: int) -> None:
         if self.context.fresh and step == 0:
             check_reference(
-                self.context.roles, micro, expect_equal=True, description=self.context.reference_description
+                self.context.roles,
+                micro,
+                expect_equal=True,
+                description=self.context.reference_description,
             )
 
     def iter_warnings(self, metrics: Mapping[str, float]) -> Iterator[str]:

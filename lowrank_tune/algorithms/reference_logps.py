@@ -48,7 +48,8 @@ def reference_logps(
         emit(LogMessage(message=f"log-probs of the reference: {len(rows)} rows, computed before"))
         return cached
     sums = torch.full((len(rows),), float("nan"))
-    label, done = "log-probs of the reference", 0
+    label = "log-probs of the reference"
+    done = 0
 
     def read(units: Sequence[int]) -> Tensor:
         with roles.inference_mode():
@@ -56,7 +57,8 @@ def reference_logps(
 
     for units, logps in chunked(roles.limits, rows, micro_tokens, read):
         sums[torch.tensor([unit * rows.rows_per_unit + i for unit in units for i in range(rows.rows_per_unit)])] = logps
-        before, done = done, done + len(units)
+        before = done
+        done = done + len(units)
         if done * NUM_PROGRESS_UPDATES // rows.units != before * NUM_PROGRESS_UPDATES // rows.units:
             emit(Progress(description=label, done=done, total=rows.units))
     if not bool(sums.isfinite().all()):

@@ -26,7 +26,9 @@ from lowrank_tune.types import Batch, LossTerm, Stats, StepBatch
 def reward_loss(chosen: Tensor, rejected: Tensor, margin: Tensor, center_rewards_coefficient: float = 0.0) -> Tensor:
     """Scores and margins (P,) -> losses (P,)."""
     losses = -F.logsigmoid(chosen - rejected - margin)
-    return losses + center_rewards_coefficient * (chosen + rejected).square() if center_rewards_coefficient else losses
+    if center_rewards_coefficient:
+        return losses + center_rewards_coefficient * (chosen + rejected).square()
+    return losses
 
 
 class RewardModeling:
@@ -35,7 +37,8 @@ class RewardModeling:
     rows_per_unit = 2
 
     def __init__(self, context: AlgorithmContext, center_rewards_coefficient: float = 0.0) -> None:
-        self.context, self.center_rewards_coefficient = context, center_rewards_coefficient
+        self.context = context
+        self.center_rewards_coefficient = center_rewards_coefficient
 
     def collect(self, step: int) -> StepBatch:
         return StepBatch(self.context.get_batch(step))
@@ -57,7 +60,8 @@ class RewardModeling:
 
     def _losses(self, micro: Batch) -> tuple[Tensor, Stats]:
         scores = self.scores(micro)
-        chosen, rejected = scores[::2], scores[1::2]
+        chosen = scores[::2]
+        rejected = scores[1::2]
         losses = reward_loss(chosen, rejected, micro.extra["margin"][::2], self.center_rewards_coefficient)
         return losses, {
             "loss": mean(losses),

@@ -64,7 +64,8 @@ class RolloutBatch:
     def scored_rows(self) -> Batch:
         """The rows that were scored."""
         rows = self.scored.flatten().nonzero().squeeze(1)
-        batch, group = self.batch.select_rows(rows), rows // self.rewards.shape[1]
+        batch = self.batch.select_rows(rows)
+        group = rows // self.rewards.shape[1]
         if "shared" in batch.extra:  # where a group has lost its first row, another one is that now
             is_first = torch.ones_like(rows, dtype=torch.bool).index_put(
                 (torch.arange(1, len(rows)),), group[1:] != group[:-1]
@@ -78,14 +79,18 @@ class RolloutBatch:
 
     def stats(self) -> Stats:
         """What a person watches, as means. Of rewards, over what was scored."""
-        rewards, scored, lengths = self.rewards, self.scored, self.batch.completion_mask.sum(dim=1)
-        components, stds = self.reward_components, rewards.std(dim=1, correction=0)
+        rewards = self.rewards
+        scored = self.scored
+        lengths = self.batch.completion_mask.sum(dim=1)
+        components = self.reward_components
+        stds = rewards.std(dim=1, correction=0)
         if not bool(scored.all()):
             scored_groups = [
                 group[has_reward] for group, has_reward in zip(rewards, scored, strict=True) if bool(has_reward.any())
             ]
             stds = torch.tensor([float(group.std(correction=0)) for group in scored_groups], dtype=rewards.dtype)
-            rewards, components = rewards[scored], components[scored.flatten()]
+            rewards = rewards[scored]
+            components = components[scored.flatten()]
         names = self.reward_names if len(self.reward_names) > 1 else ()
         by_reward = {
             f"rewards/{name}/mean": WeightedMean(components[:, i].sum(), len(components))
@@ -155,7 +160,9 @@ def _pad_columns(batch: Batch, width: int, pad_id: int) -> Batch:
     num_columns = width - batch.input_ids.shape[1]
 
     def wide(tensor: Tensor, value: float) -> Tensor:
-        return torch.nn.functional.pad(tensor, (0, num_columns), value=value) if tensor.ndim > 1 else tensor
+        if tensor.ndim > 1:
+            return torch.nn.functional.pad(tensor, (0, num_columns), value=value)
+        return tensor
 
     return Batch(
         wide(batch.input_ids, pad_id),
@@ -197,11 +204,17 @@ class RolloutCollector:
         done: dict[int, Completion] = {}
         texts: dict[int, str] = {}
         for completion in Engine(self.roles, "policy", self.max_num_seqs).generate(
-            [one.input_ids for one in prompts], n, sampling
+            [one.input_ids for one in prompts],
+            n,
+            sampling,
         ):
             key = completion.prompt * n + completion.sample
-            body = completion.token_ids[:-1] if completion.finish_reason == "stop" else completion.token_ids
-            done[key], texts[key] = completion, self.decode(body)
+            if completion.finish_reason == "stop":
+                body = completion.token_ids[:-1]
+            else:
+                body = completion.token_ids
+            done[key] = completion
+            texts[key] = self.decode(body)
             self.reward_client.submit(key, prompts[completion.prompt], texts[key], completion)
         rollout_end = time.perf_counter()
         scores = self.reward_client.collect()
@@ -240,9 +253,15 @@ class RolloutCollector:
 
         def read(units: Sequence[int]) -> Tensor:
             places = torch.tensor(list(units))
-            shared = {"shared": batch.extra["shared"][places]} if "shared" in batch.extra else {}
+            if "shared" in batch.extra:
+                shared = {"shared": batch.extra["shared"][places]}
+            else:
+                shared = {}
             part = Batch(
-                batch.input_ids[places], batch.attention_mask[places], batch.completion_mask[places], extra=shared
+                batch.input_ids[places],
+                batch.attention_mask[places],
+                batch.completion_mask[places],
+                extra=shared,
             ).to(self.roles.base.device)
             with self.roles.inference_mode():
                 return self.roles.logps(role, part, self.temperature).logps.cpu()
@@ -253,19 +272,28 @@ class RolloutCollector:
 
 
 def map_micro_batches(
-    roles: Roles, rows: int, columns: int, micro_tokens: int, function: Callable[[Sequence[int]], Tensor]
+    roles: Roles,
+    rows: int,
+    columns: int,
+    micro_tokens: int,
+    function: Callable[[Sequence[int]], Tensor],
 ) -> Iterator[tuple[Sequence[int], Tensor]]:
     """What `function` makes of neighboring rows, as many at once as fit `micro_tokens` and the memory."""
     at_once = max(1, micro_tokens // columns)
     for start in range(0, rows, at_once):
         yield from roles.limits.split_on_oom(
-            "forward_tokens", range(start, min(start + at_once, rows)), columns, function
+            "forward_tokens",
+            range(start, min(start + at_once, rows)),
+            columns,
+            function,
         )
 
 
 def _reward_values(scores: Sequence[float] | RewardFailure, count: int) -> list[float]:
     """Not a number is what nobody can take for a reward."""
-    return [math.nan] * count if isinstance(scores, RewardFailure) else list(scores)
+    if isinstance(scores, RewardFailure):
+        return [math.nan] * count
+    return list(scores)
 
 
 def _batch(prompts: Sequence[Sequence[int]], completions: Sequence[Completion], pad_id: int) -> Batch:
@@ -274,18 +302,17 @@ def _batch(prompts: Sequence[Sequence[int]], completions: Sequence[Completion], 
         len(prompt) + len(completion.token_ids) for prompt, completion in zip(prompts, completions, strict=True)
     )
     input_ids = torch.full((len(completions), width), pad_id, dtype=torch.long)
-    attention_mask, completion_mask = (
-        torch.zeros_like(input_ids, dtype=torch.bool),
-        torch.zeros_like(input_ids, dtype=torch.bool),
-    )
-    sampler, shared = torch.zeros(input_ids.shape), torch.zeros(len(completions), dtype=torch.long)
+    attention_mask = torch.zeros_like(input_ids, dtype=torch.bool)
+    completion_mask = torch.zeros_like(input_ids, dtype=torch.bool)
+    sampler = torch.zeros(input_ids.shape)
+    shared = torch.zeros(len(completions), dtype=torch.long)
     for row, (prompt, completion) in enumerate(zip(prompts, completions, strict=True)):
-        start, end = len(prompt), len(prompt) + len(completion.token_ids)
-        input_ids[row, :start], input_ids[row, start:end] = (
-            torch.tensor(list(prompt)),
-            torch.tensor(completion.token_ids),
-        )
-        attention_mask[row, :end], completion_mask[row, start:end] = True, True
+        start = len(prompt)
+        end = len(prompt) + len(completion.token_ids)
+        input_ids[row, :start] = torch.tensor(list(prompt))
+        input_ids[row, start:end] = torch.tensor(completion.token_ids)
+        attention_mask[row, :end] = True
+        completion_mask[row, start:end] = True
         shared[row] = start if row and completions[row - 1].prompt == completion.prompt else 0
         assert completion.logps is not None, "the engine keeps log-probs"
         sampler[row, start:end] = torch.tensor(completion.logps)

@@ -64,7 +64,10 @@ class SFT:
     def check(self, micro: Batch, step: int) -> None:
         if self.context.fresh and step == 0:  # else the KL that is shown would be that to something else
             check_reference(
-                self.context.roles, micro, expect_equal=True, description=self.context.reference_description
+                self.context.roles,
+                micro,
+                expect_equal=True,
+                description=self.context.reference_description,
             )
 
     def iter_warnings(self, metrics: Mapping[str, float]) -> Iterator[str]:

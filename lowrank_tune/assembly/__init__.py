@@ -56,7 +56,11 @@ ALGORITHMS: dict[str, Callable[[AlgorithmContext, RecipeConfig], Algorithm]] = {
     "sft": lambda context, recipe: SFT(context),
     "reward": lambda context, recipe: RewardModeling(context, recipe.reward.center_rewards_coefficient),
     "dpo": lambda context, recipe: DPO(
-        context, recipe.dpo.loss_type, recipe.dpo.beta, recipe.dpo.label_smoothing, recipe.dpo.sft_coef
+        context,
+        recipe.dpo.loss_type,
+        recipe.dpo.beta,
+        recipe.dpo.label_smoothing,
+        recipe.dpo.sft_coef,
     ),
 }
 ONLINE_ALGORITHMS: dict[str, Callable[[RecipeConfig, AlgorithmContext, RolloutCollector], Algorithm]] = {
@@ -107,7 +111,9 @@ def build(
     completions of its policy. Raises UserError."""
     saved = {
         name: read_adapter(
-            adapter.path, f"adapters.{name}.path", head=name == REWARD_ROLE or name in recipe.extra_adapters
+            adapter.path,
+            f"adapters.{name}.path",
+            head=name == REWARD_ROLE or name in recipe.extra_adapters,
         )
         for name, adapter in recipe.adapters.items()
         if adapter.path
@@ -174,13 +180,15 @@ def _build_online(
     rope: FixedRope | None,
 ) -> RunComponents:
     """The same for an algorithm that writes its own rows: prompts and rewards instead of rows."""
-    data, heldout = load_train_prompts(recipe, template, emit), _heldout_questions(recipe, template, rope)
+    data = load_train_prompts(recipe, template, emit)
+    heldout = _heldout_questions(recipe, template, rope)
     scorer = RewardScorer(recipe, template)
     try:
         if not scorer.reward_models:
             check_reference_rewards(scorer, data, recipe.rewards_check, recipe.seed, emit)
         base = base or _load_base(recipe, template, device, emit, rope)
-        hashes, roles = base.hashes(), load_roles(recipe, base, saved, emit)
+        hashes = base.hashes()
+        roles = load_roles(recipe, base, saved, emit)
         stop_ids = base.end_ids | template.end_ids
         micro_tokens = micro_tokens_of(recipe, recipe.max_train_length)
         if scorer.reward_models:
@@ -194,7 +202,10 @@ def _build_online(
         raise
     reference = _describe_reference(roles)
     context = AlgorithmContext(
-        roles, _raise_no_rows, reference, fresh=recipe.adapters[recipe.trained_adapter].path is None
+        roles,
+        _raise_no_rows,
+        reference,
+        fresh=recipe.adapters[recipe.trained_adapter].path is None,
     )
     steps = recipe.train.max_steps or make_prompt_sampler(data, recipe.data, recipe.train, recipe.seed).steps_of(
         recipe.train.num_train_epochs or 1.0
@@ -233,7 +244,9 @@ def check_adapter_lineage(recipe: RecipeConfig, saved: dict[str, SavedAdapter], 
         for name in recipe.adapters
         if name in saved and name not in (*recipe.extra_adapters, *({REWARD_ROLE} - {recipe.trained_adapter}))
     ]:
-        below, path, key = saved[name].frozen_adapters, str(recipe.adapters[name].path), f"adapters.{name}.path"
+        below = saved[name].frozen_adapters
+        path = str(recipe.adapters[name].path)
+        key = f"adapters.{name}.path"
         missing = [other for other, content in below.items() if content not in contents]
         if missing and len(missing) < len(below):
             loaded = ", ".join(other for other in below if other not in missing)
@@ -297,8 +310,12 @@ def _heldout_questions(recipe: RecipeConfig, template: ChatTemplate, rope: Fixed
 
 def load_roles(recipe: RecipeConfig, base: Base, saved: Mapping[str, SavedAdapter], emit: Emit) -> Roles:
     """The stacks of the recipe over the base (`build_stacks`), with the weights of the adapters that were `saved`."""
-    top, lower = recipe.trained_adapter, frozen_adapters(recipe)
-    below = reward_model_base(saved, lower) if REWARD_ROLE in recipe.adapters and top != REWARD_ROLE else []
+    top = recipe.trained_adapter
+    lower = frozen_adapters(recipe)
+    if REWARD_ROLE in recipe.adapters and top != REWARD_ROLE:
+        below = reward_model_base(saved, lower)
+    else:
+        below = []
     configs, stacks = build_stacks(recipe, base.model, {name: adapter.config for name, adapter in saved.items()}, below)
     roles = Roles(
         base,
@@ -345,11 +362,9 @@ def load_roles(recipe: RecipeConfig, base: Base, saved: Mapping[str, SavedAdapte
 
 def _describe_reference(roles: Roles) -> str:
     below = [name.removeprefix("lt_") for name in roles.stacks["reference"]]
-    return (
-        f"the base with the frozen adapter{'s' if len(below) > 1 else ''} {' + '.join(below)}"
-        if below
-        else "the base, adapters off"
-    )
+    if below:
+        return f"the base with the frozen adapter{'s' if len(below) > 1 else ''} {' + '.join(below)}"
+    return "the base, adapters off"
 
 
 def _make_collate(dataset: TokenizedDataset, pad_id: int) -> Callable[[Sequence[int]], Batch]:

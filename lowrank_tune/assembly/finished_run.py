@@ -35,12 +35,12 @@ class FinishedRun:
     @property
     def base(self) -> BaseConfig:
         """The base to load, at the very revision that was trained on."""
-        base_config, revision = self.recipe.base, self.facts.get("revision")
-        pinned = (
-            f"{base_config.model}@{revision}"
-            if isinstance(revision, str) and "@" not in base_config.model
-            else base_config.model
-        )
+        base_config = self.recipe.base
+        revision = self.facts.get("revision")
+        if isinstance(revision, str) and "@" not in base_config.model:
+            pinned = f"{base_config.model}@{revision}"
+        else:
+            pinned = base_config.model
         return base_config.model_copy(update={"model": pinned})
 
     @property
@@ -97,7 +97,8 @@ def load_finished_run(run: Path) -> FinishedRun:
 
 def check_base(run: FinishedRun, base: Base) -> None:
     """Compares the base at hand with the one that was trained, tensor by tensor. Raises UserError where they differ."""
-    then, device = run.facts.get("tensors"), run.facts.get("device", base.device.type)
+    then = run.facts.get("tensors")
+    device = run.facts.get("device", base.device.type)
     if not isinstance(then, dict) or not then:
         raise UserError(
             f"{run.path / 'base.json'} holds no hashes of the base, so nothing tells whether this is the one that "
@@ -121,7 +122,9 @@ def check_base(run: FinishedRun, base: Base) -> None:
 
 def adapters_in(run: FinishedRun) -> dict[str, SavedAdapter]:
     """The adapters that together are the policy, lowest first: one where they were folded. Raises UserError."""
-    final, recipe, key = run.final, run.recipe, str(run.final)
+    final = run.final
+    recipe = run.recipe
+    key = str(run.final)
     frozen = [
         name for name in recipe.adapters if name not in (recipe.trained_adapter, *recipe.extra_adapters, "reward")
     ]
@@ -145,7 +148,10 @@ def adapters_at(folder: Path, key: str) -> dict[str, SavedAdapter]:
 def roles_of(saved: Mapping[str, SavedAdapter], base: Base) -> Roles:
     """The policy over its base, nothing of it trainable."""
     roles = Roles(
-        base, {name: adapter.config for name, adapter in saved.items()}, trainable=[], stacks={"policy": list(saved)}
+        base,
+        {name: adapter.config for name, adapter in saved.items()},
+        trainable=[],
+        stacks={"policy": list(saved)},
     )
     for name, adapter in saved.items():
         roles.load_adapter_tensors(name, adapter.tensors, str(adapter.folder))

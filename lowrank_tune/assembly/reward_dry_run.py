@@ -58,7 +58,10 @@ def _submit_completions(
     total = len(prompts) * NUM_COMPLETIONS
     completions = engine.generate([prompt.input_ids for prompt in prompts], NUM_COMPLETIONS, sampling)
     for done, completion in enumerate(completions, 1):
-        body = completion.token_ids[:-1] if completion.finish_reason == "stop" else completion.token_ids
+        if completion.finish_reason == "stop":
+            body = completion.token_ids[:-1]
+        else:
+            body = completion.token_ids
         request_id = completion.prompt * NUM_COMPLETIONS + completion.sample
         scorer.submit(request_id, prompts[completion.prompt], template.decode(body), completion)
         if done % NUM_COMPLETIONS == 0:
@@ -88,7 +91,8 @@ def weighted_rewards(scorer: RewardScorer, emit: Emit) -> dict[int, float]:
 def describe_rewards(rewards: Mapping[int, float], num_prompts: int, num_generations: int) -> LogMessage:
     """The expected share of groups of `num_generations` completions with zero reward std. A completion passes if its
     reward is above the middle between the highest and the lowest."""
-    highest, lowest = max(rewards.values()), min(rewards.values())
+    highest = max(rewards.values())
+    lowest = min(rewards.values())
     if highest - lowest <= 1e-6:
         message = (
             f"{len(rewards)} completions of {num_prompts} prompts all have reward {highest:.3g}: such groups have no "

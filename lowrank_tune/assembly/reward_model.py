@@ -60,7 +60,9 @@ def encode_answer(template: ChatTemplate, text: str) -> list[int]:
     """What the base reads behind a prompt, any prompt, where the assistant says this; nothing where the template
     refuses it."""
     row = template.encode_many([(*PROBE_PROMPT, Message("assistant", text))])[0]
-    return [] if isinstance(row, InvalidRow) else list(row.input_ids[len(template.prompt(PROBE_PROMPT)) :])
+    if isinstance(row, InvalidRow):
+        return []
+    return list(row.input_ids[len(template.prompt(PROBE_PROMPT)) :])
 
 
 def end_of_turn_ids(template: ChatTemplate) -> list[int]:
@@ -80,7 +82,11 @@ def append_end_of_turn(token_ids: Sequence[int], end_ids: Sequence[int]) -> list
 
 
 def score_rows(
-    roles: Roles, rows: Sequence[Sequence[int]], pad_id: int, micro_tokens: int, role: str = REWARD_ROLE
+    roles: Roles,
+    rows: Sequence[Sequence[int]],
+    pad_id: int,
+    micro_tokens: int,
+    role: str = REWARD_ROLE,
 ) -> list[float]:
     """The role's score of each row, batched by length."""
     result = [0.0] * len(rows)
@@ -93,7 +99,8 @@ def score_rows(
     pending = sorted(range(len(rows)), key=lambda index: -len(rows[index]))
     while pending:
         count = max(1, micro_tokens // max(1, len(rows[pending[0]])))
-        part, pending = pending[:count], pending[count:]
+        part = pending[:count]
+        pending = pending[count:]
         for some, scores in roles.limits.split_on_oom("forward_tokens", part, len(rows[part[0]]), read):
             for index, score in zip(some, scores, strict=True):
                 result[index] = score

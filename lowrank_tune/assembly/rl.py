@@ -60,7 +60,10 @@ def load_train_prompts(recipe: RecipeConfig, template: ChatTemplate, emit: Emit)
 def make_row_check(recipe: RecipeConfig) -> Callable[[PromptExample], str | None]:
     """Of each row of the data, why no reward could judge by it."""
     builtin_rewards = [use for use in recipe.rewards if not is_user_function(use.name)]
-    weighted = build_rewards(builtin_rewards, Path.cwd()) if builtin_rewards else []
+    if builtin_rewards:
+        weighted = build_rewards(builtin_rewards, Path.cwd())
+    else:
+        weighted = []
     return lambda prompt_example: row_rejection_reason(
         weighted, RewardInput(prompt_example.text, "", prompt_example.ground_truth, prompt_example.row, True, 1)
     )
@@ -84,9 +87,10 @@ class RewardScorer:
 
     def submit(self, request_id: int, prompt: PromptExample, text: str, completion: Completion) -> None:
         stopped = completion.finish_reason == "stop" and not self.template.special_tokens_in(completion.token_ids[:-1])
-        ids = (
-            [*prompt.input_ids, *append_end_of_turn(completion.token_ids, self._end_ids)] if self.reward_models else []
-        )
+        if self.reward_models:
+            ids = [*prompt.input_ids, *append_end_of_turn(completion.token_ids, self._end_ids)]
+        else:
+            ids = []
         self.scorer.submit(
             request_id,
             RewardInput(prompt.text, text, prompt.ground_truth, prompt.row, stopped, len(completion.token_ids), ids),
@@ -99,7 +103,10 @@ class RewardScorer:
 
     def reference_item(self, prompt: PromptExample, text: str) -> RewardInput:
         """An answer that nobody drew, as if it had been: it ended by itself."""
-        answer_tokens = encode_answer(self.template, text) if self.reward_models else []
+        if self.reward_models:
+            answer_tokens = encode_answer(self.template, text)
+        else:
+            answer_tokens = []
         return RewardInput(
             prompt.text,
             text,
@@ -120,7 +127,9 @@ class RewardScorer:
         if reward.on_error == "stop":
             raise TrainingError(f"rewards: {score.reason or score.verdict}")
         return RewardFailure(
-            reward.name, "timeout" if score.verdict == "timeout" else "error", score.reason or score.verdict
+            reward.name,
+            "timeout" if score.verdict == "timeout" else "error",
+            score.reason or score.verdict,
         )
 
     def close(self) -> None:
@@ -181,7 +190,10 @@ def make_rollout_collector(
     config = recipe.rollout
 
     def prompts_of(step: int, draw: int, count: int | None) -> list[PromptExample]:
-        rows = sampler.rows(step) if draw == 0 else sampler.replacement_prompts(step, draw, count or 1)
+        if draw == 0:
+            rows = sampler.rows(step)
+        else:
+            rows = sampler.replacement_prompts(step, draw, count or 1)
         return [prompts.examples[row] for row in rows]
 
     def log_group(step: int, rollout: RolloutBatch, advantages: Tensor) -> None:

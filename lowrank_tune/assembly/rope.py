@@ -33,7 +33,10 @@ def select_rope(stages: Sequence[RecipeConfig], emit: Emit) -> FixedRope | None:
         emit(LogMessage(message=rope.describe()))
         return rope
     adapters = _adapter_factors(stages)
-    setting = _length_setting(longest) if longest.longest_row == longest.max_train_length else "evaluate.max_new_tokens"
+    if longest.longest_row == longest.max_train_length:
+        setting = _length_setting(longest)
+    else:
+        setting = "evaluate.max_new_tokens"
     reason = f"by `{setting}` the longest row has {longest.longest_row:,} tokens"
     if rope.factors == "short" and "long" in adapters.values():
         rope = fixed_rope(config, "long")
@@ -50,11 +53,15 @@ def select_rope(stages: Sequence[RecipeConfig], emit: Emit) -> FixedRope | None:
 
 def check_heldout_length(recipe: RecipeConfig, longest_prompt: int, rope: FixedRope) -> None:
     """Raises ConfigError where a held-out answer could make a row longer than the frequencies are for."""
-    limit, new_tokens = rope.max_row_length, recipe.evaluate.max_new_tokens
+    limit = rope.max_row_length
+    new_tokens = recipe.evaluate.max_new_tokens
     if limit is None or longest_prompt + new_tokens <= limit:
         return
     room = limit - longest_prompt
-    cure = f"set it to {room:,} or less" if room > 0 else "use shorter prompts in `evaluate.eval_dataset`"
+    if room > 0:
+        cure = f"set it to {room:,} or less"
+    else:
+        cure = "use shorter prompts in `evaluate.eval_dataset`"
     if rope.rope_type == "longrope":
         key = _length_setting(recipe)
         cure += f", or set `{key}` so that rows may have more than {limit:,} tokens, which selects the long factors"
@@ -71,7 +78,10 @@ def long_row_problem(recipe: RecipeConfig, config: Any) -> ConfigProblem | None:
     if rope is None or rope.rope_type != "dynamic" or recipe.max_train_length <= rope.original_length:
         return None
     key = _length_setting(recipe)
-    prompts = " and `data.max_prompt_length` allow" if key == "rollout.max_new_tokens" else " allows"
+    if key == "rollout.max_new_tokens":
+        prompts = " and `data.max_prompt_length` allow"
+    else:
+        prompts = " allows"
     message = (
         f"it{prompts} rows of {recipe.max_train_length:,} tokens, and the base's RoPE type `dynamic` changes the "
         f"frequencies of all rows of a call that holds one of more than {rope.original_length:,} "
@@ -93,7 +103,9 @@ def _refuse_long_rows(stages: Sequence[RecipeConfig], config: Any) -> None:
 
 def _length_setting(recipe: RecipeConfig) -> str:
     """The setting that bounds the rows of training."""
-    return "rollout.max_new_tokens" if recipe.algorithm in ("grpo", "ppo") else "data.max_length"
+    if recipe.algorithm in ("grpo", "ppo"):
+        return "rollout.max_new_tokens"
+    return "data.max_length"
 
 
 def _adapter_factors(stages: Sequence[RecipeConfig]) -> dict[str, RopeFactors]:

@@ -24,7 +24,10 @@ def frozen_adapters(recipe: RecipeConfig) -> list[str]:
 
 
 def build_stacks(
-    recipe: RecipeConfig, model: Any, loaded: Mapping[str, LoraConfig], reward_base: Sequence[str]
+    recipe: RecipeConfig,
+    model: Any,
+    loaded: Mapping[str, LoraConfig],
+    reward_base: Sequence[str],
 ) -> tuple[dict[str, LoraConfig], dict[str, list[str]]]:
     """The adapters in the order they lie, and the stacks of the roles: the trained adapter over the frozen ones;
     without it, the reference.
@@ -32,7 +35,8 @@ def build_stacks(
     A reward model that is not trained speaks beside them, over those that it was trained over (`reward_base`); so does
     PPO's value, or it is a head on the policy's own stack. `loaded` are the shapes of adapters that come from files.
     """
-    trained, frozen = recipe.trained_adapter, frozen_adapters(recipe)
+    trained = recipe.trained_adapter
+    frozen = frozen_adapters(recipe)
     stacks = {trained: [*frozen, trained], "reference": frozen}
     if REWARD_ROLE in recipe.adapters and trained != REWARD_ROLE:
         stacks[REWARD_ROLE] = [*reward_base, REWARD_ROLE]
@@ -54,13 +58,16 @@ def _value_stack(recipe: RecipeConfig, stacks: Mapping[str, list[str]]) -> list[
 
 
 def _value_config(
-    recipe: RecipeConfig, model: Any, loaded: Mapping[str, LoraConfig], lora_configs: Mapping[str, LoraConfig]
+    recipe: RecipeConfig,
+    model: Any,
+    loaded: Mapping[str, LoraConfig],
+    lora_configs: Mapping[str, LoraConfig],
 ) -> LoraConfig:
     """The value's shape: the reward model's where it is a copy, else its own where it has one, else the policy's."""
     if "value" in loaded:
         return loaded["value"]
     if recipe.ppo.critic_init == "reward":
         return deepcopy(lora_configs[REWARD_ROLE])
-    return (
-        lora_config(recipe.adapters["value"], model) if "value" in recipe.adapters else deepcopy(lora_configs["policy"])
-    )
+    if "value" in recipe.adapters:
+        return lora_config(recipe.adapters["value"], model)
+    return deepcopy(lora_configs["policy"])

@@ -60,11 +60,16 @@ def chat(
 
 def _greeting(session: ChatSession) -> str:
     variants = " and ".join(session.variants)
-    sampling = (
-        "greedy, as in evaluation"
-        if session.options.temperature == 0
-        else f"temperature {session.options.temperature:g}"
-    )
-    system = ", with a system prompt (/system shows it)" if session.conversation.system_prompt else ""
-    other = "/base, /tuned and /both choose who answers, " if session.chat_model.tuned else ""
+    if session.options.temperature == 0:
+        sampling = "greedy, as in evaluation"
+    else:
+        sampling = f"temperature {session.options.temperature:g}"
+    if session.conversation.system_prompt:
+        system = ", with a system prompt (/system shows it)"
+    else:
+        system = ""
+    if session.chat_model.tuned:
+        other = "/base, /tuned and /both choose who answers, "
+    else:
+        other = ""
     return f"{variants} will answer, {sampling}{system}\n{other}/help lists all commands, Ctrl-D ends"

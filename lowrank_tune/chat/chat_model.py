@@ -47,9 +47,16 @@ class AnswerStream:
     """
 
     def __init__(
-        self, chat_model: ChatModel, variant: Variant, input_ids: Sequence[int], sampling: SamplingParams
+        self,
+        chat_model: ChatModel,
+        variant: Variant,
+        input_ids: Sequence[int],
+        sampling: SamplingParams,
     ) -> None:
-        self.variant, self.finish_reason, self.tokens, self.seconds = variant, "", 0, 0.0
+        self.variant = variant
+        self.finish_reason = ""
+        self.tokens = 0
+        self.seconds = 0.0
         self._stop_ids = sampling.stop_ids
         template = chat_model.template
         self._decoder = IncrementalDecoder(template.decode, template.turn_delimiters, template.is_byte)

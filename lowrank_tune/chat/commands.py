@@ -41,7 +41,8 @@ def parse(line: str) -> Command | str:
     if text.startswith("//"):
         return text[1:]
     name, _, rest = text.partition(" ")
-    name, rest = ALIASES.get(name, name), rest.strip()
+    name = ALIASES.get(name, name)
+    rest = rest.strip()
     if name not in HELP:
         near = did_you_mean(name, [*HELP, *ALIASES])
         raise UserError(

@@ -55,7 +55,10 @@ class Conversation:
 
     def messages(self, variant: str, start_index: int = 0, end: int | None = None) -> list[Message]:
         """The answered exchanges from `start_index` to before `end`, behind the system prompt."""
-        history = [Message("system", self.system_prompt)] if self.system_prompt else []
+        if self.system_prompt:
+            history = [Message("system", self.system_prompt)]
+        else:
+            history = []
         for exchange in self.exchanges[start_index:end]:
             history += [Message("user", exchange.question), Message("assistant", exchange.answer_for(variant).text)]
         return history
@@ -72,7 +75,10 @@ class Conversation:
         """Exchange `number`'s prompt. Where the base has too few positions, the oldest exchanges are left out until an
         answer of `max_new_tokens` has room, or one of a quarter of all positions. Raises UserError where the question
         alone is too long."""
-        needed = max_new_tokens if positions is None else min(max_new_tokens, max(1, positions // 4))
+        if positions is None:
+            needed = max_new_tokens
+        else:
+            needed = min(max_new_tokens, max(1, positions // 4))
         for start in range(number + 1):
             ids = template.prompt([*self.messages(variant, start, number), Message("user", question)])
             room = max_new_tokens if positions is None else positions - len(ids)

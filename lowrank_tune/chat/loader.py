@@ -41,7 +41,10 @@ def load_chat_model(
     base_config = _base(target, saved, bits, base)
     emit(LogMessage(message=target.description if target.model else f"{target.description}; over {base_config.model}"))
     try:
-        template_date = target.run.recipe.data.template_date if target.run is not None else None
+        if target.run is not None:
+            template_date = target.run.recipe.data.template_date
+        else:
+            template_date = None
         template = _template(base_config, target.adapter, template_date, emit)
         factors = _rope_factors(target, base_config, max_new_tokens)
         emit(Progress(description=f"loading {base_config.model}", done=0, total=1))
@@ -58,21 +61,23 @@ def load_chat_model(
     if target.run is not None:
         _check(target.run, loaded, emit)
     # Roles need an adapter, and a model alone has none: a fresh one that no stack holds is never heard.
-    roles = (
-        roles_of(saved, loaded)
-        if saved
-        else Roles(
+    if saved:
+        roles = roles_of(saved, loaded)
+    else:
+        roles = Roles(
             loaded,
             {"unheard": lora_config(AdapterConfig(r=1), loaded.model)},
             trainable=[],
             stacks={"policy": []},
         )
-    )
     emit(LogMessage(message=template.describe()))
     if loaded.rope is not None:
         emit(LogMessage(message=loaded.rope.describe()))
     positions = loaded.max_row_length or getattr(loaded.model.config.get_text_config(), "max_position_embeddings", None)
-    system = target.run.recipe.data.system_prompt if target.run is not None else None
+    if target.run is not None:
+        system = target.run.recipe.data.system_prompt
+    else:
+        system = None
     return ChatModel(
         roles,
         template,
@@ -102,7 +107,10 @@ def _adapters(target: ChatTarget, emit: Emit) -> Mapping[str, SavedAdapter]:
 
 
 def _base(
-    target: ChatTarget, saved_adapters: Mapping[str, SavedAdapter], bits: int | None, base: str | None
+    target: ChatTarget,
+    saved_adapters: Mapping[str, SavedAdapter],
+    bits: int | None,
+    base: str | None,
 ) -> BaseConfig:
     """Which base to load. Raises UserError."""
     if target.model is not None:
@@ -116,12 +124,17 @@ def _base(
                 f"--bits: {target.run.path} was trained over {base_config.bits} bits, and over others it answers "
                 "differently"
             )
-        return base_config.model_copy(update={"model": base}) if base else base_config
+        if base:
+            return base_config.model_copy(update={"model": base})
+        return base_config
     top = list(saved_adapters.values())[-1]
     if base is None and not top.base_name:
         raise UserError(f"{target.adapter} does not say over which base it was trained: name it with --base")
     revision = top.config.revision
-    pinned = f"{top.base_name}@{revision}" if revision and "@" not in str(top.base_name) else str(top.base_name)
+    if revision and "@" not in str(top.base_name):
+        pinned = f"{top.base_name}@{revision}"
+    else:
+        pinned = str(top.base_name)
     return BaseConfig(model=base or pinned, bits=16 if bits == 16 else 4)
 
 
@@ -130,7 +143,10 @@ def _rope_factors(target: ChatTarget, base_config: BaseConfig, max_new_tokens: i
     it."""
     if target.run is not None:
         return target.run.rope_factors
-    trained = adapter_rope_factors(str(target.adapter)) if target.adapter is not None else None
+    if target.adapter is not None:
+        trained = adapter_rope_factors(str(target.adapter))
+    else:
+        trained = None
     return trained or select_factors(load_config(base_config), max_new_tokens + 1)
 
 

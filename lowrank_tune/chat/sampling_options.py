@@ -64,7 +64,9 @@ class SamplingOptions:
 
     def _format_value(self, name: str) -> str:
         value = getattr(self, name)
-        return f"{value:g}" if isinstance(value, float) else str(value)
+        if isinstance(value, float):
+            return f"{value:g}"
+        return str(value)
 
     def lines(self) -> list[str]:
         """Each with what it may be."""

@@ -35,7 +35,9 @@ class ChatSession:
         variant: str,
         system_prompt: str | None,
     ) -> None:
-        self.chat_model, self.screen, self.options = chat_model, screen, options
+        self.chat_model = chat_model
+        self.screen = screen
+        self.options = options
         self.conversation, self.variants = Conversation(), self._parse_variants(variant)
         self._forgotten: dict[Variant, int] = {}
         self._presses = 0  # of Ctrl-C, since the last line was read
@@ -102,7 +104,8 @@ class ChatSession:
         return True
 
     def _run_command(self, command: Command) -> None:
-        name, rest = command.name, command.rest
+        name = command.name
+        rest = command.rest
         if name in ("/base", "/tuned", "/both"):
             self.variants = self._parse_variants(name[1:])
             if rest:
@@ -138,7 +141,12 @@ class ChatSession:
         chat_model = self.chat_model
         histories = {
             variant: self.conversation.truncate(
-                variant, number, question, chat_model.template, chat_model.positions, self.options.max_new_tokens
+                variant,
+                number,
+                question,
+                chat_model.template,
+                chat_model.positions,
+                self.options.max_new_tokens,
             )
             for variant in self.variants
         }
@@ -177,7 +185,11 @@ class ChatSession:
             raise KeyboardInterrupt
 
     def _stream(
-        self, batch: Sequence[AnswerStream], streams: Sequence[AnswerStream], view: AnswerView, exchange: Exchange
+        self,
+        batch: Sequence[AnswerStream],
+        streams: Sequence[AnswerStream],
+        view: AnswerView,
+        exchange: Exchange,
     ) -> None:
         """Token by token, in turn, until all have ended or it is stopped. What was said counts, however it ended."""
         running = {streams.index(stream): iter(stream) for stream in batch}
@@ -204,7 +216,9 @@ class ChatSession:
             raise UserError(
                 "there are no adapters here, so only the base can answer: open a run to hear what it learned"
             )
-        return ["base", "tuned"] if name == "both" else [cast(Variant, name)]
+        if name == "both":
+            return ["base", "tuned"]
+        return [cast(Variant, name)]
 
     def _system(self, rest: str) -> None:
         if rest:
@@ -222,7 +236,8 @@ class ChatSession:
             is not None
         ):
             raise UserError(f"this system prompt cannot be used with this base: {reason}")
-        self.conversation.system_prompt, self._forgotten = text or None, {}
+        self.conversation.system_prompt = text or None
+        self._forgotten = {}
 
     def _set(self, rest: str) -> None:
         if not rest:
@@ -237,7 +252,8 @@ class ChatSession:
     def _retry(self) -> None:
         if not self.conversation.exchanges:
             raise UserError("there is no question to ask again yet")
-        exchange, number = self.conversation.exchanges[-1], len(self.conversation.exchanges) - 1
+        exchange = self.conversation.exchanges[-1]
+        number = len(self.conversation.exchanges) - 1
         histories = self._truncate_history(number, exchange.question)
         before = dict(exchange.answers)
         exchange.attempt += 1
@@ -270,23 +286,27 @@ class ChatSession:
         self.screen.note("\n".join(help_lines()))
 
     def _save(self, rest: str) -> None:
-        file, variant = rest, self.variants[-1]
+        file = rest
+        variant = self.variants[-1]
         for named in _VARIANT_LABELS:
             if rest.endswith(f" {named}"):
-                file, variant = rest[: -len(named)].strip(), named
+                file = rest[: -len(named)].strip()
+                variant = named
         if not file:
             raise UserError("/save needs a file, as in `/save talks.jsonl`")
         messages, left_out = self.conversation.row(variant)
         if not any(message.role == "assistant" for message in messages):
-            why = ": no answer came to an end of its own" if self.conversation.exchanges else ""
+            if self.conversation.exchanges:
+                why = ": no answer came to an end of its own"
+            else:
+                why = ""
             raise UserError(f"there is nothing to save yet{why}")
         append_row(Path(file).expanduser(), messages)
         saved = len(self.conversation.exchanges) - left_out
-        why = (
-            f"; left out from the first answer on that did not end by itself: {_pluralize(left_out, 'exchange')}"
-            if left_out
-            else ""
-        )
+        if left_out:
+            why = f"; left out from the first answer on that did not end by itself: {_pluralize(left_out, 'exchange')}"
+        else:
+            why = ""
         self.screen.note(
             f"{file}: one row more, {_pluralize(saved, 'exchange')} as {variant} had it{why}",
             "warning" if left_out else "quiet",
@@ -302,19 +322,17 @@ def _pluralize(number: int, noun: str) -> str:
 
 def _answer_stats(stream: AnswerStream, max_new_tokens: int) -> tuple[str, bool]:
     """What there is to say of an answer below it, and whether it is a warning."""
-    pace = (
-        f"{_pluralize(stream.tokens, 'token')}, {stream.tokens / stream.seconds:.0f}/s"
-        if stream.seconds
-        else _pluralize(stream.tokens, "token")
-    )
+    if stream.seconds:
+        pace = f"{_pluralize(stream.tokens, 'token')}, {stream.tokens / stream.seconds:.0f}/s"
+    else:
+        pace = _pluralize(stream.tokens, "token")
     if not stream.finish_reason:
         return f"[stopped after {pace}]", False
     if stream.finish_reason == "length":
-        why = (
-            "`/set max_new_tokens` to more"
-            if stream.tokens >= max_new_tokens
-            else "the base's positions are used up; `/reset` makes room"
-        )
+        if stream.tokens >= max_new_tokens:
+            why = "`/set max_new_tokens` to more"
+        else:
+            why = "the base's positions are used up; `/reset` makes room"
         return f"[cut off after {pace}: {why}]", True
     if not stream.text.strip():
         return "[no words: it ended at once]", True

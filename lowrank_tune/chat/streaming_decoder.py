@@ -25,20 +25,25 @@ class IncrementalDecoder:
         turn: re.Pattern[str] | None = None,
         is_byte: Callable[[int], bool] | None = None,
     ) -> None:
-        self.decode, self.turn, self.turned = decode, turn, False
+        self.decode = decode
+        self.turn = turn
+        self.turned = False
         self._is_byte = is_byte
         self._ids: list[int] = []
         # Tokens from `_context` on are decoded anew each time, for a first token may lose its space; those up to
         # `_read` have been told.
-        self._context, self._read = 0, 0
-        self._text, self._emitted = "", 0
+        self._context = 0
+        self._read = 0
+        self._text = ""
+        self._emitted = 0
 
     def add(self, token: int) -> str:
         """The next piece, often an empty one."""
         self._ids.append(token)
         if self._is_byte is not None and self._is_byte(token):
             return ""
-        before, now = self.decode(self._ids[self._context : self._read]), self.decode(self._ids[self._context :])
+        before = self.decode(self._ids[self._context : self._read])
+        now = self.decode(self._ids[self._context :])
         if len(now) > len(before) and not now.endswith(REPLACEMENT_CHAR):
             self._text += now[len(before) :]
             self._context, self._read = self._read, len(self._ids)

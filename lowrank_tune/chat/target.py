@@ -52,9 +52,10 @@ def resolve_target(name: str) -> ChatTarget:
         or name.count("/") > 1
         or (len(path.parts) > 1 and Path(path.parts[0]).is_dir())
     ):
-        siblings = (
-            [str(path.parent / sibling.name) for sibling in path.parent.glob("*/")] if path.parent.is_dir() else []
-        )
+        if path.parent.is_dir():
+            siblings = [str(path.parent / sibling.name) for sibling in path.parent.glob("*/")]
+        else:
+            siblings = []
         raise UserError(f"there is no run or model {name}{did_you_mean(str(path), siblings)}")
     if (Path("runs") / path / "run.json").is_file():
         raise UserError(f"there is no folder {name}; did you mean `{Path('runs') / path}`?")
@@ -135,7 +136,10 @@ def _chain(folder: Path, stages: list[Any]) -> ChatTarget:
         if (run / "final" / CONFIG).is_file() or _steps(run):
             target = _run(run)
             missing = writers[writers.index(stage) + 1 :]
-            later = f"; {', '.join(missing)} of this chain left nothing yet" if missing else ""
+            if missing:
+                later = f"; {', '.join(missing)} of this chain left nothing yet"
+            else:
+                later = ""
             return ChatTarget(target.description + later, target.run, target.checkpoint)
     raise UserError(
         f"{folder} is a chain that has left nothing to talk to yet: none of {', '.join(writers)} has a checkpoint"
@@ -150,21 +154,24 @@ def _latest_checkpoint(run: FinishedRun) -> ChatTarget:
             state = load(path, path.name).documents.get("state.json", {})
         except CorruptCheckpoint:  # set aside by the run itself, when it goes on
             continue
-        best = (
-            _get_mapping(_get_mapping(state, "memory"), "best_step")
-            if run.recipe.train.load_best_model_at_end
-            else None
-        )
+        if run.recipe.train.load_best_model_at_end:
+            best = _get_mapping(_get_mapping(state, "memory"), "best_step")
+        else:
+            best = None
         if (
             isinstance(best, int)
             and path.name != f"step-{best}"
             and (better := path.with_name(f"step-{best}")).is_dir()
         ):
             return _checkpoint(
-                run, better, f" that has not ended: its best checkpoint so far, of step {best} (the newest is {path})"
+                run,
+                better,
+                f" that has not ended: its best checkpoint so far, of step {best} (the newest is {path})",
             )
         return _checkpoint(
-            run, path, f" that has not ended: its newest checkpoint, of step {path.name.removeprefix('step-')}"
+            run,
+            path,
+            f" that has not ended: its newest checkpoint, of step {path.name.removeprefix('step-')}",
         )
     raise UserError(f"{run.path} has not ended and holds no whole checkpoint yet, so there is nothing to talk to")
 
@@ -174,7 +181,9 @@ def _checkpoint(run: FinishedRun, path: Path, description: str = "") -> ChatTarg
     load(path, path.name)
     description = description or f": the checkpoint of step {path.name.removeprefix('step-')}"
     return ChatTarget(
-        f"{run.path}, a run of {run.recipe.algorithm}{description}", run, path / run.recipe.trained_adapter
+        f"{run.path}, a run of {run.recipe.algorithm}{description}",
+        run,
+        path / run.recipe.trained_adapter,
     )
 
 

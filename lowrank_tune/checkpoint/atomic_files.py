@@ -50,7 +50,9 @@ def replace_nonfinite(value: Any) -> Any:
         return value if math.isfinite(value) else None
     if isinstance(value, Mapping):
         return {key: replace_nonfinite(entry) for key, entry in value.items()}
-    return [replace_nonfinite(entry) for entry in value] if isinstance(value, (list, tuple)) else value
+    if isinstance(value, (list, tuple)):
+        return [replace_nonfinite(entry) for entry in value]
+    return value
 
 
 def write_fully(descriptor: int, data: bytes) -> None:

@@ -33,7 +33,8 @@ class CorruptCheckpoint(UserError):
     """A checkpoint that is not what was written."""
 
     def __init__(self, path: Path, reason: str) -> None:
-        self.path, self.reason = path, reason
+        self.path = path
+        self.reason = reason
         super().__init__(f"the checkpoint {path} is broken: {reason}")
 
 
@@ -201,7 +202,9 @@ def broken_final_reason(final: Path) -> str | None:
             return f"{final / name} is missing"
     adapter_files = [name for name in listed if PurePosixPath(name).name in ADAPTER_FILES]
     changed = changed_file(final, adapter_files)
-    return None if changed is None else f"{final / changed} is missing or has changed since it was written"
+    if changed is None:
+        return None
+    return f"{final / changed} is missing or has changed since it was written"
 
 
 def quarantine_broken_final(final: Path, emit: Emit) -> bool:

@@ -41,10 +41,14 @@ class RunFolder:
 
     def __init__(self, path: Path) -> None:
         """Takes the folder as it is. Use `RunFolder.open`."""
-        self.path, self.continued = path, False
-        self.checkpoints, self.final = path / "checkpoints", path / "final"
-        self.events, self.samples = path / "events.jsonl", path / "samples.jsonl"
-        self.summary, self.console_log = path / "summary.json", path / "console.log"
+        self.path = path
+        self.continued = False
+        self.checkpoints = path / "checkpoints"
+        self.final = path / "final"
+        self.events = path / "events.jsonl"
+        self.samples = path / "samples.jsonl"
+        self.summary = path / "summary.json"
+        self.console_log = path / "console.log"
         self._lock: int | None = None
 
     @classmethod
@@ -91,7 +95,9 @@ class RunFolder:
         """The unfinished run that `open` would continue here; None where it would begin a new one. Raises `UserError`
         for a folder that is no run."""
         folder = next(cls._candidates(_with_name(path)))
-        return folder if folder._state() == "unfinished" else None
+        if folder._state() == "unfinished":
+            return folder
+        return None
 
     @classmethod
     def _candidates(cls, path: Path) -> Iterator[Self]:
@@ -174,7 +180,10 @@ class RunFolder:
             write_fully(self._lock, f"{os.getpid()}\n".encode())
 
     def _create(
-        self, recipe: dict[str, Any], text: str, differences: Callable[[dict[str, Any], dict[str, Any]], list[str]]
+        self,
+        recipe: dict[str, Any],
+        text: str,
+        differences: Callable[[dict[str, Any], dict[str, Any]], list[str]],
     ) -> None:
         """Checks that an unfinished run may be continued, and writes what the folder is. `run.json` comes first: it
         makes it a run."""

@@ -31,7 +31,9 @@ def flatten_optimizer(state: Mapping[str, Any], names: Sequence[str]) -> tuple[d
 
 
 def restore_optimizer(
-    tensors: Mapping[str, Tensor], document: Mapping[str, Any], names: Sequence[str]
+    tensors: Mapping[str, Tensor],
+    document: Mapping[str, Any],
+    names: Sequence[str],
 ) -> dict[str, Any]:
     """The `state_dict` for an optimizer whose parameter i is `names[i]`, whatever order they had when it was saved.
 

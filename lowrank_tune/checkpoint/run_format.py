@@ -26,5 +26,8 @@ def check_run_format(run: Path) -> None:
     if version == VERSION:
         return
     reader = LAST_READER.get(version) if isinstance(version, int) else None
-    which = f"use lowrank_tune {reader}" if reader else "a newer lowrank_tune wrote it: install that one"
+    if reader:
+        which = f"use lowrank_tune {reader}"
+    else:
+        which = "a newer lowrank_tune wrote it: install that one"
     raise UserError(f"{run} has run format {version}, and this version reads format {VERSION}: {which}")

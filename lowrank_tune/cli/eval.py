@@ -45,7 +45,10 @@ NumSamples = Annotated[
 PassAtK = Annotated[
     list[int] | None,
     typer.Option(
-        "--pass-at-k", min=1, metavar="K", help="Report pass@K beside pass@1; can be repeated. Default: --num-samples."
+        "--pass-at-k",
+        min=1,
+        metavar="K",
+        help="Report pass@K beside pass@1; can be repeated. Default: --num-samples.",
     ),
 ]
 Temperature = Annotated[

@@ -26,7 +26,9 @@ def find_examples() -> dict[str, Path]:
     package = Path(__file__).resolve().parent.parent
     folders = (package / "examples", package.parent / "examples")
     folder = next((folder for folder in folders if folder.is_dir()), None)
-    return {script.stem: script for script in sorted(folder.glob("*.py"))} if folder else {}
+    if folder:
+        return {script.stem: script for script in sorted(folder.glob("*.py"))}
+    return {}
 
 
 def summarize_script(text: str) -> str:

@@ -94,7 +94,10 @@ def export_command(
 
         def show_upload(planned_upload: Upload) -> None:
             plain.close()
-            visibility = "everybody can read" if planned_upload.public else "private"
+            if planned_upload.public:
+                visibility = "everybody can read"
+            else:
+                visibility = "private"
             repository = {True: "a new repository", False: "which is there", None: "not looked up: HF_HUB_OFFLINE"}
             print(
                 f"to {planned_upload.repo} ({repository[planned_upload.new]}, {visibility}): "

@@ -49,7 +49,8 @@ def arrange_commands(app: typer.Typer) -> None:
         command.rich_help_panel = panel_of[command.name or ""]
     app.registered_groups.sort(key=lambda group: order.index(group.name or ""))
     for group in app.registered_groups:
-        group.cls, group.rich_help_panel = HelpGroup, panel_of[group.name or ""]
+        group.cls = HelpGroup
+        group.rich_help_panel = panel_of[group.name or ""]
         for command in group.typer_instance.registered_commands if group.typer_instance is not None else ():
             _set_help(command)
 

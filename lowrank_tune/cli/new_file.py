@@ -13,5 +13,8 @@ def write_new_file(file: Path, text: str, instead: str) -> None:
         with file.open("x", encoding="utf-8") as opened:
             opened.write(text)
     except OSError as error:
-        reason = f"is there already; {instead}" if file.exists() else f"cannot be written: {error.strerror or error}"
+        if file.exists():
+            reason = f"is there already; {instead}"
+        else:
+            reason = f"cannot be written: {error.strerror or error}"
         raise UserError(f"{file}: {reason}") from error

@@ -49,9 +49,16 @@ def plan_command(
             from lowrank_tune.memory_planner import Plan, gpu_memory_gib, plan
             from lowrank_tune.ui.views.plan import show, worst_stage_line
 
-        console, plans = Console(highlight=False), list[Plan]()
-        found_gib = None if device == PlanDevice.cpu else vram or gpu_memory_gib()
-        vram_gib = 0.0 if device == PlanDevice.cpu else found_gib or DEFAULT_GPU_GIB
+        console = Console(highlight=False)
+        plans = list[Plan]()
+        if device == PlanDevice.cpu:
+            found_gib = None
+        else:
+            found_gib = vram or gpu_memory_gib()
+        if device == PlanDevice.cpu:
+            vram_gib = 0.0
+        else:
+            vram_gib = found_gib or DEFAULT_GPU_GIB
         for stage_plan in plan(loaded, vram_gib, device.value):
             if plans:
                 console.print()

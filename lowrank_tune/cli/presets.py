@@ -34,7 +34,10 @@ def presets_command(context: typer.Context) -> None:
             for base, same_base in groupby(members, key=lambda preset: preset.base):
                 print(f"  {base}")
                 for preset in same_base:
-                    peak = "" if preset.peak_gib is None else f"{preset.peak_gib:.1f} GiB"
+                    if preset.peak_gib is None:
+                        peak = ""
+                    else:
+                        peak = f"{preset.peak_gib:.1f} GiB"
                     print(f"    {preset.name:<{MAX_NAME_WIDTH}}  {peak:>8}  {preset.description}")
         print("`presets show NAME` prints one, `presets copy NAME FILE` makes it yours.")
 

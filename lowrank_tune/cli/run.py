@@ -77,7 +77,8 @@ def _print_summary(outcome: RunResult) -> None:
 
 def _print_before_after(summary: dict[str, Any]) -> None:
     """The held-out table, and the same questions before and after."""
-    console, details = Console(), summary["heldout_details"]
+    console = Console()
+    details = summary["heldout_details"]
     figures = Table("held-out questions", *details, title="before and after")
     rows = {
         "accuracy": "exact answers (pass@1)",

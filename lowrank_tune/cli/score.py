@@ -80,7 +80,11 @@ def score_command(
 
 
 def _score_with_rewards(
-    recipe: str, overrides: list[str], file: str | None, limit: int | None, out: Path | None
+    recipe: str,
+    overrides: list[str],
+    file: str | None,
+    limit: int | None,
+    out: Path | None,
 ) -> None:
     """Scores with the rewards of a recipe, or of each stage of a chain that has rewards."""
     from lowrank_tune.config import Chain, load_any
@@ -94,7 +98,8 @@ def _score_with_rewards(
         from lowrank_tune.ui.terminal.plain import LineLogger
         from lowrank_tune.ui.views.completion_scores import show
 
-    status, lines = 0, list[str]()
+    status = 0
+    lines = list[str]()
     for stage in stages:
         plain = LineLogger(sys.stderr)
         try:
@@ -105,7 +110,10 @@ def _score_with_rewards(
         lines += [
             json.dumps({**({"stage": stage.name} if len(stages) > 1 else {}), **line}) for line in result.to_records()
         ]
-        status = INTERRUPTED if result.interrupted else max(status, int(result.stop_reason() is not None))
+        if result.interrupted:
+            status = INTERRUPTED
+        else:
+            status = max(status, int(result.stop_reason() is not None))
         if result.interrupted:
             break
     if out is not None:

@@ -61,11 +61,9 @@ def conflicts(stages: Stages, index: int) -> Iterator[Finding]:
     stage = stages[index]
     yield from _base_conflicts(stages[0], stage)
     yield from _template_date_conflicts(stages[0], stage)
-    loaded, finished, trained = (
-        frozen_adapters_of(stages, index),
-        frozen_stage_names(stages, index),
-        default_adapter_name(stage.get("algorithm")),
-    )
+    loaded = frozen_adapters_of(stages, index)
+    finished = frozen_stage_names(stages, index)
+    trained = default_adapter_name(stage.get("algorithm"))
     own = adapters_of(stage)
     for name in dict.fromkeys([*own, trained]):
         if name in finished and name != reward_model_rules.REWARD_ADAPTER:  # which is told where it is given

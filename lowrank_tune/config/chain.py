@@ -60,10 +60,8 @@ class Chain:
         if not self.stages:
             problems.append(ConfigProblem("must have at least one entry", "stages"))
         for index, stage in enumerate(self.stages):
-            frozen_adapters, has_reward_stage = (
-                frozen_stage_names(data, index),
-                reward_source_stage(data, index) is not None,
-            )
+            frozen_adapters = frozen_stage_names(data, index)
+            has_reward_stage = reward_source_stage(data, index) is not None
             findings = [
                 *conflicts(data, index),
                 *rules.reference_findings(data[index], frozen_adapters),
@@ -119,11 +117,15 @@ class Chain:
         """The recipe of a stage with all that lies below its own adapter; `folders` are those of the finished stages,
         by name."""
         stages = [stage.to_dict() for stage in self.stages]
-        own, trained = stages[index], self.stages[index].trained_adapter
+        own = stages[index]
+        trained = self.stages[index].trained_adapter
         frozen = {name: adapter for name, adapter in own["adapters"].items() if name != trained}
         finished = {name: {"path": folders[name]} for name in frozen_stage_names(stages, index)}
         reward_stage = reward_source_stage(stages, index)
-        reward_model = {reward_model_rules.REWARD_ADAPTER: {"path": folders[reward_stage]}} if reward_stage else {}
+        if reward_stage:
+            reward_model = {reward_model_rules.REWARD_ADAPTER: {"path": folders[reward_stage]}}
+        else:
+            reward_model = {}
         adapters = {
             **frozen,
             **frozen_adapters_of(stages, index),
@@ -193,12 +195,18 @@ def label_problems(problems_by_stage: Sequence[tuple[str, Sequence[ConfigProblem
 def _stage_recipe(data: dict[str, Any], has_reward_stage: bool) -> Recipe:
     """A stage that was judged. Its `reference` and, where it `has_reward_stage`, its reward model name what only the
     chain knows of: they are set past the recipe's own rules."""
-    claimed, adapters = data.get("reference"), data.get("adapters") or {}
-    stands_in = {"adapters": {**adapters, reward_model_rules.REWARD_ADAPTER: {"path": "."}}} if has_reward_stage else {}
+    claimed = data.get("reference")
+    adapters = data.get("adapters") or {}
+    if has_reward_stage:
+        stands_in = {"adapters": {**adapters, reward_model_rules.REWARD_ADAPTER: {"path": "."}}}
+    else:
+        stands_in = {}
     recipe = Recipe.model_validate({key: value for key, value in (data | stands_in).items() if key != "reference"})
     own = {name: adapter for name, adapter in recipe.adapters.items() if name != reward_model_rules.REWARD_ADAPTER}
     changes = {
         **({"adapters": own} if has_reward_stage else {}),
         **({"reference": claimed} if claimed is not None else {}),
     }
-    return recipe.model_copy(update=changes) if changes else recipe
+    if changes:
+        return recipe.model_copy(update=changes)
+    return recipe

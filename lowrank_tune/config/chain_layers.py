@@ -59,7 +59,11 @@ class StageDraft:
 
 
 def draft_stages(
-    stages: Node, shared: Node, overrides: Sequence[Override], problems: list[ConfigProblem], files: bool
+    stages: Node,
+    shared: Node,
+    overrides: Sequence[Override],
+    problems: list[ConfigProblem],
+    files: bool,
 ) -> list[StageDraft]:
     """The stages with all their layers; what cannot be one is told."""
     drafts = _new_drafts(stages, problems)
@@ -72,7 +76,10 @@ def draft_stages(
         draft.algorithm = _algorithm_override(valid_overrides, draft) or draft.algorithm
     for draft in drafts:
         _apply_layers(
-            draft, shared, valid_overrides, {each.algorithm for each in drafts if isinstance(each.algorithm, str)}
+            draft,
+            shared,
+            valid_overrides,
+            {each.algorithm for each in drafts if isinstance(each.algorithm, str)},
         )
     return drafts
 
@@ -84,11 +91,10 @@ def _new_drafts(stages: Node, problems: list[ConfigProblem]) -> list[StageDraft]
         )
         return []
     if not 0 < len(stages.value) <= MAX_STAGES:
-        message = (
-            f"has {len(stages.value)} entries, and a chain has at most {MAX_STAGES}"
-            if stages.value
-            else "must have at least one entry"
-        )
+        if stages.value:
+            message = f"has {len(stages.value)} entries, and a chain has at most {MAX_STAGES}"
+        else:
+            message = "must have at least one entry"
         problems.append(stages.position.problem(message, ("stages",)))
         return []
     for index, node in enumerate(stages.value):
@@ -136,11 +142,14 @@ def _set_name(draft: StageDraft, shared: Node, others: Sequence[StageDraft], pro
     given = find_node(draft.own, ("name",))
     path: Path = ("stages", draft.index)
     if given is None or given.value is None:
-        name, position = draft.algorithm, draft.own.position
+        name = draft.algorithm
+        position = draft.own.position
         if not isinstance(name, str) or not NAME_PATTERN.fullmatch(name):
             return  # and the algorithm is told
     else:
-        name, position, path = given.value, given.position, (*path, "name")
+        name = given.value
+        position = given.position
+        path = (*path, "name")
     if name == "base":
         problems.append(position.problem("is no name for a stage: `base` is the base itself", path))
     elif not isinstance(name, str) or not NAME_PATTERN.fullmatch(name):
@@ -153,7 +162,9 @@ def _set_name(draft: StageDraft, shared: Node, others: Sequence[StageDraft], pro
 
 
 def _checked_overrides(
-    overrides: Sequence[Override], drafts: Sequence[StageDraft], problems: list[ConfigProblem]
+    overrides: Sequence[Override],
+    drafts: Sequence[StageDraft],
+    problems: list[ConfigProblem],
 ) -> list[Override]:
     """The overrides for stages; those for the chain itself are taken elsewhere, and those for stages that are not there
     are told."""
@@ -176,7 +187,9 @@ def _invalid_override(path: Path, names: list[str]) -> str:
         return f"no stage is called {word!r:.60}{did_you_mean(word, names) or '; there are ' + ', '.join(names)}"
     if len(path) < 3:
         return f"is no single setting; say stages.{word or 'NAME'}.train.max_steps=100"
-    return "cannot be given here; it stands in the file" if path[2] in ("name", "extends", "stages") else ""
+    if path[2] in ("name", "extends", "stages"):
+        return "cannot be given here; it stands in the file"
+    return ""
 
 
 def _common_overrides(overrides: Sequence[Override]) -> list[Override]:

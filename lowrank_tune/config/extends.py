@@ -54,7 +54,9 @@ def near_recipe(file: File) -> str:
         names |= {other.stem: display_path(other) for other in file.parent.iterdir() if other.suffix in SUFFIXES}
     stem = file.stem if file.suffix in SUFFIXES else file.name
     matches = get_close_matches(stem, names, n=1, cutoff=0.6)
-    return f"; did you mean `{names[matches[0]]}`?" if matches else ""
+    if matches:
+        return f"; did you mean `{names[matches[0]]}`?"
+    return ""
 
 
 def is_file_name(text: str) -> bool:
@@ -67,7 +69,9 @@ def display_path(file: File) -> str:
         relative = os.path.relpath(file)
     except (ValueError, OSError):
         return str(file)
-    return str(file) if relative.startswith(os.pardir) else relative
+    if relative.startswith(os.pardir):
+        return str(file)
+    return relative
 
 
 def read_file(file: File) -> bytes:
@@ -93,7 +97,11 @@ def read_tree(file: File, problems: list[ConfigProblem], children: Sequence[File
         return tree
     try:
         parent = read_parent(
-            tree.value.pop("extends"), file.parent, problems, ("extends",), [*children, file.resolve()]
+            tree.value.pop("extends"),
+            file.parent,
+            problems,
+            ("extends",),
+            [*children, file.resolve()],
         )
     except ParentNotFound:
         return tree
@@ -105,7 +113,11 @@ class ParentNotFound(Exception):
 
 
 def read_parent(
-    extends_node: Node, folder: File, problems: list[ConfigProblem], path: Path, children: Sequence[File] = ()
+    extends_node: Node,
+    folder: File,
+    problems: list[ConfigProblem],
+    path: Path,
+    children: Sequence[File] = (),
 ) -> Node | None:
     """What `extends` names, without what is not inherited. None where its text could not be read."""
 
@@ -116,9 +128,10 @@ def read_parent(
     if not isinstance(extends_node.value, str):
         raise not_found("expected the name of a preset, or a path relative to this file")
     try:
-        parent_file = (
-            folder / extends_node.value if is_file_name(extends_node.value) else find_preset(extends_node.value)
-        )
+        if is_file_name(extends_node.value):
+            parent_file = folder / extends_node.value
+        else:
+            parent_file = find_preset(extends_node.value)
         if parent_file.resolve() in children:
             raise not_found(f"goes in a circle: {' -> '.join(ancestor.name for ancestor in [*children, parent_file])}")
         if len(children) > MAX_PARENTS:
@@ -139,7 +152,10 @@ def _resolve_stage_parents(tree: Node, file: File) -> None:
     in."""
     stages = tree.value.get("stages")
     for stage in stages.value if stages is not None and isinstance(stages.value, list) else ():
-        line = stage.value.get("extends") if isinstance(stage.value, dict) else None
+        if isinstance(stage.value, dict):
+            line = stage.value.get("extends")
+        else:
+            line = None
         if line is not None and isinstance(line.value, str) and is_file_name(line.value):
             line.value = str(file.parent / line.value)
 
@@ -251,7 +267,10 @@ def set_value(tree: Node, path: Path, new: Node, problems: list[ConfigProblem]) 
         last = index == len(path) - 1
         if isinstance(node.value, list):
             if not isinstance(step, int) or step >= len(node.value):
-                entries = f"entries 0 to {len(node.value) - 1}" if node.value else "no entries"
+                if node.value:
+                    entries = f"entries 0 to {len(node.value) - 1}"
+                else:
+                    entries = "no entries"
                 problems.append(
                     OVERRIDE_POSITION.problem(f"`{'.'.join(map(str, path[:index]))}` is a list with {entries}", path)
                 )
@@ -280,7 +299,10 @@ def set_value(tree: Node, path: Path, new: Node, problems: list[ConfigProblem]) 
 def read_recipe(preset_or_path: str) -> tuple[Node, list[ConfigProblem], str]:
     """The tree of a preset or file, the faults so far, and the name that the file gives."""
     problems: list[ConfigProblem] = []
-    file = File(preset_or_path) if is_file_name(preset_or_path) else find_preset(preset_or_path)
+    if is_file_name(preset_or_path):
+        file = File(preset_or_path)
+    else:
+        file = find_preset(preset_or_path)
     tree = read_tree(file, problems)
     if tree is None:
         raise ConfigError(problems)

@@ -78,11 +78,9 @@ _Dumper.add_representer(
 
 def _style(text: str) -> str | None:
     """Plain where it is a plain word or a sentence of them, else double quotes."""
-    return (
-        None
-        if re.fullmatch(r"[A-Za-z][A-Za-z0-9_./@-]*", text) and text.lower() not in ("null", "true", "false")
-        else '"'
-    )
+    if re.fullmatch(r"[A-Za-z][A-Za-z0-9_./@-]*", text) and text.lower() not in ("null", "true", "false"):
+        return None
+    return '"'
 
 
 def dump(recipe: RecipeConfig | Chain) -> str:
@@ -134,7 +132,8 @@ def schema() -> dict[str, Any]:
 def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     """What a continued run may not change, as `train.learning_rate: was 0.001, is 0.002`; in a chain,
     `stages.dpo.train.learning_rate`."""
-    before, after = _flat(_with_defaults(old)), _flat(new)
+    before = _flat(_with_defaults(old))
+    after = _flat(new)
     if before.get("stages") != after.get("stages"):  # other stages, or another order: their settings say nothing then
         before, after = (
             {key: value for key, value in each.items() if not key.startswith("stages.")} for each in (before, after)
@@ -170,4 +169,6 @@ def _flat(data: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _format_value(data: Mapping[str, Any], key: str) -> str:
-    return messages.describe_value(data[key]) if key in data else "not set"
+    if key in data:
+        return messages.describe_value(data[key])
+    return "not set"

@@ -47,4 +47,6 @@ def _problems_of(recipe: RecipeConfig, findings: Sequence[Finding]) -> list[Conf
 
 
 def _file_of(recipe: RecipeConfig) -> str:
-    return recipe.source_file if isinstance(recipe, Recipe) else ""
+    if isinstance(recipe, Recipe):
+        return recipe.source_file
+    return ""

@@ -41,8 +41,10 @@ def memory_settings(recipe: RecipeConfig) -> dict[str, Any]:
 def suggestions(recipe: RecipeConfig, kind: str, tokens: int, on_gpu: bool) -> str:
     """What to type after memory ran out in a piece of work that cannot be split (`kind` as in `MemoryLimits`, or any
     other word), `tokens` its length. First what a run may change when it goes on, then what makes it another run."""
-    same_run, new_run = list[str](), list[str]()
-    train, online = recipe.train, recipe.algorithm in ("grpo", "ppo")
+    same_run = list[str]()
+    new_run = list[str]()
+    train = recipe.train
+    online = recipe.algorithm in ("grpo", "ppo")
     updates = kind not in ("forward_tokens", "cache_tokens")
     if updates and train.gradient_checkpointing not in (True, "all", "auto"):
         same_run.append("train.gradient_checkpointing=true")
@@ -63,5 +65,8 @@ def suggestions(recipe: RecipeConfig, kind: str, tokens: int, on_gpu: bool) -> s
         new_run.append(f"evaluate.max_new_tokens={max(1, recipe.evaluate.max_new_tokens // 2)}")
     else:
         new_run.append(f"data.max_length={max(8, min(recipe.data.max_length, tokens or recipe.data.max_length) // 2)}")
-    continuation = [f"the same command with {' '.join(same_run)} continues"] if same_run else []
+    if same_run:
+        continuation = [f"the same command with {' '.join(same_run)} continues"]
+    else:
+        continuation = []
     return "; ".join([*continuation, f"a new run (--out) may have {' or '.join(new_run)}"])

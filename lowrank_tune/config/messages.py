@@ -363,7 +363,8 @@ def setting_locations(model: type[BaseModel], algorithm: str = "") -> dict[str, 
 
 def unknown_key_message(model: type[BaseModel], path: Path, algorithm: str = "") -> str:
     """The sentence for a key that no one knows."""
-    section, word = path[:-1], str(path[-1])
+    section = path[:-1]
+    word = str(path[-1])
     own = ALGORITHM_ALIASES.get(algorithm, {}).get(word)
     if own is None and (word in NOT_SETTINGS or word.startswith("vllm_")):
         return f"unknown key; {NOT_SETTINGS.get(word, IN_PROCESS_NOTE)}"
@@ -383,7 +384,9 @@ def unknown_key_message(model: type[BaseModel], path: Path, algorithm: str = "")
         near = [names[close_match] for close_match in get_close_matches(word, others, n=1, cutoff=0.8)]
     if near:
         return f"unknown key; did you mean `{near[0]}`?"
-    return f"unknown key; there are {', '.join(here)}" if 0 < len(here) <= 12 else "unknown key"
+    if 0 < len(here) <= 12:
+        return f"unknown key; there are {', '.join(here)}"
+    return "unknown key"
 
 
 def describe_value(value: Any) -> str:
@@ -399,7 +402,10 @@ def describe_value(value: Any) -> str:
     if isinstance(value, int) and abs(value) >= 10**18:
         return "an endless number"
     if isinstance(value, (int, float, str)):
-        text = ascii(value) if isinstance(value, str) and not value.isprintable() else repr(value)
+        if isinstance(value, str) and not value.isprintable():
+            text = ascii(value)
+        else:
+            text = repr(value)
         return text if len(text) <= 60 else f"{text[:57]}..."
     return f"a {type(value).__name__}"
 
@@ -431,13 +437,17 @@ def suggestion_for(model: type[BaseModel], path: Path, value: Any) -> str:
     if bool in kinds and isinstance(value, str) and value.lower() in ("yes", "on", "true", "no", "off", "false"):
         return f" (write `{'true' if value.lower() in ('yes', 'on', 'true') else 'false'}`)"
     choices = [str(choice) for kind in kinds if get_origin(kind) is Literal for choice in get_args(kind)]
-    near = get_close_matches(value, choices, n=1, cutoff=0.6) if isinstance(value, str) and len(choices) > 1 else []
+    if isinstance(value, str) and len(choices) > 1:
+        near = get_close_matches(value, choices, n=1, cutoff=0.6)
+    else:
+        near = []
     return f"; did you mean `{near[0]}`?" if near else ""
 
 
 def format_error(model: type[BaseModel], error: ErrorDetails, path: Path, value: Any) -> str:
     """One of pydantic's errors, for people."""
-    kind, limits = error["type"], error.get("ctx", {})
+    kind = error["type"]
+    limits = error.get("ctx", {})
     pattern_message = PATTERN_MESSAGES.get(str(path[-1]) if len(path) == 1 else "", PATTERN_MESSAGES[""])
     choices = [kind for kind in annotations_at(model, path) if get_origin(kind) is Literal]
     simple = {
@@ -465,7 +475,8 @@ def format_errors(model: type[BaseModel], data: Any, failed: ValidationError) ->
     """Each error once, with the path in the data as written (pydantic adds the tags of unions to it)."""
     reported: set[Path] = set()
     algorithm = data.get("algorithm") if isinstance(data, dict) else None
-    algorithm = algorithm if isinstance(algorithm, str) and algorithm in ALGORITHMS else ""
+    if not (isinstance(algorithm, str) and algorithm in ALGORITHMS):
+        algorithm = ""
     for error in failed.errors(include_url=False, include_context=True):
         path: Path = ()
         value = data

@@ -15,7 +15,9 @@ TRAINED_ADAPTER = {"reward": "reward"}
 def default_adapter_name(algorithm: object) -> str:
     """Returns the name of the adapter that an algorithm trains; `policy` for a value that is no algorithm, which is
     reported elsewhere."""
-    return TRAINED_ADAPTER.get(algorithm, "policy") if isinstance(algorithm, str) else "policy"
+    if isinstance(algorithm, str):
+        return TRAINED_ADAPTER.get(algorithm, "policy")
+    return "policy"
 
 
 EXTRA_ADAPTERS: dict[str, tuple[str, ...]] = {"ppo": ("value",)}
@@ -24,7 +26,9 @@ EXTRA_ADAPTERS: dict[str, tuple[str, ...]] = {"ppo": ("value",)}
 
 def extra_adapters(algorithm: object) -> tuple[str, ...]:
     """Returns the adapters of an algorithm that are beside the stack of its policy."""
-    return EXTRA_ADAPTERS.get(algorithm, ()) if isinstance(algorithm, str) else ()
+    if isinstance(algorithm, str):
+        return EXTRA_ADAPTERS.get(algorithm, ())
+    return ()
 
 
 class BaseConfig(Settings):

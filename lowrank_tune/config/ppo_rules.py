@@ -31,7 +31,8 @@ def unused_settings(data: Any) -> Iterator[Finding]:
         yield ("ppo", "missing_eos_penalty"), "does nothing without `ppo.truncated_completions`: penalize"
     if get_raw(data, "ppo", "kl_gain") is not None and get_raw(data, "ppo", "kl_target") is None:
         yield ("ppo", "kl_gain"), "does nothing without `ppo.kl_target`: the weight of the KL stays what it is"
-    value, path = get_raw(data, "adapters", "value"), get_raw(data, "adapters", "value", "path")
+    value = get_raw(data, "adapters", "value")
+    path = get_raw(data, "adapters", "value", "path")
     if get_raw(data, "ppo", "critic") == "shared":
         if get_raw(data, "ppo", "critic_init") is not None:
             yield ("ppo", "critic_init"), "does nothing with `ppo.critic`: shared, a fresh head on the policy's trunk"

@@ -57,7 +57,8 @@ def _load_preset(name: str) -> Preset:
     )
     stages = loaded.stages if isinstance(loaded, Chain) else (loaded,)
     base = stages[0].base.model
-    size, peak = SIZE.search(base), PEAK.search(find_preset(name).read_text(encoding="utf-8"))
+    size = SIZE.search(base)
+    peak = PEAK.search(find_preset(name).read_text(encoding="utf-8"))
     return Preset(
         name,
         loaded.description,

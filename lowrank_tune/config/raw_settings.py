@@ -24,11 +24,9 @@ def get_raw(data: Any, *path: str | int) -> Any:
 
 def number(value: Any) -> float | None:
     """The value where it is a number; faults of type and range are told elsewhere."""
-    return (
-        float(value)
-        if isinstance(value, float) or (isinstance(value, int) and not isinstance(value, bool) and abs(value) < 1e18)
-        else None
-    )
+    if isinstance(value, float) or (isinstance(value, int) and not isinstance(value, bool) and abs(value) < 1e18):
+        return float(value)
+    return None
 
 
 def entries(data: Any, *path: str) -> list[Any]:

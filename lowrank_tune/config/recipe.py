@@ -130,7 +130,9 @@ def sorted_problems(problems: list[ConfigProblem], first: str) -> list[ConfigPro
         )
     )
     rest = len(unique) - MAX_PROBLEMS
-    return unique if rest <= 0 else [*unique[:MAX_PROBLEMS], ConfigProblem(f"and {rest} more", file=first)]
+    if rest <= 0:
+        return unique
+    return [*unique[:MAX_PROBLEMS], ConfigProblem(f"and {rest} more", file=first)]
 
 
 def _raw_tree(data: Any) -> Any:

@@ -9,7 +9,8 @@ from typing import Any
 from lowrank_tune.config.model import default_adapter_name
 from lowrank_tune.config.raw_settings import Finding, entries, get_raw
 
-REWARD_NAME, REWARD_ADAPTER = "reward_model", "reward"
+REWARD_NAME = "reward_model"
+REWARD_ADAPTER = "reward"
 
 
 def uses_reward_model(data: Any) -> bool:

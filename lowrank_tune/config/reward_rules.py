@@ -69,7 +69,9 @@ def unused_settings(data: Any) -> Iterator[Finding]:
         yield from _unused_clip_settings(data)
         yield from _unused_kl_settings(data)
         if get_raw(data, "grpo", "missing_eos_penalty") is not None and get_raw(
-            data, "grpo", "truncated_completions"
+            data,
+            "grpo",
+            "truncated_completions",
         ) in (
             None,
             "keep",
@@ -152,12 +154,13 @@ def _invalid_reward(use: str) -> str:
         return ""
     if _is_custom(use):
         file, _, function = use.rpartition(":")
-        return (
-            ""
-            if file.endswith(".py") and function.isidentifier()
-            else "is no function in a file; write it as `./file.py:function`"
-        )
-    near = [REWARD_ALIASES[use]] if use in REWARD_ALIASES else get_close_matches(use[:80], REWARDS, n=1, cutoff=0.6)
+        if file.endswith(".py") and function.isidentifier():
+            return ""
+        return "is no function in a file; write it as `./file.py:function`"
+    if use in REWARD_ALIASES:
+        near = [REWARD_ALIASES[use]]
+    else:
+        near = get_close_matches(use[:80], REWARDS, n=1, cutoff=0.6)
     return "is no reward; " + (
         f"did you mean `{near[0]}`?" if near else f"there are {', '.join(REWARDS)} and your own, `./file.py:function`"
     )

@@ -101,11 +101,9 @@ def settings_of_other_algorithm(data: Any) -> Iterator[Finding]:
 def _replacement(key: str, algorithm: str) -> str:
     """What this algorithm uses in place of a setting."""
     replacement = REPLACEMENTS.get(key, "")
-    return (
-        f"; there is {replacement}"
-        if replacement and algorithm in USED_BY.get(replacement.split("`")[1], ALGORITHMS)
-        else ""
-    )
+    if replacement and algorithm in USED_BY.get(replacement.split("`")[1], ALGORITHMS):
+        return f"; there is {replacement}"
+    return ""
 
 
 def unused_label_smoothing(data: Any) -> Iterator[Finding]:
@@ -119,11 +117,10 @@ def unused_label_smoothing(data: Any) -> Iterator[Finding]:
 
 def unused_heldout_settings(data: Any) -> Iterator[Finding]:
     """Held-out answers need prompts; the temperature needs sampling."""
-    neither = (
-        " neither `evaluate.eval_dataset` nor validation rows"
-        if supports_validation(data)
-        else "out `evaluate.eval_dataset`"
-    )
+    if supports_validation(data):
+        neither = " neither `evaluate.eval_dataset` nor validation rows"
+    else:
+        neither = "out `evaluate.eval_dataset`"
     if get_raw(data, "evaluate", "eval_dataset") is None:
         for key in (
             "num_prompts",
@@ -156,10 +153,8 @@ def has_validation(data: Any) -> bool:
 
 def best_step_findings(data: Any) -> Iterator[Finding]:
     """The best step needs something to tell it by: the loss of validation rows, or held-out questions."""
-    by, has_heldout = (
-        get_raw(data, "evaluate", "metric_for_best_model"),
-        get_raw(data, "evaluate", "eval_dataset") is not None,
-    )
+    by = get_raw(data, "evaluate", "metric_for_best_model")
+    has_heldout = get_raw(data, "evaluate", "eval_dataset") is not None
     if by == "accuracy" and get_raw(data, "algorithm") == "reward":
         yield ("evaluate", "metric_for_best_model"), "`accuracy` needs answers, and a reward model gives none"
     elif by == "accuracy" and not has_heldout:
@@ -186,9 +181,10 @@ def settings_from_checkpoint(data: Any) -> Iterator[Finding]:
             continue
         for key in ("r", "lora_alpha", "target_modules", "use_rslora", *(() if name in trained else ("lora_dropout",))):
             if get_raw(adapter, key) is not None:
-                reason = (
-                    "does nothing for a frozen adapter" if key == "lora_dropout" else "comes from the file at `path`"
-                )
+                if key == "lora_dropout":
+                    reason = "does nothing for a frozen adapter"
+                else:
+                    reason = "comes from the file at `path`"
                 yield ("adapters", name, key), f"{reason}; leave it out"
 
 
@@ -200,11 +196,10 @@ def unused_source_settings(data: Any) -> Iterator[Finding]:
         if get_raw(source, "final_answer") is not None and (
             path[1] == "eval_dataset" or get_raw(data, "algorithm") in PAIR_ALGORITHMS
         ):
-            reason = (
-                "for held-out prompts, which no answer is trained of"
-                if path[1] == "eval_dataset"
-                else "for pairs, which stay as they are"
-            )
+            if path[1] == "eval_dataset":
+                reason = "for held-out prompts, which no answer is trained of"
+            else:
+                reason = "for pairs, which stay as they are"
             yield (*path, "final_answer"), f"does nothing {reason}"
         dataset = get_raw(source, "dataset")
         if isinstance(dataset, str) and dataset in BUILT_IN:
@@ -261,7 +256,8 @@ def mutually_exclusive_findings(data: Any) -> Iterator[Finding]:
 
 def run_length_findings(data: Any) -> Iterator[Finding]:
     """A run has an end, and its warm-up ends before that."""
-    steps, warmup = get_raw(data, "train", "max_steps"), number(get_raw(data, "train", "warmup_steps"))
+    steps = get_raw(data, "train", "max_steps")
+    warmup = number(get_raw(data, "train", "warmup_steps"))
     if steps is None and get_raw(data, "train", "num_train_epochs") is None:
         yield ("train", "max_steps"), "is missing: give `train.max_steps` or `train.num_train_epochs`"
     elif (end := number(steps)) is not None and warmup is not None and 0 < end <= warmup:
@@ -297,8 +293,14 @@ def adapter_name_findings(data: Any) -> Iterator[Finding]:
         elif name == "base":
             yield ("adapters", name), "is no name for an adapter: `base` is the base itself"
         elif name not in ppo_rules.trained_adapters(data) and get_raw(adapter, "path") is None:
-            meant = f"; did you mean `adapters.{trained}`?" if name in ("policy", "reward") else ""
-            whom = "" if trained == "policy" and not meant else f" by {algorithm}"
+            if name in ("policy", "reward"):
+                meant = f"; did you mean `adapters.{trained}`?"
+            else:
+                meant = ""
+            if trained == "policy" and not meant:
+                whom = ""
+            else:
+                whom = f" by {algorithm}"
             yield (
                 ("adapters", name, "path"),
                 f"is missing: only `{trained}` is trained{whom}, every other adapter is loaded{meant}",
@@ -323,20 +325,20 @@ def row_format_findings(data: Any) -> Iterator[Finding]:
     if not isinstance(algorithm, str) or algorithm not in ALGORITHMS:
         return
     for path, source in sources_of(data):
-        dataset, format, heldout = (
-            get_raw(source, "dataset"),
-            get_raw(source, "format"),
-            path == ("evaluate", "eval_dataset"),
-        )
+        dataset = get_raw(source, "dataset")
+        format = get_raw(source, "format")
+        heldout = path == ("evaluate", "eval_dataset")
         pairs = algorithm in PAIR_ALGORITHMS and not heldout
-        learns = (
-            "pairs"
-            if pairs
-            else "completions that it draws itself"
-            if algorithm in GENERATIVE_ALGORITHMS
-            else "single answers"
-        )
-        whose = "held-out prompts have one gold answer" if heldout else f"{algorithm} learns from {learns}"
+        if pairs:
+            learns = "pairs"
+        elif algorithm in GENERATIVE_ALGORITHMS:
+            learns = "completions that it draws itself"
+        else:
+            learns = "single answers"
+        if heldout:
+            whose = "held-out prompts have one gold answer"
+        else:
+            whose = f"{algorithm} learns from {learns}"
         if dataset == "builtin:arithmetic" and pairs:
             yield (*path, "dataset"), f"holds single answers, and {whose}; use builtin:arithmetic-preferences"
         elif dataset == "builtin:arithmetic-preferences" and not pairs:
@@ -348,14 +350,13 @@ def row_format_findings(data: Any) -> Iterator[Finding]:
         elif pairs and format not in (None, "auto", "preference"):
             yield (*path, "format"), f"{whose}, a chosen and a rejected answer; say `preference`, or leave it out"
         elif format == "preference" and not pairs:
-            fix = (
-                "name the format of single answers"
-                if heldout or algorithm in GENERATIVE_ALGORITHMS
-                else (
+            if heldout or algorithm in GENERATIVE_ALGORITHMS:
+                fix = "name the format of single answers"
+            else:
+                fix = (
                     "train with dpo or reward, or take the chosen ones: `prompt_completion` with columns: "
                     "{completion: chosen}"
                 )
-            )
             yield (*path, "format"), f"means pairs, and {whose}; {fix}"
 
 
@@ -386,7 +387,10 @@ def reference_findings(data: Any, frozen_adapters: Sequence[str] = ()) -> Iterat
     ]
     actual = frozen[-1] if frozen else "base"
     if claimed != actual:
-        words = f"`{actual}`, the adapter right below it" if frozen else "`base`, as no adapter lies below it"
+        if frozen:
+            words = f"`{actual}`, the adapter right below it"
+        else:
+            words = "`base`, as no adapter lies below it"
         yield (
             ("reference",),
             f"will be {words}: it is always the policy's stack without its top; write that, or leave it out",

@@ -113,15 +113,21 @@ class RecipeConfig(Settings):
     def _with_trained_adapter(cls, data: Any) -> Any:
         if not isinstance(data, dict) or not isinstance(data.get("adapters", {}), dict):
             return data
-        adapters, name = data.get("adapters", {}), default_adapter_name(data.get("algorithm"))
-        return data if name in adapters else {**data, "adapters": {**adapters, name: {}}}
+        adapters = data.get("adapters", {})
+        name = default_adapter_name(data.get("algorithm"))
+        if name in adapters:
+            return data
+        return {**data, "adapters": {**adapters, name: {}}}
 
     @model_validator(mode="before")
     @classmethod
     def _with_learning_rate(cls, data: Any) -> Any:
         if not isinstance(data, dict):
             return data
-        rate = DEFAULT_LEARNING_RATES.get(algorithm) if isinstance(algorithm := data.get("algorithm"), str) else None
+        if isinstance(algorithm := data.get("algorithm"), str):
+            rate = DEFAULT_LEARNING_RATES.get(algorithm)
+        else:
+            rate = None
         train = data.get("train", {})
         if rate is None:
             return data

@@ -53,7 +53,8 @@ class YamlSyntaxError(Exception):
 
     def __init__(self, message: str, line: int) -> None:
         super().__init__(message)
-        self.message, self.line = message, line
+        self.message = message
+        self.line = line
 
 
 def decode(raw: bytes) -> str:
@@ -94,7 +95,9 @@ class YamlComposer:
         if self.stack and isinstance(self.stack[-1].value, list):
             return (*self.path, len(self.stack[-1].value))
         waiting = self.keys[-1] if self.keys else None
-        return (*self.path, waiting[0]) if waiting else tuple(self.path)
+        if waiting:
+            return (*self.path, waiting[0])
+        return tuple(self.path)
 
     def compose(self, text: str) -> None:
         for event in yaml.parse(text, Loader=yaml.SafeLoader):
@@ -127,7 +130,10 @@ class YamlComposer:
         if event.tag:
             self.add_problem(f"has a tag ({event.tag:.40}); a recipe holds plain data", line)
         if isinstance(event, yaml.ScalarEvent):
-            value = parse_scalar(event.value) if event.implicit[0] else event.value
+            if event.implicit[0]:
+                value = parse_scalar(event.value)
+            else:
+                value = event.value
             if is_key:
                 self.add_key(event.value, value, line)
                 return

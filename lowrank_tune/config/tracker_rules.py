@@ -14,7 +14,10 @@ PROJECT_TRACKERS = ("wandb", "trackio", "mlflow")
 def unused_settings(data: Any) -> Iterator[Finding]:
     """A project is for trackers that have such."""
     report_to = get_raw(data, "train", "report_to")
-    names = [report_to] if isinstance(report_to, str) else entries(data, "train", "report_to")
+    if isinstance(report_to, str):
+        names = [report_to]
+    else:
+        names = entries(data, "train", "report_to")
     if get_raw(data, "train", "project") is not None and not any(name in PROJECT_TRACKERS for name in names):
         yield (
             ("train", "project"),

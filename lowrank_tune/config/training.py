@@ -87,12 +87,16 @@ class TrainingConfig(Settings):
     @property
     def trackers(self) -> tuple[str, ...]:
         """`report_to` as a list."""
-        return (self.report_to,) if isinstance(self.report_to, str) else self.report_to
+        if isinstance(self.report_to, str):
+            return (self.report_to,)
+        return self.report_to
 
     @property
     def micro_batch_rows(self) -> int | None:
         """`micro_batch_size` as a number; 4 for `auto` if the run is not planned."""
-        return 4 if self.micro_batch_size == "auto" else self.micro_batch_size
+        if self.micro_batch_size == "auto":
+            return 4
+        return self.micro_batch_size
 
 
 class EvaluationConfig(Settings):

@@ -20,7 +20,9 @@ def findings(data: Any, frozen_adapters: Sequence[str] = (), has_reward_stage: b
     model."""
     if get_raw(data, "base", "backend") != "unsloth":
         return
-    path, algorithm, adapters = ("base", "backend"), get_raw(data, "algorithm"), get_raw(data, "adapters")
+    path = ("base", "backend")
+    algorithm = get_raw(data, "algorithm")
+    adapters = get_raw(data, "adapters")
     if algorithm in ALGORITHMS and algorithm not in SUPPORTED_ALGORITHMS:
         yield (
             path,
@@ -28,7 +30,10 @@ def findings(data: Any, frozen_adapters: Sequence[str] = (), has_reward_stage: b
             "out",
         )
         return
-    others = [str(name) for name in adapters if name != "policy"] if isinstance(adapters, dict) else []
+    if isinstance(adapters, dict):
+        others = [str(name) for name in adapters if name != "policy"]
+    else:
+        others = []
     others += [
         *frozen_adapters,
         *(
@@ -40,11 +45,10 @@ def findings(data: Any, frozen_adapters: Sequence[str] = (), has_reward_stage: b
         ),
     ]
     if others:
-        reason = (
-            "the reference is no longer the base"
-            if others != [reward_model_rules.REWARD_ADAPTER]
-            else "the reward model speaks through it"
-        )
+        if others != [reward_model_rules.REWARD_ADAPTER]:
+            reason = "the reference is no longer the base"
+        else:
+            reason = "the reward model speaks through it"
         yield (
             path,
             f"`unsloth` bears the policy's adapter alone, and here is `{others[0]}` too ({reason}); use "

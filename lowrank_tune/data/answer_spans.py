@@ -48,9 +48,14 @@ class SpanFinder:
     what stands behind them."""
 
     def __init__(
-        self, renderer: TemplateRenderer, generation_prompt: GenerationPrompt, closing: re.Pattern[str]
+        self,
+        renderer: TemplateRenderer,
+        generation_prompt: GenerationPrompt,
+        closing: re.Pattern[str],
     ) -> None:
-        self._renderer, self._generation_prompt, self._closing = renderer, generation_prompt, closing
+        self._renderer = renderer
+        self._generation_prompt = generation_prompt
+        self._closing = closing
 
     def render(self, conversations: Sequence[ChatMessages]) -> list[Rendered | InvalidRow]:
         """Conversations that end with the assistant, each with its prompts and answers, in one go."""
@@ -76,10 +81,14 @@ class SpanFinder:
         texts = iter(self._renderer.render_all(requests))
         out: list[list[_Answer] | InvalidRow] = []
         for messages in conversations:
-            fault = None if all(is_text(message.content) for message in messages) else InvalidRow(NOT_TEXT)
+            if all(is_text(message.content) for message in messages):
+                fault = None
+            else:
+                fault = InvalidRow(NOT_TEXT)
             answers = []
             for index in _answer_indices(messages):
-                prompt, whole = next(texts), next(texts)
+                prompt = next(texts)
+                whole = next(texts)
                 if isinstance(prompt, str) and isinstance(whole, str):
                     answers.append(_Answer(messages[index].content, prompt, whole))
                 else:
@@ -93,11 +102,11 @@ class SpanFinder:
         completion = generation_prompt.completion(last.prompt, last.whole, last.content)
         if completion is not None:
             return completion
-        thought, reason = (
-            generation_prompt.own_thought(last.content),
-            generation_prompt.refusal(last.prompt, last.content),
-        )
-        return InvalidRow(reason) if thought is None or reason == THOUGHT_CLOSED else thought
+        thought = generation_prompt.own_thought(last.content)
+        reason = generation_prompt.refusal(last.prompt, last.content)
+        if thought is None or reason == THOUGHT_CLOSED:
+            return InvalidRow(reason)
+        return thought
 
     def _render_thoughts(
         self,
@@ -138,7 +147,9 @@ class SpanFinder:
         """Up to the end tokens behind an answer; None where nothing is left to train."""
         closing = self._closing.search(completion)
         end = closing.end("close") if closing else len(completion.rstrip())
-        return Span(len(prompt), len(prompt) + end, closing is not None) if end else None
+        if end:
+            return Span(len(prompt), len(prompt) + end, closing is not None)
+        return None
 
 
 def _answer_indices(messages: ChatMessages) -> list[int]:

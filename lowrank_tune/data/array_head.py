@@ -22,7 +22,9 @@ class ArrayHead:
     """The rows that end within the first megabyte of a JSON array; at least one, however long it is."""
 
     def __init__(self, path: Path, name: str, is_gz: bool) -> None:
-        self.path, self.name, self.is_gz = path, name, is_gz
+        self.path = path
+        self.name = name
+        self.is_gz = is_gz
 
     def lines(self) -> Iterator[int]:
         return (line for line, _ in self.rows(None))
@@ -64,7 +66,8 @@ def open_array_head(path: Path, name: str, is_gz: bool) -> DataFile:
 
 def first_values(text: str) -> list[Any]:
     """The values that are whole in the beginning of a JSON array."""
-    decoder, values = json.JSONDecoder(), list[Any]()
+    decoder = json.JSONDecoder()
+    values = list[Any]()
     position = text.index("[") + 1
     while between := BETWEEN.match(text, position):
         try:

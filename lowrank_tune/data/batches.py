@@ -15,14 +15,13 @@ def collate(rows: Sequence[Row], pad_id: int) -> Batch:
     """Pads on the right. What is padding is told by `attention_mask`, never by an id, so that any id may pad."""
     width = max(len(row.input_ids) for row in rows)
     input_ids = np.full((len(rows), width), pad_id, dtype=np.int64)
-    attention_mask, completion_mask = np.zeros((len(rows), width), dtype=bool), np.zeros((len(rows), width), dtype=bool)
+    attention_mask = np.zeros((len(rows), width), dtype=bool)
+    completion_mask = np.zeros((len(rows), width), dtype=bool)
     for index, row in enumerate(rows):
         length = len(row.input_ids)
-        input_ids[index, :length], completion_mask[index, :length], attention_mask[index, :length] = (
-            row.input_ids,
-            row.completion_mask,
-            True,
-        )
+        input_ids[index, :length] = row.input_ids
+        completion_mask[index, :length] = row.completion_mask
+        attention_mask[index, :length] = True
     return Batch(torch.from_numpy(input_ids), torch.from_numpy(attention_mask), torch.from_numpy(completion_mask))
 
 

@@ -26,7 +26,10 @@ def token_budget_batches(rows: TokenizedDataset, micro_tokens: int) -> Iterator[
 
 
 def chunked(
-    limits: MemoryLimits, rows: TokenizedDataset, micro_tokens: int, work: Callable[[Sequence[int]], T]
+    limits: MemoryLimits,
+    rows: TokenizedDataset,
+    micro_tokens: int,
+    work: Callable[[Sequence[int]], T],
 ) -> Iterator[tuple[Sequence[int], T]]:
     """What `work`, which keeps no gradient, makes of all units of a store, as many at once as fit `micro_tokens` and
     the memory."""

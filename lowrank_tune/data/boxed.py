@@ -20,7 +20,8 @@ def to_boxed(reply: str) -> str:
     match = END_PATTERN.search(reply)
     if match is None:
         return reply
-    answer, before = (match["hashes"] or match["told"]).strip(), reply[: match.start()]
+    answer = (match["hashes"] or match["told"]).strip()
+    before = reply[: match.start()]
     if last_boxed(answer) is not None:
         return reply
     if match["told"] and last_boxed(before) == answer.strip("$"):
@@ -32,8 +33,6 @@ def to_boxed(reply: str) -> str:
 def box_final_answer(conversation: Conversation) -> Conversation:
     """The same of the last reply of a conversation; its gold answer stays what it was."""
     *others, last = conversation.messages
-    return (
-        conversation
-        if last.role != "assistant"
-        else Conversation((*others, Message("assistant", to_boxed(last.content))), conversation.ground_truth)
-    )
+    if last.role != "assistant":
+        return conversation
+    return Conversation((*others, Message("assistant", to_boxed(last.content))), conversation.ground_truth)

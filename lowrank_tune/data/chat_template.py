@@ -29,7 +29,8 @@ class ChatTemplate:
         scheme: DefaultTemplate | PlainTextTemplate | JinjaChatTemplate,
         date_written: date | None = None,
     ) -> None:
-        self._backend, self._scheme = backend, scheme
+        self._backend = backend
+        self._scheme = scheme
         self.date_written: date | None = date_written
         """The date in every text, where the template writes one; fixed when this was made."""
         self.tokenizer: Any = backend.tokenizer
@@ -102,12 +103,16 @@ class ChatTemplate:
     def turn_delimiters(self) -> re.Pattern[str] | None:
         """What an answer must not hold, for it begins another turn: of bases whose markers are plain words. Else
         control tokens do that."""
-        return self._scheme.marker_pattern if isinstance(self._scheme, PlainTextTemplate) else None
+        if isinstance(self._scheme, PlainTextTemplate):
+            return self._scheme.marker_pattern
+        return None
 
     @property
     def dated_chat_template(self) -> str:
         """`chat_template` with its date fixed, where it writes one: it renders the text that is trained, on any day."""
-        return self._scheme.dated_chat_template if isinstance(self._scheme, JinjaChatTemplate) else self.chat_template
+        if isinstance(self._scheme, JinjaChatTemplate):
+            return self._scheme.dated_chat_template
+        return self.chat_template
 
     def render(self, messages: list[dict[str, str]], add_generation_prompt: bool) -> str:
         """What `dated_chat_template` makes of turns in other software."""
@@ -140,5 +145,8 @@ class ChatTemplate:
     def describe(self) -> str:
         """One sentence for the start-up line."""
         ends = ", ".join(f"`{self._backend.id_to_token(number)}`" for number in sorted(self.end_ids))
-        dated = f"; it writes the date {self.date_written}" if self.date_written else ""
+        if self.date_written:
+            dated = f"; it writes the date {self.date_written}"
+        else:
+            dated = ""
         return f"chat text by {self._scheme.description}{dated}; an answer ends at {ends}"

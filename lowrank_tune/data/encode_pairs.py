@@ -74,7 +74,10 @@ def _encode(pairs: Sequence[PreferencePair], template: ChatTemplate) -> list[tup
 
 
 def _encode_completions(
-    messages: Messages, chosen: Row, rejected: Row, template: ChatTemplate
+    messages: Messages,
+    chosen: Row,
+    rejected: Row,
+    template: ChatTemplate,
 ) -> tuple[list[int], RowPair | InvalidRow]:
     try:
         prompt = template.prompt(messages)
@@ -102,7 +105,10 @@ def _truncate(pair: PreferencePair, prompt: int, data: DataConfig, template: Cha
     """The pair without the oldest exchanges of its prompt, as few as it takes. No answer is ever cut, and the last
     question stays."""
     reason = f"longer than data.max_length ({data.max_length} tokens)"
-    shorter = _drop_oldest_turns(pair.prompt) if data.truncation == "truncate" else iter(())
+    if data.truncation == "truncate":
+        shorter = _drop_oldest_turns(pair.prompt)
+    else:
+        shorter = iter(())
     for messages in shorter:
         ((ids, rows),) = _encode([PreferencePair(messages, pair.chosen, pair.rejected)], template)
         if isinstance(rows, InvalidRow) or _max_length(rows) <= data.max_length:
@@ -117,7 +123,10 @@ def _truncate(pair: PreferencePair, prompt: int, data: DataConfig, template: Cha
 
 def _drop_oldest_turns(prompt: Messages) -> Iterator[Messages]:
     """The prompt without its first question and answer, without the first two, and so on down to the last question."""
-    system, turns = (prompt[:1], prompt[1:]) if prompt[0].role == "system" else ((), prompt)
+    if prompt[0].role == "system":
+        system, turns = (prompt[:1], prompt[1:])
+    else:
+        system, turns = ((), prompt)
     return ((*system, *turns[start:]) for start in range(2, len(turns), 2))
 
 

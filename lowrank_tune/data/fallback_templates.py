@@ -29,7 +29,9 @@ class DefaultTemplate:
     def __init__(self, backend: TokenizerBackend) -> None:
         self.backend = backend
         mark = backend.special_tokens
-        self.bos, self.eos, self.end_of_turn = mark[toy_text.BOS], mark[toy_text.EOS], mark[toy_text.END_OF_TURN]
+        self.bos = mark[toy_text.BOS]
+        self.eos = mark[toy_text.EOS]
+        self.end_of_turn = mark[toy_text.END_OF_TURN]
         self.role_ids = {
             "system": mark[toy_text.SYSTEM],
             "user": mark[toy_text.USER],
@@ -57,7 +59,9 @@ class DefaultTemplate:
 
     def validate_messages(self, messages: ChatMessages) -> str | None:
         """Why these turns cannot be rendered; None where they can."""
-        return None if all(is_text(message.content) for message in messages) else NOT_TEXT
+        if all(is_text(message.content) for message in messages):
+            return None
+        return NOT_TEXT
 
     def prompt(self, messages: ChatMessages) -> list[int]:
         """Ids up to the place where the assistant starts."""
@@ -74,11 +78,16 @@ class DefaultTemplate:
             return Row([*ids, self.eos], [*mask, row[-1].role == "assistant"])
 
         return _encode(
-            self.backend, rows, self.validate_messages, lambda row: [message.content for message in row], to_row
+            self.backend,
+            rows,
+            self.validate_messages,
+            lambda row: [message.content for message in row],
+            to_row,
         )
 
     def _join(self, messages: ChatMessages, pieces: Sequence[list[int]]) -> tuple[list[int], list[bool]]:
-        ids, mask = [self.bos], [False]
+        ids = [self.bos]
+        mask = [False]
         for message, piece in zip(messages, pieces, strict=True):
             ids.append(self.role_ids[message.role])
             ids += piece
@@ -97,7 +106,8 @@ class PlainTextTemplate:
                 "the base's tokenizer has neither a chat template nor an end token, so no answer could ever end"
             )
         self.backend = backend
-        self.bos, self.eos = backend.bos, backend.eos
+        self.bos = backend.bos
+        self.eos = backend.eos
         unknown = backend.tokenizer.unk_token_id
         # A vocabulary of single characters may lack the newline: then the markers stand inline.
         is_inline = unknown is not None and unknown != self.eos and unknown in backend.encode_plain(["\n"])[0]
@@ -148,7 +158,11 @@ class PlainTextTemplate:
     def encode_many(self, rows: Sequence[ChatMessages]) -> list[Row | InvalidRow]:
         """Rows with their masks, through one call of the tokenizer."""
         return _encode(
-            self.backend, rows, self.validate_messages, self._texts, lambda row, pieces: Row(*self._join(row, pieces))
+            self.backend,
+            rows,
+            self.validate_messages,
+            self._texts,
+            lambda row, pieces: Row(*self._join(row, pieces)),
         )
 
     def _texts(self, messages: ChatMessages) -> list[str]:

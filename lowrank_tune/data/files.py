@@ -53,7 +53,9 @@ class DataFile(Protocol):
 
 def select_rows(numbered: Iterable[T], mask: RowMask) -> Iterator[T]:
     """All, or those that are picked."""
-    return iter(numbered) if mask is None else compress(numbered, mask.data)
+    if mask is None:
+        return iter(numbered)
+    return compress(numbered, mask.data)
 
 
 OpenArray = Callable[[Path, str, bool], DataFile]
@@ -88,12 +90,16 @@ def open_file(path: Path, name: str, open_array: OpenArray | None = None) -> Dat
 
 
 def open_binary(path: Path, is_gz: bool) -> IO[bytes]:
-    return cast(IO[bytes], gzip.open(path, "rb")) if is_gz else path.open("rb")
+    if is_gz:
+        return cast(IO[bytes], gzip.open(path, "rb"))
+    return path.open("rb")
 
 
 def _open_array(path: Path, name: str, is_gz: bool) -> DataFile:
     array = _load_array(path, name, is_gz)
-    return _JsonLines(path, name, is_gz) if array is None else _JsonArray(path, name, array)
+    if array is None:
+        return _JsonLines(path, name, is_gz)
+    return _JsonArray(path, name, array)
 
 
 def _load_array(path: Path, name: str, is_gz: bool) -> list[Any] | None:
@@ -116,7 +122,8 @@ class _File:
     name: str
 
     def __init__(self, path: Path, name: str) -> None:
-        self.path, self.name = path, name
+        self.path = path
+        self.name = name
 
     def content_key(self) -> str:
         with self.path.open("rb") as file:
@@ -162,7 +169,9 @@ def parse_line(text: bytes) -> RawExample | InvalidRow:
 
 def row_of(value: Any) -> RawExample | InvalidRow:
     """A value of a JSON file as a row."""
-    return value if isinstance(value, dict) else InvalidRow("not an object with columns")
+    if isinstance(value, dict):
+        return value
+    return InvalidRow("not an object with columns")
 
 
 class _JsonArray(_File):
@@ -185,14 +194,18 @@ class _Table(_File):
 
     def __init__(self, path: Path, name: str, is_gz: bool, delimiter: str) -> None:
         super().__init__(path, name)
-        self.is_gz, self.delimiter = is_gz, delimiter
+        self.is_gz = is_gz
+        self.delimiter = delimiter
 
     def _read(self) -> Iterator[tuple[int, RawExample | InvalidRow]]:
         csv.field_size_limit(sys.maxsize)  # the limit of 131,072 characters is Python's, not the format's
         try:
             with open_binary(self.path, self.is_gz) as file:
                 reader = csv.DictReader(
-                    io.TextIOWrapper(file, "utf-8-sig", newline=""), delimiter=self.delimiter, restkey="", strict=True
+                    io.TextIOWrapper(file, "utf-8-sig", newline=""),
+                    delimiter=self.delimiter,
+                    restkey="",
+                    strict=True,
                 )
                 for row in reader:
                     missing = any(value is None for value in row.values())
@@ -235,7 +248,10 @@ class _Parquet(_File):
     def rows(self, mask: RowMask) -> Iterator[tuple[int, RawExample | InvalidRow]]:
         first = 0
         for batch in self._file.iter_batches(batch_size=1024):
-            numbers = np.arange(len(batch)) if mask is None else np.flatnonzero(mask[first : first + len(batch)])
+            if mask is None:
+                numbers = np.arange(len(batch))
+            else:
+                numbers = np.flatnonzero(mask[first : first + len(batch)])
             selected = batch if mask is None else batch.take(numbers)  # what is not picked never becomes Python objects
             yield from zip((numbers + first + 1).tolist(), selected.to_pylist(), strict=True)
             first += len(batch)

@@ -159,7 +159,10 @@ def text_of(value: Any, label: str) -> str:
     elif isinstance(value, int) and not isinstance(value, bool) and abs(value) < 10**400:
         text = str(value)
     elif isinstance(value, float) and math.isfinite(value):
-        text = str(int(value)) if value.is_integer() and abs(value) < 1e15 else repr(value)
+        if value.is_integer() and abs(value) < 1e15:
+            text = str(int(value))
+        else:
+            text = repr(value)
     elif (
         isinstance(value, Sequence)
         and value
@@ -190,7 +193,9 @@ def _read_messages(row: RawExample, columns: Mapping[str, str]) -> list[Turn]:
 
 def _read_sharegpt(row: RawExample, columns: Mapping[str, str]) -> list[Turn]:
     turns = turns_of(value_of(row, "sharegpt", "conversations", columns), "conversations")
-    return [*system_of(row, columns), *turns] if not turns or turns[0][0] != "system" else turns
+    if not turns or turns[0][0] != "system":
+        return [*system_of(row, columns), *turns]
+    return turns
 
 
 def _read_alpaca(row: RawExample, columns: Mapping[str, str]) -> list[Turn]:
@@ -203,7 +208,9 @@ def _read_alpaca(row: RawExample, columns: Mapping[str, str]) -> list[Turn]:
             raise InvalidRow("`history` is no list of pairs")
         turns += [("user", text_of(pair[0], "question")), ("assistant", text_of(pair[1], "answer"))]
     question = join_instruction_and_input(
-        text_of(value_of(row, "alpaca", "instruction", columns), "question"), row, columns
+        text_of(value_of(row, "alpaca", "instruction", columns), "question"),
+        row,
+        columns,
     )
     return [*turns, ("user", question), ("assistant", text_of(value_of(row, "alpaca", "output", columns), "answer"))]
 
@@ -245,7 +252,9 @@ _READERS: dict[str, Callable[[RawExample, Mapping[str, str]], list[Turn]]] = {
 def system_of(row: RawExample, columns: Mapping[str, str]) -> list[Turn]:
     """The system turn of a row that keeps it in a column; else none."""
     value = row.get(columns.get("system", "system"))
-    return [] if value is None else [("system", text_of(value, "system prompt"))]
+    if value is None:
+        return []
+    return [("system", text_of(value, "system prompt"))]
 
 
 def turns_of(value: Any, name: str) -> list[Turn]:
@@ -274,7 +283,9 @@ def turn_of(turn: Any) -> Turn:
 
 def with_system(messages: tuple[Message, ...], system: str | None) -> tuple[Message, ...]:
     """The turns, behind this system prompt where they bring none."""
-    return (Message("system", system), *messages) if system and messages[0].role != "system" else messages
+    if system and messages[0].role != "system":
+        return (Message("system", system), *messages)
+    return messages
 
 
 def normalize_turns(turns: Sequence[Turn], require_answer: bool) -> tuple[Message, ...]:

@@ -85,13 +85,17 @@ class GenerationPrompt:
         match = _OPENED.search(prompt)
         if match is not None:
             opened = cls(OpenedThought(match["name"], match["space"]))
-            return opened if opened.completion(prompt, whole, answer) is not None else None
+            if opened.completion(prompt, whole, answer) is not None:
+                return opened
+            return None
         if whole.startswith(prompt):
             return cls(None)
         common = len(os.path.commonprefix([prompt, whole]))
         begins_with, found, _ = whole[common:].partition(answer)
         ends_with = prompt[common:]
-        return cls(None, ends_with, begins_with) if found and question not in ends_with + begins_with else None
+        if found and question not in ends_with + begins_with:
+            return cls(None, ends_with, begins_with)
+        return None
 
     def own_thought(self, content: str) -> OwnThought | None:
         """The thought in an answer's content; None where it has none."""
@@ -115,19 +119,25 @@ class GenerationPrompt:
         direct = self._behind(prompt, whole)
         if direct is not None and not self._reopens(direct) and (thought is None or thought.is_written_in(direct)):
             return direct
-        return self._behind_opened(prompt, whole, None) if thought is None and self.opened is not None else None
+        if thought is None and self.opened is not None:
+            return self._behind_opened(prompt, whole, None)
+        return None
 
     def completion_with_thought(self, prompt: str, whole: str, thought: OwnThought) -> str | None:
         """The same for an answer whose thought the template does not write: `whole` is the rendering of its rest."""
         if self.opened is not None:
             return self._behind_opened(prompt, whole, thought.text)
         direct = self._behind(prompt, whole)
-        return None if direct is None else f"{thought.before}{thought.text}</think>{direct}"
+        if direct is None:
+            return None
+        return f"{thought.before}{thought.text}</think>{direct}"
 
     def refusal(self, prompt: str, content: str) -> str:
         """Why an answer cannot follow the prompt, as a phrase that rows are counted by."""
         closed = _CLOSED.search(prompt)
-        return THOUGHT_CLOSED if closed is not None and f"</{closed['name']}>" in content else REWRITTEN
+        if closed is not None and f"</{closed['name']}>" in content:
+            return THOUGHT_CLOSED
+        return REWRITTEN
 
     def with_tag(self, text: str) -> str:
         """A completion as the content of a turn: with the tag that stood in the prompt, where it closes the thought."""
@@ -139,7 +149,9 @@ class GenerationPrompt:
     def _behind(self, prompt: str, whole: str) -> str | None:
         """What the template writes in the prompt's place and behind it."""
         start = prompt.removesuffix(self.ends_with) + self.begins_with
-        return whole[len(start) :] if prompt.endswith(self.ends_with) and whole.startswith(start) else None
+        if prompt.endswith(self.ends_with) and whole.startswith(start):
+            return whole[len(start) :]
+        return None
 
     def _reopens(self, completion: str) -> bool:
         """Whether the template closes the opened thought at once, and writes that in the answer as plain words."""
@@ -154,14 +166,16 @@ class GenerationPrompt:
         before = prompt.removesuffix(opened.tag + opened.space)
         if before == prompt or not whole.startswith(before):
             return None
-        empty, answer = "\n", whole[len(before) :]
+        empty = "\n"
+        answer = whole[len(before) :]
         if answer.startswith(opened.tag):
             empty, closing, answer = answer.removeprefix(opened.tag).partition(opened.closing)
             if not closing or empty.strip():
                 return None
             empty = empty.removeprefix(opened.space)
         elif answer.startswith(opened.closing):
-            empty, answer = "", answer.removeprefix(opened.closing)
+            empty = ""
+            answer = answer.removeprefix(opened.closing)
         elif thought is None:
             answer = f"\n\n{answer}"
         return f"{thought or empty}{opened.closing}{answer}"

@@ -10,7 +10,9 @@ GROUND_TRUTH_COLUMNS = ("gold", "expected_answer", "ground_truth", "final_answer
 THOUSANDS_SEPARATED = re.compile(r"(?<![\d,.])\d{1,3}(?:,\d{3})+(?![\d,])")
 NUMBER = re.compile(r"-?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?")
 HASHES_END = re.compile(r"####[^\n]*+(?:\s*\nThe answer is[^\n]*+)?\s*\Z")  # GSM8K's end, and MetaMathQA's
-MAX_BOXES, MAX_SEPARATOR_CHARS = 20, 80  # boxes of one answer, characters between two of them
+# boxes of one answer, characters between two of them
+MAX_BOXES = 20
+MAX_SEPARATOR_CHARS = 80
 TEXT_COMMAND = re.compile(r"\\text ?\{([^{}]*)\}")
 MATH_DELIMITERS = re.compile(r"\$|\\[()\[\],;:! ]|\\q?quad\b|\s+")
 VERB = r"(?:is|are|was|were|has|have|had|gives?|gave|equals?|makes?|means?|yields?|becomes?)\b"
@@ -23,7 +25,11 @@ WHOLE_NUMBER = re.compile(r"[-+]?\$?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?%?")
 
 
 def extract_answer(
-    row: Mapping[str, Any], columns: Mapping[str, str], rule: str, answer: str, accept_bare_number: bool
+    row: Mapping[str, Any],
+    columns: Mapping[str, str],
+    rule: str,
+    answer: str,
+    accept_bare_number: bool,
 ) -> str | None:
     """The gold answer by `rule`. `accept_bare_number`: by the rule auto an answer that is one number is its own
     gold."""
@@ -40,9 +46,11 @@ def extract_answer(
     column = _column(row, columns)
     if rule == "gold":
         return column
-    extracted = (
-        answer_after_hashes(answer) if HASHES_END.search(answer) else None
-    )  # elsewhere it is a heading of Markdown
+    # elsewhere it is a heading of Markdown
+    if HASHES_END.search(answer):
+        extracted = answer_after_hashes(answer)
+    else:
+        extracted = None
     if extracted is None:
         extracted = column
     if extracted is None:
@@ -171,8 +179,6 @@ def _column(row: Mapping[str, Any], columns: Mapping[str, str]) -> str | None:
 def _without_separators(text: str) -> str:
     """Without the commas of thousands: "1,234" is "1234", while "(1, 2)" and "1,2" stay."""
     text = text.strip()
-    return (
-        THOUSANDS_SEPARATED.sub(lambda match: match.group().replace(",", ""), text)
-        if WHOLE_NUMBER.fullmatch(text)
-        else text
-    )
+    if WHOLE_NUMBER.fullmatch(text):
+        return THOUSANDS_SEPARATED.sub(lambda match: match.group().replace(",", ""), text)
+    return text

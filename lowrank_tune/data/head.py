@@ -23,7 +23,8 @@ class SourceHead:
     """The first rows of files, read anew at each walk and only as far as the walk goes."""
 
     def __init__(self, name: str, files: Sequence[DataFile]) -> None:
-        self.name, self._files = name, tuple(files)
+        self.name = name
+        self._files = tuple(files)
 
     def __iter__(self) -> Iterator[tuple[RowLocation, RawExample | InvalidRow]]:
         return islice(chain.from_iterable(map(_located_rows, self._files)), HEAD_ROWS)

@@ -33,7 +33,10 @@ class HubRows:
         datasets = _import_datasets(self.name)
         with hub_errors_in_words(source):
             self._data: Any = datasets.load_dataset(
-                self.name, source.config_name, split=source.split, revision=revision or None
+                self.name,
+                source.config_name,
+                split=source.split,
+                revision=revision or None,
             )
 
     def lines(self) -> Iterator[int]:
@@ -89,10 +92,13 @@ def hub_columns(source: SourceConfig) -> list[str] | None:
         if not datasets.config.HF_HUB_OFFLINE:
             _request_info(name, revision)
         builder = datasets.load_dataset_builder(name, source.config_name, revision=revision or None)
-    splits, features = builder.info.splits, builder.info.features
+    splits = builder.info.splits
+    features = builder.info.features
     if splits and re.fullmatch(r"\w+", source.split) and source.split not in splits:
         raise UserError(f"{name}: it has no split `{source.split}`; it has {', '.join(map(str, splits))}")
-    return None if not features else [str(column) for column in features]
+    if not features:
+        return None
+    return [str(column) for column in features]
 
 
 def _request_info(name: str, revision: str) -> None:
@@ -108,11 +114,20 @@ def _request_info(name: str, revision: str) -> None:
         raise
 
 
-def describe_hub_error(error: Exception, name: str, config: str | None, split: str, revision: str) -> str:
+def describe_hub_error(
+    error: Exception,
+    name: str,
+    config: str | None,
+    split: str,
+    revision: str,
+) -> str:
     """What an error of the hub means and what to do."""
     text = " ".join(str(error).split())
     kinds = {kind.__name__ for kind in type(error).__mro__}
-    choices = match.group(1).replace("'", "") if (match := LIST.search(text)) else ""
+    if match := LIST.search(text):
+        choices = match.group(1).replace("'", "")
+    else:
+        choices = ""
     if "gated" in text or "GatedRepoError" in kinds:
         return (
             f"it is gated; accept its terms at https://huggingface.co/datasets/{name} and log in with `hf auth login`"
@@ -122,7 +137,9 @@ def describe_hub_error(error: Exception, name: str, config: str | None, split: s
     if "BuilderConfig" in text and "not found" in text:
         return f"it has no configuration `{config}`; it has {choices}"
     if "Unknown split" in text or "Bad split" in text:
-        return f"it has no split `{split}`; it has {choices}" if choices else f"it has no split `{split}`"
+        if choices:
+            return f"it has no split `{split}`; it has {choices}"
+        return f"it has no split `{split}`"
     if "RevisionNotFoundError" in kinds or ("Revision" in text and "doesn't exist" in text):
         return f"it has no revision `{revision}`"
     if "OfflineModeIsEnabled" in kinds or (

@@ -117,7 +117,9 @@ class JinjaChatTemplate:
         if not all(is_text(message.content) for message in messages):
             return NOT_TEXT
         rendered = self._renderer.render_or_fault(messages, add_generation_prompt=messages[-1].role != "assistant")
-        return rendered.reason if isinstance(rendered, InvalidRow) else None
+        if isinstance(rendered, InvalidRow):
+            return rendered.reason
+        return None
 
     def prompt(self, messages: ChatMessages) -> list[int]:
         """Ids up to the place where the assistant starts: those of `apply_chat_template`."""

@@ -69,7 +69,10 @@ def load(
     elif data.eval_rows or data.eval_fraction:
         is_validation = split_mask(full.unit_hashes, data.eval_rows or data.eval_fraction, seed)
         train = full.select_units(np.flatnonzero(~is_validation))
-        validation = full.select_units(np.flatnonzero(is_validation)) if is_validation.any() else None
+        if is_validation.any():
+            validation = full.select_units(np.flatnonzero(is_validation))
+        else:
+            validation = None
     weighted = [source for source, given in enumerate(data.train) if given.weight is not None]
     for source in weighted:
         if raise_on_invalid and not (train.source_of == source).any():
@@ -77,7 +80,10 @@ def load(
                 f"{full.reports[source].name}: all of its rows went into the validation part; give it more rows or "
                 f"no weight"
             )
-    shared = int(np.isin(validation.unit_hashes, train.unit_hashes).sum()) if validation is not None else 0
+    if validation is not None:
+        shared = int(np.isin(validation.unit_hashes, train.unit_hashes).sum())
+    else:
+        shared = 0
     report = Report(
         train=tuple(
             replace(source_report, weight=given.weight)
@@ -125,7 +131,10 @@ def load_heldout_prompts(source: SourceConfig, count: int, seed: int, system: st
 
 
 def to_heldout_prompt(
-    raw: RawExample, source: SourceConfig, format_name: str, system: str | None
+    raw: RawExample,
+    source: SourceConfig,
+    format_name: str,
+    system: str | None,
 ) -> Prompt | InvalidRow:
     """The prompt of a row; of a pair the gold answer stands in the chosen side."""
     if format_name == "preference":
@@ -141,7 +150,9 @@ def to_heldout_prompt(
     if isinstance(chat, InvalidRow):
         return chat
     return Prompt(
-        chat.messages[:-1] if chat.messages[-1].role == "assistant" else chat.messages, chat.ground_truth, raw
+        chat.messages[:-1] if chat.messages[-1].role == "assistant" else chat.messages,
+        chat.ground_truth,
+        raw,
     )
 
 

@@ -13,7 +13,8 @@ from lowrank_tune.data.token_stats import TokenStats
 from lowrank_tune.data.token_store import TokenizedDataset
 
 # a share of pairs that is worth a warning, and the fewest pairs of which a share says anything
-LENGTH_BIAS_SHARE, MIN_PAIRS = 0.65, 20
+LENGTH_BIAS_SHARE = 0.65
+MIN_PAIRS = 20
 
 
 @dataclass(frozen=True)
@@ -37,8 +38,11 @@ class PairBalance:
 
 def pair_balance(train: TokenizedDataset, stats: TokenStats) -> PairBalance:
     """The sides of all pairs of a store, from its census."""
-    chosen, rejected = stats.trained[::2], stats.trained[1::2]
-    longer, shorter, pairs = int((chosen > rejected).sum()), int((chosen < rejected).sum()), train.units
+    chosen = stats.trained[::2]
+    rejected = stats.trained[1::2]
+    longer = int((chosen > rejected).sum())
+    shorter = int((chosen < rejected).sum())
+    pairs = train.units
     return PairBalance(
         pairs,
         longer,

@@ -18,7 +18,8 @@ class Placeholders:
     """One private character for each control token of a tokenizer."""
 
     def __init__(self, backend: TokenizerBackend) -> None:
-        self._pattern, self._names = backend.special_pattern, list(backend.special_tokens)
+        self._pattern = backend.special_pattern
+        self._names = list(backend.special_tokens)
         self._characters = {name: chr(FIRST_PLACEHOLDER + index) for index, name in enumerate(self._names)}
         self._of_assistant = self._characters | {name: name for name in self._names if THOUGHT_TAG.fullmatch(name)}
         self._private = frozenset(self._characters.values())
@@ -28,7 +29,10 @@ class Placeholders:
         return [Message(message.role, self._replace(message)) for message in messages]
 
     def _replace(self, message: Message) -> str:
-        characters = self._of_assistant if message.role == "assistant" else self._characters
+        if message.role == "assistant":
+            characters = self._of_assistant
+        else:
+            characters = self._characters
         return self._pattern.sub(lambda match: characters[match.group()], message.content)
 
     def found_in(self, text: str) -> bool:

@@ -59,10 +59,19 @@ def to_pair(row: RawExample, columns: Mapping[str, str]) -> PreferencePair:
     )
     if chosen == rejected:
         raise InvalidRow(EQUAL_ANSWERS)
-    messages = None if prompt is None else normalize_turns(_with_system_prompt(prompt, system), require_answer=False)
-    length = _shared_turns(chosen, rejected) if messages is None else _prompt_length(messages, chosen, rejected)
+    if prompt is None:
+        messages = None
+    else:
+        messages = normalize_turns(_with_system_prompt(prompt, system), require_answer=False)
+    if messages is None:
+        length = _shared_turns(chosen, rejected)
+    else:
+        length = _prompt_length(messages, chosen, rejected)
     return PreferencePair(
-        chosen[:length], chosen[length:], rejected[length:], _margin(row.get(columns.get("margin", "margin")))
+        chosen[:length],
+        chosen[length:],
+        rejected[length:],
+        _margin(row.get(columns.get("margin", "margin"))),
     )
 
 
@@ -87,7 +96,13 @@ def _prompt(row: RawExample, columns: Mapping[str, str]) -> tuple[list[Turn] | N
     return [("user", join_instruction_and_input(text, row, columns) if alias == "instruction" else text)], False
 
 
-def _side(row: RawExample, name: str, columns: Mapping[str, str], has_prompt: bool, is_transcript: bool) -> list[Turn]:
+def _side(
+    row: RawExample,
+    name: str,
+    columns: Mapping[str, str],
+    has_prompt: bool,
+    is_transcript: bool,
+) -> list[Turn]:
     """The turns of one side: an answer, with or without the turns before it; of a transcript without the layout around
     it."""
     value = value_of(row, "preference", name, columns)
@@ -127,7 +142,9 @@ def _full_conversation(side: Sequence[Turn], prompt: Sequence[Turn] | None, syst
 
 
 def _with_system_prompt(turns: Sequence[Turn], system: Sequence[Turn]) -> list[Turn]:
-    return list(turns) if turns and turns[0][0] == "system" else [*system, *turns]
+    if turns and turns[0][0] == "system":
+        return list(turns)
+    return [*system, *turns]
 
 
 def _shared_turns(chosen: Messages, rejected: Messages) -> int:
@@ -163,7 +180,10 @@ def _margin(value: Any) -> float:
     if value is None or value == "":
         return 0.0
     try:
-        margin = float(value) if isinstance(value, int | float | str) and not isinstance(value, bool) else -1.0
+        if isinstance(value, int | float | str) and not isinstance(value, bool):
+            margin = float(value)
+        else:
+            margin = -1.0
     except (ValueError, OverflowError):
         margin = -1.0
     if not 0.0 <= margin <= float(np.finfo(np.float32).max):

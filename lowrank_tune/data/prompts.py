@@ -61,7 +61,10 @@ class PromptReport(Report):
             )
             line += f"{source.ground_truths} with a gold answer"
             lines.append(line + (f"; dropped {source.reasons()}" if source.dropped else ""))
-        repeated = f", {self.duplicates} of them repeat an earlier one" if self.duplicates else ""
+        if self.duplicates:
+            repeated = f", {self.duplicates} of them repeat an earlier one"
+        else:
+            repeated = ""
         return [*lines, f"{self.train_rows} prompts to draw completions for{repeated}; {self.mixture}"]
 
 
@@ -137,7 +140,16 @@ def load_prompts(
     reports: list[SourceReport] = []
     for number, source in enumerate(data.train):
         report = _load_source(
-            source, data, template, seed, emit, needs_ground_truth, unusable, examples, locations, hashes
+            source,
+            data,
+            template,
+            seed,
+            emit,
+            needs_ground_truth,
+            unusable,
+            examples,
+            locations,
+            hashes,
         )
         if raise_on_invalid:
             report.check(data.max_invalid_fraction)
@@ -217,7 +229,10 @@ def _to_prompt_example(
     chat = conversation(raw, source, format_name, data.system_prompt, require_answer=False)
     if isinstance(chat, InvalidRow):
         return chat
-    messages = chat.messages[:-1] if chat.messages[-1].role == "assistant" else chat.messages
+    if chat.messages[-1].role == "assistant":
+        messages = chat.messages[:-1]
+    else:
+        messages = chat.messages
     ids = _ids(messages, template)
     if isinstance(ids, InvalidRow):
         return ids
@@ -225,7 +240,10 @@ def _to_prompt_example(
     if len(ids) > data.max_prompt_length:
         return InvalidRow(f"longer than data.max_prompt_length ({data.max_prompt_length} tokens)")
     # An array, for a list of as many numbers is nine times as large.
-    answer = chat.messages[-1].content if chat.messages[-1].role == "assistant" else None
+    if chat.messages[-1].role == "assistant":
+        answer = chat.messages[-1].content
+    else:
+        answer = None
     return PromptExample(array("i", ids), messages[-1].content, chat.ground_truth, raw, answer), conversation_hash(
         messages
     )
@@ -237,7 +255,9 @@ def _ids(messages: Sequence[Message], template: ChatTemplate) -> list[int] | Inv
     try:
         return template.prompt(messages)
     except UserError as error:
-        return error.__cause__ if isinstance(error.__cause__, InvalidRow) else InvalidRow(str(error))
+        if isinstance(error.__cause__, InvalidRow):
+            return error.__cause__
+        return InvalidRow(str(error))
 
 
 def _mixture(sources: Sequence[SourceConfig], reports: Sequence[SourceReport]) -> str:

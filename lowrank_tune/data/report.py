@@ -93,7 +93,10 @@ class SourceReport:
         """What to raise where most of the rows that cannot be used are too long, or an empty string."""
         reason = max(self.dropped, key=lambda reason: self.dropped[reason].count, default="")
         limit = re.match(r"longer than (data\.\w+)", reason)
-        longest = f" (the longest row has {self.longest:,} tokens)" if self.longest else ""
+        if self.longest:
+            longest = f" (the longest row has {self.longest:,} tokens)"
+        else:
+            longest = ""
         return f"raise `{limit[1]}`{longest}" if limit else ""
 
     def check(self, max_invalid_fraction: float) -> None:
@@ -133,7 +136,9 @@ class Report:
     @property
     def unit(self) -> str:
         """What is learned from at once: a row or a pair."""
-        return "pair" if any(source.format == "preference" for source in self.train) else "row"
+        if any(source.format == "preference" for source in self.train):
+            return "pair"
+        return "row"
 
     def lines(self) -> list[str]:
         """As sentences, one a source and one for the whole."""

@@ -13,7 +13,9 @@ from lowrank_tune.config import TrainingConfig
 
 RowIndices = NDArray[np.int64]
 ROWS_PER_STEP = 16
-SHUFFLE_SEED_TAG, DRAW_SEED_TAG = 1, 2  # tags that keep the random streams apart
+# tags that keep the random streams apart
+SHUFFLE_SEED_TAG = 1
+DRAW_SEED_TAG = 2
 
 
 class BatchSampler:
@@ -33,12 +35,16 @@ class BatchSampler:
         seed: int,
     ) -> None:
         assert len(lengths), "an order of no rows"
-        self._lengths, self._seed = np.asarray(lengths, dtype=np.int64), seed
+        self._lengths = np.asarray(lengths, dtype=np.int64)
+        self._seed = seed
         self._tokens = train.tokens_per_step
         self._max_rows = train.global_batch_size or (ROWS_PER_STEP if self._tokens is None else len(lengths))
         self._window = train.length_window
         given = [weight for weight in weights or () if weight is not None]
-        self._pools = [np.flatnonzero(source_of == source) for source in range(len(given))] if given else []
+        if given:
+            self._pools = [np.flatnonzero(source_of == source) for source in range(len(given))]
+        else:
+            self._pools = []
         self._quotas = largest_remainder(given, len(lengths)) if given else []
         assert not given or all(len(pool) for pool in self._pools), "a weighted source without rows"
         self._epoch, self._plan = 0, self._make_plan(0)
@@ -101,12 +107,14 @@ class BatchSampler:
 
     def _sample_source(self, source: int, start: int, count: int) -> RowIndices:
         """`count` rows of an endless walk through a source, one permutation after the other."""
-        pool, out = self._pools[source], []
+        pool = self._pools[source]
+        out = []
         while count:
             lap, offset = divmod(start, len(pool))
             piece = self._random(DRAW_SEED_TAG, source, lap).permutation(pool)[offset : offset + count]
             out.append(piece)
-            start, count = start + len(piece), count - len(piece)
+            start = start + len(piece)
+            count = count - len(piece)
         return np.concatenate(out) if out else pool[:0]
 
     def _window_end(self, rows: RowIndices) -> int:
@@ -128,7 +136,9 @@ class BatchSampler:
         return min(max(end, start + 1), len(ends))  # a row longer than the budget comes alone
 
     def _cut_into_steps(self, rows: RowIndices) -> list[RowIndices]:
-        ends, steps, start = np.cumsum(self._lengths[rows]), [], 0
+        ends = np.cumsum(self._lengths[rows])
+        steps = []
+        start = 0
         while start < len(rows):
             end = self._step_end(ends, start)
             steps.append(rows[start:end])

@@ -46,14 +46,16 @@ class SourceRows:
     """
 
     def __init__(self, name: str, files: Sequence[DataFile], count: int | None = None, seed: int = 0) -> None:
-        self.name, self._files = name, tuple(files)
+        self.name = name
+        self._files = tuple(files)
         self._lengths = [sum(1 for _ in file.lines()) for file in self._files]
         self._start, self._end, self._requested = 0, sum(self._lengths), count
         if not self._end:
             raise empty_source(name)
         self._permutation: NDArray[np.int64] | None = None
         if count is not None and count < self._end:
-            self._permutation, self._seed = np.random.default_rng([ROWS_SEED_TAG, seed]).permutation(self._end), seed
+            self._permutation = np.random.default_rng([ROWS_SEED_TAG, seed]).permutation(self._end)
+            self._seed = seed
             self._end = count
 
     def __len__(self) -> int:
@@ -80,12 +82,16 @@ class SourceRows:
             if missing <= 0:
                 return
             rows = copy.copy(rows)
-            rows._start, rows._end = rows._end, rows._end + missing
+            rows._start = rows._end
+            rows._end = rows._end + missing
             yield rows
 
     def content_key(self) -> str:
         """Changes with the contents of the files, and with the draw."""
-        drawn = "" if self._permutation is None else f" {self._requested} drawn with {self._seed}"
+        if self._permutation is None:
+            drawn = ""
+        else:
+            drawn = f" {self._requested} drawn with {self._seed}"
         return " ".join([file.name + file.content_key() for file in self._files]) + drawn
 
 
@@ -180,7 +186,8 @@ class BuiltinRows:
             raise UserError(f"{source.dataset}: there is no split `{source.split}`; it has train and heldout")
         if source.config_name is not None:
             raise UserError(f"{source.dataset}: it has no configurations; leave `config_name` out")
-        self.name, count = source.dataset, source.max_samples or BUILTIN_SIZES[source.split]
+        self.name = source.dataset
+        count = source.max_samples or BUILTIN_SIZES[source.split]
         self._rows: list[dict[str, str]] = (
             problems.preferences(count, seed, source.split)
             if self.name == "builtin:arithmetic-preferences"

@@ -13,7 +13,9 @@ from lowrank_tune.data.placeholders import Placeholders
 from lowrank_tune.data.tokenizer_backend import TokenizerBackend, token_start
 from lowrank_tune.types import Row
 
-MAX_CACHED_TAIL, MAX_CACHED_TAILS = 64, 10_000  # characters of a prompt's end, and how many ends are cached
+# characters of a prompt's end, and how many ends are cached
+MAX_CACHED_TAIL = 64
+MAX_CACHED_TAILS = 10_000
 Stretch = tuple[int, int]
 """The first token of an answer, and the one behind its last."""
 
@@ -22,7 +24,9 @@ class SpanEncoder:
     """Encodes prompts, and rows with their masks. `template_tokens` are the control tokens that the template writes."""
 
     def __init__(self, backend: TokenizerBackend, placeholders: Placeholders, template_tokens: Sequence[str]) -> None:
-        self._backend, self._placeholders, self._template_tokens = backend, placeholders, tuple(template_tokens)
+        self._backend = backend
+        self._placeholders = placeholders
+        self._template_tokens = tuple(template_tokens)
         self._tail_cache: dict[str, list[int]] = {}
 
     def encode_prompt(self, text: str) -> list[int]:
@@ -77,7 +81,10 @@ class SpanEncoder:
         return sum(map(self._backend.control_ids.__contains__, ids)) > len(marks)
 
     def _whole(
-        self, rendered: Rendered, encoding: Encoding, tails: Mapping[str, list[int]]
+        self,
+        rendered: Rendered,
+        encoding: Encoding,
+        tails: Mapping[str, list[int]],
     ) -> tuple[list[int], list[Stretch]] | None:
         """The whole text encoded at once; None where that does not begin with the ids of the last prompt."""
         *earlier, last = rendered.spans
@@ -107,13 +114,18 @@ class SpanEncoder:
 
     def _append_answer(self, prompt: Sequence[int], rendered: Rendered) -> tuple[list[int], Stretch]:
         last = rendered.spans[-1]
-        answer, rest = rendered.text[last.start : last.end], rendered.text[last.end :]
+        answer = rendered.text[last.start : last.end]
+        rest = rendered.text[last.end :]
         # Behind a closed answer stands a control token, which no token reaches across.
         ids = [*prompt, *self._pieces(answer, first=False)]
         return [*ids, *self._pieces(rest, first=False)], (len(prompt), len(ids))
 
     def _earlier(
-        self, text: str, encoding: Encoding, spans: Sequence[Span], tails: Mapping[str, list[int]]
+        self,
+        text: str,
+        encoding: Encoding,
+        spans: Sequence[Span],
+        tails: Mapping[str, list[int]],
     ) -> list[Stretch]:
         """The earlier answers that follow the ids of their own prompts."""
         stretches = (self._stretch(text, encoding, span, tails) for span in spans)
@@ -121,7 +133,8 @@ class SpanEncoder:
 
     def _stretch(self, text: str, encoding: Encoding, span: Span, tails: Mapping[str, list[int]]) -> Stretch | None:
         """The tokens of an answer, where the ids before it are those of its prompt; else None."""
-        start, end = _token_at(encoding, span.start, len(text)), encoding.char_to_token(span.end - 1)
+        start = _token_at(encoding, span.start, len(text))
+        end = encoding.char_to_token(span.end - 1)
         if start is None or end is None:
             return None
         tail = tails[self._tail(text, span)]
@@ -162,4 +175,6 @@ def _token_at(encoding: Encoding, edge: int, length: int) -> int | None:
     if edge in (0, length):
         return 0 if edge == 0 else len(encoding.ids)
     token = encoding.char_to_token(edge)
-    return token if token is not None and token_start(encoding, token) == edge else None
+    if token is not None and token_start(encoding, token) == edge:
+        return token
+    return None

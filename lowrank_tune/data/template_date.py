@@ -16,7 +16,8 @@ from datetime import date, datetime, time
 
 from lowrank_tune.errors import UserError
 
-CLOCK, VARIABLE = "strftime_now", "date_string"
+CLOCK = "strftime_now"
+VARIABLE = "date_string"
 VARIABLE_FORMAT = "%d %b %Y"  # the one in which Llama's templates write it
 DIRECTIVE = re.compile(r"%[-_^#0:]*\d*[EO]?[A-Za-z+]")  # as `%d`, `%-d`, `%^b`, `%Od`
 PERCENT_SIGN = "\0"  # stands for `%%` while the directives are replaced
@@ -31,7 +32,9 @@ def fixed_date(chat_template: str | None, template_date: str | None) -> date | N
     """The date that a template is to write: the one given, else today where it uses the clock. Raises UserError for a
     given one that it would not write."""
     if template_date is None:
-        return date.today() if calls_clock(chat_template) else None
+        if calls_clock(chat_template):
+            return date.today()
+        return None
     if not calls_clock(chat_template) and VARIABLE not in (chat_template or ""):
         raise UserError(
             f"data.template_date: {template_date}, but the base's chat template writes no date (it uses neither "

@@ -10,14 +10,17 @@ from lowrank_tune.data.formats import InvalidRow
 from lowrank_tune.errors import UserError
 from lowrank_tune.types import Message
 
-PROBE_QUESTION, PROBE_ANSWER, PROBE_SYSTEM = "Hm, who asks?", "Nobody asks.", "Rule one."
+PROBE_QUESTION = "Hm, who asks?"
+PROBE_ANSWER = "Nobody asks."
+PROBE_SYSTEM = "Rule one."
 
 
 class TemplateRenderer:
     """Renders conversations by `chat_template`, in the environment of the tokenizer."""
 
     def __init__(self, tokenizer: Any, chat_template: str) -> None:
-        self._tokenizer, self._chat_template = tokenizer, chat_template
+        self._tokenizer = tokenizer
+        self._chat_template = chat_template
         self.system_mode: Literal["own", "always", "folded"] = "own"
         self.system_mode = self._probe_system_mode()
 
@@ -35,7 +38,9 @@ class TemplateRenderer:
                     "give the base a working `chat_template`"
                 )
             return "always"
-        return "folded" if isinstance(with_system, InvalidRow) or PROBE_SYSTEM not in with_system else "own"
+        if isinstance(with_system, InvalidRow) or PROBE_SYSTEM not in with_system:
+            return "folded"
+        return "own"
 
     def render_all(self, requests: Sequence[tuple[ChatMessages, bool]]) -> list[str | InvalidRow]:
         """Many renderings, each with a generation prompt or not; all at once where none fails, because a call costs

@@ -36,7 +36,10 @@ def compute_token_stats(rows: TokenizedDataset, end_ids: Collection[int]) -> Tok
     parts = [
         _count(*rows.concat_rows(start, start + SLICE), end_ids, eos_counts) for start in range(0, len(rows), SLICE)
     ]
-    trained, prompt, answers, unended = zip(*parts, strict=True) if parts else [(np.zeros(0, np.int64),)] * 4
+    if parts:
+        trained, prompt, answers, unended = zip(*parts, strict=True)
+    else:
+        trained, prompt, answers, unended = [(np.zeros(0, np.int64),)] * 4
     return TokenStats(
         np.concatenate(trained),
         np.concatenate(prompt),
@@ -54,11 +57,14 @@ def _count(
     eos_counts: Counter[int],
 ) -> tuple[Numbers, Numbers, Numbers, Numbers]:
     behind = np.cumsum(lengths)
-    starts, rows = behind - lengths, len(lengths)
-    before, after = np.roll(mask, 1), np.roll(mask, -1)
+    starts = behind - lengths
+    rows = len(lengths)
+    before = np.roll(mask, 1)
+    after = np.roll(mask, -1)
     before[starts] = after[behind - 1] = False
     # an answer is an unbroken stretch of what is trained
-    opens, closes = np.flatnonzero(mask & ~before), np.flatnonzero(mask & ~after)
+    opens = np.flatnonzero(mask & ~before)
+    closes = np.flatnonzero(mask & ~after)
     row_of = np.searchsorted(behind, opens, side="right")
     is_end = mask & np.isin(input_ids, list(end_ids))
     eos_counts.update(
@@ -68,5 +74,8 @@ def _count(
     ended = so_far[closes] - so_far[opens] + is_end[opens] > 0
     prompt = lengths.copy()
     prompt[row_of[::-1]] = opens[::-1] - starts[row_of[::-1]]
-    trained = np.add.reduceat(mask.astype(np.int64), starts) if rows else np.zeros(0, np.int64)
+    if rows:
+        trained = np.add.reduceat(mask.astype(np.int64), starts)
+    else:
+        trained = np.zeros(0, np.int64)
     return trained, prompt, np.bincount(row_of, minlength=rows), np.bincount(row_of[~ended], minlength=rows)

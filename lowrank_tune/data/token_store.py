@@ -79,7 +79,8 @@ class ArrayFile:
 
     def __init__(self, path: Path, dtype: str) -> None:
         self.file: BinaryIO = path.open("wb")
-        self.dtype, self.count = np.dtype(dtype), 0
+        self.dtype = np.dtype(dtype)
+        self.count = 0
         self._write_npy_header()
         self._start = self.file.tell()
 
@@ -106,7 +107,8 @@ class StoreWriter:
     otherwise."""
 
     def __init__(self, folder: Path, rows_per_unit: int = 1) -> None:
-        self.folder, self.rows_per_unit = folder, rows_per_unit
+        self.folder = folder
+        self.rows_per_unit = rows_per_unit
         self._tokens = self._ground_truth_bytes = 0
 
     def __enter__(self) -> Self:
@@ -148,7 +150,9 @@ class StoreWriter:
         values: dict[str, Any] = {
             "input_ids": np.fromiter(chain.from_iterable(row.input_ids for row in rows), np.int32, int(lengths.sum())),
             "completion_mask": np.fromiter(
-                chain.from_iterable(row.completion_mask for row in rows), np.bool_, int(lengths.sum())
+                chain.from_iterable(row.completion_mask for row in rows),
+                np.bool_,
+                int(lengths.sum()),
             ),
             "starts": self._tokens + np.cumsum(lengths),
             "sources": [source] * len(rows),
@@ -214,14 +218,12 @@ class TokenizedDataset:
         indices: NDArray[np.int64],
         rows_per_unit: int = 1,
     ) -> None:
-        self._arrays, self.files, self.reports, self.folder, self.indices, self.rows_per_unit = (
-            arrays,
-            files,
-            reports,
-            folder,
-            indices,
-            rows_per_unit,
-        )
+        self._arrays = arrays
+        self.files = files
+        self.reports = reports
+        self.folder = folder
+        self.indices = indices
+        self.rows_per_unit = rows_per_unit
         starts = arrays["starts"]
         self.lengths: NDArray[np.int64] = np.asarray(starts[indices + 1] - starts[indices])
         self.source_of: NDArray[np.int32] = np.asarray(arrays["sources"][indices])
@@ -278,7 +280,12 @@ class TokenizedDataset:
             }
             reports = [SourceReport.from_dict(report) for report in state["reports"]]
             return cls(
-                arrays, state["files"], reports, folder, np.arange(len(arrays["starts"]) - 1), state["rows_per_unit"]
+                arrays,
+                state["files"],
+                reports,
+                folder,
+                np.arange(len(arrays["starts"]) - 1),
+                state["rows_per_unit"],
             )
         except (OSError, ValueError, KeyError, TypeError, IndexError):
             return None
@@ -288,7 +295,8 @@ class TokenizedDataset:
 
     def __getitem__(self, index: int) -> Row:
         row = self.indices[index]
-        start, end = self._arrays["starts"][row], self._arrays["starts"][row + 1]
+        start = self._arrays["starts"][row]
+        end = self._arrays["starts"][row + 1]
         self._rows_read += 1
         if self._rows_read % ROWS_PER_PAGE_RELEASE == 0:
             self._release_pages()
@@ -306,7 +314,12 @@ class TokenizedDataset:
         ), "half of a pair"
         assert not (firsts % self.rows_per_unit).any(), "rows of two pairs"
         return TokenizedDataset(
-            self._arrays, self.files, self.reports, self.folder, self.indices[rows], self.rows_per_unit
+            self._arrays,
+            self.files,
+            self.reports,
+            self.folder,
+            self.indices[rows],
+            self.rows_per_unit,
         )
 
     def select_units(self, units: NDArray[np.int64]) -> TokenizedDataset:
@@ -327,13 +340,12 @@ class TokenizedDataset:
 
     def concat_rows(self, start: int, end: int) -> tuple[NDArray[np.int32], NDArray[np.bool_], NDArray[np.int64]]:
         """Ids and mask of the rows from `start` to before `end`, one after the other, and the length of each."""
-        lengths, firsts = self.lengths[start:end], self._arrays["starts"][self.indices[start:end]]
+        lengths = self.lengths[start:end]
+        firsts = self._arrays["starts"][self.indices[start:end]]
         behind = np.cumsum(lengths)
         positions = np.repeat(firsts - (behind - lengths), lengths) + np.arange(behind[-1] if len(behind) else 0)
-        input_ids, completion_mask = (
-            np.asarray(self._arrays["input_ids"][positions]),
-            np.asarray(self._arrays["completion_mask"][positions]),
-        )
+        input_ids = np.asarray(self._arrays["input_ids"][positions])
+        completion_mask = np.asarray(self._arrays["completion_mask"][positions])
         self._release_pages()
         return input_ids, completion_mask, lengths
 
@@ -350,7 +362,8 @@ class TokenizedDataset:
         row = self.indices[index]
         if not self._arrays["has_ground_truth"][row]:
             return None
-        start, end = self._arrays["ground_truth_starts"][row], self._arrays["ground_truth_starts"][row + 1]
+        start = self._arrays["ground_truth_starts"][row]
+        end = self._arrays["ground_truth_starts"][row + 1]
         return bytes(self._arrays["ground_truths"][start:end]).decode()
 
     def row_location(self, index: int) -> str:
@@ -374,12 +387,16 @@ def _is_filled(path: Path) -> bool:
     """An array without entries cannot be mapped: its file ends with the header."""
     with path.open("rb") as file:
         version = np.lib.format.read_magic(file)
-        shape, _, _ = np.lib.format.read_array_header_1_0(file) if version == (1, 0) else ((1,), False, None)
+        if version == (1, 0):
+            shape, _, _ = np.lib.format.read_array_header_1_0(file)
+        else:
+            shape, _, _ = ((1,), False, None)
     return bool(shape[0])
 
 
 def _checksum(path: Path) -> list[int]:
-    size, checksum = path.stat().st_size, 0
+    size = path.stat().st_size
+    checksum = 0
     if size <= MAX_CHECKSUM_BYTES:
         with path.open("rb") as file:
             while block := file.read(1 << 20):

@@ -69,7 +69,9 @@ def cache_folder() -> Path:
     """Where stores are kept."""
     named = os.environ.get("LOWRANK_TUNE_CACHE")
     try:
-        return Path(named).expanduser() if named else Path.home() / ".cache" / "lowrank_tune"
+        if named:
+            return Path(named).expanduser()
+        return Path.home() / ".cache" / "lowrank_tune"
     except RuntimeError as error:
         raise UserError("there is no home folder for the cache; name a folder in LOWRANK_TUNE_CACHE") from error
 
@@ -154,7 +156,12 @@ def _tokenize_source(
         used: list[Entry] = []
         locations: list[tuple[int, int]] = []
         entries = (encode_pairs if format_name == "preference" else _encode)(
-            chunk, source, format_name, data, template, report
+            chunk,
+            source,
+            format_name,
+            data,
+            template,
+            report,
         )
         for (location, _), entry in zip(chunk, entries, strict=True):
             if isinstance(entry, InvalidRow):
@@ -169,7 +176,10 @@ def _tokenize_source(
             writer.add(used, number, locations)
         emit(Progress(description=label, done=report.read, total=total))
     assert report.used + report.num_dropped == report.read
-    report.duplicates = len(hashes) - len(np.unique(np.frombuffer(hashes, dtype=np.uint64))) if hashes else 0
+    if hashes:
+        report.duplicates = len(hashes) - len(np.unique(np.frombuffer(hashes, dtype=np.uint64)))
+    else:
+        report.duplicates = 0
     return report
 
 
@@ -228,7 +238,11 @@ def _encode(
 
 
 def conversation(
-    raw: RawExample, source: SourceConfig, format_name: str, system: str | None, require_answer: bool = True
+    raw: RawExample,
+    source: SourceConfig,
+    format_name: str,
+    system: str | None,
+    require_answer: bool = True,
 ) -> Conversation | InvalidRow:
     """The conversation of a row with the recipe's system prompt where it brings none, or what is wrong with it."""
     try:

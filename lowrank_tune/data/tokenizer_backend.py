@@ -40,7 +40,10 @@ class TokenizerBackend:
             if token.special
         }
         names = sorted(self.special_tokens, key=len, reverse=True)
-        self.special_pattern = re.compile("|".join(map(re.escape, names))) if names else re.compile(r"(?!)")
+        if names:
+            self.special_pattern = re.compile("|".join(map(re.escape, names)))
+        else:
+            self.special_pattern = re.compile(r"(?!)")
         self.bos: int | None = tokenizer.bos_token_id
         self.eos: int | None = tokenizer.eos_token_id
         self.pad: int = next((number for number in (tokenizer.pad_token_id, self.eos) if number is not None), 0)
@@ -54,10 +57,8 @@ class TokenizerBackend:
 
     def _detect_prefix_space(self) -> bool:
         """Whether a space is put in front of every text (SentencePiece's habit)."""
-        alone, after = (
-            self.plain_tokenizer.encode("x", add_special_tokens=False),
-            self.plain_tokenizer.encode("\nx", add_special_tokens=False),
-        )
+        alone = self.plain_tokenizer.encode("x", add_special_tokens=False)
+        after = self.plain_tokenizer.encode("\nx", add_special_tokens=False)
         return alone.ids != after.ids[-len(alone.ids) :]
 
     def encode_plain(self, texts: Sequence[str]) -> list[list[int]]:
@@ -86,7 +87,9 @@ class TokenizerBackend:
         return cast(
             str,
             self.tokenizer.decode(
-                list(ids), skip_special_tokens=not special_tokens, clean_up_tokenization_spaces=False
+                list(ids),
+                skip_special_tokens=not special_tokens,
+                clean_up_tokenization_spaces=False,
             ),
         )
 

@@ -36,11 +36,15 @@ def inspect_data(recipe: RecipeConfig, emit: Emit, cache: Path | None = None) ->
     """Reads and tokenizes everything. Raises `UserError` only where there is nothing to show."""
     template = ChatTemplate.from_tokenizer(load_tokenizer(recipe.base), recipe.data.template_date)
     evaluation = recipe.evaluate
-    heldout = (
-        load_heldout_prompts(evaluation.eval_dataset, evaluation.num_prompts, recipe.seed, recipe.data.system_prompt)
-        if evaluation.eval_dataset
-        else []
-    )
+    if evaluation.eval_dataset:
+        heldout = load_heldout_prompts(
+            evaluation.eval_dataset,
+            evaluation.num_prompts,
+            recipe.seed,
+            recipe.data.system_prompt,
+        )
+    else:
+        heldout = []
     if recipe.algorithm in ("grpo", "ppo"):
         dataset = load_prompts(
             recipe.data,

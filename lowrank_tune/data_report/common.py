@@ -17,7 +17,8 @@ from lowrank_tune.errors import UserError
 
 LEAKAGE_NOTE = "kept; held-out answers flatter"
 BINS = 12  # of the histogram of lengths, about
-SHOWN_ROWS, SHOWN_CHARACTERS = 3, 1600
+SHOWN_ROWS = 3
+SHOWN_CHARACTERS = 1600
 TOO_LONG = ("longer than data.max_length", "longer than data.max_prompt_length")
 NO_TARGET = (
     "nothing in it is trained",
@@ -41,7 +42,9 @@ def weighted_by(sources: Sequence[SourceConfig], unit: str = "row") -> str:
     """What decides the mixture, in words."""
     if len(sources) == 1:
         return "one source"
-    return "weights of the recipe" if sources[0].weight is not None else f"{unit} counts: no source has a weight"
+    if sources[0].weight is not None:
+        return "weights of the recipe"
+    return f"{unit} counts: no source has a weight"
 
 
 def lengths_of(lengths: NDArray[np.int64], report: Report, max_length: int) -> Lengths:
@@ -59,7 +62,13 @@ def lengths_of(lengths: NDArray[np.int64], report: Report, max_length: int) -> L
     counts, _ = np.histogram(lengths - 0.5, edges)  # a row on an edge belongs to the bin that ends there
     median, p95 = np.percentile(lengths, (50, 95))
     return Lengths(
-        max_length, tuple(map(int, edges)), tuple(map(int, counts)), round(median), round(p95), longest, over
+        max_length,
+        tuple(map(int, edges)),
+        tuple(map(int, counts)),
+        round(median),
+        round(p95),
+        longest,
+        over,
     )
 
 
@@ -87,7 +96,9 @@ def dropped_rows(sources: Sequence[SourceReport], always: Sequence[str]) -> list
 def _issue_kind(reason: str, targets: bool) -> str:
     if reason.startswith(TOO_LONG):
         return f"too long: {reason}"
-    return f"without a target: {reason}" if targets and reason.startswith(NO_TARGET) else reason
+    if targets and reason.startswith(NO_TARGET):
+        return f"without a target: {reason}"
+    return reason
 
 
 def heldout_ids(heldout: Sequence[Prompt], template: ChatTemplate) -> set[tuple[int, ...]]:
@@ -109,7 +120,9 @@ def example_rows(source_of: NDArray[Any]) -> list[int]:
 
 def truncate_middle(text: str, limit: int) -> str:
     """Beginning and end of a long text."""
-    return text if len(text) <= limit else text[: limit // 2] + " [...] " + text[-limit // 2 :]
+    if len(text) <= limit:
+        return text
+    return text[: limit // 2] + " [...] " + text[-limit // 2 :]
 
 
 def invalid_sources(report: Report, recipe: RecipeConfig) -> list[str]:

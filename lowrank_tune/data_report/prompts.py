@@ -25,7 +25,10 @@ from lowrank_tune.data_report.report import DataIssue, DataReport, Epoch, Exampl
 
 
 def report_prompts(
-    recipe: RecipeConfig, dataset: PromptDataset, template: ChatTemplate, heldout: Sequence[Prompt] = ()
+    recipe: RecipeConfig,
+    dataset: PromptDataset,
+    template: ChatTemplate,
+    heldout: Sequence[Prompt] = (),
 ) -> DataReport:
     """The picture of the prompts that completions are drawn for."""
     parts, epoch = _prompt_mixture(recipe, dataset)
@@ -49,14 +52,15 @@ def report_prompts(
 
 def _prompt_mixture(recipe: RecipeConfig, dataset: PromptDataset) -> tuple[tuple[MixturePart, ...], Epoch]:
     """The same of prompts."""
-    weights, total = [source.weight for source in recipe.data.train], max(1, len(dataset))
-    drawn, steps, all_steps = np.zeros(0, np.int64), 0, 0
+    weights = [source.weight for source in recipe.data.train]
+    total = max(1, len(dataset))
+    drawn = np.zeros(0, np.int64)
+    steps = 0
+    all_steps = 0
     if len(dataset) and (weights[0] is None or all(report.used for report in dataset.report.train)):
         sampler = make_prompt_sampler(dataset, recipe.data, recipe.train, recipe.seed)
-        drawn, steps = (
-            np.concatenate([sampler.rows(step) for step in range(sampler.steps_per_epoch)]),
-            sampler.steps_per_epoch,
-        )
+        drawn = np.concatenate([sampler.rows(step) for step in range(sampler.steps_per_epoch)])
+        steps = sampler.steps_per_epoch
         all_steps = recipe.train.max_steps or sampler.steps_of(recipe.train.num_train_epochs or 1.0)
     tokens = np.bincount(dataset.source_of[drawn], weights=dataset.lengths[drawn], minlength=len(weights))
     parts = tuple(
@@ -82,7 +86,8 @@ def _prompt_issues(dataset: PromptDataset, template: ChatTemplate, heldout: Sequ
     """The same of prompts. One that repeats an earlier prompt is drawn for more often than others."""
     unanswered = [index for index, example in enumerate(dataset.examples) if example.ground_truth is None]
     seen: set[tuple[int, ...]] = set()
-    repeated, leaked = [], []
+    repeated = []
+    leaked = []
     known_ids = heldout_ids(heldout, template)
     for index, ids in enumerate(tuple(example.input_ids) for example in dataset.examples):
         repeated += [index] * (ids in seen)
@@ -98,14 +103,12 @@ def _prompt_issues(dataset: PromptDataset, template: ChatTemplate, heldout: Sequ
             _prompt_locations(dataset, repeated),
         ),
     ]
-    return (
-        [
+    if heldout:
+        return [
             *issues,
             DataIssue("asking a held-out question", len(leaked), LEAKAGE_NOTE, _prompt_locations(dataset, leaked)),
         ]
-        if heldout
-        else issues
-    )
+    return issues
 
 
 def _prompt_locations(dataset: PromptDataset, numbers: Sequence[int]) -> tuple[str, ...]:

@@ -82,7 +82,9 @@ class Epoch:
 
     @property
     def passes(self) -> float:
-        return self.all_steps / self.steps if self.steps else 0.0
+        if self.steps:
+            return self.all_steps / self.steps
+        return 0.0
 
 
 @dataclass(frozen=True)

@@ -36,7 +36,10 @@ from lowrank_tune.data_report.report import DataIssue, DataReport, EosStats, Epo
 
 
 def report_rows(
-    recipe: RecipeConfig, data: TokenizedSplits, template: ChatTemplate, heldout: Sequence[Prompt] = ()
+    recipe: RecipeConfig,
+    data: TokenizedSplits,
+    template: ChatTemplate,
+    heldout: Sequence[Prompt] = (),
 ) -> DataReport:
     """The picture of loaded data."""
     stats = compute_token_stats(data.train, template.end_ids)
@@ -60,10 +63,12 @@ def report_rows(
 
 def _mixture(recipe: RecipeConfig, data: TokenizedSplits, stats: TokenStats) -> tuple[tuple[MixturePart, ...], Epoch]:
     """The parts, and the first epoch exactly as the loop will draw it."""
-    train, sources = data.train, data.report.train
+    train = data.train
+    sources = data.report.train
     epoch = _sample_epoch(recipe, train)
     rows = epoch[0] if epoch else np.zeros(0, np.int64)
-    lengths, trained_of = train.unit_lengths, stats.trained.reshape(-1, train.rows_per_unit).sum(axis=1)
+    lengths = train.unit_lengths
+    trained_of = stats.trained.reshape(-1, train.rows_per_unit).sum(axis=1)
     source_of = train.unit_source_of[rows]
 
     def sums(values: NDArray[np.int64], of: NDArray[Any]) -> list[int]:
@@ -114,7 +119,10 @@ def _all_lengths(data: TokenizedSplits) -> NDArray[np.int64]:
 
 
 def _issues(
-    data: TokenizedSplits, stats: TokenStats, template: ChatTemplate, heldout: Sequence[Prompt]
+    data: TokenizedSplits,
+    stats: TokenStats,
+    template: ChatTemplate,
+    heldout: Sequence[Prompt],
 ) -> list[DataIssue]:
     """All that is looked for, found or not: that nothing was found is also news."""
     sources = (*data.report.train, *data.report.validation)
@@ -136,10 +144,15 @@ def _issues(
         _duplicates(data),
         *([_contradictory_pairs(data)] if data.train.rows_per_unit > 1 else []),
         DataIssue(
-            "in both splits", data.report.shared, "kept in both; the validation loss flatters", _split_overlap(data)
+            "in both splits",
+            data.report.shared,
+            "kept in both; the validation loss flatters",
+            _split_overlap(data),
         ),
     ]
-    return [*issues, _heldout_leakage(data.train, stats, template, heldout)] if heldout else issues
+    if heldout:
+        return [*issues, _heldout_leakage(data.train, stats, template, heldout)]
+    return issues
 
 
 def _locations(rows: TokenizedDataset, units: NDArray[Any]) -> tuple[str, ...]:
@@ -186,7 +199,10 @@ def _split_overlap(data: TokenizedSplits) -> tuple[str, ...]:
 
 
 def _heldout_leakage(
-    rows: TokenizedDataset, stats: TokenStats, template: ChatTemplate, heldout: Sequence[Prompt]
+    rows: TokenizedDataset,
+    stats: TokenStats,
+    template: ChatTemplate,
+    heldout: Sequence[Prompt],
 ) -> DataIssue:
     """Training rows that begin with a held-out question: its answer was seen."""
     prompt_ids = heldout_ids(heldout, template)
@@ -219,7 +235,8 @@ def _examples(rows: TokenizedDataset, template: ChatTemplate) -> list[Example]:
 
 
 def _segments(rows: TokenizedDataset, number: int, template: ChatTemplate) -> tuple[tuple[bool, str], ...]:
-    row, left = rows[number], SHOWN_CHARACTERS
+    row = rows[number]
+    left = SHOWN_CHARACTERS
     edges = [
         0,
         *(int(edge) + 1 for edge in np.flatnonzero(np.diff(np.asarray(row.completion_mask, dtype=np.int8)))),

@@ -45,7 +45,9 @@ from lowrank_tune.model.roles import Roles
 from lowrank_tune.model.rotary import RopeFactors, fixed_rope, select_factors
 from lowrank_tune.types import SamplingParams
 
-PROMPTS, NEW_TOKENS = 100, 256  # where no recipe says
+# where no recipe says
+PROMPTS = 100
+NEW_TOKENS = 256
 
 
 @dataclass(frozen=True)
@@ -108,13 +110,17 @@ class Evaluation:
 
 def resolve_options(options: Options, recipe: RecipeConfig | None) -> EvalSamplingOptions:
     """Fills in what was not asked for. Raises UserError for what contradicts itself."""
-    defaults = (
-        recipe.evaluate if recipe is not None else EvaluationConfig(num_prompts=PROMPTS, max_new_tokens=NEW_TOKENS)
-    )
+    if recipe is not None:
+        defaults = recipe.evaluate
+    else:
+        defaults = EvaluationConfig(num_prompts=PROMPTS, max_new_tokens=NEW_TOKENS)
     num_samples = options.num_samples or defaults.num_samples
-    temperature = (
-        options.temperature if options.temperature is not None else defaults.temperature if num_samples > 1 else 0.0
-    )
+    if options.temperature is not None:
+        temperature = options.temperature
+    elif num_samples > 1:
+        temperature = defaults.temperature
+    else:
+        temperature = 0.0
     if num_samples > 1 and temperature == 0:
         raise UserError("--num-samples: greedy answers are all the same; leave it out, or set --temperature above 0")
     if options.top_p < 1 and temperature == 0:
@@ -125,16 +131,29 @@ def resolve_options(options: Options, recipe: RecipeConfig | None) -> EvalSampli
             f"--pass-at-k {ks[-1]} needs as many answers per prompt: --num-samples {ks[-1]} (here it is {num_samples})"
         )
     max_new_tokens = options.max_new_tokens or _max_new_tokens(recipe, defaults)
-    seed = options.seed if options.seed is not None else recipe.seed if recipe is not None else 0
+    if options.seed is not None:
+        seed = options.seed
+    elif recipe is not None:
+        seed = recipe.seed
+    else:
+        seed = 0
     return EvalSamplingOptions(
-        options.num_prompts or defaults.num_prompts, num_samples, ks, temperature, options.top_p, max_new_tokens, seed
+        options.num_prompts or defaults.num_prompts,
+        num_samples,
+        ks,
+        temperature,
+        options.top_p,
+        max_new_tokens,
+        seed,
     )
 
 
 def _max_new_tokens(recipe: RecipeConfig | None, defaults: EvaluationConfig) -> int:
     """Held-out answers as the run drew them; where it had none, as it drew its completions."""
     online = recipe is not None and recipe.algorithm in ("grpo", "ppo") and defaults.eval_dataset is None
-    return recipe.rollout.max_new_tokens if recipe is not None and online else defaults.max_new_tokens
+    if recipe is not None and online:
+        return recipe.rollout.max_new_tokens
+    return defaults.max_new_tokens
 
 
 def evaluate(given: str, options: Options, emit: Emit, device: torch.device | None = None) -> Evaluation:
@@ -149,15 +168,22 @@ def evaluate(given: str, options: Options, emit: Emit, device: torch.device | No
         raise UserError("--dataset-config and --split need --dataset, which is not given")
     target = resolve_target(given, options.bits, emit)
     sampling_options = resolve_options(options, target.recipe)
-    reward_model = resolve_reward_model(options.reward_model) if options.reward_model is not None else None
+    if options.reward_model is not None:
+        reward_model = resolve_reward_model(options.reward_model)
+    else:
+        reward_model = None
     if reward_model is not None:
         check_reward_model(target, reward_model)
-    template_date = target.recipe.data.template_date if target.recipe is not None else None
+    if target.recipe is not None:
+        template_date = target.recipe.data.template_date
+    else:
+        template_date = None
     template = ChatTemplate.from_tokenizer(load_tokenizer(target.base), template_date)
     has_questions = options.dataset is not None or not options.tasks
-    eval_questions = (
-        _questions(target, options, sampling_options, template, emit) if has_questions else EvalQuestions([], "")
-    )
+    if has_questions:
+        eval_questions = _questions(target, options, sampling_options, template, emit)
+    else:
+        eval_questions = EvalQuestions([], "")
     recipe = target.recipe if has_questions else None
     with Grader(recipe, options.verifier if has_questions else None, reward_model is not None, template) as grader:
         max_new_tokens = sampling_options.max_new_tokens
@@ -167,7 +193,10 @@ def evaluate(given: str, options: Options, emit: Emit, device: torch.device | No
         roles = roles_for(target, reward_model, base)
         grader.set_base_model(roles)
         return _EvalRun(target, options, sampling_options, eval_questions, reward_model, task_manager, emit).run(
-            roles, base, template, grader
+            roles,
+            base,
+            template,
+            grader,
         )
 
 
@@ -180,7 +209,8 @@ def _select_rope(
 ) -> tuple[RopeFactors, EvalQuestions]:
     """The rotary frequencies that the target was trained with, else the reward model's, else those for the longest row;
     and the questions that make no row which is longer than these are for. Raises UserError where none is left."""
-    config, questions = load_config(target.base), eval_questions.questions
+    config = load_config(target.base)
+    questions = eval_questions.questions
     lengths = [_row_length(question, max_new_tokens) for question in questions]
     trained = target.rope_factors or (reward_model.rope_factors if reward_model is not None else None)
     factors = trained or select_factors(config, max(lengths, default=0))
@@ -203,12 +233,19 @@ def _select_rope(
 
 def _row_length(question: EvalQuestion, max_new_tokens: int) -> int:
     """Tokens of a question with the longer of its answer and its reference answer."""
-    reference = len(question.reference.input_ids) if question.reference is not None else 0
+    if question.reference is not None:
+        reference = len(question.reference.input_ids)
+    else:
+        reference = 0
     return max(len(question.prompt_ids) + max_new_tokens, reference)
 
 
 def _load(
-    target: EvalTarget, template: ChatTemplate, device: torch.device | None, emit: Emit, rope_factors: RopeFactors
+    target: EvalTarget,
+    template: ChatTemplate,
+    device: torch.device | None,
+    emit: Emit,
+    rope_factors: RopeFactors,
 ) -> Base:
     label = f"loading {target.base.model}"
     emit(Progress(description=label, done=0, total=1))
@@ -218,11 +255,18 @@ def _load(
 
 
 def _questions(
-    target: EvalTarget, options: Options, sampling_options: EvalSamplingOptions, template: ChatTemplate, emit: Emit
+    target: EvalTarget,
+    options: Options,
+    sampling_options: EvalSamplingOptions,
+    template: ChatTemplate,
+    emit: Emit,
 ) -> EvalQuestions:
     if options.dataset is not None:
         source = eval_source(options.dataset, options.dataset_config, options.split, target.recipe)
-        system = target.recipe.data.system_prompt if target.recipe is not None else None
+        if target.recipe is not None:
+            system = target.recipe.data.system_prompt
+        else:
+            system = None
         return load_eval_questions(source, sampling_options.num_prompts, sampling_options.seed, template, system)
     if target.recipe is None:
         raise UserError(
@@ -269,9 +313,16 @@ class _EvalRun:
             top_p=sampling_options.top_p,
         )
         result = Evaluator(
-            roles, template, grader, sampling, sampling_options.num_samples, answering, self.emit
+            roles,
+            template,
+            grader,
+            sampling,
+            sampling_options.num_samples,
+            answering,
+            self.emit,
         ).measure(variants, usable, sampling_options.seed)
-        tasks, stopped = dict[str, Metrics](), result.interrupted
+        tasks = dict[str, Metrics]()
+        stopped = result.interrupted
         if self.options.tasks and not stopped:
             tasks, stopped = lm_eval.run_tasks(roles, base, template, variants, self._tasks(), self.emit)
         record = self._record(result, tasks, base, grader, stopped)
@@ -312,14 +363,18 @@ class _EvalRun:
         return usable
 
     def _record(
-        self, result: EvalResult, tasks: Mapping[str, Metrics], base: Base, grader: Grader, stopped: bool
+        self,
+        result: EvalResult,
+        tasks: Mapping[str, Metrics],
+        base: Base,
+        grader: Grader,
+        stopped: bool,
     ) -> dict[str, Any]:
-        sampling_options, confidence, tuned = (
-            self.sampling_options,
-            self.options.confidence,
-            [variant for variant in result.variants if variant != BASE],
-        )
-        ks, seed = sampling_options.ks if grader.has_verdicts(result.questions) else (), sampling_options.seed
+        sampling_options = self.sampling_options
+        confidence = self.options.confidence
+        tuned = [variant for variant in result.variants if variant != BASE]
+        ks = sampling_options.ks if grader.has_verdicts(result.questions) else ()
+        seed = sampling_options.seed
         return {
             "v": VERSION,
             "kind": "eval",
@@ -354,10 +409,14 @@ class _EvalRun:
         }
 
     def _wins(self, result: EvalResult, variant: str, has_verdicts: bool) -> dict[str, Any]:
-        confidence, rates = self.options.confidence, dict[str, Any]()
+        confidence = self.options.confidence
+        rates = dict[str, Any]()
         if has_verdicts:
             rates["verifier"] = win_rates(
-                result, variant, lambda answer: None if answer.right is None else float(answer.right), confidence
+                result,
+                variant,
+                lambda answer: None if answer.right is None else float(answer.right),
+                confidence,
             )
         if self.reward_model is not None:
             rates["reward_model"] = win_rates(result, variant, lambda answer: answer.score, confidence)

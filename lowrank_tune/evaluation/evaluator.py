@@ -57,8 +57,13 @@ class Evaluator:
         answering: bool,
         emit: Emit,
     ) -> None:
-        self.roles, self.template, self.grader, self.sampling = roles, template, grader, sampling
-        self.samples, self.answering, self.emit = samples, answering, emit
+        self.roles = roles
+        self.template = template
+        self.grader = grader
+        self.sampling = sampling
+        self.samples = samples
+        self.answering = answering
+        self.emit = emit
 
     def measure(self, variants: Sequence[str], questions: Sequence[EvalQuestion], seed: int) -> EvalResult:
         """Ctrl-C ends it with the parts that all variants have finished."""
@@ -97,7 +102,10 @@ class Evaluator:
         result.done += [question.number for question in part]
 
     def _losses(
-        self, variant: str, part: Sequence[EvalQuestion], on_progress: Callable[[int], None]
+        self,
+        variant: str,
+        part: Sequence[EvalQuestion],
+        on_progress: Callable[[int], None],
     ) -> dict[int, ReferenceLoss]:
         waiting = sorted(
             ((question.number, question.reference) for question in part if question.reference is not None),
@@ -106,7 +114,8 @@ class Evaluator:
         losses: dict[int, ReferenceLoss] = {}
         while waiting:
             count = max(1, MICRO_TOKENS // len(waiting[0][1].input_ids))
-            some, waiting = waiting[:count], waiting[count:]
+            some = waiting[:count]
+            waiting = waiting[count:]
             rows: list[Row] = [row for _, row in some]
             batch = collate(rows, self.template.pad_id).to(self.roles.base.device)
             with self.roles.inference_mode():
@@ -118,12 +127,18 @@ class Evaluator:
         return losses
 
     def _answers(
-        self, variant: str, part: Sequence[EvalQuestion], on_progress: Callable[[int], None]
+        self,
+        variant: str,
+        part: Sequence[EvalQuestion],
+        on_progress: Callable[[int], None],
     ) -> dict[int, list[GradedAnswer]]:
         engine = Engine(self.roles, role_of(variant))
         numbers = [eval_question.number for eval_question in part]
         for completion in engine.generate(
-            [eval_question.prompt_ids for eval_question in part], self.samples, self.sampling, numbers
+            [eval_question.prompt_ids for eval_question in part],
+            self.samples,
+            self.sampling,
+            numbers,
         ):
             question = part[completion.prompt]
             self.grader.submit((question.number, completion.sample), question, completion)
@@ -138,11 +153,15 @@ class _ProgressBar:
     """Tells how far all of it is, at most two hundred times."""
 
     def __init__(self, label: str, total: int, emit: Emit) -> None:
-        self.label, self.total, self.emit, self.done = label, total, emit, 0
+        self.label = label
+        self.total = total
+        self.emit = emit
+        self.done = 0
         if total:
             emit(Progress(description=label, done=0, total=total))
 
     def advance(self, count: int) -> None:
-        before, self.done = self.done, self.done + count
+        before = self.done
+        self.done = self.done + count
         if self.done * 200 // self.total != before * 200 // self.total:
             self.emit(Progress(description=self.label, done=self.done, total=self.total))

@@ -48,20 +48,26 @@ class Grader:
     """
 
     def __init__(
-        self, recipe: RecipeConfig | None, verifier: str | None, has_reward_model: bool, template: ChatTemplate
+        self,
+        recipe: RecipeConfig | None,
+        verifier: str | None,
+        has_reward_model: bool,
+        template: ChatTemplate,
     ) -> None:
         self.template = template
-        rewards = build_rewards(recipe.rewards, Path.cwd()) if recipe is not None and recipe.rewards else []
+        if recipe is not None and recipe.rewards:
+            rewards = build_rewards(recipe.rewards, Path.cwd())
+        else:
+            rewards = []
         self.rewards: list[WeightedReward] = rewards
-        self.verifiers = (
-            build_rewards([RewardConfig(name=verifier)], Path.cwd())
-            if verifier is not None
-            else [
+        if verifier is not None:
+            self.verifiers = build_rewards([RewardConfig(name=verifier)], Path.cwd())
+        else:
+            self.verifiers = [
                 weighted_reward
                 for weighted_reward in rewards
                 if weighted_reward.is_verifier and not isinstance(weighted_reward.reward, RewardModel)
             ]
-        )
         if verifier is not None and not self.verifiers[0].is_verifier:
             raise UserError(f"--verifier: `{verifier}` does not tell right from wrong")
         self.has_reward_model = has_reward_model
@@ -73,7 +79,10 @@ class Grader:
         self._recipe_reward_models = [
             weighted_reward.reward for weighted_reward in rewards if isinstance(weighted_reward.reward, RewardModel)
         ]
-        self._end = end_of_turn_ids(template) if self._recipe_reward_models or has_reward_model else []
+        if self._recipe_reward_models or has_reward_model:
+            self._end = end_of_turn_ids(template)
+        else:
+            self._end = []
         self._items: dict[tuple[int, int], tuple[RewardInput, bool | None]] = {}
         self._scorer: WorkerPool[tuple[int, int]] = WorkerPool(
             [
@@ -104,32 +113,48 @@ class Grader:
             (self._reward_model, REWARD_MODEL_ROLE),
         ]:
             reward.score_batch = lambda rows, role=role: score_rows(
-                roles, rows, self.template.pad_id, MICRO_TOKENS, role
+                roles,
+                rows,
+                self.template.pad_id,
+                MICRO_TOKENS,
+                role,
             )
 
     def submit(self, key: tuple[int, int], question: EvalQuestion, completion: Completion) -> None:
         """Takes an answer, as soon as it is written."""
-        body = completion.token_ids[:-1] if completion.finish_reason == "stop" else completion.token_ids
-        text, stopped = (
-            self.template.decode(body),
-            completion.finish_reason == "stop" and not self.template.special_tokens_in(body),
-        )
+        if completion.finish_reason == "stop":
+            body = completion.token_ids[:-1]
+        else:
+            body = completion.token_ids
+        text = self.template.decode(body)
+        stopped = completion.finish_reason == "stop" and not self.template.special_tokens_in(body)
         ids = (
             [*question.prompt_ids, *append_end_of_turn(completion.token_ids, self._end)]
             if self._recipe_reward_models or self.has_reward_model
             else ()
         )
         item = RewardInput(
-            question.text, text, question.ground_truth, question.row, stopped, len(completion.token_ids), ids
+            question.text,
+            text,
+            question.ground_truth,
+            question.row,
+            stopped,
+            len(completion.token_ids),
+            ids,
         )
         # what runs on and on has not answered
-        exact = None if question.ground_truth is None else stopped and is_exact(text, question.ground_truth)
+        if question.ground_truth is None:
+            exact = None
+        else:
+            exact = stopped and is_exact(text, question.ground_truth)
         self._items[key] = item, exact
         self._scorer.submit(key, item)
 
     def collect(self) -> dict[tuple[int, int], GradedAnswer]:
         """Waits for the marks of all that was submitted."""
-        results, items, self._items = self._scorer.collect(), self._items, {}
+        results = self._scorer.collect()
+        items = self._items
+        self._items = {}
         return {key: self._grade(*items[key], scores) for key, scores in results.items()}
 
     def ungradable_reason(self, question: EvalQuestion) -> str | None:
@@ -141,17 +166,23 @@ class Grader:
     def _grade(self, item: RewardInput, exact: bool | None, scores: Sequence[Score]) -> GradedAnswer:
         scored = list(zip(self._all, scores, strict=False))  # the score of --reward-model, if there is one, is the last
         verdicts = [is_correct(score) for weighted_reward, score in scored if weighted_reward in self.verifiers]
-        right = exact if not self.verifiers else False if False in verdicts else None if None in verdicts else True
+        if not self.verifiers:
+            right = exact
+        elif False in verdicts:
+            right = False
+        elif None in verdicts:
+            right = None
+        else:
+            right = True
         reward_values = {
             weighted_reward.name: (weighted_reward.weight, score.value)
             for weighted_reward, score in scored[: len(self.rewards)]
         }
         parts = {name: value for name, (_, value) in reward_values.items() if value is not None}
-        total_reward = (
-            sum(reward_values[name][0] * value for name, value in parts.items())
-            if len(parts) == len(reward_values) > 0
-            else None
-        )
+        if len(parts) == len(reward_values) > 0:
+            total_reward = sum(reward_values[name][0] * value for name, value in parts.items())
+        else:
+            total_reward = None
         failure = next(
             (
                 f"{weighted_reward.name}: {score.reason or score.verdict}"

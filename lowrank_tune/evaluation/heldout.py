@@ -107,11 +107,16 @@ def is_exact(text: str, ground_truth: str) -> bool:
 
 def _parse_float(text: str) -> float | None:
     plain = text.strip().replace(",", "").rstrip(".")
-    return float(plain) if len(plain) < 40 and re.fullmatch(r"-?\d+(?:\.\d+)?", plain) else None
+    if len(plain) < 40 and re.fullmatch(r"-?\d+(?:\.\d+)?", plain):
+        return float(plain)
+    return None
 
 
 def _grade(completion: Completion, template: ChatTemplate, question: HeldoutQuestion) -> HeldoutAnswer:
-    body = completion.token_ids[:-1] if completion.finish_reason == "stop" else completion.token_ids
+    if completion.finish_reason == "stop":
+        body = completion.token_ids[:-1]
+    else:
+        body = completion.token_ids
     text = template.decode(body)
     stopped = completion.finish_reason == "stop" and not template.special_tokens_in(body)
     # what runs on and on has not answered

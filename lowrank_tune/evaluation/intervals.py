@@ -77,17 +77,24 @@ def proportion_ci(values: Sequence[float], trials_per_prompt: float, confidence:
     if mean in (0.0, 1.0):
         num_trials = float(prompts)  # where nothing differs, nothing shows how alike a prompt's answers are
     else:
-        num_trials = min(max_trials, mean * (1 - mean) * prompts / variance) if variance > 0 else max_trials
+        if variance > 0:
+            num_trials = min(max_trials, mean * (1 - mean) * prompts / variance)
+        else:
+            num_trials = max_trials
     low, high = wilson_interval(mean, num_trials, confidence)
     return Interval(mean, low, high, prompts, "wilson, clustered by prompt")
 
 
 def ratio_ci(
-    numerators: Sequence[float], denominators: Sequence[float], seed: int, confidence: float = CONFIDENCE
+    numerators: Sequence[float],
+    denominators: Sequence[float],
+    seed: int,
+    confidence: float = CONFIDENCE,
 ) -> Interval:
     """sum(numerators) / sum(denominators), one entry of each a prompt: a loss a token. With `denominators` all 1 it is
     a mean."""
-    top, bottom = np.asarray(numerators, dtype=np.float64), np.asarray(denominators, dtype=np.float64)
+    top = np.asarray(numerators, dtype=np.float64)
+    bottom = np.asarray(denominators, dtype=np.float64)
     value = float(top.sum() / bottom.sum()) if bottom.sum() else math.nan
     return _bootstrap_ci(value, (top, bottom), None, seed, confidence)
 
@@ -110,11 +117,10 @@ def paired_difference_ci(
     )
     assert len(first_arrays[0]) == len(second_arrays[0]), "differences are of the same prompts"
     both = first_arrays[1].sum() and second_arrays[1].sum()
-    value = (
-        float(first_arrays[0].sum() / first_arrays[1].sum() - second_arrays[0].sum() / second_arrays[1].sum())
-        if both
-        else math.nan
-    )
+    if both:
+        value = float(first_arrays[0].sum() / first_arrays[1].sum() - second_arrays[0].sum() / second_arrays[1].sum())
+    else:
+        value = math.nan
     return _bootstrap_ci(value, first_arrays, second_arrays, seed, confidence)
 
 
@@ -122,17 +128,24 @@ RatioArrays = tuple[NDArray[np.float64], NDArray[np.float64]]
 
 
 def _bootstrap_ci(
-    value: float, first: RatioArrays, second: RatioArrays | None, seed: int, confidence: float
+    value: float,
+    first: RatioArrays,
+    second: RatioArrays | None,
+    seed: int,
+    confidence: float,
 ) -> Interval:
     prompts = len(first[0])
     if prompts < 2 or not math.isfinite(value):
         return Interval(value, math.nan, math.nan, prompts, "none")
-    rng, samples = np.random.default_rng(seed), list[NDArray[np.float64]]()
+    rng = np.random.default_rng(seed)
+    samples = list[NDArray[np.float64]]()
     chunk_size = max(1, BOOTSTRAP_CHUNK // prompts)
     with np.errstate(invalid="ignore", divide="ignore"):  # a draw without any token of a loss is left out below
         for start in range(0, BOOTSTRAP_SAMPLES, chunk_size):
             counts = rng.multinomial(
-                prompts, np.full(prompts, 1 / prompts), size=min(chunk_size, BOOTSTRAP_SAMPLES - start)
+                prompts,
+                np.full(prompts, 1 / prompts),
+                size=min(chunk_size, BOOTSTRAP_SAMPLES - start),
             ).astype(np.float64)
             estimates = (counts @ first[0]) / (counts @ first[1])
             samples.append(estimates if second is None else estimates - (counts @ second[0]) / (counts @ second[1]))

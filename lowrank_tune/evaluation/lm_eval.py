@@ -65,7 +65,12 @@ def make_task_manager(names: Sequence[str], path: Path | None) -> Any:
 
 
 def run_tasks(
-    roles: Roles, base: Base, template: ChatTemplate, variants: Sequence[str], tasks: Tasks, emit: Emit
+    roles: Roles,
+    base: Base,
+    template: ChatTemplate,
+    variants: Sequence[str],
+    tasks: Tasks,
+    emit: Emit,
 ) -> tuple[dict[str, Metrics], bool]:
     """Every task for every variant. Ctrl-C keeps the variants that are done and returns True."""
     # its warnings are about how it was called, which is settled here

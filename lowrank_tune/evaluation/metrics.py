@@ -32,7 +32,9 @@ def pass_at_k_of(k: int) -> PromptMetric:
 
     def metric(answers: Sequence[GradedAnswer]) -> float | None:
         verdicts = [answer.right for answer in answers if answer.right is not None]
-        return pass_at_k(len(verdicts), sum(verdicts), k) if len(verdicts) >= k else None
+        if len(verdicts) >= k:
+            return pass_at_k(len(verdicts), sum(verdicts), k)
+        return None
 
     return metric
 
@@ -48,7 +50,11 @@ def mean_metric(value: Callable[[GradedAnswer], float | None]) -> PromptMetric:
 
 
 def variant_metrics(
-    result: EvalResult, variant: str, ks: Sequence[int], seed: int, confidence: float = CONFIDENCE
+    result: EvalResult,
+    variant: str,
+    ks: Sequence[int],
+    seed: int,
+    confidence: float = CONFIDENCE,
 ) -> Metrics:
     """Return the metrics of one variant: `loss`, `pass_at_K`, `reward` (and `rewards/NAME/mean` of several),
     `reward_model_score`, `eos_rate`, `mean_length`."""
@@ -56,7 +62,10 @@ def variant_metrics(
     losses = [result.losses[variant][number] for number in result.done if number in result.losses[variant]]
     if losses:
         metrics["loss"] = ratio_ci(
-            [loss.nll_sum for loss in losses], [loss.tokens for loss in losses], seed, confidence
+            [loss.nll_sum for loss in losses],
+            [loss.tokens for loss in losses],
+            seed,
+            confidence,
         )
     answers = result.answers[variant]
     samples = max(map(len, answers.values()), default=0)
@@ -64,7 +73,10 @@ def variant_metrics(
         values = [value for prompt_answers in answers.values() if (value := prompt_metric(prompt_answers)) is not None]
         if not values:
             continue
-        k = int(name.removeprefix("pass_at_")) if name.startswith("pass_at_") else 1
+        if name.startswith("pass_at_"):
+            k = int(name.removeprefix("pass_at_"))
+        else:
+            k = 1
         is_proportion = k > 1 or name in ("pass_at_1", "eos_rate")
         metrics[name] = (
             proportion_ci(values, samples // k, confidence) if is_proportion else mean_ci(values, seed, confidence)
@@ -98,7 +110,11 @@ def _reward_component(name: str, answer: GradedAnswer) -> float | None:
 
 
 def deltas_vs_base(
-    result: EvalResult, variant: str, ks: Sequence[int], seed: int, confidence: float = CONFIDENCE
+    result: EvalResult,
+    variant: str,
+    ks: Sequence[int],
+    seed: int,
+    confidence: float = CONFIDENCE,
 ) -> Metrics:
     """A tuned variant less the base, on the prompts where both have the figure; the draws of the bootstrap are of both
     together."""
@@ -117,13 +133,18 @@ def deltas_vs_base(
         if paired:
             ones = [1.0] * len(paired)
             metrics[name] = paired_difference_ci(
-                ([tuned for tuned, _ in paired], ones), ([baseline for _, baseline in paired], ones), seed, confidence
+                ([tuned for tuned, _ in paired], ones),
+                ([baseline for _, baseline in paired], ones),
+                seed,
+                confidence,
             )
     return metrics
 
 
 def _pair_by_prompt(
-    result: EvalResult, variant: str, prompt_metric: PromptMetric
+    result: EvalResult,
+    variant: str,
+    prompt_metric: PromptMetric,
 ) -> list[tuple[float | None, float | None]]:
     return [
         (prompt_metric(result.answers[variant][number]), prompt_metric(result.answers[BASE][number]))
@@ -133,11 +154,17 @@ def _pair_by_prompt(
 
 
 def win_rates(
-    result: EvalResult, variant: str, value: Callable[[GradedAnswer], float | None], confidence: float = CONFIDENCE
+    result: EvalResult,
+    variant: str,
+    value: Callable[[GradedAnswer], float | None],
+    confidence: float = CONFIDENCE,
 ) -> dict[str, Any] | None:
     """How often the tuned variant's answer is worth more than the base's to the same prompt: over all pairs of a
     prompt's answers, a tie half a win; the interval is clustered by prompt. None where no pair could be compared."""
-    rates, wins, ties, pairs = list[float](), 0.0, 0.0, 0
+    rates = list[float]()
+    wins = 0.0
+    ties = 0.0
+    pairs = 0
     for number in result.done:
         tuned_scores, base_scores = (
             [score for answer in result.answers[who].get(number, ()) if (score := value(answer)) is not None]
@@ -149,11 +176,9 @@ def win_rates(
         equal = sum(tuned_score == base_score for tuned_score, base_score in product(tuned_scores, base_scores))
         count = len(tuned_scores) * len(base_scores)
         rates.append((better + equal / 2) / count)
-        wins, ties, pairs = (
-            wins + better / count,
-            ties + equal / count,
-            max(pairs, min(len(tuned_scores), len(base_scores))),
-        )
+        wins = wins + better / count
+        ties = ties + equal / count
+        pairs = max(pairs, min(len(tuned_scores), len(base_scores)))
     if not rates:
         return None
     interval = proportion_ci(rates, pairs, confidence)

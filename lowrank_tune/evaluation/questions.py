@@ -38,7 +38,11 @@ class EvalQuestions:
 
 
 def load_eval_questions(
-    source: SourceConfig, count: int, seed: int, template: ChatTemplate, system: str | None
+    source: SourceConfig,
+    count: int,
+    seed: int,
+    template: ChatTemplate,
+    system: str | None,
 ) -> EvalQuestions:
     """Up to `count` questions of a source, drawn as a run draws its held-out ones. Raises UserError where no row can be
     asked."""
@@ -72,15 +76,24 @@ def load_eval_questions(
 
 
 def _reference(
-    prompt: Prompt, source: SourceConfig, format_name: str, template: ChatTemplate, system: str | None
+    prompt: Prompt,
+    source: SourceConfig,
+    format_name: str,
+    template: ChatTemplate,
+    system: str | None,
 ) -> Row | None:
     """The row whole; of a pair there is none here: what is better than something else need not be what should be
     said."""
-    parsed = conversation(prompt.row, source, format_name, system) if format_name != "preference" else None
+    if format_name != "preference":
+        parsed = conversation(prompt.row, source, format_name, system)
+    else:
+        parsed = None
     if not isinstance(parsed, Conversation):
         return None
     row = template.encode_many([parsed.messages])[0]
-    return None if isinstance(row, InvalidRow) or not any(row.completion_mask) else row
+    if isinstance(row, InvalidRow) or not any(row.completion_mask):
+        return None
+    return row
 
 
 def recipe_heldout_questions(recipe: RecipeConfig, count: int, template: ChatTemplate, emit: Emit) -> EvalQuestions:
@@ -91,7 +104,11 @@ def recipe_heldout_questions(recipe: RecipeConfig, count: int, template: ChatTem
     if recipe.data.validation:
         parts = [
             load_eval_questions(
-                source, -(-count // len(recipe.data.validation)), recipe.seed, template, recipe.data.system_prompt
+                source,
+                -(-count // len(recipe.data.validation)),
+                recipe.seed,
+                template,
+                recipe.data.system_prompt,
             )
             for source in recipe.data.validation
         ]
@@ -99,7 +116,12 @@ def recipe_heldout_questions(recipe: RecipeConfig, count: int, template: ChatTem
         return EvalQuestions(
             [
                 EvalQuestion(
-                    number, question.prompt_ids, question.text, question.ground_truth, question.row, question.reference
+                    number,
+                    question.prompt_ids,
+                    question.text,
+                    question.ground_truth,
+                    question.row,
+                    question.reference,
                 )
                 for number, question in enumerate(questions)
             ],
@@ -129,13 +151,12 @@ def _validation_questions(recipe: RecipeConfig, count: int, template: ChatTempla
     for number in range(min(count, store.units)):
         row: Row = store[number * store.rows_per_unit]
         prompt_ids = [int(token) for token in row.input_ids[: list(row.completion_mask).index(True)]]
-        reference = (
-            None
-            if recipe.uses_pairs
-            else Row(
+        if recipe.uses_pairs:
+            reference = None
+        else:
+            reference = Row(
                 [int(token) for token in row.input_ids], [bool(in_completion) for in_completion in row.completion_mask]
             )
-        )
         questions.append(EvalQuestion(number, prompt_ids, template.decode(prompt_ids), None, {}, reference))
     return EvalQuestions(questions, "validation rows of the run")
 
@@ -143,7 +164,9 @@ def _validation_questions(recipe: RecipeConfig, count: int, template: ChatTempla
 def eval_source(given: str, name: str | None, split: str | None, recipe: RecipeConfig | None) -> SourceConfig:
     """The source of --dataset; columns, format and gold answers are read as the recipe reads its own rows."""
     source = SourceConfig(
-        dataset=given, config_name=name, split=split or ("heldout" if given == "builtin:arithmetic" else "train")
+        dataset=given,
+        config_name=name,
+        split=split or ("heldout" if given == "builtin:arithmetic" else "train"),
     )
     like: Sequence[SourceConfig] = (
         () if recipe is None else [*filter(None, [recipe.evaluate.eval_dataset]), *recipe.data.train]

@@ -41,7 +41,10 @@ class ScoredResponse:
 
 
 def score_file(
-    run: Path, file: str, emit: Emit, device: torch.device | None = None
+    run: Path,
+    file: str,
+    emit: Emit,
+    device: torch.device | None = None,
 ) -> tuple[list[ScoredResponse], PairScores | None]:
     """Scores every usable row of a file, in its order; of preference pairs both sides, with the figures of the pairs.
 
@@ -66,7 +69,13 @@ def score_file(
     scores = torch.empty(len(rows))
     collate_fn = partial(collate_units, rows, pad_id=template.pad_id)
     for values, indices in validation_batches(
-        roles, rows, collate_fn, partial(roles.sequence_scores, "reward"), MICRO_TOKENS, "scoring", emit
+        roles,
+        rows,
+        collate_fn,
+        partial(roles.sequence_scores, "reward"),
+        MICRO_TOKENS,
+        "scoring",
+        emit,
     ):
         scores[indices] = values.cpu()
     lengths = torch.tensor([rows.num_trained_tokens(row) for row in range(len(rows))])
@@ -120,7 +129,13 @@ def _rows(recipe: RecipeConfig, file: str, template: ChatTemplate, emit: Emit) -
     return loaded, pairs
 
 
-def _response(rows: TokenizedDataset, number: int, score: float, pairs: bool, template: ChatTemplate) -> ScoredResponse:
+def _response(
+    rows: TokenizedDataset,
+    number: int,
+    score: float,
+    pairs: bool,
+    template: ChatTemplate,
+) -> ScoredResponse:
     row: Row = rows[number]
     start = list(row.completion_mask).index(True)
     prompt, text = (
@@ -128,7 +143,12 @@ def _response(rows: TokenizedDataset, number: int, score: float, pairs: bool, te
     )
     side = ("chosen", "rejected")[number % 2] if pairs else ""
     return ScoredResponse(
-        rows.row_location(number), prompt.strip(), text.strip(), rows.num_trained_tokens(number), score, side
+        rows.row_location(number),
+        prompt.strip(),
+        text.strip(),
+        rows.num_trained_tokens(number),
+        score,
+        side,
     )
 
 

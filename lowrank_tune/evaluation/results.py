@@ -12,7 +12,8 @@ from typing import Any
 
 from lowrank_tune.checkpoint import as_user_error, replace_nonfinite, write_fully
 
-EVALS, VERSION = "evals.jsonl", 2
+EVALS = "evals.jsonl"
+VERSION = 2
 
 
 def append_record(path: Path, record: Mapping[str, Any]) -> None:
@@ -137,4 +138,6 @@ def _parse_float(data: Mapping[str, Any], name: str) -> float:
     value = data.get(name)
     if isinstance(value, (int, float)) and abs(value) < 1e300:
         return float(value)
-    return 0.0 if name in ("prompts", "planned", "time") else float("nan")
+    if name in ("prompts", "planned", "time"):
+        return 0.0
+    return float("nan")

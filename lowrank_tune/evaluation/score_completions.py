@@ -89,7 +89,11 @@ class CompletionScores:
 
 
 def score_completions(
-    recipe: RecipeConfig, file: str | None, limit: int | None, emit: Emit, device: torch.device | None = None
+    recipe: RecipeConfig,
+    file: str | None,
+    limit: int | None,
+    emit: Emit,
+    device: torch.device | None = None,
 ) -> CompletionScores:
     """Scores every response. Raises UserError if there is none, or a reward cannot be built; Ctrl-C keeps the scores
     so far."""
@@ -107,7 +111,10 @@ def score_completions(
     template = ChatTemplate.from_tokenizer(load_tokenizer(recipe.base), recipe.data.template_date)
     reader = ResponseReader(recipe, template, bool(reward_models))
     result = CompletionScores(weighted, [], recipe.rollout.max_reward_failure_rate)
-    result.responses = reader.references(emit) if file is None else reader.responses(file, weighted, result.dropped)
+    if file is None:
+        result.responses = reader.references(emit)
+    else:
+        result.responses = reader.responses(file, weighted, result.dropped)
     result.responses = result.responses[:limit]
     if reward_models:
         _attach_base_model(recipe, reward_models, reader.template, device, emit)
@@ -187,11 +194,15 @@ class ResponseReader:
         return responses
 
     def responses(
-        self, file: str, weighted: list[WeightedReward], dropped: dict[str, DroppedRows]
+        self,
+        file: str,
+        weighted: list[WeightedReward],
+        dropped: dict[str, DroppedRows],
     ) -> list[ResponseItem]:
         """Those of a file; rows that hold none, or that no reward can score, go to `dropped`."""
         first = self.recipe.data.train[0]
-        source, responses = SourceConfig(dataset=file), list[ResponseItem]()
+        source = SourceConfig(dataset=file)
+        responses = list[ResponseItem]()
         if not first.dataset.startswith("builtin:arithmetic"):
             source = source.model_copy(
                 update={"format": first.format, "columns": first.columns, "ground_truth": first.ground_truth}
@@ -220,7 +231,10 @@ class ResponseReader:
             raise InvalidRow(f"no response: expected one of the columns {', '.join(COMPLETION_KEYS)}")
         row = {key: value for key, value in raw.items() if key != name}
         dialogue = self._conversation(row, source)
-        prompt_ids = self._prompt_ids(dialogue.messages) if self.with_token_ids and dialogue.messages else []
+        if self.with_token_ids and dialogue.messages:
+            prompt_ids = self._prompt_ids(dialogue.messages)
+        else:
+            prompt_ids = []
         completions = raw[name] if isinstance(raw[name], list) else [raw[name]]
         if not completions:
             raise InvalidRow(f"`{name}` is empty")
@@ -245,19 +259,24 @@ class ResponseReader:
         with suppress(UserError):  # no shape that data could have: it need not, for nothing is learned from it
             shapes.append(detect_format(row, source.columns, False))
         for shape in shapes:
-            parsed = (
-                conversation(row, source, shape, self.recipe.data.system_prompt, require_answer=False)
-                if shape != "preference"
-                else None
-            )
+            if shape != "preference":
+                parsed = conversation(row, source, shape, self.recipe.data.system_prompt, require_answer=False)
+            else:
+                parsed = None
             if isinstance(parsed, Conversation):
-                messages = parsed.messages[:-1] if parsed.messages[-1].role == "assistant" else parsed.messages
+                if parsed.messages[-1].role == "assistant":
+                    messages = parsed.messages[:-1]
+                else:
+                    messages = parsed.messages
                 return Conversation(messages, parsed.ground_truth)
         text = next(
             (value for name in PROMPT_COLUMNS if isinstance(value := row.get(source.columns.get(name, name)), str)),
             None,
         )
-        system_messages = [Message("system", self.recipe.data.system_prompt)] if self.recipe.data.system_prompt else []
+        if self.recipe.data.system_prompt:
+            system_messages = [Message("system", self.recipe.data.system_prompt)]
+        else:
+            system_messages = []
         return Conversation(
             (*system_messages, Message("user", text)) if text else (),
             extract_answer(row, source.columns, "gold", "", accept_bare_number=False),
@@ -281,18 +300,30 @@ class ResponseReader:
         """As a run would have it, had the policy written this."""
         text = text or ""
         num_tokens = len(self.template.tokenizer(text, add_special_tokens=False)["input_ids"]) + ended_with_eos
-        answer_tokens = encode_answer(self.template, text) if self.with_token_ids and len(prompt_ids) else []
+        if self.with_token_ids and len(prompt_ids):
+            answer_tokens = encode_answer(self.template, text)
+        else:
+            answer_tokens = []
         if answer_tokens and not ended_with_eos:
             answer_tokens = answer_tokens[: len(answer_tokens) - len(end_of_turn_ids(self.template))]
         return RewardInput(
-            prompt, text, gold, row, ended_with_eos, num_tokens, [*prompt_ids, *answer_tokens] if answer_tokens else ()
+            prompt,
+            text,
+            gold,
+            row,
+            ended_with_eos,
+            num_tokens,
+            [*prompt_ids, *answer_tokens] if answer_tokens else (),
         )
 
 
 def _parse_response(response: Any, row: Mapping[str, Any]) -> tuple[str, bool]:
     """A response's words, and whether it ended by itself. Raises InvalidRow."""
     fields = response if isinstance(response, Mapping) else row
-    text = response.get("text", response.get("content")) if isinstance(response, Mapping) else response
+    if isinstance(response, Mapping):
+        text = response.get("text", response.get("content"))
+    else:
+        text = response
     if not isinstance(text, str):
         raise InvalidRow("a response is no text")
     stopped = fields.get("stopped")

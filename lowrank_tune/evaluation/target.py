@@ -35,7 +35,8 @@ from lowrank_tune.model.base import BUILTIN_MODEL, Base, base_hashes
 from lowrank_tune.model.roles import Roles
 from lowrank_tune.model.rotary import RopeFactors, stored_factors
 
-BASE, REWARD_MODEL_ROLE = "base", "reward_model"
+BASE = "base"
+REWARD_MODEL_ROLE = "reward_model"
 Stack = Mapping[str, SavedAdapter]
 """Adapters by name, lowest first."""
 
@@ -53,7 +54,9 @@ class EvalRewardModel:
     @property
     def rope_factors(self) -> RopeFactors | None:
         """The factors of RoPE type `longrope` that it was trained with; None where its run stored none."""
-        return stored_factors(self.facts) if self.facts.get("rope_factors") else None
+        if self.facts.get("rope_factors"):
+            return stored_factors(self.facts)
+        return None
 
 
 @dataclass(frozen=True)
@@ -158,11 +161,9 @@ def _target_from_run(path: Path, emit: Emit) -> EvalTarget:
 def _reward_model_stack(recipe: RecipeConfig) -> Stack:
     adapter_config = recipe.adapters.get(REWARD_ROLE)
     uses_reward_model = any(reward.name == "reward_model" for reward in recipe.rewards)
-    return (
-        head_stack(str(adapter_config.path), f"adapters.{REWARD_ROLE}.path")
-        if uses_reward_model and adapter_config is not None
-        else {}
-    )
+    if uses_reward_model and adapter_config is not None:
+        return head_stack(str(adapter_config.path), f"adapters.{REWARD_ROLE}.path")
+    return {}
 
 
 def resolve_reward_model(run: Path) -> EvalRewardModel:
@@ -171,7 +172,10 @@ def resolve_reward_model(run: Path) -> EvalRewardModel:
         raise UserError(f"--reward-model: {run}: there is no such run")
     recipe, folder = reward_run(run)
     return EvalRewardModel(
-        run, recipe.base, head_stack(str(folder), "--reward-model"), _read_json_object(folder / "base.json")
+        run,
+        recipe.base,
+        head_stack(str(folder), "--reward-model"),
+        _read_json_object(folder / "base.json"),
     )
 
 
@@ -258,13 +262,15 @@ def check_bases(target: EvalTarget, reward_model: EvalRewardModel | None, base: 
 
 def check_reward_model(target: EvalTarget, reward_model: EvalRewardModel) -> None:
     """Checks that need no loaded model. Raises UserError."""
-    target_base, reward_base = target.base.model.partition("@")[0], reward_model.base.model.partition("@")[0]
+    target_base = target.base.model.partition("@")[0]
+    reward_base = reward_model.base.model.partition("@")[0]
     if target_base != reward_base:
         raise UserError(
             f"--reward-model: the base of {reward_model.run} is {reward_base}, the base of {target.name} is "
             f"{target_base}: they must be the same"
         )
-    ours, theirs = target.rope_factors or target.facts.get("rope_factors"), reward_model.rope_factors
+    ours = target.rope_factors or target.facts.get("rope_factors")
+    theirs = reward_model.rope_factors
     if ours and theirs and ours != theirs:
         raise UserError(
             f"--reward-model: {reward_model.run} was trained with the {theirs} factors of RoPE type `longrope` and "
@@ -273,7 +279,9 @@ def check_reward_model(target: EvalTarget, reward_model: EvalRewardModel) -> Non
 
 
 def device_name(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return "CPU"
 
 
 def _read_json_object(file: Path) -> Mapping[str, Any]:

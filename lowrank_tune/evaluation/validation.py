@@ -44,7 +44,8 @@ class PairScores:
         difference = self.chosen - self.rejected
         longer = (self.chosen_tokens - self.rejected_tokens).sign()
         unequal = longer != 0
-        scores, tokens = torch.cat([self.chosen, self.rejected]), torch.cat([self.chosen_tokens, self.rejected_tokens])
+        scores = torch.cat([self.chosen, self.rejected])
+        tokens = torch.cat([self.chosen_tokens, self.rejected_tokens])
         return {
             "accuracy": pair_accuracy(difference).value,
             "margin": float(difference.double().mean()),
@@ -75,28 +76,51 @@ class PairScores:
 
 
 def validate(
-    algorithm: Algorithm, roles: Roles, rows: TokenizedDataset, collate_fn: CollateFn, micro_tokens: int, emit: Emit
+    algorithm: Algorithm,
+    roles: Roles,
+    rows: TokenizedDataset,
+    collate_fn: CollateFn,
+    micro_tokens: int,
+    emit: Emit,
 ) -> dict[str, float]:
     """What the algorithm measures on held-out rows, means over all of them; dropout off."""
     stats: Stats = {}
     for measured, _ in validation_batches(
-        roles, rows, collate_fn, algorithm.eval_metrics, micro_tokens, "validating", emit
+        roles,
+        rows,
+        collate_fn,
+        algorithm.eval_metrics,
+        micro_tokens,
+        "validating",
+        emit,
     ):
         add_stats(stats, measured)
     return to_floats(stats)
 
 
 def score_pairs(
-    algorithm: PairAlgorithm, roles: Roles, rows: TokenizedDataset, collate_fn: CollateFn, micro_tokens: int, emit: Emit
+    algorithm: PairAlgorithm,
+    roles: Roles,
+    rows: TokenizedDataset,
+    collate_fn: CollateFn,
+    micro_tokens: int,
+    emit: Emit,
 ) -> PairScores:
     """What the algorithm thinks of both sides of every pair, and how long they are."""
-    scores, lengths = torch.empty(len(rows)), torch.empty(len(rows), dtype=torch.long)
+    scores = torch.empty(len(rows))
+    lengths = torch.empty(len(rows), dtype=torch.long)
 
     def score_batch(batch: Batch) -> tuple[Tensor, Tensor]:
         return algorithm.scores(batch).float().cpu(), batch.loss_mask.sum(dim=1).cpu()
 
     for values, indices in validation_batches(
-        roles, rows, collate_fn, score_batch, micro_tokens, "scoring held-out pairs", emit
+        roles,
+        rows,
+        collate_fn,
+        score_batch,
+        micro_tokens,
+        "scoring held-out pairs",
+        emit,
     ):
         scores[indices], lengths[indices] = values
     return PairScores(scores[::2], scores[1::2], lengths[::2], lengths[1::2])
@@ -121,6 +145,7 @@ def validation_batches(
     done = 0
     for part, values in chunked(roles.limits, rows, micro_tokens, compute_batch):
         yield values, torch.tensor([unit * rows.rows_per_unit + i for unit in part for i in range(rows.rows_per_unit)])
-        before, done = done, done + len(part)
+        before = done
+        done = done + len(part)
         if done * NUM_PROGRESS_UPDATES // rows.units != before * NUM_PROGRESS_UPDATES // rows.units:
             emit(Progress(description=description, done=done, total=rows.units))

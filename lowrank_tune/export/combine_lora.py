@@ -22,7 +22,9 @@ from lowrank_tune.errors import UserError
 from lowrank_tune.model.heads import HEAD_WEIGHT_KEY
 from lowrank_tune.model.roles import ADAPTER_PREFIX, Roles
 
-PEFT_PREFIX, LORA_A, LORA_B = "base_model.model.", ".lora_A.weight", ".lora_B.weight"
+PEFT_PREFIX = "base_model.model."
+LORA_A = ".lora_A.weight"
+LORA_B = ".lora_B.weight"
 
 
 @dataclass(frozen=True)
@@ -90,7 +92,8 @@ def combine_adapters(adapters: Sequence[LoraAdapter]) -> tuple[dict[str, Any], d
     tensors = {}
     for name in names:
         module_pairs = [pairs[name] for pairs in pairs_by_adapter if name in pairs]
-        a, b = torch.cat([pair[0] for pair in module_pairs]), torch.cat([pair[1] for pair in module_pairs], dim=1)
+        a = torch.cat([pair[0] for pair in module_pairs])
+        b = torch.cat([pair[1] for pair in module_pairs], dim=1)
         padding = rank - len(a)
         tensors[PEFT_PREFIX + name + LORA_A] = torch.nn.functional.pad(a, (0, 0, 0, padding))
         tensors[PEFT_PREFIX + name + LORA_B] = torch.nn.functional.pad(b, (0, padding))
@@ -120,9 +123,9 @@ def _target_modules(adapters: Sequence[LoraAdapter], names: Sequence[str]) -> li
         and adapter.config.get("layers_to_transform") is None
         for adapter in adapters
     )
-    return (
-        sorted({name for adapter in adapters for name in adapter.config["target_modules"]}) if simple else list(names)
-    )
+    if simple:
+        return sorted({name for adapter in adapters for name in adapter.config["target_modules"]})
+    return list(names)
 
 
 def as_lora_adapter(roles: Roles, name: str) -> LoraAdapter:

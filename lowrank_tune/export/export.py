@@ -88,10 +88,8 @@ def export(
 
 def _unused_options(options: ExportOptions) -> list[str]:
     """Options that were given and would do nothing."""
-    defaults, merges = (
-        ExportOptions(options.to),
-        options.to == "gguf" or (options.to == "ollama" and options.ollama_format == "merged"),
-    )
+    defaults = ExportOptions(options.to)
+    merges = options.to == "gguf" or (options.to == "ollama" and options.ollama_format == "merged")
     used = {
         "--out": options.to != "hub",
         "--quantization": options.to not in ("hub", "peft"),
@@ -118,7 +116,13 @@ def _copy(run: FinishedRun, options: ExportOptions, target: Path, emit: Emit) ->
         shutil.copytree(run.final, folder, ignore=shutil.ignore_patterns(*EXCLUDED_FILES), dirs_exist_ok=True)
 
 
-def _lora(run: FinishedRun, options: ExportOptions, target: Path, emit: Emit, device: torch.device | None) -> None:
+def _lora(
+    run: FinishedRun,
+    options: ExportOptions,
+    target: Path,
+    emit: Emit,
+    device: torch.device | None,
+) -> None:
     outtype = _outtype(options, "adapter", TYPES)
     gguf_module()
     shape = shape_of(load_config(run.base))
@@ -129,7 +133,8 @@ def _lora(run: FinishedRun, options: ExportOptions, target: Path, emit: Emit, de
     gguf_tensors(config, tensors, shape)
     check_disk_space(target, sum(4 * tensor.numel() for tensor in tensors.values()), "the adapter")
     _compare_base(run, emit, device)
-    file, eos_tokens = f"{slug(run.recipe)}-lora-{outtype}.gguf", eos_tokens_of(run)
+    file = f"{slug(run.recipe)}-lora-{outtype}.gguf"
+    eos_tokens = eos_tokens_of(run)
     with export_folder(target, _manifest_fields(run, options, quantization=outtype), emit) as folder:
         write_gguf_lora(folder / file, run.recipe.name or run.recipe.algorithm, config, tensors, shape, outtype)
         if options.to == "ollama":
@@ -181,17 +186,23 @@ def _model(
             "--llama-cpp, run `pip install llama-cpp-python` (it compiles for minutes), or use --quantization q8_0. "
             "`ollama create --quantize q4_K_M` quantizes a 16-bit export (--quantization f16)"
         )
-    existing, weights = find_existing_merge(run, options.weights), count_weights(run.base)
+    existing = find_existing_merge(run, options.weights)
+    weights = count_weights(run.base)
     check_disk_space(
-        target, estimate_gguf_size(weights, outtype) + (0 if existing else 2 * weights), f"the model in {outtype}"
+        target,
+        estimate_gguf_size(weights, outtype) + (0 if existing else 2 * weights),
+        f"the model in {outtype}",
     )
     converter = llama_cpp.converter_folder(options.llama_cpp, emit)
     architectures = load_config(run.base).architectures or []
     if architectures and not llama_cpp.supports_architecture(converter, architectures):
         raise UserError(f"llama.cpp's converter knows no {architectures[0]}; `--to peft` copies the adapter as it is")
-    file, eos_tokens = f"{slug(run.recipe)}-{outtype}.gguf", eos_tokens_of(run)
+    file = f"{slug(run.recipe)}-{outtype}.gguf"
+    eos_tokens = eos_tokens_of(run)
     with export_folder(
-        target, _manifest_fields(run, options, quantization=outtype, weights=options.weights), emit
+        target,
+        _manifest_fields(run, options, quantization=outtype, weights=options.weights),
+        emit,
     ) as folder:
         if existing is not None:
             emit(LogMessage(message=f"{existing.folder} holds this adapter already merged, and is taken"))
@@ -228,7 +239,8 @@ def _convert(
     emit: Emit,
 ) -> None:
     """The file of a merged model; the small types by way of one in 16 bits."""
-    name, adds_bos = run.recipe.name or run.recipe.algorithm, has_bos(run)
+    name = run.recipe.name or run.recipe.algorithm
+    adds_bos = has_bos(run)
     if outtype in NATIVE_OUTTYPES:
         convert(converter, merged, file, outtype, name, adds_bos, emit)
         return

@@ -27,21 +27,23 @@ def gguf_model_card(
         "dequantized": "the dequantized 4-bit weights that it was trained over",
         "original": "the original weights of the base",
     }[into]
-    weights = weights if recipe.base.bits == 4 else "the weights that it was trained over"
-    how = (
-        "by llama.cpp's own converter"
-        if kind in ("f32", "f16", "bf16", "q8_0")
-        else "by llama.cpp's own converter and quantizer"
-    )
-    exact = (
-        "It holds the merged weights as they are."
-        if kind in ("bf16", "f32")
-        else (
+    if recipe.base.bits != 4:
+        weights = "the weights that it was trained over"
+    if kind in ("f32", "f16", "bf16", "q8_0"):
+        how = "by llama.cpp's own converter"
+    else:
+        how = "by llama.cpp's own converter and quantizer"
+    if kind in ("bf16", "f32"):
+        exact = "It holds the merged weights as they are."
+    else:
+        exact = (
             "The table compares the merged model, in 16 bits, with what was trained; what this type costs more was "
             "not measured."
         )
-    )
-    use = ["**Ollama**, in this folder:", "", *_create(recipe)] if ollama else []
+    if ollama:
+        use = ["**Ollama**, in this folder:", "", *_create(recipe)]
+    else:
+        use = []
     return _page(
         recipe,
         "finetune",
@@ -76,16 +78,15 @@ def gguf_lora_card(
     rope: FixedRope | None = None,
 ) -> str:
     """`README.md` beside a GGUF adapter; `start` is what a Modelfile beside it begins with."""
-    use = (
-        []
-        if start is None
-        else [
+    if start is None:
+        use = []
+    else:
+        use = [
             f"**Ollama**, with the base as `{start}` (the Modelfile's first line; put another file or a name of "
             f"Ollama's library there):",
             "",
             *_create(recipe),
         ]
-    )
     return _page(
         recipe,
         "adapter",

@@ -36,7 +36,13 @@ class Upload:
         return sum(size for _, size in self.files)
 
 
-def push(folder: Path, repo: str, public: bool, show: Callable[[Upload], None], dry_run: bool = False) -> str:
+def push(
+    folder: Path,
+    repo: str,
+    public: bool,
+    show: Callable[[Upload], None],
+    dry_run: bool = False,
+) -> str:
     """Uploads a folder in one commit, and returns its address (or where it would go, with `dry_run`). `show` hears what
     will go before it does.
 

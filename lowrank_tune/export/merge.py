@@ -80,11 +80,10 @@ def merge(
     saved = adapters_in(finished)
     base = load_base(finished.base, template.tokenizer, device, rope_factors=finished.rope_factors)
     check_base(finished, base)
-    source = (
-        original_weights(finished, base)
-        if base_weights == "original" and finished.recipe.base.bits == 4
-        else dequantize(base)
-    )
+    if base_weights == "original" and finished.recipe.base.bits == 4:
+        source = original_weights(finished, base)
+    else:
+        source = dequantize(base)
     roles = roles_of(saved, base)
     adapters = lora_adapters_of(roles)
     eos_token_ids = base.end_ids | template.end_ids
@@ -99,7 +98,8 @@ def merge(
             fresh.mkdir()
             write_weights(fresh, merged_tensor_shapes(base), source, adapters, emit, shard)
             _write_configs(fresh, finished, base, template, eos_token_ids)
-            device, rope = base.device, base.rope
+            device = base.device
+            rope = base.rope
             del base, roles, source
             report = compare_models(fresh, recorded, eos_token_ids, readback, emit, finished.rope_factors)
             show(report)
@@ -167,7 +167,8 @@ def dequantize(base: Base) -> Callable[[str], Tensor]:
 def original_weights(run: FinishedRun, base: Base) -> Callable[[str], Tensor]:
     """The weights as they were published, by name. Raises UserError where they lie under other names, or in 4 bits
     only."""
-    files, shapes = weight_files(run.base), merged_tensor_shapes(base)
+    files = weight_files(run.base)
+    shapes = merged_tensor_shapes(base)
     missing = sorted(shapes.keys() - files.keys())
     if missing:
         raise UserError(
@@ -200,12 +201,12 @@ def write_weights(
     unknown = {f"{name}.weight" for pairs in deltas for name in pairs} - shapes.keys()
     assert not unknown, f"the adapter changes {sorted(unknown)}, which the model has not"
     plan = list(_shards(shapes, shard))
-    names = (
-        ["model.safetensors"]
-        if len(plan) == 1
-        else [f"model-{n:05d}-of-{len(plan):05d}.safetensors" for n in range(1, len(plan) + 1)]
-    )
-    done, total = 0, len(shapes)
+    if len(plan) == 1:
+        names = ["model.safetensors"]
+    else:
+        names = [f"model-{n:05d}-of-{len(plan):05d}.safetensors" for n in range(1, len(plan) + 1)]
+    done = 0
+    total = len(shapes)
     for file, members in zip(names, plan, strict=True):
         tensors = {}
         for name in members:
@@ -232,18 +233,24 @@ def merged_weight(name: str, weight: Tensor, deltas: list[dict[str, tuple[Tensor
 
 
 def _shards(shapes: Mapping[str, tuple[torch.Size, bool]], max_bytes: int) -> Iterator[list[str]]:
-    members, size = list[str](), 0
+    members = list[str]()
+    size = 0
     for name, (shape, _) in shapes.items():
         if members and size + 2 * shape.numel() > max_bytes:
             yield members
-            members, size = [], 0
+            members = []
+            size = 0
         members.append(name)
         size += 2 * shape.numel()
     yield members
 
 
 def _write_configs(
-    folder: Path, run: FinishedRun, base: Base, template: ChatTemplate, eos_token_ids: frozenset[int]
+    folder: Path,
+    run: FinishedRun,
+    base: Base,
+    template: ChatTemplate,
+    eos_token_ids: frozenset[int],
 ) -> None:
     """Configuration without quantization, generation config with every end token, tokenizer with its chat template."""
     files = serialize_tokenizer(template.tokenizer, template.chat_template)

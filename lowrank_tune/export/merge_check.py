@@ -40,7 +40,10 @@ NEAR_TIE = 0.05
 MAX_DIVERGED_FRACTION = 0.04
 """Share of greedy answers that may part at a wider gap: bf16 weights move a logit by more than `NEAR_TIE` now and then,
 and what is wrong parts many."""
-MAX_PROMPTS, MAX_ROWS, MAX_NEW_TOKENS, MAX_PROMPT_TOKENS = 50, 50, 32, 1024
+MAX_PROMPTS = 50
+MAX_ROWS = 50
+MAX_NEW_TOKENS = 32
+MAX_PROMPT_TOKENS = 1024
 MAX_LOGIT_BYTES = 1 << 30
 CPU = torch.device("cpu")
 
@@ -129,11 +132,17 @@ class MergeReport:
 
 
 def make_probes(
-    recipe: RecipeConfig, template: ChatTemplate, emit: Emit, max_row_length: int | None = None
+    recipe: RecipeConfig,
+    template: ChatTemplate,
+    emit: Emit,
+    max_row_length: int | None = None,
 ) -> ProbePrompts:
     """Held-out prompts and rows of the recipe; where they are few, or its data is no longer there, the kit's own
     problems beside them. A prompt and its answer have at most `max_row_length` tokens."""
-    longest = MAX_PROMPT_TOKENS if max_row_length is None else min(MAX_PROMPT_TOKENS, max_row_length - MAX_NEW_TOKENS)
+    if max_row_length is None:
+        longest = MAX_PROMPT_TOKENS
+    else:
+        longest = min(MAX_PROMPT_TOKENS, max_row_length - MAX_NEW_TOKENS)
     try:
         probes = _of_recipe(recipe, template, longest)
     except UserError as error:
@@ -150,26 +159,42 @@ def make_probes(
         template,
         longest,
     )
-    origin = f"{probes.origin} and the kit's problems" if probes.prompts else "the kit's problems"
+    if probes.prompts:
+        origin = f"{probes.origin} and the kit's problems"
+    else:
+        origin = "the kit's problems"
     return ProbePrompts([*probes.prompts, *built_in][:MAX_PROMPTS], probes.rows, origin)
 
 
 def _of_recipe(recipe: RecipeConfig, template: ChatTemplate, longest: int) -> ProbePrompts:
-    rows, prompt_ids, origin = list[Row](), list[list[int]](), "held-out prompts"
+    rows = list[Row]()
+    prompt_ids = list[list[int]]()
+    origin = "held-out prompts"
     if recipe.algorithm in ("sft", "dpo"):
         data = load(recipe.data, template, recipe.seed, _ignore_event, pairs=recipe.uses_pairs)
-        store = data.validation if data.validation is not None and data.validation.units else data.train
-        origin = "validation rows" if store is data.validation else "training rows"
+        if data.validation is not None and data.validation.units:
+            store = data.validation
+        else:
+            store = data.train
+        if store is data.validation:
+            origin = "validation rows"
+        else:
+            origin = "training rows"
         rows = [store[unit * store.rows_per_unit] for unit in range(min(MAX_ROWS, store.units))]
         questions = select_questions(store, template, MAX_PROMPTS)
         prompt_ids = [question.prompt_ids for question in questions if len(question.prompt_ids) <= longest]
     source = recipe.evaluate.eval_dataset or (recipe.data.train[0] if not rows else None)
     if source is not None:
-        origin = (
-            f"{origin} and held-out prompts" if rows else origin if recipe.evaluate.eval_dataset else "training prompts"
-        )
+        if rows:
+            origin = f"{origin} and held-out prompts"
+        elif recipe.evaluate.eval_dataset:
+            origin = origin
+        else:
+            origin = "training prompts"
         prompt_ids = _prompt_ids(
-            load_heldout_prompts(source, MAX_PROMPTS, recipe.seed, recipe.data.system_prompt), template, longest
+            load_heldout_prompts(source, MAX_PROMPTS, recipe.seed, recipe.data.system_prompt),
+            template,
+            longest,
         )
     return ProbePrompts(prompt_ids, rows, origin)
 
@@ -192,14 +217,20 @@ def record_outputs(roles: Roles, probes: ProbePrompts, eos_token_ids: frozenset[
     texts = [[*prompt, *answers[number]] for number, prompt in enumerate(probes.prompts)]
     texts += [[int(token) for token in row.input_ids] for row in probes.rows]
     max_positions = max(MAX_NEW_TOKENS, MAX_LOGIT_BYTES // (4 * roles.head.weight.shape[0] * len(texts)))
-    losses, kept_logits = _Losses(probes.rows), list[Tensor]()
+    losses = _Losses(probes.rows)
+    kept_logits = list[Tensor]()
     with roles.inference_mode(), roles.activate("policy"):
         for number, text in enumerate(texts):
             logits = _next_token_logits(roles.base, text)
             losses.add(number - len(probes.prompts), logits)
             kept_logits.append(logits[-max_positions:].clone())
     return RecordedOutputs(
-        texts, [len(prompt) for prompt in probes.prompts], kept_logits, probes.rows, losses.mean, probes.origin
+        texts,
+        [len(prompt) for prompt in probes.prompts],
+        kept_logits,
+        probes.rows,
+        losses.mean,
+        probes.origin,
     )
 
 
@@ -207,7 +238,8 @@ def readback_device(weights: int, device: torch.device, emit: Emit) -> tuple[tor
     """Where a model of so many weights can be read back, and in which precision: the device of the run; or in bf16 the
     main memory, where a GPU that trained it in 4 bits is too small for 16. Raises UserError where neither holds it."""
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    needed, available = weights * dtype.itemsize + (1 << 30), device_memory(device)
+    needed = weights * dtype.itemsize + (1 << 30)
+    available = device_memory(device)
     if device.type == "cuda" and needed > available:
         emit(
             LogMessage(
@@ -215,7 +247,8 @@ def readback_device(weights: int, device: torch.device, emit: Emit) -> tuple[tor
                 f"is compared on the CPU"
             )
         )
-        device, available = CPU, device_memory(CPU)
+        device = CPU
+        available = device_memory(CPU)
     if needed > available:
         raise UserError(
             f"the merged model must be read back to be compared, which needs {needed / 2**30:.0f} GiB of memory, and "
@@ -241,14 +274,18 @@ def compare_models(
     except UserError as error:
         raise TrainingError(f"the merged model cannot be read back, and nothing is left of it: {error}") from error
     base.model.eval()
-    kls, differences, outcomes = list[Tensor](), list[float](), list[str]()
-    losses, answer_losses = _Losses(recorded.rows), (_Mean(), _Mean())
+    kls = list[Tensor]()
+    differences = list[float]()
+    outcomes = list[str]()
+    losses = _Losses(recorded.rows)
+    answer_losses = (_Mean(), _Mean())
     with torch.no_grad():
         for number, (text, trained) in enumerate(zip(recorded.texts, recorded.logits, strict=True)):
             merged = _next_token_logits(base, text)
             losses.add(number - len(recorded.starts), merged)
             merged = merged[-len(trained) :]
-            p, q = trained.log_softmax(dim=-1), merged.log_softmax(dim=-1)
+            p = trained.log_softmax(dim=-1)
+            q = merged.log_softmax(dim=-1)
             kls.append((p.exp() * (p - q)).sum(dim=-1))
             differences.append(float((trained - merged).abs().max()))
             if number < len(recorded.starts):
@@ -258,7 +295,10 @@ def compare_models(
                     mean.add(-logprobs[-len(answer) :].gather(1, answer[:, None]))
             emit(Progress(description="the merged model reads the same", done=number + 1, total=len(recorded.texts)))
     kl = torch.cat(kls)
-    compared = (recorded.loss, losses.mean) if recorded.rows else (answer_losses[0].value, answer_losses[1].value)
+    if recorded.rows:
+        compared = (recorded.loss, losses.mean)
+    else:
+        compared = (answer_losses[0].value, answer_losses[1].value)
     return MergeReport(
         len(recorded.starts),
         len(kl),
@@ -279,21 +319,25 @@ class _Mean:
     """A mean over all that was added."""
 
     def __init__(self) -> None:
-        self.total, self.count = 0.0, 0
+        self.total = 0.0
+        self.count = 0
 
     def add(self, values: Tensor) -> None:
         self.total, self.count = self.total + float(values.double().sum()), self.count + values.numel()
 
     @property
     def value(self) -> float:
-        return self.total / self.count if self.count else math.nan
+        if self.count:
+            return self.total / self.count
+        return math.nan
 
 
 class _Losses:
     """-log p of what the assistant says in these rows."""
 
     def __init__(self, rows: Sequence[Row]) -> None:
-        self.rows, self._mean = rows, _Mean()
+        self.rows = rows
+        self._mean = _Mean()
 
     @property
     def mean(self) -> float:
@@ -318,7 +362,9 @@ def _greedy_difference(trained: Tensor, merged: Tensor, answer: Tensor) -> str:
     first, second = (float(value) for value in trained[int(diverged[0])].topk(2).values)
     # between neighbors in bf16, which has 8 binary digits
     step = 2.0 ** (math.frexp(max(abs(first), abs(second)))[1] - 8)
-    return "near-tie" if first - second < max(NEAR_TIE, 2 * step) else "parted"
+    if first - second < max(NEAR_TIE, 2 * step):
+        return "near-tie"
+    return "parted"
 
 
 def _next_token_logits(base: Base, ids: Sequence[int]) -> Tensor:

@@ -96,11 +96,14 @@ def rope_section(rope: FixedRope | None) -> list[str]:
         return []
     length = rope.original_length
     if rope.factors is None:
-        context, other = f"at most {length:,} tokens", "longer rows change the frequencies of RoPE type `dynamic`"
+        context = f"at most {length:,} tokens"
+        other = "longer rows change the frequencies of RoPE type `dynamic`"
     elif rope.factors == "long":
-        context, other = f"more than {length:,} tokens", "a shorter one selects the short factors"
+        context = f"more than {length:,} tokens"
+        other = "a shorter one selects the short factors"
     else:
-        context, other = f"at most {length:,} tokens", "a longer one selects the long factors"
+        context = f"at most {length:,} tokens"
+        other = "a longer one selects the long factors"
     flags = "vLLM's `--max-model-len`, llama.cpp's `-c`"
     return [f"It was trained with the {rope.name}: serve it with a context of {context} ({flags}); {other}.", ""]
 
@@ -120,7 +123,10 @@ def _description(recipe: RecipeConfig, base: str, revision: str | None, adapters
         "grpo": "rewards (GRPO)",
     }[recipe.algorithm]
     at = f" at revision `{revision}`" if revision else ""
-    quantized = "whose weights were frozen in 4 bits (NF4)" if recipe.base.bits == 4 else "whose weights were frozen"
+    if recipe.base.bits == 4:
+        quantized = "whose weights were frozen in 4 bits (NF4)"
+    else:
+        quantized = "whose weights were frozen"
     summary = f"A LoRA adapter for `{base}`{at}, {quantized}, trained on {kind}."
     if base == BUILTIN_MODEL:
         summary += (
@@ -164,9 +170,10 @@ def _training_section(recipe: RecipeConfig, summary: Mapping[str, Any]) -> list[
             + ".",
         ]
     best = summary.get("best", {}).get("step")
-    best_note = (
-        f"; the adapter is that of step {best}" if best is not None and recipe.train.load_best_model_at_end else ""
-    )
+    if best is not None and recipe.train.load_best_model_at_end:
+        best_note = f"; the adapter is that of step {best}"
+    else:
+        best_note = ""
     rate = f"learning rate {recipe.train.learning_rate:g}, {recipe.train.optim}, seed {recipe.seed}"
     return [*lines, "", f"Trained by `{recipe.algorithm}` for {summary.get('step')} steps; {rate}{best_note}.", ""]
 
@@ -194,7 +201,11 @@ def results_section(summary: Mapping[str, Any]) -> list[str]:
 
 
 def _format_number(value: object) -> str:
-    return f"{value:.4g}" if isinstance(value, (int, float)) else "" if value is None else str(value)
+    if isinstance(value, (int, float)):
+        return f"{value:.4g}"
+    if value is None:
+        return ""
+    return str(value)
 
 
 def rank_limit(rank: int) -> int | None:
@@ -211,11 +222,10 @@ def _vllm(base: str, rank: int) -> list[str]:
             "",
         ]
     flag = f" --max-lora-rank {limit}" if rank > DEFAULT_RANK_LIMIT else ""
-    why = (
-        f" Its default `max_lora_rank` of {DEFAULT_RANK_LIMIT} is too low for rank {rank} and must be raised:"
-        if flag
-        else ""
-    )
+    if flag:
+        why = f" Its default `max_lora_rank` of {DEFAULT_RANK_LIMIT} is too low for rank {rank} and must be raised:"
+    else:
+        why = ""
     return [
         f"**vLLM**, with this folder as `./adapter`.{why}",
         "",
@@ -350,17 +360,19 @@ def merged_model_card(
 ) -> str:
     """`README.md` of a merged model: what was added to what, and the comparison with what was trained."""
     base = recipe.base.model.partition("@")[0]
-    into = (
-        "the dequantized 4-bit weights that it was trained over"
-        if base_weights == "dequantized"
-        else "the original weights of the base"
-    )
+    if base_weights == "dequantized":
+        into = "the dequantized 4-bit weights that it was trained over"
+    else:
+        into = "the original weights of the base"
     if recipe.base.bits != 4:
         into = "the weights that it was trained over"
     return "\n".join(
         [
             yaml_front_matter(
-                recipe, "transformers", ["lowrank-tune", "merged", recipe.algorithm], relation="finetune"
+                recipe,
+                "transformers",
+                ["lowrank-tune", "merged", recipe.algorithm],
+                relation="finetune",
             ),
             f"# {recipe.name or recipe.algorithm}",
             "",

@@ -34,6 +34,9 @@ def serialize_tokenizer(tokenizer: Any, template: str) -> dict[str, bytes]:
 
 def generation_config(base: Base, eos_token_ids: frozenset[int], pad_token_id: int) -> dict[str, Any]:
     """The base's own, with every token that ends an answer: its end tokens and those of the chat template."""
-    config = base.model.generation_config.to_diff_dict() if base.model.generation_config is not None else {}
+    if base.model.generation_config is not None:
+        config = base.model.generation_config.to_diff_dict()
+    else:
+        config = {}
     public_config = {key: value for key, value in config.items() if not key.startswith("_")}
     return {**public_config, "eos_token_id": sorted(eos_token_ids), "pad_token_id": pad_token_id}

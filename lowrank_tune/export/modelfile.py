@@ -25,12 +25,18 @@ NO_TEMPLATE = (
 
 
 def modelfile_text(
-    run: FinishedRun, system: str | None, start: str, adapter: str | None, file: Path | None, emit: Emit
+    run: FinishedRun,
+    system: str | None,
+    start: str,
+    adapter: str | None,
+    file: Path | None,
+    emit: Emit,
 ) -> str:
     """The Modelfile that begins with the weights `start`; `file` is the GGUF file of these weights, where the export
     wrote one."""
     template = run.chat_template
-    bos, turns = bos_of_runner(template.tokenizer, file), derive_turns(template.render)
+    bos = bos_of_runner(template.tokenizer, file)
+    turns = derive_turns(template.render)
     positions, min_context_length = _context_lengths(run)
     return Modelfile(
         start,
@@ -53,14 +59,24 @@ def _context_lengths(run: FinishedRun) -> tuple[int, int]:
     rope = fixed_rope(config, run.rope_factors)
     if rope is None:
         return int(positions or 1 << 30), 0
-    selecting = max(run.recipe.longest_row, rope.original_length + 1) if rope.factors == "long" else 0
+    if rope.factors == "long":
+        selecting = max(run.recipe.longest_row, rope.original_length + 1)
+    else:
+        selecting = 0
     return int(rope.max_row_length or positions or 1 << 30), selecting
 
 
-def _remarks(run: FinishedRun, turns: TemplateTurns | None, bos: str, adapter: str | None, emit: Emit) -> list[str]:
+def _remarks(
+    run: FinishedRun,
+    turns: TemplateTurns | None,
+    bos: str,
+    adapter: str | None,
+    emit: Emit,
+) -> list[str]:
     """How the file is used, and how the text that Ollama sends differs from the trained one; the latter is also logged
     as a warning."""
-    name, template = slug(run.recipe), run.chat_template
+    name = slug(run.recipe)
+    template = run.chat_template
     remarks = [f"{name}, made with lowrank_tune {__version__}:  ollama create {name} -f Modelfile"]
     if adapter is not None:
         remarks.append(
@@ -114,7 +130,8 @@ def bos_of_runner(tokenizer: Any, file: Path | None) -> str:
 
 def eos_tokens_of(run: FinishedRun) -> Sequence[str]:
     """The tokens that end an answer, as strings."""
-    tokenizer, eos_token_ids = load_tokenizer(run.base), GenerationConfig.from_pretrained(run.final).eos_token_id
+    tokenizer = load_tokenizer(run.base)
+    eos_token_ids = GenerationConfig.from_pretrained(run.final).eos_token_id
     return [
         str(tokenizer.convert_ids_to_tokens(number))
         for number in ([eos_token_ids] if isinstance(eos_token_ids, int) else eos_token_ids or [])

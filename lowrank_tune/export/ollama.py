@@ -47,7 +47,10 @@ class Modelfile:
         """The file."""
         lines = [*(f"# {remark}" for remark in self.remarks), f"FROM {self.start}"]
         lines += [f"ADAPTER {self.adapter}"] if self.adapter else []
-        template = None if self.turns is None else go_template(self.turns, self.bos)
+        if self.turns is None:
+            template = None
+        else:
+            template = go_template(self.turns, self.bos)
         if template is not None and '"""' not in template:
             lines.append(f"TEMPLATE {quoted(template)}")
         if self.system:
@@ -75,7 +78,8 @@ def quoted(text: str) -> str:
 def go_template(turns: TemplateTurns, bos: str) -> str:
     """The same text as `turns.write`, by Ollama's messages: a turn's content as it is, `.System` all that the system
     says. An unfinished answer at the end is continued."""
-    opening, later = _literal(turns.opening.removeprefix(bos)), _literal(turns.user[0])
+    opening = _literal(turns.opening.removeprefix(bos))
+    later = _literal(turns.user[0])
     if turns.system is not None:
         here = "and $last $.System" if turns.later else "$.System"
         opening = f"{{{{ if {here} }}}}{_system_block(turns.system, bos)}{{{{ else }}}}{opening}{{{{ end }}}}"

@@ -15,7 +15,9 @@ ProbeMessages = Sequence[tuple[str, str]]
 """Roles and contents, the last one the user's."""
 Render = Callable[[list[dict[str, str]], bool], str]
 """What a template makes of messages, with or without the beginning of an answer. May raise anything."""
-SYSTEM, USERS, ANSWER = "Zq-rule", ("Zq-ask-one", "Zq-ask-two"), "Zq-say-one"
+SYSTEM = "Zq-rule"
+USERS = ("Zq-ask-one", "Zq-ask-two")
+ANSWER = "Zq-say-one"
 
 
 @dataclass(frozen=True)
@@ -40,18 +42,23 @@ class TemplateTurns:
         turns = [(role, text) for role, text in messages if role != "system"]
         out = list[str]()
         for number, (role, text) in enumerate(turns):
-            first, last = number == 0, number == len(turns) - 1
+            first = number == 0
+            last = number == len(turns) - 1
             if role == "assistant":
                 out += [self.assistant[0], text, self.assistant[1]]
                 continue
-            around = (self.system if last or not self.later else None) if first else self.later if last else None
-            before = (
-                "".join([around[0], system_texts[0], around[1]])
-                if system_texts and around
-                else self.opening
-                if first
-                else self.user[0]
-            )
+            if first:
+                around = self.system if last or not self.later else None
+            elif last:
+                around = self.later
+            else:
+                around = None
+            if system_texts and around:
+                before = "".join([around[0], system_texts[0], around[1]])
+            elif first:
+                before = self.opening
+            else:
+                before = self.user[0]
             out += [before, text, self.user[1]]
         return "".join([*out, self.generation_prompt])
 
@@ -83,10 +90,8 @@ def keeps_thoughts(render: Render, turns: TemplateTurns) -> bool | None:
 
 def _without_system(render: Render) -> TemplateTurns:
     (first_user, second_user), answer = USERS, ANSWER
-    alone, with_prompt = (
-        _rendered(render, [("user", first_user)], False),
-        _rendered(render, [("user", first_user)], True),
-    )
+    alone = _rendered(render, [("user", first_user)], False)
+    with_prompt = _rendered(render, [("user", first_user)], True)
     closed = _rendered(render, [("user", first_user), ("assistant", answer)], False)
     opening, end_of_user = _split(alone, first_user)
     end_of_answer = _split(closed, answer)[1]
@@ -105,7 +110,8 @@ def _without_system(render: Render) -> TemplateTurns:
 
 
 def _with_system(render: Render, turns: TemplateTurns) -> TemplateTurns:
-    rule, question = ("system", SYSTEM), ("user", USERS[0])
+    rule = ("system", SYSTEM)
+    question = ("user", USERS[0])
     try:
         alone = _rendered(render, [rule, question], True)
         longer = _rendered(render, [rule, question, ("assistant", ANSWER), ("user", USERS[1])], True)
@@ -114,7 +120,8 @@ def _with_system(render: Render, turns: TemplateTurns) -> TemplateTurns:
     if SYSTEM not in alone:
         return turns
     before, behind = _split(alone, SYSTEM)
-    system, later = (before, _split(behind, USERS[0])[0]), None
+    system = (before, _split(behind, USERS[0])[0])
+    later = None
     before, behind = _split(longer, SYSTEM)
     if ANSWER in before:
         later = (_strip_prefix(_split(before, ANSWER)[1], turns.assistant[1]), _split(behind, USERS[1])[0])

@@ -46,11 +46,21 @@ def decode_attention(
     rows, heads, _, width = query.shape
     if attention_mask is None or not _is_decoding_step(query, dropout, kwargs):
         output, _ = sdpa_attention_forward(
-            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
+            module,
+            query,
+            key,
+            value,
+            attention_mask,
+            dropout=dropout,
+            scaling=scaling,
+            **kwargs,
         )
         return output, None
     grouped = (query * (width**-0.5 if scaling is None else scaling)).view(
-        rows, key.shape[1], heads // key.shape[1], width
+        rows,
+        key.shape[1],
+        heads // key.shape[1],
+        width,
     )
     scores = torch.matmul(grouped, key.transpose(2, 3))
     if attention_mask.dtype == torch.bool:
@@ -81,12 +91,22 @@ def grouped_sdpa(
     groups = key.shape[1]
     if attention_mask is None or groups == heads or not _is_decoding_step(query, dropout, kwargs):
         output, _ = sdpa_attention_forward(
-            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
+            module,
+            query,
+            key,
+            value,
+            attention_mask,
+            dropout=dropout,
+            scaling=scaling,
+            **kwargs,
         )
         return output, None
     if attention_mask.shape[1] == heads:
         attention_mask = attention_mask.reshape(
-            attention_mask.shape[0], groups, heads // groups, attention_mask.shape[3]
+            attention_mask.shape[0],
+            groups,
+            heads // groups,
+            attention_mask.shape[3],
         )
     grouped = query.reshape(rows, groups, heads // groups, width)
     output = F.scaled_dot_product_attention(grouped, key, value, attn_mask=attention_mask, scale=scaling)

@@ -111,7 +111,10 @@ class _FusedLinear:
             part.weight.new_zeros(size) if part.bias is None else part.bias
             for part, size in zip(parts, self.sizes, strict=True)
         ]
-        self.bias = None if all(part.bias is None for part in parts) else torch.cat(biases)
+        if all(part.bias is None for part in parts):
+            self.bias = None
+        else:
+            self.bias = torch.cat(biases)
         self.last_input: Tensor | None = None
         self.outputs: tuple[Tensor, ...] = ()
 
@@ -121,7 +124,8 @@ class _FusedLinear:
             self.last_input = x
         output = self.outputs[index]
         if index == len(self.sizes) - 1:  # nothing is kept beyond the last one
-            self.last_input, self.outputs = None, ()
+            self.last_input = None
+            self.outputs = ()
         return output
 
 
@@ -135,18 +139,27 @@ def _linear(weight: Tensor, bias: Tensor | None, x: Tensor) -> Tensor:
     return _product(weight, bias, x.reshape(-1, x.shape[-1])).view(*x.shape[:-1], -1)
 
 
-def _with_adapter(weight: Tensor, bias: Tensor | None, down: Tensor, up: Tensor, x: Tensor) -> Tensor:
+def _with_adapter(
+    weight: Tensor,
+    bias: Tensor | None,
+    down: Tensor,
+    up: Tensor,
+    x: Tensor,
+) -> Tensor:
     rows = x.reshape(-1, x.shape[-1])
     return _product(weight, bias, rows).addmm_(rows @ down, up).view(*x.shape[:-1], -1)
 
 
 def _product(weight: Tensor, bias: Tensor | None, rows: Tensor) -> Tensor:
-    return rows @ weight if bias is None else torch.addmm(bias, rows, weight)
+    if bias is None:
+        return rows @ weight
+    return torch.addmm(bias, rows, weight)
 
 
 def _fusable_groups(modules: Iterable[Any]) -> list[list[Any]]:
     """Modules, those together that models have for query, key and value, and for gate and up."""
-    families, seen = list[list[Any]](), set[int]()
+    families = list[list[Any]]()
+    seen = set[int]()
     for module in modules:
         for names in FUSABLE_GROUPS:
             family = [getattr(module, name) for name in names if hasattr(module, name)]
@@ -170,15 +183,18 @@ def _linear_weights(module: Any, stack: Sequence[str], unpack: bool) -> _LinearW
     packed = type(base) is Linear4bit and unpack and base.compute_dtype in (None, torch.float32)
     if not packed and not (type(base) is nn.Linear and base.weight.dtype == torch.float32):
         return None
-    weight = (
-        dequantize_4bit(base.weight.data, base.weight.quant_state).float().T.contiguous()
-        if packed
-        else base.weight.detach().T
-    )
+    if packed:
+        weight = dequantize_4bit(base.weight.data, base.weight.quant_state).float().T.contiguous()
+    else:
+        weight = base.weight.detach().T
     down, up = _adapters(module, stack, weight)
     if packed:
-        weight, down, up = weight.addmm_(down, up), down[:, :0], up[:0]
-    return _LinearWeights(module, weight, base.bias, down, up) if packed or len(up) else None
+        weight = weight.addmm_(down, up)
+        down = down[:, :0]
+        up = up[:0]
+    if packed or len(up):
+        return _LinearWeights(module, weight, base.bias, down, up)
+    return None
 
 
 def _has_hooks(module: Any) -> bool:

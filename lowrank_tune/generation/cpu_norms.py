@@ -24,7 +24,8 @@ def fused_norms(model: nn.Module) -> Iterator[tuple[nn.Module, Forward]]:
 
 @torch.no_grad()
 def _fused(module: Any) -> Forward | None:
-    weight, eps = getattr(module, "weight", None), getattr(module, "variance_epsilon", getattr(module, "eps", None))
+    weight = getattr(module, "weight", None)
+    eps = getattr(module, "variance_epsilon", getattr(module, "eps", None))
     if not isinstance(weight, Tensor) or weight.dtype != torch.float32 or eps is None or "forward" in vars(module):
         return None
     # the second row is where eps counts
@@ -32,7 +33,9 @@ def _fused(module: Any) -> Forward | None:
     expected = module(probe)
     for gain in (weight.detach(), 1.0 + weight.detach()):  # as in Llama and as in Gemma
         forward = partial(
-            _norm, gain * math.sqrt(len(weight)), torch.tensor(math.sqrt(len(weight) * eps), device=weight.device)
+            _norm,
+            gain * math.sqrt(len(weight)),
+            torch.tensor(math.sqrt(len(weight) * eps), device=weight.device),
         )
         if torch.allclose(forward(probe), expected, rtol=RTOL, atol=0.0):
             return forward

@@ -66,16 +66,17 @@ class DecodeScheduler:
         spent: int = 0,
     ) -> None:
         """`ended` are samples of prompts that need not be drawn any more, `spent` the tokens of them."""
-        self.store, self.sample_fn, self.prompts, self.n, self.seed, self.slots = (
-            store,
-            sample_fn,
-            prompts,
-            n,
-            sampling.seed,
-            slots,
-        )
+        self.store = store
+        self.sample_fn = sample_fn
+        self.prompts = prompts
+        self.n = n
+        self.seed = sampling.seed
+        self.slots = slots
         self.numbers = numbers
-        self.token_budget = math.inf if sampling.budget is None else sampling.budget - spent
+        if sampling.budget is None:
+            self.token_budget = math.inf
+        else:
+            self.token_budget = sampling.budget - spent
         self.samples = [
             [sample for sample in range(n) if (prompt, sample) not in ended] for prompt in range(len(prompts))
         ]
@@ -147,7 +148,8 @@ class DecodeScheduler:
         All their samples say their first tokens at once, too: a token is counted when its sequence takes a slot.
         """
         # prompts: what waits takes no more than a quarter of the slots
-        max_prompts, width = max(-(-free // self.n), self.slots // 4), 0
+        max_prompts = max(-(-free // self.n), self.slots // 4)
+        width = 0
         chosen: list[int] = []
         while self.waiting and len(chosen) < max_prompts:
             width = max(width, len(self.prompts[self.waiting[0]]))
@@ -162,7 +164,10 @@ class DecodeScheduler:
 
     def _new_row(self, prompt: int, sample: int) -> _Row:
         return _Row(
-            prompt, sample, len(self.prompts[prompt]), _uniforms(_generator(self.seed, self.numbers[prompt], sample))
+            prompt,
+            sample,
+            len(self.prompts[prompt]),
+            _uniforms(_generator(self.seed, self.numbers[prompt], sample)),
         )
 
     def _compact_slots(self) -> None:
@@ -208,7 +213,10 @@ class DecodeScheduler:
             (row.prompt, row.sample) for prefilled_prompt in self.prefilled for row in prefilled_prompt.samples
         ]
         not_started += [(prompt, sample) for prompt in self.waiting for sample in self.samples[prompt]]
-        self.rows, self.prefilled, self.waiting, self.last_stepped = [], deque(), deque(), []
+        self.rows = []
+        self.prefilled = deque()
+        self.waiting = deque()
+        self.last_stepped = []
         return started + [Completion(prompt, sample, [], "budget", []) for prompt, sample in not_started]
 
 

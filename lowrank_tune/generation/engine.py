@@ -70,12 +70,25 @@ class Engine:
         scratch_bytes: int | None = None,
         decode: Decode | None = None,
     ) -> None:
-        self.roles, self.role, self.slots, self.decode = roles, role, slots, decode
-        self.cache_bytes = default_cache_bytes(roles) if cache_bytes is None else cache_bytes
-        self.scratch_bytes = device_memory(roles.base.device) // 4 if scratch_bytes is None else scratch_bytes
+        self.roles = roles
+        self.role = role
+        self.slots = slots
+        self.decode = decode
+        if cache_bytes is None:
+            self.cache_bytes = default_cache_bytes(roles)
+        else:
+            self.cache_bytes = cache_bytes
+        if scratch_bytes is None:
+            self.scratch_bytes = device_memory(roles.base.device) // 4
+        else:
+            self.scratch_bytes = scratch_bytes
 
     def generate(
-        self, prompts: Sequence[Sequence[int]], n: int, sampling: SamplingParams, numbers: Sequence[int] | None = None
+        self,
+        prompts: Sequence[Sequence[int]],
+        n: int,
+        sampling: SamplingParams,
+        numbers: Sequence[int] | None = None,
     ) -> Iterator[Completion]:
         """`n` completions of each prompt, in the order in which they finish. Adapters speak as they are when the first
         one is asked for.
@@ -94,7 +107,10 @@ class Engine:
         )
 
     def stream(
-        self, prompts: Sequence[Sequence[int]], n: int, sampling: SamplingParams
+        self,
+        prompts: Sequence[Sequence[int]],
+        n: int,
+        sampling: SamplingParams,
     ) -> Generator[Token | Completion, None, None]:
         """The same token by token, as they are drawn; a `Completion` follows the last token of each. For somebody who
         watches: between two tokens everything is as the caller left it, so streams of several roles may alternate.
@@ -117,7 +133,8 @@ class Engine:
     ) -> Generator[T, None, None]:
         if not prompts or n < 1 or sampling.max_new_tokens < 1:
             return
-        limits, columns = self.roles.limits, max(map(len, prompts)) + sampling.max_new_tokens
+        limits = self.roles.limits
+        columns = max(map(len, prompts)) + sampling.max_new_tokens
         if self.roles.base.rope is not None:
             self.roles.base.rope.check_row_length(columns)
         progress = _RetryState(limits.max_batch_units("cache_tokens", columns, min(self.slots, n * len(prompts))))
@@ -144,7 +161,8 @@ class Engine:
         progress: _RetryState,
     ) -> Iterator[T]:
         """All that has not ended yet."""
-        model, stack = self.roles.base.model, [] if self.role == "base" else self.roles.stacks[self.role]
+        model = self.roles.base.model
+        stack = [] if self.role == "base" else self.roles.stacks[self.role]
         states = [vars(module) for module in model.modules()]
         # The store's own check then compares this attention with plain passes over the user's own base.
         with self._generation_mode(states), batched_attention(model):
@@ -184,7 +202,8 @@ class Engine:
 
     def _sample(self, hidden: Tensor, uniforms: list[float], sampling: SamplingParams) -> list[list[float]]:
         """(N, d) and N uniform numbers -> a token and its log-prob for each, in one transfer from the device."""
-        head, numbers = self.roles.head, torch.tensor(uniforms, dtype=torch.float64, device=hidden.device)
+        head = self.roles.head
+        numbers = torch.tensor(uniforms, dtype=torch.float64, device=hidden.device)
         at_once = max(1, CHUNK_LOGITS // head.weight.shape[0])
         parts = [
             sample(head.logits(part, sampling.temperature or 1.0), sampling, some)
@@ -218,7 +237,8 @@ def default_cache_bytes(roles: Roles) -> int:
     while sequences are decoded, no activation of an update lives. Else a budget, or a quarter of the machine's memory.
     What is free now does not count: it would make one run differ from the next.
     """
-    budget, device = roles.limits.budget_bytes, roles.base.device
+    budget = roles.limits.budget_bytes
+    device = roles.base.device
     if device.type != "cuda":
         return budget or device_memory(device) // 4
     return gpu_cache_bytes(min(budget or device_memory(device), device_memory(device)), roles.resident_bytes())

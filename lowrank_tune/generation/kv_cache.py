@@ -55,8 +55,10 @@ class StaticSlotCache:
     """
 
     def __init__(self, model: Any) -> None:
-        self.model, self.decoder = model, model.get_decoder()
-        self.device, self.cache = model.device, SlotCache(sliding_windows(model))
+        self.model = model
+        self.decoder = model.get_decoder()
+        self.device = model.device
+        self.cache = SlotCache(sliding_windows(model))
         self.slots = self.columns = 0
         # In four dimensions transformers hands a mask on as it is; with windows, it cuts one of two dimensions to each
         # layer's width.
@@ -68,7 +70,8 @@ class StaticSlotCache:
 
     def allocate(self, slots: int, columns: int, limit: int) -> int:
         # A quarter as much may be held by prompts that were read ahead and wait for their slots.
-        self.slots, self.columns = max(1, min(slots, limit * 4 // 5 // max(1, self.bytes_per_slot(columns)))), columns
+        self.slots = max(1, min(slots, limit * 4 // 5 // max(1, self.bytes_per_slot(columns))))
+        self.columns = columns
         return self.slots
 
     def bytes_per_slot(self, columns: int) -> int:
@@ -90,7 +93,8 @@ class StaticSlotCache:
         return _PrefilledPrompts(layers, lengths), hidden[torch.arange(len(ids), device=self.device), lengths - 1]
 
     def insert(self, prompts: _PrefilledPrompts, rows: Sequence[int], slots: Sequence[int]) -> None:
-        source, target = torch.tensor(rows, device=self.device), torch.tensor(slots, device=self.device)
+        source = torch.tensor(rows, device=self.device)
+        target = torch.tensor(slots, device=self.device)
         for layer, prefill_states in zip(self.cache.layers, prompts.layers, strict=True):
             if not layer.is_initialized:
                 layer.allocate(prefill_states, self.slots, self.columns)
@@ -132,14 +136,17 @@ class DynamicCacheStore:
     """
 
     def __init__(self, model: Any) -> None:
-        self.model, self.decoder, self.device = model, model.get_decoder(), model.device
+        self.model = model
+        self.decoder = model.get_decoder()
+        self.device = model.device
         self.group_of_slot: dict[int, tuple[_CacheGroup, int]] = {}
 
     def allocate(self, slots: int, columns: int, limit: int) -> int:
         return slots
 
     def prefill(self, prompts: Sequence[Sequence[int]]) -> tuple[list[Any], Tensor]:
-        caches, hidden = [], []
+        caches = []
+        hidden = []
         for prompt in prompts:
             caches.append(DynamicCache(config=self.model.config))
             ids = torch.tensor([list(prompt)], device=self.device)
@@ -169,14 +176,18 @@ class DynamicCacheStore:
                 [[row[slot] for slot in slots] for row in (tokens, positions)], device=self.device
             )[:, :, None]
             states = self.decoder(
-                input_ids=input_ids, position_ids=position_ids, past_key_values=cache, use_cache=True
+                input_ids=input_ids,
+                position_ids=position_ids,
+                past_key_values=cache,
+                use_cache=True,
             ).last_hidden_state
             hidden.update(zip(slots, states[:, -1], strict=True))
         return torch.stack([hidden[slot] for slot in range(len(tokens))])
 
     def _select_cache_rows(self, slots: Sequence[int]) -> Any:
         """The cache of the cohort in `slots`, in their order, without the rows that have left."""
-        group, indices = self.group_of_slot[slots[0]][0], [self.group_of_slot[slot][1] for slot in slots]
+        group = self.group_of_slot[slots[0]][0]
+        indices = [self.group_of_slot[slot][1] for slot in slots]
         if indices != list(range(group.size)):
             group.cache.reorder_cache(torch.tensor(indices, device=self.device))
             group.size = len(indices)
@@ -189,7 +200,8 @@ class NoCacheStore:
     get wrong."""
 
     def __init__(self, model: Any) -> None:
-        self.decoder, self.device = model.get_decoder(), model.device
+        self.decoder = model.get_decoder()
+        self.device = model.device
         self.sequences: dict[int, list[int]] = {}
 
     def allocate(self, slots: int, columns: int, limit: int) -> int:

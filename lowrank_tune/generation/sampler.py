@@ -29,7 +29,10 @@ def sample(logits: Tensor, sampling: SamplingParams, uniform: Tensor) -> tuple[T
         weights = torch.nn.functional.pad(weights, (0, -weights.shape[1] % BLOCK))
     blocks = weights.view(len(weights), -1, BLOCK)
     cumulative = blocks.sum(dim=2).double().cumsum(dim=1)
-    tokens = _inverse_cdf(blocks, cumulative, uniform[:, None]) if likeliest is None else likeliest
+    if likeliest is None:
+        tokens = _inverse_cdf(blocks, cumulative, uniform[:, None])
+    else:
+        tokens = likeliest
     return tokens.squeeze(1), (weights.gather(1, tokens).double() / cumulative[:, -1:]).log().squeeze(1)
 
 

@@ -20,7 +20,8 @@ STORES: tuple[tuple[StoreFactory, str], ...] = (
     (DynamicCacheStore, "the model's own cache for each prompt"),
 )
 LAST_RESORT = "no cache: each step computes whole sequences again"
-HALF_TOLERANCE, FP32_TOLERANCE = 5e-2, 1e-3
+HALF_TOLERANCE = 5e-2
+FP32_TOLERANCE = 1e-3
 """Relative differences of a hidden state that are always allowed."""
 PROBE_ROWS = 3
 """Rows of the batch that measures the rounding of another batch shape: as many as the trial decodes at most."""
@@ -54,7 +55,8 @@ def _select_kv_cache(model: Any, emit: Emit | None) -> StoreFactory:
     for kind, description in STORES:
         fault = cache_fault(kind, model)
         if fault is None:
-            chosen, used = kind, description
+            chosen = kind
+            used = description
             break
         faults.append(f"{description}: {fault}")
     if faults and emit is not None:

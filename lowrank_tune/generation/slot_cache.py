@@ -31,7 +31,10 @@ class ForwardContext:
         """(B * heads,) where the tokens lie in a layer with this window, among its slots * heads * columns vectors."""
         if (heads, columns, window) not in self.index_cache:
             assert self.positions is not None
-            column = self.positions if window is None else self.positions % window
+            if window is None:
+                column = self.positions
+            else:
+                column = self.positions % window
             first = torch.arange(len(column) * heads, device=column.device).view(-1, heads) * columns
             self.index_cache[heads, columns, window] = (first + column[:, None]).flatten()
         return self.index_cache[heads, columns, window]
@@ -43,7 +46,9 @@ class SlotLayer(CacheLayerMixin):  # type: ignore[misc]
 
     def __init__(self, step: ForwardContext, window: int | None) -> None:
         super().__init__()
-        self.step, self.window, self.is_sliding = step, window, window is not None
+        self.step = step
+        self.window = window
+        self.is_sliding = window is not None
         self.prefill_states: tuple[Tensor, Tensor] | None = None
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
@@ -60,7 +65,9 @@ class SlotLayer(CacheLayerMixin):  # type: ignore[misc]
         if step.positions is None:
             self.prefill_states = key_states, value_states
             return key_states, value_states
-        rows, heads, width = len(key_states), key_states.shape[1], self._width()
+        rows = len(key_states)
+        heads = key_states.shape[1]
+        width = self._width()
         slot_indices = step.slot_indices(heads, self.keys.shape[2], self.window)
         for buffer, states in ((self.keys, key_states), (self.values, value_states)):
             buffer.view(-1, buffer.shape[3]).index_copy_(0, slot_indices, states.reshape(rows * heads, -1))
@@ -72,7 +79,9 @@ class SlotLayer(CacheLayerMixin):  # type: ignore[misc]
     def get_seq_length(self) -> int:
         """So that the last column is the query's own: then transformers' causal and window masks let every column
         pass."""
-        return 0 if self.step.positions is None else self._width() - 1
+        if self.step.positions is None:
+            return 0
+        return self._width() - 1
 
     def get_max_length(self) -> int:
         return -1
@@ -80,7 +89,8 @@ class SlotLayer(CacheLayerMixin):  # type: ignore[misc]
     def insert(self, prompts: tuple[Tensor, Tensor], source: Tensor, lengths: Tensor, slots: Tensor) -> None:
         """Copies keys and values of prompts (row `source`, `lengths` tokens) into `slots`; all (N,)."""
         for target, prefill_states in zip((self.keys, self.values), prompts, strict=True):
-            taken, columns = prefill_states[source], target.shape[2]
+            taken = prefill_states[source]
+            columns = target.shape[2]
             if taken.shape[2] > columns:
                 taken = taken.gather(
                     2,
@@ -111,7 +121,8 @@ class SlotCache(Cache):  # type: ignore[misc]
     def decode(self, positions: Tensor, width: int) -> None:
         """The next forward pass reads one token for each of the first slots, at these positions (B,), all below
         `width`."""
-        self.step.positions, self.step.width = positions, width
+        self.step.positions = positions
+        self.step.width = width
         self.step.index_cache.clear()
 
 

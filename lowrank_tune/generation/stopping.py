@@ -18,12 +18,10 @@ class StoppingCriteria:
             raise ValueError("stop strings need a function that turns tokens into text: Engine(..., decode=...)")
         if not all(sampling.stop_strings):
             raise ValueError("a stop string is empty: every text holds it")
-        self.stop_token_ids, self.stop_strings, self.max_new_tokens, self.decode = (
-            sampling.stop_ids,
-            sampling.stop_strings,
-            sampling.max_new_tokens,
-            decode,
-        )
+        self.stop_token_ids = sampling.stop_ids
+        self.stop_strings = sampling.stop_strings
+        self.max_new_tokens = sampling.max_new_tokens
+        self.decode = decode
         # A letter is at most four tokens of one byte; a few more, for a tail may begin within a letter and lose its
         # first space.
         self.tail_tokens = 4 * max(map(len, self.stop_strings), default=0) + 8
@@ -32,7 +30,9 @@ class StoppingCriteria:
         """Whether a completion ends with its last token, and why."""
         if token_ids[-1] in self.stop_token_ids or (self.stop_strings and self._has_stop_string(token_ids)):
             return "stop"
-        return "length" if len(token_ids) >= self.max_new_tokens else None
+        if len(token_ids) >= self.max_new_tokens:
+            return "length"
+        return None
 
     def _has_stop_string(self, token_ids: Sequence[int]) -> bool:
         assert self.decode is not None

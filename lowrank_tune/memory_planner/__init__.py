@@ -38,4 +38,6 @@ def _assumption_notes(loaded: RecipeConfig | Chain) -> list[str]:
 
 def gpu_memory_gib() -> float | None:
     """Memory of the GPU that is here."""
-    return torch.cuda.get_device_properties(0).total_memory / GIB if torch.cuda.is_available() else None
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_properties(0).total_memory / GIB
+    return None

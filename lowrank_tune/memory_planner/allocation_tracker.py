@@ -33,7 +33,9 @@ class AllocationTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def __init__(self, device: str, vocabulary: int) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.device, self.vocabulary, self.block = device, vocabulary, 512 if device == "cuda" else 1
+        self.device = device
+        self.vocabulary = vocabulary
+        self.block = 512 if device == "cuda" else 1
         self.live: Counter[str] = Counter()
         self.total = 0
         self.peaks: dict[ProgramPoint, dict[str, int]] = {}
@@ -45,7 +47,10 @@ class AllocationTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def move_to(self, *point: str) -> None:
         """From here on it is this moment."""
         self.point = point
-        self._highest = sum(self.peaks[point].values()) if point in self.peaks else -1
+        if point in self.peaks:
+            self._highest = sum(self.peaks[point].values())
+        else:
+            self._highest = -1
         self._update_peak()
 
     def set_purpose(self, tensors: Iterable[Tensor | None], purpose: str) -> None:
@@ -60,14 +65,19 @@ class AllocationTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
     @contextmanager
     def with_purpose(self, purpose: str) -> Iterator[None]:
         """What is made meanwhile is booked under this purpose."""
-        before, self.purpose = self.purpose, purpose
+        before = self.purpose
+        self.purpose = purpose
         try:
             yield
         finally:
             self.purpose = before
 
     def __torch_dispatch__(
-        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+        self,
+        func: Any,
+        types: Any,
+        args: Sequence[Any] = (),
+        kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
         with torch._C.DisableTorchFunction():  # what torch does below must see meta tensors as they are
             return self._run_op(func, args, kwargs or {})
@@ -85,7 +95,8 @@ class AllocationTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if any(tensor.is_meta for tensor in leaves) and not all(tensor.is_meta for tensor in leaves):
             if func._schema.is_mutable and not leaves[0].is_meta:
                 return leaves[0]  # numbers that there are none of, into real ones: they stay as they are
-            args, kwargs = _resolve_masks(func, args), dict(kwargs)
+            args = _resolve_masks(func, args)
+            kwargs = dict(kwargs)
             args, kwargs = tree_map_only(Tensor, _to_meta, (args, kwargs))
         if func is aten._to_copy.default and args[0].is_meta:
             # there is nothing to take elsewhere
@@ -104,7 +115,10 @@ class AllocationTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if key in self._alive:
             return
         size = -(-storage.nbytes() // self.block) * self.block
-        purpose = "logits" if self.purpose == "activations" and self.vocabulary in tensor.shape else self.purpose
+        if self.purpose == "activations" and self.vocabulary in tensor.shape:
+            purpose = "logits"
+        else:
+            purpose = self.purpose
         self._alive[key] = weakref.ref(storage, partial(self._on_free, key)), size, purpose
         self.live[purpose] += size
         self.total += size
@@ -122,11 +136,9 @@ class AllocationTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 def _to_meta(tensor: Tensor) -> Tensor:
-    return (
-        tensor
-        if tensor.is_meta
-        else torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
-    )
+    if tensor.is_meta:
+        return tensor
+    return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
 
 
 def _resolve_masks(func: Any, args: Sequence[Any]) -> Sequence[Any]:
@@ -163,5 +175,7 @@ def _dequantized_linear(
     if absmax_8bit is not None:
         absmax = bnb.dequantize_blockwise.default(absmax_8bit, absmax, absmax_code, 256, torch.float32) + absmax_offset
     return torch.nn.functional.linear(
-        x, bnb.dequantize_4bit.default(weight, absmax, blocksize, kind, shape, x.dtype), bias
+        x,
+        bnb.dequantize_4bit.default(weight, absmax, blocksize, kind, shape, x.dtype),
+        bias,
     )

@@ -9,7 +9,9 @@ from torch import Tensor
 
 aten = torch.ops.aten
 FLASH_BACKEND = 1  # torch's number of the backend (`torch.nn.attention.SDPBackend`)
-FLASH_ALIGNMENT, FLASH_MAX_HEAD_DIM = 8, 256  # CUDA's kernels pad the width of a head to the first, up to the second
+# CUDA's kernels pad the width of a head to the first, up to the second
+FLASH_ALIGNMENT = 8
+FLASH_MAX_HEAD_DIM = 256
 
 
 def attend(
@@ -27,7 +29,14 @@ def attend(
     `device`."""
     if not any(tensor.is_meta for tensor in (query, key, value)):
         return F.scaled_dot_product_attention(
-            query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
+            query,
+            key,
+            value,
+            attn_mask,
+            dropout_p,
+            is_causal,
+            scale=scale,
+            enable_gqa=enable_gqa,
         )
     query, key, value = (tensor if tensor.is_meta else tensor.to("meta") for tensor in (query, key, value))
     if attn_mask is not None and attn_mask.dtype == torch.bool:
@@ -38,11 +47,22 @@ def attend(
         if _flash_on_cpu(query, key, value, attn_mask, *options, scale, enable_gqa):
             return _first(
                 aten._scaled_dot_product_flash_attention_for_cpu(
-                    query, key, value, *options, attn_mask=attn_mask, scale=scale
+                    query,
+                    key,
+                    value,
+                    *options,
+                    attn_mask=attn_mask,
+                    scale=scale,
                 )
             )
         return F.scaled_dot_product_attention(
-            query, key, value, attn_mask, *options, scale=scale, enable_gqa=enable_gqa
+            query,
+            key,
+            value,
+            attn_mask,
+            *options,
+            scale=scale,
+            enable_gqa=enable_gqa,
         )
     width = query.shape[-1]
     scale = width**-0.5 if scale is None else scale
@@ -54,7 +74,13 @@ def attend(
     compute_logsumexp = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (query, key, value))
     return _first(
         aten._scaled_dot_product_efficient_attention(
-            query, key, value, attn_mask, compute_logsumexp, *options, scale=scale
+            query,
+            key,
+            value,
+            attn_mask,
+            compute_logsumexp,
+            *options,
+            scale=scale,
         )
     )[..., :width]
 
@@ -64,7 +90,9 @@ def _first(outputs: tuple[Tensor, ...]) -> Tensor:
 
 
 def _pad_head_dim(x: Tensor) -> Tensor:
-    return F.pad(x, (0, -x.shape[-1] % FLASH_ALIGNMENT)) if x.shape[-1] % FLASH_ALIGNMENT else x
+    if x.shape[-1] % FLASH_ALIGNMENT:
+        return F.pad(x, (0, -x.shape[-1] % FLASH_ALIGNMENT))
+    return x
 
 
 def _flash_on_cpu(
@@ -82,5 +110,8 @@ def _flash_on_cpu(
         torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, requires_grad=tensor.requires_grad)
         for tensor in (query, key, value)
     )
-    real_mask = None if mask is None else torch.empty(mask.shape, dtype=mask.dtype)
+    if mask is None:
+        real_mask = None
+    else:
+        real_mask = torch.empty(mask.shape, dtype=mask.dtype)
     return torch._fused_sdp_choice(q, k, v, real_mask, dropout, causal, scale=scale, enable_gqa=gqa) == FLASH_BACKEND

@@ -91,7 +91,11 @@ class FakeDeviceMode(TorchFunctionMode):
         }
 
     def __torch_function__(
-        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+        self,
+        func: Any,
+        types: Any,
+        args: Sequence[Any] = (),
+        kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
         kwargs = dict(kwargs or {})
         if (
@@ -120,38 +124,51 @@ class FakeDeviceMode(TorchFunctionMode):
 
     def _make(self, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
         """What is made on the planned device: numbers are real where they are whole, else they are none."""
-        dtype, rest = kwargs.get("dtype"), {key: value for key, value in kwargs.items() if key != "device"}
+        dtype = kwargs.get("dtype")
+        rest = {key: value for key, value in kwargs.items() if key != "device"}
         if func in (torch.tensor, torch.as_tensor):
             data = args[0] if args else kwargs["data"]
             if isinstance(data, Tensor) and data.is_meta:
                 return data if dtype is None else data.to(dtype)
             created = func(*args, **rest)
-            return torch.empty_like(created, device=META) if created.is_floating_point() else created
-        is_integer = not dtype.is_floating_point if dtype is not None else _makes_integers(func, args, kwargs)
+            if created.is_floating_point():
+                return torch.empty_like(created, device=META)
+            return created
+        if dtype is not None:
+            is_integer = not dtype.is_floating_point
+        else:
+            is_integer = _makes_integers(func, args, kwargs)
         return func(*args, **rest, device=torch.device("cpu") if is_integer else META)
 
     def _to(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if args and isinstance(args[0], Tensor):
             args = (self.planned if args[0].is_meta else args[0].device, args[0].dtype, *args[1:])
-        named, dtype = kwargs.get("device"), kwargs.get("dtype")
-        target = (
-            named
-            if named is not None
-            else next((argument for argument in args if isinstance(argument, (str, torch.device))), None)
-        )
-        dtype = (
-            dtype
-            if dtype is not None
-            else next((argument for argument in args if isinstance(argument, torch.dtype)), None)
-        )
-        kind = self.planned.type if target is None and x.is_meta else "cpu" if target is None else _device_type(target)
+        named = kwargs.get("device")
+        dtype = kwargs.get("dtype")
+        if named is not None:
+            target = named
+        else:
+            target = next((argument for argument in args if isinstance(argument, (str, torch.device))), None)
+        if dtype is None:
+            dtype = next((argument for argument in args if isinstance(argument, torch.dtype)), None)
+        if target is None and x.is_meta:
+            kind = self.planned.type
+        elif target is None:
+            kind = "cpu"
+        else:
+            kind = _device_type(target)
         if kind == "meta":
             return x.to(target, dtype)
         if kind == self.planned.type == "cuda" and not x.is_meta:
-            x = torch.empty_like(x, device=META) if x.is_floating_point() else x.clone()
+            if x.is_floating_point():
+                x = torch.empty_like(x, device=META)
+            else:
+                x = x.clone()
         elif kind == "cpu" != self.planned.type and x.is_meta:
             x = _to_host(x)
-        return x if dtype is None or dtype == x.dtype else x.to(dtype)
+        if dtype is None or dtype == x.dtype:
+            return x
+        return x.to(dtype)
 
     def _cast(self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[list[Any], dict[str, Any]]:
         if func in AUTOCAST_TO_HALF_OPS:
@@ -177,7 +194,8 @@ class FakeDeviceMode(TorchFunctionMode):
 def fake_device_mode(device: torch.device) -> Iterator[FakeDeviceMode]:
     """Enters the mode. Where torch has no GPU, its autocast for CUDA would switch itself off: here it is told that
     there is one."""
-    mode, clear = FakeDeviceMode(device), torch.clear_autocast_cache
+    mode = FakeDeviceMode(device)
+    clear = torch.clear_autocast_cache
 
     def forget() -> None:
         mode.cast_cache.clear()
@@ -204,19 +222,29 @@ def _scalar_of(x: Tensor) -> Any:
     """The number that a tensor of one element holds; of a meta tensor yes, or 0."""
     if not x.is_meta:
         return x.item()
-    return True if x.dtype == torch.bool else 0.0 if x.is_floating_point() else 0
+    if x.dtype == torch.bool:
+        return True
+    if x.is_floating_point():
+        return 0.0
+    return 0
 
 
 def _to_host(x: Tensor) -> Tensor:
-    return (torch.ones if x.dtype == torch.bool else torch.zeros)(x.shape, dtype=x.dtype) if x.is_meta else x
+    if x.is_meta:
+        return (torch.ones if x.dtype == torch.bool else torch.zeros)(x.shape, dtype=x.dtype)
+    return x
 
 
 def _equal_or_meta(compare: Callable[..., bool], a: Tensor, b: Tensor, **options: Any) -> bool:
-    return True if a.is_meta or b.is_meta else compare(a, b, **options)
+    if a.is_meta or b.is_meta:
+        return True
+    return compare(a, b, **options)
 
 
 def _device_type(device: Any) -> str:
-    return "cuda" if isinstance(device, int) else torch.device(device).type
+    if isinstance(device, int):
+        return "cuda"
+    return torch.device(device).type
 
 
 def _makes_integers(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
@@ -233,4 +261,6 @@ def _makes_integers(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -
 
 
 def _to_fp32(x: Any) -> Any:
-    return x.float() if isinstance(x, Tensor) and x.dtype in (torch.bfloat16, torch.float16) else x
+    if isinstance(x, Tensor) and x.dtype in (torch.bfloat16, torch.float16):
+        return x.float()
+    return x

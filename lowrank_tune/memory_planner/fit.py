@@ -28,7 +28,9 @@ class Search:
     knows."""
 
     def __init__(self, spec: SimulationSpec, plan: Plan) -> None:
-        self.spec, self.plan, self.layers = spec, plan, plan.layers
+        self.spec = spec
+        self.plan = plan
+        self.layers = plan.layers
         self.need = cache(self._need)
 
     def _need(self, sizes: Sizes, recomputed: int) -> int:
@@ -52,24 +54,26 @@ class Search:
     def length(self) -> int:
         """The longest rows in this micro-batch, in steps, at most as long as the base knows positions; 0 for none. As
         many tokens at once as fit in more rows fit in longer ones: no kernel keeps scores of all tokens against all."""
-        sizes, longest = (
-            self.plan.sizes,
-            int(getattr(self.spec.config.get_text_config(), "max_position_embeddings", 0) or 1 << 20),
-        )
+        sizes = self.plan.sizes
+        longest = int(getattr(self.spec.config.get_text_config(), "max_position_embeddings", 0) or 1 << 20)
         more = _with_length(sizes, min(longest, 2 * sizes.length))
         if more.length <= sizes.length:
             return sizes.length
-        now, then = self.need(sizes, self.plan.recomputed), self.need(more, self.plan.recomputed)
+        now = self.need(sizes, self.plan.recomputed)
+        then = self.need(more, self.plan.recomputed)
         slope = max(1.0, (then - now) / (more.length - sizes.length))
         return max(0, min(longest, int(sizes.length + (self.plan.vram - now) / slope)) // LENGTH_STEP * LENGTH_STEP)
 
     def recomputed(self, sizes: Sizes) -> int | None:
         """The fewest layers that must be recomputed, counted from the first; None where even all are too few."""
-        room, spec = self.plan.vram, replace(self.spec, sizes=sizes)
+        room = self.plan.vram
+        spec = replace(self.spec, sizes=sizes)
         if self.need(sizes, self.layers) > room:
             return None
         if self.need(sizes, 0) <= room or self.layers < 2 * MIN_LAYERS:
-            return 0 if self.need(sizes, 0) <= room else self.layers
+            if self.need(sizes, 0) <= room:
+                return 0
+            return self.layers
         kinds = Counter(layers_of(spec.config, 0)) | Counter(layers_of(spec.config, self.layers))
         model = fit_linear_model(lambda layers: simulate(spec, layers, only_update=True), kinds)
 
@@ -89,13 +93,15 @@ def largest_fitting(need: Callable[[int], int], start: int, maximum: int, room: 
     so that few are asked."""
     start = max(1, min(start, maximum))
     now = need(start)
-    low, other = (start if now <= room else 0), (min(maximum, 2 * start) if now <= room else max(1, start // 2))
+    low = start if now <= room else 0
+    other = min(maximum, 2 * start) if now <= room else max(1, start // 2)
     if other == start:
         return low
     then = need(other)
     low = max(low, other if then <= room else 0)
     slope = max(1.0, (then - now) / (other - start))
-    tried, guess = {start, other}, int(start + (room - now) / slope)
+    tried = {start, other}
+    guess = int(start + (room - now) / slope)
     for _ in range(MAX_TRIES):
         guess = min(maximum, max(1, guess))
         if guess in tried or guess <= low:
@@ -125,14 +131,16 @@ def with_fit_report(spec: SimulationSpec, plan: Plan) -> Plan:
     if not plan.vram:
         return plan
     search = Search(spec, plan)
-    units, length = search.units(), search.length()
+    units = search.units()
+    length = search.length()
     plan = replace(plan, max_micro_batch_size=units, fits_length=length)
     return replace(plan, advice=_advice(spec, search, plan))
 
 
 def _advice(spec: SimulationSpec, search: Search, plan: Plan) -> str:
     """What to type, so that it fits, or is faster."""
-    recipe, sizes = spec.recipe, plan.sizes
+    recipe = spec.recipe
+    sizes = plan.sizes
     if plan.fits:
         if not plan.recomputed:
             return ""
@@ -160,10 +168,8 @@ def _micro(recipe: RecipeConfig, sizes: Sizes, units: int) -> str:
 
 def _shorten(spec: SimulationSpec, plan: Plan) -> str:
     """Where even one row is too much."""
-    recipe, static = (
-        spec.recipe,
-        sum(plan.peak_phase.bytes.get(purpose, 0) for purpose in ("weights", "adapters", "optimizer")),
-    )
+    recipe = spec.recipe
+    static = sum(plan.peak_phase.bytes.get(purpose, 0) for purpose in ("weights", "adapters", "optimizer"))
     if needed(static, plan.device) > plan.vram:
         return f"the weights alone need {needed(static, plan.device) / GIB:.1f} GiB: a smaller base" + (
             "" if recipe.base.bits == 4 else ", or base.bits=4"
@@ -191,15 +197,21 @@ def _shorten(spec: SimulationSpec, plan: Plan) -> str:
 def choose_micro_batch(spec: SimulationSpec, plan: Plan) -> dict[str, int]:
     """What `auto` stands for: rows of a micro-batch, and layers that are recomputed. With both, no larger a micro-batch
     than speed needs, and then as few layers as fit; nothing where not even one row fits."""
-    train, search, choice = spec.recipe.train, Search(spec, plan), dict[str, int]()
+    train = spec.recipe.train
+    search = Search(spec, plan)
+    choice = dict[str, int]()
     both = train.gradient_checkpointing == "auto"
     sizes = plan.sizes
     if train.micro_batch_size == "auto":
-        enough = max(1, ENOUGH_TOKENS // (sizes.length * sizes.rows_per_unit)) if both else None
+        if both:
+            enough = max(1, ENOUGH_TOKENS // (sizes.length * sizes.rows_per_unit))
+        else:
+            enough = None
         units = search.units(min(_step_units(spec.recipe), enough) if enough else None)
         if not units:
             return choice
-        choice["micro_batch_size"], sizes = units, search.with_micro_batch(units)
+        choice["micro_batch_size"] = units
+        sizes = search.with_micro_batch(units)
     if both and (fewest := search.recomputed(sizes)) is not None:
         choice["gradient_checkpointing"] = fewest
     return choice

@@ -23,7 +23,9 @@ from lowrank_tune.model.adapters import lora_config
 from lowrank_tune.model.base import Base, check_quantization, freeze_base, load_config, nf4_config
 from lowrank_tune.model.configs import config_of
 
-BLOCK, NESTED_BLOCK = 64, 256  # bitsandbytes' defaults: weights of one scale, and scales of one scale
+# bitsandbytes' defaults: weights of one scale, and scales of one scale
+BLOCK = 64
+NESTED_BLOCK = 256
 
 
 @dataclass(frozen=True)
@@ -38,8 +40,14 @@ class Layer:
 def config_for(base: BaseConfig) -> Any:
     """The base's configuration: of the bases that presets name, from the package; else as `load_config` finds it.
     Raises UserError."""
-    bundled = None if Path(base.model.partition("@")[0]).expanduser().is_dir() else config_of(base.model)
-    config = load_config(base) if bundled is None else AutoConfig.for_model(**bundled)
+    if Path(base.model.partition("@")[0]).expanduser().is_dir():
+        bundled = None
+    else:
+        bundled = config_of(base.model)
+    if bundled is None:
+        config = load_config(base)
+    else:
+        config = AutoConfig.for_model(**bundled)
     check_quantization(config, base)
     return config
 
@@ -98,7 +106,11 @@ def _quantize(module: Any, dtype: torch.dtype) -> None:
     )
     packed = torch.empty(math.ceil(shape.numel() / 2), 1, dtype=torch.uint8)
     module.weight = bitsandbytes.nn.Params4bit(
-        packed, requires_grad=False, quant_state=state, bnb_quantized=True, module=module
+        packed,
+        requires_grad=False,
+        quant_state=state,
+        bnb_quantized=True,
+        module=module,
     )
     module.quant_state = state
     if module.bias is not None:

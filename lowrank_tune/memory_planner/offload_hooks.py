@@ -19,7 +19,9 @@ class OffloadedTensorHooks(saved_tensors_hooks):
 
 
 def _pack(tensor: Tensor) -> Any:
-    return (tensor.shape, tensor.stride(), tensor.dtype) if tensor.is_meta else tensor
+    if tensor.is_meta:
+        return (tensor.shape, tensor.stride(), tensor.dtype)
+    return tensor
 
 
 def _unpack(packed: Any) -> Tensor:

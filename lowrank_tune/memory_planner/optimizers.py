@@ -37,5 +37,9 @@ def _moments(parameter: nn.Parameter, kind: str) -> list[torch.Tensor]:
     if "8bit" in kind and count >= MIN_8BIT_SIZE:
         scales = [torch.empty(-(-count // BLOCK), device="meta") for _ in range(2)]
         paged = "paged" in kind and count >= MIN_PAGED_SIZE
-        return scales if paged else [*scales, *(torch.empty(count, dtype=torch.uint8, device="meta") for _ in range(2))]
-    return [] if "paged" in kind and count >= MIN_PAGED_SIZE else [torch.empty(count, device="meta") for _ in range(2)]
+        if paged:
+            return scales
+        return [*scales, *(torch.empty(count, dtype=torch.uint8, device="meta") for _ in range(2))]
+    if "paged" in kind and count >= MIN_PAGED_SIZE:
+        return []
+    return [torch.empty(count, device="meta") for _ in range(2)]

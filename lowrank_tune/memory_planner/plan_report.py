@@ -95,4 +95,6 @@ class Plan:
 
 def needed(peak: int, device: str) -> int:
     """Bytes that a device must have for tensors of so many bytes at once."""
-    return peak if device == "cpu" else CUDA_CONTEXT_BYTES + round(peak / (1 - FRAGMENTATION))
+    if device == "cpu":
+        return peak
+    return CUDA_CONTEXT_BYTES + round(peak / (1 - FRAGMENTATION))

@@ -35,7 +35,12 @@ def make_spec(
 ) -> SimulationSpec:
     """All that is to be rehearsed. Raises UserError for a base whose configuration cannot be had."""
     return SimulationSpec(
-        recipe, config_for(recipe.base), device, sizes or sizes_of(recipe), loaded, reward_base_adapters
+        recipe,
+        config_for(recipe.base),
+        device,
+        sizes or sizes_of(recipe),
+        loaded,
+        reward_base_adapters,
     )
 
 
@@ -66,7 +71,10 @@ def phases_of(spec: SimulationSpec, vram: int = 0) -> tuple[Phase, ...]:
 
 
 def decoding_phases(
-    spec: SimulationSpec, rollouts: Mapping[str, DecodingSpec], recomputed: int, vram: int
+    spec: SimulationSpec,
+    rollouts: Mapping[str, DecodingSpec],
+    recomputed: int,
+    vram: int,
 ) -> tuple[Phase, ...]:
     """Phases that decode, with as many sequences at once as the engine begins with; where these are too many for the
     card it goes on with fewer, down to one."""
@@ -106,7 +114,8 @@ def _cache_bytes(spec: SimulationSpec, vram: int, resident: int) -> int:
 
 def plan_of(spec: SimulationSpec, vram: int, name: str) -> Plan:
     """The plan as the recipe stands."""
-    recipe, recomputed = spec.recipe, recomputed_of(spec)
+    recipe = spec.recipe
+    recomputed = recomputed_of(spec)
     phases = phases_of(spec, vram)
     layers = spec.config.get_text_config().num_hidden_layers
     return Plan(
@@ -147,9 +156,14 @@ def _where(point_suffix: Sequence[str]) -> str:
 
 def _decoding_specs(recipe: RecipeConfig, config: Any, device: torch.device, limit: int) -> dict[str, DecodingSpec]:
     """Completions of training, and answers to held-out questions."""
-    train, rollout, evaluation = recipe.train, recipe.rollout, recipe.evaluate
+    train = recipe.train
+    rollout = recipe.rollout
+    evaluation = recipe.evaluate
     specs: dict[str, DecodingSpec] = {}
-    scratch = 0 if device.type == "cuda" else host_memory() // HOST_MEMORY_DIVISOR
+    if device.type == "cuda":
+        scratch = 0
+    else:
+        scratch = host_memory() // HOST_MEMORY_DIVISOR
 
     def decoding(slots: int, num_prompts: int, samples: int, new: int) -> DecodingSpec:
         columns = recipe.data.max_prompt_length + new
@@ -159,12 +173,18 @@ def _decoding_specs(recipe: RecipeConfig, config: Any, device: torch.device, lim
     if recipe.algorithm in ONLINE_ALGORITHMS:
         count = train.prompts_per_step * rollout.num_generations
         specs["rollout"] = decoding(
-            min(rollout.max_num_seqs, count), train.prompts_per_step, rollout.num_generations, rollout.max_new_tokens
+            min(rollout.max_num_seqs, count),
+            train.prompts_per_step,
+            rollout.num_generations,
+            rollout.max_new_tokens,
         )
     if evaluation.eval_dataset is not None and recipe.trained_adapter == "policy":
         num_answers = min(MAX_HELDOUT_CONCURRENCY, evaluation.num_prompts * evaluation.num_samples)
         specs["held-out answers"] = decoding(
-            num_answers, evaluation.num_prompts, evaluation.num_samples, evaluation.max_new_tokens
+            num_answers,
+            evaluation.num_prompts,
+            evaluation.num_samples,
+            evaluation.max_new_tokens,
         )
     return specs
 

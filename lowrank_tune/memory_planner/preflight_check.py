@@ -33,7 +33,8 @@ def check_fit(loaded: RecipeConfig | Chain, vram_gib: float, emit: Emit, skip: C
     stages = loaded.stages if isinstance(loaded, Chain) else (loaded,)
     names = {stage.name for stage in stages}
     planned = [stage.name for stage in stages if stage.name not in skip and stage.train.memory_check != "off"]
-    fit, count = MemoryFit(), len(planned)
+    fit = MemoryFit()
+    count = len(planned)
     if not count:
         return fit
     emit(Progress(description="planning memory", done=0, total=count))
@@ -48,7 +49,8 @@ def check_fit(loaded: RecipeConfig | Chain, vram_gib: float, emit: Emit, skip: C
 
 
 def _plan_stage(spec: SimulationSpec, vram_gib: float, emit: Emit, fit: MemoryFit) -> None:
-    name, train = spec.recipe.name, spec.recipe.train
+    name = spec.recipe.name
+    train = spec.recipe.train
     vram = round(min(vram_gib, train.memory_budget_gib or vram_gib) * GIB)
     plan = plan_of(spec, vram, name)
     changes: dict[str, Any] = (

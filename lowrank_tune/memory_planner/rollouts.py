@@ -31,13 +31,17 @@ class DecodingSpec:
 
 
 def decode(
-    roles: Roles, spec: DecodingSpec, allocating_cache: AbstractContextManager[None], on_pass: Callable[[str], None]
+    roles: Roles,
+    spec: DecodingSpec,
+    allocating_cache: AbstractContextManager[None],
+    on_pass: Callable[[str], None],
 ) -> None:
     """Reads prompts, fills the slots and makes one step at the greatest length, as the engine does. `allocating_cache`
     is entered while room for keys and values is made. `on_pass` is told which pass begins: each has moments of its own,
     as what prompts hold and what a step holds grow by different bytes with each layer."""
     engine = Engine(roles, spec.role, spec.slots, spec.cache_bytes, spec.scratch_bytes)
-    model, columns = roles.base.model, spec.prompt_length + spec.max_new_tokens
+    model = roles.base.model
+    columns = spec.prompt_length + spec.max_new_tokens
     states = [vars(module) for module in model.modules()]
     sampling = SamplingParams(spec.max_new_tokens, frozenset())
     on_pass("reading")

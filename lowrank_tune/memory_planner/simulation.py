@@ -53,7 +53,8 @@ class SimulationSpec:
 def simulate(spec: SimulationSpec, layers: Sequence[Layer], only_update: bool = False) -> Peaks:
     """Runs every phase once, or the update alone, or where the scene has rollouts these alone, on a base of these
     layers; what was alive when."""
-    recipe, tracker = spec.recipe, AllocationTracker(spec.device.type, spec.config.get_text_config().vocab_size)
+    recipe = spec.recipe
+    tracker = AllocationTracker(spec.device.type, spec.config.get_text_config().vocab_size)
     with (
         warnings.catch_warnings(),
         tracker,
@@ -76,9 +77,15 @@ def _skip_repeated_chunks(one_chunk: Callable[..., None]) -> Callable[..., None]
     last, which may be short."""
 
     def first_and_last(
-        head: Any, hidden: Tensor, targets: Tensor, temperature: float, into: Tensor, *more: Any
+        head: Any,
+        hidden: Tensor,
+        targets: Tensor,
+        temperature: float,
+        into: Tensor,
+        *more: Any,
     ) -> None:
-        begins, whole = into.storage_offset(), into.untyped_storage().nbytes() // into.element_size()
+        begins = into.storage_offset()
+        whole = into.untyped_storage().nbytes() // into.element_size()
         if begins <= len(into) or begins + len(into) == whole:
             one_chunk(head, hidden, targets, temperature, into, *more)
 
@@ -89,11 +96,21 @@ class _SimulatedStage:
     """One algorithm over a shallow base, ready to run its phases."""
 
     def __init__(
-        self, spec: SimulationSpec, layers: Sequence[Layer], tracker: AllocationTracker, mode: FakeDeviceMode
+        self,
+        spec: SimulationSpec,
+        layers: Sequence[Layer],
+        tracker: AllocationTracker,
+        mode: FakeDeviceMode,
     ) -> None:
-        self.spec, self.recipe, self.sizes, self.tracker = spec, spec.recipe, spec.sizes, tracker
+        self.spec = spec
+        self.recipe = spec.recipe
+        self.sizes = spec.sizes
+        self.tracker = tracker
         base = meta_base(
-            with_few_layers(spec.config, layers), self.recipe.base.model, self.recipe.base.bits, spec.device
+            with_few_layers(spec.config, layers),
+            self.recipe.base.model,
+            self.recipe.base.bits,
+            spec.device,
         )
         configs, stacks = build_stacks(self.recipe, base.model, spec.loaded, spec.reward_base_adapters)
         _hook_layers(base.model, tracker, mode)
@@ -128,7 +145,10 @@ class _SimulatedStage:
         self._create_optimizer()
         for phase, decoding in self.spec.rollouts.items():
             decode(
-                self.roles, decoding, self.tracker.with_purpose("KV cache"), partial(_start_pass, self.tracker, phase)
+                self.roles,
+                decoding,
+                self.tracker.with_purpose("KV cache"),
+                partial(_start_pass, self.tracker, phase),
             )
 
     def _create_optimizer(self) -> None:
@@ -156,7 +176,8 @@ class _SimulatedStage:
         self._loop(algorithm, algorithm.collect(0), not only_update)
 
     def online(self, only_update: bool) -> None:
-        rollout, sizes = self.recipe.rollout, self.sizes
+        rollout = self.recipe.rollout
+        sizes = self.sizes
         if only_update:
             sizes = replace(sizes, num_rollouts=-(-sizes.rows // sizes.group) * sizes.group)
         collector = _FakeRolloutCollector(
@@ -206,7 +227,14 @@ class _SimulatedStage:
             "ppo": self.recipe.ppo.num_ppo_epochs * self.recipe.ppo.num_mini_batches,
         }.get(self.recipe.algorithm, 1)
         single_batch = _SingleBatchAlgorithm(
-            algorithm.rows_per_unit, algorithm, experience, self.sizes, self.tracker, logged, self.parameters, passes
+            algorithm.rows_per_unit,
+            algorithm,
+            experience,
+            self.sizes,
+            self.tracker,
+            logged,
+            self.parameters,
+            passes,
         )
         self.optimizer.register_step_pre_hook(lambda *_: self.tracker.move_to("optimizer", "before"))
         loop = Trainer(
@@ -304,18 +332,28 @@ class _FakeRolloutCollector(RolloutCollector):
 
     def __init__(self, *arguments: Any, sizes: Sizes, skip_logps: bool) -> None:
         super().__init__(*arguments)
-        self.sizes, self.skip_logps = sizes, skip_logps
+        self.sizes = sizes
+        self.skip_logps = skip_logps
 
     def logps(self, role: str, batch: Batch) -> Tensor:
-        return torch.zeros(batch.input_ids.shape) if self.skip_logps else super().logps(role, batch)
+        if self.skip_logps:
+            return torch.zeros(batch.input_ids.shape)
+        return super().logps(role, batch)
 
     def collect(self, step: int, draw: int, count: int | None = None) -> RolloutBatch:
-        rows, n = self.sizes.num_rollouts, self.num_generations
+        rows = self.sizes.num_rollouts
+        n = self.num_generations
         batch = batch_of(rows, self.sizes)
         batch.extra["sampler"] = torch.zeros(batch.input_ids.shape)
         rewards = (torch.arange(rows) % 2).double().view(-1, n)
         return RolloutBatch(
-            batch, rewards, rewards.view(-1, 1), torch.zeros(rows, dtype=torch.bool), self.reward_names, [""] * rows, []
+            batch,
+            rewards,
+            rewards.view(-1, 1),
+            torch.zeros(rows, dtype=torch.bool),
+            self.reward_names,
+            [""] * rows,
+            [],
         )
 
 
@@ -325,15 +363,26 @@ def _hook_layers(model: Any, tracker: AllocationTracker, mode: FakeDeviceMode) -
     layers = next(one for one in model.get_decoder().modules() if isinstance(one, nn.ModuleList))
     last = len(layers) - 1
     for number, layer in enumerate(layers):
-        layer_position = "first" if number == 0 else "last" if number == last else "between"
+        if number == 0:
+            layer_position = "first"
+        elif number == last:
+            layer_position = "last"
+        else:
+            layer_position = "between"
 
         def before(layer_position: str = layer_position) -> None:
             tracker.move_to(
-                tracker.point[0], "forward" if torch._C._current_graph_task_id() == -1 else "backward", layer_position
+                tracker.point[0],
+                "forward" if torch._C._current_graph_task_id() == -1 else "backward",
+                layer_position,
             )
 
         def after(
-            module: Any, given: Any, out: Any, layer_position: str = layer_position, ends: bool = number == last
+            module: Any,
+            given: Any,
+            out: Any,
+            layer_position: str = layer_position,
+            ends: bool = number == last,
         ) -> None:
             hidden = out[0] if isinstance(out, tuple) else out
             if hidden.requires_grad:

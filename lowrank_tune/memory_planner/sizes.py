@@ -44,10 +44,14 @@ class Sizes:
 
 def sizes_of(recipe: RecipeConfig, units: int | None = None) -> Sizes:
     """The largest micro-batch that a recipe lets through: rows as long as they may be; or one of so many `units`."""
-    train, online = recipe.train, recipe.algorithm in ("grpo", "ppo")
+    train = recipe.train
+    online = recipe.algorithm in ("grpo", "ppo")
     length = recipe.max_train_length
     rows_per_unit = 2 if recipe.uses_pairs else 1
-    step = train.prompts_per_step * recipe.rollout.num_generations if online else train.global_batch_size or 1 << 20
+    if online:
+        step = train.prompts_per_step * recipe.rollout.num_generations
+    else:
+        step = train.global_batch_size or 1 << 20
     num_units = units or train.micro_batch_rows
     if num_units is None and train.micro_batch_tokens is not None:
         # nearly as many rows, a little shorter, fill the budget
@@ -69,17 +73,17 @@ def sizes_of(recipe: RecipeConfig, units: int | None = None) -> Sizes:
     group = recipe.rollout.num_generations
     read = max(num_units, sizes.no_grad_rows())
     return replace(
-        sizes, prompt_length=min(sizes.prompt_length, length - 1), num_rollouts=min(step, -(-read // group) * group)
+        sizes,
+        prompt_length=min(sizes.prompt_length, length - 1),
+        num_rollouts=min(step, -(-read // group) * group),
     )
 
 
 def batch_of(rows: int, sizes: Sizes) -> Batch:
     """So many rows, and of pairs and groups what they share."""
     ids = (torch.arange(sizes.length)[None] * 7 + torch.arange(rows)[:, None] * 3) % 97
-    family, shared = (
-        max(sizes.rows_per_unit, sizes.group),
-        sizes.prompt_length if sizes.group > 1 or sizes.prompt_length > 1 else 0,
-    )
+    family = max(sizes.rows_per_unit, sizes.group)
+    shared = sizes.prompt_length if sizes.group > 1 or sizes.prompt_length > 1 else 0
     if family > 1 and shared:
         ids[:, :shared] = ids[:1, :shared]
     attention_mask = torch.ones_like(ids, dtype=torch.bool)

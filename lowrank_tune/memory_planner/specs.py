@@ -38,13 +38,12 @@ def simulation_specs(loaded: RecipeConfig | Chain, device: str, skip: Collection
         if planned.name in skip:
             continue
         reward_stage = reward_source_stage(stages, number)
-        reward_base_adapters = (
-            None
-            if reward_stage is None
-            else frozen_stage_names(
+        if reward_stage is None:
+            reward_base_adapters = None
+        else:
+            reward_base_adapters = frozen_stage_names(
                 stages, next(i for i, stage_data in enumerate(stages) if stage_data["name"] == reward_stage)
             )
-        )
         pending_adapters = {
             earlier_stage.name: earlier_stage.adapters[earlier_stage.trained_adapter]
             for earlier_stage in loaded.stages[:number]
@@ -80,7 +79,9 @@ def _stage_spec(
     }
     saved = {
         name: read_adapter(
-            str(adapter.path), f"adapters.{name}.path", head=name == REWARD_ROLE or name in recipe.extra_adapters
+            str(adapter.path),
+            f"adapters.{name}.path",
+            head=name == REWARD_ROLE or name in recipe.extra_adapters,
         )
         for name, adapter in recipe.adapters.items()
         if adapter.path and name not in pending
@@ -88,9 +89,8 @@ def _stage_spec(
     loaded: dict[str, LoraConfig] = {name: adapter.config for name, adapter in saved.items()}
     loaded |= {name: meta_lora_config(recipe.base, pending_adapters[name]) for name in pending}
     if reward_base_adapters is None:
-        reward_base_adapters = (
-            reward_model_base(saved, frozen_adapters(recipe))
-            if REWARD_ROLE in saved and recipe.trained_adapter != REWARD_ROLE
-            else ()
-        )
+        if REWARD_ROLE in saved and recipe.trained_adapter != REWARD_ROLE:
+            reward_base_adapters = reward_model_base(saved, frozen_adapters(recipe))
+        else:
+            reward_base_adapters = ()
     return make_spec(recipe, device, loaded, reward_base_adapters)

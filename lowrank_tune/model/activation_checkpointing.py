@@ -25,7 +25,9 @@ Checkpointing = bool | int | Literal["none", "all", "auto"]
 def num_checkpointed_layers(checkpointing: Checkpointing, layers: int) -> int:
     """How many of a model's `layers` are recomputed, counted from the first."""
     if isinstance(checkpointing, (bool, str)):
-        return layers if checkpointing in (True, "all", "auto") else 0
+        if checkpointing in (True, "all", "auto"):
+            return layers
+        return 0
     return min(checkpointing, layers)
 
 

@@ -20,7 +20,8 @@ from lowrank_tune.model.rotary import RopeFactors
 if TYPE_CHECKING:  # the model floor must run where pydantic is not installed (benchmarks/gpu.py)
     from lowrank_tune.config import AdapterConfig
 
-CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+CONFIG = "adapter_config.json"
+WEIGHTS = "adapter_model.safetensors"
 STACK = "stack.json"
 """Beside a run's final adapter where frozen ones lay below it: `stack` (names, lowest first), `below` (hashes of the
 frozen ones by name), and `folded`: whether the root is all of them in one, and the trained one alone lies in a folder
@@ -106,9 +107,10 @@ def read_adapter(path: str, key: str, head: bool = False, combined: bool = False
     folder = given / "final" if (given / "final" / CONFIG).exists() else given
     if not (folder / CONFIG).exists():
         unfinished = (given / "run.json").exists()
-        reason = (
-            "is a run that has not ended: let it end first" if unfinished else f"holds no {CONFIG}, so it is no adapter"
-        )
+        if unfinished:
+            reason = "is a run that has not ended: let it end first"
+        else:
+            reason = f"holds no {CONFIG}, so it is no adapter"
         raise UserError(f"{key}: {path} {reason}")
     frozen_adapters = dict[str, str]()
     _check_unchanged(folder, STACK, key)
@@ -120,7 +122,8 @@ def read_adapter(path: str, key: str, head: bool = False, combined: bool = False
                 f"{', '.join(stack.frozen_adapters)} below it"
             )
         frozen_adapters = {} if combined else stack.frozen_adapters
-        folder = folder / stack.names[-1] if stack.combined and not combined else folder
+        if stack.combined and not combined:
+            folder = folder / stack.names[-1]
     if not (folder / WEIGHTS).exists():
         raise UserError(
             f"{key}: {folder} holds no {WEIGHTS}; other formats can run code when they are read and are not loaded"
@@ -137,7 +140,11 @@ def read_adapter(path: str, key: str, head: bool = False, combined: bool = False
             f"{key}: {folder} changes the embedding ({strange[0]}), which this kit does not load: only linear modules"
         )
     saved = SavedAdapter(
-        folder, _config(raw, key, folder), tensors, raw.get("base_model_name_or_path"), frozen_adapters
+        folder,
+        _config(raw, key, folder),
+        tensors,
+        raw.get("base_model_name_or_path"),
+        frozen_adapters,
     )
     _check_head(saved, raw.get("modules_to_save") or [], key, head)
     return saved
@@ -150,7 +157,10 @@ def _check_unchanged(folder: Path, name: str, key: str) -> None:
         relative_name = (folder / name).relative_to(root).as_posix()
         if changed_file(root, [relative_name]) is None:
             continue
-        change = "has changed since it was written" if (folder / name).exists() else "is missing"
+        if (folder / name).exists():
+            change = "has changed since it was written"
+        else:
+            change = "is missing"
         raise UserError(
             f"{key}: {folder / name} {change}: restore it from a copy; or, where the change is meant, delete "
             f"{root / MANIFEST}"
@@ -187,10 +197,8 @@ def read_stack(folder: Path, key: str) -> AdapterStack:
     """The stack that a run's final adapter is the top of. Raises UserError for a file that cannot be understood."""
     try:
         data = json.loads((folder / STACK).read_bytes())
-        names, frozen_adapters = (
-            [str(name) for name in data["stack"]],
-            {str(name): str(content) for name, content in data["frozen_adapters"].items()},
-        )
+        names = [str(name) for name in data["stack"]]
+        frozen_adapters = {str(name): str(content) for name, content in data["frozen_adapters"].items()}
         if names[:-1] == list(frozen_adapters) and all(
             name and "/" not in name and name not in (".", "..") for name in names
         ):
@@ -203,7 +211,10 @@ def read_stack(folder: Path, key: str) -> AdapterStack:
 def _check_head(saved_adapter: SavedAdapter, modules: Any, key: str, expect_head: bool) -> None:
     if not isinstance(modules, list) or not set(map(str, modules)) <= HEADS or (modules and "score" not in modules):
         raise UserError(f"{key}: {saved_adapter.folder} uses modules_to_save {modules}, which this kit does not load")
-    shape = None if saved_adapter.head is None else tuple(saved_adapter.head.shape)
+    if saved_adapter.head is None:
+        shape = None
+    else:
+        shape = tuple(saved_adapter.head.shape)
     if bool(modules) != (shape is not None) or (shape is not None and (len(shape) != 2 or shape[0] != 1)):
         actual = f"one of shape {shape}" if shape else "none"
         expected = "a scalar head" if modules else "no head"
@@ -220,7 +231,10 @@ def _check_head(saved_adapter: SavedAdapter, modules: Any, key: str, expect_head
 
 def _config(raw: Any, key: str, folder: Path) -> LoraConfig:
     if not isinstance(raw, dict) or raw.get("peft_type") != "LORA":
-        kind = raw.get("peft_type") if isinstance(raw, dict) else type(raw).__name__
+        if isinstance(raw, dict):
+            kind = raw.get("peft_type")
+        else:
+            kind = type(raw).__name__
         raise UserError(f"{key}: {folder} is no LoRA adapter but {kind}")
     for name in UNSUPPORTED_PEFT_OPTIONS:
         if raw.get(name):
@@ -247,7 +261,10 @@ def lora_config(adapter_config: AdapterConfig, model: Any) -> LoraConfig:
         raise UserError(
             f"base.model: {model.config.model_type} models have no linear modules, so LoRA finds no place in them"
         )
-    targets = linears if adapter_config.target_modules == "all-linear" else sorted(adapter_config.target_modules)
+    if adapter_config.target_modules == "all-linear":
+        targets = linears
+    else:
+        targets = sorted(adapter_config.target_modules)
     unknown = sorted(set(targets) - set(linears))
     if unknown:
         raise UserError(

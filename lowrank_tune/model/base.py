@@ -41,7 +41,8 @@ if TYPE_CHECKING:  # the model floor must run where pydantic is not installed (b
     from lowrank_tune.config import BaseConfig
 
 BUILTIN_MODEL = "tiny-tutor"
-SINGLE_THREAD_MAX_PARAMS, SINGLE_THREAD_ENV = 20_000_000, "OMP_NUM_THREADS"
+SINGLE_THREAD_MAX_PARAMS = 20_000_000
+SINGLE_THREAD_ENV = "OMP_NUM_THREADS"
 """A model of so few weights runs on one thread of a CPU: what it learns then hangs on no number of cores. Two save a
 third of the demo's time on a quiet machine, and take ten times as long where other work has a core and they wait for
 each other. The variable decides."""
@@ -68,11 +69,15 @@ class Base:
     @property
     def max_row_length(self) -> int | None:
         """Tokens of the longest row that the rotary frequencies are for; None where the RoPE type sets no limit."""
-        return self.rope.max_row_length if self.rope is not None else None
+        if self.rope is not None:
+            return self.rope.max_row_length
+        return None
 
     def autocast(self) -> AbstractContextManager[Any]:
         """bf16 autocast on CUDA, nothing on the CPU."""
-        return torch.autocast("cuda", torch.bfloat16) if self.device.type == "cuda" else nullcontext()
+        if self.device.type == "cuda":
+            return torch.autocast("cuda", torch.bfloat16)
+        return nullcontext()
 
     def hashes(self) -> dict[str, str]:
         """`base_hashes`, the same whatever the backend."""
@@ -240,7 +245,10 @@ def nf4_config(device: torch.device) -> BitsAndBytesConfig:
     """NF4 with double quantization (arXiv:2305.14314)."""
     compute = torch.bfloat16 if device.type == "cuda" else torch.float32
     return BitsAndBytesConfig(
-        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=compute
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=compute,
     )
 
 
@@ -301,7 +309,10 @@ def silence_transformers() -> None:
 def describe_load_errors(base_config: BaseConfig) -> Iterator[tuple[str, dict[str, Any]]]:
     """Where the model lies and how to ask for it; what the libraries raise inside becomes one sentence."""
     name, _, revision = base_config.model.partition("@")
-    path_or_id = str(files("lowrank_tune.toy") / "base") if name == BUILTIN_MODEL else _existing_folder(name) or name
+    if name == BUILTIN_MODEL:
+        path_or_id = str(files("lowrank_tune.toy") / "base")
+    else:
+        path_or_id = _existing_folder(name) or name
     arguments: dict[str, Any] = {"revision": revision or None, "trust_remote_code": base_config.trust_remote_code}
     try:
         _refuse_remote_code(path_or_id, name, arguments)
@@ -340,7 +351,8 @@ def check_quantization(config: Any, base_config: BaseConfig) -> bool:
     quantized = getattr(config, "quantization_config", None)
     if quantized is None:
         return False
-    quantized = quantized if isinstance(quantized, dict) else quantized.to_dict()
+    if not isinstance(quantized, dict):
+        quantized = quantized.to_dict()
     if quantized.get("quant_method") != "bitsandbytes" or not quantized.get("load_in_4bit"):
         kind = quantized.get("quant_method", "an unknown method")
         raise UserError(
@@ -369,7 +381,10 @@ def _load_error_message(name: str, revision: str, error: Exception) -> str:
         word in text.lower()
         for word in ("couldn't connect", "offline", "can't load", "not a local folder", "connection", "resolve")
     ):
-        place = "HF_HUB_OFFLINE, which is set" if is_offline_mode() else "the network"
+        if is_offline_mode():
+            place = "HF_HUB_OFFLINE, which is set"
+        else:
+            place = "the network"
         return (
             f"base.model: {where} is no folder, not in the local cache, and could not be fetched; check the name and "
             f"{place}"

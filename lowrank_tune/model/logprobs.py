@@ -20,7 +20,8 @@ from torch import Tensor
 from lowrank_tune.errors import UserError
 from lowrank_tune.model.rounding import relative_difference
 
-HEAD_TOLERANCE, HALF_PRECISION_HEAD_TOLERANCE = 1e-5, 4e-3
+HEAD_TOLERANCE = 1e-5
+HALF_PRECISION_HEAD_TOLERANCE = 4e-3
 """Relative differences of logits that rounding explains. In bf16 one rounding makes 1.6e-3, and a head rounds its
 product, its scale and its soft cap: 2.9e-3 of Gemma 2."""
 SOFTCAP_NAMES = ("final_logit_softcapping", "logit_softcap", "softcap", "logits_soft_cap")
@@ -55,12 +56,16 @@ class Head:
 
 def head_of(model: Any) -> Head:
     """The head of a causal model, with the scale and cap that its config names. `check_head` proves it right."""
-    linear, config = model.get_output_embeddings(), model.config.get_text_config()
+    linear = model.get_output_embeddings()
+    config = model.config.get_text_config()
     scale = 1.0
     if getattr(config, "logit_scale", None) is not None:  # Cohere
         scale = float(config.logit_scale)
     elif getattr(config, "logits_scaling", None) is not None:  # Granite divides, HyperCLOVA X multiplies
-        scale = 1.0 / config.logits_scaling if config.model_type.startswith("granite") else float(config.logits_scaling)
+        if config.model_type.startswith("granite"):
+            scale = 1.0 / config.logits_scaling
+        else:
+            scale = float(config.logits_scaling)
     softcap = next((float(cap) for name in SOFTCAP_NAMES if (cap := getattr(config, name, None))), None)
     return Head(linear.weight, getattr(linear, "bias", None), scale, softcap)
 
@@ -80,7 +85,10 @@ def check_head(model: Any, head: Head) -> None:
             decoder(input_ids=ids, use_cache=False)
     finally:
         handle.remove()
-    tolerance = HEAD_TOLERANCE if head.weight.dtype == torch.float32 else HALF_PRECISION_HEAD_TOLERANCE
+    if head.weight.dtype == torch.float32:
+        tolerance = HEAD_TOLERANCE
+    else:
+        tolerance = HALF_PRECISION_HEAD_TOLERANCE
     if not relative_difference(head.logits(states[0][0]), theirs) <= tolerance:
         raise UserError(
             f"base.model: the head of {model.config.model_type} models computes something that this kit does not know"
@@ -88,7 +96,10 @@ def check_head(model: Any, head: Head) -> None:
 
 
 def chunked_logps(
-    head: Head, hidden: Tensor, targets: Tensor, temperature: float = 1.0
+    head: Head,
+    hidden: Tensor,
+    targets: Tensor,
+    temperature: float = 1.0,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """hidden (N, d), targets (N,) -> log-probs, entropies, whether the target is the likeliest token; (N,) each.
     Log-probs have a gradient."""
@@ -107,16 +118,23 @@ def chunked_entropy(head: Head, hidden: Tensor, temperature: float = 1.0) -> Ten
 
 
 def _chunks(rows: Tensor, head: Head) -> tuple[Tensor, ...]:
-    return torch.split(rows, max(1, CHUNK_LOGITS // head.weight.shape[0])) if len(rows) else ()
+    if len(rows):
+        return torch.split(rows, max(1, CHUNK_LOGITS // head.weight.shape[0]))
+    return ()
 
 
 class _ChunkedLogps(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, targets: Tensor, head: Head, temperature: float
+        ctx: Any,
+        hidden: Tensor,
+        targets: Tensor,
+        head: Head,
+        temperature: float,
     ) -> tuple[Tensor, Tensor, Tensor]:
         logps = torch.zeros(len(hidden), dtype=torch.float32, device=hidden.device)
-        entropy, likeliest = torch.zeros_like(logps), torch.zeros_like(logps, dtype=torch.bool)
+        entropy = torch.zeros_like(logps)
+        likeliest = torch.zeros_like(logps, dtype=torch.bool)
         slope = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         start = 0
         for chunk in _chunks(hidden, head):
@@ -124,7 +142,14 @@ class _ChunkedLogps(torch.autograd.Function):
             start += len(chunk)
             slope_here = None if slope is None else slope[here]
             _chunk_logps(
-                head, chunk, targets[here], temperature, logps[here], entropy[here], likeliest[here], slope_here
+                head,
+                chunk,
+                targets[here],
+                temperature,
+                logps[here],
+                entropy[here],
+                likeliest[here],
+                slope_here,
             )
         if slope is not None:
             ctx.save_for_backward(slope)
@@ -141,11 +166,19 @@ class _ChunkedKL(torch.autograd.Function):
     """d KL / d z = p (log p - log q - KL), taken as above while the logits are there."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, reference: Tensor, head: Head, temperature: float) -> Tensor:
-        kls, slopes = [hidden.new_zeros(0, dtype=torch.float32)], []
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        reference: Tensor,
+        head: Head,
+        temperature: float,
+    ) -> Tensor:
+        kls = [hidden.new_zeros(0, dtype=torch.float32)]
+        slopes = []
         for hidden_chunk, reference_chunk in zip(_chunks(hidden, head), _chunks(reference, head), strict=True):
             z = head.logits(hidden_chunk, temperature)
-            p, q = torch.log_softmax(z, dim=-1), torch.log_softmax(head.logits(reference_chunk, temperature), dim=-1)
+            p = torch.log_softmax(z, dim=-1)
+            q = torch.log_softmax(head.logits(reference_chunk, temperature), dim=-1)
             probs = p.exp()
             kl = (probs * (p - q)).sum(dim=-1)
             kls.append(kl)
@@ -153,7 +186,10 @@ class _ChunkedKL(torch.autograd.Function):
                 slope = probs * (p - q - kl[:, None])
                 if head.softcap is not None:
                     slope *= 1 - (z * temperature / head.softcap) ** 2
-                dtype = head.weight.dtype if head.weight.is_cuda else torch.float32
+                if head.weight.is_cuda:
+                    dtype = head.weight.dtype
+                else:
+                    dtype = torch.float32
                 slopes.append((slope.to(dtype) @ head.weight.to(dtype)).float() * (head.scale / temperature))
         if ctx.needs_input_grad[0]:
             ctx.save_for_backward(torch.cat(slopes).to(hidden.dtype) if slopes else torch.zeros_like(hidden))
@@ -170,7 +206,8 @@ class _ChunkedEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, head: Head, temperature: float) -> Tensor:
-        entropies, slopes = [hidden.new_zeros(0, dtype=torch.float32)], []
+        entropies = [hidden.new_zeros(0, dtype=torch.float32)]
+        slopes = []
         for chunk in _chunks(hidden, head):
             z = head.logits(chunk, temperature)
             p = torch.log_softmax(z, dim=-1)
@@ -181,7 +218,10 @@ class _ChunkedEntropy(torch.autograd.Function):
                 slope = -probs * (p + entropy[:, None])
                 if head.softcap is not None:
                     slope *= 1 - (z * temperature / head.softcap) ** 2
-                dtype = head.weight.dtype if head.weight.is_cuda else torch.float32
+                if head.weight.is_cuda:
+                    dtype = head.weight.dtype
+                else:
+                    dtype = torch.float32
                 slopes.append((slope.to(dtype) @ head.weight.to(dtype)).float() * (head.scale / temperature))
         if ctx.needs_input_grad[0]:
             ctx.save_for_backward(torch.cat(slopes).to(hidden.dtype) if slopes else torch.zeros_like(hidden))

@@ -32,7 +32,8 @@ class DoesNotFit(OutOfMemory):
 
     def __init__(self, kind: LimitKind, description: str, tokens: int) -> None:
         super().__init__(f"out of memory: {description} of {tokens:,} tokens does not fit by itself")
-        self.kind, self.tokens = kind, tokens
+        self.kind = kind
+        self.tokens = tokens
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -117,14 +118,21 @@ class MemoryLimits:
     def max_batch_units(self, kind: LimitKind, tokens: int, requested_units: int) -> int:
         """How many units of so many tokens at once, of those wanted; one is always tried."""
         limit: int = getattr(self, kind)
-        return max(1, min(requested_units, limit // max(1, tokens))) if limit else requested_units
+        if limit:
+            return max(1, min(requested_units, limit // max(1, tokens)))
+        return requested_units
 
     def clamp_to_limits(self, kind: LimitKind, tokens: int | None) -> int | None:
         """A budget of tokens, or what is known to fit where that is less; None for none."""
         return min((limit for limit in (getattr(self, kind), tokens) if limit), default=None)
 
     def split_on_oom(
-        self, kind: LimitKind, units: Sequence[U], tokens: int, work: Callable[[Sequence[U]], T], rows_per_unit: int = 1
+        self,
+        kind: LimitKind,
+        units: Sequence[U],
+        tokens: int,
+        work: Callable[[Sequence[U]], T],
+        rows_per_unit: int = 1,
     ) -> Iterator[tuple[Sequence[U], T]]:
         """What `work` makes of the units, each of them `tokens` tokens, in as many pieces as it takes, and of which
         units.
@@ -155,7 +163,12 @@ class MemoryLimits:
         half."""
         self.num_ooms += 1
         if units == 1:
-            description = "a sequence" if kind == "cache_tokens" else "a pair" if rows_per_unit == 2 else "a row"
+            if kind == "cache_tokens":
+                description = "a sequence"
+            elif rows_per_unit == 2:
+                description = "a pair"
+            else:
+                description = "a row"
             raise DoesNotFit(kind, description, tokens)
         setattr(self, kind, -(-units // 2) * tokens)
         self.emit(

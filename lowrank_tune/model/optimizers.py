@@ -15,7 +15,9 @@ if TYPE_CHECKING:  # the model floor must run where pydantic is not installed (b
 
 
 def make_optimizer(
-    parameters: list[nn.Parameter] | list[dict[str, Any]], train: TrainingConfig, device: torch.device
+    parameters: list[nn.Parameter] | list[dict[str, Any]],
+    train: TrainingConfig,
+    device: torch.device,
 ) -> torch.optim.Optimizer:
     """AdamW (arXiv:1711.05101) on the fp32 masters, fused; or bitsandbytes' with 8-bit states (arXiv:2110.02861;
     tensors of fewer than 4,096 elements keep them in fp32), or paged ones. Raises UserError for these without a GPU:
@@ -23,7 +25,8 @@ def make_optimizer(
 
     Groups of parameters (torch's `{"params": [...]}`) may have a `share`: what their learning rate is to the run's.
     """
-    betas, decay = (train.adam_beta1, train.adam_beta2), train.weight_decay
+    betas = (train.adam_beta1, train.adam_beta2)
+    decay = train.weight_decay
     if train.optim == "adamw":
         return torch.optim.AdamW(parameters, lr=train.learning_rate, betas=betas, weight_decay=decay, fused=True)
     check_optimizer(train, device.type)

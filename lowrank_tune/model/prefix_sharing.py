@@ -73,13 +73,18 @@ def pack_shared_prefixes(batch: Batch, width: int) -> PackedBatch | None:
     groups, needed, right = torch.stack([group[-1] + 1, (start + tails).max(), right_padded.long()]).tolist()
     packed = max(8, -(-needed // 8) * 8)  # CUDA's kernels copy a mask whose rows are not aligned
     if not right or estimate_flops(groups, packed, packed, width) > MAX_RELATIVE_FLOPS * estimate_flops(
-        rows, columns, columns / 2, width
+        rows,
+        columns,
+        columns / 2,
+        width,
     ):
         return None
     column = torch.arange(columns, device=row.device).expand(rows, -1)
     row_position = torch.minimum(column, lengths[:, None] - 1).clamp_min(0)
     slot_index = group[:, None] * packed + torch.where(
-        row_position < shared[:, None], row_position, start[:, None] + row_position - shared[:, None]
+        row_position < shared[:, None],
+        row_position,
+        start[:, None] + row_position - shared[:, None],
     )
     is_tail = batch.attention_mask & (column >= shared[:, None])
     # tokens that lie elsewhere, and padding, go to one slot behind the end
@@ -90,7 +95,8 @@ def pack_shared_prefixes(batch: Batch, width: int) -> PackedBatch | None:
         return flat.scatter_(0, target, values.expand(rows, columns).flatten())[:-1].view(groups, packed)
 
     # empty slots are a branch of their own: a query that sees nothing is NaN
-    branch, position = scatter(row[:, None], -1), scatter(column, 0)
+    branch = scatter(row[:, None], -1)
+    position = scatter(column, 0)
     is_prefix = scatter((first == row).long()[:, None], 0).bool() & (branch >= 0)
     mask = (branch[:, :, None] == branch[:, None, :]) & (position[:, None, :] <= position[:, :, None])
     mask |= is_prefix[:, None, :] & (position[:, None, :] < scatter(shared[:, None], 0)[:, :, None])
@@ -112,7 +118,9 @@ def longest_shareable(config: Any) -> int:
     if not by_mask or getattr(config, "attention_types", None) is not None:
         return 0
     window = getattr(config, "sliding_window", None)
-    return 1 << 40 if not window or kinds == {"full_attention"} else int(window)
+    if not window or kinds == {"full_attention"}:
+        return 1 << 40
+    return int(window)
 
 
 def mask_for(mask: Tensor, model: Any) -> Tensor:

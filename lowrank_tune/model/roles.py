@@ -41,7 +41,9 @@ class _ActiveAdapters(AbstractContextManager[None]):
     pass does."""
 
     def __init__(self, active: list[str], stack: Iterable[str]) -> None:
-        self.active, self.stack, self.before = active, list(stack), list[list[str]]()
+        self.active = active
+        self.stack = list(stack)
+        self.before = list[list[str]]()
 
     def __enter__(self) -> None:
         self.before.append(self.active[:])
@@ -74,16 +76,13 @@ class Roles:
         heads: Iterable[str] = (),
         offload: bool = False,
     ) -> None:
-        self.base, self.stacks = (
-            base,
-            {role: [ADAPTER_PREFIX + name for name in stack] for role, stack in stacks.items()},
-        )
-        self.trainable, self.share_prefixes, self.heads = (
-            frozenset(trainable),
-            base.backend == "transformers",
-            dict[str, scalar.ScalarHead](),
-        )
-        self._checkpointing, self.limits = False, MemoryLimits()
+        self.base = base
+        self.stacks = {role: [ADAPTER_PREFIX + name for name in stack] for role, stack in stacks.items()}
+        self.trainable = frozenset(trainable)
+        self.share_prefixes = base.backend == "transformers"
+        self.heads = dict[str, scalar.ScalarHead]()
+        self._checkpointing = False
+        self.limits = MemoryLimits()
         self._active: list[str] = []
         torch.manual_seed(seed)
         self._peft: Any = None
@@ -147,7 +146,10 @@ class Roles:
 
     def named_parameters(self, role: str) -> dict[str, nn.Parameter]:
         """The same by name, a scalar head last."""
-        top = ADAPTER_PREFIX + role if role in self.heads else self.stacks[role][-1]
+        if role in self.heads:
+            top = ADAPTER_PREFIX + role
+        else:
+            top = self.stacks[role][-1]
         return {name: p for name, p in self._all_parameters() if p.requires_grad and f".{top}." in name}
 
     def _all_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
@@ -165,9 +167,12 @@ class Roles:
         with self.activate(role):
             if layout is not None:
                 return layout.unpack(self._run_decoder(layout.input_ids, layout.attention_mask, layout.position_ids))
-            attention_mask, mask, positions = batch.attention_mask, None, None
+            attention_mask = batch.attention_mask
+            mask = None
+            positions = None
             if not bool((attention_mask[:, :-1] >= attention_mask[:, 1:]).all()):
-                mask, positions = attention_mask.long(), (attention_mask.long().cumsum(dim=1) - 1).clamp_min(0)
+                mask = attention_mask.long()
+                positions = (attention_mask.long().cumsum(dim=1) - 1).clamp_min(0)
             return self._run_decoder(batch.input_ids.masked_fill(~attention_mask, 0), mask, positions)
 
     def _run_decoder(self, ids: Tensor, mask: Tensor | None, positions: Tensor | None) -> Tensor:
@@ -176,14 +181,19 @@ class Roles:
         with self.base.autocast():
             decoder = self.base.model.get_decoder()
             return decoder(  # type: ignore[no-any-return]
-                input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=False
+                input_ids=ids,
+                attention_mask=mask,
+                position_ids=positions,
+                use_cache=False,
             ).last_hidden_state
 
     def _packed_layout(self, batch: Batch) -> PackedBatch | None:
         if not self.share_prefixes or "shared" not in batch.extra:
             return None
         layout = pack_shared_prefixes(batch, self.head.weight.shape[1])
-        return layout if layout is not None and batch.input_ids.shape[1] <= self._longest_shareable else None
+        if layout is not None and batch.input_ids.shape[1] <= self._longest_shareable:
+            return layout
+        return None
 
     @cached_property
     def _longest_shareable(self) -> int:
@@ -201,7 +211,11 @@ class Roles:
         return LogProbs(logps, entropy)
 
     def token_logps_and_entropy(
-        self, role: str, batch: Batch, temperature: float = 1.0, entropy_gradient: bool = False
+        self,
+        role: str,
+        batch: Batch,
+        temperature: float = 1.0,
+        entropy_gradient: bool = False,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Log-probs and entropies as `logps`, and whether the token is the likeliest one; (B, T) each. Entropies have a
         gradient only where one is asked for: it costs a second pass through the head."""
@@ -213,7 +227,12 @@ class Roles:
         return tuple(_scatter(value, rows, columns, batch.input_ids.shape) for value in values)  # type: ignore[return-value]
 
     def full_vocab_kl(
-        self, role: str, reference: str, batch: Batch, temperature: float = 1.0, gradient: bool = False
+        self,
+        role: str,
+        reference: str,
+        batch: Batch,
+        temperature: float = 1.0,
+        gradient: bool = False,
     ) -> Tensor:
         """KL(role || reference) over the whole vocabulary where `completion_mask`, else 0; (B, T) fp32; with
         `gradient`, one for the role."""
@@ -223,7 +242,10 @@ class Roles:
         with self.inference_mode():
             reference_hidden = self.hidden(reference, batch)[rows, columns - 1]
         return _scatter(
-            chunked_kl(self.head, role_hidden, reference_hidden, temperature), rows, columns, batch.input_ids.shape
+            chunked_kl(self.head, role_hidden, reference_hidden, temperature),
+            rows,
+            columns,
+            batch.input_ids.shape,
         )
 
     def scores(self, role: str, batch: Batch) -> Tensor:
@@ -244,7 +266,9 @@ class Roles:
         tensors = {}
         if ADAPTER_PREFIX + name in self._peft.peft_config:
             tensors = get_peft_model_state_dict(
-                self._peft, adapter_name=ADAPTER_PREFIX + name, save_embedding_layers=False
+                self._peft,
+                adapter_name=ADAPTER_PREFIX + name,
+                save_embedding_layers=False,
             )
         if name in self.heads:
             tensors[scalar.HEAD_WEIGHT_KEY] = self.heads[name].weight
@@ -286,13 +310,14 @@ class Roles:
 
     def adapter_config(self, name: str) -> dict[str, Any]:
         """The adapter's `adapter_config.json`; of a head that stands alone, what there is to say of it."""
-        config = (
-            self._peft.peft_config[ADAPTER_PREFIX + name].to_dict()
-            if ADAPTER_PREFIX + name in self._peft.peft_config
-            else {}
-        )
+        if ADAPTER_PREFIX + name in self._peft.peft_config:
+            config = self._peft.peft_config[ADAPTER_PREFIX + name].to_dict()
+        else:
+            config = {}
         config.update(
-            base_model_name_or_path=self.base.name.partition("@")[0], revision=self.base.revision, inference_mode=True
+            base_model_name_or_path=self.base.name.partition("@")[0],
+            revision=self.base.revision,
+            inference_mode=True,
         )
         if name in self.heads:
             config.update(scalar.HEAD_CONFIG)
@@ -323,7 +348,10 @@ class Roles:
     def _checkpoint(self, checkpointing: Checkpointing, offload: bool) -> None:
         active = self._active
         self._checkpointing = checkpoint_layers(
-            self.base.model, checkpointing, offload, lambda: (nullcontext(), _ActiveAdapters(active, active))
+            self.base.model,
+            checkpointing,
+            offload,
+            lambda: (nullcontext(), _ActiveAdapters(active, active)),
         )
 
     def unload_adapters(self) -> None:

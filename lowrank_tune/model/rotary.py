@@ -40,12 +40,16 @@ class FixedRope:
     @property
     def max_row_length(self) -> int | None:
         """Tokens of the longest row that these frequencies are for; None where that is left to the base."""
-        return None if self.factors == "long" else self.original_length
+        if self.factors == "long":
+            return None
+        return self.original_length
 
     @property
     def name(self) -> str:
         """The frequencies in words."""
-        return "RoPE type `dynamic`" if self.factors is None else f"{self.factors} factors of RoPE type `longrope`"
+        if self.factors is None:
+            return "RoPE type `dynamic`"
+        return f"{self.factors} factors of RoPE type `longrope`"
 
     def check_row_length(self, tokens: int) -> None:
         """Raises UserError for a prompt and its answer that together are longer than these frequencies are for."""
@@ -81,23 +85,31 @@ def fixed_rope(config: Any, factors: RopeFactors = "short") -> FixedRope | None:
     }
     if "dynamic" in lengths:
         return FixedRope("dynamic", min(lengths.values()), None)
-    return FixedRope("longrope", lengths["longrope"], factors) if lengths else None
+    if lengths:
+        return FixedRope("longrope", lengths["longrope"], factors)
+    return None
 
 
 def select_factors(config: Any, longest_row: int) -> RopeFactors:
     """The factors for rows of up to so many tokens."""
     rope = fixed_rope(config)
-    return "long" if rope is not None and longest_row > rope.original_length else "short"
+    if rope is not None and longest_row > rope.original_length:
+        return "long"
+    return "short"
 
 
 def factors_of(rope: FixedRope | None) -> RopeFactors:
     """The factors that `load_base` takes; `short` where there is nothing to select."""
-    return "long" if rope is not None and rope.factors == "long" else "short"
+    if rope is not None and rope.factors == "long":
+        return "long"
+    return "short"
 
 
 def stored_factors(facts: Mapping[str, Any]) -> RopeFactors:
     """What a run stored in its `base.json`. A run from before it did, and one over another RoPE type, has none."""
-    return "long" if facts.get("rope_factors") == "long" else "short"
+    if facts.get("rope_factors") == "long":
+        return "long"
+    return "short"
 
 
 def fix_frequencies(model: Any, factors: RopeFactors) -> None:
@@ -117,7 +129,8 @@ def check_frequencies(model: Any, rope: FixedRope) -> None:
     """Compares the rotations of positions alone with those beside the last one of the longest row. Raises UserError for
     a model that still selects its frequencies by the call, or whose long factors cannot be set."""
     is_long = rope.factors == "long"
-    last, modules = rope.original_length - (not is_long), list(_rotary_modules(model))
+    last = rope.original_length - (not is_long)
+    modules = list(_rotary_modules(model))
     fixed = [
         _is_constant(module, layer_type, last, model.dtype)
         and (not is_long or _reads_buffer(module, layer_type, model.dtype))
@@ -126,7 +139,10 @@ def check_frequencies(model: Any, rope: FixedRope) -> None:
         if rope_type == FIXED
     ]
     if not fixed or not all(fixed):
-        cure = f"use rows of up to {rope.original_length:,} tokens, or another base" if is_long else "use another base"
+        if is_long:
+            cure = f"use rows of up to {rope.original_length:,} tokens, or another base"
+        else:
+            cure = "use another base"
         raise UserError(
             f"base.model: {model.config.model_type} models compute the frequencies of RoPE type `{rope.rope_type}` in "
             f"code of their own, which cannot be set once for all calls; {cure}"
@@ -143,7 +159,9 @@ def _rope_parameters(config: Any) -> list[Mapping[str, Any]]:
 def _rope_type(parameters: Mapping[str, Any]) -> Any:
     rope_type = parameters.get("rope_type", parameters.get("type"))
     # HunYuan calls its own type `dynamic` too, whose frequencies `alpha` sets once
-    return "default" if rope_type == "dynamic" and parameters.get("alpha") else rope_type
+    if rope_type == "dynamic" and parameters.get("alpha"):
+        return "default"
+    return rope_type
 
 
 def _original_length(config: Any, rope_type: Any, parameters: Mapping[str, Any]) -> int:
@@ -161,11 +179,15 @@ def _rotary_modules(model: Any) -> Iterator[Any]:
 
 def _rope_types(module: Any) -> list[tuple[str | None, str]]:
     """The RoPE type of each type of layer, which is None where one is for all."""
-    return list(module.rope_type.items()) if isinstance(module.rope_type, dict) else [(None, module.rope_type)]
+    if isinstance(module.rope_type, dict):
+        return list(module.rope_type.items())
+    return [(None, module.rope_type)]
 
 
 def _fixed_type(rope_type: str) -> str:
-    return FIXED if rope_type in CALL_DEPENDENT_TYPES else rope_type
+    if rope_type in CALL_DEPENDENT_TYPES:
+        return FIXED
+    return rope_type
 
 
 def _prefix(layer_type: str | None) -> str:
@@ -179,7 +201,10 @@ def _set_longrope(module: Any, layer_type: str | None, factors: RopeFactors) -> 
     length = parameters["original_max_position_embeddings"] + (factors == "long")
     buffers = [getattr(module, f"{_prefix(layer_type)}{name}") for name in ("inv_freq", "original_inv_freq")]
     frequencies, scaling = ROPE_INIT_FUNCTIONS["longrope"](
-        module.config, buffers[0].device, seq_len=length, layer_type=layer_type
+        module.config,
+        buffers[0].device,
+        seq_len=length,
+        layer_type=layer_type,
     )
     for buffer in buffers:
         buffer.copy_(frequencies)
@@ -203,7 +228,8 @@ def _is_constant(module: Any, layer_type: str | None, last: int, dtype: torch.dt
 def _reads_buffer(module: Any, layer_type: str | None, dtype: torch.dtype) -> bool:
     """Whether the rotations follow the buffer that holds the frequencies. (PhiMoE computes the short ones anew.)"""
     buffer: Tensor = getattr(module, f"{_prefix(layer_type)}inv_freq")
-    frequencies, before = buffer.clone(), _rotations(module, layer_type, [[0, 1]], dtype)
+    frequencies = buffer.clone()
+    before = _rotations(module, layer_type, [[0, 1]], dtype)
     buffer.zero_()
     after = _rotations(module, layer_type, [[0, 1]], dtype)
     buffer.copy_(frequencies)

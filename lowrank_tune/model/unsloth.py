@@ -125,7 +125,8 @@ def _restore_transformers_forward(model: Any, device: torch.device) -> Callable[
         raise UserError(UNKNOWN_VERSION_MESSAGE)
     if not marked:
         return nullcontext
-    decoder, rotary = model.get_decoder(), _hf_rotary_embedding(model)
+    decoder = model.get_decoder()
+    rotary = _hf_rotary_embedding(model)
 
     @contextmanager
     def transformers_forward() -> Iterator[None]:
@@ -147,10 +148,8 @@ def _hf_rotary_embedding(model: Any) -> nn.Module:
     """The rotary embeddings as transformers makes them: the class that unsloth put its own in the place of, which it
     keeps."""
     decoder = model.get_decoder()
-    modeling, name = (
-        sys.modules[type(decoder).__module__],
-        type(decoder).__name__.removesuffix("Model") + "RotaryEmbedding",
-    )
+    modeling = sys.modules[type(decoder).__module__]
+    name = type(decoder).__name__.removesuffix("Model") + "RotaryEmbedding"
     replaced: dict[str, Any] = getattr(modeling, "_unsloth_pre_patch_originals", ({},))[0]
     kind = replaced.get(name) or getattr(modeling, name)
     if not kind.__module__.startswith("transformers."):
@@ -162,7 +161,8 @@ def _hf_rotary_embedding(model: Any) -> nn.Module:
 def check(roles: Roles, role: str) -> None:
     """Runs a few tokens forward and backward through unsloth and through transformers, with an adapter that does
     something. Raises UserError where they disagree. Adapters and gradients are then as they were."""
-    base, named = roles.base, roles.named_parameters(role)
+    base = roles.base
+    named = roles.named_parameters(role)
     ups = [parameter for name, parameter in named.items() if "lora_B" in name]
     saved_weights = [parameter.detach().clone() for parameter in ups]
     generator = torch.Generator().manual_seed(0)

@@ -43,7 +43,8 @@ class DataCheck:
     """Checks the sources of recipes. After the hub did not answer once, no further request is sent."""
 
     def __init__(self, emit: Emit) -> None:
-        self.emit, self.hub_answers = emit, True
+        self.emit = emit
+        self.hub_answers = True
 
     def findings(self, recipe: RecipeConfig) -> Iterator[Finding]:
         """Sources that are not there, or hold nothing that the recipe could use."""
@@ -54,18 +55,29 @@ class DataCheck:
             try:
                 if source.dataset in BUILTIN_DATASETS or not is_hub_dataset(source.dataset):
                     head = read_head(source, recipe.seed)
-                    check = _heldout_check(source, recipe) if is_heldout else _row_check(source, recipe, rejection)
+                    if is_heldout:
+                        check = _heldout_check(source, recipe)
+                    else:
+                        check = _row_check(source, recipe, rejection)
                     # a row that cannot be used ends such a run
                     is_strict = not is_heldout and source.max_samples is None and not recipe.data.max_invalid_fraction
                     self._check_rows(source, head, format_of(source, head, pairs), check, is_strict)
                 else:
                     self._check_hub(source, pairs)
             except UserError as error:
-                key = "columns" if source.columns and "column" in str(error) else "dataset"
+                if source.columns and "column" in str(error):
+                    key = "columns"
+                else:
+                    key = "dataset"
                 yield (*path, key), str(error)
 
     def _check_rows(
-        self, source: SourceConfig, head: NamedRows, format_name: str, check: RowCheck, is_strict: bool
+        self,
+        source: SourceConfig,
+        head: NamedRows,
+        format_name: str,
+        check: RowCheck,
+        is_strict: bool,
     ) -> None:
         """Raises UserError where none of the first rows can be used and these are all rows, or lack a column, or
         `is_strict`. Else logs a warning, as the rows after them may be usable. Reads up to the first usable row."""
@@ -79,7 +91,10 @@ class DataCheck:
             report.count_dropped(reason, str(location))
             columns |= {} if isinstance(row, InvalidRow) else dict.fromkeys(map(str, row))
         is_whole = report.read < HEAD_ROWS
-        rows = f"its {report.read:,} rows" if is_whole else f"its first {report.read:,} rows"
+        if is_whole:
+            rows = f"its {report.read:,} rows"
+        else:
+            rows = f"its first {report.read:,} rows"
         message = f"{head.name}: none of {rows} can be used: {report.reasons()}{_cure(report, sorted(columns))}"
         if is_whole or is_strict or _lacks_column(source, report, columns):
             raise UserError(message)
@@ -91,7 +106,8 @@ class DataCheck:
         try:
             columns = hub_columns(source) if self.hub_answers else None
         except HubUnreachable:
-            self.hub_answers, columns = False, None
+            self.hub_answers = False
+            columns = None
             self.emit(
                 LogMessage(
                     message=f"{source.dataset}: not checked before the run, as the hub does not answer; the "
@@ -136,7 +152,9 @@ def _cure(report: SourceReport, columns: Sequence[str]) -> str:
 
 
 def _row_check(
-    source: SourceConfig, recipe: RecipeConfig, rejection: Callable[[PromptExample], str | None]
+    source: SourceConfig,
+    recipe: RecipeConfig,
+    rejection: Callable[[PromptExample], str | None],
 ) -> RowCheck:
     system = recipe.data.system_prompt
 
@@ -165,7 +183,9 @@ def _heldout_check(source: SourceConfig, recipe: RecipeConfig) -> RowCheck:
         prompt = to_heldout_prompt(row, source, format_name, recipe.data.system_prompt)
         if isinstance(prompt, InvalidRow):
             return prompt.reason
-        return MISSING_HELDOUT_ANSWER if prompt.ground_truth is None else None
+        if prompt.ground_truth is None:
+            return MISSING_HELDOUT_ANSWER
+        return None
 
     return check
 
@@ -180,7 +200,9 @@ def _rejection_by_rewards(recipe: RecipeConfig) -> Callable[[PromptExample], str
 
 
 def _reason(result: object) -> str | None:
-    return result.reason if isinstance(result, InvalidRow) else None
+    if isinstance(result, InvalidRow):
+        return result.reason
+    return None
 
 
 def _accept_all(example: PromptExample) -> None:

@@ -74,7 +74,8 @@ def disk_findings(stages: Sequence[PlannedStage], folder: Path, model: Any) -> M
 
 def disk_need(stage: PlannedStage, model: Any) -> DiskNeed:
     """What a stage writes, from the shapes of its base and its adapters."""
-    recipe, train = stage.complete, stage.complete.train
+    recipe = stage.complete
+    train = stage.complete.train
     trained = recipe.trained_adapter
     own = _numbers_of(stage, trained, model) + _value_numbers(stage, model)
     checkpoint = own * (WEIGHT_BYTES + STATE_BYTES[train.optim])
@@ -122,7 +123,8 @@ def _numbers_of(stage: PlannedStage, name: str, model: Any) -> int:
 
 def lora_numbers(config: LoraConfig, model: Any) -> int:
     """Numbers of a LoRA over all layers of a model, which may be without weights."""
-    targets, head = set(config.target_modules), model.get_output_embeddings()
+    targets = set(config.target_modules)
+    head = model.get_output_embeddings()
     return sum(
         config.r * (module.in_features + module.out_features)
         for name, module in model.named_modules()

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from lowrank_tune.data.ground_truth import boxed_answer, unclosed_box
 
-MAX_CHARS_BEFORE, MAX_CHARS_BEHIND = 4000, 4000  # around the place where the last box begins
+# around the place where the last box begins
+MAX_CHARS_BEFORE = 4000
+MAX_CHARS_BEHIND = 4000
 
 
 def extract_box(completion: str) -> str | None:

@@ -15,7 +15,8 @@ WORDS = "river table silver quickly because of green a the window into carry nev
 def make_negative_samples(references: Sequence[RewardInput], seed: int = 0) -> list[RewardInput]:
     """For each reference answer: nothing, random words, a wrong number, its prompt again, another row's answer."""
     rng = random.Random(f"garbage-{seed}")
-    references, samples = list(references), []
+    references = list(references)
+    samples = []
     for index, item in enumerate(references):
         texts = [
             "",
@@ -33,4 +34,6 @@ def make_negative_samples(references: Sequence[RewardInput], seed: int = 0) -> l
 
 def _wrong_number(ground_truth: str | None, rng: random.Random) -> int:
     number = rng.randint(1000, 9999)
-    return number + 1 if ground_truth is not None and answers_match(str(number), ground_truth) else number
+    if ground_truth is not None and answers_match(str(number), ground_truth):
+        return number + 1
+    return number

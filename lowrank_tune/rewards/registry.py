@@ -39,7 +39,9 @@ class WeightedReward:
     @property
     def is_verifier(self) -> bool:
         """Whether it decides which answers are right."""
-        return self.reward.is_verifier if self.kind is None else self.kind == "verifier"
+        if self.kind is None:
+            return self.reward.is_verifier
+        return self.kind == "verifier"
 
     @property
     def must_separate(self) -> bool:
@@ -53,7 +55,8 @@ def build_rewards(configs: Sequence[RewardConfig], folder: Path) -> list[Weighte
     is wrong."""
     if not configs:
         raise UserError("`rewards` is empty; name at least one, as `[{name: answer}]`")
-    rewards, faults = [], []
+    rewards = []
+    faults = []
     for index, (config, name) in enumerate(zip(configs, reward_names(configs), strict=True)):
         try:
             rewards.append(
@@ -89,7 +92,10 @@ def reward_names(configs: Sequence[RewardConfig]) -> list[str]:
     seen: Counter[str] = Counter()
     names = []
     for config in configs:
-        word = config.name.rpartition(":")[2] if is_user_function(config.name) else config.name
+        if is_user_function(config.name):
+            word = config.name.rpartition(":")[2]
+        else:
+            word = config.name
         seen[word] += 1
         names.append(word if seen[word] == 1 else f"{word}-{seen[word]}")
     return names
@@ -100,11 +106,9 @@ def _build_reward(config: RewardConfig, name: str, folder: Path) -> Reward:
         choices = f"Known are {', '.join(REWARD_BUILDERS)}, and `./file.py:function`"
         raise UserError(f"unknown reward `{config.name}`{did_you_mean(config.name, tuple(REWARD_BUILDERS))} {choices}")
     _check_settings(config)
-    return (
-        read_user_function(name, config.name, folder)
-        if is_user_function(config.name)
-        else REWARD_BUILDERS[config.name](config, name, folder)
-    )
+    if is_user_function(config.name):
+        return read_user_function(name, config.name, folder)
+    return REWARD_BUILDERS[config.name](config, name, folder)
 
 
 def _check_settings(config: RewardConfig) -> None:

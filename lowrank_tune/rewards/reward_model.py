@@ -29,7 +29,8 @@ class RewardModel(BatchedReward):
 
     def score(self, items: Sequence[RewardInput]) -> list[Score]:
         assert self.score_batch is not None, "the base is loaded before anything is scored"
-        start, scorable = time.perf_counter(), [index for index, item in enumerate(items) if item.ids]
+        start = time.perf_counter()
+        scorable = [index for index, item in enumerate(items) if item.ids]
         reason = "it has no prompt, or the chat template refuses it"
         scores: list[Score] = [Score(None, "error", f"`{self.name}` cannot read {item}: {reason}") for item in items]
         for index, value in zip(scorable, self.score_batch([items[index].ids for index in scorable]), strict=True):

@@ -16,7 +16,9 @@ from lowrank_tune.rewards.registry import WeightedReward
 from lowrank_tune.rewards.verdicts import VerdictSummary, exceeds_failure_limit, score_all, summarize_verdicts
 from lowrank_tune.rewards.workers.pool import WorkerPool
 
-CHANCE_AUC, REQUIRED_AUC, Z_THRESHOLD = 0.5, 0.9, 4.0
+CHANCE_AUC = 0.5
+REQUIRED_AUC = 0.9
+Z_THRESHOLD = 4.0
 MIN_AUC_MARGIN = 0.1  # how far above chance even a great many rows must be
 CURE = "Set `rewards_check: warn` to train anyway"
 SHAPING_CURE = (
@@ -61,7 +63,10 @@ class SanityReport:
     def fault(self) -> str | None:
         """Why training must not begin, with the cure."""
         if self.stop_reason:
-            more = f" (and {len(self.failed) - 1} more)" if len(self.failed) > 1 else ""
+            if len(self.failed) > 1:
+                more = f" (and {len(self.failed) - 1} more)"
+            else:
+                more = ""
             return f"rewards: {self.stop_reason}{more}"
         for separation in self.rewards:
             if separation.must_separate and (problem := self._problem(separation, f"`{separation.name}`")):
@@ -83,7 +88,9 @@ class SanityReport:
         return not self.has_learned_reward and any(separation.is_verifier for separation in self.rewards)
 
     def _sum_label(self) -> str:
-        return "the weighted sum" if len(self.rewards) > 1 else f"`{self.rewards[0].name}`"
+        if len(self.rewards) > 1:
+            return "the weighted sum"
+        return f"`{self.rewards[0].name}`"
 
     def _problem(self, separation: Separation, label: str) -> str | None:
         if separation.auc >= self.required_auc:
@@ -105,12 +112,13 @@ class SanityReport:
         """For the start-up."""
         for separation in [*self.rewards, *([self.sum] if len(self.rewards) > 1 else [])]:
             verdicts = ", ".join(f"{count} {verdict}" for verdict, count in sorted(separation.verdict_counts.items()))
-            timing = (
-                f"; {1e3 * separation.summary.median_seconds:.2g} ms, "
-                f"at most {1e3 * separation.summary.max_seconds:.2g}"
-                if separation.summary
-                else ""
-            )
+            if separation.summary:
+                timing = (
+                    f"; {1e3 * separation.summary.median_seconds:.2g} ms, "
+                    f"at most {1e3 * separation.summary.max_seconds:.2g}"
+                )
+            else:
+                timing = ""
             yield (
                 f"reward {separation.name}: reference answers {separation.reference_mean:.3g}, "
                 f"wrong answers {separation.negative_mean:.3g}"
@@ -186,7 +194,13 @@ def _weighted_sum(weighted: Sequence[WeightedReward], scores: Sequence[Score]) -
     return sum(values) if len(values) == len(weighted) else None
 
 
-def _separation(name: str, is_verifier: bool, must_separate: bool, scores: Sequence[Score], count: int) -> Separation:
+def _separation(
+    name: str,
+    is_verifier: bool,
+    must_separate: bool,
+    scores: Sequence[Score],
+    count: int,
+) -> Separation:
     values = [score.value for score in scores]
     reference_values = [value for value in values[:count] if value is not None]
     negative_values = [value for value in values[count:] if value is not None]
@@ -212,7 +226,9 @@ def _mean(values: Sequence[float]) -> float:
 def auc(references: Sequence[float], negatives: Sequence[float]) -> float:
     """The share of pairs in which the first is larger, ties half (the area under the ROC curve)."""
     pairs = len(references) * len(negatives)
-    return sum((a > b) + 0.5 * (a == b) for a in references for b in negatives) / pairs if pairs else CHANCE_AUC
+    if pairs:
+        return sum((a > b) + 0.5 * (a == b) for a in references for b in negatives) / pairs
+    return CHANCE_AUC
 
 
 def required_auc(num_references: int, num_negatives: int) -> float:

@@ -41,7 +41,9 @@ class UserFunctionReward(WorkerReward):
         }
 
     def parse_reply(self, item: RewardInput, reply: Reply) -> Score:
-        return self.on_worker_crash(item, reply["fault"]) if "fault" in reply else Score(reply["value"], "graded")
+        if "fault" in reply:
+            return self.on_worker_crash(item, reply["fault"])
+        return Score(reply["value"], "graded")
 
     def on_timeout(self, item: RewardInput, seconds: float) -> Score:
         return Score(None, "timeout", f"{self.function_path} did not return within {seconds:g} s on {item}")

@@ -48,7 +48,9 @@ class Disagreement:
 
 
 def score_all(
-    pool: WorkerPool[int], items: Sequence[RewardInput], on_progress: Callable[[int], None] = lambda done: None
+    pool: WorkerPool[int],
+    items: Sequence[RewardInput],
+    on_progress: Callable[[int], None] = lambda done: None,
 ) -> Iterator[list[Score]]:
     """The scores of each completion, in order, a few at once; `on_progress` is given how many are done."""
     for start in range(0, len(items), CHUNK_SIZE):
@@ -81,7 +83,9 @@ def summarize_verdicts(name: str, is_verifier: bool, scores: Sequence[Score]) ->
 def is_correct(score: Score) -> bool | None:
     """Whether a reward calls a completion right: pass, or a graded value of at least a half; None where it could not
     tell."""
-    return None if score.value is None else score.value >= CORRECT_THRESHOLD
+    if score.value is None:
+        return None
+    return score.value >= CORRECT_THRESHOLD
 
 
 def find_disagreements(weighted: Sequence[WeightedReward], rows: Sequence[Sequence[Score]]) -> list[Disagreement]:
@@ -91,7 +95,10 @@ def find_disagreements(weighted: Sequence[WeightedReward], rows: Sequence[Sequen
 
 
 def _disagreement(
-    weighted: Sequence[WeightedReward], rows: Sequence[Sequence[Score]], first: int, second: int
+    weighted: Sequence[WeightedReward],
+    rows: Sequence[Sequence[Score]],
+    first: int,
+    second: int,
 ) -> Disagreement:
     verdict_pairs = [(is_correct(scores[first]), is_correct(scores[second])) for scores in rows]
     return Disagreement(

@@ -14,7 +14,8 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-SMALLEST, LARGEST = 2, 99
+SMALLEST = 2
+LARGEST = 99
 NAMES = (
     "Anna",
     "Ben",
@@ -108,7 +109,8 @@ class Problem:
         if not (units and tens):
             return [f"{self.a}{self.sign}{self.b}={self.answer}"]
         if self.sign == "*":
-            tens, units = self.a * tens, self.a * units
+            tens = self.a * tens
+            units = self.a * units
             return [
                 f"{self.a}*{self.b - self.b % 10}={tens}",
                 f"{self.a}*{self.b % 10}={units}",
@@ -129,9 +131,12 @@ class Problem:
 
 
 def _addition_steps(a: int, b: int) -> list[str]:
-    a_units, b_units = a % 10, b % 10
-    a_tens, b_tens = a - a_units, b - b_units
-    units, tens = a_units + b_units, a_tens + b_tens
+    a_units = a % 10
+    b_units = b % 10
+    a_tens = a - a_units
+    b_tens = b - b_units
+    units = a_units + b_units
+    tens = a_tens + b_tens
     steps = []
     if a_units and b_units:
         steps.append(f"{a_units}+{b_units}={units}")
@@ -144,7 +149,8 @@ def _addition_steps(a: int, b: int) -> list[str]:
 
 def is_heldout(problem: Problem) -> bool:
     """Whether this problem belongs to the held-out twelfth. Independent of wording, and of the order of a sum."""
-    a, b = problem.a, problem.b
+    a = problem.a
+    b = problem.b
     if problem.sign == "+":
         a, b = min(a, b), max(a, b)
         is_step = a % 10 == 0 or b % 10 == 0 or b < 10
@@ -158,7 +164,8 @@ def sample_problem(rng: random.Random, from_heldout: bool = False, signs: str = 
     """A random problem from the training part, or from the held-out part; `signs` says how often each kind comes."""
     while True:
         sign = rng.choice(signs)
-        a, b = rng.randint(SMALLEST, 9 if sign == "*" else LARGEST), rng.randint(SMALLEST, LARGEST)
+        a = rng.randint(SMALLEST, 9 if sign == "*" else LARGEST)
+        b = rng.randint(SMALLEST, LARGEST)
         if sign == "-":
             a, b = max(a, b), min(a, b)
         problem = Problem(a, b, sign)
@@ -178,11 +185,10 @@ def rows(count: int, seed: int, heldout: bool = False, steps_share: float = 0.35
     rng = random.Random(f"tutor-{seed}-{heldout}")
     for _ in range(count):
         problem = sample_problem(rng, heldout)
-        answer = (
-            problem.answer_with_steps()
-            if rng.random() < steps_share
-            else problem.answer_without_steps(rng, p_correct=1.0)
-        )
+        if rng.random() < steps_share:
+            answer = problem.answer_with_steps()
+        else:
+            answer = problem.answer_without_steps(rng, p_correct=1.0)
         yield {"question": problem.question(rng), "answer": answer, "gold": str(problem.answer)}
 
 

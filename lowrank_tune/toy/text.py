@@ -13,8 +13,13 @@ from collections.abc import Iterator
 
 from lowrank_tune.toy.problems import NAMES, THINGS, Problem, sample_problem
 
-BOS, EOS, PAD = "<|begin_of_text|>", "<|end_of_text|>", "<|pad|>"
-SYSTEM, USER, ASSISTANT, END_OF_TURN = "<|system|>", "<|user|>", "<|assistant|>", "<|end_of_turn|>"
+BOS = "<|begin_of_text|>"
+EOS = "<|end_of_text|>"
+PAD = "<|pad|>"
+SYSTEM = "<|system|>"
+USER = "<|user|>"
+ASSISTANT = "<|assistant|>"
+END_OF_TURN = "<|end_of_turn|>"
 CONTROL_TOKENS = (PAD, BOS, EOS, SYSTEM, USER, ASSISTANT, END_OF_TURN)
 
 FORUM_TEMPLATES = (
@@ -91,7 +96,9 @@ def _reply(problem: Problem, rng: random.Random) -> str:
     roll = rng.random()
     if roll < 0.18:
         return rng.choice(FORUM_TEMPLATES)
-    return problem.answer_without_steps(rng, p_correct=1 / 3) if roll < 0.44 else problem.answer_with_steps()
+    if roll < 0.44:
+        return problem.answer_without_steps(rng, p_correct=1 / 3)
+    return problem.answer_with_steps()
 
 
 def marked_thread(rng: random.Random) -> str:

@@ -24,10 +24,12 @@ from lowrank_tune.training.stage import Stage
 
 def final_folder(stage: Stage) -> Snapshot:
     """All files of `final/`, of a stage that has ended."""
-    roles, built = stage.built.roles, stage.built
+    roles = stage.built.roles
+    built = stage.built
     top, *others = built.trained
     names = [name.removeprefix(ADAPTER_PREFIX) for name in roles.stacks[top]]
-    adapters, reason = [as_lora_adapter(roles, name) for name in names], None
+    adapters = [as_lora_adapter(roles, name) for name in names]
+    reason = None
     combined = len(names) == 1 or stage.recipe.train.final_adapters == "combined"
     if combined and (reason := cannot_combine_reason(adapters)) is not None:
         if len(names) > 1:
@@ -35,7 +37,10 @@ def final_folder(stage: Stage) -> Snapshot:
             stage.emit(LogMessage(level="warning", message=message))
         combined = False
     snapshot = Snapshot()
-    root = combine_adapters(adapters) if combined else (dict(adapters[-1].config), dict(adapters[-1].tensors))
+    if combined:
+        root = combine_adapters(adapters)
+    else:
+        root = (dict(adapters[-1].config), dict(adapters[-1].tensors))
     snapshot.documents[CONFIG], snapshot.tensors[WEIGHTS] = root
     if len(names) > 1:
         frozen = {name: stage.adapters[name] for name in names[:-1]}
@@ -63,7 +68,9 @@ def final_folder(stage: Stage) -> Snapshot:
         }
     if "policy" in built.trained:
         snapshot.documents["generation_config.json"] = generation_config(
-            built.base, built.stop_ids, built.template.pad_id
+            built.base,
+            built.stop_ids,
+            built.template.pad_id,
         )
     info = Adapters(names, combined, root[0], is_generative="policy" in built.trained)
     text = model_card(stage.recipe, stage.summary, built.base.revision, info, eos_token_strings(built), rope)
@@ -72,10 +79,8 @@ def final_folder(stage: Stage) -> Snapshot:
 
 
 def _add(snapshot: Snapshot, name: str, adapter: LoraAdapter) -> None:
-    snapshot.documents[f"{name}/{CONFIG}"], snapshot.tensors[f"{name}/{WEIGHTS}"] = (
-        dict(adapter.config),
-        dict(adapter.tensors),
-    )
+    snapshot.documents[f"{name}/{CONFIG}"] = dict(adapter.config)
+    snapshot.tensors[f"{name}/{WEIGHTS}"] = dict(adapter.tensors)
 
 
 def tokenizer_files(built: RunComponents) -> dict[str, bytes]:

@@ -76,9 +76,9 @@ def find_divergence(points: Sequence[EvalPoint], reward_range: float) -> Diverge
         reward > points[0].reward + MIN_REWARD_RISE * reward_range
         and reward >= best.reward - MIN_REWARD_RISE * reward_range
     )
-    return (
-        Divergence(best.step, best.accuracy, now, (points[0].reward, reward)) if accuracy_fell and reward_rose else None
-    )
+    if accuracy_fell and reward_rose:
+        return Divergence(best.step, best.accuracy, now, (points[0].reward, reward))
+    return None
 
 
 @dataclass
@@ -101,11 +101,16 @@ class RewardHackingDetector:
         if math.isfinite(reward):
             if self.first_reward is None:
                 self.first_reward = self.min_reward = self.max_reward = reward
-            self.reward_sum, self.num_steps = self.reward_sum + reward, self.num_steps + 1
+            self.reward_sum = self.reward_sum + reward
+            self.num_steps = self.num_steps + 1
             self.min_reward, self.max_reward = min(self.min_reward, reward), max(self.max_reward, reward)
 
     def update(
-        self, step: int, accuracy: float, num_questions: int, reference_accuracy: float | None = None
+        self,
+        step: int,
+        accuracy: float,
+        num_questions: int,
+        reference_accuracy: float | None = None,
     ) -> Divergence | None:
         """Takes in how many of so many questions were answered exactly; `reference_accuracy` is the share of the
         reference, whose reward is that of the first step. Returns what is to be said now."""
@@ -117,7 +122,8 @@ class RewardHackingDetector:
             self.points.append(
                 [step, self.reward_sum / self.num_steps, accuracy, accuracy_stderr(accuracy, num_questions)]
             )
-            self.reward_sum, self.num_steps = 0.0, 0
+            self.reward_sum = 0.0
+            self.num_steps = 0
         return find_divergence(
             [EvalPoint(int(at_step), *values) for at_step, *values in self.points], self.max_reward - self.min_reward
         )

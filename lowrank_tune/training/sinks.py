@@ -44,10 +44,14 @@ class JsonLines:
     """
 
     def __init__(self, path: Path, resumed_from: int | None = None, event_types: tuple[type[Event], ...] = ()) -> None:
-        self.path, self.event_types = path, event_types
+        self.path = path
+        self.event_types = event_types
         with as_user_error(path):
             existing = path.read_bytes() if path.exists() else b""
-            truncated = b"" if resumed_from is None else truncate_after_step(existing, resumed_from)
+            if resumed_from is None:
+                truncated = b""
+            else:
+                truncated = truncate_after_step(existing, resumed_from)
             if truncated != existing:
                 write_file(path, truncated)
             self._file: int | None = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
@@ -72,7 +76,8 @@ class JsonLines:
 def truncate_after_step(data: bytes, step: int) -> bytes:
     """The whole and valid lines before the first measurement after the checkpoint of `step`. All that follows belongs
     to the lost part."""
-    kept_lines, saved = [], False
+    kept_lines = []
+    saved = False
     for raw in data.splitlines(keepends=True):
         try:
             event = json.loads(raw) if raw.endswith(b"\n") else None
@@ -114,9 +119,13 @@ def log_gaps(events: Path, samples: Path, step: int, has_ended: bool = False) ->
 
 def _parse_lines(path: Path, step: int) -> tuple[list[dict[str, Any]], int]:
     """The events of a file up to a step, and how many whole lines are none."""
-    found, broken = [], 0
+    found = []
+    broken = 0
     with as_user_error(path):
-        lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
+        if path.exists():
+            lines = path.read_bytes().splitlines(keepends=True)
+        else:
+            lines = []
     for raw in lines:
         is_whole = raw.endswith(b"\n")
         try:

@@ -58,7 +58,9 @@ from lowrank_tune.training.signals import TrainerControl
 from lowrank_tune.training.trainer import Trainer, TrainerState, make_optimizer
 from lowrank_tune.types import SamplingParams
 
-DEFAULT_NUM_EVALUATIONS, DEFAULT_NUM_SAVES = 10, 10  # over a run, where the recipe does not say
+# over a run, where the recipe does not say
+DEFAULT_NUM_EVALUATIONS = 10
+DEFAULT_NUM_SAVES = 10
 
 
 @dataclass
@@ -90,8 +92,12 @@ class Stage:
     ) -> None:
         """`position`: this is stage i of n of a chain, called `name` there; `previous_results` holds held-out figures
         and answers of those before."""
-        self.recipe, self.folder, self.built, self.emit = recipe, folder, built, emit
-        self.position, self.heldout_name = position, name or recipe.algorithm
+        self.recipe = recipe
+        self.folder = folder
+        self.built = built
+        self.emit = emit
+        self.position = position
+        self.heldout_name = name or recipe.algorithm
         previous = previous_results or {}
         self.hacking_detector = RewardHackingDetector()
         self.best_checkpoint = _BestCheckpoint(
@@ -107,7 +113,9 @@ class Stage:
             for role, role_parameters in named_parameters.items()
         ]
         optimizer = make_optimizer(
-            parameter_groups if len(parameter_groups) > 1 else parameters, recipe.train, built.base.device
+            parameter_groups if len(parameter_groups) > 1 else parameters,
+            recipe.train,
+            built.base.device,
         )
         self.trainer = Trainer(
             built.algorithm,
@@ -125,7 +133,10 @@ class Stage:
         self.evaluate_every = recipe.evaluate.eval_steps or max(1, built.steps // DEFAULT_NUM_EVALUATIONS)
         self.save_every = recipe.train.save_steps or max(1, built.steps // DEFAULT_NUM_SAVES)
         self.is_generative = "policy" in built.trained  # a reward model only listens
-        self.heldout = render_questions(built.heldout, built.template) if self.is_generative else []
+        if self.is_generative:
+            self.heldout = render_questions(built.heldout, built.template)
+        else:
+            self.heldout = []
         validation = built.validation
         shown = self.heldout or (
             select_questions(validation, built.template, recipe.evaluate.num_completions_to_print)
@@ -161,11 +172,10 @@ class Stage:
                 "adapters": self.adapters,
             },
         )
-        data_summary = (
-            report_rows(recipe, built.data, built.template, built.heldout)
-            if isinstance(built.data, TokenizedSplits)
-            else report_prompts(recipe, built.data, built.template, built.heldout)
-        )
+        if isinstance(built.data, TokenizedSplits):
+            data_summary = report_rows(recipe, built.data, built.template, built.heldout)
+        else:
+            data_summary = report_prompts(recipe, built.data, built.template, built.heldout)
         folder.write_json("data.json", data_summary.to_dict())
 
     def train(self, set_training: Callable[[bool], None]) -> tuple[int, bool]:
@@ -182,7 +192,8 @@ class Stage:
 
     def _questions_with_room(self, questions: Sequence[HeldoutQuestion]) -> list[HeldoutQuestion]:
         """Those whose answers make no row that is longer than the base's rotary frequencies are for."""
-        limit, new_tokens = self.built.base.max_row_length, self.recipe.evaluate.max_new_tokens
+        limit = self.built.base.max_row_length
+        new_tokens = self.recipe.evaluate.max_new_tokens
         return [one for one in questions if limit is None or len(one.prompt_ids) + new_tokens <= limit]
 
     @property
@@ -217,11 +228,10 @@ class Stage:
                 "the frozen base, or a frozen adapter, is not what it was at the start of the run: please report it"
             )
         status: Literal["done", "interrupted"] = "done" if finished else "interrupted"
-        best = (
-            {"best": {"step": self.best_checkpoint.best_step, **self.best_checkpoint.best_metrics}}
-            if self.best_checkpoint.best_step is not None
-            else {}
-        )
+        if self.best_checkpoint.best_step is not None:
+            best = {"best": {"step": self.best_checkpoint.best_step, **self.best_checkpoint.best_metrics}}
+        else:
+            best = {}
         self.summary = {
             "version": 1,
             "status": status,
@@ -253,7 +263,8 @@ class Stage:
 
     def _score_pairs(self, step: int) -> None:
         """What the trained adapter thinks of the held-out pairs: for the report's calibration, and for the summary."""
-        built, validation = self.built, self.built.validation
+        built = self.built
+        validation = self.built.validation
         assert validation is not None
         scores = score_pairs(
             built.algorithm,  # type: ignore[arg-type]
@@ -268,7 +279,8 @@ class Stage:
         self.emit(Evaluated(step=step, stats={f"pairs/{name}": value for name, value in self.pair_metrics.items()}))
 
     def _emit_run_started(self) -> None:
-        built, roles = self.built, self.built.roles
+        built = self.built
+        roles = self.built.roles
         self.emit(
             RunStarted(
                 name=self.recipe.name,
@@ -298,8 +310,10 @@ class Stage:
     def _on_step_end(self, state: TrainerState, is_last: bool) -> None:
         """What is due at this step, once; and what a person asked for, which never decides what the best step is: the
         final adapter must not hang on when somebody looked or interrupted."""
-        step, control = state.step, self.trainer.control
-        is_new_step, is_best = step != self.last_handled_step, False
+        step = state.step
+        control = self.trainer.control
+        is_new_step = step != self.last_handled_step
+        is_best = False
         self.last_handled_step = step
         if is_new_step and (step % self.evaluate_every == 0 or is_last):
             is_best = self._evaluate(step, may_be_best=True)
@@ -315,22 +329,27 @@ class Stage:
     def _evaluate(self, step: int, may_be_best: bool) -> bool:
         """Held-out rows, held-out questions where they decide, and shown samples; returns whether it counts and is the
         best so far."""
-        built, metric = self.built, self.recipe.metric_for_best_model
+        built = self.built
+        metric = self.recipe.metric_for_best_model
         validation = heldout = None
         if built.validation is not None:
             validation = validate(
-                built.algorithm, built.roles, built.validation, built.validation_batch, built.micro_tokens, self.emit
+                built.algorithm,
+                built.roles,
+                built.validation,
+                built.validation_batch,
+                built.micro_tokens,
+                self.emit,
             )
         if metric == "accuracy":
             heldout = self._evaluate_heldout()
         deciding_metrics = heldout if metric == "accuracy" else validation
-        score = (
-            None
-            if deciding_metrics is None
-            else deciding_metrics["accuracy"]
-            if metric == "accuracy"
-            else -deciding_metrics["loss"]
-        )
+        if deciding_metrics is None:
+            score = None
+        elif metric == "accuracy":
+            score = deciding_metrics["accuracy"]
+        else:
+            score = -deciding_metrics["loss"]
         best_checkpoint = self.best_checkpoint
         # Of steps with as many right answers the later one counts: a score saturates while what is sampled still
         # grows better.
@@ -341,11 +360,9 @@ class Stage:
         )
         is_best = may_be_best and deciding_metrics is not None and is_better
         if is_best and deciding_metrics is not None:
-            best_checkpoint.best_step, best_checkpoint.best_score, best_checkpoint.best_metrics = (
-                step,
-                score,
-                deciding_metrics,
-            )
+            best_checkpoint.best_step = step
+            best_checkpoint.best_score = score
+            best_checkpoint.best_metrics = deciding_metrics
         stats = {f"eval_{name}": value for name, value in (validation or {}).items()}
         if heldout is not None:
             stats |= {f"heldout/policy/{name}": value for name, value in heldout.items()}
@@ -364,7 +381,13 @@ class Stage:
         are drawn as those of `_heldout_metrics`: a greedy answer can be right long before most sampled ones are."""
         sampling = self._heldout_sampling()
         answers = generate_answers(
-            self.built.roles, "policy", self.built.template, self.heldout, 1, sampling, self.emit
+            self.built.roles,
+            "policy",
+            self.built.template,
+            self.heldout,
+            1,
+            sampling,
+            self.emit,
         )
         repeated = [1 - distinct_ngram_fraction(sample.text, NGRAM) for samples in answers for sample in samples]
         return {**compute_metrics(answers), "repetition": sum(repeated) / len(repeated)}
@@ -379,7 +402,10 @@ class Stage:
         """Says it once where the reward rises and held-out answers get worse; and ends the run there, where the recipe
         wants that."""
         divergence = self.hacking_detector.update(
-            step, accuracy, len(self.heldout), self.best_checkpoint.heldout.get(self.reference_name, {}).get("accuracy")
+            step,
+            accuracy,
+            len(self.heldout),
+            self.best_checkpoint.heldout.get(self.reference_name, {}).get("accuracy"),
         )
         if divergence is None:
             return
@@ -398,13 +424,20 @@ class Stage:
         if self.shown_questions:
             sampling = SamplingParams(self.recipe.evaluate.max_new_tokens, self.built.stop_ids, temperature=0.0)
             answers = generate_answers(
-                self.built.roles, role, self.built.template, self.shown_questions, 1, sampling, _ignore_event
+                self.built.roles,
+                role,
+                self.built.template,
+                self.shown_questions,
+                1,
+                sampling,
+                _ignore_event,
             )
             self._emit_samples([samples[0] for samples in answers], role, step)
 
     def _log_pair_scores(self, step: int) -> None:
         """Both answers of a few held-out pairs with what they score."""
-        built, rows = self.built, self.built.validation
+        built = self.built
+        rows = self.built.validation
         assert rows is not None
         units = list(range(min(self.recipe.evaluate.num_completions_to_print, rows.units)))
         if not units:
@@ -431,9 +464,16 @@ class Stage:
 
     def _heldout_metrics(self, name: str, role: str, step: int) -> None:
         """Answers to the held-out prompts by a role, kept under `name`."""
-        config, sampling = self.recipe.evaluate, self._heldout_sampling()
+        config = self.recipe.evaluate
+        sampling = self._heldout_sampling()
         answers = generate_answers(
-            self.built.roles, role, self.built.template, self.heldout, config.num_samples, sampling, self.emit
+            self.built.roles,
+            role,
+            self.built.template,
+            self.heldout,
+            config.num_samples,
+            sampling,
+            self.emit,
         )
         self.best_checkpoint.heldout[name] = compute_metrics(answers)
         self.emit(
@@ -468,7 +508,8 @@ class Stage:
         }
 
     def _save(self, step: int) -> None:
-        start_time, roles = time.perf_counter(), self.built.roles
+        start_time = time.perf_counter()
+        roles = self.built.roles
         optimizer, document = flatten_optimizer(self.trainer.optimizer.state_dict(), self.parameter_names)
         snapshot = Snapshot(
             tensors={
@@ -509,7 +550,9 @@ class Stage:
         for name in self.built.trained:
             self.built.roles.load_adapter_tensors(name, snapshot.tensors[f"{name}/{WEIGHTS}"], str(self.folder.path))
         optimizer = restore_optimizer(
-            snapshot.tensors["optimizer.safetensors"], snapshot.documents["optimizer.json"], self.parameter_names
+            snapshot.tensors["optimizer.safetensors"],
+            snapshot.documents["optimizer.json"],
+            self.parameter_names,
         )
         load_optimizer(self.trainer.optimizer, optimizer)
         self.trainer.state = TrainerState(**state["progress"])
@@ -545,11 +588,10 @@ class Stage:
                 return
             for name in self.built.trained:
                 self.built.roles.load_adapter_tensors(name, tensors[f"{name}/{WEIGHTS}"], str(self.folder.path))
-            reason = (
-                "answered most held-out questions"
-                if self.recipe.metric_for_best_model == "accuracy"
-                else "had the lowest validation loss"
-            )
+            if self.recipe.metric_for_best_model == "accuracy":
+                reason = "answered most held-out questions"
+            else:
+                reason = "had the lowest validation loss"
             self.emit(LogMessage(message=f"final/ is the adapter of step {best}, which {reason}"))
 
 

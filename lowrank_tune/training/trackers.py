@@ -58,17 +58,28 @@ def _tensorboard(trackers: Any, run: TrackerRun) -> tuple[Any, str]:
 
 
 def _wandb(trackers: Any, run: TrackerRun) -> tuple[Any, str]:
-    run_id = run.previous_id if run.is_continued and run.previous_id else token_hex(8)
+    if run.is_continued and run.previous_id:
+        run_id = run.previous_id
+    else:
+        run_id = token_hex(8)
     import wandb  # heavy, and only where it is asked for
 
     quiet = wandb.Settings(console="off")  # else it keeps all that the dashboard draws
     return trackers.WandBTracker(
-        run.project, name=run.name, id=run_id, resume="allow", dir=str(run.folder), settings=quiet
+        run.project,
+        name=run.name,
+        id=run_id,
+        resume="allow",
+        dir=str(run.folder),
+        settings=quiet,
     ), run_id
 
 
 def _trackio(trackers: Any, run: TrackerRun) -> tuple[Any, str]:
-    name = run.previous_id if run.is_continued and run.previous_id else f"{run.name}-{token_hex(2)}"
+    if run.is_continued and run.previous_id:
+        name = run.previous_id
+    else:
+        name = f"{run.name}-{token_hex(2)}"
     return trackers.TrackioTracker(run.project, name=name, resume="allow"), name
 
 
@@ -102,8 +113,19 @@ def check_installed(names: Iterable[str]) -> None:
 class Tracker:
     """One tracker as a sink."""
 
-    def __init__(self, name: str, inner: Any, settings: Mapping[str, Any], fresh: bool, logged: LoggedSteps) -> None:
-        self.name, self._inner, self._settings, self._fresh, self._logged = name, inner, settings, fresh, logged
+    def __init__(
+        self,
+        name: str,
+        inner: Any,
+        settings: Mapping[str, Any],
+        fresh: bool,
+        logged: LoggedSteps,
+    ) -> None:
+        self.name = name
+        self._inner = inner
+        self._settings = settings
+        self._fresh = fresh
+        self._logged = logged
         self._status = "failed"  # until the run says how it ended
 
     def __call__(self, event: Event) -> None:
@@ -158,7 +180,9 @@ class Tracker:
                 self._inner.finish()
         except Exception as error:
             warnings.warn(
-                f"{self.name} could not be closed: {redact(_first_line(error))}", RuntimeWarning, stacklevel=2
+                f"{self.name} could not be closed: {redact(_first_line(error))}",
+                RuntimeWarning,
+                stacklevel=2,
             )
 
 
@@ -200,17 +224,17 @@ def start_trackers(
     from accelerate import PartialState, tracking  # seconds, and only where a tracker is asked for
 
     PartialState()  # accelerate's trackers want to know that there is one process
-    state, started = _read_state(folder), list[Tracker]()
+    state = _read_state(folder)
+    started = list[Tracker]()
     try:
         for tracker_name in dict.fromkeys(names):
             previous_id = state.get(tracker_name)
             run = TrackerRun(project, name, folder, resumed_from, previous_id if isinstance(previous_id, str) else None)
             inner, state[tracker_name] = _start_tracker(tracker_name, tracking, run)
-            logged = (
-                frozenset[tuple[str, int]]()
-                if not run.is_continued
-                else last_logged_steps(earlier_events, resumed_from if tracker_name == "tensorboard" else None)
-            )
+            if not run.is_continued:
+                logged = frozenset[tuple[str, int]]()
+            else:
+                logged = last_logged_steps(earlier_events, resumed_from if tracker_name == "tensorboard" else None)
             started.append(Tracker(tracker_name, inner, flatten_settings(recipe), not run.is_continued, logged))
     except BaseException:
         for tracker in started:
@@ -242,7 +266,9 @@ def flatten_settings(recipe: Mapping[str, Any]) -> dict[str, Any]:
 
 def redact(value: Any) -> Any:
     """A text without what looks like a token or a password in an address."""
-    return SECRET_PATTERN.sub(REDACTED, value) if isinstance(value, str) else value
+    if isinstance(value, str):
+        return SECRET_PATTERN.sub(REDACTED, value)
+    return value
 
 
 def _first_line(error: BaseException) -> str:

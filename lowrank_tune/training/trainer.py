@@ -33,7 +33,10 @@ __all__ = ["Trainer", "TrainerState", "make_optimizer", "memory_gib", "update_st
 
 # A B that starts at 0 moves at any rate, so the share alone is not enough; and at the end of a schedule it is right to
 # stand still.
-MIN_UPDATED_FRACTION, MIN_UPDATE_RATIO, MIN_LR_FRACTION, STALLED_CHECKS_BEFORE_WARNING = 0.5, 1e-8, 0.01, 3
+MIN_UPDATED_FRACTION = 0.5
+MIN_UPDATE_RATIO = 1e-8
+MIN_LR_FRACTION = 0.01
+STALLED_CHECKS_BEFORE_WARNING = 3
 
 
 @dataclass
@@ -92,12 +95,16 @@ class Trainer:
             time.sleep(0.1)
 
     def _step(self) -> None:
-        start_time, step = time.perf_counter(), self.state.step
+        start_time = time.perf_counter()
+        step = self.state.step
         torch.manual_seed(step_seed(self.seed, step))
         self.limits.message_prefix = f"step {step + 1}: "
         logged = (step + 1) % self.train.logging_steps == 0 or step in (0, self.steps - 1)
         learning_rate = self.train.learning_rate * lr_at_step(
-            step, self.steps, self.train.warmup_steps, self.train.lr_scheduler_type
+            step,
+            self.steps,
+            self.train.warmup_steps,
+            self.train.lr_scheduler_type,
         )
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate * group.get("share", 1.0)
@@ -115,7 +122,10 @@ class Trainer:
                 self._skip_nonfinite_step(step, grad_norm)
                 break
             self.state.consecutive_nonfinite_steps = 0
-            before = [p.detach().clone() for p in self.parameters] if logged else None
+            if logged:
+                before = [p.detach().clone() for p in self.parameters]
+            else:
+                before = None
             self.optimizer.step()
             if before is not None:
                 stats |= update_stats(self.parameters, before)
@@ -159,21 +169,27 @@ class Trainer:
             add_stats(stats, metrics)
 
     def _split_micro_batches(self, batch: Batch) -> Iterator[Batch]:
-        rows_per_unit, size = self.algorithm.rows_per_unit, self.train.micro_batch_rows
+        rows_per_unit = self.algorithm.rows_per_unit
+        size = self.train.micro_batch_rows
         tokens = self.limits.clamp_to_limits("update_tokens", self.train.micro_batch_tokens)
         return batch.split(None if size is None else size * rows_per_unit, tokens, rows_per_unit)
 
     def _with_oom_split(self, micro: Batch, work: Callable[[Batch], T]) -> Iterator[T]:
         """What `work` makes of a micro-batch on the device, or of pieces of it, where memory is too short for all of
         it."""
-        rows_per_unit, width = self.algorithm.rows_per_unit, micro.input_ids.shape[1]
+        rows_per_unit = self.algorithm.rows_per_unit
+        width = micro.input_ids.shape[1]
 
         def on_device(units: Sequence[int]) -> T:
             whole = len(units) * rows_per_unit == len(micro)
             return work((micro if whole else micro.select_rows(_rows_of_units(units, rows_per_unit))).to(self.device))
 
         for _, done in self.limits.split_on_oom(
-            "update_tokens", range(len(micro) // rows_per_unit), rows_per_unit * width, on_device, rows_per_unit
+            "update_tokens",
+            range(len(micro) // rows_per_unit),
+            rows_per_unit * width,
+            on_device,
+            rows_per_unit,
         ):
             yield done
 
@@ -192,7 +208,8 @@ class Trainer:
 
     def _backward(self, micro: Batch) -> tuple[Tensor, Stats]:
         """Adds the gradients of a micro-batch, all or none of them; returns its loss and its statistics."""
-        loss, stats = torch.zeros((), device=self.device), Stats()
+        loss = torch.zeros((), device=self.device)
+        stats = Stats()
         with atomic_grad_accumulation(self.parameters):
             for term in self.algorithm.compute_losses(micro):
                 term.loss.backward()  # type: ignore[no-untyped-call]
@@ -226,9 +243,13 @@ class Trainer:
         """Says so when a run learns nothing: the optimizer steps, and the adapter stays where it was."""
         if "updated_param_fraction" not in values or lr_fraction < MIN_LR_FRACTION:
             return
-        updated_fraction, update_ratio = values["updated_param_fraction"], values["update_ratio"]
+        updated_fraction = values["updated_param_fraction"]
+        update_ratio = values["update_ratio"]
         is_stalled = updated_fraction < MIN_UPDATED_FRACTION or update_ratio < MIN_UPDATE_RATIO
-        self.state.num_stalled_checks = self.state.num_stalled_checks + 1 if is_stalled else 0
+        if is_stalled:
+            self.state.num_stalled_checks = self.state.num_stalled_checks + 1
+        else:
+            self.state.num_stalled_checks = 0
         if self.state.num_stalled_checks == STALLED_CHECKS_BEFORE_WARNING:
             message = (
                 f"the last step moved {updated_fraction:.1%} of the adapter's elements, by {update_ratio:.0e} of their "
@@ -259,7 +280,9 @@ def lr_at_step(step: int, steps: int, warmup: int, schedule: str) -> float:
     if schedule == "constant":
         return 1.0
     fraction_done = (step - warmup) / max(1, steps - warmup)
-    return 0.5 * (1 + math.cos(math.pi * fraction_done)) if schedule == "cosine" else 1.0 - fraction_done
+    if schedule == "cosine":
+        return 0.5 * (1 + math.cos(math.pi * fraction_done))
+    return 1.0 - fraction_done
 
 
 def update_stats(parameters: list[nn.Parameter], before: list[Tensor]) -> Stats:

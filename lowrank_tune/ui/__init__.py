@@ -18,7 +18,9 @@ def escape_control_chars(text: str, limit: int | None = None) -> str:
     if limit is not None and len(text) > 8 * limit:  # a line of a megabyte is not searched to its end
         text = text[: 8 * limit]
     text = _CONTROL_CHARS.sub(_escaped, text)
-    return text if limit is None or len(text) <= limit else text[: max(0, limit - 3)] + "..."
+    if limit is None or len(text) <= limit:
+        return text
+    return text[: max(0, limit - 3)] + "..."
 
 
 def _escaped(match: re.Match[str]) -> str:

@@ -17,13 +17,13 @@ from lowrank_tune.ui.state import State
 FEW_STEPS = 20  # before that nothing is said about trends
 NOT_FALLING = 0.02  # the loss has to lose this share of itself
 EXPLODING = 10.0  # times the usual gradient norm
-RISING, EVALUATIONS_PAST_BEST = 0.02, 3
-MIN_UPDATED_FRACTION, TINY_UPDATE, MIN_LR_FRACTION, CHECKS_BEFORE_WARNING = (
-    0.5,
-    1e-8,
-    0.01,
-    3,
-)  # as the loop's own watch
+RISING = 0.02
+EVALUATIONS_PAST_BEST = 3
+# as the loop's own watch
+MIN_UPDATED_FRACTION = 0.5
+TINY_UPDATE = 1e-8
+MIN_LR_FRACTION = 0.01
+CHECKS_BEFORE_WARNING = 3
 KL_BAND = {"sft": 5.0, "reward": 5.0, "dpo": 2.0, "grpo": 0.5, "ppo": 0.5}
 """Nats a token between policy and reference. SFT is meant to move away; what optimizes a reward is not."""
 KL_ADVICE = {
@@ -33,25 +33,22 @@ KL_ADVICE = {
 }
 KL_SETTINGS = {"grpo": "grpo.beta", "ppo": "ppo.kl_coef"}
 ENTROPY_SETTINGS = {"grpo": "grpo.beta, grpo.epsilon_high", "ppo": "ppo.kl_coef, ppo.entropy"}
-MIN_ENTROPY, MIN_REWARD_RISE, NEAR_TOP = (
-    0.02,
-    0.02,
-    0.9,
-)  # nats of entropy; shares of the span of rewards: a rise, and near its top
-MAX_TRUNCATED, MAX_ZERO_STD, MIN_REWARD_STD, MAX_LOGPROB_MISMATCH = (
-    0.2,
-    0.8,
-    0.02,
-    0.02,
-)  # shares; of the span of rewards; nats a token
+# nats of entropy; shares of the span of rewards: a rise, and near its top
+MIN_ENTROPY = 0.02
+MIN_REWARD_RISE = 0.02
+NEAR_TOP = 0.9
+# shares; of the span of rewards; nats a token
+MAX_TRUNCATED = 0.2
+MAX_ZERO_STD = 0.8
+MIN_REWARD_STD = 0.02
+MAX_LOGPROB_MISMATCH = 0.02
 LEARNS_BY_LOSS = ("sft", "reward", "dpo")
 COLLAPSED = -0.5
 """Nats a token that the chosen answers lost against the reference: as `algorithms.dpo` has it, which loads torch."""
-CHANCE_MARGIN, SATURATED_ACCURACY, MIN_ACCURACY_DROP = (
-    0.05,
-    0.98,
-    0.05,
-)  # shares of pairs: from a coin's 0.5, of certainty, from the best validation
+# shares of pairs: from a coin's 0.5, of certainty, from the best validation
+CHANCE_MARGIN = 0.05
+SATURATED_ACCURACY = 0.98
+MIN_ACCURACY_DROP = 0.05
 FOLLOWS_LENGTH = 0.5
 
 
@@ -75,12 +72,16 @@ def _number(value: float) -> str:
 
 
 def _algorithm(state: State) -> str:
-    return state.started.algorithm if state.started is not None else "sft"
+    if state.started is not None:
+        return state.started.algorithm
+    return "sft"
 
 
 def _mean_of_last_quarter(values: list[float]) -> float:
     """The mean of the last quarter, nan before there is enough to judge by."""
-    return fmean(values[-(len(values) // 4) :]) if len(values) >= FEW_STEPS else math.nan
+    if len(values) >= FEW_STEPS:
+        return fmean(values[-(len(values) // 4) :])
+    return math.nan
 
 
 def not_finite(state: State) -> Iterator[Diagnosis]:
@@ -101,13 +102,15 @@ def skipped_steps(state: State) -> Iterator[Diagnosis]:
 def loss_not_falling(state: State) -> Iterator[Diagnosis]:
     """Compares the first and the last quarter; a loss that is almost 0, or of pairs that are told apart already, has
     nowhere to fall."""
-    values, algorithm = values_of(state, "loss"), _algorithm(state)
+    values = values_of(state, "loss")
+    algorithm = _algorithm(state)
     if len(values) < FEW_STEPS or algorithm not in LEARNS_BY_LOSS:
         return
     if algorithm in PAIR_ACCURACY and _mean_of_last_quarter(values_of(state, PAIR_ACCURACY[algorithm])) > 0.9:
         return
     quarter = len(values) // 4
-    first, last = fmean(values[:quarter]), fmean(values[-quarter:])
+    first = fmean(values[:quarter])
+    last = fmean(values[-quarter:])
     if last > first * (1 - NOT_FALLING) and last > 0.01:
         went = "rises" if last > first * (1 + NOT_FALLING) else "does not fall"
         text = (
@@ -122,7 +125,8 @@ def gradient_exploding(state: State) -> Iterator[Diagnosis]:
     values = values_of(state, "grad_norm")
     if len(values) < FEW_STEPS:
         return
-    usual, now = median(values[:-3]), min(values[-3:])
+    usual = median(values[:-3])
+    now = min(values[-3:])
     if usual > 0 and now > EXPLODING * usual:
         yield Diagnosis(
             "bad",
@@ -131,10 +135,8 @@ def gradient_exploding(state: State) -> Iterator[Diagnosis]:
 
 
 def kl_above_band(state: State) -> Iterator[Diagnosis]:
-    values, advice = (
-        values_of(state, "kl"),
-        KL_ADVICE.get(_algorithm(state), "lower train.learning_rate or train fewer steps"),
-    )
+    values = values_of(state, "kl")
+    advice = KL_ADVICE.get(_algorithm(state), "lower train.learning_rate or train fewer steps")
     band = KL_BAND.get(_algorithm(state), KL_BAND["sft"])
     if values and (now := fmean(values[-3:])) > band:
         yield Diagnosis(
@@ -170,7 +172,10 @@ def rows_dropped(state: State) -> Iterator[Diagnosis]:
 def validation_rising(state: State) -> Iterator[Diagnosis]:
     """Overfitting: every evaluation since the best is worse than it, and the last three clearly so on average."""
     series = state.series.get("eval_loss")
-    points = [point for point in series.points if math.isfinite(point[1])] if series else []
+    if series:
+        points = [point for point in series.points if math.isfinite(point[1])]
+    else:
+        points = []
     if not points:
         return
     best = min(points, key=lambda point: point[1])
@@ -204,16 +209,17 @@ def pair_accuracy_at_chance(state: State) -> Iterator[Diagnosis]:
     right, checked, margins = (
         values_of(state, name) for name in (accuracy, f"eval_{accuracy}", PAIR_MARGIN[algorithm])
     )
-    trained, held_out = (
-        _mean_of_last_quarter(right),
-        fmean(checked[-3:]) if len(checked) > 1 and len(right) >= FEW_STEPS else math.nan,
-    )
+    trained = _mean_of_last_quarter(right)
+    held_out = fmean(checked[-3:]) if len(checked) > 1 and len(right) >= FEW_STEPS else math.nan
     swapped = "are chosen and rejected swapped? see lowrank-tune data"
     if trained < 0.5 - CHANCE_MARGIN:
         yield Diagnosis("bad", f"the rejected answers win: {trained:.0%} of the training pairs are right: {swapped}")
     elif abs(trained - 0.5) <= CHANCE_MARGIN:
         grows = len(margins) >= FEW_STEPS and _mean_of_last_quarter(margins) > fmean(margins[: len(margins) // 4])
-        margin_note = "the margin grows slowly" if grows else "the margin does not grow"
+        if grows:
+            margin_note = "the margin grows slowly"
+        else:
+            margin_note = "the margin does not grow"
         yield Diagnosis(
             "warning",
             f"chosen and rejected are not told apart: {trained:.0%} of the training pairs are right, {margin_note}: "
@@ -229,7 +235,8 @@ def pair_accuracy_at_chance(state: State) -> Iterator[Diagnosis]:
 
 def overconfident(state: State) -> Iterator[Diagnosis]:
     """A reward model that knows its training pairs by heart becomes worse at others, and surer of it."""
-    trained, checked = _mean_of_last_quarter(values_of(state, "accuracy")), values_of(state, "eval_accuracy")
+    trained = _mean_of_last_quarter(values_of(state, "accuracy"))
+    checked = values_of(state, "eval_accuracy")
     if (
         _algorithm(state) == "reward"
         and trained >= SATURATED_ACCURACY
@@ -272,7 +279,8 @@ def _reward_trend(state: State) -> tuple[float, float, float] | None:
 def _is_near_top(state: State) -> bool:
     """Whether almost all that a completion of a group ever earned is earned on average: then little variety is left,
     and rightly so."""
-    trend, values = _reward_trend(state), values_of(state, "reward")
+    trend = _reward_trend(state)
+    values = values_of(state, "reward")
     if trend is None:
         return False
     _, last, span = trend
@@ -288,7 +296,10 @@ def reward_not_rising(state: State) -> Iterator[Diagnosis]:
         falls = last < first - 0.1 * span
         went = "the reward falls" if falls else "the reward does not rise"
         falling = f"lower train.learning_rate or raise {KL_SETTINGS.get(_algorithm(state), '')}"
-        advice = falling if falls else "a higher train.learning_rate, larger groups, or an easier task"
+        if falls:
+            advice = falling
+        else:
+            advice = "a higher train.learning_rate, larger groups, or an easier task"
         yield Diagnosis(
             "bad" if falls else "warning", f"{went}: {_number(first)} at first, {_number(last)} now: {advice}"
         )
@@ -297,7 +308,8 @@ def reward_not_rising(state: State) -> Iterator[Diagnosis]:
 def entropy_collapsed(state: State) -> Iterator[Diagnosis]:
     """A policy that always says the same has nothing to choose from; where it earns almost everything that is as it
     should be."""
-    values, rewards = values_of(state, "entropy"), values_of(state, "reward")
+    values = values_of(state, "entropy")
+    rewards = values_of(state, "reward")
     if len(rewards) < FEW_STEPS or not (now := _mean_of_last_quarter(values)) < MIN_ENTROPY or _is_near_top(state):
         return
     quarter = len(rewards) // 4
@@ -317,11 +329,18 @@ def entropy_collapsed(state: State) -> Iterator[Diagnosis]:
 
 def mostly_truncated(state: State) -> Iterator[Diagnosis]:
     """Completions that run into the limit, more of them as they grow."""
-    shares, lengths = values_of(state, "completions/clipped_ratio"), values_of(state, "completions/mean_length")
+    shares = values_of(state, "completions/clipped_ratio")
+    lengths = values_of(state, "completions/mean_length")
     if not shares or (now := fmean(shares[-5:])) <= MAX_TRUNCATED:
         return
-    first, last = (fmean(lengths[:5]), fmean(lengths[-5:])) if lengths else (0.0, 0.0)
-    grown = f", which grew from {_number(first)} to {_number(last)} tokens" if last > 1.2 * first else ""
+    if lengths:
+        first, last = (fmean(lengths[:5]), fmean(lengths[-5:]))
+    else:
+        first, last = (0.0, 0.0)
+    if last > 1.2 * first:
+        grown = f", which grew from {_number(first)} to {_number(last)} tokens"
+    else:
+        grown = ""
     yield Diagnosis(
         "warning",
         f"{now:.0%} of the completions are cut off by the limit{grown}: raise rollout.max_new_tokens, "
@@ -331,11 +350,9 @@ def mostly_truncated(state: State) -> Iterator[Diagnosis]:
 
 def no_signal(state: State) -> Iterator[Diagnosis]:
     """Groups in which all earn the same. At the top that is success."""
-    zero_std, reward_std, trend = (
-        _mean_of_last_quarter(values_of(state, "frac_reward_zero_std")),
-        _mean_of_last_quarter(values_of(state, "reward_std")),
-        _reward_trend(state),
-    )
+    zero_std = _mean_of_last_quarter(values_of(state, "frac_reward_zero_std"))
+    reward_std = _mean_of_last_quarter(values_of(state, "reward_std"))
+    trend = _reward_trend(state)
     if trend is None or _is_near_top(state):
         return
     advice = (
@@ -364,7 +381,10 @@ def sampling_mismatch(state: State) -> Iterator[Diagnosis]:
     """Sampling and training should give a token the same log-prob; the run stops at grpo.max_logprob_mismatch."""
     values = values_of(state, "sampling/sampling_logp_difference/mean")
     if values and (now := fmean(values[-3:])) > MAX_LOGPROB_MISMATCH:
-        advice = "set grpo.old_logprobs_from to sampler, or " if _algorithm(state) == "grpo" else ""
+        if _algorithm(state) == "grpo":
+            advice = "set grpo.old_logprobs_from to sampler, or "
+        else:
+            advice = ""
         yield Diagnosis(
             "warning",
             f"sampling and training disagree by {_number(now)} nats a token: ratios compare what was never drawn: "
@@ -376,7 +396,10 @@ def reward_hacking(state: State) -> Iterator[Diagnosis]:
     """The reward rises while held-out answers get worse: the rule by which the run itself judges, and what has changed
     in the answers."""
     rewards = values_of(state, "reward")
-    divergence = find_divergence(eval_points_of(state), max(rewards) - min(rewards)) if rewards else None
+    if rewards:
+        divergence = find_divergence(eval_points_of(state), max(rewards) - min(rewards))
+    else:
+        divergence = None
     if divergence is not None:
         yield Diagnosis("bad", "; ".join([divergence.message, *describe_drift(state)]))
 
@@ -406,13 +429,17 @@ CHECKS: tuple[Callable[[State], Iterator[Diagnosis]], ...] = (
 def _no_issue(state: State) -> Diagnosis:
     if state.ended is not None and state.ended.status == "failed":
         return Diagnosis("", "the run failed; the last lines of the log say why")
-    values, checked = values_of(state, "loss"), values_of(state, "eval_loss")
+    values = values_of(state, "loss")
+    checked = values_of(state, "eval_loss")
     if len(values) < FEW_STEPS:
         early = f"too early to judge: {len(values)} of the first {FEW_STEPS} steps"
         return Diagnosis("", early if values else "no step yet: the curves come with the first one")
     if (trend := _reward_trend(state)) is not None and _algorithm(state) in GENERATIVE_ALGORITHMS:
         accuracy = values_of(state, "heldout/accuracy")
-        text = f", held-out exact {accuracy[0]:.0%} -> {accuracy[-1]:.0%}" if len(accuracy) > 1 else ""
+        if len(accuracy) > 1:
+            text = f", held-out exact {accuracy[0]:.0%} -> {accuracy[-1]:.0%}"
+        else:
+            text = ""
         return Diagnosis("good", f"all good: reward {_number(trend[0])} -> {_number(trend[1])}{text}")
     quarter = len(values) // 4
     text = f"loss {_number(fmean(values[:quarter]))} -> {_number(fmean(values[-quarter:]))}"

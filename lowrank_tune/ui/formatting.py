@@ -14,7 +14,9 @@ from lowrank_tune.ui.metrics import POLICY, heldout_parts, reward_label, reward_
 
 def number(value: float) -> str:
     """Three decimals, or the exponent where those would show nothing."""
-    return f"{value:.3f}" if value == 0 or 0.01 <= abs(value) < 1e5 or value != value else f"{value:.2e}"
+    if value == 0 or 0.01 <= abs(value) < 1e5 or value != value:
+        return f"{value:.3f}"
+    return f"{value:.2e}"
 
 
 def percent(value: float) -> str:
@@ -103,11 +105,9 @@ _PASS = re.compile(r"pass_at_(\d{1,6})")
 def format_stats(stats: Mapping[str, float]) -> str:
     """`loss 1.234  lr 2.0e-04 ...`; where completions are rewarded, that comes first, and the loss, which says nothing
     then, is left out."""
-    parts, rewards, passes = (
-        [],
-        reward_names(stats),
-        {name: match[1] for name in stats if (match := _PASS.fullmatch(name))},
-    )
+    parts = []
+    rewards = reward_names(stats)
+    passes = {name: match[1] for name in stats if (match := _PASS.fullmatch(name))}
     others = [name for name in stats if name not in {*METRIC_FORMATS, *HIDDEN_METRICS, *rewards, *passes}]
     for name, (label, write) in METRIC_FORMATS.items():
         if name in HIDDEN_METRICS or (name == "loss" and "reward" in stats):
@@ -128,9 +128,11 @@ def format_stats(stats: Mapping[str, float]) -> str:
 
 def validation_line(event: Evaluated, colon: str = "") -> str:
     """A validation in words: of held-out rows, of answers to held-out questions, or of scores of held-out pairs."""
-    label, stats = "validation", {name.removeprefix("eval_"): value for name, value in event.stats.items()}
+    label = "validation"
+    stats = {name.removeprefix("eval_"): value for name, value in event.stats.items()}
     if stats and all(name.startswith("pairs/") for name in stats):
-        label, stats = "held-out pairs", {name.removeprefix("pairs/"): value for name, value in stats.items()}
+        label = "held-out pairs"
+        stats = {name.removeprefix("pairs/"): value for name, value in stats.items()}
     elif stats and all(name.startswith("heldout/") for name in stats):
         names = {name: heldout_parts(name) for name in stats}
         models = [f"the {POLICY}" if who == POLICY else who for who, _ in names.values()]
@@ -153,8 +155,12 @@ def stage_of(event: RunEnded, started: RunStarted | None) -> tuple[int, int]:
 def clock(seconds: float) -> str:
     """0:42, 12:05, 3:07:30."""
     whole = max(0, round(seconds))
-    hours, minutes, rest = whole // 3600, whole // 60 % 60, whole % 60
-    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
+    hours = whole // 3600
+    minutes = whole // 60 % 60
+    rest = whole % 60
+    if hours:
+        return f"{hours}:{minutes:02d}:{rest:02d}"
+    return f"{minutes}:{rest:02d}"
 
 
 class EtaEstimator:

@@ -16,11 +16,13 @@ class GpuStats:
     def __init__(self) -> None:
         self._driver: Any = None
         self._handle: Any = None
-        self._text, self._last_poll = "", -POLL_SECONDS
+        self._text = ""
+        self._last_poll = -POLL_SECONDS
         try:
             pynvml = import_module("pynvml")  # optional: no dependency of the kit
             pynvml.nvmlInit()
-            self._driver, self._handle = pynvml, pynvml.nvmlDeviceGetHandleByIndex(0)
+            self._driver = pynvml
+            self._handle = pynvml.nvmlDeviceGetHandleByIndex(0)
         except Exception:  # not installed, no driver, no GPU: the kinds differ by version
             self._driver = None
 
@@ -39,5 +41,6 @@ class GpuStats:
                     f"{load} %"
                 )
             except Exception:
-                self._driver, self._text = None, ""
+                self._driver = None
+                self._text = ""
         return self._text

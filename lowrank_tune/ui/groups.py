@@ -76,9 +76,10 @@ def read_group(event: GroupLogged) -> Group:
 
 def _parse_completion(raw_completion: Mapping[str, Any]) -> LoggedCompletion:
     parts = raw_completion.get("parts")
-    values = (
-        tuple((str(name), _parse_float(value)) for name, value in parts.items()) if isinstance(parts, Mapping) else ()
-    )
+    if isinstance(parts, Mapping):
+        values = tuple((str(name), _parse_float(value)) for name, value in parts.items())
+    else:
+        values = ()
     return LoggedCompletion(
         str(raw_completion.get("text", "")),
         _parse_float(raw_completion.get("reward")),
@@ -91,4 +92,6 @@ def _parse_completion(raw_completion: Mapping[str, Any]) -> LoggedCompletion:
 
 def _parse_float(value: Any) -> float:
     """Not a number is one and the same here, so that equal completions stay equal."""
-    return float(value) if isinstance(value, (int, float)) and abs(value) < 1e300 else math.nan
+    if isinstance(value, (int, float)) and abs(value) < 1e300:
+        return float(value)
+    return math.nan

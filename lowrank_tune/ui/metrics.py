@@ -240,4 +240,6 @@ def heldout_parts(name: str) -> tuple[str, str]:
 def reference_name(roles: Any) -> str:
     """Who the reference of these roles is, by name: the last frozen adapter under the policy, or the base."""
     stack = roles.get("reference") if isinstance(roles, dict) else None
-    return str(stack[-1]) if isinstance(stack, list) and stack else "base"
+    if isinstance(stack, list) and stack:
+        return str(stack[-1])
+    return "base"

@@ -10,7 +10,9 @@ from statistics import fmean
 from lowrank_tune.training.reward_hacking import DEFAULT_STDERR, WINDOW, EvalPoint
 from lowrank_tune.ui.state import State
 
-LENGTH_GROWTH, REPETITION_RISE = 1.3, 0.1  # times; share of word sequences
+# times; share of word sequences
+LENGTH_GROWTH = 1.3
+REPETITION_RISE = 0.1
 
 
 def eval_points_of(state: State) -> list[EvalPoint]:
@@ -20,7 +22,9 @@ def eval_points_of(state: State) -> list[EvalPoint]:
         state.series[name].points if name in state.series else []
         for name in ("heldout/accuracy", "reward", "heldout_accuracy_stderr")
     )
-    errors, points, since = dict(noise), list[EvalPoint](), 0.0
+    errors = dict(noise)
+    points = list[EvalPoint]()
+    since = 0.0
     before = state.heldout.get(state.reference_name(), {}).get("accuracy")
     if before is not None and reward:
         points.append(EvalPoint(0, reward[0][1], before))
@@ -36,7 +40,8 @@ def describe_drift(state: State) -> Iterator[str]:
     """How the held-out answers have changed besides; where they were not measured, the completions."""
     lengths = values_of(state, "heldout/mean_length") or values_of(state, "completions/mean_length")
     if len(lengths) > WINDOW and lengths[0] > 0:
-        first, now = lengths[0], fmean(lengths[-WINDOW:])
+        first = lengths[0]
+        now = fmean(lengths[-WINDOW:])
         if not 1 / LENGTH_GROWTH < now / first < LENGTH_GROWTH:
             yield f"answers {'grew' if now > first else 'shrank'} from {first:.3g} to {now:.3g} tokens"
     repeated = values_of(state, "heldout/repetition")
@@ -47,18 +52,19 @@ def describe_drift(state: State) -> Iterator[str]:
 def values_of(state: State, name: str) -> list[float]:
     """The finite values of a statistic."""
     series = state.series.get(name)
-    return [value for _, value in series.points if math.isfinite(value)] if series else []
+    if series:
+        return [value for _, value in series.points if math.isfinite(value)]
+    return []
 
 
 def frontier(state: State, name: str = "reward") -> list[tuple[float, float]]:
     """What a statistic was where the policy had gone so far: (KL in nats a token, value). KL is that of the step, or
     what was measured last before it."""
-    kl, values = state.series.get("kl"), state.series.get(name)
-    kl_points, frontier_points, index = (
-        [point for point in kl.points if math.isfinite(point[1])] if kl else [],
-        list[tuple[float, float]](),
-        0,
-    )
+    kl = state.series.get("kl")
+    values = state.series.get(name)
+    kl_points = [point for point in kl.points if math.isfinite(point[1])] if kl else []
+    frontier_points = list[tuple[float, float]]()
+    index = 0
     for step, value in values.points if values else ():
         while index < len(kl_points) and kl_points[index][0] <= step:
             index += 1

@@ -49,4 +49,6 @@ def _names(file: Path) -> list[str]:
     if not isinstance(stages, list) or not all(isinstance(stage, Mapping) for stage in stages):
         return []
     names = [stage.get("name") for stage in stages]
-    return names if all(isinstance(name, str) and name and not {"/", "\\", "\0"} & {*name} for name in names) else []
+    if all(isinstance(name, str) and name and not {"/", "\\", "\0"} & {*name} for name in names):
+        return names
+    return []

@@ -24,9 +24,15 @@ from lowrank_tune.ui.formatting import EtaEstimator, validation_line
 from lowrank_tune.ui.groups import Group, read_group
 from lowrank_tune.ui.metrics import PAIR_SIDES, POLICY, heldout_parts, phases_of, reference_name
 
-MAX_POINTS, LOG_LINES, SPEED_STEPS = 1000, 200, 20
+MAX_POINTS = 1000
+LOG_LINES = 200
+SPEED_STEPS = 20
 WARNING_LINES = 50
-TRAINING, EVALUATING, SAVING, LOADING, OTHER = "training", "evaluating", "saving", "loading", "other"
+TRAINING = "training"
+EVALUATING = "evaluating"
+SAVING = "saving"
+LOADING = "loading"
+OTHER = "other"
 
 
 @dataclass
@@ -79,8 +85,11 @@ class ScoredPair:
     @property
     def margin(self) -> float:
         """Score of the chosen above the rejected."""
-        chosen, rejected = self.chosen.reward, self.rejected.reward
-        return float("nan") if chosen is None or rejected is None else chosen - rejected
+        chosen = self.chosen.reward
+        rejected = self.rejected.reward
+        if chosen is None or rejected is None:
+            return float("nan")
+        return chosen - rejected
 
 
 @dataclass
@@ -123,14 +132,13 @@ class State:
         """Takes an event in."""
         # after an end a new start follows: the pause between was no work
         if self.start_time is None or self.ended is not None:
-            self.start_time, self.last_time, self.ended, self.loading, self.phases = (
-                event.time,
-                event.time,
-                None,
-                True,
-                {},
-            )
-            self.step_phases, self._unspent = {}, 0.0
+            self.start_time = event.time
+            self.last_time = event.time
+            self.ended = None
+            self.loading = True
+            self.phases = {}
+            self.step_phases = {}
+            self._unspent = 0.0
         self._spend(event)
         self.last_time = max(self.last_time, event.time)
         if not isinstance(event, (Progress, LogMessage)):
@@ -153,12 +161,16 @@ class State:
         elif isinstance(event, LogMessage):
             self._note(event)
         elif isinstance(event, RunEnded):
-            self.ended, self.seconds_left = event, None
+            self.ended = event
+            self.seconds_left = None
 
     @property
     def tokens_per_second(self) -> float | None:
         """Over the last steps, without the pauses between them."""
-        tokens, seconds = (sum(column) for column in zip(*self._speed, strict=True)) if self._speed else (0, 0.0)
+        if self._speed:
+            tokens, seconds = (sum(column) for column in zip(*self._speed, strict=True))
+        else:
+            tokens, seconds = (0, 0.0)
         return tokens / seconds if seconds else None
 
     @property
@@ -166,39 +178,45 @@ class State:
         return self.last("memory_gib")
 
     def last(self, name: str) -> float | None:
-        return self.series[name].last if name in self.series else None
+        if name in self.series:
+            return self.series[name].last
+        return None
 
     def phase_shares(self) -> dict[str, float]:
         """The share of each phase in the time of this start, the largest first."""
         total = sum(self.phases.values())
-        return (
-            {name: spent / total for name, spent in sorted(self.phases.items(), key=lambda item: -item[1])}
-            if total
-            else {}
-        )
+        if total:
+            return {name: spent / total for name, spent in sorted(self.phases.items(), key=lambda item: -item[1])}
+        return {}
 
     def step_phase_shares(self) -> dict[str, float]:
         """The share of each phase in the time of the steps, in their order."""
         total = sum(self.step_phases.values())
-        return {name: spent / total for name, spent in self.step_phases.items()} if total else {}
+        if total:
+            return {name: spent / total for name, spent in self.step_phases.items()}
+        return {}
 
     def reference_name(self) -> str:
         """Who the reference is, by name."""
-        return reference_name(self.started.roles) if self.started is not None else "base"
+        if self.started is not None:
+            return reference_name(self.started.roles)
+        return "base"
 
     def _start(self, event: RunStarted) -> None:
         if self.started is not None and self.started.stage != event.stage:
             self._finish_stage(self.started)
         self.loading = False
-        self.started, self.steps, self.step = event, event.steps, event.resumed_from
-        self._eta, self.seconds_left = EtaEstimator(), None
+        self.started = event
+        self.steps = event.steps
+        self.step = event.resumed_from
+        self._eta = EtaEstimator()
+        self.seconds_left = None
         self._speed.clear()
         if event.resumed_from:
-            self.start_time, self.phases, self.step_phases = (
-                event.time,
-                {},
-                {},
-            )  # how long the run lay still is not known
+            # how long the run lay still is not known
+            self.start_time = event.time
+            self.phases = {}
+            self.step_phases = {}
             self._log(event.time, f"continued after step {event.resumed_from}")
         for series in self.series.values():
             series.cut(event.resumed_from)
@@ -215,8 +233,13 @@ class State:
                 if answer.role == "reference" and self.reference_name() not in earlier_labels
             ]
             earlier_answers += [(stage.algorithm, answer) for answer in answers[-1:] if answer.role != "reference"]
-        self.answers, self.pairs, self.series, self._pending_chosen = {}, {}, {}, None
-        self.now, self.group, self.reward_range = {}, None, None
+        self.answers = {}
+        self.pairs = {}
+        self.series = {}
+        self._pending_chosen = None
+        self.now = {}
+        self.group = None
+        self.reward_range = None
         self.saved_step = self.best_step = None
 
     def _sampled(self, event: SampleLogged) -> None:
@@ -242,7 +265,8 @@ class State:
     def _step(self, event: StepEnd) -> None:
         for name, seconds in phases_of(event.stats, event.seconds).items():
             self.step_phases[name] = self.step_phases.get(name, 0.0) + seconds
-        self.step, self.steps = event.step, event.steps
+        self.step = event.step
+        self.steps = event.steps
         self.seconds_left = self._eta.seconds_left(event)
         self._speed.append((event.tokens, event.seconds))
         self._measured(event.step, event.stats)
@@ -288,7 +312,8 @@ class State:
     def _spend(self, event: Event) -> None:
         """The time since the last event belongs to what this one tells of; a step says itself how long it took."""
         was_amid = self._unspent > 0
-        spent, self._unspent = max(0.0, event.time - self.last_time) + self._unspent, 0.0
+        spent = max(0.0, event.time - self.last_time) + self._unspent
+        self._unspent = 0.0
         if isinstance(event, GroupLogged) or (isinstance(event, LogMessage) and was_amid):
             self._unspent = spent  # it comes amid a step, which tells of its time when it is done
         elif isinstance(event, StepEnd):

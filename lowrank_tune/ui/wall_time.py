@@ -22,13 +22,17 @@ class WallTime:
     def apply(self, event: Event) -> None:
         """Takes the next event."""
         if self._began is None:
-            self._began, self._last, self._has_worked = event.time, event.time, False
+            self._began = event.time
+            self._last = event.time
+            self._has_worked = False
         self._pause = max(self._pause, (self._last, event.time), key=lambda pause: pause[1] - pause[0])
         if isinstance(event, RunStarted) and self._has_worked:
             self._earlier += max(0.0, self._pause[0] - self._began)
             self._began = self._pause[1]
         self._last = event.time
         if isinstance(event, RunEnded):
-            self._earlier, self._began = self._earlier + event.seconds, None
+            self._earlier = self._earlier + event.seconds
+            self._began = None
         elif not isinstance(event, (LogMessage, Progress)):
-            self._has_worked, self._pause = True, (event.time, event.time)
+            self._has_worked = True
+            self._pause = (event.time, event.time)

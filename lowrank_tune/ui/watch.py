@@ -23,7 +23,8 @@ from lowrank_tune.ui.terminal.plain import LineLogger
 from lowrank_tune.ui.terminal.render import render_several
 from lowrank_tune.ui.terminal.text_layout import Line
 
-POLL_SECONDS, MAX_BYTES = 0.3, 8_000_000
+POLL_SECONDS = 0.3
+MAX_BYTES = 8_000_000
 
 
 class Tail:
@@ -33,7 +34,8 @@ class Tail:
     def __init__(self, path: Path) -> None:
         self.path = path
         self._inode: int | None = None
-        self._offset, self._rest = 0, b""
+        self._offset = 0
+        self._rest = b""
         self.more = False
 
     def poll(self) -> tuple[bool, list[Event]]:
@@ -43,12 +45,15 @@ class Tail:
                 facts = os.fstat(file.fileno())
                 anew = self._inode is not None and (facts.st_ino != self._inode or facts.st_size < self._offset)
                 if anew or self._inode is None:
-                    self._inode, self._offset, self._rest = facts.st_ino, 0, b""
+                    self._inode = facts.st_ino
+                    self._offset = 0
+                    self._rest = b""
                 file.seek(self._offset)
                 data = file.read(MAX_BYTES)
         except OSError:
             return False, []
-        self._offset, self.more = self._offset + len(data), len(data) == MAX_BYTES
+        self._offset = self._offset + len(data)
+        self.more = len(data) == MAX_BYTES
         *lines, self._rest = (self._rest + data).split(b"\n")
         return anew, [event for line in lines if (event := _event(line)) is not None]
 
@@ -56,7 +61,9 @@ class Tail:
 def _event(line: bytes) -> Event | None:
     try:
         data = json.loads(line)
-        return from_json(data) if isinstance(data, dict) else None
+        if isinstance(data, dict):
+            return from_json(data)
+        return None
     except (ValueError, TypeError, RecursionError):
         return None
 
@@ -72,7 +79,8 @@ class Tails:
     """Follows the files of a run's stages in their order; one that is not there yet is waited for."""
 
     def __init__(self, paths: Sequence[Path]) -> None:
-        self.paths, self._tails = paths, [Tail(path) for path in paths]
+        self.paths = paths
+        self._tails = [Tail(path) for path in paths]
 
     def poll(self) -> tuple[bool, list[Event]]:
         """As a tail's: whether everything begins anew, and the events that came."""
@@ -83,10 +91,12 @@ class Tails:
         return anew, events
 
     def _poll(self) -> tuple[bool, list[Event]]:
-        anew, events = False, list[Event]()
+        anew = False
+        events = list[Event]()
         for tail in self._tails:
             fresh, came = tail.poll()
-            anew, events = anew or fresh, events + came
+            anew = anew or fresh
+            events = events + came
             if tail.more:  # a long file is read in parts, and the next stage comes after its end
                 break
         return anew, events
@@ -96,7 +106,9 @@ class WatchedRun:
     """One run, or a chain of stages, as it is seen from its files."""
 
     def __init__(self, *paths: Path, folder: Path | None = None) -> None:
-        self.tails, self.state, self.folder = Tails(paths), State(), folder
+        self.tails = Tails(paths)
+        self.state = State()
+        self.folder = folder
 
     def poll(self) -> bool:
         process = None if self.folder is None else ended_process(self.folder)  # before the last events are read
@@ -112,7 +124,9 @@ class WatchedRun:
 
 def event_files(run: Path) -> list[Path]:
     """The files of events of a run or a chain, from its folder, or itself. Raises UserError where there is no run."""
-    return [folder / EVENTS for folder in stage_folders(run)] if is_chain(run) else [_single(run)]
+    if is_chain(run):
+        return [folder / EVENTS for folder in stage_folders(run)]
+    return [_single(run)]
 
 
 def run_folder(run: Path) -> Path:
@@ -144,7 +158,8 @@ def watch(runs: Sequence[Path], environ: Mapping[str, str] = os.environ, plain: 
         _print_lines(paths, [run_folder(run) for run in runs])
         return
     watched = [WatchedRun(*files, folder=run_folder(run)) for run, files in zip(runs, paths, strict=True)]
-    over, failures = threading.Event(), []
+    over = threading.Event()
+    failures = []
 
     def changed() -> bool:
         polled = [watched_run.poll() for watched_run in watched]  # each of them, also after one with news
@@ -179,7 +194,10 @@ def _print_lines(runs: Sequence[Sequence[Path]], folders: Sequence[Path]) -> Non
     """Each run's events as plain lines, one run after the other, followed to its end: that of the last stage, of one
     that broke, or of the process that wrote it."""
     for paths, folder in zip(runs, folders, strict=True):
-        tails, line_logger, ended, stage = Tails(paths), LineLogger(), False, 1
+        tails = Tails(paths)
+        line_logger = LineLogger()
+        ended = False
+        stage = 1
         while not ended:
             process = ended_process(folder)
             _, events = tails.poll()

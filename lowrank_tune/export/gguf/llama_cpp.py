@@ -27,8 +27,10 @@ from lowrank_tune.errors import TrainingError, UserError
 from lowrank_tune.events import Emit, LogMessage
 
 ENV_VARIABLE = "LLAMA_CPP_DIR"
-CONVERTER, LORA_CONVERTER = "convert_hf_to_gguf.py", "convert_lora_to_gguf.py"
-PACKAGE, VERSION = "llama-cpp-python", "0.3.36"
+CONVERTER = "convert_hf_to_gguf.py"
+LORA_CONVERTER = "convert_lora_to_gguf.py"
+PACKAGE = "llama-cpp-python"
+VERSION = "0.3.36"
 SHA256 = "832db0699007f1be95a7e41ef12e88926b02ba836461e36a36372db2760c1a2e"
 ARCHIVE = f"llama_cpp_python-{VERSION}.tar.gz"
 VENDOR_PATH = "vendor/llama.cpp"
@@ -62,7 +64,11 @@ class Quantizer:
 def named_folder(given: Path | None) -> Path | None:
     """What the user named on the command line or in the environment; None for neither."""
     named = os.environ.get(ENV_VARIABLE)
-    return given.expanduser() if given is not None else Path(named).expanduser() if named else None
+    if given is not None:
+        return given.expanduser()
+    if named:
+        return Path(named).expanduser()
+    return None
 
 
 def converter_folder(given: Path | None, emit: Emit, fetch: bool = True) -> Path:
@@ -173,7 +179,10 @@ def find_quantizer(given: Path | None) -> Quantizer | None:
     """llama.cpp's quantizer: in the folder that the user named, on the path, or in the module llama_cpp; None where
     there is none."""
     named = named_folder(given)
-    candidates = [] if named is None else [named / part / "llama-quantize" for part in ("", "bin", "build/bin")]
+    if named is None:
+        candidates = []
+    else:
+        candidates = [named / part / "llama-quantize" for part in ("", "bin", "build/bin")]
     on_path = shutil.which("llama-quantize")
     executable = next(
         (
@@ -185,7 +194,9 @@ def find_quantizer(given: Path | None) -> Quantizer | None:
     )
     if executable is not None:
         return Quantizer(executable)
-    return Quantizer(None) if importlib.util.find_spec("llama_cpp") is not None else None
+    if importlib.util.find_spec("llama_cpp") is not None:
+        return Quantizer(None)
+    return None
 
 
 def supports_architecture(folder: Path, architectures: Sequence[str]) -> bool:

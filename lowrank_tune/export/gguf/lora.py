@@ -64,7 +64,10 @@ def shape_of(config: Any) -> Shape:
     text = config.get_text_config()
     heads = int(text.num_attention_heads)
     return Shape(
-        config.model_type, int(text.num_hidden_layers), heads, int(getattr(text, "num_key_value_heads", None) or heads)
+        config.model_type,
+        int(text.num_hidden_layers),
+        heads,
+        int(getattr(text, "num_key_value_heads", None) or heads),
     )
 
 
@@ -85,10 +88,12 @@ def gguf_tensors(config: Mapping[str, Any], tensors: Mapping[str, Tensor], shape
         name = names.get_name(f"{plain}.weight", try_suffixes=(".weight",))
         if name is None or (plain != module and not module.startswith("model.language_model.")):
             raise UserError(f"llama.cpp's {GGUF_ARCHITECTURES[shape.kind]} has no place for an adapter on {module}")
-        a, b = tensors[key], tensors[PEFT_PREFIX + module + LORA_B]
+        a = tensors[key]
+        b = tensors[PEFT_PREFIX + module + LORA_B]
         if shape.kind in PERMUTED_MODEL_TYPES and module.endswith(("q_proj", "k_proj")):
             b = permute_rope(b, shape.heads if module.endswith("q_proj") else shape.kv_heads)
-        converted[f"{name}.lora_a"], converted[f"{name}.lora_b"] = a.contiguous(), b.contiguous()
+        converted[f"{name}.lora_a"] = a.contiguous()
+        converted[f"{name}.lora_b"] = b.contiguous()
     return converted
 
 
@@ -98,7 +103,12 @@ def permute_rope(rows: Tensor, heads: int) -> Tensor:
 
 
 def write_gguf_lora(
-    file: Path, name: str, config: Mapping[str, Any], tensors: Mapping[str, Tensor], shape: Shape, kind: str = "f32"
+    file: Path,
+    name: str,
+    config: Mapping[str, Any],
+    tensors: Mapping[str, Tensor],
+    shape: Shape,
+    kind: str = "f32",
 ) -> None:
     """Writes a folded adapter: its configuration, its tensors under PEFT's names; `kind` is one of `TYPES`. Raises
     UserError."""

@@ -67,7 +67,9 @@ the same ones. (The normalizing of Qwen2 it leaves out, for Qwen's own models to
 def estimate_gguf_size(weights: int, kind: str) -> int:
     """Bytes of a GGUF file of so many weights, rather too many; of the 16-bit file that it is quantized from too."""
     size = int(weights * BITS_PER_WEIGHT[kind][0] / 8 * 1.05)
-    return size if kind in NATIVE_OUTTYPES else size + int(weights * 2.1)
+    if kind in NATIVE_OUTTYPES:
+        return size
+    return size + int(weights * 2.1)
 
 
 def pretokenizer_name(merged: Path) -> str | None:
@@ -86,10 +88,20 @@ def pretokenizer_name(merged: Path) -> str | None:
 def _without_offsets(pretokenizer: Any) -> Any:
     if isinstance(pretokenizer, dict):
         return {key: _without_offsets(value) for key, value in pretokenizer.items() if key != "trim_offsets"}
-    return [_without_offsets(rule) for rule in pretokenizer] if isinstance(pretokenizer, list) else pretokenizer
+    if isinstance(pretokenizer, list):
+        return [_without_offsets(rule) for rule in pretokenizer]
+    return pretokenizer
 
 
-def convert(folder: Path, merged: Path, file: Path, kind: str, name: str, adds_bos: bool, emit: Emit) -> None:
+def convert(
+    folder: Path,
+    merged: Path,
+    file: Path,
+    kind: str,
+    name: str,
+    adds_bos: bool,
+    emit: Emit,
+) -> None:
     """Runs the converter in `folder` on a merged model; `adds_bos`: what runs it is to put the BOS before every
     text.
 
@@ -126,7 +138,13 @@ def convert(folder: Path, merged: Path, file: Path, kind: str, name: str, adds_b
     raise TrainingError(f"llama.cpp's converter failed (exit code {code}): {_error_line(output)}")
 
 
-def quantize(tool: Quantizer, source: Path, file: Path, kind: str, emit: Emit) -> None:
+def quantize(
+    tool: Quantizer,
+    source: Path,
+    file: Path,
+    kind: str,
+    emit: Emit,
+) -> None:
     """Runs the quantizer. Raises TrainingError with what it said."""
     command = tool.command(source, file, kind, BITS_PER_WEIGHT[kind][1])
     code, output = run_tool(command, f"llama.cpp quantizes to {kind}", r"\[\s*(\d+)/\s*(\d+)\]", emit)
@@ -149,7 +167,8 @@ def run_tool(command: Sequence[str], label: str, pattern: str, emit: Emit) -> tu
         encoding="utf-8",
         errors="replace",
     )
-    lines, progress = list[str](), re.compile(pattern)
+    lines = list[str]()
+    progress = re.compile(pattern)
     emit(Progress(description=label, done=0, total=100))
     try:
         assert process.stdout is not None
@@ -172,8 +191,6 @@ def _error_line(output: Sequence[str]) -> str:
         or ["it said nothing"]
     )
     asserted = [line.strip() for line in output if line.strip().startswith("assert ")]
-    return (
-        f"{errors[-1].strip()}: {asserted[-1]}"
-        if asserted and errors[-1].strip() == "AssertionError"
-        else errors[-1].strip()
-    )
+    if asserted and errors[-1].strip() == "AssertionError":
+        return f"{errors[-1].strip()}: {asserted[-1]}"
+    return errors[-1].strip()

@@ -31,7 +31,9 @@ def file_of(model: str) -> Path | None:
     here."""
     name = model.partition("@")[0]
     file = FOLDER / f"{SAME_CONFIG.get(name, name).replace('/', '--')}.json"
-    return file if name.count("/") == 1 and file.is_file() else None
+    if name.count("/") == 1 and file.is_file():
+        return file
+    return None
 
 
 def config_of(model: str) -> dict[str, Any] | None:

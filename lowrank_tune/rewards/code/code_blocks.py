@@ -18,4 +18,6 @@ def last_code_block(text: str, languages: Container[str]) -> str | None:
         elif opening is not None and stripped == "```":
             span = (opening[0] + 1, number) if opening[1] in languages else span
             opening = None
-    return None if span is None else "\n".join(lines[span[0] : span[1]])
+    if span is None:
+        return None
+    return "\n".join(lines[span[0] : span[1]])

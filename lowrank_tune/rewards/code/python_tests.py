@@ -58,11 +58,9 @@ class PythonTestsReward(WorkerReward):
     def status(self) -> str:
         """The level in words, for the start-up."""
         available = best_available()
-        return (
-            f"{self.name}: code runs in a sandbox ({available})"
-            if available
-            else f"{self.name}: code that a model wrote runs WITHOUT a sandbox"
-        )
+        if available:
+            return f"{self.name}: code runs in a sandbox ({available})"
+        return f"{self.name}: code that a model wrote runs WITHOUT a sandbox"
 
     def worker_spec(self) -> Mapping[str, Any]:
         return {
@@ -83,24 +81,27 @@ class PythonTestsReward(WorkerReward):
     def score_without_worker(self, item: RewardInput) -> Score | None:
         if reason := self.row_rejection_reason(item):
             return Score(None, "error", f"`{self.name}`: {reason}, for {item}")
-        return None if item.stopped else Score(0.0, "fail", "did not stop")
+        if item.stopped:
+            return None
+        return Score(0.0, "fail", "did not stop")
 
     def reference_request(self, item: RewardInput) -> Mapping[str, Any] | None:
         """The row's own solution, where it has one."""
         solution = reference_solution(item.row)
-        return self.build_request(replace(item, completion=solution)) if solution else None
+        if solution:
+            return self.build_request(replace(item, completion=solution))
+        return None
 
     def parse_reply(self, item: RewardInput, reply: Reply) -> Score:
         if "fault" in reply:
             return self.on_worker_crash(item, reply["fault"])
-        outcome, reason = reply["value"]["outcome"], strip_control_chars(reply["value"]["reason"])
+        outcome = reply["value"]["outcome"]
+        reason = strip_control_chars(reply["value"]["reason"])
         if outcome in ("pass", "fail"):
             return Score(float(outcome == "pass"), outcome, reason)
-        return (
-            Score(None, "timeout", f"`{self.name}`: {reason}, on {item}")
-            if outcome == "late"
-            else self.on_worker_crash(item, reason)
-        )
+        if outcome == "late":
+            return Score(None, "timeout", f"`{self.name}`: {reason}, on {item}")
+        return self.on_worker_crash(item, reason)
 
     def on_timeout(self, item: RewardInput, seconds: float) -> Score:
         return Score(None, "timeout", f"`{self.name}`: the check was not over within {seconds:g} s on {item}")

@@ -51,11 +51,9 @@ def load(spec: Mapping[str, Any]) -> Callable[[Mapping[str, Any]], dict[str, str
     current = [SandboxPair(spec["level"])]
 
     def grade(request: Mapping[str, Any]) -> dict[str, str]:
-        tests, code, seconds = (
-            row_tests(request["row"]),
-            extract_code(request["completion"]),
-            request["seconds"] * TEST_TIME_FRACTION,
-        )
+        tests = row_tests(request["row"])
+        code = extract_code(request["completion"])
+        seconds = request["seconds"] * TEST_TIME_FRACTION
         result = run_check(tests, code, seconds, True)
         if (result.mistyped or result.slow) and (reference := reference_solution(request["row"])):
             try:
@@ -73,13 +71,19 @@ def load(spec: Mapping[str, Any]) -> Callable[[Mapping[str, Any]], dict[str, str
         return result
 
     def compared_to(
-        reference: CheckResult, result: CheckResult, tests: RowTests, code: str, seconds: float
+        reference: CheckResult,
+        result: CheckResult,
+        tests: RowTests,
+        code: str,
+        seconds: float,
     ) -> CheckResult:
         """A result that may be the row's doing. Types do not count where the reference fails by one alone, as one that
         returns 0 for False; nor does the time where the reference needs more too."""
         if result.slow and reference.slow:
             return CheckResult("fault", f"its own solution did not end within {seconds:g} s")
-        return run_check(tests, code, seconds, False) if result.mistyped and reference.mistyped else result
+        if result.mistyped and reference.mistyped:
+            return run_check(tests, code, seconds, False)
+        return result
 
     def run_check(tests: RowTests, code: str, seconds: float, strict: bool) -> CheckResult:
         if current[0].used:  # an alarm has cut the last check short
@@ -110,14 +114,17 @@ def extract_code(completion: str) -> str:
 
 def fenced_blocks(text: str) -> list[tuple[str, str]]:
     """What stands between lines of three backticks, with the first word behind the opening ones, in small letters."""
-    blocks, opening, language = [], -1, ""
+    blocks = []
+    opening = -1
+    language = ""
     lines = text.split("\n")
     for number, line in enumerate([*lines, "```"]):
         stripped = line.strip(" \t\r")
         if not stripped.startswith("```"):
             continue
         if opening < 0:
-            opening, language = number, (stripped[3:].split(maxsplit=1) or [""])[0].lower()
+            opening = number
+            language = (stripped[3:].split(maxsplit=1) or [""])[0].lower()
         else:
             blocks.append((language, "".join(f"{content}\n" for content in lines[opening + 1 : number])))
             opening = -1
@@ -126,7 +133,8 @@ def fenced_blocks(text: str) -> list[tuple[str, str]]:
 
 def row_tests(row: Mapping[str, Any]) -> RowTests:
     """The tests of a row. Raises InvalidTests."""
-    test, listed = row.get("test"), row.get("test_list")
+    test = row.get("test")
+    listed = row.get("test_list")
     if isinstance(test, str) and row.get("entry_point"):
         return _humaneval_tests(str(row.get("prompt") or ""), test, str(row["entry_point"]))
     if listed:
@@ -153,11 +161,10 @@ def _mbpp_tests(row: Mapping[str, Any], tests: Sequence[str]) -> RowTests:
     tree = _parse_or_raise("\n".join([*setup, *tests]), "`test_list`")
     _require_assertions(tree)
     reference = _parse(str(row.get("code") or ""))
-    imports = (
-        [ast.unparse(node) for node in reference.body if isinstance(node, (ast.Import, ast.ImportFrom))]
-        if reference
-        else []
-    )
+    if reference:
+        imports = [ast.unparse(node) for node in reference.body if isinstance(node, (ast.Import, ast.ImportFrom))]
+    else:
+        imports = []
     # Without a reference that makes any of them, whatever nobody else makes is the solution's.
     solution_names = _loaded_names(tree) & (_top_level_names(reference) if reference else set()) or _loaded_names(
         tree
@@ -175,18 +182,18 @@ def _text_list(value: object) -> list[str]:
             value = json.loads(value)
         except json.JSONDecodeError:
             return [str(value)] if str(value).strip() else []
-    return [str(element).replace("\r\n", "\n") for element in value] if isinstance(value, (list, tuple)) else []
+    if isinstance(value, (list, tuple)):
+        return [str(element).replace("\r\n", "\n") for element in value]
+    return []
 
 
 def _complete_prompt(prompt: str) -> str:
     """A prompt that ends with a function's first line or docstring, as whole statements."""
-    return (
-        prompt
-        if _parse(prompt) is not None
-        else f"{prompt.rstrip()}\n    pass\n"
-        if _parse(f"{prompt.rstrip()}\n    pass\n")
-        else ""
-    )
+    if _parse(prompt) is not None:
+        return prompt
+    if _parse(f"{prompt.rstrip()}\n    pass\n"):
+        return f"{prompt.rstrip()}\n    pass\n"
+    return ""
 
 
 def _parse(source: str) -> ast.Module | None:

@@ -77,7 +77,9 @@ class LeanReward(WorkerReward):
         statement = _statement(item.row)
         if statement is None:
             return "the row has no column `statement`"
-        return None if THEOREM.search(statement) else "`statement` holds no theorem"
+        if THEOREM.search(statement):
+            return None
+        return "`statement` holds no theorem"
 
     def score_without_worker(self, item: RewardInput) -> Score | None:
         if reason := self.row_rejection_reason(item):
@@ -114,7 +116,9 @@ class LeanReward(WorkerReward):
         if "row" in value:
             return self._no_score("error", f"the row's own statement is not taken: {value['row']}", item)
         return Score(
-            float(value["right"]), "pass" if value["right"] else "fail", truncate_for_display(value["why"], 400)[1:-1]
+            float(value["right"]),
+            "pass" if value["right"] else "fail",
+            truncate_for_display(value["why"], 400)[1:-1],
         )
 
     def on_timeout(self, item: RewardInput, seconds: float) -> Score:
@@ -179,7 +183,9 @@ def strip_comments(text: str) -> str:
     """Without what Lean would not read either: so what is looked at and what Lean gets are the same. Raises
     Improper."""
     pieces: list[str] = []
-    depth, position, text = 0, 0, text.replace("\r\n", "\n").replace("\t", "    ")
+    depth = 0
+    position = 0
+    text = text.replace("\r\n", "\n").replace("\t", "    ")
     while match := COMMENT.search(text, position):
         word = match.group()
         if word.startswith("--") and depth:

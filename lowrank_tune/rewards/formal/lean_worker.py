@@ -34,16 +34,20 @@ class LeanFailed(Exception):
 def load(spec: Mapping[str, Any]) -> Callable[[Mapping[str, Any]], Mapping[str, Any]]:
     """Judges `head`, `proof` and `name`: {right, why}, or {row} where the row's own part is not taken. Tries the
     program first."""
-    program, memory = spec["program"], spec["megabytes"]
+    program = spec["program"]
+    memory = spec["megabytes"]
     if (
         reason := rejection_reason(
-            run_lean(program, PROBE_THEOREM.format(name="lowrank_tries"), memory), "lowrank_tries", 3
+            run_lean(program, PROBE_THEOREM.format(name="lowrank_tries"), memory),
+            "lowrank_tries",
+            3,
         )
     ) is not None:
         raise LeanFailed(f"the program does not check a proof of True: {reason}")
 
     def grade(request: Mapping[str, Any]) -> Mapping[str, Any]:
-        head, name = request["head"], request["name"]
+        head = request["head"]
+        name = request["name"]
         text = f"{head}\n{request['proof']}\n#print axioms {name}\n"
         messages = run_lean(program, text, memory)
         reason = rejection_reason(messages, name, text.count("\n"))
@@ -75,8 +79,13 @@ def rejection_reason(messages: Sequence[Mapping[str, Any]], name: str, line: int
     ):
         raise LeanFailed("the program said nothing of axioms")
     match = AXIOMS.search(infos[0])
-    untrusted = {axiom.strip() for axiom in match[1].split(",")} - TRUSTED_AXIOMS if match else set()
-    return f"rests on {', '.join(sorted(untrusted))[:200]}" if untrusted else None
+    if match:
+        untrusted = {axiom.strip() for axiom in match[1].split(",")} - TRUSTED_AXIOMS
+    else:
+        untrusted = set()
+    if untrusted:
+        return f"rests on {', '.join(sorted(untrusted))[:200]}"
+    return None
 
 
 def errors(messages: Sequence[Mapping[str, Any]]) -> Iterator[Mapping[str, Any]]:
@@ -137,7 +146,8 @@ def _limit_resources(megabytes: int) -> None:
         (resource.RLIMIT_CORE, 0),
     ):
         _, hard = resource.getrlimit(limit)
-        maximum = maximum if hard == resource.RLIM_INFINITY else min(maximum, hard)
+        if hard != resource.RLIM_INFINITY:
+            maximum = min(maximum, hard)
         resource.setrlimit(limit, (maximum, maximum))
 
 

@@ -81,7 +81,9 @@ class SmtReward(WorkerReward):
 
     def reference_request(self, item: RewardInput) -> Mapping[str, Any] | None:
         """The row's own formulas. A statement is these and nothing else, so that no completion is at fault."""
-        return None if self.answer_type == "statement" else {**self.build_request(item), "text": None}
+        if self.answer_type == "statement":
+            return None
+        return {**self.build_request(item), "text": None}
 
     def parse_reply(self, item: RewardInput, reply: Reply) -> Score:
         if "fault" in reply:
@@ -95,7 +97,9 @@ class SmtReward(WorkerReward):
             correct = claimed_verdict(item.completion) == value["status"]
             return Score(float(correct), "pass" if correct else "fail", "" if correct else f"it is {value['status']}")
         return Score(
-            float(value["right"]), "pass" if value["right"] else "fail", truncate_for_display(value["why"], 300)[1:-1]
+            float(value["right"]),
+            "pass" if value["right"] else "fail",
+            truncate_for_display(value["why"], 300)[1:-1],
         )
 
     def on_timeout(self, item: RewardInput, seconds: float) -> Score:

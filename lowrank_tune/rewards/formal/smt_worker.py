@@ -105,11 +105,10 @@ class SmtProblem:
         self.declared: dict[str, tuple[list[Any], Any]] = {}
         self.names: set[str] = set()
         for command in _parse_row(parse_sexprs, text):
-            word = (
-                command[0]
-                if isinstance(command, list) and command and isinstance(command[0], str)
-                else format_sexpr(command)
-            )
+            if isinstance(command, list) and command and isinstance(command[0], str):
+                word = command[0]
+            else:
+                word = format_sexpr(command)
             if word in IGNORED:
                 continue
             if word not in (*DECLARES, *DEFINES, "assert"):
@@ -130,7 +129,9 @@ class SmtProblem:
 
 
 def _words(expression: Any) -> list[str]:
-    return [expression] if isinstance(expression, str) else [word for part in expression for word in _words(part)]
+    if isinstance(expression, str):
+        return [expression]
+    return [word for part in expression for word in _words(part)]
 
 
 def _parse_row(function: Callable[[str], Any], text: str) -> Any:
@@ -169,7 +170,9 @@ def statement(request: Mapping[str, Any], decide: DecideFn) -> str:
     if request.get("claim") is None:
         return _decide_row(decide, script, "`smt`")
     status = _decide_row(
-        decide, f"{script}\n(assert (not {_parse_term('claim', request['claim'])}))", "`smt` with `claim`"
+        decide,
+        f"{script}\n(assert (not {_parse_term('claim', request['claim'])}))",
+        "`smt` with `claim`",
     )
     return "valid" if status == "unsat" else "invalid"
 
@@ -224,14 +227,10 @@ def parse_assignments(text: str, problem: SmtProblem) -> dict[str, str]:
             and isinstance(definition[2], list)
         ):
             raise SmtlibParseError("holds something other than (define-fun name (...) sort value)")
-        name, parameters = (
-            definition[1],
-            [
-                each[0]
-                for each in definition[2]
-                if isinstance(each, list) and len(each) == 2 and isinstance(each[0], str)
-            ],
-        )
+        name = definition[1]
+        parameters = [
+            each[0] for each in definition[2] if isinstance(each, list) and len(each) == 2 and isinstance(each[0], str)
+        ]
         if name not in problem.declared or name in result:
             raise SmtlibParseError(f"defines {name[:40]!r}, which is not declared or comes twice")
         sorts, sort = problem.declared[name]
@@ -252,7 +251,9 @@ def _to_real(term: Any) -> Any:
     """5 and (- 5) where a real number stands, as 5.0 and (- 5.0)."""
     if isinstance(term, str):
         return f"{term}.0" if term.isdigit() else term
-    return [term[0], *map(_to_real, term[1:])] if term[0] in ("+", "-", "*", "/") else term
+    if term[0] in ("+", "-", "*", "/"):
+        return [term[0], *map(_to_real, term[1:])]
+    return term
 
 
 def _literal(value: str, sort: Any) -> str:
@@ -267,7 +268,10 @@ def _literal(value: str, sort: Any) -> str:
     number = Fraction(top) / int(bottom or 1)
     if sort == "Int" and number.denominator != 1:
         raise SmtlibParseError(f"gives an integer the value {value[:40]}")
-    term = str(number) if sort == "Int" else f"(/ {number.numerator}.0 {number.denominator}.0)"
+    if sort == "Int":
+        term = str(number)
+    else:
+        term = f"(/ {number.numerator}.0 {number.denominator}.0)"
     return f"(- {term})" if value.startswith("-") else term
 
 
@@ -292,7 +296,8 @@ def invariant(request: Mapping[str, Any], decide: DecideFn) -> tuple[bool, str]:
         return True, ""
     try:
         formula = _parse_formula(request["text"], {*problem.declared, *problem.names}, set(state))
-        now, then = format_sexpr(formula), format_sexpr(_prime_state_vars(formula, state))
+        now = format_sexpr(formula)
+        then = format_sexpr(_prime_state_vars(formula, state))
         for failure, premises, conclusion in (
             ("holds not at first", [init], now),
             ("is not kept by a step", [now, transition], then),

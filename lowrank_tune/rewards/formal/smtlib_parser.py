@@ -8,7 +8,10 @@ from collections.abc import Container, Sequence
 from typing import Any
 
 # characters of a text, levels, characters of a literal, the largest index
-MAX_CHARS, MAX_DEPTH, MAX_LITERAL_CHARS, MAX_INDEX = 100_000, 100, 1000, 4096
+MAX_CHARS = 100_000
+MAX_DEPTH = 100
+MAX_LITERAL_CHARS = 1000
+MAX_INDEX = 4096
 TOKEN = re.compile(r'(?:\s+|;[^\n]*)|([()]|"(?:[^"]|"")*"|\|[^|\\]*\||[^\s()";|]+)')
 LITERAL = re.compile(r'[0-9]+(?:\.[0-9]+)?|#x[0-9a-fA-F]+|#b[01]+|"[ -~]*"')
 SYMBOL = re.compile(r"[A-Za-z~!@$%^&*_+=<>.?/-][0-9A-Za-z~!@$%^&*_+=<>.?/-]*")
@@ -37,7 +40,8 @@ def parse_sexprs(text: str) -> list[Any]:
         match = TOKEN.match(text, position)
         if match is None:
             raise SmtlibParseError(f"has an open quote at {text[position : position + 20]!r}")
-        position, word = match.end(), match.group(1)
+        position = match.end()
+        word = match.group(1)
         if word == "(":
             stack.append([])
             if len(stack) > MAX_DEPTH:
@@ -56,7 +60,9 @@ def parse_sexprs(text: str) -> list[Any]:
 
 def format_sexpr(expression: Any) -> str:
     """An expression as text."""
-    return expression if isinstance(expression, str) else f"({' '.join(map(format_sexpr, expression))})"
+    if isinstance(expression, str):
+        return expression
+    return f"({' '.join(map(format_sexpr, expression))})"
 
 
 def check_term(term: Any, names: Container[str]) -> None:
@@ -67,7 +73,8 @@ def check_term(term: Any, names: Container[str]) -> None:
         return
     if not term:
         raise SmtlibParseError("has empty brackets")
-    head, rest = term[0], term[1:]
+    head = term[0]
+    rest = term[1:]
     if head == "let":
         _check_binder(term, names)
         for _, value in term[1]:
@@ -95,7 +102,8 @@ class _UnionContainer:
     """A container joined with a set of more names."""
 
     def __init__(self, names: Container[str], more: Container[str] = ()) -> None:
-        self.names, self.more = names, more
+        self.names = names
+        self.more = more
 
     def __ror__(self, more: Container[str]) -> _UnionContainer:
         return _UnionContainer(self.names, more)

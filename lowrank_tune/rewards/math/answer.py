@@ -25,7 +25,8 @@ TAIL_CHARS = 4000  # characters at the end of a completion that may hold its ans
 MAX_NUMBER_CHARS = 100  # characters of a number
 
 # generous: what looks like a number is read, strictly, later
-SIGN, DIGITS = r"[-+\u2212]?", r"(?:\d[\d,.]*+|(?<!\.)\.\d++)(?:[eE][-+]?\d++)?"
+SIGN = r"[-+\u2212]?"
+DIGITS = r"(?:\d[\d,.]*+|(?<!\.)\.\d++)(?:[eE][-+]?\d++)?"
 NUMBER = rf"(?:\d++ (?=\d++ ?/))?{DIGITS}(?: ?/ ?{DIGITS})?(?: ?%)?"
 LOOSE_NUMBER = re.compile(rf"(?<!\w)(?:(?<![)\]}}]){SIGN})?\$?{NUMBER}")
 STRICT_NUMBER = r"(?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]+)(?:\.[0-9]+)?|\.[0-9]+"
@@ -57,7 +58,10 @@ class NumericAnswer:
         """Equal numbers; of which one alone has a percent sign, equal with it as a unit or as hundredths."""
         if self.percent == other.percent:
             return self.number == other.number
-        percent, plain = (self.number, other.number) if self.percent else (other.number, self.number)
+        if self.percent:
+            percent, plain = (self.number, other.number)
+        else:
+            percent, plain = (other.number, self.number)
         return plain in (percent, percent / 100)
 
 
@@ -100,7 +104,8 @@ def extract_final_answer(completion: str) -> str | None:
 
 def answers_match(answer: str, ground_truth: str) -> bool:
     """Whether an answer is the gold one: as numbers where the gold is one, else as text."""
-    expected, actual = parse_number(ground_truth), parse_number(answer)
+    expected = parse_number(ground_truth)
+    actual = parse_number(answer)
     if expected is None:
         return _normalize_text(answer) == _normalize_text(ground_truth)
     return actual is not None and actual.equals(expected)
@@ -125,7 +130,9 @@ def split_number(text: str) -> tuple[NumericAnswer, str] | None:
     if match is None or match.end() > MAX_NUMBER_CHARS or (match["sign"] and match["back"]):
         return None
     number = _number_from_match(match)
-    return None if number is None else (number, text[match.end() :])
+    if number is None:
+        return None
+    return (number, text[match.end() :])
 
 
 def _number_from_match(match: re.Match[str]) -> NumericAnswer | None:
@@ -161,4 +168,6 @@ def _strip_latex(text: str) -> str:
 
 def _normalize_text(text: str) -> str:
     folded = _strip_latex(text).casefold().rstrip(".")
-    return folded[1:-1] if CHOICE_PATTERN.fullmatch(folded) else folded
+    if CHOICE_PATTERN.fullmatch(folded):
+        return folded[1:-1]
+    return folded

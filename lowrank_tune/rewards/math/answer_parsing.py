@@ -91,8 +91,10 @@ class Choice(NamedTuple):
 
 def compare_exact(answer: str, ground_truth: str) -> bool | None:
     """Whether two answers are the same, or None where neither exact numbers nor text can tell."""
-    answer, ground_truth = normalize_latex(answer), normalize_latex(ground_truth)
-    actual, expected = parse_choice(answer), parse_choice(ground_truth)
+    answer = normalize_latex(answer)
+    ground_truth = normalize_latex(ground_truth)
+    actual = parse_choice(answer)
+    expected = parse_choice(ground_truth)
     if expected is not None:
         if actual is not None:
             return actual.letters == expected.letters
@@ -103,7 +105,8 @@ def compare_exact(answer: str, ground_truth: str) -> bool | None:
         answer = actual.rest
     if (in_base := _compare_in_base(answer, ground_truth)) is not None:
         return in_base
-    number, expected_number = parse_exact_number(answer), parse_exact_number(ground_truth)
+    number = parse_exact_number(answer)
+    expected_number = parse_exact_number(ground_truth)
     if number is None and expected_number is not None:
         # of the answer alone: a gold 1,2 is two numbers
         number = parse_decimal_comma(answer)
@@ -133,7 +136,9 @@ def parse_exact_number(text: str) -> NumericAnswer | None:
 def parse_decimal_comma(text: str) -> NumericAnswer | None:
     """The number that 1000,99 is, or 0,125: the comma of neither separates thousands."""
     text = without_unit(text)
-    return parse_exact_number(text.replace(",", ".")) if DECIMAL_COMMA.fullmatch(text) else None
+    if DECIMAL_COMMA.fullmatch(text):
+        return parse_exact_number(text.replace(",", "."))
+    return None
 
 
 def to_algebraic_form(text: str) -> str:
@@ -176,7 +181,10 @@ def is_text(text: str) -> bool:
 
 def normalize_text(text: str) -> str:
     """A text without its setting and case."""
-    plain = "".join(text.replace(",", "").split()) if SYMBOLS_ONLY.fullmatch(text) else TEXT_COMMAND.sub(r" \1 ", text)
+    if SYMBOLS_ONLY.fullmatch(text):
+        plain = "".join(text.replace(",", "").split())
+    else:
+        plain = TEXT_COMMAND.sub(r" \1 ", text)
     return " ".join(plain.casefold().split()).strip(" .")
 
 
@@ -241,16 +249,20 @@ def _have_other_names(answer: str, ground_truth: str) -> bool:
 def _compare_lists(answer: str, ground_truth: str) -> bool | None:
     """Two lists of numbers without names: points and intervals in their order and with their brackets, sets and bare
     lists in any order. A number that a set in braces contains twice counts once."""
-    actual, expected = _parse_list(answer), _parse_list(ground_truth)
+    actual = _parse_list(answer)
+    expected = _parse_list(ground_truth)
     if actual is None or expected is None or actual[0] != expected[0]:
         return None
-    numbers, expected_numbers = actual[1], expected[1]
+    numbers = actual[1]
+    expected_numbers = expected[1]
     if answer.startswith(r"\{") or ground_truth.startswith(r"\{"):
-        numbers, expected_numbers = list(dict.fromkeys(numbers)), list(dict.fromkeys(expected_numbers))
+        numbers = list(dict.fromkeys(numbers))
+        expected_numbers = list(dict.fromkeys(expected_numbers))
     if len(numbers) != len(expected_numbers):
         return False
     if actual[0] == "{}":
-        numbers, expected_numbers = sorted(numbers, key=_sort_key), sorted(expected_numbers, key=_sort_key)
+        numbers = sorted(numbers, key=_sort_key)
+        expected_numbers = sorted(expected_numbers, key=_sort_key)
     return all(
         number.equals(expected_number) for number, expected_number in zip(numbers, expected_numbers, strict=True)
     )
@@ -262,11 +274,15 @@ def _sort_key(value: NumericAnswer) -> tuple[object, ...]:
 
 def _parse_list(text: str) -> tuple[str, list[NumericAnswer]] | None:
     """The brackets of a list of at least two plain numbers, `{}` for none, and the numbers."""
-    brackets, inner = "{}", text
+    brackets = "{}"
+    inner = text
     if text.startswith(r"\{") and text.endswith(r"\}"):
         inner = text[2:-2]
     elif text[:1] in ("(", "[") and text[-1:] in (")", "]"):
-        brackets, inner = text[0] + text[-1], text[1:-1]
+        brackets = text[0] + text[-1]
+        inner = text[1:-1]
     values = [None if "=" in part else parse_exact_number(part) for part in inner.split(",")]
     numbers = [value for value in values if value is not None]
-    return (brackets, numbers) if len(numbers) == len(values) > 1 else None
+    if len(numbers) == len(values) > 1:
+        return (brackets, numbers)
+    return None

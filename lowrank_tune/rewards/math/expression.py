@@ -18,12 +18,11 @@ from fractions import Fraction
 from typing import Any
 
 Node = tuple[Any, ...]
-MAX_CHARS, MAX_DEPTH, MAX_NODES, MAX_DIGITS = (
-    1000,
-    60,
-    500,
-    100,
-)  # characters, brackets in brackets, parts, digits of a number
+# characters, brackets in brackets, parts, digits of a number
+MAX_CHARS = 1000
+MAX_DEPTH = 60
+MAX_NODES = 500
+MAX_DIGITS = 100
 
 FUNCTIONS = frozenset(
     "sin cos tan cot sec csc arcsin arccos arctan sinh cosh tanh ln log exp sqrt abs floor ceil".split()
@@ -132,7 +131,10 @@ class Parser:
     """Recursive descent; each method reads what its name says and leaves `position` behind it."""
 
     def __init__(self, tokens: list[tuple[str, str]]) -> None:
-        self.tokens, self.position, self.depth, self.num_nodes = tokens, 0, 0, 0
+        self.tokens = tokens
+        self.position = 0
+        self.depth = 0
+        self.num_nodes = 0
         self.open_bars = 0
 
     @property
@@ -207,7 +209,9 @@ class Parser:
             if self.accept("!"):
                 raise ExpressionParseError("has a double factorial")
             tree = self.node("factorial", tree)
-        return self.node("power", tree, self.exponent()) if self.accept("^") else tree
+        if self.accept("^"):
+            return self.node("power", tree, self.exponent())
+        return tree
 
     def exponent(self) -> Node:
         """A group, or one signed factor: 2^-1, 2^3^2 = 2^(3^2). In LaTeX x^10 is x^1 0; as people write it, it is
@@ -245,13 +249,14 @@ class Parser:
             self.expect("|")
             return self.node("abs", inner)
         if kind == "sign" and text in CLOSING:
-            outer_bars, self.open_bars = self.open_bars, 0
+            outer_bars = self.open_bars
+            self.open_bars = 0
             inner = self.sum()
             self.open_bars = outer_bars
             self.expect(CLOSING[text])
-            return (
-                self.node({"lfloor": "floor", "lceil": "ceil"}[text], inner) if text in ("lfloor", "lceil") else inner
-            )
+            if text in ("lfloor", "lceil"):
+                return self.node({"lfloor": "floor", "lceil": "ceil"}[text], inner)
+            return inner
         raise ExpressionParseError(f"has {text!r} where a number, a letter or a bracket should be")
 
     def index(self) -> str:
@@ -281,8 +286,13 @@ class Parser:
         if power is not None and power[0] == "negative":
             raise ExpressionParseError(f"has {name} to a negative power, which some read as its inverse")
         inner = self.operands()
-        tree = self.node("logarithm", inner, base) if base is not None else self.node(name, inner)
-        return tree if power is None else self.node("power", tree, power)
+        if base is not None:
+            tree = self.node("logarithm", inner, base)
+        else:
+            tree = self.node(name, inner)
+        if power is None:
+            return tree
+        return self.node("power", tree, power)
 
     def argument(self) -> Node:
         r"""What \frac, \sqrt and an index take: a group or one token; of several digits the first, as in \frac12."""

@@ -66,7 +66,9 @@ def too_large_reason(text: str) -> str | None:
     depth = max((bracket.exponent_depth for bracket in brackets), default=0)
     if depth > MAX_EXPONENT_DEPTH:
         return f"has a tower of {depth} powers (at most {MAX_EXPONENT_DEPTH})"
-    return "is no mathematics" if text.count("!!!") or "\x00" in text else None
+    if text.count("!!!") or "\x00" in text:
+        return "is no mathematics"
+    return None
 
 
 def unreadable_reason(text: str) -> str | None:
@@ -127,4 +129,6 @@ def _bracket_reason(text: str) -> str | None:
                 return f"has {token!r} that nothing opens"
             if is_plain and (behind.isdigit() or behind == "{"):
                 return "has a group beside a number"
-    return f"has {opened[-1][0]!r} that nothing closes" if opened else None
+    if opened:
+        return f"has {opened[-1][0]!r} that nothing closes"
+    return None

@@ -84,14 +84,17 @@ class MathAnswerReward(WorkerReward):
         if not item.stopped:
             return Score(0.0, "fail", "did not stop")
         assert item.ground_truth is not None
-        answer, reference = extract_final_answer(item.completion), reference_answer(item.ground_truth)
+        answer = extract_final_answer(item.completion)
+        reference = reference_answer(item.ground_truth)
         if reason := too_large_reason(answer):
             return self._unreadable(answer, reason)
         correct = compare_exact(answer, reference)
         if correct is not None:
             return self._score(correct, answer, reference)
         reason = unreadable_reason(to_algebraic_form(answer))
-        return self._unreadable(answer, reason) if reason else None
+        if reason:
+            return self._unreadable(answer, reason)
+        return None
 
     def build_request(self, item: RewardInput) -> Mapping[str, Any]:
         return {
@@ -129,11 +132,10 @@ class MathAnswerReward(WorkerReward):
         )
 
     def _ground_truth_error(self, item: RewardInput, reason: str) -> Score:
-        which = (
-            "a gold answer is needed, and"
-            if item.ground_truth is None
-            else f"the gold answer {truncate_for_display(item.ground_truth, 60)}"
-        )
+        if item.ground_truth is None:
+            which = "a gold answer is needed, and"
+        else:
+            which = f"the gold answer {truncate_for_display(item.ground_truth, 60)}"
         return Score(None, "error", f"`{self.name}`: {which} {reason}, for {item}")
 
 

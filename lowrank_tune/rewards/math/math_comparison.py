@@ -22,8 +22,10 @@ def answers_are_equal(ground_truth: Any, answer: Any, is_set: bool) -> bool:
     """Whether an answer is the gold one. `is_set`: one of them is written in the braces of a set, so that neither
     stands for a point. Raises MathParseError for an equation that does not hold."""
     ground_truth, answer = without_names(ground_truth, answer)
-    members, answer_members = list_members(ground_truth), list_members(answer)
-    point, answer_point = coordinates(ground_truth), coordinates(answer)
+    members = list_members(ground_truth)
+    answer_members = list_members(answer)
+    point = coordinates(ground_truth)
+    answer_point = coordinates(answer)
     if members is not None and answer_members is not None:
         return have_equal_members(members, answer_members)
     if members is not None and len(members) == 1:
@@ -69,7 +71,8 @@ def coordinates(expression: Any) -> Sequence[Any] | None:
 
 def have_equal_members(ground_truth: Sequence[Any], answer: Sequence[Any]) -> bool:
     """Whether two lists hold the same, in any order; what is in one twice counts once."""
-    expected, found = list(dict.fromkeys(ground_truth)), list(dict.fromkeys(answer))
+    expected = list(dict.fromkeys(ground_truth))
+    found = list(dict.fromkeys(answer))
     remaining = [member for member in found if member not in expected]
     missing = [member for member in expected if member not in found]
     if len(missing) != len(remaining):

@@ -26,7 +26,10 @@ def values_are_equal(ground_truth: Any, answer: Any) -> bool:
     """Whether one value, set, interval or relation is the gold one."""
     if differ_numerically(ground_truth, answer):
         return False
-    size = abs(ground_truth.evalf(15)) if getattr(ground_truth, "is_number", False) else None
+    if getattr(ground_truth, "is_number", False):
+        size = abs(ground_truth.evalf(15))
+    else:
+        size = None
     if size is not None and size.is_comparable and 0 < size < 1 and getattr(answer, "is_number", False):
         return bool(
             abs(sympy.N(ground_truth - answer, 15, maxn=1000)) < size * 10.0**-DECIMAL_PLACES

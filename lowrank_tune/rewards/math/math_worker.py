@@ -26,7 +26,9 @@ GradeResult = dict[str, Any]
 NORMALIZATION = NormalizationConfig(basic_latex=True, units=False, malformed_operators=True, nits=True, boxed="none")
 CONVERSION = ConversionConfig(lowercase_symbols=False)
 # parts of an answer; decimal digits of a number in it; power of what is no number
-MAX_NODES, MAX_DIGITS, MAX_POWER = 2000, 1e4, 1000.0
+MAX_NODES = 2000
+MAX_DIGITS = 1e4
+MAX_POWER = 1000.0
 CPU_TIME_SHARE = 0.5  # of the seconds of a call: computing time that an answer may take
 
 
@@ -124,15 +126,20 @@ def evaluate(part: Any) -> Any:
         return part.func(*map(evaluate, part.args), evaluate=False)
     if isinstance(part, (FiniteSet, And)):
         return part.func(*map(evaluate, part._unsorted_args))
-    return part.func(*map(evaluate, part.args)) if isinstance(part, (sympy.Expr, sympy.Tuple, sympy.Interval)) else part
+    if isinstance(part, (sympy.Expr, sympy.Tuple, sympy.Interval)):
+        return part.func(*map(evaluate, part.args))
+    return part
 
 
 def to_exact(expression: Any) -> Any:
     """With fractions for decimals: 2^{0.5} is the root of 2. A decimal alone stays one: it may be a rounded answer."""
-    decimals = expression.atoms(sympy.Float) if isinstance(expression, sympy.Expr) else ()
-    return (
-        expression.xreplace({decimal: sympy.Rational(str(decimal)) for decimal in decimals}) if decimals else expression
-    )
+    if isinstance(expression, sympy.Expr):
+        decimals = expression.atoms(sympy.Float)
+    else:
+        decimals = ()
+    if decimals:
+        return expression.xreplace({decimal: sympy.Rational(str(decimal)) for decimal in decimals})
+    return expression
 
 
 def check_size(expression: Any) -> None:
@@ -152,7 +159,10 @@ def estimate_digits(part: Any) -> float:
     inner = [estimate_digits(argument) for argument in part.args]
     largest = max(inner, default=0.0)
     if isinstance(part, sympy.Pow):
-        power = abs(float(part.exp)) if part.exp.is_Rational and inner[1] < 300 else 10 ** min(inner[1], 300)
+        if part.exp.is_Rational and inner[1] < 300:
+            power = abs(float(part.exp))
+        else:
+            power = 10 ** min(inner[1], 300)
         if part.base.free_symbols and power > MAX_POWER and not part.exp.free_symbols:
             return math.inf
         return float(max(inner[0], 1.0) * max(power, 1.0))

@@ -14,7 +14,10 @@ def expand_plus_minus(text: str) -> str:
     r"""A list, or one answer, in which each member with one \pm is two members. A \mp beside it has the other sign."""
     if SIGN.search(text) is None:
         return text
-    opening, closing = (r"\{", r"\}") if text.startswith(r"\{") and text.endswith(r"\}") else ("", "")
+    if text.startswith(r"\{") and text.endswith(r"\}"):
+        opening, closing = (r"\{", r"\}")
+    else:
+        opening, closing = ("", "")
     members = split_list(text[len(opening) : len(text) - len(closing)])
     values = [value for member in members for value in _both_values(member)]
     return opening + ", ".join(values) + closing

@@ -58,7 +58,8 @@ class SymbolicReward(WorkerReward):
     def parse_reply(self, item: RewardInput, reply: Reply) -> Score:
         if "fault" in reply:
             return self.on_worker_crash(item, reply["fault"])
-        value, answer = reply["value"], extract_final_answer(item.completion)
+        value = reply["value"]
+        answer = extract_final_answer(item.completion)
         if "gold" in value:
             return self._ground_truth_error(item, value["gold"])
         if "found" in value:
@@ -78,11 +79,10 @@ class SymbolicReward(WorkerReward):
         return Score(None, "error", f"`{self.name}`: the verifier {reason} on {item}")
 
     def _ground_truth_error(self, item: RewardInput, reason: str) -> Score:
-        which = (
-            "a gold expression is needed, and"
-            if item.ground_truth is None
-            else f"the gold expression {truncate_for_display(item.ground_truth, 60)}"
-        )
+        if item.ground_truth is None:
+            which = "a gold expression is needed, and"
+        else:
+            which = f"the gold expression {truncate_for_display(item.ground_truth, 60)}"
         return Score(None, "error", f"`{self.name}`: {which} {reason}, for {item}")
 
 

@@ -20,7 +20,9 @@ import sympy
 from lowrank_tune.rewards.math.expression import ExpressionParseError, Node, free_variables, parse_expression
 from lowrank_tune.rewards.workers.budget import time_limit
 
-NUM_POINTS, MAX_POINTS = 5, 60  # points that are compared, and at most drawn
+# points that are compared, and at most drawn
+NUM_POINTS = 5
+MAX_POINTS = 60
 PRECISION_DIGITS = 300  # decimal digits of a value; what cancels may take a third of them
 RTOL = mpmath.mpf(10) ** -200  # of their size values may differ; nearer to 0 than this a difference is none
 MIN_RELATIVE_CONSTANT = (
@@ -106,7 +108,9 @@ def _try_evaluate(tree: Node, point: Point, is_complex: bool, digits: int = PREC
             return None
         if not is_complex and abs(mpmath.im(value)) > abs(value) * mpmath.mpf(10) ** (-digits // 2):
             return None
-        return mpmath.mpmathify(value) if is_complex else mpmath.re(value)
+        if is_complex:
+            return mpmath.mpmathify(value)
+        return mpmath.re(value)
 
 
 def evaluate(tree: Node, point: Point) -> Any:
@@ -116,7 +120,9 @@ def evaluate(tree: Node, point: Point) -> Any:
     if kind == "number":
         return mpmath.mpf(tree[1].numerator) / tree[1].denominator
     if kind == "name":
-        return CONSTANTS[tree[1]]() if tree[1] in CONSTANTS else point[tree[1]]
+        if tree[1] in CONSTANTS:
+            return CONSTANTS[tree[1]]()
+        return point[tree[1]]
     parts = [evaluate(part, point) for part in tree[1:]]
     value = MPMATH_FUNCTIONS[kind](*parts)
     if not mpmath.isfinite(value) or (value != 0 and mpmath.mag(value) > MAX_VALUE_DIGITS * 3.33):
@@ -215,7 +221,10 @@ def _symbolic(ground_truth: Node, answer: Node, size: Any) -> GradeResult:
 def _safe_to_expand(tree: Node) -> bool:
     """Whether no power in a tree is one that sympy might write out: only of numbers or up to the 100th."""
     if tree[0] == "power":
-        exponent = _try_evaluate(tree[2], {}, True, 15) if not free_variables(tree[2]) else mpmath.mpf(0)
+        if not free_variables(tree[2]):
+            exponent = _try_evaluate(tree[2], {}, True, 15)
+        else:
+            exponent = mpmath.mpf(0)
         if exponent is None or abs(exponent) > (1000 if not free_variables(tree[1]) else 100):
             return False
     if (
@@ -234,7 +243,9 @@ def to_sympy(tree: Node) -> Any:
         value: Fraction = tree[1]
         return sympy.Rational(value.numerator, value.denominator)
     if kind == "name":
-        return SYMPY_CONSTANTS[tree[1]] if tree[1] in SYMPY_CONSTANTS else sympy.Symbol(tree[1], real=True)
+        if tree[1] in SYMPY_CONSTANTS:
+            return SYMPY_CONSTANTS[tree[1]]
+        return sympy.Symbol(tree[1], real=True)
     return SYMPY_FUNCTIONS[kind](*(to_sympy(part) for part in tree[1:]))
 
 

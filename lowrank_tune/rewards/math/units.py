@@ -45,10 +45,14 @@ def without_unit(text: str) -> str:
     """A normalized LaTeX answer without the unit behind it."""
     if match := UPRIGHT.search(text):
         names = [name for name in match.groups() if name is not None]
-        return text[: match.start()] if all(_consists_of_units(name, LETTERS, NOUN) for name in names) else text
+        if all(_consists_of_units(name, LETTERS, NOUN) for name in names):
+            return text[: match.start()]
+        return text
     if match := PLAIN.search(text):
         noun = PLAIN_NOUN if match[1] else None
-        return text[: match.start()] if _consists_of_units(match[2], frozenset(), noun) else text
+        if _consists_of_units(match[2], frozenset(), noun):
+            return text[: match.start()]
+        return text
     return text
 
 

@@ -47,14 +47,25 @@ class SandboxPair:
     """A solver and a tester, confined and waiting: made before they are needed, used once."""
 
     def __init__(self, level: Level) -> None:
-        self.used, self.seconds = False, 0.0
+        self.used = False
+        self.seconds = 0.0
         self._loading_seconds = 0.0
-        self._solver, self._tester = Confined("solver", level), Confined("tester", level)
+        self._solver = Confined("solver", level)
+        self._tester = Confined("tester", level)
 
-    def check(self, prompt: str, code: str, entry: str, tests: str, seconds: float, strict: bool = True) -> CheckResult:
+    def check(
+        self,
+        prompt: str,
+        code: str,
+        entry: str,
+        tests: str,
+        seconds: float,
+        strict: bool = True,
+    ) -> CheckResult:
         """Runs the tests on the code, both together within so many seconds of `ChargedTime`. `prompt` and `entry`: see
         `solver.complete_program`. `strict`: types count. Ends both processes."""
-        self.used, self.seconds = True, seconds
+        self.used = True
+        self.seconds = seconds
         try:
             self._solver.ready()
             self._tester.ready()
@@ -97,7 +108,8 @@ class SandboxPair:
         if reply[0] != "loaded":
             raise TestFailed(f"raised {reply[1][0]}: {reply[2]}")
         self._loading_seconds = self._time.charged
-        message, calls = self._tester_reply(tests, 0), 0
+        message = self._tester_reply(tests, 0)
+        calls = 0
         while message[:1] != b"V":
             calls += 1
             message = self._tester_reply(self._solver_reply(message[1:]), calls)

@@ -21,7 +21,14 @@ MAX_OPEN_FILES = 64
 STACK_BYTES = 8 << 20
 
 
-def confine(level: str, descriptor: int, parent: int, memory: int, seconds: int, tasks: int) -> dict[str, object]:
+def confine(
+    level: str,
+    descriptor: int,
+    parent: int,
+    memory: int,
+    seconds: int,
+    tasks: int,
+) -> dict[str, object]:
     """Confines this process at the level; `descriptor` stays open. Returns what was reached. Raises OSError where a
     step is refused.
 

@@ -13,7 +13,8 @@ class AuthenticatedChannel:
     """Messages over one descriptor. What does not begin as it must was written by someone else."""
 
     def __init__(self, descriptor: int) -> None:
-        self._descriptor, self._num_sent = descriptor, 0
+        self._descriptor = descriptor
+        self._num_sent = 0
         self._nonce = frames.read_frame(descriptor)
 
     def receive(self) -> bytes:

@@ -28,7 +28,9 @@ class Channel:
     """One stream. Deadlines are of time.monotonic."""
 
     def __init__(self, stream: socket.socket) -> None:
-        self._stream, self._buffer, self._unsent = stream, bytearray(), bytearray()
+        self._stream = stream
+        self._buffer = bytearray()
+        self._unsent = bytearray()
         stream.setblocking(False)
 
     def send(self, message: bytes, deadline: float) -> None:

@@ -65,7 +65,10 @@ class AvailableIsolation:
     def __str__(self) -> str:
         if self.fault or self.status is None:
             return f"{self.level}: {self.fault}"
-        lock = f" + Landlock {self.status['landlock']}" if self.status["landlock"] else ""
+        if self.status["landlock"]:
+            lock = f" + Landlock {self.status['landlock']}"
+        else:
+            lock = ""
         base = "" if self.level == "landlock" else self.level
         return (
             f"{base}{lock}{'' if self.level == 'none' else ' + seccomp'} + limits, as user {self.status['uid']}"
@@ -103,7 +106,9 @@ def probe_level(level: Level) -> AvailableIsolation:
     finally:
         solver.end()
     return AvailableIsolation(
-        level, f"code at this level {', '.join(escapes)}" if escapes and level != "none" else "", status
+        level,
+        f"code at this level {', '.join(escapes)}" if escapes and level != "none" else "",
+        status,
     )
 
 
@@ -123,4 +128,6 @@ def escape_checks(solver: Confined) -> list[str]:
         solver.receive(deadline)
         solver.send(b"l4;" + encode("call") + b"o0;" + encode([secret, folder, os.getpid()]) + encode({}), deadline)
         answer = decode(solver.receive(deadline))
-    return list(answer[1]) if answer[0] == "value" else [f"cannot run ({answer})"]
+    if answer[0] == "value":
+        return list(answer[1])
+    return [f"cannot run ({answer})"]

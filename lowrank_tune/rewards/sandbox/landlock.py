@@ -13,11 +13,20 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-CREATE, ADD, RESTRICT = 444, 445, 446  # one number on every architecture
-VERSION, PATH_BENEATH = 1, 1
-WRITE_FILE, READ_FILE, READ_DIR, TRUNCATE = 1 << 1, 1 << 2, 1 << 3, 1 << 14
+# one number on every architecture
+CREATE = 444
+ADD = 445
+RESTRICT = 446
+VERSION = 1
+PATH_BENEATH = 1
+WRITE_FILE = 1 << 1
+READ_FILE = 1 << 2
+READ_DIR = 1 << 3
+TRUNCATE = 1 << 14
 FILE_RIGHTS = ((1, 13), (2, 14), (3, 15), (5, 16))  # from this version on so many
-CONNECT_AND_BIND, SIGNALS_AND_ABSTRACT_SOCKETS = 3, 3  # from version 4, from version 6
+# from version 4, from version 6
+CONNECT_AND_BIND = 3
+SIGNALS_AND_ABSTRACT_SOCKETS = 3
 
 
 class RulesetAttr(ctypes.Structure):
@@ -56,7 +65,12 @@ def restrict(readable: Iterable[int], writable: Iterable[int]) -> int:
     abi_version = syscall(CREATE, "landlock", None, 0, VERSION)
     files = (1 << max(count for since, count in FILE_RIGHTS if abi_version >= since)) - 1
     attributes = RulesetAttr(files, CONNECT_AND_BIND, SIGNALS_AND_ABSTRACT_SOCKETS)
-    size = 8 if abi_version < 4 else 16 if abi_version < 6 else 24
+    if abi_version < 4:
+        size = 8
+    elif abi_version < 6:
+        size = 16
+    else:
+        size = 24
     ruleset = syscall(CREATE, "landlock_create_ruleset", ctypes.addressof(attributes), size, 0)
     for descriptor in readable:
         _allow(ruleset, descriptor, READ_FILE | READ_DIR if stat.S_ISDIR(os.fstat(descriptor).st_mode) else READ_FILE)

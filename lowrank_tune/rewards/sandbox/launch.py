@@ -54,7 +54,9 @@ class Confined:
 
     def __init__(self, role: SandboxRole, level: Level, memory: int = MEMORY) -> None:
         parent_end, child_end = socket.socketpair()
-        self._channel, self._nonce, self._num_received = Channel(parent_end), secrets.token_bytes(NONCE_BYTES), 0
+        self._channel = Channel(parent_end)
+        self._nonce = secrets.token_bytes(NONCE_BYTES)
+        self._num_received = 0
         numbers = [child_end.fileno(), os.getpid(), memory, CPU_SECONDS, max_tasks()]
         with child_end:
             self._process = subprocess.Popen(

@@ -19,9 +19,16 @@ if TYPE_CHECKING:
 # mounts, cgroups, host name, IPC, processes, network
 CLONE_NEW_FLAGS = 0x00020000 | 0x02000000 | 0x04000000 | 0x08000000 | 0x20000000 | 0x40000000
 CLONE_NEWUSER = 0x10000000
-BIND, RECURSIVE, PRIVATE, REMOUNT, READ_ONLY, NO_SUID, NO_DEV = 1 << 12, 1 << 14, 1 << 18, 1 << 5, 1, 2, 4
+BIND = 1 << 12
+RECURSIVE = 1 << 14
+PRIVATE = 1 << 18
+REMOUNT = 1 << 5
+READ_ONLY = 1
+NO_SUID = 2
+NO_DEV = 4
 DETACH = 2
-MOUNT_SETATTR, AT_RECURSIVE = 442, 0x8000
+MOUNT_SETATTR = 442
+AT_RECURSIVE = 0x8000
 ROOTS = ("/tmp", "/mnt", "/run", "/var")  # where the new root may be mounted; nothing there changes
 NOBODY = 65534
 
@@ -29,7 +36,8 @@ NOBODY = 65534
 def enter(readable: Sequence[str]) -> None:
     """Moves this process into namespaces of its own; the next child is alone in them. Raises OSError where that is not
     allowed."""
-    user, group = os.geteuid(), os.getegid()
+    user = os.geteuid()
+    group = os.getegid()
     check_errno(LIBC.unshare(CLONE_NEW_FLAGS | (CLONE_NEWUSER if user else 0)), "unshare")
     if user:
         _write_id_maps(user, group)
@@ -71,10 +79,22 @@ def _bind_mount(path: str, source: int) -> None:
     _mount(f"/proc/self/fd/{source}", inside, None, BIND | RECURSIVE)
     flags = NO_SUID if path in mounts.DEVICES else READ_ONLY | NO_SUID | NO_DEV
     syscall(
-        MOUNT_SETATTR, "mount_setattr", -100, inside.encode(), AT_RECURSIVE, struct.pack("<QQQQ", flags, 0, 0, 0), 32
+        MOUNT_SETATTR,
+        "mount_setattr",
+        -100,
+        inside.encode(),
+        AT_RECURSIVE,
+        struct.pack("<QQQQ", flags, 0, 0, 0),
+        32,
     )
 
 
-def _mount(source: str | None, target: str, kind: str | None, flags: int, mount_options: str | None = None) -> None:
+def _mount(
+    source: str | None,
+    target: str,
+    kind: str | None,
+    flags: int,
+    mount_options: str | None = None,
+) -> None:
     encoded = [None if argument is None else argument.encode() for argument in (source, target, kind, mount_options)]
     check_errno(LIBC.mount(encoded[0], encoded[1], encoded[2], flags, encoded[3]), f"mount {target}")

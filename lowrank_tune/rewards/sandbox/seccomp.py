@@ -18,9 +18,17 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 # of classic BPF: words loaded absolutely, jumps against a constant
-LOAD, EQUAL, AT_LEAST, RETURN = 0x20, 0x15, 0x35, 0x06
-NUMBER, ARCHITECTURE, ARGUMENTS = 0, 4, 16  # offsets in struct seccomp_data
-ALLOW, REFUSE, KILL = 0x7FFF0000, 0x00050000, 0x80000000
+LOAD = 0x20
+EQUAL = 0x15
+AT_LEAST = 0x35
+RETURN = 0x06
+# offsets in struct seccomp_data
+NUMBER = 0
+ARCHITECTURE = 4
+ARGUMENTS = 16
+ALLOW = 0x7FFF0000
+REFUSE = 0x00050000
+KILL = 0x80000000
 FILTER_MODE = 2
 X32_SYSCALL_BIT = 0x40000000  # x86-64 numbers from here on belong to another calling convention
 AF_UNIX = 1
@@ -291,7 +299,9 @@ def build_filter() -> bytes:
 
 
 def _rule_lines(
-    number: int, action: int, rule: tuple[int, tuple[int, ...]] | None
+    number: int,
+    action: int,
+    rule: tuple[int, tuple[int, ...]] | None,
 ) -> Iterator[tuple[int, int, int, int]]:
     """One call: on to its answer where the number is its own, else past it. clone3 hides its flags, so the C library
     must use clone."""

@@ -20,7 +20,9 @@ def serve(channel: AuthenticatedChannel) -> None:
     message = decode(channel.receive())
     try:
         module = text.load_module(
-            "solution", complete_program(message["prompt"], message["code"], message["entry"]), {}
+            "solution",
+            complete_program(message["prompt"], message["code"], message["entry"]),
+            {},
         )
     except BaseException as error:
         channel.send(describe_exception(error))
@@ -90,7 +92,9 @@ class CandidateNamespace:
             return setattr(target, *rest)
         if operation == "item":
             return target[rest[0]]
-        return iter(target) if operation == "iter" else len(target)
+        if operation == "iter":
+            return iter(target)
+        return len(target)
 
 
 def next_or_empty(iterator: Any) -> list[Any]:
@@ -158,4 +162,6 @@ def defines(source: str, entry: str) -> bool:
 def function_preamble(prompt: str, entry: str) -> str:
     """What stands before the function in a prompt: imports and helpers."""
     line = definition_line(prompt, entry)
-    return "".join(prompt.splitlines(True)[: line - 1]) if line is not None else ""
+    if line is not None:
+        return "".join(prompt.splitlines(True)[: line - 1])
+    return ""

@@ -44,11 +44,16 @@ def run(source: str, client: CandidateClient) -> tuple[str, str]:
     """How tests end."""
     try:
         text.load_module(
-            "tests", source, {"__solution__": client.name, "__same__": client.values_equal}, StrictComparisonLoader
+            "tests",
+            source,
+            {"__solution__": client.name, "__same__": client.values_equal},
+            StrictComparisonLoader,
         )
     except BaseException as error:
         return attribute_exception(error, source, client)
-    return ("pass", "") if client.calls else ("fault", "its tests never call the solution")
+    if client.calls:
+        return ("pass", "")
+    return ("fault", "its tests never call the solution")
 
 
 def attribute_exception(error: BaseException, source: str, client: CandidateClient) -> tuple[str, str]:
@@ -67,7 +72,8 @@ def attribute_exception(error: BaseException, source: str, client: CandidateClie
 
 def failing_line(error: BaseException, source: str) -> str:
     """The line of the tests that an exception passed last."""
-    line, trace = "", error.__traceback__
+    line = ""
+    trace = error.__traceback__
     lines = source.splitlines()
     while trace is not None:
         if trace.tb_frame.f_code.co_filename == "<tests>" and 0 < trace.tb_lineno <= len(lines):
@@ -109,9 +115,11 @@ class CandidateClient:
     """The requests to the solver. `mistyped`: the last values that were not the same were equal but for their types."""
 
     def __init__(self, channel: AuthenticatedChannel, strict: bool) -> None:
-        self._channel, self._strict = channel, strict
+        self._channel = channel
+        self._strict = strict
         self.calls = 0
-        self.seen, self.mistyped = "", False
+        self.seen = ""
+        self.mistyped = False
 
     def name(self, name: str) -> Any:
         """What the solution calls so."""
@@ -128,7 +136,10 @@ class CandidateClient:
             answer = decode(self._channel.receive(), lambda number: Remote(self, number))
         except DeserializationError as error:
             raise UncomparableResult(f"returned what cannot be read: {error}") from None
-        argument_values = [*rest[0], *rest[1].values()] if operation == "call" else []
+        if operation == "call":
+            argument_values = [*rest[0], *rest[1].values()]
+        else:
+            argument_values = []
         self.calls += operation == "call"
         return self._unwrap_reply(answer, argument_values)
 
@@ -143,7 +154,9 @@ class CandidateClient:
             ) <= set(range(len(argument_values))):
                 for argument_index, new in changed.items():
                     update_in_place(argument_values[argument_index], new)
-                return argument_values[same] if same >= 0 else value
+                if same >= 0:
+                    return argument_values[same]
+                return value
         raise UncomparableResult("wrote to the stream of its results")
 
     def _number(self, value: Any) -> int:
@@ -157,13 +170,13 @@ class CandidateClient:
         if type(actual) is Remote or type(expected) is Remote:
             raise UncomparableResult("returned what is no plain data")
         equal = bool(actual == expected)
-        is_equal = (
-            strictly_equal(actual, expected)
-            if self._strict and (type(actual) in PLAIN or type(expected) in PLAIN)
-            else equal
-        )
+        if self._strict and (type(actual) in PLAIN or type(expected) in PLAIN):
+            is_equal = strictly_equal(actual, expected)
+        else:
+            is_equal = equal
         if not is_equal:
-            self.seen, self.mistyped = f": got {short_repr(actual)}", equal
+            self.seen = f": got {short_repr(actual)}"
+            self.mistyped = equal
         return is_equal
 
 

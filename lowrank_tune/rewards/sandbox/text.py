@@ -26,7 +26,10 @@ class SourceTextLoader(SourceFileLoader):
 
 
 def load_module(
-    name: str, source: str, namespace: dict[str, Any], loader: type[SourceTextLoader] = SourceTextLoader
+    name: str,
+    source: str,
+    namespace: dict[str, Any],
+    loader: type[SourceTextLoader] = SourceTextLoader,
 ) -> ModuleType:
     """The module that the text makes, with the names of `namespace` in it from the start. Raises what the text
     raises."""

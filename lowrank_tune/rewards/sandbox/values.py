@@ -131,7 +131,9 @@ class Deserializer:
     """Reads one value from `data`, from `position` on."""
 
     def __init__(self, data: bytes, from_handle: FromHandle | None) -> None:
-        self.data, self.from_handle, self.position = data, from_handle, 0
+        self.data = data
+        self.from_handle = from_handle
+        self.position = 0
 
     def take(self, count: int) -> bytes:
         if count < 0 or self.position + count > len(self.data):
@@ -158,11 +160,9 @@ class Deserializer:
             return self._mapping(kind, pairs)
         if kind in b"ltSZQ":
             items = [self.value(depth + 1) for _ in range(self.number())]
-            return (
-                next((make(items) for make, tag in CONTAINERS.items() if tag == kind), None)
-                if kind != b"Q"
-                else library_type(kind)(items)
-            )
+            if kind != b"Q":
+                return next((make(items) for make, tag in CONTAINERS.items() if tag == kind), None)
+            return library_type(kind)(items)
         return self._leaf(kind)
 
     def _mapping(self, kind: bytes, pairs: list[tuple[Any, Any]]) -> Any:
@@ -193,7 +193,11 @@ class Deserializer:
         if kind in b"by":
             return raw if kind == b"b" else bytearray(raw)
         text = raw.decode("utf-8", "surrogatepass")
-        return text if kind == b"s" else TYPES_BY_NAME[text] if kind == b"T" else library_type(kind)(text)
+        if kind == b"s":
+            return text
+        if kind == b"T":
+            return TYPES_BY_NAME[text]
+        return library_type(kind)(text)
 
 
 def library_type(kind: bytes) -> Callable[..., Any]:

@@ -43,7 +43,9 @@ class JsonSchemaReward(WorkerReward):
         }
 
     def score_without_worker(self, item: RewardInput) -> Score | None:
-        return Score(0.0, "fail", f"longer than {MAX_CHARS} characters") if len(item.completion) > MAX_CHARS else None
+        if len(item.completion) > MAX_CHARS:
+            return Score(0.0, "fail", f"longer than {MAX_CHARS} characters")
+        return None
 
     def build_request(self, item: RewardInput) -> Mapping[str, Any]:
         code_block = last_code_block(item.completion, ("json", ""))
@@ -57,9 +59,9 @@ class JsonSchemaReward(WorkerReward):
         if "fault" in reply:
             return self.on_worker_crash(item, reply["fault"])
         valid = reply["value"]["valid"]
-        return (
-            Score(1.0, "pass") if valid else Score(0.0, "fail", truncate_for_display(reply["value"]["why"], 400)[1:-1])
-        )
+        if valid:
+            return Score(1.0, "pass")
+        return Score(0.0, "fail", truncate_for_display(reply["value"]["why"], 400)[1:-1])
 
     def on_timeout(self, item: RewardInput, seconds: float) -> Score:
         return Score(None, "timeout", f"`{self.name}`: the schema was not checked within {seconds:g} s on {item}")
@@ -70,11 +72,10 @@ class JsonSchemaReward(WorkerReward):
 
 def read_schema(name: str, schema_or_path: str | Mapping[str, Any], folder: Path) -> JsonSchemaReward:
     """The reward for a schema as a recipe has it: itself, or a file taken from `folder`. Raises UserError."""
-    schema = (
-        _read_json((folder / Path(schema_or_path).expanduser()).resolve())
-        if isinstance(schema_or_path, str)
-        else dict(schema_or_path)
-    )
+    if isinstance(schema_or_path, str):
+        schema = _read_json((folder / Path(schema_or_path).expanduser()).resolve())
+    else:
+        schema = dict(schema_or_path)
     require_package(name, "jsonschema")
     try:
         build_validator(json.loads(json.dumps(schema)))

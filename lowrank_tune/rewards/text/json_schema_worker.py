@@ -104,7 +104,11 @@ def parse_json(text: str) -> Any:
     ValueError."""
     try:
         value = json.loads(
-            text, object_pairs_hook=_object, parse_constant=_no_constant, parse_float=_float, parse_int=_int
+            text,
+            object_pairs_hook=_object,
+            parse_constant=_no_constant,
+            parse_float=_float,
+            parse_int=_int,
         )
     except RecursionError:
         raise ValueError(f"nested deeper than {MAX_DEPTH}") from None

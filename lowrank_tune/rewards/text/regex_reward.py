@@ -34,7 +34,10 @@ class RegexReward:
 
     def _score(self, item: RewardInput) -> Score:
         text = to_utf8(item.completion)
-        match = self._engine.fullmatch(text) if self.full_match else self._engine.search(text)
+        if self.full_match:
+            match = self._engine.fullmatch(text)
+        else:
+            match = self._engine.search(text)
         if match is not None:
             return Score(1.0, "pass")
         return Score(0.0, "fail", "does not match the pattern" if self.full_match else "the pattern is not found")

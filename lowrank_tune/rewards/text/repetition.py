@@ -32,4 +32,6 @@ def distinct_ngram_fraction(text: str, ngram: int) -> float:
     """The share of distinct n-grams, in time and memory linear in the text (times `ngram`)."""
     words = [word.casefold() for word in WORD.findall(text)]
     count = len(words) - ngram + 1
-    return len(set(zip(*(words[start:] for start in range(ngram)), strict=False))) / count if count > 1 else 1.0
+    if count > 1:
+        return len(set(zip(*(words[start:] for start in range(ngram)), strict=False))) / count
+    return 1.0

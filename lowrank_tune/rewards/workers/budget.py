@@ -50,7 +50,9 @@ def time_limit(seconds: float, compute: Callable[[], T]) -> T | None:
 def interrupt_after(seconds: float, interrupt: Callable[[], None]) -> Iterator[threading.Event]:
     """Calls `interrupt` from another thread once this process has used so much CPU time in the body, and again until
     the body ends: for libraries in C, which no signal handler stops. The event is set from the first call on."""
-    end, interrupted, done = time.process_time() + seconds, threading.Event(), threading.Event()
+    end = time.process_time() + seconds
+    interrupted = threading.Event()
+    done = threading.Event()
 
     def watch() -> None:
         while not done.wait(max(MIN_WATCH_SECONDS, end - time.process_time())):

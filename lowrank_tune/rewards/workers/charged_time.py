@@ -33,9 +33,12 @@ class ChargedTime:
     """The time of `roots` and their descendants from now on, against `limit` seconds."""
 
     def __init__(self, roots: Collection[int], limit: float) -> None:
-        self._roots, self._limit = roots, limit
+        self._roots = roots
+        self._limit = limit
         self._start = self._sampled = time.monotonic()
-        self._running, self._asleep, self._cpu_seconds = 0.0, 0.0, 0.0
+        self._running = 0.0
+        self._asleep = 0.0
+        self._cpu_seconds = 0.0
         self._counted = False
         # not the module's own: drawing from it would change what others draw
         self._random = random.Random()
@@ -71,14 +74,17 @@ class ChargedTime:
     def _sample(self, replied: bool) -> None:
         """Charges the time since the last sample, by what is seen now. The first finds no count to compare with, and
         charges all."""
-        now, used = time.monotonic(), time.thread_time()
-        passed, tree = now - self._sampled, read_tree(self._roots)
+        now = time.monotonic()
+        used = time.thread_time()
+        passed = now - self._sampled
+        tree = read_tree(self._roots)
         if tree is not None and self._counted:
             self._running += min(passed, max(0.0, tree.cpu_seconds - self._cpu_seconds))
         if tree is None or not self._counted or not (replied or tree.runnable):
             self._asleep += passed
         if tree is not None:
-            self._counted, self._cpu_seconds = True, tree.cpu_seconds
+            self._counted = True
+            self._cpu_seconds = tree.cpu_seconds
         self._sampled = now
         self._schedule(time.thread_time() - used)
 
@@ -91,7 +97,8 @@ class ChargedTime:
 
 def computing_share(seconds: float) -> float:
     """The share of a processor that a program gets now which does nothing but compute: this thread, for so long."""
-    start, used = time.monotonic(), time.thread_time()
+    start = time.monotonic()
+    used = time.thread_time()
     while time.monotonic() - start < seconds:
         pass
     return (time.thread_time() - used) / (time.monotonic() - start)

@@ -39,7 +39,8 @@ class WorkerPool(Generic[Key]):
         start_seconds: float = START_SECONDS,
     ) -> None:
         self.rewards = tuple(rewards)
-        self.timeout_seconds, self.start_seconds = timeout_seconds, start_seconds
+        self.timeout_seconds = timeout_seconds
+        self.start_seconds = start_seconds
         self.worker_specs: list[Mapping[str, Any]] = [
             reward.worker_spec() for reward in self.rewards if isinstance(reward, WorkerReward)
         ]
@@ -102,7 +103,9 @@ class WorkerPool(Generic[Key]):
 
     def collect(self) -> dict[Key, list[Score]]:
         """Waits for all that was submitted: for each key one score a reward, in the order of submission."""
-        keys, items, self._batched = list(self._batched), list(self._batched.values()), {}
+        keys = list(self._batched)
+        items = list(self._batched.values())
+        self._batched = {}
         for reward_index, reward in enumerate(self.rewards):
             if isinstance(reward, BatchedReward) and items:  # while the workers are busy
                 for key, score in zip(keys, reward.score(items), strict=True):
@@ -156,7 +159,9 @@ class WorkerPool(Generic[Key]):
 
 
 def score_serially(
-    reward: Reward, items: Sequence[RewardInput], timeout_seconds: float = TIMEOUT_SECONDS
+    reward: Reward,
+    items: Sequence[RewardInput],
+    timeout_seconds: float = TIMEOUT_SECONDS,
 ) -> list[Score]:
     """Scores with one worker that lives for this call: what `score` is for a reward that needs a worker."""
     with WorkerPool[int]([reward], 1, timeout_seconds) as pool:

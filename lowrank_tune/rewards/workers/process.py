@@ -54,7 +54,8 @@ class Worker:
                 stderr=subprocess.DEVNULL,
                 start_new_session=True,
             )
-        self._unsent, self._received = b"", b""
+        self._unsent = b""
+        self._received = b""
 
     def load(self, worker_specs: Sequence[Mapping[str, Any]], seconds: float) -> list[str | None]:
         """Has the jobs loaded: for each a sentence where it could not be, else None."""
@@ -106,7 +107,9 @@ class Worker:
     def _exit_reason(self) -> str:
         with contextlib.suppress(subprocess.TimeoutExpired):
             code = self._process.wait(1.0)
-            return f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended its process with code {code}"
+            if code < 0:
+                return f"was killed by {signal.Signals(-code).name}"
+            return f"ended its process with code {code}"
         return "closed its connection"
 
     def end(self) -> None:

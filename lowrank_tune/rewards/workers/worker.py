@@ -44,7 +44,8 @@ class SourceSnapshotLoader(importlib.abc.ExecutionLoader):
     """Loads a module from the text that the run read at its start: a file that is edited later changes nothing."""
 
     def __init__(self, path: str, source: str) -> None:
-        self.path, self.source = path, source
+        self.path = path
+        self.source = source
 
     def get_source(self, fullname: str) -> str:
         return self.source
@@ -155,7 +156,10 @@ class LimitedGrader:
     """
 
     def __init__(self, grade: GradeFn, megabytes: int) -> None:
-        self.grade, self.megabytes, self.added_megabytes, self.grew_fast = grade, megabytes, 0.0, False
+        self.grade = grade
+        self.megabytes = megabytes
+        self.added_megabytes = 0.0
+        self.grew_fast = False
 
     def __call__(self, request: Mapping[str, Any]) -> Any:
         soft, hard = resource.getrlimit(resource.RLIMIT_AS)
@@ -178,7 +182,8 @@ class LimitedGrader:
             raise CallTimeout from None
         finally:
             added = peak_megabytes() - before
-            self.added_megabytes, self.grew_fast = self.added_megabytes + added, added > self.megabytes / 2
+            self.added_megabytes = self.added_megabytes + added
+            self.grew_fast = added > self.megabytes / 2
 
     def _limit(self, seconds: float, soft: int, hard: int) -> None:
         if sys.platform == "linux":
@@ -218,7 +223,10 @@ def format_exception(error: BaseException, path: str) -> str:
         message = str(error)
     except Exception:
         message = "(its message raises too)"
-    where = f" ({os.path.basename(path)}:{frames[-1].lineno}: {frames[-1].line})" if frames else ""
+    if frames:
+        where = f" ({os.path.basename(path)}:{frames[-1].lineno}: {frames[-1].line})"
+    else:
+        where = ""
     return f"raised {type(error).__name__}: {message[:200]}{where}"
 
 
@@ -241,7 +249,8 @@ def load_grader(spec: Mapping[str, Any]) -> GradeFn | str:
 def grade_completion(grade: GradeFn, request: Mapping[str, Any], path: str) -> dict[str, Any]:
     """The reply to one completion. `late` and `steep`: it exceeded, or may have met, a limit of a verifier on time and
     on memory."""
-    start, out_of_memory = time.perf_counter(), False
+    start = time.perf_counter()
+    out_of_memory = False
     try:
         reply: dict[str, Any] = {"value": grade(request)}
     except CallTimeout:

@@ -55,7 +55,9 @@ class WorkerThread(threading.Thread):
     ) -> None:
         super().__init__(daemon=True, name="rewards")
         self.worker: Worker | None = None
-        self._pool, self._worker_specs, self._requests = pool, worker_specs, requests
+        self._pool = pool
+        self._worker_specs = worker_specs
+        self._requests = requests
         self._stopped = threading.Event()
         self._graded: dict[bytes, bool] = {}
 
@@ -92,7 +94,8 @@ class WorkerThread(threading.Thread):
             self.worker = None
 
     def _serve(self, request: ScoreRequest) -> None:
-        item, reward = request.item, request.reward
+        item = request.item
+        reward = request.reward
         limit = self._limit(reward) * reward.worker_time_factor
         try:
             reply = self._ask(request, reward.build_request(item))
@@ -141,8 +144,13 @@ class WorkerThread(threading.Thread):
         function, which has no limits that a completion may exceed."""
         reward = request.reward
         is_verifier = self._worker_specs[request.spec_index]["kind"] == "verifier"
-        message = reward.reference_request(request.item) if is_verifier else None
-        return reward.on_exceeded_limit(limit) if message is not None and self._is_graded(request, message) else None
+        if is_verifier:
+            message = reward.reference_request(request.item)
+        else:
+            message = None
+        if message is not None and self._is_graded(request, message):
+            return reward.on_exceeded_limit(limit)
+        return None
 
     def _is_graded(self, request: ScoreRequest, message: Mapping[str, Any]) -> bool:
         """Whether the worker grades a message within its limits. It does so once."""

@@ -33,13 +33,20 @@ def compare(
 
     Raises UserError where something is no run, or the page cannot be written.
     """
-    compared, out = read_runs(runs), sys.stdout if output is None else output
+    compared = read_runs(runs)
+    out = sys.stdout if output is None else output
     target = html_path or compared[0].folder.resolve().parent / "compare.html"
     on_terminal = out.isatty() and environ.get("TERM", "dumb") != "dumb"
     color = on_terminal and not environ.get("NO_COLOR")
-    width = shutil.get_terminal_size((PIPED_WIDTH, 24)).columns if on_terminal or "COLUMNS" in environ else PIPED_WIDTH
+    if on_terminal or "COLUMNS" in environ:
+        width = shutil.get_terminal_size((PIPED_WIDTH, 24)).columns
+    else:
+        width = PIPED_WIDTH
     lines = screen(compared, TextCanvas(max(40, width), signs=not color, ascii_only=ascii_only(out, environ)))
-    text = "\n".join(to_ansi(line, color) for line in lines) + "\n" if on_terminal else plain_text(lines)
+    if on_terminal:
+        text = "\n".join(to_ansi(line, color) for line in lines) + "\n"
+    else:
+        text = plain_text(lines)
     encoding = getattr(out, "encoding", None) or "utf-8"
     out.write(text.encode(encoding, "backslashreplace").decode(encoding))
     out.flush()

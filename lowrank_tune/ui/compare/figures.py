@@ -34,7 +34,10 @@ def _evaluations(runs: Sequence[ComparedRun]) -> list[tuple[str, list[str]]]:
 
 def heldout(run: ComparedRun) -> dict[str, dict[str, float]]:
     """Held-out figures of the base and of each stage, what was measured first standing first."""
-    stats_by_stage = heldout_by_stage_of_chain(run.chain) if run.chain is not None else heldout_by_stage(run.last)
+    if run.chain is not None:
+        stats_by_stage = heldout_by_stage_of_chain(run.chain)
+    else:
+        stats_by_stage = heldout_by_stage(run.last)
     return {who: stats for who, stats in stats_by_stage.items() if who != POLICY}
 
 
@@ -65,7 +68,10 @@ def _seconds(run: ComparedRun) -> str:
 
 
 def _heldout_cell(
-    which: int, key: str, format_value: Callable[[float], str], named: bool = False
+    which: int,
+    key: str,
+    format_value: Callable[[float], str],
+    named: bool = False,
 ) -> Callable[[ComparedRun], str]:
     """A held-out figure of the first (0) or the last (-1) who was asked; of the last only where somebody was asked
     before."""
@@ -86,7 +92,9 @@ def _passes(run: ComparedRun) -> str:
         for key, value in stats.items()
         if key.startswith("pass_at_")
     ]
-    return f"{percent(pass_rates[-1][1])} (of {pass_rates[-1][0][8:]})" if pass_rates else ""
+    if pass_rates:
+        return f"{percent(pass_rates[-1][1])} (of {pass_rates[-1][0][8:]})"
+    return ""
 
 
 def _best_accuracy(run: ComparedRun) -> str:
@@ -121,25 +129,27 @@ def _first_and_last_tenth(metric: str, format_value: Callable[[float], str] = nu
     def cell(run: ComparedRun) -> str:
         values = list(run.points(metric).values())
         part = max(1, len(values) // ENDS)
-        return f"{format_value(fmean(values[:part]))}{ARROW}{format_value(fmean(values[-part:]))}" if values else ""
+        if values:
+            return f"{format_value(fmean(values[:part]))}{ARROW}{format_value(fmean(values[-part:]))}"
+        return ""
 
     return cell
 
 
 def _loss(run: ComparedRun) -> str:
     """Where completions are rewarded it says nothing."""
-    return (
-        ""
-        if run.last.started is not None and run.last.started.algorithm in GENERATIVE_ALGORITHMS
-        else _first_and_last_tenth("loss")(run)
-    )
+    if run.last.started is not None and run.last.started.algorithm in GENERATIVE_ALGORITHMS:
+        return ""
+    return _first_and_last_tenth("loss")(run)
 
 
 def _kl(run: ComparedRun) -> str:
     if run.last.started is not None and run.last.started.algorithm in WITHOUT_REFERENCE:
         return ""
     values = list(run.points("kl").values())
-    return number(fmean(values[-max(1, len(values) // ENDS) :])) if values else ""
+    if values:
+        return number(fmean(values[-max(1, len(values) // ENDS) :]))
+    return ""
 
 
 def _speed(run: ComparedRun) -> str:
@@ -164,7 +174,9 @@ def _warnings(run: ComparedRun) -> str:
 def _hacking(run: ComparedRun) -> str:
     """Whether the run said that its reward pays for something else."""
     warned_at = get_mapping(run.last.summary, "hacking").get("step")
-    return f"said at step {warned_at}" if isinstance(warned_at, int) else ""
+    if isinstance(warned_at, int):
+        return f"said at step {warned_at}"
+    return ""
 
 
 TOKENS = "{:.1f}".format

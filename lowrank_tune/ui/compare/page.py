@@ -15,7 +15,9 @@ from lowrank_tune.ui.report.html import table, text
 from lowrank_tune.ui.report.page import alerts, document, issues
 from lowrank_tune.ui.report.sections import NOT_LOG, chart_card
 
-NUM_COLORS, MIN_POINTS_TO_SMOOTH = 6, 15  # lines of the style sheet; so few points are drawn as they are
+# lines of the style sheet; so few points are drawn as they are
+NUM_COLORS = 6
+MIN_POINTS_TO_SMOOTH = 15
 
 
 def compare_page(runs: Sequence[ComparedRun]) -> str:
@@ -47,7 +49,9 @@ def _figures(runs: Sequence[ComparedRun]) -> str:
 def _cell(label: str, cell: str) -> str:
     if label == "ended":
         return f'<span class="pill {"done" if cell.startswith("done") else text(cell)}">{text(cell)}</span>'
-    return f"<b>{text(cell)}</b>" if label.startswith("held-out") else text(cell)
+    if label.startswith("held-out"):
+        return f"<b>{text(cell)}</b>"
+    return text(cell)
 
 
 def _curves(runs: Sequence[ComparedRun]) -> str:
@@ -59,32 +63,32 @@ def _curves(runs: Sequence[ComparedRun]) -> str:
         meaning = descriptions_of(started.algorithm if started is not None else "sft").get(name, "")
         title = TITLES.get(name) or name.replace("_", " ").replace("heldout", "held-out")
         cards.append(chart_card(title, meaning, lines, name not in NOT_LOG, {}))
-    chains = "; of a chain, those of the stage that began last" if any(run.chain is not None for run in runs) else ""
+    if any(run.chain is not None for run in runs):
+        chains = "; of a chain, those of the stage that began last"
+    else:
+        chains = ""
     heading = f'<h2>Curves <span class="soft">smooth{chains}</span></h2>'
-    return (
-        f'{heading}<div class="grid2">{"".join(cards)}</div>'
-        if cards
-        else "<p>No statistic was measured by two of these runs.</p>"
-    )
+    if cards:
+        return f'{heading}<div class="grid2">{"".join(cards)}</div>'
+    return "<p>No statistic was measured by two of these runs.</p>"
 
 
 def _line(run: ComparedRun, name: str, run_index: int) -> ChartLine | None:
     points = [(float(step), value) for step, value in run.points(name).items() if math.isfinite(value)]
     drawn = points if len(points) <= MIN_POINTS_TO_SMOOTH else smooth(points)
-    return (
-        ChartLine(escape_control_chars(run.label, 60), _css_class(run_index), downsample(drawn, 150))
-        if points
-        else None
-    )
+    if points:
+        return ChartLine(escape_control_chars(run.label, 60), _css_class(run_index), downsample(drawn, 150))
+    return None
 
 
 def _differences(runs: Sequence[ComparedRun]) -> str:
-    changed_settings, unknown = differences(runs), without_recipe(runs)
-    note = (
-        f"<p>The settings of {text(', '.join(unknown), 400)} are not known: there is no run.json that can be read.</p>"
-        if unknown
-        else ""
-    )
+    changed_settings = differences(runs)
+    unknown = without_recipe(runs)
+    if unknown:
+        names = text(", ".join(unknown), 400)
+        note = f"<p>The settings of {names} are not known: there is no run.json that can be read.</p>"
+    else:
+        note = ""
     if not changed_settings:
         return f"<h2>Settings that differ</h2>{note or '<p>None: the recipes are the same.</p>'}"
     cells = [

@@ -46,7 +46,9 @@ class ComparedRun:
 
     @property
     def status(self) -> str:
-        return self.chain.status if self.chain is not None else self.last.status
+        if self.chain is not None:
+            return self.chain.status
+        return self.last.status
 
     def points(self, name: str) -> StepValues:
         """The finite values of a statistic by step."""
@@ -120,11 +122,10 @@ def _settings(run: ComparedRun) -> dict[str, str]:
         }
     except RecursionError:
         return {}
-    stages = (
-        {"stages": " -> ".join(str(run_log.started.algorithm) for run_log in run.run_logs if run_log.started)}
-        if run.chain
-        else {}
-    )
+    if run.chain:
+        stages = {"stages": " -> ".join(str(run_log.started.algorithm) for run_log in run.run_logs if run_log.started)}
+    else:
+        stages = {}
     return stages | {
         key: _as_text(value)
         for key, value in leaf_values.items()
@@ -133,7 +134,9 @@ def _settings(run: ComparedRun) -> dict[str, str]:
 
 
 def _as_text(value: Any) -> str:
-    return value if isinstance(value, str) else json.dumps(value)
+    if isinstance(value, str):
+        return value
+    return json.dumps(value)
 
 
 def common_metrics(runs: Sequence[ComparedRun]) -> list[tuple[str, list[ComparedRun]]]:
@@ -162,8 +165,12 @@ def metric_family(name: str, algorithm: str) -> str:
     """What algorithms must have in common for a statistic to mean the same."""
     if name in ("loss", "eval_loss"):
         return algorithm
-    return METRIC_FAMILIES.get(algorithm, algorithm) if name in ALGORITHM_SPECIFIC_METRICS else ""
+    if name in ALGORITHM_SPECIFIC_METRICS:
+        return METRIC_FAMILIES.get(algorithm, algorithm)
+    return ""
 
 
 def _algorithm(run: ComparedRun) -> str:
-    return str(run.last.started.algorithm) if run.last.started is not None else "sft"
+    if run.last.started is not None:
+        return str(run.last.started.algorithm)
+    return "sft"

@@ -16,8 +16,14 @@ from lowrank_tune.ui.terminal.text_layout import Line, fit, sanitize, side_by_si
 
 LINE_STYLES = (("first", "*"), ("second", "o"), ("chosen", "+"), ("third", "x"), ("rejected", "#"), ("fourth", "@"))
 """Style and sign of a side; the seventh looks as the first."""
-CHART_WIDTH, CHART_HEIGHT, MAX_COLUMNS, CHART_ROWS = 38, 9, 3, 2
-LABEL_WIDTH, GAP, MAX_CELL, MIN_CELL = 24, 2, 30, 12
+CHART_WIDTH = 38
+CHART_HEIGHT = 9
+MAX_COLUMNS = 3
+CHART_ROWS = 2
+LABEL_WIDTH = 24
+GAP = 2
+MAX_CELL = 30
+MIN_CELL = 12
 MAX_KEYS = 14
 SMOOTHING = 0.7  # of the moving average
 MIN_POINTS_TO_SMOOTH = 15  # so few points are drawn as they are
@@ -73,8 +79,15 @@ def _charts(runs: Sequence[ComparedRun], styles: LineStyles, canvas: TextCanvas)
     return lines
 
 
-def _chart(name: str, runs: Sequence[ComparedRun], styles: LineStyles, canvas: TextCanvas, width: int) -> list[Line]:
-    curves, title = [], [(f" {TITLES.get(name) or name.replace('_', ' ').replace('heldout', 'held-out')} ", "title")]
+def _chart(
+    name: str,
+    runs: Sequence[ComparedRun],
+    styles: LineStyles,
+    canvas: TextCanvas,
+    width: int,
+) -> list[Line]:
+    curves = []
+    title = [(f" {TITLES.get(name) or name.replace('_', ' ').replace('heldout', 'held-out')} ", "title")]
     for run in runs:
         style, sign = styles[run.label]
         points = [(float(step), value) for step, value in run.points(name).items()]
@@ -85,7 +98,8 @@ def _chart(name: str, runs: Sequence[ComparedRun], styles: LineStyles, canvas: T
 
 def _differences(runs: Sequence[ComparedRun], canvas: TextCanvas) -> list[Line]:
     """A line a setting: its name, and what it is on each side, in their order."""
-    changed_settings, unknown = differences(runs), without_recipe(runs)
+    changed_settings = differences(runs)
+    unknown = without_recipe(runs)
     lines: list[Line] = []
     if unknown:
         lines.append(
@@ -123,9 +137,11 @@ def _table(runs: Sequence[ComparedRun], styles: LineStyles, canvas: TextCanvas) 
     lines: list[Line] = []
     start = 0
     while start < len(runs):
-        end, room = start, canvas.width - LABEL_WIDTH
+        end = start
+        room = canvas.width - LABEL_WIDTH
         while end < len(runs) and (end == start or room >= widths[end] + GAP):
-            room, end = room - widths[end] - GAP, end + 1
+            room = room - widths[end] - GAP
+            end = end + 1
         lines += [[("", "")]] if lines else []
         head: Line = [(" " * LABEL_WIDTH, "")]
         for index in range(start, end):
@@ -148,5 +164,13 @@ def _table(runs: Sequence[ComparedRun], styles: LineStyles, canvas: TextCanvas) 
 
 def _style(label: str, cell: str) -> str:
     if label == "ended":
-        return "good" if cell.startswith("done") else "bad" if cell == "failed" else "warning"
-    return "warning" if label == "reward hacking" and cell else "strong" if label == "held-out exact, after" else ""
+        if cell.startswith("done"):
+            return "good"
+        if cell == "failed":
+            return "bad"
+        return "warning"
+    if label == "reward hacking" and cell:
+        return "warning"
+    if label == "held-out exact, after":
+        return "strong"
+    return ""

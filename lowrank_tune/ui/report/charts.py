@@ -11,8 +11,12 @@ from html import escape
 from lowrank_tune.ui import escape_control_chars
 from lowrank_tune.ui.metrics import pair_side
 
-WIDTH, HEIGHT = 560, 230
-LEFT, RIGHT, TOP, BOTTOM = 56, 12, 10, 26
+WIDTH = 560
+HEIGHT = 230
+LEFT = 56
+RIGHT = 12
+TOP = 10
+BOTTOM = 26
 BUCKETS = 300  # of a long series: the lowest and the highest point of each stay
 
 Point = tuple[float, float]
@@ -44,7 +48,8 @@ def smooth(points: Sequence[Point]) -> list[Point]:
     total = weight = 0.0
     out = []
     for step, value in points:
-        total, weight = keep * total + value, keep * weight + 1
+        total = keep * total + value
+        weight = keep * weight + 1
         out.append((step, total / weight))
     return out
 
@@ -62,7 +67,10 @@ def chart(lines: Sequence[ChartLine], log: bool = False) -> str:
         return LEFT + (x - low_x) / (high_x - low_x) * (WIDTH - LEFT - RIGHT)
 
     def y_to_pixel(y: float) -> float:
-        share = (math.log10(y / low_y) / math.log10(high_y / low_y)) if log else (y - low_y) / (high_y - low_y)
+        if log:
+            share = math.log10(y / low_y) / math.log10(high_y / low_y)
+        else:
+            share = (y - low_y) / (high_y - low_y)
         return HEIGHT - BOTTOM - share * (HEIGHT - TOP - BOTTOM)
 
     parts = [
@@ -81,7 +89,8 @@ def chart(lines: Sequence[ChartLine], log: bool = False) -> str:
             x = x_to_pixel(tick)
             parts.append(f'<text class="tick" x="{x:.1f}" y="{HEIGHT - 8}" text-anchor="middle">{int(tick):,}</text>')
     for line in lines:
-        path, dots = [], []
+        path = []
+        dots = []
         pen = "M"
         for x, y in line.points:
             if not _fits(y, log):
@@ -122,7 +131,8 @@ def histogram(edges: Sequence[int], counts: Sequence[int], limit: int, over: int
     names = [f"{low + 1:,} to {high:,} tokens" for low, high in zip(edges, edges[1:], strict=False)] + [
         f"over {limit:,} tokens"
     ]
-    largest, step = max([*values, 1]), (WIDTH - LEFT - RIGHT) / max(1, len(values))
+    largest = max([*values, 1])
+    step = (WIDTH - LEFT - RIGHT) / max(1, len(values))
     parts = [f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" class="chart" role="img">']
     ticks = [tick for tick in ticks_of([0, largest], 4)[0] if tick == int(tick)]
     high = max(largest, *ticks)
@@ -134,7 +144,8 @@ def histogram(edges: Sequence[int], counts: Sequence[int], limit: int, over: int
         )
     for index, (name, value) in enumerate(zip(names, values, strict=True)):
         tall = value / high * (HEIGHT - TOP - BOTTOM)
-        x, last = LEFT + index * step, index == len(values) - 1
+        x = LEFT + index * step
+        last = index == len(values) - 1
         parts.append(
             f'<rect class="{"over" if last else "fill"}" x="{x + step * 0.08:.1f}" y="{HEIGHT - BOTTOM - tall:.1f}" '
             f'rx="1.5"'
@@ -148,17 +159,18 @@ def histogram(edges: Sequence[int], counts: Sequence[int], limit: int, over: int
 def format_tick(value: float) -> str:
     """A number for a tick: four figures at most."""
     if value == 0 or 1e-3 <= abs(value) < 1e5:
-        return f"{value:,.4g}" if abs(value) < 1000 else f"{value:,.0f}"
+        if abs(value) < 1000:
+            return f"{value:,.4g}"
+        return f"{value:,.0f}"
     mantissa, _, exponent = f"{value:.2e}".partition("e")
     return f"{float(mantissa):g}e{int(exponent)}"
 
 
 def lines_of(name: str, points: Mapping[int, float], checks: Mapping[int, float], check_name: str) -> list[ChartLine]:
     """The lines of one statistic: every step faintly, a smooth one over it, and the validation's."""
-    name, check_name = (
-        escape_control_chars(name, 60),
-        escape_control_chars(check_name, 60),
-    )  # they may come from anyone's events
+    # they may come from anyone's events
+    name = escape_control_chars(name, 60)
+    check_name = escape_control_chars(check_name, 60)
     every = [(float(step), value) for step, value in sorted(points.items())]
     chart_lines = []
     if every:
@@ -170,7 +182,9 @@ def lines_of(name: str, points: Mapping[int, float], checks: Mapping[int, float]
     if checks:
         chart_lines.append(
             ChartLine(
-                check_name, "check", downsample([(float(step), value) for step, value in sorted(checks.items())], 100)
+                check_name,
+                "check",
+                downsample([(float(step), value) for step, value in sorted(checks.items())], 100),
             )
         )
     return chart_lines
@@ -204,26 +218,36 @@ def _fits(value: float, log: bool) -> bool:
 
 
 def _axis_range(values: Sequence[float]) -> tuple[float, float]:
-    low, high = min(values), max(values)
-    return (low, high) if high > low else (low - 0.5, high + 0.5)
+    low = min(values)
+    high = max(values)
+    if high > low:
+        return (low, high)
+    return (low - 0.5, high + 0.5)
 
 
 def ticks_of(values: Sequence[float], count: int = 5) -> tuple[list[float], float, float]:
     """About `count` round numbers around the values, and the range that they span."""
-    low, high = min(values), max(values)
+    low = min(values)
+    high = max(values)
     if high - low <= 1e-9 * max(abs(low), abs(high)):
-        low, high = (low - abs(low) / 2, high + abs(high) / 2) if low else (-1.0, 1.0)
+        if low:
+            low, high = (low - abs(low) / 2, high + abs(high) / 2)
+        else:
+            low, high = (-1.0, 1.0)
     power = 10.0 ** math.floor(math.log10((high - low) / count))
     step = next(power * factor for factor in (1, 2, 2.5, 5, 10) if power * factor * count >= high - low)
-    first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
+    first = math.floor(low / step + 1e-9)
+    last = math.ceil(high / step - 1e-9)
     ticks = [round(index * step, 12) if step > 1e-9 else index * step for index in range(first, last + 1)]
     return ticks, ticks[0], ticks[-1]
 
 
 def _log_ticks(values: Sequence[float]) -> tuple[list[float], float, float]:
     """Powers of ten; where the values span less than two of them, 2 and 5 between."""
-    low, high = min(values), max(values)
-    first, last = math.floor(math.log10(low)), math.ceil(math.log10(high) + 1e-9)
+    low = min(values)
+    high = max(values)
+    first = math.floor(math.log10(low))
+    last = math.ceil(math.log10(high) + 1e-9)
     last = max(last, first + 1)
     factors = (1, 2, 5) if last - first <= 2 else (1,)
     every = max(1, (last - first) // 6)

@@ -14,7 +14,8 @@ MIN_POINTS = 3  # steps at which both were measured
 
 def section(run_log: RunLog) -> str:
     """The card with its heading; nothing where a run has no reward or no KL."""
-    kl, rewards = run_log.series.get("kl", {}), run_log.series.get("reward", {})
+    kl = run_log.series.get("kl", {})
+    rewards = run_log.series.get("reward", {})
     reward_points = [
         (kl[step], reward)
         for step, reward in sorted(rewards.items())

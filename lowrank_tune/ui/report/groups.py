@@ -54,9 +54,10 @@ def sampled_groups_html(run_log: RunLog) -> str:
 
 
 def _group(group: Group, is_open: bool) -> str:
-    ground_truth = (
-        f' <span class="soft">gold {text(group.ground_truth, 80)}</span>' if group.ground_truth is not None else ""
-    )
+    if group.ground_truth is not None:
+        ground_truth = f' <span class="soft">gold {text(group.ground_truth, 80)}</span>'
+    else:
+        ground_truth = ""
     multiple_rewards = any(len(completion.parts) > 1 for completion in group.completions)
     rows = [
         [
@@ -68,8 +69,14 @@ def _group(group: Group, is_open: bool) -> str:
         for completion in group.completions[:MAX_COMPLETIONS]
     ]
     left = len(group.completions) - len(rows)
-    more = f'<p class="soft">{left} other completions are left out</p>' if left else ""
-    note = ' <span class="soft">no signal: all earn the same</span>' if group.is_zero_std else ""
+    if left:
+        more = f'<p class="soft">{left} other completions are left out</p>'
+    else:
+        more = ""
+    if group.is_zero_std:
+        note = ' <span class="soft">no signal: all earn the same</span>'
+    else:
+        note = ""
     return (
         f"<details{' open' if is_open else ''}><summary>step {group.step:,}: "
         f"{text(group.prompt, 300)}{ground_truth}{note}</summary>"
@@ -89,7 +96,10 @@ def _advantage(value: float) -> str:
 
 def _words(completion: LoggedCompletion, multiple_rewards: bool) -> str:
     """The completion, whether it was cut off, and what each of several rewards gave."""
-    facts = ["cut off by the limit"] if completion.finish_reason == "length" else []
+    if completion.finish_reason == "length":
+        facts = ["cut off by the limit"]
+    else:
+        facts = []
     facts += [f"{text(name, 60)} {_figure(value)}" for name, value in completion.parts] if multiple_rewards else []
     facts += [f"not scored: {text(completion.unscored, 300)}"] if completion.unscored else []
     return f'<div class="text">{block(completion.text, 1500)}</div>' + (

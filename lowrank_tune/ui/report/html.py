@@ -29,13 +29,17 @@ def get_number(data: Mapping[str, Any], name: str, default: float = 0.0) -> floa
     """A number of a file that anyone may have edited."""
     value = data.get(name)
     # nan is no figure either
-    return float(value) if isinstance(value, (int, float)) and abs(value) < 1e300 else default
+    if isinstance(value, (int, float)) and abs(value) < 1e300:
+        return float(value)
+    return default
 
 
 def entries(data: Mapping[str, Any], name: str) -> list[Mapping[str, Any]]:
     """The objects of a list in such a file."""
     value = data.get(name)
-    return [entry for entry in value if isinstance(entry, Mapping)] if isinstance(value, list) else []
+    if isinstance(value, list):
+        return [entry for entry in value if isinstance(entry, Mapping)]
+    return []
 
 
 def get_mapping(data: Mapping[str, Any], name: str) -> Mapping[str, Any]:

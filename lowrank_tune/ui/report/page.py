@@ -101,11 +101,12 @@ def _chain_header(chain: ChainLog) -> str:
     way = " \u2192 ".join(
         run_log.started.algorithm.upper() for run_log in chain.started_stages if run_log.started is not None
     )
-    subtitle = (
-        f'<p class="sub"><b>{text(way)}</b> of <b>{text(started.model)}</b> on {text(started.device or "?")}</p>'
-        if started
-        else ""
-    )
+    if started:
+        subtitle = (
+            f'<p class="sub"><b>{text(way)}</b> of <b>{text(started.model)}</b> on {text(started.device or "?")}</p>'
+        )
+    else:
+        subtitle = ""
     return f'<header><div class="row"><h1>{text(chain.name, 200)}</h1>{pill}</div>{subtitle}</header>'
 
 
@@ -140,7 +141,9 @@ def _chain_tiles(chain: ChainLog) -> str:
 
 
 def _name(run_log: RunLog) -> str:
-    return run_log.started.name if run_log.started else run_log.folder.name
+    if run_log.started:
+        return run_log.started.name
+    return run_log.folder.name
 
 
 def _header(run_log: RunLog) -> str:
@@ -150,7 +153,8 @@ def _header(run_log: RunLog) -> str:
 
 def _subtitle(run_log: RunLog) -> str:
     """What was trained, on what, and against what."""
-    started, html = run_log.started, ""
+    started = run_log.started
+    html = ""
     if started is not None:
         html = (
             f'<p class="sub"><b>{text(started.algorithm.upper())}</b> of <b>{text(started.model)}</b> on '
@@ -165,11 +169,10 @@ def _subtitle(run_log: RunLog) -> str:
 
 def issues(run_log: RunLog) -> list[str]:
     """Warnings, and how the run broke."""
-    messages = (
-        [str(message) for message in run_log.summary.get("warnings") or ()]
-        if isinstance(run_log.summary.get("warnings"), list)
-        else []
-    )
+    if isinstance(run_log.summary.get("warnings"), list):
+        messages = [str(message) for message in run_log.summary.get("warnings") or ()]
+    else:
+        messages = []
     messages = list(dict.fromkeys([*messages, *run_log.warnings]))
     broken = run_log.ended is not None and run_log.status != "done"
     if run_log.ended is not None and run_log.status == "failed":
@@ -185,11 +188,9 @@ def issues(run_log: RunLog) -> list[str]:
 
 def alerts(messages: Sequence[str], status: str) -> str:
     kind = "alerts failed" if status == "failed" else "alerts"
-    return (
-        f'<ul class="{kind}">{"".join(f"<li>{text(message, 800)}</li>" for message in messages)}</ul>'
-        if messages
-        else ""
-    )
+    if messages:
+        return f'<ul class="{kind}">{"".join(f"<li>{text(message, 800)}</li>" for message in messages)}</ul>'
+    return ""
 
 
 def _tiles(run_log: RunLog) -> str:
@@ -232,7 +233,10 @@ def _heldout_tile(heldout_by_stage: Mapping[str, Mapping[str, float]]) -> list[s
         return []
     if len(shares) == 1:
         return [_tile(percent(shares[0]), "held-out exact answers, base")]
-    change = f"{100 * (shares[-1] - shares[0]):+.1f} points" if shares[-1] > shares[0] else ""
+    if shares[-1] > shares[0]:
+        change = f"{100 * (shares[-1] - shares[0]):+.1f} points"
+    else:
+        change = ""
     return [_tile(f"{percent(shares[0])} \u2192 {percent(shares[-1])}", "held-out exact answers", change, wide=True)]
 
 

@@ -59,7 +59,10 @@ def scores(run_log: RunLog) -> str:
         ),
         _figures(figures, score_name),
     ]
-    title = "Scores of held-out pairs" if _is_reward(run_log) else "Implicit rewards of held-out pairs"
+    if _is_reward(run_log):
+        title = "Scores of held-out pairs"
+    else:
+        title = "Implicit rewards of held-out pairs"
     return (
         f'<h2>{title} <span class="soft">{get_number(pair_scores, "pairs"):,.0f} pairs, the final adapter</span></h2>'
         f'<div class="grid2">{"".join(card for card in cards if card)}</div>'
@@ -71,9 +74,9 @@ def _is_reward(run_log: RunLog) -> bool:
 
 
 def _card(title: str, words: str, svg: str, legend: str = "") -> str:
-    return (
-        f'<div class="card"><h3>{text(title)}</h3><p class="soft">{text(words)}</p>{svg}{legend}</div>' if svg else ""
-    )
+    if svg:
+        return f'<div class="card"><h3>{text(title)}</h3><p class="soft">{text(words)}</p>{svg}{legend}</div>'
+    return ""
 
 
 def _figures(figures: Mapping[str, Any], score_name: str) -> str:
@@ -85,25 +88,27 @@ def _figures(figures: Mapping[str, Any], score_name: str) -> str:
         ("prefers_longer", "pairs where the longer answer is ahead"),
     )
     rows = [[text(words), _figure_text(figures, key)] for key, words in names if key in figures]
-    return f'<div class="card"><h3>In figures</h3>{table(["", ""], rows, [1])}</div>' if rows else ""
+    if rows:
+        return f'<div class="card"><h3>In figures</h3>{table(["", ""], rows, [1])}</div>'
+    return ""
 
 
 def _figure_text(figures: Mapping[str, Any], key: str) -> str:
     value = get_number(figures, key, math.nan)
     if not math.isfinite(value):
         return "unknown"
-    return (
-        _correlation(figures)
-        if key == "length_correlation"
-        else format_tick(value)
-        if key == "margin"
-        else percent(value)
-    )
+    if key == "length_correlation":
+        return _correlation(figures)
+    if key == "margin":
+        return format_tick(value)
+    return percent(value)
 
 
 def _correlation(figures: Mapping[str, Any]) -> str:
     value = get_number(figures, "length_correlation", math.nan)
-    return f"{value:+.2f}" if math.isfinite(value) else "unknown"
+    if math.isfinite(value):
+        return f"{value:+.2f}"
+    return "unknown"
 
 
 def _floats(pair_scores: Mapping[str, Any], name: str) -> list[float]:
@@ -141,18 +146,24 @@ def samples(logged_samples: Sequence[SampleLogged]) -> str:
         ]
         body = table(["", "chosen", "rejected", ""], rows)
         parts.append(f"<details{' open' if index == 0 else ''}><summary>{text(prompt, 300)}</summary>{body}</details>")
-    return f"<h2>Pairs and their scores over time</h2>{''.join(parts)}" if parts else ""
+    if parts:
+        return f"<h2>Pairs and their scores over time</h2>{''.join(parts)}"
+    return ""
 
 
 def _score(sample: SampleLogged) -> str:
-    return "" if not isinstance(sample.reward, (int, float)) else signed(sample.reward)
+    if not isinstance(sample.reward, (int, float)):
+        return ""
+    return signed(sample.reward)
 
 
 def _verdict(chosen: SampleLogged, rejected: SampleLogged) -> str:
     if not isinstance(chosen.reward, (int, float)) or not isinstance(rejected.reward, (int, float)):
         return ""
     right = chosen.reward > rejected.reward
-    return '<span class="yes">&#10003; right</span>' if right else '<span class="no">&#10007; wrong</span>'
+    if right:
+        return '<span class="yes">&#10003; right</span>'
+    return '<span class="no">&#10007; wrong</span>'
 
 
 def sides(data: Mapping[str, Any]) -> str:

@@ -9,7 +9,9 @@ from statistics import fmean
 
 from lowrank_tune.ui.report.charts import BOTTOM, HEIGHT, LEFT, RIGHT, TOP, WIDTH, Point, format_tick, ticks_of
 
-BINS, MAX_DOTS, LENGTH_BINS = 28, 800, 10
+BINS = 28
+MAX_DOTS = 800
+LENGTH_BINS = 10
 
 
 @dataclass(frozen=True)
@@ -60,7 +62,9 @@ def reliability(bins: Sequence[tuple[float, float, int]]) -> str:
         f"calibrated</title></path>",
     ]
     for confidence, right, count in bins:
-        x, y, size = axes.across(confidence), axes.down(right), 2.5 + 8 * (count / largest) ** 0.5
+        x = axes.across(confidence)
+        y = axes.down(right)
+        size = 2.5 + 8 * (count / largest) ** 0.5
         label = y + size + 12 if y - size < TOP + 14 else y - size - 4
         parts.append(
             f'<circle class="dot" cx="{x:.1f}" cy="{y:.1f}" r="{size:.1f}">'
@@ -88,7 +92,8 @@ def histogram_pair(sides: Mapping[str, Sequence[float]]) -> str:
     for side, values in counts.items():
         for index, count in enumerate(values):
             if count:
-                y, first = axes.down(count), low + index * width
+                y = axes.down(count)
+                first = low + index * width
                 title = f"{count:,} {side}: {format_tick(first)} to {format_tick(first + width)}"
                 parts.append(
                     f'<rect class="{side}" x="{LEFT + index * step:.1f}" y="{y:.1f}" width="{step - 1:.1f}" rx="1.5" '
@@ -119,7 +124,9 @@ def scatter(sides: Mapping[str, Sequence[Point]]) -> str:
 def _means(points: Sequence[Point]) -> list[Point]:
     """The mean tokens and score of about `LENGTH_BINS` stretches of equally many answers; equal lengths are never
     parted."""
-    bin_size, means, part = max(1, len(points) // LENGTH_BINS), list[Point](), list[Point]()
+    bin_size = max(1, len(points) // LENGTH_BINS)
+    means = list[Point]()
+    part = list[Point]()
     for index, point in enumerate(points):
         part.append(point)
         is_edge = index + 1 == len(points) or points[index + 1][0] != point[0]

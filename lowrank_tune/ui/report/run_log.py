@@ -67,12 +67,15 @@ class RunLog:
 
     def apply(self, event: Event) -> None:
         """Takes one event. A run that goes on after an interruption has not ended."""
-        self.began, self.last = self.began or event.time, event.time
+        self.began = self.began or event.time
+        self.last = event.time
         self._wall_time.apply(event)
         if isinstance(event, RunStarted):
-            self.started, self.ended = event, None
+            self.started = event
+            self.ended = None
         elif isinstance(event, StepEnd):
-            self.step, self.tokens = event.step, self.tokens + event.tokens
+            self.step = event.step
+            self.tokens = self.tokens + event.tokens
             _store(self.series, event.stats, event.step)
             for name, seconds in phases_of(event.stats, event.seconds).items():
                 self.phases[name] = self.phases.get(name, 0.0) + seconds
@@ -130,7 +133,9 @@ class ChainLog:
     def status(self) -> str:
         """As its last stage stands: done only where every stage is."""
         last = self.started_stages[-1].status
-        return last if last != "done" or all(self.stages.values()) else "not ended"
+        if last != "done" or all(self.stages.values()):
+            return last
+        return "not ended"
 
 
 def read_chain(folder: Path) -> ChainLog:
@@ -140,11 +145,14 @@ def read_chain(folder: Path) -> ChainLog:
         stages[path.name] = read_run_log(path) if (path / EVENTS).is_file() and (path / EVENTS).stat().st_size else None
     if not any(stages.values()):
         raise UserError(f"{folder}: no stage of this chain has begun")
-    recipe, summary = _read_json_object(folder / "run.json").get("recipe"), _read_json_object(folder / "summary.json")
+    recipe = _read_json_object(folder / "run.json").get("recipe")
+    summary = _read_json_object(folder / "summary.json")
     name = recipe.get("name") if isinstance(recipe, Mapping) else None
     chain = ChainLog(folder, str(name or folder.name), stages, summary)
     # else it is of an earlier start
-    return chain if summary.get("status") == chain.status else replace(chain, summary={})
+    if summary.get("status") == chain.status:
+        return chain
+    return replace(chain, summary={})
 
 
 def read_run_log(folder: Path) -> RunLog:

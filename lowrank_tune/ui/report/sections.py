@@ -60,10 +60,12 @@ def curves(run_log: RunLog) -> str:
     """A chart for every statistic there is, the validation's beside the step's; those of held-out prompts and pairs
     have a table."""
     algorithm = run_log.started.algorithm if run_log.started else "sft"
-    meanings, checked = descriptions_of(algorithm), {name.removeprefix("eval_") for name in run_log.checks}
+    meanings = descriptions_of(algorithm)
+    checked = {name.removeprefix("eval_") for name in run_log.checks}
     partners = {other for name in meanings if (other := paired_metric(algorithm, name)) is not None}
     if algorithm in GENERATIVE_ALGORITHMS:  # of several rewards each one's own curve stands right behind the whole
-        base_meanings, meanings = meanings, {}
+        base_meanings = meanings
+        meanings = {}
         for name, meaning in base_meanings.items():
             meanings[name] = meaning
             meanings |= {
@@ -74,11 +76,14 @@ def curves(run_log: RunLog) -> str:
     names = [*meanings, *sorted({*run_log.series, *checked} - set(meanings) - partners)]
     cards = [_curve(name, meanings.get(name, ""), paired_metric(algorithm, name), run_log) for name in names]
     cards = [card for card in cards if card]
-    return f'<h2>Curves</h2><div class="grid2">{"".join(cards)}</div>' if cards else ""
+    if cards:
+        return f'<h2>Curves</h2><div class="grid2">{"".join(cards)}</div>'
+    return ""
 
 
 def _curve(name: str, meaning: str, partner: str | None, run_log: RunLog) -> str:
-    points, checks = run_log.series.get(name, {}), run_log.checks.get(f"eval_{name}", {})
+    points = run_log.series.get(name, {})
+    checks = run_log.checks.get(f"eval_{name}", {})
     if (name.startswith(("heldout/", "pairs/")) and not points) or (
         name in ("skipped_steps", "oom_retries") and not any(points.values())
     ):
@@ -86,31 +91,40 @@ def _curve(name: str, meaning: str, partner: str | None, run_log: RunLog) -> str
     lines = lines_of(name, points, checks, f"validation {name}")
     title = metric_label(name)
     if partner is not None:
-        lines, title = (
-            pair_lines(
-                {
-                    metric_name: run_log.series.get(metric_name) or run_log.checks.get(f"eval_{metric_name}", {})
-                    for metric_name in (name, partner)
-                }
-            ),
-            "",
+        lines = pair_lines(
+            {
+                metric_name: run_log.series.get(metric_name) or run_log.checks.get(f"eval_{metric_name}", {})
+                for metric_name in (name, partner)
+            }
         )
+        title = ""
     return chart_card(title or TITLES[name], meaning, lines, name not in NOT_LOG, points or checks)
 
 
-def chart_card(title: str, meaning: str, lines: Sequence[ChartLine], may_log: bool, points: Mapping[int, float]) -> str:
+def chart_card(
+    title: str,
+    meaning: str,
+    lines: Sequence[ChartLine],
+    may_log: bool,
+    points: Mapping[int, float],
+) -> str:
     svg = chart(lines)
     if not svg:
         return ""
     values = [value for line in lines for _, value in line.points]
     can_log = may_log and min(values) > 0 and max(values) / min(values) > 3
-    toggle = '<label class="soft"><input type="checkbox"> log scale</label>' if can_log else ""
-    legend = (
-        "".join(f'<span><i class="key {line.kind}"></i>{text(line.name)}</span>' for line in lines)
-        if len(lines) > 1
-        else ""
-    )
-    last = f"<output>{format_tick(points[max(points)])}</output>" if points else ""
+    if can_log:
+        toggle = '<label class="soft"><input type="checkbox"> log scale</label>'
+    else:
+        toggle = ""
+    if len(lines) > 1:
+        legend = "".join(f'<span><i class="key {line.kind}"></i>{text(line.name)}</span>' for line in lines)
+    else:
+        legend = ""
+    if points:
+        last = f"<output>{format_tick(points[max(points)])}</output>"
+    else:
+        last = ""
     return (
         f'<div class="card" data-lines="{hover_data(lines)}"><div class="top"><h3>{text(title)}</h3>'
         f'{last}</div><p class="soft">{text(meaning)}</p>'
@@ -188,7 +202,9 @@ def _heldout(stages: Mapping[str, Mapping[str, float]], summaries: Sequence[Mapp
 def _figure(key: str, value: float | None) -> str:
     if value is None:
         return ""
-    return number(value) if key == "mean_length" else f"{percent(value)}{bar(value)}"
+    if key == "mean_length":
+        return number(value)
+    return f"{percent(value)}{bar(value)}"
 
 
 def _text_block(value: Any) -> str:
@@ -202,13 +218,12 @@ def _answer(answer: Mapping[str, Any]) -> str:
 def _graded_answer(completion: str, ended_with_eos: bool, ground_truth: Any) -> str:
     """An answer with what became of it; one that runs on has not answered."""
     exact = ended_with_eos and isinstance(ground_truth, str) and is_exact(completion, ground_truth)
-    verdict = (
-        '<span class="yes">&#10003; right</span>'
-        if exact
-        else '<span class="no">&#10007; wrong</span>'
-        if isinstance(ground_truth, str)
-        else ""
-    )
+    if exact:
+        verdict = '<span class="yes">&#10003; right</span>'
+    elif isinstance(ground_truth, str):
+        verdict = '<span class="no">&#10007; wrong</span>'
+    else:
+        verdict = ""
     return (
         f'<div class="text">{block(completion, 1500)}</div><span class="soft">{verdict} '
         f"{'' if ended_with_eos else 'runs on'}</span>"
@@ -222,10 +237,8 @@ def stage_table(chain: ChainLog) -> str:
         if run_log is None or run_log.started is None:
             rows.append([text(folder), "", "not begun" if run_log is None else text(run_log.status), "", "", "", ""])
             continue
-        writes, right = (
-            run_log.started.algorithm in GENERATIVE_ALGORITHMS,
-            get_mapping(run_log.summary, "heldout_pairs"),
-        )
+        writes = run_log.started.algorithm in GENERATIVE_ALGORITHMS
+        right = get_mapping(run_log.summary, "heldout_pairs")
         points = run_log.series.get("reward" if writes else "loss", {})
         rows.append(
             [
@@ -243,7 +256,9 @@ def stage_table(chain: ChainLog) -> str:
 
 
 def _trend(points: Mapping[int, float], prefix: str) -> str:
-    return f"{prefix}{format_tick(points[min(points)])} \u2192 {format_tick(points[max(points)])}" if points else ""
+    if points:
+        return f"{prefix}{format_tick(points[min(points)])} \u2192 {format_tick(points[max(points)])}"
+    return ""
 
 
 def samples(run_log: RunLog) -> str:
@@ -266,17 +281,18 @@ def samples(run_log: RunLog) -> str:
                     else names.get(str(shown_sample.role), shown_sample.role)
                 ),
                 _graded_answer(
-                    str(shown_sample.completion), shown_sample.finish_reason == "stop", shown_sample.ground_truth
+                    str(shown_sample.completion),
+                    shown_sample.finish_reason == "stop",
+                    shown_sample.ground_truth,
                 ),
                 "" if shown_sample.reward is None else number(shown_sample.reward),
             ]
             for shown_sample in shown_samples
         ]
-        ground_truth = (
-            f' <span class="soft">gold {text(prompt_samples[0].ground_truth, 80)}</span>'
-            if prompt_samples[0].ground_truth is not None
-            else ""
-        )
+        if prompt_samples[0].ground_truth is not None:
+            ground_truth = f' <span class="soft">gold {text(prompt_samples[0].ground_truth, 80)}</span>'
+        else:
+            ground_truth = ""
         body = table(
             ["", "answer", "reward" if any(shown_sample.reward is not None for shown_sample in shown_samples) else ""],
             rows,
@@ -347,12 +363,14 @@ def _eos_line(eos_stats: Mapping[str, Any]) -> str:
 
 def _lengths(data_report: Mapping[str, Any]) -> str:
     lengths = get_mapping(data_report, "lengths")
-    edges, counts = lengths.get("edges"), lengths.get("counts")
+    edges = lengths.get("edges")
+    counts = lengths.get("counts")
     if not isinstance(edges, list) or not isinstance(counts, list) or len(edges) != len(counts) + 1:
         return ""
     if not all(isinstance(value, int) for value in (*edges, *counts)):
         return ""
-    limit, over = int(get_number(lengths, "limit")), int(get_number(lengths, "over"))
+    limit = int(get_number(lengths, "limit"))
+    over = int(get_number(lengths, "over"))
     names = (("median", "median"), ("95 % up to", "p95"), ("longest read", "longest"), ("limit", "limit"))
     summary = ", ".join(f"{name} {get_number(lengths, key):,.0f}" for name, key in names)
     return (
@@ -364,8 +382,12 @@ def _lengths(data_report: Mapping[str, Any]) -> str:
 def _issues(data_report: Mapping[str, Any]) -> str:
     rows = []
     for issue in entries(data_report, "issues"):
-        count, locations = int(get_number(issue, "count")), issue.get("locations")
-        where = ", ".join(map(str, locations)) if isinstance(locations, list) else ""
+        count = int(get_number(issue, "count"))
+        locations = issue.get("locations")
+        if isinstance(locations, list):
+            where = ", ".join(map(str, locations))
+        else:
+            where = ""
         rows.append(
             [
                 f'<span class="{"some" if count else "zero"}">{count:,}</span>',
@@ -374,11 +396,11 @@ def _issues(data_report: Mapping[str, Any]) -> str:
                 f'<span class="soft">{text(where, 700)}</span>',
             ]
         )
-    return (
-        f"<details><summary>Rows looked at</summary>{table(['rows', 'what', 'done', 'where'], rows, [0])}</details>"
-        if rows
-        else ""
-    )
+    if rows:
+        return (
+            f"<details><summary>Rows looked at</summary>{table(['rows', 'what', 'done', 'where'], rows, [0])}</details>"
+        )
+    return ""
 
 
 def _examples(data_report: Mapping[str, Any]) -> str:
@@ -390,21 +412,23 @@ def _examples(data_report: Mapping[str, Any]) -> str:
         )
         parts.append(f'<p class="soft">{text(example.get("location", ""))}</p><div class="text">{shown}</div>')
     title = 'Rows as the model reads them <span class="soft">what is marked is trained</span>'
-    return f"<details><summary>{title}</summary>{''.join(parts)}</details>" if parts else ""
+    if parts:
+        return f"<details><summary>{title}</summary>{''.join(parts)}</details>"
+    return ""
 
 
 def recipe(run_log: RunLog) -> str:
     """The recipe, complete."""
-    return (
-        f"<h2>Recipe</h2><details><summary>recipe.yaml</summary><pre>{block(run_log.recipe, 60_000)}</pre></details>"
-        if run_log.recipe
-        else ""
-    )
+    if run_log.recipe:
+        yaml_text = block(run_log.recipe, 60_000)
+        return f"<h2>Recipe</h2><details><summary>recipe.yaml</summary><pre>{yaml_text}</pre></details>"
+    return ""
 
 
 def environment(run_log: RunLog) -> str:
     """Machine, versions, and the hash of the frozen base at both ends of the run."""
-    started, hashes = run_log.started, get_mapping(run_log.summary, "base_hash")
+    started = run_log.started
+    hashes = get_mapping(run_log.summary, "base_hash")
     rows: list[tuple[str, str]] = []
     if started is not None:
         rows += [
@@ -432,11 +456,9 @@ def environment(run_log: RunLog) -> str:
 def notes(run_log: RunLog) -> str:
     """What the run said besides."""
     items = "".join(f"<li>{text(note, 600)}</li>" for note in run_log.notes)
-    return (
-        f"<h2>Notes</h2><details><summary>{len(run_log.notes)} notes</summary><ul>{items}</ul></details>"
-        if run_log.notes
-        else ""
-    )
+    if run_log.notes:
+        return f"<h2>Notes</h2><details><summary>{len(run_log.notes)} notes</summary><ul>{items}</ul></details>"
+    return ""
 
 
 def _roles(roles: Mapping[str, Sequence[str]]) -> str:

@@ -33,7 +33,10 @@ class Canvas:
 
     def __init__(self, width: int, height: int, ascii_only: bool = False) -> None:
         self.ascii_only = ascii_only
-        self.columns, self.rows = (width, height) if ascii_only else (2 * width, 4 * height)
+        if ascii_only:
+            self.columns, self.rows = (width, height)
+        else:
+            self.columns, self.rows = (2 * width, 4 * height)
         self._cells = [[0] * width for _ in range(height)]
         self._signs = [[" "] * width for _ in range(height)]
         self._styles = [[""] * width for _ in range(height)]
@@ -50,7 +53,10 @@ class Canvas:
         """The canvas as lines, neighbors of one style joined."""
         drawn: list[Line] = []
         for cells, signs, styles in zip(self._cells, self._signs, self._styles, strict=True):
-            texts = signs if self.ascii_only else [chr(0x2800 + cell) if cell else " " for cell in cells]
+            if self.ascii_only:
+                texts = signs
+            else:
+                texts = [chr(0x2800 + cell) if cell else " " for cell in cells]
             line: Line = []
             for text, style in zip(texts, styles, strict=True):
                 if line and line[-1][1] == style:
@@ -64,11 +70,14 @@ class Canvas:
 def smooth(points: Points, weight: float) -> list[tuple[float, float]]:
     """The exponential moving average, corrected for its empty beginning as Adam's is; what is not finite is left
     out."""
-    average, total, averaged = 0.0, 0.0, []
+    average = 0.0
+    total = 0.0
+    averaged = []
     for x, y in points:
         if not math.isfinite(y):
             continue
-        average, total = weight * average + (1 - weight) * y, weight * total + (1 - weight)
+        average = weight * average + (1 - weight) * y
+        total = weight * total + (1 - weight)
         averaged.append((x, average / total))
     return averaged
 
@@ -89,7 +98,8 @@ def axis_ranges(curves: Sequence[Curve], log: bool) -> tuple[float, float, float
     usable = [(x, y) for curve in curves for x, y in curve.points if math.isfinite(y) and (y > 0 or not log)]
     if not usable:
         return None
-    xs, ys = [x for x, _ in usable], [y for _, y in usable]
+    xs = [x for x, _ in usable]
+    ys = [y for _, y in usable]
     return min(xs), max(xs), min(ys), max(ys)
 
 
@@ -97,7 +107,8 @@ def draw(canvas: Canvas, curve: Curve, area: tuple[float, float, float, float], 
     """Puts a curve on the canvas: the mean of the points in each column, neighboring columns joined by a line."""
     left, right, low, high = area
     if log:
-        low, high = math.log(low), math.log(high)
+        low = math.log(low)
+        high = math.log(high)
     across = (canvas.columns - 1) / (right - left) if right > left else 0.0
     up = (canvas.rows - 1) / (high - low) if high > low else 0.0
     sums: dict[int, tuple[float, int]] = {}
@@ -141,7 +152,8 @@ def chart(
     """`height` lines of `width` cells: the curves, the values of the y axis at its left, the steps below (`across`
     writes them). Log falls back to linear where no value is positive."""
     area = axis_ranges(curves, log) or axis_ranges(curves, False)
-    plot_width, plot_height = width - LABEL_WIDTH - 1, height - 1
+    plot_width = width - LABEL_WIDTH - 1
+    plot_height = height - 1
     if plot_width < 4 or plot_height < 2:
         return []
     if area is None:
@@ -165,5 +177,8 @@ def chart(
 
 def _steps_axis(first: str, last: str, width: int) -> Line:
     between = width - len(first) - len(last)
-    text = f"{first}{' ' * between}{last}" if between > 0 and first != last else last.rjust(width)
+    if between > 0 and first != last:
+        text = f"{first}{' ' * between}{last}"
+    else:
+        text = last.rjust(width)
     return [(" " * (LABEL_WIDTH + 1) + text, "quiet")]

@@ -95,7 +95,9 @@ class ChatScreen:
 
     def _styled(self, text: str, style: str) -> str:
         code = self._code(style)
-        return f"\x1b[{code}m{text}\x1b[0m" if code and text else text
+        if code and text:
+            return f"\x1b[{code}m{text}\x1b[0m"
+        return text
 
     def label(self, variant: str) -> str:
         """A variant's name, before what it says."""
@@ -117,7 +119,9 @@ class StackedView:
     together = False
 
     def __init__(self, screen: ChatScreen, labels: Sequence[str]) -> None:
-        self.screen, self.labels, self._current = screen, labels, -1
+        self.screen = screen
+        self.labels = labels
+        self._current = -1
 
     def add(self, number: int, piece: str) -> None:
         if number != self._current:
@@ -142,7 +146,9 @@ class SideBySideView:
     together = True
 
     def __init__(self, screen: ChatScreen, labels: Sequence[str]) -> None:
-        self.screen, self.labels, self._facts = screen, labels, dict[int, tuple[str, bool]]()
+        self.screen = screen
+        self.labels = labels
+        self._facts = dict[int, tuple[str, bool]]()
         titles = [[(label, VARIANT_STYLES.get(label, "strong"))] for label in labels]
         self.columns = Columns(screen.write, screen.size, titles, screen.color, screen.bar)
         self.columns.draw()

@@ -20,7 +20,11 @@ class Column:
     """A text that grows, as lines of `width` cells. All but the last one are final, until `over`."""
 
     def __init__(self) -> None:
-        self.over, self._width, self._lines, self._paragraph, self._text = False, 0, list[str](), "", ""
+        self.over = False
+        self._width = 0
+        self._lines = list[str]()
+        self._paragraph = ""
+        self._text = ""
 
     def add(self, text: str) -> None:
         self._text += text
@@ -32,7 +36,11 @@ class Column:
 
     def resize(self, width: int) -> None:
         if width != self._width:
-            text, self._width, self._lines, self._paragraph, self._text = self._text, width, [], "", ""
+            text = self._text
+            self._width = width
+            self._lines = []
+            self._paragraph = ""
+            self._text = ""
             self.add(text)
 
     def lines(self) -> list[str]:
@@ -50,9 +58,16 @@ class Columns:
         color: bool,
         bar: str,
     ) -> None:
-        self.write, self.size, self.titles, self.color, self.gap = write, size, titles, color, f" {bar} "
+        self.write = write
+        self.size = size
+        self.titles = titles
+        self.color = color
+        self.gap = f" {bar} "
         self.columns = [Column() for _ in titles]
-        self._screen, self._settled, self._drawn, self._last = 0, 0, 0, 0.0
+        self._screen = 0
+        self._settled = 0
+        self._drawn = 0
+        self._last = 0.0
 
     def add(self, index: int, text: str) -> None:
         """More of a text. Drawn a few times a second."""
@@ -73,7 +88,9 @@ class Columns:
         if across != self._screen:  # the terminal has broken the old lines anew: begin below them
             for column in self.columns:
                 column.resize(width)
-            self._screen, self._settled, self._drawn = across, 0, 0
+            self._screen = across
+            self._settled = 0
+            self._drawn = 0
             out += [f"{self._row([[title] for title in self.titles], width)}\n"]
         texts = [column.lines() for column in self.columns]
         longest = max(map(len, texts))
@@ -87,7 +104,9 @@ class Columns:
         for number in range(self._settled, shown):
             cells: list[list[Line]] = [[[(lines[number], "")]] if number < len(lines) else [[]] for lines in texts]
             out.append(f"{self._row(cells, width)}\x1b[K\n")
-        self._settled, self._drawn, self._last = final, shown - final, time.monotonic()
+        self._settled = final
+        self._drawn = shown - final
+        self._last = time.monotonic()
         self.write("".join(out))
 
     def _row(self, cells: Sequence[Sequence[Line]], width: int) -> str:

@@ -31,13 +31,12 @@ def group_pane(state: State, view: View, width: int, height: int) -> list[Line]:
     head.append([(LABEL.format("reward", "advantage", "end", ""), "quiet"), ("completion", "quiet")])
     pages = _pages(group.completions, view, width, max(1, height - len(head) - 2))
     page = view.sample % len(pages)
-    note = (
-        f"page {page + 1} of {len(pages)}, n turns"
-        if len(pages) > 1
-        else "no signal: all earn the same"
-        if group.is_zero_std
-        else ""
-    )
+    if len(pages) > 1:
+        note = f"page {page + 1} of {len(pages)}, n turns"
+    elif group.is_zero_std:
+        note = "no signal: all earn the same"
+    else:
+        note = ""
     lines = [heading(f"group of step {group.step}: {group.count} completions", width, view, note), *head]
     for block in pages[page]:
         lines += block
@@ -62,16 +61,26 @@ def _pages(completions: Sequence[LoggedCompletion], view: View, width: int, room
 
 def _block(completion: LoggedCompletion, view: View, width: int, max_lines: int) -> list[Line]:
     """A completion: its figures, then its words; where several rewards make one up, each of them."""
-    style = "chosen" if completion.advantage > 0 else "rejected" if completion.advantage < 0 else "quiet"
+    if completion.advantage > 0:
+        style = "chosen"
+    elif completion.advantage < 0:
+        style = "rejected"
+    else:
+        style = "quiet"
     times = f"x{completion.times}" if completion.times > 1 else ""
-    end = "cut" if completion.finish_reason == "length" else sanitize(completion.finish_reason, view.ascii_only, 6)
+    if completion.finish_reason == "length":
+        end = "cut"
+    else:
+        end = sanitize(completion.finish_reason, view.ascii_only, 6)
     label = LABEL.format(_figure(number, completion.reward), _figure(signed, completion.advantage), end, times)
-    parts = (
-        "  ".join(f"{sanitize(name, view.ascii_only, 20)} {_figure(number, value)}" for name, value in completion.parts)
-        if len(completion.parts) > 1
-        else ""
-    )
-    parts = f"not scored: {sanitize(completion.unscored, view.ascii_only, width)}" if completion.unscored else parts
+    if len(completion.parts) > 1:
+        parts = "  ".join(
+            f"{sanitize(name, view.ascii_only, 20)} {_figure(number, value)}" for name, value in completion.parts
+        )
+    else:
+        parts = ""
+    if completion.unscored:
+        parts = f"not scored: {sanitize(completion.unscored, view.ascii_only, width)}"
     rows = wrap(
         sanitize(completion.text, view.ascii_only, max_lines * width),
         width - INDENT - 1,

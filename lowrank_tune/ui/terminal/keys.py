@@ -32,7 +32,8 @@ class Keyboard:
             if self._before is None:
                 self._before = [*settings[:6], list(settings[6])]
             settings[3] &= ~(termios.ICANON | termios.ECHO)
-            settings[6][termios.VMIN], settings[6][termios.VTIME] = 1, 0
+            settings[6][termios.VMIN] = 1
+            settings[6][termios.VTIME] = 0
             termios.tcsetattr(self.descriptor, termios.TCSANOW, settings)
 
     def stop(self) -> None:

@@ -19,7 +19,10 @@ from lowrank_tune.ui.terminal.keys import ESCAPE, Keyboard
 from lowrank_tune.ui.terminal.panes import SMOOTHINGS, View
 from lowrank_tune.ui.terminal.text_layout import Line
 
-FRAME_SECONDS, SHARE, TICK, STALE_TICK = 0.5, 0.03, 0.25, 10.0
+FRAME_SECONDS = 0.5
+SHARE = 0.03
+TICK = 0.25
+STALE_TICK = 10.0
 JOB_SIGNALS = {
     signal.SIGTTIN,
     signal.SIGTTOU,
@@ -45,7 +48,9 @@ def handle_key(view: View, key: str) -> View:
         return replace(view, group=False, help=False)
     if key == "n":
         return replace(view, sample=view.sample + 1)
-    return replace(view, help=not view.help) if key in "?h" else view
+    if key in "?h":
+        return replace(view, help=not view.help)
+    return view
 
 
 class LiveScreen:
@@ -61,10 +66,16 @@ class LiveScreen:
         owns_run: bool,
         environ: Mapping[str, str] = os.environ,
     ) -> None:
-        self.draw, self.changed, self.on_key, self.on_failure = draw, changed, on_key, on_failure
-        self.terminal, self.keyboard = Terminal(sys.stdout.fileno(), environ), Keyboard(_descriptor_of_stdin())
+        self.draw = draw
+        self.changed = changed
+        self.on_key = on_key
+        self.on_failure = on_failure
+        self.terminal = Terminal(sys.stdout.fileno(), environ)
+        self.keyboard = Keyboard(_descriptor_of_stdin())
         self.view = View(
-            ascii_only=ascii_only(sys.stdout, environ), owns_run=owns_run, keys=self.keyboard.descriptor is not None
+            ascii_only=ascii_only(sys.stdout, environ),
+            owns_run=owns_run,
+            keys=self.keyboard.descriptor is not None,
         )
         self.cost = self.frames = 0.0
         self._lock = threading.RLock()  # a signal may come while this thread holds it
@@ -108,14 +119,18 @@ class LiveScreen:
     def _live(self) -> None:
         # they belong to the main thread, and drawing must not stop the job
         signal.pthread_sigmask(signal.SIG_BLOCK, JOB_SIGNALS)
-        last, drawn_size, wait, last_event = 0.0, (0, 0), 0.0, time.monotonic()
+        last = 0.0
+        drawn_size = (0, 0)
+        wait = 0.0
+        last_event = time.monotonic()
         try:
             while not self._closed:
                 for key in self.keyboard.read(wait):
                     self._press(key)
                 now = time.monotonic()
                 if self.changed() or now - last_event > STALE_TICK:  # the header tells for how long nothing came
-                    self._again, last_event = True, now
+                    self._again = True
+                    last_event = now
                 with self._lock:
                     self._follow_job()
                     due = last + max(FRAME_SECONDS, self.cost / SHARE)
@@ -133,10 +148,12 @@ class LiveScreen:
         started = time.thread_time()
         view = replace(self.view, now=time.time())
         self.terminal.show(self.draw(view, width, height))
-        self.cost, self.frames = time.thread_time() - started, self.frames + 1
+        self.cost = time.thread_time() - started
+        self.frames = self.frames + 1
 
     def _press(self, key: str) -> None:
-        before, self.view = self.view, handle_key(self.view, key)
+        before = self.view
+        self.view = handle_key(self.view, key)
         if self.view is before:
             self.on_key(key)
         self._again = True

@@ -49,7 +49,9 @@ PLAIN_FORMAT_METRICS = (
     "completions/mean_length",
 )
 # a chart over no steps: its place among the others, and the points it needs
-FRONTIER, FRONTIER_INDEX, MIN_FRONTIER_DOTS = "reward against KL", 5, 3
+FRONTIER = "reward against KL"
+FRONTIER_INDEX = 5
+MIN_FRONTIER_DOTS = 3
 MIN_SPAN = 0.2  # share of held-out questions
 QUESTION_LINES = 4  # that a further question needs
 MIN_TITLE_WIDTH = 23  # cells of a pane's title that its right part must leave
@@ -110,16 +112,20 @@ def measured(state: State, name: str) -> bool:
 
 def format_value(name: str, value: float) -> str:
     """A value as the plain lines write it, without more digits than a glance takes in."""
-    return (
-        METRIC_FORMATS[name][1](value)
-        if name in PLAIN_FORMAT_METRICS
-        else format_number(value)
-        if value == value
-        else "nan"
-    )
+    if name in PLAIN_FORMAT_METRICS:
+        return METRIC_FORMATS[name][1](value)
+    if value == value:
+        return format_number(value)
+    return "nan"
 
 
-def chart_pane(state: State, names: Sequence[str], view: View, width: int, height: int) -> list[Line]:
+def chart_pane(
+    state: State,
+    names: Sequence[str],
+    view: View,
+    width: int,
+    height: int,
+) -> list[Line]:
     """A title with the last values, and the chart. One statistic: its values dim, their average bright, validation in a
     second color; or a band around it. Two are the sides of a pair, more are rewards: the averages of all, each in its
     color."""
@@ -127,7 +133,8 @@ def chart_pane(state: State, names: Sequence[str], view: View, width: int, heigh
         return _frontier_pane(state, view, width, height)
     titles = SIDE_TITLES if len(names) > 1 else TITLES
     label = titles.get(names[0]) or sanitize(metric_label(names[0]), view.ascii_only)
-    label = "rewards" if len(names) > 1 and names[0] in reward_names(names) else label
+    if len(names) > 1 and names[0] in reward_names(names):
+        label = "rewards"
     title: Line = [(f" {label} ", "title")]
     styles = dict(zip(names, _chart_styles(names), strict=True))
     curves = [curve for name in names for curve in _curves(state, name, view, styles[name])]
@@ -141,8 +148,10 @@ def chart_pane(state: State, names: Sequence[str], view: View, width: int, heigh
 def _frontier_pane(state: State, view: View, width: int, height: int) -> list[Line]:
     """The reward by the KL to the reference; held-out exact answers are stretched to the same height, for only their
     course counts here."""
-    rewards, accuracy = frontier(state), frontier(state, "heldout/accuracy")
-    low, high = min(y for _, y in rewards), max(y for _, y in rewards)
+    rewards = frontier(state)
+    accuracy = frontier(state, "heldout/accuracy")
+    low = min(y for _, y in rewards)
+    high = max(y for _, y in rewards)
     curves = [Curve(rewards, "first", "*")]
     title: Line = [(" reward against KL  ", "title"), ("reward", "first")]
     if accuracy:
@@ -171,7 +180,8 @@ def _chart_styles(names: Sequence[str]) -> list[ChartStyle | None]:
 
 def _band(state: State, name: str, weight: float) -> list[Curve]:
     """The average of a statistic with that of its spread above and below."""
-    series, spread = state.series.get(name), state.series.get(BAND_METRIC.get(name, ""))
+    series = state.series.get(name)
+    spread = state.series.get(BAND_METRIC.get(name, ""))
     if series is None or spread is None:
         return []
     both = [(x, y, around) for (x, y), (_, around) in zip(series.points, spread.points, strict=False)]
@@ -179,10 +189,14 @@ def _band(state: State, name: str, weight: float) -> list[Curve]:
 
 
 def _curves(state: State, name: str, view: View, style: ChartStyle | None) -> list[Curve]:
-    series, checked, weight = state.series.get(name), state.series.get(f"eval_{name}"), SMOOTHINGS[view.smoothing]
+    series = state.series.get(name)
+    checked = state.series.get(f"eval_{name}")
+    weight = SMOOTHINGS[view.smoothing]
     if style is not None:
         shown = series or checked
-        return [] if shown is None else [Curve(smooth(shown.points, weight), style[1], style[2])]
+        if shown is None:
+            return []
+        return [Curve(smooth(shown.points, weight), style[1], style[2])]
     if series is not None and name == "heldout/accuracy":  # measured seldom: each point counts
         return [Curve(series.points, "first", "*")]
     curves = _band(state, name, weight)
@@ -197,17 +211,16 @@ def _curves(state: State, name: str, view: View, style: ChartStyle | None) -> li
 
 
 def _last_values(state: State, name: str, style: ChartStyle | None, view: View) -> Line:
-    series, checked = state.series.get(name), state.series.get(f"eval_{name}")
+    series = state.series.get(name)
+    checked = state.series.get(f"eval_{name}")
     if style is not None:
         shown = series or checked
-        return (
-            []
-            if shown is None
-            else [
-                (f"{sanitize(style[0], view.ascii_only, 16)} ", "quiet"),
-                (f"{format_value(name, shown.last)} ", style[1]),
-            ]
-        )
+        if shown is None:
+            return []
+        return [
+            (f"{sanitize(style[0], view.ascii_only, 16)} ", "quiet"),
+            (f"{format_value(name, shown.last)} ", style[1]),
+        ]
     values: Line = [(format_value(name, series.last), "first")] if series is not None else []
     if (spread := state.last(BAND_METRIC.get(name, ""))) is not None:
         values.append((f" {'+-' if view.ascii_only else chr(0xB1)} {format_value(name, spread)}", "quiet"))
@@ -218,7 +231,8 @@ def _last_values(state: State, name: str, style: ChartStyle | None, view: View) 
 
 def heading(text: str, width: int, view: View, right: str = "") -> Line:
     """The title of a pane, with a rule to its end."""
-    rule, right = "-" if view.ascii_only else "\u2500", f" {right}" if right else ""
+    rule = "-" if view.ascii_only else "\u2500"
+    right = f" {right}" if right else ""
     left = width - len(text) - len(right) - 5
     return [(rule * 2 + " ", "quiet"), (text, "title"), (f" {rule * max(0, left)}{right} ", "quiet")]
 
@@ -232,7 +246,8 @@ def sample_pane(state: State, view: View, width: int, height: int) -> list[Line]
     prompts = list({**state.answers, **state.earlier})
     if not prompts:
         return [heading("answers", width, view, note), [(" no answers yet", "quiet")]]
-    index, count = view.sample % len(prompts), len(prompts)
+    index = view.sample % len(prompts)
+    count = len(prompts)
     lines = [heading(f"question {index + 1} of {count}", width, view, note)]
     for turn in range(count):  # the chosen one, and as many after it as there is room for
         room = height - len(lines) - (turn > 0)
@@ -276,7 +291,11 @@ def _sampled_roles(state: State, prompt: str) -> list[tuple[str, SampleLogged]]:
 
 
 def _question(
-    prompt: str, answers: Sequence[tuple[str, SampleLogged]], view: View, width: int, height: int
+    prompt: str,
+    answers: Sequence[tuple[str, SampleLogged]],
+    view: View,
+    width: int,
+    height: int,
 ) -> list[Line]:
     """What was asked, what was answered first, and what is answered now; of several stages as many as there is room
     for."""
@@ -292,7 +311,8 @@ def _question(
 def _pairs(state: State, view: View, width: int, height: int) -> list[Line]:
     """Held-out pairs: both answers with what they score."""
     pairs = list(state.pairs.values())
-    index, count = view.sample % len(pairs), len(pairs)
+    index = view.sample % len(pairs)
+    count = len(pairs)
     note = f"{sum(pair.margin > 0 for pair in pairs)} of {count} right"
     scored = state.scored.get(state.started.algorithm if state.started else "", {})
     if "accuracy" in scored:
@@ -326,7 +346,14 @@ def _pair(pair: ScoredPair, view: View, width: int, height: int) -> list[Line]:
     return lines
 
 
-def _answer(label: str, answer: SampleLogged, view: View, width: int, room: int, newest: bool) -> list[Line]:
+def _answer(
+    label: str,
+    answer: SampleLogged,
+    view: View,
+    width: int,
+    room: int,
+    newest: bool,
+) -> list[Line]:
     """Who answered when, the answer, and what is known of it."""
     label = sanitize(label, view.ascii_only, 10)
     facts = [] if answer.finish_reason == "stop" else ["cut off"]

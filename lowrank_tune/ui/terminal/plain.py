@@ -41,7 +41,8 @@ class LineLogger:
         self._color = self.terminal and not environ.get("NO_COLOR")
         self._eta = EtaEstimator()
         self._last_start: RunStarted | None = None
-        self._tokens, self._seconds = 0, 0.0
+        self._tokens = 0
+        self._seconds = 0.0
         self._bar: Bar | None = None
         self._task: tuple[str, TaskID] | None = None
         self._last_progress: dict[str, tuple[float, float]] = {}  # of each job: the share and the time of its last line
@@ -55,7 +56,9 @@ class LineLogger:
         elif isinstance(event, StepEnd):
             self._step(event)
         elif isinstance(event, RunStarted):
-            self._eta, self._tokens, self._seconds = EtaEstimator(), 0, 0.0
+            self._eta = EtaEstimator()
+            self._tokens = 0
+            self._seconds = 0.0
             self._started(event)
         elif isinstance(event, Evaluated):
             self._print(validation_line(event))
@@ -94,7 +97,10 @@ class LineLogger:
         where = f" on {event.device}" if event.device else ""
         trained = f"{event.trainable:,} trained parameters"
         self._last_start = event
-        stage = f", stage {event.stage} of {event.stages}" if event.stages > 1 else ""
+        if event.stages > 1:
+            stage = f", stage {event.stage} of {event.stages}"
+        else:
+            stage = ""
         name = f" {event.name}" if event.name else ""  # a recipe made in Python can be without one
         self._print(f"run{name}{stage}: {event.algorithm} of {event.model}{where}, {event.steps} steps, {trained}")
         for role, stack in event.roles.items():
@@ -108,11 +114,16 @@ class LineLogger:
 
     def _step(self, event: StepEnd) -> None:
         left = self._eta.seconds_left(event)
-        self._tokens, self._seconds = self._tokens + event.tokens, self._seconds + event.seconds
+        self._tokens = self._tokens + event.tokens
+        self._seconds = self._seconds + event.seconds
         if not event.logged:
             return
-        speed = {"tokens_per_second": self._tokens / self._seconds} if self._seconds else {}
-        self._tokens, self._seconds = 0, 0.0
+        if self._seconds:
+            speed = {"tokens_per_second": self._tokens / self._seconds}
+        else:
+            speed = {}
+        self._tokens = 0
+        self._seconds = 0.0
         width = len(str(event.steps))
         self._print(
             f"step {event.step:{width}d}/{event.steps}  {format_stats({**speed, **event.stats})}  ETA {clock(left)}"
@@ -120,7 +131,10 @@ class LineLogger:
 
     def _sample(self, event: SampleLogged) -> None:
         if event.role in PAIR_SIDES:  # one side of a pair and its score: how it was written is not the model's doing
-            score = "" if event.reward is None else f"  [score {signed(event.reward)}]"
+            if event.reward is None:
+                score = ""
+            else:
+                score = f"  [score {signed(event.reward)}]"
             self._print(
                 f"  {event.role:8} {escape_control_chars(event.prompt, 60)} -> "
                 f"{escape_control_chars(event.completion, 120)}{score}"
@@ -142,7 +156,8 @@ class LineLogger:
         total = max(event.done, event.total)  # more is read than was asked for where rows are dropped
         share = event.done / total if total else 1.0
         last_share, when = self._last_progress.setdefault(event.description, (0.0, event.time))
-        waited, left = event.time - when, ""
+        waited = event.time - when
+        left = ""
         if event.done >= event.total:
             del self._last_progress[event.description]
         elif (share - last_share >= 0.1 and waited >= 5) or (share > last_share and waited >= 60):
@@ -167,10 +182,8 @@ class LineLogger:
             )
             self._bar = Bar(*columns, console=console, auto_refresh=False, redirect_stdout=False, redirect_stderr=False)
             self._bar.start()
-            self._task, self._last_progress[description] = (
-                (description, self._bar.add_task(description, total=event.total)),
-                (0.0, 0.0),
-            )
+            self._task = (description, self._bar.add_task(description, total=event.total))
+            self._last_progress[description] = (0.0, 0.0)
         over = event.done >= event.total
         self._bar.update(self._task[1], completed=event.done, total=max(event.done, event.total))
         if over or event.time - self._last_progress[description][1] >= 0.1:

@@ -25,8 +25,12 @@ class InteractiveInput:
 
     def __init__(self, label: str, code: str, commands: Sequence[str]) -> None:
         # Readline must know which letters take no room.
-        coded = f"\x01\x1b[{code}m\x02{label}\x01\x1b[0m\x02 " if code and readline is not None else f"{label} "
-        self.first, self.more = coded, f"{'.' * len(label)} "
+        if code and readline is not None:
+            coded = f"\x01\x1b[{code}m\x02{label}\x01\x1b[0m\x02 "
+        else:
+            coded = f"{label} "
+        self.first = coded
+        self.more = f"{'.' * len(label)} "
         if readline is not None:
             readline.set_completer_delims(" ")
             readline.set_completer(

@@ -21,8 +21,11 @@ from lowrank_tune.ui.terminal.panes import (
 )
 from lowrank_tune.ui.terminal.text_layout import Line, fit, pad, sanitize, side_by_side, width_of, wrap
 
-MIN_WIDTH, MIN_HEIGHT = 60, 15
-CHART_WIDTH, CHART_HEIGHT, MAX_COLUMNS = 36, 9, 3
+MIN_WIDTH = 60
+MIN_HEIGHT = 15
+CHART_WIDTH = 36
+CHART_HEIGHT = 9
+MAX_COLUMNS = 3
 SIDE_BY_SIDE = 100  # from here on log and answers stand next to each other
 KEY_LABELS = {
     "q": "quit",
@@ -50,7 +53,12 @@ def render(state: State, view: View, width: int, height: int) -> list[Line]:
         _resources(state, view, width),
     ]
     body_height = height - len(head) - 1
-    pane = help_pane if view.help else group_pane if view.group else _body
+    if view.help:
+        pane = help_pane
+    elif view.group:
+        pane = group_pane
+    else:
+        pane = _body
     body = pane(state, view, width, body_height)
     return [*pad(head, width, len(head)), *pad(body, width, body_height), fit(_footer(state, view, width), width)]
 
@@ -59,7 +67,8 @@ def render_several(states: Sequence[State], view: View, width: int, height: int)
     """Several runs: side by side where the screen is wide enough, else one above the other."""
     if len(states) == 1:
         return render(states[0], view, width, height)
-    count, edge = len(states), "|" if view.ascii_only else "\u2502"
+    count = len(states)
+    edge = "|" if view.ascii_only else "\u2502"
     pane_width = (width - count + 1) // count
     if pane_width >= MIN_WIDTH:
         widths = [pane_width] * (count - 1) + [width - count + 1 - pane_width * (count - 1)]
@@ -84,7 +93,10 @@ def status(state: State, view: View) -> tuple[str, str]:
             f"{stage}{sanitize(state.ended.status)} in {clock(state.ended.seconds)}",
             "good" if state.ended.status == "done" else "bad",
         )
-    silent = view.now - state.last_time if view.now is not None and state.last_time else 0.0
+    if view.now is not None and state.last_time:
+        silent = view.now - state.last_time
+    else:
+        silent = 0.0
     if state.ended_process is not None:
         return f"process {state.ended_process} has ended, no news for {clock(silent)}", "bad"
     if view.pending:
@@ -92,15 +104,23 @@ def status(state: State, view: View) -> tuple[str, str]:
     if silent > STALE_SECONDS:
         return f"no news for {clock(silent)}", "warning"
     if state.loading:
-        return ("loading", "title") if state.job is not None or state.started is not None else ("starting", "title")
-    return ("evaluating", "title") if state.job is not None or state.step == 0 else ("running", "good")
+        if state.job is not None or state.started is not None:
+            return ("loading", "title")
+        return ("starting", "title")
+    if state.job is not None or state.step == 0:
+        return ("evaluating", "title")
+    return ("running", "good")
 
 
 def _title(state: State, view: View, width: int) -> Line:
-    run, dot = state.started, " - " if view.ascii_only else " \u00b7 "
+    run = state.started
+    dot = " - " if view.ascii_only else " \u00b7 "
     line: Line = [(" lowrank-tune ", "key"), (" ", "")]
     if run is not None:
-        stages = f"{dot}stage {run.stage} of {run.stages}: " if run.stages > 1 else dot
+        if run.stages > 1:
+            stages = f"{dot}stage {run.stage} of {run.stages}: "
+        else:
+            stages = dot
         name, model, device = (sanitize(text, view.ascii_only, 60) for text in (run.name, run.model, run.device))
         line += [(name or "run", "strong"), (f"{stages}{sanitize(run.algorithm, view.ascii_only)} of {model}", "")]
         line += [(f"{dot}{device}", "quiet")] if device else []
@@ -133,9 +153,10 @@ def _bar(share: float, width: int, view: View) -> Line:
 
 def _progress(state: State, view: View, width: int) -> Line:
     """The bar of the run, or of a long job before and between its steps."""
-    facts = (
-        [f"step {state.step}/{state.steps} ({100 * state.step / max(1, state.steps):.0f} %)"] if state.started else []
-    )
+    if state.started:
+        facts = [f"step {state.step}/{state.steps} ({100 * state.step / max(1, state.steps):.0f} %)"]
+    else:
+        facts = []
     share = state.step / max(1, state.steps)
     if state.job is not None:
         share = state.job.done / state.job.total if state.job.total else 0.0
@@ -196,7 +217,12 @@ def _body(state: State, view: View, width: int, height: int) -> list[Line]:
 
 
 def _charts(
-    state: State, view: View, names: Sequence[Sequence[str]], columns: int, width: int, height: int
+    state: State,
+    view: View,
+    names: Sequence[Sequence[str]],
+    columns: int,
+    width: int,
+    height: int,
 ) -> list[Line]:
     lines: list[Line] = []
     base, extra = divmod(width - columns + 1, columns)
@@ -217,9 +243,10 @@ def _figures(state: State, charts: Sequence[Sequence[str]], view: View, width: i
     for names in sorted(charts, key=len):
         part: Line = [(f"{SIDE_TITLES.get(names[0], 'rewards:')} ", "quiet")] if len(names) > 1 else []
         for name in names:
-            label = (
-                METRIC_FORMATS[name][0] if name in METRIC_FORMATS else sanitize(reward_label(name), view.ascii_only, 20)
-            )
+            if name in METRIC_FORMATS:
+                label = METRIC_FORMATS[name][0]
+            else:
+                label = sanitize(reward_label(name), view.ascii_only, 20)
             last = state.last(name)
             part += [(f"{label} ", "quiet"), (f"{format_value(name, last)}   ", "")] if last is not None else []
         if width_of(line) + width_of(part) <= width + 2:
@@ -245,7 +272,9 @@ def _panes(state: State, view: View, width: int, height: int) -> list[Line]:
         left = (width - 1) * 9 // 20
         widths = [left, width - 1 - left]
         return side_by_side(
-            [log_pane(state, view, left, height), sample_pane(state, view, widths[1], height)], widths, height
+            [log_pane(state, view, left, height), sample_pane(state, view, widths[1], height)],
+            widths,
+            height,
         )
     shown = bool(state.answers or state.earlier or state.pairs)
     if shown and height < 7:  # no room for both; what is wrong is also said by the diagnoses
@@ -275,7 +304,10 @@ def _small(state: State, view: View, width: int) -> list[Line]:
     if state.job is not None:
         lines.append([(f"{sanitize(state.job.description, view.ascii_only)} {state.job.done}/{state.job.total}", "")])
     if run is not None:
-        left = f", ETA {clock(state.seconds_left)}" if state.seconds_left is not None else ""
+        if state.seconds_left is not None:
+            left = f", ETA {clock(state.seconds_left)}"
+        else:
+            left = ""
         left = "" if state.ended_process is not None else left
         lines.append([(f"step {state.step}/{state.steps}{left}", "")])
     names = [

@@ -71,7 +71,10 @@ def state_at_step(events: list[Event], step: int | None) -> State:
 
 
 def main(words: list[str]) -> None:
-    events, out, width, height, *step = [*words, "120", "40"][:4] if len(words) < 4 else words
+    if len(words) < 4:
+        events, out, width, height, *step = [*words, "120", "40"][:4]
+    else:
+        events, out, width, height, *step = words
     state = state_at_step(list(read_events(Path(events))), int(step[0]) if step else None)
     Path(out).write_text(screenshot(state, int(width), int(height)), encoding="utf-8")
 

@@ -39,7 +39,9 @@ STYLES: dict[str, tuple[str, str, str]] = {
 def sanitize(text: str, ascii_only: bool = False, limit: int = 500) -> str:
     """Foreign text, fit for a screen: inert, and in ASCII where the terminal knows no more."""
     text = escape_control_chars(text, limit)
-    return text.encode("ascii", "backslashreplace").decode("ascii") if ascii_only else text
+    if ascii_only:
+        return text.encode("ascii", "backslashreplace").decode("ascii")
+    return text
 
 
 def width_of(line: Line) -> int:
@@ -48,11 +50,13 @@ def width_of(line: Line) -> int:
 
 def fit(line: Line, width: int) -> Line:
     """The line in exactly `width` cells: cut, or filled with blanks."""
-    fitted, left = [], max(0, width)
+    fitted = []
+    left = max(0, width)
     for text, style in line:
         size = cell_len(text)
         if size > left:
-            text, size = set_cell_size(text, left), left
+            text = set_cell_size(text, left)
+            size = left
         if text:
             fitted.append((text, style))
         left -= size
@@ -83,7 +87,8 @@ def wrap(text: str, width: int, lines: int) -> list[str]:
     """Text broken at blanks into at most `lines` lines of `width` cells; dots tell that some is missing."""
     if width < 4 or lines < 1:
         return []
-    rows, rest = [], text
+    rows = []
+    rest = text
     while rest:
         if cell_len(rest) <= width:
             rows.append(rest)
@@ -100,7 +105,10 @@ def wrap(text: str, width: int, lines: int) -> list[str]:
 def fold(line: str, width: int, indent: int) -> str:
     """A line broken before it reaches `width`; never within a word, nor between a name and its value where values are
     two blanks apart. What follows is indented."""
-    joined = re.sub(r"(?<=\S) (?=\S)", "\0", line) if re.search(r"\S {2,}\S.* {2,}\S", line) else line
+    if re.search(r"\S {2,}\S.* {2,}\S", line):
+        joined = re.sub(r"(?<=\S) (?=\S)", "\0", line)
+    else:
+        joined = line
     rows = textwrap.wrap(joined, width, subsequent_indent=" " * indent, break_long_words=False, break_on_hyphens=False)
     return "\n".join(rows).replace("\0", " ")
 

@@ -37,16 +37,25 @@ class Tui:
     the caller."""
 
     def __init__(
-        self, control: TrainerControl, console_log_path: Path, environ: Mapping[str, str] = os.environ
+        self,
+        control: TrainerControl,
+        console_log_path: Path,
+        environ: Mapping[str, str] = os.environ,
     ) -> None:
-        self.control, self.state = control, State()
+        self.control = control
+        self.state = State()
         self._events: deque[Event] = deque()
         self._pending: tuple[str, ...] = ()
         self._gpu = GpuStats()
         self._line_logger: LineLogger | None = None  # takes over where the screen breaks
         self._in_main = threading.current_thread() is threading.main_thread()
         self.screen = LiveScreen(
-            self._draw, self._changed, self._press, self._on_failure, owns_run=True, environ=environ
+            self._draw,
+            self._changed,
+            self._press,
+            self._on_failure,
+            owns_run=True,
+            environ=environ,
         )
         self._redirected = Redirected(console_log_path)
         self.screen.start()

@@ -17,7 +17,8 @@ KINDS = ("pass", "fail", "graded", "error", "timeout")
 
 def show(completion_scores: CompletionScores, title: str, console: Console) -> None:
     """Draws it."""
-    done, total = len(completion_scores.scores), len(completion_scores.responses)
+    done = len(completion_scores.scores)
+    total = len(completion_scores.responses)
     _print(
         console,
         f"{escape_control_chars(title)}: {done:,} responses scored"
@@ -61,7 +62,10 @@ def _figures(completion_scores: CompletionScores) -> Table:
 
 def _disagreement(completion_scores: CompletionScores, disagreement: Disagreement, console: Console) -> None:
     apart = len(disagreement.only_first) + len(disagreement.only_second)
-    share = f", {apart / disagreement.num_both_scored:.1%}" if disagreement.num_both_scored else ""
+    if disagreement.num_both_scored:
+        share = f", {apart / disagreement.num_both_scored:.1%}"
+    else:
+        share = ""
     _print(
         console,
         f"\n`{disagreement.first}` and `{disagreement.second}` disagree on {apart:,} of "
@@ -101,4 +105,6 @@ def _failures(completion_scores: CompletionScores, console: Console) -> None:
 
 def _where(response: ResponseItem) -> str:
     location = escape_control_chars(response.location.rpartition("/")[2], 60)
-    return f"{location} no. {response.index}" if response.index > 1 else location
+    if response.index > 1:
+        return f"{location} no. {response.index}"
+    return location

@@ -22,7 +22,11 @@ from lowrank_tune.ui import escape_control_chars
 BAR = 24
 NARROW = 72  # columns; below, the sides of a pair stand one below the other
 EIGHTHS = " ▏▎▍▌▋▊▉█"
-GOOD, BAD, QUIET, TRAINED, HEAD = "green", "yellow", "dim", "bold green", "bold"
+GOOD = "green"
+BAD = "yellow"
+QUIET = "dim"
+TRAINED = "bold green"
+HEAD = "bold"
 
 
 def show(data_report: DataReport, title: str, console: Console) -> None:
@@ -39,13 +43,17 @@ def show(data_report: DataReport, title: str, console: Console) -> None:
 
 def preflight_view(data_report: DataReport, title: str, plain: bool = False) -> RenderableType:
     """The picture as one renderable. `plain`: ASCII alone."""
-    unit = "prompt" if data_report.completions else "row" if data_report.sides is None else "pair"
+    if data_report.completions:
+        unit = "prompt"
+    elif data_report.sides is None:
+        unit = "row"
+    else:
+        unit = "pair"
     brackets = "[[ ]]" if plain else "⟦ ⟧"
-    reads = (
-        "what the model is asked"
-        if data_report.completions
-        else f"what the model reads; trained is the text in {brackets}"
-    )
+    if data_report.completions:
+        reads = "what the model is asked"
+    else:
+        reads = f"what the model reads; trained is the text in {brackets}"
     parts: list[RenderableType] = [
         Text(escape_control_chars(title), HEAD),
         Text(escape_control_chars(data_report.template), QUIET),
@@ -91,7 +99,10 @@ def _mixture(data_report: DataReport, unit: str, plain: bool) -> RenderableType:
         for values in zip(*((part.rows, part.tokens, part.trained) for part in data_report.parts), strict=True)
     ]
     for part in data_report.parts:
-        ground_truths = f", {part.ground_truths:,} with a gold answer" if unit != "pair" else ""
+        if unit != "pair":
+            ground_truths = f", {part.ground_truths:,} with a gold answer"
+        else:
+            ground_truths = ""
         tables.append(
             Text.assemble(
                 (escape_control_chars(part.name, 90), "cyan"),
@@ -108,14 +119,20 @@ def _mixture(data_report: DataReport, unit: str, plain: bool) -> RenderableType:
 def _measures(part: MixturePart, totals: Sequence[int], unit: str, plain: bool) -> Table:
     table = _grid("l", "l", "r", "r")
     for name, value, total in zip(
-        (f"{unit}s", "tokens", "trained tokens"), (part.rows, part.tokens, part.trained), totals, strict=True
+        (f"{unit}s", "tokens", "trained tokens"),
+        (part.rows, part.tokens, part.trained),
+        totals,
+        strict=True,
     ):
         if unit == "prompt" and name == "trained tokens":
             continue
         share = value / total if total else 0.0
         table.add_row(name, Text(bar(share, plain=plain), "cyan"), f"{100 * share:.1f} %", f"{value:,}")
     table.add_row(
-        "weight w_s", Text(bar(part.weight, plain=plain), "magenta"), f"{100 * part.weight:.1f} %", f"{part.weight:.4f}"
+        "weight w_s",
+        Text(bar(part.weight, plain=plain), "magenta"),
+        f"{100 * part.weight:.1f} %",
+        f"{part.weight:.4f}",
     )
     return table
 
@@ -125,7 +142,9 @@ def _lengths(lengths: Lengths, unit: str, plain: bool) -> RenderableType:
     largest = max(*lengths.counts, lengths.over, 0)
     for low, high, count in zip(lengths.edges, lengths.edges[1:], lengths.counts, strict=False):
         table.add_row(
-            f"{low + 1:,} to {high:,}", Text(bar(count / largest if largest else 0.0, 40, plain), "cyan"), f"{count:,}"
+            f"{low + 1:,} to {high:,}",
+            Text(bar(count / largest if largest else 0.0, 40, plain), "cyan"),
+            f"{count:,}",
         )
     shown = Text(bar(lengths.over / largest if largest else 0.0, 40, plain), BAD)
     table.add_row(f"over {lengths.limit:,}", shown, Text(f"{lengths.over:,}", BAD if lengths.over else GOOD))
@@ -153,7 +172,9 @@ def _issues(issues: Iterable[DataIssue]) -> RenderableType:
             more = ", ..." if issue.count > len(issue.locations) else ""
             lines.append(
                 Padding(
-                    Text(escape_control_chars(_joined(issue.locations), 600) + more, QUIET), (0, 0, 0, 9), expand=False
+                    Text(escape_control_chars(_joined(issue.locations), 600) + more, QUIET),
+                    (0, 0, 0, 9),
+                    expand=False,
                 )
             )
     return Group(*lines)
@@ -161,7 +182,8 @@ def _issues(issues: Iterable[DataIssue]) -> RenderableType:
 
 def _joined(locations: Sequence[str]) -> str:
     """`rows.jsonl:3, :14, other.jsonl:2`: the file's name once for the lines that follow it."""
-    texts, last = [], None
+    texts = []
+    last = None
     for location in locations:
         file, _, line = location.rpartition(":")
         texts.append(f":{line}" if file == last else location)
@@ -234,11 +256,10 @@ def _examples(data_report: DataReport, plain: bool) -> RenderableType:
 
 def _head(example: Example, is_prompt: bool = False) -> Text:
     if is_prompt:
-        ground_truth = (
-            "no gold answer"
-            if example.ground_truth is None
-            else f"gold answer {escape_control_chars(example.ground_truth, 120)}"
-        )
+        if example.ground_truth is None:
+            ground_truth = "no gold answer"
+        else:
+            ground_truth = f"gold answer {escape_control_chars(example.ground_truth, 120)}"
         return Text(f"{escape_control_chars(example.location, 120)}, {example.tokens:,} tokens, {ground_truth}", QUIET)
     return Text(
         f"{escape_control_chars(example.location, 120)}, {example.tokens:,} tokens, {example.trained:,} trained", QUIET
@@ -262,7 +283,9 @@ class _PairView:
     one."""
 
     def __init__(self, chosen: Example, rejected: Example, plain: bool) -> None:
-        self._chosen, self._rejected, self._plain = chosen, rejected, plain
+        self._chosen = chosen
+        self._rejected = rejected
+        self._plain = plain
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         prompt, answers = self._parts()

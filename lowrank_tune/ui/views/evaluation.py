@@ -25,7 +25,10 @@ TableRow = tuple[str, str, str, str, str]
 def heads(record: EvalRecord) -> tuple[str, ...]:
     """The columns of `rows`; without the last where nothing was tuned."""
     level = record.settings.get("confidence")
-    interval = f"{100 * level:g} % interval" if isinstance(level, float) else "interval"
+    if isinstance(level, float):
+        interval = f"{100 * level:g} % interval"
+    else:
+        interval = "interval"
     return ("", "", "value", interval, *(("against the base",) if record.wins or record.deltas else ()))
 
 
@@ -63,14 +66,17 @@ def change_of(name: str, figure: MetricValue | None) -> str:
     share = SHARE_METRICS.fullmatch(name) is not None
 
     def write(value: float) -> str:
-        return f"{100 * value:+.1f}" if share else f"{value:+.1f}" if name == "mean_length" else f"{value:+.3f}"
+        if share:
+            return f"{100 * value:+.1f}"
+        if name == "mean_length":
+            return f"{value:+.1f}"
+        return f"{value:+.3f}"
 
     has_interval = figure.low is not None and figure.high is not None
-    ends = (
-        f" ({write(figure.low)} to {write(figure.high)})"
-        if has_interval and figure.low is not None and figure.high is not None
-        else ""
-    )
+    if has_interval and figure.low is not None and figure.high is not None:
+        ends = f" ({write(figure.low)} to {write(figure.high)})"
+    else:
+        ends = ""
     return write(figure.value) + ends
 
 
@@ -138,19 +144,17 @@ def describe_evaluation(record: EvalRecord) -> list[str]:
     settings = record.settings
     level = settings.get("confidence")
     if record.planned:
-        prompts = (
-            f"{record.prompts:,} prompts"
-            if record.prompts == record.planned
-            else f"{record.prompts:,} of {record.planned:,} prompts"
-        )
+        if record.prompts == record.planned:
+            prompts = f"{record.prompts:,} prompts"
+        else:
+            prompts = f"{record.prompts:,} of {record.planned:,} prompts"
         samples, temperature, seed = (
             escape_control_chars(str(settings.get(name, "?")), 20) for name in ("num_samples", "temperature", "seed")
         )
-        drawn = (
-            f"{samples} answers each at temperature {temperature}"
-            if samples != "1"
-            else "one answer each, " + ("greedy" if temperature in ("0", "0.0") else f"at temperature {temperature}")
-        )
+        if samples != "1":
+            drawn = f"{samples} answers each at temperature {temperature}"
+        else:
+            drawn = "one answer each, " + ("greedy" if temperature in ("0", "0.0") else f"at temperature {temperature}")
         lines.append(f"{escape_control_chars(record.origin, 200)}: {prompts}, {drawn}, seed {seed}")
     if record.grader_name:
         lines.append(f"answers graded by: {escape_control_chars(record.grader_name, 200)}")
@@ -175,7 +179,8 @@ def when(record: EvalRecord) -> str:
 
 def show(record: EvalRecord, ungraded: Mapping[str, int], console: Console) -> None:
     """The table for the terminal."""
-    table, width = Table(*heads(record), box=None, pad_edge=False), len(heads(record))
+    table = Table(*heads(record), box=None, pad_edge=False)
+    width = len(heads(record))
     for row in rows(record):
         table.add_row(*(Text(escape_control_chars(cell, 80)) for cell in row[:width]))
     console.print(table)
@@ -189,7 +194,11 @@ def show(record: EvalRecord, ungraded: Mapping[str, int], console: Console) -> N
 
 
 def _writer(name: str) -> Callable[[float], str]:
-    return percent if SHARE_METRICS.fullmatch(name) else "{:.1f}".format if name == "mean_length" else number
+    if SHARE_METRICS.fullmatch(name):
+        return percent
+    if name == "mean_length":
+        return "{:.1f}".format
+    return number
 
 
 def _bare(text: str) -> str:

@@ -83,7 +83,9 @@ def lines(plan: Plan, in_chain: bool = False) -> list[Text]:
     if not plan.vram:
         return [*texts, Text(f"needs {plan.peak / GIB:.2f} GiB of this machine's memory for tensors")]
     verdict = "fits" if plan.fits else "does not fit"
-    needed_gib, vram_gib, tensors_gib = plan.needed / GIB, plan.vram / GIB, plan.peak / GIB
+    needed_gib = plan.needed / GIB
+    vram_gib = plan.vram / GIB
+    tensors_gib = plan.peak / GIB
     texts.append(
         Text(
             f"{verdict}: {needed_gib:.2f} of {vram_gib:.2f} GiB (tensors {tensors_gib:.2f}, CUDA itself "
@@ -109,7 +111,9 @@ def lines(plan: Plan, in_chain: bool = False) -> list[Text]:
 def _recomputed(plan: Plan) -> str:
     if plan.recomputed == plan.layers:
         return "all layers are recomputed"
-    return f"{plan.recomputed} of {plan.layers} layers are recomputed" if plan.recomputed else "no layer is recomputed"
+    if plan.recomputed:
+        return f"{plan.recomputed} of {plan.layers} layers are recomputed"
+    return "no layer is recomputed"
 
 
 def _figure(size: int, divisor: int) -> str:

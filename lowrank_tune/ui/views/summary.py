@@ -107,8 +107,14 @@ def _stage_lines(stage: Mapping[str, Any]) -> list[str]:
         escape_control_chars(str(stage.get(key, "?")), 60) for key in ("name", "algorithm", "status")
     )
     numbers = _numbers({key: stage.get(key) for key in ("step", "steps", "seconds")})
-    where = f", step {numbers['step']:,.0f} of {numbers['steps']:,.0f}" if {"step", "steps"} <= numbers.keys() else ""
-    duration = f" in {clock(numbers['seconds'])}" if "seconds" in numbers else ""
+    if {"step", "steps"} <= numbers.keys():
+        where = f", step {numbers['step']:,.0f} of {numbers['steps']:,.0f}"
+    else:
+        where = ""
+    if "seconds" in numbers:
+        duration = f" in {clock(numbers['seconds'])}"
+    else:
+        duration = ""
     return [f"{name:10} {algorithm}: {status}{where}{duration}", *(f"  {line}" for line in _last_and_best(stage))]
 
 
