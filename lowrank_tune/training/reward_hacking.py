@@ -50,8 +50,8 @@ class Divergence:
     def message(self) -> str:
         return (
             f"the reward rises and held-out answers get worse ({self.best:.0%} -> {self.now:.0%} exact): the reward "
-            f"does not measure correctness (reward {self.rewards[0]:.3g} -> {self.rewards[1]:.3g}, best answers after step "
-            f"{self.best_step}); look at the groups and at the reward"
+            f"does not measure correctness (reward {self.rewards[0]:.3g} -> {self.rewards[1]:.3g}, best answers after "
+            f"step {self.best_step}); look at the groups and at the reward"
         )
 
 

@@ -97,8 +97,8 @@ def truncate_after_step(data: bytes, step: int) -> bytes:
 def log_gaps(events: Path, samples: Path, step: int, has_ended: bool = False) -> Iterator[str]:
     """Yields messages about what is missing in the logs of a run, up to the checkpoint of `step`.
 
-    With `has_ended` the end of the run must be in the log too. An incomplete last line is what a crash leaves, not a gap.
-    Raises `UserError` for a file that cannot be read.
+    With `has_ended` the end of the run must be in the log too. An incomplete last line, as a crash leaves it, is not a
+    gap. Raises `UserError` for a file that cannot be read.
     """
     logged, broken = _parse_lines(events, step)
     steps = {event.get("step") for event in logged if event.get("event") == StepEnd.kind}
