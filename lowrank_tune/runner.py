@@ -1,19 +1,18 @@
-"""One run: folder, sinks, base, loop, and what is left at the end. `run(recipe)` is the whole kit in one call."""
+"""Runs recipes and chains: folder, sinks, base, stages, summary. `run(recipe)` is the kit in one call."""
 
 from __future__ import annotations
 
 import html
-import json
 import os
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeGuard
 
 import torch
 
@@ -31,7 +30,7 @@ from lowrank_tune.config import Chain, RecipeConfig, backends_of, differences, d
 from lowrank_tune.config.chain import stage_folder
 from lowrank_tune.config.memory_rules import suggestions
 from lowrank_tune.errors import OutOfMemory, UserError
-from lowrank_tune.events import Emit, Event, LogMessage, RunEnded, SampleLogged, StepEnd
+from lowrank_tune.events import Event, LogMessage, RunEnded, SampleLogged, StepEnd
 from lowrank_tune.memory_planner import gpu_memory_gib
 from lowrank_tune.model.base import Base
 from lowrank_tune.model.oom import DoesNotFit, free_traceback, is_out_of_memory
@@ -40,7 +39,8 @@ from lowrank_tune.training import trackers
 from lowrank_tune.training.final_adapter import final_folder
 from lowrank_tune.training.signals import TrainerControl, handle_signals
 from lowrank_tune.training.sinks import EventBus, JsonLines, Sink, log_gaps
-from lowrank_tune.training.stage import Stage
+from lowrank_tune.training.stage import Stage, StagePosition
+from lowrank_tune.training.summaries import chain_summary, read_summary, reusable_results
 from lowrank_tune.ui.report import write_report
 from lowrank_tune.ui.terminal.device import can_show
 from lowrank_tune.ui.terminal.plain import LineLogger
@@ -67,30 +67,34 @@ class RunResult:
 
 
 class _SummaryRecorder:
-    """Keeps the events that came before the log file was open, the warnings, and the last values, for the summary."""
+    """Sink that keeps what the summary needs: warnings, the metrics of the last step, seconds of earlier sessions.
+
+    `earlier` has the events emitted before the log file was open, None after that.
+    """
 
     def __init__(self) -> None:
         self.earlier: list[Event] | None = []
         self.warnings: list[str] = []
         self.last: dict[str, float] = {}
-        self.earlier_seconds = 0.0  # of the sessions before
+        self.earlier_seconds = 0.0
 
     def __call__(self, event: Event) -> None:
         if self.earlier is not None:
             self.earlier.append(event)
-        if isinstance(event, LogMessage) and event.level == "warning":
+        if _is_warning(event):
             self.warnings.append(event.message)
         if isinstance(event, StepEnd):
             self.last = {"step": event.step, **event.stats}
 
     def start_stage(self, events: Iterable[Event], start_time: float) -> None:
-        """A stage begins: it has its own warnings, and the last values of the part of it that stands in the log: one
-        that was killed at its very end has no step left to do."""
-        self.warnings = [
-            event.message for event in self.earlier or () if isinstance(event, LogMessage) and event.level == "warning"
-        ]
+        """Starts a stage: keeps the warnings of this session and the last metrics in the log.
+
+        A stage that was killed at its very end has no step left to do, so its last metrics are only in the log.
+        """
+        earlier = self.earlier or []
+        self.warnings = [event.message for event in earlier if _is_warning(event)]
         # the messages of the checks before the stage are of this session, and in the log already
-        session_start = min([start_time, *(event.time for event in self.earlier or ())])
+        session_start = min([start_time, *(event.time for event in earlier)])
         self.earlier = None
         self.last = {}
         wall_time = WallTime()
@@ -101,30 +105,11 @@ class _SummaryRecorder:
                 self.last = {"step": event.step, **event.stats}
         self.earlier_seconds = wall_time.seconds
 
-    def emit_failure(
-        self,
-        emit: Emit,
-        status: Literal["interrupted", "failed"],
-        step: int,
-        seconds: float,
-        message: str,
-        position: StagePosition,
-    ) -> None:
-        """The last event of a run that broke. The disk may be full by now, and what broke the run is what its user must
-        read."""
-        with suppress(UserError):
-            emit(
-                RunEnded(
-                    status=status,
-                    step=int(self.last.get("step", step)),
-                    seconds=seconds,
-                    message=message,
-                    stage=position.number,
-                    stages=position.count,
-                )
-            )
-
     def close(self) -> None: ...
+
+
+def _is_warning(event: Event) -> TypeGuard[LogMessage]:
+    return isinstance(event, LogMessage) and event.level == "warning"
 
 
 def run(
@@ -135,55 +120,50 @@ def run(
     device: torch.device | None = None,
     on_event: Callable[[Event], None] | None = None,
 ) -> RunResult:
-    """Runs a recipe or a chain of them, a preset's name or a recipe file; continues it where an unfinished run of it
-    lies in the folder.
+    """Runs a recipe or a chain, given as an object, a preset name or a file; resumes an unfinished run in its folder.
 
-    Raises UserError (a sentence for the person) and KeyboardInterrupt at a second Ctrl-C. `on_event` sees every event.
+    `on_event` is called with every event. Raises UserError, and KeyboardInterrupt at a second Ctrl-C.
     """
     if isinstance(recipe, (RecipeConfig, Chain)):
         loaded = recipe
     else:
         loaded = load_any(recipe, *overrides)
-    unsloth_import.import_unsloth(backends_of(loaded))  # refused here where nobody did it in time
+    # raises UserError if unsloth was not imported in time
+    unsloth_import.import_unsloth(backends_of(loaded))
     control = TrainerControl()
-    with handle_signals(control) as set_training:  # around the screen too, which must be taken down whatever comes
+    # the signal handlers enclose the dashboard, which must be closed on every path
+    with handle_signals(control) as set_training:
         context = _RunContext(control, set_training, ui, device, on_event)
         try:
-            path = Path(out) if out else Path("runs") / (loaded.name or "run")
-            planned = RunFolder.pick(path)
-            if device is None or device.type == "cuda":
-                vram_gib = gpu_memory_gib()
-            else:
-                vram_gib = None
-            finished = finished_stages(loaded, planned)
-            context.auto_settings = check_before_loading(loaded, planned, finished, vram_gib, context.emit)
-            loaded = with_template_date(loaded, path)
-            folder = RunFolder.open(path, loaded.to_dict(), dump(loaded), differences, out is not None, context.emit)
-            try:
-                if isinstance(loaded, Chain):
-                    context.stages = loaded.stages
-                    return run_chain(loaded, folder, context)
-                return run_stage(loaded, folder, context, StagePosition())[0]
-            finally:
-                write_html_report(folder)
-                folder.close()
+            return _run_in_folder(loaded, out, context)
         finally:
             context.emit.close()
 
 
-@dataclass(frozen=True)
-class StagePosition:
-    """Where a run stands in a chain: stage `number` of `count`, under its name there; and what is known of the stage
-    before it."""
-
-    number: int = 1
-    count: int = 1
-    name: str | None = None
-    previous_results: Mapping[str, Any] = field(default_factory=dict)
+def _run_in_folder(loaded: RecipeConfig | Chain, out: str | Path | None, context: _RunContext) -> RunResult:
+    """Checks what can be checked before loading, opens the run folder and runs the stages."""
+    path = Path(out) if out else Path("runs") / (loaded.name or "run")
+    planned = RunFolder.pick(path)
+    vram_gib = None
+    if context.device is None or context.device.type == "cuda":
+        vram_gib = gpu_memory_gib()
+    finished = finished_stages(loaded, planned)
+    context.auto_settings = check_before_loading(loaded, planned, finished, vram_gib, context.emit)
+    loaded = with_template_date(loaded, path)
+    folder = RunFolder.open(path, loaded.to_dict(), dump(loaded), differences, out is not None, context.emit)
+    try:
+        if isinstance(loaded, Chain):
+            context.stages = loaded.stages
+            return run_chain(loaded, folder, context)
+        result, _ = run_stage(loaded, folder, context, StagePosition())
+        return result
+    finally:
+        write_html_report(folder)
+        folder.close()
 
 
 class _RunContext:
-    """What all stages of a run share: who listens, who may interrupt, and on which device."""
+    """What all stages of a run share: event sinks, the control that a user may set, and the device."""
 
     def __init__(
         self,
@@ -196,8 +176,10 @@ class _RunContext:
         self.control = control
         self.set_training = set_training
         self.device = device
-        self.auto_settings: Mapping[str, Mapping[str, Any]] = {}  # what `auto` stands for, by stage
-        self.stages: tuple[RecipeConfig, ...] = ()  # of a chain: they share one base
+        # the values of settings that are `auto`, by stage
+        self.auto_settings: Mapping[str, Mapping[str, Any]] = {}
+        # of a chain, which share one base
+        self.stages: tuple[RecipeConfig, ...] = ()
         self.recorder = _SummaryRecorder()
         self.emit = EventBus(self.recorder)
         self.shows_dashboard = ui in ("auto", "tui") and can_show(sys.stdout, os.environ, forced=ui == "tui")
@@ -207,10 +189,65 @@ class _RunContext:
             self.emit.attach(_CallbackSink(on_event))
 
     def show_dashboard(self, log_file: Path, earlier: Iterable[Event]) -> None:
-        """Puts the dashboard up, once, with what it missed."""
+        """Opens the dashboard, once, and sends it the earlier events."""
         if self.shows_dashboard:
             self.shows_dashboard = False
             self.emit.attach(Tui(self.control, log_file), earlier)
+
+    def warn(self, messages: Iterable[str]) -> None:
+        """Emits warnings."""
+        for message in messages:
+            self.emit(LogMessage(message=message, level="warning"))
+
+    def with_auto_settings(self, recipe: RecipeConfig) -> RecipeConfig:
+        """Returns the recipe with the planned values of its `auto` settings."""
+        planned = self.auto_settings.get(recipe.name)
+        if not planned:
+            return recipe
+        train = recipe.train.model_copy(update=dict(planned))
+        return recipe.model_copy(update={"train": train})
+
+    def open_sinks(
+        self,
+        recipe: RecipeConfig,
+        folder: RunFolder,
+        position: StagePosition,
+        resumed_from: int | None,
+    ) -> Iterator[tuple[Sink, Sequence[Event]]]:
+        """Yields the sinks of a stage, each with the events that it missed: log, samples, trackers.
+
+        A log that is opened for a resumed run loses what follows the checkpoint. Trackers need it: it is read before.
+        """
+        logged_events = list(read_events(folder.events)) if recipe.train.trackers else []
+        missed_events = self.recorder.earlier or ()
+        yield JsonLines(folder.events, resumed_from), missed_events
+        yield JsonLines(folder.samples, resumed_from, event_types=(SampleLogged,)), missed_events
+        path = folder.path.resolve()
+        name = path.name if position.count == 1 else f"{path.parent.name}-{path.name}"
+        started = trackers.start_trackers(
+            recipe.train.trackers,
+            recipe.train.project,
+            name,
+            folder.path,
+            recipe.to_dict(),
+            resumed_from,
+            logged_events,
+        )
+        for tracker in started:
+            yield tracker, ()
+
+    def emit_failure(self, error: BaseException, step: int, seconds: float, position: StagePosition) -> None:
+        """Emits `RunEnded` for an error. A log that cannot be written now must not hide that error."""
+        event = RunEnded(
+            status="interrupted" if isinstance(error, KeyboardInterrupt) else "failed",
+            step=int(self.recorder.last.get("step", step)),
+            seconds=seconds,
+            message=str(error) if isinstance(error, UserError) else type(error).__name__,
+            stage=position.number,
+            stages=position.count,
+        )
+        with suppress(UserError):
+            self.emit(event)
 
 
 def run_stage(
@@ -222,59 +259,30 @@ def run_stage(
     console_log: Path | None = None,
     previous_events: Iterable[Event] = (),
 ) -> tuple[RunResult, Base]:
-    """One algorithm in its folder, from its newest checkpoint to its end. The base comes back without any adapter, for
-    the next stage."""
+    """Runs one algorithm in its folder, from its newest checkpoint to its end.
+
+    Returns the result, and the base without adapters for the next stage.
+    """
     start_time = time.time()
-    emit = context.emit
-    recorder = context.recorder
     step = 0
-    files: list[Sink] = []
-    exit_stack = ExitStack()
+    cleanup = ExitStack()
     try:
-        checkpoint = latest_checkpoint(folder.checkpoints, emit)
-        step = checkpoint[0] if checkpoint else 0
-        for gap in log_gaps(folder.events, folder.samples, step) if checkpoint else ():
-            emit(LogMessage(message=gap, level="warning"))
-        if position.count > 1:
-            name = f"{folder.path.resolve().parent.name}-{folder.path.name}"
-        else:
-            name = folder.path.resolve().name
-        if recipe.train.trackers:
-            earlier_events = list(read_events(folder.events))
-        else:
-            earlier_events = []
-        for path, only in ((folder.events, ()), (folder.samples, (SampleLogged,))):
-            files.append(JsonLines(path, step if checkpoint else None, event_types=only))
-            emit.attach(files[-1], recorder.earlier or ())
-        for tracker in trackers.start_trackers(
-            recipe.train.trackers,
-            recipe.train.project,
-            name,
-            folder.path,
-            recipe.to_dict(),
-            step if checkpoint else None,
-            earlier_events,
-        ):
-            files.append(tracker)
-            emit.attach(tracker)
-        recorder.start_stage(read_events(folder.events), start_time)
+        checkpoint = latest_checkpoint(folder.checkpoints, context.emit)
+        if checkpoint is not None:
+            step = checkpoint[0]
+            context.warn(log_gaps(folder.events, folder.samples, step))
+        resumed_from = None if checkpoint is None else step
+        for sink, missed_events in context.open_sinks(recipe, folder, position, resumed_from):
+            cleanup.callback(context.emit.detach, sink)
+            context.emit.attach(sink, missed_events)
+        context.recorder.start_stage(read_events(folder.events), start_time)
         context.show_dashboard(console_log or folder.console_log, chain(previous_events, read_events(folder.events)))
-        if auto_settings := context.auto_settings.get(recipe.name):
-            recipe = recipe.model_copy(update={"train": recipe.train.model_copy(update=dict(auto_settings))})
-        built = build(recipe, emit, context.device, base, fresh=checkpoint is None, stages=context.stages)
-        exit_stack.callback(built.close)
-        stage = Stage(
-            recipe,
-            folder,
-            built,
-            emit,
-            context.control,
-            checkpoint,
-            (position.number, position.count),
-            position.name,
-            position.previous_results,
-        )
+        recipe = context.with_auto_settings(recipe)
+        built = build(recipe, context.emit, context.device, base, fresh=checkpoint is None, stages=context.stages)
+        cleanup.callback(built.close)
+        stage = Stage(recipe, folder, built, context.emit, context.control, checkpoint, position)
         step, finished = stage.train(context.set_training)
+        recorder = context.recorder
         earlier_seconds = recorder.earlier_seconds
         stage.finish(finished, start_time, recorder.last, recorder.warnings, final_folder, earlier_seconds)
         built.roles.unload_adapters()
@@ -282,165 +290,108 @@ def run_stage(
     except BaseException as error:
         if is_out_of_memory(error) or isinstance(error, DoesNotFit):
             error = _out_of_memory(error, recipe)
-        if isinstance(error, UserError):
-            message = str(error)
-        else:
-            message = type(error).__name__
-        recorder.emit_failure(
-            emit,
-            "interrupted" if isinstance(error, KeyboardInterrupt) else "failed",
-            step,
-            time.time() - start_time,
-            message,
-            position,
-        )
+        context.emit_failure(error, step, time.time() - start_time, position)
         raise error
     finally:
-        exit_stack.close()
-        for file in files:
-            emit.detach(file)
+        cleanup.close()
 
 
 def _out_of_memory(error: BaseException, recipe: RecipeConfig) -> OutOfMemory:
-    """The sentence with what to type. What the failed attempt held is let go: the process may go on."""
-    lines = str(error).splitlines() or [""]
+    """Returns the error for the user, with what to change, and frees what the failed attempt holds."""
     kind = ""
     tokens = 0
     if isinstance(error, DoesNotFit):
         kind = error.kind
         tokens = error.tokens
+    first_line = str(error).partition("\n")[0]
     free_traceback(error)
-    if lines[0].startswith("out of memory"):
-        message = lines[0]
-    else:
-        message = f"out of memory: {lines[0]}"
-    return OutOfMemory(f"{message}; {suggestions(recipe, kind, tokens, torch.cuda.is_available())}")
+    if not first_line.startswith("out of memory"):
+        first_line = f"out of memory: {first_line}"
+    return OutOfMemory(f"{first_line}; {suggestions(recipe, kind, tokens, torch.cuda.is_available())}")
 
 
 def run_chain(stage_chain: Chain, folder: RunFolder, context: _RunContext) -> RunResult:
-    """Stage after stage over one base in memory, each adapter flowing into the next stack; a stage that has ended is
-    left as it is."""
+    """Runs stage after stage over one base in memory; a stage that is done in its folder is kept.
+
+    The adapter of each policy stage lies frozen below those of the later stages.
+    """
     folders: dict[str, str] = {}
     summaries: list[dict[str, Any]] = []
     base: Base | None = None
-    for number, name in enumerate((stage.name for stage in stage_chain.stages), 1):
-        path = folder.path / stage_folder(number, name)
-        finished_summary = summary_of(path)
-        is_finished = finished_summary is not None and finished_summary["status"] == "done"
-        if is_finished and quarantine_broken_final(path / "final", context.emit):
-            with as_user_error(path / "summary.json"):
-                (path / "summary.json").unlink()
-            is_finished = False
-        if finished_summary is not None and is_finished:
-            context.emit(
-                LogMessage(
-                    message=f"stage {number} of {len(stage_chain.stages)}, {name}, has ended and is left as it is: "
-                    f"{path}"
-                )
+    count = len(stage_chain.stages)
+    for number, stage in enumerate(stage_chain.stages, 1):
+        path = folder.path / stage_folder(number, stage.name)
+        summary = _finished_summary(path, context)
+        if summary is not None:
+            message = f"stage {number} of {count}, {stage.name}, has ended and is left as it is: {path}"
+            context.emit(LogMessage(message=message))
+            context.warn(
+                log_gaps(path / "events.jsonl", path / "samples.jsonl", summary.get("step", 0), has_ended=True)
             )
-            steps = finished_summary.get("step", 0)
-            for gap in log_gaps(path / "events.jsonl", path / "samples.jsonl", steps, has_ended=True):
-                context.emit(LogMessage(message=gap, level="warning"))
-            folders[name] = str(path.resolve())
-            summaries.append(finished_summary)
-            continue
-        recipe = stage_chain.recipe_of(number - 1, folders)
-        position = StagePosition(
-            number,
-            len(stage_chain.stages),
-            name,
-            _reusable_heldout(stage_chain, number, summaries),
-        )
-        earlier_events = [
-            event for earlier in folders.values() for event in read_events(Path(earlier) / "events.jsonl")
-        ]
-        with RunFolder.open(path, recipe.to_dict(), dump(recipe), differences, True, context.emit) as opened:
-            try:
-                outcome, base = run_stage(recipe, opened, context, position, base, folder.console_log, earlier_events)
-            finally:
-                write_html_report(opened)
-        summaries.append(outcome.summary)
-        folders[name] = str(path.resolve())
-        if outcome.status == "interrupted":
+        else:
+            previous_results = reusable_results(stage_chain, number, summaries)
+            position = StagePosition(number, count, stage.name, previous_results)
+            recipe = stage_chain.recipe_of(number - 1, folders)
+            summary, base = _run_chain_stage(recipe, path, folder.console_log, context, position, base, folders)
+        summaries.append(summary)
+        folders[stage.name] = str(path.resolve())
+        if summary["status"] == "interrupted":
             break
-    summary = chain_summary(stage_chain, summaries)
-    folder.write_json("summary.json", summary)
-    return RunResult(summary["status"], folder.path, summary)
+    result = chain_summary(stage_chain, summaries)
+    folder.write_json("summary.json", result)
+    return RunResult(result["status"], folder.path, result)
+
+
+def _finished_summary(path: Path, context: _RunContext) -> dict[str, Any] | None:
+    """Returns the summary of a stage that is done, None if it has to run.
+
+    A stage whose final folder is damaged has to run again: the folder is moved aside and the summary removed.
+    """
+    summary = read_summary(path)
+    if summary is None or summary["status"] != "done":
+        return None
+    if quarantine_broken_final(path / "final", context.emit):
+        with as_user_error(path / "summary.json"):
+            (path / "summary.json").unlink()
+        return None
+    return summary
+
+
+def _run_chain_stage(
+    recipe: RecipeConfig,
+    path: Path,
+    console_log: Path,
+    context: _RunContext,
+    position: StagePosition,
+    base: Base | None,
+    earlier_folders: Mapping[str, str],
+) -> tuple[dict[str, Any], Base]:
+    """Runs one stage of a chain in its folder; returns its summary and the base."""
+    earlier_events: list[Event] = []
+    for earlier in earlier_folders.values():
+        earlier_events += read_events(Path(earlier) / "events.jsonl")
+    with RunFolder.open(path, recipe.to_dict(), dump(recipe), differences, True, context.emit) as folder:
+        try:
+            result, base = run_stage(recipe, folder, context, position, base, console_log, earlier_events)
+        finally:
+            write_html_report(folder)
+    return result.summary, base
 
 
 def finished_stages(loaded: RecipeConfig | Chain, folder: Path) -> frozenset[str]:
-    """The stages of a chain that have ended in its folder and will be left as they are. A stage whose final folder is
-    broken is not one of them: it is continued, and writes that folder again."""
+    """Returns the stages of a chain that are done in its folder.
+
+    A stage with a damaged final folder is not done: it is continued, and writes that folder again.
+    """
     if not isinstance(loaded, Chain):
         return frozenset()
     finished: set[str] = set()
     for number, stage in enumerate(loaded.stages, 1):
         path = folder / stage_folder(number, stage.name)
-        summary = summary_of(path)
+        summary = read_summary(path)
         if summary is not None and summary["status"] == "done" and broken_final_reason(path / "final") is None:
             finished.add(stage.name)
     return frozenset(finished)
-
-
-def summary_of(path: Path) -> dict[str, Any] | None:
-    """The summary that a run left; None where there is none, or a broken one."""
-    try:
-        summary = json.loads((path / "summary.json").read_bytes())
-    except (OSError, ValueError):
-        return None
-    if isinstance(summary, dict) and "status" in summary:
-        return summary
-    return None
-
-
-def _reusable_heldout(stage_chain: Chain, number: int, summaries: list[dict[str, Any]]) -> dict[str, Any]:
-    """Held-out figures of the stages before, where this one would measure just the same: nothing is asked twice."""
-    current = stage_chain.stages[number - 1]
-    reusable: dict[str, Any] = {"heldout": {}, "answers": {}}
-    for stage, summary in zip(stage_chain.stages, summaries, strict=False):
-        ignored_keys = {"eval_steps", "on_reward_hacking"}  # which say nothing of how a final adapter is asked
-        if (stage.evaluate.model_dump(exclude=ignored_keys), stage.seed, stage.data.system_prompt) == (
-            current.evaluate.model_dump(exclude=ignored_keys),
-            current.seed,
-            current.data.system_prompt,
-        ):
-            reusable["heldout"] |= summary.get("heldout_details", {})
-            reusable["answers"] |= summary.get("answers", {})
-    return reusable
-
-
-def chain_summary(stage_chain: Chain, summaries: list[dict[str, Any]]) -> dict[str, Any]:
-    """What the stages left, together; held-out figures under the names of the base and of the stages."""
-    stages = []
-    for number, (stage, summary) in enumerate(zip(stage_chain.stages, summaries, strict=False), 1):
-        kept_keys = ("algorithm", "status", "step", "steps", "seconds", "last", "best", "heldout_pairs")
-        stages.append(
-            {
-                "name": stage.name,
-                "folder": stage_folder(number, stage.name),
-                **{key: summary[key] for key in kept_keys if key in summary},
-            }
-        )
-    merged = {
-        key: {name: value for summary in summaries for name, value in summary.get(key, {}).items()}
-        for key in ("heldout", "heldout_details", "answers")
-    }
-    done = len(summaries) == len(stage_chain.stages) and all(summary["status"] == "done" for summary in summaries)
-    all_warnings = [
-        f"{stage['name']}: {warning}"
-        for stage, summary in zip(stages, summaries, strict=True)
-        for warning in summary["warnings"]
-    ]
-    return {
-        "version": 1,
-        "status": "done" if done else "interrupted",
-        "name": stage_chain.name,
-        "algorithm": stage_chain.algorithm,
-        "seconds": round(sum(stage.get("seconds", 0.0) for stage in stages), 1),
-        "stages": stages,
-        **merged,
-        "warnings": all_warnings,
-    }
 
 
 class _CallbackSink:
@@ -454,7 +405,7 @@ class _CallbackSink:
 
 
 def write_html_report(folder: RunFolder) -> None:
-    """The page for a browser, whichever way the run ended. It is a gift: that it cannot be written breaks nothing."""
+    """Writes `report.html`, also for a run that failed. An error here is only a warning."""
     if not folder.events.exists() and not any(folder.path.glob("*/events.jsonl")):
         return
     try:

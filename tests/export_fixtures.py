@@ -109,7 +109,7 @@ def make_run(
         "heldout_details": {"base": {"accuracy": 0.25}, "sft": {"accuracy": 0.75}},
     }
     stage: Any = SimpleNamespace(
-        recipe=recipe, built=built, summary=summary, adapters=contents, emit=lambda event: None
+        recipe=recipe, built=built, summary=summary, frozen_adapters=contents, emit=lambda event: None
     )
     run = place / "run"
     write_atomically(run / "final", final_folder(stage))

@@ -43,7 +43,7 @@ def final_folder(stage: Stage) -> Snapshot:
         root = (dict(adapters[-1].config), dict(adapters[-1].tensors))
     snapshot.documents[CONFIG], snapshot.tensors[WEIGHTS] = root
     if len(names) > 1:
-        frozen = {name: stage.adapters[name] for name in names[:-1]}
+        frozen = {name: stage.frozen_adapters[name] for name in names[:-1]}
         snapshot.documents[STACK] = {"version": 1, "stack": names, "frozen_adapters": frozen, "combined": combined}
         for name, adapter in [(top, adapters[-1])] if combined else zip(names[:-1], adapters[:-1], strict=True):
             _add(snapshot, name, adapter)

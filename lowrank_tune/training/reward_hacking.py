@@ -1,9 +1,7 @@
-"""Reward hacking: whether what is paid (the proxy: a mean reward) and what is wanted (gold: held-out questions answered
-exactly) part ways.
+"""Detection of reward hacking: the mean reward rises while the accuracy on held-out questions falls.
 
-Gao et al., arXiv:2210.10760: under optimization the proxy goes on rising where gold has turned. The rule knows only
-what was measured, so that a screen, a report and a run say the same; a run's memory of it is saved with its
-checkpoints.
+Gao et al., arXiv:2210.10760: under optimization the proxy reward still rises after the gold score has begun to fall.
+The rule reads measurements only, so that run, dashboard and report agree. Each checkpoint stores its state.
 """
 
 from __future__ import annotations
@@ -12,18 +10,26 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-WINDOW = 2  # looks whose mean is "now": one bad evaluation is noise
-# standard errors that gold has to lose: the best of ten looks is above its truth by half of that by chance alone
+# number of last evaluations that are averaged: a single bad evaluation is noise
+WINDOW = 2
+# The accuracy must fall by more than this many standard errors. The best of ten evaluations is above its true value by
+# half of that by chance alone.
 Z_THRESHOLD = 3.5
-MIN_ACCURACY_DROP = 0.02  # share of questions: below that nobody cares
-MIN_REWARD_RISE = 0.1  # of the span of the steps' mean rewards
-DEFAULT_STDERR = 0.05  # at most, with a hundred questions
+# smallest drop of the accuracy that matters
+MIN_ACCURACY_DROP = 0.02
+# smallest rise of the reward, as a share of the range of the steps' mean rewards
+MIN_REWARD_RISE = 0.1
+# the largest standard error with a hundred questions
+DEFAULT_STDERR = 0.05
 
 
 @dataclass(frozen=True)
 class EvalPoint:
-    """An evaluation after `step` steps: the mean reward of the steps since the one before, the share of held-out
-    questions answered exactly, and the standard error of that share."""
+    """One evaluation.
+
+    `reward` is the mean reward of the steps since the evaluation before; `accuracy` is the share of held-out questions
+    answered correctly, `stderr` its standard error.
+    """
 
     step: int
     reward: float
@@ -33,7 +39,7 @@ class EvalPoint:
 
 @dataclass(frozen=True)
 class Divergence:
-    """Held-out accuracy was best after step `best_step`, and has fallen; the reward at first and now."""
+    """Accuracy `best` after step `best_step` and `now`; `rewards` are the first and the present mean reward."""
 
     best_step: int
     best: float
@@ -43,39 +49,35 @@ class Divergence:
     @property
     def message(self) -> str:
         return (
-            f"the reward rises and held-out answers get worse ({self.best:.0%} -> {self.now:.0%} exact): it pays for "
-            f"something else than "
-            f"being right (reward {self.rewards[0]:.3g} -> {self.rewards[1]:.3g}, best answers after step "
-            f"{self.best_step}): look at the "
-            "groups and at the reward"
+            f"the reward rises and held-out answers get worse ({self.best:.0%} -> {self.now:.0%} exact): the reward "
+            f"does not measure correctness (reward {self.rewards[0]:.3g} -> {self.rewards[1]:.3g}, best answers after "
+            f"step {self.best_step}); look at the groups and at the reward"
         )
 
 
 def accuracy_stderr(accuracy: float, num_questions: int) -> float:
-    """The standard error of a share of so many questions; where all or none are right, there is still some (Agresti and
-    Coull)."""
+    """Returns the standard error of an accuracy, above 0 also for 0 % and 100 % (Agresti and Coull, 1998)."""
     smoothed = (accuracy * num_questions + 2) / (num_questions + 4)
     return math.sqrt(smoothed * (1 - smoothed) / num_questions)
 
 
 def find_divergence(points: Sequence[EvalPoint], reward_range: float) -> Divergence | None:
-    """Whether proxy and gold part ways, from all looks of a run: the reward has risen over the run and is not below
-    what it was at gold's best, while gold is below its best by more than its noise. `reward_range`: highest less lowest
-    mean reward of a step."""
+    """Returns a divergence if the reward rose and the accuracy fell, else None.
+
+    The mean reward of the last evaluations must be above the first one and not below that at the best accuracy; their
+    mean accuracy must be below the best one by more than its noise. `reward_range` is the difference of the highest and
+    the lowest mean reward of a step.
+    """
     if len(points) <= WINDOW or not reward_range > 0:
         return None
     recent = points[-WINDOW:]
     best = max(points[:-WINDOW], key=lambda point: (point.accuracy, point.step))
-    now, reward = (
-        math.fsum(values) / WINDOW
-        for values in ([point.accuracy for point in recent], [point.reward for point in recent])
-    )
+    now = math.fsum(point.accuracy for point in recent) / WINDOW
+    reward = math.fsum(point.reward for point in recent) / WINDOW
     stderr = math.sqrt(best.stderr**2 + math.fsum(point.stderr**2 for point in recent) / WINDOW**2)
     accuracy_fell = best.accuracy - now > max(MIN_ACCURACY_DROP, Z_THRESHOLD * stderr)
-    reward_rose = (
-        reward > points[0].reward + MIN_REWARD_RISE * reward_range
-        and reward >= best.reward - MIN_REWARD_RISE * reward_range
-    )
+    tolerance = MIN_REWARD_RISE * reward_range
+    reward_rose = reward > points[0].reward + tolerance and reward >= best.reward - tolerance
     if accuracy_fell and reward_rose:
         return Divergence(best.step, best.accuracy, now, (points[0].reward, reward))
     return None
@@ -83,8 +85,11 @@ def find_divergence(points: Sequence[EvalPoint], reward_range: float) -> Diverge
 
 @dataclass
 class RewardHackingDetector:
-    """The memory of one run, in plain data: it is saved with each checkpoint. `warned_at_step` is the step of the
-    first warning."""
+    """State of the detection in one run, as plain data that is stored in each checkpoint.
+
+    `points` has one list [step, reward, accuracy, stderr] for each evaluation; `warned_at_step` is the step of the
+    first warning.
+    """
 
     points: list[list[float]] = field(default_factory=list)
     reward_sum: float = 0.0
@@ -96,14 +101,16 @@ class RewardHackingDetector:
     stopped_run: bool = False
 
     def step(self, stats: Mapping[str, float]) -> None:
-        """Takes in a step; one whose completions all lack a reward says nothing."""
+        """Adds the reward of a step; a step without any reward is left out."""
         reward = stats.get("reward", math.nan)
-        if math.isfinite(reward):
-            if self.first_reward is None:
-                self.first_reward = self.min_reward = self.max_reward = reward
-            self.reward_sum = self.reward_sum + reward
-            self.num_steps = self.num_steps + 1
-            self.min_reward, self.max_reward = min(self.min_reward, reward), max(self.max_reward, reward)
+        if not math.isfinite(reward):
+            return
+        if self.first_reward is None:
+            self.first_reward = self.min_reward = self.max_reward = reward
+        self.reward_sum += reward
+        self.num_steps += 1
+        self.min_reward = min(self.min_reward, reward)
+        self.max_reward = max(self.max_reward, reward)
 
     def update(
         self,
@@ -112,8 +119,10 @@ class RewardHackingDetector:
         num_questions: int,
         reference_accuracy: float | None = None,
     ) -> Divergence | None:
-        """Takes in how many of so many questions were answered exactly; `reference_accuracy` is the share of the
-        reference, whose reward is that of the first step. Returns what is to be said now."""
+        """Adds an evaluation and returns a divergence, if there is one now.
+
+        `reference_accuracy` is that of the reference; the reward of the first step counts as its reward.
+        """
         if self.first_reward is not None and not self.points and reference_accuracy is not None:
             self.points.append(
                 [0, self.first_reward, reference_accuracy, accuracy_stderr(reference_accuracy, num_questions)]
@@ -124,6 +133,5 @@ class RewardHackingDetector:
             )
             self.reward_sum = 0.0
             self.num_steps = 0
-        return find_divergence(
-            [EvalPoint(int(at_step), *values) for at_step, *values in self.points], self.max_reward - self.min_reward
-        )
+        points = [EvalPoint(int(at_step), *values) for at_step, *values in self.points]
+        return find_divergence(points, self.max_reward - self.min_reward)

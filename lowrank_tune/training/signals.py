@@ -1,4 +1,4 @@
-"""Requests to a running loop, by keys or by signals. The loop reads them between steps."""
+"""Requests to a running training loop, from keys or signals. The loop reads them between steps."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 @dataclass
 class TrainerControl:
-    """Each request stays until the loop has met it; `pause` until it is taken back."""
+    """Requests stay set until the loop has handled them, `pause` until it is set to False."""
 
     stop: bool = False
     save: bool = False
@@ -25,9 +25,9 @@ def handle_signals(control: TrainerControl) -> Iterator[Callable[[bool], None]]:
     True and False around it.
 
     A second SIGINT raises KeyboardInterrupt. A second SIGTERM or SIGHUP does nothing: a terminal that closes, or a
-    batch system, may send several, and the checkpoint is then still to be written.
+    batch system, may send several while the checkpoint is being written.
 
-    Outside of the loop there is nothing to save, and the first signal raises KeyboardInterrupt.
+    Outside of the loop there is nothing to save: the first signal raises KeyboardInterrupt.
     """
     is_training = False
 
@@ -43,7 +43,8 @@ def handle_signals(control: TrainerControl) -> Iterator[Callable[[bool], None]]:
         is_training = value
 
     if threading.current_thread() is not threading.main_thread():
-        yield set_training  # only the main thread may handle signals
+        # only the main thread may handle signals
+        yield set_training
         return
     before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
     try:

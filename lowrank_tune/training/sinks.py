@@ -1,5 +1,4 @@
-"""Where events go besides the screens: files of JSON lines, and the fan-out in which a broken screen never stops a
-run."""
+"""Event sinks: JSON lines files, and the event bus, in which a sink that fails never stops a run."""
 
 from __future__ import annotations
 
@@ -17,15 +16,17 @@ from lowrank_tune.events import CheckpointSaved, Evaluated, Event, LogMessage, R
 
 
 class Sink(Protocol):
-    """Takes events one by one; `close` when the run is over."""
+    """Receives each event; `close` is called at the end of the run."""
 
     def __call__(self, event: Event) -> None: ...
     def close(self) -> None: ...
 
 
 def to_json_line(event: Event) -> bytes:
-    """The event as one line of JSON in ASCII, lone surrogates escaped. A number that is not finite is null; `from_json`
-    reads nan."""
+    """Returns an event as one line of ASCII JSON, lone surrogates escaped.
+
+    A number that is not finite becomes null, which `events.from_json` reads as nan.
+    """
     data = to_json(event)
     try:
         text = json.dumps(data, allow_nan=False)
@@ -35,12 +36,11 @@ def to_json_line(event: Event) -> bytes:
 
 
 class JsonLines:
-    """Appends each event (only those of `event_types`, where they are given) as one line, in one write, so that it can
-    be followed.
+    """Appends each event as one line, in one write, so that a reader can follow the file.
 
-    `resumed_from` None begins an empty file; a step cuts off what the resumed run will do again, so that no step stands
-    twice. The file is replaced for that: who follows it must look at its inode. Raises `TrainingError` or `UserError`
-    with path and reason.
+    `event_types` limits the events to these types. With `resumed_from` None the file begins empty; with a step, the
+    lines that the resumed run will write again are removed. The file is replaced for that: a reader has to check its
+    inode. Raises `TrainingError` or `UserError` with path and reason.
     """
 
     def __init__(self, path: Path, resumed_from: int | None = None, event_types: tuple[type[Event], ...] = ()) -> None:
@@ -74,8 +74,7 @@ class JsonLines:
 
 
 def truncate_after_step(data: bytes, step: int) -> bytes:
-    """The whole and valid lines before the first measurement after the checkpoint of `step`. All that follows belongs
-    to the lost part."""
+    """Returns the complete, valid lines before the first measurement after the checkpoint of `step`."""
     kept_lines = []
     saved = False
     for raw in data.splitlines(keepends=True):
@@ -96,9 +95,11 @@ def truncate_after_step(data: bytes, step: int) -> bytes:
 
 
 def log_gaps(events: Path, samples: Path, step: int, has_ended: bool = False) -> Iterator[str]:
-    """Sentences about what the logs of a run lack of the part before the checkpoint of `step`, or of all where it
-    `has_ended`. A last line without its end is what a crash leaves, and no gap. Raises `UserError` for a file that
-    cannot be read."""
+    """Yields messages about what is missing in the logs of a run, up to the checkpoint of `step`.
+
+    With `has_ended` the end of the run must be in the log too. An incomplete last line, as a crash leaves it, is not a
+    gap. Raises `UserError` for a file that cannot be read.
+    """
     logged, broken = _parse_lines(events, step)
     steps = {event.get("step") for event in logged if event.get("event") == StepEnd.kind}
     missing = [number for number in range(1, step + 1) if number not in steps]
@@ -109,7 +110,7 @@ def log_gaps(events: Path, samples: Path, step: int, has_ended: bool = False) ->
         end = ", and so is its end" if lacks_end else ""
         yield (
             f"{events} is damaged: {lines} cannot be read, and {len(missing)} of {step} steps are missing{first}{end}; "
-            "curves and report are without them, the training goes on unchanged"
+            "curves and report are without them, the training continues unchanged"
         )
     num_logged = sum(event.get("event") == SampleLogged.kind for event in logged)
     shown, broken = _parse_lines(samples, step)
@@ -118,8 +119,8 @@ def log_gaps(events: Path, samples: Path, step: int, has_ended: bool = False) ->
 
 
 def _parse_lines(path: Path, step: int) -> tuple[list[dict[str, Any]], int]:
-    """The events of a file up to a step, and how many whole lines are none."""
-    found = []
+    """Returns the events of a file up to a step, and the number of complete lines that are not events."""
+    found: list[dict[str, Any]] = []
     broken = 0
     with as_user_error(path):
         if path.exists():
@@ -133,31 +134,33 @@ def _parse_lines(path: Path, step: int) -> tuple[list[dict[str, Any]], int]:
         except (ValueError, RecursionError):
             event = None
         if isinstance(event, dict) and isinstance(event.get("step", 0), int):
-            found += [event] if event.get("step", 0) <= step else []
+            if event.get("step", 0) <= step:
+                found.append(event)
         elif is_whole:
             broken += 1
     return found, broken
 
 
 class EventBus:
-    """Hands each event to every sink. A sink that raises is detached; the others are told in a warning, once.
+    """Sends each event to every sink. A sink that raises is removed, and a warning is sent to the others, once.
 
-    Only a `UserError` (a log file on a full disk) goes on to the caller, also once, after all others have the event.
+    Only a `UserError` (a log file on a full disk) is raised to the caller, once, after all other sinks have the event.
     """
 
     def __init__(self, *sinks: Sink) -> None:
         self._sinks = list(sinks)
-        self._lock = threading.RLock()  # the keyboard's thread emits too
+        # the thread that reads the keyboard emits too
+        self._lock = threading.RLock()
 
     def attach(self, sink: Sink, earlier: Iterable[Event] = ()) -> None:
-        """Adds a sink, after handing it what it missed (the log file opens later than the screen)."""
+        """Adds a sink, after sending it the earlier events (the log file opens later than the screen)."""
         for event in earlier:
             sink(event)
         with self._lock:
             self._sinks.append(sink)
 
     def detach(self, sink: Sink) -> None:
-        """Closes a sink and lets it go; one that had broken is gone already."""
+        """Closes and removes a sink; a sink that failed is already removed."""
         with self._lock, suppress(ValueError):
             self._sinks.remove(sink)
         sink.close()
@@ -166,7 +169,8 @@ class EventBus:
         fatal: UserError | None = None
         with self._lock:
             for sink in tuple(self._sinks):
-                if sink not in self._sinks:  # detached by the warning of one before it
+                # the warning about another sink may have removed it
+                if sink not in self._sinks:
                     continue
                 try:
                     sink(event)
@@ -175,7 +179,7 @@ class EventBus:
                     fatal = fatal or error
                 except Exception as error:
                     self._sinks.remove(sink)
-                    message = f"{type(sink).__name__} broke and is switched off: {type(error).__name__}: {error}"
+                    message = f"{type(sink).__name__} failed and is switched off: {type(error).__name__}: {error}"
                     try:
                         self(LogMessage(message=message, level="warning"))
                     except UserError as nested:
@@ -184,7 +188,7 @@ class EventBus:
             raise fatal
 
     def close(self) -> None:
-        """Closes every sink, whatever one of them raises: the run is over, and each event was written when it came."""
+        """Closes every sink. Errors are ignored: each event was written when it was emitted."""
         for sink in self._sinks:
             with suppress(Exception):
                 sink.close()

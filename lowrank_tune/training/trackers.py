@@ -1,11 +1,11 @@
 """Experiment trackers as sinks: TensorBoard, Weights & Biases, Trackio and MLflow, through accelerate's classes for
 them.
 
-Each is a sink of its own, so that one that breaks takes no other down: it is switched off, a warning says so, and the
-run goes on. What is missing or cannot begin is told before training. A continued run goes on in the same tracker run,
-and no step stands there twice: TensorBoard is told to forget what came after the checkpoint, and the others are not
-sent again what they were sent. Only numbers and the recipe's settings are sent, never texts of rows, prompts or
-completions; what looks like a secret in a setting is masked.
+Each tracker is a sink: one that fails is switched off with a warning, and the run continues. A tracker that is not
+installed or cannot start is an error before training. A resumed run continues the same tracker run without duplicate
+steps: TensorBoard purges what follows the checkpoint, and the other trackers do not get again what was sent. Only
+numbers and the recipe's settings are sent, never text of rows, prompts or completions; text that looks like a secret is
+redacted.
 """
 
 from __future__ import annotations
@@ -32,13 +32,16 @@ SECRET_PATTERN = re.compile(
 )
 REDACTED = "***"
 LoggedSteps = frozenset[tuple[str, int]]
-"""Statistics, by name and step, that an earlier start of the run has sent."""
+"""Metrics, by name and step, that an earlier session of the run has sent."""
 
 
 @dataclass(frozen=True)
 class TrackerRun:
-    """What a tracker is told of a run: the project that it belongs to, its name there, its folder, whether it goes on
-    after a checkpoint (`resumed_from`), and the id under which an earlier start began it."""
+    """Identity of a run for a tracker.
+
+    `resumed_from` is the step of the checkpoint that the run continues, `previous_id` the tracker's id of the run in an
+    earlier session.
+    """
 
     project: str
     name: str
@@ -52,7 +55,7 @@ class TrackerRun:
 
 
 def _tensorboard(trackers: Any, run: TrackerRun) -> tuple[Any, str]:
-    """Files in the run's folder. A start from nothing forgets what one before it left there."""
+    """Writes files in the run folder. A run that starts again from step 0 purges the earlier files."""
     purge = 0 if run.resumed_from is None else run.resumed_from + 1
     return trackers.TensorBoardTracker("tensorboard", str(run.folder), purge_step=purge), "tensorboard"
 
@@ -62,9 +65,11 @@ def _wandb(trackers: Any, run: TrackerRun) -> tuple[Any, str]:
         run_id = run.previous_id
     else:
         run_id = token_hex(8)
-    import wandb  # heavy, and only where it is asked for
+    # optional and slow to import
+    import wandb
 
-    quiet = wandb.Settings(console="off")  # else it keeps all that the dashboard draws
+    # without this wandb stores everything that the dashboard draws
+    quiet = wandb.Settings(console="off")
     return trackers.WandBTracker(
         run.project,
         name=run.name,
@@ -94,20 +99,18 @@ TRACKER_FACTORIES: Mapping[str, Callable[[Any, TrackerRun], tuple[Any, str]]] = 
     "trackio": _trackio,
     "mlflow": _mlflow,
 }
-"""A tracker that has not begun, and the id under which a later start finds its run again (MLflow's comes when it
-begins)."""
+"""Functions that return a tracker that is not started, and its id of the run (MLflow sets the id at the start)."""
 
 
 def check_installed(names: Iterable[str]) -> None:
-    """Raises Faults where a tracker is not installed, with what to install."""
-    missing = [name for name in dict.fromkeys(names) if importlib.util.find_spec(name) is None]
-    if missing:
-        raise ConfigError(
-            [
-                ConfigProblem(f"{name} is not installed: pip install {name}, or leave it out", "train.report_to")
-                for name in missing
-            ]
-        )
+    """Raises ConfigError if a tracker is not installed, with what to install."""
+    problems: list[ConfigProblem] = []
+    for name in dict.fromkeys(names):
+        if importlib.util.find_spec(name) is None:
+            message = f"{name} is not installed: pip install {name}, or leave it out"
+            problems.append(ConfigProblem(message, "train.report_to"))
+    if problems:
+        raise ConfigError(problems)
 
 
 class Tracker:
@@ -126,12 +129,14 @@ class Tracker:
         self._settings = settings
         self._fresh = fresh
         self._logged = logged
-        self._status = "failed"  # until the run says how it ended
+        # until RunEnded sets it
+        self._status = "failed"
 
     def __call__(self, event: Event) -> None:
         try:
             self._handle_event(event)
-        except Exception as error:  # whatever a network or a disk does; the fan-out switches this sink off and says so
+        # any error of a network or a disk: the event bus switches this sink off with a warning
+        except Exception as error:
             raise RuntimeError(f"{self.name}: {redact(_first_line(error))}") from error
 
     def _handle_event(self, event: Event) -> None:
@@ -142,38 +147,33 @@ class Tracker:
                 "device": event.device,
                 "trained_parameters": event.trainable,
             }
-            self._inner.store_init_configuration(
-                {**self._settings, **{f"run.{name}": redact(value) for name, value in facts.items()}}
-            )
+            run_facts = {f"run.{name}": redact(value) for name, value in facts.items()}
+            self._inner.store_init_configuration({**self._settings, **run_facts})
             self._fresh = False
         elif isinstance(event, StepEnd):
-            self._log(
-                {f"train/{name}": value for name, value in {**event.stats, "seconds": event.seconds}.items()},
-                event.step,
-            )
+            stats = {**event.stats, "seconds": event.seconds}
+            self._log({f"train/{name}": value for name, value in stats.items()}, event.step)
         elif isinstance(event, Evaluated):
             self._log({grouped_metric_name(name): value for name, value in event.stats.items()}, event.step)
-
         elif isinstance(event, RunEnded):
             self._status = event.status
 
     def _log(self, values: Mapping[str, float], step: int) -> None:
-        new_values = {
-            name: float(value)
-            for name, value in values.items()
-            if math.isfinite(value) and (name, step) not in self._logged
-        }
+        new_values: dict[str, float] = {}
+        for name, value in values.items():
+            if math.isfinite(value) and (name, step) not in self._logged:
+                new_values[name] = float(value)
         if new_values:
             self._inner.log(new_values, step=step)
 
     def close(self) -> None:
-        """Ends the tracker's run as this one ended. The run is over: that a network is gone now is told, and breaks
-        nothing."""
+        """Ends the tracker's run with the status of this run. An error here is only a warning."""
         try:
             if self.name == "wandb" and self._status != "done":
                 self._inner.tracker.finish(exit_code=1)
             elif self.name == "mlflow" and self._status != "done":
-                import mlflow  # heavy, and only where it is asked for
+                # optional and slow to import
+                import mlflow
 
                 mlflow.end_run("FAILED" if self._status == "failed" else "KILLED")
             else:
@@ -187,24 +187,28 @@ class Tracker:
 
 
 def grouped_metric_name(name: str) -> str:
-    """Return a held-out metric under its group, as transformers' reporting does: `eval_loss` is `eval/loss`.
+    """Returns a held-out metric with its group, as transformers' reporting does: `eval_loss` becomes `eval/loss`.
 
-    `heldout/...` and `pairs/...` have their group already; a name without one belongs to `eval/`.
+    `heldout/...` and `pairs/...` have a group already; a name without one belongs to `eval/`.
     """
     if name.startswith("eval_"):
         return "eval/" + name.removeprefix("eval_")
-    return name if "/" in name else f"eval/{name}"
+    if "/" in name:
+        return name
+    return f"eval/{name}"
 
 
 def last_logged_steps(events: Iterable[Event], up_to: int | None = None) -> LoggedSteps:
-    """What a log says was measured, up to a step: read before a continued run cuts it."""
+    """Returns the metrics in a log, up to a step. The log is read before a resumed run truncates it."""
     logged: set[tuple[str, int]] = set()
     for event in events:
-        if isinstance(event, (StepEnd, Evaluated)) and (up_to is None or event.step <= up_to):
-            if isinstance(event, StepEnd):
-                logged |= {(f"train/{name}", event.step) for name in (*event.stats, "seconds")}
-            else:
-                logged |= {(grouped_metric_name(name), event.step) for name in event.stats}
+        if not isinstance(event, (StepEnd, Evaluated)) or (up_to is not None and event.step > up_to):
+            continue
+        if isinstance(event, StepEnd):
+            names = [f"train/{name}" for name in (*event.stats, "seconds")]
+        else:
+            names = [grouped_metric_name(name) for name in event.stats]
+        logged |= {(name, event.step) for name in names}
     return frozenset(logged)
 
 
@@ -217,24 +221,31 @@ def start_trackers(
     resumed_from: int | None,
     earlier_events: Sequence[Event],
 ) -> list[Tracker]:
-    """Starts the trackers of a run; `earlier_events` are the events of its earlier starts. Raises UserError where one
-    cannot begin, after closing those that could."""
+    """Starts the trackers of a run; `earlier_events` are those of its earlier sessions.
+
+    Raises UserError if one cannot start, after closing those that could.
+    """
     if not names:
         return []
-    from accelerate import PartialState, tracking  # seconds, and only where a tracker is asked for
+    # takes seconds, so it is imported only if a tracker is used
+    from accelerate import PartialState, tracking
 
-    PartialState()  # accelerate's trackers want to know that there is one process
+    # accelerate's trackers read the number of processes from it
+    PartialState()
     state = _read_state(folder)
     started = list[Tracker]()
     try:
         for tracker_name in dict.fromkeys(names):
             previous_id = state.get(tracker_name)
-            run = TrackerRun(project, name, folder, resumed_from, previous_id if isinstance(previous_id, str) else None)
+            if not isinstance(previous_id, str):
+                previous_id = None
+            run = TrackerRun(project, name, folder, resumed_from, previous_id)
             inner, state[tracker_name] = _start_tracker(tracker_name, tracking, run)
-            if not run.is_continued:
-                logged = frozenset[tuple[str, int]]()
-            else:
-                logged = last_logged_steps(earlier_events, resumed_from if tracker_name == "tensorboard" else None)
+            logged: LoggedSteps = frozenset()
+            if run.is_continued:
+                # TensorBoard purges what follows the checkpoint, so those steps are logged again
+                up_to = resumed_from if tracker_name == "tensorboard" else None
+                logged = last_logged_steps(earlier_events, up_to)
             started.append(Tracker(tracker_name, inner, flatten_settings(recipe), not run.is_continued, logged))
     except BaseException:
         for tracker in started:
@@ -252,27 +263,31 @@ def _start_tracker(name: str, tracking: Any, run: TrackerRun) -> tuple[Any, str]
     except Exception as error:
         message = redact(_first_line(error))
         raise UserError(
-            f"train.report_to: {name} cannot begin: {type(error).__name__}: {message}; mend that, or leave it out"
+            f"train.report_to: {name} cannot begin: {type(error).__name__}: {message}; correct that, or leave it out"
         ) from error
 
 
 def flatten_settings(recipe: Mapping[str, Any]) -> dict[str, Any]:
-    """Every setting under its dotted name, as trackers take them; secrets masked."""
-    return {
-        dotted(path): redact(value) if isinstance(value, (bool, int, float, str)) else redact(json.dumps(value))
-        for path, value in leaves(dict(recipe))
-    }
+    """Returns every setting by its dotted name, as trackers take them, with secrets redacted."""
+    flat: dict[str, Any] = {}
+    for path, value in leaves(dict(recipe)):
+        plain = value if isinstance(value, (bool, int, float, str)) else json.dumps(value)
+        flat[dotted(path)] = redact(plain)
+    return flat
 
 
 def redact(value: Any) -> Any:
-    """A text without what looks like a token or a password in an address."""
+    """Returns a text without parts that look like an access token, or like a password in a URL."""
     if isinstance(value, str):
         return SECRET_PATTERN.sub(REDACTED, value)
     return value
 
 
 def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
+    lines = str(error).strip().splitlines()
+    if not lines:
+        return type(error).__name__
+    return lines[0][:300]
 
 
 def _read_state(folder: Path) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from crash import small_recipe
 from lowrank_tune import Recipe, run
 from lowrank_tune.evaluation.heldout import HeldoutAnswer
 from lowrank_tune.events import StepEnd
-from lowrank_tune.training import stage as stage_module
+from lowrank_tune.training import evaluator
 
 RIGHT = {0.0: [0, 4, 3], 1.0: [0, 1, 3]}
 """Of four questions, by temperature: before the first step and after each. Greedy answers are all right at once, and
@@ -32,7 +32,7 @@ def test_greedy_answers_do_not_decide_where_sampled_ones_are_reported(
         if isinstance(event, StepEnd):
             steps.append(event.step)
 
-    monkeypatch.setattr(stage_module, "generate_answers", answers)
+    monkeypatch.setattr(evaluator, "generate_answers", answers)
     recipe = small_recipe(max_steps=2, save_steps=1)
     recipe["evaluate"] |= {
         "eval_steps": 1,

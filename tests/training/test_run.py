@@ -228,7 +228,7 @@ def test_losses_that_are_not_finite_fail_the_run(tmp_path: Path, monkeypatch: py
 def test_a_full_disk_while_saving_loses_nothing_that_was_saved(
     finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import lowrank_tune.training.stage as module
+    import lowrank_tune.training.checkpointer as module
 
     real, calls = module.write_atomically, []
 

@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from lowrank_tune import Recipe, run
 from lowrank_tune.events import Evaluated, Event, StepEnd
 from lowrank_tune.runner import RunResult
+from lowrank_tune.training.evaluator import StageEvaluator
 from lowrank_tune.training.reward_hacking import Divergence, EvalPoint
 from lowrank_tune.training.signals import TrainerControl
 from lowrank_tune.training.stage import Stage
@@ -36,7 +37,7 @@ def recipe_of(algorithm: str, steps: int, **evaluate: Any) -> Recipe:
 def set_validation_losses(monkeypatch: pytest.MonkeyPatch, losses: Sequence[float]) -> None:
     """Replaces what the evaluations of a run measure by these losses, one after the other."""
     left = iter(losses)
-    monkeypatch.setattr("lowrank_tune.training.stage.validate", lambda *_: {"loss": next(left)})
+    monkeypatch.setattr("lowrank_tune.training.evaluator.validate", lambda *_: {"loss": next(left)})
 
 
 def is_final(folder: Path, step: int) -> bool:
@@ -88,7 +89,7 @@ def test_of_equal_steps_the_first_is_best_by_loss_and_the_last_by_accuracy(
     metric: str, best: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     set_validation_losses(monkeypatch, [1.0, 1.0])
-    monkeypatch.setattr(Stage, "_evaluate_heldout", lambda self: {"accuracy": 0.5, "repetition": 0.0})
+    monkeypatch.setattr(StageEvaluator, "policy_metrics", lambda self: {"accuracy": 0.5, "repetition": 0.0})
     recipe = recipe_of("sft", 2, eval_steps=1, metric_for_best_model=metric)
     found = run(recipe, out=tmp_path / "run", ui="none")
     assert found.summary["best"]["step"] == best and is_final(found.folder, best)

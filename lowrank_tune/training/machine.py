@@ -1,0 +1,36 @@
+"""Facts of the machine that a run reports: device, memory, versions of the libraries."""
+
+from __future__ import annotations
+
+import os
+from contextlib import suppress
+from importlib.metadata import PackageNotFoundError, version
+
+import torch
+
+REPORTED_LIBRARIES = ("torch", "transformers", "peft", "bitsandbytes", "datasets")
+
+
+def device_name(device: torch.device) -> str:
+    """Returns the name of a device and the dtype that it computes in."""
+    if device.type == "cuda":
+        return f"{torch.cuda.get_device_name(device)}, bf16"
+    threads = torch.get_num_threads()
+    unit = "thread" if threads == 1 else "threads"
+    return f"CPU, {threads} {unit}, fp32"
+
+
+def memory_total_gib(device: torch.device) -> float:
+    """Returns the memory of the GPU, or of the machine for a CPU, in GiB."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory / 2**30
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+
+
+def library_versions() -> dict[str, str]:
+    """Returns the installed version of each reported library."""
+    versions: dict[str, str] = {}
+    for name in REPORTED_LIBRARIES:
+        with suppress(PackageNotFoundError):
+            versions[name] = version(name)
+    return versions
