@@ -49,6 +49,7 @@ from lowrank_tune.events import (
     SampleLogged,
     StepEnd,
 )
+from lowrank_tune.generation.sampling_params import SamplingParams
 from lowrank_tune.model.adapters import CONFIG, WEIGHTS
 from lowrank_tune.model.base import combined_hash, hash_of
 from lowrank_tune.model.optimizers import load_optimizer
@@ -56,7 +57,6 @@ from lowrank_tune.rewards.text.repetition import NGRAM, distinct_ngram_fraction
 from lowrank_tune.training.reward_hacking import RewardHackingDetector, accuracy_stderr
 from lowrank_tune.training.signals import TrainerControl
 from lowrank_tune.training.trainer import Trainer, TrainerState, make_optimizer
-from lowrank_tune.types import SamplingParams
 
 # over a run, where the recipe does not say
 DEFAULT_NUM_EVALUATIONS = 10
