@@ -24,10 +24,11 @@ from typing import Any
 import torch
 
 from lowrank_tune import Chain, Recipe, run, runner
+from lowrank_tune.batch import Batch
 from lowrank_tune.generation import Engine
+from lowrank_tune.generation.sampling_params import SamplingParams
 from lowrank_tune.training.stage import Stage
 from lowrank_tune.training.trainer import Trainer
-from lowrank_tune.types import Batch, SamplingParams
 from lowrank_tune.ui.formatting import percent
 from lowrank_tune.ui.report.charts import HEIGHT, WIDTH, ChartLine, chart, lines_of
 from lowrank_tune.ui.report.run_log import RunLog, read_run_log

@@ -159,9 +159,10 @@ class Task(harness.Task):
 def ours(task: Task, turn: Turns, share: bool = True) -> list[float]:
     import torch
 
-    from lowrank_tune.algorithms.context import AlgorithmContext
+    from lowrank_tune.algorithms.base import AlgorithmContext
     from lowrank_tune.algorithms.dpo import DPO
     from lowrank_tune.algorithms.reference_logps import reference_logps
+    from lowrank_tune.batch import Batch, Row
     from lowrank_tune.config import AdapterConfig, BaseConfig, TrainingConfig
     from lowrank_tune.data import collate_units
     from lowrank_tune.data.token_store import Entry, StoreWriter
@@ -170,7 +171,6 @@ def ours(task: Task, turn: Turns, share: bool = True) -> list[float]:
     from lowrank_tune.model.base import load_base
     from lowrank_tune.model.roles import Roles
     from lowrank_tune.training.trainer import Trainer, make_optimizer
-    from lowrank_tune.types import Batch, Row
 
     device = torch.device("cpu")
     base = load_base(BaseConfig(model=task.folder, bits=16), tokenizer=None, device=device)

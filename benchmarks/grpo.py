@@ -127,7 +127,7 @@ class Scoring:
 def ours(task: Task, turn: Turns) -> list[float]:
     import torch
 
-    from lowrank_tune.algorithms.context import AlgorithmContext
+    from lowrank_tune.algorithms.base import AlgorithmContext
     from lowrank_tune.algorithms.grpo import GRPO
     from lowrank_tune.algorithms.rollouts import RolloutCollector
     from lowrank_tune.config import AdapterConfig, BaseConfig, TrainingConfig

@@ -22,14 +22,15 @@ from torch.profiler import ProfilerActivity, profile
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from lowrank_tune import Recipe
-from lowrank_tune.algorithms.context import AlgorithmContext
+from lowrank_tune.algorithms.base import AlgorithmContext
 from lowrank_tune.algorithms.rollouts import RolloutBatch, RolloutCollector
 from lowrank_tune.assembly import ALGORITHMS, ONLINE_ALGORITHMS, load_roles
+from lowrank_tune.batch import Batch
 from lowrank_tune.generation import Engine
+from lowrank_tune.generation.sampling_params import SamplingParams
 from lowrank_tune.memory_planner.planner import make_spec, phases_of
 from lowrank_tune.model.base import load_base
 from lowrank_tune.training.trainer import Trainer, make_optimizer
-from lowrank_tune.types import Batch, SamplingParams
 
 CPU = torch.device("cpu")
 PROMPT, NEW, LENGTH, MICRO, GROUP, PROMPTS, SLOTS = 32, 64, 96, 3, 4, 3, 8

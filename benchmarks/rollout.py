@@ -69,10 +69,10 @@ def ours(folder: str, bits: int) -> Contender:
 
     from lowrank_tune.config import AdapterConfig, BaseConfig
     from lowrank_tune.generation import Engine
+    from lowrank_tune.generation.sampling_params import SamplingParams
     from lowrank_tune.model.adapters import lora_config
     from lowrank_tune.model.base import load_base
     from lowrank_tune.model.roles import Roles
-    from lowrank_tune.types import SamplingParams
 
     base = load_base(BaseConfig(model=folder, bits=bits), tokenizer=None, device=torch.device("cpu"))
     config = lora_config(AdapterConfig(r=RANK, lora_alpha=ALPHA), base.model)

@@ -46,15 +46,15 @@ class Task(harness.Task):
 def ours(task: Task, turn: Turns, micro: int = ROWS, log_every: int = 1_000_000) -> list[float]:
     import torch
 
-    from lowrank_tune.algorithms.context import AlgorithmContext
+    from lowrank_tune.algorithms.base import AlgorithmContext
     from lowrank_tune.algorithms.sft import SFT
+    from lowrank_tune.batch import Batch
     from lowrank_tune.config import AdapterConfig, BaseConfig, TrainingConfig
     from lowrank_tune.events import StepEnd
     from lowrank_tune.model.adapters import lora_config
     from lowrank_tune.model.base import load_base
     from lowrank_tune.model.roles import Roles
     from lowrank_tune.training.trainer import Trainer, make_optimizer
-    from lowrank_tune.types import Batch
 
     device = torch.device("cpu")
     base = load_base(BaseConfig(model=task.folder, bits=4 if task.nf4 else 16), tokenizer=None, device=device)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lowrank_tune.types import WeightedMean
+from lowrank_tune.stats import WeightedMean
 
 
 def step_seed(seed: int, step: int) -> int:

@@ -18,15 +18,15 @@ from peft import LoraConfig
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from lowrank_tune.algorithms.context import AlgorithmContext
+from lowrank_tune.algorithms.base import AlgorithmContext
 from lowrank_tune.algorithms.sft import SFT
+from lowrank_tune.batch import Batch
 from lowrank_tune.config import AdapterConfig, BaseConfig
 from lowrank_tune.model.activation_checkpointing import Checkpointing
 from lowrank_tune.model.adapters import lora_config
 from lowrank_tune.model.base import Base, freeze_base, load_base
 from lowrank_tune.model.roles import Roles
 from lowrank_tune.model.rotary import RopeFactors
-from lowrank_tune.types import Batch
 
 warnings.filterwarnings("ignore", message=".*gradient_checkpointing.*", category=FutureWarning)
 torch.set_num_threads(1)  # tiny matrices: more threads only wait for each other

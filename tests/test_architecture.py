@@ -16,7 +16,7 @@ import lowrank_tune
 
 PACKAGE = Path(lowrank_tune.__file__).parent
 ORDER = (
-    "errors events regex manifest paths unsloth_import config types functional toy model data generation rewards "
+    "errors events regex manifest paths unsloth_import config stats batch functional toy model data generation rewards "
     "algorithms checkpoint assembly data_report evaluation export training memory_planner preflight ui runner chat "
     "doctor cli"
 ).split()

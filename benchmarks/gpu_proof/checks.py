@@ -20,13 +20,14 @@ from gpu_proof.measured_run import MeasuredRun
 from gpu_proof.records import Record
 from gpu_proof.synthetic import STEPS, Size, TrainSettings, ragged_rows
 from gpu_proof.workload import flops
+from lowrank_tune.algorithms.base import Algorithm
+from lowrank_tune.batch import Batch
 from lowrank_tune.errors import TrainingError
 from lowrank_tune.events import StepEnd
 from lowrank_tune.model.base import Base, base_hashes
 from lowrank_tune.model.heads import HEAD_WEIGHT_KEY as HEAD_KEY
 from lowrank_tune.model.logprobs import Head
 from lowrank_tune.model.roles import Roles
-from lowrank_tune.types import Algorithm, Batch
 
 TIMED = STEPS - 2
 """Steps between the first and the last, which also measure KL and movement."""

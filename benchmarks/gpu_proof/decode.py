@@ -13,8 +13,8 @@ from gpu_proof.profiling import Profile, profiled
 from gpu_proof.records import Record
 from gpu_proof.workload import bytes_per_token
 from lowrank_tune.generation import Engine
+from lowrank_tune.generation.sampling_params import SamplingParams
 from lowrank_tune.model.base import Base
-from lowrank_tune.types import SamplingParams
 
 BATCHES = (1, 8, 16, 64)
 STEP_KERNELS = 8

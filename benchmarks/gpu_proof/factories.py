@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import torch
 
 from gpu_proof.synthetic import STEPS, AdapterSettings, MeanTokenId, Prompt, Rows, Size
-from lowrank_tune.algorithms.context import AlgorithmContext
+from lowrank_tune.algorithms.base import Algorithm, AlgorithmContext
 from lowrank_tune.algorithms.dpo import DPO
 from lowrank_tune.algorithms.grpo import GRPO
 from lowrank_tune.algorithms.ppo import PPO
@@ -18,7 +18,6 @@ from lowrank_tune.model.activation_checkpointing import Checkpointing
 from lowrank_tune.model.adapters import lora_config
 from lowrank_tune.model.base import Base
 from lowrank_tune.model.roles import Roles
-from lowrank_tune.types import Algorithm
 
 
 def sft(roles: Roles, rows: Rows, size: Size) -> Algorithm:

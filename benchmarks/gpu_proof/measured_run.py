@@ -13,10 +13,11 @@ from torch import nn
 from gpu_proof.machine import peak_gib, reset_peak, synchronize
 from gpu_proof.profiling import Profile, profiled
 from gpu_proof.synthetic import TrainSettings
+from lowrank_tune.algorithms.base import Algorithm, StepBatch
+from lowrank_tune.batch import Batch
 from lowrank_tune.events import Event, StepEnd
 from lowrank_tune.model.roles import Roles
 from lowrank_tune.training.trainer import Trainer, TrainerState, make_optimizer
-from lowrank_tune.types import Algorithm, Batch, StepBatch
 
 
 @dataclass

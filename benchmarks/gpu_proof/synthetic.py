@@ -9,7 +9,8 @@ from typing import Any
 
 import torch
 
-from lowrank_tune.types import Batch, Completion
+from lowrank_tune.batch import Batch
+from lowrank_tune.generation.outputs import Completion
 
 MAX_NEW_TOKENS = 48
 """New tokens of a completion, where a size does not give them."""

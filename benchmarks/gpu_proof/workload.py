@@ -8,9 +8,9 @@ from typing import Any
 import bitsandbytes
 
 from gpu_proof.factories import HEADS
+from lowrank_tune.batch import Batch
 from lowrank_tune.model.base import Base
 from lowrank_tune.model.roles import Roles
-from lowrank_tune.types import Batch
 
 
 def flops(base: Base, roles: Roles, role: str, micro_batches: Sequence[Batch], recomputed: float) -> float:

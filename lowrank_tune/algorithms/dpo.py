@@ -30,8 +30,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lowrank_tune.algorithms.context import AlgorithmContext
+from lowrank_tune.algorithms.base import AlgorithmContext, LossTerm, StepBatch
 from lowrank_tune.algorithms.reference_check import check_reference
+from lowrank_tune.batch import Batch
 from lowrank_tune.functional import (
     apply_mask,
     masked_mean,
@@ -40,7 +41,7 @@ from lowrank_tune.functional import (
     sequence_mean_weights,
     token_mean_weights,
 )
-from lowrank_tune.types import Batch, LossTerm, Stats, StepBatch, WeightedMean
+from lowrank_tune.stats import Stats, WeightedMean
 
 CHOSEN_LOGP_DROP = -0.5
 CONSECUTIVE_STEPS = 3

@@ -35,13 +35,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lowrank_tune.algorithms.context import AlgorithmContext
+from lowrank_tune.algorithms.base import AlgorithmContext, LossTerm, StepBatch
 from lowrank_tune.algorithms.reference_check import check_reference
 from lowrank_tune.algorithms.reward_failures import RewardFailure
 from lowrank_tune.algorithms.rollouts import RolloutBatch, RolloutCollector
+from lowrank_tune.batch import Batch
 from lowrank_tune.errors import TrainingError
 from lowrank_tune.functional import apply_mask, masked_mean, token_mean_weights
-from lowrank_tune.types import Batch, LossTerm, Stats, StepBatch, WeightedMean, add_stats
+from lowrank_tune.stats import Stats, WeightedMean, add_stats
 
 STD_EPS = 1e-4
 REWARD_EPS = 1e-6

@@ -35,10 +35,11 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from lowrank_tune.algorithms.context import AlgorithmContext
+from lowrank_tune.algorithms.base import AlgorithmContext, LossTerm, StepBatch
 from lowrank_tune.algorithms.reference_check import check_reference
 from lowrank_tune.algorithms.reward_failures import RewardFailure
 from lowrank_tune.algorithms.rollouts import RolloutCollector, map_micro_batches
+from lowrank_tune.batch import Batch
 from lowrank_tune.errors import TrainingError
 from lowrank_tune.functional import (
     apply_mask,
@@ -49,7 +50,7 @@ from lowrank_tune.functional import (
     token_mean_weights,
     whiten,
 )
-from lowrank_tune.types import Batch, LossTerm, Stats, StepBatch, WeightedMean
+from lowrank_tune.stats import Stats, WeightedMean
 
 MAX_KL_CONTROLLER_ERROR = (
     0.2  # arXiv:1909.08593: a KL far off moves the coefficient no faster than one that is 20 % off

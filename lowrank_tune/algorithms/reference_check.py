@@ -5,9 +5,9 @@ from __future__ import annotations
 
 import torch
 
+from lowrank_tune.batch import Batch
 from lowrank_tune.errors import TrainingError
 from lowrank_tune.model.roles import Roles
-from lowrank_tune.types import Batch
 
 LOGP_TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 0.05}
 """Nats a token by which another batch shape may change log-probs, by the dtype of the forward pass (measured: FIELD

@@ -16,12 +16,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
+from lowrank_tune.batch import Batch
 from lowrank_tune.data import TokenizedDataset
 from lowrank_tune.data.batching import chunked
 from lowrank_tune.errors import TrainingError
 from lowrank_tune.events import Emit, LogMessage, Progress
 from lowrank_tune.model.roles import Roles
-from lowrank_tune.types import Batch
 
 CACHE_VERSION = 1  # of how the log-probs are computed: raise it when that changes
 NUM_PROGRESS_UPDATES = 50  # times that a long computation tells how far it is

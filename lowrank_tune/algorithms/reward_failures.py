@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass
 from typing import Literal
 
 from lowrank_tune.errors import TrainingError
-from lowrank_tune.types import Stats, WeightedMean
+from lowrank_tune.stats import Stats, WeightedMean
 
 MIN_SAMPLES = 3
 """Failures that a run bears however few completions it has drawn, less one."""

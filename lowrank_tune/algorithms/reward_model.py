@@ -18,9 +18,10 @@ from collections.abc import Iterator, Mapping
 import torch.nn.functional as F
 from torch import Tensor
 
-from lowrank_tune.algorithms.context import AlgorithmContext
+from lowrank_tune.algorithms.base import AlgorithmContext, LossTerm, StepBatch
+from lowrank_tune.batch import Batch
 from lowrank_tune.functional import mean, pair_accuracy, sequence_mean_weights
-from lowrank_tune.types import Batch, LossTerm, Stats, StepBatch
+from lowrank_tune.stats import Stats
 
 
 def reward_loss(chosen: Tensor, rejected: Tensor, margin: Tensor, center_rewards_coefficient: float = 0.0) -> Tensor:

@@ -13,9 +13,12 @@ import torch
 from torch import Tensor
 
 from lowrank_tune.algorithms.reward_failures import RewardFailure, RewardFailureTracker
+from lowrank_tune.batch import Batch
 from lowrank_tune.generation import Engine
+from lowrank_tune.generation.outputs import Completion
+from lowrank_tune.generation.sampling_params import SamplingParams
 from lowrank_tune.model.roles import Roles
-from lowrank_tune.types import Batch, Completion, SamplingParams, Stats, WeightedMean
+from lowrank_tune.stats import Stats, WeightedMean
 
 if TYPE_CHECKING:  # an algorithm must run where pydantic is not installed (benchmarks/gpu.py)
     from lowrank_tune.data import PromptExample

@@ -17,10 +17,11 @@ from collections.abc import Iterator, Mapping
 
 from torch import Tensor
 
-from lowrank_tune.algorithms.context import AlgorithmContext
+from lowrank_tune.algorithms.base import AlgorithmContext, LossTerm, StepBatch
 from lowrank_tune.algorithms.reference_check import check_reference
+from lowrank_tune.batch import Batch
 from lowrank_tune.functional import apply_mask, masked_mean, token_mean_weights
-from lowrank_tune.types import Batch, LossTerm, Stats, StepBatch
+from lowrank_tune.stats import Stats
 
 
 def sft_loss(logps: Tensor, loss_mask: Tensor, token_weights: Tensor) -> Tensor:

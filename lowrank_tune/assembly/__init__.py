@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from lowrank_tune.algorithms.context import AlgorithmContext
+from lowrank_tune.algorithms.base import Algorithm, AlgorithmContext
 from lowrank_tune.algorithms.dpo import DPO
 from lowrank_tune.algorithms.reference_logps import reference_logps
 from lowrank_tune.algorithms.reward_model import RewardModeling
@@ -26,6 +26,7 @@ from lowrank_tune.assembly.rl import (
 )
 from lowrank_tune.assembly.rope import check_heldout_length, select_rope
 from lowrank_tune.assembly.stacks import ROLES_WITH_HEAD, build_stacks, frozen_adapters
+from lowrank_tune.batch import Batch
 from lowrank_tune.config import RecipeConfig
 from lowrank_tune.data import (
     BatchSampler,
@@ -50,7 +51,6 @@ from lowrank_tune.model.heads import HEAD_WEIGHT_KEY
 from lowrank_tune.model.oom import MemoryLimits
 from lowrank_tune.model.roles import Roles
 from lowrank_tune.model.rotary import FixedRope, factors_of
-from lowrank_tune.types import Algorithm, Batch
 
 ALGORITHMS: dict[str, Callable[[AlgorithmContext, RecipeConfig], Algorithm]] = {
     "sft": lambda context, recipe: SFT(context),

@@ -13,9 +13,9 @@ from lowrank_tune.errors import UserError
 from lowrank_tune.events import Emit, LogMessage, Progress
 from lowrank_tune.functional import step_seed
 from lowrank_tune.generation import Engine
+from lowrank_tune.generation.sampling_params import SamplingParams
 from lowrank_tune.model.roles import Roles
 from lowrank_tune.rewards import zero_std_fraction
-from lowrank_tune.types import SamplingParams
 
 NUM_PROMPTS = 16
 NUM_COMPLETIONS = 4  # of each prompt

@@ -8,12 +8,13 @@ from pathlib import Path
 
 import torch
 
+from lowrank_tune.batch import Row
 from lowrank_tune.data import ChatTemplate, InvalidRow, collate
+from lowrank_tune.data.message import Message
 from lowrank_tune.errors import UserError
 from lowrank_tune.model.adapters import SavedAdapter
 from lowrank_tune.model.base import combined_hash, hash_of
 from lowrank_tune.model.roles import Roles
-from lowrank_tune.types import Message, Row
 
 REWARD_ROLE = "reward"
 PROBE_PROMPT = (Message("user", "Who asks?"),)

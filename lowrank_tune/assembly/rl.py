@@ -10,7 +10,7 @@ from typing import Literal
 
 from torch import Tensor
 
-from lowrank_tune.algorithms.context import AlgorithmContext
+from lowrank_tune.algorithms.base import AlgorithmContext
 from lowrank_tune.algorithms.grpo import GRPO
 from lowrank_tune.algorithms.ppo import PPO, CriticConfig, GAEConfig, KLControlConfig, UpdateConfig
 from lowrank_tune.algorithms.reward_failures import RewardFailure, RewardFailureTracker
@@ -21,6 +21,7 @@ from lowrank_tune.data import ChatTemplate, PromptDataset, PromptExample, load_p
 from lowrank_tune.errors import TrainingError, UserError
 from lowrank_tune.events import Emit, GroupLogged, LogMessage
 from lowrank_tune.functional import step_seed
+from lowrank_tune.generation.outputs import Completion
 from lowrank_tune.model.roles import Roles
 from lowrank_tune.rewards import (
     RewardInput,
@@ -36,7 +37,6 @@ from lowrank_tune.rewards import (
 from lowrank_tune.rewards.base import HasStatus
 from lowrank_tune.rewards.reward_model import RewardModel
 from lowrank_tune.rewards.user_function import is_user_function
-from lowrank_tune.types import Completion
 
 NUM_ROWS_CHECKED = 48  # reference answers that the rewards are tried on
 ROLLOUT_SEED_TAG = 1 << 21  # differs from the tag of `reward_dry_run`, so that the two never share random numbers

@@ -13,8 +13,9 @@ from lowrank_tune.chat.streaming_decoder import IncrementalDecoder
 from lowrank_tune.data import ChatTemplate
 from lowrank_tune.errors import OutOfMemory
 from lowrank_tune.generation import Engine
+from lowrank_tune.generation.outputs import Completion
+from lowrank_tune.generation.sampling_params import SamplingParams
 from lowrank_tune.model.roles import Roles
-from lowrank_tune.types import Completion, SamplingParams
 
 Variant = Literal["base", "tuned"]
 ROLE: dict[Variant, str] = {"base": "base", "tuned": "policy"}

@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from lowrank_tune.data import ChatTemplate
+from lowrank_tune.data.message import Message
 from lowrank_tune.errors import UserError
-from lowrank_tune.types import Message
 
 SUFFIXES = (".jsonl", ".ndjson")
 

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass, fields, replace
 
 from lowrank_tune.errors import UserError, did_you_mean
-from lowrank_tune.types import SamplingParams
+from lowrank_tune.generation.sampling_params import SamplingParams
 
 BOUNDS: dict[str, tuple[float, float, str]] = {
     "temperature": (0.0, 100.0, "0 for the likeliest answer, or more"),

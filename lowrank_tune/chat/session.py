@@ -13,9 +13,9 @@ from lowrank_tune.chat.chat_model import AnswerStream, ChatModel, Variant
 from lowrank_tune.chat.commands import Command, help_lines, parse
 from lowrank_tune.chat.conversation import ChatAnswer, Conversation, Exchange, TruncatedConversation, append_row
 from lowrank_tune.chat.sampling_options import SamplingOptions
+from lowrank_tune.data.message import Message
 from lowrank_tune.errors import UserError
 from lowrank_tune.functional import step_seed
-from lowrank_tune.types import Message
 from lowrank_tune.ui.terminal.chat_screen import AnswerView, ChatScreen
 
 FORCE_QUIT_PRESSES = 3  # times that Ctrl-C is pressed during one answer

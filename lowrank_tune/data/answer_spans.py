@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from lowrank_tune.data.fallback_templates import NOT_TEXT, ChatMessages
 from lowrank_tune.data.formats import InvalidRow, is_text
 from lowrank_tune.data.generation_prompt import REWRITTEN, THOUGHT_CLOSED, GenerationPrompt, OwnThought
+from lowrank_tune.data.message import Message
 from lowrank_tune.data.template_renderer import TemplateRenderer
-from lowrank_tune.types import Message
 
 
 @dataclass(frozen=True)

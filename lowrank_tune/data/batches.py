@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
+from lowrank_tune.batch import Batch, Row
 from lowrank_tune.data.token_store import TokenizedDataset
-from lowrank_tune.types import Batch, Row
 
 
 def collate(rows: Sequence[Row], pad_id: int) -> Batch:

@@ -7,7 +7,7 @@ import re
 
 from lowrank_tune.data.formats import Conversation
 from lowrank_tune.data.ground_truth import last_boxed
-from lowrank_tune.types import Message
+from lowrank_tune.data.message import Message
 
 HASHES_PATTERN = r"####[ \t]*(?P<hashes>[^\n]+)"
 ANSWER_PATTERN = r"The answer is:[ \t]*(?P<told>[^\n]+)"

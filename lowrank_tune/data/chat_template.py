@@ -8,13 +8,14 @@ from collections.abc import Sequence
 from datetime import date
 from typing import Any
 
+from lowrank_tune.batch import Row
 from lowrank_tune.data.fallback_templates import DefaultTemplate, PlainTextTemplate
 from lowrank_tune.data.formats import InvalidRow
 from lowrank_tune.data.jinja_template import JinjaChatTemplate
+from lowrank_tune.data.message import Message
 from lowrank_tune.data.template_date import fixed_date
 from lowrank_tune.data.tokenizer_backend import TokenizerBackend, default_chat_template
 from lowrank_tune.errors import UserError
-from lowrank_tune.types import Message, Row
 
 BYTE_TOKEN = re.compile(r"<0x[0-9A-Fa-f]{2}>")
 

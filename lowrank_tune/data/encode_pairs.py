@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
+from lowrank_tune.batch import Row
 from lowrank_tune.config import DataConfig, SourceConfig
 from lowrank_tune.data.chat_template import ChatTemplate
 from lowrank_tune.data.files import RawExample
@@ -14,7 +15,6 @@ from lowrank_tune.data.report import SourceReport
 from lowrank_tune.data.sources import Chunk
 from lowrank_tune.data.token_store import Entry, conversation_hash
 from lowrank_tune.errors import UserError
-from lowrank_tune.types import Row
 
 RowPair = tuple[Row, Row]
 PROMPT_MISMATCH = "the ids of its prompt are not the beginning of both sides"

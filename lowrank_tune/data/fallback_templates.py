@@ -12,11 +12,12 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Sequence
 
+from lowrank_tune.batch import Row
 from lowrank_tune.data.formats import InvalidRow, is_text
+from lowrank_tune.data.message import Message
 from lowrank_tune.data.tokenizer_backend import TokenizerBackend
 from lowrank_tune.errors import UserError
 from lowrank_tune.toy import text as toy_text
-from lowrank_tune.types import Message, Row
 
 ChatMessages = Sequence[Message]
 NOT_TEXT = "half of a surrogate pair, which is no character"

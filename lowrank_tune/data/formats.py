@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from typing import Any, Literal, cast
 
 from lowrank_tune.data.ground_truth import extract_answer
+from lowrank_tune.data.message import Message
 from lowrank_tune.errors import UserError
-from lowrank_tune.types import Message
 
 RawExample = Mapping[str, Any]
 Turn = tuple[str, str]

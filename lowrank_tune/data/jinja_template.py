@@ -15,17 +15,18 @@ import re
 from collections.abc import Sequence
 from datetime import date
 
+from lowrank_tune.batch import Row
 from lowrank_tune.data.answer_spans import Rendered, SpanFinder
 from lowrank_tune.data.fallback_templates import NOT_TEXT, ChatMessages
 from lowrank_tune.data.formats import InvalidRow, is_text
 from lowrank_tune.data.generation_prompt import GenerationPrompt
+from lowrank_tune.data.message import Message
 from lowrank_tune.data.placeholders import Placeholders
 from lowrank_tune.data.span_encoder import SpanEncoder
 from lowrank_tune.data.template_date import with_date
 from lowrank_tune.data.template_renderer import PROBE_ANSWER, PROBE_QUESTION, TemplateRenderer
 from lowrank_tune.data.tokenizer_backend import TokenizerBackend
 from lowrank_tune.errors import UserError
-from lowrank_tune.types import Message, Row
 
 SYSTEM_NOTES = {
     "own": "",

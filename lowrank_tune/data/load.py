@@ -17,13 +17,13 @@ from lowrank_tune.data.encode_pairs import pair_of
 from lowrank_tune.data.files import RawExample
 from lowrank_tune.data.formats import InvalidRow
 from lowrank_tune.data.ground_truth import extract_answer
+from lowrank_tune.data.message import Message
 from lowrank_tune.data.report import Report
 from lowrank_tune.data.sources import BUILTIN_DATASETS, read_source
 from lowrank_tune.data.token_store import TokenizedDataset
 from lowrank_tune.data.tokenize import conversation, format_of, tokenize
 from lowrank_tune.errors import UserError
 from lowrank_tune.events import Emit, LogMessage
-from lowrank_tune.types import Message
 
 
 @dataclass(frozen=True)

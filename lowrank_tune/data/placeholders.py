@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from lowrank_tune.data.fallback_templates import ChatMessages
 from lowrank_tune.data.generation_prompt import THOUGHT_TAG
+from lowrank_tune.data.message import Message
 from lowrank_tune.data.tokenizer_backend import TokenizerBackend
-from lowrank_tune.types import Message
 
 FIRST_PLACEHOLDER = 0xF0000  # characters of a private plane stand for control tokens in a row's own text
 

@@ -22,7 +22,7 @@ from lowrank_tune.data.formats import (
     turns_of,
     value_of,
 )
-from lowrank_tune.types import Message
+from lowrank_tune.data.message import Message
 
 Messages = tuple[Message, ...]
 PROMPT_COLUMNS = ("prompt", "instruction", "question", "problem", "query", "conversations", "conversation", "messages")

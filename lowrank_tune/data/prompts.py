@@ -16,6 +16,7 @@ from lowrank_tune.config import DataConfig, SourceConfig, TrainingConfig
 from lowrank_tune.data.chat_template import ChatTemplate
 from lowrank_tune.data.files import RawExample
 from lowrank_tune.data.formats import InvalidRow
+from lowrank_tune.data.message import Message
 from lowrank_tune.data.report import Report, SourceReport
 from lowrank_tune.data.sampler import BatchSampler
 from lowrank_tune.data.sources import RowLocation, read_source
@@ -23,7 +24,6 @@ from lowrank_tune.data.token_store import conversation_hash
 from lowrank_tune.data.tokenize import check_enough_rows, conversation, format_of
 from lowrank_tune.errors import UserError
 from lowrank_tune.events import Emit, LogMessage, Progress
-from lowrank_tune.types import Message
 
 PROGRESS_EVERY = 2048  # rows between two reports of progress
 MISSING_ANSWER = "no gold answer, which a reward compares with"

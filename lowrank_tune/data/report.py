@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from lowrank_tune.batch import Row
 from lowrank_tune.errors import UserError
-from lowrank_tune.types import Row
 
 EXAMPLES = 5
 

@@ -6,12 +6,12 @@ from collections.abc import Mapping, Sequence
 
 from tokenizers import Encoding
 
+from lowrank_tune.batch import Row
 from lowrank_tune.data.answer_spans import Rendered, Span
 from lowrank_tune.data.fallback_templates import CONTROL_FOUND
 from lowrank_tune.data.formats import InvalidRow
 from lowrank_tune.data.placeholders import Placeholders
 from lowrank_tune.data.tokenizer_backend import TokenizerBackend, token_start
-from lowrank_tune.types import Row
 
 # characters of a prompt's end, and how many ends are cached
 MAX_CACHED_TAIL = 64

@@ -7,8 +7,8 @@ from typing import Any, Literal, cast
 
 from lowrank_tune.data.fallback_templates import ChatMessages
 from lowrank_tune.data.formats import InvalidRow
+from lowrank_tune.data.message import Message
 from lowrank_tune.errors import UserError
-from lowrank_tune.types import Message
 
 PROBE_QUESTION = "Hm, who asks?"
 PROBE_ANSWER = "Nobody asks."

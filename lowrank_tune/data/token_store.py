@@ -23,9 +23,10 @@ from typing import IO, Any, BinaryIO, Self, cast
 import numpy as np
 from numpy.typing import NDArray
 
+from lowrank_tune.batch import Row
+from lowrank_tune.data.message import Message
 from lowrank_tune.data.report import SourceReport
 from lowrank_tune.errors import ConfigProblem, TrainingError
-from lowrank_tune.types import Message, Row
 
 ARRAYS: dict[str, str] = {
     "input_ids": "<i4",

@@ -13,6 +13,7 @@ from typing import Protocol
 
 import numpy as np
 
+from lowrank_tune.batch import Row
 from lowrank_tune.config import DataConfig, SourceConfig
 from lowrank_tune.data.boxed import box_final_answer
 from lowrank_tune.data.chat_template import ChatTemplate
@@ -24,7 +25,6 @@ from lowrank_tune.data.sources import HEAD_ROWS, Chunk, RowLocation, SourceRows,
 from lowrank_tune.data.token_store import Entry, StoreWriter, TokenizedDataset, conversation_hash
 from lowrank_tune.errors import UserError
 from lowrank_tune.events import Emit, LogMessage, Progress
-from lowrank_tune.types import Row
 
 VERSION = 6  # of the rules that turn a row into ids and of what is reported of it: raise it when they change
 CHUNK = 512  # rows at a time: as Python numbers, long ones take a hundred times the room that they take on disk

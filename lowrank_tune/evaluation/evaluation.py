@@ -40,10 +40,10 @@ from lowrank_tune.evaluation.target import (
     roles_for,
 )
 from lowrank_tune.events import Emit, LogMessage, Progress
+from lowrank_tune.generation.sampling_params import SamplingParams
 from lowrank_tune.model.base import Base, load_base, load_config, load_tokenizer
 from lowrank_tune.model.roles import Roles
 from lowrank_tune.model.rotary import RopeFactors, fixed_rope, select_factors
-from lowrank_tune.types import SamplingParams
 
 # where no recipe says
 PROMPTS = 100

@@ -11,14 +11,15 @@ import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
+from lowrank_tune.batch import Row
 from lowrank_tune.data import ChatTemplate, collate
 from lowrank_tune.evaluation.grading import GradedAnswer, Grader
 from lowrank_tune.evaluation.questions import EvalQuestion
 from lowrank_tune.evaluation.target import role_of
 from lowrank_tune.events import Emit, Progress
 from lowrank_tune.generation import Engine
+from lowrank_tune.generation.sampling_params import SamplingParams
 from lowrank_tune.model.roles import Roles
-from lowrank_tune.types import Row, SamplingParams
 
 ANSWERS_PER_BATCH = 512  # of a part, about: enough to keep the engine busy
 MICRO_TOKENS = 1 << 14

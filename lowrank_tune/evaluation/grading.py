@@ -14,11 +14,11 @@ from lowrank_tune.errors import UserError
 from lowrank_tune.evaluation.heldout import is_exact
 from lowrank_tune.evaluation.questions import EvalQuestion
 from lowrank_tune.evaluation.target import REWARD_MODEL_ROLE
+from lowrank_tune.generation.outputs import Completion
 from lowrank_tune.model.roles import Roles
 from lowrank_tune.rewards import RewardInput, Score, WeightedReward, WorkerPool, build_rewards, row_rejection_reason
 from lowrank_tune.rewards.reward_model import RewardModel
 from lowrank_tune.rewards.verdicts import is_correct
-from lowrank_tune.types import Completion
 
 MICRO_TOKENS = 1 << 14
 GROUND_TRUTH = "gold answer"

@@ -10,8 +10,9 @@ from dataclasses import dataclass
 from lowrank_tune.data import ChatTemplate, Prompt, TokenizedDataset
 from lowrank_tune.events import Emit, Progress
 from lowrank_tune.generation import Engine
+from lowrank_tune.generation.outputs import Completion
+from lowrank_tune.generation.sampling_params import SamplingParams
 from lowrank_tune.model.roles import Roles
-from lowrank_tune.types import Completion, SamplingParams
 
 NUM_PROGRESS_UPDATES = 20  # times that a long job tells how far it is
 NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")

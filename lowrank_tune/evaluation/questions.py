@@ -7,13 +7,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from lowrank_tune.batch import Row
 from lowrank_tune.config import RecipeConfig, SourceConfig
 from lowrank_tune.data import ChatTemplate, Conversation, InvalidRow, load, load_heldout_prompts, read_source
 from lowrank_tune.data.load import Prompt
 from lowrank_tune.data.tokenize import conversation, format_of
 from lowrank_tune.errors import UserError
 from lowrank_tune.events import Emit, LogMessage
-from lowrank_tune.types import Row
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from lowrank_tune.assembly import load_roles
+from lowrank_tune.batch import Row
 from lowrank_tune.checkpoint.run_format import check_run_format
 from lowrank_tune.config import AdapterConfig, DataConfig, RecipeConfig, SourceConfig, from_dict
 from lowrank_tune.data import ChatTemplate, TokenizedDataset, TokenizedSplits, collate_units, load, read_source
@@ -22,7 +23,6 @@ from lowrank_tune.events import Emit, LogMessage
 from lowrank_tune.model.adapters import read_adapter
 from lowrank_tune.model.base import load_base, load_tokenizer
 from lowrank_tune.model.rotary import stored_factors
-from lowrank_tune.types import Row
 
 MICRO_TOKENS = 1 << 14
 

@@ -24,6 +24,7 @@ from lowrank_tune.config import RecipeConfig, SourceConfig
 from lowrank_tune.data import ChatTemplate, Conversation, InvalidRow, detect_format, load_prompts, read_source
 from lowrank_tune.data.files import RawExample
 from lowrank_tune.data.ground_truth import extract_answer
+from lowrank_tune.data.message import Message
 from lowrank_tune.data.preference_pairs import PROMPT_COLUMNS
 from lowrank_tune.data.report import DroppedRows
 from lowrank_tune.data.tokenize import conversation
@@ -35,7 +36,6 @@ from lowrank_tune.model.rotary import factors_of
 from lowrank_tune.rewards import RewardInput, Score, WeightedReward, WorkerPool, build_rewards, row_rejection_reason
 from lowrank_tune.rewards.reward_model import RewardModel
 from lowrank_tune.rewards.verdicts import exceeds_failure_limit, score_all
-from lowrank_tune.types import Message
 
 COMPLETION_KEYS = ("completions", "responses", "completion", "response")
 MICRO_TOKENS = 1 << 14

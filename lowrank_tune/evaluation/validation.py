@@ -11,12 +11,14 @@ from typing import Any, Protocol, TypeVar
 import torch
 from torch import Tensor
 
+from lowrank_tune.algorithms.base import Algorithm
+from lowrank_tune.batch import Batch
 from lowrank_tune.data import TokenizedDataset
 from lowrank_tune.data.batching import chunked
 from lowrank_tune.events import Emit, Progress
 from lowrank_tune.functional import calibration_error, correlation, pair_accuracy, reliability_bins
 from lowrank_tune.model.roles import Roles
-from lowrank_tune.types import Algorithm, Batch, Stats, add_stats, to_floats
+from lowrank_tune.stats import Stats, add_stats, to_floats
 
 T = TypeVar("T")
 NUM_PROGRESS_UPDATES = 20  # times that a long job tells how far it is

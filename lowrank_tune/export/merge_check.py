@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lowrank_tune.batch import Row
 from lowrank_tune.config import BaseConfig, RecipeConfig, SourceConfig
 from lowrank_tune.data import ChatTemplate, Prompt, load, load_heldout_prompts
 from lowrank_tune.errors import TrainingError, UserError
@@ -26,10 +27,10 @@ from lowrank_tune.evaluation.heldout import render_questions, select_questions
 from lowrank_tune.events import Emit, LogMessage, Progress
 from lowrank_tune.generation import Engine
 from lowrank_tune.generation.engine import device_memory
+from lowrank_tune.generation.sampling_params import SamplingParams
 from lowrank_tune.model.base import Base, load_base, load_tokenizer
 from lowrank_tune.model.roles import Roles
 from lowrank_tune.model.rotary import RopeFactors
-from lowrank_tune.types import Row, SamplingParams
 
 MAX_MEAN_KL = 1e-3
 """Nats a token of KL(trained || merged), in the weights that were trained over."""

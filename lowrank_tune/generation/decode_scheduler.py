@@ -14,8 +14,9 @@ from torch import Tensor
 
 from lowrank_tune.errors import TrainingError
 from lowrank_tune.generation.kv_cache import KVStore
+from lowrank_tune.generation.outputs import Completion, Token
+from lowrank_tune.generation.sampling_params import SamplingParams
 from lowrank_tune.generation.stopping import StoppingCriteria
-from lowrank_tune.types import Completion, SamplingParams, Token
 
 UNIFORMS_PER_BLOCK = 64  # numbers that a stream is asked for at a time
 PREFILL_TOKENS = 4096  # of prompts read in one forward pass, with padding

@@ -21,12 +21,13 @@ from lowrank_tune.errors import OutOfMemory
 from lowrank_tune.generation.attention import batched_attention
 from lowrank_tune.generation.cpu_linears import fast_linears
 from lowrank_tune.generation.decode_scheduler import DecodeScheduler
+from lowrank_tune.generation.outputs import Completion, Token
 from lowrank_tune.generation.sampler import sample
+from lowrank_tune.generation.sampling_params import SamplingParams
 from lowrank_tune.generation.select_cache import select_cache
 from lowrank_tune.generation.stopping import Decode, StoppingCriteria
 from lowrank_tune.model.oom import free_traceback, is_out_of_memory
 from lowrank_tune.model.roles import Roles
-from lowrank_tune.types import Completion, SamplingParams, Token
 
 T = TypeVar("T")
 CHUNK_LOGITS = 1 << 24  # made at once: 64 MiB in fp32

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lowrank_tune.types import SamplingParams
+from lowrank_tune.generation.sampling_params import SamplingParams
 
 BLOCK = 128
 MAX_UNIFORM = 1.0 - 1e-12

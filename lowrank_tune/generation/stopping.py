@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Literal
 
-from lowrank_tune.types import SamplingParams
+from lowrank_tune.generation.sampling_params import SamplingParams
 
 Decode = Callable[[Sequence[int]], str]
 

@@ -10,9 +10,9 @@ from lowrank_tune.generation import Engine
 from lowrank_tune.generation.attention import batched_attention
 from lowrank_tune.generation.cpu_linears import fast_linears
 from lowrank_tune.generation.decode_scheduler import PREFILL_TOKENS
+from lowrank_tune.generation.sampling_params import SamplingParams
 from lowrank_tune.generation.select_cache import select_cache_without_values
 from lowrank_tune.model.roles import Roles
-from lowrank_tune.types import SamplingParams
 
 
 @dataclass(frozen=True)

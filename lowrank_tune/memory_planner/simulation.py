@@ -14,12 +14,13 @@ import torch
 from peft import LoraConfig
 from torch import Tensor, nn
 
-from lowrank_tune.algorithms.context import AlgorithmContext
+from lowrank_tune.algorithms.base import AlgorithmContext, LossTerm, StepBatch
 from lowrank_tune.algorithms.ppo import PPO
 from lowrank_tune.algorithms.rollouts import RolloutBatch, RolloutCollector
 from lowrank_tune.assembly import ALGORITHMS, ONLINE_ALGORITHMS
 from lowrank_tune.assembly.reward_model import REWARD_ROLE, score_rows
 from lowrank_tune.assembly.stacks import ROLES_WITH_HEAD, build_stacks
+from lowrank_tune.batch import Batch
 from lowrank_tune.config import RecipeConfig
 from lowrank_tune.data import PromptExample
 from lowrank_tune.memory_planner.allocation_tracker import AllocationTracker
@@ -32,8 +33,8 @@ from lowrank_tune.memory_planner.rollouts import DecodingSpec, decode
 from lowrank_tune.memory_planner.sizes import Sizes, batch_of
 from lowrank_tune.model import logprobs
 from lowrank_tune.model.roles import Roles
+from lowrank_tune.stats import Stats
 from lowrank_tune.training.trainer import Trainer, TrainerState
-from lowrank_tune.types import Batch, LossTerm, Stats, StepBatch
 
 
 @dataclass(frozen=True)

@@ -7,8 +7,8 @@ from dataclasses import dataclass, replace
 import torch
 
 from lowrank_tune.assembly import micro_tokens_of
+from lowrank_tune.batch import Batch
 from lowrank_tune.config import RecipeConfig
-from lowrank_tune.types import Batch
 
 DEFAULT_ROWS = 4  # of a micro-batch, where a recipe says nothing
 

@@ -30,6 +30,15 @@ CHUNK_LOGITS = 1 << 24  # 64 MiB in fp32; two such buffers are alive at once
 
 
 @dataclass(frozen=True)
+class LogProbs:
+    """log p(token t | tokens before t) and the entropy of that distribution, (B, T) fp32; 0 where nothing was
+    scored."""
+
+    logps: Tensor
+    entropy: Tensor
+
+
+@dataclass(frozen=True)
 class Head:
     """The model's output head: weight (V, d), bias (V,) or None, what its logits are multiplied by, and the soft
     cap."""

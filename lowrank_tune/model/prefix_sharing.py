@@ -25,9 +25,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lowrank_tune.batch import Batch
 from lowrank_tune.model.oom import is_out_of_memory
 from lowrank_tune.model.rounding import allowed_difference, relative_difference
-from lowrank_tune.types import Batch
 
 MAX_RELATIVE_FLOPS = 0.9
 """A packed layout must need at most this share of the rows' own work."""

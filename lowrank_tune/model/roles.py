@@ -18,11 +18,12 @@ from peft import LoraConfig, PeftModel, get_peft_model_state_dict, set_peft_mode
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
+from lowrank_tune.batch import Batch
 from lowrank_tune.errors import UserError
 from lowrank_tune.model import heads as scalar
 from lowrank_tune.model.activation_checkpointing import Checkpointing, checkpoint_layers, disable_checkpointing
 from lowrank_tune.model.base import Base, num_stored_bytes
-from lowrank_tune.model.logprobs import check_head, chunked_entropy, chunked_kl, chunked_logps, head_of
+from lowrank_tune.model.logprobs import LogProbs, check_head, chunked_entropy, chunked_kl, chunked_logps, head_of
 from lowrank_tune.model.oom import MemoryLimits
 from lowrank_tune.model.prefix_sharing import (
     PackedBatch,
@@ -31,7 +32,6 @@ from lowrank_tune.model.prefix_sharing import (
     pack_shared_prefixes,
     verify_packing,
 )
-from lowrank_tune.types import Batch, LogProbs
 
 ADAPTER_PREFIX = "lt_"  # PEFT drops weights of an adapter whose name is part of a module's name
 

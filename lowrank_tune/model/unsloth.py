@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig
 
+from lowrank_tune.batch import Batch
 from lowrank_tune.errors import UserError
 from lowrank_tune.model.base import (
     Base,
@@ -33,7 +34,6 @@ from lowrank_tune.model.base import (
 )
 from lowrank_tune.model.roles import Roles
 from lowrank_tune.model.rotary import fixed_rope
-from lowrank_tune.types import Batch
 
 if TYPE_CHECKING:  # as in `base`
     from lowrank_tune.config import BaseConfig

@@ -16,9 +16,9 @@ from lowrank_tune.evaluation.heldout import (
 )
 from lowrank_tune.evaluation.validation import PairScores, score_pairs, validate
 from lowrank_tune.events import Emit, Evaluated
+from lowrank_tune.generation.sampling_params import SamplingParams
 from lowrank_tune.rewards.text.repetition import NGRAM, distinct_ngram_fraction
 from lowrank_tune.training.samples import SampleLogger
-from lowrank_tune.types import SamplingParams
 
 
 class StageEvaluator:

@@ -7,7 +7,7 @@ from lowrank_tune.config import EvaluationConfig
 from lowrank_tune.data import TokenizedDataset
 from lowrank_tune.evaluation.heldout import HeldoutQuestion, generate_answers, select_questions
 from lowrank_tune.events import Emit, Event, SampleLogged
-from lowrank_tune.types import SamplingParams
+from lowrank_tune.generation.sampling_params import SamplingParams
 
 
 class SampleLogger:

@@ -17,13 +17,15 @@ from typing import TYPE_CHECKING, TypeVar
 import torch
 from torch import Tensor, nn
 
+from lowrank_tune.algorithms.base import Algorithm
+from lowrank_tune.batch import Batch
 from lowrank_tune.errors import TrainingError
 from lowrank_tune.events import Emit, LogMessage, StepEnd
 from lowrank_tune.functional import step_seed
 from lowrank_tune.model.oom import MemoryLimits, atomic_grad_accumulation
 from lowrank_tune.model.optimizers import make_optimizer
+from lowrank_tune.stats import Stats, WeightedMean, add_stats, to_floats
 from lowrank_tune.training.signals import TrainerControl
-from lowrank_tune.types import Algorithm, Batch, Stats, WeightedMean, add_stats, to_floats
 
 if TYPE_CHECKING:  # the model floor must run where pydantic is not installed (benchmarks/gpu.py)
     from lowrank_tune.config import TrainingConfig

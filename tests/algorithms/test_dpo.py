@@ -42,16 +42,18 @@ from lowrank_tune import assembly as build_module
 from lowrank_tune import runner as runner_module
 from lowrank_tune.algorithms import dpo as dpo_module
 from lowrank_tune.algorithms import reference_logps as reference_module
-from lowrank_tune.algorithms.context import AlgorithmContext
+from lowrank_tune.algorithms.base import AlgorithmContext
 from lowrank_tune.algorithms.dpo import DPO, dpo_loss
 from lowrank_tune.algorithms.reference_logps import reference_logps
 from lowrank_tune.assembly import build
+from lowrank_tune.batch import Batch
 from lowrank_tune.data import collate_units
 from lowrank_tune.errors import TrainingError
 from lowrank_tune.events import RunStarted, StepEnd
 from lowrank_tune.model.adapters import WEIGHTS
+from lowrank_tune.model.logprobs import LogProbs
 from lowrank_tune.model.roles import Roles
-from lowrank_tune.types import Batch, LogProbs, add_stats, to_floats
+from lowrank_tune.stats import add_stats, to_floats
 
 KINDS = ("sigmoid", "ipo", "hinge", "robust", "apo_zero", "sigmoid_norm")
 

@@ -24,16 +24,18 @@ from torch import Tensor
 from lowrank_tune import Recipe, run
 from lowrank_tune import runner as runner_module
 from lowrank_tune.algorithms import grpo as grpo_module
-from lowrank_tune.algorithms.context import AlgorithmContext
+from lowrank_tune.algorithms.base import AlgorithmContext
 from lowrank_tune.algorithms.grpo import GRPO, MAX_RESAMPLES, group_advantages, kl_penalty, policy_loss, zero_std_groups
 from lowrank_tune.algorithms.rollouts import RolloutBatch, RolloutCollector
+from lowrank_tune.batch import Batch
 from lowrank_tune.data import PromptExample
 from lowrank_tune.errors import TrainingError
 from lowrank_tune.events import GroupLogged, LogMessage, StepEnd
+from lowrank_tune.generation.outputs import Completion
 from lowrank_tune.model import roles as roles_module
 from lowrank_tune.model.adapters import WEIGHTS
 from lowrank_tune.model.roles import Roles
-from lowrank_tune.types import Batch, Completion, add_stats, to_floats
+from lowrank_tune.stats import add_stats, to_floats
 
 KINDS = ("grpo", "dapo", "dr_grpo", "gspo", "cispo")
 ESTIMATORS = ("k3_ratio", "k3", "k2", "exact")

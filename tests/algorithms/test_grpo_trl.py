@@ -20,10 +20,12 @@ from test_preference_trl import lora, place, tokenizer
 from torch import Tensor
 
 from lowrank_tune.algorithms import grpo as grpo_module
-from lowrank_tune.algorithms.context import AlgorithmContext
+from lowrank_tune.algorithms.base import AlgorithmContext
 from lowrank_tune.algorithms.grpo import GRPO, group_advantages
+from lowrank_tune.batch import Batch
+from lowrank_tune.model.logprobs import LogProbs
 from lowrank_tune.model.roles import Roles
-from lowrank_tune.types import Batch, LogProbs, add_stats, to_floats
+from lowrank_tune.stats import add_stats, to_floats
 
 trl = pytest.importorskip("trl")
 pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.slow]

@@ -19,7 +19,7 @@ from test_grpo import FakeCollector, real_collector
 from torch import Tensor
 
 from lowrank_tune.algorithms import ppo as ppo_module
-from lowrank_tune.algorithms.context import AlgorithmContext
+from lowrank_tune.algorithms.base import AlgorithmContext
 from lowrank_tune.algorithms.ppo import (
     PPO,
     CriticConfig,
@@ -33,11 +33,12 @@ from lowrank_tune.algorithms.ppo import (
     token_rewards,
 )
 from lowrank_tune.algorithms.reward_failures import RewardFailure
+from lowrank_tune.batch import Batch
 from lowrank_tune.errors import TrainingError
 from lowrank_tune.functional import apply_mask, explained_variance, gae, token_mean_weights, whiten
 from lowrank_tune.model.logprobs import Head, chunked_entropy
 from lowrank_tune.model.roles import Roles
-from lowrank_tune.types import Batch, add_stats, to_floats
+from lowrank_tune.stats import add_stats, to_floats
 
 NAN = math.nan
 Rows = Sequence[tuple[Any, ...]]

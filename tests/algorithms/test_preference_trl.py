@@ -17,7 +17,7 @@ from peft import LoraConfig
 from test_dpo import Plain, accumulated, by_key, error_against, pair_batch, pair_rows
 from torch import Tensor
 
-from lowrank_tune.algorithms.context import AlgorithmContext
+from lowrank_tune.algorithms.base import AlgorithmContext
 from lowrank_tune.algorithms.dpo import DPO
 from lowrank_tune.algorithms.reward_model import RewardModeling
 from lowrank_tune.model.roles import Roles

@@ -22,14 +22,15 @@ from torch import Tensor, nn
 from lowrank_tune import Recipe, run
 from lowrank_tune import runner as runner_module
 from lowrank_tune.algorithms import reward_model as reward_module
-from lowrank_tune.algorithms.context import AlgorithmContext
+from lowrank_tune.algorithms.base import AlgorithmContext
 from lowrank_tune.algorithms.reward_model import RewardModeling, reward_loss
 from lowrank_tune.assembly import build
+from lowrank_tune.batch import Batch
 from lowrank_tune.errors import UserError
 from lowrank_tune.events import RunEnded, StepEnd
 from lowrank_tune.model.adapters import read_adapter
 from lowrank_tune.model.roles import Roles
-from lowrank_tune.types import Batch, to_floats
+from lowrank_tune.stats import to_floats
 
 # --- the oracle -------------------------------------------------------------------------------------------------------
 

@@ -35,11 +35,13 @@ from torch import Tensor
 
 from lowrank_tune import functional
 from lowrank_tune.algorithms import sft as sft_module
+from lowrank_tune.algorithms.base import LossTerm
 from lowrank_tune.algorithms.sft import SFT, sft_loss
+from lowrank_tune.batch import Batch
 from lowrank_tune.functional import token_mean_weights
 from lowrank_tune.model.adapters import CONFIG, WEIGHTS
 from lowrank_tune.model.roles import Roles
-from lowrank_tune.types import Batch, LossTerm, add_stats, to_floats
+from lowrank_tune.stats import add_stats, to_floats
 
 
 def accumulated(roles: Roles, batch: Batch, **split: int | None) -> tuple[float, Tensor, dict[str, float]]:

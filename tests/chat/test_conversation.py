@@ -30,11 +30,13 @@ from lowrank_tune.checkpoint import Snapshot, write_atomically
 from lowrank_tune.cli import app
 from lowrank_tune.config import BaseConfig, DataConfig, SourceConfig
 from lowrank_tune.data import ChatTemplate, load
+from lowrank_tune.data.message import Message
 from lowrank_tune.evaluation.heldout import HeldoutQuestion, generate_answers
 from lowrank_tune.generation import Engine
+from lowrank_tune.generation.outputs import Completion, Token
+from lowrank_tune.generation.sampling_params import SamplingParams
 from lowrank_tune.model.adapters import CONFIG, WEIGHTS
 from lowrank_tune.model.base import BUILTIN_MODEL, load_base, load_tokenizer
-from lowrank_tune.types import Completion, Message, SamplingParams, Token
 
 TOKENIZERS = Path(__file__).parents[3] / "shared" / "models" / "tokenizers"
 QUESTIONS = ("What is 7 + 8?", "And 9 * 3?", "Why?")

@@ -10,10 +10,11 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from tokenizers_for_tests import CHATML, MARKS, REAL, TINY, tiny, tokenizer
 
+from lowrank_tune.batch import Row
 from lowrank_tune.data import ChatTemplate, InvalidRow
+from lowrank_tune.data.message import Message
 from lowrank_tune.errors import UserError
 from lowrank_tune.toy import text as toy_text
-from lowrank_tune.types import Message, Row
 
 ENDS = {
     "kit": f"{toy_text.END_OF_TURN}{toy_text.EOS}",

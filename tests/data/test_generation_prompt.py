@@ -16,9 +16,10 @@ from template_shapes import REFUSED, SHAPES, TRL_IMAGE_TEMPLATES
 from tokenizers import processors
 from tokenizers_for_tests import CHATML, tiny
 
+from lowrank_tune.batch import Row
 from lowrank_tune.data import ChatTemplate, InvalidRow
+from lowrank_tune.data.message import Message
 from lowrank_tune.errors import UserError
-from lowrank_tune.types import Message, Row
 
 DAY = "2024-07-26"
 """The date that Llama 3.1's template writes by default."""

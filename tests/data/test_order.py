@@ -11,11 +11,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from lowrank_tune.batch import Row
 from lowrank_tune.config import TrainingConfig
 from lowrank_tune.data import BatchSampler, collate
 from lowrank_tune.data.load import split_mask
 from lowrank_tune.data.sampler import largest_remainder
-from lowrank_tune.types import Row
 
 
 def order(count: int, seed: int = 0, weights: Any = None, sources: Any = None, **train: Any) -> BatchSampler:

@@ -14,6 +14,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from tokenizers_for_tests import CHATML, MARKS, REAL, SHARED, TINY, tiny, tokenizer
 
+from lowrank_tune.batch import Row
 from lowrank_tune.config import DataConfig, SourceConfig
 from lowrank_tune.data import (
     ChatTemplate,
@@ -31,11 +32,11 @@ from lowrank_tune.data import (
 )
 from lowrank_tune.data.batches import _common_prefix_length
 from lowrank_tune.data.encode_pairs import PROMPT_MISMATCH, encode_pairs
+from lowrank_tune.data.message import Message
 from lowrank_tune.data.report import SourceReport
 from lowrank_tune.data.sources import RowLocation
 from lowrank_tune.data.token_store import Entry
 from lowrank_tune.errors import UserError
-from lowrank_tune.types import Message, Row
 
 Q, A, B = "What is 2 + 3?", "It is 5.", "It is 6."
 ASK, YES, NO = ({"role": role, "content": text} for role, text in (("user", Q), ("assistant", A), ("assistant", B)))

@@ -27,10 +27,10 @@ from lowrank_tune.data import (
     load_prompts,
     make_prompt_sampler,
 )
+from lowrank_tune.data.message import Message
 from lowrank_tune.data.prompts import MISSING_ANSWER
 from lowrank_tune.errors import UserError
 from lowrank_tune.events import Event, LogMessage, Progress
-from lowrank_tune.types import Message
 
 TEMPLATE = ChatTemplate.from_tokenizer(tiny())
 ROWS = [{"question": f"What is {n} + 1?", "answer": f"It is {n + 1}.\n#### {n + 1}", "level": n} for n in range(12)]

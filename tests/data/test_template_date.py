@@ -14,9 +14,9 @@ from tokenizers_for_tests import CHATML, tiny
 
 from lowrank_tune import Recipe
 from lowrank_tune.data import ChatTemplate
+from lowrank_tune.data.message import Message
 from lowrank_tune.data.tokenize import tokenize
 from lowrank_tune.errors import ConfigError, UserError
-from lowrank_tune.types import Message
 
 QUESTION = [Message("user", "Hm?")]
 FORMATS = (

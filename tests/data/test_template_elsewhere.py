@@ -6,7 +6,7 @@ import pytest
 from tokenizers_for_tests import tokenizer
 
 from lowrank_tune.data import ChatTemplate
-from lowrank_tune.types import Message
+from lowrank_tune.data.message import Message
 
 CONVERSATION = [
     Message("system", "Be kind."),

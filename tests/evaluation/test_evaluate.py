@@ -24,6 +24,7 @@ from lowrank_tune.assembly.reward_model import append_end_of_turn, encode_answer
 from lowrank_tune.cli import app
 from lowrank_tune.config import AdapterConfig, BaseConfig, SourceConfig
 from lowrank_tune.data import ChatTemplate
+from lowrank_tune.data.message import Message
 from lowrank_tune.evaluation import Options, evaluate, parse_record, read_records
 from lowrank_tune.evaluation import evaluation as evaluation_module
 from lowrank_tune.evaluation.evaluator import EvalResult, Evaluator
@@ -32,12 +33,12 @@ from lowrank_tune.evaluation.metrics import win_rates
 from lowrank_tune.evaluation.questions import load_eval_questions
 from lowrank_tune.events import Event, Progress
 from lowrank_tune.generation import Engine
+from lowrank_tune.generation.sampling_params import SamplingParams
 from lowrank_tune.model.adapters import lora_config
 from lowrank_tune.model.base import base_hashes, load_base, load_tokenizer
 from lowrank_tune.model.heads import HEAD_WEIGHT_KEY
 from lowrank_tune.model.roles import Roles
 from lowrank_tune.toy import problems
-from lowrank_tune.types import Message, SamplingParams
 from lowrank_tune.ui.compare.figures import rows as compared
 from lowrank_tune.ui.compare.runs import read_runs
 from lowrank_tune.ui.report import write_report

@@ -20,11 +20,11 @@ from lowrank_tune.assembly import check_adapter_lineage
 from lowrank_tune.checkpoint import load
 from lowrank_tune.config import BaseConfig, dump
 from lowrank_tune.data import ChatTemplate
+from lowrank_tune.data.message import Message
 from lowrank_tune.events import Event, LogMessage
 from lowrank_tune.export.model_card import Adapters, model_card, rank_limit
 from lowrank_tune.model.adapters import SavedAdapter, read_adapter
 from lowrank_tune.model.base import load_base
-from lowrank_tune.types import Message
 
 CONVERSATION = [
     Message("system", "Be kind."),

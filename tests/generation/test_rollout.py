@@ -36,10 +36,11 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from lowrank_tune.errors import TrainingError
 from lowrank_tune.generation import Engine, attention, cpu_linears, cpu_norms, decode_scheduler, sampler, select_cache
 from lowrank_tune.generation.kv_cache import DynamicCacheStore, KVStore, NoCacheStore, StaticSlotCache
+from lowrank_tune.generation.outputs import Completion
+from lowrank_tune.generation.sampling_params import SamplingParams
 from lowrank_tune.generation.stopping import StoppingCriteria
 from lowrank_tune.model.logprobs import Head
 from lowrank_tune.model.roles import Roles
-from lowrank_tune.types import Completion, SamplingParams
 
 PROMPTS = [[5, 6, 7], [9], [11, 12, 13, 14, 15, 16, 17], [40, 41], [5, 6, 7, 8]]
 NO_STOP: frozenset[int] = frozenset()

@@ -34,11 +34,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForSequenceClassification
 
+from lowrank_tune.batch import Batch
 from lowrank_tune.errors import UserError
 from lowrank_tune.model.adapters import CONFIG, WEIGHTS, read_adapter
 from lowrank_tune.model.heads import HEAD_WEIGHT_KEY, ScalarHead
 from lowrank_tune.model.roles import Roles
-from lowrank_tune.types import Batch
 
 ROWS = [[5, 9, 13, 2, 40, 41, 7], [8, 3, 96], [11, 12, 13, 14, 15, 16, 17, 18, 19, 20], [33]]
 
@@ -194,7 +194,7 @@ from lowrank_tune import config
 from lowrank_tune.model.adapters import read_adapter
 from lowrank_tune.model.base import load_base
 from lowrank_tune.model.roles import Roles
-from lowrank_tune.types import Batch
+from lowrank_tune.batch import Batch
 rows, out, *places = sys.argv[1:]
 given, scores = load_file(rows), {}
 for base, adapter in zip(places[::2], places[1::2]):

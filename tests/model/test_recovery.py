@@ -22,11 +22,11 @@ from torch.utils._pytree import tree_leaves
 from lowrank_tune.events import Event, StepEnd
 from lowrank_tune.generation import Engine, select_cache
 from lowrank_tune.generation.kv_cache import StaticSlotCache
+from lowrank_tune.generation.sampling_params import SamplingParams
 from lowrank_tune.model import oom
 from lowrank_tune.model.oom import DoesNotFit, MemoryLimits, is_out_of_memory
 from lowrank_tune.model.roles import Roles
 from lowrank_tune.training.trainer import Trainer
-from lowrank_tune.types import SamplingParams
 
 NEAR = dict.fromkeys(ALGORITHMS, 1e-6) | {"grpo": 4e-6}
 """Relative distance. Advantages of a group sum to 0, so most of GRPO's gradient cancels: there any split alone is

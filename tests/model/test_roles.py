@@ -42,13 +42,13 @@ from peft.tuners.lora import LoraLayer
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from lowrank_tune.batch import Batch
 from lowrank_tune.config import AdapterConfig, BaseConfig
 from lowrank_tune.errors import UserError
 from lowrank_tune.model import roles as roles_module
 from lowrank_tune.model.adapters import CONFIG, WEIGHTS, lora_config, read_adapter
 from lowrank_tune.model.base import Base, base_hashes, load_base
 from lowrank_tune.model.roles import Roles
-from lowrank_tune.types import Batch
 
 
 def logits(model: Any, batch: Batch, train: bool) -> Tensor:

@@ -35,6 +35,7 @@ from lowrank_tune.errors import ConfigError
 from lowrank_tune.events import Event, LogMessage
 from lowrank_tune.export.model_card import rope_section
 from lowrank_tune.generation import Engine
+from lowrank_tune.generation.sampling_params import SamplingParams
 from lowrank_tune.model import unsloth
 from lowrank_tune.model.adapters import CONFIG, ROPE, adapter_rope_factors
 from lowrank_tune.model.base import combined_hash, load_base, load_tokenizer
@@ -47,7 +48,6 @@ from lowrank_tune.model.rotary import (
     select_factors,
     stored_factors,
 )
-from lowrank_tune.types import SamplingParams
 
 SHORT, LONG = FixedRope("longrope", LONGROPE_LENGTH, "short"), FixedRope("longrope", LONGROPE_LENGTH, "long")
 PHIMOE = {

@@ -25,9 +25,9 @@ from models import (
 from torch import Tensor
 
 from lowrank_tune.generation import Engine
+from lowrank_tune.generation.sampling_params import SamplingParams
 from lowrank_tune.model.roles import Roles
 from lowrank_tune.model.rotary import RopeFactors
-from lowrank_tune.types import SamplingParams
 
 LENGTHS = (12, 5, 24, 9)
 """Below and above the original length of the longrope base, 16."""

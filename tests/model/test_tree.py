@@ -25,12 +25,12 @@ from models import (
 )
 from torch import Tensor
 
+from lowrank_tune.batch import Batch
 from lowrank_tune.model import prefix_sharing as tree_module
 from lowrank_tune.model import roles as roles_module
 from lowrank_tune.model import rounding
 from lowrank_tune.model.prefix_sharing import PackedBatch, longest_shareable, pack_shared_prefixes
 from lowrank_tune.model.roles import Roles
-from lowrank_tune.types import Batch
 
 KINDS: dict[str, dict[str, Any]] = {
     "llama": {},

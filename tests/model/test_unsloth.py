@@ -25,9 +25,9 @@ from lowrank_tune.cli import app
 from lowrank_tune.config import BaseConfig, Chain, Recipe
 from lowrank_tune.errors import ConfigError, UserError
 from lowrank_tune.generation import Engine
+from lowrank_tune.generation.sampling_params import SamplingParams
 from lowrank_tune.model import unsloth
 from lowrank_tune.model.base import Base, base_hashes, load_base, nf4_config
-from lowrank_tune.types import SamplingParams
 
 HERE = unsloth_import.installed() is not None
 ROOT = Path(__file__).parents[2]

@@ -22,10 +22,12 @@ from transformers import AutoTokenizer
 from lowrank_tune import Recipe, run
 from lowrank_tune.algorithms import rollouts
 from lowrank_tune.assembly import reward_dry_run
+from lowrank_tune.batch import Batch
 from lowrank_tune.events import LogMessage, StepEnd
+from lowrank_tune.generation.outputs import Completion
+from lowrank_tune.generation.sampling_params import SamplingParams
 from lowrank_tune.model.roles import Roles
 from lowrank_tune.rewards.negative_samples import WORDS
-from lowrank_tune.types import Batch, Completion, SamplingParams
 
 CODE = "```python\ndef twice(x):\n    return 2 * x\n```"
 SMT = "(declare-const x Int)(assert (> (* x x) 3))"

@@ -24,15 +24,17 @@ from lowrank_tune.algorithms.grpo import group_advantages, zero_std_groups
 from lowrank_tune.algorithms.reward_failures import MIN_SAMPLES, RewardFailure, RewardFailureTracker
 from lowrank_tune.algorithms.rollouts import RolloutBatch
 from lowrank_tune.assembly.rl import RewardScorer, load_train_prompts
+from lowrank_tune.batch import Batch
 from lowrank_tune.data import ChatTemplate, PromptExample
 from lowrank_tune.data_report import inspect_data
 from lowrank_tune.errors import TrainingError, UserError
 from lowrank_tune.events import GroupLogged, LogMessage, StepEnd
+from lowrank_tune.generation.outputs import Completion
 from lowrank_tune.model.base import load_tokenizer
 from lowrank_tune.model.roles import Roles
 from lowrank_tune.rewards import Score
+from lowrank_tune.stats import to_floats
 from lowrank_tune.training.signals import TrainerControl
-from lowrank_tune.types import Batch, Completion, to_floats
 
 LOST = RewardFailure("answer", "error", "because")
 LATE = RewardFailure("answer", "timeout", "too slow")

@@ -17,13 +17,13 @@ from lowrank_tune import Chain, Recipe, UserError, run
 from lowrank_tune.assembly.reward_model import append_end_of_turn, encode_answer, end_of_turn_ids, score_rows
 from lowrank_tune.config import BaseConfig, RewardConfig
 from lowrank_tune.data import ChatTemplate
+from lowrank_tune.data.message import Message
 from lowrank_tune.errors import ConfigError
 from lowrank_tune.evaluation import score_file
 from lowrank_tune.evaluation.score_completions import score_completions
 from lowrank_tune.events import Event, GroupLogged, LogMessage, RunStarted, StepEnd
 from lowrank_tune.model.base import load_tokenizer
 from lowrank_tune.rewards import RewardInput, WorkerPool, build_rewards
-from lowrank_tune.types import Message
 
 FEW = {"micro_batch_size": 8, "max_steps": 2, "learning_rate": 5e-3, "gradient_checkpointing": False}
 ROWS, PAIRS = (

@@ -17,6 +17,7 @@ from typer.testing import CliRunner
 
 import lowrank_tune.runner as runner
 from lowrank_tune import Chain, UserError, run
+from lowrank_tune.batch import Row
 from lowrank_tune.cli import app
 from lowrank_tune.config import dump
 from lowrank_tune.evaluation.heldout import select_questions
@@ -24,7 +25,6 @@ from lowrank_tune.events import Event, LogMessage, RunEnded, RunStarted, StepEnd
 from lowrank_tune.preflight.base import meta_model
 from lowrank_tune.preflight.disk import disk_need
 from lowrank_tune.preflight.stages import stages_of
-from lowrank_tune.types import Row
 from lowrank_tune.ui.report.run_log import read_chain
 from lowrank_tune.ui.state import State
 from lowrank_tune.ui.terminal.panes import View

@@ -30,16 +30,18 @@ from test_dpo import pair_batch, pair_rows
 from test_grpo import INFORMATIVE_REWARDS, FakeCollector
 from torch import Tensor, nn
 
-from lowrank_tune.algorithms.context import AlgorithmContext
+from lowrank_tune.algorithms.base import AlgorithmContext, LossTerm, StepBatch
 from lowrank_tune.algorithms.dpo import DPO
 from lowrank_tune.algorithms.grpo import GRPO
 from lowrank_tune.algorithms.ppo import PPO, UpdateConfig
 from lowrank_tune.algorithms.reward_model import RewardModeling
 from lowrank_tune.algorithms.rollouts import RolloutBatch
+from lowrank_tune.batch import Batch
 from lowrank_tune.config import TrainingConfig
 from lowrank_tune.errors import TrainingError
 from lowrank_tune.events import Event, LogMessage, StepEnd
 from lowrank_tune.model.roles import Roles
+from lowrank_tune.stats import Stats, WeightedMean, add_stats, to_floats
 from lowrank_tune.training import trainer as train_module
 from lowrank_tune.training.trainer import (
     Trainer,
@@ -50,7 +52,6 @@ from lowrank_tune.training.trainer import (
     step_seed,
     update_stats,
 )
-from lowrank_tune.types import Batch, LossTerm, Stats, StepBatch, WeightedMean, add_stats, to_floats
 
 
 class Toy:

@@ -17,8 +17,8 @@ from torch import Tensor
 from lowrank_tune import run
 from lowrank_tune.config import BaseConfig, Chain, Recipe, load_any
 from lowrank_tune.data import ChatTemplate
+from lowrank_tune.data.message import Message
 from lowrank_tune.model.base import load_tokenizer
-from lowrank_tune.types import Message
 
 # a token of this model is an end token with about this probability, so that completions are short whatever their limit
 ENDS = 0.15

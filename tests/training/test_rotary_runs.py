@@ -23,6 +23,7 @@ from lowrank_tune.assembly.finished_run import load_finished_run
 from lowrank_tune.chat import load_chat_model
 from lowrank_tune.config import BaseConfig
 from lowrank_tune.data import ChatTemplate
+from lowrank_tune.data.message import Message
 from lowrank_tune.evaluation.evaluation import Options, _select_rope, evaluate
 from lowrank_tune.evaluation.questions import EvalQuestion, EvalQuestions
 from lowrank_tune.evaluation.target import EvalRewardModel, EvalTarget, check_reward_model
@@ -31,7 +32,6 @@ from lowrank_tune.export.export import _compare_base
 from lowrank_tune.export.merge import merge
 from lowrank_tune.model.base import Base, load_tokenizer
 from lowrank_tune.toy import problems
-from lowrank_tune.types import Message
 
 ORIGINAL_LENGTH = 32
 EVALUATION = {

@@ -1,22 +1,13 @@
-"""The values that pass between the floors. Entry t of every (B, T) tensor is about token t; a mask is named by what
-True means."""
+"""Tokenized rows, and batches of padded rows. Entry t of every (B, T) tensor is about token t; the name of a mask
+states what True means."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
-
-
-@dataclass(frozen=True)
-class Message:
-    """One turn of a conversation."""
-
-    role: Literal["system", "user", "assistant"]
-    content: str
 
 
 @dataclass(frozen=True)
@@ -25,44 +16,6 @@ class Row:
 
     input_ids: Sequence[int]
     completion_mask: Sequence[bool]
-
-
-@dataclass(frozen=True)
-class WeightedMean:
-    """A mean that adds: total over count. Both are 0-d tensors or numbers."""
-
-    total: Tensor | float
-    count: Tensor | float
-
-    def __add__(self, other: WeightedMean) -> WeightedMean:
-        return WeightedMean(self.total + other.total, self.count + other.count)
-
-    @property
-    def value(self) -> float:
-        count = float(self.count)
-        if count:
-            return float(self.total) / count
-        return float("nan")
-
-
-Stats = dict[str, WeightedMean]
-
-
-def add_stats(into: Stats, more: Mapping[str, WeightedMean]) -> None:
-    """Adds `more` to `into`, name by name."""
-    for name, mean in more.items():
-        into[name] = into[name] + mean if name in into else mean
-
-
-def to_floats(stats: Mapping[str, WeightedMean]) -> dict[str, float]:
-    """All means as numbers, with one transfer from the device."""
-    flat = [value for mean in stats.values() for value in (mean.total, mean.count)]
-    device = next((value.device for value in flat if isinstance(value, Tensor)), torch.device("cpu"))
-    if flat:
-        host = torch.stack([torch.as_tensor(value, dtype=torch.float64, device=device) for value in flat]).tolist()
-    else:
-        host = []
-    return {name: WeightedMean(host[2 * i], host[2 * i + 1]).value for i, name in enumerate(stats)}
 
 
 @dataclass
@@ -170,105 +123,3 @@ class Batch:
             token_weights=None if self.token_weights is None else self.token_weights.to(device),
             extra={name: tensor.to(device) for name, tensor in self.extra.items()},
         )
-
-
-@dataclass(frozen=True)
-class LogProbs:
-    """log p(token t | tokens before t) and the entropy of that distribution, (B, T) fp32; 0 where nothing was
-    scored."""
-
-    logps: Tensor
-    entropy: Tensor
-
-
-@dataclass(frozen=True)
-class LossTerm:
-    """One loss, already weighted (a sum over the micro-batch), with its statistics. Its graph dies before the next term
-    is made."""
-
-    loss: Tensor
-    stats: Stats
-
-
-@dataclass
-class StepBatch:
-    """The result of `collect` for one step: a batch, and metrics of the collecting. `minibatches` are PPO's epochs and
-    minibatches."""
-
-    batch: Batch
-    stats: Stats = field(default_factory=dict)
-
-    def minibatches(self) -> Iterator[Batch]:
-        yield self.batch
-
-
-class Algorithm(Protocol):
-    """An algorithm: three methods of a step, and a little state.
-
-    `collect` returns the rows of a step; `token_weights` turns their mask into token weights, once; `compute_losses`
-    yields losses, one graph alive at a time. `step_metrics` computes, without gradient, metrics that cost too much for
-    every step; `eval_metrics` those of held-out rows (`loss` among them: the best step has the lowest);
-    `should_continue` False ends the inner epochs early.
-
-    `check` gets the first micro-batch of each start before any update, `step` steps after the run's start; it raises
-    TrainingError where the reference is not what it must be. `iter_warnings` yields warnings about the metrics of a
-    step.
-    """
-
-    rows_per_unit: int
-    """Adjacent rows that stay in one micro-batch."""
-
-    def collect(self, step: int) -> StepBatch: ...
-    def token_weights(self, batch: Batch) -> Tensor: ...
-    def compute_losses(self, micro: Batch) -> Iterator[LossTerm]: ...
-    def step_metrics(self, micro: Batch) -> Stats: ...
-    def eval_metrics(self, micro: Batch) -> Stats: ...
-    def check(self, micro: Batch, step: int) -> None: ...
-    def iter_warnings(self, metrics: Mapping[str, float]) -> Iterator[str]: ...
-    def should_continue(self, stats: Stats) -> bool: ...
-    def state(self) -> dict[str, float]: ...
-    def restore(self, state: Mapping[str, float]) -> None: ...
-
-
-@dataclass(frozen=True)
-class SamplingParams:
-    """How to sample. temperature 0 is greedy. The stop ids end a completion and belong to it, as does the token that
-    completes a stop string.
-
-    top_k (0: all), top_p (1: all) and min_p (0: all) narrow the distribution, in this order, for evaluation and chat.
-    `budget` bounds the tokens of a whole call of the engine.
-    """
-
-    max_new_tokens: int
-    stop_ids: frozenset[int]
-    temperature: float = 1.0
-    seed: int = 0
-    top_k: int = 0
-    top_p: float = 1.0
-    min_p: float = 0.0
-    stop_strings: tuple[str, ...] = ()
-    budget: int | None = None
-
-
-@dataclass(frozen=True)
-class Completion:
-    """One completion of prompt number `prompt`: ids with the stop token, their log-probs where the engine has them, and
-    why it ended.
-
-    Ended by the budget of the whole call it may hold any number of tokens, none too.
-    """
-
-    prompt: int
-    sample: int
-    token_ids: list[int]
-    finish_reason: Literal["stop", "length", "budget"]
-    logps: list[float] | None = None
-
-
-@dataclass(frozen=True)
-class Token:
-    """A token as it is drawn: `token_id` of sample `sample` of prompt number `prompt`."""
-
-    prompt: int
-    sample: int
-    token_id: int
