@@ -1,6 +1,6 @@
 """Import of unsloth, which must come before torch and transformers because it patches them.
 
-A recipe is read without torch, so `lowrank-tune run` and `lowrank_tune.run` can import unsloth first if a recipe uses it.
+A recipe is read without torch, so that `lowrank-tune run` and `lowrank_tune.run` can import unsloth first.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def installed() -> str | None:
 
 
 def incompatible_versions() -> list[str]:
-    """Returns unsloth's requirements that this environment does not meet: `transformers<=5.17.0 (5.23.0 is installed)`."""
+    """Returns unsloth's requirements that are not met, for example `transformers<=5.17.0 (5.23.0 is installed)`."""
     incompatible: list[str] = []
     for line in metadata.requires(UNSLOTH) or ():
         requirement = Requirement(line)
