@@ -1,7 +1,7 @@
-"""Is this machine fit? Every check ends as a line: ok, a warning, or a fault, with the cure. Nothing is downloaded, no
-secret is shown.
+"""Checks of the machine. Each result is one line: ok, warning or fault, with what to do.
 
-Heavy libraries are imported inside the checks: a doctor must be able to say that one of them is broken.
+Nothing is downloaded and no secret is printed. Heavy libraries are imported inside the checks, so that a broken one is
+a result and not a crash.
 """
 
 from __future__ import annotations
@@ -10,17 +10,20 @@ import importlib
 import logging
 import os
 import platform
-import re
 import shutil
 import sys
 import tempfile
 import tomllib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal
 
+from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
+from packaging.version import Version
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -47,14 +50,16 @@ REQUIRED_PACKAGES = (
     "rich",
     "typer",
 )
-NF4_TOLERANCE = 1e-2  # of a bf16 product against the dequantized weight's, relative
+# relative error of a bf16 product with a 4-bit weight, against the product with the dequantized weight
+NF4_TOLERANCE = 1e-2
+TERMINAL_VARIABLES = {"tmux": "TMUX", "screen": "STY", "ssh": "SSH_CONNECTION"}
 STYLES = {"ok": "green", "warning": "yellow", "fault": "bold red"}
 Level = Literal["ok", "warning", "fault"]
 
 
 @dataclass(frozen=True)
 class CheckResult:
-    """One line. `fix` is what to do; empty where all is well."""
+    """One line of the report. `fix` is what to do, empty for a result that is ok."""
 
     level: Level
     name: str
@@ -63,16 +68,16 @@ class CheckResult:
 
 
 def run_checks(environ: Mapping[str, str] = os.environ) -> list[CheckResult]:
-    """All checks, in order. A check that breaks is itself a fault."""
+    """Runs all checks, in order. A check that raises an error is a fault."""
     results: list[CheckResult] = []
     checks: dict[str, Callable[[], Iterator[CheckResult]]] = {
         "Python": python,
         "versions": versions,
         "CUDA": gpu,
         "4 bits": bitsandbytes_4bit,
-        "disk": lambda: disk(environ),
-        "hub": lambda: hub(environ),
-        "terminal": lambda: terminal(environ),
+        "disk": partial(disk, environ),
+        "hub": partial(hub, environ),
+        "terminal": partial(terminal, environ),
         "system": system,
         "sandbox": sandbox,
         "unsloth": unsloth,
@@ -82,12 +87,12 @@ def run_checks(environ: Mapping[str, str] = os.environ) -> list[CheckResult]:
             results += check()
         except Exception as error:
             fix = "install the packages again, within the bounds above"
-            results.append(CheckResult("fault", name, f"the check broke: {type(error).__name__}: {error}", fix))
+            results.append(CheckResult("fault", name, f"the check failed: {type(error).__name__}: {error}", fix))
     return results
 
 
 def print_results(results: list[CheckResult], console: Console) -> None:
-    """A line each, and a word at the end."""
+    """Prints one line for each result, and a verdict at the end."""
     table = Table.grid(padding=(0, 2))
     for result in results:
         detail = Text(escape_control_chars(result.detail))
@@ -95,21 +100,21 @@ def print_results(results: list[CheckResult], console: Console) -> None:
             detail.append(f"\n-> {escape_control_chars(result.fix)}", STYLES[result.level])
         table.add_row(Text(result.level, STYLES[result.level]), Text(result.name), detail)
     console.print(table)
-    faults, warnings = (sum(result.level == level for result in results) for level in ("fault", "warning"))
-    if not faults:
-        verdict = "this machine is fit"
-    else:
+    levels = [result.level for result in results]
+    faults = levels.count("fault")
+    warnings = levels.count("warning")
+    verdict = "this machine is fit"
+    level: Level = "ok"
+    if faults:
         verdict = "this machine is not fit yet"
-    console.print(
-        Text(
-            f"{verdict}: {faults} faults, {warnings} warnings",
-            STYLES["fault" if faults else "warning" if warnings else "ok"],
-        )
-    )
+        level = "fault"
+    elif warnings:
+        level = "warning"
+    console.print(Text(f"{verdict}: {faults} faults, {warnings} warnings", STYLES[level]))
 
 
 def python() -> Iterator[CheckResult]:
-    """3.11 or newer, 64 bits."""
+    """Checks Python: 3.11 or newer, 64 bits."""
     detail = f"{platform.python_version()} ({platform.python_implementation()}, {platform.machine()})"
     if sys.version_info < (3, 11) or sys.maxsize < 1 << 40:
         yield CheckResult("fault", "Python", detail, "use a 64-bit Python 3.11 or newer")
@@ -118,110 +123,86 @@ def python() -> Iterator[CheckResult]:
 
 
 def versions() -> Iterator[CheckResult]:
-    """Every library that is needed against the bounds of pyproject.toml."""
-    bounds = requirements()
+    """Checks the version of each required library against pyproject.toml."""
+    all_bounds = requirements()
     for name in REQUIRED_PACKAGES:
-        bound = bounds.get(name.lower(), "")
+        bounds = all_bounds.get(name.lower(), SpecifierSet())
+        fix = f"pip install '{name}{bounds}'"
         try:
             installed = metadata.version(name)
         except metadata.PackageNotFoundError:
-            yield CheckResult("fault", name, "not installed", f"pip install '{name}{bound}'")
+            yield CheckResult("fault", name, "not installed", fix)
             continue
-        is_compatible = in_range(installed, bound)
-        yield CheckResult(
-            "ok" if is_compatible else "fault",
-            name,
-            f"{installed} ({bound or 'any'})",
-            "" if is_compatible else f"pip install '{name}{bound}'",
-        )
+        detail = f"{installed} ({str(bounds) or 'any'})"
+        if in_range(installed, bounds):
+            yield CheckResult("ok", name, detail)
+        else:
+            yield CheckResult("fault", name, detail, fix)
 
 
-def requirements() -> dict[str, str]:
-    """Name to bounds, from the installed package or from the checkout's pyproject.toml."""
+def requirements() -> dict[str, SpecifierSet]:
+    """Returns the version bounds of each dependency, from the installed package or from pyproject.toml."""
+    lines: list[str] = []
     try:
-        requirement_lines = metadata.requires("lowrank-tune") or []
+        lines = metadata.requires("lowrank-tune") or []
     except metadata.PackageNotFoundError:
         file = Path(__file__).resolve().parent.parent / "pyproject.toml"
         if file.is_file():
-            requirement_lines = tomllib.loads(file.read_text(encoding="utf-8"))["project"]["dependencies"]
-        else:
-            requirement_lines = []
-    split = (re.match(r"([A-Za-z0-9._-]+)\s*([^;]*)", line) for line in requirement_lines if "extra ==" not in line)
-    return {match[1].lower(): match[2].strip() for match in split if match}
+            lines = tomllib.loads(file.read_text(encoding="utf-8"))["project"]["dependencies"]
+    bounds: dict[str, SpecifierSet] = {}
+    for line in lines:
+        requirement = Requirement(line)
+        # an optional extra has a marker
+        if requirement.marker is None:
+            bounds[requirement.name.lower()] = requirement.specifier
+    return bounds
 
 
-def in_range(version: str, bounds: str) -> bool:
-    """Whether a version is inside bounds such as `>=2.9,<3`. Only the release counts: 2.9.0+cu128 is 2.9."""
-    tests: dict[str, Callable[[tuple[int, ...], tuple[int, ...]], bool]] = {
-        ">=": lambda a, b: a >= b,
-        "<=": lambda a, b: a <= b,
-        "==": lambda a, b: a == b,
-        "!=": lambda a, b: a != b,
-        "<": lambda a, b: a < b,
-        ">": lambda a, b: a > b,
-    }
-    clauses = re.findall(r"(>=|<=|==|!=|<|>)\s*([0-9][0-9.]*)", bounds)
-    return all(tests[how](_release(version), _release(bound)) for how, bound in clauses)
-
-
-def _release(version: str) -> tuple[int, ...]:
-    match = re.match(r"\d+(?:\.\d+)*", version)
-    numbers = [int(part) for part in match[0].split(".")] if match else []
-    return tuple((numbers + [0] * 4)[:4])
+def in_range(version: str, bounds: SpecifierSet) -> bool:
+    """Checks a version against bounds such as `>=2.9,<3`. Only the release counts: 2.9.0+cu128 is 2.9."""
+    return bounds.contains(Version(version).base_version)
 
 
 def gpu() -> Iterator[CheckResult]:
-    """GPUs, their memory, and bf16."""
+    """Checks the GPUs: memory and bf16."""
     torch: Any = importlib.import_module("torch")
     if not torch.cuda.is_available():
-        built = torch.version.cuda
-        if built:
+        if torch.version.cuda:
+            detail = f"none seen (torch is built for CUDA {torch.version.cuda})"
             fix = "install the driver, and check that `nvidia-smi` works"
         else:
+            detail = "none seen (torch is built without CUDA)"
             fix = "install torch's CUDA build"
-        yield CheckResult(
-            "warning",
-            "CUDA",
-            f"none seen (torch is built {f'for CUDA {built}' if built else 'without CUDA'})",
-            f"a CPU trains only small bases; for a GPU, {fix}",
-        )
+        yield CheckResult("warning", "CUDA", detail, f"a CPU trains only small bases; for a GPU, {fix}")
         return
     for number in range(torch.cuda.device_count()):
         with torch.cuda.device(number):
             free, total = torch.cuda.mem_get_info()
             has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
-        detail = (
-            f"{torch.cuda.get_device_name(number)}, {free / GIB:.1f} of {total / GIB:.1f} GiB free, bf16 "
-            f"{'yes' if has_bf16 else 'no'}"
-        )
+        name = f"GPU {number}"
+        memory = f"{free / GIB:.1f} of {total / GIB:.1f} GiB free"
+        detail = f"{torch.cuda.get_device_name(number)}, {memory}, bf16 {'yes' if has_bf16 else 'no'}"
         if not has_bf16:
-            yield CheckResult(
-                "fault",
-                f"GPU {number}",
-                detail,
-                "bfloat16 is needed: RTX 30 series or newer; or CUDA_VISIBLE_DEVICES= for the CPU",
-            )
+            fix = "bfloat16 is needed: RTX 30 series or newer; or CUDA_VISIBLE_DEVICES= for the CPU"
+            yield CheckResult("fault", name, detail, fix)
         elif free < total / 2:
-            yield CheckResult(
-                "warning",
-                f"GPU {number}",
-                detail,
-                "another process holds more than half of its memory: see `nvidia-smi`",
-            )
+            fix = "another process uses more than half of its memory: see `nvidia-smi`"
+            yield CheckResult("warning", name, detail, fix)
         else:
-            yield CheckResult("ok", f"GPU {number}", detail)
+            yield CheckResult("ok", name, detail)
 
 
 def bitsandbytes_4bit() -> Iterator[CheckResult]:
-    """A real NF4 product against that of the same weight, dequantized, and the gradient of its input."""
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it tells of kernels that it could use and does not need
+    """Compares an NF4 product, and the gradient of its input, with the product of the dequantized weight."""
+    # bitsandbytes logs kernels that it could download and that are not needed
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     torch = importlib.import_module("torch")
     bitsandbytes = importlib.import_module("bitsandbytes")
-    on_gpu = torch.cuda.is_available()
-    if on_gpu:
-        device, dtype = ("cuda", torch.bfloat16)
-    else:
-        device, dtype = ("cpu", torch.float32)
+    device = "cpu"
+    dtype = torch.float32
+    if torch.cuda.is_available():
+        device = "cuda"
+        dtype = torch.bfloat16
     generator = torch.Generator().manual_seed(0)
     layer = bitsandbytes.nn.Linear4bit(
         256,
@@ -236,26 +217,21 @@ def bitsandbytes_4bit() -> Iterator[CheckResult]:
         requires_grad=False,
         quant_type="nf4",
     )
-    layer.support_avx512bf16_for_cpu = False  # that path repacks the weight and has no gradient
+    # that path repacks the weight and has no gradient
+    layer.support_avx512bf16_for_cpu = False
     layer = layer.to(device)
     rows = torch.randn(32, 256, generator=generator).to(device, dtype).requires_grad_()
     weight = bitsandbytes.functional.dequantize_4bit(layer.weight.data, layer.weight.quant_state).to(torch.float32)
     out = layer(rows)
     out.sum().backward()
-    errors = [
-        _relative_error(out, rows.float() @ weight.T),
-        _relative_error(rows.grad, weight.sum(dim=0).expand(32, -1)),
-    ]
-    detail = f"NF4 product on {device}: off by {errors[0]:.1e}, its gradient by {errors[1]:.1e}"
-    if max(errors) < NF4_TOLERANCE:
+    product_error = _relative_error(out, rows.float() @ weight.T)
+    gradient_error = _relative_error(rows.grad, weight.sum(dim=0).expand(32, -1))
+    detail = f"NF4 product on {device}: off by {product_error:.1e}, its gradient by {gradient_error:.1e}"
+    if max(product_error, gradient_error) < NF4_TOLERANCE:
         yield CheckResult("ok", "4 bits", detail)
     else:
-        yield CheckResult(
-            "fault",
-            "4 bits",
-            detail,
-            "bitsandbytes is wrong here: install another version within the bounds, or use base.bits=16",
-        )
+        fix = "bitsandbytes is wrong here: install another version within the bounds, or use base.bits=16"
+        yield CheckResult("fault", "4 bits", detail, fix)
 
 
 def _relative_error(actual: Any, expected: Any) -> float:
@@ -263,7 +239,7 @@ def _relative_error(actual: Any, expected: Any) -> float:
 
 
 def disk(environ: Mapping[str, str]) -> Iterator[CheckResult]:
-    """Room where things are written, and whether they can be."""
+    """Checks free space and write permission of the folders that are written to."""
     cache = Path(environ.get("LOWRANK_TUNE_CACHE") or Path.home() / ".cache" / "lowrank_tune").expanduser()
     hub_cache = Path(environ.get("HF_HOME") or Path.home() / ".cache" / "huggingface").expanduser()
     for name, folder, variable in (
@@ -274,6 +250,7 @@ def disk(environ: Mapping[str, str]) -> Iterator[CheckResult]:
         free = shutil.disk_usage(nearest_existing(folder)).free / GIB
         detail = f"{folder}, {free:,.1f} GiB free"
         if not _writable(folder):
+            # the cache of the Hub may be filled by somebody else
             level: Level = "warning" if name == "hub cache" else "fault"
             yield CheckResult(level, name, f"{folder} cannot be written", f"name another folder with {variable}")
         elif free < MIN_DISK_GIB:
@@ -293,48 +270,36 @@ def _writable(folder: Path) -> bool:
 
 
 def hub(environ: Mapping[str, str]) -> Iterator[CheckResult]:
-    """How the Hugging Face hub would be reached. A token is said to be there or not, and never shown."""
+    """Reports the settings of the Hugging Face Hub. A token is never printed."""
     home = Path(environ.get("HF_HOME") or Path.home() / ".cache" / "huggingface").expanduser()
     has_token = bool(environ.get("HF_TOKEN")) or (home / "token").is_file()
-    yield CheckResult(
-        "ok",
-        "hub token",
-        "there is one" if has_token else "none: gated bases cannot be fetched (`hf auth login`)",
-    )
-    offline = environ.get("HF_HUB_OFFLINE", "").lower() in ("1", "true", "yes", "on")
-    yield CheckResult(
-        "warning" if offline else "ok",
-        "hub",
-        "offline (HF_HUB_OFFLINE)" if offline else "may be asked",
-        "only what is in the cache can be loaded; unset HF_HUB_OFFLINE to fetch more" if offline else "",
-    )
+    token = "found" if has_token else "none: gated bases cannot be fetched (`hf auth login`)"
+    yield CheckResult("ok", "hub token", token)
+    if environ.get("HF_HUB_OFFLINE", "").lower() in ("1", "true", "yes", "on"):
+        fix = "only what is in the cache can be loaded; unset HF_HUB_OFFLINE to fetch more"
+        yield CheckResult("warning", "hub", "offline (HF_HUB_OFFLINE)", fix)
+    else:
+        yield CheckResult("ok", "hub", "online")
 
 
 def terminal(environ: Mapping[str, str]) -> Iterator[CheckResult]:
-    """Whether the screens can be drawn."""
+    """Checks that the terminal can show the dashboard."""
     columns, lines = shutil.get_terminal_size()
-    inside = [
-        name
-        for name, variable in (("tmux", "TMUX"), ("screen", "STY"), ("ssh", "SSH_CONNECTION"))
-        if environ.get(variable)
-    ]
     if environ.get("NO_COLOR"):
         colors = "no colors (NO_COLOR)"
     else:
         colors = f"colors: {Console().color_system or 'none'}"
     detail = f"{columns}x{lines}, TERM {environ.get('TERM') or 'not set'}, {colors}, {sys.stdout.encoding}"
-    detail += f", inside {' in '.join(inside)}" if inside else ""
+    inside = [name for name, variable in TERMINAL_VARIABLES.items() if environ.get(variable)]
+    if inside:
+        detail += f", inside {' in '.join(inside)}"
     if not sys.stdout.isatty():
         yield CheckResult("ok", "terminal", "none: output goes to a file or a pipe, as plain lines")
     elif environ.get("TERM", "dumb") == "dumb":
-        yield CheckResult(
-            "warning",
-            "terminal",
-            detail,
-            "set TERM (xterm-256color) to see the dashboard; plain lines work",
-        )
+        fix = "set TERM (xterm-256color) to see the dashboard; plain lines work"
+        yield CheckResult("warning", "terminal", detail, fix)
     elif columns < 80 or lines < 24:
-        yield CheckResult("warning", "terminal", detail, "80x24 or more shows the dashboard whole")
+        yield CheckResult("warning", "terminal", detail, "80x24 or more shows the whole dashboard")
     elif not (sys.stdout.encoding or "").lower().startswith("utf"):
         yield CheckResult("warning", "terminal", detail, "a UTF-8 locale (LANG=C.UTF-8) draws finer charts")
     else:
@@ -342,7 +307,7 @@ def terminal(environ: Mapping[str, str]) -> Iterator[CheckResult]:
 
 
 def system() -> Iterator[CheckResult]:
-    """Linux, or Linux in Windows."""
+    """Reports the operating system: Linux, or Linux in Windows (WSL)."""
     release = platform.release()
     if "microsoft" in release.lower():
         yield CheckResult("ok", "system", f"WSL ({release}); keep runs and data inside Linux, /mnt/c is slow")
@@ -353,42 +318,36 @@ def system() -> Iterator[CheckResult]:
 
 
 def sandbox() -> Iterator[CheckResult]:
-    """What code of a model would run in: tried, not read off."""
-    isolation: Any = importlib.import_module("lowrank_tune.rewards.sandbox.isolation")  # its package brings torch in
-    offer = isolation.best_available()
-    if offer is not None:
-        yield CheckResult("ok", "sandbox", f"for code that a model wrote: {offer}")
+    """Starts the sandbox for model-written code, and reports its level of isolation."""
+    # the package of this module imports torch
+    isolation: Any = importlib.import_module("lowrank_tune.rewards.sandbox.isolation")
+    level = isolation.best_available()
+    if level is not None:
+        yield CheckResult("ok", "sandbox", f"for code that a model wrote: {level}")
     else:
-        yield CheckResult(
-            "warning",
-            "sandbox",
-            f"none for code that a model wrote ({isolation.unavailable_reason()})",
-            "`python_tests` needs Linux 5.13 or newer with Landlock, or bubblewrap, or user namespaces",
-        )
+        detail = f"none for code that a model wrote ({isolation.unavailable_reason()})"
+        fix = "`python_tests` needs Linux 5.13 or newer with Landlock, or bubblewrap, or user namespaces"
+        yield CheckResult("warning", "sandbox", detail, fix)
 
 
 def unsloth() -> Iterator[CheckResult]:
-    """The other backend of the base. It is optional, so what is wrong with it is no fault; and it is not imported here,
-    as it would have to come before torch."""
+    """Checks unsloth, which is optional: a problem is only a warning.
+
+    It is not imported here, because it has to be imported before torch.
+    """
     version = unsloth_import.installed()
     if version is None:
         yield CheckResult("ok", "unsloth", "not installed; it is optional (base.backend: unsloth)")
         return
-    if incompatible := unsloth_import.incompatible_versions():
-        yield CheckResult(
-            "warning",
-            "unsloth",
-            f"{version}, which needs {', '.join(incompatible)}",
-            f"`base.backend: unsloth` is refused here: {unsloth_import.INSTALL}",
-        )
+    incompatible = unsloth_import.incompatible_versions()
+    if incompatible:
+        detail = f"{version}, which needs {', '.join(incompatible)}"
+        fix = f"`base.backend: unsloth` is refused here: {unsloth_import.INSTALL}"
+        yield CheckResult("warning", "unsloth", detail, fix)
         return
     torch: Any = importlib.import_module("torch")
     if torch.cuda.is_available():
         yield CheckResult("ok", "unsloth", f"{version}, with packages that fit")
     else:
-        yield CheckResult(
-            "warning",
-            "unsloth",
-            f"{version}, and there is no GPU",
-            "`base.backend: unsloth` works without one, and is no faster than plain there",
-        )
+        fix = "`base.backend: unsloth` works without a GPU, but is not faster than transformers there"
+        yield CheckResult("warning", "unsloth", f"{version}, and no GPU", fix)

@@ -1,6 +1,6 @@
-"""What must be imported before torch and transformers: unsloth, which changes them as they are imported.
+"""Import of unsloth, which must come before torch and transformers because it patches them.
 
-A recipe is read without torch, so the doors (`lowrank-tune run`, `lowrank_tune.run`) know in time whether it is wanted.
+A recipe is read without torch, so that `lowrank-tune run` and `lowrank_tune.run` can import unsloth first.
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ from lowrank_tune.errors import UserError
 
 UNSLOTH = "unsloth"
 PATCHED_PACKAGES = ("transformers", "peft", "trl")
-"""What unsloth must come before."""
+"""Packages that unsloth must be imported before."""
 CHECKED_PACKAGES = {"torch", "transformers", "datasets", "trl", "peft", "bitsandbytes"}
-"""Packages whose versions decide whether unsloth works here."""
+"""Packages whose installed versions are compared with unsloth's requirements."""
 INSTALL = "pip install 'lowrank-tune[unsloth]' -c constraints/unsloth.txt, in an environment of its own"
 PRESERVED_ENV = ("TOKENIZERS_PARALLELISM",)
-"""What its import writes into the environment and this kit wants as it was."""
+"""Environment variables that the import changes and that are restored after it."""
 
 
 def installed() -> str | None:
-    """The version of unsloth that is installed."""
+    """Returns the installed version of unsloth, None without it."""
     try:
         return metadata.version(UNSLOTH)
     except metadata.PackageNotFoundError:
@@ -36,55 +36,60 @@ def installed() -> str | None:
 
 
 def incompatible_versions() -> list[str]:
-    """What unsloth says it needs and is installed in another version, or not at all: `transformers<=5.17.0 (5.23.0 is
-    installed)`."""
-    incompatible = []
+    """Returns unsloth's requirements that are not met, for example `transformers<=5.17.0 (5.23.0 is installed)`."""
+    incompatible: list[str] = []
     for line in metadata.requires(UNSLOTH) or ():
         requirement = Requirement(line)
-        if requirement.name not in CHECKED_PACKAGES or (
-            requirement.marker is not None and not requirement.marker.evaluate({"extra": ""})
-        ):
+        marker = requirement.marker
+        applies = marker is None or marker.evaluate({"extra": ""})
+        if requirement.name not in CHECKED_PACKAGES or not applies:
             continue
         try:
             installed_version = metadata.version(requirement.name)
         except metadata.PackageNotFoundError:
             incompatible.append(f"{requirement.name}{requirement.specifier} (not installed)")
             continue
-        if not requirement.specifier.contains(installed_version, prereleases=True):
-            limits = ",".join(
-                str(specifier)
-                for specifier in requirement.specifier
-                if not specifier.contains(installed_version, prereleases=True)
-            )
-            incompatible.append(f"{requirement.name}{limits} ({installed_version} is installed)")
+        violated: list[str] = []
+        for specifier in requirement.specifier:
+            if not specifier.contains(installed_version, prereleases=True):
+                violated.append(str(specifier))
+        if violated:
+            incompatible.append(f"{requirement.name}{','.join(violated)} ({installed_version} is installed)")
     return incompatible
 
 
 def import_unsloth(backends: Iterable[str]) -> None:
-    """Imports unsloth where one of these is it. Raises UserError where it is not there, does not fit, breaks, or comes
-    too late."""
+    """Imports unsloth if it is one of the backends.
+
+    Raises UserError if it is not installed, not compatible, fails to import, or is imported too late.
+    """
     if UNSLOTH not in backends or UNSLOTH in sys.modules:
         return
     version = installed()
     if version is None:
         raise UserError(f"base.backend: unsloth is not installed: {INSTALL}; or leave base.backend out")
-    if incompatible := incompatible_versions():
+    incompatible = incompatible_versions()
+    if incompatible:
         raise UserError(
             f"base.backend: unsloth {version} needs {', '.join(incompatible)}: {INSTALL}; or leave base.backend out"
         )
-    if already_imported := [name for name in PATCHED_PACKAGES if name in sys.modules]:
+    already_imported = [name for name in PATCHED_PACKAGES if name in sys.modules]
+    if already_imported:
         raise UserError(
             f"base.backend: unsloth must be imported before {already_imported[0]}, which this process has imported "
             "already: use `lowrank-tune run`, or `from lowrank_tune import run` before anything else"
         )
-    os.environ["UNSLOTH_DISABLE_STATISTICS"] = "1"  # it would fetch a file from the hub, to be counted
-    # else a folder beside the user's files
+    # without this unsloth downloads a file from the Hub to be counted
+    os.environ["UNSLOTH_DISABLE_STATISTICS"] = "1"
+    # without this it creates a folder beside the user's files
     os.environ.setdefault("UNSLOTH_COMPILE_LOCATION", str(_cache() / "unsloth_compiled"))
     before = {name: os.environ.get(name) for name in PRESERVED_ENV}
     try:
-        with redirect_stdout(sys.stderr):  # it greets
+        # unsloth prints a banner
+        with redirect_stdout(sys.stderr):
             importlib.import_module(UNSLOTH)
-    except Exception as error:  # whatever its dozens of patches of other packages run into
+    # it patches dozens of places of other packages, so any error is possible
+    except Exception as error:
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise UserError(
             f"base.backend: unsloth {version} cannot be imported: {reason}; install it again ({INSTALL}), or leave "

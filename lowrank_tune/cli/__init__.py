@@ -1,5 +1,7 @@
-"""The command line. Torch is imported only by the commands that need it, so that help and a faulty recipe take a
-second."""
+"""The command line, one module for each command.
+
+Torch is imported only by the commands that need it, so that help and a faulty recipe take one second.
+"""
 
 from __future__ import annotations
 
@@ -10,24 +12,44 @@ from typing import Annotated
 import typer
 
 from lowrank_tune import __version__
-from lowrank_tune.cli import chat, checks, eval, examples, export, merge, monitor, plan, presets, run, score
+from lowrank_tune.cli import (
+    chat,
+    compare,
+    data,
+    doctor,
+    eval,
+    examples,
+    export,
+    merge,
+    plan,
+    presets,
+    report,
+    run,
+    schema,
+    score,
+    watch,
+)
 from lowrank_tune.cli.common import app
 from lowrank_tune.cli.help_pages import arrange_commands
 
 __all__ = [
     "app",
     "chat",
-    "checks",
+    "compare",
+    "data",
+    "doctor",
     "eval",
     "examples",
     "export",
     "main",
     "merge",
-    "monitor",
     "plan",
     "presets",
+    "report",
     "run",
+    "schema",
     "score",
+    "watch",
 ]
 
 CLOSED_PIPE = 128 + 13
@@ -44,7 +66,7 @@ def options(version: Annotated[bool, typer.Option("--version", help="Print the v
 
 
 def main() -> None:
-    """Run the command line. If the reader of a pipe has closed it (`presets | head -1`), end without a message.
+    """Runs the command line. If the reader of a pipe has closed it (`presets | head -1`), there is no error message.
 
     A command that has failed keeps its exit code.
     """
@@ -52,7 +74,8 @@ def main() -> None:
         app()
     except SystemExit as end:
         code = CLOSED_PIPE if isinstance(end.__context__, BrokenPipeError) else end.code
-        if sys.stdout is None:  # closed from the start
+        # stdout was closed from the start
+        if sys.stdout is None:
             sys.exit(code)
         try:
             sys.stdout.flush()

@@ -1,4 +1,4 @@
-"""Talk to what a run made."""
+"""`chat`: a conversation with a trained or an untrained model."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class VariantOption(StrEnum):
 
 
 class BitWidth(StrEnum):
-    """In how many bits a base is loaded."""
+    """Number of bits of the weights of a base."""
 
     four = "4"
     sixteen = "16"
@@ -42,33 +42,36 @@ def chat_command(
     system: Annotated[
         str | None, typer.Option("--system", help="System prompt; else the run's own. Empty: none.")
     ] = None,
-    temperature: Annotated[
-        float, typer.Option("--temperature", help="0 is greedy, as held-out questions are asked.")
-    ] = 0.0,
-    top_p: Annotated[float, typer.Option("--top-p", help="Draw among the likeliest tokens of this share.")] = 1.0,
-    top_k: Annotated[int, typer.Option("--top-k", help="Draw among so many of the likeliest tokens; 0 for all.")] = 0,
+    temperature: Annotated[float, typer.Option("--temperature", help="0 is greedy, as for held-out questions.")] = 0.0,
+    top_p: Annotated[float, typer.Option("--top-p", help="Probability mass of nucleus sampling.")] = 1.0,
+    top_k: Annotated[int, typer.Option("--top-k", help="Number of most likely tokens to sample from; 0 for all.")] = 0,
     min_p: Annotated[
-        float, typer.Option("--min-p", help="Leave out what is less likely than this times the likeliest.")
+        float,
+        typer.Option("--min-p", help="Leave out tokens that are less likely than this times the most likely one."),
     ] = 0.0,
-    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", help="Longest answer.")] = 512,
+    max_new_tokens: Annotated[
+        int, typer.Option("--max-new-tokens", help="Maximum length of an answer in tokens.")
+    ] = 512,
     seed: Annotated[int, typer.Option("--seed", help="The same seed and questions give the same answers.")] = 0,
     bits: Annotated[
-        BitWidth | None, typer.Option("--bits", help="Of a model or an adapter: how to load the base; else 4.")
+        BitWidth | None, typer.Option("--bits", help="Bits of the base of a model or an adapter. Default: 4.")
     ] = None,
     base_path: Annotated[
-        str | None, typer.Option("--base", help="Of a run or an adapter: where its base lies now.")
+        str | None, typer.Option("--base", help="Folder of the base of a run or an adapter, if it was moved.")
     ] = None,
     debug: Debug = False,
 ) -> None:
-    """Talk to what a run trained: adapters on, off, or both side by side. From a pipe: one question a line in, plain
-    answers out."""
+    """Chat with what a run trained: adapters on, off, or both side by side. From a pipe: one question for each line,
+    plain answers."""
     with report_user_errors(debug):
         check_run_or_model(name)
         with loading_message():
             from lowrank_tune.chat import SamplingOptions, chat
 
         sampling = SamplingOptions(temperature, top_p, top_k, min_p, max_new_tokens, seed)
-        base_bits: Literal[4, 16] | None = None if bits is None else 4 if bits == BitWidth.four else 16
+        base_bits: Literal[4, 16] | None = None
+        if bits is not None:
+            base_bits = 4 if bits == BitWidth.four else 16
         try:
             chat(name, sampling, variant and variant.value, system, base_bits, base_path)
         except KeyboardInterrupt as error:

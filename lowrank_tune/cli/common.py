@@ -1,4 +1,4 @@
-"""What the commands share: the app, options by name, and sentences instead of tracebacks."""
+"""Shared parts of the commands: the app, common options, checks of paths, error messages without tracebacks."""
 
 from __future__ import annotations
 
@@ -18,6 +18,9 @@ from lowrank_tune.errors import OutOfMemory, UserError
 from lowrank_tune.ui import escape_control_chars
 
 INTERRUPTED = 130
+"""Exit code after Ctrl-C."""
+RUNS = Path("runs")
+MAX_LISTED_RUNS = 8
 
 app = typer.Typer(
     cls=HelpGroup,
@@ -30,7 +33,7 @@ app = typer.Typer(
 
 
 class UiMode(StrEnum):
-    """`auto` is the best that the terminal can show; `tui` also on a build server; `plain` one line a step."""
+    """`auto`: the dashboard, if the terminal can show it; `tui`: the dashboard; `plain`: one line for each step."""
 
     auto = "auto"
     tui = "tui"
@@ -40,54 +43,61 @@ class UiMode(StrEnum):
 Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Settings to change, as train.learning_rate=1e-4.")
 ]
-Out = Annotated[Path | None, typer.Option("--out", help="Folder of the run; runs/NAME where it is not given.")]
+Out = Annotated[Path | None, typer.Option("--out", help="Folder of the run. Default: runs/NAME.")]
 Ui = Annotated[UiMode, typer.Option("--ui", help="What to draw.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks.")]
 
 
 def check_output_file(path: Path | None) -> None:
     """Raises UserError if `path` is a folder, or lies in a folder that does not exist."""
-    if path is not None and (path.is_dir() or not path.parent.is_dir()):
-        raise UserError(
-            f"{path}: {'is a folder' if path.is_dir() else 'there is no such folder'}; give the path of a file to write"
-        )
+    if path is None:
+        return
+    if path.is_dir():
+        raise UserError(f"{path}: is a folder; give the path of a file to write")
+    if not path.parent.is_dir():
+        raise UserError(f"{path}: there is no such folder; give the path of a file to write")
 
 
-RUNS = Path("runs")
-MAX_NAMES = 8
-"""Runs that a message lists."""
-
-
-def check_run(run: Path, what: str = "run") -> None:
-    """Raises UserError if there is nothing at `run`; the message names the runs that are near."""
+def check_run(run: Path, kind: str = "run") -> None:
+    """Raises UserError if the path does not exist; the message names runs with a similar name, or the runs there."""
     try:
         if run.exists():
             return
-    except OSError as error:  # a name that is too long, a folder that cannot be read
+    # a name that is too long, or a folder that cannot be read
+    except OSError as error:
         raise UserError(f"{run}: {error.strerror}") from error
-    folders = dict.fromkeys([run.parent if run.parent.is_dir() and run.parent != Path() else RUNS, RUNS])
+    folders = [RUNS]
+    if run.parent.is_dir() and run.parent not in (Path(), RUNS):
+        folders.insert(0, run.parent)
     for folder in folders:
         names = {found.parent.name: str(found.parent) for found in sorted(folder.glob("*/run.json"))}
-        if near := get_close_matches(run.name, names, n=1, cutoff=0.6):
-            raise UserError(f"{run}: there is no such {what}; did you mean `{names[near[0]]}`?")
+        similar = get_close_matches(run.name, names, n=1, cutoff=0.6)
+        if similar:
+            raise UserError(f"{run}: there is no such {kind}; did you mean `{names[similar[0]]}`?")
         if names:
-            listed = ", ".join([*names.values()][:MAX_NAMES]) + (", ..." if len(names) > MAX_NAMES else "")
-            raise UserError(f"{run}: there is no such {what}; runs here: {listed}")
-    raise UserError(f"{run}: there is no such {what}, and no run in {' or '.join(f'{folder}/' for folder in folders)}")
+            listed = list(names.values())[:MAX_LISTED_RUNS]
+            if len(names) > MAX_LISTED_RUNS:
+                listed.append("...")
+            raise UserError(f"{run}: there is no such {kind}; runs here: {', '.join(listed)}")
+    searched = " or ".join(f"{folder}/" for folder in folders)
+    raise UserError(f"{run}: there is no such {kind}, and no run in {searched}")
 
 
 def check_run_or_model(name: str) -> None:
-    """As `check_run`, for a name that can also be the id of a model: of those only paths are checked."""
-    if name.startswith((".", "/", "~")) or name.count("/") > 1 or Path(name).parts[:1] == (str(RUNS),):
-        path = Path(name)
-        with suppress(RuntimeError):  # ~NAME of a user that does not exist
-            path = path.expanduser()
-        check_run(path, "run or model")
+    """Raises UserError as `check_run` does, if the name is a path and cannot be the Hub id of a model."""
+    in_runs = Path(name).parts[:1] == (str(RUNS),)
+    if not name.startswith((".", "/", "~")) and name.count("/") <= 1 and not in_runs:
+        return
+    path = Path(name)
+    # ~NAME of a user that does not exist stays as it is
+    with suppress(RuntimeError):
+        path = path.expanduser()
+    check_run(path, "run or model")
 
 
 @contextmanager
 def loading_message() -> Iterator[None]:
-    """Torch and transformers take seconds to import; a person at a terminal sees that something is going on."""
+    """Shows a message at a terminal while torch and transformers are imported, which takes seconds."""
     console = Console(stderr=True)
     if not console.is_terminal:
         yield
@@ -98,26 +108,29 @@ def loading_message() -> Iterator[None]:
 
 @contextmanager
 def report_user_errors(debug: bool) -> Iterator[None]:
-    """People see sentences: what a `UserError` says, and of our own mistakes their name and how to see more."""
+    """Prints user errors without a traceback, and other errors with a hint to `--debug`."""
     try:
         yield
     except UserError as error:
         if debug:
             raise
         # a name of a file or of a run can have any character in it
-        print("\n".join(map(escape_control_chars, str(error).split("\n"))), file=sys.stderr)
+        lines = [escape_control_chars(line) for line in str(error).split("\n")]
+        print("\n".join(lines), file=sys.stderr)
         raise typer.Exit(error.exit_code) from error
     except KeyboardInterrupt as error:
         print("interrupted; what was saved is valid, and the same command continues from there", file=sys.stderr)
         raise typer.Exit(INTERRUPTED) from error
-    except (typer.Exit, BrokenPipeError):  # `main` handles a closed pipe
+    # `main` handles a closed pipe
+    except (typer.Exit, BrokenPipeError):
         raise
     except Exception as error:
         if debug:
             raise
-        # torch's is one
+        # torch.OutOfMemoryError is a RuntimeError
         if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and "out of memory" in str(error)):
-            print(f"out of memory: {str(error).partition(chr(10))[0]}", file=sys.stderr)
+            first_line = str(error).partition("\n")[0]
+            print(f"out of memory: {first_line}", file=sys.stderr)
             raise typer.Exit(OutOfMemory.exit_code) from error
         print(f"internal error: {type(error).__name__}: {error} (--debug shows where)", file=sys.stderr)
         raise typer.Exit(1) from error

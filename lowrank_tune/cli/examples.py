@@ -1,4 +1,4 @@
-"""The example scripts: list them, and copy them to a folder of your own."""
+"""`examples`: lists and copies the example scripts."""
 
 from __future__ import annotations
 
@@ -22,19 +22,20 @@ app.add_typer(examples, name="examples")
 
 
 def find_examples() -> dict[str, Path]:
-    """Name -> script. In an installed package the scripts are inside it, in a clone beside it."""
+    """Returns the scripts by name. In an installed package they are inside it, in a clone beside it."""
     package = Path(__file__).resolve().parent.parent
     folders = (package / "examples", package.parent / "examples")
-    folder = next((folder for folder in folders if folder.is_dir()), None)
-    if folder:
-        return {script.stem: script for script in sorted(folder.glob("*.py"))}
+    for folder in folders:
+        if folder.is_dir():
+            return {script.stem: script for script in sorted(folder.glob("*.py"))}
     return {}
 
 
 def summarize_script(text: str) -> str:
-    """The first sentence of a script's docstring, on one line, without the command that runs the script."""
+    """Returns the first sentence of a script's docstring on one line, without the command that runs the script."""
     docstring = ast.get_docstring(ast.parse(text)) or ""
-    return COMMAND.sub("", SENTENCE_END.split(docstring)[0].replace("\n", " ")).removesuffix(".")
+    sentence = SENTENCE_END.split(docstring)[0].replace("\n", " ")
+    return COMMAND.sub("", sentence).removesuffix(".")
 
 
 @examples.callback()
@@ -56,15 +57,16 @@ def copy_examples(
         str, typer.Argument(metavar="NAME|all", help="An example's name, as `lowrank-tune examples` lists them.")
     ] = ALL,
     folder: Annotated[
-        Path, typer.Argument(metavar="FOLDER", help="The folder for the copies; it is made where it does not exist.")
+        Path, typer.Argument(metavar="FOLDER", help="The folder for the copies; it is created if it does not exist.")
     ] = Path("examples"),
     debug: Debug = False,
 ) -> None:
-    """Copy one or all example scripts to a folder; never over a file that is there."""
+    """Copy one or all example scripts to a folder, never over an existing file."""
     with report_user_errors(debug):
         scripts = find_examples()
         if name != ALL and name not in scripts:
-            hint = did_you_mean(name, [*scripts, ALL]) or f"; there are {', '.join(scripts) or 'none'}"
+            names = ", ".join(scripts) or "none"
+            hint = did_you_mean(name, [*scripts, ALL]) or f"; there are {names}"
             raise UserError(f"no example is called {name!r:.80}{hint}")
         copies = {folder / script.name: script for script in scripts.values() if name in (ALL, script.stem)}
         _check_targets(folder, list(copies))
@@ -74,8 +76,9 @@ def copy_examples(
 
 
 def _check_targets(folder: Path, targets: list[Path]) -> None:
-    """Make the folder; raise UserError before anything is copied if one of the files is there already."""
-    if existing := [str(target) for target in targets if target.exists()]:
+    """Creates the folder. Raises UserError, before anything is copied, if one of the files exists."""
+    existing = [str(target) for target in targets if target.exists()]
+    if existing:
         verb = "is" if len(existing) == 1 else "are"
         raise UserError(f"{', '.join(existing)}: {verb} there already; name another folder")
     try:

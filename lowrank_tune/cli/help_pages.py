@@ -1,4 +1,4 @@
-"""How `--help` looks: the commands in panels, and no Python types."""
+"""The pages of `--help`: commands in panels, without Python types."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ PANELS = {
 
 
 def _no_type(ctx: Any) -> None:
-    """The type of a parameter as a help page shows it: none."""
+    """Replaces the method that returns the type of a parameter for a help page."""
 
 
 class _PlainTypes:
@@ -40,9 +40,11 @@ class HelpGroup(_PlainTypes, TyperGroup):
 
 
 def arrange_commands(app: typer.Typer) -> None:
-    """Put the registered commands of an app into their panels and their order."""
-    panel_of = {name: panel for panel, names in PANELS.items() for name in names.split()}
-    order = [*panel_of]
+    """Puts the registered commands of an app into panels, in the order of `PANELS`."""
+    panel_of: dict[str, str] = {}
+    for panel, names in PANELS.items():
+        panel_of |= dict.fromkeys(names.split(), panel)
+    order = list(panel_of)
     app.registered_commands.sort(key=lambda command: order.index(command.name or ""))
     for command in app.registered_commands:
         _set_help(command)
@@ -56,6 +58,6 @@ def arrange_commands(app: typer.Typer) -> None:
 
 
 def _set_help(command: Any) -> None:
-    """Take the help from the docstring as one paragraph: in a list of commands rich keeps the line breaks."""
+    """Sets the help to the docstring as one paragraph, because rich keeps line breaks in a list of commands."""
     command.cls = HelpCommand
     command.help = " ".join((command.callback.__doc__ or "").split())

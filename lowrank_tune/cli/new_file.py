@@ -1,4 +1,4 @@
-"""Files that a command copies for a person: never over one that exists."""
+"""Writes files that a command copies for the user, never over an existing one."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from lowrank_tune.errors import UserError
 
 
 def write_new_file(file: Path, text: str, instead: str) -> None:
-    """Write a file that does not exist yet. Raises UserError otherwise; `instead` is the advice where it exists."""
+    """Writes a new file. Raises UserError if it exists, with the advice `instead`, or cannot be written."""
     try:
         with file.open("x", encoding="utf-8") as opened:
             opened.write(text)

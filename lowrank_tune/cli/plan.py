@@ -1,4 +1,4 @@
-"""Whether a run fits the GPU."""
+"""`plan`: the memory that a run needs."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from lowrank_tune.cli.common import Debug, Overrides, app, loading_message, repo
 from lowrank_tune.errors import UserError
 
 DEFAULT_GPU_GIB = 24.0
-"""What is planned for where there is no GPU and no --vram."""
+"""Memory of the planned GPU, without a GPU in this machine and without --vram."""
 
 
 class PlanDevice(StrEnum):
-    """Whose memory is planned."""
+    """The device whose memory is planned."""
 
     cuda = "cuda"
     cpu = "cpu"
@@ -38,8 +38,8 @@ def plan_command(
     device: Annotated[PlanDevice, typer.Option("--device", help="Plan for a GPU, or for the CPU.")] = PlanDevice.cuda,
     debug: Debug = False,
 ) -> None:
-    """Print what a run will hold in memory, phase by phase, and whether it fits the GPU: from the recipe alone,
-    without weights or a GPU. Ends with 2 if it does not fit."""
+    """Print the memory that a run needs in each phase, and whether it fits the GPU: from the recipe alone, without
+    weights or a GPU. Exit code 2 if it does not fit."""
     with report_user_errors(debug):
         from lowrank_tune.config import Chain, load_any
 
@@ -51,13 +51,10 @@ def plan_command(
 
         console = Console(highlight=False)
         plans = list[Plan]()
-        if device == PlanDevice.cpu:
-            found_gib = None
-        else:
+        found_gib = None
+        vram_gib = 0.0
+        if device == PlanDevice.cuda:
             found_gib = vram or gpu_memory_gib()
-        if device == PlanDevice.cpu:
-            vram_gib = 0.0
-        else:
             vram_gib = found_gib or DEFAULT_GPU_GIB
         for stage_plan in plan(loaded, vram_gib, device.value):
             if plans:

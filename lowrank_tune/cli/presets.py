@@ -1,8 +1,7 @@
-"""Presets, and the schema of a recipe."""
+"""`presets`: lists, prints and copies presets."""
 
 from __future__ import annotations
 
-import json
 import sys
 from itertools import groupby
 from pathlib import Path
@@ -17,7 +16,8 @@ presets = typer.Typer(
     invoke_without_command=True, help="List the presets, or print or copy one to start your own from."
 )
 app.add_typer(presets, name="presets")
-MAX_NAME_WIDTH = 23  # letters of the longest name
+# characters of the longest name
+MAX_NAME_WIDTH = 23
 PresetName = Annotated[str, typer.Argument(help="A preset's name, as `lowrank-tune presets` lists them.")]
 
 
@@ -34,10 +34,7 @@ def presets_command(context: typer.Context) -> None:
             for base, same_base in groupby(members, key=lambda preset: preset.base):
                 print(f"  {base}")
                 for preset in same_base:
-                    if preset.peak_gib is None:
-                        peak = ""
-                    else:
-                        peak = f"{preset.peak_gib:.1f} GiB"
+                    peak = "" if preset.peak_gib is None else f"{preset.peak_gib:.1f} GiB"
                     print(f"    {preset.name:<{MAX_NAME_WIDTH}}  {peak:>8}  {preset.description}")
         print("`presets show NAME` prints one, `presets copy NAME FILE` makes it yours.")
 
@@ -60,22 +57,13 @@ def show_preset(
 @presets.command("copy")
 def copy_preset(
     name: PresetName,
-    file: Annotated[Path | None, typer.Argument(help="NAME.yaml here, where it is not given.")] = None,
+    file: Annotated[Path | None, typer.Argument(help="Default: NAME.yaml in this folder.")] = None,
     debug: Debug = False,
 ) -> None:
-    """Copy a preset to a file of your own; never over one that is there."""
+    """Copy a preset to a file of your own, never over an existing one."""
     with report_user_errors(debug):
         from lowrank_tune.config import find_preset
 
         target = file or Path(f"{name}.yaml")
         write_new_file(target, find_preset(name).read_text(encoding="utf-8"), "name another file")
         print(f"{target}: change it, then `lowrank-tune data {target}` and `lowrank-tune run {target}`")
-
-
-@app.command("schema")
-def schema_command(debug: Debug = False) -> None:
-    """Print the JSON schema of a recipe, for editors."""
-    with report_user_errors(debug):
-        from lowrank_tune.config import schema as recipe_schema
-
-        print(json.dumps(recipe_schema(), indent=2))

@@ -1,4 +1,4 @@
-"""Run a recipe, or the demo."""
+"""`run` and `demo`: run a recipe."""
 
 from __future__ import annotations
 
@@ -42,7 +42,8 @@ def run_command(
 
         loaded = load_any(recipe, *(overrides or []))
         with loading_message():
-            import_unsloth(backends_of(loaded))  # before torch
+            # unsloth has to be imported before torch
+            import_unsloth(backends_of(loaded))
             from lowrank_tune.runner import run
 
         _print_summary(run(loaded, out=out, ui=ui))
@@ -50,7 +51,7 @@ def run_command(
 
 @app.command("demo")
 def demo_command(overrides: Overrides = None, out: Out = None, ui: Ui = UiMode.auto, debug: Debug = False) -> None:
-    """Teach the tiny base that ships with the package, without GPU or network, by SFT and then by GRPO, and compare
+    """Train the tiny base that ships with the package by SFT and then by GRPO, without GPU or network, and compare
     before and after."""
     with report_user_errors(debug):
         from lowrank_tune.config import load_any
@@ -76,29 +77,25 @@ def _print_summary(outcome: RunResult) -> None:
 
 
 def _print_before_after(summary: dict[str, Any]) -> None:
-    """The held-out table, and the same questions before and after."""
+    """Prints the held-out metrics, and the answers to the same questions, before and after each stage."""
     console = Console()
     details = summary["heldout_details"]
     figures = Table("held-out questions", *details, title="before and after")
-    rows = {
-        "accuracy": "exact answers (pass@1)",
-        **{
-            key: f"one of {key[8:]} exact (pass@{key[8:]})"
-            for key in next(iter(details.values()))
-            if key.startswith("pass_at_")
-        },
-        "eos_rate": "stops by itself",
-        "mean_length": "tokens an answer",
-    }
-    for key, label in rows.items():
-        figures.add_row(
-            label, *(f"{stats[key]:.1f}" if key == "mean_length" else f"{stats[key]:.1%}" for stats in details.values())
-        )
+    labels = {"accuracy": "exact answers (pass@1)"}
+    for key in next(iter(details.values())):
+        if key.startswith("pass_at_"):
+            k = key.removeprefix("pass_at_")
+            labels[key] = f"one of {k} exact (pass@{k})"
+    labels |= {"eos_rate": "stops by itself", "mean_length": "tokens an answer"}
+    for key, label in labels.items():
+        number_format = ".1f" if key == "mean_length" else ".1%"
+        figures.add_row(label, *(format(metrics[key], number_format) for metrics in details.values()))
     console.print(figures)
     answers = Table("question", "gold", *summary["answers"], show_lines=True)
     for samples in zip(*summary["answers"].values(), strict=True):
-        completions = (
-            Text(sample["completion"] if sample["stopped"] else sample["completion"] + " ...") for sample in samples
-        )
+        completions: list[Text] = []
+        for sample in samples:
+            ending = "" if sample["stopped"] else " ..."
+            completions.append(Text(sample["completion"] + ending))
         answers.add_row(samples[0]["prompt"], samples[0]["ground_truth"], *completions)
     console.print(answers)

@@ -1,4 +1,4 @@
-"""Checks before a run: the data, and this machine."""
+"""`data`: what a run would train on."""
 
 from __future__ import annotations
 
@@ -18,8 +18,7 @@ def data_command(
     overrides: Overrides = None,
     debug: Debug = False,
 ) -> None:
-    """Show what would be trained on, before anything is: mixture, lengths, faulty rows with their lines, end token,
-    loss mask."""
+    """Print what a run would train on: mixture, lengths, rows with errors and their lines, end token, loss mask."""
     with report_user_errors(debug):
         from lowrank_tune.config import Chain, load_any
 
@@ -45,16 +44,3 @@ def data_command(
             faulty = faulty or bool(inspected.faults)
         if faulty:
             raise typer.Exit(UserError.exit_code)
-
-
-@app.command("doctor")
-def doctor_command(debug: Debug = False) -> None:
-    """Check this machine: Python, torch, the GPU, 4-bit arithmetic, versions, disk, terminal. Ends with 1 where
-    something needed fails."""
-    with report_user_errors(debug):
-        from lowrank_tune.doctor import print_results, run_checks
-
-        findings = run_checks()
-        print_results(findings, Console(highlight=False))
-        if any(finding.level == "fault" for finding in findings):
-            raise typer.Exit(1)
