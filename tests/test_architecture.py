@@ -6,7 +6,7 @@ import ast
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import lru_cache
 from pathlib import Path
 
@@ -114,6 +114,50 @@ def architecture_faults(package: Path) -> list[str]:
 
 def test_the_package_follows_its_architecture() -> None:
     assert architecture_faults(PACKAGE) == []
+
+
+def import_graph(package: Path) -> dict[str, set[str]]:
+    """The first-party modules that each module imports when it is loaded; a package stands for its `__init__`."""
+    root = package.parent
+    names = {
+        ".".join(file.relative_to(root).with_suffix("").parts).removesuffix(".__init__"): file
+        for file in package.rglob("*.py")
+    }
+    graph: dict[str, set[str]] = {}
+    for name, file in names.items():
+        targets: set[str] = set()
+        for node in ast.parse(file.read_text()).body:
+            if isinstance(node, ast.Import):
+                targets |= {alias.name for alias in node.names}
+            elif isinstance(node, ast.ImportFrom) and node.module:
+                targets |= {
+                    full if (full := f"{node.module}.{alias.name}") in names else node.module for alias in node.names
+                }
+        graph[name] = (targets & names.keys()) - {name}
+    return graph
+
+
+def import_cycle(graph: Mapping[str, set[str]]) -> list[str]:
+    """Modules that import each other in a circle, or an empty list."""
+    done: set[str] = set()
+
+    def visit(name: str, path: list[str]) -> list[str]:
+        if name in path:
+            return [*path[path.index(name) :], name]
+        if name in done:
+            return []
+        for target in sorted(graph[name]):
+            if found := visit(target, [*path, name]):
+                return found
+        done.add(name)
+        return []
+
+    return next((found for name in sorted(graph) if (found := visit(name, []))), [])
+
+
+def test_no_modules_import_each_other_in_a_circle() -> None:
+    assert import_cycle(import_graph(PACKAGE)) == []
+    assert import_cycle({"a": {"b"}, "b": {"c"}, "c": {"b"}}) == ["b", "c", "b"]
 
 
 @pytest.mark.parametrize(
