@@ -25,7 +25,7 @@ from lowrank_tune.checkpoint import (
     write_atomically,
 )
 from lowrank_tune.config import RecipeConfig
-from lowrank_tune.config.memory_rules import memory_settings
+from lowrank_tune.config.memory import memory_settings
 from lowrank_tune.data import TokenizedSplits
 from lowrank_tune.data_report import report_prompts, report_rows
 from lowrank_tune.errors import TrainingError, UserError
