@@ -28,7 +28,7 @@ from lowrank_tune.checkpoint import (
 )
 from lowrank_tune.config import Chain, RecipeConfig, backends_of, differences, dump, load_any
 from lowrank_tune.config.chain import stage_folder
-from lowrank_tune.config.memory_rules import suggestions
+from lowrank_tune.config.memory import suggestions
 from lowrank_tune.errors import OutOfMemory, UserError
 from lowrank_tune.events import Event, LogMessage, RunEnded, SampleLogged, StepEnd
 from lowrank_tune.memory_planner import gpu_memory_gib

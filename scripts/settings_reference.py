@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from lowrank_tune.config import RecipeConfig
-from lowrank_tune.config.rules import USED_BY
+from lowrank_tune.config.schema import USED_BY
 
 PAGE = Path(__file__).parent.parent / "docs" / "settings.md"
 Schema = Mapping[str, Any]

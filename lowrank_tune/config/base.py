@@ -2,26 +2,32 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from datetime import date
-from typing import Annotated, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 from pydantic_core import PydanticCustomError
 
 T = TypeVar("T")
+Path = tuple[str | int, ...]
+"""The keys and list positions that lead to a value."""
+Finding = tuple[Path, str]
+"""The path of a setting, and a sentence about what is wrong with it."""
 
 
 def _non_empty(entries: tuple[T, ...]) -> tuple[T, ...]:
-    """Checks that a list is not empty. Pydantic's own `min_length` would hide the faults of the entries behind a fault
-    of the list."""
+    """Raises an error if a list is empty. Pydantic's own `min_length` would hide the errors of the entries behind an
+    error of the list."""
     if not entries:
         raise PydanticCustomError("too_short", "must have at least one entry")
     return entries
 
 
 def _calendar_day(text: str) -> str:
-    """Checks that a day is written as YYYY-MM-DD; `fromisoformat` alone also accepts 20260726 and 2026-W30-7."""
+    """Raises an error if a day is not written as YYYY-MM-DD. `fromisoformat` alone also accepts 20260726 and
+    2026-W30-7."""
     with suppress(ValueError):
         if date.fromisoformat(text).isoformat() == text:
             return text
@@ -38,8 +44,18 @@ Day = Annotated[str, Field(json_schema_extra={"format": "date"}), AfterValidator
 RunName = Annotated[str, Field(pattern=r"^$|^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
 
 
+class InvalidSetting(AttributeError):
+    """Raised when a check reads a setting whose value is invalid or missing (see `validate`)."""
+
+
+def until_invalid(found: Iterable[Finding]) -> Iterator[Finding]:
+    """Yields the findings of a check until it reads an invalid setting."""
+    with suppress(InvalidSetting):
+        yield from found
+
+
 class Settings(BaseModel):
-    """Unknown keys, wrong types and later changes are errors."""
+    """One section of a recipe. Unknown keys, wrong types and later changes are errors."""
 
     model_config = ConfigDict(
         extra="forbid",
@@ -48,3 +64,18 @@ class Settings(BaseModel):
         allow_inf_nan=False,
         use_attribute_docstrings=True,
     )
+
+    if not TYPE_CHECKING:
+
+        def __getattr__(self, name: str) -> Any:
+            if name in type(self).model_fields:
+                raise InvalidSetting(name)
+            return super().__getattr__(name)
+
+    def is_set(self, key: str) -> bool:
+        """Returns whether the recipe contains this key, even with an invalid value. `null` counts as not set."""
+        return key in self.model_fields_set and getattr(self, key, "invalid") is not None
+
+    def findings(self) -> Iterator[Finding]:
+        """Yields the keys that have no effect beside other keys of this section, or contradict them."""
+        yield from ()

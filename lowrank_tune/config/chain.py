@@ -1,36 +1,44 @@
 """A chain: recipes that run one after the other on one base, with nothing merged.
 
-The policy that a stage trained lies frozen below the policy of every later stage, named by its stage. A reward model
-enters no policy's stack.
+The policy that a stage trained is frozen below the policy of every later stage, and has the name of its stage. A reward
+model is in no policy's stack.
 """
 
 from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Self
 
-from lowrank_tune.config import reward_model_rules, rules, unsloth_rules
-from lowrank_tune.config.adapter_stack import conflicts, frozen_adapters_of, frozen_stage_names, reward_source_stage
-from lowrank_tune.config.base import RunName, Settings
-from lowrank_tune.config.chain_layers import HEADER_KEYS, StageDraft, draft_stages
+from lowrank_tune.config.adapter_stack import (
+    conflicts,
+    earlier_stages,
+    frozen_adapters_of,
+    frozen_stage_names,
+    reference_findings,
+    reward_source_stage,
+    unsloth_findings,
+)
+from lowrank_tune.config.base import Finding, RunName, Settings
+from lowrank_tune.config.chain_layers import HEADER_KEYS, draft_stages
 from lowrank_tune.config.extends import Override, apply_overrides, parse_overrides, read_recipe
-from lowrank_tune.config.raw_settings import Finding
-from lowrank_tune.config.recipe import NO_MAPPING, Recipe, problems_in, run_name, sorted_problems
+from lowrank_tune.config.model import NAME_PATTERN, REWARD_ADAPTER
+from lowrank_tune.config.recipe import Recipe, problems_at, set_default_name, sorted_problems, tree_of_dict
 from lowrank_tune.config.schema import RecipeConfig
-from lowrank_tune.config.yaml_nodes import Node, SourcePosition, from_python, nearest_node, to_python
+from lowrank_tune.config.validate import findings, partial_recipe, type_findings
+from lowrank_tune.config.yaml import Node, SourcePosition, to_python
 from lowrank_tune.errors import ConfigError, ConfigProblem, UserError
 
 
 def stage_folder(number: int, name: str) -> str:
-    """The name of a stage's folder within that of its chain; stages are numbered from 1."""
+    """Returns the name of a stage's folder within that of its chain; stages are numbered from 1."""
     return f"{number}-{name}"
 
 
 class ChainHeader(Settings):
-    """What a chain says of itself."""
+    """The settings of a chain itself."""
 
     name: RunName = ""
     description: str = ""
@@ -45,36 +53,38 @@ class Chain:
     description: str
     """One line for `lowrank-tune presets`."""
     stages: tuple[Recipe, ...]
-    """Each is complete in itself and named by its stage, but for the adapters that earlier stages lay below it."""
+    """Each has the name of its stage, and is complete except for the adapters that earlier stages add below it."""
 
     def __post_init__(self) -> None:
-        """A chain made in Python is judged like a file."""
-        data = [stage.to_dict() for stage in self.stages]
-        twice = [name for name, count in Counter(stage.name for stage in self.stages).items() if count > 1]
-        problems = [ConfigProblem(f"a second stage is called `{name}`", "stages") for name in twice]
-        problems += [
-            ConfigProblem("is no name for a stage", f"stages.{index}.name")
-            for index, stage in enumerate(self.stages)
-            if not rules.NAME_PATTERN.fullmatch(stage.name) or stage.name == "base"
-        ]
-        if not self.stages:
-            problems.append(ConfigProblem("must have at least one entry", "stages"))
+        """Raises ConfigError with all problems of the stages together. Each was checked by itself."""
+        problems = self._name_problems()
         for index, stage in enumerate(self.stages):
-            frozen_adapters = frozen_stage_names(data, index)
-            has_reward_stage = reward_source_stage(data, index) is not None
-            findings = [
-                *conflicts(data, index),
-                *rules.reference_findings(data[index], frozen_adapters),
-                *unsloth_rules.findings(data[index], frozen_adapters, has_reward_stage),
+            earlier = earlier_stages(self.stages, index)
+            found = [
+                *conflicts(self.stages, index),
+                *reference_findings(stage, earlier),
+                *unsloth_findings(stage, earlier),
             ]
-            problems += [SourcePosition().problem(message, ("stages", stage.name, *path)) for path, message in findings]
+            problems += [SourcePosition().problem(message, ("stages", stage.name, *path)) for path, message in found]
         if problems:
             raise ConfigError(problems)
 
+    def _name_problems(self) -> list[ConfigProblem]:
+        if not self.stages:
+            return [ConfigProblem("must have at least one entry", "stages")]
+        problems: list[ConfigProblem] = []
+        for name, count in Counter(stage.name for stage in self.stages).items():
+            if count > 1:
+                problems.append(ConfigProblem(f"a second stage is called `{name}`", "stages"))
+        for index, stage in enumerate(self.stages):
+            if not NAME_PATTERN.fullmatch(stage.name) or stage.name == "base":
+                problems.append(ConfigProblem("is not a name for a stage", f"stages.{index}.name"))
+        return problems
+
     @classmethod
     def load(cls, preset_or_path: str | os.PathLike[str], *overrides: str) -> Self:
-        """The chain of a preset or file. `key=value` changes every stage, `stages.NAME.key=value` one. Raises
-        `ConfigError`, all at once."""
+        """Returns the chain of a preset or file. `key=value` changes every stage, `stages.NAME.key=value` one. Raises
+        ConfigError with all problems."""
         tree, problems, stem = read_recipe(os.fspath(preset_or_path))
         if "stages" not in tree.value:
             raise UserError(f"{stem} is a single recipe, without stages; load it with load_any or Recipe.load")
@@ -82,26 +92,21 @@ class Chain:
 
     @classmethod
     def from_tree(cls, tree: Node, problems: list[ConfigProblem], stem: str, overrides: Sequence[str]) -> Self:
-        """The chain of what was read from a file."""
-        if "name" not in tree.value:
-            tree.value["name"] = Node(run_name(stem), SourcePosition(tree.position.file))
-        return cls._check(tree, problems, parse_overrides(overrides, problems), files=True)
+        """Returns the chain of a file that was read, with the problems so far."""
+        set_default_name(tree, stem)
+        return cls._from_checked_tree(tree, problems, parse_overrides(overrides, problems), files=True)
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Self:
-        """The chain of plain data, as `to_dict` gives it. Raises `ConfigError`."""
-        problems: list[ConfigProblem] = []
-        tree = from_python(dict(data) if isinstance(data, Mapping) else data, SourcePosition(), problems)
-        if not isinstance(tree.value, dict):
-            raise ConfigError([ConfigProblem(NO_MAPPING)])
+        """Returns the chain of plain data, the reverse of `to_dict`. Raises ConfigError with all problems."""
+        tree, problems = tree_of_dict(data)
         if "stages" not in tree.value:
-            raise ConfigError(
-                [*problems, ConfigProblem("is missing: a single recipe is read by Recipe.from_dict", "stages")]
-            )
-        return cls._check(tree, problems, [], files=False)
+            missing = ConfigProblem("is missing: a single recipe is read by Recipe.from_dict", "stages")
+            raise ConfigError([*problems, missing])
+        return cls._from_checked_tree(tree, problems, [], files=False)
 
     def to_dict(self) -> dict[str, Any]:
-        """The resolved chain as plain data; `from_dict` of it gives this chain again."""
+        """Returns the resolved chain as plain data."""
         return {
             "name": self.name,
             "description": self.description,
@@ -114,99 +119,101 @@ class Chain:
         return " -> ".join(stage.algorithm for stage in self.stages)
 
     def recipe_of(self, index: int, folders: Mapping[str, str]) -> Recipe:
-        """The recipe of a stage with all that lies below its own adapter; `folders` are those of the finished stages,
-        by name."""
-        stages = [stage.to_dict() for stage in self.stages]
-        own = stages[index]
-        trained = self.stages[index].trained_adapter
-        frozen = {name: adapter for name, adapter in own["adapters"].items() if name != trained}
-        finished = {name: {"path": folders[name]} for name in frozen_stage_names(stages, index)}
-        reward_stage = reward_source_stage(stages, index)
-        if reward_stage:
-            reward_model = {reward_model_rules.REWARD_ADAPTER: {"path": folders[reward_stage]}}
-        else:
-            reward_model = {}
-        adapters = {
-            **frozen,
-            **frozen_adapters_of(stages, index),
-            **finished,
-            **reward_model,
-            trained: own["adapters"][trained],
-        }
-        return Recipe.from_dict({**own, "adapters": adapters})
+        """Returns the recipe of a stage with all adapters of its stack. `folders` are those of the finished stages, by
+        name."""
+        stage = self.stages[index]
+        recipe = stage.to_dict()
+        adapters = recipe["adapters"]
+        trained = adapters.pop(stage.trained_adapter)
+        for name, adapter in frozen_adapters_of(self.stages, index).items():
+            adapters[name] = {"path": adapter.path}
+        for name in frozen_stage_names(self.stages, index):
+            adapters[name] = {"path": folders[name]}
+        reward_stage = reward_source_stage(self.stages, index)
+        if reward_stage is not None:
+            adapters[REWARD_ADAPTER] = {"path": folders[reward_stage]}
+        adapters[stage.trained_adapter] = trained
+        return Recipe.from_dict(recipe)
 
     @classmethod
-    def _check(cls, tree: Node, problems: list[ConfigProblem], overrides: Sequence[Override], files: bool) -> Self:
-        """Each stage like a recipe of its own, then what they are to each other."""
+    def _from_checked_tree(
+        cls,
+        tree: Node,
+        problems: list[ConfigProblem],
+        overrides: Sequence[Override],
+        files: bool,
+    ) -> Self:
+        """Checks each stage like a single recipe, then the stages together."""
         header = Node({key: tree.value.pop(key) for key in HEADER_KEYS if key in tree.value}, tree.position)
-        apply_overrides(header, [(path, node) for path, node in overrides if path[0] in HEADER_KEYS], problems)
-        problems += [
-            nearest_node(header, path).position.problem(message, path)
-            for path, message in problems_in(ChainHeader, to_python(header))
-        ]
+        header_overrides = [(path, node) for path, node in overrides if path[0] in HEADER_KEYS]
+        apply_overrides(header, header_overrides, problems)
+        problems += problems_at(header, type_findings(ChainHeader, to_python(header)))
         drafts = draft_stages(tree.value.pop("stages"), tree, overrides, problems, files)
         data = [to_python(draft.tree) for draft in drafts]
+        checked = [partial_recipe(each) for each in data]
+        stages = [recipe for recipe, _ in checked]
+        is_complete = not any(draft.unresolved_parent for draft in drafts)
         for index, draft in enumerate(drafts):
-            if not draft.unresolved_parent:
-                others = conflicts(data, index) if not any(each.unresolved_parent for each in drafts) else ()
-                _check_stage(draft, data[index], [*_findings(data, index), *others])
-        problems += _dedupe_problems(drafts)
+            found = [*checked[index][1], *findings(stages[index], earlier_stages(stages, index))]
+            if is_complete:
+                found += conflicts(stages, index)
+            draft.problems += problems_at(draft.tree, found)
+        resolved = [(draft.label, draft.problems) for draft in drafts if not draft.unresolved_parent]
+        problems += label_problems(resolved)
         if problems:
             raise ConfigError(sorted_problems(problems, tree.position.file))
+        recipes = [
+            Recipe.model_validate(each, context=earlier_stages(stages, index)).with_source(drafts[index].tree)
+            for index, each in enumerate(data)
+        ]
         head = ChainHeader.model_validate(to_python(header))
-        return cls(
-            head.name,
-            head.description,
-            tuple(
-                _stage_recipe(each, reward_source_stage(data, index) is not None).with_source(drafts[index].tree)
-                for index, each in enumerate(data)
-            ),
-        )
-
-
-def _findings(data: Sequence[Mapping[str, Any]], index: int) -> Iterator[Finding]:
-    return rules.findings(data[index], frozen_stage_names(data, index), reward_source_stage(data, index) is not None)
-
-
-def _check_stage(draft: StageDraft, data: Mapping[str, Any], findings: Sequence[Finding]) -> None:
-    """The faults of one stage, where its settings stand."""
-    messages = problems_in(RecipeConfig, data, findings)
-    draft.problems += [nearest_node(draft.tree, path).position.problem(message, path) for path, message in messages]
-
-
-def _dedupe_problems(drafts: Sequence[StageDraft]) -> list[ConfigProblem]:
-    """Faults of the stages whose layers could be read, under their names."""
-    return label_problems([(draft.label, draft.problems) for draft in drafts if not draft.unresolved_parent])
+        return cls(head.name, head.description, tuple(recipes))
 
 
 def label_problems(problems_by_stage: Sequence[tuple[str, Sequence[ConfigProblem]]]) -> list[ConfigProblem]:
-    """Puts the names of the stages into the keys of their faults. A fault of all stages is in a setting that they
-    share, and has no name."""
+    """Adds the names of the stages to the keys of their problems. A problem of all stages is in a setting that they
+    share, and gets no name."""
     counts = Counter(problem for _, problems in problems_by_stage for problem in set(problems))
-    return [
-        problem
-        if counts[problem] == len(problems_by_stage) > 1
-        else replace(problem, key=".".join(filter(None, ["stages", label, problem.key])))
-        for label, problems in problems_by_stage
-        for problem in problems
-    ]
+    labeled: list[ConfigProblem] = []
+    for label, problems in problems_by_stage:
+        for problem in problems:
+            is_shared = counts[problem] == len(problems_by_stage) > 1
+            if not is_shared:
+                key = ".".join(filter(None, ["stages", label, problem.key]))
+                problem = replace(problem, key=key)
+            labeled.append(problem)
+    return labeled
 
 
-def _stage_recipe(data: dict[str, Any], has_reward_stage: bool) -> Recipe:
-    """A stage that was judged. Its `reference` and, where it `has_reward_stage`, its reward model name what only the
-    chain knows of: they are set past the recipe's own rules."""
-    claimed = data.get("reference")
-    adapters = data.get("adapters") or {}
-    if has_reward_stage:
-        stands_in = {"adapters": {**adapters, reward_model_rules.REWARD_ADAPTER: {"path": "."}}}
-    else:
-        stands_in = {}
-    recipe = Recipe.model_validate({key: value for key, value in (data | stands_in).items() if key != "reference"})
-    own = {name: adapter for name, adapter in recipe.adapters.items() if name != reward_model_rules.REWARD_ADAPTER}
-    changes = {
-        **({"adapters": own} if has_reward_stage else {}),
-        **({"reference": claimed} if claimed is not None else {}),
-    }
-    if changes:
-        return recipe.model_copy(update=changes)
-    return recipe
+def locate(loaded: RecipeConfig | Chain, found: Mapping[str, Sequence[Finding]]) -> list[ConfigProblem]:
+    """Returns findings after loading, about a recipe or by stage of a chain, as problems in the order of their lines.
+
+    A finding of several stages about one line is one problem, with the names of the stages if these are not all.
+    """
+    if not isinstance(loaded, Chain):
+        source_file = loaded.source_file if isinstance(loaded, Recipe) else ""
+        return sorted_problems(_problems_of(loaded, found.get(loaded.name, ())), source_file)
+    by_stage = {stage.name: _problems_of(stage, found.get(stage.name, ())) for stage in loaded.stages}
+    shared = _shared_problems(by_stage)
+    own = [(name, [each for each in problems if each not in shared]) for name, problems in by_stage.items()]
+    return sorted_problems([*shared.values(), *label_problems(own)], loaded.stages[0].source_file)
+
+
+def _shared_problems(by_stage: Mapping[str, Sequence[ConfigProblem]]) -> dict[ConfigProblem, ConfigProblem]:
+    """Returns the problems that some stages, but not all, have at the same line with the same key and message, and for
+    each the problem with their names. Problems without a line may be in different settings."""
+    names: dict[ConfigProblem, list[str]] = {}
+    for name, problems in by_stage.items():
+        for problem in dict.fromkeys(problems):
+            names.setdefault(problem, []).append(name)
+    shared: dict[ConfigProblem, ConfigProblem] = {}
+    for problem, stages in names.items():
+        if problem.line is not None and 1 < len(stages) < len(by_stage):
+            shared[problem] = replace(problem, message=f"{problem.message} (stages {', '.join(stages)})")
+    return shared
+
+
+def _problems_of(recipe: RecipeConfig, found: Sequence[Finding]) -> list[ConfigProblem]:
+    if isinstance(recipe, Recipe):
+        return [recipe.problem(path, message) for path, message in found]
+    return [SourcePosition().problem(message, path) for path, message in found]

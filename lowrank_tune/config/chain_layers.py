@@ -1,19 +1,20 @@
-"""The stages of a chain, each put together from its layers.
+"""The stages of a chain, each built from its layers.
 
-The chain's own settings are the lowest layer of every stage, then comes what the stage extends, then the stage, then
-`key=value`, then `stages.NAME.key=value`. A common setting that belongs to the algorithms of other stages (`dpo.beta`
-beside an SFT stage) passes a stage by.
+The lowest layer of every stage are the settings of the chain itself (the common ones). Above them are what the stage
+extends, the stage, `key=value`, and `stages.NAME.key=value`. A common setting that only the algorithms of other stages
+use (`dpo.beta` beside an SFT stage) is left out of a stage.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path as File
 from typing import Any
 
+from lowrank_tune.config.base import Path
 from lowrank_tune.config.extends import (
     OVERRIDE_POSITION,
     Override,
@@ -23,39 +24,35 @@ from lowrank_tune.config.extends import (
     read_parent,
 )
 from lowrank_tune.config.messages import describe_value
-from lowrank_tune.config.model import default_adapter_name
-from lowrank_tune.config.rules import NAME_PATTERN, USED_BY
-from lowrank_tune.config.yaml_nodes import Node, Path, find_node, remove_key
+from lowrank_tune.config.model import NAME_PATTERN, NAME_RULE, default_adapter_name
+from lowrank_tune.config.schema import USED_BY
+from lowrank_tune.config.yaml import Node, find_node, remove_key
 from lowrank_tune.errors import ConfigProblem, did_you_mean
 
 MAX_STAGES = 8
 HEADER_KEYS = ("name", "description")
-"""What a chain says of itself; the rest is for its stages."""
+"""The settings of a chain itself; all others are for its stages."""
 
 
 @dataclass
 class StageDraft:
-    """A stage on its way from layers to a recipe."""
+    """A stage whose layers are not merged yet, or whose tree is not checked yet."""
 
     index: int
     own: Node
     parent: Node | None = None
     unresolved_parent: bool = False
-    """What it extends cannot be read: it is not judged."""
+    """What it extends cannot be read, so that the stage is not checked."""
     name: str = ""
     algorithm: Any = None
     tree: Node = field(init=False)
     problems: list[ConfigProblem] = field(default_factory=list)
-    """Faults of this stage, under paths of a single recipe."""
+    """Problems of this stage, under the paths of a single recipe."""
 
     @property
     def label(self) -> str:
-        """Its name in paths: its number where it has no name of its own."""
+        """Its name in paths; its number if it has no name."""
         return self.name or str(self.index)
-
-    @property
-    def path(self) -> Path:
-        return ("stages", self.label)
 
 
 def draft_stages(
@@ -65,96 +62,86 @@ def draft_stages(
     problems: list[ConfigProblem],
     files: bool,
 ) -> list[StageDraft]:
-    """The stages with all their layers; what cannot be one is told."""
+    """Returns the stages with all their layers, and adds the problems of the others."""
     drafts = _new_drafts(stages, problems)
     for draft in drafts:
         if files:
-            _inherit(draft, problems)
-        _set_name(draft, shared, drafts, problems)
+            _read_parent(draft, problems)
+        draft.algorithm = _layered_value(draft, shared, "algorithm")
+        _set_name(draft, drafts, problems)
     valid_overrides = _checked_overrides(overrides, drafts, problems)
     for draft in drafts:
         draft.algorithm = _algorithm_override(valid_overrides, draft) or draft.algorithm
+    algorithms = {draft.algorithm for draft in drafts if isinstance(draft.algorithm, str)}
     for draft in drafts:
-        _apply_layers(
-            draft,
-            shared,
-            valid_overrides,
-            {each.algorithm for each in drafts if isinstance(each.algorithm, str)},
-        )
+        _merge_layers(draft, shared, valid_overrides, algorithms)
     return drafts
 
 
 def _new_drafts(stages: Node, problems: list[ConfigProblem]) -> list[StageDraft]:
+    count = len(stages.value) if isinstance(stages.value, list) else 0
+    message = ""
     if not isinstance(stages.value, list):
-        problems.append(
-            stages.position.problem(f"expected a list of recipes, found {describe_value(stages.value)}", ("stages",))
-        )
-        return []
-    if not 0 < len(stages.value) <= MAX_STAGES:
-        if stages.value:
-            message = f"has {len(stages.value)} entries, and a chain has at most {MAX_STAGES}"
-        else:
-            message = "must have at least one entry"
+        message = f"expected a list of recipes, found {describe_value(stages.value)}"
+    elif count == 0:
+        message = "must have at least one entry"
+    elif count > MAX_STAGES:
+        message = f"has {count} entries, and a chain has at most {MAX_STAGES}"
+    if message:
         problems.append(stages.position.problem(message, ("stages",)))
         return []
+    drafts: list[StageDraft] = []
     for index, node in enumerate(stages.value):
-        if not isinstance(node.value, dict):
-            problems.append(
-                node.position.problem(
-                    f"expected a recipe (`key: value` lines), found {describe_value(node.value)}", ("stages", index)
-                )
-            )
-    return [StageDraft(index, node) for index, node in enumerate(stages.value) if isinstance(node.value, dict)]
+        if isinstance(node.value, dict):
+            drafts.append(StageDraft(index, node))
+        else:
+            message = f"expected a recipe (`key: value` lines), found {describe_value(node.value)}"
+            problems.append(node.position.problem(message, ("stages", index)))
+    return drafts
 
 
-def _inherit(draft: StageDraft, problems: list[ConfigProblem]) -> None:
+def _read_parent(draft: StageDraft, problems: list[ConfigProblem]) -> None:
     """Reads what a stage extends."""
-    line = draft.own.value.pop("extends", None)
-    if line is None or line.value is None:
+    node = draft.own.value.pop("extends", None)
+    if node is None or node.value is None:
         return
     path = ("stages", draft.index, "extends")
     with suppress(ParentNotFound):
-        draft.parent = read_parent(line, File(), problems, path)
+        draft.parent = read_parent(node, File(), problems, path)
     if draft.parent is not None and "stages" in draft.parent.value:
-        problems.append(
-            line.position.problem("is a chain itself, and chains do not nest; name one of its recipes", path)
-        )
+        message = "is a chain itself, and chains do not nest; name one of its recipes"
+        problems.append(node.position.problem(message, path))
         draft.parent = None
     draft.unresolved_parent = draft.parent is None
 
 
 def _layered_value(draft: StageDraft, shared: Node, key: str) -> Any:
-    """What the layers of a stage say, the upper ones first."""
-    layers = (draft.own, draft.parent, shared)
-    return next(
-        (
-            node.value
-            for layer in layers
-            if layer and (node := find_node(layer, (key,))) is not None and node.value is not None
-        ),
-        None,
-    )
+    """Returns the value of a key in the highest layer that has one."""
+    for layer in (draft.own, draft.parent, shared):
+        node = None if layer is None else find_node(layer, (key,))
+        if node is not None and node.value is not None:
+            return node.value
+    return None
 
 
-def _set_name(draft: StageDraft, shared: Node, others: Sequence[StageDraft], problems: list[ConfigProblem]) -> None:
-    """A stage is called by its `name`, else by its algorithm. A name that cannot be is told, and not taken."""
-    draft.algorithm = _layered_value(draft, shared, "algorithm")
+def _set_name(draft: StageDraft, others: Sequence[StageDraft], problems: list[ConfigProblem]) -> None:
+    """Names a stage by its `name`, else by its algorithm. Adds a problem if that is not possible."""
     given = find_node(draft.own, ("name",))
     path: Path = ("stages", draft.index)
-    if given is None or given.value is None:
-        name = draft.algorithm
-        position = draft.own.position
-        if not isinstance(name, str) or not NAME_PATTERN.fullmatch(name):
-            return  # and the algorithm is told
-    else:
+    name = draft.algorithm
+    position = draft.own.position
+    if given is not None and given.value is not None:
         name = given.value
         position = given.position
         path = (*path, "name")
-    if name == "base":
-        problems.append(position.problem("is no name for a stage: `base` is the base itself", path))
     elif not isinstance(name, str) or not NAME_PATTERN.fullmatch(name):
-        rule = "small letters, digits and _, a letter first, at most 40"
-        problems.append(position.problem(f"is no name for a stage: {rule}; found {describe_value(name)}", path))
+        # the check of the stage reports the algorithm
+        return
+    if name == "base":
+        problems.append(position.problem("is not a name for a stage: `base` is the base itself", path))
+    elif not isinstance(name, str) or not NAME_PATTERN.fullmatch(name):
+        message = f"is not a name for a stage: {NAME_RULE}; found {describe_value(name)}"
+        problems.append(position.problem(message, path))
     elif any(other.name == name for other in others):
         problems.append(position.problem(f"a second stage is called `{name}`; give each a `name` of its own", path))
     else:
@@ -166,8 +153,7 @@ def _checked_overrides(
     drafts: Sequence[StageDraft],
     problems: list[ConfigProblem],
 ) -> list[Override]:
-    """The overrides for stages; those for the chain itself are taken elsewhere, and those for stages that are not there
-    are told."""
+    """Returns the overrides of stages, and adds a problem for each that is not possible."""
     names = [draft.name for draft in drafts if draft.name]
     valid: list[Override] = []
     for path, node in overrides:
@@ -179,16 +165,17 @@ def _checked_overrides(
 
 
 def _invalid_override(path: Path, names: list[str]) -> str:
-    """Why `stages.NAME.key` cannot be set, or an empty string."""
+    """Returns why `stages.NAME.key` cannot be set, or an empty string."""
     if path[0] != "stages":
         return ""
-    word = str(path[1]) if len(path) > 1 else ""
-    if word and word not in names:
-        return f"no stage is called {word!r:.60}{did_you_mean(word, names) or '; there are ' + ', '.join(names)}"
+    name = str(path[1]) if len(path) > 1 else ""
+    if name and name not in names:
+        hint = did_you_mean(name, names) or f"; there are {', '.join(names)}"
+        return f"no stage is called {name!r:.60}{hint}"
     if len(path) < 3:
-        return f"is no single setting; say stages.{word or 'NAME'}.train.max_steps=100"
+        return f"is not a single setting; write stages.{name or 'NAME'}.train.max_steps=100"
     if path[2] in ("name", "extends", "stages"):
-        return "cannot be given here; it stands in the file"
+        return "cannot be given here; write it in the file"
     return ""
 
 
@@ -197,49 +184,58 @@ def _common_overrides(overrides: Sequence[Override]) -> list[Override]:
 
 
 def _stage_overrides(overrides: Sequence[Override], draft: StageDraft) -> list[Override]:
-    """The overrides for this stage alone. They are a layer above the common ones, wherever they stand."""
+    """Returns the overrides of this stage alone. They are a layer above the common ones, in any order."""
     return [(path[2:], node) for path, node in overrides if path[0] == "stages" and str(path[1]) == draft.name]
 
 
 def _algorithm_override(overrides: Sequence[Override], draft: StageDraft) -> Any:
-    """The algorithm that the command line asks for."""
-    candidates = [*_common_overrides(overrides), *_stage_overrides(overrides, draft)]
-    return next((node.value for path, node in reversed(candidates) if path == ("algorithm",)), None)
+    """Returns the algorithm that the command line sets, or None."""
+    algorithm = None
+    for path, node in [*_common_overrides(overrides), *_stage_overrides(overrides, draft)]:
+        if path == ("algorithm",):
+            algorithm = node.value
+    return algorithm
 
 
-def _apply_layers(draft: StageDraft, shared: Node, overrides: Sequence[Override], algorithms: set[str]) -> None:
-    """All layers of a stage, each from a copy: a stage never changes what another one reads."""
-    foreign = _settings_of_other_stages(draft.algorithm, algorithms)
+def _merge_layers(draft: StageDraft, shared: Node, overrides: Sequence[Override], algorithms: set[str]) -> None:
+    """Merges all layers of a stage, each from a copy, so that no stage changes the layers of another one.
+
+    A setting of other algorithms is left out of the common settings and of the common overrides. The trained adapter of
+    another algorithm is left out of the common settings unless it has a `path`, as it is then a frozen adapter of this
+    stage too, and out of the common overrides unless this stage has an adapter of its name.
+    """
+    foreign_settings = list(_foreign_settings(draft.algorithm, algorithms))
+    foreign_adapters = list(_foreign_adapters(draft.algorithm, algorithms))
     tree = copy.deepcopy(shared)
-    for path in foreign:
-        node = find_node(tree, path)
-        if node is not None and (path[0] != "adapters" or find_node(node, ("path",)) is None):
+    for path in foreign_settings:
+        remove_key(tree, path)
+    for path in foreign_adapters:
+        if find_node(tree, (*path, "path")) is None:
             remove_key(tree, path)
     if draft.parent is not None:
         tree = merge_layer(tree, draft.parent)
     tree = merge_layer(tree, draft.own)
-    skipped = [
-        foreign_path
-        for foreign_path in foreign
-        if foreign_path[0] != "adapters" or find_node(tree, foreign_path) is None
-    ]
-    common = [
-        (path, node)
-        for path, node in _common_overrides(overrides)
-        if not any(path[: len(foreign_path)] == foreign_path for foreign_path in skipped)
-    ]
-    for layer in (common, _stage_overrides(overrides, draft)):
-        apply_overrides(tree, copy.deepcopy(layer), draft.problems)
+    left_out = [*foreign_settings, *(path for path in foreign_adapters if find_node(tree, path) is None)]
+    common = [override for override in _common_overrides(overrides) if not _is_below(override[0], left_out)]
+    apply_overrides(tree, copy.deepcopy(common), draft.problems)
+    apply_overrides(tree, copy.deepcopy(_stage_overrides(overrides, draft)), draft.problems)
     tree.value["name"] = Node(draft.name or "stage", draft.own.position)
     draft.tree = tree
 
 
-def _settings_of_other_stages(algorithm: Any, algorithms: set[str]) -> list[Path]:
-    """Settings that other stages of this chain use, and this one does not."""
-    settings: list[Path] = [
-        tuple(key.split("."))
-        for key, users in USED_BY.items()
-        if algorithm not in users and not algorithms.isdisjoint(users)
-    ]
-    trained = {default_adapter_name(each) for each in algorithms} - {default_adapter_name(algorithm)}
-    return settings + [("adapters", name) for name in sorted(trained)]
+def _foreign_settings(algorithm: Any, algorithms: set[str]) -> Iterator[Path]:
+    """Yields the settings that algorithms of the chain use, and this one does not."""
+    for key, users in USED_BY.items():
+        if algorithm not in users and not algorithms.isdisjoint(users):
+            yield tuple(key.split("."))
+
+
+def _foreign_adapters(algorithm: Any, algorithms: set[str]) -> Iterator[Path]:
+    """Yields the adapters that other algorithms of the chain train."""
+    trained = {default_adapter_name(each) for each in algorithms}
+    for name in sorted(trained - {default_adapter_name(algorithm)}):
+        yield ("adapters", name)
+
+
+def _is_below(path: Path, parents: Sequence[Path]) -> bool:
+    return any(path[: len(parent)] == parent for parent in parents)

@@ -1,12 +1,21 @@
-"""Where rows come from and which are used."""
+"""The sources of rows, and how rows are read."""
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterator
 from typing import Annotated, Literal
 
 from pydantic import Field
 
-from lowrank_tune.config.base import NON_EMPTY, Day, Fraction, NonEmptyStr, PositiveInt, Settings
+from lowrank_tune.config.base import NON_EMPTY, Day, Finding, Fraction, NonEmptyStr, PositiveInt, Settings
+
+DATA_FILE_PATTERN = re.compile(r".*\.(jsonl?|csv|parquet)(\.gz)?")
+BUILT_IN = {"builtin:arithmetic": "the built-in problems", "builtin:arithmetic-preferences": "the built-in pairs"}
+"""Data sets of the package, and what each contains."""
+BUILT_IN_SPLITS = ("train", "heldout")
+UNUSED_BY_BUILT_IN = ("config_name", "format", "columns", "ground_truth", "final_answer")
+"""Keys of a source that are fixed for the data sets of the package."""
 
 
 class SourceConfig(Settings):
@@ -41,6 +50,20 @@ class SourceConfig(Settings):
     """Share of the rows drawn from this source. Either all sources have a weight and the weights sum to 1, or none has
     one and row counts decide."""
 
+    def findings(self) -> Iterator[Finding]:
+        """Yields the keys, and a split, that this kind of source does not have."""
+        if self.dataset in BUILT_IN:
+            for key in UNUSED_BY_BUILT_IN:
+                if self.is_set(key) and not self._is_empty_mapping(key):
+                    yield (key,), f"does nothing for `{self.dataset}`, {BUILT_IN[self.dataset]}"
+            if self.split not in BUILT_IN_SPLITS:
+                yield ("split",), f"`{self.dataset}` has the splits train and heldout"
+        elif DATA_FILE_PATTERN.fullmatch(self.dataset) and self.is_set("config_name"):
+            yield ("config_name",), "does nothing for a file; only hub data sets have configurations"
+
+    def _is_empty_mapping(self, key: str) -> bool:
+        return key == "columns" and not self.columns
+
 
 Sources = Annotated[tuple[SourceConfig, ...], Field(strict=False)]
 
@@ -73,3 +96,27 @@ class DataConfig(Settings):
     sides. No answer is ever cut."""
     max_invalid_fraction: Fraction = 0.1
     """Refuses to train if more than this share of the rows of a source cannot be used."""
+
+    def findings(self) -> Iterator[Finding]:
+        """Yields `eval_fraction` beside other validation rows, and weights of sources that are missing, do not sum to
+        1, or have no effect."""
+        if self.is_set("eval_fraction") and self.validation:
+            yield ("eval_fraction",), "contradicts `data.validation`: give one of the two"
+        elif self.is_set("eval_fraction") and self.is_set("eval_rows"):
+            yield ("eval_fraction",), "contradicts `data.eval_rows`: give one of the two"
+        yield from self._weight_findings()
+
+    def _weight_findings(self) -> Iterator[Finding]:
+        is_weighted = [source.is_set("weight") for source in self.train]
+        if not any(is_weighted):
+            return
+        if len(is_weighted) == 1:
+            yield ("train", 0, "weight"), "does nothing with a single source"
+            return
+        for index, has_weight in enumerate(is_weighted):
+            if not has_weight:
+                yield ("train", index, "weight"), "is missing: give every source a weight, or none"
+        if all(is_weighted):
+            total = sum(source.weight or 0.0 for source in self.train)
+            if abs(total - 1.0) > 1e-6:
+                yield ("train", 0, "weight"), f"the weights of the sources sum to {total:.6g}, and must sum to 1"

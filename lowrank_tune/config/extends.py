@@ -1,21 +1,22 @@
-"""From a name or a path to one tree: where presets lie, what `extends` means, and how `key=value` changes it.
+"""From the name of a preset, or a path, to one tree: `extends`, and `key=value` overrides.
 
-A later layer wins. Where it sets one of two rivals (`train.max_steps` over an inherited `train.num_train_epochs`), the
-inherited one gives way; `null` takes an inherited setting away.
+A later layer replaces values of an earlier one. Of two settings that exclude each other, the one of the later layer
+removes the other (`train.max_steps` above an inherited `train.num_train_epochs`). `null` removes an inherited setting.
 """
 
 from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Sequence
 from contextlib import suppress
 from difflib import get_close_matches
 from pathlib import Path as File
+from typing import Any
 
-from lowrank_tune.config.rules import MUTUALLY_EXCLUSIVE
-from lowrank_tune.config.strict_yaml import parse_scalar, parse_yaml
-from lowrank_tune.config.yaml_nodes import Node, Path, SourcePosition, find_node, invalid_text, remove_key
+from lowrank_tune.config.base import Path
+from lowrank_tune.config.schema import MUTUALLY_EXCLUSIVE
+from lowrank_tune.config.yaml import Node, SourcePosition, find_node, invalid_text, parse_scalar, parse_yaml, remove_key
 from lowrank_tune.errors import ConfigError, ConfigProblem, UserError
 
 SUFFIXES = (".yaml", ".yml")
@@ -27,7 +28,7 @@ Override = tuple[Path, Node]
 
 
 def preset_folders() -> list[File]:
-    """In an installed package presets lie inside it; in a checkout, beside it."""
+    """Returns the folders of presets: inside an installed package, or beside the package in a checkout."""
     package = File(__file__).resolve().parent.parent
     return [folder for folder in (package / "presets", package.parent / "presets") if folder.is_dir()]
 
@@ -37,18 +38,19 @@ def preset_names() -> list[str]:
 
 
 def find_preset(name: str) -> File:
-    """The file of a preset."""
+    """Returns the file of a preset. Raises UserError if there is none of this name."""
     if re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
         for folder in preset_folders():
-            if (file := folder / f"{name}.yaml").is_file():
+            file = folder / f"{name}.yaml"
+            if file.is_file():
                 return file
     hint = near_recipe(File(name)) or "; `lowrank-tune presets` lists them (a file's name ends in .yaml)"
     raise UserError(f"no preset is called {name!r:.80}{hint}")
 
 
 def near_recipe(file: File) -> str:
-    """ "; did you mean `my.yaml`?" for the recipe file beside it, or the preset, whose name is nearest; or an empty
-    string."""
+    """Returns "; did you mean `my.yaml`?" for the recipe of its folder, or the preset, with the nearest name; or an
+    empty string."""
     names = {name: name for name in preset_names()}
     with suppress(OSError, ValueError):
         names |= {other.stem: display_path(other) for other in file.parent.iterdir() if other.suffix in SUFFIXES}
@@ -64,7 +66,7 @@ def is_file_name(text: str) -> bool:
 
 
 def display_path(file: File) -> str:
-    """The path as a person would write it from here."""
+    """Returns the path relative to the working directory if the file is below it, else unchanged."""
     try:
         relative = os.path.relpath(file)
     except (ValueError, OSError):
@@ -75,7 +77,7 @@ def display_path(file: File) -> str:
 
 
 def read_file(file: File) -> bytes:
-    """A recipe file's bytes; every way in which a path can fail is a sentence."""
+    """Returns the content of a recipe file. Raises UserError if it cannot be read."""
     try:
         if file.is_dir():
             raise UserError(f"{display_path(file)}: is a folder, and a recipe is a YAML file")
@@ -83,145 +85,145 @@ def read_file(file: File) -> bytes:
     except FileNotFoundError:
         raise UserError(f"{display_path(file)}: there is no such file{near_recipe(file)}") from None
     except (OSError, ValueError) as error:
-        raise UserError(f"{str(file)!r:.200}: cannot be read: {getattr(error, 'strerror', None) or error}") from None
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"{str(file)!r:.200}: cannot be read: {reason}") from None
 
 
 def read_tree(file: File, problems: list[ConfigProblem], children: Sequence[File] = ()) -> Node | None:
-    """A file laid over what it extends. None where a text could not be read; why stands in `problems`."""
+    """Returns a file merged over what it extends. Returns None, and adds the problem, if a text cannot be read."""
     tree, yaml_problems = parse_yaml(read_file(file), display_path(file))
     problems += yaml_problems
     if tree is None:
         return None
     _resolve_stage_parents(tree, file)
-    if "extends" not in tree.value:
+    extends = tree.value.pop("extends", None)
+    if extends is None:
         return tree
     try:
-        parent = read_parent(
-            tree.value.pop("extends"),
-            file.parent,
-            problems,
-            ("extends",),
-            [*children, file.resolve()],
-        )
+        parent = read_parent(extends, file.parent, problems, ("extends",), [*children, file.resolve()])
     except ParentNotFound:
         return tree
     return None if parent is None else merge_layer(parent, tree)
 
 
 class ParentNotFound(Exception):
-    """`extends` leads nowhere; why stands in the faults."""
+    """`extends` names no recipe that can be read; the reason is among the problems."""
 
 
 def read_parent(
-    extends_node: Node,
+    extends: Node,
     folder: File,
     problems: list[ConfigProblem],
     path: Path,
     children: Sequence[File] = (),
 ) -> Node | None:
-    """What `extends` names, without what is not inherited. None where its text could not be read."""
-
-    def not_found(message: str) -> ParentNotFound:
-        problems.append(extends_node.position.problem(message, path))
-        return ParentNotFound()
-
-    if not isinstance(extends_node.value, str):
-        raise not_found("expected the name of a preset, or a path relative to this file")
+    """Returns the tree of the recipe that `extends` names, without the keys that are not inherited. Returns None if its
+    text cannot be read. Raises ParentNotFound, and adds the problem."""
     try:
-        if is_file_name(extends_node.value):
-            parent_file = folder / extends_node.value
-        else:
-            parent_file = find_preset(extends_node.value)
-        if parent_file.resolve() in children:
-            raise not_found(f"goes in a circle: {' -> '.join(ancestor.name for ancestor in [*children, parent_file])}")
-        if len(children) > MAX_PARENTS:
-            raise not_found(f"goes through more than {MAX_PARENTS} files")
-        parent = read_tree(parent_file, problems, children)
+        parent = read_tree(_parent_file(extends.value, folder, children), problems, children)
     except UserError as error:
-        raise not_found(str(error)) from None
-    except (OSError, ValueError, RuntimeError) as error:  # `resolve` of names with NUL, or of links that circle
-        raise not_found(f"cannot be followed: {error}") from None
+        problems.append(extends.position.problem(str(error), path))
+        raise ParentNotFound from None
+    # `resolve` of names with NUL, or of links that lead to themselves
+    except (OSError, ValueError, RuntimeError) as error:
+        problems.append(extends.position.problem(f"cannot be followed: {error}", path))
+        raise ParentNotFound from None
     if parent is not None:
         for key in NOT_INHERITED:
             parent.value.pop(key, None)
     return parent
 
 
+def _parent_file(name: Any, folder: File, children: Sequence[File]) -> File:
+    """Returns the file that `extends` names. Raises UserError."""
+    if not isinstance(name, str):
+        raise UserError("expected the name of a preset, or a path relative to this file")
+    file = folder / name if is_file_name(name) else find_preset(name)
+    if file.resolve() in children:
+        circle = " -> ".join(each.name for each in (*children, file))
+        raise UserError(f"goes in a circle: {circle}")
+    if len(children) > MAX_PARENTS:
+        raise UserError(f"goes through more than {MAX_PARENTS} files")
+    return file
+
+
 def _resolve_stage_parents(tree: Node, file: File) -> None:
-    """A stage may be inherited by a file elsewhere; what it extends is still relative to the file that it is written
-    in."""
+    """Makes the paths in `extends` of stages relative to the working directory: the stages may be inherited by a file
+    in another folder."""
     stages = tree.value.get("stages")
-    for stage in stages.value if stages is not None and isinstance(stages.value, list) else ():
-        if isinstance(stage.value, dict):
-            line = stage.value.get("extends")
-        else:
-            line = None
-        if line is not None and isinstance(line.value, str) and is_file_name(line.value):
-            line.value = str(file.parent / line.value)
+    if stages is None or not isinstance(stages.value, list):
+        return
+    for stage in stages.value:
+        extends = find_node(stage, ("extends",))
+        if extends is not None and isinstance(extends.value, str) and is_file_name(extends.value):
+            extends.value = str(file.parent / extends.value)
 
 
 def merge_layer(parent: Node, child: Node) -> Node:
-    """A later layer over an earlier one; what it contradicts there gives way."""
-    drop_conflicting(
-        parent,
-        [
-            path
-            for path in conflicting_paths()
-            if (node := find_node(child, path)) is not None and node.value is not None
-        ],
-    )
+    """Returns a later layer merged over an earlier one, without the settings there that it excludes."""
+    paths = {path for pair in MUTUALLY_EXCLUSIVE for path in pair}
+    drop_conflicting(parent, {path for path in paths if _has_value(child, path)})
     return merge_nodes(parent, child)
 
 
-def conflicting_paths() -> set[Path]:
-    return {path for pair in MUTUALLY_EXCLUSIVE for path in pair}
+def _has_value(tree: Node, path: Path) -> bool:
+    node = find_node(tree, path)
+    return node is not None and node.value is not None
 
 
-def drop_conflicting(inherited: Node, later: Iterable[Path]) -> None:
-    """Takes from the inherited tree whatever a later layer's settings contradict."""
-    paths = set(later)
+def drop_conflicting(inherited: Node, later: Collection[Path]) -> None:
+    """Removes from the inherited tree the settings that settings of a later layer exclude."""
     for one, other in MUTUALLY_EXCLUSIVE:
-        if one in paths and other not in paths:
+        if one in later and other not in later:
             remove_key(inherited, other)
-        elif other in paths and one not in paths:
+        elif other in later and one not in later:
             remove_key(inherited, one)
 
 
 def merge_nodes(parent: Node, child: Node) -> Node:
-    """Mappings are merged in depth; scalars and lists are replaced; null takes an inherited key away."""
+    """Merges mappings key by key; scalars and lists are replaced; null removes an inherited key."""
     if not (isinstance(parent.value, dict) and isinstance(child.value, dict)):
         return child
     merged = dict(parent.value)
     for key, node in child.value.items():
-        if key in merged and node.value is None:
+        if key not in merged:
+            merged[key] = node
+        elif node.value is None:
             del merged[key]
         else:
-            merged[key] = merge_nodes(merged[key], node) if key in merged else node
+            merged[key] = merge_nodes(merged[key], node)
     return Node(merged, child.position)
 
 
 def parse_overrides(overrides: Sequence[str], problems: list[ConfigProblem]) -> list[Override]:
-    """`key=value` settings as paths and values, in their order."""
-    parsed_overrides: list[Override] = []
+    """Returns `key=value` settings as paths and values, in their order."""
+    parsed: list[Override] = []
     for text in overrides:
         key, equals, value = text.partition("=")
-        path: Path = tuple(
-            int(word) if word.isdecimal() and word.isascii() and len(word) < 6 else word
-            for word in key.strip().split(".")
-        )
+        path = _parse_path(key)
         if not equals or "" in path:
-            problems.append(
-                OVERRIDE_POSITION.problem(f"{text!r:.80} is not of the form key=value, as train.max_steps=100")
-            )
+            message = f"{text!r:.80} is not of the form key=value, as train.max_steps=100"
+            problems.append(OVERRIDE_POSITION.problem(message))
         elif path == ("extends",):
             problems.append(OVERRIDE_POSITION.problem("cannot be given here; name that recipe itself", path))
-        elif (node := parse_override_value(value.strip(), path, problems)) is not None:
-            parsed_overrides.append((path, node))
-    return parsed_overrides
+        else:
+            node = parse_override_value(value.strip(), path, problems)
+            if node is not None:
+                parsed.append((path, node))
+    return parsed
+
+
+def _parse_path(key: str) -> Path:
+    """Returns the steps of a dotted key; numbers are positions in lists."""
+    steps: list[str | int] = []
+    for word in key.strip().split("."):
+        is_position = word.isdecimal() and word.isascii() and len(word) < 6
+        steps.append(int(word) if is_position else word)
+    return tuple(steps)
 
 
 def apply_overrides(tree: Node, overrides: Sequence[Override], problems: list[ConfigProblem]) -> None:
-    """Lays settings over a tree, in their order."""
+    """Sets values of a tree, in their order."""
     set_here: set[Path] = set()
     for path, node in overrides:
         if set_value(tree, path, node, problems) and node.value is not None:
@@ -230,11 +232,11 @@ def apply_overrides(tree: Node, overrides: Sequence[Override], problems: list[Co
 
 
 def parse_override_value(text: str, path: Path, problems: list[ConfigProblem]) -> Node | None:
-    """A value on the command line: lists, mappings and quoted text as in YAML, everything else one plain word."""
+    """Returns a value of the command line: lists, mappings and quoted text as in YAML, everything else as a plain word.
+    Returns None, and adds the problem, if it is not valid."""
     if not text:
-        problems.append(
-            OVERRIDE_POSITION.problem("has no value; `null` takes a setting away, '\"\"' is an empty text", path)
-        )
+        message = "has no value; `null` removes a setting, '\"\"' is an empty text"
+        problems.append(OVERRIDE_POSITION.problem(message, path))
         return None
     if text[0] not in "[{\"'":
         if reason := invalid_text(text):
@@ -246,63 +248,59 @@ def parse_override_value(text: str, path: Path, problems: list[ConfigProblem]) -
     if tree is None or yaml_problems:
         return None
     if set(tree.value) != {"value"}:
-        problems.append(OVERRIDE_POSITION.problem("holds more than one value", path))
+        problems.append(OVERRIDE_POSITION.problem("has more than one value", path))
         return None
-    return strip_position(tree.value["value"])
+    return without_lines(tree.value["value"])
 
 
-def strip_position(node: Node) -> Node:
-    """The tree of a command-line value has no lines."""
+def without_lines(node: Node) -> Node:
+    """Returns the tree of a value of the command line, which has no lines."""
     if isinstance(node.value, dict):
-        return Node({key: strip_position(child) for key, child in node.value.items()}, OVERRIDE_POSITION)
+        return Node({key: without_lines(child) for key, child in node.value.items()}, OVERRIDE_POSITION)
     if isinstance(node.value, list):
-        return Node([strip_position(child) for child in node.value], OVERRIDE_POSITION)
+        return Node([without_lines(child) for child in node.value], OVERRIDE_POSITION)
     return Node(node.value, OVERRIDE_POSITION)
 
 
 def set_value(tree: Node, path: Path, new: Node, problems: list[ConfigProblem]) -> bool:
-    """Sets or, with null, takes away. Sections on the way are made; list entries must be there."""
+    """Sets a value, or removes it if the new one is null, and returns whether this is possible. Missing sections are
+    added; entries of lists must exist."""
     node = tree
     for index, step in enumerate(path):
-        last = index == len(path) - 1
-        if isinstance(node.value, list):
-            if not isinstance(step, int) or step >= len(node.value):
-                if node.value:
-                    entries = f"entries 0 to {len(node.value) - 1}"
-                else:
-                    entries = "no entries"
-                problems.append(
-                    OVERRIDE_POSITION.problem(f"`{'.'.join(map(str, path[:index]))}` is a list with {entries}", path)
-                )
-                return False
-            if last:
-                node.value[step] = new
-            node = node.value[step]
-        elif isinstance(node.value, dict):
-            word = str(step)
-            if last and new.value is None and word in node.value:
-                del node.value[word]
-            elif last:
-                node.value[word] = new
-            else:
-                if word not in node.value or node.value[word].value is None:
-                    node.value[word] = Node({}, OVERRIDE_POSITION)
-                node = node.value[word]
-        else:
-            problems.append(
-                OVERRIDE_POSITION.problem(f"`{'.'.join(map(str, path[:index]))}` is one value and has no parts", path)
-            )
+        reason = _invalid_step(node, step)
+        if reason:
+            problems.append(OVERRIDE_POSITION.problem(f"`{'.'.join(map(str, path[:index]))}` {reason}", path))
             return False
+        is_last = index == len(path) - 1
+        key = step if isinstance(node.value, list) else str(step)
+        if is_last and new.value is None and isinstance(node.value, dict) and key in node.value:
+            del node.value[key]
+        elif is_last:
+            node.value[key] = new
+        else:
+            if isinstance(node.value, dict) and (key not in node.value or node.value[key].value is None):
+                node.value[key] = Node({}, OVERRIDE_POSITION)
+            node = node.value[key]
     return True
 
 
+def _invalid_step(node: Node, step: str | int) -> str:
+    """Returns why a node has no such entry and can get none, or an empty string."""
+    if isinstance(node.value, dict):
+        return ""
+    if not isinstance(node.value, list):
+        return "is one value and has no parts"
+    if isinstance(step, int) and step < len(node.value):
+        return ""
+    if not node.value:
+        return "is a list with no entries"
+    return f"is a list with entries 0 to {len(node.value) - 1}"
+
+
 def read_recipe(preset_or_path: str) -> tuple[Node, list[ConfigProblem], str]:
-    """The tree of a preset or file, the faults so far, and the name that the file gives."""
+    """Returns the tree of a preset or file, the problems so far, and the stem of the file's name."""
     problems: list[ConfigProblem] = []
-    if is_file_name(preset_or_path):
-        file = File(preset_or_path)
-    else:
-        file = find_preset(preset_or_path)
+    file = File(preset_or_path) if is_file_name(preset_or_path) else find_preset(preset_or_path)
     tree = read_tree(file, problems)
     if tree is None:
         raise ConfigError(problems)

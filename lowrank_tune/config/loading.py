@@ -10,15 +10,14 @@ from typing import Any
 
 import yaml
 
-from lowrank_tune.config import messages
 from lowrank_tune.config.chain import Chain
 from lowrank_tune.config.extends import read_recipe
-from lowrank_tune.config.memory_rules import MEMORY_SETTINGS
-from lowrank_tune.config.presets import list_presets
+from lowrank_tune.config.memory import MEMORY_SETTINGS
+from lowrank_tune.config.messages import describe_value
+from lowrank_tune.config.model import NAME_PATTERN
 from lowrank_tune.config.recipe import Recipe
-from lowrank_tune.config.rules import NAME_PATTERN
 from lowrank_tune.config.schema import RecipeConfig
-from lowrank_tune.config.yaml_nodes import dotted, leaves
+from lowrank_tune.config.yaml import dotted, leaves
 from lowrank_tune.errors import ConfigError
 
 RESUMABLE_CHANGES = frozenset(
@@ -37,74 +36,66 @@ RESUMABLE_CHANGES = frozenset(
         *MEMORY_SETTINGS,
     }
 )
-"""What a continued run may set anew: its end, its logging and its saving, and what decides over its memory. Of a chain,
-each stage may."""
+"""What a continued run, or a stage of a continued chain, may change: its end, logging and checkpoints, and settings of
+memory."""
+MISSING = object()
 
 
 def load(preset_or_path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> Recipe:
-    """The recipe of a preset or file, with `key=value` overrides."""
+    """Returns the recipe of a preset or file, with `key=value` overrides."""
     return Recipe.load(preset_or_path, *overrides)
 
 
 def load_any(preset_or_path: str | os.PathLike[str], *overrides: str) -> Recipe | Chain:
-    """The recipe of a preset or file, or where it has `stages`, the chain. Raises `ConfigError`, all of them at
-    once."""
+    """Returns the recipe of a preset or file, or the chain if it has `stages`. Raises ConfigError with all problems."""
     tree, problems, stem = read_recipe(os.fspath(preset_or_path))
-    kind: type[Recipe] | type[Chain] = Chain if "stages" in tree.value else Recipe
-    return kind.from_tree(tree, problems, stem, overrides)
+    if "stages" in tree.value:
+        return Chain.from_tree(tree, problems, stem, overrides)
+    return Recipe.from_tree(tree, problems, stem, overrides)
 
 
 def backends_of(recipe: RecipeConfig | Chain) -> set[str]:
-    """Whose code is to run the bases of a recipe, or of a chain's stages."""
-    return {stage.base.backend for stage in (recipe.stages if isinstance(recipe, Chain) else (recipe,))}
+    """Returns the libraries that run the bases of a recipe, or of a chain's stages."""
+    stages = recipe.stages if isinstance(recipe, Chain) else (recipe,)
+    return {stage.base.backend for stage in stages}
 
 
 def from_dict(data: Mapping[str, Any]) -> Recipe:
-    """The recipe of plain data."""
+    """Returns the recipe of plain data."""
     return Recipe.from_dict(data)
 
 
 class _Dumper(yaml.SafeDumper):
-    """Writes what the strict reader takes: no aliases, and quotes around text that looks like something else."""
+    """Writes what the strict reader accepts: no aliases, and quotes around text that looks like another type."""
 
     def ignore_aliases(self, data: Any) -> bool:
         return True
 
 
-_Dumper.add_representer(
-    str, lambda dumper, text: dumper.represent_scalar("tag:yaml.org,2002:str", text, style=_style(text))
-)
+def _represent_text(dumper: yaml.SafeDumper, text: str) -> yaml.Node:
+    """Writes plain words as they are, and any other text in double quotes."""
+    is_plain = re.fullmatch(r"[A-Za-z][A-Za-z0-9_./@-]*", text) and text.lower() not in ("null", "true", "false")
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=None if is_plain else '"')
 
 
-def _style(text: str) -> str | None:
-    """Plain where it is a plain word or a sentence of them, else double quotes."""
-    if re.fullmatch(r"[A-Za-z][A-Za-z0-9_./@-]*", text) and text.lower() not in ("null", "true", "false"):
-        return None
-    return '"'
+_Dumper.add_representer(str, _represent_text)
 
 
 def dump(recipe: RecipeConfig | Chain) -> str:
-    """The resolved recipe or chain as YAML; loading it gives the same one."""
+    """Returns the resolved recipe or chain as YAML, which loads as an equal one."""
     return yaml.dump(recipe.to_dict(), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
 
 
-def presets() -> list[tuple[str, str, str]]:
-    """Name, description and algorithm of every preset, by name; of a chain, all its algorithms."""
-    return sorted((preset.name, preset.description, " -> ".join(preset.algorithms)) for preset in list_presets())
-
-
 def schema() -> dict[str, Any]:
-    """The JSON schema of a recipe file, for editors. What `extends` may bring is not required; beside `stages` nothing
-    is."""
+    """Returns the JSON schema of a recipe file, for editors. A key that `extends` may add is not required, and beside
+    `stages` no key is."""
     document = copy.deepcopy(RecipeConfig.model_json_schema())
     required = document.pop("required", [])
-    settable = {
-        "extends": {
-            "type": "string",
-            "description": "Builds on another preset, or on a recipe at a path relative to this file.",
-        },
-        **document["properties"],
+    extends = {
+        "type": "string",
+        "description": "Builds on another preset, or on a recipe at a path relative to this file.",
     }
+    settable = {"extends": extends, **document["properties"]}
     name = {
         "type": "string",
         "pattern": f"^{NAME_PATTERN.pattern}$",
@@ -130,25 +121,25 @@ def schema() -> dict[str, Any]:
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
-    """What a continued run may not change, as `train.learning_rate: was 0.001, is 0.002`; in a chain,
+    """Returns the changes that a continued run may not have, as `train.learning_rate: was 0.001, is 0.002`; in a chain,
     `stages.dpo.train.learning_rate`."""
     before = _flat(_with_defaults(old))
     after = _flat(new)
-    if before.get("stages") != after.get("stages"):  # other stages, or another order: their settings say nothing then
-        before, after = (
-            {key: value for key, value in each.items() if not key.startswith("stages.")} for each in (before, after)
-        )
-    changed = [key for key in dict.fromkeys([*before, *after]) if before.get(key, leaves) != after.get(key, leaves)]
-    return [
-        f"{key}: was {_format_value(before, key)}, is {_format_value(after, key)}"
-        for key in changed
-        if re.sub(r"^stages\.[^.]*\.|\.\d+$", "", key) not in RESUMABLE_CHANGES
-    ]
+    # settings of other stages, or of stages in another order, cannot be compared
+    compares_stages = before.get("stages") == after.get("stages")
+    changes: list[str] = []
+    for key in dict.fromkeys([*before, *after]):
+        if key.startswith("stages.") and not compares_stages:
+            continue
+        is_resumable = re.sub(r"^stages\.[^.]*\.|\.\d+$", "", key) in RESUMABLE_CHANGES
+        if not is_resumable and before.get(key, MISSING) != after.get(key, MISSING):
+            changes.append(f"{key}: was {_format_value(before, key)}, is {_format_value(after, key)}")
+    return changes
 
 
 def _with_defaults(data: Mapping[str, Any]) -> Mapping[str, Any]:
-    """A recipe as a run left it, with the settings that the kit did not have yet at their defaults; as it is, where it
-    cannot be read."""
+    """Returns a recipe of an earlier version with the defaults of settings that were added since. Returns it unchanged
+    if it cannot be read."""
     try:
         return (Chain if "stages" in data else Recipe).from_dict(data).to_dict()
     except ConfigError:
@@ -156,19 +147,19 @@ def _with_defaults(data: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def _flat(data: Mapping[str, Any]) -> dict[str, Any]:
-    """Every leaf under its dotted path, those of a stage under its name, and the order of the stages."""
-    flat = {
-        dotted(path): value for path, value in leaves({key: value for key, value in data.items() if key != "stages"})
-    }
-    if "stages" in data:
-        flat["stages"] = " -> ".join(stage["name"] for stage in data["stages"])
-        flat |= {
-            f"stages.{stage['name']}.{dotted(path)}": value for stage in data["stages"] for path, value in leaves(stage)
-        }
+    """Returns every value under its dotted path, those of a stage under its name, and the order of the stages."""
+    own = {key: value for key, value in data.items() if key != "stages"}
+    flat = {dotted(path): value for path, value in leaves(own)}
+    if "stages" not in data:
+        return flat
+    flat["stages"] = " -> ".join(stage["name"] for stage in data["stages"])
+    for stage in data["stages"]:
+        for path, value in leaves(stage):
+            flat[f"stages.{stage['name']}.{dotted(path)}"] = value
     return flat
 
 
 def _format_value(data: Mapping[str, Any], key: str) -> str:
     if key in data:
-        return messages.describe_value(data[key])
+        return describe_value(data[key])
     return "not set"

@@ -2,30 +2,37 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterator
 from typing import Annotated, Literal
 
 from pydantic import Field
 
-from lowrank_tune.config.base import NonEmptyStr, PositiveInt, Settings, StrList
+from lowrank_tune.config.base import Finding, NonEmptyStr, PositiveInt, Settings, StrList
 
+NAME_PATTERN = re.compile(r"[a-z][a-z0-9_]{0,39}")
+"""Names of adapters, and of the stages of a chain."""
+NAME_RULE = "small letters, digits and _, a letter first, at most 40"
+"""The pattern in words."""
 TRAINED_ADAPTER = {"reward": "reward"}
-"""The adapter that an algorithm trains, where it is not `policy`."""
+"""The adapter that an algorithm trains, if it is not `policy`."""
+EXTRA_ADAPTERS: dict[str, tuple[str, ...]] = {"ppo": ("value",)}
+"""Adapters of other roles that an algorithm trains. They are in no policy's stack."""
+REWARD_ADAPTER = "reward"
+"""The adapter of a reward model. It is in no policy's stack."""
+SHAPE_KEYS = ("r", "lora_alpha", "target_modules", "use_rslora")
+"""Keys of an adapter that its files contain."""
 
 
 def default_adapter_name(algorithm: object) -> str:
-    """Returns the name of the adapter that an algorithm trains; `policy` for a value that is no algorithm, which is
-    reported elsewhere."""
+    """Returns the name of the adapter that an algorithm trains; `policy` for a value that is not an algorithm."""
     if isinstance(algorithm, str):
         return TRAINED_ADAPTER.get(algorithm, "policy")
     return "policy"
 
 
-EXTRA_ADAPTERS: dict[str, tuple[str, ...]] = {"ppo": ("value",)}
-"""Adapters that an algorithm has for roles of their own: they lie in no policy's stack."""
-
-
 def extra_adapters(algorithm: object) -> tuple[str, ...]:
-    """Returns the adapters of an algorithm that are beside the stack of its policy."""
+    """Returns the adapters of an algorithm that are not in the stack of its policy."""
     if isinstance(algorithm, str):
         return EXTRA_ADAPTERS.get(algorithm, ())
     return ()
@@ -44,6 +51,11 @@ class BaseConfig(Settings):
     trust_remote_code: bool = False
     """Runs Python code that comes with the model, with your permissions. Only for repositories that you trust."""
 
+    def findings(self) -> Iterator[Finding]:
+        """Yields a model with an empty revision."""
+        if self.model.endswith("@"):
+            yield ("model",), "has no revision after the @"
+
 
 class AdapterConfig(Settings):
     """One LoRA adapter. With `path` it is loaded: frozen below the policy, or trained further if it is the policy's
@@ -61,3 +73,11 @@ class AdapterConfig(Settings):
     """Rank-stabilized scaling (arXiv:2312.03732)."""
     path: NonEmptyStr | None = None
     """Folder of an existing adapter, or of a run."""
+
+    def findings(self) -> Iterator[Finding]:
+        """Yields the shape of an adapter whose files contain it."""
+        if not self.is_set("path"):
+            return
+        for key in SHAPE_KEYS:
+            if self.is_set(key):
+                yield (key,), "comes from the file at `path`; leave it out"

@@ -1,4 +1,4 @@
-"""The presets as a person looks for them: by the size of their base, then by base, then by what is done to it."""
+"""The list of presets, sorted by the size of their base, then by base and by algorithm."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ import re
 from dataclasses import dataclass
 
 from lowrank_tune.config.chain import Chain
-from lowrank_tune.config.extends import find_preset, preset_names, read_recipe
-from lowrank_tune.config.recipe import Recipe
+from lowrank_tune.config.extends import find_preset, preset_names
+from lowrank_tune.config.loading import load_any
 
 MODEL_SIZE_GROUPS = (
     (1.0, "Tiny: the base that ships with the package, on any CPU"),
@@ -16,7 +16,7 @@ MODEL_SIZE_GROUPS = (
     (20.0, "14B"),
     (float("inf"), "32B"),
 )
-"""Bases with fewer than so many billion weights, and what they are called together."""
+"""Groups of bases by billions of weights: the upper limit, and the title."""
 ALGORITHM_ORDER = ("sft", "reward", "dpo", "grpo", "ppo")
 SIZE = re.compile(r"(\d+(?:\.\d+)?)B\b")
 PEAK = re.compile(r"^# Planned peak: (\d+(?:\.\d+)?) GiB", re.MULTILINE)
@@ -24,37 +24,31 @@ PEAK = re.compile(r"^# Planned peak: (\d+(?:\.\d+)?) GiB", re.MULTILINE)
 
 @dataclass(frozen=True)
 class Preset:
-    """One preset. `algorithms` are those of its stages, one where it is no chain; `billions` is the size of its base, 0
-    for the tiny one.
-
-    `peak_gib` is the planned peak of memory that its file tells, None where it tells none.
-    """
+    """One preset."""
 
     name: str
     description: str
     algorithms: tuple[str, ...]
+    """The algorithms of its stages; one if it is a single recipe."""
     base: str
     billions: float
+    """Weights of its base; 0 for the tiny one."""
     peak_gib: float | None
+    """The planned peak of memory that its file states, if it states one."""
 
     @property
     def group(self) -> str:
-        """What bases of this size are called together."""
+        """The title of bases of this size."""
         return next(title for limit, title in MODEL_SIZE_GROUPS if self.billions < limit)
 
 
 def list_presets() -> list[Preset]:
-    """Every preset, the smallest base first; of one base, single algorithms before chains."""
+    """Returns every preset, the smallest base first; of one base, single algorithms before chains."""
     return sorted((_load_preset(name) for name in preset_names()), key=_sort_key)
 
 
 def _load_preset(name: str) -> Preset:
-    tree, problems, stem = read_recipe(name)
-    loaded = (
-        Chain.from_tree(tree, problems, stem, ())
-        if "stages" in tree.value
-        else Recipe.from_tree(tree, problems, stem, ())
-    )
+    loaded = load_any(name)
     stages = loaded.stages if isinstance(loaded, Chain) else (loaded,)
     base = stages[0].base.model
     size = SIZE.search(base)
@@ -64,18 +58,18 @@ def _load_preset(name: str) -> Preset:
         loaded.description,
         tuple(stage.algorithm for stage in stages),
         base,
-        float(size.group(1)) if size else 0.0,
-        float(peak.group(1)) if peak else None,
+        billions=float(size[1]) if size else 0.0,
+        peak_gib=float(peak[1]) if peak else None,
     )
 
 
 def _sort_key(preset: Preset) -> tuple[float, str, int, list[int], str]:
-    # so that a chain over a pretrained base stands behind what is done to its chat model
+    # a chain over a pretrained base is listed after the presets of its chat model
     family = preset.name.rpartition("-")[0]
-    return (
-        preset.billions,
-        family,
-        len(preset.algorithms),
-        [ALGORITHM_ORDER.index(algorithm) for algorithm in preset.algorithms],
-        preset.name,
-    )
+    order = [ALGORITHM_ORDER.index(algorithm) for algorithm in preset.algorithms]
+    return preset.billions, family, len(preset.algorithms), order, preset.name
+
+
+def presets() -> list[tuple[str, str, str]]:
+    """Returns name, description and algorithm of every preset, by name; of a chain, all its algorithms."""
+    return sorted((preset.name, preset.description, " -> ".join(preset.algorithms)) for preset in list_presets())

@@ -1,21 +1,79 @@
-"""The settings of a whole recipe."""
+"""The settings of a whole recipe, and which of them each algorithm uses.
+
+A new algorithm adds its name to `RecipeConfig.algorithm`, its section, and rows to `USED_BY`. Two new settings that
+exclude each other add a row to `MUTUALLY_EXCLUSIVE`.
+"""
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import Field, model_validator
 
-from lowrank_tune.config.base import NonEmptyStr, RunName, Settings
+from lowrank_tune.config.base import NonEmptyStr, Path, RunName, Settings
 from lowrank_tune.config.data import DataConfig
-from lowrank_tune.config.model import AdapterConfig, BaseConfig, default_adapter_name, extra_adapters
-from lowrank_tune.config.preferences import DPOConfig, RewardModelConfig
-from lowrank_tune.config.rewards import RewardConfig
-from lowrank_tune.config.rollouts import GRPOConfig, PPOConfig, RolloutConfig
-from lowrank_tune.config.training import EvaluationConfig, TrainingConfig
+from lowrank_tune.config.dpo import DPOConfig
+from lowrank_tune.config.evaluation import EvaluationConfig
+from lowrank_tune.config.grpo import GRPOConfig
+from lowrank_tune.config.model import NAME_PATTERN, AdapterConfig, BaseConfig, default_adapter_name, extra_adapters
+from lowrank_tune.config.ppo import PPOConfig
+from lowrank_tune.config.reward_model import RewardModelConfig
+from lowrank_tune.config.rewards import REWARD_MODEL, RewardConfig
+from lowrank_tune.config.rollout import RolloutConfig
+from lowrank_tune.config.training import TrainingConfig
 
+AlgorithmName = Literal["sft", "reward", "dpo", "ppo", "grpo"]
+ALGORITHMS: tuple[str, ...] = get_args(AlgorithmName)
 DEFAULT_LEARNING_RATES = {"sft": 2e-4, "reward": 1e-4, "dpo": 5e-6, "grpo": 1e-5, "ppo": 1e-5}
-"""Peak learning rates for LoRA where a recipe gives none; docs/preset-choices.md has the sources."""
+"""Peak learning rates for LoRA if a recipe gives none; docs/preset-choices.md has the sources."""
+ROW_ALGORITHMS = ("sft", "reward", "dpo")
+"""The algorithms that learn from rows as they are."""
+PAIR_ALGORITHMS = ("reward", "dpo")
+"""The algorithms whose rows are pairs of answers."""
+ONLINE_ALGORITHMS = ("grpo", "ppo")
+"""The algorithms that learn from completions that they draw."""
+USED_BY: dict[str, tuple[str, ...]] = {
+    "train.global_batch_size": ROW_ALGORITHMS,
+    "train.tokens_per_step": ROW_ALGORITHMS,
+    "train.length_window": ROW_ALGORITHMS,
+    "train.prompts_per_step": ONLINE_ALGORITHMS,
+    "data.max_length": ROW_ALGORITHMS,
+    "data.max_prompt_length": ONLINE_ALGORITHMS,
+    "data.truncation": ROW_ALGORITHMS,
+    "data.validation": ROW_ALGORITHMS,
+    "data.eval_fraction": ROW_ALGORITHMS,
+    "data.eval_rows": ROW_ALGORITHMS,
+    "data.expected_tokens": ROW_ALGORITHMS,
+    "reference": ("sft", "dpo", *ONLINE_ALGORITHMS),
+    "reward": ("reward",),
+    "dpo": ("dpo",),
+    "rewards": ONLINE_ALGORITHMS,
+    "rewards_check": ONLINE_ALGORITHMS,
+    "rollout": ONLINE_ALGORITHMS,
+    "evaluate.on_reward_hacking": ONLINE_ALGORITHMS,
+    "grpo": ("grpo",),
+    "ppo": ("ppo",),
+}
+"""Settings and whole sections that only some algorithms use. All algorithms use the others."""
+REPLACEMENTS = {
+    "train.global_batch_size": "`train.prompts_per_step`",
+    "train.prompts_per_step": "`train.global_batch_size`",
+    "data.max_length": "`data.max_prompt_length` and `rollout.max_new_tokens`",
+    "data.max_prompt_length": "`data.max_length`, which limits a prompt and its answer together",
+    "data.validation": "`evaluate.eval_dataset`",
+    "reward": "`rewards`",
+    "rewards": "`reward`",
+}
+"""Settings with the same purpose, for the algorithms that do not use a setting."""
+MUTUALLY_EXCLUSIVE: tuple[tuple[Path, Path], ...] = (
+    (("train", "max_steps"), ("train", "num_train_epochs")),
+    (("train", "global_batch_size"), ("train", "tokens_per_step")),
+    (("train", "micro_batch_size"), ("train", "micro_batch_tokens")),
+    (("data", "validation"), ("data", "eval_fraction")),
+    (("data", "validation"), ("data", "eval_rows")),
+    (("data", "eval_rows"), ("data", "eval_fraction")),
+)
+"""Pairs of settings that exclude each other. Both in one layer are an error; a later layer replaces the earlier one."""
 
 
 class RecipeConfig(Settings):
@@ -25,14 +83,14 @@ class RecipeConfig(Settings):
     """Name of the run and of its folder under `runs/`. Default: the name of the recipe file."""
     description: str = ""
     """One line for `lowrank-tune presets`."""
-    algorithm: Literal["sft", "reward", "dpo", "ppo", "grpo"]
+    algorithm: AlgorithmName
     """The training algorithm."""
     seed: Annotated[int, Field(ge=0, le=2**32 - 1)] = 0
     """Seed of all random draws."""
     base: BaseConfig = BaseConfig()
     """The frozen base."""
     adapters: dict[str, AdapterConfig] = Field(
-        default_factory=dict, json_schema_extra={"propertyNames": {"pattern": "^[a-z][a-z0-9_]{0,39}$"}}
+        default_factory=dict, json_schema_extra={"propertyNames": {"pattern": f"^{NAME_PATTERN.pattern}$"}}
     )
     """`policy` (for a reward model: `reward`) is trained, and has its defaults if it is not given. Every other adapter
     needs a `path` and is frozen below it, in this order. For ppo, `value` is trained too, by default with the shape of
@@ -73,9 +131,19 @@ class RecipeConfig(Settings):
         return extra_adapters(self.algorithm)
 
     @property
+    def trained_adapters(self) -> tuple[str, ...]:
+        """All adapters that are trained: that of the policy or the reward model first, then PPO's value."""
+        return (self.trained_adapter, *self.extra_adapters)
+
+    @property
+    def is_online(self) -> bool:
+        """Whether the algorithm learns from completions that it draws."""
+        return self.algorithm in ONLINE_ALGORITHMS
+
+    @property
     def uses_pairs(self) -> bool:
         """Whether a row of the data is a chosen and a rejected answer."""
-        return self.algorithm in ("reward", "dpo")
+        return self.algorithm in PAIR_ALGORITHMS
 
     @property
     def needs_ground_truth(self) -> bool:
@@ -83,9 +151,14 @@ class RecipeConfig(Settings):
         return any(reward.name == "answer" for reward in self.rewards)
 
     @property
+    def uses_reward_model(self) -> bool:
+        """Whether a reward is the score of a reward model."""
+        return any(reward.name == REWARD_MODEL for reward in self.rewards)
+
+    @property
     def max_train_length(self) -> int:
         """Tokens of the longest row that is trained on."""
-        if self.algorithm in ("grpo", "ppo"):
+        if self.is_online:
             return self.data.max_prompt_length + self.rollout.max_new_tokens
         return self.data.max_length
 
@@ -100,9 +173,11 @@ class RecipeConfig(Settings):
     @property
     def metric_for_best_model(self) -> str:
         """The metric that selects the best step."""
-        return self.evaluate.metric_for_best_model or (
-            "accuracy" if self.algorithm in ("grpo", "ppo") and self.evaluate.eval_dataset else "loss"
-        )
+        if self.evaluate.metric_for_best_model is not None:
+            return self.evaluate.metric_for_best_model
+        if self.is_online and self.evaluate.eval_dataset is not None:
+            return "accuracy"
+        return "loss"
 
     def to_dict(self) -> dict[str, Any]:
         """The resolved recipe as plain data; `recipe.load` of it gives this recipe again."""
@@ -110,27 +185,22 @@ class RecipeConfig(Settings):
 
     @model_validator(mode="before")
     @classmethod
-    def _with_trained_adapter(cls, data: Any) -> Any:
+    def _add_trained_adapter(cls, data: Any) -> Any:
+        """Adds the trained adapter with its defaults."""
         if not isinstance(data, dict) or not isinstance(data.get("adapters", {}), dict):
             return data
-        adapters = data.get("adapters", {})
-        name = default_adapter_name(data.get("algorithm"))
-        if name in adapters:
-            return data
-        return {**data, "adapters": {**adapters, name: {}}}
+        adapters = {**data.get("adapters", {})}
+        adapters.setdefault(default_adapter_name(data.get("algorithm")), {})
+        return {**data, "adapters": adapters}
 
     @model_validator(mode="before")
     @classmethod
-    def _with_learning_rate(cls, data: Any) -> Any:
-        if not isinstance(data, dict):
+    def _add_learning_rate(cls, data: Any) -> Any:
+        """Adds the learning rate of the algorithm."""
+        if not isinstance(data, dict) or data.get("algorithm") not in ALGORITHMS:
             return data
-        if isinstance(algorithm := data.get("algorithm"), str):
-            rate = DEFAULT_LEARNING_RATES.get(algorithm)
-        else:
-            rate = None
+        rate = DEFAULT_LEARNING_RATES[data["algorithm"]]
         train = data.get("train", {})
-        if rate is None:
-            return data
         if isinstance(train, TrainingConfig) and "learning_rate" not in train.model_fields_set:
             return {**data, "train": train.model_copy(update={"learning_rate": rate})}
         if isinstance(train, dict) and "learning_rate" not in train:

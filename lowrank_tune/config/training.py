@@ -1,14 +1,16 @@
-"""The training loop, and the held-out measurements beside it."""
+"""The training loop."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Annotated, Literal
 
 from pydantic import Field
 
-from lowrank_tune.config.base import NonEmptyStr, PositiveInt, Settings
-from lowrank_tune.config.data import SourceConfig
+from lowrank_tune.config.base import Finding, NonEmptyStr, PositiveInt, Settings
 
+PROJECT_TRACKERS = ("wandb", "trackio", "mlflow")
+"""Trackers that sort runs by project. TensorBoard's files are in the run's folder."""
 TrackerName = Literal["tensorboard", "wandb", "trackio", "mlflow"]
 
 
@@ -85,6 +87,11 @@ class TrainingConfig(Settings):
     """Project of the run in wandb and trackio; experiment of the run in mlflow."""
 
     @property
+    def recomputes_layers(self) -> bool:
+        """Whether activations of at least one layer may be recomputed."""
+        return self.gradient_checkpointing not in ("none", False, 0)
+
+    @property
     def trackers(self) -> tuple[str, ...]:
         """`report_to` as a list."""
         if isinstance(self.report_to, str):
@@ -98,29 +105,21 @@ class TrainingConfig(Settings):
             return 4
         return self.micro_batch_size
 
-
-class EvaluationConfig(Settings):
-    """Held-out measurements in training."""
-
-    eval_steps: PositiveInt | None = None
-    """Steps between evaluations. Default: about ten evaluations per run."""
-    eval_dataset: SourceConfig | None = None
-    """Prompts with gold answers. The model answers them before and after the run; exact answers and proper stops are
-    counted."""
-    num_prompts: PositiveInt = 100
-    """Number of prompts drawn from it."""
-    num_samples: PositiveInt = 1
-    """Answers per prompt: 1 is greedy; more are sampled and give pass@1 and pass@k."""
-    temperature: Annotated[float, Field(gt=0.0)] = 1.0
-    """Temperature of sampled answers."""
-    max_new_tokens: PositiveInt = 64
-    """Maximum length of an answer in tokens."""
-    metric_for_best_model: Literal["loss", "accuracy"] | None = None
-    """Metric that selects the best step: `loss` (the lowest validation loss) or `accuracy` (the most held-out questions
-    answered exactly, one answer each: greedy, or sampled if `num_samples` is more than 1). Default: `accuracy` for grpo
-    and ppo with `eval_dataset`, else `loss`."""
-    on_reward_hacking: Literal["warn", "stop"] = "warn"
-    """If the reward rises and held-out answers get worse by more than their noise: `warn`, or `stop` the run, with the
-    best step as its result. For grpo and ppo with `eval_dataset`."""
-    num_completions_to_print: Annotated[int, Field(ge=0)] = 3
-    """Number of prompts (held-out ones, else of validation rows) whose answers are shown at every evaluation."""
+    def findings(self) -> Iterator[Finding]:
+        """Yields a missing end of the run, a warm-up that does not finish before it, offloading without recomputed
+        layers, and a project without a tracker that has projects."""
+        if not self.is_set("max_steps") and not self.is_set("num_train_epochs"):
+            yield ("max_steps",), "is missing: give `train.max_steps` or `train.num_train_epochs`"
+        if self.is_set("activation_offloading") and self.activation_offloading and not self.recomputes_layers:
+            yield (
+                ("activation_offloading",),
+                "does nothing without `train.gradient_checkpointing`: it moves what recomputed layers keep",
+            )
+        if self.is_set("project") and set(PROJECT_TRACKERS).isdisjoint(self.trackers):
+            yield (
+                ("project",),
+                f"does nothing without `train.report_to`: {', '.join(PROJECT_TRACKERS)} (TensorBoard's files are in "
+                "the run's folder)",
+            )
+        if self.max_steps is not None and self.warmup_steps >= self.max_steps:
+            yield ("warmup_steps",), f"must be smaller than `train.max_steps`, {self.max_steps}"

@@ -33,17 +33,15 @@ def simulation_specs(loaded: RecipeConfig | Chain, device: str, skip: Collection
         yield _stage_spec(pending, kind, dict.fromkeys(missing, loaded.adapters[loaded.trained_adapter]), None)
         return
     folders = {stage.name: PENDING_PATH + stage.name for stage in loaded.stages}
-    stages = [stage.to_dict() for stage in loaded.stages]
     for number, planned in enumerate(loaded.stages):
         if planned.name in skip:
             continue
-        reward_stage = reward_source_stage(stages, number)
+        reward_stage = reward_source_stage(loaded.stages, number)
         if reward_stage is None:
             reward_base_adapters = None
         else:
-            reward_base_adapters = frozen_stage_names(
-                stages, next(i for i, stage_data in enumerate(stages) if stage_data["name"] == reward_stage)
-            )
+            names = [stage.name for stage in loaded.stages]
+            reward_base_adapters = frozen_stage_names(loaded.stages, names.index(reward_stage))
         pending_adapters = {
             earlier_stage.name: earlier_stage.adapters[earlier_stage.trained_adapter]
             for earlier_stage in loaded.stages[:number]

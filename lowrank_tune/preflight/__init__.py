@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from lowrank_tune.config import BaseConfig, Chain, RecipeConfig, locate
-from lowrank_tune.config.raw_settings import Finding
+from lowrank_tune.config.base import Finding
 from lowrank_tune.errors import ConfigError, UserError
 from lowrank_tune.events import Emit, LogMessage
 from lowrank_tune.memory_planner import check_fit

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 
 from lowrank_tune.assembly.rope import long_row_problem
 from lowrank_tune.config import BaseConfig
-from lowrank_tune.config.raw_settings import Finding
+from lowrank_tune.config.base import Finding
 from lowrank_tune.errors import UserError
 from lowrank_tune.model.adapters import lora_config
 from lowrank_tune.model.base import check_quantization, describe_load_errors, load_config

@@ -20,7 +20,7 @@ from torch import nn
 from lowrank_tune.assembly.reward_model import REWARD_ROLE
 from lowrank_tune.assembly.stacks import ROLES_WITH_HEAD, frozen_adapters
 from lowrank_tune.checkpoint import as_user_error
-from lowrank_tune.config.raw_settings import Finding
+from lowrank_tune.config.base import Finding
 from lowrank_tune.errors import UserError
 from lowrank_tune.model.adapters import lora_config
 from lowrank_tune.paths import nearest_existing

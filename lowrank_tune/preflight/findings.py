@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from lowrank_tune.config import RecipeConfig
-from lowrank_tune.config.raw_settings import Finding
-from lowrank_tune.config.yaml_nodes import Path
+from lowrank_tune.config.base import Finding, Path
 from lowrank_tune.errors import ConfigError, UserError
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-from lowrank_tune.config.raw_settings import Finding
+from lowrank_tune.config.base import Finding
 from lowrank_tune.errors import ConfigError, UserError
 from lowrank_tune.preflight.stages import PlannedStage
 from lowrank_tune.rewards import Reward, WorkerPool, build_rewards

@@ -56,7 +56,6 @@ def stages_of(loaded: RecipeConfig | Chain, folder: Path, finished: frozenset[st
     """The stages of a recipe that is run in a folder, where those called `finished` have ended."""
     if not isinstance(loaded, Chain):
         return [PlannedStage(loaded, loaded, folder, is_finished=False)]
-    data = [recipe.to_dict() for recipe in loaded.stages]
     folders = [(folder / stage_folder(number, recipe.name)).resolve() for number, recipe in enumerate(loaded.stages, 1)]
     paths = {recipe.name: str(path) for recipe, path in zip(loaded.stages, folders, strict=True)}
     stages: list[PlannedStage] = []
@@ -68,7 +67,7 @@ def stages_of(loaded: RecipeConfig | Chain, folder: Path, finished: frozenset[st
             loaded.recipe_of(index, paths),
             path,
             recipe.name in finished,
-            frozenset(frozen_adapters_of(data, index)) - recipe.adapters.keys(),
+            frozenset(frozen_adapters_of(loaded.stages, index)) - recipe.adapters.keys(),
             dict(pending),
             saved,
         )

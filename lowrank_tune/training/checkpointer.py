@@ -25,7 +25,7 @@ from lowrank_tune.checkpoint import (
     write_atomically,
 )
 from lowrank_tune.config import RecipeConfig
-from lowrank_tune.config.memory_rules import memory_settings
+from lowrank_tune.config.memory import memory_settings
 from lowrank_tune.errors import UserError
 from lowrank_tune.events import CheckpointSaved, Emit, LogMessage
 from lowrank_tune.model.adapters import CONFIG, WEIGHTS

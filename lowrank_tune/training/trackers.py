@@ -22,7 +22,7 @@ from secrets import token_hex
 from typing import Any
 
 from lowrank_tune.checkpoint import write_file
-from lowrank_tune.config.yaml_nodes import dotted, leaves
+from lowrank_tune.config.yaml import dotted, leaves
 from lowrank_tune.errors import ConfigError, ConfigProblem, UserError
 from lowrank_tune.events import Evaluated, Event, RunEnded, RunStarted, StepEnd
 

@@ -332,19 +332,19 @@ def test_every_fault_at_once(write: Write) -> None:
             "my.yaml:2: seed: expected a whole number, found 'x'",
             "my.yaml:3: train.lr: unknown key; did you mean `learning_rate`?",
             "my.yaml:8: stages.dpo.base.bits: is 4 in stage sft, and a chain has one base in memory",
-            "my.yaml:9: stages.dpo.data.train.0.dataset: holds single answers, and dpo learns from pairs; use "
+            "my.yaml:9: stages.dpo.data.train.0.dataset: contains single answers, and dpo learns from pairs; use "
             "builtin:arithmetic-preferences",
             "my.yaml:10: stages.dpo.train.num_train_epoch: unknown key; did you mean `num_train_epochs`?",
-            "my.yaml:11: stages.dpo.reference: will be `sft`, the adapter right below it: it is always the policy's "
+            "my.yaml:11: stages.dpo.reference: will be `sft`, the adapter directly below it: it is always the policy's "
             "stack without its top; "
             "write that, or leave it out",
             "override: stages.dop.seed: no stage is called 'dop'; did you mean `dpo`?",
-            "override: stages.dpo: is no single setting; say stages.dpo.train.max_steps=100",
-            "override: stages: is no single setting; say stages.NAME.train.max_steps=100",
-            "override: stages.dpo.name: cannot be given here; it stands in the file",
-            "override: stages.dpo.extends: cannot be given here; it stands in the file",
+            "override: stages.dpo: is not a single setting; write stages.dpo.train.max_steps=100",
+            "override: stages: is not a single setting; write stages.NAME.train.max_steps=100",
+            "override: stages.dpo.name: cannot be given here; write it in the file",
+            "override: stages.dpo.extends: cannot be given here; write it in the file",
             "override: extends: cannot be given here; name that recipe itself",
-            "override: name: may hold letters, digits, `.`, `_` and `-`, a letter or digit first, at most 64, found "
+            "override: name: may have letters, digits, `.`, `_` and `-`, a letter or digit first, at most 64, found "
             "'/'",
             "override: train.x: unknown key",
             "override: stages.dpo.data.train.4.max_samples: `data.train` is a list with entries 0 to 0",
@@ -384,16 +384,16 @@ def test_faults_of_a_single_stage_and_of_an_extended_file_name_the_stage(write: 
 CLASHES: dict[str, tuple[dict[str, Any], str]] = {
     "same name": (chained(SFT, {**DPO, "name": "sft"}), "stages.1.name: a second stage is called `sft`"),
     "same algorithm": (chained(SFT, SFT), "stages.1: a second stage is called `sft`; give each a `name` of its own"),
-    "base": (chained({**SFT, "name": "base"}), "stages.0.name: is no name for a stage: `base` is the base itself"),
-    "letters": (chained({**SFT, "name": "My stage"}), "stages.0.name: is no name for a stage: small letters"),
-    "number": (chained({**SFT, "name": 7}), "stages.0.name: is no name for a stage: small letters"),
+    "base": (chained({**SFT, "name": "base"}), "stages.0.name: is not a name for a stage: `base` is the base itself"),
+    "letters": (chained({**SFT, "name": "My stage"}), "stages.0.name: is not a name for a stage: small letters"),
+    "number": (chained({**SFT, "name": 7}), "stages.0.name: is not a name for a stage: small letters"),
     "policy": (
         chained({**SFT, "name": "policy"}, DPO),
         "stages.dpo.adapters.policy: is also the name of an earlier stage",
     ),
     "reward": (
         chained({**SFT, "name": "reward"}, {**REWARD, "name": "r"}),
-        "stages.reward.name: is no name for a stage of sft",
+        "stages.reward.name: is not a name for a stage of sft",
     ),
     "adapter": (
         chained(SFT, {**DPO, "adapters": {"sft": {"path": "a"}}}),
@@ -428,7 +428,7 @@ CLASHES: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "no rewards in a chain": (
         chained(SFT, {**GRPO, "rewards": []}),
-        "stages.grpo.rewards: is missing: say what completions earn",
+        "stages.grpo.rewards: is missing: list the rewards",
     ),
     "rows of grpo": (
         chained(SFT, {**GRPO, "train": {"max_steps": 1, "global_batch_size": 4}}),
@@ -493,7 +493,7 @@ def test_a_chain_made_in_python_is_judged() -> None:
         Chain("x", "", (sft, sft))
     with pytest.raises(ConfigError, match="at least one entry"):
         Chain("x", "", ())
-    with pytest.raises(ConfigError, match=r"stages.0.name: is no name for a stage"):
+    with pytest.raises(ConfigError, match=r"stages.0.name: is not a name for a stage"):
         Chain("x", "", (Recipe.from_dict(SFT),))
 
 
@@ -600,7 +600,7 @@ HOSTILE: dict[str, tuple[str, str]] = {
     "algorithm": (f"stages:\n- {{{GOOD}}}\n- {{algorithm: [x]}}\n", ":3: stages.1.algorithm: expected one of"),
     "no algorithm": (f"stages:\n- {{{GOOD}}}\n- {{seed: 1}}\n", ":3: stages.1.algorithm: is missing"),
     "reference": (f"reference: [x]\nstages:\n- {{{GOOD}}}\n- {{{GOOD}, name: b}}\n", ":1: reference: expected text"),
-    "escapes": (f'stages:\n- {{{GOOD}, name: "a\\u202e"}}\n', ":2: stages.0.name: is no name for a stage"),
+    "escapes": (f'stages:\n- {{{GOOD}, name: "a\\u202e"}}\n', ":2: stages.0.name: is not a name for a stage"),
     "algorithm's own": ('stages:\n- {algorithm: "\\u202e"}\n', ":2: stages.0.algorithm: expected one of"),
     "many keys": (
         "".join(f"k{n}: {n}\n" for n in range(700))

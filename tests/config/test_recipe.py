@@ -29,9 +29,9 @@ from lowrank_tune.config import (
     load,
     load_any,
     presets,
-    rules,
     schema,
 )
+from lowrank_tune.config.schema import USED_BY
 from lowrank_tune.errors import ConfigError, UserError
 
 ROOT = Path(__file__).parents[2]
@@ -343,9 +343,9 @@ CONTRADICTIONS = {
         "adapters.policy.lora_alpha: comes from the file",
     ),
     "no path": (changed(adapters={"low": {}}), "adapters.low.path: is missing: only `policy` is trained"),
-    "adapter name": (changed(adapters={"Low.1": {"path": "x"}}), "adapters.Low.1: is no name for an adapter"),
-    "adapter base": (changed(adapters={"base": {"path": "x"}}), "adapters.base: is no name for an adapter"),
-    "revision": (changed(base={"model": "a/b@"}), "base.model: names no revision after the @"),
+    "adapter name": (changed(adapters={"Low.1": {"path": "x"}}), "adapters.Low.1: is not a name for an adapter"),
+    "adapter base": (changed(adapters={"base": {"path": "x"}}), "adapters.base: is not a name for an adapter"),
+    "revision": (changed(base={"model": "a/b@"}), "base.model: has no revision after the @"),
     "builtin:arithmetic": (
         changed(data={"train": [{"dataset": "builtin:arithmetic", "ground_truth": "boxed"}]}),
         "data.train.0.ground_truth: does nothing for `builtin:arithmetic`",
@@ -430,8 +430,8 @@ def test_python_objects_are_judged_too() -> None:
 
 
 def test_settings_of_another_algorithm(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(rules.USED_BY, "evaluate", ("dpo",))
-    monkeypatch.setitem(rules.USED_BY, "train.length_window", ("dpo", "grpo"))
+    monkeypatch.setitem(USED_BY, "evaluate", ("dpo",))
+    monkeypatch.setitem(USED_BY, "train.length_window", ("dpo", "grpo"))
     with pytest.raises(ConfigError) as caught:
         from_dict(changed(evaluate={"eval_steps": 5}, train={"length_window": 4}))
     assert str(caught.value).splitlines() == [
@@ -440,7 +440,7 @@ def test_settings_of_another_algorithm(monkeypatch: pytest.MonkeyPatch) -> None:
     ]
 
 
-@pytest.mark.parametrize("key", list(rules.USED_BY))
+@pytest.mark.parametrize("key", list(USED_BY))
 def test_the_tables_name_real_settings(key: str) -> None:
     section: Any = RecipeConfig
     for step in key.split("."):

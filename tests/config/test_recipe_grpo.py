@@ -11,8 +11,10 @@ from hypothesis import settings as limits
 from hypothesis import strategies as st
 from test_recipe_pairs import faults_of
 
-from lowrank_tune.config import Recipe, dump, from_dict, rules
+from lowrank_tune.config import Recipe, dump, from_dict
 from lowrank_tune.config import RecipeConfig as Settings
+from lowrank_tune.config.schema import REPLACEMENTS
+from lowrank_tune.config.validate import findings, partial_recipe
 from lowrank_tune.errors import ConfigError
 
 HELDOUT = {"eval_dataset": {"dataset": "builtin:arithmetic", "split": "heldout"}}
@@ -114,38 +116,38 @@ RULES: dict[str, tuple[dict[str, Any], str, dict[str, Any]]] = {
     ),
     "no rewards": (
         {key: value for key, value in made().items() if key != "rewards"},
-        "rewards: is missing: say what completions earn, as in `rewards: [{name: answer}]`",
+        "rewards: is missing: list the rewards of completions, as in `rewards: [{name: answer}]`",
         made(),
     ),
-    "empty rewards": (made(rewards=[]), "rewards: is missing: say what completions earn", made(rewards=[OWN])),
+    "empty rewards": (made(rewards=[]), "rewards: is missing: list the rewards", made(rewards=[OWN])),
     "no reward": (
         made(rewards=[{"name": "quite"}]),
-        "rewards.0.name: is no reward; there are answer, ",
+        "rewards.0.name: is not a reward; there are answer, ",
         made(rewards=[{"name": "length", "target_tokens": 9}]),
     ),
     "nearly a reward": (
         made(rewards=[OWN, {"name": "anser"}]),
-        "rewards.1.name: is no reward; did you mean `answer`?",
+        "rewards.1.name: is not a reward; did you mean `answer`?",
         made(rewards=[OWN]),
     ),
     "reward of others": (
         made(rewards=[{"name": "accuracy_reward"}]),
-        "rewards.0.name: is no reward; did you mean `answer`?",
+        "rewards.0.name: is not a reward; did you mean `answer`?",
         made(),
     ),
     "file alone": (
         made(rewards=[{"name": "./mine.py"}]),
-        "rewards.0.name: is no function in a file; write it as `./file.py:function`",
+        "rewards.0.name: is not a function in a file; write it as `./file.py:function`",
         made(rewards=[{"name": "mine.py:f"}]),
     ),
     "no file": (
         made(rewards=[{"name": "mine:f"}]),
-        "rewards.0.name: is no function in a file",
+        "rewards.0.name: is not a function in a file",
         made(rewards=[{"name": "/a b/mine.py:f"}]),
     ),
     "no function": (
         made(rewards=[{"name": "a.py:1f"}]),
-        "rewards.0.name: is no function in a file",
+        "rewards.0.name: is not a function in a file",
         made(rewards=[{"name": "a.py:f1"}]),
     ),
     "pattern": (
@@ -216,7 +218,7 @@ RULES: dict[str, tuple[dict[str, Any], str, dict[str, Any]]] = {
     ),
     "no golds": (
         made(data=from_file(ground_truth="none")),
-        "data.train.0.ground_truth: leaves the reward `answer` nothing to compare with",
+        "data.train.0.ground_truth: leaves the reward `answer` without an answer",
         made(data=from_file(ground_truth="none"), rewards=[OWN]),
     ),
     "penalty": (
@@ -236,12 +238,12 @@ RULES: dict[str, tuple[dict[str, Any], str, dict[str, Any]]] = {
     ),
     "place of no KL": (
         made(grpo={"beta": 0, "kl_in_reward": False}),
-        "grpo.kl_in_reward: does nothing where `grpo.beta` is 0",
+        "grpo.kl_in_reward: does nothing if `grpo.beta` is 0",
         made(grpo={"beta": 1e-9, "kl_in_reward": True}),
     ),
     "estimator of no KL": (
         made(grpo={"beta": 0.0, "kl_estimator": "k2"}),
-        "grpo.kl_estimator: does nothing where `grpo.beta` is 0",
+        "grpo.kl_estimator: does nothing if `grpo.beta` is 0",
         made(grpo={"kl_estimator": "exact", "kl_in_reward": False}),
     ),
     "estimator in the reward": (
@@ -251,7 +253,7 @@ RULES: dict[str, tuple[dict[str, Any], str, dict[str, Any]]] = {
     ),
     "share of what stops": (
         made(rewards=[OWN], rollout={"max_reward_failure_rate": 0.1}),
-        "rollout.max_reward_failure_rate: does nothing where every",
+        "rollout.max_reward_failure_rate: does nothing if every",
         made(rewards=[{**OWN, "on_error": "drop"}], rollout={"max_reward_failure_rate": 0.1}),
     ),
     "share of stopping kits": (
@@ -286,13 +288,13 @@ RULES: dict[str, tuple[dict[str, Any], str, dict[str, Any]]] = {
     ),
     "built-in pairs": (
         made(data={"train": [{"dataset": "builtin:arithmetic-preferences"}]}),
-        "data.train.0.dataset: holds pairs, and grpo learns from completions that it draws itself; use builtin:",
+        "data.train.0.dataset: contains pairs, and grpo learns from completions that it draws itself; use builtin:",
         made(),
     ),
     "pairs": (
         made(data=from_file(format="preference")),
         "data.train.0.format: means pairs, and grpo learns from completions that it draws "
-        "itself; name the format of single answers",
+        "itself; use the format of single answers",
         made(data=from_file(format="question_answer")),
     ),
     "shown of nothing": (
@@ -377,7 +379,7 @@ def test_each_rule_and_its_neighbor(case: str) -> None:
     assert len(faults) == 1 and faults[0].startswith(message) and len(faults[0]) < 400, faults
     recipe = from_dict(right)
     assert from_dict(recipe.to_dict()) == recipe
-    assert not list(rules.findings(recipe.to_dict()))
+    assert not findings(partial_recipe(recipe.to_dict())[0])
 
 
 @pytest.mark.parametrize(
@@ -425,7 +427,7 @@ def test_a_hint_is_for_the_algorithm(algorithm: str, word: str, meant: str) -> N
 
 
 def test_the_cures_name_real_settings() -> None:
-    for key in [*(meant.strip("`") for meant in OTHER_WORDS.values() if meant.endswith("`")), *rules.REPLACEMENTS]:
+    for key in [*(meant.strip("`") for meant in OTHER_WORDS.values() if meant.endswith("`")), *REPLACEMENTS]:
         section: Any = Settings
         for step in key.split(".")[: 1 if key.startswith("rewards") else None]:
             section = section.model_fields[step].annotation

@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 
-from lowrank_tune.config import Recipe, dump, from_dict, rules
+from lowrank_tune.config import Recipe, dump, from_dict
 from lowrank_tune.config import RecipeConfig as Settings
+from lowrank_tune.config.validate import findings, partial_recipe
 from lowrank_tune.errors import ConfigError
 
 LOADED = {"sft": {"path": "runs/sft/final"}}
@@ -97,12 +98,12 @@ RULES: dict[str, tuple[dict[str, Any], str, dict[str, Any]]] = {
     ),
     "reference over a base": (
         made("dpo", reference="sft"),
-        "reference: will be `base`, as no adapter lies below it",
+        "reference: will be `base`, as no adapter is below it",
         made("dpo", reference="base"),
     ),
     "reference over an adapter": (
         made("dpo", reference="base", adapters=LOADED),
-        "reference: will be `sft`, the adapter right below it",
+        "reference: will be `sft`, the adapter directly below it",
         made("dpo", reference="sft", adapters=LOADED),
     ),
     "reference is the lowest": (
@@ -122,7 +123,7 @@ RULES: dict[str, tuple[dict[str, Any], str, dict[str, Any]]] = {
     ),
     "messages for a reward": (
         made("reward", {"dataset": "a.jsonl", "format": "messages"}),
-        "data.train.0.format: reward learns from pairs, a chosen and a rejected answer; say `preference`, or leave "
+        "data.train.0.format: reward learns from pairs, a chosen and a rejected answer; write `preference`, or leave "
         "it out",
         made("reward", {"dataset": "a.jsonl", "format": "preference"}),
     ),
@@ -133,28 +134,28 @@ RULES: dict[str, tuple[dict[str, Any], str, dict[str, Any]]] = {
     ),
     "pairs for sft": (
         made("sft", {"dataset": "a.jsonl", "format": "preference"}),
-        "data.train.0.format: means pairs, and sft learns from single answers; train with dpo or reward, or take the "
-        "chosen ones",
+        "data.train.0.format: means pairs, and sft learns from single answers; train with dpo or reward, or use the "
+        "chosen answers",
         made("sft", {"dataset": "a.jsonl", "format": "prompt_completion", "columns": {"completion": "chosen"}}),
     ),
     "problems for dpo": (
         made("dpo", {"dataset": "builtin:arithmetic"}),
-        "data.train.0.dataset: holds single answers, and dpo learns from pairs; use builtin:arithmetic-preferences",
+        "data.train.0.dataset: contains single answers, and dpo learns from pairs; use builtin:arithmetic-preferences",
         made("dpo", {"dataset": "builtin:arithmetic-preferences", "split": "heldout", "max_samples": 9}),
     ),
     "problems to validate a reward": (
         validated("reward", {"dataset": "builtin:arithmetic"}),
-        "data.validation.0.dataset: holds single answers",
+        "data.validation.0.dataset: contains single answers",
         validated("reward", {"dataset": "builtin:arithmetic-preferences", "split": "heldout"}),
     ),
     "built-in pairs for sft": (
         made("sft", {"dataset": "builtin:arithmetic-preferences"}),
-        "data.train.0.dataset: holds pairs, and sft learns from single answers; use builtin:arithmetic",
+        "data.train.0.dataset: contains pairs, and sft learns from single answers; use builtin:arithmetic",
         made("sft"),
     ),
     "built-in pairs held out": (
         made("dpo", evaluate={"eval_dataset": {"dataset": "builtin:arithmetic-preferences"}}),
-        "evaluate.eval_dataset.dataset: holds pairs, and held-out prompts have one gold answer; use builtin:arithmetic",
+        "evaluate.eval_dataset.dataset: contains pairs, and held-out prompts have one gold answer; use builtin:",
         made("dpo", evaluate={"eval_dataset": {"dataset": "builtin:arithmetic", "split": "heldout"}}),
     ),
     "pairs held out": (
@@ -265,7 +266,7 @@ def test_what_is_saved_holds_only_what_is_used(algorithm: str) -> None:
     assert {"reward", "dpo"} & set(saved) == ({algorithm} - {"sft"})
     assert list(saved["adapters"]) == [recipe.trained_adapter] == ["reward" if algorithm == "reward" else "policy"]
     assert "label_smoothing" not in saved.get("dpo", {}) and "label_smoothing" not in dump(recipe)
-    assert not list(rules.findings(saved))
+    assert not findings(partial_recipe(saved)[0])
 
 
 def test_the_smoothing_of_the_robust_loss_is_saved() -> None:

@@ -41,7 +41,7 @@ RULES: dict[str, tuple[dict[str, Any], str, dict[str, Any]]] = {
         "grpo: does nothing for ppo (it belongs to grpo)",
         made("grpo", grpo={"epsilon": 0.1}),
     ),
-    "rewards": (made(rewards=[]), "rewards: is missing: say what completions earn", made()),
+    "rewards": (made(rewards=[]), "rewards: is missing: list the rewards", made()),
     "a reward": (
         made(rewards=[{"name": "format"}]),
         "rewards.0.pattern: is missing",
@@ -119,7 +119,7 @@ RULES: dict[str, tuple[dict[str, Any], str, dict[str, Any]]] = {
     ),
     "pairs": (
         made(data={"train": [{"dataset": "builtin:arithmetic-preferences"}]}),
-        "data.train.0.dataset: holds pairs, and ppo learns from completions",
+        "data.train.0.dataset: contains pairs, and ppo learns from completions",
         made(),
     ),
     "loss decides": (
@@ -176,8 +176,8 @@ def test_what_lies_beside_the_policy_is_in_no_stack() -> None:
         and recipe.metric_for_best_model == "loss"
     )
     stages = [
-        {**made(adapters={"low": {"path": "a"}, "value": {"path": "b"}}), "name": "one"},
-        {**made(), "name": "two"},
+        from_dict({**made(adapters={"low": {"path": "a"}, "value": {"path": "b"}}), "name": "one"}),
+        from_dict({**made(), "name": "two"}),
     ]
     assert list(frozen_adapters_of(stages, 1)) == ["low"]
 

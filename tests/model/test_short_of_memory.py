@@ -27,7 +27,7 @@ from torch import Tensor
 from lowrank_tune import Recipe, run
 from lowrank_tune.cli.common import report_user_errors
 from lowrank_tune.config import TrainingConfig, load
-from lowrank_tune.config.memory_rules import suggestions
+from lowrank_tune.config.memory import suggestions
 from lowrank_tune.events import Event, from_json
 from lowrank_tune.generation import Engine, engine
 from lowrank_tune.model import oom

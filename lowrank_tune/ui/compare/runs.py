@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from lowrank_tune.checkpoint.run_format import check_run_format
-from lowrank_tune.config.yaml_nodes import dotted, leaves
+from lowrank_tune.config.yaml import dotted, leaves
 from lowrank_tune.errors import UserError
 from lowrank_tune.evaluation import EvalRecord as Evaluated
 from lowrank_tune.evaluation import read_records

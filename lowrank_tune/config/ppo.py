@@ -1,63 +1,13 @@
-"""Settings of the algorithms that draw their own completions."""
+"""Settings of `algorithm: ppo`."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Annotated, Literal
 
 from pydantic import Field
 
-from lowrank_tune.config.base import Fraction, PositiveInt, Settings
-
-
-class RolloutConfig(Settings):
-    """How completions are drawn in training: from the full distribution, without top-k or top-p."""
-
-    num_generations: Annotated[int, Field(ge=1, le=1024)] = 8
-    """Completions per prompt, a group; at least 2 for grpo."""
-    max_new_tokens: PositiveInt = 256
-    """Maximum length of a completion in tokens."""
-    temperature: Annotated[float, Field(gt=0.0)] = 1.0
-    """Temperature of sampling, and of all log-probs of the update."""
-    max_num_seqs: PositiveInt = 64
-    """Maximum number of sequences decoded at once."""
-    max_reward_failure_rate: Fraction = 0.01
-    """Stops the run if the rewards failed on more than this share of its completions, from the third failure on."""
-
-
-class GRPOConfig(Settings):
-    """Settings of `algorithm: grpo`."""
-
-    loss_type: Literal["grpo", "dapo", "dr_grpo", "gspo", "cispo"] = "grpo"
-    """`grpo`; `dapo` (mean over tokens); `dr_grpo` (no division by standard deviation or length); `gspo` (ratio of
-    whole sequences); `cispo` (clipped weights)."""
-    epsilon: Annotated[float, Field(gt=0.0)] = 0.2
-    """Clip range of the ratio to the policy that drew the completions; only its lower side if `epsilon_high` is
-    given."""
-    epsilon_high: Annotated[float, Field(gt=0.0)] | None = None
-    """Upper side of the clip range. Default: `epsilon`; 0.28 for `dapo`; 5 for `cispo`, where it is the maximum
-    weight."""
-    beta: Annotated[float, Field(ge=0.0)] = 0.05
-    """Weight of the KL to the reference."""
-    kl_in_reward: bool = False
-    """Subtracts the KL from the reward of a completion, instead of adding it to the loss of each token."""
-    kl_estimator: Literal["k3_ratio", "k3", "k2", "exact"] = "k3_ratio"
-    """Estimator of the KL in the loss: `k3_ratio` (k3 times the ratio, which has the gradient of KL(policy ||
-    reference)), `k3`, `k2`, or `exact` over the whole vocabulary."""
-    num_iterations: PositiveInt = 1
-    """Passes over each rollout batch."""
-    old_logprobs_from: Literal["recomputed", "sampler"] = "recomputed"
-    """Old log-probs of the ratio: `recomputed` by the policy, or those of the `sampler`."""
-    max_logprob_mismatch: Annotated[float, Field(gt=0.0)] = 0.1
-    """Stops the run if the log-probs of the sampler and of the policy differ by more than this, in nats per token on
-    average."""
-    truncated_completions: Literal["keep", "mask", "penalize"] = "keep"
-    """A completion cut at `rollout.max_new_tokens`: `keep` trains it as it is, `mask` leaves it out of the loss,
-    `penalize` subtracts `missing_eos_penalty` from its reward."""
-    missing_eos_penalty: Annotated[float, Field(gt=0.0)] = 1.0
-    """Penalty for `truncated_completions: penalize`."""
-    zero_std_groups: Literal["keep", "drop", "resample"] = "drop"
-    """A group of equal rewards has no advantage: `keep` it for its KL, `drop` it from the update, or `resample` other
-    prompts in its place."""
+from lowrank_tune.config.base import Finding, Fraction, PositiveInt, Settings
 
 
 class PPOConfig(Settings):
@@ -105,3 +55,22 @@ class PPOConfig(Settings):
     max_logprob_mismatch: Annotated[float, Field(gt=0.0)] = 0.1
     """Stops the run if the log-probs of the sampler and of the policy differ by more than this, in nats per token on
     average."""
+
+    def findings(self) -> Iterator[Finding]:
+        """Yields settings of a penalty, of the adapted KL weight, and of the value that other keys make unused."""
+        if self.is_set("missing_eos_penalty") and self.truncated_completions != "penalize":
+            yield ("missing_eos_penalty",), "does nothing without `ppo.truncated_completions`: penalize"
+        if self.is_set("kl_gain") and not self.is_set("kl_target"):
+            yield ("kl_gain",), "does nothing without `ppo.kl_target`: the weight of the KL is constant"
+        if self.is_set("critic_init") and self.critic == "shared":
+            yield ("critic_init",), "does nothing with `ppo.critic`: shared, a new head on the policy's trunk"
+        if self.is_set("vf_coef") and self.critic == "separate":
+            yield (
+                ("vf_coef",),
+                "does nothing with `ppo.critic`: separate, which shares no weights; there is `ppo.value_learning_rate`",
+            )
+        if self.is_set("kl_target") and self.kl_coef == 0.0:
+            yield (
+                ("kl_target",),
+                "cannot be reached from `ppo.kl_coef`: 0, which stays 0 with any factor; begin with 0.05",
+            )

@@ -1,19 +1,13 @@
-"""Settings of the algorithms that learn from preference pairs."""
+"""Settings of `algorithm: dpo`."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Annotated, Literal
 
 from pydantic import Field
 
-from lowrank_tune.config.base import Settings
-
-
-class RewardModelConfig(Settings):
-    """Settings of `algorithm: reward`: the Bradley-Terry loss, with the margin of each row that has one."""
-
-    center_rewards_coefficient: Annotated[float, Field(ge=0.0)] = 0.0
-    """Weight of (R+ + R-)^2, which keeps the scores around 0 (arXiv:2312.09244)."""
+from lowrank_tune.config.base import Finding, Settings
 
 
 class DPOConfig(Settings):
@@ -28,3 +22,11 @@ class DPOConfig(Settings):
     """For `robust`: assumed share of pairs whose sides are swapped."""
     sft_coef: Annotated[float, Field(ge=0.0)] = 0.0
     """Weight of an SFT loss on the chosen answers, which keeps them from becoming less likely."""
+
+    def findings(self) -> Iterator[Finding]:
+        """Yields label smoothing for a loss that does not smooth its labels."""
+        if self.is_set("label_smoothing") and self.loss_type != "robust":
+            yield (
+                ("label_smoothing",),
+                f"does nothing for the loss {self.loss_type}; it belongs to `dpo.loss_type`: robust",
+            )

@@ -1,0 +1,24 @@
+"""How completions are drawn in training."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from pydantic import Field
+
+from lowrank_tune.config.base import Fraction, PositiveInt, Settings
+
+
+class RolloutConfig(Settings):
+    """How completions are drawn in training: from the full distribution, without top-k or top-p."""
+
+    num_generations: Annotated[int, Field(ge=1, le=1024)] = 8
+    """Completions per prompt, a group; at least 2 for grpo."""
+    max_new_tokens: PositiveInt = 256
+    """Maximum length of a completion in tokens."""
+    temperature: Annotated[float, Field(gt=0.0)] = 1.0
+    """Temperature of sampling, and of all log-probs of the update."""
+    max_num_seqs: PositiveInt = 64
+    """Maximum number of sequences decoded at once."""
+    max_reward_failure_rate: Fraction = 0.01
+    """Stops the run if the rewards failed on more than this share of its completions, from the third failure on."""
