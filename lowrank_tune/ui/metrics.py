@@ -81,6 +81,8 @@ TITLES = {
 SIDE_TITLES = {"score_chosen": "score", "rewards/chosen": "reward", "logps_per_token/chosen": "log-prob"}
 """Where both sides and their last values have to stand in few cells."""
 
+DEFAULT_ALGORITHM = "sft"
+"""Assumed until the event `run_started` names the algorithm."""
 WITHOUT_REFERENCE = ("reward",)
 """Algorithms that compare the model with nothing."""
 GENERATIVE_ALGORITHMS = ("grpo", "ppo")
@@ -204,6 +206,11 @@ def reward_label(name: str) -> str:
     """`NAME` of `rewards/NAME/mean`, any other name as it is."""
     match = _REWARD_MEAN.fullmatch(name)
     return match[1] if match else name
+
+
+def chart_title(name: str) -> str:
+    """The title of a chart, by the first of its metrics."""
+    return TITLES.get(name) or name.replace("_", " ").replace("heldout", "held-out")
 
 
 def metric_label(name: str) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import sys
@@ -13,8 +12,8 @@ from pathlib import Path
 
 from lowrank_tune.checkpoint.run_format import check_run_format
 from lowrank_tune.errors import UserError
-from lowrank_tune.events import Event, LogMessage, RunEnded, RunStarted, from_json
-from lowrank_tune.ui.run_paths import EVENTS, ended_process, is_chain, stage_folders
+from lowrank_tune.events import Event, LogMessage, RunEnded, RunStarted
+from lowrank_tune.ui.run_paths import EVENTS, ended_process, is_chain, parse_event, stage_folders
 from lowrank_tune.ui.state import State
 from lowrank_tune.ui.terminal.device import can_show
 from lowrank_tune.ui.terminal.live_screen import LiveScreen
@@ -55,17 +54,7 @@ class Tail:
         self._offset = self._offset + len(data)
         self.more = len(data) == MAX_BYTES
         *lines, self._rest = (self._rest + data).split(b"\n")
-        return anew, [event for line in lines if (event := _event(line)) is not None]
-
-
-def _event(line: bytes) -> Event | None:
-    try:
-        data = json.loads(line)
-        if isinstance(data, dict):
-            return from_json(data)
-        return None
-    except (ValueError, TypeError, RecursionError):
-        return None
+        return anew, [event for line in lines if (event := parse_event(line)) is not None]
 
 
 def read_events(path: Path) -> Iterator[Event]:
