@@ -181,7 +181,7 @@ def watch(runs: Sequence[Path], environ: Mapping[str, str] = os.environ, plain: 
         failures.append(error)
         over.set()
 
-    # The default handler raises KeyboardInterrupt, which a callback of the interpreter could swallow.
+    # the default handler raises KeyboardInterrupt, which a callback of the interpreter could swallow
     before = signal.signal(signal.SIGINT, lambda *_: over.set())
     screen = LiveScreen(draw, changed, on_key, on_failure, owns_run=False, environ=environ)
     screen.start()

@@ -29,24 +29,29 @@ MAX_BUCKETS = 150
 def compare_page(runs: Sequence[ComparedRun]) -> str:
     """Returns the page of a comparison."""
     names = ", ".join(run.label for run in runs)
-    messages = []
-    for run in runs:
-        for run_log in run.run_logs:
-            messages += [f"{run.label}: {issue}" for issue in issues(run_log)]
+    heads = [_head(run, index) for index, run in enumerate(runs)]
+    has_failed = any(run.status == "failed" for run in runs)
     body = render(
         "compare",
         names=names,
-        heads=[Markup(), *(_head(run, index) for index, run in enumerate(runs))],
-        count=len(runs),
-        issues=messages,
-        status="failed" if any(run.status == "failed" for run in runs) else "",
+        runs=runs,
+        heads=["", *heads],
+        issues=_issues(runs),
+        status="failed" if has_failed else "",
         figures=rows(runs),
         cards=_cards(runs),
-        has_chains=any(run.chain is not None for run in runs),
         settings=differences(runs),
         without_recipe=", ".join(without_recipe(runs)),
     )
     return document(f"{names[:120]}: compared", body, "the events and summaries of these runs")
+
+
+def _issues(runs: Sequence[ComparedRun]) -> list[str]:
+    messages = []
+    for run in runs:
+        for run_log in run.run_logs:
+            messages += [f"{run.label}: {issue}" for issue in issues(run_log)]
+    return messages
 
 
 def _head(run: ComparedRun, index: int) -> Markup:

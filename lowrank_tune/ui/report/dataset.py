@@ -10,11 +10,11 @@ from markupsafe import Markup
 
 from lowrank_tune.ui.html import render
 from lowrank_tune.ui.json_fields import get_list, get_mapping, get_number, get_objects
-from lowrank_tune.ui.metrics import PAIR_SIDES
 from lowrank_tune.ui.report.run_log import RunLog
 from lowrank_tune.ui.svg import length_histogram
 
 MEASURES = {"rows": "rows", "tokens": "tokens", "trained": "trained tokens"}
+EPOCH_FIGURES = ("rows", "tokens", "trained", "steps")
 LENGTH_FIGURES = {"median": "median", "p95": "95 % up to", "longest": "longest read", "limit": "limit"}
 SIDE_COUNTS = {"longer": "chosen is longer", "shorter": "chosen is shorter", "equal": "equally long"}
 
@@ -36,6 +36,17 @@ class Source:
     format: Any
     measures: Sequence[Measure]
     weight: float
+
+
+@dataclass(frozen=True)
+class Sides:
+    """How the sides of the training pairs differ in length, which a model could learn instead of quality."""
+
+    pairs: float
+    shares: Sequence[tuple[str, float]]
+    chosen_tokens: float
+    rejected_tokens: float
+    margins: float
 
 
 @dataclass(frozen=True)
@@ -61,24 +72,23 @@ def data(run_log: RunLog) -> Markup:
     report = run_log.data
     if not report:
         return Markup()
+    epoch = get_mapping(report, "epoch")
+    lengths = get_mapping(report, "lengths")
+    issues = [_issue(issue) for issue in get_objects(report, "issues")]
+    examples = [_example(example) for example in get_objects(report, "examples")]
     return render(
         "dataset",
         report=report,
         sources=_sources(report),
-        epoch=_numbers(get_mapping(report, "epoch"), ("rows", "tokens", "trained", "steps")),
+        epoch={name: get_number(epoch, name) for name in EPOCH_FIGURES},
         validation_rows=get_number(report, "validation_rows"),
         eos_tokens=_eos_tokens(get_mapping(report, "ends")),
-        length_figures=_numbers(get_mapping(report, "lengths"), LENGTH_FIGURES),
-        length_labels=LENGTH_FIGURES,
-        length_svg=_length_svg(get_mapping(report, "lengths")),
+        lengths=[(label, get_number(lengths, name)) for name, label in LENGTH_FIGURES.items()],
+        length_svg=_length_svg(lengths),
         sides=_sides(get_mapping(report, "sides")),
-        issues=[_issue(issue) for issue in get_objects(report, "issues")],
-        examples=[_example(example) for example in get_objects(report, "examples")],
+        issues=issues,
+        examples=examples,
     )
-
-
-def _numbers(data: Mapping[str, Any], names: Sequence[str] | Mapping[str, str]) -> dict[str, float]:
-    return {name: get_number(data, name) for name in names}
 
 
 def _sources(report: Mapping[str, Any]) -> list[Source]:
@@ -110,18 +120,18 @@ def _length_svg(lengths: Mapping[str, Any]) -> Markup:
     return length_histogram(edges, counts, int(get_number(lengths, "limit")), int(get_number(lengths, "over")))
 
 
-def _sides(side_stats: Mapping[str, Any]) -> dict[str, Any] | None:
-    """Returns how the sides of the training pairs differ in length, which a model could learn instead of quality."""
+def _sides(side_stats: Mapping[str, Any]) -> Sides | None:
     pairs = get_number(side_stats, "pairs")
     if not pairs:
         return None
-    counts = _numbers(side_stats, SIDE_COUNTS)
-    return {
-        "pairs": pairs,
-        "shares": {SIDE_COUNTS[key]: count / pairs for key, count in counts.items()},
-        "mean_tokens": _numbers(side_stats, PAIR_SIDES),
-        "margins": get_number(side_stats, "margins"),
-    }
+    shares = [(label, get_number(side_stats, name) / pairs) for name, label in SIDE_COUNTS.items()]
+    return Sides(
+        pairs,
+        shares,
+        get_number(side_stats, "chosen"),
+        get_number(side_stats, "rejected"),
+        get_number(side_stats, "margins"),
+    )
 
 
 def _issue(issue: Mapping[str, Any]) -> Issue:

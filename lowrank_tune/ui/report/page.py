@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 from markupsafe import Markup
@@ -41,9 +40,18 @@ class StagePart:
     number: int
     folder: str
     run: RunLog | None
-    issues: Sequence[str] = ()
-    tiles: Sequence[Tile] = ()
-    sections: Markup = Markup()
+
+    @property
+    def issues(self) -> list[str]:
+        return issues(self.run) if self.run else []
+
+    @property
+    def tiles(self) -> list[Tile]:
+        return run_tiles(self.run) if self.run else []
+
+    @property
+    def sections(self) -> Markup:
+        return _sections(self.run) if self.run else Markup()
 
 
 def page(run_log: RunLog) -> str:
@@ -62,18 +70,19 @@ def page(run_log: RunLog) -> str:
 
 def chain_page(chain: ChainLog) -> str:
     """Returns the page of a chain: the results of all stages together, then each of them."""
-    stages = list(chain.stages.items())
+    starts = [run_log.started for run_log in chain.started_stages if run_log.started]
+    stages = [StagePart(number, *stage) for number, stage in enumerate(chain.stages.items(), 1)]
     body = render(
         "chain",
         chain=chain,
-        started=next((run_log.started for run_log in chain.started_stages if run_log.started), None),
-        algorithms=ARROW.join(run_log.algorithm.upper() for run_log in chain.started_stages if run_log.started),
+        starts=starts,
+        algorithms=ARROW.join(started.algorithm.upper() for started in starts),
         issues=_chain_issues(chain),
         tiles=chain_tiles(chain),
         heldout=chain_heldout_section(chain),
         evaluations=evaluations.section(chain.folder),
-        stage_rows=[_stage_row(folder, run_log) for folder, run_log in stages],
-        stages=[_stage_part(number, folder, run_log) for number, (folder, run_log) in enumerate(stages, 1)],
+        stage_rows=[_stage_row(stage.folder, stage.run) for stage in stages],
+        stages=stages,
     )
     return document(f"{chain.name}, {chain.status}", body, f"the stages of {chain.folder.name}")
 
@@ -92,12 +101,6 @@ def _sections(run_log: RunLog) -> Markup:
             appendix(run_log),
         )
     )
-
-
-def _stage_part(number: int, folder: str, run_log: RunLog | None) -> StagePart:
-    if run_log is None:
-        return StagePart(number, folder, None)
-    return StagePart(number, folder, run_log, issues(run_log), run_tiles(run_log), _sections(run_log))
 
 
 def _stage_row(folder: str, run_log: RunLog | None) -> StageRow:
