@@ -30,8 +30,9 @@ from lowrank_tune.generation.sampling_params import SamplingParams
 from lowrank_tune.training.stage import Stage
 from lowrank_tune.training.trainer import Trainer
 from lowrank_tune.ui.formatting import percent
-from lowrank_tune.ui.report.charts import HEIGHT, WIDTH, ChartLine, chart, lines_of
+from lowrank_tune.ui.report.curves import metric_series
 from lowrank_tune.ui.report.run_log import RunLog, read_run_log
+from lowrank_tune.ui.svg import HEIGHT, WIDTH, line_chart
 
 FOLDERS = {"sft": "rlhf/1-sft", "reward": "rlhf/2-reward", "dpo": "dpo", "grpo": "grpo", "ppo": "rlhf/3-ppo"}
 TITLES = {"sft": "SFT", "reward": "Reward model", "dpo": "DPO", "grpo": "GRPO", "ppo": "PPO"}
@@ -237,8 +238,8 @@ def picture(out: Path) -> str:
 def _chart_card(name: str, record: RunLog) -> str:
     statistic, check, words = CURVES[name]
     held_out = record.checks.get(check) or record.series.get(check) or {}
-    lines: list[ChartLine] = lines_of(statistic, record.series.get(statistic, {}), held_out, CHECKS.get(check, ""))
-    inner = chart(lines).replace(
+    lines = metric_series(statistic, record.series.get(statistic, {}), held_out, CHECKS.get(check, ""))
+    inner = str(line_chart(lines)).replace(
         "<svg ", f'<svg x="8" y="44" width="{CARD - 16}" height="{(CARD - 16) * HEIGHT / WIDTH:.0f}" ', 1
     )
     legend = f'<tspan fill="#2f6fed">{escape(words)}</tspan>'

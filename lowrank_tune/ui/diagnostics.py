@@ -1,10 +1,9 @@
-"""What the numbers mean, in sentences: the first thing that a person who does not read curves wants to know. Pure:
-state in, words out."""
+"""Diagnoses of a run: what its curves mean, in sentences with a cure. A function of the state alone."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from statistics import fmean, median
 from typing import Literal
@@ -14,18 +13,36 @@ from lowrank_tune.ui.metrics import GENERATIVE_ALGORITHMS, PAIR_ACCURACY, PAIR_M
 from lowrank_tune.ui.reward_vs_accuracy import describe_drift, eval_points_of, values_of
 from lowrank_tune.ui.state import State
 
-FEW_STEPS = 20  # before that nothing is said about trends
-NOT_FALLING = 0.02  # the loss has to lose this share of itself
-EXPLODING = 10.0  # times the usual gradient norm
-RISING = 0.02
-EVALUATIONS_PAST_BEST = 3
-# as the loop's own watch
+MIN_STEPS = 20
+"""Steps before which there is no diagnosis of a trend."""
+RECENT_STEPS = 3
+"""Steps whose mean is the current value of a statistic that is not compared with its past."""
+
+# Loss and gradient.
+MIN_LOSS_CHANGE = 0.02
+"""Share of itself by which the loss must change to fall, or to rise."""
+SMALL_LOSS = 0.01
+"""A loss below it does not have to fall."""
+HIGH_PAIR_ACCURACY = 0.9
+"""Share of right pairs above which the loss does not have to fall."""
+LEARNS_BY_LOSS = ("sft", "reward", "dpo")
+EXPLODING_GRADIENT = 10.0
+"""Times the usual gradient norm."""
+
+# Size of the updates, as the training loop checks it.
 MIN_UPDATED_FRACTION = 0.5
-TINY_UPDATE = 1e-8
+MIN_UPDATE_RATIO = 1e-8
 MIN_LR_FRACTION = 0.01
 CHECKS_BEFORE_WARNING = 3
-KL_BAND = {"sft": 5.0, "reward": 5.0, "dpo": 2.0, "grpo": 0.5, "ppo": 0.5}
-"""Nats a token between policy and reference. SFT is meant to move away; what optimizes a reward is not."""
+
+# Validation.
+MIN_VALIDATION_RISE = 0.02
+"""Share of the best validation loss."""
+EVALUATIONS_PAST_BEST = 3
+
+# Distance from the reference, nats a token. SFT is meant to move away from its reference; an algorithm that optimizes a
+# reward is not.
+MAX_KL = {"sft": 5.0, "reward": 5.0, "dpo": 2.0, "grpo": 0.5, "ppo": 0.5}
 KL_ADVICE = {
     "dpo": "raise dpo.beta or lower train.learning_rate",
     "grpo": "raise grpo.beta or lower train.learning_rate",
@@ -33,375 +50,396 @@ KL_ADVICE = {
 }
 KL_SETTINGS = {"grpo": "grpo.beta", "ppo": "ppo.kl_coef"}
 ENTROPY_SETTINGS = {"grpo": "grpo.beta, grpo.epsilon_high", "ppo": "ppo.kl_coef, ppo.entropy"}
-# nats of entropy; shares of the span of rewards: a rise, and near its top
-MIN_ENTROPY = 0.02
-MIN_REWARD_RISE = 0.02
-NEAR_TOP = 0.9
-# shares; of the span of rewards; nats a token
-MAX_TRUNCATED = 0.2
-MAX_ZERO_STD = 0.8
-MIN_REWARD_STD = 0.02
-MAX_LOGPROB_MISMATCH = 0.02
-LEARNS_BY_LOSS = ("sft", "reward", "dpo")
-COLLAPSED = -0.5
-"""Nats a token that the chosen answers lost against the reference: as `algorithms.dpo` has it, which loads torch."""
-# shares of pairs: from a coin's 0.5, of certainty, from the best validation
+CHOSEN_LOGP_DROP = -0.5
+"""Equals `algorithms.dpo.CHOSEN_LOGP_DROP`, whose module loads torch."""
+
+# Pairs, as shares of them.
+CHANCE = 0.5
 CHANCE_MARGIN = 0.05
 SATURATED_ACCURACY = 0.98
 MIN_ACCURACY_DROP = 0.05
-FOLLOWS_LENGTH = 0.5
+"""Below the best validation."""
+MAX_LENGTH_CORRELATION = 0.5
+
+# Completions. Rewards are measured in shares of their span: the largest difference that was seen between rewards.
+MIN_ENTROPY = 0.02
+"""Nats a token."""
+MIN_REWARD_RISE = 0.02
+REWARD_FALL = 0.1
+NEAR_TOP = 0.9
+MIN_REWARD_STD = 0.02
+MAX_ZERO_STD = 0.8
+"""Share of the groups."""
+MAX_TRUNCATED = 0.2
+"""Share of the completions."""
+MIN_LENGTH_GROWTH = 1.2
+LENGTH_STEPS = 5
+MAX_LOGPROB_MISMATCH = 0.02
+"""Nats a token."""
 
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """A sentence, and how bad it is."""
+    """A sentence and its severity."""
 
     level: Literal["good", "warning", "bad", ""]
     text: str
 
 
 def diagnose(state: State) -> list[Diagnosis]:
-    """All that can be said of a run, the worst first; or that all is well; or that it is too early."""
+    """Returns all diagnoses of a run, the most severe first; if there are none, that all is well or that it is too
+    early."""
     diagnoses = [diagnosis for check in CHECKS for diagnosis in check(state)]
     diagnoses.sort(key=lambda diagnosis: ("bad", "warning").index(diagnosis.level))
     return diagnoses or [_no_issue(state)]
+
+
+def _bad(text: str) -> Diagnosis:
+    return Diagnosis("bad", text)
+
+
+def _warning(text: str) -> Diagnosis:
+    return Diagnosis("warning", text)
 
 
 def _number(value: float) -> str:
     return f"{value:.3g}"
 
 
-def _algorithm(state: State) -> str:
-    if state.started is not None:
-        return state.started.algorithm
-    return "sft"
+def _first_quarter(values: Sequence[float]) -> float:
+    return fmean(values[: len(values) // 4])
 
 
-def _mean_of_last_quarter(values: list[float]) -> float:
-    """The mean of the last quarter, nan before there is enough to judge by."""
-    if len(values) >= FEW_STEPS:
-        return fmean(values[-(len(values) // 4) :])
-    return math.nan
+def _last_quarter(values: Sequence[float]) -> float:
+    return fmean(values[-(len(values) // 4) :])
+
+
+def _recent(values: Sequence[float]) -> float:
+    return fmean(values[-RECENT_STEPS:])
+
+
+def _trained(state: State, name: str) -> float:
+    """Returns the mean of a statistic over the last quarter of the steps, nan before `MIN_STEPS`."""
+    values = values_of(state, name)
+    return _last_quarter(values) if len(values) >= MIN_STEPS else math.nan
 
 
 def not_finite(state: State) -> Iterator[Diagnosis]:
-    for name in ("loss", "grad_norm"):
+    for name, label in (("loss", "loss"), ("grad_norm", "grad norm")):
         last = state.last(name)
         if last is not None and not math.isfinite(last):
-            yield Diagnosis("bad", f"{name.replace('_', ' ')} is not a number: the last step changed nothing")
+            yield _bad(f"{label} is not a number: the last step changed nothing")
 
 
 def skipped_steps(state: State) -> Iterator[Diagnosis]:
-    if bad := state.last("skipped_steps"):
-        yield Diagnosis(
-            "warning",
-            f"{bad:.0f} of {state.step} steps had no finite loss or gradient and were skipped: a lower learning rate?",
+    skipped = state.last("skipped_steps")
+    if skipped:
+        yield _warning(
+            f"{skipped:.0f} of {state.step} steps had no finite loss or gradient and were skipped: "
+            f"a lower learning rate?"
         )
 
 
 def loss_not_falling(state: State) -> Iterator[Diagnosis]:
-    """Compares the first and the last quarter; a loss that is almost 0, or of pairs that are told apart already, has
-    nowhere to fall."""
+    """Compares the first and the last quarter."""
     values = values_of(state, "loss")
-    algorithm = _algorithm(state)
-    if len(values) < FEW_STEPS or algorithm not in LEARNS_BY_LOSS:
+    if len(values) < MIN_STEPS or state.algorithm not in LEARNS_BY_LOSS:
         return
-    if algorithm in PAIR_ACCURACY and _mean_of_last_quarter(values_of(state, PAIR_ACCURACY[algorithm])) > 0.9:
+    if state.algorithm in PAIR_ACCURACY and _trained(state, PAIR_ACCURACY[state.algorithm]) > HIGH_PAIR_ACCURACY:
         return
-    quarter = len(values) // 4
-    first = fmean(values[:quarter])
-    last = fmean(values[-quarter:])
-    if last > first * (1 - NOT_FALLING) and last > 0.01:
-        went = "rises" if last > first * (1 + NOT_FALLING) else "does not fall"
-        text = (
-            f"the loss {went}: {_number(first)} at first, {_number(last)} now: is the learning rate right, and "
-            f"the data?"
-        )
-        yield Diagnosis("bad" if went == "rises" else "warning", text)
+    first = _first_quarter(values)
+    last = _last_quarter(values)
+    if last <= max(first * (1 - MIN_LOSS_CHANGE), SMALL_LOSS):
+        return
+    change = f"{_number(first)} at first, {_number(last)} now: is the learning rate right, and the data?"
+    if last > first * (1 + MIN_LOSS_CHANGE):
+        yield _bad(f"the loss rises: {change}")
+    else:
+        yield _warning(f"the loss does not fall: {change}")
 
 
 def gradient_exploding(state: State) -> Iterator[Diagnosis]:
-    """The last three norms against the median of all before: one high step is noise."""
+    """Compares the last three norms with the median of all before; one high step alone is noise."""
     values = values_of(state, "grad_norm")
-    if len(values) < FEW_STEPS:
+    if len(values) < MIN_STEPS:
         return
-    usual = median(values[:-3])
-    now = min(values[-3:])
-    if usual > 0 and now > EXPLODING * usual:
-        yield Diagnosis(
-            "bad",
-            f"the gradient norm explodes: {_number(now)}, {now / usual:.0f} times the usual: lower train.learning_rate",
+    usual = median(values[:-RECENT_STEPS])
+    now = min(values[-RECENT_STEPS:])
+    if usual > 0 and now > EXPLODING_GRADIENT * usual:
+        yield _bad(
+            f"the gradient norm explodes: {_number(now)}, {now / usual:.0f} times the usual: lower train.learning_rate"
         )
 
 
-def kl_above_band(state: State) -> Iterator[Diagnosis]:
+def kl_too_large(state: State) -> Iterator[Diagnosis]:
     values = values_of(state, "kl")
-    advice = KL_ADVICE.get(_algorithm(state), "lower train.learning_rate or train fewer steps")
-    band = KL_BAND.get(_algorithm(state), KL_BAND["sft"])
-    if values and (now := fmean(values[-3:])) > band:
-        yield Diagnosis(
-            "warning",
-            f"KL to the reference is {_number(now)} nats a token, above {_number(band)}: "
-            f"the policy has gone far; {advice}",
+    limit = MAX_KL.get(state.algorithm, MAX_KL["sft"])
+    if values and _recent(values) > limit:
+        advice = KL_ADVICE.get(state.algorithm, "lower train.learning_rate or train fewer steps")
+        yield _warning(
+            f"KL to the reference is {_number(_recent(values))} nats a token, above {_number(limit)}: "
+            f"the policy has gone far; {advice}"
         )
 
 
 def nothing_learned(state: State) -> Iterator[Diagnosis]:
-    moved, sizes, rates = (
-        values_of(state, name) for name in ("updated_param_fraction", "update_ratio", "learning_rate")
-    )
-    if len(moved) < CHECKS_BEFORE_WARNING or (rates and rates[-1] < MIN_LR_FRACTION * max(rates)):
+    moved = values_of(state, "updated_param_fraction")
+    sizes = values_of(state, "update_ratio")
+    rates = values_of(state, "learning_rate")
+    is_schedule_end = bool(rates) and rates[-1] < MIN_LR_FRACTION * max(rates)
+    if len(moved) < CHECKS_BEFORE_WARNING or is_schedule_end:
         return
-    still = all(share < MIN_UPDATED_FRACTION for share in moved[-CHECKS_BEFORE_WARNING:]) or all(
-        size < TINY_UPDATE for size in sizes[-CHECKS_BEFORE_WARNING:]
-    )
-    if still:
-        yield Diagnosis(
-            "bad",
-            f"nothing is learned: the last step moved {moved[-1]:.1%} of the adapter: train.learning_rate, the loss "
-            f"mask?",
+    few_moved = all(share < MIN_UPDATED_FRACTION for share in moved[-CHECKS_BEFORE_WARNING:])
+    small_updates = all(size < MIN_UPDATE_RATIO for size in sizes[-CHECKS_BEFORE_WARNING:])
+    if few_moved or small_updates:
+        yield _bad(
+            f"nothing is learned: the last step moved {moved[-1]:.1%} of the adapter: "
+            f"train.learning_rate, the loss mask?"
         )
 
 
 def rows_dropped(state: State) -> Iterator[Diagnosis]:
     for line in state.warnings:
         if "; dropped " in line.text:
-            yield Diagnosis("warning", f"rows were dropped: {line.text}")
+            yield _warning(f"rows were dropped: {line.text}")
 
 
 def validation_rising(state: State) -> Iterator[Diagnosis]:
-    """Overfitting: every evaluation since the best is worse than it, and the last three clearly so on average."""
+    """Overfitting: every evaluation since the best is worse, and the last three clearly so on average."""
     series = state.series.get("eval_loss")
-    if series:
-        points = [point for point in series.points if math.isfinite(point[1])]
-    else:
-        points = []
+    points = [point for point in series.points if math.isfinite(point[1])] if series else []
     if not points:
         return
-    best = min(points, key=lambda point: point[1])
-    later = [value for step, value in points if step > best[0]]
-    if len(later) >= EVALUATIONS_PAST_BEST and (now := fmean(later[-EVALUATIONS_PAST_BEST:])) > best[1] * (1 + RISING):
-        yield Diagnosis(
-            "warning",
-            f"validation loss rises since step {best[0]:.0f} ({best[1]:.3f} -> {now:.3f}): overfitting; "
-            f"step {best[0]:.0f} is kept as the best",
+    best_step, best = min(points, key=lambda point: point[1])
+    later = [value for step, value in points if step > best_step]
+    if len(later) < EVALUATIONS_PAST_BEST:
+        return
+    now = fmean(later[-EVALUATIONS_PAST_BEST:])
+    if now > best * (1 + MIN_VALIDATION_RISE):
+        yield _warning(
+            f"validation loss rises since step {best_step:.0f} ({best:.3f} -> {now:.3f}): overfitting; "
+            f"step {best_step:.0f} is kept as the best"
         )
 
 
 def chosen_logps_drop(state: State) -> Iterator[Diagnosis]:
-    """DPO's collapse: the margin grows while both sides become less likely."""
+    """The collapse of DPO: the margin grows while both sides become less likely."""
     values = values_of(state, "logps/chosen_delta")
-    if values and (now := fmean(values[-3:])) < COLLAPSED:
-        yield Diagnosis(
-            "bad",
-            f"the chosen answers are unlearned: {_number(-now)} nats a token less likely than under the reference: "
-            "raise dpo.beta, lower train.learning_rate, or set dpo.sft_coef",
+    if values and _recent(values) < CHOSEN_LOGP_DROP:
+        yield _bad(
+            f"the chosen answers are unlearned: {_number(-_recent(values))} nats a token less likely than under the "
+            "reference: raise dpo.beta, lower train.learning_rate, or set dpo.sft_coef"
         )
 
 
-def pair_accuracy_at_chance(state: State) -> Iterator[Diagnosis]:
-    """A coin is right half of the time. Held-out pairs decide for a reward model, for it can learn its training pairs
-    by heart."""
-    algorithm = _algorithm(state)
-    if algorithm not in PAIR_ACCURACY:
+def rejected_preferred(state: State) -> Iterator[Diagnosis]:
+    right = _pair_accuracy(state)
+    if right < CHANCE - CHANCE_MARGIN:
+        yield _bad(
+            f"the rejected answers win: {right:.0%} of the training pairs are right: "
+            f"are chosen and rejected swapped? see lowrank-tune data"
+        )
+
+
+def pairs_not_separated(state: State) -> Iterator[Diagnosis]:
+    right = _pair_accuracy(state)
+    if not _is_chance(right):
         return
-    accuracy = PAIR_ACCURACY[algorithm]
-    right, checked, margins = (
-        values_of(state, name) for name in (accuracy, f"eval_{accuracy}", PAIR_MARGIN[algorithm])
+    margins = values_of(state, PAIR_MARGIN[state.algorithm])
+    grows = len(margins) >= MIN_STEPS and _last_quarter(margins) > _first_quarter(margins)
+    margin = "the margin grows slowly" if grows else "the margin does not grow"
+    yield _warning(
+        f"chosen and rejected are not told apart: {right:.0%} of the training pairs are right, {margin}: "
+        "a higher train.learning_rate, more steps, or pairs that differ more clearly"
     )
-    trained = _mean_of_last_quarter(right)
-    held_out = fmean(checked[-3:]) if len(checked) > 1 and len(right) >= FEW_STEPS else math.nan
-    swapped = "are chosen and rejected swapped? see lowrank-tune data"
-    if trained < 0.5 - CHANCE_MARGIN:
-        yield Diagnosis("bad", f"the rejected answers win: {trained:.0%} of the training pairs are right: {swapped}")
-    elif abs(trained - 0.5) <= CHANCE_MARGIN:
-        grows = len(margins) >= FEW_STEPS and _mean_of_last_quarter(margins) > fmean(margins[: len(margins) // 4])
-        if grows:
-            margin_note = "the margin grows slowly"
-        else:
-            margin_note = "the margin does not grow"
-        yield Diagnosis(
-            "warning",
-            f"chosen and rejected are not told apart: {trained:.0%} of the training pairs are right, {margin_note}: "
-            "a higher train.learning_rate, more steps, or pairs that differ more clearly",
+
+
+def heldout_pairs_not_separated(state: State) -> Iterator[Diagnosis]:
+    """Held-out pairs decide for a reward model, because it can memorize its training pairs."""
+    right = _pair_accuracy(state)
+    if not right > CHANCE or _is_chance(right):
+        return
+    checked = values_of(state, f"eval_{PAIR_ACCURACY[state.algorithm]}")
+    if len(checked) > 1 and _is_chance(_recent(checked)):
+        yield _warning(
+            f"held-out pairs are not told apart: {_recent(checked):.0%} are right, in training {right:.0%}: "
+            "more or clearer pairs, a smaller adapter, or fewer steps"
         )
-    elif abs(held_out - 0.5) <= CHANCE_MARGIN:
-        yield Diagnosis(
-            "warning",
-            f"held-out pairs are not told apart: {held_out:.0%} are right, in training {trained:.0%}: "
-            "more or clearer pairs, a smaller adapter, or fewer steps",
-        )
+
+
+def _pair_accuracy(state: State) -> float:
+    """Returns the share of right training pairs, nan for an algorithm without pairs and before `MIN_STEPS`."""
+    if state.algorithm not in PAIR_ACCURACY:
+        return math.nan
+    return _trained(state, PAIR_ACCURACY[state.algorithm])
+
+
+def _is_chance(share: float) -> bool:
+    return abs(share - CHANCE) <= CHANCE_MARGIN
 
 
 def overconfident(state: State) -> Iterator[Diagnosis]:
-    """A reward model that knows its training pairs by heart becomes worse at others, and surer of it."""
-    trained = _mean_of_last_quarter(values_of(state, "accuracy"))
+    """A reward model that has memorized its training pairs becomes worse at others, with more confidence."""
+    right = _trained(state, "accuracy")
     checked = values_of(state, "eval_accuracy")
-    if (
-        _algorithm(state) == "reward"
-        and trained >= SATURATED_ACCURACY
-        and len(checked) > 2
-        and (now := fmean(checked[-2:])) < max(checked) - MIN_ACCURACY_DROP
-    ):
-        yield Diagnosis(
-            "warning",
-            f"the reward model is sure of its training pairs ({trained:.0%} right) and worse at held-out ones "
-            f"({max(checked):.0%} -> {now:.0%}): fewer steps, a lower train.learning_rate, or more pairs",
+    if state.algorithm != "reward" or len(checked) <= 2 or not right >= SATURATED_ACCURACY:
+        return
+    now = fmean(checked[-2:])
+    if now < max(checked) - MIN_ACCURACY_DROP:
+        yield _warning(
+            f"the reward model is sure of its training pairs ({right:.0%} right) and worse at held-out ones "
+            f"({max(checked):.0%} -> {now:.0%}): fewer steps, a lower train.learning_rate, or more pairs"
         )
 
 
 def follows_length(state: State) -> Iterator[Diagnosis]:
-    """A preference for long answers is the fault that reward models learn most easily."""
-    series = state.series.get("pairs/length_correlation")
-    if series is not None and abs(series.last) > FOLLOWS_LENGTH:
-        longer = "longer" if series.last > 0 else "shorter"
-        advice = "balance the lengths in the data" + (
-            ", or set dpo.loss_type=sigmoid_norm" if _algorithm(state) == "dpo" else ""
-        )
-        yield Diagnosis(
-            "warning",
-            f"the score follows the length of an answer (correlation {series.last:+.2f}): "
-            f"{longer} ones win whatever they say: {advice}",
-        )
+    """A preference for long answers, the most frequent fault of reward models."""
+    correlation = state.last("pairs/length_correlation")
+    if correlation is None or not abs(correlation) > MAX_LENGTH_CORRELATION:
+        return
+    winner = "longer" if correlation > 0 else "shorter"
+    advice = "balance the lengths in the data"
+    if state.algorithm == "dpo":
+        advice += ", or set dpo.loss_type=sigmoid_norm"
+    yield _warning(
+        f"the score follows the length of an answer (correlation {correlation:+.2f}): "
+        f"{winner} ones win whatever they say: {advice}"
+    )
 
 
-def _reward_trend(state: State) -> tuple[float, float, float] | None:
-    """The reward of the first and of the last quarter, and the span of what can be earned as far as it was seen; None
-    before there is enough to judge by."""
+@dataclass(frozen=True)
+class RewardTrend:
+    """The reward over the steps. `span` is the largest difference that was seen between rewards."""
+
+    first: float
+    last: float
+    span: float
+    highest: float
+
+    @property
+    def is_near_top(self) -> bool:
+        """Whether the mean reward is close to the highest one: then groups rightly differ little."""
+        return self.span > 0 and self.last >= self.highest - (1 - NEAR_TOP) * self.span
+
+
+def _reward_trend(state: State) -> RewardTrend | None:
+    """Returns the trend of the reward, None before `MIN_STEPS`."""
     values = values_of(state, "reward")
-    if len(values) < FEW_STEPS:
+    if len(values) < MIN_STEPS:
         return None
-    quarter = len(values) // 4
-    lowest, highest = state.reward_range or (min(values), max(values))
-    return fmean(values[:quarter]), fmean(values[-quarter:]), max(highest - lowest, max(values) - min(values))
+    seen = state.reward_range or (min(values), max(values))
+    span = max(seen[1] - seen[0], max(values) - min(values))
+    return RewardTrend(_first_quarter(values), _last_quarter(values), span, max(*seen, *values))
 
 
-def _is_near_top(state: State) -> bool:
-    """Whether almost all that a completion of a group ever earned is earned on average: then little variety is left,
-    and rightly so."""
+def _unsolved_trend(state: State) -> RewardTrend | None:
+    """Returns the trend of a reward that is not near its highest value, None otherwise."""
     trend = _reward_trend(state)
-    values = values_of(state, "reward")
-    if trend is None:
-        return False
-    _, last, span = trend
-    highest = max([*values, *(state.reward_range or ())])
-    return span > 0 and last >= highest - (1 - NEAR_TOP) * span
+    return None if trend is None or trend.is_near_top else trend
 
 
 def reward_not_rising(state: State) -> Iterator[Diagnosis]:
-    if (trend := _reward_trend(state)) is None or _is_near_top(state):
+    trend = _unsolved_trend(state)
+    if trend is None or trend.span <= 0 or trend.last > trend.first + MIN_REWARD_RISE * trend.span:
         return
-    first, last, span = trend
-    if span > 0 and last <= first + MIN_REWARD_RISE * span:
-        falls = last < first - 0.1 * span
-        went = "the reward falls" if falls else "the reward does not rise"
-        falling = f"lower train.learning_rate or raise {KL_SETTINGS.get(_algorithm(state), '')}"
-        if falls:
-            advice = falling
-        else:
-            advice = "a higher train.learning_rate, larger groups, or an easier task"
-        yield Diagnosis(
-            "bad" if falls else "warning", f"{went}: {_number(first)} at first, {_number(last)} now: {advice}"
+    change = f"{_number(trend.first)} at first, {_number(trend.last)} now"
+    if trend.last < trend.first - REWARD_FALL * trend.span:
+        setting = KL_SETTINGS.get(state.algorithm, "")
+        yield _bad(f"the reward falls: {change}: lower train.learning_rate or raise {setting}")
+    else:
+        yield _warning(
+            f"the reward does not rise: {change}: a higher train.learning_rate, larger groups, or an easier task"
         )
 
 
 def entropy_collapsed(state: State) -> Iterator[Diagnosis]:
-    """A policy that always says the same has nothing to choose from; where it earns almost everything that is as it
-    should be."""
-    values = values_of(state, "entropy")
-    rewards = values_of(state, "reward")
-    if len(rewards) < FEW_STEPS or not (now := _mean_of_last_quarter(values)) < MIN_ENTROPY or _is_near_top(state):
+    """A policy that always writes the same cannot improve, unless its reward is near the highest already."""
+    trend = _unsolved_trend(state)
+    entropy = _trained(state, "entropy")
+    if trend is None or not entropy < MIN_ENTROPY:
         return
+    rewards = values_of(state, "reward")
     quarter = len(rewards) // 4
-    trend = _reward_trend(state)
-    if (
-        trend is not None
-        and fmean(rewards[-quarter:]) <= fmean(rewards[-2 * quarter : -quarter]) + MIN_REWARD_RISE * trend[2]
-    ):
-        yield Diagnosis(
-            "bad",
-            f"entropy has collapsed to {_number(now)} nats a token while the reward stalls: the policy tries nothing "
-            f"new: "
-            f"raise {ENTROPY_SETTINGS.get(_algorithm(state), '')} or rollout.temperature, or lower "
-            "train.learning_rate",
+    before = fmean(rewards[-2 * quarter : -quarter])
+    if trend.last <= before + MIN_REWARD_RISE * trend.span:
+        settings = ENTROPY_SETTINGS.get(state.algorithm, "")
+        yield _bad(
+            f"entropy has collapsed to {_number(entropy)} nats a token while the reward stalls: "
+            f"the policy tries nothing new: raise {settings} or rollout.temperature, or lower train.learning_rate"
         )
 
 
 def mostly_truncated(state: State) -> Iterator[Diagnosis]:
-    """Completions that run into the limit, more of them as they grow."""
     shares = values_of(state, "completions/clipped_ratio")
-    lengths = values_of(state, "completions/mean_length")
-    if not shares or (now := fmean(shares[-5:])) <= MAX_TRUNCATED:
+    if not shares:
         return
-    if lengths:
-        first, last = (fmean(lengths[:5]), fmean(lengths[-5:]))
-    else:
-        first, last = (0.0, 0.0)
-    if last > 1.2 * first:
-        grown = f", which grew from {_number(first)} to {_number(last)} tokens"
-    else:
-        grown = ""
-    yield Diagnosis(
-        "warning",
-        f"{now:.0%} of the completions are cut off by the limit{grown}: raise rollout.max_new_tokens, "
-        f"or set {_algorithm(state)}.truncated_completions to penalize",
-    )
+    now = fmean(shares[-LENGTH_STEPS:])
+    if now > MAX_TRUNCATED:
+        yield _warning(
+            f"{now:.0%} of the completions are cut off by the limit{_length_growth(state)}: "
+            f"raise rollout.max_new_tokens, or set {state.algorithm}.truncated_completions to penalize"
+        )
 
 
-def no_signal(state: State) -> Iterator[Diagnosis]:
-    """Groups in which all earn the same. At the top that is success."""
-    zero_std = _mean_of_last_quarter(values_of(state, "frac_reward_zero_std"))
-    reward_std = _mean_of_last_quarter(values_of(state, "reward_std"))
-    trend = _reward_trend(state)
-    if trend is None or _is_near_top(state):
+def _length_growth(state: State) -> str:
+    lengths = values_of(state, "completions/mean_length")
+    if not lengths:
+        return ""
+    first = fmean(lengths[:LENGTH_STEPS])
+    last = fmean(lengths[-LENGTH_STEPS:])
+    if last <= MIN_LENGTH_GROWTH * first:
+        return ""
+    return f", which grew from {_number(first)} to {_number(last)} tokens"
+
+
+def rewards_all_equal(state: State) -> Iterator[Diagnosis]:
+    trend = _unsolved_trend(state)
+    if trend is not None and trend.span == 0:
+        yield _bad(
+            f"every completion has the reward {_number(trend.last)}, so that there is nothing to learn: "
+            "an easier task, a partial reward, or an SFT adapter below"
+        )
+
+
+def groups_without_signal(state: State) -> Iterator[Diagnosis]:
+    """GRPO compares completions within a group: equal rewards give no gradient."""
+    trend = _unsolved_trend(state)
+    if state.algorithm != "grpo" or trend is None or trend.span == 0:
         return
     advice = (
-        "raise rollout.num_generations or rollout.temperature, set grpo.zero_std_groups to resample, or begin from an "
-        "SFT adapter"
+        "raise rollout.num_generations or rollout.temperature, set grpo.zero_std_groups to resample, "
+        "or begin from an SFT adapter"
     )
-    if trend[2] == 0:
-        yield Diagnosis(
-            "bad",
-            f"every completion has the reward {_number(trend[1])}, so that there is nothing to learn: an easier task, "
-            "a partial reward, or an SFT adapter below",
-        )
-    elif _algorithm(state) != "grpo":
-        return  # nothing is compared within a group
-    elif zero_std > MAX_ZERO_STD:
-        yield Diagnosis(
-            "warning",
+    zero_std = _trained(state, "frac_reward_zero_std")
+    reward_std = _trained(state, "reward_std")
+    if zero_std > MAX_ZERO_STD:
+        yield _warning(
             f"{zero_std:.0%} of the groups have zero reward std: their completions all have one reward and give no "
-            f"gradient: {advice}",
+            f"gradient: {advice}"
         )
-    elif reward_std < MIN_REWARD_STD * trend[2]:
-        yield Diagnosis("warning", f"rewards within a group hardly differ (spread {_number(reward_std)}): {advice}")
+    elif reward_std < MIN_REWARD_STD * trend.span:
+        yield _warning(f"rewards within a group hardly differ (spread {_number(reward_std)}): {advice}")
 
 
 def sampling_mismatch(state: State) -> Iterator[Diagnosis]:
-    """Sampling and training should give a token the same log-prob; the run stops at grpo.max_logprob_mismatch."""
+    """Sampling and training should compute the same log-prob; the run stops at `grpo.max_logprob_mismatch`."""
     values = values_of(state, "sampling/sampling_logp_difference/mean")
-    if values and (now := fmean(values[-3:])) > MAX_LOGPROB_MISMATCH:
-        if _algorithm(state) == "grpo":
-            advice = "set grpo.old_logprobs_from to sampler, or "
-        else:
-            advice = ""
-        yield Diagnosis(
-            "warning",
-            f"sampling and training disagree by {_number(now)} nats a token: ratios compare what was never drawn: "
-            f"{advice}look at the precision of the base",
+    if values and _recent(values) > MAX_LOGPROB_MISMATCH:
+        advice = "set grpo.old_logprobs_from to sampler, or " if state.algorithm == "grpo" else ""
+        yield _warning(
+            f"sampling and training disagree by {_number(_recent(values))} nats a token: ratios compare what was "
+            f"never drawn: {advice}look at the precision of the base"
         )
 
 
 def reward_hacking(state: State) -> Iterator[Diagnosis]:
-    """The reward rises while held-out answers get worse: the rule by which the run itself judges, and what has changed
-    in the answers."""
+    """The reward rises while held-out answers get worse, by the rule of the run itself; and how the answers changed."""
     rewards = values_of(state, "reward")
-    if rewards:
-        divergence = find_divergence(eval_points_of(state), max(rewards) - min(rewards))
-    else:
-        divergence = None
+    if not rewards:
+        return
+    divergence = find_divergence(eval_points_of(state), max(rewards) - min(rewards))
     if divergence is not None:
-        yield Diagnosis("bad", "; ".join([divergence.message, *describe_drift(state)]))
+        yield _bad("; ".join([divergence.message, *describe_drift(state)]))
 
 
 CHECKS: tuple[Callable[[State], Iterator[Diagnosis]], ...] = (
@@ -409,17 +447,20 @@ CHECKS: tuple[Callable[[State], Iterator[Diagnosis]], ...] = (
     gradient_exploding,
     nothing_learned,
     chosen_logps_drop,
-    pair_accuracy_at_chance,
+    rejected_preferred,
+    pairs_not_separated,
+    heldout_pairs_not_separated,
     loss_not_falling,
     overconfident,
     validation_rising,
-    no_signal,
+    rewards_all_equal,
+    groups_without_signal,
     entropy_collapsed,
     reward_not_rising,
     reward_hacking,
     mostly_truncated,
     sampling_mismatch,
-    kl_above_band,
+    kl_too_large,
     follows_length,
     skipped_steps,
     rows_dropped,
@@ -429,25 +470,38 @@ CHECKS: tuple[Callable[[State], Iterator[Diagnosis]], ...] = (
 def _no_issue(state: State) -> Diagnosis:
     if state.ended is not None and state.ended.status == "failed":
         return Diagnosis("", "the run failed; the last lines of the log say why")
-    values = values_of(state, "loss")
+    steps = len(values_of(state, "loss"))
+    if steps == 0:
+        return Diagnosis("", "no step yet: the curves come with the first one")
+    if steps < MIN_STEPS:
+        return Diagnosis("", f"too early to judge: {steps} of the first {MIN_STEPS} steps")
+    trend = _reward_trend(state)
+    if trend is not None and state.algorithm in GENERATIVE_ALGORITHMS:
+        return Diagnosis("good", f"all good: {_reward_summary(state, trend)}")
+    return Diagnosis("good", f"all good: {_loss_summary(state)}")
+
+
+def _reward_summary(state: State, trend: RewardTrend) -> str:
+    text = f"reward {_number(trend.first)} -> {_number(trend.last)}"
+    accuracy = values_of(state, "heldout/accuracy")
+    if len(accuracy) > 1:
+        text += f", held-out exact {accuracy[0]:.0%} -> {accuracy[-1]:.0%}"
+    return text
+
+
+def _loss_summary(state: State) -> str:
+    losses = values_of(state, "loss")
+    text = f"loss {_number(_first_quarter(losses))} -> {_number(_last_quarter(losses))}"
     checked = values_of(state, "eval_loss")
-    if len(values) < FEW_STEPS:
-        early = f"too early to judge: {len(values)} of the first {FEW_STEPS} steps"
-        return Diagnosis("", early if values else "no step yet: the curves come with the first one")
-    if (trend := _reward_trend(state)) is not None and _algorithm(state) in GENERATIVE_ALGORITHMS:
-        accuracy = values_of(state, "heldout/accuracy")
-        if len(accuracy) > 1:
-            text = f", held-out exact {accuracy[0]:.0%} -> {accuracy[-1]:.0%}"
-        else:
-            text = ""
-        return Diagnosis("good", f"all good: reward {_number(trend[0])} -> {_number(trend[1])}{text}")
-    quarter = len(values) // 4
-    text = f"loss {_number(fmean(values[:quarter]))} -> {_number(fmean(values[-quarter:]))}"
     if len(checked) > 1:
         text += f", validation {_number(checked[0])} -> {_number(checked[-1])}"
-    if metric := PAIR_ACCURACY.get(_algorithm(state)):
-        heldout_accuracy = values_of(state, f"eval_{metric}")
-        accuracy = heldout_accuracy or values_of(state, metric)
-        if accuracy:
-            text += f", {accuracy[-1]:.0%} of the {'held-out ' if heldout_accuracy else ''}pairs right"
-    return Diagnosis("good", f"all good: {text}")
+    if state.algorithm not in PAIR_ACCURACY:
+        return text
+    metric = PAIR_ACCURACY[state.algorithm]
+    heldout = values_of(state, f"eval_{metric}")
+    trained = values_of(state, metric)
+    if heldout:
+        text += f", {heldout[-1]:.0%} of the held-out pairs right"
+    elif trained:
+        text += f", {trained[-1]:.0%} of the pairs right"
+    return text

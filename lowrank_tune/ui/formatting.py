@@ -5,7 +5,8 @@ from __future__ import annotations
 
 import re
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from datetime import UTC, datetime
 
 from lowrank_tune.events import Evaluated, RunEnded, RunStarted, StepEnd
 from lowrank_tune.ui import escape_control_chars
@@ -25,6 +26,32 @@ def percent(value: float) -> str:
 
 def signed(value: float) -> str:
     return f"{value:+.3f}"
+
+
+def format_tick(value: float) -> str:
+    """Returns a number in at most four digits, as charts label their axes."""
+    if value == 0 or 1e-3 <= abs(value) < 1e5:
+        if abs(value) < 1000:
+            return f"{value:,.4g}"
+        return f"{value:,.0f}"
+    mantissa, _, exponent = f"{value:.2e}".partition("e")
+    return f"{float(mantissa):g}e{int(exponent)}"
+
+
+def format_large(count: int) -> str:
+    """Returns a count in three digits with its unit: `1.23 M`; one below a thousand as it is."""
+    for size, unit in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if count >= size:
+            return f"{count / size:.3g} {unit}"
+    return f"{count:,}"
+
+
+def format_time(timestamp: float) -> str:
+    """Returns date and time of a Unix timestamp in UTC, `unknown` if it is outside of the range of dates."""
+    try:
+        return datetime.fromtimestamp(timestamp, UTC).strftime("%Y-%m-%d %H:%M UTC")
+    except (ValueError, OverflowError, OSError):
+        return "unknown"
 
 
 METRIC_FORMATS: dict[str, tuple[str, Callable[[float], str]]] = {
@@ -103,46 +130,54 @@ _PASS = re.compile(r"pass_at_(\d{1,6})")
 
 
 def format_stats(stats: Mapping[str, float]) -> str:
-    """`loss 1.234  lr 2.0e-04 ...`; where completions are rewarded, that comes first, and the loss, which says nothing
-    then, is left out."""
-    parts = []
+    """Returns statistics in one line: `loss 1.234  lr 2.0e-04 ...`.
+
+    A reward comes first. The loss is left out beside it, because with advantages around 0 it has no meaning.
+    """
     rewards = reward_names(stats)
     passes = {name: match[1] for name in stats if (match := _PASS.fullmatch(name))}
-    others = [name for name in stats if name not in {*METRIC_FORMATS, *HIDDEN_METRICS, *rewards, *passes}]
+    known = {*METRIC_FORMATS, *HIDDEN_METRICS, *rewards, *passes}
+    parts = list[str]()
     for name, (label, write) in METRIC_FORMATS.items():
         if name in HIDDEN_METRICS or (name == "loss" and "reward" in stats):
             continue
         if name == "pass":
-            parts += [f"pass@{count} {percent(stats[metric_name])}" for metric_name, count in passes.items()]
+            parts += [f"pass@{count} {percent(stats[metric])}" for metric, count in passes.items()]
         elif not name:
-            parts += [f"{escape_control_chars(other)} {number(stats[other])}" for other in others]
+            parts += _numbers(stats, [metric for metric in stats if metric not in known])
         elif name in stats and (name not in NONZERO_ONLY_METRICS or stats[name]):
             parts.append(f"{label} {write(stats[name])}")
         if name == "reward_std":
-            parts += [
-                f"{escape_control_chars(reward_label(metric_name))} {number(stats[metric_name])}"
-                for metric_name in rewards
-            ]
+            parts += _numbers(stats, rewards)
     return "  ".join(parts)
 
 
+def _numbers(stats: Mapping[str, float], names: Iterable[str]) -> list[str]:
+    return [f"{escape_control_chars(reward_label(name))} {number(stats[name])}" for name in names]
+
+
 def validation_line(event: Evaluated, colon: str = "") -> str:
-    """A validation in words: of held-out rows, of answers to held-out questions, or of scores of held-out pairs."""
-    label = "validation"
-    stats = {name.removeprefix("eval_"): value for name, value in event.stats.items()}
+    """Returns a validation in one line: of validation rows, of answers to held-out questions, or of scores of held-out
+    pairs."""
+    label, stats = _label_validation({name.removeprefix("eval_"): value for name, value in event.stats.items()})
+    best = "  best so far" if event.best else ""
+    return f"{label} after step {event.step}{colon or '  '}{format_stats(stats)}{best}"
+
+
+def _label_validation(stats: Mapping[str, float]) -> tuple[str, dict[str, float]]:
+    """Returns what was validated, and its statistics without the prefix of their names."""
     if stats and all(name.startswith("pairs/") for name in stats):
-        label = "held-out pairs"
-        stats = {name.removeprefix("pairs/"): value for name, value in stats.items()}
-    elif stats and all(name.startswith("heldout/") for name in stats):
-        names = {name: heldout_parts(name) for name in stats}
-        models = [f"the {POLICY}" if who == POLICY else who for who, _ in names.values()]
-        label = f"held-out answers of {escape_control_chars(', '.join(dict.fromkeys(models)), 60)}"
-        stats = {names[name][1]: value for name, value in stats.items()}
-    else:
-        stats = {name.replace(f"heldout/{POLICY}/", "heldout/", 1): value for name, value in stats.items()}
-    return f"{label} after step {event.step}{colon or '  '}{format_stats(stats)}" + (
-        "  best so far" if event.best else ""
-    )
+        return "held-out pairs", {name.removeprefix("pairs/"): value for name, value in stats.items()}
+    if not stats or not all(name.startswith("heldout/") for name in stats):
+        own = f"heldout/{POLICY}/"
+        return "validation", {name.replace(own, "heldout/", 1): value for name, value in stats.items()}
+    models = dict[str, None]()
+    metrics = dict[str, float]()
+    for name, value in stats.items():
+        who, metric = heldout_parts(name)
+        models[f"the {POLICY}" if who == POLICY else who] = None
+        metrics[metric] = value
+    return f"held-out answers of {escape_control_chars(', '.join(models), 60)}", metrics
 
 
 def stage_of(event: RunEnded, started: RunStarted | None) -> tuple[int, int]:

@@ -1,19 +1,21 @@
-"""Groups: the completions of one prompt side by side, with what each earned. Read leniently, for anyone may have edited
-the file."""
+"""Groups: the completions of one prompt side by side with their rewards. Events are read leniently, because anyone may
+have edited the file."""
 
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from lowrank_tune.events import GroupLogged
+from lowrank_tune.ui.json_fields import as_number, get_mapping
 
 
 @dataclass(frozen=True)
 class LoggedCompletion:
-    """A completion, and how often it was written word for word with the same outcome."""
+    """A completion; `times` it was sampled word for word with the same outcome."""
 
     text: str
     reward: float
@@ -22,12 +24,12 @@ class LoggedCompletion:
     parts: tuple[tuple[str, float], ...]
     times: int = 1
     unscored: str = ""
-    """Which reward failed on it, and why: it is no part of its group."""
+    """Which reward failed on it, and why; such a completion is not part of its group."""
 
 
 @dataclass(frozen=True)
 class Group:
-    """The completions of a prompt, the best paid first."""
+    """The completions of a prompt, those with the highest reward first."""
 
     step: int
     prompt: str
@@ -40,58 +42,37 @@ class Group:
 
     @property
     def is_zero_std(self) -> bool:
-        """All earned the same, so that there is nothing to learn."""
+        """Whether all rewards are equal, so that there is nothing to learn."""
         return all(completion.advantage == 0 for completion in self.completions if not completion.unscored)
 
 
 def read_group(event: GroupLogged) -> Group:
-    """What an event tells, equal completions once."""
-    counted: dict[LoggedCompletion, int] = {}
-    for raw_completion in event.completions if isinstance(event.completions, list) else ():
+    """Returns the group of an event, equal completions once."""
+    logged: Any = event.completions
+    counts: Counter[LoggedCompletion] = Counter()
+    for raw_completion in logged if isinstance(logged, list) else ():
         if isinstance(raw_completion, Mapping):
-            completion = _parse_completion(raw_completion)
-            counted[completion] = counted.get(completion, 0) + 1
-    completions = [
-        LoggedCompletion(
-            completion.text,
-            completion.reward,
-            completion.advantage,
-            completion.finish_reason,
-            completion.parts,
-            times,
-            completion.unscored,
-        )
-        for completion, times in counted.items()
-    ]
-    completions.sort(
-        key=lambda completion: (-completion.reward if math.isfinite(completion.reward) else math.inf, -completion.times)
-    )
-    return Group(
-        event.step,
-        str(event.prompt),
-        None if event.ground_truth is None else str(event.ground_truth),
-        tuple(completions),
-    )
+            counts[_parse_completion(raw_completion)] += 1
+    completions = [replace(completion, times=times) for completion, times in counts.items()]
+    completions.sort(key=_rank)
+    ground_truth = None if event.ground_truth is None else str(event.ground_truth)
+    return Group(event.step, str(event.prompt), ground_truth, tuple(completions))
+
+
+def _rank(completion: LoggedCompletion) -> tuple[float, int]:
+    """Orders completions: high rewards first, then frequent ones; without a reward last."""
+    reward = completion.reward
+    return -reward if math.isfinite(reward) else math.inf, -completion.times
 
 
 def _parse_completion(raw_completion: Mapping[str, Any]) -> LoggedCompletion:
-    parts = raw_completion.get("parts")
-    if isinstance(parts, Mapping):
-        values = tuple((str(name), _parse_float(value)) for name, value in parts.items())
-    else:
-        values = ()
+    # nan of `as_number` is always the same object, so that equal completions without a reward are equal
+    parts = get_mapping(raw_completion, "parts")
     return LoggedCompletion(
         str(raw_completion.get("text", "")),
-        _parse_float(raw_completion.get("reward")),
-        _parse_float(raw_completion.get("advantage")),
+        as_number(raw_completion.get("reward")),
+        as_number(raw_completion.get("advantage")),
         str(raw_completion.get("finish_reason", "")),
-        values,
+        tuple((str(name), as_number(value)) for name, value in parts.items()),
         unscored=str(raw_completion.get("unscored", "")),
     )
-
-
-def _parse_float(value: Any) -> float:
-    """Not a number is one and the same here, so that equal completions stay equal."""
-    if isinstance(value, (int, float)) and abs(value) < 1e300:
-        return float(value)
-    return math.nan

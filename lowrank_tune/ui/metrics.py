@@ -56,8 +56,8 @@ CHARTS: dict[str, tuple[tuple[str, ...], ...]] = {
         ("learning_rate",),
     ),
 }
-"""The charts of an algorithm, the most telling first: what a small screen shows. Two names are two lines in one
-chart."""
+"""The charts of an algorithm, the most important first; a small screen shows the first ones. Two names are two lines in
+one chart."""
 
 TITLES = {
     "loss": "loss",
@@ -77,20 +77,22 @@ TITLES = {
     "kl_coef": "weight of the KL",
     "approx_kl": "KL within a step",
 }
-"""Of a chart, by its first name."""
+"""Titles of charts by the first of their metrics."""
 SIDE_TITLES = {"score_chosen": "score", "rewards/chosen": "reward", "logps_per_token/chosen": "log-prob"}
-"""Where both sides and their last values have to stand in few cells."""
+"""Short titles of charts of pairs, which also show the last values of both sides."""
 
+DEFAULT_ALGORITHM = "sft"
+"""Assumed until the event `run_started` names the algorithm."""
 WITHOUT_REFERENCE = ("reward",)
-"""Algorithms that compare the model with nothing."""
+"""Algorithms that do not compare the model with a reference."""
 GENERATIVE_ALGORITHMS = ("grpo", "ppo")
-"""Algorithms that learn from what the policy writes: their steps have phases, and groups to look at."""
+"""Algorithms that learn from completions of the policy: their steps have phases and groups."""
 PHASES = ("rollout", "reward", "update")
-"""Of a step of such an algorithm: drawing completions, waiting for their rewards, and the rest."""
+"""Phases of a step of such an algorithm: drawing completions, waiting for their rewards, and the rest."""
 POLICY = "policy"
-"""Who answers held-out questions while it is trained. It is no stage: what a stage came to is measured at its end."""
+"""The model of held-out figures that are measured during training. Those of a stage are measured at its end."""
 BAND_METRIC = {"reward": "reward_std"}
-"""Statistics that are drawn with another one as a band around them."""
+"""Metrics that are drawn with another one as a band around them."""
 
 PAIR_SIDES = {"chosen": "chosen", "rejected": "rejected"}
 
@@ -108,6 +110,23 @@ DESCRIPTIONS = {
     "memory_gib": "peak memory, GiB",
     "skipped_steps": "steps that were not finite and changed nothing",
     "oom_retries": "times that memory ran short; the work was done again in parts",
+}
+_HELDOUT_DESCRIPTIONS = {
+    "heldout/accuracy": "share of held-out questions that the policy answers exactly (pass@1)",
+    "heldout/eos_rate": "share of those answers that end by themselves",
+    "heldout/mean_length": "tokens of such an answer",
+    "heldout/repetition": "share of sequences of four words that the same answer had already",
+}
+_ROLLOUT_DESCRIPTIONS = {
+    "completions/mean_length": "tokens of a completion",
+    "sampling/sampling_logp_difference/mean": "how far the log-probs of sampling and of training lie apart, "
+    "nats a token; should be near 0",
+    "entropy": "how undecided the policy is, nats a token; near 0 it tries nothing new",
+    "loss": "the policy's loss; with advantages around 0 it says little",
+    "rollout_seconds": "seconds of a step in which completions were drawn",
+    "reward_seconds": "seconds of a step spent waiting for rewards",
+    "reward_errors": "completions of a step on which a reward failed; they leave their groups",
+    "reward_timeouts": "completions of a step on which a reward took too long; they leave their groups",
 }
 DESCRIPTIONS_BY_ALGORITHM = {
     "reward": {
@@ -127,32 +146,18 @@ DESCRIPTIONS_BY_ALGORITHM = {
     },
     "grpo": {
         "reward": "mean reward of the completions, before any KL is taken off",
-        "heldout/accuracy": "share of held-out questions that the policy answers exactly (pass@1)",
-        "heldout/eos_rate": "share of those answers that end by themselves",
-        "heldout/mean_length": "tokens of such an answer",
-        "heldout/repetition": "share of sequences of four words that the same answer had already",
+        **_HELDOUT_DESCRIPTIONS,
         "reward_std": "how far rewards within a group lie apart (standard deviation); near 0 there is nothing to "
         "learn from",
-        "completions/mean_length": "tokens of a completion",
         "frac_reward_zero_std": "share of groups whose completions all have the same reward; they give no gradient",
         "completions/clipped_ratio": "share of completions that the limit cut off",
         "clip_ratio": "share of tokens where the clip stops the gradient",
-        "sampling/sampling_logp_difference/mean": "how far the log-probs of sampling and of training lie apart, "
-        "nats a token; should be near 0",
-        "entropy": "how undecided the policy is, nats a token; near 0 it tries nothing new",
-        "loss": "the policy's loss; with advantages around 0 it says little",
-        "rollout_seconds": "seconds of a step in which completions were drawn",
-        "reward_seconds": "seconds of a step spent waiting for rewards",
-        "reward_errors": "completions of a step on which a reward failed; they leave their groups",
-        "reward_timeouts": "completions of a step on which a reward took too long; they leave their groups",
+        **_ROLLOUT_DESCRIPTIONS,
     },
     "ppo": {
         "reward": "mean reward of the completions, before penalties and before any KL is taken off",
         "scores": "what stands at the last token: the reward, less the penalty of completions without an end",
-        "heldout/accuracy": "share of held-out questions that the policy answers exactly (pass@1)",
-        "heldout/eos_rate": "share of those answers that end by themselves",
-        "heldout/mean_length": "tokens of such an answer",
-        "heldout/repetition": "share of sequences of four words that the same answer had already",
+        **_HELDOUT_DESCRIPTIONS,
         "kl_coef": "weight of the KL in the reward; it moves where a target is set",
         "approx_kl": "how far a step's passes move the policy from the one that wrote, nats a token",
         "value": "what the value expects, in the mean over tokens",
@@ -162,33 +167,26 @@ DESCRIPTIONS_BY_ALGORITHM = {
         "clip_ratio": "share of tokens where the clip stops the policy's gradient",
         "value_clip_ratio": "share of tokens where the clip stops the value's gradient",
         "reward_std": "how far rewards of one prompt lie apart (standard deviation)",
-        "completions/mean_length": "tokens of a completion",
         "completions/clipped_ratio": "share of completions without an end: the limit cut them off",
-        "sampling/sampling_logp_difference/mean": "how far the log-probs of sampling and of training lie apart, "
-        "nats a token; should be near 0",
-        "entropy": "how undecided the policy is, nats a token; near 0 it tries nothing new",
-        "loss": "the policy's loss; with advantages around 0 it says little",
-        "rollout_seconds": "seconds of a step in which completions were drawn",
-        "reward_seconds": "seconds of a step spent waiting for rewards",
-        "reward_errors": "completions of a step on which a reward failed; they leave their groups",
-        "reward_timeouts": "completions of a step on which a reward took too long; they leave their groups",
+        **_ROLLOUT_DESCRIPTIONS,
     },
 }
-"""Where an algorithm means something else by a name, or has names of its own."""
+"""Descriptions of metrics that an algorithm alone has, or that have another meaning there."""
+
+PAIR_ACCURACY = {"reward": "accuracy", "dpo": "rewards/accuracies"}
+PAIR_MARGIN = {"reward": "margin", "dpo": "rewards/margins"}
+"""Metrics of preference pairs by algorithm. TRL's RewardTrainer and DPOTrainer name them differently."""
 
 _HELDOUT = re.compile(r"heldout/(.+)/([^/]+)", re.DOTALL)
 _REWARD_MEAN = re.compile(r"rewards/(.+)/mean", re.DOTALL)
-PAIR_ACCURACY = {"reward": "accuracy", "dpo": "rewards/accuracies"}
-PAIR_MARGIN = {"reward": "margin", "dpo": "rewards/margins"}
-"""Metrics of preference pairs by algorithm: TRL's RewardTrainer and DPOTrainer name them differently."""
 
 
 def charts_of(algorithm: str) -> tuple[tuple[str, ...], ...]:
-    return CHARTS.get(algorithm, CHARTS["sft"])
+    return CHARTS.get(algorithm, CHARTS[DEFAULT_ALGORITHM])
 
 
 def descriptions_of(algorithm: str) -> dict[str, str]:
-    """What each statistic means, in the order in which a reader wants them."""
+    """Returns the description of each metric, in the order in which the report shows them."""
     own = DESCRIPTIONS_BY_ALGORITHM.get(algorithm, {})
     leading = [names[0] for names in CHARTS[algorithm]] if own else []
     descriptions = {**DESCRIPTIONS, **own}
@@ -196,49 +194,59 @@ def descriptions_of(algorithm: str) -> dict[str, str]:
 
 
 def reward_names(names: Iterable[str]) -> list[str]:
-    """The metrics `rewards/NAME/mean`, which each of several rewards has."""
+    """Returns the metrics `rewards/NAME/mean`, which each of several rewards has."""
     return [name for name in names if _REWARD_MEAN.fullmatch(name)]
 
 
 def reward_label(name: str) -> str:
-    """`NAME` of `rewards/NAME/mean`, any other name as it is."""
+    """Returns `NAME` of `rewards/NAME/mean`, and any other name unchanged."""
     match = _REWARD_MEAN.fullmatch(name)
     return match[1] if match else name
 
 
+def chart_title(name: str) -> str:
+    """Returns the title of a chart from the first of its metrics."""
+    return TITLES.get(name) or name.replace("_", " ").replace("heldout", "held-out")
+
+
 def metric_label(name: str) -> str:
-    """A metric's name without underscores and slashes, for the title of a chart."""
+    """Returns the name of a metric without underscores and slashes."""
     return reward_label(name).replace("heldout", "held-out").replace("_", " ").replace("/", " ")
 
 
 def phases_of(stats: Mapping[str, float], seconds: float) -> dict[str, float]:
-    """Seconds of each phase of a step; nothing where the step has none."""
-    measured = [stats.get(f"{phase}_seconds") for phase in PHASES[:2]]
-    if not all(isinstance(value, (int, float)) and value >= 0 for value in measured):
-        return {}
-    rollout, reward = (float(value) for value in measured if value is not None)
+    """Returns the seconds of each phase of a step of `seconds`; empty if the step has no phases."""
+    measured = []
+    for phase in PHASES[:2]:
+        value = stats.get(f"{phase}_seconds")
+        # nan is refused as well
+        if not isinstance(value, (int, float)) or not value >= 0:
+            return {}
+        measured.append(float(value))
+    rollout, reward = measured
     return dict(zip(PHASES, (rollout, reward, max(0.0, seconds - rollout - reward)), strict=True))
 
 
 def pair_side(name: str) -> str:
-    """`chosen` or `rejected`, where a statistic is about one side of a pair; else nothing."""
+    """Returns `chosen` or `rejected` for a metric of one side of a pair, an empty string for any other."""
     return PAIR_SIDES.get(re.split(r"[_/]", name)[-1], "")
 
 
 def paired_metric(algorithm: str, name: str) -> str | None:
-    """The statistic that shares a chart with this one as its second line."""
+    """Returns the metric that is the second line in the chart of `name`."""
     return next((names[1] for names in charts_of(algorithm) if len(names) > 1 and names[0] == name), None)
 
 
 def heldout_parts(name: str) -> tuple[str, str]:
-    """Of `heldout/my_sft/accuracy`: who answered (`my_sft`), and what was measured (`accuracy`)."""
-    if match := _HELDOUT.fullmatch(name):
+    """Returns the model and the figure of `heldout/MODEL/FIGURE`."""
+    match = _HELDOUT.fullmatch(name)
+    if match:
         return match[1], match[2]
     return name.removeprefix("heldout/"), ""
 
 
 def reference_name(roles: Any) -> str:
-    """Who the reference of these roles is, by name: the last frozen adapter under the policy, or the base."""
+    """Returns the name of the reference of these roles: the last frozen adapter below the policy, or the base."""
     stack = roles.get("reference") if isinstance(roles, dict) else None
     if isinstance(stack, list) and stack:
         return str(stack[-1])

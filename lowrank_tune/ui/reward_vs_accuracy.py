@@ -1,73 +1,79 @@
-"""Gold beside the reward: what the watch over it looks at, taken from what a screen knows. Pure: state in, figures and
-words out."""
+"""Reward and held-out accuracy of a run side by side, to detect reward hacking. Functions of the state alone."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from statistics import fmean
 
 from lowrank_tune.training.reward_hacking import DEFAULT_STDERR, WINDOW, EvalPoint
 from lowrank_tune.ui.state import State
 
-# times; share of word sequences
-LENGTH_GROWTH = 1.3
-REPETITION_RISE = 0.1
+MIN_LENGTH_CHANGE = 1.3
+"""Factor by which the mean length must grow or shrink."""
+MIN_REPETITION_RISE = 0.1
+"""Share of the sequences of four words."""
+
+Points = Sequence[tuple[float, float]]
 
 
 def eval_points_of(state: State) -> list[EvalPoint]:
-    """The evaluations of the held-out questions, each with the mean reward of the steps since the one before; first the
-    reference's."""
-    accuracy, reward, noise = (
-        state.series[name].points if name in state.series else []
-        for name in ("heldout/accuracy", "reward", "heldout_accuracy_stderr")
-    )
-    errors = dict(noise)
-    points = list[EvalPoint]()
-    since = 0.0
+    """Returns the evaluations of the held-out questions, that of the reference first. Each has the mean reward of the
+    steps since the evaluation before."""
+    rewards = _points(state, "reward")
+    errors = dict(_points(state, "heldout_accuracy_stderr"))
+    evals = list[EvalPoint]()
     before = state.heldout.get(state.reference_name(), {}).get("accuracy")
-    if before is not None and reward:
-        points.append(EvalPoint(0, reward[0][1], before))
-    for step, share in accuracy:
-        rewards = [value for at, value in reward if since < at <= step and math.isfinite(value)]
-        if rewards:
-            points.append(EvalPoint(int(step), fmean(rewards), share, errors.get(step, DEFAULT_STDERR)))
-            since = step
-    return points
+    if before is not None and rewards:
+        evals.append(EvalPoint(0, rewards[0][1], before))
+    last_step = 0.0
+    for step, accuracy in _points(state, "heldout/accuracy"):
+        since = [value for at, value in rewards if last_step < at <= step and math.isfinite(value)]
+        if since:
+            evals.append(EvalPoint(int(step), fmean(since), accuracy, errors.get(step, DEFAULT_STDERR)))
+            last_step = step
+    return evals
 
 
 def describe_drift(state: State) -> Iterator[str]:
-    """How the held-out answers have changed besides; where they were not measured, the completions."""
+    """Yields how length and repetition of the held-out answers changed; if those were not measured, of the
+    completions."""
     lengths = values_of(state, "heldout/mean_length") or values_of(state, "completions/mean_length")
     if len(lengths) > WINDOW and lengths[0] > 0:
         first = lengths[0]
         now = fmean(lengths[-WINDOW:])
-        if not 1 / LENGTH_GROWTH < now / first < LENGTH_GROWTH:
-            yield f"answers {'grew' if now > first else 'shrank'} from {first:.3g} to {now:.3g} tokens"
+        if not 1 / MIN_LENGTH_CHANGE < now / first < MIN_LENGTH_CHANGE:
+            change = "grew" if now > first else "shrank"
+            yield f"answers {change} from {first:.3g} to {now:.3g} tokens"
     repeated = values_of(state, "heldout/repetition")
-    if len(repeated) > WINDOW and (now := fmean(repeated[-WINDOW:])) > repeated[0] + REPETITION_RISE:
-        yield f"{now:.0%} of their word sequences come again, {repeated[0]:.0%} at first"
+    if len(repeated) > WINDOW:
+        first = repeated[0]
+        now = fmean(repeated[-WINDOW:])
+        if now > first + MIN_REPETITION_RISE:
+            yield f"{now:.0%} of their word sequences come again, {first:.0%} at first"
 
 
 def values_of(state: State, name: str) -> list[float]:
-    """The finite values of a statistic."""
-    series = state.series.get(name)
-    if series:
-        return [value for _, value in series.points if math.isfinite(value)]
-    return []
+    """Returns the finite values of a statistic."""
+    return [value for _, value in _points(state, name) if math.isfinite(value)]
 
 
 def frontier(state: State, name: str = "reward") -> list[tuple[float, float]]:
-    """What a statistic was where the policy had gone so far: (KL in nats a token, value). KL is that of the step, or
-    what was measured last before it."""
-    kl = state.series.get("kl")
-    values = state.series.get(name)
-    kl_points = [point for point in kl.points if math.isfinite(point[1])] if kl else []
-    frontier_points = list[tuple[float, float]]()
+    """Returns a statistic by the distance from the reference: (KL in nats a token, value). The KL is that of the same
+    step; for another statistic than the reward it is the last one that was measured before."""
+    kl_points = [point for point in _points(state, "kl") if math.isfinite(point[1])]
+    points = list[tuple[float, float]]()
     index = 0
-    for step, value in values.points if values else ():
+    for step, value in _points(state, name):
         while index < len(kl_points) and kl_points[index][0] <= step:
             index += 1
-        if math.isfinite(value) and index and (name != "reward" or kl_points[index - 1][0] == step):
-            frontier_points.append((kl_points[index - 1][1], value))
-    return frontier_points
+        if index == 0 or not math.isfinite(value):
+            continue
+        kl_step, kl = kl_points[index - 1]
+        if name != "reward" or kl_step == step:
+            points.append((kl, value))
+    return points
+
+
+def _points(state: State, name: str) -> Points:
+    return state.series[name].points if name in state.series else []

@@ -1,27 +1,57 @@
-"""The stages of a chain on disk: `run.json` names them, and each is a run folder of its own, `1-sft`, `2-dpo`, ..."""
+"""The files of a run folder and of a chain.
+
+`run.json` names the stages of a chain, and each stage is a run folder of its own: `1-sft`, `2-dpo`, ...
+"""
 
 from __future__ import annotations
 
 import fcntl
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
+
+from lowrank_tune.events import Event, from_json
+from lowrank_tune.ui.json_fields import get_mapping, read_json_object
 
 EVENTS = "events.jsonl"
 
 
 def stage_folders(path: Path) -> list[Path]:
-    """The folders of a chain's stages in their order, begun or not; the path itself for a single run."""
+    """Returns the folders of a chain's stages in their order, begun or not; `[path]` for a single run."""
     if (path / EVENTS).is_file():
         return [path]
-    return [path / f"{number}-{name}" for number, name in enumerate(_names(path / "run.json"), 1)] or [path]
+    names = _stage_names(read_recipe(path))
+    return [path / f"{number}-{name}" for number, name in enumerate(names, 1)] or [path]
+
+
+def is_chain(path: Path) -> bool:
+    return stage_folders(path) != [path]
+
+
+def read_recipe(folder: Path) -> Mapping[str, Any]:
+    """Returns the recipe in the `run.json` of a folder, empty if it cannot be read."""
+    return get_mapping(read_json_object(folder / "run.json"), "recipe")
+
+
+def _stage_names(recipe: Mapping[str, Any]) -> list[str]:
+    """Returns the names of the stages. A name that could lead out of the folder was not written by a run."""
+    stages = recipe.get("stages")
+    if not isinstance(stages, list) or not all(isinstance(stage, Mapping) for stage in stages):
+        return []
+    names = [stage.get("name") for stage in stages]
+    if all(isinstance(name, str) and name and not {"/", "\\", "\0"} & {*name} for name in names):
+        return names
+    return []
 
 
 def ended_process(path: Path) -> int | None:
-    """The process that wrote a run last, if no process of its number is on this machine and none holds the lock of the
-    run, as one in a container or on another machine can; None otherwise, or where the folder does not name it."""
+    """Returns the number of the process that last wrote a run, if that process has ended; None otherwise.
+
+    It has ended if this machine has no process of that number and no process holds the lock of the run. A process in a
+    container or on another machine can hold the lock under another number. None also if the folder names no process.
+    """
     try:
         with (path / ".lock").open() as lock:
             process = int(lock.read())
@@ -35,20 +65,22 @@ def ended_process(path: Path) -> int | None:
     return None
 
 
-def is_chain(path: Path) -> bool:
-    return stage_folders(path) != [path]
+def read_event_lines(path: Path) -> Iterator[Event]:
+    """Yields the events of a file. A half-written line, and one that is not an event, is skipped."""
+    with path.open("rb") as file:
+        for line in file:
+            event = parse_event(line)
+            if event is not None:
+                yield event
 
 
-def _names(file: Path) -> list[str]:
-    """As `run.json` has them. One that could lead out of the folder was not written by a run."""
+def parse_event(line: bytes) -> Event | None:
+    """Returns the event in a line of JSON, None if the line does not contain one."""
     try:
-        recipe: Any = json.loads(file.read_bytes())["recipe"]
-        stages: Any = recipe["stages"]
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
-        return []
-    if not isinstance(stages, list) or not all(isinstance(stage, Mapping) for stage in stages):
-        return []
-    names = [stage.get("name") for stage in stages]
-    if all(isinstance(name, str) and name and not {"/", "\\", "\0"} & {*name} for name in names):
-        return names
-    return []
+        data = json.loads(line)
+        event = from_json(data) if isinstance(data, dict) else None
+    except (ValueError, TypeError, RecursionError):
+        return None
+    if event is None or not isinstance(event.time, (int, float)):
+        return None
+    return event

@@ -1,5 +1,8 @@
-"""What a screen knows of a run. Only events change it, so that a live run, a followed file and a recorded one look the
-same, except `ended_process`: the events of a killed run do not contain it."""
+"""The state of a run as a screen shows it.
+
+Only events change it, so that a live run, a followed file and a recorded one look the same. The exception is
+`ended_process`, which the events of a killed run do not contain.
+"""
 
 from __future__ import annotations
 
@@ -22,12 +25,22 @@ from lowrank_tune.events import (
 )
 from lowrank_tune.ui.formatting import EtaEstimator, validation_line
 from lowrank_tune.ui.groups import Group, read_group
-from lowrank_tune.ui.metrics import PAIR_SIDES, POLICY, heldout_parts, phases_of, reference_name
+from lowrank_tune.ui.metrics import (
+    DEFAULT_ALGORITHM,
+    PAIR_SIDES,
+    POLICY,
+    heldout_parts,
+    phases_of,
+    reference_name,
+)
 
 MAX_POINTS = 1000
 LOG_LINES = 200
 SPEED_STEPS = 20
 WARNING_LINES = 50
+MAX_ANSWERS = 20
+"""Latest answers to a prompt that are kept, beside the first."""
+
 TRAINING = "training"
 EVALUATING = "evaluating"
 SAVING = "saving"
@@ -37,13 +50,13 @@ OTHER = "other"
 
 @dataclass
 class Series:
-    """The values of one statistic by step. Of more than `MAX_POINTS`, neighbors become their mean, so that drawing
+    """The values of one statistic by step. Above `MAX_POINTS`, neighbors are replaced by their mean, so that drawing
     stays cheap."""
 
     points: list[tuple[float, float]] = field(default_factory=list)
     per_point: int = 1
+    last: float = math.nan
     _open: list[tuple[float, float]] = field(default_factory=list)
-    last: float = float("nan")
 
     def add(self, step: int, value: float) -> None:
         self.last = value
@@ -56,19 +69,21 @@ class Series:
             self.per_point *= 2
 
     def cut(self, step: int) -> None:
-        """Forgets what came after a step: a resumed run does it again."""
+        """Removes what came after a step, because a resumed run repeats it."""
         self.points = [point for point in self.points if point[0] <= step]
         self._open = [point for point in self._open if point[0] <= step]
 
 
 def _mean(points: list[tuple[float, float]]) -> tuple[float, float]:
-    finite = [value for _, value in points if value == value]
-    return points[-1][0], sum(finite) / len(finite) if finite else float("nan")
+    """Returns the last step and the mean of the values that are not nan."""
+    values = [value for _, value in points if not math.isnan(value)]
+    mean = sum(values) / len(values) if values else math.nan
+    return points[-1][0], mean
 
 
 @dataclass(frozen=True)
 class LogLine:
-    """A line of the log, `time` seconds after the start; `times` it came in a row."""
+    """A line of the log, `time` seconds after the start; it came `times` times in a row."""
 
     time: float
     text: str
@@ -77,29 +92,30 @@ class LogLine:
 
 @dataclass(frozen=True)
 class ScoredPair:
-    """Both answers of a held-out pair, with what they score now."""
+    """Both answers of a held-out pair with their current scores."""
 
     chosen: SampleLogged
     rejected: SampleLogged
 
     @property
     def margin(self) -> float:
-        """Score of the chosen above the rejected."""
+        """Score of the chosen answer minus that of the rejected one; nan if one is missing."""
         chosen = self.chosen.reward
         rejected = self.rejected.reward
         if chosen is None or rejected is None:
-            return float("nan")
+            return math.nan
         return chosen - rejected
 
 
 @dataclass
 class State:
-    """Everything that the screen shows of one run, or of a chain: a new stage has curves of its own, and what earlier
-    stages answered stays beside what it answers."""
+    """Everything that the screen shows of one run, or of a chain. A new stage has curves of its own; the answers of
+    earlier stages are kept beside its answers."""
 
     started: RunStarted | None = None
     ended: RunEnded | None = None
-    ended_process: int | None = None  # of a followed run: the process that wrote it, if it has ended
+    ended_process: int | None = None
+    """Of a followed run: the process that wrote it, if that process has ended."""
     job: Progress | None = None
     step: int = 0
     steps: int = 0
@@ -111,16 +127,20 @@ class State:
     series: dict[str, Series] = field(default_factory=dict)
     heldout: dict[str, dict[str, float]] = field(default_factory=dict)
     answers: dict[str, list[SampleLogged]] = field(default_factory=dict)
-    # by question: who answered in the stages before
     earlier: dict[str, list[tuple[str, SampleLogged]]] = field(default_factory=dict)
+    """By prompt: the models of earlier stages and their answers."""
     pairs: dict[tuple[str, str, str], ScoredPair] = field(default_factory=dict)
-    scored: dict[str, dict[str, float]] = field(default_factory=dict)  # by algorithm: figures of all held-out pairs
-    now: dict[str, float] = field(default_factory=dict)  # held-out figures of the policy while it is trained
+    scored: dict[str, dict[str, float]] = field(default_factory=dict)
+    """By algorithm: the figures of all held-out pairs."""
+    now: dict[str, float] = field(default_factory=dict)
+    """Held-out figures of the policy while it is trained."""
     group: Group | None = None
-    reward_range: tuple[float, float] | None = None  # the least and the most that a completion of a group has earned
+    reward_range: tuple[float, float] | None = None
+    """The lowest and the highest reward of a completion so far."""
     loading: bool = True
     phases: dict[str, float] = field(default_factory=dict)
-    step_phases: dict[str, float] = field(default_factory=dict)  # seconds of the phases within the steps, of this start
+    step_phases: dict[str, float] = field(default_factory=dict)
+    """Seconds of the phases within the steps since the start."""
     warnings: deque[LogLine] = field(default_factory=lambda: deque(maxlen=WARNING_LINES))
     log: deque[LogLine] = field(default_factory=lambda: deque(maxlen=LOG_LINES))
     _pending_chosen: SampleLogged | None = None
@@ -129,16 +149,9 @@ class State:
     _speed: deque[tuple[int, float]] = field(default_factory=lambda: deque(maxlen=SPEED_STEPS))
 
     def apply(self, event: Event) -> None:
-        """Takes an event in."""
-        # after an end a new start follows: the pause between was no work
+        """Updates the state by one event."""
         if self.start_time is None or self.ended is not None:
-            self.start_time = event.time
-            self.last_time = event.time
-            self.ended = None
-            self.loading = True
-            self.phases = {}
-            self.step_phases = {}
-            self._unspent = 0.0
+            self._restart_clock(event.time)
         self._spend(event)
         self.last_time = max(self.last_time, event.time)
         if not isinstance(event, (Progress, LogMessage)):
@@ -164,13 +177,25 @@ class State:
             self.ended = event
             self.seconds_left = None
 
+    def _restart_clock(self, time: float) -> None:
+        """Begins the first start, or another one after an end; the time between them counts for neither."""
+        self.start_time = time
+        self.last_time = time
+        self.ended = None
+        self.loading = True
+        self.phases = {}
+        self.step_phases = {}
+        self._unspent = 0.0
+
+    @property
+    def algorithm(self) -> str:
+        return self.started.algorithm if self.started is not None else DEFAULT_ALGORITHM
+
     @property
     def tokens_per_second(self) -> float | None:
-        """Over the last steps, without the pauses between them."""
-        if self._speed:
-            tokens, seconds = (sum(column) for column in zip(*self._speed, strict=True))
-        else:
-            tokens, seconds = (0, 0.0)
+        """Speed of the last steps, without the pauses between them."""
+        tokens = sum(count for count, _ in self._speed)
+        seconds = sum(seconds for _, seconds in self._speed)
         return tokens / seconds if seconds else None
 
     @property
@@ -178,29 +203,21 @@ class State:
         return self.last("memory_gib")
 
     def last(self, name: str) -> float | None:
-        if name in self.series:
-            return self.series[name].last
-        return None
+        """Returns the last value of a statistic, None if it was not measured."""
+        return self.series[name].last if name in self.series else None
 
     def phase_shares(self) -> dict[str, float]:
-        """The share of each phase in the time of this start, the largest first."""
-        total = sum(self.phases.values())
-        if total:
-            return {name: spent / total for name, spent in sorted(self.phases.items(), key=lambda item: -item[1])}
-        return {}
+        """Returns the share of each phase in the time since the start, the largest first."""
+        shares = _shares(self.phases)
+        return dict(sorted(shares.items(), key=lambda item: -item[1]))
 
     def step_phase_shares(self) -> dict[str, float]:
-        """The share of each phase in the time of the steps, in their order."""
-        total = sum(self.step_phases.values())
-        if total:
-            return {name: spent / total for name, spent in self.step_phases.items()}
-        return {}
+        """Returns the share of each phase in the time of the steps, in their order."""
+        return _shares(self.step_phases)
 
     def reference_name(self) -> str:
-        """Who the reference is, by name."""
-        if self.started is not None:
-            return reference_name(self.started.roles)
-        return "base"
+        """Returns the name of the reference: the last frozen adapter below the policy, or the base."""
+        return reference_name(self.started.roles) if self.started is not None else "base"
 
     def _start(self, event: RunStarted) -> None:
         if self.started is not None and self.started.stage != event.stage:
@@ -213,7 +230,7 @@ class State:
         self.seconds_left = None
         self._speed.clear()
         if event.resumed_from:
-            # how long the run lay still is not known
+            # the length of the pause before a resumed run is unknown
             self.start_time = event.time
             self.phases = {}
             self.step_phases = {}
@@ -222,17 +239,16 @@ class State:
             series.cut(event.resumed_from)
 
     def _finish_stage(self, stage: RunStarted) -> None:
-        """A new stage of a chain begins: its curves are its own, and what the last one answered is kept to compare
-        with."""
+        """Clears the curves for a new stage of a chain and keeps the answers of the finished one to compare with."""
+        reference = self.reference_name()
         for prompt, answers in self.answers.items():
-            earlier_answers = self.earlier.setdefault(prompt, [])
-            earlier_labels = {who for who, _ in earlier_answers}
-            earlier_answers += [
-                (self.reference_name(), answer)
-                for answer in answers[:1]
-                if answer.role == "reference" and self.reference_name() not in earlier_labels
-            ]
-            earlier_answers += [(stage.algorithm, answer) for answer in answers[-1:] if answer.role != "reference"]
+            earlier = self.earlier.setdefault(prompt, [])
+            models = {model for model, _ in earlier}
+            first, last = answers[0], answers[-1]
+            if first.role == "reference" and reference not in models:
+                earlier.append((reference, first))
+            if last.role != "reference":
+                earlier.append((stage.algorithm, last))
         self.answers = {}
         self.pairs = {}
         self.series = {}
@@ -240,19 +256,20 @@ class State:
         self.now = {}
         self.group = None
         self.reward_range = None
-        self.saved_step = self.best_step = None
+        self.saved_step = None
+        self.best_step = None
 
     def _sampled(self, event: SampleLogged) -> None:
-        """An answer; of a pair the chosen side comes right before the rejected."""
+        """Stores an answer. The event of the chosen side of a pair comes directly before that of the rejected one."""
+        chosen = self._pending_chosen
         if event.role not in PAIR_SIDES:
             self.answers.setdefault(event.prompt, []).append(event)
-            del self.answers[event.prompt][1:-20]  # the first, to compare with, and the latest
+            # the first, to compare with, and the latest
+            del self.answers[event.prompt][1:-MAX_ANSWERS]
         elif event.role == "chosen":
             self._pending_chosen = event
-        elif self._pending_chosen is not None and self._pending_chosen.prompt == event.prompt:
-            self.pairs[event.prompt, self._pending_chosen.completion, event.completion] = ScoredPair(
-                self._pending_chosen, event
-            )
+        elif chosen is not None and chosen.prompt == event.prompt:
+            self.pairs[event.prompt, chosen.completion, event.completion] = ScoredPair(chosen, event)
             self._pending_chosen = None
 
     def _on_group_logged(self, event: GroupLogged) -> None:
@@ -272,23 +289,33 @@ class State:
         self._measured(event.step, event.stats)
 
     def _validated(self, event: Evaluated) -> None:
-        heldout = {name: value for name, value in event.stats.items() if name.startswith("heldout/")}
-        parts = {heldout_parts(name): value for name, value in heldout.items()}
-        now = {metric: value for (who, metric), value in parts.items() if who == POLICY}
-        for (who, metric), value in parts.items():
-            if who != POLICY:
+        heldout_now = {}
+        pairs = {}
+        curves = {}
+        is_heldout = False
+        for name, value in event.stats.items():
+            if not name.startswith("heldout/"):
+                curves[name] = value
+                if name.startswith("pairs/"):
+                    pairs[name.removeprefix("pairs/")] = value
+                continue
+            is_heldout = True
+            who, metric = heldout_parts(name)
+            if who == POLICY:
+                heldout_now[metric] = value
+            else:
                 self.heldout.setdefault(who, {})[metric] = value
-        if heldout:
-            self.now = now  # what is measured at the end takes its place
-        self._measured(event.step, {f"heldout/{metric}": value for metric, value in now.items()})
+        if is_heldout:
+            # figures of the trained stage replace those of the policy during training
+            self.now = heldout_now
+        self._measured(event.step, {f"heldout/{metric}": value for metric, value in heldout_now.items()})
+        self._measured(event.step, curves)
         if event.best:
             self.best_step = event.step
-        if pairs := {
-            name.removeprefix("pairs/"): value for name, value in event.stats.items() if name.startswith("pairs/")
-        }:
-            self.scored.setdefault(self.started.algorithm if self.started else "", {}).update(pairs)
-        self._measured(event.step, {name: value for name, value in event.stats.items() if name not in heldout})
-        if now or len(heldout) < len(event.stats):
+        if pairs:
+            algorithm = self.started.algorithm if self.started else ""
+            self.scored.setdefault(algorithm, {}).update(pairs)
+        if heldout_now or curves:
             self._log(event.time, validation_line(event, ": "))
 
     def _measured(self, step: int, stats: Mapping[str, float]) -> None:
@@ -306,27 +333,38 @@ class State:
         self.log.append(LogLine(self._since(time), text))
 
     def _since(self, time: float) -> float:
-        """Reckoned at once: each stage of a chain, and each start, has a beginning of its own."""
+        """Returns the seconds since the start; they are stored, because each stage and each start begins at 0."""
         return time - (self.start_time or 0.0)
 
     def _spend(self, event: Event) -> None:
-        """The time since the last event belongs to what this one tells of; a step says itself how long it took."""
-        was_amid = self._unspent > 0
+        """Adds the time since the last event to the phase that this event ends.
+
+        The event of a step, or of a checkpoint, contains its own seconds; the rest of the time belongs to no phase.
+        """
+        is_within_step = self._unspent > 0
         spent = max(0.0, event.time - self.last_time) + self._unspent
         self._unspent = 0.0
-        if isinstance(event, GroupLogged) or (isinstance(event, LogMessage) and was_amid):
-            self._unspent = spent  # it comes amid a step, which tells of its time when it is done
+        if isinstance(event, GroupLogged) or (isinstance(event, LogMessage) and is_within_step):
+            # it comes within a step, whose event contains the time
+            self._unspent = spent
         elif isinstance(event, StepEnd):
-            self._add(TRAINING, min(spent, event.seconds))
-            self._add(OTHER, spent - min(spent, event.seconds))
+            self._spend_at_most(TRAINING, event.seconds, spent)
         elif isinstance(event, CheckpointSaved):
-            self._add(SAVING, min(spent, event.seconds))
-            self._add(OTHER, spent - min(spent, event.seconds))
+            self._spend_at_most(SAVING, event.seconds, spent)
         elif isinstance(event, (Evaluated, SampleLogged)) or (isinstance(event, Progress) and not self.loading):
             self._add(EVALUATING, spent)
         else:
             self._add(LOADING if self.loading or isinstance(event, RunStarted) else OTHER, spent)
 
+    def _spend_at_most(self, phase: str, limit: float, spent: float) -> None:
+        self._add(phase, min(spent, limit))
+        self._add(OTHER, spent - min(spent, limit))
+
     def _add(self, phase: str, seconds: float) -> None:
         if seconds > 0:
             self.phases[phase] = self.phases.get(phase, 0.0) + seconds
+
+
+def _shares(phases: Mapping[str, float]) -> dict[str, float]:
+    total = sum(phases.values())
+    return {name: seconds / total for name, seconds in phases.items()} if total else {}

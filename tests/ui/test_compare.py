@@ -199,9 +199,9 @@ def test_wrong_input_in_one_sentence(tmp_path: Path) -> None:
         ([good, good], "is named 2 times"),
         ([good, good / "events.jsonl"], "is named 2 times"),
         ([good, tmp_path / "none"], "none: there is no such run"),
-        ([good, tmp_path / "empty"], "empty: it is no run folder"),
-        ([good, tmp_path / "silent"], "holds no events"),
-        ([good, tmp_path / "half"], "holds no events"),
+        ([good, tmp_path / "empty"], "empty: not a run folder"),
+        ([good, tmp_path / "silent"], "contains no events"),
+        ([good, tmp_path / "half"], "contains no events"),
         ([good, later], "no stage of this chain has begun"),
     ):
         made = CliRunner().invoke(app, ["compare", *map(str, names)])

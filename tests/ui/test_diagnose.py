@@ -9,7 +9,7 @@ import pytest
 
 from lowrank_tune.algorithms import dpo
 from lowrank_tune.events import Evaluated, GroupLogged, LogMessage, RunEnded, RunStarted, StepEnd
-from lowrank_tune.ui.diagnostics import COLLAPSED, diagnose
+from lowrank_tune.ui.diagnostics import CHOSEN_LOGP_DROP, diagnose
 from lowrank_tune.ui.state import State
 
 HEALTHY = {
@@ -295,7 +295,7 @@ def test_a_run_on_rewards_reports_its_reward() -> None:
 
 def test_the_limit_of_a_collapse_is_the_algorithms() -> None:
     """Which this floor may not import, for it loads torch."""
-    assert COLLAPSED == dpo.CHOSEN_LOGP_DROP
+    assert CHOSEN_LOGP_DROP == dpo.CHOSEN_LOGP_DROP
 
 
 def test_dropped_rows_are_reported() -> None:

@@ -33,9 +33,10 @@ from lowrank_tune.events import (
 from lowrank_tune.training.sinks import to_json_line
 from lowrank_tune.ui.compare import read_runs
 from lowrank_tune.ui.compare.figures import rows
+from lowrank_tune.ui.formatting import format_tick
 from lowrank_tune.ui.report import page, read_chain, read_run_log, write_report
-from lowrank_tune.ui.report.charts import ChartLine, chart, downsample, format_tick, smooth
 from lowrank_tune.ui.report.plots import histogram_pair, reliability, scatter
+from lowrank_tune.ui.svg import Series, downsample, line_chart, smooth
 
 VOID = {"meta", "input", "br", "img", "line", "path", "rect", "circle"}
 
@@ -169,7 +170,7 @@ def test_the_command_writes_it_anew(finished: Path, tmp_path: Path) -> None:
         and (finished / "report.html").read_bytes() == before
     )
     made = CliRunner().invoke(app, ["report", str(tmp_path)])
-    assert made.exit_code == 2 and "no run folder" in made.output
+    assert made.exit_code == 2 and "not a run folder" in made.output
 
 
 def test_a_run_that_fails_leaves_a_report(tmp_path: Path) -> None:
@@ -707,7 +708,7 @@ def test_damaged_and_unfinished_folders(tmp_path: Path) -> None:
                 )
             )
         )
-    with pytest.raises(UserError, match="no events"):
+    with pytest.raises(UserError, match="contains no events"):
         read_run_log(write(tmp_path / "empty"))
 
 
@@ -732,7 +733,7 @@ def test_thinning_keeps_spikes_and_ends() -> None:
 )
 @pytest.mark.parametrize("log", [False, True])
 def test_charts_of_any_numbers(values: list[float], log: bool) -> None:
-    made = chart([ChartLine("x", "smooth", list(enumerate(values)))], log)
+    made = line_chart([Series("x", "smooth", list(enumerate(values)))], log)
     assert "nan" not in made and "inf" not in made
     numbers = [float(n) for path in re.findall(r' d="([^"]*)"', made) for n in re.findall(r"-?[\d.]+", path)]
     assert all(-1 <= n <= 561 for n in numbers)

@@ -1,5 +1,4 @@
-"""`lowrank-tune compare`: several runs and chains side by side, in the terminal and as one page, from what they left in
-their folders."""
+"""`lowrank-tune compare`: several runs and chains side by side, in the terminal and as one page, from their folders."""
 
 from __future__ import annotations
 
@@ -20,6 +19,7 @@ from lowrank_tune.ui.terminal.text_layout import plain_text, to_ansi
 __all__ = ["TextCanvas", "ComparedRun", "compare", "compare_page", "read_runs", "screen"]
 
 PIPED_WIDTH = 120
+MIN_WIDTH = 40
 
 
 def compare(
@@ -29,20 +29,19 @@ def compare(
     environ: Mapping[str, str] = os.environ,
 ) -> Path:
     """Writes the comparison to `output` and the page to `html_path`, by default `compare.html` beside the first run;
-    returns the page's path.
+    returns the path of the page.
 
-    Raises UserError where something is no run, or the page cannot be written.
+    Raises UserError if a path is not a run, or if the page cannot be written.
     """
     compared = read_runs(runs)
     out = sys.stdout if output is None else output
-    target = html_path or compared[0].folder.resolve().parent / "compare.html"
     on_terminal = out.isatty() and environ.get("TERM", "dumb") != "dumb"
     color = on_terminal and not environ.get("NO_COLOR")
+    width = PIPED_WIDTH
     if on_terminal or "COLUMNS" in environ:
         width = shutil.get_terminal_size((PIPED_WIDTH, 24)).columns
-    else:
-        width = PIPED_WIDTH
-    lines = screen(compared, TextCanvas(max(40, width), signs=not color, ascii_only=ascii_only(out, environ)))
+    canvas = TextCanvas(max(MIN_WIDTH, width), signs=not color, ascii_only=ascii_only(out, environ))
+    lines = screen(compared, canvas)
     if on_terminal:
         text = "\n".join(to_ansi(line, color) for line in lines) + "\n"
     else:
@@ -50,5 +49,6 @@ def compare(
     encoding = getattr(out, "encoding", None) or "utf-8"
     out.write(text.encode(encoding, "backslashreplace").decode(encoding))
     out.flush()
+    target = html_path or compared[0].folder.resolve().parent / "compare.html"
     write_file(target, compare_page(compared).encode("utf-8", "backslashreplace"))
     return target

@@ -1,4 +1,4 @@
-"""`report.html`: a whole run in one file that needs nothing else. It opens from a disk, in the dark too, and prints."""
+"""`report.html`: a whole run in one file that loads nothing else, with a dark and a print style."""
 
 from __future__ import annotations
 
@@ -14,8 +14,10 @@ __all__ = ["chain_page", "page", "read_chain", "read_run_log", "write_report"]
 
 
 def write_report(folder: Path) -> Path:
-    """Writes the report of a run beside its events; of a chain, one page over all its stages and one for each. Raises
-    `UserError` where the folder holds no run."""
+    """Writes the report of a run beside its events, or those of a chain and of each of its stages; returns the path.
+
+    Raises `UserError` if the folder contains no run.
+    """
     check_run_format(folder)
     if not is_chain(folder):
         return _write(folder, page(read_run_log(folder)))

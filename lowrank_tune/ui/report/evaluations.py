@@ -1,30 +1,41 @@
-"""What `lowrank-tune eval` added to a run: the newest evaluation open, the earlier ones collapsed."""
+"""The evaluations of `lowrank-tune eval`: the newest one open, the earlier ones collapsed."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
+from markupsafe import Markup
+
 from lowrank_tune.evaluation import EvalRecord, read_records
-from lowrank_tune.ui.report.html import table, text
-from lowrank_tune.ui.views import evaluation as evals_view
+from lowrank_tune.ui.formatting import format_time
+from lowrank_tune.ui.html import render
+from lowrank_tune.ui.views.evaluation import describe_evaluation, heads, rows
 
 MAX_EVALUATIONS = 20
 
 
-def section(folder: Path) -> str:
-    """The evaluations of a folder, newest first; empty where there are none."""
-    records = read_records(folder)[-MAX_EVALUATIONS:][::-1]
+@dataclass(frozen=True)
+class EvaluationCard:
+    """One evaluation as it is shown."""
+
+    time: str
+    origin: str
+    heads: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    notes: Sequence[str]
+
+
+def section(folder: Path) -> Markup:
+    """Returns the evaluations of a folder, newest first; empty if there are none."""
+    records = read_records(folder)[-MAX_EVALUATIONS:]
     if not records:
-        return ""
-    return "<h2>Evaluations</h2>" + "".join(_one(record, number == 0) for number, record in enumerate(records))
+        return Markup()
+    return render("evaluations", cards=[_card(record) for record in reversed(records)])
 
 
-def _one(record: EvalRecord, is_open: bool) -> str:
-    heads = evals_view.heads(record)
-    rows = [
-        [f"<b>{text(row[0])}</b>", *(text(cell) for cell in row[1 : len(heads)])] for row in evals_view.rows(record)
-    ]
-    notes = "".join(f'<p class="soft">{text(line, 600)}</p>' for line in evals_view.describe_evaluation(record))
-    title = f'{text(evals_view.when(record))} <span class="soft">{text(record.origin, 200)}</span>'
-    body = f'<div class="card">{table(map(text, heads), rows)}{notes}</div>'
-    return f"<details{' open' if is_open else ''}><summary>{title}</summary>{body}</details>"
+def _card(record: EvalRecord) -> EvaluationCard:
+    columns = heads(record)
+    cells = [row[: len(columns)] for row in rows(record)]
+    return EvaluationCard(format_time(record.time), record.origin, columns, cells, describe_evaluation(record))

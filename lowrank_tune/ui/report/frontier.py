@@ -1,84 +1,76 @@
-"""The frontier: what the policy earned, and what it answered exactly, by how far it had gone from the reference."""
+"""Reward against KL: the reward of the policy, and its exact held-out answers, by its distance from the reference."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
 
-from lowrank_tune.ui.report.charts import RIGHT, WIDTH, Point, downsample, format_tick, smooth, ticks_of
-from lowrank_tune.ui.report.plots import Axes
+from markupsafe import Markup
+
+from lowrank_tune.ui.formatting import format_tick
+from lowrank_tune.ui.html import render
 from lowrank_tune.ui.report.run_log import RunLog, StepValues
+from lowrank_tune.ui.svg import RIGHT, WIDTH, Plot, Point, downsample, linear_axis, smooth
 
-MIN_POINTS = 3  # steps at which both were measured
+MIN_POINTS = 3
+"""Steps at which both reward and KL were measured."""
+X_TICKS = 7
+MAX_COURSE_BUCKETS = 100
 
 
-def section(run_log: RunLog) -> str:
-    """The card with its heading; nothing where a run has no reward or no KL."""
+def section(run_log: RunLog) -> Markup:
+    """Returns the card with its heading, empty for a run without reward or KL."""
     kl = run_log.series.get("kl", {})
     rewards = run_log.series.get("reward", {})
-    reward_points = [
-        (kl[step], reward)
-        for step, reward in sorted(rewards.items())
-        if step in kl and math.isfinite(kl[step] + reward)
-    ]
+    reward_points = []
+    for step, reward in sorted(rewards.items()):
+        if step in kl and math.isfinite(kl[step] + reward):
+            reward_points.append((kl[step], reward))
     if len(reward_points) < MIN_POINTS:
-        return ""
+        return Markup()
     accuracy_points = evals_by_kl(kl, run_log.series.get("heldout/accuracy", {}))
-    legend = '<span><i class="key"></i>reward of a step, and its smooth course (left scale)</span>' + (
-        '<span><i class="key check"></i>held-out exact answers (right scale)</span>' if accuracy_points else ""
-    )
-    return (
-        f'<h2>Reward against KL</h2><div class="card"><p class="soft">How far the policy had gone from its reference '
-        f"(nats a token), and "
-        f"what it earned there. Where the reward climbs on and held-out answers get worse, the reward pays for "
-        f"something else.</p>"
-        f'{frontier_svg(reward_points, accuracy_points)}<div class="legend">{legend}</div></div>'
+    return render(
+        "frontier",
+        svg=frontier_svg(reward_points, accuracy_points),
+        has_accuracy=bool(accuracy_points),
     )
 
 
 def evals_by_kl(kl: StepValues, accuracy: StepValues) -> list[Point]:
-    """Each evaluation at the KL that was measured last before it."""
+    """Returns the share of each evaluation with the last KL that was measured before it."""
     finite = {step: value for step, value in kl.items() if math.isfinite(value)}
-    eval_points = []
+    points = []
     for step, share in sorted(accuracy.items()):
-        if (earlier := [kl_step for kl_step in finite if kl_step <= step]) and math.isfinite(share):
-            eval_points.append((finite[max(earlier)], share))
-    return eval_points
+        earlier = [kl_step for kl_step in finite if kl_step <= step]
+        if earlier and math.isfinite(share):
+            points.append((finite[max(earlier)], share))
+    return points
 
 
-def frontier_svg(reward_points: Sequence[Point], accuracy_points: Sequence[Point]) -> str:
-    """The SVG: dots of the steps with their course in the order of the steps, and the evaluations on a scale of their
+def frontier_svg(reward_points: Sequence[Point], accuracy_points: Sequence[Point]) -> Markup:
+    """Returns the SVG: dots for the steps, a line through them in their order, and the evaluations on a scale of their
     own at the right."""
-    xs, low_x, high_x = ticks_of([x for x, _ in [*reward_points, *accuracy_points]], 7)
-    ys, low, high = ticks_of([y for _, y in reward_points])
-    axes = Axes(low_x, high_x, low, high)
-    dots = "".join(f"M{axes.at(point)}h0" for point in downsample(reward_points))
-    course = zip(
-        (x for _, x in smooth(list(enumerate(x for x, _ in reward_points)))),
-        (y for _, y in smooth(list(enumerate(y for _, y in reward_points)))),
-        strict=True,
-    )
-    parts = [
-        axes.frame(xs, ys),
-        f'<path class="dots smooth" d="{dots}"><title>reward</title></path>',
-        f'<path class="smooth" d="M{"L".join(map(axes.at, downsample(list(course), 100)))}"><title>reward, '
-        f"smooth</title></path>",
-    ]
+    kls = [kl for kl, _ in reward_points]
+    rewards = [reward for _, reward in reward_points]
+    x = linear_axis([*kls, *(kl for kl, _ in accuracy_points)], X_TICKS)
+    plot = Plot(x, linear_axis(rewards))
+    plot.dots("smooth", downsample(reward_points), "reward")
+    course = list(zip(_smooth_values(kls), _smooth_values(rewards), strict=True))
+    plot.polyline("smooth", downsample(course, MAX_COURSE_BUCKETS), "reward, smooth")
     if accuracy_points:
-        shares, lowest, highest = ticks_of([y for _, y in accuracy_points])
-        right_axes = Axes(low_x, high_x, lowest, highest)
-        parts += [
-            f'<text class="tick" x="{WIDTH - RIGHT}" y="{right_axes.down(y) - 3:.1f}" text-anchor="end">'
-            f"{100 * y:g} %</text>"
-            for y in shares
-        ]
-        parts.append(
-            f'<path class="check" d="M{"L".join(map(right_axes.at, downsample(accuracy_points, 100)))}">'
-            "<title>held-out exact</title></path>"
-        )
-        parts += [
-            f'<circle class="check" cx="{right_axes.across(x):.1f}" cy="{right_axes.down(y):.1f}" '
-            f'r="2.6"><title>{100 * y:.1f} % exact at KL {format_tick(x)}</title></circle>'
-            for x, y in downsample(accuracy_points, 100)
-        ]
-    return "".join(parts) + "</svg>"
+        _draw_accuracy(plot, downsample(accuracy_points, MAX_COURSE_BUCKETS), [share for _, share in accuracy_points])
+    return plot.svg()
+
+
+def _draw_accuracy(plot: Plot, points: Sequence[Point], shares: Sequence[float]) -> None:
+    """Adds the evaluations, and the labels of their scale at the right edge."""
+    plot.y = linear_axis(shares)
+    for share in plot.y.ticks:
+        plot.label(f"{100 * share:g} %", WIDTH - RIGHT, plot.y_at(share) - 3, "end")
+    plot.polyline("check", points, "held-out exact")
+    for kl, share in points:
+        plot.circle("check", (kl, share), f"{100 * share:.1f} % exact at KL {format_tick(kl)}")
+
+
+def _smooth_values(values: Sequence[float]) -> list[float]:
+    return [value for _, value in smooth(list(enumerate(values)))]

@@ -1,136 +1,98 @@
-"""Pictures of scores as inline SVG: how far confidence can be believed, how the sides are spread, and whether length
-decides."""
+"""Plots of the scores of pairs: calibration, the distribution of both sides, and score by length."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from statistics import fmean
 
-from lowrank_tune.ui.report.charts import BOTTOM, HEIGHT, LEFT, RIGHT, TOP, WIDTH, Point, format_tick, ticks_of
+from markupsafe import Markup
+
+from lowrank_tune.ui.formatting import format_tick
+from lowrank_tune.ui.svg import LEFT, PLOT_WIDTH, TOP, Axis, Plot, Point, linear_axis, whole_number_axis
 
 BINS = 28
 MAX_DOTS = 800
+"""Dots of each side."""
 LENGTH_BINS = 10
+X_TICKS = 7
+CONFIDENCE_AXIS = Axis(0.48, 1.02, (0.5, 0.6, 0.7, 0.8, 0.9, 1.0))
+RIGHT_AXIS = Axis(-0.06, 1.08, (0, 0.25, 0.5, 0.75, 1.0))
+MIN_RADIUS = 2.5
+MAX_RADIUS = 10.5
 
 
-@dataclass(frozen=True)
-class Axes:
-    """Where numbers lie in a picture."""
+def reliability(bins: Sequence[tuple[float, float, int]]) -> Markup:
+    """Returns the share of right pairs (y) by confidence (x), from bins of (confidence, share, pairs).
 
-    low_x: float
-    high_x: float
-    low_y: float
-    high_y: float
-
-    def across(self, x: float) -> float:
-        return LEFT + (x - self.low_x) / (self.high_x - self.low_x) * (WIDTH - LEFT - RIGHT)
-
-    def down(self, y: float) -> float:
-        return HEIGHT - BOTTOM - (y - self.low_y) / (self.high_y - self.low_y) * (HEIGHT - TOP - BOTTOM)
-
-    def at(self, point: Point) -> str:
-        return f"{self.across(point[0]):.1f} {self.down(point[1]):.1f}"
-
-    def frame(self, xs: Sequence[float], ys: Sequence[float]) -> str:
-        """The grid with its numbers; ticks outside of the plane are left out."""
-        parts = [f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" class="chart" role="img">']
-        for y in (y for y in ys if self.low_y <= y <= self.high_y):
-            parts.append(
-                f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{self.down(y):.1f}" y2="{self.down(y):.1f}"/>'
-                f'<text class="tick" x="{LEFT - 7}" y="{self.down(y) + 3.5:.1f}" '
-                f'text-anchor="end">{format_tick(y)}</text>'
-            )
-        for x in (x for x in xs if self.low_x <= x <= self.high_x):
-            parts.append(
-                f'<text class="tick" x="{self.across(x):.1f}" y="{HEIGHT - 8}" '
-                f'text-anchor="middle">{format_tick(x)}</text>'
-            )
-        return "".join(parts)
-
-
-def reliability(bins: Sequence[tuple[float, float, int]]) -> str:
-    """Share that is right (y) by confidence (x), a dot as large as its pairs are many; on the dashed line confidence is
-    what it says. No line joins the dots: one of few pairs says little, and must not look like a trend."""
+    The area of a dot grows with its number of pairs. On the dashed line the confidence is correct. No line joins the
+    dots, because a bin of few pairs must not look like a trend.
+    """
     if not bins:
-        return ""
-    axes = Axes(0.48, 1.02, -0.06, 1.08)
+        return Markup()
+    plot = Plot(CONFIDENCE_AXIS, RIGHT_AXIS)
+    plot.polyline("ideal", ((0.5, 0.5), (1.0, 1.0)), "perfectly calibrated")
     largest = max(count for _, _, count in bins)
-    parts = [
-        axes.frame((0.5, 0.6, 0.7, 0.8, 0.9, 1.0), (0, 0.25, 0.5, 0.75, 1.0)),
-        f'<path class="ideal" d="M{axes.at((0.5, 0.5))}L{axes.at((1.0, 1.0))}"><title>perfectly '
-        f"calibrated</title></path>",
-    ]
     for confidence, right, count in bins:
-        x = axes.across(confidence)
-        y = axes.down(right)
-        size = 2.5 + 8 * (count / largest) ** 0.5
-        label = y + size + 12 if y - size < TOP + 14 else y - size - 4
-        parts.append(
-            f'<circle class="dot" cx="{x:.1f}" cy="{y:.1f}" r="{size:.1f}">'
-            f"<title>{count:,} pairs: confidence {confidence:.3f}, right {right:.3f}</title></circle>"
-            f'<text class="tick" x="{x:.1f}" y="{label:.1f}" text-anchor="middle">{count:,}</text>'
-        )
-    return "".join(parts) + "</svg>"
+        radius = MIN_RADIUS + (MAX_RADIUS - MIN_RADIUS) * (count / largest) ** 0.5
+        title = f"{count:,} pairs: confidence {confidence:.3f}, right {right:.3f}"
+        plot.circle("dot", (confidence, right), title, radius)
+        y = plot.y_at(right)
+        # above the dot, or below it at the upper edge
+        label_y = y + radius + 12 if y - radius < TOP + 14 else y - radius - 4
+        plot.label(f"{count:,}", plot.x_at(confidence), label_y)
+    return plot.svg()
 
 
-def histogram_pair(sides: Mapping[str, Sequence[float]]) -> str:
-    """The histograms of both sides over each other."""
-    every = [value for values in sides.values() for value in values]
-    if not every:
-        return ""
-    xs, low, high = ticks_of(every, 7)
-    width = (high - low) / BINS
+def histogram_pair(sides: Mapping[str, Sequence[float]]) -> Markup:
+    """Returns the histograms of the scores of both sides, one above the other."""
+    scores = [score for values in sides.values() for score in values]
+    if not scores:
+        return Markup()
+    x = linear_axis(scores, X_TICKS)
+    bin_width = (x.high - x.low) / BINS
     counts = {side: [0] * BINS for side in sides}
     for side, values in sides.items():
-        for value in values:
-            counts[side][min(BINS - 1, int((value - low) / width))] += 1
-    ys, _, top = ticks_of([0, max(max(values) for values in counts.values())], 4)
-    axes = Axes(low, high, 0.0, top)
-    parts = [axes.frame(xs, [y for y in ys if y == int(y)])]
-    step = (WIDTH - LEFT - RIGHT) / BINS
-    for side, values in counts.items():
-        for index, count in enumerate(values):
+        for score in values:
+            counts[side][min(BINS - 1, int((score - x.low) / bin_width))] += 1
+    plot = Plot(x, whole_number_axis(max(max(side_counts) for side_counts in counts.values())))
+    step = PLOT_WIDTH / BINS
+    for side, side_counts in counts.items():
+        for index, count in enumerate(side_counts):
             if count:
-                y = axes.down(count)
-                first = low + index * width
-                title = f"{count:,} {side}: {format_tick(first)} to {format_tick(first + width)}"
-                parts.append(
-                    f'<rect class="{side}" x="{LEFT + index * step:.1f}" y="{y:.1f}" width="{step - 1:.1f}" rx="1.5" '
-                    f'height="{HEIGHT - BOTTOM - y:.1f}"><title>{title}</title></rect>'
-                )
-    return "".join(parts) + "</svg>"
+                start = x.low + index * bin_width
+                title = f"{count:,} {side}: {format_tick(start)} to {format_tick(start + bin_width)}"
+                plot.bar(side, count, title, LEFT + index * step, step - 1)
+    return plot.svg()
 
 
-def scatter(sides: Mapping[str, Sequence[Point]]) -> str:
-    """Each answer by its tokens (x) and its score (y), both sides in their colors; the line joins the means of
-    neighboring lengths."""
-    every = sorted(point for points in sides.values() for point in points)
-    if not every:
-        return ""
-    xs, low_x, high_x = ticks_of([x for x, _ in every], 7)
-    ys, low_y, high_y = ticks_of([y for _, y in every])
-    axes = Axes(low_x, high_x, low_y, high_y)
-    parts = [axes.frame(xs, ys)]
-    for side, points in sides.items():
-        dots = "".join(f"M{axes.at(point)}h0" for point in points[:: max(1, -(-len(points) // MAX_DOTS))])
-        parts.append(f'<path class="dots {side}" d="{dots}"><title>{side}</title></path>')
-    means = _means(every)
+def scatter(sides: Mapping[str, Sequence[Point]]) -> Markup:
+    """Returns each answer by its tokens (x) and its score (y); the line joins the means of neighboring lengths."""
+    points = sorted(point for side_points in sides.values() for point in side_points)
+    if not points:
+        return Markup()
+    x = linear_axis([tokens for tokens, _ in points], X_TICKS)
+    plot = Plot(x, linear_axis([score for _, score in points]))
+    for side, side_points in sides.items():
+        every = max(1, -(-len(side_points) // MAX_DOTS))
+        plot.dots(side, side_points[::every], side)
+    means = _means(points)
     if len(means) > 1:
-        parts.append(f'<path class="smooth" d="M{"L".join(map(axes.at, means))}"><title>mean by length</title></path>')
-    return "".join(parts) + "</svg>"
+        plot.polyline("smooth", means, "mean by length")
+    return plot.svg()
 
 
 def _means(points: Sequence[Point]) -> list[Point]:
-    """The mean tokens and score of about `LENGTH_BINS` stretches of equally many answers; equal lengths are never
-    parted."""
+    """Returns the mean tokens and the mean score of about `LENGTH_BINS` bins of equally many answers.
+
+    The points must be in the order of their lengths. Answers of one length are always in one bin.
+    """
     bin_size = max(1, len(points) // LENGTH_BINS)
     means = list[Point]()
     part = list[Point]()
     for index, point in enumerate(points):
         part.append(point)
-        is_edge = index + 1 == len(points) or points[index + 1][0] != point[0]
-        if is_edge and (len(part) >= bin_size or index + 1 == len(points)):
+        is_last = index + 1 == len(points)
+        if is_last or (len(part) >= bin_size and points[index + 1][0] != point[0]):
             means.append((fmean(x for x, _ in part), fmean(y for _, y in part)))
             part = []
     return means

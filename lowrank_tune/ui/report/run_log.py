@@ -1,9 +1,9 @@
-"""What a run folder tells, read leniently: a run that was killed, or is going on, has a report too."""
+"""The content of a run folder, read leniently: a run that was killed, or is still running, has a report too."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator, Mapping
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -18,20 +18,22 @@ from lowrank_tune.events import (
     RunStarted,
     SampleLogged,
     StepEnd,
-    from_json,
 )
 from lowrank_tune.ui.groups import Group, read_group
-from lowrank_tune.ui.metrics import POLICY, phases_of
-from lowrank_tune.ui.run_paths import EVENTS, stage_folders
+from lowrank_tune.ui.json_fields import read_json_object, read_text
+from lowrank_tune.ui.metrics import DEFAULT_ALGORITHM, POLICY, WITHOUT_REFERENCE, phases_of
+from lowrank_tune.ui.run_paths import EVENTS, read_event_lines, read_recipe, stage_folders
 from lowrank_tune.ui.wall_time import WallTime
 
-StepValues = dict[int, float]  # step -> value
-MAX_GROUPS = 64  # that are kept of a run, spread over it
+StepValues = dict[int, float]
+"""Values by step."""
+MAX_GROUPS = 64
+"""Groups that are kept of a run, spread over it."""
 
 
 @dataclass
 class RunLog:
-    """One run. `series` are statistics of the steps, `checks` those of the validations."""
+    """One run. `series` contains the statistics of the steps, `checks` those of the validations."""
 
     folder: Path
     started: RunStarted | None = None
@@ -57,6 +59,21 @@ class RunLog:
     _every: int = 1
 
     @property
+    def name(self) -> str:
+        return self.started.name if self.started else self.folder.name
+
+    @property
+    def algorithm(self) -> str:
+        return self.started.algorithm if self.started else DEFAULT_ALGORITHM
+
+    @property
+    def reference(self) -> str:
+        """The reference in words; empty for an algorithm that has none."""
+        if self.started is None or self.algorithm in WITHOUT_REFERENCE:
+            return ""
+        return self.started.reference
+
+    @property
     def status(self) -> str:
         return self.ended.status if self.ended else "not ended"
 
@@ -65,8 +82,13 @@ class RunLog:
         """Wall time of all sessions."""
         return self._wall_time.seconds
 
+    def finite_values(self, name: str) -> StepValues:
+        """Returns the finite values of a statistic of the steps, or else of the validations, in order."""
+        values = self.series.get(name) or self.checks.get(name, {})
+        return {step: value for step, value in sorted(values.items()) if math.isfinite(value)}
+
     def apply(self, event: Event) -> None:
-        """Takes one event. A run that goes on after an interruption has not ended."""
+        """Takes one event. A run that continues after an interruption has not ended."""
         self.began = self.began or event.time
         self.last = event.time
         self._wall_time.apply(event)
@@ -74,24 +96,11 @@ class RunLog:
             self.started = event
             self.ended = None
         elif isinstance(event, StepEnd):
-            self.step = event.step
-            self.tokens = self.tokens + event.tokens
-            _store(self.series, event.stats, event.step)
-            for name, seconds in phases_of(event.stats, event.seconds).items():
-                self.phases[name] = self.phases.get(name, 0.0) + seconds
+            self._add_step(event)
         elif isinstance(event, Evaluated):
-            own = f"heldout/{POLICY}/"
-            _store(
-                self.checks,
-                {name: value for name, value in event.stats.items() if not name.startswith(own)},
-                event.step,
-            )
-            now = {
-                name.replace(own, "heldout/", 1): value for name, value in event.stats.items() if name.startswith(own)
-            }
-            _store(self.series, now, event.step)  # a curve, and no stage's figure
+            self._add_validation(event)
         elif isinstance(event, GroupLogged):
-            self._grouped(read_group(event))
+            self._add_group(read_group(event))
         elif isinstance(event, SampleLogged):
             self.samples.append(event)
         elif isinstance(event, LogMessage):
@@ -101,24 +110,39 @@ class RunLog:
         elif isinstance(event, RunEnded):
             self.ended = event
 
-    def _grouped(self, group: Group) -> None:
-        """Of a long run every second, fourth, ... group; the newest always."""
+    def _add_step(self, event: StepEnd) -> None:
+        self.step = event.step
+        self.tokens += event.tokens
+        for name, value in event.stats.items():
+            _store(self.series, name, event.step, value)
+        for name, seconds in phases_of(event.stats, event.seconds).items():
+            self.phases[name] = self.phases.get(name, 0.0) + seconds
+
+    def _add_validation(self, event: Evaluated) -> None:
+        """Held-out figures of the policy during training are a curve; those of a stage are not."""
+        own = f"heldout/{POLICY}/"
+        for name, value in event.stats.items():
+            if name.startswith(own):
+                _store(self.series, name.replace(own, "heldout/", 1), event.step, value)
+            else:
+                _store(self.checks, name, event.step, value)
+
+    def _add_group(self, group: Group) -> None:
+        """Keeps the newest group, and of a long run every second, fourth, ... one."""
         self.newest = group
         if group.step % self._every == 0 or not self.completion_groups:
             self.completion_groups[group.step] = group
         while len(self.completion_groups) > MAX_GROUPS:
             self._every *= 2
-            first = next(iter(self.completion_groups))
-            self.completion_groups = {
-                step: logged_group
-                for step, logged_group in self.completion_groups.items()
-                if step == first or step % self._every == 0
-            }
+            first, *later = self.completion_groups
+            for step in later:
+                if step % self._every:
+                    del self.completion_groups[step]
 
 
 @dataclass(frozen=True)
 class ChainLog:
-    """A chain: its stages by the names of their folders, None for one that has not begun."""
+    """A chain: its stages by the names of their folders; None for a stage that has not begun."""
 
     folder: Path
     name: str
@@ -131,7 +155,7 @@ class ChainLog:
 
     @property
     def status(self) -> str:
-        """As its last stage stands: done only where every stage is."""
+        """The status of the last stage that has begun; `done` only if every stage is."""
         last = self.started_stages[-1].status
         if last != "done" or all(self.stages.values()):
             return last
@@ -139,71 +163,44 @@ class ChainLog:
 
 
 def read_chain(folder: Path) -> ChainLog:
-    """The record of a chain's folder. Raises `UserError` where no stage has begun."""
+    """Returns the record of a chain. Raises `UserError` if no stage has begun."""
     stages: dict[str, RunLog | None] = {}
     for path in stage_folders(folder):
-        stages[path.name] = read_run_log(path) if (path / EVENTS).is_file() and (path / EVENTS).stat().st_size else None
+        events = path / EVENTS
+        has_events = events.is_file() and events.stat().st_size > 0
+        stages[path.name] = read_run_log(path) if has_events else None
     if not any(stages.values()):
         raise UserError(f"{folder}: no stage of this chain has begun")
-    recipe = _read_json_object(folder / "run.json").get("recipe")
-    summary = _read_json_object(folder / "summary.json")
-    name = recipe.get("name") if isinstance(recipe, Mapping) else None
-    chain = ChainLog(folder, str(name or folder.name), stages, summary)
-    # else it is of an earlier start
-    if summary.get("status") == chain.status:
-        return chain
-    return replace(chain, summary={})
+    name = str(read_recipe(folder).get("name") or folder.name)
+    chain = ChainLog(folder, name, stages, read_json_object(folder / "summary.json"))
+    if chain.summary.get("status") != chain.status:
+        # the summary of an earlier start
+        return replace(chain, summary={})
+    return chain
 
 
 def read_run_log(folder: Path) -> RunLog:
-    """The record of a folder. Raises `UserError` where there are no events."""
+    """Returns the record of a run folder. Raises `UserError` if it contains no events."""
     run_log = RunLog(folder)
     try:
-        for event in read_events(folder / "events.jsonl"):
+        for event in read_event_lines(folder / EVENTS):
             run_log.apply(event)
     except OSError as error:
-        raise UserError(
-            f"{folder}: it is no run folder, events.jsonl cannot be read ({error.strerror or error})"
-        ) from error
+        reason = error.strerror or error
+        raise UserError(f"{folder}: not a run folder, {EVENTS} cannot be read ({reason})") from error
     if not run_log.began:
-        raise UserError(f"{folder}: its events.jsonl holds no events")
-    run_log.summary, run_log.data, run_log.base, run_log.scores = (
-        _read_json_object(folder / f"{name}.json") for name in ("summary", "data", "base", "scores")
-    )
-    if run_log.summary.get("status") != run_log.status:
-        run_log.summary = {}  # it is of an earlier start
-    run_log.recipe = _read_text(folder / "recipe.yaml")
+        raise UserError(f"{folder}: its {EVENTS} contains no events")
+    run_log.data = read_json_object(folder / "data.json")
+    run_log.base = read_json_object(folder / "base.json")
+    run_log.scores = read_json_object(folder / "scores.json")
+    summary = read_json_object(folder / "summary.json")
+    # otherwise the summary is that of an earlier start
+    if summary.get("status") == run_log.status:
+        run_log.summary = summary
+    run_log.recipe = read_text(folder / "recipe.yaml")
     return run_log
 
 
-def read_events(path: Path) -> Iterator[Event]:
-    """Every whole and known event of a file; a half-written or foreign line is passed over."""
-    with path.open("rb") as file:
-        for line in file:
-            try:
-                event = from_json(json.loads(line))
-            except (ValueError, TypeError, AttributeError, RecursionError):
-                continue
-            if event is not None and isinstance(event.time, (int, float)):
-                yield event
-
-
-def _store(into: dict[str, StepValues], stats: Mapping[str, Any], step: int) -> None:
-    for name, value in stats.items():
-        if isinstance(value, (int, float)):
-            into.setdefault(name, {})[step] = float(value)
-
-
-def _read_text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        return ""
-
-
-def _read_json_object(path: Path) -> Mapping[str, Any]:
-    try:
-        data = json.loads(_read_text(path))
-    except (ValueError, RecursionError):
-        return {}
-    return data if isinstance(data, dict) else {}
+def _store(statistics: dict[str, StepValues], name: str, step: int, value: Any) -> None:
+    if isinstance(value, (int, float)):
+        statistics.setdefault(name, {})[step] = float(value)

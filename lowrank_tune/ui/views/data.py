@@ -1,13 +1,11 @@
-"""The preflight in the terminal: mixture, lengths, what is wrong with which rows, the end token, and three rows with
-their loss mask.
+"""The data report in the terminal: mixture, lengths, unusable rows, the end token, and rows with their loss mask.
 
-Of preferences: how the sides differ, and three pairs side by side. Of prompts that completions are drawn for: three
-with their gold answers.
+For preferences also how the sides differ, and pairs side by side; for online algorithms prompts and their gold answers.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 from rich import box
 from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
@@ -19,8 +17,10 @@ from lowrank_tune.data.pair_stats import PairBalance
 from lowrank_tune.data_report import DataIssue, DataReport, EosStats, Example, Lengths, MixturePart
 from lowrank_tune.ui import escape_control_chars
 
-BAR = 24
-NARROW = 72  # columns; below, the sides of a pair stand one below the other
+BAR_WIDTH = 24
+LENGTH_BAR_WIDTH = 40
+NARROW = 72
+"""Columns below which the sides of a pair are shown one below the other."""
 EIGHTHS = " ▏▎▍▌▋▊▉█"
 GOOD = "green"
 BAD = "yellow"
@@ -28,60 +28,78 @@ QUIET = "dim"
 TRAINED = "bold green"
 HEAD = "bold"
 
+Segments = Sequence[tuple[bool, str]]
+"""Stretches of text, each with whether it is trained."""
+
 
 def show(data_report: DataReport, title: str, console: Console) -> None:
-    """Prints the whole picture, faults last, where the eye is when it has scrolled by; in a pipe without spaces at the
-    ends of lines."""
+    """Prints the data report, its faults last, so that they are visible without scrolling; no line ends in blanks."""
     plain = not console.encoding.lower().startswith("utf")
     with console.capture() as captured:
         console.print(preflight_view(data_report, title, plain=plain))
     output = captured.get()
-    if plain:  # rich's mark of a cell that is cut; names and gold answers may hold more that no ASCII has
+    if plain:
+        # rich marks a cell that was cut by an ellipsis; names and gold answers may contain other characters
         output = output.replace("…", "~").encode("ascii", "backslashreplace").decode()
-    console.file.write("".join(f"{line.rstrip()}\n" for line in output.split("\n")[:-1]))
+    for line in output.split("\n")[:-1]:
+        console.file.write(f"{line.rstrip()}\n")
 
 
 def preflight_view(data_report: DataReport, title: str, plain: bool = False) -> RenderableType:
-    """The picture as one renderable. `plain`: ASCII alone."""
-    if data_report.completions:
-        unit = "prompt"
-    elif data_report.sides is None:
-        unit = "row"
-    else:
-        unit = "pair"
-    brackets = "[[ ]]" if plain else "⟦ ⟧"
-    if data_report.completions:
-        reads = "what the model is asked"
-    else:
-        reads = f"what the model reads; trained is the text in {brackets}"
+    """Returns the data report as one renderable. `plain`: ASCII alone."""
     parts: list[RenderableType] = [
         Text(escape_control_chars(title), HEAD),
         Text(escape_control_chars(data_report.template), QUIET),
     ]
-    for name, body in (
-        (f"Mixture, by {data_report.weighted_by}", _mixture(data_report, unit, plain)),
-        (
-            f"Lengths in tokens, limit {data_report.lengths.limit:,}",
-            _lengths(data_report.lengths, "side" if unit == "pair" else unit, plain),
-        ),
-        (f"{unit.title()}s", _issues(data_report.issues)),
-        *([] if data_report.sides is None else [("Sides", _sides(data_report.sides, plain))]),
-        *([] if data_report.ends is None else [("End token", _eos_line(data_report.ends, unit))]),
-        ("Steps", _steps(data_report, unit)),
-        (f"Examples: {reads}", _examples(data_report, plain)),
-        ("Verdict", _status_line(data_report.faults)),
-    ):
-        parts += [Text(), Text(name, HEAD), Padding(body, (0, 0, 0, 2), expand=False)]
+    for name, body in _sections(data_report, plain):
+        parts += [Text(), Text(name, HEAD), _indent(body)]
     return Group(*parts)
 
 
-def bar(share: float, width: int = BAR, plain: bool = False) -> str:
-    """A bar of this share of `width` cells; what is more than nothing is never drawn as nothing."""
+def _sections(data_report: DataReport, plain: bool) -> Iterator[tuple[str, RenderableType]]:
+    unit = _unit(data_report)
+    lengths = data_report.lengths
+    yield f"Mixture, by {data_report.weighted_by}", _mixture(data_report, unit, plain)
+    length_unit = "side" if unit == "pair" else unit
+    yield f"Lengths in tokens, limit {lengths.limit:,}", _lengths(lengths, length_unit, plain)
+    yield f"{unit.title()}s", _issues(data_report.issues)
+    if data_report.sides is not None:
+        yield "Sides", _sides(data_report.sides, plain)
+    if data_report.ends is not None:
+        yield "End token", _eos_line(data_report.ends, unit)
+    yield "Steps", _steps(data_report, unit)
+    if data_report.completions:
+        content = "what the model is asked"
+    else:
+        opening, closing = _brackets(plain)
+        content = f"what the model reads; trained is the text in {opening} {closing}"
+    yield f"Examples: {content}", _examples(data_report, plain)
+    yield "Verdict", _status_line(data_report.faults)
+
+
+def _unit(data_report: DataReport) -> str:
+    if data_report.completions:
+        return "prompt"
+    return "row" if data_report.sides is None else "pair"
+
+
+def _brackets(plain: bool) -> tuple[str, str]:
+    return ("[[", "]]") if plain else ("⟦", "⟧")
+
+
+def _indent(body: RenderableType, columns: int = 2, below: int = 0) -> Padding:
+    """Returns a block moved to the right, with empty lines below it."""
+    return Padding(body, (0, 0, below, columns), expand=False)
+
+
+def bar(share: float, width: int = BAR_WIDTH, plain: bool = False) -> str:
+    """Returns a bar that fills `share` of `width` cells; a share above 0 fills at least the smallest part."""
     cells = max(0.0, min(1.0, share)) * width
+    smallest = int(share > 0)
     if plain:
-        return "#" * max(round(cells), int(share > 0))
-    whole, rest = divmod(max(round(cells * 8), int(share > 0)), 8)
-    return "█" * whole + (EIGHTHS[rest] if rest else "")
+        return "#" * max(round(cells), smallest)
+    whole, rest = divmod(max(round(cells * 8), smallest), 8)
+    return "█" * whole + EIGHTHS[rest].strip()
 
 
 def _grid(*justify: str) -> Table:
@@ -91,97 +109,81 @@ def _grid(*justify: str) -> Table:
     return table
 
 
+def _add_share(table: Table, name: str, count: int, total: int, plain: bool) -> None:
+    """Adds a row with the share of a count as a bar and as a number."""
+    share = count / total if total else 0.0
+    table.add_row(name, Text(bar(share, plain=plain), "cyan"), f"{100 * share:.1f} %", f"{count:,}")
+
+
 def _mixture(data_report: DataReport, unit: str, plain: bool) -> RenderableType:
-    """For each source its share of rows, of tokens, of what is trained, and its weight in the draw."""
+    """Returns for each source its share of the rows, the tokens and the trained tokens, and its weight in the draw."""
     tables: list[RenderableType] = []
-    totals = [
-        sum(values)
-        for values in zip(*((part.rows, part.tokens, part.trained) for part in data_report.parts), strict=True)
-    ]
     for part in data_report.parts:
-        if unit != "pair":
-            ground_truths = f", {part.ground_truths:,} with a gold answer"
-        else:
-            ground_truths = ""
-        tables.append(
-            Text.assemble(
-                (escape_control_chars(part.name, 90), "cyan"),
-                (f"  {part.format}, {part.used:,} of {part.read:,} {unit}s used", QUIET),
-                (f", {part.used - part.rows:,} set aside to validate with" if part.used > part.rows else "", QUIET),
-                (ground_truths, QUIET),
-            )
-        )
-        tables.append(Padding(_measures(part, totals, unit, plain), (0, 0, 0, 2), expand=False))
+        tables.append(_source_line(part, unit))
+        tables.append(_indent(_measures(part, data_report.parts, unit, plain)))
     expected = data_report.report.compare_expected_tokens()
-    return Group(*tables, *([Text(expected, QUIET)] if expected else []))
+    if expected:
+        tables.append(Text(expected, QUIET))
+    return Group(*tables)
 
 
-def _measures(part: MixturePart, totals: Sequence[int], unit: str, plain: bool) -> Table:
+def _source_line(part: MixturePart, unit: str) -> Text:
+    line = Text().append(escape_control_chars(part.name, 90), "cyan")
+    line.append(f"  {part.format}, {part.used:,} of {part.read:,} {unit}s used", QUIET)
+    if part.used > part.rows:
+        line.append(f", {part.used - part.rows:,} set aside to validate with", QUIET)
+    if unit != "pair":
+        line.append(f", {part.ground_truths:,} with a gold answer", QUIET)
+    return line
+
+
+def _measures(part: MixturePart, parts: Sequence[MixturePart], unit: str, plain: bool) -> Table:
     table = _grid("l", "l", "r", "r")
-    for name, value, total in zip(
-        (f"{unit}s", "tokens", "trained tokens"),
-        (part.rows, part.tokens, part.trained),
-        totals,
-        strict=True,
-    ):
-        if unit == "prompt" and name == "trained tokens":
-            continue
-        share = value / total if total else 0.0
-        table.add_row(name, Text(bar(share, plain=plain), "cyan"), f"{100 * share:.1f} %", f"{value:,}")
-    table.add_row(
-        "weight w_s",
-        Text(bar(part.weight, plain=plain), "magenta"),
-        f"{100 * part.weight:.1f} %",
-        f"{part.weight:.4f}",
-    )
+    _add_share(table, f"{unit}s", part.rows, sum(other.rows for other in parts), plain)
+    _add_share(table, "tokens", part.tokens, sum(other.tokens for other in parts), plain)
+    if unit != "prompt":
+        _add_share(table, "trained tokens", part.trained, sum(other.trained for other in parts), plain)
+    weight = Text(bar(part.weight, plain=plain), "magenta")
+    table.add_row("weight w_s", weight, f"{100 * part.weight:.1f} %", f"{part.weight:.4f}")
     return table
 
 
 def _lengths(lengths: Lengths, unit: str, plain: bool) -> RenderableType:
     table = _grid("r", "l", "r")
-    largest = max(*lengths.counts, lengths.over, 0)
+    largest = max(*lengths.counts, lengths.over, 1)
+
+    def count_bar(count: int, style: str) -> Text:
+        return Text(bar(count / largest, LENGTH_BAR_WIDTH, plain), style)
+
     for low, high, count in zip(lengths.edges, lengths.edges[1:], lengths.counts, strict=False):
-        table.add_row(
-            f"{low + 1:,} to {high:,}",
-            Text(bar(count / largest if largest else 0.0, 40, plain), "cyan"),
-            f"{count:,}",
-        )
-    shown = Text(bar(lengths.over / largest if largest else 0.0, 40, plain), BAD)
-    table.add_row(f"over {lengths.limit:,}", shown, Text(f"{lengths.over:,}", BAD if lengths.over else GOOD))
-    words = (
-        f"half of the {unit}s have up to {lengths.median:,} tokens, 95 % up to {lengths.p95:,}; the longest read "
-        f"has {lengths.longest:,}"
+        table.add_row(f"{low + 1:,} to {high:,}", count_bar(count, "cyan"), f"{count:,}")
+    over = Text(f"{lengths.over:,}", BAD if lengths.over else GOOD)
+    table.add_row(f"over {lengths.limit:,}", count_bar(lengths.over, BAD), over)
+    summary = (
+        f"half of the {unit}s have up to {lengths.median:,} tokens, 95 % up to {lengths.p95:,}; "
+        f"the longest read has {lengths.longest:,}"
     )
-    return Group(table, Text(words, QUIET))
+    return Group(table, Text(summary, QUIET))
 
 
 def _issues(issues: Iterable[DataIssue]) -> RenderableType:
     lines: list[RenderableType] = []
     for issue in issues:
-        style = BAD if issue.count else GOOD
-        done = (f" ({issue.done})", QUIET) if issue.count else ""
-        lines.append(
-            Text.assemble(
-                (f"{issue.count:7,}", style),
-                "  ",
-                (escape_control_chars(issue.description, 200), style if issue.count else ""),
-                done,
-            )
-        )
+        line = Text().append(f"{issue.count:7,}", BAD if issue.count else GOOD)
+        line.append("  ")
+        line.append(escape_control_chars(issue.description, 200), BAD if issue.count else "")
+        if issue.count:
+            line.append(f" ({issue.done})", QUIET)
+        lines.append(line)
         if issue.locations:
+            locations = escape_control_chars(_joined(issue.locations), 600)
             more = ", ..." if issue.count > len(issue.locations) else ""
-            lines.append(
-                Padding(
-                    Text(escape_control_chars(_joined(issue.locations), 600) + more, QUIET),
-                    (0, 0, 0, 9),
-                    expand=False,
-                )
-            )
+            lines.append(_indent(Text(locations + more, QUIET), 9))
     return Group(*lines)
 
 
 def _joined(locations: Sequence[str]) -> str:
-    """`rows.jsonl:3, :14, other.jsonl:2`: the file's name once for the lines that follow it."""
+    """Returns `rows.jsonl:3, :14, other.jsonl:2`: the name of the file once for consecutive lines of it."""
     texts = []
     last = None
     for location in locations:
@@ -195,91 +197,92 @@ def _eos_line(ends: EosStats, unit: str) -> Text:
     if not ends.trained:
         return Text("NO: no end token is trained; the model would never learn to stop", f"{HEAD} red")
     names = ", ".join(f"{escape_control_chars(name)} ({count:,} times)" for name, count in ends.tokens.items())
-    line = Text.assemble(("yes", f"{HEAD} {GOOD}"), f": {names}; ")
-    return line.append(
-        f"every answer is closed in {ends.rows:,} of {ends.total:,} {unit}s", "" if ends.rows == ends.total else BAD
-    )
+    line = Text().append("yes", f"{HEAD} {GOOD}")
+    line.append(f": {names}; ")
+    closed = f"every answer is closed in {ends.rows:,} of {ends.total:,} {unit}s"
+    return line.append(closed, "" if ends.rows == ends.total else BAD)
 
 
 def _steps(data_report: DataReport, unit: str) -> Text:
     epoch = data_report.epoch
     if not epoch.steps:
         return Text("none: there is nothing to train on", BAD)
+    size = f"an epoch has {epoch.rows:,} {unit}s, {epoch.tokens:,} tokens"
+    steps = f"in {epoch.steps:,} steps of about {epoch.rows / epoch.steps:,.1f} {unit}s"
+    run = f"the run has {epoch.all_steps:,} steps, {epoch.passes:.2f} epochs"
     if data_report.completions:
-        return Text(
-            f"an epoch has {epoch.rows:,} prompts, {epoch.tokens:,} tokens, in {epoch.steps:,} steps of about "
-            f"{epoch.rows / epoch.steps:,.1f} prompts\n"
-            f"the run has {epoch.all_steps:,} steps, {epoch.passes:.2f} epochs; it draws {data_report.completions}"
-        )
+        return Text(f"{size}, {steps}\n{run}; it draws {data_report.completions}")
     share = epoch.trained / epoch.tokens if epoch.tokens else 0.0
     return Text(
-        f"an epoch has {epoch.rows:,} {unit}s, {epoch.tokens:,} tokens, {epoch.trained:,} of them trained "
-        f"({100 * share:.1f} %)\n"
-        f"in {epoch.steps:,} steps of about {epoch.rows / epoch.steps:,.1f} {unit}s and "
-        f"{epoch.tokens / epoch.steps:,.0f} tokens; "
-        f"the run has {epoch.all_steps:,} steps, {epoch.passes:.2f} epochs\n"
+        f"{size}, {epoch.trained:,} of them trained ({100 * share:.1f} %)\n"
+        f"{steps} and {epoch.tokens / epoch.steps:,.0f} tokens; {run}\n"
         f"{data_report.report.validation_rows:,} {unit}s to validate with"
     )
 
 
 def _sides(sides: PairBalance, plain: bool) -> RenderableType:
-    """How often the chosen answer is the longer one, and who has a margin."""
+    """Returns how often the chosen answer is the longer one, and how many pairs have a margin."""
     table = _grid("l", "l", "r", "r")
-    for name, count in (
-        ("chosen is longer", sides.longer),
-        ("chosen is shorter", sides.shorter),
-        ("equally long", sides.equal),
-    ):
-        share = count / sides.pairs if sides.pairs else 0.0
-        table.add_row(name, Text(bar(share, plain=plain), "cyan"), f"{100 * share:.1f} %", f"{count:,}")
-    words = f"a chosen answer has {sides.chosen:,.1f} tokens on average, a rejected one {sides.rejected:,.1f}; "
-    words += f"{sides.margins:,} of {sides.pairs:,} pairs have a margin"
-    return Group(table, Text(words, QUIET), *([Text(sides.warning, BAD)] if sides.warning else []))
+    _add_share(table, "chosen is longer", sides.longer, sides.pairs, plain)
+    _add_share(table, "chosen is shorter", sides.shorter, sides.pairs, plain)
+    _add_share(table, "equally long", sides.equal, sides.pairs, plain)
+    summary = (
+        f"a chosen answer has {sides.chosen:,.1f} tokens on average, a rejected one {sides.rejected:,.1f}; "
+        f"{sides.margins:,} of {sides.pairs:,} pairs have a margin"
+    )
+    parts: list[RenderableType] = [table, Text(summary, QUIET)]
+    if sides.warning:
+        parts.append(Text(sides.warning, BAD))
+    return Group(*parts)
 
 
 def _examples(data_report: DataReport, plain: bool) -> RenderableType:
+    examples = data_report.examples
+    if not examples:
+        return Text("none", QUIET)
+    parts: list[RenderableType] = []
     if data_report.sides is not None:
-        shown: list[RenderableType] = [
-            _PairView(*pair, plain) for pair in zip(data_report.examples[::2], data_report.examples[1::2], strict=True)
-        ]
-    else:
-        shown = [
-            part
-            for example in data_report.examples
-            for part in (
-                _head(example, bool(data_report.completions)),
-                Padding(_with_mask(example.segments, plain), (0, 0, 1, 2), expand=False),
-            )
-        ]
-    return Group(*shown) if shown else Text("none", QUIET)
+        for chosen, rejected in zip(examples[::2], examples[1::2], strict=True):
+            parts.append(_PairView(chosen, rejected, plain))
+        return Group(*parts)
+    for example in examples:
+        head = _prompt_head(example) if data_report.completions else _head(example)
+        parts += [head, _indent(_with_mask(example.segments, plain), below=1)]
+    return Group(*parts)
 
 
-def _head(example: Example, is_prompt: bool = False) -> Text:
-    if is_prompt:
-        if example.ground_truth is None:
-            ground_truth = "no gold answer"
-        else:
-            ground_truth = f"gold answer {escape_control_chars(example.ground_truth, 120)}"
-        return Text(f"{escape_control_chars(example.location, 120)}, {example.tokens:,} tokens, {ground_truth}", QUIET)
-    return Text(
-        f"{escape_control_chars(example.location, 120)}, {example.tokens:,} tokens, {example.trained:,} trained", QUIET
-    )
+def _head(example: Example) -> Text:
+    return Text(f"{_location_and_size(example)}, {example.trained:,} trained", QUIET)
 
 
-def _with_mask(segments: Iterable[tuple[bool, str]], plain: bool) -> Text:
-    """Stretches of text, those that are trained in brackets."""
-    opening, closing = ("[[", "]]") if plain else ("⟦", "⟧")
+def _prompt_head(example: Example) -> Text:
+    ground_truth = "no gold answer"
+    if example.ground_truth is not None:
+        ground_truth = f"gold answer {escape_control_chars(example.ground_truth, 120)}"
+    return Text(f"{_location_and_size(example)}, {ground_truth}", QUIET)
+
+
+def _location_and_size(example: Example) -> str:
+    return f"{escape_control_chars(example.location, 120)}, {example.tokens:,} tokens"
+
+
+def _with_mask(segments: Segments, plain: bool) -> Text:
+    """Returns stretches of text, those that are trained in brackets."""
+    opening, closing = _brackets(plain)
     text = Text()
     for trained, segment in segments:
         safe = "\n".join(escape_control_chars(line) for line in segment.split("\n"))
         if plain:
             safe = safe.encode("ascii", "backslashreplace").decode()
-        text.append(f"{opening}{safe}{closing}" if trained else safe, TRAINED if trained else "")
+        if trained:
+            text.append(f"{opening}{safe}{closing}", TRAINED)
+        else:
+            text.append(safe)
     return text
 
 
 class _PairView:
-    """The prompt, and below it both answers side by side; in a narrow terminal the rejected one below the chosen
+    """The prompt, and below it both answers side by side; in a narrow terminal the rejected answer is below the chosen
     one."""
 
     def __init__(self, chosen: Example, rejected: Example, plain: bool) -> None:
@@ -288,31 +291,32 @@ class _PairView:
         self._plain = plain
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        prompt, answers = self._parts()
-        if prompt:
-            yield Padding(_with_mask(prompt, self._plain), (0, 0, 0, 2), expand=False)
-        heads = [_head(example) for example in (self._chosen, self._rejected)]
+        shared = _shared_prompt(self._chosen.segments, self._rejected.segments)
+        if shared:
+            yield _indent(_with_mask(shared, self._plain))
+        chosen = _with_mask(self._chosen.segments[len(shared) :], self._plain)
+        rejected = _with_mask(self._rejected.segments[len(shared) :], self._plain)
         if options.max_width < NARROW:
-            for head, answer in zip(heads, answers, strict=True):
-                yield from (head, Padding(answer, (0, 0, 0, 2), expand=False))
+            yield from (_head(self._chosen), _indent(chosen), _head(self._rejected), _indent(rejected))
         else:
             table = Table(box=box.ASCII if self._plain else box.MINIMAL, show_edge=False, expand=True)
-            for head in heads:
-                table.add_column(head, ratio=1, overflow="fold")
-            table.add_row(*answers)
+            for example in (self._chosen, self._rejected):
+                table.add_column(_head(example), ratio=1, overflow="fold")
+            table.add_row(chosen, rejected)
             yield table
         yield Text()
 
-    def _parts(self) -> tuple[list[tuple[bool, str]], list[Text]]:
-        """What both begin with, untrained, and what each adds."""
-        both = [list(example.segments) for example in (self._chosen, self._rejected)]
-        is_shared = all(segments and not segments[0][0] for segments in both) and both[0][0] == both[1][0]
-        return both[0][:is_shared], [_with_mask(segments[is_shared:], self._plain) for segments in both]
+
+def _shared_prompt(chosen: Segments, rejected: Segments) -> Segments:
+    """Returns the stretch of text that is not trained and with which both sides begin, as a list of at most one."""
+    if not chosen or not rejected or chosen[0] != rejected[0]:
+        return ()
+    trained, _ = chosen[0]
+    return () if trained else chosen[:1]
 
 
 def _status_line(faults: Sequence[str]) -> Text:
     if not faults:
         return Text("fit to train on", f"{HEAD} {GOOD}")
-    return Text("\n").join(
-        Text(f"not fit to train on: {escape_control_chars(fault, 1000)}", "bold red") for fault in faults
-    )
+    lines = [Text(f"not fit to train on: {escape_control_chars(fault, 1000)}", "bold red") for fault in faults]
+    return Text("\n").join(lines)

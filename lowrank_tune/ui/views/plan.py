@@ -1,9 +1,9 @@
-"""A memory plan in a terminal: a table of phases, what binds, and whether it fits."""
+"""A memory plan in a terminal: a table of phases, the phase with the highest peak, and whether it fits."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from rich.console import Console
 from rich.table import Table
@@ -19,15 +19,17 @@ from lowrank_tune.memory_planner.plan_report import (
 )
 from lowrank_tune.ui import escape_control_chars
 
-SHORT = {"optimizer": "optim.", "gradients": "grads", "activations": "activ.", "KV cache": "KV"}
-"""Heads of columns, so that the table has room in 80 columns."""
-SMALL = GIB // 10  # below it figures are in MiB
-SETTING = re.compile(r"(?<![\w.])(?=(?:adapters|data|evaluate|rollout|train)\.\w)")
-"""Before a setting that each stage of a chain has for itself."""
+COLUMN_NAMES = {"optimizer": "optim.", "gradients": "grads", "activations": "activ.", "KV cache": "KV"}
+"""Short names of columns, so that the table fits into 80 columns."""
+MIB = 1 << 20
+MIN_GIB_PEAK = GIB // 10
+"""Peak below which the figures are in MiB."""
+STAGE_SETTING = re.compile(r"(?<![\w.])(?=(?:adapters|data|evaluate|rollout|train)\.\w)")
+"""The position before a setting that each stage of a chain has for itself."""
 
 
 def show(plan: Plan, console: Console, in_chain: bool = False) -> None:
-    """The whole plan of a recipe, or of one stage of a chain."""
+    """Prints the plan of a recipe, or of one stage of a chain."""
     for heading in headline(plan):
         console.print(Text(heading, "bold"))
     console.print(_table(plan))
@@ -36,76 +38,94 @@ def show(plan: Plan, console: Console, in_chain: bool = False) -> None:
 
 
 def worst_stage_line(plans: Sequence[Plan]) -> Text:
-    """The stage of a chain that needs most of the memory there is, and whether it fits."""
-    worst = max(plans, key=lambda plan: (not plan.fits, plan.needed / (plan.vram or 1)))
+    """Returns the stage of a chain that needs most of the available memory, and whether it fits."""
+    worst = max(plans, key=_need)
     name = f"worst stage: {escape_control_chars(worst.name)}"
+    needed_gib = f"{worst.needed / GIB:.2f}"
     if not worst.vram:
-        return Text(f"{name}, {worst.needed / GIB:.2f} GiB", "bold")
-    return Text(
-        f"{name}, {worst.needed / GIB:.2f} of {worst.vram / GIB:.2f} GiB, {'fits' if worst.fits else 'does not fit'}",
-        "bold green" if worst.fits else "bold red",
-    )
+        return Text(f"{name}, {needed_gib} GiB", "bold")
+    vram_gib = f"{worst.vram / GIB:.2f} GiB"
+    if worst.fits:
+        return Text(f"{name}, {needed_gib} of {vram_gib}, fits", "bold green")
+    return Text(f"{name}, {needed_gib} of {vram_gib}, does not fit", "bold red")
+
+
+def _need(plan: Plan) -> tuple[bool, float]:
+    """Orders stages: one that does not fit is above one that fits, then by the share of the memory."""
+    return not plan.fits, plan.needed / (plan.vram or 1)
 
 
 def _table(plan: Plan) -> Table:
-    unit, divisor = ("GiB", GIB) if plan.peak >= SMALL else ("MiB", 1 << 20)
+    in_gib = plan.peak >= MIN_GIB_PEAK
+    divisor = GIB if in_gib else MIB
     used = [purpose for purpose in PURPOSES if any(phase.bytes.get(purpose) for phase in plan.phases)]
     table = Table(box=None, pad_edge=False, padding=(0, 0, 0, 1), header_style="dim")
-    table.add_column(f"{unit} at its peak", no_wrap=True)
+    table.add_column("GiB at its peak" if in_gib else "MiB at its peak", no_wrap=True)
     for purpose in used:
-        table.add_column(SHORT.get(purpose, purpose), justify="right", no_wrap=True)
+        table.add_column(COLUMN_NAMES.get(purpose, purpose), justify="right", no_wrap=True)
     table.add_column("all", justify="right", no_wrap=True)
     table.add_column("", no_wrap=True)
     for phase in plan.phases:
-        binds = phase is plan.peak_phase
-        style = ("green" if plan.fits else "bold red") if binds else ""
+        mark = ""
+        style = ""
+        if phase is plan.peak_phase:
+            mark = "<"
+            style = "green" if plan.fits else "bold red"
         cells = [_figure(phase.bytes.get(purpose, 0), divisor) for purpose in used]
-        table.add_row(Text(phase.name), *cells, _figure(phase.total, divisor), "<" if binds else "", style=style)
+        table.add_row(Text(phase.name), *cells, _figure(phase.total, divisor), mark, style=style)
     return table
 
 
 def headline(plan: Plan) -> tuple[str, str]:
-    """What is planned."""
+    """Returns what is planned, in two lines."""
     sizes = plan.sizes
-    unit_name = ("pair" if sizes.rows_per_unit == 2 else "completion" if sizes.num_rollouts else "row") + (
-        "s" if sizes.units > 1 else ""
-    )
+    unit = "row"
+    if sizes.rows_per_unit == 2:
+        unit = "pair"
+    elif sizes.num_rollouts:
+        unit = "completion"
+    units = f"{sizes.units} {unit}s" if sizes.units > 1 else f"{sizes.units} {unit}"
+    name = plan.name or plan.algorithm
     return (
-        escape_control_chars(f"{plan.name or plan.algorithm}: {plan.algorithm} of {plan.model}, {plan.bits} bits"),
-        f"a micro-batch is {sizes.units} {unit_name} of {sizes.length:,} tokens; {_recomputed(plan)}",
+        escape_control_chars(f"{name}: {plan.algorithm} of {plan.model}, {plan.bits} bits"),
+        f"a micro-batch is {units} of {sizes.length:,} tokens; {_recomputed(plan)}",
     )
 
 
 def lines(plan: Plan, in_chain: bool = False) -> list[Text]:
-    """What binds, whether it fits, what would fit, and what to type; for a stage `stages.NAME.train...`."""
-    binding = plan.peak_phase
-    texts = [Text(f"most is held in: {binding.name}" + (f" ({binding.where})" if binding.where else ""))]
+    """Returns the phase with the highest peak, whether the plan fits, what would fit, and the settings to change; of a
+    stage of a chain as `stages.NAME.train...`."""
+    peak = plan.peak_phase
+    where = f" ({peak.where})" if peak.where else ""
+    texts = [Text(f"most is held in: {peak.name}{where}")]
     if not plan.vram:
         return [*texts, Text(f"needs {plan.peak / GIB:.2f} GiB of this machine's memory for tensors")]
-    verdict = "fits" if plan.fits else "does not fit"
-    needed_gib = plan.needed / GIB
-    vram_gib = plan.vram / GIB
-    tensors_gib = plan.peak / GIB
-    texts.append(
-        Text(
-            f"{verdict}: {needed_gib:.2f} of {vram_gib:.2f} GiB (tensors {tensors_gib:.2f}, CUDA itself "
-            f"{CUDA_CONTEXT_BYTES / GIB:.2f}, lost {FRAGMENTATION:.0%})",
-            "green" if plan.fits else "bold red",
-        )
-    )
-    for phase in plan.split_phases if plan.fits else ():
-        phase_gib = needed(phase.total, plan.device) / GIB
-        texts.append(Text(f"{phase.name} runs in smaller pieces: at once it needs {phase_gib:.2f} GiB"))
-    if plan.max_micro_batch_size is not None and plan.fits_length is not None:
-        texts.append(
-            Text(
-                f"room for a micro-batch of {plan.max_micro_batch_size}, or for rows of {plan.fits_length:,} tokens, "
-                f"{plan.sizes.units} at once"
-            )
-        )
+    texts.append(_fit_line(plan))
+    texts += _room_lines(plan)
     if plan.advice:
-        texts.append(Text(SETTING.sub(f"stages.{plan.name}.", plan.advice) if in_chain else plan.advice, "yellow"))
+        advice = STAGE_SETTING.sub(f"stages.{plan.name}.", plan.advice) if in_chain else plan.advice
+        texts.append(Text(advice, "yellow"))
     return texts + [Text(note, "dim") for note in plan.notes]
+
+
+def _fit_line(plan: Plan) -> Text:
+    used = f"{plan.needed / GIB:.2f} of {plan.vram / GIB:.2f} GiB"
+    parts = f"tensors {plan.peak / GIB:.2f}, CUDA itself {CUDA_CONTEXT_BYTES / GIB:.2f}, lost {FRAGMENTATION:.0%}"
+    if plan.fits:
+        return Text(f"fits: {used} ({parts})", "green")
+    return Text(f"does not fit: {used} ({parts})", "bold red")
+
+
+def _room_lines(plan: Plan) -> Iterator[Text]:
+    if plan.fits:
+        for phase in plan.split_phases:
+            phase_gib = needed(phase.total, plan.device) / GIB
+            yield Text(f"{phase.name} runs in smaller pieces: at once it needs {phase_gib:.2f} GiB")
+    if plan.max_micro_batch_size is not None and plan.fits_length is not None:
+        yield Text(
+            f"room for a micro-batch of {plan.max_micro_batch_size}, or for rows of {plan.fits_length:,} tokens, "
+            f"{plan.sizes.units} at once"
+        )
 
 
 def _recomputed(plan: Plan) -> str:

@@ -1,0 +1,287 @@
+"""Charts as inline SVG: axes, line charts, histograms and bars. Their colors come from the style sheet of the page."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from xml.etree.ElementTree import Element, SubElement, tostring
+
+from markupsafe import Markup
+
+from lowrank_tune.ui.formatting import format_tick
+
+WIDTH = 560
+HEIGHT = 230
+LEFT = 56
+RIGHT = 12
+TOP = 10
+BOTTOM = 26
+PLOT_WIDTH = WIDTH - LEFT - RIGHT
+PLOT_HEIGHT = HEIGHT - TOP - BOTTOM
+MAX_BUCKETS = 300
+"""Buckets of a long series; the lowest and the highest point of each are drawn."""
+MIN_LOG_VALUE = 1e-300
+
+Point = tuple[float, float]
+
+
+@dataclass(frozen=True)
+class Series:
+    """One line of a chart. `kind` is its class in the style sheet: raw, smooth, check, chosen, rejected or run-N."""
+
+    name: str
+    kind: str
+    points: Sequence[Point]
+
+
+@dataclass(frozen=True)
+class Axis:
+    """The range of values along one side of a plot, and the values that are labeled."""
+
+    low: float
+    high: float
+    ticks: Sequence[float] = ()
+    log: bool = False
+    format_label: Callable[[float], str] = format_tick
+
+    def share(self, value: float) -> float:
+        """Returns where `value` is on the axis: 0 at its beginning, 1 at its end."""
+        if self.log:
+            return math.log10(value / self.low) / math.log10(self.high / self.low)
+        return (value - self.low) / (self.high - self.low)
+
+    def labels(self) -> list[tuple[float, str]]:
+        """Returns the ticks within the range, each with its label."""
+        return [(tick, self.format_label(tick)) for tick in self.ticks if self.low <= tick <= self.high]
+
+
+class Plot:
+    """A drawing area with two axes, their labels and a grid. Each method adds elements above the earlier ones."""
+
+    def __init__(self, x: Axis, y: Axis, kind: str = "") -> None:
+        self.x = x
+        self.y = y
+        self.root = _svg(f"chart {kind}", WIDTH, HEIGHT)
+        for tick, label in y.labels():
+            at = self.y_at(tick)
+            self.add("line", "grid", x1=LEFT, x2=WIDTH - RIGHT, y1=at, y2=at)
+            self.label(label, LEFT - 7, at + 3.5, "end")
+        for tick, label in x.labels():
+            self.label(label, self.x_at(tick), HEIGHT - 8)
+
+    def x_at(self, value: float) -> float:
+        """Returns the horizontal position of `value` in pixels."""
+        return LEFT + self.x.share(value) * PLOT_WIDTH
+
+    def y_at(self, value: float) -> float:
+        """Returns the vertical position of `value` in pixels; 0 is the upper edge."""
+        return HEIGHT - BOTTOM - self.y.share(value) * PLOT_HEIGHT
+
+    def at(self, point: Point) -> str:
+        """Returns the position of a point as path data."""
+        x, y = point
+        return f"{self.x_at(x):.1f} {self.y_at(y):.1f}"
+
+    def add(self, tag: str, kind: str, title: str = "", text: str = "", **attributes: float | str) -> None:
+        """Adds an element of class `kind`. `title` is its tooltip; `_` in the name of an attribute stands for `-`."""
+        _add(self.root, tag, kind, title, text, **attributes)
+
+    def label(self, text: str, x: float, y: float, anchor: str = "middle") -> None:
+        """Adds a text that ends at, or is centered around, a position in pixels."""
+        self.add("text", "tick", text=text, x=x, y=y, text_anchor=anchor)
+
+    def path(self, kind: str, data: str, title: str) -> None:
+        """Adds a path from its path data."""
+        self.add("path", kind, title, d=data)
+
+    def polyline(self, kind: str, points: Sequence[Point], title: str) -> None:
+        """Adds straight lines from point to point."""
+        self.path(kind, "M" + "L".join(map(self.at, points)), title)
+
+    def dots(self, kind: str, points: Sequence[Point], title: str) -> None:
+        """Adds a dot for each point, all of them as one path."""
+        moves = [f"M{self.at(point)}h0" for point in points]
+        self.path(f"dots {kind}".strip(), "".join(moves), title)
+
+    def circle(self, kind: str, point: Point, title: str, radius: float = 2.6) -> None:
+        """Adds a circle with a radius in pixels."""
+        x, y = point
+        self.add("circle", kind, title, cx=self.x_at(x), cy=self.y_at(y), r=radius)
+
+    def bar(self, kind: str, value: float, title: str, x: float, width: float) -> None:
+        """Adds an upright bar of height `value`; its left edge and its width are in pixels."""
+        top = self.y_at(value)
+        self.add("rect", kind, title, x=x, y=top, rx=1.5, width=width, height=HEIGHT - BOTTOM - top)
+
+    def svg(self) -> Markup:
+        return _markup(self.root)
+
+
+def _svg(kind: str, width: int, height: int) -> Element:
+    return Element("svg", {"viewBox": f"0 0 {width} {height}", "class": kind.rstrip(), "role": "img"})
+
+
+def _add(parent: Element, tag: str, kind: str, title: str = "", text: str = "", **attributes: float | str) -> None:
+    written = {"class": kind}
+    for name, value in attributes.items():
+        written[name.replace("_", "-")] = f"{value:.1f}" if isinstance(value, float) else str(value)
+    element = SubElement(parent, tag, written)
+    if text:
+        element.text = text
+    if title:
+        SubElement(element, "title").text = title
+
+
+def _markup(element: Element) -> Markup:
+    return Markup(tostring(element, encoding="unicode"))
+
+
+def line_chart(series: Sequence[Series], log: bool = False) -> Markup:
+    """Returns the SVG of a chart, empty if nothing can be drawn. Values that are not finite, and on a logarithmic scale
+    those that are not positive, leave a gap."""
+    points = [point for line in series for point in line.points if _is_drawable(point[1], log)]
+    if not points:
+        return Markup()
+    x = _step_axis([x for x, _ in points])
+    values = [y for _, y in points]
+    plot = Plot(x, log_axis(values) if log else linear_axis(values), "log" if log else "lin")
+    plot.root.set("data-x", f"{x.low:g} {x.high:g}")
+    plot.root.set("data-box", f"{LEFT} {TOP} {WIDTH - RIGHT} {HEIGHT - BOTTOM}")
+    for line in series:
+        _draw_line(plot, line)
+    plot.add("line", "cross", y1=TOP, y2=HEIGHT - BOTTOM, visibility="hidden")
+    return plot.svg()
+
+
+def _draw_line(plot: Plot, line: Series) -> None:
+    path = ""
+    command = "M"
+    drawn = []
+    for point in line.points:
+        if not _is_drawable(point[1], plot.y.log):
+            command = "M"
+            continue
+        path += command + plot.at(point)
+        command = "L"
+        drawn.append(point)
+    plot.path(line.kind, path, line.name)
+    if line.kind == "check":
+        for x, y in drawn:
+            plot.circle("check", (x, y), f"{line.name} {format_tick(y)} after step {x:g}")
+
+
+def bar(share: float, kind: str = "") -> Markup:
+    """Returns a horizontal bar that fills `share` of its track; shares outside of 0 to 1 are limited to that range."""
+    width = 100 * max(0.0, min(1.0, share))
+    root = _svg(f"bar {kind}", 100, 8)
+    root.set("preserveAspectRatio", "none")
+    _add(root, "rect", "track", width=100, height=8)
+    _add(root, "rect", "fill", width=f"{width:.2f}", height=8)
+    return _markup(root)
+
+
+def length_histogram(edges: Sequence[int], counts: Sequence[int], limit: int, over: int) -> Markup:
+    """Returns upright bars of the lengths between `edges`, and a last one of those over the limit."""
+    labels = [f"{edge:,}" for edge in edges[1:]]
+    names = [f"{low + 1:,} to {high:,} tokens" for low, high in zip(edges, edges[1:], strict=False)]
+    labels.append(f"> {limit:,}")
+    names.append(f"over {limit:,} tokens")
+    kinds = ["fill"] * len(counts) + ["over"]
+    values = [*counts, over]
+
+    y = whole_number_axis(max([*values, 1]))
+    step = PLOT_WIDTH / len(values)
+    plot = Plot(Axis(0, len(values)), y)
+    for index, value in enumerate(values):
+        x = LEFT + index * step
+        plot.bar(kinds[index], value, f"{names[index]}: {value:,} rows", x + step * 0.08, step * 0.84)
+        plot.label(labels[index], x + step / 2, HEIGHT - 8)
+    return plot.svg()
+
+
+def downsample(points: Sequence[Point], buckets: int = MAX_BUCKETS) -> list[Point]:
+    """Returns at most two points for each bucket, its lowest and its highest, so that spikes stay; and both ends."""
+    if len(points) <= 2 * buckets:
+        return list(points)
+
+    def value_at(index: int) -> float:
+        return points[index][1]
+
+    kept = {0, len(points) - 1}
+    for bucket in range(buckets):
+        start = bucket * len(points) // buckets
+        end = (bucket + 1) * len(points) // buckets
+        kept.add(min(range(start, end), key=value_at))
+        kept.add(max(range(start, end), key=value_at))
+    return [points[index] for index in sorted(kept)]
+
+
+def smooth(points: Sequence[Point]) -> list[Point]:
+    """Returns an exponential mean over about a twentieth of the points, corrected for its start at 0."""
+    decay = 1 - 2 / (max(4, len(points) / 20) + 1)
+    total = 0.0
+    weight = 0.0
+    smoothed = []
+    for step, value in points:
+        total = decay * total + value
+        weight = decay * weight + 1
+        smoothed.append((step, total / weight))
+    return smoothed
+
+
+def linear_axis(values: Sequence[float], count: int = 5) -> Axis:
+    """Returns an axis over the values with about `count` round ticks."""
+    low = min(values)
+    high = max(values)
+    if high - low <= 1e-9 * max(abs(low), abs(high)):
+        low -= abs(low) / 2 if low else 1.0
+        high += abs(high) / 2 if high else 1.0
+    power = 10.0 ** math.floor(math.log10((high - low) / count))
+    steps = [power * factor for factor in (1, 2, 2.5, 5, 10)]
+    step = next(step for step in steps if step * count >= high - low)
+    first = math.floor(low / step + 1e-9)
+    last = math.ceil(high / step - 1e-9)
+    ticks = [index * step for index in range(first, last + 1)]
+    if step > 1e-9:
+        ticks = [round(tick, 12) for tick in ticks]
+    return Axis(ticks[0], ticks[-1], ticks)
+
+
+def whole_number_axis(high: float, count: int = 4) -> Axis:
+    """Returns an axis from 0 to at least `high`, of which only whole numbers are labeled."""
+    axis = linear_axis([0, high], count)
+    ticks = [tick for tick in axis.ticks if tick == int(tick)]
+    return Axis(0, max(high, *ticks), ticks, format_label=format_whole)
+
+
+def format_whole(value: float) -> str:
+    return f"{int(value):,}"
+
+
+def log_axis(values: Sequence[float]) -> Axis:
+    """Returns a logarithmic axis with powers of ten as ticks; over at most two of them also with twos and fives."""
+    low = min(values)
+    high = max(values)
+    first = math.floor(math.log10(low))
+    last = math.ceil(math.log10(high) + 1e-9)
+    last = max(last, first + 1)
+    factors = (1, 2, 5) if last - first <= 2 else (1,)
+    every = max(1, (last - first) // 6)
+    ticks = [factor * 10.0**power for power in range(first, last, every) for factor in factors]
+    ticks.append(10.0**last)
+    visible = [tick for tick in ticks if low / 2.5 <= tick <= high * 2.5] or ticks
+    return Axis(min(low, visible[0]), max(high, visible[-1]), visible, log=True)
+
+
+def _step_axis(steps: Sequence[float]) -> Axis:
+    low = min(steps)
+    high = max(steps)
+    if high <= low:
+        low, high = low - 0.5, high + 0.5
+    ticks = [tick for tick in linear_axis([low, high], 6).ticks if tick == int(tick)]
+    return Axis(low, high, ticks, format_label=format_whole)
+
+
+def _is_drawable(value: float, log: bool) -> bool:
+    return math.isfinite(value) and (not log or value > MIN_LOG_VALUE)
