@@ -215,7 +215,7 @@ def test_all_good_and_too_early() -> None:
         ),
         (
             rollout_state(exact=(0.5, 0.7, 0.5, 0.4)),
-            "bad: the reward rises and held-out answers get worse (70% -> 45% exact): it pays for something",
+            "bad: the reward rises and held-out answers get worse (70% -> 45% exact): the reward does not measure",
         ),
         (
             after(40, updated_param_fraction=lambda s: 0.0),
