@@ -162,8 +162,8 @@ def ours(task: Task, turn: Turns, share: bool = True) -> list[float]:
     from lowrank_tune.algorithms.base import AlgorithmContext
     from lowrank_tune.algorithms.dpo import DPO
     from lowrank_tune.algorithms.reference_logps import reference_logps
-    from lowrank_tune.batch import Batch, Row
-    from lowrank_tune.config import AdapterConfig, BaseConfig, TrainingConfig
+    from lowrank_tune.batch import PairBatch, Row
+    from lowrank_tune.config import AdapterConfig, BaseConfig, DPOConfig, TrainingConfig
     from lowrank_tune.data import collate_units
     from lowrank_tune.data.token_store import Entry, StoreWriter
     from lowrank_tune.events import StepEnd
@@ -202,16 +202,17 @@ def ours(task: Task, turn: Turns, share: bool = True) -> list[float]:
             roles, store, lambda units: collate_units(store, units, 0), 4096, "small", Path(folder), lambda event: None
         )
 
-        def rows(step: int) -> Batch:
+        def rows(step: int) -> PairBatch:
             batch = collate_units(store, range(step * PAIRS, step * PAIRS + PAIRS), 0)
-            batch.extra["reference"] = sums[2 * step * PAIRS : 2 * (step + 1) * PAIRS]
+            assert isinstance(batch, PairBatch)
+            batch.reference_sequence_logps = sums[2 * step * PAIRS : 2 * (step + 1) * PAIRS]
             return batch
 
         def emit(event: Any) -> None:
             if isinstance(event, StepEnd):
                 losses.append(event.stats["loss"])
 
-        algorithm, parameters = DPO(AlgorithmContext(roles, rows), beta=BETA), roles.parameters("policy")
+        algorithm, parameters = DPO(AlgorithmContext(roles, rows), DPOConfig(beta=BETA)), roles.parameters("policy")
         optimizer = make_optimizer(parameters, train, device)
         loop = Trainer(algorithm, parameters, optimizer, train, task.steps, 0, device, emit, lambda *_: turn())
         turn.loaded()

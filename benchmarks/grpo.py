@@ -130,7 +130,7 @@ def ours(task: Task, turn: Turns) -> list[float]:
     from lowrank_tune.algorithms.base import AlgorithmContext
     from lowrank_tune.algorithms.grpo import GRPO
     from lowrank_tune.algorithms.rollouts import RolloutCollector
-    from lowrank_tune.config import AdapterConfig, BaseConfig, TrainingConfig
+    from lowrank_tune.config import AdapterConfig, BaseConfig, GRPOConfig, TrainingConfig
     from lowrank_tune.events import StepEnd
     from lowrank_tune.functional import step_seed
     from lowrank_tune.model.adapters import lora_config
@@ -172,25 +172,25 @@ def ours(task: Task, turn: Turns) -> list[float]:
         clock.start()
 
     collector = RolloutCollector(
-        roles,
-        next_prompts,
-        scoring,
-        ["even"],
-        [1.0],
-        tokenizer.decode,
-        frozenset([vocabulary]),
-        0,
-        GROUP,
-        new,
-        1.0,
-        PROMPTS * GROUP,
-        1 << 15,
-        lambda number: step_seed(0, number),
+        roles=roles,
+        prompts=next_prompts,
+        reward_client=scoring,
+        reward_names=["even"],
+        reward_weights=[1.0],
+        decode=tokenizer.decode,
+        stop_ids=frozenset([vocabulary]),
+        pad_id=0,
+        num_generations=GROUP,
+        max_new_tokens=new,
+        temperature=1.0,
+        max_num_seqs=PROMPTS * GROUP,
+        micro_tokens=1 << 15,
+        seed_of=lambda number: step_seed(0, number),
     )
     timed: Any = collector
     timed.collect, timed.logps = clock.part("rollout", collector.collect), clock.part("scoring", collector.logps)
     scoring.collect = clock.part("scoring", scoring.collect)  # type: ignore[method-assign]
-    algorithm = GRPO(AlgorithmContext(roles, lambda step: None), collector, beta=KL, zero_std_groups="keep")  # type: ignore[arg-type, return-value]
+    algorithm = GRPO(AlgorithmContext(roles), GRPOConfig(beta=KL, zero_std_groups="keep"), collector)
     parameters = roles.parameters("policy")
     loop = Trainer(
         algorithm, parameters, make_optimizer(parameters, train, device), train, task.steps, 0, device, emit, at_border

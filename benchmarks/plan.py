@@ -23,9 +23,9 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from lowrank_tune import Recipe
 from lowrank_tune.algorithms.base import AlgorithmContext
-from lowrank_tune.algorithms.rollouts import RolloutBatch, RolloutCollector
-from lowrank_tune.assembly import ALGORITHMS, ONLINE_ALGORITHMS, load_roles
-from lowrank_tune.batch import Batch
+from lowrank_tune.algorithms.rollouts import RolloutCollector, RolloutGroups
+from lowrank_tune.assembly import ONLINE_ALGORITHMS, load_roles, make_algorithm
+from lowrank_tune.batch import Batch, PairBatch, RolloutBatch
 from lowrank_tune.generation import Engine
 from lowrank_tune.generation.sampling_params import SamplingParams
 from lowrank_tune.memory_planner.planner import make_spec, phases_of
@@ -113,31 +113,35 @@ def recipe_of(algorithm: str, model: str, checkpointing: bool | int, bits: int =
     )
 
 
-def rows(count: int, prompt: int, family: int, **extra: torch.Tensor) -> Batch:
+def rows(count: int, prompt: int, family: int) -> Batch:
     """Rows of one length; families share a prompt."""
     ids = torch.randint(3, 900, (count, LENGTH), generator=torch.Generator().manual_seed(1))
     ids[:, :prompt] = ids[torch.arange(count) // family * family, :prompt]
     completion_mask = torch.ones_like(ids, dtype=torch.bool)
     completion_mask[:, :prompt] = False
+    batch = Batch(ids, torch.ones_like(completion_mask), completion_mask)
     if family > 1:
-        extra["shared"] = torch.tensor([0 if row % family == 0 else prompt for row in range(count)])
-    return Batch(ids, torch.ones_like(completion_mask), completion_mask, extra=extra)
+        batch.shared_prefix = torch.tensor([0 if row % family == 0 else prompt for row in range(count)])
+    return batch
 
 
 class FixedCollector(RolloutCollector):
     """Completions that were written before."""
 
-    def collect(self, step: int, draw: int, count: int | None = None) -> RolloutBatch:
-        batch = rows(PROMPTS * GROUP, PROMPT, GROUP, sampler=torch.full((PROMPTS * GROUP, LENGTH), -7.0))
+    def collect(self, step: int, draw: int, count: int | None = None) -> RolloutGroups:
+        batch = RolloutBatch(
+            **rows(PROMPTS * GROUP, PROMPT, GROUP).tensors(),
+            sampler_logps=torch.full((PROMPTS * GROUP, LENGTH), -7.0),
+        )
         rewards = torch.rand(PROMPTS, GROUP, dtype=torch.float64, generator=torch.Generator().manual_seed(step))
-        return RolloutBatch(
-            batch,
-            rewards,
-            rewards.view(-1, 1),
-            torch.zeros(len(batch), dtype=torch.bool),
-            ["all"],
-            [""] * len(batch),
-            [],
+        return RolloutGroups(
+            batch=batch,
+            rewards=rewards,
+            reward_components=rewards.view(-1, 1),
+            truncated=torch.zeros(len(batch), dtype=torch.bool),
+            reward_names=["all"],
+            texts=[""] * len(batch),
+            prompts=[],
         )
 
 
@@ -164,17 +168,38 @@ def measured(recipe: Recipe, rollout: bool = False) -> int:
     if recipe.algorithm == "sft":
         context = AlgorithmContext(roles, lambda step: rows(count, 1, 1))
     else:
-        extra = {"margin": torch.zeros(2 * count), "row": torch.arange(2 * count)}
-        reference = {"reference": torch.zeros(2 * count)} if recipe.algorithm == "dpo" else {}
-        context = AlgorithmContext(roles, lambda step: rows(2 * count, 0, 2, **extra, **reference))
+        reference = torch.zeros(2 * count) if recipe.algorithm == "dpo" else None
+
+        def pairs(step: int) -> PairBatch:
+            return PairBatch(
+                **rows(2 * count, 0, 2).tensors(),
+                margin=torch.zeros(2 * count),
+                row_indices=torch.arange(2 * count),
+                reference_sequence_logps=reference,
+            )
+
+        context = AlgorithmContext(roles, pairs)
     if recipe.algorithm in ONLINE_ALGORITHMS:
         collector = FixedCollector(
-            roles, None, None, ["all"], [1.0], str, frozenset(), 0, GROUP, NEW, 1.0, SLOTS, 4096, lambda number: 0
-        )  # type: ignore[arg-type]
-        algorithm: Any = ONLINE_ALGORITHMS[recipe.algorithm](recipe, context, collector)
-        (algorithm.update if recipe.algorithm == "ppo" else algorithm).max_logprob_mismatch = 1e9
+            roles=roles,
+            prompts=None,  # type: ignore[arg-type]
+            reward_client=None,  # type: ignore[arg-type]
+            reward_names=["all"],
+            reward_weights=[1.0],
+            decode=str,
+            stop_ids=frozenset(),
+            pad_id=0,
+            num_generations=GROUP,
+            max_new_tokens=NEW,
+            temperature=1.0,
+            max_num_seqs=SLOTS,
+            micro_tokens=4096,
+            seed_of=int,
+        )
+        algorithm: Any = make_algorithm(recipe, context, collector)
+        algorithm.settings = algorithm.settings.model_copy(update={"max_logprob_mismatch": 1e9})
     else:
-        algorithm = ALGORITHMS[recipe.algorithm](context, recipe)
+        algorithm = make_algorithm(recipe, context)
     parameters = [
         parameter for role in (recipe.trained_adapter, *recipe.extra_adapters) for parameter in roles.parameters(role)
     ]

@@ -3,123 +3,202 @@ states what True means."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Self, TypeVar
 
 import torch
 from torch import Tensor
 
+BatchT = TypeVar("BatchT", bound="Batch")
+
 
 @dataclass(frozen=True)
 class Row:
-    """One tokenized conversation: ids, and for each whether the assistant says it. Lists of one length."""
+    """One tokenized conversation. Both lists have one entry for each token."""
 
     input_ids: Sequence[int]
     completion_mask: Sequence[bool]
+    """True for the tokens of the assistant."""
 
 
 @dataclass
 class Batch:
-    """Rows padded to one length T, on the right.
+    """B rows, padded on the right to one length T. Every field is a tensor with B rows, (B,) or (B, T), or None.
 
-    input_ids (B, T) long; attention_mask (B, T) bool: a real token; completion_mask (B, T) bool: a token that the loss
-    is about (SFT: a token of the assistant; RL: a token of the policy); token_weights (B, T) fp32, or (B,) where whole
-    rows have a weight: set by an algorithm's `token_weights`, once for the whole optimizer step, before any split;
-    extra: further tensors with B rows, (B,) or (B, T): of pairs `margin`, `row` (its number in the data); of pairs and
-    groups `shared` (leading tokens that a row has in common with the first row of its pair or group; 0 starts one);
-    and those that an algorithm adds.
+    Subclasses add fields; selecting, splitting and moving rows applies to all fields.
     """
 
     input_ids: Tensor
+    """(B, T) long."""
     attention_mask: Tensor
+    """(B, T) bool: a real token, not padding."""
     completion_mask: Tensor
+    """(B, T) bool: a token of the loss. SFT: a token of the assistant; RL: a token that the policy drew."""
     token_weights: Tensor | None = None
-    extra: dict[str, Tensor] = field(default_factory=dict)
+    """(B, T) fp32, or (B,) if whole rows have a weight: weight of the loss, from the algorithm's `token_weights`, once
+    for the whole optimizer step and before any split."""
+    shared_prefix: Tensor | None = None
+    """(B,) long, for pairs and groups: number of leading tokens that a row has in common with the first row of its pair
+    or group. 0 for a first row."""
 
     def __len__(self) -> int:
         return self.input_ids.shape[0]
 
     @property
     def lengths(self) -> Tensor:
-        """(B,) tokens of each row up to the last attended one."""
+        """(B,) number of tokens of each row up to the last attended one."""
         positions = torch.arange(1, self.input_ids.shape[1] + 1, device=self.input_ids.device)
         return (self.attention_mask * positions).amax(dim=1)
 
     @property
     def loss_mask(self) -> Tensor:
-        """(B, T) bool: `completion_mask`, but never a padding slot and never a row's first token, before which there is
-        nothing."""
+        """(B, T) bool: `completion_mask` without padding and without the first token of a row, which nothing
+        predicts."""
         loss_mask = self.completion_mask & self.attention_mask
         loss_mask[:, 0] = False
         loss_mask[:, 1:] &= self.attention_mask[:, :-1]
         return loss_mask
 
-    def select_rows(self, rows: Tensor, width: int | None = None) -> Batch:
-        """These rows, cut to `width` columns, by default to the columns that they need, at least one."""
-        width = max(1, int(self.lengths[rows].max()) if width is None else width)
+    def tensors(self) -> dict[str, Tensor]:
+        """Returns the fields that are set, by name."""
+        found = {}
+        for field in fields(self):
+            tensor = getattr(self, field.name)
+            if tensor is not None:
+                found[field.name] = tensor
+        return found
 
-        def take_rows(tensor: Tensor) -> Tensor:
-            picked = tensor[rows]
-            if picked.ndim > 1 and picked.shape[1] == self.input_ids.shape[1]:
-                return picked[:, :width]
-            return picked
+    def map_tensors(self, function: Callable[[Tensor], Tensor]) -> Self:
+        """Returns a batch of the same class, with `function` applied to each field that is set."""
+        changed = {name: function(tensor) for name, tensor in self.tensors().items()}
+        return replace(self, **changed)
 
-        return Batch(
-            take_rows(self.input_ids),
-            take_rows(self.attention_mask),
-            take_rows(self.completion_mask),
-            None if self.token_weights is None else take_rows(self.token_weights),
-            {name: take_rows(tensor) for name, tensor in self.extra.items()},
-        )
+    def to(self, device: torch.device | str) -> Self:
+        """Returns the batch on another device."""
+        return self.map_tensors(lambda tensor: tensor.to(device))
 
-    def split(self, rows: int | None = None, tokens: int | None = None, rows_per_unit: int = 1) -> Iterator[Batch]:
-        """Micro-batches of at most `rows` rows, or of at most `tokens` tokens with padding, of rows of similar length,
-        longest first.
+    def select_rows(self, rows: Tensor, width: int | None = None) -> Self:
+        """Returns these rows, cut to `width` columns; by default to the columns that they need, at least one."""
+        if width is None:
+            width = int(self.lengths[rows].max())
+        width = max(1, width)
 
-        `rows_per_unit` adjacent rows stay in one micro-batch (2 for pairs). A unit larger than the budget comes alone.
-        Units that share a beginning with their neighbors (`shared`) stay next to them, so that a micro-batch reads it
-        once for many.
+        def take(tensor: Tensor) -> Tensor:
+            selected = tensor[rows]
+            if selected.ndim == 1:
+                return selected
+            return selected[:, :width]
+
+        return self.map_tensors(take)
+
+    def pad_columns(self, width: int, pad_id: int) -> Self:
+        """Returns the rows padded on the right to `width` columns, `input_ids` with `pad_id`, all else with 0."""
+        num_columns = width - self.input_ids.shape[1]
+
+        def pad(tensor: Tensor, value: int = 0) -> Tensor:
+            if tensor.ndim == 1:
+                return tensor
+            return torch.nn.functional.pad(tensor, (0, num_columns), value=value)
+
+        padded = self.map_tensors(pad)
+        padded.input_ids = pad(self.input_ids, pad_id)
+        return padded
+
+    def split(self, rows: int | None = None, tokens: int | None = None, rows_per_unit: int = 1) -> Iterator[Self]:
+        """Yields micro-batches of rows of similar length, longest first, with at most `rows` rows, or with at most
+        `tokens` tokens including padding.
+
+        `rows_per_unit` adjacent rows (2 for pairs) are a unit and stay in one micro-batch. A unit above the limit is a
+        micro-batch of its own. Units with a common prefix stay adjacent, so that a micro-batch computes it once.
         """
         lengths: list[int] = self.lengths.view(-1, rows_per_unit).amax(dim=1).tolist()
         units: list[int] = []
         width = 0
         for unit in self._units_by_length(lengths, rows_per_unit):
-            count = (len(units) + 1) * rows_per_unit
-            wider = max(width, lengths[unit])
-            if units and ((rows is not None and count > rows) or (tokens is not None and count * wider > tokens)):
+            num_rows = (len(units) + 1) * rows_per_unit
+            new_width = max(width, lengths[unit])
+            too_many_rows = rows is not None and num_rows > rows
+            too_many_tokens = tokens is not None and num_rows * new_width > tokens
+            if units and (too_many_rows or too_many_tokens):
                 yield self._select_units(units, rows_per_unit, width)
                 units = []
-                wider = lengths[unit]
+                new_width = lengths[unit]
             units.append(unit)
-            width = wider
+            width = new_width
         if units:
             yield self._select_units(units, rows_per_unit, width)
 
     def _units_by_length(self, lengths: Sequence[int], rows_per_unit: int) -> list[int]:
-        """Units by falling length of the longest one of their family: those that share a beginning; without such, of
-        their own."""
-        family = list(range(len(lengths)))
-        if "shared" in self.extra:
-            family = (self.extra["shared"][::rows_per_unit] == 0).cumsum(0).tolist()
+        """Returns the units, longest first. Units with a common prefix are one family: they are adjacent, and the
+        longest one decides the place of the family."""
+        families = list(range(len(lengths)))
+        if self.shared_prefix is not None:
+            families = (self.shared_prefix[::rows_per_unit] == 0).cumsum(0).tolist()
         longest: dict[int, int] = {}
-        for unit, length in enumerate(lengths):
-            longest[family[unit]] = max(length, longest.get(family[unit], 0))
-        return sorted(range(len(lengths)), key=lambda unit: (-longest[family[unit]], family[unit], -lengths[unit]))
+        for family, length in zip(families, lengths, strict=True):
+            longest[family] = max(length, longest.get(family, 0))
 
-    def _select_units(self, units: Sequence[int], rows_per_unit: int, width: int) -> Batch:
-        return self.select_rows(
-            torch.tensor(
-                [unit * rows_per_unit + i for unit in units for i in range(rows_per_unit)], device=self.input_ids.device
-            ),
-            width,
-        )
+        def sort_key(unit: int) -> tuple[int, int, int]:
+            family = families[unit]
+            return -longest[family], family, -lengths[unit]
 
-    def to(self, device: torch.device | str) -> Batch:
-        return replace(
-            self,
-            input_ids=self.input_ids.to(device),
-            attention_mask=self.attention_mask.to(device),
-            completion_mask=self.completion_mask.to(device),
-            token_weights=None if self.token_weights is None else self.token_weights.to(device),
-            extra={name: tensor.to(device) for name, tensor in self.extra.items()},
-        )
+        return sorted(range(len(lengths)), key=sort_key)
+
+    def _select_units(self, units: Sequence[int], rows_per_unit: int, width: int) -> Self:
+        rows = rows_of_units(units, rows_per_unit).to(self.input_ids.device)
+        return self.select_rows(rows, width)
+
+
+@dataclass
+class PairBatch(Batch):
+    """Preference pairs: the rows are chosen, rejected, chosen, rejected, ..."""
+
+    margin: Tensor | None = None
+    """(B,) fp32: margin of the pair of a row, 0 without one."""
+    row_indices: Tensor | None = None
+    """(B,) long: number of a row in the whole dataset."""
+    reference_sequence_logps: Tensor | None = None
+    """(B,) fp32, of DPO: log-prob of the whole answer under the reference."""
+    sft_weights: Tensor | None = None
+    """(B, T) fp32, of DPO with an SFT term: weight of a token in that term, 0 on rejected rows."""
+
+
+@dataclass
+class RolloutBatch(Batch):
+    """Prompts with completions that the policy drew; the completions of a prompt (a group) are adjacent."""
+
+    sampler_logps: Tensor | None = None
+    """(B, T) fp32: log-probs with which the tokens were drawn."""
+    old_logps: Tensor | None = None
+    """(B, T) fp32: log-probs of the policy before the update."""
+    reference_logps: Tensor | None = None
+    """(B, T) fp32: log-probs of the reference."""
+    sequence_advantages: Tensor | None = None
+    """(B,) fp32, of GRPO: advantage of a completion, the same for all of its tokens."""
+    token_advantages: Tensor | None = None
+    """(B, T) fp32, of PPO: whitened advantage of each token, by GAE."""
+    values: Tensor | None = None
+    """(B, T) fp32, of PPO: value before each token, from before the update."""
+    returns: Tensor | None = None
+    """(B, T) fp32, of PPO: advantage before whitening plus value, the target of the value."""
+
+
+def required(tensor: Tensor | None, name: str) -> Tensor:
+    """Returns the tensor of a field. Raises AssertionError if the field is not set."""
+    assert tensor is not None, f"the field {name} of the batch must be set first"
+    return tensor
+
+
+def rows_of_units(units: Sequence[int], rows_per_unit: int) -> Tensor:
+    """Returns the row numbers of these units, (len(units) * rows_per_unit,) long."""
+    first_rows = torch.tensor(list(units), dtype=torch.long) * rows_per_unit
+    return (first_rows[:, None] + torch.arange(rows_per_unit)).flatten()
+
+
+def concat_batches(batches: Sequence[BatchT], pad_id: int) -> BatchT:
+    """Returns the rows of all batches as one batch, padded to one width. All batches have the same fields set."""
+    width = max(batch.input_ids.shape[1] for batch in batches)
+    padded = [batch.pad_columns(width, pad_id).tensors() for batch in batches]
+    joined = {name: torch.cat([tensors[name] for tensors in padded]) for name in padded[0]}
+    return replace(batches[0], **joined)

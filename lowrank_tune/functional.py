@@ -1,6 +1,8 @@
-"""Tensors in, tensors out: weightings, masking, and the estimators that several algorithms share. No model, no file."""
+"""Pure functions of tensors that several algorithms share: weights, masks, losses and estimators."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -9,42 +11,77 @@ from lowrank_tune.stats import WeightedMean
 
 
 def step_seed(seed: int, step: int) -> int:
-    """A seed for each step of each run; odd multipliers keep neighbors apart."""
+    """Returns a seed for a step of a run. The odd multipliers give neighboring steps unrelated seeds."""
     return (seed * 0x9E3779B97F4A7C15 + step * 0xBF58476D1CE4E5B9 + 0x94D049BB133111EB) % (1 << 63)
 
 
+def weighted_sum(values: Sequence[float], weights: Sequence[float]) -> float:
+    """Returns the reward of a completion: the sum of its rewards, each times its weight."""
+    return sum(weight * value for value, weight in zip(values, weights, strict=True))
+
+
 def token_mean_weights(mask: Tensor) -> Tensor:
-    """(B, T) bool -> (B, T) fp32: 1 / (tokens of the whole step) on each token. A step without tokens weighs
-    nothing."""
+    """Returns weights of a mean over the tokens of the whole step: 1 / (number of tokens); (B, T) bool -> (B, T) fp32,
+    0 outside the mask."""
     return mask.float() / mask.sum().clamp_min(1)
 
 
-def sequence_mean_weights(rows: Tensor) -> Tensor:
-    """Any (B, ...) tensor of pairs, two adjacent rows each -> (B,) fp32: 1 / (pairs of the whole step) on each row."""
-    return torch.full((len(rows),), 2.0 / max(1, len(rows)), dtype=torch.float32, device=rows.device)
+def pair_mean_weights(rows: Tensor) -> Tensor:
+    """Returns weights of a mean over the pairs of the whole step: 1 / (number of pairs) for each row; any (B, ...)
+    tensor of the rows -> (B,) fp32."""
+    num_rows = len(rows)
+    return torch.full((num_rows,), 2.0 / max(1, num_rows), dtype=torch.float32, device=rows.device)
 
 
 def pair_accuracy(difference: Tensor) -> WeightedMean:
-    """The share of pairs whose chosen side is ahead, `difference` (P,) > 0; a tie counts half, as a coin would decide
-    it."""
+    """Returns the share of pairs whose chosen side has the higher score, `difference` (P,) > 0. A tie counts half."""
     difference = difference.detach()
-    return WeightedMean((difference > 0).float().sum() + 0.5 * (difference == 0).float().sum(), len(difference))
+    num_correct = (difference > 0).float().sum() + 0.5 * (difference == 0).float().sum()
+    return WeightedMean(num_correct, len(difference))
 
 
 def apply_mask(values: Tensor, mask: Tensor) -> Tensor:
-    """`values` with everything outside the mask replaced by 0: whatever stands there, NaN too, reaches neither loss nor
+    """Returns `values` with 0 outside the mask. Values outside, NaN included, affect neither the loss nor the
     gradient."""
     return torch.where(mask, values, torch.zeros((), dtype=values.dtype, device=values.device))
 
 
 def masked_mean(values: Tensor, mask: Tensor) -> WeightedMean:
-    """The mean of `values` over the mask, detached."""
+    """Returns the mean of `values` over the mask, detached."""
     return WeightedMean(apply_mask(values.detach(), mask).sum(), mask.sum())
 
 
 def mean(values: Tensor) -> WeightedMean:
-    """The mean of all `values`, detached."""
+    """Returns the mean of all `values`, detached."""
     return WeightedMean(values.detach().float().sum(), values.numel())
+
+
+def clipped_policy_loss(
+    log_ratio: Tensor,
+    advantages: Tensor,
+    mask: Tensor,
+    epsilon_low: float,
+    epsilon_high: float,
+) -> tuple[Tensor, Tensor]:
+    """Returns the clipped surrogate loss of each token (PPO, arXiv:1707.06347, equation 7) and whether the clip stopped
+    its gradient; (B, T) each.
+
+    `log_ratio` (B, T) is log p - log p_old; `advantages` is (B, T), or (B, 1) for whole sequences.
+    """
+    ratio = log_ratio.exp()
+    clipped_ratio = ratio.clamp(1 - epsilon_low, 1 + epsilon_high)
+    objective = ratio * advantages
+    clipped_objective = clipped_ratio * advantages
+    is_clipped = (clipped_objective < objective) & mask
+    loss = -torch.minimum(objective, clipped_objective)
+    return apply_mask(loss, mask), is_clipped
+
+
+def kl_k3(logps: Tensor, other_logps: Tensor, mask: Tensor) -> Tensor:
+    """Returns the k3 estimate of KL(p || other) for each token that p drew: e^d - d - 1 with d = log other - log p;
+    (B, T), never negative (http://joschu.net/blog/kl-approx.html)."""
+    d = apply_mask(other_logps - logps, mask)
+    return torch.expm1(d) - d
 
 
 def gae(
@@ -55,12 +92,11 @@ def gae(
     gamma: float = 1.0,
     lam: float = 0.95,
 ) -> Tensor:
-    """Generalized advantage estimation (arXiv:1506.02438, equation 16) over the tokens of the mask; (B, T) fp32, 0
-    outside it.
+    """Returns generalized advantage estimates (arXiv:1506.02438, equation 16) of the tokens of the mask; (B, T) fp32,
+    0 outside it.
 
-    rewards (B, T): what token t earns; values (B, T): what is still to be earned before token t; after (B,): the same
-    behind the last token, 0 for a completion that ended, the value of what was written where it was cut. Slots outside
-    the mask are passed over, wherever they stand and whatever they hold.
+    rewards (B, T): reward of token t; values (B, T): value before token t; bootstrap_values (B,): value after the last
+    token, 0 for a completion that ended. Tokens outside the mask are skipped, whatever their values are.
     """
     rewards = apply_mask(rewards, mask).double()
     values = apply_mask(values, mask).double()
@@ -69,44 +105,43 @@ def gae(
     running = torch.zeros_like(bootstrap_values, dtype=torch.float64)
     for t in range(rewards.shape[1] - 1, -1, -1):
         in_mask = mask[:, t]
-        running = torch.where(
-            in_mask,
-            rewards[:, t] + gamma * next_value - values[:, t] + gamma * lam * running,
-            running,
-        )
+        delta = rewards[:, t] + gamma * next_value - values[:, t]
+        running = torch.where(in_mask, delta + gamma * lam * running, running)
         next_value = torch.where(in_mask, values[:, t], next_value)
         advantages[:, t] = apply_mask(running, in_mask)
     return advantages.float()
 
 
 def whiten(values: Tensor, mask: Tensor) -> Tensor:
-    """Mean 0 and variance 1 (1/n) over the mask, (B, T) fp32, 0 outside it; values that are all equal (within 1e-6)
-    become exactly 0."""
+    """Returns `values` with mean 0 and variance 1 (1/n) over the mask, (B, T) fp32, 0 outside it. Values that are all
+    equal (within 1e-6) become exactly 0."""
     selected = values[mask].double()
     if not len(selected) or float(selected.max() - selected.min()) <= 1e-6:
         return torch.zeros_like(values)
     std = selected.var(correction=0).sqrt()
-    return apply_mask(((values.double() - selected.mean()) / std).float(), mask)
+    whitened = (values.double() - selected.mean()) / std
+    return apply_mask(whitened.float(), mask)
 
 
 def explained_variance(values: Tensor, returns: Tensor, mask: Tensor) -> float:
-    """1 - Var(returns - values) / Var(returns) over the mask: 1 for values that foretell everything, 0 for constant
-    ones; nan where returns do not vary."""
+    """Returns 1 - Var(returns - values) / Var(returns) over the mask: 1 for values that predict the returns exactly, 0
+    for constant ones; nan if the returns do not vary."""
     targets = returns[mask].double()
     predictions = values[mask].double()
-    variance = float(targets.var(correction=0)) if len(targets) else 0.0
-    if variance:
-        return 1.0 - float((targets - predictions).var(correction=0)) / variance
-    return float("nan")
+    if not len(targets):
+        return float("nan")
+    variance = float(targets.var(correction=0))
+    if not variance:
+        return float("nan")
+    return 1.0 - float((targets - predictions).var(correction=0)) / variance
 
 
 def reliability_bins(difference: Tensor, num_bins: int = 10) -> list[tuple[float, float, int]]:
-    """How far the confidence of a preference model can be believed: (mean confidence, share that is right, pairs) of
-    each bin.
+    """Returns the calibration of a preference model: (mean confidence, share of correct pairs, pairs) of each bin.
 
-    difference (P,): score of the chosen minus that of the rejected. The model prefers the side that is ahead, with
-    confidence sigmoid(|difference|) in [0.5, 1] (Bradley-Terry); bins of equal width, empty ones left out; a tie is
-    right by half.
+    difference (P,): score of the chosen minus score of the rejected answer. The model prefers the answer with the
+    higher score, with confidence sigmoid(|difference|) in [0.5, 1] (Bradley-Terry). Bins have equal widths, and empty
+    ones are left out. A tie counts as half correct.
     """
     difference = difference.double()
     confidence = torch.sigmoid(difference.abs())
@@ -120,17 +155,19 @@ def reliability_bins(difference: Tensor, num_bins: int = 10) -> list[tuple[float
 
 
 def calibration_error(bins: list[tuple[float, float, int]]) -> float:
-    """Expected calibration error: the mean distance of confidence and share that is right, over all pairs
-    (arXiv:1706.04599)."""
-    total = sum(count for _, _, count in bins)
-    if total:
-        return sum(abs(confidence - right) * count for confidence, right, count in bins) / total
-    return float("nan")
+    """Returns the expected calibration error (arXiv:1706.04599): the mean distance between confidence and share of
+    correct pairs, over all pairs; nan without pairs."""
+    num_pairs = sum(count for _, _, count in bins)
+    if not num_pairs:
+        return float("nan")
+    return sum(abs(confidence - share) * count for confidence, share, count in bins) / num_pairs
 
 
 def correlation(a: Tensor, b: Tensor) -> float:
-    """Pearson's; nan where one of the two does not vary."""
+    """Returns Pearson's correlation; nan if one of the two does not vary."""
     a = a.double() - a.double().mean()
     b = b.double() - b.double().mean()
-    size = float(a.norm() * b.norm())
-    return float(a @ b) / size if size else float("nan")
+    norm = float(a.norm() * b.norm())
+    if not norm:
+        return float("nan")
+    return float(a @ b) / norm

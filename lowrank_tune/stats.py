@@ -11,7 +11,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class WeightedMean:
-    """A mean that adds: total over count. Both are 0-d tensors or numbers."""
+    """A mean as total and count, so that means can be added. Both are 0-d tensors or numbers."""
 
     total: Tensor | float
     count: Tensor | float
@@ -21,6 +21,7 @@ class WeightedMean:
 
     @property
     def value(self) -> float:
+        """The mean; nan for a count of 0."""
         count = float(self.count)
         if count:
             return float(self.total) / count
@@ -33,15 +34,24 @@ Stats = dict[str, WeightedMean]
 def add_stats(into: Stats, more: Mapping[str, WeightedMean]) -> None:
     """Adds `more` to `into`, name by name."""
     for name, mean in more.items():
-        into[name] = into[name] + mean if name in into else mean
+        if name in into:
+            into[name] = into[name] + mean
+        else:
+            into[name] = mean
 
 
 def to_floats(stats: Mapping[str, WeightedMean]) -> dict[str, float]:
-    """All means as numbers, with one transfer from the device."""
-    flat = [value for mean in stats.values() for value in (mean.total, mean.count)]
-    device = next((value.device for value in flat if isinstance(value, Tensor)), torch.device("cpu"))
-    if flat:
-        host = torch.stack([torch.as_tensor(value, dtype=torch.float64, device=device) for value in flat]).tolist()
-    else:
-        host = []
-    return {name: WeightedMean(host[2 * i], host[2 * i + 1]).value for i, name in enumerate(stats)}
+    """Returns all means as numbers, with one transfer from the device."""
+    if not stats:
+        return {}
+    totals_and_counts = []
+    device = torch.device("cpu")
+    for mean in stats.values():
+        totals_and_counts += [mean.total, mean.count]
+    for value in totals_and_counts:
+        if isinstance(value, Tensor):
+            device = value.device
+            break
+    on_device = [torch.as_tensor(value, dtype=torch.float64, device=device) for value in totals_and_counts]
+    numbers = torch.stack(on_device).view(-1, 2).tolist()
+    return {name: WeightedMean(*pair).value for name, pair in zip(stats, numbers, strict=True)}

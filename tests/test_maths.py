@@ -20,8 +20,8 @@ from lowrank_tune.functional import (
     masked_mean,
     mean,
     pair_accuracy,
+    pair_mean_weights,
     reliability_bins,
-    sequence_mean_weights,
     token_mean_weights,
 )
 
@@ -34,10 +34,10 @@ def test_token_weights_by_hand() -> None:
 
 @pytest.mark.parametrize("pairs", [1, 2, 3, 7, 500])
 def test_pair_weights_sum_to_one_over_pairs(pairs: int) -> None:
-    weights = sequence_mean_weights(torch.zeros(2 * pairs, 5, dtype=torch.long))
+    weights = pair_mean_weights(torch.zeros(2 * pairs, 5, dtype=torch.long))
     assert weights.shape == (2 * pairs,) and weights.dtype == torch.float32
     assert float(weights[::2].double().sum()) == pytest.approx(1, abs=1e-6) and len(weights.unique()) == 1
-    assert sequence_mean_weights(torch.zeros(0, 5)).shape == (0,)
+    assert pair_mean_weights(torch.zeros(0, 5)).shape == (0,)
 
 
 def test_a_tie_is_right_by_half() -> None:

@@ -163,7 +163,7 @@ def outputs(roles: Roles, role: str, batch: Batch) -> Tensor:
 
 
 def check_prefix_sharing(
-    roles: Roles, role: str, algorithm: Algorithm, batch: Batch, dtype: torch.dtype, result: CheckResult
+    roles: Roles, role: str, algorithm: Algorithm[Any], batch: Batch, dtype: torch.dtype, result: CheckResult
 ) -> None:
     """A pair's prompt runs through the model once, and outputs and gradient are those of whole rows. Times both
     ways."""

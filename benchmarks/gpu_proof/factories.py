@@ -3,10 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 
-from gpu_proof.synthetic import STEPS, AdapterSettings, MeanTokenId, Prompt, Rows, Size
+from gpu_proof.synthetic import (
+    STEPS,
+    AdapterSettings,
+    DPOSettings,
+    GRPOSettings,
+    MeanTokenId,
+    PPOSettings,
+    Prompt,
+    RewardModelSettings,
+    Rows,
+    Size,
+)
 from lowrank_tune.algorithms.base import Algorithm, AlgorithmContext
 from lowrank_tune.algorithms.dpo import DPO
 from lowrank_tune.algorithms.grpo import GRPO
@@ -20,15 +32,15 @@ from lowrank_tune.model.base import Base
 from lowrank_tune.model.roles import Roles
 
 
-def sft(roles: Roles, rows: Rows, size: Size) -> Algorithm:
+def sft(roles: Roles, rows: Rows, size: Size) -> Algorithm[Any]:
     return SFT(AlgorithmContext(roles, rows))
 
 
-def reward(roles: Roles, rows: Rows, size: Size) -> Algorithm:
-    return RewardModeling(AlgorithmContext(roles, rows), center_rewards_coefficient=0.01)
+def reward(roles: Roles, rows: Rows, size: Size) -> Algorithm[Any]:
+    return RewardModeling(AlgorithmContext(roles, rows), RewardModelSettings())  # type: ignore[arg-type]
 
 
-def dpo(roles: Roles, rows: Rows, size: Size) -> Algorithm:
+def dpo(roles: Roles, rows: Rows, size: Size) -> Algorithm[Any]:
     """Compute the reference log-probs first, a pair at a time: as a cache contains them, in other shapes than
     training uses."""
     batches = {}
@@ -39,19 +51,19 @@ def dpo(roles: Roles, rows: Rows, size: Size) -> Algorithm:
             for first in range(0, len(batch), 2):
                 pair = batch.select_rows(torch.arange(first, first + 2)).to(roles.base.device)
                 sums.append(roles.logps("reference", pair).logps.sum(dim=1).cpu())
-        batch.extra["reference"] = torch.cat(sums)
+        batch.reference_sequence_logps = torch.cat(sums)
         batches[step] = batch
-    return DPO(AlgorithmContext(roles, batches.__getitem__))
+    return DPO(AlgorithmContext(roles, batches.__getitem__), DPOSettings())  # type: ignore[arg-type]
 
 
-def grpo(roles: Roles, rows: Rows, size: Size) -> Algorithm:
+def grpo(roles: Roles, rows: Rows, size: Size) -> Algorithm[Any]:
     """Only its length ends a completion."""
-    return GRPO(AlgorithmContext(roles, rows), rollouts(roles, rows, size), zero_std_groups="keep")
+    return GRPO(AlgorithmContext(roles), GRPOSettings(), rollouts(roles, rows, size))  # type: ignore[arg-type]
 
 
-def ppo(roles: Roles, rows: Rows, size: Size) -> Algorithm:
+def ppo(roles: Roles, rows: Rows, size: Size) -> Algorithm[Any]:
     """The same completions, a value adapter of its own, and one epoch over each batch of rollouts."""
-    return PPO(AlgorithmContext(roles, rows), rollouts(roles, rows, size))
+    return PPO(AlgorithmContext(roles), PPOSettings(), rollouts(roles, rows, size))  # type: ignore[arg-type]
 
 
 def rollouts(roles: Roles, rows: Rows, size: Size) -> RolloutCollector:
@@ -63,24 +75,24 @@ def rollouts(roles: Roles, rows: Rows, size: Size) -> RolloutCollector:
         return [Prompt(ids[row][: size.prompt or size.length // 2 - row]) for row in range(count)]
 
     return RolloutCollector(
-        roles,
-        prompts,  # type: ignore[arg-type]
-        MeanTokenId(),  # type: ignore[arg-type]
-        ["mean token id"],
-        [1.0],
-        lambda ids: "",
-        frozenset(),
-        0,
-        size.num_generations,
-        size.max_new_tokens,
-        1.0,
-        64,
-        size.rows * size.length,
-        lambda number: number,
+        roles=roles,
+        prompts=prompts,  # type: ignore[arg-type]
+        reward_client=MeanTokenId(),  # type: ignore[arg-type]
+        reward_names=["mean token id"],
+        reward_weights=[1.0],
+        decode=lambda ids: "",
+        stop_ids=frozenset(),
+        pad_id=0,
+        num_generations=size.num_generations,
+        max_new_tokens=size.max_new_tokens,
+        temperature=1.0,
+        max_num_seqs=64,
+        micro_tokens=size.rows * size.length,
+        seed_of=int,
     )
 
 
-ALGORITHMS: dict[str, Callable[[Roles, Rows, Size], Algorithm]] = {
+ALGORITHMS: dict[str, Callable[[Roles, Rows, Size], Algorithm[Any]]] = {
     "sft": sft,
     "reward": reward,
     "dpo": dpo,

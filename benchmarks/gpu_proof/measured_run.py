@@ -48,7 +48,7 @@ class MeasuredRun:
 
 
 def run(
-    algorithm: Algorithm,
+    algorithm: Algorithm[Any],
     roles: Roles,
     parameters: list[nn.Parameter],
     train: TrainSettings,
@@ -64,7 +64,7 @@ def run(
         synchronize(device)
         return time.perf_counter()
 
-    def measured_collect(step: int) -> StepBatch:
+    def measured_collect(step: int) -> StepBatch[Any]:
         nonlocal started, forwards_before
         reset_peak(device)
         before = now()

@@ -9,14 +9,14 @@ from typing import Any
 
 import torch
 
-from lowrank_tune.batch import Batch
+from lowrank_tune.batch import Batch, PairBatch
 from lowrank_tune.generation.outputs import Completion
 
 MAX_NEW_TOKENS = 48
 """New tokens of a completion, where a size does not give them."""
 STEPS = 4
 """The first and the last step are logging steps (KL to the base, movement); the two between them are timed."""
-Rows = Callable[[int], Batch]
+Rows = Callable[[int], Any]
 """Returns the rows of a step."""
 
 
@@ -51,6 +51,63 @@ class TrainSettings:
     @property
     def micro_batch_rows(self) -> int:
         return self.micro_batch_size
+
+
+@dataclass(frozen=True)
+class RewardModelSettings:
+    """Stands for `config.RewardModelConfig`."""
+
+    center_rewards_coefficient: float = 0.01
+
+
+@dataclass(frozen=True)
+class DPOSettings:
+    """Stands for `config.DPOConfig`."""
+
+    loss_type: str = "sigmoid"
+    beta: float = 0.1
+    label_smoothing: float = 0.0
+    sft_coef: float = 0.0
+
+
+@dataclass(frozen=True)
+class GRPOSettings:
+    """Stands for `config.GRPOConfig`."""
+
+    loss_type: str = "grpo"
+    epsilon: float = 0.2
+    epsilon_high: float | None = None
+    beta: float = 0.05
+    kl_in_reward: bool = False
+    kl_estimator: str = "k3_ratio"
+    num_iterations: int = 1
+    old_logprobs_from: str = "recomputed"
+    max_logprob_mismatch: float = 0.1
+    truncated_completions: str = "keep"
+    missing_eos_penalty: float = 1.0
+    zero_std_groups: str = "keep"
+
+
+@dataclass(frozen=True)
+class PPOSettings:
+    """Stands for `config.PPOConfig`, with one epoch over each batch of rollouts."""
+
+    cliprange: float = 0.2
+    entropy: float = 0.0
+    num_ppo_epochs: int = 1
+    num_mini_batches: int = 1
+    target_kl: float | None = None
+    kl_coef: float = 0.05
+    kl_target: float | None = None
+    kl_gain: float = 0.1
+    gamma: float = 1.0
+    lam: float = 0.95
+    truncated_completions: str = "penalize"
+    missing_eos_penalty: float = 1.0
+    critic: str = "separate"
+    vf_coef: float = 0.1
+    cliprange_value: float = 0.2
+    max_logprob_mismatch: float = 0.1
 
 
 @dataclass(frozen=True)
@@ -102,11 +159,7 @@ def full_rows(size: Size, vocab_size: int, together: int = 1) -> Batch:
     attended = torch.ones_like(ids, dtype=torch.bool)
     batch = Batch(ids, attended, attended & (torch.arange(size.length) >= 1))
     if together > 1:
-        batch.extra = {
-            "shared": torch.zeros(size.rows, dtype=torch.long),
-            "margin": torch.zeros(size.rows),
-            "row": torch.arange(size.rows),
-        }
+        return to_pairs(batch, torch.zeros(size.rows, dtype=torch.long))
     return batch
 
 
@@ -128,5 +181,15 @@ def ragged_rows(size: Size, vocab_size: int, together: int = 1) -> Batch:
     batch = Batch(ids, attended, attended & (positions >= prompt))
     if together > 1:
         shared = torch.where(first == torch.arange(size.rows), 0, prompt)
-        batch.extra = {"shared": shared, "margin": torch.zeros(size.rows), "row": torch.arange(size.rows)}
+        return to_pairs(batch, shared)
     return batch
+
+
+def to_pairs(batch: Batch, shared_prefix: torch.Tensor) -> PairBatch:
+    rows = len(batch)
+    return PairBatch(
+        **batch.tensors(),
+        shared_prefix=shared_prefix,
+        margin=torch.zeros(rows),
+        row_indices=torch.arange(rows),
+    )

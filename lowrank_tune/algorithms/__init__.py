@@ -1,1 +1,1 @@
-"""One file an algorithm, and the kit that an algorithm may touch."""
+"""One module for each algorithm, and what they have in common."""

@@ -1,76 +1,104 @@
-"""The base of all algorithms: what a step needs of one, and what it may use."""
+"""The base class of all algorithms, with the values that they receive and return."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Generic
 
 from torch import Tensor
 
-from lowrank_tune.batch import Batch
+from lowrank_tune.batch import BatchT
 from lowrank_tune.model.roles import Roles
 from lowrank_tune.stats import Stats
 
 
 @dataclass(frozen=True)
+class AlgorithmContext:
+    """The part of a run that an algorithm uses."""
+
+    roles: Roles
+    get_batch: Callable[[int], Any] | None = None
+    """Returns the training rows of an optimizer step, padded, on the CPU. None for an algorithm that draws its own
+    rows."""
+    reference_description: str = "the base, adapters off"
+    """Which adapters the reference has, for messages."""
+    fresh: bool = True
+    """True if the trained adapter began at zero, so that the policy equals the reference before the first step. False
+    for an adapter that continues an earlier run."""
+
+
+@dataclass(frozen=True)
 class LossTerm:
-    """One loss, already weighted (a sum over the micro-batch), with its statistics. Its graph dies before the next term
-    is made."""
+    """One weighted loss, a sum over a micro-batch, with its statistics. The trainer runs its backward pass, which frees
+    its graph, before it takes the next term."""
 
     loss: Tensor
     stats: Stats
 
 
 @dataclass
-class StepBatch:
-    """The result of `collect` for one step: a batch, and metrics of the collecting. `minibatches` are PPO's epochs and
-    minibatches."""
+class StepBatch(Generic[BatchT]):
+    """The rows of one step, with metrics of their collection."""
 
-    batch: Batch
+    batch: BatchT
     stats: Stats = field(default_factory=dict)
 
-    def minibatches(self) -> Iterator[Batch]:
+    def minibatches(self) -> Iterator[BatchT]:
+        """Yields the rows of each optimizer step; several in PPO and GRPO."""
         yield self.batch
 
 
-class Algorithm(Protocol):
-    """An algorithm: three methods of a step, and a little state.
+class Algorithm(Generic[BatchT]):
+    """Base class of all algorithms: what the trainer calls. `token_weights` and `compute_losses` must be implemented;
+    the other methods are hooks with a default."""
 
-    `collect` returns the rows of a step; `token_weights` turns their mask into token weights, once; `compute_losses`
-    yields losses, one graph alive at a time. `step_metrics` computes, without gradient, metrics that cost too much for
-    every step; `eval_metrics` those of held-out rows (`loss` among them: the best step has the lowest);
-    `should_continue` False ends the inner epochs early.
+    rows_per_unit = 1
+    """Number of adjacent rows that stay in one micro-batch; 2 for pairs."""
 
-    `check` gets the first micro-batch of each start before any update, `step` steps after the run's start; it raises
-    TrainingError where the reference is not what it must be. `iter_warnings` yields warnings about the metrics of a
-    step.
-    """
+    def __init__(self, context: AlgorithmContext) -> None:
+        self.context = context
 
-    rows_per_unit: int
-    """Adjacent rows that stay in one micro-batch."""
+    def collect(self, step: int) -> StepBatch[BatchT]:
+        """Returns the rows of a step; by default the next rows of the training data."""
+        assert self.context.get_batch is not None, "an algorithm without training rows implements collect"
+        return StepBatch(self.context.get_batch(step))
 
-    def collect(self, step: int) -> StepBatch: ...
-    def token_weights(self, batch: Batch) -> Tensor: ...
-    def compute_losses(self, micro: Batch) -> Iterator[LossTerm]: ...
-    def step_metrics(self, micro: Batch) -> Stats: ...
-    def eval_metrics(self, micro: Batch) -> Stats: ...
-    def check(self, micro: Batch, step: int) -> None: ...
-    def iter_warnings(self, metrics: Mapping[str, float]) -> Iterator[str]: ...
-    def should_continue(self, stats: Stats) -> bool: ...
-    def state(self) -> dict[str, float]: ...
-    def restore(self, state: Mapping[str, float]) -> None: ...
+    def token_weights(self, batch: BatchT) -> Tensor:
+        """Returns the weight of each token or row in the loss, (B, T) or (B,), for all rows of an optimizer step."""
+        raise NotImplementedError
 
+    def compute_losses(self, micro: BatchT) -> Iterator[LossTerm]:
+        """Yields the losses of a micro-batch, one graph at a time."""
+        raise NotImplementedError
 
-@dataclass(frozen=True)
-class AlgorithmContext:
-    """The roles, and `get_batch(step)`: the training rows of an optimizer step, padded, on the CPU.
+    def should_continue(self, stats: Stats) -> bool:
+        """Returns False to skip the remaining minibatches of the step. `stats` are those of the last minibatch."""
+        return True
 
-    `reference_description` says in words what the policy is compared with. `fresh`: the trained adapter began at zero,
-    so that before the first step the policy *is* its reference; one that was continued from an earlier run is not.
-    """
+    def step_metrics(self, micro: BatchT) -> Stats:
+        """Returns metrics that are too expensive for every step, without gradient."""
+        return {}
 
-    roles: Roles
-    get_batch: Callable[[int], Batch]
-    reference_description: str = "the base, adapters off"
-    fresh: bool = True
+    def eval_metrics(self, micro: BatchT) -> Stats:
+        """Returns metrics of held-out rows. The best checkpoint has the lowest `loss`."""
+        raise NotImplementedError
+
+    def check(self, micro: BatchT, step: int) -> None:
+        """Checks the first micro-batch of a run, new or resumed, before any update. Raises TrainingError if the
+        reference is wrong."""
+
+    def check_metrics(self, metrics: Mapping[str, float]) -> None:
+        """Checks the metrics of a step. Raises TrainingError if the run must stop."""
+
+    def diagnostics(self, metrics: Mapping[str, float]) -> Iterator[str]:
+        """Yields warnings about the metrics of a step. Never raises."""
+        return iter(())
+
+    def state(self) -> dict[str, float]:
+        """Returns what a checkpoint must contain to resume the algorithm."""
+        return {}
+
+    def restore(self, state: Mapping[str, float]) -> None:
+        """Restores what `state` returned."""
+        assert not state, f"{type(self).__name__} has no state to restore"

@@ -1,39 +1,66 @@
-"""The reference: what the policy is held to. It is never in doubt: it is asserted before the first step. Knows the
-model floor alone."""
+"""Checks of the reference before the first step, and the KL to it."""
 
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
-from lowrank_tune.batch import Batch
+from lowrank_tune.algorithms.base import AlgorithmContext
+from lowrank_tune.batch import Batch, PairBatch
 from lowrank_tune.errors import TrainingError
-from lowrank_tune.model.roles import Roles
+from lowrank_tune.functional import masked_mean
+from lowrank_tune.stats import Stats
 
 LOGP_TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 0.05}
-"""Nats a token by which another batch shape may change log-probs, by the dtype of the forward pass (measured: FIELD
+"""Nats per token by which another batch shape may change log-probs, by the dtype of the forward pass (measured: FIELD
 notes, bf16 0.016)."""
 
 
-def check_reference(roles: Roles, micro: Batch, expect_equal: bool, description: str) -> None:
-    """Compares the reference with the cached log-probs in `micro`, and where `expect_equal`, with the policy, bit for
-    bit, as the policy will run: then DPO's loss is ln 2 and KL is 0. Raises TrainingError where one is not what it must
-    be."""
-    with roles.inference_mode():
-        reference = roles.logps("reference", micro).logps
-    if expect_equal:
-        with torch.no_grad():
-            policy = roles.logps("policy", micro).logps
-        if not torch.equal(policy, reference):
-            raise TrainingError(
-                f"the reference is not what it must be: before the first step policy and reference ({description}) "
-                f"differ by up to {float((policy - reference).abs().max()):.1e} nats a token; nothing was trained"
-            )
-    if "reference" in micro.extra:
-        difference = (reference.sum(dim=1) - micro.extra["reference"]).abs() / micro.loss_mask.sum(dim=1).clamp_min(1)
-        tolerance = LOGP_TOLERANCE[torch.bfloat16 if roles.base.device.type == "cuda" else torch.float32]
-        if not float(difference.max()) <= tolerance:  # nan is no agreement
-            raise TrainingError(
-                f"the cached log-probs of the reference ({description}) are {float(difference.max()):.1e} nats a token "
-                f"from fresh ones, more than {tolerance:g}: delete the folder `reference` in the cache (`lowrank-tune "
-                "doctor` names it) and start again"
-            )
+def full_vocab_kl_metric(context: AlgorithmContext, micro: Batch, temperature: float = 1.0) -> Stats:
+    """Returns the metric `kl`: KL(policy || reference) per token over the whole vocabulary, without gradient."""
+    kl = context.roles.full_vocab_kl("policy", "reference", micro, temperature)
+    return {"kl": masked_mean(kl, micro.loss_mask)}
+
+
+def check_reference(context: AlgorithmContext, micro: Batch, step: int) -> None:
+    """Compares the reference with the policy, if a fresh adapter is before its first step, and with cached log-probs,
+    if the batch has them. Raises TrainingError if they differ."""
+    cached = micro.reference_sequence_logps if isinstance(micro, PairBatch) else None
+    must_equal_policy = context.fresh and step == 0
+    if not must_equal_policy and cached is None:
+        return
+    with context.roles.inference_mode():
+        reference_logps = context.roles.logps("reference", micro).logps
+    if must_equal_policy:
+        _check_policy(context, micro, reference_logps)
+    if cached is not None:
+        num_tokens = micro.loss_mask.sum(dim=1).clamp_min(1)
+        differences = (reference_logps.sum(dim=1) - cached).abs() / num_tokens
+        _check_cached_logps(context, float(differences.max()))
+
+
+def _check_policy(context: AlgorithmContext, micro: Batch, reference_logps: Tensor) -> None:
+    """Compares the policy, computed as in training, with the reference, bit for bit. Otherwise the loss of DPO would
+    not begin at ln 2, and the KL not at 0."""
+    with torch.no_grad():
+        policy_logps = context.roles.logps("policy", micro).logps
+    if torch.equal(policy_logps, reference_logps):
+        return
+    difference = float((policy_logps - reference_logps).abs().max())
+    raise TrainingError(
+        "the reference is not what it must be: before the first step policy and reference "
+        f"({context.reference_description}) differ by up to {difference:.1e} nats a token; nothing was trained"
+    )
+
+
+def _check_cached_logps(context: AlgorithmContext, difference: float) -> None:
+    """`difference`: nats per token between cached and newly computed log-probs."""
+    is_cuda = context.roles.base.device.type == "cuda"
+    tolerance = LOGP_TOLERANCE[torch.bfloat16 if is_cuda else torch.float32]
+    if difference <= tolerance:  # False for nan
+        return
+    raise TrainingError(
+        f"the cached log-probs of the reference ({context.reference_description}) are {difference:.1e} nats a token "
+        f"from fresh ones, more than {tolerance:g}: delete the folder `reference` in the cache (`lowrank-tune doctor` "
+        "names it) and start again"
+    )

@@ -1,13 +1,12 @@
-"""Log-probs of the reference belong to the data: computed once, found again by the content of all that they depend on,
-and compared with fresh ones at every start (`reference_check.py`).
-"""
+"""Log-probs of the reference for a whole dataset: computed once, cached under a hash of everything that they depend on,
+and compared with new ones at every start (`reference_check.py`)."""
 
 from __future__ import annotations
 
 import hashlib
 import os
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -16,15 +15,19 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
-from lowrank_tune.batch import Batch
+from lowrank_tune.batch import Batch, rows_of_units
 from lowrank_tune.data import TokenizedDataset
 from lowrank_tune.data.batching import chunked
 from lowrank_tune.errors import TrainingError
 from lowrank_tune.events import Emit, LogMessage, Progress
 from lowrank_tune.model.roles import Roles
 
-CACHE_VERSION = 1  # of how the log-probs are computed: raise it when that changes
-NUM_PROGRESS_UPDATES = 50  # times that a long computation tells how far it is
+CACHE_VERSION = 1
+"""Version of the computation. A change of it needs a higher number."""
+NUM_PROGRESS_UPDATES = 50
+SCALE_KEYS = ("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern")
+"""Keys of an adapter's configuration that determine its scales."""
+LABEL = "log-probs of the reference"
 
 
 def reference_logps(
@@ -36,45 +39,64 @@ def reference_logps(
     cache: Path,
     emit: Emit,
 ) -> Tensor:
-    """log ref(y | x) of every row of the store, (rows,) fp32 on the CPU, in the store's order; from the cache where it
-    has them.
+    """Returns log ref(y | x) of every row of the store, (rows,) fp32 on the CPU, in the order of the store; from the
+    cache if it has them.
 
-    `collate(units)` makes a batch of some units; `base_hash` is that of all tensors of the base. Raises TrainingError
-    where the cache cannot be written.
+    `collate(units)` returns a batch of some units; `base_hash` is the hash of all tensors of the base. Raises
+    TrainingError if a log-prob is not finite or the cache cannot be written.
     """
     file = cache / "reference" / f"{_cache_key(roles, rows, base_hash)}.safetensors"
     cached = _read_cache(file, len(rows))
     if cached is not None:
-        emit(LogMessage(message=f"log-probs of the reference: {len(rows)} rows, computed before"))
+        emit(LogMessage(message=f"{LABEL}: {len(rows)} rows, computed before"))
         return cached
-    sums = torch.full((len(rows),), float("nan"))
-    label = "log-probs of the reference"
-    done = 0
-
-    def read(units: Sequence[int]) -> Tensor:
-        with roles.inference_mode():
-            return roles.logps("reference", collate(units).to(roles.base.device)).logps.sum(dim=1).cpu()
-
-    for units, logps in chunked(roles.limits, rows, micro_tokens, read):
-        sums[torch.tensor([unit * rows.rows_per_unit + i for unit in units for i in range(rows.rows_per_unit)])] = logps
-        before = done
-        done = done + len(units)
-        if done * NUM_PROGRESS_UPDATES // rows.units != before * NUM_PROGRESS_UPDATES // rows.units:
-            emit(Progress(description=label, done=done, total=rows.units))
-    if not bool(sums.isfinite().all()):
+    sums = _compute(roles, rows, collate, micro_tokens, emit)
+    is_finite = sums.isfinite()
+    if not bool(is_finite.all()):
+        faulty_rows = (~is_finite).nonzero()
         raise TrainingError(
-            f"the reference gives {int((~sums.isfinite()).sum())} of {len(rows)} answers no finite log-prob, "
-            f"{rows.row_location(int((~sums.isfinite()).nonzero()[0]))} for one"
+            f"the reference gives {len(faulty_rows)} of {len(rows)} answers no finite log-prob, "
+            f"{rows.row_location(int(faulty_rows[0]))} for one"
         )
     _write_cache(file, sums)
     return sums
 
 
+def _compute(
+    roles: Roles,
+    rows: TokenizedDataset,
+    collate: Callable[[Sequence[int]], Batch],
+    micro_tokens: int,
+    emit: Emit,
+) -> Tensor:
+    sums = torch.full((len(rows),), float("nan"))
+
+    def compute_batch(units: Sequence[int]) -> Tensor:
+        batch = collate(units).to(roles.base.device)
+        with roles.inference_mode():
+            return roles.logps("reference", batch).logps.sum(dim=1).cpu()
+
+    num_done = 0
+    num_updates = 0
+    for units, logps in chunked(roles.limits, rows, micro_tokens, compute_batch):
+        sums[rows_of_units(units, rows.rows_per_unit)] = logps
+        num_done += len(units)
+        num_due = num_done * NUM_PROGRESS_UPDATES // rows.units
+        if num_due != num_updates:
+            emit(Progress(description=LABEL, done=num_done, total=rows.units))
+            num_updates = num_due
+    return sums
+
+
 def _cache_key(roles: Roles, rows: TokenizedDataset, base_hash: str) -> str:
-    """Of all that the log-probs depend on: rows, base, frozen adapters with their scales, precision. The template is in
-    the rows' ids."""
+    """Returns a hash of everything that the log-probs depend on. The chat template is part of the ids of the rows."""
     digest = hashlib.blake2b(digest_size=16)
-    lower = [name.removeprefix("lt_") for name in roles.stacks["reference"]]
+    for part in _cache_key_parts(roles, rows, base_hash):
+        digest.update(part)
+    return digest.hexdigest()
+
+
+def _cache_key_parts(roles: Roles, rows: TokenizedDataset, base_hash: str) -> Iterator[bytes]:
     base = roles.base
     for part in (
         CACHE_VERSION,
@@ -85,26 +107,26 @@ def _cache_key(roles: Roles, rows: TokenizedDataset, base_hash: str) -> str:
         base.bits,
         torch.__version__,
     ):
-        digest.update(f"{part}\n".encode())
-    for name in lower:
+        yield f"{part}\n".encode()
+    for prefixed_name in roles.stacks["reference"]:
+        name = prefixed_name.removeprefix("lt_")
         config = roles.adapter_config(name)
-        scales = (config[key] for key in ("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern"))
-        digest.update((" ".join(map(str, scales)) + "\n").encode())
-        digest.update(save(roles.adapter_tensors(name)))
-    return digest.hexdigest()
+        scales = " ".join(str(config[key]) for key in SCALE_KEYS)
+        yield f"{scales}\n".encode()
+        yield save(roles.adapter_tensors(name))
 
 
 def _read_cache(file: Path, count: int) -> Tensor | None:
-    """What an earlier run computed; None where it is absent or broken."""
+    """Returns the log-probs of an earlier run; None if the file is absent or damaged."""
     try:
         tensors = load(file.read_bytes())
-        sums = tensors["sums"]
-        is_valid = (
-            sums.shape == (count,) and sums.dtype == torch.float32 and torch.equal(_checksum(sums), tensors["checksum"])
-        )
+        sums: Tensor = tensors["sums"]
+        has_right_form = sums.shape == (count,) and sums.dtype == torch.float32
+        if has_right_form and torch.equal(_checksum(sums), tensors["checksum"]):
+            return sums
     except (OSError, KeyError, SafetensorError):
-        return None
-    return sums if is_valid else None
+        pass
+    return None
 
 
 def _write_cache(file: Path, sums: Tensor) -> None:

@@ -1,30 +1,31 @@
-"""Completions that no reward can be told for: a verifier's own error or timeout, which never trains as a 0.
+"""Completions without a reward: a verifier failed on them, by an error or a timeout. Such a failure is never trained as
+a reward of 0.
 
-Such a completion leaves its group: it has no reward and no advantage, and the step is as if it had never been drawn. It
-is counted, told, and above a share of the run's completions the run stops: a broken verifier must not go on choosing
-what is learned from.
+The completion leaves its group: it has no reward and no advantage, and the step is computed as if it had not been
+drawn. Failures are counted and logged. Above a share of the run's completions the run stops, because the rewards of a
+broken verifier must not decide what is learned.
 
-An error comes again with the same completion. A timeout depends on the clock: a run that was stopped and continued
-equals the straight one as long as the same completions time out.
+An error repeats with the same completion. A timeout depends on the clock: a resumed run equals an uninterrupted one as
+long as the same completions time out.
 """
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Literal
 
 from lowrank_tune.errors import TrainingError
 from lowrank_tune.stats import Stats, WeightedMean
 
 MIN_SAMPLES = 3
-"""Failures that a run bears however few completions it has drawn, less one."""
+"""With fewer failures a run does not stop, however few completions it has drawn."""
 
 
 @dataclass(frozen=True)
 class RewardFailure:
-    """What stands in place of a completion's values: which reward could not tell, and why."""
+    """Takes the place of the rewards of a completion: which reward failed, and why."""
 
     reward: str
     verdict: Literal["error", "timeout"]
@@ -33,65 +34,73 @@ class RewardFailure:
 
 @dataclass
 class RewardFailureTracker:
-    """Counted over the whole run. `max_failure_rate`: the share of its completions that may be without a reward."""
+    """Counts of failures over the whole run."""
 
     max_failure_rate: float = 0.01
+    """Maximum share of completions without a reward."""
     completions: int = 0
     errors: int = 0
     timeouts: int = 0
 
-    def count(self, outcomes: Sequence[RewardFailure | None]) -> None:
-        """Counts a draw's completions. Raises TrainingError where too many could not be scored."""
-        failures = [failure for failure in outcomes if failure is not None]
-        self.completions += len(outcomes)
-        self.errors += sum(failure.verdict == "error" for failure in failures)
-        self.timeouts += sum(failure.verdict == "timeout" for failure in failures)
-        rate = self.failure_rate
-        if failures and self.errors + self.timeouts >= MIN_SAMPLES and rate > self.max_failure_rate:
-            message = (
-                f"{self.errors + self.timeouts} of {self.completions} completions ({rate:.1%}) could not be "
-                f"scored, more than"
-            )
-            raise TrainingError(
-                f"rewards: {message} rollout.max_reward_failure_rate, {self.max_failure_rate:.3g}; of the last ones "
-                f"{summarize_failures(failures)}"
-            )
+    @property
+    def num_failures(self) -> int:
+        return self.errors + self.timeouts
 
     @property
     def failure_rate(self) -> float:
-        return (self.errors + self.timeouts) / max(1, self.completions)
+        return self.num_failures / max(1, self.completions)
 
-    def stats(self, failures: Sequence[RewardFailure]) -> Stats:
-        """Of a step, from the run's first failure on."""
-        kinds = {"error": self.errors, "timeout": self.timeouts}
-        return {
-            f"reward_{kind}s": WeightedMean(sum(failure.verdict == kind for failure in failures), 1)
-            for kind, total in kinds.items()
-            if total
-        }
-
-    def iter_warnings(self, failures: Sequence[RewardFailure], completions: int) -> Iterator[str]:
-        """One a reward; the loop tells each once."""
-        for name in dict.fromkeys(failure.reward for failure in failures):
-            own_failures = [failure for failure in failures if failure.reward == name]
-            yield (
-                f"the reward `{name}` failed on completions, which leave their groups, {len(own_failures)} of "
-                f"{completions} in this step; the first: {own_failures[0].reason}"
+    def count(self, outcomes: Sequence[RewardFailure | None]) -> None:
+        """Counts new completions. Raises TrainingError if the rewards failed on too many."""
+        failures = [failure for failure in outcomes if failure is not None]
+        self.completions += len(outcomes)
+        self.errors += _count_verdict(failures, "error")
+        self.timeouts += _count_verdict(failures, "timeout")
+        rate = self.failure_rate
+        if failures and self.num_failures >= MIN_SAMPLES and rate > self.max_failure_rate:
+            raise TrainingError(
+                f"rewards: {self.num_failures} of {self.completions} completions ({rate:.1%}) could not be scored, "
+                f"more than rollout.max_reward_failure_rate, {self.max_failure_rate:.3g}; of the last ones "
+                f"{summarize_failures(failures)}"
             )
 
+    def stats(self, failures: Sequence[RewardFailure]) -> Stats:
+        """Returns the number of failures in a step by verdict, from the first failure of the run on."""
+        stats = {}
+        if self.errors:
+            stats["reward_errors"] = WeightedMean(_count_verdict(failures, "error"), 1)
+        if self.timeouts:
+            stats["reward_timeouts"] = WeightedMean(_count_verdict(failures, "timeout"), 1)
+        return stats
+
     def state(self) -> dict[str, float]:
-        return {name: value for name, value in asdict(self).items() if name != "max_failure_rate"}
+        return {"completions": self.completions, "errors": self.errors, "timeouts": self.timeouts}
 
     def restore(self, state: Mapping[str, float]) -> None:
-        self.completions, self.errors, self.timeouts = (
-            int(state.get(name, 0)) for name in ("completions", "errors", "timeouts")
+        """Restores the counts; 0 for those that an older checkpoint does not have."""
+        self.completions = int(state.get("completions", 0))
+        self.errors = int(state.get("errors", 0))
+        self.timeouts = int(state.get("timeouts", 0))
+
+
+def _count_verdict(failures: Sequence[RewardFailure], verdict: str) -> int:
+    return sum(failure.verdict == verdict for failure in failures)
+
+
+def describe_failures(failures: Sequence[RewardFailure], num_completions: int) -> Iterator[str]:
+    """Yields a warning for each reward that failed in a step."""
+    reasons_by_reward: dict[str, list[str]] = {}
+    for failure in failures:
+        reasons_by_reward.setdefault(failure.reward, []).append(failure.reason)
+    for name, reasons in reasons_by_reward.items():
+        yield (
+            f"the reward `{name}` failed on completions, which leave their groups, {len(reasons)} of "
+            f"{num_completions} in this step; the first: {reasons[0]}"
         )
 
 
 def summarize_failures(failures: Sequence[RewardFailure]) -> str:
-    """Which rewards failed how often, and the first reason."""
+    """Returns how often each reward failed, and the first reason."""
     counts = Counter(failure.reward for failure in failures)
-    return (
-        f"{', '.join(f'`{name}` failed on {count}' for name, count in counts.most_common())}, the first: "
-        f"{failures[0].reason}"
-    )
+    by_reward = ", ".join(f"`{name}` failed on {count}" for name, count in counts.most_common())
+    return f"{by_reward}, the first: {failures[0].reason}"

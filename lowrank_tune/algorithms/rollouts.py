@@ -1,5 +1,5 @@
-"""Harvesting: completions of a step's prompts, drawn from the policy and scored while others still decode. GRPO's and
-PPO's `collect`."""
+"""Rollouts: completions of the prompts of a step, drawn from the policy and scored while others are still decoded. The
+common part of GRPO and PPO."""
 
 from __future__ import annotations
 
@@ -7,13 +7,18 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor
 
-from lowrank_tune.algorithms.reward_failures import RewardFailure, RewardFailureTracker
-from lowrank_tune.batch import Batch
+from lowrank_tune.algorithms.base import Algorithm, AlgorithmContext
+from lowrank_tune.algorithms.reference_check import check_reference
+from lowrank_tune.algorithms.reward_failures import RewardFailure, RewardFailureTracker, describe_failures
+from lowrank_tune.batch import Batch, RolloutBatch, concat_batches
+from lowrank_tune.errors import TrainingError
+from lowrank_tune.functional import weighted_sum
 from lowrank_tune.generation import Engine
 from lowrank_tune.generation.outputs import Completion
 from lowrank_tune.generation.sampling_params import SamplingParams
@@ -25,163 +30,143 @@ if TYPE_CHECKING:  # an algorithm must run where pydantic is not installed (benc
 
 
 class RewardClient(Protocol):
-    """Scores completions on the side: `submit` as each finishes, `collect` waits for the rest. By key a value for each
-    reward, or why there is none."""
+    """Scores completions in the background."""
 
-    def submit(self, key: int, prompt: PromptExample, text: str, completion: Completion) -> None: ...
-    def collect(self) -> Mapping[int, Sequence[float] | RewardFailure]: ...
+    def submit(self, key: int, prompt: PromptExample, text: str, completion: Completion) -> None:
+        """Begins to score a completion."""
+
+    def collect(self) -> Mapping[int, Sequence[float] | RewardFailure]:
+        """Waits for all scores; returns a value for each reward, or the failure, by key."""
 
 
 @dataclass
-class RolloutBatch:
-    """Groups of completions. `batch` has prompt and completion in each row, groups adjacent, with `extra["sampler"]`,
-    the log-probs that the completions were drawn with; rewards, and `shaped_rewards`, after penalties (groups, n);
-    `reward_components` (B, rewards) before weighting. `failed_rewards` (B of them) says of what no reward can be told
-    for why; the other three are nan there."""
+class RolloutGroups:
+    """Groups of completions: the n completions of each prompt, in B = groups * n adjacent rows."""
 
-    batch: Batch
+    batch: RolloutBatch
     rewards: Tensor
+    """(groups, n) float64; nan where a reward failed."""
     reward_components: Tensor
+    """(B, rewards) float64: each reward before its weight; nan where a reward failed."""
     truncated: Tensor
+    """(B,) bool: cut at the maximum length."""
     reward_names: Sequence[str]
     texts: list[str]
     prompts: list[PromptExample]
     timings: dict[str, float] = field(default_factory=dict)
+    """Seconds by name of the metric."""
     shaped_rewards: Tensor = field(default_factory=lambda: torch.zeros(0))
+    """(groups, n): rewards minus penalties. Default: the rewards."""
     failed_rewards: list[RewardFailure | None] = field(default_factory=list)
+    """For each of B completions the failure that left it without a reward. Default: none failed."""
 
     def __post_init__(self) -> None:
         if not self.shaped_rewards.numel():
             self.shaped_rewards = self.rewards
-        self.failed_rewards = self.failed_rewards or [None] * len(self.batch)
+        if not self.failed_rewards:
+            self.failed_rewards = [None] * len(self.batch)
 
     @property
     def scored(self) -> Tensor:
-        """(groups, n) bool."""
+        """(groups, n) bool: the completion has a reward."""
         return torch.tensor([failure is None for failure in self.failed_rewards]).view_as(self.rewards)
 
     @property
     def num_groups(self) -> int:
         return len(self.rewards)
 
-    def scored_rows(self) -> Batch:
-        """The rows that were scored."""
+    def scored_rows(self) -> RolloutBatch:
+        """Returns the rows with a reward."""
         rows = self.scored.flatten().nonzero().squeeze(1)
         batch = self.batch.select_rows(rows)
-        group = rows // self.rewards.shape[1]
-        if "shared" in batch.extra:  # where a group has lost its first row, another one is that now
-            is_first = torch.ones_like(rows, dtype=torch.bool).index_put(
-                (torch.arange(1, len(rows)),), group[1:] != group[:-1]
-            )
-            batch.extra["shared"] = batch.extra["shared"].masked_fill(is_first, 0)
+        if batch.shared_prefix is not None:
+            # The first remaining row of a group is now the one that the others share their prefix with.
+            group = rows // self.rewards.shape[1]
+            is_first = torch.ones_like(rows, dtype=torch.bool)
+            is_first[1:] = group[1:] != group[:-1]
+            batch.shared_prefix = batch.shared_prefix.masked_fill(is_first, 0)
         return batch
 
-    def num_informative_groups(self, zero_std_groups: Callable[[Tensor, Tensor], Tensor]) -> int:
-        """How many groups have a signal."""
-        return self.num_groups - int(zero_std_groups(self.shaped_rewards, self.scored).sum())
-
     def stats(self) -> Stats:
-        """What a person watches, as means. Of rewards, over what was scored."""
-        rewards = self.rewards
+        """Returns the metrics of the completions; those of rewards without completions whose reward failed."""
         scored = self.scored
+        rewards = self.rewards[scored]
+        stds = self._group_stds()
         lengths = self.batch.completion_mask.sum(dim=1)
-        components = self.reward_components
-        stds = rewards.std(dim=1, correction=0)
-        if not bool(scored.all()):
-            scored_groups = [
-                group[has_reward] for group, has_reward in zip(rewards, scored, strict=True) if bool(has_reward.any())
-            ]
-            stds = torch.tensor([float(group.std(correction=0)) for group in scored_groups], dtype=rewards.dtype)
-            rewards = rewards[scored]
-            components = components[scored.flatten()]
-        names = self.reward_names if len(self.reward_names) > 1 else ()
-        by_reward = {
-            f"rewards/{name}/mean": WeightedMean(components[:, i].sum(), len(components))
-            for i, name in enumerate(names)
-        }
-        return {
+        stats = {
             "reward": WeightedMean(rewards.sum(), rewards.numel()),
             "reward_std": WeightedMean(stds.sum(), len(stds)),
-            **by_reward,
-            "completions/mean_length": WeightedMean(lengths.sum(), len(lengths)),
-            "completions/clipped_ratio": WeightedMean(self.truncated.sum(), len(self.truncated)),
-            **{name: WeightedMean(value, 1) for name, value in self.timings.items()},
         }
+        if len(self.reward_names) > 1:
+            components = self.reward_components[scored.flatten()]
+            for index, name in enumerate(self.reward_names):
+                stats[f"rewards/{name}/mean"] = WeightedMean(components[:, index].sum(), len(components))
+        stats["completions/mean_length"] = WeightedMean(lengths.sum(), len(lengths))
+        stats["completions/clipped_ratio"] = WeightedMean(self.truncated.sum(), len(self.truncated))
+        for name, seconds in self.timings.items():
+            stats[name] = WeightedMean(seconds, 1)
+        return stats
 
-    def select_groups(self, selected: Tensor) -> RolloutBatch:
-        """These groups, (groups,) bool."""
+    def _group_stds(self) -> Tensor:
+        """Returns the standard deviation of the rewards of each group that has any."""
+        scored = self.scored
+        if bool(scored.all()):
+            return self.rewards.std(dim=1, correction=0)
+        stds = []
+        for rewards, has_reward in zip(self.rewards, scored, strict=True):
+            if bool(has_reward.any()):
+                stds.append(float(rewards[has_reward].std(correction=0)))
+        return torch.tensor(stds, dtype=self.rewards.dtype)
+
+    def select_groups(self, selected: Tensor) -> RolloutGroups:
+        """Returns the groups of a mask, (groups,) bool."""
         n = self.rewards.shape[1]
-        rows = selected.repeat_interleave(n)
-        row_indices = rows.nonzero().squeeze(1)
-        indices: list[int] = row_indices.tolist()
-        batch = self.batch.select_rows(row_indices, self.batch.input_ids.shape[1])
-        return RolloutBatch(
-            batch,
-            self.rewards[selected],
-            self.reward_components[rows],
-            self.truncated[rows],
-            self.reward_names,
-            [self.texts[i] for i in indices],
-            [prompt for prompt, keep in zip(self.prompts, selected.tolist(), strict=True) if keep],
-            self.timings,
-            self.shaped_rewards[selected],
-            [self.failed_rewards[i] for i in indices],
+        rows = selected.repeat_interleave(n).nonzero().squeeze(1)
+        return RolloutGroups(
+            batch=self.batch.select_rows(rows, width=self.batch.input_ids.shape[1]),
+            rewards=self.rewards[selected],
+            reward_components=self.reward_components[rows],
+            truncated=self.truncated[rows],
+            reward_names=self.reward_names,
+            texts=[self.texts[row] for row in rows.tolist()],
+            prompts=[self.prompts[group] for group in selected.nonzero().flatten().tolist()],
+            timings=self.timings,
+            shaped_rewards=self.shaped_rewards[selected],
+            failed_rewards=[self.failed_rewards[row] for row in rows.tolist()],
         )
 
     @classmethod
-    def concat(cls, rollouts: Sequence[RolloutBatch], pad_id: int) -> RolloutBatch:
-        """One after the other, padded to one width."""
-        if len(rollouts) == 1:
-            return rollouts[0]
-        width = max(rollout.batch.input_ids.shape[1] for rollout in rollouts)
-        batches = [_pad_columns(rollout.batch, width, pad_id) for rollout in rollouts]
-        extra = {name: torch.cat([batch.extra[name] for batch in batches]) for name in batches[0].extra}
-        input_ids, attention_mask, completion_mask = (
-            torch.cat([getattr(batch, name) for batch in batches])
-            for name in ("input_ids", "attention_mask", "completion_mask")
-        )
-        batch = Batch(input_ids, attention_mask, completion_mask, extra=extra)
-        rewards, components, truncated, shaped_rewards = (
-            torch.cat([getattr(rollout, name) for rollout in rollouts])
-            for name in ("rewards", "reward_components", "truncated", "shaped_rewards")
-        )
+    def concat(cls, draws: Sequence[RolloutGroups], pad_id: int) -> RolloutGroups:
+        """Returns the groups of all draws, padded to one width, with the timings of the first."""
+        first = draws[0]
+        if len(draws) == 1:
+            return first
         return cls(
-            batch,
-            rewards,
-            components,
-            truncated,
-            rollouts[0].reward_names,
-            [text for rollout in rollouts for text in rollout.texts],
-            [prompt for rollout in rollouts for prompt in rollout.prompts],
-            rollouts[0].timings,
-            shaped_rewards,
-            [failure for rollout in rollouts for failure in rollout.failed_rewards],
+            batch=concat_batches([draw.batch for draw in draws], pad_id),
+            rewards=torch.cat([draw.rewards for draw in draws]),
+            reward_components=torch.cat([draw.reward_components for draw in draws]),
+            truncated=torch.cat([draw.truncated for draw in draws]),
+            reward_names=first.reward_names,
+            texts=list(chain.from_iterable(draw.texts for draw in draws)),
+            prompts=list(chain.from_iterable(draw.prompts for draw in draws)),
+            timings=first.timings,
+            shaped_rewards=torch.cat([draw.shaped_rewards for draw in draws]),
+            failed_rewards=list(chain.from_iterable(draw.failed_rewards for draw in draws)),
         )
 
 
-def _pad_columns(batch: Batch, width: int, pad_id: int) -> Batch:
-    num_columns = width - batch.input_ids.shape[1]
-
-    def wide(tensor: Tensor, value: float) -> Tensor:
-        if tensor.ndim > 1:
-            return torch.nn.functional.pad(tensor, (0, num_columns), value=value)
-        return tensor
-
-    return Batch(
-        wide(batch.input_ids, pad_id),
-        wide(batch.attention_mask, False),
-        wide(batch.completion_mask, False),
-        extra={name: wide(tensor, 0.0) for name, tensor in batch.extra.items()},
-    )
+def log_nothing(step: int, groups: RolloutGroups, advantages: Tensor) -> None:
+    """The default of `RolloutCollector.log_group`."""
 
 
-@dataclass
+@dataclass(kw_only=True)
 class RolloutCollector:
-    """Draws completions. `prompts(step, draw, count)` gives the prompts of a step: the planned ones, or `count` others
-    for a later draw."""
+    """Draws and scores the completions of a step."""
 
     roles: Roles
     prompts: Callable[[int, int, int | None], list[PromptExample]]
+    """`prompts(step, draw, count)` returns the prompts of a step: for draw 0 the planned ones, for later draws `count`
+    replacements."""
     reward_client: RewardClient
     reward_names: Sequence[str]
     reward_weights: Sequence[float]
@@ -193,130 +178,170 @@ class RolloutCollector:
     temperature: float
     max_num_seqs: int
     micro_tokens: int
+    """Maximum number of tokens of a forward pass without gradient."""
     seed_of: Callable[[int], int]
-    log_group: Callable[[int, RolloutBatch, Tensor], None] = lambda step, rollout, advantages: None
-    """Is told of each step's rollout, with the advantages (groups, n)."""
+    """Returns the seed of a draw; the draws of a run are numbered 16 * step + draw."""
+    log_group: Callable[[int, RolloutGroups, Tensor], None] = log_nothing
+    """Called in each step, with the rollouts and their advantages (groups, n)."""
     failures: RewardFailureTracker = field(default_factory=RewardFailureTracker)
 
-    def collect(self, step: int, draw: int, count: int | None = None) -> RolloutBatch:
-        """The completions of a step's prompts, grouped in the prompts' order, with their rewards."""
+    def collect(self, step: int, draw: int, count: int | None = None) -> RolloutGroups:
+        """Returns the completions of the prompts, grouped by prompt, with their rewards."""
         start_time = time.perf_counter()
         prompts = self.prompts(step, draw, count)
-        sampling = SamplingParams(self.max_new_tokens, self.stop_ids, self.temperature, self.seed_of(step * 16 + draw))
-        n = self.num_generations
-        done: dict[int, Completion] = {}
-        texts: dict[int, str] = {}
-        for completion in Engine(self.roles, "policy", self.max_num_seqs).generate(
-            [one.input_ids for one in prompts],
-            n,
-            sampling,
-        ):
-            key = completion.prompt * n + completion.sample
-            if completion.finish_reason == "stop":
-                body = completion.token_ids[:-1]
-            else:
-                body = completion.token_ids
-            done[key] = completion
-            texts[key] = self.decode(body)
-            self.reward_client.submit(key, prompts[completion.prompt], texts[key], completion)
-        rollout_end = time.perf_counter()
+        completions, texts = self._generate(prompts, self.seed_of(step * 16 + draw))
+        generation_end = time.perf_counter()
         scores = self.reward_client.collect()
-        failed_rewards = [
-            one if isinstance(one := scores[key], RewardFailure) else None for key in range(len(prompts) * n)
-        ]
+        scores_by_row = [scores[row] for row in range(len(completions))]
+        timings = {
+            "rollout_seconds": generation_end - start_time,
+            "reward_seconds": time.perf_counter() - generation_end,
+        }
+        failed_rewards = [row if isinstance(row, RewardFailure) else None for row in scores_by_row]
         self.failures.count(failed_rewards)
-        reward_components = torch.tensor(
-            [_reward_values(scores[key], len(self.reward_weights)) for key in range(len(prompts) * n)],
-            dtype=torch.float64,
-        )
-        rewards = (reward_components @ torch.tensor(list(self.reward_weights), dtype=torch.float64)).view(
-            len(prompts), n
-        )
-        completions = [done[key] for key in range(len(prompts) * n)]
-        truncated = torch.tensor([one.finish_reason == "length" for one in completions])
-        seconds = {"rollout_seconds": rollout_end - start_time, "reward_seconds": time.perf_counter() - rollout_end}
-        batch = _batch([prompts[one.prompt].input_ids for one in completions], completions, self.pad_id)
-        ordered_texts = [texts[key] for key in range(len(completions))]
-        return RolloutBatch(
-            batch,
-            rewards,
-            reward_components,
-            truncated,
-            self.reward_names,
-            ordered_texts,
-            prompts,
-            seconds,
+        components = [self._components(row) for row in scores_by_row]
+        rewards = [weighted_sum(row, self.reward_weights) for row in components]
+        return RolloutGroups(
+            batch=rollout_batch([prompt.input_ids for prompt in prompts], completions, self.pad_id),
+            rewards=torch.tensor(rewards, dtype=torch.float64).view(len(prompts), self.num_generations),
+            reward_components=torch.tensor(components, dtype=torch.float64),
+            truncated=torch.tensor([completion.finish_reason == "length" for completion in completions]),
+            reward_names=self.reward_names,
+            texts=texts,
+            prompts=prompts,
+            timings=timings,
             failed_rewards=failed_rewards,
         )
 
-    def logps(self, role: str, batch: Batch) -> Tensor:
-        """Log-probs of what was written by a role, no gradient, (B, T) on the CPU."""
-        rows, columns = batch.input_ids.shape
-        result = torch.zeros(rows, columns)
+    def _generate(self, prompts: Sequence[PromptExample], seed: int) -> tuple[list[Completion], list[str]]:
+        """Returns the completions and their texts, in the order of the rows. Each is submitted to the rewards as soon
+        as it ends, under its row."""
+        n = self.num_generations
+        sampling = SamplingParams(self.max_new_tokens, self.stop_ids, self.temperature, seed)
+        engine = Engine(self.roles, "policy", self.max_num_seqs)
+        completions: dict[int, Completion] = {}
+        texts: dict[int, str] = {}
+        for completion in engine.generate([prompt.input_ids for prompt in prompts], n, sampling):
+            row = completion.prompt * n + completion.sample
+            completions[row] = completion
+            texts[row] = self.decode(completion.content_ids)
+            self.reward_client.submit(row, prompts[completion.prompt], texts[row], completion)
+        rows = range(len(prompts) * n)
+        return [completions[row] for row in rows], [texts[row] for row in rows]
 
-        def read(units: Sequence[int]) -> Tensor:
-            places = torch.tensor(list(units))
-            if "shared" in batch.extra:
-                shared = {"shared": batch.extra["shared"][places]}
-            else:
-                shared = {}
-            part = Batch(
-                batch.input_ids[places],
-                batch.attention_mask[places],
-                batch.completion_mask[places],
-                extra=shared,
-            ).to(self.roles.base.device)
-            with self.roles.inference_mode():
-                return self.roles.logps(role, part, self.temperature).logps.cpu()
+    def _components(self, scores: Sequence[float] | RewardFailure) -> list[float]:
+        """Returns the value of each reward of a completion; nan if one failed, so that it cannot be used by mistake."""
+        if isinstance(scores, RewardFailure):
+            return [math.nan] * len(self.reward_weights)
+        return list(scores)
 
-        for units, logps in map_micro_batches(self.roles, rows, columns, self.micro_tokens, read):
-            result[units[0] : units[-1] + 1] = logps
-        return result
+    def logps(self, role: str, batch: RolloutBatch) -> Tensor:
+        """Returns the log-probs of the completions under a role, without gradient, (B, T) on the CPU."""
+        inputs = Batch(
+            batch.input_ids,
+            batch.attention_mask,
+            batch.completion_mask,
+            shared_prefix=batch.shared_prefix,
+        )
+
+        def compute(micro: Batch) -> Tensor:
+            return self.roles.logps(role, micro, self.temperature).logps
+
+        return map_micro_batches(self.roles, inputs, self.micro_tokens, compute)
 
 
 def map_micro_batches(
     roles: Roles,
-    rows: int,
-    columns: int,
+    inputs: Batch,
     micro_tokens: int,
-    function: Callable[[Sequence[int]], Tensor],
-) -> Iterator[tuple[Sequence[int], Tensor]]:
-    """What `function` makes of neighboring rows, as many at once as fit `micro_tokens` and the memory."""
-    at_once = max(1, micro_tokens // columns)
-    for start in range(0, rows, at_once):
-        yield from roles.limits.split_on_oom(
-            "forward_tokens",
-            range(start, min(start + at_once, rows)),
-            columns,
-            function,
-        )
+    function: Callable[[Batch], Tensor],
+) -> Tensor:
+    """Returns `function` of all rows, (B, T) on the CPU, without gradient; as many rows at once as `micro_tokens` and
+    the memory allow."""
+    num_rows, columns = inputs.input_ids.shape
+    rows_at_once = max(1, micro_tokens // columns)
+    result = torch.zeros(num_rows, columns)
+
+    def compute(rows: Sequence[int]) -> Tensor:
+        micro = inputs.select_rows(torch.tensor(list(rows)), width=columns).to(roles.base.device)
+        with roles.inference_mode():
+            return function(micro).cpu()
+
+    for start in range(0, num_rows, rows_at_once):
+        block = range(start, min(start + rows_at_once, num_rows))
+        for rows, values in roles.limits.split_on_oom("forward_tokens", block, columns, compute):
+            result[rows[0] : rows[-1] + 1] = values
+    return result
 
 
-def _reward_values(scores: Sequence[float] | RewardFailure, count: int) -> list[float]:
-    """Not a number is what nobody can take for a reward."""
-    if isinstance(scores, RewardFailure):
-        return [math.nan] * count
-    return list(scores)
-
-
-def _batch(prompts: Sequence[Sequence[int]], completions: Sequence[Completion], pad_id: int) -> Batch:
-    """Rows of prompt and completion, padded on the right."""
-    width = max(
-        len(prompt) + len(completion.token_ids) for prompt, completion in zip(prompts, completions, strict=True)
-    )
-    input_ids = torch.full((len(completions), width), pad_id, dtype=torch.long)
+def rollout_batch(
+    prompts: Sequence[Sequence[int]],
+    completions: Sequence[Completion],
+    pad_id: int,
+) -> RolloutBatch:
+    """Returns a row of prompt and completion for each completion, padded on the right."""
+    num_rows = len(completions)
+    width = max(len(prompts[completion.prompt]) + len(completion.token_ids) for completion in completions)
+    input_ids = torch.full((num_rows, width), pad_id, dtype=torch.long)
     attention_mask = torch.zeros_like(input_ids, dtype=torch.bool)
     completion_mask = torch.zeros_like(input_ids, dtype=torch.bool)
-    sampler = torch.zeros(input_ids.shape)
-    shared = torch.zeros(len(completions), dtype=torch.long)
-    for row, (prompt, completion) in enumerate(zip(prompts, completions, strict=True)):
-        start = len(prompt)
-        end = len(prompt) + len(completion.token_ids)
-        input_ids[row, :start] = torch.tensor(list(prompt))
+    sampler_logps = torch.zeros(input_ids.shape)
+    shared_prefix = torch.zeros(num_rows, dtype=torch.long)
+    for row, completion in enumerate(completions):
+        assert completion.logps is not None, "the engine keeps log-probs"
+        prompt_ids = prompts[completion.prompt]
+        start = len(prompt_ids)
+        end = start + len(completion.token_ids)
+        input_ids[row, :start] = torch.tensor(list(prompt_ids))
         input_ids[row, start:end] = torch.tensor(completion.token_ids)
         attention_mask[row, :end] = True
         completion_mask[row, start:end] = True
-        shared[row] = start if row and completions[row - 1].prompt == completion.prompt else 0
-        assert completion.logps is not None, "the engine keeps log-probs"
-        sampler[row, start:end] = torch.tensor(completion.logps)
-    return Batch(input_ids, attention_mask, completion_mask, extra={"sampler": sampler, "shared": shared})
+        sampler_logps[row, start:end] = torch.tensor(completion.logps)
+        is_first_of_group = row == 0 or completions[row - 1].prompt != completion.prompt
+        if not is_first_of_group:
+            shared_prefix[row] = start
+    return RolloutBatch(
+        input_ids,
+        attention_mask,
+        completion_mask,
+        shared_prefix=shared_prefix,
+        sampler_logps=sampler_logps,
+    )
+
+
+class RolloutAlgorithm(Algorithm[RolloutBatch]):
+    """An algorithm whose policy draws the rows of each step."""
+
+    def __init__(self, context: AlgorithmContext, collector: RolloutCollector) -> None:
+        super().__init__(context)
+        self.collector = collector
+        self._num_completions = 0
+        self._reward_failures: list[RewardFailure] = []
+
+    def record_failures(self, groups: RolloutGroups) -> Stats:
+        """Stores the reward failures of a step for its warnings; returns their metrics."""
+        self._num_completions = len(groups.failed_rewards)
+        self._reward_failures = [failure for failure in groups.failed_rewards if failure is not None]
+        return self.collector.failures.stats(self._reward_failures)
+
+    def check(self, micro: RolloutBatch, step: int) -> None:
+        check_reference(self.context, micro, step)
+
+    def diagnostics(self, metrics: Mapping[str, float]) -> Iterator[str]:
+        yield from describe_failures(self._reward_failures, self._num_completions)
+
+    def state(self) -> dict[str, float]:
+        return self.collector.failures.state()
+
+    def restore(self, state: Mapping[str, float]) -> None:
+        self.collector.failures.restore(state)
+
+
+def check_sampler_mismatch(mismatch: float, limit: float, setting: str) -> None:
+    """Compares the mean |log p - log p_sampler| of a step, nats per token, with its limit. Raises TrainingError above
+    it; `setting` is the key of the limit."""
+    if mismatch > limit:
+        raise TrainingError(
+            f"the sampler's log-probs and the policy's differ by {mismatch:.3f} nats a token, more than {setting}, "
+            f"{limit:g}: ratios would compare what was never drawn"
+        )

@@ -1,101 +1,80 @@
-"""Recipe -> data, base, roles, algorithm: the only place where the floors are wired together."""
+"""Puts a run together: from a recipe to its data, base, roles and algorithm."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from typing import Any
 
 import torch
-from torch import Tensor
 
 from lowrank_tune.algorithms.base import Algorithm, AlgorithmContext
-from lowrank_tune.algorithms.dpo import DPO
-from lowrank_tune.algorithms.reference_logps import reference_logps
-from lowrank_tune.algorithms.reward_model import RewardModeling
-from lowrank_tune.algorithms.rollouts import RolloutCollector
-from lowrank_tune.algorithms.sft import SFT
-from lowrank_tune.assembly.reward_dry_run import dry_run_rewards
-from lowrank_tune.assembly.reward_model import REWARD_ROLE, reward_model_base
-from lowrank_tune.assembly.rl import (
-    RewardScorer,
-    check_reference_rewards,
-    load_train_prompts,
-    make_grpo,
-    make_ppo,
-    make_rollout_collector,
-)
+from lowrank_tune.assembly.adapters import check_adapter_lineage, read_adapters
+from lowrank_tune.assembly.algorithm import ONLINE_ALGORITHMS, make_algorithm
+from lowrank_tune.assembly.model import describe_reference, load_recipe_base, load_roles, micro_tokens_of
 from lowrank_tune.assembly.rope import check_heldout_length, select_rope
-from lowrank_tune.assembly.stacks import ROLES_WITH_HEAD, build_stacks, frozen_adapters
+from lowrank_tune.assembly.sources import PromptSource, RowCollator, RowSource
 from lowrank_tune.batch import Batch
 from lowrank_tune.config import RecipeConfig
 from lowrank_tune.data import (
-    BatchSampler,
     ChatTemplate,
     Prompt,
     PromptDataset,
     TokenizedDataset,
     TokenizedSplits,
-    collate_units,
-    load,
     load_heldout_prompts,
-    make_prompt_sampler,
 )
-from lowrank_tune.data.tokenize import cache_folder
 from lowrank_tune.errors import UserError
-from lowrank_tune.events import Emit, LogMessage, Progress
-from lowrank_tune.model import unsloth
-from lowrank_tune.model.activation_checkpointing import cap_cuda_memory
-from lowrank_tune.model.adapters import SavedAdapter, read_adapter
-from lowrank_tune.model.base import Base, combined_hash, hash_of, load_base, load_tokenizer
-from lowrank_tune.model.heads import HEAD_WEIGHT_KEY
-from lowrank_tune.model.oom import MemoryLimits
+from lowrank_tune.events import Emit, LogMessage
+from lowrank_tune.model.base import Base, load_tokenizer
 from lowrank_tune.model.roles import Roles
-from lowrank_tune.model.rotary import FixedRope, factors_of
+from lowrank_tune.model.rotary import FixedRope
 
-ALGORITHMS: dict[str, Callable[[AlgorithmContext, RecipeConfig], Algorithm]] = {
-    "sft": lambda context, recipe: SFT(context),
-    "reward": lambda context, recipe: RewardModeling(context, recipe.reward.center_rewards_coefficient),
-    "dpo": lambda context, recipe: DPO(
-        context,
-        recipe.dpo.loss_type,
-        recipe.dpo.beta,
-        recipe.dpo.label_smoothing,
-        recipe.dpo.sft_coef,
-    ),
-}
-ONLINE_ALGORITHMS: dict[str, Callable[[RecipeConfig, AlgorithmContext, RolloutCollector], Algorithm]] = {
-    "grpo": make_grpo,
-    "ppo": make_ppo,
-}
-"""Those that write their own rows."""
+__all__ = [
+    "ONLINE_ALGORITHMS",
+    "RunComponents",
+    "build",
+    "check_adapter_lineage",
+    "load_roles",
+    "make_algorithm",
+    "micro_tokens_of",
+]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class RunComponents:
-    """All that one run needs, loaded. `trained` are the roles whose top adapter is trained, each named as its role;
-    `base_hashes` those of the base's tensors before the run; `validation_batch(units)` collates held-out rows; `close`
-    ends the workers of the rewards."""
+    """All parts of one run, loaded."""
 
     base: Base
     roles: Roles
     trained: tuple[str, ...]
+    """The roles whose top adapter is trained; the adapters have the names of their roles."""
     template: ChatTemplate
     data: TokenizedSplits | PromptDataset
     validation: TokenizedDataset | None
     heldout: list[Prompt]
-    algorithm: Algorithm
+    algorithm: Algorithm[Any]
     steps: int
     reference: str
+    """Which adapters the reference has."""
     base_hashes: dict[str, str]
+    """Hashes of the base's tensors before the run."""
     micro_tokens: int
-    validation_batch: Callable[[Sequence[int]], Batch]
-    close: Callable[[], None] = lambda: None
-    lr_multipliers: Mapping[str, float] = field(default_factory=dict)
-    """Of a trained role: what its learning rate is to the run's, where it is another one."""
+    """Maximum number of tokens of a forward pass without gradient."""
+    lr_multipliers: Mapping[str, float]
+    """Learning rate of a trained role relative to that of the run, 1 if absent."""
+    collate_validation: RowCollator | None
+    close: Callable[[], None]
+    """Ends the workers of the rewards."""
 
     @property
     def stop_ids(self) -> frozenset[int]:
         return self.base.end_ids | self.template.end_ids
+
+    def validation_batch(self, units: Sequence[int]) -> Batch:
+        """Returns held-out rows, padded. The run must have some."""
+        assert self.collate_validation is not None, "the run has no held-out rows"
+        return self.collate_validation(units)
 
 
 def build(
@@ -106,197 +85,75 @@ def build(
     fresh: bool = True,
     stages: Sequence[RecipeConfig] = (),
 ) -> RunComponents:
-    """Loads what is cheap to check first: adapters' folders, tokenizer, data, and only then the base, where none is
-    given: the stages of a chain share one, and `stages` are all of them. A `fresh` run also tries its rewards on
-    completions of its policy. Raises UserError."""
-    saved = {
-        name: read_adapter(
-            adapter.path,
-            f"adapters.{name}.path",
-            head=name == REWARD_ROLE or name in recipe.extra_adapters,
-        )
-        for name, adapter in recipe.adapters.items()
-        if adapter.path
-    }
+    """Returns the parts of a run. Raises UserError if one cannot be loaded.
+
+    What is cheap to check comes first: the folders of adapters, the tokenizer, the data, and only then the base, if it
+    is not given. The `stages` of a chain share one base. A `fresh` run also tries its rewards on completions of its
+    policy.
+    """
+    saved = read_adapters(recipe)
     check_adapter_lineage(recipe, saved, emit)
-    template = ChatTemplate.from_tokenizer(
-        base.tokenizer if base else load_tokenizer(recipe.base), recipe.data.template_date
-    )
+    tokenizer = base.tokenizer if base else load_tokenizer(recipe.base)
+    template = ChatTemplate.from_tokenizer(tokenizer, recipe.data.template_date)
     emit(LogMessage(message=template.describe()))
     rope = select_rope(stages or (recipe,), emit)
+    source: RowSource | PromptSource
     if recipe.algorithm in ONLINE_ALGORITHMS:
-        return _build_online(recipe, emit, device, base, fresh, saved, template, rope)
-    data = load(recipe.data, template, recipe.seed, emit, pairs=recipe.uses_pairs)
-    for line in data.report.lines():
-        emit(LogMessage(message=line, level="warning" if "; dropped " in line else "info"))
-    heldout = _heldout_questions(recipe, template, rope)
-    base = base or _load_base(recipe, template, device, emit, rope)
-    hashes = base.hashes()
-    roles = load_roles(recipe, base, saved, emit)
-    micro_tokens = micro_tokens_of(recipe, recipe.max_train_length)
-    collate_fns = {
-        store: _make_collate(store, template.pad_id) for store in (data.train, data.validation) if store is not None
-    }
-    if recipe.algorithm == "dpo":
-        for store, collate_fn in list(collate_fns.items()):
-            sums = reference_logps(roles, store, collate_fn, micro_tokens, combined_hash(hashes), cache_folder(), emit)
-            collate_fns[store] = _with_reference(collate_fn, sums)
-    weights = [source.weight for source in recipe.data.train]
-    sampler = BatchSampler(data.train.unit_lengths, data.train.unit_source_of, weights, recipe.train, recipe.seed)
-    reference = _describe_reference(roles)
-    context = AlgorithmContext(
-        roles,
-        lambda step: collate_fns[data.train](sampler.rows(step)),
-        reference,
-        fresh=recipe.adapters[recipe.trained_adapter].path is None,
-    )
-    steps = recipe.train.max_steps or sampler.steps_of(recipe.train.num_train_epochs or 1.0)
-    algorithm = ALGORITHMS[recipe.algorithm](context, recipe)
-    return RunComponents(
-        base,
-        roles,
-        (recipe.trained_adapter,),
-        template,
-        data,
-        data.validation,
-        heldout,
-        algorithm,
-        steps,
-        reference,
-        hashes,
-        micro_tokens,
-        collate_fns[data.validation] if data.validation is not None else collate_fns[data.train],
-    )
-
-
-def _build_online(
-    recipe: RecipeConfig,
-    emit: Emit,
-    device: torch.device | None,
-    base: Base | None,
-    fresh: bool,
-    saved: Mapping[str, SavedAdapter],
-    template: ChatTemplate,
-    rope: FixedRope | None,
-) -> RunComponents:
-    """The same for an algorithm that writes its own rows: prompts and rewards instead of rows."""
-    data = load_train_prompts(recipe, template, emit)
-    heldout = _heldout_questions(recipe, template, rope)
-    scorer = RewardScorer(recipe, template)
-    try:
-        if not scorer.reward_models:
-            check_reference_rewards(scorer, data, recipe.rewards_check, recipe.seed, emit)
-        base = base or _load_base(recipe, template, device, emit, rope)
-        hashes = base.hashes()
-        roles = load_roles(recipe, base, saved, emit)
-        stop_ids = base.end_ids | template.end_ids
-        micro_tokens = micro_tokens_of(recipe, recipe.max_train_length)
-        if scorer.reward_models:
-            scorer.set_base_model(roles, micro_tokens)
-            check_reference_rewards(scorer, data, recipe.rewards_check, recipe.seed, emit)
-        if fresh and recipe.algorithm == "grpo":
-            dry_run_rewards(recipe, roles, template, data, scorer, stop_ids, emit)
-        collector = make_rollout_collector(recipe, roles, template, data, scorer, stop_ids, micro_tokens, emit)
-    except BaseException:
-        scorer.close()
-        raise
-    reference = _describe_reference(roles)
-    context = AlgorithmContext(
-        roles,
-        _raise_no_rows,
-        reference,
-        fresh=recipe.adapters[recipe.trained_adapter].path is None,
-    )
-    steps = recipe.train.max_steps or make_prompt_sampler(data, recipe.data, recipe.train, recipe.seed).steps_of(
-        recipe.train.num_train_epochs or 1.0
-    )
-    trained = (recipe.trained_adapter, "value") if recipe.algorithm == "ppo" else (recipe.trained_adapter,)
-    lr_multipliers = {
-        "value": (recipe.ppo.value_learning_rate or recipe.train.learning_rate) / recipe.train.learning_rate
-    }
-    algorithm = ONLINE_ALGORITHMS[recipe.algorithm](recipe, context, collector)
-    return RunComponents(
-        base,
-        roles,
-        trained,
-        template,
-        data,
-        None,
-        heldout,
-        algorithm,
-        steps,
-        reference,
-        hashes,
-        micro_tokens,
-        _raise_no_units,
-        scorer.close,
-        lr_multipliers,
-    )
-
-
-def check_adapter_lineage(recipe: RecipeConfig, saved: dict[str, SavedAdapter], emit: Emit) -> None:
-    """An adapter that was trained over others lies over the same ones again, told by content; where this recipe loads
-    none of them, it is taken with them folded into it. Raises UserError where only some are there. (The reward model
-    has a stack of its own.)"""
-    contents: dict[str, str] = {}
-    for name in [
-        name
-        for name in recipe.adapters
-        if name in saved and name not in (*recipe.extra_adapters, *({REWARD_ROLE} - {recipe.trained_adapter}))
-    ]:
-        below = saved[name].frozen_adapters
-        path = str(recipe.adapters[name].path)
-        key = f"adapters.{name}.path"
-        missing = [other for other, content in below.items() if content not in contents]
-        if missing and len(missing) < len(below):
-            loaded = ", ".join(other for other in below if other not in missing)
-            raise UserError(
-                f"{key}: the adapter in {path} was trained over {', '.join(below)}, and this recipe loads only "
-                f"{loaded} below it: "
-                f"add `adapters.{missing[0]}.path`, or leave all of them out and it is taken with them folded into it"
-            )
-        if missing:
-            saved[name] = read_adapter(path, key, head=saved[name].head is not None, combined=True)
-            emit(LogMessage(message=f"{key}: taken with {', '.join(below)} folded into it, which it was trained over"))
-        contents[combined_hash({part: hash_of(tensor.float()) for part, tensor in saved[name].tensors.items()})] = name
-
-
-def _raise_no_rows(step: int) -> Batch:
-    raise AssertionError("the policy writes its own rows")
-
-
-def _raise_no_units(units: Sequence[int]) -> Batch:
-    raise AssertionError("there are no held-out rows")
-
-
-def _load_base(
-    recipe: RecipeConfig,
-    template: ChatTemplate,
-    device: torch.device | None,
-    emit: Emit,
-    rope: FixedRope | None,
-) -> Base:
-    emit(Progress(description=f"loading {recipe.base.model}", done=0, total=1))
-    cap_cuda_memory(recipe.train.memory_budget_gib)
-    if recipe.base.backend == "unsloth":
-        base = unsloth.load_base(recipe.base, template.tokenizer, recipe.max_train_length, device)
+        source = PromptSource(recipe, template, emit, fresh)
     else:
-        base = load_base(recipe.base, template.tokenizer, device, rope_factors=factors_of(rope))
-    emit(Progress(description=f"loading {recipe.base.model}", done=1, total=1))
-    return base
+        source = RowSource(recipe, template, emit)
+    heldout = _heldout_questions(recipe, template, rope)
+    try:
+        source.check_before_loading()
+        base = base or load_recipe_base(recipe, template, rope, device, emit)
+        base_hashes = base.hashes()
+        roles = load_roles(recipe, base, saved, emit)
+        source.use_model(roles, base_hashes)
+    except BaseException:
+        source.close()
+        raise
+    reference = describe_reference(roles)
+    context = AlgorithmContext(
+        roles,
+        source.get_batch,
+        reference,
+        fresh=recipe.adapters[recipe.trained_adapter].path is None,
+    )
+    epochs = recipe.train.num_train_epochs or 1.0
+    return RunComponents(
+        base=base,
+        roles=roles,
+        trained=(recipe.trained_adapter, *recipe.extra_adapters),
+        template=template,
+        data=source.data,
+        validation=source.validation,
+        heldout=heldout,
+        algorithm=source.make_algorithm(context),
+        steps=recipe.train.max_steps or source.sampler.steps_of(epochs),
+        reference=reference,
+        base_hashes=base_hashes,
+        micro_tokens=micro_tokens_of(recipe, recipe.max_train_length),
+        lr_multipliers=_lr_multipliers(recipe),
+        collate_validation=source.collate_validation,
+        close=source.close,
+    )
 
 
-def micro_tokens_of(recipe: RecipeConfig, max_length: int) -> int:
-    """Tokens that go through the model at once where no gradient is kept."""
-    return min(max(4096, (recipe.train.micro_batch_rows or 4) * max_length), 1 << 15)
+def _lr_multipliers(recipe: RecipeConfig) -> dict[str, float]:
+    """Returns the learning rate of the value relative to that of the run."""
+    learning_rate = recipe.train.learning_rate
+    value_learning_rate = recipe.ppo.value_learning_rate or learning_rate
+    return {"value": value_learning_rate / learning_rate}
 
 
 def _heldout_questions(recipe: RecipeConfig, template: ChatTemplate, rope: FixedRope | None) -> list[Prompt]:
+    """Returns the questions of `evaluate.eval_dataset` that the template accepts. Raises UserError if there are none,
+    and ConfigError if a row could become too long for the rotary frequencies."""
     config = recipe.evaluate
     if config.eval_dataset is None:
         return []
-    candidates = load_heldout_prompts(config.eval_dataset, config.num_prompts, recipe.seed, recipe.data.system_prompt)
-    usable = [prompt for prompt in candidates if template.validate_messages(prompt.messages) is None]
+    prompts = load_heldout_prompts(config.eval_dataset, config.num_prompts, recipe.seed, recipe.data.system_prompt)
+    usable = [prompt for prompt in prompts if template.validate_messages(prompt.messages) is None]
     if not usable:
         raise UserError(f"evaluate.eval_dataset: {config.eval_dataset.dataset} has no usable row")
     if all(prompt.ground_truth is None for prompt in usable):
@@ -304,80 +161,6 @@ def _heldout_questions(recipe: RecipeConfig, template: ChatTemplate, rope: Fixed
             "evaluate.eval_dataset: none of its rows has a gold answer; name its column in `ground_truth` or `columns`"
         )
     if rope is not None:
-        check_heldout_length(recipe, max(len(template.prompt(prompt.messages)) for prompt in usable), rope)
+        longest = max(len(template.prompt(prompt.messages)) for prompt in usable)
+        check_heldout_length(recipe, longest, rope)
     return usable
-
-
-def load_roles(recipe: RecipeConfig, base: Base, saved: Mapping[str, SavedAdapter], emit: Emit) -> Roles:
-    """The stacks of the recipe over the base (`build_stacks`), with the weights of the adapters that were `saved`."""
-    top = recipe.trained_adapter
-    lower = frozen_adapters(recipe)
-    if REWARD_ROLE in recipe.adapters and top != REWARD_ROLE:
-        below = reward_model_base(saved, lower)
-    else:
-        below = []
-    configs, stacks = build_stacks(recipe, base.model, {name: adapter.config for name, adapter in saved.items()}, below)
-    roles = Roles(
-        base,
-        configs,
-        trainable=[top, *recipe.extra_adapters],
-        stacks=stacks,
-        checkpointing=recipe.train.gradient_checkpointing,
-        seed=recipe.seed,
-        heads=ROLES_WITH_HEAD & stacks.keys(),
-        offload=recipe.train.activation_offloading,
-    )
-    roles.limits = MemoryLimits(budget_bytes=int((recipe.train.memory_budget_gib or 0) * 2**30), emit=emit)
-    for name, adapter in saved.items():
-        roles.load_adapter_tensors(name, adapter.tensors, f"adapters.{name}.path: {adapter.folder}")
-        if adapter.base_name not in (None, recipe.base.model, recipe.base.model.partition("@")[0]):
-            message = (
-                f"the adapter in {adapter.folder} says it was made for {adapter.base_name}, not {recipe.base.model}"
-            )
-            emit(LogMessage(level="warning", message=message))
-    if "value" in configs and "value" not in saved and recipe.ppo.critic_init == "reward":
-        reward_weight = sum(reward.weight for reward in recipe.rewards if reward.name == "reward_model")
-        scaled = {
-            key: tensor * reward_weight if key == HEAD_WEIGHT_KEY else tensor
-            for key, tensor in saved[REWARD_ROLE].tensors.items()
-        }
-        roles.load_adapter_tensors("value", scaled, f"adapters.{REWARD_ROLE}.path: {saved[REWARD_ROLE].folder}")
-    if base.backend == "unsloth":
-        unsloth.check(roles, top)
-        emit(
-            LogMessage(
-                message="unsloth runs the base, and computes what transformers does; completions are drawn by "
-                "transformers' own code"
-            )
-        )
-    if top in saved:
-        emit(
-            LogMessage(
-                message=f"the {top} adapter goes on from {saved[top].folder}: it need not agree with "
-                f"{_describe_reference(roles)}"
-            )
-        )
-    return roles
-
-
-def _describe_reference(roles: Roles) -> str:
-    below = [name.removeprefix("lt_") for name in roles.stacks["reference"]]
-    if below:
-        return f"the base with the frozen adapter{'s' if len(below) > 1 else ''} {' + '.join(below)}"
-    return "the base, adapters off"
-
-
-def _make_collate(dataset: TokenizedDataset, pad_id: int) -> Callable[[Sequence[int]], Batch]:
-    return lambda units: collate_units(dataset, units, pad_id)
-
-
-def _with_reference(collate: Callable[[Sequence[int]], Batch], sums: Tensor) -> Callable[[Sequence[int]], Batch]:
-    """The same batches with `extra["reference"]`, the log-probs that belong to their rows."""
-
-    def batch(units: Sequence[int]) -> Batch:
-        collated = collate(units)
-        rows_per_unit = len(collated) // len(units)
-        collated.extra["reference"] = sums[[unit * rows_per_unit + i for unit in units for i in range(rows_per_unit)]]
-        return collated
-
-    return batch

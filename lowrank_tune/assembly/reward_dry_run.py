@@ -11,16 +11,19 @@ from lowrank_tune.config import RecipeConfig
 from lowrank_tune.data import ChatTemplate, PromptDataset, PromptExample
 from lowrank_tune.errors import UserError
 from lowrank_tune.events import Emit, LogMessage, Progress
-from lowrank_tune.functional import step_seed
+from lowrank_tune.functional import step_seed, weighted_sum
 from lowrank_tune.generation import Engine
 from lowrank_tune.generation.sampling_params import SamplingParams
 from lowrank_tune.model.roles import Roles
 from lowrank_tune.rewards import zero_std_fraction
 
 NUM_PROMPTS = 16
-NUM_COMPLETIONS = 4  # of each prompt
-SEED_TAG = 1 << 20  # differs from the tag of rollouts, so that the two never share random numbers
-MAX_ZERO_STD_SHARE = 0.6  # above it the estimate is a warning
+NUM_COMPLETIONS = 4
+"""Completions of each prompt."""
+SEED_TAG = 1 << 20
+"""Differs from the tag of rollouts, so that the two use different random numbers."""
+MAX_ZERO_STD_SHARE = 0.6
+"""A higher estimate is logged as a warning."""
 
 
 def dry_run_rewards(
@@ -33,9 +36,7 @@ def dry_run_rewards(
     emit: Emit,
 ) -> None:
     """Generates completions of a few prompts, scores them and logs the expected share of groups with zero reward std.
-
-    Raises UserError where no completion could be scored.
-    """
+    Raises UserError if no completion could be scored."""
     num_prompts = min(NUM_PROMPTS, len(prompts.examples))
     sampled_prompts = random.Random(f"trial-{recipe.seed}").sample(prompts.examples, num_prompts)
     rollout = recipe.rollout
@@ -54,22 +55,20 @@ def _submit_completions(
     scorer: RewardScorer,
     emit: Emit,
 ) -> None:
-    """Submits each completion under the request id `prompt * NUM_COMPLETIONS + sample`."""
+    """Generates completions and submits each under the request id `prompt * NUM_COMPLETIONS + sample`."""
     total = len(prompts) * NUM_COMPLETIONS
     completions = engine.generate([prompt.input_ids for prompt in prompts], NUM_COMPLETIONS, sampling)
     for done, completion in enumerate(completions, 1):
-        if completion.finish_reason == "stop":
-            body = completion.token_ids[:-1]
-        else:
-            body = completion.token_ids
         request_id = completion.prompt * NUM_COMPLETIONS + completion.sample
-        scorer.submit(request_id, prompts[completion.prompt], template.decode(body), completion)
+        text = template.decode(completion.content_ids)
+        scorer.submit(request_id, prompts[completion.prompt], text, completion)
         if done % NUM_COMPLETIONS == 0:
             emit(Progress(description="trying a few prompts", done=done, total=total))
 
 
 def weighted_rewards(scorer: RewardScorer, emit: Emit) -> dict[int, float]:
-    """The weighted sum of the rewards by request id, without the completions that could not be scored."""
+    """Returns the weighted sum of the rewards by request id, without the completions that could not be scored. Raises
+    UserError if that leaves none."""
     scores = scorer.collect()
     failures = []
     rewards = {}
@@ -77,7 +76,7 @@ def weighted_rewards(scorer: RewardScorer, emit: Emit) -> dict[int, float]:
         if isinstance(values, RewardFailure):
             failures.append(values)
         else:
-            rewards[request_id] = sum(w * v for w, v in zip(scorer.weights, values, strict=True))
+            rewards[request_id] = weighted_sum(values, scorer.weights)
     if not rewards:
         raise UserError(
             f"rewards: none of {len(scores)} trial completions could be scored: {summarize_failures(failures)}"
@@ -89,8 +88,8 @@ def weighted_rewards(scorer: RewardScorer, emit: Emit) -> dict[int, float]:
 
 
 def describe_rewards(rewards: Mapping[int, float], num_prompts: int, num_generations: int) -> LogMessage:
-    """The expected share of groups of `num_generations` completions with zero reward std. A completion passes if its
-    reward is above the middle between the highest and the lowest."""
+    """Returns a message with the expected share of groups of `num_generations` completions with zero reward std. A
+    completion passes if its reward is above the middle between the highest and the lowest."""
     highest = max(rewards.values())
     lowest = min(rewards.values())
     if highest - lowest <= 1e-6:
@@ -110,7 +109,7 @@ def describe_rewards(rewards: Mapping[int, float], num_prompts: int, num_generat
 
 
 def _pass_rates(rewards: Mapping[int, float], threshold: float) -> list[float]:
-    """The share of completions above `threshold` of each prompt that has a scored completion."""
+    """Returns the share of completions above `threshold`, for each prompt with a scored completion."""
     passed_by_prompt: dict[int, list[bool]] = {}
     for request_id, reward in sorted(rewards.items()):
         passed_by_prompt.setdefault(request_id // NUM_COMPLETIONS, []).append(reward > threshold)

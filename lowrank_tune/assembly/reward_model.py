@@ -1,9 +1,9 @@
-"""The learned reward: where its adapter lies, what it reads, and its scores."""
+"""The learned reward: the stack of its adapter, the token ids that it reads, and its scores."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -18,33 +18,37 @@ from lowrank_tune.model.roles import Roles
 
 REWARD_ROLE = "reward"
 PROBE_PROMPT = (Message("user", "Who asks?"),)
+"""Any prompt: what the template adds after an answer does not depend on it."""
+
+
+def content_hash(adapter: SavedAdapter) -> str:
+    """Returns a hash of the tensors of an adapter in fp32, which identifies it in the lineage of others."""
+    return combined_hash({key: hash_of(tensor.float()) for key, tensor in adapter.tensors.items()})
 
 
 def reward_model_base(saved: Mapping[str, SavedAdapter], lower: Sequence[str]) -> list[str]:
-    """The frozen adapters under the reward model, of those that lie under the policy: the very ones that it was trained
-    over, by content.
+    """Returns the names of the frozen adapters below the reward model, lowest first: those that it was trained over,
+    identified by content among the adapters `lower` below the policy.
 
-    Raises UserError where one of them is not there. An adapter that does not lie in a run is taken to stand on the base
-    itself.
+    An adapter outside the folder of a run is assumed to be trained on the base alone. Raises UserError if the recipe
+    does not load one of them.
     """
     reward = saved[REWARD_ROLE]
-    names_by_hash = {
-        combined_hash({key: hash_of(tensor.float()) for key, tensor in saved[name].tensors.items()}): name
-        for name in lower
-    }
+    names_by_hash = {content_hash(saved[name]): name for name in lower}
     lineage = _reward_model_lineage(reward.folder)
-    missing = [name for name, content in lineage.items() if content not in names_by_hash]
-    if missing:
-        raise UserError(
-            f"adapters.{REWARD_ROLE}.path: the reward model in {reward.folder} was trained over the adapter "
-            f"`{missing[0]}`, which this recipe does not load below its policy: add `adapters.{missing[0]}.path`, "
-            f"above `{REWARD_ROLE}`"
-        )
+    for name, content in lineage.items():
+        if content not in names_by_hash:
+            raise UserError(
+                f"adapters.{REWARD_ROLE}.path: the reward model in {reward.folder} was trained over the adapter "
+                f"`{name}`, which this recipe does not load below its policy: add `adapters.{name}.path`, above "
+                f"`{REWARD_ROLE}`"
+            )
     return [names_by_hash[content] for content in lineage.values()]
 
 
 def _reward_model_lineage(folder: Path) -> Mapping[str, str]:
-    """The frozen adapters of the run that an adapter lies in, lowest first, each with the hash of its content."""
+    """Returns the content hashes of the frozen adapters of the run that contains an adapter, by name, lowest first;
+    none outside a run."""
     for parent in list(folder.resolve().parents)[:3]:
         try:
             facts = json.loads((parent / "base.json").read_bytes())
@@ -58,28 +62,31 @@ def _reward_model_lineage(folder: Path) -> Mapping[str, str]:
 
 
 def encode_answer(template: ChatTemplate, text: str) -> list[int]:
-    """What the base reads behind a prompt, any prompt, where the assistant says this; nothing where the template
-    refuses it."""
+    """Returns the token ids of an assistant's message after a prompt; none if the template rejects the message."""
     row = template.encode_many([(*PROBE_PROMPT, Message("assistant", text))])[0]
     if isinstance(row, InvalidRow):
         return []
-    return list(row.input_ids[len(template.prompt(PROBE_PROMPT)) :])
+    prompt_length = len(template.prompt(PROBE_PROMPT))
+    return list(row.input_ids[prompt_length:])
 
 
 def end_of_turn_ids(template: ChatTemplate) -> list[int]:
-    """All that the template writes behind an answer's words, its end tokens first: a reward model was trained to score
-    at the last of it."""
+    """Returns all token ids that the template adds after the text of an answer, the end token first. A reward model is
+    trained to score at the last of them."""
     token_ids = encode_answer(template, "You do.")
-    return token_ids[
-        next((index for index, token in enumerate(token_ids) if token in template.end_ids), len(token_ids)) :
-    ]
+    for index, token in enumerate(token_ids):
+        if token in template.end_ids:
+            return token_ids[index:]
+    return []
 
 
 def append_end_of_turn(token_ids: Sequence[int], end_ids: Sequence[int]) -> list[int]:
-    """A completion as the reward model was trained to read it: decoding stops at the first end token, and the rest of
-    `end_ids` follows. One that was cut stays as it is."""
-    index = next((index for index, token in enumerate(end_ids) if token_ids and token_ids[-1] == token), None)
-    return [*token_ids, *(() if index is None else end_ids[index + 1 :])]
+    """Returns a completion with the rest of `end_ids`, as in the training data of the reward model: decoding stops at
+    the first end token. A truncated completion is returned as it is."""
+    for index, token in enumerate(end_ids):
+        if token_ids and token_ids[-1] == token:
+            return [*token_ids, *end_ids[index + 1 :]]
+    return list(token_ids)
 
 
 def score_rows(
@@ -89,20 +96,29 @@ def score_rows(
     micro_tokens: int,
     role: str = REWARD_ROLE,
 ) -> list[float]:
-    """The role's score of each row, batched by length."""
-    result = [0.0] * len(rows)
+    """Returns the score of each row of token ids, computed in batches of similar length."""
+    scores = [0.0] * len(rows)
 
-    def read(part: Sequence[int]) -> list[float]:
-        batch = collate([Row(rows[index], [False] * len(rows[index])) for index in part], pad_id).to(roles.base.device)
+    def compute(indices: Sequence[int]) -> list[float]:
+        unmasked_rows = [Row(rows[index], [False] * len(rows[index])) for index in indices]
+        batch = collate(unmasked_rows, pad_id).to(roles.base.device)
         with roles.inference_mode():
             return torch.as_tensor(roles.sequence_scores(role, batch)).tolist()
 
+    for block in _blocks_by_length(rows, micro_tokens):
+        longest = len(rows[block[0]])
+        for indices, values in roles.limits.split_on_oom("forward_tokens", block, longest, compute):
+            for index, value in zip(indices, values, strict=True):
+                scores[index] = value
+    return scores
+
+
+def _blocks_by_length(rows: Sequence[Sequence[int]], micro_tokens: int) -> Iterator[list[int]]:
+    """Yields the indices of the rows, longest first, with at most `micro_tokens` tokens including padding in a
+    block."""
     pending = sorted(range(len(rows)), key=lambda index: -len(rows[index]))
     while pending:
-        count = max(1, micro_tokens // max(1, len(rows[pending[0]])))
-        part = pending[:count]
+        longest = max(1, len(rows[pending[0]]))
+        count = max(1, micro_tokens // longest)
+        yield pending[:count]
         pending = pending[count:]
-        for some, scores in roles.limits.split_on_oom("forward_tokens", part, len(rows[part[0]]), read):
-            for index, score in zip(some, scores, strict=True):
-                result[index] = score
-    return result

@@ -1,4 +1,4 @@
-"""Which adapters a recipe has, of what shape, and which of them speak together."""
+"""The adapters of a recipe, their shapes, and the stack of each role."""
 
 from __future__ import annotations
 
@@ -17,10 +17,9 @@ ROLES_WITH_HEAD = {"reward", "value"}
 
 
 def frozen_adapters(recipe: RecipeConfig) -> list[str]:
-    """The frozen adapters below the trained one, lowest first."""
-    return [
-        name for name in recipe.adapters if name not in (recipe.trained_adapter, REWARD_ROLE, *recipe.extra_adapters)
-    ]
+    """Returns the frozen adapters below the trained one, lowest first."""
+    others = (recipe.trained_adapter, REWARD_ROLE, *recipe.extra_adapters)
+    return [name for name in recipe.adapters if name not in others]
 
 
 def build_stacks(
@@ -29,19 +28,25 @@ def build_stacks(
     loaded: Mapping[str, LoraConfig],
     reward_base: Sequence[str],
 ) -> tuple[dict[str, LoraConfig], dict[str, list[str]]]:
-    """The adapters in the order they lie, and the stacks of the roles: the trained adapter over the frozen ones;
-    without it, the reference.
+    """Returns the shapes of all adapters and the stacks of all roles, lowest adapter first.
 
-    A reward model that is not trained speaks beside them, over those that it was trained over (`reward_base`); so does
-    PPO's value, or it is a head on the policy's own stack. `loaded` are the shapes of adapters that come from files.
+    The trained role is the trained adapter over the frozen ones, and the reference is the frozen ones alone. A reward
+    model that is not trained has a stack of its own: its adapter over `reward_base`. The value of PPO has one too, or
+    it is a head on the stack of the policy. `loaded` contains the shapes of adapters from files.
     """
     trained = recipe.trained_adapter
     frozen = frozen_adapters(recipe)
     stacks = {trained: [*frozen, trained], "reference": frozen}
     if REWARD_ROLE in recipe.adapters and trained != REWARD_ROLE:
         stacks[REWARD_ROLE] = [*reward_base, REWARD_ROLE]
-    names = list(dict.fromkeys([*frozen, trained, *stacks.get(REWARD_ROLE, ())]))
-    configs = {name: loaded[name] if name in loaded else lora_config(recipe.adapters[name], model) for name in names}
+    configs: dict[str, LoraConfig] = {}
+    for name in (*frozen, trained, *stacks.get(REWARD_ROLE, ())):
+        if name in configs:
+            continue
+        if name in loaded:
+            configs[name] = loaded[name]
+        else:
+            configs[name] = lora_config(recipe.adapters[name], model)
     if "value" in recipe.extra_adapters:
         stacks["value"] = _value_stack(recipe, stacks)
         if recipe.ppo.critic == "separate":
@@ -50,11 +55,15 @@ def build_stacks(
 
 
 def _value_stack(recipe: RecipeConfig, stacks: Mapping[str, list[str]]) -> list[str]:
-    """What the value speaks with: the policy's stack, or what lies below the policy, or below the reward model that it
-    is a copy of."""
+    """Returns the stack of the value: that of the policy for a shared critic; else its own adapter over what is below
+    the policy, or over what is below the reward model that it is a copy of."""
     if recipe.ppo.critic == "shared":
         return stacks["policy"]
-    return [*(stacks[REWARD_ROLE][:-1] if recipe.ppo.critic_init == "reward" else stacks["reference"]), "value"]
+    if recipe.ppo.critic_init == "reward":
+        below = stacks[REWARD_ROLE][:-1]
+    else:
+        below = stacks["reference"]
+    return [*below, "value"]
 
 
 def _value_config(
@@ -63,7 +72,8 @@ def _value_config(
     loaded: Mapping[str, LoraConfig],
     lora_configs: Mapping[str, LoraConfig],
 ) -> LoraConfig:
-    """The value's shape: the reward model's where it is a copy, else its own where it has one, else the policy's."""
+    """Returns the shape of the value: that of its file, of the reward model that it is a copy of, of its own settings,
+    or of the policy."""
     if "value" in loaded:
         return loaded["value"]
     if recipe.ppo.critic_init == "reward":

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from lowrank_tune.batch import Batch, Row
+from lowrank_tune.batch import Batch, PairBatch, Row
 from lowrank_tune.data.token_store import TokenizedDataset
 
 
@@ -26,29 +26,27 @@ def collate(rows: Sequence[Row], pad_id: int) -> Batch:
 
 
 def collate_units(store: TokenizedDataset, units: Sequence[int], pad_id: int) -> Batch:
-    """The rows of these units; pairs as [chosen, rejected, chosen, rejected, ...], with what `Batch` tells of them in
-    `extra`.
+    """Returns the rows of these units; pairs as a `PairBatch`, chosen, rejected, chosen, rejected, ...
 
-    extra: margin (B,) fp32; row (B,) long, the row's number in the whole store, whatever part of it this is; shared
-    (B,) long, how many leading tokens a row has in common with the first row of its pair: 0 on the first rows, and
-    never all tokens of either row.
+    Row numbers are those of the whole store, also of a part of it. A shared prefix is never a whole row.
     """
     numbers = store.rows_of(np.asarray(units, dtype=np.int64))
     rows = [store[int(number)] for number in numbers]
     batch = collate(rows, pad_id)
-    if store.rows_per_unit > 1:
-        shared = [
-            0
-            if index % store.rows_per_unit == 0
-            else _common_prefix_length(rows[index - index % store.rows_per_unit], row)
-            for index, row in enumerate(rows)
-        ]
-        batch.extra = {
-            "margin": torch.from_numpy(store.margins[numbers]),
-            "shared": torch.tensor(shared, dtype=torch.long),
-            "row": torch.from_numpy(store.indices[numbers]),
-        }
-    return batch
+    if store.rows_per_unit == 1:
+        return batch
+    shared_prefix = []
+    for index, row in enumerate(rows):
+        first = index - index % store.rows_per_unit
+        shared_prefix.append(0 if index == first else _common_prefix_length(rows[first], row))
+    return PairBatch(
+        batch.input_ids,
+        batch.attention_mask,
+        batch.completion_mask,
+        shared_prefix=torch.tensor(shared_prefix, dtype=torch.long),
+        margin=torch.from_numpy(store.margins[numbers]),
+        row_indices=torch.from_numpy(store.indices[numbers]),
+    )
 
 
 def _common_prefix_length(first: Row, row: Row) -> int:

@@ -78,7 +78,7 @@ class PairScores:
 
 
 def validate(
-    algorithm: Algorithm,
+    algorithm: Algorithm[Any],
     roles: Roles,
     rows: TokenizedDataset,
     collate_fn: CollateFn,

@@ -14,13 +14,13 @@ import torch
 from peft import LoraConfig
 from torch import Tensor, nn
 
-from lowrank_tune.algorithms.base import AlgorithmContext, LossTerm, StepBatch
+from lowrank_tune.algorithms.base import Algorithm, AlgorithmContext, LossTerm, StepBatch
 from lowrank_tune.algorithms.ppo import PPO
-from lowrank_tune.algorithms.rollouts import RolloutBatch, RolloutCollector
-from lowrank_tune.assembly import ALGORITHMS, ONLINE_ALGORITHMS
+from lowrank_tune.algorithms.rollouts import RolloutCollector, RolloutGroups
+from lowrank_tune.assembly import ONLINE_ALGORITHMS, make_algorithm
 from lowrank_tune.assembly.reward_model import REWARD_ROLE, score_rows
 from lowrank_tune.assembly.stacks import ROLES_WITH_HEAD, build_stacks
-from lowrank_tune.batch import Batch
+from lowrank_tune.batch import Batch, PairBatch, RolloutBatch
 from lowrank_tune.config import RecipeConfig
 from lowrank_tune.data import PromptExample
 from lowrank_tune.memory_planner.allocation_tracker import AllocationTracker
@@ -138,7 +138,8 @@ class _SimulatedStage:
     def _batch(self, rows: int) -> Batch:
         batch = batch_of(rows, self.sizes)
         if self.recipe.algorithm == "dpo":
-            batch.extra["reference"] = torch.zeros(rows)
+            assert isinstance(batch, PairBatch), "dpo trains on pairs"
+            batch.reference_sequence_logps = torch.zeros(rows)
         return batch
 
     def run_decoding(self) -> None:
@@ -159,7 +160,7 @@ class _SimulatedStage:
             self.optimizer = planned_optimizer(self.parameters, self.recipe.train, self.spec.device)
 
     def simulate_offline(self, only_update: bool) -> None:
-        algorithm = ALGORITHMS[self.recipe.algorithm](self.context, self.recipe)
+        algorithm = make_algorithm(self.recipe, self.context)
         if self.recipe.algorithm == "dpo" and not only_update:
             self.tracker.move_to("reference", "before")
             with self.roles.inference_mode():
@@ -182,24 +183,24 @@ class _SimulatedStage:
         if only_update:
             sizes = replace(sizes, num_rollouts=-(-sizes.rows // sizes.group) * sizes.group)
         collector = _FakeRolloutCollector(
-            self.roles,
-            _no_prompts,
-            _NullRewards(),
-            ["reward"],
-            [1.0],
-            str,
-            frozenset(),
-            0,
-            rollout.num_generations,
-            rollout.max_new_tokens,
-            rollout.temperature,
-            1,
-            self.sizes.no_grad_tokens,
-            lambda number: 0,
+            roles=self.roles,
+            prompts=_no_prompts,
+            reward_client=_NullRewards(),
+            reward_names=["reward"],
+            reward_weights=[1.0],
+            decode=str,
+            stop_ids=frozenset(),
+            pad_id=0,
+            num_generations=rollout.num_generations,
+            max_new_tokens=rollout.max_new_tokens,
+            temperature=rollout.temperature,
+            max_num_seqs=1,
+            micro_tokens=self.sizes.no_grad_tokens,
+            seed_of=lambda number: 0,
             sizes=sizes,
             skip_logps=only_update,
         )
-        algorithm = ONLINE_ALGORITHMS[self.recipe.algorithm](self.recipe, self.context, collector)
+        algorithm = make_algorithm(self.recipe, self.context, collector)
         if only_update and isinstance(algorithm, PPO):
             algorithm._values = _no_values  # type: ignore[method-assign]
         self._create_optimizer()
@@ -213,7 +214,7 @@ class _SimulatedStage:
             algorithm.check(experience.batch.select_rows(torch.arange(self.sizes.rows)).to(self.roles.base.device), 0)
         self._loop(algorithm, experience, not only_update)
 
-    def _loop(self, algorithm: Any, experience: StepBatch, logged: bool) -> None:
+    def _loop(self, algorithm: Algorithm[Any], experience: StepBatch[Any], logged: bool) -> None:
         """One step of the real loop, of one micro-batch."""
         train = self.recipe.train.model_copy(
             update={
@@ -228,7 +229,6 @@ class _SimulatedStage:
             "ppo": self.recipe.ppo.num_ppo_epochs * self.recipe.ppo.num_mini_batches,
         }.get(self.recipe.algorithm, 1)
         single_batch = _SingleBatchAlgorithm(
-            algorithm.rows_per_unit,
             algorithm,
             experience,
             self.sizes,
@@ -254,7 +254,7 @@ class _SimulatedStage:
 
 
 @dataclass
-class _RepeatedBatch(StepBatch):
+class _RepeatedBatch(StepBatch[Batch]):
     """Where a rollout batch is passed over several times, the second time stands for all further ones."""
 
     count: int = 1
@@ -265,19 +265,21 @@ class _RepeatedBatch(StepBatch):
 
 
 @dataclass
-class _SingleBatchAlgorithm:
+class _SingleBatchAlgorithm(Algorithm[Batch]):
     """An algorithm of one micro-batch, whose phases are told apart."""
 
-    rows_per_unit: int
-    algorithm: Any
-    experience: StepBatch
+    algorithm: Algorithm[Any]
+    experience: StepBatch[Any]
     sizes: Sizes
     tracker: AllocationTracker
     logged: bool
     parameters: Sequence[nn.Parameter]
     num_passes: int
 
-    def collect(self, step: int) -> StepBatch:
+    def __post_init__(self) -> None:
+        self.rows_per_unit = self.algorithm.rows_per_unit
+
+    def collect(self, step: int) -> StepBatch[Batch]:
         batch = self.experience.batch
         return _RepeatedBatch(
             batch if len(batch) <= self.sizes.rows else batch.select_rows(torch.arange(self.sizes.rows)),
@@ -289,7 +291,7 @@ class _SingleBatchAlgorithm:
         for parameter in self.parameters:  # as from the second micro-batch on
             parameter.grad = torch.zeros_like(parameter)
         self.tracker.set_purpose((parameter.grad for parameter in self.parameters), "gradients")
-        return self.algorithm.token_weights(batch)  # type: ignore[no-any-return]
+        return self.algorithm.token_weights(batch)
 
     def compute_losses(self, micro: Batch) -> Iterator[LossTerm]:
         terms = self.algorithm.compute_losses(micro)
@@ -305,23 +307,7 @@ class _SingleBatchAlgorithm:
         if not self.logged:
             return {}
         self.tracker.move_to("measuring KL", "before")
-        return self.algorithm.step_metrics(micro)  # type: ignore[no-any-return]
-
-    def iter_warnings(self, metrics: Mapping[str, float]) -> Iterator[str]:
-        return iter(())
-
-    def should_continue(self, stats: Stats) -> bool:
-        return True
-
-    def eval_metrics(self, micro: Batch) -> Stats:
-        return {}
-
-    def check(self, micro: Batch, step: int) -> None: ...
-
-    def state(self) -> dict[str, float]:
-        return {}
-
-    def restore(self, state: Mapping[str, float]) -> None: ...
+        return self.algorithm.step_metrics(micro)
 
 
 UPDATE_PHASES = ("update", "update of the value", *["end"] * 7)
@@ -331,30 +317,29 @@ class _FakeRolloutCollector(RolloutCollector):
     """Completions that nobody drew, of the sizes that are planned for. With `skip_logps` nothing goes
     through the model."""
 
-    def __init__(self, *arguments: Any, sizes: Sizes, skip_logps: bool) -> None:
-        super().__init__(*arguments)
+    def __init__(self, *, sizes: Sizes, skip_logps: bool, **arguments: Any) -> None:
+        super().__init__(**arguments)
         self.sizes = sizes
         self.skip_logps = skip_logps
 
-    def logps(self, role: str, batch: Batch) -> Tensor:
+    def logps(self, role: str, batch: RolloutBatch) -> Tensor:
         if self.skip_logps:
             return torch.zeros(batch.input_ids.shape)
         return super().logps(role, batch)
 
-    def collect(self, step: int, draw: int, count: int | None = None) -> RolloutBatch:
+    def collect(self, step: int, draw: int, count: int | None = None) -> RolloutGroups:
         rows = self.sizes.num_rollouts
         n = self.num_generations
         batch = batch_of(rows, self.sizes)
-        batch.extra["sampler"] = torch.zeros(batch.input_ids.shape)
         rewards = (torch.arange(rows) % 2).double().view(-1, n)
-        return RolloutBatch(
-            batch,
-            rewards,
-            rewards.view(-1, 1),
-            torch.zeros(rows, dtype=torch.bool),
-            self.reward_names,
-            [""] * rows,
-            [],
+        return RolloutGroups(
+            batch=RolloutBatch(**batch.tensors(), sampler_logps=torch.zeros(batch.input_ids.shape)),
+            rewards=rewards,
+            reward_components=rewards.view(-1, 1),
+            truncated=torch.zeros(rows, dtype=torch.bool),
+            reward_names=self.reward_names,
+            texts=[""] * rows,
+            prompts=[],
         )
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from lowrank_tune.assembly import micro_tokens_of
-from lowrank_tune.batch import Batch
+from lowrank_tune.batch import Batch, PairBatch
 from lowrank_tune.config import RecipeConfig
 
 DEFAULT_ROWS = 4  # of a micro-batch, where a recipe says nothing
@@ -92,7 +92,7 @@ def batch_of(rows: int, sizes: Sizes) -> Batch:
     batch = Batch(ids, attention_mask, completion_mask)
     if family > 1:
         first = torch.arange(rows) % family == 0
-        batch.extra["shared"] = torch.where(first, 0, shared)
+        batch.shared_prefix = torch.where(first, 0, shared)
     if sizes.rows_per_unit > 1:
-        batch.extra |= {"margin": torch.zeros(rows), "row": torch.arange(rows)}
+        return PairBatch(**batch.tensors(), margin=torch.zeros(rows), row_indices=torch.arange(rows))
     return batch

@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lowrank_tune.batch import Batch
+from lowrank_tune.batch import Batch, required
 from lowrank_tune.model.oom import is_out_of_memory
 from lowrank_tune.model.rounding import allowed_difference, relative_difference
 
@@ -53,17 +53,18 @@ class PackedBatch:
 
 
 def pack_shared_prefixes(batch: Batch, width: int) -> PackedBatch | None:
-    """The packed layout of a batch with `extra["shared"]`, or None where it saves too little of a model with hidden
+    """The packed layout of a batch with `shared_prefix`, or None where it saves too little of a model with hidden
     size `width`.
 
     Rows count as sharing only what their ids really have in common with the group's first row, so that a layout is
-    right whatever `shared` says. One host sync. None for rows that are not padded on the right.
+    right whatever `shared_prefix` says. One host sync. None for rows that are not padded on the right.
     """
     rows, columns = batch.input_ids.shape
     row = torch.arange(rows, device=batch.input_ids.device)
-    first = torch.where(batch.extra["shared"] == 0, row, 0).cummax(0).values
+    shared_prefix = required(batch.shared_prefix, "shared_prefix")
+    first = torch.where(shared_prefix == 0, row, 0).cummax(0).values
     alike = (batch.input_ids == batch.input_ids[first]) & batch.attention_mask & batch.attention_mask[first]
-    shared = torch.minimum(batch.extra["shared"], alike.long().cumprod(dim=1).sum(dim=1)).masked_fill(first == row, 0)
+    shared = torch.minimum(shared_prefix, alike.long().cumprod(dim=1).sum(dim=1)).masked_fill(first == row, 0)
     lengths = batch.attention_mask.sum(dim=1)
     tails = lengths - shared
     start = tails.cumsum(0) - tails
@@ -140,7 +141,7 @@ def verify_packing(decoder: DecoderFn, vocabulary: int, dtype: torch.dtype, devi
     ids[1, 16:] = (ids[1, 16:] + 1) % vocabulary
     everywhere = torch.ones_like(ids, dtype=torch.bool)
     layout = pack_shared_prefixes(
-        Batch(ids, everywhere, everywhere, extra={"shared": torch.tensor([0, 16], device=device)}), 1 << 20
+        Batch(ids, everywhere, everywhere, shared_prefix=torch.tensor([0, 16], device=device)), 1 << 20
     )
     assert layout is not None, "a third less is worth it"
     apart = decoder(ids, None, None).float()

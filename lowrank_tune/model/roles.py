@@ -188,7 +188,7 @@ class Roles:
             ).last_hidden_state
 
     def _packed_layout(self, batch: Batch) -> PackedBatch | None:
-        if not self.share_prefixes or "shared" not in batch.extra:
+        if not self.share_prefixes or batch.shared_prefix is None:
             return None
         layout = pack_shared_prefixes(batch, self.head.weight.shape[1])
         if layout is not None and batch.input_ids.shape[1] <= self._longest_shareable:

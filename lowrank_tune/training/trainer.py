@@ -1,9 +1,10 @@
-"""The loop. It knows no algorithm, no display and no file format: it emits events and polls a `TrainerControl`.
+"""The training loop. It is independent of the algorithm, the display and the file formats: it emits events and reads a
+`TrainerControl`.
 
-A step: collect, weigh, one backward for each term of each micro-batch, clip, step. A micro-batch that memory is too
-short for is done again in halves, which have the same gradient. A step whose loss or gradient is not finite changes
-nothing and is counted. Each step draws its random numbers from the seed and its own number, so a step that was lost to
-a crash is drawn again just so.
+A step: collect rows, weigh their tokens, one backward pass for each loss of each micro-batch, clip, update. A
+micro-batch that is too large for the memory is repeated in halves, with the same gradient. A step without a finite loss
+and gradient changes nothing and is counted. The random numbers of a step depend only on the seed and its number, so a
+step that a crash has lost is repeated with the same numbers.
 """
 
 from __future__ import annotations
@@ -12,13 +13,13 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from lowrank_tune.algorithms.base import Algorithm
-from lowrank_tune.batch import Batch
+from lowrank_tune.batch import Batch, rows_of_units
 from lowrank_tune.errors import TrainingError
 from lowrank_tune.events import Emit, LogMessage, StepEnd
 from lowrank_tune.functional import step_seed
@@ -27,14 +28,14 @@ from lowrank_tune.model.optimizers import make_optimizer
 from lowrank_tune.stats import Stats, WeightedMean, add_stats, to_floats
 from lowrank_tune.training.signals import TrainerControl
 
-if TYPE_CHECKING:  # the model floor must run where pydantic is not installed (benchmarks/gpu.py)
+if TYPE_CHECKING:  # the trainer must run where pydantic is not installed (benchmarks/gpu.py)
     from lowrank_tune.config import TrainingConfig
 
 T = TypeVar("T")
 __all__ = ["Trainer", "TrainerState", "make_optimizer", "memory_gib", "update_stats", "lr_at_step"]
 
-# A B that starts at 0 moves at any rate, so the share alone is not enough; and at the end of a schedule it is right to
-# stand still.
+# An update is stalled below either of the first two limits: a B that starts at 0 changes at any learning rate, so the
+# share alone is not enough. Near the end of a schedule small updates are expected.
 MIN_UPDATED_FRACTION = 0.5
 MIN_UPDATE_RATIO = 1e-8
 MIN_LR_FRACTION = 0.01
@@ -43,7 +44,7 @@ STALLED_CHECKS_BEFORE_WARNING = 3
 
 @dataclass
 class TrainerState:
-    """Where the loop stands; saved with a checkpoint, so that a resumed run goes on as if nothing had happened."""
+    """The state of the loop, saved with each checkpoint, so that a resumed run equals an uninterrupted one."""
 
     step: int = 0
     nonfinite_steps: int = 0
@@ -57,11 +58,9 @@ class TrainerState:
 
 @dataclass
 class Trainer:
-    """One run's loop. `on_step_end(state, last)` evaluates and saves what is due after a step, or what `control` asks
-    for; it is called between steps, where nothing is half done, and again at the same border for requests that came
-    meanwhile. It may set `should_stop`, which ends the run as its last step does."""
+    """The training loop of one run."""
 
-    algorithm: Algorithm
+    algorithm: Algorithm[Any]
     parameters: list[nn.Parameter]
     optimizer: torch.optim.Optimizer
     train: TrainingConfig
@@ -70,18 +69,22 @@ class Trainer:
     device: torch.device
     emit: Emit
     on_step_end: Callable[[TrainerState, bool], None]
+    """`on_step_end(state, is_last)` evaluates and saves, when due or requested by `control`. It is called between
+    steps, and again after the same step for a request that arrives meanwhile. It may set `should_stop`, which ends the
+    run as its last step does."""
     control: TrainerControl = field(default_factory=TrainerControl)
     state: TrainerState = field(default_factory=TrainerState)
     checked: bool = False
     warned: set[str] = field(default_factory=set)
+    """Kinds of warnings already logged."""
     should_stop: bool = False
     limits: MemoryLimits = field(default_factory=MemoryLimits)
 
     def run(self) -> bool:
-        """Runs to the last step. Returns False where it was asked to stop before; all is saved by then."""
+        """Runs to the last step. Returns False if `control.stop` ended the run before; everything is saved then."""
         while self.state.step < self.steps and not self.should_stop:
             self._wait_while_paused()
-            if self.control.stop:  # asked at any moment, while the border evaluated too
+            if self.control.stop:
                 self.control.save = True
                 self.on_step_end(self.state, False)
                 return False
@@ -97,107 +100,137 @@ class Trainer:
             time.sleep(0.1)
 
     def _step(self) -> None:
+        """Runs one step: the rows, an update for each of their minibatches, the checks of the metrics, and the
+        event."""
         start_time = time.perf_counter()
         step = self.state.step
         torch.manual_seed(step_seed(self.seed, step))
         self.limits.message_prefix = f"step {step + 1}: "
-        logged = (step + 1) % self.train.logging_steps == 0 or step in (0, self.steps - 1)
-        learning_rate = self.train.learning_rate * lr_at_step(
-            step,
-            self.steps,
-            self.train.warmup_steps,
-            self.train.lr_scheduler_type,
-        )
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate * group.get("share", 1.0)
+        is_logged = (step + 1) % self.train.logging_steps == 0 or step in (0, self.steps - 1)
+        lr_factor = lr_at_step(step, self.steps, self.train.warmup_steps, self.train.lr_scheduler_type)
+        learning_rate = self.train.learning_rate * lr_factor
+        self._set_learning_rate(learning_rate)
+
         step_batch = self.algorithm.collect(step)
         if not self.checked:
             self._check(step_batch.batch, step)
         stats: Stats = dict(step_batch.stats)
-        if logged:
+        if is_logged:
             self._add_step_metrics(step_batch.batch, stats)
+        tokens = self._update(step_batch.minibatches(), stats, is_logged)
+
+        self.state.step += 1
+        self.state.tokens += tokens
+        metrics = to_floats(stats)
+        self._check_update_size(metrics, learning_rate / self.train.learning_rate)
+        has_updated = "grad_norm" in metrics
+        if has_updated:
+            self.algorithm.check_metrics(metrics)
+            self._emit_diagnostics(metrics)
+        seconds = time.perf_counter() - start_time
+        self._add_run_metrics(metrics, learning_rate, tokens / seconds)
+        self.emit(
+            StepEnd(
+                step=self.state.step,
+                steps=self.steps,
+                stats=metrics,
+                seconds=seconds,
+                tokens=tokens,
+                logged=is_logged,
+            )
+        )
+
+    def _set_learning_rate(self, learning_rate: float) -> None:
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate * group.get("share", 1.0)
+
+    def _update(self, minibatches: Iterator[Batch], stats: Stats, is_logged: bool) -> int:
+        """Runs an optimizer step for each minibatch and adds its metrics to `stats`. Returns the number of tokens.
+
+        A minibatch without a finite loss and gradient changes nothing and ends the step.
+        """
         tokens = 0
-        for minibatch in step_batch.minibatches():
+        for minibatch in minibatches:
             minibatch_stats, loss, grad_norm = self._accumulate(minibatch)
             tokens += int(minibatch.attention_mask.sum())
             if not (math.isfinite(grad_norm) and math.isfinite(loss)):
-                self._skip_nonfinite_step(step, grad_norm)
+                self._skip_nonfinite_step(grad_norm)
                 break
             self.state.consecutive_nonfinite_steps = 0
-            if logged:
-                before = [p.detach().clone() for p in self.parameters]
-            else:
-                before = None
-            self.optimizer.step()
-            if before is not None:
+            if is_logged:
+                before = [parameter.detach().clone() for parameter in self.parameters]
+                self.optimizer.step()
                 stats |= update_stats(self.parameters, before)
+            else:
+                self.optimizer.step()
             stats["grad_norm"] = WeightedMean(grad_norm, 1)
             add_stats(stats, minibatch_stats)
             if not self.algorithm.should_continue(minibatch_stats):
                 break
         self.optimizer.zero_grad(set_to_none=True)
-        self.state.step += 1
-        self.state.tokens += tokens
-        values = to_floats(stats)
-        self._check_update_size(values, learning_rate / self.train.learning_rate)
-        if "grad_norm" in values:
-            self._emit_diagnostics(values)
-        seconds = time.perf_counter() - start_time
-        values |= {
-            "learning_rate": learning_rate,
-            "memory_gib": memory_gib(self.device),
-            "tokens_per_second": tokens / seconds,
-        }
+        return tokens
+
+    def _add_run_metrics(self, metrics: dict[str, float], learning_rate: float, tokens_per_second: float) -> None:
+        metrics["learning_rate"] = learning_rate
+        metrics["memory_gib"] = memory_gib(self.device)
+        metrics["tokens_per_second"] = tokens_per_second
         if self.state.nonfinite_steps:
-            values["skipped_steps"] = self.state.nonfinite_steps
+            metrics["skipped_steps"] = self.state.nonfinite_steps
         if self.limits.num_ooms:
-            values["oom_retries"] = self.limits.num_ooms
-        self.emit(
-            StepEnd(step=self.state.step, steps=self.steps, stats=values, seconds=seconds, tokens=tokens, logged=logged)
-        )
+            metrics["oom_retries"] = self.limits.num_ooms
 
     def _check(self, batch: Batch, step: int) -> None:
-        """Once a start. The random state stays as it was: a continued run must draw what the straight one drew."""
+        """Runs the algorithm's check on the first micro-batch, once for each start. The random state is restored: a
+        resumed run must draw the same numbers as an uninterrupted one."""
+
+        def check(micro: Batch) -> None:
+            self.algorithm.check(micro, step)
+
         with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
-            for _ in self._with_oom_split(
-                next(self._split_micro_batches(batch)), lambda micro: self.algorithm.check(micro, step)
-            ):
+            first_micro = next(self._split_micro_batches(batch))
+            for _ in self._with_oom_split(first_micro, check):
                 pass
         self.checked = True
 
     def _add_step_metrics(self, batch: Batch, stats: Stats) -> None:
-        """Adds what the algorithm measures on one micro-batch."""
-        for metrics in self._with_oom_split(next(self._split_micro_batches(batch)), self.algorithm.step_metrics):
+        """Adds the algorithm's metrics of one micro-batch."""
+        first_micro = next(self._split_micro_batches(batch))
+        for metrics in self._with_oom_split(first_micro, self.algorithm.step_metrics):
             add_stats(stats, metrics)
 
     def _split_micro_batches(self, batch: Batch) -> Iterator[Batch]:
         rows_per_unit = self.algorithm.rows_per_unit
-        size = self.train.micro_batch_rows
+        rows = self.train.micro_batch_rows
+        if rows is not None:
+            rows *= rows_per_unit
         tokens = self.limits.clamp_to_limits("update_tokens", self.train.micro_batch_tokens)
-        return batch.split(None if size is None else size * rows_per_unit, tokens, rows_per_unit)
+        return batch.split(rows, tokens, rows_per_unit)
 
-    def _with_oom_split(self, micro: Batch, work: Callable[[Batch], T]) -> Iterator[T]:
-        """What `work` makes of a micro-batch on the device, or of pieces of it, where memory is too short for all of
-        it."""
+    def _with_oom_split(self, micro: Batch, function: Callable[[Batch], T]) -> Iterator[T]:
+        """Yields `function` of a micro-batch on the device, or of each of its parts, if the memory is too small for all
+        of it."""
         rows_per_unit = self.algorithm.rows_per_unit
         width = micro.input_ids.shape[1]
 
         def on_device(units: Sequence[int]) -> T:
-            whole = len(units) * rows_per_unit == len(micro)
-            return work((micro if whole else micro.select_rows(_rows_of_units(units, rows_per_unit))).to(self.device))
+            if len(units) * rows_per_unit == len(micro):
+                part = micro
+            else:
+                part = micro.select_rows(rows_of_units(units, rows_per_unit))
+            return function(part.to(self.device))
 
-        for _, done in self.limits.split_on_oom(
+        for _, result in self.limits.split_on_oom(
             "update_tokens",
             range(len(micro) // rows_per_unit),
             rows_per_unit * width,
             on_device,
             rows_per_unit,
         ):
-            yield done
+            yield result
 
     def _accumulate(self, minibatch: Batch) -> tuple[Stats, float, float]:
-        """Adds up the gradients of all micro-batches and clips them; returns the statistics, the loss, and the norm
-        before clipping."""
+        """Adds up the gradients of all micro-batches and clips them. Returns the metrics, the loss, and the norm of the
+        gradient before clipping."""
         minibatch.token_weights = self.algorithm.token_weights(minibatch)
         stats: Stats = {}
         loss = torch.zeros((), device=self.device)
@@ -205,11 +238,12 @@ class Trainer:
             for micro_loss, micro_stats in self._with_oom_split(micro, self._backward):
                 loss += micro_loss
                 add_stats(stats, micro_stats)
-        total, grad_norm = torch.stack([loss, self._clip().to(self.device)]).tolist()
-        return stats, total, grad_norm
+        grad_norm = self._clip_gradients().to(self.device)
+        loss_value, grad_norm_value = torch.stack([loss, grad_norm]).tolist()
+        return stats, loss_value, grad_norm_value
 
     def _backward(self, micro: Batch) -> tuple[Tensor, Stats]:
-        """Adds the gradients of a micro-batch, all or none of them; returns its loss and its statistics."""
+        """Adds the gradients of a micro-batch, all or, if it fails, none of them. Returns its loss and its metrics."""
         loss = torch.zeros((), device=self.device)
         stats = Stats()
         with atomic_grad_accumulation(self.parameters):
@@ -219,64 +253,59 @@ class Trainer:
                 add_stats(stats, term.stats)
         return loss, stats
 
-    def _clip(self) -> Tensor:
-        """Clips the gradients of each group of parameters; returns the norm of all before that."""
-        norms = [
-            nn.utils.clip_grad_norm_(group["params"], self.train.max_grad_norm) for group in self.optimizer.param_groups
-        ]
-        return norms[0] if len(norms) == 1 else torch.stack(norms).norm()
+    def _clip_gradients(self) -> Tensor:
+        """Clips the gradients of each group of parameters. Returns the norm of all gradients before that."""
+        norms: list[Tensor] = []
+        for group in self.optimizer.param_groups:
+            norms.append(nn.utils.clip_grad_norm_(group["params"], self.train.max_grad_norm))
+        if len(norms) == 1:
+            return norms[0]
+        total: Tensor = torch.stack(norms).norm()
+        return total
 
-    def _skip_nonfinite_step(self, step: int, norm: float) -> None:
-        self.state.nonfinite_steps += 1
-        self.state.consecutive_nonfinite_steps += 1
-        self.emit(
-            LogMessage(
-                level="warning",
-                message=f"step {step + 1}: loss or gradient is not finite (norm {norm}); the step changes nothing",
-            )
-        )
-        if self.state.consecutive_nonfinite_steps >= self.train.max_nonfinite_steps:
+    def _skip_nonfinite_step(self, grad_norm: float) -> None:
+        """Counts and logs a step that changes nothing. Raises TrainingError after too many in a row."""
+        state = self.state
+        state.nonfinite_steps += 1
+        state.consecutive_nonfinite_steps += 1
+        message = f"step {state.step + 1}: loss or gradient is not finite (norm {grad_norm}); the step changes nothing"
+        self.emit(LogMessage(level="warning", message=message))
+        if state.consecutive_nonfinite_steps >= self.train.max_nonfinite_steps:
             raise TrainingError(
-                f"{self.state.consecutive_nonfinite_steps} steps in a row had no finite loss or gradient, the last at "
-                f"step {step + 1}; lower train.learning_rate, and look at the rows of these steps"
+                f"{state.consecutive_nonfinite_steps} steps in a row had no finite loss or gradient, the last at "
+                f"step {state.step + 1}; lower train.learning_rate, and look at the rows of these steps"
             )
 
-    def _check_update_size(self, values: Mapping[str, float], lr_fraction: float) -> None:
-        """Says so when a run learns nothing: the optimizer steps, and the adapter stays where it was."""
-        if "updated_param_fraction" not in values or lr_fraction < MIN_LR_FRACTION:
+    def _check_update_size(self, metrics: Mapping[str, float], lr_factor: float) -> None:
+        """Warns if nothing is learned: the optimizer steps do not change the adapter."""
+        if "updated_param_fraction" not in metrics or lr_factor < MIN_LR_FRACTION:
             return
-        updated_fraction = values["updated_param_fraction"]
-        update_ratio = values["update_ratio"]
+        updated_fraction = metrics["updated_param_fraction"]
+        update_ratio = metrics["update_ratio"]
         is_stalled = updated_fraction < MIN_UPDATED_FRACTION or update_ratio < MIN_UPDATE_RATIO
-        if is_stalled:
-            self.state.num_stalled_checks = self.state.num_stalled_checks + 1
-        else:
+        if not is_stalled:
             self.state.num_stalled_checks = 0
+            return
+        self.state.num_stalled_checks += 1
         if self.state.num_stalled_checks == STALLED_CHECKS_BEFORE_WARNING:
             message = (
                 f"the last step moved {updated_fraction:.1%} of the adapter's elements, by {update_ratio:.0e} of their "
-                f"size: nothing is being learned"
+                "size: nothing is being learned; look at train.learning_rate and at the loss mask"
             )
-            self.emit(
-                LogMessage(level="warning", message=f"{message}; look at train.learning_rate and at the loss mask")
-            )
+            self.emit(LogMessage(level="warning", message=message))
 
-    def _emit_diagnostics(self, values: Mapping[str, float]) -> None:
-        """What the algorithm finds worrying, each kind (its first words) once a start."""
-        for message in self.algorithm.iter_warnings(values):
+    def _emit_diagnostics(self, metrics: Mapping[str, float]) -> None:
+        """Logs the warnings of the algorithm, each kind (the words before its first comma) once for each start."""
+        for message in self.algorithm.diagnostics(metrics):
             kind = message.partition(",")[0]
             if kind not in self.warned:
                 self.warned.add(kind)
                 self.emit(LogMessage(level="warning", message=f"step {self.state.step}: {message}"))
 
 
-def _rows_of_units(units: Sequence[int], rows_per_unit: int) -> Tensor:
-    return torch.tensor([unit * rows_per_unit + i for unit in units for i in range(rows_per_unit)])
-
-
 def lr_at_step(step: int, steps: int, warmup: int, schedule: str) -> float:
-    """Share of the peak learning rate at a step, 0-based: a linear warm-up, then cosine or linear to 0 after the last
-    step, or constant."""
+    """Returns the learning rate of a step (0-based) relative to its peak: linear warmup, then cosine or linear decay to
+    0 after the last step, or constant."""
     if step < warmup:
         return (step + 1) / (warmup + 1)
     if schedule == "constant":
@@ -288,23 +317,30 @@ def lr_at_step(step: int, steps: int, warmup: int, schedule: str) -> float:
 
 
 def update_stats(parameters: list[nn.Parameter], before: list[Tensor]) -> Stats:
-    """Share of elements that the last step moved, and the size of the update against that of the weights. An adapter's
-    B starts at 0, so the second is large at first."""
-    num_updated = torch.stack([(p.detach() != b).sum() for p, b in zip(parameters, before, strict=True)]).sum()
-    update_norm = (
-        torch.stack([(p.detach() - b).square().sum() for p, b in zip(parameters, before, strict=True)]).sum().sqrt()
-    )
-    weight_norm = torch.stack([b.square().sum() for b in before]).sum().sqrt()
+    """Returns the share of elements that the last step changed, and the norm of the update relative to that of the
+    weights. The second is large at first, because the B of an adapter starts at 0."""
+    num_updated = []
+    squared_updates = []
+    squared_weights = []
+    for parameter, old in zip(parameters, before, strict=True):
+        new = parameter.detach()
+        num_updated.append((new != old).sum())
+        squared_updates.append((new - old).square().sum())
+        squared_weights.append(old.square().sum())
+    num_elements = sum(parameter.numel() for parameter in parameters)
+    update_norm = torch.stack(squared_updates).sum().sqrt()
+    weight_norm = torch.stack(squared_weights).sum().sqrt()
     return {
-        "updated_param_fraction": WeightedMean(num_updated, sum(p.numel() for p in parameters)),
+        "updated_param_fraction": WeightedMean(torch.stack(num_updated).sum(), num_elements),
         "update_ratio": WeightedMean(update_norm, weight_norm),
     }
 
 
 def memory_gib(device: torch.device) -> float:
-    """Peak memory so far: of the card, or of the process on a CPU."""
+    """Returns the peak memory so far, of the GPU, or of the process on the CPU, in GiB."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
-    import resource  # not on Windows, where nothing else of the kit is promised either
+    # Windows has no such module, and the CPU is not supported there.
+    import resource
 
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20

@@ -1,5 +1,5 @@
-"""Laws of DPO: every loss and its gradient by hand, in float64 and through a plain model; one gradient whatever the
-split; a sure reference."""
+"""DPO: every loss and its gradient by hand, in float64 and through a plain model; one gradient for any split; a checked
+reference."""
 
 from __future__ import annotations
 
@@ -14,8 +14,20 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import oracles
 import pytest
 import torch
+from algorithm_helpers import (
+    accumulated,
+    by_key,
+    collected_step,
+    error_against,
+    largest,
+    pair_batch,
+    pair_rows,
+    reference_sums,
+    run_with_events,
+)
 from hypothesis import assume, given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
@@ -23,158 +35,140 @@ from models import (
     CPU,
     VOCAB,
     changed_tensors,
-    gradients,
     llama_roles,
     make_batch,
     perturb,
     relative_error,
     roles_over,
     same_bytes,
-    saved_model,
-    zero_grad,
 )
+from oracles import PlainModel, dpo_step
 from safetensors.torch import load_file, save
 from torch import Tensor
-from transformers import AutoModelForCausalLM
 
 from lowrank_tune import Recipe, run
-from lowrank_tune import assembly as build_module
+from lowrank_tune import assembly as assembly_module
 from lowrank_tune import runner as runner_module
 from lowrank_tune.algorithms import dpo as dpo_module
 from lowrank_tune.algorithms import reference_logps as reference_module
 from lowrank_tune.algorithms.base import AlgorithmContext
-from lowrank_tune.algorithms.dpo import DPO, dpo_loss
+from lowrank_tune.algorithms.dpo import DPO, chosen_mask, dpo_loss
 from lowrank_tune.algorithms.reference_logps import reference_logps
 from lowrank_tune.assembly import build
-from lowrank_tune.batch import Batch
+from lowrank_tune.assembly import sources as sources_module
+from lowrank_tune.batch import Batch, PairBatch
+from lowrank_tune.config import DPOConfig
 from lowrank_tune.data import collate_units
 from lowrank_tune.errors import TrainingError
 from lowrank_tune.events import RunStarted, StepEnd
+from lowrank_tune.functional import token_mean_weights
 from lowrank_tune.model.adapters import WEIGHTS
 from lowrank_tune.model.logprobs import LogProbs
 from lowrank_tune.model.roles import Roles
-from lowrank_tune.stats import add_stats, to_floats
+from lowrank_tune.stats import to_floats
 
-KINDS = ("sigmoid", "ipo", "hinge", "robust", "apo_zero", "sigmoid_norm")
+LOSS_TYPES = ("sigmoid", "ipo", "hinge", "robust", "apo_zero", "sigmoid_norm")
 
-# --- the oracle: plain formulas in float64, derivatives worked by hand ------------------------------------------------
-
-
-def sigma(x: float) -> float:
-    return 1 / (1 + math.exp(-x)) if x >= 0 else math.exp(x) / (1 + math.exp(x))
+# --- the losses against the oracle ------------------------------------------------------------------------------------
 
 
-def softplus(x: float) -> float:
-    """log(1 + e^x), which is -log sigma(-x)."""
-    return max(x, 0.0) + math.log1p(math.exp(-abs(x)))
-
-
-def oracle(
-    kind: str, a: float, b: float, beta: float, e: float = 0.0, tokens: tuple[int, int] = (1, 1)
-) -> tuple[float, float, float]:
-    """Log-ratios of the chosen and the rejected answer -> the loss, and its derivatives by both."""
-    m, n = tokens if kind in ("ipo", "sigmoid_norm") else (1, 1)
-    x = beta * (a / m - b / n)
-    if kind in ("sigmoid", "sigmoid_norm"):
-        value, slope = softplus(-x), -beta * sigma(-x)
-    elif kind == "ipo":
-        value, slope = (a / m - b / n - 0.5 / beta) ** 2, 2 * (a / m - b / n - 0.5 / beta)
-    elif kind == "hinge":
-        value, slope = max(0.0, 1 - x), -beta if x < 1 else 0.0
-    elif kind == "robust":
-        value = ((1 - e) * softplus(-x) - e * softplus(x)) / (1 - 2 * e)
-        slope = -beta * ((1 - e) * sigma(-x) + e * sigma(x)) / (1 - 2 * e)
-    else:
-        p, q = beta * a, beta * b
-        return sigma(-p) + sigma(q), -beta * sigma(p) * sigma(-p), beta * sigma(q) * sigma(-q)
-    return value, slope / m, -slope / n
-
-
-def torch_loss(
-    kind: str,
-    a: Sequence[float],
-    b: Sequence[float],
+def losses_and_slopes(
+    loss_type: str,
+    chosen_logratio: Sequence[float],
+    rejected_logratio: Sequence[float],
     beta: float,
-    e: float,
-    tokens: Sequence[tuple[int, int]],
+    label_smoothing: float,
+    num_tokens: Sequence[tuple[int, int]],
     dtype: torch.dtype,
 ) -> tuple[list[float], list[float], list[float]]:
-    """What the kit makes of the same: losses, and their derivatives."""
-    chosen, rejected = (torch.tensor(values, dtype=dtype, requires_grad=True) for values in (a, b))
-    m, n = (torch.tensor(counts) for counts in zip(*tokens, strict=True))
-    losses = dpo_module.dpo_loss(kind, chosen, rejected, beta, e, m, n)
-    by = torch.autograd.grad(losses.sum(), [chosen, rejected], allow_unused=True)
-    return losses.tolist(), *(g.tolist() for g in by)  # type: ignore[return-value,union-attr]
+    """The losses of the package, and their derivatives by both log-ratios."""
+    chosen = torch.tensor(chosen_logratio, dtype=dtype, requires_grad=True)
+    rejected = torch.tensor(rejected_logratio, dtype=dtype, requires_grad=True)
+    chosen_tokens, rejected_tokens = (torch.tensor(counts) for counts in zip(*num_tokens, strict=True))
+    losses = dpo_module.dpo_loss(loss_type, chosen, rejected, beta, label_smoothing, chosen_tokens, rejected_tokens)
+    chosen_slopes, rejected_slopes = torch.autograd.grad(losses.sum(), [chosen, rejected])
+    return losses.tolist(), chosen_slopes.tolist(), rejected_slopes.tolist()
 
 
-def error(
-    kind: str,
-    a: Sequence[float],
-    b: Sequence[float],
+def formula_error(
+    loss_type: str,
+    chosen_logratio: Sequence[float],
+    rejected_logratio: Sequence[float],
     beta: float,
-    e: float,
-    tokens: Sequence[tuple[int, int]],
+    label_smoothing: float,
+    num_tokens: Sequence[tuple[int, int]],
     dtype: torch.dtype,
 ) -> float:
-    """The largest distance from the oracle, against the size of what is added up on the way (fp32 can do no better)."""
-    found, worst = torch_loss(kind, a, b, beta, e, tokens, dtype), 0.0
-    for value, by_a, by_b, p, q, (m, n) in zip(*found, a, b, tokens, strict=True):
-        expected = oracle(kind, p, q, beta, e, (m, n))
-        if kind not in ("ipo", "sigmoid_norm"):
-            m = n = 1
-        size = abs(p / m) + abs(q / n)
-        if kind == "ipo":
-            scales = [(size + 0.5 / beta) ** 2, 2 * (size + 0.5 / beta) / m, 2 * (size + 0.5 / beta) / n]
+    """The largest distance from the oracle, relative to the numbers that are added on the way."""
+    found = losses_and_slopes(loss_type, chosen_logratio, rejected_logratio, beta, label_smoothing, num_tokens, dtype)
+    errors = []
+    for *values, chosen, rejected, tokens in zip(*found, chosen_logratio, rejected_logratio, num_tokens, strict=True):
+        expected = oracles.dpo(loss_type, chosen, rejected, beta, label_smoothing, tokens)
+        m, n = tokens if loss_type in ("ipo", "sigmoid_norm") else (1, 1)
+        size = abs(chosen / m) + abs(rejected / n)
+        if loss_type == "ipo":
+            scale = size + 1 / (2 * beta)
+            scales = (scale**2, 2 * scale / m, 2 * scale / n)
         else:
-            wide = (1 + beta * size) / (1 - 2 * e)
-            scales = [wide, beta * wide / m, beta * wide / n]
-        for got, wanted, scale in zip((value, by_a, by_b), expected, scales, strict=True):
-            distance = abs(got - wanted) / scale
-            worst = max(worst, distance if distance == distance else math.inf)
-    return worst
+            scale = (1 + beta * size) / (1 - 2 * label_smoothing)
+            scales = (scale, beta * scale / m, beta * scale / n)
+        errors += [abs(a - b) / scale for a, b, scale in zip(values, expected, scales, strict=True)]
+    return largest(errors)
 
 
-RATIO = st.one_of(
+LOGRATIO = st.one_of(
     st.floats(-1000, 1000, width=32), st.floats(-3, 3, width=32), st.sampled_from([0.0, 1e3, -1e3, 1e-30])
 )
 TOKENS = st.tuples(st.integers(1, 300), st.integers(1, 300))
-PAIRS = st.lists(st.tuples(RATIO, RATIO, TOKENS), min_size=1, max_size=5)
+PAIRS = st.lists(st.tuples(LOGRATIO, LOGRATIO, TOKENS), min_size=1, max_size=5)
 BETA = st.one_of(st.floats(2**-10, 10, width=32), st.sampled_from([2.0**-10, 0.125, 10.0]))
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@given(pairs=PAIRS, beta=BETA, e=st.sampled_from([0.0, 0.0625, 0.25, 0.4375]))
-def test_loss_and_gradient_equal_the_formulas(
-    kind: str, pairs: list[tuple[float, float, tuple[int, int]]], beta: float, e: float
+@pytest.mark.parametrize("loss_type", LOSS_TYPES)
+@given(pairs=PAIRS, beta=BETA, label_smoothing=st.sampled_from([0.0, 0.0625, 0.25, 0.4375]))
+def test_loss_and_gradient_equal_the_oracle(
+    loss_type: str, pairs: list[tuple[float, float, tuple[int, int]]], beta: float, label_smoothing: float
 ) -> None:
-    a, b, tokens = zip(*pairs, strict=True)
-    # its corner has no derivative
-    assume(kind != "hinge" or all(abs(beta * (p - q) - 1) > 1e-5 for p, q in zip(a, b, strict=True)))
-    assert error(kind, a, b, beta, e, tokens, torch.float64) < 1e-12
-    assert error(kind, a, b, beta, e, tokens, torch.float32) < 1e-6
+    chosen, rejected, num_tokens = zip(*pairs, strict=True)
+    # hinge has no derivative at its corner
+    assume(loss_type != "hinge" or all(abs(beta * (a - b) - 1) > 1e-5 for a, b in zip(chosen, rejected, strict=True)))
+    for dtype, tolerance in ((torch.float64, 1e-12), (torch.float32, 1e-6)):
+        assert formula_error(loss_type, chosen, rejected, beta, label_smoothing, num_tokens, dtype) < tolerance
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_the_oracle_knows_its_own_slope(kind: str) -> None:
-    """Central differences of the oracle's loss are its derivatives: the hand that worked them did not slip."""
-    for a, b, beta in ((0.3, -0.7, 0.5), (-2.0, 1.5, 0.9), (3.0, 2.9, 2.0)):
-        for e, tokens in ((0.0, (1, 1)), (0.2, (3, 7))):
-            _, by_a, by_b = oracle(kind, a, b, beta, e, tokens)
-            h = 1e-6
-            up = (oracle(kind, a + h, b, beta, e, tokens)[0] - oracle(kind, a - h, b, beta, e, tokens)[0]) / (2 * h)
-            down = (oracle(kind, a, b + h, beta, e, tokens)[0] - oracle(kind, a, b - h, beta, e, tokens)[0]) / (2 * h)
-            assert by_a == pytest.approx(up, abs=1e-7) and by_b == pytest.approx(down, abs=1e-7)
+@pytest.mark.parametrize("loss_type", LOSS_TYPES)
+@pytest.mark.parametrize(("chosen", "rejected", "beta"), [(0.3, -0.7, 0.5), (-2.0, 1.5, 0.9), (3.0, 2.9, 2.0)])
+@pytest.mark.parametrize(("label_smoothing", "num_tokens"), [(0.0, (1, 1)), (0.2, (3, 7))])
+def test_the_oracle_has_the_slopes_of_its_loss(
+    loss_type: str,
+    chosen: float,
+    rejected: float,
+    beta: float,
+    label_smoothing: float,
+    num_tokens: tuple[int, int],
+) -> None:
+    """By central differences."""
+
+    def oracle(chosen: float, rejected: float) -> tuple[float, float, float]:
+        return oracles.dpo(loss_type, chosen, rejected, beta, label_smoothing, num_tokens)
+
+    h = 1e-6
+    _, chosen_slope, rejected_slope = oracle(chosen, rejected)
+    by_chosen = (oracle(chosen + h, rejected)[0] - oracle(chosen - h, rejected)[0]) / (2 * h)
+    by_rejected = (oracle(chosen, rejected + h)[0] - oracle(chosen, rejected - h)[0]) / (2 * h)
+    assert chosen_slope == pytest.approx(by_chosen, abs=1e-7)
+    assert rejected_slope == pytest.approx(by_rejected, abs=1e-7)
 
 
 LN3 = math.log(3)  # sigma(ln 3) = 3/4, sigma(-ln 3) = 1/4
 BY_HAND: list[tuple[str, float, float, float, tuple[int, int], float, float, float]] = [
-    # kind, a+, a-, beta, tokens, loss, and the derivatives by a+ and a-
+    # loss_type, a+, a-, beta, tokens, loss, and the derivatives by a+ and a-
     ("sigmoid", 0.0, 0.0, 0.1, (1, 1), math.log(2), -0.05, 0.05),  # beta sigma(0)
     ("sigmoid", 2 * LN3, 0.0, 0.5, (9, 2), math.log(4 / 3), -0.125, 0.125),  # x = ln 3: 0.5 * 1/4
     ("sigmoid", -LN3, LN3, 0.5, (9, 2), math.log(4), -0.375, 0.375),  # x = -ln 3: 0.5 * 3/4
     ("ipo", 0.0, 0.0, 0.5, (2, 3), 1.0, -1.0, 2 / 3),  # (0 - 1)^2; 2 * -1 / 2, and / -3
     ("ipo", 6.0, -2.0, 0.5, (3, 4), 2.25, 1.0, -0.75),  # d' = 2 + 1/2; (3/2)^2; 3 / 3, and 3 / -4
-    ("ipo", 4.0, 0.0, 0.5, (4, 1), 0.0, 0.0, 0.0),  # d' = 1 = 1 / (2 beta): where it wants to be
+    ("ipo", 4.0, 0.0, 0.5, (4, 1), 0.0, 0.0, 0.0),  # d' = 1 = 1 / (2 beta): the minimum
     ("hinge", 1.0, -0.5, 0.5, (7, 1), 0.25, -0.5, 0.5),  # 1 - 0.75
     ("hinge", 4.0, 0.0, 0.5, (7, 1), 0.0, 0.0, 0.0),  # 1 - 2 is below zero
     ("hinge", 0.0, 2.0, 0.5, (7, 1), 2.0, -0.5, 0.5),  # 1 + 1
@@ -193,218 +187,181 @@ BY_HAND: list[tuple[str, float, float, float, tuple[int, int], float, float, flo
 ]
 
 
-def wrong_by_hand(kinds: Sequence[str] = KINDS) -> set[str]:
-    """The kinds whose numbers are not those worked by hand."""
+def wrong_by_hand(loss_types: Sequence[str] = LOSS_TYPES) -> set[str]:
+    """The losses whose numbers differ from those by hand."""
     wrong = set()
-    for kind, a, b, beta, tokens, *expected in BY_HAND:
-        if kind in kinds:
-            found = [values[0] for values in torch_loss(kind, [a], [b], beta, 0.25, [tokens], torch.float64)]
-            if found != pytest.approx(expected, abs=1e-12):
-                wrong.add(kind)
+    for loss_type, chosen, rejected, beta, tokens, *expected in BY_HAND:
+        if loss_type in loss_types:
+            found = losses_and_slopes(loss_type, [chosen], [rejected], beta, 0.25, [tokens], torch.float64)
+            if [values[0] for values in found] != pytest.approx(expected, abs=1e-12):
+                wrong.add(loss_type)
     return wrong
 
 
-def test_by_hand() -> None:
+def test_losses_by_hand() -> None:
     assert wrong_by_hand() == set()
-    for kind, a, b, beta, tokens, *expected in BY_HAND:
-        assert oracle(kind, a, b, beta, 0.25, tokens) == pytest.approx(expected, abs=1e-12)
 
 
-def _sum_for_mean(kind: str, chosen: Tensor, rejected: Tensor, beta: float, e: float, m: Tensor, n: Tensor) -> Tensor:
-    return dpo_loss(kind, chosen, rejected, beta, e, torch.ones_like(m), torch.ones_like(n))
+def test_the_oracle_by_hand() -> None:
+    for loss_type, chosen, rejected, beta, tokens, *expected in BY_HAND:
+        assert oracles.dpo(loss_type, chosen, rejected, beta, 0.25, tokens) == pytest.approx(expected, abs=1e-12)
 
 
-def _swapped(kind: str, chosen: Tensor, rejected: Tensor, beta: float, e: float, m: Tensor, n: Tensor) -> Tensor:
-    return dpo_loss(kind, rejected, chosen, beta, e, n, m)
+def _sums_for_means(
+    loss_type: str, chosen: Tensor, rejected: Tensor, beta: float, e: float, m: Tensor, n: Tensor
+) -> Tensor:
+    return dpo_loss(loss_type, chosen, rejected, beta, e, torch.ones_like(m), torch.ones_like(n))
 
 
-def _rounded(kind: str, chosen: Tensor, rejected: Tensor, beta: float, e: float, m: Tensor, n: Tensor) -> Tensor:
-    return dpo_loss(kind, chosen.bfloat16().to(chosen.dtype), rejected, beta, e, m, n)
+def _swapped(loss_type: str, chosen: Tensor, rejected: Tensor, beta: float, e: float, m: Tensor, n: Tensor) -> Tensor:
+    return dpo_loss(loss_type, rejected, chosen, beta, e, n, m)
+
+
+def _rounded(loss_type: str, chosen: Tensor, rejected: Tensor, beta: float, e: float, m: Tensor, n: Tensor) -> Tensor:
+    return dpo_loss(loss_type, chosen.bfloat16().to(chosen.dtype), rejected, beta, e, m, n)
 
 
 def _smoothed_sigmoid(
-    kind: str, chosen: Tensor, rejected: Tensor, beta: float, e: float, m: Tensor, n: Tensor
+    loss_type: str, chosen: Tensor, rejected: Tensor, beta: float, e: float, m: Tensor, n: Tensor
 ) -> Tensor:
-    if kind != "sigmoid":
-        return dpo_loss(kind, chosen, rejected, beta, e, m, n)
+    if loss_type != "sigmoid":
+        return dpo_loss(loss_type, chosen, rejected, beta, e, m, n)
     return (1 - 2 * e) * dpo_loss("robust", chosen, rejected, beta, e, m, n)
 
 
-def _beta_twice(kind: str, chosen: Tensor, rejected: Tensor, beta: float, e: float, m: Tensor, n: Tensor) -> Tensor:
-    return dpo_loss(kind, chosen, rejected, beta * beta, e, m, n)
+def _beta_twice(
+    loss_type: str, chosen: Tensor, rejected: Tensor, beta: float, e: float, m: Tensor, n: Tensor
+) -> Tensor:
+    return dpo_loss(loss_type, chosen, rejected, beta * beta, e, m, n)
 
 
-def _naive(kind: str, chosen: Tensor, rejected: Tensor, beta: float, e: float, m: Tensor, n: Tensor) -> Tensor:
+def _log_of_sigmoid(
+    loss_type: str, chosen: Tensor, rejected: Tensor, beta: float, e: float, m: Tensor, n: Tensor
+) -> Tensor:
     return -torch.log(torch.sigmoid(beta * (chosen - rejected)))
 
 
 @pytest.mark.parametrize(
-    ("bug", "seen_in"),
+    ("bug", "found_in"),
     [
-        (_sum_for_mean, {"ipo", "sigmoid_norm"}),
-        (_swapped, set(KINDS)),
+        (_sums_for_means, {"ipo", "sigmoid_norm"}),
+        (_swapped, set(LOSS_TYPES)),
         (_rounded, {"sigmoid", "robust", "apo_zero", "sigmoid_norm"}),
         (_smoothed_sigmoid, {"sigmoid"}),
         (_beta_twice, {"sigmoid", "ipo", "hinge", "robust"}),
     ],
 )
-def test_wrong_losses_are_seen(monkeypatch: pytest.MonkeyPatch, bug: Any, seen_in: set[str]) -> None:
+def test_wrong_losses_are_found(monkeypatch: pytest.MonkeyPatch, bug: Any, found_in: set[str]) -> None:
     monkeypatch.setattr(dpo_module, "dpo_loss", bug)
-    assert wrong_by_hand() >= seen_in
+    assert wrong_by_hand() >= found_in
 
 
-def not_finite(kinds: Sequence[str]) -> set[str]:
-    """Kinds that lose a finite loss or gradient where log-ratios are as far out as a run gone wrong brings them."""
-    lost = set()
-    far_out = [0.0, 1e3, -1e3, 1e4, -1e4]
-    a, b = zip(*((p, q) for p in far_out for q in far_out), strict=True)
-    for kind in kinds:
+def not_finite(loss_types: Sequence[str]) -> set[str]:
+    """The losses that are not finite, or have no finite gradient, for log-ratios of a diverged run."""
+    wrong = set()
+    extremes = [0.0, 1e3, -1e3, 1e4, -1e4]
+    chosen, rejected = zip(*((a, b) for a in extremes for b in extremes), strict=True)
+    for loss_type in loss_types:
         for beta in (1e-3, 0.1, 10.0):
-            found = torch_loss(kind, a, b, beta, 0.25, [(1, 3)] * len(a), torch.float32)
+            found = losses_and_slopes(loss_type, chosen, rejected, beta, 0.25, [(1, 3)] * len(chosen), torch.float32)
             if not all(math.isfinite(value) for values in found for value in values):
-                lost.add(kind)
-    return lost
+                wrong.add(loss_type)
+    return wrong
 
 
-def test_extremes_stay_finite(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert not_finite(KINDS) == set()
-    monkeypatch.setattr(dpo_module, "dpo_loss", _naive)
+def test_extreme_logratios_give_finite_losses(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert not_finite(LOSS_TYPES) == set()
+    monkeypatch.setattr(dpo_module, "dpo_loss", _log_of_sigmoid)
     assert not_finite(["sigmoid"]) == {"sigmoid"}
 
 
-def test_far_behind_the_slope_is_still_there() -> None:
-    """A pair that is badly wrong pulls with its whole weight: the derivative of sigmoid at x = -1e4 is -beta, not 0."""
-    assert torch_loss("sigmoid", [-1e3], [0.0], 10.0, 0.0, [(1, 1)], torch.float32)[1] == [-10.0]
+def test_a_pair_that_is_far_off_keeps_its_slope() -> None:
+    """The derivative of sigmoid at x = -1e4 is -beta, not 0."""
+    _, chosen_slopes, _ = losses_and_slopes("sigmoid", [-1e3], [0.0], 10.0, 0.0, [(1, 1)], torch.float32)
+    assert chosen_slopes == [-10.0]
 
 
-def test_a_side_without_tokens_is_no_nan() -> None:
-    """No answer passes the data floor without a token; one that did must not break the step: its log-ratio is 0."""
-    for kind in KINDS:
-        found = torch_loss(kind, [0.0, 2.0], [2.0, 0.0], 0.5, 0.25, [(0, 3), (3, 0)], torch.float32)
-        assert all(math.isfinite(value) for values in found for value in values), kind
+@pytest.mark.parametrize("loss_type", LOSS_TYPES)
+def test_an_answer_without_tokens_gives_a_finite_loss(loss_type: str) -> None:
+    """The data has no such answer; one must not break the step: its log-ratio is 0."""
+    found = losses_and_slopes(loss_type, [0.0, 2.0], [2.0, 0.0], 0.5, 0.25, [(0, 3), (3, 0)], torch.float32)
+    assert all(math.isfinite(value) for values in found for value in values)
 
 
-# --- the verbs, over log-probs that are given -------------------------------------------------------------------------
+# --- a step over given log-probs --------------------------------------------------------------------------------------
 
 
-class Given:
-    """Roles without a model: the policy's log-probs are a leaf tensor, of which each micro-batch sees its own rows."""
+class GivenLogps:
+    """Roles without a model: the log-probs of the policy are a leaf tensor, and a micro-batch gets those of its
+    rows."""
 
     def __init__(self, logps: Tensor) -> None:
         self.leaf = logps.clone().requires_grad_()
 
-    def logps(self, role: str, batch: Batch, *_: Any) -> LogProbs:
+    def logps(self, role: str, batch: PairBatch, *_: Any) -> LogProbs:
         assert role == "policy"
-        rows = self.leaf[batch.extra["row"]][:, : batch.input_ids.shape[1]]
+        rows = self.leaf[batch.row_indices][:, : batch.input_ids.shape[1]]
         values = torch.where(batch.loss_mask, rows, torch.zeros((), dtype=rows.dtype))
         return LogProbs(values, torch.zeros_like(values))
 
 
-def stepped(algorithm: DPO, batch: Batch, **split: int | None) -> tuple[float, dict[str, float]]:
-    """One optimizer step as the loop takes it, but for the optimizer: loss and statistics."""
-    experience = replace_rows(algorithm, batch).collect(0)
-    part = experience.batch
-    part.token_weights = algorithm.token_weights(part)
-    loss, stats = 0.0, {}
-    for micro in part.split(rows_per_unit=algorithm.rows_per_unit, **split):
-        for term in algorithm.compute_losses(micro):
-            term.loss.backward()
-            loss += float(term.loss.detach().double())
-            add_stats(stats, term.stats)
-    return loss, to_floats(stats)
-
-
-def replace_rows(algorithm: DPO, batch: Batch) -> DPO:
-    algorithm.context = replace(algorithm.context, get_batch=lambda step: replace(batch, extra=dict(batch.extra)))
-    return algorithm
-
-
-def plain_step(
-    rows: Sequence[Sequence[float]],
-    masks: Sequence[Sequence[bool]],
-    reference: Sequence[float],
-    kind: str,
-    beta: float,
-    e: float,
-    s: float,
-) -> tuple[float, dict[tuple[int, int], float], dict[str, list[float]]]:
-    """The whole step in Python loops: loss, derivative by each token's log-prob, figures of each pair. A first token is
-    never scored."""
-    scored = [[t for t, in_mask in enumerate(row) if in_mask and t > 0] for row in masks]
-    pairs, chosen_tokens = len(rows) // 2, sum(len(scored[i]) for i in range(0, len(rows), 2))
-    loss, by = 0.0, {(i, t): 0.0 for i, row in enumerate(scored) for t in row}
-    figures: dict[str, list[float]] = {
-        name: [] for name in ("loss", "rewards/accuracies", "rewards/margins", "rewards/chosen", "rewards/rejected")
-    }
-    for i in range(0, len(rows), 2):
-        a, b = (sum(rows[j][t] for t in scored[j]) - reference[j] for j in (i, i + 1))
-        value, by_a, by_b = oracle(kind, a, b, beta, e, (len(scored[i]), len(scored[i + 1])))
-        loss += value / pairs
-        for j, slope in ((i, by_a), (i + 1, by_b)):
-            for t in scored[j]:
-                by[j, t] += slope / pairs
-        expected = (value, float(a > b) + 0.5 * (a == b), beta * (a - b), beta * a, beta * b)
-        for name, figure in zip(figures, expected, strict=True):
-            figures[name].append(figure)
-    for i in range(0, len(rows), 2):
-        for t in scored[i]:
-            loss -= s * rows[i][t] / chosen_tokens
-            by[i, t] -= s / chosen_tokens
-    return loss, by, figures
-
-
 @st.composite
 def steps(draw: st.DrawFn) -> tuple[list[list[float]], list[list[bool]], list[float]]:
-    """Pairs of ragged rows with token log-probs, a mask with at least one scored token each, and reference sums near or
-    far."""
-    rows, masks, reference = [], [], []
+    """Log-probs of the tokens of ragged rows, masks with at least one scored token, and reference sums near or far."""
+    logps, masks, reference = [], [], []
     for _ in range(2 * draw(st.integers(1, 4))):
         length = draw(st.integers(2, 9))
-        rows.append(draw(st.lists(st.floats(-400, 0), min_size=length, max_size=length)))
+        logps.append(draw(st.lists(st.floats(-400, 0), min_size=length, max_size=length)))
         mask = draw(st.lists(st.booleans(), min_size=length, max_size=length))
         mask[draw(st.integers(1, length - 1))] = True
         masks.append(mask)
         reference.append(draw(st.floats(-1500, 0)))
-    return rows, masks, reference
+    return logps, masks, reference
 
 
 def step_error(
     drawn: tuple[list[list[float]], list[list[bool]], list[float]],
-    kind: str,
+    loss_type: str,
     beta: float,
-    e: float,
-    s: float,
+    label_smoothing: float,
+    sft_coef: float,
     **split: int,
 ) -> float:
-    """How far loss, gradient and figures of the kit's step are from the plain one, against their size."""
-    rows, masks, reference = drawn
-    batch = make_batch([[3] * len(row) for row in rows], masks)
-    logps = torch.full(batch.input_ids.shape, torch.nan, dtype=torch.float64)
-    for i, row in enumerate(rows):
-        logps[i, : len(row)] = torch.tensor(row, dtype=torch.float64)
-    batch.extra = {"row": torch.arange(len(rows)), "reference": torch.tensor(reference, dtype=torch.float64)}
-    roles = Given(logps)
-    loss, stats = stepped(DPO(AlgorithmContext(roles, None), kind, beta, e, s), batch, **split)  # type: ignore[arg-type]
-    expected, by, figures = plain_step(rows, masks, reference, kind, beta, e, s)
+    """The largest distance of loss, gradient and metrics of a step from the oracle, relative to their sizes."""
+    logps, masks, reference = drawn
+    batch = PairBatch(**make_batch([[3] * len(row) for row in logps], masks).tensors())
+    batch.row_indices = torch.arange(len(logps))
+    batch.reference_sequence_logps = torch.tensor(reference, dtype=torch.float64)
+    padded_logps = torch.full(batch.input_ids.shape, torch.nan, dtype=torch.float64)
+    for i, row in enumerate(logps):
+        padded_logps[i, : len(row)] = torch.tensor(row, dtype=torch.float64)
+    roles = GivenLogps(padded_logps)
+    settings = DPOConfig(loss_type=loss_type, beta=beta, label_smoothing=label_smoothing, sft_coef=sft_coef)
+    loss, stats = collected_step(DPO(AlgorithmContext(roles), settings), batch, **split)  # type: ignore[arg-type]
+    expected = dpo_step(logps, masks, reference, loss_type, beta, label_smoothing, sft_coef)
     assert roles.leaf.grad is not None
-    slopes = torch.zeros_like(logps)
-    for place, slope in by.items():
+    slopes = torch.zeros_like(padded_logps)
+    for place, slope in expected.slopes.items():
         slopes[place] = slope
-    # what cancels in a sum is still rounded in it
-    sizes = {name: 1 + sum(map(abs, values)) for name, values in figures.items()}
-    errors = [abs(loss - expected) / (sizes["loss"] + abs(expected))]
-    # 1 - sigma is rounded
-    errors += [float((roles.leaf.grad - slopes).abs().max() / (s + slopes.abs().max() + 1e-9 * beta))]
-    errors += [abs(stats[name] - sum(values) / len(values)) / sizes[name] for name, values in figures.items()]
-    return max(each if each == each else math.inf for each in errors)
+    # terms that cancel in a sum leave their rounding
+    sizes = {name: 1 + sum(map(abs, values)) for name, values in expected.metrics.items()}
+    slope_size = sft_coef + slopes.abs().max() + 1e-9 * beta
+    errors = [
+        abs(loss - expected.loss) / (sizes["loss"] + abs(expected.loss)),
+        float((roles.leaf.grad - slopes).abs().max() / slope_size),
+    ]
+    errors += [abs(stats[name] - np.mean(values)) / sizes[name] for name, values in expected.metrics.items()]
+    return largest(errors)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("s", [0.0, 0.7])
+@pytest.mark.parametrize("loss_type", LOSS_TYPES)
+@pytest.mark.parametrize("sft_coef", [0.0, 0.7])
 @hypothesis_settings(max_examples=40)
-@given(drawn=steps(), beta=BETA, e=st.sampled_from([0.0, 0.25]), rows=st.sampled_from([2, 4, 8]))
-def test_a_step_equals_python_loops(kind: str, s: float, drawn: Any, beta: float, e: float, rows: int) -> None:
-    assert step_error(drawn, kind, beta, e, s, rows=rows) < 1e-6
+@given(drawn=steps(), beta=BETA, label_smoothing=st.sampled_from([0.0, 0.25]), rows=st.sampled_from([2, 4, 8]))
+def test_a_step_equals_the_oracle(
+    loss_type: str, sft_coef: float, drawn: Any, beta: float, label_smoothing: float, rows: int
+) -> None:
+    assert step_error(drawn, loss_type, beta, label_smoothing, sft_coef, rows=rows) < 1e-6
 
 
 DRAWN = (
@@ -428,158 +385,50 @@ DRAWN = (
 )
 
 
-def _first_token_too(self: DPO, micro: Batch) -> Any:
-    micro.extra["reference"] = micro.extra["reference"] + self.context.roles.leaf[micro.extra["row"], 0].detach()  # type: ignore[attr-defined]
-    return real_losses(self, micro)
+def _first_token_scored(self: DPO, micro: PairBatch) -> Iterator[Any]:
+    first_logps = self.context.roles.leaf[micro.row_indices, 0].detach()  # type: ignore[attr-defined]
+    micro.reference_sequence_logps = micro.reference_sequence_logps + first_logps
+    yield from real_compute_losses(self, micro)
 
 
-def _no_reference(self: DPO, micro: Batch) -> Any:
-    micro.extra["reference"] = torch.zeros_like(micro.extra["reference"])
-    return real_losses(self, micro)
+def _no_reference(self: DPO, micro: PairBatch) -> Iterator[Any]:
+    micro.reference_sequence_logps = torch.zeros_like(micro.reference_sequence_logps)
+    yield from real_compute_losses(self, micro)
 
 
-def _sft_on_both_sides(mask: Tensor) -> Tensor:
-    return mask
+def _sft_mean_of_micro_batches(self: DPO, micro: PairBatch) -> Iterator[Any]:
+    micro.sft_weights = token_mean_weights(chosen_mask(micro.loss_mask)) * len(micro) / 6
+    yield from real_compute_losses(self, micro)
 
 
-def _sft_of_micro_batches(self: DPO, micro: Batch) -> Any:
-    micro.extra["sft_weight"] = dpo_module.token_mean_weights(dpo_module._chosen_mask(micro.loss_mask)) * len(micro) / 6
-    return real_losses(self, micro)
+real_compute_losses = DPO.compute_losses
 
 
-real_losses = DPO._losses
-
-
-@pytest.mark.parametrize("bug", [_first_token_too, _no_reference, _sft_of_micro_batches])
-def test_wrong_steps_are_seen(monkeypatch: pytest.MonkeyPatch, bug: Any) -> None:
+@pytest.mark.parametrize("bug", [_first_token_scored, _no_reference, _sft_mean_of_micro_batches])
+def test_a_bug_of_a_step_is_found(monkeypatch: pytest.MonkeyPatch, bug: Any) -> None:
     assert step_error(DRAWN, "sigmoid", 0.5, 0.0, 0.7, rows=2) < 1e-6
-    monkeypatch.setattr(DPO, "_losses", bug)
+    monkeypatch.setattr(DPO, "compute_losses", bug)
     assert step_error(DRAWN, "sigmoid", 0.5, 0.0, 0.7, rows=2) > 1e-3
 
 
-def test_other_weights_are_seen(monkeypatch: pytest.MonkeyPatch) -> None:
-    with monkeypatch.context() as planted:
-        planted.setattr(dpo_module, "_chosen_mask", _sft_on_both_sides)
-        assert step_error(DRAWN, "sigmoid", 0.5, 0.0, 0.7) > 1e-3
-    with monkeypatch.context() as planted:
-        planted.setattr(dpo_module, "sequence_mean_weights", lambda rows: torch.full((len(rows),), 1 / len(rows)))
-        assert step_error(DRAWN, "sigmoid", 0.5, 0.0, 0.7) > 1e-3
-    with monkeypatch.context() as planted:  # pairs torn apart: one of another length comes between
-        planted.setattr(DPO, "rows_per_unit", 1)
-        assert step_error(DRAWN, "sigmoid", 0.5, 0.0, 0.0) > 1e-3
+@pytest.mark.parametrize(
+    ("name", "bug"),
+    [
+        ("chosen_mask", lambda mask: mask),
+        ("pair_mean_weights", lambda rows: torch.full((len(rows),), 1 / len(rows))),
+    ],
+)
+def test_wrong_weights_are_found(monkeypatch: pytest.MonkeyPatch, name: str, bug: Any) -> None:
+    monkeypatch.setattr(dpo_module, name, bug)
+    assert step_error(DRAWN, "sigmoid", 0.5, 0.0, 0.7) > 1e-3
+
+
+def test_separated_pairs_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(DPO, "rows_per_unit", 1)
+    assert step_error(DRAWN, "sigmoid", 0.5, 0.0, 0.0) > 1e-3
 
 
 # --- through a model --------------------------------------------------------------------------------------------------
-
-
-class Plain:
-    """transformers' own model in float64, one row at a time and never padded; adapters are matrices added to its
-    weights."""
-
-    def __init__(
-        self, frozen: Sequence[dict[str, Tensor]] = (), trained: dict[str, Tensor] | None = None, scale: float = 4.0
-    ) -> None:
-        self.model = AutoModelForCausalLM.from_pretrained(saved_model(), dtype=torch.float64).eval()
-        self.scale, self.frozen = scale, [{key: tensor.double() for key, tensor in one.items()} for one in frozen]
-        self.trained = {key: tensor.double().requires_grad_() for key, tensor in (trained or {}).items()}
-
-    def _with(self, adapters: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
-        weights = dict(self.model.named_parameters())
-        for adapter in adapters:
-            for key, down in adapter.items():
-                if key.endswith(".lora_A.weight"):
-                    name = key.removeprefix("base_model.model.").replace(".lora_A.weight", ".weight")
-                    weights[name] = weights[name] + self.scale * adapter[key.replace("lora_A", "lora_B")] @ down
-        return weights
-
-    def run(self, ids: Sequence[int], policy: bool = True) -> Any:
-        adapters = [*self.frozen, self.trained] if policy else self.frozen
-        how = {"input_ids": torch.tensor([list(ids)]), "use_cache": False, "output_hidden_states": True}
-        return torch.func.functional_call(self.model, self._with(adapters), kwargs=how)
-
-    def logp(self, ids: Sequence[int], mask: Sequence[bool], policy: bool = True) -> Tensor:
-        """The sum over the tokens that are scored."""
-        logits = self.run(ids, policy).logits[0]
-        places = [t for t, in_mask in enumerate(mask) if in_mask and t > 0]
-        return sum(
-            (torch.log_softmax(logits[t - 1], dim=0)[ids[t]] for t in places), torch.zeros((), dtype=torch.float64)
-        )
-
-    def score(self, ids: Sequence[int]) -> Tensor:
-        return self.run(ids).hidden_states[-1][0, -1] @ self.trained["base_model.model.score.weight"][0]
-
-    def gradient(self) -> dict[str, Tensor]:
-        return {key: tensor.grad for key, tensor in self.trained.items() if tensor.grad is not None}
-
-
-def by_key(roles: Roles, role: str) -> dict[str, Tensor]:
-    """The kit's gradients under the names of PEFT's files."""
-    names = {name: name.replace(f".lt_{role}.", ".") for name in roles.named_parameters(role)}
-    return {
-        key if key.startswith("base_model") else f"base_model.model.{key}".replace(f".lt_{role}", ""): parameter.grad
-        for (name, parameter), key in zip(roles.named_parameters(role).items(), names.values(), strict=True)
-        if parameter.grad is not None
-    }
-
-
-def error_against(mine: dict[str, Tensor], theirs: dict[str, Tensor]) -> float:
-    if mine.keys() != theirs.keys():
-        return math.inf
-    return relative_error(
-        torch.cat([mine[key].flatten() for key in theirs]), torch.cat([theirs[key].flatten() for key in theirs])
-    )
-
-
-LENGTHS = ((4, 3, 6), (1, 5, 2), (7, 1, 1), (3, 9, 4), (9, 2, 8))
-"""Tokens of the prompt, the chosen and the rejected answer of each pair."""
-
-
-def pair_rows(
-    lengths: Sequence[tuple[int, int, int]] = LENGTHS, seed: int = 0
-) -> tuple[list[list[int]], list[list[bool]]]:
-    """Rows as chosen, rejected, chosen, rejected; the two sides differ in their first answer token. Pad and end ids
-    stand inside too."""
-    stream, rows, masks = torch.Generator().manual_seed(seed), [], []
-    for prompt, *answers in lengths:
-        prompt_ids = torch.randint(0, VOCAB, (prompt,), generator=stream).tolist()
-        first = int(torch.randint(0, VOCAB, (), generator=stream))
-        for side, length in enumerate(answers):
-            answer = torch.randint(0, VOCAB, (length,), generator=stream).tolist()
-            answer[0] = (first + side) % VOCAB
-            rows.append([*prompt_ids, *answer])
-            masks.append([False] * prompt + [True] * length)
-    return rows, masks
-
-
-MARGINS = (0.0, 0.5, 1.5, 0.0, 0.25)
-
-
-def pair_batch(
-    rows: Sequence[Sequence[int]],
-    masks: Sequence[Sequence[bool]],
-    reference: Sequence[float] | None = None,
-    share: bool = False,
-    margins: Sequence[float] = MARGINS,
-    **how: Any,
-) -> Batch:
-    batch = make_batch(rows, masks, **how)
-    batch.extra = {
-        "row": torch.arange(len(rows)),
-        "margin": torch.tensor([m for m in margins for _ in range(2)][: len(rows)]),
-    }
-    if reference is not None:
-        batch.extra["reference"] = torch.tensor(reference, dtype=torch.float32)
-    if share:
-        prompt_lengths = [list(row).index(True) for row in masks]
-        batch.extra["shared"] = torch.tensor([length * (place % 2) for place, length in enumerate(prompt_lengths)])
-    return batch
-
-
-def references(roles: Roles, rows: Sequence[Sequence[int]], masks: Sequence[Sequence[bool]]) -> list[float]:
-    """By the plain model, from the roles' frozen adapters alone."""
-    plain = Plain([roles.adapter_tensors("sft")])
-    with torch.no_grad():
-        return [float(plain.logp(row, mask, policy=False)) for row, mask in zip(rows, masks, strict=True)]
 
 
 @pytest.fixture(scope="module")
@@ -591,60 +440,66 @@ def roles() -> Roles:
     return found
 
 
-def accumulated(
-    algorithm: Any, batch: Batch, role: str = "policy", **split: int | None
-) -> tuple[float, Tensor, dict[str, float]]:
-    zero_grad(algorithm.context.roles)
-    loss, stats = stepped(algorithm, batch, **split)
-    return loss, gradients(algorithm.context.roles, role), stats
+MODEL_BETA = 0.3
 
 
-def dpo_over(roles: Roles, kind: str = "sigmoid", s: float = 0.0, **context: Any) -> DPO:
-    return DPO(AlgorithmContext(roles, None, **context), kind, beta=0.3, label_smoothing=0.2, sft_coef=s)  # type: ignore[arg-type]
+def dpo_over(roles: Roles, loss_type: str = "sigmoid", sft_coef: float = 0.0, **context: Any) -> DPO:
+    settings = DPOConfig(loss_type=loss_type, beta=MODEL_BETA, label_smoothing=0.2, sft_coef=sft_coef)
+    return DPO(AlgorithmContext(roles, **context), settings)
 
 
-def model_error(roles: Roles, kind: str, s: float) -> tuple[float, float]:
-    """Distance of loss and gradient from transformers' logits in float64."""
+def model_error(roles: Roles, loss_type: str, sft_coef: float) -> tuple[float, float]:
+    """The distance of loss and gradient from transformers' logits in float64."""
     rows, masks = pair_rows()
-    reference = references(roles, rows, masks)
-    loss, _, _ = accumulated(dpo_over(roles, kind, s), pair_batch(rows, masks, reference), rows=4)
-    plain = Plain([roles.adapter_tensors("sft")], roles.adapter_tensors("policy"))
-    expected, tokens = 0.0, sum(map(sum, masks[::2]))
+    reference = reference_sums(roles, rows, masks)
+    loss, _, _ = accumulated(dpo_over(roles, loss_type, sft_coef), pair_batch(rows, masks, reference), rows=4)
+    plain = PlainModel([roles.adapter_tensors("sft")], roles.adapter_tensors("policy"))
+    num_pairs, num_chosen_tokens = len(rows) // 2, sum(map(sum, masks[::2]))
+    expected = 0.0
     for i in range(0, len(rows), 2):
-        logps = [plain.logp(rows[j], masks[j]) for j in (i, i + 1)]
-        a, b = (float(logp.detach()) - reference[j] for logp, j in zip(logps, (i, i + 1), strict=True))
-        value, by_a, by_b = oracle(kind, a, b, 0.3, 0.2, (sum(masks[i]), sum(masks[i + 1])))
-        expected += 2 * value / len(rows) - s * float(logps[0].detach()) / tokens
-        (2 / len(rows) * (by_a * logps[0] + by_b * logps[1]) - s * logps[0] / tokens).backward()
+        chosen_logp, rejected_logp = (plain.sequence_logp(rows[row], masks[row]) for row in (i, i + 1))
+        pair_loss, chosen_slope, rejected_slope = oracles.dpo(
+            loss_type,
+            float(chosen_logp.detach()) - reference[i],
+            float(rejected_logp.detach()) - reference[i + 1],
+            MODEL_BETA,
+            0.2,
+            (sum(masks[i]), sum(masks[i + 1])),
+        )
+        expected += pair_loss / num_pairs - sft_coef * float(chosen_logp.detach()) / num_chosen_tokens
+        pair_gradient = (chosen_slope * chosen_logp + rejected_slope * rejected_logp) / num_pairs
+        (pair_gradient - sft_coef * chosen_logp / num_chosen_tokens).backward()
     return abs(loss - expected) / (1 + abs(expected)), error_against(by_key(roles, "policy"), plain.gradient())
 
 
-@pytest.mark.parametrize(("kind", "s"), [*((kind, 0.0) for kind in KINDS), ("sigmoid", 0.5), ("ipo", 1.0)])
-def test_through_a_model(roles: Roles, kind: str, s: float) -> None:
-    loss, gradient = model_error(roles, kind, s)
+@pytest.mark.parametrize(
+    ("loss_type", "sft_coef"), [*((loss_type, 0.0) for loss_type in LOSS_TYPES), ("sigmoid", 0.5), ("ipo", 1.0)]
+)
+def test_a_step_equals_the_plain_model(roles: Roles, loss_type: str, sft_coef: float) -> None:
+    loss, gradient = model_error(roles, loss_type, sft_coef)
     assert loss < 1e-5 and gradient < 1e-4
 
 
-def _base_for_sft(self: Roles, role: str, batch: Batch, *rest: Any) -> LogProbs:
-    with_policy_alone = self.stacks["policy"]
-    self.stacks["policy"] = with_policy_alone[-1:]
+def _without_sft(self: Roles, role: str, batch: Batch, *rest: Any) -> LogProbs:
+    stack = self.stacks["policy"]
+    self.stacks["policy"] = stack[-1:]
     try:
         return real_logps(self, role, batch, *rest)
     finally:
-        self.stacks["policy"] = with_policy_alone
+        self.stacks["policy"] = stack
 
 
-def _prompt_scored_too(self: Roles, role: str, batch: Batch, *rest: Any) -> LogProbs:
+def _prompt_scored(self: Roles, role: str, batch: Batch, *rest: Any) -> LogProbs:
     return real_logps(self, role, replace(batch, completion_mask=batch.attention_mask), *rest)
 
 
 real_logps = Roles.logps
 
 
-@pytest.mark.parametrize("bug", [_base_for_sft, _prompt_scored_too])
-def test_another_stack_or_mask_is_seen(monkeypatch: pytest.MonkeyPatch, roles: Roles, bug: Any) -> None:
+@pytest.mark.parametrize("bug", [_without_sft, _prompt_scored])
+def test_a_wrong_stack_or_mask_is_found(monkeypatch: pytest.MonkeyPatch, roles: Roles, bug: Any) -> None:
     monkeypatch.setattr(Roles, "logps", bug)
-    assert max(model_error(roles, "apo_zero", 0.0)) > 1e-2  # in a difference of the sides their prompt cancels
+    assert max(model_error(roles, "apo_zero", 0.0)) > 1e-2  # in a difference of the sides the prompt cancels
 
 
 SPLITS: list[dict[str, int | None]] = [
@@ -657,45 +512,44 @@ SPLITS: list[dict[str, int | None]] = [
 ]
 
 
-def split_error(roles: Roles, kind: str, s: float) -> float:
+def split_error(roles: Roles, loss_type: str, sft_coef: float) -> float:
+    """The largest distance of loss, gradient and metrics of a split step from those of a whole one."""
     rows, masks = pair_rows()
-    batch, algorithm = pair_batch(rows, masks, references(roles, rows, masks)), dpo_over(roles, kind, s)
+    batch = pair_batch(rows, masks, reference_sums(roles, rows, masks))
+    algorithm = dpo_over(roles, loss_type, sft_coef)
     loss, gradient, stats = accumulated(algorithm, batch)
     errors = []
     for split in SPLITS:
-        other, others, figures = accumulated(algorithm, batch, **split)
-        errors += [abs(other - loss) / abs(loss), relative_error(others, gradient)]
-        # Figures are differences of log-probs of several nats, and no nearer to each other than fp32 holds those.
-        errors += [abs(figures[name] - stats[name]) / (abs(stats[name]) + 1) for name in stats]
+        split_loss, split_gradient, split_stats = accumulated(algorithm, batch, **split)
+        errors += [abs(split_loss - loss) / abs(loss), relative_error(split_gradient, gradient)]
+        # Metrics are differences of log-probs of several nats, with the rounding of these in fp32.
+        errors += [abs(split_stats[name] - stats[name]) / (abs(stats[name]) + 1) for name in stats]
     return max(errors)
 
 
-@pytest.mark.parametrize(("kind", "s"), [("sigmoid", 0.0), ("ipo", 0.0), ("sigmoid", 0.5), ("sigmoid_norm", 0.5)])
-def test_any_split_gives_one_gradient(roles: Roles, kind: str, s: float) -> None:
-    assert split_error(roles, kind, s) < 5e-6
+@pytest.mark.parametrize(
+    ("loss_type", "sft_coef"), [("sigmoid", 0.0), ("ipo", 0.0), ("sigmoid", 0.5), ("sigmoid_norm", 0.5)]
+)
+def test_any_split_gives_one_gradient(roles: Roles, loss_type: str, sft_coef: float) -> None:
+    assert split_error(roles, loss_type, sft_coef) < 5e-6
 
 
-def _mean_of_means(self: DPO, batch: Batch) -> Iterator[Any]:
-    batch.token_weights = torch.full((len(batch),), 2 / len(batch))
-    yield from real_terms(self, batch)
+def _mean_of_means(self: DPO, micro: PairBatch) -> Iterator[Any]:
+    micro.token_weights = torch.full((len(micro),), 2 / len(micro))
+    yield from real_compute_losses(self, micro)
 
 
-real_terms = DPO.compute_losses
+def _sft_mean_of_means(self: DPO, micro: PairBatch) -> Iterator[Any]:
+    micro.sft_weights = token_mean_weights(chosen_mask(micro.loss_mask))
+    yield from real_compute_losses(self, micro)
 
 
-def test_means_of_micro_batches_are_seen(monkeypatch: pytest.MonkeyPatch, roles: Roles) -> None:
-    monkeypatch.setattr(DPO, "compute_losses", _mean_of_means)
-    assert split_error(roles, "sigmoid", 0.0) > 1e-2
-    monkeypatch.undo()
-    monkeypatch.setattr(
-        DPO,
-        "_losses",
-        lambda self, micro: (
-            micro.extra.update(sft_weight=dpo_module.token_mean_weights(dpo_module._chosen_mask(micro.loss_mask))),
-            real_losses(self, micro),
-        )[1],
-    )
-    assert split_error(roles, "sigmoid", 0.5) > 1e-2
+@pytest.mark.parametrize(("bug", "sft_coef"), [(_mean_of_means, 0.0), (_sft_mean_of_means, 0.5)])
+def test_means_of_micro_batches_are_found(
+    monkeypatch: pytest.MonkeyPatch, roles: Roles, bug: Any, sft_coef: float
+) -> None:
+    monkeypatch.setattr(DPO, "compute_losses", bug)
+    assert split_error(roles, "sigmoid", sft_coef) > 1e-2
 
 
 PADDINGS: list[dict[str, Any]] = [
@@ -710,8 +564,8 @@ PADDINGS: list[dict[str, Any]] = [
 @pytest.mark.parametrize("how", PADDINGS, ids=str)
 def test_padding_and_order_change_nothing(roles: Roles, how: dict[str, Any]) -> None:
     rows, masks = pair_rows()
-    reference = references(roles, rows, masks)
-    algorithm = dpo_over(roles, s=0.5)
+    reference = reference_sums(roles, rows, masks)
+    algorithm = dpo_over(roles, sft_coef=0.5)
     loss, gradient, _ = accumulated(algorithm, pair_batch(rows, masks, reference))
     padded, same, _ = accumulated(algorithm, pair_batch(rows, masks, reference, **how))
     assert padded == pytest.approx(loss, rel=1e-5) and relative_error(same, gradient) < 1e-5
@@ -723,8 +577,8 @@ def test_padding_and_order_change_nothing(roles: Roles, how: dict[str, Any]) -> 
 
 def test_ids_in_padding_are_not_read_at_all(roles: Roles, monkeypatch: pytest.MonkeyPatch) -> None:
     rows, masks = pair_rows()
-    reference = references(roles, rows, masks)
-    algorithm = dpo_over(roles, s=0.5)
+    reference = reference_sums(roles, rows, masks)
+    algorithm = dpo_over(roles, sft_coef=0.5)
     found = []
     for garbage in (0, 1, 10**9, -7):
         batch = pair_batch(rows, masks, reference, more=2)
@@ -738,8 +592,8 @@ def sharing_error(roles: Roles) -> float:
     """Distance of loss and gradient with the prompt's work shared from those of whole rows. Long prompts, so that it is
     worth it."""
     rows, masks = pair_rows([(40, 6, 9), (33, 2, 12), (50, 1, 1)])
-    reference = references(roles, rows, masks)
-    algorithm = dpo_over(roles, s=0.5)
+    reference = reference_sums(roles, rows, masks)
+    algorithm = dpo_over(roles, sft_coef=0.5)
     loss, gradient, _ = accumulated(algorithm, pair_batch(rows, masks, reference))
     shared, same, _ = accumulated(algorithm, pair_batch(rows, masks, reference, share=True), rows=2)
     return max(abs(shared - loss) / abs(loss), relative_error(same, gradient))
@@ -783,8 +637,8 @@ def test_a_tie_is_half_right_and_loss_is_ln_2(roles: Roles) -> None:
         "apo_zero": 1.0,
         "sigmoid_norm": math.log(2),
     }
-    for kind, expected in start.items():
-        loss, gradient, stats = accumulated(dpo_over(policy, kind), pair_batch(rows, masks, reference))
+    for loss_type, expected in start.items():
+        loss, gradient, stats = accumulated(dpo_over(policy, loss_type), pair_batch(rows, masks, reference))
         assert (
             loss == pytest.approx(expected, abs=1e-6)
             and stats["rewards/accuracies"] == 0.5
@@ -797,11 +651,11 @@ def test_a_tie_is_half_right_and_loss_is_ln_2(roles: Roles) -> None:
 
 def test_figures_by_the_plain_model(roles: Roles) -> None:
     rows, masks = pair_rows()
-    reference = references(roles, rows, masks)
+    reference = reference_sums(roles, rows, masks)
     figures = accumulated(dpo_over(roles), pair_batch(rows, masks, reference), rows=4)[2]
-    plain = Plain([roles.adapter_tensors("sft")], roles.adapter_tensors("policy"))
+    plain = PlainModel([roles.adapter_tensors("sft")], roles.adapter_tensors("policy"))
     with torch.no_grad():
-        logps = [float(plain.logp(row, mask)) for row, mask in zip(rows, masks, strict=True)]
+        logps = [float(plain.sequence_logp(row, mask)) for row, mask in zip(rows, masks, strict=True)]
     ratios = np.array(logps) - np.array(reference)
     tokens = np.array([sum(mask) for mask in masks])
     expected = {
@@ -821,7 +675,7 @@ def test_figures_by_the_plain_model(roles: Roles) -> None:
     mask_kl, count = 0.0, 0
     with torch.no_grad():
         for row, mask in zip(rows, masks, strict=True):
-            p, q = (torch.log_softmax(plain.run(row, policy).logits[0], dim=1) for policy in (True, False))
+            p, q = (plain.log_softmax(row, policy) for policy in (True, False))
             kl = (p.exp() * (p - q)).sum(dim=1)
             mask_kl, count = (
                 mask_kl + sum(float(kl[t - 1]) for t, in_mask in enumerate(mask) if in_mask),
@@ -834,8 +688,8 @@ def test_figures_by_the_plain_model(roles: Roles) -> None:
 
 @pytest.mark.parametrize(("change", "warned"), [(0.0, False), (-0.49, False), (-0.51, True), (1.0, False)])
 def test_unlearned_answers_give_a_warning(change: float, warned: bool) -> None:
-    algorithm = DPO(SimpleNamespace())  # type: ignore[arg-type]
-    warnings_by_step = [list(algorithm.iter_warnings({"logps/chosen_delta": change})) for _ in range(4)]
+    algorithm = DPO(SimpleNamespace(), DPOConfig())  # type: ignore[arg-type]
+    warnings_by_step = [list(algorithm.diagnostics({"logps/chosen_delta": change})) for _ in range(4)]
     assert [bool(messages) for messages in warnings_by_step] == [False, False, warned, warned], (
         "three steps in a row: one is noise"
     )
@@ -844,8 +698,8 @@ def test_unlearned_answers_give_a_warning(change: float, warned: bool) -> None:
         for messages in warnings_by_step
         for message in messages
     )
-    assert not list(algorithm.iter_warnings({"logps/chosen_delta": 0.0})) and not list(
-        algorithm.iter_warnings({"logps/chosen_delta": -9.0})
+    assert not list(algorithm.diagnostics({"logps/chosen_delta": 0.0})) and not list(
+        algorithm.diagnostics({"logps/chosen_delta": -9.0})
     ), "counted anew"
 
 
@@ -882,7 +736,7 @@ def started(bits: int = 16, share: bool = True, fresh: bool = True, **more: Any)
     rows, masks = pair_rows([(40, 6, 9), (33, 2, 12), (50, 1, 1)])
     batch = pair_batch(rows, masks, share=share)
     with roles.inference_mode():
-        batch.extra["reference"] = roles.logps("reference", pair_batch(rows, masks)).logps.sum(dim=1)
+        batch.reference_sequence_logps = roles.logps("reference", pair_batch(rows, masks)).logps.sum(dim=1)
     return roles, dpo_over(roles, reference_description="the base with the frozen adapter sft", fresh=fresh), batch
 
 
@@ -929,15 +783,15 @@ def _reference_is_the_policy(roles: Roles, batch: Batch) -> None:
 
 
 def _cache_off(roles: Roles, batch: Batch) -> None:
-    batch.extra["reference"][3] += 1e-3
+    batch.reference_sequence_logps[3] += 1e-3
 
 
 def _cache_swapped(roles: Roles, batch: Batch) -> None:
-    batch.extra["reference"] = batch.extra["reference"].flip(0)
+    batch.reference_sequence_logps = batch.reference_sequence_logps.flip(0)
 
 
 def _cache_not_a_number(roles: Roles, batch: Batch) -> None:
-    batch.extra["reference"][0] = math.nan
+    batch.reference_sequence_logps[0] = math.nan
 
 
 CACHE_FAULTS = [_sft_exchanged, _sft_nudged, _reference_is_the_policy, _cache_off, _cache_swapped, _cache_not_a_number]
@@ -978,9 +832,9 @@ def test_a_continued_policy_may_differ_but_its_cache_may_not(fault: Any, fresh: 
 def test_the_cache_may_differ_by_noise_and_no_more() -> None:
     roles, algorithm, batch = started()
     tokens = batch.loss_mask.sum(dim=1)
-    exact = batch.extra["reference"].clone()
+    exact = batch.reference_sequence_logps.clone()
     for nats, good in ((5e-6, True), (-5e-6, True), (1.6e-5, False), (-1.6e-5, False)):
-        batch.extra["reference"] = exact + nats * tokens
+        batch.reference_sequence_logps = exact + nats * tokens
         if good:
             algorithm.check(batch, 0)
         else:
@@ -1012,12 +866,6 @@ def small_dpo(**changes: Any) -> dict[str, Any]:
         },
         **changes,
     }
-
-
-@pytest.fixture
-def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setenv("LOWRANK_TUNE_CACHE", str(tmp_path / "cache"))
-    return tmp_path / "cache"
 
 
 @pytest.fixture(scope="module")
@@ -1193,7 +1041,7 @@ def test_a_second_build_computes_nothing(cache: Path) -> None:
         notes: list[str] = []
         second = build(recipe, lambda event: notes.append(getattr(event, "message", "")), CPU)
         assert seen[0] == 0 and sum("computed before" in note for note in notes) == 2  # training rows, validation rows
-        a, b = (one.algorithm.collect(0).batch.extra["reference"] for one in (first, second))
+        a, b = (one.algorithm.collect(0).batch.reference_sequence_logps for one in (first, second))
         assert same_bytes(a, b) and before > 1
         build(Recipe.from_dict(small_dpo(base={"model": "tiny-tutor", "bits": 4})), lambda event: None, CPU)
         assert seen[0] == before
@@ -1212,10 +1060,9 @@ def test_two_builds_with_one_seed_are_equal(cache: Path) -> None:
     assert changed_tensors(one.roles.adapter_tensors("policy"), other.roles.adapter_tensors("policy")) != set()
     for step in range(3):
         a, b = (built.algorithm.collect(step).batch for built in (one, two))
-        assert same_bytes(a.input_ids, b.input_ids) and all(
-            same_bytes(a.extra[name], b.extra[name]) for name in a.extra
-        )
-    assert not same_bytes(one.algorithm.collect(0).batch.extra["row"], other.algorithm.collect(0).batch.extra["row"])
+        mine, same = a.tensors(), b.tensors()
+        assert mine.keys() == same.keys() and all(same_bytes(mine[name], same[name]) for name in mine)
+    assert not same_bytes(one.algorithm.collect(0).batch.row_indices, other.algorithm.collect(0).batch.row_indices)
 
 
 def test_the_cached_sums_belong_to_their_rows(cache: Path) -> None:
@@ -1225,22 +1072,17 @@ def test_the_cached_sums_belong_to_their_rows(cache: Path) -> None:
         batch = built.algorithm.collect(step).batch
         with built.roles.inference_mode():
             fresh = built.roles.logps("reference", batch).logps.sum(dim=1)
-        assert float((fresh - batch.extra["reference"]).abs().max()) < 1e-3
-        assert float((fresh.flip(0) - batch.extra["reference"]).abs().max()) > 1e-1
-        assert same_bytes(batch.extra["margin"], torch.zeros(len(batch))) and len(batch) == 16
+        assert float((fresh - batch.reference_sequence_logps).abs().max()) < 1e-3
+        assert float((fresh.flip(0) - batch.reference_sequence_logps).abs().max()) > 1e-1
+        assert same_bytes(batch.margin, torch.zeros(len(batch))) and len(batch) == 16
 
 
 # --- whole runs -------------------------------------------------------------------------------------------------------
 
 
-def run_small(recipe: dict[str, Any], out: Path) -> tuple[Any, list[Any]]:
-    events: list[Any] = []
-    return run(Recipe.from_dict(recipe), out=out, ui="none", device=CPU, on_event=events.append), events
-
-
 @pytest.mark.parametrize("loss", ["sigmoid", pytest.param("robust", marks=pytest.mark.slow)])
 def test_a_run_starts_at_ln_2_and_kl_0(cache: Path, tmp_path: Path, loss: str) -> None:
-    events = run_small(small_dpo(dpo={"loss_type": loss}), tmp_path / "run")[1]
+    events = run_with_events(small_dpo(dpo={"loss_type": loss}), tmp_path / "run")[1]
     first = next(event for event in events if isinstance(event, StepEnd)).stats
     assert (
         first["loss"] == pytest.approx(math.log(2), abs=1e-5)
@@ -1251,19 +1093,19 @@ def test_a_run_starts_at_ln_2_and_kl_0(cache: Path, tmp_path: Path, loss: str) -
 
 
 def _sums_off(patch: pytest.MonkeyPatch) -> None:
-    real = build_module.reference_logps
-    patch.setattr(build_module, "reference_logps", lambda *given: real(*given) + 0.5)
+    real = sources_module.reference_logps
+    patch.setattr(sources_module, "reference_logps", lambda *given: real(*given) + 0.5)
 
 
 def _top_not_zero(patch: pytest.MonkeyPatch) -> None:
-    real = build_module.load_roles
+    real = assembly_module.load_roles
 
     def roles_of(*given: Any) -> Roles:
         roles = real(*given)
         perturb(roles, "policy", size=0.02)
         return roles
 
-    patch.setattr(build_module, "load_roles", roles_of)
+    patch.setattr(assembly_module, "load_roles", roles_of)
 
 
 @pytest.mark.parametrize("tamper", [_top_not_zero, pytest.param(_sums_off, marks=pytest.mark.slow)])
@@ -1276,7 +1118,7 @@ def test_a_run_with_a_wrong_reference_stops_before_its_first_step(
         run(Recipe.from_dict(small_dpo()), out=tmp_path / "run", ui="none", device=CPU, on_event=events.append)
     assert not any(isinstance(event, StepEnd) for event in events) and not (tmp_path / "run" / "final").exists()
     monkeypatch.setattr(DPO, "check", lambda self, micro, step: None)
-    assert run_small(small_dpo(), tmp_path / "unchecked")[0].status == "done", (
+    assert run_with_events(small_dpo(), tmp_path / "unchecked")[0].status == "done", (
         "without the check nothing else would tell"
     )
 
@@ -1350,9 +1192,9 @@ def test_a_frozen_adapter_that_moves_fails_the_run(
 def test_a_policy_goes_on_from_a_path(cache: Path, tmp_path: Path, sft_run: Path) -> None:
     """It need not equal its reference, and a person is told; the cached log-probs are still compared."""
     recipe = small_dpo(base={"model": "tiny-tutor", "bits": 4}, adapters={"policy": {"path": str(sft_run)}})
-    events = run_small(recipe, tmp_path / "run")[1]
+    events = run_with_events(recipe, tmp_path / "run")[1]
     assert any("need not agree" in getattr(event, "message", "") for event in events)
     assert next(event for event in events if isinstance(event, StepEnd)).stats["kl"] > 1e-4
     with pytest.MonkeyPatch.context() as patched, pytest.raises(TrainingError, match="cached log-probs"):
         _sums_off(patched)
-        run_small(recipe, tmp_path / "again")
+        run_with_events(recipe, tmp_path / "again")

@@ -1,5 +1,5 @@
-"""Laws of GRPO: advantages by hand, every loss and its gradient in float64 and through a plain model, one gradient
-whatever the split, groups without signal, the sampler's own log-probs, and whole runs."""
+"""GRPO: advantages by hand, every loss and its gradient in float64 and through a plain model, one gradient for any
+split, groups without signal, the log-probs of the sampler, and whole runs."""
 
 from __future__ import annotations
 
@@ -12,35 +12,48 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import oracles
 import pytest
 import torch
+from algorithm_helpers import (
+    INFORMATIVE_REWARDS,
+    MAX_NEW_TOKENS,
+    FakeCollector,
+    by_key,
+    completion_rows,
+    error_against,
+    largest,
+    one_pass,
+    real_collector,
+    run_with_events,
+    step_metrics,
+)
 from hypothesis import given
 from hypothesis import strategies as st
-from models import CPU, VOCAB, changed_tensors, gradients, llama_roles, make_batch, perturb, relative_error, zero_grad
+from models import changed_tensors, llama_roles, perturb, relative_error
+from oracles import PlainModel, PolicyRow, grpo_step
 from safetensors.torch import load_file
-from test_dpo import Plain, by_key, error_against
 from torch import Tensor
 
-from lowrank_tune import Recipe, run
 from lowrank_tune import runner as runner_module
 from lowrank_tune.algorithms import grpo as grpo_module
 from lowrank_tune.algorithms.base import AlgorithmContext
 from lowrank_tune.algorithms.grpo import GRPO, MAX_RESAMPLES, group_advantages, kl_penalty, policy_loss, zero_std_groups
-from lowrank_tune.algorithms.rollouts import RolloutBatch, RolloutCollector
-from lowrank_tune.batch import Batch
-from lowrank_tune.data import PromptExample
+from lowrank_tune.batch import RolloutBatch
+from lowrank_tune.config import GRPOConfig
 from lowrank_tune.errors import TrainingError
-from lowrank_tune.events import GroupLogged, LogMessage, StepEnd
-from lowrank_tune.generation.outputs import Completion
+from lowrank_tune.events import GroupLogged, LogMessage
 from lowrank_tune.model import roles as roles_module
 from lowrank_tune.model.adapters import WEIGHTS
 from lowrank_tune.model.roles import Roles
-from lowrank_tune.stats import add_stats, to_floats
+from lowrank_tune.stats import to_floats
 
-KINDS = ("grpo", "dapo", "dr_grpo", "gspo", "cispo")
+LOSS_TYPES = ("grpo", "dapo", "dr_grpo", "gspo", "cispo")
 ESTIMATORS = ("k3_ratio", "k3", "k2", "exact")
-HIGH = {"dapo": 0.28, "cispo": 1.1}  # low enough to be met here
-LONGEST = 12
+LOW = 0.2
+HIGH = {"dapo": 0.28, "cispo": 1.1}
+"""Upper clips, low enough to be reached here; 0.2 for all others."""
+BETA = 0.3
 
 # --- advantages -------------------------------------------------------------------------------------------------------
 
@@ -59,17 +72,14 @@ def test_advantages_by_hand() -> None:
     assert zero_std_groups(rewards).tolist() == [False, False, True]
 
 
-def test_seven_equal_rewards_are_exactly_nothing() -> None:
+def test_advantages_of_equal_rewards_are_exactly_zero() -> None:
     rewards = torch.full((1, 7), 0.7)
-    assert group_advantages(rewards).tolist() == [[0.0] * 7] and group_advantages(
-        rewards, scale_by_std=False
-    ).tolist() == [[0.0] * 7]
+    assert group_advantages(rewards).tolist() == [[0.0] * 7]
+    assert group_advantages(rewards, scale_by_std=False).tolist() == [[0.0] * 7]
     naive = (rewards - rewards.mean()) / (rewards.std(correction=0) + 1e-4)
     assert naive.any(), "the plain formula in fp32 is no longer a trap"
-    assert zero_std_groups(torch.tensor([[0.1 + 0.2, 0.3], [0.3, 0.3 + 1e-5]], dtype=torch.float64)).tolist() == [
-        True,
-        False,
-    ]
+    nearly_equal = torch.tensor([[0.1 + 0.2, 0.3], [0.3, 0.3 + 1e-5]], dtype=torch.float64)
+    assert zero_std_groups(nearly_equal).tolist() == [True, False]
 
 
 REWARD = st.floats(-100, 100, width=32)
@@ -81,314 +91,211 @@ REWARD = st.floats(-100, 100, width=32)
     )
 )
 def test_advantages_equal_numpy(rewards: list[list[float]]) -> None:
-    for divide in (True, False):
-        found = group_advantages(torch.tensor(rewards, dtype=torch.float64), divide).double().numpy()
-        for got, group in zip(found, np.array(rewards), strict=True):
-            wanted = (group - group.mean()) / (group.std() + 1e-4 if divide else 1.0)
+    for scale_by_std in (True, False):
+        found = group_advantages(torch.tensor(rewards, dtype=torch.float64), scale_by_std).double().numpy()
+        expected = oracles.group_advantages(rewards, scale_by_std)
+        for advantages, wanted, group in zip(found, expected, rewards, strict=True):
             if np.ptp(group) <= 1e-6:
-                assert (got == 0).all()
+                assert (advantages == 0).all()
             else:
-                assert np.allclose(got, wanted, rtol=1e-6, atol=1e-6 * abs(wanted).max())
+                assert np.allclose(advantages, wanted, rtol=1e-6, atol=1e-6 * np.abs(wanted).max())
 
 
-# --- the oracle: per token, in float64, derivatives worked by hand ----------------------------------------------------
+# --- losses against the oracle ----------------------------------------------------------------------------------------
 
 
-def oracle(
-    kind: str,
-    rows: Sequence[tuple[Any, Any, Any]],
-    advantages: Sequence[float],
-    low: float,
-    high: float,
-    kl: float,
-    estimator: str,
-) -> tuple[float, list[list[float]], list[float]]:
-    """(log-probs, old, reference) of each row's own tokens -> loss, its derivatives by the log-probs, and each row's
-    weight of a token.
-
-    The KL over the whole vocabulary is not a function of these; its weight is."""
-    total = sum(len(logps) for logps, _, _ in rows)
-    loss, slopes, weights = 0.0, [], []
-    for (logps, old, reference), a in zip(rows, advantages, strict=True):
-        n = len(logps)
-        w = {"dapo": 1 / max(1, total), "cispo": 1 / max(1, total), "dr_grpo": 1 / (len(rows) * LONGEST)}.get(
-            kind, 1 / (len(rows) * max(1, n))
-        )
-        mean = sum(p - o for p, o in zip(logps, old, strict=True)) / max(1, n)
-        row = []
-        for p, o, q in zip(logps, old, reference, strict=True):
-            ratio, r = math.exp(p - o), math.exp(mean if kind == "gspo" else p - o)
-            if kind == "cispo":
-                value, slope = -min(r, high) * a * p, -min(r, high) * a
-            elif a > 0 and r > 1 + high:
-                value, slope = -(1 + high) * a, 0.0
-            elif a < 0 and r < 1 - low:
-                value, slope = -(1 - low) * a, 0.0
-            else:  # every token of a sequence moves its ratio by 1/n, and stands in n equal terms: one again
-                value, slope = -r * a, -r * a
-            d = q - p
-            k3 = math.exp(d) - d - 1
-            if estimator == "k3":
-                value, slope = value + kl * k3, slope + kl * (1 - math.exp(d))
-            elif estimator == "k3_ratio":
-                value, slope = value + kl * k3 * ratio, slope + kl * ratio * (k3 + 1 - math.exp(d))
-            elif estimator == "k2":
-                value, slope = value + kl * d * d / 2, slope - kl * d
-            loss += w * value
-            row.append(w * slope)
-        slopes.append(row)
-        weights.append(w)
-    return loss, slopes, weights
-
-
-def tokens_of(seed: int, lengths: Sequence[int] = (5, 2, 9, 1, 4, 0)) -> tuple[list[tuple[Any, Any, Any]], list[float]]:
-    """Rows of log-probs, old ones and reference ones, with ratios on both sides of the clip; and advantages of both
-    signs."""
+def random_rows(seed: int, lengths: Sequence[int] = (5, 2, 9, 1, 4, 0)) -> tuple[list[PolicyRow], list[float]]:
+    """Log-probs with ratios on both sides of the clip, and advantages of both signs."""
     stream = np.random.default_rng(seed)
     rows = []
     for n in lengths:
         logps = -stream.exponential(2.0, n)
-        rows.append((logps, logps + stream.normal(0, 0.3, n), logps + stream.normal(0, 0.8, n)))
-    return rows, [float(a) for a in np.where(np.arange(len(lengths)) % 2, -1, 1) * stream.uniform(0.2, 2, len(lengths))]
+        rows.append(PolicyRow(logps, logps + stream.normal(0, 0.3, n), logps + stream.normal(0, 0.8, n)))
+    signs = np.where(np.arange(len(lengths)) % 2, -1, 1)
+    return rows, [float(advantage) for advantage in signs * stream.uniform(0.2, 2, len(lengths))]
 
 
 def padded_tensors(
-    rows: Sequence[tuple[Any, Any, Any]], dtype: torch.dtype, filler: float = 0.0
+    rows: Sequence[PolicyRow], dtype: torch.dtype, filler: float = 0.0
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The same as (B, T) tensors with gaps before, inside and after; what stands in the gaps is `filler`."""
-    width = 2 * max(len(row[0]) for row in rows) + 3
+    """logps, old_logps, reference_logps and mask, (B, T), with gaps before, inside and after each row that contain
+    `filler`."""
+    width = 2 * max(len(row.logps) for row in rows) + 3
     mask = torch.zeros(len(rows), width, dtype=torch.bool)
-    three = [torch.full((len(rows), width), filler, dtype=dtype) for _ in range(3)]
+    logps, old_logps, reference_logps = (torch.full((len(rows), width), filler, dtype=dtype) for _ in range(3))
     for i, row in enumerate(rows):
-        places = [2 + 2 * t + i % 2 for t in range(len(row[0]))]
-        mask[i, places] = True
-        for into, values in zip(three, row, strict=True):
-            into[i, places] = torch.tensor(values, dtype=dtype)
-    return *three, mask  # type: ignore[return-value]
+        columns = [2 + 2 * t + i % 2 for t in range(len(row.logps))]
+        mask[i, columns] = True
+        logps[i, columns] = torch.tensor(row.logps, dtype=dtype)
+        old_logps[i, columns] = torch.tensor(row.old_logps, dtype=dtype)
+        reference_logps[i, columns] = torch.tensor(row.reference_logps, dtype=dtype)
+    return logps, old_logps, reference_logps, mask
 
 
-def weights_of(kind: str, mask: Tensor) -> Tensor:
-    """What `weigh` gives, for a mask alone."""
-    algorithm = GRPO(None, FakeCollector(None, []), kind)  # type: ignore[arg-type]
-    return algorithm.token_weights(Batch(torch.zeros(mask.shape, dtype=torch.long), torch.ones_like(mask), mask))
+def weights_of(loss_type: str, mask: Tensor) -> Tensor:
+    """The token weights for a mask."""
+    algorithm = GRPO(None, GRPOConfig(loss_type=loss_type), FakeCollector(None, []))  # type: ignore[arg-type]
+    return algorithm.token_weights(RolloutBatch(torch.zeros(mask.shape, dtype=torch.long), torch.ones_like(mask), mask))
 
 
-def pure_error(kind: str, estimator: str, dtype: torch.dtype, filler: float = 0.0, seed: int = 0) -> float:
-    """Largest distance from the oracle, of the loss and of every slope, against the largest of them."""
-    rows, advantages = tokens_of(seed)
-    low, high = 0.2, HIGH.get(kind, 0.2)
-    logps, old, reference, mask = padded_tensors(rows, dtype, filler)
+def formula_error(loss_type: str, estimator: str, dtype: torch.dtype, filler: float = 0.0, seed: int = 0) -> float:
+    """The largest distance of loss and slopes from the oracle, relative to the largest of them; infinite if a masked
+    slot has a slope."""
+    rows, advantages = random_rows(seed)
+    high = HIGH.get(loss_type, 0.2)
+    logps, old_logps, reference_logps, mask = padded_tensors(rows, dtype, filler)
     logps.requires_grad_()
-    found, _ = grpo_module.policy_loss(kind, logps, old, torch.tensor(advantages, dtype=dtype), mask, low, high)
-    found = found + 0.3 * grpo_module.kl_penalty(estimator, logps, old, reference, mask)
-    loss = (found * weights_of(kind, mask)).sum()
-    (slope,) = torch.autograd.grad(loss, logps)
-    expected, slopes, _ = oracle(kind, rows, advantages, low, high, 0.3, estimator)
-    flat = torch.tensor([s for row in slopes for s in row], dtype=torch.float64)
-    wrong = max(
-        abs(float(loss.detach()) - expected) / abs(expected),
-        float((slope[mask].double() - flat).abs().max() / flat.abs().max()),
+    per_token, _ = grpo_module.policy_loss(
+        loss_type, logps, old_logps, torch.tensor(advantages, dtype=dtype), mask, LOW, high
     )
-    outside = float(slope[~mask].abs().max())
-    return wrong if wrong == wrong and outside == 0 else math.inf
+    per_token = per_token + BETA * grpo_module.kl_penalty(estimator, logps, old_logps, reference_logps, mask)
+    loss = (per_token * weights_of(loss_type, mask)).sum()
+    (slope,) = torch.autograd.grad(loss, logps)
+    expected = grpo_step(loss_type, rows, advantages, LOW, high, BETA, estimator, MAX_NEW_TOKENS)
+    slopes = torch.tensor(list(itertools.chain(*expected.slopes)), dtype=torch.float64)
+    return largest(
+        [
+            abs(float(loss.detach()) - expected.loss) / abs(expected.loss),
+            float((slope[mask].double() - slopes).abs().max() / slopes.abs().max()),
+            0.0 if float(slope[~mask].abs().max()) == 0 else math.inf,
+        ]
+    )
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("loss_type", LOSS_TYPES)
 @pytest.mark.parametrize("estimator", ESTIMATORS[:3])
-def test_loss_and_gradient_equal_the_formulas(kind: str, estimator: str) -> None:
+def test_loss_and_gradient_equal_the_oracle(loss_type: str, estimator: str) -> None:
     for seed in range(8):
-        assert pure_error(kind, estimator, torch.float64, seed=seed) < 3e-7, "weights alone are fp32"
-        assert pure_error(kind, estimator, torch.float32, seed=seed) < 1e-6
+        assert formula_error(loss_type, estimator, torch.float64, seed=seed) < 3e-7, "weights alone are fp32"
+        assert formula_error(loss_type, estimator, torch.float32, seed=seed) < 1e-6
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("loss_type", LOSS_TYPES)
 @pytest.mark.parametrize("filler", [math.nan, math.inf, -math.inf, 1e38])
-def test_what_stands_in_masked_slots_does_nothing(kind: str, filler: float) -> None:
+def test_values_of_masked_slots_change_nothing(loss_type: str, filler: float) -> None:
     for estimator in ESTIMATORS[:3]:
-        assert pure_error(kind, estimator, torch.float32, filler) < 1e-6
+        assert formula_error(loss_type, estimator, torch.float32, filler) < 1e-6
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_the_oracle_knows_its_own_slope(kind: str) -> None:
-    """Central differences; cispo's weight is held still, as its formula says."""
-    rows, advantages = tokens_of(3)
+@pytest.mark.parametrize("loss_type", LOSS_TYPES)
+def test_the_oracle_has_the_slopes_of_its_loss(loss_type: str) -> None:
+    """By central differences. The clipped weight of cispo is constant, as its formula requires."""
+    rows, advantages = random_rows(3)
+
+    def loss_of(rows: Sequence[PolicyRow], advantages: Sequence[float], estimator: str) -> float:
+        return grpo_step(loss_type, rows, advantages, LOW, 0.2, BETA, estimator, MAX_NEW_TOKENS).loss
+
     for estimator in ("k3", "k3_ratio", "k2"):
-        _, slopes, _ = oracle(kind, rows, advantages, 0.2, 0.2, 0.3, estimator)
+        slopes = grpo_step(loss_type, rows, advantages, LOW, 0.2, BETA, estimator, MAX_NEW_TOKENS).slopes
         for i, t in ((0, 1), (2, 4), (4, 0)):
 
-            def at(h: float, i: int = i, t: int = t, estimator: str = estimator) -> float:
-                moved = [tuple(part.copy() for part in row) for row in rows]
-                moved[i][0][t] += h
-                if kind != "cispo":
-                    return oracle(kind, moved, advantages, 0.2, 0.2, 0.3, estimator)[0]
-                held = [(row[0], row[1], row[2]) for row in rows]
-                weight = min(math.exp(held[i][0][t] - held[i][1][t]), 0.2)
-                kl = oracle("cispo", moved, [0.0] * 6, 0.2, 0.2, 0.3, estimator)[0]
-                return kl - weight * advantages[i] * moved[i][0][t] / sum(len(row[0]) for row in rows)
+            def loss_at(h: float, i: int = i, t: int = t, estimator: str = estimator) -> float:
+                logps = np.array(rows[i].logps)
+                logps[t] += h
+                moved = [*rows]
+                moved[i] = PolicyRow(logps, rows[i].old_logps, rows[i].reference_logps)
+                if loss_type != "cispo":
+                    return loss_of(moved, advantages, estimator)
+                weight = min(math.exp(rows[i].logps[t] - rows[i].old_logps[t]), 0.2)
+                kl = loss_of(moved, [0.0] * len(rows), estimator)
+                return kl - weight * advantages[i] * logps[t] / sum(len(row.logps) for row in rows)
 
-            assert (at(1e-6) - at(-1e-6)) / 2e-6 == pytest.approx(slopes[i][t], abs=1e-8)
+            assert (loss_at(1e-6) - loss_at(-1e-6)) / 2e-6 == pytest.approx(slopes[i][t], abs=1e-8)
 
 
-def _no_clip(
-    kind: str, logps: Tensor, old: Tensor, advantage: Tensor, mask: Tensor, low: float, high: float
+def _without_clip(
+    loss_type: str, logps: Tensor, old: Tensor, advantages: Tensor, mask: Tensor, low: float, high: float
 ) -> tuple[Tensor, Tensor]:
-    return policy_loss(kind, logps, old, advantage, mask, 1.0, 1e9)
+    return policy_loss(loss_type, logps, old, advantages, mask, 1.0, 1e9)
 
 
-def _sides_swapped(
-    kind: str, logps: Tensor, old: Tensor, advantage: Tensor, mask: Tensor, low: float, high: float
+def _clip_sides_swapped(
+    loss_type: str, logps: Tensor, old: Tensor, advantages: Tensor, mask: Tensor, low: float, high: float
 ) -> tuple[Tensor, Tensor]:
-    return policy_loss(kind, logps, old, advantage, mask, high / 2, low / 2)
+    return policy_loss(loss_type, logps, old, advantages, mask, high / 2, low / 2)
 
 
-def _masked_by_zero(
-    kind: str, logps: Tensor, old: Tensor, advantage: Tensor, mask: Tensor, low: float, high: float
+def _masked_by_multiplication(
+    loss_type: str, logps: Tensor, old: Tensor, advantages: Tensor, mask: Tensor, low: float, high: float
 ) -> tuple[Tensor, Tensor]:
-    value, stopped = policy_loss(kind, logps, old, advantage, torch.ones_like(mask), low, high)
-    return value * mask, stopped
+    loss, is_clipped = policy_loss(loss_type, logps, old, advantages, torch.ones_like(mask), low, high)
+    return loss * mask, is_clipped
 
 
-@pytest.mark.parametrize("bug", [_no_clip, _sides_swapped])
-@pytest.mark.parametrize("kind", KINDS)
-def test_a_wrong_clip_is_seen(monkeypatch: pytest.MonkeyPatch, kind: str, bug: Any) -> None:
+@pytest.mark.parametrize("bug", [_without_clip, _clip_sides_swapped])
+@pytest.mark.parametrize("loss_type", LOSS_TYPES)
+def test_a_wrong_clip_is_found(monkeypatch: pytest.MonkeyPatch, loss_type: str, bug: Any) -> None:
     monkeypatch.setattr(grpo_module, "policy_loss", bug)
-    assert max(pure_error(kind, "k3", torch.float64, seed=seed) for seed in range(3)) > 1e-3
+    assert max(formula_error(loss_type, "k3", torch.float64, seed=seed) for seed in range(3)) > 1e-3
 
 
-def test_masking_by_zero_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(grpo_module, "policy_loss", _masked_by_zero)
-    assert pure_error("grpo", "k3", torch.float32) < 1e-6 < pure_error("grpo", "k3", torch.float32, math.nan)
+def test_masking_by_multiplication_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(grpo_module, "policy_loss", _masked_by_multiplication)
+    assert formula_error("grpo", "k3", torch.float32) < 1e-6 < formula_error("grpo", "k3", torch.float32, math.nan)
 
 
-def test_a_wrong_kl_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_wrong_kl_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
         grpo_module, "kl_penalty", lambda name, *rest: kl_penalty("k3" if name == "k3_ratio" else "k3_ratio", *rest)
     )
-    assert min(pure_error("grpo", estimator, torch.float64) for estimator in ("k3", "k3_ratio")) > 1e-3
+    assert min(formula_error("grpo", estimator, torch.float64) for estimator in ("k3", "k3_ratio")) > 1e-3
 
 
-def test_tokens_that_the_clip_stops_are_counted() -> None:
-    ratios, advantages = torch.tensor([[0.5, 0.9, 1.1, 1.5, 9.0]] * 2), torch.tensor([1.0, -1.0])
+def test_clipped_tokens_are_counted() -> None:
+    log_ratio, old_logps = torch.tensor([[0.5, 0.9, 1.1, 1.5, 9.0]] * 2).log(), torch.zeros(2, 5)
+    advantages = torch.tensor([1.0, -1.0])
     mask = torch.tensor([[True, True, True, True, False]] * 2)
-    stopped = policy_loss("grpo", ratios.log(), torch.zeros(2, 5), advantages, mask, 0.2, 0.3)[1]
-    assert stopped.tolist() == [[False, False, False, True, False], [True, False, False, False, False]]
-    assert (
-        policy_loss("cispo", ratios.log(), torch.zeros(2, 5), advantages, mask, 0.2, 1.2)[1].tolist()
-        == [[False] * 3 + [True, False]] * 2
-    )
-    assert not policy_loss("grpo", ratios.log(), ratios.log(), advantages, mask, 0.2, 0.3)[1].any()
+    _, is_clipped = policy_loss("grpo", log_ratio, old_logps, advantages, mask, 0.2, 0.3)
+    assert is_clipped.tolist() == [[False, False, False, True, False], [True, False, False, False, False]]
+    _, is_clipped = policy_loss("cispo", log_ratio, old_logps, advantages, mask, 0.2, 1.2)
+    assert is_clipped.tolist() == [[False] * 3 + [True, False]] * 2
+    assert not policy_loss("grpo", log_ratio, log_ratio, advantages, mask, 0.2, 0.3)[1].any()
 
 
-# --- whose gradient is it? Enumeration of a vocabulary of five --------------------------------------------------------
+# --- the gradient of each KL estimator, by enumeration of a vocabulary of five ----------------------------------------
 
 
-def expected_slope(estimator: str, z: Tensor, q: Tensor) -> tuple[float, Tensor]:
-    """E_p of the estimator and of its gradient by the logits, where old is the policy itself: every token once, by its
-    odds."""
-    logps = torch.log_softmax(z, 0)
-    old, mask = logps.detach(), torch.ones(1, len(z), dtype=torch.bool)
-    each = grpo_module.kl_penalty(estimator, logps[None], old[None], q[None], mask)
-    mean = (old.exp() * each[0]).sum()
-    return float(mean.detach()), torch.autograd.grad(mean, z, retain_graph=True)[0]
+def expected_penalty(estimator: str, logits: Tensor, reference_logps: Tensor) -> tuple[float, Tensor]:
+    """The expectation of the estimator and of its gradient by the logits, with old = policy: every token once, by its
+    probability."""
+    logps = torch.log_softmax(logits, 0)
+    old_logps, mask = logps.detach(), torch.ones(1, len(logits), dtype=torch.bool)
+    penalties = grpo_module.kl_penalty(estimator, logps[None], old_logps[None], reference_logps[None], mask)
+    mean = (old_logps.exp() * penalties[0]).sum()
+    return float(mean.detach()), torch.autograd.grad(mean, logits, retain_graph=True)[0]
 
 
-def kl_and_slope(z: Tensor, q: Tensor, forward: bool) -> tuple[float, Tensor]:
-    p = torch.log_softmax(z, 0)
-    kl = (q.exp() * (q - p)).sum() if forward else (p.exp() * (p - q)).sum()
-    return float(kl.detach()), torch.autograd.grad(kl, z, retain_graph=True)[0]
+def exact_kl(logits: Tensor, reference_logps: Tensor, forward: bool) -> tuple[float, Tensor]:
+    """KL(p || ref), or with `forward` KL(ref || p), and its gradient by the logits."""
+    logps = torch.log_softmax(logits, 0)
+    if forward:
+        kl = (reference_logps.exp() * (reference_logps - logps)).sum()
+    else:
+        kl = (logps.exp() * (logps - reference_logps)).sum()
+    return float(kl.detach()), torch.autograd.grad(kl, logits, retain_graph=True)[0]
 
 
 def test_the_gradient_of_each_estimator_is_that_of_its_kl() -> None:
     for seed in range(10):
         stream = torch.Generator().manual_seed(seed)
-        z, q = (
-            torch.randn(5, generator=stream, dtype=torch.float64),
-            torch.log_softmax(torch.randn(5, generator=stream).double(), 0),
-        )
-        z.requires_grad_()
-        reverse, forward = kl_and_slope(z, q, False), kl_and_slope(z, q, True)
-        for estimator, (value, slope), honest in (
+        logits = torch.randn(5, generator=stream, dtype=torch.float64)
+        reference_logps = torch.log_softmax(torch.randn(5, generator=stream).double(), 0)
+        logits.requires_grad_()
+        reverse, forward = (exact_kl(logits, reference_logps, forward) for forward in (False, True))
+        for estimator, (kl, gradient), is_unbiased in (
             ("k3_ratio", reverse, True),
             ("k3", forward, False),
             ("k2", reverse, False),
         ):
-            mean, found = expected_slope(estimator, z, q)
-            assert relative_error(found, slope) < 1e-10, estimator
-            assert not honest or mean == pytest.approx(value, abs=1e-12)
-        # its value is honest, its gradient is another's
-        assert expected_slope("k3", z, q)[0] == pytest.approx(reverse[0], abs=1e-12)
-        assert relative_error(expected_slope("k3", z, q)[1], reverse[1]) > 1e-2
+            mean, found = expected_penalty(estimator, logits, reference_logps)
+            assert relative_error(found, gradient) < 1e-10, estimator
+            assert not is_unbiased or mean == pytest.approx(kl, abs=1e-12)
+        # k3 has the value of the reverse KL, and the gradient of the forward one
+        mean, found = expected_penalty("k3", logits, reference_logps)
+        assert mean == pytest.approx(reverse[0], abs=1e-12) and relative_error(found, reverse[1]) > 1e-2
 
 
 # --- through a model --------------------------------------------------------------------------------------------------
-
-
-class FakeCollector(RolloutCollector):
-    """Draws completions that a test made: random ids, with rewards by the draw; the log-probs are the roles' own."""
-
-    def __init__(
-        self,
-        roles: Any,
-        rewards: Sequence[Sequence[Sequence[float]]],
-        temperature: float = 1.0,
-        cut: Sequence[int] = (),
-        drift: float = 0.0,
-        **how: Any,
-    ) -> None:
-        super().__init__(
-            roles,
-            None,
-            None,
-            ("answer",),
-            (1.0,),
-            str,
-            frozenset({1}),
-            0,
-            0,
-            LONGEST,
-            temperature,
-            8,
-            40,
-            int,  # type: ignore[arg-type]
-            lambda *args: self.shown.append(args),
-        )
-        self.rewards, self.cut, self.drift, self.how = rewards, cut, drift, how
-        self.shown: list[tuple[Any, ...]] = []
-        self.requested_counts: list[int | None] = []
-
-    def collect(self, step: int, draw: int, count: int | None = None) -> RolloutBatch:
-        self.requested_counts.append(count)
-        rewards = torch.tensor(self.rewards[draw][:count], dtype=torch.float64)
-        groups, n = rewards.shape
-        rows, masks = written(groups, n, seed=100 * step + draw)
-        batch = make_batch(rows, masks, **self.how)
-        noise = torch.randn(batch.input_ids.shape, generator=torch.Generator().manual_seed(step))
-        batch.extra["sampler"] = (
-            self.logps("policy", batch) + self.drift * noise
-            if self.roles is not None
-            else torch.zeros(batch.input_ids.shape)
-        )
-        truncated = torch.tensor([i in self.cut for i in range(groups * n)])
-        prompts = [PromptExample([2], f"prompt {draw}.{group}", None, {}) for group in range(groups)]
-        texts = [f"prompt {draw}.{group} answer {i}" for group in range(groups) for i in range(n)]
-        return RolloutBatch(
-            batch, rewards, rewards.view(-1, 1), truncated, self.reward_names, texts, prompts, {"rollout_seconds": 2.0}
-        )
-
-
-def written(groups: int, n: int, seed: int = 0) -> tuple[list[list[int]], list[list[bool]]]:
-    """Completions of 1 to 11 tokens, groups with one prompt; pad and end ids stand inside."""
-    stream, rows, masks = np.random.default_rng(seed), [], []
-    for _ in range(groups):
-        prompt = stream.integers(0, VOCAB, stream.integers(1, 6)).tolist()
-        for _ in range(n):
-            length = int(stream.integers(1, LONGEST))
-            rows.append([*prompt, *stream.integers(0, VOCAB, length).tolist()])
-            masks.append([False] * len(prompt) + [True] * length)
-    return rows, masks
-
-
-INFORMATIVE_REWARDS = [[[1.0, 0.0, 0.0], [0.2, 0.9, 0.4]]]
 
 
 @pytest.fixture(scope="module")
@@ -400,337 +307,308 @@ def roles() -> Roles:
     return found
 
 
-def over(
-    roles: Roles, kind: str = "grpo", rewards: Any = INFORMATIVE_REWARDS, fake: Mapping[str, Any] = {}, **how: Any
+def grpo_over(
+    roles: Roles,
+    loss_type: str = "grpo",
+    rewards: Any = INFORMATIVE_REWARDS,
+    fake: Mapping[str, Any] = {},
+    **settings: Any,
 ) -> GRPO:
-    context = AlgorithmContext(roles, None, fresh=False)  # type: ignore[arg-type]
-    return GRPO(context, FakeCollector(roles, rewards, **fake), kind, epsilon_high=HIGH.get(kind), **how)
+    """GRPO of a continued policy over given completions; `fake` are arguments of their collector."""
+    config = GRPOConfig(loss_type=loss_type, epsilon_high=HIGH.get(loss_type), **settings)
+    return GRPO(AlgorithmContext(roles, fresh=False), config, FakeCollector(roles, rewards, **fake))
 
 
-def one_pass(algorithm: GRPO, part: Batch, **split: int | None) -> tuple[float, Tensor, dict[str, float]]:
-    zero_grad(algorithm.context.roles)
-    part.token_weights = algorithm.token_weights(part)
-    loss, stats = 0.0, {}
-    for micro in part.split(**split or {"rows": 4}):
-        for term in algorithm.compute_losses(micro):
-            term.loss.backward()
-            loss += float(term.loss.detach().double())
-            add_stats(stats, term.stats)
-    return loss, gradients(algorithm.context.roles), to_floats(stats)
+def noisy(logps: Tensor, size: float = 0.3, seed: int = 0) -> Tensor:
+    return logps + size * torch.randn(logps.shape, generator=torch.Generator().manual_seed(seed))
 
 
-def model_error(roles: Roles, kind: str, estimator: str, temperature: float = 0.7) -> tuple[float, float]:
-    """Distance of loss and gradient of a whole step from transformers' logits in float64; old log-probs that are not
-    the policy's."""
-    algorithm = over(roles, kind, fake={"temperature": temperature}, beta=0.3, kl_estimator=estimator)
-    part = algorithm.collect(0).batch
-    part.extra["old"] = part.extra["sampler"] + 0.3 * torch.randn(
-        part.input_ids.shape, generator=torch.Generator().manual_seed(0)
-    )
-    loss, _, _ = one_pass(algorithm, part)
-    mine = by_key(roles, "policy")
-    plain = Plain([roles.adapter_tensors("sft")], roles.adapter_tensors("policy"))
-    kept, rows = [], []
-    for i in range(len(part)):
-        ids = part.input_ids[i][part.attention_mask[i]].tolist()
-        places = part.completion_mask[i].nonzero().squeeze(1)
-        p = torch.log_softmax(plain.run(ids).logits[0] / temperature, dim=1)[places - 1]
+def model_error(roles: Roles, loss_type: str, estimator: str, temperature: float = 0.7) -> tuple[float, float]:
+    """The distance of loss and gradient of a whole step from transformers' logits in float64; the old log-probs differ
+    from the policy's."""
+    algorithm = grpo_over(roles, loss_type, fake={"temperature": temperature}, beta=BETA, kl_estimator=estimator)
+    batch = algorithm.collect(0).batch
+    batch.old_logps = noisy(batch.sampler_logps)
+    loss, _, _ = one_pass(algorithm, batch)
+    plain = PlainModel([roles.adapter_tensors("sft")], roles.adapter_tensors("policy"))
+    row_logps, row_kls, rows = [], [], []
+    for i in range(len(batch)):
+        ids = batch.input_ids[i][batch.attention_mask[i]]
+        positions = batch.completion_mask[i].nonzero().squeeze(1)
+        distribution = plain.log_softmax(ids.tolist(), temperature=temperature)[positions - 1]
         with torch.no_grad():
-            q = torch.log_softmax(plain.run(ids, policy=False).logits[0] / temperature, dim=1)[places - 1]
-        token = part.input_ids[i][places][:, None]
-        logps = p.gather(1, token).squeeze(1)
-        kept.append((logps, (p.exp() * (p - q)).sum()))
-        rows.append((logps.tolist(), part.extra["old"][i][places].tolist(), q.gather(1, token).squeeze(1).tolist()))
-    advantages = part.extra["advantage"].tolist()
-    expected, slopes, weights = oracle(kind, rows, advantages, 0.2, HIGH.get(kind, 0.2), 0.3, estimator)
-    total = torch.zeros((), dtype=torch.float64)
-    for (logps, exact), slope, weight in zip(kept, slopes, weights, strict=True):
-        total = total + (logps * torch.tensor(slope, dtype=torch.float64)).sum()
+            reference = plain.log_softmax(ids.tolist(), policy=False, temperature=temperature)[positions - 1]
+        tokens = ids[positions][:, None]
+        logps = distribution.gather(1, tokens).squeeze(1)
+        row_logps.append(logps)
+        row_kls.append((distribution.exp() * (distribution - reference)).sum())
+        reference_logps = reference.gather(1, tokens).squeeze(1)
+        rows.append(PolicyRow(logps.tolist(), batch.old_logps[i][positions].tolist(), reference_logps.tolist()))
+    advantages = batch.sequence_advantages.tolist()
+    high = HIGH.get(loss_type, 0.2)
+    step = grpo_step(loss_type, rows, advantages, LOW, high, BETA, estimator, MAX_NEW_TOKENS)
+    expected = step.loss
+    surrogate = torch.zeros((), dtype=torch.float64)  # has the gradient of the step
+    for logps, kl, slopes, weight in zip(row_logps, row_kls, step.slopes, step.weights, strict=True):
+        surrogate = surrogate + (logps * torch.tensor(slopes, dtype=torch.float64)).sum()
         if estimator == "exact":
-            total = total + 0.3 * weight * exact
-            expected += 0.3 * weight * float(exact.detach())
-    total.backward()
-    return abs(loss - expected) / abs(expected), error_against(mine, plain.gradient())
+            surrogate = surrogate + BETA * weight * kl
+            expected += BETA * weight * float(kl.detach())
+    surrogate.backward()
+    return abs(loss - expected) / abs(expected), error_against(by_key(roles, "policy"), plain.gradient())
 
 
 @pytest.mark.parametrize(
-    ("kind", "estimator"),
+    ("loss_type", "estimator"),
     [("grpo", "k3_ratio"), ("dapo", "k3"), ("dr_grpo", "k2"), ("gspo", "exact"), ("cispo", "exact")],
 )
-def test_through_a_model(roles: Roles, kind: str, estimator: str) -> None:
-    loss, gradient = model_error(roles, kind, estimator)
+def test_a_step_equals_the_plain_model(roles: Roles, loss_type: str, estimator: str) -> None:
+    loss, gradient = model_error(roles, loss_type, estimator)
     assert loss < 1e-5 and gradient < 1e-5
 
 
-def test_bugs_of_a_whole_step_are_seen(roles: Roles, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_kl_without_gradient_is_found(roles: Roles, monkeypatch: pytest.MonkeyPatch) -> None:
     exact = Roles.full_vocab_kl
     monkeypatch.setattr(
         Roles, "full_vocab_kl", lambda self, p, q, *rest, gradient: exact(self, p, q, *rest, gradient=gradient).detach()
     )
     assert model_error(roles, "grpo", "exact")[1] > 1e-3
-    monkeypatch.undo()
+
+
+def test_another_temperature_of_the_policy_is_found(roles: Roles, monkeypatch: pytest.MonkeyPatch) -> None:
     logps = Roles.logps
     monkeypatch.setattr(Roles, "logps", lambda self, role, batch, temperature=1.0: logps(self, role, batch))
     assert model_error(roles, "grpo", "k3")[1] > 1e-3
 
 
-# --- laws -------------------------------------------------------------------------------------------------------------
+# --- properties of a step ---------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_any_micro_batch_size_gives_one_gradient(roles: Roles, kind: str) -> None:
-    found = []
+@pytest.mark.parametrize("loss_type", LOSS_TYPES)
+def test_any_micro_batch_size_gives_one_gradient(roles: Roles, loss_type: str) -> None:
+    results = []
     for split in ({"rows": 1}, {"rows": 4}, {"tokens": 30}, {"rows": 99}):
-        algorithm = over(
+        algorithm = grpo_over(
             roles,
-            kind,
+            loss_type,
             fake={"drift": 0.2},
-            old_logps_source="sampler",
-            kl_estimator="exact" if kind == "dapo" else "k3_ratio",
+            old_logprobs_from="sampler",
+            kl_estimator="exact" if loss_type == "dapo" else "k3_ratio",
         )
-        found.append(one_pass(algorithm, algorithm.collect(0).batch, **split))
-    for loss, gradient, stats in found[1:]:
-        assert loss == pytest.approx(found[0][0], rel=1e-5, abs=1e-7) and relative_error(gradient, found[0][1]) < 1e-5
-        assert stats == pytest.approx(found[0][2], rel=1e-5, abs=1e-6)
-    assert found[0][2]["loss"] == pytest.approx(found[0][0], rel=1e-5)
+        results.append(one_pass(algorithm, algorithm.collect(0).batch, **split))
+    first_loss, first_gradient, first_stats = results[0]
+    for loss, gradient, stats in results[1:]:
+        assert loss == pytest.approx(first_loss, rel=1e-5, abs=1e-7)
+        assert relative_error(gradient, first_gradient) < 1e-5
+        assert stats == pytest.approx(first_stats, rel=1e-5, abs=1e-6)
+    assert first_stats["loss"] == pytest.approx(first_loss, rel=1e-5)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_padding_changes_nothing(roles: Roles, kind: str) -> None:
-    found = []
-    for how in ({}, {"more": 5}, {"filler": 31}, {"more": 3, "filler": 1}):
-        algorithm = over(roles, kind, fake=how, num_iterations=2)
-        found.append(one_pass(algorithm, algorithm.collect(0).batch))
-    for loss, gradient, stats in found[1:]:
-        assert loss == pytest.approx(found[0][0], rel=1e-5, abs=1e-7) and relative_error(gradient, found[0][1]) < 1e-5
-        assert stats == pytest.approx(found[0][2], rel=1e-4, abs=1e-6)
+@pytest.mark.parametrize("loss_type", LOSS_TYPES)
+def test_padding_changes_nothing(roles: Roles, loss_type: str) -> None:
+    results = []
+    for padding in ({}, {"more": 5}, {"filler": 31}, {"more": 3, "filler": 1}):
+        algorithm = grpo_over(roles, loss_type, fake=padding, num_iterations=2)
+        results.append(one_pass(algorithm, algorithm.collect(0).batch))
+    first_loss, first_gradient, first_stats = results[0]
+    for loss, gradient, stats in results[1:]:
+        assert loss == pytest.approx(first_loss, rel=1e-5, abs=1e-7)
+        assert relative_error(gradient, first_gradient) < 1e-5
+        assert stats == pytest.approx(first_stats, rel=1e-4, abs=1e-6)
 
 
-def test_weights_add_up() -> None:
+def test_token_weights_by_hand() -> None:
     mask = torch.zeros(3, 9, dtype=torch.bool)
     mask[0, 1:3], mask[1, 2:9] = True, True
     assert weights_of("grpo", mask).sum(dim=1).tolist() == pytest.approx([1 / 3, 1 / 3, 0.0])
     assert weights_of("dapo", mask)[mask].tolist() == pytest.approx([1 / 9] * 9)
-    assert weights_of("dr_grpo", mask)[mask].tolist() == pytest.approx([1 / (3 * LONGEST)] * 9)
-    assert torch.equal(weights_of("gspo", mask), weights_of("grpo", mask)) and torch.equal(
-        weights_of("cispo", mask), weights_of("dapo", mask)
-    )
+    assert weights_of("dr_grpo", mask)[mask].tolist() == pytest.approx([1 / (3 * MAX_NEW_TOKENS)] * 9)
+    assert torch.equal(weights_of("gspo", mask), weights_of("grpo", mask))
+    assert torch.equal(weights_of("cispo", mask), weights_of("dapo", mask))
 
 
 def test_the_first_of_several_passes_has_ratio_one(roles: Roles) -> None:
-    algorithm = over(roles, "grpo", num_iterations=3, beta=0.0)
-    experience = algorithm.collect(0)
-    parts = list(experience.minibatches())
-    assert len(parts) == 3 and all(part is experience.batch for part in parts)
-    part = parts[0]
-    policy = roles.logps("policy", part).logps.detach()
-    assert float((policy - part.extra["old"])[part.loss_mask].abs().max()) < 1e-5
-    several, _, stats = one_pass(algorithm, part)
+    algorithm = grpo_over(roles, num_iterations=3, beta=0.0)
+    step_batch = algorithm.collect(0)
+    minibatches = list(step_batch.minibatches())
+    assert len(minibatches) == 3 and all(minibatch is step_batch.batch for minibatch in minibatches)
+    batch = minibatches[0]
+    policy_logps = roles.logps("policy", batch).logps.detach()
+    assert float((policy_logps - batch.old_logps)[batch.loss_mask].abs().max()) < 1e-5
+    loss, _, stats = one_pass(algorithm, batch)
     assert stats["clip_ratio"] == 0.0 and "sampling/sampling_logp_difference/mean" in stats
-    single = over(roles, "grpo", beta=0.0)
-    alone = one_pass(single, single.collect(0).batch)
-    assert "old" not in single.collect(0).batch.extra and several == pytest.approx(alone[0], abs=1e-6)
+    single = grpo_over(roles, beta=0.0)
+    single_loss, _, _ = one_pass(single, single.collect(0).batch)
+    assert single.collect(0).batch.old_logps is None and loss == pytest.approx(single_loss, abs=1e-6)
     kept = roles.adapter_tensors("policy")
     try:
         perturb(roles, "policy", size=0.3, seed=9)
         assert algorithm.should_continue({}) is True
-        _, _, later = one_pass(algorithm, part)
-        assert later["clip_ratio"] > 0.1 and "sampling/sampling_logp_difference/mean" not in later, (
-            "old is of the policy that wrote, whatever came since"
-        )
+        _, _, later = one_pass(algorithm, batch)
     finally:
         roles.load_adapter_tensors("policy", kept, "here")
+    assert later["clip_ratio"] > 0.1, "old_logps are those of the policy that drew the completions"
+    assert "sampling/sampling_logp_difference/mean" not in later
 
 
 @pytest.mark.parametrize(("truncated", "rows"), [("keep", 6), ("mask", 4)])
-def test_completions_that_were_cut(roles: Roles, truncated: str, rows: int) -> None:
-    algorithm = over(roles, fake={"cut": (0, 4)}, truncated_completions=truncated)
-    part = algorithm.collect(0).batch
-    assert int(part.loss_mask.any(dim=1).sum()) == rows and len(part) == 6
-    assert torch.equal(part.extra["advantage"].view(2, 3), group_advantages(torch.tensor(INFORMATIVE_REWARDS[0])))
-    weight = algorithm.token_weights(part)
-    assert weight.sum() == pytest.approx(rows / 6), "a masked completion still counts among N"
-    assert (weight[[0, 4]].sum() == 0) == (truncated == "mask")
+def test_truncated_completions_are_kept_or_masked(roles: Roles, truncated: str, rows: int) -> None:
+    algorithm = grpo_over(roles, fake={"cut": (0, 4)}, truncated_completions=truncated)
+    batch = algorithm.collect(0).batch
+    assert int(batch.loss_mask.any(dim=1).sum()) == rows and len(batch) == 6
+    expected = group_advantages(torch.tensor(INFORMATIVE_REWARDS[0]))
+    assert torch.equal(batch.sequence_advantages.view(2, 3), expected)
+    weights = algorithm.token_weights(batch)
+    assert weights.sum() == pytest.approx(rows / 6), "a masked completion still counts among N"
+    assert (weights[[0, 4]].sum() == 0) == (truncated == "mask")
 
 
 def test_a_truncated_completion_is_penalized(roles: Roles) -> None:
-    algorithm = over(
+    algorithm = grpo_over(
         roles,
         rewards=[[[0.5] * 3, [0.0, 1.0, 1.0]]],
         fake={"cut": (1, 5)},
         truncated_completions="penalize",
         missing_eos_penalty=0.5,
     )
-    experience = algorithm.collect(0)
+    step_batch = algorithm.collect(0)
     expected = group_advantages(torch.tensor([[0.5, 0.0, 0.5], [0.0, 1.0, 0.5]]))
-    assert torch.allclose(experience.batch.extra["advantage"].view(2, 3), expected)
-    assert (
-        to_floats(experience.stats)["reward"] == pytest.approx(3.5 / 6)
-        and to_floats(experience.stats)["frac_reward_zero_std"] == 0.5
-    )
+    assert torch.allclose(step_batch.batch.sequence_advantages.view(2, 3), expected)
+    metrics = to_floats(step_batch.stats)
+    assert metrics["reward"] == pytest.approx(3.5 / 6) and metrics["frac_reward_zero_std"] == 0.5
 
 
-def test_all_cut_and_masked_is_a_step_of_nothing(roles: Roles) -> None:
-    for kind in KINDS:
-        algorithm = over(roles, kind, fake={"cut": range(6)}, truncated_completions="mask")
-        loss, gradient, _ = one_pass(algorithm, algorithm.collect(0).batch)
-        assert loss == 0.0 and not gradient.any()
+@pytest.mark.parametrize("loss_type", LOSS_TYPES)
+def test_a_step_of_masked_completions_changes_nothing(roles: Roles, loss_type: str) -> None:
+    algorithm = grpo_over(roles, loss_type, fake={"cut": range(6)}, truncated_completions="mask")
+    loss, gradient, _ = one_pass(algorithm, algorithm.collect(0).batch)
+    assert loss == 0.0 and not gradient.any()
 
 
-MIXED = [
+MIXED_REWARDS = [
     [[0.7] * 3, [0.0, 1.0, 0.0], [0.1] * 3, [1.0] * 3],
     [[0.3] * 3, [1.0, 0.0, 0.0], [0.0] * 3],
     [[0.0, 0.0, 1.0], [0.5] * 3],
     [[0.2] * 3],
     [[1.0, 0.0, 0.0]],
 ]
+"""Rewards of each draw; the last one must not be drawn."""
 
 
 @pytest.mark.parametrize(
-    ("how", "groups", "draws"),
-    [("keep", [0, 1, 2, 3], [None]), ("drop", [1], [None]), ("resample", None, [None, 3, 2, 1])],
+    ("zero_std", "prompts", "requested_counts"),
+    [
+        ("keep", ["prompt 0.0", "prompt 0.1", "prompt 0.2", "prompt 0.3"], [None]),
+        ("drop", ["prompt 0.1"], [None]),
+        ("resample", ["prompt 0.1", "prompt 1.1", "prompt 2.0"], [None, 3, 2, 1]),
+    ],
 )
-def test_zero_std_groups(roles: Roles, how: str, groups: Any, draws: Any) -> None:
-    assert MAX_RESAMPLES == 4, "the last of these draws is never made"
-    algorithm = over(roles, rewards=MIXED, zero_std_groups=how)
-    experience = algorithm.collect(0)
-    rollouts, advantages = algorithm.collector.shown[0][1:]
-    assert algorithm.collector.requested_counts == draws
-    prompts = [one.text for one in rollouts.prompts]
-    assert prompts == (
-        ["prompt 0.1", "prompt 1.1", "prompt 2.0"] if how == "resample" else [f"prompt 0.{i}" for i in groups]
-    )
-    assert rollouts.texts == [f"{prompt} answer {i}" for prompt in prompts for i in range(3)]
-    assert torch.equal(rollouts.reward_components.view_as(rollouts.rewards), rollouts.rewards) and len(
-        rollouts.truncated
-    ) == 3 * len(prompts)
-    assert len(experience.batch) == 3 * len(prompts) == advantages.numel()
-    assert torch.equal(advantages.flatten(), experience.batch.extra["advantage"])
-    where = zero_std_groups(rollouts.shaped_rewards)
-    assert not advantages[where].any() and advantages[~where].all() and int(where.sum()) == (3 if how == "keep" else 0)
-    stats = to_floats(experience.stats)
-    assert stats["frac_reward_zero_std"] == pytest.approx(7 / 10 if how == "resample" else 3 / 4)
-    assert stats["rollout_seconds"] == 2.0 * len(draws), "the time of every draw"
-    loss, gradient, _ = one_pass(algorithm, experience.batch)
+def test_zero_std_groups_are_kept_dropped_or_resampled(
+    roles: Roles, zero_std: str, prompts: list[str], requested_counts: list[int | None]
+) -> None:
+    assert MAX_RESAMPLES == 4
+    algorithm = grpo_over(roles, rewards=MIXED_REWARDS, zero_std_groups=zero_std)
+    step_batch = algorithm.collect(0)
+    groups, advantages = algorithm.collector.logged[0][1:]
+    assert algorithm.collector.requested_counts == requested_counts
+    assert [prompt.text for prompt in groups.prompts] == prompts
+    assert groups.texts == [f"{prompt} answer {i}" for prompt in prompts for i in range(3)]
+    assert torch.equal(groups.reward_components.view_as(groups.rewards), groups.rewards)
+    assert len(groups.truncated) == len(step_batch.batch) == advantages.numel() == 3 * len(prompts)
+    assert torch.equal(advantages.flatten(), step_batch.batch.sequence_advantages)
+    is_zero_std = zero_std_groups(groups.shaped_rewards)
+    assert not advantages[is_zero_std].any() and advantages[~is_zero_std].all()
+    assert int(is_zero_std.sum()) == (3 if zero_std == "keep" else 0)
+    metrics = to_floats(step_batch.stats)
+    assert metrics["frac_reward_zero_std"] == pytest.approx(7 / 10 if zero_std == "resample" else 3 / 4)
+    assert metrics["rollout_seconds"] == 2.0 * len(requested_counts), "the time of every draw"
+    loss, gradient, _ = one_pass(algorithm, step_batch.batch)
     assert math.isfinite(loss) and gradient.any()
 
 
 def test_resampled_rows_are_the_rows_that_were_drawn(roles: Roles) -> None:
-    """Joined to one width: ids, masks and log-probs of each row are what its own draw had."""
-    algorithm = over(roles, rewards=MIXED, zero_std_groups="resample")
-    part = algorithm.collect(0).batch
-    rows = [
-        row
-        for draw, group, n in ((0, 1, 4), (1, 1, 3), (2, 0, 2))
-        for row in written(n, 3, seed=draw)[0][3 * group : 3 * group + 3]
-    ]
-    assert [part.input_ids[i][part.attention_mask[i]].tolist() for i in range(9)] == rows
-    alone = algorithm.collector.logps("policy", part)
-    assert (
-        float((part.extra["sampler"] - alone)[part.loss_mask].abs().max()) < 1e-5
-        and not part.extra["sampler"][~part.loss_mask].any()
-    )
+    """Joined to one width: ids, masks and log-probs of each row are those of its own draw."""
+    algorithm = grpo_over(roles, rewards=MIXED_REWARDS, zero_std_groups="resample")
+    batch = algorithm.collect(0).batch
+    rows = []
+    for draw, group, num_groups in ((0, 1, 4), (1, 1, 3), (2, 0, 2)):
+        drawn, _ = completion_rows(num_groups, 3, seed=draw)
+        rows += drawn[3 * group : 3 * group + 3]
+    assert [batch.input_ids[i][batch.attention_mask[i]].tolist() for i in range(9)] == rows
+    logps = algorithm.collector.logps("policy", batch)
+    assert float((batch.sampler_logps - logps)[batch.loss_mask].abs().max()) < 1e-5
+    assert not batch.sampler_logps[~batch.loss_mask].any()
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize(("how", "kl"), [("keep", 0.0), ("drop", 0.0), ("drop", 0.5), ("resample", 0.5)])
-def test_a_step_of_zero_std_groups_changes_nothing(roles: Roles, kind: str, how: str, kl: float) -> None:
-    """With `drop` KL neither: what is left of it near the reference is rounding noise, which Adam would blow up to a
-    whole step."""
-    algorithm = over(roles, kind, rewards=[[[0.7] * 7, [0.1] * 7]] * 4, beta=kl, zero_std_groups=how)
+@pytest.mark.parametrize("loss_type", LOSS_TYPES)
+@pytest.mark.parametrize(("zero_std", "beta"), [("keep", 0.0), ("drop", 0.0), ("drop", 0.5), ("resample", 0.5)])
+def test_a_step_of_zero_std_groups_changes_nothing(roles: Roles, loss_type: str, zero_std: str, beta: float) -> None:
+    """With `drop` the KL changes nothing either: near the reference its gradient is rounding noise, which Adam would
+    scale up to a whole step."""
+    rewards = [[[0.7] * 7, [0.1] * 7]] * 4
+    algorithm = grpo_over(roles, loss_type, rewards, beta=beta, zero_std_groups=zero_std)
     loss, gradient, stats = one_pass(algorithm, algorithm.collect(0).batch)
     assert loss == 0.0 and not gradient.any() and not gradient.isnan().any() and all(map(math.isfinite, stats.values()))
     algorithm.collector.rewards = INFORMATIVE_REWARDS * 4
-    assert one_pass(algorithm, algorithm.collect(1).batch)[1].any(), "the next step is one again"
+    _, gradient, _ = one_pass(algorithm, algorithm.collect(1).batch)
+    assert gradient.any(), "the next step is trained again"
 
 
-def test_zero_std_groups_that_are_kept_have_their_kl(roles: Roles) -> None:
-    algorithm = over(roles, rewards=[[[0.7] * 7]], beta=0.5, zero_std_groups="keep")
+def test_kept_zero_std_groups_have_their_kl(roles: Roles) -> None:
+    algorithm = grpo_over(roles, rewards=[[[0.7] * 7]], beta=0.5, zero_std_groups="keep")
     loss, gradient, stats = one_pass(algorithm, algorithm.collect(0).batch)
     assert loss > 0 and gradient.any() and stats["kl"] > 0
-    assert list(algorithm.iter_warnings({"frac_reward_zero_std": 0.79, "reward": 0.1})) == []
-    assert "90%" in next(algorithm.iter_warnings({"frac_reward_zero_std": 0.9, "reward": 0.1}))
-    assert list(algorithm.iter_warnings({"frac_reward_zero_std": 0.9, "reward": 0.9})) == [], (
-        "groups that all became right are no trouble"
+
+
+def test_most_groups_without_signal_give_a_warning(roles: Roles) -> None:
+    algorithm = grpo_over(roles)
+    assert list(algorithm.diagnostics({"frac_reward_zero_std": 0.79, "reward": 0.1})) == []
+    (warning,) = algorithm.diagnostics({"frac_reward_zero_std": 0.9, "reward": 0.1})
+    assert "90%" in warning and "rollout.num_generations" in warning
+    assert list(algorithm.diagnostics({"frac_reward_zero_std": 0.9, "reward": 0.9})) == [], (
+        "groups whose completions have all become correct"
     )
 
 
 def test_kl_in_the_reward(roles: Roles) -> None:
-    algorithm = over(
-        roles, rewards=[[[0.5, 0.5, 0.5], [1.0, 0.0, 0.0]]], fake={"drift": 0.1}, beta=0.4, kl_in_reward=True
+    beta = 0.4
+    algorithm = grpo_over(
+        roles, rewards=[[[0.5, 0.5, 0.5], [1.0, 0.0, 0.0]]], fake={"drift": 0.1}, beta=beta, kl_in_reward=True
     )
-    experience = algorithm.collect(0)
-    part = experience.batch
+    step_batch = algorithm.collect(0)
+    batch = step_batch.batch
     rewards = []
     for i, reward in enumerate([0.5, 0.5, 0.5, 1.0, 0.0, 0.0]):
-        places = part.completion_mask[i].nonzero().squeeze(1).tolist()
-        rewards.append(
-            reward
-            - 0.4 * sum(float(part.extra["sampler"][i, t]) - float(part.extra["reference_logps"][i, t]) for t in places)
-        )
+        positions = batch.completion_mask[i].nonzero().squeeze(1).tolist()
+        kl = sum(float(batch.sampler_logps[i, t]) - float(batch.reference_logps[i, t]) for t in positions)
+        rewards.append(reward - beta * kl)
     expected = group_advantages(torch.tensor(rewards).view(2, 3))
-    assert torch.allclose(part.extra["advantage"].view(2, 3), expected, atol=1e-4) and expected.all()
-    assert (
-        to_floats(experience.stats)["reward"] == pytest.approx(2.5 / 6)
-        and to_floats(experience.stats)["frac_reward_zero_std"] == 0.5
-    )
-    loss, gradient, stats = one_pass(algorithm, part)
-    alone = over(roles, beta=0.0)
-    again = one_pass(alone, part)
-    assert loss == again[0] and torch.equal(gradient, again[1]) and stats["kl"] > 0, "the loss has no second KL"
-
-
-# --- the sampler's own log-probs --------------------------------------------------------------------------------------
-
-
-class Lengths:
-    """A reward that differs: the number of tokens."""
-
-    def __init__(self) -> None:
-        self.kept: dict[int, list[float]] = {}
-
-    def submit(self, key: int, prompt: PromptExample, text: str, completion: Completion) -> None:
-        self.kept[key] = [float(len(completion.token_ids))]
-
-    def collect(self) -> Mapping[int, Sequence[float]]:
-        kept, self.kept = self.kept, {}
-        return kept
-
-
-def real_collector(roles: Roles, long: bool = False) -> RolloutCollector:
-    times = 6 if long else 1
-    prompts = [
-        PromptExample([2, 5, 9, 40] * times, "a", None, {}),
-        PromptExample([2, 7] * times, "b", None, {}),
-        PromptExample([3] * 9 * times, "c", None, {}),
-    ]
-    return RolloutCollector(
-        roles,
-        lambda step, draw, count: prompts,
-        Lengths(),
-        ("length",),
-        (1.0,),
-        str,
-        frozenset({1}),
-        0,
-        4,
-        LONGEST,
-        0.8,
-        5,
-        64,
-        lambda number: number,
+    assert torch.allclose(batch.sequence_advantages.view(2, 3), expected, atol=1e-4) and expected.all()
+    metrics = to_floats(step_batch.stats)
+    assert metrics["reward"] == pytest.approx(2.5 / 6) and metrics["frac_reward_zero_std"] == 0.5
+    loss, gradient, stats = one_pass(algorithm, batch)
+    loss_without_kl, gradient_without_kl, _ = one_pass(grpo_over(roles, beta=0.0), batch)
+    assert loss == loss_without_kl and torch.equal(gradient, gradient_without_kl) and stats["kl"] > 0, (
+        "the loss has no second KL"
     )
 
 
-def test_a_group_reads_its_prompt_once_and_nothing_changes(roles: Roles, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Reference, old log-probs and gradient with shared prompts are those of rows apart; groups stay next to each other
-    in any split."""
-    planted = list[int]()
-    real = roles_module.pack_shared_prefixes
-    monkeypatch.setattr(
-        roles_module, "pack_shared_prefixes", lambda *given: (tree := real(*given), planted.append(tree is not None))[0]
-    )
-    found = []
+# --- the log-probs of the sampler -------------------------------------------------------------------------------------
+
+
+def test_shared_prompts_change_nothing(roles: Roles, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Reference, old log-probs and gradient with shared prompts are those of separate rows; groups stay adjacent in any
+    split."""
+    packed = list[bool]()
+    pack = roles_module.pack_shared_prefixes
+
+    def recorded_pack(*arguments: Any) -> Any:
+        layout = pack(*arguments)
+        packed.append(layout is not None)
+        return layout
+
+    monkeypatch.setattr(roles_module, "pack_shared_prefixes", recorded_pack)
+    results = []
     for share, split in (
         (False, {"rows": 4}),
         (True, {"rows": 4}),
@@ -739,61 +617,66 @@ def test_a_group_reads_its_prompt_once_and_nothing_changes(roles: Roles, monkeyp
         (True, {"rows": 99}),
     ):
         monkeypatch.setattr(roles, "share_prefixes", share)
-        algorithm = GRPO(
-            AlgorithmContext(roles, None, fresh=False), real_collector(roles, long=True), beta=0.3, num_iterations=2
-        )  # type: ignore[arg-type]
-        part = algorithm.collect(0).batch
-        planted.clear()
-        found.append((one_pass(algorithm, part, **split), part.extra["reference_logps"], part.extra["old"]))
-        assert any(planted) == share
-        micros = [micro.extra["shared"] for micro in part.split(**split)]
-        assert sum(int((shared[1:] == 0).sum()) for shared in micros) == 3 - sum(
-            int(shared[0] == 0) for shared in micros
-        )
-    for (loss, gradient, stats), reference, old in found[1:]:
-        assert (
-            loss == pytest.approx(found[0][0][0], rel=1e-4, abs=1e-6)
-            and relative_error(gradient, found[0][0][1]) < 1e-5
-        )
-        assert stats == pytest.approx(found[0][0][2], rel=1e-4, abs=1e-6)
-        assert torch.allclose(reference, found[0][1], atol=1e-5) and torch.allclose(old, found[0][2], atol=1e-5)
+        config = GRPOConfig(beta=0.3, num_iterations=2)
+        algorithm = GRPO(AlgorithmContext(roles, fresh=False), config, real_collector(roles, long=True))
+        batch = algorithm.collect(0).batch
+        packed.clear()
+        results.append((one_pass(algorithm, batch, **split), batch.reference_logps, batch.old_logps))
+        assert any(packed) == share
+        prefixes = [micro.shared_prefix for micro in batch.split(**split)]
+        groups_within = sum(int((prefix[1:] == 0).sum()) for prefix in prefixes)
+        groups_at_start = sum(int(prefix[0] == 0) for prefix in prefixes)
+        assert groups_within + groups_at_start == 3
+    (first_loss, first_gradient, first_stats), first_reference, first_old = results[0]
+    for (loss, gradient, stats), reference_logps, old_logps in results[1:]:
+        assert loss == pytest.approx(first_loss, rel=1e-4, abs=1e-6)
+        assert relative_error(gradient, first_gradient) < 1e-5
+        assert stats == pytest.approx(first_stats, rel=1e-4, abs=1e-6)
+        assert torch.allclose(reference_logps, first_reference, atol=1e-5)
+        assert torch.allclose(old_logps, first_old, atol=1e-5)
 
 
-def first_pass(roles: Roles, temperature: float = 0.8, old: str = "sampler") -> tuple[GRPO, dict[str, float]]:
-    """A step on the real engine, at 0.8; the update at `temperature`."""
-    algorithm = GRPO(AlgorithmContext(roles, None, fresh=False), real_collector(roles), old_logps_source=old, beta=0.0)  # type: ignore[arg-type]
-    part = algorithm.collect(0).batch
+def first_pass(
+    roles: Roles, temperature: float = 0.8, old_logprobs_from: str = "sampler", **settings: Any
+) -> tuple[GRPO, dict[str, float]]:
+    """A step on the real engine, which samples at 0.8, with the update at `temperature`."""
+    config = GRPOConfig(old_logprobs_from=old_logprobs_from, beta=0.0, **settings)
+    algorithm = GRPO(AlgorithmContext(roles, fresh=False), config, real_collector(roles))
+    batch = algorithm.collect(0).batch
     algorithm.collector.temperature = temperature
-    return algorithm, one_pass(algorithm, part)[2] | {"frac_reward_zero_std": 0.0, "reward": 0.5}
+    _, _, stats = one_pass(algorithm, batch)
+    return algorithm, stats | {"frac_reward_zero_std": 0.0, "reward": 0.5}
 
 
 def test_the_sampler_and_the_policy_agree(roles: Roles) -> None:
     algorithm, stats = first_pass(roles)
-    assert (
-        stats["sampling/sampling_logp_difference/mean"] < 1e-5
-        and stats["clip_ratio"] == 0.0
-        and list(algorithm.iter_warnings(stats)) == []
-    )
+    assert stats["sampling/sampling_logp_difference/mean"] < 1e-5 and stats["clip_ratio"] == 0.0
+    algorithm.check_metrics(stats)
+    assert list(algorithm.diagnostics(stats)) == []
 
 
-@pytest.mark.parametrize("old", ["sampler", "recomputed"])
-def test_another_temperature_stops_the_run(roles: Roles, old: str) -> None:
-    algorithm, stats = first_pass(roles, 0.4, old)
+@pytest.mark.parametrize("old_logprobs_from", ["sampler", "recomputed"])
+def test_another_temperature_stops_the_run(roles: Roles, old_logprobs_from: str) -> None:
+    algorithm, stats = first_pass(roles, 0.4, old_logprobs_from)
     assert stats["sampling/sampling_logp_difference/mean"] > 0.1
-    with pytest.raises(TrainingError, match="grpo.max_logprob_mismatch"):
-        list(algorithm.iter_warnings(stats))
-    algorithm.max_logprob_mismatch = 50.0
-    assert list(algorithm.iter_warnings(stats)) == []
+    with pytest.raises(TrainingError, match=r"grpo\.max_logprob_mismatch"):
+        algorithm.check_metrics(stats)
+    tolerant, stats = first_pass(roles, 0.4, old_logprobs_from, max_logprob_mismatch=50.0)
+    tolerant.check_metrics(stats)
+    assert list(tolerant.diagnostics(stats)) == []
 
 
 def test_the_sampler_is_the_plain_model(roles: Roles) -> None:
-    part = real_collector(roles).collect(0, 0).batch
-    plain = Plain([roles.adapter_tensors("sft"), roles.adapter_tensors("policy")])
-    for i in range(len(part)):
-        ids, places = part.input_ids[i][part.attention_mask[i]], part.completion_mask[i].nonzero().squeeze(1)
+    batch = real_collector(roles).collect(0, 0).batch
+    plain = PlainModel([roles.adapter_tensors("sft"), roles.adapter_tensors("policy")])
+    for i in range(len(batch)):
+        ids = batch.input_ids[i][batch.attention_mask[i]]
+        positions = batch.completion_mask[i].nonzero().squeeze(1)
         with torch.no_grad():
-            p = torch.log_softmax(plain.run(ids.tolist(), policy=False).logits[0] / 0.8, dim=1)
-        assert torch.allclose(p[places - 1, ids[places]].float(), part.extra["sampler"][i][places], atol=1e-4)
+            logps = plain.log_softmax(ids.tolist(), policy=False, temperature=0.8)
+        assert torch.allclose(
+            logps[positions - 1, ids[positions]].float(), batch.sampler_logps[i][positions], atol=1e-4
+        )
 
 
 # --- whole runs -------------------------------------------------------------------------------------------------------
@@ -819,40 +702,6 @@ def small(sft: Path, **more: Any) -> dict[str, Any]:
     }
 
 
-@pytest.fixture(scope="module")
-def sft_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A short SFT run, whose adapter stays frozen below."""
-    recipe = {
-        "name": "sft",
-        "algorithm": "sft",
-        "base": {"model": "tiny-tutor", "bits": 4},
-        "adapters": {"policy": {"r": 4}},
-        "data": {"train": [{"dataset": "builtin:arithmetic", "max_samples": 40}]},
-        "train": {"max_steps": 3, "global_batch_size": 8, "learning_rate": 5e-3, "gradient_checkpointing": False},
-    }
-    out = tmp_path_factory.mktemp("below") / "sft"
-    run(Recipe.from_dict(recipe), out=out, ui="none", device=CPU)
-    return out
-
-
-def run_with_events(recipe: dict[str, Any], out: Path) -> tuple[Any, list[Any]]:
-    events: list[Any] = []
-    return run(Recipe.from_dict(recipe), out=out, ui="none", device=CPU, on_event=events.append), events
-
-
-def figures(events: Sequence[Any]) -> list[dict[str, float]]:
-    unsteady = {"tokens_per_second", "memory_gib", "rollout_seconds", "reward_seconds"}
-    return [
-        {k: v for k, v in event.stats.items() if k not in unsteady} for event in events if isinstance(event, StepEnd)
-    ]
-
-
-@pytest.fixture
-def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setenv("LOWRANK_TUNE_CACHE", str(tmp_path / "cache"))
-    return tmp_path / "cache"
-
-
 def test_a_frozen_adapter_and_the_base_stay_and_two_runs_are_equal(cache: Path, tmp_path: Path, sft_run: Path) -> None:
     files = {path: path.read_bytes() for path in sft_run.rglob("*") if path.is_file()}
     outcome, events = run_with_events(small(sft_run), tmp_path / "one")
@@ -861,13 +710,14 @@ def test_a_frozen_adapter_and_the_base_stay_and_two_runs_are_equal(cache: Path, 
     below = json.loads((sft_run / "summary.json").read_text())
     assert outcome.summary["base_hash"]["end"] == outcome.summary["base_hash"]["start"] == below["base_hash"]["end"]
     assert set(outcome.summary["adapter_hashes"]) == {"sft"}
-    steps = figures(events)
+    steps = step_metrics(events)
     assert 0 <= steps[0]["kl"] < 1e-9 < steps[1]["kl"] and steps[0]["sampling/sampling_logp_difference/mean"] < 1e-5
-    assert all(tensor.any() for key, tensor in ended.items() if "lora_B" in key), (
-        "nothing was trained: the test saw nothing"
-    )
+    assert all(tensor.any() for key, tensor in ended.items() if "lora_B" in key), "nothing was trained"
     _, again = run_with_events(small(sft_run), tmp_path / "two")
-    assert figures(again) == steps and changed_tensors(ended, load_file(tmp_path / "two" / "final" / WEIGHTS)) == set()
+    assert (
+        step_metrics(again) == steps
+        and changed_tensors(ended, load_file(tmp_path / "two" / "final" / WEIGHTS)) == set()
+    )
     groups = [
         [(event.step, event.prompt, event.completions) for event in which if isinstance(event, GroupLogged)]
         for which in (events, again)
@@ -877,8 +727,8 @@ def test_a_frozen_adapter_and_the_base_stay_and_two_runs_are_equal(cache: Path, 
         small(sft_run, seed=1, train={**small(sft_run)["train"], "max_steps": 1}), tmp_path / "three"
     )
     assert (
-        figures(other)[0]["reward"] != steps[0]["reward"]
-        or figures(other)[0]["completions/mean_length"] != steps[0]["completions/mean_length"]
+        step_metrics(other)[0]["reward"] != steps[0]["reward"]
+        or step_metrics(other)[0]["completions/mean_length"] != steps[0]["completions/mean_length"]
     )
 
 
@@ -919,7 +769,7 @@ def test_real_questions_that_are_too_hard(cache: Path, tmp_path: Path) -> None:
     }
     outcome, events = run_with_events(recipe, tmp_path / "run")
     notes = [(event.level, event.message) for event in events if isinstance(event, LogMessage)]
-    steps = figures(events)
+    steps = step_metrics(events)
     assert outcome.summary["status"] == "done" and len(steps) == 2
     assert any("prompts of 200 of 200 rows" in text and "200 with a gold answer" in text for _, text in notes)
     assert all(step["reward"] <= 0.2 and step["frac_reward_zero_std"] >= 0.5 for step in steps)

@@ -13,16 +13,16 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from algorithm_helpers import MAX_NEW_TOKENS, FakeCollector, by_key, error_against
 from models import llama_roles, perturb, saved_model, zero_grad
-from test_dpo import by_key, error_against
-from test_grpo import LONGEST, FakeCollector
 from test_preference_trl import lora, place, tokenizer
 from torch import Tensor
 
 from lowrank_tune.algorithms import grpo as grpo_module
 from lowrank_tune.algorithms.base import AlgorithmContext
 from lowrank_tune.algorithms.grpo import GRPO, group_advantages
-from lowrank_tune.batch import Batch
+from lowrank_tune.batch import RolloutBatch
+from lowrank_tune.config import GRPOConfig
 from lowrank_tune.model.logprobs import LogProbs
 from lowrank_tune.model.roles import Roles
 from lowrank_tune.stats import add_stats, to_floats
@@ -51,7 +51,7 @@ def trainer(policy: Roles, tmp_path_factory: pytest.TempPathFactory) -> Any:
         per_device_train_batch_size=4,
         num_generations=4,
         gradient_accumulation_steps=1,
-        max_completion_length=LONGEST,
+        max_completion_length=MAX_NEW_TOKENS,
         bf16=False,
         use_cpu=True,
         report_to="none",
@@ -76,7 +76,7 @@ def trainer(policy: Roles, tmp_path_factory: pytest.TempPathFactory) -> Any:
     return found
 
 
-def trl_inputs(part: Batch) -> dict[str, Tensor]:
+def trl_inputs(part: RolloutBatch) -> dict[str, Tensor]:
     """The same rows as TRL lays them: prompts padded on the left, completions on the right."""
     rows = range(len(part))
     prompts = [part.input_ids[i][part.attention_mask[i] & ~part.completion_mask[i]] for i in rows]
@@ -98,9 +98,9 @@ def trl_inputs(part: Batch) -> dict[str, Tensor]:
         p, n = len(prompts[i]), len(completions[i])
         found["prompt_ids"][i, wide - p :], found["prompt_mask"][i, wide - p :] = prompts[i], 1
         found["completion_ids"][i, :n], found["completion_mask"][i, :n] = completions[i], 1
-        found["old_per_token_logps"][i, :n] = part.extra["old"][i][part.completion_mask[i]]
-        found["ref_per_token_logps"][i, :n] = part.extra["reference_logps"][i][part.completion_mask[i]]
-    return found | {"advantages": part.extra["advantage"], "num_items_in_batch": part.completion_mask.sum()}
+        found["old_per_token_logps"][i, :n] = part.old_logps[i][part.completion_mask[i]]
+        found["ref_per_token_logps"][i, :n] = part.reference_logps[i][part.completion_mask[i]]
+    return found | {"advantages": part.sequence_advantages, "num_items_in_batch": part.completion_mask.sum()}
 
 
 def wants(trainer: Any, kind: str, estimator: str, high: float) -> None:
@@ -111,6 +111,11 @@ def wants(trainer: Any, kind: str, estimator: str, high: float) -> None:
     trainer.epsilon_high, trainer.args.use_bias_correction_kl = high, estimator == "k3_ratio"
 
 
+def grpo_over(policy: Roles, kind: str, estimator: str, high: float, **fake: Any) -> GRPO:
+    settings = GRPOConfig(loss_type=kind, epsilon=LOW, epsilon_high=high, beta=KL, kl_estimator=estimator)
+    return GRPO(AlgorithmContext(policy, fresh=False), settings, FakeCollector(policy, REWARDS, **fake))
+
+
 def both(
     trainer: Any, policy: Roles, kind: str, estimator: str, high: float = HIGH
 ) -> tuple[float, float, dict[str, float], Any]:
@@ -118,17 +123,9 @@ def both(
     zero_grad(policy)
     trainer.model.zero_grad()
     wants(trainer, kind, estimator, high)
-    algorithm = GRPO(
-        AlgorithmContext(policy, None, fresh=False),
-        FakeCollector(policy, REWARDS, temperature=0.7),
-        kind,
-        LOW,
-        high,
-        KL,  # type: ignore[arg-type]
-        kl_estimator=estimator,
-    )
+    algorithm = grpo_over(policy, kind, estimator, high, temperature=0.7)
     part = algorithm.collect(0).batch
-    part.extra["old"] = part.extra["sampler"] + 0.3 * torch.randn(
+    part.old_logps = part.sampler_logps + 0.3 * torch.randn(
         part.input_ids.shape, generator=torch.Generator().manual_seed(0)
     )
     theirs = trainer._compute_loss(trainer.model, trl_inputs(part))
@@ -179,24 +176,13 @@ def on_the_same_tensors(
     """The same, with log-probs in float64 given to both: no model is in between. Distance of the loss, and of its slope
     by the log-probs."""
     wants(trainer, kind, estimator, high)
-    algorithm = GRPO(
-        AlgorithmContext(policy, None, fresh=False),
-        FakeCollector(policy, REWARDS),
-        kind,
-        LOW,
-        high,
-        KL,
-        kl_estimator=estimator,
-    )  # type: ignore[arg-type]
+    algorithm = grpo_over(policy, kind, estimator, high)
     part = algorithm.collect(seed).batch
     stream = torch.Generator().manual_seed(seed)
-    logps = torch.where(part.completion_mask, part.extra["sampler"].double(), 0.0)
-    for name, size in (("old", 0.4), ("reference_logps", 0.9)):
-        part.extra[name] = (
-            torch.where(part.completion_mask, logps + size * torch.randn(logps.shape, generator=stream), 0.0)
-            .float()
-            .double()
-        )
+    logps = torch.where(part.completion_mask, part.sampler_logps.double(), 0.0)
+    for name, size in (("old_logps", 0.4), ("reference_logps", 0.9)):
+        moved = logps + size * torch.randn(logps.shape, generator=stream)
+        setattr(part, name, torch.where(part.completion_mask, moved, 0.0).float().double())
     leaf = logps.requires_grad_()
     algorithm.context = AlgorithmContext(SimpleNamespace(logps=lambda *_: LogProbs(leaf, torch.zeros_like(leaf))), None)  # type: ignore[arg-type]
     part.token_weights = algorithm.token_weights(part)
@@ -237,8 +223,9 @@ def test_a_side_by_side_can_fail(trainer: Any, policy: Roles, monkeypatch: pytes
     monkeypatch.undo()
     weigh = GRPO.token_weights
 
-    def of_another(self: GRPO, batch: Batch) -> Tensor:
-        self.loss_type = "dapo" if self.loss_type == "grpo" else self.loss_type
+    def of_another(self: GRPO, batch: RolloutBatch) -> Tensor:
+        if self.settings.loss_type == "grpo":
+            self.settings = self.settings.model_copy(update={"loss_type": "dapo"})
         return weigh(self, batch)
 
     monkeypatch.setattr(GRPO, "token_weights", of_another)

@@ -1,41 +1,48 @@
-"""Laws of PPO: advantages, whitening, rewards and both clipped losses by hand and in float64, with the bugs that others
-had; two graphs that are one gradient, whatever the split and the padding; the coefficient of the KL; heads on the
-policy's trunk."""
+"""PPO: advantages, whitening, rewards and both clipped losses by hand and in float64, with known bugs of others; two
+graphs that give one gradient, for any split and any padding; the coefficient of the KL; heads on the policy's trunk."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import oracles
 import pytest
 import torch
+from algorithm_helpers import FakeCollector, by_key, error_against, largest, real_collector
 from hypothesis import given
 from hypothesis import strategies as st
 from models import count_forwards, gradients, llama_roles, perturb, relative_error, zero_grad
-from test_dpo import Plain, by_key, error_against
-from test_grpo import FakeCollector, real_collector
+from oracles import PlainModel, PPORow, ppo_step
 from torch import Tensor
 
 from lowrank_tune.algorithms import ppo as ppo_module
 from lowrank_tune.algorithms.base import AlgorithmContext
 from lowrank_tune.algorithms.ppo import (
     PPO,
-    CriticConfig,
-    GAEConfig,
-    KLControlConfig,
     PPOBatch,
-    UpdateConfig,
     adapt_kl_coef,
-    kl_k3,
     shift_right,
     token_rewards,
+    value_loss,
 )
 from lowrank_tune.algorithms.reward_failures import RewardFailure
-from lowrank_tune.batch import Batch
+from lowrank_tune.algorithms.rollouts import RolloutGroups
+from lowrank_tune.batch import Batch, RolloutBatch
+from lowrank_tune.config import PPOConfig
 from lowrank_tune.errors import TrainingError
-from lowrank_tune.functional import apply_mask, explained_variance, gae, token_mean_weights, whiten
+from lowrank_tune.functional import (
+    apply_mask,
+    clipped_policy_loss,
+    explained_variance,
+    gae,
+    kl_k3,
+    token_mean_weights,
+    whiten,
+)
 from lowrank_tune.model.logprobs import Head, chunked_entropy
 from lowrank_tune.model.roles import Roles
 from lowrank_tune.stats import add_stats, to_floats
@@ -47,86 +54,89 @@ Rows = Sequence[tuple[Any, ...]]
 def padded_tensors(
     rows: Rows, filler: float = 0.0, gaps: int = 1, more: int = 0, dtype: torch.dtype = torch.float64
 ) -> tuple[Tensor, ...]:
-    """Each row's sequences as (B, T) tensors, with `gaps` slots before and between and `more` behind; the mask comes
-    last."""
+    """The sequences of each row as (B, T) tensors, with `gaps` slots of `filler` before and between the tokens and
+    `more` after them; the mask comes last."""
     width = max(len(row[0]) for row in rows) * (1 + gaps) + gaps + more
     mask = torch.zeros(len(rows), width, dtype=torch.bool)
-    several = [torch.full((len(rows), width), filler, dtype=dtype) for _ in rows[0]]
+    tensors = [torch.full((len(rows), width), filler, dtype=dtype) for _ in rows[0]]
     for i, row in enumerate(rows):
-        places = [gaps + (1 + gaps) * t for t in range(len(row[0]))]
-        mask[i, places] = True
-        for into, values in zip(several, row, strict=True):
-            into[i, places] = torch.tensor(np.asarray(values), dtype=dtype)
-    return *several, mask
+        columns = [gaps + (1 + gaps) * t for t in range(len(row[0]))]
+        mask[i, columns] = True
+        for tensor, values in zip(tensors, row, strict=True):
+            tensor[i, columns] = torch.tensor(np.asarray(values), dtype=dtype)
+    return *tensors, mask
 
 
 # --- advantages -------------------------------------------------------------------------------------------------------
 
 ENDED = ([0.0, 0.0, 1.0], [0.5, 0.25, 0.5])
 SHORT = ([1.0, 1.0], [0.5, 0.5])
+"""Rewards and values of the tokens of a completion."""
 BY_HAND = (
-    # gamma 1, L 1/2. Ended: delta 3 = 1 - .5, delta 2 = .5 - .25, delta 1 = .25 - .5. Cut, worth 2 from there: delta 3
-    # = 1 + 2 - .5.
+    # gamma 1, lam 1/2. Ended: delta 3 = 1 - .5, delta 2 = .5 - .25, delta 1 = .25 - .5. Truncated, with value 2 after
+    # the last token: delta 3 = 1 + 2 - .5.
     (1.0, 0.5, [[0.0, 0.5, 0.5], [0.5, 1.5, 2.5], [1.25, 0.5]]),
-    # gamma 1/2, L 1: each is the discounted sum of what is earned, minus the value. Cut: 1/4 + 1/8 * 2 - .5 and so on.
+    # gamma 1/2, lam 1: the discounted sum of the rewards minus the value. Truncated: 1/4 + 1/8 * 2 - .5 and so on.
     (0.5, 1.0, [[0.25 - 0.5, 0.5 - 0.25, 0.5], [0.25 + 0.25 - 0.5, 0.5 + 0.5 - 0.25, 1 + 1 - 0.5], [1.5 - 0.5, 0.5]]),
-    # L 0: one step ahead alone.
+    # lam 0: one step ahead alone.
     (1.0, 0.0, [[-0.25, 0.25, 0.5], [-0.25, 0.25, 2.5], [1.0, 0.5]]),
 )
-"""An ended row, one that was cut where 2 are still to come, and one that is short in the batch."""
-AFTER = torch.tensor([0.0, 2.0, 0.0])
+"""gamma, lam and the advantages of a row that ended, one that was truncated with value 2 after it, and a short one."""
+BOOTSTRAP_VALUES = torch.tensor([0.0, 2.0, 0.0])
 
 
-def hand_error(how: Callable[..., Tensor], filler: float = NAN) -> float:
-    worst = 0.0
+def advantage_error(compute: Callable[..., Tensor], filler: float = NAN) -> float:
+    """The largest distance from the values by hand; infinite if a slot outside the mask is not 0."""
+    errors = []
     for gamma, lam, expected in BY_HAND:
         for gaps, more in ((0, 0), (0, 3), (2, 1)):
             rewards, values, mask = padded_tensors([ENDED, ENDED, SHORT], filler, gaps, more)
-            found = how(rewards, values, mask, AFTER, gamma, lam)
-            flat = torch.tensor([a for row in expected for a in row])
-            apart = float((found[mask] - flat).abs().max())
-            worst = max(worst, apart if apart == apart and not found[~mask].any() else math.inf)
-    return worst
+            found = compute(rewards, values, mask, BOOTSTRAP_VALUES, gamma, lam)
+            flat = torch.tensor([advantage for row in expected for advantage in row])
+            errors.append(float((found[mask] - flat).abs().max()))
+            errors.append(math.inf if found[~mask].any() else 0.0)
+    return largest(errors)
 
 
 def test_advantages_by_hand() -> None:
-    assert hand_error(gae) < 1e-7
+    assert advantage_error(gae) < 1e-7
 
 
-def _cut_is_an_end(rewards: Tensor, values: Tensor, mask: Tensor, after: Tensor, gamma: float, lam: float) -> Tensor:
-    return gae(rewards, values, mask, torch.zeros_like(after), gamma, lam)
+def _truncated_is_ended(
+    rewards: Tensor, values: Tensor, mask: Tensor, bootstrap: Tensor, gamma: float, lam: float
+) -> Tensor:
+    return gae(rewards, values, mask, torch.zeros_like(bootstrap), gamma, lam)
 
 
-def _an_end_is_a_cut(rewards: Tensor, values: Tensor, mask: Tensor, after: Tensor, gamma: float, lam: float) -> Tensor:
-    return gae(rewards, values, mask, torch.full_like(after, 2.0), gamma, lam)
+def _ended_is_truncated(
+    rewards: Tensor, values: Tensor, mask: Tensor, bootstrap: Tensor, gamma: float, lam: float
+) -> Tensor:
+    return gae(rewards, values, mask, torch.full_like(bootstrap, 2.0), gamma, lam)
 
 
-def _by_padded_width(rewards: Tensor, values: Tensor, mask: Tensor, after: Tensor, gamma: float, lam: float) -> Tensor:
-    """Whoever does not fill the batch has ended, and the value behind the last token is read from the slot after it."""
+def _by_padded_width(
+    rewards: Tensor, values: Tensor, mask: Tensor, bootstrap: Tensor, gamma: float, lam: float
+) -> Tensor:
+    """A row that does not fill the batch counts as ended, and the value after its last token is that of the next
+    slot."""
     rewards, values = rewards.nan_to_num(0), values.nan_to_num(0.3)
-    everywhere = torch.ones_like(mask)
-    return apply_mask(gae(rewards, values, everywhere, after * mask[:, -1], gamma, lam), mask)
+    return apply_mask(gae(rewards, values, torch.ones_like(mask), bootstrap * mask[:, -1], gamma, lam), mask)
 
 
-def _masked_by_zero(rewards: Tensor, values: Tensor, mask: Tensor, after: Tensor, gamma: float, lam: float) -> Tensor:
-    return gae(rewards * mask, values * mask, torch.ones_like(mask), after, gamma, lam) * mask
+def _masked_by_multiplication(
+    rewards: Tensor, values: Tensor, mask: Tensor, bootstrap: Tensor, gamma: float, lam: float
+) -> Tensor:
+    return gae(rewards * mask, values * mask, torch.ones_like(mask), bootstrap, gamma, lam) * mask
 
 
-@pytest.mark.parametrize("bug", [_cut_is_an_end, _an_end_is_a_cut, _by_padded_width, _masked_by_zero])
-def test_wrong_advantages_are_seen(bug: Any) -> None:
-    assert hand_error(bug) > 1e-2
+@pytest.mark.parametrize("bug", [_truncated_is_ended, _ended_is_truncated, _by_padded_width, _masked_by_multiplication])
+def test_wrong_advantages_are_found(bug: Any) -> None:
+    assert advantage_error(bug) > 1e-2
 
 
 NUMBER = st.floats(-50, 50, width=32)
 ROW = st.integers(0, 6).flatmap(lambda n: st.tuples(*[st.lists(NUMBER, min_size=n, max_size=n)] * 2, NUMBER))
 SHARE = st.floats(0, 1, width=32)
-
-
-def sums(rewards: Sequence[float], values: Sequence[float], after: float, gamma: float, lam: float) -> list[float]:
-    """The definition: sum over l of (gamma L)^l delta_(t+l)."""
-    ahead = [*values[1:], after][: len(values)]
-    deltas = [r + gamma * v1 - v0 for r, v0, v1 in zip(rewards, values, ahead, strict=True)]
-    return [sum((gamma * lam) ** i * delta for i, delta in enumerate(deltas[t:])) for t in range(len(values))]
 
 
 @given(
@@ -137,28 +147,28 @@ def sums(rewards: Sequence[float], values: Sequence[float], after: float, gamma:
     st.integers(0, 2),
     st.integers(1, 3),
 )
-def test_advantages_equal_their_sums(
+def test_advantages_equal_their_definition(
     rows: list[Any], gamma: float, lam: float, filler: float, gaps: int, more: int
 ) -> None:
     rewards, values, mask = padded_tensors([row[:2] for row in rows], filler, gaps, more)
     found = gae(rewards, values, mask, torch.tensor([row[2] for row in rows], dtype=torch.float64), gamma, lam)
-    expected = [a for row in rows for a in sums(*row, gamma, lam)]
+    expected = [advantage for row in rows for advantage in oracles.gae(*row, gamma, lam)]
     assert np.allclose(found[mask].numpy(), expected, rtol=1e-6, atol=1e-4) and not found[~mask].any()
 
 
 # --- whitening --------------------------------------------------------------------------------------------------------
 
 
-def white_error(how: Callable[[Tensor, Tensor], Tensor], more: int = 0) -> float:
+def whitening_error(compute: Callable[[Tensor, Tensor], Tensor], more: int = 0) -> float:
     """1, 2, 3 and 6: mean 3, variance (4 + 1 + 0 + 9) / 4 = 3.5."""
     values, mask = padded_tensors([([1.0, 2.0],), ([3.0],), ([6.0],)], 100.0, 1, more)
-    found = how(values, mask)
+    found = compute(values, mask)
     expected = torch.tensor([-2.0, -1.0, 0.0, 3.0]) / math.sqrt(3.5)
     return float((found[mask] - expected).abs().max() + found[~mask].abs().max())
 
 
 def test_whitening_by_hand() -> None:
-    assert white_error(whiten) < 1e-6 and white_error(whiten, more=7) < 1e-6
+    assert whitening_error(whiten) < 1e-6 and whitening_error(whiten, more=7) < 1e-6
     assert not whiten(torch.zeros(2, 3), torch.zeros(2, 3, dtype=torch.bool)).any()
 
 
@@ -175,94 +185,93 @@ def _row_by_row(values: Tensor, masks: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("bug", [_mean_added_back, _padding_counted, _row_by_row])
-def test_wrong_whitening_is_seen(bug: Any) -> None:
-    assert white_error(bug) > 1e-2
+def test_wrong_whitening_is_found(bug: Any) -> None:
+    assert whitening_error(bug) > 1e-2
 
 
 @given(st.lists(st.lists(NUMBER, max_size=5), min_size=1, max_size=4), st.integers(1, 4))
 def test_whitened_values_have_mean_0_and_variance_1(rows: list[list[float]], more: int) -> None:
-    values, masks = padded_tensors([(row,) for row in rows], NAN, 1, more)
-    found = whiten(values, masks)
-    chosen = [value for row in rows for value in row]
-    assert not found[~masks].any()
-    if not chosen or max(chosen) - min(chosen) <= 1e-6:
-        assert not found.any(), "equal values are exactly nothing, whatever rounding leaves of them"
-    else:
-        assert float(found[masks].double().mean()) == pytest.approx(0, abs=1e-6)
-        assert float(found[masks].double().square().mean()) == pytest.approx(1, abs=1e-5)
-        again, mask = padded_tensors([(row,) for row in rows], 7.0, 1, more + 5)
-        assert torch.equal(whiten(again, mask)[mask], found[masks])
+    values, mask = padded_tensors([(row,) for row in rows], NAN, 1, more)
+    found = whiten(values, mask)
+    numbers = [value for row in rows for value in row]
+    assert not found[~mask].any()
+    if not numbers or max(numbers) - min(numbers) <= 1e-6:
+        assert not found.any(), "equal values become exactly 0, whatever rounding leaves of them"
+        return
+    assert float(found[mask].double().mean()) == pytest.approx(0, abs=1e-6)
+    assert float(found[mask].double().square().mean()) == pytest.approx(1, abs=1e-5)
+    other_values, other_mask = padded_tensors([(row,) for row in rows], 7.0, 1, more + 5)
+    assert torch.equal(whiten(other_values, other_mask)[other_mask], found[mask])
 
 
 def test_explained_variance_by_hand() -> None:
-    values, returns, mask = padded_tensors([([1.0, 1.0], [0.0, 2.0]), ([1.0], [4.0])], NAN)  # variances 8/3 of both
-    assert explained_variance(values, returns, mask) == pytest.approx(0.0) and math.isnan(
-        explained_variance(returns, values, mask)
-    )
-    assert explained_variance(returns, returns, mask) == 1.0 and explained_variance(returns + 5, returns, mask) == 1.0
+    values, returns, mask = padded_tensors([([1.0, 1.0], [0.0, 2.0]), ([1.0], [4.0])], NAN)  # Var(returns) = 8/3
+    assert explained_variance(values, returns, mask) == pytest.approx(0.0)
+    assert math.isnan(explained_variance(returns, values, mask))
+    assert explained_variance(returns, returns, mask) == 1.0
+    assert explained_variance(returns + 5, returns, mask) == 1.0
     assert explained_variance(-returns, returns, mask) == pytest.approx(-3.0)
 
 
 # --- rewards ----------------------------------------------------------------------------------------------------------
 
 
-def reward_error(how: Callable[..., Tensor]) -> float:
-    """lambda 1/2; log-ratios 1, -2, .5 with score 3, and .25 with score -1."""
-    old, reference, mask = padded_tensors(
-        [([-1.0, -3.0, -0.5], [-2.0, -1.0, -1.0]), ([-1.0], [-1.25]), ([], [])], NAN, 1, 2
-    )
-    found = how(old, reference, mask, torch.tensor([3.0, -1.0, 9.0]), 0.5)
+def reward_error(compute: Callable[..., Tensor]) -> float:
+    """kl_coef 1/2; log-ratios 1, -2, .5 with score 3, and .25 with score -1."""
+    rows = [([-1.0, -3.0, -0.5], [-2.0, -1.0, -1.0]), ([-1.0], [-1.25]), ([], [])]
+    old_logps, reference_logps, mask = padded_tensors(rows, NAN, 1, 2)
+    found = compute(old_logps, reference_logps, mask, torch.tensor([3.0, -1.0, 9.0]), 0.5)
     expected = torch.tensor([-0.5, 1.0, 3.0 - 0.25, -1.0 - 0.125], dtype=torch.float64)
-    apart = float((found[mask] - expected).abs().max())
-    return apart if apart == apart and not found[~mask].any() else math.inf
+    return largest([float((found[mask] - expected).abs().max()), math.inf if found[~mask].any() else 0.0])
 
 
 def test_token_rewards_by_hand() -> None:
     assert reward_error(token_rewards) < 1e-12
 
 
-def _on_the_pad_slot(old: Tensor, reference: Tensor, mask: Tensor, score: Tensor, coefficient: float) -> Tensor:
-    rewards = -coefficient * apply_mask(old - reference, mask)
+def _score_at_the_pad_slot(
+    old_logps: Tensor, reference_logps: Tensor, mask: Tensor, score: Tensor, kl_coef: float
+) -> Tensor:
+    rewards = -kl_coef * apply_mask(old_logps - reference_logps, mask)
     rewards[torch.arange(3), -1] += score
     return rewards
 
 
-def _kl_gained(old: Tensor, reference: Tensor, mask: Tensor, score: Tensor, coefficient: float) -> Tensor:
-    return token_rewards(old, reference, mask, score, -coefficient)
+def _kl_added(old_logps: Tensor, reference_logps: Tensor, mask: Tensor, score: Tensor, kl_coef: float) -> Tensor:
+    return token_rewards(old_logps, reference_logps, mask, score, -kl_coef)
 
 
-def _at_every_token(old: Tensor, reference: Tensor, mask: Tensor, score: Tensor, coefficient: float) -> Tensor:
-    return token_rewards(old, reference, mask, 0 * score, coefficient) + score[:, None] * mask
+def _score_at_every_token(
+    old_logps: Tensor, reference_logps: Tensor, mask: Tensor, score: Tensor, kl_coef: float
+) -> Tensor:
+    return token_rewards(old_logps, reference_logps, mask, 0 * score, kl_coef) + score[:, None] * mask
 
 
-@pytest.mark.parametrize("bug", [_on_the_pad_slot, _kl_gained, _at_every_token])
-def test_wrong_rewards_are_seen(bug: Any) -> None:
+@pytest.mark.parametrize("bug", [_score_at_the_pad_slot, _kl_added, _score_at_every_token])
+def test_wrong_rewards_are_found(bug: Any) -> None:
     assert reward_error(bug) > 1e-2
 
 
-def test_the_coefficient_follows_its_target() -> None:
+def test_the_kl_coefficient_follows_its_target() -> None:
     """Ziegler et al.: error (KL - target) / target, within 20 %, times the gain."""
     assert adapt_kl_coef(0.05, 0.11, 0.1, 0.1) == pytest.approx(0.05 * 1.01)
     assert adapt_kl_coef(0.05, 0.09, 0.1, 0.1) == pytest.approx(0.05 * 0.99)
-    assert adapt_kl_coef(0.05, 9.0, 0.1, 0.1) == pytest.approx(0.05 * 1.02) and adapt_kl_coef(
-        0.05, 0.0, 0.1, 0.5
-    ) == pytest.approx(0.045)
+    assert adapt_kl_coef(0.05, 9.0, 0.1, 0.1) == pytest.approx(0.05 * 1.02)
+    assert adapt_kl_coef(0.05, 0.0, 0.1, 0.5) == pytest.approx(0.045)
     assert adapt_kl_coef(0.05, 0.1, 0.1, 0.1) == 0.05
 
 
 def test_k3_by_hand() -> None:
-    logps, other, mask = padded_tensors([([-1.0, -2.0], [-1.0 + math.log(2), -2.0])], NAN)
-    assert (
-        kl_k3(logps, other, mask)[mask].tolist() == pytest.approx([1 - math.log(2), 0.0])
-        and not kl_k3(logps, other, mask)[~mask].any()
-    )
+    logps, other_logps, mask = padded_tensors([([-1.0, -2.0], [-1.0 + math.log(2), -2.0])], NAN)
+    k3 = kl_k3(logps, other_logps, mask)
+    assert k3[mask].tolist() == pytest.approx([1 - math.log(2), 0.0]) and not k3[~mask].any()
 
 
 # --- the losses -------------------------------------------------------------------------------------------------------
 
-SIX = (
-    # value: old 0, d 0.2. (new, return) -> loss, slope: a value that has left the clip and still goes away from the
-    # return loses its slope.
+ORDERINGS = (
+    # old value 0, clip 0.2: (new value, return) -> loss, slope. A value outside the clip that moves away from the
+    # return has no slope.
     ("old < new < return", 1.0, 2.0, 1.8**2 / 2, 0.0),
     ("old < return < new", 1.0, 0.5, 0.5**2 / 2, 0.5),
     ("return < old < new", 1.0, -1.0, 2.0**2 / 2, 2.0),
@@ -272,165 +281,151 @@ SIX = (
 )
 
 
-def six_error(how: Callable[..., tuple[Tensor, Tensor]]) -> float:
-    worst = 0.0
-    for _, new, wanted, loss, slope in SIX:
+def value_loss_error(compute: Callable[..., tuple[Tensor, Tensor]]) -> float:
+    errors = []
+    for _, new, target, loss, slope in ORDERINGS:
         values = torch.tensor([[new, NAN]], dtype=torch.float64, requires_grad=True)
-        other = torch.tensor([[0.0, NAN]], dtype=torch.float64)
+        old_values = torch.tensor([[0.0, NAN]], dtype=torch.float64)
         mask = torch.tensor([[True, False]])
-        found, stopped = how(values, other, torch.full_like(other, wanted), mask, 0.2)
-        (gradient,) = torch.autograd.grad(found.sum(), values)
-        apart = (
-            abs(float(found[0, 0].detach()) - loss)
-            + abs(float(gradient[0, 0]) - slope)
-            + (bool(stopped[0, 0]) != (slope == 0.0))
-        )
-        worst = max(worst, apart if apart == apart and not gradient[0, 1] else math.inf)
-    return worst
+        per_token, is_clipped = compute(values, old_values, torch.full_like(old_values, target), mask, 0.2)
+        (gradient,) = torch.autograd.grad(per_token.sum(), values)
+        errors.append(abs(float(per_token[0, 0].detach()) - loss))
+        errors.append(abs(float(gradient[0, 0]) - slope))
+        errors.append(float(bool(is_clipped[0, 0]) != (slope == 0.0)))
+        errors.append(math.inf if gradient[0, 1] else 0.0)
+    return largest(errors)
 
 
-def test_six_orderings_of_old_value_new_value_and_return() -> None:
-    assert six_error(ppo_module.value_loss) < 1e-12
+def test_value_loss_of_six_orderings_by_hand() -> None:
+    assert value_loss_error(value_loss) < 1e-12
 
 
-def _the_smaller(values: Tensor, old: Tensor, returns: Tensor, mask: Tensor, clip: float) -> tuple[Tensor, Tensor]:
-    values, old, returns = (apply_mask(each, mask) for each in (values, old, returns))
-    clipped = old + (values - old).clamp(-clip, clip)
-    plain, other = (values - returns).square() / 2, (clipped - returns).square() / 2
-    return torch.minimum(plain, other), (other < plain) & mask
-
-
-def _around_the_return(
-    values: Tensor, old: Tensor, returns: Tensor, mask: Tensor, clip: float
+def _smaller_of_both(
+    values: Tensor, old_values: Tensor, returns: Tensor, mask: Tensor, clip: float
 ) -> tuple[Tensor, Tensor]:
-    return ppo_module.value_loss(values, returns, returns, mask, clip)
+    values, old_values, returns = (apply_mask(tensor, mask) for tensor in (values, old_values, returns))
+    clipped = old_values + (values - old_values).clamp(-clip, clip)
+    loss, clipped_loss = (values - returns).square() / 2, (clipped - returns).square() / 2
+    return torch.minimum(loss, clipped_loss), (clipped_loss < loss) & mask
 
 
-def _clipped_alone(values: Tensor, old: Tensor, returns: Tensor, mask: Tensor, clip: float) -> tuple[Tensor, Tensor]:
-    values, old, returns = (apply_mask(each, mask) for each in (values, old, returns))
-    found = (old + (values - old).clamp(-clip, clip) - returns).square() / 2
-    return found, (values - old).abs() > clip
+def _clipped_around_the_return(
+    values: Tensor, old_values: Tensor, returns: Tensor, mask: Tensor, clip: float
+) -> tuple[Tensor, Tensor]:
+    return value_loss(values, returns, returns, mask, clip)
 
 
-def _not_halved(values: Tensor, old: Tensor, returns: Tensor, mask: Tensor, clip: float) -> tuple[Tensor, Tensor]:
-    loss, stopped = ppo_module.value_loss(values, old, returns, mask, clip)
-    return 2 * loss, stopped
+def _clipped_alone(
+    values: Tensor, old_values: Tensor, returns: Tensor, mask: Tensor, clip: float
+) -> tuple[Tensor, Tensor]:
+    values, old_values, returns = (apply_mask(tensor, mask) for tensor in (values, old_values, returns))
+    clipped = old_values + (values - old_values).clamp(-clip, clip)
+    return (clipped - returns).square() / 2, (values - old_values).abs() > clip
 
 
-@pytest.mark.parametrize("bug", [_the_smaller, _around_the_return, _clipped_alone, _not_halved])
-def test_a_wrong_value_clip_is_seen(bug: Any) -> None:
-    assert six_error(bug) > 1e-2
+def _not_halved(
+    values: Tensor, old_values: Tensor, returns: Tensor, mask: Tensor, clip: float
+) -> tuple[Tensor, Tensor]:
+    loss, is_clipped = value_loss(values, old_values, returns, mask, clip)
+    return 2 * loss, is_clipped
 
 
-def oracle(rows: Rows, clip: float, value_clip: float, weight: float) -> tuple[float, list[float], float, list[float]]:
-    """Rows of (log-probs, old, advantages, values, old values, returns) -> both losses and their slopes, worked by
-    cases."""
-    policy, value, slopes, value_slopes = 0.0, 0.0, [], []
-    for row in rows:
-        for p, o, a, v, v0, g in zip(*row, strict=True):
-            r = math.exp(p - o)
-            if (a > 0 and r > 1 + clip) or (a < 0 and r < 1 - clip):
-                policy, slope = policy - weight * (1 + clip if a > 0 else 1 - clip) * a, 0.0
-            else:
-                policy, slope = policy - weight * r * a, -weight * r * a
-            slopes.append(slope)
-            near = min(max(v, v0 - value_clip), v0 + value_clip) if value_clip else v
-            stands = (near - g) ** 2 > (v - g) ** 2
-            value += weight * ((near if stands else v) - g) ** 2 / 2
-            value_slopes.append(0.0 if stands else weight * (v - g))
-    return policy, slopes, value, value_slopes
+@pytest.mark.parametrize("bug", [_smaller_of_both, _clipped_around_the_return, _clipped_alone, _not_halved])
+def test_a_wrong_value_clip_is_found(bug: Any) -> None:
+    assert value_loss_error(bug) > 1e-2
 
 
-def drawn(seed: int, lengths: Sequence[int] = (5, 2, 9, 1, 4, 0)) -> list[tuple[Any, ...]]:
+def random_rows(seed: int, lengths: Sequence[int] = (5, 2, 9, 1, 4, 0)) -> list[PPORow]:
     """Ratios on both sides of the clip, advantages of both signs, values in all orderings."""
     stream = np.random.default_rng(seed)
     rows = []
     for n in lengths:
         logps, values = -stream.exponential(2.0, n), stream.normal(0, 1, n)
         rows.append(
-            (
-                logps,
-                logps + stream.normal(0, 0.3, n),
-                stream.normal(0, 1, n),
-                values,
-                values + stream.normal(0, 0.4, n),
-                stream.normal(0, 1, n),
+            PPORow(
+                logps=logps,
+                old_logps=logps + stream.normal(0, 0.3, n),
+                advantages=stream.normal(0, 1, n),
+                values=values,
+                old_values=values + stream.normal(0, 0.4, n),
+                returns=stream.normal(0, 1, n),
             )
         )
     return rows
 
 
-def pure_error(dtype: torch.dtype, filler: float = 0.0, seed: int = 0, value_clip: float = 0.2) -> float:
-    """Largest distance from the oracle: losses, slopes, and what leaks from masked slots."""
-    rows = drawn(seed)
-    logps, old, advantages, values, old_values, returns, mask = padded_tensors(rows, filler, dtype=dtype)
+def formula_error(dtype: torch.dtype, filler: float = 0.0, seed: int = 0, cliprange_value: float = 0.2) -> float:
+    """The largest distance of both losses and their slopes from the oracle; infinite if a masked slot has a slope."""
+    rows = random_rows(seed)
+    columns = [(row.logps, row.old_logps, row.advantages, row.values, row.old_values, row.returns) for row in rows]
+    logps, old_logps, advantages, values, old_values, returns, mask = padded_tensors(columns, filler, dtype=dtype)
     logps.requires_grad_()
     values.requires_grad_()
-    weight = token_mean_weights(mask).to(dtype)
-    one = (ppo_module.policy_loss(logps, old, advantages, mask, 0.2)[0] * weight).sum()
-    other = (ppo_module.value_loss(values, old_values, returns, mask, value_clip)[0] * weight).sum()
-    slope, value_slope = torch.autograd.grad(one + other, (logps, values))
-    policy, slopes, value, value_slopes = oracle(rows, 0.2, value_clip, float(weight.max()))
-    apart = [abs(float(one.detach()) - policy) / abs(policy), abs(float(other.detach()) - value) / value]
-    for found, expected in ((slope, slopes), (value_slope, value_slopes)):
+    weights = token_mean_weights(mask).to(dtype)
+    log_ratio = apply_mask(logps - old_logps, mask)
+    policy_losses, _ = ppo_module.clipped_policy_loss(log_ratio, apply_mask(advantages, mask), mask, 0.2, 0.2)
+    value_losses, _ = value_loss(values, old_values, returns, mask, cliprange_value)
+    policy_loss, mean_value_loss = (policy_losses * weights).sum(), (value_losses * weights).sum()
+    slopes = torch.autograd.grad(policy_loss + mean_value_loss, (logps, values))
+    step = ppo_step(rows, 0.2, cliprange_value, float(weights.max()))
+    errors = [
+        abs(float(policy_loss.detach()) - step.policy_loss) / abs(step.policy_loss),
+        abs(float(mean_value_loss.detach()) - step.value_loss) / step.value_loss,
+    ]
+    for found, expected in zip(slopes, (step.policy_slopes, step.value_slopes), strict=True):
         wanted = torch.tensor(expected, dtype=torch.float64)
-        apart.append(float((found[mask].double() - wanted).abs().max() / wanted.abs().max()))
-        apart.append(math.inf if found[~mask].any() or found.isnan().any() else 0.0)
-    return max(each if each == each else math.inf for each in apart)
+        errors.append(float((found[mask].double() - wanted).abs().max() / wanted.abs().max()))
+        errors.append(math.inf if found[~mask].any() or found.isnan().any() else 0.0)
+    return largest(errors)
 
 
-def test_losses_and_gradients_equal_the_formulas() -> None:
+def test_losses_and_gradients_equal_the_oracle() -> None:
     for seed in range(8):
-        for value_clip in (0.2, 0.0):
-            assert pure_error(torch.float64, seed=seed, value_clip=value_clip) < 1e-12
-            assert pure_error(torch.float32, seed=seed, value_clip=value_clip) < 2e-6
+        for cliprange_value in (0.2, 0.0):
+            assert formula_error(torch.float64, seed=seed, cliprange_value=cliprange_value) < 1e-12
+            assert formula_error(torch.float32, seed=seed, cliprange_value=cliprange_value) < 2e-6
 
 
 @pytest.mark.parametrize("filler", [NAN, math.inf, -math.inf, 1e38])
-def test_what_stands_in_masked_slots_does_nothing(filler: float) -> None:
-    assert pure_error(torch.float32, filler) < 2e-6
+def test_values_of_masked_slots_change_nothing(filler: float) -> None:
+    assert formula_error(torch.float32, filler) < 2e-6
 
 
 @given(
     st.lists(st.tuples(*[st.floats(-2, 2, width=32)] * 3), min_size=1, max_size=6), st.floats(0.015625, 0.5, width=32)
 )
-def test_value_loss_equals_plain_python(triples: list[tuple[float, float, float]], clip: float) -> None:
-    values, old, returns, mask = padded_tensors([tuple(zip(*triples, strict=True))], NAN)
-    found, _ = ppo_module.value_loss(values, old, returns, mask, clip)
-    expected = [max((v - g) ** 2, (min(max(v, o - clip), o + clip) - g) ** 2) / 2 for v, o, g in triples]
+def test_value_loss_equals_the_oracle(triples: list[tuple[float, float, float]], clip: float) -> None:
+    values, old_values, returns, mask = padded_tensors([tuple(zip(*triples, strict=True))], NAN)
+    found, _ = value_loss(values, old_values, returns, mask, clip)
+    expected = [oracles.clipped_value_loss(*triple, clip)[0] for triple in triples]
     assert np.allclose(found[mask].numpy(), expected, rtol=1e-9, atol=1e-12)
 
 
-def _no_clip(
-    logps: Tensor, old: Tensor, advantages: Tensor, mask: Tensor, clip: float, real: Any = ppo_module.policy_loss
-) -> Any:
-    return real(logps, old, advantages, mask, 1e6)
+def _without_clip(log_ratio: Tensor, advantages: Tensor, mask: Tensor, low: float, high: float) -> Any:
+    return clipped_policy_loss(log_ratio, advantages, mask, 1e6, 1e6)
 
 
-def _the_larger(
-    logps: Tensor, old: Tensor, advantages: Tensor, mask: Tensor, clip: float, real: Any = ppo_module.policy_loss
-) -> Any:
-    loss, stopped = real(logps, old, -advantages, mask, clip)
-    return -loss, stopped
+def _larger_of_both(log_ratio: Tensor, advantages: Tensor, mask: Tensor, low: float, high: float) -> Any:
+    loss, is_clipped = clipped_policy_loss(log_ratio, -advantages, mask, low, high)
+    return -loss, is_clipped
 
 
-def _ratio_turned(
-    logps: Tensor, old: Tensor, advantages: Tensor, mask: Tensor, clip: float, real: Any = ppo_module.policy_loss
-) -> Any:
-    return real(old, logps, advantages, mask, clip)
+def _inverse_ratio(log_ratio: Tensor, advantages: Tensor, mask: Tensor, low: float, high: float) -> Any:
+    return clipped_policy_loss(-log_ratio, advantages, mask, low, high)
 
 
-@pytest.mark.parametrize("bug", [_no_clip, _the_larger, _ratio_turned])
-def test_a_wrong_policy_loss_is_seen(monkeypatch: pytest.MonkeyPatch, bug: Any) -> None:
-    monkeypatch.setattr(ppo_module, "policy_loss", bug)
-    assert max(pure_error(torch.float64, seed=seed) for seed in range(3)) > 1e-3
+@pytest.mark.parametrize("bug", [_without_clip, _larger_of_both, _inverse_ratio])
+def test_a_wrong_policy_loss_is_found(monkeypatch: pytest.MonkeyPatch, bug: Any) -> None:
+    monkeypatch.setattr(ppo_module, "clipped_policy_loss", bug)
+    assert max(formula_error(torch.float64, seed=seed) for seed in range(3)) > 1e-3
 
 
-def test_tokens_that_the_clip_stops_are_counted() -> None:
-    ratios, mask = torch.tensor([[0.5, 0.9, 1.1, 1.5, 9.0]] * 2), torch.tensor([[True, True, True, True, False]] * 2)
+def test_clipped_tokens_are_counted() -> None:
+    log_ratio = torch.tensor([[0.5, 0.9, 1.1, 1.5, 9.0]] * 2).log()
+    mask = torch.tensor([[True, True, True, True, False]] * 2)
     advantages = torch.tensor([[1.0] * 5, [-1.0] * 5])
-    stopped = ppo_module.policy_loss(ratios.log(), torch.zeros(2, 5), advantages, mask, 0.2)[1]
-    assert stopped.tolist() == [[False, False, False, True, False], [True, False, False, False, False]]
+    _, is_clipped = clipped_policy_loss(log_ratio, advantages, mask, 0.2, 0.2)
+    assert is_clipped.tolist() == [[False, False, False, True, False], [True, False, False, False, False]]
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
@@ -452,483 +447,515 @@ def test_entropy_has_its_gradient(temperature: float) -> None:
 
 # --- through a model --------------------------------------------------------------------------------------------------
 
-OWN = {"policy": ["sft", "policy"], "reference": ["sft"], "value": ["sft", "value"]}
-TRUNK = {**OWN, "value": ["sft", "policy"]}
+SEPARATE = {"policy": ["sft", "policy"], "reference": ["sft"], "value": ["sft", "value"]}
+SHARED = {**SEPARATE, "value": ["sft", "policy"]}
+CRITICS = ("separate", "shared")
 
 
-def make_roles(kind: str, **more: Any) -> Roles:
-    """fp32, a frozen SFT adapter below; the value an adapter of its own, or a head on the policy's trunk. All with
+def make_roles(critic: str, **more: Any) -> Roles:
+    """fp32, a frozen SFT adapter below; the value is an adapter of its own, or a head on the policy's trunk. All have
     weights that matter."""
-    extra, stacks = (["value"], OWN) if kind == "own" else ([], TRUNK)
-    found = llama_roles(
+    extra, stacks = (["value"], SEPARATE) if critic == "separate" else ([], SHARED)
+    roles = llama_roles(
         16, lower=["sft"], extra=extra, trainable=["policy", "value"], stacks=stacks, heads=["value"], **more
     )
-    perturb(found, "sft", size=0.05)
-    perturb(found, "policy", size=0.05, seed=2)
-    perturb(found, "value", size=0.05, seed=3)
+    perturb(roles, "sft", size=0.05)
+    perturb(roles, "policy", size=0.05, seed=2)
+    perturb(roles, "value", size=0.05, seed=3)
     with torch.no_grad():
-        found.heads["value"].weight.mul_(0.1)
-    return found
+        roles.heads["value"].weight.mul_(0.1)
+    return roles
 
 
 @pytest.fixture(scope="module")
-def own() -> Roles:
-    return make_roles("own")
+def roles_of() -> Callable[[str], Roles]:
+    """The roles of each critic."""
+    roles = {critic: make_roles(critic) for critic in CRITICS}
+    return roles.__getitem__
 
 
 @pytest.fixture(scope="module")
-def trunk() -> Roles:
-    return make_roles("trunk")
+def roles(roles_of: Callable[[str], Roles]) -> Roles:
+    return roles_of("separate")
 
 
 REWARDS = [[[1.0, 0.0, 0.5], [0.2, 0.9, 0.4]]]
-CUT = (1, 5)
+TRUNCATED = (1, 5)
 
 
-def over(roles: Roles, rewards: Any = REWARDS, fake: dict[str, Any] | None = None, **parts: Any) -> PPO:
-    return PPO(
-        AlgorithmContext(roles, None, fresh=False),
-        FakeCollector(roles, rewards, **{"cut": CUT, **(fake or {})}),
-        **parts,
-    )  # type: ignore[arg-type]
+def ppo_over(roles: Roles, fake: dict[str, Any] | None = None, algorithm: type[PPO] = PPO, **settings: Any) -> PPO:
+    """PPO of a continued policy over given completions; `fake` are arguments of their collector."""
+    if "value" not in roles.stacks or roles.stacks["value"] == roles.stacks["policy"]:
+        settings["critic"] = "shared"
+    config = PPOConfig(**{"num_ppo_epochs": 1, **settings})
+    collector = FakeCollector(roles, REWARDS, **{"cut": TRUNCATED, **(fake or {})})
+    return algorithm(AlgorithmContext(roles, fresh=False), config, collector)
 
 
-def stirred(algorithm: PPO) -> Batch:
-    """A harvest whose old log-probs and values are not those of the voices any more, as in a later pass."""
-    part = algorithm.collect(0).batch
+def collect_moved(algorithm: PPO) -> RolloutBatch:
+    """Rollouts whose old log-probs and values differ from the current ones, as in a later pass."""
+    batch = algorithm.collect(0).batch
     stream = torch.Generator().manual_seed(0)
-    part.extra["old"] = part.extra["old"] + _noise(part, stream)
-    part.extra["values"] = part.extra["values"] + _noise(part, stream)
-    return part
+    batch.old_logps = batch.old_logps + token_noise(batch, stream)
+    batch.values = batch.values + token_noise(batch, stream)
+    return batch
 
 
-def _noise(part: Batch, stream: torch.Generator) -> Tensor:
-    """The same noise for each token, wherever padding stands."""
-    noise = torch.zeros(part.input_ids.shape)
-    noise[part.loss_mask] = 0.3 * torch.randn(int(part.loss_mask.sum()), generator=stream)
+def token_noise(batch: Batch, stream: torch.Generator) -> Tensor:
+    """Noise that is the same for each token, independent of padding."""
+    noise = torch.zeros(batch.input_ids.shape)
+    noise[batch.loss_mask] = 0.3 * torch.randn(int(batch.loss_mask.sum()), generator=stream)
     return noise
 
 
-def one_pass(
-    algorithm: PPO, part: Batch, joint: bool = False, **split: int | None
-) -> tuple[list[float], list[Tensor], dict[str, float]]:
-    """Losses and gradients of policy and value; with `joint` one backward pass for all terms of a micro-batch."""
+@dataclass
+class Pass:
+    """Losses and gradients of policy and value, and the metrics, of one pass."""
+
+    losses: list[float]
+    gradients: list[Tensor]
+    stats: dict[str, float]
+
+
+def one_pass(algorithm: PPO, batch: Batch, joint: bool = False, **split: int | None) -> Pass:
+    """One pass over the rollouts; with `joint`, one backward pass for both losses of a micro-batch."""
     roles = algorithm.context.roles
     zero_grad(roles)
     roles.base.model.train()
-    part.token_weights = algorithm.token_weights(part)
-    losses, stats = [0.0, 0.0], {}
-    for micro in part.split(**split or {"rows": 4}):
-        kept = []
+    batch.token_weights = algorithm.token_weights(batch)
+    losses = [0.0, 0.0]
+    stats: dict[str, Any] = {}
+    for micro in batch.split(**split or {"rows": 4}):
+        graphs = []
         for which, term in enumerate(algorithm.compute_losses(micro)):
             losses[which] += float(term.loss.detach().double())
             add_stats(stats, term.stats)
-            kept.append(term.loss)
+            graphs.append(term.loss)
             if not joint:
                 term.loss.backward()
         if joint:
-            torch.stack(kept).sum().backward()
-    return losses, [gradients(roles, role) for role in ("policy", "value")], to_floats(stats)
+            torch.stack(graphs).sum().backward()
+    return Pass(losses, [gradients(roles, role) for role in ("policy", "value")], to_floats(stats))
 
 
-def step_error(roles: Roles, temperature: float = 0.7, **parts: Any) -> float:
-    """Distance from transformers' model in float64, of all that `collect` fixes, both losses, and the gradients of both
+def assert_same_pass(found: Pass, expected: Pass, rel: float = 1e-5) -> None:
+    assert found.losses == pytest.approx(expected.losses, rel=1e-5, abs=1e-7)
+    assert found.stats == pytest.approx(expected.stats, rel=1e-4, abs=1e-6)
+    for mine, theirs in zip(found.gradients, expected.gradients, strict=True):
+        assert relative_error(mine, theirs) < rel
+
+
+@dataclass
+class PlainCompletion:
+    """A completion by the plain models: graphs of log-probs, values and entropy, and what GAE makes of them."""
+
+    logps: Tensor
+    values: Tensor
+    entropy: Tensor
+    advantages: list[float]
+
+    @property
+    def returns(self) -> list[float]:
+        return [value + advantage for value, advantage in zip(self.values.tolist(), self.advantages, strict=True)]
+
+
+def plain_completion(
+    policy: PlainModel,
+    value: PlainModel,
+    ids: Tensor,
+    positions: Tensor,
+    score: float,
+    is_truncated: bool,
+    temperature: float,
+    settings: PPOConfig,
+) -> PlainCompletion:
+    """GAE of one completion, from the definitions of its rewards and values."""
+    distribution = policy.log_softmax(ids.tolist(), temperature=temperature)[positions - 1]
+    reference = policy.log_softmax(ids.tolist(), policy=False, temperature=temperature)[positions - 1]
+    tokens = ids[positions][:, None]
+    logps, reference_logps = (each.gather(1, tokens)[:, 0] for each in (distribution, reference))
+    states = value.run(ids.tolist()).hidden_states[-1][0] @ value.trained["base_model.model.score.weight"][0]
+    values = states[positions - 1]
+    bootstrap = 0.0
+    if is_truncated and settings.truncated_completions == "bootstrap":
+        score, bootstrap = 0.0, float(states[-1].detach())
+    elif is_truncated and settings.truncated_completions == "penalize":
+        score -= settings.missing_eos_penalty
+    rewards = (-settings.kl_coef * (logps - reference_logps)).tolist()
+    rewards[-1] += score
+    advantages = oracles.gae(rewards, values.tolist(), bootstrap, settings.gamma, settings.lam)
+    return PlainCompletion(logps, values, -(distribution.exp() * distribution).sum(), advantages)
+
+
+def step_error(roles: Roles, temperature: float = 0.7, **settings: Any) -> float:
+    """The largest distance from transformers' model in float64, of the returns, both losses, and the gradients of both
     adapters."""
-    algorithm = over(roles, fake={"temperature": temperature}, kl_control=KLControlConfig(kl_coef=0.3), **parts)
-    part = algorithm.collect(0).batch
-    policy = Plain([roles.adapter_tensors("sft")], roles.adapter_tensors("policy"))
-    value = Plain([roles.adapter_tensors("sft")], roles.adapter_tensors("value"))
-    head = value.trained["base_model.model.score.weight"][0]
-    how, rows, undecided = algorithm.gae_config, [], torch.zeros((), dtype=torch.float64)
-    for i, score in enumerate([reward for group in REWARDS[0] for reward in group]):
-        ids, places = part.input_ids[i][part.attention_mask[i]], part.completion_mask[i].nonzero().squeeze(1)
-        whole, other = (
-            torch.log_softmax(policy.run(ids.tolist(), mine).logits[0] / temperature, dim=1)[places - 1]
-            for mine in (True, False)
+    algorithm = ppo_over(roles, {"temperature": temperature}, kl_coef=0.3, **settings)
+    batch = algorithm.collect(0).batch
+    policy = PlainModel([roles.adapter_tensors("sft")], roles.adapter_tensors("policy"))
+    value = PlainModel([roles.adapter_tensors("sft")], roles.adapter_tensors("value"))
+    scores = [reward for group in REWARDS[0] for reward in group]
+    positions = [mask.nonzero().squeeze(1) for mask in batch.completion_mask]
+    completions = [
+        plain_completion(
+            policy,
+            value,
+            batch.input_ids[i][batch.attention_mask[i]],
+            positions[i],
+            scores[i],
+            i in TRUNCATED,
+            temperature,
+            algorithm.settings,
         )
-        p, q = (each.gather(1, ids[places][:, None])[:, 0] for each in (whole, other))
-        undecided = undecided - (whole.exp() * whole).sum()
-        v = value.run(ids.tolist()).hidden_states[-1][0] @ head
-        cut, bootstrap = i in CUT, how.truncated_completions == "bootstrap"
-        ending = (
-            0.0
-            if cut and bootstrap
-            else score - how.missing_eos_penalty * (cut and how.truncated_completions == "penalize")
-        )
-        rewards = [-0.3 * float(a - b) for a, b in zip(p.detach(), q.detach(), strict=True)]
-        rewards[-1] += ending
-        before = v[places - 1]
-        advantages = sums(
-            rewards, before.tolist(), float(v[-1].detach()) if cut and bootstrap else 0.0, how.gamma, how.lam
-        )
-        rows.append((p, before, np.array(advantages), np.array(before.tolist()) + advantages))
-    flat = np.concatenate([row[2] for row in rows])
-    part.extra["old"], part.extra["values"] = (
-        part.extra[name] + _noise(part, torch.Generator().manual_seed(k)) for k, name in enumerate(("old", "values"))
-    )
-    losses, _, _ = one_pass(algorithm, part)
-    mine = by_key(roles, "policy"), by_key(roles, "value")
-    samples = [
-        (
-            p.tolist(),
-            part.extra["old"][i][part.completion_mask[i]].tolist(),
-            (a - flat.mean()) / flat.std(),
-            v.tolist(),
-            part.extra["values"][i][part.completion_mask[i]].tolist(),
-            g,
-        )
-        for i, (p, v, a, g) in enumerate(rows)
+        for i in range(len(batch))
     ]
-    one, slopes, other, value_slopes = oracle(
-        samples, algorithm.update.cliprange, algorithm.critic.cliprange_value, 1 / len(flat)
-    )
-    bonus = -algorithm.update.entropy_coef / len(flat) * undecided
-    one += float(bonus.detach())
-    (torch.cat([row[0] for row in rows]) @ torch.tensor(slopes, dtype=torch.float64) + bonus).backward()
-    (torch.cat([row[1] for row in rows]) @ torch.tensor(value_slopes, dtype=torch.float64)).backward()
-    apart = [
-        error_against(mine[0], policy.gradient()),
-        error_against(mine[1], value.gradient()),
-        abs(losses[0] - one) / abs(one),
-        abs(losses[1] - other) / other,
-        relative_error(
-            part.extra["returns"][part.completion_mask], torch.tensor(np.concatenate([row[3] for row in rows]))
-        ),
-    ]
-    return max(apart)
+    batch.old_logps = batch.old_logps + token_noise(batch, torch.Generator().manual_seed(0))
+    batch.values = batch.values + token_noise(batch, torch.Generator().manual_seed(1))
+    losses = one_pass(algorithm, batch).losses
+    policy_gradient, value_gradient = by_key(roles, "policy"), by_key(roles, "value")
 
-
-@pytest.mark.parametrize("truncated", ["penalize", "bootstrap", "keep"])
-def test_a_whole_step(own: Roles, truncated: str) -> None:
-    assert (
-        step_error(
-            own,
-            gae_config=GAEConfig(0.9, 0.8, truncated, 0.7),
-            update=UpdateConfig(entropy_coef=0.2 * (truncated == "keep")),
+    advantages = np.concatenate([completion.advantages for completion in completions])
+    rows = [
+        PPORow(
+            logps=completion.logps.tolist(),
+            old_logps=batch.old_logps[i][positions[i]].tolist(),
+            advantages=(np.array(completion.advantages) - advantages.mean()) / advantages.std(),
+            values=completion.values.tolist(),
+            old_values=batch.values[i][positions[i]].tolist(),
+            returns=completion.returns,
         )
-        < 2e-5
+        for i, completion in enumerate(completions)
+    ]
+    num_tokens = len(advantages)
+    step = ppo_step(rows, algorithm.settings.cliprange, algorithm.settings.cliprange_value, 1 / num_tokens)
+    entropy = torch.stack([completion.entropy for completion in completions]).sum()
+    entropy_loss = -algorithm.settings.entropy / num_tokens * entropy
+    logps = torch.cat([completion.logps for completion in completions])
+    values = torch.cat([completion.values for completion in completions])
+    (logps @ torch.tensor(step.policy_slopes, dtype=torch.float64) + entropy_loss).backward()
+    (values @ torch.tensor(step.value_slopes, dtype=torch.float64)).backward()
+    policy_loss = step.policy_loss + float(entropy_loss.detach())
+    returns = torch.tensor(np.concatenate([completion.returns for completion in completions]))
+    return max(
+        error_against(policy_gradient, policy.gradient()),
+        error_against(value_gradient, value.gradient()),
+        abs(losses[0] - policy_loss) / abs(policy_loss),
+        abs(losses[1] - step.value_loss) / step.value_loss,
+        relative_error(batch.returns[batch.completion_mask], returns),
     )
 
 
-def test_bugs_of_a_whole_step_are_seen(own: Roles, monkeypatch: pytest.MonkeyPatch) -> None:
-    def with_bug(name: str, bug: Any, owner: Any = ppo_module) -> float:
-        with monkeypatch.context() as patch:
-            patch.setattr(owner, name, bug)
-            return step_error(own, gae_config=GAEConfig(0.9, 0.8, "bootstrap", 0.7))
+STEP_SETTINGS = {"gamma": 0.9, "lam": 0.8, "missing_eos_penalty": 0.7}
 
-    assert with_bug("shift_right", lambda states: states) > 1e-3, "the value of a state that has seen the token already"
-    assert with_bug("apply_mask", lambda values, mask: values) > 1e-3, (
-        "what stands in prompts counted among the returns"
-    )
-    assert with_bug("whiten", lambda values, mask: values) > 1e-3
-    assert step_error(own, update=UpdateConfig(entropy_coef=0.2)) < 2e-5
-    with monkeypatch.context() as patch:
-        patch.setattr("lowrank_tune.model.roles.chunked_entropy", lambda *how: chunked_entropy(*how).detach())
-        assert step_error(own, update=UpdateConfig(entropy_coef=0.2)) > 1e-3, "an entropy without its gradient"
+
+@pytest.mark.parametrize(("truncated", "entropy"), [("penalize", 0.0), ("bootstrap", 0.0), ("keep", 0.2)])
+def test_a_step_equals_the_plain_model(roles: Roles, truncated: str, entropy: float) -> None:
+    assert step_error(roles, truncated_completions=truncated, entropy=entropy, **STEP_SETTINGS) < 2e-5
+
+
+@pytest.mark.parametrize(
+    ("name", "bug"),
+    [
+        ("shift_right", lambda states: states),  # the value after a token for the value before it
+        ("apply_mask", lambda values, mask: values),  # the tokens of prompts counted among the returns
+        ("whiten", lambda values, mask: values),
+    ],
+)
+def test_a_bug_of_a_step_is_found(roles: Roles, monkeypatch: pytest.MonkeyPatch, name: str, bug: Any) -> None:
+    monkeypatch.setattr(ppo_module, name, bug)
+    assert step_error(roles, truncated_completions="bootstrap", **STEP_SETTINGS) > 1e-3
+
+
+def test_an_entropy_without_gradient_is_found(roles: Roles, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert step_error(roles, entropy=0.2) < 2e-5
+    monkeypatch.setattr("lowrank_tune.model.roles.chunked_entropy", lambda *given: chunked_entropy(*given).detach())
+    assert step_error(roles, entropy=0.2) > 1e-3
+
+
+def test_another_temperature_of_the_policy_is_found(roles: Roles, monkeypatch: pytest.MonkeyPatch) -> None:
     logps = Roles.logps
-    assert (
-        with_bug("logps", lambda self, role, batch, temperature=1.0, **more: logps(self, role, batch, **more), Roles)
-        > 1e-3
+    monkeypatch.setattr(
+        Roles, "logps", lambda self, role, batch, temperature=1.0, **more: logps(self, role, batch, **more)
     )
+    assert step_error(roles, truncated_completions="bootstrap", **STEP_SETTINGS) > 1e-3
 
 
-@pytest.mark.parametrize("kind", ["own", "trunk"])
+@pytest.mark.parametrize("critic", CRITICS)
 def test_any_micro_batch_size_gives_the_gradient_of_one_joint_backward(
-    kind: str, request: pytest.FixtureRequest
+    critic: str, roles_of: Callable[[str], Roles]
 ) -> None:
-    algorithm = over(
-        request.getfixturevalue(kind), critic=CriticConfig(vf_coef=0.3), update=UpdateConfig(entropy_coef=0.05)
-    )
-    part = stirred(algorithm)
-    wanted = one_pass(algorithm, part, joint=True, rows=99)
-    assert all(gradient.any() and gradient.isfinite().all() for gradient in wanted[1])
+    vf_coef = 0.3 if critic == "shared" else 1.0
+    algorithm = ppo_over(roles_of(critic), vf_coef=0.3, entropy=0.05)
+    batch = collect_moved(algorithm)
+    expected = one_pass(algorithm, batch, joint=True, rows=99)
+    assert all(gradient.any() and gradient.isfinite().all() for gradient in expected.gradients)
     for split in ({"rows": 1}, {"rows": 4}, {"tokens": 30}, {"rows": 99}):
-        losses, found, stats = one_pass(algorithm, part, **split)
-        assert losses == pytest.approx(wanted[0], rel=1e-5, abs=1e-7) and stats == pytest.approx(
-            wanted[2], rel=1e-4, abs=1e-6
-        )
-        assert all(relative_error(mine, theirs) < 1e-5 for mine, theirs in zip(found, wanted[1], strict=True))
-    assert wanted[2]["loss"] + 0.3 * wanted[2]["value_loss"] == pytest.approx(sum(wanted[0]), rel=1e-5)
+        assert_same_pass(one_pass(algorithm, batch, **split), expected)
+    total = expected.stats["loss"] + vf_coef * expected.stats["value_loss"]
+    assert total == pytest.approx(sum(expected.losses), rel=1e-5)
 
 
-def test_a_mean_of_means_is_seen(own: Roles, monkeypatch: pytest.MonkeyPatch) -> None:
-    algorithm = over(own)
-    part = stirred(algorithm)
-    wanted = one_pass(algorithm, part, rows=99)[1]
-    taking = Batch.select_rows
+def test_a_mean_of_means_is_found(roles: Roles, monkeypatch: pytest.MonkeyPatch) -> None:
+    algorithm = ppo_over(roles)
+    batch = collect_moved(algorithm)
+    expected = one_pass(algorithm, batch, rows=99)
+    select_rows = Batch.select_rows
 
-    def anew(self: Batch, *how: Any) -> Batch:
-        micro = taking(self, *how)
+    def select_and_weigh(self: Batch, *given: Any) -> Batch:
+        micro = select_rows(self, *given)
         micro.token_weights = token_mean_weights(micro.loss_mask) / 2
         return micro
 
-    monkeypatch.setattr(Batch, "select_rows", anew)
-    found = one_pass(algorithm, part, rows=3)[1]
-    assert all(relative_error(mine, theirs) > 1e-2 for mine, theirs in zip(found, wanted, strict=True))
+    monkeypatch.setattr(Batch, "select_rows", select_and_weigh)
+    found = one_pass(algorithm, batch, rows=3)
+    for mine, theirs in zip(found.gradients, expected.gradients, strict=True):
+        assert relative_error(mine, theirs) > 1e-2
 
 
-@pytest.mark.parametrize("kind", ["own", "trunk"])
-def test_recomputation_changes_no_gradient(kind: str) -> None:
-    found, counts = [], []
+@pytest.mark.parametrize("critic", CRITICS)
+def test_recomputation_changes_no_gradient(critic: str) -> None:
+    passes, counts = [], []
     for checkpointing in (False, True):
-        roles = make_roles(kind, checkpointing=checkpointing)
-        algorithm = over(roles)
-        part = stirred(algorithm)
+        roles = make_roles(critic, checkpointing=checkpointing)
+        algorithm = ppo_over(roles)
+        batch = collect_moved(algorithm)
         with count_forwards(roles) as count:
-            found.append(one_pass(algorithm, part)[1])
+            passes.append(one_pass(algorithm, batch))
         counts.append(count[0])
     assert counts[1] == 2 * counts[0], "nothing was recomputed"
-    assert all(relative_error(mine, theirs) < 1e-6 for mine, theirs in zip(*found, strict=True))
+    assert_same_pass(passes[1], passes[0], rel=1e-6)
 
 
-@pytest.mark.parametrize("kind", ["own", "trunk"])
-def test_padding_changes_nothing(kind: str, request: pytest.FixtureRequest) -> None:
-    found = []
-    for how in ({}, {"more": 5}, {"filler": 31}, {"more": 3, "filler": 1}):
-        algorithm = over(
-            request.getfixturevalue(kind), fake=how, gae_config=GAEConfig(truncated_completions="bootstrap")
-        )
-        found.append(one_pass(algorithm, stirred(algorithm)))
-    for losses, slopes, stats in found[1:]:
-        assert losses == pytest.approx(found[0][0], rel=1e-5, abs=1e-7) and stats == pytest.approx(
-            found[0][2], rel=1e-4, abs=1e-6
-        )
-        assert all(relative_error(mine, theirs) < 1e-5 for mine, theirs in zip(slopes, found[0][1], strict=True))
+@pytest.mark.parametrize("critic", CRITICS)
+def test_padding_changes_nothing(critic: str, roles_of: Callable[[str], Roles]) -> None:
+    passes = []
+    for padding in ({}, {"more": 5}, {"filler": 31}, {"more": 3, "filler": 1}):
+        algorithm = ppo_over(roles_of(critic), padding, truncated_completions="bootstrap")
+        passes.append(one_pass(algorithm, collect_moved(algorithm)))
+    for found in passes[1:]:
+        assert_same_pass(found, passes[0])
 
 
-class _Both(PPO):
-    """Makes both graphs before one has died."""
+class _TwoGraphs(PPO):
+    """Makes both graphs before the first backward pass."""
 
-    def compute_losses(self, micro: Batch) -> Any:
+    def compute_losses(self, micro: RolloutBatch) -> Any:
         yield from list(super().compute_losses(micro))
 
 
-def alive_at_once(algorithm: PPO, monkeypatch: pytest.MonkeyPatch) -> int:
-    """The most decoder graphs that stood at once: made by a forward pass and not yet gone through by a backward
-    pass."""
-    standing, most, real = 0, 0, Roles.hidden
+def max_graphs(algorithm: PPO, monkeypatch: pytest.MonkeyPatch) -> int:
+    """The maximum number of decoder graphs at one time: made by a forward pass, and no backward pass yet."""
+    num_graphs, most, real_hidden = 0, 0, Roles.hidden
 
     def hidden(self: Roles, role: str, batch: Batch) -> Tensor:
-        nonlocal standing, most
-        found = real(self, role, batch)
+        nonlocal num_graphs, most
+        found = real_hidden(self, role, batch)
         if found.requires_grad:
-            standing, most = standing + 1, max(most, standing + 1)
-            found.register_hook(gone)
+            num_graphs, most = num_graphs + 1, max(most, num_graphs + 1)
+            found.register_hook(freed)
         return found
 
-    def gone(gradient: Tensor) -> None:
-        nonlocal standing
-        standing -= 1
+    def freed(gradient: Tensor) -> None:
+        nonlocal num_graphs
+        num_graphs -= 1
 
-    part = stirred(algorithm)
+    batch = collect_moved(algorithm)
     with monkeypatch.context() as patch:
         patch.setattr(Roles, "hidden", hidden)
-        one_pass(algorithm, part)
+        one_pass(algorithm, batch)
     return most
 
 
-@pytest.mark.parametrize("kind", ["own", "trunk"])
+@pytest.mark.parametrize("critic", CRITICS)
 def test_one_graph_is_alive_at_a_time(
-    kind: str, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+    critic: str, roles_of: Callable[[str], Roles], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    roles = request.getfixturevalue(kind)
-    assert alive_at_once(over(roles), monkeypatch) == 1
-    assert (
-        alive_at_once(_Both(AlgorithmContext(roles, None, fresh=False), FakeCollector(roles, REWARDS)), monkeypatch)
-        == 2
-    ), "the test sees nothing"  # type: ignore[arg-type]
+    assert max_graphs(ppo_over(roles_of(critic)), monkeypatch) == 1
+    assert max_graphs(ppo_over(roles_of(critic), algorithm=_TwoGraphs), monkeypatch) == 2, "two graphs are not counted"
 
 
-def test_disjoint_adapters_have_their_own_losses(own: Roles) -> None:
-    algorithm = over(own)
-    part = stirred(algorithm)
+def test_separate_adapters_have_their_own_losses(roles: Roles) -> None:
+    algorithm = ppo_over(roles)
+    batch = collect_moved(algorithm)
     for which, mine, other in ((0, "policy", "value"), (1, "value", "policy")):
-        zero_grad(own)
-        part.token_weights = algorithm.token_weights(part)
-        list(algorithm.compute_losses(part))[which].loss.backward()
-        assert all(p.grad is None for p in own.parameters(other)) and gradients(own, mine).isfinite().all()
-    assert not any(p.requires_grad for name, p in own.base.model.named_parameters() if "lt_sft" in name)
+        zero_grad(roles)
+        batch.token_weights = algorithm.token_weights(batch)
+        list(algorithm.compute_losses(batch))[which].loss.backward()
+        assert all(parameter.grad is None for parameter in roles.parameters(other))
+        assert gradients(roles, mine).isfinite().all()
+    assert not any(p.requires_grad for name, p in roles.base.model.named_parameters() if "lt_sft" in name)
 
 
-# --- laws of the step -------------------------------------------------------------------------------------------------
+# --- properties of a step ---------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", ["own", "trunk"])
-def test_the_first_pass_has_ratio_one(kind: str, request: pytest.FixtureRequest) -> None:
-    algorithm = over(request.getfixturevalue(kind))
-    experience = algorithm.collect(0)
-    _, _, stats = one_pass(algorithm, experience.batch)
+@pytest.mark.parametrize("critic", CRITICS)
+def test_the_first_pass_has_ratio_one(critic: str, roles_of: Callable[[str], Roles]) -> None:
+    algorithm = ppo_over(roles_of(critic))
+    step_batch = algorithm.collect(0)
+    stats = one_pass(algorithm, step_batch.batch).stats
     assert stats["clip_ratio"] == 0.0 == stats["value_clip_ratio"] and stats["approx_kl"] < 1e-10
     assert stats["loss"] == pytest.approx(0.0, abs=1e-6), "whitened advantages around 0, ratios of 1"
-    figures = to_floats(experience.stats)
-    assert (
-        figures["sampling/sampling_logp_difference/mean"] < 1e-6
-        and figures["kl"] > 0
-        and figures["reward"] == pytest.approx(3.0 / 6)
-    )
-    assert figures["scores"] == pytest.approx((3.0 - 2) / 6) and figures["kl_coef"] == 0.05
-    shown = algorithm.collector.shown[0][2]  # type: ignore[attr-defined]
-    white = experience.batch.extra["advantages"]
-    assert shown.shape == (2, 3) and float(shown[1, 0]) == pytest.approx(
-        float(white[3][experience.batch.completion_mask[3]].mean()), abs=1e-6
-    )
+    metrics = to_floats(step_batch.stats)
+    assert metrics["sampling/sampling_logp_difference/mean"] < 1e-6 and metrics["kl"] > 0
+    assert metrics["reward"] == pytest.approx(3.0 / 6) and metrics["scores"] == pytest.approx((3.0 - 2) / 6)
+    assert metrics["kl_coef"] == 0.05
+    logged_advantages = algorithm.collector.logged[0][2]  # type: ignore[attr-defined]
+    token_advantages = step_batch.batch.token_advantages
+    mean_of_row_3 = float(token_advantages[3][step_batch.batch.completion_mask[3]].mean())
+    assert logged_advantages.shape == (2, 3)
+    assert float(logged_advantages[1, 0]) == pytest.approx(mean_of_row_3, abs=1e-6)
 
 
 def test_a_policy_that_is_its_reference_has_no_kl() -> None:
-    roles = llama_roles(4, lower=["sft"], extra=["value"], trainable=["policy", "value"], stacks=OWN, heads=["value"])
-    perturb(roles, "sft")
-    algorithm = PPO(AlgorithmContext(roles, None), FakeCollector(roles, REWARDS))  # type: ignore[arg-type]
-    experience = algorithm.collect(0)
-    algorithm.check(experience.batch, 0)
-    figures = to_floats(experience.stats)
-    assert figures["kl"] == 0.0 and figures["value"] == 0.0, (
-        "a fresh adapter changes nothing, and a fresh head finds all worth nothing"
+    roles = llama_roles(
+        4, lower=["sft"], extra=["value"], trainable=["policy", "value"], stacks=SEPARATE, heads=["value"]
     )
+    perturb(roles, "sft")
+    algorithm = PPO(AlgorithmContext(roles), PPOConfig(), FakeCollector(roles, REWARDS))
+    step_batch = algorithm.collect(0)
+    algorithm.check(step_batch.batch, 0)
+    metrics = to_floats(step_batch.stats)
+    assert metrics["kl"] == 0.0 and metrics["value"] == 0.0, "a fresh adapter and a fresh head are zero"
     perturb(roles, "policy", size=0.02)
     with pytest.raises(TrainingError, match="the reference is not what it must be"):
-        algorithm.check(experience.batch, 0)
+        algorithm.check(step_batch.batch, 0)
     assert to_floats(algorithm.collect(0).stats)["kl"] > 1e-6
 
 
-def test_a_sampler_that_drifts_stops_the_run(own: Roles) -> None:
-    with pytest.raises(TrainingError, match="ppo.max_logprob_mismatch"):
-        over(own, fake={"drift": 0.5}).collect(0)
-    assert (
-        to_floats(over(own, fake={"drift": 0.5}, update=UpdateConfig(max_logprob_mismatch=5.0)).collect(0).stats)[
-            "sampling/sampling_logp_difference/mean"
-        ]
-        > 0.1
-    )
+def test_a_sampler_that_drifts_stops_the_run(roles: Roles) -> None:
+    with pytest.raises(TrainingError, match=r"ppo\.max_logprob_mismatch"):
+        ppo_over(roles, {"drift": 0.5}).collect(0)
+    tolerant = ppo_over(roles, {"drift": 0.5}, max_logprob_mismatch=5.0)
+    assert to_floats(tolerant.collect(0).stats)["sampling/sampling_logp_difference/mean"] > 0.1
 
 
-def test_the_real_sampler_and_the_policy_agree(own: Roles) -> None:
-    experience = PPO(AlgorithmContext(own, None, fresh=False), real_collector(own)).collect(0)  # type: ignore[arg-type]
-    assert to_floats(experience.stats)["sampling/sampling_logp_difference/mean"] < 1e-5
-    assert (shift_right(torch.arange(6.0).view(2, 3)) == torch.tensor([[0.0, 0.0, 1.0], [0.0, 3.0, 4.0]])).all()
+def test_the_real_sampler_and_the_policy_agree(roles: Roles) -> None:
+    algorithm = PPO(AlgorithmContext(roles, fresh=False), PPOConfig(), real_collector(roles))
+    assert to_floats(algorithm.collect(0).stats)["sampling/sampling_logp_difference/mean"] < 1e-5
 
 
-@pytest.mark.parametrize(("target", "kl", "moved"), [(None, 0.05, 1.0), (1e-9, 0.05, 1.1), (1e9, 0.05, 0.9)])
-def test_the_coefficient_moves_after_its_step(own: Roles, target: float | None, kl: float, moved: float) -> None:
-    algorithm = over(own, kl_control=KLControlConfig(kl, target, kl_gain=0.5))
-    assert to_floats(algorithm.collect(0).stats)["kl_coef"] == kl and algorithm.kl_coef == pytest.approx(kl * moved)
-    again = over(own, kl_control=KLControlConfig(kl, target, kl_gain=0.5))
-    again.restore(algorithm.state())
-    assert again.kl_coef == algorithm.kl_coef and again.state() == algorithm.state()
-    assert to_floats(again.collect(0).stats)["kl_coef"] == algorithm.kl_coef
+def test_shift_right_by_hand() -> None:
+    shifted = shift_right(torch.arange(6.0).view(2, 3))
+    assert shifted.tolist() == [[0.0, 0.0, 1.0], [0.0, 3.0, 4.0]]
 
 
-def test_passes_and_minibatches(own: Roles) -> None:
-    batch = over(own).collect(0).batch
-    batch.extra["place"] = torch.arange(6)
-    seen = [part.extra["place"].tolist() for part in PPOBatch(batch, {}, 3, 4, seed=5).minibatches()]
-    assert len(seen) == 12 and [sorted(sum(seen[i : i + 4], [])) for i in (0, 4, 8)] == [list(range(6))] * 3
-    assert all(part for part in seen) and seen[:4] != seen[4:8], "every pass mixes anew"
-    assert [part.extra["place"].tolist() for part in PPOBatch(batch, {}, 3, 4, seed=5).minibatches()] == seen
-    assert [part.extra["place"].tolist() for part in PPOBatch(batch, {}, 3, 4, seed=6).minibatches()] != seen
-    assert [part is batch for part in PPOBatch(batch, {}, 2).minibatches()] == [True, True]
+@pytest.mark.parametrize(("kl_target", "factor"), [(None, 1.0), (1e-9, 1.1), (1e9, 0.9)])
+def test_the_kl_coefficient_changes_after_its_step(roles: Roles, kl_target: float | None, factor: float) -> None:
+    settings = {"kl_coef": 0.05, "kl_target": kl_target, "kl_gain": 0.5}
+    algorithm = ppo_over(roles, **settings)
+    assert to_floats(algorithm.collect(0).stats)["kl_coef"] == 0.05
+    assert algorithm.kl_coef == pytest.approx(0.05 * factor)
+    restored = ppo_over(roles, **settings)
+    restored.restore(algorithm.state())
+    assert restored.kl_coef == algorithm.kl_coef and restored.state() == algorithm.state()
+    assert to_floats(restored.collect(0).stats)["kl_coef"] == algorithm.kl_coef
+
+
+def test_passes_and_minibatches(roles: Roles) -> None:
+    batch = ppo_over(roles).collect(0).batch
+    batch.sequence_advantages = torch.arange(6)  # marks each row
+
+    def rows_of(seed: int) -> list[list[int]]:
+        minibatches = PPOBatch(batch, {}, 3, 4, seed=seed).minibatches()
+        return [minibatch.sequence_advantages.tolist() for minibatch in minibatches]
+
+    rows = rows_of(seed=5)
+    assert len(rows) == 12 and [sorted(sum(rows[i : i + 4], [])) for i in (0, 4, 8)] == [list(range(6))] * 3
+    assert all(rows) and rows[:4] != rows[4:8], "each pass has other minibatches"
+    assert rows_of(seed=5) == rows and rows_of(seed=6) != rows
+    assert [minibatch is batch for minibatch in PPOBatch(batch, {}, 2).minibatches()] == [True, True]
     assert sum(1 for _ in PPOBatch(batch, {}, 1, 99).minibatches()) == 6, "no empty minibatch"
 
 
-def test_the_kl_of_an_update_by_hand(own: Roles) -> None:
+def test_approx_kl_by_hand(roles: Roles) -> None:
     """From the old policy, which drew the tokens, to the new one: the mean of e^d - d - 1 with d = log p - log p_old.
     Here d is 1 in the first row and -2 in all others."""
-    algorithm = over(own)
-    part = algorithm.collect(0).batch  # the policy has not moved: its log-probs are the old ones
-    shift = torch.full((len(part), 1), 2.0)
+    algorithm = ppo_over(roles)
+    batch = algorithm.collect(0).batch  # its old log-probs are those of the current policy
+    shift = torch.full((len(batch), 1), 2.0)
     shift[0] = -1.0
-    part.extra["old"] = part.extra["old"] + shift
-    part.token_weights = algorithm.token_weights(part)
-    first, others = int(part.loss_mask[0].sum()), int(part.loss_mask[1:].sum())
-    wanted = (first * (math.e - 2) + others * (math.exp(-2) + 1)) / (first + others)
-    assert algorithm._policy_term(part).stats["approx_kl"].value == pytest.approx(wanted, rel=1e-4)
+    batch.old_logps = batch.old_logps + shift
+    batch.token_weights = algorithm.token_weights(batch)
+    first, others = int(batch.loss_mask[0].sum()), int(batch.loss_mask[1:].sum())
+    expected = (first * (math.e - 2) + others * (math.exp(-2) + 1)) / (first + others)
+    assert policy_stats(algorithm, batch)["approx_kl"].value == pytest.approx(expected, rel=1e-4)
 
 
-def test_passes_end_at_the_limit(own: Roles) -> None:
-    stats = {"approx_kl": over(own)._policy_term(weighted(over(own))).stats["approx_kl"]}
+def policy_stats(algorithm: PPO, batch: RolloutBatch) -> dict[str, Any]:
+    batch.token_weights = algorithm.token_weights(batch)
+    return next(algorithm.compute_losses(batch)).stats
+
+
+def test_passes_end_above_target_kl(roles: Roles) -> None:
+    algorithm = ppo_over(roles)
+    stats = policy_stats(algorithm, collect_moved(algorithm))
     assert stats["approx_kl"].value > 1e-3
-    assert over(own).should_continue(stats) and over(own, kl_control=KLControlConfig(target_kl=1.0)).should_continue(
-        stats
-    )
-    assert not over(own, kl_control=KLControlConfig(target_kl=1e-3)).should_continue(stats)
+    assert algorithm.should_continue(stats) and ppo_over(roles, target_kl=1.0).should_continue(stats)
+    assert not ppo_over(roles, target_kl=1e-3).should_continue(stats)
 
 
-def weighted(algorithm: PPO) -> Batch:
-    part = stirred(algorithm)
-    part.token_weights = algorithm.token_weights(part)
-    return part
+def fail_rewards(algorithm: PPO, rows: Sequence[int], failure: RewardFailure) -> None:
+    """Lets the rewards of these rows fail in every draw."""
+    real_collect = algorithm.collector.collect
+
+    def collect(step: int, draw: int, count: int | None = None) -> RolloutGroups:
+        groups = real_collect(step, draw, count)
+        for row in rows:
+            groups.failed_rewards[row] = failure
+            groups.reward_components[row] = NAN
+            groups.rewards.flatten()[row] = NAN
+        return groups
+
+    algorithm.collector.collect = collect  # type: ignore[method-assign]
 
 
-def test_completions_without_a_reward_are_as_if_never_drawn(own: Roles) -> None:
-    """Row 4 of 6 has no reward: the step is that of the other five."""
-    algorithm = over(own, fake={"cut": ()})
-    real, lost = algorithm.collector.collect, RewardFailure("answer", "error", "broke")
-
-    def draw(step: int, draw: int, count: int | None = None) -> Any:
-        rollouts = real(step, draw, count)
-        rollouts.failed_rewards[4] = lost
-        rollouts.rewards[1, 1] = rollouts.shaped_rewards[1, 1] = rollouts.reward_components[4] = NAN
-        return rollouts
-
-    algorithm.collector.collect = draw  # type: ignore[method-assign]
-    experience = algorithm.collect(0)
-    part, figures = experience.batch, to_floats(experience.stats)
-    whole = over(own, fake={"cut": ()}).collect(0).batch
-    assert (
-        len(part) == 5
-        and all(tensor.isfinite().all() for tensor in part.extra.values())
-        and all(map(math.isfinite, figures.values()))
-    )
+def test_a_step_with_failed_rewards_is_that_of_the_other_completions(roles: Roles) -> None:
+    algorithm = ppo_over(roles, {"cut": ()})
+    fail_rewards(algorithm, [4], RewardFailure("answer", "error", "broke"))
+    step_batch = algorithm.collect(0)
+    batch = step_batch.batch
+    whole = ppo_over(roles, {"cut": ()}).collect(0).batch
+    assert len(batch) == 5 and all(map(math.isfinite, to_floats(step_batch.stats).values()))
+    assert all(tensor.isfinite().all() for tensor in batch.tensors().values())
     for i, row in enumerate((0, 1, 2, 3, 5)):
-        assert torch.equal(part.input_ids[i][part.attention_mask[i]], whole.input_ids[row][whole.attention_mask[row]])
-        assert (
-            relative_error(
-                part.extra["returns"][i][part.completion_mask[i]],
-                whole.extra["returns"][row][whole.completion_mask[row]],
-            )
-            < 1e-5
-        )
-    assert float(algorithm.collector.shown[0][2][1, 1]) == 0.0  # type: ignore[attr-defined]
-    assert "`answer`" in next(iter(algorithm.iter_warnings({"completions/clipped_ratio": 0.0})))
+        assert torch.equal(batch.input_ids[i][batch.attention_mask[i]], whole.input_ids[row][whole.attention_mask[row]])
+        mine, theirs = batch.returns[i][batch.completion_mask[i]], whole.returns[row][whole.completion_mask[row]]
+        assert relative_error(mine, theirs) < 1e-5
+    assert float(algorithm.collector.logged[0][2][1, 1]) == 0.0  # type: ignore[attr-defined]
+    assert "`answer`" in next(algorithm.diagnostics({"completions/clipped_ratio": 0.0}))
 
 
-def test_a_step_without_rewards_changes_nothing(own: Roles) -> None:
-    algorithm = over(own)
-    real = algorithm.collector.collect
-
-    def draw(*how: Any) -> Any:
-        rollouts = real(*how)
-        rollouts.failed_rewards = [RewardFailure("answer", "timeout", "slow")] * 6
-        rollouts.rewards[:] = NAN
-        return rollouts
-
-    algorithm.collector.collect = draw  # type: ignore[method-assign]
-    losses, slopes, _ = one_pass(algorithm, algorithm.collect(0).batch)
-    assert losses == [0.0, 0.0] and not any(slope.any() for slope in slopes)
+def test_a_step_without_rewards_changes_nothing(roles: Roles) -> None:
+    algorithm = ppo_over(roles)
+    fail_rewards(algorithm, range(6), RewardFailure("answer", "timeout", "slow"))
+    found = one_pass(algorithm, algorithm.collect(0).batch)
+    assert found.losses == [0.0, 0.0] and not any(gradient.any() for gradient in found.gradients)
 
 
-def test_completions_that_never_end_give_a_warning(own: Roles) -> None:
-    assert list(over(own).iter_warnings({"completions/clipped_ratio": 0.8})) == []
-    assert "most completions have no end, 90%" in next(
-        iter(over(own).iter_warnings({"completions/clipped_ratio": 0.9}))
-    )
+def test_completions_that_never_end_give_a_warning(roles: Roles) -> None:
+    assert list(ppo_over(roles).diagnostics({"completions/clipped_ratio": 0.8})) == []
+    (warning,) = ppo_over(roles).diagnostics({"completions/clipped_ratio": 0.9})
+    assert "most completions have no end, 90%" in warning and "rollout.max_new_tokens" in warning
 
 
 # --- saving -----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", ["own", "trunk"])
-def test_the_value_comes_back_bit_for_bit(kind: str) -> None:
-    one, other = make_roles(kind), make_roles(kind, seed=4)
-    part = over(one).collect(0).batch
+@pytest.mark.parametrize("critic", CRITICS)
+def test_a_saved_value_is_restored_bit_for_bit(critic: str) -> None:
+    one, other = make_roles(critic), make_roles(critic, seed=4)
+    batch = ppo_over(one).collect(0).batch
     tensors = one.adapter_tensors("value")
-    assert (len(tensors) == 1) == (kind == "trunk") and one.adapter_config("value")["modules_to_save"] == ["score"]
+    assert (len(tensors) == 1) == (critic == "shared")
+    assert one.adapter_config("value")["modules_to_save"] == ["score"]
     with torch.no_grad():
         for parameter in other.parameters("value"):
             parameter.normal_()
     with one.inference_mode(), other.inference_mode():
-        assert not torch.equal(one.scores("value", part), other.scores("value", part))
+        assert not torch.equal(one.scores("value", batch), other.scores("value", batch))
         other.load_adapter_tensors("value", tensors, "here")
-        assert torch.equal(one.scores("value", part), other.scores("value", part))
-    mine = set(one.named_parameters("value"))
-    assert mine.isdisjoint(one.named_parameters("policy")) and "score.lt_value.weight" in mine
+        assert torch.equal(one.scores("value", batch), other.scores("value", batch))
+    names = set(one.named_parameters("value"))
+    assert names.isdisjoint(one.named_parameters("policy")) and "score.lt_value.weight" in names
     assert "base_model.model.score.weight" not in one.adapter_tensors("policy"), "a policy has no head"

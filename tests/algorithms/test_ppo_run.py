@@ -12,9 +12,9 @@ from typing import Any
 
 import pytest
 import torch
+from algorithm_helpers import run_with_events, step_metrics
 from models import CPU, changed_tensors, perturb
 from safetensors.torch import load_file
-from test_grpo import figures, run_with_events, sft_run  # noqa: F401
 from torch import Tensor, nn
 
 from lowrank_tune import Recipe, run
@@ -52,14 +52,14 @@ def small(sft: Path, steps: int = 2, **ppo: Any) -> dict[str, Any]:
 
 
 @pytest.mark.slow
-def test_a_run_leaves_its_base_alone_and_can_be_repeated(tmp_path: Path, sft_run: Path) -> None:  # noqa: F811
+def test_a_run_leaves_its_base_alone_and_can_be_repeated(tmp_path: Path, sft_run: Path) -> None:
     files = {path: path.read_bytes() for path in sft_run.rglob("*") if path.is_file()}
     outcome, events = run_with_events(small(sft_run), tmp_path / "one")
     assert {path: path.read_bytes() for path in sft_run.rglob("*") if path.is_file()} == files
     below = json.loads((sft_run / "summary.json").read_text())
     assert outcome.summary["base_hash"]["end"] == outcome.summary["base_hash"]["start"] == below["base_hash"]["end"]
     assert set(outcome.summary["adapter_hashes"]) == {"sft"}
-    steps = figures(events)
+    steps = step_metrics(events)
     assert (
         steps[0]["kl"] == 0.0 < steps[1]["kl"]
         and steps[0]["sampling/sampling_logp_difference/mean"] < 1e-5
@@ -89,7 +89,7 @@ def test_a_run_leaves_its_base_alone_and_can_be_repeated(tmp_path: Path, sft_run
             "nothing was trained: the test saw nothing"
         )
     _, again = run_with_events(small(sft_run), tmp_path / "two")
-    assert figures(again) == steps
+    assert step_metrics(again) == steps
     assert all(
         not changed_tensors(tensors, load_file(tmp_path / "two" / "final" / name / WEIGHTS))
         for name, tensors in ended.items()
@@ -101,7 +101,7 @@ def test_a_run_leaves_its_base_alone_and_can_be_repeated(tmp_path: Path, sft_run
 @pytest.mark.parametrize("critic", ["separate", "shared"])
 def test_the_value_comes_back_bit_for_bit(
     tmp_path: Path,
-    sft_run: Path,  # noqa: F811
+    sft_run: Path,
     monkeypatch: pytest.MonkeyPatch,
     critic: str,
 ) -> None:
@@ -147,7 +147,7 @@ def loaded_values(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Tensor]]:
 
 def test_a_policy_that_is_not_its_reference_is_refused(
     tmp_path: Path,
-    sft_run: Path,  # noqa: F811
+    sft_run: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     real = runner_module.build
@@ -236,7 +236,7 @@ def growth(monkeypatch: pytest.MonkeyPatch, sft: Path, out: Path) -> tuple[int, 
 
 
 @pytest.mark.slow
-def test_no_second_base_stands_while_it_learns(tmp_path: Path, sft_run: Path, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
+def test_no_second_base_stands_while_it_learns(tmp_path: Path, sft_run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     most, scratch, copies = growth(monkeypatch, sft_run, tmp_path / "one")
     assert scratch > 1 << 20 and most < scratch / 4 and copies == [], (most, scratch)
     kept: list[Any] = []
@@ -269,14 +269,14 @@ def test_each_group_is_clipped_by_itself() -> None:
     one, other = nn.Parameter(torch.zeros(2)), nn.Parameter(torch.zeros(2))
     loop = loop_of([{"params": [one], "share": 1.0}, {"params": [other], "share": 4.0}], [one, other])
     one.grad, other.grad = torch.tensor([30.0, 40.0]), torch.tensor([0.0, 0.5])
-    assert float(loop._clip()) == pytest.approx(math.hypot(50.0, 0.5))
+    assert float(loop._clip_gradients()) == pytest.approx(math.hypot(50.0, 0.5))
     assert torch.allclose(one.grad, torch.tensor([0.6, 0.8]), atol=1e-5) and other.grad.tolist() == [0.0, 0.5]
     alone = loop_of([one, other], [one, other])
     one.grad, other.grad = torch.tensor([30.0, 40.0]), torch.tensor([0.0, 0.5])
-    assert float(alone._clip()) == pytest.approx(math.hypot(50.0, 0.5)) and float(other.grad.norm()) < 0.02
+    assert float(alone._clip_gradients()) == pytest.approx(math.hypot(50.0, 0.5)) and float(other.grad.norm()) < 0.02
 
 
-def test_the_value_has_its_own_rate(tmp_path: Path, sft_run: Path, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
+def test_the_value_has_its_own_rate(tmp_path: Path, sft_run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rates: list[list[float]] = []
     step = Trainer._step
 
@@ -295,7 +295,7 @@ def test_the_value_has_its_own_rate(tmp_path: Path, sft_run: Path, monkeypatch: 
 
 
 @pytest.fixture(scope="module")
-def reward_run(tmp_path_factory: pytest.TempPathFactory, sft_run: Path) -> Path:  # noqa: F811
+def reward_run(tmp_path_factory: pytest.TempPathFactory, sft_run: Path) -> Path:
     recipe = {
         "name": "reward",
         "algorithm": "reward",
@@ -319,7 +319,7 @@ def reward_run(tmp_path_factory: pytest.TempPathFactory, sft_run: Path) -> Path:
 
 def test_a_value_can_begin_as_the_reward_model(
     tmp_path: Path,
-    sft_run: Path,  # noqa: F811
+    sft_run: Path,
     reward_run: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -333,7 +333,7 @@ def test_a_value_can_begin_as_the_reward_model(
     assert torch.equal(seen[0].pop(HEAD_WEIGHT_KEY), judge.pop(HEAD_WEIGHT_KEY) * 0.5) and not changed_tensors(
         seen[0], judge
     )
-    assert set(outcome.summary["adapter_hashes"]) == {"sft", "reward"} and figures(events)[0]["kl"] == 0.0
+    assert set(outcome.summary["adapter_hashes"]) == {"sft", "reward"} and step_metrics(events)[0]["kl"] == 0.0
     ended = load_file(tmp_path / "run" / "final" / "value" / WEIGHTS)
     assert changed_tensors({key: tensor for key, tensor in ended.items() if key != HEAD_WEIGHT_KEY}, judge), (
         "the copy learns, and the judge stays"

@@ -12,14 +12,16 @@ from typing import Any
 
 import pytest
 import torch
+from algorithm_helpers import accumulated, by_key, error_against, pair_batch, pair_rows
 from models import VOCAB, llama_roles, load_base_of, perturb, reward_roles, saved_model, zero_grad
+from oracles import PlainModel
 from peft import LoraConfig
-from test_dpo import Plain, accumulated, by_key, error_against, pair_batch, pair_rows
 from torch import Tensor
 
 from lowrank_tune.algorithms.base import AlgorithmContext
 from lowrank_tune.algorithms.dpo import DPO
 from lowrank_tune.algorithms.reward_model import RewardModeling
+from lowrank_tune.config import DPOConfig, RewardModelConfig
 from lowrank_tune.model.roles import Roles
 
 trl = pytest.importorskip("trl")
@@ -139,7 +141,7 @@ def test_reward_equals_trl(tmp_path: Path, reward: Roles, centering: float | Non
     )
     place(trainer.model, reward.adapter_tensors("reward"))
     theirs, gradients = trained(trainer)
-    algorithm = RewardModeling(AlgorithmContext(reward, None), centering or 0.0)  # type: ignore[arg-type]
+    algorithm = RewardModeling(AlgorithmContext(reward), RewardModelConfig(center_rewards_coefficient=centering or 0.0))
     loss, _, stats = accumulated(algorithm, pair_batch(rows, masks, margins=margins), "reward", rows=4)
     logged = next(entry for entry in trainer.state.log_history if "accuracy" in entry)
     assert loss == pytest.approx(theirs, rel=1e-5) and error_against(by_key(reward, "reward"), gradients) < 1e-4
@@ -215,13 +217,14 @@ def dpo_trainer(
 )
 def test_dpo_equals_trl(tmp_path: Path, policy: Roles, kind: str, s: float) -> None:
     rows, masks = ended_rows(inside_pads=True)
-    plain = Plain()
+    plain = PlainModel()
     with torch.no_grad():
-        reference = [float(plain.logp(row, mask, policy=False)) for row, mask in zip(rows, masks, strict=True)]
+        reference = [float(plain.sequence_logp(row, mask, policy=False)) for row, mask in zip(rows, masks, strict=True)]
     trainer = dpo_trainer(tmp_path, policy, kind, s, rows, masks)
     theirs, gradients = trained(trainer)
     zero_grad(policy)
-    algorithm = DPO(AlgorithmContext(policy, None), kind, 0.3, 0.2, s)  # type: ignore[arg-type]
+    settings = DPOConfig(loss_type=kind, beta=0.3, label_smoothing=0.2, sft_coef=s)
+    algorithm = DPO(AlgorithmContext(policy), settings)
     loss, _, stats = accumulated(algorithm, pair_batch(rows, masks, reference), rows=4)
     logged = next(entry for entry in trainer.state.log_history if "rewards/margins" in entry)
     assert (

@@ -13,10 +13,11 @@ from typing import Any
 
 import pytest
 import torch
+from algorithm_helpers import MARGINS, accumulated, by_key, error_against, pair_batch, pair_rows
 from hypothesis import given
 from hypothesis import strategies as st
-from models import CPU, VOCAB, changed_tensors, load_base_of, perturb, reward_roles, same_bytes
-from test_dpo import MARGINS, Plain, accumulated, by_key, error_against, pair_batch, pair_rows, relative_error
+from models import CPU, VOCAB, changed_tensors, load_base_of, perturb, relative_error, reward_roles, same_bytes
+from oracles import PlainModel, reward_pair
 from torch import Tensor, nn
 
 from lowrank_tune import Recipe, run
@@ -26,29 +27,14 @@ from lowrank_tune.algorithms.base import AlgorithmContext
 from lowrank_tune.algorithms.reward_model import RewardModeling, reward_loss
 from lowrank_tune.assembly import build
 from lowrank_tune.batch import Batch
+from lowrank_tune.config import RewardModelConfig
 from lowrank_tune.errors import UserError
 from lowrank_tune.events import RunEnded, StepEnd
 from lowrank_tune.model.adapters import read_adapter
 from lowrank_tune.model.roles import Roles
 from lowrank_tune.stats import to_floats
 
-# --- the oracle -------------------------------------------------------------------------------------------------------
-
-
-def sigma(x: float) -> float:
-    return 1 / (1 + math.exp(-x)) if x >= 0 else math.exp(x) / (1 + math.exp(x))
-
-
-def softplus(x: float) -> float:
-    """log(1 + e^x), which is -log sigma(-x)."""
-    return max(x, 0.0) + math.log1p(math.exp(-abs(x)))
-
-
-def oracle(chosen: float, rejected: float, margin: float, centering: float) -> tuple[float, float, float]:
-    """The loss, and its derivatives by both scores."""
-    x, level = chosen - rejected - margin, chosen + rejected
-    pull = 2 * centering * level
-    return softplus(-x) + centering * level**2, -sigma(-x) + pull, sigma(-x) + pull
+# --- the loss against the oracle --------------------------------------------------------------------------------------
 
 
 def torch_loss(
@@ -69,7 +55,7 @@ def error(pairs: Sequence[tuple[float, float, float]], centering: float, dtype: 
     for found, (chosen, rejected, margin) in zip(torch_loss(pairs, centering, dtype), pairs, strict=True):
         size = abs(chosen) + abs(rejected) + abs(margin)
         scales = (1 + size + centering * size**2, *[1 + size + 2 * centering * size] * 2)
-        for got, wanted, scale in zip(found, oracle(chosen, rejected, margin, centering), scales, strict=True):
+        for got, wanted, scale in zip(found, reward_pair(chosen, rejected, margin, centering), scales, strict=True):
             distance = abs(got - wanted) / scale
             worst = max(worst, distance if distance == distance else math.inf)
     return worst
@@ -111,7 +97,7 @@ def wrong_by_hand() -> int:
 def test_by_hand() -> None:
     assert wrong_by_hand() == 0
     for (chosen, rejected, margin), centering, expected in BY_HAND:
-        assert oracle(chosen, rejected, margin, centering) == pytest.approx(expected, abs=1e-12)
+        assert reward_pair(chosen, rejected, margin, centering) == pytest.approx(expected, abs=1e-12)
 
 
 BUGS: dict[str, Any] = {
@@ -176,7 +162,7 @@ def roles() -> Roles:
 
 
 def reward_over(roles: Roles, centering: float = 0.0) -> RewardModeling:
-    return RewardModeling(AlgorithmContext(roles, None), centering)  # type: ignore[arg-type]
+    return RewardModeling(AlgorithmContext(roles), RewardModelConfig(center_rewards_coefficient=centering))
 
 
 def stepped(
@@ -190,11 +176,13 @@ def model_error(roles: Roles, centering: float, margins: Sequence[float] = MARGI
     unpadded."""
     rows, masks = pair_rows()
     loss, _, stats = stepped(roles, pair_batch(rows, masks, margins=margins), centering, rows=4)
-    plain = Plain([roles.adapter_tensors("sft")], roles.adapter_tensors("reward"))
+    plain = PlainModel([roles.adapter_tensors("sft")], roles.adapter_tensors("reward"))
     expected = 0.0
     for i in range(0, len(rows), 2):
         scores = [plain.score(rows[j]) for j in (i, i + 1)]
-        value, by_chosen, by_rejected = oracle(*(float(score.detach()) for score in scores), margins[i // 2], centering)
+        value, by_chosen, by_rejected = reward_pair(
+            *(float(score.detach()) for score in scores), margins[i // 2], centering
+        )
         expected += 2 * value / len(rows)
         (2 / len(rows) * (by_chosen * scores[0] + by_rejected * scores[1])).backward()
     wrong = max(abs(loss - expected), abs(stats["loss"] - expected)) / (1 + abs(expected))
@@ -260,7 +248,7 @@ def test_margins_and_pairs_are_read_where_they_belong(monkeypatch: pytest.Monkey
         planted.setattr(reward_module, "reward_loss", BUGS["margin lost"])
         assert max(model_error(roles, 0.0)) > 1e-2
     with monkeypatch.context() as planted:
-        planted.setattr(reward_module, "sequence_mean_weights", lambda rows: torch.full((len(rows),), 1 / len(rows)))
+        planted.setattr(reward_module, "pair_mean_weights", lambda rows: torch.full((len(rows),), 1 / len(rows)))
         assert max(model_error(roles, 0.0)) > 1e-2
     with monkeypatch.context() as planted:
         planted.setattr(RewardModeling, "rows_per_unit", 1)
@@ -355,13 +343,13 @@ def test_the_score_is_the_last_tokens_whatever_it_is(ends: list[int], inside: in
         assert found == pytest.approx([float(plain.score(row)) for row in rows], abs=2e-5)
 
 
-KEPT: list[tuple[Roles, Plain]] = []
+KEPT: list[tuple[Roles, PlainModel]] = []
 
 
-def kept() -> tuple[Roles, Plain]:
+def kept() -> tuple[Roles, PlainModel]:
     if not KEPT:
         roles = perturbed_roles()
-        KEPT.append((roles, Plain([roles.adapter_tensors("sft")], roles.adapter_tensors("reward"))))
+        KEPT.append((roles, PlainModel([roles.adapter_tensors("sft")], roles.adapter_tensors("reward"))))
     return KEPT[0]
 
 
@@ -410,7 +398,7 @@ def test_a_fresh_head_is_undecided(roles: Roles) -> None:
 def test_figures_by_the_plain_model(roles: Roles) -> None:
     rows, masks = pair_rows()
     figures = stepped(roles, pair_batch(rows, masks), rows=4)[2]
-    plain = Plain([roles.adapter_tensors("sft")], roles.adapter_tensors("reward"))
+    plain = PlainModel([roles.adapter_tensors("sft")], roles.adapter_tensors("reward"))
     with torch.no_grad():
         scores = torch.stack([plain.score(row) for row in rows])
     chosen, rejected = scores[::2], scores[1::2]
@@ -565,6 +553,6 @@ def test_two_builds_with_one_seed_are_equal() -> None:
     a, b, c = (built.algorithm.collect(0).batch for built in (one, two, other))
     assert (
         same_bytes(a.input_ids, b.input_ids)
-        and not same_bytes(a.extra["row"], c.extra["row"])
-        and "reference" not in a.extra
+        and not same_bytes(a.row_indices, c.row_indices)
+        and a.reference_sequence_logps is None
     )

@@ -8,6 +8,7 @@ import json
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -121,7 +122,22 @@ def test_means_of_micro_batches_are_seen(monkeypatch: pytest.MonkeyPatch, bug: A
         assert error_of_splits(roles, [split]) > 1e-3
 
 
-def wrong_split(batch: Batch, rows: int | None, tokens: int | None, together: int) -> list[str]:
+@dataclass
+class NumberedBatch(Batch):
+    """Rows and tokens with numbers, to find them again in a split."""
+
+    row: Tensor | None = None
+    """(B,)"""
+    token: Tensor | None = None
+    """(B, T)"""
+
+
+def numbered(batch: Batch) -> NumberedBatch:
+    positions = torch.arange(1, batch.input_ids.shape[1] + 1)
+    return NumberedBatch(**batch.tensors(), row=torch.arange(len(batch)), token=batch.attention_mask.long() * positions)
+
+
+def wrong_split(batch: NumberedBatch, rows: int | None, tokens: int | None, together: int) -> list[str]:
     """What is wrong with a split: rows lost, twice, apart, cut, over the budget, or short of it. Empty is right."""
     wrong, seen = [], []
     micros = list(batch.split(rows, tokens, together))
@@ -131,7 +147,7 @@ def wrong_split(batch: Batch, rows: int | None, tokens: int | None, together: in
         if not ((rows is not None and count > rows) or (tokens is not None and count * width > tokens)):
             wrong.append("the next unit would have fitted")
     for micro in micros:
-        which = micro.extra["row"].tolist()
+        which = micro.row.tolist()
         seen += which
         units = len(which) // together
         heads = which[::together]
@@ -149,10 +165,7 @@ def wrong_split(batch: Batch, rows: int | None, tokens: int | None, together: in
                 != batch.input_ids[row][batch.attention_mask[row]].tolist()
             ):
                 wrong.append("a row is cut")
-            if (
-                micro.loss_mask[i].sum() != batch.loss_mask[row].sum()
-                or micro.extra["token"][i].sum() != batch.extra["token"][row].sum()
-            ):
+            if micro.loss_mask[i].sum() != batch.loss_mask[row].sum() or micro.token[i].sum() != batch.token[row].sum():
                 wrong.append("a row lost something")
     if sorted(seen) != list(range(len(batch))):
         wrong.append(f"rows {seen}")
@@ -172,20 +185,14 @@ def test_a_split_loses_nothing(
 ) -> None:
     lengths = [length for length in lengths for _ in range(together)]
     lengths[0] = max(1, lengths[0])
-    batch = ragged_batch(lengths, seed=seed)
-    batch.extra = {
-        "row": torch.arange(len(batch)),
-        "token": batch.attention_mask.long() * torch.arange(1, batch.input_ids.shape[1] + 1),
-    }
+    batch = numbered(ragged_batch(lengths, seed=seed))
     assert wrong_split(batch, rows, tokens, together) == []
     stream = torch.Generator().manual_seed(seed)
     # of pairs and groups, torn ones too
-    batch.extra["shared"] = torch.where(torch.rand(len(batch), generator=stream) < 0.4, 0, 3)
+    batch.shared_prefix = torch.where(torch.rand(len(batch), generator=stream) < 0.4, 0, 3)
     assert wrong_split(batch, rows, tokens, together) == []
-    family = (batch.extra["shared"][::together] == 0).cumsum(0)
-    heads = [
-        int(row) // together for micro in batch.split(rows, tokens, together) for row in micro.extra["row"][::together]
-    ]
+    family = (batch.shared_prefix[::together] == 0).cumsum(0)
+    heads = [int(row) // together for micro in batch.split(rows, tokens, together) for row in micro.row[::together]]
     families = [int(family[head]) for head in heads]
     assert [one for place, one in enumerate(families) if place == 0 or families[place - 1] != one] == list(
         dict.fromkeys(families)
@@ -206,15 +213,13 @@ def test_a_micro_batch_of_exactly_the_budget_is_whole(
     rows: int | None, tokens: int, together: int, sizes: list[int]
 ) -> None:
     """Six rows of five tokens."""
-    batch = ragged_batch([5] * 6)
-    batch.extra = {"row": torch.arange(6), "token": batch.attention_mask.long()}
+    batch = numbered(ragged_batch([5] * 6))
     assert [len(micro) for micro in batch.split(rows, tokens, together)] == sizes
     assert wrong_split(batch, rows, tokens, together) == []
 
 
 def test_a_split_that_cuts_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
-    batch = ragged_batch(LENGTHS)
-    batch.extra = {"row": torch.arange(8), "token": batch.attention_mask.long()}
+    batch = numbered(ragged_batch(LENGTHS))
     real = Batch.select_rows
     assert wrong_split(batch, 3, None, 2) == wrong_split(batch, None, 30, 1) == []
     monkeypatch.setattr(Batch, "select_rows", lambda self, rows, width=None: real(self, rows, 5))
@@ -414,7 +419,9 @@ def test_kl_is_zero_at_first_and_brute_force_later(monkeypatch: pytest.MonkeyPat
     perturb(roles, "policy")
     assert kl_error(roles) < 1e-5
     real = Roles.full_vocab_kl
-    monkeypatch.setattr(Roles, "full_vocab_kl", lambda self, role, reference, batch: real(self, role, "base", batch))
+    monkeypatch.setattr(
+        Roles, "full_vocab_kl", lambda self, role, reference, batch, temperature: real(self, role, "base", batch)
+    )
     assert kl_error(roles) > 1e-2  # the raw base where the SFT adapter was meant
 
 

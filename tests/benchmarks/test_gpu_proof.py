@@ -145,7 +145,7 @@ def test_a_wrong_reference_is_found(gpu: ModuleType, monkeypatch: pytest.MonkeyP
 
     def stale_cache(roles: Any, rows: Any, size: Any) -> Any:
         algorithm = module("factories").dpo(roles, rows, size)
-        algorithm.context.get_batch(0).extra["reference"][0] += 0.01
+        algorithm.context.get_batch(0).reference_sequence_logps[0] += 0.01
         return algorithm
 
     faults = {
@@ -165,7 +165,7 @@ def test_wrong_log_probs_of_the_sampler_are_found(gpu: ModuleType, monkeypatch: 
 
         def drawn(*arguments: Any) -> Any:
             rollouts = draw(*arguments)
-            rollouts.batch.extra["sampler"] = rollouts.batch.extra["sampler"] - 1e-3
+            rollouts.batch.sampler_logps = rollouts.batch.sampler_logps - 1e-3
             return rollouts
 
         algorithm.collector.collect = drawn

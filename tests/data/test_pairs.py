@@ -14,7 +14,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from tokenizers_for_tests import CHATML, MARKS, REAL, SHARED, TINY, tiny, tokenizer
 
-from lowrank_tune.batch import Row
+from lowrank_tune.batch import PairBatch, Row
 from lowrank_tune.config import DataConfig, SourceConfig
 from lowrank_tune.data import (
     ChatTemplate,
@@ -393,7 +393,8 @@ def test_a_store_of_single_rows_is_as_it_was(tmp_path: Path) -> None:
             (getattr(batch, name) == getattr(plain, name)).all()
             for name in ("input_ids", "attention_mask", "completion_mask")
         )
-        and batch.extra == {}
+        and not isinstance(batch, PairBatch)
+        and batch.shared_prefix is None
     )
 
 
@@ -480,18 +481,18 @@ def test_batches_of_pairs(
     part = whole.select_units(np.array(kept))
     units = data.draw(st.lists(st.integers(0, len(kept) - 1), min_size=1, max_size=5))
     batch = collate_units(part, units, TEMPLATE.pad_id)
-    assert len(batch) == 2 * len(units) and str(batch.extra["margin"].dtype) == "torch.float32"
-    assert str(batch.extra["shared"].dtype) == str(batch.extra["row"].dtype) == "torch.int64"
+    assert len(batch) == 2 * len(units) and str(batch.margin.dtype) == "torch.float32"
+    assert str(batch.shared_prefix.dtype) == str(batch.row_indices.dtype) == "torch.int64"
     for place in range(len(batch)):
         number = 2 * kept[units[place // 2]] + place % 2
         length = int(batch.lengths[place])
         assert batch.input_ids[place, :length].tolist() == list(whole[number].input_ids) and batch.completion_mask[
             place, :length
         ].tolist() == list(whole[number].completion_mask)
-        assert batch.extra["row"][place] == number and batch.extra["margin"][place] == len(rows[number // 2][0])
+        assert batch.row_indices[place] == number and batch.margin[place] == len(rows[number // 2][0])
         first, this = list(whole[number - place % 2].input_ids), list(whole[number].input_ids)
         common = max(count for count in range(min(len(first), len(this))) if first[:count] == this[:count])
-        assert batch.extra["shared"][place] == (common if place % 2 else 0)
+        assert batch.shared_prefix[place] == (common if place % 2 else 0)
 
 
 @pytest.mark.parametrize(
@@ -634,6 +635,6 @@ def test_real_pairs(tmp_path: Path, name: str) -> None:
     assert made.train.units == made.report.train[0].used == count - made.report.train[0].num_dropped
     for unit in range(0, made.train.units, 37):
         batch = collate_units(made.train, [unit], template.pad_id)
-        shared = int(batch.extra["shared"][1])
+        shared = int(batch.shared_prefix[1])
         starts = [row.index(True) for row in batch.completion_mask.tolist()]
         assert starts[0] == starts[1] <= shared, "the prompt is the same on both sides"

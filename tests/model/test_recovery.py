@@ -270,7 +270,7 @@ def test_units_that_stay_together_are_never_split() -> None:
 
     def terms(micro: Any) -> Any:
         sizes.append(len(micro))
-        rows = micro.extra["reference"]
+        rows = micro.reference_sequence_logps
         assert len(rows) % 2 == 0
         return real(micro)
 

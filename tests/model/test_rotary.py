@@ -123,7 +123,7 @@ def test_rows_that_share_a_prompt_have_the_same_log_probs() -> None:
     rows = [[*prompt, *range(20 + 9 * i, 20 + 9 * i + length)] for i, length in enumerate((9, 1, 4))]
     mask = [[False] * 14 + [True] * (len(row) - 14) for row in rows]
     alone, shared = make_batch(rows, mask), make_batch(rows, mask)
-    shared.extra["shared"] = torch.tensor([0, 14, 14])
+    shared.shared_prefix = torch.tensor([0, 14, 14])
     with roles.inference_mode():
         expected, packed = roles.logps("policy", alone).logps, roles.logps("policy", shared).logps
         assert roles._packed_layout(shared) is not None

@@ -69,7 +69,7 @@ def groups(prompts: Sequence[int], tails: Sequence[Sequence[int]], seed: int = 0
             masks.append([place % 3 == 0 for place in range(prompt)] + [True] * tail)
             shared.append(prompt if number else 0)
     batch = make_batch(rows, masks, **how)
-    batch.extra["shared"] = torch.tensor(shared)
+    batch.shared_prefix = torch.tensor(shared)
     return batch
 
 
@@ -141,7 +141,7 @@ def test_a_wrong_count_or_order_changes_nothing(batch: Batch, shift: int, order:
     """`take` may tear groups apart and `shared` may be wrong: only what ids have in common is shared."""
     rows = list(range(len(batch)))
     order.shuffle(rows)
-    batch.extra["shared"] = (batch.extra["shared"] + shift).clamp_min(0)
+    batch.shared_prefix = (batch.shared_prefix + shift).clamp_min(0)
     assert error_of_sharing(roles_of("16"), batch.select_rows(torch.tensor(rows[: len(rows) // 2 + 1]))) < 1e-5
 
 
@@ -344,7 +344,7 @@ def test_the_probe_draws_no_random_number_and_leaves_the_mode() -> None:
 def test_by_hand() -> None:
     """P P P a b | P P P c, and a pair with nothing in common, which is two groups."""
     batch = make_batch([[5, 6, 7, 8, 9], [5, 6, 7, 4], [3, 2], [2]])
-    batch.extra["shared"] = torch.tensor([0, 3, 0, 0])
+    batch.shared_prefix = torch.tensor([0, 3, 0, 0])
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(tree_module, "MAX_RELATIVE_FLOPS", 100.0)
         tree = pack_shared_prefixes(batch, 4)

@@ -224,7 +224,7 @@ def test_faults_of_a_single_run_are_found_before_anything_is_loaded(
     text = SINGLE.format(**{"algorithm": "sft", "dataset": "rows.jsonl", "optim": "adamw", "more": "", **changes})
     if case == "base":
         text = text.replace("tiny-tutor", "./nowhere")
-    for name in ("load_base", "load_tokenizer"):
+    for name in ("model.load_base", "load_tokenizer"):
         monkeypatch.setattr(f"lowrank_tune.assembly.{name}", _not_to_be_reached)
     find_spec = importlib.util.find_spec
     monkeypatch.setattr(

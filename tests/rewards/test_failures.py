@@ -12,19 +12,25 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from algorithm_helpers import FakeCollector, completion_rows, one_pass
 from hypothesis import given
 from hypothesis import strategies as st
 from models import CPU, llama_roles, make_batch, perturb
-from test_grpo import KINDS, FakeCollector, one_pass, over, written
+from test_grpo import LOSS_TYPES, grpo_over
 from torch import Tensor
 
 from lowrank_tune import Recipe, run
 from lowrank_tune import runner as runner_module
 from lowrank_tune.algorithms.grpo import group_advantages, zero_std_groups
-from lowrank_tune.algorithms.reward_failures import MIN_SAMPLES, RewardFailure, RewardFailureTracker
-from lowrank_tune.algorithms.rollouts import RolloutBatch
+from lowrank_tune.algorithms.reward_failures import (
+    MIN_SAMPLES,
+    RewardFailure,
+    RewardFailureTracker,
+    describe_failures,
+)
+from lowrank_tune.algorithms.rollouts import RolloutGroups
 from lowrank_tune.assembly.rl import RewardScorer, load_train_prompts
-from lowrank_tune.batch import Batch
+from lowrank_tune.batch import RolloutBatch
 from lowrank_tune.data import ChatTemplate, PromptExample
 from lowrank_tune.data_report import inspect_data
 from lowrank_tune.errors import TrainingError, UserError
@@ -95,7 +101,7 @@ class DroppingCollector(FakeCollector):
         super().__init__(roles, rewards, **how)
         self.lost, self.never = lost, never
 
-    def logps(self, role: str, batch: Batch) -> Tensor:
+    def logps(self, role: str, batch: RolloutBatch) -> Tensor:
         """Row by row, each at its own width: rounding does not know which other rows there are."""
         found = torch.zeros(batch.input_ids.shape)
         for i in range(len(batch)):
@@ -103,10 +109,10 @@ class DroppingCollector(FakeCollector):
             found[i, : alone.shape[1]] = alone[0]
         return found
 
-    def collect(self, step: int, draw: int, count: int | None = None) -> RolloutBatch:
+    def collect(self, step: int, draw: int, count: int | None = None) -> RolloutGroups:
         rewards = torch.tensor(self.rewards[draw][:count], dtype=torch.float64)
         groups, n = rewards.shape
-        rows, masks = written(groups, n, seed=100 * step + draw)
+        rows, masks = completion_rows(groups, n, seed=100 * step + draw)
         unscored = [LOST if i in self.lost else None for i in range(groups * n)]
         if self.never:
             kept = [i for i in range(groups * n) if i not in self.lost]
@@ -118,19 +124,19 @@ class DroppingCollector(FakeCollector):
             n, unscored = rewards.shape[1], [None] * len(kept)
         gone = torch.tensor([one is not None for one in unscored]).view_as(rewards)
         rewards = rewards.masked_fill(gone, math.nan)
-        batch = make_batch(rows, masks)
-        batch.extra["sampler"] = self.logps("policy", batch)
+        batch = RolloutBatch(**make_batch(rows, masks).tensors())
+        batch.sampler_logps = self.logps("policy", batch)
         prompts = [PromptExample([2], f"prompt {draw}.{group}", None, {}) for group in range(groups)]
         self.failures.count(unscored)
-        return RolloutBatch(
-            batch,
-            rewards,
-            rewards.view(-1, 1),
-            torch.tensor([i in self.cut for i in range(len(rows))]),
-            self.reward_names,
-            [str(i) for i in range(len(rows))],
-            prompts,
-            {"rollout_seconds": 2.0},
+        return RolloutGroups(
+            batch=batch,
+            rewards=rewards,
+            reward_components=rewards.view(-1, 1),
+            truncated=torch.tensor([i in self.cut for i in range(len(rows))]),
+            reward_names=self.reward_names,
+            texts=[str(i) for i in range(len(rows))],
+            prompts=prompts,
+            timings={"rollout_seconds": 2.0},
             failed_rewards=unscored,
         )
 
@@ -144,7 +150,7 @@ def with_failures(
     most: float = 1.0,
     **how: Any,
 ) -> Any:
-    algorithm = over(roles, kind, **how)
+    algorithm = grpo_over(roles, kind, **how)
     algorithm.collector = DroppingCollector(roles, rewards, lost, never)
     algorithm.collector.failures = RewardFailureTracker(most)
     return algorithm
@@ -153,7 +159,7 @@ def with_failures(
 THREE = [[[1.0, 0.0, 0.3, 0.2], [0.2, 0.9, 0.4, 0.1]]]
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", LOSS_TYPES)
 @pytest.mark.parametrize(
     "how",
     [{"beta": 0.3}, {"beta": 0.3, "kl_in_reward": True}, {"num_iterations": 2}, {"truncated_completions": "penalize"}],
@@ -168,7 +174,7 @@ def test_the_step_is_one_without_it(roles: Roles, kind: str, how: dict[str, Any]
             for name, value in to_floats(experience.stats).items()
             if name not in ("completions/mean_length", "reward_errors")
         }
-        found.append((experience.batch.extra["advantage"], figures, *one_pass(algorithm, experience.batch)))
+        found.append((experience.batch.sequence_advantages, figures, *one_pass(algorithm, experience.batch)))
     mine, alone = found
     assert torch.equal(mine[0], alone[0]) and mine[1] == pytest.approx(alone[1], abs=1e-12)
     assert mine[2] == alone[2] and torch.equal(mine[3], alone[3]) and mine[4] == alone[4] and mine[3].any()
@@ -178,8 +184,8 @@ def test_a_group_that_lost_its_first_row_begins_with_the_next(roles: Roles) -> N
     """Else its rows would count as the family of the group before, and read their prompt once a row."""
     algorithm = with_failures(roles, [4, 5, 9], [THREE[0] + THREE[0][:1]])
     rollouts = algorithm.collector.collect(0, 0)
-    rollouts.batch.extra["shared"] = torch.tensor([0, 3, 3, 3] * 3)
-    assert rollouts.scored_rows().extra["shared"].tolist() == [0, 3, 3, 3, 0, 3, 0, 3, 3]
+    rollouts.batch.shared_prefix = torch.tensor([0, 3, 3, 3] * 3)
+    assert rollouts.scored_rows().shared_prefix.tolist() == [0, 3, 3, 3, 0, 3, 0, 3, 3]
 
 
 @pytest.mark.parametrize("how", ["keep", "drop", "resample"])
@@ -208,7 +214,7 @@ def test_a_step_whose_rewards_all_fail_changes_nothing(roles: Roles, how: str) -
     experience = algorithm.collect(0)
     loss, gradient, _ = one_pass(algorithm, experience.batch)
     assert loss == 0.0 and not gradient.any() and math.isnan(to_floats(experience.stats)["reward"])
-    assert any("failed" in message for message in algorithm.iter_warnings(to_floats(experience.stats)))
+    assert any("failed" in message for message in algorithm.diagnostics(to_floats(experience.stats)))
 
 
 # --- counting ---------------------------------------------------------------------------------------------------------
@@ -245,7 +251,7 @@ def test_counts_are_logged_from_the_first_failure_on_and_saved() -> None:
     again.restore(json.loads(json.dumps(failures.state())))
     assert (again.completions, again.timeouts, again.errors, again.max_failure_rate) == (12, 2, 0, 0.1)
     RewardFailureTracker().restore({})  # a checkpoint of an earlier version
-    [message] = failures.iter_warnings([LATE, LATE], 64)
+    [message] = describe_failures([LATE, LATE], 64)
     assert (
         message.startswith("the reward `answer` failed on completions")
         and "2 of 64" in message
@@ -294,7 +300,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Where `mine.py` lies. The preflight, which would refuse such a reward, looks away."""
     monkeypatch.setenv("LOWRANK_TUNE_CACHE", str(tmp_path / "cache"))
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("lowrank_tune.assembly.check_reference_rewards", lambda *given: None)
+    monkeypatch.setattr("lowrank_tune.assembly.sources.check_reference_rewards", lambda *given: None)
     (tmp_path / "mine.py").write_text(MINE)
     return tmp_path
 
@@ -339,7 +345,7 @@ def test_a_run_drops_counts_and_warns_and_resumes_the_same(place: Path, monkeypa
     monkeypatch.undo()
     monkeypatch.chdir(place)
     monkeypatch.setenv("LOWRANK_TUNE_CACHE", str(place / "cache"))
-    monkeypatch.setattr("lowrank_tune.assembly.check_reference_rewards", lambda *given: None)
+    monkeypatch.setattr("lowrank_tune.assembly.sources.check_reference_rewards", lambda *given: None)
     rest: list[Any] = []
     run(recipe, out=place / "two", ui="none", device=CPU, on_event=rest.append)
     assert figures(events_so_far) + figures(rest) == steps

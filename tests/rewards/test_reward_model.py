@@ -12,7 +12,7 @@ import pytest
 import torch
 from models import CPU, load_base_of, perturb, reward_roles
 
-import lowrank_tune.assembly as build_module
+import lowrank_tune.assembly.model as model_module
 from lowrank_tune import Chain, Recipe, UserError, run
 from lowrank_tune.assembly.reward_model import append_end_of_turn, encode_answer, end_of_turn_ids, score_rows
 from lowrank_tune.config import BaseConfig, RewardConfig
@@ -61,9 +61,9 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Event
     os.environ["LOWRANK_TUNE_CACHE"] = str(tmp_path_factory.mktemp("cache"))
     out, events, bases = tmp_path_factory.mktemp("learned") / "one", list[Event](), list[str]()
     with pytest.MonkeyPatch.context() as patched:
-        real = build_module.load_base
+        real = model_module.load_base
         patched.setattr(
-            build_module,
+            model_module,
             "load_base",
             lambda wanted, *rest, **more: bases.append(wanted.model) or real(wanted, *rest, **more),
         )

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from algorithm_helpers import INFORMATIVE_REWARDS, FakeCollector, pair_batch, pair_rows
 from models import (
     CPU,
     changed_tensors,
@@ -26,18 +27,16 @@ from models import (
     same_bytes,
     sft_over,
 )
-from test_dpo import pair_batch, pair_rows
-from test_grpo import INFORMATIVE_REWARDS, FakeCollector
 from torch import Tensor, nn
 
-from lowrank_tune.algorithms.base import AlgorithmContext, LossTerm, StepBatch
+from lowrank_tune.algorithms.base import Algorithm, AlgorithmContext, LossTerm, StepBatch
 from lowrank_tune.algorithms.dpo import DPO
 from lowrank_tune.algorithms.grpo import GRPO
-from lowrank_tune.algorithms.ppo import PPO, UpdateConfig
+from lowrank_tune.algorithms.ppo import PPO
 from lowrank_tune.algorithms.reward_model import RewardModeling
-from lowrank_tune.algorithms.rollouts import RolloutBatch
-from lowrank_tune.batch import Batch
-from lowrank_tune.config import TrainingConfig
+from lowrank_tune.algorithms.rollouts import RolloutGroups
+from lowrank_tune.batch import Batch, PairBatch
+from lowrank_tune.config import DPOConfig, GRPOConfig, PPOConfig, RewardModelConfig, TrainingConfig
 from lowrank_tune.errors import TrainingError
 from lowrank_tune.events import Event, LogMessage, StepEnd
 from lowrank_tune.model.roles import Roles
@@ -54,10 +53,8 @@ from lowrank_tune.training.trainer import (
 )
 
 
-class Toy:
+class Toy(Algorithm[Batch]):
     """An algorithm without a model: loss and gradient are what a test wants at each step."""
-
-    rows_per_unit = 1
 
     def __init__(
         self,
@@ -71,7 +68,7 @@ class Toy:
         self.checks: list[tuple[int, list[float]]] = []
         self.warnings_at: Mapping[int, list[str]] = {}
 
-    def collect(self, step: int) -> StepBatch:
+    def collect(self, step: int) -> StepBatch[Batch]:
         self.step = step
         self.collected.append(step)
         return Several(ragged_batch((3, 5), unscored=()), {"reward": WeightedMean(2.0, 4)}, self.parts)
@@ -96,21 +93,15 @@ class Toy:
         self.checks.append((step, self.weight.tolist()))
         torch.rand(3)  # whatever it draws must not be missing later
 
-    def iter_warnings(self, figures: Mapping[str, float]) -> Iterator[str]:
+    def diagnostics(self, figures: Mapping[str, float]) -> Iterator[str]:
         yield from self.warnings_at.get(self.step, ())
 
     def should_continue(self, stats: Stats) -> bool:
         self.num_continue_calls += 1
         return self.num_continue_calls < 3
 
-    def state(self) -> dict[str, float]:
-        return {}
 
-    def restore(self, state: Mapping[str, float]) -> None:
-        pass
-
-
-class Several(StepBatch):
+class Several(StepBatch[Batch]):
     def __init__(self, batch: Batch, stats: Stats, count: int) -> None:
         super().__init__(batch, stats)
         self.count = count
@@ -470,16 +461,16 @@ def test_every_step_of_grpo_compares_the_sampler_with_its_first_pass() -> None:
     collector, drifts, added = FakeCollector(roles, INFORMATIVE_REWARDS), (0.0, 0.3, 5.0), list[float]()
     collect = collector.collect
 
-    def drifting(step: int, draw: int, count: int | None = None) -> RolloutBatch:
+    def drifting(step: int, draw: int, count: int | None = None) -> RolloutGroups:
         collector.drift = drifts[step]
         rollout = collect(step, draw, count)
-        apart = (rollout.batch.extra["sampler"] - collector.logps("policy", rollout.batch)).abs()
+        apart = (rollout.batch.sampler_logps - collector.logps("policy", rollout.batch)).abs()
         added.append(float(apart[rollout.batch.loss_mask].mean()))
         return rollout
 
     collector.collect = drifting  # type: ignore[method-assign]
-    context = AlgorithmContext(roles, None, fresh=False)  # type: ignore[arg-type]
-    algorithm = GRPO(context, collector, beta=0.0, num_iterations=2, max_logprob_mismatch=0.5)
+    settings = GRPOConfig(beta=0.0, num_iterations=2, max_logprob_mismatch=0.5)
+    algorithm = GRPO(AlgorithmContext(roles, fresh=False), settings, collector)
     loop, events = loop_over(algorithm, roles.parameters("policy"), 3, learning_rate=0.02, micro_batch_size=6)
     with pytest.raises(TrainingError, match="grpo.max_logprob_mismatch"):
         loop.run()
@@ -503,7 +494,7 @@ def algorithm_over(name: str, dropout: float, **more: Any) -> tuple[Any, Roles, 
         return sft_over(roles), roles, "policy"
     if name == "reward":
         roles = reward_roles(load_base_of(16), dropout=dropout, **more)
-        return RewardModeling(AlgorithmContext(roles, pairs_of)), roles, "reward"
+        return RewardModeling(AlgorithmContext(roles, pairs_of), RewardModelConfig()), roles, "reward"
     if name == "ppo":
         roles = llama_roles(
             16,
@@ -513,40 +504,25 @@ def algorithm_over(name: str, dropout: float, **more: Any) -> tuple[Any, Roles, 
             heads=["value"],
             **more,
         )
-        return (
-            PPO(
-                AlgorithmContext(roles, pairs_of),
-                FakeCollector(roles, INFORMATIVE_REWARDS),
-                update=UpdateConfig(num_ppo_epochs=2, num_mini_batches=2),
-            ),
-            roles,
-            "policy",
-        )
+        ppo_settings = PPOConfig(num_ppo_epochs=2, num_mini_batches=2)
+        collector = FakeCollector(roles, INFORMATIVE_REWARDS)
+        return PPO(AlgorithmContext(roles), ppo_settings, collector), roles, "policy"
     roles = llama_roles(16, **more)  # dropout is a fault there
     if name == "grpo":
         collector = FakeCollector(roles, INFORMATIVE_REWARDS, drift=0.2)
-        return (
-            GRPO(
-                AlgorithmContext(roles, pairs_of),
-                collector,
-                old_logps_source="sampler",
-                max_logprob_mismatch=1.0,
-                truncated_completions="penalize",
-            ),
-            roles,
-            "policy",
-        )
+        settings = GRPOConfig(old_logprobs_from="sampler", max_logprob_mismatch=1.0, truncated_completions="penalize")
+        return GRPO(AlgorithmContext(roles), settings, collector), roles, "policy"
 
-    def rows(step: int) -> Batch:
+    def rows(step: int) -> PairBatch:
         batch = pairs_of(step)
         with roles.inference_mode():
-            batch.extra["reference"] = roles.logps("reference", batch).logps.sum(dim=1)
+            batch.reference_sequence_logps = roles.logps("reference", batch).logps.sum(dim=1)
         return batch
 
-    return DPO(AlgorithmContext(roles, rows), sft_coef=0.1), roles, "policy"
+    return DPO(AlgorithmContext(roles, rows), DPOConfig(sft_coef=0.1)), roles, "policy"
 
 
-def pairs_of(step: int) -> Batch:
+def pairs_of(step: int) -> PairBatch:
     rows, masks = pair_rows(seed=step)
     return pair_batch(rows, masks)
 

@@ -1,0 +1,55 @@
+"""The saved adapters that a recipe loads."""
+
+from __future__ import annotations
+
+from lowrank_tune.assembly.reward_model import REWARD_ROLE, content_hash
+from lowrank_tune.config import RecipeConfig
+from lowrank_tune.errors import UserError
+from lowrank_tune.events import Emit, LogMessage
+from lowrank_tune.model.adapters import SavedAdapter, read_adapter
+
+
+def read_adapters(recipe: RecipeConfig) -> dict[str, SavedAdapter]:
+    """Returns the adapters of the recipe that have a path, by name. Raises UserError if one cannot be read."""
+    saved = {}
+    for name, adapter in recipe.adapters.items():
+        if adapter.path:
+            has_head = name == REWARD_ROLE or name in recipe.extra_adapters
+            saved[name] = read_adapter(adapter.path, f"adapters.{name}.path", head=has_head)
+    return saved
+
+
+def check_adapter_lineage(recipe: RecipeConfig, saved: dict[str, SavedAdapter], emit: Emit) -> None:
+    """Checks that the adapters below a saved one are those that it was trained over, compared by content.
+
+    If the recipe loads none of them, the adapter is replaced in `saved` by a copy with all of them combined into it.
+    Raises UserError if the recipe loads some of them and not others. A reward model that is not trained has a stack of
+    its own and is not checked here.
+    """
+    unchecked = set(recipe.extra_adapters)
+    if recipe.trained_adapter != REWARD_ROLE:
+        unchecked.add(REWARD_ROLE)
+    loaded_hashes: set[str] = set()
+    for name in recipe.adapters:
+        if name not in saved or name in unchecked:
+            continue
+        below = saved[name].frozen_adapters
+        missing = [other for other, content in below.items() if content not in loaded_hashes]
+        if missing:
+            _check_all_missing(recipe, name, below, missing)
+            key = f"adapters.{name}.path"
+            has_head = saved[name].head is not None
+            saved[name] = read_adapter(str(recipe.adapters[name].path), key, head=has_head, combined=True)
+            emit(LogMessage(message=f"{key}: taken with {', '.join(below)} folded into it, which it was trained over"))
+        loaded_hashes.add(content_hash(saved[name]))
+
+
+def _check_all_missing(recipe: RecipeConfig, name: str, below: dict[str, str], missing: list[str]) -> None:
+    """Raises UserError if only some of the adapters below are missing."""
+    loaded = [other for other in below if other not in missing]
+    if loaded:
+        raise UserError(
+            f"adapters.{name}.path: the adapter in {recipe.adapters[name].path} was trained over {', '.join(below)}, "
+            f"and this recipe loads only {', '.join(loaded)} below it: add `adapters.{missing[0]}.path`, or leave all "
+            "of them out and it is taken with them folded into it"
+        )

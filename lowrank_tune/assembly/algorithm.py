@@ -1,0 +1,36 @@
+"""From the settings of a recipe to its algorithm."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from lowrank_tune.algorithms.base import Algorithm, AlgorithmContext
+from lowrank_tune.algorithms.dpo import DPO
+from lowrank_tune.algorithms.grpo import GRPO
+from lowrank_tune.algorithms.ppo import PPO
+from lowrank_tune.algorithms.reward_model import RewardModeling
+from lowrank_tune.algorithms.rollouts import RolloutCollector
+from lowrank_tune.algorithms.sft import SFT
+from lowrank_tune.config import RecipeConfig
+
+ONLINE_ALGORITHMS = ("grpo", "ppo")
+"""Algorithms whose policy draws the rows."""
+
+
+def make_algorithm(
+    recipe: RecipeConfig,
+    context: AlgorithmContext,
+    collector: RolloutCollector | None = None,
+) -> Algorithm[Any]:
+    """Returns the algorithm of a recipe. One of `ONLINE_ALGORITHMS` needs a `collector`."""
+    match recipe.algorithm:
+        case "sft":
+            return SFT(context)
+        case "reward":
+            return RewardModeling(context, recipe.reward)
+        case "dpo":
+            return DPO(context, recipe.dpo)
+    assert collector is not None, f"{recipe.algorithm} draws its own rows"
+    if recipe.algorithm == "grpo":
+        return GRPO(context, recipe.grpo, collector)
+    return PPO(context, recipe.ppo, collector)

@@ -1,0 +1,117 @@
+"""The base of a recipe, and its roles over it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+
+from lowrank_tune.assembly.reward_model import REWARD_ROLE, reward_model_base
+from lowrank_tune.assembly.stacks import ROLES_WITH_HEAD, build_stacks, frozen_adapters
+from lowrank_tune.config import RecipeConfig
+from lowrank_tune.data import ChatTemplate
+from lowrank_tune.events import Emit, LogMessage, Progress
+from lowrank_tune.model import unsloth
+from lowrank_tune.model.activation_checkpointing import cap_cuda_memory
+from lowrank_tune.model.adapters import SavedAdapter
+from lowrank_tune.model.base import Base, load_base
+from lowrank_tune.model.heads import HEAD_WEIGHT_KEY
+from lowrank_tune.model.oom import MemoryLimits
+from lowrank_tune.model.roles import Roles
+from lowrank_tune.model.rotary import FixedRope, factors_of
+
+MIN_MICRO_TOKENS = 4096
+MAX_MICRO_TOKENS = 1 << 15
+DEFAULT_MICRO_BATCH_ROWS = 4
+
+
+def load_recipe_base(
+    recipe: RecipeConfig,
+    template: ChatTemplate,
+    rope: FixedRope | None,
+    device: torch.device | None,
+    emit: Emit,
+) -> Base:
+    """Returns the base of the recipe, with its memory limit set. Raises UserError if it cannot be loaded."""
+    description = f"loading {recipe.base.model}"
+    emit(Progress(description=description, done=0, total=1))
+    cap_cuda_memory(recipe.train.memory_budget_gib)
+    if recipe.base.backend == "unsloth":
+        base = unsloth.load_base(recipe.base, template.tokenizer, recipe.max_train_length, device)
+    else:
+        base = load_base(recipe.base, template.tokenizer, device, rope_factors=factors_of(rope))
+    emit(Progress(description=description, done=1, total=1))
+    return base
+
+
+def micro_tokens_of(recipe: RecipeConfig, max_length: int) -> int:
+    """Returns the maximum number of tokens of a forward pass without gradient."""
+    rows = recipe.train.micro_batch_rows or DEFAULT_MICRO_BATCH_ROWS
+    return min(max(MIN_MICRO_TOKENS, rows * max_length), MAX_MICRO_TOKENS)
+
+
+def load_roles(recipe: RecipeConfig, base: Base, saved: Mapping[str, SavedAdapter], emit: Emit) -> Roles:
+    """Returns the roles of the recipe over the base (`build_stacks`), with the weights of the `saved` adapters. Raises
+    UserError if an adapter does not fit the base."""
+    trained = recipe.trained_adapter
+    below_reward_model: list[str] = []
+    if REWARD_ROLE in recipe.adapters and trained != REWARD_ROLE:
+        below_reward_model = reward_model_base(saved, frozen_adapters(recipe))
+    loaded_configs = {name: adapter.config for name, adapter in saved.items()}
+    configs, stacks = build_stacks(recipe, base.model, loaded_configs, below_reward_model)
+    roles = Roles(
+        base,
+        configs,
+        trainable=[trained, *recipe.extra_adapters],
+        stacks=stacks,
+        checkpointing=recipe.train.gradient_checkpointing,
+        seed=recipe.seed,
+        heads=ROLES_WITH_HEAD & stacks.keys(),
+        offload=recipe.train.activation_offloading,
+    )
+    budget_gib = recipe.train.memory_budget_gib or 0
+    roles.limits = MemoryLimits(budget_bytes=int(budget_gib * 2**30), emit=emit)
+    for name, adapter in saved.items():
+        _load_adapter(roles, name, adapter, recipe.base.model, emit)
+    if "value" in configs and "value" not in saved and recipe.ppo.critic_init == "reward":
+        _load_value_from_reward_model(recipe, roles, saved[REWARD_ROLE])
+    if base.backend == "unsloth":
+        unsloth.check(roles, trained)
+        message = (
+            "unsloth runs the base, and computes what transformers does; completions are drawn by transformers' own "
+            "code"
+        )
+        emit(LogMessage(message=message))
+    if trained in saved:
+        message = (
+            f"the {trained} adapter continues from {saved[trained].folder}: it need not agree with "
+            f"{describe_reference(roles)}"
+        )
+        emit(LogMessage(message=message))
+    return roles
+
+
+def _load_adapter(roles: Roles, name: str, adapter: SavedAdapter, base_name: str, emit: Emit) -> None:
+    """Loads the weights of an adapter; warns if they were trained on another base."""
+    roles.load_adapter_tensors(name, adapter.tensors, f"adapters.{name}.path: {adapter.folder}")
+    if adapter.base_name not in (None, base_name, base_name.partition("@")[0]):
+        message = f"the adapter in {adapter.folder} was made for {adapter.base_name}, not {base_name}"
+        emit(LogMessage(level="warning", message=message))
+
+
+def _load_value_from_reward_model(recipe: RecipeConfig, roles: Roles, reward_model: SavedAdapter) -> None:
+    """Copies the reward model into the value. Its head is multiplied by the weight of the reward, so that it predicts
+    the weighted score."""
+    weight = sum(reward.weight for reward in recipe.rewards if reward.name == "reward_model")
+    tensors = dict(reward_model.tensors)
+    tensors[HEAD_WEIGHT_KEY] = tensors[HEAD_WEIGHT_KEY] * weight
+    roles.load_adapter_tensors("value", tensors, f"adapters.{REWARD_ROLE}.path: {reward_model.folder}")
+
+
+def describe_reference(roles: Roles) -> str:
+    """Returns which adapters the reference has."""
+    names = [name.removeprefix("lt_") for name in roles.stacks["reference"]]
+    if not names:
+        return "the base, adapters off"
+    noun = "adapter" if len(names) == 1 else "adapters"
+    return f"the base with the frozen {noun} {' + '.join(names)}"
