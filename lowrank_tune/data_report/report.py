@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from lowrank_tune.data import Report
-from lowrank_tune.data.pair_stats import PairBalance
+from lowrank_tune.data.stats import PairBalance
 
 
 @dataclass(frozen=True)

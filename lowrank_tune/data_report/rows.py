@@ -18,9 +18,9 @@ from lowrank_tune.data import (
     TokenStats,
     compute_token_stats,
 )
-from lowrank_tune.data.pair_stats import contradictory_pairs, pair_balance
 from lowrank_tune.data.preference_pairs import EQUAL_ANSWERS
 from lowrank_tune.data.report import EXAMPLES
+from lowrank_tune.data.stats import contradictory_pairs, pair_balance
 from lowrank_tune.data_report.common import (
     LEAKAGE_NOTE,
     SHOWN_CHARACTERS,

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from lowrank_tune.data import TokenizedDataset
-from lowrank_tune.data.batching import chunked
+from lowrank_tune.data.collate import chunked
 from lowrank_tune.events import Emit, Progress
 from lowrank_tune.functional import calibration_error, correlation, pair_accuracy, reliability_bins
 from lowrank_tune.model.roles import Roles

@@ -11,20 +11,20 @@ from lowrank_tune.config import RecipeConfig, SourceConfig
 from lowrank_tune.config.raw_settings import Finding
 from lowrank_tune.config.yaml_nodes import Path
 from lowrank_tune.data import InvalidRow, PromptExample, RowLocation, SourceReport
-from lowrank_tune.data.encode_pairs import pair_of
-from lowrank_tune.data.files import RawExample
+from lowrank_tune.data.encode import conversation_of, pair_of
+from lowrank_tune.data.formats import RawRow
 from lowrank_tune.data.head import read_head
 from lowrank_tune.data.hub import HubUnreachable, hub_columns
 from lowrank_tune.data.load import to_heldout_prompt
 from lowrank_tune.data.prompts import MISSING_ANSWER
 from lowrank_tune.data.sources import BUILTIN_DATASETS, HEAD_ROWS, is_hub_dataset
-from lowrank_tune.data.tokenize import NamedRows, conversation, format_of
+from lowrank_tune.data.tokenize import NamedRows, format_of
 from lowrank_tune.errors import UserError
 from lowrank_tune.events import Emit, LogMessage
 
 MAX_COLUMNS = 12  # names of columns that a sentence lists
 MISSING_HELDOUT_ANSWER = "no gold answer to compare with"
-RowCheck = Callable[[RawExample, str], str | None]
+RowCheck = Callable[[RawRow, str], str | None]
 """Why a row of a format cannot be used; None where it can."""
 
 
@@ -129,7 +129,7 @@ class ColumnNames:
     name: str
     columns: Sequence[str]
 
-    def __iter__(self) -> Iterator[tuple[RowLocation, RawExample | InvalidRow]]:
+    def __iter__(self) -> Iterator[tuple[RowLocation, RawRow | InvalidRow]]:
         yield RowLocation(self.name, 1), dict.fromkeys(self.columns, "")
 
 
@@ -158,14 +158,14 @@ def _row_check(
 ) -> RowCheck:
     system = recipe.data.system_prompt
 
-    def check_pair(row: RawExample, format_name: str) -> str | None:
+    def check_pair(row: RawRow, format_name: str) -> str | None:
         return _reason(pair_of(row, source, system))
 
-    def check_row(row: RawExample, format_name: str) -> str | None:
-        return _reason(conversation(row, source, format_name, system))
+    def check_row(row: RawRow, format_name: str) -> str | None:
+        return _reason(conversation_of(row, source, format_name, system))
 
-    def check_prompt(row: RawExample, format_name: str) -> str | None:
-        chat = conversation(row, source, format_name, system, require_answer=False)
+    def check_prompt(row: RawRow, format_name: str) -> str | None:
+        chat = conversation_of(row, source, format_name, system, require_answer=False)
         if isinstance(chat, InvalidRow):
             return chat.reason
         if recipe.needs_ground_truth and chat.ground_truth is None:
@@ -179,7 +179,7 @@ def _row_check(
 
 
 def _heldout_check(source: SourceConfig, recipe: RecipeConfig) -> RowCheck:
-    def check(row: RawExample, format_name: str) -> str | None:
+    def check(row: RawRow, format_name: str) -> str | None:
         prompt = to_heldout_prompt(row, source, format_name, recipe.data.system_prompt)
         if isinstance(prompt, InvalidRow):
             return prompt.reason
