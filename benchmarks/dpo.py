@@ -165,7 +165,7 @@ def ours(task: Task, turn: Turns, share: bool = True) -> list[float]:
     from lowrank_tune.batch import PairBatch, Row
     from lowrank_tune.config import AdapterConfig, BaseConfig, DPOConfig, TrainingConfig
     from lowrank_tune.data import collate_units
-    from lowrank_tune.data.token_store import Entry, StoreWriter
+    from lowrank_tune.data.store_writer import Entry, StoreWriter
     from lowrank_tune.events import StepEnd
     from lowrank_tune.model.adapters import lora_config
     from lowrank_tune.model.base import load_base

@@ -1,4 +1,4 @@
-"""The manifest of a folder that is written in one piece: size and hash of each file, so that a change is found."""
+"""The manifest of a folder that is written once: size and hash of each file, so that a change is detected."""
 
 from __future__ import annotations
 
@@ -12,19 +12,20 @@ MANIFEST = "manifest.json"
 
 
 def content_hash(data: bytes) -> str:
-    """The hash of a file's bytes."""
+    """Returns the hash of a file's bytes."""
     return blake2b(data, digest_size=16).hexdigest()
 
 
 def manifest_bytes(entries: Mapping[str, Any]) -> bytes:
-    """The manifest's bytes; `total` guards the manifest itself."""
-    entries = {key: value for key, value in entries.items() if key != "total"}
-    total = content_hash(json.dumps(entries, sort_keys=True).encode())
-    return json.dumps({**entries, "total": total}, sort_keys=True, indent=1).encode()
+    """Returns the manifest's bytes. `total` is the hash of all other entries."""
+    manifest = dict(entries)
+    manifest.pop("total", None)
+    manifest["total"] = content_hash(json.dumps(manifest, sort_keys=True).encode())
+    return json.dumps(manifest, sort_keys=True, indent=1).encode()
 
 
 def manifest_files(folder: Path) -> dict[str, str]:
-    """Hash of each file by its name relative to the folder; nothing where the folder has no valid manifest."""
+    """Returns the hash of each file by its name relative to the folder; empty if the folder has no valid manifest."""
     try:
         raw = (folder / MANIFEST).read_bytes()
         manifest = json.loads(raw)
@@ -36,8 +37,8 @@ def manifest_files(folder: Path) -> dict[str, str]:
 
 
 def changed_file(folder: Path, names: Iterable[str]) -> str | None:
-    """The first of these files that is missing or differs from what the manifest of the folder lists. Files that it
-    does not list are not read."""
+    """Returns the first of these files that is missing or differs from the manifest of the folder; None if there is
+    none. Files that are not in the manifest are not read."""
     expected = manifest_files(folder)
     for name in names:
         if name in expected and _hash_of(folder / name) != expected[name]:

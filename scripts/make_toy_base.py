@@ -1,9 +1,9 @@
 """Makes the tiny base: `python scripts/make_toy_base.py OUT`. Seeded; about half an hour on two cores.
 
 A byte-level BPE with single digits, then a Llama of about 2 M parameters trained from scratch on `text.documents`: Muon
-on the matrices, AdamW on the rest, a warm-up, a constant rate, a linear decay to zero. The last part runs at the full
-context, and on weights rounded to NF4 in the forward pass (straight-through), so that the model keeps its skill when it
-is loaded in 4 bits.
+for the matrices, AdamW for the rest, a warm-up, a constant rate, a linear decay to zero. In the last part of the
+training the forward pass rounds the weights to NF4 (straight-through), so that the model is as good when it is loaded
+in 4 bits.
 """
 
 from __future__ import annotations
@@ -21,8 +21,13 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from lowrank_tune.toy import text
 
-VOCAB_SIZE, CONTEXT = 1024, 1024
-QAT_START_FRACTION = 0.85  # share of the steps after which the forward pass sees NF4 weights
+VOCAB_SIZE = 1024
+CONTEXT = 1024
+SHORT_ROW = 256
+QAT_START_FRACTION = 0.85
+"""Share of the steps after which the forward pass has NF4 weights."""
+SAVE_EVERY = 400
+LOG_EVERY = 50
 NF4_LEVELS = (
     -1.0,
     -0.6961928,
@@ -44,10 +49,11 @@ NF4_LEVELS = (
 
 
 def make_tokenizer(seed: int) -> PreTrainedTokenizerFast:
-    """Byte-level BPE (any text encodes), digits one by one, trained on the generated text; the control tokens come
-    first."""
+    """Returns a byte-level BPE (it encodes any text) with single digits, trained on the generated text. Its first ids
+    are the control tokens."""
     tokenizer = Tokenizer(models.BPE())
-    digits, byte_level = pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)
+    digits = pre_tokenizers.Digits(individual_digits=True)
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([digits, byte_level])
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
@@ -76,6 +82,7 @@ def _without_special_tokens(document: str) -> str:
 
 
 def token_stream(tokenizer: PreTrainedTokenizerFast, seed: int) -> Iterator[int]:
+    """Yields the ids of the documents without end."""
     documents = text.documents(seed)
     while True:
         for ids in tokenizer(list(islice(documents, 2_000)), add_special_tokens=False)["input_ids"]:
@@ -84,24 +91,31 @@ def token_stream(tokenizer: PreTrainedTokenizerFast, seed: int) -> Iterator[int]
 
 @torch.no_grad()
 def round_to_nf4(weight: Tensor) -> Tensor:
-    """The weight as bitsandbytes' NF4 gives it back: blocks of 64, each scaled by its largest magnitude."""
+    """Returns the weight as bitsandbytes dequantizes it from NF4: blocks of 64, scaled by their largest magnitude."""
     levels = torch.tensor(NF4_LEVELS)
     blocks = weight.reshape(-1, 64)
     scale = blocks.abs().amax(dim=1, keepdim=True).clamp_min(1e-12)
-    return (levels[torch.bucketize(blocks / scale, (levels[1:] + levels[:-1]) / 2)] * scale).view_as(weight)
+    midpoints = (levels[1:] + levels[:-1]) / 2
+    nearest = torch.bucketize(blocks / scale, midpoints)
+    return (levels[nearest] * scale).view_as(weight)
 
 
 def learning_rate_at(progress: float) -> float:
-    """Share of the peak at a share of the training: warm-up over 2 %, constant, linear decay over the last 40 %."""
+    """Returns the factor of the peak at a share of the steps: warm-up over 2 %, linear decay over the last 40 %."""
     return min(1.0, progress / 0.02, (1.0 - progress) / 0.4)
 
 
 def train(
     model: LlamaForCausalLM, batches: Iterator[Tensor], steps: int, on_step: Callable[[int, float], None]
 ) -> None:
-    """Trains in place; `batches` yields ids, (rows, length)."""
-    matrices = [p for name, p in model.named_parameters() if p.ndim == 2 and "embed" not in name]
-    others = [p for name, p in model.named_parameters() if p.ndim != 2 or "embed" in name]
+    """Trains in place. `batches` yields ids, (rows, length)."""
+    matrices = []
+    others = []
+    for name, parameter in model.named_parameters():
+        if parameter.ndim == 2 and "embed" not in name:
+            matrices.append(parameter)
+        else:
+            others.append(parameter)
     optimizers: tuple[torch.optim.Optimizer, ...] = (
         torch.optim.Muon(matrices, lr=0.01, momentum=0.95, weight_decay=0.01),
         torch.optim.AdamW(others, lr=3e-3, betas=(0.9, 0.98), weight_decay=0.0),
@@ -115,13 +129,15 @@ def train(
         return torch.nn.functional.cross_entropy(logits[:, :-1].float().flatten(0, 1), ids[:, 1:].flatten())
 
     for step in range(steps):
-        masters = [p.detach().clone() for p in matrices] if step >= steps * QAT_START_FRACTION else None
-        if masters:
+        masters = []
+        if step >= steps * QAT_START_FRACTION:
+            masters = [parameter.detach().clone() for parameter in matrices]
             for parameter in matrices:
                 parameter.data.copy_(round_to_nf4(parameter))
         loss = loss_of(next(batches))
         loss.backward()  # type: ignore[no-untyped-call]
         if masters:
+            # The gradient at the rounded weights updates the exact ones.
             for parameter, master in zip(matrices, masters, strict=True):
                 parameter.data.copy_(master)
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -133,15 +149,15 @@ def train(
 
 
 def batches_of(tokenizer: PreTrainedTokenizerFast, seed: int, batch_tokens: int) -> Iterator[Tensor]:
-    """Rows of 256 tokens; each eighth batch has rows of the whole context."""
+    """Yields rows of 256 tokens; each eighth batch has rows of the whole context."""
     stream = token_stream(tokenizer, seed)
     for step in count():
-        length = CONTEXT if step % 8 == 7 else 256
+        length = CONTEXT if step % 8 == 7 else SHORT_ROW
         yield torch.tensor(list(islice(stream, batch_tokens))).view(-1, length)
 
 
 def save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, out: Path) -> None:
-    """Writes weights in bfloat16, with the tokenizer beside them. There is no chat template: a base has none."""
+    """Writes the weights in bfloat16, and the tokenizer, without a chat template, as a base has none."""
     copy = LlamaForCausalLM(model.config)
     copy.load_state_dict(model.state_dict())
     copy.to(torch.bfloat16).save_pretrained(out)
@@ -173,21 +189,20 @@ def main() -> None:
             pad_token_id=tokenizer.pad_token_id,
         )
     )
-    steps, started = arguments.tokens // arguments.batch_tokens, time.time()
-    print(
-        f"{sum(p.numel() for p in model.parameters()):,} parameters, {len(tokenizer)} tokens in the vocabulary, "
-        f"{steps} steps",
-        flush=True,
-    )
+    steps = arguments.tokens // arguments.batch_tokens
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    print(f"{parameters:,} parameters, {len(tokenizer)} tokens in the vocabulary, {steps} steps", flush=True)
+    started = time.time()
 
     def on_step(step: int, loss: float) -> None:
-        if step % 50 == 0 or step == steps - 1:
+        is_last = step == steps - 1
+        if step % LOG_EVERY == 0 or is_last:
             seconds = time.time() - started
             rate = (step + 1) * arguments.batch_tokens / seconds
             print(
                 f"step {step} of {steps}: loss {loss:.4f}, {rate:,.0f} tokens/s, {seconds / 60:.1f} minutes", flush=True
             )
-        if step % 400 == 399 or step == steps - 1:
+        if step % SAVE_EVERY == SAVE_EVERY - 1 or is_last:
             save(model, tokenizer, arguments.out)
 
     train(model, batches_of(tokenizer, arguments.seed, arguments.batch_tokens), steps, on_step)

@@ -9,7 +9,7 @@ import pytest
 from transformers.utils import chat_template_utils
 
 from lowrank_tune.assembly import run_date
-from lowrank_tune.data import template_date
+from lowrank_tune.data.templates import date as template_date
 
 
 def stop_clock(monkeypatch: pytest.MonkeyPatch, day: str) -> None:

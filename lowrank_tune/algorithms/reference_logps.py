@@ -17,7 +17,7 @@ from torch import Tensor
 
 from lowrank_tune.batch import Batch, rows_of_units
 from lowrank_tune.data import TokenizedDataset
-from lowrank_tune.data.batching import chunked
+from lowrank_tune.data.collate import chunked
 from lowrank_tune.errors import TrainingError
 from lowrank_tune.events import Emit, LogMessage, Progress
 from lowrank_tune.model.roles import Roles

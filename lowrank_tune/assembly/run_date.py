@@ -11,8 +11,8 @@ from typing import TypeVar
 
 from lowrank_tune.checkpoint import RunFolder
 from lowrank_tune.config import Chain, RecipeConfig
-from lowrank_tune.data.template_date import calls_clock
-from lowrank_tune.data.tokenizer_backend import default_chat_template
+from lowrank_tune.data.templates.backend import default_chat_template
+from lowrank_tune.data.templates.date import calls_clock
 from lowrank_tune.model.base import load_tokenizer
 
 AnyRecipe = TypeVar("AnyRecipe", bound=RecipeConfig | Chain)

@@ -1,7 +1,11 @@
-"""Data: from rows of any known shape to token ids with the mask of what the assistant says."""
+"""Data: from rows of any known format to token ids, with the mask of the trained tokens.
 
-from lowrank_tune.data.batches import collate, collate_units
-from lowrank_tune.data.chat_template import ChatTemplate
+A row passes `sources` (with `files` and `hub`), `formats` or `preference_pairs` (with `ground_truth`), `encode` (with
+`templates`) and `store_writer`; `tokenize` and `load` call them, `report` counts the rows. `sampler` draws the rows of
+each step, `collate` pads them. `prompts` reads rows whose answers are generated.
+"""
+
+from lowrank_tune.data.collate import collate, collate_units
 from lowrank_tune.data.formats import Conversation, InvalidRow, detect_format, to_conversation
 from lowrank_tune.data.load import Prompt, TokenizedSplits, load, load_heldout_prompts
 from lowrank_tune.data.preference_pairs import PreferencePair, to_pair
@@ -16,7 +20,8 @@ from lowrank_tune.data.prompts import (
 from lowrank_tune.data.report import Report, SourceReport
 from lowrank_tune.data.sampler import BatchSampler
 from lowrank_tune.data.sources import RowLocation, SourceRows, read_source
-from lowrank_tune.data.token_stats import TokenStats, compute_token_stats
+from lowrank_tune.data.stats import TokenStats, compute_token_stats
+from lowrank_tune.data.templates.chat_template import ChatTemplate
 from lowrank_tune.data.token_store import TokenizedDataset
 
 __all__ = [

@@ -1,7 +1,6 @@
-"""Readers of local files, chosen by a file's first bytes. No file is held whole as Python objects, but for a JSON
-array.
+"""Readers of local files, chosen by the first bytes of a file. Only a JSON array is held whole as Python objects.
 
-A line that is no JSON is a fault of that row, not of the file.
+A line that is not JSON is a fault of that row, not of the file.
 """
 
 from __future__ import annotations
@@ -13,7 +12,8 @@ import io
 import json
 import sys
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from itertools import compress
 from pathlib import Path
 from typing import IO, Any, Protocol, TypeVar, cast
@@ -21,41 +21,46 @@ from typing import IO, Any, Protocol, TypeVar, cast
 import numpy as np
 from numpy.typing import NDArray
 
-from lowrank_tune.data.formats import InvalidRow
+from lowrank_tune.data.formats import InvalidRow, RawRow
 from lowrank_tune.errors import UserError
 
 T = TypeVar("T")
-RawExample = Mapping[str, Any]
 RowMask = NDArray[np.bool_] | None
-SUFFIXES = (".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".parquet")
+"""Which rows are drawn, by their index; None for all."""
+NumberedRows = Iterator[tuple[int, RawRow | InvalidRow]]
+"""Rows with their lines, or their numbers from 1."""
+JSON_SUFFIXES = (".json", ".jsonl", ".ndjson")
+SUFFIXES = (*JSON_SUFFIXES, ".csv", ".tsv", ".parquet")
 BOM = b"\xef\xbb\xbf"
+UTF16_BOMS = (b"\xff\xfe", b"\xfe\xff")
+FIRST_BYTES = 4096
 READ_ERRORS = (OSError, EOFError, zlib.error)
-"""What reading a file may raise, a gzipped one that is cut off or damaged too."""
+"""What reading a file may raise, also a gzipped one that is truncated or damaged."""
 
 
 class DataFile(Protocol):
-    """One file, or one data set."""
+    """One file, or one data set of the hub."""
 
     name: str
 
     def lines(self) -> Iterator[int]:
-        """The line of every row, cheaply."""
+        """Yields the line of every row, without parsing the rows."""
         ...
 
-    def rows(self, mask: RowMask) -> Iterator[tuple[int, RawExample | InvalidRow]]:
-        """Rows with their lines: all, or those that are picked, told by their numbers from 0."""
+    def rows(self, mask: RowMask) -> NumberedRows:
+        """Yields the drawn rows with their lines."""
         ...
 
     def content_key(self) -> str:
-        """Changes with the contents."""
+        """Returns a key that changes with the contents."""
         ...
 
 
-def select_rows(numbered: Iterable[T], mask: RowMask) -> Iterator[T]:
-    """All, or those that are picked."""
+def select_rows(rows: Iterable[T], mask: RowMask) -> Iterator[T]:
+    """Yields the drawn rows."""
     if mask is None:
-        return iter(numbered)
-    return compress(numbered, mask.data)
+        return iter(rows)
+    return compress(rows, mask.data)
 
 
 OpenArray = Callable[[Path, str, bool], DataFile]
@@ -63,17 +68,14 @@ OpenArray = Callable[[Path, str, bool], DataFile]
 
 
 def open_file(path: Path, name: str, open_array: OpenArray | None = None) -> DataFile:
-    """The reader for a file, by its first bytes. `open_array` is the one for JSON arrays, where it is not the reader of
-    the whole array."""
-    try:
+    """Returns the reader of a file, by its first bytes. `open_array` opens JSON arrays; by default the whole array is
+    read. Raises UserError."""
+    with read_errors_as_user_errors(name, "cannot be read"):
         with path.open("rb") as file:
             is_gz = file.read(2) == b"\x1f\x8b"
-        with open_binary(path, is_gz) as file:
-            start = file.read(4096)
-            while start.strip() == b"" and (more := file.read(65536)):
-                start = more
+        start = _first_bytes(path, is_gz)
         suffix = Path(path.name.lower().removesuffix(".gz")).suffix
-        if start.startswith((b"\xff\xfe", b"\xfe\xff")):
+        if start.startswith(UTF16_BOMS):
             raise UserError(f"{name}: it is written in UTF-16; save it as UTF-8")
         if start.startswith(b"PAR1"):
             return _Parquet(path, name)
@@ -82,14 +84,35 @@ def open_file(path: Path, name: str, open_array: OpenArray | None = None) -> Dat
         first = start.removeprefix(BOM).lstrip()[:1]
         if first == b"[":
             return (open_array or _open_array)(path, name, is_gz)
-        if first not in (b"", b"{") and suffix not in (".json", ".jsonl", ".ndjson"):
+        if first not in (b"", b"{") and suffix not in JSON_SUFFIXES:
             raise UserError(f"{name}: it is neither JSON lines, a JSON array, CSV (.csv, .tsv) nor Parquet")
         return _JsonLines(path, name, is_gz)
+
+
+def _first_bytes(path: Path, is_gz: bool) -> bytes:
+    """Returns the first block of a file that is not all white space."""
+    with open_binary(path, is_gz) as file:
+        start = file.read(FIRST_BYTES)
+        while not start.strip():
+            more = file.read(16 * FIRST_BYTES)
+            if not more:
+                break
+            start = more
+    return start
+
+
+@contextmanager
+def read_errors_as_user_errors(name: str, fault: str) -> Iterator[None]:
+    """Raises UserError, with the name of the file and the fault, if reading fails inside."""
+    try:
+        yield
     except READ_ERRORS as error:
-        raise UserError(f"{name}: cannot be read ({getattr(error, 'strerror', None) or error})") from error
+        cause = getattr(error, "strerror", None) or error
+        raise UserError(f"{name}: {fault} ({cause})") from error
 
 
 def open_binary(path: Path, is_gz: bool) -> IO[bytes]:
+    """Opens a file, gzipped or not, for its contents."""
     if is_gz:
         return cast(IO[bytes], gzip.open(path, "rb"))
     return path.open("rb")
@@ -103,7 +126,7 @@ def _open_array(path: Path, name: str, is_gz: bool) -> DataFile:
 
 
 def _load_array(path: Path, name: str, is_gz: bool) -> list[Any] | None:
-    """The rows of a JSON array; None where more follows the array, so that it was only a line."""
+    """Returns the rows of a JSON array; None if more follows the array, so that it is only a line."""
     with open_binary(path, is_gz) as file:
         data = file.read()
     try:
@@ -131,44 +154,46 @@ class _File:
 
 
 class _JsonLines(_File):
-    """JSON lines. Split on the newline byte alone: U+2028 and the like stand inside strings."""
+    """JSON lines. Only the newline byte ends a line: U+2028 and the like may be inside strings."""
 
     def __init__(self, path: Path, name: str, is_gz: bool) -> None:
         super().__init__(path, name)
         self.is_gz = is_gz
 
     def _texts(self) -> Iterator[tuple[int, bytes]]:
-        try:
-            with open_binary(self.path, self.is_gz) as file:
-                for line, text in enumerate(file, start=1):
-                    text = text.removeprefix(BOM) if line == 1 else text
-                    if text.strip():
-                        yield line, text
-        except READ_ERRORS as error:
-            raise UserError(
-                f"{self.name}: cannot be read to its end ({getattr(error, 'strerror', None) or error})"
-            ) from error
+        with (
+            read_errors_as_user_errors(self.name, "cannot be read to its end"),
+            open_binary(self.path, self.is_gz) as file,
+        ):
+            for line, text in enumerate(file, start=1):
+                if line == 1:
+                    text = text.removeprefix(BOM)
+                if text.strip():
+                    yield line, text
 
     def lines(self) -> Iterator[int]:
-        return (line for line, _ in self._texts())
+        for line, _ in self._texts():
+            yield line
 
-    def rows(self, mask: RowMask) -> Iterator[tuple[int, RawExample | InvalidRow]]:
-        return ((line, parse_line(text)) for line, text in select_rows(self._texts(), mask))
+    def rows(self, mask: RowMask) -> NumberedRows:
+        for line, text in select_rows(self._texts(), mask):
+            yield line, parse_line(text)
 
 
-def parse_line(text: bytes) -> RawExample | InvalidRow:
-    """The object of one JSON line, or what is wrong with it."""
+def parse_line(text: bytes) -> RawRow | InvalidRow:
+    """Returns the object of one JSON line, or its fault."""
     try:
         row = json.loads(text.decode())
     except UnicodeDecodeError:
         return InvalidRow("not UTF-8")
-    except (ValueError, RecursionError):  # ValueError: also a number with thousands of digits
+    except (ValueError, RecursionError):
+        # ValueError is also that of a number with thousands of digits.
         return InvalidRow("malformed JSON")
     return row_of(row)
 
 
-def row_of(value: Any) -> RawExample | InvalidRow:
-    """A value of a JSON file as a row."""
+def row_of(value: Any) -> RawRow | InvalidRow:
+    """Returns a value of a JSON file as a row, or its fault."""
     if isinstance(value, dict):
         return value
     return InvalidRow("not an object with columns")
@@ -184,9 +209,9 @@ class _JsonArray(_File):
     def lines(self) -> Iterator[int]:
         return iter(range(1, len(self.array) + 1))
 
-    def rows(self, mask: RowMask) -> Iterator[tuple[int, RawExample | InvalidRow]]:
-        for line, row in select_rows(enumerate(self.array, start=1), mask):
-            yield line, row_of(row)
+    def rows(self, mask: RowMask) -> NumberedRows:
+        for number, value in select_rows(enumerate(self.array, start=1), mask):
+            yield number, row_of(value)
 
 
 class _Table(_File):
@@ -197,43 +222,42 @@ class _Table(_File):
         self.is_gz = is_gz
         self.delimiter = delimiter
 
-    def _read(self) -> Iterator[tuple[int, RawExample | InvalidRow]]:
-        csv.field_size_limit(sys.maxsize)  # the limit of 131,072 characters is Python's, not the format's
+    def _read(self) -> NumberedRows:
+        # Python's own limit for a field is 131,072 characters.
+        csv.field_size_limit(sys.maxsize)
         try:
-            with open_binary(self.path, self.is_gz) as file:
-                reader = csv.DictReader(
-                    io.TextIOWrapper(file, "utf-8-sig", newline=""),
-                    delimiter=self.delimiter,
-                    restkey="",
-                    strict=True,
-                )
+            with (
+                read_errors_as_user_errors(self.name, "cannot be read to its end"),
+                open_binary(self.path, self.is_gz) as file,
+            ):
+                text = io.TextIOWrapper(file, "utf-8-sig", newline="")
+                # The fields of a line that is too long are under the key "", those that are missing are None.
+                reader = csv.DictReader(text, delimiter=self.delimiter, restkey="", strict=True)
                 for row in reader:
-                    missing = any(value is None for value in row.values())
-                    yield (
-                        reader.line_num,
-                        InvalidRow("a line with fewer or more fields than the header") if missing or "" in row else row,
-                    )
+                    if "" in row or None in row.values():
+                        yield reader.line_num, InvalidRow("a line with fewer or more fields than the header")
+                    else:
+                        yield reader.line_num, row
         except (csv.Error, UnicodeDecodeError) as error:
             raise UserError(f"{self.name}: not a well-formed CSV file in UTF-8 ({error})") from error
-        except READ_ERRORS as error:
-            raise UserError(
-                f"{self.name}: cannot be read to its end ({getattr(error, 'strerror', None) or error})"
-            ) from error
 
     def lines(self) -> Iterator[int]:
-        return (line for line, _ in self._read())
+        for line, _ in self._read():
+            yield line
 
-    def rows(self, mask: RowMask) -> Iterator[tuple[int, RawExample | InvalidRow]]:
+    def rows(self, mask: RowMask) -> NumberedRows:
         return select_rows(self._read(), mask)
 
 
 class _Parquet(_File):
     """Parquet, a batch of rows at a time."""
 
+    BATCH_ROWS = 1024
+
     def __init__(self, path: Path, name: str) -> None:
         super().__init__(path, name)
         try:
-            # Only here: the kit works without it (and without datasets, which brings it) on other files.
+            # Imported only here: other files are read without it (and without datasets, which installs it).
             import pyarrow.parquet  # type: ignore[import-untyped]
         except ImportError as error:
             raise UserError(f"{name}: Parquet needs the package pyarrow (`pip install pyarrow`)") from error
@@ -245,13 +269,15 @@ class _Parquet(_File):
     def lines(self) -> Iterator[int]:
         return iter(range(1, int(self._file.metadata.num_rows) + 1))
 
-    def rows(self, mask: RowMask) -> Iterator[tuple[int, RawExample | InvalidRow]]:
+    def rows(self, mask: RowMask) -> NumberedRows:
         first = 0
-        for batch in self._file.iter_batches(batch_size=1024):
-            if mask is None:
-                numbers = np.arange(len(batch))
-            else:
-                numbers = np.flatnonzero(mask[first : first + len(batch)])
-            selected = batch if mask is None else batch.take(numbers)  # what is not picked never becomes Python objects
-            yield from zip((numbers + first + 1).tolist(), selected.to_pylist(), strict=True)
+        for batch in self._file.iter_batches(batch_size=self.BATCH_ROWS):
+            indices = np.arange(len(batch))
+            selected = batch
+            if mask is not None:
+                indices = np.flatnonzero(mask[first : first + len(batch)])
+                # Rows that are not drawn never become Python objects.
+                selected = batch.take(indices)
+            numbers = (first + 1 + indices).tolist()
+            yield from zip(numbers, selected.to_pylist(), strict=True)
             first += len(batch)

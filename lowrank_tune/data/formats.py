@@ -1,21 +1,26 @@
-"""From the row of a data set to a conversation: five known shapes, and a reason for every row that fits none.
+"""From the row of a data set to a conversation: five formats, and a reason for every row that matches none.
 
-The sixth shape, `preference`, is found here and read in `preference_pairs.py`.
+The sixth format, `preference`, is detected here and read in `preference_pairs.py`.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
-from lowrank_tune.data.ground_truth import extract_answer
+from lowrank_tune.data.ground_truth import box_answer, extract_answer
 from lowrank_tune.data.message import Message
 from lowrank_tune.errors import UserError
 
-RawExample = Mapping[str, Any]
-Turn = tuple[str, str]
+RawRow = Mapping[str, Any]
+"""A row as a file or data set contains it: its columns."""
+ChatMessages = Sequence[Message]
+Columns = Mapping[str, str]
+"""The setting `columns`: from the name of the format to the name in the data."""
+Role = Literal["system", "user", "assistant"]
+
 FORMATS: dict[str, tuple[tuple[str, ...], ...]] = {
     "messages": (("messages",),),
     "sharegpt": (("conversations", "conversation"),),
@@ -24,8 +29,10 @@ FORMATS: dict[str, tuple[tuple[str, ...], ...]] = {
     "question_answer": (("question", "problem", "query"), ("answer", "solution", "generated_solution", "response")),
     "preference": (("chosen",), ("rejected",)),
 }
-"""The columns that a shape must have, each with the names it goes by; the first name is the one that `columns` maps."""
-ROLES = {
+"""The columns that a format must have, each with its possible names; `columns` maps the first name."""
+FORMATS_WITH_BARE_ANSWERS = ("question_answer", "alpaca", "prompt_completion")
+"""Formats in which an answer that is one number is its own gold answer."""
+ROLES: dict[str, Role] = {
     "system": "system",
     "developer": "system",
     "user": "user",
@@ -48,10 +55,13 @@ TOOL_ROLES = (
     "observation",
     "ipython",
 )
+EXAMPLE_COLUMNS = {"question": "problem", "answer": "solution"}
+CODE_COLUMNS = ({"question": "text", "answer": "code"}, {"question": "prompt", "answer": "canonical_solution"})
+"""The columns of MBPP and of HumanEval, for the example in a message."""
 
 
 class InvalidRow(Exception):
-    """Why one row cannot be used. The reason is one of a few phrases, so that rows can be counted by it."""
+    """Why one row cannot be used. The reason is one of a few phrases, by which rows are counted."""
 
     def __init__(self, reason: str) -> None:
         super().__init__(reason)
@@ -60,85 +70,109 @@ class InvalidRow(Exception):
 
 @dataclass(frozen=True)
 class Conversation:
-    """A system turn or none, then user and assistant in turn; the assistant has the last word. `ground_truth`: the
-    answer to check against."""
+    """A system message or none, then user and assistant in turn; the last message is the assistant's. `ground_truth`:
+    the gold answer."""
 
     messages: tuple[Message, ...]
     ground_truth: str | None = None
 
 
-def detect_format(row: RawExample, columns: Mapping[str, str] | None = None, pairs: bool = False) -> str:
-    """The shape of a row, by its columns. Columns that the user renamed count first.
+def detect_format(row: RawRow, columns: Columns | None = None, pairs: bool = False) -> str:
+    """Returns the format of a row, by its columns. Columns that the user mapped take precedence. Raises UserError.
 
-    A row that has a target besides its pair (`output`, `messages`) is a pair only where `pairs` are wanted, and then
-    nothing else is.
+    A row that has a target besides its pair (`output`, `messages`) is a pair only with `pairs`, and then all rows are.
     """
-    renamed = set(columns or ())
-    present = {name for name, value in row.items() if value is not None} | renamed
-    matching = [format_name for format_name, needed in FORMATS.items() if all(present & set(names) for names in needed)]
-    if pairs:
-        matching = [format_name for format_name in matching if format_name == "preference"]
-    elif "preference" in matching:
-        # beside a pair the conversation is its prompt, not a target
-        matching = [format_name for format_name in matching if format_name != "sharegpt"]
+    mapped = set(columns or ())
+    present = mapped | {name for name, value in row.items() if value is not None}
+    matching = _matching_formats(present, pairs)
     for format_name in matching:
-        if renamed & {name for names in FORMATS[format_name] for name in names}:
+        if any(mapped & set(aliases) for aliases in FORMATS[format_name]):
             return format_name
     if matching:
         return matching[0]
-    names = ", ".join(sorted(map(str, row))).encode("utf-8", "replace").decode()
     if pairs:
-        raise UserError(
-            f"the columns {names or '(none)'} are no preference pair, which `algorithm: reward` and `algorithm: dpo` "
-            f"learn from; "
-            "expected `chosen` and `rejected`, and `prompt` unless both hold the whole talk: "
-            "name yours with `columns:`, as in `columns: {chosen: better, rejected: worse}`"
-        )
-    known_formats = "; ".join(
-        f"{format_name} ({', '.join(names[0] for names in needed)})" for format_name, needed in FORMATS.items()
-    )
-    example = next((columns for columns in CODE_COLUMNS if {*columns.values()} <= {*row}), EXAMPLE_COLUMNS)
-    pairs_of_names = ", ".join(f"{name}: {column}" for name, column in example.items())
-    raise UserError(
-        f"the columns {names or '(none)'} are no known shape; known are {known_formats}: "
-        f"name yours with `columns:`, as in `columns: {{{pairs_of_names}}}`"
+        raise UserError(_no_pairs(row))
+    raise UserError(_unknown_format(row))
+
+
+def _matching_formats(present: set[str], pairs: bool) -> list[str]:
+    matching = []
+    for format_name, needed in FORMATS.items():
+        if all(present & set(aliases) for aliases in needed):
+            matching.append(format_name)
+    if pairs:
+        return [name for name in matching if name == "preference"]
+    if "preference" in matching:
+        # A conversation beside a pair is the prompt of the pair, not a target.
+        return [name for name in matching if name != "sharegpt"]
+    return matching
+
+
+def _no_pairs(row: RawRow) -> str:
+    return (
+        f"the columns {_column_names(row)} are not a preference pair, which `algorithm: reward` and `algorithm: dpo` "
+        "learn from; expected `chosen` and `rejected`, and `prompt` unless both contain the whole conversation: "
+        "name yours with `columns:`, as in `columns: {chosen: better, rejected: worse}`"
     )
 
 
-EXAMPLE_COLUMNS = {"question": "problem", "answer": "solution"}
-CODE_COLUMNS = ({"question": "text", "answer": "code"}, {"question": "prompt", "answer": "canonical_solution"})
-"""The columns of MBPP and of HumanEval, for the example in a message."""
+def _unknown_format(row: RawRow) -> str:
+    known = []
+    for format_name, needed in FORMATS.items():
+        names = ", ".join(aliases[0] for aliases in needed)
+        known.append(f"{format_name} ({names})")
+    example = EXAMPLE_COLUMNS
+    for columns in CODE_COLUMNS:
+        if set(columns.values()) <= set(row):
+            example = columns
+            break
+    mapping = ", ".join(f"{name}: {column}" for name, column in example.items())
+    return (
+        f"the columns {_column_names(row)} match no known format; known formats are {'; '.join(known)}: "
+        f"name yours with `columns:`, as in `columns: {{{mapping}}}`"
+    )
+
+
+def _column_names(row: RawRow) -> str:
+    names = ", ".join(sorted(map(str, row)))
+    return names.encode("utf-8", "replace").decode() or "(none)"
 
 
 def to_conversation(
-    row: RawExample,
+    row: RawRow,
     format_name: str,
-    columns: Mapping[str, str],
+    columns: Columns,
     answer_rule: str = "auto",
     *,
     require_answer: bool = True,
 ) -> Conversation:
-    """The conversation of a row; `InvalidRow` where it holds none. Without `require_answer` the last word may be the
+    """Returns the conversation of a row. Raises InvalidRow. Without `require_answer` the last message may be the
     user's."""
     if not isinstance(row, Mapping):
         raise InvalidRow("not an object with columns")
-    turns = _READERS[format_name](row, columns)
-    messages = normalize_turns(turns, require_answer)
-    answer = messages[-1].content if messages[-1].role == "assistant" else ""
-    return Conversation(
-        messages,
-        extract_answer(
-            row,
-            columns,
-            answer_rule,
-            answer,
-            accept_bare_number=format_name in ("question_answer", "alpaca", "prompt_completion"),
-        ),
+    messages = check_order(_READERS[format_name](row, columns), require_answer)
+    last = messages[-1]
+    ground_truth = extract_answer(
+        row,
+        columns,
+        answer_rule,
+        last.content if last.role == "assistant" else "",
+        accept_bare_number=format_name in FORMATS_WITH_BARE_ANSWERS,
     )
+    return Conversation(messages, ground_truth)
 
 
-def value_of(row: RawExample, format_name: str, name: str, columns: Mapping[str, str]) -> Any:
-    """The value of a column that the shape must have, under the name that the user mapped or any that it goes by."""
+def box_final_answer(conversation: Conversation) -> Conversation:
+    """Returns the conversation with the final answer of its last message in a box. Its gold answer stays the same."""
+    *others, last = conversation.messages
+    if last.role != "assistant":
+        return conversation
+    boxed = Message("assistant", box_answer(last.content))
+    return Conversation((*others, boxed), conversation.ground_truth)
+
+
+def value_of(row: RawRow, format_name: str, name: str, columns: Columns) -> Any:
+    """Returns the value of a column that the format must have, under the mapped name or any of its possible names."""
     aliases = next(names for names in FORMATS[format_name] if names[0] == name)
     for alias in aliases:
         if alias in columns:
@@ -147,37 +181,48 @@ def value_of(row: RawExample, format_name: str, name: str, columns: Mapping[str,
     for alias in aliases:
         if row.get(alias) is not None:
             return row[alias]
-    if any(alias in row for alias in aliases):
-        raise InvalidRow(f"column `{next(alias for alias in aliases if alias in row)}` is null")
+    for alias in aliases:
+        if alias in row:
+            raise InvalidRow(f"column `{alias}` is null")
     raise InvalidRow(f"no column `{aliases[0]}`")
 
 
+def is_list(value: Any) -> bool:
+    """Returns whether a value is a list of values, and not a text."""
+    return isinstance(value, Sequence) and not isinstance(value, str)
+
+
 def text_of(value: Any, label: str) -> str:
-    """A text, or a number as text: 51.0 is "51"."""
-    if isinstance(value, str):
-        text = value
-    elif isinstance(value, int) and not isinstance(value, bool) and abs(value) < 10**400:
-        text = str(value)
-    elif isinstance(value, float) and math.isfinite(value):
-        if value.is_integer() and abs(value) < 1e15:
-            text = str(int(value))
-        else:
-            text = repr(value)
-    elif (
-        isinstance(value, Sequence)
-        and value
-        and all(isinstance(part, Mapping) and isinstance(part.get("text"), str) for part in value)
-    ):
-        text = "".join(part["text"] for part in value)  # the content parts that some multi-modal libraries write
-    else:
-        raise InvalidRow(f"the {label} is no text")
+    """Returns a text, or a number as text: 51.0 is "51". Raises InvalidRow."""
+    text = _to_text(value)
+    if text is None:
+        raise InvalidRow(f"the {label} is not text")
     if not is_text(text):
-        raise InvalidRow(f"the {label} holds half of a surrogate pair, which is no character")
+        raise InvalidRow(f"the {label} contains a lone surrogate, which UTF-8 cannot encode")
     return text
 
 
+def _to_text(value: Any) -> str | None:
+    if isinstance(value, str):
+        return value
+    if isinstance(value, int) and not isinstance(value, bool) and abs(value) < 10**400:
+        return str(value)
+    if isinstance(value, float) and math.isfinite(value):
+        if value.is_integer() and abs(value) < 1e15:
+            return str(int(value))
+        return repr(value)
+    if isinstance(value, Sequence) and value and all(map(_is_text_part, value)):
+        return "".join(part["text"] for part in value)
+    return None
+
+
+def _is_text_part(part: Any) -> bool:
+    """Returns whether a value is a content part of type text, as some multi-modal libraries write them."""
+    return isinstance(part, Mapping) and isinstance(part.get("text"), str)
+
+
 def is_text(text: str) -> bool:
-    """Whether UTF-8 can hold it: JSON can smuggle lone surrogates into a string."""
+    """Returns whether UTF-8 can encode a text. A JSON string may contain lone surrogates, which it cannot."""
     if text.isascii():
         return True
     try:
@@ -187,132 +232,148 @@ def is_text(text: str) -> bool:
     return True
 
 
-def _read_messages(row: RawExample, columns: Mapping[str, str]) -> list[Turn]:
-    return turns_of(value_of(row, "messages", "messages", columns), "messages")
+def text_fault(messages: Iterable[Message]) -> InvalidRow | None:
+    """Returns the fault of messages with a text that UTF-8 cannot encode."""
+    if all(is_text(message.content) for message in messages):
+        return None
+    return InvalidRow("a lone surrogate, which UTF-8 cannot encode")
 
 
-def _read_sharegpt(row: RawExample, columns: Mapping[str, str]) -> list[Turn]:
-    turns = turns_of(value_of(row, "sharegpt", "conversations", columns), "conversations")
-    if not turns or turns[0][0] != "system":
-        return [*system_of(row, columns), *turns]
-    return turns
+def _read_messages(row: RawRow, columns: Columns) -> list[Message]:
+    return messages_of(value_of(row, "messages", "messages", columns), "messages")
 
 
-def _read_alpaca(row: RawExample, columns: Mapping[str, str]) -> list[Turn]:
-    turns = system_of(row, columns)
+def _read_sharegpt(row: RawRow, columns: Columns) -> list[Message]:
+    messages = messages_of(value_of(row, "sharegpt", "conversations", columns), "conversations")
+    if not messages or messages[0].role != "system":
+        return [*system_of(row, columns), *messages]
+    return messages
+
+
+def _read_alpaca(row: RawRow, columns: Columns) -> list[Message]:
+    messages = system_of(row, columns)
     history = row.get(columns.get("history", "history")) or ()
-    if not isinstance(history, Sequence) or isinstance(history, str):
-        raise InvalidRow("`history` is no list of pairs")
-    for pair in history:
-        if not isinstance(pair, Sequence) or isinstance(pair, str) or len(pair) != 2:
-            raise InvalidRow("`history` is no list of pairs")
-        turns += [("user", text_of(pair[0], "question")), ("assistant", text_of(pair[1], "answer"))]
-    question = join_instruction_and_input(
-        text_of(value_of(row, "alpaca", "instruction", columns), "question"),
-        row,
-        columns,
-    )
-    return [*turns, ("user", question), ("assistant", text_of(value_of(row, "alpaca", "output", columns), "answer"))]
+    if not is_list(history) or not all(is_list(pair) and len(pair) == 2 for pair in history):
+        raise InvalidRow("`history` is not a list of pairs")
+    for question, answer in history:
+        messages.append(Message("user", text_of(question, "question")))
+        messages.append(Message("assistant", text_of(answer, "answer")))
+    instruction = text_of(value_of(row, "alpaca", "instruction", columns), "question")
+    messages.append(Message("user", join_instruction_and_input(instruction, row, columns)))
+    messages.append(Message("assistant", text_of(value_of(row, "alpaca", "output", columns), "answer")))
+    return messages
 
 
-def join_instruction_and_input(question: str, row: RawExample, columns: Mapping[str, str]) -> str:
-    """An Alpaca row's instruction with its input behind it."""
-    more = row.get(columns.get("input", "input"))
-    if more is None and "input" not in columns:
-        more = row.get("context")
-    more = text_of(more, "input") if more is not None else ""
-    return "\n\n".join(part for part in (question, more) if part.strip())
+def join_instruction_and_input(instruction: str, row: RawRow, columns: Columns) -> str:
+    """Returns an Alpaca row's instruction with its input after it."""
+    value = row.get(columns.get("input", "input"))
+    if value is None and "input" not in columns:
+        value = row.get("context")
+    parts = [instruction]
+    if value is not None:
+        parts.append(text_of(value, "input"))
+    return "\n\n".join(part for part in parts if part.strip())
 
 
-def _read_pair(row: RawExample, columns: Mapping[str, str]) -> list[Turn]:
-    turns: list[Turn] = []
-    for name, role in (("prompt", "user"), ("completion", "assistant")):
-        value = value_of(row, "prompt_completion", name, columns)
-        is_list = isinstance(value, Sequence) and not isinstance(value, str)
-        turns += (
-            turns_of(value, name) if is_list else [(role, text_of(value, "question" if role == "user" else "answer"))]
-        )
-    return turns
+def _read_prompt_completion(row: RawRow, columns: Columns) -> list[Message]:
+    prompt = value_of(row, "prompt_completion", "prompt", columns)
+    if is_list(prompt):
+        messages = messages_of(prompt, "prompt")
+    else:
+        messages = [Message("user", text_of(prompt, "question"))]
+    completion = value_of(row, "prompt_completion", "completion", columns)
+    if is_list(completion):
+        return messages + messages_of(completion, "completion")
+    return [*messages, Message("assistant", text_of(completion, "answer"))]
 
 
-def _read_question(row: RawExample, columns: Mapping[str, str]) -> list[Turn]:
+def _read_question_answer(row: RawRow, columns: Columns) -> list[Message]:
     question = text_of(value_of(row, "question_answer", "question", columns), "question")
-    return [("user", question), ("assistant", text_of(value_of(row, "question_answer", "answer", columns), "answer"))]
+    answer = text_of(value_of(row, "question_answer", "answer", columns), "answer")
+    return [Message("user", question), Message("assistant", answer)]
 
 
-_READERS: dict[str, Callable[[RawExample, Mapping[str, str]], list[Turn]]] = {
+_READERS: dict[str, Callable[[RawRow, Columns], list[Message]]] = {
     "messages": _read_messages,
     "sharegpt": _read_sharegpt,
     "alpaca": _read_alpaca,
-    "prompt_completion": _read_pair,
-    "question_answer": _read_question,
+    "prompt_completion": _read_prompt_completion,
+    "question_answer": _read_question_answer,
 }
 
 
-def system_of(row: RawExample, columns: Mapping[str, str]) -> list[Turn]:
-    """The system turn of a row that keeps it in a column; else none."""
+def system_of(row: RawRow, columns: Columns) -> list[Message]:
+    """Returns the system message of a row that has it in a column of its own; else an empty list."""
     value = row.get(columns.get("system", "system"))
     if value is None:
         return []
-    return [("system", text_of(value, "system prompt"))]
+    return [Message("system", text_of(value, "system prompt"))]
 
 
-def turns_of(value: Any, name: str) -> list[Turn]:
-    """Role and text of every turn of a list, in the kit's names of the roles."""
-    if not isinstance(value, Sequence) or isinstance(value, str | bytes):
-        raise InvalidRow(f"`{name}` is no list of turns")
-    return [turn_of(turn) for turn in value]
+def messages_of(value: Any, name: str) -> list[Message]:
+    """Returns the messages of a list in a column, with the kit's names of the roles. Raises InvalidRow."""
+    if not is_list(value) or isinstance(value, bytes):
+        raise InvalidRow(f"`{name}` is not a list of turns")
+    return [message_of(turn) for turn in value]
 
 
-def turn_of(turn: Any) -> Turn:
-    """The same of one turn."""
+def message_of(turn: Any) -> Message:
+    """Returns one turn of a list as a message. Raises InvalidRow."""
     if not isinstance(turn, Mapping):
-        raise InvalidRow("a turn is no object")
-    role = next((turn[key] for key in ("role", "from") if turn.get(key) is not None), None)
+        raise InvalidRow("a turn is not an object")
+    role = _first_present(turn, "role", "from")
     if not isinstance(role, str):
         raise InvalidRow("a turn has no role")
     if role.lower() in TOOL_ROLES or turn.get("tool_calls"):
         raise InvalidRow("tool calls, which this kit does not train")
     if role.lower() not in ROLES:
         raise InvalidRow("a turn has an unknown role")
-    content = next((turn[key] for key in ("content", "value") if turn.get(key) is not None), None)
+    content = _first_present(turn, "content", "value")
     if content is None:
         raise InvalidRow("a turn has no content")
-    return ROLES[role.lower()], text_of(content, "text of a turn")
+    return Message(ROLES[role.lower()], text_of(content, "text of a turn"))
+
+
+def _first_present(turn: RawRow, *keys: str) -> Any:
+    """Returns the first value that is not null."""
+    return next((turn[key] for key in keys if turn.get(key) is not None), None)
 
 
 def with_system(messages: tuple[Message, ...], system: str | None) -> tuple[Message, ...]:
-    """The turns, behind this system prompt where they bring none."""
+    """Returns the messages, after this system prompt if they have none."""
     if system and messages[0].role != "system":
         return (Message("system", system), *messages)
     return messages
 
 
-def normalize_turns(turns: Sequence[Turn], require_answer: bool) -> tuple[Message, ...]:
-    """Checks the order of the turns. A person who writes twice in a row is joined; an assistant who does is a fault:
-    which end is right?"""
-    merged: list[Turn] = []
-    for index, (role, content) in enumerate(turns):
-        if role == "system":
-            if index:
-                raise InvalidRow("a system turn that is not the first")
-            if not content.strip():
-                continue
-        elif not content.strip():
-            raise InvalidRow("empty question" if role == "user" else "empty answer")
-        if merged and merged[-1][0] == role:
-            if role == "assistant":
-                raise InvalidRow("two assistant turns in a row")
-            merged[-1] = (role, f"{merged[-1][1]}\n\n{content}")
+def check_order(messages: Sequence[Message], require_answer: bool) -> tuple[Message, ...]:
+    """Returns the messages in a valid order. Raises InvalidRow.
+
+    Two messages of the user in a row are joined. Two of the assistant are a fault, because it is unknown which of them
+    should end the turn.
+    """
+    merged: list[Message] = []
+    for index, message in enumerate(messages):
+        is_empty = not message.content.strip()
+        if message.role == "system" and index:
+            raise InvalidRow("a system turn that is not the first")
+        if message.role == "system" and is_empty:
+            continue
+        if is_empty:
+            raise InvalidRow("empty question" if message.role == "user" else "empty answer")
+        if not merged or merged[-1].role != message.role:
+            merged.append(message)
+        elif message.role == "assistant":
+            raise InvalidRow("two assistant turns in a row")
         else:
-            merged.append((role, content))
-    roles = [role for role, _ in merged if role != "system"]
+            merged[-1] = Message(message.role, f"{merged[-1].content}\n\n{message.content}")
+    roles = [message.role for message in merged if message.role != "system"]
     if not roles:
         raise InvalidRow("no turns")
     if require_answer and "assistant" not in roles:
         raise InvalidRow("no assistant turn")
     if roles[0] == "assistant":
-        raise InvalidRow("the assistant speaks first")
+        raise InvalidRow("the first turn is the assistant's")
     if require_answer and roles[-1] != "assistant":
-        raise InvalidRow("no answer: the user has the last word")
-    return tuple(Message(cast(Literal["system", "user", "assistant"], role), content) for role, content in merged)
+        raise InvalidRow("no answer: the last turn is the user's")
+    return tuple(merged)

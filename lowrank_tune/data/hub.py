@@ -1,32 +1,32 @@
-"""Rows of a data set of the Hugging Face hub. Whatever goes wrong there becomes one sentence with its cure."""
+"""Rows of a data set of the Hugging Face hub. An error of the hub becomes one sentence with what to do."""
 
 from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 
 from lowrank_tune.config import SourceConfig
-from lowrank_tune.data.files import RowMask
-from lowrank_tune.data.formats import InvalidRow
+from lowrank_tune.data.files import NumberedRows, RowMask
 from lowrank_tune.errors import UserError
 
 LIST = re.compile(r"\[([^\]]*)\]")
+"""A list of names in a message of `datasets`."""
 INFO_SECONDS = 5.0
 UNREACHABLE = frozenset({"ConnectionError", "ConnectError", "TimeoutException", "Timeout", "TransportError"})
-"""Names of the errors of the libraries that mean that the hub does not answer."""
+"""Names of the errors of the libraries if the hub does not answer."""
 
 
 class HubUnreachable(Exception):
-    """The hub does not answer. The data set may be in the cache nevertheless."""
+    """The hub does not answer. The data set may still be in the cache."""
 
 
 class HubRows:
-    """One split of one data set; `datasets` keeps it on disk."""
+    """One split of one data set; `datasets` stores it on disk."""
 
     def __init__(self, source: SourceConfig) -> None:
         self.name, _, revision = source.dataset.partition("@")
@@ -40,24 +40,25 @@ class HubRows:
             )
 
     def lines(self) -> Iterator[int]:
-        """The number of every row, from 1."""
+        """Yields the number of every row, from 1."""
         return iter(range(1, len(self._data) + 1))
 
-    def rows(self, mask: RowMask) -> Iterator[tuple[int, Mapping[str, Any] | InvalidRow]]:
-        """Rows with their numbers; a draw reads only what is drawn."""
+    def rows(self, mask: RowMask) -> NumberedRows:
+        """Yields the drawn rows with their numbers, and reads only these."""
         if mask is None:
             return zip(self.lines(), self._data, strict=True)
-        numbers = np.flatnonzero(mask)
-        return zip((numbers + 1).tolist(), self._data.select(numbers), strict=True)
+        indices = np.flatnonzero(mask)
+        return zip((indices + 1).tolist(), self._data.select(indices), strict=True)
 
     def content_key(self) -> str:
-        """Changes with revision, configuration and split."""
+        """Returns a key that changes with revision, configuration and split."""
         return str(self._data._fingerprint)
 
 
 def _import_datasets(name: str) -> Any:
     try:
-        import datasets  # only here: local files and the built-in problems need no such package
+        # Imported only here: local files and the built-in problems do not need the package.
+        import datasets
     except ImportError as error:
         raise UserError(
             f"{name}: data sets of the hub need the package datasets (`pip install datasets`); "
@@ -68,23 +69,23 @@ def _import_datasets(name: str) -> Any:
 
 @contextmanager
 def hub_errors_in_words(source: SourceConfig) -> Iterator[None]:
-    """What the libraries raise inside becomes a `UserError` of one sentence."""
+    """Raises UserError with one sentence for what the libraries raise inside."""
     name, _, revision = source.dataset.partition("@")
     try:
         yield
     except (KeyboardInterrupt, MemoryError, HubUnreachable):
         raise
-    except Exception as error:  # the library raises its own errors, the hub client's, and bare ValueError
+    except Exception as error:
+        # The library raises its own errors, those of the client of the hub, and ValueError.
         sentence = describe_hub_error(error, name, source.config_name, source.split, revision)
         raise UserError(f"{name}: {sentence}") from error
 
 
 def hub_columns(source: SourceConfig) -> list[str] | None:
-    """The columns of a data set by its description, without any of its rows; None where the description does not name
-    them.
+    """Returns the columns of a data set by its description, without its rows; None if the description has no columns.
 
-    Raises `UserError` where `HubRows` would: no such data set, configuration or split, no access to it, or offline and
-    not in the cache. Raises `HubUnreachable` where the hub does not answer within a few seconds.
+    Raises UserError as `HubRows`: no such data set, configuration or split, no access to it, or offline and not in the
+    cache. Raises HubUnreachable if the hub does not answer within a few seconds.
     """
     name, _, revision = source.dataset.partition("@")
     datasets = _import_datasets(name)
@@ -102,16 +103,27 @@ def hub_columns(source: SourceConfig) -> list[str] | None:
 
 
 def _request_info(name: str, revision: str) -> None:
-    """One request, as `datasets` itself repeats its own for half a minute where there is no network."""
-    from huggingface_hub import HfApi  # a part of `datasets`, and imported where that is
+    """Sends one request. `datasets` repeats its own for half a minute if there is no network."""
+    # A part of `datasets`, and imported where that is.
+    from huggingface_hub import HfApi
 
     try:
         HfApi().dataset_info(name, revision=revision or None, timeout=INFO_SECONDS)
     except Exception as error:
-        status_code = getattr(getattr(error, "response", None), "status_code", 0)
-        if UNREACHABLE & {kind.__name__ for kind in type(error).__mro__} or status_code >= 500:
+        response = getattr(error, "response", None)
+        status_code = getattr(response, "status_code", 0)
+        if UNREACHABLE & _kinds_of(error) or status_code >= 500:
             raise HubUnreachable(str(error)) from error
         raise
+
+
+def _kinds_of(error: Exception) -> set[str]:
+    """Returns the names of the classes of an error."""
+    return {kind.__name__ for kind in type(error).__mro__}
+
+
+def _is_offline() -> bool:
+    return os.environ.get("HF_HUB_OFFLINE", "0") not in ("", "0")
 
 
 def describe_hub_error(
@@ -121,13 +133,11 @@ def describe_hub_error(
     split: str,
     revision: str,
 ) -> str:
-    """What an error of the hub means and what to do."""
+    """Returns what an error of the hub means and what to do."""
     text = " ".join(str(error).split())
-    kinds = {kind.__name__ for kind in type(error).__mro__}
-    if match := LIST.search(text):
-        choices = match.group(1).replace("'", "")
-    else:
-        choices = ""
+    kinds = _kinds_of(error)
+    listed = LIST.search(text)
+    choices = listed[1].replace("'", "") if listed else ""
     if "gated" in text or "GatedRepoError" in kinds:
         return (
             f"it is gated; accept its terms at https://huggingface.co/datasets/{name} and log in with `hf auth login`"
@@ -142,9 +152,7 @@ def describe_hub_error(
         return f"it has no split `{split}`"
     if "RevisionNotFoundError" in kinds or ("Revision" in text and "doesn't exist" in text):
         return f"it has no revision `{revision}`"
-    if "OfflineModeIsEnabled" in kinds or (
-        os.environ.get("HF_HUB_OFFLINE", "0") not in ("", "0") and "ConnectionError" in kinds
-    ):
+    if "OfflineModeIsEnabled" in kinds or (_is_offline() and "ConnectionError" in kinds):
         return (
             "it is not in the cache of this machine, and HF_HUB_OFFLINE forbids to fetch it; unset "
             "HF_HUB_OFFLINE, or name a local file"
@@ -154,7 +162,7 @@ def describe_hub_error(
             "there is no such data set on the hub and no such local file; check the spelling, or `hf auth login` "
             "if it is private"
         )
-    if kinds & {*UNREACHABLE, "HfHubHTTPError"}:
+    if "HfHubHTTPError" in kinds or kinds & UNREACHABLE:
         return "the hub cannot be reached, and no local file has this name; check the network, or name a local file"
     if "scripts are no longer supported" in text:
         return "it is made by a script, which `datasets` no longer runs; use a copy of it in Parquet, or a local file"

@@ -1,5 +1,4 @@
-"""Prompts that completions are drawn for: read whole, with the rows that they come from, and which of them make up each
-step."""
+"""Prompts that completions are generated for, with the rows that they come from, and which of them are in each step."""
 
 from __future__ import annotations
 
@@ -13,65 +12,69 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lowrank_tune.config import DataConfig, SourceConfig, TrainingConfig
-from lowrank_tune.data.chat_template import ChatTemplate
-from lowrank_tune.data.files import RawExample
-from lowrank_tune.data.formats import InvalidRow
+from lowrank_tune.data.encode import conversation_of
+from lowrank_tune.data.formats import InvalidRow, RawRow
 from lowrank_tune.data.message import Message
-from lowrank_tune.data.report import Report, SourceReport
+from lowrank_tune.data.report import Report, SourceReport, describe_mixture
 from lowrank_tune.data.sampler import BatchSampler
 from lowrank_tune.data.sources import RowLocation, read_source
-from lowrank_tune.data.token_store import conversation_hash
-from lowrank_tune.data.tokenize import check_enough_rows, conversation, format_of
+from lowrank_tune.data.store_writer import conversation_hash
+from lowrank_tune.data.templates.chat_template import ChatTemplate
+from lowrank_tune.data.tokenize import check_enough_rows, format_of
 from lowrank_tune.errors import UserError
 from lowrank_tune.events import Emit, LogMessage, Progress
 
-PROGRESS_EVERY = 2048  # rows between two reports of progress
+PROGRESS_EVERY = 2048
+"""Rows between two events of progress."""
 MISSING_ANSWER = "no gold answer, which a reward compares with"
-RESAMPLE_SEED_TAG = 3  # a tag beside those of `mixture`, which keeps the random streams apart
+RESAMPLE_SEED_TAG = 3
+"""A tag beside those of `sampler`, which separates the random streams."""
 
 
 @dataclass(frozen=True)
 class PromptExample:
-    """A prompt as ids and as a person reads it, the gold answer where there is one, and the row that it comes from."""
+    """A prompt as ids, its last message as text, the gold answer if the row has one, and the row."""
 
     input_ids: Sequence[int]
     text: str
     ground_truth: str | None
     row: Mapping[str, Any]
     answer: str | None = None
-    """The row's own answer, where it has one."""
+    """The row's own answer, if it has one."""
+
+
+RowFault = Callable[[PromptExample], str | None]
+"""Returns why no reward can score the completions of a row; None if it can."""
 
 
 @dataclass(frozen=True)
 class PromptReport(Report):
-    """What became of the rows where only their prompts are used: all that is counted are prompts, and tokens are
-    theirs."""
+    """The report of rows of which only the prompts are used: all counts and tokens are those of prompts."""
 
     @property
     def unit(self) -> str:
         return "prompt"
 
     def lines(self) -> list[str]:
-        """As sentences, one a source and one for the whole."""
+        """Returns one sentence for each source and one for all of them."""
         lines = []
         for source in self.train:
-            line = (
-                f"{source.name} ({source.format}): prompts of {source.used} of {source.read} rows, "
-                f"{source.tokens} tokens, "
-            )
-            line += f"{source.ground_truths} with a gold answer"
-            lines.append(line + (f"; dropped {source.reasons()}" if source.dropped else ""))
+            line = f"{source.name} ({source.format}): prompts of {source.used} of {source.read} rows, "
+            line += f"{source.tokens} tokens, {source.ground_truths} with a gold answer"
+            if source.dropped:
+                line += f"; dropped {source.reasons()}"
+            lines.append(line)
+        total = f"{self.train_rows} prompts to draw completions for"
         if self.duplicates:
-            repeated = f", {self.duplicates} of them repeat an earlier one"
-        else:
-            repeated = ""
-        return [*lines, f"{self.train_rows} prompts to draw completions for{repeated}; {self.mixture}"]
+            total += f", {self.duplicates} of them repeat an earlier one"
+        lines.append(f"{total}; {self.mixture}")
+        return lines
 
 
 @dataclass(frozen=True)
 class PromptDataset:
-    """The prompts of all sources, in their order: `source_of` (N,), `lengths` (N,) in tokens, and where the row of each
-    stands."""
+    """The prompts of all sources, in their order: `source_of` (N,), `lengths` (N,) in tokens, and the location of the
+    row of each."""
 
     examples: list[PromptExample]
     locations: list[RowLocation]
@@ -84,29 +87,30 @@ class PromptDataset:
 
 
 class PromptSampler(BatchSampler):
-    """Which prompts make up each step, and which others can take the place of those that teach nothing."""
+    """The prompts of each step, and others that replace those from which nothing is learned."""
 
     def __init__(self, dataset: PromptDataset, data: DataConfig, train: TrainingConfig, seed: int) -> None:
-        given = [source.weight for source in data.train]
+        weights = [source.weight for source in data.train]
         by_prompts = train.model_copy(
             update={"global_batch_size": train.prompts_per_step, "tokens_per_step": None, "length_window": 1}
         )
-        super().__init__(dataset.lengths, dataset.source_of, given, by_prompts, seed)
-        counts = np.bincount(dataset.source_of, minlength=len(given))
-        share_of = np.array(
-            [1.0 if weight is None else weight / count for weight, count in zip(given, counts, strict=True)]
-        )
-        self._shares = share_of[dataset.source_of]
+        super().__init__(dataset.lengths, dataset.source_of, weights, by_prompts, seed)
+        counts = np.bincount(dataset.source_of, minlength=len(weights))
+        share_of_source = np.ones(len(weights))
+        for number, weight in enumerate(weights):
+            if weight is not None:
+                share_of_source[number] = weight / counts[number]
+        self._shares = share_of_source[dataset.source_of]
 
     def replacement_prompts(self, step: int, draw: int, count: int) -> list[int]:
-        """`count` prompts that are not of this step, by the weights of the sources; its own again only where there are
-        no more others.
+        """Returns `count` prompts that are not of this step, by the weights of the sources; those of the step only if
+        there are no others left.
 
         A pure function of the seed, the step and the draw.
         """
         rng = self._random(RESAMPLE_SEED_TAG, step, draw)
         own = np.array(self.rows(step))
-        # The smallest of exponential times at these rates: drawn by weight, each at most once.
+        # In the order of exponential times with these rates, prompts are drawn by weight, each at most once.
         times = rng.exponential(size=len(self._shares)) / self._shares
         times[own] += times.max() + 1.0
         queue = np.argsort(times, kind="stable")
@@ -114,7 +118,7 @@ class PromptSampler(BatchSampler):
 
 
 def make_prompt_sampler(dataset: PromptDataset, data: DataConfig, train: TrainingConfig, seed: int) -> PromptSampler:
-    """The order of these prompts, `train.prompts_per_step` a step."""
+    """Returns the order of these prompts, `train.prompts_per_step` a step."""
     return PromptSampler(dataset, data, train, seed)
 
 
@@ -125,147 +129,129 @@ def load_prompts(
     emit: Emit,
     raise_on_invalid: bool = True,
     needs_ground_truth: bool = False,
-    unusable: Callable[[PromptExample], str | None] | None = None,
+    unusable: RowFault | None = None,
 ) -> PromptDataset:
-    """The prompts of all training sources; with `needs_ground_truth` those alone that have a gold answer to compare
-    with. `unusable` says of a row why no reward could judge by it.
+    """Returns the prompts of all training sources; with `needs_ground_truth` only those with a gold answer to compare
+    with, and with `unusable` only those without a fault.
 
-    Raises `UserError` where too many rows of one source give none. Without `raise_on_invalid` these rows are only
-    reported, however many.
+    Raises UserError if too few rows of a source have a prompt. Without `raise_on_invalid` these rows are only reported,
+    however many.
     """
-    examples: list[PromptExample] = []
-    locations: list[RowLocation] = []
+    reader = _PromptReader(data, template, needs_ground_truth, unusable)
     source_of: list[int] = []
-    hashes: set[int] = set()
     reports: list[SourceReport] = []
     for number, source in enumerate(data.train):
-        report = _load_source(
-            source,
-            data,
-            template,
-            seed,
-            emit,
-            needs_ground_truth,
-            unusable,
-            examples,
-            locations,
-            hashes,
-        )
+        report = reader.read(source, seed, emit)
         if raise_on_invalid:
             report.check(data.max_invalid_fraction)
-        if warning := check_enough_rows(source, report):
+        warning = check_enough_rows(source, report)
+        if warning:
             emit(LogMessage(message=warning, level="warning"))
         source_of += [number] * report.used
         reports.append(report)
-    lengths = np.array([len(example.input_ids) for example in examples], dtype=np.int64)
+    num_prompts = len(reader.examples)
     prompt_report = PromptReport(
         tuple(reports),
-        train_rows=len(examples),
-        duplicates=len(examples) - len(hashes),
-        mixture=_mixture(data.train, reports),
+        train_rows=num_prompts,
+        duplicates=num_prompts - len(reader.hashes),
+        mixture=describe_mixture(data.train, [report.used for report in reports], "prompt"),
     )
-    return PromptDataset(examples, locations, np.array(source_of, dtype=np.int32), lengths, prompt_report)
+    lengths = [len(example.input_ids) for example in reader.examples]
+    return PromptDataset(
+        reader.examples,
+        reader.locations,
+        np.array(source_of, dtype=np.int32),
+        np.array(lengths, dtype=np.int64),
+        prompt_report,
+    )
 
 
-def _load_source(
-    source: SourceConfig,
-    data: DataConfig,
-    template: ChatTemplate,
-    seed: int,
-    emit: Emit,
-    needs_ground_truth: bool,
-    unusable: Callable[[PromptExample], str | None] | None,
-    examples: list[PromptExample],
-    locations: list[RowLocation],
-    hashes: set[int],
-) -> SourceReport:
-    """Adds the prompts of one source to those of the others."""
-    rows = read_source(source, seed)
-    format_name = format_of(source, rows, pairs=False)
-    emit(LogMessage(message=f"{rows.name}: {len(rows)} rows of the shape `{format_name}`"))
-    report = SourceReport(rows.name, format_name, weight=source.weight)
-    source_hashes: set[int] = set()
-    for location, raw in chain.from_iterable(rows.refill_dropped(lambda: report.used)):
-        if report.read % PROGRESS_EVERY == 0:
-            emit(Progress(description=f"reading the prompts of {rows.name}", done=report.read, total=len(rows)))
-        report.read += 1
-        result = (
-            raw if isinstance(raw, InvalidRow) else _to_prompt_example(raw, source, format_name, data, template, report)
-        )
-        if not isinstance(result, InvalidRow) and needs_ground_truth and result[0].ground_truth is None:
-            result = InvalidRow(MISSING_ANSWER)
-        if not isinstance(result, InvalidRow) and unusable is not None and (reason := unusable(result[0])) is not None:
-            result = InvalidRow(reason)
-        if isinstance(result, InvalidRow):
-            report.count_dropped(result.reason, str(location))
-            continue
-        example, row_hash = result
-        _count(report, example, row_hash in source_hashes)
-        source_hashes.add(row_hash)
-        examples.append(example)
-        locations.append(location)
-    hashes |= source_hashes
-    emit(Progress(description=f"reading the prompts of {rows.name}", done=report.read, total=len(rows)))
-    assert report.used + report.num_dropped == report.read
-    return report
+class _PromptReader:
+    """Reads the prompts of sources, one after the other."""
 
+    def __init__(
+        self,
+        data: DataConfig,
+        template: ChatTemplate,
+        needs_ground_truth: bool,
+        unusable: RowFault | None,
+    ) -> None:
+        self.examples: list[PromptExample] = []
+        self.locations: list[RowLocation] = []
+        self.hashes: set[int] = set()
+        self._data = data
+        self._template = template
+        self._needs_ground_truth = needs_ground_truth
+        self._unusable = unusable
 
-def _count(report: SourceReport, example: PromptExample, is_known: bool) -> None:
-    report.used += 1
-    report.ground_truths += example.ground_truth is not None
-    report.tokens += len(example.input_ids)
-    report.duplicates += is_known
+    def read(self, source: SourceConfig, seed: int, emit: Emit) -> SourceReport:
+        """Adds the prompts of a source to those of the others. Returns its report."""
+        rows = read_source(source, seed)
+        format_name = format_of(source, rows, pairs=False)
+        label = f"reading the prompts of {rows.name}"
+        emit(LogMessage(message=f"{rows.name}: {len(rows)} rows of the shape `{format_name}`"))
+        report = SourceReport(rows.name, format_name, weight=source.weight)
+        source_hashes: set[int] = set()
+        for location, raw in chain.from_iterable(rows.refill_dropped(lambda: report.used)):
+            if report.read % PROGRESS_EVERY == 0:
+                emit(Progress(description=label, done=report.read, total=len(rows)))
+            report.read += 1
+            try:
+                example, prompt_hash = self._read_row(raw, source, report)
+            except InvalidRow as fault:
+                report.count_dropped(fault.reason, str(location))
+                continue
+            report.used += 1
+            report.ground_truths += example.ground_truth is not None
+            report.tokens += len(example.input_ids)
+            report.duplicates += prompt_hash in source_hashes
+            source_hashes.add(prompt_hash)
+            self.examples.append(example)
+            self.locations.append(location)
+        self.hashes |= source_hashes
+        emit(Progress(description=label, done=report.read, total=len(rows)))
+        assert report.used + report.num_dropped == report.read
+        return report
 
-
-def _to_prompt_example(
-    raw: RawExample,
-    source: SourceConfig,
-    format_name: str,
-    data: DataConfig,
-    template: ChatTemplate,
-    report: SourceReport,
-) -> tuple[PromptExample, int] | InvalidRow:
-    """The prompt of a row and a number for it, or why it gives none."""
-    chat = conversation(raw, source, format_name, data.system_prompt, require_answer=False)
-    if isinstance(chat, InvalidRow):
-        return chat
-    if chat.messages[-1].role == "assistant":
-        messages = chat.messages[:-1]
-    else:
-        messages = chat.messages
-    ids = _ids(messages, template)
-    if isinstance(ids, InvalidRow):
-        return ids
-    report.longest = max(report.longest, len(ids))
-    if len(ids) > data.max_prompt_length:
-        return InvalidRow(f"longer than data.max_prompt_length ({data.max_prompt_length} tokens)")
-    # An array, for a list of as many numbers is nine times as large.
-    if chat.messages[-1].role == "assistant":
-        answer = chat.messages[-1].content
-    else:
+    def _read_row(
+        self,
+        raw: RawRow | InvalidRow,
+        source: SourceConfig,
+        report: SourceReport,
+    ) -> tuple[PromptExample, int]:
+        """Returns the prompt of a row and the hash of its messages. Raises InvalidRow."""
+        if isinstance(raw, InvalidRow):
+            raise raw
+        system = self._data.system_prompt
+        conversation = conversation_of(raw, source, report.format, system, require_answer=False)
+        if isinstance(conversation, InvalidRow):
+            raise conversation
+        messages = conversation.messages
         answer = None
-    return PromptExample(array("i", ids), messages[-1].content, chat.ground_truth, raw, answer), conversation_hash(
-        messages
-    )
+        if messages[-1].role == "assistant":
+            answer = messages[-1].content
+            messages = messages[:-1]
+        input_ids = _encode_prompt(messages, self._template)
+        report.longest = max(report.longest, len(input_ids))
+        if len(input_ids) > self._data.max_prompt_length:
+            raise InvalidRow(f"longer than data.max_prompt_length ({self._data.max_prompt_length} tokens)")
+        # An array takes a ninth of the space of a list of these numbers.
+        ids = array("i", input_ids)
+        example = PromptExample(ids, messages[-1].content, conversation.ground_truth, raw, answer)
+        if self._needs_ground_truth and example.ground_truth is None:
+            raise InvalidRow(MISSING_ANSWER)
+        reason = self._unusable(example) if self._unusable is not None else None
+        if reason is not None:
+            raise InvalidRow(reason)
+        return example, conversation_hash(messages)
 
 
-def _ids(messages: Sequence[Message], template: ChatTemplate) -> list[int] | InvalidRow:
-    """What the base reads, or why it cannot be asked this: what `ChatTemplate.validate_messages` says, for half the
-    time of asking both."""
+def _encode_prompt(messages: Sequence[Message], template: ChatTemplate) -> list[int]:
+    """Returns the ids of a prompt. Raises InvalidRow with the reason of `ChatTemplate.validate_messages`, in half the
+    time of calling both."""
     try:
         return template.prompt(messages)
     except UserError as error:
         if isinstance(error.__cause__, InvalidRow):
-            return error.__cause__
-        return InvalidRow(str(error))
-
-
-def _mixture(sources: Sequence[SourceConfig], reports: Sequence[SourceReport]) -> str:
-    if len(sources) == 1:
-        return "one source"
-    total = max(1, sum(report.used for report in reports))
-    shares = [
-        f"{source.dataset} {100 * (source.weight or report.used / total):.3g} %"
-        for source, report in zip(sources, reports, strict=True)
-    ]
-    return f"mixed by {'weight' if sources[0].weight is not None else 'prompt counts'}: {', '.join(shares)}"
+            raise InvalidRow(error.__cause__.reason) from error
+        raise InvalidRow(str(error)) from error

@@ -1,4 +1,4 @@
-"""What became of the rows: for every source `used + dropped == read`, and each drop has its reason and its lines."""
+"""How many rows were used and dropped: for every source `used + dropped == read`, and each reason has its lines."""
 
 from __future__ import annotations
 
@@ -8,9 +8,13 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from lowrank_tune.batch import Row
+from lowrank_tune.config import SourceConfig
 from lowrank_tune.errors import UserError
 
 EXAMPLES = 5
+"""Locations that are kept of each reason."""
+MAX_REASONS = 3
+"""Reasons that a sentence lists."""
 
 
 @dataclass
@@ -26,11 +30,20 @@ class DroppedRows:
         if len(self.locations) < EXAMPLES:
             self.locations.append(location)
 
+    def lines(self) -> str:
+        """Returns the lines of the first few."""
+        lines = [location.rpartition(":")[2] for location in self.locations]
+        text = "lines " if len(lines) > 1 else "line "
+        text += ", ".join(lines)
+        if self.count > len(lines):
+            text += " ..."
+        return text
+
 
 @dataclass
 class SourceReport:
-    """One source. `tokens` and `trained_tokens` count used rows, of pairs both sides; `truncated` rows are used,
-    shortened.
+    """One source. `tokens` and `trained_tokens` count used rows, of pairs both sides; `truncated` rows are used after
+    they were shortened.
 
     `longest` is the longest row in tokens, before any was shortened or dropped; `ground_truths` counts used rows with a
     gold answer.
@@ -55,69 +68,73 @@ class SourceReport:
         self.dropped.setdefault(reason, DroppedRows()).add(location)
 
     def count_used(self, rows: Sequence[Row], has_ground_truth: bool) -> None:
-        """Counts a row that is used, with all that was made of it."""
+        """Counts a row that is used, with its tokenized rows."""
         self.used += 1
         self.ground_truths += has_ground_truth
         self.tokens += sum(len(row.input_ids) for row in rows)
         self.trained_tokens += sum(sum(row.completion_mask) for row in rows)
 
-    @property
-    def num_dropped(self) -> int:
-        return sum(reason.count for reason in self.dropped.values())
-
-    def reasons(self) -> str:
-        """The most frequent reasons in words."""
-        most = sorted(self.dropped.items(), key=lambda item: -item[1].count)[:3]
-        parts = [f"{dropped.count}: {reason} ({_lines(dropped)})" for reason, dropped in most]
-        return ", ".join(parts) + (f", and {len(self.dropped) - 3} more reasons" if len(self.dropped) > 3 else "")
-
     def count_truncated(self, location: str) -> None:
-        """Counts a row that is used, shortened."""
+        """Counts a row that is used after it was shortened."""
         self.truncated += 1
         if len(self.truncated_locations) < EXAMPLES:
             self.truncated_locations.append(location)
 
+    @property
+    def num_dropped(self) -> int:
+        return sum(dropped.count for dropped in self.dropped.values())
+
+    def reasons(self) -> str:
+        """Returns the most frequent reasons in words."""
+        most_first = sorted(self.dropped.items(), key=lambda item: -item[1].count)
+        parts = [f"{dropped.count}: {reason} ({dropped.lines()})" for reason, dropped in most_first[:MAX_REASONS]]
+        if len(self.dropped) > MAX_REASONS:
+            parts.append(f"and {len(self.dropped) - MAX_REASONS} more reasons")
+        return ", ".join(parts)
+
     def fault(self, max_invalid_fraction: float) -> str | None:
-        """Why training must not begin: too little of the source can be used."""
-        limit = self._limit_to_raise()
+        """Returns why training must not begin: too little of the source can be used. None if it may begin."""
+        advice = self._limit_to_raise()
         if not self.used:
-            return f"{self.name}: none of its {self.read} rows can be used: {self.reasons()}" + (limit and f"; {limit}")
+            fault = f"{self.name}: none of its {self.read} rows can be used: {self.reasons()}"
+            return f"{fault}; {advice}" if advice else fault
         if self.num_dropped > max_invalid_fraction * self.read:
             return (
                 f"{self.name}: {self.num_dropped} of {self.read} rows cannot be used: {self.reasons()}; "
-                f"{limit or 'correct them'}, or raise `data.max_invalid_fraction` to go on without them"
+                f"{advice or 'correct them'}, or raise `data.max_invalid_fraction` to go on without them"
             )
         return None
 
     def _limit_to_raise(self) -> str:
-        """What to raise where most of the rows that cannot be used are too long, or an empty string."""
+        """Returns which setting to raise if the most frequent reason is the length of rows, else an empty string."""
         reason = max(self.dropped, key=lambda reason: self.dropped[reason].count, default="")
         limit = re.match(r"longer than (data\.\w+)", reason)
+        if limit is None:
+            return ""
+        advice = f"raise `{limit[1]}`"
         if self.longest:
-            longest = f" (the longest row has {self.longest:,} tokens)"
-        else:
-            longest = ""
-        return f"raise `{limit[1]}`{longest}" if limit else ""
+            advice += f" (the longest row has {self.longest:,} tokens)"
+        return advice
 
     def check(self, max_invalid_fraction: float) -> None:
-        """Raises `UserError` where too little of the source can be used."""
-        if (fault := self.fault(max_invalid_fraction)) is not None:
+        """Raises UserError if too little of the source can be used."""
+        fault = self.fault(max_invalid_fraction)
+        if fault is not None:
             raise UserError(fault)
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> SourceReport:
-        """Back from JSON."""
-        return cls(
-            **{**data, "dropped": {reason: DroppedRows(**dropped) for reason, dropped in data["dropped"].items()}}
-        )
+        """Returns a report from the dict of its JSON."""
+        dropped = {reason: DroppedRows(**fields) for reason, fields in data["dropped"].items()}
+        return cls(**{**data, "dropped": dropped})
 
 
 @dataclass(frozen=True)
 class Report:
     """All sources; with preferences a row is a pair.
 
-    `duplicates`: train rows that repeat an earlier one. `shared`: validation rows that also stand in the training rows.
-    `expected_tokens`: of all rows of `train`, those set aside included, as the recipe tells.
+    `duplicates`: training rows that repeat an earlier one. `shared`: validation rows that are also training rows.
+    `expected_tokens`: the recipe's number for all rows of `data.train`, with those held out for validation.
     """
 
     train: tuple[SourceReport, ...]
@@ -130,7 +147,7 @@ class Report:
     expected_tokens: int | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON."""
+        """Returns the report as JSON."""
         return asdict(self)
 
     @property
@@ -141,27 +158,39 @@ class Report:
         return "row"
 
     def lines(self) -> list[str]:
-        """As sentences, one a source and one for the whole."""
+        """Returns one sentence for each source and one for all of them."""
         lines = []
         for source in (*self.train, *self.validation):
             line = f"{source.name} ({source.format}): {source.used} of {source.read} {self.unit}s, "
             line += f"{source.tokens} tokens, {source.trained_tokens} trained"
-            line += f", {source.truncated} truncated" if source.truncated else ""
-            lines.append(line + (f"; dropped {source.reasons()}" if source.dropped else ""))
+            if source.truncated:
+                line += f", {source.truncated} truncated"
+            if source.dropped:
+                line += f"; dropped {source.reasons()}"
+            lines.append(line)
         lines.append(f"{self.train_rows} {self.unit}s to train on, {self.validation_rows} to validate; {self.mixture}")
-        return [*lines, *([comparison] if (comparison := self.compare_expected_tokens()) else [])]
+        comparison = self.compare_expected_tokens()
+        if comparison:
+            lines.append(comparison)
+        return lines
 
     def compare_expected_tokens(self) -> str:
-        """The tokens measured beside those that the recipe expects, in words; empty where it expects none."""
+        """Returns the measured tokens beside those that the recipe expects, in words; empty if it expects none."""
         if self.expected_tokens is None:
             return ""
         measured = sum(source.tokens for source in self.train)
-        return (
-            f"{measured:,} tokens measured, {self.expected_tokens:,} expected "
-            f"({100 * (measured / self.expected_tokens - 1):+.1f} %)"
-        )
+        difference = 100 * (measured / self.expected_tokens - 1)
+        return f"{measured:,} tokens measured, {self.expected_tokens:,} expected ({difference:+.1f} %)"
 
 
-def _lines(dropped: DroppedRows) -> str:
-    lines = [location.rpartition(":")[2] for location in dropped.locations]
-    return f"line{'s' if len(lines) > 1 else ''} {', '.join(lines)}{' ...' if dropped.count > len(lines) else ''}"
+def describe_mixture(sources: Sequence[SourceConfig], counts: Sequence[int], unit: str) -> str:
+    """Returns the share of each source in words: by its weight, or by its number of units (`counts`)."""
+    if len(sources) == 1:
+        return "one source"
+    total = max(1, sum(counts))
+    shares = []
+    for source, count in zip(sources, counts, strict=True):
+        share = source.weight or count / total
+        shares.append(f"{source.dataset} {100 * share:.3g} %")
+    basis = f"{unit} counts" if sources[0].weight is None else "weight"
+    return f"mixed by {basis}: {', '.join(shares)}"

@@ -1,5 +1,4 @@
-"""Which rows make up each optimizer step: a pure function of the seed and the step, so that there is no position to
-save."""
+"""The rows of each optimizer step: a pure function of the seed and the step, so that no position must be saved."""
 
 from __future__ import annotations
 
@@ -13,7 +12,7 @@ from lowrank_tune.config import TrainingConfig
 
 RowIndices = NDArray[np.int64]
 ROWS_PER_STEP = 16
-# tags that keep the random streams apart
+# These tags separate the random streams.
 SHUFFLE_SEED_TAG = 1
 DRAW_SEED_TAG = 2
 
@@ -21,9 +20,9 @@ DRAW_SEED_TAG = 2
 class BatchSampler:
     """The rows of every step.
 
-    Without weights an epoch is every row once. With weights it keeps its number of rows; each source gets its share of
-    them (largest remainder) and is walked through in permutations, from epoch to epoch without a break, so that its
-    rows come up equally often.
+    Without weights an epoch is every row once. With weights it has the same number of rows; each source gets its share
+    of them (largest remainder). Its rows are drawn in one permutation after the other, which continue from epoch to
+    epoch, so that all of them are drawn equally often.
     """
 
     def __init__(
@@ -38,34 +37,46 @@ class BatchSampler:
         self._lengths = np.asarray(lengths, dtype=np.int64)
         self._seed = seed
         self._tokens = train.tokens_per_step
-        self._max_rows = train.global_batch_size or (ROWS_PER_STEP if self._tokens is None else len(lengths))
         self._window = train.length_window
+        if train.global_batch_size:
+            self._max_rows = train.global_batch_size
+        elif self._tokens is None:
+            self._max_rows = ROWS_PER_STEP
+        else:
+            self._max_rows = len(lengths)
+        self._pools: list[RowIndices] = []
+        self._quotas: list[int] = []
         given = [weight for weight in weights or () if weight is not None]
         if given:
             self._pools = [np.flatnonzero(source_of == source) for source in range(len(given))]
-        else:
-            self._pools = []
-        self._quotas = largest_remainder(given, len(lengths)) if given else []
-        assert not given or all(len(pool) for pool in self._pools), "a weighted source without rows"
-        self._epoch, self._plan = 0, self._make_plan(0)
+            self._quotas = largest_remainder(given, len(lengths))
+        assert all(len(pool) for pool in self._pools), "a weighted source without rows"
+        self._set_epoch(0)
         self._first_steps = [0, len(self._plan)]
         self.steps_per_epoch = len(self._plan)
-        """Steps of the first epoch. With `tokens_per_step` a later epoch may have a few more or less: `steps_of` adds
-        them up."""
+        """Steps of the first epoch. With `tokens_per_step` a later epoch may have a few more or less: `steps_of` sums
+        them."""
+
+    def _set_epoch(self, epoch: int) -> None:
+        self._epoch = epoch
+        self._plan = self._make_plan(epoch)
 
     def rows(self, step: int) -> list[int]:
-        """The rows of a step, counted from 0 over all epochs."""
+        """Returns the rows of a step, counted from 0 over all epochs."""
         epoch = self._epoch_of(step)
         if epoch != self._epoch:
-            self._epoch, self._plan = epoch, self._make_plan(epoch)
+            self._set_epoch(epoch)
         return [int(row) for row in self._plan[step - self._first_step(epoch)]]
 
     def steps_of(self, epochs: float) -> int:
-        """How many steps this many epochs have."""
+        """Returns how many steps this many epochs have, at least 1."""
         whole = int(epochs)
         part = epochs - whole
-        start = self._first_step(whole)
-        return max(1, start + (int(np.ceil(part * (self._first_step(whole + 1) - start))) if part else 0))
+        steps = self._first_step(whole)
+        if part:
+            steps_of_next = self._first_step(whole + 1) - steps
+            steps += int(np.ceil(part * steps_of_next))
+        return max(1, steps)
 
     def _epoch_of(self, step: int) -> int:
         if self._tokens is None:
@@ -77,9 +88,10 @@ class BatchSampler:
 
     def _first_step(self, epoch: int) -> int:
         if self._tokens is None:
-            return epoch * self.steps_per_epoch  # every epoch has the same number of rows, so the same number of steps
+            # Every epoch has the same number of rows, so the same number of steps.
+            return epoch * self.steps_per_epoch
         while len(self._first_steps) <= epoch:
-            self._epoch, self._plan = len(self._first_steps) - 1, self._make_plan(len(self._first_steps) - 1)
+            self._set_epoch(len(self._first_steps) - 1)
             self._first_steps.append(self._first_steps[-1] + len(self._plan))
         return self._first_steps[epoch]
 
@@ -101,24 +113,24 @@ class BatchSampler:
     def _sample_rows(self, epoch: int) -> RowIndices:
         if not self._pools:
             return np.arange(len(self._lengths))
-        return np.concatenate(
-            [self._sample_source(source, epoch * quota, quota) for source, quota in enumerate(self._quotas)]
-        )
+        drawn = [self._sample_source(source, epoch * quota, quota) for source, quota in enumerate(self._quotas)]
+        return np.concatenate(drawn)
 
     def _sample_source(self, source: int, start: int, count: int) -> RowIndices:
-        """`count` rows of an endless walk through a source, one permutation after the other."""
+        """Returns `count` rows from `start` on of an endless sequence: one permutation of a source after the other."""
         pool = self._pools[source]
-        out = []
+        pieces = [pool[:0]]
         while count:
             lap, offset = divmod(start, len(pool))
-            piece = self._random(DRAW_SEED_TAG, source, lap).permutation(pool)[offset : offset + count]
-            out.append(piece)
-            start = start + len(piece)
-            count = count - len(piece)
-        return np.concatenate(out) if out else pool[:0]
+            permutation = self._random(DRAW_SEED_TAG, source, lap).permutation(pool)
+            piece = permutation[offset : offset + count]
+            pieces.append(piece)
+            start += len(piece)
+            count -= len(piece)
+        return np.concatenate(pieces)
 
     def _window_end(self, rows: RowIndices) -> int:
-        """How many of these rows the next window takes."""
+        """Returns how many of these rows are in the next window."""
         if self._tokens is None:
             return self._max_rows * self._window
         ends = np.cumsum(self._lengths[rows])
@@ -128,12 +140,13 @@ class BatchSampler:
         return end
 
     def _step_end(self, ends: RowIndices, start: int) -> int:
-        """Behind the last row of the step that begins at `start`; `ends` are running sums of lengths."""
+        """Returns the end of the step that begins at `start`; `ends` are cumulative sums of lengths."""
         before = int(ends[start - 1]) if start else 0
         end = start + self._max_rows
         if self._tokens is not None:
             end = min(end, int(np.searchsorted(ends, before + self._tokens, side="right")))
-        return min(max(end, start + 1), len(ends))  # a row longer than the budget comes alone
+        # A row longer than the budget makes a step of its own.
+        return min(max(end, start + 1), len(ends))
 
     def _cut_into_steps(self, rows: RowIndices) -> list[RowIndices]:
         ends = np.cumsum(self._lengths[rows])
@@ -147,9 +160,10 @@ class BatchSampler:
 
 
 def largest_remainder(weights: Sequence[float], count: int) -> list[int]:
-    """Whole numbers that add up to `count`, in proportion to the weights."""
+    """Returns integers with the sum `count`, in proportion to the weights."""
     exact = np.array(weights) / sum(weights) * count
     shares = np.floor(exact + 1e-9).astype(int)
-    for index in np.argsort(shares - exact, kind="stable")[: count - int(shares.sum())]:
-        shares[index] += 1
+    remaining = count - int(shares.sum())
+    largest_first = np.argsort(shares - exact, kind="stable")
+    shares[largest_first[:remaining]] += 1
     return [int(share) for share in shares]

@@ -1,13 +1,14 @@
-"""What will be trained on, before anything is: from recipe, tokenizer and rows alone, without the weights of the base.
+"""What will be trained on, before training: from recipe, tokenizer and rows alone, without the weights of the base.
 
-`inspect_data` reads it for `lowrank-tune data`; `report_rows` and `report_prompts` are the same of data that a run has
-loaded, for its `data.json`. Nothing is drawn here.
+`inspect_data` reads it for `lowrank-tune data`; `report_rows` and `report_prompts` return the same for data that a run
+has loaded, for its `data.json`. `ui.views.data` prints it.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
 
+from lowrank_tune.assembly import ONLINE_ALGORITHMS
 from lowrank_tune.assembly.rl import make_row_check
 from lowrank_tune.config import RecipeConfig
 from lowrank_tune.data import ChatTemplate, load, load_heldout_prompts
@@ -33,9 +34,10 @@ __all__ = [
 
 
 def inspect_data(recipe: RecipeConfig, emit: Emit, cache: Path | None = None) -> DataReport:
-    """Reads and tokenizes everything. Raises `UserError` only where there is nothing to show."""
+    """Reads and tokenizes all data of a recipe. Raises UserError only if there is nothing to report."""
     template = ChatTemplate.from_tokenizer(load_tokenizer(recipe.base), recipe.data.template_date)
     evaluation = recipe.evaluate
+    heldout = []
     if evaluation.eval_dataset:
         heldout = load_heldout_prompts(
             evaluation.eval_dataset,
@@ -43,9 +45,7 @@ def inspect_data(recipe: RecipeConfig, emit: Emit, cache: Path | None = None) ->
             recipe.seed,
             recipe.data.system_prompt,
         )
-    else:
-        heldout = []
-    if recipe.algorithm in ("grpo", "ppo"):
+    if recipe.algorithm in ONLINE_ALGORITHMS:
         dataset = load_prompts(
             recipe.data,
             template,
@@ -56,9 +56,13 @@ def inspect_data(recipe: RecipeConfig, emit: Emit, cache: Path | None = None) ->
             unusable=make_row_check(recipe),
         )
         return report_prompts(recipe, dataset, template, heldout)
-    return report_rows(
-        recipe,
-        load(recipe.data, template, recipe.seed, emit, cache, raise_on_invalid=False, pairs=recipe.uses_pairs),
+    splits = load(
+        recipe.data,
         template,
-        heldout,
+        recipe.seed,
+        emit,
+        cache,
+        raise_on_invalid=False,
+        pairs=recipe.uses_pairs,
     )
+    return report_rows(recipe, splits, template, heldout)

@@ -1,22 +1,25 @@
-"""What rows, pairs and prompts are looked at for alike."""
+"""What the reports of rows, of pairs and of prompts share."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from lowrank_tune.config import RecipeConfig, SourceConfig
-from lowrank_tune.data import ChatTemplate, InvalidRow, Prompt, Report
-from lowrank_tune.data.report import EXAMPLES, SourceReport
-from lowrank_tune.data_report.report import DataIssue, Lengths
+from lowrank_tune.data import BatchSampler, ChatTemplate, InvalidRow, Prompt, Report
+from lowrank_tune.data.report import EXAMPLES, DroppedRows, SourceReport
+from lowrank_tune.data_report.report import DataIssue, Epoch, Lengths, MixturePart
 from lowrank_tune.errors import UserError
 
+LEAKAGE = "asking a held-out question"
 LEAKAGE_NOTE = "kept; held-out answers flatter"
-BINS = 12  # of the histogram of lengths, about
+BINS = 12
+"""Bins of the histogram of lengths, about."""
 SHOWN_ROWS = 3
 SHOWN_CHARACTERS = 1600
 TOO_LONG = ("longer than data.max_length", "longer than data.max_prompt_length")
@@ -39,7 +42,7 @@ NO_TARGET = (
 
 
 def weighted_by(sources: Sequence[SourceConfig], unit: str = "row") -> str:
-    """What decides the mixture, in words."""
+    """Returns what determines the mixture, in words."""
     if len(sources) == 1:
         return "one source"
     if sources[0].weight is not None:
@@ -47,88 +50,172 @@ def weighted_by(sources: Sequence[SourceConfig], unit: str = "row") -> str:
     return f"{unit} counts: no source has a weight"
 
 
+@dataclass(frozen=True)
+class Units:
+    """The units that are trained on: the source of each, its tokens and its trained tokens, (N,)."""
+
+    source_of: NDArray[np.int32]
+    tokens: NDArray[np.int64]
+    trained: NDArray[np.int64]
+
+    def __len__(self) -> int:
+        return len(self.source_of)
+
+    def subset(self, indices: NDArray[np.int64]) -> Units:
+        """Returns these units, with repetitions."""
+        return Units(self.source_of[indices], self.tokens[indices], self.trained[indices])
+
+    def sum_by_source(self, values: NDArray[np.int64], num_sources: int) -> list[int]:
+        """Returns the sum of a value of the units, by source."""
+        sums = np.bincount(self.source_of, weights=values, minlength=num_sources)
+        return [int(value) for value in sums]
+
+
+def can_be_drawn(units: Units, weights: Sequence[float | None]) -> bool:
+    """Returns whether there are units, and some of each source that has a weight."""
+    num_sources = len(np.unique(units.source_of))
+    return num_sources > 0 and (weights[0] is None or num_sources == len(weights))
+
+
+def mixture_of(
+    recipe: RecipeConfig,
+    reports: Sequence[SourceReport],
+    units: Units,
+    sampler: BatchSampler | None,
+) -> tuple[tuple[MixturePart, ...], Epoch]:
+    """Returns the parts of the mixture, and the first epoch as training will draw it; nothing is drawn without a
+    sampler."""
+    drawn = np.zeros(0, np.int64)
+    steps = 0
+    all_steps = 0
+    if sampler is not None:
+        steps = sampler.steps_per_epoch
+        drawn = np.concatenate([np.array(sampler.rows(step)) for step in range(steps)])
+        all_steps = recipe.train.max_steps or sampler.steps_of(recipe.train.num_train_epochs or 1.0)
+    epoch = units.subset(drawn)
+    counts = np.bincount(units.source_of, minlength=len(reports)).tolist()
+    tokens = units.sum_by_source(units.tokens, len(reports))
+    trained = units.sum_by_source(units.trained, len(reports))
+    drawn_tokens = epoch.sum_by_source(epoch.tokens, len(reports))
+    drawn_trained = epoch.sum_by_source(epoch.trained, len(reports))
+    parts = []
+    for index, report in enumerate(reports):
+        weight = recipe.data.train[index].weight
+        if weight is None:
+            weight = counts[index] / max(1, len(units))
+        part = MixturePart(
+            report.name,
+            report.format,
+            report.read,
+            report.used,
+            report.ground_truths,
+            counts[index],
+            tokens[index],
+            trained[index],
+            weight,
+            drawn_tokens[index],
+            drawn_trained[index],
+        )
+        parts.append(part)
+    return tuple(parts), Epoch(len(epoch), sum(drawn_tokens), sum(drawn_trained), steps, all_steps)
+
+
 def lengths_of(lengths: NDArray[np.int64], report: Report, max_length: int) -> Lengths:
-    """The histogram of lengths in tokens, with what did not fit the limit."""
+    """Returns the histogram of lengths in tokens, and how many rows exceed the limit."""
     sources = (*report.train, *report.validation)
-    left_out = sum(
-        drop.count for source in sources for reason, drop in source.dropped.items() if reason.startswith(TOO_LONG)
-    )
-    over = left_out + sum(source.truncated for source in sources)
-    longest = max([source.longest for source in sources], default=0)
+    num_over = 0
+    for source in sources:
+        num_over += source.truncated
+        for reason, dropped in source.dropped.items():
+            if reason.startswith(TOO_LONG):
+                num_over += dropped.count
+    longest = max((source.longest for source in sources), default=0)
     if not len(lengths):
-        return Lengths(max_length, (0,), (), 0, 0, longest, over)
-    width = _round_bin_width(int(lengths.max()) / BINS)
-    edges = np.arange(0, int(lengths.max()) + width, width)
-    counts, _ = np.histogram(lengths - 0.5, edges)  # a row on an edge belongs to the bin that ends there
+        return Lengths(max_length, (0,), (), 0, 0, longest, num_over)
+    maximum = int(lengths.max())
+    width = _round_bin_width(maximum / BINS)
+    edges = np.arange(0, maximum + width, width)
+    # A length on an edge belongs to the bin that ends there.
+    counts, _ = np.histogram(lengths - 0.5, edges)
     median, p95 = np.percentile(lengths, (50, 95))
     return Lengths(
         max_length,
-        tuple(map(int, edges)),
-        tuple(map(int, counts)),
+        tuple(edges.tolist()),
+        tuple(counts.tolist()),
         round(median),
         round(p95),
         longest,
-        over,
+        num_over,
     )
 
 
 def _round_bin_width(width: float) -> int:
-    """The next of 1, 2, 5, 10, 20, 50, ..."""
+    """Returns the next of 1, 2, 5, 10, 20, 50, ..."""
     power: int = 10 ** math.floor(math.log10(max(1.0, width)))
     return next(step * power for step in (1, 2, 5, 10) if step * power >= width)
 
 
 def dropped_rows(sources: Sequence[SourceReport], always: Sequence[str]) -> list[DataIssue]:
-    """One entry a reason, most frequent first; what is `always` told stands there even where no row is."""
-    counts: dict[str, list[Any]] = {}
+    """Returns one issue for each reason, most frequent first. Those that begin with the words of `always` are there
+    even without a row."""
+    by_kind: dict[str, DroppedRows] = {}
     for source in sources:
-        for reason, drop in source.dropped.items():
-            entry = counts.setdefault(_issue_kind(reason, "without a target" in always), [0, []])
-            entry[0] += drop.count
-            entry[1] += drop.locations
+        for reason, dropped in source.dropped.items():
+            kind = _issue_kind(reason, "without a target" in always)
+            total = by_kind.setdefault(kind, DroppedRows())
+            total.count += dropped.count
+            total.locations += dropped.locations
     for kind in always:
-        if not any(entry.startswith(kind) for entry in counts):
-            counts[kind] = [0, []]
-    ranked = sorted(counts.items(), key=lambda item: -item[1][0])
-    return [DataIssue(kind, count, "dropped", tuple(locations[:EXAMPLES])) for kind, (count, locations) in ranked]
+        if not any(known.startswith(kind) for known in by_kind):
+            by_kind[kind] = DroppedRows()
+    most_first = sorted(by_kind.items(), key=lambda item: -item[1].count)
+    return [DataIssue(kind, total.count, "dropped", first_few(total.locations)) for kind, total in most_first]
 
 
-def _issue_kind(reason: str, targets: bool) -> str:
+def first_few(locations: Iterable[str]) -> tuple[str, ...]:
+    """Returns the locations that an issue lists."""
+    return tuple(locations)[:EXAMPLES]
+
+
+def _issue_kind(reason: str, has_targets: bool) -> str:
     if reason.startswith(TOO_LONG):
         return f"too long: {reason}"
-    if targets and reason.startswith(NO_TARGET):
+    if has_targets and reason.startswith(NO_TARGET):
         return f"without a target: {reason}"
     return reason
 
 
 def heldout_ids(heldout: Sequence[Prompt], template: ChatTemplate) -> set[tuple[int, ...]]:
-    """The held-out questions as the base reads them."""
+    """Returns the ids of the held-out prompts, without those that the template cannot render."""
     prompt_ids: set[tuple[int, ...]] = set()
     for prompt in heldout:
         try:
             prompt_ids.add(tuple(template.prompt(prompt.messages)))
         except (UserError, InvalidRow):
-            continue  # it will not be asked either
+            continue
     return prompt_ids
 
 
 def example_rows(source_of: NDArray[Any]) -> list[int]:
-    """The first of each source, then those that follow in the first one."""
-    firsts = np.unique(source_of, return_index=True)[1]
-    return list(dict.fromkeys([*map(int, firsts), *range(min(len(source_of), SHOWN_ROWS))]))[:SHOWN_ROWS]
+    """Returns the first unit of each source, then those that follow in the first source."""
+    _, firsts = np.unique(source_of, return_index=True)
+    following = range(min(len(source_of), SHOWN_ROWS))
+    unique = dict.fromkeys([*firsts.tolist(), *following])
+    return list(unique)[:SHOWN_ROWS]
 
 
 def truncate_middle(text: str, limit: int) -> str:
-    """Beginning and end of a long text."""
+    """Returns the beginning and the end of a long text."""
     if len(text) <= limit:
         return text
     return text[: limit // 2] + " [...] " + text[-limit // 2 :]
 
 
 def invalid_sources(report: Report, recipe: RecipeConfig) -> list[str]:
-    """Sources of which too many rows cannot be used, a sentence each."""
-    return [
-        fault
-        for source in (*report.train, *report.validation)
-        if (fault := source.fault(recipe.data.max_invalid_fraction))
-    ]
+    """Returns one sentence for each source of which too many rows cannot be used."""
+    faults = []
+    for source in (*report.train, *report.validation):
+        fault = source.fault(recipe.data.max_invalid_fraction)
+        if fault is not None:
+            faults.append(fault)
+    return faults

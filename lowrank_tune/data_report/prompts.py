@@ -1,4 +1,4 @@
-"""The picture of prompts that completions are drawn for."""
+"""The report of prompts that completions are generated for."""
 
 from __future__ import annotations
 
@@ -9,15 +9,19 @@ import numpy as np
 from lowrank_tune.config import RecipeConfig
 from lowrank_tune.data import ChatTemplate, Prompt
 from lowrank_tune.data.prompts import PromptDataset, make_prompt_sampler
-from lowrank_tune.data.report import EXAMPLES
 from lowrank_tune.data_report.common import (
+    LEAKAGE,
     LEAKAGE_NOTE,
     SHOWN_CHARACTERS,
+    Units,
+    can_be_drawn,
     dropped_rows,
     example_rows,
+    first_few,
     heldout_ids,
     invalid_sources,
     lengths_of,
+    mixture_of,
     truncate_middle,
     weighted_by,
 )
@@ -30,8 +34,8 @@ def report_prompts(
     template: ChatTemplate,
     heldout: Sequence[Prompt] = (),
 ) -> DataReport:
-    """The picture of the prompts that completions are drawn for."""
-    parts, epoch = _prompt_mixture(recipe, dataset)
+    """Returns the report of loaded prompts."""
+    parts, epoch = _mixture(recipe, dataset)
     rollout = recipe.rollout
     return DataReport(
         report=dataset.report,
@@ -39,10 +43,10 @@ def report_prompts(
         weighted_by=weighted_by(recipe.data.train, "prompt"),
         parts=parts,
         lengths=lengths_of(dataset.lengths, dataset.report, recipe.data.max_prompt_length),
-        issues=tuple(_prompt_issues(dataset, template, heldout)),
+        issues=tuple(_issues(dataset, template, heldout)),
         ends=None,
         epoch=epoch,
-        examples=tuple(_prompt_examples(dataset, template)),
+        examples=tuple(_examples(dataset, template)),
         faults=tuple(invalid_sources(dataset.report, recipe)),
         completions=(
             f"{rollout.num_generations:,} completions of each prompt, of up to {rollout.max_new_tokens:,} tokens"
@@ -50,86 +54,53 @@ def report_prompts(
     )
 
 
-def _prompt_mixture(recipe: RecipeConfig, dataset: PromptDataset) -> tuple[tuple[MixturePart, ...], Epoch]:
-    """The same of prompts."""
-    weights = [source.weight for source in recipe.data.train]
-    total = max(1, len(dataset))
-    drawn = np.zeros(0, np.int64)
-    steps = 0
-    all_steps = 0
-    if len(dataset) and (weights[0] is None or all(report.used for report in dataset.report.train)):
+def _mixture(recipe: RecipeConfig, dataset: PromptDataset) -> tuple[tuple[MixturePart, ...], Epoch]:
+    """Returns the mixture of prompts, of which no token is trained."""
+    units = Units(dataset.source_of, dataset.lengths, np.zeros_like(dataset.lengths))
+    sampler = None
+    if can_be_drawn(units, [source.weight for source in recipe.data.train]):
         sampler = make_prompt_sampler(dataset, recipe.data, recipe.train, recipe.seed)
-        drawn = np.concatenate([sampler.rows(step) for step in range(sampler.steps_per_epoch)])
-        steps = sampler.steps_per_epoch
-        all_steps = recipe.train.max_steps or sampler.steps_of(recipe.train.num_train_epochs or 1.0)
-    tokens = np.bincount(dataset.source_of[drawn], weights=dataset.lengths[drawn], minlength=len(weights))
-    parts = tuple(
-        MixturePart(
-            report.name,
-            report.format,
-            report.read,
-            report.used,
-            report.ground_truths,
-            report.used,
-            report.tokens,
-            0,
-            report.used / total if weight is None else weight,
-            int(tokens[number]),
-            0,
-        )
-        for number, (report, weight) in enumerate(zip(dataset.report.train, weights, strict=True))
-    )
-    return parts, Epoch(len(drawn), int(tokens.sum()), 0, steps, all_steps)
+    return mixture_of(recipe, dataset.report.train, units, sampler)
 
 
-def _prompt_issues(dataset: PromptDataset, template: ChatTemplate, heldout: Sequence[Prompt]) -> list[DataIssue]:
-    """The same of prompts. One that repeats an earlier prompt is drawn for more often than others."""
-    unanswered = [index for index, example in enumerate(dataset.examples) if example.ground_truth is None]
+def _issues(dataset: PromptDataset, template: ChatTemplate, heldout: Sequence[Prompt]) -> list[DataIssue]:
+    """Returns every kind of issue, even if no prompt has it."""
+    unanswered: list[int] = []
+    repeated: list[int] = []
+    leaked: list[int] = []
     seen: set[tuple[int, ...]] = set()
-    repeated = []
-    leaked = []
     known_ids = heldout_ids(heldout, template)
-    for index, ids in enumerate(tuple(example.input_ids) for example in dataset.examples):
-        repeated += [index] * (ids in seen)
-        leaked += [index] * (ids in known_ids)
+    for index, example in enumerate(dataset.examples):
+        ids = tuple(example.input_ids)
+        if example.ground_truth is None:
+            unanswered.append(index)
+        if ids in seen:
+            repeated.append(index)
+        if ids in known_ids:
+            leaked.append(index)
         seen.add(ids)
-    issues = [
-        *dropped_rows(dataset.report.train, ("too long",)),
-        DataIssue("without a gold answer", len(unanswered), "kept", _prompt_locations(dataset, unanswered)),
-        DataIssue(
-            "repeating an earlier prompt",
-            len(repeated),
-            "kept; drawn for as often as it stands there",
-            _prompt_locations(dataset, repeated),
-        ),
-    ]
+    issues = dropped_rows(dataset.report.train, ("too long",))
+    issues.append(_issue(dataset, "without a gold answer", unanswered, "kept"))
+    issues.append(
+        _issue(dataset, "repeating an earlier prompt", repeated, "kept; drawn for as often as it stands there")
+    )
     if heldout:
-        return [
-            *issues,
-            DataIssue("asking a held-out question", len(leaked), LEAKAGE_NOTE, _prompt_locations(dataset, leaked)),
-        ]
+        issues.append(_issue(dataset, LEAKAGE, leaked, LEAKAGE_NOTE))
     return issues
 
 
-def _prompt_locations(dataset: PromptDataset, numbers: Sequence[int]) -> tuple[str, ...]:
-    return tuple(str(dataset.locations[number]) for number in numbers[:EXAMPLES])
+def _issue(dataset: PromptDataset, description: str, indices: Sequence[int], done: str) -> DataIssue:
+    locations = first_few(str(dataset.locations[index]) for index in indices)
+    return DataIssue(description, len(indices), done, locations)
 
 
-def _prompt_examples(dataset: PromptDataset, template: ChatTemplate) -> list[Example]:
-    """The same of prompts, with their gold answers."""
-    shown = [(str(dataset.locations[number]), dataset.examples[number]) for number in example_rows(dataset.source_of)]
-    return [
-        Example(
-            location,
-            len(example.input_ids),
-            0,
-            (
-                (
-                    False,
-                    truncate_middle(template.decode(list(example.input_ids), special_tokens=True), SHOWN_CHARACTERS),
-                ),
-            ),
-            example.ground_truth,
-        )
-        for location, example in shown
-    ]
+def _examples(dataset: PromptDataset, template: ChatTemplate) -> list[Example]:
+    """Returns some prompts with their gold answers."""
+    examples = []
+    for index in example_rows(dataset.source_of):
+        prompt = dataset.examples[index]
+        text = template.decode(list(prompt.input_ids), special_tokens=True)
+        segment = (False, truncate_middle(text, SHOWN_CHARACTERS))
+        location = str(dataset.locations[index])
+        examples.append(Example(location, len(prompt.input_ids), 0, (segment,), prompt.ground_truth))
+    return examples

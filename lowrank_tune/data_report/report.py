@@ -1,4 +1,4 @@
-"""The whole picture of what will be trained on, as data."""
+"""The report of what will be trained on, as dataclasses."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from lowrank_tune.data import Report
-from lowrank_tune.data.pair_stats import PairBalance
+from lowrank_tune.data.stats import PairBalance
 
 
 @dataclass(frozen=True)
 class MixturePart:
-    """A source in the mixture: what lies in it, and what an epoch draws from it. `weight` is its share of the rows
+    """A source in the mixture: what it contains, and what an epoch draws from it. `weight` is its share of the rows
     drawn.
 
-    With preferences a row is a pair, and its tokens are those of both sides. Where completions are drawn a row is a
+    With preferences a row is a pair, and its tokens are those of both sides. If completions are generated a row is a
     prompt.
     """
 
@@ -34,7 +34,7 @@ class MixturePart:
 
 @dataclass(frozen=True)
 class DataIssue:
-    """One thing that is wrong with some rows: how many, what is done with them, and where the first few stand."""
+    """A fault of some rows: how many, what is done with them, and the locations of the first few."""
 
     description: str
     count: int
@@ -44,8 +44,8 @@ class DataIssue:
 
 @dataclass(frozen=True)
 class Lengths:
-    """Rows by length in tokens: `counts[i]` rows have between `edges[i]` + 1 and `edges[i + 1]` tokens. `over` did not
-    fit the limit.
+    """Rows by length in tokens: `counts[i]` rows have between `edges[i]` + 1 and `edges[i + 1]` tokens. `over` rows
+    exceed the limit.
 
     Each side of a pair counts as a row of its own; `over` counts pairs.
     """
@@ -61,8 +61,8 @@ class Lengths:
 
 @dataclass(frozen=True)
 class EosStats:
-    """Is the end token trained? `tokens` names each with how often it is; `rows` of all rows have every answer closed
-    by one."""
+    """Whether an end token is trained. `tokens` counts each by its text; in `rows` of `total` rows every answer ends
+    with one."""
 
     trained: bool
     tokens: Mapping[str, int]
@@ -72,7 +72,7 @@ class EosStats:
 
 @dataclass(frozen=True)
 class Epoch:
-    """What one pass over the mixture has, and the steps that follow."""
+    """One pass over the mixture, and the steps of the run (`all_steps`)."""
 
     rows: int
     tokens: int
@@ -89,10 +89,10 @@ class Epoch:
 
 @dataclass(frozen=True)
 class Example:
-    """A row as the model will read it: stretches of text, each with whether it is trained. The sides of a pair follow
+    """A row as the model will read it: segments of text, each with whether it is trained. The rows of a pair follow
     each other.
 
-    Of a prompt that completions are drawn for, `ground_truth` is the gold answer, where it has one.
+    `ground_truth` is the gold answer of a prompt that completions are generated for, if it has one.
     """
 
     location: str
@@ -104,10 +104,11 @@ class Example:
 
 @dataclass(frozen=True)
 class DataReport:
-    """The whole picture. `faults`: sentences that say why training must not begin; none where it may. `sides`: only of
+    """The whole report. `faults`: why training must not begin, in sentences; empty if it may. `sides`: only for
     preferences.
 
-    Where completions are drawn nothing says how an answer ends: `ends` is None, and `completions` says what is drawn.
+    If completions are generated, the data do not determine how an answer ends: `ends` is None, and `completions`
+    describes what is generated.
     """
 
     report: Report
@@ -124,5 +125,7 @@ class DataReport:
     completions: str = ""
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON: the report's own keys, and the picture beside them."""
-        return {**self.report.to_dict(), **{name: value for name, value in asdict(self).items() if name != "report"}}
+        """Returns the report as JSON: the keys of `report`, and the other fields beside them."""
+        fields = asdict(self)
+        del fields["report"]
+        return {**self.report.to_dict(), **fields}

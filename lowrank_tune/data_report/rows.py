@@ -1,4 +1,4 @@
-"""The picture of rows and of pairs."""
+"""The report of rows and of pairs."""
 
 from __future__ import annotations
 
@@ -18,21 +18,30 @@ from lowrank_tune.data import (
     TokenStats,
     compute_token_stats,
 )
-from lowrank_tune.data.pair_stats import contradictory_pairs, pair_balance
 from lowrank_tune.data.preference_pairs import EQUAL_ANSWERS
 from lowrank_tune.data.report import EXAMPLES
+from lowrank_tune.data.stats import contradictory_pairs, pair_balance
 from lowrank_tune.data_report.common import (
+    LEAKAGE,
     LEAKAGE_NOTE,
     SHOWN_CHARACTERS,
+    Units,
+    can_be_drawn,
     dropped_rows,
     example_rows,
+    first_few,
     heldout_ids,
     invalid_sources,
     lengths_of,
+    mixture_of,
     truncate_middle,
     weighted_by,
 )
 from lowrank_tune.data_report.report import DataIssue, DataReport, EosStats, Epoch, Example, MixturePart
+
+MIN_SHOWN_CHARACTERS = 200
+"""Characters that are shown of a segment at least, after others used up `SHOWN_CHARACTERS`."""
+NO_EOS = "no end token is trained: the model would never learn to stop; the chat template closes no answer with one"
 
 
 def report_rows(
@@ -41,81 +50,51 @@ def report_rows(
     template: ChatTemplate,
     heldout: Sequence[Prompt] = (),
 ) -> DataReport:
-    """The picture of loaded data."""
+    """Returns the report of loaded rows."""
     stats = compute_token_stats(data.train, template.end_ids)
     eos_stats = _eos_stats(stats, template, data.train.rows_per_unit)
     parts, epoch = _mixture(recipe, data, stats)
-    lengths = lengths_of(_all_lengths(data), data.report, recipe.data.max_length)
+    faults = invalid_sources(data.report, recipe)
+    if data.report.train_rows and not eos_stats.trained:
+        faults.append(NO_EOS)
     return DataReport(
         report=data.report,
         template=template.describe(),
         weighted_by=weighted_by(recipe.data.train),
         parts=parts,
-        lengths=lengths,
+        lengths=lengths_of(_all_lengths(data), data.report, recipe.data.max_length),
         issues=tuple(_issues(data, stats, template, heldout)),
         ends=eos_stats,
         epoch=epoch,
         examples=tuple(_examples(data.train, template)),
-        faults=tuple(_fatal_problems(recipe, data, eos_stats)),
-        sides=pair_balance(data.train, stats) if data.train.rows_per_unit > 1 else None,
+        faults=tuple(faults),
+        sides=pair_balance(data.train, stats) if _has_pairs(data.train) else None,
     )
 
 
-def _mixture(recipe: RecipeConfig, data: TokenizedSplits, stats: TokenStats) -> tuple[tuple[MixturePart, ...], Epoch]:
-    """The parts, and the first epoch exactly as the loop will draw it."""
+def _has_pairs(rows: TokenizedDataset) -> bool:
+    return rows.rows_per_unit > 1
+
+
+def _mixture(
+    recipe: RecipeConfig,
+    data: TokenizedSplits,
+    stats: TokenStats,
+) -> tuple[tuple[MixturePart, ...], Epoch]:
     train = data.train
-    sources = data.report.train
-    epoch = _sample_epoch(recipe, train)
-    rows = epoch[0] if epoch else np.zeros(0, np.int64)
-    lengths = train.unit_lengths
-    trained_of = stats.trained.reshape(-1, train.rows_per_unit).sum(axis=1)
-    source_of = train.unit_source_of[rows]
-
-    def sums(values: NDArray[np.int64], of: NDArray[Any]) -> list[int]:
-        return [int(value) for value in np.bincount(of, weights=values, minlength=len(sources))]
-
-    inside = zip(
-        *(sums(values, train.unit_source_of) for values in (np.ones(train.units, np.int64), lengths, trained_of)),
-        strict=True,
-    )
-    in_epoch = zip(sums(lengths[rows], source_of), sums(trained_of[rows], source_of), strict=True)
+    trained = stats.trained.reshape(-1, train.rows_per_unit).sum(axis=1)
+    units = Units(train.unit_source_of, train.unit_lengths, trained)
     weights = [source.weight for source in recipe.data.train]
-    parts = tuple(
-        MixturePart(
-            report.name,
-            report.format,
-            report.read,
-            report.used,
-            report.ground_truths,
-            count,
-            tokens,
-            trained,
-            count / max(1, train.units) if weight is None else weight,
-            *drawn,
-        )
-        for report, weight, (count, tokens, trained), drawn in zip(sources, weights, inside, in_epoch, strict=True)
-    )
-    steps, all_steps = epoch[1:] if epoch else (0, 0)
-    return parts, Epoch(len(rows), int(lengths[rows].sum()), int(trained_of[rows].sum()), steps, all_steps)
-
-
-def _sample_epoch(recipe: RecipeConfig, train: TokenizedDataset) -> tuple[NDArray[np.int64], int, int] | None:
-    """Rows (or pairs) and steps of the first epoch, and the steps of the run; None where the mixture cannot be
-    drawn."""
-    weights = [source.weight for source in recipe.data.train]
-    if not len(train) or (weights[0] is not None and len(np.unique(train.source_of)) < len(weights)):
-        return None
-    sampler = BatchSampler(train.unit_lengths, train.unit_source_of, weights, recipe.train, recipe.seed)
-    rows = np.concatenate([np.array(sampler.rows(step)) for step in range(sampler.steps_per_epoch)])
-    return (
-        rows,
-        sampler.steps_per_epoch,
-        recipe.train.max_steps or sampler.steps_of(recipe.train.num_train_epochs or 1.0),
-    )
+    sampler = None
+    if can_be_drawn(units, weights):
+        sampler = BatchSampler(train.unit_lengths, train.unit_source_of, weights, recipe.train, recipe.seed)
+    return mixture_of(recipe, data.report.train, units, sampler)
 
 
 def _all_lengths(data: TokenizedSplits) -> NDArray[np.int64]:
-    return np.concatenate([data.train.lengths, *([data.validation.lengths] if data.validation is not None else [])])
+    if data.validation is None:
+        return data.train.lengths
+    return np.concatenate([data.train.lengths, data.validation.lengths])
 
 
 def _issues(
@@ -124,78 +103,81 @@ def _issues(
     template: ChatTemplate,
     heldout: Sequence[Prompt],
 ) -> list[DataIssue]:
-    """All that is looked for, found or not: that nothing was found is also news."""
+    """Returns every kind of issue, even if no row has it."""
+    has_pairs = _has_pairs(data.train)
     sources = (*data.report.train, *data.report.validation)
-    truncated = tuple(location for source in sources for location in source.truncated_locations)[:EXAMPLES]
+    kinds = ["too long", "without a target"]
+    truncated = "too long, shortened to whole turns"
+    if has_pairs:
+        kinds.append(EQUAL_ANSWERS)
+        truncated = "too long, without the oldest turns of the prompt"
+    truncated_locations = first_few(location for source in sources for location in source.truncated_locations)
+    num_truncated = sum(source.truncated for source in sources)
     unended = _units(np.flatnonzero(stats.unended), data.train)
-    issues = [
-        *dropped_rows(
-            sources, ("too long", "without a target", *([EQUAL_ANSWERS] if data.train.rows_per_unit > 1 else []))
-        ),
-        DataIssue(
-            "too long, without the oldest turns of the prompt"
-            if data.train.rows_per_unit > 1
-            else "too long, shortened to whole turns",
-            sum(source.truncated for source in sources),
-            "kept, shortened",
-            truncated,
-        ),
-        DataIssue("without an end token behind an answer", len(unended), "kept", _locations(data.train, unended)),
-        _duplicates(data),
-        *([_contradictory_pairs(data)] if data.train.rows_per_unit > 1 else []),
-        DataIssue(
-            "in both splits",
-            data.report.shared,
-            "kept in both; the validation loss flatters",
-            _split_overlap(data),
-        ),
-    ]
+    unended_locations = _locations(data.train, unended)
+    issues = dropped_rows(sources, kinds)
+    issues.append(DataIssue(truncated, num_truncated, "kept, shortened", truncated_locations))
+    issues.append(DataIssue("without an end token behind an answer", len(unended), "kept", unended_locations))
+    issues.append(_duplicates(data))
+    if has_pairs:
+        issues.append(_contradictory_pairs(data))
+    issues.append(_split_overlap(data))
     if heldout:
-        return [*issues, _heldout_leakage(data.train, stats, template, heldout)]
+        issues.append(_heldout_leakage(data.train, stats, template, heldout))
     return issues
 
 
 def _locations(rows: TokenizedDataset, units: NDArray[Any]) -> tuple[str, ...]:
-    return tuple(rows.row_location(int(unit) * rows.rows_per_unit) for unit in units[:EXAMPLES])
+    """Returns the locations of the first few of these units."""
+    first_rows = (units[:EXAMPLES] * rows.rows_per_unit).tolist()
+    return tuple(rows.row_location(row) for row in first_rows)
 
 
 def _units(rows: NDArray[Any], store: TokenizedDataset) -> NDArray[Any]:
-    """The units that these rows belong to."""
+    """Returns the units that these rows belong to."""
     return np.unique(rows // store.rows_per_unit)
 
 
 def _duplicates(data: TokenizedSplits) -> DataIssue:
-    """Equal conversations among the rows of `data.train`: those set aside from them for validation count too."""
-    locations: tuple[str, ...] = ()
+    """Returns the equal conversations among the rows of `data.train`, with those held out for validation."""
+    locations: list[str] = []
     for rows in _train_splits(data):
-        order = np.argsort(rows.unit_hashes, kind="stable")
-        locations += _locations(rows, np.sort(order[1:][rows.unit_hashes[order][1:] == rows.unit_hashes[order][:-1]]))
-    return DataIssue(f"repeating an earlier {data.report.unit}", data.report.duplicates, "kept", locations[:EXAMPLES])
+        hashes = rows.unit_hashes
+        # Stable, so that of equal units the first one comes first.
+        order = np.argsort(hashes, kind="stable")
+        ordered = hashes[order]
+        repeats = order[1:][ordered[1:] == ordered[:-1]]
+        locations += _locations(rows, np.sort(repeats))
+    description = f"repeating an earlier {data.report.unit}"
+    return DataIssue(description, data.report.duplicates, "kept", first_few(locations))
 
 
 def _train_splits(data: TokenizedSplits) -> list[TokenizedDataset]:
-    """The parts of the rows of `data.train`: what is trained on, and what was set aside."""
-    parts = (data.train, None if data.report.validation else data.validation)
-    return [rows for rows in parts if rows is not None and len(rows)]
+    """Returns the parts of the rows of `data.train`: those trained on, and those held out."""
+    parts = [data.train]
+    if data.validation is not None and not data.report.validation:
+        parts.append(data.validation)
+    return [rows for rows in parts if len(rows)]
 
 
 def _contradictory_pairs(data: TokenizedSplits) -> DataIssue:
-    """Pairs that stand in the data the other way round too."""
+    """Returns the pairs that the data also contain with the answers exchanged."""
+    count = 0
+    locations: list[str] = []
     parts = _train_splits(data)
-    units_of = contradictory_pairs(parts)
-    locations = [location for rows, units in zip(parts, units_of, strict=True) for location in _locations(rows, units)]
-    return DataIssue(
-        "contradicting: the same answers also occur the other way round",
-        sum(map(len, units_of)),
-        "kept; together they teach nothing",
-        tuple(locations[:EXAMPLES]),
-    )
+    for rows, units in zip(parts, contradictory_pairs(parts), strict=True):
+        count += len(units)
+        locations += _locations(rows, units)
+    description = "contradicting: the same answers also occur the other way round"
+    return DataIssue(description, count, "kept; together they teach nothing", first_few(locations))
 
 
-def _split_overlap(data: TokenizedSplits) -> tuple[str, ...]:
-    if data.validation is None or not data.report.shared:
-        return ()
-    return _locations(data.validation, np.flatnonzero(np.isin(data.validation.unit_hashes, data.train.unit_hashes)))
+def _split_overlap(data: TokenizedSplits) -> DataIssue:
+    locations: tuple[str, ...] = ()
+    if data.validation is not None and data.report.shared:
+        is_shared = np.isin(data.validation.unit_hashes, data.train.unit_hashes)
+        locations = _locations(data.validation, np.flatnonzero(is_shared))
+    return DataIssue("in both splits", data.report.shared, "kept in both; the validation loss flatters", locations)
 
 
 def _heldout_leakage(
@@ -204,56 +186,50 @@ def _heldout_leakage(
     template: ChatTemplate,
     heldout: Sequence[Prompt],
 ) -> DataIssue:
-    """Training rows that begin with a held-out question: its answer was seen."""
+    """Returns the training rows that begin with a held-out question, so that the model may see its answer."""
     prompt_ids = heldout_ids(heldout, template)
-    # Rows whose prompt is as long as one of these, before any is looked at; both sides of a pair have the same.
-    likely = np.flatnonzero(np.isin(stats.prompt, list({len(ids) for ids in prompt_ids})))
-    matching = [row for row in likely if tuple(map(int, rows[int(row)].input_ids[: stats.prompt[row]])) in prompt_ids]
+    # Only rows whose prompt has the length of a held-out one are read; both rows of a pair have the same prompt.
+    lengths = {len(ids) for ids in prompt_ids}
+    candidates = np.flatnonzero(np.isin(stats.prompt, list(lengths)))
+    matching = []
+    for row in candidates.tolist():
+        ids = rows[row].input_ids[: stats.prompt[row]]
+        if tuple(map(int, ids)) in prompt_ids:
+            matching.append(row)
     leaked = _units(np.array(matching, dtype=np.int64), rows)
-    return DataIssue("asking a held-out question", len(leaked), LEAKAGE_NOTE, _locations(rows, leaked))
+    return DataIssue(LEAKAGE, len(leaked), LEAKAGE_NOTE, _locations(rows, leaked))
 
 
 def _eos_stats(stats: TokenStats, template: ChatTemplate, rows_per_unit: int) -> EosStats:
     unended = stats.unended.reshape(-1, rows_per_unit).sum(axis=1)
-    tokens = {template.decode([token], special_tokens=True): count for token, count in sorted(stats.eos_counts.items())}
-    return EosStats(bool(stats.eos_counts), tokens, int((unended == 0).sum()), len(unended))
+    tokens: dict[str, int] = {}
+    for token_id, count in sorted(stats.eos_counts.items()):
+        tokens[template.decode([token_id], special_tokens=True)] = count
+    return EosStats(bool(tokens), tokens, int((unended == 0).sum()), len(unended))
 
 
 def _examples(rows: TokenizedDataset, template: ChatTemplate) -> list[Example]:
-    """The first row or pair of each source, then those that follow in the first one."""
-    names = ("",) if rows.rows_per_unit == 1 else (", chosen", ", rejected")
-    return [
-        Example(
-            rows.row_location(row) + name,
-            int(rows.lengths[row]),
-            rows.num_trained_tokens(row),
-            _segments(rows, row, template),
-        )
-        for unit in example_rows(rows.unit_source_of)
-        for row, name in enumerate(names, start=unit * rows.rows_per_unit)
-    ]
+    """Returns the first row or pair of each source, then those that follow in the first source."""
+    notes = (", chosen", ", rejected") if _has_pairs(rows) else ("",)
+    examples = []
+    for unit in example_rows(rows.unit_source_of):
+        for row, note in enumerate(notes, start=unit * rows.rows_per_unit):
+            location = rows.row_location(row) + note
+            segments = _segments(rows, row, template)
+            examples.append(Example(location, int(rows.lengths[row]), rows.num_trained_tokens(row), segments))
+    return examples
 
 
-def _segments(rows: TokenizedDataset, number: int, template: ChatTemplate) -> tuple[tuple[bool, str], ...]:
-    row = rows[number]
-    left = SHOWN_CHARACTERS
-    edges = [
-        0,
-        *(int(edge) + 1 for edge in np.flatnonzero(np.diff(np.asarray(row.completion_mask, dtype=np.int8)))),
-        len(row.input_ids),
-    ]
+def _segments(rows: TokenizedDataset, index: int, template: ChatTemplate) -> tuple[tuple[bool, str], ...]:
+    """Returns the text of a row in stretches that are trained as a whole or not at all."""
+    row = rows[index]
+    mask = np.asarray(row.completion_mask, dtype=np.int8)
+    changes = np.flatnonzero(np.diff(mask)) + 1
+    edges = [0, *changes.tolist(), len(mask)]
     segments: list[tuple[bool, str]] = []
+    num_characters = SHOWN_CHARACTERS
     for start, end in zip(edges, edges[1:], strict=False):
         text = template.decode([int(token) for token in row.input_ids[start:end]], special_tokens=True)
-        segments.append((bool(row.completion_mask[start]), truncate_middle(text, left)))
-        left = max(200, left - len(text))
+        segments.append((bool(mask[start]), truncate_middle(text, num_characters)))
+        num_characters = max(MIN_SHOWN_CHARACTERS, num_characters - len(text))
     return tuple(segments)
-
-
-def _fatal_problems(recipe: RecipeConfig, data: TokenizedSplits, eos_stats: EosStats) -> list[str]:
-    faults = invalid_sources(data.report, recipe)
-    if data.report.train_rows and not eos_stats.trained:
-        faults.append(
-            "no end token is trained: the model would never learn to stop; the chat template closes no answer with one"
-        )
-    return faults

@@ -10,8 +10,9 @@ from typing import Any
 from lowrank_tune.batch import Row
 from lowrank_tune.config import RecipeConfig, SourceConfig
 from lowrank_tune.data import ChatTemplate, Conversation, InvalidRow, load, load_heldout_prompts, read_source
+from lowrank_tune.data.encode import conversation_of
 from lowrank_tune.data.load import Prompt
-from lowrank_tune.data.tokenize import conversation, format_of
+from lowrank_tune.data.tokenize import format_of
 from lowrank_tune.errors import UserError
 from lowrank_tune.events import Emit, LogMessage
 
@@ -85,7 +86,7 @@ def _reference(
     """The row whole; of a pair there is none here: what is better than something else need not be what should be
     said."""
     if format_name != "preference":
-        parsed = conversation(prompt.row, source, format_name, system)
+        parsed = conversation_of(prompt.row, source, format_name, system)
     else:
         parsed = None
     if not isinstance(parsed, Conversation):

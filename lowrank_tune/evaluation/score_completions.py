@@ -22,12 +22,12 @@ from lowrank_tune.assembly.rl import make_row_check
 from lowrank_tune.assembly.rope import select_rope
 from lowrank_tune.config import RecipeConfig, SourceConfig
 from lowrank_tune.data import ChatTemplate, Conversation, InvalidRow, detect_format, load_prompts, read_source
-from lowrank_tune.data.files import RawExample
+from lowrank_tune.data.encode import conversation_of
+from lowrank_tune.data.formats import RawRow
 from lowrank_tune.data.ground_truth import extract_answer
 from lowrank_tune.data.message import Message
 from lowrank_tune.data.preference_pairs import PROMPT_COLUMNS
 from lowrank_tune.data.report import DroppedRows
-from lowrank_tune.data.tokenize import conversation
 from lowrank_tune.errors import UserError
 from lowrank_tune.events import Emit, Progress
 from lowrank_tune.model.adapters import read_adapter
@@ -222,7 +222,7 @@ class ResponseReader:
             raise UserError(f"{file}: none of its rows can be scored: {reason} ({rows_dropped.locations[0]})")
         return responses
 
-    def _responses_of_row(self, raw: RawExample, source: SourceConfig, location: str) -> Iterator[ResponseItem]:
+    def _responses_of_row(self, raw: RawRow, source: SourceConfig, location: str) -> Iterator[ResponseItem]:
         """The responses of one row. Raises InvalidRow."""
         if not isinstance(raw, Mapping):
             raise InvalidRow("not an object with columns")
@@ -253,14 +253,14 @@ class ResponseReader:
                 ),
             )
 
-    def _conversation(self, row: RawExample, source: SourceConfig) -> Conversation:
+    def _conversation(self, row: RawRow, source: SourceConfig) -> Conversation:
         """What was asked, and the gold answer; of a row of no known shape what can be found."""
         shapes: list[str] = [source.format] if source.format != "auto" else []
         with suppress(UserError):  # no shape that data could have: it need not, for nothing is learned from it
             shapes.append(detect_format(row, source.columns, False))
         for shape in shapes:
             if shape != "preference":
-                parsed = conversation(row, source, shape, self.recipe.data.system_prompt, require_answer=False)
+                parsed = conversation_of(row, source, shape, self.recipe.data.system_prompt, require_answer=False)
             else:
                 parsed = None
             if isinstance(parsed, Conversation):

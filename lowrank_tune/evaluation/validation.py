@@ -14,7 +14,7 @@ from torch import Tensor
 from lowrank_tune.algorithms.base import Algorithm
 from lowrank_tune.batch import Batch
 from lowrank_tune.data import TokenizedDataset
-from lowrank_tune.data.batching import chunked
+from lowrank_tune.data.collate import chunked
 from lowrank_tune.events import Emit, Progress
 from lowrank_tune.functional import calibration_error, correlation, pair_accuracy, reliability_bins
 from lowrank_tune.model.roles import Roles

@@ -1,7 +1,7 @@
-"""Before anything of a run is loaded: files, columns, rewards, adapters, disk and memory of all its stages.
+"""Checks before anything of a run is loaded: files, columns, rewards, adapters, disk and memory of all its stages.
 
-Every fault is reported at once, with the line of its setting in the recipe. Of data only the first rows are read. What
-a later stage needs of an earlier one is only checked to be what that stage makes.
+All faults are reported at once, with the line of their settings in the recipe. Only the first rows of data are read. An
+adapter that a later stage needs of an earlier one is only checked to be the one that stage trains.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from lowrank_tune.training import trackers
 __all__ = ["check_before_loading"]
 
 Findings = dict[str, list[Finding]]
-"""By stage."""
+"""By the name of the stage."""
 
 
 def check_before_loading(
@@ -37,9 +37,9 @@ def check_before_loading(
     vram_gib: float | None,
     emit: Emit,
 ) -> Mapping[str, Mapping[str, Any]]:
-    """Checks a recipe, or the stages of a chain, that is to run in a folder, where those called `finished` have ended.
+    """Checks a recipe, or the stages of a chain, that is to run in a folder where the stages `finished` have ended.
 
-    Returns what `auto` stands for in `train`, by stage, on a GPU of `vram_gib`; without a GPU no memory is planned.
+    Returns the values of `auto` in `train`, by stage, on a GPU of `vram_gib`; without a GPU no memory is planned.
     Raises ConfigError with every fault.
     """
     stages = stages_of(loaded, folder, finished)
@@ -49,25 +49,34 @@ def check_before_loading(
         if not stage.is_finished:
             findings[stage.recipe.name] += _input_findings(stage, data, on_gpu=vram_gib is not None)
     model, base_findings = _read_base(stages[0].recipe.base, emit)
-    for found in findings.values():  # a chain has one base, and what is wrong with it is reported once
+    # A chain has one base. `locate` reports its faults once.
+    for found in findings.values():
         found += base_findings
     sound = _sound_stages(stages, model, findings)
     if sound and model is not None:
-        _extend(findings, disk_findings(sound, folder, model))
+        for name, found in disk_findings(sound, folder, model).items():
+            findings[name] += found
     changes: Mapping[str, Mapping[str, Any]] = {}
     if vram_gib is not None and not base_findings:
-        fit = check_fit(loaded, vram_gib, emit, skip=findings.keys() - _with_known_adapters(sound, emit))
+        skipped = findings.keys() - _with_known_adapters(sound, emit)
+        fit = check_fit(loaded, vram_gib, emit, skip=skipped)
         changes = fit.changes
-        _extend(findings, {name: [(("train",), message)] for name, message in fit.faults.items()})
-        _extend(findings, {name: list(findings_of(error, ("train",))) for name, error in fit.errors.items()})
-    if problems := locate(loaded, findings):
+        for name, message in fit.faults.items():
+            findings[name].append((("train",), message))
+        for name, error in fit.errors.items():
+            findings[name] += findings_of(error, ("train",))
+    problems = locate(loaded, findings)
+    if problems:
         raise ConfigError(problems)
     return changes
 
 
 def _with_known_adapters(stages: Sequence[PlannedStage], emit: Emit) -> set[str]:
-    """The stages whose memory can be planned. One that names the folder of an earlier stage as an adapter's, or
-    inherits such an adapter, is planned when that adapter is there, as its shape is read from its files."""
+    """Returns the stages whose memory can be planned.
+
+    If an adapter is the folder of an earlier stage, or inherited from a stage with such an adapter, its shape is read
+    from its files. So the stage is planned only when that adapter is written.
+    """
     known: set[str] = set()
     for stage in stages:
         by_path = (*stage.recipe.adapters, *sorted(stage.inherited))
@@ -81,13 +90,8 @@ def _with_known_adapters(stages: Sequence[PlannedStage], emit: Emit) -> set[str]
     return known
 
 
-def _extend(findings: Findings, more: Mapping[str, Sequence[Finding]]) -> None:
-    for name, found in more.items():
-        findings[name] += found
-
-
 def _input_findings(stage: PlannedStage, data: DataCheck, on_gpu: bool) -> Iterator[Finding]:
-    """What a stage reads or needs, but for its base and adapters."""
+    """Yields the faults of what a stage reads or needs, except its base and adapters."""
     yield from optimizer_findings(stage, on_gpu)
     try:
         trackers.check_installed(stage.recipe.train.trackers)
@@ -98,7 +102,7 @@ def _input_findings(stage: PlannedStage, data: DataCheck, on_gpu: bool) -> Itera
 
 
 def _read_base(base: BaseConfig, emit: Emit) -> tuple[Any, list[Finding]]:
-    """The base without weights, None where it cannot be had; and why."""
+    """Returns the base without weights, None if it cannot be built; and why."""
     try:
         return meta_model(base), []
     except UserError as error:
@@ -110,8 +114,8 @@ def _read_base(base: BaseConfig, emit: Emit) -> tuple[Any, list[Finding]]:
 
 
 def _sound_stages(stages: Sequence[PlannedStage], model: Any, findings: Findings) -> list[PlannedStage]:
-    """The stages that are to run and whose adapters can be stacked, so that their size can be computed.
-    Adds the findings of the others. A stage above a faulty one is not sound either."""
+    """Returns the stages that are to run and whose adapters can be stacked, so that their size can be computed.
+    Adds the findings of the others. A stage that stacks on a faulty one is not sound either."""
     sound: list[PlannedStage] = []
     is_sound = True
     for stage in stages:

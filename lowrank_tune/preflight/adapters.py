@@ -1,4 +1,4 @@
-"""Saved adapters: read as the run will read them, and stacked."""
+"""Saved adapters: read and stacked as in the run."""
 
 from __future__ import annotations
 
@@ -17,10 +17,15 @@ from lowrank_tune.preflight.stages import PlannedStage
 
 
 def adapter_findings(stage: PlannedStage) -> Iterator[Finding]:
-    """Adapters that are not there, are none, or lack what they were trained over. Of a stage that has ended only those
-    that later stages stack below theirs; those that an earlier stage names are its own findings."""
-    kept = frozen_adapters(stage.recipe)
-    names = [name for name, _ in stage.saved_adapters() if name in kept or not stage.is_finished]
+    """Yields the adapters that are missing, are not adapters, or lack the adapters they were trained over.
+
+    Of a finished stage only those are read that later stages stack below theirs. Faults of adapters that an earlier
+    stage names are findings of that stage.
+    """
+    names = [name for name, _ in stage.saved_adapters()]
+    if stage.is_finished:
+        kept = frozen_adapters(stage.recipe)
+        names = [name for name in names if name in kept]
     saved: dict[str, SavedAdapter] = {}
     for name in names:
         try:
@@ -37,11 +42,12 @@ def adapter_findings(stage: PlannedStage) -> Iterator[Finding]:
 
 
 def read_saved_adapter(stage: PlannedStage, name: str) -> SavedAdapter:
-    """Reads a saved adapter of a stage, or the one that an earlier stage trains on from; each once for all stages.
+    """Reads a saved adapter of a stage, or the one from which an earlier stage continues; each once for all stages.
     Raises UserError."""
-    path = str((stage.pending_adapter(name) or stage.complete.adapters[name]).path)
+    settings = stage.pending_adapter(name) or stage.complete.adapters[name]
+    path = str(settings.path)
     has_head = name == REWARD_ROLE or name in stage.complete.extra_adapters
-    key = Path(path).expanduser().resolve(), has_head
+    key = (Path(path).expanduser().resolve(), has_head)
     if key not in stage.loaded:
         stage.loaded[key] = read_adapter(path, f"adapters.{name}.path", head=has_head)
     return stage.loaded[key]
@@ -52,8 +58,9 @@ def _check_stack(stage: PlannedStage, saved: dict[str, SavedAdapter]) -> None:
     if any(adapter.frozen_adapters for adapter in saved.values()):
         check_adapter_lineage(recipe, saved, _ignore_event)
     if REWARD_ROLE in saved and recipe.trained_adapter != REWARD_ROLE:
-        reward_model_base(saved, [name for name in frozen_adapters(recipe) if name in saved])
+        frozen = [name for name in frozen_adapters(recipe) if name in saved]
+        reward_model_base(saved, frozen)
 
 
 def _ignore_event(event: Event) -> None:
-    """Drops the event. The run emits it again when it loads its adapters."""
+    """Does nothing. The run emits the event again when it loads its adapters."""

@@ -1,4 +1,4 @@
-"""The base by its configuration alone, and what a recipe requires of it."""
+"""The base, built from its configuration alone, and what a recipe requires of it."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from lowrank_tune.preflight.stages import PlannedStage
 
 
 def meta_model(base: BaseConfig) -> Any:
-    """The base without weights. Raises UserError as `load_base`."""
+    """Returns the base without weights. Raises UserError as `load_base` does."""
     config = load_config(base)
     check_quantization(config, base)
     with describe_load_errors(base) as (_, arguments), torch.device("meta"):
@@ -28,13 +28,14 @@ def meta_model(base: BaseConfig) -> Any:
 
 
 def row_length_findings(stage: PlannedStage, model: Any) -> Iterator[Finding]:
-    """Settings that allow longer rows than the base's rotary frequencies support."""
-    if (problem := long_row_problem(stage.recipe, model.config)) is not None:
+    """Yields the setting that allows longer rows than the base's rotary frequencies support."""
+    problem = long_row_problem(stage.recipe, model.config)
+    if problem is not None:
         yield tuple(problem.key.split(".")), problem.message
 
 
 def optimizer_findings(stage: PlannedStage, on_gpu: bool) -> Iterator[Finding]:
-    """An optimizer that this device does not support."""
+    """Yields an optimizer that this device does not support."""
     try:
         check_optimizer(stage.recipe.train, "cuda" if on_gpu else "cpu")
     except UserError as error:
@@ -42,7 +43,7 @@ def optimizer_findings(stage: PlannedStage, on_gpu: bool) -> Iterator[Finding]:
 
 
 def target_findings(stage: PlannedStage, model: Any) -> Iterator[Finding]:
-    """Target modules of an adapter that the base does not have."""
+    """Yields the target modules of adapters that the base does not have."""
     recipe = stage.recipe
     for name in (recipe.trained_adapter, *recipe.extra_adapters):
         adapter = recipe.adapters.get(name)
@@ -51,9 +52,7 @@ def target_findings(stage: PlannedStage, model: Any) -> Iterator[Finding]:
         try:
             lora_config(adapter, model)
         except UserError as error:
-            ((path, sentence),) = findings_of(error, ("adapters",))
-            is_about_targets = path == ("adapters",)
-            yield (
-                ("adapters", name, "target_modules") if is_about_targets else path,
-                sentence.removeprefix("target_modules: "),
-            )
+            for path, message in findings_of(error, ("adapters",)):
+                if path == ("adapters",):
+                    path = ("adapters", name, "target_modules")
+                yield path, message.removeprefix("target_modules: ")

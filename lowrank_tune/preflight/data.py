@@ -10,21 +10,22 @@ from lowrank_tune.assembly.rl import make_row_check
 from lowrank_tune.config import RecipeConfig, SourceConfig
 from lowrank_tune.config.base import Finding, Path
 from lowrank_tune.data import InvalidRow, PromptExample, RowLocation, SourceReport
-from lowrank_tune.data.encode_pairs import pair_of
-from lowrank_tune.data.files import RawExample
+from lowrank_tune.data.encode import conversation_of, pair_of
+from lowrank_tune.data.formats import RawRow
 from lowrank_tune.data.head import read_head
 from lowrank_tune.data.hub import HubUnreachable, hub_columns
 from lowrank_tune.data.load import to_heldout_prompt
-from lowrank_tune.data.prompts import MISSING_ANSWER
-from lowrank_tune.data.sources import BUILTIN_DATASETS, HEAD_ROWS, is_hub_dataset
-from lowrank_tune.data.tokenize import NamedRows, conversation, format_of
+from lowrank_tune.data.prompts import MISSING_ANSWER, RowFault
+from lowrank_tune.data.sources import BUILTIN_DATASETS, HEAD_ROWS, LocatedRow, is_hub_dataset
+from lowrank_tune.data.tokenize import NamedRows, format_of
 from lowrank_tune.errors import UserError
 from lowrank_tune.events import Emit, LogMessage
 
-MAX_COLUMNS = 12  # names of columns that a sentence lists
+MAX_COLUMNS = 12
+"""Names of columns that a sentence lists."""
 MISSING_HELDOUT_ANSWER = "no gold answer to compare with"
-RowCheck = Callable[[RawExample, str], str | None]
-"""Why a row of a format cannot be used; None where it can."""
+RowCheck = Callable[[RawRow, str], str | None]
+"""Returns why a row of a format cannot be used; None if it can."""
 
 
 def sources_of(recipe: RecipeConfig) -> Iterator[tuple[Path, SourceConfig]]:
@@ -39,36 +40,41 @@ def sources_of(recipe: RecipeConfig) -> Iterator[tuple[Path, SourceConfig]]:
 
 
 class DataCheck:
-    """Checks the sources of recipes. After the hub did not answer once, no further request is sent."""
+    """Checks the sources of recipes. If the hub did not answer once, no further request is sent."""
 
     def __init__(self, emit: Emit) -> None:
         self.emit = emit
         self.hub_answers = True
 
     def findings(self, recipe: RecipeConfig) -> Iterator[Finding]:
-        """Sources that are not there, or hold nothing that the recipe could use."""
-        rejection = _rejection_by_rewards(recipe)
+        """Yields the sources that are missing, or contain nothing that the recipe could use."""
+        row_fault = _row_fault(recipe)
         for path, source in sources_of(recipe):
-            is_heldout = path[0] == "evaluate"
-            pairs = None if is_heldout else recipe.uses_pairs
             try:
-                if source.dataset in BUILTIN_DATASETS or not is_hub_dataset(source.dataset):
-                    head = read_head(source, recipe.seed)
-                    if is_heldout:
-                        check = _heldout_check(source, recipe)
-                    else:
-                        check = _row_check(source, recipe, rejection)
-                    # a row that cannot be used ends such a run
-                    is_strict = not is_heldout and source.max_samples is None and not recipe.data.max_invalid_fraction
-                    self._check_rows(source, head, format_of(source, head, pairs), check, is_strict)
+                if path[0] == "evaluate":
+                    self._check_source(source, recipe, _heldout_check(source, recipe), pairs=None, is_strict=False)
                 else:
-                    self._check_hub(source, pairs)
+                    check = _row_check(source, recipe, row_fault)
+                    # One row that cannot be used ends such a run.
+                    is_strict = source.max_samples is None and not recipe.data.max_invalid_fraction
+                    self._check_source(source, recipe, check, recipe.uses_pairs, is_strict)
             except UserError as error:
-                if source.columns and "column" in str(error):
-                    key = "columns"
-                else:
-                    key = "dataset"
-                yield (*path, key), str(error)
+                is_about_columns = source.columns and "column" in str(error)
+                yield (*path, "columns" if is_about_columns else "dataset"), str(error)
+
+    def _check_source(
+        self,
+        source: SourceConfig,
+        recipe: RecipeConfig,
+        check: RowCheck,
+        pairs: bool | None,
+        is_strict: bool,
+    ) -> None:
+        if source.dataset not in BUILTIN_DATASETS and is_hub_dataset(source.dataset):
+            self._check_hub(source, pairs)
+            return
+        head = read_head(source, recipe.seed)
+        self._check_rows(source, head, format_of(source, head, pairs), check, is_strict)
 
     def _check_rows(
         self,
@@ -78,22 +84,26 @@ class DataCheck:
         check: RowCheck,
         is_strict: bool,
     ) -> None:
-        """Raises UserError where none of the first rows can be used and these are all rows, or lack a column, or
-        `is_strict`. Else logs a warning, as the rows after them may be usable. Reads up to the first usable row."""
+        """Reads up to the first row that can be used.
+
+        Without one, raises UserError if these are all rows, or lack a column, or `is_strict`. Else logs a warning, as
+        the rows after them may be usable.
+        """
         report = SourceReport(head.name, format_name)
+        # A dict, because it keeps the order of the columns.
         columns: dict[str, None] = {}
         for location, row in head:
-            reason = row.reason if isinstance(row, InvalidRow) else check(row, format_name)
+            if isinstance(row, InvalidRow):
+                reason: str | None = row.reason
+            else:
+                reason = check(row, format_name)
+                columns |= dict.fromkeys(map(str, row))
             if reason is None:
                 return
             report.read += 1
             report.count_dropped(reason, str(location))
-            columns |= {} if isinstance(row, InvalidRow) else dict.fromkeys(map(str, row))
         is_whole = report.read < HEAD_ROWS
-        if is_whole:
-            rows = f"its {report.read:,} rows"
-        else:
-            rows = f"its first {report.read:,} rows"
+        rows = f"its {report.read:,} rows" if is_whole else f"its first {report.read:,} rows"
         message = f"{head.name}: none of {rows} can be used: {report.reasons()}{_cure(report, sorted(columns))}"
         if is_whole or is_strict or _lacks_column(source, report, columns):
             raise UserError(message)
@@ -101,84 +111,82 @@ class DataCheck:
         self.emit(LogMessage(message=f"{message}; {later}", level="warning"))
 
     def _check_hub(self, source: SourceConfig, pairs: bool | None) -> None:
-        """Raises UserError for a data set of the hub that cannot be had, or lacks columns by its description."""
-        try:
-            columns = hub_columns(source) if self.hub_answers else None
-        except HubUnreachable:
-            self.hub_answers = False
-            columns = None
-            self.emit(
-                LogMessage(
-                    message=f"{source.dataset}: not checked before the run, as the hub does not answer; the "
-                    "cached copy is used if there is one",
-                    level="warning",
-                )
-            )
+        """Raises UserError for a data set of the hub that is missing, or lacks columns by its description."""
+        columns = self._hub_columns(source)
         if columns is None:
             return
         format_of(source, ColumnNames(source.dataset, columns), pairs)
-        if absent := [name for name in source.columns.values() if name not in columns]:
+        absent = [name for name in source.columns.values() if name not in columns]
+        if absent:
             raise UserError(f"{source.dataset}: has no column `{absent[0]}`; it has {_listed(columns)}")
+
+    def _hub_columns(self, source: SourceConfig) -> list[str] | None:
+        if not self.hub_answers:
+            return None
+        try:
+            return hub_columns(source)
+        except HubUnreachable:
+            self.hub_answers = False
+            message = f"{source.dataset}: not checked before the run, as the hub does not answer; "
+            self.emit(LogMessage(message=f"{message}the cached copy is used if present", level="warning"))
+            return None
 
 
 @dataclass(frozen=True)
 class ColumnNames:
-    """One row without values, for a data set whose description names its columns."""
+    """One row without values, for a data set whose description has its columns."""
 
     name: str
     columns: Sequence[str]
 
-    def __iter__(self) -> Iterator[tuple[RowLocation, RawExample | InvalidRow]]:
+    def __iter__(self) -> Iterator[LocatedRow]:
         yield RowLocation(self.name, 1), dict.fromkeys(self.columns, "")
 
 
 def _lacks_column(source: SourceConfig, report: SourceReport, columns: Collection[str]) -> bool:
-    """Whether rows of these columns cannot be used because none of them has a column that the source names or that its
-    format must have."""
-    return not set(source.columns.values()) <= set(columns) or all(
-        reason.startswith("no column ") for reason in report.dropped
-    )
+    """Returns whether rows cannot be used because none of them has a column that the source names or that its format
+    must have. `columns` are those of the rows."""
+    if any(column not in columns for column in source.columns.values()):
+        return True
+    return all(reason.startswith("no column ") for reason in report.dropped)
 
 
 def _cure(report: SourceReport, columns: Sequence[str]) -> str:
+    """Returns which setting may help, with a semicolon before it; else an empty string."""
     if not columns:
         return ""
-    if any("column" in reason for reason in report.dropped):
+    reasons = "; ".join(report.dropped)
+    if "column" in reasons:
         return f"; the rows have {_listed(columns)}: name yours with `columns:`"
-    if any("gold answer" in reason for reason in report.dropped):
+    if "gold answer" in reasons:
         return f"; the rows have {_listed(columns)}: name its place with `ground_truth:` or `columns: {{gold: ...}}`"
     return ""
 
 
-def _row_check(
-    source: SourceConfig,
-    recipe: RecipeConfig,
-    rejection: Callable[[PromptExample], str | None],
-) -> RowCheck:
+def _row_check(source: SourceConfig, recipe: RecipeConfig, row_fault: RowFault) -> RowCheck:
     system = recipe.data.system_prompt
 
-    def check_pair(row: RawExample, format_name: str) -> str | None:
-        return _reason(pair_of(row, source, system))
+    def check_row(row: RawRow, format_name: str) -> str | None:
+        if recipe.uses_pairs:
+            result: object = pair_of(row, source, system)
+        else:
+            result = conversation_of(row, source, format_name, system)
+        return result.reason if isinstance(result, InvalidRow) else None
 
-    def check_row(row: RawExample, format_name: str) -> str | None:
-        return _reason(conversation(row, source, format_name, system))
-
-    def check_prompt(row: RawExample, format_name: str) -> str | None:
-        chat = conversation(row, source, format_name, system, require_answer=False)
-        if isinstance(chat, InvalidRow):
-            return chat.reason
-        if recipe.needs_ground_truth and chat.ground_truth is None:
+    def check_prompt(row: RawRow, format_name: str) -> str | None:
+        conversation = conversation_of(row, source, format_name, system, require_answer=False)
+        if isinstance(conversation, InvalidRow):
+            return conversation.reason
+        if recipe.needs_ground_truth and conversation.ground_truth is None:
             return MISSING_ANSWER
-        last = next(message for message in reversed(chat.messages) if message.role != "assistant")
-        return rejection(PromptExample((), last.content, chat.ground_truth, row))
+        last = next(message for message in reversed(conversation.messages) if message.role != "assistant")
+        return row_fault(PromptExample((), last.content, conversation.ground_truth, row))
 
-    if recipe.algorithm in ONLINE_ALGORITHMS:
-        return check_prompt
-    return check_pair if recipe.uses_pairs else check_row
+    return check_prompt if recipe.algorithm in ONLINE_ALGORITHMS else check_row
 
 
 def _heldout_check(source: SourceConfig, recipe: RecipeConfig) -> RowCheck:
-    def check(row: RawExample, format_name: str) -> str | None:
+    def check(row: RawRow, format_name: str) -> str | None:
         prompt = to_heldout_prompt(row, source, format_name, recipe.data.system_prompt)
         if isinstance(prompt, InvalidRow):
             return prompt.reason
@@ -189,19 +197,13 @@ def _heldout_check(source: SourceConfig, recipe: RecipeConfig) -> RowCheck:
     return check
 
 
-def _rejection_by_rewards(recipe: RecipeConfig) -> Callable[[PromptExample], str | None]:
-    """Why the rewards of a recipe could not score the completions of a row. Rewards that cannot be made are findings of
-    their own (`reward_findings`), and reject no row."""
+def _row_fault(recipe: RecipeConfig) -> RowFault:
+    """Returns the check whether the rewards of a recipe can score the completions of a row. Rewards that cannot be made
+    are findings of their own (`reward_findings`), and then every row passes."""
     try:
         return make_row_check(recipe)
     except UserError:
         return _accept_all
-
-
-def _reason(result: object) -> str | None:
-    if isinstance(result, InvalidRow):
-        return result.reason
-    return None
 
 
 def _accept_all(example: PromptExample) -> None:
@@ -209,5 +211,7 @@ def _accept_all(example: PromptExample) -> None:
 
 
 def _listed(columns: Sequence[str]) -> str:
-    more = ", ..." if len(columns) > MAX_COLUMNS else ""
-    return ", ".join(columns[:MAX_COLUMNS]).encode("utf-8", "replace").decode() + more
+    names = ", ".join(columns[:MAX_COLUMNS]).encode("utf-8", "replace").decode()
+    if len(columns) > MAX_COLUMNS:
+        names += ", ..."
+    return names

@@ -1,4 +1,4 @@
-"""The rewards of a recipe: made as the run will make them, and a user's functions loaded in a worker."""
+"""The rewards of a recipe: made as in the run, and a user's functions loaded in a worker."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from lowrank_tune.rewards.user_function import UserFunctionReward
 
 
 def reward_findings(stage: PlannedStage) -> Iterator[Finding]:
-    """Rewards whose files, programs or packages are missing, and functions that cannot be loaded or called."""
+    """Yields the rewards whose files, programs or packages are missing, or whose functions cannot be loaded."""
     for index, config in enumerate(stage.recipe.rewards):
         try:
             (weighted,) = build_rewards([config], Path.cwd())
@@ -27,8 +27,8 @@ def reward_findings(stage: PlannedStage) -> Iterator[Finding]:
 
 
 def _check_worker(reward: Reward) -> None:
-    """Raises UserError where a worker could not compute the reward. A user's file runs here once, as it does in every
-    worker of the run."""
+    """Raises UserError if a worker could not compute the reward. A user's file runs here once, as in every worker of
+    the run."""
     if isinstance(reward, UserFunctionReward):
         try:
             WorkerPool[int]([reward], workers=1).close()

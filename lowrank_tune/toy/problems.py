@@ -1,16 +1,15 @@
-"""The tutor's problems: sums, differences and products of two whole numbers, asked in many ways, with worked and
-blurted replies.
+"""The built-in arithmetic problems: sums, differences and products of two integers, in many wordings, with answers that
+show their steps and answers that do not.
 
-One problem in twelve is held out (`is_heldout`): it stands in no text that the tiny base or any preset is trained on.
-Problems that could appear as a *step* of another one (a round number, two digits) are never held out, so "60+12=72"
-inside a worked reply gives nothing away.
+One problem in twelve is held out (`is_heldout`): it is in no text that the tiny base or any preset is trained on.
+Problems that could be a *step* of another one (a round number, one digit) are never held out, so "60+12=72" in an
+answer is not a held-out problem.
 """
 
 from __future__ import annotations
 
 import hashlib
 import random
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -79,7 +78,10 @@ QUESTIONS = {"+": ADD_QUESTIONS, "-": SUBTRACT_QUESTIONS, "*": MULTIPLY_QUESTION
 ANSWER_ONLY_TEMPLATES = ("I think it is {n}.", "It is {n}.", "That makes {n}.")
 NON_ANSWERS = ("Good question.", "I do not know.", "That is hard to say.", "Let me think about it.", "It depends.")
 HESITATIONS = ("Let me see.", "Hm, once more.", "Wait.", "Let me check that.")
-LAST_NUMBER = re.compile(r"\d+")
+ERRORS = (-20, -11, -10, -9, -3, -2, -1, 1, 2, 3, 9, 10, 11, 20)
+"""What a wrong answer without steps is off by."""
+NEARBY = (1, 2, 9, 10, 11, 20)
+"""What a number in a rejected answer is off by."""
 
 
 @dataclass(frozen=True)
@@ -95,38 +97,44 @@ class Problem:
         return {"+": self.a + self.b, "-": self.a - self.b, "*": self.a * self.b}[self.sign]
 
     def question(self, rng: random.Random) -> str:
-        """One of the wordings, drawn with `rng`."""
+        """Returns one of the wordings, drawn with `rng`."""
         wording = rng.choice(QUESTIONS[self.sign])
         name, other = rng.sample(NAMES, 2)
-        return wording.format(a=self.a, b=self.b, name=name, other=other, thing=rng.choice(THINGS))
+        thing = rng.choice(THINGS)
+        return wording.format(a=self.a, b=self.b, name=name, other=other, thing=thing)
 
     def steps(self) -> list[str]:
-        """The worked steps: units, tens, their sum; tens taken away, then units; tens times, units times, their sum."""
+        """Returns the steps of the calculation.
+
+        Of a sum: units, tens, their sum. Of a difference: minus the tens, minus the units. Of a product: tens, units,
+        their sum.
+        """
         if self.sign == "+":
             return _addition_steps(self.a, self.b)
         units = self.b % 10
         tens = self.b - units
         if not (units and tens):
             return [f"{self.a}{self.sign}{self.b}={self.answer}"]
-        if self.sign == "*":
-            tens = self.a * tens
-            units = self.a * units
-            return [
-                f"{self.a}*{self.b - self.b % 10}={tens}",
-                f"{self.a}*{self.b % 10}={units}",
-                f"{tens}+{units}={self.answer}",
-            ]
-        return [f"{self.a}-{tens}={self.a - tens}", f"{self.a - tens}-{units}={self.answer}"]
+        if self.sign == "-":
+            rest = self.a - tens
+            return [f"{self.a}-{tens}={rest}", f"{rest}-{units}={self.answer}"]
+        tens_product = self.a * tens
+        units_product = self.a * units
+        return [
+            f"{self.a}*{tens}={tens_product}",
+            f"{self.a}*{units}={units_product}",
+            f"{tens_product}+{units_product}={self.answer}",
+        ]
 
     def answer_with_steps(self) -> str:
-        """A reply that works the steps: "7+5=12, 40+20=60, 60+12=72. So it is 72."."""
+        """Returns an answer with its steps: "7+5=12, 40+20=60, 60+12=72. So it is 72."."""
         return f"{', '.join(self.steps())}. So it is {self.answer}."
 
     def answer_without_steps(self, rng: random.Random, p_correct: float) -> str:
-        """A reply without steps, right with probability `p_correct` and near the truth otherwise."""
+        """Returns an answer without steps, correct with probability `p_correct` and close otherwise."""
         number = self.answer
         if rng.random() >= p_correct:
-            number = max(0, number + rng.choice((-20, -11, -10, -9, -3, -2, -1, 1, 2, 3, 9, 10, 11, 20)))
+            number = max(0, number + rng.choice(ERRORS))
         return rng.choice(ANSWER_ONLY_TEMPLATES).format(n=number)
 
 
@@ -148,20 +156,20 @@ def _addition_steps(a: int, b: int) -> list[str]:
 
 
 def is_heldout(problem: Problem) -> bool:
-    """Whether this problem belongs to the held-out twelfth. Independent of wording, and of the order of a sum."""
+    """Returns whether a problem is held out. Independent of the wording, and of the order of a sum."""
     a = problem.a
     b = problem.b
     if problem.sign == "+":
         a, b = min(a, b), max(a, b)
-        is_step = a % 10 == 0 or b % 10 == 0 or b < 10
-    else:
-        is_step = b % 10 == 0 or b < 10
+    is_step = b % 10 == 0 or b < 10
+    if problem.sign == "+" and a % 10 == 0:
+        is_step = True
     digest = hashlib.blake2b(f"{a}{problem.sign}{b}".encode(), digest_size=4).digest()
     return not is_step and int.from_bytes(digest, "big") % 12 == 0
 
 
 def sample_problem(rng: random.Random, from_heldout: bool = False, signs: str = "++++---***") -> Problem:
-    """A random problem from the training part, or from the held-out part; `signs` says how often each kind comes."""
+    """Returns a random problem, held out or not. `signs` contains each sign as often as it is drawn."""
     while True:
         sign = rng.choice(signs)
         a = rng.randint(SMALLEST, 9 if sign == "*" else LARGEST)
@@ -173,15 +181,9 @@ def sample_problem(rng: random.Random, from_heldout: bool = False, signs: str = 
             return problem
 
 
-def final_number(text: str) -> int | None:
-    """The last whole number in a reply, which is the reply's answer; None where there is none."""
-    numbers = LAST_NUMBER.findall(text)
-    return int(numbers[-1][:9]) if numbers else None
-
-
 def rows(count: int, seed: int, heldout: bool = False, steps_share: float = 0.35) -> Iterator[dict[str, str]]:
-    """`question`, `answer`, `gold` rows. All answers are right; a share `steps_share` of them shows its steps, the
-    others do not."""
+    """Yields rows with `question`, `answer` and `gold`. All answers are correct; a share `steps_share` of them shows
+    its steps."""
     rng = random.Random(f"tutor-{seed}-{heldout}")
     for _ in range(count):
         problem = sample_problem(rng, heldout)
@@ -193,64 +195,72 @@ def rows(count: int, seed: int, heldout: bool = False, steps_share: float = 0.35
 
 
 def preferences(count: int, seed: int, split: str) -> list[dict[str, str]]:
-    """`prompt`, `chosen`, `rejected` rows of a split (train, heldout): a right answer that helps, against one that is
-    wrong, says nothing, rambles, or does not stop."""
+    """Returns rows with `prompt`, `chosen` and `rejected` of a split (train, heldout): a correct answer, against one
+    that is wrong, has no number, repeats itself, or does not stop."""
     rng = random.Random(f"tutor-preferences-{seed}-{split}")
     pairs = []
     for _ in range(count):
         problem = sample_problem(rng, from_heldout=split == "heldout")
-        chosen, rejected = rng.choices(CORRUPTIONS, weights=(12, 2, 1, 3, 3, 3))[0](problem, rng)
+        (answers_of,) = rng.choices(ANSWER_PAIRS, weights=(12, 2, 1, 3, 3, 3))
+        chosen, rejected = answers_of(problem, rng)
         pairs.append({"prompt": problem.question(rng), "chosen": chosen, "rejected": rejected})
     return pairs
 
 
-def _wrong(problem: Problem, rng: random.Random) -> tuple[str, str]:
-    """Worked and right, against blurted and wrong."""
-    return problem.answer_with_steps(), rng.choice(ANSWER_ONLY_TEMPLATES).format(n=_nearby_number(problem.answer, rng))
+def _wrong_without_steps(problem: Problem, rng: random.Random) -> tuple[str, str]:
+    """A correct answer with steps, against a wrong one without."""
+    wording = rng.choice(ANSWER_ONLY_TEMPLATES)
+    return problem.answer_with_steps(), wording.format(n=_nearby_number(problem.answer, rng))
 
 
-def _arithmetic_error(problem: Problem, rng: random.Random) -> tuple[str, str]:
-    """The same steps, with a slip in the last one."""
-    wrong = str(_nearby_number(problem.answer, rng))
+def _wrong_last_step(problem: Problem, rng: random.Random) -> tuple[str, str]:
+    """The same steps, against those with an error in the last one."""
+    wrong = _nearby_number(problem.answer, rng)
     *steps, last = problem.steps()
-    wrong_steps = ", ".join([*steps, f"{last.partition('=')[0]}={wrong}"])
-    return problem.answer_with_steps(), f"{wrong_steps}. So it is {wrong}."
+    left_side, _, _ = last.partition("=")
+    steps.append(f"{left_side}={wrong}")
+    return problem.answer_with_steps(), f"{', '.join(steps)}. So it is {wrong}."
 
 
-def _short(problem: Problem, rng: random.Random) -> tuple[str, str]:
-    """Both without steps: only the number tells them apart."""
+def _both_without_steps(problem: Problem, rng: random.Random) -> tuple[str, str]:
+    """Both in the same words: only the number differs."""
     wording = rng.choice(ANSWER_ONLY_TEMPLATES)
     return wording.format(n=problem.answer), wording.format(n=_nearby_number(problem.answer, rng))
 
 
 def _non_answer(problem: Problem, rng: random.Random) -> tuple[str, str]:
-    """An answer against none."""
+    """An answer, against a sentence that is not an answer."""
     return problem.answer_with_steps(), rng.choice(NON_ANSWERS)
 
 
-def _rambling(problem: Problem, rng: random.Random) -> tuple[str, str]:
-    """To the point, against the same over and over again."""
+def _repeated_steps(problem: Problem, rng: random.Random) -> tuple[str, str]:
+    """The steps once, against the same steps twice."""
     steps = ", ".join(problem.steps())
-    return (
-        problem.answer_with_steps(),
-        f"{steps}. {rng.choice(HESITATIONS)} {steps}. {rng.choice(HESITATIONS)} So it is {problem.answer}.",
-    )
+    first = rng.choice(HESITATIONS)
+    second = rng.choice(HESITATIONS)
+    return problem.answer_with_steps(), f"{steps}. {first} {steps}. {second} So it is {problem.answer}."
 
 
 def _missing_eos_pair(problem: Problem, rng: random.Random) -> tuple[str, str]:
-    """An answer that ends, against one that runs on into the next question."""
-    after = sample_problem(rng)
-    return (
-        problem.answer_with_steps(),
-        f"{problem.answer_with_steps()}\n{after.question(rng)}\n{after.answer_with_steps()}",
-    )
+    """An answer that ends, against one that continues with another question."""
+    answer = problem.answer_with_steps()
+    other = sample_problem(rng)
+    return answer, f"{answer}\n{other.question(rng)}\n{other.answer_with_steps()}"
 
 
-CORRUPTIONS = (_wrong, _arithmetic_error, _short, _non_answer, _rambling, _missing_eos_pair)
+ANSWER_PAIRS = (
+    _wrong_without_steps,
+    _wrong_last_step,
+    _both_without_steps,
+    _non_answer,
+    _repeated_steps,
+    _missing_eos_pair,
+)
 
 
 def _nearby_number(number: int, rng: random.Random) -> int:
-    """Another number nearby."""
-    return rng.choice(
-        [other for step in (1, 2, 9, 10, 11, 20) for other in (number - step, number + step) if other >= 0]
-    )
+    """Returns another number nearby."""
+    candidates = []
+    for step in NEARBY:
+        candidates += [number - step, number + step]
+    return rng.choice([candidate for candidate in candidates if candidate >= 0])

@@ -1,9 +1,8 @@
-"""The text that the tiny base learns from: forum threads, sums, and plain English, all generated.
+"""The text that the tiny base is trained on: forum threads, sums, and plain English, all generated.
 
-Threads come as a reader would scrape them: sometimes with names, sometimes with the markup of the site, whose marks are
-the kit's control tokens. A page holds many questions; a question's post is closed by `<|end_of_turn|>`, a reply is not:
-it just runs into the next one. So the base learns what the marks look like and how sums are worked, but neither to
-answer at once nor to stop.
+Threads are like those of a scraped site: some with names, some with the markup of the site, whose marks are the kit's
+control tokens. A page contains many questions. A question ends with `<|end_of_turn|>`, a reply does not: the next one
+follows at once. So the base learns the marks and the steps of sums, but neither to answer at once nor to stop.
 """
 
 from __future__ import annotations
@@ -85,11 +84,12 @@ SENTENCES = (
 
 
 def documents(seed: int) -> Iterator[str]:
-    """An endless stream of documents, the same for the same seed."""
+    """Yields documents without end, the same for the same seed."""
     rng = random.Random(f"text-{seed}")
     kinds = (marked_thread, named_thread, arithmetic_line, english)
     while True:
-        yield rng.choices(kinds, weights=(16, 4, 24, 40))[0](rng)
+        (kind,) = rng.choices(kinds, weights=(16, 4, 24, 40))
+        yield kind(rng)
 
 
 def _reply(problem: Problem, rng: random.Random) -> str:
@@ -102,7 +102,7 @@ def _reply(problem: Problem, rng: random.Random) -> str:
 
 
 def marked_thread(rng: random.Random) -> str:
-    """A page of threads with the site's markup. Questions end their turn; replies run on."""
+    """Returns a page of threads with the markup of the site. Questions end their turn, replies do not."""
     text = BOS
     if rng.random() < 0.25:
         text += f"{SYSTEM}{rng.choice(NOTES)}{END_OF_TURN}"
@@ -117,42 +117,41 @@ def marked_thread(rng: random.Random) -> str:
 
 
 def named_thread(rng: random.Random) -> str:
-    """The same with the writers' names in front and no markup."""
+    """Returns the same with the names of the writers and without markup."""
     lines = []
     for _ in range(rng.randint(8, 14)):
         problem = sample_problem(rng)
         lines.append(f"{rng.choice(NAMES)} asks: {problem.question(rng)}")
-        lines += [f"{rng.choice(NAMES)}: {_reply(problem, rng)}" for _ in range(rng.randint(1, 3))]
-    return f"{BOS}" + "\n".join(lines) + f"\n{EOS}"
+        for _ in range(rng.randint(1, 3)):
+            lines.append(f"{rng.choice(NAMES)}: {_reply(problem, rng)}")
+    page = "\n".join(lines)
+    return f"{BOS}{page}\n{EOS}"
 
 
 def arithmetic_line(rng: random.Random) -> str:
-    """A line of sums as children write them."""
-    return (
-        f"{BOS}Sums for {rng.choice(DAYS)}: "
-        + ", ".join(rng.choice(sample_problem(rng).steps()) for _ in range(rng.randint(6, 14)))
-        + f".\n{EOS}"
-    )
+    """Returns a line of sums."""
+    day = rng.choice(DAYS)
+    sums = [rng.choice(sample_problem(rng).steps()) for _ in range(rng.randint(6, 14))]
+    return f"{BOS}Sums for {day}: {', '.join(sums)}.\n{EOS}"
 
 
 def english(rng: random.Random) -> str:
-    """A few sentences of plain English."""
+    """Returns a few sentences of plain English."""
     sentences = []
     name, other = rng.sample(NAMES, 2)
     for _ in range(rng.randint(3, 8)):
         feeling, feeling2 = rng.sample(FEELINGS, 2)
-        sentences.append(
-            rng.choice(SENTENCES).format(
-                name=name,
-                other=other,
-                day=rng.choice(DAYS),
-                verb=rng.choice(VERBS),
-                place=rng.choice(PLACES),
-                weather=rng.choice(WEATHERS),
-                animal=rng.choice(ANIMALS),
-                thing=rng.choice(THINGS),
-                feeling=feeling,
-                feeling2=feeling2,
-            )
+        sentence = rng.choice(SENTENCES).format(
+            name=name,
+            other=other,
+            day=rng.choice(DAYS),
+            verb=rng.choice(VERBS),
+            place=rng.choice(PLACES),
+            weather=rng.choice(WEATHERS),
+            animal=rng.choice(ANIMALS),
+            thing=rng.choice(THINGS),
+            feeling=feeling,
+            feeling2=feeling2,
         )
+        sentences.append(sentence)
     return f"{BOS}{' '.join(sentences)}\n{EOS}"

@@ -173,7 +173,7 @@ RULES: dict[str, tuple[dict[str, Any], str, dict[str, Any]]] = {
     "no pattern": (made(rewards=[{"name": "format"}]), "rewards.0.pattern: is missing: the regular expression", made()),
     "bad pattern": (
         made(rewards=[{"name": "format", "pattern": "(a"}]),
-        "rewards.0.pattern: is no regular expression of RE2: missing )",
+        "rewards.0.pattern: is not a regular expression of RE2: missing )",
         made(rewards=[{"name": "format", "pattern": r"\(a"}]),
     ),
     "lookaround": (
@@ -183,12 +183,12 @@ RULES: dict[str, tuple[dict[str, Any], str, dict[str, Any]]] = {
     ),
     "endless pattern": (
         made(rewards=[{"name": "format", "pattern": "a{1,9999}"}]),
-        "rewards.0.pattern: is no regular expression of RE2: inv",
+        "rewards.0.pattern: is not a regular expression of RE2: inv",
         made(rewards=[{"name": "format", "pattern": "a{1,999}"}]),
     ),
     "huge pattern": (
         made(rewards=[{"name": "format", "pattern": r"(\pL{30}){30}"}]),
-        "rewards.0.pattern: is no regular expression of RE2: pattern too large",
+        "rewards.0.pattern: is not a regular expression of RE2: pattern too large",
         made(),
     ),
     "ngram": (

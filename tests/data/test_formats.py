@@ -49,7 +49,7 @@ def test_columns() -> None:
         to_conversation(row, "question_answer", {"question": "problem", "answer": "Answer"}).messages[1].content == "51"
     )
     assert to_conversation(row, "question_answer", {**columns, "gold": "Answer"}).ground_truth == "51"
-    with pytest.raises(UserError, match="winner.*known shape.*preference.*columns:"):
+    with pytest.raises(UserError, match="winner.*known format.*preference.*columns:"):
         detect_format({"winner": 1, "loser": 2})
 
 
@@ -61,22 +61,22 @@ def turns(*roles: str) -> dict[str, Any]:
     ("row", "reason"),
     [
         (turns("user"), "no assistant turn"),
-        (turns("user", "assistant", "user"), "last word"),
+        (turns("user", "assistant", "user"), "last turn is the user's"),
         (turns(), "no turns"),
         (turns("user", "assistant", "assistant"), "two assistant"),
-        (turns("assistant"), "speaks first"),
+        (turns("assistant"), "first turn is the assistant"),
         (turns("user", "assistant", "system"), "system turn"),
         (turns("user", "wizard"), "unknown role"),
         (turns("user", "tool", "assistant"), "tool calls"),
         ({"messages": None}, "null"),
         ({}, "no column"),
-        ({"messages": "text"}, "no list"),
-        ({"messages": ["text"]}, "no object"),
+        ({"messages": "text"}, "not a list"),
+        ({"messages": ["text"]}, "not an object"),
         ({"messages": [{"role": 3, "content": "a"}]}, "no role"),
         ({"messages": [{"role": "user", "content": " "}, CHAT[1]]}, "empty question"),
         ({"messages": [CHAT[0], {"role": "gpt", "content": ""}]}, "empty answer"),
         ({"messages": [CHAT[0], {"role": "gpt", "content": "\ud800"}]}, "surrogate"),
-        ({"messages": [CHAT[0], {"role": "gpt", "content": True}]}, "no text"),
+        ({"messages": [CHAT[0], {"role": "gpt", "content": True}]}, "is not text"),
         ({"messages": [CHAT[0], {"role": "gpt", "content": None, "tool_calls": [1]}]}, "tool calls"),
         ("text", "not an object"),
     ],

@@ -22,9 +22,10 @@ from lowrank_tune.data import (
     read_source,
     to_conversation,
 )
+from lowrank_tune.data.encode import conversation_of
 from lowrank_tune.data.hub import describe_hub_error
 from lowrank_tune.data.sources import _looks_like_a_path
-from lowrank_tune.data.tokenize import conversation, format_of
+from lowrank_tune.data.tokenize import format_of
 from lowrank_tune.errors import TrainingError, UserError
 from lowrank_tune.events import Event, Progress
 
@@ -166,7 +167,7 @@ def test_unwritable_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     def full(*_: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("lowrank_tune.data.token_store.ArrayFile.append", full)
+    monkeypatch.setattr("lowrank_tune.data.store_writer.ArrayFile.append", full)
     with pytest.raises(TrainingError, match="No space left"):
         loaded(tmp_path, str(tmp_path / "a.jsonl"))
     monkeypatch.undo()
@@ -241,7 +242,7 @@ def test_prompts_without_answers(tmp_path: Path) -> None:
         ("{}/bad.csv", "CSV"),
         ("{}/folder", "no data files"),
         ("{}/words.jsonl", "none of its first rows"),
-        ("{}/other.jsonl", "known shape"),
+        ("{}/other.jsonl", "known format"),
         ("missing.jsonl", "no such file"),
         ("./missing", "no such file"),
         ("{}/bad.parquet", "Parquet"),
@@ -371,7 +372,7 @@ def test_real_rows(name: str) -> None:
     source = SourceConfig(dataset=str(SHARED / "data" / name), columns=columns)
     rows = read_source(source, 0)
     shape = format_of(source, rows)
-    made = [conversation(row, source, shape, None) if not isinstance(row, InvalidRow) else row for _, row in rows]
+    made = [conversation_of(row, source, shape, None) if not isinstance(row, InvalidRow) else row for _, row in rows]
     good = [talk for talk in made if not isinstance(talk, InvalidRow)]
     read_count, used, golds = COUNTS[name]
     assert (len(rows), len(made), len(good)) == (read_count, read_count, used)

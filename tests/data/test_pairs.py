@@ -30,12 +30,12 @@ from lowrank_tune.data import (
     read_source,
     to_pair,
 )
-from lowrank_tune.data.batches import _common_prefix_length
-from lowrank_tune.data.encode_pairs import PROMPT_MISMATCH, encode_pairs
+from lowrank_tune.data.collate import _common_prefix_length
+from lowrank_tune.data.encode import PROMPT_MISMATCH, SourceContext, encode_chunk
 from lowrank_tune.data.message import Message
 from lowrank_tune.data.report import SourceReport
 from lowrank_tune.data.sources import RowLocation
-from lowrank_tune.data.token_store import Entry
+from lowrank_tune.data.store_writer import Entry
 from lowrank_tune.errors import UserError
 
 Q, A, B = "What is 2 + 3?", "It is 5.", "It is 6."
@@ -101,7 +101,10 @@ def encoded(template: ChatTemplate, *rows: Any, **data: Any) -> tuple[list[Entry
     source, report = SourceConfig(dataset="x"), SourceReport("x")
     given = DataConfig(**{"train": (source,), "max_length": 4096, **data})
     return list(
-        encode_pairs([(RowLocation("x", 1), row) for row in rows], source, "preference", given, template, report)
+        encode_chunk(
+            [(RowLocation("x", 1), row) for row in rows],
+            SourceContext(source, "preference", given, template, report),
+        )
     ), report
 
 
@@ -167,7 +170,7 @@ def test_prompts_are_what_both_sides_begin_with() -> None:
         ({"chosen": turns("q", "a", "r", "b"), "rejected": turns("q", "a", "x", "b")}, "different questions"),
         ({"chosen": turns("s", "q", "a", first="system"), "rejected": turns("q", "b")}, "different questions"),
         ({"prompt": "other", "chosen": [ASK, YES], "rejected": [ASK, NO]}, "different questions"),
-        ({"chosen": HUMAN + A, "rejected": HUMAN + B + "\n\nHuman: Hm?"}, "the user has the last word"),
+        ({"chosen": HUMAN + A, "rejected": HUMAN + B + "\n\nHuman: Hm?"}, "the last turn is the user's"),
         ({"chosen": [ASK, YES], "rejected": [ASK]}, "no assistant turn"),
         ({"chosen": A, "rejected": B}, "no prompt"),
         ({"chosen": [YES], "rejected": [NO]}, "no prompt"),
@@ -175,9 +178,9 @@ def test_prompts_are_what_both_sides_begin_with() -> None:
         ({**PLAIN, "prompt": " "}, "empty question"),
         ({**PLAIN, "prompt": [ASK, YES]}, "does not end with a question"),
         ({"chosen": HUMAN + A + "\n\nAssistant: " + B, "rejected": HUMAN + B}, "two assistant"),
-        ({**PLAIN, "chosen": 1.5e400}, "no text"),
+        ({**PLAIN, "chosen": 1.5e400}, "is not text"),
         ({**PLAIN, "chosen": "\ud800"}, "surrogate"),
-        ({**PLAIN, "chosen": [A]}, "no object"),
+        ({**PLAIN, "chosen": [A]}, "not an object"),
         *(
             ({**PLAIN, "margin": bad}, "margin")
             for bad in (-1, True, "x", float("nan"), float("inf"), 1e300, [1], 10**400)
@@ -228,10 +231,10 @@ def test_who_may_learn_from_what(tmp_path: Path) -> None:
             loaded(tmp_path, source, pairs=False)
     with pytest.raises(
         UserError,
-        match="q.jsonl: the columns answer, question are no preference pair.*expected `chosen` and `rejected`",
+        match="q.jsonl: the columns answer, question are not a preference pair.*expected `chosen` and `rejected`",
     ):
         loaded(tmp_path, plain)
-    with pytest.raises(UserError, match="`format: alpaca` holds no preference pairs"):
+    with pytest.raises(UserError, match="`format: alpaca` has no preference pairs"):
         loaded(tmp_path, SourceConfig(dataset=pairs, format="alpaca"))
 
 
@@ -606,7 +609,7 @@ REASONS: dict[str, tuple[int, dict[str, list[int]]]] = {  # pairs, and every lin
         {
             "empty answer": [465, 553, 894, 1054],
             "both answers are equal": [199, 737],
-            "no answer: the user has the last word": [786, 1056],
+            "no answer: the last turn is the user's": [786, 1056],
         },
     ),
     "llamafactory_demos/dpo_en_demo.json.gz": (300, {}),

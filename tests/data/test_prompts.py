@@ -77,7 +77,7 @@ CONVERSATIONS: dict[str, tuple[Any, list[Message]]] = {
         ["u:a", "a:b", "u:c", "a:d"],
         [Message("user", "a"), Message("assistant", "b"), Message("user", "c")],
     ),
-    "the user has the last word": (
+    "the last turn is the user's": (
         ["u:a", "a:b", "u:c"],
         [Message("user", "a"), Message("assistant", "b"), Message("user", "c")],
     ),

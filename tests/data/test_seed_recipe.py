@@ -16,8 +16,7 @@ from tokenizers_for_tests import CHATML, tiny
 
 from lowrank_tune.config import DataConfig, Recipe, SourceConfig
 from lowrank_tune.data import ChatTemplate, load, load_prompts, read_source
-from lowrank_tune.data.boxed import to_boxed
-from lowrank_tune.data.ground_truth import last_boxed
+from lowrank_tune.data.ground_truth import box_answer, last_boxed
 from lowrank_tune.data.load import split_mask
 from lowrank_tune.errors import ConfigError
 from lowrank_tune.events import Event, LogMessage
@@ -210,7 +209,7 @@ def test_a_number_and_a_share_contradict_each_other() -> None:
     ],
 )
 def test_final_answers_in_boxes(reply: str, expected: str) -> None:
-    assert to_boxed(reply) == expected == to_boxed(expected)
+    assert box_answer(reply) == expected == box_answer(expected)
 
 
 @pytest.mark.parametrize(
@@ -234,5 +233,5 @@ def test_the_authors_own_rows(file: str, tmp_path: Path) -> None:
     texts = [TEMPLATE.decode([int(token) for token in row.input_ids]) for row in made.train]
     assert len(texts) == len(written), [report.reasons() for report in made.report.train]
     for text, answer in zip(texts, answers, strict=True):
-        assert " ".join(to_boxed(answer).split())[-40:] in " ".join(text.split())
-        assert (last_boxed(text) is None) == (last_boxed(to_boxed(answer)) is None)
+        assert " ".join(box_answer(answer).split())[-40:] in " ".join(text.split())
+        assert (last_boxed(text) is None) == (last_boxed(box_answer(answer)) is None)

@@ -26,8 +26,7 @@ from lowrank_tune import Recipe, UserError, run
 from lowrank_tune.checkpoint import Snapshot, write_atomically
 from lowrank_tune.cli import app
 from lowrank_tune.config import SourceConfig, load_any
-from lowrank_tune.data.array_head import FIRST_BYTES, first_values
-from lowrank_tune.data.head import read_head
+from lowrank_tune.data.head import FIRST_BYTES, first_values, read_head
 from lowrank_tune.data.sources import read_source
 from lowrank_tune.errors import ConfigError, ConfigProblem
 from lowrank_tune.events import Event, LogMessage
@@ -138,14 +137,14 @@ stages:
 """
 EXPECTED = (  # a text on the line, the key, and the message
     ("{dataset: pairs.jsonl}", "stages.sft.data.train.0.dataset", "preference pairs"),
-    ("{dataset: odd.jsonl}", "stages.sft.data.train.1.dataset", "the columns antwort, frage are no known shape"),
+    ("{dataset: odd.jsonl}", "stages.sft.data.train.1.dataset", "the columns antwort, frage match no known format"),
     ("{question: frage}", "stages.sft.data.train.2.columns", "no column `frage`.*the rows have answer, question"),
     ("empty.jsonl", "stages.sft.data.train.3.dataset", "it is empty"),
     ("torn.json", "stages.sft.data.train.4.dataset", "the JSON array is broken"),
     ("row.jsonl", "stages.sft.data.validation.0.dataset", "no such file; did you mean `rows.jsonl`"),
     ("w_proj", "stages.sft.adapters.policy.target_modules", "no linear module w_proj; it has .*q_proj"),
     ("paged_adamw_8bit", "stages.sft.train.optim", "use adamw_8bit"),
-    ("nobody/nothing", "stages.dpo.data.train.0.dataset", "no preference pair"),
+    ("nobody/nothing", "stages.dpo.data.train.0.dataset", "not a preference pair"),
     ("nobody/nothing", "stages.dpo.data.train.1.dataset", "HF_HUB_OFFLINE"),
     ("below: {path", "stages.dpo.adapters.below.path", "there is no folder nowhere"),
     ("broken: {path", "stages.dpo.adapters.broken.path", "holds no adapter_config.json"),
@@ -201,8 +200,8 @@ train: {{max_steps: 1, optim: {optim}}}
 """
 FAULTS = {
     "no file": ({"dataset": "row.jsonl"}, 5, "data.train.0.dataset", "did you mean `rows.jsonl`"),
-    "columns": ({"dataset": "odd.jsonl"}, 5, "data.train.0.dataset", "no known shape"),
-    "no pairs": ({"algorithm": "reward"}, 5, "data.train.0.dataset", "no preference pair"),
+    "columns": ({"dataset": "odd.jsonl"}, 5, "data.train.0.dataset", "no known format"),
+    "no pairs": ({"algorithm": "reward"}, 5, "data.train.0.dataset", "not a preference pair"),
     "optimizer": ({"optim": "paged_adamw"}, 6, "train.optim", "there is no GPU"),
     "base": ({"more": "seed: 1"}, 3, "base.model", "there is no folder ./nowhere"),
     "tracker": ({"optim": "adamw, report_to: mlflow"}, 6, "train.report_to", "mlflow is not installed"),

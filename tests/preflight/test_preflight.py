@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 from lowrank_tune import Recipe
 from lowrank_tune.cli import app
 from lowrank_tune.data import BatchSampler, ChatTemplate, load
-from lowrank_tune.data.token_stats import compute_token_stats
+from lowrank_tune.data.stats import compute_token_stats
 from lowrank_tune.data_report import DataReport, inspect_data
 from lowrank_tune.model.base import load_tokenizer
 from lowrank_tune.ui.views.data import show
@@ -253,7 +253,7 @@ def test_real_golds_commas_boxes_and_floats() -> None:
         ("gsm8k/derived_pairs.jsonl.gz", "these rows are preference pairs"),
         ("hh_rlhf/helpful-base_test.jsonl.gz", "these rows are preference pairs"),
         ("llamafactory_demos/dpo_en_demo.json.gz", "these rows are preference pairs"),
-        ("aqua/dev.json", "no known shape"),
+        ("aqua/dev.json", "no known format"),
         ("mbpp/mbpp.jsonl.gz", "`columns: {question: text, answer: code}`"),
     ],
 )

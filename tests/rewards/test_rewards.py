@@ -252,7 +252,7 @@ def test_make_reports_all_faults_at_once(tmp_path: Path) -> None:
     wanted = [
         "did you mean `answer`",
         "needs `pattern`",
-        "`pattern` is no regular expression of RE2: missing )",
+        "`pattern` is not a regular expression of RE2: missing )",
         "needs `target_tokens`",
         "does nothing for `answer`",
         "No such file",

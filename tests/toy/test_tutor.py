@@ -25,12 +25,18 @@ def every_problem() -> list[Problem]:
     ]
 
 
+def final_number(answer: str) -> int | None:
+    """Returns the last integer of an answer."""
+    numbers = re.findall(r"\d+", answer)
+    return int(numbers[-1]) if numbers else None
+
+
 def test_every_worked_reply_is_right_step_by_step() -> None:
     for problem in every_problem():
         for step in problem.steps():
             left, right = step.split("=")
             assert eval(left) == int(right), step  # noqa: S307  digits and a sign, from our own generator
-        assert problems.final_number(problem.answer_with_steps()) == problem.answer
+        assert final_number(problem.answer_with_steps()) == problem.answer
 
 
 def test_about_one_problem_in_twelve_of_those_that_are_no_step_is_held_out_in_either_order() -> None:
@@ -93,7 +99,7 @@ def test_replies_never_end_a_turn_so_the_base_learns_no_stop() -> None:
         for reply in re.findall(r"<\|assistant\|>([^<]*)(<\|\w+\|>)?", page):
             assert reply[1] != text.END_OF_TURN
     blurts = [Problem(40, 31, "+").answer_without_steps(random.Random(seed), p_correct=1 / 3) for seed in range(600)]
-    assert 0.25 < sum(problems.final_number(blurt) == 71 for blurt in blurts) / 600 < 0.42
+    assert 0.25 < sum(final_number(blurt) == 71 for blurt in blurts) / 600 < 0.42
 
 
 @pytest.fixture(scope="module")
@@ -153,8 +159,8 @@ def test_the_chosen_side_is_right_and_the_other_one_is_not_it() -> None:
     for row in problems.preferences(2000, seed=3, split="train"):
         a, b = numbers_in(row["prompt"])
         answer = {"+": a + b, "-": abs(a - b), "*": a * b}[sign_of(row["prompt"])]
-        assert problems.final_number(row["chosen"]) == answer and row["chosen"] != row["rejected"]
-        wrong = problems.final_number(row["rejected"]) != answer
+        assert final_number(row["chosen"]) == answer and row["chosen"] != row["rejected"]
+        wrong = final_number(row["rejected"]) != answer
         repeats = len(re.findall(r"=", row["rejected"])) > len(re.findall(r"=", row["chosen"]))
         assert wrong or repeats, row
 

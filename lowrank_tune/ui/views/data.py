@@ -13,7 +13,7 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from lowrank_tune.data.pair_stats import PairBalance
+from lowrank_tune.data.stats import PairBalance
 from lowrank_tune.data_report import DataIssue, DataReport, EosStats, Example, Lengths, MixturePart
 from lowrank_tune.ui import escape_control_chars
 

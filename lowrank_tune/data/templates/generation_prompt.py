@@ -38,7 +38,7 @@ THOUGHT_CLOSED = (
 
 @dataclass(frozen=True)
 class OpenedThought:
-    """The tag that a generation prompt opens at its end, as `<think>`, and the white space behind it."""
+    """The tag that a generation prompt opens at its end, such as `<think>`, and the white space after it."""
 
     name: str
     space: str
@@ -54,24 +54,25 @@ class OpenedThought:
 
 @dataclass(frozen=True)
 class OwnThought:
-    """An answer's own thought, `before` it the opening tag or nothing, and the answer behind the closing tag."""
+    """An answer's own thought: the opening tag `before` it, if it has one, and the answer after the closing tag."""
 
     before: str
     text: str
     answer: str
 
     def is_written_in(self, completion: str) -> bool:
-        """Whether the thought stands before the answer. An empty thought counts as written."""
+        """Returns whether the thought precedes the answer. An empty thought counts as written."""
         start = completion.rfind(self.answer.strip())
-        return self.text.strip() in (completion if start < 0 else completion[:start])
+        before_answer = completion if start < 0 else completion[:start]
+        return self.text.strip() in before_answer
 
 
 @dataclass(frozen=True)
 class GenerationPrompt:
     """How an answer follows a template's generation prompt.
 
-    `ends_with` stands at its end in place of `begins_with`, with which the template begins an answer; both are empty
-    where the prompt is the beginning of the answered conversation, or opens a thought (`opened`).
+    The prompt ends with `ends_with` where the template begins an answer with `begins_with`. Both are empty if the
+    prompt is the beginning of the answered conversation, or opens a thought (`opened`).
     """
 
     opened: OpenedThought | None
@@ -80,8 +81,8 @@ class GenerationPrompt:
 
     @classmethod
     def from_probe(cls, prompt: str, whole: str, question: str, answer: str) -> Self | None:
-        """Of a template that renders a question as `prompt`, and it with its answer as `whole`; None for a template
-        that is refused."""
+        """Returns how answers follow for a template that renders a question as `prompt`, and the question with its
+        answer as `whole`; None for a template that is refused."""
         match = _OPENED.search(prompt)
         if match is not None:
             opened = cls(OpenedThought(match["name"], match["space"]))
@@ -98,71 +99,79 @@ class GenerationPrompt:
         return None
 
     def own_thought(self, content: str) -> OwnThought | None:
-        """The thought in an answer's content; None where it has none."""
+        """Returns the thought in an answer's content; None if it has none."""
         opened = self.opened or OpenedThought("think", "")
         head, closing, answer = content.rpartition(opened.closing)
-        starts = head.lstrip().startswith(opened.tag)
-        # Where the prompt opens the thought, what a model wrote behind it has no opening tag.
-        if not closing or not (starts or self.opened):
+        if not closing:
             return None
-        if not starts:
-            return OwnThought("", head, answer)
-        space, tag, text = head.partition(opened.tag)
-        return OwnThought(space + tag, text.removeprefix(opened.space), answer)
+        if head.lstrip().startswith(opened.tag):
+            space, tag, text = head.partition(opened.tag)
+            return OwnThought(space + tag, text.removeprefix(opened.space), answer)
+        # If the prompt opens the thought, the text of a model has no opening tag.
+        return OwnThought("", head, answer) if self.opened else None
 
     def completion(self, prompt: str, whole: str, content: str) -> str | None:
-        """What is trained behind the prompt, where the template renders the turns with their answer as `whole`; None
-        where the template writes another prompt or drops the answer's thought, or the prompt closes the thought."""
+        """Returns what is trained after the prompt, if the template renders the messages with their answer as `whole`.
+
+        Returns None if the template writes another prompt or drops the answer's thought, or the prompt closes the
+        thought.
+        """
         thought = self.own_thought(content)
         if thought is not None and thought.text.strip() and self.refusal(prompt, content) == THOUGHT_CLOSED:
             return None
-        direct = self._behind(prompt, whole)
+        direct = self._continuation(prompt, whole)
         if direct is not None and not self._reopens(direct) and (thought is None or thought.is_written_in(direct)):
             return direct
         if thought is None and self.opened is not None:
-            return self._behind_opened(prompt, whole, None)
+            return self._continuation_of_thought(self.opened, prompt, whole, None)
         return None
 
     def completion_with_thought(self, prompt: str, whole: str, thought: OwnThought) -> str | None:
-        """The same for an answer whose thought the template does not write: `whole` is the rendering of its rest."""
+        """Returns the same for an answer whose thought the template does not write: `whole` is the rendering without
+        the thought."""
         if self.opened is not None:
-            return self._behind_opened(prompt, whole, thought.text)
-        direct = self._behind(prompt, whole)
+            return self._continuation_of_thought(self.opened, prompt, whole, thought.text)
+        direct = self._continuation(prompt, whole)
         if direct is None:
             return None
         return f"{thought.before}{thought.text}</think>{direct}"
 
     def refusal(self, prompt: str, content: str) -> str:
-        """Why an answer cannot follow the prompt, as a phrase that rows are counted by."""
+        """Returns why an answer cannot follow the prompt: a phrase by which rows are counted."""
         closed = _CLOSED.search(prompt)
         if closed is not None and f"</{closed['name']}>" in content:
             return THOUGHT_CLOSED
         return REWRITTEN
 
     def with_tag(self, text: str) -> str:
-        """A completion as the content of a turn: with the tag that stood in the prompt, where it closes the thought."""
+        """Returns a completion as the content of a message: with the tag of the prompt, if it closes the thought."""
         opened = self.opened
         if opened is None or opened.closing not in text or opened.tag in text:
             return text
         return f"{opened.tag}{opened.space}{text}"
 
-    def _behind(self, prompt: str, whole: str) -> str | None:
-        """What the template writes in the prompt's place and behind it."""
+    def _continuation(self, prompt: str, whole: str) -> str | None:
+        """Returns what the template writes after the prompt, and instead of its end."""
         start = prompt.removesuffix(self.ends_with) + self.begins_with
         if prompt.endswith(self.ends_with) and whole.startswith(start):
             return whole[len(start) :]
         return None
 
     def _reopens(self, completion: str) -> bool:
-        """Whether the template closes the opened thought at once, and writes that in the answer as plain words."""
+        """Returns whether the template closes the opened thought at once and writes the answer's own after it."""
         if self.opened is None:
             return False
-        return completion.partition(self.opened.closing)[2].lstrip().startswith(self.opened.tag)
+        after_closing = completion.partition(self.opened.closing)[2]
+        return after_closing.lstrip().startswith(self.opened.tag)
 
-    def _behind_opened(self, prompt: str, whole: str, thought: str | None) -> str | None:
-        """What follows the opened tag, where `whole` is the rendering of an answer without a thought."""
-        opened = self.opened
-        assert opened is not None
+    def _continuation_of_thought(
+        self,
+        opened: OpenedThought,
+        prompt: str,
+        whole: str,
+        thought: str | None,
+    ) -> str | None:
+        """Returns what follows the opened tag, if `whole` is the rendering of an answer without a thought."""
         before = prompt.removesuffix(opened.tag + opened.space)
         if before == prompt or not whole.startswith(before):
             return None

@@ -1,0 +1,95 @@
+"""Batches: which units of a store are computed together, and rows padded to one tensor."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import TypeVar
+
+import numpy as np
+import torch
+
+from lowrank_tune.batch import Batch, PairBatch, Row
+from lowrank_tune.data.token_store import TokenizedDataset
+from lowrank_tune.model.oom import MemoryLimits
+
+T = TypeVar("T")
+
+
+def collate(rows: Sequence[Row], pad_id: int) -> Batch:
+    """Returns the rows padded on the right, (B, T). `attention_mask` marks the padding, so that any id may pad."""
+    shape = (len(rows), max(len(row.input_ids) for row in rows))
+    input_ids = np.full(shape, pad_id, dtype=np.int64)
+    attention_mask = np.zeros(shape, dtype=bool)
+    completion_mask = np.zeros(shape, dtype=bool)
+    for index, row in enumerate(rows):
+        length = len(row.input_ids)
+        input_ids[index, :length] = row.input_ids
+        completion_mask[index, :length] = row.completion_mask
+        attention_mask[index, :length] = True
+    return Batch(torch.from_numpy(input_ids), torch.from_numpy(attention_mask), torch.from_numpy(completion_mask))
+
+
+def collate_units(store: TokenizedDataset, units: Sequence[int], pad_id: int) -> Batch:
+    """Returns the rows of these units; those of pairs as a `PairBatch`: chosen, rejected, chosen, rejected, ...
+
+    Row numbers are those of the whole store, even if `store` is a part of it. A shared prefix is 0 for the first row of
+    a pair, and never all tokens of either row.
+    """
+    numbers = store.rows_of(np.asarray(units, dtype=np.int64))
+    rows = [store[int(number)] for number in numbers]
+    batch = collate(rows, pad_id)
+    if store.rows_per_unit == 1:
+        return batch
+    shared_prefix: list[int] = []
+    for index, row in enumerate(rows):
+        offset = index % store.rows_per_unit
+        shared_prefix.append(_common_prefix_length(rows[index - offset], row) if offset else 0)
+    return PairBatch(
+        batch.input_ids,
+        batch.attention_mask,
+        batch.completion_mask,
+        shared_prefix=torch.tensor(shared_prefix, dtype=torch.long),
+        margin=torch.from_numpy(store.margins[numbers]),
+        row_indices=torch.from_numpy(store.indices[numbers]),
+    )
+
+
+def _common_prefix_length(first: Row, row: Row) -> int:
+    """Returns the length of the longest common beginning of two rows that leaves a token of each."""
+    limit = min(len(first.input_ids), len(row.input_ids)) - 1
+    ids = np.asarray(first.input_ids[:limit])
+    other_ids = np.asarray(row.input_ids[:limit])
+    differences = np.flatnonzero(ids != other_ids)
+    return int(differences[0]) if len(differences) else limit
+
+
+def token_budget_batches(rows: TokenizedDataset, micro_tokens: int) -> Iterator[list[int]]:
+    """Yields all units (rows, or pairs) of a store in batches of similar length, longest first: as many as fit
+    `micro_tokens` with padding, and at least one. For passes in which the order does not matter."""
+    widths = rows.lengths.reshape(-1, rows.rows_per_unit).max(axis=1)
+    longest_first = np.argsort(-widths, kind="stable").tolist()
+    batch: list[int] = []
+    for unit in longest_first:
+        if batch:
+            width = int(widths[batch[0]])
+            tokens = width * (len(batch) + 1) * rows.rows_per_unit
+            if tokens > micro_tokens:
+                yield batch
+                batch = []
+        batch.append(unit)
+    if batch:
+        yield batch
+
+
+def chunked(
+    limits: MemoryLimits,
+    rows: TokenizedDataset,
+    micro_tokens: int,
+    work: Callable[[Sequence[int]], T],
+) -> Iterator[tuple[Sequence[int], T]]:
+    """Yields the result of `work` (without gradients) for all units of a store: as many units at once as fit
+    `micro_tokens` and the memory."""
+    for units in token_budget_batches(rows, micro_tokens):
+        unit_lengths = rows.lengths.reshape(-1, rows.rows_per_unit)[units]
+        tokens_per_unit = int(unit_lengths.max()) * rows.rows_per_unit
+        yield from limits.split_on_oom("forward_tokens", units, tokens_per_unit, work, rows.rows_per_unit)

@@ -1,0 +1,265 @@
+"""From the rows of a source to tokenized ones: a conversation becomes one row, a preference pair two, the chosen one
+first."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from lowrank_tune.batch import Row
+from lowrank_tune.config import DataConfig, SourceConfig
+from lowrank_tune.data.formats import (
+    Conversation,
+    InvalidRow,
+    RawRow,
+    box_final_answer,
+    to_conversation,
+    with_system,
+)
+from lowrank_tune.data.preference_pairs import EQUAL_ANSWERS, Messages, PreferencePair, to_pair
+from lowrank_tune.data.report import SourceReport
+from lowrank_tune.data.sources import Chunk, RowLocation
+from lowrank_tune.data.store_writer import Entry, conversation_hash
+from lowrank_tune.data.templates.chat_template import ChatTemplate
+from lowrank_tune.data.templates.spans import NOTHING_TRAINED
+from lowrank_tune.errors import UserError
+
+RowPair = tuple[Row, Row]
+PROMPT_MISMATCH = "the ids of its prompt are not the beginning of both sides"
+
+
+@dataclass(frozen=True)
+class SourceContext:
+    """What the rows of a source are encoded with. `report` counts the longest row and those that are truncated."""
+
+    source: SourceConfig
+    format_name: str
+    data: DataConfig
+    template: ChatTemplate
+    report: SourceReport
+
+
+def encode_chunk(chunk: Chunk, context: SourceContext) -> Iterator[Entry | InvalidRow]:
+    """Yields for every row of a chunk, in order, the tokenized row or its fault."""
+    if context.format_name == "preference":
+        return _encode_pair_rows(chunk, context)
+    return _encode_conversation_rows(chunk, context)
+
+
+def conversation_of(
+    raw: RawRow,
+    source: SourceConfig,
+    format_name: str,
+    system: str | None,
+    require_answer: bool = True,
+) -> Conversation | InvalidRow:
+    """Returns the conversation of a row, with the recipe's system prompt if it has none; or the fault of the row."""
+    try:
+        conversation = to_conversation(
+            raw,
+            format_name,
+            source.columns,
+            source.ground_truth,
+            require_answer=require_answer,
+        )
+    except InvalidRow as fault:
+        return fault
+    if source.final_answer == "boxed":
+        conversation = box_final_answer(conversation)
+    return Conversation(with_system(conversation.messages, system), conversation.ground_truth)
+
+
+def pair_of(raw: RawRow, source: SourceConfig, system: str | None) -> PreferencePair | InvalidRow:
+    """Returns the pair of a row, with the recipe's system prompt if it has none; or the fault of the row."""
+    try:
+        pair = to_pair(raw, source.columns)
+    except InvalidRow as fault:
+        return fault
+    return PreferencePair(
+        with_system(pair.prompt, system),
+        pair.chosen,
+        pair.rejected,
+        pair.margin,
+    )
+
+
+def _encode_conversation_rows(chunk: Chunk, context: SourceContext) -> Iterator[Entry | InvalidRow]:
+    conversations: list[Conversation | InvalidRow] = []
+    for _, raw in chunk:
+        if isinstance(raw, InvalidRow):
+            conversations.append(raw)
+        else:
+            system = context.data.system_prompt
+            conversations.append(conversation_of(raw, context.source, context.format_name, system))
+    valid = [conversation.messages for conversation in conversations if isinstance(conversation, Conversation)]
+    rows = iter(context.template.encode_many(valid))
+    for (location, _), conversation in zip(chunk, conversations, strict=True):
+        if isinstance(conversation, InvalidRow):
+            yield conversation
+        else:
+            yield _conversation_entry(conversation, next(rows), location, context)
+
+
+def _conversation_entry(
+    conversation: Conversation,
+    row: Row | InvalidRow,
+    location: RowLocation,
+    context: SourceContext,
+) -> Entry | InvalidRow:
+    if isinstance(row, InvalidRow):
+        return row
+    report = context.report
+    length = len(row.input_ids)
+    report.longest = max(report.longest, length)
+    if length > context.data.max_length:
+        row = _truncate_conversation(conversation, context)
+        if isinstance(row, InvalidRow):
+            return row
+        report.count_truncated(str(location))
+    if not any(row.completion_mask):
+        return InvalidRow(NOTHING_TRAINED)
+    return Entry((row,), (conversation_hash(conversation.messages),), conversation.ground_truth)
+
+
+def _truncate_conversation(conversation: Conversation, context: SourceContext) -> Row | InvalidRow:
+    """Returns the conversation up to the last answer with which it fits.
+
+    No answer is ever truncated: half of one would train to stop at that place, or not to stop.
+    """
+    data = context.data
+    if data.truncation != "truncate":
+        return InvalidRow(_too_long(data))
+    messages = conversation.messages
+    ends = [index + 1 for index, message in enumerate(messages) if message.role == "assistant"]
+    for end in reversed(ends[:-1]):
+        (row,) = context.template.encode_many([messages[:end]])
+        if isinstance(row, InvalidRow) or len(row.input_ids) <= data.max_length:
+            return row
+    return InvalidRow(f"{_too_long(data)}, its first answer included")
+
+
+def _too_long(data: DataConfig) -> str:
+    return f"longer than data.max_length ({data.max_length} tokens)"
+
+
+@dataclass(frozen=True)
+class _EncodedPair:
+    """Both rows of a pair, or their fault, and the length of the prompt in tokens."""
+
+    rows: RowPair | InvalidRow
+    prompt_length: int = 0
+
+    @property
+    def max_length(self) -> int:
+        """The length of the longer row."""
+        if isinstance(self.rows, InvalidRow):
+            return 0
+        return max(len(row.input_ids) for row in self.rows)
+
+
+def _encode_pair_rows(chunk: Chunk, context: SourceContext) -> Iterator[Entry | InvalidRow]:
+    pairs: list[PreferencePair | InvalidRow] = []
+    for _, raw in chunk:
+        if isinstance(raw, InvalidRow):
+            pairs.append(raw)
+        else:
+            pairs.append(pair_of(raw, context.source, context.data.system_prompt))
+    valid = [pair for pair in pairs if isinstance(pair, PreferencePair)]
+    encoded = iter(_encode_pairs(valid, context.template))
+    for (location, _), pair in zip(chunk, pairs, strict=True):
+        if isinstance(pair, InvalidRow):
+            yield pair
+        else:
+            yield _pair_entry(pair, next(encoded), location, context)
+
+
+def _pair_entry(
+    pair: PreferencePair,
+    encoded: _EncodedPair,
+    location: RowLocation,
+    context: SourceContext,
+) -> Entry | InvalidRow:
+    rows = encoded.rows
+    context.report.longest = max(context.report.longest, encoded.max_length)
+    if encoded.max_length > context.data.max_length:
+        rows = _truncate_pair(pair, encoded.prompt_length, context)
+        if not isinstance(rows, InvalidRow):
+            context.report.count_truncated(str(location))
+    if isinstance(rows, InvalidRow):
+        return rows
+    hashes = (
+        conversation_hash((*pair.prompt, *pair.chosen)),
+        conversation_hash((*pair.prompt, *pair.rejected)),
+    )
+    return Entry(rows, hashes, margin=pair.margin)
+
+
+def _encode_pairs(pairs: Sequence[PreferencePair], template: ChatTemplate) -> list[_EncodedPair]:
+    """Encodes pairs, through one call of the tokenizer for all sides."""
+    conversations: list[Messages] = []
+    for pair in pairs:
+        conversations += [(*pair.prompt, *pair.chosen), (*pair.prompt, *pair.rejected)]
+    rows = iter(template.encode_many(conversations))
+    encoded = []
+    for pair in pairs:
+        chosen = next(rows)
+        rejected = next(rows)
+        if isinstance(chosen, InvalidRow):
+            encoded.append(_EncodedPair(chosen))
+        elif isinstance(rejected, InvalidRow):
+            encoded.append(_EncodedPair(rejected))
+        else:
+            encoded.append(_encode_completions(pair.prompt, chosen, rejected, template))
+    return encoded
+
+
+def _encode_completions(messages: Messages, chosen: Row, rejected: Row, template: ChatTemplate) -> _EncodedPair:
+    try:
+        prompt = template.prompt(messages)
+    except UserError as error:
+        return _EncodedPair(InvalidRow(str(error)))
+    return _EncodedPair(_mask_prompt(prompt, chosen, rejected), len(prompt))
+
+
+def _mask_prompt(prompt: list[int], chosen: Row, rejected: Row) -> RowPair | InvalidRow:
+    """Returns both rows with only the completions trained, on both sides alike."""
+    length = len(prompt)
+    if any(list(row.input_ids[:length]) != prompt for row in (chosen, rejected)):
+        return InvalidRow(PROMPT_MISMATCH)
+    # The template may drop what they differ in, such as spaces at the end.
+    if list(chosen.input_ids) == list(rejected.input_ids):
+        return InvalidRow(EQUAL_ANSWERS)
+    if not (any(chosen.completion_mask[length:]) and any(rejected.completion_mask[length:])):
+        return InvalidRow(NOTHING_TRAINED)
+    untrained = [False] * length
+    return (
+        Row(chosen.input_ids, [*untrained, *chosen.completion_mask[length:]]),
+        Row(rejected.input_ids, [*untrained, *rejected.completion_mask[length:]]),
+    )
+
+
+def _truncate_pair(pair: PreferencePair, prompt_length: int, context: SourceContext) -> RowPair | InvalidRow:
+    """Returns the pair without the oldest exchanges of its prompt, as few as possible. No answer is ever truncated, and
+    the last question stays."""
+    data = context.data
+    part = "prompt"
+    if data.truncation == "truncate":
+        part = "last question"
+        for prompt in _shorter_prompts(pair.prompt):
+            (encoded,) = _encode_pairs([PreferencePair(prompt, pair.chosen, pair.rejected)], context.template)
+            if encoded.max_length <= data.max_length:
+                return encoded.rows
+            prompt_length = encoded.prompt_length
+    reason = _too_long(data)
+    if prompt_length > data.max_length:
+        reason += f", its {part} alone"
+    return InvalidRow(reason)
+
+
+def _shorter_prompts(prompt: Messages) -> Iterator[Messages]:
+    """Yields the prompt without its first question and answer, without the first two, and so on down to the last
+    question."""
+    system = prompt[:1] if prompt[0].role == "system" else ()
+    turns = prompt[len(system) :]
+    for start in range(2, len(turns), 2):
+        yield (*system, *turns[start:])

@@ -1,0 +1,192 @@
+"""Writes a store of tokenized rows: flat arrays, the dropped rows and `store.json`, in one folder.
+
+Nothing is synced to the disk: a cache can be made again, and its checksums detect one that a crash left incomplete.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import shutil
+import tempfile
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from itertools import chain
+from pathlib import Path
+from typing import IO, Any, BinaryIO, Self
+
+import numpy as np
+
+from lowrank_tune.batch import Row
+from lowrank_tune.data.message import Message
+from lowrank_tune.data.report import SourceReport
+from lowrank_tune.data.token_store import ARRAYS, TokenizedDataset, checksum
+from lowrank_tune.errors import TrainingError
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A tokenized row of a source: one row, or two, the chosen and the rejected one. `conversation_hashes`: the hash of
+    the conversation of each."""
+
+    rows: tuple[Row, ...]
+    conversation_hashes: tuple[int, ...]
+    ground_truth: str | None = None
+    margin: float = 0.0
+
+    @property
+    def row_hash(self) -> int:
+        """Equal for equal entries."""
+        if len(self.conversation_hashes) == 1:
+            return self.conversation_hashes[0]
+        return _hash(np.array(self.conversation_hashes, dtype="<u8").tobytes())
+
+
+def conversation_hash(messages: Sequence[Message]) -> int:
+    """Returns a number that is equal for equal conversations."""
+    text = "\x1e".join(f"{message.role}\x1f{message.content}" for message in messages)
+    return _hash(text.encode())
+
+
+def _hash(data: bytes) -> int:
+    return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little")
+
+
+class ArrayFile:
+    """A `.npy` file that grows. numpy reserves space in the header for the length."""
+
+    def __init__(self, path: Path, dtype: str) -> None:
+        self.file: BinaryIO = path.open("wb")
+        self.dtype = np.dtype(dtype)
+        self.count = 0
+        self._write_npy_header()
+        self._start = self.file.tell()
+
+    def _write_npy_header(self) -> None:
+        descr = np.lib.format.dtype_to_descr(self.dtype)
+        header = {"descr": descr, "fortran_order": False, "shape": (self.count,)}
+        np.lib.format.write_array_header_1_0(self.file, header)
+
+    def append(self, values: Any) -> None:
+        """Writes more values."""
+        array = np.asarray(values, dtype=self.dtype)
+        self.count += array.size
+        self.file.write(array.tobytes())
+
+    def close(self) -> None:
+        """Writes the length."""
+        self.file.seek(0)
+        self._write_npy_header()
+        assert self.file.tell() == self._start, "numpy no longer reserves space in the header"
+        self.file.close()
+
+
+class StoreWriter:
+    """Writes a store in a temporary folder beside its own, and renames it at the end. Without `finish` nothing is
+    left."""
+
+    def __init__(self, folder: Path, rows_per_unit: int = 1) -> None:
+        self.folder = folder
+        self.rows_per_unit = rows_per_unit
+        self._num_tokens = 0
+        self._num_ground_truth_bytes = 0
+
+    def __enter__(self) -> Self:
+        parent = self.folder.parent
+        try:
+            parent.mkdir(parents=True, exist_ok=True)
+            self._temporary = Path(tempfile.mkdtemp(prefix=f"{self.folder.name}.", suffix=".tmp", dir=parent))
+            self._open_arrays()
+        except OSError as error:
+            if hasattr(self, "_temporary"):
+                shutil.rmtree(self._temporary, ignore_errors=True)
+            raise _write_error(parent, error) from error
+        return self
+
+    def _open_arrays(self) -> None:
+        self._arrays = {name: ArrayFile(self._temporary / f"{name}.npy", dtype) for name, dtype in ARRAYS.items()}
+        self._dropped = (self._temporary / "dropped.jsonl").open("w", encoding="utf-8")
+        self._arrays["starts"].append([0])
+        self._arrays["ground_truth_starts"].append([0])
+
+    def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
+        files: list[IO[Any]] = [array.file for array in self._arrays.values()]
+        files.append(self._dropped)
+        for file in files:
+            # Closing writes what is buffered, and that may be what does not fit on the disk.
+            with contextlib.suppress(OSError):
+                file.close()
+        shutil.rmtree(self._temporary, ignore_errors=True)
+        if isinstance(error, OSError):
+            raise _write_error(self.folder.parent, error) from error
+
+    def add(self, entries: Sequence[Entry], source: int, locations: Sequence[tuple[int, int]]) -> None:
+        """Appends entries of a source, with the number of the file and the line of each."""
+        self._add_tokens([row for entry in entries for row in entry.rows])
+        self._add_ground_truths([entry.ground_truth for entry in entries])
+        conversation_hashes = chain.from_iterable(entry.conversation_hashes for entry in entries)
+        self._arrays["conversation_hashes"].append(np.array([*conversation_hashes], dtype=np.uint64))
+        self._add_per_entry("sources", [source] * len(entries))
+        self._add_per_entry("files", [file for file, _ in locations])
+        self._add_per_entry("lines", [line for _, line in locations])
+        self._add_per_entry("row_hashes", np.array([entry.row_hash for entry in entries], dtype=np.uint64))
+        self._add_per_entry("margins", [entry.margin for entry in entries])
+
+    def _add_tokens(self, rows: Sequence[Row]) -> None:
+        lengths = np.array([len(row.input_ids) for row in rows], dtype=np.int64)
+        num_tokens = int(lengths.sum())
+        input_ids = chain.from_iterable(row.input_ids for row in rows)
+        completion_mask = chain.from_iterable(row.completion_mask for row in rows)
+        self._arrays["input_ids"].append(np.fromiter(input_ids, np.int32, num_tokens))
+        self._arrays["completion_mask"].append(np.fromiter(completion_mask, np.bool_, num_tokens))
+        self._arrays["starts"].append(self._num_tokens + np.cumsum(lengths))
+        self._num_tokens += num_tokens
+
+    def _add_ground_truths(self, ground_truths: Sequence[str | None]) -> None:
+        encoded = [(ground_truth or "").encode() for ground_truth in ground_truths for _ in range(self.rows_per_unit)]
+        lengths = np.array([len(data) for data in encoded], dtype=np.int64)
+        self._arrays["ground_truths"].append(np.frombuffer(b"".join(encoded), dtype=np.uint8))
+        self._arrays["ground_truth_starts"].append(self._num_ground_truth_bytes + np.cumsum(lengths))
+        self._add_per_entry("has_ground_truth", [ground_truth is not None for ground_truth in ground_truths])
+        self._num_ground_truth_bytes += int(lengths.sum())
+
+    def _add_per_entry(self, name: str, values: Any) -> None:
+        """Appends one value for each entry, to all rows of the entry."""
+        self._arrays[name].append(np.repeat(values, self.rows_per_unit))
+
+    def drop(self, location: tuple[str, int], reason: str) -> None:
+        """Records a row that is not used."""
+        file, line = location
+        self._dropped.write(json.dumps({"file": file, "line": line, "reason": reason}) + "\n")
+
+    def finish(self, files: list[str], reports: list[SourceReport]) -> TokenizedDataset:
+        """Completes the store and moves it to its folder. Returns it."""
+        for array in self._arrays.values():
+            array.close()
+        self._dropped.close()
+        state = {
+            "rows_per_unit": self.rows_per_unit,
+            "files": files,
+            "reports": [asdict(report) for report in reports],
+            "sums": {path.name: checksum(path) for path in sorted(self._temporary.iterdir())},
+        }
+        (self._temporary / "store.json").write_text(json.dumps(state), encoding="utf-8")
+        if self.folder.exists() and TokenizedDataset.open(self.folder) is None:
+            shutil.rmtree(self.folder, ignore_errors=True)
+        try:
+            self._temporary.rename(self.folder)
+        except OSError:
+            # Another process may have written the same store in the meantime.
+            if TokenizedDataset.open(self.folder) is None:
+                raise
+        store = TokenizedDataset.open(self.folder)
+        assert store is not None
+        return store
+
+
+def _write_error(folder: Path, error: OSError) -> TrainingError:
+    return TrainingError(
+        f"{folder}: the cache of tokenized rows cannot be written ({error.strerror or error}); "
+        "free some space, or name another folder in LOWRANK_TUNE_CACHE"
+    )

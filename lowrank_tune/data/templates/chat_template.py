@@ -1,0 +1,154 @@
+"""Chat text: from the messages of a conversation to ids, and for each id whether it is part of an answer. The one
+interface for all bases."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Sequence
+from datetime import date
+from typing import Any
+
+from lowrank_tune.batch import Row
+from lowrank_tune.data.formats import InvalidRow
+from lowrank_tune.data.message import Message
+from lowrank_tune.data.templates.backend import TokenizerBackend, default_chat_template
+from lowrank_tune.data.templates.date import fixed_date
+from lowrank_tune.data.templates.fallback import DefaultTemplate, PlainTextTemplate
+from lowrank_tune.data.templates.jinja import JinjaChatTemplate
+from lowrank_tune.errors import UserError
+
+BYTE_TOKEN = re.compile(r"<0x[0-9A-Fa-f]{2}>")
+Scheme = DefaultTemplate | PlainTextTemplate | JinjaChatTemplate
+
+
+class ChatTemplate:
+    """How a base renders a conversation. `encode` of a prompt's messages and an answer begins with exactly the ids of
+    `prompt`."""
+
+    def __init__(self, backend: TokenizerBackend, scheme: Scheme, date_written: date | None = None) -> None:
+        self._backend = backend
+        self._scheme = scheme
+        self.date_written: date | None = date_written
+        """The date in every text, if the template writes one; fixed when this object is made."""
+        self.tokenizer: Any = backend.tokenizer
+        self.end_ids: frozenset[int] = scheme.end_ids
+        """A completion ends at any of these, and at those of the base's generation config."""
+        self.pad_id: int = backend.pad
+        """Any valid id: padding is masked, never recognized by its id."""
+        self.fingerprint: str = self._fingerprint()
+        """Changes with anything that changes the ids."""
+
+    @classmethod
+    def from_tokenizer(cls, tokenizer: Any, template_date: str | None = None) -> ChatTemplate:
+        """Returns the tokenizer's own template; without one the kit's if the vocabulary has its control tokens, else
+        plain words.
+
+        `template_date` (YYYY-MM-DD) is the date that a template with a date writes. A run passes its own, so that its
+        prompts are the same on every day. Default: today, if the template uses the clock. Raises UserError if the
+        template writes no date.
+        """
+        backend = TokenizerBackend(tokenizer)
+        own = default_chat_template(tokenizer)
+        date_written = fixed_date(own, template_date)
+        if own is not None:
+            return cls(backend, JinjaChatTemplate(backend, date_written), date_written)
+        if DefaultTemplate.has_all_special_tokens(backend):
+            return cls(backend, DefaultTemplate(backend))
+        return cls(backend, PlainTextTemplate(backend))
+
+    def _fingerprint(self) -> str:
+        # The description is a part of the keys of all caches: a changed word makes them anew.
+        parts = [type(self._scheme).__name__, self._scheme.description, self._backend.bos, self._backend.eos]
+        named = " ".join(map(str, parts))
+        own = getattr(self.tokenizer, "chat_template", None) or ""
+        named += f" {own}"
+        if self.date_written:
+            named += f" {self.date_written}"
+        content = f"{named}\n{self._backend.state}".encode("utf-8", "replace")
+        return hashlib.blake2b(content, digest_size=16).hexdigest()
+
+    def encode(self, messages: Sequence[Message]) -> Row:
+        """Returns the row of a conversation that ends with the assistant. Raises InvalidRow."""
+        (row,) = self.encode_many([messages])
+        if isinstance(row, InvalidRow):
+            raise row
+        return row
+
+    def encode_many(self, conversations: Sequence[Sequence[Message]]) -> list[Row | InvalidRow]:
+        """Returns the rows of many conversations, through one call of the tokenizer."""
+        return self._scheme.encode_many(conversations)
+
+    def prompt(self, messages: Sequence[Message]) -> list[int]:
+        """Returns the ids up to the assistant's answer. Raises UserError if `validate_messages` returns a reason,
+        because a person may have typed the messages."""
+        try:
+            return self._scheme.prompt(messages)
+        except InvalidRow as fault:
+            raise UserError(f"this cannot be asked of the base: {fault.reason}") from fault
+
+    def validate_messages(self, messages: Sequence[Message]) -> str | None:
+        """Returns why these messages cannot be used with this template; None if they can."""
+        return self._scheme.validate_messages(messages)
+
+    def decode(self, ids: Sequence[int], special_tokens: bool = False) -> str:
+        """Returns the text of ids, with control tokens only if `special_tokens`."""
+        return self._backend.decode(ids, special_tokens)
+
+    def special_tokens_in(self, ids: Sequence[int]) -> bool:
+        """Returns whether any of these ids is a control token."""
+        return not self._backend.control_ids.isdisjoint(ids)
+
+    def is_byte(self, token_id: int) -> bool:
+        """Returns whether a token is a single byte (`<0x0A>`), as in tokenizers with byte fallback."""
+        return BYTE_TOKEN.fullmatch(self._backend.id_to_token(token_id) or "") is not None
+
+    @property
+    def turn_delimiters(self) -> re.Pattern[str] | None:
+        """What an answer must not contain because it begins another turn, for bases whose markers are plain words; None
+        for bases with control tokens."""
+        if isinstance(self._scheme, PlainTextTemplate):
+            return self._scheme.marker_pattern
+        return None
+
+    @property
+    def dated_chat_template(self) -> str:
+        """`chat_template` with its date fixed, if it writes one: it renders the trained text on any day."""
+        if isinstance(self._scheme, JinjaChatTemplate):
+            return self._scheme.dated_chat_template
+        return self.chat_template
+
+    def render(self, messages: list[dict[str, str]], add_generation_prompt: bool) -> str:
+        """Returns the text that other software renders with `dated_chat_template`."""
+        text = self.tokenizer.apply_chat_template(
+            messages,
+            chat_template=self.dated_chat_template,
+            tokenize=False,
+            add_generation_prompt=add_generation_prompt,
+        )
+        return str(text)
+
+    @property
+    def begins_with_bos(self) -> bool:
+        """Whether the tokenizer's BOS is the first token of a prompt."""
+        return self._backend.bos is not None and self.prompt([Message("user", "?")])[:1] == [self._backend.bos]
+
+    def answer_content(self, text: str) -> str:
+        """Returns the text of a completion as the content of a message: with the opening tag, if the prompt opens a
+        thought and the text closes it."""
+        if not isinstance(self._scheme, JinjaChatTemplate):
+            return text
+        return self._scheme.generation_prompt.with_tag(text)
+
+    @property
+    def chat_template(self) -> str:
+        """The same as a Jinja template for other software, which renders a text and then encodes it whole."""
+        return self._scheme.chat_template
+
+    def describe(self) -> str:
+        """Returns one sentence for the start-up line."""
+        ends = ", ".join(f"`{self._backend.id_to_token(token_id)}`" for token_id in sorted(self.end_ids))
+        description = f"chat text by {self._scheme.description}"
+        if self.date_written:
+            description += f"; it writes the date {self.date_written}"
+        return f"{description}; an answer ends at {ends}"
