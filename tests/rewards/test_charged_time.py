@@ -93,7 +93,7 @@ def test_charged_is_the_process_s_own_time(monkeypatch: pytest.MonkeyPatch, name
 
 def test_a_process_that_only_waits_for_others_is_starved(monkeypatch: pytest.MonkeyPatch) -> None:
     process = SimulatedProcess([(0.001, 1.0, True), (0.1, 0.0, True)])
-    with pytest.raises(Starved, match=r"in 12\d s other programs left it [12]\.\d s of the 6 s that it has"):
+    with pytest.raises(Starved, match=r"in 12\d s other programs left it [12]\.\d s of the 6 s of its limit"):
         run_to_the_end(process, simulate(monkeypatch, process, 6.0))
     assert process.now == pytest.approx(charged_time.MAX_WALL_FACTOR * 6.0, rel=0.05)
 

@@ -433,13 +433,13 @@ def test_rows_that_no_reward_could_judge_by_are_data_faults(place: Path) -> None
     found = load_train_prompts(recipe, template, events.append)
     assert [one.ground_truth for one in found.examples] == ["5", "7", "8", "9", "10", "11"]
     [line] = [event.message for event in events if isinstance(event, LogMessage) and event.level == "warning"]
-    assert "line 2" in line and "line 4" in line and line.count("`math_answer` cannot judge by it") == 2
+    assert "line 2" in line and "line 4" in line and line.count("`math_answer` cannot use the row") == 2
     assert any(
         "`math_answer`" in issue.description and issue.count == 1
         for issue in inspect_data(recipe, lambda event: None).issues
     )
     few = Recipe.from_dict({**recipe.to_dict(), "data": {**data, "max_invalid_fraction": 0.1}})
-    with pytest.raises(UserError, match="2 of 8 rows cannot be used.*`math_answer` cannot judge by it"):
+    with pytest.raises(UserError, match="2 of 8 rows cannot be used.*`math_answer` cannot use the row"):
         load_train_prompts(few, template, events.append)
 
 

@@ -93,9 +93,9 @@ WHOLE = "theorem add_zero (x : Nat) :\n    x + 0 = x := by\n  trivial"
         ("by /- sorry -/ trivial -- the theorem", 1, ""),
         ("by trivial secret", 1, ""),
         ("by\n  simp\n  wrong", 0, "line 6: unknown identifier"),
-        ("by native", 0, "rests on Lean.ofReduceBool"),
+        ("by native", 0, "not trusted: Lean.ofReduceBool"),
         ("by kernel", 0, "(kernel)"),
-        ("by forge", 0, "rests on sorryAx"),
+        ("by forge", 0, "not trusted: sorryAx"),
         ("by sorry", 0, "uses `sorry`"),
         ("", 0, "no proof"),
         ("-- nothing", 0, "no proof"),
@@ -114,9 +114,9 @@ WHOLE = "theorem add_zero (x : Nat) :\n    x + 0 = x := by\n  trivial"
         ("by trivial /- open", 0, "comment open"),
         ("by trivial -/", 0, "not opened"),
         ("by trivial /-/ -/ -/ axiom", 0, "not opened"),
-        ("by tri\u202evial", 0, "no text"),
-        ("by \x00", 0, "no text"),
-        ("by \ud800", 0, "no text"),
+        ("by tri\u202evial", 0, "control characters"),
+        ("by \x00", 0, "control characters"),
+        ("by \ud800", 0, "control characters"),
     ],
 )
 def test_a_proof_of_the_rows_statement_and_nothing_else(
@@ -135,7 +135,7 @@ def test_what_ran_on_is_no_proof(scorer: WorkerPool[int]) -> None:
     [
         ("by crash", ROW, "error", "killed by SIGSEGV"),
         ("by flood", ROW, "error", "wrote too much"),
-        ("by silent", ROW, "error", "nothing of axioms"),
+        ("by silent", ROW, "error", "printed no axioms"),
         ("by greedy", ROW, "error", "ended with code 1"),
         (PROOF, {"statement": "theorem a : Nope := by sorry"}, "error", "unknown identifier 'Nope'"),
         (PROOF, {}, "error", "no column `statement`"),
@@ -176,9 +176,9 @@ def test_without_lean_the_reward_is_refused_with_the_cure(home: Path) -> None:
 
 def test_a_program_that_is_no_lean_is_refused_before_the_first_proof() -> None:
     for program, words in (
-        (("true",), "said nothing of axioms"),
+        (("true",), "printed no axioms"),
         (("false",), "ended with code 1"),
-        (("echo", "{}"), "nothing of axioms"),
+        (("echo", "{}"), "printed no axioms"),
     ):
         [weighted] = build_rewards([RewardConfig(name="lean", program=program)], Path())
         with pytest.raises(ConfigError, match=words):

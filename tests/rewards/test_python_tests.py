@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import reward_hacks
 from malformed_yaml import MAX_CPU_SECONDS
+from scoring import score_items
 
 from lowrank_tune import doctor
 from lowrank_tune.config import UNSAFE_CODE, RewardConfig
@@ -233,11 +234,11 @@ FAULTY = [
     ({}, "it has neither `test` with `entry_point` nor a `test_list`"),
     ({"test_list": []}, "it has neither `test` with `entry_point` nor a `test_list`"),
     (row("f(1)"), "its tests assert nothing"),
-    (row("assert f(1 == 1"), "its `test_list` is no Python"),
+    (row("assert f(1 == 1"), "its `test_list` is not Python"),
     (row("assert 1 == 1"), "its tests use nothing of the solution"),
     ({**reward_hacks.FUNCTION_TASK, "test": "assert largest([1]) == 1"}, "its `test` has no function `check`"),
     ({**reward_hacks.FUNCTION_TASK, "test": "def check(candidate):\n    candidate([1])"}, "its tests assert nothing"),
-    ({**reward_hacks.FUNCTION_TASK, "entry_point": "1largest"}, "its `entry_point` is no name"),
+    ({**reward_hacks.FUNCTION_TASK, "entry_point": "1largest"}, "its `entry_point` is not a name"),
 ]
 
 
@@ -310,18 +311,10 @@ def test_a_machine_that_is_too_busy_is_not_the_codes_fault(monkeypatch: pytest.M
 
 
 def test_a_missing_answer_of_the_worker_is_an_error_or_a_timeout() -> None:
-    reward = PythonTestsReward()
-    assert [
-        reward.on_timeout(item("x"), 3.0).verdict,
-        reward.on_worker_crash(item("x"), "was killed by SIGKILL").verdict,
-    ] == [
-        "timeout",
-        "error",
-    ]
-    assert (
-        reward.on_timeout(item("x"), 3.0).value is None
-        and reward.parse_reply(item("x"), {"fault": "raised X", "seconds": 0.0}).value is None
-    )
+    late = PythonTestsReward().worker_failure(item("x"), "timeout", "did not return within 3 s")
+    assert (late.value, late.verdict) == (None, "timeout") and "within 3 s" in late.reason
+    killed = PythonTestsReward().worker_failure(item("x"), "error", "was killed by SIGKILL")
+    assert (killed.value, killed.verdict) == (None, "error") and "SIGKILL" in killed.reason
 
 
 def test_a_completion_that_did_not_stop_fails() -> None:
@@ -385,12 +378,8 @@ def test_code_without_isolation_is_refused_unless_explicitly_allowed(monkeypatch
         and accepted.worker_spec()["level"] == "none"
         and "WITHOUT" in accepted.status()
     )
-    assert [
-        score.verdict for score in accepted.score([item(reward_hacks.CORRECT_PROGRAM), item(reward_hacks.ZERO)])
-    ] == [
-        "pass",
-        "fail",
-    ]
+    scores = score_items(accepted, [item(reward_hacks.CORRECT_PROGRAM), item(reward_hacks.ZERO)])
+    assert [score.verdict for score in scores] == ["pass", "fail"]
     with pytest.raises(ValueError, match="accept_unsafe_code"):
         RewardConfig(name="python_tests", accept_unsafe_code="yes")  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="does nothing for `answer`"):

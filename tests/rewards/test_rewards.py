@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 import time
 from dataclasses import replace
@@ -13,20 +14,20 @@ from hypothesis import strategies as st
 from malformed_yaml import MAX_CPU_SECONDS
 
 from lowrank_tune.config import RewardConfig
-from lowrank_tune.errors import ConfigError, TrainingError, UserError
+from lowrank_tune.errors import ConfigError, UserError
 from lowrank_tune.evaluation.heldout import is_exact
 from lowrank_tune.rewards import (
     RewardInput,
     Score,
+    WeightedReward,
     build_rewards,
     make_negative_samples,
     sanity_check_rewards,
-    total,
+    weighted_sum,
     zero_std_fraction,
 )
-from lowrank_tune.rewards.base import Reward
+from lowrank_tune.rewards.base import InProcessReward
 from lowrank_tune.rewards.math.answer import TAIL_CHARS, AnswerReward, answers_match, extract_final_answer
-from lowrank_tune.rewards.registry import WeightedReward
 from lowrank_tune.rewards.sanity_check import auc, required_auc
 from lowrank_tune.toy.problems import sample_problem
 
@@ -37,7 +38,7 @@ def item(
     return RewardInput(prompt, completion, gold, {"question": prompt, "answer": gold}, stopped, tokens)
 
 
-def one(reward: Reward, scored: RewardInput) -> Score:
+def one(reward: InProcessReward, scored: RewardInput) -> Score:
     [score] = reward.score([scored])
     return score
 
@@ -147,8 +148,7 @@ def test_what_did_not_stop_has_not_answered() -> None:
 def test_a_row_without_ground_truth_is_an_error_that_names_it(gold: str | None) -> None:
     score = one(AnswerReward(), item("It is 72.", gold))
     assert score.value is None and score.verdict == "error" and "What is 40 + 32?" in score.reason
-    with pytest.raises(TrainingError, match="What is 40"):
-        total([score], [1.0])
+    assert weighted_sum([score.value], [1.0]) is None
 
 
 @given(st.fractions(max_denominator=10_000), st.integers(1, 9))
@@ -266,14 +266,14 @@ def test_make_reports_all_faults_at_once(tmp_path: Path) -> None:
         build_rewards([], tmp_path)
 
 
-def test_total_weighs_and_never_makes_a_zero_of_a_fault() -> None:
-    scores = [Score(1.0, "pass"), Score(0.5, "graded"), Score(0.0, "fail")]
-    assert total(scores, [1.0, -0.5, 3.0]) == 0.75
-    for verdict in ("error", "timeout"):
-        with pytest.raises(TrainingError, match="because"):
-            total([Score(1.0, "pass"), Score(None, verdict, "because")], [1.0, 0.0])  # type: ignore[arg-type]
-    with pytest.raises(ValueError):
-        total(scores, [1.0])
+def test_weighted_sum_is_none_if_a_reward_failed_and_never_counts_it_as_zero() -> None:
+    assert weighted_sum([1.0, 0.5, 0.0], [1.0, -0.5, 3.0]) == 0.75
+    assert weighted_sum([1.0, None], [1.0, 0.0]) is None
+    assert math.isnan(weighted_sum([1.0, math.nan], [1.0, 0.0]) or 0.0)
+    assert weighted_sum([], []) == 0
+    for values in ([1.0, 0.5, 0.0], [None, 1.0]):
+        with pytest.raises(ValueError):
+            weighted_sum(values, [1.0])
 
 
 class Fixed:

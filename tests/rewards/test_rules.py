@@ -10,11 +10,12 @@ from typing import Any
 
 import pytest
 from malformed_yaml import MAX_CPU_SECONDS
+from scoring import score_items
 
 from lowrank_tune.config import RewardConfig, reward_rules
 from lowrank_tune.errors import ConfigError
 from lowrank_tune.regex import to_utf8
-from lowrank_tune.rewards import Reward, RewardInput, WorkerPool, build_rewards, registry, total
+from lowrank_tune.rewards import Reward, RewardInput, WorkerPool, build_rewards, registry, weighted_sum
 
 MEGABYTE = 1_000_000
 HOSTILE = {
@@ -44,7 +45,7 @@ def one(use: str, folder: Path = Path(), **settings: Any) -> Reward:
 
 
 def values(reward: Reward, *completions: str) -> list[float | None]:
-    return [score.value for score in reward.score([item(text) for text in completions])]
+    return [score.value for score in score_items(reward, [item(text) for text in completions])]
 
 
 def refusal(use: str, folder: Path = Path(), **settings: Any) -> str:
@@ -58,7 +59,7 @@ def test_a_format_is_of_the_whole_completion_and_a_regex_of_any_part() -> None:
     assert values(one("format", pattern=r"So it is \d+\."), *texts) == [1, 0, 0, 0, 0]
     assert values(one("regex", pattern=r"So it is \d+\."), *texts) == [1, 1, 1, 1, 0]
     assert values(one("regex", pattern=r"72\.$"), *texts) == [1, 0, 1, 0, 0]
-    [passed, failed] = one("format", pattern="a.c").score([item("abc"), item("a\nc")])
+    [passed, failed] = score_items(one("format", pattern="a.c"), [item("abc"), item("a\nc")])
     assert (passed.verdict, failed.verdict, failed.reason) == ("pass", "fail", "does not match the pattern")
 
 
@@ -124,7 +125,7 @@ def test_repetition_is_the_share_of_distinct_ngrams() -> None:
     assert values(one("repetition"), "a" * 1600)[0] == pytest.approx(1 / 97) and values(
         one("repetition"), "\u4e2d" * 103
     ) == [0.01]
-    assert reward.score([item("a")])[0].verdict == "graded" and reward.is_verifier is False
+    assert score_items(reward, [item("a")])[0].verdict == "graded" and reward.is_verifier is False
 
 
 SCHEMA = {
@@ -213,8 +214,8 @@ def test_a_text_with_which_a_pattern_of_the_schema_runs_away_fails() -> None:
 @pytest.mark.parametrize(
     ("schema", "words"),
     [
-        ({"type": "strin"}, "is no JSON schema: at $.type"),
-        ({"pattern": "("}, "is no JSON schema: at $.pattern"),
+        ({"type": "strin"}, "is not a JSON schema: at $.type"),
+        ({"pattern": "("}, "is not a JSON schema: at $.pattern"),
         ({"$ref": "#"}, "without end"),
         (
             {"$ref": "https://example.com/s.json"},
@@ -223,11 +224,11 @@ def test_a_text_with_which_a_pattern_of_the_schema_runs_away_fails() -> None:
         ({"properties": {"a": {"$ref": "other.json"}}}, "refers to other.json"),
         ({"$dynamicRef": "https://example.com/d"}, "nothing is fetched"),
         ({"items": {"$ref": "#/$defs/no"}}, "/$defs/no"),
-        ({"$schema": "https://example.com/draft"}, "a `$schema` that is not known"),
+        ({"$schema": "https://example.com/draft"}, "an unknown `$schema`"),
         ("./none.json", "cannot be read"),
-        ("./bad.json", "is no JSON"),
+        ("./bad.json", "is not JSON"),
         ("./list.json", "neither an object"),
-        ({"minimum": "3"}, "is no JSON schema"),
+        ({"minimum": "3"}, "is not a JSON schema"),
     ],
 )
 def test_a_schema_is_checked_before_anything_runs(
@@ -277,7 +278,7 @@ def test_the_recipe_and_the_rewards_know_the_same_settings() -> None:
 def test_hostile_completions_are_judged_at_once(name: str) -> None:
     start = time.process_time()
     for reward in (one("format", pattern="(?s)x.*y"), one("regex", pattern=r"\d+ apples|x{3}"), one("repetition")):
-        [score] = reward.score([item(HOSTILE[name])])
+        [score] = score_items(reward, [item(HOSTILE[name])])
         assert score.value is not None and 0.0 <= score.value <= 1.0 and score.reason.isprintable()
     assert time.process_time() - start < MAX_CPU_SECONDS
 
@@ -298,4 +299,6 @@ def test_rules_weigh_together_each_under_its_name() -> None:
         scorer.submit(1, item("It is 72"))
         scores = scorer.collect()
         assert scorer.pids == []
-    assert [total(scores[key], [each.weight for each in weighted]) for key in (0, 1)] == [-0.5 + 1 + 0.25 + 1, 0.25 + 1]
+    weights = [each.weight for each in weighted]
+    sums = [weighted_sum([score.value for score in scores[key]], weights) for key in (0, 1)]
+    assert sums == [-0.5 + 1 + 0.25 + 1, 0.25 + 1]

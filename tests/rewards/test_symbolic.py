@@ -243,7 +243,7 @@ def test_reading_any_text_gives_a_tree_or_unreadable(text: str) -> None:
 def test_recipes_name_it_and_a_missing_package_has_a_cure(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     [made] = build_rewards([RewardConfig(name="symbolic")], tmp_path)
     assert made.reward == SymbolicReward("symbolic")
-    monkeypatch.setattr("lowrank_tune.rewards.math.math_answer.find_spec", lambda name: None)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"`symbolic` needs .*sympy.*pip install 'lowrank-tune\[verifiers\]'"):
         make_symbolic("symbolic")
 
