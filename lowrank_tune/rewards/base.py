@@ -129,7 +129,11 @@ class WorkerReward(ABC):
 
     def build_request(self, item: RewardInput) -> Mapping[str, Any]:
         """Returns the input of the grader for one completion, as plain data."""
-        return {"prompt": item.prompt, "completion": item.completion, "row": dict(item.row)}
+        return {
+            "prompt": item.prompt,
+            "completion": item.completion,
+            "row": dict(item.row),
+        }
 
     def reference_request(self, item: RewardInput) -> Mapping[str, Any] | None:
         """Returns the request that grades the row's own answer, the same for all completions of a row; None if there
@@ -146,14 +150,28 @@ class WorkerReward(ABC):
     def parse_reply(self, item: RewardInput, reply: Reply) -> Score:
         """Returns the score that a reply of the worker stands for."""
 
-    def worker_failure(self, item: RewardInput, verdict: Literal["error", "timeout"], reason: str) -> Score:
+    def worker_failure(
+        self,
+        item: RewardInput,
+        verdict: Literal["error", "timeout"],
+        reason: str,
+    ) -> Score:
         """Returns the score of a completion for which the worker has no result. `reason`: a predicate, as "was killed
         by SIGSEGV"."""
         return self.no_score(item, f"the verifier {reason}", verdict)
 
-    def no_score(self, item: RewardInput, reason: str, verdict: Literal["error", "timeout"] = "error") -> Score:
+    def no_score(
+        self,
+        item: RewardInput,
+        reason: str,
+        verdict: Literal["error", "timeout"] = "error",
+    ) -> Score:
         """Returns a score without a value, with the reason and the completion."""
-        return Score(None, verdict, f"`{self.name}`: {to_printable(reason, MAX_REASON_CHARS)}, on {item}")
+        return Score(
+            None,
+            verdict,
+            f"`{self.name}`: {to_printable(reason, MAX_REASON_CHARS)}, on {item}",
+        )
 
 
 Reward = InProcessReward | BatchedReward | WorkerReward

@@ -26,7 +26,15 @@ def make_negative_samples(references: Sequence[RewardInput], seed: int = 0) -> l
             if other.ground_truth != item.ground_truth:
                 texts.append(other.completion)
                 break
-        samples += [replace(item, completion=text, tokens=max(1, len(text) // 4), ids=()) for text in texts]
+        samples += [
+            replace(
+                item,
+                completion=text,
+                tokens=max(1, len(text) // 4),
+                ids=(),
+            )
+            for text in texts
+        ]
     return samples
 
 

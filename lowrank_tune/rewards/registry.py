@@ -32,14 +32,28 @@ def build_rewards(configs: Sequence[RewardConfig], folder: Path) -> list[Weighte
         raise UserError("`rewards` is empty; name at least one, as `[{name: answer}]`")
     rewards = []
     problems = []
-    for index, (config, name) in enumerate(zip(configs, reward_names(configs), strict=True)):
+    for index, (config, name) in enumerate(
+        zip(
+            configs,
+            reward_names(configs),
+            strict=True,
+        )
+    ):
         try:
             reward = _build_reward(config, name, folder)
         except UserError as error:
             problems.append(ConfigProblem(str(error), f"rewards.{index}"))
             continue
         on_error = config.on_error or ("stop" if is_user_function(config.name) else "drop")
-        rewards.append(WeightedReward(name, config.weight, reward, on_error, config.kind))
+        rewards.append(
+            WeightedReward(
+                name,
+                config.weight,
+                reward,
+                on_error,
+                config.kind,
+            )
+        )
     if problems:
         raise ConfigError(problems)
     return _with_default_kinds(rewards)

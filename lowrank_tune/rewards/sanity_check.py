@@ -162,7 +162,13 @@ def sanity_check_rewards(
     assert references and negatives, "the check needs reference answers and wrong ones"
     if pool is None:
         with WorkerPool[int]([weighted_reward.reward for weighted_reward in weighted]) as own_pool:
-            return sanity_check_rewards(weighted, references, negatives, own_pool, max_failure_rate)
+            return sanity_check_rewards(
+                weighted,
+                references,
+                negatives,
+                own_pool,
+                max_failure_rate,
+            )
     rows = list(score_all(pool, [*references, *negatives]))
     separations = []
     for index, weighted_reward in enumerate(weighted):
@@ -174,7 +180,11 @@ def sanity_check_rewards(
             [score.value for score in scores],
             len(references),
         )
-        summary = summarize_verdicts(weighted_reward.name, weighted_reward.is_verifier, scores)
+        summary = summarize_verdicts(
+            weighted_reward.name,
+            weighted_reward.is_verifier,
+            scores,
+        )
         separations.append(replace(separation, summary=summary))
     weights = [weighted_reward.weight for weighted_reward in weighted]
     sums = [weighted_sum([score.value for score in row], weights) for row in rows]

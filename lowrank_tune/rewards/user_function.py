@@ -42,8 +42,17 @@ class UserFunctionReward(WorkerReward):
     def parse_reply(self, item: RewardInput, reply: Reply) -> Score:
         return Score(reply["value"], "graded")
 
-    def worker_failure(self, item: RewardInput, verdict: Literal["error", "timeout"], reason: str) -> Score:
-        return Score(None, verdict, f"{self.function_path} {to_printable(reason)} on {item}")
+    def worker_failure(
+        self,
+        item: RewardInput,
+        verdict: Literal["error", "timeout"],
+        reason: str,
+    ) -> Score:
+        return Score(
+            None,
+            verdict,
+            f"{self.function_path} {to_printable(reason)} on {item}",
+        )
 
 
 def is_user_function(name: str) -> bool:

@@ -93,7 +93,15 @@ def is_correct(score: Score) -> bool | None:
 def find_disagreements(weighted: Sequence[WeightedReward], rows: Sequence[Sequence[Score]]) -> list[Disagreement]:
     """Returns one entry for each pair of verifiers."""
     verifiers = [index for index, weighted_reward in enumerate(weighted) if weighted_reward.is_verifier]
-    return [_disagreement(weighted, rows, first, second) for first, second in combinations(verifiers, 2)]
+    return [
+        _disagreement(
+            weighted,
+            rows,
+            first,
+            second,
+        )
+        for first, second in combinations(verifiers, 2)
+    ]
 
 
 def _disagreement(

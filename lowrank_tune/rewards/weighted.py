@@ -44,7 +44,15 @@ def weighted_sum(values: Sequence[float | None], weights: Sequence[float]) -> fl
     give NaN or an infinite sum, as in float arithmetic. The sum of no rewards is 0. Raises ValueError if the numbers of
     values and weights differ.
     """
-    terms = [weight * value for value, weight in zip(values, weights, strict=True) if value is not None]
+    terms = [
+        weight * value
+        for value, weight in zip(
+            values,
+            weights,
+            strict=True,
+        )
+        if value is not None
+    ]
     if len(terms) < len(values):
         return None
     return sum(terms)
@@ -68,4 +76,8 @@ def first_failure(weighted: Sequence[WeightedReward], scores: Sequence[Score]) -
     the completion. None if all have a value."""
     pairs = zip(weighted, scores, strict=True)
     failures = [(weighted_reward, score) for weighted_reward, score in pairs if score.value is None]
-    return min(failures, key=lambda failure: failure[0].on_error != "stop", default=None)
+    return min(
+        failures,
+        key=lambda failure: failure[0].on_error != "stop",
+        default=None,
+    )

@@ -89,7 +89,13 @@ class CheckRunner:
         self._level = level
         self._pair = SandboxPair(level)
 
-    def run(self, tests: RowTests, code: str, seconds: float, strict: bool = True) -> CheckResult:
+    def run(
+        self,
+        tests: RowTests,
+        code: str,
+        seconds: float,
+        strict: bool = True,
+    ) -> CheckResult:
         # an alarm may have interrupted the last check before it renewed the pair
         if self._pair.used:
             self._renew()
@@ -129,7 +135,11 @@ def row_tests(row: Mapping[str, Any]) -> RowTests:
     test = row.get("test")
     listed = row.get("test_list")
     if isinstance(test, str) and row.get("entry_point"):
-        return _humaneval_tests(str(row.get("prompt") or ""), test, str(row["entry_point"]))
+        return _humaneval_tests(
+            str(row.get("prompt") or ""),
+            test,
+            str(row["entry_point"]),
+        )
     if listed:
         return _mbpp_tests(row, [*_text_list(listed), *_text_list(row.get("challenge_test_list"))])
     raise InvalidTests("it has neither `test` with `entry_point` nor a `test_list`")

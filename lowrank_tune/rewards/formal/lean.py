@@ -72,7 +72,11 @@ class LeanReward(WorkerReward):
     worker_module: ClassVar[str] = "lowrank_tune.rewards.formal.lean_worker"
 
     def worker_spec(self) -> Mapping[str, Any]:
-        return {**super().worker_spec(), "program": list(self.program), "megabytes": MEMORY_MEGABYTES}
+        return {
+            **super().worker_spec(),
+            "program": list(self.program),
+            "megabytes": MEMORY_MEGABYTES,
+        }
 
     def row_rejection_reason(self, item: RewardInput) -> str | None:
         statement = _statement(item.row)
@@ -108,7 +112,15 @@ class LeanReward(WorkerReward):
         """Returns the row's statement without a proof: the part that Lean checks for every completion."""
         statement = _statement(item.row)
         assert statement is not None
-        return {"name": "goal", "proof": ":= by sorry", "head": _head(item.row, statement, "goal")}
+        return {
+            "name": "goal",
+            "proof": ":= by sorry",
+            "head": _head(
+                item.row,
+                statement,
+                "goal",
+            ),
+        }
 
     def parse_reply(self, item: RewardInput, reply: Reply) -> Score:
         value = reply["value"]

@@ -183,7 +183,11 @@ def _parents() -> dict[int, int]:
     for name in os.listdir("/proc"):
         with contextlib.suppress(OSError, ValueError):
             pid = int(name)
-            with open(f"/proc/{pid}/stat", encoding="utf-8", errors="replace") as status:
+            with open(
+                f"/proc/{pid}/stat",
+                encoding="utf-8",
+                errors="replace",
+            ) as status:
                 fields = status.read().rpartition(")")[2].split()
             parents[pid] = int(fields[1])
     return parents

@@ -41,11 +41,20 @@ from lowrank_tune.rewards.code.code_blocks import last_code_block
 MEMORY_MEGABYTES = 1024
 MAX_CHARS = 200_000  # characters of a completion
 TAIL_CHARS = 4000  # characters at its end that may contain a verdict
-COLUMNS = {"statement": ("smt",), "witness": ("smt",), "invariant": ("smt", "init", "transition", "property")}
+COLUMNS = {
+    "statement": ("smt",),
+    "witness": ("smt",),
+    "invariant": ("smt", "init", "transition", "property"),
+}
 REQUEST_COLUMNS = ("smt", "claim", "init", "transition", "property")
 LANGUAGES = ("smt2", "smt", "smtlib", "smt-lib", "lisp", "")
 VERDICT_PATTERN = re.compile(r"\b(not )?(unsat|sat|invalid|valid|unsatisfiable|satisfiable)\b")
-OPPOSITE_VERDICT = {"sat": "unsat", "unsat": "sat", "valid": "invalid", "invalid": "valid"}
+OPPOSITE_VERDICT = {
+    "sat": "unsat",
+    "unsat": "sat",
+    "valid": "invalid",
+    "invalid": "valid",
+}
 
 
 @dataclass(frozen=True)
@@ -58,7 +67,11 @@ class SmtReward(WorkerReward):
     worker_module: ClassVar[str] = "lowrank_tune.rewards.formal.smt_worker"
 
     def worker_spec(self) -> Mapping[str, Any]:
-        return {**super().worker_spec(), "answer_type": self.answer_type, "megabytes": MEMORY_MEGABYTES}
+        return {
+            **super().worker_spec(),
+            "answer_type": self.answer_type,
+            "megabytes": MEMORY_MEGABYTES,
+        }
 
     def row_rejection_reason(self, item: RewardInput) -> str | None:
         for column in COLUMNS[self.answer_type]:

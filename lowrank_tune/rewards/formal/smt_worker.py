@@ -186,7 +186,11 @@ def statement(request: Mapping[str, Any], decide: DecideFn) -> str:
     if request.get("claim") is None:
         return _decide_row(decide, script, "`smt`")
     claim = _parse_row_term(request, "claim")
-    status = _decide_row(decide, f"{script}\n(assert (not {claim}))", "`smt` with `claim`")
+    status = _decide_row(
+        decide,
+        f"{script}\n(assert (not {claim}))",
+        "`smt` with `claim`",
+    )
     return "valid" if status == "unsat" else "invalid"
 
 
@@ -317,12 +321,23 @@ def invariant(request: Mapping[str, Any], decide: DecideFn) -> str | None:
     goal = _parse_row_term(request, "property")
     # the other terms only so that Z3 checks their sorts
     tautologies = f"(assert (or {transition} (not {transition})))\n(assert (or {goal} (not {goal})))"
-    if _decide_row(decide, f"{script}\n(assert {init})\n{tautologies}", "the row") == "unsat":
+    if (
+        _decide_row(
+            decide,
+            f"{script}\n(assert {init})\n{tautologies}",
+            "the row",
+        )
+        == "unsat"
+    ):
         raise InvalidRow("`init` can never hold")
     if request["text"] is None:
         return None
     try:
-        formula = _parse_formula(request["text"], {*problem.declared, *problem.names}, set(state))
+        formula = _parse_formula(
+            request["text"],
+            {*problem.declared, *problem.names},
+            set(state),
+        )
         now = format_sexpr(formula)
         then = format_sexpr(_prime_state_vars(formula, state))
         conditions = (

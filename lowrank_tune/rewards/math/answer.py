@@ -81,7 +81,11 @@ class AnswerReward:
 
     def _score(self, item: RewardInput) -> Score:
         if item.ground_truth is None or not item.ground_truth.strip():
-            return Score(None, "error", f"`{self.name}` needs a gold answer, which is missing for {item}")
+            return Score(
+                None,
+                "error",
+                f"`{self.name}` needs a gold answer, which is missing for {item}",
+            )
         if not item.stopped:
             return DID_NOT_STOP
         answer = extract_final_answer(item.completion)
@@ -98,7 +102,11 @@ def not_equal_reason(answer: str, ground_truth: str) -> str:
 
 def unreadable_answer(answer: str, reason: str) -> Score:
     """Returns the score of an answer that cannot be read, which is wrong. `reason`: a predicate."""
-    return Score(0.0, "fail", f"{truncate_for_display(answer, MAX_SHOWN_CHARS)} {reason}")
+    return Score(
+        0.0,
+        "fail",
+        f"{truncate_for_display(answer, MAX_SHOWN_CHARS)} {reason}",
+    )
 
 
 def with_ground_truth(reason: str, item: RewardInput) -> str:

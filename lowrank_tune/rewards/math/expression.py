@@ -30,7 +30,13 @@ MAX_WORD_CHARS = 3  # letters of a product that is written as one word
 FUNCTIONS = frozenset(
     "sin cos tan cot sec csc arcsin arccos arctan sinh cosh tanh ln log exp sqrt abs floor ceil".split()
 )
-ALIASES = {"asin": "arcsin", "acos": "arccos", "atan": "arctan", "lfloor": "floor", "lceil": "ceil"}
+ALIASES = {
+    "asin": "arcsin",
+    "acos": "arccos",
+    "atan": "arctan",
+    "lfloor": "floor",
+    "lceil": "ceil",
+}
 GREEK = frozenset(
     "alpha beta gamma delta epsilon varepsilon zeta eta theta vartheta kappa lambda mu nu xi rho sigma tau phi "
     "varphi chi psi "
@@ -48,7 +54,13 @@ SIGN_COMMANDS = {
     "rvert": "|",
     "mid": "|",
 }
-FRACTION_COMMANDS = {"frac": "divide", "dfrac": "divide", "tfrac": "divide", "cfrac": "divide", "binom": "binomial"}
+FRACTION_COMMANDS = {
+    "frac": "divide",
+    "dfrac": "divide",
+    "tfrac": "divide",
+    "cfrac": "divide",
+    "binom": "binomial",
+}
 IGNORED = re.compile(r"(?:\s|\\[,;:! ]|\\q?quad(?![a-zA-Z])|\\(?:left|right|displaystyle)(?![a-zA-Z])|~)+")
 TOKEN = re.compile(
     r"(?P<number>[0-9]+(?:\.[0-9]+)?|\.[0-9]+)|\\(?P<command>[a-zA-Z]+)|(?P<sign>\*\*|[-+*/^!_|()\[\]{}=])|(?P<word>[a-zA-Z]+)"

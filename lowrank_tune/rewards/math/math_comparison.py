@@ -88,7 +88,18 @@ def have_equal_members(ground_truth: Sequence[Any], answer: Sequence[Any]) -> bo
     if len(missing) != len(remaining):
         return False
     for member in missing:
-        partner = next((each for each in remaining if answers_are_equal(member, each, is_set=False)), None)
+        partner = next(
+            (
+                each
+                for each in remaining
+                if answers_are_equal(
+                    member,
+                    each,
+                    is_set=False,
+                )
+            ),
+            None,
+        )
         if partner is None:
             return False
         remaining.remove(partner)
@@ -99,7 +110,14 @@ def are_equal_in_order(ground_truth: Sequence[Any], answer: Sequence[Any]) -> bo
     if len(ground_truth) != len(answer):
         return False
     pairs = zip(ground_truth, answer, strict=True)
-    return all(answers_are_equal(expected, found, is_set=False) for expected, found in pairs)
+    return all(
+        answers_are_equal(
+            expected,
+            found,
+            is_set=False,
+        )
+        for expected, found in pairs
+    )
 
 
 def sides_of(equation: Any) -> list[Any]:

@@ -27,10 +27,22 @@ def values_are_equal(ground_truth: Any, answer: Any) -> bool:
     """Returns whether one value, set, interval or relation is the gold one."""
     if differ_numerically(ground_truth, answer):
         return False
-    if getattr(ground_truth, "is_number", False) and getattr(answer, "is_number", False):
+    if getattr(
+        ground_truth,
+        "is_number",
+        False,
+    ) and getattr(
+        answer,
+        "is_number",
+        False,
+    ):
         size = abs(ground_truth.evalf(15))
         if size.is_comparable and 0 < size < 1:
-            return _small_numbers_are_equal(ground_truth - answer, size, is_rounded=answer.has(sympy.Float))
+            return _small_numbers_are_equal(
+                ground_truth - answer,
+                size,
+                is_rounded=answer.has(sympy.Float),
+            )
     equal = verify(
         ground_truth,
         answer,
@@ -45,8 +57,26 @@ def values_are_equal(ground_truth: Any, answer: Any) -> bool:
 def _small_numbers_are_equal(difference: Any, size: Any, is_rounded: bool) -> bool:
     """Returns whether a number below 1 and an answer are equal; a rounded answer only in its significant digits."""
     if is_rounded:
-        return bool(abs(sympy.N(difference, 15, maxn=1000)) < size * 10.0**-DECIMAL_PLACES)
-    return bool(sympy.N(difference, 30, maxn=300, chop=False) == 0 or sympy.simplify(difference) == 0)
+        return bool(
+            abs(
+                sympy.N(
+                    difference,
+                    15,
+                    maxn=1000,
+                )
+            )
+            < size * 10.0**-DECIMAL_PLACES
+        )
+    return bool(
+        sympy.N(
+            difference,
+            30,
+            maxn=300,
+            chop=False,
+        )
+        == 0
+        or sympy.simplify(difference) == 0
+    )
 
 
 def differ_numerically(ground_truth: Any, answer: Any) -> bool:

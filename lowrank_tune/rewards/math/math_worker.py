@@ -24,7 +24,13 @@ from lowrank_tune.rewards.math.math_equality import UNEVALUATED_TYPES
 from lowrank_tune.rewards.workers.budget import time_limit
 
 GradeResult = dict[str, Any]
-NORMALIZATION = NormalizationConfig(basic_latex=True, units=False, malformed_operators=True, nits=True, boxed="none")
+NORMALIZATION = NormalizationConfig(
+    basic_latex=True,
+    units=False,
+    malformed_operators=True,
+    nits=True,
+    boxed="none",
+)
 CONVERSION = ConversionConfig(lowercase_symbols=False)
 # parts of an answer, decimal digits of a number in it, exponent of a base with a symbol
 MAX_NODES = 2000

@@ -110,7 +110,12 @@ def _draw(rng: random.Random, kind: int) -> float:
     return rng.randint(1, 12)
 
 
-def _try_evaluate(tree: Node, point: Point, is_complex: bool, digits: int = PRECISION_DIGITS) -> Any:
+def _try_evaluate(
+    tree: Node,
+    point: Point,
+    is_complex: bool,
+    digits: int = PRECISION_DIGITS,
+) -> Any:
     """Returns the value of a tree at a point, with `digits` digits; None if it has none, or none that counts."""
     with mpmath.workdps(digits):
         try:

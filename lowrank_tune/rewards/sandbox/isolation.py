@@ -113,7 +113,11 @@ def probe_level(level: Level) -> AvailableIsolation:
     finally:
         solver.end()
     if escapes and level != "none":
-        return AvailableIsolation(level, f"code at this level {', '.join(escapes)}", status)
+        return AvailableIsolation(
+            level,
+            f"code at this level {', '.join(escapes)}",
+            status,
+        )
     return AvailableIsolation(level, status=status)
 
 

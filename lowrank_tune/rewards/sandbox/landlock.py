@@ -72,7 +72,13 @@ def restrict(readable: Iterable[int], writable: Iterable[int]) -> int:
         size = 16
     else:
         size = 24
-    ruleset = syscall(CREATE, "landlock_create_ruleset", ctypes.addressof(attributes), size, 0)
+    ruleset = syscall(
+        CREATE,
+        "landlock_create_ruleset",
+        ctypes.addressof(attributes),
+        size,
+        0,
+    )
     for descriptor in readable:
         is_folder = stat.S_ISDIR(os.fstat(descriptor).st_mode)
         _allow(ruleset, descriptor, READ_FILE | READ_DIR if is_folder else READ_FILE)

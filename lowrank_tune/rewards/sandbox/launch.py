@@ -25,7 +25,7 @@ from lowrank_tune.rewards.sandbox.values import DeserializationError, decode
 Level = Literal["namespaces", "bubblewrap", "landlock", "none"]
 SandboxRole = Literal["solver", "tester"]
 FOLDER = Path(__file__).resolve().parent
-MEMORY = 1 << 30  # bytes of address space
+MEMORY_BYTES = 1 << 30  # of address space
 CPU_SECONDS = 20
 MAX_EXTRA_TASKS = 512  # processes and threads in addition to those that the user already has
 START_SECONDS = 20.0
@@ -52,12 +52,12 @@ class UnauthenticatedMessage(Exception):
 class Confined:
     """One confined process at a level, which waits for its first message."""
 
-    def __init__(self, role: SandboxRole, level: Level, memory: int = MEMORY) -> None:
+    def __init__(self, role: SandboxRole, level: Level) -> None:
         parent_end, child_end = socket.socketpair()
         self._channel = Channel(parent_end)
         self._nonce = secrets.token_bytes(NONCE_BYTES)
         self._num_received = 0
-        numbers = [child_end.fileno(), os.getpid(), memory, CPU_SECONDS, max_tasks()]
+        numbers = [child_end.fileno(), os.getpid(), MEMORY_BYTES, CPU_SECONDS, max_tasks()]
         with child_end:
             self._process = subprocess.Popen(
                 [*python(level), role, level, *map(str, numbers)],
@@ -127,7 +127,14 @@ class Confined:
         """Returns whether the process has ended, without removing it from the process table."""
         if self._process.returncode is not None:
             return True
-        return os.waitid(os.P_PID, self._process.pid, os.WEXITED | os.WNOWAIT | os.WNOHANG) is not None
+        return (
+            os.waitid(
+                os.P_PID,
+                self._process.pid,
+                os.WEXITED | os.WNOWAIT | os.WNOHANG,
+            )
+            is not None
+        )
 
 
 def exit_reason(code: int | None) -> str:

@@ -95,4 +95,13 @@ def _mount(
     mount_options: str | None = None,
 ) -> None:
     encoded = [None if argument is None else argument.encode() for argument in (source, target, kind, mount_options)]
-    check_errno(LIBC.mount(encoded[0], encoded[1], encoded[2], flags, encoded[3]), f"mount {target}")
+    check_errno(
+        LIBC.mount(
+            encoded[0],
+            encoded[1],
+            encoded[2],
+            flags,
+            encoded[3],
+        ),
+        f"mount {target}",
+    )

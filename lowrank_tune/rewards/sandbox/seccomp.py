@@ -326,4 +326,13 @@ def restrict() -> None:
     code = build_filter()
     buffer = ctypes.create_string_buffer(code, len(code))
     fprog = SockFprog(len(code) // 8, ctypes.addressof(buffer))
-    check_errno(LIBC.prctl(PR_SET_SECCOMP, FILTER_MODE, ctypes.byref(fprog), 0, 0), "seccomp")
+    check_errno(
+        LIBC.prctl(
+            PR_SET_SECCOMP,
+            FILTER_MODE,
+            ctypes.byref(fprog),
+            0,
+            0,
+        ),
+        "seccomp",
+    )

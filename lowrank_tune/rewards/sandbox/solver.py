@@ -147,7 +147,21 @@ def definition_line(source: str, entry: str) -> int | None:
         return None
     for statement in tree.body:
         targets = getattr(statement, "targets", [])
-        defined = [getattr(statement, "name", ""), *(getattr(target, "id", "") for target in targets)]
+        defined = [
+            getattr(
+                statement,
+                "name",
+                "",
+            ),
+            *(
+                getattr(
+                    target,
+                    "id",
+                    "",
+                )
+                for target in targets
+            ),
+        ]
         if entry in defined:
             decorators = getattr(statement, "decorator_list", [])
             return int(min(node.lineno for node in (statement, *decorators)))

@@ -31,9 +31,9 @@ def syscall(number: int, label: str, *arguments: int | bytes | None) -> int:
     return check_errno(int(LIBC.syscall(ctypes.c_long(number), *converted)), label)
 
 
-def prctl(option: int, value: int = 1, third: int = 0) -> None:
+def prctl(option: int, value: int = 1) -> None:
     """Calls prctl(2). Raises OSError."""
-    converted = [ctypes.c_ulong(argument) for argument in (value, third, 0, 0)]
+    converted = [ctypes.c_ulong(argument) for argument in (value, 0, 0, 0)]
     check_errno(LIBC.prctl(ctypes.c_int(option), *converted), f"prctl {option}")
 
 

@@ -108,7 +108,11 @@ class ComparisonRewriter(ast.NodeTransformer):
         self.generic_visit(node)
         if len(node.ops) != 1 or not isinstance(node.ops[0], (ast.Eq, ast.NotEq)):
             return node
-        replacement: ast.expr = ast.Call(ast.Name("__same__", ast.Load()), [node.left, node.comparators[0]], [])
+        replacement: ast.expr = ast.Call(
+            ast.Name("__same__", ast.Load()),
+            [node.left, node.comparators[0]],
+            [],
+        )
         if isinstance(node.ops[0], ast.NotEq):
             replacement = ast.UnaryOp(ast.Not(), replacement)
         return ast.copy_location(replacement, node)

@@ -90,7 +90,11 @@ def _write(value: Any, parts: list[bytes], to_handle: ToHandle, depth: int) -> N
 
 def _library_kind(value: Any) -> bytes | None:
     for kind, (module, name) in LIBRARY_TYPES.items():
-        if module in sys.modules and type(value) is getattr(sys.modules[module], name, None):
+        if module in sys.modules and type(value) is getattr(
+            sys.modules[module],
+            name,
+            None,
+        ):
             return kind
     return None
 

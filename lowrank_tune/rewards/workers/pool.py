@@ -52,7 +52,14 @@ class WorkerPool(Generic[Key]):
         self._failure: BaseException | None = None
         self._num_ready = 0
         num_threads = max(1, workers) if self.worker_specs else 0
-        self._threads = [WorkerThread(self, self.worker_specs, self._requests) for _ in range(num_threads)]
+        self._threads = [
+            WorkerThread(
+                self,
+                self.worker_specs,
+                self._requests,
+            )
+            for _ in range(num_threads)
+        ]
         try:
             for thread in self._threads:
                 thread.start()
@@ -80,7 +87,15 @@ class WorkerPool(Generic[Key]):
         spec_index = 0
         for reward_index, reward in enumerate(self.rewards):
             if isinstance(reward, WorkerReward):
-                self._dispatch(ScoreRequest(key, item, reward_index, spec_index, reward))
+                self._dispatch(
+                    ScoreRequest(
+                        key,
+                        item,
+                        reward_index,
+                        spec_index,
+                        reward,
+                    )
+                )
                 spec_index += 1
             elif isinstance(reward, BatchedReward):
                 self._batched[key] = item

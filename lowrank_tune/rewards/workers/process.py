@@ -19,7 +19,11 @@ from typing import Any
 from lowrank_tune.rewards.workers.charged_time import ChargedTime, Starved, TimeLimitReached
 
 SCRIPT = Path(__file__).with_name("worker.py")
-ENVIRONMENT = {"PYTHONHASHSEED": "0", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+ENVIRONMENT = {
+    "PYTHONHASHSEED": "0",
+    "CUDA_VISIBLE_DEVICES": "",
+    "OMP_NUM_THREADS": "1",
+}
 """Sets have one order in every worker and every run, only the trainer uses the GPU, and a worker uses one core."""
 
 

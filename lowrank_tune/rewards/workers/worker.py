@@ -289,7 +289,14 @@ def main(descriptor: int, parent: int) -> None:
     """Serves requests until the other end is closed."""
     exit_with_parent(parent)
     os.set_inheritable(descriptor, False)
-    with socket.socket(fileno=descriptor) as channel, channel.makefile("rw", encoding="ascii", newline="\n") as lines:
+    with (
+        socket.socket(fileno=descriptor) as channel,
+        channel.makefile(
+            "rw",
+            encoding="ascii",
+            newline="\n",
+        ) as lines,
+    ):
 
         def send(reply: Mapping[str, Any]) -> None:
             lines.write(json.dumps(reply) + "\n")

@@ -147,7 +147,11 @@ class WorkerThread(threading.Thread):
     def _time_exceeded(self, request: ScoreRequest, seconds: float) -> Score:
         if self._only_completion_exceeds(request):
             return _limit_exceeded(f"{seconds:g} s")
-        return request.reward.worker_failure(request.item, "timeout", f"did not return within {seconds:g} s")
+        return request.reward.worker_failure(
+            request.item,
+            "timeout",
+            f"did not return within {seconds:g} s",
+        )
 
     def _only_completion_exceeds(self, request: ScoreRequest) -> bool:
         """Returns whether a completion that exceeds a limit is the cause, because the row's own answer does not exceed
