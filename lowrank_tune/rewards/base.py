@@ -148,7 +148,7 @@ class WorkerReward(ABC):
 
     @abstractmethod
     def parse_reply(self, item: RewardInput, reply: Reply) -> Score:
-        """Returns the score that a reply of the worker stands for."""
+        """Returns the score for a reply of the worker."""
 
     def worker_failure(
         self,

@@ -8,12 +8,17 @@ among the rewards, a weighted sum that does not separate them is only a warning.
 from __future__ import annotations
 
 import math
-import statistics
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from lowrank_tune.rewards.base import BatchedReward, RewardInput, Score
-from lowrank_tune.rewards.verdicts import VerdictSummary, exceeds_failure_limit, score_all, summarize_verdicts
+from lowrank_tune.rewards.verdicts import (
+    VerdictSummary,
+    exceeds_failure_limit,
+    mean_or_nan,
+    score_all,
+    summarize_verdicts,
+)
 from lowrank_tune.rewards.weighted import WeightedReward, weighted_sum
 from lowrank_tune.rewards.workers.pool import WorkerPool
 
@@ -227,15 +232,11 @@ def _separation(
         name,
         is_verifier,
         must_separate,
-        _mean(reference_values),
-        _mean(negative_values),
+        mean_or_nan(reference_values),
+        mean_or_nan(negative_values),
         auc(reference_values, negative_values),
         is_constant=value_range <= MAX_CONSTANT_RANGE,
     )
-
-
-def _mean(values: Sequence[float]) -> float:
-    return statistics.fmean(values) if values else math.nan
 
 
 def auc(references: Sequence[float], negatives: Sequence[float]) -> float:

@@ -67,12 +67,17 @@ def summarize_verdicts(name: str, is_verifier: bool, scores: Sequence[Score]) ->
         name,
         is_verifier,
         dict(counts),
-        statistics.fmean(values) if values else math.nan,
+        mean_or_nan(values),
         statistics.pstdev(values) if values else math.nan,
         median_seconds=_quantile(seconds, 0.5),
         p95_seconds=_quantile(seconds, 0.95),
         max_seconds=_quantile(seconds, 1.0),
     )
+
+
+def mean_or_nan(values: Sequence[float]) -> float:
+    """Returns the mean; NaN without values."""
+    return statistics.fmean(values) if values else math.nan
 
 
 def _quantile(ordered: Sequence[float], share: float) -> float:
@@ -83,7 +88,7 @@ def _quantile(ordered: Sequence[float], share: float) -> float:
 
 
 def is_correct(score: Score) -> bool | None:
-    """Returns whether a score stands for a correct completion: pass, or a graded value of at least a half. None if it
+    """Returns whether a score is that of a correct completion: pass, or a graded value of at least a half. None if it
     has no value."""
     if score.value is None:
         return None

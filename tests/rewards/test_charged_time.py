@@ -81,7 +81,7 @@ PROGRAMS = {
 
 
 @pytest.mark.parametrize("name", PROGRAMS)
-def test_charged_is_the_process_s_own_time(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+def test_charged_time_is_the_time_that_the_process_runs_or_sleeps(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     """At the end the process has had its limit: exactly where no sample decides, else by 5 standard deviations."""
     for seed in range(5):
         process = SimulatedProcess(PROGRAMS[name])
@@ -232,7 +232,7 @@ time.sleep(99)
 """
 
 
-def test_a_name_does_not_look_like_a_state(start: StartProgram) -> None:
+def test_a_process_name_with_brackets_is_not_read_as_a_state(start: StartProgram) -> None:
     program = start(NAMED)
     assert program.stdout is not None
     program.stdout.readline()
@@ -241,7 +241,7 @@ def test_a_name_does_not_look_like_a_state(start: StartProgram) -> None:
     assert tree is not None and tree.cpu_seconds < 0.5 and not tree.runnable
 
 
-def test_processes_that_have_ended_are_none(start: StartProgram) -> None:
+def test_processes_that_have_ended_are_not_counted(start: StartProgram) -> None:
     program = start("")
     program.wait()
     assert read_tree([program.pid]) == ProcessTree(0, False)

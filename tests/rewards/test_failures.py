@@ -47,7 +47,7 @@ GROUPS = st.integers(1, 6).flatmap(
 
 
 @given(GROUPS)
-def test_a_dropped_completion_never_was(groups: list[list[tuple[float, bool]]]) -> None:
+def test_advantages_equal_those_without_the_dropped_completion(groups: list[list[tuple[float, bool]]]) -> None:
     rewards = torch.tensor(
         [[value if has_reward else math.nan for value, has_reward in group] for group in groups], dtype=torch.float64
     )
@@ -67,7 +67,7 @@ def test_a_dropped_completion_never_was(groups: list[list[tuple[float, bool]]]) 
             assert torch.equal(mine, group_advantages(torch.tensor(left)[None], divide)[0])
 
 
-def test_nothing_dropped_changes_no_bit() -> None:
+def test_groups_without_failures_have_the_same_advantages_to_the_bit() -> None:
     rewards = torch.randn(7, 9, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     every = torch.ones(7, 9, dtype=torch.bool)
     assert torch.equal(group_advantages(rewards, True, every), group_advantages(rewards)) and torch.equal(
@@ -156,7 +156,7 @@ THREE = [[[1.0, 0.0, 0.3, 0.2], [0.2, 0.9, 0.4, 0.1]]]
     "how",
     [{"beta": 0.3}, {"beta": 0.3, "kl_in_reward": True}, {"num_iterations": 2}, {"truncated_completions": "penalize"}],
 )
-def test_the_step_is_one_without_it(roles: Roles, kind: str, how: dict[str, Any]) -> None:
+def test_the_step_equals_one_without_the_dropped_completion(roles: Roles, kind: str, how: dict[str, Any]) -> None:
     found = []
     for never in (False, True):
         algorithm = with_failures(roles, [2, 5], THREE, never, kind, **how)
@@ -212,7 +212,7 @@ def test_a_step_whose_rewards_all_fail_changes_nothing(roles: Roles, how: str) -
 # --- counting ---------------------------------------------------------------------------------------------------------
 
 
-def test_too_many_stop_the_run_and_few_do_not() -> None:
+def test_too_many_failures_stop_the_run_and_few_do_not() -> None:
     failures = RewardFailureTracker(0.01)
     failures.count([LOST, LATE])  # two of two: too few to judge a verifier by
     with pytest.raises(

@@ -126,7 +126,7 @@ def test_a_proof_of_the_rows_statement_and_nothing_else(
     assert (score.value, score.verdict) == (right, "pass" if right else "fail") and why in score.reason, score.reason
 
 
-def test_what_ran_on_is_no_proof(scorer: WorkerPool[int]) -> None:
+def test_a_proof_that_did_not_stop_fails(scorer: WorkerPool[int]) -> None:
     assert judged(scorer, PROOF, stopped=False).verdict == "fail"
 
 
@@ -142,7 +142,7 @@ def test_what_ran_on_is_no_proof(scorer: WorkerPool[int]) -> None:
         (PROOF, {"statement": "1 + 1"}, "error", "holds no theorem"),
     ],
 )
-def test_what_lean_or_the_row_breaks_is_never_a_zero(
+def test_failures_of_lean_or_of_the_row_are_errors(
     scorer: WorkerPool[int], text: str, row: dict[str, Any], verdict: str, words: str
 ) -> None:
     score = judged(scorer, text, row)
@@ -174,7 +174,7 @@ def test_without_lean_the_reward_is_refused_with_the_cure(home: Path) -> None:
             build_rewards([RewardConfig(name="lean", program=program)], Path())
 
 
-def test_a_program_that_is_no_lean_is_refused_before_the_first_proof() -> None:
+def test_a_program_other_than_lean_is_refused_before_the_first_proof() -> None:
     for program, words in (
         (("true",), "printed no axioms"),
         (("false",), "ended with code 1"),
@@ -198,12 +198,12 @@ def test_a_program_that_is_no_lean_is_refused_before_the_first_proof() -> None:
         ),
     ],
 )
-def test_a_statement_is_retyped_under_our_name(statement: str, wanted: str) -> None:
+def test_the_statement_is_written_under_the_name_of_the_kit(statement: str, wanted: str) -> None:
     assert restated_theorem(statement, "", "NAME") == wanted
     assert restated_theorem(statement, "import A\n", "NAME") == f"import A\n{wanted}"
 
 
-def test_comments_go_and_nothing_hides_in_them() -> None:
+def test_comments_are_removed_with_all_that_is_in_them() -> None:
     assert strip_comments("a -- b\nc /- d /- e -/ f -- -/ g /-- h --/ i").split() == ["a", "c", "g", "i"]
     for text in ("/- /-", "-/", "a /- b -/ -/"):
         with pytest.raises(InvalidProof):
@@ -225,7 +225,7 @@ def test_comments_go_and_nothing_hides_in_them() -> None:
         "\ud800" * 90_000,
     ],
 )
-def test_hostile_texts_are_refused_at_once(text: str) -> None:
+def test_hostile_proofs_are_refused_quickly(text: str) -> None:
     start = time.process_time()
     with pytest.raises(InvalidProof) as caught:
         extract_proof(text, str(ROW["statement"]))

@@ -121,7 +121,7 @@ DIFFERENT = [
 @pytest.mark.parametrize(
     ("found", "gold", "right"), [(*each, True) for each in SAME] + [(*each, False) for each in DIFFERENT]
 )
-def test_what_needs_no_algebra_is_decided_here_and_now(found: str, gold: str, right: bool) -> None:
+def test_exact_cases_are_decided_without_a_worker(found: str, gold: str, right: bool) -> None:
     assert compare_exact(found, gold) is right
     score = MathAnswerReward().score_without_worker(item(boxed(found), gold))
     assert score is not None and score.verdict == ("pass" if right else "fail")
@@ -168,7 +168,7 @@ ALGEBRA = [
 ]
 
 
-def test_what_needs_algebra_is_decided_by_the_worker(scorer: WorkerPool[Any]) -> None:
+def test_algebraic_cases_are_decided_by_the_worker(scorer: WorkerPool[Any]) -> None:
     """math-verify takes 2x + z = 1 for an answer where the gold one is 1, and not the other way round."""
     found = scores(scorer, [item(boxed(answer), gold) for answer, gold, _ in ALGEBRA])
     wrong = [
@@ -181,7 +181,7 @@ def test_what_needs_algebra_is_decided_by_the_worker(scorer: WorkerPool[Any]) ->
     assert not [score for score in found if "takes more than" in score.reason]
 
 
-def test_a_wrong_answer_that_algebra_would_try_for_ever_is_decided_by_its_value(scorer: WorkerPool[Any]) -> None:
+def test_a_wrong_answer_that_sympy_cannot_simplify_is_decided_by_its_value(scorer: WorkerPool[Any]) -> None:
     hard = r"(\sqrt{2}+\sqrt{3}+\sqrt{5}+\sqrt{7}+\sqrt{11})^{40}"
     assert [
         score.verdict
@@ -189,7 +189,7 @@ def test_a_wrong_answer_that_algebra_would_try_for_ever_is_decided_by_its_value(
     ] == ["fail"] * 2
 
 
-def test_where_the_answer_stands() -> None:
+def test_final_answer_is_the_box_or_marker_or_formula_or_last_number() -> None:
     expected = {
         r"so \boxed{1} and \boxed{\frac{1}{2}}.": r"1, \frac{1}{2}",
         r"so \boxed{1}. Then it is \boxed{\frac{1}{2}}.": r"\frac{1}{2}",
@@ -204,7 +204,7 @@ def test_where_the_answer_stands() -> None:
     assert {text: extract_final_answer(text) for text in expected} == expected
 
 
-def test_a_completion_that_was_cut_off_has_not_answered() -> None:
+def test_a_completion_that_did_not_stop_fails_without_a_worker() -> None:
     assert MathAnswerReward().score_without_worker(item(boxed("5"), "5", stopped=False)) == Score(
         0.0, "fail", "did not stop"
     )
@@ -263,7 +263,7 @@ REPEATED = {
 
 
 @pytest.mark.parametrize("text", REPEATED.values(), ids=REPEATED.keys())
-def test_what_repeats_is_read_in_linear_time(text: str) -> None:
+def test_repeated_text_is_read_in_linear_time(text: str) -> None:
     """None of this is limited: it runs in the process that trains."""
     completion = text if "boxed" in text else boxed(text)
     reward, start = MathAnswerReward(), time.process_time()
@@ -295,7 +295,7 @@ def test_a_comparison_that_fails_for_any_answer_is_an_error(monkeypatch: pytest.
         worker.grade(request)
 
 
-def test_excess() -> None:
+def test_too_large_answers_are_refused_and_large_ones_are_not() -> None:
     assert too_large_reason(r"\frac{\sqrt{2}}{2^{x^{2}}}") is None and too_large_reason("1" * 200) is None
     assert all(
         too_large_reason(text) for text in ("1" * 201, "(" * 31, "2^{2^{2^{2^{2}}}}", "x" * 1001, "5!!!", "\x00")
@@ -438,7 +438,7 @@ def test_a_wrong_answer_that_met_the_limit_of_memory_is_an_error() -> None:
     assert MathAnswerReward().parse_reply(item(boxed("x"), "y+1"), {**reply, "steep": False}).verdict == "fail"
 
 
-def test_limits_are_gone_behind_the_call() -> None:
+def test_limits_are_removed_after_the_call() -> None:
     def spin(request: Any) -> None:
         while True:
             pass

@@ -174,7 +174,7 @@ CASES = [
 
 
 @needs_sandbox
-def test_what_tests_mean() -> None:
+def test_tests_have_their_meaning_in_python() -> None:
     items = [item(code, row(test, code="def f(x): pass\nclass P: pass")) for _, test, code, _ in CASES]
     assert {
         case[0]: (score.verdict, score.reason)
@@ -335,7 +335,7 @@ def test_a_completion_that_did_not_stop_fails() -> None:
         ("", ""),
     ],
 )
-def test_the_code_of_a_completion(completion: str, code: str) -> None:
+def test_the_code_is_the_last_python_fence_or_the_last_fence_or_all(completion: str, code: str) -> None:
     assert extract_code(completion) == code
 
 
@@ -350,7 +350,7 @@ def test_the_code_of_a_completion(completion: str, code: str) -> None:
         " ```\n" * 200_000,
     ],
 )
-def test_the_code_of_a_hostile_completion_is_found_at_once(text: str) -> None:
+def test_the_code_of_a_hostile_completion_is_found_quickly(text: str) -> None:
     start = time.process_time()
     extract_code(text)
     assert time.process_time() - start < MAX_CPU_SECONDS

@@ -110,7 +110,7 @@ def test_score_completions_reads_as_the_run_did(finished: tuple[Path, list[Event
     assert values[-1] is None and "it has no prompt" in found.scores[-1][0].reason
 
 
-def test_one_base_and_a_reward_model_that_stays_what_it_was(finished: tuple[Path, list[Event], list[str]]) -> None:
+def test_one_base_is_loaded_and_the_reward_model_is_not_changed(finished: tuple[Path, list[Event], list[str]]) -> None:
     out, events, bases = finished
     assert bases == ["tiny-tutor"]
     roles = [dict(event.roles) for event in events if isinstance(event, RunStarted)][-1]
@@ -152,7 +152,9 @@ def test_the_reward_model_does_not_change_what_the_policy_writes(
     assert [one["text"] for one in without[0].completions] == [one["text"] for one in chained[0].completions]
 
 
-def test_what_it_was_trained_over_must_be_there(finished: tuple[Path, list[Event], list[str]], tmp_path: Path) -> None:
+def test_a_reward_model_without_the_adapter_below_it_is_refused(
+    finished: tuple[Path, list[Event], list[str]], tmp_path: Path
+) -> None:
     out, _, _ = finished
     with pytest.raises(
         UserError, match=r"adapters\.reward\.path: the reward model in .*2-judge.* was trained over the adapter `warm`"
@@ -241,7 +243,7 @@ def faults(data: dict[str, Any]) -> list[str]:
     return str(caught.value).splitlines()
 
 
-def test_recipes_with_a_reward_model(tmp_path: Path) -> None:
+def test_recipes_need_an_adapter_for_the_reward_model_and_no_other(tmp_path: Path) -> None:
     alone = {**LEARNED, "base": {"model": "tiny-tutor"}}
     assert len(errors := faults(alone)) == 1 and errors[0].startswith(
         "rewards.0.name: needs a reward model: `adapters: {reward: {path:"

@@ -184,7 +184,7 @@ def test_a_function_that_hangs_ends_in_time_and_the_pool_works_on(folder: Path, 
     )
 
 
-def test_one_that_hangs_holds_up_nobody_else(folder: Path) -> None:
+def test_a_function_that_hangs_does_not_delay_other_completions(folder: Path) -> None:
     with WorkerPool[int]([own(folder, "sleeps"), AnswerReward()], workers=2, timeout_seconds=1.0) as scorer:
         for number in range(40):
             scorer.submit(number, item("sleep" if number == 3 else f"It is {60 + number}."))
@@ -258,14 +258,16 @@ def test_cheap_rewards_need_no_worker() -> None:
         assert scorer.collect()["a"][0].value == 1.0 and scorer.collect() == {}
 
 
-def test_a_key_is_taken_once() -> None:
+def test_a_key_in_use_is_refused() -> None:
     with WorkerPool[str]([AnswerReward()]) as scorer:
         scorer.submit("a", item("72"))
         with pytest.raises(ValueError, match="before"):
             scorer.submit("a", item("73"))
 
 
-def test_what_it_prints_and_starts_goes_nowhere(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_output_is_discarded_and_started_processes_end_with_the_worker(
+    folder: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     assert score(own(folder, "prints"), item("")).value == 1.0
     file = folder / "child"
     assert score(own(folder, "begets"), item("", file=str(file)), 1.0).verdict == "timeout"
@@ -328,7 +330,7 @@ def test_files_that_cannot_be_loaded_are_reported_all_at_once(folder: Path) -> N
     ), errors
 
 
-def test_a_file_that_hangs_or_dies_at_its_import_is_refused(folder: Path) -> None:
+def test_a_file_that_hangs_or_exits_at_its_import_is_refused(folder: Path) -> None:
     for text, words in (("while True: pass\n", "not ready within 0.7 s"), ("import os; os._exit(3)\n", "code 3")):
         (folder / "slow.py").write_text(text + "def f(completion, row): return 1\n")
         with pytest.raises(UserError, match=f"slow.py:f.*{words}"):
@@ -412,7 +414,7 @@ def test_no_worker_outlives_the_run(folder: Path) -> None:
     assert outlived == []
 
 
-def test_preflight_of_own_functions(folder: Path) -> None:
+def test_sanity_check_of_user_functions_uses_kind_and_weighted_sum(folder: Path) -> None:
     (folder / "mine.py").write_text(
         "import random\ndef exact(completion, row): return completion.endswith(f\"{row['worth']}.\")\n"
         "def same(completion, row): return 1\ndef lot(completion, row): return random.random()\n"

@@ -133,7 +133,7 @@ def stopped_at(results: dict[str, Any]) -> list[str]:
     return [level for level, through in results.items() if through == {}]
 
 
-def test_attacks_without_privileges() -> None:
+def test_attacks_of_a_user_without_privileges_are_stopped() -> None:
     assert (
         stopped_at(as_nobody("forks", "secret file", "TCP", "signals to a sibling", "unshare"))
         or isolation.best_available() is None
@@ -141,11 +141,11 @@ def test_attacks_without_privileges() -> None:
 
 
 @pytest.mark.slow
-def test_every_attack_without_privileges() -> None:
+def test_every_attack_of_a_user_without_privileges_is_stopped() -> None:
     assert stopped_at(as_nobody()) or isolation.best_available() is None
 
 
-def test_a_process_dies_with_its_parent(level: Level) -> None:
+def test_a_process_ends_with_its_parent(level: Level) -> None:
     """Even one that has been handed nothing yet, and one that spins."""
     code = f"""import time
 from lowrank_tune.rewards.sandbox.launch import Confined
@@ -197,7 +197,7 @@ for number in range(3, 64):
 
 
 @pytest.mark.parametrize("prefix", ["b''", "bytes(16) + struct.pack('<I', 1)"])
-def test_a_message_without_the_nonce_is_not_taken(level: Level, prefix: str) -> None:
+def test_a_message_without_the_nonce_is_refused(level: Level, prefix: str) -> None:
     solver, deadline = Confined("solver", level), time.monotonic() + 20
     solver.ready()
     solver.send(encode({"prompt": "", "code": FORGED.replace("PREFIX", prefix), "entry": ""}), deadline)
@@ -206,7 +206,7 @@ def test_a_message_without_the_nonce_is_not_taken(level: Level, prefix: str) -> 
     solver.end()
 
 
-def test_a_level_with_an_open_door_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_level_at_which_an_attempt_succeeds_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
     """What a level claims is tried: where something works that must not, it does not count."""
     monkeypatch.setattr(
         isolation, "PROBE", isolation.PROBE.replace('"opens sockets": lambda: socket.socket(', '"sums": lambda: max(')
@@ -309,11 +309,11 @@ def exact(value: Any) -> Any:
 
 
 @given(PLAIN)
-def test_values_come_back_as_they_went(value: Any) -> None:
+def test_decoded_values_equal_encoded_ones(value: Any) -> None:
     assert exact(decode(encode(value))) == exact(value)
 
 
-def test_values_of_the_library_come_back() -> None:
+def test_decoded_library_values_equal_encoded_ones() -> None:
     values = [
         Counter("abca"),
         OrderedDict(a=1),

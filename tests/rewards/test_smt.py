@@ -182,7 +182,9 @@ def test_a_witness_has_values_of_every_sort(scorer: WorkerPool[int]) -> None:
         ("(exists ((and Int)) true)", 0, "binds 'and' again"),
     ],
 )
-def test_an_invariant_holds_is_kept_and_suffices(scorer: WorkerPool[int], text: str, right: int, why: str) -> None:
+def test_an_invariant_must_hold_be_kept_and_imply_the_property(
+    scorer: WorkerPool[int], text: str, right: int, why: str
+) -> None:
     score = judged(scorer, "invariant", text, LOOP)
     assert (score.value, score.verdict) == (right, "pass" if right else "fail") and why in score.reason, score.reason
 
@@ -259,7 +261,7 @@ def test_only_known_operators_are_terms(text: str) -> None:
         check_term(term, {"x"})
 
 
-def test_reading_and_writing_agree() -> None:
+def test_formatted_expressions_equal_parsed_ones() -> None:
     text = '(and (= s "a "" b") ((_ extract 3 0) v) (bvult v #x0f) (- 1.5)) ; a comment'
     assert format_sexpr(parse_sexprs(text)[0]) == text.partition(" ;")[0]
     check_term(parse_sexprs(text)[0], {"s", "v"})

@@ -135,7 +135,7 @@ def test_a_reference_expression_without_a_real_value_is_an_error(scorer: WorkerP
         assert (score.value, score.verdict) == (None, "error") and "0 of 60 random points" in score.reason
 
 
-def test_a_completion_that_was_cut_off_has_not_answered() -> None:
+def test_a_completion_that_did_not_stop_fails_without_a_worker() -> None:
     assert SymbolicReward().score_without_worker(item(boxed("x"), "x", stopped=False)) == Score(
         0.0, "fail", "did not stop"
     )
@@ -177,7 +177,7 @@ def test_random_polynomials_against_python(scorer: WorkerPool[Any], seed: int) -
         assert score.verdict == ("pass" if equal else "fail"), (one, other, score)
 
 
-def test_the_grammar() -> None:
+def test_expressions_of_the_grammar_are_read() -> None:
     number = lambda n: ("number", Fraction(n))  # noqa: E731
     x, y = ("name", "x"), ("name", "y")
     assert parse_expression("-x^2") == ("negative", ("power", x, number(2)))
@@ -225,13 +225,13 @@ def test_the_grammar() -> None:
         "[1,2]",
     ],
 )
-def test_what_the_grammar_does_not_know_is_unreadable(text: str) -> None:
+def test_texts_outside_the_grammar_are_refused(text: str) -> None:
     with pytest.raises(ExpressionParseError):
         parse_expression(text)
 
 
 @given(st.text(alphabet="x1(){}[]|^_!+-*/\\ fracsqrtinlogbpe.,=", max_size=60) | st.text(max_size=40))
-def test_reading_any_text_gives_a_tree_or_unreadable(text: str) -> None:
+def test_any_text_gives_a_tree_or_a_parse_error(text: str) -> None:
     start = time.process_time()
     try:
         parse_expression(text)

@@ -89,7 +89,7 @@ def others(scores: dict[str, Score], verdict: str) -> dict[str, Score]:
     return {name: score for name, score in scores.items() if score.verdict != verdict}
 
 
-def test_programs_use_up_time_in_many_ways() -> None:
+def test_the_tables_have_many_kinds_of_programs() -> None:
     assert len(HONEST) >= 50 and len(CHEATS) >= 50
 
 

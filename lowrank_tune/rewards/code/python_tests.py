@@ -52,7 +52,7 @@ class PythonTestsReward(WorkerReward):
         raise UserError(
             f"`{self.name}` runs code that a model wrote, and this machine has no sandbox for it "
             f"({unavailable_reason()}). Linux 5.13 or newer with Landlock, or bubblewrap, or user namespaces give "
-            f"one; or say `accept_unsafe_code: {UNSAFE_CODE}`"
+            f"one; or set `accept_unsafe_code: {UNSAFE_CODE}`"
         )
 
     def status(self) -> str:

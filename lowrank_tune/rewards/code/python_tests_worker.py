@@ -26,7 +26,7 @@ CACHE_SIZE = 1024  # rows whose own solution was run, with its result
 
 
 class InvalidTests(Exception):
-    """A row without tests that can be run; the message says what is missing."""
+    """A row without tests that can be run; the message is the reason."""
 
 
 class Inconclusive(Exception):

@@ -175,7 +175,7 @@ def bubblewrap() -> list[str]:
         "--die-with-parent",
     ]
     if os.geteuid() == 0:
-        command += ["--cap-add", "CAP_SETUID", "--cap-add", "CAP_SETGID"]  # to become nobody
+        command += ["--cap-add", "CAP_SETUID", "--cap-add", "CAP_SETGID"]  # to change to the user nobody
     else:
         command += ["--unshare-user", "--uid", "65534", "--gid", "65534"]
     visible = [*mounts.readable([library]), interpreter()]

@@ -18,9 +18,10 @@ def library_paths() -> list[str]:
 def readable(paths: list[str]) -> list[str]:
     """Returns all paths that may be read: `paths`, the libraries beside them, and those of the system. Paths that do
     not exist, and paths below another one, are left out."""
-    parents = [os.path.dirname(path) for path in paths]
-    lib_dirs = [parent for parent in parents if os.path.basename(parent) == "lib"]
-    candidates = (*paths, *lib_dirs, *SYSTEM_PATHS, *DEVICES)
+    candidates = [*paths, *SYSTEM_PATHS, *DEVICES]
+    for parent in map(os.path.dirname, paths):
+        if os.path.basename(parent) == "lib":
+            candidates.append(parent)
     existing = {os.path.realpath(path) for path in candidates if os.path.exists(path)}
     return [path for path in sorted(existing) if not _is_below_any(path, existing)]
 

@@ -40,8 +40,7 @@ class WorkerExited(Exception):
 
 
 class Worker:
-    """One worker process. The thread that creates it must live as long: the kernel kills the worker when that thread
-    ends."""
+    """One worker process. The kernel kills it when the thread that created it ends."""
 
     def __init__(self) -> None:
         self._channel, child_end = socket.socketpair()

@@ -72,7 +72,7 @@ class WorkerThread(threading.Thread):
             self._pool.on_ready(self._start_worker())
             while (request := self._requests.get()) is not None:
                 self._serve(request)
-        except BaseException as failure:  # else whoever waits for the scores would wait for ever
+        except BaseException as failure:  # else a wait for the scores would never end
             self._pool.fail(failure)
         finally:
             self._stop_worker()
