@@ -1,5 +1,5 @@
-"""Laws of what a reward cannot judge: it is never a 0. The completion leaves its group as if it had never been drawn,
-or the run stops."""
+"""A failed reward is never counted as 0: the completion leaves its group as if it had not been generated, or the run
+stops."""
 
 from __future__ import annotations
 
@@ -87,14 +87,14 @@ def roles() -> Roles:
 
 
 class DroppingCollector(FakeCollector):
-    """The same completions, of which some are without a reward; or, with `never`, without those completions."""
+    """GRPO on the same completions, some of them without a reward; or, with `never`, without those completions."""
 
     def __init__(self, roles: Any, rewards: Any, lost: Sequence[int] = (), never: bool = False, **how: Any) -> None:
         super().__init__(roles, rewards, **how)
         self.lost, self.never = lost, never
 
     def logps(self, role: str, batch: Batch) -> Tensor:
-        """Row by row, each at its own width: rounding does not know which other rows there are."""
+        """Computes each row alone at its own width, so that rounding does not depend on the other rows."""
         found = torch.zeros(batch.input_ids.shape)
         for i in range(len(batch)):
             alone = super().logps(role, batch.select_rows(torch.tensor([i])))
@@ -173,7 +173,7 @@ def test_the_step_equals_one_without_the_dropped_completion(roles: Roles, kind: 
 
 
 def test_a_group_that_lost_its_first_row_begins_with_the_next(roles: Roles) -> None:
-    """Else its rows would count as the family of the group before, and read their prompt once a row."""
+    """Else its rows would count as part of the group before, and the prompt would be read once per row."""
     algorithm = with_failures(roles, [4, 5, 9], [THREE[0] + THREE[0][:1]])
     rollouts = algorithm.collector.collect(0, 0)
     rollouts.batch.extra["shared"] = torch.tensor([0, 3, 3, 3] * 3)
@@ -182,8 +182,7 @@ def test_a_group_that_lost_its_first_row_begins_with_the_next(roles: Roles) -> N
 
 @pytest.mark.parametrize("how", ["keep", "drop", "resample"])
 def test_groups_with_too_many_failures_are_uninformative(roles: Roles, how: str) -> None:
-    """Groups with four, one and no completion left; where dead groups are replaced the same happens in the next
-    draws."""
+    """Groups with four, one and no completion left; if groups with zero std are replaced, also in the next draws."""
     rewards = [[[1.0, 0.0, 0.3, 0.2]] * 3] * 4
     algorithm = with_failures(roles, [4, 5, 6, 8, 9, 10, 11], rewards, zero_std_groups=how, beta=0.1)
     experience = algorithm.collect(0)
@@ -289,7 +288,7 @@ def small(**more: Any) -> dict[str, Any]:
 
 @pytest.fixture
 def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Where `mine.py` lies. The preflight, which would refuse such a reward, looks away."""
+    """The folder of `mine.py`. The check of the rewards, which would refuse such a reward, is switched off."""
     monkeypatch.setenv("LOWRANK_TUNE_CACHE", str(tmp_path / "cache"))
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("lowrank_tune.assembly.check_reference_rewards", lambda *given: None)
@@ -418,7 +417,7 @@ def test_a_timeout_is_counted_separately(place: Path) -> None:
 
 
 def test_rows_that_no_reward_could_judge_by_are_data_faults(place: Path) -> None:
-    """Found among all rows before anything is drawn: dropped and told with their lines, or refused where they are
+    """Found among all rows before anything is generated: dropped and reported with their lines, or refused if there are
     many."""
     prose = "a very long story of many words that no rule whatsoever can compare with anything that is written"
     golds = ["5", prose, "7", "", "8", "9", "10", "11"]

@@ -1,5 +1,5 @@
-"""Lean as the judge, by a stand-in: a script that takes Lean's flags and answers in Lean's words. A real Lean is not
-tried."""
+"""`lean` with a stand-in for the program: a script that accepts Lean's flags and prints messages like Lean. The real
+Lean is not tested."""
 
 from __future__ import annotations
 
@@ -243,7 +243,7 @@ def test_every_goal_has_a_name_of_its_own(scorer: WorkerPool[int]) -> None:
 
 
 def test_the_reference_is_one_request_for_all_completions_of_a_row(scorer: WorkerPool[int]) -> None:
-    """So that Lean is run on it once (`WorkerThread._is_graded`)."""
+    """So that Lean runs on it only once (`WorkerThread._is_graded`)."""
     reward = scorer.rewards[0]
     first, second = (
         reward.reference_request(RewardInput("Prove it.", text, None, ROW, True, 9))  # type: ignore[attr-defined]

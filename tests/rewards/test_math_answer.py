@@ -1,5 +1,5 @@
-"""`math_answer`: exact where it can be, algebra where it must be, and nothing that a completion says makes it hang,
-flood or lie."""
+"""`math_answer`: exact comparison without a worker, algebra in a worker, and no completion makes it hang, run out of
+memory or pass a wrong answer."""
 
 from __future__ import annotations
 
@@ -169,7 +169,7 @@ ALGEBRA = [
 
 
 def test_algebraic_cases_are_decided_by_the_worker(scorer: WorkerPool[Any]) -> None:
-    """math-verify takes 2x + z = 1 for an answer where the gold one is 1, and not the other way round."""
+    """math-verify accepts 2x + z = 1 for a gold answer 1, and not the other way round."""
     found = scores(scorer, [item(boxed(answer), gold) for answer, gold, _ in ALGEBRA])
     wrong = [
         (each, score)
@@ -264,7 +264,7 @@ REPEATED = {
 
 @pytest.mark.parametrize("text", REPEATED.values(), ids=REPEATED.keys())
 def test_repeated_text_is_read_in_linear_time(text: str) -> None:
-    """None of this is limited: it runs in the process that trains."""
+    """There is no time limit for this: it runs in the process that trains."""
     completion = text if "boxed" in text else boxed(text)
     reward, start = MathAnswerReward(), time.process_time()
     for _ in range(5):
@@ -274,7 +274,7 @@ def test_repeated_text_is_read_in_linear_time(text: str) -> None:
 
 
 def test_a_comparison_that_fails_for_any_answer_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    """An answer is wrong where a library fails on it alone; where it fails on the gold answer too, nobody can judge."""
+    """An answer is wrong if a library fails only with it; if it fails with the gold answer too, there is no score."""
     from lowrank_tune.rewards.math import math_worker as worker
 
     compare = worker.answers_are_equal
@@ -314,13 +314,13 @@ def test_recipes_name_it_and_a_missing_package_has_a_cure(monkeypatch: pytest.Mo
 
 
 def peak(pid: int) -> float:
-    """The most memory, MB, that a process has held."""
+    """Returns the peak memory of a process in MB."""
     status = Path(f"/proc/{pid}/status").read_text()
     return int(status.partition("VmHWM:")[2].split()[0]) / 1024
 
 
 def detonate(reward: WorkerReward, gold: str, bombs: Sequence[tuple[str, str]], warm: RewardInput) -> list[str]:
-    """What went wrong: a bomb that took too long or too much memory, was taken for the answer, or got no score."""
+    """Returns the bombs that took too long or too much memory, passed, or got no score."""
     faults = []
     with WorkerPool[str]([reward], 1, LIMIT) as scorer:
         for name, text in bombs:
@@ -404,7 +404,7 @@ def greedy() -> Iterator[WorkerPool[Any]]:
 
 
 def serve(scorer: WorkerPool[Any], word: str) -> tuple[Score, Score, bool]:
-    """What the verifier and the user's function said, and whether the worker was replaced."""
+    """Returns the scores of the verifier and of the user's function, and whether the worker was replaced."""
     before = scorer.pids
     scorer.submit(0, item(word, "1"))
     verifier, own = scorer.collect()[0]
@@ -469,7 +469,7 @@ def test_a_worker_does_not_load_torch(scorer: WorkerPool[Any]) -> None:
 
 
 def rows(name: str) -> Iterator[tuple[str, str, str | None]]:
-    """(problem, solution, gold) of a data set; SVAMP's solution is its equation."""
+    """Yields (problem, solution, gold answer) of a data set; the solution of SVAMP is its equation."""
     if name == "svamp":
         for row in json.loads((DATA / "svamp" / "SVAMP.json").read_text()):
             yield f"{row['Body']} {row['Question']}", f"{row['Equation']} = {row['Answer']}", str(row["Answer"])
@@ -487,12 +487,12 @@ def rows(name: str) -> Iterator[tuple[str, str, str | None]]:
 
 
 ALLOWED = {"gsm8k": 0, "gsm8k-test": 0, "svamp": 0.001, "math": 0, "numinamath": 0.11}
-"""The share of rows whose gold answer is none, or not that of the solution: proofs, headings, statements in prose, and
-an equation that does not hold, `((4.0 - 2.0) + 3.0) = 1.0`."""
+"""The share of rows without a gold answer, or with another one than the solution: proofs, headings, statements in
+prose, and an equation that does not hold, `((4.0 - 2.0) + 3.0) = 1.0`."""
 
 
 def sweep(scorer: WorkerPool[Any], name: str, most: int | None) -> tuple[list[str], list[str]]:
-    """The misses on a data set, and the answers of the next row that were taken for a row's own."""
+    """Returns the solutions of a data set that fail, and the answers of the next row that pass."""
     found = list(islice(rows(name), most))
     for number, (problem, solution, gold) in enumerate(found):
         if gold is not None:
@@ -513,7 +513,7 @@ def sweep(scorer: WorkerPool[Any], name: str, most: int | None) -> tuple[list[st
 
 
 def _alike(one: str, other: str) -> bool:
-    """Whether two answers are plainly the same: the same text, letter or number."""
+    """Returns whether two answers are obviously equal: the same text, letter or number."""
     last_sides = (text.rpartition(" = ")[2] for text in (one, other))
     plain = [re.sub(r"\\textbf|\\text|[ {}(),$\\%]", "", text) for text in last_sides]
     try:

@@ -1,5 +1,5 @@
-"""`math_answer` on a table of answers by family and on generated ones, with Python's fractions as the oracle, and what
-is read at all."""
+"""`math_answer` on a table of answers by family and on generated answers, with Python's fractions as the oracle; and
+the limits on size and depth."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def scorer() -> Iterator[WorkerPool[Any]]:
 
 
 def misjudged(scorer: WorkerPool[Any], cases: list[Case]) -> list[str]:
-    """The cases whose verdict is another than theirs, each with what the grader found."""
+    """Returns the cases with a wrong verdict, each with the result of the grader."""
     for number, (completion, gold, _) in enumerate(cases):
         scorer.submit(number, RewardInput("What is it?", completion, gold, {}, True, 10))
     return [
@@ -69,7 +69,7 @@ def test_the_table_has_right_and_wrong_answers_of_each_family() -> None:
 
 
 def nested(rng: random.Random, depth: int) -> tuple[str, Fraction]:
-    """A random fraction of fractions, and its value."""
+    """Returns a random nested fraction and its value."""
     if depth == 0:
         number = rng.randint(1, 9)
         return str(number), Fraction(number)

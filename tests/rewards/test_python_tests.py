@@ -1,5 +1,5 @@
-"""`python_tests`: right programs pass, wrong ones and cheats fail, faults of rows and of the sandbox are errors and
-never a 0."""
+"""`python_tests`: right programs pass, wrong programs and reward hacks fail, and faults of rows and of the sandbox are
+errors and never 0."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def test_right_programs_pass() -> None:
 @needs_sandbox
 @pytest.mark.parametrize("kind", ["cheats", "wrong"])
 def test_some_reward_hacks_and_wrong_programs_fail(kind: str) -> None:
-    """A third of each on one shape of row; all of them on both below."""
+    """A third of each on one shape of row; the slow test runs all of them on both."""
     texts = (
         list(reward_hacks.REWARD_HACKS.values())[::3]
         if kind == "cheats"
@@ -185,7 +185,7 @@ def test_tests_have_their_meaning_in_python() -> None:
 
 @needs_sandbox
 def test_types_count_as_far_as_the_reference_minds_them() -> None:
-    """Where a row's own reference says 0 for False, so may a completion; nothing else is forgiven, and no other row."""
+    """If a row's own solution returns 0 for False, a completion may too; all other differences of types count."""
     tests = ("assert f(1) == True", "assert f(0) == False", "assert f(2) == [False]")
     loose, strict = (
         row(*tests, code=f"def f(x): return {back}")
@@ -283,7 +283,7 @@ def test_a_sandbox_that_does_not_start_is_an_error(monkeypatch: pytest.MonkeyPat
 
 
 class StarvedTime(ChargedTime):
-    """That of code which has waited for a processor all the time."""
+    """The charged time of code that has waited for a processor all the time."""
 
     def check(self, replied: bool = False) -> None:
         raise Starved("in 12 s other programs left it 0.1 s of the 0.6 s that it has")
@@ -291,8 +291,7 @@ class StarvedTime(ChargedTime):
 
 @needs_sandbox
 def test_a_machine_that_is_too_busy_is_not_the_codes_fault(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A machine that leaves a program less than a twentieth of a processor; in another the code could have had its
-    time."""
+    """On a busy machine a program gets less than a twentieth of a processor; else the code could have used its time."""
     strongest = isolation.best_available()
     assert strongest is not None
     monkeypatch.setattr(check_module, "ChargedTime", StarvedTime)
@@ -357,7 +356,7 @@ def test_the_code_of_a_hostile_completion_is_found_quickly(text: str) -> None:
 
 
 def test_expected_values_are_not_in_what_the_solver_gets() -> None:
-    """The only texts that reach it are the prompt and the code."""
+    """It receives only the prompt and the code."""
     tests = row_tests({**reward_hacks.LIST_TASK, "test_list": ["assert largest([3, 9, 2]) == 987654321"]})
     assert (tests.prompt, tests.entry) == ("", "") and "987654321" in tests.text
     with pytest.raises(InvalidTests):

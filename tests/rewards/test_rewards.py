@@ -1,4 +1,4 @@
-"""Rewards: the answer exactly, the user's own functions, and what becomes of a run when one of them is broken."""
+"""`answer`, `length`, the rewards of a recipe, their weighted sum, and the check before training."""
 
 from __future__ import annotations
 
@@ -277,7 +277,7 @@ def test_weighted_sum_is_none_if_a_reward_failed_and_never_counts_it_as_zero() -
 
 
 class Fixed:
-    """A judge in this process."""
+    """A reward in this process with a fixed value."""
 
     name, is_verifier = "fixed", True
 
@@ -370,7 +370,7 @@ def test_shaping_rewards_alone_are_a_warning_and_beside_a_verifier_the_sum_decid
 
 
 def test_a_reward_without_any_score_is_refused_with_the_reason() -> None:
-    """Where a recipe tolerates all failures, no failure ends the check, and there is nothing to compare."""
+    """If a recipe allows all failures, no failure ends the check, and there is nothing to compare."""
     without_answers = [item("So it is 5.", None, prompt=f"Row {number}?") for number in range(8)]
     report = sanity_check_rewards(
         [WeightedReward("answer", 1.0, AnswerReward())], without_answers, without_answers, max_failure_rate=1.0
@@ -410,8 +410,8 @@ def test_zero_std_fraction_is_the_chance_that_all_pass_or_all_fail() -> None:
 
 
 def test_zero_std_fraction_from_few_samples_is_not_overestimated() -> None:
-    """Rates of many prompts, each seen through 4 samples: the plain formula says too much, the one with the prior does
-    not."""
+    """Rates of many prompts, each estimated from 4 samples: the plain formula overestimates the share, the one with the
+    prior does not."""
     rng = random.Random(0)
     rates = [rng.betavariate(0.5, 0.5) for _ in range(4000)]
     seen = [sum(rng.random() < rate for _ in range(4)) / 4 for rate in rates]

@@ -1,4 +1,4 @@
-"""Scoring on worker processes: user functions that hang, raise, die, lie or print, and what is left of the pool."""
+"""Scores on worker processes: user functions that hang, raise, end their process, return no number or print."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def leaves(completion, row): os._exit(7)
 def ends(completion, row): sys.exit(0)
 def crashes(completion, row): os.kill(os.getpid(), signal.SIGSEGV)
 def interrupts(completion, row): raise KeyboardInterrupt
-def begets(completion, row):
+def starts_child(completion, row):
     child = subprocess.Popen(["sleep", "1000"])
     open(row["file"], "w").write(str(child.pid))
     time.sleep(1000)
@@ -75,7 +75,7 @@ def asks(completion, row): return len(input())
 def draws(completion, row): return random.random()
 def hashes(completion, row): return hash(completion)
 def escapes(completion, row): raise ValueError("\\x1b]0;hello\\x07")
-def unspoken(completion, row):
+def message_raises(completion, row):
     class Mute(Exception):
         def __str__(self): raise RuntimeError
     raise Mute
@@ -106,7 +106,7 @@ def score(reward: Reward, scored: RewardInput, timeout: float = 10.0) -> Score:
     return score_items(reward, [scored], timeout)[0]
 
 
-def lives(pid: int) -> bool:
+def is_running(pid: int) -> bool:
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except OSError:
@@ -143,7 +143,7 @@ def test_values_and_rows_reach_the_function_and_come_back(folder: Path) -> None:
         ("interrupts", "KeyboardInterrupt"),
         ("asks", "EOFError"),
         ("escapes", "x1b]0;hello"),
-        ("unspoken", "Mute"),
+        ("message_raises", "Mute"),
         ("later", "coroutine"),
         ("deep", "RecursionError"),
         ("column", "KeyError: 'worth'"),
@@ -175,7 +175,7 @@ def test_a_function_that_hangs_ends_in_time_and_the_pool_works_on(folder: Path, 
         [found] = scorer.collect()[0]
         # others may keep one that spins from its time
         assert 0.45 < time.monotonic() - start < (10.0 if function == "spins" else 1.0)
-        assert (found.value, found.verdict, found.seconds) == (None, "timeout", 0.5) and not lives(before[0])
+        assert (found.value, found.verdict, found.seconds) == (None, "timeout", 0.5) and not is_running(before[0])
         if function != "stubborn":
             scorer.submit(1, item("fine"))
             assert scorer.collect()[1][0].value == 1.0 and len(scorer.pids) == 1 and scorer.pids != before
@@ -201,7 +201,7 @@ def test_the_pool_keeps_its_size(folder: Path) -> None:
         for number in range(12):
             scorer.submit(number, item(""))
         assert all(scores[0].verdict == "error" for scores in scorer.collect().values())
-        assert within(10.0, lambda: sum(map(lives, scorer.pids)) == 2)
+        assert within(10.0, lambda: sum(map(is_running, scorer.pids)) == 2)
         # the terminal's Ctrl-C is for the run alone
         assert all(os.getpgid(pid) != os.getpgid(0) for pid in scorer.pids)
         assert len([pid for pid in children(os.getpid()) if "worker.py" in command(pid)]) == 2
@@ -270,8 +270,8 @@ def test_output_is_discarded_and_started_processes_end_with_the_worker(
 ) -> None:
     assert score(own(folder, "prints"), item("")).value == 1.0
     file = folder / "child"
-    assert score(own(folder, "begets"), item("", file=str(file)), 1.0).verdict == "timeout"
-    assert within(2.0, lambda: not lives(int(file.read_text())))
+    assert score(own(folder, "starts_child"), item("", file=str(file)), 1.0).verdict == "timeout"
+    assert within(2.0, lambda: not is_running(int(file.read_text())))
     assert capfd.readouterr() == ("", "")
 
 
@@ -353,7 +353,7 @@ def test_close_does_not_wait_for_what_hangs(folder: Path) -> None:
     time.sleep(0.2)
     pids, start = scorer.pids, time.monotonic()
     scorer.close()
-    assert time.monotonic() - start < 1.0 and not any(map(lives, pids)) and scorer.pids == []
+    assert time.monotonic() - start < 1.0 and not any(map(is_running, pids)) and scorer.pids == []
 
 
 RUN = """
@@ -379,7 +379,7 @@ ENDS = {
 
 @pytest.mark.slow
 def test_no_worker_outlives_the_run(folder: Path) -> None:
-    """However a run ends, also while its workers are deep in a function; the runs side by side, for each imports
+    """However a run ends, also while its workers run a function. The runs are started together, because each imports
     torch."""
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
     runs = [
@@ -398,7 +398,7 @@ def test_no_worker_outlives_the_run(folder: Path) -> None:
     outlived = []
     for run, pids, (end, (_, number)) in zip(runs, workers, ENDS.items(), strict=True):
         if number is not None:
-            assert len(pids) == 2 and all(map(lives, pids)), end
+            assert len(pids) == 2 and all(map(is_running, pids)), end
             os.killpg(run.pid, number)  # as a terminal does: to the whole group
         try:
             run.wait(20.0)
@@ -407,9 +407,9 @@ def test_no_worker_outlives_the_run(folder: Path) -> None:
             run.kill()
         if run.stdout is not None:
             run.stdout.close()
-        if not within(3.0, lambda pids=pids: not any(map(lives, pids))):  # type: ignore[misc]
+        if not within(3.0, lambda pids=pids: not any(map(is_running, pids))):  # type: ignore[misc]
             outlived.append(end)
-            for pid in filter(lives, pids):
+            for pid in filter(is_running, pids):
                 os.kill(pid, signal.SIGKILL)
     assert outlived == []
 

@@ -1,4 +1,4 @@
-"""Rules of how a completion is written: patterns, JSON schemas, repetition. Any text at all is judged, at once."""
+"""Rewards on the text of a completion: patterns, JSON schemas, repetition. Any text gets a score quickly."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Z3 as the judge: statements, witnesses and invariants, right and wrong and hostile, and what it cannot tell."""
+"""`smt`: statements, witnesses and invariants, right, wrong and hostile ones, and those that Z3 cannot decide."""
 
 from __future__ import annotations
 

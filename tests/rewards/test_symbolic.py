@@ -1,5 +1,4 @@
-"""`symbolic`: expressions that are equal whatever their form, by values at random points, then by sympy; none is run as
-a program."""
+"""`symbolic`: compares expressions in any form by values at random points, then by sympy; none is run as a program."""
 
 from __future__ import annotations
 
@@ -106,7 +105,7 @@ def test_equal_expressions_pass_and_others_fail(scorer: WorkerPool[Any]) -> None
 
 
 def test_a_difference_that_no_value_shows_is_found_by_sympy(scorer: WorkerPool[Any]) -> None:
-    """With 300 digits 1 + 10^-900 is 1."""
+    """In 300 digits 1 + 10^-900 is 1."""
     found = scores(scorer, [item(boxed(answer), "x+y") for answer in ("x+y+10^{-900}", "y+x")])
     found += scores(
         scorer, [item(boxed(answer), gold) for answer, gold in (("2^{999}2+1", "2^{1000}"), ("10^{-400}", "0"))]
@@ -142,12 +141,12 @@ def test_a_completion_that_did_not_stop_fails_without_a_worker() -> None:
 
 
 def value(text: str, x: Fraction) -> Fraction:
-    """An oracle of its own for what the generator below writes: Python's fractions."""
+    """The oracle for the generated expressions: Python's fractions."""
     return eval(re.sub(r"\d+", r"F(\g<0>)", text), {"__builtins__": {}}, {"x": x, "F": Fraction})
 
 
 def grown(rng: random.Random, depth: int) -> str:
-    """A random expression in x that Python reads too."""
+    """Returns a random expression in x that is also valid Python."""
     if depth == 0:
         return rng.choice(["x", str(rng.randint(1, 9))])
     left, right = grown(rng, depth - 1), grown(rng, depth - 1)
