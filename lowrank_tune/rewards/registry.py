@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -83,13 +83,11 @@ def reward_names(configs: Sequence[RewardConfig]) -> list[str]:
 
 
 def _build_reward(config: RewardConfig, name: str, folder: Path) -> Reward:
-    if not is_user_function(config.name) and config.name not in REWARD_BUILDERS:
-        choices = f"Known are {', '.join(REWARD_BUILDERS)}, and `./file.py:function`"
-        raise UserError(f"unknown reward `{config.name}`{did_you_mean(config.name, tuple(REWARD_BUILDERS))} {choices}")
-    _check_settings(config)
+    if is_user_function(config.name) or config.name in BUILTIN_REWARDS:
+        _check_settings(config)
     if is_user_function(config.name):
         return read_user_function(name, config.name, folder)
-    return REWARD_BUILDERS[config.name](config, name, folder)
+    return _make_builtin(config, name, folder)
 
 
 def _check_settings(config: RewardConfig) -> None:
@@ -106,32 +104,40 @@ def _check_settings(config: RewardConfig) -> None:
         raise UserError(f"`{config.name}` has weight 0 and would change nothing; leave it out")
 
 
-def _answer(config: RewardConfig, name: str, folder: Path) -> Reward:
-    return AnswerReward(name)
+def _make_builtin(config: RewardConfig, name: str, folder: Path) -> Reward:
+    """Returns a built-in reward under its unique name. Raises UserError."""
+    match config.name:
+        case "answer":
+            return AnswerReward(name)
+        case "math_answer":
+            return make_math_answer(name)
+        case "symbolic":
+            return make_symbolic(name)
+        case "format" | "regex":
+            return _make_regex(config, name)
+        case "json_schema":
+            assert config.json_schema is not None
+            return read_schema(name, config.json_schema, folder)
+        case "length":
+            assert config.target_tokens is not None
+            return LengthReward(name, config.target_tokens)
+        case "repetition":
+            return RepetitionReward(name, NGRAM if config.ngram is None else config.ngram)
+        case "python_tests":
+            return PythonTestsReward(name, config.accept_unsafe_code is not None)
+        case "reward_model":
+            return RewardModel(name)
+        case "smt":
+            assert config.answer_type is not None
+            require_packages(name, "z3")
+            return SmtReward(name, config.answer_type)
+        case "lean":
+            return make_lean(name, config.program)
+    choices = f"Known are {', '.join(BUILTIN_REWARDS)}, and `./file.py:function`"
+    raise UserError(f"unknown reward `{config.name}`{did_you_mean(config.name, BUILTIN_REWARDS)} {choices}")
 
 
-def _math_answer(config: RewardConfig, name: str, folder: Path) -> Reward:
-    return make_math_answer(name)
-
-
-def _python_tests(config: RewardConfig, name: str, folder: Path) -> Reward:
-    return PythonTestsReward(name, config.accept_unsafe_code is not None)
-
-
-def _reward_model(config: RewardConfig, name: str, folder: Path) -> Reward:
-    return RewardModel(name)
-
-
-def _symbolic(config: RewardConfig, name: str, folder: Path) -> Reward:
-    return make_symbolic(name)
-
-
-def _length(config: RewardConfig, name: str, folder: Path) -> Reward:
-    assert config.target_tokens is not None
-    return LengthReward(name, config.target_tokens)
-
-
-def _format(config: RewardConfig, name: str, folder: Path) -> Reward:
+def _make_regex(config: RewardConfig, name: str) -> Reward:
     assert config.pattern is not None
     try:
         return RegexReward(name, config.pattern, full_match=config.name == "format")
@@ -139,40 +145,20 @@ def _format(config: RewardConfig, name: str, folder: Path) -> Reward:
         raise UserError(f"`pattern` {error}") from None
 
 
-def _repetition(config: RewardConfig, name: str, folder: Path) -> Reward:
-    return RepetitionReward(name, NGRAM if config.ngram is None else config.ngram)
-
-
-def _json_schema(config: RewardConfig, name: str, folder: Path) -> Reward:
-    assert config.json_schema is not None
-    return read_schema(name, config.json_schema, folder)
-
-
-def _smt(config: RewardConfig, name: str, folder: Path) -> Reward:
-    assert config.answer_type is not None
-    require_packages(name, "z3")
-    return SmtReward(name, config.answer_type)
-
-
-def _lean(config: RewardConfig, name: str, folder: Path) -> Reward:
-    return make_lean(name, config.program)
-
-
-REWARD_BUILDERS: Mapping[str, Callable[[RewardConfig, str, Path], Reward]] = {
-    "answer": _answer,
-    "math_answer": _math_answer,
-    "symbolic": _symbolic,
-    "format": _format,
-    "regex": _format,
-    "json_schema": _json_schema,
-    "length": _length,
-    "repetition": _repetition,
-    "python_tests": _python_tests,
-    "reward_model": _reward_model,
-    "smt": _smt,
-    "lean": _lean,
-}
-"""Builds each built-in reward from its settings, its unique name, and the folder to which its paths are relative."""
+BUILTIN_REWARDS = (
+    "answer",
+    "math_answer",
+    "symbolic",
+    "format",
+    "regex",
+    "json_schema",
+    "length",
+    "repetition",
+    "python_tests",
+    "reward_model",
+    "smt",
+    "lean",
+)
 SETTING_OWNER: Mapping[str, tuple[str, ...]] = {
     "pattern": ("format", "regex"),
     "target_tokens": ("length",),

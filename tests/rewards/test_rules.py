@@ -259,19 +259,34 @@ def test_without_its_package_a_reward_is_refused_with_the_cure(monkeypatch: pyte
 
 
 def test_the_recipe_and_the_rewards_know_the_same_settings() -> None:
-    assert set(reward_rules.REWARDS) == set(registry.REWARD_BUILDERS)
+    assert set(reward_rules.REWARDS) == set(registry.BUILTIN_REWARDS)
     assert {key: set(owners) for key, (owners, _) in reward_rules.REWARD_SETTINGS.items()} == {
         key: set(owners) for key, owners in registry.SETTING_OWNER.items()
     }
     assert {key for key, (_, required) in reward_rules.REWARD_SETTINGS.items() if not required} == set(
         registry.OPTIONAL_SETTINGS
     )
-    every = [{"name": use} for use in registry.REWARD_BUILDERS]
+    every = [{"name": use} for use in registry.BUILTIN_REWARDS]
     assert [
         list(reward_rules.reward_findings({"algorithm": "grpo", "rewards": [each]}))[:1]
         for each in every
         if each["name"] == "repetition"
     ] == [[]]
+
+
+def test_every_builtin_reward_is_built_under_its_name(tmp_path: Path) -> None:
+    needed: dict[str, dict[str, Any]] = {
+        "format": {"pattern": "a"},
+        "regex": {"pattern": "a"},
+        "json_schema": {"json_schema": SCHEMA},
+        "length": {"target_tokens": 9},
+        "smt": {"answer_type": "witness"},
+        "lean": {"program": ("true",)},
+    }
+    weighted = build_rewards(
+        [RewardConfig(name=name, **needed.get(name, {})) for name in registry.BUILTIN_REWARDS], tmp_path
+    )
+    assert [(each.name, each.reward.name) for each in weighted] == [(name, name) for name in registry.BUILTIN_REWARDS]
 
 
 @pytest.mark.parametrize("name", HOSTILE)
