@@ -1,4 +1,4 @@
-"""Wrong answers, made from reference answers."""
+"""Wrong answers for the check of the rewards, made from reference answers."""
 
 from __future__ import annotations
 
@@ -13,22 +13,28 @@ WORDS = "river table silver quickly because of green a the window into carry nev
 
 
 def make_negative_samples(references: Sequence[RewardInput], seed: int = 0) -> list[RewardInput]:
-    """For each reference answer: nothing, random words, a wrong number, its prompt again, another row's answer."""
+    """Returns for each reference answer: an empty text, random words, a wrong number, its prompt, and the answer of
+    the next row with another gold answer (if any)."""
     rng = random.Random(f"garbage-{seed}")
     references = list(references)
     samples = []
     for index, item in enumerate(references):
-        texts = [
-            "",
-            " ".join(rng.choices(WORDS, k=12)),
-            f"The answer is {_wrong_number(item.ground_truth, rng)}.",
-            item.prompt,
+        random_words = " ".join(rng.choices(WORDS, k=12))
+        wrong_number = _wrong_number(item.ground_truth, rng)
+        texts = ["", random_words, f"The answer is {wrong_number}.", item.prompt]
+        for other in references[index + 1 :] + references[:index]:
+            if other.ground_truth != item.ground_truth:
+                texts.append(other.completion)
+                break
+        samples += [
+            replace(
+                item,
+                completion=text,
+                tokens=max(1, len(text) // 4),
+                ids=(),
+            )
+            for text in texts
         ]
-        others = [
-            other for other in references[index + 1 :] + references[:index] if other.ground_truth != item.ground_truth
-        ][:1]
-        texts += [other.completion for other in others]
-        samples += [replace(item, completion=text, tokens=max(1, len(text) // 4), ids=()) for text in texts]
     return samples
 
 

@@ -1,8 +1,7 @@
-"""`reward_model`: the score of a learned reward, the adapter `reward` over the base that the policy stands on too. No
-second model.
+"""`reward_model`: the score of a trained reward model, the adapter `reward` over the base of the policy.
 
-It reads the very tokens of prompt and completion, all completions of a rollout batch together. Whoever has the base
-gives `score_batch`.
+There is no second base model. The reward model reads the token ids of prompt and completion as they were generated,
+for all completions of a rollout batch together. The owner of the base sets `score_batch`.
 """
 
 from __future__ import annotations
@@ -16,12 +15,12 @@ from typing import ClassVar
 from lowrank_tune.rewards.base import BatchedReward, RewardInput, Score
 
 ScoreBatchFn = Callable[[Sequence[Sequence[int]]], Sequence[float]]
-"""Rows of ids to scores."""
+"""Returns one score for each row of token ids."""
 
 
 @dataclass
 class RewardModel(BatchedReward):
-    """graded: any figure. It has learned what is liked, which is not what is right, so it does not judge."""
+    """graded: any finite number. Not a verifier: it was trained on preferences, not on correctness."""
 
     name: str
     score_batch: ScoreBatchFn | None = None
@@ -31,14 +30,18 @@ class RewardModel(BatchedReward):
         assert self.score_batch is not None, "the base is loaded before anything is scored"
         start = time.perf_counter()
         scorable = [index for index, item in enumerate(items) if item.ids]
-        reason = "it has no prompt, or the chat template refuses it"
-        scores: list[Score] = [Score(None, "error", f"`{self.name}` cannot read {item}: {reason}") for item in items]
-        for index, value in zip(scorable, self.score_batch([items[index].ids for index in scorable]), strict=True):
+        values = self.score_batch([items[index].ids for index in scorable])
+        scores = [self._no_score(item) for item in items]
+        for index, value in zip(scorable, values, strict=True):
             scores[index] = self._to_score(value, items[index])
         seconds = (time.perf_counter() - start) / max(1, len(items))
         return [replace(score, seconds=seconds) for score in scores]
 
+    def _no_score(self, item: RewardInput) -> Score:
+        reason = "it has no prompt, or the chat template refuses it"
+        return Score(None, "error", f"`{self.name}` cannot read {item}: {reason}")
+
     def _to_score(self, value: float, item: RewardInput) -> Score:
-        if not math.isfinite(value):
-            return Score(None, "error", f"`{self.name}` gives {value} for {item}")
-        return Score(value, "graded")
+        if math.isfinite(value):
+            return Score(value, "graded")
+        return Score(None, "error", f"`{self.name}` returned {value} for {item}")

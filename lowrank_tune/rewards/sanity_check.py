@@ -1,25 +1,32 @@
 """A check before training: do the rewards separate reference answers from wrong ones?
 
-The weighted sum decides, because it is what trains. A verifier of the kit, and a function that the recipe calls one,
-has to separate them by itself as well. Rewards that only shape how a completion is written need not, and where there
-are no others, or a learned one, a sum that does not separate them is a warning."""
+The weighted sum is what trains, so it has to separate them. A built-in verifier, and a user's function with `kind:
+verifier`, has to separate them by itself too; shaping rewards do not. If there is no verifier, or a reward model is
+among the rewards, a weighted sum that does not separate them is only a warning.
+"""
 
 from __future__ import annotations
 
 import math
-import statistics
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from lowrank_tune.rewards.base import BatchedReward, RewardInput, Score
-from lowrank_tune.rewards.registry import WeightedReward
-from lowrank_tune.rewards.verdicts import VerdictSummary, exceeds_failure_limit, score_all, summarize_verdicts
+from lowrank_tune.rewards.verdicts import (
+    VerdictSummary,
+    exceeds_failure_limit,
+    mean_or_nan,
+    score_all,
+    summarize_verdicts,
+)
+from lowrank_tune.rewards.weighted import WeightedReward, weighted_sum
 from lowrank_tune.rewards.workers.pool import WorkerPool
 
 CHANCE_AUC = 0.5
 REQUIRED_AUC = 0.9
 Z_THRESHOLD = 4.0
-MIN_AUC_MARGIN = 0.1  # how far above chance even a great many rows must be
+MIN_AUC_MARGIN = 0.1  # smallest margin above chance, also with many rows
+MAX_CONSTANT_RANGE = 1e-6  # values that differ by no more than this are one value
 CURE = "Set `rewards_check: warn` to train anyway"
 SHAPING_CURE = (
     "Set `kind: shaping` for it if it does not check whether an answer is right, "
@@ -29,8 +36,11 @@ SHAPING_CURE = (
 
 @dataclass(frozen=True)
 class Separation:
-    """How one reward, or the weighted sum, scored reference answers and wrong ones. `auc`: the share of (reference,
-    wrong) pairs in which the reference answer has the higher score, ties half; chance is 0.5."""
+    """How one reward, or the weighted sum, scored reference answers and wrong ones.
+
+    `auc`: the share of (reference, wrong) pairs in which the reference answer has the higher score, where a tie counts
+    a half; chance is 0.5. `is_constant`: whether all answers have the same score. The means are NaN without scores.
+    """
 
     name: str
     is_verifier: bool
@@ -48,8 +58,12 @@ class Separation:
 
 @dataclass(frozen=True)
 class SanityReport:
-    """The result of the check. `failed`: why scores have no value; `misjudged`: reference answers that a verifier
-    fails; `stop_reason`: why a run would end because of failed scores."""
+    """The result of the check.
+
+    `failed`: the reasons of the scores without a value. `misjudged`: the reference answers that a verifier fails.
+    `stop_reason`: why a run would stop at the failed scores. `has_learned_reward`: whether a reward model is among the
+    rewards; it follows preferences, and a reference answer is not always preferred.
+    """
 
     rewards: list[Separation]
     sum: Separation
@@ -58,18 +72,15 @@ class SanityReport:
     misjudged: list[str]
     stop_reason: str | None = None
     has_learned_reward: bool = False
-    """A learned reward is among them: it follows preferences, and a reference answer need not be preferred."""
 
     def fault(self) -> str | None:
-        """Why training must not begin, with the cure."""
+        """Returns why training must not start, and what to do; None if it may."""
         if self.stop_reason:
-            if len(self.failed) > 1:
-                more = f" (and {len(self.failed) - 1} more)"
-            else:
-                more = ""
-            return f"rewards: {self.stop_reason}{more}"
+            others = f" (and {len(self.failed) - 1} more)" if len(self.failed) > 1 else ""
+            return f"rewards: {self.stop_reason}{others}"
         for separation in self.rewards:
-            if separation.must_separate and (problem := self._problem(separation, f"`{separation.name}`")):
+            problem = self._problem(separation, f"`{separation.name}`")
+            if separation.must_separate and problem is not None:
                 return f"{problem}. {SHAPING_CURE}"
         problem = self._problem(self.sum, self._sum_label())
         if problem is None or not self._sum_must_separate():
@@ -77,8 +88,9 @@ class SanityReport:
         return f"{problem}. {CURE if len(self.rewards) > 1 else SHAPING_CURE}"
 
     def warning(self) -> str | None:
-        """What a person should look at before going on."""
-        if self._sum_must_separate() or (problem := self._problem(self.sum, self._sum_label())) is None:
+        """Returns what to look at before training; None if there is nothing."""
+        problem = self._problem(self.sum, self._sum_label())
+        if problem is None or self._sum_must_separate():
             return None
         if self.has_learned_reward:
             return f"{problem}. The learned reward may prefer other answers"
@@ -93,6 +105,7 @@ class SanityReport:
         return f"`{self.rewards[0].name}`"
 
     def _problem(self, separation: Separation, label: str) -> str | None:
+        """Returns how a reward fails to separate the two kinds of answers; None if it separates them."""
         if separation.auc >= self.required_auc:
             return None
         if math.isnan(separation.reference_mean) or math.isnan(separation.negative_mean):
@@ -109,29 +122,34 @@ class SanityReport:
         return f"rewards: {label} does not separate reference answers from wrong ones: {description}{example}"
 
     def lines(self) -> Iterator[str]:
-        """For the start-up."""
-        for separation in [*self.rewards, *([self.sum] if len(self.rewards) > 1 else [])]:
-            verdicts = ", ".join(f"{count} {verdict}" for verdict, count in sorted(separation.verdict_counts.items()))
-            if separation.summary:
-                timing = (
-                    f"; {1e3 * separation.summary.median_seconds:.2g} ms, "
-                    f"at most {1e3 * separation.summary.max_seconds:.2g}"
-                )
-            else:
-                timing = ""
-            yield (
-                f"reward {separation.name}: reference answers {separation.reference_mean:.3g}, "
-                f"wrong answers {separation.negative_mean:.3g}"
-                f"{'' if separation.is_verifier else ' (shaping)'}"
-                f"{f'; {verdicts}' if verdicts else ''}{timing}"
-            )
+        """Yields the lines that a run prints at its start."""
+        for separation in self.rewards:
+            yield _reward_line(separation)
+        if len(self.rewards) > 1:
+            yield _reward_line(self.sum)
         if self.failed:
             yield (
                 f"{len(self.failed)} scores failed, and in a run such completions leave their groups; the first: "
                 f"{self.failed[0]}"
             )
         if self.misjudged:
-            yield (f"{len(self.misjudged)} reference answers are wrong by the rewards; the first: {self.misjudged[0]}")
+            yield f"{len(self.misjudged)} reference answers are wrong by the rewards; the first: {self.misjudged[0]}"
+
+
+def _reward_line(separation: Separation) -> str:
+    kind = "" if separation.is_verifier else " (shaping)"
+    line = (
+        f"reward {separation.name}: reference answers {separation.reference_mean:.3g}, "
+        f"wrong answers {separation.negative_mean:.3g}{kind}"
+    )
+    if separation.verdict_counts:
+        counts = [f"{count} {verdict}" for verdict, count in sorted(separation.verdict_counts.items())]
+        line += f"; {', '.join(counts)}"
+    if separation.summary:
+        median_ms = 1e3 * separation.summary.median_seconds
+        max_ms = 1e3 * separation.summary.max_seconds
+        line += f"; {median_ms:.2g} ms, at most {max_ms:.2g}"
+    return line
 
 
 def sanity_check_rewards(
@@ -141,98 +159,97 @@ def sanity_check_rewards(
     pool: WorkerPool[int] | None = None,
     max_failure_rate: float = 0.01,
 ) -> SanityReport:
-    """Scores reference answers and wrong ones with every reward; with the `pool` of the run where one is warm.
-    `max_failure_rate`: the share of completions on which rewards may fail."""
+    """Scores reference answers and wrong ones with every reward, and returns how well each separates them.
+
+    `pool`: the running workers of a run; without it a pool is started for the check. `max_failure_rate`: the share of
+    completions for which rewards may fail.
+    """
     assert references and negatives, "the check needs reference answers and wrong ones"
     if pool is None:
         with WorkerPool[int]([weighted_reward.reward for weighted_reward in weighted]) as own_pool:
-            return sanity_check_rewards(weighted, references, negatives, own_pool, max_failure_rate)
+            return sanity_check_rewards(
+                weighted,
+                references,
+                negatives,
+                own_pool,
+                max_failure_rate,
+            )
     rows = list(score_all(pool, [*references, *negatives]))
-    rewards = [
-        _separation(
+    separations = []
+    for index, weighted_reward in enumerate(weighted):
+        scores = [row[index] for row in rows]
+        separation = _separation(
             weighted_reward.name,
             weighted_reward.is_verifier,
             weighted_reward.must_separate,
-            [scores[index] for scores in rows],
+            [score.value for score in scores],
             len(references),
         )
-        for index, weighted_reward in enumerate(weighted)
-    ]
-    failed = [score.reason for scores in rows for score in scores if score.value is None]
-    totals = [_weighted_sum(weighted, scores) for scores in rows]
-    total_separation = _separation(
-        "sum",
-        True,
-        True,
-        [Score(value, "graded" if value is not None else "error") for value in totals],
-        len(references),
-    )
-    misjudged = [
-        f"`{weighted_reward.name}` on {item}: {score.reason}"
-        for item, scores in zip(references, rows, strict=False)
-        for weighted_reward, score in zip(weighted, scores, strict=True)
-        if weighted_reward.is_verifier and score.verdict == "fail"
-    ]
+        summary = summarize_verdicts(
+            weighted_reward.name,
+            weighted_reward.is_verifier,
+            scores,
+        )
+        separations.append(replace(separation, summary=summary))
+    weights = [weighted_reward.weight for weighted_reward in weighted]
+    sums = [weighted_sum([score.value for score in row], weights) for row in rows]
     return SanityReport(
-        rewards,
-        replace(total_separation, summary=None),
+        separations,
+        _separation("sum", True, True, sums, len(references)),
         required_auc(len(references), len(negatives)),
-        failed,
-        misjudged,
+        [score.reason for row in rows for score in row if score.value is None],
+        list(_misjudged(weighted, references, rows)),
         exceeds_failure_limit(weighted, rows, max_failure_rate, min_failures=1),
         any(isinstance(weighted_reward.reward, BatchedReward) for weighted_reward in weighted),
     )
 
 
-def _weighted_sum(weighted: Sequence[WeightedReward], scores: Sequence[Score]) -> float | None:
-    """None where a reward has no value."""
-    values = [
-        weighted_reward.weight * score.value
-        for weighted_reward, score in zip(weighted, scores, strict=True)
-        if score.value is not None
-    ]
-    return sum(values) if len(values) == len(weighted) else None
+def _misjudged(
+    weighted: Sequence[WeightedReward],
+    references: Sequence[RewardInput],
+    rows: Sequence[Sequence[Score]],
+) -> Iterator[str]:
+    """Yields the reference answers that a verifier fails, with the reason."""
+    for item, scores in zip(references, rows, strict=False):
+        for weighted_reward, score in zip(weighted, scores, strict=True):
+            if weighted_reward.is_verifier and score.verdict == "fail":
+                yield f"`{weighted_reward.name}` on {item}: {score.reason}"
 
 
 def _separation(
     name: str,
     is_verifier: bool,
     must_separate: bool,
-    scores: Sequence[Score],
-    count: int,
+    values: Sequence[float | None],
+    num_references: int,
 ) -> Separation:
-    values = [score.value for score in scores]
-    reference_values = [value for value in values[:count] if value is not None]
-    negative_values = [value for value in values[count:] if value is not None]
-    value_range = max(reference_values + negative_values, default=0.0) - min(
-        reference_values + negative_values, default=0.0
-    )
+    """Returns the separation of the first `num_references` values from the others; None is not counted."""
+    reference_values = [value for value in values[:num_references] if value is not None]
+    negative_values = [value for value in values[num_references:] if value is not None]
+    all_values = [*reference_values, *negative_values]
+    value_range = max(all_values, default=0.0) - min(all_values, default=0.0)
     return Separation(
         name,
         is_verifier,
         must_separate,
-        _mean(reference_values),
-        _mean(negative_values),
+        mean_or_nan(reference_values),
+        mean_or_nan(negative_values),
         auc(reference_values, negative_values),
-        value_range <= 1e-6,
-        summarize_verdicts(name, is_verifier, scores),
+        is_constant=value_range <= MAX_CONSTANT_RANGE,
     )
 
 
-def _mean(values: Sequence[float]) -> float:
-    return statistics.fmean(values) if values else float("nan")
-
-
 def auc(references: Sequence[float], negatives: Sequence[float]) -> float:
-    """The share of pairs in which the first is larger, ties half (the area under the ROC curve)."""
+    """Returns the area under the ROC curve: the share of pairs in which the reference is larger, where a tie counts a
+    half. 0.5 without pairs."""
     pairs = len(references) * len(negatives)
-    if pairs:
-        return sum((a > b) + 0.5 * (a == b) for a in references for b in negatives) / pairs
-    return CHANCE_AUC
+    if not pairs:
+        return CHANCE_AUC
+    return sum((a > b) + 0.5 * (a == b) for a in references for b in negatives) / pairs
 
 
 def required_auc(num_references: int, num_negatives: int) -> float:
-    """The share that a reward must reach: one that draws its figures by lot gets there, with so few rows, hardly ever
-    (4 sigma)."""
+    """Returns the share that a reward must reach: 4 standard deviations of the Mann-Whitney statistic above chance, so
+    that a reward of random numbers almost never reaches it with so few rows; at most REQUIRED_AUC."""
     sigma = math.sqrt((num_references + num_negatives + 1) / (12 * num_references * num_negatives))
     return min(REQUIRED_AUC, CHANCE_AUC + max(MIN_AUC_MARGIN, Z_THRESHOLD * sigma))

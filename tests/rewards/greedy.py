@@ -1,5 +1,4 @@
-"""A verifier for tests that takes too much: what the limits around a verifier's call are for. `completion` says of
-what."""
+"""A verifier that exceeds the limits around its calls, in the way that `completion` names."""
 
 from __future__ import annotations
 
@@ -16,7 +15,7 @@ def load(job: Mapping[str, Any]) -> Callable[[Mapping[str, Any]], Any]:
         word = request["completion"]
         if word == "memory":
             return len(bytearray(3 << 30))
-        if word == "hidden":  # as a library does that takes a want of memory for a reason to try something else
+        if word == "hidden":  # like a library that tries something else if memory runs out
             with suppress(MemoryError):
                 bytearray(3 << 30)
             return len(bytearray(b"\x01") * (300 << 20)) > 0

@@ -1,4 +1,5 @@
-"""Expressions that hang, flood or mislead those who read them: (name, answer). None of them equals `x+1` or 12."""
+"""Expressions on which a parser or a solver may hang, run out of memory or err: (name, answer). None of them equals
+`x+1` or 12."""
 
 from __future__ import annotations
 
@@ -111,7 +112,7 @@ RESOURCE_BOMBS: list[tuple[str, str]] = [
     ("degrees", "^\\circ" * 500),
     ("percent signs", "5" + "%" * 900),
 ]
-"""Each is put into a box, so that it is the answer."""
+"""Each is in a box, so that it is the answer."""
 
 
 def boxed(text: str) -> str:

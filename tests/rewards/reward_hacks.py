@@ -1,4 +1,4 @@
-"""Programs that want to pass tests without solving the task, and programs that are wrong.
+"""Programs that try to pass tests without solving the task, and programs that are wrong.
 
 The task of all of them: `largest(numbers)`, the largest number of a list, `spread(numbers)`, the largest and the
 smallest as a tuple.
@@ -237,5 +237,5 @@ NOT_CODE = {
 
 
 def body(text: str) -> str:
-    """A wrong program from its body."""
+    """Returns a wrong program with this body."""
     return f"def largest(numbers):\n    {text}\n"

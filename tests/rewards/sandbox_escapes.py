@@ -182,7 +182,7 @@ def attack(w):
     "clock and host name": "def attack(w): return opens(lambda: time.clock_settime(0, 1), lambda: "
     "socket.sethostname('x'))",
 }
-"""Over in a moment."""
+"""Attacks that end quickly."""
 SLOW = {
     "memory at once": "def attack(w): return len(bytearray(3 << 30)) > 0",
     "memory by and by": "def attack(w):\n    held = []\n    while len(held) < 3000:\n        held.append(bytearray(1 "
@@ -227,7 +227,7 @@ def attack(w):
     import platform
     return platform.machine() == 'x86_64' and system(0x40000000 + 39) > 0""",
 }
-"""Stopped by a limit or by the clock."""
+"""Attacks that a limit or the time limit stops."""
 CONTROL = """
 import asyncio, collections, contextlib, ctypes, dataclasses, datetime, decimal, fractions, functools, hashlib, heapq, io, itertools, json
 import math, os, random, re, statistics, string, threading, time, typing, uuid
@@ -255,7 +255,7 @@ NUMBERS = {
 
 
 class World:
-    """What is outside: a context that ends all of it."""
+    """The targets outside of the sandbox; a context that removes all of them."""
 
     def __enter__(self) -> World:
         os.environ["TOKEN"] = SECRET
@@ -296,7 +296,7 @@ class World:
         }
 
     def harm(self) -> list[str]:
-        """What came to harm, as seen from outside."""
+        """Returns the targets that were harmed."""
         seen = {
             "the sibling was killed": self.sibling.poll() is not None,
             "a file was written": sorted(os.listdir(self.folder)) != ["secret", "socket"],
@@ -322,7 +322,7 @@ class World:
 
 
 def run(level: Level, code: str, world: dict[str, Any], seconds: float = 1.5) -> str:
-    """What comes of a text's `attack` at a level: the value, the exception, or how the process ended."""
+    """Returns the result of the `attack` of a text at a level: the value, the exception, or how the process ended."""
     solver, deadline = Confined("solver", level), time.monotonic() + 30
     try:
         solver.ready()
@@ -349,8 +349,7 @@ def run(level: Level, code: str, world: dict[str, Any], seconds: float = 1.5) ->
 
 
 def run_attacks(level: Level, names: Iterable[str]) -> dict[str, str]:
-    """The attacks that got through, or did harm, at a level, and what came of them; and the control where it did
-    not."""
+    """Returns the attacks that succeeded or did harm at a level, with their results; and the control if it failed."""
     attacks, through = {**QUICK, **SLOW}, {}
     with World() as world:
         targets = world.as_dict()
@@ -369,7 +368,7 @@ def run_attacks(level: Level, names: Iterable[str]) -> dict[str, str]:
 
 
 def main(names: list[str]) -> None:
-    """For another user: what each level is here, and what got through at those that there are, as JSON."""
+    """Prints as JSON, for a test that runs it as another user: the levels, and the attacks that succeeded at them."""
     faults = {level: isolation.probe_level(level).fault for level in isolation.LEVELS}
     results = {level: fault or run_attacks(level, names or [*QUICK, *SLOW]) for level, fault in faults.items()}
     print(json.dumps({"user": os.geteuid(), "levels": results}))

@@ -1,5 +1,5 @@
-"""Laws of the time that is charged to processes. The oracles: a simulated process, of which every moment is given, and
-the kernel's account of a real one at its end."""
+"""The time that is charged to processes. Oracles: a simulated process with known phases, and the CPU time that the
+kernel counted for a real process."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="this system doe
 
 @dataclass
 class SimulatedProcess:
-    """A process in phases of (seconds, processors that it uses, whether it could run), again and again."""
+    """A process that repeats phases of (seconds, processors that it uses, whether it can run)."""
 
     phases: list[tuple[float, float, bool]]
     now: float = 0.0
 
     def passed(self) -> Iterator[tuple[float, float, bool]]:
-        """The phases up to now, the last one cut."""
+        """Yields the phases up to now; the last one may be incomplete."""
         left, index = self.now, 0
         while left > 0:
             seconds, used, could_run = self.phases[index % len(self.phases)]
@@ -47,7 +47,7 @@ class SimulatedProcess:
         return ProcessTree(sum(seconds * used for seconds, used, _ in phases), bool(phases and phases[-1][2]))
 
     def own_seconds(self) -> float:
-        """What is the process's own: the time that it runs or could not."""
+        """Returns the time in which the process ran or could not run."""
         return sum(seconds for seconds, used, could_run in self.passed() if used or not could_run)
 
 
@@ -81,8 +81,8 @@ PROGRAMS = {
 
 
 @pytest.mark.parametrize("name", PROGRAMS)
-def test_charged_is_the_process_s_own_time(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
-    """At the end the process has had its limit: exactly where no sample decides, else by 5 standard deviations."""
+def test_charged_time_is_the_time_that_the_process_runs_or_sleeps(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """At the end the process has used its limit: exactly if no sample is needed, else within 5 standard deviations."""
     for seed in range(5):
         process = SimulatedProcess(PROGRAMS[name])
         with pytest.raises(TimeLimitReached):
@@ -93,7 +93,7 @@ def test_charged_is_the_process_s_own_time(monkeypatch: pytest.MonkeyPatch, name
 
 def test_a_process_that_only_waits_for_others_is_starved(monkeypatch: pytest.MonkeyPatch) -> None:
     process = SimulatedProcess([(0.001, 1.0, True), (0.1, 0.0, True)])
-    with pytest.raises(Starved, match=r"in 12\d s other programs left it [12]\.\d s of the 6 s that it has"):
+    with pytest.raises(Starved, match=r"in 12\d s other programs left it [12]\.\d s of the 6 s of its limit"):
         run_to_the_end(process, simulate(monkeypatch, process, 6.0))
     assert process.now == pytest.approx(charged_time.MAX_WALL_FACTOR * 6.0, rel=0.05)
 
@@ -133,7 +133,7 @@ for _ in range(30): threading.Thread(target=spin).start()
 
 @pytest.fixture
 def processor() -> Iterator[None]:
-    """One processor for this thread and for what it starts."""
+    """Restricts this thread and the processes that it starts to one processor."""
     allowed = os.sched_getaffinity(0)
     os.sched_setaffinity(0, {min(allowed)})
     yield
@@ -142,7 +142,7 @@ def processor() -> Iterator[None]:
 
 @pytest.fixture
 def start() -> Iterator[StartProgram]:
-    """Starts a program in a session of its own, which the kernel gives a share of its own."""
+    """Starts a program in its own session, which gets its own share of the processors."""
     started: list[subprocess.Popen[bytes]] = []
 
     def start_program(code: str) -> subprocess.Popen[bytes]:
@@ -167,7 +167,7 @@ def wall_seconds_to_the_limit(program: subprocess.Popen[bytes], limit: float) ->
 
 
 def cpu_seconds_at_the_end(program: subprocess.Popen[bytes]) -> float:
-    """By the kernel's account of a child that has ended."""
+    """Returns the CPU time that the kernel counted for a child that has ended."""
     program.kill()
     usage = os.wait4(program.pid, 0)[2]
     program.returncode = -signal.SIGKILL
@@ -184,7 +184,7 @@ def test_a_program_that_others_keep_from_running_has_its_cpu_time(processor: Non
 
 @pytest.mark.parametrize("code", [SLEEP, STOP, THREADS])
 def test_sleep_is_charged_whatever_else_runs(processor: None, start: StartProgram, code: str) -> None:
-    """Also behind threads that have waited for each other for long: a wall clock would have had them all ten times."""
+    """Also for threads that wait for each other for a long time, which by the wall clock would exceed the limit."""
     for _ in range(3):
         start(SPIN)
     program = start(code)
@@ -232,7 +232,7 @@ time.sleep(99)
 """
 
 
-def test_a_name_does_not_look_like_a_state(start: StartProgram) -> None:
+def test_a_process_name_with_brackets_is_not_read_as_a_state(start: StartProgram) -> None:
     program = start(NAMED)
     assert program.stdout is not None
     program.stdout.readline()
@@ -241,7 +241,7 @@ def test_a_name_does_not_look_like_a_state(start: StartProgram) -> None:
     assert tree is not None and tree.cpu_seconds < 0.5 and not tree.runnable
 
 
-def test_processes_that_have_ended_are_none(start: StartProgram) -> None:
+def test_processes_that_have_ended_are_not_counted(start: StartProgram) -> None:
     program = start("")
     program.wait()
     assert read_tree([program.pid]) == ProcessTree(0, False)

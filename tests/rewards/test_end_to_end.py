@@ -50,7 +50,7 @@ JUDGES = ("math_answer", "symbolic", "python_tests", "smt", "lean")
 
 def canned(texts: Sequence[str], tokenizer: Any) -> type:
     class Engine:
-        """Says the texts in turn."""
+        """Returns the texts in turn."""
 
         def __init__(self, roles: Roles, role: str, *_: Any) -> None:
             self.roles, self.role = roles, role

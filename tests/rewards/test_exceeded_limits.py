@@ -1,5 +1,5 @@
-"""Laws of completions that exceed the limits of a verifier: a 0 where the row's own answer keeps them, and no score
-where it does not, or where there is none."""
+"""Completions that exceed the limits of a verifier: 0 if the row's own answer does not exceed them, and no score if it
+does, or if there is none."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ LIMIT = 0.3
 
 @dataclass(frozen=True)
 class GreedyReward(WorkerReward):
-    """What `greedy.py` says of the word in a box."""
+    """The grade of `greedy.py` for the word in a box."""
 
     name: str = "greedy"
     is_verifier = True
@@ -33,13 +33,7 @@ class GreedyReward(WorkerReward):
         return {"completion": item.completion.removeprefix("\\boxed{").removesuffix("}")}
 
     def parse_reply(self, item: RewardInput, reply: Any) -> Score:
-        return self.on_worker_crash(item, reply["fault"]) if "fault" in reply else Score(reply["value"], "graded")
-
-    def on_timeout(self, item: RewardInput, seconds: float) -> Score:
-        return Score(None, "timeout", f"{seconds:g} s")
-
-    def on_worker_crash(self, item: RewardInput, reason: str) -> Score:
-        return Score(None, "error", reason)
+        return Score(reply["value"], "graded")
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +57,7 @@ def one(name: str, folder: Path | None = None, **settings: Any) -> Reward:
     ("word", "limit"), [("spins", "0.3 s"), ("deaf", "0.3 s"), ("memory", "the memory that the verifier may use")]
 )
 def test_a_completion_that_alone_exceeds_a_limit_is_wrong(greedy: WorkerPool[int], word: str, limit: str) -> None:
-    """Interrupted in time, or killed; afterwards the pool works on."""
+    """Interrupted in time, or killed; afterwards the pool still works."""
     found = score(greedy, word, "fine")
     assert (found.value, found.verdict, found.reason) == (0.0, "fail", f"grading it takes more than {limit}")
     assert score(greedy, "fine", "fine").value == 1.0 and len(greedy.pids) == 1
@@ -133,7 +127,7 @@ def test_an_invariant_on_which_z3_takes_too_long_is_wrong_where_it_decides_the_r
 
 @pytest.mark.skipif(isolation.best_available() is None, reason="this machine has no sandbox for code")
 def test_tests_that_take_longer_than_they_may_are_the_row_s_fault() -> None:
-    """Also where it is the row's own solution that needs so long; without one nothing shows it."""
+    """Also if the row's own solution takes too long; without a solution the cause is not known."""
     slow = "def f(x):\n    while x: pass\n    return x"
     tests = ["assert f(1) == 1"]
     with WorkerPool[int]([one("python_tests")], 1, LIMIT) as pool:

@@ -1,5 +1,5 @@
-"""Laws of what a reward cannot judge: it is never a 0. The completion leaves its group as if it had never been drawn,
-or the run stops."""
+"""A failed reward is never counted as 0: the completion leaves its group as if it had not been generated, or the run
+stops."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ GROUPS = st.integers(1, 6).flatmap(
 
 
 @given(GROUPS)
-def test_a_dropped_completion_never_was(groups: list[list[tuple[float, bool]]]) -> None:
+def test_advantages_equal_those_without_the_dropped_completion(groups: list[list[tuple[float, bool]]]) -> None:
     rewards = torch.tensor(
         [[value if has_reward else math.nan for value, has_reward in group] for group in groups], dtype=torch.float64
     )
@@ -75,7 +75,7 @@ def test_a_dropped_completion_never_was(groups: list[list[tuple[float, bool]]]) 
             assert torch.equal(mine, group_advantages(torch.tensor(left)[None], divide)[0])
 
 
-def test_nothing_dropped_changes_no_bit() -> None:
+def test_groups_without_failures_have_the_same_advantages_to_the_bit() -> None:
     rewards = torch.randn(7, 9, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     every = torch.ones(7, 9, dtype=torch.bool)
     assert torch.equal(group_advantages(rewards, True, every), group_advantages(rewards)) and torch.equal(
@@ -95,14 +95,14 @@ def roles() -> Roles:
 
 
 class DroppingCollector(FakeCollector):
-    """The same completions, of which some are without a reward; or, with `never`, without those completions."""
+    """GRPO on the same completions, some of them without a reward; or, with `never`, without those completions."""
 
     def __init__(self, roles: Any, rewards: Any, lost: Sequence[int] = (), never: bool = False, **how: Any) -> None:
         super().__init__(roles, rewards, **how)
         self.lost, self.never = lost, never
 
     def logps(self, role: str, batch: RolloutBatch) -> Tensor:
-        """Row by row, each at its own width: rounding does not know which other rows there are."""
+        """Computes each row alone at its own width, so that rounding does not depend on the other rows."""
         found = torch.zeros(batch.input_ids.shape)
         for i in range(len(batch)):
             alone = super().logps(role, batch.select_rows(torch.tensor([i])))
@@ -164,7 +164,7 @@ THREE = [[[1.0, 0.0, 0.3, 0.2], [0.2, 0.9, 0.4, 0.1]]]
     "how",
     [{"beta": 0.3}, {"beta": 0.3, "kl_in_reward": True}, {"num_iterations": 2}, {"truncated_completions": "penalize"}],
 )
-def test_the_step_is_one_without_it(roles: Roles, kind: str, how: dict[str, Any]) -> None:
+def test_the_step_equals_one_without_the_dropped_completion(roles: Roles, kind: str, how: dict[str, Any]) -> None:
     found = []
     for never in (False, True):
         algorithm = with_failures(roles, [2, 5], THREE, never, kind, **how)
@@ -181,7 +181,7 @@ def test_the_step_is_one_without_it(roles: Roles, kind: str, how: dict[str, Any]
 
 
 def test_a_group_that_lost_its_first_row_begins_with_the_next(roles: Roles) -> None:
-    """Else its rows would count as the family of the group before, and read their prompt once a row."""
+    """Else its rows would count as part of the group before, and the prompt would be read once per row."""
     algorithm = with_failures(roles, [4, 5, 9], [THREE[0] + THREE[0][:1]])
     rollouts = algorithm.collector.collect(0, 0)
     rollouts.batch.shared_prefix = torch.tensor([0, 3, 3, 3] * 3)
@@ -190,8 +190,7 @@ def test_a_group_that_lost_its_first_row_begins_with_the_next(roles: Roles) -> N
 
 @pytest.mark.parametrize("how", ["keep", "drop", "resample"])
 def test_groups_with_too_many_failures_are_uninformative(roles: Roles, how: str) -> None:
-    """Groups with four, one and no completion left; where dead groups are replaced the same happens in the next
-    draws."""
+    """Groups with four, one and no completion left; if groups with zero std are replaced, also in the next draws."""
     rewards = [[[1.0, 0.0, 0.3, 0.2]] * 3] * 4
     algorithm = with_failures(roles, [4, 5, 6, 8, 9, 10, 11], rewards, zero_std_groups=how, beta=0.1)
     experience = algorithm.collect(0)
@@ -220,7 +219,7 @@ def test_a_step_whose_rewards_all_fail_changes_nothing(roles: Roles, how: str) -
 # --- counting ---------------------------------------------------------------------------------------------------------
 
 
-def test_too_many_stop_the_run_and_few_do_not() -> None:
+def test_too_many_failures_stop_the_run_and_few_do_not() -> None:
     failures = RewardFailureTracker(0.01)
     failures.count([LOST, LATE])  # two of two: too few to judge a verifier by
     with pytest.raises(
@@ -297,7 +296,7 @@ def small(**more: Any) -> dict[str, Any]:
 
 @pytest.fixture
 def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Where `mine.py` lies. The preflight, which would refuse such a reward, looks away."""
+    """The folder of `mine.py`. The check of the rewards, which would refuse such a reward, is switched off."""
     monkeypatch.setenv("LOWRANK_TUNE_CACHE", str(tmp_path / "cache"))
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("lowrank_tune.assembly.sources.check_reference_rewards", lambda *given: None)
@@ -426,7 +425,7 @@ def test_a_timeout_is_counted_separately(place: Path) -> None:
 
 
 def test_rows_that_no_reward_could_judge_by_are_data_faults(place: Path) -> None:
-    """Found among all rows before anything is drawn: dropped and told with their lines, or refused where they are
+    """Found among all rows before anything is generated: dropped and reported with their lines, or refused if there are
     many."""
     prose = "a very long story of many words that no rule whatsoever can compare with anything that is written"
     golds = ["5", prose, "7", "", "8", "9", "10", "11"]
@@ -441,13 +440,13 @@ def test_rows_that_no_reward_could_judge_by_are_data_faults(place: Path) -> None
     found = load_train_prompts(recipe, template, events.append)
     assert [one.ground_truth for one in found.examples] == ["5", "7", "8", "9", "10", "11"]
     [line] = [event.message for event in events if isinstance(event, LogMessage) and event.level == "warning"]
-    assert "line 2" in line and "line 4" in line and line.count("`math_answer` cannot judge by it") == 2
+    assert "line 2" in line and "line 4" in line and line.count("`math_answer` cannot use the row") == 2
     assert any(
         "`math_answer`" in issue.description and issue.count == 1
         for issue in inspect_data(recipe, lambda event: None).issues
     )
     few = Recipe.from_dict({**recipe.to_dict(), "data": {**data, "max_invalid_fraction": 0.1}})
-    with pytest.raises(UserError, match="2 of 8 rows cannot be used.*`math_answer` cannot judge by it"):
+    with pytest.raises(UserError, match="2 of 8 rows cannot be used.*`math_answer` cannot use the row"):
         load_train_prompts(few, template, events.append)
 
 

@@ -1,5 +1,5 @@
-"""Lean as the judge, by a stand-in: a script that takes Lean's flags and answers in Lean's words. A real Lean is not
-tried."""
+"""`lean` with a stand-in for the program: a script that accepts Lean's flags and prints messages like Lean. The real
+Lean is not tested."""
 
 from __future__ import annotations
 
@@ -93,9 +93,9 @@ WHOLE = "theorem add_zero (x : Nat) :\n    x + 0 = x := by\n  trivial"
         ("by /- sorry -/ trivial -- the theorem", 1, ""),
         ("by trivial secret", 1, ""),
         ("by\n  simp\n  wrong", 0, "line 6: unknown identifier"),
-        ("by native", 0, "rests on Lean.ofReduceBool"),
+        ("by native", 0, "not trusted: Lean.ofReduceBool"),
         ("by kernel", 0, "(kernel)"),
-        ("by forge", 0, "rests on sorryAx"),
+        ("by forge", 0, "not trusted: sorryAx"),
         ("by sorry", 0, "uses `sorry`"),
         ("", 0, "no proof"),
         ("-- nothing", 0, "no proof"),
@@ -114,9 +114,9 @@ WHOLE = "theorem add_zero (x : Nat) :\n    x + 0 = x := by\n  trivial"
         ("by trivial /- open", 0, "comment open"),
         ("by trivial -/", 0, "not opened"),
         ("by trivial /-/ -/ -/ axiom", 0, "not opened"),
-        ("by tri\u202evial", 0, "no text"),
-        ("by \x00", 0, "no text"),
-        ("by \ud800", 0, "no text"),
+        ("by tri\u202evial", 0, "control characters"),
+        ("by \x00", 0, "control characters"),
+        ("by \ud800", 0, "control characters"),
     ],
 )
 def test_a_proof_of_the_rows_statement_and_nothing_else(
@@ -126,7 +126,7 @@ def test_a_proof_of_the_rows_statement_and_nothing_else(
     assert (score.value, score.verdict) == (right, "pass" if right else "fail") and why in score.reason, score.reason
 
 
-def test_what_ran_on_is_no_proof(scorer: WorkerPool[int]) -> None:
+def test_a_proof_that_did_not_stop_fails(scorer: WorkerPool[int]) -> None:
     assert judged(scorer, PROOF, stopped=False).verdict == "fail"
 
 
@@ -135,14 +135,14 @@ def test_what_ran_on_is_no_proof(scorer: WorkerPool[int]) -> None:
     [
         ("by crash", ROW, "error", "killed by SIGSEGV"),
         ("by flood", ROW, "error", "wrote too much"),
-        ("by silent", ROW, "error", "nothing of axioms"),
+        ("by silent", ROW, "error", "printed no axioms"),
         ("by greedy", ROW, "error", "ended with code 1"),
         (PROOF, {"statement": "theorem a : Nope := by sorry"}, "error", "unknown identifier 'Nope'"),
         (PROOF, {}, "error", "no column `statement`"),
         (PROOF, {"statement": "1 + 1"}, "error", "holds no theorem"),
     ],
 )
-def test_what_lean_or_the_row_breaks_is_never_a_zero(
+def test_failures_of_lean_or_of_the_row_are_errors(
     scorer: WorkerPool[int], text: str, row: dict[str, Any], verdict: str, words: str
 ) -> None:
     score = judged(scorer, text, row)
@@ -174,11 +174,11 @@ def test_without_lean_the_reward_is_refused_with_the_cure(home: Path) -> None:
             build_rewards([RewardConfig(name="lean", program=program)], Path())
 
 
-def test_a_program_that_is_no_lean_is_refused_before_the_first_proof() -> None:
+def test_a_program_other_than_lean_is_refused_before_the_first_proof() -> None:
     for program, words in (
-        (("true",), "said nothing of axioms"),
+        (("true",), "printed no axioms"),
         (("false",), "ended with code 1"),
-        (("echo", "{}"), "nothing of axioms"),
+        (("echo", "{}"), "printed no axioms"),
     ):
         [weighted] = build_rewards([RewardConfig(name="lean", program=program)], Path())
         with pytest.raises(ConfigError, match=words):
@@ -198,12 +198,12 @@ def test_a_program_that_is_no_lean_is_refused_before_the_first_proof() -> None:
         ),
     ],
 )
-def test_a_statement_is_retyped_under_our_name(statement: str, wanted: str) -> None:
+def test_the_statement_is_written_under_the_name_of_the_kit(statement: str, wanted: str) -> None:
     assert restated_theorem(statement, "", "NAME") == wanted
     assert restated_theorem(statement, "import A\n", "NAME") == f"import A\n{wanted}"
 
 
-def test_comments_go_and_nothing_hides_in_them() -> None:
+def test_comments_are_removed_with_all_that_is_in_them() -> None:
     assert strip_comments("a -- b\nc /- d /- e -/ f -- -/ g /-- h --/ i").split() == ["a", "c", "g", "i"]
     for text in ("/- /-", "-/", "a /- b -/ -/"):
         with pytest.raises(InvalidProof):
@@ -225,7 +225,7 @@ def test_comments_go_and_nothing_hides_in_them() -> None:
         "\ud800" * 90_000,
     ],
 )
-def test_hostile_texts_are_refused_at_once(text: str) -> None:
+def test_hostile_proofs_are_refused_quickly(text: str) -> None:
     start = time.process_time()
     with pytest.raises(InvalidProof) as caught:
         extract_proof(text, str(ROW["statement"]))
@@ -243,7 +243,7 @@ def test_every_goal_has_a_name_of_its_own(scorer: WorkerPool[int]) -> None:
 
 
 def test_the_reference_is_one_request_for_all_completions_of_a_row(scorer: WorkerPool[int]) -> None:
-    """So that Lean is run on it once (`WorkerThread._is_graded`)."""
+    """So that Lean runs on it only once (`WorkerThread._is_graded`)."""
     reward = scorer.rewards[0]
     first, second = (
         reward.reference_request(RewardInput("Prove it.", text, None, ROW, True, 9))  # type: ignore[attr-defined]

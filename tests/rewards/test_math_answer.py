@@ -1,5 +1,5 @@
-"""`math_answer`: exact where it can be, algebra where it must be, and nothing that a completion says makes it hang,
-flood or lie."""
+"""`math_answer`: exact comparison without a worker, algebra in a worker, and no completion makes it hang, run out of
+memory or pass a wrong answer."""
 
 from __future__ import annotations
 
@@ -121,7 +121,7 @@ DIFFERENT = [
 @pytest.mark.parametrize(
     ("found", "gold", "right"), [(*each, True) for each in SAME] + [(*each, False) for each in DIFFERENT]
 )
-def test_what_needs_no_algebra_is_decided_here_and_now(found: str, gold: str, right: bool) -> None:
+def test_exact_cases_are_decided_without_a_worker(found: str, gold: str, right: bool) -> None:
     assert compare_exact(found, gold) is right
     score = MathAnswerReward().score_without_worker(item(boxed(found), gold))
     assert score is not None and score.verdict == ("pass" if right else "fail")
@@ -168,8 +168,8 @@ ALGEBRA = [
 ]
 
 
-def test_what_needs_algebra_is_decided_by_the_worker(scorer: WorkerPool[Any]) -> None:
-    """math-verify takes 2x + z = 1 for an answer where the gold one is 1, and not the other way round."""
+def test_algebraic_cases_are_decided_by_the_worker(scorer: WorkerPool[Any]) -> None:
+    """math-verify accepts 2x + z = 1 for a gold answer 1, and not the other way round."""
     found = scores(scorer, [item(boxed(answer), gold) for answer, gold, _ in ALGEBRA])
     wrong = [
         (each, score)
@@ -181,7 +181,7 @@ def test_what_needs_algebra_is_decided_by_the_worker(scorer: WorkerPool[Any]) ->
     assert not [score for score in found if "takes more than" in score.reason]
 
 
-def test_a_wrong_answer_that_algebra_would_try_for_ever_is_decided_by_its_value(scorer: WorkerPool[Any]) -> None:
+def test_a_wrong_answer_that_sympy_cannot_simplify_is_decided_by_its_value(scorer: WorkerPool[Any]) -> None:
     hard = r"(\sqrt{2}+\sqrt{3}+\sqrt{5}+\sqrt{7}+\sqrt{11})^{40}"
     assert [
         score.verdict
@@ -189,7 +189,7 @@ def test_a_wrong_answer_that_algebra_would_try_for_ever_is_decided_by_its_value(
     ] == ["fail"] * 2
 
 
-def test_where_the_answer_stands() -> None:
+def test_final_answer_is_the_box_or_marker_or_formula_or_last_number() -> None:
     expected = {
         r"so \boxed{1} and \boxed{\frac{1}{2}}.": r"1, \frac{1}{2}",
         r"so \boxed{1}. Then it is \boxed{\frac{1}{2}}.": r"\frac{1}{2}",
@@ -204,7 +204,7 @@ def test_where_the_answer_stands() -> None:
     assert {text: extract_final_answer(text) for text in expected} == expected
 
 
-def test_a_completion_that_was_cut_off_has_not_answered() -> None:
+def test_a_completion_that_did_not_stop_fails_without_a_worker() -> None:
     assert MathAnswerReward().score_without_worker(item(boxed("5"), "5", stopped=False)) == Score(
         0.0, "fail", "did not stop"
     )
@@ -263,8 +263,8 @@ REPEATED = {
 
 
 @pytest.mark.parametrize("text", REPEATED.values(), ids=REPEATED.keys())
-def test_what_repeats_is_read_in_linear_time(text: str) -> None:
-    """None of this is limited: it runs in the process that trains."""
+def test_repeated_text_is_read_in_linear_time(text: str) -> None:
+    """There is no time limit for this: it runs in the process that trains."""
     completion = text if "boxed" in text else boxed(text)
     reward, start = MathAnswerReward(), time.process_time()
     for _ in range(5):
@@ -274,7 +274,7 @@ def test_what_repeats_is_read_in_linear_time(text: str) -> None:
 
 
 def test_a_comparison_that_fails_for_any_answer_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    """An answer is wrong where a library fails on it alone; where it fails on the gold answer too, nobody can judge."""
+    """An answer is wrong if a library fails only with it; if it fails with the gold answer too, there is no score."""
     from lowrank_tune.rewards.math import math_worker as worker
 
     compare = worker.answers_are_equal
@@ -295,7 +295,7 @@ def test_a_comparison_that_fails_for_any_answer_is_an_error(monkeypatch: pytest.
         worker.grade(request)
 
 
-def test_excess() -> None:
+def test_too_large_answers_are_refused_and_large_ones_are_not() -> None:
     assert too_large_reason(r"\frac{\sqrt{2}}{2^{x^{2}}}") is None and too_large_reason("1" * 200) is None
     assert all(
         too_large_reason(text) for text in ("1" * 201, "(" * 31, "2^{2^{2^{2^{2}}}}", "x" * 1001, "5!!!", "\x00")
@@ -305,7 +305,7 @@ def test_excess() -> None:
 def test_recipes_name_it_and_a_missing_package_has_a_cure(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     [made] = build_rewards([RewardConfig(name="math_answer")], tmp_path)
     assert made.reward == MathAnswerReward("math_answer") and made.name == "math_answer"
-    monkeypatch.setattr("lowrank_tune.rewards.math.math_answer.find_spec", lambda name: None)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"`math_answer` needs .*math_verify.*pip install 'lowrank-tune\[verifiers\]'"):
         make_math_answer("math_answer")
 
@@ -314,13 +314,13 @@ def test_recipes_name_it_and_a_missing_package_has_a_cure(monkeypatch: pytest.Mo
 
 
 def peak(pid: int) -> float:
-    """The most memory, MB, that a process has held."""
+    """Returns the peak memory of a process in MB."""
     status = Path(f"/proc/{pid}/status").read_text()
     return int(status.partition("VmHWM:")[2].split()[0]) / 1024
 
 
 def detonate(reward: WorkerReward, gold: str, bombs: Sequence[tuple[str, str]], warm: RewardInput) -> list[str]:
-    """What went wrong: a bomb that took too long or too much memory, was taken for the answer, or got no score."""
+    """Returns the bombs that took too long or too much memory, passed, or got no score."""
     faults = []
     with WorkerPool[str]([reward], 1, LIMIT) as scorer:
         for name, text in bombs:
@@ -385,11 +385,7 @@ class Greedy(MathAnswerReward):
         return {"completion": item.completion}
 
     def parse_reply(self, item: RewardInput, reply: Any) -> Score:
-        return (
-            self.on_worker_crash(item, reply["fault"])
-            if "fault" in reply
-            else Score(reply["value"], "graded", "steep" if reply["steep"] else "")
-        )
+        return Score(reply["value"], "graded", "steep" if reply["steep"] else "")
 
 
 @pytest.fixture(scope="module")
@@ -408,7 +404,7 @@ def greedy() -> Iterator[WorkerPool[Any]]:
 
 
 def serve(scorer: WorkerPool[Any], word: str) -> tuple[Score, Score, bool]:
-    """What the verifier and the user's function said, and whether the worker was replaced."""
+    """Returns the scores of the verifier and of the user's function, and whether the worker was replaced."""
     before = scorer.pids
     scorer.submit(0, item(word, "1"))
     verifier, own = scorer.collect()[0]
@@ -442,7 +438,7 @@ def test_a_wrong_answer_that_met_the_limit_of_memory_is_an_error() -> None:
     assert MathAnswerReward().parse_reply(item(boxed("x"), "y+1"), {**reply, "steep": False}).verdict == "fail"
 
 
-def test_limits_are_gone_behind_the_call() -> None:
+def test_limits_are_removed_after_the_call() -> None:
     def spin(request: Any) -> None:
         while True:
             pass
@@ -473,7 +469,7 @@ def test_a_worker_does_not_load_torch(scorer: WorkerPool[Any]) -> None:
 
 
 def rows(name: str) -> Iterator[tuple[str, str, str | None]]:
-    """(problem, solution, gold) of a data set; SVAMP's solution is its equation."""
+    """Yields (problem, solution, gold answer) of a data set; the solution of SVAMP is its equation."""
     if name == "svamp":
         for row in json.loads((DATA / "svamp" / "SVAMP.json").read_text()):
             yield f"{row['Body']} {row['Question']}", f"{row['Equation']} = {row['Answer']}", str(row["Answer"])
@@ -491,12 +487,12 @@ def rows(name: str) -> Iterator[tuple[str, str, str | None]]:
 
 
 ALLOWED = {"gsm8k": 0, "gsm8k-test": 0, "svamp": 0.001, "math": 0, "numinamath": 0.11}
-"""The share of rows whose gold answer is none, or not that of the solution: proofs, headings, statements in prose, and
-an equation that does not hold, `((4.0 - 2.0) + 3.0) = 1.0`."""
+"""The share of rows without a gold answer, or with another one than the solution: proofs, headings, statements in
+prose, and an equation that does not hold, `((4.0 - 2.0) + 3.0) = 1.0`."""
 
 
 def sweep(scorer: WorkerPool[Any], name: str, most: int | None) -> tuple[list[str], list[str]]:
-    """The misses on a data set, and the answers of the next row that were taken for a row's own."""
+    """Returns the solutions of a data set that fail, and the answers of the next row that pass."""
     found = list(islice(rows(name), most))
     for number, (problem, solution, gold) in enumerate(found):
         if gold is not None:
@@ -517,7 +513,7 @@ def sweep(scorer: WorkerPool[Any], name: str, most: int | None) -> tuple[list[st
 
 
 def _alike(one: str, other: str) -> bool:
-    """Whether two answers are plainly the same: the same text, letter or number."""
+    """Returns whether two answers are obviously equal: the same text, letter or number."""
     last_sides = (text.rpartition(" = ")[2] for text in (one, other))
     plain = [re.sub(r"\\textbf|\\text|[ {}(),$\\%]", "", text) for text in last_sides]
     try:

@@ -1,5 +1,5 @@
-"""`math_answer` on a table of answers by family and on generated ones, with Python's fractions as the oracle, and what
-is read at all."""
+"""`math_answer` on a table of answers by family and on generated answers, with Python's fractions as the oracle; and
+the limits on size and depth."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def scorer() -> Iterator[WorkerPool[Any]]:
 
 
 def misjudged(scorer: WorkerPool[Any], cases: list[Case]) -> list[str]:
-    """The cases whose verdict is another than theirs, each with what the grader found."""
+    """Returns the cases with a wrong verdict, each with the result of the grader."""
     for number, (completion, gold, _) in enumerate(cases):
         scorer.submit(number, RewardInput("What is it?", completion, gold, {}, True, 10))
     return [
@@ -69,7 +69,7 @@ def test_the_table_has_right_and_wrong_answers_of_each_family() -> None:
 
 
 def nested(rng: random.Random, depth: int) -> tuple[str, Fraction]:
-    """A random fraction of fractions, and its value."""
+    """Returns a random nested fraction and its value."""
     if depth == 0:
         number = rng.randint(1, 9)
         return str(number), Fraction(number)
@@ -78,7 +78,7 @@ def nested(rng: random.Random, depth: int) -> tuple[str, Fraction]:
     return rf"\frac{{{top}}}{{{number}+{bottom}}}", upper / (number + lower)
 
 
-def test_generated_fractions_of_fractions(scorer: WorkerPool[Any]) -> None:
+def test_generated_nested_fractions_equal_their_value_and_no_other(scorer: WorkerPool[Any]) -> None:
     rng = random.Random(5)
     cases: list[Case] = []
     for depth in [1, 2, 3, 4, 5, 6] * 3:
@@ -129,7 +129,7 @@ MALFORMED = [
 
 
 @pytest.mark.parametrize("text", MALFORMED)
-def test_malformed_numbers_are_no_numbers(text: str) -> None:
+def test_malformed_numbers_are_not_numbers(text: str) -> None:
     assert parse_number(text) is None
 
 
@@ -153,7 +153,7 @@ BOXES = {
 }
 
 
-def test_boxes_that_make_one_list() -> None:
+def test_boxes_beside_each_other_make_one_list() -> None:
     assert {text: boxed_answer(text) for text in BOXES} == BOXES
     assert unclosed_box(r"\boxed{1} and \boxed{\frac{2}{3}") == r"\boxed{\frac{2}{3}"
     assert unclosed_box(r"\boxed{ \boxed{1}") is None and unclosed_box(r"\boxed 1") is None
@@ -178,14 +178,14 @@ AT_THE_LIMIT = {
 
 
 @pytest.mark.parametrize("name", AT_THE_LIMIT)
-def test_what_is_not_too_deep_is_read_and_compared_quickly(name: str) -> None:
+def test_answers_at_the_depth_limit_are_compared_quickly(name: str) -> None:
     text, start = AT_THE_LIMIT[name], time.process_time()
     assert too_large_reason(text) is None and "gold" not in worker.grade({"gold": "1", "found": text, "seconds": 5.0})
     assert time.process_time() - start < 2.5
 
 
 @pytest.mark.parametrize("command", ["\\frac{1}{", "\\sqrt{", "(", "\\sin(", "\\{", "x_{"])
-def test_what_is_deeper_is_not_read(command: str) -> None:
+def test_answers_beyond_the_depth_limit_are_refused(command: str) -> None:
     assert "deep" in (too_large_reason(command * (MAX_DEPTH + 1)) or "")
 
 

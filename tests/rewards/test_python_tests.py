@@ -1,5 +1,5 @@
-"""`python_tests`: right programs pass, wrong ones and cheats fail, faults of rows and of the sandbox are errors and
-never a 0."""
+"""`python_tests`: right programs pass, wrong programs and reward hacks fail, and faults of rows and of the sandbox are
+errors and never 0."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import reward_hacks
 from malformed_yaml import MAX_CPU_SECONDS
+from scoring import score_items
 
 from lowrank_tune import doctor
 from lowrank_tune.config import UNSAFE_CODE, RewardConfig
@@ -64,7 +65,7 @@ def test_right_programs_pass() -> None:
 @needs_sandbox
 @pytest.mark.parametrize("kind", ["cheats", "wrong"])
 def test_some_reward_hacks_and_wrong_programs_fail(kind: str) -> None:
-    """A third of each on one shape of row; all of them on both below."""
+    """A third of each on one shape of row; the slow test runs all of them on both."""
     texts = (
         list(reward_hacks.REWARD_HACKS.values())[::3]
         if kind == "cheats"
@@ -173,7 +174,7 @@ CASES = [
 
 
 @needs_sandbox
-def test_what_tests_mean() -> None:
+def test_tests_have_their_meaning_in_python() -> None:
     items = [item(code, row(test, code="def f(x): pass\nclass P: pass")) for _, test, code, _ in CASES]
     assert {
         case[0]: (score.verdict, score.reason)
@@ -184,7 +185,7 @@ def test_what_tests_mean() -> None:
 
 @needs_sandbox
 def test_types_count_as_far_as_the_reference_minds_them() -> None:
-    """Where a row's own reference says 0 for False, so may a completion; nothing else is forgiven, and no other row."""
+    """If a row's own solution returns 0 for False, a completion may too; all other differences of types count."""
     tests = ("assert f(1) == True", "assert f(0) == False", "assert f(2) == [False]")
     loose, strict = (
         row(*tests, code=f"def f(x): return {back}")
@@ -233,11 +234,11 @@ FAULTY = [
     ({}, "it has neither `test` with `entry_point` nor a `test_list`"),
     ({"test_list": []}, "it has neither `test` with `entry_point` nor a `test_list`"),
     (row("f(1)"), "its tests assert nothing"),
-    (row("assert f(1 == 1"), "its `test_list` is no Python"),
+    (row("assert f(1 == 1"), "its `test_list` is not Python"),
     (row("assert 1 == 1"), "its tests use nothing of the solution"),
     ({**reward_hacks.FUNCTION_TASK, "test": "assert largest([1]) == 1"}, "its `test` has no function `check`"),
     ({**reward_hacks.FUNCTION_TASK, "test": "def check(candidate):\n    candidate([1])"}, "its tests assert nothing"),
-    ({**reward_hacks.FUNCTION_TASK, "entry_point": "1largest"}, "its `entry_point` is no name"),
+    ({**reward_hacks.FUNCTION_TASK, "entry_point": "1largest"}, "its `entry_point` is not a name"),
 ]
 
 
@@ -282,7 +283,7 @@ def test_a_sandbox_that_does_not_start_is_an_error(monkeypatch: pytest.MonkeyPat
 
 
 class StarvedTime(ChargedTime):
-    """That of code which has waited for a processor all the time."""
+    """The charged time of code that has waited for a processor all the time."""
 
     def check(self, replied: bool = False) -> None:
         raise Starved("in 12 s other programs left it 0.1 s of the 0.6 s that it has")
@@ -290,8 +291,7 @@ class StarvedTime(ChargedTime):
 
 @needs_sandbox
 def test_a_machine_that_is_too_busy_is_not_the_codes_fault(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A machine that leaves a program less than a twentieth of a processor; in another the code could have had its
-    time."""
+    """On a busy machine a program gets less than a twentieth of a processor; else the code could have used its time."""
     strongest = isolation.best_available()
     assert strongest is not None
     monkeypatch.setattr(check_module, "ChargedTime", StarvedTime)
@@ -310,18 +310,10 @@ def test_a_machine_that_is_too_busy_is_not_the_codes_fault(monkeypatch: pytest.M
 
 
 def test_a_missing_answer_of_the_worker_is_an_error_or_a_timeout() -> None:
-    reward = PythonTestsReward()
-    assert [
-        reward.on_timeout(item("x"), 3.0).verdict,
-        reward.on_worker_crash(item("x"), "was killed by SIGKILL").verdict,
-    ] == [
-        "timeout",
-        "error",
-    ]
-    assert (
-        reward.on_timeout(item("x"), 3.0).value is None
-        and reward.parse_reply(item("x"), {"fault": "raised X", "seconds": 0.0}).value is None
-    )
+    late = PythonTestsReward().worker_failure(item("x"), "timeout", "did not return within 3 s")
+    assert (late.value, late.verdict) == (None, "timeout") and "within 3 s" in late.reason
+    killed = PythonTestsReward().worker_failure(item("x"), "error", "was killed by SIGKILL")
+    assert (killed.value, killed.verdict) == (None, "error") and "SIGKILL" in killed.reason
 
 
 def test_a_completion_that_did_not_stop_fails() -> None:
@@ -342,7 +334,7 @@ def test_a_completion_that_did_not_stop_fails() -> None:
         ("", ""),
     ],
 )
-def test_the_code_of_a_completion(completion: str, code: str) -> None:
+def test_the_code_is_the_last_python_fence_or_the_last_fence_or_all(completion: str, code: str) -> None:
     assert extract_code(completion) == code
 
 
@@ -357,14 +349,14 @@ def test_the_code_of_a_completion(completion: str, code: str) -> None:
         " ```\n" * 200_000,
     ],
 )
-def test_the_code_of_a_hostile_completion_is_found_at_once(text: str) -> None:
+def test_the_code_of_a_hostile_completion_is_found_quickly(text: str) -> None:
     start = time.process_time()
     extract_code(text)
     assert time.process_time() - start < MAX_CPU_SECONDS
 
 
 def test_expected_values_are_not_in_what_the_solver_gets() -> None:
-    """The only texts that reach it are the prompt and the code."""
+    """It receives only the prompt and the code."""
     tests = row_tests({**reward_hacks.LIST_TASK, "test_list": ["assert largest([3, 9, 2]) == 987654321"]})
     assert (tests.prompt, tests.entry) == ("", "") and "987654321" in tests.text
     with pytest.raises(InvalidTests):
@@ -385,12 +377,8 @@ def test_code_without_isolation_is_refused_unless_explicitly_allowed(monkeypatch
         and accepted.worker_spec()["level"] == "none"
         and "WITHOUT" in accepted.status()
     )
-    assert [
-        score.verdict for score in accepted.score([item(reward_hacks.CORRECT_PROGRAM), item(reward_hacks.ZERO)])
-    ] == [
-        "pass",
-        "fail",
-    ]
+    scores = score_items(accepted, [item(reward_hacks.CORRECT_PROGRAM), item(reward_hacks.ZERO)])
+    assert [score.verdict for score in scores] == ["pass", "fail"]
     with pytest.raises(ValueError, match="accept_unsafe_code"):
         RewardConfig(name="python_tests", accept_unsafe_code="yes")  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="does nothing for `answer`"):

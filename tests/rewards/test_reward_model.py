@@ -1,5 +1,5 @@
-"""Laws of the learned reward in GRPO: the reward model's own scores, over the adapters that it was trained over, on the
-one base."""
+"""A reward model in GRPO: its scores are those of its own run, over the adapters that it was trained over, on one
+base."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ CHAIN: dict[str, Any] = {
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Event], list[str]]:
-    """The chain, what it told, and which bases were loaded."""
+    """Runs the chain; returns its folder, its events, and the bases that were loaded."""
     os.environ["LOWRANK_TUNE_CACHE"] = str(tmp_path_factory.mktemp("cache"))
     out, events, bases = tmp_path_factory.mktemp("learned") / "one", list[Event](), list[str]()
     with pytest.MonkeyPatch.context() as patched:
@@ -93,7 +93,7 @@ def test_scores_are_those_of_the_reward_models_own_run(
 
 
 def test_score_completions_reads_as_the_run_did(finished: tuple[Path, list[Event], list[str]], tmp_path: Path) -> None:
-    """What stands in the record of the run comes out of a file of its completions again: ended ones and cut ones."""
+    """The scores of the run equal those of a file with its completions, complete and truncated ones."""
     out, events, _ = finished
     shown = [(event.prompt, one) for event in events if isinstance(event, GroupLogged) for one in event.completions]
     rows = [json.dumps({"prompt": prompt, "completions": [one]}) for prompt, one in shown]
@@ -110,7 +110,7 @@ def test_score_completions_reads_as_the_run_did(finished: tuple[Path, list[Event
     assert values[-1] is None and "it has no prompt" in found.scores[-1][0].reason
 
 
-def test_one_base_and_a_reward_model_that_stays_what_it_was(finished: tuple[Path, list[Event], list[str]]) -> None:
+def test_one_base_is_loaded_and_the_reward_model_is_not_changed(finished: tuple[Path, list[Event], list[str]]) -> None:
     out, events, bases = finished
     assert bases == ["tiny-tutor"]
     roles = [dict(event.roles) for event in events if isinstance(event, RunStarted)][-1]
@@ -138,7 +138,7 @@ def below(out: Path, *names: str) -> dict[str, Any]:
 def test_the_reward_model_does_not_change_what_the_policy_writes(
     finished: tuple[Path, list[Event], list[str]], tmp_path: Path
 ) -> None:
-    """Written alone the stage is the same; and beside a reward model the policy writes what it writes without one."""
+    """The stage alone gives the same result; and the policy generates the same completions without a reward model."""
     out, logged, _ = finished
     found = [[event for event in logged if isinstance(event, GroupLogged)]]
     for number, recipe in enumerate(
@@ -152,7 +152,9 @@ def test_the_reward_model_does_not_change_what_the_policy_writes(
     assert [one["text"] for one in without[0].completions] == [one["text"] for one in chained[0].completions]
 
 
-def test_what_it_was_trained_over_must_be_there(finished: tuple[Path, list[Event], list[str]], tmp_path: Path) -> None:
+def test_a_reward_model_without_the_adapter_below_it_is_refused(
+    finished: tuple[Path, list[Event], list[str]], tmp_path: Path
+) -> None:
     out, _, _ = finished
     with pytest.raises(
         UserError, match=r"adapters\.reward\.path: the reward model in .*2-judge.* was trained over the adapter `warm`"
@@ -241,7 +243,7 @@ def faults(data: dict[str, Any]) -> list[str]:
     return str(caught.value).splitlines()
 
 
-def test_recipes_with_a_reward_model(tmp_path: Path) -> None:
+def test_recipes_need_an_adapter_for_the_reward_model_and_no_other(tmp_path: Path) -> None:
     alone = {**LEARNED, "base": {"model": "tiny-tutor"}}
     assert len(errors := faults(alone)) == 1 and errors[0].startswith(
         "rewards.0.name: needs a reward model: `adapters: {reward: {path:"

@@ -1,7 +1,8 @@
-"""Rewards: the answer exactly, the user's own functions, and what becomes of a run when one of them is broken."""
+"""`answer`, `length`, the rewards of a recipe, their weighted sum, and the check before training."""
 
 from __future__ import annotations
 
+import math
 import random
 import time
 from dataclasses import replace
@@ -13,20 +14,20 @@ from hypothesis import strategies as st
 from malformed_yaml import MAX_CPU_SECONDS
 
 from lowrank_tune.config import RewardConfig
-from lowrank_tune.errors import ConfigError, TrainingError, UserError
+from lowrank_tune.errors import ConfigError, UserError
 from lowrank_tune.evaluation.heldout import is_exact
 from lowrank_tune.rewards import (
     RewardInput,
     Score,
+    WeightedReward,
     build_rewards,
     make_negative_samples,
     sanity_check_rewards,
-    total,
+    weighted_sum,
     zero_std_fraction,
 )
-from lowrank_tune.rewards.base import Reward
+from lowrank_tune.rewards.base import InProcessReward
 from lowrank_tune.rewards.math.answer import TAIL_CHARS, AnswerReward, answers_match, extract_final_answer
-from lowrank_tune.rewards.registry import WeightedReward
 from lowrank_tune.rewards.sanity_check import auc, required_auc
 from lowrank_tune.toy.problems import sample_problem
 
@@ -37,7 +38,7 @@ def item(
     return RewardInput(prompt, completion, gold, {"question": prompt, "answer": gold}, stopped, tokens)
 
 
-def one(reward: Reward, scored: RewardInput) -> Score:
+def one(reward: InProcessReward, scored: RewardInput) -> Score:
     [score] = reward.score([scored])
     return score
 
@@ -88,7 +89,7 @@ def one(reward: Reward, scored: RewardInput) -> Score:
         ("33.3333333333333333333333333333", "33.3333333333333333333333333333"),
     ],
 )
-def test_right_answers(completion: str, gold: str) -> None:
+def test_answer_passes_equal_numbers_and_texts(completion: str, gold: str) -> None:
     assert one(AnswerReward(), item(completion, gold)) == Score(1.0, "pass")
 
 
@@ -134,12 +135,12 @@ def test_right_answers(completion: str, gold: str) -> None:
         ("12,50", "12.50"),
     ],
 )
-def test_wrong_answers(completion: str, gold: str) -> None:
+def test_answer_fails_other_numbers_and_texts(completion: str, gold: str) -> None:
     score = one(AnswerReward(), item(completion, gold))
     assert (score.value, score.verdict) == (0.0, "fail") and score.reason
 
 
-def test_what_did_not_stop_has_not_answered() -> None:
+def test_answer_fails_a_completion_that_did_not_stop() -> None:
     assert one(AnswerReward(), item("It is 72.", stopped=False)) == Score(0.0, "fail", "did not stop")
 
 
@@ -147,8 +148,7 @@ def test_what_did_not_stop_has_not_answered() -> None:
 def test_a_row_without_ground_truth_is_an_error_that_names_it(gold: str | None) -> None:
     score = one(AnswerReward(), item("It is 72.", gold))
     assert score.value is None and score.verdict == "error" and "What is 40 + 32?" in score.reason
-    with pytest.raises(TrainingError, match="What is 40"):
-        total([score], [1.0])
+    assert weighted_sum([score.value], [1.0]) is None
 
 
 @given(st.fractions(max_denominator=10_000), st.integers(1, 9))
@@ -159,7 +159,7 @@ def test_equal_fractions_are_equal_and_near_ones_are_not(number: object, factor:
 
 
 @given(st.integers(-(10**9), 10**9))
-def test_thousands_separators(number: int) -> None:
+def test_thousands_separators_do_not_change_a_number(number: int) -> None:
     assert (
         answers_match(f"{number:,}", str(number))
         and answers_match(f"{number:,}.00", str(number))
@@ -206,7 +206,7 @@ def test_hostile_completions_are_answered_at_once(name: str) -> None:
     assert time.process_time() - start < MAX_CPU_SECONDS
 
 
-def test_the_answer_stands_at_the_end() -> None:
+def test_a_number_far_before_the_end_is_not_the_answer() -> None:
     assert extract_final_answer("72 " + "word " * TAIL_CHARS) is None
 
 
@@ -216,7 +216,7 @@ def test_length_falls_in_a_straight_line() -> None:
     assert values == [1.0, 1.0, 0.75, 0.5, 0.0, 0.0]
 
 
-def test_make_names_and_weighs(tmp_path: Path) -> None:
+def test_rewards_of_one_name_get_unique_names(tmp_path: Path) -> None:
     (tmp_path / "mine.py").write_text("def answer(completion, row): return 1")
     uses = [
         RewardConfig(name="answer"),
@@ -233,7 +233,7 @@ def test_make_names_and_weighs(tmp_path: Path) -> None:
     ]
 
 
-def test_make_reports_all_faults_at_once(tmp_path: Path) -> None:
+def test_build_rewards_reports_all_faults_at_once(tmp_path: Path) -> None:
     (tmp_path / "bytes.py").write_bytes(b"\xff\xfe\xff")
     uses = [
         RewardConfig(name="anwser"),
@@ -266,18 +266,18 @@ def test_make_reports_all_faults_at_once(tmp_path: Path) -> None:
         build_rewards([], tmp_path)
 
 
-def test_total_weighs_and_never_makes_a_zero_of_a_fault() -> None:
-    scores = [Score(1.0, "pass"), Score(0.5, "graded"), Score(0.0, "fail")]
-    assert total(scores, [1.0, -0.5, 3.0]) == 0.75
-    for verdict in ("error", "timeout"):
-        with pytest.raises(TrainingError, match="because"):
-            total([Score(1.0, "pass"), Score(None, verdict, "because")], [1.0, 0.0])  # type: ignore[arg-type]
-    with pytest.raises(ValueError):
-        total(scores, [1.0])
+def test_weighted_sum_is_none_if_a_reward_failed_and_never_counts_it_as_zero() -> None:
+    assert weighted_sum([1.0, 0.5, 0.0], [1.0, -0.5, 3.0]) == 0.75
+    assert weighted_sum([1.0, None], [1.0, 0.0]) is None
+    assert math.isnan(weighted_sum([1.0, math.nan], [1.0, 0.0]) or 0.0)
+    assert weighted_sum([], []) == 0
+    for values in ([1.0, 0.5, 0.0], [None, 1.0]):
+        with pytest.raises(ValueError):
+            weighted_sum(values, [1.0])
 
 
 class Fixed:
-    """A judge in this process."""
+    """A reward in this process with a fixed value."""
 
     name, is_verifier = "fixed", True
 
@@ -295,14 +295,14 @@ def references(count: int) -> list[RewardInput]:
 
 
 @pytest.mark.parametrize("count", [3, 8, 32])
-def test_preflight_lets_a_true_judge_pass(count: int) -> None:
+def test_sanity_check_passes_a_correct_verifier(count: int) -> None:
     right = references(count)
     report = sanity_check_rewards([WeightedReward("answer", 1.0, AnswerReward())], right, make_negative_samples(right))
     assert report.fault() is None and report.rewards[0].reference_mean == 1.0 and report.rewards[0].negative_mean < 0.3
     assert len(list(report.lines())) == 1
 
 
-def test_preflight_refuses_a_constant_verifier_even_beside_a_true_one() -> None:
+def test_sanity_check_refuses_a_constant_verifier_even_beside_a_correct_one() -> None:
     right = references(16)
     weighted = [WeightedReward("answer", 1.0, AnswerReward()), WeightedReward("fixed", 1.0, Fixed(0.7))]
     fault = sanity_check_rewards(weighted, right, make_negative_samples(right)).fault() or ""
@@ -315,7 +315,7 @@ def test_preflight_refuses_a_constant_verifier_even_beside_a_true_one() -> None:
 
 
 @pytest.mark.parametrize("count", [3, 8, 32])
-def test_preflight_refuses_random_judges_and_those_upside_down(count: int) -> None:
+def test_sanity_check_refuses_random_and_inverted_rewards(count: int) -> None:
     right = references(count)
     rng = random.Random(count)
     refused = [
@@ -334,7 +334,7 @@ def test_preflight_refuses_random_judges_and_those_upside_down(count: int) -> No
     )
 
 
-def test_preflight_reports_rows_without_ground_truth_and_references_that_fail() -> None:
+def test_sanity_check_reports_rows_without_ground_truth_and_references_that_fail() -> None:
     right = references(8)
     lost = [*right, item("So it is 5.", None, prompt="Which row?")]
     assert "Which row?" in (
@@ -370,7 +370,7 @@ def test_shaping_rewards_alone_are_a_warning_and_beside_a_verifier_the_sum_decid
 
 
 def test_a_reward_without_any_score_is_refused_with_the_reason() -> None:
-    """Where a recipe tolerates all failures, no failure ends the check, and there is nothing to compare."""
+    """If a recipe allows all failures, no failure ends the check, and there is nothing to compare."""
     without_answers = [item("So it is 5.", None, prompt=f"Row {number}?") for number in range(8)]
     report = sanity_check_rewards(
         [WeightedReward("answer", 1.0, AnswerReward())], without_answers, without_answers, max_failure_rate=1.0
@@ -381,12 +381,12 @@ def test_a_reward_without_any_score_is_refused_with_the_reason() -> None:
     assert "nan" not in fault
 
 
-def test_share_ahead_by_hand() -> None:
+def test_auc_and_required_auc_equal_values_by_hand() -> None:
     assert auc([1.0, 0.0], [0.0, 0.0]) == 0.75 and auc([1.0], [1.0]) == 0.5 and auc([0.0], [1.0]) == 0.0
     assert required_auc(1000, 5000) == 0.6 and required_auc(2, 10) == 0.9
 
 
-def test_garbage_is_never_the_answer() -> None:
+def test_negative_samples_are_never_the_answer() -> None:
     right = [each for each in references(100) for _ in range(2)]  # neighbors share their answer
     wrong = make_negative_samples(right)
     kinds = [wrong[place::5] for place in range(5)]
@@ -398,7 +398,7 @@ def test_garbage_is_never_the_answer() -> None:
         assert all(score.value == 0.0 for score in AnswerReward().score(kind))
 
 
-def test_zero_std_groups() -> None:
+def test_zero_std_fraction_is_the_chance_that_all_pass_or_all_fail() -> None:
     assert (
         zero_std_fraction([0.0, 1.0], 8) == 1.0
         and zero_std_fraction([0.5], 2) == 0.5
@@ -409,9 +409,9 @@ def test_zero_std_groups() -> None:
     )
 
 
-def test_zero_std_groups_from_few_samples_are_not_overstated() -> None:
-    """Rates of many prompts, each seen through 4 samples: the plain formula says too much, the one with the prior does
-    not."""
+def test_zero_std_fraction_from_few_samples_is_not_overestimated() -> None:
+    """Rates of many prompts, each estimated from 4 samples: the plain formula overestimates the share, the one with the
+    prior does not."""
     rng = random.Random(0)
     rates = [rng.betavariate(0.5, 0.5) for _ in range(4000)]
     seen = [sum(rng.random() < rate for _ in range(4)) / 4 for rate in rates]

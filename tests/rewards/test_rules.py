@@ -1,4 +1,4 @@
-"""Rules of how a completion is written: patterns, JSON schemas, repetition. Any text at all is judged, at once."""
+"""Rewards on the text of a completion: patterns, JSON schemas, repetition. Any text gets a score quickly."""
 
 from __future__ import annotations
 
@@ -10,12 +10,13 @@ from typing import Any
 
 import pytest
 from malformed_yaml import MAX_CPU_SECONDS
+from scoring import score_items
 
 from lowrank_tune.config import RewardConfig
 from lowrank_tune.config.rewards import REWARD_SETTINGS, REWARDS
 from lowrank_tune.errors import ConfigError
 from lowrank_tune.regex import to_utf8
-from lowrank_tune.rewards import Reward, RewardInput, WorkerPool, build_rewards, registry, total
+from lowrank_tune.rewards import Reward, RewardInput, WorkerPool, build_rewards, registry, weighted_sum
 
 MEGABYTE = 1_000_000
 HOSTILE = {
@@ -45,7 +46,7 @@ def one(use: str, folder: Path = Path(), **settings: Any) -> Reward:
 
 
 def values(reward: Reward, *completions: str) -> list[float | None]:
-    return [score.value for score in reward.score([item(text) for text in completions])]
+    return [score.value for score in score_items(reward, [item(text) for text in completions])]
 
 
 def refusal(use: str, folder: Path = Path(), **settings: Any) -> str:
@@ -59,11 +60,11 @@ def test_a_format_is_of_the_whole_completion_and_a_regex_of_any_part() -> None:
     assert values(one("format", pattern=r"So it is \d+\."), *texts) == [1, 0, 0, 0, 0]
     assert values(one("regex", pattern=r"So it is \d+\."), *texts) == [1, 1, 1, 1, 0]
     assert values(one("regex", pattern=r"72\.$"), *texts) == [1, 0, 1, 0, 0]
-    [passed, failed] = one("format", pattern="a.c").score([item("abc"), item("a\nc")])
+    [passed, failed] = score_items(one("format", pattern="a.c"), [item("abc"), item("a\nc")])
     assert (passed.verdict, failed.verdict, failed.reason) == ("pass", "fail", "does not match the pattern")
 
 
-def test_patterns_know_letters_of_all_scripts_and_what_is_no_text() -> None:
+def test_patterns_match_letters_of_all_scripts_and_lone_surrogates() -> None:
     assert values(one("format", pattern=r"\pL+"), "\u00e9\u4e2d\U00010400", "a1") == [1, 0]
     assert values(one("format", pattern="(?s)a.b"), "a\ud800b", "a\x00b", "a\U0001f600b", "ab") == [1, 1, 1, 0]
     assert to_utf8("\ud83d\ude00") == "\U0001f600".encode() and to_utf8("\udc00x") == "\ufffdx".encode()
@@ -86,7 +87,7 @@ def test_patterns_know_letters_of_all_scripts_and_what_is_no_text() -> None:
         ("\ud800", "UTF-8"),
     ],
 )
-def test_what_re2_does_not_know_is_refused_in_a_sentence(
+def test_patterns_that_re2_cannot_compile_are_refused_with_a_reason(
     pattern: str, words: str, capfd: pytest.CaptureFixture[str]
 ) -> None:
     use = RewardConfig.model_construct(name="regex", pattern=pattern, weight=1.0)  # a recipe holds no surrogate
@@ -109,7 +110,7 @@ def test_what_re2_does_not_know_is_refused_in_a_sentence(
         ("(.*)*x", "y" * MEGABYTE),
     ],
 )
-def test_no_pattern_runs_away(pattern: str, text: str) -> None:
+def test_patterns_take_linear_time(pattern: str, text: str) -> None:
     start = time.process_time()
     assert values(one("format", pattern=pattern), text) == values(one("regex", pattern=pattern + "Q"), text) == [0.0]
     assert time.process_time() - start < MAX_CPU_SECONDS
@@ -125,7 +126,7 @@ def test_repetition_is_the_share_of_distinct_ngrams() -> None:
     assert values(one("repetition"), "a" * 1600)[0] == pytest.approx(1 / 97) and values(
         one("repetition"), "\u4e2d" * 103
     ) == [0.01]
-    assert reward.score([item("a")])[0].verdict == "graded" and reward.is_verifier is False
+    assert score_items(reward, [item("a")])[0].verdict == "graded" and reward.is_verifier is False
 
 
 SCHEMA = {
@@ -187,7 +188,7 @@ def schema_worker() -> Iterator[WorkerPool[int]]:
 
 
 @pytest.mark.parametrize("name", HOSTILE)
-def test_hostile_json_is_no_json(name: str, schema_worker: WorkerPool[int]) -> None:
+def test_hostile_json_fails(name: str, schema_worker: WorkerPool[int]) -> None:
     start = time.monotonic()
     for text in (
         HOSTILE[name],
@@ -201,7 +202,7 @@ def test_hostile_json_is_no_json(name: str, schema_worker: WorkerPool[int]) -> N
     assert time.monotonic() - start < 5.0
 
 
-def test_a_text_with_which_a_pattern_of_the_schema_runs_away_fails() -> None:
+def test_a_text_for_which_a_pattern_of_the_schema_takes_too_long_fails() -> None:
     reward = one("json_schema", json_schema={"pattern": "^(a+)+b$"})
     with WorkerPool[int]([reward], workers=1, timeout_seconds=0.4) as scorer:
         for number, text in enumerate(('"aab"', '"' + "a" * 60 + '"', '"aac"')):
@@ -214,8 +215,8 @@ def test_a_text_with_which_a_pattern_of_the_schema_runs_away_fails() -> None:
 @pytest.mark.parametrize(
     ("schema", "words"),
     [
-        ({"type": "strin"}, "is no JSON schema: at $.type"),
-        ({"pattern": "("}, "is no JSON schema: at $.pattern"),
+        ({"type": "strin"}, "is not a JSON schema: at $.type"),
+        ({"pattern": "("}, "is not a JSON schema: at $.pattern"),
         ({"$ref": "#"}, "without end"),
         (
             {"$ref": "https://example.com/s.json"},
@@ -224,11 +225,11 @@ def test_a_text_with_which_a_pattern_of_the_schema_runs_away_fails() -> None:
         ({"properties": {"a": {"$ref": "other.json"}}}, "refers to other.json"),
         ({"$dynamicRef": "https://example.com/d"}, "nothing is fetched"),
         ({"items": {"$ref": "#/$defs/no"}}, "/$defs/no"),
-        ({"$schema": "https://example.com/draft"}, "a `$schema` that is not known"),
+        ({"$schema": "https://example.com/draft"}, "an unknown `$schema`"),
         ("./none.json", "cannot be read"),
-        ("./bad.json", "is no JSON"),
+        ("./bad.json", "is not JSON"),
         ("./list.json", "neither an object"),
-        ({"minimum": "3"}, "is no JSON schema"),
+        ({"minimum": "3"}, "is not a JSON schema"),
     ],
 )
 def test_a_schema_is_checked_before_anything_runs(
@@ -259,7 +260,7 @@ def test_without_its_package_a_reward_is_refused_with_the_cure(monkeypatch: pyte
 
 
 def test_the_recipe_and_the_rewards_know_the_same_settings() -> None:
-    assert set(REWARDS) == set(registry.REWARD_BUILDERS)
+    assert set(REWARDS) == set(registry.BUILTIN_REWARDS)
     assert {key: set(owners) for key, (owners, _) in REWARD_SETTINGS.items()} == {
         key: set(owners) for key, owners in registry.SETTING_OWNER.items()
     }
@@ -267,11 +268,26 @@ def test_the_recipe_and_the_rewards_know_the_same_settings() -> None:
     assert not list(RewardConfig(name="repetition").findings())
 
 
+def test_every_builtin_reward_is_built_under_its_name(tmp_path: Path) -> None:
+    needed: dict[str, dict[str, Any]] = {
+        "format": {"pattern": "a"},
+        "regex": {"pattern": "a"},
+        "json_schema": {"json_schema": SCHEMA},
+        "length": {"target_tokens": 9},
+        "smt": {"answer_type": "witness"},
+        "lean": {"program": ("true",)},
+    }
+    weighted = build_rewards(
+        [RewardConfig(name=name, **needed.get(name, {})) for name in registry.BUILTIN_REWARDS], tmp_path
+    )
+    assert [(each.name, each.reward.name) for each in weighted] == [(name, name) for name in registry.BUILTIN_REWARDS]
+
+
 @pytest.mark.parametrize("name", HOSTILE)
 def test_hostile_completions_are_judged_at_once(name: str) -> None:
     start = time.process_time()
     for reward in (one("format", pattern="(?s)x.*y"), one("regex", pattern=r"\d+ apples|x{3}"), one("repetition")):
-        [score] = reward.score([item(HOSTILE[name])])
+        [score] = score_items(reward, [item(HOSTILE[name])])
         assert score.value is not None and 0.0 <= score.value <= 1.0 and score.reason.isprintable()
     assert time.process_time() - start < MAX_CPU_SECONDS
 
@@ -292,4 +308,6 @@ def test_rules_weigh_together_each_under_its_name() -> None:
         scorer.submit(1, item("It is 72"))
         scores = scorer.collect()
         assert scorer.pids == []
-    assert [total(scores[key], [each.weight for each in weighted]) for key in (0, 1)] == [-0.5 + 1 + 0.25 + 1, 0.25 + 1]
+    weights = [each.weight for each in weighted]
+    sums = [weighted_sum([score.value for score in scores[key]], weights) for key in (0, 1)]
+    assert sums == [-0.5 + 1 + 0.25 + 1, 0.25 + 1]

@@ -1,5 +1,5 @@
-"""The sandbox: attacks at every level that this machine offers, as this user and as nobody; values and messages that
-are hostile."""
+"""The sandbox: attacks at every level of this machine, as this user and as the user nobody; hostile values and
+messages."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ for name in ("lowrank_tune", "lowrank_tune.rewards", "{PACKAGE}"):
     sys.modules[name].__path__ = [{str(FOLDER)!r}]
 sys.path.insert(0, {str(Path(__file__).parent)!r})
 """
-"""The package of the sandbox without those around it."""
+"""Makes the package of the sandbox importable without the packages around it."""
 
 
 @pytest.fixture(params=isolation.LEVELS)
@@ -64,7 +64,7 @@ def level(request: pytest.FixtureRequest) -> Level:
 
 
 def test_isolation_is_available_where_the_kernel_supports_it() -> None:
-    """Without this a broken sandbox would be skipped below as one that the machine lacks."""
+    """Else a broken sandbox would be skipped below as one that the machine does not support."""
     if not landlock.version() or not seccomp.is_supported() or "Seccomp:" not in Path("/proc/self/status").read_text():
         pytest.skip("no Landlock or no seccomp here")
     assert isolation.probe_level("landlock").fault == "" and isolation.best_available() is not None
@@ -81,14 +81,14 @@ def test_every_attack_is_stopped(level: Level) -> None:
 
 
 def test_attacks_would_get_through_without_a_sandbox() -> None:
-    """Without this the tests above would say nothing. None of these changes anything."""
+    """Shows that the attacks work at all. None of these changes anything."""
     names = ("forks", "secret file", "TCP", "homes", "Unix socket", "vfork and posix_spawn")
     assert set(sandbox_escapes.run_attacks("none", names)) == {*names}
 
 
 @functools.cache
 def python_of_nobody() -> str | None:
-    """An interpreter that the user nobody may run, and this package with it."""
+    """Returns an interpreter that the user nobody may run with this package."""
     for path in (os.path.realpath(sys.executable), "/usr/bin/python3", "/usr/local/bin/python3"):
         code = f"import os, sys; open({str(FOLDER / 'child.py')!r}); sys.exit(sys.version_info < (3, 11))"
         try:
@@ -128,12 +128,12 @@ def as_nobody(*names: str) -> dict[str, Any]:
 
 
 def stopped_at(results: dict[str, Any]) -> list[str]:
-    """The levels that there are; a text says why one is none."""
+    """Returns the levels that can be used; a text in the results is the reason for another one."""
     assert {level: through for level, through in results.items() if through and not isinstance(through, str)} == {}
     return [level for level, through in results.items() if through == {}]
 
 
-def test_attacks_without_privileges() -> None:
+def test_attacks_of_a_user_without_privileges_are_stopped() -> None:
     assert (
         stopped_at(as_nobody("forks", "secret file", "TCP", "signals to a sibling", "unshare"))
         or isolation.best_available() is None
@@ -141,12 +141,12 @@ def test_attacks_without_privileges() -> None:
 
 
 @pytest.mark.slow
-def test_every_attack_without_privileges() -> None:
+def test_every_attack_of_a_user_without_privileges_is_stopped() -> None:
     assert stopped_at(as_nobody()) or isolation.best_available() is None
 
 
-def test_a_process_dies_with_its_parent(level: Level) -> None:
-    """Even one that has been handed nothing yet, and one that spins."""
+def test_a_process_ends_with_its_parent(level: Level) -> None:
+    """Also a process without a message so far, and one in a loop."""
     code = f"""import time
 from lowrank_tune.rewards.sandbox.launch import Confined
 from lowrank_tune.rewards.sandbox.values import encode
@@ -157,12 +157,12 @@ print(made._process.pid, flush=True)
 time.sleep(0.2)"""
     done = subprocess.run([sys.executable, "-c", ALONE + code], capture_output=True, text=True, check=True)
     pid, end = int(done.stdout), time.monotonic() + 5
-    while group_lives(pid) and time.monotonic() < end:
+    while group_is_running(pid) and time.monotonic() < end:
         time.sleep(0.02)
-    assert not group_lives(pid)
+    assert not group_is_running(pid)
 
 
-def group_lives(group: int) -> bool:
+def group_is_running(group: int) -> bool:
     for stat in Path("/proc").glob("[0-9]*/stat"):
         try:
             state, _, of = stat.read_text().rpartition(")")[2].split()[:3]
@@ -179,9 +179,9 @@ def test_an_ended_process_leaves_nothing(level: Level) -> None:
     pid = made._process.pid
     made.end()
     end = time.monotonic() + 2
-    while group_lives(pid) and time.monotonic() < end:
+    while group_is_running(pid) and time.monotonic() < end:
         time.sleep(0.01)
-    assert not group_lives(pid)
+    assert not group_is_running(pid)
     assert made.end() == "was killed by SIGKILL"
 
 
@@ -197,7 +197,7 @@ for number in range(3, 64):
 
 
 @pytest.mark.parametrize("prefix", ["b''", "bytes(16) + struct.pack('<I', 1)"])
-def test_a_message_without_the_nonce_is_not_taken(level: Level, prefix: str) -> None:
+def test_a_message_without_the_nonce_is_refused(level: Level, prefix: str) -> None:
     solver, deadline = Confined("solver", level), time.monotonic() + 20
     solver.ready()
     solver.send(encode({"prompt": "", "code": FORGED.replace("PREFIX", prefix), "entry": ""}), deadline)
@@ -206,8 +206,8 @@ def test_a_message_without_the_nonce_is_not_taken(level: Level, prefix: str) -> 
     solver.end()
 
 
-def test_a_level_with_an_open_door_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What a level claims is tried: where something works that must not, it does not count."""
+def test_a_level_at_which_an_attempt_succeeds_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A level is tested: if an attempt succeeds that must be refused, the level is not used."""
     monkeypatch.setattr(
         isolation, "PROBE", isolation.PROBE.replace('"opens sockets": lambda: socket.socket(', '"sums": lambda: max(')
     )
@@ -223,7 +223,7 @@ def test_a_level_with_an_open_door_is_none(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def answer(number: int, *arguments: int, architecture: int | None = None) -> int:
-    """What the filter says to a call: classic BPF, the four instructions that it uses."""
+    """Returns the result of the filter for a call: interprets the four instructions of classic BPF that it uses."""
     known, _ = seccomp.MACHINES[os.uname().machine]
     data = struct.pack(
         "<IIQ6Q", number, known if architecture is None else architecture, 0, *arguments, *[0] * (6 - len(arguments))
@@ -298,7 +298,7 @@ PLAIN = st.recursive(
 
 
 def exact(value: Any) -> Any:
-    """The value with every type spelt out, since 1 == True == 1.0."""
+    """Returns the value with the name of every type, since 1 == True == 1.0."""
     if isinstance(value, dict):
         return type(value), [(exact(key), exact(each)) for key, each in value.items()]
     if isinstance(value, (list, tuple, deque)):
@@ -309,11 +309,11 @@ def exact(value: Any) -> Any:
 
 
 @given(PLAIN)
-def test_values_come_back_as_they_went(value: Any) -> None:
+def test_decoded_values_equal_encoded_ones(value: Any) -> None:
     assert exact(decode(encode(value))) == exact(value)
 
 
-def test_values_of_the_library_come_back() -> None:
+def test_decoded_library_values_equal_encoded_ones() -> None:
     values = [
         Counter("abca"),
         OrderedDict(a=1),

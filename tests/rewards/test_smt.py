@@ -1,4 +1,4 @@
-"""Z3 as the judge: statements, witnesses and invariants, right and wrong and hostile, and what it cannot tell."""
+"""`smt`: statements, witnesses and invariants, right, wrong and hostile ones, and those that Z3 cannot decide."""
 
 from __future__ import annotations
 
@@ -167,22 +167,24 @@ def test_a_witness_has_values_of_every_sort(scorer: WorkerPool[int]) -> None:
         ("(let ((gap (- n i))) (>= gap 0))", 1, ""),
         ("(forall ((k Int)) (=> (< k i) (< k n)))", 1, ""),
         ("true", 0, "imply the property"),
-        ("false", 0, "holds not at first"),
+        ("false", 0, "does not hold at first"),
         ("(<= i 3)", 0, "not kept"),
         ("(= i 0)", 0, "not kept"),
         ("i <= n", 0, "not one formula"),
         ("(<= i m)", 0, "neither declared"),
         ("(<= i n) (assert false)", 0, "not one formula"),
-        ("(let ((n i)) (<= i n))", 0, "binds 'n' anew"),
+        ("(let ((n i)) (<= i n))", 0, "binds 'n' again"),
         ("(<= i! n)", 0, "neither declared"),
         ("(! (<= i n) :named a)", 0, "known operator"),
-        ("i", 0, "not taken"),
+        ("i", 0, "Z3 rejects"),
         ("(<= i n", 0, "open"),
-        ("(define-fun inv ((i Int) (m Int)) Bool true)", 0, "something else"),
-        ("(exists ((and Int)) true)", 0, "binds 'and' anew"),
+        ("(define-fun inv ((i Int) (m Int)) Bool true)", 0, "something other"),
+        ("(exists ((and Int)) true)", 0, "binds 'and' again"),
     ],
 )
-def test_an_invariant_holds_is_kept_and_suffices(scorer: WorkerPool[int], text: str, right: int, why: str) -> None:
+def test_an_invariant_must_hold_be_kept_and_imply_the_property(
+    scorer: WorkerPool[int], text: str, right: int, why: str
+) -> None:
     score = judged(scorer, "invariant", text, LOOP)
     assert (score.value, score.verdict) == (right, "pass" if right else "fail") and why in score.reason, score.reason
 
@@ -259,7 +261,7 @@ def test_only_known_operators_are_terms(text: str) -> None:
         check_term(term, {"x"})
 
 
-def test_reading_and_writing_agree() -> None:
+def test_formatted_expressions_equal_parsed_ones() -> None:
     text = '(and (= s "a "" b") ((_ extract 3 0) v) (bvult v #x0f) (- 1.5)) ; a comment'
     assert format_sexpr(parse_sexprs(text)[0]) == text.partition(" ;")[0]
     check_term(parse_sexprs(text)[0], {"s", "v"})

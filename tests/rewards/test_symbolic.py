@@ -1,5 +1,4 @@
-"""`symbolic`: expressions that are equal whatever their form, by values at random points, then by sympy; none is run as
-a program."""
+"""`symbolic`: compares expressions in any form by values at random points, then by sympy; none is run as a program."""
 
 from __future__ import annotations
 
@@ -106,7 +105,7 @@ def test_equal_expressions_pass_and_others_fail(scorer: WorkerPool[Any]) -> None
 
 
 def test_a_difference_that_no_value_shows_is_found_by_sympy(scorer: WorkerPool[Any]) -> None:
-    """With 300 digits 1 + 10^-900 is 1."""
+    """In 300 digits 1 + 10^-900 is 1."""
     found = scores(scorer, [item(boxed(answer), "x+y") for answer in ("x+y+10^{-900}", "y+x")])
     found += scores(
         scorer, [item(boxed(answer), gold) for answer, gold in (("2^{999}2+1", "2^{1000}"), ("10^{-400}", "0"))]
@@ -135,19 +134,19 @@ def test_a_reference_expression_without_a_real_value_is_an_error(scorer: WorkerP
         assert (score.value, score.verdict) == (None, "error") and "0 of 60 random points" in score.reason
 
 
-def test_a_completion_that_was_cut_off_has_not_answered() -> None:
+def test_a_completion_that_did_not_stop_fails_without_a_worker() -> None:
     assert SymbolicReward().score_without_worker(item(boxed("x"), "x", stopped=False)) == Score(
         0.0, "fail", "did not stop"
     )
 
 
 def value(text: str, x: Fraction) -> Fraction:
-    """An oracle of its own for what the generator below writes: Python's fractions."""
+    """The oracle for the generated expressions: Python's fractions."""
     return eval(re.sub(r"\d+", r"F(\g<0>)", text), {"__builtins__": {}}, {"x": x, "F": Fraction})
 
 
 def grown(rng: random.Random, depth: int) -> str:
-    """A random expression in x that Python reads too."""
+    """Returns a random expression in x that is also valid Python."""
     if depth == 0:
         return rng.choice(["x", str(rng.randint(1, 9))])
     left, right = grown(rng, depth - 1), grown(rng, depth - 1)
@@ -177,7 +176,7 @@ def test_random_polynomials_against_python(scorer: WorkerPool[Any], seed: int) -
         assert score.verdict == ("pass" if equal else "fail"), (one, other, score)
 
 
-def test_the_grammar() -> None:
+def test_expressions_of_the_grammar_are_read() -> None:
     number = lambda n: ("number", Fraction(n))  # noqa: E731
     x, y = ("name", "x"), ("name", "y")
     assert parse_expression("-x^2") == ("negative", ("power", x, number(2)))
@@ -225,13 +224,13 @@ def test_the_grammar() -> None:
         "[1,2]",
     ],
 )
-def test_what_the_grammar_does_not_know_is_unreadable(text: str) -> None:
+def test_texts_outside_the_grammar_are_refused(text: str) -> None:
     with pytest.raises(ExpressionParseError):
         parse_expression(text)
 
 
 @given(st.text(alphabet="x1(){}[]|^_!+-*/\\ fracsqrtinlogbpe.,=", max_size=60) | st.text(max_size=40))
-def test_reading_any_text_gives_a_tree_or_unreadable(text: str) -> None:
+def test_any_text_gives_a_tree_or_a_parse_error(text: str) -> None:
     start = time.process_time()
     try:
         parse_expression(text)
@@ -243,7 +242,7 @@ def test_reading_any_text_gives_a_tree_or_unreadable(text: str) -> None:
 def test_recipes_name_it_and_a_missing_package_has_a_cure(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     [made] = build_rewards([RewardConfig(name="symbolic")], tmp_path)
     assert made.reward == SymbolicReward("symbolic")
-    monkeypatch.setattr("lowrank_tune.rewards.math.math_answer.find_spec", lambda name: None)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"`symbolic` needs .*sympy.*pip install 'lowrank-tune\[verifiers\]'"):
         make_symbolic("symbolic")
 

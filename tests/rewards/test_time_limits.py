@@ -1,4 +1,4 @@
-"""Laws of the time that a completion has: right programs pass however busy the machine is, and wrong ones that use up
+"""The time of a completion: right programs pass however busy the machine is, and wrong ones that use up
 time get a 0, at every level of the sandbox; neither is ever left without a score.
 
 `TIME_PROGRAMS=50` draws so many programs of each kind instead of a few.
@@ -29,7 +29,7 @@ HONEST_SECONDS, CHEAT_SECONDS = 2.0, 1.0
 
 @dataclass(frozen=True)
 class AtLevel(PythonTestsReward):
-    """`python_tests` at a level of the sandbox that need not be the strongest."""
+    """`python_tests` at any level of the sandbox, not only the strongest."""
 
     level: Level = "landlock"
 
@@ -46,7 +46,7 @@ def level(request: pytest.FixtureRequest) -> Level:
 
 @contextlib.contextmanager
 def foreign_programs(count: int) -> Iterator[None]:
-    """Other programs compute, each in a session of its own, which the kernel gives a share of its own."""
+    """Runs other programs that compute, each in its own session, which gets its own share of the processors."""
     command = [sys.executable, "-S", "-c", "while True: pass"]
     programs = [subprocess.Popen(command, start_new_session=True) for _ in range(count)]
     try:
@@ -65,7 +65,7 @@ def machine(request: pytest.FixtureRequest) -> Iterator[str]:
 
 @pytest.fixture
 def busy_processor() -> Iterator[None]:
-    """One processor, also for what this thread starts, which two other programs use."""
+    """Restricts this thread and what it starts to one processor, which two other programs use."""
     allowed = os.sched_getaffinity(0)
     os.sched_setaffinity(0, {min(allowed)})
     with foreign_programs(2):
@@ -89,7 +89,7 @@ def others(scores: dict[str, Score], verdict: str) -> dict[str, Score]:
     return {name: score for name, score in scores.items() if score.verdict != verdict}
 
 
-def test_programs_use_up_time_in_many_ways() -> None:
+def test_the_tables_have_many_kinds_of_programs() -> None:
     assert len(HONEST) >= 50 and len(CHEATS) >= 50
 
 
@@ -99,7 +99,7 @@ def test_threads_that_wait_for_each_other_are_not_a_busy_machine(level: Level) -
 
 
 def test_on_a_busy_processor_right_programs_pass_and_wrong_ones_fail(busy_processor: None) -> None:
-    """The right program needs more time than it has by the wall clock."""
+    """The right program takes longer than its limit by the wall clock."""
     strongest = isolation.best_available()
     if strongest is None:
         pytest.skip("this machine has no sandbox for code")

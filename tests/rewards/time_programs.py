@@ -1,5 +1,5 @@
 """Programs for the task `solve(n)`, twice a number: right ones that compute for a while, and wrong ones that use up
-time in every way that a sandbox leaves to them."""
+time in every way that the sandbox allows."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ WRONG = "def solve(n):\n    work()\n    return 2 * n + 1\n"
 
 
 def right(work: str) -> str:
-    """A right program that works for 0.15 s of CPU time in each call: the text defines `work`."""
+    """Returns a right program that computes for 0.15 s of CPU time in each call; `work` is the text of a function."""
     return f"{work}\n{RIGHT}"
 
 
 def wrong(work: str) -> str:
-    """A wrong one."""
+    """Returns a wrong program."""
     return f"{work}\n{WRONG}"
 
 

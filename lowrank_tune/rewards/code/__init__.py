@@ -1,1 +1,1 @@
-"""The reward that runs Python tests in the sandbox. `*_worker.py` runs in a worker process."""
+"""`python_tests`: runs unit tests on the code of a completion in the sandbox; and the code fences of completions."""

@@ -1,23 +1,51 @@
-"""Where a completion of prose keeps what a verifier reads: in its last closed fence of three backticks."""
+"""The code fences (lines of three backticks) of a completion. Runs in the main process and in workers."""
 
 from __future__ import annotations
 
 from collections.abc import Container
 
+FENCE = "```"
+
 
 def last_code_block(text: str, languages: Container[str]) -> str | None:
-    """The inside of the last closed fence that is marked as one of `languages` (the empty word: not marked). None
-    without one."""
+    """Returns the content of the last closed fence that is marked as one of `languages` (the empty string: not
+    marked); None if there is none."""
     lines = text.split("\n")
-    opening: tuple[int, str] | None = None
-    span: tuple[int, int] | None = None
+    opening = -1
+    language = ""
+    block = None
     for number, line in enumerate(lines):
         stripped = line.strip()
-        if opening is None and stripped.startswith("```"):
-            opening = number, stripped[3:].strip().casefold()
-        elif opening is not None and stripped == "```":
-            span = (opening[0] + 1, number) if opening[1] in languages else span
-            opening = None
-    if span is None:
+        if opening < 0 and stripped.startswith(FENCE):
+            opening = number
+            language = stripped[len(FENCE) :].strip().casefold()
+        elif opening >= 0 and stripped == FENCE:
+            if language in languages:
+                block = (opening + 1, number)
+            opening = -1
+    if block is None:
         return None
-    return "\n".join(lines[span[0] : span[1]])
+    start, stop = block
+    return "\n".join(lines[start:stop])
+
+
+def fenced_blocks(text: str) -> list[tuple[str, str]]:
+    """Returns (language, content) of all fences; the last one may be open. The language is the first word after the
+    opening backticks, in lower case. Unlike `last_code_block`, any line that begins with backticks closes a fence."""
+    blocks = []
+    opening = -1
+    language = ""
+    lines = text.split("\n")
+    for number, line in enumerate([*lines, FENCE]):
+        stripped = line.strip(" \t\r")
+        if not stripped.startswith(FENCE):
+            continue
+        if opening < 0:
+            opening = number
+            words = stripped[len(FENCE) :].split(maxsplit=1)
+            language = words[0].lower() if words else ""
+        else:
+            content = "".join(f"{line}\n" for line in lines[opening + 1 : number])
+            blocks.append((language, content))
+            opening = -1
+    return blocks

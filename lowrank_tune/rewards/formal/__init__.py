@@ -1,1 +1,1 @@
-"""Rewards by an SMT solver and by Lean. `*_worker.py` runs in a worker process."""
+"""Rewards by formal tools: `smt` (Z3) and `lean`."""

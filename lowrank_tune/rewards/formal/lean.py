@@ -1,12 +1,13 @@
 """`lean`: a proof that the program `lean` accepts, of the row's own statement, with no axioms but Lean's three.
 
-Rows hold a theorem without its proof in the column `statement` (or `formal_statement`), and what comes before it in
-`header`, if anything. Read is the last closed fence (`lean`, `lean4` or none), else the whole completion: the proof
-(`by ...`, a term behind `:=`, or bare tactics), with or without the statement before it; other commands do not belong
-there. The statement is written by us under a name that nobody can know, comments are taken out, and words that could
-change what is checked (commands, options, macros, code that runs while Lean elaborates) fail.
+Runs in the main process; the other side is `lean_worker.py`. A row has a theorem without its proof in the column
+`statement` (or `formal_statement`), and the lines before it in `header`, if any. The answer is the last closed fence
+(`lean`, `lean4` or not marked), else the whole completion. It is the proof (`by ...`, a term after `:=`, or bare
+tactics), with or without the statement before it, and no other command.
 
-What a proof can do is limited by those words and by limits on time and memory; there is no sandbox around Lean.
+The kit writes the statement under a random name and removes comments. Words that could change what is checked
+(commands, options, macros, code that runs while Lean elaborates) fail. Only these words and the limits on time and
+memory restrict a proof; Lean does not run in a sandbox.
 """
 
 from __future__ import annotations
@@ -16,12 +17,20 @@ import secrets
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 from lowrank_tune.errors import UserError
-from lowrank_tune.rewards.base import Reply, RewardInput, Score, WorkerReward, truncate_for_display
+from lowrank_tune.rewards.base import (
+    DID_NOT_STOP,
+    MAX_REASON_CHARS,
+    Reply,
+    RewardInput,
+    Score,
+    WorkerReward,
+    pass_or_fail,
+    to_printable,
+)
 from lowrank_tune.rewards.code.code_blocks import last_code_block
-from lowrank_tune.rewards.workers.pool import score_serially
 
 MAX_CHARS = 100_000  # characters of a completion
 MEMORY_MEGABYTES = 4096
@@ -50,27 +59,23 @@ TERM = re.compile(r"(?:by|fun)\b|[\u03bb\u27e8(]")
 
 
 class InvalidProof(ValueError):
-    """A completion in which there is no proof that may be tried."""
+    """A completion without a proof that may be run; the message is a predicate."""
 
 
 @dataclass(frozen=True)
 class LeanReward(WorkerReward):
-    """pass (1) or fail (0). A completion that did not stop by itself has not answered."""
+    """pass (1) or fail (0). A completion that did not stop by itself gets 0."""
 
     name: str
     program: tuple[str, ...]
     is_verifier: ClassVar[bool] = True
-
-    def score(self, items: Sequence[RewardInput]) -> list[Score]:
-        return score_serially(self, items)
+    worker_module: ClassVar[str] = "lowrank_tune.rewards.formal.lean_worker"
 
     def worker_spec(self) -> Mapping[str, Any]:
         return {
-            "kind": "verifier",
-            "module": "lowrank_tune.rewards.formal.lean_worker",
+            **super().worker_spec(),
             "program": list(self.program),
             "megabytes": MEMORY_MEGABYTES,
-            "use": self.name,
         }
 
     def row_rejection_reason(self, item: RewardInput) -> str | None:
@@ -83,13 +88,13 @@ class LeanReward(WorkerReward):
 
     def score_without_worker(self, item: RewardInput) -> Score | None:
         if reason := self.row_rejection_reason(item):
-            return self._no_score("error", reason, item)
+            return self.no_score(item, reason)
         if not item.stopped:
-            return Score(0.0, "fail", "did not stop")
+            return DID_NOT_STOP
         try:
             self.build_request(item)
         except InvalidProof as error:
-            return Score(0.0, "fail", truncate_for_display(str(error), 300)[1:-1])
+            return Score(0.0, "fail", to_printable(str(error), MAX_REASON_CHARS))
         return None
 
     def build_request(self, item: RewardInput) -> Mapping[str, Any]:
@@ -104,46 +109,44 @@ class LeanReward(WorkerReward):
         }
 
     def reference_request(self, item: RewardInput) -> Mapping[str, Any] | None:
-        """The row's statement, without a proof: what Lean has to do for every completion."""
+        """Returns the row's statement without a proof: the part that Lean checks for every completion."""
         statement = _statement(item.row)
         assert statement is not None
-        return {"name": "goal", "proof": ":= by sorry", "head": _head(item.row, statement, "goal")}
+        return {
+            "name": "goal",
+            "proof": ":= by sorry",
+            "head": _head(
+                item.row,
+                statement,
+                "goal",
+            ),
+        }
 
     def parse_reply(self, item: RewardInput, reply: Reply) -> Score:
-        if "fault" in reply:
-            return self.on_worker_crash(item, reply["fault"])
         value = reply["value"]
         if "row" in value:
-            return self._no_score("error", f"the row's own statement is not taken: {value['row']}", item)
-        return Score(
-            float(value["right"]),
-            "pass" if value["right"] else "fail",
-            truncate_for_display(value["why"], 400)[1:-1],
-        )
-
-    def on_timeout(self, item: RewardInput, seconds: float) -> Score:
-        return self._no_score("timeout", f"Lean was not done within {seconds:g} s", item)
-
-    def on_worker_crash(self, item: RewardInput, reason: str) -> Score:
-        return self._no_score("error", f"the worker {reason}", item)
-
-    def _no_score(self, verdict: Literal["error", "timeout"], reason: str, item: RewardInput) -> Score:
-        return Score(None, verdict, f"`{self.name}`: {truncate_for_display(reason, 400)[1:-1]}, on {item}")
+            return self.no_score(item, f"Lean rejects the row's own statement: {value['row']}")
+        return pass_or_fail(value["right"], to_printable(value["why"], MAX_REASON_CHARS))
 
 
 def make_lean(name: str, program: Sequence[str] | None) -> LeanReward:
-    """Raises UserError where the program is not installed."""
+    """Returns the reward. Raises UserError if the program is not installed."""
     command = tuple(program or PROGRAM)
-    if (executable := shutil.which(command[0])) is None:
+    executable = shutil.which(command[0])
+    if executable is None:
         raise UserError(
             f"`{name}` needs the program `{command[0]}`, which is not on the PATH; install Lean 4 with elan "
-            "(https://lean-lang.org/install), or say where it is, as `program: [/path/to/lean]`"
+            "(https://lean-lang.org/install), or give its path, as `program: [/path/to/lean]`"
         )
     return LeanReward(name, (executable, *command[1:]))
 
 
 def _statement(row: Mapping[str, Any]) -> str | None:
-    return next((row[column] for column in COLUMNS if isinstance(row.get(column), str) and row[column].strip()), None)
+    for column in COLUMNS:
+        value = row.get(column)
+        if isinstance(value, str) and value.strip():
+            return value
+    return None
 
 
 def _head(row: Mapping[str, Any], statement: str, name: str) -> str:
@@ -152,14 +155,16 @@ def _head(row: Mapping[str, Any], statement: str, name: str) -> str:
 
 
 def restated_theorem(statement: str, header: str, name: str) -> str:
-    """The row's own lines, up to the `:=`, its theorem under a new name."""
+    """Returns the row's own lines up to the `:=`, with the theorem under a new name."""
     bare = EMPTY_PROOF.sub("", statement.rstrip()).rstrip()
     *_, theorem = THEOREM.finditer(bare)
-    return f"{header.rstrip()}\n{bare[: theorem.start()]}theorem {name}{bare[theorem.end() :]}".lstrip("\n")
+    before = bare[: theorem.start()]
+    behind = bare[theorem.end() :]
+    return f"{header.rstrip()}\n{before}theorem {name}{behind}".lstrip("\n")
 
 
 def extract_proof(completion: str, statement: str) -> str:
-    """What stands after the `:=`, from there on. Raises InvalidProof."""
+    """Returns the proof of a completion, from its `:=` on. Raises InvalidProof."""
     if len(completion) > MAX_CHARS:
         raise InvalidProof(f"longer than {MAX_CHARS} characters")
     code_block = last_code_block(completion, LANGUAGES)
@@ -167,9 +172,9 @@ def extract_proof(completion: str, statement: str) -> str:
     text = _after_statement(text, statement).strip("\n").rstrip()
     for word in WORD.findall(text):
         if word in FORBIDDEN_WORDS or word[0] in "#@":
-            raise InvalidProof(f"uses `{word[:40]}`, which is no part of a proof")
-    if any(not letter.isprintable() and letter != "\n" for letter in text):
-        raise InvalidProof("holds characters that are no text")
+            raise InvalidProof(f"uses `{word[:40]}`, which is not allowed in a proof")
+    if any(not character.isprintable() and character != "\n" for character in text):
+        raise InvalidProof("contains control characters")
     if not text.strip():
         raise InvalidProof("there is no proof")
     if text.lstrip().startswith(":="):
@@ -180,8 +185,8 @@ def extract_proof(completion: str, statement: str) -> str:
 
 
 def strip_comments(text: str) -> str:
-    """Without what Lean would not read either: so what is looked at and what Lean gets are the same. Raises
-    Improper."""
+    """Returns a text without comments, so that the checked words are exactly those that Lean reads. Raises
+    InvalidProof."""
     pieces: list[str] = []
     depth = 0
     position = 0
@@ -189,13 +194,15 @@ def strip_comments(text: str) -> str:
     while match := COMMENT.search(text, position):
         word = match.group()
         if word.startswith("--") and depth:
-            position = match.start() + (
-                1 if word[2:3] == "/" else 2
-            )  # within a comment only its ends count: `--/` ends it
+            # in a block comment `--` has no meaning, but `--/` contains its end
+            position = match.start() + (1 if word[2:3] == "/" else 2)
             continue
         if not depth:
             pieces.append(text[position : match.start()] + " ")
-        depth += {"/-": 1, "-/": -1}.get(word, 0)
+        if word == "/-":
+            depth += 1
+        elif word == "-/":
+            depth -= 1
         if depth < 0:
             raise InvalidProof("closes a comment that was not opened")
         position = match.end()
@@ -205,18 +212,18 @@ def strip_comments(text: str) -> str:
 
 
 def _after_statement(text: str, statement: str) -> str:
-    """Without the row's statement, where the answer begins with it again. Raises InvalidProof where it states something
+    """Returns an answer without the row's statement, if it repeats that. Raises InvalidProof if it states something
     else."""
-    stated = list(THEOREM.finditer(text))
-    if not stated:
+    theorems = list(THEOREM.finditer(text))
+    if not theorems:
         return text
     *_, theorem = THEOREM.finditer(statement)
-    expected = "".join(EMPTY_PROOF.sub("", strip_comments(statement[theorem.end() :]).rstrip()).split())
-    position = stated[-1].end()
-    for letter in expected:
+    expected = EMPTY_PROOF.sub("", strip_comments(statement[theorem.end() :]).rstrip())
+    position = theorems[-1].end()
+    for character in "".join(expected.split()):
         while position < len(text) and text[position].isspace():
             position += 1
-        if position >= len(text) or text[position] != letter:
+        if text[position : position + 1] != character:
             raise InvalidProof("states another theorem")
         position += 1
     rest = text[position:].lstrip()

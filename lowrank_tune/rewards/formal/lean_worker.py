@@ -1,9 +1,9 @@
-"""Lean in a worker: a file of ours with the model's proof in it, given to the program on its standard input, and its
-messages read.
+"""The worker side of `lean` (`lean.py`): runs the program on a file with the row's statement and the proof, and reads
+its messages. Runs in the worker process.
 
-The program stays in the process group of this worker, which its parent kills as a whole; what it started is killed here
-too, however a call ends. It gets what it needs of the environment, no file larger than its messages may be, and a limit
-on memory of its own.
+The program stays in the process group of the worker, which the main process kills as a whole; the program and its
+descendants are also killed here however a call ends. The program gets only the environment variables that it needs, a
+limit on file sizes, and its own limit on memory.
 """
 
 from __future__ import annotations
@@ -21,29 +21,28 @@ from typing import Any
 
 ENVIRONMENT = ("PATH", "HOME", "ELAN_HOME", "ELAN_TOOLCHAIN", "LEAN_PATH", "LEAN_SYSROOT", "LAKE_HOME")
 MAX_OUTPUT_BYTES = 4 << 20  # bytes of messages
+MAX_REASON_CHARS = 300
 FLAGS = ("--json", "--stdin")
 TRUSTED_AXIOMS = frozenset({"propext", "Classical.choice", "Quot.sound"})
 AXIOMS = re.compile(r"depends on axioms: \[([^\]]*)\]")
-PROBE_THEOREM = "theorem {name} : True\n:= trivial\n#print axioms {name}\n"
+PROBE_NAME = "lowrank_tries"
+PROBE_THEOREM = f"theorem {PROBE_NAME} : True\n:= trivial\n#print axioms {PROBE_NAME}\n"
+
+Messages = Sequence[Mapping[str, Any]]
 
 
 class LeanFailed(Exception):
-    """The program did not do its work; the message says how."""
+    """The program did not check the file; the message is the reason."""
 
 
 def load(spec: Mapping[str, Any]) -> Callable[[Mapping[str, Any]], Mapping[str, Any]]:
-    """Judges `head`, `proof` and `name`: {right, why}, or {row} where the row's own part is not taken. Tries the
-    program first."""
+    """Returns the grader of `head`, `proof` and `name`: {right, why}, or {row} if Lean rejects the row's own part.
+    Raises LeanFailed if the program does not accept a trivial proof."""
     program = spec["program"]
     memory = spec["megabytes"]
-    if (
-        reason := rejection_reason(
-            run_lean(program, PROBE_THEOREM.format(name="lowrank_tries"), memory),
-            "lowrank_tries",
-            3,
-        )
-    ) is not None:
-        raise LeanFailed(f"the program does not check a proof of True: {reason}")
+    reason = rejection_reason(run_lean(program, PROBE_THEOREM, memory), PROBE_NAME, 3)
+    if reason is not None:
+        raise LeanFailed(f"the program does not accept a proof of True: {reason}")
 
     def grade(request: Mapping[str, Any]) -> Mapping[str, Any]:
         head = request["head"]
@@ -51,56 +50,60 @@ def load(spec: Mapping[str, Any]) -> Callable[[Mapping[str, Any]], Mapping[str, 
         text = f"{head}\n{request['proof']}\n#print axioms {name}\n"
         messages = run_lean(program, text, memory)
         reason = rejection_reason(messages, name, text.count("\n"))
-        if reason is not None and any(_line(message) <= head.count("\n") + 1 for message in errors(messages)):
-            # an error that stands in the row's own lines: whose is it?
+        if reason is None:
+            return {"right": True, "why": ""}
+        num_head_lines = head.count("\n") + 1
+        if any(_line(error) <= num_head_lines for error in errors(messages)):
+            # an error in the row's own lines: does it remain without the proof of the completion?
             statement_messages = run_lean(program, f"{head}\n:= by sorry\n", memory)
             if error := next(errors(statement_messages), None):
-                return {"row": str(error.get("data"))[:300]}
-        return {"right": reason is None, "why": reason or ""}
+                return {"row": _text(error)}
+        return {"right": False, "why": reason}
 
     return grade
 
 
-def rejection_reason(messages: Sequence[Mapping[str, Any]], name: str, line: int) -> str | None:
-    """Why what was told proves nothing: an error, or an axiom that is not trusted. `line`: where we ask for the axioms,
-    and nobody else.
+def rejection_reason(messages: Messages, name: str, line: int) -> str | None:
+    """Returns why the messages do not show a proof: an error, or an axiom that is not trusted. None if they do.
 
-    Raises LeanFailed where nothing was told at all.
+    `line`: the number of the line that prints the axioms; messages about axioms from other lines do not count. Raises
+    LeanFailed if that line has no message.
     """
     if error := next(errors(messages), None):
-        return f"line {_line(error)}: {str(error.get('data'))[:300]}"
-    infos = [
-        str(message.get("data"))
-        for message in messages
-        if _line(message) == line and message.get("severity") in ("information", "info")
-    ]
-    if len(infos) != 1 or not re.match(
-        rf"'(?:[^'\s]*\.)?{name}' (?:depends on|does not depend on any) axioms", infos[0]
-    ):
-        raise LeanFailed("the program said nothing of axioms")
+        return f"line {_line(error)}: {_text(error)}"
+    infos = []
+    for message in messages:
+        if _line(message) == line and message.get("severity") in ("information", "info"):
+            infos.append(str(message.get("data")))
+    prefix = rf"'(?:[^'\s]*\.)?{name}' (?:depends on|does not depend on any) axioms"
+    if len(infos) != 1 or not re.match(prefix, infos[0]):
+        raise LeanFailed("the program printed no axioms")
     match = AXIOMS.search(infos[0])
-    if match:
-        untrusted = {axiom.strip() for axiom in match[1].split(",")} - TRUSTED_AXIOMS
-    else:
-        untrusted = set()
+    axioms = {axiom.strip() for axiom in match[1].split(",")} if match else set()
+    untrusted = axioms - TRUSTED_AXIOMS
     if untrusted:
-        return f"rests on {', '.join(sorted(untrusted))[:200]}"
+        return f"uses axioms that are not trusted: {', '.join(sorted(untrusted))[:200]}"
     return None
 
 
-def errors(messages: Sequence[Mapping[str, Any]]) -> Iterator[Mapping[str, Any]]:
+def errors(messages: Messages) -> Iterator[Mapping[str, Any]]:
     return (message for message in messages if message.get("severity") == "error")
 
 
+def _text(message: Mapping[str, Any]) -> str:
+    return str(message.get("data"))[:MAX_REASON_CHARS]
+
+
 def _line(message: Mapping[str, Any]) -> int:
+    """Returns the line of a message, or 0."""
     position = message.get("pos")
     line = position.get("line") if isinstance(position, dict) else None
     return line if isinstance(line, int) else 0
 
 
 def run_lean(program: Sequence[str], text: str, megabytes: int) -> list[Mapping[str, Any]]:
-    """The program's messages on a file. Raises LeanFailed where it was killed, or ended with a failure of which no
-    message tells."""
+    """Returns the program's messages for a file. Raises LeanFailed if it was killed, or its exit code does not fit its
+    messages."""
     with tempfile.TemporaryFile() as stdin_file, tempfile.TemporaryFile() as stdout_file:
         stdin_file.write(text.encode())
         stdin_file.seek(0)
@@ -124,27 +127,33 @@ def run_lean(program: Sequence[str], text: str, megabytes: int) -> list[Mapping[
     if code < 0:
         raise LeanFailed(f"the program was killed by {signal.Signals(-code).name}")
     messages = list(_messages(output.decode(errors="replace")))
-    if bool(code) != any(errors(messages)):
-        raise LeanFailed(f"the program ended with code {code}" + ("" if code else ", though it told of errors"))
+    has_errors = any(errors(messages))
+    if code and not has_errors:
+        raise LeanFailed(f"the program ended with code {code}")
+    if has_errors and not code:
+        raise LeanFailed("the program printed errors and ended with code 0")
     return messages
 
 
 def _messages(output: str) -> Iterator[Mapping[str, Any]]:
     for line in output.splitlines():
         with contextlib.suppress(ValueError, RecursionError):
-            if isinstance(message := json.loads(line), dict):
+            message = json.loads(line)
+            if isinstance(message, dict):
                 yield message
 
 
 def _limit_resources(megabytes: int) -> None:
-    """In the child: memory that it writes to is limited; address space is not, for it maps libraries of gigabytes."""
+    """Runs in the child: limits the memory that it writes to. Address space is not limited, because Lean maps
+    libraries of gigabytes."""
     _, hard = resource.getrlimit(resource.RLIMIT_AS)
     resource.setrlimit(resource.RLIMIT_AS, (hard, hard))
-    for limit, maximum in (
-        (resource.RLIMIT_DATA, (megabytes + 1024) << 20),
-        (resource.RLIMIT_FSIZE, MAX_OUTPUT_BYTES),
-        (resource.RLIMIT_CORE, 0),
-    ):
+    limits = {
+        resource.RLIMIT_DATA: (megabytes + 1024) << 20,
+        resource.RLIMIT_FSIZE: MAX_OUTPUT_BYTES,
+        resource.RLIMIT_CORE: 0,
+    }
+    for limit, maximum in limits.items():
         _, hard = resource.getrlimit(limit)
         if hard != resource.RLIM_INFINITY:
             maximum = min(maximum, hard)
@@ -152,11 +161,12 @@ def _limit_resources(megabytes: int) -> None:
 
 
 def _kill(process: subprocess.Popen[bytes]) -> None:
-    """The program, and all that descends from it, where it still runs."""
+    """Kills the program and its descendants, if it still runs."""
     if process.poll() is not None:
         return
-    parents = dict(_processes())
+    parents = _parents()
     pids = [process.pid]
+    # the list grows while it is read: children of children are found too
     for pid in pids:
         pids += [child for child, parent in parents.items() if parent == pid]
     for pid in pids:
@@ -165,11 +175,19 @@ def _kill(process: subprocess.Popen[bytes]) -> None:
     process.wait()
 
 
-def _processes() -> Iterator[tuple[int, int]]:
-    """Each process with its parent."""
-    for name in os.listdir("/proc") if os.path.isdir("/proc") else ():
-        with (
-            contextlib.suppress(OSError, ValueError),
-            open(f"/proc/{int(name)}/stat", encoding="utf-8", errors="replace") as status,
-        ):
-            yield int(name), int(status.read().rpartition(")")[2].split()[1])
+def _parents() -> dict[int, int]:
+    """Returns the parent of each process."""
+    if not os.path.isdir("/proc"):
+        return {}
+    parents = {}
+    for name in os.listdir("/proc"):
+        with contextlib.suppress(OSError, ValueError):
+            pid = int(name)
+            with open(
+                f"/proc/{pid}/stat",
+                encoding="utf-8",
+                errors="replace",
+            ) as status:
+                fields = status.read().rpartition(")")[2].split()
+            parents[pid] = int(fields[1])
+    return parents

@@ -1,5 +1,5 @@
-"""S-expressions of SMT-LIB 2, read strictly: what a model wrote reaches Z3 only as terms of known operators, never as
-text or a command."""
+"""A strict parser of S-expressions of SMT-LIB 2: what a model wrote is passed to Z3 only as terms of known operators,
+never as text or as a command. Runs in the worker process."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import re
 from collections.abc import Container, Sequence
 from typing import Any
 
-# characters of a text, levels, characters of a literal, the largest index
+# characters of a text, levels of nesting, characters of a literal, largest index
 MAX_CHARS = 100_000
 MAX_DEPTH = 100
 MAX_LITERAL_CHARS = 1000
@@ -15,6 +15,9 @@ MAX_INDEX = 4096
 TOKEN = re.compile(r'(?:\s+|;[^\n]*)|([()]|"(?:[^"]|"")*"|\|[^|\\]*\||[^\s()";|]+)')
 LITERAL = re.compile(r'[0-9]+(?:\.[0-9]+)?|#x[0-9a-fA-F]+|#b[01]+|"[ -~]*"')
 SYMBOL = re.compile(r"[A-Za-z~!@$%^&*_+=<>.?/-][0-9A-Za-z~!@$%^&*_+=<>.?/-]*")
+BIT_VECTOR = re.compile(r"bv[0-9]{1,1000}")
+INDEX = re.compile(r"[0-9]{1,4}")
+WIDTH = re.compile(r"[1-9][0-9]{0,3}")
 CORE_OPERATORS = """
 true false not and or xor => = distinct ite + - * / div mod abs < <= > >= to_real to_int is_int select store concat
 bvnot bvneg bvand bvor bvxor bvnand bvnor bvxnor bvadd bvsub bvmul bvudiv bvurem bvsdiv bvsrem bvsmod bvshl bvlshr
@@ -24,14 +27,17 @@ str.suffixof str.contains str.indexof str.replace str.< str.<= str.to_int str.fr
 INDEXED_OPERATORS = "extract repeat zero_extend sign_extend rotate_left rotate_right divisible".split()
 SORTS = ("Int", "Real", "Bool", "String")
 BINDERS = ("forall", "exists")
+RESERVED_WORDS = frozenset(
+    (*CORE_OPERATORS, *INDEXED_OPERATORS, *SORTS, *BINDERS, "let", "as", "_", "!", "const", "match", "par")
+)
 
 
 class SmtlibParseError(ValueError):
-    """A text that is no expression, or uses what it must not."""
+    """A text that is not an expression, or uses something that is not allowed; the message is a predicate."""
 
 
 def parse_sexprs(text: str) -> list[Any]:
-    """All expressions of a text, as nested lists of words. Raises SmtlibParseError."""
+    """Returns all expressions of a text, as nested lists of words. Raises SmtlibParseError."""
     if len(text) > MAX_CHARS:
         raise SmtlibParseError(f"is longer than {MAX_CHARS} characters")
     stack: list[list[Any]] = [[]]
@@ -59,14 +65,15 @@ def parse_sexprs(text: str) -> list[Any]:
 
 
 def format_sexpr(expression: Any) -> str:
-    """An expression as text."""
+    """Returns an expression as text."""
     if isinstance(expression, str):
         return expression
     return f"({' '.join(map(format_sexpr, expression))})"
 
 
 def check_term(term: Any, names: Container[str]) -> None:
-    """A term over `names`, literals and known operators. A bound name is none of either. Raises SmtlibParseError."""
+    """Raises SmtlibParseError if a term has anything but `names`, literals, known operators, and names that it binds
+    itself, which must be new."""
     if isinstance(term, str):
         if term not in names and term not in CORE_OPERATORS:
             _check_literal(term)
@@ -74,42 +81,45 @@ def check_term(term: Any, names: Container[str]) -> None:
     if not term:
         raise SmtlibParseError("has empty brackets")
     head = term[0]
-    rest = term[1:]
-    if head == "let":
+    if head == "let" or head in BINDERS:
         _check_binder(term, names)
-        for _, value in term[1]:
-            check_term(value, names)
-        check_term(term[2], {name for name, _ in term[1]} | _UnionContainer(names))
-    elif head in BINDERS:
-        _check_binder(term, names)
-        for _, sort in term[1]:
-            check_sort(sort, names)
-        check_term(term[2], {name for name, _ in term[1]} | _UnionContainer(names))
-    elif head == "_":
+        for _, bound in term[1]:
+            # a value of `let`, or the sort of a quantified name
+            if head == "let":
+                check_term(bound, names)
+            else:
+                check_sort(bound, names)
+        bound_names = {name for name, _ in term[1]}
+        check_term(term[2], _UnionContainer(names, bound_names))
+        return
+    if head == "_":
         _check_indexed(term)
-    else:
-        if isinstance(head, list) and head[:2] == ["as", "const"] and len(head) == 3:
-            check_sort(head[2], names)
-        elif isinstance(head, list):
-            _check_indexed(head)
-        elif head not in names and head not in CORE_OPERATORS:
-            raise SmtlibParseError(f"uses {head[:40]!r}, which is neither declared nor a known operator")
-        for part in rest:
-            check_term(part, names)
+        return
+    _check_head(head, names)
+    for part in term[1:]:
+        check_term(part, names)
 
 
 class _UnionContainer:
-    """A container joined with a set of more names."""
+    """A container with more names."""
 
-    def __init__(self, names: Container[str], more: Container[str] = ()) -> None:
+    def __init__(self, names: Container[str], more: Container[str]) -> None:
         self.names = names
         self.more = more
 
-    def __ror__(self, more: Container[str]) -> _UnionContainer:
-        return _UnionContainer(self.names, more)
-
     def __contains__(self, name: object) -> bool:
         return name in self.more or name in self.names
+
+
+def _check_head(head: Any, names: Container[str]) -> None:
+    """Raises SmtlibParseError if the first part of a term is not a name, an operator or a constant array."""
+    if isinstance(head, str):
+        if head not in names and head not in CORE_OPERATORS:
+            raise SmtlibParseError(f"uses {head[:40]!r}, which is neither declared nor a known operator")
+    elif head[:2] == ["as", "const"] and len(head) == 3:
+        check_sort(head[2], names)
+    else:
+        _check_indexed(head)
 
 
 def _check_literal(word: str) -> None:
@@ -118,52 +128,46 @@ def _check_literal(word: str) -> None:
 
 
 def _check_binder(term: Sequence[Any], names: Container[str]) -> None:
-    """(let|forall|exists ((name ...) ...) body), with names of its own."""
+    """Raises SmtlibParseError if a term is not (let|forall|exists ((name ...) ...) body) with new names."""
     if len(term) != 3 or not isinstance(term[1], list) or not term[1]:
-        raise SmtlibParseError(f"has a {term[0]} that is none")
+        raise SmtlibParseError(f"has an invalid `{term[0]}`")
     for pair in term[1]:
-        if not (isinstance(pair, list) and len(pair) == 2 and isinstance(pair[0], str) and SYMBOL.fullmatch(pair[0])):
-            raise SmtlibParseError(f"has a {term[0]} that is none")
-        if pair[0] in names or pair[0] in (
-            *CORE_OPERATORS,
-            *INDEXED_OPERATORS,
-            *SORTS,
-            *BINDERS,
-            "let",
-            "as",
-            "_",
-            "!",
-            "const",
-            "match",
-            "par",
-        ):
-            raise SmtlibParseError(f"binds {pair[0][:40]!r} anew")
+        if not isinstance(pair, list) or len(pair) != 2:
+            raise SmtlibParseError(f"has an invalid `{term[0]}`")
+        name = pair[0]
+        if not isinstance(name, str) or not SYMBOL.fullmatch(name):
+            raise SmtlibParseError(f"has an invalid `{term[0]}`")
+        if name in names or name in RESERVED_WORDS:
+            raise SmtlibParseError(f"binds {name[:40]!r} again")
 
 
 def _check_indexed(term: Sequence[Any]) -> None:
-    is_known = (
-        len(term) >= 3
-        and term[0] == "_"
-        and isinstance(term[1], str)
-        and (term[1] in INDEXED_OPERATORS or re.fullmatch(r"bv[0-9]{1,1000}", term[1]))
-    )
-    if not is_known or not all(
-        isinstance(index, str) and re.fullmatch("[0-9]{1,4}", index) and int(index) <= MAX_INDEX for index in term[2:]
-    ):
-        raise SmtlibParseError(f"uses {format_sexpr(list(term))[:40]!r}, which is no known operator")
+    """Raises SmtlibParseError if a term is not (_ operator index ...)."""
+    if not _is_indexed_operator(term):
+        raise SmtlibParseError(f"uses {format_sexpr(list(term))[:40]!r}, which is not a known operator")
+
+
+def _is_indexed_operator(term: Sequence[Any]) -> bool:
+    if len(term) < 3 or term[0] != "_" or not isinstance(term[1], str):
+        return False
+    if term[1] not in INDEXED_OPERATORS and not BIT_VECTOR.fullmatch(term[1]):
+        return False
+    return all(_is_index(index) for index in term[2:])
+
+
+def _is_index(word: Any) -> bool:
+    return isinstance(word, str) and INDEX.fullmatch(word) is not None and int(word) <= MAX_INDEX
 
 
 def check_sort(sort: Any, names: Container[str]) -> None:
-    """A sort that is built in or declared. Raises SmtlibParseError."""
+    """Raises SmtlibParseError if a sort is neither built in nor declared."""
     if isinstance(sort, str) and (sort in SORTS or sort in names):
         return
-    if isinstance(sort, list) and sort[:1] == ["Array"] and len(sort) == 3:
-        check_sort(sort[1], names)
-        check_sort(sort[2], names)
-    elif not (
-        isinstance(sort, list)
-        and sort[:2] == ["_", "BitVec"]
-        and len(sort) == 3
-        and re.fullmatch("[1-9][0-9]{0,3}", str(sort[2]))
-    ):
-        raise SmtlibParseError(f"has a sort {format_sexpr(sort)[:40]!r} that is not known")
+    if isinstance(sort, list) and len(sort) == 3:
+        if sort[0] == "Array":
+            check_sort(sort[1], names)
+            check_sort(sort[2], names)
+            return
+        if sort[:2] == ["_", "BitVec"] and WIDTH.fullmatch(str(sort[2])):
+            return
+    raise SmtlibParseError(f"has a sort {format_sexpr(sort)[:40]!r} that is not known")

@@ -1,1 +1,1 @@
-"""Rewards on final answers: exact, mathematical and symbolic comparison. `*_worker.py` runs in a worker process."""
+"""Rewards on final answers: `answer` (exact), `math_answer` (by math-verify) and `symbolic` (by sympy)."""

@@ -1,30 +1,33 @@
-r"""`answer`: the final answer of a completion is the gold answer, exactly.
+r"""`answer`: the final answer of a completion is the gold answer, exactly. Runs in the main process alone.
 
-The final answer is the last `\boxed{}` (or the last boxes, where they make one list), else what follows the last
-`####`, else the last number. A box that nothing closes is a wrong answer. Numbers are compared
-as exact rationals: 1,234 = 1234, 12.50 = 12.5, 3/4 = 0.75 = \frac{3}{4}; digits are ASCII. A percent sign is a unit: 50
-% is right where the gold says 50 % or 50 (the question asked for percent) or 0.5, and a bare 0.5 where it says 50 %. A
-gold answer that is no number is compared as text, without case. What only begins like a number is wrong: "1,2" and
+The final answer is the last `\boxed{}` (or the last boxes, if they make one list), else what follows the last `####`,
+else the last number. A box that is not closed is a wrong answer. Numbers are compared as exact rational numbers:
+1,234 = 1234, 12.50 = 12.5, 3/4 = 0.75 = \frac{3}{4}; digits are ASCII. A percent sign is a unit: 50 % is right for a
+gold answer 50 %, 50 (the question asked for percent) or 0.5, and 0.5 is right for a gold answer 50 %. A gold answer
+that is not a number is compared as text, without case. An answer that only begins like a number is wrong: "1,2" and
 "1e5" are not 2 and 5, and in a box "2x" is not 2 ("2 apples" and "2kg" are, `units.py`).
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import ClassVar
 
-from lowrank_tune.data.ground_truth import answer_after_hashes
-from lowrank_tune.rewards.base import RewardInput, Score, truncate_for_display
-from lowrank_tune.rewards.completion_box import extract_box
+from lowrank_tune.data.ground_truth import answer_after_hashes, boxed_answer, unclosed_box
+from lowrank_tune.rewards.base import DID_NOT_STOP, RewardInput, Score, pass_or_fail, truncate_for_display
 from lowrank_tune.rewards.math.units import is_unit
 
-TAIL_CHARS = 4000  # characters at the end of a completion that may hold its answer: a hostile text costs milliseconds
+TAIL_CHARS = 4000  # characters at the end of a completion that may contain its answer, so that a long text is fast
+MAX_CHARS_BEFORE_BOX = 4000  # characters that are read before and after the place where the last box begins
+MAX_CHARS_AFTER_BOX = 4000
 MAX_NUMBER_CHARS = 100  # characters of a number
+MAX_SHOWN_CHARS = 40  # characters of an answer in a reason
+MAX_SHOWN_GOLD_CHARS = 60  # the same of a gold answer
 
-# generous: what looks like a number is read, strictly, later
+# finds everything that looks like a number; FULL_NUMBER then reads it strictly
 SIGN = r"[-+\u2212]?"
 DIGITS = r"(?:\d[\d,.]*+|(?<!\.)\.\d++)(?:[eE][-+]?\d++)?"
 NUMBER = rf"(?:\d++ (?=\d++ ?/))?{DIGITS}(?: ?/ ?{DIGITS})?(?: ?%)?"
@@ -49,25 +52,26 @@ LATEX = (
 
 @dataclass(frozen=True)
 class NumericAnswer:
-    """An exact number, and whether a percent sign stood behind it."""
+    """An exact number, and whether it has a percent sign."""
 
     number: Fraction
     percent: bool = False
 
     def equals(self, other: NumericAnswer) -> bool:
-        """Equal numbers; of which one alone has a percent sign, equal with it as a unit or as hundredths."""
+        """Returns whether two answers are equal. If only one has a percent sign, the sign is read as a unit or as
+        hundredths."""
         if self.percent == other.percent:
             return self.number == other.number
         if self.percent:
-            percent, plain = (self.number, other.number)
+            percent, plain = self.number, other.number
         else:
-            percent, plain = (other.number, self.number)
+            percent, plain = other.number, self.number
         return plain in (percent, percent / 100)
 
 
 @dataclass(frozen=True)
 class AnswerReward:
-    """pass (1) or fail (0). A completion that did not stop by itself has not answered."""
+    """pass (1) or fail (0). A completion that did not stop by itself gets 0."""
 
     name: str = "answer"
     is_verifier: ClassVar[bool] = True
@@ -77,42 +81,75 @@ class AnswerReward:
 
     def _score(self, item: RewardInput) -> Score:
         if item.ground_truth is None or not item.ground_truth.strip():
-            return Score(None, "error", f"`{self.name}` needs a gold answer, and there is none for {item}")
+            return Score(
+                None,
+                "error",
+                f"`{self.name}` needs a gold answer, which is missing for {item}",
+            )
         if not item.stopped:
-            return Score(0.0, "fail", "did not stop")
+            return DID_NOT_STOP
         answer = extract_final_answer(item.completion)
         if answer is None:
             answer = item.completion[-TAIL_CHARS:]
-        correct = answers_match(answer, item.ground_truth)
-        return Score(
-            float(correct),
-            "pass" if correct else "fail",
-            ""
-            if correct
-            else f"{truncate_for_display(answer, 40)} is not {truncate_for_display(item.ground_truth, 40)}",
-        )
+        return pass_or_fail(answers_match(answer, item.ground_truth), not_equal_reason(answer, item.ground_truth))
+
+
+def not_equal_reason(answer: str, ground_truth: str) -> str:
+    """Returns why an answer is wrong."""
+    shown = truncate_for_display(answer, MAX_SHOWN_CHARS)
+    return f"{shown} is not {truncate_for_display(ground_truth, MAX_SHOWN_CHARS)}"
+
+
+def unreadable_answer(answer: str, reason: str) -> Score:
+    """Returns the score of an answer that cannot be read, which is wrong. `reason`: a predicate."""
+    return Score(
+        0.0,
+        "fail",
+        f"{truncate_for_display(answer, MAX_SHOWN_CHARS)} {reason}",
+    )
+
+
+def with_ground_truth(reason: str, item: RewardInput) -> str:
+    """Returns why a row cannot be used, with its gold answer."""
+    if item.ground_truth is None:
+        return reason
+    return f"{reason}: {truncate_for_display(item.ground_truth, MAX_SHOWN_GOLD_CHARS)}"
 
 
 def extract_final_answer(completion: str) -> str | None:
-    """The final answer as it was written."""
+    """Returns the final answer as it was written; None if there is none."""
     tail = completion[-TAIL_CHARS:]
-    answer = extract_box(completion)
-    if answer is None:
-        answer = answer_after_hashes(tail)
-    return answer if answer is not None else _last_number(tail)
+    for answer in (extract_box(completion), answer_after_hashes(tail)):
+        if answer is not None:
+            return answer
+    return _last_number(tail)
+
+
+def extract_box(completion: str) -> str | None:
+    r"""Returns the contents of the last `\boxed{}`, with those of the boxes that make one list with it; None if there
+    is no box.
+
+    A box that is not closed is returned with its command. No rule can read that, so the answer is wrong, and not a
+    number inside the box.
+    """
+    start = completion.rfind("\\boxed")
+    if start < 0:
+        return None
+    around = completion[max(0, start - MAX_CHARS_BEFORE_BOX) : start + MAX_CHARS_AFTER_BOX]
+    return unclosed_box(around) or boxed_answer(around)
 
 
 def answers_match(answer: str, ground_truth: str) -> bool:
-    """Whether an answer is the gold one: as numbers where the gold is one, else as text."""
+    """Returns whether an answer is the gold answer: as numbers if the gold answer is a number, else as text."""
     expected = parse_number(ground_truth)
-    actual = parse_number(answer)
     if expected is None:
         return _normalize_text(answer) == _normalize_text(ground_truth)
+    actual = parse_number(answer)
     return actual is not None and actual.equals(expected)
 
 
 def parse_number(text: str) -> NumericAnswer | None:
-    """The number that a text is; `x =` in front and a unit behind do not count. None for anything else."""
+    """Returns the number that a text is, without `x =` before it and a unit after it; None for other texts."""
     found = split_number(text)
     if found is None:
         return None
@@ -122,45 +159,56 @@ def parse_number(text: str) -> NumericAnswer | None:
 
 
 def split_number(text: str) -> tuple[NumericAnswer, str] | None:
-    """The number at the beginning of a text, with `x =` in front or without, and what stands behind it."""
+    """Returns the number at the beginning of a text, with or without `x =` before it, and the rest of the text."""
     text = _strip_latex(text)
     if name := VARIABLE_PREFIX.match(text):
         text = text[name.end() :]
     match = FULL_NUMBER.match(text)
-    if match is None or match.end() > MAX_NUMBER_CHARS or (match["sign"] and match["back"]):
+    if match is None or match.end() > MAX_NUMBER_CHARS:
         return None
-    number = _number_from_match(match)
+    has_two_signs = match["sign"] and match["back"]
+    number = None if has_two_signs else _number_from_match(match)
     if number is None:
         return None
-    return (number, text[match.end() :])
+    return number, text[match.end() :]
 
 
 def _number_from_match(match: re.Match[str]) -> NumericAnswer | None:
     number = _to_fraction(match["top"])
     if match["bottom"] is not None:
         bottom = _to_fraction(match["bottom"])
-        if not bottom or match["whole"] is not None and number >= bottom:
+        if not bottom:
+            return None
+        # 1 5/4 is not a mixed number
+        if match["whole"] is not None and number >= bottom:
             return None
         number = number / bottom + int(match["whole"] or 0)
-    negative = "-" in (match["sign"], match["back"])
-    return NumericAnswer(-number if negative else number, match["percent"] is not None)
+    if "-" in (match["sign"], match["back"]):
+        number = -number
+    return NumericAnswer(number, match["percent"] is not None)
 
 
 def _to_fraction(digits: str) -> Fraction:
     return Fraction(digits.replace(",", ""))
 
 
-def _last_number(text: str) -> str | None:
-    """The last number of a text, with its sign, fraction and percent sign. A minus behind a word or a bracket is a
-    subtraction."""
+def last_match(matches: Iterable[re.Match[str]]) -> re.Match[str] | None:
+    """Returns the last of some matches; None if there are none."""
     last = None
-    for last in LOOSE_NUMBER.finditer(_strip_latex(text)):  # noqa: B007
-        pass
+    for match in matches:
+        last = match
+    return last
+
+
+def _last_number(text: str) -> str | None:
+    """Returns the last number of a text, with its sign, fraction and percent sign; None if there is none. A minus after
+    a word or a bracket is a subtraction."""
+    last = last_match(LOOSE_NUMBER.finditer(_strip_latex(text)))
     return None if last is None else last.group().rstrip(".,")
 
 
 def _strip_latex(text: str) -> str:
-    """Without the LaTeX that only sets a number."""
+    """Returns a text without the LaTeX that only formats a number."""
     for pattern, plain in LATEX:
         text = pattern.sub(plain, text)
     return " ".join(text.strip(" \n\t$").replace("\u2212", "-").split())

@@ -1,4 +1,4 @@
-"""Two values compared: by their digits where these differ, else by math-verify."""
+"""Compares two values of sympy: by their digits if these differ, else by math-verify. Runs in the worker process."""
 
 from __future__ import annotations
 
@@ -7,10 +7,11 @@ from typing import Any
 import sympy
 from math_verify import verify
 
-DECIMAL_PLACES = (
-    6  # decimals that a rounded answer must have right; significant digits where the gold answer is below 1
-)
-DIFFERENCE_TOLERANCE = 1e-4  # of their size; a rounded answer is nearer
+# decimals that a rounded answer must have right; significant digits if the gold answer is below 1
+DECIMAL_PLACES = 6
+DIFFERENCE_TOLERANCE = 1e-4  # relative; a correctly rounded answer differs by less
+TEST_POINTS = (0.7312, 1.3871)
+SYMBOL_OFFSET = 0.0731  # between the values of two symbols at a point
 UNEVALUATED_TYPES = (
     sympy.Integral,
     sympy.Sum,
@@ -23,56 +24,81 @@ UNEVALUATED_TYPES = (
 
 
 def values_are_equal(ground_truth: Any, answer: Any) -> bool:
-    """Whether one value, set, interval or relation is the gold one."""
+    """Returns whether one value, set, interval or relation is the gold one."""
     if differ_numerically(ground_truth, answer):
         return False
-    if getattr(ground_truth, "is_number", False):
+    if getattr(
+        ground_truth,
+        "is_number",
+        False,
+    ) and getattr(
+        answer,
+        "is_number",
+        False,
+    ):
         size = abs(ground_truth.evalf(15))
-    else:
-        size = None
-    if size is not None and size.is_comparable and 0 < size < 1 and getattr(answer, "is_number", False):
+        if size.is_comparable and 0 < size < 1:
+            return _small_numbers_are_equal(
+                ground_truth - answer,
+                size,
+                is_rounded=answer.has(sympy.Float),
+            )
+    equal = verify(
+        ground_truth,
+        answer,
+        float_rounding=DECIMAL_PLACES,
+        allow_set_relation_comp=True,
+        timeout_seconds=None,
+        raise_on_error=True,
+    )
+    return bool(equal)
+
+
+def _small_numbers_are_equal(difference: Any, size: Any, is_rounded: bool) -> bool:
+    """Returns whether a number below 1 and an answer are equal; a rounded answer only in its significant digits."""
+    if is_rounded:
         return bool(
-            abs(sympy.N(ground_truth - answer, 15, maxn=1000)) < size * 10.0**-DECIMAL_PLACES
-            if _rounded(answer)
-            else _is_zero(ground_truth - answer)
+            abs(
+                sympy.N(
+                    difference,
+                    15,
+                    maxn=1000,
+                )
+            )
+            < size * 10.0**-DECIMAL_PLACES
         )
     return bool(
-        verify(
-            ground_truth,
-            answer,
-            float_rounding=DECIMAL_PLACES,
-            allow_set_relation_comp=True,
-            timeout_seconds=None,
-            raise_on_error=True,
+        sympy.N(
+            difference,
+            30,
+            maxn=300,
+            chop=False,
         )
+        == 0
+        or sympy.simplify(difference) == 0
     )
 
 
 def differ_numerically(ground_truth: Any, answer: Any) -> bool:
-    """Whether two expressions clearly differ at a point. It takes no time, where sympy might try for ever to make their
-    difference 0."""
-    expressions = [
-        expression
-        for expression in (ground_truth, answer)
-        if isinstance(expression, sympy.Expr) and not expression.is_Symbol and not expression.has(*UNEVALUATED_TYPES)
-    ]
+    """Returns whether two expressions clearly differ at a point. This is fast, while sympy might try for ever to
+    simplify their difference to 0."""
+    expressions = [expression for expression in (ground_truth, answer) if _has_values(expression)]
     if len(expressions) < 2:
         return False
     symbols = sorted(ground_truth.free_symbols | answer.free_symbols, key=str)
-    for point in (0.7312, 1.3871):
+    for point in TEST_POINTS:
         # `evalf(subs=...)` raises AttributeError for the floor of a symbol
-        substitutions = {symbol: sympy.Float(point + 0.0731 * index) for index, symbol in enumerate(symbols)}
+        substitutions = {symbol: sympy.Float(point + SYMBOL_OFFSET * index) for index, symbol in enumerate(symbols)}
         values = [expression.xreplace(substitutions).evalf(15) for expression in expressions]
         if not all(value.is_comparable and value.is_finite for value in values):
             return False
-        if abs(values[0] - values[1]) > DIFFERENCE_TOLERANCE * max(abs(values[0]), abs(values[1])):
+        expected, actual = values
+        if abs(expected - actual) > DIFFERENCE_TOLERANCE * max(abs(expected), abs(actual)):
             return True
     return False
 
 
-def _rounded(expression: Any) -> bool:
-    return bool(expression.has(sympy.Float))
-
-
-def _is_zero(difference: Any) -> bool:
-    return bool(sympy.N(difference, 30, maxn=300, chop=False) == 0 or sympy.simplify(difference) == 0)
+def _has_values(expression: Any) -> bool:
+    if not isinstance(expression, sympy.Expr) or expression.is_Symbol:
+        return False
+    return not expression.has(*UNEVALUATED_TYPES)

@@ -1,7 +1,8 @@
-"""Two answers read by latex2sympy2_extended, in a worker process, and compared (`math_comparison.py`).
+"""The worker side of `math_answer` (`math_answer.py`): reads both answers with latex2sympy2_extended and compares them
+(`math_comparison.py`). Runs in the worker process.
 
-The process's own alarm clock and limit on memory stand around each call (`rewards/worker.py`), so those of math-verify
-are off: they count whole seconds and take what they interrupt for a wrong answer.
+Each call has limits on time and memory (`workers/worker.py`). Those of math-verify are switched off: they have a
+resolution of a second, and count an answer as wrong if they interrupt it.
 """
 
 from __future__ import annotations
@@ -23,29 +24,36 @@ from lowrank_tune.rewards.math.math_equality import UNEVALUATED_TYPES
 from lowrank_tune.rewards.workers.budget import time_limit
 
 GradeResult = dict[str, Any]
-NORMALIZATION = NormalizationConfig(basic_latex=True, units=False, malformed_operators=True, nits=True, boxed="none")
+NORMALIZATION = NormalizationConfig(
+    basic_latex=True,
+    units=False,
+    malformed_operators=True,
+    nits=True,
+    boxed="none",
+)
 CONVERSION = ConversionConfig(lowercase_symbols=False)
-# parts of an answer; decimal digits of a number in it; power of what is no number
+# parts of an answer, decimal digits of a number in it, exponent of a base with a symbol
 MAX_NODES = 2000
 MAX_DIGITS = 1e4
 MAX_POWER = 1000.0
-CPU_TIME_SHARE = 0.5  # of the seconds of a call: computing time that an answer may take
+MAX_LOG_DIGITS = 300  # numbers of 10 ** 300 digits would not fit a float
+CPU_TIME_SHARE = 0.5  # share of the seconds of a call that the computation of an answer may take
+WARM_UP = (r"\frac{\sqrt{3}}{2}+x^{2}", r"(1,\pi]\cup\{2\}", r"x\leq 3", r"\begin{pmatrix}1\\2\end{pmatrix}")
 
 
 def load(spec: Mapping[str, Any]) -> Callable[[Mapping[str, Any]], GradeResult]:
-    """Reads a few answers at once: the parser builds its tables with them, and the first completion does not wait for
-    that."""
+    """Returns the grader. Reads a few answers first, so that the parser builds its tables before the first request."""
     logging.getLogger("math_verify").setLevel(logging.CRITICAL)
-    for text in (r"\frac{\sqrt{3}}{2}+x^{2}", r"(1,\pi]\cup\{2\}", r"x\leq 3", r"\begin{pmatrix}1\\2\end{pmatrix}"):
+    for text in WARM_UP:
         parse_answer(text)
     return grade
 
 
 def grade(request: Mapping[str, Any]) -> GradeResult:
-    """`same`: whether the answers are equal; else `gold` or `found`: why that one cannot be read.
+    """Returns {same}, whether the answers are equal; else {gold} or {found}: why that one cannot be read.
 
-    An answer that takes most of the time of the call to read and compare is one that cannot be read. Where the gold
-    answer has an integral, a sum or the like, that may be the cause, and the clock of the call decides.
+    An answer that takes most of the time of the call to read and compare counts as one that cannot be read. If the gold
+    answer has an integral, a sum or the like, that may be the cause, and only the limit of the call holds.
     """
     try:
         ground_truth = parse_answer(request["gold"])
@@ -64,8 +72,8 @@ def grade(request: Mapping[str, Any]) -> GradeResult:
 
 
 def _is_equal(ground_truth: Any, found: str, is_set: bool) -> bool:
-    """Whether the answers are equal. Raises MathParseError for an answer with which the libraries fail, where they
-    compare the gold one with itself: the answer alone is then the cause."""
+    """Returns whether the answers are equal. Raises MathParseError if the libraries fail with the answer but can
+    compare the gold answer with itself, so that the answer is the cause."""
     answer = parse_answer(found)
     try:
         return answers_are_equal(ground_truth, answer, is_set)
@@ -79,7 +87,8 @@ def _is_equal(ground_truth: Any, found: str, is_set: bool) -> bool:
 
 @functools.lru_cache(256)
 def parse_answer(text: str) -> Any:
-    r"""A LaTeX answer as sympy has it; of `x = 2\sqrt{2} \approx 2.83` the exact part. Raises MathParseError."""
+    r"""Returns a LaTeX answer as a sympy object; of `x = 2\sqrt{2} \approx 2.83` the exact part. Raises
+    MathParseError."""
     exact, *approximations = (parse_expression(part) for part in text.split(r"\approx"))
     for approximation in approximations:
         exact = without_approximation(exact, approximation)
@@ -87,7 +96,22 @@ def parse_answer(text: str) -> Any:
 
 
 def parse_expression(text: str) -> Any:
-    """LaTeX as sympy has it. Raises MathParseError."""
+    """Returns LaTeX as a sympy object. Raises MathParseError."""
+    expression = _read_latex(text)
+    check_size(expression if isinstance(expression, sympy.Basic) else sympy.ImmutableMatrix(expression))
+    try:
+        # a decimal alone stays one: it may be a rounded answer
+        if not isinstance(expression, sympy.Float):
+            expression = to_exact(expression)
+        expression = evaluate(expression)
+    except (ArithmeticError, TypeError, ValueError) as error:
+        raise MathParseError("has no value") from error
+    if expression.has(sympy.nan, sympy.zoo):
+        raise MathParseError("has no value")
+    return expression
+
+
+def _read_latex(text: str) -> Any:
     try:
         expression = latex2sympy(
             normalize_latex(text, NORMALIZATION),
@@ -100,24 +124,17 @@ def parse_expression(text: str) -> Any:
         raise
     except RecursionError as error:
         raise MathParseError("is nested too deeply") from error
-    # the parser raises bare Exceptions; whatever it stumbles over is no answer that can be compared
+    # the parser raises bare Exceptions for what it cannot read
     except Exception as error:
         raise MathParseError("is not read as mathematics") from error
     if not isinstance(expression, (sympy.Basic, sympy.MatrixBase)):
         raise MathParseError("is not read as mathematics")
-    check_size(expression if isinstance(expression, sympy.Basic) else sympy.ImmutableMatrix(expression))
-    try:
-        expression = evaluate(expression if isinstance(expression, sympy.Float) else to_exact(expression))
-    except (ArithmeticError, TypeError, ValueError) as error:
-        raise MathParseError("has no value") from error
-    if expression.has(sympy.nan, sympy.zoo):
-        raise MathParseError("has no value")
     return expression
 
 
 def evaluate(part: Any) -> Any:
-    """With sums, products, powers and functions computed as far as sympy does it by itself. The parser leaves them as
-    they stand, and the value of fractions in fractions would then cost twice as much with each level."""
+    """Returns an expression with sums, products, powers and functions computed as far as sympy does it by itself. The
+    parser does not compute them, and the value of nested fractions would then take twice the time for each level."""
     if isinstance(part, sympy.MatrixBase):
         return part.applyfunc(evaluate)
     if not part.args or isinstance(part, UNEVALUATED_TYPES):
@@ -132,42 +149,46 @@ def evaluate(part: Any) -> Any:
 
 
 def to_exact(expression: Any) -> Any:
-    """With fractions for decimals: 2^{0.5} is the root of 2. A decimal alone stays one: it may be a rounded answer."""
-    if isinstance(expression, sympy.Expr):
-        decimals = expression.atoms(sympy.Float)
-    else:
-        decimals = ()
-    if decimals:
-        return expression.xreplace({decimal: sympy.Rational(str(decimal)) for decimal in decimals})
-    return expression
+    """Returns an expression with fractions in place of decimals: 2^{0.5} is the root of 2."""
+    if not isinstance(expression, sympy.Expr):
+        return expression
+    decimals = expression.atoms(sympy.Float)
+    if not decimals:
+        return expression
+    return expression.xreplace({decimal: sympy.Rational(str(decimal)) for decimal in decimals})
 
 
 def check_size(expression: Any) -> None:
-    """Refuses what would take ages to compute."""
-    parts = sum(1 for _ in sympy.preorder_traversal(expression))
-    if parts > MAX_NODES:
-        raise MathParseError(f"has {parts} parts (at most {MAX_NODES})")
+    """Raises MathParseError for an expression that would take too long to compute."""
+    num_parts = sum(1 for _ in sympy.preorder_traversal(expression))
+    if num_parts > MAX_NODES:
+        raise MathParseError(f"has {num_parts} parts (at most {MAX_NODES})")
     if estimate_digits(expression) > MAX_DIGITS:
         raise MathParseError(f"has numbers of more than {MAX_DIGITS:.0f} digits")
 
 
 def estimate_digits(part: Any) -> float:
-    """About how many decimal digits the largest number has that computing an expression makes, infinity included; an
-    upper bound."""
+    """Returns an upper bound of the decimal digits of the largest number that occurs in the computation of an
+    expression; may be infinite."""
     if isinstance(part, sympy.Rational):
-        return float(max(part.p.bit_length(), part.q.bit_length()) * math.log10(2))
+        bits = max(part.p.bit_length(), part.q.bit_length())
+        return float(bits * math.log10(2))
     inner = [estimate_digits(argument) for argument in part.args]
-    largest = max(inner, default=0.0)
     if isinstance(part, sympy.Pow):
-        if part.exp.is_Rational and inner[1] < 300:
-            power = abs(float(part.exp))
-        else:
-            power = 10 ** min(inner[1], 300)
-        if part.base.free_symbols and power > MAX_POWER and not part.exp.free_symbols:
-            return math.inf
-        return float(max(inner[0], 1.0) * max(power, 1.0))
+        return _power_digits(part, *inner)
+    largest = max(inner, default=0.0)
     if isinstance(part, (sympy.factorial, sympy.binomial, sympy.gamma, sympy.exp, sympy.factorial2)):
-        return float(10 ** min(largest, 300) * max(largest, 1.0))
+        return float(10 ** min(largest, MAX_LOG_DIGITS) * max(largest, 1.0))
     if isinstance(part, (sympy.Mul, sympy.Add, sympy.MatMul)):
         return sum(inner)
     return largest
+
+
+def _power_digits(power: Any, base_digits: float, exponent_digits: float) -> float:
+    if power.exp.is_Rational and exponent_digits < MAX_LOG_DIGITS:
+        exponent = abs(float(power.exp))
+    else:
+        exponent = 10 ** min(exponent_digits, MAX_LOG_DIGITS)
+    if power.base.free_symbols and exponent > MAX_POWER and not power.exp.free_symbols:
+        return math.inf
+    return float(max(base_digits, 1.0) * max(exponent, 1.0))

@@ -1,14 +1,15 @@
-"""Two expressions compared in a worker process: their values at random points, then sympy.
+"""The worker side of `symbolic` (`symbolic.py`): compares two expressions by their values at random points, then by
+sympy. Runs in the worker process.
 
-Values are taken at points that are drawn from the texts, so a verdict never changes. A point at which either expression
-is undefined, not real or larger than 10 ** 10,000 is drawn again; where one holds the letter i, complex values count.
-Values of 300 digits that differ by more than 1e-200 of their size are a proof that the expressions differ; equal values
-at 5 points are as good as one that they do not, but for a difference made too small to see: sympy then looks for a
-constant that is left.
+The points are drawn from a generator that is seeded with the texts, so a verdict never changes. A point at which either
+expression is undefined, not real or larger than 10 ** 10,000 is drawn again; if one has the letter i, complex values
+count. Values of 300 digits that differ by more than 1e-200 of their size prove that the expressions differ. After equal
+values at 5 points only a difference that is too small to be seen is possible: sympy looks for a constant that remains.
 """
 
 from __future__ import annotations
 
+import operator
 import random
 from collections.abc import Callable, Iterator, Mapping
 from fractions import Fraction
@@ -17,19 +18,26 @@ from typing import Any
 import mpmath
 import sympy
 
-from lowrank_tune.rewards.math.expression import ExpressionParseError, Node, free_variables, parse_expression
+from lowrank_tune.rewards.math.expression import (
+    ExpressionParseError,
+    Node,
+    children,
+    free_variables,
+    parse_expression,
+)
 from lowrank_tune.rewards.workers.budget import time_limit
 
-# points that are compared, and at most drawn
-NUM_POINTS = 5
-MAX_POINTS = 60
-PRECISION_DIGITS = 300  # decimal digits of a value; what cancels may take a third of them
-RTOL = mpmath.mpf(10) ** -200  # of their size values may differ; nearer to 0 than this a difference is none
-MIN_RELATIVE_CONSTANT = (
-    1e-20  # of the gold value is a constant that values do not show; a larger one is sympy meaning another root
-)
+NUM_POINTS = 5  # points at which the values are compared
+MAX_POINTS = 60  # points that are drawn at most
+PRECISION_DIGITS = 300  # decimal digits of a value; cancellation may take a third of them
+RTOL = mpmath.mpf(10) ** -200  # relative difference of equal values; absolute for values below 1
+# relative to the gold value: a smaller constant is not visible in the values; for a larger one sympy uses another root
+MIN_RELATIVE_CONSTANT = 1e-20
 MAX_VALUE_DIGITS = 10_000  # decimal digits of a value
 MAX_FACTORIAL = 10_000
+MAX_EXACT_FACTORIAL = mpmath.mpf(10) ** 1000  # larger values are not given to sympy
+MAX_NUMBER_EXPONENT = 1000  # powers that sympy may expand: of numbers, and of expressions with variables
+MAX_VARIABLE_EXPONENT = 100
 SIMPLIFY_SECONDS = 1.0
 RANGES = ((0.2, 3.0), (-4.0, 4.0), (0.05, 0.95), (3.0, 20.0))
 GradeResult = dict[str, Any]
@@ -37,18 +45,18 @@ Point = Mapping[str, Any]
 
 
 class Undefined(Exception):
-    """An expression has no value at a point, or too large a one."""
+    """An expression has no value at a point, or one that is too large."""
 
 
 def load(spec: Mapping[str, Any]) -> Callable[[Mapping[str, Any]], GradeResult]:
-    """One comparison at once: what sympy loads late is there when the first completion comes."""
+    """Returns the grader. Grades once, so that sympy has loaded all its parts before the first request."""
     grade({"gold": "(x+1)^2", "found": "x^2+2x+1", "seconds": 10})
     return grade
 
 
 def grade(request: Mapping[str, Any]) -> GradeResult:
-    """`same`, and `confirmed` where sympy reduced the difference to 0; else `gold` or `found`: why that one cannot be
-    used."""
+    """Returns {same, confirmed}, where `confirmed` means that sympy reduced the difference to 0; else {gold} or
+    {found}: why that one cannot be used."""
     try:
         ground_truth = parse_expression(request["gold"])
     except ExpressionParseError as error:
@@ -61,46 +69,54 @@ def grade(request: Mapping[str, Any]) -> GradeResult:
 
 
 def compare(ground_truth: Node, answer: Node, seed: str) -> GradeResult:
-    """The verdict on two trees."""
+    """Returns the result for two trees, as `grade` does."""
     rng = random.Random(seed.encode(errors="surrogatepass"))
     variables = sorted(free_variables(ground_truth) | free_variables(answer))
     is_complex = _contains_name(ground_truth, "i") or _contains_name(answer, "i")
-    defined = common = 0
-    size = mpmath.mpf(0)
+    num_defined = num_common = 0
+    largest = mpmath.mpf(0)
     for point in points(rng, variables):
         expected = _try_evaluate(ground_truth, point, is_complex)
         if expected is None:
             continue
-        defined += 1
+        num_defined += 1
         actual = _try_evaluate(answer, point, is_complex)
         if actual is None:
             continue
-        common += 1
+        num_common += 1
         with mpmath.workdps(PRECISION_DIGITS):
             if abs(actual - expected) > RTOL * max(abs(actual), abs(expected), 1):
                 return {"same": False}
-        size = max(size, abs(expected))
-        if common == NUM_POINTS:
+        largest = max(largest, abs(expected))
+        if num_common == NUM_POINTS:
             break
-    if defined < NUM_POINTS:
-        return {"gold": f"has a real value at only {defined} of {MAX_POINTS} random points"}
-    if common < NUM_POINTS:
+    if num_defined < NUM_POINTS:
+        return {"gold": f"has a real value at only {num_defined} of {MAX_POINTS} random points"}
+    if num_common < NUM_POINTS:
         return {"found": "has no real value where the gold answer has one"}
-    return _symbolic(ground_truth, answer, size)
+    return _symbolic(ground_truth, answer, largest)
 
 
 def points(rng: random.Random, variables: list[str]) -> Iterator[Point]:
-    """Random points: small positive, any sign, between 0 and 1, larger, and whole numbers, in turn."""
+    """Yields random points: small positive, of any sign, between 0 and 1, larger, and integers, in turn."""
     for index in range(MAX_POINTS):
         kind = index % (len(RANGES) + 1)
-        yield {
-            name: mpmath.mpf(rng.uniform(*RANGES[kind]) if kind < len(RANGES) else rng.randint(1, 12))
-            for name in variables
-        }
+        yield {name: mpmath.mpf(_draw(rng, kind)) for name in variables}
 
 
-def _try_evaluate(tree: Node, point: Point, is_complex: bool, digits: int = PRECISION_DIGITS) -> Any:
-    """The value of a tree at a point, or None."""
+def _draw(rng: random.Random, kind: int) -> float:
+    if kind < len(RANGES):
+        return rng.uniform(*RANGES[kind])
+    return rng.randint(1, 12)
+
+
+def _try_evaluate(
+    tree: Node,
+    point: Point,
+    is_complex: bool,
+    digits: int = PRECISION_DIGITS,
+) -> Any:
+    """Returns the value of a tree at a point, with `digits` digits; None if it has none, or none that counts."""
     with mpmath.workdps(digits):
         try:
             value = evaluate(tree, point)
@@ -114,8 +130,8 @@ def _try_evaluate(tree: Node, point: Point, is_complex: bool, digits: int = PREC
 
 
 def evaluate(tree: Node, point: Point) -> Any:
-    """The value of a tree as mpmath has it; every part has to be finite and of at most MAX_VALUE_DIGITS digits. Raises
-    Undefined."""
+    """Returns the value of a tree as an mpmath number. Raises Undefined if a part is not finite or has more than
+    MAX_VALUE_DIGITS digits."""
     kind = tree[0]
     if kind == "number":
         return mpmath.mpf(tree[1].numerator) / tree[1].denominator
@@ -139,8 +155,9 @@ def _power(base: Any, exponent: Any) -> Any:
 def _root(inner: Any, degree: Any) -> Any:
     if degree == 0:
         raise Undefined
-    # the real root, as people mean it
-    if mpmath.im(inner) == 0 and mpmath.re(inner) < 0 and mpmath.isint(degree) and int(degree) % 2:
+    # the real root of a negative number, which is usually meant, and not the principal root
+    is_negative = mpmath.im(inner) == 0 and mpmath.re(inner) < 0
+    if is_negative and mpmath.isint(degree) and int(degree) % 2:
         return -_power(-inner, 1 / degree)
     return _power(inner, 1 / degree)
 
@@ -163,22 +180,35 @@ def _binomial(whole: Any, part: Any) -> Any:
     return mpmath.binomial(whole, part)
 
 
+def _logarithm(inner: Any, base: Any) -> Any:
+    return mpmath.log(inner) / mpmath.log(base)
+
+
+def _sinh(inner: Any) -> Any:
+    return (_exp(inner) - _exp(-inner)) / 2
+
+
+def _cosh(inner: Any) -> Any:
+    return (_exp(inner) + _exp(-inner)) / 2
+
+
+# functions, because the values depend on the precision at the time of the call
 CONSTANTS: dict[str, Callable[[], Any]] = {
     "pi": lambda: +mpmath.pi,
     "e": lambda: +mpmath.e,
     "i": lambda: mpmath.mpc(0, 1),
 }
 MPMATH_FUNCTIONS: dict[str, Callable[..., Any]] = {
-    "add": lambda a, b: a + b,
-    "multiply": lambda a, b: a * b,
-    "divide": lambda a, b: a / b,
-    "negative": lambda a: -a,
+    "add": operator.add,
+    "multiply": operator.mul,
+    "divide": operator.truediv,
+    "negative": operator.neg,
     "power": _power,
     "root": _root,
     "sqrt": mpmath.sqrt,
     "factorial": _factorial,
     "binomial": _binomial,
-    "logarithm": lambda a, b: mpmath.log(a) / mpmath.log(b),
+    "logarithm": _logarithm,
     "exp": _exp,
     "ln": mpmath.log,
     "log": mpmath.log,
@@ -194,50 +224,56 @@ MPMATH_FUNCTIONS: dict[str, Callable[..., Any]] = {
     "arcsin": mpmath.asin,
     "arccos": mpmath.acos,
     "arctan": mpmath.atan,
-    "sinh": lambda a: (_exp(a) - _exp(-a)) / 2,
-    "cosh": lambda a: (_exp(a) + _exp(-a)) / 2,
+    "sinh": _sinh,
+    "cosh": _cosh,
     "tanh": mpmath.tanh,
 }
 
 
-def _symbolic(ground_truth: Node, answer: Node, size: Any) -> GradeResult:
-    """Sympy on two expressions with the same values: 0 confirms, a constant too small to be seen refutes, anything else
-    leaves it there."""
+def _symbolic(ground_truth: Node, answer: Node, largest: Any) -> GradeResult:
+    """Returns the result of sympy for two expressions with equal values, of which `largest` is the largest. A zero
+    difference confirms that they are the same, and a constant one that is too small to be seen shows that they are not;
+    any other result decides nothing."""
+    same = {"same": True, "confirmed": True}
+    unconfirmed = {"same": True, "confirmed": False}
     if ground_truth == answer:
-        return {"same": True, "confirmed": True}
-    if _safe_to_expand(ground_truth) and _safe_to_expand(answer):
-        difference = time_limit(SIMPLIFY_SECONDS, lambda: sympy.simplify(to_sympy(ground_truth) - to_sympy(answer)))
-        if difference is not None and difference.is_zero:
-            return {"same": True, "confirmed": True}
-        if (
-            difference is not None
-            and difference.is_number
-            and 0 < abs(sympy.N(difference, 15, maxn=1000)) < max(MIN_RELATIVE_CONSTANT * size, RTOL)
-        ):
+        return same
+    if not _safe_to_expand(ground_truth) or not _safe_to_expand(answer):
+        return unconfirmed
+    difference = time_limit(SIMPLIFY_SECONDS, lambda: sympy.simplify(to_sympy(ground_truth) - to_sympy(answer)))
+    if difference is None:
+        return unconfirmed
+    if difference.is_zero:
+        return same
+    if difference.is_number:
+        constant = abs(sympy.N(difference, 15, maxn=1000))
+        if 0 < constant < max(MIN_RELATIVE_CONSTANT * largest, RTOL):
             return {"same": False}
-    return {"same": True, "confirmed": False}
+    return unconfirmed
 
 
 def _safe_to_expand(tree: Node) -> bool:
-    """Whether no power in a tree is one that sympy might write out: only of numbers or up to the 100th."""
-    if tree[0] == "power":
-        if not free_variables(tree[2]):
-            exponent = _try_evaluate(tree[2], {}, True, 15)
-        else:
-            exponent = mpmath.mpf(0)
-        if exponent is None or abs(exponent) > (1000 if not free_variables(tree[1]) else 100):
-            return False
-    if (
-        tree[0] in ("factorial", "binomial")
-        and not free_variables(tree)
-        and (_try_evaluate(tree, {}, False, 15) or mpmath.inf) > mpmath.mpf(10) ** 1000
-    ):
+    """Returns whether sympy can expand all powers, factorials and binomials of a tree in a short time."""
+    if tree[0] == "power" and not _has_small_exponent(tree):
         return False
-    return all(_safe_to_expand(part) for part in tree[1:] if isinstance(part, tuple))
+    if tree[0] in ("factorial", "binomial") and not free_variables(tree):
+        value = _try_evaluate(tree, {}, False, 15)
+        if not value or value > MAX_EXACT_FACTORIAL:
+            return False
+    return all(map(_safe_to_expand, children(tree)))
+
+
+def _has_small_exponent(power: Node) -> bool:
+    _, base, exponent = power
+    if free_variables(exponent):
+        return True
+    value = _try_evaluate(exponent, {}, True, 15)
+    maximum = MAX_VARIABLE_EXPONENT if free_variables(base) else MAX_NUMBER_EXPONENT
+    return value is not None and abs(value) <= maximum
 
 
 def to_sympy(tree: Node) -> Any:
-    """The tree as sympy has it, with real variables."""
+    """Returns a tree as a sympy expression with real variables."""
     kind = tree[0]
     if kind == "number":
         value: Fraction = tree[1]
@@ -251,11 +287,11 @@ def to_sympy(tree: Node) -> Any:
 
 SYMPY_CONSTANTS = {"pi": sympy.pi, "e": sympy.E, "i": sympy.I}
 SYMPY_FUNCTIONS: dict[str, Callable[..., Any]] = {
-    "add": lambda a, b: a + b,
-    "multiply": lambda a, b: a * b,
-    "divide": lambda a, b: a / b,
-    "negative": lambda a: -a,
-    "power": lambda a, b: a**b,
+    "add": operator.add,
+    "multiply": operator.mul,
+    "divide": operator.truediv,
+    "negative": operator.neg,
+    "power": operator.pow,
     "root": sympy.real_root,
     "sqrt": sympy.sqrt,
     "factorial": sympy.factorial,
@@ -283,4 +319,4 @@ SYMPY_FUNCTIONS: dict[str, Callable[..., Any]] = {
 
 
 def _contains_name(tree: Node, name: str) -> bool:
-    return tree == ("name", name) or any(_contains_name(part, name) for part in tree[1:] if isinstance(part, tuple))
+    return tree == ("name", name) or any(_contains_name(part, name) for part in children(tree))

@@ -1,7 +1,8 @@
-r"""Units and counted nouns behind a number: 5 cm, 5\text{ km/h}, 5\text{ cm}^2, 12 apples.
+r"""Recognizes units and counted nouns after a number: 5 cm, 5\text{ km/h}, 5\text{ cm}^2, 12 apples. Runs in the main
+process.
 
-A unit is a known one or a noun. A letter is a unit only where it is set upright, as in 5\text{ m}: 2m, 2n and 2ab are
-products. A word that changes the number, as million or squared, is no unit.
+A unit is a known unit or a noun. A single letter is a unit only in upright text, as in 5\text{ m}: 2m, 2n and 2ab are
+products. A word that changes the number, as million or squared, is not a unit.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ OPERATORS = frozenset(
 # sixteenths, twentieths, quadrillion: a fraction or a power of ten
 NUMBER_ENDING = re.compile(r".*(?:teenths?|tieths?|twel(?:f|v)ths?|illions?(?:ths?)?)", re.I)
 NOUN = re.compile(r"(?=.*[aeiou]|.*[^\x00-\x7f])[^\W\d_][^\W\d_'-]{2,}", re.I)
-# in a formula, where letters are also a product, a longer word
+# in a formula only longer words, because letters may be a product
 PLAIN_NOUN = re.compile(r"(?=.*[aeiou])(?:[^\W\d_]{3,}s|[^\W\d_]{5,})", re.I)
 POWER = r"(?: ?\^ ?\{?[23]\}?)?"
 UPRIGHT = re.compile(r"(?<=[\d})a-z]) ?\\text ?\{([^{}]*)\}" + POWER + r"(?: ?/ ?\\text ?\{([^{}]*)\}" + POWER + r")?$")
@@ -42,29 +43,31 @@ PARTS = re.compile(r"[ /,;:()]+|\^ ?[23]|[\u00b2\u00b3]")
 
 
 def without_unit(text: str) -> str:
-    """A normalized LaTeX answer without the unit behind it."""
+    """Returns a normalized LaTeX answer without the unit after it."""
     if match := UPRIGHT.search(text):
         names = [name for name in match.groups() if name is not None]
-        if all(_consists_of_units(name, LETTERS, NOUN) for name in names):
-            return text[: match.start()]
+        has_unit = all(_consists_of_units(name, LETTERS, NOUN) for name in names)
+    elif match := PLAIN.search(text):
+        space, name = match.groups()
+        has_unit = _consists_of_units(name, frozenset(), PLAIN_NOUN if space else None)
+    else:
         return text
-    if match := PLAIN.search(text):
-        noun = PLAIN_NOUN if match[1] else None
-        if _consists_of_units(match[2], frozenset(), noun):
-            return text[: match.start()]
-        return text
-    return text
+    return text[: match.start()] if has_unit else text
 
 
 def is_unit(text: str) -> bool:
-    """Whether the text right behind a number names its unit; a noun needs a space before it."""
+    """Returns whether the text after a number is its unit; a noun needs a space before it."""
     return _consists_of_units(text, LETTERS, NOUN if text.startswith(" ") else None)
 
 
 def _consists_of_units(text: str, letters: frozenset[str], noun: re.Pattern[str] | None) -> bool:
+    """Returns whether all words of a text but of, per, to and the like are units; `letters` are the units of one
+    letter, and `noun` matches the nouns."""
     parts = [part.rstrip(".") for part in PARTS.split(text) if part.strip(".")]
-    named = [part for part in parts if part not in SMALL_WORDS or part in SYMBOLS]
-    return bool(named) and all(_is_unit_word(part, letters, noun) for part in named)
+    units = [part for part in parts if part not in SMALL_WORDS or part in SYMBOLS]
+    if not units:
+        return False
+    return all(_is_unit_word(part, letters, noun) for part in units)
 
 
 def _is_unit_word(word: str, letters: frozenset[str], noun: re.Pattern[str] | None) -> bool:
@@ -73,4 +76,6 @@ def _is_unit_word(word: str, letters: frozenset[str], noun: re.Pattern[str] | No
         return True
     if lower in OPERATORS or NUMBER_ENDING.fullmatch(word):
         return False
-    return lower in NAMES or lower.removesuffix("s") in NAMES or noun is not None and noun.fullmatch(word) is not None
+    if lower in NAMES or lower.removesuffix("s") in NAMES:
+        return True
+    return noun is not None and noun.fullmatch(word) is not None

@@ -1,9 +1,13 @@
-"""A place for code that a model wrote: no network, no files but Python's own, no processes, little memory and time.
+"""A sandbox for code that a model wrote: no network, no files except Python's own, no processes, limits on memory and
+time.
 
-`isolation` says what this machine offers and proves it, `launch` starts confined processes, `confine` is what these do
-to themselves before they take in any code. A solver runs the code; a tester runs the tests of the data beside it. They
-exchange plain values (`values`) in frames (`frames`) through the worker between them, so that what the tests expect is
+Trusted side, in the worker process of `python_tests`: `isolation` tests which level this machine supports, `launch`
+starts confined processes, `ipc` exchanges messages with them, and `check` runs the code and the tests of a row.
+
+Confined side: `child` is the start, and `confine` (with `namespaces`, `mounts`, `landlock`, `seccomp`, `syscalls`)
+restricts the process before it receives any code. A `solver` process runs the code, and a `tester` process the tests of
+the data. They exchange plain `values` in `frames` through the worker between them, so that what the tests expect is
 never in the process that runs the code.
 
-All of it is of the standard library: a confined process has no site-packages.
+Only the standard library is imported: a confined process has no site-packages.
 """

@@ -1,5 +1,5 @@
-"""One check: the code in a solver, the tests in a tester, and this process between them, which alone says how it
-ended."""
+"""One check: the code in a solver process, the tests in a tester process, and this process between them, which alone
+decides the result. Runs in the worker process."""
 
 from __future__ import annotations
 
@@ -19,15 +19,20 @@ from lowrank_tune.rewards.workers.charged_time import (
 )
 from lowrank_tune.rewards.workers.process_tree import read_tree
 
-MIN_CODE_SHARE = 0.5  # of the time of a check, used by the code alone: then tests that never began are its fault
+MIN_CODE_SHARE = (
+    0.5  # share of the time of a check; if the code alone used it, the code is the cause of tests that did not begin
+)
 PROBE_SECONDS = 0.5
 
 
 @dataclass(frozen=True)
 class CheckResult:
-    """How a check ended. pass, fail: the code is right or wrong. The cause of no result is in the row's tests (fault),
-    a busy machine (late) or the sandbox (error). `mistyped`: what failed is equal to what was expected, but for its
-    type. `slow`: what failed did not end in time."""
+    """The result of a check.
+
+    pass, fail: the code is right or wrong. There is no result because of the row's tests (fault), a busy machine (late)
+    or the sandbox (error). `mistyped`: the wrong value differs from the expected one only in its type. `slow`: the code
+    did not end in time.
+    """
 
     outcome: Literal["pass", "fail", "fault", "late", "error"]
     reason: str = ""
@@ -36,7 +41,7 @@ class CheckResult:
 
 
 class TestFailed(Exception):
-    """The code has failed; the message says why."""
+    """The code has failed; the message is the reason."""
 
 
 class TooSlow(Exception):
@@ -44,7 +49,7 @@ class TooSlow(Exception):
 
 
 class SandboxPair:
-    """A solver and a tester, confined and waiting: made before they are needed, used once."""
+    """A solver and a tester, confined and waiting. Created before they are needed, and used once."""
 
     def __init__(self, level: Level) -> None:
         self.used = False
@@ -62,15 +67,18 @@ class SandboxPair:
         seconds: float,
         strict: bool = True,
     ) -> CheckResult:
-        """Runs the tests on the code, both together within so many seconds of `ChargedTime`. `prompt` and `entry`: see
-        `solver.complete_program`. `strict`: types count. Ends both processes."""
+        """Runs the tests on the code, both together within `seconds` of `ChargedTime`, and ends both processes.
+
+        `prompt` and `entry`: see `solver.complete_program`. `strict`: whether the types of values count.
+        """
         self.used = True
         self.seconds = seconds
         try:
             self._solver.ready()
             self._tester.ready()
             self._time = ChargedTime([self._solver.pid, self._tester.pid], seconds)
-            return self._relay(encode({"prompt": prompt, "code": code, "entry": entry}), encode([tests, strict]))
+            program = encode({"prompt": prompt, "code": code, "entry": entry})
+            return self._relay(program, encode([tests, strict]))
         except TestFailed as wrong:
             return CheckResult("fail", str(wrong))
         except TooSlow:
@@ -83,7 +91,7 @@ class SandboxPair:
             self.end()
 
     def end(self) -> None:
-        """Ends both processes. Once they have ended it does nothing."""
+        """Ends both processes, if they have not ended."""
         self._solver.end()
         self._tester.end()
 
@@ -91,16 +99,16 @@ class SandboxPair:
         return CheckResult("fail", f"did not end within {self.seconds:g} s", slow=True)
 
     def _starved_result(self, starved: str) -> CheckResult:
-        """The result of code that waited for a processor nearly all the time. A program that only computes would have
-        used its time meanwhile, unless the machine is too busy: code that sleeps and wakes up all the time may wait
-        any number of times."""
+        """Returns the result for code that could run nearly all the time but did not use its time. If a program that
+        only computes gets enough of a processor now, the machine is not too busy: code that sleeps and wakes up again
+        and again is the cause itself."""
         self.end()
         if computing_share(PROBE_SECONDS) * MAX_WALL_FACTOR >= 1.0:
             return self._slow_result()
         return CheckResult("late", f"the machine is too busy to run the code: {starved}")
 
     def _relay(self, code: bytes, tests: bytes) -> CheckResult:
-        """Hands requests of the tester to the solver and its answers back, until the tester tells the end."""
+        """Passes requests of the tester to the solver and the replies back, until the tester sends the result."""
         try:
             reply = decode(self._solver_reply(code))
         except DeserializationError:
@@ -110,13 +118,14 @@ class SandboxPair:
         self._loading_seconds = self._time.charged
         message = self._tester_reply(tests, 0)
         calls = 0
+        # a message is a call (C) of the solution, or the verdict (V)
         while message[:1] != b"V":
             calls += 1
             message = self._tester_reply(self._solver_reply(message[1:]), calls)
         return CheckResult(*decode(message[1:]))
 
     def _solver_reply(self, request: bytes) -> bytes:
-        """The solver's reply. Raises TestFailed for anything else that the solver does."""
+        """Returns the solver's reply. Raises TooSlow, or TestFailed for anything else than a reply."""
         try:
             return self._exchange(self._solver, request)
         except TimeLimitReached:
@@ -129,8 +138,8 @@ class SandboxPair:
             raise TestFailed("wrote to the stream of its results") from None
 
     def _tester_reply(self, solver_reply: bytes, calls: int) -> bytes:
-        """The tester's next message. Raises TooSlow where it runs out of time on values of the code, and Unconfined
-        where the tests do not begin or their process ends."""
+        """Returns the tester's next message. Raises TooSlow if the time is over because of the code, and Unconfined if
+        the tests do not begin or their process ends."""
         try:
             return self._exchange(self._tester, solver_reply)
         except TimeLimitReached:
@@ -141,7 +150,7 @@ class SandboxPair:
             raise Unconfined(f"the process of the tests {self._tester.end()}") from None
 
     def _exchange(self, process: Confined, message: bytes) -> bytes:
-        """The answer to a message. Raises TimeLimitReached, Starved, and what `receive` raises beside
+        """Returns the reply to a message. Raises TimeLimitReached, Starved, and what `receive` raises except
         ChannelTimeout."""
         with contextlib.suppress(ChannelTimeout):
             process.send(message, self._time.next_sample)
@@ -156,6 +165,6 @@ class SandboxPair:
                 return reply
 
     def _code_seconds(self) -> float:
-        """Seconds that the code alone has used: until it was loaded, or on a processor, in threads that go on."""
+        """Returns the seconds that the code alone has used: until it was loaded, or on a processor in its threads."""
         tree = read_tree([self._solver.pid])
         return max(self._loading_seconds, tree.cpu_seconds if tree else 0.0)

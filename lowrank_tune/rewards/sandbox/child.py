@@ -1,5 +1,5 @@
-"""Where a confined process begins: `launch` starts it with the arguments of `main`. All that it needs of the kit is
-imported before."""
+"""The start of a confined process, called by `launch` with the arguments of `main`. Imports all modules of the package
+that the process needs, before it is confined."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ ROLES = {"solver": solver.serve, "tester": tester.serve}
 
 
 def main(role: str, level: str, *numbers: str) -> None:
-    """`numbers`: the descriptor of the conversation, the parent's process, and the limits of `confine`."""
+    """Confines this process and serves a role until the channel is closed. `numbers`: the descriptor of the channel,
+    the process id of the parent, and the limits of `confine`."""
     descriptor, *rest = map(int, numbers)
     try:
         status = confine(level, descriptor, *rest)
@@ -24,5 +25,5 @@ def main(role: str, level: str, *numbers: str) -> None:
     frames.write_frame(descriptor, encode(status))
     try:
         ROLES[role](AuthenticatedChannel(descriptor))
-    except EOFError:  # nobody asks any more
+    except EOFError:  # the channel was closed
         os._exit(0)

@@ -1,4 +1,4 @@
-"""What a process does to itself, in this order, before it takes in any code that it must not trust."""
+"""Confines this process, step by step in a fixed order, before it receives any untrusted code."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from lowrank_tune.rewards.sandbox import landlock, mounts, namespaces, seccomp
 from lowrank_tune.rewards.sandbox.syscalls import (
     PR_SET_DUMPABLE,
     PR_SET_NO_NEW_PRIVS,
-    die_with_parent,
     drop_capabilities,
+    exit_with_parent,
     prctl,
 )
 
@@ -29,35 +29,40 @@ def confine(
     seconds: int,
     tasks: int,
 ) -> dict[str, object]:
-    """Confines this process at the level; `descriptor` stays open. Returns what was reached. Raises OSError where a
-    step is refused.
+    """Confines this process at a level; `descriptor` stays open. Returns the level, the user and the version of
+    Landlock. Raises OSError if a step fails.
 
-    `memory` in bytes; `seconds` of CPU; `tasks`: how many its user may have in all, threads count too (0: no limit).
+    `memory`: bytes of address space. `seconds`: CPU time. `tasks`: processes and threads that its user may have in all
+    (0: no limit).
     """
     paths = mounts.library_paths()
     readable = mounts.readable(paths)
-    # whose first process is bound to this one's parent, and takes all in its namespace with it
+    # bubblewrap ends with its parent by itself, and all processes in its namespace with it
     if level != "bubblewrap":
-        die_with_parent(parent)
+        exit_with_parent(parent)
     if level == "namespaces":
         namespaces.enter(readable)
         _continue_in_child(descriptor)
-    descriptors = landlock.open_paths(readable), landlock.open_paths(mounts.WRITABLE)  # while they can be
+    # opened while this process still may
+    readable_descriptors = landlock.open_paths(readable)
+    writable_descriptors = landlock.open_paths(mounts.WRITABLE)
     _keep_imports_working(paths)
     _become_nobody()
-    if level != "bubblewrap":  # again: a new process, and a new user, has forgotten it
-        # the parent of the first process of a namespace cannot be seen: it is 0
-        die_with_parent(0 if level == "namespaces" else parent)
+    # again, because a new process and a new user lose the setting
+    if level != "bubblewrap":
+        # the first process of a namespace sees its parent as process 0
+        exit_with_parent(0 if level == "namespaces" else parent)
     drop_capabilities()
     prctl(PR_SET_NO_NEW_PRIVS)
     _limit(memory, seconds, tasks)
     os.environ.clear()
-    return {"level": level, "uid": os.getuid(), "landlock": restrict(level, *descriptors)}
+    landlock_version = restrict(level, readable_descriptors, writable_descriptors)
+    return {"level": level, "uid": os.getuid(), "landlock": landlock_version}
 
 
 def restrict(level: str, readable: list[int], writable: list[int]) -> int:
-    """Landlock where the level needs it or the kernel has it, then the filter of system calls. The version of Landlock,
-    or 0."""
+    """Installs Landlock if the level needs it or the kernel has it, then the filter of system calls. Returns the
+    version of Landlock, or 0."""
     landlock_version = 0
     if level == "landlock" or (level != "none" and landlock.version()):
         landlock_version = landlock.restrict(readable, writable)
@@ -69,7 +74,7 @@ def restrict(level: str, readable: list[int], writable: list[int]) -> int:
 
 
 def _continue_in_child(descriptor: int) -> None:
-    """Returns in a child, the first process of its namespace; this one waits for it and ends as it does."""
+    """Returns in a child, the first process of the new namespace; this process waits for it and exits as it does."""
     if child := os.fork():
         os.close(descriptor)
         code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
@@ -77,23 +82,30 @@ def _continue_in_child(descriptor: int) -> None:
 
 
 def _keep_imports_working(paths: list[str]) -> None:
-    """Imports go on where nobody may not pass the folders that lead to the standard library, as /root: through open
-    folders."""
+    """Maps the import paths to open folders if the user nobody may not enter the folders above them, as /root."""
     mapping = {path: path for path in paths}
     if os.geteuid() == 0 and not all(_is_traversable(path) for path in paths):
-        mapping = {path: f"/proc/self/fd/{os.open(path, os.O_PATH)}" if os.path.isdir(path) else path for path in paths}
-    packages = [module for module in sys.modules.values() if isinstance(getattr(module, "__path__", None), list)]
-    for package in packages:  # what of them is not imported yet comes from the same place
-        package.__path__[:] = map(os.path.realpath, package.__path__)
-        for path, mapped in mapping.items():
-            package.__path__[:] = [
-                mapped + entry[len(path) :] if entry.startswith(path + "/") else entry for entry in package.__path__
-            ]
+        for path in paths:
+            if os.path.isdir(path):
+                mapping[path] = f"/proc/self/fd/{os.open(path, os.O_PATH)}"
+    # packages that are imported may still import modules of theirs
+    for module in list(sys.modules.values()):
+        package_path = getattr(module, "__path__", None)
+        if isinstance(package_path, list):
+            package_path[:] = [_mapped(os.path.realpath(entry), mapping) for entry in package_path]
     sys.path[:] = mapping.values()
     sys.path_importer_cache.clear()
 
 
+def _mapped(entry: str, mapping: dict[str, str]) -> str:
+    for path, mapped in mapping.items():
+        if entry.startswith(path + "/"):
+            entry = mapped + entry[len(path) :]
+    return entry
+
+
 def _is_traversable(path: str) -> bool:
+    """Returns whether all users may enter the folders of a path."""
     while path != "/":
         if not os.stat(path).st_mode & 0o001 and os.path.isdir(path):
             return False
@@ -102,16 +114,19 @@ def _is_traversable(path: str) -> bool:
 
 
 def _become_nobody() -> None:
-    """A superuser becomes nobody, unless the standard library is closed to others, or this system knows no nobody, as
-    some user namespaces. Then it stays what it is, without its rights, bound by the rest."""
-    if os.geteuid() == 0 and os.stat(os.__file__).st_mode & OTHERS_READ_BIT:
-        try:
-            os.setgroups([])
-            os.setresgid(NOBODY, NOBODY, NOBODY)
-            os.setresuid(NOBODY, NOBODY, NOBODY)
-        except OSError:
-            return  # what it told of itself says so
-        prctl(PR_SET_DUMPABLE, 1)  # or /proc/self would belong to root and the open folders could not be used
+    """Changes root to the user nobody. If other users may not read the standard library, or the system has no user
+    nobody (as in some user namespaces), the user stays root, without capabilities and with all other restrictions; the
+    returned status has the user."""
+    if os.geteuid() != 0 or not os.stat(os.__file__).st_mode & OTHERS_READ_BIT:
+        return
+    try:
+        os.setgroups([])
+        os.setresgid(NOBODY, NOBODY, NOBODY)
+        os.setresuid(NOBODY, NOBODY, NOBODY)
+    except OSError:
+        return
+    # else /proc/self would belong to root, and the open folders could not be used
+    prctl(PR_SET_DUMPABLE, 1)
 
 
 def _limit(memory: int, seconds: int, tasks: int) -> None:
@@ -128,5 +143,6 @@ def _limit(memory: int, seconds: int, tasks: int) -> None:
         sizes[resource.RLIMIT_NPROC] = tasks
     for limit, size in sizes.items():
         hard = resource.getrlimit(limit)[1]
-        size = size if hard == resource.RLIM_INFINITY else min(size, hard)
+        if hard != resource.RLIM_INFINITY:
+            size = min(size, hard)
         resource.setrlimit(limit, (size, size))

@@ -1,5 +1,5 @@
-"""Messages of known length over a stream: four bytes of length, then so many bytes. The confined side, which waits as
-long as it lives."""
+"""Messages over a stream: four bytes with the length, then that many bytes. The confined side, which waits without a
+time limit; the trusted side is `ipc.py`."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ HEADER_BYTES = 4
 
 
 def read_frame(descriptor: int) -> bytes:
-    """The next message. Raises EOFError at the end."""
+    """Returns the next message. Raises EOFError at the end of the stream."""
     (length,) = struct.unpack("<I", _read_exactly(descriptor, HEADER_BYTES))
     return _read_exactly(descriptor, length)
 
@@ -18,9 +18,10 @@ def read_frame(descriptor: int) -> bytes:
 def _read_exactly(descriptor: int, count: int) -> bytes:
     parts = bytearray()
     while len(parts) < count:
-        if not (more := os.read(descriptor, min(count - len(parts), 1 << 20))):
+        part = os.read(descriptor, min(count - len(parts), 1 << 20))
+        if not part:
             raise EOFError
-        parts += more
+        parts += part
     return bytes(parts)
 
 

@@ -1,4 +1,4 @@
-"""The confined side of a conversation: every message carries the nonce that came first, and its number."""
+"""The confined side of a channel: every message begins with a nonce, the first message received, and its number."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ NONCE_BYTES = 16
 
 
 class AuthenticatedChannel:
-    """Messages over one descriptor. What does not begin as it must was written by someone else."""
+    """Messages over one descriptor. The trusted side rejects a message without the nonce and the number: the code
+    itself wrote it."""
 
     def __init__(self, descriptor: int) -> None:
         self._descriptor = descriptor

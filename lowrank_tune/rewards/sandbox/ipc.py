@@ -1,4 +1,5 @@
-"""The trusted side of a stream of messages: every wait has a deadline, and what comes has a longest length."""
+"""The trusted side of a stream of messages: every wait has a deadline, and every message a maximum length. The confined
+side is `frames.py`."""
 
 from __future__ import annotations
 
@@ -9,15 +10,15 @@ import time
 
 from lowrank_tune.rewards.sandbox.frames import HEADER_BYTES
 
-MAX_MESSAGE_BYTES = 4 << 20  # bytes of one message that are taken
+MAX_MESSAGE_BYTES = 4 << 20  # bytes of one message that is accepted
 
 
 class ChannelTimeout(Exception):
-    """Nothing came in time."""
+    """Nothing was received in time."""
 
 
 class ChannelClosed(Exception):
-    """The other side is gone."""
+    """The other side has closed the stream."""
 
 
 class MessageTooLong(Exception):
@@ -25,7 +26,7 @@ class MessageTooLong(Exception):
 
 
 class Channel:
-    """One stream. Deadlines are of time.monotonic."""
+    """One stream. Deadlines are times of time.monotonic."""
 
     def __init__(self, stream: socket.socket) -> None:
         self._stream = stream
@@ -34,35 +35,39 @@ class Channel:
         stream.setblocking(False)
 
     def send(self, message: bytes, deadline: float) -> None:
-        """Raises ChannelTimeout or ChannelClosed. What is not sent in time is sent by the next call."""
+        """Sends a message. What is not sent in time is sent by the next call. Raises ChannelTimeout or
+        ChannelClosed."""
         self._unsent += struct.pack("<I", len(message)) + message
         self.flush(deadline)
 
     def flush(self, deadline: float) -> None:
-        """Sends what an earlier call could not. Raises ChannelTimeout or ChannelClosed."""
+        """Sends what an earlier call could not send. Raises ChannelTimeout or ChannelClosed."""
         while self._unsent:
             try:
-                del self._unsent[: self._stream.send(self._unsent)]
+                num_sent = self._stream.send(self._unsent)
             except BlockingIOError:
                 self._wait(select.POLLOUT, deadline)
             except OSError:
                 raise ChannelClosed from None
+            else:
+                del self._unsent[:num_sent]
 
     def receive(self, deadline: float) -> bytes:
-        """The next message. Raises ChannelTimeout, ChannelClosed or MessageTooLong; after ChannelTimeout a next call
-        goes on."""
+        """Returns the next message. Raises ChannelTimeout, ChannelClosed or MessageTooLong; after ChannelTimeout the
+        next call continues."""
         while (message := self._pop_message()) is None:
             try:
-                more = self._stream.recv(1 << 18)
+                received = self._stream.recv(1 << 18)
             except BlockingIOError:
                 self._wait(select.POLLIN, deadline)
                 continue
             except OSError:
                 raise ChannelClosed from None
-            if not more:
+            if not received:
                 raise ChannelClosed
-            self._buffer += more
-            if time.monotonic() > deadline and not self._is_complete():  # also where a little always comes
+            self._buffer += received
+            # also if the other side sends a few bytes again and again
+            if time.monotonic() > deadline and not self._is_complete():
                 raise ChannelTimeout
         return message
 
@@ -75,8 +80,9 @@ class Channel:
         return message
 
     def _is_complete(self) -> bool:
-        """Whether a whole message has come. Raises MessageTooLong."""
-        return len(self._buffer) >= HEADER_BYTES and len(self._buffer) >= HEADER_BYTES + self._length()
+        """Returns whether a whole message was received. Raises MessageTooLong."""
+        num_received = len(self._buffer)
+        return num_received >= HEADER_BYTES and num_received >= HEADER_BYTES + self._length()
 
     def _length(self) -> int:
         length: int = struct.unpack_from("<I", self._buffer)[0]
@@ -87,11 +93,12 @@ class Channel:
     def _wait(self, event: int, deadline: float) -> None:
         poll = select.poll()
         poll.register(self._stream, event)
-        if not poll.poll(max(0.0, 1e3 * (deadline - time.monotonic()))):
+        timeout_ms = max(0.0, 1e3 * (deadline - time.monotonic()))
+        if not poll.poll(timeout_ms):
             raise ChannelTimeout
 
     def closed(self) -> bool:
-        """Whether the other side has ended the stream."""
+        """Returns whether the other side has closed the stream."""
         try:
             return self._stream.recv(1, socket.MSG_PEEK) == b""
         except BlockingIOError:

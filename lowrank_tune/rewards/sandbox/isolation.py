@@ -1,11 +1,14 @@
-"""What this machine offers for code that nobody has read. A level counts where a process at it was tried and found
-closed.
+"""The levels of isolation that this machine supports. A level counts only if a process at that level was started and
+could do nothing that must be refused.
 
-namespaces: no network, no other process, a root folder with Python's library alone; Landlock too where the kernel has
-it. bubblewrap: the same by the program `bwrap`, which some systems allow more. landlock: one's own user's processes and
-folders are there, but nothing of them can be opened or reached. At all three: a list of system calls (no process,
-program or socket), limits of memory, CPU and files, an empty environment, and for a superuser the change to nobody.
-none: limits alone, which stop no one who wants out.
+- namespaces: no network, no other process, and a root folder with only Python's library; Landlock too if the kernel has
+  it.
+- bubblewrap: the same by the program `bwrap`, which more systems allow.
+- landlock: the user's other processes and folders exist, but cannot be opened or reached.
+- none: only limits, which do not stop malicious code.
+
+At the first three levels there are also a list of allowed system calls (no new process or program, no socket), limits
+of memory, CPU and files, an empty environment, and for root the change to the user nobody.
 """
 
 from __future__ import annotations
@@ -26,7 +29,7 @@ from lowrank_tune.rewards.sandbox.launch import Confined, Level, Unauthenticated
 from lowrank_tune.rewards.sandbox.values import DeserializationError, decode, encode
 
 LEVELS: tuple[Level, ...] = ("namespaces", "bubblewrap", "landlock")
-"""From the strongest to the floor."""
+"""From the strongest to the weakest."""
 PROBE_SECONDS = 10.0
 PROBE = """
 import os, signal, socket
@@ -39,7 +42,7 @@ def works(attempt):
 def child():
     if not os.fork():
         os._exit(0)
-def open_doors(secret, folder, parent):
+def escapes(secret, folder, parent):
     attempts = {
         "reads files": lambda: open(secret).read(),
         "writes files": lambda: open(folder + "/written", "w").write("x"),
@@ -51,12 +54,12 @@ def open_doors(secret, folder, parent):
     }
     return [name for name, attempt in attempts.items() if works(attempt)]
 """
-"""Tried at every level: each of these must be refused."""
+"""Code that runs at every level: each of its attempts must be refused."""
 
 
 @dataclass(frozen=True)
 class AvailableIsolation:
-    """A level that was tried: `fault` says why it is none here. `status` is what the process told of itself."""
+    """A level that was tested. `fault`: why it cannot be used. `status`: what `confine` returned in the process."""
 
     level: Level
     fault: str = ""
@@ -65,30 +68,34 @@ class AvailableIsolation:
     def __str__(self) -> str:
         if self.fault or self.status is None:
             return f"{self.level}: {self.fault}"
+        parts = []
+        if self.level != "landlock":
+            parts.append(str(self.level))
         if self.status["landlock"]:
-            lock = f" + Landlock {self.status['landlock']}"
-        else:
-            lock = ""
-        base = "" if self.level == "landlock" else self.level
-        return (
-            f"{base}{lock}{'' if self.level == 'none' else ' + seccomp'} + limits, as user {self.status['uid']}"
-        ).removeprefix(" + ")
+            parts.append(f"Landlock {self.status['landlock']}")
+        if self.level != "none":
+            parts.append("seccomp")
+        return f"{' + '.join([*parts, 'limits'])}, as user {self.status['uid']}"
 
 
 @functools.cache
 def best_available() -> AvailableIsolation | None:
-    """The strongest level at or above the floor; None where there is none. Tried once."""
-    return next((available for available in map(probe_level, LEVELS) if not available.fault), None)
+    """Returns the strongest level that can be used; None if there is none. Tests the levels once."""
+    for level in LEVELS:
+        available = probe_level(level)
+        if not available.fault:
+            return available
+    return None
 
 
 def unavailable_reason() -> str:
-    """Why each level is none here, in words."""
+    """Returns why each level cannot be used."""
     return "; ".join(str(available) for available in map(probe_level, LEVELS))
 
 
 @functools.cache
 def probe_level(level: Level) -> AvailableIsolation:
-    """Starts a process at the level and lets it try the doors."""
+    """Starts a process at a level and runs the attempts of PROBE in it."""
     if sys.platform != "linux" or not seccomp.is_supported():
         return AvailableIsolation(level, f"not on {sys.platform} {os.uname().machine}")
     if level == "bubblewrap" and shutil.which("bwrap") is None:
@@ -99,21 +106,23 @@ def probe_level(level: Level) -> AvailableIsolation:
         escapes = escape_checks(solver)
     except Unconfined as fault:
         return AvailableIsolation(level, str(fault))
-    except (ChannelClosed, ChannelTimeout, MessageTooLong, UnauthenticatedMessage, DeserializationError) as error:
-        return AvailableIsolation(
-            level, f"the process {solver.end() if isinstance(error, ChannelClosed) else 'did not answer as it should'}"
-        )
+    except ChannelClosed:
+        return AvailableIsolation(level, f"the process {solver.end()}")
+    except (ChannelTimeout, MessageTooLong, UnauthenticatedMessage, DeserializationError):
+        return AvailableIsolation(level, "the process did not answer as it should")
     finally:
         solver.end()
-    return AvailableIsolation(
-        level,
-        f"code at this level {', '.join(escapes)}" if escapes and level != "none" else "",
-        status,
-    )
+    if escapes and level != "none":
+        return AvailableIsolation(
+            level,
+            f"code at this level {', '.join(escapes)}",
+            status,
+        )
+    return AvailableIsolation(level, status=status)
 
 
 def escape_checks(solver: Confined) -> list[str]:
-    """Which of the attempts of PROBE work from inside a process."""
+    """Returns the attempts of PROBE that succeed inside a process."""
     deadline = time.monotonic() + PROBE_SECONDS
     with tempfile.TemporaryDirectory() as folder:
         os.chmod(folder, 0o777)
@@ -124,9 +133,11 @@ def escape_checks(solver: Confined) -> list[str]:
         loaded = decode(solver.receive(deadline))
         if loaded != ["loaded"]:
             return [f"cannot run ({loaded})"]
-        solver.send(encode(["name", "open_doors"]), deadline)
+        solver.send(encode(["name", "escapes"]), deadline)
         solver.receive(deadline)
-        solver.send(b"l4;" + encode("call") + b"o0;" + encode([secret, folder, os.getpid()]) + encode({}), deadline)
+        # a list of four values: operation, object 0 of the solver, arguments, named arguments
+        arguments = encode([secret, folder, os.getpid()])
+        solver.send(b"l4;" + encode("call") + b"o0;" + arguments + encode({}), deadline)
         answer = decode(solver.receive(deadline))
     if answer[0] == "value":
         return list(answer[1])

@@ -1,5 +1,5 @@
-"""Landlock (Linux 5.13 and newer): this process, and all it starts, opens only the files that it is given. It needs no
-privilege."""
+"""Landlock (Linux 5.13 and newer): restricts the files that this process and its children can open. Needs no
+privileges."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-# one number on every architecture
+# numbers of the system calls, equal on every architecture
 CREATE = 444
 ADD = 445
 RESTRICT = 446
@@ -23,8 +23,8 @@ WRITE_FILE = 1 << 1
 READ_FILE = 1 << 2
 READ_DIR = 1 << 3
 TRUNCATE = 1 << 14
-FILE_RIGHTS = ((1, 13), (2, 14), (3, 15), (5, 16))  # from this version on so many
-# from version 4, from version 6
+FILE_RIGHTS = ((1, 13), (2, 14), (3, 15), (5, 16))  # (version, number of file rights from this version on)
+# all rights, known to the kernel from version 4 and from version 6 on
 CONNECT_AND_BIND = 3
 SIGNALS_AND_ABSTRACT_SOCKETS = 3
 
@@ -44,7 +44,7 @@ class PathBeneathAttr(ctypes.Structure):
 
 
 def version() -> int:
-    """What the kernel knows; 0 where there is none."""
+    """Returns the version of Landlock in the kernel; 0 if it has none."""
     try:
         return syscall(CREATE, "landlock", None, 0, VERSION)
     except OSError:
@@ -52,18 +52,19 @@ def version() -> int:
 
 
 def open_paths(paths: Iterable[str]) -> list[int]:
-    """The paths as open descriptors for `restrict`; what is missing is left out."""
+    """Returns open descriptors of the paths, for `restrict`; paths that do not exist are left out."""
     return [os.open(path, os.O_PATH | os.O_CLOEXEC) for path in paths if os.path.exists(path)]
 
 
 def restrict(readable: Iterable[int], writable: Iterable[int]) -> int:
-    """Leaves reading beneath `readable`, and reading and writing of the files `writable`; the version used. Raises
-    OSError where there is none.
+    """Allows only reading beneath `readable`, and reading and writing of the files `writable`. Returns the version
+    used. Raises OSError if the kernel has none.
 
     PR_SET_NO_NEW_PRIVS must be set.
     """
     abi_version = syscall(CREATE, "landlock", None, 0, VERSION)
-    files = (1 << max(count for since, count in FILE_RIGHTS if abi_version >= since)) - 1
+    num_rights = max(count for since, count in FILE_RIGHTS if abi_version >= since)
+    files = (1 << num_rights) - 1
     attributes = RulesetAttr(files, CONNECT_AND_BIND, SIGNALS_AND_ABSTRACT_SOCKETS)
     if abi_version < 4:
         size = 8
@@ -71,9 +72,16 @@ def restrict(readable: Iterable[int], writable: Iterable[int]) -> int:
         size = 16
     else:
         size = 24
-    ruleset = syscall(CREATE, "landlock_create_ruleset", ctypes.addressof(attributes), size, 0)
+    ruleset = syscall(
+        CREATE,
+        "landlock_create_ruleset",
+        ctypes.addressof(attributes),
+        size,
+        0,
+    )
     for descriptor in readable:
-        _allow(ruleset, descriptor, READ_FILE | READ_DIR if stat.S_ISDIR(os.fstat(descriptor).st_mode) else READ_FILE)
+        is_folder = stat.S_ISDIR(os.fstat(descriptor).st_mode)
+        _allow(ruleset, descriptor, READ_FILE | READ_DIR if is_folder else READ_FILE)
     for descriptor in writable:
         _allow(ruleset, descriptor, (READ_FILE | WRITE_FILE | TRUNCATE) & files)
     syscall(RESTRICT, "landlock_restrict_self", ruleset, 0)

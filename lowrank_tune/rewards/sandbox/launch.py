@@ -1,5 +1,5 @@
-"""Starts confined processes and speaks with them. For a process that the worker of a pool is: it must live as long as
-they."""
+"""Starts confined processes and exchanges messages with them. Runs in the worker process, which must not end before
+they do."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ from lowrank_tune.rewards.sandbox.values import DeserializationError, decode
 Level = Literal["namespaces", "bubblewrap", "landlock", "none"]
 SandboxRole = Literal["solver", "tester"]
 FOLDER = Path(__file__).resolve().parent
-MEMORY = 1 << 30  # bytes of address space
+MEMORY_BYTES = 1 << 30  # of address space
 CPU_SECONDS = 20
-MAX_EXTRA_TASKS = 512  # processes and threads beside those that the user has anyway
+MAX_EXTRA_TASKS = 512  # processes and threads in addition to those that the user already has
 START_SECONDS = 20.0
-ENDING_SECONDS = 0.5  # between the end of a stream and that of the process
+ENDING_SECONDS = 0.5  # between the end of the stream and the end of the process
 PACKAGE = "lowrank_tune.rewards.sandbox"
 BOOT = f"""import sys
 for name in ("lowrank_tune", "lowrank_tune.rewards", "{PACKAGE}"):
@@ -37,41 +37,42 @@ for name in ("lowrank_tune", "lowrank_tune.rewards", "{PACKAGE}"):
     sys.modules[name].__path__ = [sys.argv[1]]
 from {PACKAGE}.child import main
 main(*sys.argv[2:])"""
-"""What a confined Python runs first: this package alone, without those around it, which need more than the standard
-library."""
+"""The first code of a confined Python: makes only this package importable. The packages around it need more than the
+standard library."""
 
 
 class Unconfined(Exception):
-    """A process could not be confined at its level; the message says why."""
+    """A process could not be confined at its level; the message is the reason."""
 
 
 class UnauthenticatedMessage(Exception):
-    """A message that does not carry the nonce and its number: the code itself wrote to where its results go."""
+    """A message without the nonce and its number: the code itself wrote to the stream of its results."""
 
 
 class Confined:
-    """One process at a level. It waits for its first message, confined, from the start on."""
+    """One confined process at a level, which waits for its first message."""
 
-    def __init__(self, role: SandboxRole, level: Level, memory: int = MEMORY) -> None:
+    def __init__(self, role: SandboxRole, level: Level) -> None:
         parent_end, child_end = socket.socketpair()
         self._channel = Channel(parent_end)
         self._nonce = secrets.token_bytes(NONCE_BYTES)
         self._num_received = 0
-        numbers = [child_end.fileno(), os.getpid(), memory, CPU_SECONDS, max_tasks()]
+        numbers = [child_end.fileno(), os.getpid(), MEMORY_BYTES, CPU_SECONDS, max_tasks()]
         with child_end:
             self._process = subprocess.Popen(
                 [*python(level), role, level, *map(str, numbers)],
                 pass_fds=[child_end.fileno()],
                 cwd="/",
                 start_new_session=True,
-                env={"PYTHONHASHSEED": "0"},  # sets come in one order; the process forgets it
+                # sets have one order; the process clears its environment later
+                env={"PYTHONHASHSEED": "0"},
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.DEVNULL,
             )
 
     def ready(self) -> Mapping[str, Any]:
-        """What it reached, once it is confined. Raises Unconfined."""
+        """Returns the status of the process once it is confined, and sends the nonce. Raises Unconfined."""
         deadline = time.monotonic() + START_SECONDS
         try:
             status: Mapping[str, Any] = decode(self._channel.receive(deadline))
@@ -86,19 +87,19 @@ class Confined:
 
     @property
     def pid(self) -> int:
-        """The process that this one started; at some levels the code runs in a descendant of it."""
+        """The process id of the child; at some levels the code runs in a descendant of it."""
         return self._process.pid
 
     def send(self, message: bytes, deadline: float) -> None:
-        """Raises ChannelTimeout or ChannelClosed."""
+        """Sends a message. Raises ChannelTimeout or ChannelClosed."""
         self._channel.send(message, deadline)
 
     def flush(self, deadline: float) -> None:
-        """Sends what `send` could not in time. Raises ChannelTimeout or ChannelClosed."""
+        """Sends what `send` could not send in time. Raises ChannelTimeout or ChannelClosed."""
         self._channel.flush(deadline)
 
     def receive(self, deadline: float) -> bytes:
-        """The next message. Raises ChannelTimeout, ChannelClosed, MessageTooLong or UnauthenticatedMessage."""
+        """Returns the next message. Raises ChannelTimeout, ChannelClosed, MessageTooLong or UnauthenticatedMessage."""
         message = self._channel.receive(deadline)
         self._num_received += 1
         head = self._nonce + struct.pack("<I", self._num_received)
@@ -107,13 +108,15 @@ class Confined:
         return message[len(head) :]
 
     def end(self) -> str:
-        """Ends it, with all that it started where that was possible at all; how it had ended by itself, where it
-        had."""
+        """Kills the process and its descendants. Returns how it had ended by itself, as a predicate."""
+        # a process that has closed the stream gets a moment to end by itself
         deadline = time.monotonic() + (ENDING_SECONDS if self._channel.closed() else 0)
         while not (finished := self._finished()) and time.monotonic() < deadline:
             time.sleep(0.002)
-        if self._process.returncode is None:  # not waited for yet: its number is still its own
-            for kill in (os.killpg, os.kill):  # the group where it has made one by now
+        # before it was waited for, its process id cannot belong to another process
+        if self._process.returncode is None:
+            # its group, if it has created one by now, and the process itself
+            for kill in (os.killpg, os.kill):
                 with contextlib.suppress(ProcessLookupError, PermissionError):
                     kill(self._process.pid, signal.SIGKILL)
         code = self._process.wait()
@@ -121,17 +124,25 @@ class Confined:
         return exit_reason(code if finished else None)
 
     def _finished(self) -> bool:
-        """Whether it has ended; it stays to be waited for."""
+        """Returns whether the process has ended, without removing it from the process table."""
         if self._process.returncode is not None:
             return True
-        return os.waitid(os.P_PID, self._process.pid, os.WEXITED | os.WNOWAIT | os.WNOHANG) is not None
+        return (
+            os.waitid(
+                os.P_PID,
+                self._process.pid,
+                os.WEXITED | os.WNOWAIT | os.WNOHANG,
+            )
+            is not None
+        )
 
 
 def exit_reason(code: int | None) -> str:
-    """How a process ended, for a sentence."""
+    """Returns how a process ended, as a predicate; None: it still ran."""
     if code is None:
         return "closed its connection"
-    number = -code if code < 0 else code - 128  # those that wait for another tell its signal so
+    # a process that waits for another one exits with 128 plus its signal
+    number = -code if code < 0 else code - 128
     if number in signal.valid_signals() and number:
         return f"was killed by {signal.Signals(number).name}"
     return f"ended its process with code {code}"
@@ -139,15 +150,15 @@ def exit_reason(code: int | None) -> str:
 
 @functools.cache
 def interpreter() -> str:
-    """The Python that this one is, without a virtual environment."""
+    """Returns the path of this Python, outside of a virtual environment."""
     return os.path.realpath(getattr(sys, "_base_executable", None) or sys.executable)
 
 
 @functools.cache
 def python(level: Level) -> tuple[str, ...]:
-    """The command of a confined Python, up to the arguments of `child.main`.
+    """Returns the command of a confined Python, up to the arguments of `child.main`.
 
-    It is isolated as by -I, by hand: -I would ignore PYTHONHASHSEED too.
+    The flags isolate it like -I, which would ignore PYTHONHASHSEED too.
     """
     flags = ("-P", "-s", "-S", "-B", "-X", "utf8", "-c", BOOT)
     if level == "bubblewrap":
@@ -156,7 +167,7 @@ def python(level: Level) -> tuple[str, ...]:
 
 
 def bubblewrap() -> list[str]:
-    """The command of bubblewrap, with the view of `mounts` and this package."""
+    """Returns the command of bubblewrap, which mounts only the paths of `mounts` and this package."""
     library = os.path.realpath(os.path.dirname(os.__file__))
     command = [
         "bwrap",
@@ -164,12 +175,13 @@ def bubblewrap() -> list[str]:
         "--die-with-parent",
     ]
     if os.geteuid() == 0:
-        command += ["--cap-add", "CAP_SETUID", "--cap-add", "CAP_SETGID"]  # to become nobody
+        command += ["--cap-add", "CAP_SETUID", "--cap-add", "CAP_SETGID"]  # to change to the user nobody
     else:
         command += ["--unshare-user", "--uid", "65534", "--gid", "65534"]
     visible = [*mounts.readable([library]), interpreter()]
-    for folder in sorted({str(folder) for path in visible for folder in Path(path).parents} - {"/"}):
-        # or folders that were closed to others outside would be so inside
+    folders = {str(folder) for path in visible for folder in Path(path).parents} - {"/"}
+    for folder in sorted(folders):
+        # a folder that is closed to other users outside is open inside
         command += ["--perms", "0755", "--dir", folder]
     for path in visible:
         command += ["--dev-bind" if path in mounts.DEVICES else "--ro-bind", path, path]
@@ -180,7 +192,7 @@ def bubblewrap() -> list[str]:
 
 @functools.cache
 def max_tasks() -> int:
-    """How many processes and threads the confined user may have in all: what it has now, and some more."""
+    """Returns how many processes and threads the confined user may have: those that it has now, and some more."""
     uid = str(os.geteuid() or 65534)
     count = 0
     for process in Path("/proc").iterdir():
@@ -188,7 +200,7 @@ def max_tasks() -> int:
             continue
         try:
             status = (process / "status").read_text()
-        except OSError:  # it has ended
+        except OSError:  # the process has ended
             continue
         fields = dict(line.split(":\t", 1) for line in status.splitlines() if ":\t" in line)
         if fields.get("Uid", "").split()[:1] == [uid]:

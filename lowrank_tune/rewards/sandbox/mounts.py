@@ -1,5 +1,4 @@
-"""What a confined process may read: Python's own standard library and the system's libraries that it loads. Nothing
-else."""
+"""The paths that a confined process may read: only Python's standard library and the system libraries that it loads."""
 
 from __future__ import annotations
 
@@ -12,20 +11,25 @@ WRITABLE = ("/dev/null",)
 
 
 def library_paths() -> list[str]:
-    """Where Python imports its standard library from, as real paths; without site-packages."""
+    """Returns the paths from which Python imports its standard library, as real paths, without site-packages."""
     return [os.path.realpath(path) for path in sys.path if os.path.exists(path)]
 
 
 def readable(paths: list[str]) -> list[str]:
-    """All that may be read, the outermost only: `paths`, the libraries beside them, the system's. What is missing here
-    is left out."""
-    lib_dirs = [os.path.dirname(path) for path in paths if os.path.basename(os.path.dirname(path)) == "lib"]
-    existing = sorted(
-        {os.path.realpath(path) for path in (*paths, *lib_dirs, *SYSTEM_PATHS, *DEVICES) if os.path.exists(path)}
-    )
-    return [path for path in existing if not any(path.startswith(other + "/") for other in existing)]
+    """Returns all paths that may be read: `paths`, the libraries beside them, and those of the system. Paths that do
+    not exist, and paths below another one, are left out."""
+    candidates = [*paths, *SYSTEM_PATHS, *DEVICES]
+    for parent in map(os.path.dirname, paths):
+        if os.path.basename(parent) == "lib":
+            candidates.append(parent)
+    existing = {os.path.realpath(path) for path in candidates if os.path.exists(path)}
+    return [path for path in sorted(existing) if not _is_below_any(path, existing)]
+
+
+def _is_below_any(path: str, others: set[str]) -> bool:
+    return any(path.startswith(other + "/") for other in others)
 
 
 def root_symlinks() -> list[tuple[str, str]]:
-    """Names at the root that lead elsewhere, as /lib to /usr/lib: (name, where to)."""
+    """Returns (name, target) of the symbolic links at the root, as /lib to /usr/lib."""
     return [(path, os.path.realpath(path)) for path in SYSTEM_PATHS[:4] if os.path.islink(path)]

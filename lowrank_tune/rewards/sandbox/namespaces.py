@@ -1,7 +1,6 @@
-"""Namespaces of one's own: no network, no other process, and a root folder that holds what `mounts` names and nothing
-else.
+"""New namespaces for this process: no network, no other process, and a root folder with only the paths of `mounts`.
 
-With a superuser's rights it takes them directly; without, in a user namespace, where the system allows these.
+Root enters them directly; other users in a user namespace, if the system allows these.
 """
 
 from __future__ import annotations
@@ -34,15 +33,15 @@ NOBODY = 65534
 
 
 def enter(readable: Sequence[str]) -> None:
-    """Moves this process into namespaces of its own; the next child is alone in them. Raises OSError where that is not
-    allowed."""
+    """Moves this process into new namespaces, in which its next child is the only process. Raises OSError if that is
+    not allowed."""
     user = os.geteuid()
     group = os.getegid()
     check_errno(LIBC.unshare(CLONE_NEW_FLAGS | (CLONE_NEWUSER if user else 0)), "unshare")
     if user:
         _write_id_maps(user, group)
     _mount(None, "/", None, RECURSIVE | PRIVATE)
-    # before the new root may hide them
+    # opened before the new root hides them
     sources = [(path, os.open(path, os.O_PATH | os.O_CLOEXEC)) for path in readable]
     root = next(path for path in ROOTS if os.path.isdir(path))
     _mount("tmpfs", root, "tmpfs", NO_SUID | NO_DEV, "size=256k,mode=755")
@@ -60,15 +59,14 @@ def enter(readable: Sequence[str]) -> None:
 
 
 def _write_id_maps(uid: int, gid: int) -> None:
-    """Nobody inside is the user outside; there is no one else."""
+    """Maps nobody inside to the user outside; there are no other users."""
     for file, text in (("setgroups", "deny"), ("uid_map", f"{NOBODY} {uid} 1"), ("gid_map", f"{NOBODY} {gid} 1")):
         with open(f"/proc/self/{file}", "w") as handle:
             handle.write(text)
 
 
 def _bind_mount(path: str, source: int) -> None:
-    """Shows what `source` is an open descriptor of beneath the new root, the working directory, as `path`, for reading
-    only."""
+    """Mounts the path of an open descriptor as `path` below the new root, which is the working directory, read-only."""
     inside = "." + path
     if os.path.isdir(f"/proc/self/fd/{source}"):
         os.makedirs(inside, exist_ok=True)
@@ -97,4 +95,13 @@ def _mount(
     mount_options: str | None = None,
 ) -> None:
     encoded = [None if argument is None else argument.encode() for argument in (source, target, kind, mount_options)]
-    check_errno(LIBC.mount(encoded[0], encoded[1], encoded[2], flags, encoded[3]), f"mount {target}")
+    check_errno(
+        LIBC.mount(
+            encoded[0],
+            encoded[1],
+            encoded[2],
+            flags,
+            encoded[3],
+        ),
+        f"mount {target}",
+    )

@@ -1,7 +1,7 @@
-"""A list of the system calls that remain. Everything else is answered with EPERM: no process, program, socket, signal
-to others, no mount.
+"""A seccomp filter with a list of allowed system calls. All others return EPERM: no new process or program, no socket,
+no signal to other processes, no mount.
 
-A process that cannot start another leaves nothing behind when it is killed, whatever the level of the sandbox.
+A process that cannot start another one leaves nothing behind when it is killed, at every level of the sandbox.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-# of classic BPF: words loaded absolutely, jumps against a constant
+# instructions of classic BPF: load a word at an offset, jump by comparison with a constant, return
 LOAD = 0x20
 EQUAL = 0x15
 AT_LEAST = 0x35
@@ -32,9 +32,9 @@ KILL = 0x80000000
 FILTER_MODE = 2
 X32_SYSCALL_BIT = 0x40000000  # x86-64 numbers from here on belong to another calling convention
 AF_UNIX = 1
-THREAD_FLAGS = (0x3D0F00, 0x7D0F00)  # what pthread_create of glibc and of musl gives to clone(2)
+THREAD_FLAGS = (0x3D0F00, 0x7D0F00)  # flags that pthread_create of glibc and of musl passes to clone(2)
 FCNTL = (0, 1, 2, 3, 4, 5, 6, 7, 1030)  # duplicates, flags and locks; not F_SETOWN, which sends signals
-IOCTL = (0x5401, 0x541B, 0x5421, 0x5450, 0x5451)  # is it a terminal, bytes waiting, blocking, close on exec
+IOCTL = (0x5401, 0x541B, 0x5421, 0x5450, 0x5451)  # is a terminal, bytes waiting, blocking, close on exec
 
 X86_64_SYSCALLS = {
     "read": 0,
@@ -251,7 +251,7 @@ AARCH64_SYSCALLS = {
     "clone3": 435,
 }
 MACHINES = {"x86_64": (0xC000003E, X86_64_SYSCALLS), "aarch64": (0xC00000B7, AARCH64_SYSCALLS)}
-"""What uname(2) says: the kernel's word for it in a filter, and the numbers of the calls that remain."""
+"""By the machine of uname(2): the architecture in a filter, and the numbers of the allowed system calls."""
 
 
 class SockFprog(ctypes.Structure):
@@ -261,12 +261,13 @@ class SockFprog(ctypes.Structure):
 
 
 def is_supported() -> bool:
-    """Whether there is a list for this machine."""
+    """Returns whether there is a list for this machine."""
     return os.uname().machine in MACHINES
 
 
 def argument_rules() -> dict[str, tuple[int, tuple[int, ...]]]:
-    """Calls that remain only where an argument (by its place, lower 32 bits) is one of these values."""
+    """Returns (index of an argument, values) by system call: the call is allowed only if the lower 32 bits of the
+    argument are one of the values."""
     own = (os.getpid(),)
     return {
         "clone": (0, THREAD_FLAGS),
@@ -281,7 +282,7 @@ def argument_rules() -> dict[str, tuple[int, tuple[int, ...]]]:
 
 
 def build_filter() -> bytes:
-    """The filter for this process: struct sock_filter after struct sock_filter."""
+    """Returns the filter for this process, as an array of struct sock_filter."""
     architecture, numbers = MACHINES[os.uname().machine]
     lines = [
         (LOAD, 0, 0, ARCHITECTURE),
@@ -293,7 +294,9 @@ def build_filter() -> bytes:
     ]
     rules = argument_rules()
     for name, number in numbers.items():
-        lines += _rule_lines(number, REFUSE | errno.ENOSYS if name == "clone3" else ALLOW, rules.get(name))
+        # the flags of clone3 are in memory, where a filter cannot read them: the C library then uses clone
+        action = REFUSE | errno.ENOSYS if name == "clone3" else ALLOW
+        lines += _rule_lines(number, action, rules.get(name))
     lines.append((RETURN, 0, 0, REFUSE | errno.EPERM))
     return b"".join(struct.pack("<HBBI", *line) for line in lines)
 
@@ -303,10 +306,11 @@ def _rule_lines(
     action: int,
     rule: tuple[int, tuple[int, ...]] | None,
 ) -> Iterator[tuple[int, int, int, int]]:
-    """One call: on to its answer where the number is its own, else past it. clone3 hides its flags, so the C library
-    must use clone."""
+    """Yields the instructions for one system call: they return `action` if the number is its own (and the argument of
+    the rule is allowed), else they jump past it."""
     if rule is None:
-        yield from ((EQUAL, 0, 1, number), (RETURN, 0, 0, action))
+        yield EQUAL, 0, 1, number
+        yield RETURN, 0, 0, action
         return
     argument_index, values = rule
     yield EQUAL, 0, len(values) + 3, number
@@ -318,8 +322,17 @@ def _rule_lines(
 
 
 def restrict() -> None:
-    """Installs the filter. PR_SET_NO_NEW_PRIVS must be set, and this must be the only thread."""
+    """Installs the filter. PR_SET_NO_NEW_PRIVS must be set, and the process must have no other thread."""
     code = build_filter()
     buffer = ctypes.create_string_buffer(code, len(code))
     fprog = SockFprog(len(code) // 8, ctypes.addressof(buffer))
-    check_errno(LIBC.prctl(PR_SET_SECCOMP, FILTER_MODE, ctypes.byref(fprog), 0, 0), "seccomp")
+    check_errno(
+        LIBC.prctl(
+            PR_SET_SECCOMP,
+            FILTER_MODE,
+            ctypes.byref(fprog),
+            0,
+            0,
+        ),
+        "seccomp",
+    )

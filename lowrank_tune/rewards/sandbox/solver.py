@@ -1,4 +1,5 @@
-"""The process that runs what a model wrote. It gets the code and arguments, and never learns what a test expects."""
+"""The confined process that runs the code of a model. It receives the code and arguments, and never what a test
+expects."""
 
 from __future__ import annotations
 
@@ -11,19 +12,17 @@ if TYPE_CHECKING:
     from typing import Any
 
 MAX_MESSAGE_CHARS = 300
-MAX_OBJECTS = 100_000  # objects that a test may hold on to
-ONLY_AST = 0x400  # ast.PyCF_ONLY_AST; that module costs a start too much
+MAX_OBJECTS = 100_000  # objects that a test may refer to
+MUTABLE_TYPES = (list, dict, set, bytearray)
+ONLY_AST = 0x400  # ast.PyCF_ONLY_AST; an import of that module would take too long
 
 
 def serve(channel: AuthenticatedChannel) -> None:
-    """Loads the code, then answers requests until the other side is gone."""
+    """Loads the code, then answers requests until the channel is closed."""
     message = decode(channel.receive())
     try:
-        module = text.load_module(
-            "solution",
-            complete_program(message["prompt"], message["code"], message["entry"]),
-            {},
-        )
+        program = complete_program(message["prompt"], message["code"], message["entry"])
+        module = text.load_module("solution", program, {})
     except BaseException as error:
         channel.send(describe_exception(error))
         return
@@ -39,7 +38,7 @@ def serve(channel: AuthenticatedChannel) -> None:
 
 
 class CandidateNamespace:
-    """What tests can reach: the names of the solution, and its objects that are no plain data, by number."""
+    """What tests can use: the names of the solution, and by number its objects that are not plain values."""
 
     def __init__(self, names: dict[str, Any]) -> None:
         self.names = names
@@ -47,7 +46,7 @@ class CandidateNamespace:
         self.numbers: dict[int, int] = {}
 
     def register(self, value: Any) -> int:
-        """The number of an object, the same every time."""
+        """Returns the number of an object, always the same for one object."""
         number = self.numbers.setdefault(id(value), len(self.objects))
         if number == len(self.objects):
             if number >= MAX_OBJECTS:
@@ -56,30 +55,28 @@ class CandidateNamespace:
         return number
 
     def answer(self, request: bytes) -> bytes:
-        """The reply to one request: the value, which argument it is (-1: none), and the arguments that the call has
-        changed, by place."""
+        """Returns the reply to one request: the value, the index of the argument that it is (-1: none), and the
+        arguments that the call has changed, by index."""
         operation, target, *rest = decode(request, self.objects.__getitem__)
         if operation != "call":
-            return encode(["value", self.get_attribute(operation, target, *rest), -1, {}], self.register)
+            value = self.get_attribute(operation, target, *rest)
+            return encode(["value", value, -1, {}], self.register)
         arguments, named = rest
         argument_values = [*arguments, *named.values()]
         before = [encode(value, self.register) for value in argument_values]
         result = target(*arguments, **named)
-        changed = {
-            index: value for index, value in enumerate(argument_values) if encode(value, self.register) != before[index]
-        }
-        same = next(
-            (
-                index
-                for index, value in enumerate(argument_values)
-                if value is result and type(value) in (list, dict, set, bytearray)
-            ),
-            -1,
-        )
+        changed = {}
+        for index, value in enumerate(argument_values):
+            if encode(value, self.register) != before[index]:
+                changed[index] = value
+        same = -1
+        for index, value in enumerate(argument_values):
+            if same < 0 and value is result and type(value) in MUTABLE_TYPES:
+                same = index
         return encode(["value", result if same < 0 else None, same, changed], self.register)
 
     def get_attribute(self, operation: str, target: Any, *rest: Any) -> Any:
-        """Everything but a call."""
+        """Returns the value of a request that is not a call."""
         if operation == "name":
             if target not in self.names:
                 raise NameError(f"name '{target}' is not defined")
@@ -98,14 +95,14 @@ class CandidateNamespace:
 
 
 def next_or_empty(iterator: Any) -> list[Any]:
-    """The next value of an iterator in a list, an empty one at its end."""
+    """Returns the next value of an iterator in a list, and an empty list at its end."""
     for value in iterator:
         return [value]
     return []
 
 
 def describe_exception(error: BaseException) -> bytes:
-    """An exception as the names of its classes, the nearest first, and its message."""
+    """Returns the reply for an exception: the names of its classes, the most specific first, and its message."""
     try:
         message = str(error)[:MAX_MESSAGE_CHARS]
     except BaseException:
@@ -116,8 +113,8 @@ def describe_exception(error: BaseException) -> bytes:
 
 
 def complete_program(prompt: str, code: str, entry: str) -> str:
-    """The text to run. Where a prompt begins a function `entry`, the code may be that function again, without its
-    imports, or its body."""
+    """Returns the program to run. If a prompt begins a function `entry`, the code may repeat that function without its
+    imports, or be its body."""
     if not prompt:
         return code
     if defines(code, entry):
@@ -125,33 +122,49 @@ def complete_program(prompt: str, code: str, entry: str) -> str:
     else:
         indented = "".join(f"    {line}" for line in code.splitlines(True))
         candidates = [prompt + code, f"{prompt.rstrip()}\n{code}", f"{prompt.rstrip()}\n{indented}", code]
-    return next((candidate for candidate in candidates if compiles(candidate)), code)
+    for candidate in candidates:
+        if compiles(candidate):
+            return candidate
+    return code
 
 
 def compiles(source: str) -> bool:
+    return compile_or_none(source, 0) is not None
+
+
+def compile_or_none(source: str, flags: int) -> Any:
+    """Returns the code, or with the flag ONLY_AST the syntax tree, of a text; None if it is not Python."""
     try:
-        compile(source, "<solution>", "exec", dont_inherit=True)
+        return compile(source, "<solution>", "exec", flags, dont_inherit=True)
     except (SyntaxError, ValueError, RecursionError, MemoryError):
-        return False
-    return True
+        return None
 
 
 def definition_line(source: str, entry: str) -> int | None:
-    """The first line of the statement at the top of a text that makes the name; None where there is none."""
-    try:
-        tree: Any = compile(source, "<solution>", "exec", ONLY_AST, dont_inherit=True)
-    except (SyntaxError, ValueError, RecursionError, MemoryError):
+    """Returns the first line of the top-level statement that defines a name; None if there is none."""
+    tree = compile_or_none(source, ONLY_AST)
+    if tree is None:
         return None
     for statement in tree.body:
+        targets = getattr(statement, "targets", [])
         defined = [
-            getattr(statement, "name", ""),
-            *(getattr(target, "id", "") for target in getattr(statement, "targets", [])),
+            getattr(
+                statement,
+                "name",
+                "",
+            ),
+            *(
+                getattr(
+                    target,
+                    "id",
+                    "",
+                )
+                for target in targets
+            ),
         ]
         if entry in defined:
-            first: int = min(
-                [statement.lineno, *(decorator.lineno for decorator in getattr(statement, "decorator_list", []))]
-            )
-            return first
+            decorators = getattr(statement, "decorator_list", [])
+            return int(min(node.lineno for node in (statement, *decorators)))
     return None
 
 
@@ -160,8 +173,8 @@ def defines(source: str, entry: str) -> bool:
 
 
 def function_preamble(prompt: str, entry: str) -> str:
-    """What stands before the function in a prompt: imports and helpers."""
+    """Returns the part of a prompt before the function: imports and helpers."""
     line = definition_line(prompt, entry)
-    if line is not None:
-        return "".join(prompt.splitlines(True)[: line - 1])
-    return ""
+    if line is None:
+        return ""
+    return "".join(prompt.splitlines(True)[: line - 1])

@@ -1,4 +1,4 @@
-"""The few calls of Linux that Python has no function for."""
+"""Linux system calls without a function in Python."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ LIBC = ctypes.CDLL(None, use_errno=True)
 
 
 def check_errno(result: int, label: str) -> int:
-    """The result of a call of the C library, or the OSError that it stands for."""
+    """Returns the result of a call of the C library. Raises OSError if it is an error."""
     if result < 0:
         number = ctypes.get_errno()
         raise OSError(number, f"{label}: {os.strerror(number)}")
@@ -23,7 +23,7 @@ def check_errno(result: int, label: str) -> int:
 
 
 def syscall(number: int, label: str, *arguments: int | bytes | None) -> int:
-    """A system call by its number; integers, texts and None (NULL)."""
+    """Calls a system call by its number, with integers, bytes and None (NULL). Raises OSError."""
     converted = [
         ctypes.c_char_p(argument) if argument is None or isinstance(argument, bytes) else ctypes.c_long(argument)
         for argument in arguments
@@ -31,20 +31,20 @@ def syscall(number: int, label: str, *arguments: int | bytes | None) -> int:
     return check_errno(int(LIBC.syscall(ctypes.c_long(number), *converted)), label)
 
 
-def prctl(option: int, value: int = 1, third: int = 0) -> None:
-    """prctl(2)."""
-    converted = [ctypes.c_ulong(argument) for argument in (value, third, 0, 0)]
+def prctl(option: int, value: int = 1) -> None:
+    """Calls prctl(2). Raises OSError."""
+    converted = [ctypes.c_ulong(argument) for argument in (value, 0, 0, 0)]
     check_errno(LIBC.prctl(ctypes.c_int(option), *converted), f"prctl {option}")
 
 
-def die_with_parent(parent: int) -> None:
-    """The kernel kills this process when its parent ends, and it ends now where that has happened already."""
+def exit_with_parent(parent: int) -> None:
+    """Makes the kernel kill this process when its parent ends; ends it at once if the parent has already ended."""
     prctl(PR_SET_PDEATHSIG, SIGKILL)
     if os.getppid() != parent:
         os._exit(1)
 
 
 def drop_capabilities() -> None:
-    """Gives up every right of a superuser, for good."""
+    """Removes all capabilities of this process for good."""
     header = (ctypes.c_uint32 * 2)(CAPABILITY_VERSION, 0)
     check_errno(LIBC.capset(header, (ctypes.c_uint32 * 6)()), "capset")

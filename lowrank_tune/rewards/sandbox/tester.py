@@ -1,8 +1,9 @@
-"""The process that runs the tests of a row. What it calls is answered by the solver; what it expects does not leave it.
+"""The confined process that runs the tests of a row. Its calls are sent to the solver; the values that it expects never
+leave it.
 
-A name of the solution is a `Remote` here: calls, attributes and items of it are requests, plain values come back as
-plain values of this process, and everything else stays with the solver and is a Remote too, which equals nothing.
-Arguments that a call changed are changed.
+A name of the solution is a `Remote` here. Its calls, attributes and items are requests to the solver. Plain values are
+returned as plain values of this process. All other objects stay in the solver, and are a Remote too, which is not equal
+to any value. Arguments that a call has changed in the solver are changed here.
 """
 
 from __future__ import annotations
@@ -21,19 +22,22 @@ if TYPE_CHECKING:
     from typing import Any, NoReturn
 
 MAX_DISPLAY_CHARS = 80
-ITERATION_EXCEPTIONS = (StopIteration, StopAsyncIteration, GeneratorExit)  # would end the tests' own loops early
+ITERATION_EXCEPTIONS = (StopIteration, StopAsyncIteration, GeneratorExit)  # would end the loops of the tests
 
 
 class UncomparableResult(Exception):
-    """The solution gave what cannot be compared."""
+    """The solution returned something that cannot be compared."""
 
 
 class UnsupportedTest(Exception):
-    """The tests do what cannot be carried out."""
+    """The tests do something that cannot be sent to the solver."""
+
+
+FAULTS_OF_TESTS = (UnsupportedTest, NameError, ImportError, SyntaxError, SystemExit)
 
 
 def serve(channel: AuthenticatedChannel) -> None:
-    """Runs one row's tests and tells how they ended: pass, fail, or fault where the row is to blame; and why."""
+    """Runs the tests of one row and sends the result: pass, fail, or fault if the row is the cause; and the reason."""
     source, strict = decode(channel.receive())
     client = CandidateClient(channel, strict)
     outcome, reason = run(source, client)
@@ -41,7 +45,7 @@ def serve(channel: AuthenticatedChannel) -> None:
 
 
 def run(source: str, client: CandidateClient) -> tuple[str, str]:
-    """How tests end."""
+    """Returns the outcome of the tests and its reason."""
     try:
         text.load_module(
             "tests",
@@ -57,21 +61,22 @@ def run(source: str, client: CandidateClient) -> tuple[str, str]:
 
 
 def attribute_exception(error: BaseException, source: str, client: CandidateClient) -> tuple[str, str]:
-    """An exception of the tests: whose it is."""
+    """Returns the outcome and its reason for an exception, which the solution or the tests may have caused."""
     summary = f"{type(error).__name__}: {str(error)[:MAX_DISPLAY_CHARS]}"
     if getattr(error, "of_solution", False):
-        return "fail", f"raised {error}" if isinstance(error, UnknownCandidateException) else f"raised {summary}"
+        return "fail", f"raised {error if isinstance(error, UnknownCandidateException) else summary}"
     if isinstance(error, UncomparableResult):
         return "fail", str(error)
+    line = failing_line(error, source)
     if isinstance(error, AssertionError):
-        return "fail", f"{failing_line(error, source)}{client.seen}"
-    if isinstance(error, (UnsupportedTest, NameError, ImportError, SyntaxError, SystemExit)) or not client.calls:
-        return "fault", f"its tests raise {summary} ({failing_line(error, source)})"
-    return "fail", f"{failing_line(error, source)} raised {summary}{client.seen}"
+        return "fail", f"{line}{client.seen}"
+    if isinstance(error, FAULTS_OF_TESTS) or not client.calls:
+        return "fault", f"its tests raise {summary} ({line})"
+    return "fail", f"{line} raised {summary}{client.seen}"
 
 
 def failing_line(error: BaseException, source: str) -> str:
-    """The line of the tests that an exception passed last."""
+    """Returns the last line of the tests in the traceback of an exception."""
     line = ""
     trace = error.__traceback__
     lines = source.splitlines()
@@ -79,15 +84,16 @@ def failing_line(error: BaseException, source: str) -> str:
         if trace.tb_frame.f_code.co_filename == "<tests>" and 0 < trace.tb_lineno <= len(lines):
             line = lines[trace.tb_lineno - 1].strip()
         trace = trace.tb_next
-    return line[:MAX_DISPLAY_CHARS] + ("..." if len(line) > MAX_DISPLAY_CHARS else "")
+    return truncate(line)
 
 
 class StrictComparisonLoader(text.SourceTextLoader):
-    """Tests whose == and != also look at types."""
+    """Loads tests in which == and != also compare types."""
 
     def source_to_code(self, data: Any, path: Any = "<tests>", *, _optimize: int = -1) -> Any:  # type: ignore[override]
+        tree = ast.fix_missing_locations(ComparisonRewriter().visit(ast.parse(data)))
         return compile(
-            ast.fix_missing_locations(ComparisonRewriter().visit(ast.parse(data))),
+            tree,
             "<tests>",
             "exec",
             dont_inherit=True,
@@ -96,23 +102,29 @@ class StrictComparisonLoader(text.SourceTextLoader):
 
 
 class ComparisonRewriter(ast.NodeTransformer):
-    """`a == b` becomes `__same__(a, b)`, and `a != b` its opposite. Chains stay what they are."""
+    """Replaces `a == b` by `__same__(a, b)` and `a != b` by `not __same__(a, b)`. Chains are not changed."""
 
     def visit_Compare(self, node: ast.Compare) -> ast.expr:
         self.generic_visit(node)
         if len(node.ops) != 1 or not isinstance(node.ops[0], (ast.Eq, ast.NotEq)):
             return node
-        call = ast.Call(ast.Name("__same__", ast.Load()), [node.left, node.comparators[0]], [])
-        replacement = call if isinstance(node.ops[0], ast.Eq) else ast.UnaryOp(ast.Not(), call)
+        replacement: ast.expr = ast.Call(
+            ast.Name("__same__", ast.Load()),
+            [node.left, node.comparators[0]],
+            [],
+        )
+        if isinstance(node.ops[0], ast.NotEq):
+            replacement = ast.UnaryOp(ast.Not(), replacement)
         return ast.copy_location(replacement, node)
 
 
 class UnknownCandidateException(Exception):
-    """An exception of the solution of no class that is known here; the message names it."""
+    """An exception of the solution whose class is not known here; the message has its name."""
 
 
 class CandidateClient:
-    """The requests to the solver. `mistyped`: the last values that were not the same were equal but for their types."""
+    """Sends requests to the solver. `calls`: the number of calls of the solution. `seen`: the last wrong value, for a
+    reason. `mistyped`: whether that value differs from the expected one only in its type."""
 
     def __init__(self, channel: AuthenticatedChannel, strict: bool) -> None:
         self._channel = channel
@@ -122,41 +134,37 @@ class CandidateClient:
         self.mistyped = False
 
     def name(self, name: str) -> Any:
-        """What the solution calls so."""
+        """Returns the object of the solution with a name."""
         return self.request("name", name)
 
     def request(self, operation: str, target: Any, *rest: Any) -> Any:
-        """A request and its answer."""
+        """Sends a request and returns the value of its reply."""
         try:
             request = encode([operation, target, *rest], self._number)
         except NotSerializable as error:
-            raise UnsupportedTest(f"the tests hand {error} to the solution") from None
+            raise UnsupportedTest(f"the tests pass {error} to the solution") from None
         self._channel.send(b"C" + request)
         try:
             answer = decode(self._channel.receive(), lambda number: Remote(self, number))
         except DeserializationError as error:
             raise UncomparableResult(f"returned what cannot be read: {error}") from None
+        argument_values = []
         if operation == "call":
+            self.calls += 1
             argument_values = [*rest[0], *rest[1].values()]
-        else:
-            argument_values = []
-        self.calls += operation == "call"
         return self._unwrap_reply(answer, argument_values)
 
     def _unwrap_reply(self, answer: Any, argument_values: list[Any]) -> Any:
-        """The value of an answer, with its changes made to the arguments. Whatever it may hold, it came from the
-        solution."""
+        """Returns the value of a reply, after its changes were made to the arguments. The reply comes from the process
+        of the solution and may contain anything."""
+        count = len(argument_values)
         match answer:
             case ["raised", [str(first), *names], str(message)]:
                 reraise([first, *(name for name in names if type(name) is str)], message)
-            case ["value", value, int(same), dict(changed)] if -1 <= same < len(argument_values) and set(
-                changed
-            ) <= set(range(len(argument_values))):
+            case ["value", value, int(same), dict(changed)] if -1 <= same < count and set(changed) <= set(range(count)):
                 for argument_index, new in changed.items():
                     update_in_place(argument_values[argument_index], new)
-                if same >= 0:
-                    return argument_values[same]
-                return value
+                return argument_values[same] if same >= 0 else value
         raise UncomparableResult("wrote to the stream of its results")
 
     def _number(self, value: Any) -> int:
@@ -166,9 +174,10 @@ class CandidateClient:
         return number
 
     def values_equal(self, actual: Any, expected: Any) -> bool:
-        """Whether two values are equal, types too where they count; the solution's objects equal nothing."""
+        """Returns whether two values are equal, with their types if types count. Raises UncomparableResult for an
+        object of the solution."""
         if type(actual) is Remote or type(expected) is Remote:
-            raise UncomparableResult("returned what is no plain data")
+            raise UncomparableResult("returned an object that is not plain data")
         equal = bool(actual == expected)
         if self._strict and (type(actual) in PLAIN or type(expected) in PLAIN):
             is_equal = strictly_equal(actual, expected)
@@ -184,24 +193,32 @@ PLAIN = {bool, int, float, str, bytes, list, tuple, dict, set, frozenset, type(N
 
 
 def strictly_equal(first: Any, second: Any) -> bool:
-    """Equality as Python has it, except that True is not 1, nor is 1 + 0j, within lists, tuples and values of dicts
-    too."""
-    if any(isinstance(first, kind) != isinstance(second, kind) for kind in (bool, complex)):
-        return False
+    """Returns whether two values are equal as in Python, except that True and 1 + 0j are not equal to 1, also in lists,
+    tuples and values of dicts."""
+    for kind in (bool, complex):
+        if isinstance(first, kind) != isinstance(second, kind):
+            return False
     if type(first) is type(second) and isinstance(first, (list, tuple)):
-        return len(first) == len(second) and all(strictly_equal(*pair) for pair in zip(first, second, strict=True))
-    if isinstance(first, dict) and isinstance(second, dict):
-        return bool(first == second) and all(strictly_equal(value, second[key]) for key, value in first.items())
-    return bool(first == second)
+        if len(first) != len(second):
+            return False
+        return all(strictly_equal(*pair) for pair in zip(first, second, strict=True))
+    equal = bool(first == second)
+    if equal and isinstance(first, dict) and isinstance(second, dict):
+        return all(strictly_equal(value, second[key]) for key, value in first.items())
+    return equal
 
 
 def short_repr(value: Any) -> str:
-    representation = repr(value)
-    return representation[:MAX_DISPLAY_CHARS] + ("..." if len(representation) > MAX_DISPLAY_CHARS else "")
+    return truncate(repr(value))
+
+
+def truncate(text: str) -> str:
+    """Returns the beginning of a text."""
+    return text[:MAX_DISPLAY_CHARS] + ("..." if len(text) > MAX_DISPLAY_CHARS else "")
 
 
 def update_in_place(old: Any, new: Any) -> None:
-    """Makes an argument what it is in the solver after the call."""
+    """Changes an argument to its value in the solver after the call."""
     if type(old) is not type(new):
         return
     if isinstance(old, (list, bytearray)):
@@ -215,28 +232,25 @@ def update_in_place(old: Any, new: Any) -> None:
 
 
 def reraise(names: list[str], message: str) -> NoReturn:
-    """Raises the solution's exception as the nearest built-in class that tests may expect."""
+    """Raises an exception of the solution as its most specific built-in class, which the tests may expect."""
     candidates = (getattr(builtins, name, None) for name in names)
-    nearest = next(
-        (
-            candidate
-            for candidate in candidates
-            if isinstance(candidate, type)
-            and issubclass(candidate, Exception)
-            and candidate not in ITERATION_EXCEPTIONS
-        ),
-        Exception,
-    )
+    nearest: Any = next(filter(is_expected_exception, candidates), Exception)
+    unknown = UnknownCandidateException(f"{names[0]}: {message}")
     try:
-        error = UnknownCandidateException(f"{names[0]}: {message}") if nearest is Exception else nearest(message)
-    except TypeError:  # UnicodeError and its like want more than a message
-        error = UnknownCandidateException(f"{names[0]}: {message}")
-    error.of_solution = True  # type: ignore[attr-defined]
+        error: Any = unknown if nearest is Exception else nearest(message)
+    except TypeError:  # UnicodeError and some others need more arguments
+        error = unknown
+    error.of_solution = True
     raise error
 
 
+def is_expected_exception(value: Any) -> bool:
+    """Returns whether a value is a class of exceptions that does not end the loops of the tests."""
+    return isinstance(value, type) and issubclass(value, Exception) and value not in ITERATION_EXCEPTIONS
+
+
 class Remote:
-    """Something of the solution."""
+    """An object of the solution."""
 
     __slots__ = ("_line", "_number")
 
@@ -268,10 +282,10 @@ class Remote:
             yield values[0]
 
     def __bool__(self) -> bool:
-        raise UncomparableResult("returned what is no plain data")
+        raise UncomparableResult("returned an object that is not plain data")
 
     def __eq__(self, other: object) -> bool:
-        raise UncomparableResult("returned what is no plain data")
+        raise UncomparableResult("returned an object that is not plain data")
 
     __hash__ = None  # type: ignore[assignment]
 
@@ -281,4 +295,5 @@ def send_request(remote: Remote, operation: str, *rest: Any) -> Any:
     return client.request(operation, remote, *rest)
 
 
+# for values that are nested deeply
 sys.setrecursionlimit(5000)

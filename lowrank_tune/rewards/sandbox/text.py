@@ -1,11 +1,11 @@
-"""A module made from text, without a file."""
+"""Loads a module from text, without a file."""
 
 from __future__ import annotations
 
 import sys
 from importlib.machinery import SourceFileLoader
 
-TYPE_CHECKING = False  # the modules below cost a start more than all the rest
+TYPE_CHECKING = False  # the imports below would take longer than the whole start
 if TYPE_CHECKING:
     from types import ModuleType
     from typing import Any
@@ -31,10 +31,10 @@ def load_module(
     namespace: dict[str, Any],
     loader: type[SourceTextLoader] = SourceTextLoader,
 ) -> ModuleType:
-    """The module that the text makes, with the names of `namespace` in it from the start. Raises what the text
-    raises."""
+    """Returns the module of a text, which can use the names of `namespace`. Raises what the text raises."""
     module = type(sys)(name)
     module.__dict__.update(namespace)
-    sys.modules[name] = module  # dataclasses look their module up while it is made
+    # dataclasses look up their module while it is executed
+    sys.modules[name] = module
     loader(name, source.encode("utf-8", "surrogatepass")).exec_module(module)
     return module

@@ -1,8 +1,8 @@
-"""Plain values as bytes and back. What is read is built from exact types of the standard library: nothing in it can act
-when compared.
+"""Encodes plain values as bytes and decodes them. Decoded values have exact types of the standard library, so no code
+runs when they are compared.
 
-Only exact types are written; an object of any other type, subclasses too, is handed to `to_handle`, which gives it a
-number or refuses it.
+Only exact types are encoded. An object of any other type, also of a subclass, is passed to `to_handle`, which returns a
+number for it or refuses it.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import struct
 import sys
 
-TYPE_CHECKING = False  # the modules below cost a start more than all the rest
+TYPE_CHECKING = False  # the imports below would take longer than the whole start
 if TYPE_CHECKING:
     from collections.abc import Callable
     from typing import Any
@@ -36,7 +36,7 @@ TYPE_TAGS = {
     **CONTAINERS,
 }
 TYPES_BY_NAME = {value_type.__name__: value_type for value_type in TYPE_TAGS if value_type is not type}
-"""Types that are values themselves: a test may ask for all that is no `int`."""
+"""Types that are values themselves: a test may pass `int` as an argument."""
 LIBRARY_TYPES: dict[bytes, tuple[str, str]] = {
     b"C": ("collections", "Counter"),
     b"O": ("collections", "OrderedDict"),
@@ -45,25 +45,25 @@ LIBRARY_TYPES: dict[bytes, tuple[str, str]] = {
     b"X": ("decimal", "Decimal"),
     b"F": ("fractions", "Fraction"),
 }
-"""Types that are looked for only where their module was imported anyway."""
+"""Types that can only occur if their module was imported."""
 
 
 class NotSerializable(Exception):
-    """A value that cannot be written; the message names its type."""
+    """A value that cannot be encoded; the message has its type."""
 
 
 class DeserializationError(Exception):
-    """Bytes that are no value."""
+    """Bytes that are not an encoded value."""
 
 
 def refuse(value: Any) -> int:
-    """The `to_handle` of who takes plain values only."""
+    """The `to_handle` for plain values only. Raises NotSerializable."""
     raise NotSerializable(f"a {type(value).__name__}")
 
 
 def encode(value: Any, to_handle: ToHandle = refuse) -> bytes:
-    """The value as bytes. Raises NotSerializable where `to_handle` does, and for what is nested too deeply or in
-    itself."""
+    """Returns a value as bytes. Raises NotSerializable if `to_handle` does, and for a value that is nested too deeply
+    or contains itself."""
     parts: list[bytes] = []
     _write(value, parts, to_handle, 0)
     return b"".join(parts)
@@ -90,7 +90,11 @@ def _write(value: Any, parts: list[bytes], to_handle: ToHandle, depth: int) -> N
 
 def _library_kind(value: Any) -> bytes | None:
     for kind, (module, name) in LIBRARY_TYPES.items():
-        if module in sys.modules and type(value) is getattr(sys.modules[module], name, None):
+        if module in sys.modules and type(value) is getattr(
+            sys.modules[module],
+            name,
+            None,
+        ):
             return kind
     return None
 
@@ -101,7 +105,8 @@ def _leaf(kind: bytes, value: Any) -> bytes:
     if kind == b"B":
         return b"1" if value else b"0"
     if kind == b"i":
-        return b"%s;" % format(value, "x").encode()  # hexadecimal: no limit of digits, and as fast for long ones
+        # hexadecimal: without a limit of digits, and fast for long numbers
+        return b"%s;" % format(value, "x").encode()
     if kind == b"d":
         return struct.pack("<d", value)
     if kind == b"c":
@@ -110,25 +115,27 @@ def _leaf(kind: bytes, value: Any) -> bytes:
         return b"".join(_leaf(b"i", part) for part in (value.start, value.stop, value.step))
     if kind in b"by":
         return b"%d;%s" % (len(value), bytes(value))
-    text = (value if kind == b"s" else value.__name__ if kind == b"T" else str(value)).encode("utf-8", "surrogatepass")
-    return b"%d;%s" % (len(text), text)
+    # the name of a type; Decimal and Fraction as text
+    text = value.__name__ if kind == b"T" else str(value)
+    encoded = text.encode("utf-8", "surrogatepass")
+    return b"%d;%s" % (len(encoded), encoded)
 
 
 def decode(data: bytes, from_handle: FromHandle | None = None) -> Any:
-    """The value; the number of a handle is given to `from_handle`. Raises DeserializationError for anything that
-    `encode` does not write."""
+    """Returns the value; `from_handle` returns the object for the number of a handle. Raises DeserializationError for
+    anything that `encode` does not write."""
     reader = Deserializer(data, from_handle)
     try:
         value = reader.value(0)
     except (ValueError, TypeError, KeyError, struct.error, ArithmeticError) as error:
         raise DeserializationError(f"{type(error).__name__}: {error}") from None
     if reader.position != len(data):
-        raise DeserializationError("there is more behind the value")
+        raise DeserializationError("there are more bytes after the value")
     return value
 
 
 class Deserializer:
-    """Reads one value from `data`, from `position` on."""
+    """Decodes one value from `data`, from `position` on."""
 
     def __init__(self, data: bytes, from_handle: FromHandle | None) -> None:
         self.data = data
@@ -147,8 +154,9 @@ class Deserializer:
             raise DeserializationError("a number has no end")
         text = self.take(end - self.position)
         self.position += 1
-        if not text.lstrip(b"-").isalnum():  # int() would take spaces and underscores too
-            raise DeserializationError("no number")
+        # int() would accept spaces and underscores too
+        if not text.lstrip(b"-").isalnum():
+            raise DeserializationError("it has an invalid number")
         return int(text, base)
 
     def value(self, depth: int) -> Any:
@@ -170,7 +178,9 @@ class Deserializer:
             return dict(pairs)
         if kind == b"D":
             return library_type(kind)(None, pairs)
-        return library_type(kind)(dict(pairs) if kind == b"C" else pairs)
+        if kind == b"C":
+            return library_type(kind)(dict(pairs))
+        return library_type(kind)(pairs)
 
     def _leaf(self, kind: bytes) -> Any:
         if kind in b"NE":
@@ -201,7 +211,7 @@ class Deserializer:
 
 
 def library_type(kind: bytes) -> Callable[..., Any]:
-    """The type of the standard library that a letter stands for; imported where one comes."""
+    """Returns the type of the standard library for a tag; imports its module."""
     module, name = LIBRARY_TYPES[kind]
     __import__(module)
     constructor: Callable[..., Any] = getattr(sys.modules[module], name)

@@ -1,1 +1,1 @@
-"""Rewards on the text of a completion: format, regular expression, JSON schema, length, repetition."""
+"""Rewards on the text of a completion: `json_schema`, `format` and `regex`, `length`, `repetition`."""

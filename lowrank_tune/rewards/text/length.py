@@ -1,4 +1,4 @@
-"""`length`: completions near a number of tokens."""
+"""`length`: rewards completions of at most a target number of tokens. Runs in the main process."""
 
 from __future__ import annotations
 
@@ -11,11 +11,15 @@ from lowrank_tune.rewards.base import RewardInput, Score
 
 @dataclass(frozen=True)
 class LengthReward:
-    """1 up to `target_tokens`, falling in a straight line to 0 at twice as many."""
+    """graded: 1 up to `target_tokens`, then linear to 0 at twice as many."""
 
     name: str
     target_tokens: int
     is_verifier: ClassVar[bool] = False
 
     def score(self, items: Sequence[RewardInput]) -> list[Score]:
-        return [Score(min(1.0, max(0.0, 2.0 - item.tokens / self.target_tokens)), "graded") for item in items]
+        return [self._score(item) for item in items]
+
+    def _score(self, item: RewardInput) -> Score:
+        value = 2.0 - item.tokens / self.target_tokens
+        return Score(min(1.0, max(0.0, value)), "graded")

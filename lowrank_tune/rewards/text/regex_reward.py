@@ -1,8 +1,7 @@
-"""`format`: the whole completion matches a regular expression; `regex`: it is found anywhere in it. A negative weight
-punishes what matches.
+"""`format`: the whole completion matches a regular expression; `regex`: the expression is found in it.
 
-The engine is RE2, whose time is linear in the text: no worker and no clock are needed. `lowrank_tune.regex` says how it
-differs from Python's `re`.
+Runs in the main process: the engine is RE2, whose time is linear in the text, so no time limit is needed.
+`lowrank_tune.regex` describes how it differs from Python's `re`. A negative weight makes a penalty of a match.
 """
 
 from __future__ import annotations
@@ -12,13 +11,13 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from lowrank_tune.regex import compile_pattern, to_utf8
-from lowrank_tune.rewards.base import RewardInput, Score
+from lowrank_tune.rewards.base import RewardInput, Score, pass_or_fail
 
 
 @dataclass(frozen=True)
 class RegexReward:
-    """pass (1) or fail (0). `.` is any character but a line break, unless the pattern begins with `(?s)`. Raises
-    UserError."""
+    """pass (1) or fail (0). `.` matches any character but a line break, unless the pattern begins with `(?s)`. Raises
+    UserError for an invalid pattern."""
 
     name: str
     pattern: str
@@ -35,9 +34,5 @@ class RegexReward:
     def _score(self, item: RewardInput) -> Score:
         text = to_utf8(item.completion)
         if self.full_match:
-            match = self._engine.fullmatch(text)
-        else:
-            match = self._engine.search(text)
-        if match is not None:
-            return Score(1.0, "pass")
-        return Score(0.0, "fail", "does not match the pattern" if self.full_match else "the pattern is not found")
+            return pass_or_fail(self._engine.fullmatch(text) is not None, "does not match the pattern")
+        return pass_or_fail(self._engine.search(text) is not None, "the pattern is not found")

@@ -1,4 +1,4 @@
-"""`repetition`: how little a completion repeats itself."""
+"""`repetition`: rewards completions that repeat themselves little. Runs in the main process."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from lowrank_tune.rewards.base import RewardInput, Score
 
 NGRAM = 4
 WORD = re.compile(r"[\u0e00-\u0eff\u2e80-\ua4cf\uac00-\ud7af\uf900-\ufaff\U00020000-\U0003ffff]|\w{1,16}|[^\w\s]")
-"""A word, a sign, or a letter of a script that sets no spaces. Long words are cut, so that `aaaa...` repeats itself
-too."""
+"""A word, a punctuation mark, or a character of a script without spaces. Long words are cut, so that `aaaa...` counts
+as a repetition."""
 
 
 @dataclass(frozen=True)
 class RepetitionReward:
-    """The share of distinct ones among the sequences of `ngram` words, without case: 1 where none comes twice or the
+    """graded: the share of distinct sequences among those of `ngram` words, without case; 1 if none occurs twice or the
     text is shorter."""
 
     name: str
@@ -29,9 +29,10 @@ class RepetitionReward:
 
 
 def distinct_ngram_fraction(text: str, ngram: int) -> float:
-    """The share of distinct n-grams, in time and memory linear in the text (times `ngram`)."""
+    """Returns the share of distinct n-grams, in time and memory linear in the text (times `ngram`)."""
     words = [word.casefold() for word in WORD.findall(text)]
     count = len(words) - ngram + 1
-    if count > 1:
-        return len(set(zip(*(words[start:] for start in range(ngram)), strict=False))) / count
-    return 1.0
+    if count <= 1:
+        return 1.0
+    shifted = [words[start:] for start in range(ngram)]
+    return len(set(zip(*shifted, strict=False))) / count

@@ -1,4 +1,5 @@
-"""Limits on the CPU time of a part of a judged call, within that of the whole call (`rewards/worker.py`)."""
+"""Limits on the CPU time of a part of a graded call, within the limit of the whole call (`worker.py`). Runs in the
+worker process."""
 
 from __future__ import annotations
 
@@ -15,7 +16,7 @@ MIN_WATCH_SECONDS = 0.01
 
 
 class TimeLimitExceeded(BaseException):
-    """The part has taken its time; no `except Exception` of a library takes it for its own."""
+    """The part has used its time. Not an Exception, so that no `except Exception` of a library catches it."""
 
 
 def _raise_time_limit(*_: object) -> None:
@@ -23,10 +24,10 @@ def _raise_time_limit(*_: object) -> None:
 
 
 def time_limit(seconds: float, compute: Callable[[], T]) -> T | None:
-    """What `compute` returns, or None where it took too long or too much memory.
+    """Returns what `compute` returns, or None if it takes too long or too much memory.
 
-    The clock of the part counts CPU time in user mode, and that of the whole call, which goes on behind it, all of it:
-    so they are two clocks, with signals of their own.
+    The part is limited in CPU time in user mode, by its own clock and signal; the clock of the whole call, which counts
+    all CPU time, continues.
     """
     previous_handler = signal.getsignal(signal.SIGVTALRM)
 
@@ -42,14 +43,15 @@ def time_limit(seconds: float, compute: Callable[[], T]) -> T | None:
         finally:
             restore()
     except (TimeLimitExceeded, MemoryError):
-        restore()  # the alarm may have rung within the line above
+        # the alarm may have interrupted the `restore` above
+        restore()
         return None
 
 
 @contextlib.contextmanager
 def interrupt_after(seconds: float, interrupt: Callable[[], None]) -> Iterator[threading.Event]:
-    """Calls `interrupt` from another thread once this process has used so much CPU time in the body, and again until
-    the body ends: for libraries in C, which no signal handler stops. The event is set from the first call on."""
+    """Calls `interrupt` from another thread once this process has used `seconds` of CPU time in the body, and again
+    until the body ends: for C libraries, which no signal handler interrupts. The event is set at the first call."""
     end = time.process_time() + seconds
     interrupted = threading.Event()
     done = threading.Event()

@@ -1,11 +1,11 @@
-"""A limit on the time that processes take for themselves, whatever else the machine does.
+"""A time limit for processes that does not count the time in which other programs use the processors.
 
-Charged is the time that they run on a processor, and the time that none of their threads could run, as in a sleep. Not
-charged is the time in which a thread could run while other programs had the processors. While threads of theirs wait
-for each other's processors one of them runs, so that time is charged. The charge never exceeds the wall clock.
+Charged is the time in which the processes run on a processor, and the time in which none of their threads can run, as
+in a sleep. Not charged is the time in which a thread could run while other programs use the processors. If threads of
+the processes wait for each other's processors, one of them runs, so that time is charged. The charge never exceeds the
+wall clock.
 
-CPU time is the kernel's own count. Whether a thread could run is looked up at random times, which no program can
-predict.
+The kernel counts the CPU time. Whether a thread can run is sampled at random times, which no program can predict.
 """
 
 from __future__ import annotations
@@ -16,17 +16,17 @@ from collections.abc import Collection
 
 from lowrank_tune.rewards.workers.process_tree import read_tree
 
-SAMPLES = 40  # of the processes within the limit
-MAX_SAMPLING_SHARE = 0.05  # of a processor for taking the samples
-MAX_WALL_FACTOR = 20  # times its limit that is waited for a process on a busy machine
+SAMPLES = 40  # samples within the limit
+MAX_SAMPLING_SHARE = 0.05  # of one processor, for taking the samples
+MAX_WALL_FACTOR = 20  # on a busy machine a process may take this many times its limit of wall-clock time
 
 
 class TimeLimitReached(Exception):
-    """The processes have taken their time."""
+    """The processes have used their time."""
 
 
 class Starved(Exception):
-    """Other programs kept the processes from taking their time; the message holds the figures."""
+    """Other programs kept the processes from using their time; the message has the figures."""
 
 
 class ChargedTime:
@@ -40,7 +40,7 @@ class ChargedTime:
         self._asleep = 0.0
         self._cpu_seconds = 0.0
         self._counted = False
-        # not the module's own: drawing from it would change what others draw
+        # its own generator: the module's would change the draws of others
         self._random = random.Random()
         self._schedule(0.0)
 
@@ -51,29 +51,30 @@ class ChargedTime:
 
     @property
     def next_sample(self) -> float:
-        """When `check` has to be called next, of time.monotonic."""
+        """The time.monotonic at which `check` has to be called next."""
         return self._next
 
     def check(self, replied: bool = False) -> None:
-        """Takes a sample where one is due. Raises TimeLimitReached or Starved.
+        """Takes a sample if one is due. Raises TimeLimitReached or Starved.
 
-        Call it while the processes are waited for and nothing that they sent is left to read, or, `replied`, when a
-        message of theirs has just been read: then they worked until now, though nothing of them may run any more.
+        To be called while waiting for the processes, when everything that they sent has been read. `replied`: a message
+        of theirs has just been read, so they worked until now even if no thread of theirs can run any more.
         """
         if time.monotonic() < self._next:
             return
         self._sample(replied)
         if self.charged >= self._limit:
             raise TimeLimitReached
-        if self._sampled - self._start >= MAX_WALL_FACTOR * self._limit:
+        wall_seconds = self._sampled - self._start
+        if wall_seconds >= MAX_WALL_FACTOR * self._limit:
             raise Starved(
-                f"in {self._sampled - self._start:.0f} s other programs left it {self.charged:.1f} s of the "
-                f"{self._limit:g} s that it has"
+                f"in {wall_seconds:.0f} s other programs left it {self.charged:.1f} s of the "
+                f"{self._limit:g} s of its limit"
             )
 
     def _sample(self, replied: bool) -> None:
-        """Charges the time since the last sample, by what is seen now. The first finds no count to compare with, and
-        charges all."""
+        """Charges the time since the last sample by the current state. The first sample has no CPU time to compare
+        with, and charges all."""
         now = time.monotonic()
         used = time.thread_time()
         passed = now - self._sampled
@@ -89,14 +90,16 @@ class ChargedTime:
         self._schedule(time.thread_time() - used)
 
     def _schedule(self, cost: float) -> None:
-        """Draws the time of the next sample, which is never behind the earliest end."""
+        """Draws the time of the next sample, which is never after the earliest possible end."""
         interval = max(self._limit / SAMPLES, cost / MAX_SAMPLING_SHARE)
         earliest_end = max(interval / 4, self._limit - self.charged)
-        self._next = time.monotonic() + min(earliest_end, interval * self._random.uniform(0.5, 1.5))
+        random_interval = interval * self._random.uniform(0.5, 1.5)
+        self._next = time.monotonic() + min(earliest_end, random_interval)
 
 
 def computing_share(seconds: float) -> float:
-    """The share of a processor that a program gets now which does nothing but compute: this thread, for so long."""
+    """Returns the share of a processor that a program which only computes gets now, measured by this thread for
+    `seconds`."""
     start = time.monotonic()
     used = time.thread_time()
     while time.monotonic() - start < seconds:

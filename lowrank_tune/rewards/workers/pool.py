@@ -1,7 +1,7 @@
-"""Scoring on worker processes while other completions still decode.
+"""A pool of worker processes that score completions while others are still decoded. Runs in the main process.
 
-Each worker has a thread that feeds it and limits its time (`charged_time.py`). A worker that overstays is killed and a
-new one takes its place, so the pool keeps its size. Scores do not depend on which worker gave them, nor on the order.
+Each worker has a thread that sends it requests and limits its time (`worker_thread.py`). A worker that exceeds its time
+is killed and replaced, so the pool keeps its size. Scores depend neither on the worker nor on the order.
 """
 
 from __future__ import annotations
@@ -18,17 +18,17 @@ from lowrank_tune.rewards.base import BatchedReward, Reward, RewardInput, Score,
 from lowrank_tune.rewards.workers.worker_thread import ScoreRequest, WorkerThread
 
 TIMEOUT_SECONDS = 10.0
-START_SECONDS = 60.0  # for what a user's file imports
+START_SECONDS = 60.0  # for the imports of a user's file
 
 Key = TypeVar("Key", bound=Hashable)
 
 
 class WorkerPool(Generic[Key]):
-    """Scores completions with several rewards. Use it as a context manager: no worker outlives it.
+    """Scores completions with several rewards. A context manager: at its end no worker is left.
 
-    Rewards that cannot hang are computed at once, in this process, or by `collect` for all completions together; for
-    the others `workers` processes are kept. Making it waits until these are warm, and raises Faults where a job cannot
-    be loaded.
+    A `WorkerReward` is computed on `workers` processes, a `BatchedReward` by `collect` for all completions together,
+    and the others at once in this process. The constructor waits until the workers have loaded all graders. Raises
+    ConfigError if one cannot be loaded.
     """
 
     def __init__(
@@ -51,9 +51,14 @@ class WorkerPool(Generic[Key]):
         self._changed = threading.Condition()
         self._failure: BaseException | None = None
         self._num_ready = 0
+        num_threads = max(1, workers) if self.worker_specs else 0
         self._threads = [
-            WorkerThread(self, self.worker_specs, self._requests)
-            for _ in range(max(1, workers) if self.worker_specs else 0)
+            WorkerThread(
+                self,
+                self.worker_specs,
+                self._requests,
+            )
+            for _ in range(num_threads)
         ]
         try:
             for thread in self._threads:
@@ -71,18 +76,26 @@ class WorkerPool(Generic[Key]):
 
     @property
     def pids(self) -> list[int]:
-        """The processes of the workers."""
+        """The process ids of the workers."""
         return [thread.worker.pid for thread in self._threads if thread.worker is not None]
 
     def submit(self, key: Key, item: RewardInput) -> None:
-        """Takes a completion, as soon as it is finished. Keys are told apart until `collect`."""
+        """Starts to score a completion. A key can be used again after `collect`. Raises ValueError for a key in use."""
         if key in self._scores:
             raise ValueError(f"{key!r} was submitted before")
         self._scores[key] = [None] * len(self.rewards)
         spec_index = 0
         for reward_index, reward in enumerate(self.rewards):
             if isinstance(reward, WorkerReward):
-                self._dispatch(ScoreRequest(key, item, reward_index, spec_index, reward))
+                self._dispatch(
+                    ScoreRequest(
+                        key,
+                        item,
+                        reward_index,
+                        spec_index,
+                        reward,
+                    )
+                )
                 spec_index += 1
             elif isinstance(reward, BatchedReward):
                 self._batched[key] = item
@@ -102,12 +115,13 @@ class WorkerPool(Generic[Key]):
             self.store(request, replace(score, seconds=time.perf_counter() - start))
 
     def collect(self) -> dict[Key, list[Score]]:
-        """Waits for all that was submitted: for each key one score a reward, in the order of submission."""
+        """Waits for all submitted completions. Returns for each key, in order of submission, one score per reward."""
         keys = list(self._batched)
         items = list(self._batched.values())
         self._batched = {}
+        # before the wait, while the workers compute
         for reward_index, reward in enumerate(self.rewards):
-            if isinstance(reward, BatchedReward) and items:  # while the workers are busy
+            if isinstance(reward, BatchedReward) and items:
                 for key, score in zip(keys, reward.score(items), strict=True):
                     self._scores[key][reward_index] = score
         self._wait(lambda: not self._pending)
@@ -116,7 +130,7 @@ class WorkerPool(Generic[Key]):
         return done
 
     def close(self) -> None:
-        """Ends all workers, whatever they are doing. What was not collected is lost."""
+        """Kills all workers. Scores that were not collected are lost."""
         for thread in self._threads:
             thread.end()
         for _ in self._threads:
@@ -126,27 +140,27 @@ class WorkerPool(Generic[Key]):
                 thread.join()
 
     def store(self, request: ScoreRequest, score: Score) -> None:
-        """A score has come; called by the slots."""
+        """Stores a score. Called by the threads of the workers."""
         with self._changed:
             self._scores[request.key][request.reward_index] = score
             self._pending -= 1
             self._changed.notify_all()
 
     def on_ready(self, faults: Sequence[str | None]) -> None:
-        """A worker is warm, or says what its jobs lack; called by the slots."""
-        failures = [
-            ConfigProblem(fault, str(spec.get("use", spec["kind"])))
-            for fault, spec in zip(faults, self.worker_specs, strict=True)
-            if fault is not None
-        ]
-        if failures:
-            raise ConfigError(failures)
+        """Counts a worker that has loaded its graders; `faults`: why one could not be loaded. Called by the threads of
+        the workers. Raises ConfigError."""
+        problems = []
+        for fault, spec in zip(faults, self.worker_specs, strict=True):
+            if fault is not None:
+                problems.append(ConfigProblem(fault, str(spec.get("use", spec["kind"]))))
+        if problems:
+            raise ConfigError(problems)
         with self._changed:
             self._num_ready += 1
             self._changed.notify_all()
 
     def fail(self, failure: BaseException) -> None:
-        """A slot cannot go on; the next who waits raises this."""
+        """Stores the failure of a thread, which the next wait raises. Called by the threads of the workers."""
         with self._changed:
             self._failure = self._failure or failure
             self._changed.notify_all()
@@ -156,15 +170,3 @@ class WorkerPool(Generic[Key]):
             self._changed.wait_for(lambda: self._failure is not None or ready())
             if self._failure is not None:
                 raise self._failure
-
-
-def score_serially(
-    reward: Reward,
-    items: Sequence[RewardInput],
-    timeout_seconds: float = TIMEOUT_SECONDS,
-) -> list[Score]:
-    """Scores with one worker that lives for this call: what `score` is for a reward that needs a worker."""
-    with WorkerPool[int]([reward], 1, timeout_seconds) as pool:
-        for number, item in enumerate(items):
-            pool.submit(number, item)
-        return [scores[0] for scores in pool.collect().values()]

@@ -1,4 +1,5 @@
-"""The parent's side of a worker: start it, ask it with a deadline, kill it with all that it started."""
+"""One worker process as the main process uses it: start, request with a time limit, kill. The other side is
+`worker.py`."""
 
 from __future__ import annotations
 
@@ -18,9 +19,12 @@ from typing import Any
 from lowrank_tune.rewards.workers.charged_time import ChargedTime, Starved, TimeLimitReached
 
 SCRIPT = Path(__file__).with_name("worker.py")
-ENVIRONMENT = {"PYTHONHASHSEED": "0", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
-"""Sets come in one order in every worker and every run, the card stays the trainer's, and workers do not fight over
-cores."""
+ENVIRONMENT = {
+    "PYTHONHASHSEED": "0",
+    "CUDA_VISIBLE_DEVICES": "",
+    "OMP_NUM_THREADS": "1",
+}
+"""Sets have one order in every worker and every run, only the trainer uses the GPU, and a worker uses one core."""
 
 
 class WorkerTimeout(Exception):
@@ -28,29 +32,28 @@ class WorkerTimeout(Exception):
 
 
 class WorkerStarved(Exception):
-    """No reply, and other programs kept the worker from taking its time; the message holds the figures."""
+    """No reply, and other programs kept the worker from using its time; the message has the figures."""
 
 
-class WorkerDied(Exception):
-    """The worker ended without a reply; the message says how."""
+class WorkerExited(Exception):
+    """The worker ended without a reply; the message is a predicate, as "was killed by SIGSEGV"."""
 
 
 class Worker:
-    """One worker process. It must be made by a thread that lives as long as it: the kernel kills it when that thread
-    ends."""
+    """One worker process. The kernel kills it when the thread that created it ends."""
 
     def __init__(self) -> None:
         self._channel, child_end = socket.socketpair()
         self._channel.setblocking(False)
         with child_end:
             command = [sys.executable, "-P", "-B", str(SCRIPT), str(child_end.fileno()), str(os.getpid())]
+            # its own session: Ctrl-C is only for the run, which finishes its step
             self._process = subprocess.Popen(
                 command,
                 pass_fds=[child_end.fileno()],
                 env={**os.environ, **ENVIRONMENT},
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
-                # a session of its own: Ctrl-C is for the run, which finishes its step
                 stderr=subprocess.DEVNULL,
                 start_new_session=True,
             )
@@ -58,13 +61,13 @@ class Worker:
         self._received = b""
 
     def load(self, worker_specs: Sequence[Mapping[str, Any]], seconds: float) -> list[str | None]:
-        """Has the jobs loaded: for each a sentence where it could not be, else None."""
+        """Loads the graders; returns for each of them why it cannot be loaded, or None. Raises WorkerExited."""
         try:
             faults: list[str | None] = self.request(worker_specs, seconds)["faults"]
         except WorkerTimeout:
-            raise WorkerDied(f"was not ready within {seconds:g} s") from None
+            raise WorkerExited(f"was not ready within {seconds:g} s") from None
         except WorkerStarved as starved:
-            raise WorkerDied(f"was not ready, the machine is too busy: {starved}") from None
+            raise WorkerExited(f"was not ready, the machine is too busy: {starved}") from None
         return faults
 
     @property
@@ -72,9 +75,9 @@ class Worker:
         return self._process.pid
 
     def request(self, message: object, seconds: float) -> dict[str, Any]:
-        """The worker's reply within so many seconds of `ChargedTime`. Raises WorkerTimeout, WorkerStarved or
-        WorkerDied; after any of them the worker is of no more use."""
-        # What JSON has no word for (a date, bytes) arrives as text; ASCII, so that lone surrogates travel too.
+        """Returns the worker's reply within `seconds` of `ChargedTime`. Raises WorkerTimeout, WorkerStarved or
+        WorkerExited; after any of them the worker cannot be used again."""
+        # What JSON cannot represent (a date, bytes) is sent as text; ASCII, so that lone surrogates can be sent too.
         self._unsent = json.dumps(message, default=str).encode() + b"\n"
         charged_time = ChargedTime([self.pid], seconds)
         try:
@@ -87,22 +90,26 @@ class Worker:
         except Starved as starved:
             raise WorkerStarved(str(starved)) from None
         except OSError:
-            raise WorkerDied(self._exit_reason()) from None
+            raise WorkerExited(self._exit_reason()) from None
         line, _, self._received = self._received.partition(b"\n")
         reply: dict[str, Any] = json.loads(line)
         return reply
 
     def _transfer(self, deadline: float) -> None:
-        """Sends and receives what can be until the deadline."""
+        """Sends and receives once, or waits until the deadline."""
         poll = select.poll()
-        poll.register(self._channel, select.POLLIN | (select.POLLOUT if self._unsent else 0))
-        events = dict(poll.poll(max(0.0, 1e3 * (deadline - time.monotonic())))).get(self._channel.fileno(), 0)
-        if events & select.POLLOUT:
-            self._unsent = self._unsent[self._channel.send(self._unsent) :]
-        if events & ~select.POLLOUT:
-            if not (more := self._channel.recv(1 << 16)):
-                raise WorkerDied(self._exit_reason())
-            self._received += more
+        events = select.POLLIN | select.POLLOUT if self._unsent else select.POLLIN
+        poll.register(self._channel, events)
+        timeout_ms = max(0.0, 1e3 * (deadline - time.monotonic()))
+        ready = dict(poll.poll(timeout_ms)).get(self._channel.fileno(), 0)
+        if ready & select.POLLOUT:
+            num_sent = self._channel.send(self._unsent)
+            self._unsent = self._unsent[num_sent:]
+        if ready & ~select.POLLOUT:
+            received = self._channel.recv(1 << 16)
+            if not received:
+                raise WorkerExited(self._exit_reason())
+            self._received += received
 
     def _exit_reason(self) -> str:
         with contextlib.suppress(subprocess.TimeoutExpired):
@@ -113,8 +120,8 @@ class Worker:
         return "closed its connection"
 
     def end(self) -> None:
-        """Ends the worker and what it started in its session; whoever waits for its reply is told that it died. From
-        any thread."""
+        """Kills the worker and what it started in its session; a thread that waits for its reply gets WorkerExited.
+        Can be called from any thread."""
         if self._process.returncode is None:
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.killpg(self._process.pid, signal.SIGKILL)
@@ -122,7 +129,7 @@ class Worker:
             self._channel.shutdown(socket.SHUT_RDWR)
 
     def kill(self) -> None:
-        """Ends the worker and clears up after it. Only for the thread that asks it."""
+        """Kills the worker and frees its resources. Only for the thread that sends it requests."""
         self.end()
         self._process.wait()
         self._channel.close()

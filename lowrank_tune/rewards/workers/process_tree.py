@@ -1,5 +1,7 @@
-"""Processes and all that descends from them, as Linux shows them in /proc: the CPU time that they used, and whether one
-of their threads could run now."""
+"""Processes and their descendants, from /proc of Linux: the CPU time that they used, and whether a thread can run.
+
+Runs in the main process, and in the worker of `python_tests` for the sandboxed processes.
+"""
 
 from __future__ import annotations
 
@@ -13,8 +15,8 @@ PROC = Path("/proc")
 
 @dataclass(frozen=True)
 class ProcessTree:
-    """`cpu_seconds`: of all threads, those that have ended too, and of children that were waited for. `runnable`: a
-    thread runs, or waits for a processor."""
+    """`cpu_seconds`: of all threads, with those that have ended and with children that were waited for. `runnable`:
+    whether a thread runs or waits for a processor."""
 
     cpu_seconds: float
     runnable: bool
@@ -22,42 +24,49 @@ class ProcessTree:
 
 @dataclass(frozen=True)
 class ProcessStat:
-    """What one process is a child of, and the CPU time that it used."""
+    """The parent of one process, and the CPU time that it used."""
 
     parent: int
     cpu_seconds: float
 
 
 def read_tree(roots: Collection[int]) -> ProcessTree | None:
-    """The processes `roots` and their descendants together. None where the system has no /proc as Linux has it."""
+    """Returns the processes `roots` and their descendants together. None if the system has no /proc like Linux."""
     if not (PROC / "self/stat").exists():
         return None
     processes = dict(_processes())
     pids = [pid for pid in roots if pid in processes]
+    # the list grows while it is read: children of children are found too
     for pid in pids:
         pids += [child for child, stat in processes.items() if stat.parent == pid and child not in roots]
-    return ProcessTree(sum(processes[pid].cpu_seconds for pid in pids), any(map(_runnable, pids)))
+    cpu_seconds = sum(processes[pid].cpu_seconds for pid in pids)
+    return ProcessTree(cpu_seconds, runnable=any(map(_runnable, pids)))
 
 
 def _processes() -> Iterator[tuple[int, ProcessStat]]:
     tick = 1.0 / os.sysconf("SC_CLK_TCK")
     for folder in PROC.iterdir():
-        if folder.name.isdigit() and (fields := _stat_fields(folder)):
-            # user, system, and both of children that were waited for
-            yield int(folder.name), ProcessStat(int(fields[1]), tick * sum(map(int, fields[11:15])))
+        if not folder.name.isdigit():
+            continue
+        fields = _stat_fields(folder)
+        if fields:
+            # user and system time, of the process and of its children that were waited for
+            ticks = sum(map(int, fields[11:15]))
+            yield int(folder.name), ProcessStat(int(fields[1]), tick * ticks)
 
 
 def _runnable(pid: int) -> bool:
-    """Whether a thread of the process is in the state R."""
+    """Returns whether a thread of the process is in state R."""
     try:
         threads = list((PROC / str(pid) / "task").iterdir())
-    except OSError:  # it has ended meanwhile
+    except OSError:  # the process has ended
         return False
     return any(_stat_fields(thread)[:1] == [b"R"] for thread in threads)
 
 
 def _stat_fields(folder: Path) -> list[bytes]:
-    """The fields behind the name, which may hold anything: state, parent, ...; none where the process has ended."""
+    """Returns the fields after the name, which may contain any character: state, parent, ...; no fields if the process
+    has ended."""
     try:
         return (folder / "stat").read_bytes().rpartition(b")")[2].split()
     except OSError:

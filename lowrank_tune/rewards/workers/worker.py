@@ -1,8 +1,8 @@
-"""A scoring worker: a plain script of the standard library, started by its path, so that it neither imports torch nor
-starts slowly.
+"""The script of a worker process; the other side is `process.py` in the main process.
 
-It reads one JSON object a line from a socket: first the jobs, which it loads, then completions. It answers each with
-one line. What the user's code prints goes nowhere, and it reads an empty input.
+It is started by its path and imports only the standard library, so that it starts in milliseconds and without torch. It
+reads one JSON object per line from a socket, first the specs of the graders that it loads, then requests, and answers
+each with one line. The output of a user's function is discarded, and its standard input is empty.
 """
 
 from __future__ import annotations
@@ -32,16 +32,18 @@ from typing import Any
 
 PR_SET_PDEATHSIG = 1
 MEGABYTE = 1 << 20
-VERIFIER_MEGABYTES = 512  # what one judged call of a verifier of the kit may add to this process
-RECYCLE_MEGABYTES = 256  # a process that verifiers have made larger by this is replaced
-TIMEOUT_MARGIN = 0.9  # a verifier is interrupted a little before the parent kills this process
-ALARM_INTERVAL_SECONDS = 0.05  # of CPU; the alarm repeats: a bare `except` or a destructor may swallow the first
+VERIFIER_MEGABYTES = 512  # memory that one call of a built-in verifier may add to this process
+RECYCLE_MEGABYTES = 256  # a process to which verifiers have added more than this is replaced
+TIMEOUT_MARGIN = 0.9  # a verifier is interrupted a little before the main process kills this process
+ALARM_INTERVAL_SECONDS = 0.05  # CPU time; the alarm repeats, because a bare `except` may catch the first
+MAX_MESSAGE_CHARS = 200  # characters of the message of an exception
+MAX_REPR_CHARS = 80
 GradeFn = Callable[[Mapping[str, Any]], Any]
-"""One completion judged: a figure, or for a verifier of the kit whatever its `parse_reply` reads, as plain data."""
+"""Grades one completion: returns a number, or for a built-in verifier the plain data that its `parse_reply` reads."""
 
 
 class SourceSnapshotLoader(importlib.abc.ExecutionLoader):
-    """Loads a module from the text that the run read at its start: a file that is edited later changes nothing."""
+    """Loads a module from the text that the run read at its start: later edits of the file change nothing."""
 
     def __init__(self, path: str, source: str) -> None:
         self.path = path
@@ -55,15 +57,15 @@ class SourceSnapshotLoader(importlib.abc.ExecutionLoader):
 
 
 class CallTimeout(BaseException):
-    """The time is over; no `except Exception` of a library takes it for its own."""
+    """The time of a call is over. Not an Exception, so that no `except Exception` of a library catches it."""
 
 
 class RewardFunctionError(Exception):
-    """A job or a value that cannot be used, in words."""
+    """A user's function, or a value that it returned, cannot be used; the message is a predicate."""
 
 
 def load_file(path: str, source: str) -> ModuleType:
-    """The user's file as a module of its own, its folder on the import path as if it were run."""
+    """Returns the user's file as a module, with its folder on the import path as for a script."""
     name = f"reward_{hashlib.blake2b(path.encode(), digest_size=8).hexdigest()}"
     if name in sys.modules:
         return sys.modules[name]
@@ -74,8 +76,10 @@ def load_file(path: str, source: str) -> ModuleType:
     spec = importlib.util.spec_from_loader(name, loader)
     assert spec is not None
     module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module  # dataclasses look their module up while it is made
-    linecache.cache[path] = (len(source), None, source.splitlines(True), path)  # so a fault shows the line that ran
+    # dataclasses look up their module while it is executed
+    sys.modules[name] = module
+    # so that a traceback shows the line that ran
+    linecache.cache[path] = (len(source), None, source.splitlines(True), path)
     try:
         loader.exec_module(module)
     except BaseException:
@@ -85,7 +89,7 @@ def load_file(path: str, source: str) -> ModuleType:
 
 
 def load_user_function(spec: Mapping[str, Any]) -> GradeFn:
-    """The user's function, checked for what can be checked without a completion."""
+    """Returns the grader of a user's function, after the checks that need no completion. Raises RewardFunctionError."""
     function = getattr(load_file(spec["path"], spec["source"]), spec["function"], None)
     if not callable(function):
         raise RewardFunctionError(f"has no function `{spec['function']}`")
@@ -93,11 +97,11 @@ def load_user_function(spec: Mapping[str, Any]) -> GradeFn:
         inspect.signature(function).bind("", {})
     except TypeError as error:
         raise RewardFunctionError(f"`{spec['function']}` must take (completion, row): {error}") from None
-    except ValueError:  # some builtins tell no signature
+    except ValueError:  # some builtins have no signature
         pass
 
     def grade(request: Mapping[str, Any]) -> float:
-        # Whatever it draws, the order of completions does not show in it.
+        # the draws of a function depend on the completion and not on the order of completions
         random.seed(f"{request['prompt']}\n{request['completion']}".encode(errors="surrogatepass"))
         return finite(function(request["completion"], request["row"]))
 
@@ -105,23 +109,22 @@ def load_user_function(spec: Mapping[str, Any]) -> GradeFn:
 
 
 def finite(value: object) -> float:
-    """The value as a finite float; bool, int, float and what numpy makes of them."""
+    """Returns a bool, int, float or numpy number as a finite float. Raises RewardFunctionError for anything else."""
+    if value is None:
+        raise RewardFunctionError("returned None, which is not a number (does every path return one?)")
     if not isinstance(value, numbers.Real):
-        raise RewardFunctionError(
-            f"returned {safe_repr(value)}, which is no number"
-            + (" (does every path return one?)" if value is None else "")
-        )
+        raise RewardFunctionError(f"returned {safe_repr(value)}, which is not a number")
     try:
         number = float(value)
     except OverflowError:
         number = math.inf
     if not math.isfinite(number):
-        raise RewardFunctionError(f"returned {number}, which is no finite number")
+        raise RewardFunctionError(f"returned {number}, which is not a finite number")
     return number
 
 
 def load_verifier(spec: Mapping[str, Any]) -> GradeFn:
-    """Returns `load(spec)` of the module that the spec names, with limits."""
+    """Returns the grader of a built-in verifier, `load(spec)` of the module in the spec, with limits."""
     folder = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
     root = os.path.dirname(os.path.dirname(folder))
     if root not in sys.path:
@@ -133,7 +136,8 @@ def load_verifier(spec: Mapping[str, Any]) -> GradeFn:
 
 @contextlib.contextmanager
 def import_without_init(name: str, folder: str) -> Iterator[None]:
-    """A package without what its `__init__` imports: it brings torch in, seconds and 300 MB for each worker."""
+    """Makes the modules of a package importable without its `__init__`, which would import torch: seconds and 300 MB
+    per worker."""
     if name in sys.modules:
         yield
         return
@@ -143,16 +147,20 @@ def import_without_init(name: str, folder: str) -> Iterator[None]:
     try:
         yield
     finally:
-        del sys.modules[name]  # for a user's file that imports the real one
+        # a user's file may import the real package
+        del sys.modules[name]
 
 
 class LimitedGrader:
-    """A verifier with limits on CPU time and memory around each call; the user's functions in this process keep theirs.
+    """A built-in verifier with limits on CPU time and memory around each call.
 
-    CPU time, so that a busy machine changes nothing; the parent, which has a limit too, sees a call that sleeps. Too
-    late is CallTimeout, also where a verifier itself raises TimeoutError; too much memory is MemoryError.
-    `added_megabytes`: MB that its calls have added to the peak of this process (libraries catch MemoryError, so a call
-    that answered may have met the limit); `grew_fast`: its last call added more than half of what it may.
+    The limit is CPU time, which does not depend on other programs; the main process, which has a limit too, ends a call
+    that sleeps. A call raises CallTimeout if it takes too long, also if the verifier itself raises TimeoutError, and
+    MemoryError if it takes too much memory. The user's functions in this process have no such limits.
+
+    `added_megabytes`: memory that the calls have added to the peak of this process. `grew_fast`: whether the last call
+    added more than half of its limit; libraries catch MemoryError, so such a call may have reached the limit and still
+    returned.
     """
 
     def __init__(self, grade: GradeFn, megabytes: int) -> None:
@@ -176,13 +184,14 @@ class LimitedGrader:
             finally:
                 restore()
         except CallTimeout:
-            restore()  # the alarm may have rung within the line above
+            # the alarm may have interrupted the `restore` above
+            restore()
             raise
         except TimeoutError:
             raise CallTimeout from None
         finally:
             added = peak_megabytes() - before
-            self.added_megabytes = self.added_megabytes + added
+            self.added_megabytes += added
             self.grew_fast = added > self.megabytes / 2
 
     def _limit(self, seconds: float, soft: int, hard: int) -> None:
@@ -201,8 +210,8 @@ def raise_timeout(*_: object) -> None:
 
 
 def peak_megabytes() -> float:
-    """The most memory that this process has held at once. Linux hands `ru_maxrss` on from the parent, which is large:
-    not that."""
+    """Returns the peak memory of this process. On Linux not `ru_maxrss`, which starts at the large value of the
+    parent."""
     if sys.platform != "linux":
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / MEGABYTE
     with open("/proc/self/status", encoding="ascii", errors="replace") as status:
@@ -213,42 +222,45 @@ LOADERS: dict[str, Callable[[Mapping[str, Any]], GradeFn]] = {"own": load_user_f
 
 
 def format_exception(error: BaseException, path: str) -> str:
-    """An exception in words, with the last line of the user's file that it went through."""
+    """Returns an exception as a predicate, with the last line of the user's file in its traceback."""
     if isinstance(error, RewardFunctionError):
         return str(error)
+    name = type(error).__name__
+    file = os.path.basename(path)
     if isinstance(error, SyntaxError) and error.filename == path:
-        return f"raised {type(error).__name__}: {error.msg} ({os.path.basename(path)}:{error.lineno})"
-    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename == path]
+        return f"raised {name}: {error.msg} ({file}:{error.lineno})"
     try:
-        message = str(error)
+        message = str(error)[:MAX_MESSAGE_CHARS]
     except Exception:
         message = "(its message raises too)"
-    if frames:
-        where = f" ({os.path.basename(path)}:{frames[-1].lineno}: {frames[-1].line})"
-    else:
-        where = ""
-    return f"raised {type(error).__name__}: {message[:200]}{where}"
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename == path]
+    if not frames:
+        return f"raised {name}: {message}"
+    return f"raised {name}: {message} ({file}:{frames[-1].lineno}: {frames[-1].line})"
 
 
 def safe_repr(value: object) -> str:
-    """A short repr, even of what has none."""
+    """Returns a short repr, or the type if `repr` raises."""
     try:
-        return repr(value)[:80]
+        return repr(value)[:MAX_REPR_CHARS]
     except Exception:
         return f"a {type(value).__name__}"
 
 
 def load_grader(spec: Mapping[str, Any]) -> GradeFn | str:
-    """A job made ready, or why not."""
+    """Returns the grader of a spec, or why it cannot be loaded."""
     try:
         return LOADERS[spec["kind"]](spec)
-    except BaseException as error:  # also SystemExit: a file that ends the process is a fault of that file
+    except BaseException as error:  # also SystemExit: the file is at fault if it ends the process
         return format_exception(error, spec.get("path", ""))
 
 
 def grade_completion(grade: GradeFn, request: Mapping[str, Any], path: str) -> dict[str, Any]:
-    """The reply to one completion. `late` and `steep`: it exceeded, or may have met, a limit of a verifier on time and
-    on memory."""
+    """Returns the reply for one completion: its `value`, or `late` if a verifier exceeded its time, or a `fault`.
+
+    For a verifier also `steep`, whether the call may have reached the memory limit, and `worn`, whether this process
+    has grown so large that it should be replaced.
+    """
     start = time.perf_counter()
     out_of_memory = False
     try:
@@ -259,24 +271,32 @@ def grade_completion(grade: GradeFn, request: Mapping[str, Any], path: str) -> d
         reply = {"fault": format_exception(error, path)}
         out_of_memory = isinstance(error, MemoryError)
     if isinstance(grade, LimitedGrader):
-        reply |= {"steep": grade.grew_fast or out_of_memory, "worn": grade.added_megabytes > RECYCLE_MEGABYTES}
+        reply["steep"] = grade.grew_fast or out_of_memory
+        reply["worn"] = grade.added_megabytes > RECYCLE_MEGABYTES
     return {**reply, "seconds": time.perf_counter() - start}
 
 
-def die_with_parent(parent: int) -> None:
-    """However the parent ends, this process does not outlive it, not even inside a loop of C code that nothing
-    interrupts."""
+def exit_with_parent(parent: int) -> None:
+    """Makes the kernel kill this process when its parent ends, also within C code that nothing interrupts."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:  # it ended before the line above
+    # the parent may have ended before the call above
+    if os.getppid() != parent:
         os._exit(1)
 
 
 def main(descriptor: int, parent: int) -> None:
-    """Serves until the other end is closed."""
-    die_with_parent(parent)
+    """Serves requests until the other end is closed."""
+    exit_with_parent(parent)
     os.set_inheritable(descriptor, False)
-    with socket.socket(fileno=descriptor) as channel, channel.makefile("rw", encoding="ascii", newline="\n") as lines:
+    with (
+        socket.socket(fileno=descriptor) as channel,
+        channel.makefile(
+            "rw",
+            encoding="ascii",
+            newline="\n",
+        ) as lines,
+    ):
 
         def send(reply: Mapping[str, Any]) -> None:
             lines.write(json.dumps(reply) + "\n")
@@ -287,9 +307,10 @@ def main(descriptor: int, parent: int) -> None:
         send({"faults": [grade if isinstance(grade, str) else None for grade in graders]})
         while line := lines.readline():
             request = json.loads(line)
-            grade = graders[request["job"]]
+            index = request["job"]
+            grade = graders[index]
             assert not isinstance(grade, str)
-            send(grade_completion(grade, request, specs[request["job"]].get("path", "")))
+            send(grade_completion(grade, request, specs[index].get("path", "")))
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
-"""One place of the pool: a thread with its worker process, which it replaces when it is lost.
+"""One thread of the pool with its worker process, which it replaces if it is lost. Runs in the main process.
 
-A completion that exceeds a limit is at fault itself where the row's own answer keeps it, graded by the same process or
-a new one: then it is wrong, and else it has no score.
+A completion that exceeds a limit of a verifier is the cause itself if the row's own answer does not exceed it, graded
+by the same process or a new one: then it is wrong. Else it has no score.
 """
 
 from __future__ import annotations
@@ -16,15 +16,15 @@ from typing import Any, Protocol
 
 from lowrank_tune.errors import UserError
 from lowrank_tune.rewards.base import Reply, RewardInput, Score, WorkerReward
-from lowrank_tune.rewards.workers.process import Worker, WorkerDied, WorkerStarved, WorkerTimeout
+from lowrank_tune.rewards.workers.process import Worker, WorkerExited, WorkerStarved, WorkerTimeout
 
 MEMORY_LIMIT = "the memory that the verifier may use"
 
 
 @dataclass(frozen=True)
 class ScoreRequest:
-    """One completion for one reward: `reward_index` is the reward's among all, `spec_index` its among those of the
-    workers."""
+    """One completion for one reward. `reward_index`: the index of the reward among all rewards; `spec_index`: its index
+    among those that workers compute."""
 
     key: Any
     item: RewardInput
@@ -34,7 +34,7 @@ class ScoreRequest:
 
 
 class PoolCallbacks(Protocol):
-    """Where slots put what they have: the WorkerPool."""
+    """The part of WorkerPool that its threads use."""
 
     timeout_seconds: float
     start_seconds: float
@@ -45,7 +45,7 @@ class PoolCallbacks(Protocol):
 
 
 class WorkerThread(threading.Thread):
-    """Serves tasks until it is given None. `worker` is its process, None before and after."""
+    """Serves requests until it gets None. `worker`: its process, None before the start and after the end."""
 
     def __init__(
         self,
@@ -62,7 +62,7 @@ class WorkerThread(threading.Thread):
         self._graded: dict[bytes, bool] = {}
 
     def end(self) -> None:
-        """Kills the worker at once; the thread follows at its next task. From any thread."""
+        """Kills the worker at once; the thread ends at its next request. Can be called from any thread."""
         self._stopped.set()
         if (worker := self.worker) is not None:
             worker.end()
@@ -72,21 +72,22 @@ class WorkerThread(threading.Thread):
             self._pool.on_ready(self._start_worker())
             while (request := self._requests.get()) is not None:
                 self._serve(request)
-        except BaseException as failure:  # whoever waits for the scores must hear of it, or would wait for ever
+        except BaseException as failure:  # else a wait for the scores would never end
             self._pool.fail(failure)
         finally:
             self._stop_worker()
 
     def _start_worker(self) -> list[str | None]:
-        """A new worker with its jobs loaded."""
+        """Starts a new worker and loads its graders; returns a fault or None for each of them."""
         self.worker = Worker()
-        if self._stopped.is_set():  # between its start and the line above nobody could end it
+        # `end` may have been called before the line above, when there was no worker to kill
+        if self._stopped.is_set():
             self.worker.end()
         try:
             return self.worker.load(self._worker_specs, self._pool.start_seconds)
-        except WorkerDied as death:
+        except WorkerExited as error:
             names = ", ".join(str(spec.get("use", spec["kind"])) for spec in self._worker_specs)
-            raise UserError(f"rewards: the worker that loads {names} {death}") from None
+            raise UserError(f"rewards: the worker that loads {names} {error}") from None
 
     def _stop_worker(self) -> None:
         if self.worker is not None:
@@ -98,77 +99,89 @@ class WorkerThread(threading.Thread):
         reward = request.reward
         limit = self._limit(reward) * reward.worker_time_factor
         try:
-            reply = self._ask(request, reward.build_request(item))
+            reply = self._send(request, reward.build_request(item))
         except WorkerTimeout:
             self._stop_worker()
-            score = self._exceeded(request, f"{limit:g} s") or reward.on_timeout(item, limit)
-            score = replace(score, seconds=limit)
+            score = replace(self._time_exceeded(request, limit), seconds=limit)
         except WorkerStarved as starved:
             self._stop_worker()
             reason = f"`{reward.name}`: the machine is too busy to grade {item}: {starved}"
             score = Score(None, "timeout", reason, limit)
-        except WorkerDied as death:
+        except WorkerExited as error:
             self._stop_worker()
-            score = reward.on_worker_crash(item, str(death))
+            score = reward.worker_failure(item, "error", str(error))
         else:
             score = replace(self._score_of(request, reply), seconds=reply["seconds"])
             if reply.get("worn"):
                 self._stop_worker()
-        self._pool.store(request, score)  # before the next worker starts: a last completion does not wait for it
+        # before the next worker starts: the last completion of a batch does not wait for it
+        self._pool.store(request, score)
         self._ensure_worker()
 
     def _limit(self, reward: WorkerReward) -> float:
         return min(self._pool.timeout_seconds, reward.max_seconds)
 
-    def _ask(self, request: ScoreRequest, message: Mapping[str, Any]) -> Reply:
-        """The worker's reply. Raises what `Worker.request` raises."""
+    def _send(self, request: ScoreRequest, message: Mapping[str, Any]) -> Reply:
+        """Returns the worker's reply. Raises what `Worker.request` raises."""
         self._ensure_worker()
         if self.worker is None:
-            raise WorkerDied("was ended")
+            raise WorkerExited("was ended")
         limit = self._limit(request.reward)
         message = {"job": request.spec_index, "seconds": limit, **message}
         return self.worker.request(message, limit * request.reward.worker_time_factor)
 
     def _score_of(self, request: ScoreRequest, reply: Reply) -> Score:
-        """The score from a reply, also from one that reports an exceeded limit."""
+        """Returns the score of a reply, which may report an exceeded limit."""
         if reply.get("late"):
-            limit = self._limit(request.reward)
-            return self._exceeded(request, f"{limit:g} s") or request.reward.on_timeout(request.item, limit)
-        score = request.reward.parse_reply(request.item, reply)
-        if score.value is None and reply.get("steep"):
-            return self._exceeded(request, MEMORY_LIMIT) or score
+            return self._time_exceeded(request, self._limit(request.reward))
+        score = self._parse(request, reply)
+        if score.value is None and reply.get("steep") and self._only_completion_exceeds(request):
+            return _limit_exceeded(MEMORY_LIMIT)
         return score
 
-    def _exceeded(self, request: ScoreRequest, limit: str) -> Score | None:
-        """The score of a completion that exceeds a limit of a verifier, where it alone is at fault. None for a user's
-        function, which has no limits that a completion may exceed."""
-        reward = request.reward
-        is_verifier = self._worker_specs[request.spec_index]["kind"] == "verifier"
-        if is_verifier:
-            message = reward.reference_request(request.item)
-        else:
-            message = None
-        if message is not None and self._is_graded(request, message):
-            return reward.on_exceeded_limit(limit)
-        return None
+    def _parse(self, request: ScoreRequest, reply: Reply) -> Score:
+        if "fault" in reply:
+            return request.reward.worker_failure(request.item, "error", reply["fault"])
+        return request.reward.parse_reply(request.item, reply)
+
+    def _time_exceeded(self, request: ScoreRequest, seconds: float) -> Score:
+        if self._only_completion_exceeds(request):
+            return _limit_exceeded(f"{seconds:g} s")
+        return request.reward.worker_failure(
+            request.item,
+            "timeout",
+            f"did not return within {seconds:g} s",
+        )
+
+    def _only_completion_exceeds(self, request: ScoreRequest) -> bool:
+        """Returns whether a completion that exceeds a limit is the cause, because the row's own answer does not exceed
+        it. False for a user's function, which has no limits that a completion may exceed."""
+        if self._worker_specs[request.spec_index]["kind"] != "verifier":
+            return False
+        message = request.reward.reference_request(request.item)
+        return message is not None and self._is_graded(request, message)
 
     def _is_graded(self, request: ScoreRequest, message: Mapping[str, Any]) -> bool:
-        """Whether the worker grades a message within its limits. It does so once."""
+        """Returns whether the worker grades a request within its limits. Each request is sent once."""
         key = hashlib.blake2b(json.dumps([request.spec_index, message], default=str).encode()).digest()
         if key not in self._graded:
             try:
-                reply = self._ask(request, message)
+                reply = self._send(request, message)
             except WorkerStarved:
                 self._stop_worker()
                 return False
-            except (WorkerTimeout, WorkerDied):
+            except (WorkerTimeout, WorkerExited):
                 self._stop_worker()
                 reply = {"late": True}
-            parse_reply = request.reward.parse_reply
-            self._graded[key] = not reply.get("late") and parse_reply(request.item, reply).value is not None
+            self._graded[key] = not reply.get("late") and self._parse(request, reply).value is not None
         return self._graded[key]
 
     def _ensure_worker(self) -> None:
-        """Another worker in the place of one that was lost, or that a verifier has left large."""
+        """Starts another worker if the last one was lost, or was ended because it had grown too large."""
         if self.worker is None and not self._stopped.is_set():
             self._pool.on_ready(self._start_worker())
+
+
+def _limit_exceeded(limit: str) -> Score:
+    """Returns the score of a completion that alone exceeds a limit."""
+    return Score(0.0, "fail", f"grading it takes more than {limit}")
