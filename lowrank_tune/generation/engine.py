@@ -130,20 +130,19 @@ class Engine:
     def sample(self, hidden: Tensor, uniforms: list[float], sampling: SamplingParams) -> list[list[float]]:
         """Draws a token for each hidden state (N, d) with N uniform numbers. Returns N pairs of a token and its
         log-prob, in one transfer from the device."""
-        head = self.roles.head
-        temperature = sampling.temperature or 1.0
-        rows_at_once = max(1, CHUNK_LOGITS // head.weight.shape[0])
+        rows_at_once = max(1, CHUNK_LOGITS // self.roles.head.weight.shape[0])
         uniform = torch.tensor(uniforms, dtype=torch.float64, device=hidden.device)
-        tokens = []
-        logps = []
+        pairs = []
         for start in range(0, len(hidden), rows_at_once):
             chunk = slice(start, start + rows_at_once)
-            logits = head.logits(hidden[chunk], temperature)
-            chunk_tokens, chunk_logps = sample(logits, sampling, uniform[chunk])
-            tokens.append(chunk_tokens)
-            logps.append(chunk_logps)
-        pairs = torch.stack([torch.cat(tokens).double(), torch.cat(logps)], dim=1)
-        return pairs.tolist()
+            pairs.append(self._sample_chunk(hidden[chunk], uniform[chunk], sampling))
+        return torch.cat(pairs).tolist()
+
+    def _sample_chunk(self, hidden: Tensor, uniform: Tensor, sampling: SamplingParams) -> Tensor:
+        """Returns (N, 2) float64, tokens and log-probs. The logits are freed here, before those of the next chunk."""
+        logits = self.roles.head.logits(hidden, sampling.temperature or 1.0)
+        tokens, logps = sample(logits, sampling, uniform)
+        return torch.stack([tokens.double(), logps], dim=1)
 
     def _make_scheduler(
         self,

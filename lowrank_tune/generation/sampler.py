@@ -46,8 +46,7 @@ def apply_top_k_top_p(logits: Tensor, sampling: SamplingParams) -> Tensor:
         ordered, order = logits.sort(dim=1, descending=True, stable=True)
         probs = ordered.softmax(dim=1)
         # A token is excluded if the more likely ones already have a mass of top_p.
-        mass_before = probs.cumsum(dim=1) - probs
-        excluded_in_order = mass_before >= sampling.top_p
+        excluded_in_order = probs.cumsum(dim=1) - probs >= sampling.top_p
         excluded_in_order[:, 0] = False
         excluded = torch.zeros_like(excluded_in_order).scatter_(1, order, excluded_in_order)
         logits = logits.masked_fill(excluded, -torch.inf)

@@ -141,7 +141,7 @@ class _ChunkedLogps(torch.autograd.Function):
             here = slice(start, start + len(chunk))
             start += len(chunk)
             slope_here = None if slope is None else slope[here]
-            _chunk_logps(
+            chunk_logps(
                 head,
                 chunk,
                 targets[here],
@@ -233,7 +233,7 @@ class _ChunkedEntropy(torch.autograd.Function):
         return (slope * grad[:, None]).to(slope.dtype), None, None
 
 
-def _chunk_logps(
+def chunk_logps(
     head: Head,
     hidden: Tensor,
     targets: Tensor,
