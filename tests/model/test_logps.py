@@ -230,7 +230,7 @@ def test_kl_the_wrong_way_round_is_seen(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 chunked_kl_of = chunked_kl
-real_chunk = logps_module._chunk_logps
+real_chunk = logps_module.chunk_logps
 
 
 def _cap_forgotten_in_gradient(
@@ -283,10 +283,10 @@ real_logits = Head.logits
 @pytest.mark.parametrize(
     ("place", "name", "bug"),
     [
-        (logps_module, "_chunk_logps", _cap_forgotten_in_gradient),
-        (logps_module, "_chunk_logps", _temperature_forgotten_in_gradient),
-        (logps_module, "_chunk_logps", _entropy_without_sign),
-        (logps_module, "_chunk_logps", _accuracy_by_log_prob),
+        (logps_module, "chunk_logps", _cap_forgotten_in_gradient),
+        (logps_module, "chunk_logps", _temperature_forgotten_in_gradient),
+        (logps_module, "chunk_logps", _entropy_without_sign),
+        (logps_module, "chunk_logps", _accuracy_by_log_prob),
         (Head, "logits", _logits_without_scale),
         (Head, "logits", _scale_after_cap),
         (Head, "logits", _logits_in_bf16),
