@@ -379,7 +379,7 @@ def test_a_head_with_something_dropped_is_seen_and_refused(monkeypatch: pytest.M
     roles.head = replace(roles.head, **DROPPED[kind])
     assert error_against_model(roles) > 1e-2
     monkeypatch.setattr(roles_module, "head_of", lambda model: replace(logps_module.head_of(model), **DROPPED[kind]))
-    with pytest.raises(UserError, match="^base.model: the head of .* computes something"):
+    with pytest.raises(UserError, match="^base.model: the output head of .* computes something"):
         roles_over(unquantized_base(kind))
 
 
@@ -390,7 +390,7 @@ def test_a_head_that_differs_by_more_than_rounding_is_refused(dtype: torch.dtype
     head = logps_module.head_of(model.to(dtype))
     assert head.softcap == 30.0
     logps_module.check_head(model, head)
-    with pytest.raises(UserError, match="^base.model: the head of recurrent_gemma models computes something"):
+    with pytest.raises(UserError, match="^base.model: the output head of recurrent_gemma models computes something"):
         logps_module.check_head(model, replace(head, softcap=None))
 
 
