@@ -167,7 +167,7 @@ def check_prefix_sharing(
 ) -> None:
     """A pair's prompt runs through the model once, and outputs and gradient are those of whole rows. Times both
     ways."""
-    tree = roles._packed_layout(batch)
+    tree = roles.pack(batch)
     result.checks["prompts are shared"] = tree is not None
     if tree is None:
         return

@@ -1,9 +1,9 @@
-"""Attention of a decoding step: one query a row against the columns of the cache that the row may see.
+"""Attention of a decoding step: one query per row against the cached keys and values.
 
 On the CPU PyTorch's fused kernel splits its work into one tiny product for each row and head; two batched products over
 all of them take half the time. On a GPU the query heads of a group become the queries of their one key head, because
-with a mask transformers 5.17 copies keys and values once per query head in each layer and step (5.23 does not). Nothing
-else changes: keys, values, scaling and mask are those that the model's own modules pass.
+with a mask transformers 5.17 copies keys and values once per query head in each layer and step (5.23 does not). Keys,
+values, scaling and mask are those that the model's own modules pass.
 """
 
 from __future__ import annotations
@@ -38,36 +38,22 @@ def decode_attention(
     scaling: float | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """query (B, H, 1, D), key and value (B, heads, W, D), mask (B, 1, 1, W), True: may be seen, or what is added to the
-    scores. (B, 1, H, D).
+    """Computes attention as two batched products: query (B, H, 1, D), key and value (B, KV, W, D), mask (B, 1, 1, W),
+    boolean (True: may be seen) or additive. Returns (B, 1, H, D).
 
-    Whatever is no such step goes to transformers' own `sdpa`.
+    A call that is not a decoding step with a mask goes to transformers' own `sdpa`.
     """
-    rows, heads, _, width = query.shape
     if attention_mask is None or not _is_decoding_step(query, dropout, kwargs):
-        output, _ = sdpa_attention_forward(
-            module,
-            query,
-            key,
-            value,
-            attention_mask,
-            dropout=dropout,
-            scaling=scaling,
-            **kwargs,
-        )
-        return output, None
-    grouped = (query * (width**-0.5 if scaling is None else scaling)).view(
-        rows,
-        key.shape[1],
-        heads // key.shape[1],
-        width,
-    )
+        return _transformers_sdpa(module, query, key, value, attention_mask, dropout, scaling, kwargs)
+    if scaling is None:
+        scaling = query.shape[-1] ** -0.5
+    grouped = _group_heads(query * scaling, key.shape[1])
     scores = torch.matmul(grouped, key.transpose(2, 3))
     if attention_mask.dtype == torch.bool:
         scores = scores.masked_fill_(~attention_mask, -torch.inf)
     else:
         scores = scores.add_(attention_mask)
-    return torch.matmul(scores.softmax(dim=-1), value).view(rows, 1, heads, value.shape[-1]), None
+    return _ungroup_heads(torch.matmul(scores.softmax(dim=-1), value)), None
 
 
 def grouped_sdpa(
@@ -80,41 +66,61 @@ def grouped_sdpa(
     scaling: float | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """Run SDPA with the query heads of a group as queries of their key head, so that keys and values are read where
-    they lie.
+    """Computes SDPA with the query heads of a group as queries of their key head, so that keys and values are not
+    copied.
 
     Shapes: query (B, H, 1, D), key and value (B, KV, W, D), mask (B, 1 or H, 1, W), boolean or additive. Returns (B, 1,
     H, D). A call that is not a decoding step with a mask goes to transformers' own `sdpa`, which groups the heads
-    itself where there is no mask.
+    itself if there is no mask.
     """
-    rows, heads, _, width = query.shape
+    heads = query.shape[1]
     groups = key.shape[1]
     if attention_mask is None or groups == heads or not _is_decoding_step(query, dropout, kwargs):
-        output, _ = sdpa_attention_forward(
-            module,
-            query,
-            key,
-            value,
-            attention_mask,
-            dropout=dropout,
-            scaling=scaling,
-            **kwargs,
-        )
-        return output, None
+        return _transformers_sdpa(module, query, key, value, attention_mask, dropout, scaling, kwargs)
     if attention_mask.shape[1] == heads:
-        attention_mask = attention_mask.reshape(
-            attention_mask.shape[0],
-            groups,
-            heads // groups,
-            attention_mask.shape[3],
-        )
-    grouped = query.reshape(rows, groups, heads // groups, width)
+        attention_mask = _group_heads(attention_mask, groups)
+    grouped = _group_heads(query, groups)
     output = F.scaled_dot_product_attention(grouped, key, value, attn_mask=attention_mask, scale=scaling)
-    return output.reshape(rows, 1, heads, value.shape[-1]), None
+    return _ungroup_heads(output), None
 
 
 def _is_decoding_step(query: Tensor, dropout: float, kwargs: Mapping[str, Any]) -> bool:
     return query.shape[2] == 1 and not dropout and all(kwargs.get(name) is None for name in UNSUPPORTED_KWARGS)
+
+
+def _group_heads(x: Tensor, groups: int) -> Tensor:
+    """(B, H, 1, D) -> (B, groups, H / groups, D)."""
+    rows, _, _, width = x.shape
+    return x.reshape(rows, groups, -1, width)
+
+
+def _ungroup_heads(x: Tensor) -> Tensor:
+    """(B, groups, H / groups, D) -> (B, 1, H, D)."""
+    rows, _, _, width = x.shape
+    return x.reshape(rows, 1, -1, width)
+
+
+def _transformers_sdpa(
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float,
+    scaling: float | None,
+    kwargs: Mapping[str, Any],
+) -> tuple[Tensor, None]:
+    output, _ = sdpa_attention_forward(
+        module,
+        query,
+        key,
+        value,
+        attention_mask,
+        dropout=dropout,
+        scaling=scaling,
+        **kwargs,
+    )
+    return output, None
 
 
 AttentionInterface.register(DECODE_ATTENTION_NAME, decode_attention)
@@ -125,15 +131,15 @@ AttentionMaskInterface.register(GROUPED_SDPA_NAME, sdpa_mask)
 
 @contextmanager
 def batched_attention(model: Any) -> Iterator[None]:
-    """While it is entered, a model that attends by `sdpa` does so by the function of its device in
-    `ATTENTION_BY_DEVICE`."""
-    state = vars(model.get_decoder().config)  # for every few steps: the config's own setter checks all its fields
+    """Makes a model that attends by `sdpa` use the function of its device in `ATTENTION_BY_DEVICE`."""
+    # The attribute dictionary, because the configuration's own setter checks all its fields.
+    attributes = vars(model.get_decoder().config)
     name = ATTENTION_BY_DEVICE.get(model.device.type)
-    if state.get(ATTENTION_KEY) != "sdpa" or name is None:
+    if attributes.get(ATTENTION_KEY) != "sdpa" or name is None:
         yield
         return
-    state[ATTENTION_KEY] = name
+    attributes[ATTENTION_KEY] = name
     try:
         yield
     finally:
-        state[ATTENTION_KEY] = "sdpa"
+        attributes[ATTENTION_KEY] = "sdpa"

@@ -1,33 +1,36 @@
-"""Which sequence speaks when: prompts are read, their samples take slots, and those that end make room at once."""
+"""Continuous batching: which prompts are read, which sequences decode in which slots, and which have ended.
+
+The scheduler runs no model. `Engine` passes in what the model and the sampler computed, and gets back what to run next:
+
+    next_prompts -> (engine reads the prompts) -> add_prefilled -> admit -> (engine fills the slots)
+    compact -> decoding -> (engine decodes one token of each sequence) -> retire
+"""
 
 from __future__ import annotations
 
 import hashlib
 import math
 from collections import deque
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
 
 from lowrank_tune.errors import TrainingError
-from lowrank_tune.generation.kv_cache import KVStore
 from lowrank_tune.generation.outputs import Completion, Token
 from lowrank_tune.generation.sampling_params import SamplingParams
 from lowrank_tune.generation.stopping import StoppingCriteria
 
-UNIFORMS_PER_BLOCK = 64  # numbers that a stream is asked for at a time
-PREFILL_TOKENS = 4096  # of prompts read in one forward pass, with padding
-
-SampleFn = Callable[[Tensor, list[float]], list[list[float]]]
-"""Hidden states (N, d) and a uniform number for each -> a token and its log-prob for each."""
+UNIFORMS_PER_BLOCK = 64
+"""Random numbers that are drawn from a stream at a time."""
+PREFILL_TOKENS = 4096
+"""Tokens of the prompts of one prefill, with padding."""
 
 
 @dataclass
-class _Row:
-    """A sequence in a slot: `length` tokens of it are read, its last one is not."""
+class SequenceState:
+    """A sequence that is decoded. `length` of its tokens are in the KV cache: all but the last one."""
 
     prompt: int
     sample: int
@@ -36,196 +39,231 @@ class _Row:
     token_ids: list[int] = field(default_factory=list)
     logps: list[float] = field(default_factory=list)
 
+    def append(self, token: float, logp: float) -> None:
+        """Adds the next token. Raises TrainingError if its log-prob is not a number."""
+        if math.isnan(logp):
+            raise TrainingError(
+                "the logits of a completion are not finite: the training of its adapter has diverged",
+            )
+        self.token_ids.append(int(token))
+        self.logps.append(logp)
+
     def to_completion(self, finish_reason: Literal["stop", "length", "budget"]) -> Completion:
         return Completion(self.prompt, self.sample, self.token_ids, finish_reason, self.logps)
 
 
 @dataclass
 class _PrefilledPrompt:
-    """A prompt that was read: its samples, which have said their first token and wait for slots, what the store places,
-    its row there."""
+    """A prompt that was read: its row in `cache`, and the samples that have their first token and wait for slots."""
 
-    samples: deque[_Row]
+    samples: deque[SequenceState]
     cache: Any
-    row: int
+    cache_row: int
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Slots that sequences of one prompt take: `cache_row` of `cache` is copied into each of them."""
+
+    cache: Any
+    cache_row: int
+    slots: list[int]
+
+
+@dataclass(frozen=True)
+class SlotMove:
+    """A sequence with `length` cached tokens that changes its slot."""
+
+    source: int
+    target: int
+    length: int
 
 
 class DecodeScheduler:
-    """The sequences of one call. `run_until_any_finished` goes on until some of them end, `step_tokens` for one
-    turn."""
+    """The sequences of one call: `n` samples of each prompt, at most `slots` of them decoding at once."""
 
     def __init__(
         self,
-        store: KVStore,
-        sample_fn: SampleFn,
         prompts: Sequence[Sequence[int]],
         n: int,
         sampling: SamplingParams,
-        slots: int,
+        stops: StoppingCriteria,
         numbers: Sequence[int],
-        ended: Collection[tuple[int, int]] = (),
-        spent: int = 0,
     ) -> None:
-        """`ended` are samples of prompts that need not be drawn any more, `spent` the tokens of them."""
-        self.store = store
-        self.sample_fn = sample_fn
+        """`numbers` name the random streams of the prompts."""
         self.prompts = prompts
         self.n = n
-        self.seed = sampling.seed
-        self.slots = slots
+        self.sampling = sampling
+        self.stops = stops
         self.numbers = numbers
-        if sampling.budget is None:
-            self.token_budget = math.inf
-        else:
-            self.token_budget = sampling.budget - spent
-        self.samples = [
-            [sample for sample in range(n) if (prompt, sample) not in ended] for prompt in range(len(prompts))
-        ]
+        self.unfinished = [list(range(n)) for _ in prompts]
+        """The samples of each prompt that have not ended."""
+        if sampling.max_new_tokens < 1:
+            self.unfinished.clear()
+        self.spent_tokens = 0
+        """Tokens of the sequences that have ended."""
+        self.tokens_streamed = False
+
+    def start(self, slots: int) -> None:
+        """Queues all sequences that have not ended, from their beginning. Called again after an attempt that failed."""
+        self.slots = slots
+        self.token_budget = math.inf
+        if self.sampling.budget is not None:
+            self.token_budget = self.sampling.budget - self.spent_tokens
+        waiting = [prompt for prompt, samples in enumerate(self.unfinished) if samples]
         # Prompts of similar length are read together.
-        self.waiting = deque(
-            sorted((i for i, samples in enumerate(self.samples) if samples), key=lambda index: len(prompts[index]))
-        )
+        waiting.sort(key=lambda prompt: len(self.prompts[prompt]))
+        self.waiting = deque(waiting)
         self.prefilled = deque[_PrefilledPrompt]()
-        self.rows: list[_Row | None] = []
-        self.last_stepped: list[_Row] = []
-        """The sequences that the last turn gave a token, which is the last of their ids."""
+        self.rows = list[SequenceState | None]()
+        """The sequence in each slot."""
+
+    @property
+    def num_unfinished(self) -> int:
+        return sum(len(samples) for samples in self.unfinished)
+
+    @property
+    def columns(self) -> int:
+        """Tokens that the longest sequence may have."""
+        return max(map(len, self.prompts)) + self.sampling.max_new_tokens
 
     @property
     def is_done(self) -> bool:
-        return not (self.running or self.prefilled or self.waiting)
+        return not (self.num_running or self.prefilled or self.waiting)
 
     @property
-    def running(self) -> int:
-        return sum(row is not None for row in self.rows)
+    def num_running(self) -> int:
+        return len(self.decoding())
 
-    def run_until_any_finished(self, stops: StoppingCriteria) -> list[Completion]:
-        """One turn after another, until at least one sequence has ended."""
-        finished: list[Completion] = []
-        while not finished and not self.is_done:
-            finished = self.step(stops)
-        return finished
+    @property
+    def is_out_of_budget(self) -> bool:
+        """Whether the token budget is too small for one more step."""
+        return self.token_budget < max(1, self.num_running)
 
-    def step(self, stops: StoppingCriteria) -> list[Completion]:
-        """Admits, or makes one step; the sequences that ended with it."""
-        if self.token_budget < max(1, self.running):
-            return self._truncate_all()
-        slots = self._admit()
-        if not slots:
-            self._compact_slots()
-            slots = self._decode_step()
-        self.last_stepped = [row for slot in slots if (row := self.rows[slot]) is not None]
-        self.token_budget -= len(self.last_stepped)
-        return self._finish_rows(slots, stops)
+    def decoding(self) -> list[SequenceState]:
+        """Returns the sequences that have slots, in the order of the slots."""
+        return [row for row in self.rows if row is not None]
 
-    def step_tokens(self, stops: StoppingCriteria) -> list[Token | Completion]:
-        """One turn: the tokens that it drew, and the sequences that ended with them."""
-        finished = self.step(stops)
-        return [*(Token(row.prompt, row.sample, row.token_ids[-1]) for row in self.last_stepped), *finished]
-
-    def _admit(self) -> list[int]:
-        """Puts waiting sequences into free slots. The slots taken."""
-        free = [slot for slot, row in enumerate(self.rows) if row is None] + list(range(len(self.rows), self.slots))
-        free = free[: int(min(self.token_budget - self.running, len(free)))]
-        if not free or not (self.prefilled or self.waiting):
-            return []
-        if not self.prefilled:
-            self._prefill_next(len(free))
-        taken: list[int] = []
-        while self.prefilled and len(taken) < len(free):
-            prefilled_prompt = self.prefilled[0]
-            assigned_slots = free[len(taken) : len(taken) + len(prefilled_prompt.samples)]
-            self.store.insert(prefilled_prompt.cache, [prefilled_prompt.row] * len(assigned_slots), assigned_slots)
-            for slot in assigned_slots:
-                self.rows[slot : slot + 1] = [prefilled_prompt.samples.popleft()]
-            taken += assigned_slots
-            if not prefilled_prompt.samples:
-                self.prefilled.popleft()
-        return taken
-
-    def _prefill_next(self, free: int) -> None:
-        """Reads the next prompts, for the free slots and for some that will be free later: together they are read
-        faster.
-
-        All their samples say their first tokens at once, too: a token is counted when its sequence takes a slot.
-        """
-        # prompts: what waits takes no more than a quarter of the slots
-        max_prompts = max(-(-free // self.n), self.slots // 4)
+    def next_prompts(self) -> list[int]:
+        """Returns the prompts to read now: for the free slots, and for some that will be free later, because prompts
+        are read faster together."""
+        num_free = len(self._free_slots())
+        chosen = list[int]()
+        if not num_free or self.prefilled:
+            return chosen
+        limit = max_prefill_prompts(num_free, self.n, self.slots)
         width = 0
-        chosen: list[int] = []
-        while self.waiting and len(chosen) < max_prompts:
+        while self.waiting and len(chosen) < limit:
             width = max(width, len(self.prompts[self.waiting[0]]))
             if chosen and width * (len(chosen) + 1) > PREFILL_TOKENS:
                 break
             chosen.append(self.waiting.popleft())
-        cache, hidden = self.store.prefill([self.prompts[index] for index in chosen])
-        groups = [[self._new_row(index, sample) for sample in self.samples[index]] for index in chosen]
-        row_index = torch.tensor([row for row, group in enumerate(groups) for _ in group], device=hidden.device)
-        self._append_tokens([one for group in groups for one in group], hidden[row_index])
-        self.prefilled += [_PrefilledPrompt(deque(group), cache, row) for row, group in enumerate(groups)]
+        return chosen
 
-    def _new_row(self, prompt: int, sample: int) -> _Row:
-        return _Row(
-            prompt,
-            sample,
-            len(self.prompts[prompt]),
-            _uniforms(_generator(self.seed, self.numbers[prompt], sample)),
-        )
+    def add_prefilled(self, prompts: Sequence[int], cache: Any) -> list[SequenceState]:
+        """Takes over prompts that were read, row i of `cache` for prompts[i]. Returns all their samples, whose first
+        tokens must be appended now. A token counts toward the budget when its sequence takes a slot."""
+        sequences = []
+        for cache_row, prompt in enumerate(prompts):
+            group = [self._new_sequence(prompt, sample) for sample in self.unfinished[prompt]]
+            self.prefilled.append(_PrefilledPrompt(deque(group), cache, cache_row))
+            sequences += group
+        return sequences
 
-    def _compact_slots(self) -> None:
-        """The last sequences move into the slots that were left: a step reads the first slots only."""
+    def admit(self) -> list[Placement]:
+        """Assigns waiting samples to free slots."""
+        free = self._free_slots()
+        placements = []
+        while self.prefilled and free:
+            prompt = self.prefilled[0]
+            slots = free[: len(prompt.samples)]
+            free = free[len(slots) :]
+            for slot in slots:
+                # A slot at the end of the list appends.
+                self.rows[slot : slot + 1] = [prompt.samples.popleft()]
+            placements.append(Placement(prompt.cache, prompt.cache_row, slots))
+            if not prompt.samples:
+                self.prefilled.popleft()
+        return placements
+
+    def compact(self) -> list[SlotMove]:
+        """Moves the last sequences into the free slots, because a step reads the first slots only. Returns the moves in
+        the order in which they must be made."""
+        moves = []
         while None in self.rows:
             last = self.rows.pop()
             if last is not None:
-                hole = self.rows.index(None)
-                self.store.move(len(self.rows), hole, last.length)
-                self.rows[hole] = last
+                target = self.rows.index(None)
+                moves.append(SlotMove(len(self.rows), target, last.length))
+                self.rows[target] = last
+        return moves
 
-    def _decode_step(self) -> list[int]:
-        rows = [row for row in self.rows if row is not None]
-        hidden = self.store.step([row.token_ids[-1] for row in rows], [row.length for row in rows])
-        for row in rows:
-            row.length += 1
-        self._append_tokens(rows, hidden)
-        return list(range(len(rows)))
+    def last_tokens(self, slots: Sequence[int]) -> list[Token]:
+        """Returns the last token in each of these slots, for a caller that streams them."""
+        self.tokens_streamed = True
+        tokens = []
+        for slot in slots:
+            row = self.rows[slot]
+            if row is not None:
+                tokens.append(Token(row.prompt, row.sample, row.token_ids[-1]))
+        return tokens
 
-    def _append_tokens(self, rows: Sequence[_Row], hidden: Tensor) -> None:
-        """What these sequences say next."""
-        for row, (token, logp) in zip(rows, self.sample_fn(hidden, [next(row.uniforms) for row in rows]), strict=True):
-            if logp != logp:
-                raise TrainingError(
-                    "the logits of a completion are not finite: the training of its adapter has diverged"
-                )
-            row.token_ids.append(int(token))
-            row.logps.append(logp)
-
-    def _finish_rows(self, slots: Sequence[int], stops: StoppingCriteria) -> list[Completion]:
+    def retire(self, slots: Sequence[int]) -> list[Completion]:
+        """Counts one new token in each of these slots, frees the slots whose sequence ends with it, and returns their
+        completions."""
+        self.token_budget -= len(slots)
         finished = []
         for slot in slots:
             row = self.rows[slot]
-            if row is not None and (finish_reason := stops.finish_reason(row.token_ids)) is not None:
+            if row is None:
+                continue
+            finish_reason = self.stops.finish_reason(row.token_ids)
+            if finish_reason is not None:
                 finished.append(row.to_completion(finish_reason))
                 self.rows[slot] = None
+                self.unfinished[row.prompt].remove(row.sample)
+                self.spent_tokens += len(row.token_ids)
         return finished
 
-    def _truncate_all(self) -> list[Completion]:
-        """Everything ends where it is, what has not begun too."""
-        started = [row.to_completion("budget") for row in self.rows if row is not None]
-        not_started = [
-            (row.prompt, row.sample) for prefilled_prompt in self.prefilled for row in prefilled_prompt.samples
-        ]
-        not_started += [(prompt, sample) for prompt in self.waiting for sample in self.samples[prompt]]
-        self.rows = []
-        self.prefilled = deque()
-        self.waiting = deque()
-        self.last_stepped = []
-        return started + [Completion(prompt, sample, [], "budget", []) for prompt, sample in not_started]
+    def truncate_all(self) -> list[Completion]:
+        """Ends every sequence where it is. Those that have no slot yet end with no tokens."""
+        completions = [row.to_completion("budget") for row in self.decoding()]
+        not_started = []
+        for prefilled in self.prefilled:
+            not_started += [(row.prompt, row.sample) for row in prefilled.samples]
+        for prompt in self.waiting:
+            not_started += [(prompt, sample) for sample in self.unfinished[prompt]]
+        for prompt, sample in not_started:
+            completions.append(Completion(prompt, sample, [], "budget", []))
+        self.unfinished.clear()
+        self.start(self.slots)
+        return completions
+
+    def _free_slots(self) -> list[int]:
+        """Returns the free slots in order, no more than the token budget has tokens for."""
+        free = [slot for slot, row in enumerate(self.rows) if row is None]
+        free += range(len(self.rows), self.slots)
+        affordable = min(self.token_budget - self.num_running, len(free))
+        return free[: int(affordable)]
+
+    def _new_sequence(self, prompt: int, sample: int) -> SequenceState:
+        generator = sequence_generator(self.sampling.seed, self.numbers[prompt], sample)
+        return SequenceState(prompt, sample, len(self.prompts[prompt]), uniform_stream(generator))
 
 
-def _generator(seed: int, prompt: int, sample: int) -> torch.Generator:
+def max_prefill_prompts(free: int, n: int, slots: int) -> int:
+    """Returns how many prompts with `n` samples are read at once for `free` of `slots` slots. Samples that wait for a
+    slot take no more than a quarter of the slots."""
+    return max(-(-free // n), slots // 4)
+
+
+def sequence_generator(seed: int, prompt: int, sample: int) -> torch.Generator:
+    """Returns the random generator of one sequence, which depends on nothing else in the batch."""
     digest = hashlib.blake2b(f"{seed}/{prompt}/{sample}".encode(), digest_size=7).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest, "big"))
 
 
-def _uniforms(generator: torch.Generator) -> Iterator[float]:
+def uniform_stream(generator: torch.Generator) -> Iterator[float]:
+    """Yields uniform random numbers in [0, 1), in float64."""
     while True:
         yield from torch.rand(UNIFORMS_PER_BLOCK, generator=generator, dtype=torch.float64).tolist()

@@ -1,18 +1,17 @@
 """The rollout engine: completions as they finish, with the log-probs of the distribution that they were drawn from.
 
-Each sequence has its own random stream, made of the seed, the prompt's number and the sample's number, so what it says
-does not hang on its neighbors. A prompt is read once for all its samples; a sequence that ends leaves its slot to the
-next one at once. Where memory runs short, what had not ended is drawn again from the same random numbers, half as many
-sequences at once.
+Each sequence has its own random stream, made from the seed, the prompt's number and the sample's number, so a
+completion does not depend on the other sequences in the batch. A prompt is read once for all its samples, and a
+sequence that ends leaves its slot to the next one at once (`decode_scheduler`). If memory runs short, the sequences
+that had not ended are drawn again from the same random numbers, half as many at once.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Generator, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -20,7 +19,8 @@ from torch import Tensor
 from lowrank_tune.errors import OutOfMemory
 from lowrank_tune.generation.attention import batched_attention
 from lowrank_tune.generation.cpu_linears import fast_linears
-from lowrank_tune.generation.decode_scheduler import DecodeScheduler
+from lowrank_tune.generation.decode_scheduler import DecodeScheduler, SequenceState
+from lowrank_tune.generation.kv_cache import KVStore
 from lowrank_tune.generation.outputs import Completion, Token
 from lowrank_tune.generation.sampler import sample
 from lowrank_tune.generation.sampling_params import SamplingParams
@@ -29,36 +29,44 @@ from lowrank_tune.generation.stopping import Decode, StoppingCriteria
 from lowrank_tune.model.oom import free_traceback, is_out_of_memory
 from lowrank_tune.model.roles import Roles
 
-T = TypeVar("T")
-CHUNK_LOGITS = 1 << 24  # made at once: 64 MiB in fp32
-USABLE_MEMORY_FRACTION = 0.92  # of a GPU: the rest is lost between blocks
-WORKSPACE_BYTES = 3 << 29  # CUDA's context and libraries, logits, and the activations of a prompt that is read: 1.5 GiB
+CHUNK_LOGITS = 1 << 24
+"""Logits that are computed at once: 64 MiB in fp32."""
+USABLE_MEMORY_FRACTION = 0.92
+"""Share of a GPU's memory that can be used: the rest is lost between blocks."""
+WORKSPACE_BYTES = 3 << 29
+"""CUDA's context and libraries, logits, and the activations of a prefill: 1.5 GiB."""
 
 
-@dataclass
-class _RetryState:
-    """What outlives an attempt: how many sequences are decoded at once, the samples of prompts that have ended, their
-    tokens, and whether somebody saw tokens of others, which cannot be drawn again then."""
+class GenerationMode:
+    """What every forward pass of a rollout runs in: the role's adapters, eval mode, no autograd, autocast,
+    transformers' own forward, and the attention of `generation/attention.py`."""
 
-    slots: int
-    ended: set[tuple[int, int]] = field(default_factory=set)
-    spent: int = 0
-    shown: bool = False
+    def __init__(self, roles: Roles, role: str) -> None:
+        self.roles = roles
+        self.role = role
+        # Collected once: a walk over all modules before and after every few steps costs as much as a step.
+        self.module_attributes = [vars(module) for module in roles.base.model.modules()]
 
-    def record(self, output: object) -> None:
-        if isinstance(output, Completion):
-            self.ended.add((output.prompt, output.sample))
-            self.spent += len(output.token_ids)
-        else:
-            self.shown = True
+    @contextmanager
+    def enter(self) -> Iterator[None]:
+        """Enters the mode; on exit everything is as it was. Can be entered again."""
+        base = self.roles.base
+        with (
+            _inference_mode(self.module_attributes, base.device.type),
+            self.roles.activate(self.role),
+            base.autocast(),
+            base.transformers_forward(),
+            batched_attention(base.model),
+        ):
+            yield
 
 
 class Engine:
-    """Decodes with a role. At most `slots` sequences at once, and no more than fit `cache_bytes` of keys and values
+    """Decodes with a role: at most `slots` sequences at once, and no more than fit `cache_bytes` of keys and values
     (but always one).
 
-    On the CPU 4-bit weights are unpacked for the time of a call where they fit `scratch_bytes`, a quarter of the
-    machine's memory by default. `cache_bytes` is by default what `default_cache_bytes` says. `decode` is for stop
+    On the CPU, 4-bit weights are unpacked during a call if they fit `scratch_bytes`, by default a quarter of the
+    machine's memory. `cache_bytes` is by default `default_cache_bytes`. `decode` turns tokens into text, for stop
     strings.
     """
 
@@ -76,13 +84,11 @@ class Engine:
         self.slots = slots
         self.decode = decode
         if cache_bytes is None:
-            self.cache_bytes = default_cache_bytes(roles)
-        else:
-            self.cache_bytes = cache_bytes
+            cache_bytes = default_cache_bytes(roles)
         if scratch_bytes is None:
-            self.scratch_bytes = device_memory(roles.base.device) // 4
-        else:
-            self.scratch_bytes = scratch_bytes
+            scratch_bytes = device_memory(roles.base.device) // 4
+        self.cache_bytes = cache_bytes
+        self.scratch_bytes = scratch_bytes
 
     def generate(
         self,
@@ -91,21 +97,15 @@ class Engine:
         sampling: SamplingParams,
         numbers: Sequence[int] | None = None,
     ) -> Iterator[Completion]:
-        """`n` completions of each prompt, in the order in which they finish. Adapters speak as they are when the first
-        one is asked for.
+        """Yields `n` completions of each prompt, in the order in which they finish. Adapters are used as they are when
+        the first completion is requested.
 
-        `numbers` name the random streams of the prompts where these are a part of more; by default they are their
-        places here. Raises ValueError for an empty prompt and for stop strings without `decode`, TrainingError for
-        logits that are not finite.
+        `numbers` name the random streams of the prompts if these are a part of more; by default they are 0, 1, ...
+        Raises ValueError for an empty prompt and for stop strings without `decode`, TrainingError for logits that are
+        not finite.
         """
-        return self._run(
-            prompts,
-            n,
-            sampling,
-            self._stopping_criteria(prompts, sampling),
-            DecodeScheduler.run_until_any_finished,
-            numbers,
-        )
+        scheduler = self._make_scheduler(prompts, n, sampling, numbers)
+        return cast(Iterator[Completion], self._run(scheduler, stream_tokens=False))
 
     def stream(
         self,
@@ -113,145 +113,184 @@ class Engine:
         n: int,
         sampling: SamplingParams,
     ) -> Generator[Token | Completion, None, None]:
-        """The same token by token, as they are drawn; a `Completion` follows the last token of each. For somebody who
-        watches: between two tokens everything is as the caller left it, so streams of several roles may alternate.
-        Closing the iterator ends it."""
-        return self._run(prompts, n, sampling, self._stopping_criteria(prompts, sampling), DecodeScheduler.step_tokens)
+        """Yields each token as it is drawn, and a `Completion` after the last token of each sequence. Between two
+        tokens everything is as the caller left it, so streams of several roles may alternate. Closing the iterator
+        ends it. Raises as `generate`."""
+        scheduler = self._make_scheduler(prompts, n, sampling, None)
+        return self._run(scheduler, stream_tokens=True)
 
-    def _stopping_criteria(self, prompts: Sequence[Sequence[int]], sampling: SamplingParams) -> StoppingCriteria:
-        if not all(len(prompt) for prompt in prompts):
-            raise ValueError("an empty prompt: there is nothing to go on from")
-        return StoppingCriteria(sampling, self.decode)
+    def generation_mode(self) -> GenerationMode:
+        """Returns the mode in which the forward passes of a rollout run."""
+        return GenerationMode(self.roles, self.role)
 
-    def _run(
+    def fast_linears(self) -> AbstractContextManager[AbstractContextManager[None]]:
+        """Returns `cpu_linears.fast_linears` for the role's adapters."""
+        stack = [] if self.role == "base" else self.roles.stacks[self.role]
+        return fast_linears(self.roles.base.model, stack, self.scratch_bytes)
+
+    def sample(self, hidden: Tensor, uniforms: list[float], sampling: SamplingParams) -> list[list[float]]:
+        """Draws a token for each hidden state (N, d) with N uniform numbers. Returns N pairs of a token and its
+        log-prob, in one transfer from the device."""
+        rows_at_once = max(1, CHUNK_LOGITS // self.roles.head.weight.shape[0])
+        uniform = torch.tensor(uniforms, dtype=torch.float64, device=hidden.device)
+        pairs = []
+        for start in range(0, len(hidden), rows_at_once):
+            chunk = slice(start, start + rows_at_once)
+            pairs.append(self._sample_chunk(hidden[chunk], uniform[chunk], sampling))
+        return torch.cat(pairs).tolist()
+
+    def _sample_chunk(self, hidden: Tensor, uniform: Tensor, sampling: SamplingParams) -> Tensor:
+        """Returns (N, 2) float64, tokens and log-probs. The logits are freed here, before those of the next chunk."""
+        logits = self.roles.head.logits(hidden, sampling.temperature or 1.0)
+        tokens, logps = sample(logits, sampling, uniform)
+        return torch.stack([tokens.double(), logps], dim=1)
+
+    def _make_scheduler(
         self,
         prompts: Sequence[Sequence[int]],
         n: int,
         sampling: SamplingParams,
-        stops: StoppingCriteria,
-        step_fn: Callable[[DecodeScheduler, StoppingCriteria], list[T]],
-        numbers: Sequence[int] | None = None,
-    ) -> Generator[T, None, None]:
-        if not prompts or n < 1 or sampling.max_new_tokens < 1:
+        numbers: Sequence[int] | None,
+    ) -> DecodeScheduler:
+        if not all(len(prompt) for prompt in prompts):
+            raise ValueError("an empty prompt: a prompt needs at least one token")
+        stops = StoppingCriteria(sampling, self.decode)
+        return DecodeScheduler(prompts, n, sampling, stops, numbers or range(len(prompts)))
+
+    def _run(self, scheduler: DecodeScheduler, stream_tokens: bool) -> Generator[Token | Completion, None, None]:
+        """Decodes all sequences; after an out-of-memory error those that have not ended again, in fewer slots."""
+        if not scheduler.num_unfinished:
             return
         limits = self.roles.limits
-        columns = max(map(len, prompts)) + sampling.max_new_tokens
+        columns = scheduler.columns
         if self.roles.base.rope is not None:
             self.roles.base.rope.check_row_length(columns)
-        progress = _RetryState(limits.max_batch_units("cache_tokens", columns, min(self.slots, n * len(prompts))))
+        slots = min(self.slots, scheduler.num_unfinished)
         while True:
+            scheduler.start(limits.max_batch_units("cache_tokens", columns, slots))
             try:
-                yield from self._generate(prompts, n, sampling, stops, step_fn, numbers, columns, progress)
+                yield from self._decode_all(scheduler, stream_tokens)
                 return
             except Exception as error:
-                if not is_out_of_memory(error) or isinstance(error, OutOfMemory) or progress.shown:
+                # A token that the caller has received cannot be drawn again.
+                if not is_out_of_memory(error) or isinstance(error, OutOfMemory) or scheduler.tokens_streamed:
                     raise
                 free_traceback(error)
-            limits.record_oom("cache_tokens", progress.slots, columns)
-            progress.slots = limits.max_batch_units("cache_tokens", columns, n * len(prompts) - len(progress.ended))
+            limits.record_oom("cache_tokens", scheduler.slots, columns)
+            slots = scheduler.num_unfinished
 
-    def _generate(
-        self,
-        prompts: Sequence[Sequence[int]],
-        n: int,
-        sampling: SamplingParams,
-        stops: StoppingCriteria,
-        step_fn: Callable[[DecodeScheduler, StoppingCriteria], list[T]],
-        numbers: Sequence[int] | None,
-        columns: int,
-        progress: _RetryState,
-    ) -> Iterator[T]:
-        """All that has not ended yet."""
-        model = self.roles.base.model
-        stack = [] if self.role == "base" else self.roles.stacks[self.role]
-        states = [vars(module) for module in model.modules()]
-        # The store's own check then compares this attention with plain passes over the user's own base.
-        with self._generation_mode(states), batched_attention(model):
-            store = select_cache(model, self.roles.limits.emit)
-            progress.slots = store.allocate(progress.slots, columns, self.cache_bytes)
-        schedule = DecodeScheduler(
-            store,
-            lambda hidden, uniforms: self._sample(hidden, uniforms, sampling),
-            prompts,
-            n,
-            sampling,
-            progress.slots,
-            numbers or range(len(prompts)),
-            progress.ended,
-            progress.spent,
-        )
-        with fast_linears(model, stack, self.scratch_bytes) as linears:
-            while not schedule.is_done:
+    def _decode_all(self, scheduler: DecodeScheduler, stream_tokens: bool) -> Iterator[Token | Completion]:
+        mode = self.generation_mode()
+        with mode.enter():
+            store = select_cache(self.roles.base.model, self.roles.limits.emit)
+            scheduler.slots = store.allocate(scheduler.slots, scheduler.columns, self.cache_bytes)
+        with self.fast_linears() as linears:
+            while not scheduler.is_done:
                 # Between two yields the caller may use other roles and train: modes, adapters and modules are then as
-                # it left them.
-                with self._generation_mode(states), linears, batched_attention(model):
-                    outputs = step_fn(schedule, stops)
-                for output in outputs:
-                    progress.record(output)
-                    yield output
+                # the caller left them.
+                with mode.enter(), linears:
+                    outputs = self._next_outputs(scheduler, store, stream_tokens)
+                yield from outputs
 
-    @contextmanager
-    def _generation_mode(self, states: Sequence[dict[str, Any]]) -> Iterator[None]:
-        device = self.roles.base.device.type
-        with (
-            _inference_mode(states, device),
-            self.roles.activate(self.role),
-            self.roles.base.autocast(),
-            self.roles.base.transformers_forward(),
-        ):
-            yield
+    def _next_outputs(
+        self,
+        scheduler: DecodeScheduler,
+        store: KVStore,
+        stream_tokens: bool,
+    ) -> list[Token | Completion]:
+        """Decodes until a sequence ends, or for one step if tokens are streamed."""
+        outputs: list[Token | Completion] = []
+        while not outputs:
+            if scheduler.is_out_of_budget:
+                return [*scheduler.truncate_all()]
+            self._prefill(scheduler, store)
+            # An admitted sequence has its first token already, so a step either admits or decodes.
+            slots = _admit(scheduler, store) or self._decode(scheduler, store)
+            if stream_tokens:
+                outputs += scheduler.last_tokens(slots)
+            outputs += scheduler.retire(slots)
+        return outputs
 
-    def _sample(self, hidden: Tensor, uniforms: list[float], sampling: SamplingParams) -> list[list[float]]:
-        """(N, d) and N uniform numbers -> a token and its log-prob for each, in one transfer from the device."""
-        head = self.roles.head
-        numbers = torch.tensor(uniforms, dtype=torch.float64, device=hidden.device)
-        at_once = max(1, CHUNK_LOGITS // head.weight.shape[0])
-        parts = [
-            sample(head.logits(part, sampling.temperature or 1.0), sampling, some)
-            for part, some in zip(torch.split(hidden, at_once), torch.split(numbers, at_once), strict=True)
-        ]
-        tokens, logps = (torch.cat(column) for column in zip(*parts, strict=True))
-        return torch.stack([tokens.double(), logps], dim=1).tolist()
+    def _prefill(self, scheduler: DecodeScheduler, store: KVStore) -> None:
+        """Reads the next prompts, if the scheduler names any, and draws the first token of each of their samples."""
+        prompts = scheduler.next_prompts()
+        if not prompts:
+            return
+        cache, hidden = store.prefill([scheduler.prompts[prompt] for prompt in prompts])
+        sequences = scheduler.add_prefilled(prompts, cache)
+        rows = [prompts.index(sequence.prompt) for sequence in sequences]
+        prompt_states = hidden[torch.tensor(rows, device=hidden.device)]
+        self._append_tokens(scheduler.sampling, sequences, prompt_states)
+
+    def _decode(self, scheduler: DecodeScheduler, store: KVStore) -> list[int]:
+        """Draws the next token of every sequence that has a slot. Returns the slots."""
+        for move in scheduler.compact():
+            store.move(move.source, move.target, move.length)
+        sequences = scheduler.decoding()
+        tokens = [sequence.token_ids[-1] for sequence in sequences]
+        positions = [sequence.length for sequence in sequences]
+        hidden = store.step(tokens, positions)
+        for sequence in sequences:
+            sequence.length += 1
+        self._append_tokens(scheduler.sampling, sequences, hidden)
+        return list(range(len(sequences)))
+
+    def _append_tokens(self, sampling: SamplingParams, sequences: Sequence[SequenceState], hidden: Tensor) -> None:
+        uniforms = [next(sequence.uniforms) for sequence in sequences]
+        drawn = self.sample(hidden, uniforms, sampling)
+        for sequence, (token, logp) in zip(sequences, drawn, strict=True):
+            sequence.append(token, logp)
+
+
+def _admit(scheduler: DecodeScheduler, store: KVStore) -> list[int]:
+    """Copies prefilled prompts into free slots. Returns the slots that were filled."""
+    filled = []
+    for placement in scheduler.admit():
+        cache_rows = [placement.cache_row] * len(placement.slots)
+        store.insert(placement.cache, cache_rows, placement.slots)
+        filled += placement.slots
+    return filled
 
 
 @contextmanager
-def _inference_mode(states: Sequence[dict[str, Any]], device: str) -> Iterator[None]:
-    """As `Roles.quiet`, for the attributes of all modules: a walk over the tree, there and back for every few steps,
-    costs as much as a step.
+def _inference_mode(module_attributes: Sequence[dict[str, Any]], device: str) -> Iterator[None]:
+    """As `Roles.inference_mode`, for the attributes of all modules.
 
-    On the CPU, where a step is hundreds of small operations, PyTorch does not even count the versions of tensors: an
-    eighth of the time.
+    On the CPU, where a step is hundreds of small operations, PyTorch does not count the versions of tensors either,
+    which saves an eighth of the time.
     """
-    training = [state for state in states if state["training"]]
-    for state in training:
-        state["training"] = False
+    training = [attributes for attributes in module_attributes if attributes["training"]]
+    for attributes in training:
+        attributes["training"] = False
     try:
         with torch.inference_mode() if device == "cpu" else torch.no_grad():
             yield
     finally:
-        for state in training:
-            state["training"] = True
+        for attributes in training:
+            attributes["training"] = True
 
 
 def default_cache_bytes(roles: Roles) -> int:
-    """Bytes for keys and values. On a GPU all that the run may use, but for what stays there and some to work with:
-    while sequences are decoded, no activation of an update lives. Else a budget, or a quarter of the machine's memory.
-    What is free now does not count: it would make one run differ from the next.
+    """Returns the bytes for keys and values. On a GPU: all that the run may use, minus what stays there and some
+    workspace, because no activations of an update exist while sequences are decoded. Elsewhere: the memory budget, or
+    a quarter of the machine's memory. The memory that is free now does not count: it would make one run differ from
+    the next.
     """
     budget = roles.limits.budget_bytes
     device = roles.base.device
+    total = device_memory(device)
     if device.type != "cuda":
-        return budget or device_memory(device) // 4
-    return gpu_cache_bytes(min(budget or device_memory(device), device_memory(device)), roles.resident_bytes())
+        return budget or total // 4
+    return gpu_cache_bytes(min(budget or total, total), roles.resident_bytes())
 
 
 def gpu_cache_bytes(budget: int, resident: int) -> int:
-    """Bytes for keys and values of a budget on a GPU where so many stay for the whole run."""
+    """Returns the bytes for keys and values of a budget on a GPU where `resident` bytes stay for the whole run."""
     return max(int(budget * USABLE_MEMORY_FRACTION) - resident - WORKSPACE_BYTES, budget // 16)
 
 
 def device_memory(device: torch.device) -> int:
-    """Bytes that there are, used or not."""
+    """Returns the bytes of a device's memory, used or not."""
     if device.type == "cuda":
         return int(torch.cuda.get_device_properties(device).total_memory)
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

@@ -1,8 +1,8 @@
-"""Where a rollout keeps what its sequences have read: three ways, from the fastest to the one that serves any causal
+"""Caches of what the sequences of a rollout have read: three kinds, from the fastest to the one that serves any causal
 model.
 
-A sequence lives in a slot, and the slots in use are always the first ones. A prompt is read once and placed in any
-number of slots.
+A sequence has a slot, and the slots in use are always the first ones. A prompt is read once and copied into any number
+of slots.
 """
 
 from __future__ import annotations
@@ -26,20 +26,26 @@ class KVStore(Protocol):
     """What sequences have read, so that a step reads one token of each."""
 
     def allocate(self, slots: int, columns: int, limit: int) -> int:
-        """Makes room for at most `slots` sequences of `columns` tokens in `limit` bytes, but for one at least; says for
-        how many."""
+        """Reserves room for at most `slots` sequences of `columns` tokens in `limit` bytes, at least for one. Returns
+        for how many."""
 
     def prefill(self, prompts: Sequence[Sequence[int]]) -> tuple[Any, Tensor]:
-        """Reads prompts from their beginnings: what to place, and the last hidden state of each (N, d)."""
+        """Reads prompts. Returns a cache for `insert`, and the last hidden state of each prompt (N, d)."""
 
     def insert(self, prompts: Any, rows: Sequence[int], slots: Sequence[int]) -> None:
-        """Puts the prompts numbered `rows` of what was read into `slots`."""
+        """Copies the rows `rows` of a prefilled cache into `slots`."""
 
     def move(self, source: int, target: int, length: int) -> None:
-        """The sequence of `length` tokens in one slot goes to another one."""
+        """Moves the sequence of `length` tokens in one slot to another slot."""
 
     def step(self, tokens: Sequence[int], positions: Sequence[int]) -> Tensor:
-        """Reads one token at its position for each of the first slots: their last hidden states (N, d)."""
+        """Reads one token at its position for each of the first slots. Returns their last hidden states (N, d)."""
+
+
+def slots_that_fit(slots: int, bytes_per_slot: int, limit: int) -> int:
+    """Returns how many of `slots` slots fit `limit` bytes, at least 1. A fifth of the bytes is left for prompts that
+    were read ahead and wait for their slots."""
+    return max(1, min(slots, limit * 4 // 5 // max(1, bytes_per_slot)))
 
 
 @dataclass(frozen=True)
@@ -49,9 +55,9 @@ class _PrefilledPrompts:
 
 
 class StaticSlotCache:
-    """One preallocated cache for all: every step is one forward pass over as many rows as speak, and copies nothing.
+    """One preallocated cache for all sequences: a step is one forward pass and copies nothing.
 
-    Raises ValueError for a model that wants another kind of cache.
+    Raises ValueError for a model that needs another kind of cache.
     """
 
     def __init__(self, model: Any) -> None:
@@ -60,57 +66,60 @@ class StaticSlotCache:
         self.device = model.device
         self.cache = SlotCache(sliding_windows(model))
         self.slots = self.columns = 0
-        # In four dimensions transformers hands a mask on as it is; with windows, it cuts one of two dimensions to each
-        # layer's width.
-        self.ready_masks = (
-            self.device.type == "cpu"
-            and model.dtype == torch.float32
-            and not any(layer.window for layer in self.cache.layers)
-        )
+        # transformers passes a 4-D mask on unchanged, which saves time on the CPU. With sliding windows it must cut a
+        # 2-D mask to the width of each layer.
+        has_windows = any(layer.window for layer in self.cache.layers)
+        self.use_4d_masks = self.device.type == "cpu" and model.dtype == torch.float32 and not has_windows
 
     def allocate(self, slots: int, columns: int, limit: int) -> int:
-        # A quarter as much may be held by prompts that were read ahead and wait for their slots.
-        self.slots = max(1, min(slots, limit * 4 // 5 // max(1, self.bytes_per_slot(columns))))
+        self.slots = slots_that_fit(slots, self.bytes_per_slot(columns), limit)
         self.columns = columns
         return self.slots
 
     def bytes_per_slot(self, columns: int) -> int:
-        """Bytes of one slot. What a token takes in each layer is learned from a prompt of one token, once for a
-        model."""
+        """Returns the bytes of one slot. The bytes of a token in each layer are measured with a prompt of one token,
+        once for each model."""
+        layers = self.cache.layers
         if self.model not in _TOKEN_BYTES:
             self.prefill([[0]])
-            _TOKEN_BYTES[self.model] = [
-                sum(states.nbytes for states in layer.prefill_states) for layer in self.cache.layers
-            ]
-        token = zip(self.cache.layers, _TOKEN_BYTES[self.model], strict=True)
-        return sum(min(columns, layer.window or columns) * size for layer, size in token)
+            sizes = []
+            for layer in layers:
+                keys, values = layer.prefill_states
+                sizes.append(keys.nbytes + values.nbytes)
+            _TOKEN_BYTES[self.model] = sizes
+        total = 0
+        for layer, token_bytes in zip(layers, _TOKEN_BYTES[self.model], strict=True):
+            total += min(columns, layer.window or columns) * token_bytes
+        return total
 
     def prefill(self, prompts: Sequence[Sequence[int]]) -> tuple[_PrefilledPrompts, Tensor]:
         ids, lengths = _pad(prompts, self.device)
         self.cache.prefill()
         hidden = self.decoder(input_ids=ids, past_key_values=self.cache, use_cache=True).last_hidden_state
         layers = [layer.prefill_states for layer in self.cache.layers]
-        return _PrefilledPrompts(layers, lengths), hidden[torch.arange(len(ids), device=self.device), lengths - 1]
+        return _PrefilledPrompts(layers, lengths), _last_states(hidden, lengths)
 
     def insert(self, prompts: _PrefilledPrompts, rows: Sequence[int], slots: Sequence[int]) -> None:
         source = torch.tensor(rows, device=self.device)
         target = torch.tensor(slots, device=self.device)
+        lengths = prompts.lengths[source]
         for layer, prefill_states in zip(self.cache.layers, prompts.layers, strict=True):
             if not layer.is_initialized:
                 layer.allocate(prefill_states, self.slots, self.columns)
-            layer.insert(prefill_states, source, prompts.lengths[source], target)
+            layer.insert(prefill_states, source, lengths, target)
 
     def move(self, source: int, target: int, length: int) -> None:
         for layer in self.cache.layers:
             layer.move(source, target, length)
 
     def step(self, tokens: Sequence[int], positions: Sequence[int]) -> Tensor:
-        input_ids, position_ids = torch.tensor((tokens, positions), device=self.device)[:, :, None]
+        input_ids, position_ids = _token_columns(tokens, positions, self.device)
         width = max(positions) + 1
         self.cache.decode(position_ids[:, 0], width)
         mask = torch.arange(width, device=self.device) <= position_ids
-        if self.ready_masks:
-            mask = torch.zeros(mask.shape).masked_fill_(~mask, -torch.inf)[:, None, None]
+        if self.use_4d_masks:
+            additive = torch.zeros(mask.shape).masked_fill_(~mask, -torch.inf)
+            mask = additive[:, None, None]
         output = self.decoder(
             input_ids=input_ids,
             attention_mask=mask,
@@ -128,11 +137,11 @@ class _CacheGroup:
 
 
 class DynamicCacheStore:
-    """For models that keep something else than keys and values: the model's own cache for each prompt's group, as
-    `generate` has it.
+    """The model's own cache for each prompt's group of samples, as `generate` has it, for models that cache something
+    other than keys and values.
 
-    A group was of one length from its beginning, so there is no padding that a state could take in. One forward pass a
-    group and step.
+    All sequences of a group have the same length, so no state contains padding. Each step is one forward pass for each
+    group.
     """
 
     def __init__(self, model: Any) -> None:
@@ -148,11 +157,11 @@ class DynamicCacheStore:
         caches = []
         hidden = []
         for prompt in prompts:
-            caches.append(DynamicCache(config=self.model.config))
+            cache = DynamicCache(config=self.model.config)
             ids = torch.tensor([list(prompt)], device=self.device)
-            hidden.append(
-                self.decoder(input_ids=ids, past_key_values=caches[-1], use_cache=True).last_hidden_state[:, -1]
-            )
+            output = self.decoder(input_ids=ids, past_key_values=cache, use_cache=True)
+            caches.append(cache)
+            hidden.append(output.last_hidden_state[:, -1])
         return caches, torch.cat(hidden)
 
     def insert(self, prompts: list[Any], rows: Sequence[int], slots: Sequence[int]) -> None:
@@ -160,44 +169,49 @@ class DynamicCacheStore:
             group_slots = [slot for slot, other in zip(slots, rows, strict=True) if other == row]
             group = _CacheGroup(copy.deepcopy(prompts[row]), len(group_slots))
             group.cache.reorder_cache(torch.zeros(len(group_slots), dtype=torch.long, device=self.device))
-            self.group_of_slot.update({slot: (group, index) for index, slot in enumerate(group_slots)})
+            self._assign(group, group_slots)
 
     def move(self, source: int, target: int, length: int) -> None:
         self.group_of_slot[target] = self.group_of_slot.pop(source)
 
     def step(self, tokens: Sequence[int], positions: Sequence[int]) -> Tensor:
-        groups: dict[int, list[int]] = {}
-        for slot in range(len(tokens)):
-            groups.setdefault(id(self.group_of_slot[slot][0]), []).append(slot)
-        hidden: dict[int, Tensor] = {}
-        for slots in groups.values():
-            cache = self._select_cache_rows(slots)
-            input_ids, position_ids = torch.tensor(
-                [[row[slot] for slot in slots] for row in (tokens, positions)], device=self.device
-            )[:, :, None]
-            states = self.decoder(
+        num_slots = len(tokens)
+        slots_of_group = dict[int, list[int]]()
+        for slot in range(num_slots):
+            group, _ = self.group_of_slot[slot]
+            slots_of_group.setdefault(id(group), []).append(slot)
+        hidden = dict[int, Tensor]()
+        for slots in slots_of_group.values():
+            group_tokens = [tokens[slot] for slot in slots]
+            group_positions = [positions[slot] for slot in slots]
+            input_ids, position_ids = _token_columns(group_tokens, group_positions, self.device)
+            output = self.decoder(
                 input_ids=input_ids,
                 position_ids=position_ids,
-                past_key_values=cache,
+                past_key_values=self._select_cache_rows(slots),
                 use_cache=True,
-            ).last_hidden_state
-            hidden.update(zip(slots, states[:, -1], strict=True))
-        return torch.stack([hidden[slot] for slot in range(len(tokens))])
+            )
+            hidden.update(zip(slots, output.last_hidden_state[:, -1], strict=True))
+        return torch.stack([hidden[slot] for slot in range(num_slots)])
+
+    def _assign(self, group: _CacheGroup, slots: Sequence[int]) -> None:
+        """Records that row i of the group's cache belongs to slots[i]."""
+        for row, slot in enumerate(slots):
+            self.group_of_slot[slot] = group, row
 
     def _select_cache_rows(self, slots: Sequence[int]) -> Any:
-        """The cache of the cohort in `slots`, in their order, without the rows that have left."""
-        group = self.group_of_slot[slots[0]][0]
-        indices = [self.group_of_slot[slot][1] for slot in slots]
-        if indices != list(range(group.size)):
-            group.cache.reorder_cache(torch.tensor(indices, device=self.device))
-            group.size = len(indices)
-            self.group_of_slot.update({slot: (group, index) for index, slot in enumerate(slots)})
+        """Returns the cache of the group in `slots`, in their order, without the rows of sequences that ended."""
+        group, _ = self.group_of_slot[slots[0]]
+        rows = [self.group_of_slot[slot][1] for slot in slots]
+        if rows != list(range(group.size)):
+            group.cache.reorder_cache(torch.tensor(rows, device=self.device))
+            group.size = len(rows)
+            self._assign(group, slots)
         return group.cache
 
 
 class NoCacheStore:
-    """For any causal model at all: every step reads the whole sequences again, as the trainer does. Slow, and hard to
-    get wrong."""
+    """No cache, for any causal model: every step reads the whole sequences again, as the trainer does. Slow."""
 
     def __init__(self, model: Any) -> None:
         self.decoder = model.get_decoder()
@@ -210,10 +224,11 @@ class NoCacheStore:
     def prefill(self, prompts: Sequence[Sequence[int]]) -> tuple[list[list[int]], Tensor]:
         ids, lengths = _pad(prompts, self.device)
         hidden = self.decoder(input_ids=ids, use_cache=False).last_hidden_state
-        return [list(prompt) for prompt in prompts], hidden[torch.arange(len(ids), device=self.device), lengths - 1]
+        return [list(prompt) for prompt in prompts], _last_states(hidden, lengths)
 
     def insert(self, prompts: list[list[int]], rows: Sequence[int], slots: Sequence[int]) -> None:
-        self.sequences.update({slot: prompts[row][:] for row, slot in zip(rows, slots, strict=True)})
+        for row, slot in zip(rows, slots, strict=True):
+            self.sequences[slot] = prompts[row][:]
 
     def move(self, source: int, target: int, length: int) -> None:
         self.sequences[target] = self.sequences.pop(source)
@@ -221,11 +236,25 @@ class NoCacheStore:
     def step(self, tokens: Sequence[int], positions: Sequence[int]) -> Tensor:
         for slot, token in enumerate(tokens):
             self.sequences[slot].append(token)
-        return self.prefill([self.sequences[slot] for slot in range(len(tokens))])[1]
+        _, hidden = self.prefill([self.sequences[slot] for slot in range(len(tokens))])
+        return hidden
 
 
 def _pad(rows: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor]:
-    """Padded on the right, which a causal model never looks at, and the lengths."""
-    width = max(map(len, rows))
-    ids = torch.tensor([[*row, *[0] * (width - len(row))] for row in rows], device=device)
-    return ids, torch.tensor([len(row) for row in rows], device=device)
+    """Returns the rows padded on the right, where a causal model ignores it, and their lengths."""
+    lengths = [len(row) for row in rows]
+    width = max(lengths)
+    padded = [[*row] + [0] * (width - len(row)) for row in rows]
+    return torch.tensor(padded, device=device), torch.tensor(lengths, device=device)
+
+
+def _last_states(hidden: Tensor, lengths: Tensor) -> Tensor:
+    """Returns the hidden state (N, d) of the last token of each row."""
+    rows = torch.arange(len(hidden), device=hidden.device)
+    return hidden[rows, lengths - 1]
+
+
+def _token_columns(tokens: Sequence[int], positions: Sequence[int], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Returns input ids and position ids (N, 1), with one transfer to the device."""
+    input_ids, position_ids = torch.tensor((tokens, positions), device=device)[:, :, None]
+    return input_ids, position_ids

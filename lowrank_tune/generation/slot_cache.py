@@ -1,9 +1,9 @@
-"""A preallocated key-value cache whose rows have lengths of their own, in transformers' own interface.
+"""A preallocated key-value cache whose rows have different lengths, in transformers' own interface.
 
-A slot is a row of the cache. A token at position p lies in column p, in a layer with a sliding window in column p
-modulo the window. Attention does not ask in which order it finds its keys, and positions are in the keys already: the
-columns that a row may look at are always the first ones, whatever the layer. So one mask of B rows serves all layers,
-and rows of any lengths share a step without padding.
+A slot is a row of the cache. A token at position p is stored in column p, in a layer with a sliding window in column p
+modulo the window. The order of keys does not matter to attention, and keys already contain their positions. So the
+columns that a row may see are the first ones in every layer, one mask of B rows serves all layers, and rows of any
+lengths share a step without padding.
 """
 
 from __future__ import annotations
@@ -20,29 +20,30 @@ from transformers.cache_utils import CacheLayerMixin, DynamicLayer, DynamicSlidi
 
 @dataclass
 class ForwardContext:
-    """What all layers know of the forward pass that runs: the positions (B,) of its tokens in slots 0 to B - 1, or None
-    in a prefill."""
+    """The forward pass that all layers are in: the positions (B,) of its tokens in slots 0 to B - 1, None in a prefill,
+    and a width above all of them."""
 
     positions: Tensor | None = None
     width: int = 0
     index_cache: dict[tuple[int, int, int | None], Tensor] = field(default_factory=dict)
 
     def slot_indices(self, heads: int, columns: int, window: int | None) -> Tensor:
-        """(B * heads,) where the tokens lie in a layer with this window, among its slots * heads * columns vectors."""
-        if (heads, columns, window) not in self.index_cache:
+        """Returns (B * heads,): where the tokens are stored in a layer with this window, among its slots * heads *
+        columns vectors."""
+        key = (heads, columns, window)
+        if key not in self.index_cache:
             assert self.positions is not None
-            if window is None:
-                column = self.positions
-            else:
-                column = self.positions % window
+            column = self.positions
+            if window is not None:
+                column = column % window
             first = torch.arange(len(column) * heads, device=column.device).view(-1, heads) * columns
-            self.index_cache[heads, columns, window] = (first + column[:, None]).flatten()
-        return self.index_cache[heads, columns, window]
+            self.index_cache[key] = (first + column[:, None]).flatten()
+        return self.index_cache[key]
 
 
 class SlotLayer(CacheLayerMixin):  # type: ignore[misc]
-    """Keys and values of one layer, (slots, heads, columns, width of a head). In a prefill it hands on what it gets and
-    remembers it."""
+    """Keys and values of one layer, (slots, heads, columns, width of a head). In a prefill it returns what it gets and
+    stores it in `prefill_states`."""
 
     def __init__(self, step: ForwardContext, window: int | None) -> None:
         super().__init__()
@@ -52,33 +53,35 @@ class SlotLayer(CacheLayerMixin):  # type: ignore[misc]
         self.prefill_states: tuple[Tensor, Tensor] | None = None
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """The slots are made by `allocate`, when their number is known."""
+        """Does nothing: `allocate` creates the slots when their number is known."""
 
     def allocate(self, like: tuple[Tensor, Tensor], slots: int, columns: int) -> None:
-        """Zeros: a masked column weighs nothing, but nothing times what lies about in memory could be NaN."""
+        """Creates slots for keys and values that are shaped as `like`."""
         columns = min(columns, self.window or columns)
+        # Zeros, because a masked column has weight 0, and 0 times uninitialized memory could be NaN.
         self.keys, self.values = (states.new_zeros(slots, states.shape[1], columns, states.shape[3]) for states in like)
         self.is_initialized = True
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        step = self.step
-        if step.positions is None:
+        if self.step.positions is None:
             self.prefill_states = key_states, value_states
             return key_states, value_states
-        rows = len(key_states)
-        heads = key_states.shape[1]
-        width = self._width()
-        slot_indices = step.slot_indices(heads, self.keys.shape[2], self.window)
+        rows, heads = key_states.shape[:2]
+        slot_indices = self.step.slot_indices(heads, self.keys.shape[2], self.window)
         for buffer, states in ((self.keys, key_states), (self.values, value_states)):
-            buffer.view(-1, buffer.shape[3]).index_copy_(0, slot_indices, states.reshape(rows * heads, -1))
+            vectors = buffer.view(-1, buffer.shape[3])
+            vectors.index_copy_(0, slot_indices, states.reshape(rows * heads, -1))
+        width = self._width()
         return self.keys[:rows, :, :width], self.values[:rows, :, :width]
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return (query_length if self.step.positions is None else self._width()), 0
+        if self.step.positions is None:
+            return query_length, 0
+        return self._width(), 0
 
     def get_seq_length(self) -> int:
-        """So that the last column is the query's own: then transformers' causal and window masks let every column
-        pass."""
+        """Returns a length with which the last column is the query's own: then transformers' causal and window masks
+        exclude no column."""
         if self.step.positions is None:
             return 0
         return self._width() - 1
@@ -89,14 +92,12 @@ class SlotLayer(CacheLayerMixin):  # type: ignore[misc]
     def insert(self, prompts: tuple[Tensor, Tensor], source: Tensor, lengths: Tensor, slots: Tensor) -> None:
         """Copies keys and values of prompts (row `source`, `lengths` tokens) into `slots`; all (N,)."""
         for target, prefill_states in zip((self.keys, self.values), prompts, strict=True):
-            taken = prefill_states[source]
+            states = prefill_states[source]
             columns = target.shape[2]
-            if taken.shape[2] > columns:
-                taken = taken.gather(
-                    2,
-                    _ring_positions(lengths, columns)[:, None, :, None].expand(-1, taken.shape[1], -1, taken.shape[3]),
-                )
-            target[slots, :, : taken.shape[2]] = taken
+            if states.shape[2] > columns:
+                positions = _ring_positions(lengths, columns)[:, None, :, None]
+                states = states.gather(2, positions.expand(-1, states.shape[1], -1, states.shape[3]))
+            target[slots, :, : states.shape[2]] = states
 
     def move(self, source: int, target: int, length: int) -> None:
         length = min(length, self.window or length)
@@ -115,11 +116,11 @@ class SlotCache(Cache):  # type: ignore[misc]
         super().__init__(layers=[SlotLayer(self.step, window) for window in windows])
 
     def prefill(self) -> None:
-        """The next forward pass reads prompts from their first token on."""
+        """Prepares for a forward pass that reads prompts from their first token on."""
         self.step.positions = None
 
     def decode(self, positions: Tensor, width: int) -> None:
-        """The next forward pass reads one token for each of the first slots, at these positions (B,), all below
+        """Prepares for a forward pass that reads one token for each of the first slots, at `positions` (B,), all below
         `width`."""
         self.step.positions = positions
         self.step.width = width
@@ -127,29 +128,32 @@ class SlotCache(Cache):  # type: ignore[misc]
 
 
 def sliding_windows(model: Any) -> list[int | None]:
-    """Each layer's sliding window, None for none. Raises ValueError where the model wants another kind of cache."""
-    layers = DynamicCache(config=model.config).layers
+    """Returns each layer's sliding window, or None for full attention. Raises ValueError if the model needs another
+    kind of cache."""
+    config = model.config
+    layers = DynamicCache(config=config).layers
     if not layers or any(type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer) for layer in layers):
-        raise ValueError(f"{model.config.model_type} models keep something else than keys and values")
+        raise ValueError(f"{config.model_type} models cache something other than keys and values")
     # Models outside transformers' attention interface make masks by themselves, and may take a row's length from the
     # cache's.
     if not getattr(model, "_supports_attention_backend", False):
-        raise ValueError(f"{model.config.model_type} models have an attention of their own")
-    return layer_windows(model.config)
+        raise ValueError(f"{config.model_type} models have their own attention code")
+    return layer_windows(config)
 
 
 def layer_windows(config: Any) -> list[int | None]:
-    """Each layer's sliding window as in transformers' own cache, None for none. A configuration without
-    `layer_types` has one window for all layers."""
+    """Returns each layer's sliding window as in transformers' own cache, or None for full attention. A configuration
+    without `layer_types` has one window for all layers."""
+    windows = list[int | None]()
     cache = DynamicCache(config=config)
-    return [
-        int(layer.sliding_window) if is_sliding else None
-        for layer, is_sliding in zip(cache.layers, cache.is_sliding, strict=True)
-    ]
+    for layer, is_sliding in zip(cache.layers, cache.is_sliding, strict=True):
+        windows.append(int(layer.sliding_window) if is_sliding else None)
+    return windows
 
 
 def _ring_positions(lengths: Tensor, columns: int) -> Tensor:
-    """(N, columns): which of a row's tokens lies in each column of a ring: the last one that belongs there. Anything
-    where none does."""
+    """Returns (N, columns): which token of a row is stored in each column of a ring, the last one that belongs there.
+    Columns that no token belongs to have any value."""
     last = lengths[:, None] - 1
-    return (last - (last - torch.arange(columns, device=lengths.device)) % columns).clamp_min(0)
+    column = torch.arange(columns, device=lengths.device)
+    return (last - (last - column) % columns).clamp_min(0)

@@ -1,5 +1,5 @@
-"""Which kernel attends, and what it needs: SDPA on meta tensors would take the way of T x T scores, which no device
-takes."""
+"""The attention kernel that torch would choose on the planned device: on meta tensors SDPA would compute T x T scores,
+which it does on no device."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 aten = torch.ops.aten
-FLASH_BACKEND = 1  # torch's number of the backend (`torch.nn.attention.SDPBackend`)
-# CUDA's kernels pad the width of a head to the first, up to the second
+FLASH_BACKEND = 1
+"""torch's number of the backend (`torch.nn.attention.SDPBackend`)."""
 FLASH_ALIGNMENT = 8
+"""CUDA's kernels pad the width of a head to a multiple of this number."""
 FLASH_MAX_HEAD_DIM = 256
 
 
@@ -25,68 +26,73 @@ def attend(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Tensor:
-    """query (B, H, T, D), key and value (B, heads, S, D) -> (B, H, T, D), by the kernel that torch takes on
+    """Computes query (B, H, T, D), key and value (B, KV, S, D) -> (B, H, T, D) with the kernel that torch chooses on
     `device`."""
-    if not any(tensor.is_meta for tensor in (query, key, value)):
-        return F.scaled_dot_product_attention(
-            query,
-            key,
-            value,
-            attn_mask,
-            dropout_p,
-            is_causal,
-            scale=scale,
-            enable_gqa=enable_gqa,
-        )
-    query, key, value = (tensor if tensor.is_meta else tensor.to("meta") for tensor in (query, key, value))
-    if attn_mask is not None and attn_mask.dtype == torch.bool:
-        # torch turns it into what is added to the scores
-        attn_mask = torch.empty(attn_mask.shape, dtype=query.dtype, device="meta")
-    options = (dropout_p, is_causal)
-    if device == "cpu":
-        if _flash_on_cpu(query, key, value, attn_mask, *options, scale, enable_gqa):
-            return _first(
-                aten._scaled_dot_product_flash_attention_for_cpu(
-                    query,
-                    key,
-                    value,
-                    *options,
-                    attn_mask=attn_mask,
-                    scale=scale,
-                )
+    is_meta = query.is_meta or key.is_meta or value.is_meta
+    if is_meta:
+        query = query.to("meta")
+        key = key.to("meta")
+        value = value.to("meta")
+        if attn_mask is not None and attn_mask.dtype == torch.bool:
+            # torch turns a boolean mask into an additive one.
+            attn_mask = torch.empty(attn_mask.shape, dtype=query.dtype, device="meta")
+        if device != "cpu":
+            return _attend_on_cuda(query, key, value, attn_mask, dropout_p, is_causal, scale)
+        if _cpu_uses_flash(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa):
+            output, _ = aten._scaled_dot_product_flash_attention_for_cpu(
+                query,
+                key,
+                value,
+                dropout_p,
+                is_causal,
+                attn_mask=attn_mask,
+                scale=scale,
             )
-        return F.scaled_dot_product_attention(
-            query,
-            key,
-            value,
-            attn_mask,
-            *options,
-            scale=scale,
-            enable_gqa=enable_gqa,
-        )
+            return output  # type: ignore[no-any-return]
+    return F.scaled_dot_product_attention(
+        query,
+        key,
+        value,
+        attn_mask,
+        dropout_p,
+        is_causal,
+        scale=scale,
+        enable_gqa=enable_gqa,
+    )
+
+
+def _attend_on_cuda(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    dropout: float,
+    causal: bool,
+    scale: float | None,
+) -> Tensor:
+    """Flash attention for half precision without a mask, else memory-efficient attention."""
     width = query.shape[-1]
-    scale = width**-0.5 if scale is None else scale
-    query, key, value = (_pad_head_dim(tensor) for tensor in (query, key, value))
-    if attn_mask is None and width <= FLASH_MAX_HEAD_DIM and query.dtype != torch.float32:
-        return _first(aten._scaled_dot_product_flash_attention(query, key, value, *options, scale=scale))[..., :width]
-    if attn_mask is not None:
-        attn_mask = attn_mask.expand(query.shape[0], query.shape[1], query.shape[2], key.shape[2])
-    compute_logsumexp = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (query, key, value))
-    return _first(
-        aten._scaled_dot_product_efficient_attention(
+    if scale is None:
+        scale = width**-0.5
+    query = _pad_head_dim(query)
+    key = _pad_head_dim(key)
+    value = _pad_head_dim(value)
+    if mask is None and width <= FLASH_MAX_HEAD_DIM and query.dtype != torch.float32:
+        outputs = aten._scaled_dot_product_flash_attention(query, key, value, dropout, causal, scale=scale)
+    else:
+        if mask is not None:
+            mask = mask.expand(*query.shape[:3], key.shape[2])
+        outputs = aten._scaled_dot_product_efficient_attention(
             query,
             key,
             value,
-            attn_mask,
-            compute_logsumexp,
-            *options,
+            mask,
+            torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad),
+            dropout,
+            causal,
             scale=scale,
         )
-    )[..., :width]
-
-
-def _first(outputs: tuple[Tensor, ...]) -> Tensor:
-    return outputs[0]
+    return outputs[0][..., :width]  # type: ignore[no-any-return]
 
 
 def _pad_head_dim(x: Tensor) -> Tensor:
@@ -95,7 +101,7 @@ def _pad_head_dim(x: Tensor) -> Tensor:
     return x
 
 
-def _flash_on_cpu(
+def _cpu_uses_flash(
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -105,13 +111,21 @@ def _flash_on_cpu(
     scale: float | None,
     gqa: bool,
 ) -> bool:
-    """Asks torch, of real tensors of the same shapes, whose pages nobody ever touches."""
-    q, k, v = (
-        torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, requires_grad=tensor.requires_grad)
-        for tensor in (query, key, value)
+    """Returns torch's choice for uninitialized CPU tensors of the same shapes."""
+    if mask is not None:
+        mask = torch.empty(mask.shape, dtype=mask.dtype)
+    choice = torch._fused_sdp_choice(
+        _empty_on_cpu(query),
+        _empty_on_cpu(key),
+        _empty_on_cpu(value),
+        mask,
+        dropout,
+        causal,
+        scale=scale,
+        enable_gqa=gqa,
     )
-    if mask is None:
-        real_mask = None
-    else:
-        real_mask = torch.empty(mask.shape, dtype=mask.dtype)
-    return torch._fused_sdp_choice(q, k, v, real_mask, dropout, causal, scale=scale, enable_gqa=gqa) == FLASH_BACKEND
+    return choice == FLASH_BACKEND
+
+
+def _empty_on_cpu(x: Tensor) -> Tensor:
+    return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, requires_grad=x.requires_grad)

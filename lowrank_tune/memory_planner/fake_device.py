@@ -1,10 +1,10 @@
-"""The recipe's own code on tensors without numbers, as if it ran on the device that is planned for.
+"""Runs the recipe's own code on tensors without data, as if it ran on the planned device.
 
-Floating-point tensors live on torch's `meta` device: a shape and no bytes. Whole numbers and masks are few and real, so
-that code which asks them for values (how many tokens are scored, which prompts rows share) goes the way that it goes in
-a run. Meta tensors say that they are on the planned device; what asks them for numbers hears 0, and yes. Under CUDA's
-autocast they are cast as torch casts them (`torch/amp`: half precision for products, fp32 for sums that need it), which
-torch itself does on no meta tensor.
+Floating-point tensors are on torch's `meta` device: a shape and no bytes. Integers and masks are few and real, so code
+that reads their values (how many tokens are scored, which prompts rows share) takes the same branches as in a run. Meta
+tensors report the planned device; their values are read as 0 and True. Under CUDA's autocast they are cast as torch
+casts them (`torch/amp`: half precision for products, fp32 for sums that need it), which torch does not do for meta
+tensors.
 """
 
 from __future__ import annotations
@@ -12,17 +12,19 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
-from unittest.mock import patch
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.cuda.amp import common
 from torch.overrides import TorchFunctionMode, _get_current_function_mode
 
 from lowrank_tune.memory_planner.attention import attend
 from lowrank_tune.memory_planner.offload_hooks import OffloadedTensorHooks
+from lowrank_tune.model import activation_checkpointing
 
 META = torch.device("meta")
+CPU = torch.device("cpu")
 AUTOCAST_TO_HALF_OPS = {
     F.linear,
     torch.matmul,
@@ -71,23 +73,23 @@ class FakeDeviceMode(TorchFunctionMode):
     def __init__(self, device: torch.device) -> None:
         super().__init__()
         self.planned = device
-        # autocast's own cache of weights, which ends with its outermost context
         self.cast_cache: dict[int, tuple[Tensor, Tensor]] = {}
+        """Autocast's own cache of weights, which ends with its outermost context."""
         self.replacements: dict[Any, Callable[..., Any]] = {
-            _getter("device"): lambda x: device if x.is_meta else x.device,
-            _getter("is_cuda"): lambda x: device.type == "cuda" and x.is_meta,
-            _getter("is_cpu"): lambda x: device.type == "cpu" or not x.is_meta,
-            torch.Tensor.get_device: lambda x: 0 if device.type == "cuda" and x.is_meta else x.get_device(),
+            _getter("device"): self._device,
+            _getter("is_cuda"): self._is_cuda,
+            _getter("is_cpu"): self._is_cpu,
+            torch.Tensor.get_device: self._get_device,
             torch.Tensor.to: self._to,
-            torch.Tensor.cpu: lambda x, **_: self._to(x, "cpu"),
-            torch.Tensor.tolist: lambda x: _to_host(x).tolist(),
-            torch.Tensor.item: lambda x: _scalar_of(x),
-            torch.Tensor.__bool__: lambda x: bool(_scalar_of(x)),
-            torch.Tensor.__float__: lambda x: float(_scalar_of(x)),
-            torch.Tensor.__int__: lambda x: int(_scalar_of(x)),
-            torch.equal: lambda a, b: _equal_or_meta(torch.equal, a, b),
-            torch.allclose: lambda a, b, **options: _equal_or_meta(torch.allclose, a, b, **options),
-            F.scaled_dot_product_attention: lambda *a, **k: attend(device.type, *a, **k),
+            torch.Tensor.cpu: self._cpu,
+            torch.Tensor.tolist: _tolist,
+            torch.Tensor.item: _item,
+            torch.Tensor.__bool__: _bool,
+            torch.Tensor.__float__: _float,
+            torch.Tensor.__int__: _int,
+            torch.equal: _equal,
+            torch.allclose: _allclose,
+            F.scaled_dot_product_attention: self._attend,
         }
 
     def __torch_function__(
@@ -98,21 +100,19 @@ class FakeDeviceMode(TorchFunctionMode):
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
         kwargs = dict(kwargs or {})
-        if (
-            self.planned.type == "cuda"
-            and (func in AUTOCAST_TO_HALF_OPS or func in AUTOCAST_TO_FP32_OPS)
-            and torch.is_autocast_enabled("cuda")
-        ):
-            args, kwargs = self._cast(func, args, kwargs)
-        if (replacement := self.replacements.get(func)) is not None:
+        if self.planned.type == "cuda" and torch.is_autocast_enabled("cuda"):
+            args, kwargs = self._autocast(func, args, kwargs)
+        replacement = self.replacements.get(func)
+        if replacement is not None:
             return replacement(*args, **kwargs)
-        if kwargs.get("device") is not None and _device_type(kwargs["device"]) == self.planned.type:
-            return self._make(func, args, kwargs)
+        device = kwargs.get("device")
+        if device is not None and _device_type(device) == self.planned.type:
+            return self._create(func, args, kwargs)
         return func(*args, **kwargs)
 
     def with_recompute(self, module: Any, before: Callable[[], None]) -> None:
-        """Has a module run under this mode also where a backward pass computes it again, which autograd does without
-        any mode; and is told `before` each time."""
+        """Makes a module run under this mode also if a backward pass computes it again, which autograd does without
+        any mode. `before` is called each time."""
         original_forward = module.forward
 
         def forward(*args: Any, **kwargs: Any) -> Any:
@@ -122,41 +122,59 @@ class FakeDeviceMode(TorchFunctionMode):
 
         module.forward = forward
 
-    def _make(self, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
-        """What is made on the planned device: numbers are real where they are whole, else they are none."""
+    def _device(self, x: Tensor) -> torch.device:
+        if x.is_meta:
+            return self.planned
+        return x.device
+
+    def _is_cuda(self, x: Tensor) -> bool:
+        return self._device(x).type == "cuda"
+
+    def _is_cpu(self, x: Tensor) -> bool:
+        return self._device(x).type == "cpu"
+
+    def _get_device(self, x: Tensor) -> int:
+        if self._is_cuda(x):
+            return 0
+        return x.get_device()
+
+    def _attend(self, *args: Any, **kwargs: Any) -> Tensor:
+        return attend(self.planned.type, *args, **kwargs)
+
+    def _create(self, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+        """Creates a tensor on the planned device: a real one of integers, a meta tensor of floating-point numbers."""
         dtype = kwargs.get("dtype")
-        rest = {key: value for key, value in kwargs.items() if key != "device"}
+        options = {key: value for key, value in kwargs.items() if key != "device"}
         if func in (torch.tensor, torch.as_tensor):
             data = args[0] if args else kwargs["data"]
             if isinstance(data, Tensor) and data.is_meta:
                 return data if dtype is None else data.to(dtype)
-            created = func(*args, **rest)
+            created = func(*args, **options)
             if created.is_floating_point():
                 return torch.empty_like(created, device=META)
             return created
         if dtype is not None:
             is_integer = not dtype.is_floating_point
         else:
-            is_integer = _makes_integers(func, args, kwargs)
-        return func(*args, **rest, device=torch.device("cpu") if is_integer else META)
+            is_integer = _creates_integers(func, args, kwargs)
+        if is_integer:
+            return func(*args, **options, device=CPU)
+        return func(*args, **options, device=META)
 
     def _to(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        if args and isinstance(args[0], Tensor):
-            args = (self.planned if args[0].is_meta else args[0].device, args[0].dtype, *args[1:])
-        named = kwargs.get("device")
+        target = kwargs.get("device")
         dtype = kwargs.get("dtype")
-        if named is not None:
-            target = named
-        else:
-            target = next((argument for argument in args if isinstance(argument, (str, torch.device))), None)
-        if dtype is None:
-            dtype = next((argument for argument in args if isinstance(argument, torch.dtype)), None)
-        if target is None and x.is_meta:
-            kind = self.planned.type
-        elif target is None:
-            kind = "cpu"
-        else:
-            kind = _device_type(target)
+        for argument in args:
+            if isinstance(argument, Tensor):
+                target = self._device(argument)
+                dtype = argument.dtype
+            elif target is None and isinstance(argument, (str, torch.device)):
+                target = argument
+            elif dtype is None and isinstance(argument, torch.dtype):
+                dtype = argument
+        if target is None:
+            target = self._device(x)
+        kind = _device_type(target)
         if kind == "meta":
             return x.to(target, dtype)
         if kind == self.planned.type == "cuda" and not x.is_meta:
@@ -170,17 +188,28 @@ class FakeDeviceMode(TorchFunctionMode):
             return x
         return x.to(dtype)
 
-    def _cast(self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[list[Any], dict[str, Any]]:
+    def _cpu(self, x: Tensor, **_: Any) -> Tensor:
+        return self._to(x, "cpu")
+
+    def _autocast(
+        self,
+        func: Any,
+        args: Sequence[Any],
+        kwargs: dict[str, Any],
+    ) -> tuple[Sequence[Any], dict[str, Any]]:
+        """Returns the arguments as CUDA's autocast passes them to `func`."""
+        cast: Callable[[Any], Any]
         if func in AUTOCAST_TO_HALF_OPS:
-            return [self._to_half(argument) for argument in args], {
-                key: self._to_half(argument) for key, argument in kwargs.items()
-            }
-        if kwargs.get("dtype") is not None:
-            return list(args), dict(kwargs)
-        return [_to_fp32(argument) for argument in args], {key: _to_fp32(argument) for key, argument in kwargs.items()}
+            cast = self._to_half
+        elif func in AUTOCAST_TO_FP32_OPS and kwargs.get("dtype") is None:
+            cast = _to_fp32
+        else:
+            return args, kwargs
+        cast_kwargs = {key: cast(argument) for key, argument in kwargs.items()}
+        return [cast(argument) for argument in args], cast_kwargs
 
     def _to_half(self, x: Any) -> Any:
-        """As autocast casts: the weights that are trained once, until its outermost context ends."""
+        """Casts as autocast does: trained weights once, until its outermost context ends."""
         if not isinstance(x, Tensor) or not x.is_floating_point() or x.dtype in (torch.bfloat16, torch.float64):
             return x
         if not (x.requires_grad and x.is_leaf and torch.is_autocast_cache_enabled()):
@@ -191,54 +220,89 @@ class FakeDeviceMode(TorchFunctionMode):
 
 
 @contextmanager
-def fake_device_mode(device: torch.device) -> Iterator[FakeDeviceMode]:
-    """Enters the mode. Where torch has no GPU, its autocast for CUDA would switch itself off: here it is told that
-    there is one."""
-    mode = FakeDeviceMode(device)
-    clear = torch.clear_autocast_cache
+def replaced(module: Any, name: str, value: Any) -> Iterator[None]:
+    """Replaces an attribute of a module, and restores it on exit."""
+    original = getattr(module, name)
+    setattr(module, name, value)
+    try:
+        yield
+    finally:
+        setattr(module, name, original)
 
-    def forget() -> None:
+
+@contextmanager
+def fake_device_mode(device: torch.device) -> Iterator[FakeDeviceMode]:
+    """Enters the mode. Without a GPU, torch would disable its autocast for CUDA: here torch's checks for a GPU are
+    replaced."""
+    mode = FakeDeviceMode(device)
+    clear_autocast_cache = torch.clear_autocast_cache
+
+    def clear_both_caches() -> None:
         mode.cast_cache.clear()
-        clear()
+        clear_autocast_cache()
 
     with ExitStack() as entered:
         if device.type == "cuda":
-            entered.enter_context(patch("torch.clear_autocast_cache", forget))
-            entered.enter_context(
-                patch("lowrank_tune.model.activation_checkpointing.save_on_cpu", OffloadedTensorHooks)
-            )
+            entered.enter_context(replaced(torch, "clear_autocast_cache", clear_both_caches))
+            entered.enter_context(replaced(activation_checkpointing, "save_on_cpu", OffloadedTensorHooks))
             if not torch.cuda.is_available():
-                entered.enter_context(patch("torch.cuda.amp.common.amp_definitely_not_available", lambda: False))
-                entered.enter_context(patch("torch.cuda.is_bf16_supported", lambda including_emulation=True: True))
+                entered.enter_context(replaced(common, "amp_definitely_not_available", _no))
+                entered.enter_context(replaced(torch.cuda, "is_bf16_supported", _yes))
         yield entered.enter_context(mode)
 
 
+def _no() -> bool:
+    return False
+
+
+def _yes(including_emulation: bool = True) -> bool:
+    return True
+
+
 def _getter(name: str) -> Any:
-    """What a mode is asked about where somebody reads a property of a tensor."""
+    """Returns the function that a mode receives if a property of a tensor is read."""
     return getattr(torch.Tensor, name).__get__
 
 
-def _scalar_of(x: Tensor) -> Any:
-    """The number that a tensor of one element holds; of a meta tensor yes, or 0."""
+def _item(x: Tensor) -> Any:
+    """The value of a tensor with one element; True or 0 for a meta tensor."""
     if not x.is_meta:
         return x.item()
     if x.dtype == torch.bool:
         return True
-    if x.is_floating_point():
-        return 0.0
     return 0
 
 
+def _tolist(x: Tensor) -> Any:
+    return _to_host(x).tolist()
+
+
+def _bool(x: Tensor) -> bool:
+    return bool(_item(x))
+
+
+def _float(x: Tensor) -> float:
+    return float(_item(x))
+
+
+def _int(x: Tensor) -> int:
+    return int(_item(x))
+
+
 def _to_host(x: Tensor) -> Tensor:
-    if x.is_meta:
-        return (torch.ones if x.dtype == torch.bool else torch.zeros)(x.shape, dtype=x.dtype)
-    return x
+    if not x.is_meta:
+        return x
+    if x.dtype == torch.bool:
+        return torch.ones(x.shape, dtype=x.dtype)
+    return torch.zeros(x.shape, dtype=x.dtype)
 
 
-def _equal_or_meta(compare: Callable[..., bool], a: Tensor, b: Tensor, **options: Any) -> bool:
-    if a.is_meta or b.is_meta:
-        return True
-    return compare(a, b, **options)
+def _equal(a: Tensor, b: Tensor) -> bool:
+    return a.is_meta or b.is_meta or torch.equal(a, b)
+
+
+def _allclose(a: Tensor, b: Tensor, **options: Any) -> bool:
+    return a.is_meta or b.is_meta or torch.allclose(a, b, **options)
 
 
 def _device_type(device: Any) -> str:
@@ -247,17 +311,20 @@ def _device_type(device: Any) -> str:
     return torch.device(device).type
 
 
-def _makes_integers(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
-    """Whether a factory that was told no dtype makes whole numbers or masks."""
+def _creates_integers(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
+    """Returns whether a factory function creates integers or masks if it gets no dtype."""
     if func is torch.arange:
-        return all(
-            isinstance(argument, int)
-            for argument in (*args, *(kwargs[key] for key in ("start", "end", "step") if key in kwargs))
-        )
+        bounds = [*args]
+        for key in ("start", "end", "step"):
+            bounds.append(kwargs.get(key, 0))
+        return all(isinstance(bound, int) for bound in bounds)
     if func is torch.full:
-        return not isinstance(kwargs.get("fill_value", args[1] if len(args) > 1 else 0.0), float)
-    template = args[0] if args and isinstance(args[0], Tensor) else None  # `zeros_like` and `new_zeros` keep the dtype
-    return template is not None and not template.is_floating_point()
+        fill_value = args[1] if len(args) > 1 else kwargs.get("fill_value", 0.0)
+        return not isinstance(fill_value, float)
+    # `zeros_like` and `new_zeros` keep the dtype of their first argument.
+    if args and isinstance(args[0], Tensor):
+        return not args[0].is_floating_point()
+    return False
 
 
 def _to_fp32(x: Any) -> Any:

@@ -1,5 +1,5 @@
-"""What waits in the machine's memory, on tensors without numbers: gone from the planned device, and made anew where it
-is wanted."""
+"""Offloading of activations to host memory, on tensors without data: they take no bytes of the planned device until the
+backward pass."""
 
 from __future__ import annotations
 
@@ -11,8 +11,7 @@ from torch.autograd.graph import saved_tensors_hooks
 
 
 class OffloadedTensorHooks(saved_tensors_hooks):
-    """Stands for torch's `save_on_cpu` on a GPU: what a graph keeps takes no bytes there until the backward pass asks
-    for it."""
+    """Replaces torch's `save_on_cpu`: a saved tensor takes no bytes on the device until the backward pass reads it."""
 
     def __init__(self, pin_memory: bool = False) -> None:
         super().__init__(_pack, _unpack)

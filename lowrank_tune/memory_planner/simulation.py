@@ -1,5 +1,5 @@
-"""The recipe's real phases, rehearsed: its own roles, algorithm, loop and sampler on a base of a few layers without
-numbers."""
+"""Simulates the phases of a recipe: its own roles, algorithm, loop and sampler run on a base of a few layers without
+data."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
-from unittest.mock import patch
 
 import torch
 from peft import LoraConfig
@@ -25,7 +24,7 @@ from lowrank_tune.config import RecipeConfig
 from lowrank_tune.data import PromptExample
 from lowrank_tune.memory_planner.allocation_tracker import AllocationTracker
 from lowrank_tune.memory_planner.extrapolation import Peaks
-from lowrank_tune.memory_planner.fake_device import FakeDeviceMode, fake_device_mode
+from lowrank_tune.memory_planner.fake_device import FakeDeviceMode, fake_device_mode, replaced
 from lowrank_tune.memory_planner.meta_model import Layer, meta_base, stored_tensors, with_few_layers
 from lowrank_tune.memory_planner.optimizers import planned_optimizer
 from lowrank_tune.memory_planner.plan_report import PHASE_SEPARATOR
@@ -39,8 +38,9 @@ from lowrank_tune.training.trainer import Trainer, TrainerState
 
 @dataclass(frozen=True)
 class SimulationSpec:
-    """All that is rehearsed but for depth. `loaded` are the shapes of adapters that come from files,
-    `reward_base_adapters` what lies under a reward model that is not trained; `rollouts` by name of their phase."""
+    """What is simulated, except for the number of layers. `loaded` are the configurations of adapters that come from
+    files, `reward_base_adapters` the adapters below a reward model that is not trained, `rollouts` the phases that
+    decode, by name."""
 
     recipe: RecipeConfig
     config: Any
@@ -52,49 +52,48 @@ class SimulationSpec:
 
 
 def simulate(spec: SimulationSpec, layers: Sequence[Layer], only_update: bool = False) -> Peaks:
-    """Runs every phase once, or the update alone, or where the scene has rollouts these alone, on a base of these
-    layers; what was alive when."""
-    recipe = spec.recipe
+    """Runs every phase once on a base of these layers; only the update if `only_update`, only the rollouts if the spec
+    has any. Returns the bytes by purpose at the peak of each program point."""
     tracker = AllocationTracker(spec.device.type, spec.config.get_text_config().vocab_size)
     with (
         warnings.catch_warnings(),
         tracker,
         fake_device_mode(spec.device) as mode,
-        patch.object(logprobs, "_chunk_logps", _skip_repeated_chunks(logprobs._chunk_logps)),
+        replaced(logprobs, "chunk_logps", _skip_repeated_chunks(logprobs.chunk_logps)),
     ):
         warnings.simplefilter("ignore")
         stage = _SimulatedStage(spec, layers, tracker, mode)
         if spec.rollouts:
             stage.run_decoding()
-        elif recipe.algorithm in ONLINE_ALGORITHMS:
-            stage.online(only_update)
+        elif spec.recipe.algorithm in ONLINE_ALGORITHMS:
+            stage.run_online(only_update)
         else:
-            stage.simulate_offline(only_update)
+            stage.run_offline(only_update)
     return {point: peak for point, peak in tracker.peaks.items() if point[0] != "start"}
 
 
 def _skip_repeated_chunks(one_chunk: Callable[..., None]) -> Callable[..., None]:
-    """The output head's chunks are alike: after the second each finds the same memory as the one before, until the
-    last, which may be short."""
+    """Returns `one_chunk` for the first two chunks of the output head and the last, which may be shorter. The others
+    use the same memory as the second."""
 
     def first_and_last(
         head: Any,
         hidden: Tensor,
         targets: Tensor,
         temperature: float,
-        into: Tensor,
-        *more: Any,
+        logps: Tensor,
+        *others: Any,
     ) -> None:
-        begins = into.storage_offset()
-        whole = into.untyped_storage().nbytes() // into.element_size()
-        if begins <= len(into) or begins + len(into) == whole:
-            one_chunk(head, hidden, targets, temperature, into, *more)
+        start = logps.storage_offset()
+        total = logps.untyped_storage().nbytes() // logps.element_size()
+        if start <= len(logps) or start + len(logps) == total:
+            one_chunk(head, hidden, targets, temperature, logps, *others)
 
     return first_and_last
 
 
 class _SimulatedStage:
-    """One algorithm over a shallow base, ready to run its phases."""
+    """One algorithm over a base of a few layers."""
 
     def __init__(
         self,
@@ -107,33 +106,30 @@ class _SimulatedStage:
         self.recipe = spec.recipe
         self.sizes = spec.sizes
         self.tracker = tracker
-        base = meta_base(
-            with_few_layers(spec.config, layers),
-            self.recipe.base.model,
-            self.recipe.base.bits,
-            spec.device,
-        )
-        configs, stacks = build_stacks(self.recipe, base.model, spec.loaded, spec.reward_base_adapters)
+        recipe = spec.recipe
+        few_layers = with_few_layers(spec.config, layers)
+        base = meta_base(few_layers, recipe.base.model, recipe.base.bits, spec.device)
+        configs, stacks = build_stacks(recipe, base.model, spec.loaded, spec.reward_base_adapters)
         _hook_layers(base.model, tracker, mode)
+        self.trained = (recipe.trained_adapter, *recipe.extra_adapters)
         with torch.device("meta"):
             self.roles = Roles(
                 base,
                 configs,
-                [self.recipe.trained_adapter, *self.recipe.extra_adapters],
+                self.trained,
                 stacks,
-                sum(layer.recomputed for layer in layers),
-                0,
-                ROLES_WITH_HEAD & stacks.keys(),
-                self.recipe.train.activation_offloading,
+                checkpointing=sum(layer.recomputed for layer in layers),
+                heads=ROLES_WITH_HEAD & stacks.keys(),
+                offload=recipe.train.activation_offloading,
             )
         tracker.set_purpose(stored_tensors(base.model), "weights")
         tracker.set_purpose((p for name, p in base.model.named_parameters() if "lora_" in name), "adapters")
         tracker.set_purpose((head.weight for head in self.roles.heads.values()), "adapters")
-        self.trained = (self.recipe.trained_adapter, *self.recipe.extra_adapters)
-        named = [self.roles.parameters(role) for role in self.trained]
-        self.parameters: list[nn.Parameter] = [parameter for role_parameters in named for parameter in role_parameters]
+        self.parameters: list[nn.Parameter] = []
+        for role in self.trained:
+            self.parameters += self.roles.parameters(role)
         self.optimizer: Any = None
-        self.context = AlgorithmContext(self.roles, lambda step: self._batch(self.sizes.rows))
+        self.context = AlgorithmContext(self.roles, self._step_batch)
 
     def _batch(self, rows: int) -> Batch:
         batch = batch_of(rows, self.sizes)
@@ -142,8 +138,14 @@ class _SimulatedStage:
             batch.reference_sequence_logps = torch.zeros(rows)
         return batch
 
+    def _step_batch(self, step: int) -> Batch:
+        return self._batch(self.sizes.rows)
+
+    def _device_batch(self, rows: int) -> Batch:
+        return self._batch(rows).to(self.roles.base.device)
+
     def run_decoding(self) -> None:
-        """Completions of training, and answers to held-out questions. The optimizer's moments lie there meanwhile."""
+        """Completions of training, and answers to held-out questions. The optimizer's moments exist meanwhile."""
         self._create_optimizer()
         for phase, decoding in self.spec.rollouts.items():
             decode(
@@ -154,30 +156,33 @@ class _SimulatedStage:
             )
 
     def _create_optimizer(self) -> None:
-        """As from the second step on: the optimizer's moments are there."""
+        """The optimizer as from the second step on, with its moments."""
         self.tracker.move_to("start")
         with self.tracker.with_purpose("optimizer"):
             self.optimizer = planned_optimizer(self.parameters, self.recipe.train, self.spec.device)
 
-    def simulate_offline(self, only_update: bool) -> None:
+    def run_offline(self, only_update: bool) -> None:
+        """SFT, reward models and DPO."""
         algorithm = make_algorithm(self.recipe, self.context)
+        no_grad_rows = self.sizes.no_grad_rows()
         if self.recipe.algorithm == "dpo" and not only_update:
             self.tracker.move_to("reference", "before")
             with self.roles.inference_mode():
-                self.roles.logps(
-                    "reference", self._batch(self.sizes.no_grad_rows()).to(self.roles.base.device)
-                ).logps.sum(dim=1).cpu()
+                batch = self._device_batch(no_grad_rows)
+                self.roles.logps("reference", batch).logps.sum(dim=1).cpu()
+                del batch
         self._create_optimizer()
         if not only_update:
             self.tracker.move_to("first check", "before")
-            micro = self._batch(self.sizes.rows).to(self.roles.base.device)
+            micro = self._device_batch(self.sizes.rows)
             algorithm.check(micro, 0)
             self.tracker.move_to("validation", "before")
             with self.roles.inference_mode():
-                algorithm.eval_metrics(self._batch(self.sizes.no_grad_rows()).to(self.roles.base.device))
+                algorithm.eval_metrics(self._device_batch(no_grad_rows))
         self._loop(algorithm, algorithm.collect(0), not only_update)
 
-    def online(self, only_update: bool) -> None:
+    def run_online(self, only_update: bool) -> None:
+        """GRPO and PPO."""
         rollout = self.recipe.rollout
         sizes = self.sizes
         if only_update:
@@ -196,7 +201,7 @@ class _SimulatedStage:
             temperature=rollout.temperature,
             max_num_seqs=1,
             micro_tokens=self.sizes.no_grad_tokens,
-            seed_of=lambda number: 0,
+            seed_of=_zero_seed,
             sizes=sizes,
             skip_logps=only_update,
         )
@@ -206,28 +211,35 @@ class _SimulatedStage:
         self._create_optimizer()
         if not only_update and REWARD_ROLE in self.roles.heads and REWARD_ROLE not in self.trained:
             self.tracker.move_to("reward model", "before")
-            score_rows(self.roles, [[0] * self.sizes.length] * self.sizes.no_grad_rows(), 0, self.sizes.no_grad_tokens)
+            rows = [[0] * self.sizes.length] * self.sizes.no_grad_rows()
+            score_rows(self.roles, rows, 0, self.sizes.no_grad_tokens)
         self.tracker.move_to("old and reference", "before")
         experience = algorithm.collect(0)
         if not only_update:
             self.tracker.move_to("first check", "before")
-            algorithm.check(experience.batch.select_rows(torch.arange(self.sizes.rows)).to(self.roles.base.device), 0)
+            micro = experience.batch.select_rows(torch.arange(self.sizes.rows))
+            micro = micro.to(self.roles.base.device)
+            algorithm.check(micro, 0)
+            del micro
         self._loop(algorithm, experience, not only_update)
 
+    def _num_passes(self) -> int:
+        """How often the update passes over a rollout batch."""
+        if self.recipe.algorithm == "grpo":
+            return self.recipe.grpo.num_iterations
+        if self.recipe.algorithm == "ppo":
+            return self.recipe.ppo.num_ppo_epochs * self.recipe.ppo.num_mini_batches
+        return 1
+
     def _loop(self, algorithm: Algorithm[Any], experience: StepBatch[Any], logged: bool) -> None:
-        """One step of the real loop, of one micro-batch."""
-        train = self.recipe.train.model_copy(
-            update={
-                "micro_batch_size": self.sizes.units,
-                "micro_batch_tokens": None,
-                "logging_steps": 1,
-                "max_nonfinite_steps": 1,
-            }
-        )
-        passes = {
-            "grpo": self.recipe.grpo.num_iterations,
-            "ppo": self.recipe.ppo.num_ppo_epochs * self.recipe.ppo.num_mini_batches,
-        }.get(self.recipe.algorithm, 1)
+        """Runs one step of the trainer with one micro-batch."""
+        changes = {
+            "micro_batch_size": self.sizes.units,
+            "micro_batch_tokens": None,
+            "logging_steps": 1,
+            "max_nonfinite_steps": 1,
+        }
+        train = self.recipe.train.model_copy(update=changes)
         single_batch = _SingleBatchAlgorithm(
             algorithm,
             experience,
@@ -235,7 +247,7 @@ class _SimulatedStage:
             self.tracker,
             logged,
             self.parameters,
-            passes,
+            self._num_passes(),
         )
         self.optimizer.register_step_pre_hook(lambda *_: self.tracker.move_to("optimizer", "before"))
         loop = Trainer(
@@ -246,7 +258,7 @@ class _SimulatedStage:
             1,
             0,
             self.spec.device,
-            lambda event: None,
+            _ignore_event,
             _noop_step_end,
             checked=True,
         )
@@ -255,7 +267,7 @@ class _SimulatedStage:
 
 @dataclass
 class _RepeatedBatch(StepBatch[Batch]):
-    """Where a rollout batch is passed over several times, the second time stands for all further ones."""
+    """A batch that the update passes over `count` times. The second pass uses as much memory as all later ones."""
 
     count: int = 1
 
@@ -266,7 +278,7 @@ class _RepeatedBatch(StepBatch[Batch]):
 
 @dataclass
 class _SingleBatchAlgorithm(Algorithm[Batch]):
-    """An algorithm of one micro-batch, whose phases are told apart."""
+    """An algorithm with one micro-batch that reports its phases to the tracker."""
 
     algorithm: Algorithm[Any]
     experience: StepBatch[Any]
@@ -281,22 +293,23 @@ class _SingleBatchAlgorithm(Algorithm[Batch]):
 
     def collect(self, step: int) -> StepBatch[Batch]:
         batch = self.experience.batch
-        return _RepeatedBatch(
-            batch if len(batch) <= self.sizes.rows else batch.select_rows(torch.arange(self.sizes.rows)),
-            count=self.num_passes,
-        )
+        if len(batch) > self.sizes.rows:
+            batch = batch.select_rows(torch.arange(self.sizes.rows))
+        return _RepeatedBatch(batch, count=self.num_passes)
 
     def token_weights(self, batch: Batch) -> Tensor:
         self.tracker.move_to("update", "before")
-        for parameter in self.parameters:  # as from the second micro-batch on
+        # As from the second micro-batch on.
+        for parameter in self.parameters:
             parameter.grad = torch.zeros_like(parameter)
         self.tracker.set_purpose((parameter.grad for parameter in self.parameters), "gradients")
         return self.algorithm.token_weights(batch)
 
     def compute_losses(self, micro: Batch) -> Iterator[LossTerm]:
         terms = self.algorithm.compute_losses(micro)
-        for number in range(9):
-            self.tracker.move_to(UPDATE_PHASES[number] if isinstance(self.algorithm, PPO) else "update", "before")
+        phases = PPO_UPDATE_PHASES if isinstance(self.algorithm, PPO) else UPDATE_PHASES
+        for phase in phases:
+            self.tracker.move_to(phase, "before")
             term = next(terms, None)
             if term is None:
                 return
@@ -310,12 +323,14 @@ class _SingleBatchAlgorithm(Algorithm[Batch]):
         return self.algorithm.step_metrics(micro)
 
 
-UPDATE_PHASES = ("update", "update of the value", *["end"] * 7)
+MAX_LOSSES = 9
+UPDATE_PHASES = ["update"] * MAX_LOSSES
+PPO_UPDATE_PHASES = ["update", "update of the value"] + ["end"] * (MAX_LOSSES - 2)
+"""Phase of each loss of an algorithm. After the last loss, `end` is entered."""
 
 
 class _FakeRolloutCollector(RolloutCollector):
-    """Completions that nobody drew, of the sizes that are planned for. With `skip_logps` nothing goes
-    through the model."""
+    """Made-up completions of the planned sizes. With `skip_logps` the model is not run."""
 
     def __init__(self, *, sizes: Sizes, skip_logps: bool, **arguments: Any) -> None:
         super().__init__(**arguments)
@@ -344,7 +359,7 @@ class _FakeRolloutCollector(RolloutCollector):
 
 
 def _hook_layers(model: Any, tracker: AllocationTracker, mode: FakeDeviceMode) -> None:
-    """Tells the ledger which layer runs, forward and backward; and has its parts run under the mode where they are
+    """Reports to the tracker which layer runs, forward and backward, and makes its parts run under the mode if they are
     computed again."""
     layers = next(one for one in model.get_decoder().modules() if isinstance(one, nn.ModuleList))
     last = len(layers) - 1
@@ -357,11 +372,8 @@ def _hook_layers(model: Any, tracker: AllocationTracker, mode: FakeDeviceMode) -
             layer_position = "between"
 
         def before(layer_position: str = layer_position) -> None:
-            tracker.move_to(
-                tracker.point[0],
-                "forward" if torch._C._current_graph_task_id() == -1 else "backward",
-                layer_position,
-            )
+            is_forward = torch._C._current_graph_task_id() == -1
+            tracker.move_to(tracker.point[0], "forward" if is_forward else "backward", layer_position)
 
         def after(
             module: Any,
@@ -386,7 +398,14 @@ def _start_pass(tracker: AllocationTracker, phase: str, pass_name: str) -> None:
 
 
 def _no_prompts(step: int, draw: int, count: int | None) -> list[PromptExample]:
-    raise AssertionError("nobody asks")
+    raise AssertionError("the collector draws no prompts")
+
+
+def _zero_seed(number: int) -> int:
+    return 0
+
+
+def _ignore_event(event: object) -> None: ...
 
 
 def _no_values(batch: Batch) -> tuple[Tensor, Tensor]:

@@ -1,8 +1,8 @@
-"""Which activations are kept, which are computed again in the backward pass, and which wait in the machine's memory.
+"""Which activations are stored, which are recomputed in the backward pass, and which are offloaded to host memory.
 
-A layer that is recomputed keeps its input alone; the others keep all that their backward pass needs. The *first* N
-layers are recomputed: backward comes to them last, when what the others kept has been let go. What a recomputed layer
-keeps can be moved to pinned memory of the machine until then. None of this changes a gradient.
+A recomputed layer stores only its input; the others store all that their backward pass needs. The *first* N layers are
+recomputed, because the backward pass reaches them last, when the activations of the others are freed. The input of a
+recomputed layer can be moved to pinned host memory until then. Gradients do not change.
 """
 
 from __future__ import annotations
@@ -19,11 +19,12 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from lowrank_tune.errors import UserError
 
 Checkpointing = bool | int | Literal["none", "all", "auto"]
-"""Which layers are recomputed: none or all, the first N, or `auto`, which is all until something plans it."""
+"""Which layers are recomputed: none or all, the first N, or `auto`, which is all until the memory planner replaces
+it."""
 
 
 def num_checkpointed_layers(checkpointing: Checkpointing, layers: int) -> int:
-    """How many of a model's `layers` are recomputed, counted from the first."""
+    """Returns how many of a model's `layers` are recomputed, counted from the first."""
     if isinstance(checkpointing, (bool, str)):
         if checkpointing in (True, "all", "auto"):
             return layers
@@ -37,20 +38,20 @@ def checkpoint_layers(
     offload: bool,
     context_fn: Callable[[], tuple[AbstractContextManager[Any], AbstractContextManager[Any]]],
 ) -> bool:
-    """Makes layers of a model recompute, and with `offload` keep their inputs in the machine's memory; `context_fn`
-    gives what the forward pass and the recomputation run under. Returns whether any layer does. Raises UserError for a
-    model whose layers cannot differ."""
+    """Makes layers of a model recompute in the backward pass, and with `offload` keep their inputs in host memory.
+    `context_fn` returns the contexts of the forward pass and of the recomputation. Returns whether any layer is
+    recomputed. Raises UserError for a model that recomputes all layers or none."""
     layers = [module for module in model.get_decoder().modules() if isinstance(module, GradientCheckpointingLayer)]
     count = num_checkpointed_layers(checkpointing, len(layers) or 1)
     if not count:
         return False
     if not layers and not isinstance(checkpointing, (bool, str)):
         raise UserError(
-            f"train.gradient_checkpointing: {model.config.model_type} models recompute all layers or none; say all "
-            f"or none"
+            f"train.gradient_checkpointing: {model.config.model_type} models recompute all layers or none; use `all` "
+            f"or `none`",
         )
-    # transformers renamed it and drops the old name in version 6; the defaults are replaced by what is passed, so both
-    # stand here.
+    # transformers renamed this method, and removes the old name in version 6. Both options must be passed, because they
+    # replace the defaults.
     enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
     enable({"use_reentrant": False, "context_fn": context_fn})
     model.disable_input_require_grads()
@@ -64,19 +65,19 @@ def checkpoint_layers(
 
 
 def disable_checkpointing(model: Any) -> None:
-    """The opposite of `checkpoint_layers`."""
+    """Undoes `checkpoint_layers`."""
     disable = getattr(model, "activation_checkpointing_disable", None) or model.gradient_checkpointing_disable
     disable()
 
 
 def _offloaded(checkpoint: Callable[..., Any], *arguments: Any, **named: Any) -> Any:
-    # Without a GPU there is nothing to pin, and the copy is a plain one: the same path, so that tests walk it.
+    # Without a GPU this is a plain copy, so that tests run the same code.
     with save_on_cpu(pin_memory=True):
         return checkpoint(*arguments, **named)
 
 
 def cap_cuda_memory(budget_gib: float | None) -> None:
-    """Bounds what this process takes of the GPU. Raises UserError where the GPU has less than the budget."""
+    """Limits the GPU memory of this process. Raises UserError if the GPU has less than the budget."""
     if budget_gib is None or not torch.cuda.is_available():
         return
     total = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory

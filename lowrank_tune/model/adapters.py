@@ -1,4 +1,4 @@
-"""Adapters on disk, in PEFT's own format at a folder's root, and the LoRA configuration that settings stand for."""
+"""Reads adapters from disk, in PEFT's format, and makes LoRA configurations from settings."""
 
 from __future__ import annotations
 
@@ -23,11 +23,12 @@ if TYPE_CHECKING:  # the model floor must run where pydantic is not installed (b
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 STACK = "stack.json"
-"""Beside a run's final adapter where frozen ones lay below it: `stack` (names, lowest first), `below` (hashes of the
-frozen ones by name), and `folded`: whether the root is all of them in one, and the trained one alone lies in a folder
-of its name; else the root is the trained one alone, and the others lie in folders of theirs."""
+"""Beside a run's final adapter over frozen ones: `stack` (names, lowest first), `frozen_adapters` (hashes of the frozen
+ones by name), and `combined`: whether the folder contains all of them merged into one, and a subfolder the trained one
+alone. If not, the folder contains the trained one, and subfolders the others."""
 ROPE = "rope.json"
-"""Beside a run's final adapter over a base of RoPE type `longrope`: `factors`, the set that it was trained with."""
+"""Beside a run's final adapter over a base of RoPE type `longrope`: `factors`, the set of factors that it was trained
+with."""
 
 UNSUPPORTED_PEFT_OPTIONS = (
     "use_dora",
@@ -38,10 +39,9 @@ UNSUPPORTED_PEFT_OPTIONS = (
     "target_parameters",
     "arrow_config",
 )
-# PEFT's own class for classifiers always adds both names, and saves what the model has: a causal base's classifier has
-# a `score`.
+# PEFT's class for classifiers always adds both names. The classifier of a causal base has a `score`.
 HEADS = {"score", "classifier"}
-# PiSSA, OLoRA, CorDA and LoftQ change the base's own weights when they begin, and so does a trained bias.
+# PiSSA, OLoRA, CorDA and LoftQ change the base's own weights at the start, and so does a trained bias.
 SUPPORTED_VALUES = {
     "init_lora_weights": (True, False, None, "gaussian", "orthogonal", "eva"),
     "bias": (True, None, "none"),
@@ -57,17 +57,29 @@ def _is_number_map(value: Any) -> bool:
 
 
 def _is_name_list(value: Any) -> bool:
-    return isinstance(value, str) or (
-        isinstance(value, list) and bool(value) and all(isinstance(name, str) for name in value)
-    )
+    if isinstance(value, list) and value:
+        return all(isinstance(name, str) for name in value)
+    return isinstance(value, str)
+
+
+def _is_optional_name_list(value: Any) -> bool:
+    return value is None or _is_name_list(value)
+
+
+def _is_rank(value: Any) -> bool:
+    return isinstance(value, int) and _is_number(value, 1)
+
+
+def _is_dropout(value: Any) -> bool:
+    return _is_number(value, 0, 0.999)
 
 
 OPTION_VALIDATORS = {
-    "r": lambda value: isinstance(value, int) and _is_number(value, 1),
+    "r": _is_rank,
     "lora_alpha": _is_number,
-    "lora_dropout": lambda value: _is_number(value, 0, 0.999),
+    "lora_dropout": _is_dropout,
     "target_modules": _is_name_list,
-    "exclude_modules": lambda value: value is None or _is_name_list(value),
+    "exclude_modules": _is_optional_name_list,
     "rank_pattern": _is_number_map,
     "alpha_pattern": _is_number_map,
 }
@@ -75,58 +87,75 @@ OPTION_VALIDATORS = {
 
 @dataclass(frozen=True)
 class SavedAdapter:
-    """An adapter as it lay in `folder`: configuration, weights, and the name of the base that it says it was made for.
-
-    `config` is that of the LoRA alone; a scalar head shows in `tensors`.
-    """
+    """An adapter in `folder`: configuration of the LoRA, weights (with those of a scalar head), and the name of the
+    base that it was made for."""
 
     folder: Path
     config: LoraConfig
     tensors: dict[str, Tensor]
     base_name: str | None
     frozen_adapters: dict[str, str] = field(default_factory=dict)
-    """Frozen adapters that it was trained over and means nothing without, by name, lowest first: hashes of their
-    content."""
+    """Frozen adapters that it was trained over and must be used with: hashes of their content by name, lowest first."""
 
     @property
     def head(self) -> Tensor | None:
-        """(1, d), the scalar head's weight."""
+        """The weight (1, d) of the scalar head, if present."""
         return self.tensors.get(HEAD_WEIGHT_KEY)
 
 
 def read_adapter(path: str, key: str, head: bool = False, combined: bool = False) -> SavedAdapter:
-    """Reads the adapter in a folder, or in a run's `final/`: one with a scalar head (a reward model's) or, by default,
+    """Reads the adapter in a folder, or in a run's `final/`: one with a scalar head (of a reward model) or, by default,
     without.
 
-    Of a run over frozen adapters it is the trained one alone, to lie over them again; `combined` is all of them folded
-    into one, where the run left that. `key` is the setting that named it. Raises UserError in one sentence.
+    Of a run over frozen adapters this is the trained one, to be used with them again; with `combined`, all of them
+    merged into one, if the run saved that. `key` is the setting that contains the path. Raises UserError.
     """
-    given = Path(path).expanduser()
-    if not given.is_dir():
-        raise UserError(f"{key}: there is no folder {path}")
-    folder = given / "final" if (given / "final" / CONFIG).exists() else given
-    if not (folder / CONFIG).exists():
-        unfinished = (given / "run.json").exists()
-        if unfinished:
-            reason = "is a run that has not ended: let it end first"
-        else:
-            reason = f"holds no {CONFIG}, so it is no adapter"
-        raise UserError(f"{key}: {path} {reason}")
+    folder = _adapter_folder(path, key)
     frozen_adapters = dict[str, str]()
     _check_unchanged(folder, STACK, key)
     if (folder / STACK).exists():
         stack = read_stack(folder, key)
         if combined and not stack.combined:
             raise UserError(
-                f"{key}: {folder} holds its adapters apart, and they mean nothing alone: load "
-                f"{', '.join(stack.frozen_adapters)} below it"
+                f"{key}: {folder} contains its adapters separately, and they must be used together: load "
+                f"{', '.join(stack.frozen_adapters)} below it",
             )
-        frozen_adapters = {} if combined else stack.frozen_adapters
+        if not combined:
+            frozen_adapters = stack.frozen_adapters
         if stack.combined and not combined:
             folder = folder / stack.names[-1]
+    raw, tensors = _read_files(folder, key)
+    config = _config(raw, key, folder)
+    saved = SavedAdapter(folder, config, tensors, raw.get("base_model_name_or_path"), frozen_adapters)
+    _check_head(saved, raw.get("modules_to_save") or [], key, head)
+    return saved
+
+
+def _final_folder(path: str) -> Path:
+    """Returns the folder, or its `final/` if it is a run's."""
+    folder = Path(path).expanduser()
+    final = folder / "final"
+    if (final / CONFIG).exists():
+        return final
+    return folder
+
+
+def _adapter_folder(path: str, key: str) -> Path:
+    folder = _final_folder(path)
+    if not folder.is_dir():
+        raise UserError(f"{key}: there is no folder {path}")
+    if (folder / CONFIG).exists():
+        return folder
+    if (folder / "run.json").exists():
+        raise UserError(f"{key}: {path} is a run that has not ended: let it end first")
+    raise UserError(f"{key}: {path} contains no {CONFIG}, so it is not an adapter")
+
+
+def _read_files(folder: Path, key: str) -> tuple[Any, dict[str, Tensor]]:
+    """Returns the content of the configuration file, and the weights."""
     if not (folder / WEIGHTS).exists():
         raise UserError(
-            f"{key}: {folder} holds no {WEIGHTS}; other formats can run code when they are read and are not loaded"
+            f"{key}: {folder} contains no {WEIGHTS}; other formats can run code when they are read and are not loaded",
         )
     for name in (CONFIG, WEIGHTS):
         _check_unchanged(folder, name, key)
@@ -135,24 +164,17 @@ def read_adapter(path: str, key: str, head: bool = False, combined: bool = False
         tensors = load_file(folder / WEIGHTS)
     except (ValueError, OSError, SafetensorError, RecursionError) as error:
         raise UserError(f"{key}: the adapter in {folder} is broken: {error}") from error
-    if strange := sorted(name for name in tensors if "lora_embedding" in name):
-        raise UserError(
-            f"{key}: {folder} changes the embedding ({strange[0]}), which this kit does not load: only linear modules"
-        )
-    saved = SavedAdapter(
-        folder,
-        _config(raw, key, folder),
-        tensors,
-        raw.get("base_model_name_or_path"),
-        frozen_adapters,
-    )
-    _check_head(saved, raw.get("modules_to_save") or [], key, head)
-    return saved
+    for name in sorted(tensors):
+        if "lora_embedding" in name:
+            raise UserError(
+                f"{key}: {folder} changes the embedding ({name}), which this kit does not load: only linear modules",
+            )
+    return raw, tensors
 
 
 def _check_unchanged(folder: Path, name: str, key: str) -> None:
-    """Raises UserError for a file that is missing or has changed, by the manifest of its folder or of the one around
-    it. A file that neither of them lists, as in a folder without one, may be missing."""
+    """Raises UserError for a file that is missing or has changed, by the manifest of its folder or of the parent
+    folder. A file that is in no manifest may be missing."""
     for root in (folder, folder.parent):
         relative_name = (folder / name).relative_to(root).as_posix()
         if changed_file(root, [relative_name]) is None:
@@ -162,16 +184,15 @@ def _check_unchanged(folder: Path, name: str, key: str) -> None:
         else:
             change = "is missing"
         raise UserError(
-            f"{key}: {folder / name} {change}: restore it from a copy; or, where the change is meant, delete "
-            f"{root / MANIFEST}"
+            f"{key}: {folder / name} {change}: restore it from a copy, or delete {root / MANIFEST} if the change is "
+            "intended",
         )
 
 
 def adapter_rope_factors(path: str) -> RopeFactors | None:
-    """The factors of RoPE type `longrope` that the adapter in a folder, or in a run's `final/`, was trained with; None
-    where the folder names none. Raises UserError for a file that cannot be understood, or is not as it was written."""
-    given = Path(path).expanduser()
-    folder = given / "final" if (given / "final" / CONFIG).exists() else given
+    """Returns the factors of RoPE type `longrope` that the adapter in a folder, or in a run's `final/`, was trained
+    with; None if the folder has no such file. Raises UserError for a file that is broken or has changed."""
+    folder = _final_folder(path)
     _check_unchanged(folder, ROPE, path)
     if not (folder / ROPE).exists():
         return None
@@ -181,12 +202,12 @@ def adapter_rope_factors(path: str) -> RopeFactors | None:
         raise UserError(f"{folder / ROPE} is broken: {type(error).__name__}: {error}") from error
     if factors not in ("short", "long"):
         raise UserError(f"{folder / ROPE} is broken: `factors` is {factors!r}, and must be `short` or `long`")
-    return "long" if factors == "long" else "short"
+    return factors  # type: ignore[no-any-return]
 
 
 @dataclass(frozen=True)
 class AdapterStack:
-    """What `STACK` says."""
+    """The content of the file `STACK`."""
 
     names: list[str]
     frozen_adapters: dict[str, str]
@@ -194,56 +215,57 @@ class AdapterStack:
 
 
 def read_stack(folder: Path, key: str) -> AdapterStack:
-    """The stack that a run's final adapter is the top of. Raises UserError for a file that cannot be understood."""
+    """Reads the stack whose top is a run's final adapter. Raises UserError for a broken file."""
     try:
         data = json.loads((folder / STACK).read_bytes())
         names = [str(name) for name in data["stack"]]
         frozen_adapters = {str(name): str(content) for name, content in data["frozen_adapters"].items()}
-        if names[:-1] == list(frozen_adapters) and all(
-            name and "/" not in name and name not in (".", "..") for name in names
-        ):
-            return AdapterStack(names, frozen_adapters, bool(data["combined"]))
+        stack = AdapterStack(names, frozen_adapters, bool(data["combined"]))
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"{key}: {folder / STACK} is broken: {type(error).__name__}: {error}") from error
-    raise UserError(f"{key}: {folder / STACK} is broken: its names do not fit together")
+    # The names are used as names of folders.
+    has_bad_name = any(not name or "/" in name or name in (".", "..") for name in names)
+    if has_bad_name or names[:-1] != list(frozen_adapters):
+        raise UserError(f"{key}: {folder / STACK} is broken: its names do not fit together")
+    return stack
 
 
 def _check_head(saved_adapter: SavedAdapter, modules: Any, key: str, expect_head: bool) -> None:
+    """Raises UserError unless the adapter has the head that its configuration names and the caller expects."""
+    folder = saved_adapter.folder
     if not isinstance(modules, list) or not set(map(str, modules)) <= HEADS or (modules and "score" not in modules):
-        raise UserError(f"{key}: {saved_adapter.folder} uses modules_to_save {modules}, which this kit does not load")
-    if saved_adapter.head is None:
-        shape = None
-    else:
-        shape = tuple(saved_adapter.head.shape)
-    if bool(modules) != (shape is not None) or (shape is not None and (len(shape) != 2 or shape[0] != 1)):
-        actual = f"one of shape {shape}" if shape else "none"
+        raise UserError(f"{key}: {folder} uses modules_to_save {modules}, which this kit does not load")
+    head = saved_adapter.head
+    actual = "none"
+    is_valid = not modules
+    if head is not None:
+        actual = f"one of shape {tuple(head.shape)}"
+        is_valid = bool(modules) and head.ndim == 2 and len(head) == 1
+    elif modules:
+        is_valid = False
+    if not is_valid:
         expected = "a scalar head" if modules else "no head"
-        raise UserError(
-            f"{key}: the adapter in {saved_adapter.folder} is broken: it should have {expected} and has {actual}"
-        )
-    if expect_head and shape is None:
-        raise UserError(
-            f"{key}: {saved_adapter.folder} is a policy adapter (it has no scalar head), not a reward adapter"
-        )
-    if shape is not None and not expect_head:
-        raise UserError(f"{key}: {saved_adapter.folder} is a reward adapter (it has a scalar head), not a policy")
+        raise UserError(f"{key}: the adapter in {folder} is broken: it should have {expected} and has {actual}")
+    if expect_head and head is None:
+        raise UserError(f"{key}: {folder} is a policy adapter (it has no scalar head), not a reward adapter")
+    if head is not None and not expect_head:
+        raise UserError(f"{key}: {folder} is a reward adapter (it has a scalar head), not a policy")
 
 
 def _config(raw: Any, key: str, folder: Path) -> LoraConfig:
     if not isinstance(raw, dict) or raw.get("peft_type") != "LORA":
+        kind: Any = type(raw).__name__
         if isinstance(raw, dict):
             kind = raw.get("peft_type")
-        else:
-            kind = type(raw).__name__
-        raise UserError(f"{key}: {folder} is no LoRA adapter but {kind}")
+        raise UserError(f"{key}: {folder} is not a LoRA adapter but {kind}")
     for name in UNSUPPORTED_PEFT_OPTIONS:
         if raw.get(name):
             raise UserError(f"{key}: {folder} uses {name}, which this kit does not load")
     for name, supported in SUPPORTED_VALUES.items():
         if raw.get(name, True) not in supported:
             raise UserError(
-                f"{key}: {folder} uses {name} {raw[name]}, which this kit does not load: such an adapter goes with "
-                f"another base"
+                f"{key}: {folder} uses {name} {raw[name]}, which this kit does not load: such an adapter changes the "
+                "base",
             )
     raw = raw | {"lora_dropout": raw.get("lora_dropout") or 0.0}
     for name, is_valid in OPTION_VALIDATORS.items():
@@ -255,11 +277,12 @@ def _config(raw: Any, key: str, folder: Path) -> LoraConfig:
 
 
 def lora_config(adapter_config: AdapterConfig, model: Any) -> LoraConfig:
-    """A fresh LoRA for this model. Raises UserError for target modules that it has not."""
+    """Returns the configuration of a fresh LoRA for this model. Raises UserError for target modules that it does not
+    have."""
     linears = linear_names(model)
     if not linears:
         raise UserError(
-            f"base.model: {model.config.model_type} models have no linear modules, so LoRA finds no place in them"
+            f"base.model: {model.config.model_type} models have no linear modules for LoRA: use another base",
         )
     if adapter_config.target_modules == "all-linear":
         targets = linears
@@ -282,7 +305,7 @@ def lora_config(adapter_config: AdapterConfig, model: Any) -> LoraConfig:
 
 
 def linear_names(model: Any) -> list[str]:
-    """Last names of all linear modules but the output head."""
+    """Returns the last names of all linear modules except the output head."""
     head = model.get_output_embeddings()
     names = {
         name.rpartition(".")[2]

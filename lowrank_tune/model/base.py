@@ -1,7 +1,7 @@
 """Loads the frozen base: a hub id, `id@revision`, a folder, or the tiny base of the package; NF4 or 16 bits; CUDA or
 CPU.
 
-Precision is decided here and nowhere else. CUDA: weights, compute and autocast bf16. CPU: everything fp32.
+Only this module decides the precision. CUDA: weights, compute and autocast bf16. CPU: everything fp32.
 """
 
 from __future__ import annotations
@@ -28,7 +28,6 @@ from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     BitsAndBytesConfig,
-    GenerationConfig,
     PretrainedConfig,
 )
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
@@ -41,16 +40,19 @@ if TYPE_CHECKING:  # the model floor must run where pydantic is not installed (b
     from lowrank_tune.config import BaseConfig
 
 BUILTIN_MODEL = "tiny-tutor"
+GATED_WORDS = ("gated", "401", "403")
+NOT_FOUND_WORDS = ("couldn't connect", "offline", "can't load", "not a local folder", "connection", "resolve")
+"""What the hub's error messages contain if a repository is gated or private, or cannot be found."""
 SINGLE_THREAD_MAX_PARAMS = 20_000_000
 SINGLE_THREAD_ENV = "OMP_NUM_THREADS"
-"""A model of so few weights runs on one thread of a CPU: what it learns then hangs on no number of cores. Two save a
-third of the demo's time on a quiet machine, and take ten times as long where other work has a core and they wait for
-each other. The variable decides."""
+"""A model with fewer weights runs on one CPU thread, unless this variable is set: its results then do not depend on the
+number of cores. Two threads save a third of the demo's time on an idle machine, but take ten times as long if other
+work uses a core, because they wait for each other."""
 
 
 @dataclass(frozen=True)
 class Base:
-    """The base as loaded: its model (frozen, in train mode), tokenizer, where it came from, and where it runs."""
+    """The base as loaded: its model (frozen, in train mode), tokenizer, source, and device."""
 
     model: Any
     tokenizer: Any
@@ -60,33 +62,33 @@ class Base:
     bits: int
     end_ids: frozenset[int]
     backend: str = "transformers"
-    """Whose code runs the model's forward: `transformers` is transformers' own."""
+    """The library whose code runs the model's forward."""
     transformers_forward: Callable[[], AbstractContextManager[Any]] = nullcontext
-    """What to enter where the model must run by transformers' own code, whatever the backend."""
+    """Returns the context in which the model runs transformers' own code, whatever the backend."""
     rope: FixedRope | None = None
-    """The one set of rotary frequencies of a base whose RoPE type would select them anew in each call."""
+    """The fixed rotary frequencies of a base whose RoPE type would select them in each call."""
 
     @property
     def max_row_length(self) -> int | None:
-        """Tokens of the longest row that the rotary frequencies are for; None where the RoPE type sets no limit."""
+        """Tokens of the longest row that the rotary frequencies are for; None if the RoPE type sets no limit."""
         if self.rope is not None:
             return self.rope.max_row_length
         return None
 
     def autocast(self) -> AbstractContextManager[Any]:
-        """bf16 autocast on CUDA, nothing on the CPU."""
+        """Returns bf16 autocast on CUDA, a context without effect on the CPU."""
         if self.device.type == "cuda":
             return torch.autocast("cuda", torch.bfloat16)
         return nullcontext()
 
     def hashes(self) -> dict[str, str]:
-        """`base_hashes`, the same whatever the backend."""
+        """Returns `base_hashes`, which are the same for all backends."""
         with self.transformers_forward():
             return base_hashes(self.model)
 
 
 def pick_device() -> torch.device:
-    """CUDA where there is one. Raises UserError for a GPU without bf16."""
+    """Returns the CUDA device if present, else the CPU. Raises UserError for a GPU without bf16."""
     if not torch.cuda.is_available():
         return torch.device("cpu")
     if not torch.cuda.is_bf16_supported(including_emulation=False):
@@ -97,8 +99,15 @@ def pick_device() -> torch.device:
     return torch.device("cuda", torch.cuda.current_device())
 
 
+def default_dtype(device: torch.device) -> torch.dtype:
+    """Returns the dtype of weights and compute on a device."""
+    if device.type == "cuda":
+        return torch.bfloat16
+    return torch.float32
+
+
 def load_tokenizer(base_config: BaseConfig) -> Any:
-    """The base's tokenizer alone, so that data can be judged before gigabytes are read. Raises UserError as
+    """Loads only the tokenizer, so that data can be checked before the weights are read. Raises UserError as
     `load_base`."""
     silence_transformers()
     with describe_load_errors(base_config) as (path_or_id, arguments):
@@ -106,7 +115,7 @@ def load_tokenizer(base_config: BaseConfig) -> Any:
 
 
 def load_config(base_config: BaseConfig) -> Any:
-    """The base's configuration alone. Raises UserError as `load_base`."""
+    """Loads only the base's configuration. Raises UserError as `load_base`."""
     silence_transformers()
     with describe_load_errors(base_config) as (path_or_id, arguments):
         return AutoConfig.from_pretrained(path_or_id, **arguments)
@@ -119,8 +128,8 @@ def load_base(
     dtype: torch.dtype | None = None,
     rope_factors: RopeFactors = "short",
 ) -> Base:
-    """Loads and freezes it, in the device's own `dtype` where none is given. `rope_factors` are those of RoPE type
-    `longrope` (`model/rotary.py`). Raises UserError with one sentence for whatever a person can mend."""
+    """Loads and freezes the base; `dtype` is by default bf16 on CUDA and fp32 on the CPU. `rope_factors` are those of
+    RoPE type `longrope` (`model/rotary.py`). Raises UserError for errors that the user can correct."""
     silence_transformers()
     device = device or pick_device()
     with describe_load_errors(base_config) as (path_or_id, arguments):
@@ -135,15 +144,12 @@ def load_base(
             device_map={"": device},
             output_loading_info=True,
             ignore_mismatched_sizes=True,
-            dtype=dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32),
+            dtype=dtype or default_dtype(device),
             **arguments,
         )
         _check_weights(model, loading_info, base_config.model)
-    if (
-        device.type == "cpu"
-        and SINGLE_THREAD_ENV not in os.environ
-        and sum(parameter.numel() for parameter in model.parameters()) < SINGLE_THREAD_MAX_PARAMS
-    ):
+    num_weights = sum(parameter.numel() for parameter in model.parameters())
+    if device.type == "cpu" and SINGLE_THREAD_ENV not in os.environ and num_weights < SINGLE_THREAD_MAX_PARAMS:
         torch.set_num_threads(1)
     revision = arguments["revision"] or getattr(config, "_commit_hash", None)
     base = freeze_base(
@@ -160,28 +166,29 @@ def load_base(
 
 
 def weight_files(base_config: BaseConfig) -> dict[str, Path]:
-    """The file of each tensor of the base as its author published it. Raises UserError as `load_base`."""
+    """Returns the published file of each tensor of the base. Raises UserError as `load_base`."""
     with describe_load_errors(base_config) as (path_or_id, arguments):
+        revision = arguments["revision"]
         index = cached_file(
             path_or_id,
             SAFE_WEIGHTS_INDEX_NAME,
-            revision=arguments["revision"],
+            revision=revision,
             _raise_exceptions_for_missing_entries=False,
         )
         if index is None:
-            single = Path(str(cached_file(path_or_id, SAFE_WEIGHTS_NAME, revision=arguments["revision"])))
+            single = Path(str(cached_file(path_or_id, SAFE_WEIGHTS_NAME, revision=revision)))
             with safe_open(single, framework="pt") as opened:
                 return dict.fromkeys(opened.keys(), single)
         weight_map = json.loads(Path(str(index)).read_bytes())["weight_map"]
-        paths = {
-            file: Path(str(cached_file(path_or_id, file, revision=arguments["revision"])))
-            for file in set(weight_map.values())
-        }
+        paths = dict[str, Path]()
+        for file in set(weight_map.values()):
+            paths[file] = Path(str(cached_file(path_or_id, file, revision=revision)))
         return {name: paths[file] for name, file in weight_map.items()}
 
 
 def count_weights(base_config: BaseConfig) -> int:
-    """Numbers in the base's weights, a tied head counted once, without reading any. Raises UserError as `load_base`."""
+    """Returns the number of the base's weights, a tied head counted once, without reading them. Raises UserError as
+    `load_base`."""
     with describe_load_errors(base_config) as (path_or_id, arguments):
         config = AutoConfig.from_pretrained(path_or_id, **arguments)
         with torch.device("meta"):
@@ -190,21 +197,24 @@ def count_weights(base_config: BaseConfig) -> int:
 
 
 def _check_weights(model: Any, loading_info: dict[str, Any], name: str) -> None:
-    # transformers makes up at random what the files lack, and bitsandbytes takes a weight of any shape.
-    shapes = [key if isinstance(key, str) else key[0] for key in loading_info["mismatched_keys"]]
+    """Raises UserError for missing weights, which transformers would initialize at random, and for weights of the wrong
+    shape, which bitsandbytes accepts."""
+    wrong_shapes = [key if isinstance(key, str) else key[0] for key in loading_info["mismatched_keys"]]
     for key, module in model.named_modules():
         if isinstance(module, bitsandbytes.nn.Linear4bit):
-            state = getattr(module.weight, "quant_state", None)  # a missing weight has none
+            # A missing weight has no state.
+            state = getattr(module.weight, "quant_state", None)
             if state is not None and tuple(state.shape) != (module.out_features, module.in_features):
-                shapes.append(f"{key}.weight")
-    for keys, problem in (
-        (loading_info["missing_keys"], "not there"),
-        (shapes, "of another shape than config.json says"),
-    ):
-        if keys:
-            raise UserError(
-                f"base.model: {name} cannot be loaded: {len(keys)} of its weights are {problem}, {min(keys)} for one"
-            )
+                wrong_shapes.append(f"{key}.weight")
+    problem = "missing"
+    keys = loading_info["missing_keys"]
+    if not keys:
+        problem = "of another shape than in config.json"
+        keys = wrong_shapes
+    if keys:
+        raise UserError(
+            f"base.model: {name} cannot be loaded: {len(keys)} of its weights are {problem}, for example {min(keys)}",
+        )
 
 
 def freeze_base(
@@ -215,16 +225,16 @@ def freeze_base(
     revision: str | None = None,
     rope_factors: RopeFactors = "short",
 ) -> Base:
-    """Makes a loaded model a base: nothing trainable, train mode (transformers checkpoints only there), one set of
-    rotary frequencies, no trap of the CPU kernels."""
+    """Makes a loaded model a base: nothing trainable, train mode (transformers checkpoints only in train mode), no
+    dropout, fixed rotary frequencies, and kernels that keep the weights."""
     fix_frequencies(model, rope_factors)
     for module in model.modules():
         if isinstance(module, bitsandbytes.nn.Linear4bit):
-            # On CPUs with AVX512-BF16 an eval forward repacks the weight in place and takes a path without autograd.
+            # On CPUs with AVX512-BF16 an eval forward repacks the weight in place and runs without autograd.
             module.support_avx512bf16_for_cpu = False
         if isinstance(module, nn.Dropout):
             module.p = 0.0
-        # most models keep attention's dropout as a number (Granite 3.0: 0.1)
+        # Most models store attention's dropout as a number (Granite 3.0: 0.1).
         for key, value in list(vars(module).items()):
             if "drop" in key and isinstance(value, float):
                 setattr(module, key, 0.0)
@@ -234,80 +244,84 @@ def freeze_base(
     device = next(model.parameters()).device
     if device.type == "cuda":
         # cuDNN's attention, which PyTorch prefers on some GPUs, builds a plan for each new shape. Lengths differ in
-        # each micro-batch and in each decoding step, so the plans cost more than the products. Recomputed layers must
-        # choose the same kernel: no context here.
+        # each micro-batch and in each decoding step, so the plans take longer than the products. This is not a context,
+        # because recomputed layers must choose the same kernel.
         torch.backends.cuda.enable_cudnn_sdp(False)
     rope = fixed_rope(model.config, rope_factors)
     return Base(model, tokenizer, name, revision, device, bits, _end_ids(model, tokenizer), rope=rope)
 
 
 def nf4_config(device: torch.device) -> BitsAndBytesConfig:
-    """NF4 with double quantization (arXiv:2305.14314)."""
-    compute = torch.bfloat16 if device.type == "cuda" else torch.float32
+    """Returns the configuration of NF4 with double quantization (arXiv:2305.14314)."""
     return BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=compute,
+        bnb_4bit_compute_dtype=default_dtype(device),
     )
 
 
 def base_hashes(model: nn.Module) -> dict[str, str]:
-    """blake2b of every frozen tensor as it is stored (packed 4-bit weights with their scales), under the names of the
-    plain model."""
+    """Returns the blake2b hash of every frozen tensor as stored (packed 4-bit weights with their scales), with the
+    names of the plain model."""
     return {name: _digest(tensors) for name, tensors in _stored_tensors(model)}
 
 
 def combined_hash(hashes: dict[str, str]) -> str:
-    """One hash over all of them."""
-    return hashlib.blake2b(
-        "\n".join(f"{name} {hashes[name]}" for name in sorted(hashes)).encode(), digest_size=16
-    ).hexdigest()
+    """Returns one hash over all hashes."""
+    lines = "\n".join(f"{name} {hashes[name]}" for name in sorted(hashes))
+    return hashlib.blake2b(lines.encode(), digest_size=16).hexdigest()
 
 
 def num_stored_bytes(tensor: Tensor) -> int:
-    """Bytes of a weight as it is stored, with the scales of one in 4 bits."""
-    return sum(one.nbytes for one in _with_quant_state(tensor))
+    """Returns the bytes of a weight as stored, with the scales of a 4-bit weight."""
+    return sum(part.nbytes for part in _with_quant_state(tensor))
 
 
 def _stored_tensors(model: nn.Module) -> Iterator[tuple[str, list[Tensor]]]:
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         if "lora_" not in name:
-            yield name.replace("base_layer.", "").removeprefix("base_model.model."), _with_quant_state(tensor)
+            plain_name = name.replace("base_layer.", "").removeprefix("base_model.model.")
+            yield plain_name, _with_quant_state(tensor)
 
 
 def _with_quant_state(tensor: Tensor) -> list[Tensor]:
+    tensors = [tensor]
     state = getattr(tensor, "quant_state", None)
-    if state is None:
-        return [tensor]
-    return [tensor, state.absmax, *([state.state2.absmax, state.offset] if state.nested else ())]
+    if state is not None:
+        tensors.append(state.absmax)
+        if state.nested:
+            tensors += [state.state2.absmax, state.offset]
+    return tensors
 
 
 def hash_of(tensor: Tensor) -> str:
-    """blake2b of a tensor's bytes."""
+    """Returns the blake2b hash of a tensor's bytes."""
     return _digest([tensor])
 
 
 def _digest(tensors: list[Tensor]) -> str:
     digest = hashlib.blake2b(digest_size=16)
     for tensor in tensors:
-        digest.update(tensor.detach().contiguous().flatten().view(torch.uint8).cpu().numpy().data)
+        stored_bytes = tensor.detach().contiguous().flatten().view(torch.uint8)
+        digest.update(stored_bytes.cpu().numpy().data)
     return digest.hexdigest()
 
 
 def silence_transformers() -> None:
-    """The libraries' own chatter goes."""
+    """Disables progress bars and warnings of the libraries."""
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
-    # its retries; what they come to is told in one sentence
+    # Retries are not logged; the final error is.
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
-    # PEFT asks transformers by a name that is deprecated there; nobody who runs a recipe can do anything about it.
+    # PEFT uses a deprecated name of transformers, which the user of a recipe cannot change.
     warnings.filterwarnings("ignore", message=".*gradient_checkpointing.*", category=FutureWarning)
 
 
 @contextmanager
 def describe_load_errors(base_config: BaseConfig) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Where the model lies and how to ask for it; what the libraries raise inside becomes one sentence."""
+    """Yields the path or id of the model and the arguments for `from_pretrained`. Errors of the libraries inside become
+    a UserError."""
     name, _, revision = base_config.model.partition("@")
     if name == BUILTIN_MODEL:
         path_or_id = str(files("lowrank_tune.toy") / "base")
@@ -322,16 +336,16 @@ def describe_load_errors(base_config: BaseConfig) -> Iterator[tuple[str, dict[st
 
 
 def _refuse_remote_code(path_or_id: str, name: str, arguments: dict[str, Any]) -> None:
-    # transformers would ask the person in the middle of the run; this asks nobody and says what to do.
+    # transformers would wait for an answer from the user.
     try:
         raw, _ = PretrainedConfig.get_config_dict(path_or_id, revision=arguments["revision"])
         remote_code = raw.get("auto_map")
     except (AttributeError, TypeError) as error:
-        raise UserError(f"base.model: {name} cannot be loaded: its config.json holds no JSON object") from error
+        raise UserError(f"base.model: {name} cannot be loaded: its config.json is not a JSON object") from error
     if remote_code and not arguments["trust_remote_code"]:
         raise UserError(
             f"base.model: {name} brings Python code of its own; set base.trust_remote_code: true only if you trust "
-            f"its author"
+            "its author",
         )
 
 
@@ -339,7 +353,7 @@ def _existing_folder(name: str) -> str | None:
     folder = Path(name).expanduser()
     if folder.is_dir():
         if not (folder / "config.json").exists():
-            raise UserError(f"base.model: the folder {name} holds no config.json, so it is no model")
+            raise UserError(f"base.model: the folder {name} contains no config.json, so it is not a model")
         return str(folder)
     if name.startswith((".", "/", "~")) or name.count("/") > 1:
         raise UserError(f"base.model: there is no folder {name}")
@@ -347,7 +361,8 @@ def _existing_folder(name: str) -> str | None:
 
 
 def check_quantization(config: Any, base_config: BaseConfig) -> bool:
-    """Whether the repository is quantized already: with bitsandbytes in 4 bits, or it is refused."""
+    """Returns whether the repository is quantized with bitsandbytes in 4 bits. Raises UserError for other
+    quantizations."""
     quantized = getattr(config, "quantization_config", None)
     if quantized is None:
         return False
@@ -356,50 +371,48 @@ def check_quantization(config: Any, base_config: BaseConfig) -> bool:
     if quantized.get("quant_method") != "bitsandbytes" or not quantized.get("load_in_4bit"):
         kind = quantized.get("quant_method", "an unknown method")
         raise UserError(
-            f"base.model: {base_config.model} is quantized with {kind}; give the unquantized model, or one in "
-            f"bitsandbytes' 4 bits"
+            f"base.model: {base_config.model} is quantized with {kind}; use the unquantized model, or one in "
+            "bitsandbytes' 4 bits",
         )
     return True
 
 
 def _load_error_message(name: str, revision: str, error: Exception) -> str:
-    text = str(error)
-    where = f"{name} at revision {revision}" if revision else name
-    if "gated" in text.lower() or "401" in text or "403" in text:
+    first_line = next(iter(str(error).strip().splitlines()), type(error).__name__)
+    text = str(error).lower()
+    where = name
+    if revision:
+        where = f"{name} at revision {revision}"
+    if any(word in text for word in GATED_WORDS):
         return (
             f"base.model: {where} is gated or private: accept its terms at https://huggingface.co/{name}, then "
             f"`hf auth login`"
         )
-    if "revision" in text.lower() and revision and "not a valid" in text.lower():
+    if revision and "revision" in text and "not a valid" in text:
         return f"base.model: {name} has no revision {revision}"
-    if "safetensors" in text.lower() and "no file named" in text.lower():
+    if "safetensors" in text and "no file named" in text:
         return (
             f"base.model: {where} has no safetensors weights; other formats can run code when they are read and "
-            f"are not loaded"
+            "are not loaded"
         )
-    if any(
-        word in text.lower()
-        for word in ("couldn't connect", "offline", "can't load", "not a local folder", "connection", "resolve")
-    ):
+    if any(word in text for word in NOT_FOUND_WORDS):
+        place = "the network"
         if is_offline_mode():
             place = "HF_HUB_OFFLINE, which is set"
-        else:
-            place = "the network"
         return (
-            f"base.model: {where} is no folder, not in the local cache, and could not be fetched; check the name and "
-            f"{place}"
+            f"base.model: {where} is not a folder, not in the local cache, and could not be fetched; check the name "
+            f"and {place}"
         )
-    return (
-        f"base.model: {where} cannot be loaded: "
-        f"{text.strip().splitlines()[0] if text.strip() else type(error).__name__}"
-    )
+    return f"base.model: {where} cannot be loaded: {first_line}"
 
 
 def _end_ids(model: Any, tokenizer: Any) -> frozenset[int]:
-    """Every id that the tokenizer or the model's generation config calls an end of sequence."""
+    """Returns all end-of-sequence ids of the tokenizer and the model's generation config."""
     ends: set[int] = set()
-    generation: GenerationConfig | None = getattr(model, "generation_config", None)
-    for value in (getattr(tokenizer, "eos_token_id", None), generation.eos_token_id if generation else None):
-        if value is not None:
-            ends.update([value] if isinstance(value, int) else value)
+    for owner in (tokenizer, getattr(model, "generation_config", None)):
+        value = getattr(owner, "eos_token_id", None)
+        if isinstance(value, int):
+            ends.add(value)
+        elif value is not None:
+            ends.update(value)
     return frozenset(ends)

@@ -1,4 +1,4 @@
-"""The scalar head of a role that scores: hidden state to one number, fp32, saved with the adapter in PEFT's own
+"""The scalar head of a reward or value role: hidden state to one number, fp32, saved with the adapter in PEFT's
 format."""
 
 from __future__ import annotations
@@ -7,15 +7,15 @@ import torch
 from torch import Tensor, nn
 
 HEAD_WEIGHT_KEY = "base_model.model.score.weight"
-"""Where a head's weight stands in an adapter's file: PEFT puts it on the `score` of a sequence classifier with one
+"""The name of a head's weight in an adapter's file: PEFT stores it as `score` of a sequence classifier with one
 label."""
 HEAD_CONFIG = {"task_type": "SEQ_CLS", "modules_to_save": ["score"]}
-"""What `adapter_config.json` says of it."""
+"""The keys of `adapter_config.json` for a head."""
 
 
 class ScalarHead(nn.Module):
-    """(..., d) -> (...) fp32, without a bias. It starts at zero: a fresh model finds everything equally good, whatever
-    the seed."""
+    """(..., d) -> (...) fp32, without a bias. It starts at zero, so a fresh model gives all rows the same score,
+    whatever the seed."""
 
     def __init__(self, width: int, device: torch.device) -> None:
         super().__init__()

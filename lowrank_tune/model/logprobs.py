@@ -4,9 +4,9 @@ For hidden states h (N, d), head W (V, d) and targets y (N,):
 
     z = head(h)    logp = z_y - logsumexp(z)    H = logsumexp(z) - E_p[z]
 
-The head is frozen, so all that the backward pass needs of a row is one vector, d logp / d h = s (W_y - p W), with s the
-head's scale over the temperature (a soft cap adds its derivative inside p). It is taken while the chunk's logits are
-there: logits are made once, not twice. Rows go through in chunks of a fixed number of logits.
+The head is frozen, so the backward pass needs only one vector for each row, d logp / d h = s (W_y - p W), with s the
+head's scale over the temperature (a soft cap adds its derivative inside p). It is computed in the forward pass, while
+the logits of the chunk exist, so logits are computed once. A chunk has a fixed number of logits.
 """
 
 from __future__ import annotations
@@ -22,11 +22,12 @@ from lowrank_tune.model.rounding import relative_difference
 
 HEAD_TOLERANCE = 1e-5
 HALF_PRECISION_HEAD_TOLERANCE = 4e-3
-"""Relative differences of logits that rounding explains. In bf16 one rounding makes 1.6e-3, and a head rounds its
-product, its scale and its soft cap: 2.9e-3 of Gemma 2."""
+"""Relative differences of logits that rounding explains. One rounding to bf16 changes them by 1.6e-3, and a head rounds
+its product, its scale and its soft cap: 2.9e-3 for Gemma 2."""
 SOFTCAP_NAMES = ("final_logit_softcapping", "logit_softcap", "softcap", "logits_soft_cap")
-"""What configurations call the soft cap of the logits; the last is RecurrentGemma's."""
-CHUNK_LOGITS = 1 << 24  # 64 MiB in fp32; two such buffers are alive at once
+"""Names of the soft cap of the logits in configurations; the last is RecurrentGemma's."""
+CHUNK_LOGITS = 1 << 24
+"""Logits of a chunk: 64 MiB in fp32. Two such buffers exist at once."""
 
 
 @dataclass(frozen=True)
@@ -40,8 +41,7 @@ class LogProbs:
 
 @dataclass(frozen=True)
 class Head:
-    """The model's output head: weight (V, d), bias (V,) or None, what its logits are multiplied by, and the soft
-    cap."""
+    """The model's output head: weight (V, d), bias (V,) or None, factor of the logits, and soft cap or None."""
 
     weight: Tensor
     bias: Tensor | None = None
@@ -49,7 +49,8 @@ class Head:
     softcap: float | None = None
 
     def logits(self, hidden: Tensor, temperature: float = 1.0) -> Tensor:
-        """(N, d) -> (N, V) fp32, leaving the matrix product in fp32: bf16 logits cost 0.1 in one log-prob."""
+        """(N, d) -> (N, V) fp32. The matrix product returns fp32, because bf16 logits change a log-prob by up to
+        0.1."""
         if self.weight.is_cuda and self.weight.dtype != torch.float32:
             z = torch.mm(hidden.to(self.weight.dtype), self.weight.T, out_dtype=torch.float32)
         else:
@@ -60,47 +61,67 @@ class Head:
             z *= self.scale
         if self.softcap is not None:
             z.div_(self.softcap).tanh_().mul_(self.softcap)
-        return z.div_(temperature) if temperature != 1.0 else z
+        if temperature != 1.0:
+            z.div_(temperature)
+        return z
+
+    def hidden_gradient(self, slope: Tensor, z: Tensor, temperature: float) -> Tensor:
+        """Returns the gradient for hidden states (N, d) fp32 of a value with the gradient `slope` (N, V) for the logits
+        `z` (N, V). Overwrites `slope`."""
+        if self.softcap is not None:
+            slope *= 1 - (z * temperature / self.softcap) ** 2
+        return self.expected_weight(slope).float() * (self.scale / temperature)
+
+    def expected_weight(self, weights: Tensor) -> Tensor:
+        """(N, V) -> (N, d): the product with the head's weight, in the weight's dtype on a GPU, else in fp32."""
+        dtype = torch.float32
+        if self.weight.is_cuda:
+            dtype = self.weight.dtype
+        return weights.to(dtype) @ self.weight.to(dtype)
 
 
 def head_of(model: Any) -> Head:
-    """The head of a causal model, with the scale and cap that its config names. `check_head` proves it right."""
+    """Returns the head of a causal model, with the scale and soft cap of its config. `check_head` verifies it."""
     linear = model.get_output_embeddings()
     config = model.config.get_text_config()
     scale = 1.0
-    if getattr(config, "logit_scale", None) is not None:  # Cohere
+    # `logit_scale` is Cohere's. Granite divides by `logits_scaling`, HyperCLOVA X multiplies.
+    if getattr(config, "logit_scale", None) is not None:
         scale = float(config.logit_scale)
-    elif getattr(config, "logits_scaling", None) is not None:  # Granite divides, HyperCLOVA X multiplies
+    elif getattr(config, "logits_scaling", None) is not None:
+        scale = float(config.logits_scaling)
         if config.model_type.startswith("granite"):
-            scale = 1.0 / config.logits_scaling
-        else:
-            scale = float(config.logits_scaling)
-    softcap = next((float(cap) for name in SOFTCAP_NAMES if (cap := getattr(config, name, None))), None)
+            scale = 1.0 / scale
+    softcap = None
+    for name in SOFTCAP_NAMES:
+        if softcap is None and getattr(config, name, None):
+            softcap = float(getattr(config, name))
     return Head(linear.weight, getattr(linear, "bias", None), scale, softcap)
 
 
 @torch.no_grad()
 def check_head(model: Any, head: Head) -> None:
-    """Compares the head's logits with the model's own on a few tokens. Raises UserError where they differ by more than
+    """Compares the head's logits with the model's own on a few tokens. Raises UserError if they differ by more than
     the rounding of the model's dtype."""
     ids = torch.arange(2, 10, device=head.weight.device)[None] % head.weight.shape[0]
     states: list[Tensor] = []
     decoder = model.get_decoder()
-    # the hidden states of the same pass: those of another one may be rounded differently
+    # The hidden states of the same pass, because another pass may round them differently.
     handle = decoder.register_forward_hook(lambda module, inputs, output: states.append(output.last_hidden_state))
     try:
-        theirs = model(input_ids=ids, use_cache=False).logits[0]
+        expected = model(input_ids=ids, use_cache=False).logits[0]
         if not states:
             decoder(input_ids=ids, use_cache=False)
     finally:
         handle.remove()
-    if head.weight.dtype == torch.float32:
-        tolerance = HEAD_TOLERANCE
-    else:
+    tolerance = HEAD_TOLERANCE
+    if head.weight.dtype != torch.float32:
         tolerance = HALF_PRECISION_HEAD_TOLERANCE
-    if not relative_difference(head.logits(states[0][0]), theirs) <= tolerance:
+    # The comparison is false for NaN.
+    if not relative_difference(head.logits(states[0][0]), expected) <= tolerance:
         raise UserError(
-            f"base.model: the head of {model.config.model_type} models computes something that this kit does not know"
+            f"base.model: the output head of {model.config.model_type} models computes something that this kit does "
+            "not support: use another base",
         )
 
 
@@ -110,19 +131,19 @@ def chunked_logps(
     targets: Tensor,
     temperature: float = 1.0,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """hidden (N, d), targets (N,) -> log-probs, entropies, whether the target is the likeliest token; (N,) each.
-    Log-probs have a gradient."""
+    """Returns log-probs, entropies, and whether the target is the most likely token, (N,) each, from hidden (N, d) and
+    targets (N,). Log-probs have a gradient."""
     return _ChunkedLogps.apply(hidden, targets, head, temperature)  # type: ignore[no-any-return,no-untyped-call]
 
 
 def chunked_kl(head: Head, hidden: Tensor, reference_hidden: Tensor, temperature: float = 1.0) -> Tensor:
-    """KL(p || q) over the whole vocabulary at each of N positions, from their hidden states; (N,) fp32, with a gradient
-    for `hidden`."""
+    """Returns KL(p || q) over the whole vocabulary at each of N positions, from hidden states; (N,) fp32, with a
+    gradient for `hidden`."""
     return _ChunkedKL.apply(hidden, reference_hidden, head, temperature)  # type: ignore[no-any-return,no-untyped-call]
 
 
 def chunked_entropy(head: Head, hidden: Tensor, temperature: float = 1.0) -> Tensor:
-    """The entropy of each of N distributions, from hidden states; (N,) fp32, with a gradient."""
+    """Returns the entropy of each of N distributions, from hidden states; (N,) fp32, with a gradient."""
     return _ChunkedEntropy.apply(hidden, head, temperature)  # type: ignore[no-any-return,no-untyped-call]
 
 
@@ -143,36 +164,34 @@ class _ChunkedLogps(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor, Tensor]:
         logps = torch.zeros(len(hidden), dtype=torch.float32, device=hidden.device)
         entropy = torch.zeros_like(logps)
-        likeliest = torch.zeros_like(logps, dtype=torch.bool)
+        is_top = torch.zeros_like(logps, dtype=torch.bool)
         slope = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         start = 0
         for chunk in _chunks(hidden, head):
-            here = slice(start, start + len(chunk))
+            rows = slice(start, start + len(chunk))
             start += len(chunk)
-            slope_here = None if slope is None else slope[here]
-            _chunk_logps(
+            chunk_logps(
                 head,
                 chunk,
-                targets[here],
+                targets[rows],
                 temperature,
-                logps[here],
-                entropy[here],
-                likeliest[here],
-                slope_here,
+                logps[rows],
+                entropy[rows],
+                is_top[rows],
+                None if slope is None else slope[rows],
             )
         if slope is not None:
             ctx.save_for_backward(slope)
-        ctx.mark_non_differentiable(entropy, likeliest)
-        return logps, entropy, likeliest
+        ctx.mark_non_differentiable(entropy, is_top)
+        return logps, entropy, is_top
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor, None, None, None]:
-        (slope,) = ctx.saved_tensors
-        return (slope * grad[:, None]).to(slope.dtype), None, None, None
+        return _times_saved_slope(ctx, grad), None, None, None
 
 
 class _ChunkedKL(torch.autograd.Function):
-    """d KL / d z = p (log p - log q - KL), taken as above while the logits are there."""
+    """d KL / d z = p (log p - log q - KL)."""
 
     @staticmethod
     def forward(
@@ -193,25 +212,17 @@ class _ChunkedKL(torch.autograd.Function):
             kls.append(kl)
             if ctx.needs_input_grad[0]:
                 slope = probs * (p - q - kl[:, None])
-                if head.softcap is not None:
-                    slope *= 1 - (z * temperature / head.softcap) ** 2
-                if head.weight.is_cuda:
-                    dtype = head.weight.dtype
-                else:
-                    dtype = torch.float32
-                slopes.append((slope.to(dtype) @ head.weight.to(dtype)).float() * (head.scale / temperature))
-        if ctx.needs_input_grad[0]:
-            ctx.save_for_backward(torch.cat(slopes).to(hidden.dtype) if slopes else torch.zeros_like(hidden))
+                slopes.append(head.hidden_gradient(slope, z, temperature))
+        _save_slope(ctx, slopes, hidden)
         return torch.cat(kls)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
-        (slope,) = ctx.saved_tensors
-        return (slope * grad[:, None]).to(slope.dtype), None, None, None
+        return _times_saved_slope(ctx, grad), None, None, None
 
 
 class _ChunkedEntropy(torch.autograd.Function):
-    """d H / d z = -p (log p + H), taken as above while the logits are there."""
+    """d H / d z = -p (log p + H)."""
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, head: Head, temperature: float) -> Tensor:
@@ -225,37 +236,44 @@ class _ChunkedEntropy(torch.autograd.Function):
             entropies.append(entropy)
             if ctx.needs_input_grad[0]:
                 slope = -probs * (p + entropy[:, None])
-                if head.softcap is not None:
-                    slope *= 1 - (z * temperature / head.softcap) ** 2
-                if head.weight.is_cuda:
-                    dtype = head.weight.dtype
-                else:
-                    dtype = torch.float32
-                slopes.append((slope.to(dtype) @ head.weight.to(dtype)).float() * (head.scale / temperature))
-        if ctx.needs_input_grad[0]:
-            ctx.save_for_backward(torch.cat(slopes).to(hidden.dtype) if slopes else torch.zeros_like(hidden))
+                slopes.append(head.hidden_gradient(slope, z, temperature))
+        _save_slope(ctx, slopes, hidden)
         return torch.cat(entropies)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        (slope,) = ctx.saved_tensors
-        return (slope * grad[:, None]).to(slope.dtype), None, None
+        return _times_saved_slope(ctx, grad), None, None
 
 
-def _chunk_logps(
+def _save_slope(ctx: Any, slopes: list[Tensor], hidden: Tensor) -> None:
+    """Saves d value / d hidden (N, d) for the backward pass, if one is needed."""
+    if slopes:
+        ctx.save_for_backward(torch.cat(slopes).to(hidden.dtype))
+    elif ctx.needs_input_grad[0]:
+        ctx.save_for_backward(torch.zeros_like(hidden))
+
+
+def _times_saved_slope(ctx: Any, grad: Tensor) -> Tensor:
+    slope: Tensor = ctx.saved_tensors[0]
+    return (slope * grad[:, None]).to(slope.dtype)
+
+
+def chunk_logps(
     head: Head,
     hidden: Tensor,
     targets: Tensor,
     temperature: float,
     logps: Tensor,
     entropy: Tensor,
-    likeliest: Tensor,
+    is_top: Tensor,
     slope: Tensor | None,
 ) -> None:
+    """Writes the log-probs, entropies, is-top flags, and the gradients for hidden states (if `slope` is not None) of
+    one chunk. The memory planner replaces this function to skip chunks."""
     z = head.logits(hidden, temperature)
     target = z.gather(1, targets[:, None]).squeeze(1)
     largest = z.amax(dim=1)
-    likeliest.copy_(target >= largest)
+    is_top.copy_(target >= largest)
     z -= largest[:, None]
     e = z.exp()
     total = e.sum(dim=1)
@@ -264,13 +282,13 @@ def _chunk_logps(
     entropy.copy_(log_total - torch.linalg.vecdot(e, z) / total)
     if slope is None:
         return
-    factor = head.scale / temperature
     at_target = torch.ones_like(target)
-    if head.softcap is not None:  # d cap tanh(x / cap) / dx = 1 - tanh^2
+    if head.softcap is not None:
+        # d cap tanh(x / cap) / dx = 1 - tanh^2
         cap = head.softcap / temperature
         e *= 1 - ((z + largest[:, None]) / cap) ** 2
         at_target = 1 - (target / cap) ** 2
-    dtype = head.weight.dtype if head.weight.is_cuda else torch.float32
     e /= total[:, None]
-    expected = e.to(dtype) @ head.weight.to(dtype)
-    slope.copy_((at_target[:, None] * head.weight[targets].float() - expected.float()) * factor)
+    expected = head.expected_weight(e).float()
+    difference = at_target[:, None] * head.weight[targets].float() - expected
+    slope.copy_(difference * (head.scale / temperature))

@@ -1,7 +1,10 @@
-"""Out of memory: noticed, cleaned up after, done again in smaller pieces, and remembered for the rest of the run.
+"""Out of memory: work that does not fit is repeated in smaller pieces, and the limit is kept for the rest of the run.
 
-Weights are fixed before a batch is split, so any split has the same gradient: what ran short is begun again in halves,
-until it fits or a single row does not. What the failed attempt had added to gradients is taken back first.
+Token weights are fixed before a batch is split, so any split has the same gradient: work that failed is repeated in
+halves, until it fits or a single row does not. Gradients of the failed attempt are discarded first.
+
+To run work in batches, cut the units by a token budget, and pass each batch to `MemoryLimits.split_on_oom`, which needs
+only the units, the tokens of each, and a function of some of the units.
 """
 
 from __future__ import annotations
@@ -21,14 +24,16 @@ from lowrank_tune.errors import OutOfMemory
 from lowrank_tune.events import Emit, Event, LogMessage
 
 OOM_MESSAGES = ("out of memory", "can't allocate memory", "not enough memory", "_status_alloc_failed")
-"""What says so in an error that is no `OutOfMemoryError`: CUDA's own, cuBLAS', and that of the CPU's allocator."""
+"""Texts of errors other than `OutOfMemoryError`: of CUDA, of cuBLAS, and of the CPU's allocator."""
 LimitKind = Literal["update_tokens", "forward_tokens", "cache_tokens"]
+LIMIT_KINDS: tuple[LimitKind, ...] = ("update_tokens", "forward_tokens", "cache_tokens")
 T = TypeVar("T")
 U = TypeVar("U")
 
 
 class DoesNotFit(OutOfMemory):
-    """The smallest piece of work is too large: a row of `tokens` tokens, or a pair. `kind` says of what work."""
+    """The smallest piece of work is too large: a row or a pair of `tokens` tokens. `kind` is the limit that it
+    exceeds."""
 
     def __init__(self, kind: LimitKind, description: str, tokens: int) -> None:
         super().__init__(f"out of memory: {description} of {tokens:,} tokens does not fit by itself")
@@ -37,15 +42,14 @@ class DoesNotFit(OutOfMemory):
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that the GPU, or the machine, has no memory left."""
+    """Returns whether an error means that the GPU, or the machine, has no memory left."""
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
         return True
     return isinstance(error, RuntimeError) and any(message in str(error).lower() for message in OOM_MESSAGES)
 
 
 def free_traceback(error: BaseException | None) -> None:
-    """Drops what the frames of a failed attempt hold: activations, and graphs that hold others. The memory goes back to
-    the device."""
+    """Clears the frames of a failed attempt, which reference activations and graphs, and frees the memory."""
     while error is not None:
         traceback.clear_frames(error.__traceback__)
         error = error.__cause__ or error.__context__
@@ -60,9 +64,9 @@ def _uses_cuda() -> bool:
 
 @contextmanager
 def atomic_grad_accumulation(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
-    """The gradients of what happens inside are added where it ends well; where it raises, all are as before, though a
-    backward pass that died in its middle had added some. They are summed apart, which costs the size of the adapters,
-    when activations are gone."""
+    """Adds the gradients of the work inside if it succeeds. If it raises, gradients are as before, also if a backward
+    pass had added some. The new gradients are summed apart, which needs memory of the size of the adapters, but only
+    when the activations are freed."""
     before = [parameter.grad for parameter in parameters]
     for parameter in parameters:
         parameter.grad = None
@@ -72,16 +76,17 @@ def atomic_grad_accumulation(parameters: Sequence[nn.Parameter]) -> Iterator[Non
         for parameter, gradient in zip(parameters, before, strict=True):
             parameter.grad = gradient
         raise
-    sums: list[Tensor] = []
-    more: list[Tensor] = []
+    sums = []
+    new_gradients = []
     for parameter, gradient in zip(parameters, before, strict=True):
-        if gradient is not None:
-            if parameter.grad is not None:
-                sums.append(gradient)
-                more.append(parameter.grad)
-            parameter.grad = gradient
+        if gradient is None:
+            continue
+        if parameter.grad is not None:
+            sums.append(gradient)
+            new_gradients.append(parameter.grad)
+        parameter.grad = gradient
     if sums:
-        torch._foreach_add_(sums, more)
+        torch._foreach_add_(sums, new_gradients)
 
 
 def _ignore_event(event: Event) -> None:
@@ -90,11 +95,10 @@ def _ignore_event(event: Event) -> None:
 
 @dataclass
 class MemoryLimits:
-    """How much at once has turned out to fit, in tokens with padding: of an update, of a pass without gradient, and of
-    keys and values that are decoded with. 0: no limit is known. `num_ooms` counts how often memory ran short. All this
-    is saved with a checkpoint.
+    """How much fits at once, in tokens with padding: of an update, of a pass without gradients, and of the KV cache. 0:
+    no limit is known. `num_ooms` counts the out-of-memory errors. These four are saved with a checkpoint.
 
-    `budget_bytes` is what the run may use, 0 for all; `message_prefix` begins what is told.
+    `budget_bytes` is what the run may use, 0 for all. `message_prefix` begins each message.
     """
 
     update_tokens: int = 0
@@ -104,27 +108,31 @@ class MemoryLimits:
     budget_bytes: int = 0
     emit: Emit = field(default=_ignore_event, repr=False)
     message_prefix: str = ""
-    _oldest: tuple[Tensor, Tensor] = field(default_factory=lambda: _old_graph(), init=False, repr=False, compare=False)
+    _oldest_graph: tuple[Tensor, Tensor] = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        self._oldest_graph = _make_graph()
 
     def to_dict(self) -> dict[str, int]:
-        return {name: getattr(self, name) for name in ("update_tokens", "forward_tokens", "cache_tokens", "num_ooms")}
+        return {name: getattr(self, name) for name in (*LIMIT_KINDS, "num_ooms")}
 
     def restore(self, saved: Mapping[str, int]) -> None:
-        """Adds what an earlier start of the run had found out."""
+        """Adds the limits and errors of an earlier start of the run."""
         self.num_ooms += saved.get("num_ooms", 0)
-        for name in ("update_tokens", "forward_tokens", "cache_tokens"):
-            setattr(self, name, min((limit for limit in (getattr(self, name), saved.get(name, 0)) if limit), default=0))
+        for kind in LIMIT_KINDS:
+            setattr(self, kind, self.clamp_to_limits(kind, saved.get(kind)) or 0)
 
     def max_batch_units(self, kind: LimitKind, tokens: int, requested_units: int) -> int:
-        """How many units of so many tokens at once, of those wanted; one is always tried."""
+        """Returns how many of the requested units, each of `tokens` tokens, may be computed at once, at least 1."""
         limit: int = getattr(self, kind)
         if limit:
             return max(1, min(requested_units, limit // max(1, tokens)))
         return requested_units
 
     def clamp_to_limits(self, kind: LimitKind, tokens: int | None) -> int | None:
-        """A budget of tokens, or what is known to fit where that is less; None for none."""
-        return min((limit for limit in (getattr(self, kind), tokens) if limit), default=None)
+        """Returns a token budget, or the known limit if that is less; None if there is neither."""
+        limits = [limit for limit in (getattr(self, kind), tokens) if limit]
+        return min(limits, default=None)
 
     def split_on_oom(
         self,
@@ -134,33 +142,32 @@ class MemoryLimits:
         work: Callable[[Sequence[U]], T],
         rows_per_unit: int = 1,
     ) -> Iterator[tuple[Sequence[U], T]]:
-        """What `work` makes of the units, each of them `tokens` tokens, in as many pieces as it takes, and of which
-        units.
+        """Calls `work` with all units, in as many pieces as fit. Yields the units of each piece and the result.
 
-        `work` must leave nothing behind where it raises. A unit is `rows_per_unit` rows. Raises DoesNotFit where a
-        single unit is too much.
+        Each unit has `tokens` tokens in `rows_per_unit` rows. `work` must have no effects if it raises. Raises
+        DoesNotFit if a single unit does not fit.
         """
-        waiting = deque([units])
-        while waiting:
-            some = waiting.popleft()
-            max_units = self.max_batch_units(kind, tokens, len(some))
-            if len(some) > max_units:
-                waiting.extendleft(
-                    some[start : start + max_units] for start in reversed(range(0, len(some), max_units))
-                )
+        pieces = deque([units])
+        while pieces:
+            piece = pieces.popleft()
+            max_units = self.max_batch_units(kind, tokens, len(piece))
+            if len(piece) > max_units:
+                starts = range(0, len(piece), max_units)
+                pieces.extendleft(piece[start : start + max_units] for start in reversed(starts))
                 continue
-            done = _attempt(work, some, self._oldest)
-            if done is None and len(some) == 1:  # what was let go may have been all that it lacked
-                done = _attempt(work, some, self._oldest)
-            if done is not None:
-                yield some, done[0]
-                continue
-            self.record_oom(kind, len(some), tokens, rows_per_unit)
-            waiting.appendleft(some)
+            result = self._try(work, piece)
+            if result is None and len(piece) == 1:
+                # The memory that the first attempt has freed may be enough.
+                result = self._try(work, piece)
+            if result is None:
+                self.record_oom(kind, len(piece), tokens, rows_per_unit)
+                pieces.appendleft(piece)
+            else:
+                yield piece, result[0]
 
     def record_oom(self, kind: LimitKind, units: int, tokens: int, rows_per_unit: int = 1) -> None:
-        """So many units at once were too much: half as many from here on. Says so; raises DoesNotFit where there is no
-        half."""
+        """Halves the limit after `units` units at once did not fit, and emits a warning. Raises DoesNotFit for a single
+        unit."""
         self.num_ooms += 1
         if units == 1:
             if kind == "cache_tokens":
@@ -170,59 +177,52 @@ class MemoryLimits:
             else:
                 description = "a row"
             raise DoesNotFit(kind, description, tokens)
-        setattr(self, kind, -(-units // 2) * tokens)
-        self.emit(
-            LogMessage(
-                level="warning",
-                message=self.message_prefix
-                + _oom_message(kind, units * rows_per_unit, tokens // rows_per_unit, getattr(self, kind)),
-            )
-        )
+        limit = -(-units // 2) * tokens
+        setattr(self, kind, limit)
+        message = _oom_message(kind, units * rows_per_unit, tokens // rows_per_unit, limit)
+        self.emit(LogMessage(level="warning", message=self.message_prefix + message))
+
+    def _try(self, work: Callable[[Sequence[U]], T], units: Sequence[U]) -> tuple[T] | None:
+        """Returns the result of `work` in a tuple, or None if memory ran short. Random numbers are then as before, and
+        all memory of the attempt is freed."""
+        gpu_state = torch.cuda.get_rng_state() if _uses_cuda() else None
+        cpu_state = torch.get_rng_state()
+        try:
+            return (work(units),)
+        except Exception as error:
+            if not is_out_of_memory(error) or isinstance(error, OutOfMemory):
+                raise
+            free_traceback(error)
+        # After an error in a backward pass, nodes that were not computed stay in the queue of autograd's engine, with
+        # all tensors that they reference. A later pass takes the youngest nodes first and ends when it has its result.
+        # Only a pass that needs the oldest node clears the queue.
+        leaf, node = self._oldest_graph
+        torch.autograd.grad(node, leaf, retain_graph=True)
+        torch.set_rng_state(cpu_state)
+        if gpu_state is not None:
+            torch.cuda.set_rng_state(gpu_state)
+        return None
 
 
 def _oom_message(kind: LimitKind, rows: int, width: int, limit: int) -> str:
     if kind == "cache_tokens":
         return (
             f"out of memory while decoding {rows} sequences of up to {width:,} tokens: those that had not ended are "
-            f"drawn again from the "
-            f"same random numbers, {limit // width} at once"
+            f"drawn again from the same random numbers, {limit // width} at once"
         )
     if kind == "forward_tokens":
         return (
             f"out of memory while reading {rows} rows of {width:,} tokens: read again in halves; from here on at "
-            f"most {limit:,} tokens "
-            "at once"
+            f"most {limit:,} tokens at once"
         )
     return (
         f"out of memory with a micro-batch of {rows} rows of {width:,} tokens: done again in halves, with the same "
-        f"gradient; from here "
-        f"on it has at most {limit:,} tokens, and `train.micro_batch_tokens={limit}` would begin so"
+        f"gradient; from here on it has at most {limit:,} tokens, and `train.micro_batch_tokens={limit}` would begin so"
     )
 
 
-def _old_graph() -> tuple[Tensor, Tensor]:
-    """A leaf and a node over it, older than all that comes later."""
+def _make_graph() -> tuple[Tensor, Tensor]:
+    """Returns a leaf and a node that depends on it, older than all nodes that are created later."""
     with torch.enable_grad():
         leaf = torch.zeros((), device="cpu", requires_grad=True)
         return leaf, leaf * 1
-
-
-def _attempt(work: Callable[[U], T], units: U, oldest: tuple[Tensor, Tensor]) -> tuple[T] | None:
-    """What `work` gives, in a tuple; None where memory ran short. Random numbers are then as before, and nothing of it
-    is held."""
-    device = torch.cuda.get_rng_state() if _uses_cuda() else None
-    before = torch.get_rng_state()
-    try:
-        return (work(units),)
-    except Exception as error:
-        if not is_out_of_memory(error) or isinstance(error, OutOfMemory):
-            raise
-        free_traceback(error)
-    # Where a backward pass dies, what it had not come to waits in the engine's queue of this thread, with all that it
-    # holds. A later pass takes the youngest nodes first and ends when it has what it wants: only one that wants the
-    # oldest node clears the queue.
-    torch.autograd.grad(oldest[1], oldest[0], retain_graph=True)
-    torch.set_rng_state(before)
-    if device is not None:
-        torch.cuda.set_rng_state(device)
-    return None

@@ -1,4 +1,4 @@
-"""The optimizers by name. Their states are tensors and numbers, and come back from a checkpoint exactly."""
+"""The optimizers by name. Their states are tensors and numbers, which a checkpoint restores exactly."""
 
 from __future__ import annotations
 
@@ -19,18 +19,19 @@ def make_optimizer(
     train: TrainingConfig,
     device: torch.device,
 ) -> torch.optim.Optimizer:
-    """AdamW (arXiv:1711.05101) on the fp32 masters, fused; or bitsandbytes' with 8-bit states (arXiv:2110.02861;
-    tensors of fewer than 4,096 elements keep them in fp32), or paged ones. Raises UserError for these without a GPU:
-    they would page nothing.
+    """Returns AdamW (arXiv:1711.05101) on the fp32 masters, fused; or bitsandbytes' AdamW with 8-bit states
+    (arXiv:2110.02861; tensors of fewer than 4,096 elements keep them in fp32), or paged ones. Raises UserError for
+    paged ones without a GPU.
 
-    Groups of parameters (torch's `{"params": [...]}`) may have a `share`: what their learning rate is to the run's.
+    Groups of parameters (torch's `{"params": [...]}`) may have a `share`: the factor of their learning rate.
     """
     betas = (train.adam_beta1, train.adam_beta2)
     decay = train.weight_decay
     if train.optim == "adamw":
         return torch.optim.AdamW(parameters, lr=train.learning_rate, betas=betas, weight_decay=decay, fused=True)
     check_optimizer(train, device.type)
-    import bitsandbytes.optim as optim  # heavy, and asked for by few
+    # Imported late, because it is slow and few runs need it.
+    import bitsandbytes.optim as optim
 
     kinds = {
         "adamw_8bit": optim.AdamW8bit,
@@ -50,13 +51,13 @@ def check_optimizer(train: TrainingConfig, device_type: str) -> None:
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> None:
-    """`load_state_dict`, after which states that were paged are paged again: bitsandbytes would leave them on the GPU
-    for good."""
+    """Calls `load_state_dict`, and then pages the states again that were paged: bitsandbytes leaves them on the GPU."""
     optimizer.load_state_dict(dict(state))
     if not getattr(optimizer, "is_paged", False):
         return
     for parameter, entry in optimizer.state.items():
         for name in ("state1", "state2"):
-            if isinstance(loaded := entry.get(name), torch.Tensor):
+            loaded = entry.get(name)
+            if isinstance(loaded, torch.Tensor):
                 entry[name] = optimizer.get_state_buffer(parameter, dtype=loaded.dtype)  # type: ignore[attr-defined]
                 entry[name].copy_(loaded)

@@ -1,19 +1,18 @@
-"""A prompt that several rows begin with goes through the model once.
+"""A prompt that several rows begin with is computed once.
 
-A group of rows is laid out as one packed row: the first row whole, then of each other row only what follows its shared
+A group of rows becomes one packed row: the whole first row, then of each other row only what follows the shared
 beginning.
 
     rows        P P P a b            packed   P P P a b c d e
                 P P P c d e          position 0 1 2 3 4 3 4 5
 
-A token sees its own row's tokens up to itself, wherever they lie: those of the shared beginning and of its own tail,
-and no other tail. Positions count within the rows, so hidden states are those of the rows apart, up to the order of
-sums; `PackedBatch.unpack` puts them back where the rows have them, and a shared token's gradient is the sum of all
-rows' gradients.
+A token sees the tokens of its own row up to itself: those of the shared beginning and of its own tail, and no other
+tail. Positions count within the rows, so hidden states equal those of separate rows, up to the order of sums.
+`PackedBatch.unpack` restores the layout of the rows, and a shared token's gradient is the sum of all rows' gradients.
 
-transformers hands a 4-D mask to every layer as it is (5.17 and 5.23, `masking_utils`), to sliding ones too: rows longer
-than a window are never shared. Layers with a recurrent state see the order of the packed row, so models that have them
-never share; `verify_packing` finds what this file has not heard of.
+transformers passes a 4-D mask to every layer unchanged (5.17 and 5.23, `masking_utils`), to sliding-window layers too,
+so rows longer than a window are never shared. Models with recurrent layers never share either, because a state would
+contain all tokens of the packed row. `verify_packing` finds other models that compute something else.
 """
 
 from __future__ import annotations
@@ -30,17 +29,18 @@ from lowrank_tune.model.oom import is_out_of_memory
 from lowrank_tune.model.rounding import allowed_difference, relative_difference
 
 MAX_RELATIVE_FLOPS = 0.9
-"""A packed layout must need at most this share of the rows' own work."""
+"""A packed layout must need at most this share of the FLOPs of separate rows."""
 TOLERANCE = {torch.float32: 1e-4}
-BF16_TOLERANCE = 5e-2  # half precision; more where another batch shape alone moves hidden states by more
+BF16_TOLERANCE = 5e-2
+"""Relative differences of hidden states that are always allowed, in fp32 and in half precision."""
 DecoderFn = Callable[[Tensor, Tensor | None, Tensor | None], Tensor]
-"""ids, attention mask, position ids -> last hidden states."""
+"""Input ids, attention mask, position ids -> last hidden states."""
 
 
 @dataclass(frozen=True)
 class PackedBatch:
-    """Packed rows: ids and positions (G, W); mask (G, 1, W, W) bool, which key a query sees; place (B, T), where in G *
-    W a token lies."""
+    """G packed rows of W slots: ids and positions (G, W), attention mask (G, 1, W, W) bool (True: the query sees the
+    key), and slot_index (B, T): which of the G * W slots contains a token."""
 
     input_ids: Tensor
     position_ids: Tensor
@@ -48,74 +48,143 @@ class PackedBatch:
     slot_index: Tensor
 
     def unpack(self, hidden: Tensor) -> Tensor:
-        """(G, W, d) -> (B, T, d); what stands in padding is some real token's state."""
-        return hidden.flatten(0, 1).index_select(0, self.slot_index.flatten()).view(*self.slot_index.shape, -1)
+        """(G, W, d) -> (B, T, d). Padding gets the state of some real token."""
+        states = hidden.flatten(0, 1).index_select(0, self.slot_index.flatten())
+        return states.view(*self.slot_index.shape, -1)
+
+
+@dataclass(frozen=True)
+class _Groups:
+    """Rows (B,) that share their beginning with the first row of their group. All tensors are (B,).
+
+    row  tokens       first  shared_lengths  lengths  tail_starts
+    0    P P P a b    0      0               5        0
+    1    P P P c d e  0      3               6        5            (the tail of row 1 follows the 5 tokens of row 0)
+    2    Q f          2      0               2        0            (a group of its own)
+    """
+
+    first: Tensor
+    shared_lengths: Tensor
+    lengths: Tensor
+    tail_starts: Tensor
+
+    @property
+    def is_first(self) -> Tensor:
+        return self.first == torch.arange(len(self.first), device=self.first.device)
+
+    @property
+    def group(self) -> Tensor:
+        """The number of each row's group."""
+        return self.is_first.cumsum(0) - 1
+
+    @property
+    def ends(self) -> Tensor:
+        """The slot after the last token of each row."""
+        return self.tail_starts + self.lengths - self.shared_lengths
 
 
 def pack_shared_prefixes(batch: Batch, width: int) -> PackedBatch | None:
-    """The packed layout of a batch with `shared_prefix`, or None where it saves too little of a model with hidden
-    size `width`.
+    """Returns the packed layout of a batch with `shared_prefix`, or None if it saves too little of a model with
+    hidden size `width`, and for rows that are not padded on the right. Makes one host sync.
 
-    Rows count as sharing only what their ids really have in common with the group's first row, so that a layout is
-    right whatever `shared_prefix` says. One host sync. None for rows that are not padded on the right.
+    The layout is right whatever `shared_prefix` is: rows share only tokens that are equal.
     """
     rows, columns = batch.input_ids.shape
-    row = torch.arange(rows, device=batch.input_ids.device)
-    shared_prefix = required(batch.shared_prefix, "shared_prefix")
-    first = torch.where(shared_prefix == 0, row, 0).cummax(0).values
-    alike = (batch.input_ids == batch.input_ids[first]) & batch.attention_mask & batch.attention_mask[first]
-    shared = torch.minimum(shared_prefix, alike.long().cumprod(dim=1).sum(dim=1)).masked_fill(first == row, 0)
-    lengths = batch.attention_mask.sum(dim=1)
-    tails = lengths - shared
-    start = tails.cumsum(0) - tails
-    start = start - start[first]
-    group = (first == row).cumsum(0) - 1
-    right_padded = (batch.attention_mask[:, :-1] >= batch.attention_mask[:, 1:]).all()
-    groups, needed, right = torch.stack([group[-1] + 1, (start + tails).max(), right_padded.long()]).tolist()
-    packed = max(8, -(-needed // 8) * 8)  # CUDA's kernels copy a mask whose rows are not aligned
-    if not right or estimate_flops(groups, packed, packed, width) > MAX_RELATIVE_FLOPS * estimate_flops(
-        rows,
-        columns,
-        columns / 2,
-        width,
-    ):
+    groups = _shared_lengths(batch)
+    num_groups, packed_width, right_padded = _packed_width(batch, groups)
+    packed_flops = estimate_flops(num_groups, packed_width, packed_width, width)
+    if not right_padded or packed_flops > MAX_RELATIVE_FLOPS * estimate_flops(rows, columns, columns / 2, width):
         return None
-    column = torch.arange(columns, device=row.device).expand(rows, -1)
-    row_position = torch.minimum(column, lengths[:, None] - 1).clamp_min(0)
-    slot_index = group[:, None] * packed + torch.where(
-        row_position < shared[:, None],
-        row_position,
-        start[:, None] + row_position - shared[:, None],
+    slot_index = _slot_index(groups, columns, packed_width)
+    # Each slot gets the values of the token that it contains. Tokens of a shared beginning that another row stores,
+    # and padding, go to one more slot behind the end.
+    column = torch.arange(columns, device=slot_index.device).expand(rows, -1)
+    is_stored = batch.attention_mask & (column >= groups.shared_lengths[:, None])
+    num_slots = num_groups * packed_width
+    target = torch.where(is_stored, slot_index, num_slots).flatten()
+
+    def pack(values: Tensor, empty: int) -> Tensor:
+        """(B, T) or (B, 1) -> (G, W), `empty` in slots without a token."""
+        flat = torch.full((num_slots + 1,), empty, dtype=torch.long, device=slot_index.device)
+        flat.scatter_(0, target, values.expand(rows, columns).flatten())
+        return flat[:-1].view(num_groups, packed_width)
+
+    row = torch.arange(rows, device=slot_index.device)[:, None]
+    position_ids = pack(column, 0)
+    attention_mask = _attention_mask(
+        pack(row, -1),
+        position_ids,
+        pack(groups.is_first.long()[:, None], 0).bool(),
+        pack(groups.shared_lengths[:, None], 0),
     )
-    is_tail = batch.attention_mask & (column >= shared[:, None])
-    # tokens that lie elsewhere, and padding, go to one slot behind the end
-    target = torch.where(is_tail, slot_index, groups * packed).flatten()
+    return PackedBatch(pack(batch.input_ids, 0), position_ids, attention_mask[:, None], slot_index)
 
-    def scatter(values: Tensor, fill_value: int) -> Tensor:
-        flat = torch.full((groups * packed + 1,), fill_value, dtype=torch.long, device=row.device)
-        return flat.scatter_(0, target, values.expand(rows, columns).flatten())[:-1].view(groups, packed)
 
-    # empty slots are a branch of their own: a query that sees nothing is NaN
-    branch = scatter(row[:, None], -1)
-    position = scatter(column, 0)
-    is_prefix = scatter((first == row).long()[:, None], 0).bool() & (branch >= 0)
-    mask = (branch[:, :, None] == branch[:, None, :]) & (position[:, None, :] <= position[:, :, None])
-    mask |= is_prefix[:, None, :] & (position[:, None, :] < scatter(shared[:, None], 0)[:, :, None])
-    return PackedBatch(scatter(batch.input_ids, 0), position, mask[:, None], slot_index)
+def _shared_lengths(batch: Batch) -> _Groups:
+    """Returns the groups, and how many tokens each row really shares with the first row of its group."""
+    shared = required(batch.shared_prefix, "shared_prefix")
+    mask = batch.attention_mask
+    row = torch.arange(len(shared), device=shared.device)
+    # A row that shares nothing begins a group.
+    first = torch.where(shared == 0, row, 0).cummax(0).values
+    equal = (batch.input_ids == batch.input_ids[first]) & mask & mask[first]
+    num_equal = equal.long().cumprod(dim=1).sum(dim=1)
+    shared_lengths = torch.minimum(shared, num_equal).masked_fill(first == row, 0)
+    lengths = mask.sum(dim=1)
+    tails = lengths - shared_lengths
+    starts = tails.cumsum(0) - tails
+    return _Groups(first, shared_lengths, lengths, starts - starts[first])
+
+
+def _packed_width(batch: Batch, groups: _Groups) -> tuple[int, int, bool]:
+    """Returns the number of groups, the slots that each needs, and whether all rows are padded on the right."""
+    mask = batch.attention_mask
+    right_padded = (mask[:, :-1] >= mask[:, 1:]).all()
+    sizes = torch.stack([groups.group[-1] + 1, groups.ends.max(), right_padded.long()])
+    num_groups, width, is_right_padded = sizes.tolist()
+    # A multiple of 8, because CUDA's kernels copy a mask whose rows are not aligned.
+    return num_groups, max(8, -(-width // 8) * 8), bool(is_right_padded)
+
+
+def _slot_index(groups: _Groups, columns: int, packed_width: int) -> Tensor:
+    """Returns (B, T): the slot of each token, for padding that of the row's last token. A shared beginning is in the
+    slots of the group's first row."""
+    column = torch.arange(columns, device=groups.first.device)
+    column = torch.minimum(column, groups.lengths[:, None] - 1).clamp_min(0)
+    shared_lengths = groups.shared_lengths[:, None]
+    in_tail = groups.tail_starts[:, None] + column - shared_lengths
+    return groups.group[:, None] * packed_width + torch.where(column < shared_lengths, column, in_tail)
+
+
+def _attention_mask(row: Tensor, position: Tensor, is_first: Tensor, shared_lengths: Tensor) -> Tensor:
+    """Returns (G, W, W) bool: a token sees its own row up to itself, and the beginning that its row shares.
+
+                  key   P P P a b c d e
+        query a         x x x x
+        query d         x x x     x x      (its row is c d e, its shared beginning P P P)
+
+    All arguments are (G, W). `row` is -1 in empty slots: they see each other, because a query that sees no key is NaN.
+    """
+    key_position = position[:, None, :]
+    same_row = row[:, :, None] == row[:, None, :]
+    own = same_row & (key_position <= position[:, :, None])
+    is_first_key = (is_first & (row >= 0))[:, None, :]
+    shared = is_first_key & (key_position < shared_lengths[:, :, None])
+    return own | shared
 
 
 def estimate_flops(rows: int, columns: int, num_keys: float, width: int) -> float:
-    """Relative cost of a forward pass: a layer's matrices (12 width^2 weights) and its attention to `num_keys` keys,
-    per token."""
+    """Returns the relative cost of a forward pass: for each token a layer's matrices (12 width^2 weights), and
+    attention to `num_keys` keys."""
     return rows * columns * (6 * width + num_keys)
 
 
 def longest_shareable(config: Any) -> int:
-    """The longest row whose prompt a model of this configuration may share; 0 for never."""
+    """Returns the tokens of the longest row whose prompt a model with this configuration may share, 0 for none."""
     config = config.get_text_config()
     kinds = set(getattr(config, "layer_types", None) or ())
     by_mask = config._attn_implementation in ("sdpa", "eager") and kinds <= {"full_attention", "sliding_attention"}
-    # GPT-Neo cuts its windows by columns, behind the mask
+    # GPT-Neo applies its windows by column, after the mask.
     if not by_mask or getattr(config, "attention_types", None) is not None:
         return 0
     window = getattr(config, "sliding_window", None)
@@ -125,35 +194,35 @@ def longest_shareable(config: Any) -> int:
 
 
 def mask_for(mask: Tensor, model: Any) -> Tensor:
-    """As the model's attention takes it: SDPA a boolean one, eager attention one that is added."""
+    """Returns the boolean mask for SDPA, an additive one for eager attention."""
     if model.config.get_text_config()._attn_implementation == "sdpa":
         return mask
-    return torch.zeros(mask.shape, dtype=model.dtype, device=mask.device).masked_fill(
-        ~mask, torch.finfo(model.dtype).min
-    )
+    additive = torch.zeros(mask.shape, dtype=model.dtype, device=mask.device)
+    return additive.masked_fill(~mask, torch.finfo(model.dtype).min)
 
 
 @torch.no_grad()
 def verify_packing(decoder: DecoderFn, vocabulary: int, dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether a made-up pair gives the same hidden states packed as apart, but for the rounding that another batch
-    shape causes."""
+    """Returns whether a made-up pair of rows has the same hidden states packed and separate, up to the rounding that
+    another batch shape causes."""
     ids = (torch.arange(3, 27, device=device).view(1, -1) * 7 % vocabulary).repeat(2, 1)
     ids[1, 16:] = (ids[1, 16:] + 1) % vocabulary
-    everywhere = torch.ones_like(ids, dtype=torch.bool)
-    layout = pack_shared_prefixes(
-        Batch(ids, everywhere, everywhere, shared_prefix=torch.tensor([0, 16], device=device)), 1 << 20
-    )
-    assert layout is not None, "a third less is worth it"
-    apart = decoder(ids, None, None).float()
+    mask = torch.ones_like(ids, dtype=torch.bool)
+    pair = Batch(ids, mask, mask, shared_prefix=torch.tensor([0, 16], device=device))
+    layout = pack_shared_prefixes(pair, 1 << 20)
+    assert layout is not None, "the pair saves a third"
+    separate = decoder(ids, None, None).float()
     try:
-        packed = layout.unpack(decoder(layout.input_ids, layout.attention_mask, layout.position_ids)).float()
-    # whatever a foreign model makes of a mask with four dimensions: its prompts are not shared
+        hidden = decoder(layout.input_ids, layout.attention_mask, layout.position_ids)
+        packed = layout.unpack(hidden).float()
+    # The errors that models raise for a 4-D mask: their prompts are not shared.
     except Exception as error:
         if is_out_of_memory(error):
             raise
         return False
     rounding = 0.0
     if dtype not in TOLERANCE:
-        singly = torch.cat([decoder(row[None], None, None).float() for row in ids])
-        rounding = relative_difference(singly, apart)
-    return relative_difference(packed, apart) <= allowed_difference(TOLERANCE.get(dtype, BF16_TOLERANCE), rounding)
+        alone = torch.cat([decoder(row[None], None, None).float() for row in ids])
+        rounding = relative_difference(alone, separate)
+    allowed = allowed_difference(TOLERANCE.get(dtype, BF16_TOLERANCE), rounding)
+    return relative_difference(packed, separate) <= allowed

@@ -1,8 +1,8 @@
-"""Roles: stacks of LoRA adapters over one frozen base, some with a scalar head. PEFT lives here and nowhere else.
+"""Roles: stacks of LoRA adapters over one frozen base, some with a scalar head. Only this module uses PEFT's model.
 
-Every tuner layer shares one list of active adapters, and entering a role rewrites that list in place: half a
-microsecond, and `requires_grad` is never touched (PEFT's own switches touch it, and lose gradients in silence). An
-empty stack is the base, bit for bit. Under gradient checkpointing the recomputation enters the stack that ran the
+All tuner layers share one list of active adapters, and entering a role rewrites that list in place. This takes half a
+microsecond and never changes `requires_grad` (PEFT's own functions change it, and then gradients are lost without an
+error). An empty stack is the base, bit for bit. With gradient checkpointing the recomputation enters the stack of its
 forward pass, whatever is active by then.
 """
 
@@ -23,7 +23,7 @@ from lowrank_tune.errors import UserError
 from lowrank_tune.model import heads as scalar
 from lowrank_tune.model.activation_checkpointing import Checkpointing, checkpoint_layers, disable_checkpointing
 from lowrank_tune.model.base import Base, num_stored_bytes
-from lowrank_tune.model.logprobs import LogProbs, check_head, chunked_entropy, chunked_kl, chunked_logps, head_of
+from lowrank_tune.model.logprobs import Head, LogProbs, check_head, chunked_entropy, chunked_kl, chunked_logps, head_of
 from lowrank_tune.model.oom import MemoryLimits
 from lowrank_tune.model.prefix_sharing import (
     PackedBatch,
@@ -33,12 +33,15 @@ from lowrank_tune.model.prefix_sharing import (
     verify_packing,
 )
 
-ADAPTER_PREFIX = "lt_"  # PEFT drops weights of an adapter whose name is part of a module's name
+ADAPTER_PREFIX = "lt_"
+"""PEFT loses weights of an adapter whose name is part of a module's name, so names get a prefix."""
+TokenIndex = tuple[Tensor, ...]
+"""Rows (N,) and columns (N,) of N tokens of a batch."""
 
 
 class _ActiveAdapters(AbstractContextManager[None]):
-    """Makes a stack the active one and puts back what was there. Can be entered again and again, as a second backward
-    pass does."""
+    """Activates a stack, and restores the previous one on exit. Can be entered again, as a second backward pass
+    does."""
 
     def __init__(self, active: list[str], stack: Iterable[str]) -> None:
         self.active = active
@@ -54,14 +57,14 @@ class _ActiveAdapters(AbstractContextManager[None]):
 
 
 class Roles:
-    """Adapters over a base, and the stacks of them that speak.
+    """Adapters over a base, and the roles: stacks of adapters that can be activated.
 
-    `adapters` in the order they lie, all fresh (and a fresh adapter changes nothing: its B is zero) until
-    `load_adapter_tensors`. Only those in `trainable` ever get a gradient. `heads` are roles with a scalar head: it
-    belongs to the adapter of the role's own name, the top of its stack, and trains and is saved with it; or, where no
-    adapter has that name, it stands alone on a stack that others train. `share_prefixes` False has every row go through
-    the model whole, as it must where another backend ignores masks. `checkpointing` says which layers are recomputed in
-    the backward pass, `offload` that what they keep waits in the machine's memory
+    `adapters` are from the lowest to the top, all fresh (a fresh adapter changes nothing, because its B is zero) until
+    `load_adapter_tensors`. Only those in `trainable` get a gradient. `heads` are roles with a scalar head, which
+    belongs to the adapter with the role's name, the top of its stack, and is trained and saved with it. If no adapter
+    has that name, only the head is trained, on a stack that other roles train. With `share_prefixes` False every row is
+    computed whole, which is necessary if a backend ignores masks. `checkpointing` selects the layers that are
+    recomputed in the backward pass, and `offload` keeps their inputs in host memory
     (`model/activation_checkpointing.py`).
     """
 
@@ -87,42 +90,46 @@ class Roles:
         torch.manual_seed(seed)
         self._peft: Any = None
         for name, config in adapters.items():
-            try:
-                if self._peft is None:
-                    self._peft = PeftModel(base.model, config, adapter_name=ADAPTER_PREFIX + name)
-                else:
-                    self._peft.add_adapter(ADAPTER_PREFIX + name, config)
-            except (ValueError, TypeError) as error:  # of a loaded one: fresh configurations were made for this base
-                raise UserError(
-                    f"adapters.{name}: this adapter does not fit {base.name}: {str(error).splitlines()[0]}"
-                ) from error
+            self._add_adapter(name, config)
         assert self._peft is not None, "roles without an adapter"
-        # logits are made from its frozen weight, often the embedding's too
+        # Logits are computed from the head's frozen weight, which is often the embedding's too.
         if isinstance(base.model.get_output_embeddings(), LoraLayer):
             self.unload_adapters()
             raise UserError(
-                f"adapters: one of them changes the output head of {base.name}, which this kit keeps as it is"
+                f"adapters: one of them changes the output head of {base.name}, which this kit keeps as it is",
             )
-        self.head = head_of(base.model)
-        self.heads = {role: scalar.ScalarHead(self.head.weight.shape[1], base.device) for role in heads}
-        alone = self.trainable - adapters.keys()
-        assert all(role in alone or self.stacks[role][-1:] == [ADAPTER_PREFIX + role] for role in self.heads), (
-            "a head belongs to the top adapter of its own role, or is trained alone"
-        )
+        self.head: Head = head_of(base.model)
+        width = self.head.weight.shape[1]
+        for role in heads:
+            is_trained_alone = role in self.trainable and role not in adapters
+            assert is_trained_alone or self.stacks[role][-1:] == [ADAPTER_PREFIX + role], (
+                "a head belongs to the top adapter of its own role, or is trained alone"
+            )
+            self.heads[role] = scalar.ScalarHead(width, base.device)
         self._share_active_list()
         self._freeze_all_but_trainable()
         self._checkpoint(checkpointing, offload)
         with self.activate("base"):
             check_head(base.model, self.head)
 
+    @property
+    def active_stack(self) -> list[str]:
+        """The adapters that are active, lowest first, with PEFT's names."""
+        return self._active[:]
+
+    @property
+    def lora_layers(self) -> list[Any]:
+        """PEFT's layers over the modules that adapters change."""
+        return [module for module in self.base.model.modules() if isinstance(module, LoraLayer)]
+
     def activate(self, role: str) -> AbstractContextManager[None]:
-        """Enter a role: a name in `stacks`, or `base` for no adapter at all."""
-        return _ActiveAdapters(self._active, [] if role == "base" else self.stacks[role])
+        """Returns a context in which a role is active: a name in `stacks`, or `base` for no adapter."""
+        stack = [] if role == "base" else self.stacks[role]
+        return _ActiveAdapters(self._active, stack)
 
     @contextmanager
     def inference_mode(self) -> Iterator[None]:
-        """No graph, no dropout: eval mode inside, the mode before restored after (checkpointing works only in train
-        mode)."""
+        """Enters eval mode without autograd, and restores the mode on exit (checkpointing needs train mode)."""
         before = self.base.model.training
         self.base.model.eval()
         try:
@@ -132,25 +139,35 @@ class Roles:
             self.base.model.train(before)
 
     def resident_bytes(self) -> int:
-        """What stays on the device for the whole run: the base as it is stored, adapters and heads, and two moments of
-        what is trained."""
-        size = sum(
-            num_stored_bytes(parameter) for parameter in (*self.base.model.parameters(), *self.base.model.buffers())
-        )
+        """Returns the bytes that stay on the device for the whole run: the base as stored, adapters and heads, and two
+        moments of what is trained."""
+        model = self.base.model
+        stored = sum(map(num_stored_bytes, (*model.parameters(), *model.buffers())))
+        heads = sum(head.weight.nbytes for head in self.heads.values())
         trained = sum(parameter.nbytes for _, parameter in self._all_parameters() if parameter.requires_grad)
-        return size + 2 * trained + sum(head.weight.nbytes for head in self.heads.values())
+        return stored + heads + 2 * trained
 
     def parameters(self, role: str) -> list[nn.Parameter]:
-        """The trainable parameters of a role, in the order of `named_parameters`."""
+        """Returns the trainable parameters of a role, in the order of `named_parameters`."""
         return list(self.named_parameters(role).values())
 
     def named_parameters(self, role: str) -> dict[str, nn.Parameter]:
-        """The same by name, a scalar head last."""
-        if role in self.heads:
-            top = ADAPTER_PREFIX + role
-        else:
+        """Returns the trainable parameters of a role by name, a scalar head last."""
+        top = ADAPTER_PREFIX + role
+        if role not in self.heads:
             top = self.stacks[role][-1]
         return {name: p for name, p in self._all_parameters() if p.requires_grad and f".{top}." in name}
+
+    def _add_adapter(self, name: str, config: LoraConfig) -> None:
+        try:
+            if self._peft is None:
+                self._peft = PeftModel(self.base.model, config, adapter_name=ADAPTER_PREFIX + name)
+            else:
+                self._peft.add_adapter(ADAPTER_PREFIX + name, config)
+        # Only a loaded configuration can be wrong: fresh ones are made for this base.
+        except (ValueError, TypeError) as error:
+            reason = str(error).splitlines()[0]
+            raise UserError(f"adapters.{name}: this adapter does not fit {self.base.name}: {reason}") from error
 
     def _all_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         yield from self._peft.named_parameters()
@@ -158,21 +175,20 @@ class Roles:
             yield f"score.{ADAPTER_PREFIX}{role}.weight", head.weight
 
     def hidden(self, role: str, batch: Batch) -> Tensor:
-        """(B, T, d) last hidden states. A beginning that rows share goes through once where that is faster
-        (`model/prefix_sharing.py`).
-
-        Right-padded rows need no attention mask: a real token never looks at what follows it.
-        """
-        layout = self._packed_layout(batch)
+        """Returns the last hidden states (B, T, d). A beginning that rows share is computed once if that is faster
+        (`model/prefix_sharing.py`)."""
+        packed = self.pack(batch)
         with self.activate(role):
-            if layout is not None:
-                return layout.unpack(self._run_decoder(layout.input_ids, layout.attention_mask, layout.position_ids))
+            if packed is not None:
+                hidden = self._run_decoder(packed.input_ids, packed.attention_mask, packed.position_ids)
+                return packed.unpack(hidden)
             attention_mask = batch.attention_mask
             mask = None
             positions = None
+            # Right-padded rows need no mask, because a token never sees the tokens after it.
             if not bool((attention_mask[:, :-1] >= attention_mask[:, 1:]).all()):
                 mask = attention_mask.long()
-                positions = (attention_mask.long().cumsum(dim=1) - 1).clamp_min(0)
+                positions = (mask.cumsum(dim=1) - 1).clamp_min(0)
             return self._run_decoder(batch.input_ids.masked_fill(~attention_mask, 0), mask, positions)
 
     def _run_decoder(self, ids: Tensor, mask: Tensor | None, positions: Tensor | None) -> Tensor:
@@ -187,26 +203,37 @@ class Roles:
                 use_cache=False,
             ).last_hidden_state
 
-    def _packed_layout(self, batch: Batch) -> PackedBatch | None:
+    def pack(self, batch: Batch) -> PackedBatch | None:
+        """Returns the layout in which shared beginnings of the batch are computed once, or None if they are not."""
         if not self.share_prefixes or batch.shared_prefix is None:
             return None
-        layout = pack_shared_prefixes(batch, self.head.weight.shape[1])
-        if layout is not None and batch.input_ids.shape[1] <= self._longest_shareable:
-            return layout
+        packed = pack_shared_prefixes(batch, self.head.weight.shape[1])
+        if packed is not None and batch.input_ids.shape[1] <= self.max_shareable_length:
+            return packed
         return None
 
     @cached_property
-    def _longest_shareable(self) -> int:
+    def max_shareable_length(self) -> int:
+        """Tokens of the longest row whose beginning may be shared, 0 if packed rows compute something else."""
         model = self.base.model
         longest = longest_shareable(model.config)
-        if longest:
-            with self.inference_mode(), self.activate("base"):
-                longest *= verify_packing(self._run_decoder, self.head.weight.shape[0], model.dtype, self.base.device)
-        return longest
+        if not longest:
+            return 0
+        with self.inference_mode(), self.activate("base"):
+            vocabulary = self.head.weight.shape[0]
+            if verify_packing(self._run_decoder, vocabulary, model.dtype, self.base.device):
+                return longest
+        return 0
 
-    def logps(self, role: str, batch: Batch, temperature: float = 1.0, entropy_gradient: bool = False) -> LogProbs:
-        """log p(token t | before) and entropy where `completion_mask`, else 0; (B, T) fp32. The shift by one happens
-        here."""
+    def logps(
+        self,
+        role: str,
+        batch: Batch,
+        temperature: float = 1.0,
+        entropy_gradient: bool = False,
+    ) -> LogProbs:
+        """Returns log p(token t | tokens before t) and the entropy where `completion_mask`, else 0; (B, T) fp32. The
+        shift by one happens here."""
         logps, entropy, _ = self.token_logps_and_entropy(role, batch, temperature, entropy_gradient)
         return LogProbs(logps, entropy)
 
@@ -217,14 +244,15 @@ class Roles:
         temperature: float = 1.0,
         entropy_gradient: bool = False,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Log-probs and entropies as `logps`, and whether the token is the likeliest one; (B, T) each. Entropies have a
-        gradient only where one is asked for: it costs a second pass through the head."""
-        rows, columns = batch.loss_mask.nonzero(as_tuple=True)
-        hidden = self.hidden(role, batch)[rows, columns - 1]
-        values = chunked_logps(self.head, hidden, batch.input_ids[rows, columns], temperature)
+        """Returns log-probs and entropies as `logps`, and whether the token is the most likely one; (B, T) each.
+        Entropies have a gradient only with `entropy_gradient`, which costs a second pass through the head."""
+        tokens = batch.loss_mask.nonzero(as_tuple=True)
+        hidden = self._states_before(role, batch, tokens)
+        logps, entropy, is_top = chunked_logps(self.head, hidden, batch.input_ids[tokens], temperature)
         if entropy_gradient:
-            values = values[0], chunked_entropy(self.head, hidden, temperature), values[2]
-        return tuple(_scatter(value, rows, columns, batch.input_ids.shape) for value in values)  # type: ignore[return-value]
+            entropy = chunked_entropy(self.head, hidden, temperature)
+        shape = batch.input_ids.shape
+        return _scatter(logps, tokens, shape), _scatter(entropy, tokens, shape), _scatter(is_top, tokens, shape)
 
     def full_vocab_kl(
         self,
@@ -234,62 +262,58 @@ class Roles:
         temperature: float = 1.0,
         gradient: bool = False,
     ) -> Tensor:
-        """KL(role || reference) over the whole vocabulary where `completion_mask`, else 0; (B, T) fp32; with
-        `gradient`, one for the role."""
-        rows, columns = batch.loss_mask.nonzero(as_tuple=True)
+        """Returns KL(role || reference) over the whole vocabulary where `completion_mask`, else 0; (B, T) fp32, with a
+        gradient for the role if `gradient`."""
+        tokens = batch.loss_mask.nonzero(as_tuple=True)
         with nullcontext() if gradient else self.inference_mode():
-            role_hidden = self.hidden(role, batch)[rows, columns - 1]
+            hidden = self._states_before(role, batch, tokens)
         with self.inference_mode():
-            reference_hidden = self.hidden(reference, batch)[rows, columns - 1]
-        return _scatter(
-            chunked_kl(self.head, role_hidden, reference_hidden, temperature),
-            rows,
-            columns,
-            batch.input_ids.shape,
-        )
+            reference_hidden = self._states_before(reference, batch, tokens)
+        kl = chunked_kl(self.head, hidden, reference_hidden, temperature)
+        return _scatter(kl, tokens, batch.input_ids.shape)
+
+    def _states_before(self, role: str, batch: Batch, tokens: TokenIndex) -> Tensor:
+        """Returns the hidden states (N, d) that predict the tokens at N places."""
+        rows, columns = tokens
+        return self.hidden(role, batch)[rows, columns - 1]
 
     def scores(self, role: str, batch: Batch) -> Tensor:
-        """The scalar head's value at every attended token, else 0; (B, T) fp32."""
-        rows, columns = batch.attention_mask.nonzero(as_tuple=True)
-        return _scatter(self.heads[role](self.hidden(role, batch)[rows, columns]), rows, columns, batch.input_ids.shape)
+        """Returns the scalar head's value at every attended token, else 0; (B, T) fp32."""
+        tokens = batch.attention_mask.nonzero(as_tuple=True)
+        values = self.heads[role](self.hidden(role, batch)[tokens])
+        return _scatter(values, tokens, batch.input_ids.shape)
 
     def sequence_scores(self, role: str, batch: Batch) -> Tensor:
-        """The scalar head's value at each row's last attended token, whatever token that is and wherever padding
-        stands; (B,) fp32."""
+        """Returns the scalar head's value at the last attended token of each row, on whichever side padding is; (B,)
+        fp32."""
         last = (batch.lengths - 1).clamp_min(0)
         rows = torch.arange(len(batch), device=last.device)
         return self.heads[role](self.hidden(role, batch)[rows, last])  # type: ignore[no-any-return]
 
     def adapter_tensors(self, name: str) -> dict[str, Tensor]:
-        """The adapter's weights, its head's too, under the names of PEFT's file format. They are counted: none may be
-        lost."""
+        """Returns the weights of the adapter and its head, with the names of PEFT's file format. Checks that all
+        tensors are included."""
+        peft_name = ADAPTER_PREFIX + name
         tensors = {}
-        if ADAPTER_PREFIX + name in self._peft.peft_config:
-            tensors = get_peft_model_state_dict(
-                self._peft,
-                adapter_name=ADAPTER_PREFIX + name,
-                save_embedding_layers=False,
-            )
+        if peft_name in self._peft.peft_config:
+            tensors = get_peft_model_state_dict(self._peft, adapter_name=peft_name, save_embedding_layers=False)
         if name in self.heads:
             tensors[scalar.HEAD_WEIGHT_KEY] = self.heads[name].weight
-        expected = sum(f".{ADAPTER_PREFIX}{name}." in key for key, _ in self._all_parameters())
+        expected = sum(f".{peft_name}." in key for key, _ in self._all_parameters())
         assert len(tensors) == expected, f"adapter {name}: {len(tensors)} tensors to save, {expected} in the model"
         return {key: tensor.detach().to("cpu", copy=True).contiguous() for key, tensor in sorted(tensors.items())}
 
     def load_adapter_tensors(self, name: str, tensors: Mapping[str, Tensor], where: str) -> None:
-        """Puts weights into an adapter. Raises UserError where names or shapes do not fit this base."""
-        current_tensors = self.adapter_tensors(name)
-        wrong = sorted(
-            key
-            for key in current_tensors.keys() | tensors.keys()
-            if _tensor_shape(current_tensors, key) != _tensor_shape(tensors, key)
-        )
+        """Loads weights into an adapter. Raises UserError if names or shapes do not fit this base; `where` begins the
+        message."""
+        expected = _shapes(self.adapter_tensors(name))
+        given = _shapes(tensors)
+        wrong = sorted(key for key in expected.keys() | given.keys() if expected.get(key) != given.get(key))
         if wrong:
-            shapes = [_tensor_shape(named, wrong[0]) for named in (tensors, current_tensors)]
-            first = f"{wrong[0]} is {shapes[0]} there and {shapes[1]} here"
+            first = wrong[0]
             raise UserError(
                 f"{where}: this adapter was made for another base than {self.base.name}: {len(wrong)} tensors "
-                f"differ; {first}"
+                f"differ; {first} is {given.get(first)} there and {expected.get(first)} here",
             )
         if name in self.heads:
             with torch.no_grad():
@@ -301,49 +325,42 @@ class Roles:
             self._freeze_all_but_trainable()
 
     def scalings(self, name: str) -> dict[str, float]:
-        """What an adapter's product B A is multiplied by, of each module that it changes."""
+        """Returns the factor of an adapter's product B A for each module that it changes."""
+        peft_name = ADAPTER_PREFIX + name
         return {
-            module_name: float(module.scaling[ADAPTER_PREFIX + name])
+            module_name: float(module.scaling[peft_name])
             for module_name, module in self.base.model.named_modules()
-            if isinstance(module, LoraLayer) and ADAPTER_PREFIX + name in module.scaling
+            if isinstance(module, LoraLayer) and peft_name in module.scaling
         }
 
     def adapter_config(self, name: str) -> dict[str, Any]:
-        """The adapter's `adapter_config.json`; of a head that stands alone, what there is to say of it."""
-        if ADAPTER_PREFIX + name in self._peft.peft_config:
-            config = self._peft.peft_config[ADAPTER_PREFIX + name].to_dict()
-        else:
-            config = {}
-        config.update(
-            base_model_name_or_path=self.base.name.partition("@")[0],
-            revision=self.base.revision,
-            inference_mode=True,
-        )
+        """Returns the content of the adapter's `adapter_config.json`. A head that is trained alone has few keys."""
+        config: dict[str, Any] = {}
+        lora_config = self._peft.peft_config.get(ADAPTER_PREFIX + name)
+        if lora_config is not None:
+            config.update(lora_config.to_dict())
+        config["base_model_name_or_path"] = self.base.name.partition("@")[0]
+        config["revision"] = self.base.revision
+        config["inference_mode"] = True
         if name in self.heads:
             config.update(scalar.HEAD_CONFIG)
-        return {
-            key: sorted(value) if isinstance(value, set) else getattr(value, "value", value)
-            for key, value in sorted(config.items())
-        }
+        return {key: _to_json(value) for key, value in sorted(config.items())}
 
     def _share_active_list(self) -> None:
-        for layer in self._layers():
+        for layer in self.lora_layers:
             layer._active_adapter = self._active
-
-    def _layers(self) -> list[Any]:
-        return [module for module in self.base.model.modules() if isinstance(module, LoraLayer)]
 
     def _freeze_all_but_trainable(self) -> None:
         names = {ADAPTER_PREFIX + name for name in self.trainable}
         for key, parameter in self._all_parameters():
-            parameter.requires_grad_(any(f".{name}." in key for name in names))
-            assert not parameter.requires_grad or parameter.dtype == torch.float32, (
-                f"the master of {key} is {parameter.dtype}"
-            )
-        for layer in self._layers():
+            is_trained = any(f".{name}." in key for name in names)
+            assert not is_trained or parameter.dtype == torch.float32, f"the master of {key} is {parameter.dtype}"
+            parameter.requires_grad_(is_trained)
+        # The dropout of a frozen adapter would be applied in train mode.
+        for layer in self.lora_layers:
             for name, dropout in layer.lora_dropout.items():
                 if name not in names and isinstance(dropout, nn.Dropout):
-                    dropout.p = 0.0  # a frozen adapter's dropout would still fire in train mode
+                    dropout.p = 0.0
 
     def _checkpoint(self, checkpointing: Checkpointing, offload: bool) -> None:
         active = self._active
@@ -355,8 +372,8 @@ class Roles:
         )
 
     def unload_adapters(self) -> None:
-        """Takes every adapter off the base, which is then as it was loaded: the next `Roles` can stand on it. These
-        have no use after."""
+        """Removes all adapters from the base, which is then as it was loaded, for the next `Roles`. This object cannot
+        be used afterwards."""
         model = self.base.model
         for name, module in list(model.named_modules()):
             if isinstance(module, LoraLayer):
@@ -370,9 +387,17 @@ class Roles:
         self.heads.clear()
 
 
-def _tensor_shape(tensors: Mapping[str, Tensor], key: str) -> tuple[int, ...] | None:
-    return tuple(tensors[key].shape) if key in tensors else None
+def _shapes(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
+    return {key: tuple(tensor.shape) for key, tensor in tensors.items()}
 
 
-def _scatter(values: Tensor, rows: Tensor, columns: Tensor, shape: torch.Size) -> Tensor:
-    return torch.zeros(shape, dtype=values.dtype, device=values.device).index_put((rows, columns), values)
+def _to_json(value: Any) -> Any:
+    """Returns a set as a sorted list, and an enum's value."""
+    if isinstance(value, set):
+        return sorted(value)
+    return getattr(value, "value", value)
+
+
+def _scatter(values: Tensor, tokens: TokenIndex, shape: torch.Size) -> Tensor:
+    """Returns a tensor of this shape with N values at N tokens, else 0."""
+    return torch.zeros(shape, dtype=values.dtype, device=values.device).index_put(tokens, values)

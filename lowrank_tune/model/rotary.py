@@ -1,8 +1,8 @@
-"""Rotary embeddings whose frequencies transformers selects again in each call, by the call's longest row: the RoPE
-types `longrope` and `dynamic`.
+"""Fixed frequencies for the RoPE types `longrope` and `dynamic`, whose frequencies transformers selects in each call by
+the call's longest row.
 
-A row beside a longer one would then have other log-probs than alone, and a cache would hold keys of two kinds. So the
-frequencies are set once, when the base is loaded, and every call uses them:
+A row in a batch with a longer one would then have other log-probs than alone, and a cache would contain keys of two
+kinds. So the frequencies are set once, when the base is loaded, and every call uses them:
 
 - `longrope` has two sets of factors, of which vLLM selects one by `max_model_len`. Here the longest row that a run may
   have selects it in the same way: above `original_max_position_embeddings` the long factors, else the short ones.
@@ -23,7 +23,7 @@ from lowrank_tune.errors import UserError
 
 RopeFactors = Literal["short", "long"]
 FIXED = "fixed"
-"""The RoPE type of a module whose frequencies are set: none that transformers would update."""
+"""The RoPE type of a module whose frequencies are set: a name that transformers does not update."""
 CALL_DEPENDENT_TYPES = ("longrope", "dynamic")
 
 
@@ -35,18 +35,18 @@ class FixedRope:
     original_length: int
     """Tokens of the longest row that the frequencies of short rows are for."""
     factors: RopeFactors | None
-    """Of `longrope`."""
+    """The factors of `longrope`, None for `dynamic`."""
 
     @property
     def max_row_length(self) -> int | None:
-        """Tokens of the longest row that these frequencies are for; None where that is left to the base."""
+        """Tokens of the longest row that these frequencies are for; None if only the base limits it."""
         if self.factors == "long":
             return None
         return self.original_length
 
     @property
     def name(self) -> str:
-        """The frequencies in words."""
+        """The frequencies as messages name them."""
         if self.factors is None:
             return "RoPE type `dynamic`"
         return f"{self.factors} factors of RoPE type `longrope`"
@@ -61,7 +61,7 @@ class FixedRope:
             )
 
     def describe(self) -> str:
-        """Return a sentence for the log."""
+        """Returns a sentence for the log."""
         if self.factors is None:
             return (
                 f"RoPE type `dynamic`: every call uses the frequencies of rows of up to {self.original_length:,} "
@@ -75,14 +75,14 @@ class FixedRope:
 
 
 def fixed_rope(config: Any, factors: RopeFactors = "short") -> FixedRope | None:
-    """The frequencies of a base with this configuration, with these factors where its RoPE type has two sets. None for
-    RoPE types that do not depend on the call."""
+    """Returns the frequencies of a base with this configuration, and with these factors if its RoPE type has two sets;
+    None for RoPE types that do not depend on the call."""
     text = config.get_text_config()
-    lengths = {
-        rope_type: _original_length(text, rope_type, parameters)
-        for parameters in _rope_parameters(text)
-        if (rope_type := _rope_type(parameters)) in CALL_DEPENDENT_TYPES
-    }
+    lengths = dict[str, int]()
+    for parameters in _rope_parameters(text):
+        rope_type = _rope_type(parameters)
+        if rope_type in CALL_DEPENDENT_TYPES:
+            lengths[rope_type] = _original_length(text, rope_type, parameters)
     if "dynamic" in lengths:
         return FixedRope("dynamic", min(lengths.values()), None)
     if lengths:
@@ -91,7 +91,7 @@ def fixed_rope(config: Any, factors: RopeFactors = "short") -> FixedRope | None:
 
 
 def select_factors(config: Any, longest_row: int) -> RopeFactors:
-    """The factors for rows of up to so many tokens."""
+    """Returns the factors for rows of up to `longest_row` tokens."""
     rope = fixed_rope(config)
     if rope is not None and longest_row > rope.original_length:
         return "long"
@@ -99,21 +99,21 @@ def select_factors(config: Any, longest_row: int) -> RopeFactors:
 
 
 def factors_of(rope: FixedRope | None) -> RopeFactors:
-    """The factors that `load_base` takes; `short` where there is nothing to select."""
+    """Returns the factors that `load_base` takes; `short` if there is nothing to select."""
     if rope is not None and rope.factors == "long":
         return "long"
     return "short"
 
 
 def stored_factors(facts: Mapping[str, Any]) -> RopeFactors:
-    """What a run stored in its `base.json`. A run from before it did, and one over another RoPE type, has none."""
+    """Returns the factors that a run stored in its `base.json`, `short` if it stored none."""
     if facts.get("rope_factors") == "long":
         return "long"
     return "short"
 
 
 def fix_frequencies(model: Any, factors: RopeFactors) -> None:
-    """Sets the frequencies of every rotary embedding once, and ends transformers' own updates of them."""
+    """Sets the frequencies of every rotary embedding, and disables transformers' own updates of them."""
     for module in _rotary_modules(model):
         for layer_type, rope_type in _rope_types(module):
             if rope_type == "longrope":
@@ -126,27 +126,27 @@ def fix_frequencies(model: Any, factors: RopeFactors) -> None:
 
 @torch.no_grad()
 def check_frequencies(model: Any, rope: FixedRope) -> None:
-    """Compares the rotations of positions alone with those beside the last one of the longest row. Raises UserError for
-    a model that still selects its frequencies by the call, or whose long factors cannot be set."""
+    """Compares the rotations of a row with those in a batch with the longest row. Raises UserError for a model that
+    still selects its frequencies by the call, or whose long factors cannot be set."""
     is_long = rope.factors == "long"
-    last = rope.original_length - (not is_long)
-    modules = list(_rotary_modules(model))
-    fixed = [
-        _is_constant(module, layer_type, last, model.dtype)
-        and (not is_long or _reads_buffer(module, layer_type, model.dtype))
-        for module in modules
-        for layer_type, rope_type in _rope_types(module)
-        if rope_type == FIXED
-    ]
-    if not fixed or not all(fixed):
-        if is_long:
-            cure = f"use rows of up to {rope.original_length:,} tokens, or another base"
-        else:
-            cure = "use another base"
-        raise UserError(
-            f"base.model: {model.config.model_type} models compute the frequencies of RoPE type `{rope.rope_type}` in "
-            f"code of their own, which cannot be set once for all calls; {cure}"
-        )
+    last = rope.original_length - 1
+    if is_long:
+        last = rope.original_length
+    fixed = []
+    for module in _rotary_modules(model):
+        for layer_type, rope_type in _rope_types(module):
+            if rope_type == FIXED:
+                is_constant = _is_constant(module, layer_type, last, model.dtype)
+                fixed.append(is_constant and (not is_long or _reads_buffer(module, layer_type, model.dtype)))
+    if fixed and all(fixed):
+        return
+    cure = "use another base"
+    if is_long:
+        cure = f"use rows of up to {rope.original_length:,} tokens, or another base"
+    raise UserError(
+        f"base.model: {model.config.model_type} models compute the frequencies of RoPE type `{rope.rope_type}` in "
+        f"code of their own, which cannot be set once for all calls; {cure}",
+    )
 
 
 def _rope_parameters(config: Any) -> list[Mapping[str, Any]]:
@@ -158,7 +158,7 @@ def _rope_parameters(config: Any) -> list[Mapping[str, Any]]:
 
 def _rope_type(parameters: Mapping[str, Any]) -> Any:
     rope_type = parameters.get("rope_type", parameters.get("type"))
-    # HunYuan calls its own type `dynamic` too, whose frequencies `alpha` sets once
+    # HunYuan has another type with the name `dynamic`, whose frequencies `alpha` sets once.
     if rope_type == "dynamic" and parameters.get("alpha"):
         return "default"
     return rope_type
@@ -178,7 +178,7 @@ def _rotary_modules(model: Any) -> Iterator[Any]:
 
 
 def _rope_types(module: Any) -> list[tuple[str | None, str]]:
-    """The RoPE type of each type of layer, which is None where one is for all."""
+    """Returns the RoPE type of each layer type, which is None if all layers have the same."""
     if isinstance(module.rope_type, dict):
         return list(module.rope_type.items())
     return [(None, module.rope_type)]
@@ -191,7 +191,7 @@ def _fixed_type(rope_type: str) -> str:
 
 
 def _prefix(layer_type: str | None) -> str:
-    """What the names of a layer type's buffers begin with."""
+    """Returns how the names of a layer type's buffers begin."""
     return "" if layer_type is None else f"{layer_type}_"
 
 
@@ -212,21 +212,25 @@ def _set_longrope(module: Any, layer_type: str | None, factors: RopeFactors) -> 
 
 
 def _rotations(module: Any, layer_type: str | None, positions: list[list[int]], dtype: torch.dtype) -> list[Tensor]:
-    """The first row of what a module computes of positions: cosines and sines, or complex numbers."""
+    """Returns the first row of a module's output for these positions: cosines and sines, or complex numbers."""
     device = next(module.buffers()).device
-    arguments = () if layer_type is None else (layer_type,)
-    outputs = module(torch.zeros(1, dtype=dtype, device=device), torch.tensor(positions, device=device), *arguments)
-    return [output[:1].clone() for output in (outputs if isinstance(outputs, tuple) else (outputs,))]
+    arguments: list[Any] = [torch.zeros(1, dtype=dtype, device=device), torch.tensor(positions, device=device)]
+    if layer_type is not None:
+        arguments.append(layer_type)
+    outputs = module(*arguments)
+    if not isinstance(outputs, tuple):
+        outputs = (outputs,)
+    return [output[:1].clone() for output in outputs]
 
 
 def _is_constant(module: Any, layer_type: str | None, last: int, dtype: torch.dtype) -> bool:
-    """Whether the rotations of a row do not change beside a row that ends at position `last`."""
+    """Returns whether the rotations of a row are the same in a batch with a row that ends at position `last`."""
     alone = _rotations(module, layer_type, [[0, 1]], dtype)
     return _are_equal(alone, _rotations(module, layer_type, [[0, 1], [0, last]], dtype))
 
 
 def _reads_buffer(module: Any, layer_type: str | None, dtype: torch.dtype) -> bool:
-    """Whether the rotations follow the buffer that holds the frequencies. (PhiMoE computes the short ones anew.)"""
+    """Returns whether the rotations depend on the buffer of the frequencies. (PhiMoE computes the short ones again.)"""
     buffer: Tensor = getattr(module, f"{_prefix(layer_type)}inv_freq")
     frequencies = buffer.clone()
     before = _rotations(module, layer_type, [[0, 1]], dtype)

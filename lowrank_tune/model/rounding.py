@@ -17,12 +17,12 @@ LARGEST = 0.25
 
 
 def relative_difference(computed: Tensor, expected: Tensor) -> float:
-    """Return |computed - expected| / |expected| over all elements, in fp32."""
+    """Returns |computed - expected| / |expected| over all elements, in fp32."""
     difference = torch.linalg.vector_norm(computed.float() - expected.float())
     return float(difference / torch.linalg.vector_norm(expected.float()))
 
 
 def allowed_difference(tolerance: float, rounding: float) -> float:
-    """Return the relative difference that a fast path may have: `tolerance`, or more where the measured `rounding` is
+    """Returns the relative difference that a fast path may have: `tolerance`, or more if the measured `rounding` is
     larger."""
     return max(tolerance, min(SLACK * rounding, LARGEST))

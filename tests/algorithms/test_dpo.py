@@ -601,13 +601,13 @@ def sharing_error(roles: Roles) -> float:
 
 def test_shared_prompts_change_nothing(roles: Roles, monkeypatch: pytest.MonkeyPatch) -> None:
     planted: list[bool] = []
-    real = Roles._packed_layout
+    real = Roles.pack
 
     def watched(self: Roles, batch: Batch) -> Any:
         planted.append((tree := real(self, batch)) is not None)
         return tree
 
-    monkeypatch.setattr(Roles, "_packed_layout", watched)
+    monkeypatch.setattr(Roles, "pack", watched)
     assert sharing_error(roles) < 1e-5 and any(planted), "nothing was shared: this test saw nothing"
 
     def blind(self: Roles, batch: Batch) -> Any:  # a rejected answer that also sees the chosen one
@@ -618,7 +618,7 @@ def test_shared_prompts_change_nothing(roles: Roles, monkeypatch: pytest.MonkeyP
             | (tree.position_ids[:, None, None, :] <= tree.position_ids[:, None, :, None]),
         )
 
-    monkeypatch.setattr(Roles, "_packed_layout", blind)
+    monkeypatch.setattr(Roles, "pack", blind)
     assert sharing_error(roles) > 1e-3
 
 

@@ -355,13 +355,13 @@ def kept() -> tuple[Roles, PlainModel]:
 
 def test_shared_prompts_change_nothing(roles: Roles, monkeypatch: pytest.MonkeyPatch) -> None:
     planted: list[bool] = []
-    real = Roles._packed_layout
+    real = Roles.pack
 
     def watched(self: Roles, batch: Batch) -> Any:
         planted.append((tree := real(self, batch)) is not None)
         return tree
 
-    monkeypatch.setattr(Roles, "_packed_layout", watched)
+    monkeypatch.setattr(Roles, "pack", watched)
     rows, masks = pair_rows([(40, 6, 9), (33, 2, 12), (50, 1, 1)])
     loss, gradient, _ = stepped(roles, pair_batch(rows, masks), 0.1)
     assert not any(planted)

@@ -184,7 +184,7 @@ def test_prompts_that_are_shared_wrongly_are_found(gpu: ModuleType, monkeypatch:
         return decode(self, ids, mask, positions + (positions > 9) if packed else positions)
 
     monkeypatch.setattr(Roles, "_run_decoder", moved)
-    monkeypatch.setattr(Roles, "_longest_shareable", 1 << 20)  # its own check would find this
+    monkeypatch.setattr(Roles, "max_shareable_length", 1 << 20)  # its own check would find this
     assert check("reward").failed == ["shared prompts change nothing"]
 
 

@@ -201,11 +201,11 @@ def test_a_slower_store_is_announced_once() -> None:
 
 def test_not_a_number_is_a_fault(monkeypatch: pytest.MonkeyPatch) -> None:
     model = unquantized_base("llama").model
-    read_on = select_cache._decode_probes
+    decode_probes = select_cache._decode_probes
 
     def broken(store: KVStore, vocabulary: int) -> Any:
-        found = read_on(store, vocabulary)
-        return [*found[:-1], (found[-1][0], found[-1][1] * torch.nan)]
+        *probes, last = decode_probes(store, vocabulary)
+        return [*probes, last._replace(hidden_state=last.hidden_state * torch.nan)]
 
     monkeypatch.setattr(select_cache, "_decode_probes", broken)
     with torch.no_grad():
@@ -355,7 +355,7 @@ def test_a_completion_is_the_same_alone_and_among_others(temperature: float) -> 
 
 def test_one_stream_for_a_batch_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     stream = torch.Generator().manual_seed(0)
-    monkeypatch.setattr(decode_scheduler, "_generator", lambda *_: stream)
+    monkeypatch.setattr(decode_scheduler, "sequence_generator", lambda *_: stream)
     assert depends_on_batch(perturbed_roles(), 1.0) != []
 
 
@@ -367,8 +367,8 @@ def test_samples_have_streams_of_their_own_and_seeds_too(monkeypatch: pytest.Mon
 
     assert different() == 16
     assert run(roles, n=2) == run(roles, n=2) != run(roles, n=2, seed=1)
-    real = decode_scheduler._generator
-    monkeypatch.setattr(decode_scheduler, "_generator", lambda seed, prompt, sample: real(seed, prompt, 0))
+    real = decode_scheduler.sequence_generator
+    monkeypatch.setattr(decode_scheduler, "sequence_generator", lambda seed, prompt, sample: real(seed, prompt, 0))
     assert different() == 2
 
 
@@ -376,14 +376,18 @@ def test_every_sample_of_every_prompt_and_seed_has_a_generator_of_its_own() -> N
     """Up to numbers of several digits, which a key without separators confuses: 1 and 11 with 11 and 1."""
     numbers = [0, 1, 2, 10, 11, 12, 21, 111]
     names = list(itertools.product(numbers, repeat=3))
-    seeds = {decode_scheduler._generator(*name).initial_seed() for name in names}
+    seeds = {decode_scheduler.sequence_generator(*name).initial_seed() for name in names}
     assert len(seeds) == len(names)
-    assert decode_scheduler._generator(3, 1, 11).get_state().equal(decode_scheduler._generator(3, 1, 11).get_state())
+    assert (
+        decode_scheduler.sequence_generator(3, 1, 11)
+        .get_state()
+        .equal(decode_scheduler.sequence_generator(3, 1, 11).get_state())
+    )
 
 
 def test_the_numbers_of_a_sequence_are_one_stream_of_torch() -> None:
     """No block of them comes again, however long the completion is."""
-    drawn = list(itertools.islice(decode_scheduler._uniforms(torch.Generator().manual_seed(5)), 200))
+    drawn = list(itertools.islice(decode_scheduler.uniform_stream(torch.Generator().manual_seed(5)), 200))
     assert drawn == torch.rand(200, generator=torch.Generator().manual_seed(5), dtype=torch.float64).tolist()
     assert len(set(drawn)) == 200
 
@@ -401,7 +405,7 @@ def test_other_roles_may_be_used_between_two_tokens() -> None:
     expected = run(roles, n=2, stop=frozenset(range(2, 30)))
     found = []
     for one in Engine(roles, "policy").generate(PROMPTS, 2, SamplingParams(12, frozenset(range(2, 30)))):
-        assert roles._active == [] and roles.base.model.training and torch.is_grad_enabled()
+        assert roles.active_stack == [] and roles.base.model.training and torch.is_grad_enabled()
         found.append(one)
         roles.logps("reference", make_batch([[5, 6, 7, 8]]))
     assert by_name(found) == expected
@@ -697,7 +701,7 @@ def test_linears_of_a_rollout_compute_the_same(bits: int, rslora: bool) -> None:
 def test_train_mode_comes_back_and_dropout_sleeps() -> None:
     roles = perturbed_roles(16, dropout=0.5, checkpointing=True)
     assert run(roles, temperature=0.0) == run(roles, temperature=0.0)
-    assert roles.base.model.training and roles._active == []
+    assert roles.base.model.training and roles.active_stack == []
     with count_forwards(roles) as count:
         run(roles, prompts=[[5, 6]], tokens=3)
         assert count[0] == 3  # one layer call a token: the cache works, nothing is recomputed
@@ -728,7 +732,7 @@ def test_a_generator_that_is_dropped_leaves_nothing_behind() -> None:
     generator = Engine(roles, "policy").generate(PROMPTS, 1, SamplingParams(5, NO_STOP))
     next(generator)
     generator.close()  # type: ignore[attr-defined]
-    assert roles.base.model.training and roles._active == [] and torch.is_grad_enabled()
+    assert roles.base.model.training and roles.active_stack == [] and torch.is_grad_enabled()
 
 
 def test_an_exception_in_the_model_restores_everything() -> None:
@@ -741,7 +745,7 @@ def test_an_exception_in_the_model_restores_everything() -> None:
     with pytest.raises(RuntimeError, match="out of something"):
         run(roles)
     handle.remove()
-    assert roles.base.model.training and roles._active == [] and torch.is_grad_enabled()
+    assert roles.base.model.training and roles.active_stack == [] and torch.is_grad_enabled()
 
 
 def test_nothing_to_do() -> None:

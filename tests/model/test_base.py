@@ -146,8 +146,8 @@ def test_missing_folders(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     assert "there is no folder" in sentence(lambda: load_folder(tmp_path / "none"))
     assert "there is no folder" in sentence(lambda: load_folder("./none"))
-    assert "holds no config.json" in sentence(lambda: load_folder(tmp_path / "empty"))
-    assert "holds no config.json" in sentence(lambda: load_tokenizer(BaseConfig(model=str(tmp_path / "empty"))))
+    assert "contains no config.json" in sentence(lambda: load_folder(tmp_path / "empty"))
+    assert "contains no config.json" in sentence(lambda: load_tokenizer(BaseConfig(model=str(tmp_path / "empty"))))
 
 
 def test_a_hub_model_without_network() -> None:

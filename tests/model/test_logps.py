@@ -230,7 +230,7 @@ def test_kl_the_wrong_way_round_is_seen(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 chunked_kl_of = chunked_kl
-real_chunk = logps_module._chunk_logps
+real_chunk = logps_module.chunk_logps
 
 
 def _cap_forgotten_in_gradient(
@@ -283,10 +283,10 @@ real_logits = Head.logits
 @pytest.mark.parametrize(
     ("place", "name", "bug"),
     [
-        (logps_module, "_chunk_logps", _cap_forgotten_in_gradient),
-        (logps_module, "_chunk_logps", _temperature_forgotten_in_gradient),
-        (logps_module, "_chunk_logps", _entropy_without_sign),
-        (logps_module, "_chunk_logps", _accuracy_by_log_prob),
+        (logps_module, "chunk_logps", _cap_forgotten_in_gradient),
+        (logps_module, "chunk_logps", _temperature_forgotten_in_gradient),
+        (logps_module, "chunk_logps", _entropy_without_sign),
+        (logps_module, "chunk_logps", _accuracy_by_log_prob),
         (Head, "logits", _logits_without_scale),
         (Head, "logits", _scale_after_cap),
         (Head, "logits", _logits_in_bf16),
@@ -379,7 +379,7 @@ def test_a_head_with_something_dropped_is_seen_and_refused(monkeypatch: pytest.M
     roles.head = replace(roles.head, **DROPPED[kind])
     assert error_against_model(roles) > 1e-2
     monkeypatch.setattr(roles_module, "head_of", lambda model: replace(logps_module.head_of(model), **DROPPED[kind]))
-    with pytest.raises(UserError, match="^base.model: the head of .* computes something"):
+    with pytest.raises(UserError, match="^base.model: the output head of .* computes something"):
         roles_over(unquantized_base(kind))
 
 
@@ -390,7 +390,7 @@ def test_a_head_that_differs_by_more_than_rounding_is_refused(dtype: torch.dtype
     head = logps_module.head_of(model.to(dtype))
     assert head.softcap == 30.0
     logps_module.check_head(model, head)
-    with pytest.raises(UserError, match="^base.model: the head of recurrent_gemma models computes something"):
+    with pytest.raises(UserError, match="^base.model: the output head of recurrent_gemma models computes something"):
         logps_module.check_head(model, replace(head, softcap=None))
 
 

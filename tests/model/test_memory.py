@@ -167,7 +167,7 @@ def test_models_whose_layers_cannot_differ_are_refused(monkeypatch: pytest.Monke
     base = unquantized_base("llama")
     monkeypatch.setattr(activation_checkpointing, "GradientCheckpointingLayer", torch.nn.Conv3d)
     with pytest.raises(
-        UserError, match="^train.gradient_checkpointing: llama models recompute all layers or none; say all or none$"
+        UserError, match="^train.gradient_checkpointing: llama models recompute all layers or none; use `all`"
     ):
         checkpoint_layers(base.model, 1, False, lambda: (None, None))  # type: ignore[arg-type,return-value]
 

@@ -158,7 +158,7 @@ def differs(unbroken: Any, name: str, backward: bool, draws: int) -> list[str]:
             for i, (a, b) in enumerate(zip(seen, gradients, strict=True))
             if relative_error(a, b) > NEAR[name]
         ]
-        wrong += [f"{moments}: role"] if roles._active else []
+        wrong += [f"{moments}: role"] if roles.active_stack else []
         wrong += [f"{moments}: {each}" for each in warnings if "out of memory" not in each]
         wrong += (
             [f"{moments}: times"]
@@ -331,7 +331,7 @@ def held_after_failure(name: str, backward: bool, cleared: bool = True) -> tuple
         loop.run()
     moment = count[0] // 2 if backward else max(2, 2 * (count[0] // 4))
     loop, roles, _, _ = watched_loop(name, steps=1)
-    real, attempt = MemoryLimits.record_oom, oom._attempt
+    real, attempt = MemoryLimits.record_oom, MemoryLimits._try
 
     def watched(*arguments: Any) -> Any:
         if "before" not in moments:
@@ -348,7 +348,7 @@ def held_after_failure(name: str, backward: bool, cleared: bool = True) -> tuple
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(MemoryLimits, "record_oom", ran_short)
-        patch.setattr(oom, "_attempt", watched)
+        patch.setattr(MemoryLimits, "_try", watched)
         patch.setitem(globals(), "short_of_memory", at_failure)
         if not cleared:
             kept: list[BaseException] = []
@@ -482,7 +482,9 @@ def test_a_rollout_goes_on_with_fewer_sequences_and_samples_the_same() -> None:
         found, notes = drawn(roles, moments)
         assert found == whole and len(notes) == len(moments) == roles.limits.num_ooms
         assert (
-            roles._active == [] and roles.base.model.training and roles.limits.cache_tokens == (8 >> len(moments)) * 16
+            roles.active_stack == []
+            and roles.base.model.training
+            and roles.limits.cache_tokens == (8 >> len(moments)) * 16
         )
         assert "drawn again from the same random numbers" in notes[0]
 

@@ -112,13 +112,13 @@ def _use_leaves_the_lower(self: Roles, role: str) -> Any:
 
 def _frozen_dropout_fires(self: Roles) -> None:
     real_freeze(self)
-    for layer in self._layers():
+    for layer in self.lora_layers:
         for name in layer.lora_dropout:
             layer.lora_dropout[name].p = 0.5
 
 
 def _pin_forgotten(self: Roles) -> None:
-    pinned = any(layer._active_adapter is self._active for layer in self._layers())
+    pinned = any(layer._active_adapter is self._active for layer in self.lora_layers)
     if not pinned:
         real_pin(self)
 
@@ -153,7 +153,7 @@ def test_a_switch_that_peft_undoes_is_pinned_again(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(Roles, "load_adapter_tensors", _load_without_pin)
     assert off_equals_bare(4, True, "loaded")
     roles = llama_roles()
-    assert all(layer._active_adapter is roles._active for layer in roles._layers())
+    assert all(layer._active_adapter is roles._active for layer in roles.lora_layers)
     pins = 0
 
     def only_at_birth(self: Roles) -> None:
@@ -288,8 +288,8 @@ def left_behind(roles: Roles) -> list[str]:
     wrong: list[str] = []
 
     def look(what: str, stack: Sequence[str], training: bool) -> None:
-        if roles._active != stack:
-            wrong.append(f"{what}: {roles._active} is active")
+        if roles.active_stack != stack:
+            wrong.append(f"{what}: {roles.active_stack} is active")
         if {module.training for module in roles.base.model.modules()} != {training}:
             wrong.append(f"{what}: train mode")
         if torch.is_grad_enabled() != training:
@@ -411,7 +411,7 @@ def some_gradients(
         with roles.activate("value" if roles_used[-1] == "policy" else "policy"):
             loss.backward()  # type: ignore[union-attr]
     found = [gradients(roles, role) for role in roles_used]
-    assert roles._active == []
+    assert roles.active_stack == []
     return torch.cat(found), forward, count[0]
 
 
@@ -473,7 +473,7 @@ def test_a_graph_can_be_walked_twice() -> None:
     loss.backward(retain_graph=True)  # type: ignore[no-untyped-call]
     once = gradients(roles)
     loss.backward()  # type: ignore[no-untyped-call]
-    assert relative_error(gradients(roles), 2 * once) <= 1e-6 and roles._active == []
+    assert relative_error(gradients(roles), 2 * once) <= 1e-6 and roles.active_stack == []
 
 
 # --- 6: padding -------------------------------------------------------------------------------------------------------
@@ -732,16 +732,16 @@ def sentence(call: Callable[[], Any]) -> str:
 @pytest.mark.parametrize(
     ("files", "weights", "message"),
     [
-        ({}, None, "holds no adapter_config.json"),
+        ({}, None, "contains no adapter_config.json"),
         ({"run.json": "{}"}, None, "a run that has not ended"),
         ({CONFIG: json.dumps(GOOD), "adapter_model.bin": "x"}, None, "can run code when they are read"),
-        ({CONFIG: json.dumps(GOOD)}, None, "holds no adapter_model.safetensors"),
+        ({CONFIG: json.dumps(GOOD)}, None, "contains no adapter_model.safetensors"),
         ({CONFIG: json.dumps(GOOD)}, b"not a safetensors file", "is broken"),
         ({CONFIG: json.dumps(GOOD)}, b"", "is broken"),
         ({CONFIG: "{"}, "good", "is broken"),
         ({CONFIG: "\x00\x01"}, "good", "is broken"),
-        ({CONFIG: "[]"}, "good", "is no LoRA adapter but list"),
-        ({CONFIG: json.dumps({"peft_type": "IA3"})}, "good", "is no LoRA adapter but IA3"),
+        ({CONFIG: "[]"}, "good", "is not a LoRA adapter but list"),
+        ({CONFIG: json.dumps({"peft_type": "IA3"})}, "good", "is not a LoRA adapter but IA3"),
         ({CONFIG: json.dumps(GOOD | {"use_dora": True})}, "good", "uses use_dora"),
         ({CONFIG: json.dumps(GOOD | {"modules_to_save": ["lm_head"]})}, "good", "uses modules_to_save"),
         ({CONFIG: json.dumps(GOOD | {"init_lora_weights": "pissa"})}, "good", "uses init_lora_weights pissa"),
@@ -857,7 +857,7 @@ def released_wrong(kind: str, first: bool, then: bool) -> set[str]:
     trained_bytes(roles)
     roles.sequence_scores("reward", batch).sum().backward()  # type: ignore[no-untyped-call]
     watched = [
-        weakref.ref(thing) for thing in (*roles.parameters("policy"), *roles.parameters("reward"), *roles._layers())
+        weakref.ref(thing) for thing in (*roles.parameters("policy"), *roles.parameters("reward"), *roles.lora_layers)
     ]
     base.model.eval()
     roles.unload_adapters()

@@ -67,7 +67,7 @@ def card(update: float = float("inf"), forward: float = float("inf")) -> Iterato
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Roles, "_run_decoder", decode)
         # whole rows, so that a batch has the tokens that it is counted by
-        patch.setattr(Roles, "_longest_shareable", 0)
+        patch.setattr(Roles, "max_shareable_length", 0)
         yield refused
 
 

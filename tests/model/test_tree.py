@@ -88,7 +88,7 @@ def error_of_sharing(roles: Roles, batch: Batch) -> float:
     nothing was shared."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(tree_module, "MAX_RELATIVE_FLOPS", 100.0)
-        if roles._packed_layout(batch) is None:
+        if roles.pack(batch) is None:
             return float("inf")
         packed, gradient = run(roles, batch, True)
         apart, expected = run(roles, batch, False)
@@ -151,7 +151,7 @@ def test_other_roles_quiet_mode_and_scores() -> None:
     found = []
     for share in (True, False):
         roles.share_prefixes = share
-        assert (roles._packed_layout(batch) is not None) == share
+        assert (roles.pack(batch) is not None) == share
         with roles.inference_mode():
             logps, kl = roles.logps("reference", batch).logps, roles.full_vocab_kl("reward", "reference", batch)
             found.append(torch.stack([logps, kl, roles.scores("reward", batch)]))
@@ -302,7 +302,7 @@ def test_the_probe_refuses_a_model_that_ignores_its_mask_or_positions(
     monkeypatch.setattr(
         roles.base.model, "get_decoder", lambda: lambda **given: decoder(**{**given, dropped: None}), raising=False
     )
-    assert roles._longest_shareable == 0
+    assert roles.max_shareable_length == 0
 
 
 @pytest.mark.parametrize("dropped", [None, "attention_mask", "position_ids"])
@@ -331,14 +331,14 @@ def test_rounding_of_another_batch_shape_keeps_prompts_shared(
 
     monkeypatch.setattr(base.model, "get_decoder", lambda: rounded, raising=False)
     monkeypatch.setattr(tree_module, "relative_difference", recorded)
-    assert bool(roles._longest_shareable) == (dropped is None)
+    assert bool(roles.max_shareable_length) == (dropped is None)
     assert differences[0] > tree_module.BF16_TOLERANCE, "the rounding is larger than what is always allowed"
 
 
 def test_the_probe_draws_no_random_number_and_leaves_the_mode() -> None:
     roles = roles_over(unquantized_base("llama"), dropout=0.5)
     before = torch.get_rng_state()
-    assert roles._longest_shareable and torch.equal(torch.get_rng_state(), before) and roles.base.model.training
+    assert roles.max_shareable_length and torch.equal(torch.get_rng_state(), before) and roles.base.model.training
 
 
 def test_by_hand() -> None:

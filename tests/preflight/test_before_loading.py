@@ -147,7 +147,7 @@ EXPECTED = (  # a text on the line, the key, and the message
     ("nobody/nothing", "stages.dpo.data.train.0.dataset", "not a preference pair"),
     ("nobody/nothing", "stages.dpo.data.train.1.dataset", "HF_HUB_OFFLINE"),
     ("below: {path", "stages.dpo.adapters.below.path", "there is no folder nowhere"),
-    ("broken: {path", "stages.dpo.adapters.broken.path", "holds no adapter_config.json"),
+    ("broken: {path", "stages.dpo.adapters.broken.path", "contains no adapter_config.json"),
     (
         "{dataset: prose.jsonl}]}\n    rewards",
         "stages.grpo.data.train.0.dataset",
