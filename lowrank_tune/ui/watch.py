@@ -132,7 +132,7 @@ def event_files(run: Path) -> list[Path]:
     path = run / EVENTS if run.is_dir() else run
     if not path.is_file():
         missing = EVENTS if run.is_dir() else "such file or folder"
-        raise UserError(f"{run}: no run to watch, for there is no {missing}")
+        raise UserError(f"{run}: not a run to watch: there is no {missing}")
     return [path]
 
 
@@ -216,7 +216,7 @@ def _print_lines(paths: Sequence[Path], folder: Path) -> None:
         if process is None:
             time.sleep(POLL_SECONDS)
             continue
-        message = f"{folder}: process {process} has ended before the run did; the command that began it continues it"
+        message = f"{folder}: process {process} has ended before the run did; the same command continues it"
         line_logger(LogMessage(message=message, level="warning"))
         is_over = True
     line_logger.close()

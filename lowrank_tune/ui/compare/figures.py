@@ -188,7 +188,7 @@ def _warnings(run: ComparedRun) -> str:
 def _hacking(run: ComparedRun) -> str:
     """Returns the step after which the run warned of reward hacking."""
     warned_at = get_mapping(run.last.summary, "hacking").get("step")
-    return f"said at step {warned_at}" if isinstance(warned_at, int) else ""
+    return f"warned at step {warned_at}" if isinstance(warned_at, int) else ""
 
 
 TOKENS = "{:.1f}".format

@@ -14,8 +14,8 @@ from lowrank_tune.ui.html import render, text
 from lowrank_tune.ui.report.run_log import RunLog
 
 PHASE_DESCRIPTIONS = {
-    "rollout": "completions are drawn",
-    "reward": "rewards are waited for; most are computed while others are drawn",
+    "rollout": "drawing completions",
+    "reward": "waiting for rewards; most are computed while completions are drawn",
     "update": "log-probs, gradients, the optimizer",
 }
 SHOWN_GROUPS = 3

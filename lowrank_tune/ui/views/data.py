@@ -69,7 +69,7 @@ def _sections(data_report: DataReport, plain: bool) -> Iterator[tuple[str, Rende
         yield "End token", _eos_line(data_report.ends, unit)
     yield "Steps", _steps(data_report, unit)
     if data_report.completions:
-        content = "what the model is asked"
+        content = "the prompts of the model"
     else:
         opening, closing = _brackets(plain)
         content = f"what the model reads; trained is the text in {opening} {closing}"
@@ -195,7 +195,7 @@ def _joined(locations: Sequence[str]) -> str:
 
 def _eos_line(ends: EosStats, unit: str) -> Text:
     if not ends.trained:
-        return Text("NO: no end token is trained; the model would never learn to stop", f"{HEAD} red")
+        return Text("NO: no end token is trained; the model cannot learn to stop", f"{HEAD} red")
     names = ", ".join(f"{escape_control_chars(name)} ({count:,} times)" for name, count in ends.tokens.items())
     line = Text().append("yes", f"{HEAD} {GOOD}")
     line.append(f": {names}; ")
