@@ -9,8 +9,16 @@ from statistics import fmean, median
 from typing import Literal
 
 from lowrank_tune.training.reward_hacking import find_divergence
-from lowrank_tune.ui.metrics import GENERATIVE_ALGORITHMS, PAIR_ACCURACY, PAIR_MARGIN
-from lowrank_tune.ui.reward_vs_accuracy import describe_drift, eval_points_of, values_of
+from lowrank_tune.ui.metrics import (
+    GENERATIVE_ALGORITHMS,
+    PAIR_ACCURACY,
+    PAIR_MARGIN,
+)
+from lowrank_tune.ui.reward_vs_accuracy import (
+    describe_drift,
+    eval_points_of,
+    values_of,
+)
 from lowrank_tune.ui.state import State
 
 MIN_STEPS = 20
@@ -49,7 +57,10 @@ KL_ADVICE = {
     "ppo": "raise ppo.kl_coef or lower train.learning_rate",
 }
 KL_SETTINGS = {"grpo": "grpo.beta", "ppo": "ppo.kl_coef"}
-ENTROPY_SETTINGS = {"grpo": "grpo.beta, grpo.epsilon_high", "ppo": "ppo.kl_coef, ppo.entropy"}
+ENTROPY_SETTINGS = {
+    "grpo": "grpo.beta, grpo.epsilon_high",
+    "ppo": "ppo.kl_coef, ppo.entropy",
+}
 CHOSEN_LOGP_DROP = -0.5
 """Equals `algorithms.dpo.CHOSEN_LOGP_DROP`, whose module loads torch."""
 
@@ -175,7 +186,10 @@ def kl_too_large(state: State) -> Iterator[Diagnosis]:
     values = values_of(state, "kl")
     limit = MAX_KL.get(state.algorithm, MAX_KL["sft"])
     if values and _recent(values) > limit:
-        advice = KL_ADVICE.get(state.algorithm, "lower train.learning_rate or train fewer steps")
+        advice = KL_ADVICE.get(
+            state.algorithm,
+            "lower train.learning_rate or train fewer steps",
+        )
         yield _warning(
             f"KL to the reference is {_number(_recent(values))} nats a token, above {_number(limit)}: {advice}"
         )
@@ -328,7 +342,12 @@ def _reward_trend(state: State) -> RewardTrend | None:
         return None
     seen = state.reward_range or (min(values), max(values))
     span = max(seen[1] - seen[0], max(values) - min(values))
-    return RewardTrend(_first_quarter(values), _last_quarter(values), span, max(*seen, *values))
+    return RewardTrend(
+        _first_quarter(values),
+        _last_quarter(values),
+        span,
+        max(*seen, *values),
+    )
 
 
 def _unsolved_trend(state: State) -> RewardTrend | None:

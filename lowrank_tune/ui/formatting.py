@@ -9,7 +9,12 @@ from datetime import UTC, datetime
 
 from lowrank_tune.events import Evaluated, RunEnded, RunStarted, StepEnd
 from lowrank_tune.ui import escape_control_chars
-from lowrank_tune.ui.metrics import POLICY, heldout_parts, reward_label, reward_names
+from lowrank_tune.ui.metrics import (
+    POLICY,
+    heldout_parts,
+    reward_label,
+    reward_names,
+)
 
 
 def number(value: float) -> str:
@@ -94,7 +99,10 @@ METRIC_FORMATS: dict[str, tuple[str, Callable[[float], str]]] = {
     "oom_retries": ("short of memory", "{:.0f}".format),
     "reward_errors": ("reward errors", "{:.0f}".format),
     "reward_timeouts": ("reward timeouts", "{:.0f}".format),
-    "": ("", str),  # the place of all other statistics, under their own names
+    "": (
+        "",
+        str,
+    ),  # the place of all other statistics, under their own names
     "rollout_seconds": ("rollout", "{:.1f} s".format),
     "tokens_per_second": ("tokens/s", "{:,.0f}".format),
     "memory_gib": ("memory", "{:.1f} GiB".format),
@@ -176,7 +184,10 @@ def _label_validation(stats: Mapping[str, float]) -> tuple[str, dict[str, float]
         who, metric = heldout_parts(name)
         models[f"the {POLICY}" if who == POLICY else who] = None
         metrics[metric] = value
-    return f"held-out answers of {escape_control_chars(', '.join(models), 60)}", metrics
+    return (
+        f"held-out answers of {escape_control_chars(', '.join(models), 60)}",
+        metrics,
+    )
 
 
 def stage_of(event: RunEnded, started: RunStarted | None) -> tuple[int, int]:

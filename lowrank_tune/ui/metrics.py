@@ -7,7 +7,14 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 CHARTS: dict[str, tuple[tuple[str, ...], ...]] = {
-    "sft": (("loss",), ("kl",), ("grad_norm",), ("learning_rate",), ("mean_token_accuracy",), ("entropy",)),
+    "sft": (
+        ("loss",),
+        ("kl",),
+        ("grad_norm",),
+        ("learning_rate",),
+        ("mean_token_accuracy",),
+        ("entropy",),
+    ),
     "reward": (
         ("loss",),
         ("accuracy",),
@@ -78,7 +85,11 @@ TITLES = {
     "approx_kl": "KL within a step",
 }
 """Titles of charts by the first of their metrics."""
-SIDE_TITLES = {"score_chosen": "score", "rewards/chosen": "reward", "logps_per_token/chosen": "log-prob"}
+SIDE_TITLES = {
+    "score_chosen": "score",
+    "rewards/chosen": "reward",
+    "logps_per_token/chosen": "log-prob",
+}
 """Short titles of charts of pairs, which also show the last values of both sides."""
 
 DEFAULT_ALGORITHM = "sft"
@@ -223,7 +234,13 @@ def phases_of(stats: Mapping[str, float], seconds: float) -> dict[str, float]:
             return {}
         measured.append(float(value))
     rollout, reward = measured
-    return dict(zip(PHASES, (rollout, reward, max(0.0, seconds - rollout - reward)), strict=True))
+    return dict(
+        zip(
+            PHASES,
+            (rollout, reward, max(0.0, seconds - rollout - reward)),
+            strict=True,
+        )
+    )
 
 
 def pair_side(name: str) -> str:
@@ -233,7 +250,10 @@ def pair_side(name: str) -> str:
 
 def paired_metric(algorithm: str, name: str) -> str | None:
     """Returns the metric that is the second line in the chart of `name`."""
-    return next((names[1] for names in charts_of(algorithm) if len(names) > 1 and names[0] == name), None)
+    return next(
+        (names[1] for names in charts_of(algorithm) if len(names) > 1 and names[0] == name),
+        None,
+    )
 
 
 def heldout_parts(name: str) -> tuple[str, str]:

@@ -13,7 +13,13 @@ from pathlib import Path
 from lowrank_tune.checkpoint.run_format import check_run_format
 from lowrank_tune.errors import UserError
 from lowrank_tune.events import Event, LogMessage, RunEnded, RunStarted
-from lowrank_tune.ui.run_paths import EVENTS, ended_process, is_chain, parse_event, stage_folders
+from lowrank_tune.ui.run_paths import (
+    EVENTS,
+    ended_process,
+    is_chain,
+    parse_event,
+    stage_folders,
+)
 from lowrank_tune.ui.state import State
 from lowrank_tune.ui.terminal.device import can_show
 from lowrank_tune.ui.terminal.live_screen import LiveScreen
@@ -148,7 +154,11 @@ def latest_event_file(run: Path) -> Path:
     return next((file for file in reversed(files) if file.is_file()), files[0])
 
 
-def watch(runs: Sequence[Path], environ: Mapping[str, str] = os.environ, plain: bool = False) -> None:
+def watch(
+    runs: Sequence[Path],
+    environ: Mapping[str, str] = os.environ,
+    plain: bool = False,
+) -> None:
     """Shows runs until `q` or Ctrl-C; without a suitable terminal, prints lines until the last run has ended.
 
     Raises UserError if a path is not a run.
@@ -171,7 +181,12 @@ def watch(runs: Sequence[Path], environ: Mapping[str, str] = os.environ, plain: 
         return any(polled)
 
     def draw(view: View, width: int, height: int) -> list[Line]:
-        return render_several([watched_run.state for watched_run in watched], view, width, height)
+        return render_several(
+            [watched_run.state for watched_run in watched],
+            view,
+            width,
+            height,
+        )
 
     def on_key(key: str) -> None:
         if key == "q":

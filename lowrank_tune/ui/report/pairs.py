@@ -12,9 +12,18 @@ from markupsafe import Markup
 
 from lowrank_tune.ui.formatting import format_tick, percent
 from lowrank_tune.ui.html import render
-from lowrank_tune.ui.json_fields import get_list, get_mapping, get_number, get_objects
+from lowrank_tune.ui.json_fields import (
+    get_list,
+    get_mapping,
+    get_number,
+    get_objects,
+)
 from lowrank_tune.ui.metrics import PAIR_SIDES
-from lowrank_tune.ui.report.plots import histogram_pair, reliability, scatter
+from lowrank_tune.ui.report.plots import (
+    histogram_pair,
+    reliability,
+    scatter,
+)
 from lowrank_tune.ui.report.run_log import RunLog
 
 MAX_SCORE = 1e30

@@ -80,7 +80,11 @@ def samples(run_log: RunLog) -> Markup:
 def _prompt_samples(prompt: str, logged: Sequence[SampleLogged], base_name: str) -> PromptSamples:
     rows = []
     for sample in _spread(logged):
-        answer = grade(str(sample.completion), sample.finish_reason == "stop", sample.ground_truth)
+        answer = grade(
+            str(sample.completion),
+            sample.finish_reason == "stop",
+            sample.ground_truth,
+        )
         reward = "" if sample.reward is None else number(sample.reward)
         rows.append(SampleRow(_label(sample, base_name), answer, reward))
     return PromptSamples(prompt, logged[0].ground_truth, rows)
@@ -100,7 +104,11 @@ def _pair_samples(logged: Iterable[SampleLogged]) -> list[PairSamples]:
     chosen = None
     for sample in logged:
         if chosen is not None and sample.role == "rejected" and sample.prompt == chosen.prompt:
-            pair = (str(sample.prompt), str(chosen.completion), str(sample.completion))
+            pair = (
+                str(sample.prompt),
+                str(chosen.completion),
+                str(sample.completion),
+            )
             history.setdefault(pair, []).append(_pair_row(chosen, sample))
         chosen = sample if sample.role == "chosen" else None
     return [PairSamples(*pair, _spread(rows)) for pair, rows in history.items()]
