@@ -65,7 +65,7 @@ class PairSamples:
 
 def samples(run_log: RunLog) -> Markup:
     """Returns the samples of each prompt and the scores of each held-out pair, empty if the run has none."""
-    base_name = reference_name(run_log.started.roles) if run_log.started else "base"
+    reference = reference_name(run_log.started.roles) if run_log.started else "base"
     by_prompt: dict[str, list[SampleLogged]] = {}
     of_pairs = []
     for sample in run_log.samples:
@@ -73,11 +73,11 @@ def samples(run_log: RunLog) -> Markup:
             of_pairs.append(sample)
         else:
             by_prompt.setdefault(str(sample.prompt), []).append(sample)
-    prompts = [_prompt_samples(prompt, logged, base_name) for prompt, logged in by_prompt.items()]
+    prompts = [_prompt_samples(prompt, logged, reference) for prompt, logged in by_prompt.items()]
     return render("samples", prompts=prompts, pairs=_pair_samples(of_pairs))
 
 
-def _prompt_samples(prompt: str, logged: Sequence[SampleLogged], base_name: str) -> PromptSamples:
+def _prompt_samples(prompt: str, logged: Sequence[SampleLogged], reference: str) -> PromptSamples:
     rows = []
     for sample in _spread(logged):
         answer = grade(
@@ -86,15 +86,15 @@ def _prompt_samples(prompt: str, logged: Sequence[SampleLogged], base_name: str)
             sample.ground_truth,
         )
         reward = "" if sample.reward is None else number(sample.reward)
-        rows.append(SampleRow(_label(sample, base_name), answer, reward))
+        rows.append(SampleRow(_label(sample, reference), answer, reward))
     return PromptSamples(prompt, logged[0].ground_truth, rows)
 
 
-def _label(sample: SampleLogged, base_name: str) -> str:
+def _label(sample: SampleLogged, reference: str) -> str:
     if sample.role == "policy":
         return f"step {sample.step:,}"
     if sample.role == "reference":
-        return base_name
+        return reference
     return str(sample.role)
 
 
