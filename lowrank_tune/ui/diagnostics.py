@@ -9,8 +9,16 @@ from statistics import fmean, median
 from typing import Literal
 
 from lowrank_tune.training.reward_hacking import find_divergence
-from lowrank_tune.ui.metrics import GENERATIVE_ALGORITHMS, PAIR_ACCURACY, PAIR_MARGIN
-from lowrank_tune.ui.reward_vs_accuracy import describe_drift, eval_points_of, values_of
+from lowrank_tune.ui.metrics import (
+    GENERATIVE_ALGORITHMS,
+    PAIR_ACCURACY,
+    PAIR_MARGIN,
+)
+from lowrank_tune.ui.reward_vs_accuracy import (
+    describe_drift,
+    eval_points_of,
+    values_of,
+)
 from lowrank_tune.ui.state import State
 
 MIN_STEPS = 20
@@ -49,7 +57,10 @@ KL_ADVICE = {
     "ppo": "raise ppo.kl_coef or lower train.learning_rate",
 }
 KL_SETTINGS = {"grpo": "grpo.beta", "ppo": "ppo.kl_coef"}
-ENTROPY_SETTINGS = {"grpo": "grpo.beta, grpo.epsilon_high", "ppo": "ppo.kl_coef, ppo.entropy"}
+ENTROPY_SETTINGS = {
+    "grpo": "grpo.beta, grpo.epsilon_high",
+    "ppo": "ppo.kl_coef, ppo.entropy",
+}
 CHOSEN_LOGP_DROP = -0.5
 """Equals `algorithms.dpo.CHOSEN_LOGP_DROP`, whose module loads torch."""
 
@@ -136,7 +147,7 @@ def skipped_steps(state: State) -> Iterator[Diagnosis]:
     if skipped:
         yield _warning(
             f"{skipped:.0f} of {state.step} steps had no finite loss or gradient and were skipped: "
-            f"a lower learning rate?"
+            f"lower train.learning_rate"
         )
 
 
@@ -151,7 +162,7 @@ def loss_not_falling(state: State) -> Iterator[Diagnosis]:
     last = _last_quarter(values)
     if last <= max(first * (1 - MIN_LOSS_CHANGE), SMALL_LOSS):
         return
-    change = f"{_number(first)} at first, {_number(last)} now: is the learning rate right, and the data?"
+    change = f"{_number(first)} at first, {_number(last)} now: check train.learning_rate and the data"
     if last > first * (1 + MIN_LOSS_CHANGE):
         yield _bad(f"the loss rises: {change}")
     else:
@@ -175,10 +186,12 @@ def kl_too_large(state: State) -> Iterator[Diagnosis]:
     values = values_of(state, "kl")
     limit = MAX_KL.get(state.algorithm, MAX_KL["sft"])
     if values and _recent(values) > limit:
-        advice = KL_ADVICE.get(state.algorithm, "lower train.learning_rate or train fewer steps")
+        advice = KL_ADVICE.get(
+            state.algorithm,
+            "lower train.learning_rate or train fewer steps",
+        )
         yield _warning(
-            f"KL to the reference is {_number(_recent(values))} nats a token, above {_number(limit)}: "
-            f"the policy has gone far; {advice}"
+            f"KL to the reference is {_number(_recent(values))} nats a token, above {_number(limit)}: {advice}"
         )
 
 
@@ -194,7 +207,7 @@ def nothing_learned(state: State) -> Iterator[Diagnosis]:
     if few_moved or small_updates:
         yield _bad(
             f"nothing is learned: the last step moved {moved[-1]:.1%} of the adapter: "
-            f"train.learning_rate, the loss mask?"
+            f"check train.learning_rate and the loss mask"
         )
 
 
@@ -236,8 +249,8 @@ def rejected_preferred(state: State) -> Iterator[Diagnosis]:
     right = _pair_accuracy(state)
     if right < CHANCE - CHANCE_MARGIN:
         yield _bad(
-            f"the rejected answers win: {right:.0%} of the training pairs are right: "
-            f"are chosen and rejected swapped? see lowrank-tune data"
+            f"the rejected answers are preferred: {right:.0%} of the training pairs are right: "
+            f"check with lowrank-tune data whether they are swapped"
         )
 
 
@@ -249,7 +262,7 @@ def pairs_not_separated(state: State) -> Iterator[Diagnosis]:
     grows = len(margins) >= MIN_STEPS and _last_quarter(margins) > _first_quarter(margins)
     margin = "the margin grows slowly" if grows else "the margin does not grow"
     yield _warning(
-        f"chosen and rejected are not told apart: {right:.0%} of the training pairs are right, {margin}: "
+        f"chosen and rejected are not separated: {right:.0%} of the training pairs are right, {margin}: "
         "a higher train.learning_rate, more steps, or pairs that differ more clearly"
     )
 
@@ -262,7 +275,7 @@ def heldout_pairs_not_separated(state: State) -> Iterator[Diagnosis]:
     checked = values_of(state, f"eval_{PAIR_ACCURACY[state.algorithm]}")
     if len(checked) > 1 and _is_chance(_recent(checked)):
         yield _warning(
-            f"held-out pairs are not told apart: {_recent(checked):.0%} are right, in training {right:.0%}: "
+            f"held-out pairs are not separated: {_recent(checked):.0%} are right, in training {right:.0%}: "
             "more or clearer pairs, a smaller adapter, or fewer steps"
         )
 
@@ -287,7 +300,7 @@ def overconfident(state: State) -> Iterator[Diagnosis]:
     now = fmean(checked[-2:])
     if now < max(checked) - MIN_ACCURACY_DROP:
         yield _warning(
-            f"the reward model is sure of its training pairs ({right:.0%} right) and worse at held-out ones "
+            f"the reward model is confident about its training pairs ({right:.0%} right) and worse at held-out ones "
             f"({max(checked):.0%} -> {now:.0%}): fewer steps, a lower train.learning_rate, or more pairs"
         )
 
@@ -303,7 +316,7 @@ def follows_length(state: State) -> Iterator[Diagnosis]:
         advice += ", or set dpo.loss_type=sigmoid_norm"
     yield _warning(
         f"the score follows the length of an answer (correlation {correlation:+.2f}): "
-        f"{winner} ones win whatever they say: {advice}"
+        f"{winner} ones win regardless of their content: {advice}"
     )
 
 
@@ -329,7 +342,12 @@ def _reward_trend(state: State) -> RewardTrend | None:
         return None
     seen = state.reward_range or (min(values), max(values))
     span = max(seen[1] - seen[0], max(values) - min(values))
-    return RewardTrend(_first_quarter(values), _last_quarter(values), span, max(*seen, *values))
+    return RewardTrend(
+        _first_quarter(values),
+        _last_quarter(values),
+        span,
+        max(*seen, *values),
+    )
 
 
 def _unsolved_trend(state: State) -> RewardTrend | None:
@@ -365,7 +383,7 @@ def entropy_collapsed(state: State) -> Iterator[Diagnosis]:
         settings = ENTROPY_SETTINGS.get(state.algorithm, "")
         yield _bad(
             f"entropy has collapsed to {_number(entropy)} nats a token while the reward stalls: "
-            f"the policy tries nothing new: raise {settings} or rollout.temperature, or lower train.learning_rate"
+            f"the completions are all alike: raise {settings} or rollout.temperature, or lower train.learning_rate"
         )
 
 
@@ -396,7 +414,7 @@ def rewards_all_equal(state: State) -> Iterator[Diagnosis]:
     trend = _unsolved_trend(state)
     if trend is not None and trend.span == 0:
         yield _bad(
-            f"every completion has the reward {_number(trend.last)}, so that there is nothing to learn: "
+            f"every completion has the reward {_number(trend.last)}, so there is nothing to learn: "
             "an easier task, a partial reward, or an SFT adapter below"
         )
 
@@ -414,8 +432,7 @@ def groups_without_signal(state: State) -> Iterator[Diagnosis]:
     reward_std = _trained(state, "reward_std")
     if zero_std > MAX_ZERO_STD:
         yield _warning(
-            f"{zero_std:.0%} of the groups have zero reward std: their completions all have one reward and give no "
-            f"gradient: {advice}"
+            f"{zero_std:.0%} of the groups have zero reward std: their completions give no gradient: {advice}"
         )
     elif reward_std < MIN_REWARD_STD * trend.span:
         yield _warning(f"rewards within a group hardly differ (spread {_number(reward_std)}): {advice}")
@@ -427,8 +444,8 @@ def sampling_mismatch(state: State) -> Iterator[Diagnosis]:
     if values and _recent(values) > MAX_LOGPROB_MISMATCH:
         advice = "set grpo.old_logprobs_from to sampler, or " if state.algorithm == "grpo" else ""
         yield _warning(
-            f"sampling and training disagree by {_number(_recent(values))} nats a token: ratios compare what was "
-            f"never drawn: {advice}look at the precision of the base"
+            f"sampling and training disagree by {_number(_recent(values))} nats a token: the importance ratios are "
+            f"wrong: {advice}check the precision of the base"
         )
 
 
@@ -469,12 +486,12 @@ CHECKS: tuple[Callable[[State], Iterator[Diagnosis]], ...] = (
 
 def _no_issue(state: State) -> Diagnosis:
     if state.ended is not None and state.ended.status == "failed":
-        return Diagnosis("", "the run failed; the last lines of the log say why")
+        return Diagnosis("", "the run failed; see the last lines of the log")
     steps = len(values_of(state, "loss"))
     if steps == 0:
-        return Diagnosis("", "no step yet: the curves come with the first one")
+        return Diagnosis("", "no step yet: the curves begin with the first one")
     if steps < MIN_STEPS:
-        return Diagnosis("", f"too early to judge: {steps} of the first {MIN_STEPS} steps")
+        return Diagnosis("", f"too early: {steps} of the first {MIN_STEPS} steps")
     trend = _reward_trend(state)
     if trend is not None and state.algorithm in GENERATIVE_ALGORITHMS:
         return Diagnosis("good", f"all good: {_reward_summary(state, trend)}")

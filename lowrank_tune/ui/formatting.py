@@ -1,5 +1,4 @@
-"""Figures in words: how a number, a statistic, a validation and the time that is left are written, wherever they are
-shown."""
+"""Figures in words: numbers, times, statistics, validations and the time that is left."""
 
 from __future__ import annotations
 
@@ -10,11 +9,16 @@ from datetime import UTC, datetime
 
 from lowrank_tune.events import Evaluated, RunEnded, RunStarted, StepEnd
 from lowrank_tune.ui import escape_control_chars
-from lowrank_tune.ui.metrics import POLICY, heldout_parts, reward_label, reward_names
+from lowrank_tune.ui.metrics import (
+    POLICY,
+    heldout_parts,
+    reward_label,
+    reward_names,
+)
 
 
 def number(value: float) -> str:
-    """Three decimals, or the exponent where those would show nothing."""
+    """Returns a number with three decimals, or with an exponent if it is too small or too large for them."""
     if value == 0 or 0.01 <= abs(value) < 1e5 or value != value:
         return f"{value:.3f}"
     return f"{value:.2e}"
@@ -95,12 +99,15 @@ METRIC_FORMATS: dict[str, tuple[str, Callable[[float], str]]] = {
     "oom_retries": ("short of memory", "{:.0f}".format),
     "reward_errors": ("reward errors", "{:.0f}".format),
     "reward_timeouts": ("reward timeouts", "{:.0f}".format),
-    "": ("", str),  # statistics without a line here come in this place, under their own names
+    "": (
+        "",
+        str,
+    ),  # the place of all other statistics, under their own names
     "rollout_seconds": ("rollout", "{:.1f} s".format),
     "tokens_per_second": ("tokens/s", "{:,.0f}".format),
     "memory_gib": ("memory", "{:.1f} GiB".format),
 }
-"""How a statistic is named and written, in the order of the line."""
+"""Label and format of each statistic, in the order of the line."""
 
 HIDDEN_METRICS = {
     "logps_per_token/chosen",
@@ -116,7 +123,7 @@ HIDDEN_METRICS = {
     "value_clip_ratio",
     "approx_kl",
 }
-"""What would make the line of a step too long, and says little by itself: the screen and the report draw it."""
+"""Left out of the line of a step, which would become too long; the screen and the report draw them."""
 NONZERO_ONLY_METRICS = {
     "skipped_steps",
     "oom_retries",
@@ -125,7 +132,7 @@ NONZERO_ONLY_METRICS = {
     "reward_errors",
     "reward_timeouts",
 }
-"""Said only where it is not 0."""
+"""Left out if they are 0."""
 _PASS = re.compile(r"pass_at_(\d{1,6})")
 
 
@@ -177,39 +184,46 @@ def _label_validation(stats: Mapping[str, float]) -> tuple[str, dict[str, float]
         who, metric = heldout_parts(name)
         models[f"the {POLICY}" if who == POLICY else who] = None
         metrics[metric] = value
-    return f"held-out answers of {escape_control_chars(', '.join(models), 60)}", metrics
+    return (
+        f"held-out answers of {escape_control_chars(', '.join(models), 60)}",
+        metrics,
+    )
 
 
 def stage_of(event: RunEnded, started: RunStarted | None) -> tuple[int, int]:
-    """Which stage of how many ended. One that failed before its `RunStarted` is named by its own event alone; in logs
-    of versions whose `RunEnded` has no stage the last `RunStarted` names it."""
+    """Returns which stage ended, and the number of stages.
+
+    Only its own event names a stage that failed before its `RunStarted`. A `RunEnded` of an older version has no stage;
+    then the last `RunStarted` names it.
+    """
     source = event if event.stages > 1 or started is None else started
     return source.stage, source.stages
 
 
 def clock(seconds: float) -> str:
-    """0:42, 12:05, 3:07:30."""
-    whole = max(0, round(seconds))
-    hours = whole // 3600
-    minutes = whole // 60 % 60
-    rest = whole % 60
+    """Returns a duration as 0:42, 12:05 or 3:07:30."""
+    minutes, rest = divmod(max(0, round(seconds)), 60)
+    hours, minutes = divmod(minutes, 60)
     if hours:
         return f"{hours}:{minutes:02d}:{rest:02d}"
     return f"{minutes}:{rest:02d}"
 
 
 class EtaEstimator:
-    """Wall time a step over the last fifth of the run: about two evaluations lie in it, so their pauses count too."""
+    """Estimates the time left from the wall time per step over the last fifth of the run, which contains about two
+    evaluations."""
 
     def __init__(self) -> None:
         self._marks: deque[tuple[int, float]] = deque()
 
     def seconds_left(self, event: StepEnd) -> float:
-        """Seconds until the last step."""
+        """Returns the seconds until the last step."""
         if not self._marks or event.step <= self._marks[-1][0]:
             self._marks = deque([(event.step - 1, event.time - event.seconds)])
         self._marks.append((event.step, event.time))
         while len(self._marks) > max(20, event.steps // 5):
             self._marks.popleft()
-        (first, since), (last, until) = self._marks[0], self._marks[-1]
-        return (event.steps - last) * (until - since) / (last - first)
+        first_step, first_time = self._marks[0]
+        last_step, last_time = self._marks[-1]
+        steps_left = event.steps - last_step
+        return steps_left * (last_time - first_time) / (last_step - first_step)

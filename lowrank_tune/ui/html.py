@@ -1,8 +1,8 @@
 """HTML pages from the templates in `ui/templates`.
 
 A template escapes every value for HTML and, through `finalize`, escapes its control characters and limits its length.
-Text of a model, a data file or a recipe is therefore inert without further care. Only `Markup` is inserted unchanged;
-this package creates it in `block`, in `svg` and from the files `page.css` and `page.js`.
+Text of a model, a data file or a recipe is therefore inert without a filter. Only `Markup` is inserted unchanged: other
+templates, `block`, the charts of `svg`, the tooltip data of `report.curves`, and the files `page.css` and `page.js`.
 """
 
 from __future__ import annotations

@@ -7,7 +7,14 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 CHARTS: dict[str, tuple[tuple[str, ...], ...]] = {
-    "sft": (("loss",), ("kl",), ("grad_norm",), ("learning_rate",), ("mean_token_accuracy",), ("entropy",)),
+    "sft": (
+        ("loss",),
+        ("kl",),
+        ("grad_norm",),
+        ("learning_rate",),
+        ("mean_token_accuracy",),
+        ("entropy",),
+    ),
     "reward": (
         ("loss",),
         ("accuracy",),
@@ -78,7 +85,11 @@ TITLES = {
     "approx_kl": "KL within a step",
 }
 """Titles of charts by the first of their metrics."""
-SIDE_TITLES = {"score_chosen": "score", "rewards/chosen": "reward", "logps_per_token/chosen": "log-prob"}
+SIDE_TITLES = {
+    "score_chosen": "score",
+    "rewards/chosen": "reward",
+    "logps_per_token/chosen": "log-prob",
+}
 """Short titles of charts of pairs, which also show the last values of both sides."""
 
 DEFAULT_ALGORITHM = "sft"
@@ -97,19 +108,19 @@ BAND_METRIC = {"reward": "reward_std"}
 PAIR_SIDES = {"chosen": "chosen", "rejected": "rejected"}
 
 DESCRIPTIONS = {
-    "loss": "negative log-likelihood of what is trained, nats a token",
+    "loss": "negative log-likelihood of the trained tokens, nats per token",
     "reward": "mean reward of the completions",
-    "mean_token_accuracy": "share of trained tokens that were the first choice",
-    "kl": "how far the policy is from its reference, nats a token",
-    "entropy": "how undecided the prediction is, nats",
-    "grad_norm": "length of the gradient before clipping",
-    "learning_rate": "the step's rate",
-    "update_ratio": "length of the update over that of the weights",
+    "mean_token_accuracy": "share of trained tokens that are the model's first choice",
+    "kl": "KL of the policy to its reference, nats per token",
+    "entropy": "entropy of the prediction, nats",
+    "grad_norm": "norm of the gradient before clipping",
+    "learning_rate": "learning rate of the step",
+    "update_ratio": "norm of the update divided by that of the weights",
     "updated_param_fraction": "share of the adapter that the last step changed",
-    "tokens_per_second": "tokens of the step by its wall time",
+    "tokens_per_second": "tokens of the step divided by its wall time",
     "memory_gib": "peak memory, GiB",
     "skipped_steps": "steps that were not finite and changed nothing",
-    "oom_retries": "times that memory ran short; the work was done again in parts",
+    "oom_retries": "times the memory was exhausted; the work was repeated in parts",
 }
 _HELDOUT_DESCRIPTIONS = {
     "heldout/accuracy": "share of held-out questions that the policy answers exactly (pass@1)",
@@ -119,55 +130,54 @@ _HELDOUT_DESCRIPTIONS = {
 }
 _ROLLOUT_DESCRIPTIONS = {
     "completions/mean_length": "tokens of a completion",
-    "sampling/sampling_logp_difference/mean": "how far the log-probs of sampling and of training lie apart, "
-    "nats a token; should be near 0",
-    "entropy": "how undecided the policy is, nats a token; near 0 it tries nothing new",
-    "loss": "the policy's loss; with advantages around 0 it says little",
-    "rollout_seconds": "seconds of a step in which completions were drawn",
-    "reward_seconds": "seconds of a step spent waiting for rewards",
-    "reward_errors": "completions of a step on which a reward failed; they leave their groups",
-    "reward_timeouts": "completions of a step on which a reward took too long; they leave their groups",
+    "sampling/sampling_logp_difference/mean": "difference between the log-probs of sampling and of training, "
+    "nats per token; should be near 0",
+    "entropy": "entropy of the policy, nats per token; near 0 its completions are all alike",
+    "loss": "loss of the policy; with advantages around 0 its value has no meaning",
+    "rollout_seconds": "seconds of a step for drawing completions",
+    "reward_seconds": "seconds of a step for waiting for rewards",
+    "reward_errors": "completions of a step on which a reward failed; they are removed from their groups",
+    "reward_timeouts": "completions of a step on which a reward took too long; they are removed from their groups",
 }
 DESCRIPTIONS_BY_ALGORITHM = {
     "reward": {
-        "loss": "minus the log-probability that the chosen answer wins (Bradley-Terry), nats a pair; 0.693 is a coin's",
+        "loss": "negative log-probability that the chosen answer wins (Bradley-Terry), nats per pair; 0.693 is chance",
         "accuracy": "share of pairs whose chosen answer scores higher; a tie counts half",
         "score_chosen": "mean score of the chosen and of the rejected answers",
         "margin": "mean score of the chosen answers above the rejected",
     },
     "dpo": {
-        "loss": "the preference loss, a pair; 0.693 is where a sigmoid loss begins",
+        "loss": "preference loss per pair; a sigmoid loss starts at 0.693",
         "rewards/accuracies": "share of pairs whose chosen answer gained more against the reference; a tie counts half",
         "rewards/chosen": "beta times the log-ratio to the reference; a chosen answer below 0 became less likely",
         "rewards/margins": "implicit reward of the chosen answers above the rejected",
-        "logps_per_token/chosen": "how likely the policy finds both sides, nats a token",
-        "logps/chosen_delta": "log-probability of the chosen answers against the reference, nats a token; far below 0 "
-        "they are unlearned",
+        "logps_per_token/chosen": "log-probability of both sides under the policy, nats per token",
+        "logps/chosen_delta": "log-probability of the chosen answers against the reference, nats per token; far below "
+        "0 they are unlearned",
     },
     "grpo": {
-        "reward": "mean reward of the completions, before any KL is taken off",
+        "reward": "mean reward of the completions, without the KL",
         **_HELDOUT_DESCRIPTIONS,
-        "reward_std": "how far rewards within a group lie apart (standard deviation); near 0 there is nothing to "
-        "learn from",
+        "reward_std": "standard deviation of the rewards within a group; near 0 there is nothing to learn from",
         "frac_reward_zero_std": "share of groups whose completions all have the same reward; they give no gradient",
-        "completions/clipped_ratio": "share of completions that the limit cut off",
+        "completions/clipped_ratio": "share of completions that were cut off by the limit",
         "clip_ratio": "share of tokens where the clip stops the gradient",
         **_ROLLOUT_DESCRIPTIONS,
     },
     "ppo": {
-        "reward": "mean reward of the completions, before penalties and before any KL is taken off",
-        "scores": "what stands at the last token: the reward, less the penalty of completions without an end",
+        "reward": "mean reward of the completions, without penalties and without the KL",
+        "scores": "reward at the last token: the reward minus the penalty of completions without an end",
         **_HELDOUT_DESCRIPTIONS,
-        "kl_coef": "weight of the KL in the reward; it moves where a target is set",
-        "approx_kl": "how far a step's passes move the policy from the one that wrote, nats a token",
-        "value": "what the value expects, in the mean over tokens",
-        "value_loss": "squared error of the value, halved",
-        "explained_variance": "share of what the returns vary that the value foretells; 1 is all, 0 no more than "
-        "their mean, below 0 harm",
+        "kl_coef": "weight of the KL in the reward; it changes if a target is set",
+        "approx_kl": "KL of the sampled policy to the policy after the passes of the step, nats per token",
+        "value": "mean estimate of the value over the tokens",
+        "value_loss": "half the squared error of the value",
+        "explained_variance": "share of the variance of the returns that the value predicts; 1 is all, 0 no better "
+        "than their mean, below 0 worse",
         "clip_ratio": "share of tokens where the clip stops the policy's gradient",
         "value_clip_ratio": "share of tokens where the clip stops the value's gradient",
-        "reward_std": "how far rewards of one prompt lie apart (standard deviation)",
-        "completions/clipped_ratio": "share of completions without an end: the limit cut them off",
+        "reward_std": "standard deviation of the rewards of one prompt",
+        "completions/clipped_ratio": "share of completions without an end, cut off by the limit",
         **_ROLLOUT_DESCRIPTIONS,
     },
 }
@@ -224,7 +234,13 @@ def phases_of(stats: Mapping[str, float], seconds: float) -> dict[str, float]:
             return {}
         measured.append(float(value))
     rollout, reward = measured
-    return dict(zip(PHASES, (rollout, reward, max(0.0, seconds - rollout - reward)), strict=True))
+    return dict(
+        zip(
+            PHASES,
+            (rollout, reward, max(0.0, seconds - rollout - reward)),
+            strict=True,
+        )
+    )
 
 
 def pair_side(name: str) -> str:
@@ -234,7 +250,10 @@ def pair_side(name: str) -> str:
 
 def paired_metric(algorithm: str, name: str) -> str | None:
     """Returns the metric that is the second line in the chart of `name`."""
-    return next((names[1] for names in charts_of(algorithm) if len(names) > 1 and names[0] == name), None)
+    return next(
+        (names[1] for names in charts_of(algorithm) if len(names) > 1 and names[0] == name),
+        None,
+    )
 
 
 def heldout_parts(name: str) -> tuple[str, str]:

@@ -6,7 +6,11 @@ import math
 from collections.abc import Iterator, Sequence
 from statistics import fmean
 
-from lowrank_tune.training.reward_hacking import DEFAULT_STDERR, WINDOW, EvalPoint
+from lowrank_tune.training.reward_hacking import (
+    DEFAULT_STDERR,
+    WINDOW,
+    EvalPoint,
+)
 from lowrank_tune.ui.state import State
 
 MIN_LENGTH_CHANGE = 1.3
@@ -30,7 +34,14 @@ def eval_points_of(state: State) -> list[EvalPoint]:
     for step, accuracy in _points(state, "heldout/accuracy"):
         since = [value for at, value in rewards if last_step < at <= step and math.isfinite(value)]
         if since:
-            evals.append(EvalPoint(int(step), fmean(since), accuracy, errors.get(step, DEFAULT_STDERR)))
+            evals.append(
+                EvalPoint(
+                    int(step),
+                    fmean(since),
+                    accuracy,
+                    errors.get(step, DEFAULT_STDERR),
+                )
+            )
             last_step = step
     return evals
 

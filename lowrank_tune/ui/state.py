@@ -76,9 +76,11 @@ class Series:
 
 def _mean(points: list[tuple[float, float]]) -> tuple[float, float]:
     """Returns the last step and the mean of the values that are not nan."""
+    last_step, _ = points[-1]
     values = [value for _, value in points if not math.isnan(value)]
-    mean = sum(values) / len(values) if values else math.nan
-    return points[-1][0], mean
+    if not values:
+        return last_step, math.nan
+    return last_step, sum(values) / len(values)
 
 
 @dataclass(frozen=True)
@@ -277,7 +279,10 @@ class State:
         rewards = [completion.reward for completion in self.group.completions if math.isfinite(completion.reward)]
         if rewards:
             lowest, highest = self.reward_range or (rewards[0], rewards[0])
-            self.reward_range = min(lowest, *rewards), max(highest, *rewards)
+            self.reward_range = (
+                min(lowest, *rewards),
+                max(highest, *rewards),
+            )
 
     def _step(self, event: StepEnd) -> None:
         for name, seconds in phases_of(event.stats, event.seconds).items():
@@ -308,7 +313,10 @@ class State:
         if is_heldout:
             # figures of the trained stage replace those of the policy during training
             self.now = heldout_now
-        self._measured(event.step, {f"heldout/{metric}": value for metric, value in heldout_now.items()})
+        self._measured(
+            event.step,
+            {f"heldout/{metric}": value for metric, value in heldout_now.items()},
+        )
         self._measured(event.step, curves)
         if event.best:
             self.best_step = event.step
@@ -324,10 +332,10 @@ class State:
 
     def _note(self, event: LogMessage) -> None:
         lines = self.warnings if event.level == "warning" else self.log
+        times = 1
         if lines and lines[-1].text == event.message:
-            lines[-1] = LogLine(self._since(event.time), event.message, lines[-1].times + 1)
-        else:
-            lines.append(LogLine(self._since(event.time), event.message))
+            times += lines.pop().times
+        lines.append(LogLine(self._since(event.time), event.message, times))
 
     def _log(self, time: float, text: str) -> None:
         self.log.append(LogLine(self._since(time), text))
@@ -354,7 +362,10 @@ class State:
         elif isinstance(event, (Evaluated, SampleLogged)) or (isinstance(event, Progress) and not self.loading):
             self._add(EVALUATING, spent)
         else:
-            self._add(LOADING if self.loading or isinstance(event, RunStarted) else OTHER, spent)
+            self._add(
+                LOADING if self.loading or isinstance(event, RunStarted) else OTHER,
+                spent,
+            )
 
     def _spend_at_most(self, phase: str, limit: float, spent: float) -> None:
         self._add(phase, min(spent, limit))

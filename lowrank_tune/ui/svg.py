@@ -83,7 +83,14 @@ class Plot:
         x, y = point
         return f"{self.x_at(x):.1f} {self.y_at(y):.1f}"
 
-    def add(self, tag: str, kind: str, title: str = "", text: str = "", **attributes: float | str) -> None:
+    def add(
+        self,
+        tag: str,
+        kind: str,
+        title: str = "",
+        text: str = "",
+        **attributes: float | str,
+    ) -> None:
         """Adds an element of class `kind`. `title` is its tooltip; `_` in the name of an attribute stands for `-`."""
         _add(self.root, tag, kind, title, text, **attributes)
 
@@ -107,22 +114,52 @@ class Plot:
     def circle(self, kind: str, point: Point, title: str, radius: float = 2.6) -> None:
         """Adds a circle with a radius in pixels."""
         x, y = point
-        self.add("circle", kind, title, cx=self.x_at(x), cy=self.y_at(y), r=radius)
+        self.add(
+            "circle",
+            kind,
+            title,
+            cx=self.x_at(x),
+            cy=self.y_at(y),
+            r=radius,
+        )
 
     def bar(self, kind: str, value: float, title: str, x: float, width: float) -> None:
         """Adds an upright bar of height `value`; its left edge and its width are in pixels."""
         top = self.y_at(value)
-        self.add("rect", kind, title, x=x, y=top, rx=1.5, width=width, height=HEIGHT - BOTTOM - top)
+        self.add(
+            "rect",
+            kind,
+            title,
+            x=x,
+            y=top,
+            rx=1.5,
+            width=width,
+            height=HEIGHT - BOTTOM - top,
+        )
 
     def svg(self) -> Markup:
         return _markup(self.root)
 
 
 def _svg(kind: str, width: int, height: int) -> Element:
-    return Element("svg", {"viewBox": f"0 0 {width} {height}", "class": kind.rstrip(), "role": "img"})
+    return Element(
+        "svg",
+        {
+            "viewBox": f"0 0 {width} {height}",
+            "class": kind.rstrip(),
+            "role": "img",
+        },
+    )
 
 
-def _add(parent: Element, tag: str, kind: str, title: str = "", text: str = "", **attributes: float | str) -> None:
+def _add(
+    parent: Element,
+    tag: str,
+    kind: str,
+    title: str = "",
+    text: str = "",
+    **attributes: float | str,
+) -> None:
     written = {"class": kind}
     for name, value in attributes.items():
         written[name.replace("_", "-")] = f"{value:.1f}" if isinstance(value, float) else str(value)
@@ -145,7 +182,11 @@ def line_chart(series: Sequence[Series], log: bool = False) -> Markup:
         return Markup()
     x = _step_axis([x for x, _ in points])
     values = [y for _, y in points]
-    plot = Plot(x, log_axis(values) if log else linear_axis(values), "log" if log else "lin")
+    plot = Plot(
+        x,
+        log_axis(values) if log else linear_axis(values),
+        "log" if log else "lin",
+    )
     plot.root.set("data-x", f"{x.low:g} {x.high:g}")
     plot.root.set("data-box", f"{LEFT} {TOP} {WIDTH - RIGHT} {HEIGHT - BOTTOM}")
     for line in series:
@@ -168,7 +209,11 @@ def _draw_line(plot: Plot, line: Series) -> None:
     plot.path(line.kind, path, line.name)
     if line.kind == "check":
         for x, y in drawn:
-            plot.circle("check", (x, y), f"{line.name} {format_tick(y)} after step {x:g}")
+            plot.circle(
+                "check",
+                (x, y),
+                f"{line.name} {format_tick(y)} after step {x:g}",
+            )
 
 
 def bar(share: float, kind: str = "") -> Markup:
@@ -195,7 +240,13 @@ def length_histogram(edges: Sequence[int], counts: Sequence[int], limit: int, ov
     plot = Plot(Axis(0, len(values)), y)
     for index, value in enumerate(values):
         x = LEFT + index * step
-        plot.bar(kinds[index], value, f"{names[index]}: {value:,} rows", x + step * 0.08, step * 0.84)
+        plot.bar(
+            kinds[index],
+            value,
+            f"{names[index]}: {value:,} rows",
+            x + step * 0.08,
+            step * 0.84,
+        )
         plot.label(labels[index], x + step / 2, HEIGHT - 8)
     return plot.svg()
 

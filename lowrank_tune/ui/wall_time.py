@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
-from lowrank_tune.events import Event, LogMessage, Progress, RunEnded, RunStarted
+from lowrank_tune.events import (
+    Event,
+    LogMessage,
+    Progress,
+    RunEnded,
+    RunStarted,
+)
 
 
 class WallTime:

@@ -13,7 +13,13 @@ from pathlib import Path
 from lowrank_tune.checkpoint.run_format import check_run_format
 from lowrank_tune.errors import UserError
 from lowrank_tune.events import Event, LogMessage, RunEnded, RunStarted
-from lowrank_tune.ui.run_paths import EVENTS, ended_process, is_chain, parse_event, stage_folders
+from lowrank_tune.ui.run_paths import (
+    EVENTS,
+    ended_process,
+    is_chain,
+    parse_event,
+    stage_folders,
+)
 from lowrank_tune.ui.state import State
 from lowrank_tune.ui.terminal.device import can_show
 from lowrank_tune.ui.terminal.live_screen import LiveScreen
@@ -132,7 +138,7 @@ def event_files(run: Path) -> list[Path]:
     path = run / EVENTS if run.is_dir() else run
     if not path.is_file():
         missing = EVENTS if run.is_dir() else "such file or folder"
-        raise UserError(f"{run}: no run to watch, for there is no {missing}")
+        raise UserError(f"{run}: not a run to watch: there is no {missing}")
     return [path]
 
 
@@ -148,7 +154,11 @@ def latest_event_file(run: Path) -> Path:
     return next((file for file in reversed(files) if file.is_file()), files[0])
 
 
-def watch(runs: Sequence[Path], environ: Mapping[str, str] = os.environ, plain: bool = False) -> None:
+def watch(
+    runs: Sequence[Path],
+    environ: Mapping[str, str] = os.environ,
+    plain: bool = False,
+) -> None:
     """Shows runs until `q` or Ctrl-C; without a suitable terminal, prints lines until the last run has ended.
 
     Raises UserError if a path is not a run.
@@ -171,7 +181,12 @@ def watch(runs: Sequence[Path], environ: Mapping[str, str] = os.environ, plain: 
         return any(polled)
 
     def draw(view: View, width: int, height: int) -> list[Line]:
-        return render_several([watched_run.state for watched_run in watched], view, width, height)
+        return render_several(
+            [watched_run.state for watched_run in watched],
+            view,
+            width,
+            height,
+        )
 
     def on_key(key: str) -> None:
         if key == "q":
@@ -216,7 +231,7 @@ def _print_lines(paths: Sequence[Path], folder: Path) -> None:
         if process is None:
             time.sleep(POLL_SECONDS)
             continue
-        message = f"{folder}: process {process} has ended before the run did; the command that began it continues it"
+        message = f"{folder}: process {process} has ended before the run did; the same command continues it"
         line_logger(LogMessage(message=message, level="warning"))
         is_over = True
     line_logger.close()

@@ -1,4 +1,4 @@
-"""Charts: what the dots say is what was measured. The dots are read back, by this file's own arithmetic."""
+"""Charts in the terminal: their dots are read back and compared with the measured values."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def texts(lines: list[Line]) -> list[str]:
 
 
 @pytest.mark.parametrize("log", [False, True])
-def test_values_are_readable_from_the_dots(log: bool) -> None:
+def test_dots_are_at_the_measured_values(log: bool) -> None:
     width, height = 48, 11
     values = [0.1 + 2 * math.exp(-step / 20) + 0.05 * math.sin(step) for step in range(80)]
     lines = chart([Curve(list(enumerate(values)), line=False)], width, height, log)
@@ -61,14 +61,14 @@ def test_axes_are_labeled() -> None:
     assert texts(chart([Curve([(5, 0.25), (95, 4.0)])], 40, 8, log=True))[3].startswith("  1.00 ")
 
 
-def test_ascii_and_two_curves() -> None:
+def test_two_curves_in_ascii_have_their_own_signs() -> None:
     one, two = Curve([(0, 1.0), (10, 2.0)], "first", "*"), Curve([(0, 2.0), (10, 1.0)], "second", "o")
     drawn = chart([one, two], 40, 8, ascii_only=True)
     assert "".join(texts(drawn)).isascii() and {"*", "o"} <= set("".join(texts(drawn)))
     assert {style for line in drawn for _, style in line} >= {"first", "second"}
 
 
-def test_what_cannot_be_drawn() -> None:
+def test_chart_leaves_out_values_that_cannot_be_drawn() -> None:
     nan, inf = float("nan"), float("inf")
     assert (
         "no values" in texts(chart([Curve([])], 40, 8))[0]
@@ -83,7 +83,7 @@ def test_what_cannot_be_drawn() -> None:
     assert len(dots(chart([Curve([(0, 0.0), (1, 1.0), (2, 2.0)], line=False)], 40, 8, log=True))) == 2
 
 
-def test_smoothing() -> None:
+def test_smooth_is_a_corrected_moving_average() -> None:
     assert smooth([(1, 2.0), (2, 4.0)], 0.0) == [(1, 2.0), (2, 4.0)]
     averaged = smooth([(1, 2.0), (2, float("nan")), (3, 4.0)], 0.5)
     assert averaged == [(1, 2.0), (3, pytest.approx((0.25 * 2 + 0.5 * 4) / 0.75))]
@@ -105,7 +105,7 @@ def test_smoothing() -> None:
         (0.001, "0.001"),
     ],
 )
-def test_short_numbers(value: float, text: str) -> None:
+def test_format_number_uses_at_most_six_characters(value: float, text: str) -> None:
     assert format_number(value) == text and len(text) <= 6
 
 

@@ -1,5 +1,4 @@
-"""Several runs side by side: what the table says, which curves share a chart, where recipes differ; hostile text,
-half-written files."""
+"""`compare`: the table of figures, the common charts, the settings that differ; hostile text and half-written files."""
 
 from __future__ import annotations
 
@@ -11,7 +10,7 @@ from typing import Any
 
 import pytest
 from malformed_yaml import HOSTILE_TEXTS, is_inert
-from test_report import check, started, step, write
+from report_pages import check_page, run_started, step_end, write_run
 from typer.testing import CliRunner
 
 from lowrank_tune import UserError
@@ -35,9 +34,9 @@ def finished(
     **facts: Any,
 ) -> Path:
     """A run that has ended, with its summary and its recipe."""
-    events: list[Event] = [started(algorithm=algorithm, steps=len(losses))]
+    events: list[Event] = [run_started(algorithm=algorithm, steps=len(losses))]
     events += [
-        step(number, loss=loss, kl=0.1 * number, **{"completions/mean_length": 10.0 * number})
+        step_end(number, loss=loss, kl=0.1 * number, **{"completions/mean_length": 10.0 * number})
         for number, loss in enumerate(losses, 1)
     ]
     details = {"base": {"accuracy": 0.02, "mean_length": 40.0}, algorithm: {"accuracy": exact, "mean_length": 20.0}}
@@ -46,11 +45,11 @@ def finished(
         "summary": {"status": "done", "heldout_details": details, **facts},
         "run": {"version": 2, "recipe": recipe or RECIPE},
     }
-    return write(folder, *events, **files)
+    return write_run(folder, *events, **files)
 
 
 def chain(folder: Path, *algorithms: str, num_started: int = 2) -> Path:
-    """A chain of which so many stages have ended."""
+    """A chain of which `num_started` stages have ended."""
     folder.mkdir()
     stages = [{"name": algorithm, "algorithm": algorithm} for algorithm in algorithms]
     (folder / "run.json").write_text(json.dumps({"recipe": {"name": "chained", "stages": stages}}))
@@ -75,11 +74,11 @@ def table(*folders: Path) -> dict[str, list[str]]:
     return dict(rows(read_runs(folders)))
 
 
-def drawn(*folders: Path, paper: TextCanvas = TextCanvas(120)) -> str:  # noqa: B008
-    return plain_text(screen(read_runs(folders), paper))
+def drawn(*folders: Path, canvas: TextCanvas = TextCanvas(120)) -> str:  # noqa: B008
+    return plain_text(screen(read_runs(folders), canvas))
 
 
-def test_the_table_by_hand(tmp_path: Path) -> None:
+def test_rows_equal_figures_computed_by_hand(tmp_path: Path) -> None:
     found = table(finished(tmp_path / "a", exact=0.25, losses=(3.0, 2.5, 1.0)), finished(tmp_path / "b", "dpo", 0.75))
     assert (
         found["algorithm"] == ["sft", "dpo"]
@@ -95,22 +94,22 @@ def test_the_table_by_hand(tmp_path: Path) -> None:
     assert found["tokens a completion"] == ["10.0 \u2192 30.0", "10.0 \u2192 20.0"] and found[
         "tokens an answer, after"
     ] == ["20.0", "20.0"]
-    assert "reward" not in found and "held-out pairs right" not in found, "what no side has is left out"
+    assert "reward" not in found and "held-out pairs right" not in found, "a row without a figure is left out"
 
 
-def test_chains_and_runs_that_have_not_ended(tmp_path: Path) -> None:
+def test_rows_of_chains_and_unfinished_runs(tmp_path: Path) -> None:
     whole, half = chain(tmp_path / "whole", "sft", "grpo"), chain(tmp_path / "half", "sft", "grpo", num_started=1)
-    going = write(
+    going = write_run(
         tmp_path / "going",
-        started(algorithm="grpo"),
-        step(1, reward=0.2),
-        step(2, reward=0.4),
+        run_started(algorithm="grpo"),
+        step_end(1, reward=0.2),
+        step_end(2, reward=0.4),
         Evaluated(step=2, stats={"heldout/policy/accuracy": 0.4}),
     )
-    broken = write(
+    broken = write_run(
         tmp_path / "broken",
-        started(),
-        step(1, loss=1.0),
+        run_started(),
+        step_end(1, loss=1.0),
         RunEnded(status="failed", step=1, seconds=2.0, message="the disk is full"),
     )
     early = finished(tmp_path / "early", hacking={"step": 2, "ended": True})
@@ -123,14 +122,14 @@ def test_chains_and_runs_that_have_not_ended(tmp_path: Path) -> None:
         found["best while training"] == ["", "", "40.0 % (step 2)", "", ""]
         and found["reward"][2] == "0.200 \u2192 0.400"
     )
-    assert found["loss"][0] == "" and found["loss"][3] == "1.000 \u2192 1.000", "a policy's loss says nothing"
-    assert found["reward hacking"] == ["", "", "", "", "said at step 2"]
+    assert found["loss"][0] == "" and found["loss"][3] == "1.000 \u2192 1.000", "the loss of a policy has no meaning"
+    assert found["reward hacking"] == ["", "", "", "", "warned at step 2"]
     assert "broken failed: the disk is full" in drawn(whole, broken)
     stage = table(whole / "1-sft", whole / "2-grpo")
     assert stage["algorithm"] == ["sft", "grpo"], "a stage is a run folder too"
 
 
-def test_recorded_runs_share_what_means_the_same(tmp_path: Path) -> None:
+def test_common_metrics_contain_only_metrics_with_the_same_meaning(tmp_path: Path) -> None:
     sides = read_runs([recorded(tmp_path / name, name) for name in ("demo", "dpo", "reward", "grpo")])
     charts = [(name, [side.label for side in several]) for name, several in common_metrics(sides)]
     assert ("kl", ["demo", "dpo", "grpo"]) in charts and not any("accurac" in name for name, _ in charts)
@@ -145,7 +144,7 @@ def test_recorded_runs_share_what_means_the_same(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("keep", [20_000, 40_003])
-def test_half_written_events_are_read_as_far_as_they_go(tmp_path: Path, keep: int) -> None:
+def test_half_written_events_are_read_up_to_the_last_whole_line(tmp_path: Path, keep: int) -> None:
     found = table(recorded(tmp_path / "whole", "grpo"), recorded(tmp_path / "part", "grpo", keep))
     steps = [
         event["step"]
@@ -155,7 +154,7 @@ def test_half_written_events_are_read_as_far_as_they_go(tmp_path: Path, keep: in
     assert found["ended"] == ["done", "not ended"] and found["steps"][1].split(" of ")[0] == str(steps[-1])
 
 
-def test_settings_that_differ(tmp_path: Path) -> None:
+def test_differences_contain_each_changed_setting(tmp_path: Path) -> None:
     other = {
         "name": "b",
         "algorithm": "sft",
@@ -178,19 +177,19 @@ def test_settings_that_differ(tmp_path: Path) -> None:
     ).replace("\n", " ")
     chains = read_runs([chain(tmp_path / "x", "sft", "dpo"), chain(tmp_path / "y", "sft", "grpo")])
     assert differences(chains) == {"stages": ["sft -> dpo", "sft -> grpo"], "algorithm": ["dpo", "grpo"]}, (
-        "each lies in its own folder"
+        "paths within the own folder are left out"
     )
 
 
-def test_labels_distinguish_runs(tmp_path: Path) -> None:
+def test_labels_are_the_shortest_distinct_paths(tmp_path: Path) -> None:
     assert labels_of([tmp_path / "a" / "run", tmp_path / "b" / "run"]) == ["a/run", "b/run"]
     assert labels_of([tmp_path / "a" / "run", tmp_path / "b" / "other"]) == ["run", "other"]
 
 
-def test_wrong_input_in_one_sentence(tmp_path: Path) -> None:
+def test_wrong_input_gives_one_sentence(tmp_path: Path) -> None:
     good = finished(tmp_path / "good")
     (tmp_path / "empty").mkdir()
-    write(tmp_path / "silent")
+    write_run(tmp_path / "silent")
     (tmp_path / "half").mkdir()
     (tmp_path / "half" / "events.jsonl").write_bytes((RECORDED / "demo.jsonl").read_bytes()[:50])
     later = chain(tmp_path / "later", "sft", "grpo", num_started=0)
@@ -215,7 +214,7 @@ def test_wrong_input_in_one_sentence(tmp_path: Path) -> None:
     assert made.exit_code != 0 and "x.html" in made.output and "Traceback" not in made.output
 
 
-def test_the_command_prints_plainly_and_writes_a_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_command_prints_plain_text_and_writes_a_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("COLUMNS", raising=False)
     one, two = finished(tmp_path / "one"), finished(tmp_path / "two", losses=(4.0, 2.0))
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
@@ -227,7 +226,7 @@ def test_the_command_prints_plainly_and_writes_a_page(tmp_path: Path, monkeypatc
     )
     assert all(len(line) <= 120 for line in made.output.splitlines()[:-1])
     assert before == {path: path.read_bytes() for path in before}, "the runs are only read"
-    text = check((tmp_path / "compare.html").read_text(encoding="utf-8")).text
+    text = check_page((tmp_path / "compare.html").read_text(encoding="utf-8")).text
     for words in ("one, two", "held-out exact, after", "50.0 % (sft)", "Curves", "None: the recipes are the same"):
         assert words in text, words
     assert (
@@ -243,7 +242,7 @@ class Tty(StringIO):
         return True
 
 
-def test_colors_only_where_they_are_wanted(tmp_path: Path) -> None:
+def test_output_has_colors_only_in_a_color_terminal(tmp_path: Path) -> None:
     runs = [finished(tmp_path / "one"), finished(tmp_path / "two")]
     page = tmp_path / "x.html"
     colored, bare, dumb = Tty(), Tty(), Tty()
@@ -252,13 +251,13 @@ def test_colors_only_where_they_are_wanted(tmp_path: Path) -> None:
     compare(runs, page, dumb, {"TERM": "dumb", "LANG": "C"})
     assert "\x1b[96m" in colored.getvalue() and re.search("[\u2801-\u28ff]", colored.getvalue())
     assert not re.search(r"\x1b\[(3|9)\d", bare.getvalue()) and not re.search("[\u2801-\u28ff]", bare.getvalue()), (
-        "signs tell lines apart"
+        "signs distinguish the lines"
     )
     assert "\x1b" not in dumb.getvalue() and dumb.getvalue().isascii()
     assert "*" in bare.getvalue() and "o" in bare.getvalue()
 
 
-def test_a_line_for_each_run(tmp_path: Path) -> None:
+def test_chart_has_a_line_for_each_run(tmp_path: Path) -> None:
     """In a chart each run has its own sign, at the height of its value."""
     sides = read_runs([finished(tmp_path / "high", losses=(4.0,) * 5), finished(tmp_path / "low", losses=(1.0,) * 5)])
     lines = plain_text(screen(sides, TextCanvas(80, signs=True))).splitlines()
@@ -269,32 +268,32 @@ def test_a_line_for_each_run(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("width", [40, 80, 120, 200])
 @pytest.mark.parametrize("count", [2, 3, 7])
-def test_every_width_and_number_of_runs(tmp_path: Path, width: int, count: int) -> None:
+def test_screen_fits_every_width_and_number_of_runs(tmp_path: Path, width: int, count: int) -> None:
     names = [f"run-{number}-{'long' * number}" for number in range(count)]
     sides = read_runs([finished(tmp_path / name) for name in names])
-    for paper in (TextCanvas(width), TextCanvas(width, signs=True), TextCanvas(width, signs=True, ascii_only=True)):
-        lines: list[Line] = screen(sides, paper)
+    for canvas in (TextCanvas(width), TextCanvas(width, signs=True), TextCanvas(width, signs=True, ascii_only=True)):
+        lines: list[Line] = screen(sides, canvas)
         assert all(width_of(line) <= width for line in lines)
         text = plain_text(lines)
         assert all(name[:8] in text for name in names) and text.count("held-out exact, after") >= 1
-        assert not paper.ascii_only or text.isascii()
+        assert not canvas.ascii_only or text.isascii()
     if (width, count) == (80, 2):
         assert len(plain_text(screen(sides, TextCanvas(width))).split("the recipes are the same")[1].splitlines()) <= 24
 
 
-def test_hostile_text_is_inert(tmp_path: Path) -> None:
+def test_hostile_text_is_inert_in_page_and_screen(tmp_path: Path) -> None:
     good = finished(tmp_path / "good")
     for number, bad in enumerate(HOSTILE_TEXTS):
         events = [
-            started(name=bad, model=bad, reference=bad, algorithm=bad),
+            run_started(name=bad, model=bad, reference=bad, algorithm=bad),
             LogMessage(message=bad, level="warning"),
-            step(1, **{bad: 1.0, "loss": 1.0, "kl": 1.0}),
-            step(2, **{bad: 2.0, "loss": 1.0, "kl": 2.0}),
+            step_end(1, **{bad: 1.0, "loss": 1.0, "kl": 1.0}),
+            step_end(2, **{bad: 2.0, "loss": 1.0, "kl": 2.0}),
             Evaluated(step=1, stats={f"heldout/{bad}/accuracy": 0.5, "heldout/base/accuracy": 0.1}),
             SampleLogged(step=1, prompt=bad, completion=bad, finish_reason="stop"),
             RunEnded(status="failed", step=1, seconds=1.0, message=bad),
         ]
-        folder = write(
+        folder = write_run(
             tmp_path / f"<i>&'\x1b\u202e{number}",
             *events,
             run={"recipe": {"algorithm": bad, bad: {bad: bad}}},
@@ -302,5 +301,5 @@ def test_hostile_text_is_inert(tmp_path: Path) -> None:
         )
         sides = read_runs([folder, good])
         html, text = compare_page(sides), plain_text(screen(sides, TextCanvas(100)))
-        check(html)
+        check_page(html)
         assert is_inert(text) and "\x1b" not in text and len(html) < 200_000

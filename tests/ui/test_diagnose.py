@@ -1,4 +1,4 @@
-"""Each sentence of the diagnoses: said where it is true, and not where it is not."""
+"""Each diagnosis: given for a run with its fault, and not for others."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ Values = Mapping[str, Callable[[int], float]]
 def after(
     steps: int, algorithm: str = "sft", validation: tuple[float, ...] = (), **changed: Callable[[int], float]
 ) -> State:
-    """A state after so many steps of a healthy run, but for what is changed."""
+    """A state after so many steps of a healthy run with changed statistics."""
     state = State()
     state.apply(RunStarted(name="x", algorithm=algorithm, model="m", roles={}, reference="r", steps=steps))
     values: Values = {**HEALTHY, **changed}
@@ -84,7 +84,7 @@ def rollout_state(
     algorithm: str = "grpo",
     **changed: Callable[[int], float],
 ) -> State:
-    """A state after so many steps of GRPO, whose newest group earned this."""
+    """A state after so many steps of GRPO, whose newest group has these rewards."""
     state = after(steps, algorithm, **{**ROLLOUTS, **changed})
     completions = [
         {"text": "x", "reward": reward, "advantage": 0.0, "finish_reason": "stop", "parts": {}} for reward in rewards
@@ -99,9 +99,9 @@ def diagnoses_text(state: State) -> str:
     return " / ".join(f"{diagnosis.level}: {diagnosis.text}" for diagnosis in diagnose(state))
 
 
-def test_all_good_and_too_early() -> None:
+def test_diagnose_of_a_healthy_a_young_and_a_failed_run() -> None:
     assert diagnoses_text(State()).startswith(": no step yet")
-    assert diagnoses_text(after(5)) == ": too early to judge: 5 of the first 20 steps"
+    assert diagnoses_text(after(5)) == ": too early: 5 of the first 20 steps"
     assert diagnoses_text(after(40)).startswith(
         "good: all good: loss 0."
     ) and "validation 0.9 -> 0.5" in diagnoses_text(after(40, validation=(0.9, 0.6, 0.5)))
@@ -122,12 +122,12 @@ def test_all_good_and_too_early() -> None:
         ),
         (
             after(40, kl=lambda s: 9.0),
-            "warning: KL to the reference is 9 nats a token, above 5: the policy has gone far; lower train",
+            "warning: KL to the reference is 9 nats a token, above 5: lower train",
         ),
         (after(40, "grpo", kl=lambda s: 0.8), "warning: KL to the reference is 0.8 nats a token, above 0.5"),
         (
             after(40, "dpo", kl=lambda s: 3.0, **PAIRS),
-            "above 2: the policy has gone far; raise dpo.beta or lower train.learning_rate",
+            "above 2: raise dpo.beta or lower train.learning_rate",
         ),
         (
             after(40, "dpo", **{**PAIRS, "logps/chosen_delta": lambda s: -s / 60}),
@@ -136,16 +136,16 @@ def test_all_good_and_too_early() -> None:
         ),
         (
             after(40, "dpo", **{**PAIRS, "rewards/accuracies": lambda s: 0.5, "rewards/margins": lambda s: 0.0}),
-            "not told apart: 50% of the training pairs are right, the margin does not grow: a higher "
+            "not separated: 50% of the training pairs are right, the margin does not grow: a higher "
             "train.learning_rate",
         ),
         (
             after(40, "dpo", **{**PAIRS, "rewards/accuracies": lambda s: 0.53}),
-            "told apart: 53% of the training pairs are right, the margin grows slowly",
+            "separated: 53% of the training pairs are right, the margin grows slowly",
         ),
         (
             after(40, "reward", **{**PAIRS, "accuracy": lambda s: 0.2}),
-            "bad: the rejected answers win: 20% of the training pairs are right: are chosen",
+            "bad: the rejected answers are preferred: 20% of the training pairs are right: check",
         ),
         (
             after(40, "dpo", loss=lambda s: 0.693, **{**PAIRS, "rewards/accuracies": lambda s: 0.7}),
@@ -153,29 +153,30 @@ def test_all_good_and_too_early() -> None:
         ),
         (
             checked(after(40, "reward", **PAIRS), 0.6, 0.5, 0.52),
-            "warning: held-out pairs are not told apart: 54% are right, in training 95%: more or",
+            "warning: held-out pairs are not separated: 54% are right, in training 95%: more or",
         ),
         (
             checked(after(40, "reward", **{**PAIRS, "accuracy": lambda s: 0.99}), 0.7, 0.9, 0.8, 0.82),
-            "warning: the reward model is sure of its training pairs (99% right) and worse at held-out ones (90% -> "
-            "81%): fewer steps",
+            "warning: the reward model is confident about its training pairs (99% right) and worse at held-out ones "
+            "(90% -> 81%): fewer steps",
         ),
         (
             with_evaluation(after(40, "reward", **PAIRS), **{"pairs/length_correlation": 0.61}),
             "warning: the score follows the length of an answer (correlation +0.61): "
-            "longer ones win whatever they say: balance the lengths in the data",
+            "longer ones win regardless of their content: balance the lengths in the data",
         ),
         (
             with_evaluation(after(40, "dpo", **PAIRS), **{"pairs/length_correlation": -0.7}),
-            "shorter ones win whatever they say: balance the lengths in the data, or set dpo.loss_type=sigmoid_norm",
+            "shorter ones win regardless of their content: balance the lengths in the data, "
+            "or set dpo.loss_type=sigmoid_norm",
         ),
         (
             rollout_state(kl=lambda s: 0.8),
-            "warning: KL to the reference is 0.8 nats a token, above 0.5: the policy has gone far; raise grpo.beta",
+            "warning: KL to the reference is 0.8 nats a token, above 0.5: raise grpo.beta",
         ),
         (
             rollout_state(entropy=lambda s: 0.3 / s**2, reward=lambda s: min(0.5, 0.2 + s / 50)),
-            "nats a token while the reward stalls: the policy tries nothing new: raise grpo.beta",
+            "nats a token while the reward stalls: the completions are all alike: raise grpo.beta",
         ),
         (
             rollout_state(reward=lambda s: 0.3),
@@ -187,7 +188,7 @@ def test_all_good_and_too_early() -> None:
         ),
         (
             rollout_state(frac_reward_zero_std=lambda s: 0.9),
-            "warning: 90% of the groups have zero reward std: their completions all have one reward",
+            "warning: 90% of the groups have zero reward std: their completions give no gradient: raise",
         ),
         (
             rollout_state(reward_std=lambda s: 0.005),
@@ -197,7 +198,7 @@ def test_all_good_and_too_early() -> None:
             rollout_state(
                 rewards=(0.0, 0.0), reward=lambda s: 0.0, frac_reward_zero_std=lambda s: 1.0, reward_std=lambda s: 0.0
             ),
-            "bad: every completion has the reward 0, so that there is nothing to learn: an easier task",
+            "bad: every completion has the reward 0, so there is nothing to learn: an easier task",
         ),
         (
             rollout_state(
@@ -232,7 +233,7 @@ def test_all_good_and_too_early() -> None:
         ),
     ],
 )
-def test_each_sentence(state: State, sentence: str) -> None:
+def test_faulty_run_has_its_diagnosis(state: State, sentence: str) -> None:
     assert sentence in diagnoses_text(state) and "all good" not in diagnoses_text(state)
 
 
@@ -275,7 +276,7 @@ def test_each_sentence(state: State, sentence: str) -> None:
         with_evaluation(after(40, "reward", **PAIRS), **{"pairs/length_correlation": math.nan}),
     ],
 )
-def test_no_false_alarm(state: State) -> None:
+def test_healthy_run_has_no_diagnosis(state: State) -> None:
     assert diagnoses_text(state).startswith("good: all good")
 
 
@@ -293,8 +294,8 @@ def test_a_run_on_rewards_reports_its_reward() -> None:
     assert "too early" in diagnoses_text(rollout_state(15, frac_reward_zero_std=lambda s: 1.0))
 
 
-def test_the_limit_of_a_collapse_is_the_algorithms() -> None:
-    """Which this floor may not import, for it loads torch."""
+def test_limit_of_the_chosen_logps_equals_that_of_dpo() -> None:
+    """`ui.diagnostics` cannot import it, because `algorithms.dpo` loads torch."""
     assert CHOSEN_LOGP_DROP == dpo.CHOSEN_LOGP_DROP
 
 
@@ -309,13 +310,13 @@ def test_dropped_rows_are_reported() -> None:
     )
 
 
-def test_the_worst_comes_first() -> None:
+def test_most_severe_diagnosis_comes_first() -> None:
     state = after(40, kl=lambda s: 9.0, grad_norm=lambda s: 0.5 if s < 38 else 50.0)
     assert [diagnosis.level for diagnosis in diagnose(state)] == ["bad", "warning"]
 
 
-def test_cures_of_ppo_are_its_own() -> None:
-    """Nothing is compared within a group, and no cure names a setting of another algorithm."""
+def test_diagnoses_of_ppo_name_only_settings_of_ppo() -> None:
+    """PPO compares nothing within a group, and no cure is a setting of another algorithm."""
 
     def of(**changed: Callable[[int], float]) -> str:
         return diagnoses_text(rollout_state(algorithm="ppo", **changed))
@@ -324,7 +325,7 @@ def test_cures_of_ppo_are_its_own() -> None:
         **{"completions/clipped_ratio": lambda s: 0.9}
     )
     assert "raise ppo.kl_coef, ppo.entropy" in of(entropy=lambda s: 0.3 / s**2, reward=lambda s: min(0.5, 0.2 + s / 50))
-    assert "look at the precision" in of(
+    assert "check the precision" in of(
         **{"sampling/sampling_logp_difference/mean": lambda s: 0.05}
     ) and "groups" not in of(reward_std=lambda s: 0.0)
     falling = {

@@ -1,4 +1,4 @@
-"""The report: one inert file without an address in it, from done, interrupted, failed, unfinished and damaged runs."""
+"""The report of done, interrupted, failed, unfinished and damaged runs: one inert file without an address in it."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ import json
 import math
 import re
 from dataclasses import replace
-from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
 import pytest
-from malformed_yaml import HOSTILE_TEXTS, is_inert
+from malformed_yaml import HOSTILE_TEXTS
+from report_pages import check_page, run_started, step_end, write_run
 from test_run import quick
 from typer.testing import CliRunner
 
@@ -26,11 +26,8 @@ from lowrank_tune.events import (
     LogMessage,
     Progress,
     RunEnded,
-    RunStarted,
     SampleLogged,
-    StepEnd,
 )
-from lowrank_tune.training.sinks import to_json_line
 from lowrank_tune.ui.compare import read_runs
 from lowrank_tune.ui.compare.figures import rows
 from lowrank_tune.ui.formatting import format_tick
@@ -38,90 +35,10 @@ from lowrank_tune.ui.report import page, read_chain, read_run_log, write_report
 from lowrank_tune.ui.report.plots import histogram_pair, reliability, scatter
 from lowrank_tune.ui.svg import Series, downsample, line_chart, smooth
 
-VOID = {"meta", "input", "br", "img", "line", "path", "rect", "circle"}
 
-
-class Parsed(HTMLParser):
-    """Tags that open and close, attributes, and the text outside of style and script."""
-
-    def __init__(self, html: str) -> None:
-        super().__init__()
-        self.open: list[str] = []
-        self.tags: list[tuple[str, dict[str, str | None]]] = []
-        self.text = ""
-        self.feed(html)
-        self.close()
-        assert not self.open, f"left open: {self.open}"
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append((tag, dict(attrs)))
-        if tag not in VOID:
-            self.open.append(tag)
-
-    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append((tag, dict(attrs)))
-
-    def handle_endtag(self, tag: str) -> None:
-        if tag not in VOID:
-            assert self.open and self.open.pop() == tag, f"</{tag}> closes nothing"
-
-    def handle_data(self, data: str) -> None:
-        if not {"style", "script"} & set(self.open):
-            self.text += data
-
-
-def check(html: str) -> Parsed:
-    """The laws of every report."""
-    assert is_inert(html) and html.encode("utf-8")
-    parsed = Parsed(html)
-    tags = [tag for tag, _ in parsed.tags]
-    assert tags.count("script") == tags.count("style") == 1 and not {
-        "link",
-        "iframe",
-        "img",
-        "object",
-        "base",
-        "form",
-    } & set(tags)
-    places = [attributes["id"] for _, attributes in parsed.tags if "id" in attributes]
-    assert len(places) == len(set(places))
-    for tag, attributes in parsed.tags:
-        if tag == "a":  # within the page alone
-            assert (
-                attributes.keys() == {"href"}
-                and str(attributes["href"])[:1] == "#"
-                and str(attributes["href"])[1:] in places
-            )
-            continue
-        assert not {"src", "href", "xlink:href", "action"} & set(attributes), tag
-        assert not any(name.startswith("on") or name == "style" for name in attributes), tag
-    own = html[html.index("<style>") : html.index("</style>")] + html[html.rindex("<script>") :]
-    assert not re.search(r"https?:|url\(|@import|fetch\(|XMLHttp|innerHTML", own)
-    return parsed
-
-
-def write(folder: Path, *events: Event, **files: Any) -> Path:
-    folder.mkdir(exist_ok=True)
-    (folder / "events.jsonl").write_bytes(b"".join(map(to_json_line, events)))
-    for name, data in files.items():
-        (folder / f"{name}.json").write_text(json.dumps(data))
-    return folder
-
-
-def started(**changes: Any) -> RunStarted:
-    fields: dict[str, Any] = {
-        "name": "one",
-        "algorithm": "sft",
-        "model": "tiny",
-        "roles": {"policy": ["policy"]},
-        "reference": "the base",
-        "steps": 9,
-    }
-    return RunStarted(**{**fields, **changes})
-
-
-def step(number: int, **stats: float) -> StepEnd:
-    return StepEnd(step=number, steps=9, stats=stats, seconds=0.1, tokens=10)
+def run_page(folder: Path, *events: Event, **files: Any) -> str:
+    """Returns the page of a run folder with these events and files."""
+    return page(read_run_log(write_run(folder, *events, **files)))
 
 
 @pytest.fixture(scope="module")
@@ -131,9 +48,9 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
-def test_a_run_leaves_a_report_with_everything(finished: Path) -> None:
+def test_report_of_a_run_contains_every_section(finished: Path) -> None:
     html = (finished / "report.html").read_text(encoding="utf-8")
-    parsed = check(html)
+    parsed = check_page(html)
     assert len(html) < 400_000
     summary, data = (json.loads((finished / f"{name}.json").read_text()) for name in ("summary", "data"))
     for words in (
@@ -160,7 +77,7 @@ def test_a_run_leaves_a_report_with_everything(finished: Path) -> None:
     assert any(attributes.get("class") == "chart lin" for _, attributes in parsed.tags)
 
 
-def test_the_command_writes_it_anew(finished: Path, tmp_path: Path) -> None:
+def test_report_command_writes_the_same_page_again(finished: Path, tmp_path: Path) -> None:
     before = (finished / "report.html").read_bytes()
     (finished / "report.html").unlink()
     made = CliRunner().invoke(app, ["report", str(finished)])
@@ -173,20 +90,22 @@ def test_the_command_writes_it_anew(finished: Path, tmp_path: Path) -> None:
     assert made.exit_code == 2 and "not a run folder" in made.output
 
 
-def test_a_run_that_fails_leaves_a_report(tmp_path: Path) -> None:
+def test_failed_run_has_a_report(tmp_path: Path) -> None:
     recipe = quick(learning_rate=1e30, max_grad_norm=1e30, max_nonfinite_steps=1, max_steps=4)
     with pytest.raises(UserError):
         run(Recipe.from_dict(recipe), out=tmp_path / "bad", ui="none")
-    assert "the run failed after step" in check((tmp_path / "bad" / "report.html").read_text(encoding="utf-8")).text
+    assert (
+        "the run failed after step" in check_page((tmp_path / "bad" / "report.html").read_text(encoding="utf-8")).text
+    )
 
 
-def test_hostile_text_is_inert_everywhere(tmp_path: Path) -> None:
+def test_hostile_text_is_inert_in_every_section(tmp_path: Path) -> None:
     for number, bad in enumerate(HOSTILE_TEXTS):
         events = [
-            started(name=bad, model=bad, reference=bad, device=bad, versions={bad: bad}),
+            run_started(name=bad, model=bad, reference=bad, device=bad, versions={bad: bad}),
             LogMessage(message=bad),
             LogMessage(message=bad, level="warning"),
-            step(1, **{bad: 1.0, "loss": 1.0}),
+            step_end(1, **{bad: 1.0, "loss": 1.0}),
             Evaluated(step=1, stats={f"heldout/{bad}/accuracy": 0.5, f"eval_{bad}": 2.0}),
             SampleLogged(step=1, prompt=bad, completion=bad, finish_reason="stop", ground_truth=bad, role=bad),
             RunEnded(status="failed", step=1, seconds=1.0, message=bad),
@@ -205,10 +124,12 @@ def test_hostile_text_is_inert_everywhere(tmp_path: Path) -> None:
             "base_hash": {"start": bad, "end": bad},
             "answers": {bad: [{"prompt": bad, "completion": bad, "ground_truth": bad}]},
         }
-        folder = write(tmp_path / str(number), *events, data=data, summary=summary, base={"revision": bad, "bits": bad})
+        folder = write_run(
+            tmp_path / str(number), *events, data=data, summary=summary, base={"revision": bad, "bits": bad}
+        )
         (folder / "recipe.yaml").write_bytes(bad.encode("utf-8", "surrogatepass"))
         html = page(read_run_log(folder))
-        check(html)
+        check_page(html)
         assert len(html) < 400_000
 
 
@@ -241,8 +162,8 @@ def pair(number: int, score: float = 1.0, text: str = "yes") -> list[SampleLogge
     ]
 
 
-def test_what_is_written_of_scores_is_what_the_run_writes() -> None:
-    """The report reads what `PairScores` tells; a change there must not leave it empty."""
+def test_scores_json_has_the_keys_that_the_report_reads() -> None:
+    """The report reads the keys of `PairScores.to_dict`; a change there must not leave it empty."""
     torch = pytest.importorskip("torch")
     sides = {name: torch.tensor(scored()[name]) for name in ("chosen", "rejected", "chosen_tokens", "rejected_tokens")}
     scores = PairScores(**sides).to_dict()
@@ -257,18 +178,18 @@ def test_what_is_written_of_scores_is_what_the_run_writes() -> None:
         ("dpo", "Implicit rewards of held-out pairs", "Implicit reward by length"),
     ],
 )
-def test_scores_of_pairs_are_drawn(tmp_path: Path, algorithm: str, title: str, word: str) -> None:
+def test_report_contains_the_scores_of_pairs(tmp_path: Path, algorithm: str, title: str, word: str) -> None:
     summary = {"status": "done", "heldout_pairs": scored()["metrics"]}
-    folder = write(
+    folder = write_run(
         tmp_path / "a",
-        started(algorithm=algorithm),
-        step(1, loss=0.7),
+        run_started(algorithm=algorithm),
+        step_end(1, loss=0.7),
         RunEnded(status="done", step=1, seconds=1.0),
         scores=scored(),
         summary=summary,
     )
     html = page(read_run_log(folder))
-    text = check(html).text
+    text = check_page(html).text
     for words in (
         title,
         word,
@@ -287,7 +208,7 @@ def test_scores_of_pairs_are_drawn(tmp_path: Path, algorithm: str, title: str, w
     assert ("reference: the base" in text) is (algorithm == "dpo")
 
 
-def test_reliability_points_lie_at_their_values() -> None:
+def test_reliability_plot_has_dots_at_their_values() -> None:
     made = reliability([(0.5, 0.5, 4), (1.0, 1.0, 16)])
     ideal = re.search(r'class="ideal" d="M([\d.]+) ([\d.]+)L([\d.]+) ([\d.]+)"', made)
     dots = re.findall(r'<circle class="dot" cx="([\d.]+)" cy="([\d.]+)" r="([\d.]+)"', made)
@@ -301,7 +222,7 @@ def test_reliability_points_lie_at_their_values() -> None:
     )
 
 
-def test_a_histogram_counts_every_score() -> None:
+def test_histogram_pair_counts_every_score() -> None:
     made = histogram_pair({"chosen": [0.0, 1.0, 1.0, 5.0], "rejected": [-3.0]})
     counts = [(int(count), side) for count, side in re.findall(r"<title>(\d+) (chosen|rejected):", made)]
     assert (
@@ -313,7 +234,7 @@ def test_a_histogram_counts_every_score() -> None:
 
 
 @pytest.mark.parametrize("values", [[0.0], [1e-12, 1e12], [-1e29, 1e29], [5.0] * 2000])
-def test_pictures_of_any_numbers(values: list[float]) -> None:
+def test_pair_plots_of_extreme_scores_have_finite_coordinates(values: list[float]) -> None:
     points = [(float(place), value) for place, value in enumerate(values)]
     for made in (
         histogram_pair({"chosen": values, "rejected": values}),
@@ -328,7 +249,7 @@ def test_pictures_of_any_numbers(values: list[float]) -> None:
         assert all(-1 <= n <= 561 for n in numbers)
 
 
-def test_meanings_are_those_of_the_algorithm(tmp_path: Path) -> None:
+def test_descriptions_depend_on_the_algorithm(tmp_path: Path) -> None:
     stats = {
         "accuracy": 0.5,
         "rewards/accuracies": 0.5,
@@ -346,8 +267,10 @@ def test_meanings_are_those_of_the_algorithm(tmp_path: Path) -> None:
     texts = {}
     for algorithm in ("sft", "reward", "dpo"):
         own = {"mean_token_accuracy": 0.5} if algorithm == "sft" else stats
-        record = read_run_log(write(tmp_path / algorithm, started(algorithm=algorithm), step(1, **own), step(2, **own)))
-        texts[algorithm] = check(page(record)).text
+        record = read_run_log(
+            write_run(tmp_path / algorithm, run_started(algorithm=algorithm), step_end(1, **own), step_end(2, **own))
+        )
+        texts[algorithm] = check_page(page(record)).text
     assert "first choice" in texts["sft"] and "first choice" not in texts["reward"] + texts["dpo"]
     assert (
         "whose chosen answer scores higher" in texts["reward"] and "gained more against the reference" in texts["dpo"]
@@ -355,14 +278,14 @@ def test_meanings_are_those_of_the_algorithm(tmp_path: Path) -> None:
     assert "unlearned" in texts["dpo"] and "implicit reward" in texts["dpo"] and "rewards rejected" not in texts["dpo"]
     assert (
         "score rejected" not in texts["reward"] and "rewards rejected" in texts["reward"]
-    )  # a stranger there, but shown
+    )  # a metric of another algorithm is shown
 
 
-def test_pairs_over_time(tmp_path: Path) -> None:
-    folder = write(
+def test_report_contains_the_scores_of_each_pair_over_time(tmp_path: Path) -> None:
+    folder = write_run(
         tmp_path / "a",
-        started(algorithm="reward"),
-        step(1, loss=1.0),
+        run_started(algorithm="reward"),
+        step_end(1, loss=1.0),
         *pair(1, 0.125),
         *pair(1, 3.0, "two"),
         *pair(2, 4.0),
@@ -370,21 +293,21 @@ def test_pairs_over_time(tmp_path: Path) -> None:
         pair(2)[0],
     )
     html = page(read_run_log(folder))
-    text = check(html).text
+    text = check_page(html).text
     assert "Pairs and their scores over time" in text and "Samples over time" not in text
     assert html.count("<summary>1+1?</summary>") == 2 and text.count("wrong") == 1 and text.count("right") == 2
     assert text.index("+0.125") < text.index("+4.000") < text.index("+3.000") and text.count("step 2") == 1
 
 
-def test_how_the_sides_of_training_pairs_differ(tmp_path: Path) -> None:
+def test_report_contains_the_lengths_of_both_sides_of_training_pairs(tmp_path: Path) -> None:
     data = {
         "sides": {"pairs": 4, "longer": 3, "shorter": 1, "equal": 0, "chosen": 20.5, "rejected": 10.0, "margins": 2}
     }
-    text = check(page(read_run_log(write(tmp_path / "a", started(), step(1, loss=1.0), data=data)))).text
+    text = check_page(run_page(tmp_path / "a", run_started(), step_end(1, loss=1.0), data=data)).text
     assert "chosen is longer" in text and "75.0 %" in text and "20.5 tokens chosen, 10.0 rejected" in text
     assert (
         "Sides of the pairs"
-        not in check(page(read_run_log(write(tmp_path / "b", started(), step(1, loss=1.0), data={"sides": None})))).text
+        not in check_page(run_page(tmp_path / "b", run_started(), step_end(1, loss=1.0), data={"sides": None})).text
     )
 
 
@@ -420,12 +343,12 @@ def rollouts(count: int = 9) -> list[Event]:
         "reward_seconds": 0.01,
     }
     events: list[Event] = [
-        started(
+        run_started(
             algorithm="grpo", roles={"policy": ["sft", "policy"], "reference": ["sft"]}, reference="the base with sft"
         )
     ]
     for number in range(1, count + 1):
-        events += [group(number), step(number, **{**stats, "reward": number / 10})]
+        events += [group(number), step_end(number, **{**stats, "reward": number / 10})]
     return [
         *events,
         Evaluated(step=1, stats={"heldout/policy/accuracy": 0.5}),
@@ -433,10 +356,10 @@ def rollouts(count: int = 9) -> list[Event]:
     ]
 
 
-def test_rollouts_are_reported(tmp_path: Path) -> None:
+def test_report_of_grpo_contains_phases_and_groups(tmp_path: Path) -> None:
     final = Evaluated(step=9, stats={"heldout/sft/accuracy": 0.25, "heldout/grpo/accuracy": 0.625})
-    html = page(read_run_log(write(tmp_path / "a", *rollouts(), final, RunEnded(status="done", step=9, seconds=1.0))))
-    text = check(html).text
+    html = run_page(tmp_path / "a", *rollouts(), final, RunEnded(status="done", step=9, seconds=1.0))
+    text = check_page(html).text
     for words in (
         "0.100 \u2192 0.900",
         "reward, first and last step",
@@ -450,7 +373,7 @@ def test_rollouts_are_reported(tmp_path: Path) -> None:
         "25.0 % \u2192 62.5 %",
     ):
         assert words in text, words
-    # the policy is no stage
+    # the policy is not a stage
     assert re.findall(r"<th>(\w*)</th>", html[html.index("Held-out questions") :])[:3] == ["", "sft", "grpo"]
     assert (
         re.findall(r"question (\d)\?", text) == ["1", "5", "9"]
@@ -459,16 +382,16 @@ def test_rollouts_are_reported(tmp_path: Path) -> None:
     )
     phases = text[text.index("Where the time") : text.index("Groups over time")]
     assert re.findall(r"[\d.]+ %", phases) == ["30.0 %", "10.0 %", "60.0 %"]
-    assert "Groups over time" not in check(page(read_run_log(write(tmp_path / "b", started(), step(1, loss=1.0))))).text
+    assert "Groups over time" not in check_page(run_page(tmp_path / "b", run_started(), step_end(1, loss=1.0))).text
 
 
-def test_of_many_groups_the_first_and_the_last_stay(tmp_path: Path) -> None:
-    record = read_run_log(write(tmp_path / "a", *rollouts(1001)))
+def test_run_log_of_many_groups_keeps_the_first_and_the_last(tmp_path: Path) -> None:
+    record = read_run_log(write_run(tmp_path / "a", *rollouts(1001)))
     kept = list(record.completion_groups)
     assert (
         len(kept) <= 64 and kept[0] == 1 and kept[-1] > 900 and record.newest is not None and record.newest.step == 1001
     )
-    text = check(page(record)).text
+    text = check_page(page(record)).text
     assert "question 1?" in text and "question 1001?" in text and re.search(r"question 5\d\d\?|question 4\d\d\?", text)
 
 
@@ -483,17 +406,13 @@ def test_of_many_groups_the_first_and_the_last_stay(tmp_path: Path) -> None:
         [{"reward": 1e308}],
     ],
 )
-def test_damaged_groups(tmp_path: Path, junk: Any) -> None:
-    check(
-        page(
-            read_run_log(
-                write(
-                    tmp_path / "a",
-                    started(algorithm="grpo"),
-                    group(1, completions=junk, ground_truth=3),
-                    step(1, reward=1.0),
-                )
-            )
+def test_damaged_groups_are_shown_leniently(tmp_path: Path, junk: Any) -> None:
+    check_page(
+        run_page(
+            tmp_path / "a",
+            run_started(algorithm="grpo"),
+            group(1, completions=junk, ground_truth=3),
+            step_end(1, reward=1.0),
         )
     )
 
@@ -506,32 +425,32 @@ def test_hostile_groups_are_inert(tmp_path: Path) -> None:
         ]
         stats = {"reward": 1.0, f"rewards/{bad[:99]}/mean": 1.0}
         events = [
-            started(algorithm="grpo"),
+            run_started(algorithm="grpo"),
             group(1, prompt=bad, ground_truth=bad, completions=completions),
-            step(1, **stats),
+            step_end(1, **stats),
         ]
-        html = page(read_run_log(write(tmp_path / str(number), *events)))
-        check(html)
+        html = run_page(tmp_path / str(number), *events)
+        check_page(html)
         assert len(html) < 400_000
 
 
-def test_a_chain_to_rollouts_has_its_stages_and_no_policy(tmp_path: Path) -> None:
+def test_report_of_a_chain_with_rollouts_has_no_column_for_the_policy(tmp_path: Path) -> None:
     folder = chain_in(tmp_path / "chain", "sft", "grpo")
-    write(
+    write_run(
         folder / "1-sft",
-        started(stage=1, stages=2),
-        step(1, loss=2.0),
+        run_started(stage=1, stages=2),
+        step_end(1, loss=2.0),
         RunEnded(status="done", step=1, seconds=60.0),
         summary=stage_summary("sft", {"base": 0.1, "sft": 0.4}),
     )
-    write(
+    write_run(
         folder / "2-grpo",
         *rollouts(),
         Evaluated(step=9, stats={"heldout/grpo/accuracy": 0.9}),
         RunEnded(status="failed", step=9, seconds=1.0),
     )
     html = write_report(folder).read_text(encoding="utf-8")
-    text = check(html).text
+    text = check_page(html).text
     assert re.findall(r"<th>(\w*)</th>", html[html.index("Held-out questions") :])[:4] == ["", "base", "sft", "grpo"]
     assert "SFT \u2192 GRPO" in text and "reward 0.1 \u2192 0.9" in text and "10.0 % \u2192 90.0 %" in text
 
@@ -558,18 +477,18 @@ def stage_summary(algorithm: str, who: dict[str, float], **more: Any) -> dict[st
     }
 
 
-def test_a_chain_has_one_page_over_all_its_stages(tmp_path: Path) -> None:
+def test_report_of_a_chain_contains_all_its_stages(tmp_path: Path) -> None:
     folder = chain_in(tmp_path / "chain", "sft", "dpo", "last")
     with pytest.raises(UserError, match="no stage of this chain has begun"):
         write_report(folder)
-    first = [started(stage=1, stages=3), step(1, loss=2.0), LogMessage(message="mind", level="warning")]
-    write(
+    first = [run_started(stage=1, stages=3), step_end(1, loss=2.0), LogMessage(message="mind", level="warning")]
+    write_run(
         folder / "1-sft",
         *first,
         RunEnded(status="done", step=1, seconds=60.0),
         summary=stage_summary("sft", {"base": 0.1, "sft": 0.4}),
     )
-    text = check(write_report(folder).read_text(encoding="utf-8")).text
+    text = check_page(write_report(folder).read_text(encoding="utf-8")).text
     assert (
         "not ended" in text
         and "2-dpo: this stage has not begun" in text
@@ -577,24 +496,24 @@ def test_a_chain_has_one_page_over_all_its_stages(tmp_path: Path) -> None:
         and "1-sft: mind" in text
     )
     second = [
-        started(algorithm="dpo", stage=2, stages=3, reference="the base with sft"),
-        step(1, loss=0.7),
-        step(2, loss=0.6),
+        run_started(algorithm="dpo", stage=2, stages=3, reference="the base with sft"),
+        step_end(1, loss=0.7),
+        step_end(2, loss=0.6),
     ]
-    write(
+    write_run(
         folder / "2-dpo",
         *second,
         RunEnded(status="done", step=2, seconds=30.0),
         scores=scored(),
         summary=stage_summary("dpo", {"base": 0.1, "sft": 0.4, "dpo": 0.8}, heldout_pairs=scored()["metrics"]),
     )
-    write(
+    write_run(
         folder / "3-last",
-        started(name="last", stage=3, stages=3),
+        run_started(name="last", stage=3, stages=3),
         RunEnded(status="failed", step=0, seconds=1.0, message="it fell over"),
     )
     html = write_report(folder).read_text(encoding="utf-8")
-    parsed = check(html)
+    parsed = check_page(html)
     for words in (
         "whole",
         "failed",
@@ -611,7 +530,7 @@ def test_a_chain_has_one_page_over_all_its_stages(tmp_path: Path) -> None:
         "1:31",
     ):
         assert words in parsed.text, words
-    assert parsed.text.count("of dpo") == 1  # the questions stand once, over all stages
+    assert parsed.text.count("of dpo") == 1  # the questions are shown once, over all stages
     assert [attributes["href"] for tag, attributes in parsed.tags if tag == "a"] == ["#stage-1", "#stage-2", "#stage-3"]
     for name in ("1-sft", "2-dpo", "3-last"):
         assert "<nav>" not in (folder / name / "report.html").read_text(encoding="utf-8")
@@ -619,11 +538,11 @@ def test_a_chain_has_one_page_over_all_its_stages(tmp_path: Path) -> None:
     assert record.status == "failed" and list(record.stages) == ["1-sft", "2-dpo", "3-last"]
 
 
-def test_a_done_chain_is_done(tmp_path: Path) -> None:
+def test_chain_is_done_if_every_stage_is_done(tmp_path: Path) -> None:
     folder = chain_in(tmp_path / "chain", "a", "b")
     for name in ("1-a", "2-b"):
         assert name == "1-a" or read_chain(folder).status == "not ended"
-        write(folder / name, started(), step(1, loss=1.0), RunEnded(status="done", step=1, seconds=1.0))
+        write_run(folder / name, run_started(), step_end(1, loss=1.0), RunEnded(status="done", step=1, seconds=1.0))
     assert read_chain(folder).status == "done"
 
 
@@ -637,14 +556,14 @@ def test_hostile_scores_and_stages_are_inert(tmp_path: Path) -> None:
         )
         folder = chain_in(tmp_path / str(number), name)
         events = [
-            started(name=bad, algorithm="reward", roles={"reference": [bad]}),
-            step(1, loss=1.0),
+            run_started(name=bad, algorithm="reward", roles={"reference": [bad]}),
+            step_end(1, loss=1.0),
             SampleLogged(step=1, prompt=bad, completion=bad, finish_reason=bad, role="chosen", reward=1.0),
             SampleLogged(step=1, prompt=bad, completion=bad, finish_reason=bad, role="rejected"),
             SampleLogged(step=0, prompt=bad, completion=bad, finish_reason=bad, role="reference"),
         ]
         scores = scored(pairs=bad, metrics={"accuracy": bad, bad: 1.0}, reliability=[{"confidence": bad, bad: 1}, bad])
-        write(
+        write_run(
             folder / f"1-{name}",
             *events,
             scores=scores,
@@ -653,7 +572,7 @@ def test_hostile_scores_and_stages_are_inert(tmp_path: Path) -> None:
         )
         (folder / "run.json").write_text(json.dumps({"recipe": {"name": bad, "stages": [{"name": name}]}}))
         html = write_report(folder).read_text(encoding="utf-8")
-        check(html)
+        check_page(html)
         assert len(html) < 400_000
 
 
@@ -679,15 +598,17 @@ def test_hostile_scores_and_stages_are_inert(tmp_path: Path) -> None:
         {"metrics": {"accuracy": math.nan, "length_correlation": None}},
     ],
 )
-def test_damaged_scores(tmp_path: Path, junk: dict[str, Any]) -> None:
-    html = page(read_run_log(write(tmp_path / "a", started(algorithm="dpo"), step(1, loss=1.0), scores=scored(**junk))))
-    check(html)
-    assert "confidence 9" not in html  # that is none
+def test_damaged_scores_are_shown_leniently(tmp_path: Path, junk: dict[str, Any]) -> None:
+    html = run_page(tmp_path / "a", run_started(algorithm="dpo"), step_end(1, loss=1.0), scores=scored(**junk))
+    check_page(html)
+    assert "confidence 9" not in html  # an impossible confidence is left out
     assert "nan" not in re.sub(r"<title>.*?</title>", "", html[html.index("<main>") : html.rindex("<footer>")])
 
 
-def test_damaged_and_unfinished_folders(tmp_path: Path) -> None:
-    folder = write(tmp_path / "a", started(), step(1, loss=2.0), step(2, loss=math.nan), step(3, loss=1.0))
+def test_report_of_damaged_and_unfinished_folders_contains_what_can_be_read(tmp_path: Path) -> None:
+    folder = write_run(
+        tmp_path / "a", run_started(), step_end(1, loss=2.0), step_end(2, loss=math.nan), step_end(3, loss=1.0)
+    )
     with (folder / "events.jsonl").open("ab") as file:
         file.write(
             b'{"event": "step_end"}\nnonsense\n[1]\n{"event": "new", "x": 1}\n{"v": 2, "event": "step_end", "step": '
@@ -695,30 +616,24 @@ def test_damaged_and_unfinished_folders(tmp_path: Path) -> None:
         )
     for name in ("data", "summary", "base"):
         (folder / f"{name}.json").write_text("[[[")
-    text = check(page(read_run_log(folder))).text
+    text = check_page(page(read_run_log(folder))).text
     assert "has not ended: step 3" in text and "2.000 \u2192 1.000" in text
     for junk in (
         {"parts": 3, "lengths": {"edges": [0, "x"], "counts": [1]}, "epoch": [], "ends": None},
         {"parts": [{}], "examples": [{}]},
     ):
-        check(
-            page(
-                read_run_log(
-                    write(tmp_path / "a", started(), data=junk, summary={"warnings": 3, "answers": {"base": 1}})
-                )
-            )
-        )
+        check_page(run_page(tmp_path / "a", run_started(), data=junk, summary={"warnings": 3, "answers": {"base": 1}}))
     with pytest.raises(UserError, match="contains no events"):
-        read_run_log(write(tmp_path / "empty"))
+        read_run_log(write_run(tmp_path / "empty"))
 
 
-def test_a_long_run_stays_small(tmp_path: Path) -> None:
-    events = [step(n, **{f"s{k}": math.sin(n / 50) + n % 7 + 2 for k in range(10)}) for n in range(1, 6001)]
-    html = write_report(write(tmp_path / "long", started(), *events)).read_text(encoding="utf-8")
-    assert check(html) and len(html) < 1_000_000
+def test_report_of_a_long_run_is_small(tmp_path: Path) -> None:
+    events = [step_end(n, **{f"s{k}": math.sin(n / 50) + n % 7 + 2 for k in range(10)}) for n in range(1, 6001)]
+    html = write_report(write_run(tmp_path / "long", run_started(), *events)).read_text(encoding="utf-8")
+    assert check_page(html) and len(html) < 1_000_000
 
 
-def test_thinning_keeps_spikes_and_ends() -> None:
+def test_downsample_keeps_spikes_and_ends() -> None:
     points = [(float(n), 0.0) for n in range(10_000)]
     points[4321], points[77] = (4321.0, 9.0), (77.0, -9.0)
     kept = downsample(points, 50)
@@ -732,14 +647,14 @@ def test_thinning_keeps_spikes_and_ends() -> None:
     [[1.0], [0.0, 0.0], [1e-12, 1e12], [-5.0, 5.0], [math.nan, 1.0, math.inf, 2.0], [5e-324, 1.0], [-1e300, 1e300]],
 )
 @pytest.mark.parametrize("log", [False, True])
-def test_charts_of_any_numbers(values: list[float], log: bool) -> None:
+def test_line_chart_of_extreme_values_has_finite_coordinates(values: list[float], log: bool) -> None:
     made = line_chart([Series("x", "smooth", list(enumerate(values)))], log)
     assert "nan" not in made and "inf" not in made
     numbers = [float(n) for path in re.findall(r' d="([^"]*)"', made) for n in re.findall(r"-?[\d.]+", path)]
     assert all(-1 <= n <= 561 for n in numbers)
 
 
-def test_short_numbers() -> None:
+def test_format_tick_uses_at_most_four_digits() -> None:
     assert [format_tick(v) for v in (0, 0.25, 1234567, 2e-4, 12345, -3.5)] == [
         "0",
         "0.25",
@@ -751,25 +666,25 @@ def test_short_numbers() -> None:
 
 
 @pytest.mark.parametrize("end", ["interrupted", "killed", "killed while it evaluated"])
-def test_the_wall_time_is_that_of_all_sessions(tmp_path: Path, end: str) -> None:
+def test_wall_time_is_the_sum_of_all_sessions(tmp_path: Path, end: str) -> None:
     """Two sessions of 20 s with an hour between them: the first session counts and the hour does not."""
     stopped = [RunEnded(time=120.0, status="interrupted", step=1, seconds=20.0)] if end == "interrupted" else []
     events = [
         LogMessage(time=100.0, message="loading"),
-        replace(started(), time=105.0),
-        replace(step(1, loss=1.0), time=114.0),
+        replace(run_started(), time=105.0),
+        replace(step_end(1, loss=1.0), time=114.0),
         CheckpointSaved(time=115.0 if "while" in end else 120.0, step=1, path="step-1", seconds=1.0),
         *([Progress(time=time, description="", done=1, total=9) for time in (116.0, 120.0)] if "while" in end else []),
         *stopped,
         LogMessage(time=3720.0, message="loading"),
-        replace(started(), time=3725.0, resumed_from=1),
-        replace(step(2, loss=1.0), time=3740.0),
+        replace(run_started(), time=3725.0, resumed_from=1),
+        replace(step_end(2, loss=1.0), time=3740.0),
     ]
-    record = read_run_log(write(tmp_path / "going-on", *events))
+    record = read_run_log(write_run(tmp_path / "going-on", *events))
     assert record.seconds == 40.0
     finished = read_run_log(
-        write(tmp_path / "done", *events, RunEnded(time=3741.0, status="done", step=2, seconds=21.0))
+        write_run(tmp_path / "done", *events, RunEnded(time=3741.0, status="done", step=2, seconds=21.0))
     )
-    assert finished.seconds == 41.0 and "0:41" in check(page(finished)).text
+    assert finished.seconds == 41.0 and "0:41" in check_page(page(finished)).text
     compared = dict(rows(read_runs([tmp_path / "done", tmp_path / "going-on"])))
     assert compared["time"] == ["0:41", "0:40"]

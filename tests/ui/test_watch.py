@@ -1,5 +1,4 @@
-"""`watch`: a growing file, a finished one, a half-written line, a replaced one, several runs; in a terminal and in a
-pipe."""
+"""`watch` in a terminal and in a pipe: growing, finished and replaced files, half-written lines, several runs."""
 
 from __future__ import annotations
 
@@ -39,7 +38,7 @@ def run(tmp_path: Path) -> Path:
     return folder
 
 
-def test_every_cut_of_the_file_gives_the_same_events(tmp_path: Path) -> None:
+def test_tail_of_a_file_in_parts_returns_the_same_events(tmp_path: Path) -> None:
     path, data = tmp_path / "events.jsonl", RECORDED[:20_000]
     whole = [to_json_line(event) for event in read_events(tmp_path / "absent")]
     assert whole == []
@@ -67,14 +66,14 @@ def test_a_half_written_line_waits_for_its_end(tmp_path: Path) -> None:
     assert tail.poll() == (False, [event])
 
 
-def test_rubbish_is_skipped(tmp_path: Path) -> None:
+def test_lines_that_are_not_events_are_skipped(tmp_path: Path) -> None:
     path, event = tmp_path / "events.jsonl", LogMessage(message="whole")
-    rubbish = (
+    lines = (
         b"\xff\xfe\x00\n[]\n{}\n1\nnull\n"
         + b"[" * 100_000
         + b'\n{"event": "step_end"}\n{"event": "new kind", "v": 9}\n\n'
     )
-    path.write_bytes(rubbish + to_json_line(event))
+    path.write_bytes(lines + to_json_line(event))
     assert list(read_events(path)) == [event]
 
 
@@ -91,8 +90,8 @@ def test_a_replaced_file_is_read_from_its_start(run: Path) -> None:
     assert not watched.poll()
 
 
-def test_what_is_no_run(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="no run to watch, for there is no events.jsonl"):
+def test_watch_of_a_folder_without_events_raises(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="not a run to watch: there is no events.jsonl"):
         latest_event_file(tmp_path)
     with pytest.raises(UserError, match="no such file or folder"):
         watch([tmp_path / "absent"])
@@ -205,14 +204,14 @@ def test_a_chain_has_stages_and_a_run_is_its_own(chain: Path, run: Path) -> None
         b"[" * 100_000,
     ],
 )
-def test_what_is_no_chain(tmp_path: Path, content: bytes) -> None:
+def test_malformed_run_json_is_not_a_chain(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "run.json").write_bytes(content)
     assert stage_folders(tmp_path) == [tmp_path]
-    with pytest.raises(UserError, match="no run to watch"):
+    with pytest.raises(UserError, match="not a run to watch"):
         latest_event_file(tmp_path)
 
 
-def test_the_screen_of_a_chain_moves_on_with_it(chain: Path) -> None:
+def test_watched_chain_shows_the_newest_stage(chain: Path) -> None:
     watched = WatchedRun(*event_files(chain))
     assert not watched.poll() and watched.state.started is None
     write_events(chain / "1-sft", *STARTS, step(1), step(2), ended())
@@ -223,7 +222,7 @@ def test_the_screen_of_a_chain_moves_on_with_it(chain: Path) -> None:
     )
     other = chain / "other"
     other.write_bytes((chain / "1-sft" / "events.jsonl").read_bytes())
-    other.replace(chain / "1-sft" / "events.jsonl")  # begun anew: the whole chain is told again, in its order
+    other.replace(chain / "1-sft" / "events.jsonl")  # replaced: all events of the chain are read again, in order
     assert watched.poll() and watched.state.started == SECOND and watched.state.step == 1 and not watched.poll()
 
 
@@ -250,7 +249,7 @@ def test_a_pipe_follows_a_chain_to_the_end_of_its_last_stage(chain: Path) -> Non
 
 
 @pytest.mark.parametrize("status", ["failed", pytest.param("interrupted", marks=pytest.mark.slow)])
-def test_a_stage_that_breaks_ends_its_chain(chain: Path, run: Path, status: Literal["failed", "interrupted"]) -> None:
+def test_failed_stage_ends_its_chain(chain: Path, run: Path, status: Literal["failed", "interrupted"]) -> None:
     write_events(chain / "1-sft", *STARTS, step(1), ended(status))
     out = piped(str(chain), str(run)).communicate(timeout=60)[0].decode().splitlines()  # and the next run follows
     assert f"stage 1 of 2 {status} after step 2 in 0:02" in out and out[-1] == END
@@ -290,7 +289,7 @@ def test_a_chain_in_a_terminal(chain: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_group_is_looked_at_and_left(tmp_path: Path) -> None:
+def test_group_view_opens_and_closes(tmp_path: Path) -> None:
     (tmp_path / "events.jsonl").write_bytes((Path(__file__).parents[1] / "recorded" / "grpo.jsonl").read_bytes())
     emulator = Emulator("-m", "lowrank_tune", "watch", str(tmp_path))
     emulator.until("step 24/24")

@@ -16,7 +16,14 @@ from lowrank_tune.ui.compare.screen import TextCanvas, screen
 from lowrank_tune.ui.terminal.device import ascii_only
 from lowrank_tune.ui.terminal.text_layout import plain_text, to_ansi
 
-__all__ = ["TextCanvas", "ComparedRun", "compare", "compare_page", "read_runs", "screen"]
+__all__ = [
+    "TextCanvas",
+    "ComparedRun",
+    "compare",
+    "compare_page",
+    "read_runs",
+    "screen",
+]
 
 PIPED_WIDTH = 120
 MIN_WIDTH = 40
@@ -40,7 +47,11 @@ def compare(
     width = PIPED_WIDTH
     if on_terminal or "COLUMNS" in environ:
         width = shutil.get_terminal_size((PIPED_WIDTH, 24)).columns
-    canvas = TextCanvas(max(MIN_WIDTH, width), signs=not color, ascii_only=ascii_only(out, environ))
+    canvas = TextCanvas(
+        max(MIN_WIDTH, width),
+        signs=not color,
+        ascii_only=ascii_only(out, environ),
+    )
     lines = screen(compared, canvas)
     if on_terminal:
         text = "\n".join(to_ansi(line, color) for line in lines) + "\n"

@@ -10,7 +10,11 @@ from statistics import fmean, median
 from lowrank_tune.ui.compare.runs import ComparedRun
 from lowrank_tune.ui.formatting import clock, number, percent
 from lowrank_tune.ui.json_fields import get_mapping
-from lowrank_tune.ui.metrics import GENERATIVE_ALGORITHMS, POLICY, WITHOUT_REFERENCE
+from lowrank_tune.ui.metrics import (
+    GENERATIVE_ALGORITHMS,
+    POLICY,
+    WITHOUT_REFERENCE,
+)
 from lowrank_tune.ui.report.heldout import (
     PASS_PREFIX,
     StageStats,
@@ -60,7 +64,10 @@ def _algorithm(run: ComparedRun) -> str:
 
 
 def _base(run: ComparedRun) -> str:
-    return next((str(run_log.started.model) for run_log in run.run_logs if run_log.started is not None), "")
+    return next(
+        (str(run_log.started.model) for run_log in run.run_logs if run_log.started is not None),
+        "",
+    )
 
 
 def _ended(run: ComparedRun) -> str:
@@ -188,7 +195,7 @@ def _warnings(run: ComparedRun) -> str:
 def _hacking(run: ComparedRun) -> str:
     """Returns the step after which the run warned of reward hacking."""
     warned_at = get_mapping(run.last.summary, "hacking").get("step")
-    return f"said at step {warned_at}" if isinstance(warned_at, int) else ""
+    return f"warned at step {warned_at}" if isinstance(warned_at, int) else ""
 
 
 TOKENS = "{:.1f}".format
@@ -198,8 +205,14 @@ ROWS: tuple[tuple[str, Callable[[ComparedRun], str]], ...] = (
     ("ended", _ended),
     ("steps", _steps),
     ("time", _seconds),
-    ("held-out exact, before", HeldoutFigure("accuracy", percent, with_stage=True)),
-    ("held-out exact, after", HeldoutFigure("accuracy", percent, is_last=True, with_stage=True)),
+    (
+        "held-out exact, before",
+        HeldoutFigure("accuracy", percent, with_stage=True),
+    ),
+    (
+        "held-out exact, after",
+        HeldoutFigure("accuracy", percent, is_last=True, with_stage=True),
+    ),
     ("one of several exact", _pass_rate),
     ("best while training", _best_accuracy),
     ("held-out pairs right", _pairs),
@@ -208,7 +221,10 @@ ROWS: tuple[tuple[str, Callable[[ComparedRun], str]], ...] = (
     ("KL to reference, end", _kl),
     ("loss", _loss),
     ("tokens an answer, before", HeldoutFigure("mean_length", TOKENS)),
-    ("tokens an answer, after", HeldoutFigure("mean_length", TOKENS, is_last=True)),
+    (
+        "tokens an answer, after",
+        HeldoutFigure("mean_length", TOKENS, is_last=True),
+    ),
     ("tokens a completion", Trend("completions/mean_length", TOKENS)),
     ("tokens a second", _speed),
     ("peak memory", _memory),

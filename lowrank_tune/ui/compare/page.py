@@ -17,7 +17,11 @@ from lowrank_tune.ui.compare.runs import (
 )
 from lowrank_tune.ui.html import document, render
 from lowrank_tune.ui.metrics import chart_title, descriptions_of
-from lowrank_tune.ui.report.curves import WITHOUT_LOG_SCALE, ChartCard, chart_card
+from lowrank_tune.ui.report.curves import (
+    WITHOUT_LOG_SCALE,
+    ChartCard,
+    chart_card,
+)
 from lowrank_tune.ui.report.page import issues
 from lowrank_tune.ui.svg import Series, downsample, smooth
 
@@ -43,7 +47,11 @@ def compare_page(runs: Sequence[ComparedRun]) -> str:
         settings=differences(runs),
         without_recipe=", ".join(without_recipe(runs)),
     )
-    return document(f"{names[:120]}: compared", body, "the events and summaries of these runs")
+    return document(
+        f"{names[:120]}: compared",
+        body,
+        "the events and summaries of these runs",
+    )
 
 
 def _issues(runs: Sequence[ComparedRun]) -> list[str]:
@@ -68,7 +76,13 @@ def _cards(runs: Sequence[ComparedRun]) -> list[ChartCard]:
     for name, metric_runs in common_metrics(runs):
         series = [_series(run, name, kinds[run.label]) for run in metric_runs]
         description = descriptions_of(metric_runs[0].algorithm).get(name, "")
-        card = chart_card(chart_title(name), description, series, name not in WITHOUT_LOG_SCALE, {})
+        card = chart_card(
+            chart_title(name),
+            description,
+            series,
+            name not in WITHOUT_LOG_SCALE,
+            {},
+        )
         if card is not None:
             cards.append(card)
     return cards
@@ -78,4 +92,8 @@ def _series(run: ComparedRun, name: str, kind: str) -> Series:
     points = [(float(step), value) for step, value in run.points(name).items()]
     if len(points) > MIN_POINTS_TO_SMOOTH:
         points = smooth(points)
-    return Series(escape_control_chars(run.label, 60), kind, downsample(points, MAX_BUCKETS))
+    return Series(
+        escape_control_chars(run.label, 60),
+        kind,
+        downsample(points, MAX_BUCKETS),
+    )

@@ -15,18 +15,38 @@ from lowrank_tune.config.yaml import dotted, leaves
 from lowrank_tune.errors import UserError
 from lowrank_tune.evaluation import EvalRecord, read_records
 from lowrank_tune.ui.metrics import charts_of
-from lowrank_tune.ui.report.run_log import ChainLog, RunLog, StepValues, read_chain, read_run_log
+from lowrank_tune.ui.report.run_log import (
+    ChainLog,
+    RunLog,
+    StepValues,
+    read_chain,
+    read_run_log,
+)
 from lowrank_tune.ui.run_paths import EVENTS, is_chain, read_recipe
 
 IGNORED_SETTINGS = ("name", "description")
 """Settings that every recipe has for itself."""
 MIN_POINTS_TO_SMOOTH = 15
 """A curve of at most so many points is drawn as it is."""
-VALIDATION_METRICS = ("eval_loss", "eval_mean_token_accuracy", "eval_accuracy", "eval_rewards/accuracies")
-ANSWER_METRICS = ("completions/mean_length", "heldout/mean_length", "heldout/repetition")
+VALIDATION_METRICS = (
+    "eval_loss",
+    "eval_mean_token_accuracy",
+    "eval_accuracy",
+    "eval_rewards/accuracies",
+)
+ANSWER_METRICS = (
+    "completions/mean_length",
+    "heldout/mean_length",
+    "heldout/repetition",
+)
 ALGORITHM_SPECIFIC_METRICS = ("loss", "eval_loss", "entropy")
 """Metrics whose meaning depends on the algorithm: only runs of one kind share such a chart."""
-METRIC_FAMILIES = {"reward": "pairs", "dpo": "pairs", "grpo": "completions", "ppo": "completions"}
+METRIC_FAMILIES = {
+    "reward": "pairs",
+    "dpo": "pairs",
+    "grpo": "completions",
+    "ppo": "completions",
+}
 
 
 @dataclass(frozen=True)

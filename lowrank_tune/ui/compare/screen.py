@@ -17,8 +17,19 @@ from lowrank_tune.ui.compare.runs import (
     without_recipe,
 )
 from lowrank_tune.ui.metrics import chart_title
-from lowrank_tune.ui.terminal.charts import Curve, chart, format_number, smooth
-from lowrank_tune.ui.terminal.text_layout import Line, fit, sanitize, side_by_side, wrap
+from lowrank_tune.ui.terminal.charts import (
+    Curve,
+    chart,
+    format_number,
+    smooth,
+)
+from lowrank_tune.ui.terminal.text_layout import (
+    Line,
+    fit,
+    sanitize,
+    side_by_side,
+    wrap,
+)
 
 LINE_STYLES = (
     ("first", "*"),
@@ -64,7 +75,11 @@ def screen(runs: Sequence[ComparedRun], canvas: TextCanvas) -> list[Line]:
     """Returns the whole comparison in lines of at most the width of the canvas."""
     styles = {run.label: LINE_STYLES[index % len(LINE_STYLES)] for index, run in enumerate(runs)}
     lines: list[Line] = []
-    for part in (_charts(runs, styles, canvas), _differences(runs, canvas), _table(runs, styles, canvas)):
+    for part in (
+        _charts(runs, styles, canvas),
+        _differences(runs, canvas),
+        _table(runs, styles, canvas),
+    ):
         if lines:
             lines.append([])
         lines += part
@@ -82,7 +97,14 @@ def _cut(line: Line, width: int) -> Line:
 def _charts(runs: Sequence[ComparedRun], styles: LineStyles, canvas: TextCanvas) -> list[Line]:
     metrics = common_metrics(runs)
     if not metrics:
-        return [[("no statistic was measured by two of these runs, so there is no chart", "quiet")]]
+        return [
+            [
+                (
+                    "no statistic was measured by two of these runs, so there is no chart",
+                    "quiet",
+                )
+            ]
+        ]
     columns = max(1, min(MAX_COLUMNS, canvas.width // CHART_WIDTH, len(metrics)))
     width, extra = divmod(canvas.width - columns + 1, columns)
     widths = [width + (index < extra) for index in range(columns)]
@@ -113,7 +135,16 @@ def _chart(
         curves.append(Curve(drawn, style, sign))
         shown_sign = sign if canvas.signs else ""
         title.append((f" {shown_sign}{format_number(points[-1][1])}", style))
-    return [title, *chart(curves, width, CHART_HEIGHT - 1, False, canvas.signs or canvas.ascii_only)]
+    return [
+        title,
+        *chart(
+            curves,
+            width,
+            CHART_HEIGHT - 1,
+            False,
+            canvas.signs or canvas.ascii_only,
+        ),
+    ]
 
 
 def _differences(runs: Sequence[ComparedRun], canvas: TextCanvas) -> list[Line]:
@@ -156,7 +187,10 @@ def _table(runs: Sequence[ComparedRun], styles: LineStyles, canvas: TextCanvas) 
     for index, (run, name) in enumerate(zip(runs, names, strict=True)):
         style, sign = styles[run.label]
         heads.append((f"{sign} {name}", style))
-        longest = max(cell_len(name) + 2, *(cell_len(cells[index]) for _, cells in figures))
+        longest = max(
+            cell_len(name) + 2,
+            *(cell_len(cells[index]) for _, cells in figures),
+        )
         widths.append(min(MAX_CELL, max(MIN_CELL, longest)))
     lines: list[Line] = []
     start = 0

@@ -10,7 +10,13 @@ from lowrank_tune.ui.report.page import chain_page, page
 from lowrank_tune.ui.report.run_log import read_chain, read_run_log
 from lowrank_tune.ui.run_paths import is_chain
 
-__all__ = ["chain_page", "page", "read_chain", "read_run_log", "write_report"]
+__all__ = [
+    "chain_page",
+    "page",
+    "read_chain",
+    "read_run_log",
+    "write_report",
+]
 
 
 def write_report(folder: Path) -> Path:

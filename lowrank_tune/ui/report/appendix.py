@@ -17,7 +17,13 @@ def appendix(run_log: RunLog) -> Markup:
     """Returns the complete recipe, the machine with its versions and the hash of the frozen base, and the notes."""
     base = {name: run_log.base[name] for name in BASE_FIELDS if run_log.base.get(name) is not None}
     roles = _roles(run_log.started.roles) if run_log.started else ""
-    return render("appendix", run=run_log, roles=roles, base=base, hashes=get_mapping(run_log.summary, "base_hash"))
+    return render(
+        "appendix",
+        run=run_log,
+        roles=roles,
+        base=base,
+        hashes=get_mapping(run_log.summary, "base_hash"),
+    )
 
 
 def _roles(roles: Mapping[str, Sequence[str]]) -> str:

@@ -22,7 +22,13 @@ from lowrank_tune.ui.metrics import (
     reward_names,
 )
 from lowrank_tune.ui.report.run_log import RunLog
-from lowrank_tune.ui.svg import Point, Series, downsample, line_chart, smooth
+from lowrank_tune.ui.svg import (
+    Point,
+    Series,
+    downsample,
+    line_chart,
+    smooth,
+)
 
 WITHOUT_LOG_SCALE = (
     "accuracy",
@@ -67,11 +73,19 @@ def curves(run_log: RunLog) -> Markup:
     algorithm = run_log.algorithm
     descriptions = _descriptions_in_order(run_log)
     partners = {paired_metric(algorithm, name) for name in descriptions}
-    measured = {*run_log.series, *(name.removeprefix("eval_") for name in run_log.checks)}
+    measured = {
+        *run_log.series,
+        *(name.removeprefix("eval_") for name in run_log.checks),
+    }
     others = sorted(name for name in measured if name not in descriptions and name not in partners)
     cards = []
     for name in (*descriptions, *others):
-        card = _curve(name, descriptions.get(name, ""), paired_metric(algorithm, name), run_log)
+        card = _curve(
+            name,
+            descriptions.get(name, ""),
+            paired_metric(algorithm, name),
+            run_log,
+        )
         if card is not None:
             cards.append(card)
     return render("curves", cards=cards) if cards else Markup()
@@ -86,7 +100,10 @@ def _descriptions_in_order(run_log: RunLog) -> dict[str, str]:
     for name, description in descriptions.items():
         ordered[name] = description
         if name == "reward":
-            ordered |= dict.fromkeys(sorted(reward_names(run_log.series)), "this reward by itself")
+            ordered |= dict.fromkeys(
+                sorted(reward_names(run_log.series)),
+                "this reward by itself",
+            )
     return ordered
 
 
@@ -100,9 +117,21 @@ def _curve(name: str, description: str, partner: str | None, run_log: RunLog) ->
     may_log = name not in WITHOUT_LOG_SCALE
     if partner is None:
         series = metric_series(name, points, checks, f"validation {name}")
-        return chart_card(metric_label(name), description, series, may_log, points or checks)
+        return chart_card(
+            metric_label(name),
+            description,
+            series,
+            may_log,
+            points or checks,
+        )
     sides = {side: run_log.series.get(side) or run_log.checks.get(f"eval_{side}", {}) for side in (name, partner)}
-    return chart_card(chart_title(name), description, pair_series(sides), may_log, points or checks)
+    return chart_card(
+        chart_title(name),
+        description,
+        pair_series(sides),
+        may_log,
+        points or checks,
+    )
 
 
 def chart_card(
@@ -155,9 +184,21 @@ def metric_series(
     if steps:
         series.append(Series(name, "raw" if is_rough else "smooth", downsample(steps)))
     if is_rough:
-        series.append(Series("smoothed", "smooth", downsample(smooth(finite), SMOOTHED_BUCKETS)))
+        series.append(
+            Series(
+                "smoothed",
+                "smooth",
+                downsample(smooth(finite), SMOOTHED_BUCKETS),
+            )
+        )
     if checks:
-        series.append(Series(check_name, "check", downsample(_in_order(checks), SMOOTHED_BUCKETS)))
+        series.append(
+            Series(
+                check_name,
+                "check",
+                downsample(_in_order(checks), SMOOTHED_BUCKETS),
+            )
+        )
     return series
 
 

@@ -9,14 +9,28 @@ from typing import Any
 from markupsafe import Markup
 
 from lowrank_tune.ui.html import render
-from lowrank_tune.ui.json_fields import get_list, get_mapping, get_number, get_objects
+from lowrank_tune.ui.json_fields import (
+    get_list,
+    get_mapping,
+    get_number,
+    get_objects,
+)
 from lowrank_tune.ui.report.run_log import RunLog
 from lowrank_tune.ui.svg import length_histogram
 
 MEASURES = {"rows": "rows", "tokens": "tokens", "trained": "trained tokens"}
 EPOCH_FIGURES = ("rows", "tokens", "trained", "steps")
-LENGTH_FIGURES = {"median": "median", "p95": "95 % up to", "longest": "longest read", "limit": "limit"}
-SIDE_COUNTS = {"longer": "chosen is longer", "shorter": "chosen is shorter", "equal": "equally long"}
+LENGTH_FIGURES = {
+    "median": "median",
+    "p95": "95 % up to",
+    "longest": "longest read",
+    "limit": "limit",
+}
+SIDE_COUNTS = {
+    "longer": "chosen is longer",
+    "shorter": "chosen is shorter",
+    "equal": "equally long",
+}
 
 
 @dataclass(frozen=True)
@@ -100,7 +114,14 @@ def _sources(report: Mapping[str, Any]) -> list[Source]:
         for key, name in MEASURES.items():
             count = get_number(part, key)
             measures.append(Measure(name, count / totals[key], count))
-        sources.append(Source(part.get("name", ""), part.get("format", ""), measures, get_number(part, "weight")))
+        sources.append(
+            Source(
+                part.get("name", ""),
+                part.get("format", ""),
+                measures,
+                get_number(part, "weight"),
+            )
+        )
     return sources
 
 
@@ -117,7 +138,12 @@ def _length_svg(lengths: Mapping[str, Any]) -> Markup:
     counts = get_list(lengths, "counts")
     if len(edges) != len(counts) + 1 or not all(isinstance(value, int) for value in (*edges, *counts)):
         return Markup()
-    return length_histogram(edges, counts, int(get_number(lengths, "limit")), int(get_number(lengths, "over")))
+    return length_histogram(
+        edges,
+        counts,
+        int(get_number(lengths, "limit")),
+        int(get_number(lengths, "over")),
+    )
 
 
 def _sides(side_stats: Mapping[str, Any]) -> Sides | None:

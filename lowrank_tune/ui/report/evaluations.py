@@ -11,7 +11,11 @@ from markupsafe import Markup
 from lowrank_tune.evaluation import EvalRecord, read_records
 from lowrank_tune.ui.formatting import format_time
 from lowrank_tune.ui.html import render
-from lowrank_tune.ui.views.evaluation import describe_evaluation, heads, rows
+from lowrank_tune.ui.views.evaluation import (
+    describe_evaluation,
+    heads,
+    rows,
+)
 
 MAX_EVALUATIONS = 20
 
@@ -38,4 +42,10 @@ def section(folder: Path) -> Markup:
 def _card(record: EvalRecord) -> EvaluationCard:
     columns = heads(record)
     cells = [row[: len(columns)] for row in rows(record)]
-    return EvaluationCard(format_time(record.time), record.origin, columns, cells, describe_evaluation(record))
+    return EvaluationCard(
+        format_time(record.time),
+        record.origin,
+        columns,
+        cells,
+        describe_evaluation(record),
+    )

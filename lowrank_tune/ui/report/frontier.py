@@ -10,7 +10,15 @@ from markupsafe import Markup
 from lowrank_tune.ui.formatting import format_tick
 from lowrank_tune.ui.html import render
 from lowrank_tune.ui.report.run_log import RunLog, StepValues
-from lowrank_tune.ui.svg import RIGHT, WIDTH, Plot, Point, downsample, linear_axis, smooth
+from lowrank_tune.ui.svg import (
+    RIGHT,
+    WIDTH,
+    Plot,
+    Point,
+    downsample,
+    linear_axis,
+    smooth,
+)
 
 MIN_POINTS = 3
 """Steps at which both reward and KL were measured."""
@@ -58,7 +66,11 @@ def frontier_svg(reward_points: Sequence[Point], accuracy_points: Sequence[Point
     course = list(zip(_smooth_values(kls), _smooth_values(rewards), strict=True))
     plot.polyline("smooth", downsample(course, MAX_COURSE_BUCKETS), "reward, smooth")
     if accuracy_points:
-        _draw_accuracy(plot, downsample(accuracy_points, MAX_COURSE_BUCKETS), [share for _, share in accuracy_points])
+        _draw_accuracy(
+            plot,
+            downsample(accuracy_points, MAX_COURSE_BUCKETS),
+            [share for _, share in accuracy_points],
+        )
     return plot.svg()
 
 
@@ -69,7 +81,11 @@ def _draw_accuracy(plot: Plot, points: Sequence[Point], shares: Sequence[float])
         plot.label(f"{100 * share:g} %", WIDTH - RIGHT, plot.y_at(share) - 3, "end")
     plot.polyline("check", points, "held-out exact")
     for kl, share in points:
-        plot.circle("check", (kl, share), f"{100 * share:.1f} % exact at KL {format_tick(kl)}")
+        plot.circle(
+            "check",
+            (kl, share),
+            f"{100 * share:.1f} % exact at KL {format_tick(kl)}",
+        )
 
 
 def _smooth_values(values: Sequence[float]) -> list[float]:

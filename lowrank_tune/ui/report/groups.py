@@ -14,8 +14,8 @@ from lowrank_tune.ui.html import render, text
 from lowrank_tune.ui.report.run_log import RunLog
 
 PHASE_DESCRIPTIONS = {
-    "rollout": "completions are drawn",
-    "reward": "rewards are waited for; most are computed while others are drawn",
+    "rollout": "drawing completions",
+    "reward": "waiting for rewards; most are computed while completions are drawn",
     "update": "log-probs, gradients, the optimizer",
 }
 SHOWN_GROUPS = 3
@@ -53,7 +53,12 @@ def phases(run_log: RunLog) -> Markup:
     total = sum(run_log.phases.values())
     if not total:
         return Markup()
-    return render("phases", phases=run_log.phases, total=total, descriptions=PHASE_DESCRIPTIONS)
+    return render(
+        "phases",
+        phases=run_log.phases,
+        total=total,
+        descriptions=PHASE_DESCRIPTIONS,
+    )
 
 
 def sampled_groups(run_log: RunLog) -> Markup:
@@ -65,7 +70,10 @@ def sampled_groups(run_log: RunLog) -> Markup:
         return Markup()
     last = len(groups) - 1
     indices = sorted({round(at * last / (SHOWN_GROUPS - 1)) for at in range(SHOWN_GROUPS)})
-    return render("groups", cards=[_card(groups[index], index in (0, last)) for index in indices])
+    return render(
+        "groups",
+        cards=[_card(groups[index], index in (0, last)) for index in indices],
+    )
 
 
 def _card(group: Group, is_open: bool) -> GroupCard:
@@ -74,7 +82,15 @@ def _card(group: Group, is_open: bool) -> GroupCard:
     for completion in group.completions[:MAX_COMPLETIONS]:
         notes = list(_notes(completion, has_several_rewards))
         advantage, sign = _advantage(completion.advantage)
-        rows.append(CompletionRow(completion, _number(completion.reward), advantage, sign, notes))
+        rows.append(
+            CompletionRow(
+                completion,
+                _number(completion.reward),
+                advantage,
+                sign,
+                notes,
+            )
+        )
     return GroupCard(group, is_open, rows)
 
 

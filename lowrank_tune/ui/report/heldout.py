@@ -107,10 +107,21 @@ def _section(stages: StageStats, run_logs: Sequence[RunLog]) -> Markup:
     names.sort(key=_position)
     rows = []
     for name in names:
-        rows.append((_label(name), [_figure(name, stats.get(name)) for stats in stages.values()]))
+        rows.append(
+            (
+                _label(name),
+                [_figure(name, stats.get(name)) for stats in stages.values()],
+            )
+        )
     answers = _answers_by_stage(run_logs)
     questions = list(zip(*answers.values(), strict=False))
-    return render("heldout", stages=list(stages), rows=rows, answered_by=list(answers), questions=questions)
+    return render(
+        "heldout",
+        stages=list(stages),
+        rows=rows,
+        answered_by=list(answers),
+        questions=questions,
+    )
 
 
 def _position(name: str) -> tuple[bool, int]:
@@ -144,7 +155,11 @@ def _answers_by_stage(run_logs: Sequence[RunLog]) -> dict[str, list[HeldoutAnswe
 
 def _heldout_answer(answer: Mapping[str, Any]) -> HeldoutAnswer:
     ground_truth = answer.get("ground_truth")
-    graded = grade(str(answer.get("completion", "")), bool(answer.get("stopped")), ground_truth)
+    graded = grade(
+        str(answer.get("completion", "")),
+        bool(answer.get("stopped")),
+        ground_truth,
+    )
     return HeldoutAnswer(answer.get("prompt") or "", ground_truth or "", graded)
 
 
@@ -152,4 +167,8 @@ def grade(completion: str, is_complete: bool, ground_truth: Any) -> GradedAnswer
     """Returns an answer with its grade. One that was cut off is never right."""
     if not isinstance(ground_truth, str):
         return GradedAnswer(completion, is_complete, None)
-    return GradedAnswer(completion, is_complete, is_complete and is_exact(completion, ground_truth))
+    return GradedAnswer(
+        completion,
+        is_complete,
+        is_complete and is_exact(completion, ground_truth),
+    )

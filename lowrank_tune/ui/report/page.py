@@ -14,7 +14,10 @@ from lowrank_tune.ui.report import evaluations, frontier, groups, pairs
 from lowrank_tune.ui.report.appendix import appendix
 from lowrank_tune.ui.report.curves import curves
 from lowrank_tune.ui.report.dataset import data
-from lowrank_tune.ui.report.heldout import chain_heldout_section, heldout_section
+from lowrank_tune.ui.report.heldout import (
+    chain_heldout_section,
+    heldout_section,
+)
 from lowrank_tune.ui.report.run_log import ChainLog, RunLog
 from lowrank_tune.ui.report.samples import samples
 from lowrank_tune.ui.report.tiles import ARROW, Tile, chain_tiles, run_tiles
@@ -65,7 +68,11 @@ def page(run_log: RunLog) -> str:
         evaluations=evaluations.section(run_log.folder),
         sections=_sections(run_log),
     )
-    return document(f"{run_log.name}, {run_log.status}", body, f"{run_log.folder.name}/events.jsonl")
+    return document(
+        f"{run_log.name}, {run_log.status}",
+        body,
+        f"{run_log.folder.name}/events.jsonl",
+    )
 
 
 def chain_page(chain: ChainLog) -> str:
@@ -84,7 +91,11 @@ def chain_page(chain: ChainLog) -> str:
         stage_rows=[_stage_row(stage.folder, stage.run) for stage in stages],
         stages=stages,
     )
-    return document(f"{chain.name}, {chain.status}", body, f"the stages of {chain.folder.name}")
+    return document(
+        f"{chain.name}, {chain.status}",
+        body,
+        f"the stages of {chain.folder.name}",
+    )
 
 
 def _sections(run_log: RunLog) -> Markup:
@@ -133,7 +144,10 @@ def _trend(run_log: RunLog) -> str:
 def issues(run_log: RunLog) -> list[str]:
     """Returns how the run ended, unless it is done, and its warnings."""
     warnings = [str(message) for message in get_list(run_log.summary, "warnings")]
-    return [*_bad_end(run_log), *dict.fromkeys([*warnings, *run_log.warnings])]
+    return [
+        *_bad_end(run_log),
+        *dict.fromkeys([*warnings, *run_log.warnings]),
+    ]
 
 
 def _bad_end(run_log: RunLog) -> list[str]:

@@ -12,18 +12,27 @@ from markupsafe import Markup
 
 from lowrank_tune.ui.formatting import format_tick, percent
 from lowrank_tune.ui.html import render
-from lowrank_tune.ui.json_fields import get_list, get_mapping, get_number, get_objects
+from lowrank_tune.ui.json_fields import (
+    get_list,
+    get_mapping,
+    get_number,
+    get_objects,
+)
 from lowrank_tune.ui.metrics import PAIR_SIDES
-from lowrank_tune.ui.report.plots import histogram_pair, reliability, scatter
+from lowrank_tune.ui.report.plots import (
+    histogram_pair,
+    reliability,
+    scatter,
+)
 from lowrank_tune.ui.report.run_log import RunLog
 
 MAX_SCORE = 1e30
 FIGURE_LABELS = {
-    "accuracy": "pairs whose chosen answer is ahead",
+    "accuracy": "pairs whose chosen answer has the higher score",
     "margin": "mean {score} of the chosen above the rejected",
-    "calibration_error": "calibration error: how far confidence is off, on average",
+    "calibration_error": "calibration error: mean difference between confidence and accuracy",
     "length_correlation": "correlation of {score} and length",
-    "prefers_longer": "pairs where the longer answer is ahead",
+    "prefers_longer": "pairs whose longer answer has the higher score",
 }
 
 

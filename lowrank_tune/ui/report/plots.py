@@ -8,7 +8,16 @@ from statistics import fmean
 from markupsafe import Markup
 
 from lowrank_tune.ui.formatting import format_tick
-from lowrank_tune.ui.svg import LEFT, PLOT_WIDTH, TOP, Axis, Plot, Point, linear_axis, whole_number_axis
+from lowrank_tune.ui.svg import (
+    LEFT,
+    PLOT_WIDTH,
+    TOP,
+    Axis,
+    Plot,
+    Point,
+    linear_axis,
+    whole_number_axis,
+)
 
 BINS = 28
 MAX_DOTS = 800
@@ -54,7 +63,10 @@ def histogram_pair(sides: Mapping[str, Sequence[float]]) -> Markup:
     for side, values in sides.items():
         for score in values:
             counts[side][min(BINS - 1, int((score - x.low) / bin_width))] += 1
-    plot = Plot(x, whole_number_axis(max(max(side_counts) for side_counts in counts.values())))
+    plot = Plot(
+        x,
+        whole_number_axis(max(max(side_counts) for side_counts in counts.values())),
+    )
     step = PLOT_WIDTH / BINS
     for side, side_counts in counts.items():
         for index, count in enumerate(side_counts):

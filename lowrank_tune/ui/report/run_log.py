@@ -21,8 +21,18 @@ from lowrank_tune.events import (
 )
 from lowrank_tune.ui.groups import Group, read_group
 from lowrank_tune.ui.json_fields import read_json_object, read_text
-from lowrank_tune.ui.metrics import DEFAULT_ALGORITHM, POLICY, WITHOUT_REFERENCE, phases_of
-from lowrank_tune.ui.run_paths import EVENTS, read_event_lines, read_recipe, stage_folders
+from lowrank_tune.ui.metrics import (
+    DEFAULT_ALGORITHM,
+    POLICY,
+    WITHOUT_REFERENCE,
+    phases_of,
+)
+from lowrank_tune.ui.run_paths import (
+    EVENTS,
+    read_event_lines,
+    read_recipe,
+    stage_folders,
+)
 from lowrank_tune.ui.wall_time import WallTime
 
 StepValues = dict[int, float]
@@ -123,7 +133,12 @@ class RunLog:
         own = f"heldout/{POLICY}/"
         for name, value in event.stats.items():
             if name.startswith(own):
-                _store(self.series, name.replace(own, "heldout/", 1), event.step, value)
+                _store(
+                    self.series,
+                    name.replace(own, "heldout/", 1),
+                    event.step,
+                    value,
+                )
             else:
                 _store(self.checks, name, event.step, value)
 

@@ -65,7 +65,7 @@ class PairSamples:
 
 def samples(run_log: RunLog) -> Markup:
     """Returns the samples of each prompt and the scores of each held-out pair, empty if the run has none."""
-    base_name = reference_name(run_log.started.roles) if run_log.started else "base"
+    reference = reference_name(run_log.started.roles) if run_log.started else "base"
     by_prompt: dict[str, list[SampleLogged]] = {}
     of_pairs = []
     for sample in run_log.samples:
@@ -73,24 +73,28 @@ def samples(run_log: RunLog) -> Markup:
             of_pairs.append(sample)
         else:
             by_prompt.setdefault(str(sample.prompt), []).append(sample)
-    prompts = [_prompt_samples(prompt, logged, base_name) for prompt, logged in by_prompt.items()]
+    prompts = [_prompt_samples(prompt, logged, reference) for prompt, logged in by_prompt.items()]
     return render("samples", prompts=prompts, pairs=_pair_samples(of_pairs))
 
 
-def _prompt_samples(prompt: str, logged: Sequence[SampleLogged], base_name: str) -> PromptSamples:
+def _prompt_samples(prompt: str, logged: Sequence[SampleLogged], reference: str) -> PromptSamples:
     rows = []
     for sample in _spread(logged):
-        answer = grade(str(sample.completion), sample.finish_reason == "stop", sample.ground_truth)
+        answer = grade(
+            str(sample.completion),
+            sample.finish_reason == "stop",
+            sample.ground_truth,
+        )
         reward = "" if sample.reward is None else number(sample.reward)
-        rows.append(SampleRow(_label(sample, base_name), answer, reward))
+        rows.append(SampleRow(_label(sample, reference), answer, reward))
     return PromptSamples(prompt, logged[0].ground_truth, rows)
 
 
-def _label(sample: SampleLogged, base_name: str) -> str:
+def _label(sample: SampleLogged, reference: str) -> str:
     if sample.role == "policy":
         return f"step {sample.step:,}"
     if sample.role == "reference":
-        return base_name
+        return reference
     return str(sample.role)
 
 
@@ -100,7 +104,11 @@ def _pair_samples(logged: Iterable[SampleLogged]) -> list[PairSamples]:
     chosen = None
     for sample in logged:
         if chosen is not None and sample.role == "rejected" and sample.prompt == chosen.prompt:
-            pair = (str(sample.prompt), str(chosen.completion), str(sample.completion))
+            pair = (
+                str(sample.prompt),
+                str(chosen.completion),
+                str(sample.completion),
+            )
             history.setdefault(pair, []).append(_pair_row(chosen, sample))
         chosen = sample if sample.role == "chosen" else None
     return [PairSamples(*pair, _spread(rows)) for pair, rows in history.items()]

@@ -6,7 +6,12 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from lowrank_tune.ui.formatting import clock, format_large, format_tick, percent
+from lowrank_tune.ui.formatting import (
+    clock,
+    format_large,
+    format_tick,
+    percent,
+)
 from lowrank_tune.ui.json_fields import get_mapping
 from lowrank_tune.ui.metrics import GENERATIVE_ALGORITHMS
 from lowrank_tune.ui.report.heldout import (
@@ -33,7 +38,11 @@ class Tile:
 def run_tiles(run_log: RunLog) -> list[Tile]:
     """Returns the figures of a run."""
     started = run_log.started
-    tiles = [*_heldout_tiles(heldout_by_stage(run_log)), *_pair_tiles(run_log), *_training_tiles(run_log)]
+    tiles = [
+        *_heldout_tiles(heldout_by_stage(run_log)),
+        *_pair_tiles(run_log),
+        *_training_tiles(run_log),
+    ]
     steps = f" / {started.steps:,}" if started and started.steps else ""
     tiles.append(Tile(f"{run_log.step:,}{steps}", "steps"))
     tiles.append(Tile(clock(run_log.seconds), "wall time"))
@@ -41,7 +50,12 @@ def run_tiles(run_log: RunLog) -> list[Tile]:
         tiles.append(Tile(format_large(run_log.tokens), "tokens trained through"))
     speeds = sorted(run_log.series.get("tokens_per_second", {}).values())
     if speeds:
-        tiles.append(Tile(f"{speeds[len(speeds) // 2]:,.0f}", "tokens a second, median"))
+        tiles.append(
+            Tile(
+                f"{speeds[len(speeds) // 2]:,.0f}",
+                "tokens a second, median",
+            )
+        )
     memory = run_log.series.get("memory_gib")
     if memory:
         tiles.append(Tile(f"{max(memory.values()):.2f} GiB", "peak memory"))
@@ -58,8 +72,18 @@ def chain_tiles(chain: ChainLog) -> list[Tile]:
         tiles += _pair_tiles(run_log)
     done = sum(run_log.status == "done" for run_log in run_logs)
     tiles.append(Tile(f"{done} / {len(chain.stages)}", "stages"))
-    tiles.append(Tile(clock(sum(run_log.seconds for run_log in run_logs)), "wall time of the stages"))
-    tiles.append(Tile(format_large(sum(run_log.tokens for run_log in run_logs)), "tokens trained through"))
+    tiles.append(
+        Tile(
+            clock(sum(run_log.seconds for run_log in run_logs)),
+            "wall time of the stages",
+        )
+    )
+    tiles.append(
+        Tile(
+            format_large(sum(run_log.tokens for run_log in run_logs)),
+            "tokens trained through",
+        )
+    )
     return tiles
 
 
@@ -72,7 +96,12 @@ def _heldout_tiles(stages: StageStats) -> Iterator[Tile]:
         yield Tile(percent(first), "held-out exact answers, base")
         return
     change = f"{100 * (last - first):+.1f} points" if last > first else ""
-    yield Tile(f"{percent(first)}{ARROW}{percent(last)}", "held-out exact answers", change, is_wide=True)
+    yield Tile(
+        f"{percent(first)}{ARROW}{percent(last)}",
+        "held-out exact answers",
+        change,
+        is_wide=True,
+    )
 
 
 def _pair_tiles(run_log: RunLog) -> Iterator[Tile]:
@@ -85,7 +114,10 @@ def _training_tiles(run_log: RunLog) -> Iterator[Tile]:
     checks = {step: loss for step, loss in run_log.checks.get("eval_loss", {}).items() if not math.isnan(loss)}
     if checks:
         best = min(checks, key=checks.__getitem__)
-        yield Tile(format_tick(checks[best]), f"best validation loss, step {best:,}")
+        yield Tile(
+            format_tick(checks[best]),
+            f"best validation loss, step {best:,}",
+        )
     reward = run_log.series.get("reward") if run_log.algorithm in GENERATIVE_ALGORITHMS else None
     loss = run_log.series.get("loss")
     if reward:

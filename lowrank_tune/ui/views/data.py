@@ -8,14 +8,28 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 
 from rich import box
-from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
+from rich.console import (
+    Console,
+    ConsoleOptions,
+    Group,
+    RenderableType,
+    RenderResult,
+)
 from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
 from lowrank_tune.data.stats import PairBalance
-from lowrank_tune.data_report import DataIssue, DataReport, EosStats, Example, Lengths, MixturePart
+from lowrank_tune.data_report import (
+    DataIssue,
+    DataReport,
+    EosStats,
+    Example,
+    Lengths,
+    MixturePart,
+)
 from lowrank_tune.ui import escape_control_chars
+from lowrank_tune.ui.formatting import percent
 
 BAR_WIDTH = 24
 LENGTH_BAR_WIDTH = 40
@@ -59,9 +73,15 @@ def preflight_view(data_report: DataReport, title: str, plain: bool = False) -> 
 def _sections(data_report: DataReport, plain: bool) -> Iterator[tuple[str, RenderableType]]:
     unit = _unit(data_report)
     lengths = data_report.lengths
-    yield f"Mixture, by {data_report.weighted_by}", _mixture(data_report, unit, plain)
+    yield (
+        f"Mixture, by {data_report.weighted_by}",
+        _mixture(data_report, unit, plain),
+    )
     length_unit = "side" if unit == "pair" else unit
-    yield f"Lengths in tokens, limit {lengths.limit:,}", _lengths(lengths, length_unit, plain)
+    yield (
+        f"Lengths in tokens, limit {lengths.limit:,}",
+        _lengths(lengths, length_unit, plain),
+    )
     yield f"{unit.title()}s", _issues(data_report.issues)
     if data_report.sides is not None:
         yield "Sides", _sides(data_report.sides, plain)
@@ -69,7 +89,7 @@ def _sections(data_report: DataReport, plain: bool) -> Iterator[tuple[str, Rende
         yield "End token", _eos_line(data_report.ends, unit)
     yield "Steps", _steps(data_report, unit)
     if data_report.completions:
-        content = "what the model is asked"
+        content = "the prompts of the model"
     else:
         opening, closing = _brackets(plain)
         content = f"what the model reads; trained is the text in {opening} {closing}"
@@ -112,7 +132,12 @@ def _grid(*justify: str) -> Table:
 def _add_share(table: Table, name: str, count: int, total: int, plain: bool) -> None:
     """Adds a row with the share of a count as a bar and as a number."""
     share = count / total if total else 0.0
-    table.add_row(name, Text(bar(share, plain=plain), "cyan"), f"{100 * share:.1f} %", f"{count:,}")
+    table.add_row(
+        name,
+        Text(bar(share, plain=plain), "cyan"),
+        percent(share),
+        f"{count:,}",
+    )
 
 
 def _mixture(data_report: DataReport, unit: str, plain: bool) -> RenderableType:
@@ -129,7 +154,10 @@ def _mixture(data_report: DataReport, unit: str, plain: bool) -> RenderableType:
 
 def _source_line(part: MixturePart, unit: str) -> Text:
     line = Text().append(escape_control_chars(part.name, 90), "cyan")
-    line.append(f"  {part.format}, {part.used:,} of {part.read:,} {unit}s used", QUIET)
+    line.append(
+        f"  {part.format}, {part.used:,} of {part.read:,} {unit}s used",
+        QUIET,
+    )
     if part.used > part.rows:
         line.append(f", {part.used - part.rows:,} set aside to validate with", QUIET)
     if unit != "pair":
@@ -139,12 +167,35 @@ def _source_line(part: MixturePart, unit: str) -> Text:
 
 def _measures(part: MixturePart, parts: Sequence[MixturePart], unit: str, plain: bool) -> Table:
     table = _grid("l", "l", "r", "r")
-    _add_share(table, f"{unit}s", part.rows, sum(other.rows for other in parts), plain)
-    _add_share(table, "tokens", part.tokens, sum(other.tokens for other in parts), plain)
+    _add_share(
+        table,
+        f"{unit}s",
+        part.rows,
+        sum(other.rows for other in parts),
+        plain,
+    )
+    _add_share(
+        table,
+        "tokens",
+        part.tokens,
+        sum(other.tokens for other in parts),
+        plain,
+    )
     if unit != "prompt":
-        _add_share(table, "trained tokens", part.trained, sum(other.trained for other in parts), plain)
+        _add_share(
+            table,
+            "trained tokens",
+            part.trained,
+            sum(other.trained for other in parts),
+            plain,
+        )
     weight = Text(bar(part.weight, plain=plain), "magenta")
-    table.add_row("weight w_s", weight, f"{100 * part.weight:.1f} %", f"{part.weight:.4f}")
+    table.add_row(
+        "weight w_s",
+        weight,
+        percent(part.weight),
+        f"{part.weight:.4f}",
+    )
     return table
 
 
@@ -152,13 +203,13 @@ def _lengths(lengths: Lengths, unit: str, plain: bool) -> RenderableType:
     table = _grid("r", "l", "r")
     largest = max(*lengths.counts, lengths.over, 1)
 
-    def count_bar(count: int, style: str) -> Text:
-        return Text(bar(count / largest, LENGTH_BAR_WIDTH, plain), style)
+    def add(name: str, count: int, style: str, count_style: str) -> None:
+        filled = bar(count / largest, LENGTH_BAR_WIDTH, plain)
+        table.add_row(name, Text(filled, style), Text(f"{count:,}", count_style))
 
     for low, high, count in zip(lengths.edges, lengths.edges[1:], lengths.counts, strict=False):
-        table.add_row(f"{low + 1:,} to {high:,}", count_bar(count, "cyan"), f"{count:,}")
-    over = Text(f"{lengths.over:,}", BAD if lengths.over else GOOD)
-    table.add_row(f"over {lengths.limit:,}", count_bar(lengths.over, BAD), over)
+        add(f"{low + 1:,} to {high:,}", count, "cyan", "")
+    add(f"over {lengths.limit:,}", lengths.over, BAD, BAD if lengths.over else GOOD)
     summary = (
         f"half of the {unit}s have up to {lengths.median:,} tokens, 95 % up to {lengths.p95:,}; "
         f"the longest read has {lengths.longest:,}"
@@ -171,7 +222,10 @@ def _issues(issues: Iterable[DataIssue]) -> RenderableType:
     for issue in issues:
         line = Text().append(f"{issue.count:7,}", BAD if issue.count else GOOD)
         line.append("  ")
-        line.append(escape_control_chars(issue.description, 200), BAD if issue.count else "")
+        line.append(
+            escape_control_chars(issue.description, 200),
+            BAD if issue.count else "",
+        )
         if issue.count:
             line.append(f" ({issue.done})", QUIET)
         lines.append(line)
@@ -195,7 +249,10 @@ def _joined(locations: Sequence[str]) -> str:
 
 def _eos_line(ends: EosStats, unit: str) -> Text:
     if not ends.trained:
-        return Text("NO: no end token is trained; the model would never learn to stop", f"{HEAD} red")
+        return Text(
+            "NO: no end token is trained; the model cannot learn to stop",
+            f"{HEAD} red",
+        )
     names = ", ".join(f"{escape_control_chars(name)} ({count:,} times)" for name, count in ends.tokens.items())
     line = Text().append("yes", f"{HEAD} {GOOD}")
     line.append(f": {names}; ")
@@ -207,17 +264,21 @@ def _steps(data_report: DataReport, unit: str) -> Text:
     epoch = data_report.epoch
     if not epoch.steps:
         return Text("none: there is nothing to train on", BAD)
+    rows_per_step = epoch.rows / epoch.steps
     size = f"an epoch has {epoch.rows:,} {unit}s, {epoch.tokens:,} tokens"
-    steps = f"in {epoch.steps:,} steps of about {epoch.rows / epoch.steps:,.1f} {unit}s"
+    steps = f"in {epoch.steps:,} steps of about {rows_per_step:,.1f} {unit}s"
     run = f"the run has {epoch.all_steps:,} steps, {epoch.passes:.2f} epochs"
     if data_report.completions:
         return Text(f"{size}, {steps}\n{run}; it draws {data_report.completions}")
     share = epoch.trained / epoch.tokens if epoch.tokens else 0.0
-    return Text(
-        f"{size}, {epoch.trained:,} of them trained ({100 * share:.1f} %)\n"
-        f"{steps} and {epoch.tokens / epoch.steps:,.0f} tokens; {run}\n"
-        f"{data_report.report.validation_rows:,} {unit}s to validate with"
-    )
+    tokens_per_step = epoch.tokens / epoch.steps
+    validation_rows = data_report.report.validation_rows
+    lines = [
+        f"{size}, {epoch.trained:,} of them trained ({percent(share)})",
+        f"{steps} and {tokens_per_step:,.0f} tokens; {run}",
+        f"{validation_rows:,} {unit}s to validate with",
+    ]
+    return Text("\n".join(lines))
 
 
 def _sides(sides: PairBalance, plain: bool) -> RenderableType:
@@ -247,7 +308,10 @@ def _examples(data_report: DataReport, plain: bool) -> RenderableType:
         return Group(*parts)
     for example in examples:
         head = _prompt_head(example) if data_report.completions else _head(example)
-        parts += [head, _indent(_with_mask(example.segments, plain), below=1)]
+        parts += [
+            head,
+            _indent(_with_mask(example.segments, plain), below=1),
+        ]
     return Group(*parts)
 
 
@@ -297,9 +361,18 @@ class _PairView:
         chosen = _with_mask(self._chosen.segments[len(shared) :], self._plain)
         rejected = _with_mask(self._rejected.segments[len(shared) :], self._plain)
         if options.max_width < NARROW:
-            yield from (_head(self._chosen), _indent(chosen), _head(self._rejected), _indent(rejected))
+            yield from (
+                _head(self._chosen),
+                _indent(chosen),
+                _head(self._rejected),
+                _indent(rejected),
+            )
         else:
-            table = Table(box=box.ASCII if self._plain else box.MINIMAL, show_edge=False, expand=True)
+            table = Table(
+                box=box.ASCII if self._plain else box.MINIMAL,
+                show_edge=False,
+                expand=True,
+            )
             for example in (self._chosen, self._rejected):
                 table.add_column(_head(example), ratio=1, overflow="fold")
             table.add_row(chosen, rejected)
@@ -318,5 +391,11 @@ def _shared_prompt(chosen: Segments, rejected: Segments) -> Segments:
 def _status_line(faults: Sequence[str]) -> Text:
     if not faults:
         return Text("fit to train on", f"{HEAD} {GOOD}")
-    lines = [Text(f"not fit to train on: {escape_control_chars(fault, 1000)}", "bold red") for fault in faults]
+    lines = [
+        Text(
+            f"not fit to train on: {escape_control_chars(fault, 1000)}",
+            "bold red",
+        )
+        for fault in faults
+    ]
     return Text("\n").join(lines)

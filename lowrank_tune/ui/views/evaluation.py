@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping
-from datetime import UTC, datetime
 
 from rich.console import Console
 from rich.table import Table
@@ -168,13 +167,6 @@ def describe_evaluation(record: EvalRecord) -> list[str]:
     if record.interrupted:
         lines.append("interrupted: the figures are of what was measured until then, the same prompts for all")
     return lines
-
-
-def when(record: EvalRecord) -> str:
-    try:
-        return datetime.fromtimestamp(record.time, UTC).strftime("%Y-%m-%d %H:%M UTC")
-    except (ValueError, OverflowError, OSError):
-        return "unknown"
 
 
 def show(record: EvalRecord, ungraded: Mapping[str, int], console: Console) -> None:

@@ -19,7 +19,12 @@ from lowrank_tune.memory_planner.plan_report import (
 )
 from lowrank_tune.ui import escape_control_chars
 
-COLUMN_NAMES = {"optimizer": "optim.", "gradients": "grads", "activations": "activ.", "KV cache": "KV"}
+COLUMN_NAMES = {
+    "optimizer": "optim.",
+    "gradients": "grads",
+    "activations": "activ.",
+    "KV cache": "KV",
+}
 """Short names of columns, so that the table fits into 80 columns."""
 MIB = 1 << 20
 MIN_GIB_PEAK = GIB // 10
@@ -41,10 +46,10 @@ def worst_stage_line(plans: Sequence[Plan]) -> Text:
     """Returns the stage of a chain that needs most of the available memory, and whether it fits."""
     worst = max(plans, key=_need)
     name = f"worst stage: {escape_control_chars(worst.name)}"
-    needed_gib = f"{worst.needed / GIB:.2f}"
+    needed_gib = _gib(worst.needed)
     if not worst.vram:
         return Text(f"{name}, {needed_gib} GiB", "bold")
-    vram_gib = f"{worst.vram / GIB:.2f} GiB"
+    vram_gib = f"{_gib(worst.vram)} GiB"
     if worst.fits:
         return Text(f"{name}, {needed_gib} of {vram_gib}, fits", "bold green")
     return Text(f"{name}, {needed_gib} of {vram_gib}, does not fit", "bold red")
@@ -62,7 +67,11 @@ def _table(plan: Plan) -> Table:
     table = Table(box=None, pad_edge=False, padding=(0, 0, 0, 1), header_style="dim")
     table.add_column("GiB at its peak" if in_gib else "MiB at its peak", no_wrap=True)
     for purpose in used:
-        table.add_column(COLUMN_NAMES.get(purpose, purpose), justify="right", no_wrap=True)
+        table.add_column(
+            COLUMN_NAMES.get(purpose, purpose),
+            justify="right",
+            no_wrap=True,
+        )
     table.add_column("all", justify="right", no_wrap=True)
     table.add_column("", no_wrap=True)
     for phase in plan.phases:
@@ -72,7 +81,13 @@ def _table(plan: Plan) -> Table:
             mark = "<"
             style = "green" if plan.fits else "bold red"
         cells = [_figure(phase.bytes.get(purpose, 0), divisor) for purpose in used]
-        table.add_row(Text(phase.name), *cells, _figure(phase.total, divisor), mark, style=style)
+        table.add_row(
+            Text(phase.name),
+            *cells,
+            _figure(phase.total, divisor),
+            mark,
+            style=style,
+        )
     return table
 
 
@@ -99,7 +114,10 @@ def lines(plan: Plan, in_chain: bool = False) -> list[Text]:
     where = f" ({peak.where})" if peak.where else ""
     texts = [Text(f"most is held in: {peak.name}{where}")]
     if not plan.vram:
-        return [*texts, Text(f"needs {plan.peak / GIB:.2f} GiB of this machine's memory for tensors")]
+        return [
+            *texts,
+            Text(f"needs {_gib(plan.peak)} GiB of this machine's memory for tensors"),
+        ]
     texts.append(_fit_line(plan))
     texts += _room_lines(plan)
     if plan.advice:
@@ -109,8 +127,8 @@ def lines(plan: Plan, in_chain: bool = False) -> list[Text]:
 
 
 def _fit_line(plan: Plan) -> Text:
-    used = f"{plan.needed / GIB:.2f} of {plan.vram / GIB:.2f} GiB"
-    parts = f"tensors {plan.peak / GIB:.2f}, CUDA itself {CUDA_CONTEXT_BYTES / GIB:.2f}, lost {FRAGMENTATION:.0%}"
+    used = f"{_gib(plan.needed)} of {_gib(plan.vram)} GiB"
+    parts = f"tensors {_gib(plan.peak)}, CUDA itself {_gib(CUDA_CONTEXT_BYTES)}, lost {FRAGMENTATION:.0%}"
     if plan.fits:
         return Text(f"fits: {used} ({parts})", "green")
     return Text(f"does not fit: {used} ({parts})", "bold red")
@@ -119,13 +137,17 @@ def _fit_line(plan: Plan) -> Text:
 def _room_lines(plan: Plan) -> Iterator[Text]:
     if plan.fits:
         for phase in plan.split_phases:
-            phase_gib = needed(phase.total, plan.device) / GIB
-            yield Text(f"{phase.name} runs in smaller pieces: at once it needs {phase_gib:.2f} GiB")
+            at_once = _gib(needed(phase.total, plan.device))
+            yield Text(f"{phase.name} runs in smaller pieces: at once it needs {at_once} GiB")
     if plan.max_micro_batch_size is not None and plan.fits_length is not None:
         yield Text(
             f"room for a micro-batch of {plan.max_micro_batch_size}, or for rows of {plan.fits_length:,} tokens, "
             f"{plan.sizes.units} at once"
         )
+
+
+def _gib(size: int) -> str:
+    return f"{size / GIB:.2f}"
 
 
 def _recomputed(plan: Plan) -> str:

@@ -32,7 +32,10 @@ def summary_table(summary: Mapping[str, Any], folder: Path, width: int | None = 
     Control characters are escaped. Lines are broken at words before they reach `width`.
     """
     stages = get_objects(summary, "stages")
-    lines = [f"status     {_name(summary.get('status', 'unknown'), None)}", *_progress(summary)]
+    lines = [
+        f"status     {_name(summary.get('status', 'unknown'), None)}",
+        *_progress(summary),
+    ]
     lines += _last_and_best(summary)
     for stage in stages:
         lines += _stage_lines(stage)
@@ -148,4 +151,7 @@ def _next_lines(stages: Sequence[Mapping[str, Any]], folder: Path) -> list[str]:
         }
     commands[f"report {run}"] = "write report.html again"
     size = max(map(len, commands))
-    return ["next", *(f"  lowrank-tune {command:{size}}  {words}" for command, words in commands.items())]
+    return [
+        "next",
+        *(f"  lowrank-tune {command:{size}}  {words}" for command, words in commands.items()),
+    ]
