@@ -149,9 +149,9 @@ def test_only_our_own_exports_are_replaced(
     assert [path.name for path in tmp_path.iterdir()] == ["out"] and (out / "tried-lora-f32.gguf").exists()
     (out / "mine.txt").write_text("!")
     for target, sentence in (
-        (out, "mine.txt for one"),
-        (mistral.run / "final", "no export of this program"),
-        (out / "mine.txt", "is no folder"),
+        (out, "contains mine.txt, which is not part of an export"),
+        (mistral.run / "final", "is not part of an export of this program"),
+        (out / "mine.txt", "is not a folder"),
     ):
         with pytest.raises(UserError, match=sentence):
             take(mistral, replace(order, out=target))

@@ -19,9 +19,8 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from secrets import token_hex
 
-from lowrank_tune.checkpoint import as_user_error
+from lowrank_tune.checkpoint import as_user_error, atomic_folder
 from lowrank_tune.data.tokenize import cache_folder
 from lowrank_tune.errors import TrainingError, UserError
 from lowrank_tune.events import Emit, LogMessage
@@ -144,14 +143,8 @@ def _extract_to_cache(archive: Path) -> Path:
     with as_user_error(archive), archive.open("rb") as opened:
         if hashlib.file_digest(opened, "sha256").hexdigest() != SHA256:
             raise UserError(f"{archive} is not the {ARCHIVE} that is known here (its sha256 is another one)")
-    with as_user_error(target):
-        target.parent.mkdir(parents=True, exist_ok=True)
-        fresh = target.with_name(f".tmp-{target.name}-{token_hex(4)}")
-        try:
-            _unpack(archive, fresh)
-            fresh.replace(target)
-        finally:
-            shutil.rmtree(fresh, ignore_errors=True)
+    with atomic_folder(target, overwrite=False) as folder:
+        _unpack(archive, folder)
     return target
 
 
