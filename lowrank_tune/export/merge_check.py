@@ -22,7 +22,7 @@ from torch import Tensor
 from lowrank_tune.config import BaseConfig, RecipeConfig, SourceConfig
 from lowrank_tune.data import ChatTemplate, Prompt, load, load_heldout_prompts
 from lowrank_tune.errors import TrainingError, UserError
-from lowrank_tune.evaluation.heldout import render_questions, select_questions
+from lowrank_tune.evaluation.questions import render_questions, select_questions
 from lowrank_tune.events import Emit, LogMessage, Progress
 from lowrank_tune.generation import Engine
 from lowrank_tune.generation.engine import device_memory

@@ -29,14 +29,9 @@ from lowrank_tune.config.memory_rules import memory_settings
 from lowrank_tune.data import TokenizedSplits
 from lowrank_tune.data_report import report_prompts, report_rows
 from lowrank_tune.errors import TrainingError, UserError
-from lowrank_tune.evaluation.heldout import (
-    HeldoutAnswer,
-    HeldoutQuestion,
-    compute_metrics,
-    generate_answers,
-    render_questions,
-    select_questions,
-)
+from lowrank_tune.evaluation.grading import GradedAnswer
+from lowrank_tune.evaluation.heldout import generate_answers, heldout_metrics
+from lowrank_tune.evaluation.questions import EvalQuestion, render_questions, select_questions
 from lowrank_tune.evaluation.validation import score_pairs, validate
 from lowrank_tune.events import (
     CheckpointSaved,
@@ -143,7 +138,7 @@ class Stage:
             if validation is not None
             else []
         )
-        self.shown_questions: list[HeldoutQuestion] = (
+        self.shown_questions: list[EvalQuestion] = (
             self._questions_with_room(shown)[: recipe.evaluate.num_completions_to_print] if self.is_generative else []
         )
         self.summary: dict[str, Any] = {}
@@ -190,7 +185,7 @@ class Stage:
         set_training(False)
         return self.trainer.state.step, finished
 
-    def _questions_with_room(self, questions: Sequence[HeldoutQuestion]) -> list[HeldoutQuestion]:
+    def _questions_with_room(self, questions: Sequence[EvalQuestion]) -> list[EvalQuestion]:
         """Those whose answers make no row that is longer than the base's rotary frequencies are for."""
         limit = self.built.base.max_row_length
         new_tokens = self.recipe.evaluate.max_new_tokens
@@ -390,7 +385,7 @@ class Stage:
             self.emit,
         )
         repeated = [1 - distinct_ngram_fraction(sample.text, NGRAM) for samples in answers for sample in samples]
-        return {**compute_metrics(answers), "repetition": sum(repeated) / len(repeated)}
+        return {**heldout_metrics(answers), "repetition": sum(repeated) / len(repeated)}
 
     def _on_event(self, event: Event) -> None:
         """What the loop tells goes on to all; the watch over the reward remembers each step."""
@@ -475,7 +470,7 @@ class Stage:
             sampling,
             self.emit,
         )
-        self.best_checkpoint.heldout[name] = compute_metrics(answers)
+        self.best_checkpoint.heldout[name] = heldout_metrics(answers)
         self.emit(
             Evaluated(
                 step=step,
@@ -492,13 +487,13 @@ class Stage:
         temperature = config.temperature if config.num_samples > 1 else 0.0
         return SamplingParams(config.max_new_tokens, self.built.stop_ids, temperature, self.recipe.seed)
 
-    def _emit_samples(self, answers: list[HeldoutAnswer], role: str, step: int) -> None:
+    def _emit_samples(self, answers: list[GradedAnswer], role: str, step: int) -> None:
         for answer in answers:
             sample = self._as_sample(answer)
             finish = "stop" if sample.pop("stopped") else "length"
             self.emit(SampleLogged(step=step, finish_reason=finish, role=role, **sample))
 
-    def _as_sample(self, answer: HeldoutAnswer) -> dict[str, Any]:
+    def _as_sample(self, answer: GradedAnswer) -> dict[str, Any]:
         question = self.shown_questions[answer.prompt_index]
         return {
             "prompt": question.text,

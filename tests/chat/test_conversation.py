@@ -30,7 +30,8 @@ from lowrank_tune.checkpoint import Snapshot, write_atomically
 from lowrank_tune.cli import app
 from lowrank_tune.config import BaseConfig, DataConfig, SourceConfig
 from lowrank_tune.data import ChatTemplate, load
-from lowrank_tune.evaluation.heldout import HeldoutQuestion, generate_answers
+from lowrank_tune.evaluation.heldout import generate_answers
+from lowrank_tune.evaluation.questions import EvalQuestion
 from lowrank_tune.generation import Engine
 from lowrank_tune.model.adapters import CONFIG, WEIGHTS
 from lowrank_tune.model.base import BUILTIN_MODEL, load_base, load_tokenizer
@@ -261,7 +262,7 @@ def test_both_variants_answer_as_the_engine_does(chat_model: ChatModel) -> None:
     (base,), (tuned,) = stage.texts
     first = [Message("system", system), Message("user", QUESTIONS[0])]
     assert base == engine_answer(chat_model, "base", first)
-    question = HeldoutQuestion(chat_model.template.prompt(first), QUESTIONS[0], None)
+    question = EvalQuestion(chat_model.template.prompt(first), QUESTIONS[0], None)
     ((evaluated,),) = generate_answers(
         chat_model.roles,
         "policy",

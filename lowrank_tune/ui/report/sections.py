@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any
 
-from lowrank_tune.evaluation.heldout import is_exact
+from lowrank_tune.evaluation.grading import is_exact
 from lowrank_tune.events import SampleLogged
 from lowrank_tune.ui.formatting import number, percent
 from lowrank_tune.ui.metrics import (
