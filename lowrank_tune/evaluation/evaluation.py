@@ -7,7 +7,7 @@ import math
 import time
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +19,12 @@ from lowrank_tune.evaluation import lm_eval
 from lowrank_tune.evaluation.evaluator import EvalResult, Evaluator
 from lowrank_tune.evaluation.grading import Grader
 from lowrank_tune.evaluation.metrics import (
+    REWARD_MODEL_SCORE,
+    RIGHT,
     MetricOptions,
     Metrics,
     deltas_vs_base,
     missing_scores,
-    right_value,
-    score_value,
     variant_metrics,
     win_rates,
 )
@@ -267,7 +267,7 @@ class _EvalRun:
         base = self.base
         confidence = self.options.confidence
         has_verdicts = self.grader.has_verdicts(result.questions)
-        ks = self.sampling_options.ks if has_verdicts else ()
+        ks = self.sampling_options.pass_at_k if has_verdicts else ()
         metric_options = MetricOptions(ks, self.sampling_options.seed, confidence)
         metrics = {}
         deltas = {}
@@ -297,7 +297,7 @@ class _EvalRun:
             "seconds": round(time.time() - self.started, 1),
             "target": target,
             "dataset": dataset,
-            "settings": {**self.sampling_options.to_dict(), "confidence": confidence},
+            "settings": {**asdict(self.sampling_options), "confidence": confidence},
             "grader": self.grader.grader_name if has_verdicts else "",
             "rewards": {reward.name: reward.weight for reward in self.grader.rewards},
             "reward_model": str(self.reward_model.run) if self.reward_model else None,
@@ -315,9 +315,9 @@ class _EvalRun:
         confidence = self.options.confidence
         rates: dict[str, Any] = {}
         if has_verdicts:
-            rates["verifier"] = win_rates(result, variant, right_value, confidence)
+            rates["verifier"] = win_rates(result, variant, RIGHT, confidence)
         if self.reward_model is not None:
-            rates["reward_model"] = win_rates(result, variant, score_value, confidence)
+            rates["reward_model"] = win_rates(result, variant, REWARD_MODEL_SCORE, confidence)
         return {name: rate for name, rate in rates.items() if rate is not None}
 
 

@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import product
+from operator import attrgetter
 from statistics import fmean
 from typing import Any
 
@@ -27,6 +28,8 @@ from lowrank_tune.evaluation.target import BASE
 Metrics = dict[str, Interval]
 AnswerValue = Callable[[GradedAnswer], float | None]
 """Returns a value of one answer, None if it has no such value."""
+RIGHT: AnswerValue = attrgetter("right")
+REWARD_MODEL_SCORE: AnswerValue = attrgetter("score")
 
 
 @dataclass(frozen=True)
@@ -72,26 +75,6 @@ def values_of(answers: Iterable[GradedAnswer], value: AnswerValue) -> list[float
     return values
 
 
-def right_value(answer: GradedAnswer) -> float | None:
-    return None if answer.right is None else float(answer.right)
-
-
-def score_value(answer: GradedAnswer) -> float | None:
-    return answer.score
-
-
-def _reward_value(answer: GradedAnswer) -> float | None:
-    return answer.reward
-
-
-def _stopped_value(answer: GradedAnswer) -> float:
-    return float(answer.stopped)
-
-
-def _length_value(answer: GradedAnswer) -> float:
-    return float(answer.tokens)
-
-
 def _part_value(name: str) -> AnswerValue:
     def value(answer: GradedAnswer) -> float | None:
         return answer.parts.get(name)
@@ -103,8 +86,8 @@ def _prompt_metrics(answers: Iterable[Sequence[GradedAnswer]], ks: Sequence[int]
     """Returns the metrics of answers by name; several rewards have a metric each."""
     metrics = {}
     for k in ks:
-        metrics[f"pass_at_{k}"] = PromptMetric(right_value, k, is_proportion=True)
-    metrics["reward"] = PromptMetric(_reward_value)
+        metrics[f"pass_at_{k}"] = PromptMetric(RIGHT, k, is_proportion=True)
+    metrics["reward"] = PromptMetric(attrgetter("reward"))
     parts: dict[str, None] = {}
     for prompt_answers in answers:
         for answer in prompt_answers:
@@ -112,9 +95,9 @@ def _prompt_metrics(answers: Iterable[Sequence[GradedAnswer]], ks: Sequence[int]
     if len(parts) > 1:
         for name in parts:
             metrics[f"rewards/{name}/mean"] = PromptMetric(_part_value(name))
-    metrics["reward_model_score"] = PromptMetric(score_value)
-    metrics["eos_rate"] = PromptMetric(_stopped_value, is_proportion=True)
-    metrics["mean_length"] = PromptMetric(_length_value)
+    metrics["reward_model_score"] = PromptMetric(REWARD_MODEL_SCORE)
+    metrics["eos_rate"] = PromptMetric(attrgetter("stopped"), is_proportion=True)
+    metrics["mean_length"] = PromptMetric(attrgetter("tokens"))
     return metrics
 
 

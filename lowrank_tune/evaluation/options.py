@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from lowrank_tune.config import EvaluationConfig, RecipeConfig
 from lowrank_tune.errors import UserError
@@ -54,26 +54,15 @@ class Options:
 
 @dataclass(frozen=True)
 class EvalSamplingOptions:
-    """How many prompts are drawn, and how answers are sampled."""
+    """How many prompts are drawn, and how answers are sampled, as the record stores it."""
 
     num_prompts: int
     num_samples: int
-    ks: tuple[int, ...]
+    pass_at_k: tuple[int, ...]
     temperature: float
     top_p: float
     max_new_tokens: int
     seed: int
-
-    def to_dict(self) -> dict[str, Any]:
-        return {
-            "num_prompts": self.num_prompts,
-            "num_samples": self.num_samples,
-            "pass_at_k": list(self.ks),
-            "temperature": self.temperature,
-            "top_p": self.top_p,
-            "max_new_tokens": self.max_new_tokens,
-            "seed": self.seed,
-        }
 
 
 def resolve_options(options: Options, recipe: RecipeConfig | None) -> EvalSamplingOptions:

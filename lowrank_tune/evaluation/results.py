@@ -6,16 +6,17 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from lowrank_tune.checkpoint import as_user_error, replace_nonfinite, write_fully
 from lowrank_tune.json_files import as_mapping
 
 EVALS = "evals.jsonl"
 VERSION = 2
+T = TypeVar("T")
 _MAX_NUMBER = 1e300
 
 
@@ -105,46 +106,43 @@ def parse_record(data: Mapping[str, Any]) -> EvalRecord:
         prompts=_count(dataset.get("prompts")),
         planned=_count(dataset.get("planned")),
         interrupted=data.get("interrupted") is True,
-        metrics=_metric_table(data.get("metrics")),
-        deltas=_metric_table(data.get("deltas")),
-        wins=_metric_table(data.get("wins")),
-        shares=_share_table(data.get("wins")),
-        tasks=_metric_table(data.get("tasks")),
+        metrics=_table(data.get("metrics"), _metric_value),
+        deltas=_table(data.get("deltas"), _metric_value),
+        wins=_table(data.get("wins"), _metric_value),
+        shares=_table(data.get("wins"), _win_shares),
+        tasks=_table(data.get("tasks"), _metric_value),
         grader_name=str(data.get("grader", "")),
         reward_model=str(data.get("reward_model") or ""),
     )
 
 
-def _metric_table(data: Any) -> dict[str, dict[str, MetricValue]]:
+def _table(data: Any, parse: Callable[[Mapping[str, Any]], T | None]) -> dict[str, dict[str, T]]:
+    """Returns the parsed entries by variant and name, without those that are not valid."""
     table = {}
     for variant, entries in as_mapping(data).items():
-        metrics = {}
+        parsed_entries = {}
         for name, entry in as_mapping(entries).items():
-            if isinstance(entry, Mapping) and "value" in entry:
-                metrics[str(name)] = _metric_value(entry)
-        table[str(variant)] = metrics
+            parsed = parse(as_mapping(entry))
+            if parsed is not None:
+                parsed_entries[str(name)] = parsed
+        table[str(variant)] = parsed_entries
     return table
 
 
-def _metric_value(entry: Mapping[str, Any]) -> MetricValue:
-    low, high = entry.get("low"), entry.get("high")
-    value = _number(entry.get("value"))
+def _metric_value(entry: Mapping[str, Any]) -> MetricValue | None:
+    if "value" not in entry:
+        return None
+    value = _number(entry["value"])
     prompts = _count(entry.get("prompts"))
+    low = entry.get("low")
+    high = entry.get("high")
     if isinstance(low, (int, float)) and isinstance(high, (int, float)):
         return MetricValue(value, _number(low), _number(high), prompts)
     return MetricValue(value, None, None, prompts)
 
 
-def _share_table(data: Any) -> dict[str, dict[str, WinShares]]:
-    table = {}
-    for variant, entries in as_mapping(data).items():
-        shares = {}
-        for name, entry in as_mapping(entries).items():
-            if isinstance(entry, Mapping):
-                wins, ties, losses = (_number(entry.get(share)) for share in ("wins", "ties", "losses"))
-                shares[str(name)] = WinShares(wins, ties, losses)
-        table[str(variant)] = shares
-    return table
+def _win_shares(entry: Mapping[str, Any]) -> WinShares:
+    return WinShares(_number(entry.get("wins")), _number(entry.get("ties")), _number(entry.get("losses")))
 
 
 def _count(value: Any) -> int:
