@@ -11,8 +11,8 @@ from transformers import GenerationConfig
 from lowrank_tune import __version__
 from lowrank_tune.assembly.finished_run import FinishedRun
 from lowrank_tune.events import Emit, LogMessage
-from lowrank_tune.export.export_model_card import slug
 from lowrank_tune.export.gguf.lora import gguf_module
+from lowrank_tune.export.model_card import slug
 from lowrank_tune.export.ollama import Modelfile
 from lowrank_tune.export.template_probe import TemplateTurns, derive_turns, keeps_thoughts
 from lowrank_tune.model.base import load_config, load_tokenizer

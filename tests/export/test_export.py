@@ -205,7 +205,9 @@ def test_what_cannot_be_exported_fails_with_one_sentence(
     assert "holds no convert_hf_to_gguf.py" in error_of(mistral.run, *gguf, "--llama-cpp", str(tmp_path))
     (tmp_path / "llama.cpp").mkdir()
     (tmp_path / "llama.cpp" / "convert_hf_to_gguf.py").write_text('"LlamaForCausalLM"')
-    assert "knows no MistralForCausalLM" in error_of(mistral.run, *gguf, "--llama-cpp", str(tmp_path / "llama.cpp"))
+    assert "does not support MistralForCausalLM" in error_of(
+        mistral.run, *gguf, "--llama-cpp", str(tmp_path / "llama.cpp")
+    )
     with monkeypatch.context() as patch:
         patch.setitem(sys.modules, "gguf", None)
         assert "pip install 'lowrank-tune[export]'" in error_of(mistral.run, *gguf_lora)

@@ -156,7 +156,7 @@ def test_a_push_through_the_real_client(server: str, tmp_path: Path) -> None:
         and len(Hub.commits) == 1
     )
     again = pushed(made, server, "--public")
-    assert again.returncode == 0 and "(which is there, everybody can read)" in again.stdout and len(Hub.commits) == 2
+    assert again.returncode == 0 and "(which exists, everybody can read)" in again.stdout and len(Hub.commits) == 2
     Hub.refuses = True
     refused = pushed(made, server, "--public")
     assert (
