@@ -252,7 +252,7 @@ def test_what_cannot_be_merged_fails_with_one_sentence(
     facts = json.loads((changed / "base.json").read_text())
     facts["tensors"]["model.layers.1.mlp.up_proj.weight"] = "0" * 32
     (changed / "base.json").write_text(json.dumps(facts))
-    assert re.search(r": 1 of its \d\d tensors differ, model.layers.1.mlp.up_proj.weight for one", error_of(changed))
+    assert re.search(r": 1 of its \d\d tensors differ, among them model.layers.1.mlp.up_proj.weight", error_of(changed))
     gone = copy_of(untied, tmp_path / "gone")
     facts = json.loads((gone / "run.json").read_text())
     facts["recipe"]["base"]["model"] = str(tmp_path / "no-base")
