@@ -137,6 +137,12 @@ class RunEnded(Event):
 
 
 Emit = Callable[[Event], None]
+
+
+def ignore_event(event: Event) -> None:
+    """Does nothing: the `Emit` of a caller that needs no events."""
+
+
 KINDS: dict[str, type[Event]] = {
     kind.kind: kind
     for kind in (

@@ -175,7 +175,9 @@ def test_a_broken_final_without_a_checkpoint_is_left_as_it_is(tmp_path: Path, is
     else:
         flip(final / ADAPTER)
     before = sorted(tmp_path.rglob("*"))
-    choice = r"holds no checkpoint to write it from: restore .*final from a copy, or delete .*1-sft to train this stage"
+    choice = (
+        r"contains no checkpoint to write it from: restore .*final from a copy, or delete .*1-sft to train this stage"
+    )
     with pytest.raises(UserError, match=choice):
         quarantine_broken_final(final, events.append)
     assert sorted(tmp_path.rglob("*")) == before and events == []

@@ -1,9 +1,8 @@
-"""Runs that have ended, and the adapters that they left, loaded over their base again."""
+"""Finished runs, and the adapters that they saved, loaded over their base again."""
 
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -14,6 +13,7 @@ from lowrank_tune.checkpoint.run_format import check_run_format
 from lowrank_tune.config import BaseConfig, RecipeConfig, default_adapter_name, from_dict
 from lowrank_tune.data import ChatTemplate
 from lowrank_tune.errors import UserError
+from lowrank_tune.json_files import read_json_object
 from lowrank_tune.model.adapters import STACK, SavedAdapter, read_adapter, read_stack
 from lowrank_tune.model.base import Base, base_hashes, load_tokenizer
 from lowrank_tune.model.roles import Roles
@@ -22,7 +22,7 @@ from lowrank_tune.model.rotary import RopeFactors, stored_factors
 
 @dataclass(frozen=True)
 class FinishedRun:
-    """A run, or the last stage of a chain that trained a policy: its folder, its recipe, and its `base.json`."""
+    """A finished run, or a finished stage of a chain: its folder, its recipe, and its `base.json`."""
 
     path: Path
     recipe: RecipeConfig
@@ -34,18 +34,16 @@ class FinishedRun:
 
     @property
     def base(self) -> BaseConfig:
-        """The base to load, at the very revision that was trained on."""
+        """The base at the revision that was used in training."""
         base_config = self.recipe.base
         revision = self.facts.get("revision")
         if isinstance(revision, str) and "@" not in base_config.model:
-            pinned = f"{base_config.model}@{revision}"
-        else:
-            pinned = base_config.model
-        return base_config.model_copy(update={"model": pinned})
+            return base_config.model_copy(update={"model": f"{base_config.model}@{revision}"})
+        return base_config
 
     @property
     def rope_factors(self) -> RopeFactors:
-        """The factors that the run used, where the base's RoPE type is `longrope`."""
+        """The factors that the run used, if the base's RoPE type is `longrope`."""
         return stored_factors(self.facts)
 
     @cached_property
@@ -54,113 +52,150 @@ class FinishedRun:
         return ChatTemplate.from_tokenizer(load_tokenizer(self.base), self.recipe.data.template_date)
 
     def fingerprint(self) -> str:
-        """Of the adapter's files in `final/`."""
+        """Returns a hash of the adapter's files in `final/`."""
         digest = hashlib.blake2b(digest_size=16)
         for file in sorted(self.final.rglob("adapter_*")):
             digest.update(str(file.relative_to(self.final)).encode() + file.read_bytes())
         return digest.hexdigest()
 
 
-def load_finished_run(run: Path) -> FinishedRun:
-    """The run in a folder. Raises UserError where there is none, where it has not ended, or where it trained no
-    policy."""
+@dataclass(frozen=True)
+class ChainStage:
+    """A stage of a chain, as the chain's `run.json` lists it."""
+
+    name: str
+    algorithm: object
+    folder: Path
+
+    @property
+    def trains_policy(self) -> bool:
+        return default_adapter_name(self.algorithm) == "policy"
+
+
+def stored_recipe(run: Path) -> Mapping[str, Any]:
+    """Returns the recipe in a run's `run.json`. Raises UserError if the folder is not a run of this format."""
     check_run_format(run)
-    recipe = _read_json_object(run / "run.json").get("recipe")
-    if not isinstance(recipe, dict):
-        raise UserError(
-            f"{run}: there is no such run"
-            if not run.is_dir()
-            else f"{run} is no run: it holds no run.json that can be read"
-        )
-    if isinstance(recipe.get("stages"), list):
-        stages = [stage for stage in recipe["stages"] if isinstance(stage, dict)]
-        writers = [
-            number for number, stage in enumerate(stages, 1) if default_adapter_name(stage.get("algorithm")) == "policy"
-        ]
-        if not writers:
+    recipe = read_json_object(run / "run.json").get("recipe")
+    if isinstance(recipe, dict):
+        return recipe
+    if not run.is_dir():
+        raise UserError(f"{run}: there is no such run")
+    raise UserError(f"{run} is not a run: it contains no readable run.json")
+
+
+def chain_stages(run: Path, recipe: Mapping[str, Any]) -> list[ChainStage] | None:
+    """Returns the stages of a chain in their order, None for the recipe of a single run."""
+    listed = recipe.get("stages")
+    if not isinstance(listed, list):
+        return None
+    stages = []
+    for number, stage in enumerate(listed, 1):
+        if isinstance(stage, dict):
+            name = str(stage.get("name"))
+            stages.append(ChainStage(name, stage.get("algorithm"), run / f"{number}-{name}"))
+    return stages
+
+
+def load_finished_run(run: Path) -> FinishedRun:
+    """Returns a run that trained a policy, of a chain its last stage that did.
+
+    Raises UserError if the folder is not a run, the run has not ended, or it trained no policy.
+    """
+    recipe = stored_recipe(run)
+    stages = chain_stages(run, recipe)
+    if stages is not None:
+        policy_stages = [stage for stage in stages if stage.trains_policy]
+        if not policy_stages:
             raise UserError(f"{run} is a chain without a stage that trained a policy")
-        stage = run / f"{writers[-1]}-{stages[writers[-1] - 1].get('name')}"
-        if not stage.is_dir():
+        last = policy_stages[-1].folder
+        if not last.is_dir():
             raise UserError(
-                f"{run} has not ended: its stage {stage.name} has not begun; the same command that began it goes on "
-                f"with it"
+                f"{run} has not ended: its stage {last.name} has not begun; the same command continues the chain"
             )
-        return load_finished_run(stage)
+        return load_finished_run(last)
     if default_adapter_name(recipe.get("algorithm")) != "policy":
-        raise UserError(f"{run} trained a reward model, which scores and does not write; only a policy can be merged")
+        raise UserError(f"{run} trained a reward model, which scores text and does not write it; a policy is needed")
+    return _finished(run, recipe)
+
+
+def load_finished_reward_run(run: Path) -> FinishedRun:
+    """Returns a run that trained a reward model, of a chain its last stage that did.
+
+    Raises UserError if the folder is not a run, the run has not ended, or it trained no reward model.
+    """
+    recipe = stored_recipe(run)
+    stages = chain_stages(run, recipe)
+    if stages is not None:
+        folders = [stage.folder for stage in stages if stage.algorithm == "reward" and stage.folder.is_dir()]
+        if not folders:
+            raise UserError(f"{run} is a chain without a stage that trained a reward model")
+        return load_finished_reward_run(folders[-1])
+    algorithm = recipe.get("algorithm")
+    if algorithm != "reward":
+        raise UserError(f"{run} is a run of {algorithm}; only `algorithm: reward` trains a model that scores responses")
+    return _finished(run, recipe)
+
+
+def _finished(run: Path, recipe: Mapping[str, Any]) -> FinishedRun:
     if not (run / "final").is_dir():
-        raise UserError(
-            f"{run} has not ended, so there is nothing to take yet: the same command that began it goes on with it"
-        )
-    return FinishedRun(run, from_dict(recipe), _read_json_object(run / "base.json"))
+        raise UserError(f"{run} has not ended, so its adapter is incomplete: the same command continues the run")
+    return FinishedRun(run, from_dict(dict(recipe)), read_json_object(run / "base.json"))
 
 
 def check_base(run: FinishedRun, base: Base) -> None:
-    """Compares the base at hand with the one that was trained, tensor by tensor. Raises UserError where they differ."""
-    then = run.facts.get("tensors")
+    """Compares the loaded base with the one of the run, tensor by tensor. Raises UserError if they differ."""
+    expected = run.facts.get("tensors")
     device = run.facts.get("device", base.device.type)
-    if not isinstance(then, dict) or not then:
-        raise UserError(
-            f"{run.path / 'base.json'} holds no hashes of the base, so nothing tells whether this is the one that "
-            f"was trained"
-        )
+    if not isinstance(expected, dict) or not expected:
+        raise UserError(f"{run.path / 'base.json'} contains no hashes of the base, so the base cannot be compared")
     if device != base.device.type:
         raise UserError(
-            f"{run.path} was trained on {device} and this machine would load the base on {base.device.type}, where "
-            f"its 4-bit "
-            "weights cannot be compared: merge where it was trained"
+            f"{run.path} was trained on {device} and this machine loads the base on {base.device.type}, where its "
+            "4-bit weights cannot be compared: merge on the machine of the training"
         )
-    now = base_hashes(base.model)
-    other = sorted(name for name in then.keys() | now.keys() if then.get(name) != now.get(name))
-    if other:
+    hashes = base_hashes(base.model)
+    changed = changed_tensors(expected, hashes)
+    if changed:
         raise UserError(
-            f"{base.name} is not the base that {run.path} was trained on: {len(other)} of its {len(now)} tensors "
-            f"differ, "
-            f"{other[0]} for one; put the trained one back"
+            f"{base.name} is not the base that {run.path} was trained on: {len(changed)} of its {len(hashes)} tensors "
+            f"differ, among them {changed[0]}; restore the base of the training"
         )
+
+
+def changed_tensors(expected: Mapping[str, str], hashes: Mapping[str, str]) -> list[str]:
+    """Returns the names of the tensors that differ or exist on one side only, sorted."""
+    return sorted(name for name in expected.keys() | hashes.keys() if expected.get(name) != hashes.get(name))
 
 
 def adapters_in(run: FinishedRun) -> dict[str, SavedAdapter]:
-    """The adapters that together are the policy, lowest first: one where they were folded. Raises UserError."""
-    final = run.final
-    recipe = run.recipe
-    key = str(run.final)
-    frozen = [
-        name for name in recipe.adapters if name not in (recipe.trained_adapter, *recipe.extra_adapters, "reward")
-    ]
-    if frozen and not (final / STACK).exists():
+    """Returns the adapters of the policy, lowest first, or one that combines them. Raises UserError."""
+    trained = (run.recipe.trained_adapter, *run.recipe.extra_adapters, "reward")
+    frozen = [name for name in run.recipe.adapters if name not in trained]
+    if frozen and not (run.final / STACK).exists():
         raise UserError(
-            f"{final} holds the adapter {recipe.trained_adapter} without {', '.join(frozen)}, which it was trained "
-            "over (an older version of this program left it so): run the recipe again"
+            f"{run.final} contains the adapter {run.recipe.trained_adapter} without {', '.join(frozen)}, which it was "
+            "trained over (an older version of this program wrote it): run the recipe again"
         )
-    return adapters_at(final, key)
+    return adapters_at(run.final, str(run.final))
 
 
 def adapters_at(folder: Path, key: str) -> dict[str, SavedAdapter]:
-    """The same of a `final/` folder, or of any adapter's, wherever it lies."""
-    if (folder / STACK).exists() and not (stack := read_stack(folder, key)).combined:
-        return {name: read_adapter(str(folder / name), key) for name in stack.names[:-1]} | {
-            stack.names[-1]: read_adapter(str(folder), key)
-        }
+    """Returns the adapters of a `final/` folder, or of any adapter's folder, lowest first. Raises UserError with
+    `key`."""
+    if (folder / STACK).exists():
+        stack = read_stack(folder, key)
+        if not stack.combined:
+            *lower, top = stack.names
+            adapters = {name: read_adapter(str(folder / name), key) for name in lower}
+            adapters[top] = read_adapter(str(folder), key)
+            return adapters
     return {"policy": read_adapter(str(folder), key, combined=True)}
 
 
 def roles_of(saved: Mapping[str, SavedAdapter], base: Base) -> Roles:
-    """The policy over its base, nothing of it trainable."""
-    roles = Roles(
-        base,
-        {name: adapter.config for name, adapter in saved.items()},
-        trainable=[],
-        stacks={"policy": list(saved)},
-    )
+    """Returns the policy over its base, without trainable parameters."""
+    configs = {name: adapter.config for name, adapter in saved.items()}
+    roles = Roles(base, configs, trainable=[], stacks={"policy": list(saved)})
     for name, adapter in saved.items():
         roles.load_adapter_tensors(name, adapter.tensors, str(adapter.folder))
     return roles
-
-
-def _read_json_object(file: Path) -> Mapping[str, Any]:
-    try:
-        data = json.loads(file.read_bytes())
-    except (OSError, ValueError):
-        return {}
-    return data if isinstance(data, dict) else {}

@@ -1,14 +1,14 @@
-"""The run folder and its checkpoints. Whatever is written here is either whole or absent, whenever the process or the
-machine dies.
+"""The run folder and its checkpoints. A file or folder is complete or absent after a crash of process or machine.
 
-A checkpoint is a folder of safetensors and JSON files, with `manifest.json`, which holds size and hash of each, written
-last.
+A checkpoint is a folder of safetensors and JSON files. Its `manifest.json`, written last, contains size and hash of
+each file.
 """
 
 from __future__ import annotations
 
 from lowrank_tune.checkpoint.atomic_files import (
     as_user_error,
+    atomic_folder,
     clean_stale,
     replace_nonfinite,
     write_error,
@@ -26,7 +26,7 @@ from lowrank_tune.checkpoint.checkpoint import (
     write_atomically,
 )
 from lowrank_tune.checkpoint.folder import RunFolder
-from lowrank_tune.checkpoint.optimizer_state import flatten_optimizer, restore_optimizer, restore_rng, rng_state
+from lowrank_tune.checkpoint.optimizer_state import flatten_optimizer, restore_optimizer
 
 __all__ = [
     "CorruptCheckpoint",
@@ -40,10 +40,9 @@ __all__ = [
     "broken_final_reason",
     "quarantine_broken_final",
     "restore_optimizer",
-    "restore_rng",
-    "rng_state",
     "rotate",
     "as_user_error",
+    "atomic_folder",
     "clean_stale",
     "write_fully",
     "write_atomically",

@@ -1,4 +1,4 @@
-"""Snapshots on disk: atomic saving, verified loading, the newest valid one, and the deletion of old ones."""
+"""Checkpoints on disk: atomic saving, verified loading, selection of the newest valid one, deletion of old ones."""
 
 from __future__ import annotations
 
@@ -6,19 +6,24 @@ import errno
 import json
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import count
 from pathlib import Path, PurePosixPath
-from secrets import token_hex
 from typing import Any
 
 import safetensors.torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from lowrank_tune.checkpoint.atomic_files import as_user_error, clean_stale, fsync_dir, write_new
+from lowrank_tune.checkpoint.atomic_files import (
+    as_user_error,
+    atomic_folder,
+    clean_stale,
+    temporary_path,
+    write_new,
+)
 from lowrank_tune.errors import UserError
 from lowrank_tune.events import Emit, LogMessage
 from lowrank_tune.manifest import MANIFEST, changed_file, content_hash, manifest_bytes, manifest_files
@@ -30,7 +35,7 @@ _STEP = re.compile(r"step-(0|[1-9]\d*)")
 
 
 class CorruptCheckpoint(UserError):
-    """A checkpoint that is not what was written."""
+    """Error for a checkpoint whose files differ from what was written."""
 
     def __init__(self, path: Path, reason: str) -> None:
         self.path = path
@@ -40,8 +45,8 @@ class CorruptCheckpoint(UserError):
 
 @dataclass
 class Snapshot:
-    """What a checkpoint holds, by file name relative to its folder: `*.safetensors` files of named tensors, `*.json`
-    documents, and `raw_files` as they are."""
+    """Content of a checkpoint by file name relative to its folder: `*.safetensors` files of named tensors, `*.json`
+    documents, and `raw_files` as bytes."""
 
     tensors: dict[str, dict[str, Tensor]] = field(default_factory=dict)
     documents: dict[str, Any] = field(default_factory=dict)
@@ -49,108 +54,93 @@ class Snapshot:
 
 
 def write_atomically(target: Path, snapshot: Snapshot) -> Path:
-    """Writes the snapshot as the folder `target`, replacing an older one in whole.
+    """Writes the snapshot as the folder `target`, replaces an older one as a whole, and returns `target`.
 
     Raises `UserError` or `TrainingError` with path and reason; then nothing has changed, and no temporary folder is
     left.
     """
-    fresh = target.with_name(f".tmp-{target.name}-{token_hex(4)}")
     with as_user_error(target):
         if target.is_dir() and not (target / MANIFEST).is_file() and any(target.iterdir()):
-            raise UserError(f"cannot write {target}: it holds files that this program did not write")
-        try:
-            fresh.mkdir(parents=True)
-            files = {}
-            for name, data in _files(snapshot):
-                (fresh / name).parent.mkdir(parents=True, exist_ok=True)
-                write_new(fresh / name, data)
-                files[name] = {"size": len(data), "blake2b": content_hash(data)}
-            write_new(fresh / MANIFEST, manifest_bytes({"version": VERSION, "name": target.name, "files": files}))
-            for folder in {
-                parent for name in files for parent in (fresh / name).parents if parent.is_relative_to(fresh)
-            } | {fresh}:
-                fsync_dir(folder)
-            _replace_folder(fresh, target)
-        except BaseException:
-            shutil.rmtree(fresh, ignore_errors=True)
-            raise
-        fsync_dir(target.parent)
+            raise UserError(f"cannot write {target}: it contains files that this program did not write")
+    with atomic_folder(target) as folder:
+        entries = {}
+        for name, data in _files(snapshot):
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            write_new(folder / name, data)
+            entries[name] = {"size": len(data), "blake2b": content_hash(data)}
+        manifest = {"version": VERSION, "name": target.name, "files": entries}
+        write_new(folder / MANIFEST, manifest_bytes(manifest))
     return target
 
 
-def _replace_folder(fresh: Path, target: Path) -> None:
-    """Renames onto the target. A folder cannot be renamed onto a full one, so that steps aside; `clean_stale` brings it
-    back after a crash."""
-    if not target.is_dir():
-        fresh.replace(target)
-        return
-    backup = target.with_name(f".aside-{target.name}")
-    shutil.rmtree(backup, ignore_errors=True)
-    target.replace(backup)
-    try:
-        fresh.replace(target)
-    except BaseException:
-        backup.replace(target)
-        raise
-    shutil.rmtree(backup, ignore_errors=True)
-
-
 def _files(snapshot: Snapshot) -> Iterator[tuple[str, bytes]]:
-    """Name and bytes of each file. Bytes first, then our own write: safetensors' own writing hides the reason of a
-    failure."""
+    """Yields name and bytes of each file.
+
+    Tensors are serialized to bytes first, because the errors of safetensors' own file writer hide their reason.
+    """
     for name, tensors in snapshot.tensors.items():
-        assert name.endswith(".safetensors") and _inside(name), name
-        # no shared storage
-        alone = {key: tensor.detach().to("cpu", copy=True).contiguous() for key, tensor in tensors.items()}
-        yield name, safetensors.torch.save(alone, metadata={"format": "pt"})
+        _check_name(name, ".safetensors")
+        # copies, since safetensors refuses tensors that share storage
+        copies = {key: tensor.detach().to("cpu", copy=True).contiguous() for key, tensor in tensors.items()}
+        yield name, safetensors.torch.save(copies, metadata={"format": "pt"})
     for name, document in snapshot.documents.items():
-        assert name.endswith(".json") and _inside(name) and name != MANIFEST, name
-        yield name, json.dumps(document, indent=1).encode()  # Python's NaN and Infinity: a state comes back exactly
+        _check_name(name, ".json")
+        # Python's NaN and Infinity are allowed: a state is restored exactly
+        yield name, json.dumps(document, indent=1).encode()
     for name, data in snapshot.raw_files.items():
-        assert _inside(name) and name != MANIFEST and name not in (*snapshot.tensors, *snapshot.documents), name
+        _check_name(name, "")
+        assert name not in (*snapshot.tensors, *snapshot.documents), name
         yield name, data
 
 
-def _inside(name: str) -> bool:
+def _check_name(name: str, suffix: str) -> None:
+    assert name.endswith(suffix) and _is_inside(name) and name != MANIFEST, name
+
+
+def _is_inside(name: str) -> bool:
     path = PurePosixPath(name)
     return bool(name) and not path.is_absolute() and ".." not in path.parts
 
 
 def load(path: Path, name: str | None = None) -> Snapshot:
-    """The checkpoint, with every byte verified; with `name`, it must also have been written under that name.
+    """Returns the checkpoint after verifying every byte; with `name`, it must also have been written under that name.
 
-    Raises `CorruptCheckpoint`; or `UserError` for one that cannot be opened or is of a newer version. Files outside the
-    manifest are not read.
+    Raises `CorruptCheckpoint`; or `UserError` for a checkpoint that cannot be opened or has a newer version. Files that
+    the manifest does not list are not read.
     """
-    raw = _read(path, MANIFEST)
+    raw_manifest = _read(path, MANIFEST)
     try:
-        manifest = json.loads(raw)
-        if manifest_bytes(manifest) != raw:
+        manifest = json.loads(raw_manifest)
+        if manifest_bytes(manifest) != raw_manifest:
             raise CorruptCheckpoint(path, f"{MANIFEST} has changed")
-        if manifest["version"] != VERSION:
-            raise UserError(
-                f"{path} was written by another version of this program (format {manifest['version']}, not {VERSION})"
-            )
+        version = manifest["version"]
+        if version != VERSION:
+            raise UserError(f"{path} was written by another version of this program (format {version}, not {VERSION})")
         if name is not None and manifest["name"] != name:
             raise CorruptCheckpoint(path, f"it was written as {manifest['name']}")
         snapshot = Snapshot()
-        for file, facts in manifest["files"].items():
-            if not _inside(file):
-                raise CorruptCheckpoint(path, f"{MANIFEST} names {file!r}, which lies outside")
-            data = _read(path, file)
-            if len(data) != facts["size"]:
-                raise CorruptCheckpoint(path, f"{file} has {len(data)} bytes, not {facts['size']}")
-            if content_hash(data) != facts["blake2b"]:
-                raise CorruptCheckpoint(path, f"the content of {file} has changed")
-            if file.endswith(".safetensors"):
-                snapshot.tensors[file] = safetensors.torch.load(data)
-            elif file.endswith(".json"):
-                snapshot.documents[file] = json.loads(data)
-            else:
-                snapshot.raw_files[file] = data
+        for file, entry in manifest["files"].items():
+            _load_file(snapshot, path, file, entry)
     except (ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
         raise CorruptCheckpoint(path, f"it cannot be understood ({error})") from error
     return snapshot
+
+
+def _load_file(snapshot: Snapshot, path: Path, file: str, entry: Mapping[str, Any]) -> None:
+    """Verifies one file of the manifest and adds it to the snapshot."""
+    if not _is_inside(file):
+        raise CorruptCheckpoint(path, f"{MANIFEST} names {file!r}, which is outside of the folder")
+    data = _read(path, file)
+    if len(data) != entry["size"]:
+        raise CorruptCheckpoint(path, f"{file} has {len(data)} bytes, not {entry['size']}")
+    if content_hash(data) != entry["blake2b"]:
+        raise CorruptCheckpoint(path, f"the content of {file} has changed")
+    if file.endswith(".safetensors"):
+        snapshot.tensors[file] = safetensors.torch.load(data)
+    elif file.endswith(".json"):
+        snapshot.documents[file] = json.loads(data)
+    else:
+        snapshot.raw_files[file] = data
 
 
 def _read(path: Path, name: str) -> bytes:
@@ -161,13 +151,15 @@ def _read(path: Path, name: str) -> bytes:
     except OSError as error:
         if error.errno == errno.EIO:
             raise CorruptCheckpoint(path, f"{name} cannot be read from the disk") from error
-        # permissions: no reason to set it aside
+        # a missing permission does not make the checkpoint corrupt
         raise UserError(f"cannot read {path / name}: {error.strerror}") from error
 
 
 def latest_checkpoint(checkpoints: Path, emit: Emit) -> tuple[int, Snapshot] | None:
-    """The newest valid `step-N`. A broken one is renamed to `broken-step-N` with a warning; what a crash left behind is
-    removed."""
+    """Returns step and content of the newest valid `step-N`, None without one.
+
+    Corrupt checkpoints are renamed to `broken-step-N` with a warning, and temporary files of a crash are removed.
+    """
     clean_stale(checkpoints)
     for step, path in reversed(_steps(checkpoints)):
         try:
@@ -180,18 +172,22 @@ def latest_checkpoint(checkpoints: Path, emit: Emit) -> tuple[int, Snapshot] | N
 
 
 def _quarantine(path: Path) -> Path:
-    """Renames a broken folder to `broken-NAME`, or the next free name like it."""
-    names = (f"broken-{path.name}" + (f"-{k}" if k > 1 else "") for k in count(1))
-    quarantined = next(candidate for candidate in map(path.with_name, names) if not candidate.exists())
+    """Renames a broken folder to `broken-NAME`, or `broken-NAME-2`, `broken-NAME-3` and so on, and returns its path."""
+    quarantined = path.with_name(f"broken-{path.name}")
+    numbers = count(2)
+    while quarantined.exists():
+        quarantined = path.with_name(f"broken-{path.name}-{next(numbers)}")
     with as_user_error(quarantined):
         path.replace(quarantined)
     return quarantined
 
 
 def broken_final_reason(final: Path) -> str | None:
-    """Why the final folder of an ended run must be written again: it or its adapter is missing, its manifest is not
-    valid, or an adapter in it is no longer what was written. None where it is whole. What a person may edit, such as
-    the model card, is not read."""
+    """Returns why the final folder of a finished run must be written again, None if it is complete.
+
+    It or its adapter is missing, its manifest is invalid, or an adapter in it has changed. Files that a user can edit,
+    such as the model card, are not read.
+    """
     if not final.is_dir():
         return f"{final} is missing"
     listed = manifest_files(final)
@@ -208,16 +204,19 @@ def broken_final_reason(final: Path) -> str | None:
 
 
 def quarantine_broken_final(final: Path, emit: Emit) -> bool:
-    """Whether the final folder of an ended run must be written again: with a warning, and after renaming what is there
-    to `broken-final`. Raises UserError where the run has no checkpoint to write it from; then nothing has changed."""
+    """Returns whether the final folder of a finished run must be written again; a broken one is renamed to
+    `broken-final` with a warning.
+
+    Raises UserError if the run has no checkpoint to write it from; then nothing has changed.
+    """
     reason = broken_final_reason(final)
     if reason is None:
         return False
     checkpoints = final.with_name("checkpoints")
     if not _steps(checkpoints):
         raise UserError(
-            f"{reason}, and {checkpoints} holds no checkpoint to write it from: restore {final} from a copy, or delete "
-            f"{final.parent} to train this stage again"
+            f"{reason}, and {checkpoints} contains no checkpoint to write it from: restore {final} from a copy, or "
+            f"delete {final.parent} to train this stage again"
         )
     if not final.is_dir():
         message = f"{reason}: it is written again from a checkpoint"
@@ -229,17 +228,24 @@ def quarantine_broken_final(final: Path, emit: Emit) -> bool:
 
 
 def rotate(checkpoints: Path, keep: int, best: int | None = None) -> None:
-    """Deletes all but the newest `keep` checkpoints and the best step. Folders without our manifest are not touched."""
+    """Deletes all checkpoints except the newest `keep` and the best step. Folders without a manifest are kept."""
     ours = [(step, path) for step, path in _steps(checkpoints) if (path / MANIFEST).is_file()]
     for step, path in ours[: max(0, len(ours) - keep)]:
         if step == best:
             continue
-        doomed = path.with_name(f".tmp-{path.name}-{token_hex(4)}")  # half deleted, it must not look like a checkpoint
-        with suppress(OSError):  # what cannot be deleted costs space, not the run
+        # a partly deleted folder must not look like a checkpoint
+        doomed = temporary_path(path)
+        # a folder that cannot be deleted takes space, but must not stop the run
+        with suppress(OSError):
             path.replace(doomed)
             shutil.rmtree(doomed)
 
 
 def _steps(checkpoints: Path) -> list[tuple[int, Path]]:
-    matches = ((_STEP.fullmatch(path.name), path) for path in checkpoints.glob("step-*"))
-    return sorted((int(match[1]), path) for match, path in matches if match)
+    """Returns number and folder of all checkpoints, oldest first."""
+    steps = []
+    for path in checkpoints.glob("step-*"):
+        match = _STEP.fullmatch(path.name)
+        if match is not None:
+            steps.append((int(match[1]), path))
+    return sorted(steps)

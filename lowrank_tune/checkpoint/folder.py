@@ -1,4 +1,4 @@
-"""The run folder: new, continued or refused, and locked against other processes."""
+"""The run folder: created, continued or refused, and locked against other processes."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ _locks: set[int] = set()
 
 
 def _release_lock_in_child() -> None:
-    """A forked worker would share the lock, and keep it when its parent is killed: the run could then not be
-    continued."""
+    """Closes the locks in a forked worker, which would keep them after the parent is killed, so that the run could not
+    be continued."""
     for descriptor in _locks:
         os.close(descriptor)
     _locks.clear()
@@ -31,16 +31,15 @@ os.register_at_fork(after_in_child=_release_lock_in_child)
 
 
 def _with_name(path: Path) -> Path:
-    """The path with a last part that another name can be made of."""
+    """Returns the path with a last part that can be extended to another name."""
     return path.resolve() if path.name in ("", "..") else path
 
 
 class RunFolder:
-    """A run's folder, locked against other processes until `close`. `continued` tells an unfinished run from a new
-    one."""
+    """A run's folder, locked against other processes until `close`. `continued`: it contained an unfinished run."""
 
     def __init__(self, path: Path) -> None:
-        """Takes the folder as it is. Use `RunFolder.open`."""
+        """Does not create or lock the folder; use `RunFolder.open`."""
         self.path = path
         self.continued = False
         self.checkpoints = path / "checkpoints"
@@ -61,18 +60,19 @@ class RunFolder:
         is_explicit_path: bool,
         emit: Emit,
     ) -> Self:
-        """The folder for this recipe: new, or that of its unfinished run; beside a finished run the next free NAME-2,
-        NAME-3.
+        """Returns the folder for this recipe: new, or that of its unfinished run; after a finished run NAME-2, NAME-3
+        and so on.
 
-        `text` becomes `recipe.yaml`; `differences(old, new)` says in lines what forbids to continue;
-        `is_explicit_path`: the person named the folder. Raises `UserError` for a run of another recipe, for a folder
-        that is no run, for one in use or one that cannot be written.
+        `text` becomes `recipe.yaml`. `differences(old, new)` lists the changes that prevent continuing.
+        `is_explicit_path`: the user named the folder. Raises `UserError` for a run of another recipe, a folder that is
+        not a run, one in use, or one that cannot be written.
         """
         path = _with_name(path)
         for folder in cls._candidates(path):
             try:
                 folder._acquire_lock(emit)
-                if folder._state() == "finished":  # by another process, a moment ago
+                if folder._state() == "finished":
+                    # another process finished it before the lock was taken
                     folder.close()
                     continue
                 folder._create(recipe, text, differences)
@@ -80,20 +80,23 @@ class RunFolder:
                 folder.close()
                 raise
             if folder.path != path:
-                message = f"{path} holds a finished run and is left alone: this one goes to {folder.path}"
+                message = f"{path} contains a finished run and is not changed: this run is written to {folder.path}"
                 emit(LogMessage(message=message, level="warning" if is_explicit_path else "info"))
             return folder
         raise AssertionError("count never ends")
 
     @classmethod
     def pick(cls, path: Path) -> Path:
-        """The folder that `open` would take now. Creates nothing. Raises `UserError` for a folder that is no run."""
+        """Returns the folder that `open` would use, without creating it. Raises `UserError` for a folder that is not a
+        run."""
         return next(cls._candidates(_with_name(path))).path
 
     @classmethod
     def unfinished(cls, path: Path) -> Self | None:
-        """The unfinished run that `open` would continue here; None where it would begin a new one. Raises `UserError`
-        for a folder that is no run."""
+        """Returns the unfinished run that `open` would continue, None if it would begin a new one.
+
+        Raises `UserError` for a folder that is not a run.
+        """
         folder = next(cls._candidates(_with_name(path)))
         if folder._state() == "unfinished":
             return folder
@@ -101,38 +104,40 @@ class RunFolder:
 
     @classmethod
     def _candidates(cls, path: Path) -> Iterator[Self]:
-        """The folder, then NAME-2, NAME-3 and so on, without those of finished runs and of something else."""
+        """Yields the folder, then NAME-2, NAME-3 and so on, without finished runs and folders that are not runs."""
         for number in count(1):
-            folder = cls(path if number == 1 else path.with_name(f"{path.name}-{number}"))
-            if (state := folder._state()) == "foreign" and number == 1:
-                raise UserError(f"{path} exists and is no run: give another folder with --out")
+            candidate = path if number == 1 else path.with_name(f"{path.name}-{number}")
+            folder = cls(candidate)
+            state = folder._state()
+            if state == "foreign" and number == 1:
+                raise UserError(f"{path} exists and is not a run: give another folder with --out")
             if state not in ("foreign", "finished"):
                 yield folder
 
     def stored_recipe(self) -> Any:
-        """What `run.json` holds as the recipe. Raises OSError, ValueError, KeyError or TypeError."""
+        """Returns the recipe in `run.json`. Raises OSError, ValueError, KeyError or TypeError."""
         return json.loads((self.path / "run.json").read_bytes())["recipe"]
 
     def has_checkpoints(self) -> bool:
-        """Whether the run, or a stage of the chain, has saved anything."""
+        """Returns whether the run, or a stage of the chain, has saved a checkpoint."""
         return any(self.checkpoints.glob("step-*")) or any(self.path.glob("*/checkpoints/step-*"))
 
     def checkpoint(self, step: int) -> Path:
         return self.checkpoints / f"step-{step}"
 
     def write_text(self, name: str, text: str) -> None:
-        """Replaces the file in one instant. Raises `UserError` or `TrainingError`."""
+        """Replaces the file atomically. Raises `UserError` or `TrainingError`."""
         write_file(self.path / name, text.encode("utf-8", "backslashreplace"))
 
     def write_json(self, name: str, value: Any) -> None:
-        """The same for a JSON value; numbers that are not finite become null."""
+        """Replaces a JSON file atomically; numbers that are not finite become null."""
         self.write_text(name, json.dumps(replace_nonfinite(value), indent=2) + "\n")
 
     def close(self) -> None:
-        """Lets other processes have the folder."""
+        """Releases the lock."""
         if self._lock in _locks:
             _locks.remove(self._lock)
-            os.close(self._lock)  # its children have closed theirs
+            os.close(self._lock)
         self._lock = None
 
     def __enter__(self) -> Self:
@@ -145,11 +150,10 @@ class RunFolder:
         with as_user_error(self.path):
             if not os.path.lexists(self.path):
                 return "new"
-            names = {
-                file.name for file in self.path.iterdir() if file.name != ".lock" and not file.name.startswith(".tmp-")
-            }
-        if not names:
-            return "new"  # or a process died right after it had made it
+            names = {file.name for file in self.path.iterdir() if not file.name.startswith(".tmp-")}
+        if names <= {".lock"}:
+            # also the folder of a process that was killed right after it created it
+            return "new"
         if "run.json" not in names:
             return "foreign"
         with suppress(OSError, ValueError, AttributeError):
@@ -166,16 +170,11 @@ class RunFolder:
                 fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError as error:
                 process = os.read(self._lock, 20).decode(errors="replace").strip()
-                raise UserError(
-                    f"{self.path} is being written by {f'process {process}' if process else 'another process'}"
-                ) from error
+                writer = f"process {process}" if process else "another process"
+                raise UserError(f"{self.path} is being written by {writer}") from error
             except OSError as error:
-                emit(
-                    LogMessage(
-                        message=f"{self.path} cannot be locked ({error.strerror}): start no second run in it",
-                        level="warning",
-                    )
-                )
+                message = f"{self.path} cannot be locked ({error.strerror}): do not start a second run in it"
+                emit(LogMessage(message=message, level="warning"))
             os.ftruncate(self._lock, 0)
             write_fully(self._lock, f"{os.getpid()}\n".encode())
 
@@ -185,21 +184,21 @@ class RunFolder:
         text: str,
         differences: Callable[[dict[str, Any], dict[str, Any]], list[str]],
     ) -> None:
-        """Checks that an unfinished run may be continued, and writes what the folder is. `run.json` comes first: it
-        makes it a run."""
+        """Checks that an unfinished run can be continued, and writes `run.json`, which makes the folder a run, and
+        `recipe.yaml`."""
         hint = f"Give another folder with --out, or delete {self.path}."
         self.continued = self._state() == "unfinished"
-        # A run (of a chain: all stages) that never saved has nothing to lose: whoever mends its recipe starts again in
-        # the same folder.
+        # A run without checkpoints (in all stages of a chain) can start again in the same folder with another recipe.
         if self.continued and self.has_checkpoints():
             check_run_format(self.path)
             try:
                 old = self.stored_recipe()
             except (OSError, ValueError, KeyError, TypeError) as error:
                 raise UserError(f"{self.path / 'run.json'} cannot be understood. {hint}") from error
-            if lines := differences(old, recipe):
+            lines = differences(old, recipe)
+            if lines:
                 changes = "".join(f"\n  {line}" for line in lines)
-                raise UserError(f"{self.path} holds an unfinished run of another recipe:{changes}\n{hint}")
+                raise UserError(f"{self.path} contains an unfinished run of another recipe:{changes}\n{hint}")
         clean_stale(self.path)
         self.write_json("run.json", {"version": VERSION, "recipe": recipe})
         self.write_text("recipe.yaml", text)

@@ -1,4 +1,4 @@
-"""The format of run folders. A folder that another version wrote is refused with the name of that version."""
+"""The format of run folders. A folder of another format is refused with the version that reads it."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ LAST_READER = {1: "0.1.0 at commit 302efd4"}
 
 
 def check_run_format(run: Path) -> None:
-    """Raise UserError where the `run.json` of a folder has another format than this version's.
+    """Raises UserError if the `run.json` of a folder has another format than this version writes.
 
-    A folder without a `run.json` that can be read is left to the caller, which has its own message for it.
+    A folder without a readable `run.json` passes: callers have their own message for it.
     """
     try:
         version = json.loads((run / RUN_FILE).read_bytes())["version"]

@@ -8,7 +8,7 @@ from contextlib import contextmanager, suppress
 from difflib import get_close_matches
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
@@ -16,6 +16,9 @@ from rich.console import Console
 from lowrank_tune.cli.help_pages import HelpGroup
 from lowrank_tune.errors import OutOfMemory, UserError
 from lowrank_tune.ui import escape_control_chars
+
+if TYPE_CHECKING:
+    from lowrank_tune.ui.terminal.plain import LineLogger
 
 INTERRUPTED = 130
 """Exit code after Ctrl-C."""
@@ -104,6 +107,18 @@ def loading_message() -> Iterator[None]:
         return
     with console.status("starting: torch and transformers take a few seconds"):
         yield
+
+
+@contextmanager
+def line_logger() -> Iterator[LineLogger]:
+    """Yields a logger that prints events to stderr, and closes it."""
+    from lowrank_tune.ui.terminal.plain import LineLogger
+
+    logger = LineLogger(sys.stderr)
+    try:
+        yield logger
+    finally:
+        logger.close()
 
 
 @contextmanager

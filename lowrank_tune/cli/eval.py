@@ -15,6 +15,7 @@ from lowrank_tune.cli.common import (
     app,
     check_output_file,
     check_run_or_model,
+    line_logger,
     loading_message,
     report_user_errors,
 )
@@ -121,61 +122,71 @@ def eval_command(
     """Evaluate base and tuned model on held-out questions: loss, pass@k, reward, win rate, tasks, with confidence
     intervals."""
     with report_user_errors(debug):
-        base_bits: Literal[4, 16] | None = None if bits is None else 4 if bits == 4 else 16
-        if bits not in (None, base_bits):
-            raise UserError(f"--bits {bits}: it is 4 or 16")
+        base_bits = _parse_bits(bits)
         check_output_file(out)
         check_run_or_model(run_or_model)
         with loading_message():
             from lowrank_tune.evaluation import Options
 
-        names = tuple(task_name.strip() for task_name in (tasks or "").split(",") if task_name.strip())
-        if tasks is not None and not names:
-            raise UserError("--tasks is empty; give names of tasks, for example --tasks gsm8k,arc_easy")
-        _evaluate(
-            run_or_model,
-            out,
-            Options(
-                dataset,
-                dataset_config,
-                split,
-                num_prompts,
-                num_samples,
-                tuple(pass_at_k or ()),
-                temperature,
-                top_p,
-                max_new_tokens,
-                seed,
-                verifier,
-                reward_model,
-                confidence,
-                base_bits,
-                names,
-                tasks_path,
-                limit,
-                apply_chat_template,
-            ),
+        options = Options(
+            dataset,
+            dataset_config,
+            split,
+            num_prompts,
+            num_samples,
+            tuple(pass_at_k or ()),
+            temperature,
+            top_p,
+            max_new_tokens,
+            seed,
+            verifier,
+            reward_model,
+            confidence,
+            base_bits,
+            _parse_tasks(tasks),
+            tasks_path,
+            limit,
+            apply_chat_template,
         )
+        _evaluate(run_or_model, out, options)
+
+
+def _parse_bits(bits: int | None) -> Literal[4, 16] | None:
+    """Checks --bits. Raises UserError."""
+    if bits is None:
+        return None
+    if bits == 4:
+        return 4
+    if bits == 16:
+        return 16
+    raise UserError(f"--bits {bits}: it must be 4 or 16")
+
+
+def _parse_tasks(tasks: str | None) -> tuple[str, ...]:
+    """Returns the names in --tasks. Raises UserError if there are none."""
+    names = tuple(name.strip() for name in (tasks or "").split(",") if name.strip())
+    if tasks is not None and not names:
+        raise UserError("--tasks is empty; give names of tasks, for example --tasks gsm8k,arc_easy")
+    return names
 
 
 def _evaluate(run_or_model: str, out: Path | None, options: Options) -> None:
-    """Measures, keeps the result and prints it. Ends with 130 where a person interrupted."""
+    """Evaluates, appends the result to its file and prints it. Exits with 130 after an interruption."""
     from lowrank_tune.evaluation import append_record, evaluate, has_metrics, parse_record
-    from lowrank_tune.ui.terminal.plain import LineLogger
     from lowrank_tune.ui.views.evaluation import show
 
-    plain = LineLogger(sys.stderr)
-    try:
-        result = evaluate(run_or_model, options, plain)
-    finally:
-        plain.close()
+    with line_logger() as emit:
+        result = evaluate(run_or_model, options, emit)
     if not has_metrics(result.record):
-        print("interrupted before anything was measured; nothing is kept", file=sys.stderr)
+        print("interrupted before anything was measured; there is no result", file=sys.stderr)
         raise typer.Exit(INTERRUPTED)
     target = out or result.path
-    if target is not None:
+    if target is None:
+        outcome = "not saved, since this is not a run; --out FILE saves it"
+    else:
         append_record(target, result.record)
+        outcome = f"added to {target}"
     show(parse_record(result.record), result.record["ungraded"], Console(highlight=False))
-    print(f"added to {target}" if target is not None else "kept nowhere, since this is no run; --out FILE keeps it")
+    print(outcome)
     if result.interrupted:
         raise typer.Exit(INTERRUPTED)

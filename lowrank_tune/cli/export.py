@@ -1,24 +1,27 @@
-"""What a run trained, for other software."""
+"""Export the adapter of a run for other software."""
 
 from __future__ import annotations
 
-import sys
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from lowrank_tune.cli.common import Debug, app, check_run, loading_message, report_user_errors
-from lowrank_tune.cli.merge import MergeWeights, proof_table
+from lowrank_tune.cli.common import Debug, app, check_run, line_logger, loading_message, report_user_errors
+from lowrank_tune.cli.merge import MergeWeights, Weights, print_comparison
+
+if TYPE_CHECKING:
+    from lowrank_tune.export.export import ExportOptions
+    from lowrank_tune.export.hub import Upload
 
 
 class ExportTarget(StrEnum):
     """`gguf`: base and adapter in one file; `gguf-lora`: the adapter alone for llama.cpp; `ollama`: with a Modelfile;
-    `peft`: a copy."""
+    `peft`: a copy; `hub`: a repository of the Hugging Face hub."""
 
     gguf = "gguf"
     gguf_lora = "gguf-lora"
@@ -28,7 +31,7 @@ class ExportTarget(StrEnum):
 
 
 class OllamaFormat(StrEnum):
-    """`merged`: one model; `adapter`: the adapter over a base that Ollama has."""
+    """`merged`: one model; `adapter`: the adapter over a base model of Ollama."""
 
     merged = "merged"
     adapter = "adapter"
@@ -42,73 +45,47 @@ LLAMA_HELP = (
     "Folder of llama.cpp, or the source package of llama-cpp-python; else LLAMA_CPP_DIR, else it is fetched once."
 )
 
+Run = Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run that has ended.")]
+To = Annotated[ExportTarget, typer.Option("--to", help="For which software.")]
+OutFolder = Annotated[Path | None, typer.Option("--out", help="Folder to write; else RUN/export/TO.")]
+Quantization = Annotated[str | None, typer.Option("--quantization", help=QUANTIZATION_HELP)]
+OllamaFormatOption = Annotated[
+    OllamaFormat, typer.Option("--ollama-format", help="Ollama: merged model, or adapter on a base model.")
+]
+OllamaBase = Annotated[
+    str,
+    typer.Option("--ollama-base", help="Ollama, --ollama-format adapter: base model, a GGUF file or an Ollama name."),
+]
+System = Annotated[str | None, typer.Option("--system", help="Ollama: the system prompt, else that of the recipe.")]
+LlamaCpp = Annotated[Path | None, typer.Option("--llama-cpp", help=LLAMA_HELP)]
+Repo = Annotated[str | None, typer.Option("--repo", help="The hub: user/name. Nothing is pushed without it.")]
+Public = Annotated[bool, typer.Option("--public", help="The hub: everybody may read it; else it is private.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="The hub: show what would be pushed, and push nothing.")]
+
 
 @app.command("export")
 def export_command(
-    run: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run that has ended.")],
-    to: Annotated[ExportTarget, typer.Option("--to", help="For which software.")],
-    out: Annotated[Path | None, typer.Option("--out", help="Folder to write; else RUN/export/TO.")] = None,
-    quantization: Annotated[str | None, typer.Option("--quantization", help=QUANTIZATION_HELP)] = None,
-    weights: Annotated[
-        MergeWeights,
-        typer.Option("--weights", help="Base weights to merge into: dequantized 4-bit, as trained, or original."),
-    ] = MergeWeights.dequantized,
-    ollama_format: Annotated[
-        OllamaFormat, typer.Option("--ollama-format", help="Ollama: merged model, or adapter on a base model.")
-    ] = OllamaFormat.merged,
-    ollama_base: Annotated[
-        str,
-        typer.Option(
-            "--ollama-base", help="Ollama, --ollama-format adapter: base model, a GGUF file or an Ollama name."
-        ),
-    ] = "./base.gguf",
-    system: Annotated[
-        str | None, typer.Option("--system", help="Ollama: the system prompt, else that of the recipe.")
-    ] = None,
-    llama_cpp: Annotated[Path | None, typer.Option("--llama-cpp", help=LLAMA_HELP)] = None,
-    repo: Annotated[
-        str | None, typer.Option("--repo", help="The hub: user/name. Nothing is pushed without it.")
-    ] = None,
-    public: Annotated[
-        bool, typer.Option("--public", help="The hub: everybody may read it; else it is private.")
-    ] = False,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="The hub: show what would be pushed, and push nothing.")
-    ] = False,
+    run: Run,
+    to: To,
+    out: OutFolder = None,
+    quantization: Quantization = None,
+    weights: Weights = MergeWeights.dequantized,
+    ollama_format: OllamaFormatOption = OllamaFormat.merged,
+    ollama_base: OllamaBase = "./base.gguf",
+    system: System = None,
+    llama_cpp: LlamaCpp = None,
+    repo: Repo = None,
+    public: Public = False,
+    dry_run: DryRun = False,
     debug: Debug = False,
 ) -> None:
     """Write what a run trained for llama.cpp, Ollama or PEFT, or push it to the Hugging Face hub (privately)."""
     with report_user_errors(debug):
         check_run(run)
         with loading_message():
-            from lowrank_tune.export.export import ExportOptions, export
-            from lowrank_tune.export.hub import Upload
-            from lowrank_tune.export.merge_check import MergeReport
-            from lowrank_tune.ui.terminal.plain import LineLogger
+            from lowrank_tune.export.export import ExportOptions
 
-        plain = LineLogger(sys.stderr)
-
-        def show(proof: MergeReport) -> None:
-            plain.close()
-            Console(highlight=False).print(proof_table(proof.table()))
-
-        def show_upload(planned_upload: Upload) -> None:
-            plain.close()
-            if planned_upload.public:
-                visibility = "everybody can read"
-            else:
-                visibility = "private"
-            repository = {True: "a new repository", False: "which is there", None: "not looked up: HF_HUB_OFFLINE"}
-            print(
-                f"to {planned_upload.repo} ({repository[planned_upload.new]}, {visibility}): "
-                f"{planned_upload.size / 2**20:,.1f} MiB"
-            )
-            table = Table("file", "bytes", box=None)
-            for name, size in planned_upload.files:
-                table.add_row(Text(name), Text(f"{size:,}", justify="right"))
-            Console(highlight=False).print(table)
-
-        order = ExportOptions(
+        options = ExportOptions(
             to.value,
             out,
             quantization,
@@ -121,12 +98,40 @@ def export_command(
             public,
             dry_run,
         )
-        try:
-            destination = export(run, order, plain, show, show_upload)
-        finally:
-            plain.close()
-        print(
-            f"{'would be pushed' if dry_run else 'pushed'}: {destination}"
-            if to is ExportTarget.hub
-            else f"exported: {destination}"
-        )
+        destination = _export(run, options)
+        if to is not ExportTarget.hub:
+            outcome = "exported"
+        elif dry_run:
+            outcome = "would be pushed"
+        else:
+            outcome = "pushed"
+        print(f"{outcome}: {destination}")
+
+
+def _export(run: Path, options: ExportOptions) -> str:
+    """Exports the run, prints comparison or upload, and returns the folder or address."""
+    from lowrank_tune.export.export import export
+    from lowrank_tune.export.merge_check import MergeReport
+
+    with line_logger() as logger:
+
+        def show(report: MergeReport) -> None:
+            logger.close()
+            print_comparison(report.table())
+
+        def show_upload(upload: Upload) -> None:
+            logger.close()
+            _print_upload(upload)
+
+        return export(run, options, logger, show, show_upload)
+
+
+def _print_upload(upload: Upload) -> None:
+    """Prints the repository, who can read it, and the files."""
+    visibility = "everybody can read" if upload.public else "private"
+    repository = {True: "a new repository", False: "which exists", None: "not looked up: HF_HUB_OFFLINE"}[upload.new]
+    print(f"to {upload.repo} ({repository}, {visibility}): {upload.size / 2**20:,.1f} MiB")
+    table = Table("file", "bytes", box=None)
+    for name, size in upload.files:
+        table.add_row(Text(name), Text(f"{size:,}", justify="right"))
+    Console(highlight=False).print(table)

@@ -1,8 +1,7 @@
-"""Take home what a run made."""
+"""Merge the adapter of a run into its base."""
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from enum import StrEnum
 from pathlib import Path
@@ -13,32 +12,36 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from lowrank_tune.cli.common import Debug, app, check_run, loading_message, report_user_errors
+from lowrank_tune.cli.common import Debug, app, check_run, line_logger, loading_message, report_user_errors
 
 
 class MergeWeights(StrEnum):
-    """`dequantized`: the weights that were trained over; `original`: those that the base's author published."""
+    """`dequantized`: the weights that the adapter was trained over; `original`: those that the base's author
+    published."""
 
     dequantized = "dequantized"
     original = "original"
 
 
-def proof_table(rows: Sequence[tuple[str, str]]) -> Table:
-    """How a merged model compares with what was trained."""
+Weights = Annotated[
+    MergeWeights,
+    typer.Option("--weights", help="Base weights to merge into: dequantized 4-bit, as trained, or original."),
+]
+
+
+def print_comparison(rows: Sequence[tuple[str, str]]) -> None:
+    """Prints the comparison of a merged model with the trained one."""
     table = Table("trained against merged", "", box=None)
     for name, value in rows:
         table.add_row(Text(name), Text(value))
-    return table
+    Console(highlight=False).print(table)
 
 
 @app.command("merge")
 def merge_command(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run that has ended.")],
     out: Annotated[Path | None, typer.Option("--out", help="Folder of the merged model; else RUN/merged.")] = None,
-    weights: Annotated[
-        MergeWeights,
-        typer.Option("--weights", help="Base weights to merge into: dequantized 4-bit, as trained, or original."),
-    ] = MergeWeights.dequantized,
+    weights: Weights = MergeWeights.dequantized,
     debug: Debug = False,
 ) -> None:
     """Merge what a run trained into its base, in bf16, and compare the result with what was trained. Ends with 1 where
@@ -47,15 +50,12 @@ def merge_command(
         check_run(run)
         with loading_message():
             from lowrank_tune.export import MergeReport, merge
-            from lowrank_tune.ui.terminal.plain import LineLogger
 
-        plain = LineLogger(sys.stderr)
+        with line_logger() as logger:
 
-        def show(proof: MergeReport) -> None:
-            plain.close()
-            Console(highlight=False).print(proof_table(proof.table()))
+            def show(report: MergeReport) -> None:
+                logger.close()
+                print_comparison(report.table())
 
-        try:
-            print(f"merged: {merge(run, out, weights.value, plain, show).folder}")
-        finally:
-            plain.close()
+            merged = merge(run, out, weights.value, logger, show)
+            print(f"merged: {merged.folder}")

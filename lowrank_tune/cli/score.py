@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -18,6 +17,7 @@ from lowrank_tune.cli.common import (
     app,
     check_output_file,
     check_run,
+    line_logger,
     loading_message,
     report_user_errors,
 )
@@ -64,11 +64,14 @@ def score_command(
         check_output_file(out)
         path = Path(recipe_or_run)
         if len(path.parts) > 1 and path.suffix not in SUFFIXES:
-            check_run(path)  # no preset's name, no recipe file
+            # neither the name of a preset nor a recipe file
+            check_run(path)
         if not path.is_dir():
             _score_with_rewards(recipe_or_run, overrides or [], file, limit, out)
             return
-        unused = [*(["--limit"] if limit is not None else []), *(overrides or [])]
+        unused = list(overrides or [])
+        if limit is not None:
+            unused.insert(0, "--limit")
         if unused:
             raise UserError(
                 f"{recipe_or_run} is a folder, so it is read as a run, whose reward model scores all of --file; "
@@ -90,34 +93,31 @@ def _score_with_rewards(
     from lowrank_tune.config import Chain, load_any
 
     loaded = load_any(recipe, *overrides)
-    stages = [stage for stage in (loaded.stages if isinstance(loaded, Chain) else (loaded,)) if stage.rewards]
-    if not stages:
+    stages = loaded.stages if isinstance(loaded, Chain) else (loaded,)
+    scored_stages = [stage for stage in stages if stage.rewards]
+    if not scored_stages:
         raise UserError(f"{recipe} has no rewards: no algorithm of it learns from completions")
     with loading_message():
-        from lowrank_tune.evaluation.score_completions import score_completions
-        from lowrank_tune.ui.terminal.plain import LineLogger
-        from lowrank_tune.ui.views.completion_scores import show
+        from lowrank_tune.evaluation import score_completions
+        from lowrank_tune.ui.views.scores import show_completion_scores
 
     status = 0
-    lines = list[str]()
-    for stage in stages:
-        plain = LineLogger(sys.stderr)
-        try:
-            result = score_completions(stage, file, limit, plain)
-        finally:
-            plain.close()
-        show(result, f"{stage.name}, {file or 'reference answers'}", Console(highlight=False))
-        lines += [
-            json.dumps({**({"stage": stage.name} if len(stages) > 1 else {}), **line}) for line in result.to_records()
-        ]
+    records: list[dict[str, Any]] = []
+    for stage in scored_stages:
+        with line_logger() as emit:
+            result = score_completions(stage, file, limit, emit)
+        show_completion_scores(result, f"{stage.name}, {file or 'reference answers'}", Console(highlight=False))
+        for record in result.to_records():
+            if len(scored_stages) > 1:
+                record = {"stage": stage.name, **record}
+            records.append(record)
         if result.interrupted:
             status = INTERRUPTED
-        else:
-            status = max(status, int(result.stop_reason() is not None))
-        if result.interrupted:
             break
+        if result.stop_reason() is not None:
+            status = 1
     if out is not None:
-        _write_scores(out, lines)
+        _write_scores(out, records)
     if status:
         raise typer.Exit(status)
 
@@ -126,33 +126,22 @@ def _score_with_reward_model(run: Path, file: str, out: Path | None) -> None:
     """Scores with the reward model of a run, or of the last stage of a chain that trained one."""
     with loading_message():
         from lowrank_tune.evaluation import score_file
-        from lowrank_tune.ui.terminal.plain import LineLogger
-        from lowrank_tune.ui.views.reward_model_scores import show
+        from lowrank_tune.ui.views.scores import show_reward_model_scores
 
-    plain = LineLogger(sys.stderr)
+    with line_logger() as emit:
+        responses, pairs = score_file(run, file, emit)
+    show_reward_model_scores(responses, pairs, Console(highlight=False))
+    if out is None:
+        name = Path(file).name
+        stem = name.removesuffix(".gz").rpartition(".")[0] or name
+        out = run / f"scored-{stem}.jsonl"
+    _write_scores(out, [response.to_record() for response in responses])
+
+
+def _write_scores(path: Path, records: Iterable[dict[str, Any]]) -> None:
+    lines = [json.dumps(record) + "\n" for record in records]
     try:
-        scores, pairs = score_file(run, file, plain)
-    finally:
-        plain.close()
-    lines = [
-        json.dumps(
-            {
-                "location": response.location,
-                **({"side": response.side} if response.side else {}),
-                "score": response.score,
-                "tokens": response.tokens,
-            }
-        )
-        for response in scores
-    ]
-    show(scores, pairs, Console(highlight=False))
-    name = Path(file).name
-    _write_scores(out or run / f"scored-{name.removesuffix('.gz').rpartition('.')[0] or name}.jsonl", lines)
-
-
-def _write_scores(path: Path, lines: Iterable[str]) -> None:
-    try:
-        path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+        path.write_text("".join(lines), encoding="utf-8")
     except OSError as error:
         raise UserError(f"{path}: cannot be written: {error.strerror or error}") from error
     print(f"all scores: {path}")

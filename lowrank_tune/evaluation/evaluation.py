@@ -1,25 +1,34 @@
-"""`lowrank-tune eval`: base and tuned variants from the same weights on held-out questions and tasks, and the
-record that is kept of it."""
+"""`lowrank-tune eval`: base and tuned variants over the same weights on held-out questions and tasks, and the record of
+the result."""
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
-from lowrank_tune.config import EvaluationConfig, RecipeConfig
 from lowrank_tune.data import ChatTemplate
 from lowrank_tune.errors import UserError
 from lowrank_tune.evaluation import lm_eval
 from lowrank_tune.evaluation.evaluator import EvalResult, Evaluator
 from lowrank_tune.evaluation.grading import Grader
-from lowrank_tune.evaluation.intervals import CONFIDENCE
-from lowrank_tune.evaluation.metrics import Metrics, deltas_vs_base, missing_scores, variant_metrics, win_rates
+from lowrank_tune.evaluation.metrics import (
+    REWARD_MODEL_SCORE,
+    RIGHT,
+    MetricOptions,
+    Metrics,
+    deltas_vs_base,
+    missing_scores,
+    variant_metrics,
+    win_rates,
+)
+from lowrank_tune.evaluation.options import EvalSamplingOptions, Options, resolve_options
 from lowrank_tune.evaluation.questions import (
     EvalQuestion,
     EvalQuestions,
@@ -34,7 +43,6 @@ from lowrank_tune.evaluation.target import (
     EvalTarget,
     check_bases,
     check_reward_model,
-    device_name,
     resolve_reward_model,
     resolve_target,
     roles_for,
@@ -45,159 +53,69 @@ from lowrank_tune.model.base import Base, load_base, load_config, load_tokenizer
 from lowrank_tune.model.roles import Roles
 from lowrank_tune.model.rotary import RopeFactors, fixed_rope, select_factors
 
-# where no recipe says
-PROMPTS = 100
-NEW_TOKENS = 256
-
-
-@dataclass(frozen=True)
-class Options:
-    """Options of an evaluation. None is the value of the run's recipe, or a default if there is no recipe."""
-
-    dataset: str | None = None
-    dataset_config: str | None = None
-    split: str | None = None
-    num_prompts: int | None = None
-    num_samples: int | None = None
-    pass_at_k: tuple[int, ...] = ()
-    temperature: float | None = None
-    top_p: float = 1.0
-    max_new_tokens: int | None = None
-    seed: int | None = None
-    verifier: str | None = None
-    reward_model: Path | None = None
-    confidence: float = CONFIDENCE
-    bits: Literal[4, 16] | None = None
-    tasks: tuple[str, ...] = ()
-    tasks_path: Path | None = None
-    limit: int | None = None
-    apply_chat_template: bool = False
-
-
-@dataclass(frozen=True)
-class EvalSamplingOptions:
-    """How answers are drawn, settled."""
-
-    num_prompts: int
-    num_samples: int
-    ks: tuple[int, ...]
-    temperature: float
-    top_p: float
-    max_new_tokens: int
-    seed: int
-
-    def to_dict(self) -> dict[str, Any]:
-        return {
-            "num_prompts": self.num_prompts,
-            "num_samples": self.num_samples,
-            "pass_at_k": list(self.ks),
-            "temperature": self.temperature,
-            "top_p": self.top_p,
-            "max_new_tokens": self.max_new_tokens,
-            "seed": self.seed,
-        }
-
 
 @dataclass
 class Evaluation:
-    """What came of it: `record` is the line of `evals.jsonl`, `path` where it belongs (None for a model that is no
-    run)."""
+    """Result of an evaluation: `record` is the line of `evals.jsonl`, `path` that file (None without a run)."""
 
     record: dict[str, Any]
     path: Path | None
     interrupted: bool = False
 
 
-def resolve_options(options: Options, recipe: RecipeConfig | None) -> EvalSamplingOptions:
-    """Fills in what was not asked for. Raises UserError for what contradicts itself."""
-    if recipe is not None:
-        defaults = recipe.evaluate
-    else:
-        defaults = EvaluationConfig(num_prompts=PROMPTS, max_new_tokens=NEW_TOKENS)
-    num_samples = options.num_samples or defaults.num_samples
-    if options.temperature is not None:
-        temperature = options.temperature
-    elif num_samples > 1:
-        temperature = defaults.temperature
-    else:
-        temperature = 0.0
-    if num_samples > 1 and temperature == 0:
-        raise UserError("--num-samples: greedy answers are all the same; leave it out, or set --temperature above 0")
-    if options.top_p < 1 and temperature == 0:
-        raise UserError("--top-p does nothing to greedy answers; give a --temperature above 0 too")
-    ks = tuple(sorted({1, *(options.pass_at_k or (num_samples,))}))
-    if ks[-1] > num_samples:
-        raise UserError(
-            f"--pass-at-k {ks[-1]} needs as many answers per prompt: --num-samples {ks[-1]} (here it is {num_samples})"
-        )
-    max_new_tokens = options.max_new_tokens or _max_new_tokens(recipe, defaults)
-    if options.seed is not None:
-        seed = options.seed
-    elif recipe is not None:
-        seed = recipe.seed
-    else:
-        seed = 0
-    return EvalSamplingOptions(
-        options.num_prompts or defaults.num_prompts,
-        num_samples,
-        ks,
-        temperature,
-        options.top_p,
-        max_new_tokens,
-        seed,
-    )
-
-
-def _max_new_tokens(recipe: RecipeConfig | None, defaults: EvaluationConfig) -> int:
-    """Held-out answers as the run drew them; where it had none, as it drew its completions."""
-    online = recipe is not None and recipe.algorithm in ("grpo", "ppo") and defaults.eval_dataset is None
-    if recipe is not None and online:
-        return recipe.rollout.max_new_tokens
-    return defaults.max_new_tokens
-
-
 def evaluate(given: str, options: Options, emit: Emit, device: torch.device | None = None) -> Evaluation:
-    """Measures a run, a chain, an adapter or a model. Ctrl-C keeps what was measured. Raises UserError, what is cheap
-    to check first."""
+    """Evaluates a run, a chain, an adapter or a model. After Ctrl-C the finished questions are the result.
+
+    Raises UserError; all checks that need no loaded model come first.
+    """
+    options.check()
     task_manager: Any = None
     if options.tasks:
         task_manager = lm_eval.make_task_manager(options.tasks, options.tasks_path)
-    elif options.tasks_path is not None or options.limit is not None:
-        raise UserError("--tasks-path and --limit belong to --tasks, which is not given")
-    if (options.dataset_config or options.split) and options.dataset is None:
-        raise UserError("--dataset-config and --split need --dataset, which is not given")
     target = resolve_target(given, options.bits, emit)
     sampling_options = resolve_options(options, target.recipe)
+    reward_model = None
     if options.reward_model is not None:
         reward_model = resolve_reward_model(options.reward_model)
-    else:
-        reward_model = None
-    if reward_model is not None:
         check_reward_model(target, reward_model)
-    if target.recipe is not None:
-        template_date = target.recipe.data.template_date
-    else:
-        template_date = None
+    template_date = None if target.recipe is None else target.recipe.data.template_date
     template = ChatTemplate.from_tokenizer(load_tokenizer(target.base), template_date)
-    has_questions = options.dataset is not None or not options.tasks
-    if has_questions:
-        eval_questions = _questions(target, options, sampling_options, template, emit)
-    else:
-        eval_questions = EvalQuestions([], "")
-    recipe = target.recipe if has_questions else None
-    with Grader(recipe, options.verifier if has_questions else None, reward_model is not None, template) as grader:
-        max_new_tokens = sampling_options.max_new_tokens
-        factors, eval_questions = _select_rope(target, eval_questions, max_new_tokens, emit, reward_model)
+    questions = EvalQuestions([], "")
+    recipe = None
+    verifier = None
+    if options.has_questions:
+        questions = _questions(target, options, sampling_options, template, emit)
+        recipe = target.recipe
+        verifier = options.verifier
+    with Grader(recipe, verifier, reward_model is not None, template) as grader:
+        factors, questions = _select_rope(target, questions, sampling_options.max_new_tokens, emit, reward_model)
         base = _load(target, template, device, emit, factors)
         check_bases(target, reward_model, base, emit)
         roles = roles_for(target, reward_model, base)
         grader.set_base_model(roles)
-        return _EvalRun(target, options, sampling_options, eval_questions, reward_model, task_manager, emit).run(
-            roles,
-            base,
-            template,
-            grader,
+        run = _EvalRun(target, options, sampling_options, questions, reward_model, template, base, roles, grader, emit)
+        return run.run(task_manager)
+
+
+def _questions(
+    target: EvalTarget,
+    options: Options,
+    sampling_options: EvalSamplingOptions,
+    template: ChatTemplate,
+    emit: Emit,
+) -> EvalQuestions:
+    """Returns the questions of --dataset, else those of the run. Raises UserError."""
+    num_prompts = sampling_options.num_prompts
+    recipe = target.recipe
+    if options.dataset is not None:
+        source = eval_source(options.dataset, options.dataset_config, options.split, recipe)
+        system = None if recipe is None else recipe.data.system_prompt
+        return load_eval_questions(source, num_prompts, sampling_options.seed, template, system)
+    if recipe is None:
+        raise UserError(
+            f"{target.name} is not a run and has no held-out questions: give --dataset FILE, a hub data set, or --tasks"
         )
+    return recipe_heldout_questions(recipe, num_prompts, template, emit)
 
 
 def _select_rope(
@@ -207,18 +125,21 @@ def _select_rope(
     emit: Emit,
     reward_model: EvalRewardModel | None = None,
 ) -> tuple[RopeFactors, EvalQuestions]:
-    """The rotary frequencies that the target was trained with, else the reward model's, else those for the longest row;
-    and the questions that make no row which is longer than these are for. Raises UserError where none is left."""
+    """Returns the rotary frequencies of the training, else those of the reward model, else those for the longest row;
+    and the questions whose rows are short enough for them. Raises UserError if no question is left."""
     config = load_config(target.base)
     questions = eval_questions.questions
-    lengths = [_row_length(question, max_new_tokens) for question in questions]
-    trained = target.rope_factors or (reward_model.rope_factors if reward_model is not None else None)
-    factors = trained or select_factors(config, max(lengths, default=0))
+    lengths = [question.row_length(max_new_tokens) for question in questions]
+    longest = max(lengths, default=0)
+    trained = target.rope_factors
+    if trained is None and reward_model is not None:
+        trained = reward_model.rope_factors
+    factors = trained or select_factors(config, longest)
     rope = fixed_rope(config, factors)
     if rope is None:
         return factors, eval_questions
     emit(LogMessage(message=rope.describe()))
-    limit = rope.max_row_length or max(lengths, default=0)
+    limit = rope.max_row_length or longest
     usable = [question for question, length in zip(questions, lengths, strict=True) if length <= limit]
     if questions and not usable:
         rope.check_row_length(min(lengths))
@@ -231,15 +152,6 @@ def _select_rope(
     return factors, EvalQuestions(usable, eval_questions.origin)
 
 
-def _row_length(question: EvalQuestion, max_new_tokens: int) -> int:
-    """Tokens of a question with the longer of its answer and its reference answer."""
-    if question.reference is not None:
-        reference = len(question.reference.input_ids)
-    else:
-        reference = 0
-    return max(len(question.prompt_ids) + max_new_tokens, reference)
-
-
 def _load(
     target: EvalTarget,
     template: ChatTemplate,
@@ -247,88 +159,99 @@ def _load(
     emit: Emit,
     rope_factors: RopeFactors,
 ) -> Base:
-    label = f"loading {target.base.model}"
-    emit(Progress(description=label, done=0, total=1))
+    description = f"loading {target.base.model}"
+    emit(Progress(description=description, done=0, total=1))
     base = load_base(target.base, template.tokenizer, device, rope_factors=rope_factors)
-    emit(Progress(description=label, done=1, total=1))
+    emit(Progress(description=description, done=1, total=1))
     return base
-
-
-def _questions(
-    target: EvalTarget,
-    options: Options,
-    sampling_options: EvalSamplingOptions,
-    template: ChatTemplate,
-    emit: Emit,
-) -> EvalQuestions:
-    if options.dataset is not None:
-        source = eval_source(options.dataset, options.dataset_config, options.split, target.recipe)
-        if target.recipe is not None:
-            system = target.recipe.data.system_prompt
-        else:
-            system = None
-        return load_eval_questions(source, sampling_options.num_prompts, sampling_options.seed, template, system)
-    if target.recipe is None:
-        raise UserError(
-            f"{target.name} is not a run and has no held-out questions: give --dataset FILE, a hub data set, or --tasks"
-        )
-    return recipe_heldout_questions(target.recipe, sampling_options.num_prompts, template, emit)
 
 
 @dataclass
 class _EvalRun:
-    """One evaluation on the loaded base."""
+    """One evaluation with a loaded base."""
 
     target: EvalTarget
     options: Options
     sampling_options: EvalSamplingOptions
     eval_questions: EvalQuestions
     reward_model: EvalRewardModel | None
-    task_manager: Any
+    template: ChatTemplate
+    base: Base
+    roles: Roles
+    grader: Grader
     emit: Emit
     started: float = field(default_factory=time.time)
 
-    def run(self, roles: Roles, base: Base, template: ChatTemplate, grader: Grader) -> Evaluation:
+    def run(self, task_manager: Any) -> Evaluation:
+        """Evaluates the questions, then the tasks. Raises UserError if there is nothing to evaluate."""
         variants = [BASE, *self.target.variants]
-        usable = self._gradable_questions(grader)
-        answering = grader.has_verdicts(usable) or bool(grader.rewards) or self.reward_model is not None
-        if usable and not answering:
-            self.emit(
-                LogMessage(
-                    level="warning",
-                    message="none of the questions has a gold answer, and there is no verifier or reward model: "
-                    "only losses are measured (use --verifier or --reward-model to grade answers)",
-                )
+        questions = self._gradable_questions()
+        samples = self.sampling_options.num_samples
+        if questions and not self._answers_have_grades(questions):
+            self._check_losses_alone(questions)
+            samples = 0
+        evaluator = Evaluator(self.roles, self.template, self.grader, self._sampling(), samples, self.emit)
+        result = evaluator.measure(variants, questions, self.sampling_options.seed)
+        tasks: dict[str, Metrics] = {}
+        if self.options.tasks and not result.interrupted:
+            settings = self._task_settings(task_manager)
+            tasks, result.interrupted = lm_eval.run_tasks(
+                self.roles,
+                self.base,
+                self.template,
+                variants,
+                settings,
+                self.emit,
             )
-            if not any(question.reference is not None for question in usable):
-                raise UserError(
-                    "there is nothing to measure: no gold answers, no verifier, no reward model, no reference answers"
-                )
-        sampling_options = self.sampling_options
-        sampling = SamplingParams(
-            sampling_options.max_new_tokens,
-            base.end_ids | template.end_ids,
-            sampling_options.temperature,
-            sampling_options.seed,
-            top_p=sampling_options.top_p,
-        )
-        result = Evaluator(
-            roles,
-            template,
-            grader,
-            sampling,
-            sampling_options.num_samples,
-            answering,
-            self.emit,
-        ).measure(variants, usable, sampling_options.seed)
-        tasks = dict[str, Metrics]()
-        stopped = result.interrupted
-        if self.options.tasks and not stopped:
-            tasks, stopped = lm_eval.run_tasks(roles, base, template, variants, self._tasks(), self.emit)
-        record = self._record(result, tasks, base, grader, stopped)
-        return Evaluation(record, self.target.folder / EVALS if self.target.folder is not None else None, stopped)
+        path = None
+        if self.target.folder is not None:
+            path = self.target.folder / EVALS
+        return Evaluation(self._record(result, tasks), path, result.interrupted)
 
-    def _tasks(self) -> lm_eval.Tasks:
+    def _gradable_questions(self) -> list[EvalQuestion]:
+        """Returns the questions whose answers can be graded; a warning counts the others. Raises UserError if there are
+        none."""
+        questions = self.eval_questions.questions
+        usable = []
+        reasons: Counter[str] = Counter()
+        for question in questions:
+            reason = self.grader.ungradable_reason(question)
+            if reason is None:
+                usable.append(question)
+            else:
+                reasons[reason] += 1
+        for reason, count in reasons.items():
+            self._warn(f"{count} of {len(questions)} questions are left out: {reason}")
+        if questions and not usable:
+            first = next(iter(reasons))
+            raise UserError(f"{self.eval_questions.origin}: no answer to any of its questions can be graded: {first}")
+        return usable
+
+    def _answers_have_grades(self, questions: list[EvalQuestion]) -> bool:
+        if self.reward_model is not None or self.grader.rewards:
+            return True
+        return self.grader.has_verdicts(questions)
+
+    def _check_losses_alone(self, questions: list[EvalQuestion]) -> None:
+        """Warns that answers cannot be graded. Raises UserError if there are no reference answers either."""
+        self._warn(
+            "none of the questions has a gold answer, and there is no verifier or reward model: only losses are "
+            "measured (use --verifier or --reward-model to grade answers)"
+        )
+        if all(question.reference is None for question in questions):
+            raise UserError(
+                "there is nothing to measure: no gold answers, no verifier, no reward model, no reference answers"
+            )
+
+    def _warn(self, message: str) -> None:
+        self.emit(LogMessage(level="warning", message=message))
+
+    def _sampling(self) -> SamplingParams:
+        options = self.sampling_options
+        stop_ids = self.base.end_ids | self.template.end_ids
+        return SamplingParams(options.max_new_tokens, stop_ids, options.temperature, options.seed, top_p=options.top_p)
+
+    def _task_settings(self, task_manager: Any) -> lm_eval.Tasks:
         options = self.options
         return lm_eval.Tasks(
             options.tasks,
@@ -336,98 +259,78 @@ class _EvalRun:
             options.confidence,
             self.sampling_options.seed,
             options.apply_chat_template,
-            self.task_manager,
+            task_manager,
         )
 
-    def _gradable_questions(self, grader: Grader) -> list[Any]:
-        """The questions whose answers can be graded; a warning names the others."""
-        reasons: dict[str, int] = {}
-        usable = []
-        for question in self.eval_questions.questions:
-            reason = grader.ungradable_reason(question)
-            if reason is None:
-                usable.append(question)
-            else:
-                reasons[reason] = reasons.get(reason, 0) + 1
-        for reason, count in reasons.items():
-            self.emit(
-                LogMessage(
-                    level="warning",
-                    message=f"{count} of {len(self.eval_questions.questions)} questions are left out: {reason}",
-                )
-            )
-        if self.eval_questions.questions and not usable:
-            raise UserError(
-                f"{self.eval_questions.origin}: no answer to any of its questions can be graded: {next(iter(reasons))}"
-            )
-        return usable
-
-    def _record(
-        self,
-        result: EvalResult,
-        tasks: Mapping[str, Metrics],
-        base: Base,
-        grader: Grader,
-        stopped: bool,
-    ) -> dict[str, Any]:
-        sampling_options = self.sampling_options
+    def _record(self, result: EvalResult, tasks: Mapping[str, Metrics]) -> dict[str, Any]:
+        """Returns the line of `evals.jsonl`."""
+        base = self.base
         confidence = self.options.confidence
-        tuned = [variant for variant in result.variants if variant != BASE]
-        ks = sampling_options.ks if grader.has_verdicts(result.questions) else ()
-        seed = sampling_options.seed
+        has_verdicts = self.grader.has_verdicts(result.questions)
+        ks = self.sampling_options.pass_at_k if has_verdicts else ()
+        metric_options = MetricOptions(ks, self.sampling_options.seed, confidence)
+        metrics = {}
+        deltas = {}
+        wins = {}
+        for variant in result.variants:
+            metrics[variant] = _to_json(variant_metrics(result, variant, metric_options))
+            if variant != BASE:
+                deltas[variant] = _to_json(deltas_vs_base(result, variant, metric_options))
+                wins[variant] = self._wins(result, variant, has_verdicts)
+        target = {
+            "name": self.target.name,
+            "kind": self.target.kind,
+            "base": base.name,
+            "revision": base.revision,
+            "bits": base.bits,
+            "variants": result.variants,
+        }
+        dataset = {
+            "origin": self.eval_questions.origin,
+            "prompts": len(result.done),
+            "planned": len(result.questions),
+        }
         return {
             "v": VERSION,
             "kind": "eval",
             "time": self.started,
             "seconds": round(time.time() - self.started, 1),
-            "target": {
-                "name": self.target.name,
-                "kind": self.target.kind,
-                "base": base.name,
-                "revision": base.revision,
-                "bits": base.bits,
-                "variants": result.variants,
-            },
-            "dataset": {
-                "origin": self.eval_questions.origin,
-                "prompts": len(result.done),
-                "planned": len(result.questions),
-            },
-            "settings": {**sampling_options.to_dict(), "confidence": confidence},
-            "grader": grader.grader_name if ks else "",
-            "rewards": {weighted_reward.name: weighted_reward.weight for weighted_reward in grader.rewards},
+            "target": target,
+            "dataset": dataset,
+            "settings": {**asdict(self.sampling_options), "confidence": confidence},
+            "grader": self.grader.grader_name if has_verdicts else "",
+            "rewards": {reward.name: reward.weight for reward in self.grader.rewards},
             "reward_model": str(self.reward_model.run) if self.reward_model else None,
-            "device": device_name(base.device),
-            "interrupted": stopped,
-            "metrics": {
-                variant: _to_json(variant_metrics(result, variant, ks, seed, confidence)) for variant in result.variants
-            },
-            "deltas": {variant: _to_json(deltas_vs_base(result, variant, ks, seed, confidence)) for variant in tuned},
-            "wins": {variant: self._wins(result, variant, bool(ks)) for variant in tuned},
+            "device": _device_name(base.device),
+            "interrupted": result.interrupted,
+            "metrics": metrics,
+            "deltas": deltas,
+            "wins": wins,
             "ungraded": missing_scores(result),
             "tasks": {variant: _to_json(task_metrics) for variant, task_metrics in tasks.items()},
         }
 
     def _wins(self, result: EvalResult, variant: str, has_verdicts: bool) -> dict[str, Any]:
+        """Returns the win rates against the base, by the verifier and by the reward model."""
         confidence = self.options.confidence
-        rates = dict[str, Any]()
+        rates: dict[str, Any] = {}
         if has_verdicts:
-            rates["verifier"] = win_rates(
-                result,
-                variant,
-                lambda answer: None if answer.right is None else float(answer.right),
-                confidence,
-            )
+            rates["verifier"] = win_rates(result, variant, RIGHT, confidence)
         if self.reward_model is not None:
-            rates["reward_model"] = win_rates(result, variant, lambda answer: answer.score, confidence)
-        return {name: win_rate for name, win_rate in rates.items() if win_rate is not None}
+            rates["reward_model"] = win_rates(result, variant, REWARD_MODEL_SCORE, confidence)
+        return {name: rate for name, rate in rates.items() if rate is not None}
 
 
-def _to_json(figures: Metrics) -> dict[str, Any]:
-    return {name: metric.to_dict() for name, metric in figures.items() if math.isfinite(metric.value)}
+def _device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return "CPU"
+
+
+def _to_json(metrics: Metrics) -> dict[str, Any]:
+    return {name: metric.to_dict() for name, metric in metrics.items() if math.isfinite(metric.value)}
 
 
 def has_metrics(record: Mapping[str, Any]) -> bool:
-    """Whether anything was measured."""
-    parts: Sequence[Any] = [*record["metrics"].values(), *record["tasks"].values()]
-    return any(parts)
+    """Returns whether an evaluation has any result."""
+    return any(record["metrics"].values()) or any(record["tasks"].values())

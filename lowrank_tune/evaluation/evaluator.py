@@ -1,33 +1,36 @@
-"""The measurement: every variant answers the same questions with the same random streams, a part of the questions at a
-time.
+"""Answers and losses of every variant on the same questions with the same random streams, one part of the questions at
+a time.
 
-The parts are drawn at random, and each is finished by all variants before the next begins: after an interruption,
-what was measured is a fair sample, and the same one for all. Neither the parts nor their order change any answer.
+The parts are drawn at random, and all variants finish a part before the next one begins. After an interruption the
+finished parts are a random sample of the questions, the same one for all variants. Neither the parts nor their order
+change an answer.
 """
 
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from lowrank_tune.batch import Row
 from lowrank_tune.data import ChatTemplate, collate
-from lowrank_tune.evaluation.grading import GradedAnswer, Grader
+from lowrank_tune.evaluation.grading import MICRO_TOKENS, GradedAnswer, Grader
+from lowrank_tune.evaluation.progress import ProgressBar
 from lowrank_tune.evaluation.questions import EvalQuestion
 from lowrank_tune.evaluation.target import role_of
-from lowrank_tune.events import Emit, Progress
+from lowrank_tune.events import Emit
 from lowrank_tune.generation import Engine
 from lowrank_tune.generation.sampling_params import SamplingParams
 from lowrank_tune.model.roles import Roles
 
-ANSWERS_PER_BATCH = 512  # of a part, about: enough to keep the engine busy
-MICRO_TOKENS = 1 << 14
+ANSWERS_PER_BATCH = 512
+"""Answers in a part, about: enough to keep the engine busy."""
+PROGRESS_UPDATES = 200
 
 
 @dataclass(frozen=True)
 class ReferenceLoss:
-    """Of one reference answer: the sum of -log p of its tokens in nats, and how many they are."""
+    """Loss of one reference answer: the sum of -log p of its tokens in nats, and their number."""
 
     nll_sum: float
     tokens: int
@@ -35,7 +38,8 @@ class ReferenceLoss:
 
 @dataclass
 class EvalResult:
-    """Of each variant what it answered to each question that is `done`, and its loss there; questions by number."""
+    """Answers and losses of each variant by the number of the question; `done` are the numbers of the finished
+    questions."""
 
     variants: list[str]
     questions: list[EvalQuestion]
@@ -46,7 +50,7 @@ class EvalResult:
 
 
 class Evaluator:
-    """Measures variants over one base. `answering` False leaves answers out: nothing could be told of them."""
+    """Evaluates variants over one base. `samples` is the number of answers per question, 0 for losses alone."""
 
     def __init__(
         self,
@@ -55,7 +59,6 @@ class Evaluator:
         grader: Grader,
         sampling: SamplingParams,
         samples: int,
-        answering: bool,
         emit: Emit,
     ) -> None:
         self.roles = roles
@@ -63,106 +66,99 @@ class Evaluator:
         self.grader = grader
         self.sampling = sampling
         self.samples = samples
-        self.answering = answering
         self.emit = emit
 
     def measure(self, variants: Sequence[str], questions: Sequence[EvalQuestion], seed: int) -> EvalResult:
-        """Ctrl-C ends it with the parts that all variants have finished."""
-        result = EvalResult(
-            list(variants),
-            list(questions),
-            {variant: {} for variant in variants},
-            {variant: {} for variant in variants},
-        )
-        order = list(questions)
-        random.Random(f"eval-{seed}").shuffle(order)
-        part_size = max(1, ANSWERS_PER_BATCH // (self.samples if self.answering else 1))
-        count = -(-len(order) // part_size)
-        parts = [order[number * len(order) // count : (number + 1) * len(order) // count] for number in range(count)]
-        work = sum(self._count_work(part) for part in parts) * len(variants)
-        bar = _ProgressBar(f"evaluating {', '.join(variants)}", work, self.emit)
+        """Returns answers and losses of all variants, after Ctrl-C those of the parts that all variants have
+        finished."""
+        result = EvalResult(list(variants), list(questions))
+        for variant in variants:
+            result.answers[variant] = {}
+            result.losses[variant] = {}
+        parts = self._split_questions(questions, seed)
+        units = sum(self._count_units(part) for part in parts) * len(variants)
+        bar = ProgressBar(f"evaluating {', '.join(variants)}", units, self.emit, PROGRESS_UPDATES)
+        if units:
+            bar.report()
         try:
             for part in parts:
-                self._run_batch(result, part, bar)
+                self._run_part(result, part, bar)
         except KeyboardInterrupt:
             result.interrupted = True
         return result
 
-    def _count_work(self, part: Sequence[EvalQuestion]) -> int:
-        return len(part) * (self.samples if self.answering else 0) + sum(
-            question.reference is not None for question in part
-        )
+    def _split_questions(self, questions: Sequence[EvalQuestion], seed: int) -> list[list[EvalQuestion]]:
+        """Shuffles the questions and splits them into parts of about equal size."""
+        order = list(questions)
+        random.Random(f"eval-{seed}").shuffle(order)
+        part_size = max(1, ANSWERS_PER_BATCH // max(1, self.samples))
+        num_parts = -(-len(order) // part_size)
+        parts = []
+        for number in range(num_parts):
+            start = number * len(order) // num_parts
+            end = (number + 1) * len(order) // num_parts
+            parts.append(order[start:end])
+        return parts
 
-    def _run_batch(self, result: EvalResult, part: Sequence[EvalQuestion], bar: _ProgressBar) -> None:
-        """All variants on some questions; nothing of it is kept unless all of it is."""
-        losses = {variant: self._losses(variant, part, bar.advance) for variant in result.variants}
-        answers = {variant: self._answers(variant, part, bar.advance) for variant in result.variants if self.answering}
+    def _count_units(self, part: Sequence[EvalQuestion]) -> int:
+        """Returns the number of answers and losses of a part."""
+        references = sum(question.reference is not None for question in part)
+        return len(part) * self.samples + references
+
+    def _run_part(self, result: EvalResult, part: Sequence[EvalQuestion], bar: ProgressBar) -> None:
+        """Evaluates all variants on some questions; the result is updated after all of them."""
+        losses = {variant: self._losses(variant, part, bar) for variant in result.variants}
+        answers: dict[str, dict[int, list[GradedAnswer]]] = {}
+        if self.samples:
+            answers = {variant: self._answers(variant, part, bar) for variant in result.variants}
         for variant in result.variants:
             result.losses[variant] |= losses[variant]
             result.answers[variant] |= answers.get(variant, {})
         result.done += [question.number for question in part]
 
-    def _losses(
-        self,
-        variant: str,
-        part: Sequence[EvalQuestion],
-        on_progress: Callable[[int], None],
-    ) -> dict[int, ReferenceLoss]:
-        waiting = sorted(
-            ((question.number, question.reference) for question in part if question.reference is not None),
-            key=lambda entry: -len(entry[1].input_ids),
-        )
+    def _losses(self, variant: str, part: Sequence[EvalQuestion], bar: ProgressBar) -> dict[int, ReferenceLoss]:
+        """Returns the losses of the reference answers, in batches of similar length."""
+        references = []
+        for question in part:
+            if question.reference is not None:
+                references.append((question.number, question.reference))
+        references.sort(key=lambda entry: -len(entry[1].input_ids))
         losses: dict[int, ReferenceLoss] = {}
-        while waiting:
-            count = max(1, MICRO_TOKENS // len(waiting[0][1].input_ids))
-            some = waiting[:count]
-            waiting = waiting[count:]
-            rows: list[Row] = [row for _, row in some]
-            batch = collate(rows, self.template.pad_id).to(self.roles.base.device)
-            with self.roles.inference_mode():
-                logps = self.roles.logps(role_of(variant), batch).logps.double().sum(dim=1)
-            counts = batch.loss_mask.sum(dim=1)
-            for (number, _), total, tokens in zip(some, logps.tolist(), counts.tolist(), strict=True):
-                losses[number] = ReferenceLoss(-total, int(tokens))
-            on_progress(len(some))
+        while references:
+            _, longest = references[0]
+            count = max(1, MICRO_TOKENS // len(longest.input_ids))
+            rows = [row for _, row in references[:count]]
+            row_losses = self._row_losses(variant, rows)
+            for (number, _), loss in zip(references[:count], row_losses, strict=True):
+                losses[number] = loss
+            references = references[count:]
+            bar.advance(len(rows))
         return losses
+
+    def _row_losses(self, variant: str, rows: list[Row]) -> list[ReferenceLoss]:
+        batch = collate(rows, self.template.pad_id).to(self.roles.base.device)
+        with self.roles.inference_mode():
+            logps = self.roles.logps(role_of(variant), batch).logps.double().sum(dim=1).tolist()
+        counts = batch.loss_mask.sum(dim=1).tolist()
+        return [ReferenceLoss(-total, int(tokens)) for total, tokens in zip(logps, counts, strict=True)]
 
     def _answers(
         self,
         variant: str,
         part: Sequence[EvalQuestion],
-        on_progress: Callable[[int], None],
+        bar: ProgressBar,
     ) -> dict[int, list[GradedAnswer]]:
+        """Returns the graded answers by the number of their question, in the order of the samples."""
         engine = Engine(self.roles, role_of(variant))
-        numbers = [eval_question.number for eval_question in part]
-        for completion in engine.generate(
-            [eval_question.prompt_ids for eval_question in part],
-            self.samples,
-            self.sampling,
-            numbers,
-        ):
+        prompts = [question.prompt_ids for question in part]
+        numbers = [question.number for question in part]
+        for completion in engine.generate(prompts, self.samples, self.sampling, numbers):
             question = part[completion.prompt]
             self.grader.submit((question.number, completion.sample), question, completion)
-            on_progress(1)
+            bar.advance()
         answers: dict[int, list[GradedAnswer]] = {number: [] for number in numbers}
-        for (number, _), answer in sorted(self.grader.collect().items(), key=lambda entry: entry[0]):
-            answers[number].append(answer)
+        graded = self.grader.collect()
+        for key in sorted(graded):
+            number, _ = key
+            answers[number].append(graded[key])
         return answers
-
-
-class _ProgressBar:
-    """Tells how far all of it is, at most two hundred times."""
-
-    def __init__(self, label: str, total: int, emit: Emit) -> None:
-        self.label = label
-        self.total = total
-        self.emit = emit
-        self.done = 0
-        if total:
-            emit(Progress(description=label, done=0, total=total))
-
-    def advance(self, count: int) -> None:
-        before = self.done
-        self.done = self.done + count
-        if self.done * 200 // self.total != before * 200 // self.total:
-            self.emit(Progress(description=self.label, done=self.done, total=self.total))

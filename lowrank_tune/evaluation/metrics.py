@@ -1,11 +1,13 @@
-"""Metrics with confidence intervals: of each variant, and of each tuned variant against the base. Pure: graded answers
-in, metrics out."""
+"""Metrics with confidence intervals, of each variant and of each tuned variant minus the base. Pure functions of graded
+answers."""
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from functools import partial
+from dataclasses import dataclass
 from itertools import product
+from operator import attrgetter
 from statistics import fmean
 from typing import Any
 
@@ -14,6 +16,7 @@ from lowrank_tune.evaluation.grading import GradedAnswer
 from lowrank_tune.evaluation.intervals import (
     CONFIDENCE,
     Interval,
+    Ratio,
     mean_ci,
     paired_difference_ci,
     pass_at_k,
@@ -23,165 +26,169 @@ from lowrank_tune.evaluation.intervals import (
 from lowrank_tune.evaluation.target import BASE
 
 Metrics = dict[str, Interval]
-PromptMetric = Callable[[Sequence[GradedAnswer]], float | None]
-"""A prompt's own figure, from the marks of all its answers; None where it has none."""
+AnswerValue = Callable[[GradedAnswer], float | None]
+"""Returns a value of one answer, None if it has no such value."""
+RIGHT: AnswerValue = attrgetter("right")
+REWARD_MODEL_SCORE: AnswerValue = attrgetter("score")
 
 
-def pass_at_k_of(k: int) -> PromptMetric:
-    """pass@k of one prompt, of the answers that could be graded; None where these are fewer than k."""
+@dataclass(frozen=True)
+class MetricOptions:
+    """`ks` of pass@k, the seed of the bootstrap, and the confidence level."""
 
-    def metric(answers: Sequence[GradedAnswer]) -> float | None:
-        verdicts = [answer.right for answer in answers if answer.right is not None]
-        if len(verdicts) >= k:
-            return pass_at_k(len(verdicts), sum(verdicts), k)
-        return None
-
-    return metric
+    ks: Sequence[int]
+    seed: int
+    confidence: float = CONFIDENCE
 
 
-def mean_metric(value: Callable[[GradedAnswer], float | None]) -> PromptMetric:
-    """The mean over a prompt's answers that have such a value."""
+@dataclass(frozen=True)
+class PromptMetric:
+    """A metric with one value per prompt: the mean of `value` over its answers, or pass@k of it with `k` > 0."""
 
-    def metric(answers: Sequence[GradedAnswer]) -> float | None:
-        numbers = [number for answer in answers if (number := value(answer)) is not None]
-        return fmean(numbers) if numbers else None
+    value: AnswerValue
+    k: int = 0
+    is_proportion: bool = False
 
-    return metric
+    def of_prompt(self, answers: Sequence[GradedAnswer]) -> float | None:
+        """Returns the value of a prompt; None if fewer than `k` of its answers, or none, have a value."""
+        values = values_of(answers, self.value)
+        if len(values) < max(1, self.k):
+            return None
+        if self.k:
+            return pass_at_k(len(values), int(sum(values)), self.k)
+        return fmean(values)
+
+    def interval(self, values: Sequence[float], samples: int, options: MetricOptions) -> Interval:
+        """Returns the mean over prompts of `samples` answers each."""
+        if self.is_proportion:
+            return proportion_ci(values, samples // max(1, self.k), options.confidence)
+        return mean_ci(values, options.seed, options.confidence)
 
 
-def variant_metrics(
-    result: EvalResult,
-    variant: str,
-    ks: Sequence[int],
-    seed: int,
-    confidence: float = CONFIDENCE,
-) -> Metrics:
-    """Return the metrics of one variant: `loss`, `pass_at_K`, `reward` (and `rewards/NAME/mean` of several),
-    `reward_model_score`, `eos_rate`, `mean_length`."""
-    metrics: Metrics = {}
-    losses = [result.losses[variant][number] for number in result.done if number in result.losses[variant]]
-    if losses:
-        metrics["loss"] = ratio_ci(
-            [loss.nll_sum for loss in losses],
-            [loss.tokens for loss in losses],
-            seed,
-            confidence,
-        )
-    answers = result.answers[variant]
-    samples = max(map(len, answers.values()), default=0)
-    for name, prompt_metric in _prompt_metrics(answers.values(), ks).items():
-        values = [value for prompt_answers in answers.values() if (value := prompt_metric(prompt_answers)) is not None]
-        if not values:
-            continue
-        if name.startswith("pass_at_"):
-            k = int(name.removeprefix("pass_at_"))
-        else:
-            k = 1
-        is_proportion = k > 1 or name in ("pass_at_1", "eos_rate")
-        metrics[name] = (
-            proportion_ci(values, samples // k, confidence) if is_proportion else mean_ci(values, seed, confidence)
-        )
-    return metrics
+def values_of(answers: Iterable[GradedAnswer], value: AnswerValue) -> list[float]:
+    """Returns the values of the answers that have one."""
+    values = []
+    for answer in answers:
+        number = value(answer)
+        if number is not None:
+            values.append(number)
+    return values
+
+
+def _part_value(name: str) -> AnswerValue:
+    def value(answer: GradedAnswer) -> float | None:
+        return answer.parts.get(name)
+
+    return value
 
 
 def _prompt_metrics(answers: Iterable[Sequence[GradedAnswer]], ks: Sequence[int]) -> dict[str, PromptMetric]:
-    """What there is to say of one prompt, by name."""
-    reward_metrics = {name: mean_metric(value) for name, value in _reward_metrics(answers).items()}
-    return {
-        **{f"pass_at_{k}": pass_at_k_of(k) for k in ks},
-        **reward_metrics,
-        "eos_rate": mean_metric(lambda answer: float(answer.stopped)),
-        "mean_length": mean_metric(lambda answer: float(answer.tokens)),
-    }
-
-
-def _reward_metrics(answers: Iterable[Sequence[GradedAnswer]]) -> dict[str, Callable[[GradedAnswer], float | None]]:
-    """Figures that are no shares: the weighted reward, of several each one, and the reward model's score."""
-    parts = list(
-        dict.fromkeys(name for prompt_answers in answers for answer in prompt_answers for name in answer.parts)
-    )
-    metrics: dict[str, Callable[[GradedAnswer], float | None]] = {"reward": lambda answer: answer.reward}
-    metrics |= {f"rewards/{name}/mean": partial(_reward_component, name) for name in parts if len(parts) > 1}
-    return metrics | {"reward_model_score": lambda answer: answer.score}
-
-
-def _reward_component(name: str, answer: GradedAnswer) -> float | None:
-    return answer.parts.get(name)
-
-
-def deltas_vs_base(
-    result: EvalResult,
-    variant: str,
-    ks: Sequence[int],
-    seed: int,
-    confidence: float = CONFIDENCE,
-) -> Metrics:
-    """A tuned variant less the base, on the prompts where both have the figure; the draws of the bootstrap are of both
-    together."""
-    metrics: Metrics = {}
-    both = [number for number in result.done if number in result.losses[variant] and number in result.losses[BASE]]
-    if both:
-        sides = [[result.losses[who][number] for number in both] for who in (variant, BASE)]
-        tuned, baseline = (([loss.nll_sum for loss in side], [float(loss.tokens) for loss in side]) for side in sides)
-        metrics["loss"] = paired_difference_ci(tuned, baseline, seed, confidence)
-    for name, prompt_metric in _prompt_metrics(result.answers[variant].values(), ks).items():
-        paired = [
-            (tuned, baseline)
-            for tuned, baseline in _pair_by_prompt(result, variant, prompt_metric)
-            if tuned is not None and baseline is not None
-        ]
-        if paired:
-            ones = [1.0] * len(paired)
-            metrics[name] = paired_difference_ci(
-                ([tuned for tuned, _ in paired], ones),
-                ([baseline for _, baseline in paired], ones),
-                seed,
-                confidence,
-            )
+    """Returns the metrics of answers by name; several rewards have a metric each."""
+    metrics = {}
+    for k in ks:
+        metrics[f"pass_at_{k}"] = PromptMetric(RIGHT, k, is_proportion=True)
+    metrics["reward"] = PromptMetric(attrgetter("reward"))
+    parts: dict[str, None] = {}
+    for prompt_answers in answers:
+        for answer in prompt_answers:
+            parts |= dict.fromkeys(answer.parts)
+    if len(parts) > 1:
+        for name in parts:
+            metrics[f"rewards/{name}/mean"] = PromptMetric(_part_value(name))
+    metrics["reward_model_score"] = PromptMetric(REWARD_MODEL_SCORE)
+    metrics["eos_rate"] = PromptMetric(attrgetter("stopped"), is_proportion=True)
+    metrics["mean_length"] = PromptMetric(attrgetter("tokens"))
     return metrics
 
 
-def _pair_by_prompt(
-    result: EvalResult,
-    variant: str,
-    prompt_metric: PromptMetric,
-) -> list[tuple[float | None, float | None]]:
-    return [
-        (prompt_metric(result.answers[variant][number]), prompt_metric(result.answers[BASE][number]))
-        for number in result.done
-        if number in result.answers[variant] and number in result.answers[BASE]
-    ]
+def variant_metrics(result: EvalResult, variant: str, options: MetricOptions) -> Metrics:
+    """Returns the metrics of one variant: `loss`, `pass_at_K`, `reward` (and `rewards/NAME/mean` of several),
+    `reward_model_score`, `eos_rate`, `mean_length`."""
+    metrics: Metrics = {}
+    numbers = [number for number in result.done if number in result.losses[variant]]
+    if numbers:
+        nll_sums, tokens = _loss_ratio(result, variant, numbers)
+        metrics["loss"] = ratio_ci(nll_sums, tokens, options.seed, options.confidence)
+    answers = result.answers[variant]
+    samples = max(map(len, answers.values()), default=0)
+    for name, metric in _prompt_metrics(answers.values(), options.ks).items():
+        prompt_values = [metric.of_prompt(prompt_answers) for prompt_answers in answers.values()]
+        values = [value for value in prompt_values if value is not None]
+        if values:
+            metrics[name] = metric.interval(values, samples, options)
+    return metrics
+
+
+def deltas_vs_base(result: EvalResult, variant: str, options: MetricOptions) -> Metrics:
+    """Returns the metrics of a tuned variant minus those of the base, on the prompts where both have a value. One
+    bootstrap draw resamples both."""
+    metrics: Metrics = {}
+    losses = result.losses
+    numbers = [number for number in result.done if number in losses[variant] and number in losses[BASE]]
+    if numbers:
+        metrics["loss"] = paired_difference_ci(
+            _loss_ratio(result, variant, numbers),
+            _loss_ratio(result, BASE, numbers),
+            options.seed,
+            options.confidence,
+        )
+    for name, metric in _prompt_metrics(result.answers[variant].values(), options.ks).items():
+        tuned, base = _paired_values(result, variant, metric)
+        if tuned:
+            ones = [1.0] * len(tuned)
+            metrics[name] = paired_difference_ci((tuned, ones), (base, ones), options.seed, options.confidence)
+    return metrics
+
+
+def _loss_ratio(result: EvalResult, variant: str, numbers: Sequence[int]) -> Ratio:
+    """Returns the summed losses and the tokens of these questions."""
+    losses = [result.losses[variant][number] for number in numbers]
+    return [loss.nll_sum for loss in losses], [float(loss.tokens) for loss in losses]
+
+
+def _paired_values(result: EvalResult, variant: str, metric: PromptMetric) -> tuple[list[float], list[float]]:
+    """Returns the values of the variant and of the base for the prompts where both have one."""
+    tuned_values = []
+    base_values = []
+    for number in result.done:
+        tuned = metric.of_prompt(result.answers[variant].get(number, ()))
+        base = metric.of_prompt(result.answers[BASE].get(number, ()))
+        if tuned is not None and base is not None:
+            tuned_values.append(tuned)
+            base_values.append(base)
+    return tuned_values, base_values
 
 
 def win_rates(
     result: EvalResult,
     variant: str,
-    value: Callable[[GradedAnswer], float | None],
+    value: AnswerValue,
     confidence: float = CONFIDENCE,
 ) -> dict[str, Any] | None:
-    """How often the tuned variant's answer is worth more than the base's to the same prompt: over all pairs of a
-    prompt's answers, a tie half a win; the interval is clustered by prompt. None where no pair could be compared."""
-    rates = list[float]()
+    """Returns how often an answer of the tuned variant has a higher value than one of the base to the same prompt.
+
+    All pairs of a prompt's answers count, a tie as half a win; the interval is clustered by prompt. None if no pair
+    can be compared.
+    """
+    rates: list[float] = []
     wins = 0.0
     ties = 0.0
-    pairs = 0
+    max_pairs = 0
     for number in result.done:
-        tuned_scores, base_scores = (
-            [score for answer in result.answers[who].get(number, ()) if (score := value(answer)) is not None]
-            for who in (variant, BASE)
-        )
-        if not tuned_scores or not base_scores:
+        tuned_values = values_of(result.answers[variant].get(number, ()), value)
+        base_values = values_of(result.answers[BASE].get(number, ()), value)
+        if not tuned_values or not base_values:
             continue
-        better = sum(tuned_score > base_score for tuned_score, base_score in product(tuned_scores, base_scores))
-        equal = sum(tuned_score == base_score for tuned_score, base_score in product(tuned_scores, base_scores))
-        count = len(tuned_scores) * len(base_scores)
-        rates.append((better + equal / 2) / count)
-        wins = wins + better / count
-        ties = ties + equal / count
-        pairs = max(pairs, min(len(tuned_scores), len(base_scores)))
+        pairs = list(product(tuned_values, base_values))
+        better = sum(tuned > base for tuned, base in pairs)
+        equal = sum(tuned == base for tuned, base in pairs)
+        rates.append((better + equal / 2) / len(pairs))
+        wins = wins + better / len(pairs)
+        ties = ties + equal / len(pairs)
+        max_pairs = max(max_pairs, min(len(tuned_values), len(base_values)))
     if not rates:
         return None
-    interval = proportion_ci(rates, pairs, confidence)
+    interval = proportion_ci(rates, max_pairs, confidence)
     return {
         **interval.to_dict(),
         "wins": wins / len(rates),
@@ -191,11 +198,9 @@ def win_rates(
 
 
 def missing_scores(result: EvalResult) -> dict[str, int]:
-    """Number of answers that could not be graded, by their first failure."""
-    counts: dict[str, int] = {}
+    """Returns the number of answers that could not be graded, by their first failure."""
+    counts: Counter[str] = Counter()
     for variant_answers in result.answers.values():
         for answers in variant_answers.values():
-            for answer in answers:
-                if answer.failed:
-                    counts[answer.failed] = counts.get(answer.failed, 0) + 1
-    return counts
+            counts.update(answer.failed for answer in answers if answer.failed)
+    return dict(counts)

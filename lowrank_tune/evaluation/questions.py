@@ -1,41 +1,103 @@
-"""What a subject is asked: held-out prompts, each with the row that it comes from, its gold answer and its reference
-answer where there are."""
+"""Held-out questions: prompts with the row that they come from, its gold answer and its reference answer, if
+present."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from lowrank_tune.batch import Row
 from lowrank_tune.config import RecipeConfig, SourceConfig
-from lowrank_tune.data import ChatTemplate, Conversation, InvalidRow, load, load_heldout_prompts, read_source
+from lowrank_tune.data import (
+    ChatTemplate,
+    Conversation,
+    InvalidRow,
+    Prompt,
+    TokenizedDataset,
+    load,
+    load_heldout_prompts,
+    read_source,
+)
 from lowrank_tune.data.encode import conversation_of
-from lowrank_tune.data.load import Prompt
 from lowrank_tune.data.tokenize import format_of
 from lowrank_tune.errors import UserError
-from lowrank_tune.events import Emit, LogMessage
+from lowrank_tune.events import Emit, LogMessage, ignore_event
+
+ARITHMETIC = "builtin:arithmetic"
 
 
 @dataclass(frozen=True)
 class EvalQuestion:
-    """`number` names the random streams of its answers. `reference`: prompt and reference answer as the base reads
-    them."""
+    """A held-out prompt as token ids and as text.
 
-    number: int
+    `number` selects the random streams of its answers. `reference`: prompt and reference answer as token ids.
+    """
+
     prompt_ids: list[int]
     text: str
     ground_truth: str | None
+    number: int = 0
     row: Mapping[str, Any] = field(default_factory=dict)
     reference: Row | None = None
+
+    def row_length(self, max_new_tokens: int) -> int:
+        """Returns the tokens of the prompt with the longer of its answer and its reference answer."""
+        length = len(self.prompt_ids) + max_new_tokens
+        if self.reference is not None:
+            length = max(length, len(self.reference.input_ids))
+        return length
 
 
 @dataclass(frozen=True)
 class EvalQuestions:
-    """The questions, and where they come from in words that a record can keep."""
+    """Questions, and a description of their source for the record."""
 
     questions: list[EvalQuestion]
     origin: str
+
+
+def render_questions(prompts: Sequence[Prompt], template: ChatTemplate) -> list[EvalQuestion]:
+    """Returns held-out prompts as the chat template renders them."""
+    questions = []
+    for number, prompt in enumerate(prompts):
+        prompt_ids = template.prompt(prompt.messages)
+        text = prompt.messages[-1].content
+        questions.append(EvalQuestion(prompt_ids, text, prompt.ground_truth, number, prompt.row))
+    return questions
+
+
+def select_questions(
+    rows: TokenizedDataset,
+    template: ChatTemplate,
+    count: int,
+    with_reference: bool = False,
+) -> list[EvalQuestion]:
+    """Returns the prompts of the first `count` rows (of pairs, the chosen rows) of a validation part. They have no gold
+    answers."""
+    questions = []
+    for number in range(min(count, rows.units)):
+        row: Row = rows[number * rows.rows_per_unit]
+        prompt_ids, _ = split_row(row)
+        question = EvalQuestion(prompt_ids, template.decode(prompt_ids), None, number)
+        if with_reference:
+            question = replace(question, reference=_copy_row(row))
+        questions.append(question)
+    return questions
+
+
+def split_row(row: Row) -> tuple[list[int], list[int]]:
+    """Returns the token ids before the first trained token, and the others."""
+    token_ids = [int(token) for token in row.input_ids]
+    start = list(row.completion_mask).index(True)
+    return token_ids[:start], token_ids[start:]
+
+
+def _copy_row(row: Row) -> Row:
+    """Returns a row of a store as Python lists."""
+    token_ids = [int(token) for token in row.input_ids]
+    mask = [bool(is_trained) for is_trained in row.completion_mask]
+    return Row(token_ids, mask)
 
 
 def load_eval_questions(
@@ -45,35 +107,25 @@ def load_eval_questions(
     template: ChatTemplate,
     system: str | None,
 ) -> EvalQuestions:
-    """Up to `count` questions of a source, drawn as a run draws its held-out ones. Raises UserError where no row can be
-    asked."""
+    """Returns up to `count` questions of a source, drawn as the held-out questions of a run are.
+
+    Raises UserError if the chat template accepts none of its rows.
+    """
     candidates = load_heldout_prompts(source, count, seed, system)
-    usable = [
-        (number, prompt)
-        for number, prompt in enumerate(
-            prompt for prompt in candidates if template.validate_messages(prompt.messages) is None
-        )
-    ]
+    usable = [prompt for prompt in candidates if template.validate_messages(prompt.messages) is None]
     if not usable:
         raise UserError(f"{source.dataset}: {template.validate_messages(candidates[0].messages)}")
-    shape = format_of(source, read_source(source, seed))
-    questions = [
-        EvalQuestion(
-            number,
-            template.prompt(prompt.messages),
-            prompt.messages[-1].content,
-            prompt.ground_truth,
-            prompt.row,
-            _reference(prompt, source, shape, template, system),
-        )
-        for number, prompt in usable
-    ]
-    named = [
-        source.dataset,
-        *([source.config_name] if source.config_name else []),
-        *([source.split] if source.split != "train" else []),
-    ]
-    return EvalQuestions(questions, " ".join(named))
+    format_name = format_of(source, read_source(source, seed))
+    questions = []
+    for question, prompt in zip(render_questions(usable, template), usable, strict=True):
+        reference = _reference(prompt, source, format_name, template, system)
+        questions.append(replace(question, reference=reference))
+    origin = source.dataset
+    if source.config_name:
+        origin = f"{origin} {source.config_name}"
+    if source.split != "train":
+        origin = f"{origin} {source.split}"
+    return EvalQuestions(questions, origin)
 
 
 def _reference(
@@ -83,12 +135,11 @@ def _reference(
     template: ChatTemplate,
     system: str | None,
 ) -> Row | None:
-    """The row whole; of a pair there is none here: what is better than something else need not be what should be
-    said."""
-    if format_name != "preference":
-        parsed = conversation_of(prompt.row, source, format_name, system)
-    else:
-        parsed = None
+    """Returns the row with its answer, None without one; of preference pairs also None, since an answer that is better
+    than another one need not be a good one."""
+    if format_name == "preference":
+        return None
+    parsed = conversation_of(prompt.row, source, format_name, system)
     if not isinstance(parsed, Conversation):
         return None
     row = template.encode_many([parsed.messages])[0]
@@ -98,36 +149,17 @@ def _reference(
 
 
 def recipe_heldout_questions(recipe: RecipeConfig, count: int, template: ChatTemplate, emit: Emit) -> EvalQuestions:
-    """The held-out questions of a run's own recipe; else its validation rows. Raises UserError where it has neither."""
+    """Returns the held-out questions of a run's recipe, else its validation rows. Raises UserError if it has
+    neither."""
+    system = recipe.data.system_prompt
     eval_dataset = recipe.evaluate.eval_dataset
     if eval_dataset is not None:
-        return load_eval_questions(eval_dataset, count, recipe.seed, template, recipe.data.system_prompt)
-    if recipe.data.validation:
-        parts = [
-            load_eval_questions(
-                source,
-                -(-count // len(recipe.data.validation)),
-                recipe.seed,
-                template,
-                recipe.data.system_prompt,
-            )
-            for source in recipe.data.validation
-        ]
-        questions = [question for part in parts for question in part.questions][:count]
-        return EvalQuestions(
-            [
-                EvalQuestion(
-                    number,
-                    question.prompt_ids,
-                    question.text,
-                    question.ground_truth,
-                    question.row,
-                    question.reference,
-                )
-                for number, question in enumerate(questions)
-            ],
-            ", ".join(part.origin for part in parts),
-        )
+        return load_eval_questions(eval_dataset, count, recipe.seed, template, system)
+    validation = recipe.data.validation
+    if validation:
+        count_per_source = -(-count // len(validation))
+        parts = [load_eval_questions(source, count_per_source, recipe.seed, template, system) for source in validation]
+        return _join_parts(parts, count)
     if recipe.algorithm in ("sft", "dpo") and recipe.data.eval_fraction:
         return _validation_questions(recipe, count, template, emit)
     raise UserError(
@@ -136,46 +168,35 @@ def recipe_heldout_questions(recipe: RecipeConfig, count: int, template: ChatTem
     )
 
 
+def _join_parts(parts: Sequence[EvalQuestions], count: int) -> EvalQuestions:
+    """Returns the first `count` questions of all parts, with new numbers."""
+    questions: list[EvalQuestion] = []
+    for part in parts:
+        questions += part.questions
+    numbered = [replace(question, number=number) for number, question in enumerate(questions[:count])]
+    return EvalQuestions(numbered, ", ".join(part.origin for part in parts))
+
+
 def _validation_questions(recipe: RecipeConfig, count: int, template: ChatTemplate, emit: Emit) -> EvalQuestions:
-    """Rows that the run set aside of its training rows. Their gold answers are not kept, so they give losses, and
-    prompts for a reward model."""
-    store = load(recipe.data, template, recipe.seed, _ignore_event, pairs=recipe.uses_pairs).validation
-    if store is None or not store.units:
+    """Returns the validation rows that the run split from its training rows. Their gold answers are not stored, so they
+    give losses, and prompts for a reward model."""
+    rows = load(recipe.data, template, recipe.seed, ignore_event, pairs=recipe.uses_pairs).validation
+    if rows is None or not rows.units:
         raise UserError("this run has no validation rows: give a data set, for example --dataset rows.jsonl")
-    emit(
-        LogMessage(
-            message="the run's validation rows are asked; they have no gold answers, so nothing tells which answers "
-            "are right"
-        )
-    )
-    questions = []
-    for number in range(min(count, store.units)):
-        row: Row = store[number * store.rows_per_unit]
-        prompt_ids = [int(token) for token in row.input_ids[: list(row.completion_mask).index(True)]]
-        if recipe.uses_pairs:
-            reference = None
-        else:
-            reference = Row(
-                [int(token) for token in row.input_ids], [bool(in_completion) for in_completion in row.completion_mask]
-            )
-        questions.append(EvalQuestion(number, prompt_ids, template.decode(prompt_ids), None, {}, reference))
+    message = "the questions are the run's validation rows; they have no gold answers, so answers cannot be graded"
+    emit(LogMessage(message=message))
+    questions = select_questions(rows, template, count, with_reference=not recipe.uses_pairs)
     return EvalQuestions(questions, "validation rows of the run")
 
 
-def eval_source(given: str, name: str | None, split: str | None, recipe: RecipeConfig | None) -> SourceConfig:
-    """The source of --dataset; columns, format and gold answers are read as the recipe reads its own rows."""
-    source = SourceConfig(
-        dataset=given,
-        config_name=name,
-        split=split or ("heldout" if given == "builtin:arithmetic" else "train"),
-    )
-    like: Sequence[SourceConfig] = (
-        () if recipe is None else [*filter(None, [recipe.evaluate.eval_dataset]), *recipe.data.train]
-    )
-    if not like or given.startswith("builtin:arithmetic") or like[0].dataset.startswith("builtin:arithmetic"):
+def eval_source(dataset: str, config_name: str | None, split: str | None, recipe: RecipeConfig | None) -> SourceConfig:
+    """Returns the source of --dataset; columns, format and gold answers are read as the recipe reads its own rows."""
+    if not split:
+        split = "heldout" if dataset == ARITHMETIC else "train"
+    source = SourceConfig(dataset=dataset, config_name=config_name, split=split)
+    if recipe is None:
         return source
-    return source.model_copy(update={"columns": like[0].columns, "ground_truth": like[0].ground_truth})
-
-
-def _ignore_event(event: object) -> None:
-    pass
+    own_source = recipe.evaluate.eval_dataset or recipe.data.train[0]
+    if dataset.startswith(ARITHMETIC) or own_source.dataset.startswith(ARITHMETIC):
+        return source
+    return source.model_copy(update={"columns": own_source.columns, "ground_truth": own_source.ground_truth})

@@ -1,40 +1,44 @@
-"""`evals.jsonl` in a run's folder: one object an evaluation, versioned, never rewritten. Read leniently, since anyone
-may have edited it."""
+"""`evals.jsonl` in a run's folder: one versioned object per evaluation, only ever appended. Reading ignores what is not
+valid, since anyone can edit the file."""
 
 from __future__ import annotations
 
 import json
+import math
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from lowrank_tune.checkpoint import as_user_error, replace_nonfinite, write_fully
+from lowrank_tune.json_files import as_mapping
 
 EVALS = "evals.jsonl"
 VERSION = 2
+T = TypeVar("T")
+_MAX_NUMBER = 1e300
 
 
 def append_record(path: Path, record: Mapping[str, Any]) -> None:
-    """Adds one evaluation, durably and in one write. Raises UserError or TrainingError with path and reason."""
-    data = json.dumps(replace_nonfinite(dict(record)), allow_nan=False).encode("ascii") + b"\n"
+    """Appends one evaluation durably and in one write. Raises UserError or TrainingError with path and reason."""
+    line = json.dumps(replace_nonfinite(dict(record)), allow_nan=False).encode("ascii") + b"\n"
     with as_user_error(path):
-        file = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o666)
+        descriptor = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o666)
         try:
-            size = os.fstat(file).st_size
-            # a line that a power cut left half must not spoil this one
-            if size and os.pread(file, 1, size - 1) != b"\n":
-                data = b"\n" + data
-            write_fully(file, data)
-            os.fsync(file)
+            size = os.fstat(descriptor).st_size
+            # an incomplete last line of an earlier crash must not damage this one
+            if size and os.pread(descriptor, 1, size - 1) != b"\n":
+                line = b"\n" + line
+            write_fully(descriptor, line)
+            os.fsync(descriptor)
         finally:
-            os.close(file)
+            os.close(descriptor)
 
 
 @dataclass(frozen=True)
 class MetricValue:
-    """A figure of a record with its interval, `low` None where it has none; `prompts` that it is of."""
+    """A metric of a record with its interval, None if it has none, and its number of prompts."""
 
     value: float
     low: float | None
@@ -43,8 +47,21 @@ class MetricValue:
 
 
 @dataclass(frozen=True)
+class WinShares:
+    """Fractions of pairs of answers in which the tuned variant is better, equal or worse than the base."""
+
+    wins: float
+    ties: float
+    losses: float
+
+
+MetricTable = Mapping[str, Mapping[str, MetricValue]]
+"""Metrics by variant and name."""
+
+
+@dataclass(frozen=True)
 class EvalRecord:
-    """One evaluation as it was written: when, on what, in which settings, and its figures by variant and name."""
+    """One evaluation as it was written: when, on which questions, with which settings, and its metrics."""
 
     time: float
     origin: str
@@ -52,18 +69,18 @@ class EvalRecord:
     prompts: int
     planned: int
     interrupted: bool
-    metrics: Mapping[str, Mapping[str, MetricValue]]
-    deltas: Mapping[str, Mapping[str, MetricValue]]
-    wins: Mapping[str, Mapping[str, MetricValue]]
-    shares: Mapping[str, Mapping[str, tuple[float, float, float]]]
-    """Wins, ties and losses that belong to `wins`."""
-    tasks: Mapping[str, Mapping[str, MetricValue]]
+    metrics: MetricTable
+    deltas: MetricTable
+    wins: MetricTable
+    shares: Mapping[str, Mapping[str, WinShares]]
+    """Of the same variants and names as `wins`."""
+    tasks: MetricTable
     grader_name: str
     reward_model: str
 
 
 def read_records(folder: Path) -> list[EvalRecord]:
-    """All evaluations in a folder, oldest first; what cannot be read is passed over."""
+    """Returns all evaluations in a folder, oldest first, without invalid lines."""
     try:
         lines = (folder / EVALS).read_bytes().splitlines()
     except OSError:
@@ -80,64 +97,60 @@ def read_records(folder: Path) -> list[EvalRecord]:
 
 
 def parse_record(data: Mapping[str, Any]) -> EvalRecord:
-    """The record of such an object."""
-    metrics, deltas, wins, tasks = (_by_variant(data.get(name)) for name in ("metrics", "deltas", "wins", "tasks"))
-    shares = {
-        variant: {
-            name: (
-                _parse_float(win_shares, "wins"),
-                _parse_float(win_shares, "ties"),
-                _parse_float(win_shares, "losses"),
-            )
-            for name, win_shares in _as_mapping(variant_wins).items()
-            if isinstance(win_shares, Mapping)
-        }
-        for variant, variant_wins in _as_mapping(data.get("wins")).items()
-    }
-    dataset = _as_mapping(data.get("dataset"))
+    """Returns the record of an object of `evals.jsonl`; values that are not valid become nan, 0 or empty."""
+    dataset = as_mapping(data.get("dataset"))
     return EvalRecord(
-        _parse_float(data, "time"),
-        str(dataset.get("origin", "")),
-        _as_mapping(data.get("settings")),
-        int(_parse_float(dataset, "prompts")),
-        int(_parse_float(dataset, "planned")),
-        data.get("interrupted") is True,
-        metrics,
-        deltas,
-        wins,
-        shares,
-        tasks,
-        str(data.get("grader", "")),
-        str(data.get("reward_model") or ""),
+        time=_number(data.get("time"), default=0.0),
+        origin=str(dataset.get("origin", "")),
+        settings=as_mapping(data.get("settings")),
+        prompts=_count(dataset.get("prompts")),
+        planned=_count(dataset.get("planned")),
+        interrupted=data.get("interrupted") is True,
+        metrics=_table(data.get("metrics"), _metric_value),
+        deltas=_table(data.get("deltas"), _metric_value),
+        wins=_table(data.get("wins"), _metric_value),
+        shares=_table(data.get("wins"), _win_shares),
+        tasks=_table(data.get("tasks"), _metric_value),
+        grader_name=str(data.get("grader", "")),
+        reward_model=str(data.get("reward_model") or ""),
     )
 
 
-def _by_variant(data: Any) -> dict[str, dict[str, MetricValue]]:
-    return {
-        str(variant): {
-            str(name): _metric_value(raw_metric)
-            for name, raw_metric in _as_mapping(variant_metrics).items()
-            if isinstance(raw_metric, Mapping) and "value" in raw_metric
-        }
-        for variant, variant_metrics in _as_mapping(data).items()
-    }
+def _table(data: Any, parse: Callable[[Mapping[str, Any]], T | None]) -> dict[str, dict[str, T]]:
+    """Returns the parsed entries by variant and name, without those that are not valid."""
+    table = {}
+    for variant, entries in as_mapping(data).items():
+        parsed_entries = {}
+        for name, entry in as_mapping(entries).items():
+            parsed = parse(as_mapping(entry))
+            if parsed is not None:
+                parsed_entries[str(name)] = parsed
+        table[str(variant)] = parsed_entries
+    return table
 
 
-def _metric_value(raw_metric: Mapping[str, Any]) -> MetricValue:
-    has_interval = all(isinstance(raw_metric.get(end), (int, float)) for end in ("low", "high"))
-    low, high = (_parse_float(raw_metric, end) if has_interval else None for end in ("low", "high"))
-    return MetricValue(_parse_float(raw_metric, "value"), low, high, int(_parse_float(raw_metric, "prompts")))
+def _metric_value(entry: Mapping[str, Any]) -> MetricValue | None:
+    if "value" not in entry:
+        return None
+    value = _number(entry["value"])
+    prompts = _count(entry.get("prompts"))
+    low = entry.get("low")
+    high = entry.get("high")
+    if isinstance(low, (int, float)) and isinstance(high, (int, float)):
+        return MetricValue(value, _number(low), _number(high), prompts)
+    return MetricValue(value, None, None, prompts)
 
 
-def _as_mapping(data: Any) -> Mapping[str, Any]:
-    return data if isinstance(data, Mapping) else {}
+def _win_shares(entry: Mapping[str, Any]) -> WinShares:
+    return WinShares(_number(entry.get("wins")), _number(entry.get("ties")), _number(entry.get("losses")))
 
 
-def _parse_float(data: Mapping[str, Any], name: str) -> float:
-    """nan for what is no number; 0 for a count that is none."""
-    value = data.get(name)
-    if isinstance(value, (int, float)) and abs(value) < 1e300:
+def _count(value: Any) -> int:
+    return int(_number(value, default=0.0))
+
+
+def _number(value: Any, default: float = math.nan) -> float:
+    """Returns the value as a float, or the default if it is not a finite number."""
+    if isinstance(value, (int, float)) and abs(value) < _MAX_NUMBER:
         return float(value)
-    if name in ("prompts", "planned", "time"):
-        return 0.0
-    return float("nan")
+    return default

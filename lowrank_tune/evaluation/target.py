@@ -1,26 +1,30 @@
-"""What is evaluated: a run or a chain with the adapters that it left, an adapter by itself, or a base alone; and the
-run whose reward model compares the answers.
+"""The target of an evaluation: a run or a chain with its adapters, an adapter alone, or a base; and the reward model
+that compares the answers.
 
-All of it stands on one base in memory: each variant is a stack of adapters, `base` the empty one, and a reward model
-one with a head.
+One base in memory serves all of them. A variant is a stack of adapters, `base` the empty one, and a reward model is a
+stack with a head.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
-
-from lowrank_tune.assembly.finished_run import adapters_in, load_finished_run
+from lowrank_tune.assembly.finished_run import (
+    ChainStage,
+    FinishedRun,
+    adapters_in,
+    chain_stages,
+    changed_tensors,
+    load_finished_reward_run,
+    load_finished_run,
+    stored_recipe,
+)
 from lowrank_tune.assembly.reward_model import REWARD_ROLE
-from lowrank_tune.checkpoint.run_format import check_run_format
 from lowrank_tune.config import AdapterConfig, BaseConfig, RecipeConfig, default_adapter_name
 from lowrank_tune.errors import UserError
-from lowrank_tune.evaluation.response_scores import reward_run
 from lowrank_tune.events import Emit, LogMessage
 from lowrank_tune.model.adapters import (
     CONFIG,
@@ -43,8 +47,7 @@ Stack = Mapping[str, SavedAdapter]
 
 @dataclass(frozen=True)
 class EvalRewardModel:
-    """A reward model that compares answers: the run that it comes from, its stack, and the hashes of the base that it
-    was trained over."""
+    """A reward model that compares answers: its run, base and stack, and the `base.json` of the run."""
 
     run: Path
     base: BaseConfig
@@ -53,7 +56,7 @@ class EvalRewardModel:
 
     @property
     def rope_factors(self) -> RopeFactors | None:
-        """The factors of RoPE type `longrope` that it was trained with; None where its run stored none."""
+        """The factors of RoPE type `longrope` in its training; None if its run stored none."""
         if self.facts.get("rope_factors"):
             return stored_factors(self.facts)
         return None
@@ -61,8 +64,11 @@ class EvalRewardModel:
 
 @dataclass(frozen=True)
 class EvalTarget:
-    """`variants` by name, in the order of training; `base` is none of them. `recipe` and `facts` (its `base.json`) are
-    those of the last variant's run, where there is one; `folder` is where results are kept."""
+    """The models to evaluate.
+
+    `variants` are the tuned ones by name, in the order of training. `recipe` and `facts` (its `base.json`) are those of
+    the run of the last variant, if it is a run; `folder` is where results are stored.
+    """
 
     name: str
     kind: Literal["run", "chain", "adapter", "model"]
@@ -72,36 +78,26 @@ class EvalTarget:
     recipe: RecipeConfig | None = None
     facts: Mapping[str, Any] = field(default_factory=dict)
     reward_model_stack: Stack = field(default_factory=dict)
-    """The stack of the reward model that the recipe's own rewards ask."""
+    """The stack of the reward model among the rewards of the recipe."""
     rope_factors: RopeFactors | None = None
-    """The factors of RoPE type `longrope` that it was trained with; None where that is not known."""
+    """The factors of RoPE type `longrope` in training; None if they are not known."""
 
 
 def resolve_target(given: str, bits: Literal[4, 16] | None, emit: Emit) -> EvalTarget:
-    """Reads what a person named. Raises UserError in one sentence."""
+    """Returns the target for a folder or the name of a model. Raises UserError."""
     path = Path(given).expanduser()
     if (path / "run.json").is_file():
         if bits is not None:
             raise UserError(
-                f"--bits says how to load a model, and {given} is a run, which brings its own base: leave it out"
+                f"--bits says how to load a model, but {given} is a run, which defines its base: leave the option out"
             )
         return _target_from_run(path, emit)
     if (path / CONFIG).is_file():
-        saved = read_adapter(given, given)
-        if saved.base_name is None:
-            raise UserError(
-                f"{path / CONFIG} does not name its base (base_model_name_or_path), so there is nothing to load it over"
-            )
-        return EvalTarget(
-            path.resolve().name,
-            "adapter",
-            BaseConfig(model=saved.base_name, bits=bits or 4),
-            {"adapter": {"adapter": saved}},
-            rope_factors=adapter_rope_factors(given),
-        )
+        return _target_from_adapter(given, bits)
     if path.is_dir() and not (path / "config.json").is_file():
         raise UserError(f"{given} is neither a run (run.json), nor an adapter ({CONFIG}), nor a model (config.json)")
-    if not path.exists() and given != BUILTIN_MODEL and (given.startswith((".", "/", "~")) or given.count("/") != 1):
+    is_path = given.startswith((".", "/", "~")) or given.count("/") != 1
+    if is_path and given != BUILTIN_MODEL and not path.exists():
         raise UserError(
             f"{given}: there is no such run or model; name the folder of a run or a model, `{BUILTIN_MODEL}`, or an "
             "id of the hub"
@@ -109,47 +105,66 @@ def resolve_target(given: str, bits: Literal[4, 16] | None, emit: Emit) -> EvalT
     return EvalTarget(given, "model", BaseConfig(model=given, bits=bits or 4), {})
 
 
-def _target_from_run(path: Path, emit: Emit) -> EvalTarget:
-    check_run_format(path)
-    recipe = _read_json_object(path / "run.json").get("recipe")
-    stages = recipe.get("stages") if isinstance(recipe, dict) else None
-    if not isinstance(stages, list):
-        if isinstance(recipe, dict) and default_adapter_name(recipe.get("algorithm")) != "policy":
-            raise UserError(
-                f"{path} trained a reward model, which does not answer: score responses with it (`score {path} --file "
-                f"FILE`), or compare the answers of another run (`eval RUN --reward-model {path}`)"
-            )
-        finished = load_finished_run(path)
-        variants: dict[str, Stack] = {finished.recipe.algorithm: adapters_in(finished)}
-        return EvalTarget(
-            path.resolve().name,
-            "run",
-            finished.base,
-            variants,
-            path,
-            finished.recipe,
-            finished.facts,
-            _reward_model_stack(finished.recipe),
-            finished.rope_factors,
+def _target_from_adapter(given: str, bits: Literal[4, 16] | None) -> EvalTarget:
+    folder = Path(given).expanduser()
+    saved = read_adapter(given, given)
+    if saved.base_name is None:
+        raise UserError(
+            f"{folder / CONFIG} does not name its base (base_model_name_or_path), so the adapter cannot be loaded"
         )
-    writers = {
-        str(stage.get("name")): path / f"{number}-{stage.get('name')}"
-        for number, stage in enumerate(stages, 1)
-        if isinstance(stage, dict) and default_adapter_name(stage.get("algorithm")) == "policy"
-    }
-    ended = {name: load_finished_run(folder) for name, folder in writers.items() if (folder / "final").is_dir()}
-    if not ended:
-        load_finished_run(path)  # says what is missing
-        raise UserError(f"{path} has not ended: none of its stages has left an adapter yet")
-    if missing := [name for name in writers if name not in ended]:
-        emit(LogMessage(level="warning", message=f"not evaluated, because they have not ended: {', '.join(missing)}"))
-    last = list(ended.values())[-1]
-    variants = {name: adapters_in(finished) for name, finished in ended.items()}
+    return EvalTarget(
+        folder.resolve().name,
+        "adapter",
+        BaseConfig(model=saved.base_name, bits=bits or 4),
+        {"adapter": {"adapter": saved}},
+        rope_factors=adapter_rope_factors(given),
+    )
+
+
+def _target_from_run(path: Path, emit: Emit) -> EvalTarget:
+    recipe = stored_recipe(path)
+    stages = chain_stages(path, recipe)
+    if stages is not None:
+        runs = _finished_stages(path, stages, emit)
+        return _run_target(path, "chain", runs)
+    if default_adapter_name(recipe.get("algorithm")) != "policy":
+        raise UserError(
+            f"{path} trained a reward model, which does not answer: score responses with it (`score {path} --file "
+            f"FILE`), or compare the answers of another run (`eval RUN --reward-model {path}`)"
+        )
+    run = load_finished_run(path)
+    return _run_target(path, "run", {run.recipe.algorithm: run})
+
+
+def _finished_stages(path: Path, stages: list[ChainStage], emit: Emit) -> dict[str, FinishedRun]:
+    """Returns the finished stages of a chain that trained a policy; a warning names the others."""
+    runs = {}
+    unfinished = []
+    for stage in stages:
+        if not stage.trains_policy:
+            continue
+        if (stage.folder / "final").is_dir():
+            runs[stage.name] = load_finished_run(stage.folder)
+        else:
+            unfinished.append(stage.name)
+    if not runs:
+        # raises the exact reason, if there is one
+        load_finished_run(path)
+        raise UserError(f"{path} has not ended: none of its stages has written an adapter yet")
+    if unfinished:
+        message = f"not evaluated, because they have not ended: {', '.join(unfinished)}"
+        emit(LogMessage(level="warning", message=message))
+    return runs
+
+
+def _run_target(path: Path, kind: Literal["run", "chain"], runs: Mapping[str, FinishedRun]) -> EvalTarget:
+    """Returns the target of finished runs by the name of their variant."""
+    last = list(runs.values())[-1]
     return EvalTarget(
         path.resolve().name,
-        "chain",
+        kind,
         last.base,
-        variants,
+        {name: adapters_in(run) for name, run in runs.items()},
         path,
         last.recipe,
         last.facts,
@@ -167,101 +182,94 @@ def _reward_model_stack(recipe: RecipeConfig) -> Stack:
 
 
 def resolve_reward_model(run: Path) -> EvalRewardModel:
-    """The reward model of a run, or of a chain's last stage that trained one. Raises UserError where there is none."""
+    """Returns the reward model of a run, or of the last stage of a chain that trained one. Raises UserError."""
     if not run.is_dir():
         raise UserError(f"--reward-model: {run}: there is no such run")
-    recipe, folder = reward_run(run)
-    return EvalRewardModel(
-        run,
-        recipe.base,
-        head_stack(str(folder), "--reward-model"),
-        _read_json_object(folder / "base.json"),
-    )
+    finished = load_finished_reward_run(run)
+    stack = head_stack(str(finished.path), "--reward-model")
+    return EvalRewardModel(run, finished.recipe.base, stack, finished.facts)
 
 
 def head_stack(path: str, key: str) -> Stack:
-    """A reward model with all that it was trained over, its own adapter last."""
-    given = Path(path).expanduser()
-    final = given / "final" if (given / "final" / CONFIG).exists() else given
-    if (final / STACK).exists() and not (stack := read_stack(final, key)).combined:
-        return {
-            **{name: read_adapter(str(final / name), key) for name in stack.names[:-1]},
-            REWARD_ROLE: read_adapter(path, key, head=True),
-        }
+    """Returns a reward model with the adapters that it was trained over, its own adapter last."""
+    final = Path(path).expanduser()
+    if (final / "final" / CONFIG).exists():
+        final = final / "final"
+    if (final / STACK).exists():
+        stack = read_stack(final, key)
+        if not stack.combined:
+            adapters = {name: read_adapter(str(final / name), key) for name in stack.names[:-1]}
+            adapters[REWARD_ROLE] = read_adapter(path, key, head=True)
+            return adapters
     return {REWARD_ROLE: read_adapter(path, key, head=True, combined=True)}
 
 
 def roles_for(target: EvalTarget, reward_model: EvalRewardModel | None, base: Base) -> Roles:
-    """Every variant over the one base, nothing trainable: `of_NAME` for each of them, `reward` and `reward_model` for
-    those that score."""
-    stacks: dict[str, list[str]] = {}
-    saved: dict[str, SavedAdapter] = {}
+    """Returns all variants over one base, without trainable parameters: a role for each of them, and the roles `reward`
+    and `reward_model` for the reward models."""
+    adapters_of_role: dict[str, dict[str, SavedAdapter]] = {}
     for variant, stack in target.variants.items():
-        stacks[role_of(variant)] = [f"{role_of(variant)}_{name}" for name in stack]
-        saved |= {f"{role_of(variant)}_{name}": adapter for name, adapter in stack.items()}
-    for role, stack in (
-        (REWARD_ROLE, target.reward_model_stack),
-        (REWARD_MODEL_ROLE, reward_model.stack if reward_model is not None else {}),
-    ):
-        if stack:
-            *frozen, top = stack.items()
-            # a head belongs to the adapter of its role's name
-            stacks[role] = [*(f"under_{role}_{name}" for name, _ in frozen), role]
-            saved |= {**{f"under_{role}_{name}": adapter for name, adapter in frozen}, role: top[1]}
-    configs = {name: adapter.config for name, adapter in saved.items()} or {
-        "none": lora_config(AdapterConfig(r=1), base.model)
-    }
-    roles = Roles(
-        base,
-        configs,
-        trainable=[],
-        stacks=stacks,
-        heads=[role for role in (REWARD_ROLE, REWARD_MODEL_ROLE) if role in stacks],
-    )
+        role = role_of(variant)
+        adapters_of_role[role] = {f"{role}_{name}": adapter for name, adapter in stack.items()}
+    head_stacks = {REWARD_ROLE: target.reward_model_stack}
+    if reward_model is not None:
+        head_stacks[REWARD_MODEL_ROLE] = reward_model.stack
+    heads = [role for role, stack in head_stacks.items() if stack]
+    for role in heads:
+        *lower, (_, top) = head_stacks[role].items()
+        adapters_of_role[role] = {f"under_{role}_{name}": adapter for name, adapter in lower}
+        # a head belongs to the adapter with the name of its role
+        adapters_of_role[role][role] = top
+    stacks = {role: list(adapters) for role, adapters in adapters_of_role.items()}
+    saved: dict[str, SavedAdapter] = {}
+    for adapters in adapters_of_role.values():
+        saved |= adapters
+    configs = {name: adapter.config for name, adapter in saved.items()}
+    if not configs:
+        configs = {"none": lora_config(AdapterConfig(r=1), base.model)}
+    roles = Roles(base, configs, trainable=[], stacks=stacks, heads=heads)
     for name, adapter in saved.items():
         roles.load_adapter_tensors(name, adapter.tensors, str(adapter.folder))
     return roles
 
 
 def role_of(variant: str) -> str:
-    """The role of a variant: `base` is the empty stack."""
+    """Returns the role of a variant: `base` is the empty stack."""
     return BASE if variant == BASE else f"of_{variant}"
 
 
 def check_bases(target: EvalTarget, reward_model: EvalRewardModel | None, base: Base, emit: Emit) -> None:
-    """The base at hand must be, tensor by tensor, the one that each run was trained over. Where a run trained on
-    another kind of device its 4-bit weights cannot be compared, and that is told. Raises UserError."""
-    named = [(target.name, target.facts)] + (
-        [(f"--reward-model {reward_model.run}", reward_model.facts)] if reward_model is not None else []
-    )
-    now: dict[str, str] = {}
-    for who, facts in named:
-        then = facts.get("tensors")
-        if not isinstance(then, dict) or not then:
+    """Compares the loaded base with those that the runs were trained over, tensor by tensor.
+
+    4-bit weights of another kind of device cannot be compared, which is a warning. Raises UserError if a tensor
+    differs.
+    """
+    facts_of = {target.name: target.facts}
+    if reward_model is not None:
+        facts_of[f"--reward-model {reward_model.run}"] = reward_model.facts
+    hashes: dict[str, str] = {}
+    for name, facts in facts_of.items():
+        expected = facts.get("tensors")
+        if not isinstance(expected, dict) or not expected:
             continue
         if facts.get("device") != base.device.type or facts.get("bits", base.bits) != base.bits:
             message = (
-                f"{who} was trained on {facts.get('device')} in {facts.get('bits')} bits, and this is "
-                f"{base.device.type} in {base.bits}: "
+                f"{name} was trained on {facts.get('device')} in {facts.get('bits')} bits, and this is "
+                f"{base.device.type} in {base.bits}: its base cannot be compared with this one"
             )
-            emit(
-                LogMessage(
-                    level="warning", message=f"{message}whether the base is the same cannot be told by its weights"
-                )
-            )
+            emit(LogMessage(level="warning", message=message))
             continue
-        now = now or base_hashes(base.model)
-        other = sorted(name for name in then.keys() | now.keys() if then.get(name) != now.get(name))
-        if other:
+        hashes = hashes or base_hashes(base.model)
+        changed = changed_tensors(expected, hashes)
+        if changed:
             raise UserError(
-                f"{who} was trained over another base than {base.name} as it is here: {len(other)} of {len(now)} "
-                f"tensors differ, "
-                f"{other[0]} for one"
+                f"{name} was trained over another base than {base.name} as it is here: {len(changed)} of "
+                f"{len(hashes)} tensors differ, among them {changed[0]}"
             )
 
 
 def check_reward_model(target: EvalTarget, reward_model: EvalRewardModel) -> None:
-    """Checks that need no loaded model. Raises UserError."""
+    """Checks, without loading a model, that target and reward model can share a base. Raises UserError."""
     target_base = target.base.model.partition("@")[0]
     reward_base = reward_model.base.model.partition("@")[0]
     if target_base != reward_base:
@@ -269,24 +277,10 @@ def check_reward_model(target: EvalTarget, reward_model: EvalRewardModel) -> Non
             f"--reward-model: the base of {reward_model.run} is {reward_base}, the base of {target.name} is "
             f"{target_base}: they must be the same"
         )
-    ours = target.rope_factors or target.facts.get("rope_factors")
-    theirs = reward_model.rope_factors
-    if ours and theirs and ours != theirs:
+    target_factors = target.rope_factors or target.facts.get("rope_factors")
+    reward_factors = reward_model.rope_factors
+    if target_factors and reward_factors and target_factors != reward_factors:
         raise UserError(
-            f"--reward-model: {reward_model.run} was trained with the {theirs} factors of RoPE type `longrope` and "
-            f"{target.name} with the {ours} ones: one base in memory has one set"
+            f"--reward-model: {reward_model.run} was trained with the {reward_factors} factors of RoPE type `longrope` "
+            f"and {target.name} with the {target_factors} ones: one base in memory has one set"
         )
-
-
-def device_name(device: torch.device) -> str:
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return "CPU"
-
-
-def _read_json_object(file: Path) -> Mapping[str, Any]:
-    try:
-        data = json.loads(file.read_bytes())
-    except (OSError, ValueError):
-        return {}
-    return data if isinstance(data, dict) else {}

@@ -1,12 +1,11 @@
-"""Measurements on held-out rows: what an algorithm is judged by, and how far its scores of preference pairs can be
-believed."""
+"""Metrics on held-out rows, and how reliable the scores of preference pairs are."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol, Self, TypeVar
 
 import torch
 from torch import Tensor
@@ -15,19 +14,21 @@ from lowrank_tune.algorithms.base import Algorithm
 from lowrank_tune.batch import Batch
 from lowrank_tune.data import TokenizedDataset
 from lowrank_tune.data.collate import chunked
-from lowrank_tune.events import Emit, Progress
+from lowrank_tune.evaluation.progress import ProgressBar
+from lowrank_tune.events import Emit
 from lowrank_tune.functional import calibration_error, correlation, pair_accuracy, reliability_bins
 from lowrank_tune.model.roles import Roles
 from lowrank_tune.stats import Stats, add_stats, to_floats
 
 T = TypeVar("T")
-NUM_PROGRESS_UPDATES = 20  # times that a long job tells how far it is
-MAX_SAVED_SCORES = 2000  # pairs whose scores are kept for the report
+MAX_SAVED_SCORES = 2000
+"""Pairs whose scores are stored for the report."""
 CollateFn = Callable[[Sequence[int]], Batch]
+"""Returns the batch of these units of a store."""
 
 
 class PairAlgorithm(Protocol):
-    """An algorithm that has an opinion on whole rows: a learned score, or DPO's implicit reward."""
+    """An algorithm that scores rows: with a learned score, or DPO's implicit reward."""
 
     def scores(self, micro: Batch) -> Tensor: ...
 
@@ -41,11 +42,14 @@ class PairScores:
     chosen_tokens: Tensor
     rejected_tokens: Tensor
 
+    @classmethod
+    def of_rows(cls, scores: Tensor, tokens: Tensor) -> Self:
+        """Returns the pairs of 2P rows in which chosen and rejected answers alternate."""
+        return cls(scores[::2], scores[1::2], tokens[::2], tokens[1::2])
+
     def metrics(self) -> dict[str, float]:
-        """How far the scores can be believed, and whether they follow the length of an answer."""
+        """Returns accuracy and calibration of the scores, and how much they depend on the length of an answer."""
         difference = self.chosen - self.rejected
-        longer = (self.chosen_tokens - self.rejected_tokens).sign()
-        unequal = longer != 0
         scores = torch.cat([self.chosen, self.rejected])
         tokens = torch.cat([self.chosen_tokens, self.rejected_tokens])
         return {
@@ -53,28 +57,38 @@ class PairScores:
             "margin": float(difference.double().mean()),
             "calibration_error": calibration_error(reliability_bins(difference)),
             "length_correlation": correlation(scores, tokens),
-            "prefers_longer": float(((difference * longer)[unequal] > 0).double().mean())
-            if bool(unequal.any())
-            else math.nan,
+            "prefers_longer": self._prefers_longer(difference),
         }
 
+    def _prefers_longer(self, difference: Tensor) -> float:
+        """Returns the fraction of pairs of unequal length whose longer answer has the higher score; nan without such
+        pairs."""
+        longer = (self.chosen_tokens - self.rejected_tokens).sign()
+        unequal = longer != 0
+        if not bool(unequal.any()):
+            return math.nan
+        prefers_longer = (difference * longer)[unequal] > 0
+        return float(prefers_longer.double().mean())
+
     def to_dict(self) -> dict[str, Any]:
-        """As JSON, for the report: figures, the reliability diagram, and the scores of the first pairs."""
-        sides = {
-            "chosen": self.chosen,
-            "rejected": self.rejected,
-            "chosen_tokens": self.chosen_tokens,
-            "rejected_tokens": self.rejected_tokens,
-        }
-        bin_stats = reliability_bins(self.chosen - self.rejected)
-        bins = [{"confidence": confidence, "accuracy": right, "pairs": count} for confidence, right, count in bin_stats]
+        """Returns metrics, reliability diagram and the scores of the first pairs as JSON, for the report."""
+        bins = []
+        for confidence, accuracy, count in reliability_bins(self.chosen - self.rejected):
+            bins.append({"confidence": confidence, "accuracy": accuracy, "pairs": count})
         return {
             "version": 1,
             "pairs": len(self.chosen),
             "metrics": self.metrics(),
             "reliability": bins,
-            **{name: [round(value, 5) for value in side[:MAX_SAVED_SCORES].tolist()] for name, side in sides.items()},
+            "chosen": _first_values(self.chosen),
+            "rejected": _first_values(self.rejected),
+            "chosen_tokens": _first_values(self.chosen_tokens),
+            "rejected_tokens": _first_values(self.rejected_tokens),
         }
+
+
+def _first_values(values: Tensor) -> list[float]:
+    return [round(value, 5) for value in values[:MAX_SAVED_SCORES].tolist()]
 
 
 def validate(
@@ -85,18 +99,11 @@ def validate(
     micro_tokens: int,
     emit: Emit,
 ) -> dict[str, float]:
-    """What the algorithm measures on held-out rows, means over all of them; dropout off."""
+    """Returns the algorithm's metrics on held-out rows, means over all of them, without dropout."""
     stats: Stats = {}
-    for measured, _ in validation_batches(
-        roles,
-        rows,
-        collate_fn,
-        algorithm.eval_metrics,
-        micro_tokens,
-        "validating",
-        emit,
-    ):
-        add_stats(stats, measured)
+    batches = validation_batches(roles, rows, collate_fn, algorithm.eval_metrics, micro_tokens, "validating", emit)
+    for batch_stats, _ in batches:
+        add_stats(stats, batch_stats)
     return to_floats(stats)
 
 
@@ -108,24 +115,17 @@ def score_pairs(
     micro_tokens: int,
     emit: Emit,
 ) -> PairScores:
-    """What the algorithm thinks of both sides of every pair, and how long they are."""
+    """Returns the algorithm's scores and the token counts of both answers of every pair."""
     scores = torch.empty(len(rows))
-    lengths = torch.empty(len(rows), dtype=torch.long)
+    tokens = torch.empty(len(rows), dtype=torch.long)
 
     def score_batch(batch: Batch) -> tuple[Tensor, Tensor]:
         return algorithm.scores(batch).float().cpu(), batch.loss_mask.sum(dim=1).cpu()
 
-    for values, indices in validation_batches(
-        roles,
-        rows,
-        collate_fn,
-        score_batch,
-        micro_tokens,
-        "scoring held-out pairs",
-        emit,
-    ):
-        scores[indices], lengths[indices] = values
-    return PairScores(scores[::2], scores[1::2], lengths[::2], lengths[1::2])
+    description = "scoring held-out pairs"
+    for values, indices in validation_batches(roles, rows, collate_fn, score_batch, micro_tokens, description, emit):
+        scores[indices], tokens[indices] = values
+    return PairScores.of_rows(scores, tokens)
 
 
 def validation_batches(
@@ -137,17 +137,15 @@ def validation_batches(
     description: str,
     emit: Emit,
 ) -> Iterator[tuple[T, Tensor]]:
-    """What `compute` makes, without gradient or dropout, of all units of a store in batches of similar length, longest
-    first, on the device of the base; and of which rows of the store."""
+    """Yields the result of `compute`, without gradient or dropout, for batches of all units of a store, and the numbers
+    of their rows. Batches have units of similar length, the longest first, and are on the device of the base."""
 
     def compute_batch(units: Sequence[int]) -> T:
         with roles.inference_mode():
             return compute(collate_fn(units).to(roles.base.device))
 
-    done = 0
-    for part, values in chunked(roles.limits, rows, micro_tokens, compute_batch):
-        yield values, torch.tensor([unit * rows.rows_per_unit + i for unit in part for i in range(rows.rows_per_unit)])
-        before = done
-        done = done + len(part)
-        if done * NUM_PROGRESS_UPDATES // rows.units != before * NUM_PROGRESS_UPDATES // rows.units:
-            emit(Progress(description=description, done=done, total=rows.units))
+    bar = ProgressBar(description, rows.units, emit)
+    for units, values in chunked(roles.limits, rows, micro_tokens, compute_batch):
+        first_rows = torch.tensor(units) * rows.rows_per_unit
+        yield values, (first_rows[:, None] + torch.arange(rows.rows_per_unit)).flatten()
+        bar.advance(len(units))

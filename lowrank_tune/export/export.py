@@ -1,11 +1,11 @@
-"""`export`: what a run trained, as other software takes it. Every check that can be made before the work is made before
-it."""
+"""`lowrank-tune export`: the adapter of a run in the formats of other software. All checks that are possible before the
+work come first."""
 
 from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,20 +17,29 @@ from lowrank_tune.checkpoint import load
 from lowrank_tune.errors import UserError
 from lowrank_tune.events import Emit, LogMessage
 from lowrank_tune.export.combine_lora import cannot_combine_reason, combine_adapters, saved_lora_adapter
-from lowrank_tune.export.export_model_card import gguf_lora_card, gguf_model_card, slug
 from lowrank_tune.export.gguf import llama_cpp
 from lowrank_tune.export.gguf.lora import TYPES, gguf_module, gguf_tensors, shape_of, write_gguf_lora
 from lowrank_tune.export.gguf.model import BITS_PER_WEIGHT, NATIVE_OUTTYPES, convert, estimate_gguf_size, quantize
 from lowrank_tune.export.hub import EXCLUDED_FILES, Upload, push
 from lowrank_tune.export.merge import BaseWeights, find_existing_merge, merge
 from lowrank_tune.export.merge_check import MergeReport
+from lowrank_tune.export.model_card import gguf_lora_card, gguf_model_card, slug
 from lowrank_tune.export.modelfile import eos_tokens_of, has_bos, modelfile_text
 from lowrank_tune.export.output_folder import check_disk_space, check_overwritable, export_folder
 from lowrank_tune.model.base import count_weights, load_base, load_config, load_tokenizer, pick_device
-from lowrank_tune.model.rotary import fixed_rope
+from lowrank_tune.model.rotary import FixedRope, fixed_rope
 
 ExportFormat = Literal["gguf", "gguf-lora", "ollama", "peft", "hub"]
-DEFAULT_OUTTYPE = {"gguf": "f16", "gguf-lora": "f32", "ollama": "q8_0", "adapter": "f32"}
+DEFAULT_OUTTYPE = {"gguf": "f16", "gguf-lora": "f32", "ollama-merged": "q8_0", "ollama-adapter": "f32"}
+USED_OPTIONS = {
+    "gguf": {"out", "quantization", "weights", "llama_cpp"},
+    "gguf-lora": {"out", "quantization"},
+    "ollama-merged": {"out", "quantization", "weights", "llama_cpp", "ollama_format", "system"},
+    "ollama-adapter": {"out", "quantization", "ollama_format", "ollama_base", "system"},
+    "peft": {"out"},
+    "hub": {"repo", "public", "dry_run"},
+}
+"""Options that each kind of export uses."""
 
 
 @dataclass(frozen=True)
@@ -50,6 +59,13 @@ class ExportOptions:
     public: bool = False
     dry_run: bool = False
 
+    @property
+    def kind(self) -> str:
+        """The format, of Ollama with its own format: a key of `USED_OPTIONS`."""
+        if self.to == "ollama":
+            return f"ollama-{self.ollama_format}"
+        return self.to
+
 
 def export(
     run: Path,
@@ -59,217 +75,205 @@ def export(
     show_upload: Callable[[Upload], None],
     device: torch.device | None = None,
 ) -> str:
-    """Exports what a run trained, and returns where it lies: a folder, or an address. `show` hears how a merged model
-    compares with what was trained, `show_upload` what will be pushed.
+    """Exports the adapter of a run, and returns the folder or address of the export. `show` is called with the
+    comparison of a merged model, `show_upload` with the files of a push.
 
-    Raises UserError where it cannot be done, TrainingError where it failed; then nothing half-written stays.
+    Raises UserError if the run cannot be exported, TrainingError if the export fails; then no partial export is left.
     """
-    if unused := _unused_options(options):
-        raise UserError(
-            f"{', '.join(unused)} {'does' if len(unused) == 1 else 'do'} nothing with --to {options.to}"
-            + (f" --ollama-format {options.ollama_format}" if options.to == "ollama" else "")
-        )
+    _check_unused_options(options)
     finished = load_finished_run(run)
-    load(finished.final, "final")  # every byte of it is verified
+    # verifies every byte of it
+    load(finished.final, "final")
     if options.to == "hub":
         if options.repo is None:
-            raise UserError("--to hub needs --repo user/name: nothing is pushed anywhere by itself")
+            raise UserError("--to hub needs --repo user/name: there is no default repository")
         return push(finished.final, options.repo, options.public, show_upload, options.dry_run)
     target = options.out or finished.path / "export" / options.to
     check_overwritable(target)
+    job = _Export(finished, options, target, emit)
     if options.to == "peft":
-        _copy(finished, options, target, emit)
-    elif options.to == "gguf-lora" or (options.to == "ollama" and options.ollama_format == "adapter"):
-        _lora(finished, options, target, emit, device)
+        job.copy()
+    elif options.kind in ("gguf-lora", "ollama-adapter"):
+        job.lora(device)
     else:
-        _model(finished, options, target, emit, show, device)
+        job.model(show, device)
     return str(target)
 
 
-def _unused_options(options: ExportOptions) -> list[str]:
-    """Options that were given and would do nothing."""
-    defaults = ExportOptions(options.to)
-    merges = options.to == "gguf" or (options.to == "ollama" and options.ollama_format == "merged")
-    used = {
-        "--out": options.to != "hub",
-        "--quantization": options.to not in ("hub", "peft"),
-        "--weights": merges,
-        "--llama-cpp": merges,
-        "--ollama-format": options.to == "ollama",
-        "--ollama-base": options.to == "ollama" and options.ollama_format == "adapter",
-        "--system": options.to == "ollama",
-        "--repo": options.to == "hub",
-        "--public": options.to == "hub",
-        "--dry-run": options.to == "hub",
-    }
-    return [
-        option
-        for option, does in used.items()
-        if not does and getattr(options, name := option[2:].replace("-", "_")) != getattr(defaults, name)
-    ]
-
-
-def _copy(run: FinishedRun, options: ExportOptions, target: Path, emit: Emit) -> None:
-    """The adapter's folder as it is."""
-    check_disk_space(target, sum(path.stat().st_size for path in run.final.rglob("*") if path.is_file()), "the copy")
-    with export_folder(target, _manifest_fields(run, options), emit) as folder:
-        shutil.copytree(run.final, folder, ignore=shutil.ignore_patterns(*EXCLUDED_FILES), dirs_exist_ok=True)
-
-
-def _lora(
-    run: FinishedRun,
-    options: ExportOptions,
-    target: Path,
-    emit: Emit,
-    device: torch.device | None,
-) -> None:
-    outtype = _outtype(options, "adapter", TYPES)
-    gguf_module()
-    shape = shape_of(load_config(run.base))
-    adapters = [saved_lora_adapter(adapter.config.to_dict(), adapter.tensors) for adapter in adapters_in(run).values()]
-    if (reason := cannot_combine_reason(adapters)) is not None:
-        raise UserError(f"this adapter cannot be written as GGUF: {reason}")
-    config, tensors = combine_adapters(adapters)
-    gguf_tensors(config, tensors, shape)
-    check_disk_space(target, sum(4 * tensor.numel() for tensor in tensors.values()), "the adapter")
-    _compare_base(run, emit, device)
-    file = f"{slug(run.recipe)}-lora-{outtype}.gguf"
-    eos_tokens = eos_tokens_of(run)
-    with export_folder(target, _manifest_fields(run, options, quantization=outtype), emit) as folder:
-        write_gguf_lora(folder / file, run.recipe.name or run.recipe.algorithm, config, tensors, shape, outtype)
+def _check_unused_options(options: ExportOptions) -> None:
+    """Raises UserError if options are set that this kind of export does not use."""
+    unused = []
+    for field in fields(ExportOptions):
+        is_used = field.name == "to" or field.name in USED_OPTIONS[options.kind]
+        if not is_used and getattr(options, field.name) != field.default:
+            unused.append("--" + field.name.replace("_", "-"))
+    if unused:
+        export_format = f"--to {options.to}"
         if options.to == "ollama":
-            (folder / "Modelfile").write_text(
-                modelfile_text(run, options.system, options.ollama_base, f"./{file}", None, emit), encoding="utf-8"
+            export_format = f"{export_format} --ollama-format {options.ollama_format}"
+        verb = "does" if len(unused) == 1 else "do"
+        raise UserError(f"{', '.join(unused)} {verb} nothing with {export_format}")
+
+
+@dataclass(frozen=True)
+class _Export:
+    """One export of a run to a folder."""
+
+    run: FinishedRun
+    options: ExportOptions
+    target: Path
+    emit: Emit
+
+    def copy(self) -> None:
+        """Copies the folder of the adapter."""
+        size = sum(path.stat().st_size for path in self.run.final.rglob("*") if path.is_file())
+        check_disk_space(self.target, size, "the copy")
+        with export_folder(self.target, self._manifest(), self.emit) as folder:
+            ignored = shutil.ignore_patterns(*EXCLUDED_FILES)
+            shutil.copytree(self.run.final, folder, ignore=ignored, dirs_exist_ok=True)
+
+    def lora(self, device: torch.device | None) -> None:
+        """Writes the adapter alone as a GGUF file, for Ollama with a Modelfile."""
+        run = self.run
+        outtype = self._outtype(TYPES)
+        gguf_module()
+        shape = shape_of(load_config(run.base))
+        adapters = []
+        for saved in adapters_in(run).values():
+            adapters.append(saved_lora_adapter(saved.config.to_dict(), saved.tensors))
+        reason = cannot_combine_reason(adapters)
+        if reason is not None:
+            raise UserError(f"this adapter cannot be written as GGUF: {reason}")
+        config, tensors = combine_adapters(adapters)
+        # raises UserError for a module that the file cannot contain
+        gguf_tensors(config, tensors, shape)
+        check_disk_space(self.target, sum(4 * tensor.numel() for tensor in tensors.values()), "the adapter")
+        _compare_base(run, self.emit, device)
+        file = f"{slug(run.recipe)}-lora-{outtype}.gguf"
+        eos_tokens = eos_tokens_of(run)
+        ollama_base = self.options.ollama_base if self.options.to == "ollama" else None
+        with export_folder(self.target, self._manifest(quantization=outtype), self.emit) as folder:
+            write_gguf_lora(folder / file, run.recipe.name or run.recipe.algorithm, config, tensors, shape, outtype)
+            if ollama_base is not None:
+                self._write_modelfile(folder, ollama_base, f"./{file}", None)
+            _write_card(folder, gguf_lora_card(run.recipe, file, outtype, ollama_base, eos_tokens, self._rope()))
+
+    def model(self, show: Callable[[MergeReport], None], device: torch.device | None) -> None:
+        """Writes the merged model as a GGUF file, for Ollama with a Modelfile."""
+        run = self.run
+        options = self.options
+        outtype = self._outtype(BITS_PER_WEIGHT)
+        quantizer = _find_quantizer(outtype, options.llama_cpp)
+        existing = find_existing_merge(run, options.weights)
+        weights = count_weights(run.base)
+        size = estimate_gguf_size(weights, outtype)
+        if existing is None:
+            size = size + 2 * weights
+        check_disk_space(self.target, size, f"the model in {outtype}")
+        converter = llama_cpp.converter_folder(options.llama_cpp, self.emit)
+        architectures = load_config(run.base).architectures or []
+        if architectures and not llama_cpp.supports_architecture(converter, architectures):
+            raise UserError(
+                f"llama.cpp's converter does not support {architectures[0]}; `--to peft` copies the adapter as it is"
             )
-        _write_card(
-            folder,
-            gguf_lora_card(
+        file = f"{slug(run.recipe)}-{outtype}.gguf"
+        eos_tokens = eos_tokens_of(run)
+        manifest = self._manifest(quantization=outtype, weights=options.weights)
+        with export_folder(self.target, manifest, self.emit) as folder:
+            if existing is not None:
+                self.emit(LogMessage(message=f"{existing.folder} contains this adapter already merged, and is used"))
+                show(existing.report)
+                merged = existing
+            else:
+                merged = merge(run.path, folder / "merged", options.weights, self.emit, show, device)
+            self._convert(converter, quantizer, merged.folder, folder / file, outtype)
+            shutil.rmtree(folder / "merged", ignore_errors=True)
+            is_ollama = options.to == "ollama"
+            if is_ollama:
+                self._write_modelfile(folder, f"./{file}", None, folder / file)
+            comparison = merged.report.table()
+            card = gguf_model_card(
                 run.recipe,
                 file,
                 outtype,
-                options.ollama_base if options.to == "ollama" else None,
+                options.weights,
+                comparison,
                 eos_tokens,
-                fixed_rope(load_config(run.base), run.rope_factors),
-            ),
-        )
-
-
-def _compare_base(run: FinishedRun, emit: Emit, device: torch.device | None) -> None:
-    """The adapter means nothing over another base than the one that was trained: tensor by tensor, where this machine
-    can tell."""
-    at = device or pick_device()
-    if run.facts.get("device", at.type) != at.type:
-        emit(
-            LogMessage(
-                level="warning",
-                message=f"the base was not compared with the trained one: that can be done on "
-                f"{run.facts['device']} only",
+                is_ollama,
+                self._rope(),
             )
-        )
-        return
-    check_base(run, load_base(run.base, load_tokenizer(run.base), at, rope_factors=run.rope_factors))
+            _write_card(folder, card)
+
+    def _convert(
+        self,
+        converter: Path,
+        quantizer: llama_cpp.Quantizer | None,
+        merged: Path,
+        file: Path,
+        outtype: str,
+    ) -> None:
+        """Converts a merged model; smaller types are quantized from a 16-bit file."""
+        name = self.run.recipe.name or self.run.recipe.algorithm
+        adds_bos = has_bos(self.run)
+        if outtype in NATIVE_OUTTYPES:
+            convert(converter, merged, file, outtype, name, adds_bos, self.emit)
+            return
+        assert quantizer is not None
+        wide = file.with_name("wide.gguf")
+        convert(converter, merged, wide, "bf16", name, adds_bos, self.emit)
+        # frees disk space for the quantized file
+        shutil.rmtree(file.with_name("merged"), ignore_errors=True)
+        quantize(quantizer, wide, file, outtype, self.emit)
+        wide.unlink()
+
+    def _outtype(self, supported: Mapping[str, object]) -> str:
+        """Returns the type of the tensors. Raises UserError if this export does not support it."""
+        outtype = (self.options.quantization or DEFAULT_OUTTYPE[self.options.kind]).lower()
+        if outtype not in supported:
+            names = ", ".join(supported)
+            raise UserError(f"--quantization {outtype} is not supported by this export; supported: {names}")
+        return outtype
+
+    def _rope(self) -> FixedRope | None:
+        return fixed_rope(load_config(self.run.base), self.run.rope_factors)
+
+    def _manifest(self, **more: str) -> dict[str, Any]:
+        """Returns the facts in `export.json`."""
+        manifest: dict[str, Any] = {"made_by": f"lowrank_tune {__version__}", "to": self.options.to}
+        if self.options.to == "ollama":
+            manifest["ollama_format"] = self.options.ollama_format
+        manifest["base"] = self.run.recipe.base.model.partition("@")[0]
+        manifest["revision"] = self.run.facts.get("revision")
+        manifest["adapter"] = self.run.fingerprint()
+        return {**manifest, **more}
+
+    def _write_modelfile(self, folder: Path, start: str, adapter: str | None, file: Path | None) -> None:
+        text = modelfile_text(self.run, self.options.system, start, adapter, file, self.emit)
+        (folder / "Modelfile").write_text(text, encoding="utf-8")
 
 
-def _model(
-    run: FinishedRun,
-    options: ExportOptions,
-    target: Path,
-    emit: Emit,
-    show: Callable[[MergeReport], None],
-    device: torch.device | None,
-) -> None:
-    outtype = _outtype(options, options.to, BITS_PER_WEIGHT)
-    quantizer = llama_cpp.find_quantizer(options.llama_cpp)
+def _find_quantizer(outtype: str, llama_cpp_folder: Path | None) -> llama_cpp.Quantizer | None:
+    """Returns llama.cpp's quantizer, if it is installed. Raises UserError if the type needs it and it is not."""
+    quantizer = llama_cpp.find_quantizer(llama_cpp_folder)
     if outtype not in NATIVE_OUTTYPES and quantizer is None:
         raise UserError(
             f"{outtype} needs llama.cpp's quantizer, which is not installed. Pass the folder of a built llama.cpp with "
             "--llama-cpp, run `pip install llama-cpp-python` (it compiles for minutes), or use --quantization q8_0. "
             "`ollama create --quantize q4_K_M` quantizes a 16-bit export (--quantization f16)"
         )
-    existing = find_existing_merge(run, options.weights)
-    weights = count_weights(run.base)
-    check_disk_space(
-        target,
-        estimate_gguf_size(weights, outtype) + (0 if existing else 2 * weights),
-        f"the model in {outtype}",
-    )
-    converter = llama_cpp.converter_folder(options.llama_cpp, emit)
-    architectures = load_config(run.base).architectures or []
-    if architectures and not llama_cpp.supports_architecture(converter, architectures):
-        raise UserError(f"llama.cpp's converter knows no {architectures[0]}; `--to peft` copies the adapter as it is")
-    file = f"{slug(run.recipe)}-{outtype}.gguf"
-    eos_tokens = eos_tokens_of(run)
-    with export_folder(
-        target,
-        _manifest_fields(run, options, quantization=outtype, weights=options.weights),
-        emit,
-    ) as folder:
-        if existing is not None:
-            emit(LogMessage(message=f"{existing.folder} holds this adapter already merged, and is taken"))
-            show(existing.report)
-        merged = existing or merge(run.path, folder / "merged", options.weights, emit, show, device)
-        _convert(run, converter, quantizer, merged.folder, folder / file, outtype, emit)
-        shutil.rmtree(folder / "merged", ignore_errors=True)
-        if options.to == "ollama":
-            (folder / "Modelfile").write_text(
-                modelfile_text(run, options.system, f"./{file}", None, folder / file, emit), encoding="utf-8"
-            )
-        _write_card(
-            folder,
-            gguf_model_card(
-                run.recipe,
-                file,
-                outtype,
-                options.weights,
-                merged.report.table(),
-                eos_tokens,
-                options.to == "ollama",
-                fixed_rope(load_config(run.base), run.rope_factors),
-            ),
-        )
+    return quantizer
 
 
-def _convert(
-    run: FinishedRun,
-    converter: Path,
-    quantizer: llama_cpp.Quantizer | None,
-    merged: Path,
-    file: Path,
-    outtype: str,
-    emit: Emit,
-) -> None:
-    """The file of a merged model; the small types by way of one in 16 bits."""
-    name = run.recipe.name or run.recipe.algorithm
-    adds_bos = has_bos(run)
-    if outtype in NATIVE_OUTTYPES:
-        convert(converter, merged, file, outtype, name, adds_bos, emit)
+def _compare_base(run: FinishedRun, emit: Emit, device: torch.device | None) -> None:
+    """Checks that the base is the one of the training, since an adapter is useless over another one. On another kind of
+    device than in training its 4-bit weights cannot be compared, which is a warning. Raises UserError."""
+    device = device or pick_device()
+    trained_on = run.facts.get("device", device.type)
+    if trained_on != device.type:
+        message = f"the base was not compared with the one of the training: this is possible on {trained_on} only"
+        emit(LogMessage(level="warning", message=message))
         return
-    assert quantizer is not None
-    wide = file.with_name("wide.gguf")
-    convert(converter, merged, wide, "bf16", name, adds_bos, emit)
-    shutil.rmtree(file.with_name("merged"), ignore_errors=True)  # the room is wanted
-    quantize(quantizer, wide, file, outtype, emit)
-    wide.unlink()
-
-
-def _outtype(options: ExportOptions, export_target: str, choices: Mapping[str, object]) -> str:
-    outtype = (options.quantization or DEFAULT_OUTTYPE[export_target]).lower()
-    if outtype not in choices:
-        raise UserError(f"--quantization {outtype} is not supported by this export; supported: {', '.join(choices)}")
-    return outtype
-
-
-def _manifest_fields(run: FinishedRun, options: ExportOptions, **more: str) -> dict[str, Any]:
-    base = run.recipe.base.model.partition("@")[0]
-    return {
-        "made_by": f"lowrank_tune {__version__}",
-        "to": options.to,
-        **({"ollama_format": options.ollama_format} if options.to == "ollama" else {}),
-        "base": base,
-        "revision": run.facts.get("revision"),
-        "adapter": run.fingerprint(),
-        **more,
-    }
+    check_base(run, load_base(run.base, load_tokenizer(run.base), device, rope_factors=run.rope_factors))
 
 
 def _write_card(folder: Path, text: str) -> None:

@@ -1,5 +1,5 @@
-"""A folder to a repository of the Hugging Face hub: only where the user names one, and private unless the user says
-otherwise."""
+"""Uploads a folder to a repository of the Hugging Face hub: only to a repository that the user names, private unless
+the user says otherwise."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from lowrank_tune import __version__
 from lowrank_tune.errors import TrainingError, UserError
 
 EXCLUDED_FILES = ("manifest.json", "export.json")
-"""What only this program reads."""
+"""Files that only this program reads."""
 NETWORK_PACKAGES = ("huggingface_hub", "httpx", "httpx2", "httpcore", "httpcore2", "requests", "urllib3", "hf_xet")
 
 
 @dataclass(frozen=True)
 class Upload:
-    """What will go where: names with their sizes in bytes, and whether everybody can read it then. `new` is None where
-    the hub was not asked whether there is such a repository."""
+    """A planned upload: names with their sizes in bytes, and whether everybody can read the repository. `new` is None
+    if the hub was not asked whether the repository exists."""
 
     repo: str
     files: Sequence[tuple[str, int]]
@@ -43,41 +43,27 @@ def push(
     show: Callable[[Upload], None],
     dry_run: bool = False,
 ) -> str:
-    """Uploads a folder in one commit, and returns its address (or where it would go, with `dry_run`). `show` hears what
-    will go before it does.
+    """Uploads a folder in one commit, and returns its address (with `dry_run`, without uploading). `show` is called
+    with the planned upload first.
 
-    Raises UserError where it must not or cannot be, TrainingError where the hub or the network fails. A repository that
-    is there and public is never written without `public`. Where HF_HUB_OFFLINE is set, `dry_run` asks the hub nothing.
+    Raises UserError if the upload is not allowed or not possible, TrainingError if the hub or the network fails. A
+    public repository that exists is never written without `public`. With HF_HUB_OFFLINE, `dry_run` does not use the
+    network.
     """
     _check_name(repo)
-    if constants.HF_HUB_OFFLINE and not dry_run:
+    token = ""
+    if not constants.HF_HUB_OFFLINE:
+        token = _token()
+    elif not dry_run:
         raise UserError("nothing can be pushed while HF_HUB_OFFLINE is set")
-    token = "" if constants.HF_HUB_OFFLINE else _token()
     api = HfApi(token=token or False, library_name="lowrank_tune", library_version=__version__)
     existing: Any = None
     if token:
         with _as_user_error(repo, token), suppress(RepositoryNotFoundError):
             existing = api.repo_info(repo)
-    if existing is not None and existing.private is not True and not public:
-        raise UserError(
-            f"{repo} is on the hub already and everybody can read it: --public pushes to it all the same, or name "
-            f"another one"
-        )
-    if existing is not None and existing.private is True and public:
-        raise UserError(
-            f"{repo} is on the hub already and is private, which a push does not change: leave --public out, and "
-            f"change it there"
-        )
-    files = [
-        (str(path.relative_to(folder)), path.stat().st_size) for path in sorted(folder.rglob("*")) if path.is_file()
-    ]
-    upload = Upload(
-        repo,
-        [(name, size) for name, size in files if name not in EXCLUDED_FILES],
-        public,
-        existing is None if token else None,
-    )
-    show(upload)
+        _check_visibility(repo, existing, public)
+    is_new = existing is None if token else None
+    show(Upload(repo, _uploaded_files(folder), public, is_new))
     address = f"{api.endpoint}/{repo}"
     if dry_run:
         return address
@@ -93,16 +79,44 @@ def push(
     return address
 
 
+def _uploaded_files(folder: Path) -> list[tuple[str, int]]:
+    files = []
+    for path in sorted(folder.rglob("*")):
+        name = str(path.relative_to(folder))
+        if path.is_file() and name not in EXCLUDED_FILES:
+            files.append((name, path.stat().st_size))
+    return files
+
+
 def _check_name(repo: str) -> None:
+    """Raises UserError unless `repo` is a name of the form user/name."""
     try:
         validate_repo_id(repo)
     except ValueError as error:
-        raise UserError(f"--repo: {repo!r} is no name of a repository: write user/name") from error
+        raise UserError(f"--repo: {repo!r} is not a name of a repository: write user/name") from error
     if "/" not in repo:
-        raise UserError(f"--repo: {repo!r} is without its owner: write user/name")
+        raise UserError(f"--repo: {repo!r} has no owner: write user/name")
+
+
+def _check_visibility(repo: str, existing: Any, public: bool) -> None:
+    """Raises UserError if a repository exists and is public or private in contrast to `public`."""
+    if existing is None:
+        return
+    is_private = existing.private is True
+    if not is_private and not public:
+        raise UserError(
+            f"{repo} is on the hub already and everybody can read it: --public pushes to it all the same, or name "
+            "another one"
+        )
+    if is_private and public:
+        raise UserError(
+            f"{repo} is on the hub already and is private, which a push does not change: leave --public out, and "
+            "change it there"
+        )
 
 
 def _token() -> str:
+    """Returns the user's token. Raises UserError if there is none."""
     token = get_token()
     if not token:
         raise UserError(
@@ -113,21 +127,20 @@ def _token() -> str:
 
 @contextmanager
 def _as_user_error(repo: str, token: str) -> Iterator[None]:
-    """What the hub and the network raise becomes one sentence, in which the token never stands."""
+    """Raises errors of the hub and the network as one sentence that never contains the token."""
     try:
         yield
     except RepositoryNotFoundError:
         raise
     except Exception as error:
-        if not isinstance(error, OSError) and type(error).__module__.partition(".")[0] not in NETWORK_PACKAGES:
+        package = type(error).__module__.partition(".")[0]
+        if not isinstance(error, OSError) and package not in NETWORK_PACKAGES:
             raise
-        code = getattr(getattr(error, "response", None), "status_code", None)
-        if code in (401, 403):
+        response = getattr(error, "response", None)
+        if getattr(response, "status_code", None) in (401, 403):
             raise UserError(
-                f"the hub does not let you write {repo}: take a token that may, with `hf auth login` or HF_TOKEN"
+                f"the hub does not let you write {repo}: use a token that may, with `hf auth login` or HF_TOKEN"
             ) from None
-        message = next(
-            (line.strip() for line in str(error).replace(token, "...").splitlines() if line.strip()),
-            type(error).__name__,
-        )
-        raise TrainingError(f"nothing was pushed to {repo}: {message}") from None
+        lines = [line.strip() for line in str(error).replace(token, "...").splitlines()]
+        reasons = [line for line in lines if line] or [type(error).__name__]
+        raise TrainingError(f"nothing was pushed to {repo}: {reasons[0]}") from None

@@ -10,11 +10,11 @@ from typing import Any
 from lowrank_tune.model.base import Base
 
 MACHINE_SPECIFIC_KEYS = {"name_or_path", "special_tokens_map_file", "tokenizer_file", "is_local", "local_files_only"}
-"""Entries of a tokenizer's configuration that say where it was loaded from."""
+"""Entries of a tokenizer's configuration that depend on where it was loaded from."""
 
 
 def serialize_tokenizer(tokenizer: Any, template: str) -> dict[str, bytes]:
-    """What the tokenizer saves, by name; without the place that it was loaded from."""
+    """Returns the tokenizer's files by name, without the folder that it was loaded from."""
     before = tokenizer.chat_template
     with tempfile.TemporaryDirectory() as folder:
         try:
@@ -22,21 +22,22 @@ def serialize_tokenizer(tokenizer: Any, template: str) -> dict[str, bytes]:
             tokenizer.save_pretrained(folder)
         finally:
             tokenizer.chat_template = before
-        files = {
-            str(path.relative_to(folder)): path.read_bytes()
-            for path in sorted(Path(folder).rglob("*"))
-            if path.is_file()
-        }
+        files = {}
+        for path in sorted(Path(folder).rglob("*")):
+            if path.is_file():
+                files[str(path.relative_to(folder))] = path.read_bytes()
     config = json.loads(files["tokenizer_config.json"])
-    portable_config = {key: value for key, value in config.items() if key not in MACHINE_SPECIFIC_KEYS}
-    return files | {"tokenizer_config.json": json.dumps(portable_config, indent=2, ensure_ascii=False).encode()}
+    for key in MACHINE_SPECIFIC_KEYS:
+        config.pop(key, None)
+    files["tokenizer_config.json"] = json.dumps(config, indent=2, ensure_ascii=False).encode()
+    return files
 
 
 def generation_config(base: Base, eos_token_ids: frozenset[int], pad_token_id: int) -> dict[str, Any]:
-    """The base's own, with every token that ends an answer: its end tokens and those of the chat template."""
+    """Returns the base's own generation config with every token that ends an answer: the end tokens of the base and
+    those of the chat template."""
+    config = {}
     if base.model.generation_config is not None:
         config = base.model.generation_config.to_diff_dict()
-    else:
-        config = {}
     public_config = {key: value for key, value in config.items() if not key.startswith("_")}
     return {**public_config, "eos_token_id": sorted(eos_token_ids), "pad_token_id": pad_token_id}

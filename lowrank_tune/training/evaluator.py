@@ -7,13 +7,9 @@ from typing import Any
 
 from lowrank_tune.assembly import RunComponents
 from lowrank_tune.config import RecipeConfig
-from lowrank_tune.evaluation.heldout import (
-    HeldoutAnswer,
-    HeldoutQuestion,
-    compute_metrics,
-    generate_answers,
-    render_questions,
-)
+from lowrank_tune.evaluation.grading import GradedAnswer
+from lowrank_tune.evaluation.heldout import generate_answers, heldout_metrics
+from lowrank_tune.evaluation.questions import EvalQuestion, render_questions
 from lowrank_tune.evaluation.validation import PairScores, score_pairs, validate
 from lowrank_tune.events import Emit, Evaluated
 from lowrank_tune.generation.sampling_params import SamplingParams
@@ -33,7 +29,7 @@ class StageEvaluator:
         self.built = built
         self.emit = emit
         self.is_generative = "policy" in built.trained
-        self.questions: list[HeldoutQuestion] = []
+        self.questions: list[EvalQuestion] = []
         if self.is_generative:
             self.questions = render_questions(built.heldout, built.template)
         self.samples = SampleLogger(self.config, built, self.questions, emit)
@@ -60,17 +56,17 @@ class StageEvaluator:
         """
         answers = self._answers("policy", 1)
         repeated = [1 - distinct_ngram_fraction(sample.text, NGRAM) for samples in answers for sample in samples]
-        return {**compute_metrics(answers), "repetition": sum(repeated) / len(repeated)}
+        return {**heldout_metrics(answers), "repetition": sum(repeated) / len(repeated)}
 
     def measure_heldout(self, name: str, role: str, step: int) -> tuple[dict[str, float], list[dict[str, Any]]]:
         """Returns the held-out metrics of a role, emitted under `name`, and its first answers as plain data."""
         answers = self._answers(role, self.config.num_samples)
-        metrics = compute_metrics(answers)
+        metrics = heldout_metrics(answers)
         self.emit(Evaluated(step=step, stats={f"heldout/{name}/{key}": value for key, value in metrics.items()}))
         num_stored = self.config.num_completions_to_print
         return metrics, [self._to_dict(samples[0]) for samples in answers[:num_stored]]
 
-    def _to_dict(self, answer: HeldoutAnswer) -> dict[str, Any]:
+    def _to_dict(self, answer: GradedAnswer) -> dict[str, Any]:
         question = self.questions[answer.prompt_index]
         return {
             "prompt": question.text,
@@ -98,7 +94,7 @@ class StageEvaluator:
             self.samples.log_pair_scores(self.built.validation, step)
         self.samples.log_answers(role, step)
 
-    def _answers(self, role: str, num_samples: int) -> Sequence[Sequence[HeldoutAnswer]]:
+    def _answers(self, role: str, num_samples: int) -> Sequence[Sequence[GradedAnswer]]:
         # greedy if each question has a single answer
         temperature = self.config.temperature if self.config.num_samples > 1 else 0.0
         sampling = SamplingParams(self.config.max_new_tokens, self.built.stop_ids, temperature, self.seed)

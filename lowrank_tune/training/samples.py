@@ -5,7 +5,8 @@ from __future__ import annotations
 from lowrank_tune.assembly import RunComponents
 from lowrank_tune.config import EvaluationConfig
 from lowrank_tune.data import TokenizedDataset
-from lowrank_tune.evaluation.heldout import HeldoutQuestion, generate_answers, select_questions
+from lowrank_tune.evaluation.heldout import generate_answers
+from lowrank_tune.evaluation.questions import EvalQuestion, select_questions
 from lowrank_tune.events import Emit, Event, SampleLogged
 from lowrank_tune.generation.sampling_params import SamplingParams
 
@@ -21,7 +22,7 @@ class SampleLogger:
         self,
         config: EvaluationConfig,
         built: RunComponents,
-        heldout: list[HeldoutQuestion],
+        heldout: list[EvalQuestion],
         emit: Emit,
     ) -> None:
         self.config = config
@@ -29,7 +30,7 @@ class SampleLogger:
         self.emit = emit
         self.questions = self._shown_questions(heldout)
 
-    def _shown_questions(self, heldout: list[HeldoutQuestion]) -> list[HeldoutQuestion]:
+    def _shown_questions(self, heldout: list[EvalQuestion]) -> list[EvalQuestion]:
         count = self.config.num_completions_to_print
         if "policy" not in self.built.trained:
             return []

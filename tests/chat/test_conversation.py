@@ -31,7 +31,8 @@ from lowrank_tune.cli import app
 from lowrank_tune.config import BaseConfig, DataConfig, SourceConfig
 from lowrank_tune.data import ChatTemplate, load
 from lowrank_tune.data.message import Message
-from lowrank_tune.evaluation.heldout import HeldoutQuestion, generate_answers
+from lowrank_tune.evaluation.heldout import generate_answers
+from lowrank_tune.evaluation.questions import EvalQuestion
 from lowrank_tune.generation import Engine
 from lowrank_tune.generation.outputs import Completion, Token
 from lowrank_tune.generation.sampling_params import SamplingParams
@@ -263,7 +264,7 @@ def test_both_variants_answer_as_the_engine_does(chat_model: ChatModel) -> None:
     (base,), (tuned,) = stage.texts
     first = [Message("system", system), Message("user", QUESTIONS[0])]
     assert base == engine_answer(chat_model, "base", first)
-    question = HeldoutQuestion(chat_model.template.prompt(first), QUESTIONS[0], None)
+    question = EvalQuestion(chat_model.template.prompt(first), QUESTIONS[0], None)
     ((evaluated,),) = generate_answers(
         chat_model.roles,
         "policy",

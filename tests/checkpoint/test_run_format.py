@@ -9,12 +9,11 @@ from typing import Any
 
 import pytest
 
-from lowrank_tune.assembly.finished_run import load_finished_run
+from lowrank_tune.assembly.finished_run import load_finished_reward_run, load_finished_run
 from lowrank_tune.chat import target as chat_target
 from lowrank_tune.checkpoint.folder import RunFolder
 from lowrank_tune.checkpoint.run_format import LAST_READER, VERSION, check_run_format
 from lowrank_tune.errors import UserError
-from lowrank_tune.evaluation.response_scores import reward_run
 from lowrank_tune.evaluation.target import resolve_target
 from lowrank_tune.ui.compare.runs import read_runs
 from lowrank_tune.ui.report import write_report
@@ -48,7 +47,7 @@ COMMANDS: dict[str, Callable[[Path], Any]] = {
     "report": write_report,
     "compare": lambda path: read_runs([path, run_folder(path.parent / "other", VERSION)]),
     "watch": lambda path: watch([path], {}, plain=True),
-    "score": reward_run,
+    "score": load_finished_reward_run,
     "run": continue_run,
 }
 

@@ -374,12 +374,12 @@ def test_wrong_input_is_one_sentence(made: FinishedRun, reward_run: Path, tmp_pa
     assert "--pass-at-k 4 needs as many answers" in fails(run, "--pass-at-k", "4", "--num-samples", "2")
     assert "greedy answers are all the same" in fails(run, "--num-samples", "3", "--temperature", "0")
     assert "--bits says how to load a model" in fails(run, "--bits", "16")
-    assert "it is 4 or 16" in fails("tiny-tutor", "--bits", "8", "--dataset", "builtin:arithmetic")
+    assert "--bits 8: it must be 4 or 16" in fails("tiny-tutor", "--bits", "8", "--dataset", "builtin:arithmetic")
     assert "give --dataset FILE" in fails("tiny-tutor")
     assert "no such file" in fails(run, "--dataset", "nothing.jsonl")
     assert "--dataset-config and --split" in fails(run, "--split", "test")
     assert "unknown reward `anser`" in fails(run, "--dataset", "builtin:arithmetic", "--verifier", "anser")
-    assert "does not tell right from wrong" in fails(run, "--dataset", "builtin:arithmetic", "--verifier", "repetition")
+    assert "`repetition` is a shaping" in fails(run, "--dataset", "builtin:arithmetic", "--verifier", "repetition")
     assert "only `algorithm: reward` trains" in fails(run, "--reward-model", run)
     assert "there is no such run" in fails(run, "--reward-model", "nowhere")
     assert "they must be the same" in fails(
@@ -402,7 +402,7 @@ def test_another_base_is_refused(made: FinishedRun, tmp_path: Path) -> None:
 
 def test_wins_over_all_pairs_by_hand() -> None:
     def marks(*scores: float | None) -> list[GradedAnswer]:
-        return [GradedAnswer("", 1, True, None, None, {}, score) for score in scores]
+        return [GradedAnswer("", 1, True, score=score) for score in scores]
 
     tuned, base = {0: marks(1, 3), 1: marks(None, 0)}, {0: marks(2, 1), 1: marks(0, 5)}
     found = win_rates(

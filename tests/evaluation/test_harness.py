@@ -103,7 +103,7 @@ def test_unknown_tasks_are_reported_before_anything_is_loaded(tmp_path: Path) ->
         result = CliRunner().invoke(app, ["eval", "tiny-tutor", *more])
         assert result.exit_code == 2, result.output
         messages.append(result.stderr.strip())
-    assert "did you mean `sums_chosen`?" in messages[0] and "is no folder" in messages[1]
+    assert "did you mean `sums_chosen`?" in messages[0] and "is not a folder" in messages[1]
 
 
 def test_without_the_harness_the_error_names_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:

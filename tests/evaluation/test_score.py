@@ -20,7 +20,7 @@ from typer.testing import CliRunner, Result
 from lowrank_tune.cli import app
 from lowrank_tune.config import from_dict
 from lowrank_tune.errors import UserError
-from lowrank_tune.evaluation.score_completions import CompletionScores, score_completions
+from lowrank_tune.evaluation import CompletionScores, score_completions
 from lowrank_tune.rewards import RewardInput, Score, WeightedReward, WorkerPool
 from lowrank_tune.rewards.text.length import LengthReward
 from lowrank_tune.rewards.verdicts import (
@@ -330,7 +330,7 @@ def test_wrong_input_ends_with_a_sentence(place: Path, arguments: tuple[str, ...
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (("--file", "r.jsonl"), "is no run folder"),
+        (("--file", "r.jsonl"), "is not a run"),
         ((), "--file is required"),
         (("--file", "r.jsonl", "--limit", "3"), "leave out: --limit"),
         (("base.bits=16", "--file", "r.jsonl", "--limit", "3"), "leave out: --limit, base.bits=16"),

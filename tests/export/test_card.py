@@ -84,7 +84,7 @@ def test_a_model_card_has_metadata_for_the_hub_and_text_for_readers() -> None:
     )
     for part in (
         "`abc123`",
-        "folded into this one",
+        "combined exactly in this one",
         "Rank 24, alpha 32, on q_proj, v_proj",
         "| sft | 0.75 |",
         "7 steps",

@@ -149,9 +149,9 @@ def test_only_our_own_exports_are_replaced(
     assert [path.name for path in tmp_path.iterdir()] == ["out"] and (out / "tried-lora-f32.gguf").exists()
     (out / "mine.txt").write_text("!")
     for target, sentence in (
-        (out, "mine.txt for one"),
-        (mistral.run / "final", "no export of this program"),
-        (out / "mine.txt", "is no folder"),
+        (out, "contains mine.txt, which is not part of an export"),
+        (mistral.run / "final", "is not part of an export of this program"),
+        (out / "mine.txt", "is not a folder"),
     ):
         with pytest.raises(UserError, match=sentence):
             take(mistral, replace(order, out=target))
@@ -202,16 +202,18 @@ def test_what_cannot_be_exported_fails_with_one_sentence(
     monkeypatch.setattr(llama_cpp.importlib.util, "find_spec", lambda name: None)
     assert "q4_k_m needs llama.cpp's quantizer" in error_of(mistral.run, *gguf, "--quantization", "Q4_K_M")
     assert "this Python has no pip" in error_of(mistral.run, *gguf)
-    assert "holds no convert_hf_to_gguf.py" in error_of(mistral.run, *gguf, "--llama-cpp", str(tmp_path))
+    assert "does not contain convert_hf_to_gguf.py" in error_of(mistral.run, *gguf, "--llama-cpp", str(tmp_path))
     (tmp_path / "llama.cpp").mkdir()
     (tmp_path / "llama.cpp" / "convert_hf_to_gguf.py").write_text('"LlamaForCausalLM"')
-    assert "knows no MistralForCausalLM" in error_of(mistral.run, *gguf, "--llama-cpp", str(tmp_path / "llama.cpp"))
+    assert "does not support MistralForCausalLM" in error_of(
+        mistral.run, *gguf, "--llama-cpp", str(tmp_path / "llama.cpp")
+    )
     with monkeypatch.context() as patch:
         patch.setitem(sys.modules, "gguf", None)
         assert "pip install 'lowrank-tune[export]'" in error_of(mistral.run, *gguf_lora)
     with monkeypatch.context() as patch:
         patch.setattr(f"{TAKE}.load_config", lambda base: SimpleNamespace(model_type="phi"))
-        assert "a GGUF adapter of a phi model is not known here" in error_of(mistral.run, *gguf_lora)
+        assert "a GGUF adapter of a phi model is not supported" in error_of(mistral.run, *gguf_lora)
     monkeypatch.setattr(shutil, "disk_usage", lambda place: SimpleNamespace(total=1, used=1, free=0))
     for what in (gguf_lora, gguf, ("--to", "peft"), ("--to", "ollama")):
         assert "GiB are free there; give another folder with --out" in error_of(mistral.run, *what)
@@ -249,7 +251,7 @@ def test_the_converter_is_taken_from_the_package_whose_hash_is_known(
     file = archive(tmp_path, monkeypatch)
     other = tmp_path / "other.tar.gz"
     other.write_bytes(b"no")
-    with pytest.raises(UserError, match="its sha256 is another one"):
+    with pytest.raises(UserError, match="its sha256 differs"):
         llama_cpp.converter_folder(other, quiet)
     folder = llama_cpp.converter_folder(file, quiet)
     assert {str(path.relative_to(folder)) for path in folder.rglob("*.*")} == {

@@ -127,6 +127,8 @@ def test_what_cannot_be_folded_is_named() -> None:
         },
         {},
     )
-    assert cannot_combine_reason([part]) == "base_model.model.x.lora_magnitude_vector is no matrix of a linear module"
+    assert (
+        cannot_combine_reason([part]) == "base_model.model.x.lora_magnitude_vector is not a matrix of a linear module"
+    )
     with pytest.raises(AssertionError):
         combine_adapters([part])

@@ -98,12 +98,12 @@ def test_of_every_family_in_every_type(kind: str, type: str, far: float, tmp_pat
 
 def test_unknown_families_and_places_are_named(tmp_path: Path) -> None:
     with pytest.raises(
-        UserError, match="a GGUF adapter of a phi model is not known here.*Llama, Mistral, Qwen2, Qwen3 and Gemma3"
+        UserError, match="a GGUF adapter of a phi model is not supported.*Llama, Mistral, Qwen2, Qwen3 and Gemma3"
     ):
         shape_of(random_model("phi").config)
     config: dict[str, Any] = {"r": 1, "lora_alpha": 1}
     strange = {f"base_model.model.model.layers.0.mlp.strange.lora_{side}.weight": torch.zeros(1, 1) for side in "AB"}
-    with pytest.raises(UserError, match=r"no place for an adapter on model\.layers\.0\.mlp\.strange"):
+    with pytest.raises(UserError, match=r"does not support an adapter on model\.layers\.0\.mlp\.strange"):
         gguf_tensors(config, strange, shape_of(random_model("llama").config))
     with pytest.raises(AssertionError):
         gguf_tensors(LoraConfig(use_rslora=True).to_dict(), {}, shape_of(random_model("llama").config))

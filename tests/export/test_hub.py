@@ -156,7 +156,7 @@ def test_a_push_through_the_real_client(server: str, tmp_path: Path) -> None:
         and len(Hub.commits) == 1
     )
     again = pushed(made, server, "--public")
-    assert again.returncode == 0 and "(which is there, everybody can read)" in again.stdout and len(Hub.commits) == 2
+    assert again.returncode == 0 and "(which exists, everybody can read)" in again.stdout and len(Hub.commits) == 2
     Hub.refuses = True
     refused = pushed(made, server, "--public")
     assert (
@@ -235,7 +235,7 @@ def test_private_by_default_and_never_into_a_public_repository(tmp_path: Path, m
     monkeypatch.setattr(Api, "error", ZeroDivisionError("ours"))
     with pytest.raises(ZeroDivisionError):
         push(tmp_path, "me/mine", False, shown.append)
-    for repo, sentence in (("mine", "without its owner"), ("me/../x", "is no name"), ("a/b/c", "is no name")):
+    for repo, sentence in (("mine", "has no owner"), ("me/../x", "is not a name"), ("a/b/c", "is not a name")):
         with pytest.raises(UserError, match=sentence):
             push(tmp_path, repo, False, shown.append)
     monkeypatch.setattr(hub, "get_token", lambda: None)

@@ -242,7 +242,7 @@ def test_what_cannot_be_merged_fails_with_one_sentence(
         return done.output
 
     assert "there is no such run" in error_of(tmp_path / "nowhere")
-    assert "is no run: it holds no run.json" in error_of(tmp_path)
+    assert "is not a run: it contains no readable run.json" in error_of(tmp_path)
     (tmp_path / "there").mkdir()
     assert "exists; give another folder with --out" in error_of(untied.run, "--out", str(tmp_path / "there"))
     unfinished = copy_of(untied, tmp_path / "unfinished")
@@ -252,7 +252,7 @@ def test_what_cannot_be_merged_fails_with_one_sentence(
     facts = json.loads((changed / "base.json").read_text())
     facts["tensors"]["model.layers.1.mlp.up_proj.weight"] = "0" * 32
     (changed / "base.json").write_text(json.dumps(facts))
-    assert re.search(r": 1 of its \d\d tensors differ, model.layers.1.mlp.up_proj.weight for one", error_of(changed))
+    assert re.search(r": 1 of its \d\d tensors differ, among them model.layers.1.mlp.up_proj.weight", error_of(changed))
     gone = copy_of(untied, tmp_path / "gone")
     facts = json.loads((gone / "run.json").read_text())
     facts["recipe"]["base"]["model"] = str(tmp_path / "no-base")
@@ -260,7 +260,7 @@ def test_what_cannot_be_merged_fails_with_one_sentence(
     assert "there is no folder" in error_of(gone)
     older = copy_of(untied, tmp_path / "older")
     (older / "final" / "stack.json").unlink()
-    assert "holds the adapter policy without sft, which it was trained over" in error_of(older)
+    assert "contains the adapter policy without sft, which it was trained over" in error_of(older)
     reward = copy_of(untied, tmp_path / "reward")
     facts["recipe"]["algorithm"] = "reward"
     (reward / "run.json").write_text(json.dumps(facts))

@@ -33,7 +33,7 @@ from lowrank_tune.assembly.rope import check_heldout_length, select_rope
 from lowrank_tune.config import BaseConfig
 from lowrank_tune.errors import ConfigError
 from lowrank_tune.events import Event, LogMessage
-from lowrank_tune.export.model_card import rope_section
+from lowrank_tune.export.model_card import rope_sentence
 from lowrank_tune.generation import Engine
 from lowrank_tune.generation.sampling_params import SamplingParams
 from lowrank_tune.model import unsloth
@@ -364,9 +364,9 @@ def test_completions_that_would_be_too_long_are_refused() -> None:
     ],
 )
 def test_a_model_card_names_the_frequencies(rope: FixedRope, sentence: str) -> None:
-    text, _ = rope_section(rope)
+    text = rope_sentence(rope)
     assert sentence in text and text.count(".") - text.count("llama.cpp") == 1
-    assert rope_section(None) == []
+    assert rope_sentence(None) == ""
 
 
 def test_unsloth_is_refused(saved: Callable[[str], str], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,8 +19,7 @@ from lowrank_tune.config import BaseConfig, RewardConfig
 from lowrank_tune.data import ChatTemplate
 from lowrank_tune.data.message import Message
 from lowrank_tune.errors import ConfigError
-from lowrank_tune.evaluation import score_file
-from lowrank_tune.evaluation.score_completions import score_completions
+from lowrank_tune.evaluation import score_completions, score_file
 from lowrank_tune.events import Event, GroupLogged, LogMessage, RunStarted, StepEnd
 from lowrank_tune.model.base import load_tokenizer
 from lowrank_tune.rewards import RewardInput, WorkerPool, build_rewards

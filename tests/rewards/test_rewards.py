@@ -15,7 +15,7 @@ from malformed_yaml import MAX_CPU_SECONDS
 
 from lowrank_tune.config import RewardConfig
 from lowrank_tune.errors import ConfigError, UserError
-from lowrank_tune.evaluation.heldout import is_exact
+from lowrank_tune.evaluation.grading import is_exact
 from lowrank_tune.rewards import (
     RewardInput,
     Score,

@@ -9,7 +9,7 @@ import pytest
 from crash import small_recipe
 
 from lowrank_tune import Recipe, run
-from lowrank_tune.evaluation.heldout import HeldoutAnswer
+from lowrank_tune.evaluation.grading import GradedAnswer
 from lowrank_tune.events import StepEnd
 from lowrank_tune.training import evaluator
 
@@ -26,7 +26,7 @@ def test_greedy_answers_do_not_decide_where_sampled_ones_are_reported(
 
     def answers(roles: Any, role: str, template: Any, questions: Any, count: int, sampling: Any, emit: Any) -> Any:
         number = RIGHT[sampling.temperature][steps[-1]]
-        return [[HeldoutAnswer(i, "12", True, i < number, 2)] * count for i in range(len(questions))]
+        return [[GradedAnswer("12", 2, True, i < number, prompt_index=i)] * count for i in range(len(questions))]
 
     def follow(event: Any) -> None:
         if isinstance(event, StepEnd):

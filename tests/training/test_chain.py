@@ -20,7 +20,7 @@ from lowrank_tune import Chain, UserError, run
 from lowrank_tune.batch import Row
 from lowrank_tune.cli import app
 from lowrank_tune.config import dump
-from lowrank_tune.evaluation.heldout import select_questions
+from lowrank_tune.evaluation.questions import select_questions
 from lowrank_tune.events import Event, LogMessage, RunEnded, RunStarted, StepEnd, from_json
 from lowrank_tune.preflight.base import meta_model
 from lowrank_tune.preflight.disk import disk_need
@@ -277,7 +277,7 @@ def test_a_file_of_responses_is_scored(
 
 
 @pytest.mark.parametrize(
-    ("run_of", "sentence"), [("3-dpo", "only `algorithm: reward` trains a model that scores"), ("", "is no run folder")]
+    ("run_of", "sentence"), [("3-dpo", "only `algorithm: reward` trains a model that scores"), ("", "is not a run")]
 )
 def test_scoring_with_something_else_is_refused(
     finished: tuple[Path, list[Event]], tmp_path: Path, run_of: str, sentence: str

@@ -3,7 +3,6 @@ they leave is used with the factors of the run."""
 
 from __future__ import annotations
 
-import importlib
 import json
 import os
 import shutil
@@ -24,7 +23,8 @@ from lowrank_tune.chat import load_chat_model
 from lowrank_tune.config import BaseConfig
 from lowrank_tune.data import ChatTemplate
 from lowrank_tune.data.message import Message
-from lowrank_tune.evaluation.evaluation import Options, _select_rope, evaluate
+from lowrank_tune.evaluation import Options, evaluate, scoring
+from lowrank_tune.evaluation.evaluation import _select_rope
 from lowrank_tune.evaluation.questions import EvalQuestion, EvalQuestions
 from lowrank_tune.evaluation.target import EvalRewardModel, EvalTarget, check_reward_model
 from lowrank_tune.events import Event, LogMessage, StepEnd
@@ -191,7 +191,7 @@ def test_the_base_of_a_run_is_compared_with_its_factors(finished: tuple[Path, li
 
 def test_questions_that_are_too_long_for_the_factors_of_a_run_are_left_out(base: Path) -> None:
     config = BaseConfig(model=str(base))
-    questions = [EvalQuestion(n, [5] * length, "", None) for n, length in enumerate((8, 25, 24))]
+    questions = [EvalQuestion([5] * length, "", None, n) for n, length in enumerate((8, 25, 24))]
     for factors, left in (("short", [0, 2]), ("long", [0, 1, 2]), (None, [0, 1, 2])):
         events: list[Event] = []
         target = EvalTarget("warm", "run", config, {}, rope_factors=factors)  # type: ignore[arg-type]
@@ -222,7 +222,7 @@ def test_a_reward_model_of_other_factors_is_refused(base: Path, known: dict[str,
 
 def test_a_target_without_factors_uses_those_of_the_reward_model(base: Path) -> None:
     config = BaseConfig(model=str(base))
-    questions = EvalQuestions([EvalQuestion(0, [5] * 8, "", None)], "rows")
+    questions = EvalQuestions([EvalQuestion([5] * 8, "", None)], "rows")
     target = EvalTarget("base", "model", config, {})
     for factors, selected in (("long", "long"), ("short", "short"), (None, "short")):
         reward_model = EvalRewardModel(Path("rm"), config, {}, {"rope_factors": factors})
@@ -239,18 +239,16 @@ def test_scores_of_a_reward_model_are_computed_with_the_factors_of_its_run(
     assert run(Recipe.from_dict(reward), out=tmp_path / "score", ui="none", device=CPU).status == "done"
     assert factors_in(tmp_path / "score") == ("long", "long")
     loaded: list[Base] = []
-    modules = [
-        importlib.import_module(f"lowrank_tune.{name}")
-        for name in ("evaluation.response_scores", "evaluation.score_completions")
-    ]
-    for module in modules:
-        load = module.load_base
-        monkeypatch.setattr(
-            module, "load_base", lambda *given, load=load, **more: loaded.append(load(*given, **more)) or loaded[-1]
-        )
+    load = scoring.load_base
+
+    def recorded_load(*given: Any, **more: Any) -> Base:
+        loaded.append(load(*given, **more))
+        return loaded[-1]
+
+    monkeypatch.setattr(scoring, "load_base", recorded_load)
     rows = tmp_path / "rows.jsonl"
     rows.write_text('{"question": "1?", "answer": "1"}\n')
-    modules[0].score_file(tmp_path / "score", str(rows), quiet, CPU)
+    scoring.score_file(tmp_path / "score", str(rows), quiet, CPU)
     recipe = {key: value for key, value in grpo(base).items() if key != "evaluate"} | {
         "rewards": [{"name": "reward_model"}],
         "adapters": {"reward": {"path": str(tmp_path / "score")}},
@@ -261,7 +259,7 @@ def test_scores_of_a_reward_model_are_computed_with_the_factors_of_its_run(
             "max_invalid_fraction": 1.0,
         },
     }
-    modules[1].score_completions(Recipe.from_dict(recipe), None, 2, quiet, CPU)
+    scoring.score_completions(Recipe.from_dict(recipe), None, 2, quiet, CPU)
     assert [one.rope.factors for one in loaded if one.rope is not None] == ["long", "long"]
 
 

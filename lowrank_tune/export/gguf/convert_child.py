@@ -1,10 +1,10 @@
-"""Run as a program of its own (`python convert_child.py CONVERTER PRE BOS ...`): llama.cpp's converter with two facts
-that it cannot derive from every tokenizer.
+"""A program (`python convert_child.py CONVERTER PRE BOS ...`) that runs llama.cpp's converter with two facts that it
+cannot derive from every tokenizer.
 
-It recognizes tokenizers by a hash of what they make of one text, so it does not recognize a newly trained one, even
-where that splits words by known rules. PRE is llama.cpp's name of these rules (empty for none), and is used only for
-tokenizers that are not recognized. BOS (0 or 1) decides whether what runs the file puts the BOS before every text:
-without it programs decide differently, and a chat template may write none although the tokenizer's own call does.
+The converter recognizes tokenizers by a hash of their output for one text, so it does not recognize a newly trained
+one, even if that splits words by known rules. PRE is llama.cpp's name of these rules (empty for none), and is used only
+for tokenizers that are not recognized. BOS (0 or 1) decides whether software puts the BOS before every text: programs
+differ without it, and a chat template can omit it although the tokenizer's own call adds it.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ def main(converter: str, pre: str, bos: str, *arguments: str) -> None:
     folder = Path(converter).parent
     sys.path[:0] = [str(folder), str(folder / "gguf-py")]
     _patch_bos(importlib.import_module("gguf").SpecialVocab, bos == "1")
-    if pre and (folder / "conversion").is_dir():  # an older llama.cpp's converter is one file, which is run as it is
+    # the converter of an older llama.cpp is one file, and is not patched
+    if pre and (folder / "conversion").is_dir():
         _patch_pretokenizer(importlib.import_module("conversion.base").TextModel, pre)
     sys.argv = [converter, *arguments]
     runpy.run_path(converter, run_name="__main__")

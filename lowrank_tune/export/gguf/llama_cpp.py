@@ -1,9 +1,8 @@
-"""llama.cpp's own converter and quantizer: where they are, and how they are fetched. They are run as they are, in
-processes of their own.
+"""Finds or fetches llama.cpp's converter and quantizer. They run without changes, in processes of their own.
 
-A folder that the user names is taken as it is (`--llama-cpp`, or `LLAMA_CPP_DIR`). Else the converter is taken out of
-the source package of llama-cpp-python, which carries it, at one version whose hash is known; it is kept in the cache.
-Nothing of it is copied into this program.
+A folder that the user names is used as it is (`--llama-cpp`, or `LLAMA_CPP_DIR`). Otherwise the converter is extracted
+from the source package of llama-cpp-python, which contains it, at one version with a known hash, and stored in the
+cache. No part of it is copied into this program.
 """
 
 from __future__ import annotations
@@ -19,9 +18,8 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from secrets import token_hex
 
-from lowrank_tune.checkpoint import as_user_error
+from lowrank_tune.checkpoint import as_user_error, atomic_folder
 from lowrank_tune.data.tokenize import cache_folder
 from lowrank_tune.errors import TrainingError, UserError
 from lowrank_tune.events import Emit, LogMessage
@@ -35,7 +33,7 @@ SHA256 = "832db0699007f1be95a7e41ef12e88926b02ba836461e36a36372db2760c1a2e"
 ARCHIVE = f"llama_cpp_python-{VERSION}.tar.gz"
 VENDOR_PATH = "vendor/llama.cpp"
 CONVERTER_FILES = (CONVERTER, LORA_CONVERTER, "conversion", "gguf-py", "LICENSE")
-"""What is taken out of the package: a hundredth of it."""
+"""Files that are extracted from the package: a hundredth of it."""
 MANUAL_INSTRUCTIONS = (
     f"download {ARCHIVE} from the package index and give it, or a folder of llama.cpp, with --llama-cpp (or in "
     f"{ENV_VARIABLE})"
@@ -49,64 +47,58 @@ class Quantizer:
     program: Path | None
 
     def command(self, source: Path, target: Path, kind: str, number: int) -> list[str]:
+        """Returns the command that quantizes `source` to a type, which llama.cpp calls `kind` and `number`."""
         if self.program is not None:
             return [str(self.program), str(source), str(target), kind.upper()]
-        return [
-            sys.executable,
-            "-P",
-            str(Path(__file__).with_name("quantize_child.py")),
-            str(source),
-            str(target),
-            str(number),
-        ]
+        child = Path(__file__).with_name("quantize_child.py")
+        return [sys.executable, "-P", str(child), str(source), str(target), str(number)]
 
 
 def named_folder(given: Path | None) -> Path | None:
-    """What the user named on the command line or in the environment; None for neither."""
-    named = os.environ.get(ENV_VARIABLE)
+    """Returns the path on the command line, else the one in the environment, else None."""
     if given is not None:
         return given.expanduser()
+    named = os.environ.get(ENV_VARIABLE)
     if named:
         return Path(named).expanduser()
     return None
 
 
 def converter_folder(given: Path | None, emit: Emit, fetch: bool = True) -> Path:
-    """The folder with llama.cpp's converter. Raises UserError where what was named holds none, TrainingError where it
-    cannot be fetched."""
+    """Returns the folder with llama.cpp's converter, which is fetched if necessary. Raises UserError if the user's
+    folder does not contain it, TrainingError if it cannot be fetched."""
     named = named_folder(given)
-    if named is not None and named.is_file():
-        return _extract_to_cache(named)
     if named is not None:
-        converter_dir = next(
-            (folder for folder in (named, named / VENDOR_PATH) if (folder / CONVERTER).is_file()), None
-        )
-        if converter_dir is None:
-            raise UserError(
-                f"--llama-cpp or {ENV_VARIABLE}: {named} holds no {CONVERTER}"
-                if named.is_dir()
-                else f"there is no folder {named}"
-            )
-        return converter_dir
+        return _converter_in(named)
     cached = cache_folder() / f"llama.cpp-{VERSION}"
     if (cached / CONVERTER).is_file():
         return cached
     if not fetch:
-        raise UserError(f"llama.cpp's converter is not here: {MANUAL_INSTRUCTIONS}")
+        raise UserError(f"llama.cpp's converter is not installed: {MANUAL_INSTRUCTIONS}")
     if importlib.util.find_spec("pip") is None:
         raise UserError(f"this Python has no pip to fetch llama.cpp's converter with: {MANUAL_INSTRUCTIONS}")
-    emit(
-        LogMessage(
-            message=f"llama.cpp's converter is fetched once from the package index (the source package {PACKAGE} "
-            f"{VERSION}, 77 MB)"
-        )
+    message = (
+        f"llama.cpp's converter is fetched once from the package index (the source package {PACKAGE} {VERSION}, 77 MB)"
     )
+    emit(LogMessage(message=message))
     with tempfile.TemporaryDirectory(prefix="lowrank-tune-") as folder:
         return _extract_to_cache(_download(Path(folder)))
 
 
+def _converter_in(named: Path) -> Path:
+    """Returns the folder with the converter for the user's folder or source package. Raises UserError."""
+    if named.is_file():
+        return _extract_to_cache(named)
+    for folder in (named, named / VENDOR_PATH):
+        if (folder / CONVERTER).is_file():
+            return folder
+    if named.is_dir():
+        raise UserError(f"--llama-cpp or {ENV_VARIABLE}: {named} does not contain {CONVERTER}")
+    raise UserError(f"--llama-cpp or {ENV_VARIABLE}: there is no folder {named}")
+
+
 def _download(folder: Path) -> Path:
-    """pip compares the hash before it looks into the package."""
+    """Downloads the source package with pip, which verifies the hash before it unpacks it. Raises TrainingError."""
     requirements = folder / "wanted.txt"
     requirements.write_text(f"{PACKAGE}=={VERSION} --hash=sha256:{SHA256}\n")
     command = [
@@ -127,80 +119,68 @@ def _download(folder: Path) -> Path:
     ]
     result = subprocess.run(command, capture_output=True, text=True)
     if result.returncode or not (folder / ARCHIVE).is_file():
-        errors = result.stderr.strip().splitlines() or ["no reason given"]
-        errors = [line for line in errors if line.startswith("ERROR")] or errors
-        raise TrainingError(
-            f"llama.cpp's converter could not be fetched ({errors[-1].removeprefix('ERROR: ').strip()}): "
-            f"{MANUAL_INSTRUCTIONS}"
-        )
+        lines = result.stderr.strip().splitlines() or ["no reason given"]
+        errors = [line for line in lines if line.startswith("ERROR")] or lines
+        reason = errors[-1].removeprefix("ERROR: ").strip()
+        raise TrainingError(f"llama.cpp's converter could not be fetched ({reason}): {MANUAL_INSTRUCTIONS}")
     return folder / ARCHIVE
 
 
 def _extract_to_cache(archive: Path) -> Path:
-    """The converter out of the source package, in the cache. Raises UserError where the file is another one."""
+    """Extracts the converter from the source package to the cache, and returns its folder. Raises UserError if the file
+    has another hash."""
     target = cache_folder() / f"llama.cpp-{VERSION}"
     if (target / CONVERTER).is_file():
         return target
     with as_user_error(archive), archive.open("rb") as opened:
         if hashlib.file_digest(opened, "sha256").hexdigest() != SHA256:
-            raise UserError(f"{archive} is not the {ARCHIVE} that is known here (its sha256 is another one)")
-    with as_user_error(target):
-        target.parent.mkdir(parents=True, exist_ok=True)
-        fresh = target.with_name(f".tmp-{target.name}-{token_hex(4)}")
-        try:
-            _unpack(archive, fresh)
-            fresh.replace(target)
-        finally:
-            shutil.rmtree(fresh, ignore_errors=True)
+            raise UserError(f"{archive} is not the expected {ARCHIVE}: its sha256 differs")
+    with atomic_folder(target, overwrite=False) as folder:
+        _unpack(archive, folder)
     return target
 
 
 def _unpack(archive: Path, folder: Path) -> None:
-    """Plain files of `CONVERTER_FILES` alone, whatever else and whatever links the archive holds."""
+    """Extracts the plain files of `CONVERTER_FILES`, and no links or other files of the archive."""
+    vendor = PurePosixPath(VENDOR_PATH).parts
     with tarfile.open(archive) as opened:
         for member in opened:
-            parts = PurePosixPath(member.name).parts[1:]  # without the folder of the package
-            relative = parts[len(PurePosixPath(VENDOR_PATH).parts) :]
-            if (
-                not member.isfile()
-                or "/".join(parts[: -len(relative) or None]) != VENDOR_PATH
-                or relative[0] not in CONVERTER_FILES
-                or ".." in relative
-            ):
+            # without the folder of the package
+            parts = PurePosixPath(member.name).parts[1:]
+            relative = parts[len(vendor) :]
+            is_wanted = parts[: len(vendor)] == vendor and bool(relative) and relative[0] in CONVERTER_FILES
+            if not is_wanted or not member.isfile() or ".." in relative:
                 continue
-            (folder.joinpath(*relative)).parent.mkdir(parents=True, exist_ok=True)
+            target = folder.joinpath(*relative)
+            target.parent.mkdir(parents=True, exist_ok=True)
             content = opened.extractfile(member)
             assert content is not None
-            with content, folder.joinpath(*relative).open("wb") as out:
+            with content, target.open("wb") as out:
                 shutil.copyfileobj(content, out)
 
 
 def find_quantizer(given: Path | None) -> Quantizer | None:
-    """llama.cpp's quantizer: in the folder that the user named, on the path, or in the module llama_cpp; None where
-    there is none."""
+    """Returns llama.cpp's quantizer in the user's folder, on the path, or in the module llama_cpp; else None."""
+    candidates = []
     named = named_folder(given)
-    if named is None:
-        candidates = []
-    else:
-        candidates = [named / part / "llama-quantize" for part in ("", "bin", "build/bin")]
+    if named is not None:
+        candidates += [named / part / "llama-quantize" for part in ("", "bin", "build/bin")]
     on_path = shutil.which("llama-quantize")
-    executable = next(
-        (
-            candidate
-            for candidate in (*candidates, *([Path(on_path)] if on_path else []))
-            if os.access(candidate, os.X_OK) and candidate.is_file()
-        ),
-        None,
-    )
-    if executable is not None:
-        return Quantizer(executable)
+    if on_path:
+        candidates.append(Path(on_path))
+    for candidate in candidates:
+        if candidate.is_file() and os.access(candidate, os.X_OK):
+            return Quantizer(candidate)
     if importlib.util.find_spec("llama_cpp") is not None:
         return Quantizer(None)
     return None
 
 
 def supports_architecture(folder: Path, architectures: Sequence[str]) -> bool:
-    """Whether this converter has any of these architectures: each stands in quotes where it is registered."""
+    """Returns whether the converter's source registers any of these architectures, which it does in quotes."""
     files = [folder / CONVERTER, *sorted((folder / "conversion").glob("*.py"))]
-    text = "".join(file.read_text(encoding="utf-8", errors="replace") for file in files)
-    return any(f'"{name}"' in text for name in architectures)
+    for file in files:
+        text = file.read_text(encoding="utf-8", errors="replace")
+        if any(f'"{name}"' in text for name in architectures):
+            return True
+    return False

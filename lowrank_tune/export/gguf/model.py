@@ -1,4 +1,4 @@
-"""A merged model as one GGUF file: llama.cpp's own converter, and its quantizer for the small types."""
+"""Converts a merged model to one GGUF file with llama.cpp's own converter, and its quantizer for the small types."""
 
 from __future__ import annotations
 
@@ -36,9 +36,10 @@ BITS_PER_WEIGHT = {
     "q3_k_s": (3.7, 11),
     "q2_k": (3.4, 10),
 }
-"""Bits a weight, about, and llama.cpp's number of each type."""
+"""Approximate bits per weight, and llama.cpp's number of each type."""
 NATIVE_OUTTYPES = ("f32", "f16", "bf16", "q8_0")
-"""What the converter writes by itself."""
+"""Types that the converter writes without the quantizer."""
+MAX_OUTPUT_LINES = 200
 BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}
 QWEN2 = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -60,12 +61,13 @@ PRETOKENIZERS: dict[str, tuple[Any, Any]] = {
         },
     ),
 }
-"""How text is normalized, and cut into words before BPE: rules that a tokenizer.json may state, by llama.cpp's name of
-the same ones. (The normalizing of Qwen2 it leaves out, for Qwen's own models too.)"""
+"""Normalizer and pre-tokenizer rules of a tokenizer.json, by llama.cpp's name of the same rules. (llama.cpp does not
+apply the normalizer of Qwen2, for Qwen's own models either.)"""
 
 
 def estimate_gguf_size(weights: int, kind: str) -> int:
-    """Bytes of a GGUF file of so many weights, rather too many; of the 16-bit file that it is quantized from too."""
+    """Returns an upper estimate of the bytes of a GGUF file, with those of the 16-bit file that it is quantized
+    from."""
     size = int(weights * BITS_PER_WEIGHT[kind][0] / 8 * 1.05)
     if kind in NATIVE_OUTTYPES:
         return size
@@ -73,8 +75,8 @@ def estimate_gguf_size(weights: int, kind: str) -> int:
 
 
 def pretokenizer_name(merged: Path) -> str | None:
-    """llama.cpp's name of the rules by which this tokenizer cuts words; None where they are none of `PRETOKENIZERS`, or
-    it is no BPE."""
+    """Returns llama.cpp's name of the rules by which a tokenizer splits words, None if they are not in `PRETOKENIZERS`,
+    or it is not BPE."""
     try:
         raw = json.loads((merged / "tokenizer.json").read_bytes())
         if raw["model"]["type"] != "BPE" or raw["model"].get("byte_fallback"):
@@ -82,7 +84,10 @@ def pretokenizer_name(merged: Path) -> str | None:
         stated = (raw.get("normalizer"), _without_offsets(raw["pre_tokenizer"]))
     except (OSError, ValueError, KeyError, TypeError):
         return None
-    return next((name for name, rules in PRETOKENIZERS.items() if rules == stated), None)
+    for name, rules in PRETOKENIZERS.items():
+        if rules == stated:
+            return name
+    return None
 
 
 def _without_offsets(pretokenizer: Any) -> Any:
@@ -102,10 +107,10 @@ def convert(
     adds_bos: bool,
     emit: Emit,
 ) -> None:
-    """Runs the converter in `folder` on a merged model; `adds_bos`: what runs it is to put the BOS before every
-    text.
+    """Runs the converter in `folder` on a merged model. `adds_bos`: software must put the BOS before every text.
 
-    Raises TrainingError with what it said, UserError for a model that it does not know."""
+    Raises TrainingError with the converter's error, UserError for a model that it does not support.
+    """
     child = Path(__file__).with_name("convert_child.py")
     command = [
         sys.executable,
@@ -131,10 +136,10 @@ def convert(
             "llama.cpp's converter does not know this base's tokenizer, so no GGUF of the whole model can be made; "
             "`--to gguf-lora` and `--to peft` need no tokenizer"
         )
-    if missing := re.search(r"No module named '([\w.]+)'", text):
-        raise UserError(
-            f"llama.cpp's converter needs the package {missing.group(1)}: pip install 'lowrank-tune[export]'"
-        )
+    missing = re.search(r"No module named '([\w.]+)'", text)
+    if missing:
+        package = missing.group(1)
+        raise UserError(f"llama.cpp's converter needs the package {package}: pip install 'lowrank-tune[export]'")
     raise TrainingError(f"llama.cpp's converter failed (exit code {code}): {_error_line(output)}")
 
 
@@ -145,16 +150,17 @@ def quantize(
     kind: str,
     emit: Emit,
 ) -> None:
-    """Runs the quantizer. Raises TrainingError with what it said."""
-    command = tool.command(source, file, kind, BITS_PER_WEIGHT[kind][1])
+    """Runs the quantizer. Raises TrainingError with the quantizer's error."""
+    _, number = BITS_PER_WEIGHT[kind]
+    command = tool.command(source, file, kind, number)
     code, output = run_tool(command, f"llama.cpp quantizes to {kind}", r"\[\s*(\d+)/\s*(\d+)\]", emit)
     if code or not file.is_file():
         raise TrainingError(f"llama.cpp's quantizer failed (exit code {code}): {_error_line(output)}")
 
 
 def run_tool(command: Sequence[str], label: str, pattern: str, emit: Emit) -> tuple[int, list[str]]:
-    """Its exit code and the last lines that it said; `pattern` finds what is done, and of how much (else 100), in a
-    line. It dies with us."""
+    """Runs a program and returns its exit code and its last lines of output. `pattern` matches the finished units and
+    their total (100 without one) in a line. The program is killed if this process is interrupted."""
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "PYTHONUNBUFFERED": "1"}
     environment.pop("NO_LOCAL_GGUF", None)
     process = subprocess.Popen(
@@ -172,10 +178,13 @@ def run_tool(command: Sequence[str], label: str, pattern: str, emit: Emit) -> tu
     emit(Progress(description=label, done=0, total=100))
     try:
         assert process.stdout is not None
-        for line in process.stdout:  # a bar's carriage returns end lines too
-            lines = [*lines[-200:], line.rstrip()]
-            if match := progress.search(line):
-                emit(Progress(description=label, done=int(match.group(1)), total=int(match.group(2) or 100)))
+        # the carriage returns of a progress bar end lines too
+        for line in process.stdout:
+            lines = [*lines[-MAX_OUTPUT_LINES:], line.rstrip()]
+            match = progress.search(line)
+            if match:
+                done, total = match.groups()
+                emit(Progress(description=label, done=int(done), total=int(total or 100)))
         code = process.wait()
     except BaseException:
         process.kill()
@@ -185,12 +194,12 @@ def run_tool(command: Sequence[str], label: str, pattern: str, emit: Emit) -> tu
 
 
 def _error_line(output: Sequence[str]) -> str:
-    errors = (
-        [line for line in output if re.search(r"error|exception|failed", line, re.IGNORECASE)]
-        or list(output)
-        or ["it said nothing"]
-    )
-    asserted = [line.strip() for line in output if line.strip().startswith("assert ")]
-    if asserted and errors[-1].strip() == "AssertionError":
-        return f"{errors[-1].strip()}: {asserted[-1]}"
-    return errors[-1].strip()
+    """Returns the line of the output that states the error."""
+    errors = [line for line in output if re.search(r"error|exception|failed", line, re.IGNORECASE)]
+    lines = errors or list(output) or ["no output"]
+    last = lines[-1].strip()
+    if last == "AssertionError":
+        asserted = [line.strip() for line in output if line.strip().startswith("assert ")]
+        if asserted:
+            return f"{last}: {asserted[-1]}"
+    return last

@@ -1,5 +1,5 @@
-"""Run as a program of its own (`python quantize_child.py SOURCE TARGET NUMBER`): llama.cpp's quantizer by the module
-llama_cpp, whose library may end the process it runs in. NUMBER is llama.cpp's of the type."""
+"""A program (`python quantize_child.py SOURCE TARGET NUMBER`) that runs llama.cpp's quantizer in the module llama_cpp,
+whose library can end its process. NUMBER is llama.cpp's number of the type."""
 
 from __future__ import annotations
 

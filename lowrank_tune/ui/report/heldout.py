@@ -8,7 +8,7 @@ from typing import Any
 
 from markupsafe import Markup
 
-from lowrank_tune.evaluation.heldout import is_exact
+from lowrank_tune.evaluation.grading import is_exact
 from lowrank_tune.ui.formatting import number, percent
 from lowrank_tune.ui.html import render
 from lowrank_tune.ui.json_fields import get_mapping, get_number, get_objects

@@ -94,8 +94,10 @@ def rows(record: EvalRecord) -> Iterator[TableRow]:
         first = True
         for model, model_metrics in record.wins.items():
             if by in model_metrics:
-                wins, ties, losses = record.shares[model][by]
-                shares_text = f"better {percent(wins)}, equal {percent(ties)}, worse {percent(losses)}"
+                share = record.shares[model][by]
+                shares_text = (
+                    f"better {percent(share.wins)}, equal {percent(share.ties)}, worse {percent(share.losses)}"
+                )
                 yield (
                     f"wins by {by.replace('_', ' ')}" if first else "",
                     model,
