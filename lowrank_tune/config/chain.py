@@ -202,7 +202,9 @@ def locate(loaded: RecipeConfig | Chain, found: Mapping[str, Sequence[Finding]])
         return sorted_problems(_problems_of(loaded, found), loaded.source_file)
     by_stage = {stage.name: _problems_of(stage, found) for stage in loaded.stages}
     shared = _shared_problems(by_stage)
-    own = [(name, [each for each in problems if each not in shared]) for name, problems in by_stage.items()]
+    own: list[tuple[str, list[ConfigProblem]]] = []
+    for name, problems in by_stage.items():
+        own.append((name, [problem for problem in problems if problem not in shared]))
     return sorted_problems([*shared.values(), *label_problems(own)], loaded.stages[0].source_file)
 
 

@@ -1,4 +1,4 @@
-"""Recipes with stages: laws, overrides, the flow of adapters, faults with their lines, hostile shapes."""
+"""Recipes with stages: layers, overrides, adapters of earlier stages, problems with their lines, malformed files."""
 
 from __future__ import annotations
 
@@ -448,8 +448,8 @@ CONFLICTS: dict[str, tuple[dict[str, Any], str]] = {
 @pytest.mark.parametrize("case", CONFLICTS)
 def test_conflicting_stages_are_one_problem(case: str) -> None:
     data, message = CONFLICTS[case]
-    faults = problems_of_chain(data)
-    assert len(faults) == 1 and faults[0].startswith(message), faults
+    problems = problems_of_chain(data)
+    assert len(problems) == 1 and problems[0].startswith(message), problems
 
 
 @pytest.mark.parametrize(
@@ -646,11 +646,11 @@ WHOLE = {
 def test_chain_with_random_values_loads_or_reports_problems(
     changes: list[tuple[Steps, Any]], overrides: list[tuple[str, Steps, Any]]
 ) -> None:
-    """The answer is a chain that replays, or faults, never another exception."""
+    """The result is a chain that loads as saved, or a ConfigError, and no other exception."""
     try:
         chain = Chain.from_dict(with_values(WHOLE, changes))
-    except ConfigError as faults:
-        assert all(str(fault).isprintable() and len(str(fault)) < 400 for fault in faults.problems)
+    except ConfigError as error:
+        assert all(str(problem).isprintable() and len(str(problem)) < 400 for problem in error.problems)
     else:
         assert Chain.from_dict(chain.to_dict()) == chain and dump(chain)
         for index in range(len(chain.stages)):
@@ -658,8 +658,8 @@ def test_chain_with_random_values_loads_or_reports_problems(
     whole.write_text(yaml.safe_dump(WHOLE))
     try:
         load_any(str(whole), *(f"{prefix}{'.'.join(map(str, path))}={value}" for prefix, path, value in overrides))
-    except ConfigError as faults:
-        assert all(fault.file for fault in faults.problems)
+    except ConfigError as error:
+        assert all(problem.file for problem in error.problems)
 
 
 whole = Path()

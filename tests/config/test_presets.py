@@ -1,4 +1,4 @@
-"""The presets: which exist, what they contain, and the pages about them; without the network."""
+"""The presets: their names, their values, and the pages about them; without the network."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ def test_preset_list_fits_80_columns_and_is_sorted_by_size() -> None:
 
 
 def load_script(path: str) -> Any:
-    """A module from a file that is in no package."""
+    """Returns the module of a file that is in no package."""
     spec = importlib.util.spec_from_file_location(Path(path).stem, ROOT / path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
@@ -143,7 +143,7 @@ def test_generated_tables_are_up_to_date() -> None:
 
 
 def choices() -> list[list[str]]:
-    """The rows of the table of values in docs/preset-choices.md."""
+    """Returns the rows of the table of values in docs/preset-choices.md."""
     text = (ROOT / "docs" / "preset-choices.md").read_text(encoding="utf-8")
     section = text[text.index("## The values") : text.index("## All algorithms")]
     lines = [line for line in section.splitlines() if line.startswith("| `")]
@@ -151,7 +151,7 @@ def choices() -> list[list[str]]:
 
 
 def chosen_row(stage: Recipe) -> list[str]:
-    """The settings of a stage as the table writes them."""
+    """Returns the settings of a stage in the format of the table."""
     train, adapter = stage.train, stage.adapters[stage.trained_adapter]
     online = stage.algorithm in ("grpo", "ppo")
     other = {
@@ -181,7 +181,7 @@ def chosen_row(stage: Recipe) -> list[str]:
 
 
 def short(number: float) -> str:
-    """5e-06 as 5e-6, and a rate always with an exponent."""
+    """Returns 5e-06 as 5e-6; a number below 0.01 always has an exponent."""
     text = f"{number:.0e}" if number < 0.01 else f"{number:g}"
     return text.replace("e-0", "e-")
 

@@ -1,4 +1,4 @@
-"""Recipes: layers, faults and their exact words, what does nothing, round trips, presets, schema."""
+"""Recipes: layers, exact problems, unused settings, saving and loading, presets, schema."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ SMALL: dict[str, Any] = {"algorithm": "sft", "data": {"train": [{"dataset": "row
 
 
 def changed(**sections: Any) -> dict[str, Any]:
-    """SMALL with some sections changed; None takes a key away."""
+    """Returns SMALL with some sections changed; None removes a key."""
     data = {**SMALL}
     for key, value in sections.items():
         merged = {**data.get(key, {}), **value} if isinstance(value, dict) else value
@@ -115,7 +115,7 @@ def test_missing_setting_is_reported_at_the_line_of_its_section(write: Write) ->
 
 
 def test_unknown_key_does_not_suggest_itself(write: Write) -> None:
-    """`name` and `algorithm` are keys of a recipe; in a source, `name` is `load_dataset`'s word."""
+    """`name` and `algorithm` are keys of a recipe; in a source, `name` is the argument of `load_dataset`."""
     file = write(
         "algorithm: sft\ndata:\n  train: [{dataset: a/b, name: main}]\n  algorithm: sft\ntrain: {max_steps: 1}\n"
     )
@@ -166,7 +166,7 @@ def test_extends_without_a_readable_recipe_is_a_problem(write: Write, extends: s
     ],
 )
 def test_unknown_recipe_name_suggests_the_nearest_one(write: Write, name: str, meant: str) -> None:
-    """A recipe file in the folder that the name leads to, or a preset; never all presets."""
+    """The suggestion is a recipe file of the same folder, or a preset; the message never lists all presets."""
     write("extends: tiny-sft\n")
     write("extends: tiny-sft\n", "mine-7.yaml")
     with pytest.raises(UserError) as failed:
@@ -181,7 +181,7 @@ def test_extends_in_a_circle_or_over_many_files_is_a_problem(write: Write) -> No
     assert "b.yaml:1: extends: goes in a circle: a.yaml -> b.yaml -> a.yaml" in problems_of_file("./a.yaml")
     for index in range(12):
         write(f"extends: ./c{index + 1}.yaml\n", f"c{index}.yaml")
-    assert any("goes through more than 8 files" in fault for fault in problems_of_file("./c0.yaml"))
+    assert any("goes through more than 8 files" in problem for problem in problems_of_file("./c0.yaml"))
 
 
 def test_extends_merges_mappings_and_replaces_lists(write: Write) -> None:
@@ -253,7 +253,7 @@ def test_overrides_set_values_of_every_type(write: Write) -> None:
     ],
 )
 def test_faulty_override_is_reported_as_override(text: str) -> None:
-    assert all(fault.startswith("override: ") for fault in problems_of_file("tiny-sft", text))
+    assert all(problem.startswith("override: ") for problem in problems_of_file("tiny-sft", text))
 
 
 CONTRADICTIONS = {
@@ -493,7 +493,7 @@ def test_differences_list_what_a_continued_run_cannot_change() -> None:
 
 @pytest.mark.parametrize(("name", "place"), [("tiny-sft", ()), ("tiny-rlvr", ("stages", 1))])
 def test_new_setting_at_its_default_is_not_a_difference(name: str, place: tuple[Any, ...]) -> None:
-    """A run that an older version began goes on; at another value than its default the new setting is a change."""
+    """A run of an older version can continue. With another value than its default, the new setting is a change."""
     whole = load_any(name).to_dict()
     old = copy.deepcopy(whole)
     stage = reduce(lambda data, key: data[key], place, old)

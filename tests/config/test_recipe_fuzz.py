@@ -1,4 +1,4 @@
-"""Every leaf of a valid recipe, broken in every way: the answer is a recipe or faults, never another exception."""
+"""A valid recipe with invalid values: the result is a recipe or a ConfigError, and no other exception."""
 
 from __future__ import annotations
 
@@ -112,9 +112,9 @@ def check_recipe_or_problems(data: Any) -> None:
     """Fails unless the data is a recipe that can be saved and loaded, or raises printable problems."""
     try:
         recipe = from_dict(data)
-    except ConfigError as faults:
-        lines = str(faults).splitlines()
-        assert len(lines) == len(faults.problems) and all(line.isprintable() and len(line) < 400 for line in lines)
+    except ConfigError as error:
+        lines = str(error).splitlines()
+        assert len(lines) == len(error.problems) and all(line.isprintable() and len(line) < 400 for line in lines)
     else:
         assert from_dict(recipe.to_dict()) == recipe
         dump(recipe)
@@ -140,7 +140,7 @@ def test_recipe_with_one_wrong_value_loads_or_reports_problems(kind: str) -> Non
 
 @pytest.mark.parametrize("path", [path for path in PATHS if isinstance(path[-1], str)], ids=str)
 def test_key_written_twice_is_a_problem(path: Steps, tmp_path: Path) -> None:
-    """The key stands a second time under another name, which is then written over with the key itself."""
+    """The key is added under another name, which is then replaced by the key itself."""
     data = copy.deepcopy(FULL)
     section = section_at(data, path)
     section["zzz_again"] = section[path[-1]]
@@ -181,8 +181,8 @@ def test_recipe_with_random_values_loads_or_reports_problems(changes: list[tuple
 def test_random_overrides_load_or_report_problems(overrides: list[str]) -> None:
     try:
         assert isinstance(load("tiny-sft", overrides), Recipe)
-    except ConfigError as faults:
-        assert all(fault.file for fault in faults.problems)
+    except ConfigError as error:
+        assert all(problem.file for problem in error.problems)
 
 
 @settings(max_examples=150)
@@ -214,5 +214,6 @@ def _folder(tmp_path_factory: pytest.TempPathFactory) -> None:
     fuzz_folder.name = str(tmp_path_factory.mktemp("fuzz"))
 
 
-class fuzz_folder:  # hypothesis wants no function-scoped fixture
+# hypothesis does not support fixtures of single functions
+class fuzz_folder:
     name = ""

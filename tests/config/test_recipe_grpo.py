@@ -1,4 +1,4 @@
-"""Recipes of GRPO: every rule once with its cure, and beside it the neighbor that is valid."""
+"""Recipes of GRPO: for each check a wrong recipe, its problem, and a similar recipe that is valid."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ FULL = "training samples the full distribution"
 
 
 def made(algorithm: str = "grpo", **sections: Any) -> dict[str, Any]:
-    """A small valid recipe with other sections; keys of `data` and `train` are added."""
+    """Returns a small valid recipe with other sections; keys of `data` and `train` are added."""
     extra = {key: sections.pop(key, {}) for key in ("data", "train")}
     dataset = "builtin:arithmetic" if algorithm in ("sft", "grpo") else "builtin:arithmetic-preferences"
     data = {
@@ -255,7 +255,7 @@ RULES: dict[str, tuple[dict[str, Any], str, dict[str, Any]]] = {
         "rollout.max_reward_failure_rate: does nothing if every",
         made(rewards=[{**OWN, "on_error": "drop"}], rollout={"max_reward_failure_rate": 0.1}),
     ),
-    "share of stopping kits": (
+    "share of stopping built-in rewards": (
         made(rewards=[{"name": "answer", "on_error": "stop"}, OWN], rollout={"max_reward_failure_rate": 0}),
         "rollout.max_reward_failure_rate: does nothing",
         made(rollout={"max_reward_failure_rate": 0.0}),
@@ -374,8 +374,8 @@ OTHER_WORDS = {
 @pytest.mark.parametrize("case", RULES)
 def test_check_refuses_the_wrong_recipe_and_accepts_the_right_one(case: str) -> None:
     wrong, message, right = RULES[case]
-    faults = problems_of(wrong)
-    assert len(faults) == 1 and faults[0].startswith(message) and len(faults[0]) < 400, faults
+    problems = problems_of(wrong)
+    assert len(problems) == 1 and problems[0].startswith(message) and len(problems[0]) < 400, problems
     recipe = from_dict(right)
     assert from_dict(recipe.to_dict()) == recipe
     assert not findings(partial_recipe(recipe.to_dict())[0])
@@ -395,8 +395,8 @@ def test_recipe_made_in_python_has_the_problem_of_a_file(case: str) -> None:
 
 @pytest.mark.parametrize("word", OTHER_WORDS)
 def test_name_of_another_library_suggests_the_setting(word: str) -> None:
-    for faults in (problems_of({**made(), word: 1}), problems_of(made(train={word: 1}))):
-        assert len(faults) == 1 and "unknown key; " in faults[0] and OTHER_WORDS[word] in faults[0], faults
+    for problems in (problems_of({**made(), word: 1}), problems_of(made(train={word: 1}))):
+        assert len(problems) == 1 and "unknown key; " in problems[0] and OTHER_WORDS[word] in problems[0], problems
 
 
 @pytest.mark.parametrize("section", ["grpo", "rollout", "evaluate"])
@@ -514,10 +514,10 @@ BROKEN = st.recursive(
 @limits(max_examples=300)
 @given(st.lists(st.tuples(st.sampled_from(places(WHOLE)), BROKEN), max_size=3))
 def test_grpo_recipe_with_random_values_loads_or_reports_problems(changes: list[tuple[Steps, Any]]) -> None:
-    """The answer is a recipe that replays, or faults, never another exception."""
+    """The result is a recipe that loads as saved, or a ConfigError, and no other exception."""
     try:
         recipe = from_dict(with_values(WHOLE, changes))
-    except ConfigError as faults:
-        assert changes and all(line.isprintable() and len(line) < 400 for line in str(faults).splitlines())
+    except ConfigError as error:
+        assert changes and all(line.isprintable() and len(line) < 400 for line in str(error).splitlines())
     else:
         assert from_dict(recipe.to_dict()) == recipe

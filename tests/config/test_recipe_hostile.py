@@ -1,4 +1,4 @@
-"""Files made to break readers: each ends quickly, in sentences that name the file, and never in another exception."""
+"""Malformed files: each ends quickly in a ConfigError with the file and line, and in no other exception."""
 
 from __future__ import annotations
 

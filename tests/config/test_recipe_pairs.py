@@ -1,4 +1,4 @@
-"""Recipes of the reward model and of DPO: every rule once with its cure, and beside it the neighbor that is valid."""
+"""Recipes of the reward model and of DPO: for each check a wrong recipe, its problem, and a similar valid recipe."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ SECOND = "there is no second model"
 
 
 def made(algorithm: str, source: dict[str, Any] | None = None, **sections: Any) -> dict[str, Any]:
-    """A small valid recipe of an algorithm, with other sections."""
+    """Returns a small valid recipe of an algorithm, with other sections."""
     dataset = "builtin:arithmetic" if algorithm == "sft" else "builtin:arithmetic-preferences"
     return {
         "algorithm": algorithm,
@@ -219,8 +219,8 @@ OTHER_WORDS = {
 @pytest.mark.parametrize("case", RULES)
 def test_check_refuses_the_wrong_recipe_and_accepts_the_right_one(case: str) -> None:
     wrong, message, right = RULES[case]
-    faults = problems_of(wrong)
-    assert len(faults) == 1 and faults[0].startswith(message), faults
+    problems = problems_of(wrong)
+    assert len(problems) == 1 and problems[0].startswith(message), problems
     recipe = from_dict(right)
     assert from_dict(recipe.to_dict()) == recipe
 
@@ -243,8 +243,8 @@ def test_recipe_made_in_python_has_the_problem_of_a_file(case: str) -> None:
 
 @pytest.mark.parametrize("word", OTHER_WORDS)
 def test_name_of_another_library_suggests_the_setting(word: str) -> None:
-    for faults in (problems_of({**made("dpo"), word: 1}), problems_of(made("dpo", train={"max_steps": 10, word: 1}))):
-        assert len(faults) == 1 and "unknown key; " in faults[0] and OTHER_WORDS[word] in faults[0], faults
+    for problems in (problems_of({**made("dpo"), word: 1}), problems_of(made("dpo", train={"max_steps": 10, word: 1}))):
+        assert len(problems) == 1 and "unknown key; " in problems[0] and OTHER_WORDS[word] in problems[0], problems
 
 
 @pytest.mark.parametrize("meant", [path for path in OTHER_WORDS.values() if path.startswith("did")])
@@ -273,9 +273,9 @@ def test_saved_recipe_has_the_label_smoothing_of_the_robust_loss() -> None:
 @pytest.mark.parametrize("algorithm", [[], {}, None, 7, "rloo", "\ud800"])
 @pytest.mark.parametrize("place", ["adapters", "reference", "reward", "dpo", "evaluate"])
 def test_invalid_algorithm_is_reported_beside_other_invalid_values(algorithm: Any, place: str) -> None:
-    """Whatever else is wrong, the algorithm is told, and its rules do not break."""
+    """An invalid algorithm is reported, and no check raises another exception."""
     data = copy.deepcopy(
         made("dpo", **{place: {"eval_dataset": [7], "policy": {"lora_dropout": "x"}, "label_smoothing": None}})
     )
     data["algorithm"] = algorithm
-    assert any(fault.startswith("algorithm: ") for fault in problems_of(data))
+    assert any(problem.startswith("algorithm: ") for problem in problems_of(data))

@@ -1,5 +1,5 @@
-"""Recipes of PPO: every rule once with its cure, and beside it the neighbor that is valid; other kits' words; what
-lies beside the policy."""
+"""Recipes of PPO: for each check a wrong recipe, its problem, and a similar valid recipe; names of other libraries; the
+adapters that are not in the policy's stack."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ LEARNED = [{"name": "reward_model"}]
 
 
 def made(algorithm: str = "ppo", **sections: Any) -> dict[str, Any]:
-    """A small valid recipe with other sections."""
+    """Returns a small valid recipe with other sections."""
     dataset = "builtin:arithmetic" if algorithm in ("sft", "grpo", "ppo") else "builtin:arithmetic-preferences"
     rewards = {"rewards": [{"name": "answer"}]} if algorithm in ("grpo", "ppo") else {}
     return {
@@ -138,8 +138,8 @@ RULES: dict[str, tuple[dict[str, Any], str, dict[str, Any]]] = {
 @pytest.mark.parametrize("name", list(RULES))
 def test_check_refuses_the_wrong_recipe_and_accepts_the_right_one(name: str) -> None:
     wrong, message, right = RULES[name]
-    faults = problems_of(copy.deepcopy(wrong))
-    assert len(faults) == 1 and faults[0].startswith(message), faults
+    problems = problems_of(copy.deepcopy(wrong))
+    assert len(problems) == 1 and problems[0].startswith(message), problems
     recipe = from_dict(copy.deepcopy(right))
     assert from_dict(recipe.to_dict()) == recipe and Recipe.model_validate(recipe.to_dict()) == recipe
 
