@@ -1,9 +1,9 @@
 """The generated part of docs/presets.md: tables of all presets, from the preset files.
 
     PYTHONPATH=. python scripts/presets_table.py           # writes the page
-    PYTHONPATH=. python scripts/presets_table.py --check   # returns 1 where the page is not up to date
+    PYTHONPATH=. python scripts/presets_table.py --check   # returns 1 if the page is not up to date
 
-Only what is between the two markers is generated; the text around it is written by hand. Peaks are those that the
+Only the text between the two markers is generated; the text around it is written by hand. Peaks are those that the
 preset files state; `benchmarks/preset_peaks.py` plans them and compares them.
 """
 
@@ -21,12 +21,13 @@ PAGE = Path(__file__).parent.parent / "docs" / "presets.md"
 BEGIN, END = "<!-- generated: begin -->", "<!-- generated: end -->"
 COLUMNS = ("sft", "reward", "dpo", "grpo", "ppo", "preference", "rlvr", "rlhf")
 GPU_SIZES_GIB = (8, 12, 16, 24)
-ROUNDED_GIB = 0.05  # the files state one decimal
+ROUNDED_GIB = 0.05
+"""The rounding error of a peak, as the files state one decimal."""
 PEAK_PHASE = re.compile(r"^# Planned peak: [\d.]+ GiB \(([^)]*)\)", re.MULTILINE)
 
 
 def base_table(presets: list[Preset]) -> str:
-    """GiB by base and by algorithm or chain."""
+    """Returns the table of GiB by base and by algorithm or chain."""
     by_base: dict[str, dict[str, str]] = {}
     for preset in presets:
         base, _, what = preset.name.rpartition("-")
@@ -39,7 +40,7 @@ def base_table(presets: list[Preset]) -> str:
 
 
 def datasets_of(preset: Preset) -> str:
-    """The training data sets of a preset, each once, in the order of its stages."""
+    """Returns the training data sets of a preset, each once, in the order of its stages."""
     loaded = load_any(preset.name)
     stages = loaded.stages if isinstance(loaded, Chain) else (loaded,)
     names = (source.dataset for stage in stages for source in stage.data.train)
@@ -47,7 +48,7 @@ def datasets_of(preset: Preset) -> str:
 
 
 def preset_tables(presets: list[Preset]) -> str:
-    """Every preset with its description and its data sets, under the size of its base."""
+    """Returns tables of every preset with its description and its data sets, one for each size of the base."""
     parts = []
     for group, members in groupby(presets, key=lambda preset: preset.group):
         lines = [f"### {group}", "", "| preset | what | data sets | GiB |", "|---|---|---|---|"]
@@ -59,7 +60,10 @@ def preset_tables(presets: list[Preset]) -> str:
 
 
 def size_table(presets: list[Preset]) -> str:
-    """For each GPU size the presets whose peak is in an update: it does not depend on the size of the GPU."""
+    """Returns the table of presets by the smallest GPU that they fit.
+
+    Only presets with their peak in an update are listed, as such a peak does not depend on the size of the GPU.
+    """
     fixed = [preset for preset in presets if preset.peak_gib is not None and _peaks_in_update(preset)]
     lines = ["| GPU | presets that fit without a change, besides those of the rows above |", "|---|---|"]
     smaller = 0
@@ -76,7 +80,7 @@ def _peaks_in_update(preset: Preset) -> bool:
 
 
 def generated() -> str:
-    """The text between the markers."""
+    """Returns the text between the markers."""
     presets = list_presets()
     large = [preset for preset in presets if preset.billions]
     return "\n\n".join(
@@ -93,7 +97,7 @@ def generated() -> str:
 
 
 def render() -> str:
-    """The whole page as it should be: its text with the generated part brought up to date."""
+    """Returns the page with its generated part up to date."""
     text = PAGE.read_text(encoding="utf-8")
     before, begin, rest = text.partition(BEGIN)
     _, end, after = rest.partition(END)
@@ -103,8 +107,9 @@ def render() -> str:
 
 
 def main(arguments: list[str] | None = None) -> int:
+    """Writes the page, or with `--check` compares it. Returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--check", action="store_true", help="compare only; return 1 where the page is not up to date")
+    parser.add_argument("--check", action="store_true", help="compare only; return 1 if the page is not up to date")
     options = parser.parse_args(arguments)
     page = render()
     if options.check:

@@ -55,7 +55,8 @@ the same as a JSON schema for editors, and `lowrank-tune presets show tiny-sft -
 setting that it uses. A setting that an algorithm does not use is refused in a recipe of that algorithm.
 """
 
-MAX_LIMIT = 10**12  # the limit of all whole numbers, which is no information
+MAX_LIMIT = 10**12
+"""The limit of all whole numbers, which is left out of their ranges."""
 
 
 def render() -> str:
@@ -137,7 +138,8 @@ def _default_text(field: Schema, is_required: bool) -> str:
     if "$ref" in field:
         return "its defaults"
     if "default" not in field:
-        return "`{}`"  # a mapping: the schema has no default of a factory
+        # the schema has no default of a factory, which is an empty mapping
+        return "`{}`"
     default = field["default"]
     if default is None:
         return "none"

@@ -1,4 +1,4 @@
-"""Text that tries to take over a terminal or a page, and the laws that what shows it must keep."""
+"""Text that could change a terminal or a page, and a check of text that is printed."""
 
 from __future__ import annotations
 
@@ -31,10 +31,10 @@ CONTROL_CHARACTERS = re.compile(
 
 
 def is_inert(text: str) -> bool:
-    """No character that acts on what stands around it, but for the newline."""
+    """Returns whether a text has no character that changes the text around it, except the newline."""
     return CONTROL_CHARACTERS.search(text) is None
 
 
 MAX_CPU_SECONDS = 15.0
-"""Seconds of processor time. What is answered at once takes a hundredth of them, what runs away never ends; a busy
-machine lies between."""
+"""Seconds of processor time. An immediate result takes a hundredth of them, and a search without end exceeds them, also
+on a busy machine."""

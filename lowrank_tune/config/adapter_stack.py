@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from lowrank_tune.config.base import Finding, until_invalid
 from lowrank_tune.config.messages import describe_value
@@ -48,7 +47,10 @@ def unused_dropout(recipe: RecipeConfig) -> Iterator[Finding]:
     """Yields the dropout of frozen adapters."""
     for name, adapter in recipe.adapters.items():
         if name not in recipe.trained_adapters and adapter.is_set("path") and adapter.is_set("lora_dropout"):
-            yield ("adapters", name, "lora_dropout"), "does nothing for a frozen adapter; leave it out"
+            yield (
+                ("adapters", name, "lora_dropout"),
+                "does nothing for a frozen adapter; leave it out",
+            )
 
 
 def unused_value_adapter(recipe: RecipeConfig) -> Iterator[Finding]:
@@ -62,7 +64,10 @@ def unused_value_adapter(recipe: RecipeConfig) -> Iterator[Finding]:
             "does nothing with `ppo.critic`: shared, a head on the policy's trunk; leave it out",
         )
     elif value.is_set("path") and recipe.ppo.is_set("critic_init"):
-        yield ("ppo", "critic_init"), "does nothing beside `adapters.value.path`, which is the initial value"
+        yield (
+            ("ppo", "critic_init"),
+            "does nothing beside `adapters.value.path`, which is the initial value",
+        )
     elif recipe.ppo.critic_init == "reward":
         for key in SHAPE_KEYS:
             if value.is_set(key):
@@ -76,11 +81,20 @@ def adapter_names(recipe: RecipeConfig, earlier: EarlierStages) -> Iterator[Find
     """Yields adapters whose name is not valid, and adapters without a path that are not trained."""
     for name, adapter in recipe.adapters.items():
         if not NAME_PATTERN.fullmatch(name):
-            yield ("adapters", name), f"is not a name for an adapter: {NAME_RULE}"
+            yield (
+                ("adapters", name),
+                f"is not a name for an adapter: {NAME_RULE}",
+            )
         elif name == "base":
-            yield ("adapters", name), "is not a name for an adapter: `base` is the base itself"
+            yield (
+                ("adapters", name),
+                "is not a name for an adapter: `base` is the base itself",
+            )
         elif name not in recipe.trained_adapters and not adapter.is_set("path"):
-            yield ("adapters", name, "path"), _missing_path_message(recipe, name)
+            yield (
+                ("adapters", name, "path"),
+                _missing_path_message(recipe, name),
+            )
 
 
 def _missing_path_message(recipe: RecipeConfig, name: str) -> str:
@@ -135,7 +149,10 @@ def _missing_reward_model(recipe: RecipeConfig) -> Iterator[Finding]:
                 "`algorithm: reward`",
             )
     if recipe.algorithm == "ppo" and recipe.ppo.critic_init == "reward":
-        yield ("ppo", "critic_init"), "needs the adapter of a reward model: `adapters.reward` with its `path`"
+        yield (
+            ("ppo", "critic_init"),
+            "needs the adapter of a reward model: `adapters.reward` with its `path`",
+        )
 
 
 def unsloth_findings(recipe: RecipeConfig, earlier: EarlierStages) -> Iterator[Finding]:
@@ -262,15 +279,11 @@ def _different_template_date(first: RecipeConfig, stage: RecipeConfig) -> Iterat
     trained with that date in their prompts."""
     date = first.data.template_date
     if stage.data.template_date != date:
+        value = "not set" if date is None else describe_value(date)
         yield (
             ("data", "template_date"),
-            f"is {_date_or_none(date)} in stage {first.name}, and all stages of a chain have one date; write it above "
-            "`stages`",
+            f"is {value} in stage {first.name}, and all stages of a chain have one date; write it above `stages`",
         )
-
-
-def _date_or_none(value: Any) -> str:
-    return "not set" if value is None else describe_value(value)
 
 
 def _adapter_name_conflicts(stages: Stages, index: int) -> Iterator[Finding]:
@@ -301,4 +314,7 @@ def _stage_name_conflicts(stages: Stages, index: int) -> Iterator[Finding]:
             f"is not a name for a stage of {stage.algorithm}: `{REWARD_ADAPTER}` is the reward model",
         )
     if stage.name in {*stage.adapters, *frozen_adapters_of(stages, index)} - {trained}:
-        yield ("name",), "is also the name of an adapter below this stage; rename one of them"
+        yield (
+            ("name",),
+            "is also the name of an adapter below this stage; rename one of them",
+        )

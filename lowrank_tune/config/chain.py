@@ -16,19 +16,15 @@ from lowrank_tune.config.adapter_stack import (
     conflicts,
     earlier_stages,
     frozen_adapters_of,
-    frozen_stage_names,
-    reference_findings,
-    reward_source_stage,
-    unsloth_findings,
 )
 from lowrank_tune.config.base import Finding, RunName, Settings
-from lowrank_tune.config.chain_layers import HEADER_KEYS, draft_stages
+from lowrank_tune.config.chain_layers import HEADER_KEYS, StageDraft, draft_stages
 from lowrank_tune.config.extends import Override, apply_overrides, parse_overrides, read_recipe
 from lowrank_tune.config.model import NAME_PATTERN, REWARD_ADAPTER
 from lowrank_tune.config.recipe import Recipe, problems_at, set_default_name, sorted_problems, tree_of_dict
 from lowrank_tune.config.schema import RecipeConfig
 from lowrank_tune.config.validate import findings, partial_recipe, type_findings
-from lowrank_tune.config.yaml import Node, SourcePosition, to_python
+from lowrank_tune.config.yaml import Node, dotted, to_python
 from lowrank_tune.errors import ConfigError, ConfigProblem, UserError
 
 
@@ -59,13 +55,9 @@ class Chain:
         """Raises ConfigError with all problems of the stages together. Each was checked by itself."""
         problems = self._name_problems()
         for index, stage in enumerate(self.stages):
-            earlier = earlier_stages(self.stages, index)
-            found = [
-                *conflicts(self.stages, index),
-                *reference_findings(stage, earlier),
-                *unsloth_findings(stage, earlier),
-            ]
-            problems += [SourcePosition().problem(message, ("stages", stage.name, *path)) for path, message in found]
+            found = [*findings(stage, earlier_stages(self.stages, index)), *conflicts(self.stages, index)]
+            for path, message in found:
+                problems.append(ConfigProblem(message, dotted(("stages", stage.name, *path))))
         if problems:
             raise ConfigError(problems)
 
@@ -127,11 +119,11 @@ class Chain:
         trained = adapters.pop(stage.trained_adapter)
         for name, adapter in frozen_adapters_of(self.stages, index).items():
             adapters[name] = {"path": adapter.path}
-        for name in frozen_stage_names(self.stages, index):
+        earlier = earlier_stages(self.stages, index)
+        for name in earlier.frozen_adapters:
             adapters[name] = {"path": folders[name]}
-        reward_stage = reward_source_stage(self.stages, index)
-        if reward_stage is not None:
-            adapters[REWARD_ADAPTER] = {"path": folders[reward_stage]}
+        if earlier.reward_stage is not None:
+            adapters[REWARD_ADAPTER] = {"path": folders[earlier.reward_stage]}
         adapters[stage.trained_adapter] = trained
         return Recipe.from_dict(recipe)
 
@@ -144,30 +136,46 @@ class Chain:
         files: bool,
     ) -> Self:
         """Checks each stage like a single recipe, then the stages together."""
-        header = Node({key: tree.value.pop(key) for key in HEADER_KEYS if key in tree.value}, tree.position)
-        header_overrides = [(path, node) for path, node in overrides if path[0] in HEADER_KEYS]
-        apply_overrides(header, header_overrides, problems)
-        problems += problems_at(header, type_findings(ChainHeader, to_python(header)))
+        header = _header_data(tree, overrides, problems)
         drafts = draft_stages(tree.value.pop("stages"), tree, overrides, problems, files)
-        data = [to_python(draft.tree) for draft in drafts]
-        checked = [partial_recipe(each) for each in data]
-        stages = [recipe for recipe, _ in checked]
-        is_complete = not any(draft.unresolved_parent for draft in drafts)
-        for index, draft in enumerate(drafts):
-            found = [*checked[index][1], *findings(stages[index], earlier_stages(stages, index))]
-            if is_complete:
-                found += conflicts(stages, index)
-            draft.problems += problems_at(draft.tree, found)
+        partial_stages = _check_stages(drafts)
         resolved = [(draft.label, draft.problems) for draft in drafts if not draft.unresolved_parent]
         problems += label_problems(resolved)
         if problems:
             raise ConfigError(sorted_problems(problems, tree.position.file))
-        recipes = [
-            Recipe.model_validate(each, context=earlier_stages(stages, index)).with_source(drafts[index].tree)
-            for index, each in enumerate(data)
-        ]
-        head = ChainHeader.model_validate(to_python(header))
-        return cls(head.name, head.description, tuple(recipes))
+        stages: list[Recipe] = []
+        for index, draft in enumerate(drafts):
+            earlier = earlier_stages(partial_stages, index)
+            recipe = Recipe.model_validate(to_python(draft.tree), context=earlier)
+            stages.append(recipe.with_source(draft.tree))
+        return cls(**header, stages=tuple(stages))
+
+
+def _header_data(tree: Node, overrides: Sequence[Override], problems: list[ConfigProblem]) -> dict[str, str]:
+    """Takes the settings of the chain itself out of its tree, and returns them with their overrides."""
+    header = Node({key: tree.value.pop(key) for key in HEADER_KEYS if key in tree.value}, tree.position)
+    header_overrides = [(path, node) for path, node in overrides if path[0] in HEADER_KEYS]
+    apply_overrides(header, header_overrides, problems)
+    data = to_python(header)
+    problems += problems_at(header, type_findings(ChainHeader, data))
+    return {"name": "", "description": "", **data}
+
+
+def _check_stages(drafts: Sequence[StageDraft]) -> list[RecipeConfig]:
+    """Adds the problems of each stage to its draft, and returns the valid settings of the stages."""
+    stages: list[RecipeConfig] = []
+    invalid: list[list[Finding]] = []
+    for draft in drafts:
+        stage, type_problems = partial_recipe(to_python(draft.tree))
+        stages.append(stage)
+        invalid.append(type_problems)
+    is_complete = not any(draft.unresolved_parent for draft in drafts)
+    for index, draft in enumerate(drafts):
+        found = [*invalid[index], *findings(stages[index], earlier_stages(stages, index))]
+        if is_complete:
+            found += conflicts(stages, index)
+        draft.problems += problems_at(draft.tree, found)
+    return stages
 
 
 def label_problems(problems_by_stage: Sequence[tuple[str, Sequence[ConfigProblem]]]) -> list[ConfigProblem]:
@@ -191,11 +199,12 @@ def locate(loaded: RecipeConfig | Chain, found: Mapping[str, Sequence[Finding]])
     A finding of several stages about one line is one problem, with the names of the stages if these are not all.
     """
     if not isinstance(loaded, Chain):
-        source_file = loaded.source_file if isinstance(loaded, Recipe) else ""
-        return sorted_problems(_problems_of(loaded, found.get(loaded.name, ())), source_file)
-    by_stage = {stage.name: _problems_of(stage, found.get(stage.name, ())) for stage in loaded.stages}
+        return sorted_problems(_problems_of(loaded, found), loaded.source_file)
+    by_stage = {stage.name: _problems_of(stage, found) for stage in loaded.stages}
     shared = _shared_problems(by_stage)
-    own = [(name, [each for each in problems if each not in shared]) for name, problems in by_stage.items()]
+    own: list[tuple[str, list[ConfigProblem]]] = []
+    for name, problems in by_stage.items():
+        own.append((name, [problem for problem in problems if problem not in shared]))
     return sorted_problems([*shared.values(), *label_problems(own)], loaded.stages[0].source_file)
 
 
@@ -213,7 +222,5 @@ def _shared_problems(by_stage: Mapping[str, Sequence[ConfigProblem]]) -> dict[Co
     return shared
 
 
-def _problems_of(recipe: RecipeConfig, found: Sequence[Finding]) -> list[ConfigProblem]:
-    if isinstance(recipe, Recipe):
-        return [recipe.problem(path, message) for path, message in found]
-    return [SourcePosition().problem(message, path) for path, message in found]
+def _problems_of(recipe: RecipeConfig, found: Mapping[str, Sequence[Finding]]) -> list[ConfigProblem]:
+    return [recipe.problem(path, message) for path, message in found.get(recipe.name, ())]

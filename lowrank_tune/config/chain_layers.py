@@ -67,7 +67,7 @@ def draft_stages(
     for draft in drafts:
         if files:
             _read_parent(draft, problems)
-        draft.algorithm = _layered_value(draft, shared, "algorithm")
+        draft.algorithm = _algorithm_of(draft, shared)
         _set_name(draft, drafts, problems)
     valid_overrides = _checked_overrides(overrides, drafts, problems)
     for draft in drafts:
@@ -115,10 +115,10 @@ def _read_parent(draft: StageDraft, problems: list[ConfigProblem]) -> None:
     draft.unresolved_parent = draft.parent is None
 
 
-def _layered_value(draft: StageDraft, shared: Node, key: str) -> Any:
-    """Returns the value of a key in the highest layer that has one."""
-    for layer in (draft.own, draft.parent, shared):
-        node = None if layer is None else find_node(layer, (key,))
+def _algorithm_of(draft: StageDraft, shared: Node) -> Any:
+    """Returns the algorithm of the highest layer that has one."""
+    for layer in filter(None, (draft.own, draft.parent, shared)):
+        node = find_node(layer, ("algorithm",))
         if node is not None and node.value is not None:
             return node.value
     return None

@@ -54,15 +54,21 @@ class SourceConfig(Settings):
         """Yields the keys, and a split, that this kind of source does not have."""
         if self.dataset in BUILT_IN:
             for key in UNUSED_BY_BUILT_IN:
-                if self.is_set(key) and not self._is_empty_mapping(key):
-                    yield (key,), f"does nothing for `{self.dataset}`, {BUILT_IN[self.dataset]}"
+                if self.is_set(key) and getattr(self, key) != {}:
+                    yield (
+                        (key,),
+                        f"does nothing for `{self.dataset}`, {BUILT_IN[self.dataset]}",
+                    )
             if self.split not in BUILT_IN_SPLITS:
-                yield ("split",), f"`{self.dataset}` has the splits train and heldout"
+                yield (
+                    ("split",),
+                    f"`{self.dataset}` has the splits train and heldout",
+                )
         elif DATA_FILE_PATTERN.fullmatch(self.dataset) and self.is_set("config_name"):
-            yield ("config_name",), "does nothing for a file; only hub data sets have configurations"
-
-    def _is_empty_mapping(self, key: str) -> bool:
-        return key == "columns" and not self.columns
+            yield (
+                ("config_name",),
+                "does nothing for a file; only hub data sets have configurations",
+            )
 
 
 Sources = Annotated[tuple[SourceConfig, ...], Field(strict=False)]
@@ -101,9 +107,15 @@ class DataConfig(Settings):
         """Yields `eval_fraction` beside other validation rows, and weights of sources that are missing, do not sum to
         1, or have no effect."""
         if self.is_set("eval_fraction") and self.validation:
-            yield ("eval_fraction",), "contradicts `data.validation`: give one of the two"
+            yield (
+                ("eval_fraction",),
+                "contradicts `data.validation`: give one of the two",
+            )
         elif self.is_set("eval_fraction") and self.is_set("eval_rows"):
-            yield ("eval_fraction",), "contradicts `data.eval_rows`: give one of the two"
+            yield (
+                ("eval_fraction",),
+                "contradicts `data.eval_rows`: give one of the two",
+            )
         yield from self._weight_findings()
 
     def _weight_findings(self) -> Iterator[Finding]:
@@ -111,12 +123,21 @@ class DataConfig(Settings):
         if not any(is_weighted):
             return
         if len(is_weighted) == 1:
-            yield ("train", 0, "weight"), "does nothing with a single source"
+            yield (
+                ("train", 0, "weight"),
+                "does nothing with a single source",
+            )
             return
         for index, has_weight in enumerate(is_weighted):
             if not has_weight:
-                yield ("train", index, "weight"), "is missing: give every source a weight, or none"
+                yield (
+                    ("train", index, "weight"),
+                    "is missing: give every source a weight, or none",
+                )
         if all(is_weighted):
             total = sum(source.weight or 0.0 for source in self.train)
             if abs(total - 1.0) > 1e-6:
-                yield ("train", 0, "weight"), f"the weights of the sources sum to {total:.6g}, and must sum to 1"
+                yield (
+                    ("train", 0, "weight"),
+                    f"the weights of the sources sum to {total:.6g}, and must sum to 1",
+                )

@@ -42,6 +42,12 @@ class EvaluationConfig(Settings):
         if not self.is_set("eval_dataset"):
             for key in ("num_prompts", "num_samples", "temperature"):
                 if self.is_set(key):
-                    yield (key,), "does nothing without `evaluate.eval_dataset`"
+                    yield (
+                        (key,),
+                        "does nothing without `evaluate.eval_dataset`",
+                    )
         elif self.is_set("temperature") and self.num_samples == 1:
-            yield ("temperature",), "does nothing with one sample, which is greedy; set `evaluate.num_samples` too"
+            yield (
+                ("temperature",),
+                "does nothing with one sample, which is greedy; set `evaluate.num_samples` too",
+            )

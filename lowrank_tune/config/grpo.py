@@ -54,14 +54,20 @@ class GRPOConfig(Settings):
             )
         yield from self._unused_kl_settings()
         if self.is_set("missing_eos_penalty") and self.truncated_completions != "penalize":
-            yield ("missing_eos_penalty",), "does nothing without `grpo.truncated_completions`: penalize"
+            yield (
+                ("missing_eos_penalty",),
+                "does nothing without `grpo.truncated_completions`: penalize",
+            )
 
     def _unused_kl_settings(self) -> Iterator[Finding]:
         for key in ("kl_in_reward", "kl_estimator"):
             if not self.is_set(key):
                 continue
             if self.beta == 0.0:
-                yield (key,), "does nothing if `grpo.beta` is 0"
+                yield (
+                    (key,),
+                    "does nothing if `grpo.beta` is 0",
+                )
             elif key == "kl_estimator" and self.kl_in_reward:
                 yield (
                     (key,),

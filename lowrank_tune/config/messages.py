@@ -20,10 +20,22 @@ MAX_HINTS = 60
 """Unknown keys that get a hint. The search for the nearest name takes time."""
 MAX_LISTED_KEYS = 12
 
-PATTERN_MESSAGES = {
-    "name": "may have letters, digits, `.`, `_` and `-`, a letter or digit first, at most 64",
-    "": "must be one line without control characters",
+NAME_TEXT = "may have letters, digits, `.`, `_` and `-`, a letter or digit first, at most 64"
+LINE_TEXT = "must be one line without control characters"
+ERROR_MESSAGES = {
+    "finite_number": "must be a finite number, {found}",
+    "greater_than": "must be greater than {gt}, {found}",
+    "greater_than_equal": "must be at least {ge}, {found}",
+    "less_than": "must be smaller than {lt}, {found}",
+    "less_than_equal": "must be at most {le}, {found}",
+    "too_short": "must have at least one entry",
+    "string_too_short": "must not be empty",
+    "string_too_long": "must have at most {max_length} letters",
+    "string_unicode": "contains half of a surrogate pair, which is not a character",
+    "string_pattern_mismatch": "{rule}, {found}",
+    "calendar_day": "must be a day as YYYY-MM-DD, {found}",
 }
+"""Sentences for the types of pydantic's errors. Their fields are those of the error's context, `found` and `rule`."""
 TYPE_NAMES: dict[Any, str] = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}
 TRUE_WORDS = ("yes", "on", "true")
 FALSE_WORDS = ("no", "off", "false")
@@ -189,27 +201,14 @@ def format_error(model: type[BaseModel], error: ErrorDetails, path: Path, value:
     """Returns one of pydantic's errors as a sentence."""
     expected = describe_expected(model, path)
     found = f"found {describe_value(value)}"
-    kind = error["type"]
-    if kind == "missing":
-        has_choices = any(get_origin(each) is Literal for each in annotations_at(model, path))
+    if error["type"] == "missing":
+        has_choices = any(get_origin(kind) is Literal for kind in annotations_at(model, path))
         return f"is missing: {expected}" if has_choices else "is missing"
-    key = str(path[-1]) if len(path) == 1 else ""
-    pattern_message = PATTERN_MESSAGES.get(key, PATTERN_MESSAGES[""])
-    limits = error.get("ctx", {})
-    messages = {
-        "finite_number": f"must be a finite number, {found}",
-        "greater_than": f"must be greater than {limits.get('gt')}, {found}",
-        "greater_than_equal": f"must be at least {limits.get('ge')}, {found}",
-        "less_than": f"must be smaller than {limits.get('lt')}, {found}",
-        "less_than_equal": f"must be at most {limits.get('le')}, {found}",
-        "too_short": "must have at least one entry",
-        "string_too_short": "must not be empty",
-        "string_too_long": f"must have at most {limits.get('max_length')} letters",
-        "string_unicode": "contains half of a surrogate pair, which is not a character",
-        "string_pattern_mismatch": f"{pattern_message}, {found}",
-        "calendar_day": f"must be a day as YYYY-MM-DD, {found}",
-    }
-    return messages.get(kind) or f"expected {expected}, {found}{suggestion_for(model, path, value)}"
+    template = ERROR_MESSAGES.get(error["type"])
+    if template is None:
+        return f"expected {expected}, {found}{suggestion_for(model, path, value)}"
+    rule = NAME_TEXT if path == ("name",) else LINE_TEXT
+    return template.format(found=found, rule=rule, **error.get("ctx", {}))
 
 
 def format_errors(model: type[BaseModel], data: Any, failed: ValidationError) -> Iterator[Finding]:
@@ -230,7 +229,10 @@ def format_errors(model: type[BaseModel], data: Any, failed: ValidationError) ->
         elif len(reported) <= MAX_HINTS:
             yield path, unknown_key_message(model, path, algorithm)
         else:
-            yield path, "unknown key"
+            yield (
+                path,
+                "unknown key",
+            )
 
 
 def _locate(data: Any, location: Path) -> tuple[Path, Any]:

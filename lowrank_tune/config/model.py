@@ -54,7 +54,10 @@ class BaseConfig(Settings):
     def findings(self) -> Iterator[Finding]:
         """Yields a model with an empty revision."""
         if self.model.endswith("@"):
-            yield ("model",), "has no revision after the @"
+            yield (
+                ("model",),
+                "has no revision after the @",
+            )
 
 
 class AdapterConfig(Settings):
@@ -80,4 +83,7 @@ class AdapterConfig(Settings):
             return
         for key in SHAPE_KEYS:
             if self.is_set(key):
-                yield (key,), "comes from the file at `path`; leave it out"
+                yield (
+                    (key,),
+                    "comes from the file at `path`; leave it out",
+                )

@@ -59,11 +59,20 @@ class PPOConfig(Settings):
     def findings(self) -> Iterator[Finding]:
         """Yields settings of a penalty, of the adapted KL weight, and of the value that other keys make unused."""
         if self.is_set("missing_eos_penalty") and self.truncated_completions != "penalize":
-            yield ("missing_eos_penalty",), "does nothing without `ppo.truncated_completions`: penalize"
+            yield (
+                ("missing_eos_penalty",),
+                "does nothing without `ppo.truncated_completions`: penalize",
+            )
         if self.is_set("kl_gain") and not self.is_set("kl_target"):
-            yield ("kl_gain",), "does nothing without `ppo.kl_target`: the weight of the KL is constant"
+            yield (
+                ("kl_gain",),
+                "does nothing without `ppo.kl_target`: the weight of the KL is constant",
+            )
         if self.is_set("critic_init") and self.critic == "shared":
-            yield ("critic_init",), "does nothing with `ppo.critic`: shared, a new head on the policy's trunk"
+            yield (
+                ("critic_init",),
+                "does nothing with `ppo.critic`: shared, a new head on the policy's trunk",
+            )
         if self.is_set("vf_coef") and self.critic == "separate":
             yield (
                 ("vf_coef",),

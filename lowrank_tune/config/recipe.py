@@ -7,14 +7,14 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Self
 
-from pydantic import PrivateAttr, ValidationInfo, model_validator
+from pydantic import ValidationInfo, model_validator
 
 from lowrank_tune.config.adapter_stack import NO_EARLIER_STAGES
-from lowrank_tune.config.base import Finding, Path
+from lowrank_tune.config.base import Finding
 from lowrank_tune.config.extends import OVERRIDE_POSITION, apply_overrides, parse_overrides, read_recipe
 from lowrank_tune.config.schema import RecipeConfig
 from lowrank_tune.config.validate import findings, first_per_path, partial_recipe, unused_settings
-from lowrank_tune.config.yaml import Node, SourcePosition, SourceTree, from_python, to_python
+from lowrank_tune.config.yaml import Node, SourcePosition, from_python, to_python
 from lowrank_tune.errors import ConfigError, ConfigProblem, UserError
 
 MAX_PROBLEMS = 50
@@ -22,8 +22,6 @@ MAX_PROBLEMS = 50
 
 class Recipe(RecipeConfig):
     """One run, complete and without contradictions."""
-
-    _source: SourceTree = PrivateAttr(default_factory=SourceTree)
 
     @classmethod
     def load(cls, preset_or_path: str | os.PathLike[str], *overrides: str) -> Self:
@@ -61,27 +59,13 @@ class Recipe(RecipeConfig):
             section.pop(path[-1], None)
         return data
 
-    def with_source(self, tree: Node) -> Self:
-        """Returns this recipe, with the tree that its settings were read from."""
-        self._source = SourceTree(tree)
-        return self
-
-    def problem(self, path: Path, message: str) -> ConfigProblem:
-        """Returns a problem of a setting, at its line, or at the line of its section if it is not written."""
-        return self._source.root.problem(message, path)
-
-    @property
-    def source_file(self) -> str:
-        """The file that it was read from; an empty string if it was made in Python."""
-        return self._source.root.position.file
-
     @model_validator(mode="after")
     def _without_contradictions(self, info: ValidationInfo) -> Self:
         """Raises ConfigError if settings contradict each other or are unused. The context of a stage of a chain is its
         `EarlierStages`."""
         found = findings(self, info.context or NO_EARLIER_STAGES)
         if found:
-            raise ConfigError([SourcePosition().problem(message, path) for path, message in found])
+            raise ConfigError([self.problem(path, message) for path, message in found])
         return self
 
     @classmethod

@@ -107,18 +107,30 @@ class RewardConfig(Settings):
         if not self.name:
             return
         if reason := self._invalid_name():
-            yield ("name",), reason
+            yield (
+                ("name",),
+                reason,
+            )
         for key, (owners, description) in REWARD_SETTINGS.items():
             if self.name not in owners and self.is_set(key):
                 names = " and ".join(f"`{owner}`" for owner in owners)
-                yield (key,), f"does nothing for this reward; it belongs to {names}"
+                yield (
+                    (key,),
+                    f"does nothing for this reward; it belongs to {names}",
+                )
             elif self.name in owners and description and not self.is_set(key):
-                yield (key,), f"is missing: {description}"
+                yield (
+                    (key,),
+                    f"is missing: {description}",
+                )
         if self.is_set("pattern") and self.name in REWARD_SETTINGS["pattern"][0]:
             try:
                 compile_pattern(self.pattern or "")
             except UserError as error:
-                yield ("pattern",), str(error)
+                yield (
+                    ("pattern",),
+                    str(error),
+                )
 
     def _invalid_name(self) -> str:
         """Returns why the name is not that of a reward, or an empty string."""

@@ -6,9 +6,9 @@ exclude each other add a row to `MUTUALLY_EXCLUSIVE`.
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal, Self, get_args
 
-from pydantic import Field, model_validator
+from pydantic import Field, PrivateAttr, model_validator
 
 from lowrank_tune.config.base import NonEmptyStr, Path, RunName, Settings
 from lowrank_tune.config.data import DataConfig
@@ -21,6 +21,8 @@ from lowrank_tune.config.reward_model import RewardModelConfig
 from lowrank_tune.config.rewards import REWARD_MODEL, RewardConfig
 from lowrank_tune.config.rollout import RolloutConfig
 from lowrank_tune.config.training import TrainingConfig
+from lowrank_tune.config.yaml import Node, SourceTree
+from lowrank_tune.errors import ConfigProblem
 
 AlgorithmName = Literal["sft", "reward", "dpo", "ppo", "grpo"]
 ALGORITHMS: tuple[str, ...] = get_args(AlgorithmName)
@@ -119,6 +121,22 @@ class RecipeConfig(Settings):
     """Settings of `algorithm: ppo`."""
     evaluate: EvaluationConfig = EvaluationConfig()
     """Held-out measurements."""
+
+    _source: SourceTree = PrivateAttr(default_factory=SourceTree)
+
+    def with_source(self, tree: Node) -> Self:
+        """Returns this recipe, with the tree that its settings were read from."""
+        self._source = SourceTree(tree)
+        return self
+
+    def problem(self, path: Path, message: str) -> ConfigProblem:
+        """Returns a problem of a setting, at its line, or at the line of its section if it is not written."""
+        return self._source.root.problem(message, path)
+
+    @property
+    def source_file(self) -> str:
+        """The file that it was read from; an empty string if it was made in Python."""
+        return self._source.root.position.file
 
     @property
     def trained_adapter(self) -> str:

@@ -109,7 +109,10 @@ class TrainingConfig(Settings):
         """Yields a missing end of the run, a warm-up that does not finish before it, offloading without recomputed
         layers, and a project without a tracker that has projects."""
         if not self.is_set("max_steps") and not self.is_set("num_train_epochs"):
-            yield ("max_steps",), "is missing: give `train.max_steps` or `train.num_train_epochs`"
+            yield (
+                ("max_steps",),
+                "is missing: give `train.max_steps` or `train.num_train_epochs`",
+            )
         if self.is_set("activation_offloading") and self.activation_offloading and not self.recomputes_layers:
             yield (
                 ("activation_offloading",),
@@ -122,4 +125,7 @@ class TrainingConfig(Settings):
                 "the run's folder)",
             )
         if self.max_steps is not None and self.warmup_steps >= self.max_steps:
-            yield ("warmup_steps",), f"must be smaller than `train.max_steps`, {self.max_steps}"
+            yield (
+                ("warmup_steps",),
+                f"must be smaller than `train.max_steps`, {self.max_steps}",
+            )

@@ -166,7 +166,10 @@ def settings_of_other_algorithm(recipe: RecipeConfig) -> Iterator[Finding]:
         path = tuple(key.split("."))
         if algorithm not in users and _is_set(recipe, path):
             replacement = _replacement(key, algorithm)
-            yield path, f"does nothing for {algorithm} (it belongs to {', '.join(users)}){replacement}"
+            yield (
+                path,
+                f"does nothing for {algorithm} (it belongs to {', '.join(users)}){replacement}",
+            )
 
 
 def _replacement(key: str, algorithm: str) -> str:
@@ -192,7 +195,10 @@ def unused_evaluation_settings(recipe: RecipeConfig) -> Iterator[Finding]:
     if evaluate.is_set("eval_dataset"):
         return
     if recipe.is_online and evaluate.is_set("on_reward_hacking"):
-        yield ("evaluate", "on_reward_hacking"), "does nothing without `evaluate.eval_dataset`"
+        yield (
+            ("evaluate", "on_reward_hacking"),
+            "does nothing without `evaluate.eval_dataset`",
+        )
     if has_validation(recipe):
         return
     missing = "with neither `evaluate.eval_dataset` nor validation rows"
@@ -200,7 +206,10 @@ def unused_evaluation_settings(recipe: RecipeConfig) -> Iterator[Finding]:
         missing = "without `evaluate.eval_dataset`"
     for key in ("eval_steps", "max_new_tokens", "num_completions_to_print"):
         if evaluate.is_set(key):
-            yield ("evaluate", key), f"does nothing {missing}"
+            yield (
+                ("evaluate", key),
+                f"does nothing {missing}",
+            )
 
 
 def unused_best_step(recipe: RecipeConfig) -> Iterator[Finding]:
@@ -209,29 +218,50 @@ def unused_best_step(recipe: RecipeConfig) -> Iterator[Finding]:
     has_heldout = recipe.evaluate.is_set("eval_dataset")
     path = ("evaluate", "metric_for_best_model")
     if metric == "accuracy" and recipe.algorithm == "reward":
-        yield path, "`accuracy` needs answers, and a reward model generates none"
+        yield (
+            path,
+            "`accuracy` needs answers, and a reward model generates none",
+        )
     elif metric == "accuracy" and not has_heldout:
-        yield path, "`accuracy` needs questions: `evaluate.eval_dataset`"
+        yield (
+            path,
+            "`accuracy` needs questions: `evaluate.eval_dataset`",
+        )
     elif metric == "loss" and not has_validation(recipe):
-        yield path, "`loss` needs validation rows, and there are none"
+        yield (
+            path,
+            "`loss` needs validation rows, and there are none",
+        )
     elif recipe.train.is_set("load_best_model_at_end") and recipe.train.load_best_model_at_end:
         is_measured = has_heldout and (metric == "accuracy" or recipe.is_online)
         if not is_measured and not has_validation(recipe):
             needed = "`evaluate.eval_dataset`" if recipe.is_online else "validation rows"
-            yield ("train", "load_best_model_at_end"), f"`true` needs {needed}, and there are none"
+            yield (
+                ("train", "load_best_model_at_end"),
+                f"`true` needs {needed}, and there are none",
+            )
 
 
 def unused_source_settings(recipe: RecipeConfig) -> Iterator[Finding]:
     """Yields settings of sources that are only for training sources, or only for single answers."""
     for path, source in _sources(recipe):
         if path[1] != "train" and source.is_set("weight"):
-            yield (*path, "weight"), "does nothing here; only training sources are mixed"
+            yield (
+                (*path, "weight"),
+                "does nothing here; only training sources are mixed",
+            )
         if not source.is_set("final_answer"):
             continue
         if path == HELDOUT:
-            yield (*path, "final_answer"), "does nothing for held-out prompts, whose answers are not trained"
+            yield (
+                (*path, "final_answer"),
+                "does nothing for held-out prompts, whose answers are not trained",
+            )
         elif recipe.uses_pairs:
-            yield (*path, "final_answer"), "does nothing for pairs, which do not change"
+            yield (
+                (*path, "final_answer"),
+                "does nothing for pairs, which do not change",
+            )
 
 
 def unused_failure_rate(recipe: RecipeConfig) -> Iterator[Finding]:
@@ -252,7 +282,10 @@ def mutually_exclusive_settings(recipe: RecipeConfig) -> Iterator[Finding]:
         if second == ("data", "eval_fraction") or (first == ("data", "validation") and not recipe.data.validation):
             continue
         if _is_set(recipe, first) and _is_set(recipe, second):
-            yield second, f"contradicts `{'.'.join(map(str, first))}`: give one of the two"
+            yield (
+                second,
+                f"contradicts `{'.'.join(map(str, first))}`: give one of the two",
+            )
 
 
 def row_format_findings(recipe: RecipeConfig) -> Iterator[Finding]:
@@ -274,10 +307,16 @@ def _row_format_findings(recipe: RecipeConfig, path: Path, source: SourceConfig)
         )
     elif dataset == "builtin:arithmetic":
         if needs_pairs:
-            yield (*path, "dataset"), f"contains single answers, and {reason}; use builtin:arithmetic-preferences"
+            yield (
+                (*path, "dataset"),
+                f"contains single answers, and {reason}; use builtin:arithmetic-preferences",
+            )
     elif dataset == "builtin:arithmetic-preferences":
         if not needs_pairs:
-            yield (*path, "dataset"), f"contains pairs, and {reason}; use builtin:arithmetic"
+            yield (
+                (*path, "dataset"),
+                f"contains pairs, and {reason}; use builtin:arithmetic",
+            )
     elif needs_pairs and source.format not in ("auto", "preference"):
         yield (
             (*path, "format"),
@@ -290,7 +329,10 @@ def _row_format_findings(recipe: RecipeConfig, path: Path, source: SourceConfig)
                 "train with dpo or reward, or use the chosen answers: `prompt_completion` with columns: "
                 "{completion: chosen}"
             )
-        yield (*path, "format"), f"means pairs, and {reason}; {fix}"
+        yield (
+            (*path, "format"),
+            f"means pairs, and {reason}; {fix}",
+        )
 
 
 def _needed_rows(recipe: RecipeConfig, path: Path) -> str:
@@ -308,9 +350,15 @@ def reward_findings(recipe: RecipeConfig) -> Iterator[Finding]:
     if not recipe.is_online:
         return
     if not recipe.rewards:
-        yield ("rewards",), "is missing: list the rewards of completions, as in `rewards: [{name: answer}]`"
+        yield (
+            ("rewards",),
+            "is missing: list the rewards of completions, as in `rewards: [{name: answer}]`",
+        )
     elif not any(reward.weight for reward in recipe.rewards):
-        yield ("rewards", 0, "weight"), "the weights of the rewards are all 0, so that nothing would be learned"
+        yield (
+            ("rewards", 0, "weight"),
+            "the weights of the rewards are all 0, so that nothing would be learned",
+        )
 
 
 def reward_without_answers(recipe: RecipeConfig) -> Iterator[Finding]:

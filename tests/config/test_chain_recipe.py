@@ -1,10 +1,9 @@
-"""Recipes with stages: laws, overrides, the flow of adapters, faults with their lines, hostile shapes."""
+"""Recipes with stages: layers, overrides, adapters of earlier stages, problems with their lines, malformed files."""
 
 from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +12,11 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from malformed_yaml import MAX_CPU_SECONDS
+from recipe_helpers import Steps, Write, places, problems_of_file, with_values
 
 from lowrank_tune.config import Chain, Recipe, differences, dump, load_any, presets, schema
 from lowrank_tune.errors import ConfigError, UserError
 
-Write = Callable[..., str]
 PAIRS = {"train": [{"dataset": "builtin:arithmetic-preferences"}]}
 SFT: dict[str, Any] = {
     "algorithm": "sft",
@@ -56,26 +55,7 @@ stages:
 """
 
 
-@pytest.fixture
-def write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Write:
-    """Writes a file into a fresh working directory, where faults name it by its bare name."""
-    monkeypatch.chdir(tmp_path)
-
-    def make(text: str, name: str = "my.yaml") -> str:
-        Path(name).parent.mkdir(exist_ok=True, parents=True)
-        Path(name).write_text(text)
-        return f"./{name}"
-
-    return make
-
-
-def faults_of(path: str, *overrides: str) -> list[str]:
-    with pytest.raises(ConfigError) as caught:
-        load_any(path, *overrides)
-    return str(caught.value).splitlines()
-
-
-def faults_in(data: Any) -> list[str]:
+def problems_of_chain(data: Any) -> list[str]:
     with pytest.raises(ConfigError) as caught:
         Chain.from_dict(data)
     return str(caught.value).splitlines()
@@ -85,7 +65,7 @@ def chained(*stages: dict[str, Any], **shared: Any) -> dict[str, Any]:
     return {"name": "all", **shared, "stages": list(stages)}
 
 
-def test_every_stage_equals_the_same_recipe_written_alone(write: Write) -> None:
+def test_chain_stage_equals_the_same_single_recipe(write: Write) -> None:
     chain = Chain.load(write(CHAIN))
     shared = {"base": {"model": "tiny-tutor"}, "seed": 3}
     heldout = {"dataset": "builtin:arithmetic", "split": "heldout"}
@@ -149,7 +129,7 @@ def test_every_stage_equals_the_same_recipe_written_alone(write: Write) -> None:
         chained(*({**SFT, "name": f"s{index}", "description": "é: 1"} for index in range(8))),
     ],
 )
-def test_what_is_saved_replays(data: dict[str, Any], write: Write) -> None:
+def test_saved_chain_loads_as_an_equal_one(data: dict[str, Any], write: Write) -> None:
     before = copy.deepcopy(data)
     chain = Chain.from_dict(data)
     assert data == before
@@ -160,7 +140,7 @@ def test_what_is_saved_replays(data: dict[str, Any], write: Write) -> None:
     assert Chain(chain.name, chain.description, chain.stages) == chain
 
 
-def test_overrides_change_every_stage_or_one(write: Write) -> None:
+def test_override_changes_every_stage_or_the_named_one(write: Write) -> None:
     path = write(CHAIN)
     chain = Chain.load(
         path,
@@ -186,7 +166,7 @@ def test_overrides_change_every_stage_or_one(write: Write) -> None:
     assert chain.stages[2].dpo.beta == 0.9 and chain.stages[0].data.train[0].max_samples == 5
 
 
-def test_the_special_override_wins_wherever_it_stands(write: Write) -> None:
+def test_override_of_one_stage_replaces_the_common_one_in_any_order(write: Write) -> None:
     for overrides in (["seed=1", "stages.prefer.seed=2"], ["stages.prefer.seed=2", "seed=1"]):
         assert [stage.seed for stage in Chain.load(write(CHAIN), *overrides).stages] == [1, 1, 2]
     nested = Chain.load(
@@ -202,7 +182,7 @@ def test_the_special_override_wins_wherever_it_stands(write: Write) -> None:
     assert [stage.evaluate.num_prompts for stage in nested.stages] == [4, 4, 4]
 
 
-def test_a_stage_wins_over_what_is_common_and_null_takes_away(write: Write) -> None:
+def test_stage_setting_replaces_the_common_one_and_null_removes_it(write: Write) -> None:
     chain = Chain.load(write(CHAIN))
     assert [(stage.train.max_steps, stage.train.num_train_epochs) for stage in chain.stages] == [
         (None, 4),
@@ -214,7 +194,7 @@ def test_a_stage_wins_over_what_is_common_and_null_takes_away(write: Write) -> N
     assert gone.stages[0].evaluate.eval_dataset is None and gone.stages[1].evaluate.eval_dataset is not None
 
 
-def test_common_settings_go_to_the_stages_that_use_them() -> None:
+def test_common_setting_is_left_out_of_stages_that_do_not_use_it() -> None:
     chain = Chain.from_dict(
         chained(
             SFT,
@@ -237,7 +217,7 @@ def test_common_settings_go_to_the_stages_that_use_them() -> None:
     )
 
 
-def test_extends_of_chains_and_stages(write: Write) -> None:
+def test_extends_of_chain_and_stage_is_relative_to_its_file(write: Write) -> None:
     one = (
         "algorithm: sft\ndata: {train: [{dataset: builtin:arithmetic, max_samples: 7}]}\ntrain: {max_steps: 4}\n"
         "description: not inherited\nname: nor-this\n"
@@ -264,7 +244,7 @@ def test_extends_of_chains_and_stages(write: Write) -> None:
     assert [(stage.train.max_steps, stage.train.num_train_epochs) for stage in other.stages] == [(None, 1)]
 
 
-def test_adapters_flow(write: Write) -> None:
+def test_recipe_of_stage_has_the_adapters_of_earlier_stages(write: Write) -> None:
     low, mine = {"path": "runs/low"}, {"path": "runs/mine"}
     chain = Chain.from_dict(
         chained(
@@ -311,7 +291,7 @@ stages:
 """
 
 
-def test_every_fault_at_once(write: Write) -> None:
+def test_faulty_chain_reports_every_problem_at_once(write: Write) -> None:
     overrides = [
         "stages.dop.seed=1",
         "stages.dpo=3",
@@ -327,7 +307,7 @@ def test_every_fault_at_once(write: Write) -> None:
         "extends=b",
         "stages.dpo.extends=a",
     ]
-    assert sorted(faults_of(write(FAULTY), *overrides)) == sorted(
+    assert sorted(problems_of_file(write(FAULTY), *overrides)) == sorted(
         [
             "my.yaml:2: seed: expected a whole number, found 'x'",
             "my.yaml:3: train.lr: unknown key; did you mean `learning_rate`?",
@@ -356,20 +336,22 @@ def test_every_fault_at_once(write: Write) -> None:
     )
 
 
-def test_faults_of_a_single_stage_and_of_an_extended_file_name_the_stage(write: Write) -> None:
+def test_problem_of_one_stage_contains_its_name_and_of_all_stages_none(write: Write) -> None:
     write("algorithm: sft\ndata: {train: [{dataset: builtin:arithmetic}]}\ntrain:\n  max_step: 4\n", "above.yaml")
-    assert faults_of(write("stages:\n  - extends: above.yaml\n    train: {max_steps: 2, save_total_limit: 0}\n")) == [
+    assert problems_of_file(
+        write("stages:\n  - extends: above.yaml\n    train: {max_steps: 2, save_total_limit: 0}\n")
+    ) == [
         "my.yaml:3: stages.sft.train.save_total_limit: must be at least 1, found 0",
         "above.yaml:4: stages.sft.train.max_step: unknown key; did you mean `max_steps`?",
     ]
-    both = faults_of(
+    both = problems_of_file(
         write(
             "stages:\n  - {extends: above.yaml, train: {max_steps: 2}}\n"
             "  - {extends: above.yaml, train: {num_train_epochs: 2}, name: b}\n"
         )
     )
     assert both == ["above.yaml:4: train.max_step: unknown key; did you mean `max_steps`?"]
-    assert faults_of(
+    assert problems_of_file(
         write(
             "train: {max_steps: 1}\nstages:\n  - algorithm: sft\n    data: {train: [{dataset: builtin:arithmetic}]}\n"
             "  - algorithm: sftt\n"
@@ -381,7 +363,7 @@ def test_faults_of_a_single_stage_and_of_an_extended_file_name_the_stage(write: 
     ]
 
 
-CLASHES: dict[str, tuple[dict[str, Any], str]] = {
+CONFLICTS: dict[str, tuple[dict[str, Any], str]] = {
     "same name": (chained(SFT, {**DPO, "name": "sft"}), "stages.1.name: a second stage is called `sft`"),
     "same algorithm": (chained(SFT, SFT), "stages.1: a second stage is called `sft`; give each a `name` of its own"),
     "base": (chained({**SFT, "name": "base"}), "stages.0.name: is not a name for a stage: `base` is the base itself"),
@@ -463,11 +445,11 @@ CLASHES: dict[str, tuple[dict[str, Any], str]] = {
 }
 
 
-@pytest.mark.parametrize("case", CLASHES)
-def test_clashes(case: str) -> None:
-    data, message = CLASHES[case]
-    faults = faults_in(data)
-    assert len(faults) == 1 and faults[0].startswith(message), faults
+@pytest.mark.parametrize("case", CONFLICTS)
+def test_conflicting_stages_are_one_problem(case: str) -> None:
+    data, message = CONFLICTS[case]
+    problems = problems_of_chain(data)
+    assert len(problems) == 1 and problems[0].startswith(message), problems
 
 
 @pytest.mark.parametrize(
@@ -481,11 +463,11 @@ def test_clashes(case: str) -> None:
         chained(SFT, REWARD, adapters={"policy": {"r": 2}, "reward": {"r": 2}}),
     ],
 )
-def test_neighbors_of_clashes(data: dict[str, Any]) -> None:
+def test_similar_stages_without_conflict_load(data: dict[str, Any]) -> None:
     assert len(Chain.from_dict(data).stages) == len(data["stages"])
 
 
-def test_a_chain_made_in_python_is_judged() -> None:
+def test_chain_made_in_python_is_checked() -> None:
     sft, dpo = Recipe.from_dict({**SFT, "name": "sft"}), Recipe.from_dict({**DPO, "name": "dpo", "reference": "base"})
     with pytest.raises(ConfigError, match="stages.dpo.reference: will be `sft`"):
         Chain("x", "", (sft, dpo))
@@ -497,7 +479,7 @@ def test_a_chain_made_in_python_is_judged() -> None:
         Chain("x", "", (Recipe.from_dict(SFT),))
 
 
-def test_entry_points(write: Write) -> None:
+def test_recipe_and_chain_loaders_refuse_the_other_kind(write: Write) -> None:
     path = write(CHAIN)
     with pytest.raises(UserError, match=r"my is a chain of several runs; `lowrank-tune run` runs it"):
         Recipe.load(path)
@@ -507,7 +489,7 @@ def test_entry_points(write: Write) -> None:
         Recipe.from_dict(RLHF)
     assert load_any("tiny-sft", "seed=3") == Recipe.load("tiny-sft", "seed=3")
     assert isinstance(load_any(path), Chain)
-    assert faults_of("tiny-sft", "stages.sft.seed=1") == [
+    assert problems_of_file("tiny-sft", "stages.sft.seed=1") == [
         "override: stages: unknown key; a single recipe and a stage have none; "
         "a chain is a recipe file with a list of them"
     ]
@@ -515,7 +497,7 @@ def test_entry_points(write: Write) -> None:
         load_any(path).name = "other"  # type: ignore[misc]
 
 
-def test_presets_list_chains(write: Write, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_presets_contain_chains_and_stages_cannot_extend_them(write: Write, monkeypatch: pytest.MonkeyPatch) -> None:
     write(CHAIN.replace("tiny-sft", "one"), "presets/chain.yaml")
     write(
         "description: one\nalgorithm: sft\ndata: {train: [{dataset: builtin:arithmetic}]}\ntrain: {max_steps: 4}\n",
@@ -523,12 +505,12 @@ def test_presets_list_chains(write: Write, monkeypatch: pytest.MonkeyPatch) -> N
     )
     monkeypatch.setattr("lowrank_tune.config.extends.preset_folders", lambda: [Path("presets").resolve()])
     assert presets() == [("chain", "SFT, a reward model, DPO", "sft -> reward -> dpo"), ("one", "one", "sft")]
-    assert faults_of(write("stages: [{name: a, extends: chain}]")) == [
+    assert problems_of_file(write("stages: [{name: a, extends: chain}]")) == [
         "my.yaml:1: stages.0.extends: is a chain itself, and chains do not nest; name one of its recipes",
     ]
 
 
-def test_schema_knows_every_key() -> None:
+def test_schema_contains_every_key_of_a_chain() -> None:
     shape = schema()
     stage = shape["$defs"]["Stage"]["properties"]
     assert shape["properties"]["stages"]["items"] == {"$ref": "#/$defs/Stage"} and "stages" not in stage
@@ -536,7 +518,7 @@ def test_schema_knows_every_key() -> None:
     assert set(data) <= set(shape["properties"]) and all(set(each) <= set(stage) for each in data["stages"])
 
 
-def test_differences() -> None:
+def test_differences_of_chains_list_what_cannot_change() -> None:
     old = Chain.from_dict(RLHF).to_dict()
     new = copy.deepcopy(old)
     new["stages"][2]["train"].update(max_steps=99, learning_rate=1.0, save_total_limit=9)
@@ -617,12 +599,12 @@ HOSTILE: dict[str, tuple[str, str]] = {
 
 
 @pytest.mark.parametrize("case", HOSTILE)
-def test_hostile_file(case: str, write: Write) -> None:
+def test_malformed_chain_file_ends_in_problems(case: str, write: Write) -> None:
     write(f"stages: [{{{GOOD}}}]\n", "chain.yaml")
     text, message = HOSTILE[case]
     path = write(text, "bad.yaml")
     start = time.process_time()
-    lines = faults_of(path)
+    lines = problems_of_file(path)
     assert time.process_time() - start < MAX_CPU_SECONDS
     assert all(line.startswith("bad.yaml") and len(line) < 400 and line.isprintable() for line in lines)
     assert len(lines) <= 51 and any(message in line for line in lines), lines
@@ -651,11 +633,6 @@ WHOLE = {
 }
 
 
-def places(data: Any, path: tuple[str | int, ...] = ()) -> list[tuple[str | int, ...]]:
-    children = list(data.items()) if isinstance(data, dict) else list(enumerate(data)) if isinstance(data, list) else []
-    return [each for key, value in children for each in [(*path, key), *places(value, (*path, key))]]
-
-
 @settings(max_examples=200)
 @given(
     st.lists(st.tuples(st.sampled_from(places(WHOLE)), BROKEN), min_size=1, max_size=3),
@@ -666,23 +643,14 @@ def places(data: Any, path: tuple[str | int, ...] = ()) -> list[tuple[str | int,
         max_size=2,
     ),
 )
-def test_anything_broken(
-    changes: list[tuple[tuple[str | int, ...], Any]], overrides: list[tuple[str, tuple[str | int, ...], Any]]
+def test_chain_with_random_values_loads_or_reports_problems(
+    changes: list[tuple[Steps, Any]], overrides: list[tuple[str, Steps, Any]]
 ) -> None:
-    """The answer is a chain that replays, or faults, never another exception."""
-    data = copy.deepcopy(WHOLE)
-    for path, value in changes:
-        section: Any = data
-        try:
-            for step in path[:-1]:
-                section = section[step]
-            section[path[-1]] = copy.deepcopy(value)
-        except (KeyError, IndexError, TypeError):
-            continue  # an earlier change took the section away
+    """The result is a chain that loads as saved, or a ConfigError, and no other exception."""
     try:
-        chain = Chain.from_dict(data)
-    except ConfigError as faults:
-        assert all(str(fault).isprintable() and len(str(fault)) < 400 for fault in faults.problems)
+        chain = Chain.from_dict(with_values(WHOLE, changes))
+    except ConfigError as error:
+        assert all(str(problem).isprintable() and len(str(problem)) < 400 for problem in error.problems)
     else:
         assert Chain.from_dict(chain.to_dict()) == chain and dump(chain)
         for index in range(len(chain.stages)):
@@ -690,8 +658,8 @@ def test_anything_broken(
     whole.write_text(yaml.safe_dump(WHOLE))
     try:
         load_any(str(whole), *(f"{prefix}{'.'.join(map(str, path))}={value}" for prefix, path, value in overrides))
-    except ConfigError as faults:
-        assert all(fault.file for fault in faults.problems)
+    except ConfigError as error:
+        assert all(problem.file for problem in error.problems)
 
 
 whole = Path()

@@ -1,4 +1,4 @@
-"""The presets: which exist, what they contain, and the pages about them; without the network."""
+"""The presets: their names, their values, and the pages about them; without the network."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def stages_of(name: str) -> tuple[Recipe, ...]:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_bases_have_a_shape_and_sources_their_true_columns(name: str) -> None:
+def test_preset_has_a_known_base_and_columns_of_its_data_sets(name: str) -> None:
     for stage in stages_of(name):
         assert stage.base.model == "tiny-tutor" or configs.file_of(stage.base.model) is not None, (
             "its config.json is not in the package"
@@ -56,7 +56,7 @@ def test_bases_have_a_shape_and_sources_their_true_columns(name: str) -> None:
         assert len({stage.base.model for stage in stages_of(name)}) == 1, "a chain has one base"
 
 
-def test_what_people_look_for_is_there() -> None:
+def test_presets_cover_every_algorithm_of_the_main_bases() -> None:
     single = {"sft", "reward", "dpo", "grpo", "ppo"}
     by_base: dict[str, set[str]] = {}
     for name in NAMES:
@@ -76,7 +76,7 @@ def test_what_people_look_for_is_there() -> None:
     ]
 
 
-def test_the_list_fits_a_narrow_terminal_and_goes_from_small_to_large() -> None:
+def test_preset_list_fits_80_columns_and_is_sorted_by_size() -> None:
     result = CliRunner().invoke(app, ["presets"])
     lines = result.output.splitlines()
     assert result.exit_code == 0 and max(map(len, lines)) <= 80 and all(line == line.rstrip() for line in lines)
@@ -86,7 +86,7 @@ def test_the_list_fits_a_narrow_terminal_and_goes_from_small_to_large() -> None:
 
 
 def load_script(path: str) -> Any:
-    """A module from a file that is in no package."""
+    """Returns the module of a file that is in no package."""
     spec = importlib.util.spec_from_file_location(Path(path).stem, ROOT / path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
@@ -98,7 +98,7 @@ def peaks() -> Any:
     return load_script("benchmarks/preset_peaks.py")
 
 
-def test_the_peak_that_a_preset_states_fits_its_gpu() -> None:
+def test_stated_peak_fits_24_gib() -> None:
     presets = [preset for preset in list_presets() if preset.peak_gib is not None]
     assert len(presets) > 20 and all(preset.billions * 0.5 < (preset.peak_gib or 0.0) < 23.0 for preset in presets)
 
@@ -111,7 +111,7 @@ def test_the_peak_that_a_preset_states_fits_its_gpu() -> None:
         if not name.startswith("tiny-")
     ],
 )
-def test_the_peak_that_a_preset_states_is_the_planned_one(name: str) -> None:
+def test_stated_peak_equals_the_planned_one(name: str) -> None:
     (preset,) = (preset for preset in list_presets() if preset.name == name)
     gib, _ = peaks().planned(name)
     if preset.peak_gib is None:
@@ -119,7 +119,7 @@ def test_the_peak_that_a_preset_states_is_the_planned_one(name: str) -> None:
     assert preset.peak_gib == pytest.approx(gib, rel=0.01, abs=0.051)
 
 
-def test_a_missing_adapter_below_is_planned_like_the_trained_one() -> None:
+def test_missing_frozen_adapter_is_planned_like_the_trained_one() -> None:
     """`myllm-dpo` is on top of a run that does not exist yet."""
     (found,) = plan(load_any("myllm-dpo", "evaluate={}"), 0.0)
     assert any("nothing lies at runs/myllm-sft yet" in note for note in found.notes)
@@ -127,7 +127,7 @@ def test_a_missing_adapter_below_is_planned_like_the_trained_one() -> None:
     assert update["adapters"] > 1.9 * update["gradients"] > 0, "two adapters, of which one is trained"
 
 
-def test_a_variant_is_shown_whole() -> None:
+def test_presets_show_resolved_prints_inherited_settings() -> None:
     written, whole = (
         CliRunner().invoke(app, ["presets", "show", "qwen3-8b-dpo", *more]).output for more in ((), ("--resolved",))
     )
@@ -135,7 +135,7 @@ def test_a_variant_is_shown_whole() -> None:
     assert "extends" not in whole and "beta: 0.1" in whole and "model: Qwen/Qwen3-8B" in whole
 
 
-def test_the_generated_tables_are_up_to_date() -> None:
+def test_generated_tables_are_up_to_date() -> None:
     script = load_script("scripts/presets_table.py")
     page = script.render()
     assert page == script.PAGE.read_text(encoding="utf-8"), "run scripts/presets_table.py"
@@ -143,7 +143,7 @@ def test_the_generated_tables_are_up_to_date() -> None:
 
 
 def choices() -> list[list[str]]:
-    """The rows of the table of values in docs/preset-choices.md."""
+    """Returns the rows of the table of values in docs/preset-choices.md."""
     text = (ROOT / "docs" / "preset-choices.md").read_text(encoding="utf-8")
     section = text[text.index("## The values") : text.index("## All algorithms")]
     lines = [line for line in section.splitlines() if line.startswith("| `")]
@@ -151,7 +151,7 @@ def choices() -> list[list[str]]:
 
 
 def chosen_row(stage: Recipe) -> list[str]:
-    """The settings of a stage as the table writes them."""
+    """Returns the settings of a stage in the format of the table."""
     train, adapter = stage.train, stage.adapters[stage.trained_adapter]
     online = stage.algorithm in ("grpo", "ppo")
     other = {
@@ -181,20 +181,20 @@ def chosen_row(stage: Recipe) -> list[str]:
 
 
 def short(number: float) -> str:
-    """5e-06 as 5e-6, and a rate always with an exponent."""
+    """Returns 5e-06 as 5e-6; a number below 0.01 always has an exponent."""
     text = f"{number:.0e}" if number < 0.01 else f"{number:g}"
     return text.replace("e-0", "e-")
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_preset_has_the_values_of_the_page(name: str) -> None:
+def test_preset_has_the_values_of_the_page(name: str) -> None:
     for stage in stages_of(name):
         rows = [row for row in choices() if row[0] == stage.algorithm and fnmatch.fnmatch(name, row[1])]
         written = [*rows[-1][2:8], rows[-1][8]]
         assert [cell.replace("`", "") for cell in written] == [cell.replace("`", "") for cell in chosen_row(stage)]
 
 
-def test_every_row_of_the_page_is_used() -> None:
+def test_every_row_of_the_page_belongs_to_a_preset() -> None:
     used = set()
     for name in NAMES:
         for stage in stages_of(name):
@@ -204,7 +204,7 @@ def test_every_row_of_the_page_is_used() -> None:
 
 
 @pytest.mark.parametrize("algorithm", sorted(DEFAULT_LEARNING_RATES))
-def test_a_recipe_without_a_rate_gets_that_of_the_presets(algorithm: str) -> None:
+def test_default_learning_rate_equals_that_of_the_presets(algorithm: str) -> None:
     online, pairs = algorithm in ("grpo", "ppo"), algorithm in ("reward", "dpo")
     dataset = "builtin:arithmetic-preferences" if pairs else "builtin:arithmetic"
     recipe: dict[str, Any] = {
@@ -221,7 +221,7 @@ def test_a_recipe_without_a_rate_gets_that_of_the_presets(algorithm: str) -> Non
 
 
 @pytest.mark.slow
-def test_the_sweep_runs(tmp_path: Path) -> None:
+def test_preset_sweep_runs(tmp_path: Path) -> None:
     file = tmp_path / "sweep.jsonl"
     done = subprocess.run(
         [sys.executable, str(ROOT / "benchmarks" / "preset_sweep.py"), "--tiny", "--json", str(file), "sft", "dpo"],

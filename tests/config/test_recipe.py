@@ -1,4 +1,4 @@
-"""Recipes: layers, faults and their exact words, what does nothing, round trips, presets, schema."""
+"""Recipes: layers, exact problems, unused settings, saving and loading, presets, schema."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ import re
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from functools import reduce
 from pathlib import Path
 from typing import Any
 
 import pytest
+from recipe_helpers import Write, problems_of_file
 
 from lowrank_tune.config import (
     Chain,
@@ -36,30 +36,10 @@ from lowrank_tune.errors import ConfigError, UserError
 
 ROOT = Path(__file__).parents[2]
 SMALL: dict[str, Any] = {"algorithm": "sft", "data": {"train": [{"dataset": "rows.jsonl"}]}, "train": {"max_steps": 10}}
-Write = Callable[..., str]
-
-
-@pytest.fixture
-def write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Write:
-    """Writes a file into a fresh working directory, where faults name it by its bare name."""
-    monkeypatch.chdir(tmp_path)
-
-    def make(text: str, name: str = "my.yaml") -> str:
-        Path(name).parent.mkdir(exist_ok=True, parents=True)
-        Path(name).write_text(text)
-        return f"./{name}"
-
-    return make
-
-
-def faults_of(path: str, *overrides: str) -> list[str]:
-    with pytest.raises(ConfigError) as caught:
-        load(path, overrides)
-    return str(caught.value).splitlines()
 
 
 def changed(**sections: Any) -> dict[str, Any]:
-    """SMALL with some sections changed; None takes a key away."""
+    """Returns SMALL with some sections changed; None removes a key."""
     data = {**SMALL}
     for key, value in sections.items():
         merged = {**data.get(key, {}), **value} if isinstance(value, dict) else value
@@ -95,8 +75,8 @@ output_dir: out
 """
 
 
-def test_every_fault_at_once(write: Write) -> None:
-    assert faults_of(
+def test_faulty_recipe_reports_every_problem_at_once(write: Write) -> None:
+    assert problems_of_file(
         write(FAULTY), "train.save_total_limit=-1", "train.save_total_limt=2", "data.train.5.max_samples=1", "steps"
     ) == [
         "my.yaml:2: base.bits: expected one of 4, 16, found 8",
@@ -126,32 +106,32 @@ def test_every_fault_at_once(write: Write) -> None:
     ]
 
 
-def test_missing_settings_stand_at_their_section(write: Write) -> None:
-    assert faults_of(write("# a comment\nname: x\ndata:\n  max_length: 64\n")) == [
+def test_missing_setting_is_reported_at_the_line_of_its_section(write: Write) -> None:
+    assert problems_of_file(write("# a comment\nname: x\ndata:\n  max_length: 64\n")) == [
         "my.yaml:2: algorithm: is missing: one of sft, reward, dpo, ppo, grpo",
         "my.yaml:2: train.max_steps: is missing: give `train.max_steps` or `train.num_train_epochs`",
         "my.yaml:3: data.train: is missing",
     ]
 
 
-def test_a_key_of_another_section_is_not_its_own_cure(write: Write) -> None:
-    """`name` and `algorithm` are keys of a recipe; in a source, `name` is `load_dataset`'s word."""
+def test_unknown_key_does_not_suggest_itself(write: Write) -> None:
+    """`name` and `algorithm` are keys of a recipe; in a source, `name` is the argument of `load_dataset`."""
     file = write(
         "algorithm: sft\ndata:\n  train: [{dataset: a/b, name: main}]\n  algorithm: sft\ntrain: {max_steps: 1}\n"
     )
-    named, algorithm = faults_of(file)
+    named, algorithm = problems_of_file(file)
     assert named == "my.yaml:3: data.train.0.name: unknown key; did you mean `config_name`?"
     assert algorithm.startswith("my.yaml:4: data.algorithm: unknown key") and "did you mean" not in algorithm
 
 
-def test_a_parents_fault_is_reported_at_the_parent(write: Write) -> None:
+def test_problem_of_an_inherited_setting_has_the_line_of_the_parent(write: Write) -> None:
     write(
         "algorithm: sft\ndata:\n  train: [{dataset: builtin:arithmetic}]\n  max_length: 1\ntrain:\n"
         "  num_train_epoch: 1\n",
         "base/above.yaml",
     )
     child = write("extends: base/above.yaml\ntrain:\n  max_steps: 5\n  save_total_limit: many\n")
-    assert faults_of(child) == [
+    assert problems_of_file(child) == [
         "my.yaml:4: train.save_total_limit: expected a whole number, found 'many'",
         "base/above.yaml:4: data.max_length: must be at least 8, found 1",
         "base/above.yaml:6: train.num_train_epoch: unknown key; did you mean `num_train_epochs`?",
@@ -167,8 +147,8 @@ def test_a_parents_fault_is_reported_at_the_parent(write: Write) -> None:
         ("3", "my.yaml:1: extends: expected the name of a preset, or a path relative to this file"),
     ],
 )
-def test_extends_that_leads_nowhere(write: Write, extends: str, message: str) -> None:
-    assert message in faults_of(
+def test_extends_without_a_readable_recipe_is_a_problem(write: Write, extends: str, message: str) -> None:
+    assert message in problems_of_file(
         write(f"extends: {extends}\nalgorithm: sft\ndata: {{train: [{{dataset: builtin:arithmetic}}]}}\n")
     )
 
@@ -185,8 +165,8 @@ def test_extends_that_leads_nowhere(write: Write, extends: str, message: str) ->
         ("zzz", ""),
     ],
 )
-def test_a_name_that_is_no_recipe_brings_the_nearest_one(write: Write, name: str, meant: str) -> None:
-    """A recipe file in the folder that the name leads to, or a preset; never all presets."""
+def test_unknown_recipe_name_suggests_the_nearest_one(write: Write, name: str, meant: str) -> None:
+    """The suggestion is a recipe file of the same folder, or a preset; the message never lists all presets."""
     write("extends: tiny-sft\n")
     write("extends: tiny-sft\n", "mine-7.yaml")
     with pytest.raises(UserError) as failed:
@@ -195,13 +175,13 @@ def test_a_name_that_is_no_recipe_brings_the_nearest_one(write: Write, name: str
     assert (found[1] if found else "") == meant and len(str(failed.value)) < 120
 
 
-def test_a_long_circle_and_a_long_chain(write: Write) -> None:
+def test_extends_in_a_circle_or_over_many_files_is_a_problem(write: Write) -> None:
     write("extends: ./b.yaml\n", "a.yaml")
     write("extends: ./a.yaml\n", "b.yaml")
-    assert "b.yaml:1: extends: goes in a circle: a.yaml -> b.yaml -> a.yaml" in faults_of("./a.yaml")
+    assert "b.yaml:1: extends: goes in a circle: a.yaml -> b.yaml -> a.yaml" in problems_of_file("./a.yaml")
     for index in range(12):
         write(f"extends: ./c{index + 1}.yaml\n", f"c{index}.yaml")
-    assert any("goes through more than 8 files" in fault for fault in faults_of("./c0.yaml"))
+    assert any("goes through more than 8 files" in problem for problem in problems_of_file("./c0.yaml"))
 
 
 def test_extends_merges_mappings_and_replaces_lists(write: Write) -> None:
@@ -214,19 +194,19 @@ def test_extends_merges_mappings_and_replaces_lists(write: Write) -> None:
     assert recipe.name == "my" and recipe.description == ""
 
 
-def test_a_later_layer_replaces_a_rival_and_null_takes_away(write: Write) -> None:
+def test_later_layer_replaces_an_exclusive_setting_and_null_removes_one(write: Write) -> None:
     assert load("tiny-sft").train.num_train_epochs is not None
     recipe = load("tiny-sft", ["train.max_steps=10"])
     assert (recipe.train.max_steps, recipe.train.num_train_epochs) == (10, None)
     recipe = load(write("extends: tiny-sft\ntrain: {max_steps: 7, tokens_per_step: 999}\nevaluate: null\n"))
     assert (recipe.train.max_steps, recipe.train.num_train_epochs, recipe.train.global_batch_size) == (7, None, None)
     assert recipe.evaluate == EvaluationConfig()
-    assert "override: train.num_train_epochs: contradicts `train.max_steps`: give one of the two" in faults_of(
+    assert "override: train.num_train_epochs: contradicts `train.max_steps`: give one of the two" in problems_of_file(
         "tiny-sft", "train.max_steps=1", "train.num_train_epochs=1"
     )
 
 
-def test_overrides(write: Write) -> None:
+def test_overrides_set_values_of_every_type(write: Write) -> None:
     recipe = load(
         "tiny-sft",
         [
@@ -272,8 +252,8 @@ def test_overrides(write: Write) -> None:
         "name=../x",
     ],
 )
-def test_faulty_overrides(text: str) -> None:
-    assert all(fault.startswith("override: ") for fault in faults_of("tiny-sft", text))
+def test_faulty_override_is_reported_as_override(text: str) -> None:
+    assert all(problem.startswith("override: ") for problem in problems_of_file("tiny-sft", text))
 
 
 CONTRADICTIONS = {
@@ -370,7 +350,7 @@ CONTRADICTIONS = {
 
 
 @pytest.mark.parametrize("case", CONTRADICTIONS)
-def test_contradictions_and_idle_settings(case: str) -> None:
+def test_contradiction_or_unused_setting_is_one_problem(case: str) -> None:
     data, message = CONTRADICTIONS[case]
     with pytest.raises(ConfigError) as caught:
         from_dict(data)
@@ -407,7 +387,7 @@ def test_contradictions_and_idle_settings(case: str) -> None:
         changed(base={"model": "org/name@v1.0", "bits": 16}),
     ],
 )
-def test_what_is_saved_replays(data: dict[str, Any], write: Write) -> None:
+def test_saved_recipe_loads_as_an_equal_one(data: dict[str, Any], write: Write) -> None:
     recipe = from_dict(data)
     assert isinstance(recipe, Recipe)
     assert from_dict(recipe.to_dict()) == recipe
@@ -417,7 +397,7 @@ def test_what_is_saved_replays(data: dict[str, Any], write: Write) -> None:
     assert differences(recipe.to_dict(), loaded.to_dict()) == []
 
 
-def test_python_objects_are_judged_too() -> None:
+def test_recipe_of_python_objects_is_checked() -> None:
     source = SourceConfig(dataset="builtin:arithmetic")
     recipe = Recipe(algorithm="sft", data=DataConfig(train=(source,)), train=TrainingConfig(max_steps=3))
     assert recipe.train.max_steps == 3
@@ -429,7 +409,7 @@ def test_python_objects_are_judged_too() -> None:
         )
 
 
-def test_settings_of_another_algorithm(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_setting_of_another_algorithm_is_a_problem(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(USED_BY, "evaluate", ("dpo",))
     monkeypatch.setitem(USED_BY, "train.length_window", ("dpo", "grpo"))
     with pytest.raises(ConfigError) as caught:
@@ -441,14 +421,14 @@ def test_settings_of_another_algorithm(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("key", list(USED_BY))
-def test_the_tables_name_real_settings(key: str) -> None:
+def test_keys_of_used_by_are_settings(key: str) -> None:
     section: Any = RecipeConfig
     for step in key.split("."):
         section = section.model_fields[step].annotation
 
 
 @pytest.mark.parametrize("name", [name for name, _, _ in presets()])
-def test_presets(name: str) -> None:
+def test_preset_loads_and_has_only_keys_of_the_schema(name: str) -> None:
     recipe = load_any(name)
     assert recipe.name == name == find_preset(name).stem
     assert 10 < len(recipe.description) < 120
@@ -460,7 +440,7 @@ def test_presets(name: str) -> None:
             assert set(each.to_dict()[section]) <= set(shape["$defs"][definition]["properties"])
 
 
-def test_schema() -> None:
+def test_schema_has_descriptions_and_required_keys() -> None:
     shape = schema()
     assert shape["properties"]["extends"]["type"] == "string"
     assert shape["anyOf"] == [{"required": ["extends"]}, {"required": ["stages"]}, {"required": ["algorithm", "data"]}]
@@ -469,7 +449,7 @@ def test_schema() -> None:
     assert shape["additionalProperties"] is False
 
 
-def test_paths_and_names_that_are_not_there(write: Write) -> None:
+def test_path_or_name_that_does_not_exist_is_a_user_error(write: Write) -> None:
     for name in ("gone.yaml", "tiny-sff", "../tiny-sft", "", ".", "/", "a\x00.yaml", "x" * 5000 + ".yaml"):
         with pytest.raises(UserError) as caught:
             load(name)
@@ -479,14 +459,14 @@ def test_paths_and_names_that_are_not_there(write: Write) -> None:
         load("folder.yaml")
 
 
-def test_the_name_comes_from_the_file(write: Write) -> None:
+def test_default_name_of_a_recipe_is_its_file_name(write: Write) -> None:
     assert (
         load(write(dump(from_dict(SMALL)).replace("name: ''\n", "").replace('name: ""\n', ""), "Mein Lauf ü.yaml")).name
         == "Mein-Lauf-"
     )
 
 
-def test_differences() -> None:
+def test_differences_list_what_a_continued_run_cannot_change() -> None:
     old, new = (
         load("tiny-sft").to_dict(),
         load("tiny-sft", ["train.max_steps=9", "train.save_total_limit=3", "name=other"]).to_dict(),
@@ -512,8 +492,8 @@ def test_differences() -> None:
 
 
 @pytest.mark.parametrize(("name", "place"), [("tiny-sft", ()), ("tiny-rlvr", ("stages", 1))])
-def test_a_setting_that_came_since_is_no_difference_at_its_default(name: str, place: tuple[Any, ...]) -> None:
-    """A run that an older version began goes on; at another value than its default the new setting is a change."""
+def test_new_setting_at_its_default_is_not_a_difference(name: str, place: tuple[Any, ...]) -> None:
+    """A run of an older version can continue. With another value than its default, the new setting is a change."""
     whole = load_any(name).to_dict()
     old = copy.deepcopy(whole)
     stage = reduce(lambda data, key: data[key], place, old)
@@ -526,7 +506,7 @@ def test_a_setting_that_came_since_is_no_difference_at_its_default(name: str, pl
     assert any("of_a_later_version: was 1, is not set" in line for line in differences(old, whole))
 
 
-def test_a_faulty_recipe_is_reported_in_a_second(write: Write) -> None:
+def test_faulty_recipe_is_reported_without_torch(write: Write) -> None:
     code = (
         "import sys\nfrom lowrank_tune import Recipe, UserError\n"
         f"try:\n    Recipe.load({write(FAULTY)!r})\nexcept UserError as error:\n    print(error)\n"

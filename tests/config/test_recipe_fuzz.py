@@ -1,4 +1,4 @@
-"""Every leaf of a valid recipe, broken in every way: the answer is a recipe or faults, never another exception."""
+"""A valid recipe with invalid values: the result is a recipe or a ConfigError, and no other exception."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import pytest
 import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from recipe_helpers import Steps, places, section_at, with_values
 
 from lowrank_tune.config import Recipe, dump, from_dict, load
 from lowrank_tune.errors import ConfigError, UserError
@@ -104,55 +105,44 @@ BROKEN = {
 }
 
 
-def paths(data: Any, path: tuple[str | int, ...] = ()) -> list[tuple[str | int, ...]]:
-    """Every key and entry, sections too."""
-    children = list(data.items()) if isinstance(data, dict) else list(enumerate(data)) if isinstance(data, list) else []
-    return [each for key, value in children for each in [(*path, key), *paths(value, (*path, key))]]
+PATHS = places(FULL)
 
 
-PATHS = paths(FULL)
-
-
-def parent(data: Any, path: tuple[str | int, ...]) -> Any:
-    for step in path[:-1]:
-        data = data[step]
-    return data
-
-
-def judge(data: Any) -> None:
+def check_recipe_or_problems(data: Any) -> None:
+    """Fails unless the data is a recipe that can be saved and loaded, or raises printable problems."""
     try:
         recipe = from_dict(data)
-    except ConfigError as faults:
-        lines = str(faults).splitlines()
-        assert len(lines) == len(faults.problems) and all(line.isprintable() and len(line) < 400 for line in lines)
+    except ConfigError as error:
+        lines = str(error).splitlines()
+        assert len(lines) == len(error.problems) and all(line.isprintable() and len(line) < 400 for line in lines)
     else:
         assert from_dict(recipe.to_dict()) == recipe
         dump(recipe)
 
 
-def test_the_full_recipe_is_valid() -> None:
+def test_full_recipe_is_valid() -> None:
     assert set(from_dict(FULL).to_dict()) == set(FULL)
 
 
 @pytest.mark.parametrize("kind", [*BROKEN, "missing", "unknown key"])
-def test_every_leaf_broken(kind: str) -> None:
+def test_recipe_with_one_wrong_value_loads_or_reports_problems(kind: str) -> None:
     for path in PATHS:
         data = copy.deepcopy(FULL)
-        section = parent(data, path)
+        section = section_at(data, path)
         if kind == "missing":
             del section[path[-1]]
         elif kind != "unknown key":
             section[path[-1]] = BROKEN[kind]
         elif isinstance(section, dict):
             section[f"{path[-1]}_x"] = section.pop(path[-1])
-        judge(data)
+        check_recipe_or_problems(data)
 
 
 @pytest.mark.parametrize("path", [path for path in PATHS if isinstance(path[-1], str)], ids=str)
-def test_every_key_twice(path: tuple[str | int, ...], tmp_path: Path) -> None:
-    """The key stands a second time under another name, which is then written over with the key itself."""
+def test_key_written_twice_is_a_problem(path: Steps, tmp_path: Path) -> None:
+    """The key is added under another name, which is then replaced by the key itself."""
     data = copy.deepcopy(FULL)
-    section = parent(data, path)
+    section = section_at(data, path)
     section["zzz_again"] = section[path[-1]]
     file = tmp_path / "twice.yaml"
     file.write_text(yaml.safe_dump(data, sort_keys=False).replace("zzz_again:", f"{path[-1]}:"))
@@ -174,14 +164,8 @@ values = st.recursive(
 
 @settings(max_examples=150)
 @given(st.lists(st.tuples(st.sampled_from(PATHS), values), min_size=1, max_size=4))
-def test_several_leaves_broken(changes: list[tuple[tuple[str | int, ...], Any]]) -> None:
-    data = copy.deepcopy(FULL)
-    for path, value in changes:
-        try:
-            parent(data, path)[path[-1]] = copy.deepcopy(value)
-        except (KeyError, IndexError, TypeError):
-            continue  # an earlier change took the section away
-    judge(data)
+def test_recipe_with_random_values_loads_or_reports_problems(changes: list[tuple[Steps, Any]]) -> None:
+    check_recipe_or_problems(with_values(FULL, changes))
 
 
 @settings(max_examples=150)
@@ -194,16 +178,16 @@ def test_several_leaves_broken(changes: list[tuple[tuple[str | int, ...], Any]])
         max_size=3,
     )
 )
-def test_overrides(overrides: list[str]) -> None:
+def test_random_overrides_load_or_report_problems(overrides: list[str]) -> None:
     try:
         assert isinstance(load("tiny-sft", overrides), Recipe)
-    except ConfigError as faults:
-        assert all(fault.file for fault in faults.problems)
+    except ConfigError as error:
+        assert all(problem.file for problem in error.problems)
 
 
 @settings(max_examples=150)
 @given(st.binary(max_size=200) | st.text(alphabet="a:-[]{}&*!|>'\"%@`#,? \n\t0e.~<=\\x", max_size=80).map(str.encode))
-def test_any_bytes(raw: bytes) -> None:
+def test_random_bytes_are_a_user_error(raw: bytes) -> None:
     file = Path(fuzz_folder.name) / "any.yaml"
     file.write_bytes(raw)
     with pytest.raises(UserError):
@@ -212,7 +196,7 @@ def test_any_bytes(raw: bytes) -> None:
 
 @settings(max_examples=60)
 @given(st.text(max_size=40), st.integers(0, 2**32 - 1), st.floats(1e-300, 1e300), st.text(max_size=20))
-def test_texts_and_numbers_replay(description: str, seed: int, rate: float, system: str) -> None:
+def test_random_texts_and_numbers_load_as_saved(description: str, seed: int, rate: float, system: str) -> None:
     data = {**FULL, "description": description, "seed": seed}
     data["train"] = {**FULL["train"], "learning_rate": rate}
     data["data"] = {**FULL["data"], "system_prompt": system}
@@ -230,5 +214,6 @@ def _folder(tmp_path_factory: pytest.TempPathFactory) -> None:
     fuzz_folder.name = str(tmp_path_factory.mktemp("fuzz"))
 
 
-class fuzz_folder:  # hypothesis wants no function-scoped fixture
+# hypothesis does not support fixtures of single functions
+class fuzz_folder:
     name = ""

@@ -1,15 +1,14 @@
-"""Recipes of GRPO: every rule once with its cure, and beside it the neighbor that is valid."""
+"""Recipes of GRPO: for each check a wrong recipe, its problem, and a similar recipe that is valid."""
 
 from __future__ import annotations
 
-import copy
 from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import settings as limits
 from hypothesis import strategies as st
-from test_recipe_pairs import faults_of
+from recipe_helpers import Steps, places, problems_of, with_values
 
 from lowrank_tune.config import Recipe, dump, from_dict
 from lowrank_tune.config import RecipeConfig as Settings
@@ -24,7 +23,7 @@ FULL = "training samples the full distribution"
 
 
 def made(algorithm: str = "grpo", **sections: Any) -> dict[str, Any]:
-    """A small valid recipe with other sections; keys of `data` and `train` are added."""
+    """Returns a small valid recipe with other sections; keys of `data` and `train` are added."""
     extra = {key: sections.pop(key, {}) for key in ("data", "train")}
     dataset = "builtin:arithmetic" if algorithm in ("sft", "grpo") else "builtin:arithmetic-preferences"
     data = {
@@ -256,7 +255,7 @@ RULES: dict[str, tuple[dict[str, Any], str, dict[str, Any]]] = {
         "rollout.max_reward_failure_rate: does nothing if every",
         made(rewards=[{**OWN, "on_error": "drop"}], rollout={"max_reward_failure_rate": 0.1}),
     ),
-    "share of stopping kits": (
+    "share of stopping built-in rewards": (
         made(rewards=[{"name": "answer", "on_error": "stop"}, OWN], rollout={"max_reward_failure_rate": 0}),
         "rollout.max_reward_failure_rate: does nothing",
         made(rollout={"max_reward_failure_rate": 0.0}),
@@ -373,10 +372,10 @@ OTHER_WORDS = {
 
 
 @pytest.mark.parametrize("case", RULES)
-def test_each_rule_and_its_neighbor(case: str) -> None:
+def test_check_refuses_the_wrong_recipe_and_accepts_the_right_one(case: str) -> None:
     wrong, message, right = RULES[case]
-    faults = faults_of(wrong)
-    assert len(faults) == 1 and faults[0].startswith(message) and len(faults[0]) < 400, faults
+    problems = problems_of(wrong)
+    assert len(problems) == 1 and problems[0].startswith(message) and len(problems[0]) < 400, problems
     recipe = from_dict(right)
     assert from_dict(recipe.to_dict()) == recipe
     assert not findings(partial_recipe(recipe.to_dict())[0])
@@ -386,7 +385,7 @@ def test_each_rule_and_its_neighbor(case: str) -> None:
     "case",
     [case for case, (_, message, _) in RULES.items() if "must be at least" not in message and "finite" not in message],
 )
-def test_python_is_judged_like_a_file(case: str) -> None:
+def test_recipe_made_in_python_has_the_problem_of_a_file(case: str) -> None:
     wrong, message, right = RULES[case]
     with pytest.raises(ConfigError) as caught:
         Recipe(**wrong)
@@ -395,17 +394,17 @@ def test_python_is_judged_like_a_file(case: str) -> None:
 
 
 @pytest.mark.parametrize("word", OTHER_WORDS)
-def test_names_of_other_libraries(word: str) -> None:
-    for faults in (faults_of({**made(), word: 1}), faults_of(made(train={word: 1}))):
-        assert len(faults) == 1 and "unknown key; " in faults[0] and OTHER_WORDS[word] in faults[0], faults
+def test_name_of_another_library_suggests_the_setting(word: str) -> None:
+    for problems in (problems_of({**made(), word: 1}), problems_of(made(train={word: 1}))):
+        assert len(problems) == 1 and "unknown key; " in problems[0] and OTHER_WORDS[word] in problems[0], problems
 
 
 @pytest.mark.parametrize("section", ["grpo", "rollout", "evaluate"])
 @pytest.mark.parametrize("word", ["top_p", "top_k", "min_p"])
-def test_training_samples_the_full_distribution(section: str, word: str) -> None:
+def test_sampling_cutoff_is_an_unknown_key_with_the_reason(section: str, word: str) -> None:
     assert (
         FULL
-        in faults_of(made(evaluate=HELDOUT) | {section: {**(HELDOUT if section == "evaluate" else {}), word: 0.9}})[0]
+        in problems_of(made(evaluate=HELDOUT) | {section: {**(HELDOUT if section == "evaluate" else {}), word: 0.9}})[0]
     )
 
 
@@ -422,18 +421,18 @@ def test_training_samples_the_full_distribution(section: str, word: str) -> None
         ("grpo", "batch_size", "prompts_per_step"),
     ],
 )
-def test_a_hint_is_for_the_algorithm(algorithm: str, word: str, meant: str) -> None:
-    assert faults_of(made(algorithm, train={word: 3})) == [f"train.{word}: unknown key; did you mean `{meant}`?"]
+def test_suggestion_is_a_setting_of_the_algorithm(algorithm: str, word: str, meant: str) -> None:
+    assert problems_of(made(algorithm, train={word: 3})) == [f"train.{word}: unknown key; did you mean `{meant}`?"]
 
 
-def test_the_cures_name_real_settings() -> None:
+def test_suggested_settings_exist() -> None:
     for key in [*(meant.strip("`") for meant in OTHER_WORDS.values() if meant.endswith("`")), *REPLACEMENTS]:
         section: Any = Settings
         for step in key.split(".")[: 1 if key.startswith("rewards") else None]:
             section = section.model_fields[step].annotation
 
 
-def test_what_is_saved_holds_only_what_is_used() -> None:
+def test_saved_recipe_has_only_used_settings() -> None:
     recipe = from_dict(
         made(
             rewards=[{"name": "format", "pattern": "(?s)a: .*"}, OWN],
@@ -462,14 +461,14 @@ def test_what_is_saved_holds_only_what_is_used() -> None:
     assert "(?s)a: .*" in dump(recipe) and from_dict(saved) == recipe
 
 
-def test_whether_ground_truths_are_needed() -> None:
+def test_needs_ground_truth_with_the_reward_answer() -> None:
     assert (
         from_dict(made()).needs_ground_truth and from_dict(made(rewards=[OWN, {"name": "answer"}])).needs_ground_truth
     )
     assert not from_dict(made(rewards=[OWN])).needs_ground_truth and not from_dict(made("sft")).needs_ground_truth
 
 
-def test_saved_cispo_has_one_bound() -> None:
+def test_saved_recipe_has_only_the_clip_range_of_its_loss() -> None:
     assert {"epsilon", "epsilon_high"} & set(from_dict(made(grpo={"loss_type": "cispo"})).to_dict()["grpo"]) == set()
     assert from_dict(made(grpo={"loss_type": "dapo"})).to_dict()["grpo"]["epsilon"] == 0.2
 
@@ -512,27 +511,13 @@ BROKEN = st.recursive(
 )
 
 
-def places(data: Any, path: tuple[str | int, ...] = ()) -> list[tuple[str | int, ...]]:
-    children = list(data.items()) if isinstance(data, dict) else list(enumerate(data)) if isinstance(data, list) else []
-    return [each for key, value in children for each in [(*path, key), *places(value, (*path, key))]]
-
-
 @limits(max_examples=300)
 @given(st.lists(st.tuples(st.sampled_from(places(WHOLE)), BROKEN), max_size=3))
-def test_anything_broken(changes: list[tuple[tuple[str | int, ...], Any]]) -> None:
-    """The answer is a recipe that replays, or faults, never another exception."""
-    data = copy.deepcopy(WHOLE)
-    for path, value in changes:
-        section: Any = data
-        try:
-            for step in path[:-1]:
-                section = section[step]
-            section[path[-1]] = copy.deepcopy(value)
-        except (KeyError, IndexError, TypeError):
-            continue  # an earlier change took the section away
+def test_grpo_recipe_with_random_values_loads_or_reports_problems(changes: list[tuple[Steps, Any]]) -> None:
+    """The result is a recipe that loads as saved, or a ConfigError, and no other exception."""
     try:
-        recipe = from_dict(data)
-    except ConfigError as faults:
-        assert changes and all(line.isprintable() and len(line) < 400 for line in str(faults).splitlines())
+        recipe = from_dict(with_values(WHOLE, changes))
+    except ConfigError as error:
+        assert changes and all(line.isprintable() and len(line) < 400 for line in str(error).splitlines())
     else:
         assert from_dict(recipe.to_dict()) == recipe

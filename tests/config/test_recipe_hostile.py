@@ -1,4 +1,4 @@
-"""Files made to break readers: each ends quickly, in sentences that name the file, and never in another exception."""
+"""Malformed files: each ends quickly in a ConfigError with the file and line, and in no other exception."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ HOSTILE: dict[str, tuple[bytes, str]] = {
 
 
 @pytest.mark.parametrize("case", HOSTILE)
-def test_hostile_file(case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_malformed_file_ends_in_problems_with_lines(case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     raw, message = HOSTILE[case]
     Path("bad.yaml").write_bytes(raw)
@@ -124,7 +124,7 @@ def test_hostile_file(case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         ("2e+2", 200.0),
     ],
 )
-def test_numbers(word: str, value: float, tmp_path: Path) -> None:
+def test_plain_word_is_a_number_of_yaml_1_2(word: str, value: float, tmp_path: Path) -> None:
     file = tmp_path / "good.yaml"
     file.write_bytes(
         b"\xef\xbb\xbf---\n"
@@ -133,7 +133,7 @@ def test_numbers(word: str, value: float, tmp_path: Path) -> None:
     assert load(str(file)).train.learning_rate == value
 
 
-def test_words_stay_words(tmp_path: Path) -> None:
+def test_plain_word_of_yaml_1_1_is_text(tmp_path: Path) -> None:
     file = tmp_path / "good.yaml"
     words = ["no", "yes", "on", "off", "y", "12:30", "010", "0x1F", "2026-01-01", "1_000", "True", "=", "nan"]
     file.write_bytes(GOOD + f"adapters: {{policy: {{target_modules: [{', '.join(words)}]}}}}\n".encode())

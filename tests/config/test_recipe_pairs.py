@@ -1,4 +1,4 @@
-"""Recipes of the reward model and of DPO: every rule once with its cure, and beside it the neighbor that is valid."""
+"""Recipes of the reward model and of DPO: for each check a wrong recipe, its problem, and a similar valid recipe."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import copy
 from typing import Any
 
 import pytest
+from recipe_helpers import problems_of
 
 from lowrank_tune.config import Recipe, dump, from_dict
 from lowrank_tune.config import RecipeConfig as Settings
@@ -17,7 +18,7 @@ SECOND = "there is no second model"
 
 
 def made(algorithm: str, source: dict[str, Any] | None = None, **sections: Any) -> dict[str, Any]:
-    """A small valid recipe of an algorithm, with other sections."""
+    """Returns a small valid recipe of an algorithm, with other sections."""
     dataset = "builtin:arithmetic" if algorithm == "sft" else "builtin:arithmetic-preferences"
     return {
         "algorithm": algorithm,
@@ -215,17 +216,11 @@ OTHER_WORDS = {
 }
 
 
-def faults_of(data: dict[str, Any]) -> list[str]:
-    with pytest.raises(ConfigError) as caught:
-        from_dict(data)
-    return str(caught.value).splitlines()
-
-
 @pytest.mark.parametrize("case", RULES)
-def test_each_rule_and_its_neighbor(case: str) -> None:
+def test_check_refuses_the_wrong_recipe_and_accepts_the_right_one(case: str) -> None:
     wrong, message, right = RULES[case]
-    faults = faults_of(wrong)
-    assert len(faults) == 1 and faults[0].startswith(message), faults
+    problems = problems_of(wrong)
+    assert len(problems) == 1 and problems[0].startswith(message), problems
     recipe = from_dict(right)
     assert from_dict(recipe.to_dict()) == recipe
 
@@ -238,7 +233,7 @@ def test_each_rule_and_its_neighbor(case: str) -> None:
         if "must be at least" not in message and "expected" not in message
     ],
 )
-def test_python_is_judged_like_a_file(case: str) -> None:
+def test_recipe_made_in_python_has_the_problem_of_a_file(case: str) -> None:
     wrong, message, right = RULES[case]
     with pytest.raises(ConfigError) as caught:
         Recipe(**wrong)
@@ -247,20 +242,20 @@ def test_python_is_judged_like_a_file(case: str) -> None:
 
 
 @pytest.mark.parametrize("word", OTHER_WORDS)
-def test_names_of_other_libraries(word: str) -> None:
-    for faults in (faults_of({**made("dpo"), word: 1}), faults_of(made("dpo", train={"max_steps": 10, word: 1}))):
-        assert len(faults) == 1 and "unknown key; " in faults[0] and OTHER_WORDS[word] in faults[0], faults
+def test_name_of_another_library_suggests_the_setting(word: str) -> None:
+    for problems in (problems_of({**made("dpo"), word: 1}), problems_of(made("dpo", train={"max_steps": 10, word: 1}))):
+        assert len(problems) == 1 and "unknown key; " in problems[0] and OTHER_WORDS[word] in problems[0], problems
 
 
 @pytest.mark.parametrize("meant", [path for path in OTHER_WORDS.values() if path.startswith("did")])
-def test_the_cures_name_real_settings(meant: str) -> None:
+def test_suggested_settings_exist(meant: str) -> None:
     section: Any = Settings
     for step in meant.split("`")[1].split("."):
         section = section.model_fields[step].annotation
 
 
 @pytest.mark.parametrize("algorithm", ["sft", "reward", "dpo"])
-def test_what_is_saved_holds_only_what_is_used(algorithm: str) -> None:
+def test_saved_recipe_has_only_used_settings(algorithm: str) -> None:
     recipe = from_dict(made(algorithm))
     saved = recipe.to_dict()
     assert {"reward", "dpo"} & set(saved) == ({algorithm} - {"sft"})
@@ -269,7 +264,7 @@ def test_what_is_saved_holds_only_what_is_used(algorithm: str) -> None:
     assert not findings(partial_recipe(saved)[0])
 
 
-def test_the_smoothing_of_the_robust_loss_is_saved() -> None:
+def test_saved_recipe_has_the_label_smoothing_of_the_robust_loss() -> None:
     recipe = from_dict(made("dpo", dpo={"loss_type": "robust", "label_smoothing": 0.3}))
     assert recipe.to_dict()["dpo"]["label_smoothing"] == 0.3
     assert from_dict(recipe.to_dict()).dpo.label_smoothing == 0.3
@@ -277,10 +272,10 @@ def test_the_smoothing_of_the_robust_loss_is_saved() -> None:
 
 @pytest.mark.parametrize("algorithm", [[], {}, None, 7, "rloo", "\ud800"])
 @pytest.mark.parametrize("place", ["adapters", "reference", "reward", "dpo", "evaluate"])
-def test_an_algorithm_that_is_none(algorithm: Any, place: str) -> None:
-    """Whatever else is wrong, the algorithm is told, and its rules do not break."""
+def test_invalid_algorithm_is_reported_beside_other_invalid_values(algorithm: Any, place: str) -> None:
+    """An invalid algorithm is reported, and no check raises another exception."""
     data = copy.deepcopy(
         made("dpo", **{place: {"eval_dataset": [7], "policy": {"lora_dropout": "x"}, "label_smoothing": None}})
     )
     data["algorithm"] = algorithm
-    assert any(fault.startswith("algorithm: ") for fault in faults_of(data))
+    assert any(problem.startswith("algorithm: ") for problem in problems_of(data))

@@ -1,5 +1,5 @@
-"""Recipes of PPO: every rule once with its cure, and beside it the neighbor that is valid; other kits' words; what
-lies beside the policy."""
+"""Recipes of PPO: for each check a wrong recipe, its problem, and a similar valid recipe; names of other libraries; the
+adapters that are not in the policy's stack."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import copy
 from typing import Any
 
 import pytest
-from test_recipe_pairs import faults_of
+from recipe_helpers import problems_of
 
 from lowrank_tune.config import Recipe, from_dict, load, load_any
 from lowrank_tune.config.adapter_stack import frozen_adapters_of
@@ -18,7 +18,7 @@ LEARNED = [{"name": "reward_model"}]
 
 
 def made(algorithm: str = "ppo", **sections: Any) -> dict[str, Any]:
-    """A small valid recipe with other sections."""
+    """Returns a small valid recipe with other sections."""
     dataset = "builtin:arithmetic" if algorithm in ("sft", "grpo", "ppo") else "builtin:arithmetic-preferences"
     rewards = {"rewards": [{"name": "answer"}]} if algorithm in ("grpo", "ppo") else {}
     return {
@@ -136,10 +136,10 @@ RULES: dict[str, tuple[dict[str, Any], str, dict[str, Any]]] = {
 
 
 @pytest.mark.parametrize("name", list(RULES))
-def test_each_rule_and_its_neighbor(name: str) -> None:
+def test_check_refuses_the_wrong_recipe_and_accepts_the_right_one(name: str) -> None:
     wrong, message, right = RULES[name]
-    faults = faults_of(copy.deepcopy(wrong))
-    assert len(faults) == 1 and faults[0].startswith(message), faults
+    problems = problems_of(copy.deepcopy(wrong))
+    assert len(problems) == 1 and problems[0].startswith(message), problems
     recipe = from_dict(copy.deepcopy(right))
     assert from_dict(recipe.to_dict()) == recipe and Recipe.model_validate(recipe.to_dict()) == recipe
 
@@ -159,14 +159,14 @@ def test_each_rule_and_its_neighbor(name: str) -> None:
         ("ppo.critic_lr", "value_learning_rate"),
     ],
 )
-def test_names_of_other_libraries(key: str, meant: str) -> None:
+def test_name_of_another_library_suggests_the_setting(key: str, meant: str) -> None:
     section, _, word = key.partition(".")
     data = made()
     data[section] = {**data.get(section, {}), word: 1}
-    assert faults_of(data) == [f"{key}: unknown key; did you mean `{meant}`?"]
+    assert problems_of(data) == [f"{key}: unknown key; did you mean `{meant}`?"]
 
 
-def test_what_lies_beside_the_policy_is_in_no_stack() -> None:
+def test_value_and_reward_adapters_are_in_no_stack() -> None:
     recipe = from_dict(
         made(adapters={"sft": {"path": "runs/sft"}, "value": {"r": 4}, **JUDGE}, rewards=LEARNED, reference="sft")
     )
@@ -182,7 +182,7 @@ def test_what_lies_beside_the_policy_is_in_no_stack() -> None:
     assert list(frozen_adapters_of(stages, 1)) == ["low"]
 
 
-def test_the_preset() -> None:
+def test_tiny_ppo_preset_loads_with_overrides() -> None:
     recipe = load("tiny-ppo")
     assert (
         recipe.metric_for_best_model == "accuracy"

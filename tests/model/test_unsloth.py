@@ -52,11 +52,11 @@ ROOT = Path(__file__).parents[2]
         ),
         ("tiny-reward", [], "base.backend: `unsloth` trains sft, dpo, grpo, and not reward"),
         ("tiny-ppo", [], "base.backend: `unsloth` trains sft, dpo, grpo, and not ppo"),
-        ("tiny-dpo", ["adapters.sft.path=runs/sft"], "and here is `sft` too (the reference is no longer the base)"),
+        ("tiny-dpo", ["adapters.sft.path=runs/sft"], "also `sft` (the reference is no longer the base)"),
         (
             "tiny-grpo",
             ["adapters.reward.path=runs/reward", "rewards=[{name: reward_model}]"],
-            "and here is `reward` too (the reward model speaks",
+            "also `reward` (the reward model uses",
         ),
     ],
 )
@@ -70,14 +70,14 @@ def test_what_it_trains(preset: str, overrides: list[str], words: str | None) ->
 
 
 def test_a_chain_lays_adapters_below() -> None:
-    with pytest.raises(ConfigError, match="stages.dpo.base.backend.*here is `sft` too") as caught:
+    with pytest.raises(ConfigError, match="stages.dpo.base.backend.*also `sft`") as caught:
         Chain.load("tiny-preference", "base.backend=unsloth")
     assert len(caught.value.problems) == 1
     stages = tuple(
         stage.model_copy(update={"base": BaseConfig(backend="unsloth")})
         for stage in Chain.load("tiny-preference").stages
     )
-    with pytest.raises(ConfigError, match="here is `sft` too"):
+    with pytest.raises(ConfigError, match="also `sft`"):
         Chain("mine", "", stages)
 
 

@@ -252,7 +252,7 @@ def test_recipes_need_an_adapter_for_the_reward_model_and_no_other(tmp_path: Pat
     assert Recipe.from_dict(recipe.to_dict()) == recipe
     idle = {**given, "rewards": [{"name": "answer"}]}
     assert len(errors := faults(idle)) == 1 and errors[0].startswith(
-        "adapters.reward: does nothing without the reward `reward_model`; no other"
+        "adapters.reward: does nothing without the reward `reward_model`"
     )
     assert len(faults({**CHAIN, "stages": [CHAIN["stages"][0], LEARNED]})) == 1
 
@@ -269,4 +269,4 @@ def test_recipes_need_an_adapter_for_the_reward_model_and_no_other(tmp_path: Pat
     chain = Chain.from_dict({**CHAIN, "stages": [*CHAIN["stages"][:3], named]})
     assert chain.recipe_of(3, {"warm": "a", "judge": "b", "dpo": "c"}).adapters["reward"].path == "mine"
     wrong = {**CHAIN, "stages": [{**CHAIN["stages"][0], "name": "reward"}, CHAIN["stages"][2]]}
-    assert any("is no name for a stage of sft: `reward` is the reward model" in fault for fault in faults(wrong))
+    assert any("is not a name for a stage of sft: `reward` is the reward model" in fault for fault in faults(wrong))
