@@ -18,7 +18,7 @@ from lowrank_tune.assembly.rl import make_row_check
 from lowrank_tune.config import RecipeConfig, SourceConfig
 from lowrank_tune.data import ChatTemplate, Conversation, InvalidRow, detect_format, load_prompts, read_source
 from lowrank_tune.data.encode import conversation_of
-from lowrank_tune.data.files import RawRow
+from lowrank_tune.data.formats import RawRow
 from lowrank_tune.data.ground_truth import extract_answer
 from lowrank_tune.data.message import Message
 from lowrank_tune.data.preference_pairs import PROMPT_COLUMNS
