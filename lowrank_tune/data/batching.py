@@ -15,12 +15,18 @@ def token_budget_batches(rows: TokenizedDataset, micro_tokens: int) -> Iterator[
     """Units (rows, or pairs) of similar length, longest first, as many as fit `micro_tokens` with padding, at least
     one."""
     widest = rows.lengths.reshape(-1, rows.rows_per_unit).max(axis=1)
+    yield from batches_by_length([int(width) * rows.rows_per_unit for width in widest], micro_tokens)
+
+
+def batches_by_length(num_tokens: Sequence[int], max_tokens: int) -> Iterator[list[int]]:
+    """Yields batches of the indices of `num_tokens`, largest first, with at most `max_tokens` tokens including padding;
+    at least one index each."""
     batch: list[int] = []
-    for unit in sorted(range(rows.units), key=lambda unit: -int(widest[unit])):
-        if batch and int(widest[batch[0]]) * (len(batch) + 1) * rows.rows_per_unit > micro_tokens:
+    for index in sorted(range(len(num_tokens)), key=lambda index: -num_tokens[index]):
+        if batch and num_tokens[batch[0]] * (len(batch) + 1) > max_tokens:
             yield batch
             batch = []
-        batch.append(unit)
+        batch.append(index)
     if batch:
         yield batch
 

@@ -61,7 +61,7 @@ def pack_shared_prefixes(batch: Batch, width: int) -> PackedBatch | None:
     """
     rows, columns = batch.input_ids.shape
     row = torch.arange(rows, device=batch.input_ids.device)
-    shared_prefix = required(batch.shared_prefix, "shared_prefix")
+    shared_prefix = required(batch.shared_prefix)
     first = torch.where(shared_prefix == 0, row, 0).cummax(0).values
     alike = (batch.input_ids == batch.input_ids[first]) & batch.attention_mask & batch.attention_mask[first]
     shared = torch.minimum(shared_prefix, alike.long().cumprod(dim=1).sum(dim=1)).masked_fill(first == row, 0)
