@@ -184,9 +184,9 @@ class RolloutBatch(Batch):
     """(B, T) fp32, of PPO: advantage before whitening plus value, the target of the value."""
 
 
-def required(tensor: Tensor | None, name: str) -> Tensor:
+def required(tensor: Tensor | None) -> Tensor:
     """Returns the tensor of a field. Raises AssertionError if the field is not set."""
-    assert tensor is not None, f"the field {name} of the batch must be set first"
+    assert tensor is not None, "this field of the batch must be set first"
     return tensor
 
 

@@ -112,10 +112,10 @@ class DPO(Algorithm[PairBatch]):
     def compute_losses(self, micro: PairBatch) -> Iterator[LossTerm]:
         logps = self.context.roles.logps("policy", micro).logps
         losses, stats = self._pair_losses(logps, micro)
-        weights = required(micro.token_weights, "token_weights")[::2]
+        weights = required(micro.token_weights)[::2]
         loss = (losses * weights).sum()
         if self.settings.sft_coef:
-            sft_weights = required(micro.sft_weights, "sft_weights")
+            sft_weights = required(micro.sft_weights)
             loss = loss - self.settings.sft_coef * (apply_mask(logps, micro.loss_mask) * sft_weights).sum()
         yield LossTerm(loss, stats)
 
@@ -176,7 +176,7 @@ class DPO(Algorithm[PairBatch]):
 
 def _logratio(logps: Tensor, micro: PairBatch) -> Tensor:
     """Returns log p - log ref of each answer, (B,)."""
-    return logps.sum(dim=1) - required(micro.reference_sequence_logps, "reference_sequence_logps")
+    return logps.sum(dim=1) - required(micro.reference_sequence_logps)
 
 
 def chosen_mask(mask: Tensor) -> Tensor:

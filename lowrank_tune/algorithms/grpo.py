@@ -197,8 +197,8 @@ class GRPO(RolloutAlgorithm):
         if settings.beta and (settings.kl_in_reward or settings.kl_estimator != "exact"):
             batch.reference_logps = self.collector.logps("reference", batch)
         if settings.beta and settings.kl_in_reward:
-            sampler_logps = required(batch.sampler_logps, "sampler_logps")
-            log_ratio = sampler_logps - required(batch.reference_logps, "reference_logps")
+            sampler_logps = required(batch.sampler_logps)
+            log_ratio = sampler_logps - required(batch.reference_logps)
             kl = apply_mask(log_ratio, batch.loss_mask).sum(dim=1)
             groups.shaped_rewards = groups.shaped_rewards - settings.beta * kl.view_as(groups.shaped_rewards)
         if settings.truncated_completions == "penalize":
@@ -236,30 +236,32 @@ class GRPO(RolloutAlgorithm):
         self._num_rows = len(batch)
         if self._skip_update:
             return torch.zeros(loss_mask.shape)
-        if self.settings.loss_type in ("dapo", "cispo"):
+        loss_type = self.settings.loss_type
+        if loss_type in ("dapo", "cispo"):
             return token_mean_weights(loss_mask)
-        if self.settings.loss_type == "dr_grpo":
+        if loss_type == "dr_grpo":
             return loss_mask.float() / self.collector.max_new_tokens / len(batch)
         lengths = loss_mask.sum(dim=1, keepdim=True).clamp_min(1)
         return loss_mask.float() / lengths / len(batch)
 
     def compute_losses(self, micro: RolloutBatch) -> Iterator[LossTerm]:
+        settings = self.settings
         loss_mask = micro.loss_mask
         output = self.context.roles.logps("policy", micro, self.collector.temperature)
         logps = output.logps
         old_logps = self._old_logps(micro, logps)
         per_token, is_clipped = policy_loss(
-            self.settings.loss_type,
+            settings.loss_type,
             logps,
             old_logps,
-            required(micro.sequence_advantages, "sequence_advantages"),
+            required(micro.sequence_advantages),
             loss_mask,
-            self.settings.epsilon,
+            settings.epsilon,
             self.epsilon_high,
         )
-        if self.settings.beta and not self.settings.kl_in_reward:
-            per_token = per_token + self.settings.beta * self._kl_penalty(micro, logps, old_logps)
-        weights = apply_mask(required(micro.token_weights, "token_weights"), loss_mask)
+        if settings.beta and not settings.kl_in_reward:
+            per_token = per_token + settings.beta * self._kl_penalty(micro, logps, old_logps)
+        weights = apply_mask(required(micro.token_weights), loss_mask)
         loss = (apply_mask(per_token, loss_mask) * weights).sum()
         stats = {
             "entropy": masked_mean(output.entropy, loss_mask),
@@ -268,7 +270,7 @@ class GRPO(RolloutAlgorithm):
         if micro.reference_logps is not None:
             stats["kl"] = masked_mean(kl_k3(logps, micro.reference_logps, loss_mask), loss_mask)
         if self._is_first_pass:
-            mismatch = (logps - required(micro.sampler_logps, "sampler_logps")).abs()
+            mismatch = (logps - required(micro.sampler_logps)).abs()
             stats["sampling/sampling_logp_difference/mean"] = masked_mean(mismatch, loss_mask)
         stats["loss"] = WeightedMean(loss.detach(), len(micro) / self._num_rows)
         yield LossTerm(loss, stats)
@@ -277,7 +279,7 @@ class GRPO(RolloutAlgorithm):
         """Returns the log-probs of the policy that drew the completions, (B, T). In a single pass the policy has not
         changed since, and its own are used."""
         if self.settings.old_logprobs_from == "sampler":
-            return required(micro.sampler_logps, "sampler_logps")
+            return required(micro.sampler_logps)
         if micro.old_logps is None:
             return logps.detach()
         return micro.old_logps
@@ -287,7 +289,7 @@ class GRPO(RolloutAlgorithm):
         if self.settings.kl_estimator == "exact":
             temperature = self.collector.temperature
             return self.context.roles.full_vocab_kl("policy", "reference", micro, temperature, gradient=True)
-        reference_logps = required(micro.reference_logps, "reference_logps")
+        reference_logps = required(micro.reference_logps)
         return kl_penalty(self.settings.kl_estimator, logps, old_logps, reference_logps, micro.loss_mask)
 
     def should_continue(self, stats: Stats) -> bool:

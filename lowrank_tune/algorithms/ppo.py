@@ -190,7 +190,7 @@ class PPO(RolloutAlgorithm):
         loss_mask = batch.loss_mask
         old_logps = self.collector.logps("policy", batch)
         reference_logps = self.collector.logps("reference", batch)
-        mismatch = masked_mean((old_logps - required(batch.sampler_logps, "sampler_logps")).abs(), loss_mask)
+        mismatch = masked_mean((old_logps - required(batch.sampler_logps)).abs(), loss_mask)
         check_sampler_mismatch(mismatch.value, self.settings.max_logprob_mismatch, "ppo.max_logprob_mismatch")
         values, final_values = self._values(batch)
         scores, bootstrap_values = self._final_scores(
@@ -244,7 +244,7 @@ class PPO(RolloutAlgorithm):
 
     def _log_group(self, step: int, groups: RolloutGroups, batch: RolloutBatch, rows: Tensor) -> None:
         """Logs the mean advantage of each completion, 0 for those without a reward."""
-        token_advantages = required(batch.token_advantages, "token_advantages")
+        token_advantages = required(batch.token_advantages)
         means = token_advantages.sum(dim=1) / batch.loss_mask.sum(dim=1).clamp_min(1)
         row_advantages = torch.zeros(len(groups.batch)).index_copy(0, rows, means)
         self.collector.log_group(step, groups, row_advantages.view_as(groups.rewards))
@@ -272,8 +272,8 @@ class PPO(RolloutAlgorithm):
             self.collector.temperature,
             entropy_gradient=entropy_coef > 0,
         )
-        old_logps = required(micro.old_logps, "old_logps")
-        advantages = apply_mask(required(micro.token_advantages, "token_advantages"), loss_mask)
+        old_logps = required(micro.old_logps)
+        advantages = apply_mask(required(micro.token_advantages), loss_mask)
         log_ratio = apply_mask(output.logps - old_logps, loss_mask)
         cliprange = self.settings.cliprange
         per_token, is_clipped = clipped_policy_loss(log_ratio, advantages, loss_mask, cliprange, cliprange)
@@ -293,8 +293,8 @@ class PPO(RolloutAlgorithm):
         values = shift_right(self.context.roles.scores(VALUE_ROLE, micro))
         per_token, is_clipped = value_loss(
             values,
-            required(micro.values, "values"),
-            required(micro.returns, "returns"),
+            required(micro.values),
+            required(micro.returns),
             loss_mask,
             self.settings.cliprange_value,
         )
@@ -331,5 +331,5 @@ class PPO(RolloutAlgorithm):
 
 
 def _weighted_loss(per_token: Tensor, micro: RolloutBatch) -> Tensor:
-    weights = required(micro.token_weights, "token_weights")
+    weights = required(micro.token_weights)
     return (per_token * apply_mask(weights, micro.loss_mask)).sum()

@@ -55,7 +55,7 @@ class RewardModeling(Algorithm[PairBatch]):
 
     def compute_losses(self, micro: PairBatch) -> Iterator[LossTerm]:
         losses, stats = self._pair_losses(micro)
-        weights = required(micro.token_weights, "token_weights")[::2]
+        weights = required(micro.token_weights)[::2]
         yield LossTerm((losses * weights).sum(), stats)
 
     def eval_metrics(self, micro: PairBatch) -> Stats:
@@ -67,7 +67,7 @@ class RewardModeling(Algorithm[PairBatch]):
         scores = self.scores(micro)
         chosen = scores[::2]
         rejected = scores[1::2]
-        margin = required(micro.margin, "margin")[::2]
+        margin = required(micro.margin)[::2]
         losses = reward_loss(chosen, rejected, margin, self.settings.center_rewards_coefficient)
         stats = {
             "loss": mean(losses),

@@ -6,9 +6,10 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import chain
-from typing import TYPE_CHECKING, Protocol
+from operator import itemgetter
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
@@ -120,39 +121,33 @@ class RolloutGroups:
 
     def select_groups(self, selected: Tensor) -> RolloutGroups:
         """Returns the groups of a mask, (groups,) bool."""
-        n = self.rewards.shape[1]
-        rows = selected.repeat_interleave(n).nonzero().squeeze(1)
-        return RolloutGroups(
+        group_indices = selected.nonzero().flatten().tolist()
+        rows = selected.repeat_interleave(self.rewards.shape[1]).nonzero().squeeze(1)
+        row_indices = rows.tolist()
+        return replace(
+            self,
             batch=self.batch.select_rows(rows, width=self.batch.input_ids.shape[1]),
             rewards=self.rewards[selected],
             reward_components=self.reward_components[rows],
             truncated=self.truncated[rows],
-            reward_names=self.reward_names,
-            texts=[self.texts[row] for row in rows.tolist()],
-            prompts=[self.prompts[group] for group in selected.nonzero().flatten().tolist()],
-            timings=self.timings,
+            texts=[self.texts[row] for row in row_indices],
+            prompts=[self.prompts[group] for group in group_indices],
             shaped_rewards=self.shaped_rewards[selected],
-            failed_rewards=[self.failed_rewards[row] for row in rows.tolist()],
+            failed_rewards=[self.failed_rewards[row] for row in row_indices],
         )
 
-    @classmethod
-    def concat(cls, draws: Sequence[RolloutGroups], pad_id: int) -> RolloutGroups:
+    @staticmethod
+    def concat(draws: Sequence[RolloutGroups], pad_id: int) -> RolloutGroups:
         """Returns the groups of all draws, padded to one width, with the timings of the first."""
         first = draws[0]
         if len(draws) == 1:
             return first
-        return cls(
-            batch=concat_batches([draw.batch for draw in draws], pad_id),
-            rewards=torch.cat([draw.rewards for draw in draws]),
-            reward_components=torch.cat([draw.reward_components for draw in draws]),
-            truncated=torch.cat([draw.truncated for draw in draws]),
-            reward_names=first.reward_names,
-            texts=list(chain.from_iterable(draw.texts for draw in draws)),
-            prompts=list(chain.from_iterable(draw.prompts for draw in draws)),
-            timings=first.timings,
-            shaped_rewards=torch.cat([draw.shaped_rewards for draw in draws]),
-            failed_rewards=list(chain.from_iterable(draw.failed_rewards for draw in draws)),
-        )
+        joined: dict[str, Any] = {"batch": concat_batches([draw.batch for draw in draws], pad_id)}
+        for name in ("rewards", "reward_components", "truncated", "shaped_rewards"):
+            joined[name] = torch.cat([getattr(draw, name) for draw in draws])
+        for name in ("texts", "prompts", "failed_rewards"):
+            joined[name] = list(chain.from_iterable(getattr(draw, name) for draw in draws))
+        return replace(first, **joined)
 
 
 def log_nothing(step: int, groups: RolloutGroups, advantages: Tensor) -> None:
@@ -219,15 +214,14 @@ class RolloutCollector:
         n = self.num_generations
         sampling = SamplingParams(self.max_new_tokens, self.stop_ids, self.temperature, seed)
         engine = Engine(self.roles, "policy", self.max_num_seqs)
-        completions: dict[int, Completion] = {}
-        texts: dict[int, str] = {}
+        completed: list[tuple[int, Completion, str]] = []
         for completion in engine.generate([prompt.input_ids for prompt in prompts], n, sampling):
             row = completion.prompt * n + completion.sample
-            completions[row] = completion
-            texts[row] = self.decode(completion.content_ids)
-            self.reward_client.submit(row, prompts[completion.prompt], texts[row], completion)
-        rows = range(len(prompts) * n)
-        return [completions[row] for row in rows], [texts[row] for row in rows]
+            text = self.decode(completion.content_ids)
+            self.reward_client.submit(row, prompts[completion.prompt], text, completion)
+            completed.append((row, completion, text))
+        completed.sort(key=itemgetter(0))
+        return [completion for _, completion, _ in completed], [text for _, _, text in completed]
 
     def _components(self, scores: Sequence[float] | RewardFailure) -> list[float]:
         """Returns the value of each reward of a completion; nan if one failed, so that it cannot be used by mistake."""

@@ -38,7 +38,7 @@ class SFT(Algorithm[Batch]):
     def compute_losses(self, micro: Batch) -> Iterator[LossTerm]:
         loss_mask = micro.loss_mask
         logps, entropy, is_likeliest = self.context.roles.token_logps_and_entropy("policy", micro)
-        loss = sft_loss(logps, loss_mask, required(micro.token_weights, "token_weights"))
+        loss = sft_loss(logps, loss_mask, required(micro.token_weights))
         stats = {
             "loss": masked_mean(-logps, loss_mask),
             "mean_token_accuracy": masked_mean(is_likeliest.float(), loss_mask),

@@ -128,7 +128,7 @@ def build(
         data=source.data,
         validation=source.validation,
         heldout=heldout,
-        algorithm=source.make_algorithm(context),
+        algorithm=make_algorithm(recipe, context, source.collector),
         steps=recipe.train.max_steps or source.sampler.steps_of(epochs),
         reference=reference,
         base_hashes=base_hashes,

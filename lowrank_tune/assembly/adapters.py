@@ -34,22 +34,17 @@ def check_adapter_lineage(recipe: RecipeConfig, saved: dict[str, SavedAdapter], 
         if name not in saved or name in unchecked:
             continue
         below = saved[name].frozen_adapters
-        missing = [other for other, content in below.items() if content not in loaded_hashes]
+        key = f"adapters.{name}.path"
+        path = str(recipe.adapters[name].path)
+        loaded = [other for other, content in below.items() if content in loaded_hashes]
+        missing = [other for other in below if other not in loaded]
+        if loaded and missing:
+            raise UserError(
+                f"{key}: the adapter in {path} was trained over {', '.join(below)}, and this recipe loads only "
+                f"{', '.join(loaded)} below it: add `adapters.{missing[0]}.path`, or leave all of them out and it is "
+                "taken with them folded into it"
+            )
         if missing:
-            _check_all_missing(recipe, name, below, missing)
-            key = f"adapters.{name}.path"
-            has_head = saved[name].head is not None
-            saved[name] = read_adapter(str(recipe.adapters[name].path), key, head=has_head, combined=True)
+            saved[name] = read_adapter(path, key, head=saved[name].head is not None, combined=True)
             emit(LogMessage(message=f"{key}: taken with {', '.join(below)} folded into it, which it was trained over"))
         loaded_hashes.add(content_hash(saved[name]))
-
-
-def _check_all_missing(recipe: RecipeConfig, name: str, below: dict[str, str], missing: list[str]) -> None:
-    """Raises UserError if only some of the adapters below are missing."""
-    loaded = [other for other in below if other not in missing]
-    if loaded:
-        raise UserError(
-            f"adapters.{name}.path: the adapter in {recipe.adapters[name].path} was trained over {', '.join(below)}, "
-            f"and this recipe loads only {', '.join(loaded)} below it: add `adapters.{missing[0]}.path`, or leave all "
-            "of them out and it is taken with them folded into it"
-        )

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
 
 from lowrank_tune.batch import Row
 from lowrank_tune.data import ChatTemplate, InvalidRow, collate
+from lowrank_tune.data.collate import batches_by_length
 from lowrank_tune.data.message import Message
 from lowrank_tune.errors import UserError
 from lowrank_tune.model.adapters import SavedAdapter
@@ -105,20 +106,9 @@ def score_rows(
         with roles.inference_mode():
             return torch.as_tensor(roles.sequence_scores(role, batch)).tolist()
 
-    for block in _blocks_by_length(rows, micro_tokens):
-        longest = len(rows[block[0]])
-        for indices, values in roles.limits.split_on_oom("forward_tokens", block, longest, compute):
+    lengths = [len(row) for row in rows]
+    for block in batches_by_length(lengths, micro_tokens):
+        for indices, values in roles.limits.split_on_oom("forward_tokens", block, lengths[block[0]], compute):
             for index, value in zip(indices, values, strict=True):
                 scores[index] = value
     return scores
-
-
-def _blocks_by_length(rows: Sequence[Sequence[int]], micro_tokens: int) -> Iterator[list[int]]:
-    """Yields the indices of the rows, longest first, with at most `micro_tokens` tokens including padding in a
-    block."""
-    pending = sorted(range(len(rows)), key=lambda index: -len(rows[index]))
-    while pending:
-        longest = max(1, len(rows[pending[0]]))
-        count = max(1, micro_tokens // longest)
-        yield pending[:count]
-        pending = pending[count:]

@@ -1,5 +1,5 @@
-"""The parts of an online algorithm: prompts, rewards on their workers, the rollout collector, and a check of the
-rewards on reference answers."""
+"""The parts of an online algorithm that need no base: prompts, rewards on their workers, and a check of the rewards on
+reference answers."""
 
 from __future__ import annotations
 
@@ -9,16 +9,12 @@ from functools import partial
 from pathlib import Path
 from typing import Literal
 
-from torch import Tensor
-
-from lowrank_tune.algorithms.reward_failures import RewardFailure, RewardFailureTracker
-from lowrank_tune.algorithms.rollouts import RolloutCollector, RolloutGroups
+from lowrank_tune.algorithms.reward_failures import RewardFailure
 from lowrank_tune.assembly.reward_model import append_end_of_turn, encode_answer, end_of_turn_ids, score_rows
 from lowrank_tune.config import RecipeConfig
-from lowrank_tune.data import ChatTemplate, PromptDataset, PromptExample, PromptSampler, Report, load_prompts
+from lowrank_tune.data import ChatTemplate, PromptDataset, PromptExample, Report, load_prompts
 from lowrank_tune.errors import TrainingError, UserError
-from lowrank_tune.events import Emit, GroupLogged, LogMessage
-from lowrank_tune.functional import step_seed
+from lowrank_tune.events import Emit, LogMessage
 from lowrank_tune.generation.outputs import Completion
 from lowrank_tune.model.roles import Roles
 from lowrank_tune.rewards import (
@@ -38,8 +34,6 @@ from lowrank_tune.rewards.user_function import is_user_function
 
 NUM_ROWS_CHECKED = 48
 """Number of reference answers that the rewards are checked on."""
-ROLLOUT_SEED_TAG = 1 << 21
-"""Differs from the tag of `reward_dry_run`, so that the two use different random numbers."""
 
 
 def log_report(report: Report, emit: Emit) -> None:
@@ -70,10 +64,19 @@ def make_row_check(recipe: RecipeConfig) -> Callable[[PromptExample], str | None
         weighted = build_rewards(builtin_rewards, Path.cwd())
 
     def reason(example: PromptExample) -> str | None:
-        item = RewardInput(example.text, "", example.ground_truth, example.row, stopped=True, tokens=1)
-        return row_rejection_reason(weighted, item)
+        return row_rejection_reason(weighted, _reward_input(example, "", True, 1))
 
     return reason
+
+
+def _reward_input(
+    prompt: PromptExample,
+    text: str,
+    stopped: bool,
+    num_tokens: int,
+    ids: Sequence[int] = (),
+) -> RewardInput:
+    return RewardInput(prompt.text, text, prompt.ground_truth, prompt.row, stopped, num_tokens, ids)
 
 
 class RewardScorer:
@@ -103,35 +106,18 @@ class RewardScorer:
     def submit(self, request_id: int, prompt: PromptExample, text: str, completion: Completion) -> None:
         """Begins to score a completion."""
         has_end = completion.finish_reason == "stop"
-        item = RewardInput(
-            prompt.text,
-            text,
-            prompt.ground_truth,
-            prompt.row,
-            stopped=has_end and not self.template.special_tokens_in(completion.content_ids),
-            tokens=len(completion.token_ids),
-            ids=self._model_input(prompt, append_end_of_turn(completion.token_ids, self._end_ids)),
-        )
-        self.scorer.submit(request_id, item)
+        stopped = has_end and not self.template.special_tokens_in(completion.content_ids)
+        num_tokens = len(completion.token_ids)
+        ids = []
+        if self.reward_models:
+            ids = [*prompt.input_ids, *append_end_of_turn(completion.token_ids, self._end_ids)]
+        self.scorer.submit(request_id, _reward_input(prompt, text, stopped, num_tokens, ids))
 
     def reference_item(self, prompt: PromptExample, text: str) -> RewardInput:
         """Returns an answer of the data as a completion that ended by itself."""
         answer_ids = encode_answer(self.template, text) if self.reward_models else []
-        return RewardInput(
-            prompt.text,
-            text,
-            prompt.ground_truth,
-            prompt.row,
-            stopped=True,
-            tokens=max(1, len(text) // 4),
-            ids=self._model_input(prompt, answer_ids) if answer_ids else (),
-        )
-
-    def _model_input(self, prompt: PromptExample, answer_ids: Sequence[int]) -> list[int]:
-        """Returns the token ids that the reward models read; none without reward models."""
-        if not self.reward_models:
-            return []
-        return [*prompt.input_ids, *answer_ids]
+        ids = [*prompt.input_ids, *answer_ids] if answer_ids else []
+        return _reward_input(prompt, text, True, max(1, len(text) // 4), ids)
 
     def collect(self) -> Mapping[int, Sequence[float] | RewardFailure]:
         """Waits for all submitted completions; returns a value for each reward, or the failure, by request id. Raises
@@ -188,79 +174,3 @@ def check_reference_rewards(
     warning = fault or report.warning()
     if warning:
         emit(LogMessage(message=warning, level="warning"))
-
-
-def make_rollout_collector(
-    recipe: RecipeConfig,
-    roles: Roles,
-    template: ChatTemplate,
-    prompts: PromptDataset,
-    sampler: PromptSampler,
-    scorer: RewardScorer,
-    stop_ids: frozenset[int],
-    micro_tokens: int,
-    emit: Emit,
-) -> RolloutCollector:
-    """Returns the collector that draws completions of the recipe's prompts, step by step."""
-
-    def prompts_of(step: int, draw: int, count: int | None) -> list[PromptExample]:
-        if draw == 0:
-            rows = sampler.rows(step)
-        else:
-            rows = sampler.replacement_prompts(step, draw, count or 1)
-        return [prompts.examples[row] for row in rows]
-
-    def log_group(step: int, groups: RolloutGroups, advantages: Tensor) -> None:
-        prompt = groups.prompts[0]
-        num_generations = groups.rewards.shape[1]
-        emit(
-            GroupLogged(
-                step=step + 1,
-                prompt=prompt.text,
-                ground_truth=prompt.ground_truth,
-                completions=[_completion_record(groups, advantages, sample) for sample in range(num_generations)],
-            )
-        )
-
-    def seed_of(draw: int) -> int:
-        return step_seed(recipe.seed, ROLLOUT_SEED_TAG + draw)
-
-    config = recipe.rollout
-    return RolloutCollector(
-        roles=roles,
-        prompts=prompts_of,
-        reward_client=scorer,
-        reward_names=[weighted_reward.name for weighted_reward in scorer.weighted],
-        reward_weights=scorer.weights,
-        decode=template.decode,
-        stop_ids=stop_ids,
-        pad_id=template.pad_id,
-        num_generations=config.num_generations,
-        max_new_tokens=config.max_new_tokens,
-        temperature=config.temperature,
-        max_num_seqs=config.max_num_seqs,
-        micro_tokens=micro_tokens,
-        seed_of=seed_of,
-        log_group=log_group,
-        failures=RewardFailureTracker(config.max_reward_failure_rate),
-    )
-
-
-def _completion_record(groups: RolloutGroups, advantages: Tensor, sample: int) -> Mapping[str, object]:
-    """Returns a completion of the first group, for the event."""
-    record: dict[str, object] = {
-        "text": groups.texts[sample],
-        "finish_reason": "length" if bool(groups.truncated[sample]) else "stop",
-    }
-    failure = groups.failed_rewards[sample]
-    if failure is not None:
-        record["reward"] = None
-        record["advantage"] = None
-        record["unscored"] = f"{failure.reward}: {failure.reason}"
-        record["parts"] = {}
-    else:
-        components = groups.reward_components[sample].tolist()
-        record["reward"] = float(groups.rewards[0, sample])
-        record["advantage"] = float(advantages[0, sample])
-        record["parts"] = dict(zip(groups.reward_names, components, strict=True))
-    return record

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
+from lowrank_tune.assembly.algorithm import ONLINE_ALGORITHMS
 from lowrank_tune.config import RecipeConfig
 from lowrank_tune.errors import ConfigError, ConfigProblem
 from lowrank_tune.events import Emit, LogMessage
@@ -21,15 +22,15 @@ from lowrank_tune.model.rotary import FixedRope, RopeFactors, fixed_rope, select
 
 
 def select_rope(stages: Sequence[RecipeConfig], emit: Emit) -> FixedRope | None:
-    """The frequencies for these stages over one base; None where its RoPE type leaves no choice. Raises ConfigError for
-    rows that are longer than RoPE type `dynamic` allows."""
+    """Returns the frequencies for these stages over one base; None if its RoPE type has only one set of them. Raises
+    ConfigError for rows that are longer than RoPE type `dynamic` allows."""
     config = load_config(stages[0].base)
     longest = max(stages, key=lambda stage: stage.longest_row)
     rope = fixed_rope(config, select_factors(config, longest.longest_row))
     if rope is None:
         return None
     if rope.rope_type == "dynamic":
-        _refuse_long_rows(stages, config)
+        _check_row_lengths(stages, config)
         emit(LogMessage(message=rope.describe()))
         return rope
     adapters = _adapter_factors(stages)
@@ -52,7 +53,8 @@ def select_rope(stages: Sequence[RecipeConfig], emit: Emit) -> FixedRope | None:
 
 
 def check_heldout_length(recipe: RecipeConfig, longest_prompt: int, rope: FixedRope) -> None:
-    """Raises ConfigError where a held-out answer could make a row longer than the frequencies are for."""
+    """Checks that no held-out prompt with its answer becomes longer than the frequencies are for. Raises
+    ConfigError."""
     limit = rope.max_row_length
     new_tokens = recipe.evaluate.max_new_tokens
     if limit is None or longest_prompt + new_tokens <= limit:
@@ -73,7 +75,7 @@ def check_heldout_length(recipe: RecipeConfig, longest_prompt: int, rope: FixedR
 
 
 def long_row_problem(recipe: RecipeConfig, config: Any) -> ConfigProblem | None:
-    """The setting that allows longer rows than RoPE type `dynamic` is for; None where none does."""
+    """Returns the problem of the setting that allows longer rows than RoPE type `dynamic` is for, or None."""
     rope = fixed_rope(config, "short")
     if rope is None or rope.rope_type != "dynamic" or recipe.max_train_length <= rope.original_length:
         return None
@@ -90,26 +92,35 @@ def long_row_problem(recipe: RecipeConfig, config: Any) -> ConfigProblem | None:
     return ConfigProblem(message, key)
 
 
-def _refuse_long_rows(stages: Sequence[RecipeConfig], config: Any) -> None:
-    problems = {stage.name: long_row_problem(stage, config) for stage in stages}
-    located = [
-        replace(problem, key=f"stages.{name}.{problem.key}") if len(stages) > 1 else problem
-        for name, problem in problems.items()
-        if problem is not None
-    ]
-    if located:
-        raise ConfigError(located)
+def _check_row_lengths(stages: Sequence[RecipeConfig], config: Any) -> None:
+    """Raises ConfigError if a stage allows rows that are too long for RoPE type `dynamic`; all problems at once."""
+    problems = []
+    for stage in stages:
+        problem = long_row_problem(stage, config)
+        if problem is None:
+            continue
+        if len(stages) > 1:
+            problem = replace(problem, key=f"stages.{stage.name}.{problem.key}")
+        problems.append(problem)
+    if problems:
+        raise ConfigError(problems)
 
 
 def _length_setting(recipe: RecipeConfig) -> str:
-    """The setting that bounds the rows of training."""
-    if recipe.algorithm in ("grpo", "ppo"):
+    """Returns the key of the setting that limits the length of training rows."""
+    if recipe.algorithm in ONLINE_ALGORITHMS:
         return "rollout.max_new_tokens"
     return "data.max_length"
 
 
 def _adapter_factors(stages: Sequence[RecipeConfig]) -> dict[str, RopeFactors]:
-    """The factors that each loaded adapter was trained with, by its path, where its folder names them."""
-    paths = dict.fromkeys(adapter.path for stage in stages for adapter in stage.adapters.values() if adapter.path)
-    found = {path: adapter_rope_factors(path) for path in paths}
-    return {path: factors for path, factors in found.items() if factors is not None}
+    """Returns the factors that each loaded adapter was trained with, by its path; only of folders that name them."""
+    factors_by_path = {}
+    for stage in stages:
+        for adapter in stage.adapters.values():
+            if not adapter.path:
+                continue
+            factors = adapter_rope_factors(adapter.path)
+            if factors is not None:
+                factors_by_path[adapter.path] = factors
+    return factors_by_path

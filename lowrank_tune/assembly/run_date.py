@@ -1,5 +1,5 @@
-"""The date in the prompts of a run: that of the day on which it began, stored in its recipe, on whatever day it is
-continued."""
+"""The date in the prompts of a run: the day on which the run began. It is stored in the recipe, and a resumed run uses
+it too."""
 
 from __future__ import annotations
 
@@ -19,14 +19,15 @@ AnyRecipe = TypeVar("AnyRecipe", bound=RecipeConfig | Chain)
 
 
 def with_template_date(recipe: AnyRecipe, path: Path) -> AnyRecipe:
-    """The recipe of a run in the folder `path`, with `data.template_date` where its chat template uses the clock and
-    the recipe gives no date; one for all stages of a chain. Raises UserError where there is no such base."""
+    """Returns the recipe of a run in the folder `path`, with `data.template_date` set if its chat template uses the
+    clock and the recipe has no date; the same date for all stages of a chain. Raises UserError if the base does not
+    exist."""
     first = recipe.stages[0] if isinstance(recipe, Chain) else recipe
     if first.data.template_date is not None or not calls_clock(default_chat_template(load_tokenizer(first.base))):
         return recipe
     unfinished = RunFolder.unfinished(path)
     day = None if unfinished is None else _stored_date(unfinished)
-    # A run that an older version began has no date: it goes on without one.
+    # A run of an older version has no date and continues without one.
     if day is None and unfinished is not None and unfinished.has_checkpoints():
         return recipe
     return _dated(recipe, day or date.today().isoformat())

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from torch import Tensor
 
-from lowrank_tune.algorithms.base import Algorithm, AlgorithmContext
 from lowrank_tune.algorithms.reference_logps import reference_logps
-from lowrank_tune.assembly.algorithm import make_algorithm
+from lowrank_tune.algorithms.reward_failures import RewardFailureTracker
+from lowrank_tune.algorithms.rollouts import RolloutCollector, RolloutGroups
 from lowrank_tune.assembly.model import micro_tokens_of
 from lowrank_tune.assembly.reward_dry_run import dry_run_rewards
 from lowrank_tune.assembly.rl import (
@@ -18,7 +17,6 @@ from lowrank_tune.assembly.rl import (
     check_reference_rewards,
     load_train_prompts,
     log_report,
-    make_rollout_collector,
 )
 from lowrank_tune.batch import Batch, PairBatch, rows_of_units
 from lowrank_tune.config import RecipeConfig
@@ -26,6 +24,7 @@ from lowrank_tune.data import (
     BatchSampler,
     ChatTemplate,
     PromptDataset,
+    PromptExample,
     TokenizedDataset,
     TokenizedSplits,
     collate_units,
@@ -33,9 +32,13 @@ from lowrank_tune.data import (
     make_prompt_sampler,
 )
 from lowrank_tune.data.tokenize import cache_folder
-from lowrank_tune.events import Emit
+from lowrank_tune.events import Emit, GroupLogged
+from lowrank_tune.functional import step_seed
 from lowrank_tune.model.base import combined_hash
 from lowrank_tune.model.roles import Roles
+
+ROLLOUT_SEED_TAG = 1 << 21
+"""Differs from the tag of `reward_dry_run`, so that the two use different random numbers."""
 
 
 @dataclass
@@ -60,6 +63,7 @@ class RowSource:
     """Rows from the training data."""
 
     data: TokenizedSplits
+    collector = None
 
     def __init__(self, recipe: RecipeConfig, template: ChatTemplate, emit: Emit) -> None:
         """Raises UserError if the data cannot be used."""
@@ -97,9 +101,6 @@ class RowSource:
                     self.emit,
                 )
 
-    def make_algorithm(self, context: AlgorithmContext) -> Algorithm[Any]:
-        return make_algorithm(self.recipe, context)
-
     def get_batch(self, step: int) -> Batch:
         """Returns the rows of an optimizer step."""
         return self.collate_train(self.sampler.rows(step))
@@ -125,6 +126,7 @@ class PromptSource:
         self.data: PromptDataset = load_train_prompts(recipe, template, emit)
         self.sampler = make_prompt_sampler(self.data, recipe.data, recipe.train, recipe.seed)
         self.scorer: RewardScorer | None = None
+        self.collector: RolloutCollector | None = None
 
     def check_before_loading(self) -> None:
         """Starts the rewards and checks them on reference answers, unless a reward needs the base. Raises UserError."""
@@ -143,25 +145,70 @@ class PromptSource:
             self._check_rewards(self.scorer)
         if self.fresh and recipe.algorithm == "grpo":
             dry_run_rewards(recipe, roles, self.template, self.data, self.scorer, stop_ids, self.emit)
-        self.collector = make_rollout_collector(
-            recipe,
-            roles,
-            self.template,
-            self.data,
-            self.sampler,
-            self.scorer,
-            stop_ids,
-            micro_tokens,
-            self.emit,
+        rollout = recipe.rollout
+        self.collector = RolloutCollector(
+            roles=roles,
+            prompts=self._prompts,
+            reward_client=self.scorer,
+            reward_names=[weighted_reward.name for weighted_reward in self.scorer.weighted],
+            reward_weights=self.scorer.weights,
+            decode=self.template.decode,
+            stop_ids=stop_ids,
+            pad_id=self.template.pad_id,
+            num_generations=rollout.num_generations,
+            max_new_tokens=rollout.max_new_tokens,
+            temperature=rollout.temperature,
+            max_num_seqs=rollout.max_num_seqs,
+            micro_tokens=micro_tokens,
+            seed_of=self._seed,
+            log_group=self._log_group,
+            failures=RewardFailureTracker(rollout.max_reward_failure_rate),
         )
 
     def _check_rewards(self, scorer: RewardScorer) -> None:
         check_reference_rewards(scorer, self.data, self.recipe.rewards_check, self.recipe.seed, self.emit)
 
-    def make_algorithm(self, context: AlgorithmContext) -> Algorithm[Any]:
-        return make_algorithm(self.recipe, context, self.collector)
+    def _prompts(self, step: int, draw: int, count: int | None) -> list[PromptExample]:
+        if draw == 0:
+            rows = self.sampler.rows(step)
+        else:
+            rows = self.sampler.replacement_prompts(step, draw, count or 1)
+        return [self.data.examples[row] for row in rows]
+
+    def _seed(self, draw: int) -> int:
+        return step_seed(self.recipe.seed, ROLLOUT_SEED_TAG + draw)
+
+    def _log_group(self, step: int, groups: RolloutGroups, advantages: Tensor) -> None:
+        """Emits the first group of a step."""
+        prompt = groups.prompts[0]
+        samples = range(groups.rewards.shape[1])
+        event = GroupLogged(
+            step=step + 1,
+            prompt=prompt.text,
+            ground_truth=prompt.ground_truth,
+            completions=[_completion_record(groups, advantages, sample) for sample in samples],
+        )
+        self.emit(event)
 
     def close(self) -> None:
         """Ends the workers of the rewards."""
         if self.scorer is not None:
             self.scorer.close()
+
+
+def _completion_record(groups: RolloutGroups, advantages: Tensor, sample: int) -> Mapping[str, object]:
+    """Returns a completion of the first group, for the event."""
+    record = {
+        "text": groups.texts[sample],
+        "finish_reason": "length" if bool(groups.truncated[sample]) else "stop",
+    }
+    failure = groups.failed_rewards[sample]
+    if failure is not None:
+        unscored = f"{failure.reward}: {failure.reason}"
+        return {**record, "reward": None, "advantage": None, "unscored": unscored, "parts": {}}
+    return {
+        **record,
+        "reward": float(groups.rewards[0, sample]),
+        "advantage": float(advantages[0, sample]),
+        "parts": dict(zip(groups.reward_names, groups.reward_components[sample].tolist(), strict=True)),
+    }

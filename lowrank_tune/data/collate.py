@@ -63,22 +63,25 @@ def _common_prefix_length(first: Row, row: Row) -> int:
     return int(differences[0]) if len(differences) else limit
 
 
-def token_budget_batches(rows: TokenizedDataset, micro_tokens: int) -> Iterator[list[int]]:
-    """Yields all units (rows, or pairs) of a store in batches of similar length, longest first: as many as fit
-    `micro_tokens` with padding, and at least one. For passes in which the order does not matter."""
-    widths = rows.lengths.reshape(-1, rows.rows_per_unit).max(axis=1)
-    longest_first = np.argsort(-widths, kind="stable").tolist()
+def batches_by_length(num_tokens: Sequence[int], max_tokens: int) -> Iterator[list[int]]:
+    """Yields batches of the indices of `num_tokens`, largest first, for passes in which the order does not matter.
+
+    A batch has at most `max_tokens` tokens, padding included, and at least one index.
+    """
     batch: list[int] = []
-    for unit in longest_first:
-        if batch:
-            width = int(widths[batch[0]])
-            tokens = width * (len(batch) + 1) * rows.rows_per_unit
-            if tokens > micro_tokens:
-                yield batch
-                batch = []
-        batch.append(unit)
+    for index in np.argsort(-np.asarray(num_tokens), kind="stable").tolist():
+        if batch and num_tokens[batch[0]] * (len(batch) + 1) > max_tokens:
+            yield batch
+            batch = []
+        batch.append(index)
     if batch:
         yield batch
+
+
+def token_budget_batches(rows: TokenizedDataset, micro_tokens: int) -> Iterator[list[int]]:
+    """Yields all units (rows, or pairs) of a store in batches of similar length, with `batches_by_length`."""
+    widths = rows.lengths.reshape(-1, rows.rows_per_unit).max(axis=1)
+    yield from batches_by_length([int(width) * rows.rows_per_unit for width in widths], micro_tokens)
 
 
 def chunked(

@@ -122,7 +122,7 @@ def pack_shared_prefixes(batch: Batch, width: int) -> PackedBatch | None:
 
 def _shared_lengths(batch: Batch) -> _Groups:
     """Returns the groups, and how many tokens each row really shares with the first row of its group."""
-    shared = required(batch.shared_prefix, "shared_prefix")
+    shared = required(batch.shared_prefix)
     mask = batch.attention_mask
     row = torch.arange(len(shared), device=shared.device)
     # A row that shares nothing begins a group.

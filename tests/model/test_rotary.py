@@ -320,7 +320,7 @@ def test_a_run_with_long_held_out_answers_is_refused_before_its_base_is_loaded(
     saved: Callable[[str], str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("LOWRANK_TUNE_CACHE", str(tmp_path))
-    monkeypatch.setattr(assembly, "load_base", lambda *_, **__: pytest.fail("the base was loaded"))
+    monkeypatch.setattr(assembly.model, "load_base", lambda *_, **__: pytest.fail("the base was loaded"))
     heldout = {"eval_dataset": {"dataset": "builtin:arithmetic", "split": "heldout"}, "max_new_tokens": 30}
     rows = data(32) | {"max_invalid_fraction": 1.0}
     wanted = recipe(saved("dynamic"), data=rows, evaluate=heldout)
