@@ -162,7 +162,7 @@ class _SimulatedStage:
     def run_offline(self, only_update: bool) -> None:
         """SFT, reward models and DPO."""
         algorithm = ALGORITHMS[self.recipe.algorithm](self.context, self.recipe)
-        no_grad_rows = self.sizes.no_grad_rows()
+        no_grad_rows = self.sizes.no_grad_rows
         if self.recipe.algorithm == "dpo" and not only_update:
             self.tracker.move_to("reference", "before")
             with self.roles.inference_mode():
@@ -209,7 +209,7 @@ class _SimulatedStage:
         self._create_optimizer()
         if not only_update and REWARD_ROLE in self.roles.heads and REWARD_ROLE not in self.trained:
             self.tracker.move_to("reward model", "before")
-            rows = [[0] * self.sizes.length] * self.sizes.no_grad_rows()
+            rows = [[0] * self.sizes.length] * self.sizes.no_grad_rows
             score_rows(self.roles, rows, 0, self.sizes.no_grad_tokens)
         self.tracker.move_to("old and reference", "before")
         experience = algorithm.collect(0)
