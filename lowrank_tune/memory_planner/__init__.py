@@ -18,7 +18,11 @@ from lowrank_tune.memory_planner.specs import missing_adapters, simulation_specs
 __all__ = ["GIB", "Phase", "Plan", "gpu_memory_gib", "check_fit", "plan"]
 
 
-def plan(loaded: RecipeConfig | Chain, vram_gib: float = 0.0, device: str = "cuda") -> Iterator[Plan]:
+def plan(
+    loaded: RecipeConfig | Chain,
+    vram_gib: float = 0.0,
+    device: str = "cuda",
+) -> Iterator[Plan]:
     """Yields the plan of a recipe, or of each stage of a chain. Without a GPU `vram_gib` is 0, and nothing is compared
     with it. Raises UserError."""
     for spec in simulation_specs(loaded, device):

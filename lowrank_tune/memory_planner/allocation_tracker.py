@@ -31,7 +31,11 @@ class AllocationTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
     has a dimension as long as the vocabulary.
     """
 
-    def __init__(self, device: str, vocabulary: int) -> None:
+    def __init__(
+        self,
+        device: str,
+        vocabulary: int,
+    ) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.device = device
         self.vocabulary = vocabulary
@@ -52,7 +56,11 @@ class AllocationTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self._highest = sum(self.peaks[point].values())
         self._update_peak()
 
-    def set_purpose(self, tensors: Iterable[Tensor | None], purpose: str) -> None:
+    def set_purpose(
+        self,
+        tensors: Iterable[Tensor | None],
+        purpose: str,
+    ) -> None:
         """Counts the storages of these tensors for another purpose."""
         for tensor in tensors:
             if tensor is None:
@@ -85,7 +93,12 @@ class AllocationTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
         with torch._C.DisableTorchFunction():
             return self._run_op(func, args, kwargs or {})
 
-    def _run_op(self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+    def _run_op(
+        self,
+        func: Any,
+        args: Sequence[Any],
+        kwargs: Mapping[str, Any],
+    ) -> Any:
         if func is bnb.gemm_4bit.default:
             with self:
                 output = _dequantized_linear(self.device, *args, **kwargs)
@@ -135,7 +148,11 @@ class AllocationTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self._highest = self.total
             self.peaks[self.point] = dict(self.live)
 
-    def _on_free(self, key: int, _: object) -> None:
+    def _on_free(
+        self,
+        key: int,
+        _: object,
+    ) -> None:
         _, size, purpose = self._alive.pop(key)
         self.live[purpose] -= size
         self.total -= size
@@ -144,7 +161,12 @@ class AllocationTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
 def _to_meta(tensor: Tensor) -> Tensor:
     if tensor.is_meta:
         return tensor
-    return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
+    return torch.empty_strided(
+        tensor.shape,
+        tensor.stride(),
+        dtype=tensor.dtype,
+        device="meta",
+    )
 
 
 def _resolve_masks(func: Any, args: Sequence[Any]) -> Sequence[Any]:
@@ -179,6 +201,22 @@ def _dequantized_linear(
     if device == "cuda" and num_rows <= MAX_FUSED_ROWS:
         return None
     if absmax_8bit is not None:
-        absmax = bnb.dequantize_blockwise.default(absmax_8bit, absmax, absmax_code, 256, torch.float32) + absmax_offset
-    unpacked = bnb.dequantize_4bit.default(weight, absmax, blocksize, kind, shape, x.dtype)
+        absmax = (
+            bnb.dequantize_blockwise.default(
+                absmax_8bit,
+                absmax,
+                absmax_code,
+                256,
+                torch.float32,
+            )
+            + absmax_offset
+        )
+    unpacked = bnb.dequantize_4bit.default(
+        weight,
+        absmax,
+        blocksize,
+        kind,
+        shape,
+        x.dtype,
+    )
     return torch.nn.functional.linear(x, unpacked, bias)

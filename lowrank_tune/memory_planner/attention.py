@@ -39,8 +39,21 @@ def attend(
             # torch turns a boolean mask into an additive one.
             attn_mask = torch.empty(attn_mask.shape, dtype=query.dtype, device="meta")
         if device != "cpu":
-            return _attend_on_cuda(query, key, value, attn_mask, **options)
-        if _cpu_uses_flash(query, key, value, attn_mask, enable_gqa=enable_gqa, **options):
+            return _attend_on_cuda(
+                query,
+                key,
+                value,
+                attn_mask,
+                **options,
+            )
+        if _cpu_uses_flash(
+            query,
+            key,
+            value,
+            attn_mask,
+            enable_gqa=enable_gqa,
+            **options,
+        ):
             outputs = aten._scaled_dot_product_flash_attention_for_cpu(
                 query,
                 key,
@@ -49,7 +62,14 @@ def attend(
                 **options,
             )
             return outputs[0]  # type: ignore[no-any-return]
-    return F.scaled_dot_product_attention(query, key, value, attn_mask, enable_gqa=enable_gqa, **options)
+    return F.scaled_dot_product_attention(
+        query,
+        key,
+        value,
+        attn_mask,
+        enable_gqa=enable_gqa,
+        **options,
+    )
 
 
 def _attend_on_cuda(
@@ -69,7 +89,14 @@ def _attend_on_cuda(
     key = _pad_head_dim(key)
     value = _pad_head_dim(value)
     if mask is None and width <= FLASH_MAX_HEAD_DIM and query.dtype != torch.float32:
-        outputs = aten._scaled_dot_product_flash_attention(query, key, value, dropout_p, is_causal, scale=scale)
+        outputs = aten._scaled_dot_product_flash_attention(
+            query,
+            key,
+            value,
+            dropout_p,
+            is_causal,
+            scale=scale,
+        )
     else:
         if mask is not None:
             mask = mask.expand(*query.shape[:3], key.shape[2])
@@ -113,4 +140,9 @@ def _cpu_uses_flash(
 
 
 def _empty_on_cpu(x: Tensor) -> Tensor:
-    return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, requires_grad=x.requires_grad)
+    return torch.empty_strided(
+        x.shape,
+        x.stride(),
+        dtype=x.dtype,
+        requires_grad=x.requires_grad,
+    )

@@ -27,13 +27,21 @@ MAX_TRIES = 3
 class Search:
     """Computes the peak of the update at other sizes. Phases that do not use the micro-batch are as in the plan."""
 
-    def __init__(self, spec: SimulationSpec, plan: Plan) -> None:
+    def __init__(
+        self,
+        spec: SimulationSpec,
+        plan: Plan,
+    ) -> None:
         self.spec = spec
         self.plan = plan
         self.layers = plan.layers
         self.need = cache(self._need)
 
-    def _need(self, sizes: Sizes, recomputed: int) -> int:
+    def _need(
+        self,
+        sizes: Sizes,
+        recomputed: int,
+    ) -> int:
         """Returns the bytes that the device must have for the update."""
         if sizes == self.plan.sizes and recomputed == self.plan.recomputed:
             phases = [phase for phase in self.plan.phases if phase.name not in NON_UPDATE_PHASES]
@@ -91,7 +99,12 @@ class Search:
         return sizes_of(self.spec.recipe, units)
 
 
-def largest_fitting(need: Callable[[int], int], start: int, maximum: int, room: int) -> int:
+def largest_fitting(
+    need: Callable[[int], int],
+    start: int,
+    maximum: int,
+    room: int,
+) -> int:
     """Returns the largest n up to `maximum` with need(n) <= room; 0 for none. `need` is nearly linear, so that it is
     called only a few times."""
     start = max(1, min(start, maximum))
@@ -138,7 +151,11 @@ def with_fit_report(spec: SimulationSpec, plan: Plan) -> Plan:
     return replace(plan, advice=_advice(spec, search, plan))
 
 
-def _advice(spec: SimulationSpec, search: Search, plan: Plan) -> str:
+def _advice(
+    spec: SimulationSpec,
+    search: Search,
+    plan: Plan,
+) -> str:
     """Returns the settings with which the recipe fits, or is faster."""
     recipe = spec.recipe
     sizes = plan.sizes
@@ -163,7 +180,11 @@ def _advice(spec: SimulationSpec, search: Search, plan: Plan) -> str:
     return _shorten(spec, plan)
 
 
-def _micro(recipe: RecipeConfig, sizes: Sizes, units: int) -> str:
+def _micro(
+    recipe: RecipeConfig,
+    sizes: Sizes,
+    units: int,
+) -> str:
     """Returns the setting of a micro-batch with these units, in rows or in tokens as in the recipe."""
     if recipe.train.micro_batch_tokens is not None:
         return f"train.micro_batch_tokens={units * sizes.rows_per_unit * recipe.max_train_length}"

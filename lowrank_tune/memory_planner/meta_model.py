@@ -68,7 +68,12 @@ def with_few_layers(config: Any, layers: Sequence[Layer]) -> Any:
     return config
 
 
-def meta_base(config: Any, name: str, bits: int, device: torch.device) -> Base:
+def meta_base(
+    config: Any,
+    name: str,
+    bits: int,
+    device: torch.device,
+) -> Base:
     """Returns the frozen base as `load_base` would make it from this configuration, on meta tensors. Enter
     `fake_device_mode` first."""
     dtype = default_dtype(device)

@@ -38,7 +38,14 @@ def make_spec(
 ) -> SimulationSpec:
     """Returns what is simulated. Raises UserError if the base's configuration cannot be loaded."""
     config = config_for(recipe.base)
-    return SimulationSpec(recipe, config, device, sizes or sizes_of(recipe), loaded, reward_base_adapters)
+    return SimulationSpec(
+        recipe,
+        config,
+        device,
+        sizes or sizes_of(recipe),
+        loaded,
+        reward_base_adapters,
+    )
 
 
 def vram_bytes(spec: SimulationSpec, vram_gib: float) -> int:
@@ -54,7 +61,11 @@ def recomputed_of(spec: SimulationSpec) -> int:
     )
 
 
-def peaks_of(spec: SimulationSpec, recomputed: int, only_update: bool = False) -> Peaks:
+def peaks_of(
+    spec: SimulationSpec,
+    recomputed: int,
+    only_update: bool = False,
+) -> Peaks:
     """Returns the peaks of all program points of the whole model."""
     return extrapolate_layers(lambda layers: simulate(spec, layers, only_update), layers_of(spec.config, recomputed))
 
@@ -65,7 +76,12 @@ def phases_of(spec: SimulationSpec, vram: int = 0) -> tuple[Phase, ...]:
     recomputed = recomputed_of(spec)
     phases = phases_in(peaks_of(spec, recomputed))
     resident = max(phase.static_bytes for phase in phases)
-    rollouts = _decoding_specs(spec.recipe, spec.config, spec.device, _cache_bytes(spec, vram, resident))
+    rollouts = _decoding_specs(
+        spec.recipe,
+        spec.config,
+        spec.device,
+        _cache_bytes(spec, vram, resident),
+    )
     if not rollouts:
         return phases
     return (*decoding_phases(spec, rollouts, recomputed, vram), *phases)
@@ -101,7 +117,11 @@ def decoding_phases(
     return phases
 
 
-def _cache_bytes(spec: SimulationSpec, vram: int, resident: int) -> int:
+def _cache_bytes(
+    spec: SimulationSpec,
+    vram: int,
+    resident: int,
+) -> int:
     """Returns the bytes for keys and values, as `generation.engine.default_cache_bytes`."""
     budget = int((spec.recipe.train.memory_budget_gib or 0) * 2**30)
     if spec.device.type != "cuda":
@@ -109,7 +129,11 @@ def _cache_bytes(spec: SimulationSpec, vram: int, resident: int) -> int:
     return gpu_cache_bytes(vram, resident)
 
 
-def plan_of(spec: SimulationSpec, vram: int, name: str) -> Plan:
+def plan_of(
+    spec: SimulationSpec,
+    vram: int,
+    name: str,
+) -> Plan:
     """Returns the plan of the recipe with its own settings."""
     recipe = spec.recipe
     return Plan(
@@ -149,7 +173,12 @@ def _where(point_suffix: Sequence[str]) -> str:
     return ""
 
 
-def _decoding_specs(recipe: RecipeConfig, config: Any, device: torch.device, limit: int) -> dict[str, DecodingSpec]:
+def _decoding_specs(
+    recipe: RecipeConfig,
+    config: Any,
+    device: torch.device,
+    limit: int,
+) -> dict[str, DecodingSpec]:
     """Returns the decoding of rollouts, and of answers to held-out questions, by name of the phase."""
     train = recipe.train
     rollout = recipe.rollout
@@ -160,10 +189,24 @@ def _decoding_specs(recipe: RecipeConfig, config: Any, device: torch.device, lim
     if device.type != "cuda":
         scratch = _host_memory_part()
 
-    def decoding(max_slots: int, num_prompts: int, samples: int, max_new_tokens: int) -> DecodingSpec:
+    def decoding(
+        max_slots: int,
+        num_prompts: int,
+        samples: int,
+        max_new_tokens: int,
+    ) -> DecodingSpec:
         sequence_bytes = bytes_per_sequence(config, prompt_length + max_new_tokens, device)
         slots = slots_that_fit(min(max_slots, num_prompts * samples), sequence_bytes, limit)
-        return DecodingSpec("policy", slots, prompt_length, max_new_tokens, num_prompts, samples, limit, scratch)
+        return DecodingSpec(
+            "policy",
+            slots,
+            prompt_length,
+            max_new_tokens,
+            num_prompts,
+            samples,
+            limit,
+            scratch,
+        )
 
     if recipe.algorithm in ONLINE_ALGORITHMS:
         specs["rollout"] = decoding(
@@ -182,7 +225,11 @@ def _decoding_specs(recipe: RecipeConfig, config: Any, device: torch.device, lim
     return specs
 
 
-def bytes_per_sequence(config: Any, columns: int, device: torch.device) -> int:
+def bytes_per_sequence(
+    config: Any,
+    columns: int,
+    device: torch.device,
+) -> int:
     """Returns the bytes of keys and values of one sequence with `columns` tokens."""
     text = config.get_text_config()
     heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads

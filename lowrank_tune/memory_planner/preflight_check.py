@@ -28,7 +28,12 @@ class MemoryFit:
     errors: dict[str, UserError] = field(default_factory=dict)
 
 
-def check_fit(loaded: RecipeConfig | Chain, vram_gib: float, emit: Emit, skip: Collection[str] = ()) -> MemoryFit:
+def check_fit(
+    loaded: RecipeConfig | Chain,
+    vram_gib: float,
+    emit: Emit,
+    skip: Collection[str] = (),
+) -> MemoryFit:
     """Plans each stage except those in `skip`, and logs the result."""
     stages = loaded.stages if isinstance(loaded, Chain) else (loaded,)
     names = {stage.name for stage in stages}
@@ -48,7 +53,12 @@ def check_fit(loaded: RecipeConfig | Chain, vram_gib: float, emit: Emit, skip: C
     return fit
 
 
-def _plan_stage(spec: SimulationSpec, vram_gib: float, emit: Emit, fit: MemoryFit) -> None:
+def _plan_stage(
+    spec: SimulationSpec,
+    vram_gib: float,
+    emit: Emit,
+    fit: MemoryFit,
+) -> None:
     name = spec.recipe.name
     train = spec.recipe.train
     vram = vram_bytes(spec, vram_gib)

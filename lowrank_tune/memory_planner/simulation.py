@@ -50,7 +50,11 @@ class SimulationSpec:
     rollouts: Mapping[str, DecodingSpec] = field(default_factory=dict)
 
 
-def simulate(spec: SimulationSpec, layers: Sequence[Layer], only_update: bool = False) -> Peaks:
+def simulate(
+    spec: SimulationSpec,
+    layers: Sequence[Layer],
+    only_update: bool = False,
+) -> Peaks:
     """Runs every phase once on a base of these layers; only the update if `only_update`, only the rollouts if the spec
     has any. Returns the bytes by purpose at the peak of each program point."""
     tracker = AllocationTracker(spec.device.type, spec.config.get_text_config().vocab_size)
@@ -86,7 +90,14 @@ def _skip_repeated_chunks(one_chunk: Callable[..., None]) -> Callable[..., None]
         start = logps.storage_offset()
         total = logps.untyped_storage().nbytes() // logps.element_size()
         if start <= len(logps) or start + len(logps) == total:
-            one_chunk(head, hidden, targets, temperature, logps, *others)
+            one_chunk(
+                head,
+                hidden,
+                targets,
+                temperature,
+                logps,
+                *others,
+            )
 
     return first_and_last
 
@@ -108,7 +119,12 @@ class _SimulatedStage:
         recipe = spec.recipe
         few_layers = with_few_layers(spec.config, layers)
         base = meta_base(few_layers, recipe.base.model, recipe.base.bits, spec.device)
-        configs, stacks = build_stacks(recipe, base.model, spec.loaded, spec.reward_base_adapters)
+        configs, stacks = build_stacks(
+            recipe,
+            base.model,
+            spec.loaded,
+            spec.reward_base_adapters,
+        )
         _hook_layers(base.model, tracker, mode)
         self.trained = (recipe.trained_adapter, *recipe.extra_adapters)
         with torch.device("meta"):
@@ -229,7 +245,12 @@ class _SimulatedStage:
             return self.recipe.ppo.num_ppo_epochs * self.recipe.ppo.num_mini_batches
         return 1
 
-    def _loop(self, algorithm: Any, experience: StepBatch, logged: bool) -> None:
+    def _loop(
+        self,
+        algorithm: Any,
+        experience: StepBatch,
+        logged: bool,
+    ) -> None:
         """Runs one step of the trainer with one micro-batch."""
         changes = {
             "micro_batch_size": self.sizes.units,
@@ -328,7 +349,11 @@ class _SingleBatchAlgorithm:
     def eval_metrics(self, micro: Batch) -> Stats:
         return {}
 
-    def check(self, micro: Batch, step: int) -> None: ...
+    def check(
+        self,
+        micro: Batch,
+        step: int,
+    ) -> None: ...
 
     def state(self) -> dict[str, float]:
         return {}
@@ -350,12 +375,21 @@ class _FakeRolloutCollector(RolloutCollector):
         self.sizes = sizes
         self.skip_logps = skip_logps
 
-    def logps(self, role: str, batch: Batch) -> Tensor:
+    def logps(
+        self,
+        role: str,
+        batch: Batch,
+    ) -> Tensor:
         if self.skip_logps:
             return torch.zeros(batch.input_ids.shape)
         return super().logps(role, batch)
 
-    def collect(self, step: int, draw: int, count: int | None = None) -> RolloutBatch:
+    def collect(
+        self,
+        step: int,
+        draw: int,
+        count: int | None = None,
+    ) -> RolloutBatch:
         rows = self.sizes.num_rollouts
         n = self.num_generations
         batch = batch_of(rows, self.sizes)
@@ -372,7 +406,11 @@ class _FakeRolloutCollector(RolloutCollector):
         )
 
 
-def _hook_layers(model: Any, tracker: AllocationTracker, mode: FakeDeviceMode) -> None:
+def _hook_layers(
+    model: Any,
+    tracker: AllocationTracker,
+    mode: FakeDeviceMode,
+) -> None:
     """Reports to the tracker which layer runs, forward and backward, and makes its parts run under the mode if they are
     computed again."""
     layers = next(one for one in model.get_decoder().modules() if isinstance(one, nn.ModuleList))
@@ -407,11 +445,19 @@ def _hook_layers(model: Any, tracker: AllocationTracker, mode: FakeDeviceMode) -
         layer.register_forward_hook(after)
 
 
-def _start_pass(tracker: AllocationTracker, phase: str, pass_name: str) -> None:
+def _start_pass(
+    tracker: AllocationTracker,
+    phase: str,
+    pass_name: str,
+) -> None:
     tracker.move_to(f"{phase}{PHASE_SEPARATOR}{pass_name}", "before")
 
 
-def _no_prompts(step: int, draw: int, count: int | None) -> list[PromptExample]:
+def _no_prompts(
+    step: int,
+    draw: int,
+    count: int | None,
+) -> list[PromptExample]:
     raise AssertionError("the collector draws no prompts")
 
 

@@ -61,7 +61,12 @@ def sizes_of(recipe: RecipeConfig, units: int | None = None) -> Sizes:
         if num_units > 1:
             length = min(length, train.micro_batch_tokens // (num_units * rows_per_unit))
     num_units = min(num_units or DEFAULT_ROWS, step)
-    sizes = Sizes(num_units, length, rows_per_unit, no_grad_tokens=micro_tokens_of(recipe, length))
+    sizes = Sizes(
+        num_units,
+        length,
+        rows_per_unit,
+        no_grad_tokens=micro_tokens_of(recipe, length),
+    )
     if not online:
         return sizes
     group = recipe.rollout.num_generations

@@ -21,7 +21,11 @@ from lowrank_tune.model.adapters import read_adapter
 PENDING_PATH = "the adapter of stage "
 
 
-def simulation_specs(loaded: RecipeConfig | Chain, device: str, skip: Collection[str] = ()) -> Iterator[SimulationSpec]:
+def simulation_specs(
+    loaded: RecipeConfig | Chain,
+    device: str,
+    skip: Collection[str] = (),
+) -> Iterator[SimulationSpec]:
     """Yields the spec of a recipe, or of each stage except those in `skip`. Raises UserError."""
     kind = torch.device(device)
     if not isinstance(loaded, Chain):
@@ -30,7 +34,12 @@ def simulation_specs(loaded: RecipeConfig | Chain, device: str, skip: Collection
         missing = missing_adapters(loaded)
         paths = {name: loaded.adapters[name].model_copy(update={"path": PENDING_PATH + name}) for name in missing}
         pending = loaded.model_copy(update={"adapters": {**loaded.adapters, **paths}})
-        yield _stage_spec(pending, kind, dict.fromkeys(missing, loaded.adapters[loaded.trained_adapter]), None)
+        yield _stage_spec(
+            pending,
+            kind,
+            dict.fromkeys(missing, loaded.adapters[loaded.trained_adapter]),
+            None,
+        )
         return
     folders = {stage.name: PENDING_PATH + stage.name for stage in loaded.stages}
     stages = [stage.to_dict() for stage in loaded.stages]

@@ -54,7 +54,12 @@ UNKNOWN_VERSION_MESSAGE = (
 )
 
 
-def load_base(base_config: BaseConfig, tokenizer: Any, max_seq_length: int, device: torch.device | None = None) -> Base:
+def load_base(
+    base_config: BaseConfig,
+    tokenizer: Any,
+    max_seq_length: int,
+    device: torch.device | None = None,
+) -> Base:
     """Loads as `base.load_base`; `max_seq_length` is the longest row in tokens of the run. Raises UserError."""
     unsloth: Any = sys.modules["unsloth"]
     silence_transformers()
@@ -94,11 +99,22 @@ def load_base(base_config: BaseConfig, tokenizer: Any, max_seq_length: int, devi
             ) from error
     _check(model, config, base_config, four_bits)
     revision = arguments["revision"] or getattr(config, "_commit_hash", None)
-    base = freeze_base(model, tokenizer, name=base_config.model, revision=revision, bits=4 if four_bits else 16)
+    base = freeze_base(
+        model,
+        tokenizer,
+        name=base_config.model,
+        revision=revision,
+        bits=4 if four_bits else 16,
+    )
     return replace(base, backend="unsloth", transformers_forward=_restore_transformers_forward(model, device))
 
 
-def _check(model: Any, config: Any, base_config: BaseConfig, four_bits: bool) -> None:
+def _check(
+    model: Any,
+    config: Any,
+    base_config: BaseConfig,
+    four_bits: bool,
+) -> None:
     """Raises UserError for changes that unsloth makes without a warning: 16 bits instead of 4, a longer vocabulary,
     missing weights."""
     name = base_config.model
@@ -203,7 +219,11 @@ def _probe_batch(vocabulary: int, generator: torch.Generator) -> Batch:
     return Batch(input_ids, attention_mask, attention_mask & (position >= 8))
 
 
-def _logps_and_gradient(roles: Roles, role: str, batch: Batch) -> tuple[Tensor, Tensor]:
+def _logps_and_gradient(
+    roles: Roles,
+    role: str,
+    batch: Batch,
+) -> tuple[Tensor, Tensor]:
     logps = roles.logps(role, batch).logps
     logps.sum().backward()  # type: ignore[no-untyped-call]
     gradients = []
