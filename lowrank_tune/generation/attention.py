@@ -44,7 +44,16 @@ def decode_attention(
     A call that is not a decoding step with a mask goes to transformers' own `sdpa`.
     """
     if attention_mask is None or not _is_decoding_step(query, dropout, kwargs):
-        return _transformers_sdpa(module, query, key, value, attention_mask, dropout, scaling, kwargs)
+        return _transformers_sdpa(
+            module,
+            query,
+            key,
+            value,
+            attention_mask,
+            dropout,
+            scaling,
+            kwargs,
+        )
     if scaling is None:
         scaling = query.shape[-1] ** -0.5
     grouped = _group_heads(query * scaling, key.shape[1])
@@ -76,15 +85,34 @@ def grouped_sdpa(
     heads = query.shape[1]
     groups = key.shape[1]
     if attention_mask is None or groups == heads or not _is_decoding_step(query, dropout, kwargs):
-        return _transformers_sdpa(module, query, key, value, attention_mask, dropout, scaling, kwargs)
+        return _transformers_sdpa(
+            module,
+            query,
+            key,
+            value,
+            attention_mask,
+            dropout,
+            scaling,
+            kwargs,
+        )
     if attention_mask.shape[1] == heads:
         attention_mask = _group_heads(attention_mask, groups)
     grouped = _group_heads(query, groups)
-    output = F.scaled_dot_product_attention(grouped, key, value, attn_mask=attention_mask, scale=scaling)
+    output = F.scaled_dot_product_attention(
+        grouped,
+        key,
+        value,
+        attn_mask=attention_mask,
+        scale=scaling,
+    )
     return _ungroup_heads(output), None
 
 
-def _is_decoding_step(query: Tensor, dropout: float, kwargs: Mapping[str, Any]) -> bool:
+def _is_decoding_step(
+    query: Tensor,
+    dropout: float,
+    kwargs: Mapping[str, Any],
+) -> bool:
     return query.shape[2] == 1 and not dropout and all(kwargs.get(name) is None for name in UNSUPPORTED_KWARGS)
 
 

@@ -27,7 +27,11 @@ FUSABLE_GROUPS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 
 
 @contextmanager
-def fast_linears(model: Any, stack: Sequence[str], limit: int) -> Iterator[AbstractContextManager[None]]:
+def fast_linears(
+    model: Any,
+    stack: Sequence[str],
+    limit: int,
+) -> Iterator[AbstractContextManager[None]]:
     """Yields the context to enter for each stretch of forward passes of a rollout. On CUDA it does nothing, because
     bitsandbytes' own kernels are fast."""
     if model.device.type != "cpu":
@@ -63,14 +67,25 @@ class _LinearWeights:
     def forward(self) -> Forward:
         if not len(self.up):
             return partial(_linear, self.weight, self.bias)
-        return partial(_with_adapter, self.weight, self.bias, self.down, self.up)
+        return partial(
+            _with_adapter,
+            self.weight,
+            self.bias,
+            self.down,
+            self.up,
+        )
 
 
 class FastLinears(AbstractContextManager[None]):
     """The linear modules of a model with a stack of adapters, with their current weights. `scratch_bytes` is the size
     of the scratch."""
 
-    def __init__(self, model: nn.Module, stack: Sequence[str], limit: int) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        stack: Sequence[str],
+        limit: int,
+    ) -> None:
         """`limit` bounds the bytes of the scratch: if the unpacked weights do not fit, bitsandbytes unpacks them at
         every call."""
         self.scratch_bytes = _unpacked_bytes(model)
@@ -130,7 +145,11 @@ class _FusedLinear:
         self.last_input: Tensor | None = None
         self.outputs: tuple[Tensor, ...] = ()
 
-    def forward(self, index: int, x: Tensor) -> Tensor:
+    def forward(
+        self,
+        index: int,
+        x: Tensor,
+    ) -> Tensor:
         if x is not self.last_input:
             joined = _linear(self.weight, self.bias, x)
             self.outputs = torch.split(joined, self.sizes, dim=-1)
@@ -143,7 +162,11 @@ class _FusedLinear:
         return output
 
 
-def _linear(weight: Tensor, bias: Tensor | None, x: Tensor) -> Tensor:
+def _linear(
+    weight: Tensor,
+    bias: Tensor | None,
+    x: Tensor,
+) -> Tensor:
     product = _product(weight, bias, _as_rows(x))
     return product.view(*x.shape[:-1], -1)
 
@@ -164,7 +187,11 @@ def _as_rows(x: Tensor) -> Tensor:
     return x.reshape(-1, x.shape[-1])
 
 
-def _product(weight: Tensor, bias: Tensor | None, rows: Tensor) -> Tensor:
+def _product(
+    weight: Tensor,
+    bias: Tensor | None,
+    rows: Tensor,
+) -> Tensor:
     if bias is None:
         return rows @ weight
     return torch.addmm(bias, rows, weight)
@@ -195,7 +222,11 @@ def _base_layer(module: Any) -> Any:
     return getattr(module, "base_layer", module)
 
 
-def _linear_weights(module: Any, stack: Sequence[str], unpack: bool) -> _LinearWeights | None:
+def _linear_weights(
+    module: Any,
+    stack: Sequence[str],
+    unpack: bool,
+) -> _LinearWeights | None:
     """Returns the module's weights, or None if no faster forward is possible: for other kinds of modules and adapters,
     and for modules with hooks that must run at each call."""
     base = _base_layer(module)
@@ -207,12 +238,24 @@ def _linear_weights(module: Any, stack: Sequence[str], unpack: bool) -> _LinearW
         packed = base.weight
         weight = dequantize_4bit(packed.data, packed.quant_state).float().T.contiguous()
         down, up = _joined_adapters(module, stack, weight)
-        return _LinearWeights(module, weight.addmm_(down, up), base.bias, down[:, :0], up[:0])
+        return _LinearWeights(
+            module,
+            weight.addmm_(down, up),
+            base.bias,
+            down[:, :0],
+            up[:0],
+        )
     if type(base) is nn.Linear and base.weight.dtype == torch.float32:
         weight = base.weight.detach().T
         down, up = _joined_adapters(module, stack, weight)
         if len(up):
-            return _LinearWeights(module, weight, base.bias, down, up)
+            return _LinearWeights(
+                module,
+                weight,
+                base.bias,
+                down,
+                up,
+            )
     return None
 
 
@@ -230,7 +273,11 @@ def _is_plain_lora(module: Any, stack: Sequence[str]) -> bool:
     return all(name not in module.lora_variant and module.lora_B[name].bias is None for name in adapter_names)
 
 
-def _joined_adapters(module: Any, stack: Sequence[str], weight: Tensor) -> tuple[Tensor, Tensor]:
+def _joined_adapters(
+    module: Any,
+    stack: Sequence[str],
+    weight: Tensor,
+) -> tuple[Tensor, Tensor]:
     """Returns all adapters of the stack as one, for a weight (in, out): down (in, r) and up (r, out), scaled. r is 0 if
     no adapter of the stack changes the module."""
     downs = []

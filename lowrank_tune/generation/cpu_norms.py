@@ -46,7 +46,11 @@ def _fused_forward(module: Any) -> Forward | None:
     return None
 
 
-def _norm(gain: Tensor, eps_root: Tensor, x: Tensor) -> Tensor:
+def _norm(
+    gain: Tensor,
+    eps_root: Tensor,
+    x: Tensor,
+) -> Tensor:
     """Returns x / sqrt(|x|^2 + n eps) * gain for vectors of n numbers; `gain` contains the factor sqrt(n). The root is
     the hypotenuse of |x| and sqrt(n eps)."""
     norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)

@@ -39,7 +39,11 @@ class SequenceState:
     token_ids: list[int] = field(default_factory=list)
     logps: list[float] = field(default_factory=list)
 
-    def append(self, token: float, logp: float) -> None:
+    def append(
+        self,
+        token: float,
+        logp: float,
+    ) -> None:
         """Adds the next token. Raises TrainingError if its log-prob is not a number."""
         if math.isnan(logp):
             raise TrainingError(
@@ -49,7 +53,13 @@ class SequenceState:
         self.logps.append(logp)
 
     def to_completion(self, finish_reason: Literal["stop", "length", "budget"]) -> Completion:
-        return Completion(self.prompt, self.sample, self.token_ids, finish_reason, self.logps)
+        return Completion(
+            self.prompt,
+            self.sample,
+            self.token_ids,
+            finish_reason,
+            self.logps,
+        )
 
 
 @dataclass
@@ -160,7 +170,11 @@ class DecodeScheduler:
             chosen.append(self.waiting.popleft())
         return chosen
 
-    def add_prefilled(self, prompts: Sequence[int], cache: Any) -> list[SequenceState]:
+    def add_prefilled(
+        self,
+        prompts: Sequence[int],
+        cache: Any,
+    ) -> list[SequenceState]:
         """Takes over prompts that were read, row i of `cache` for prompts[i]. Returns all their samples, whose first
         tokens must be appended now. A token counts toward the budget when its sequence takes a slot."""
         sequences = []
@@ -234,7 +248,15 @@ class DecodeScheduler:
         for prompt in self.waiting:
             not_started += [(prompt, sample) for sample in self.unfinished[prompt]]
         for prompt, sample in not_started:
-            completions.append(Completion(prompt, sample, [], "budget", []))
+            completions.append(
+                Completion(
+                    prompt,
+                    sample,
+                    [],
+                    "budget",
+                    [],
+                )
+            )
         self.unfinished.clear()
         self.start(self.slots)
         return completions
@@ -246,18 +268,35 @@ class DecodeScheduler:
         affordable = min(self.token_budget - self.num_running, len(free))
         return free[: int(affordable)]
 
-    def _new_sequence(self, prompt: int, sample: int) -> SequenceState:
+    def _new_sequence(
+        self,
+        prompt: int,
+        sample: int,
+    ) -> SequenceState:
         generator = sequence_generator(self.sampling.seed, self.numbers[prompt], sample)
-        return SequenceState(prompt, sample, len(self.prompts[prompt]), uniform_stream(generator))
+        return SequenceState(
+            prompt,
+            sample,
+            len(self.prompts[prompt]),
+            uniform_stream(generator),
+        )
 
 
-def max_prefill_prompts(free: int, n: int, slots: int) -> int:
+def max_prefill_prompts(
+    free: int,
+    n: int,
+    slots: int,
+) -> int:
     """Returns how many prompts with `n` samples are read at once for `free` of `slots` slots. Samples that wait for a
     slot take no more than a quarter of the slots."""
     return max(-(-free // n), slots // 4)
 
 
-def sequence_generator(seed: int, prompt: int, sample: int) -> torch.Generator:
+def sequence_generator(
+    seed: int,
+    prompt: int,
+    sample: int,
+) -> torch.Generator:
     """Returns the random generator of one sequence, which depends on nothing else in the batch."""
     digest = hashlib.blake2b(f"{seed}/{prompt}/{sample}".encode(), digest_size=7).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest, "big"))

@@ -41,7 +41,11 @@ class GenerationMode:
     """What every forward pass of a rollout runs in: the role's adapters, eval mode, no autograd, autocast,
     transformers' own forward, and the attention of `generation/attention.py`."""
 
-    def __init__(self, roles: Roles, role: str) -> None:
+    def __init__(
+        self,
+        roles: Roles,
+        role: str,
+    ) -> None:
         self.roles = roles
         self.role = role
         # Collected once: a walk over all modules before and after every few steps costs as much as a step.
@@ -128,7 +132,12 @@ class Engine:
         stack = [] if self.role == "base" else self.roles.stacks[self.role]
         return fast_linears(self.roles.base.model, stack, self.scratch_bytes)
 
-    def sample(self, hidden: Tensor, uniforms: list[float], sampling: SamplingParams) -> list[list[float]]:
+    def sample(
+        self,
+        hidden: Tensor,
+        uniforms: list[float],
+        sampling: SamplingParams,
+    ) -> list[list[float]]:
         """Draws a token for each hidden state (N, d) with N uniform numbers. Returns N pairs of a token and its
         log-prob, in one transfer from the device."""
         rows_at_once = max(1, CHUNK_LOGITS // self.roles.head.weight.shape[0])
@@ -139,7 +148,12 @@ class Engine:
             pairs.append(self._sample_chunk(hidden[chunk], uniform[chunk], sampling))
         return torch.cat(pairs).tolist()
 
-    def _sample_chunk(self, hidden: Tensor, uniform: Tensor, sampling: SamplingParams) -> Tensor:
+    def _sample_chunk(
+        self,
+        hidden: Tensor,
+        uniform: Tensor,
+        sampling: SamplingParams,
+    ) -> Tensor:
         """Returns (N, 2) float64, tokens and log-probs. The logits are freed here, before those of the next chunk."""
         logits = self.roles.head.logits(hidden, sampling.temperature or 1.0)
         tokens, logps = sample(logits, sampling, uniform)
@@ -155,9 +169,19 @@ class Engine:
         if not all(len(prompt) for prompt in prompts):
             raise ValueError("an empty prompt: a prompt needs at least one token")
         stops = StoppingCriteria(sampling, self.decode)
-        return DecodeScheduler(prompts, n, sampling, stops, numbers or range(len(prompts)))
+        return DecodeScheduler(
+            prompts,
+            n,
+            sampling,
+            stops,
+            numbers or range(len(prompts)),
+        )
 
-    def _run(self, scheduler: DecodeScheduler, stream_tokens: bool) -> Generator[Token | Completion, None, None]:
+    def _run(
+        self,
+        scheduler: DecodeScheduler,
+        stream_tokens: bool,
+    ) -> Generator[Token | Completion, None, None]:
         """Decodes all sequences; after an out-of-memory error those that have not ended again, in fewer slots."""
         if not scheduler.num_unfinished:
             return
@@ -179,7 +203,11 @@ class Engine:
             limits.record_oom("cache_tokens", scheduler.slots, columns)
             slots = scheduler.num_unfinished
 
-    def _decode_all(self, scheduler: DecodeScheduler, stream_tokens: bool) -> Iterator[Token | Completion]:
+    def _decode_all(
+        self,
+        scheduler: DecodeScheduler,
+        stream_tokens: bool,
+    ) -> Iterator[Token | Completion]:
         mode = self.generation_mode()
         with mode.enter():
             store = select_cache(self.roles.base.model, self.roles.limits.emit)
@@ -211,7 +239,11 @@ class Engine:
             outputs += scheduler.retire(slots)
         return outputs
 
-    def _prefill(self, scheduler: DecodeScheduler, store: KVStore) -> None:
+    def _prefill(
+        self,
+        scheduler: DecodeScheduler,
+        store: KVStore,
+    ) -> None:
         """Reads the next prompts, if the scheduler names any, and draws the first token of each of their samples."""
         prompts = scheduler.next_prompts()
         if not prompts:
@@ -222,7 +254,11 @@ class Engine:
         prompt_states = hidden[torch.tensor(rows, device=hidden.device)]
         self._append_tokens(scheduler.sampling, sequences, prompt_states)
 
-    def _decode(self, scheduler: DecodeScheduler, store: KVStore) -> list[int]:
+    def _decode(
+        self,
+        scheduler: DecodeScheduler,
+        store: KVStore,
+    ) -> list[int]:
         """Draws the next token of every sequence that has a slot. Returns the slots."""
         for move in scheduler.compact():
             store.move(move.source, move.target, move.length)
@@ -235,7 +271,12 @@ class Engine:
         self._append_tokens(scheduler.sampling, sequences, hidden)
         return list(range(len(sequences)))
 
-    def _append_tokens(self, sampling: SamplingParams, sequences: Sequence[SequenceState], hidden: Tensor) -> None:
+    def _append_tokens(
+        self,
+        sampling: SamplingParams,
+        sequences: Sequence[SequenceState],
+        hidden: Tensor,
+    ) -> None:
         uniforms = [next(sequence.uniforms) for sequence in sequences]
         drawn = self.sample(hidden, uniforms, sampling)
         for sequence, (token, logp) in zip(sequences, drawn, strict=True):

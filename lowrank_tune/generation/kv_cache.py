@@ -25,24 +25,47 @@ _TOKEN_BYTES: WeakKeyDictionary[Any, list[int]] = WeakKeyDictionary()
 class KVStore(Protocol):
     """What sequences have read, so that a step reads one token of each."""
 
-    def allocate(self, slots: int, columns: int, limit: int) -> int:
+    def allocate(
+        self,
+        slots: int,
+        columns: int,
+        limit: int,
+    ) -> int:
         """Reserves room for at most `slots` sequences of `columns` tokens in `limit` bytes, at least for one. Returns
         for how many."""
 
     def prefill(self, prompts: Sequence[Sequence[int]]) -> tuple[Any, Tensor]:
         """Reads prompts. Returns a cache for `insert`, and the last hidden state of each prompt (N, d)."""
 
-    def insert(self, prompts: Any, rows: Sequence[int], slots: Sequence[int]) -> None:
+    def insert(
+        self,
+        prompts: Any,
+        rows: Sequence[int],
+        slots: Sequence[int],
+    ) -> None:
         """Copies the rows `rows` of a prefilled cache into `slots`."""
 
-    def move(self, source: int, target: int, length: int) -> None:
+    def move(
+        self,
+        source: int,
+        target: int,
+        length: int,
+    ) -> None:
         """Moves the sequence of `length` tokens in one slot to another slot."""
 
-    def step(self, tokens: Sequence[int], positions: Sequence[int]) -> Tensor:
+    def step(
+        self,
+        tokens: Sequence[int],
+        positions: Sequence[int],
+    ) -> Tensor:
         """Reads one token at its position for each of the first slots. Returns their last hidden states (N, d)."""
 
 
-def slots_that_fit(slots: int, bytes_per_slot: int, limit: int) -> int:
+def slots_that_fit(
+    slots: int,
+    bytes_per_slot: int,
+    limit: int,
+) -> int:
     """Returns how many of `slots` slots fit `limit` bytes, at least 1. A fifth of the bytes is left for prompts that
     were read ahead and wait for their slots."""
     return max(1, min(slots, limit * 4 // 5 // max(1, bytes_per_slot)))
@@ -71,7 +94,12 @@ class StaticSlotCache:
         has_windows = any(layer.window for layer in self.cache.layers)
         self.use_4d_masks = self.device.type == "cpu" and model.dtype == torch.float32 and not has_windows
 
-    def allocate(self, slots: int, columns: int, limit: int) -> int:
+    def allocate(
+        self,
+        slots: int,
+        columns: int,
+        limit: int,
+    ) -> int:
         self.slots = slots_that_fit(slots, self.bytes_per_slot(columns), limit)
         self.columns = columns
         return self.slots
@@ -99,7 +127,12 @@ class StaticSlotCache:
         layers = [layer.prefill_states for layer in self.cache.layers]
         return _PrefilledPrompts(layers, lengths), _last_states(hidden, lengths)
 
-    def insert(self, prompts: _PrefilledPrompts, rows: Sequence[int], slots: Sequence[int]) -> None:
+    def insert(
+        self,
+        prompts: _PrefilledPrompts,
+        rows: Sequence[int],
+        slots: Sequence[int],
+    ) -> None:
         source = torch.tensor(rows, device=self.device)
         target = torch.tensor(slots, device=self.device)
         lengths = prompts.lengths[source]
@@ -108,11 +141,20 @@ class StaticSlotCache:
                 layer.allocate(prefill_states, self.slots, self.columns)
             layer.insert(prefill_states, source, lengths, target)
 
-    def move(self, source: int, target: int, length: int) -> None:
+    def move(
+        self,
+        source: int,
+        target: int,
+        length: int,
+    ) -> None:
         for layer in self.cache.layers:
             layer.move(source, target, length)
 
-    def step(self, tokens: Sequence[int], positions: Sequence[int]) -> Tensor:
+    def step(
+        self,
+        tokens: Sequence[int],
+        positions: Sequence[int],
+    ) -> Tensor:
         input_ids, position_ids = _token_columns(tokens, positions, self.device)
         width = max(positions) + 1
         self.cache.decode(position_ids[:, 0], width)
@@ -150,7 +192,12 @@ class DynamicCacheStore:
         self.device = model.device
         self.group_of_slot: dict[int, tuple[_CacheGroup, int]] = {}
 
-    def allocate(self, slots: int, columns: int, limit: int) -> int:
+    def allocate(
+        self,
+        slots: int,
+        columns: int,
+        limit: int,
+    ) -> int:
         return slots
 
     def prefill(self, prompts: Sequence[Sequence[int]]) -> tuple[list[Any], Tensor]:
@@ -164,17 +211,31 @@ class DynamicCacheStore:
             hidden.append(output.last_hidden_state[:, -1])
         return caches, torch.cat(hidden)
 
-    def insert(self, prompts: list[Any], rows: Sequence[int], slots: Sequence[int]) -> None:
+    def insert(
+        self,
+        prompts: list[Any],
+        rows: Sequence[int],
+        slots: Sequence[int],
+    ) -> None:
         for row in dict.fromkeys(rows):
             group_slots = [slot for slot, other in zip(slots, rows, strict=True) if other == row]
             group = _CacheGroup(copy.deepcopy(prompts[row]), len(group_slots))
             group.cache.reorder_cache(torch.zeros(len(group_slots), dtype=torch.long, device=self.device))
             self._assign(group, group_slots)
 
-    def move(self, source: int, target: int, length: int) -> None:
+    def move(
+        self,
+        source: int,
+        target: int,
+        length: int,
+    ) -> None:
         self.group_of_slot[target] = self.group_of_slot.pop(source)
 
-    def step(self, tokens: Sequence[int], positions: Sequence[int]) -> Tensor:
+    def step(
+        self,
+        tokens: Sequence[int],
+        positions: Sequence[int],
+    ) -> Tensor:
         num_slots = len(tokens)
         slots_of_group = dict[int, list[int]]()
         for slot in range(num_slots):
@@ -194,7 +255,11 @@ class DynamicCacheStore:
             hidden.update(zip(slots, output.last_hidden_state[:, -1], strict=True))
         return torch.stack([hidden[slot] for slot in range(num_slots)])
 
-    def _assign(self, group: _CacheGroup, slots: Sequence[int]) -> None:
+    def _assign(
+        self,
+        group: _CacheGroup,
+        slots: Sequence[int],
+    ) -> None:
         """Records that row i of the group's cache belongs to slots[i]."""
         for row, slot in enumerate(slots):
             self.group_of_slot[slot] = group, row
@@ -218,7 +283,12 @@ class NoCacheStore:
         self.device = model.device
         self.sequences: dict[int, list[int]] = {}
 
-    def allocate(self, slots: int, columns: int, limit: int) -> int:
+    def allocate(
+        self,
+        slots: int,
+        columns: int,
+        limit: int,
+    ) -> int:
         return slots
 
     def prefill(self, prompts: Sequence[Sequence[int]]) -> tuple[list[list[int]], Tensor]:
@@ -226,14 +296,28 @@ class NoCacheStore:
         hidden = self.decoder(input_ids=ids, use_cache=False).last_hidden_state
         return [list(prompt) for prompt in prompts], _last_states(hidden, lengths)
 
-    def insert(self, prompts: list[list[int]], rows: Sequence[int], slots: Sequence[int]) -> None:
+    def insert(
+        self,
+        prompts: list[list[int]],
+        rows: Sequence[int],
+        slots: Sequence[int],
+    ) -> None:
         for row, slot in zip(rows, slots, strict=True):
             self.sequences[slot] = prompts[row][:]
 
-    def move(self, source: int, target: int, length: int) -> None:
+    def move(
+        self,
+        source: int,
+        target: int,
+        length: int,
+    ) -> None:
         self.sequences[target] = self.sequences.pop(source)
 
-    def step(self, tokens: Sequence[int], positions: Sequence[int]) -> Tensor:
+    def step(
+        self,
+        tokens: Sequence[int],
+        positions: Sequence[int],
+    ) -> Tensor:
         for slot, token in enumerate(tokens):
             self.sequences[slot].append(token)
         _, hidden = self.prefill([self.sequences[slot] for slot in range(len(tokens))])
@@ -254,7 +338,11 @@ def _last_states(hidden: Tensor, lengths: Tensor) -> Tensor:
     return hidden[rows, lengths - 1]
 
 
-def _token_columns(tokens: Sequence[int], positions: Sequence[int], device: torch.device) -> tuple[Tensor, Tensor]:
+def _token_columns(
+    tokens: Sequence[int],
+    positions: Sequence[int],
+    device: torch.device,
+) -> tuple[Tensor, Tensor]:
     """Returns input ids and position ids (N, 1), with one transfer to the device."""
     input_ids, position_ids = torch.tensor((tokens, positions), device=device)[:, :, None]
     return input_ids, position_ids

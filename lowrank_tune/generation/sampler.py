@@ -13,7 +13,11 @@ MAX_UNIFORM = 1.0 - 1e-12
 """A draw stays below the sum of the weights in spite of rounding, so that the drawn token has a weight above 0."""
 
 
-def sample(logits: Tensor, sampling: SamplingParams, uniform: Tensor) -> tuple[Tensor, Tensor]:
+def sample(
+    logits: Tensor,
+    sampling: SamplingParams,
+    uniform: Tensor,
+) -> tuple[Tensor, Tensor]:
     """Returns tokens (N,) and their log-probs (N,) float64, from logits (N, V) fp32 that are divided by the
     temperature, and uniform numbers (N,) float64 in [0, 1). Overwrites the logits.
 
@@ -56,7 +60,11 @@ def apply_top_k_top_p(logits: Tensor, sampling: SamplingParams) -> Tensor:
     return logits
 
 
-def _inverse_cdf(blocks: Tensor, cumulative: Tensor, uniform: Tensor) -> Tensor:
+def _inverse_cdf(
+    blocks: Tensor,
+    cumulative: Tensor,
+    uniform: Tensor,
+) -> Tensor:
     """Returns the tokens (N, 1) at which the cumulative weights pass `uniform` (N, 1): first the block, then the token
     in it. blocks (N, n, BLOCK) contains weights, cumulative (N, n) the cumulative sums of the blocks, in float64."""
     total = cumulative[:, -1:]

@@ -131,7 +131,11 @@ def _decode_probes(store: KVStore, vocabulary: int) -> list[_Probe]:
     return probes
 
 
-def _uncached_state(model: Any, sequence: Sequence[int], rows: int = 1) -> Tensor:
+def _uncached_state(
+    model: Any,
+    sequence: Sequence[int],
+    rows: int = 1,
+) -> Tensor:
     """Returns the last hidden state (d,) of a sequence in a batch of `rows` equal rows."""
     ids = torch.tensor([list(sequence)] * rows, device=model.device)
     output = model.get_decoder()(input_ids=ids, use_cache=False)

@@ -27,7 +27,12 @@ class ForwardContext:
     width: int = 0
     index_cache: dict[tuple[int, int, int | None], Tensor] = field(default_factory=dict)
 
-    def slot_indices(self, heads: int, columns: int, window: int | None) -> Tensor:
+    def slot_indices(
+        self,
+        heads: int,
+        columns: int,
+        window: int | None,
+    ) -> Tensor:
         """Returns (B * heads,): where the tokens are stored in a layer with this window, among its slots * heads *
         columns vectors."""
         key = (heads, columns, window)
@@ -45,17 +50,30 @@ class SlotLayer(CacheLayerMixin):  # type: ignore[misc]
     """Keys and values of one layer, (slots, heads, columns, width of a head). In a prefill it returns what it gets and
     stores it in `prefill_states`."""
 
-    def __init__(self, step: ForwardContext, window: int | None) -> None:
+    def __init__(
+        self,
+        step: ForwardContext,
+        window: int | None,
+    ) -> None:
         super().__init__()
         self.step = step
         self.window = window
         self.is_sliding = window is not None
         self.prefill_states: tuple[Tensor, Tensor] | None = None
 
-    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+    def lazy_initialization(
+        self,
+        key_states: Tensor,
+        value_states: Tensor,
+    ) -> None:
         """Does nothing: `allocate` creates the slots when their number is known."""
 
-    def allocate(self, like: tuple[Tensor, Tensor], slots: int, columns: int) -> None:
+    def allocate(
+        self,
+        like: tuple[Tensor, Tensor],
+        slots: int,
+        columns: int,
+    ) -> None:
         """Creates slots for keys and values that are shaped as `like`."""
         columns = min(columns, self.window or columns)
         # Zeros, because a masked column has weight 0, and 0 times uninitialized memory could be NaN.
@@ -89,7 +107,13 @@ class SlotLayer(CacheLayerMixin):  # type: ignore[misc]
     def get_max_length(self) -> int:
         return -1
 
-    def insert(self, prompts: tuple[Tensor, Tensor], source: Tensor, lengths: Tensor, slots: Tensor) -> None:
+    def insert(
+        self,
+        prompts: tuple[Tensor, Tensor],
+        source: Tensor,
+        lengths: Tensor,
+        slots: Tensor,
+    ) -> None:
         """Copies keys and values of prompts (row `source`, `lengths` tokens) into `slots`; all (N,)."""
         for target, prefill_states in zip((self.keys, self.values), prompts, strict=True):
             states = prefill_states[source]
@@ -99,7 +123,12 @@ class SlotLayer(CacheLayerMixin):  # type: ignore[misc]
                 states = states.gather(2, positions.expand(-1, states.shape[1], -1, states.shape[3]))
             target[slots, :, : states.shape[2]] = states
 
-    def move(self, source: int, target: int, length: int) -> None:
+    def move(
+        self,
+        source: int,
+        target: int,
+        length: int,
+    ) -> None:
         length = min(length, self.window or length)
         for buffer in (self.keys, self.values):
             buffer[target, :, :length] = buffer[source, :, :length]
@@ -119,7 +148,11 @@ class SlotCache(Cache):  # type: ignore[misc]
         """Prepares for a forward pass that reads prompts from their first token on."""
         self.step.positions = None
 
-    def decode(self, positions: Tensor, width: int) -> None:
+    def decode(
+        self,
+        positions: Tensor,
+        width: int,
+    ) -> None:
         """Prepares for a forward pass that reads one token for each of the first slots, at `positions` (B,), all below
         `width`."""
         self.step.positions = positions

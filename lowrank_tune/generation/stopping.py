@@ -14,7 +14,11 @@ class StoppingCriteria:
     """The stop ids, stop strings and length limit of a sampling. Raises ValueError for an empty stop string, and for
     stop strings without `decode`."""
 
-    def __init__(self, sampling: SamplingParams, decode: Decode | None) -> None:
+    def __init__(
+        self,
+        sampling: SamplingParams,
+        decode: Decode | None,
+    ) -> None:
         stop_strings = sampling.stop_strings
         if stop_strings and decode is None:
             raise ValueError("stop strings need a function that turns tokens into text: Engine(..., decode=...)")

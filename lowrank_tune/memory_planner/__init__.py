@@ -1,4 +1,5 @@
-"""The memory planner: what a run will hold, phase by phase, before any weight is read, and what fits a GPU."""
+"""The memory planner: how much memory each phase of a run needs, computed before any weight is read, and what fits a
+GPU."""
 
 from __future__ import annotations
 
@@ -10,34 +11,38 @@ import torch
 from lowrank_tune.config import Chain, RecipeConfig
 from lowrank_tune.memory_planner.fit import with_fit_report
 from lowrank_tune.memory_planner.plan_report import GIB, Phase, Plan
-from lowrank_tune.memory_planner.planner import plan_of
+from lowrank_tune.memory_planner.planner import plan_of, vram_bytes
 from lowrank_tune.memory_planner.preflight_check import check_fit
 from lowrank_tune.memory_planner.specs import missing_adapters, simulation_specs
 
 __all__ = ["GIB", "Phase", "Plan", "gpu_memory_gib", "check_fit", "plan"]
 
 
-def plan(loaded: RecipeConfig | Chain, vram_gib: float = 0.0, device: str = "cuda") -> Iterator[Plan]:
-    """The plan of a recipe, or of each stage of a chain. On `cpu` nothing is compared with `vram_gib`. Raises
-    UserError."""
+def plan(
+    loaded: RecipeConfig | Chain,
+    vram_gib: float = 0.0,
+    device: str = "cuda",
+) -> Iterator[Plan]:
+    """Yields the plan of a recipe, or of each stage of a chain. Without a GPU `vram_gib` is 0, and nothing is compared
+    with it. Raises UserError."""
     for spec in simulation_specs(loaded, device):
-        vram = round(min(vram_gib, spec.recipe.train.memory_budget_gib or vram_gib) * GIB)
+        vram = vram_bytes(spec, vram_gib)
         fitted_plan = with_fit_report(spec, plan_of(spec, vram, spec.recipe.name))
         yield replace(fitted_plan, notes=(*fitted_plan.notes, *_assumption_notes(loaded)))
 
 
 def _assumption_notes(loaded: RecipeConfig | Chain) -> list[str]:
-    """What was planned in place of what is not there."""
-    if isinstance(loaded, Chain):
-        return []
-    template = "nothing lies at {} yet: adapters.{} is planned like {}"
-    return [
-        template.format(loaded.adapters[name].path, name, loaded.trained_adapter) for name in missing_adapters(loaded)
-    ]
+    """Returns a note for each adapter that does not exist yet."""
+    notes = []
+    if not isinstance(loaded, Chain):
+        for name in missing_adapters(loaded):
+            path = loaded.adapters[name].path
+            notes.append(f"{path} does not exist yet: adapters.{name} is planned like {loaded.trained_adapter}")
+    return notes
 
 
 def gpu_memory_gib() -> float | None:
-    """Memory of the GPU that is here."""
+    """Returns the memory of the GPU of this machine, None without one."""
     if torch.cuda.is_available():
         return torch.cuda.get_device_properties(0).total_memory / GIB
     return None

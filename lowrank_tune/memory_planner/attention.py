@@ -3,6 +3,8 @@ which it does on no device."""
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -28,8 +30,8 @@ def attend(
 ) -> Tensor:
     """Computes query (B, H, T, D), key and value (B, KV, S, D) -> (B, H, T, D) with the kernel that torch chooses on
     `device`."""
-    is_meta = query.is_meta or key.is_meta or value.is_meta
-    if is_meta:
+    options: dict[str, Any] = {"dropout_p": dropout_p, "is_causal": is_causal, "scale": scale}
+    if query.is_meta or key.is_meta or value.is_meta:
         query = query.to("meta")
         key = key.to("meta")
         value = value.to("meta")
@@ -37,27 +39,36 @@ def attend(
             # torch turns a boolean mask into an additive one.
             attn_mask = torch.empty(attn_mask.shape, dtype=query.dtype, device="meta")
         if device != "cpu":
-            return _attend_on_cuda(query, key, value, attn_mask, dropout_p, is_causal, scale)
-        if _cpu_uses_flash(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa):
-            output, _ = aten._scaled_dot_product_flash_attention_for_cpu(
+            return _attend_on_cuda(
                 query,
                 key,
                 value,
-                dropout_p,
-                is_causal,
-                attn_mask=attn_mask,
-                scale=scale,
+                attn_mask,
+                **options,
             )
-            return output  # type: ignore[no-any-return]
+        if _cpu_uses_flash(
+            query,
+            key,
+            value,
+            attn_mask,
+            enable_gqa=enable_gqa,
+            **options,
+        ):
+            outputs = aten._scaled_dot_product_flash_attention_for_cpu(
+                query,
+                key,
+                value,
+                attn_mask=attn_mask,
+                **options,
+            )
+            return outputs[0]  # type: ignore[no-any-return]
     return F.scaled_dot_product_attention(
         query,
         key,
         value,
         attn_mask,
-        dropout_p,
-        is_causal,
-        scale=scale,
         enable_gqa=enable_gqa,
+        **options,
     )
 
 
@@ -66,8 +77,8 @@ def _attend_on_cuda(
     key: Tensor,
     value: Tensor,
     mask: Tensor | None,
-    dropout: float,
-    causal: bool,
+    dropout_p: float,
+    is_causal: bool,
     scale: float | None,
 ) -> Tensor:
     """Flash attention for half precision without a mask, else memory-efficient attention."""
@@ -78,7 +89,14 @@ def _attend_on_cuda(
     key = _pad_head_dim(key)
     value = _pad_head_dim(value)
     if mask is None and width <= FLASH_MAX_HEAD_DIM and query.dtype != torch.float32:
-        outputs = aten._scaled_dot_product_flash_attention(query, key, value, dropout, causal, scale=scale)
+        outputs = aten._scaled_dot_product_flash_attention(
+            query,
+            key,
+            value,
+            dropout_p,
+            is_causal,
+            scale=scale,
+        )
     else:
         if mask is not None:
             mask = mask.expand(*query.shape[:3], key.shape[2])
@@ -88,8 +106,8 @@ def _attend_on_cuda(
             value,
             mask,
             torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad),
-            dropout,
-            causal,
+            dropout_p,
+            is_causal,
             scale=scale,
         )
     return outputs[0][..., :width]  # type: ignore[no-any-return]
@@ -106,10 +124,7 @@ def _cpu_uses_flash(
     key: Tensor,
     value: Tensor,
     mask: Tensor | None,
-    dropout: float,
-    causal: bool,
-    scale: float | None,
-    gqa: bool,
+    **options: Any,
 ) -> bool:
     """Returns torch's choice for uninitialized CPU tensors of the same shapes."""
     if mask is not None:
@@ -119,13 +134,15 @@ def _cpu_uses_flash(
         _empty_on_cpu(key),
         _empty_on_cpu(value),
         mask,
-        dropout,
-        causal,
-        scale=scale,
-        enable_gqa=gqa,
+        **options,
     )
     return choice == FLASH_BACKEND
 
 
 def _empty_on_cpu(x: Tensor) -> Tensor:
-    return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, requires_grad=x.requires_grad)
+    return torch.empty_strided(
+        x.shape,
+        x.stride(),
+        dtype=x.dtype,
+        requires_grad=x.requires_grad,
+    )

@@ -110,7 +110,11 @@ class FakeDeviceMode(TorchFunctionMode):
             return self._create(func, args, kwargs)
         return func(*args, **kwargs)
 
-    def with_recompute(self, module: Any, before: Callable[[], None]) -> None:
+    def with_recompute(
+        self,
+        module: Any,
+        before: Callable[[], None],
+    ) -> None:
         """Makes a module run under this mode also if a backward pass computes it again, which autograd does without
         any mode. `before` is called each time."""
         original_forward = module.forward
@@ -141,7 +145,12 @@ class FakeDeviceMode(TorchFunctionMode):
     def _attend(self, *args: Any, **kwargs: Any) -> Tensor:
         return attend(self.planned.type, *args, **kwargs)
 
-    def _create(self, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+    def _create(
+        self,
+        func: Any,
+        args: Sequence[Any],
+        kwargs: dict[str, Any],
+    ) -> Any:
         """Creates a tensor on the planned device: a real one of integers, a meta tensor of floating-point numbers."""
         dtype = kwargs.get("dtype")
         options = {key: value for key, value in kwargs.items() if key != "device"}
@@ -220,7 +229,11 @@ class FakeDeviceMode(TorchFunctionMode):
 
 
 @contextmanager
-def replaced(module: Any, name: str, value: Any) -> Iterator[None]:
+def replaced(
+    module: Any,
+    name: str,
+    value: Any,
+) -> Iterator[None]:
     """Replaces an attribute of a module, and restores it on exit."""
     original = getattr(module, name)
     setattr(module, name, value)
@@ -311,7 +324,11 @@ def _device_type(device: Any) -> str:
     return torch.device(device).type
 
 
-def _creates_integers(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
+def _creates_integers(
+    func: Any,
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+) -> bool:
     """Returns whether a factory function creates integers or masks if it gets no dtype."""
     if func is torch.arange:
         bounds = [*args]

@@ -1,9 +1,9 @@
-"""What fits: the largest micro-batch, the longest rows, the fewest layers that must be recomputed; and what to type."""
+"""Finds what fits a GPU: the largest micro-batch, the longest rows, the fewest recomputed layers, and the settings."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from functools import cache
 
@@ -11,86 +11,102 @@ from lowrank_tune.assembly import ONLINE_ALGORITHMS
 from lowrank_tune.config import RecipeConfig
 from lowrank_tune.memory_planner.extrapolation import MIN_LAYERS, fit_linear_model
 from lowrank_tune.memory_planner.meta_model import layers_of
-from lowrank_tune.memory_planner.plan_report import DECODING_PHASES, GIB, NON_UPDATE_PHASES, Plan, needed
+from lowrank_tune.memory_planner.plan_report import DECODING_PHASES, GIB, NON_UPDATE_PHASES, Phase, Plan, needed
 from lowrank_tune.memory_planner.planner import peaks_of, phases_in
 from lowrank_tune.memory_planner.simulation import SimulationSpec, simulate
 from lowrank_tune.memory_planner.sizes import Sizes, sizes_of
 
 ENOUGH_TOKENS = 8192
-"""Of a micro-batch: with more, unpacking 4-bit weights is below 2 % of a step, and fewer recomputed layers are worth
-more."""
-LENGTH_STEP = 64  # tokens to which a longest row is rounded down
+"""Tokens of a micro-batch above which unpacking 4-bit weights takes less than 2 % of a step, so that fewer recomputed
+layers save more time."""
+LENGTH_STEP = 64
+"""The longest row is rounded down to a multiple of this number of tokens."""
 MAX_TRIES = 3
 
 
 class Search:
-    """Asks for the update's peak at other sizes. What the micro-batch does not change (rollouts, above all) the plan
-    knows."""
+    """Computes the peak of the update at other sizes. Phases that do not use the micro-batch are as in the plan."""
 
-    def __init__(self, spec: SimulationSpec, plan: Plan) -> None:
+    def __init__(
+        self,
+        spec: SimulationSpec,
+        plan: Plan,
+    ) -> None:
         self.spec = spec
         self.plan = plan
         self.layers = plan.layers
         self.need = cache(self._need)
 
-    def _need(self, sizes: Sizes, recomputed: int) -> int:
+    def _need(
+        self,
+        sizes: Sizes,
+        recomputed: int,
+    ) -> int:
+        """Returns the bytes that the device must have for the update."""
         if sizes == self.plan.sizes and recomputed == self.plan.recomputed:
-            return needed(
-                max(phase.total for phase in self.plan.phases if phase.name not in NON_UPDATE_PHASES), self.plan.device
-            )
-        phases = phases_in(peaks_of(replace(self.spec, sizes=sizes), recomputed, only_update=True))
+            phases = [phase for phase in self.plan.phases if phase.name not in NON_UPDATE_PHASES]
+            return self._bytes_for(phases)
+        peaks = peaks_of(replace(self.spec, sizes=sizes), recomputed, only_update=True)
+        return self._bytes_for(phases_in(peaks))
+
+    def _bytes_for(self, phases: Iterable[Phase]) -> int:
         return needed(max(phase.total for phase in phases), self.plan.device)
 
     def units(self, max_units: int | None = None) -> int:
-        """The largest micro-batch, at most a whole step; 0 for none."""
-        max_units = max_units or _step_units(self.spec.recipe)
+        """Returns the largest micro-batch that fits, at most a whole step; 0 if none fits."""
         return largest_fitting(
             lambda units: self.need(self.with_micro_batch(units), self.plan.recomputed),
             self.plan.sizes.units,
-            max_units,
+            max_units or _step_units(self.spec.recipe),
             self.plan.vram,
         )
 
     def length(self) -> int:
-        """The longest rows in this micro-batch, in steps, at most as long as the base knows positions; 0 for none. As
-        many tokens at once as fit in more rows fit in longer ones: no kernel keeps scores of all tokens against all."""
+        """Returns the longest rows that fit in this micro-batch, at most the base's `max_position_embeddings`; 0 if
+        none fit. Bytes grow linearly with the length, because no kernel stores the scores of all pairs of tokens."""
         sizes = self.plan.sizes
-        longest = int(getattr(self.spec.config.get_text_config(), "max_position_embeddings", 0) or 1 << 20)
-        more = _with_length(sizes, min(longest, 2 * sizes.length))
-        if more.length <= sizes.length:
+        max_length = int(getattr(self.spec.config.get_text_config(), "max_position_embeddings", 0) or 1 << 20)
+        longer = _with_length(sizes, min(max_length, 2 * sizes.length))
+        if longer.length <= sizes.length:
             return sizes.length
-        now = self.need(sizes, self.plan.recomputed)
-        then = self.need(more, self.plan.recomputed)
-        slope = max(1.0, (then - now) / (more.length - sizes.length))
-        return max(0, min(longest, int(sizes.length + (self.plan.vram - now) / slope)) // LENGTH_STEP * LENGTH_STEP)
+        need = self.need(sizes, self.plan.recomputed)
+        need_longer = self.need(longer, self.plan.recomputed)
+        bytes_per_token = max(1.0, (need_longer - need) / (longer.length - sizes.length))
+        length = min(max_length, int(sizes.length + (self.plan.vram - need) / bytes_per_token))
+        return max(0, length // LENGTH_STEP * LENGTH_STEP)
 
     def recomputed(self, sizes: Sizes) -> int | None:
-        """The fewest layers that must be recomputed, counted from the first; None where even all are too few."""
+        """Returns the fewest layers, counted from the first, that must be recomputed; None if the update does not fit
+        with all recomputed."""
         room = self.plan.vram
-        spec = replace(self.spec, sizes=sizes)
         if self.need(sizes, self.layers) > room:
             return None
-        if self.need(sizes, 0) <= room or self.layers < 2 * MIN_LAYERS:
-            if self.need(sizes, 0) <= room:
-                return 0
+        if self.need(sizes, 0) <= room:
+            return 0
+        if self.layers < 2 * MIN_LAYERS:
             return self.layers
+        spec = replace(self.spec, sizes=sizes)
         kinds = Counter(layers_of(spec.config, 0)) | Counter(layers_of(spec.config, self.layers))
         model = fit_linear_model(lambda layers: simulate(spec, layers, only_update=True), kinds)
-
-        def fits(count: int) -> bool:
+        for count in range(MIN_LAYERS, self.layers - MIN_LAYERS + 1):
             peaks = model.at_depth(Counter(layers_of(spec.config, count)))
-            return needed(max(phase.total for phase in phases_in(peaks)), self.plan.device) <= room
-
-        return next((count for count in range(MIN_LAYERS, self.layers - MIN_LAYERS + 1) if fits(count)), self.layers)
+            if self._bytes_for(phases_in(peaks)) <= room:
+                return count
+        return self.layers
 
     def with_micro_batch(self, units: int) -> Sizes:
-        """The recipe's sizes with another micro-batch, of rows as long as they may be."""
+        """Returns the recipe's sizes with another micro-batch, of the longest rows."""
         return sizes_of(self.spec.recipe, units)
 
 
-def largest_fitting(need: Callable[[int], int], start: int, maximum: int, room: int) -> int:
-    """The largest n up to `maximum` with need(n) within room; 0 for none. `need` grows by nearly the same with each n,
-    so that few are asked."""
+def largest_fitting(
+    need: Callable[[int], int],
+    start: int,
+    maximum: int,
+    room: int,
+) -> int:
+    """Returns the largest n up to `maximum` with need(n) <= room; 0 for none. `need` is nearly linear, so that it is
+    called only a few times."""
     start = max(1, min(start, maximum))
     now = need(start)
     low = start if now <= room else 0
@@ -115,30 +131,32 @@ def largest_fitting(need: Callable[[int], int], start: int, maximum: int, room: 
 
 
 def _with_length(sizes: Sizes, length: int) -> Sizes:
-    """Rows of another length; prompts keep theirs."""
+    """Returns sizes with rows of another length, and prompts of the same."""
     return replace(sizes, length=length, prompt_length=min(sizes.prompt_length, length - 1))
 
 
 def _step_units(recipe: RecipeConfig) -> int:
-    """Units of an optimizer step, where that is a number."""
+    """Returns the units of an optimizer step."""
     if recipe.algorithm in ONLINE_ALGORITHMS:
         return recipe.train.prompts_per_step * recipe.rollout.num_generations
     return recipe.train.global_batch_size or 16
 
 
 def with_fit_report(spec: SimulationSpec, plan: Plan) -> Plan:
-    """The plan with what fits and one line of advice."""
+    """Adds to the plan what fits, and one line of advice."""
     if not plan.vram:
         return plan
     search = Search(spec, plan)
-    units = search.units()
-    length = search.length()
-    plan = replace(plan, max_micro_batch_size=units, fits_length=length)
+    plan = replace(plan, max_micro_batch_size=search.units(), fits_length=search.length())
     return replace(plan, advice=_advice(spec, search, plan))
 
 
-def _advice(spec: SimulationSpec, search: Search, plan: Plan) -> str:
-    """What to type, so that it fits, or is faster."""
+def _advice(
+    spec: SimulationSpec,
+    search: Search,
+    plan: Plan,
+) -> str:
+    """Returns the settings with which the recipe fits, or is faster."""
     recipe = spec.recipe
     sizes = plan.sizes
     if plan.fits:
@@ -147,71 +165,84 @@ def _advice(spec: SimulationSpec, search: Search, plan: Plan) -> str:
         fewest = search.recomputed(sizes)
         if fewest is None or fewest >= plan.recomputed:
             return ""
-        how = "none" if not fewest else str(fewest)
-        return (
-            f"faster: train.gradient_checkpointing={how} recomputes {fewest or 'no'} "
-            f"layer{'' if fewest == 1 else 's'}, and fits"
-        )
-    if plan.recomputed < plan.layers and (fewest := search.recomputed(sizes)) is not None:
-        return f"fits with train.gradient_checkpointing={'all' if fewest == plan.layers else fewest}"
+        if not fewest:
+            return "faster: train.gradient_checkpointing=none recomputes no layers, and fits"
+        layers = "layer" if fewest == 1 else "layers"
+        return f"faster: train.gradient_checkpointing={fewest} recomputes {fewest} {layers}, and fits"
+    if plan.recomputed < plan.layers:
+        fewest = search.recomputed(sizes)
+        if fewest == plan.layers:
+            return "fits with train.gradient_checkpointing=all"
+        if fewest is not None:
+            return f"fits with train.gradient_checkpointing={fewest}"
     if plan.max_micro_batch_size:
         return f"fits with {_micro(recipe, sizes, plan.max_micro_batch_size)}"
     return _shorten(spec, plan)
 
 
-def _micro(recipe: RecipeConfig, sizes: Sizes, units: int) -> str:
-    """The recipe's own way to say how large a micro-batch is."""
+def _micro(
+    recipe: RecipeConfig,
+    sizes: Sizes,
+    units: int,
+) -> str:
+    """Returns the setting of a micro-batch with these units, in rows or in tokens as in the recipe."""
     if recipe.train.micro_batch_tokens is not None:
         return f"train.micro_batch_tokens={units * sizes.rows_per_unit * recipe.max_train_length}"
     return f"train.micro_batch_size={units}"
 
 
 def _shorten(spec: SimulationSpec, plan: Plan) -> str:
-    """Where even one row is too much."""
+    """Returns advice if one row does not fit."""
     recipe = spec.recipe
-    static = sum(plan.peak_phase.bytes.get(purpose, 0) for purpose in ("weights", "adapters", "optimizer"))
-    if needed(static, plan.device) > plan.vram:
-        return f"the weights alone need {needed(static, plan.device) / GIB:.1f} GiB: a smaller base" + (
-            "" if recipe.base.bits == 4 else ", or base.bits=4"
-        )
+    static = needed(plan.peak_phase.static_bytes, plan.device)
+    if static > plan.vram:
+        advice = f"the weights alone need {static / GIB:.1f} GiB: a smaller base"
+        if recipe.base.bits != 4:
+            advice += ", or base.bits=4"
+        return advice
     if plan.peak_phase.name in DECODING_PHASES:
         return (
             "fewer sequences at once: rollout.max_num_seqs, or shorter ones: rollout.max_new_tokens, "
             "evaluate.max_new_tokens"
         )
-    online = recipe.algorithm in ONLINE_ALGORITHMS
-    alone = (
-        (plan.fits_length or 0) * plan.sizes.units // LENGTH_STEP * LENGTH_STEP
-    )  # tokens of a row that goes through by itself
-    value = alone - (recipe.data.max_prompt_length if online else 0)
+    # The longest row in a micro-batch of its own.
+    row_tokens = (plan.fits_length or 0) * plan.sizes.units // LENGTH_STEP * LENGTH_STEP
+    setting = "data.max_length"
+    value = row_tokens
+    if recipe.algorithm in ONLINE_ALGORITHMS:
+        setting = "rollout.max_new_tokens"
+        value -= recipe.data.max_prompt_length
     if value >= LENGTH_STEP:
         micro = "train.micro_batch_size=1"
         if recipe.train.micro_batch_tokens is not None:
-            micro = f"train.micro_batch_tokens={alone * plan.sizes.rows_per_unit}"
-        return f"fits with {'rollout.max_new_tokens' if online else 'data.max_length'}={value} {micro}"
+            micro = f"train.micro_batch_tokens={row_tokens * plan.sizes.rows_per_unit}"
+        return f"fits with {setting}={value} {micro}"
     if not recipe.train.activation_offloading and plan.recomputed:
         return "try train.activation_offloading=true, a smaller rank (adapters.policy.r), or a smaller base"
     return "a smaller rank (adapters.policy.r), or a smaller base"
 
 
 def choose_micro_batch(spec: SimulationSpec, plan: Plan) -> dict[str, int]:
-    """What `auto` stands for: rows of a micro-batch, and layers that are recomputed. With both, no larger a micro-batch
-    than speed needs, and then as few layers as fit; nothing where not even one row fits."""
+    """Returns the values of settings that are `auto`: units of a micro-batch, and recomputed layers. If both are, the
+    micro-batch is only as large as speed needs, and then as few layers as possible are recomputed. Empty if one row
+    does not fit."""
     train = spec.recipe.train
     search = Search(spec, plan)
     choice = dict[str, int]()
-    both = train.gradient_checkpointing == "auto"
+    auto_layers = train.gradient_checkpointing == "auto"
     sizes = plan.sizes
     if train.micro_batch_size == "auto":
-        if both:
-            enough = max(1, ENOUGH_TOKENS // (sizes.length * sizes.rows_per_unit))
-        else:
-            enough = None
-        units = search.units(min(_step_units(spec.recipe), enough) if enough else None)
+        max_units = _step_units(spec.recipe)
+        if auto_layers:
+            enough_units = max(1, ENOUGH_TOKENS // (sizes.length * sizes.rows_per_unit))
+            max_units = min(max_units, enough_units)
+        units = search.units(max_units)
         if not units:
             return choice
         choice["micro_batch_size"] = units
         sizes = search.with_micro_batch(units)
-    if both and (fewest := search.recomputed(sizes)) is not None:
-        choice["gradient_checkpointing"] = fewest
+    if auto_layers:
+        fewest = search.recomputed(sizes)
+        if fewest is not None:
+            choice["gradient_checkpointing"] = fewest
     return choice

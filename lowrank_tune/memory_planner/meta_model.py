@@ -1,5 +1,4 @@
-"""A base of a few layers without weights, from its configuration alone: bitsandbytes' own 4-bit modules over meta
-tensors."""
+"""Makes a base of a few layers on meta tensors from its configuration, with bitsandbytes' own 4-bit modules."""
 
 from __future__ import annotations
 
@@ -20,17 +19,17 @@ from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
 
 from lowrank_tune.config import AdapterConfig, BaseConfig
 from lowrank_tune.model.adapters import lora_config
-from lowrank_tune.model.base import Base, check_quantization, freeze_base, load_config, nf4_config
+from lowrank_tune.model.base import Base, check_quantization, default_dtype, freeze_base, load_config, nf4_config
 from lowrank_tune.model.configs import config_of
 
-# bitsandbytes' defaults: weights of one scale, and scales of one scale
 BLOCK = 64
 NESTED_BLOCK = 256
+"""bitsandbytes' defaults: weights that share a scale, and scales that share a scale."""
 
 
 @dataclass(frozen=True)
 class Layer:
-    """What tells a layer's memory from another's: its kind of attention, where a model has several, and whether it is
+    """What the memory of a layer depends on: its kind of attention, if a model has several, and whether it is
     recomputed."""
 
     kind: str = ""
@@ -38,11 +37,11 @@ class Layer:
 
 
 def config_for(base: BaseConfig) -> Any:
-    """The base's configuration: of the bases that presets name, from the package; else as `load_config` finds it.
-    Raises UserError."""
-    if Path(base.model.partition("@")[0]).expanduser().is_dir():
-        bundled = None
-    else:
+    """Returns the base's configuration: from the package for bases of the presets, else with `load_config`. Raises
+    UserError."""
+    folder = Path(base.model.partition("@")[0]).expanduser()
+    bundled = None
+    if not folder.is_dir():
         bundled = config_of(base.model)
     if bundled is None:
         config = load_config(base)
@@ -53,14 +52,14 @@ def config_for(base: BaseConfig) -> Any:
 
 
 def layers_of(config: Any, recomputed: int) -> list[Layer]:
-    """All layers of a model, the first so many of which are recomputed."""
+    """Returns all layers of a model, the first `recomputed` of which are recomputed."""
     text = config.get_text_config()
     kinds = getattr(text, "layer_types", None) or [""] * text.num_hidden_layers
     return [Layer(kind, number < recomputed) for number, kind in enumerate(kinds)]
 
 
 def with_few_layers(config: Any, layers: Sequence[Layer]) -> Any:
-    """The configuration of a model of these layers alone."""
+    """Returns the configuration of a model with only these layers."""
     config = copy.deepcopy(config)
     text = config.get_text_config()
     text.num_hidden_layers = len(layers)
@@ -69,10 +68,15 @@ def with_few_layers(config: Any, layers: Sequence[Layer]) -> Any:
     return config
 
 
-def meta_base(config: Any, name: str, bits: int, device: torch.device) -> Base:
-    """The frozen base as `load_base` would make it of this configuration, on meta tensors. Enter `fake_device_mode`
-    first."""
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+def meta_base(
+    config: Any,
+    name: str,
+    bits: int,
+    device: torch.device,
+) -> Base:
+    """Returns the frozen base as `load_base` would make it from this configuration, on meta tensors. Enter
+    `fake_device_mode` first."""
+    dtype = default_dtype(device)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
         if bits == 4:
@@ -118,19 +122,20 @@ def _quantize(module: Any, dtype: torch.dtype) -> None:
 
 
 def stored_tensors(model: Any) -> list[torch.Tensor]:
-    """All tensors that a base keeps: packed weights with their scales, and buffers."""
+    """Returns all tensors of a base: packed weights with their scales, and buffers."""
     tensors = []
     for tensor in (*model.parameters(), *model.buffers()):
         tensors.append(tensor)
         state = getattr(tensor, "quant_state", None)
         if state is not None:
-            tensors += [state.absmax, state.code] + (
-                [state.state2.absmax, state.state2.code, state.offset] if state.nested else []
-            )
+            tensors += [state.absmax, state.code]
+            if state.nested:
+                tensors += [state.state2.absmax, state.state2.code, state.offset]
     return tensors
 
 
 def meta_lora_config(base: BaseConfig, adapter: AdapterConfig) -> LoraConfig:
-    """The LoRA that settings stand for, of an adapter that is not there yet."""
+    """Returns the LoRA configuration of an adapter that does not exist yet."""
+    one_layer = with_few_layers(config_for(base), [Layer()])
     with torch.device("meta"):
-        return lora_config(adapter, AutoModelForCausalLM.from_config(with_few_layers(config_for(base), [Layer()])))
+        return lora_config(adapter, AutoModelForCausalLM.from_config(one_layer))

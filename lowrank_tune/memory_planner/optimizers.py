@@ -22,12 +22,20 @@ class PlannedOptimizer(torch.optim.SGD):
     """An optimizer that stores `moments` and computes nothing: bitsandbytes' kernels need a GPU, and its steps allocate
     nothing."""
 
-    def __init__(self, parameters: list[nn.Parameter], moments: list[Tensor]) -> None:
+    def __init__(
+        self,
+        parameters: list[nn.Parameter],
+        moments: list[Tensor],
+    ) -> None:
         super().__init__(parameters, lr=0.0)
         self.moments = moments
 
 
-def planned_optimizer(parameters: list[nn.Parameter], train: TrainingConfig, device: torch.device) -> Any:
+def planned_optimizer(
+    parameters: list[nn.Parameter],
+    train: TrainingConfig,
+    device: torch.device,
+) -> Any:
     """Returns the recipe's optimizer after its first step, on meta tensors. Moments of bitsandbytes' optimizers have
     the shapes of its `optim/optimizer.py`."""
     if train.optim != "adamw" and device.type == "cuda":

@@ -1,4 +1,4 @@
-"""A plan: what each phase of a run holds at its highest point, and whether the GPU has room for it."""
+"""A plan: the bytes of each phase of a run at its peak, and whether they fit the GPU."""
 
 from __future__ import annotations
 
@@ -9,26 +9,24 @@ from lowrank_tune.memory_planner.sizes import Sizes
 
 GIB = 1 << 30
 CUDA_CONTEXT_BYTES = 800_000_000
-"""Bytes that CUDA takes for itself before the first tensor: its context, the kernels of torch, and cuBLAS's
-workspace."""
+"""Bytes that CUDA uses before the first tensor: its context, torch's kernels, and cuBLAS' workspace."""
 FRAGMENTATION = 0.04
 """Share of the rest that the allocator cannot use (`expandable_segments`)."""
 PURPOSES = ("weights", "adapters", "optimizer", "gradients", "activations", "logits", "KV cache")
 
 PHASE_SEPARATOR = ": "
-"""Between a phase and which of its passes it is, in the name of a moment."""
+"""Separates the name of a phase from the name of its pass, in a program point."""
 DECODING_PHASES = ("rollout", "held-out answers")
-"""Phases that decode: with fewer sequences at once they hold less."""
+"""Phases that decode: with fewer sequences at once they need less."""
 NON_UPDATE_PHASES = (*DECODING_PHASES, "reference", "reward model", "old and reference", "validation")
-"""Phases whose pieces are not micro-batches of the update."""
+"""Phases that do not use the micro-batches of the update."""
 SPLITTABLE_PHASES = NON_UPDATE_PHASES[2:]
-"""Those of them that go on in smaller pieces where memory is short (`model/oom.py`), so that they forbid
-nothing."""
+"""Phases that run in smaller pieces if memory is short (`model/oom.py`), so that a plan fits without them."""
 
 
 @dataclass(frozen=True)
 class Phase:
-    """A phase at its highest point: bytes by purpose, and where in the model that is."""
+    """A phase at its peak: bytes by purpose, and the place in the model."""
 
     name: str
     bytes: Mapping[str, int]
@@ -38,11 +36,15 @@ class Phase:
     def total(self) -> int:
         return sum(self.bytes.values())
 
+    @property
+    def static_bytes(self) -> int:
+        """Bytes that stay for the whole run."""
+        return sum(self.bytes.get(purpose, 0) for purpose in ("weights", "adapters", "optimizer"))
+
 
 @dataclass(frozen=True)
 class Plan:
-    """One stage. `vram` are the bytes that there are, 0 where nobody asks (on a CPU); `notes` what the figures
-    suppose."""
+    """The plan of one stage. `vram` is the GPU's memory in bytes, 0 without a GPU; `notes` are the assumptions."""
 
     name: str
     algorithm: str
@@ -64,37 +66,37 @@ class Plan:
 
     @property
     def peak_phase(self) -> Phase:
-        """The phase that needs most, of those that run whole."""
-        return max((phase for phase in self.phases if phase not in self.split_phases), key=lambda phase: phase.total)
+        """The phase with the highest peak, of those that are not split."""
+        whole_phases = [phase for phase in self.phases if phase not in self.split_phases]
+        return max(whole_phases, key=lambda phase: phase.total)
 
     @property
     def peak(self) -> int:
-        """Bytes of tensors at the highest point of the phases that run whole: phases share bytes, so it is a maximum
-        and no sum."""
+        """Bytes of tensors at the highest peak: a maximum and not a sum, because phases share bytes."""
         return self.peak_phase.total
 
     @property
     def split_phases(self) -> tuple[Phase, ...]:
-        """Phases that run in smaller pieces, because at once they need more than there is."""
-        return tuple(
-            phase
-            for phase in self.phases
-            if phase.name in SPLITTABLE_PHASES and 0 < self.vram < needed(phase.total, self.device)
-        )
+        """Phases that run in smaller pieces, because they need more than the GPU's memory at once."""
+        split = []
+        for phase in self.phases:
+            if phase.name in SPLITTABLE_PHASES and 0 < self.vram < needed(phase.total, self.device):
+                split.append(phase)
+        return tuple(split)
 
     @property
     def needed(self) -> int:
-        """Bytes that the device must have for it."""
+        """Bytes that the device must have."""
         return needed(self.peak, self.device)
 
     @property
     def fits(self) -> bool:
-        """Whether nothing that must be held at once is more than there is."""
+        """Whether all phases that cannot be split fit."""
         return not self.vram or self.needed <= self.vram
 
 
 def needed(peak: int, device: str) -> int:
-    """Bytes that a device must have for tensors of so many bytes at once."""
+    """Returns the bytes that a device must have for tensors with `peak` bytes."""
     if device == "cpu":
         return peak
     return CUDA_CONTEXT_BYTES + round(peak / (1 - FRAGMENTATION))

@@ -1,8 +1,7 @@
-"""A recipe's plan: its phases on the whole model, from rehearsals on a few layers."""
+"""The plan of a recipe: its phases on the whole model, extrapolated from a few layers."""
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -12,18 +11,22 @@ from peft import LoraConfig
 
 from lowrank_tune.assembly import ONLINE_ALGORITHMS
 from lowrank_tune.config import RecipeConfig
-from lowrank_tune.generation.engine import gpu_cache_bytes
+from lowrank_tune.generation.engine import device_memory, gpu_cache_bytes
+from lowrank_tune.generation.kv_cache import slots_that_fit
 from lowrank_tune.generation.slot_cache import layer_windows
 from lowrank_tune.memory_planner.extrapolation import Peaks, extrapolate_layers
 from lowrank_tune.memory_planner.meta_model import config_for, layers_of
-from lowrank_tune.memory_planner.plan_report import PHASE_SEPARATOR, Phase, Plan, needed
+from lowrank_tune.memory_planner.plan_report import GIB, PHASE_SEPARATOR, Phase, Plan, needed
 from lowrank_tune.memory_planner.rollouts import DecodingSpec
 from lowrank_tune.memory_planner.simulation import SimulationSpec, simulate
 from lowrank_tune.memory_planner.sizes import Sizes, sizes_of
 from lowrank_tune.model.activation_checkpointing import num_checkpointed_layers
+from lowrank_tune.model.base import default_dtype
 
-MAX_HELDOUT_CONCURRENCY = 256  # held-out questions that are answered at once (`evaluate.answer`)
-HOST_MEMORY_DIVISOR = 4  # of the machine's memory: what keys and values may take, and unpacked weights
+MAX_HELDOUT_CONCURRENCY = 256
+"""Held-out questions that are answered at once (`evaluation/heldout.py`)."""
+HOST_MEMORY_DIVISOR = 4
+"""Keys and values, and unpacked weights, may each take this part of host memory."""
 
 
 def make_spec(
@@ -33,10 +36,11 @@ def make_spec(
     reward_base_adapters: Sequence[str] = (),
     sizes: Sizes | None = None,
 ) -> SimulationSpec:
-    """All that is to be rehearsed. Raises UserError for a base whose configuration cannot be had."""
+    """Returns what is simulated. Raises UserError if the base's configuration cannot be loaded."""
+    config = config_for(recipe.base)
     return SimulationSpec(
         recipe,
-        config_for(recipe.base),
+        config,
         device,
         sizes or sizes_of(recipe),
         loaded,
@@ -44,27 +48,40 @@ def make_spec(
     )
 
 
+def vram_bytes(spec: SimulationSpec, vram_gib: float) -> int:
+    """Returns the bytes of a GPU that the run may use."""
+    budget_gib = spec.recipe.train.memory_budget_gib or vram_gib
+    return round(min(vram_gib, budget_gib) * GIB)
+
+
 def recomputed_of(spec: SimulationSpec) -> int:
-    """Layers that are recomputed."""
+    """Returns the number of recomputed layers."""
     return num_checkpointed_layers(
         spec.recipe.train.gradient_checkpointing, spec.config.get_text_config().num_hidden_layers
     )
 
 
-def peaks_of(spec: SimulationSpec, recomputed: int, only_update: bool = False) -> Peaks:
-    """Of all moments of the whole model."""
+def peaks_of(
+    spec: SimulationSpec,
+    recomputed: int,
+    only_update: bool = False,
+) -> Peaks:
+    """Returns the peaks of all program points of the whole model."""
     return extrapolate_layers(lambda layers: simulate(spec, layers, only_update), layers_of(spec.config, recomputed))
 
 
 def phases_of(spec: SimulationSpec, vram: int = 0) -> tuple[Phase, ...]:
-    """Each phase of the recipe as it stands, at its highest moment. `vram` are the bytes of the card: they decide how
-    many sequences are decoded at once."""
+    """Returns each phase of the recipe at its peak. `vram` is the GPU's memory in bytes, which decides how many
+    sequences are decoded at once."""
     recomputed = recomputed_of(spec)
     phases = phases_in(peaks_of(spec, recomputed))
-    resident = max(
-        sum(phase.bytes.get(purpose, 0) for purpose in ("weights", "adapters", "optimizer")) for phase in phases
+    resident = max(phase.static_bytes for phase in phases)
+    rollouts = _decoding_specs(
+        spec.recipe,
+        spec.config,
+        spec.device,
+        _cache_bytes(spec, vram, resident),
     )
-    rollouts = _decoding_specs(spec.recipe, spec.config, spec.device, _cache_bytes(spec, vram, resident))
     if not rollouts:
         return phases
     return (*decoding_phases(spec, rollouts, recomputed, vram), *phases)
@@ -76,71 +93,73 @@ def decoding_phases(
     recomputed: int,
     vram: int,
 ) -> tuple[Phase, ...]:
-    """Phases that decode, with as many sequences at once as the engine begins with; where these are too many for the
-    card it goes on with fewer, down to one."""
+    """Returns the phases that decode, with the number of sequences with which the engine begins. If these are too many
+    for the GPU, the engine continues with fewer, down to one."""
+    rollouts = dict(rollouts)
     phases = phases_in(peaks_of(replace(spec, rollouts=rollouts), recomputed))
-    for last in (False, True):
-        over = {phase.name: needed(phase.total, spec.device.type) - vram for phase in phases}
-        short = {
-            name: decoding_spec
-            for name, decoding_spec in rollouts.items()
-            if vram and over[name] > 0 and decoding_spec.slots > 1
-        }
-        if not short:
+    for is_last_try in (False, True):
+        has_changed = False
+        for phase in phases:
+            decoding = rollouts[phase.name]
+            excess = needed(phase.total, spec.device.type) - vram
+            if not vram or excess <= 0 or decoding.slots == 1:
+                continue
+            slots = 1
+            if not is_last_try:
+                columns = decoding.prompt_length + decoding.max_new_tokens
+                slots_over = -(-excess // bytes_per_sequence(spec.config, columns, spec.device))
+                slots = max(1, decoding.slots - slots_over)
+            rollouts[phase.name] = replace(decoding, slots=slots)
+            has_changed = True
+        if not has_changed:
             break
-        bytes_per_slot = {
-            name: _bytes_of(spec.config, decoding_spec.prompt_length + decoding_spec.max_new_tokens, spec.device)
-            for name, decoding_spec in short.items()
-        }
-        fewer = {
-            name: 1 if last else max(1, decoding_spec.slots - -(-over[name] // bytes_per_slot[name]))
-            for name, decoding_spec in short.items()
-        }
-        rollouts = {
-            name: replace(decoding_spec, slots=fewer.get(name, decoding_spec.slots))
-            for name, decoding_spec in rollouts.items()
-        }
         phases = phases_in(peaks_of(replace(spec, rollouts=rollouts), recomputed))
     return phases
 
 
-def _cache_bytes(spec: SimulationSpec, vram: int, resident: int) -> int:
-    """Bytes for keys and values, as the engine has it (`generation.engine.gpu_cache_bytes`)."""
+def _cache_bytes(
+    spec: SimulationSpec,
+    vram: int,
+    resident: int,
+) -> int:
+    """Returns the bytes for keys and values, as `generation.engine.default_cache_bytes`."""
     budget = int((spec.recipe.train.memory_budget_gib or 0) * 2**30)
     if spec.device.type != "cuda":
-        return budget or host_memory() // HOST_MEMORY_DIVISOR
+        return budget or _host_memory_part()
     return gpu_cache_bytes(vram, resident)
 
 
-def plan_of(spec: SimulationSpec, vram: int, name: str) -> Plan:
-    """The plan as the recipe stands."""
+def plan_of(
+    spec: SimulationSpec,
+    vram: int,
+    name: str,
+) -> Plan:
+    """Returns the plan of the recipe with its own settings."""
     recipe = spec.recipe
-    recomputed = recomputed_of(spec)
-    phases = phases_of(spec, vram)
-    layers = spec.config.get_text_config().num_hidden_layers
     return Plan(
         name,
         recipe.algorithm,
         recipe.base.model,
         recipe.base.bits,
         spec.device.type,
-        layers,
-        recomputed,
+        spec.config.get_text_config().num_hidden_layers,
+        recomputed_of(spec),
         spec.sizes,
-        phases,
+        phases_of(spec, vram),
         vram,
     )
 
 
 def phases_in(peaks: Peaks) -> tuple[Phase, ...]:
-    """Each phase at its highest moment, in their order."""
+    """Returns each phase at its peak, in their order."""
     highest: dict[str, Phase] = {}
     for point, peak in peaks.items():
         name = point[0].partition(PHASE_SEPARATOR)[0]
         phase = Phase(name, peak, _where(point[1:]))
-        if phase.total > (highest[name].total if name in highest else -1):
+        if name not in highest or phase.total > highest[name].total:
             highest[name] = phase
-    return tuple(phase for name, phase in highest.items() if name != "end")
+    highest.pop("end", None)
+    return tuple(highest.values())
 
 
 def _where(point_suffix: Sequence[str]) -> str:
@@ -154,34 +173,51 @@ def _where(point_suffix: Sequence[str]) -> str:
     return ""
 
 
-def _decoding_specs(recipe: RecipeConfig, config: Any, device: torch.device, limit: int) -> dict[str, DecodingSpec]:
-    """Completions of training, and answers to held-out questions."""
+def _decoding_specs(
+    recipe: RecipeConfig,
+    config: Any,
+    device: torch.device,
+    limit: int,
+) -> dict[str, DecodingSpec]:
+    """Returns the decoding of rollouts, and of answers to held-out questions, by name of the phase."""
     train = recipe.train
     rollout = recipe.rollout
     evaluation = recipe.evaluate
+    prompt_length = recipe.data.max_prompt_length
     specs: dict[str, DecodingSpec] = {}
-    if device.type == "cuda":
-        scratch = 0
-    else:
-        scratch = host_memory() // HOST_MEMORY_DIVISOR
+    scratch = 0
+    if device.type != "cuda":
+        scratch = _host_memory_part()
 
-    def decoding(slots: int, num_prompts: int, samples: int, new: int) -> DecodingSpec:
-        columns = recipe.data.max_prompt_length + new
-        fit = max(1, min(slots, limit * 4 // 5 // _bytes_of(config, columns, device)))
-        return DecodingSpec("policy", fit, recipe.data.max_prompt_length, new, num_prompts, samples, limit, scratch)
+    def decoding(
+        max_slots: int,
+        num_prompts: int,
+        samples: int,
+        max_new_tokens: int,
+    ) -> DecodingSpec:
+        sequence_bytes = bytes_per_sequence(config, prompt_length + max_new_tokens, device)
+        slots = slots_that_fit(min(max_slots, num_prompts * samples), sequence_bytes, limit)
+        return DecodingSpec(
+            "policy",
+            slots,
+            prompt_length,
+            max_new_tokens,
+            num_prompts,
+            samples,
+            limit,
+            scratch,
+        )
 
     if recipe.algorithm in ONLINE_ALGORITHMS:
-        count = train.prompts_per_step * rollout.num_generations
         specs["rollout"] = decoding(
-            min(rollout.max_num_seqs, count),
+            rollout.max_num_seqs,
             train.prompts_per_step,
             rollout.num_generations,
             rollout.max_new_tokens,
         )
     if evaluation.eval_dataset is not None and recipe.trained_adapter == "policy":
-        num_answers = min(MAX_HELDOUT_CONCURRENCY, evaluation.num_prompts * evaluation.num_samples)
         specs["held-out answers"] = decoding(
-            num_answers,
+            MAX_HELDOUT_CONCURRENCY,
             evaluation.num_prompts,
             evaluation.num_samples,
             evaluation.max_new_tokens,
@@ -189,20 +225,19 @@ def _decoding_specs(recipe: RecipeConfig, config: Any, device: torch.device, lim
     return specs
 
 
-def _bytes_of(config: Any, columns: int, device: torch.device) -> int:
-    """Keys and values of one sequence of so many tokens."""
+def bytes_per_sequence(
+    config: Any,
+    columns: int,
+    device: torch.device,
+) -> int:
+    """Returns the bytes of keys and values of one sequence with `columns` tokens."""
     text = config.get_text_config()
     heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
     width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    size = 2 if device.type == "cuda" else 4
-    return sum(2 * size * heads * width * min(window or columns, columns) for window in layer_windows(config))
+    size = default_dtype(device).itemsize
+    num_tokens = sum(min(window or columns, columns) for window in layer_windows(config))
+    return int(2 * size * heads * width * num_tokens)
 
 
-def host_memory() -> int:
-    """Bytes of the machine, used or not."""
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-
-
-def with_units(spec: SimulationSpec, units: int) -> SimulationSpec:
-    """The same with another micro-batch."""
-    return replace(spec, sizes=sizes_of(spec.recipe, units))
+def _host_memory_part() -> int:
+    return device_memory(torch.device("cpu")) // HOST_MEMORY_DIVISOR

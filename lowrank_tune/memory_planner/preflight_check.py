@@ -1,4 +1,4 @@
-"""Before a run on a GPU: what `auto` stands for, and which stages do not fit."""
+"""Plans the memory before a run on a GPU: the values of `auto`, and which stages do not fit."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from lowrank_tune.errors import UserError
 from lowrank_tune.events import Emit, LogMessage, Progress
 from lowrank_tune.memory_planner.fit import choose_micro_batch, with_fit_report
 from lowrank_tune.memory_planner.plan_report import GIB, Plan
-from lowrank_tune.memory_planner.planner import plan_of
+from lowrank_tune.memory_planner.planner import plan_of, vram_bytes
 from lowrank_tune.memory_planner.simulation import SimulationSpec
 from lowrank_tune.memory_planner.specs import simulation_specs
 
@@ -20,7 +20,7 @@ MEMORY_CHECK_HINT = "; train.memory_check=warn tries it all the same"
 
 @dataclass
 class MemoryFit:
-    """Of each stage, by name: what to change in its `train`, why it cannot be run on this card, and why it cannot be
+    """By name of the stage: changes of its `train` settings, why it does not fit this GPU, and why it cannot be
     planned."""
 
     changes: dict[str, Mapping[str, Any]] = field(default_factory=dict)
@@ -28,8 +28,13 @@ class MemoryFit:
     errors: dict[str, UserError] = field(default_factory=dict)
 
 
-def check_fit(loaded: RecipeConfig | Chain, vram_gib: float, emit: Emit, skip: Collection[str] = ()) -> MemoryFit:
-    """The plan of each stage but those to `skip`, and what follows from it. Logs what was planned."""
+def check_fit(
+    loaded: RecipeConfig | Chain,
+    vram_gib: float,
+    emit: Emit,
+    skip: Collection[str] = (),
+) -> MemoryFit:
+    """Plans each stage except those in `skip`, and logs the result."""
     stages = loaded.stages if isinstance(loaded, Chain) else (loaded,)
     names = {stage.name for stage in stages}
     planned = [stage.name for stage in stages if stage.name not in skip and stage.train.memory_check != "off"]
@@ -48,14 +53,19 @@ def check_fit(loaded: RecipeConfig | Chain, vram_gib: float, emit: Emit, skip: C
     return fit
 
 
-def _plan_stage(spec: SimulationSpec, vram_gib: float, emit: Emit, fit: MemoryFit) -> None:
+def _plan_stage(
+    spec: SimulationSpec,
+    vram_gib: float,
+    emit: Emit,
+    fit: MemoryFit,
+) -> None:
     name = spec.recipe.name
     train = spec.recipe.train
-    vram = round(min(vram_gib, train.memory_budget_gib or vram_gib) * GIB)
+    vram = vram_bytes(spec, vram_gib)
     plan = plan_of(spec, vram, name)
-    changes: dict[str, Any] = (
-        dict(choose_micro_batch(spec, plan)) if "auto" in (train.micro_batch_size, train.gradient_checkpointing) else {}
-    )
+    changes = dict[str, int]()
+    if "auto" in (train.micro_batch_size, train.gradient_checkpointing):
+        changes = choose_micro_batch(spec, plan)
     fit.changes[name] = changes
     if changes:
         summary = ", ".join(f"train.{key} {value}" for key, value in changes.items())

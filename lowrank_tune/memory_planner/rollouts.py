@@ -42,7 +42,13 @@ def decode(
     """Reads prompts, fills the slots and makes one step at the greatest length, as the engine does. `allocating_cache`
     is entered while keys and values are allocated. `on_pass` is called with the name of each pass before it begins:
     each has its own program points, because the bytes of prompts and of a step grow differently with each layer."""
-    engine = Engine(roles, spec.role, spec.slots, spec.cache_bytes, spec.scratch_bytes)
+    engine = Engine(
+        roles,
+        spec.role,
+        spec.slots,
+        spec.cache_bytes,
+        spec.scratch_bytes,
+    )
     mode = engine.generation_mode()
     columns = spec.prompt_length + spec.max_new_tokens
     sampling = SamplingParams(spec.max_new_tokens, frozenset())

@@ -51,7 +51,11 @@ class SimulationSpec:
     rollouts: Mapping[str, DecodingSpec] = field(default_factory=dict)
 
 
-def simulate(spec: SimulationSpec, layers: Sequence[Layer], only_update: bool = False) -> Peaks:
+def simulate(
+    spec: SimulationSpec,
+    layers: Sequence[Layer],
+    only_update: bool = False,
+) -> Peaks:
     """Runs every phase once on a base of these layers; only the update if `only_update`, only the rollouts if the spec
     has any. Returns the bytes by purpose at the peak of each program point."""
     tracker = AllocationTracker(spec.device.type, spec.config.get_text_config().vocab_size)
@@ -87,7 +91,14 @@ def _skip_repeated_chunks(one_chunk: Callable[..., None]) -> Callable[..., None]
         start = logps.storage_offset()
         total = logps.untyped_storage().nbytes() // logps.element_size()
         if start <= len(logps) or start + len(logps) == total:
-            one_chunk(head, hidden, targets, temperature, logps, *others)
+            one_chunk(
+                head,
+                hidden,
+                targets,
+                temperature,
+                logps,
+                *others,
+            )
 
     return first_and_last
 
@@ -109,7 +120,12 @@ class _SimulatedStage:
         recipe = spec.recipe
         few_layers = with_few_layers(spec.config, layers)
         base = meta_base(few_layers, recipe.base.model, recipe.base.bits, spec.device)
-        configs, stacks = build_stacks(recipe, base.model, spec.loaded, spec.reward_base_adapters)
+        configs, stacks = build_stacks(
+            recipe,
+            base.model,
+            spec.loaded,
+            spec.reward_base_adapters,
+        )
         _hook_layers(base.model, tracker, mode)
         self.trained = (recipe.trained_adapter, *recipe.extra_adapters)
         with torch.device("meta"):
@@ -164,7 +180,7 @@ class _SimulatedStage:
     def run_offline(self, only_update: bool) -> None:
         """SFT, reward models and DPO."""
         algorithm = make_algorithm(self.recipe, self.context)
-        no_grad_rows = self.sizes.no_grad_rows()
+        no_grad_rows = self.sizes.no_grad_rows
         if self.recipe.algorithm == "dpo" and not only_update:
             self.tracker.move_to("reference", "before")
             with self.roles.inference_mode():
@@ -211,7 +227,7 @@ class _SimulatedStage:
         self._create_optimizer()
         if not only_update and REWARD_ROLE in self.roles.heads and REWARD_ROLE not in self.trained:
             self.tracker.move_to("reward model", "before")
-            rows = [[0] * self.sizes.length] * self.sizes.no_grad_rows()
+            rows = [[0] * self.sizes.length] * self.sizes.no_grad_rows
             score_rows(self.roles, rows, 0, self.sizes.no_grad_tokens)
         self.tracker.move_to("old and reference", "before")
         experience = algorithm.collect(0)
@@ -358,7 +374,11 @@ class _FakeRolloutCollector(RolloutCollector):
         )
 
 
-def _hook_layers(model: Any, tracker: AllocationTracker, mode: FakeDeviceMode) -> None:
+def _hook_layers(
+    model: Any,
+    tracker: AllocationTracker,
+    mode: FakeDeviceMode,
+) -> None:
     """Reports to the tracker which layer runs, forward and backward, and makes its parts run under the mode if they are
     computed again."""
     layers = next(one for one in model.get_decoder().modules() if isinstance(one, nn.ModuleList))
@@ -393,11 +413,19 @@ def _hook_layers(model: Any, tracker: AllocationTracker, mode: FakeDeviceMode) -
         layer.register_forward_hook(after)
 
 
-def _start_pass(tracker: AllocationTracker, phase: str, pass_name: str) -> None:
+def _start_pass(
+    tracker: AllocationTracker,
+    phase: str,
+    pass_name: str,
+) -> None:
     tracker.move_to(f"{phase}{PHASE_SEPARATOR}{pass_name}", "before")
 
 
-def _no_prompts(step: int, draw: int, count: int | None) -> list[PromptExample]:
+def _no_prompts(
+    step: int,
+    draw: int,
+    count: int | None,
+) -> list[PromptExample]:
     raise AssertionError("the collector draws no prompts")
 
 

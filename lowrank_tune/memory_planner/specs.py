@@ -1,4 +1,4 @@
-"""The scenes of a recipe, or of a chain's stages, whose adapters come from files or from stages that have not run
+"""Simulation specs of a recipe, or of a chain's stages, with adapters from files or from stages that have not run
 yet."""
 
 from __future__ import annotations
@@ -21,8 +21,12 @@ from lowrank_tune.model.adapters import read_adapter
 PENDING_PATH = "the adapter of stage "
 
 
-def simulation_specs(loaded: RecipeConfig | Chain, device: str, skip: Collection[str] = ()) -> Iterator[SimulationSpec]:
-    """One of a recipe, or of each stage but those to `skip`. Raises UserError."""
+def simulation_specs(
+    loaded: RecipeConfig | Chain,
+    device: str,
+    skip: Collection[str] = (),
+) -> Iterator[SimulationSpec]:
+    """Yields the spec of a recipe, or of each stage except those in `skip`. Raises UserError."""
     kind = torch.device(device)
     if not isinstance(loaded, Chain):
         if loaded.name in skip:
@@ -30,38 +34,38 @@ def simulation_specs(loaded: RecipeConfig | Chain, device: str, skip: Collection
         missing = missing_adapters(loaded)
         paths = {name: loaded.adapters[name].model_copy(update={"path": PENDING_PATH + name}) for name in missing}
         pending = loaded.model_copy(update={"adapters": {**loaded.adapters, **paths}})
-        yield _stage_spec(pending, kind, dict.fromkeys(missing, loaded.adapters[loaded.trained_adapter]), None)
+        yield _stage_spec(
+            pending,
+            kind,
+            dict.fromkeys(missing, loaded.adapters[loaded.trained_adapter]),
+            None,
+        )
         return
     folders = {stage.name: PENDING_PATH + stage.name for stage in loaded.stages}
     for number, planned in enumerate(loaded.stages):
         if planned.name in skip:
             continue
+        pending_adapters = {}
+        for earlier in loaded.stages[:number]:
+            pending_adapters[earlier.name] = earlier.adapters[earlier.trained_adapter]
         reward_stage = reward_source_stage(loaded.stages, number)
-        if reward_stage is None:
-            reward_base_adapters = None
-        else:
+        reward_base_adapters = None
+        if reward_stage is not None:
             names = [stage.name for stage in loaded.stages]
             reward_base_adapters = frozen_stage_names(loaded.stages, names.index(reward_stage))
-        pending_adapters = {
-            earlier_stage.name: earlier_stage.adapters[earlier_stage.trained_adapter]
-            for earlier_stage in loaded.stages[:number]
-        }
-        yield _stage_spec(
-            loaded.recipe_of(number, folders),
-            kind,
-            pending_adapters | ({REWARD_ROLE: pending_adapters[reward_stage]} if reward_stage else {}),
-            reward_base_adapters,
-        )
+            pending_adapters[REWARD_ROLE] = pending_adapters[reward_stage]
+        recipe = loaded.recipe_of(number, folders)
+        yield _stage_spec(recipe, kind, pending_adapters, reward_base_adapters)
 
 
 def missing_adapters(recipe: RecipeConfig) -> list[str]:
-    """Frozen adapters that another run is still to make. They are supposed to have the shape of the trained one."""
-    frozen = {
-        name: adapter
-        for name, adapter in recipe.adapters.items()
-        if name != recipe.trained_adapter and name not in recipe.extra_adapters
-    }
-    return [name for name, adapter in frozen.items() if adapter.path and not Path(adapter.path).expanduser().exists()]
+    """Returns the frozen adapters that do not exist yet. They are planned with the shape of the trained one."""
+    trained = (recipe.trained_adapter, *recipe.extra_adapters)
+    missing = []
+    for name, adapter in recipe.adapters.items():
+        if name not in trained and adapter.path and not Path(adapter.path).expanduser().exists():
+            missing.append(name)
+    return missing
 
 
 def _stage_spec(
@@ -70,25 +74,21 @@ def _stage_spec(
     pending_adapters: Mapping[str, AdapterConfig],
     reward_base_adapters: Sequence[str] | None,
 ) -> SimulationSpec:
-    """One stage. `pending_adapters` are the adapters of earlier stages, which are not there yet; `reward_base_adapters`
-    what their reward model lies on."""
-    pending = {
-        name for name, adapter in recipe.adapters.items() if adapter.path and adapter.path.startswith(PENDING_PATH)
-    }
-    saved = {
-        name: read_adapter(
-            str(adapter.path),
-            f"adapters.{name}.path",
-            head=name == REWARD_ROLE or name in recipe.extra_adapters,
-        )
-        for name, adapter in recipe.adapters.items()
-        if adapter.path and name not in pending
-    }
-    loaded: dict[str, LoraConfig] = {name: adapter.config for name, adapter in saved.items()}
-    loaded |= {name: meta_lora_config(recipe.base, pending_adapters[name]) for name in pending}
+    """Returns the spec of one stage. `pending_adapters` are the adapters of earlier stages, which do not exist yet, and
+    `reward_base_adapters` the adapters below their reward model."""
+    loaded = dict[str, LoraConfig]()
+    saved = {}
+    for name, adapter in recipe.adapters.items():
+        if not adapter.path:
+            continue
+        if adapter.path.startswith(PENDING_PATH):
+            loaded[name] = meta_lora_config(recipe.base, pending_adapters[name])
+        else:
+            has_head = name == REWARD_ROLE or name in recipe.extra_adapters
+            saved[name] = read_adapter(adapter.path, f"adapters.{name}.path", head=has_head)
+            loaded[name] = saved[name].config
     if reward_base_adapters is None:
+        reward_base_adapters = ()
         if REWARD_ROLE in saved and recipe.trained_adapter != REWARD_ROLE:
             reward_base_adapters = reward_model_base(saved, frozen_adapters(recipe))
-        else:
-            reward_base_adapters = ()
     return make_spec(recipe, device, loaded, reward_base_adapters)

@@ -48,7 +48,11 @@ SUPPORTED_VALUES = {
 }
 
 
-def _is_number(value: Any, minimum: float = 0.0, maximum: float = 1e9) -> bool:
+def _is_number(
+    value: Any,
+    minimum: float = 0.0,
+    maximum: float = 1e9,
+) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and minimum <= value <= maximum
 
 
@@ -103,7 +107,12 @@ class SavedAdapter:
         return self.tensors.get(HEAD_WEIGHT_KEY)
 
 
-def read_adapter(path: str, key: str, head: bool = False, combined: bool = False) -> SavedAdapter:
+def read_adapter(
+    path: str,
+    key: str,
+    head: bool = False,
+    combined: bool = False,
+) -> SavedAdapter:
     """Reads the adapter in a folder, or in a run's `final/`: one with a scalar head (of a reward model) or, by default,
     without.
 
@@ -126,7 +135,13 @@ def read_adapter(path: str, key: str, head: bool = False, combined: bool = False
             folder = folder / stack.names[-1]
     raw, tensors = _read_files(folder, key)
     config = _config(raw, key, folder)
-    saved = SavedAdapter(folder, config, tensors, raw.get("base_model_name_or_path"), frozen_adapters)
+    saved = SavedAdapter(
+        folder,
+        config,
+        tensors,
+        raw.get("base_model_name_or_path"),
+        frozen_adapters,
+    )
     _check_head(saved, raw.get("modules_to_save") or [], key, head)
     return saved
 
@@ -172,7 +187,11 @@ def _read_files(folder: Path, key: str) -> tuple[Any, dict[str, Tensor]]:
     return raw, tensors
 
 
-def _check_unchanged(folder: Path, name: str, key: str) -> None:
+def _check_unchanged(
+    folder: Path,
+    name: str,
+    key: str,
+) -> None:
     """Raises UserError for a file that is missing or has changed, by the manifest of its folder or of the parent
     folder. A file that is in no manifest may be missing."""
     for root in (folder, folder.parent):
@@ -230,7 +249,12 @@ def read_stack(folder: Path, key: str) -> AdapterStack:
     return stack
 
 
-def _check_head(saved_adapter: SavedAdapter, modules: Any, key: str, expect_head: bool) -> None:
+def _check_head(
+    saved_adapter: SavedAdapter,
+    modules: Any,
+    key: str,
+    expect_head: bool,
+) -> None:
     """Raises UserError unless the adapter has the head that its configuration names and the caller expects."""
     folder = saved_adapter.folder
     if not isinstance(modules, list) or not set(map(str, modules)) <= HEADS or (modules and "score" not in modules):
@@ -252,7 +276,11 @@ def _check_head(saved_adapter: SavedAdapter, modules: Any, key: str, expect_head
         raise UserError(f"{key}: {folder} is a reward adapter (it has a scalar head), not a policy")
 
 
-def _config(raw: Any, key: str, folder: Path) -> LoraConfig:
+def _config(
+    raw: Any,
+    key: str,
+    folder: Path,
+) -> LoraConfig:
     if not isinstance(raw, dict) or raw.get("peft_type") != "LORA":
         kind: Any = type(raw).__name__
         if isinstance(raw, dict):

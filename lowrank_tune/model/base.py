@@ -196,7 +196,11 @@ def count_weights(base_config: BaseConfig) -> int:
         return sum(parameter.numel() for parameter in model.parameters())
 
 
-def _check_weights(model: Any, loading_info: dict[str, Any], name: str) -> None:
+def _check_weights(
+    model: Any,
+    loading_info: dict[str, Any],
+    name: str,
+) -> None:
     """Raises UserError for missing weights, which transformers would initialize at random, and for weights of the wrong
     shape, which bitsandbytes accepts."""
     wrong_shapes = [key if isinstance(key, str) else key[0] for key in loading_info["mismatched_keys"]]
@@ -248,7 +252,16 @@ def freeze_base(
         # because recomputed layers must choose the same kernel.
         torch.backends.cuda.enable_cudnn_sdp(False)
     rope = fixed_rope(model.config, rope_factors)
-    return Base(model, tokenizer, name, revision, device, bits, _end_ids(model, tokenizer), rope=rope)
+    return Base(
+        model,
+        tokenizer,
+        name,
+        revision,
+        device,
+        bits,
+        _end_ids(model, tokenizer),
+        rope=rope,
+    )
 
 
 def nf4_config(device: torch.device) -> BitsAndBytesConfig:
@@ -335,7 +348,11 @@ def describe_load_errors(base_config: BaseConfig) -> Iterator[tuple[str, dict[st
         raise UserError(_load_error_message(name, revision, error)) from error
 
 
-def _refuse_remote_code(path_or_id: str, name: str, arguments: dict[str, Any]) -> None:
+def _refuse_remote_code(
+    path_or_id: str,
+    name: str,
+    arguments: dict[str, Any],
+) -> None:
     # transformers would wait for an answer from the user.
     try:
         raw, _ = PretrainedConfig.get_config_dict(path_or_id, revision=arguments["revision"])
@@ -377,7 +394,11 @@ def check_quantization(config: Any, base_config: BaseConfig) -> bool:
     return True
 
 
-def _load_error_message(name: str, revision: str, error: Exception) -> str:
+def _load_error_message(
+    name: str,
+    revision: str,
+    error: Exception,
+) -> str:
     first_line = next(iter(str(error).strip().splitlines()), type(error).__name__)
     text = str(error).lower()
     where = name

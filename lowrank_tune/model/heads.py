@@ -17,9 +17,20 @@ class ScalarHead(nn.Module):
     """(..., d) -> (...) fp32, without a bias. It starts at zero, so a fresh model gives all rows the same score,
     whatever the seed."""
 
-    def __init__(self, width: int, device: torch.device) -> None:
+    def __init__(
+        self,
+        width: int,
+        device: torch.device,
+    ) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.zeros(1, width, dtype=torch.float32, device=device))
+        self.weight = nn.Parameter(
+            torch.zeros(
+                1,
+                width,
+                dtype=torch.float32,
+                device=device,
+            )
+        )
 
     def forward(self, hidden: Tensor) -> Tensor:
         with torch.autocast(hidden.device.type, enabled=False):

@@ -48,7 +48,11 @@ class Head:
     scale: float = 1.0
     softcap: float | None = None
 
-    def logits(self, hidden: Tensor, temperature: float = 1.0) -> Tensor:
+    def logits(
+        self,
+        hidden: Tensor,
+        temperature: float = 1.0,
+    ) -> Tensor:
         """(N, d) -> (N, V) fp32. The matrix product returns fp32, because bf16 logits change a log-prob by up to
         0.1."""
         if self.weight.is_cuda and self.weight.dtype != torch.float32:
@@ -65,7 +69,12 @@ class Head:
             z.div_(temperature)
         return z
 
-    def hidden_gradient(self, slope: Tensor, z: Tensor, temperature: float) -> Tensor:
+    def hidden_gradient(
+        self,
+        slope: Tensor,
+        z: Tensor,
+        temperature: float,
+    ) -> Tensor:
         """Returns the gradient for hidden states (N, d) fp32 of a value with the gradient `slope` (N, V) for the logits
         `z` (N, V). Overwrites `slope`."""
         if self.softcap is not None:
@@ -133,16 +142,35 @@ def chunked_logps(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Returns log-probs, entropies, and whether the target is the most likely token, (N,) each, from hidden (N, d) and
     targets (N,). Log-probs have a gradient."""
-    return _ChunkedLogps.apply(hidden, targets, head, temperature)  # type: ignore[no-any-return,no-untyped-call]
+    return _ChunkedLogps.apply(  # type: ignore[no-any-return,no-untyped-call]
+        hidden,
+        targets,
+        head,
+        temperature,
+    )
 
 
-def chunked_kl(head: Head, hidden: Tensor, reference_hidden: Tensor, temperature: float = 1.0) -> Tensor:
+def chunked_kl(
+    head: Head,
+    hidden: Tensor,
+    reference_hidden: Tensor,
+    temperature: float = 1.0,
+) -> Tensor:
     """Returns KL(p || q) over the whole vocabulary at each of N positions, from hidden states; (N,) fp32, with a
     gradient for `hidden`."""
-    return _ChunkedKL.apply(hidden, reference_hidden, head, temperature)  # type: ignore[no-any-return,no-untyped-call]
+    return _ChunkedKL.apply(  # type: ignore[no-any-return,no-untyped-call]
+        hidden,
+        reference_hidden,
+        head,
+        temperature,
+    )
 
 
-def chunked_entropy(head: Head, hidden: Tensor, temperature: float = 1.0) -> Tensor:
+def chunked_entropy(
+    head: Head,
+    hidden: Tensor,
+    temperature: float = 1.0,
+) -> Tensor:
     """Returns the entropy of each of N distributions, from hidden states; (N,) fp32, with a gradient."""
     return _ChunkedEntropy.apply(hidden, head, temperature)  # type: ignore[no-any-return,no-untyped-call]
 
@@ -225,7 +253,12 @@ class _ChunkedEntropy(torch.autograd.Function):
     """d H / d z = -p (log p + H)."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, head: Head, temperature: float) -> Tensor:
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        head: Head,
+        temperature: float,
+    ) -> Tensor:
         entropies = [hidden.new_zeros(0, dtype=torch.float32)]
         slopes = []
         for chunk in _chunks(hidden, head):
@@ -245,7 +278,11 @@ class _ChunkedEntropy(torch.autograd.Function):
         return _times_saved_slope(ctx, grad), None, None
 
 
-def _save_slope(ctx: Any, slopes: list[Tensor], hidden: Tensor) -> None:
+def _save_slope(
+    ctx: Any,
+    slopes: list[Tensor],
+    hidden: Tensor,
+) -> None:
     """Saves d value / d hidden (N, d) for the backward pass, if one is needed."""
     if slopes:
         ctx.save_for_backward(torch.cat(slopes).to(hidden.dtype))

@@ -35,7 +35,12 @@ class DoesNotFit(OutOfMemory):
     """The smallest piece of work is too large: a row or a pair of `tokens` tokens. `kind` is the limit that it
     exceeds."""
 
-    def __init__(self, kind: LimitKind, description: str, tokens: int) -> None:
+    def __init__(
+        self,
+        kind: LimitKind,
+        description: str,
+        tokens: int,
+    ) -> None:
         super().__init__(f"out of memory: {description} of {tokens:,} tokens does not fit by itself")
         self.kind = kind
         self.tokens = tokens
@@ -122,14 +127,23 @@ class MemoryLimits:
         for kind in LIMIT_KINDS:
             setattr(self, kind, self.clamp_to_limits(kind, saved.get(kind)) or 0)
 
-    def max_batch_units(self, kind: LimitKind, tokens: int, requested_units: int) -> int:
+    def max_batch_units(
+        self,
+        kind: LimitKind,
+        tokens: int,
+        requested_units: int,
+    ) -> int:
         """Returns how many of the requested units, each of `tokens` tokens, may be computed at once, at least 1."""
         limit: int = getattr(self, kind)
         if limit:
             return max(1, min(requested_units, limit // max(1, tokens)))
         return requested_units
 
-    def clamp_to_limits(self, kind: LimitKind, tokens: int | None) -> int | None:
+    def clamp_to_limits(
+        self,
+        kind: LimitKind,
+        tokens: int | None,
+    ) -> int | None:
         """Returns a token budget, or the known limit if that is less; None if there is neither."""
         limits = [limit for limit in (getattr(self, kind), tokens) if limit]
         return min(limits, default=None)
@@ -165,7 +179,13 @@ class MemoryLimits:
             else:
                 yield piece, result[0]
 
-    def record_oom(self, kind: LimitKind, units: int, tokens: int, rows_per_unit: int = 1) -> None:
+    def record_oom(
+        self,
+        kind: LimitKind,
+        units: int,
+        tokens: int,
+        rows_per_unit: int = 1,
+    ) -> None:
         """Halves the limit after `units` units at once did not fit, and emits a warning. Raises DoesNotFit for a single
         unit."""
         self.num_ooms += 1
@@ -179,10 +199,19 @@ class MemoryLimits:
             raise DoesNotFit(kind, description, tokens)
         limit = -(-units // 2) * tokens
         setattr(self, kind, limit)
-        message = _oom_message(kind, units * rows_per_unit, tokens // rows_per_unit, limit)
+        message = _oom_message(
+            kind,
+            units * rows_per_unit,
+            tokens // rows_per_unit,
+            limit,
+        )
         self.emit(LogMessage(level="warning", message=self.message_prefix + message))
 
-    def _try(self, work: Callable[[Sequence[U]], T], units: Sequence[U]) -> tuple[T] | None:
+    def _try(
+        self,
+        work: Callable[[Sequence[U]], T],
+        units: Sequence[U],
+    ) -> tuple[T] | None:
         """Returns the result of `work` in a tuple, or None if memory ran short. Random numbers are then as before, and
         all memory of the attempt is freed."""
         gpu_state = torch.cuda.get_rng_state() if _uses_cuda() else None
@@ -204,7 +233,12 @@ class MemoryLimits:
         return None
 
 
-def _oom_message(kind: LimitKind, rows: int, width: int, limit: int) -> str:
+def _oom_message(
+    kind: LimitKind,
+    rows: int,
+    width: int,
+    limit: int,
+) -> str:
     if kind == "cache_tokens":
         return (
             f"out of memory while decoding {rows} sequences of up to {width:,} tokens: those that had not ended are "

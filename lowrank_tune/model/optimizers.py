@@ -28,7 +28,13 @@ def make_optimizer(
     betas = (train.adam_beta1, train.adam_beta2)
     decay = train.weight_decay
     if train.optim == "adamw":
-        return torch.optim.AdamW(parameters, lr=train.learning_rate, betas=betas, weight_decay=decay, fused=True)
+        return torch.optim.AdamW(
+            parameters,
+            lr=train.learning_rate,
+            betas=betas,
+            weight_decay=decay,
+            fused=True,
+        )
     check_optimizer(train, device.type)
     # Imported late, because it is slow and few runs need it.
     import bitsandbytes.optim as optim
@@ -38,7 +44,12 @@ def make_optimizer(
         "paged_adamw": optim.PagedAdamW32bit,
         "paged_adamw_8bit": optim.PagedAdamW8bit,
     }
-    return kinds[train.optim](parameters, lr=train.learning_rate, betas=betas, weight_decay=decay)  # type: ignore[no-any-return]
+    return kinds[train.optim](  # type: ignore[no-any-return]
+        parameters,
+        lr=train.learning_rate,
+        betas=betas,
+        weight_decay=decay,
+    )
 
 
 def check_optimizer(train: TrainingConfig, device_type: str) -> None:

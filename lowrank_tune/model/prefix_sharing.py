@@ -93,7 +93,12 @@ def pack_shared_prefixes(batch: Batch, width: int) -> PackedBatch | None:
     groups = _shared_lengths(batch)
     num_groups, packed_width, right_padded = _packed_width(batch, groups)
     packed_flops = estimate_flops(num_groups, packed_width, packed_width, width)
-    if not right_padded or packed_flops > MAX_RELATIVE_FLOPS * estimate_flops(rows, columns, columns / 2, width):
+    if not right_padded or packed_flops > MAX_RELATIVE_FLOPS * estimate_flops(
+        rows,
+        columns,
+        columns / 2,
+        width,
+    ):
         return None
     slot_index = _slot_index(groups, columns, packed_width)
     # Each slot gets the values of the token that it contains. Tokens of a shared beginning that another row stores,
@@ -105,7 +110,12 @@ def pack_shared_prefixes(batch: Batch, width: int) -> PackedBatch | None:
 
     def pack(values: Tensor, empty: int) -> Tensor:
         """(B, T) or (B, 1) -> (G, W), `empty` in slots without a token."""
-        flat = torch.full((num_slots + 1,), empty, dtype=torch.long, device=slot_index.device)
+        flat = torch.full(
+            (num_slots + 1,),
+            empty,
+            dtype=torch.long,
+            device=slot_index.device,
+        )
         flat.scatter_(0, target, values.expand(rows, columns).flatten())
         return flat[:-1].view(num_groups, packed_width)
 
@@ -117,7 +127,12 @@ def pack_shared_prefixes(batch: Batch, width: int) -> PackedBatch | None:
         pack(groups.is_first.long()[:, None], 0).bool(),
         pack(groups.shared_lengths[:, None], 0),
     )
-    return PackedBatch(pack(batch.input_ids, 0), position_ids, attention_mask[:, None], slot_index)
+    return PackedBatch(
+        pack(batch.input_ids, 0),
+        position_ids,
+        attention_mask[:, None],
+        slot_index,
+    )
 
 
 def _shared_lengths(batch: Batch) -> _Groups:
@@ -146,7 +161,11 @@ def _packed_width(batch: Batch, groups: _Groups) -> tuple[int, int, bool]:
     return num_groups, max(8, -(-width // 8) * 8), bool(is_right_padded)
 
 
-def _slot_index(groups: _Groups, columns: int, packed_width: int) -> Tensor:
+def _slot_index(
+    groups: _Groups,
+    columns: int,
+    packed_width: int,
+) -> Tensor:
     """Returns (B, T): the slot of each token, for padding that of the row's last token. A shared beginning is in the
     slots of the group's first row."""
     column = torch.arange(columns, device=groups.first.device)
@@ -156,7 +175,12 @@ def _slot_index(groups: _Groups, columns: int, packed_width: int) -> Tensor:
     return groups.group[:, None] * packed_width + torch.where(column < shared_lengths, column, in_tail)
 
 
-def _attention_mask(row: Tensor, position: Tensor, is_first: Tensor, shared_lengths: Tensor) -> Tensor:
+def _attention_mask(
+    row: Tensor,
+    position: Tensor,
+    is_first: Tensor,
+    shared_lengths: Tensor,
+) -> Tensor:
     """Returns (G, W, W) bool: a token sees its own row up to itself, and the beginning that its row shares.
 
                   key   P P P a b c d e
@@ -173,7 +197,12 @@ def _attention_mask(row: Tensor, position: Tensor, is_first: Tensor, shared_leng
     return own | shared
 
 
-def estimate_flops(rows: int, columns: int, num_keys: float, width: int) -> float:
+def estimate_flops(
+    rows: int,
+    columns: int,
+    num_keys: float,
+    width: int,
+) -> float:
     """Returns the relative cost of a forward pass: for each token a layer's matrices (12 width^2 weights), and
     attention to `num_keys` keys."""
     return rows * columns * (6 * width + num_keys)
@@ -202,13 +231,23 @@ def mask_for(mask: Tensor, model: Any) -> Tensor:
 
 
 @torch.no_grad()
-def verify_packing(decoder: DecoderFn, vocabulary: int, dtype: torch.dtype, device: torch.device) -> bool:
+def verify_packing(
+    decoder: DecoderFn,
+    vocabulary: int,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> bool:
     """Returns whether a made-up pair of rows has the same hidden states packed and separate, up to the rounding that
     another batch shape causes."""
     ids = (torch.arange(3, 27, device=device).view(1, -1) * 7 % vocabulary).repeat(2, 1)
     ids[1, 16:] = (ids[1, 16:] + 1) % vocabulary
     mask = torch.ones_like(ids, dtype=torch.bool)
-    pair = Batch(ids, mask, mask, shared_prefix=torch.tensor([0, 16], device=device))
+    pair = Batch(
+        ids,
+        mask,
+        mask,
+        shared_prefix=torch.tensor([0, 16], device=device),
+    )
     layout = pack_shared_prefixes(pair, 1 << 20)
     assert layout is not None, "the pair saves a third"
     separate = decoder(ids, None, None).float()

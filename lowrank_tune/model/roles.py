@@ -43,7 +43,11 @@ class _ActiveAdapters(AbstractContextManager[None]):
     """Activates a stack, and restores the previous one on exit. Can be entered again, as a second backward pass
     does."""
 
-    def __init__(self, active: list[str], stack: Iterable[str]) -> None:
+    def __init__(
+        self,
+        active: list[str],
+        stack: Iterable[str],
+    ) -> None:
         self.active = active
         self.stack = list(stack)
         self.before = list[list[str]]()
@@ -158,7 +162,11 @@ class Roles:
             top = self.stacks[role][-1]
         return {name: p for name, p in self._all_parameters() if p.requires_grad and f".{top}." in name}
 
-    def _add_adapter(self, name: str, config: LoraConfig) -> None:
+    def _add_adapter(
+        self,
+        name: str,
+        config: LoraConfig,
+    ) -> None:
         try:
             if self._peft is None:
                 self._peft = PeftModel(self.base.model, config, adapter_name=ADAPTER_PREFIX + name)
@@ -174,7 +182,11 @@ class Roles:
         for role, head in self.heads.items():
             yield f"score.{ADAPTER_PREFIX}{role}.weight", head.weight
 
-    def hidden(self, role: str, batch: Batch) -> Tensor:
+    def hidden(
+        self,
+        role: str,
+        batch: Batch,
+    ) -> Tensor:
         """Returns the last hidden states (B, T, d). A beginning that rows share is computed once if that is faster
         (`model/prefix_sharing.py`)."""
         packed = self.pack(batch)
@@ -191,7 +203,12 @@ class Roles:
                 positions = (mask.cumsum(dim=1) - 1).clamp_min(0)
             return self._run_decoder(batch.input_ids.masked_fill(~attention_mask, 0), mask, positions)
 
-    def _run_decoder(self, ids: Tensor, mask: Tensor | None, positions: Tensor | None) -> Tensor:
+    def _run_decoder(
+        self,
+        ids: Tensor,
+        mask: Tensor | None,
+        positions: Tensor | None,
+    ) -> Tensor:
         if mask is not None and mask.ndim == 4:
             mask = mask_for(mask, self.base.model)
         with self.base.autocast():
@@ -221,7 +238,12 @@ class Roles:
             return 0
         with self.inference_mode(), self.activate("base"):
             vocabulary = self.head.weight.shape[0]
-            if verify_packing(self._run_decoder, vocabulary, model.dtype, self.base.device):
+            if verify_packing(
+                self._run_decoder,
+                vocabulary,
+                model.dtype,
+                self.base.device,
+            ):
                 return longest
         return 0
 
@@ -234,7 +256,12 @@ class Roles:
     ) -> LogProbs:
         """Returns log p(token t | tokens before t) and the entropy where `completion_mask`, else 0; (B, T) fp32. The
         shift by one happens here."""
-        logps, entropy, _ = self.token_logps_and_entropy(role, batch, temperature, entropy_gradient)
+        logps, entropy, _ = self.token_logps_and_entropy(
+            role,
+            batch,
+            temperature,
+            entropy_gradient,
+        )
         return LogProbs(logps, entropy)
 
     def token_logps_and_entropy(
@@ -248,7 +275,12 @@ class Roles:
         Entropies have a gradient only with `entropy_gradient`, which costs a second pass through the head."""
         tokens = batch.loss_mask.nonzero(as_tuple=True)
         hidden = self._states_before(role, batch, tokens)
-        logps, entropy, is_top = chunked_logps(self.head, hidden, batch.input_ids[tokens], temperature)
+        logps, entropy, is_top = chunked_logps(
+            self.head,
+            hidden,
+            batch.input_ids[tokens],
+            temperature,
+        )
         if entropy_gradient:
             entropy = chunked_entropy(self.head, hidden, temperature)
         shape = batch.input_ids.shape
@@ -272,18 +304,31 @@ class Roles:
         kl = chunked_kl(self.head, hidden, reference_hidden, temperature)
         return _scatter(kl, tokens, batch.input_ids.shape)
 
-    def _states_before(self, role: str, batch: Batch, tokens: TokenIndex) -> Tensor:
+    def _states_before(
+        self,
+        role: str,
+        batch: Batch,
+        tokens: TokenIndex,
+    ) -> Tensor:
         """Returns the hidden states (N, d) that predict the tokens at N places."""
         rows, columns = tokens
         return self.hidden(role, batch)[rows, columns - 1]
 
-    def scores(self, role: str, batch: Batch) -> Tensor:
+    def scores(
+        self,
+        role: str,
+        batch: Batch,
+    ) -> Tensor:
         """Returns the scalar head's value at every attended token, else 0; (B, T) fp32."""
         tokens = batch.attention_mask.nonzero(as_tuple=True)
         values = self.heads[role](self.hidden(role, batch)[tokens])
         return _scatter(values, tokens, batch.input_ids.shape)
 
-    def sequence_scores(self, role: str, batch: Batch) -> Tensor:
+    def sequence_scores(
+        self,
+        role: str,
+        batch: Batch,
+    ) -> Tensor:
         """Returns the scalar head's value at the last attended token of each row, on whichever side padding is; (B,)
         fp32."""
         last = (batch.lengths - 1).clamp_min(0)
@@ -303,7 +348,12 @@ class Roles:
         assert len(tensors) == expected, f"adapter {name}: {len(tensors)} tensors to save, {expected} in the model"
         return {key: tensor.detach().to("cpu", copy=True).contiguous() for key, tensor in sorted(tensors.items())}
 
-    def load_adapter_tensors(self, name: str, tensors: Mapping[str, Tensor], where: str) -> None:
+    def load_adapter_tensors(
+        self,
+        name: str,
+        tensors: Mapping[str, Tensor],
+        where: str,
+    ) -> None:
         """Loads weights into an adapter. Raises UserError if names or shapes do not fit this base; `where` begins the
         message."""
         expected = _shapes(self.adapter_tensors(name))
@@ -362,7 +412,11 @@ class Roles:
                 if name not in names and isinstance(dropout, nn.Dropout):
                     dropout.p = 0.0
 
-    def _checkpoint(self, checkpointing: Checkpointing, offload: bool) -> None:
+    def _checkpoint(
+        self,
+        checkpointing: Checkpointing,
+        offload: bool,
+    ) -> None:
         active = self._active
         self._checkpointing = checkpoint_layers(
             self.base.model,
@@ -398,6 +452,10 @@ def _to_json(value: Any) -> Any:
     return getattr(value, "value", value)
 
 
-def _scatter(values: Tensor, tokens: TokenIndex, shape: torch.Size) -> Tensor:
+def _scatter(
+    values: Tensor,
+    tokens: TokenIndex,
+    shape: torch.Size,
+) -> Tensor:
     """Returns a tensor of this shape with N values at N tokens, else 0."""
     return torch.zeros(shape, dtype=values.dtype, device=values.device).index_put(tokens, values)

@@ -164,7 +164,11 @@ def _rope_type(parameters: Mapping[str, Any]) -> Any:
     return rope_type
 
 
-def _original_length(config: Any, rope_type: Any, parameters: Mapping[str, Any]) -> int:
+def _original_length(
+    config: Any,
+    rope_type: Any,
+    parameters: Mapping[str, Any],
+) -> int:
     length = config.max_position_embeddings
     if rope_type == "longrope":
         length = parameters.get("original_max_position_embeddings") or length
@@ -195,7 +199,11 @@ def _prefix(layer_type: str | None) -> str:
     return "" if layer_type is None else f"{layer_type}_"
 
 
-def _set_longrope(module: Any, layer_type: str | None, factors: RopeFactors) -> None:
+def _set_longrope(
+    module: Any,
+    layer_type: str | None,
+    factors: RopeFactors,
+) -> None:
     parameters = module.config.rope_parameters
     parameters = parameters if layer_type is None else parameters[layer_type]
     length = parameters["original_max_position_embeddings"] + (factors == "long")
@@ -211,7 +219,12 @@ def _set_longrope(module: Any, layer_type: str | None, factors: RopeFactors) -> 
     setattr(module, f"{_prefix(layer_type)}attention_scaling", scaling)
 
 
-def _rotations(module: Any, layer_type: str | None, positions: list[list[int]], dtype: torch.dtype) -> list[Tensor]:
+def _rotations(
+    module: Any,
+    layer_type: str | None,
+    positions: list[list[int]],
+    dtype: torch.dtype,
+) -> list[Tensor]:
     """Returns the first row of a module's output for these positions: cosines and sines, or complex numbers."""
     device = next(module.buffers()).device
     arguments: list[Any] = [torch.zeros(1, dtype=dtype, device=device), torch.tensor(positions, device=device)]
@@ -223,13 +236,22 @@ def _rotations(module: Any, layer_type: str | None, positions: list[list[int]], 
     return [output[:1].clone() for output in outputs]
 
 
-def _is_constant(module: Any, layer_type: str | None, last: int, dtype: torch.dtype) -> bool:
+def _is_constant(
+    module: Any,
+    layer_type: str | None,
+    last: int,
+    dtype: torch.dtype,
+) -> bool:
     """Returns whether the rotations of a row are the same in a batch with a row that ends at position `last`."""
     alone = _rotations(module, layer_type, [[0, 1]], dtype)
     return _are_equal(alone, _rotations(module, layer_type, [[0, 1], [0, last]], dtype))
 
 
-def _reads_buffer(module: Any, layer_type: str | None, dtype: torch.dtype) -> bool:
+def _reads_buffer(
+    module: Any,
+    layer_type: str | None,
+    dtype: torch.dtype,
+) -> bool:
     """Returns whether the rotations depend on the buffer of the frequencies. (PhiMoE computes the short ones again.)"""
     buffer: Tensor = getattr(module, f"{_prefix(layer_type)}inv_freq")
     frequencies = buffer.clone()

@@ -1,11 +1,11 @@
-"""The base as unsloth loads it (`base.backend: unsloth`): its attention, rotary embeddings and norms on a GPU, PEFT's
-adapters on top.
+"""Loads the base with unsloth (`base.backend: unsloth`): its attention, rotary embeddings and norms on a GPU, and
+PEFT's adapters on top.
 
-unsloth must have been imported before (`unsloth_import.import_unsloth`). Its habits that matter here: it swaps a base
-for its own copy of it, cuts rows that are longer than it was told, ignores masks while it trains, gives no logits where
-it is given labels, and has a cache of its own. So the base is asked for by its exact name, the longest row is said,
-rows go through whole and padded on the right, log-probs come from hidden states, completions are drawn with
-transformers' own forwards, and before the first step the two are compared.
+unsloth must be imported before (`unsloth_import.import_unsloth`). It replaces a base by its own copy, truncates rows
+that are longer than its limit, ignores masks in training, returns no logits if it gets labels, and has its own cache.
+So the base is loaded by its exact name with the longest row as the limit, rows are computed whole and padded on the
+right, log-probs are computed from hidden states, completions are drawn with transformers' own forwards, and both are
+compared before the first step.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from lowrank_tune.errors import UserError
 from lowrank_tune.model.base import (
     Base,
     check_quantization,
+    default_dtype,
     describe_load_errors,
     freeze_base,
     pick_device,
@@ -34,29 +35,36 @@ from lowrank_tune.model.base import (
 )
 from lowrank_tune.model.roles import Roles
 from lowrank_tune.model.rotary import fixed_rope
+from lowrank_tune.model.rounding import relative_difference
 
-if TYPE_CHECKING:  # as in `base`
+# As in `base`.
+if TYPE_CHECKING:
     from lowrank_tune.config import BaseConfig
 
 SUPPORTED_MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
-"""Models that unsloth has forwards of its own for, and that were read through for this."""
+"""Models for which unsloth has its own forwards, and whose code was reviewed for this module."""
 LOGP_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.05}
-"""Nats a token, in the mean, by which unsloth's forward may differ from transformers'; another batch shape alone moves
-bf16 by 0.016."""
+"""Mean difference of log-probs, in nats per token, that unsloth's forward may have; another batch shape alone changes
+them by 0.016 in bf16."""
 GRADIENT_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.1}
-"""The same for the adapter's gradient, relative."""
+"""Relative difference that the adapter's gradient may have."""
 UNKNOWN_VERSION_MESSAGE = (
     "base.backend: this unsloth replaces transformers' code in another way than this kit knows: install the version in "
     "constraints/unsloth.txt, or use `transformers`"
 )
 
 
-def load_base(base_config: BaseConfig, tokenizer: Any, max_seq_length: int, device: torch.device | None = None) -> Base:
-    """As `base.load_base`; `max_seq_length` is the longest row in tokens that will be trained on. Raises UserError."""
+def load_base(
+    base_config: BaseConfig,
+    tokenizer: Any,
+    max_seq_length: int,
+    device: torch.device | None = None,
+) -> Base:
+    """Loads as `base.load_base`; `max_seq_length` is the longest row in tokens of the run. Raises UserError."""
     unsloth: Any = sys.modules["unsloth"]
     silence_transformers()
     device = device or pick_device()
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    dtype = default_dtype(device)
     with describe_load_errors(base_config) as (path_or_id, arguments), redirect_stdout(sys.stderr):
         config = AutoConfig.from_pretrained(path_or_id, **arguments)
         if config.model_type not in SUPPORTED_MODEL_TYPES:
@@ -64,7 +72,8 @@ def load_base(base_config: BaseConfig, tokenizer: Any, max_seq_length: int, devi
                 f"base.backend: `unsloth` is used for {', '.join(SUPPORTED_MODEL_TYPES)} models, and "
                 f"{base_config.model} is {config.model_type}; use `transformers`, or leave it out"
             )
-        if (rope := fixed_rope(config)) is not None:
+        rope = fixed_rope(config)
+        if rope is not None:
             raise UserError(
                 f"base.backend: `unsloth` is not used for RoPE type `{rope.rope_type}`, whose frequencies must be set "
                 "once for all calls; use `transformers`, or leave it out"
@@ -81,7 +90,8 @@ def load_base(base_config: BaseConfig, tokenizer: Any, max_seq_length: int, devi
                 use_gradient_checkpointing=False,
                 **arguments,
             )
-        except torch.OutOfMemoryError:  # is a RuntimeError, and has an exit code of its own
+        # A RuntimeError that has its own exit code.
+        except torch.OutOfMemoryError:
             raise
         except (RuntimeError, NotImplementedError, TypeError, AttributeError) as error:
             raise UserError(
@@ -89,37 +99,47 @@ def load_base(base_config: BaseConfig, tokenizer: Any, max_seq_length: int, devi
             ) from error
     _check(model, config, base_config, four_bits)
     revision = arguments["revision"] or getattr(config, "_commit_hash", None)
-    base = freeze_base(model, tokenizer, name=base_config.model, revision=revision, bits=4 if four_bits else 16)
+    base = freeze_base(
+        model,
+        tokenizer,
+        name=base_config.model,
+        revision=revision,
+        bits=4 if four_bits else 16,
+    )
     return replace(base, backend="unsloth", transformers_forward=_restore_transformers_forward(model, device))
 
 
-def _check(model: Any, config: Any, base_config: BaseConfig, four_bits: bool) -> None:
-    """What unsloth does without a word: other weights, weights that are missing, a longer vocabulary, 16 bits where 4
-    were asked for."""
-    linears = [module for module in model.modules() if isinstance(module, bitsandbytes.nn.Linear4bit)]
-    if four_bits != bool(linears):
-        raise UserError(
-            f"base.backend: unsloth loaded {base_config.model} {'without' if four_bits else 'in'} 4 bits, which was "
-            "not asked for; use `transformers`"
-        )
+def _check(
+    model: Any,
+    config: Any,
+    base_config: BaseConfig,
+    four_bits: bool,
+) -> None:
+    """Raises UserError for changes that unsloth makes without a warning: 16 bits instead of 4, a longer vocabulary,
+    missing weights."""
+    name = base_config.model
+    has_four_bits = any(isinstance(module, bitsandbytes.nn.Linear4bit) for module in model.modules())
+    if four_bits != has_four_bits:
+        change = "without" if four_bits else "in"
+        raise UserError(f"base.backend: unsloth loaded {name} {change} 4 bits, which was not set; use `transformers`")
     rows = model.get_input_embeddings().weight.shape[0]
     if rows != config.vocab_size:
         raise UserError(
-            f"base.backend: unsloth made {rows:,} of the {config.vocab_size:,} words of {base_config.model}; use "
-            "`transformers`"
+            f"base.backend: unsloth changed the vocabulary of {name} from {config.vocab_size:,} to {rows:,} tokens; "
+            "use `transformers`",
         )
-    missing = {name for name, _ in model.named_parameters()} - weight_files(base_config).keys()
+    missing = {key for key, _ in model.named_parameters()} - weight_files(base_config).keys()
     if missing:
         raise UserError(
-            f"base.model: {base_config.model} cannot be loaded: {len(missing)} of its weights are not there, "
-            f"{min(missing)} for one"
+            f"base.model: {name} cannot be loaded: {len(missing)} of its weights are missing, for example "
+            f"{min(missing)}",
         )
 
 
 def _restore_transformers_forward(model: Any, device: torch.device) -> Callable[[], AbstractContextManager[Any]]:
-    """A context in which the model runs by transformers' own code. unsloth's forwards run only in modules that it has
-    marked; what else it replaced is the module of rotary embeddings. Without a GPU it replaces nothing. Raises
-    UserError where it works otherwise."""
+    """Returns a context in which the model runs transformers' own code. unsloth's forwards run only in modules that it
+    has marked, and it replaces the module of rotary embeddings. Without a GPU it replaces nothing. Raises UserError for
+    a version that works otherwise."""
     marked = [module for module in model.modules() if getattr(module, "_unsloth_fast_path", False)]
     if not marked and device.type == "cuda":
         raise UserError(UNKNOWN_VERSION_MESSAGE)
@@ -145,8 +165,7 @@ def _restore_transformers_forward(model: Any, device: torch.device) -> Callable[
 
 
 def _hf_rotary_embedding(model: Any) -> nn.Module:
-    """The rotary embeddings as transformers makes them: the class that unsloth put its own in the place of, which it
-    keeps."""
+    """Returns transformers' rotary embeddings, whose class unsloth replaces and stores."""
     decoder = model.get_decoder()
     modeling = sys.modules[type(decoder).__module__]
     name = type(decoder).__name__.removesuffix("Model") + "RotaryEmbedding"
@@ -159,8 +178,8 @@ def _hf_rotary_embedding(model: Any) -> nn.Module:
 
 
 def check(roles: Roles, role: str) -> None:
-    """Runs a few tokens forward and backward through unsloth and through transformers, with an adapter that does
-    something. Raises UserError where they disagree. Adapters and gradients are then as they were."""
+    """Runs a few tokens forward and backward with unsloth and with transformers, with an adapter that is not zero.
+    Raises UserError if they differ. Restores adapters and gradients."""
     base = roles.base
     named = roles.named_parameters(role)
     ups = [parameter for name, parameter in named.items() if "lora_B" in name]
@@ -169,7 +188,8 @@ def check(roles: Roles, role: str) -> None:
     try:
         with torch.no_grad():
             for parameter in ups:
-                parameter.add_((torch.randn(parameter.shape, generator=generator) * 1e-2).to(parameter.device))
+                noise = torch.randn(parameter.shape, generator=generator) * 1e-2
+                parameter.add_(noise.to(parameter.device))
         batch = _probe_batch(roles.head.weight.shape[0], generator).to(base.device)
         logps, gradient = _logps_and_gradient(roles, role, batch)
         with base.transformers_forward():
@@ -181,32 +201,39 @@ def check(roles: Roles, role: str) -> None:
         for parameter in named.values():
             parameter.grad = None
     logp_error = float((logps - other_logps)[batch.loss_mask].abs().mean())
-    gradient_error = float(
-        torch.linalg.vector_norm(gradient - other_gradient) / torch.linalg.vector_norm(other_gradient)
-    )
-    dtype = torch.bfloat16 if base.device.type == "cuda" else torch.float32
+    gradient_error = relative_difference(gradient, other_gradient)
+    dtype = default_dtype(base.device)
     if not (logp_error <= LOGP_TOLERANCE[dtype] and gradient_error <= GRADIENT_TOLERANCE[dtype]):
         raise UserError(
-            f"base.backend: unsloth does not compute what transformers does here: log-probs are {logp_error:.2g} nats "
-            f"a token apart, the gradient is {gradient_error:.1%} off; use `transformers`, or leave it out"
+            "base.backend: unsloth does not compute what transformers does here: log-probs differ by "
+            f"{logp_error:.2g} nats per token, the gradient by {gradient_error:.1%}; use `transformers`, or leave it "
+            "out",
         )
 
 
 def _probe_batch(vocabulary: int, generator: torch.Generator) -> Batch:
-    """Two rows of 24 tokens, the second one padded."""
-    ids = torch.randint(0, vocabulary, (2, 24), generator=generator)
-    attention_mask = torch.arange(24) < torch.tensor([[24], [17]])
-    return Batch(ids, attention_mask, attention_mask & (torch.arange(24) >= 8))
+    """Returns two rows of 24 tokens, the second one padded."""
+    input_ids = torch.randint(0, vocabulary, (2, 24), generator=generator)
+    position = torch.arange(24)
+    attention_mask = position < torch.tensor([[24], [17]])
+    return Batch(input_ids, attention_mask, attention_mask & (position >= 8))
 
 
-def _logps_and_gradient(roles: Roles, role: str, batch: Batch) -> tuple[Tensor, Tensor]:
+def _logps_and_gradient(
+    roles: Roles,
+    role: str,
+    batch: Batch,
+) -> tuple[Tensor, Tensor]:
     logps = roles.logps(role, batch).logps
     logps.sum().backward()  # type: ignore[no-untyped-call]
-    parts = []
+    gradients = []
     for parameter in roles.parameters(role):
-        parts.append(torch.zeros_like(parameter).flatten() if parameter.grad is None else parameter.grad.flatten())
+        gradient = parameter.grad
+        if gradient is None:
+            gradient = torch.zeros_like(parameter)
+        gradients.append(gradient.flatten())
         parameter.grad = None
-    return logps.detach(), torch.cat(parts)
+    return logps.detach(), torch.cat(gradients)
 
 
 def _first_line(error: Exception) -> str:

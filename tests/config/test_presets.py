@@ -122,7 +122,7 @@ def test_stated_peak_equals_the_planned_one(name: str) -> None:
 def test_missing_frozen_adapter_is_planned_like_the_trained_one() -> None:
     """`myllm-dpo` is on top of a run that does not exist yet."""
     (found,) = plan(load_any("myllm-dpo", "evaluate={}"), 0.0)
-    assert any("nothing lies at runs/myllm-sft yet" in note for note in found.notes)
+    assert any("runs/myllm-sft does not exist yet" in note for note in found.notes)
     (update,) = (phase.bytes for phase in found.phases if phase.name == "update")
     assert update["adapters"] > 1.9 * update["gradients"] > 0, "two adapters, of which one is trained"
 

@@ -1,5 +1,5 @@
-"""Laws of the rollout engine: transformers' own greedy words, log-probs of what was drawn, and no row that hangs on its
-neighbors."""
+"""Properties of the rollout engine: greedy completions equal those of transformers, log-probs are those of the sampled
+distribution, and no sequence depends on the others in its batch."""
 
 from __future__ import annotations
 
@@ -97,7 +97,7 @@ def transformers_greedy(roles: Roles, role: str, prompt: Sequence[int], tokens: 
     return out.sequences[0, len(prompt) :].tolist(), (best[:, 0] - best[:, 1]).tolist()
 
 
-def wrong_greedy_words(roles: Roles, role: str = "policy", tokens: int = 12, slots: int = 256) -> int:
+def num_greedy_differences(roles: Roles, role: str = "policy", tokens: int = 12, slots: int = 256) -> int:
     """Completions that differ from transformers' at a token that was no near-tie (gap of at least 1e-4)."""
     found, wrong = run(roles, role=role, temperature=0.0, tokens=tokens, slots=slots), 0
     for index, prompt in enumerate(PROMPTS):
@@ -112,7 +112,7 @@ def wrong_greedy_words(roles: Roles, role: str = "policy", tokens: int = 12, slo
 @pytest.mark.parametrize("bits", [4, 16])
 def test_greedy_equals_transformers(bits: int, role: str) -> None:
     roles = perturbed_roles(bits, checkpointing=True)
-    assert wrong_greedy_words(roles, role) == 0
+    assert num_greedy_differences(roles, role) == 0
     completions = {
         role: [one.token_ids for one in run(roles, role=role, temperature=0.0).values()]
         for role in ("policy", "reference", "base")
@@ -130,8 +130,8 @@ def test_greedy_equals_transformers_on_other_architectures(kind: str) -> None:
     window = {"sliding_window": 6} if kind in ("mistral", "gemma2", "gemma3_text") else {}
     roles = roles_over(unquantized_base(kind, **window))
     perturb(roles, "policy")
-    assert wrong_greedy_words(roles) == 0
-    assert wrong_greedy_words(roles, slots=2) == 0
+    assert num_greedy_differences(roles) == 0
+    assert num_greedy_differences(roles, slots=2) == 0
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "mistral"])
@@ -199,7 +199,7 @@ def test_a_slower_store_is_announced_once() -> None:
     assert "the model's own cache for each prompt, which is slower" in note.message and "gpt_neo" in note.message
 
 
-def test_not_a_number_is_a_fault(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_store_with_nan_states_is_rejected(monkeypatch: pytest.MonkeyPatch) -> None:
     model = unquantized_base("llama").model
     decode_probes = select_cache._decode_probes
 
@@ -220,7 +220,7 @@ def test_other_stores_sample_the_same(monkeypatch: pytest.MonkeyPatch, store: ty
     with torch.no_grad():
         assert select_cache.cache_fault(store, roles.base.model) is None
     monkeypatch.setitem(select_cache._cache_by_model, roles.base.model, store)
-    assert wrong_greedy_words(roles) == wrong_greedy_words(roles, slots=2) == 0
+    assert num_greedy_differences(roles) == num_greedy_differences(roles, slots=2) == 0
     assert depends_on_batch(roles, 1.0) == []
 
 
@@ -428,7 +428,7 @@ def wrong_ends(roles: Roles, stop: frozenset[int], tokens: int) -> list[str]:
     return wrong
 
 
-def test_stop_ids_end_and_belong(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_completion_ends_with_its_stop_id(monkeypatch: pytest.MonkeyPatch) -> None:
     roles = perturbed_roles(16)
     stop = frozenset(range(2, 20))
     assert wrong_ends(roles, stop, 12) == []
@@ -496,7 +496,7 @@ def letters(ids: Sequence[int]) -> str:
     return "".join(chr(97 + token % 26) for token in ids)
 
 
-def test_stop_strings_end_and_belong() -> None:
+def test_completion_ends_with_its_stop_string() -> None:
     roles = perturbed_roles(16)
     free = run(roles, n=4)
     string = letters(free[2, 1].token_ids[4:6])
@@ -748,7 +748,7 @@ def test_an_exception_in_the_model_restores_everything() -> None:
     assert roles.base.model.training and roles.active_stack == [] and torch.is_grad_enabled()
 
 
-def test_nothing_to_do() -> None:
+def test_generate_without_prompts_or_samples_yields_nothing() -> None:
     roles = perturbed_roles(16)
     assert run(roles, prompts=[]) == {} and run(roles, n=0) == {}
 

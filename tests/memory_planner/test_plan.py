@@ -179,7 +179,7 @@ def test_a_sequence_is_planned_with_the_bytes_that_the_cache_keeps_for_it(kind: 
         store.allocate(3, columns, 1 << 40)
         store.insert(store.prefill([[3, 4, 5]])[0], [0, 0, 0], [0, 1, 2])
         kept = sum(layer.keys.nbytes + layer.values.nbytes for layer in store.cache.layers)
-        assert 3 * planner._bytes_of(model.config, columns, torch.device("cpu")) == kept, columns
+        assert 3 * planner.bytes_per_sequence(model.config, columns, torch.device("cpu")) == kept, columns
 
 
 @pytest.fixture(scope="module")

@@ -253,7 +253,7 @@ def test_other_quantizations_are_refused(tmp_path: Path, method: dict[str, Any],
         "config binary",
     ],
 )
-def test_broken_folders(tmp_path: Path, spoil: str) -> None:
+def test_broken_model_folder_raises_one_sentence(tmp_path: Path, spoil: str) -> None:
     folder = copy_of(tmp_path / "model")
     weights, config = folder / "model.safetensors", folder / "config.json"
     if spoil.startswith("weights"):

@@ -354,7 +354,7 @@ def test_a_reward_adapter_is_no_policy_and_a_policy_no_reward_adapter(tmp_path: 
     ],
 )
 @pytest.mark.parametrize("wanted", [False, True])
-def test_faults_of_a_head_are_one_sentence(
+def test_broken_head_in_adapter_folder_raises_one_sentence(
     tmp_path: Path, modules: Any, head: tuple[int, ...] | None, message: str, wanted: bool
 ) -> None:
     raw = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "target_modules": ["q_proj"], "modules_to_save": modules}

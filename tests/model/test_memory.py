@@ -209,7 +209,7 @@ def test_settings_take_every_choice_and_give_it_back(wanted: Any) -> None:
         ),
     ],
 )
-def test_faults_of_memory_in_sentences(train: dict[str, Any], fault: str) -> None:
+def test_wrong_memory_setting_is_refused_by_key(train: dict[str, Any], fault: str) -> None:
     with pytest.raises(ConfigError) as caught:
         from_dict(recipe(**train))
     assert fault in str(caught.value).splitlines()

@@ -194,7 +194,7 @@ def test_gradient_and_figures_are_those_of_the_unbroken_run(unbroken: Any, name:
 @pytest.mark.slow
 @pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
 @pytest.mark.parametrize("name", ALGORITHMS)
-def test_the_same_at_many_moments(unbroken: Any, name: str, backward: bool) -> None:
+def test_gradient_after_oom_at_any_call_is_that_of_the_whole_run(unbroken: Any, name: str, backward: bool) -> None:
     assert differs(unbroken, name, backward, 12) == []
 
 
@@ -210,7 +210,7 @@ def test_a_half_added_gradient_that_stays_is_seen(monkeypatch: pytest.MonkeyPatc
     assert max(relative_error(a, b) for a, b in zip(seen, gradients, strict=True)) > 1e-4
 
 
-def test_it_fails_in_ppos_second_term_too(unbroken: Any) -> None:
+def test_oom_in_the_value_loss_of_ppo_is_recovered(unbroken: Any) -> None:
     """The moments of the law above reach it: gradients of the value's parameters are added by the second term alone."""
     loop, roles, optimizer, events = watched_loop("ppo")
     value = roles.parameters("value")

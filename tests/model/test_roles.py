@@ -1,5 +1,5 @@
-"""Laws of the roles: the base shines through, only what is trained moves, recomputation speaks with the voice of the
-forward pass."""
+"""Properties of roles: without adapters the base is unchanged, training changes only the trained adapter, and
+recomputation uses the adapters of the forward pass."""
 
 from __future__ import annotations
 
@@ -305,7 +305,7 @@ def left_behind(roles: Roles) -> list[str]:
         look("outer", roles.stacks["policy"], True)
         raise Fault
     look("after", [], True)
-    # one voice entered while it is entered, as a second backward pass within the first would
+    # A role that is entered again while it is active, as by a second backward pass within the first.
     again = roles.activate("policy")
     with again, roles.activate("reference"):
         with again:
@@ -446,7 +446,9 @@ def _checkpoint_without_adapters(self: Roles, *_: Any) -> None:
 
 @pytest.mark.parametrize("stacks", [STACKS, DEEP], ids=["one", "two"])
 @pytest.mark.parametrize(
-    "bug", [_checkpoint_without_adapters, lambda self, *_: None], ids=["no voice", "no recomputation"]
+    "bug",
+    [_checkpoint_without_adapters, lambda self, *_: None],
+    ids=["recomputation without adapters", "no recomputation"],
 )
 def test_recomputation_under_another_role_is_seen(
     monkeypatch: pytest.MonkeyPatch, bug: Any, stacks: dict[str, list[str]]
@@ -704,7 +706,7 @@ def test_a_seed_gives_the_same_adapters() -> None:
 
 
 @pytest.mark.parametrize(("rslora", "scale"), [(False, 4.0), (True, 8.0)])
-def test_scaling(rslora: bool, scale: float) -> None:
+def test_adapter_output_is_scaled_by_alpha_over_rank(rslora: bool, scale: float) -> None:
     """alpha 16, r 4: 16 / 4, and 16 / sqrt(4) with rslora; and the layer really adds that."""
     roles = roles_over(load_base_of(16), use_rslora=rslora)
     perturb(roles, "policy")
@@ -761,7 +763,7 @@ def sentence(call: Callable[[], Any]) -> str:
         ({CONFIG: json.dumps(GOOD | {"alpha_pattern": 7})}, "good", "is broken: alpha_pattern is 7"),
     ],
 )
-def test_faults_of_an_adapter_are_one_sentence(
+def test_broken_adapter_folder_raises_one_sentence(
     tmp_path: Path, files: dict[str, str], weights: bytes | str | None, message: str
 ) -> None:
     folder = write_files(tmp_path / "adapter", files)
@@ -784,7 +786,7 @@ def test_a_missing_folder_and_an_adapter_of_another_base(tmp_path: Path) -> None
     assert changed_tensors(before, all_tensors(roles.base.model)) == set()
 
 
-def test_an_adapter_whose_modules_the_base_has_not(tmp_path: Path) -> None:
+def test_adapter_for_other_modules_is_refused(tmp_path: Path) -> None:
     good = LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM")
     for config in (
         LoraConfig(r=2, target_modules=["no_such_module"]),
@@ -795,7 +797,7 @@ def test_an_adapter_whose_modules_the_base_has_not(tmp_path: Path) -> None:
                 Roles(load_base_of(), configs, ["policy"], {"policy": ["sft", "policy"], "reference": ["sft"]})
 
 
-def test_how_an_adapter_was_born_is_not_done_again(tmp_path: Path) -> None:
+def test_init_method_of_a_saved_adapter_is_ignored(tmp_path: Path) -> None:
     """A saved adapter brings its weights; a start from an orthogonal or EVA initialization is neither repeated nor
     refused."""
     for born in ("gaussian", "orthogonal", "eva"):
@@ -804,7 +806,7 @@ def test_how_an_adapter_was_born_is_not_done_again(tmp_path: Path) -> None:
         assert read_adapter(str(folder), "adapters.sft.path").config.init_lora_weights is True
 
 
-def test_target_modules_that_the_base_has_not() -> None:
+def test_unknown_target_modules_are_refused_with_the_known_ones() -> None:
     with pytest.raises(UserError, match="no linear module no_such; it has down_proj, gate_proj"):
         lora_config(AdapterConfig(target_modules=("q_proj", "no_such")), load_base_of().model)
     with pytest.raises(UserError, match="gpt2 models have no linear modules"):
