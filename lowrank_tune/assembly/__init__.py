@@ -32,12 +32,12 @@ from lowrank_tune.data import (
     ChatTemplate,
     Prompt,
     PromptDataset,
+    PromptSampler,
     TokenizedDataset,
     TokenizedSplits,
     collate_units,
     load,
     load_heldout_prompts,
-    make_prompt_sampler,
 )
 from lowrank_tune.data.tokenize import cache_folder
 from lowrank_tune.errors import UserError
@@ -207,7 +207,7 @@ def _build_online(
         reference,
         fresh=recipe.adapters[recipe.trained_adapter].path is None,
     )
-    steps = recipe.train.max_steps or make_prompt_sampler(data, recipe.data, recipe.train, recipe.seed).steps_of(
+    steps = recipe.train.max_steps or PromptSampler(data, recipe.data, recipe.train, recipe.seed).steps_of(
         recipe.train.num_train_epochs or 1.0
     )
     trained = (recipe.trained_adapter, "value") if recipe.algorithm == "ppo" else (recipe.trained_adapter,)

@@ -17,7 +17,7 @@ from lowrank_tune.algorithms.reward_failures import RewardFailure, RewardFailure
 from lowrank_tune.algorithms.rollouts import RolloutBatch, RolloutCollector
 from lowrank_tune.assembly.reward_model import append_end_of_turn, encode_answer, end_of_turn_ids, score_rows
 from lowrank_tune.config import RecipeConfig
-from lowrank_tune.data import ChatTemplate, PromptDataset, PromptExample, load_prompts, make_prompt_sampler
+from lowrank_tune.data import ChatTemplate, PromptDataset, PromptExample, PromptSampler, load_prompts
 from lowrank_tune.errors import TrainingError, UserError
 from lowrank_tune.events import Emit, GroupLogged, LogMessage
 from lowrank_tune.functional import step_seed
@@ -186,7 +186,7 @@ def make_rollout_collector(
     emit: Emit,
 ) -> RolloutCollector:
     """Draws completions of the recipe's prompts, step by step."""
-    sampler = make_prompt_sampler(prompts, recipe.data, recipe.train, recipe.seed)
+    sampler = PromptSampler(prompts, recipe.data, recipe.train, recipe.seed)
     config = recipe.rollout
 
     def prompts_of(step: int, draw: int, count: int | None) -> list[PromptExample]:

@@ -15,7 +15,6 @@ from lowrank_tune.data.prompts import (
     PromptReport,
     PromptSampler,
     load_prompts,
-    make_prompt_sampler,
 )
 from lowrank_tune.data.report import Report, SourceReport
 from lowrank_tune.data.sampler import BatchSampler
@@ -42,7 +41,6 @@ __all__ = [
     "SourceReport",
     "ChatTemplate",
     "TokenizedDataset",
-    "make_prompt_sampler",
     "compute_token_stats",
     "collate",
     "collate_units",

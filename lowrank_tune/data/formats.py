@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from lowrank_tune.data.ground_truth import box_answer, extract_answer
 from lowrank_tune.errors import UserError
-from lowrank_tune.types import Message
+from lowrank_tune.types import Message, Row
 
 RawRow = Mapping[str, Any]
 """A row as a file or data set contains it: its columns."""
@@ -45,6 +45,11 @@ ROLES: dict[str, Role] = {
     "bot": "assistant",
     "bing": "assistant",
 }
+PROMPT_COMPLETION_PARTS: tuple[tuple[str, Role, str], ...] = (
+    ("prompt", "user", "question"),
+    ("completion", "assistant", "answer"),
+)
+"""Column, role and label in messages."""
 TOOL_ROLES = (
     "tool",
     "tool_call",
@@ -66,6 +71,11 @@ class InvalidRow(Exception):
     def __init__(self, reason: str) -> None:
         super().__init__(reason)
         self.reason = reason
+
+
+RawRowOrFault = RawRow | InvalidRow
+RowOrFault = Row | InvalidRow
+"""A row, or why it cannot be used."""
 
 
 @dataclass(frozen=True)
@@ -168,7 +178,7 @@ def box_final_answer(conversation: Conversation) -> Conversation:
     if last.role != "assistant":
         return conversation
     boxed = Message("assistant", box_answer(last.content))
-    return Conversation((*others, boxed), conversation.ground_truth)
+    return replace(conversation, messages=(*others, boxed))
 
 
 def value_of(row: RawRow, format_name: str, name: str, columns: Columns) -> Any:
@@ -232,11 +242,11 @@ def is_text(text: str) -> bool:
     return True
 
 
-def text_fault(messages: Iterable[Message]) -> InvalidRow | None:
-    """Returns the fault of messages with a text that UTF-8 cannot encode."""
+def text_fault(messages: Iterable[Message]) -> str | None:
+    """Returns the fault of messages with a text that UTF-8 cannot encode; None without one."""
     if all(is_text(message.content) for message in messages):
         return None
-    return InvalidRow("a lone surrogate, which UTF-8 cannot encode")
+    return "a lone surrogate, which UTF-8 cannot encode"
 
 
 def _read_messages(row: RawRow, columns: Columns) -> list[Message]:
@@ -276,15 +286,14 @@ def join_instruction_and_input(instruction: str, row: RawRow, columns: Columns) 
 
 
 def _read_prompt_completion(row: RawRow, columns: Columns) -> list[Message]:
-    prompt = value_of(row, "prompt_completion", "prompt", columns)
-    if is_list(prompt):
-        messages = messages_of(prompt, "prompt")
-    else:
-        messages = [Message("user", text_of(prompt, "question"))]
-    completion = value_of(row, "prompt_completion", "completion", columns)
-    if is_list(completion):
-        return messages + messages_of(completion, "completion")
-    return [*messages, Message("assistant", text_of(completion, "answer"))]
+    messages: list[Message] = []
+    for name, role, label in PROMPT_COMPLETION_PARTS:
+        value = value_of(row, "prompt_completion", name, columns)
+        if is_list(value):
+            messages += messages_of(value, name)
+        else:
+            messages.append(Message(role, text_of(value, label)))
+    return messages
 
 
 def _read_question_answer(row: RawRow, columns: Columns) -> list[Message]:

@@ -39,14 +39,14 @@ class HubRows:
                 revision=revision or None,
             )
 
-    def lines(self) -> Iterator[int]:
-        """Yields the number of every row, from 1."""
-        return iter(range(1, len(self._data) + 1))
+    def count_rows(self) -> int:
+        """Returns the number of rows."""
+        return len(self._data)
 
     def rows(self, mask: RowMask) -> NumberedRows:
         """Yields the drawn rows with their numbers, and reads only these."""
         if mask is None:
-            return zip(self.lines(), self._data, strict=True)
+            return enumerate(self._data, start=1)
         indices = np.flatnonzero(mask)
         return zip((indices + 1).tolist(), self._data.select(indices), strict=True)
 

@@ -13,12 +13,12 @@ from numpy.typing import NDArray
 
 from lowrank_tune.config import DataConfig, SourceConfig
 from lowrank_tune.data.encode import conversation_of, pair_of
-from lowrank_tune.data.formats import InvalidRow, RawRow
+from lowrank_tune.data.formats import InvalidRow, RawRowOrFault
 from lowrank_tune.data.ground_truth import extract_answer
 from lowrank_tune.data.report import Report, describe_mixture
 from lowrank_tune.data.sources import BUILTIN_DATASETS, read_source
 from lowrank_tune.data.templates.chat_template import ChatTemplate
-from lowrank_tune.data.token_store import TokenizedDataset
+from lowrank_tune.data.token_store import HashArray, TokenizedDataset
 from lowrank_tune.data.tokenize import format_of, tokenize
 from lowrank_tune.errors import UserError
 from lowrank_tune.events import Emit, LogMessage
@@ -111,10 +111,10 @@ def _report(
 ) -> Report:
     # A store in the cache may have been made with other weights.
     train_reports = []
-    for report, source in zip(full.reports, data.train, strict=True):
-        train_reports.append(replace(report, weight=source.weight))
+    for source_report, source in zip(full.reports, data.train, strict=True):
+        train_reports.append(replace(source_report, weight=source.weight))
     rows_of_source = np.bincount(train.source_of, minlength=len(data.train))
-    combined = Report(
+    report = Report(
         train=tuple(train_reports),
         expected_tokens=data.expected_tokens,
         train_rows=train.units,
@@ -122,13 +122,12 @@ def _report(
         mixture=describe_mixture(data.train, rows_of_source.tolist(), "row"),
     )
     if validation is None:
-        return combined
-    is_shared = np.isin(validation.unit_hashes, train.unit_hashes)
+        return report
     return replace(
-        combined,
+        report,
         validation=tuple(validation.reports) if data.validation else (),
         validation_rows=validation.units,
-        shared=int(is_shared.sum()),
+        shared=int(np.isin(validation.unit_hashes, train.unit_hashes).sum()),
     )
 
 
@@ -146,7 +145,7 @@ def load_heldout_prompts(source: SourceConfig, count: int, seed: int, system: st
     prompts: list[Prompt] = []
     faults: list[str] = []
     for location, raw in rows:
-        prompt = raw if isinstance(raw, InvalidRow) else to_heldout_prompt(raw, source, format_name, system)
+        prompt = to_heldout_prompt(raw, source, format_name, system)
         if isinstance(prompt, InvalidRow):
             faults.append(f"{location}: {prompt.reason}")
         else:
@@ -157,14 +156,26 @@ def load_heldout_prompts(source: SourceConfig, count: int, seed: int, system: st
 
 
 def to_heldout_prompt(
-    raw: RawRow,
+    raw: RawRowOrFault,
     source: SourceConfig,
     format_name: str,
     system: str | None,
 ) -> Prompt | InvalidRow:
     """Returns the prompt of a row, or the fault of the row. The gold answer of a pair is in the chosen answer."""
+    if isinstance(raw, InvalidRow):
+        return raw
     if format_name == "preference":
-        return _prompt_of_pair(raw, source, system)
+        pair = pair_of(raw, source, system)
+        if isinstance(pair, InvalidRow):
+            return pair
+        ground_truth = extract_answer(
+            raw,
+            source.columns,
+            source.ground_truth,
+            pair.chosen[-1].content,
+            accept_bare_number=True,
+        )
+        return Prompt(pair.prompt, ground_truth, raw)
     conversation = conversation_of(raw, source, format_name, system, require_answer=False)
     if isinstance(conversation, InvalidRow):
         return conversation
@@ -174,21 +185,7 @@ def to_heldout_prompt(
     return Prompt(messages, conversation.ground_truth, raw)
 
 
-def _prompt_of_pair(raw: RawRow, source: SourceConfig, system: str | None) -> Prompt | InvalidRow:
-    pair = pair_of(raw, source, system)
-    if isinstance(pair, InvalidRow):
-        return pair
-    ground_truth = extract_answer(
-        raw,
-        source.columns,
-        source.ground_truth,
-        pair.chosen[-1].content,
-        accept_bare_number=True,
-    )
-    return Prompt(pair.prompt, ground_truth, raw)
-
-
-def split_mask(keys: NDArray[np.uint64], size: float, seed: int) -> NDArray[np.bool_]:
+def split_mask(keys: HashArray, size: float, seed: int) -> NDArray[np.bool_]:
     """Returns which rows are held out: a number of them (`size` from 1), or about a share; at least one and never all.
 
     `keys` are equal for equal conversations, which are all on one side. So the number may not be met exactly.
@@ -209,7 +206,7 @@ def split_mask(keys: NDArray[np.uint64], size: float, seed: int) -> NDArray[np.b
     return np.asarray(is_validation[group_of])
 
 
-def _hash_keys(keys: NDArray[np.uint64], seed: int) -> NDArray[np.uint64]:
+def _hash_keys(keys: HashArray, seed: int) -> HashArray:
     """Returns another order of the keys for every seed: the finalizer of splitmix64, whose products wrap around."""
     offset = (seed * 0x9E3779B97F4A7C15 + 0x632BE59BD9B4E019) % 2**64
     mixed = keys ^ np.uint64(offset)

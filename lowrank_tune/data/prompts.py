@@ -13,13 +13,13 @@ from numpy.typing import NDArray
 
 from lowrank_tune.config import DataConfig, SourceConfig, TrainingConfig
 from lowrank_tune.data.encode import conversation_of
-from lowrank_tune.data.formats import InvalidRow, RawRow
+from lowrank_tune.data.formats import InvalidRow, RawRowOrFault
 from lowrank_tune.data.report import Report, SourceReport, describe_mixture
 from lowrank_tune.data.sampler import BatchSampler
 from lowrank_tune.data.sources import RowLocation, read_source
 from lowrank_tune.data.store_writer import conversation_hash
 from lowrank_tune.data.templates.chat_template import ChatTemplate
-from lowrank_tune.data.tokenize import check_enough_rows, format_of
+from lowrank_tune.data.tokenize import format_of, warn_about_missing_rows
 from lowrank_tune.errors import UserError
 from lowrank_tune.events import Emit, LogMessage, Progress
 from lowrank_tune.types import Message
@@ -87,7 +87,7 @@ class PromptDataset:
 
 
 class PromptSampler(BatchSampler):
-    """The prompts of each step, and others that replace those from which nothing is learned."""
+    """The prompts of each step (`train.prompts_per_step`), and replacements for those that teach nothing."""
 
     def __init__(self, dataset: PromptDataset, data: DataConfig, train: TrainingConfig, seed: int) -> None:
         weights = [source.weight for source in data.train]
@@ -117,11 +117,6 @@ class PromptSampler(BatchSampler):
         return [int(queue[index % len(queue)]) for index in range(count)]
 
 
-def make_prompt_sampler(dataset: PromptDataset, data: DataConfig, train: TrainingConfig, seed: int) -> PromptSampler:
-    """Returns the order of these prompts, `train.prompts_per_step` a step."""
-    return PromptSampler(dataset, data, train, seed)
-
-
 def load_prompts(
     data: DataConfig,
     template: ChatTemplate,
@@ -144,9 +139,7 @@ def load_prompts(
         report = reader.read(source, seed, emit)
         if raise_on_invalid:
             report.check(data.max_invalid_fraction)
-        warning = check_enough_rows(source, report)
-        if warning:
-            emit(LogMessage(message=warning, level="warning"))
+        warn_about_missing_rows(source, report, emit)
         source_of += [number] * report.used
         reports.append(report)
     num_prompts = len(reader.examples)
@@ -215,7 +208,7 @@ class _PromptReader:
 
     def _read_row(
         self,
-        raw: RawRow | InvalidRow,
+        raw: RawRowOrFault,
         source: SourceConfig,
         report: SourceReport,
     ) -> tuple[PromptExample, int]:

@@ -33,11 +33,9 @@ class DroppedRows:
     def lines(self) -> str:
         """Returns the lines of the first few."""
         lines = [location.rpartition(":")[2] for location in self.locations]
-        text = "lines " if len(lines) > 1 else "line "
-        text += ", ".join(lines)
-        if self.count > len(lines):
-            text += " ..."
-        return text
+        word = "lines" if len(lines) > 1 else "line"
+        more = " ..." if self.count > len(lines) else ""
+        return f"{word} {', '.join(lines)}{more}"
 
 
 @dataclass

@@ -38,12 +38,8 @@ class BatchSampler:
         self._seed = seed
         self._tokens = train.tokens_per_step
         self._window = train.length_window
-        if train.global_batch_size:
-            self._max_rows = train.global_batch_size
-        elif self._tokens is None:
-            self._max_rows = ROWS_PER_STEP
-        else:
-            self._max_rows = len(lengths)
+        default_rows = ROWS_PER_STEP if self._tokens is None else len(lengths)
+        self._max_rows = train.global_batch_size or default_rows
         self._pools: list[RowIndices] = []
         self._quotas: list[int] = []
         given = [weight for weight in weights or () if weight is not None]

@@ -22,7 +22,7 @@ from lowrank_tune.data.files import (
     open_file,
     select_rows,
 )
-from lowrank_tune.data.formats import InvalidRow, RawRow
+from lowrank_tune.data.formats import RawRowOrFault
 from lowrank_tune.data.hub import HubRows
 from lowrank_tune.errors import UserError, did_you_mean
 from lowrank_tune.toy import problems
@@ -45,7 +45,7 @@ class RowLocation(NamedTuple):
         return f"{self.file}:{self.line}"
 
 
-LocatedRow = tuple[RowLocation, RawRow | InvalidRow]
+LocatedRow = tuple[RowLocation, RawRowOrFault]
 Chunk = Sequence[LocatedRow]
 
 
@@ -58,7 +58,7 @@ class SourceRows:
     def __init__(self, name: str, files: Sequence[DataFile], count: int | None = None, seed: int = 0) -> None:
         self.name = name
         self._files = tuple(files)
-        self._lengths = [sum(1 for _ in file.lines()) for file in self._files]
+        self._lengths = [file.count_rows() for file in self._files]
         self._start = 0
         self._end = sum(self._lengths)
         self._requested = count
@@ -202,8 +202,8 @@ class BuiltinRows:
         else:
             self._rows = list(problems.rows(count, seed, heldout=source.split == "heldout"))
 
-    def lines(self) -> Iterator[int]:
-        return iter(range(1, len(self._rows) + 1))
+    def count_rows(self) -> int:
+        return len(self._rows)
 
     def rows(self, mask: RowMask) -> NumberedRows:
         return select_rows(enumerate(self._rows, start=1), mask)

@@ -126,11 +126,16 @@ class StoreWriter:
         self._add_ground_truths([entry.ground_truth for entry in entries])
         conversation_hashes = chain.from_iterable(entry.conversation_hashes for entry in entries)
         self._arrays["conversation_hashes"].append(np.array([*conversation_hashes], dtype=np.uint64))
-        self._add_per_entry("sources", [source] * len(entries))
-        self._add_per_entry("files", [file for file, _ in locations])
-        self._add_per_entry("lines", [line for _, line in locations])
-        self._add_per_entry("row_hashes", np.array([entry.row_hash for entry in entries], dtype=np.uint64))
-        self._add_per_entry("margins", [entry.margin for entry in entries])
+        per_entry: dict[str, Any] = {
+            "sources": [source] * len(entries),
+            "files": [file for file, _ in locations],
+            "lines": [line for _, line in locations],
+            "row_hashes": np.array([entry.row_hash for entry in entries], dtype=np.uint64),
+            "margins": [entry.margin for entry in entries],
+            "has_ground_truth": [entry.ground_truth is not None for entry in entries],
+        }
+        for name, values in per_entry.items():
+            self._arrays[name].append(np.repeat(values, self.rows_per_unit))
 
     def _add_tokens(self, rows: Sequence[Row]) -> None:
         lengths = np.array([len(row.input_ids) for row in rows], dtype=np.int64)
@@ -147,12 +152,7 @@ class StoreWriter:
         lengths = np.array([len(data) for data in encoded], dtype=np.int64)
         self._arrays["ground_truths"].append(np.frombuffer(b"".join(encoded), dtype=np.uint8))
         self._arrays["ground_truth_starts"].append(self._num_ground_truth_bytes + np.cumsum(lengths))
-        self._add_per_entry("has_ground_truth", [ground_truth is not None for ground_truth in ground_truths])
         self._num_ground_truth_bytes += int(lengths.sum())
-
-    def _add_per_entry(self, name: str, values: Any) -> None:
-        """Appends one value for each entry, to all rows of the entry."""
-        self._arrays[name].append(np.repeat(values, self.rows_per_unit))
 
     def drop(self, location: tuple[str, int], reason: str) -> None:
         """Records a row that is not used."""

@@ -54,15 +54,13 @@ def tokenize(
             tokenizer = _SourceTokenizer(writer, emit)
             for source, format_name, rows in zip(sources, formats, opened, strict=True):
                 report = SourceReport(rows.name, format_name, weight=source.weight)
-                tokenizer.add(rows, SourceContext(source, format_name, data, template, report))
+                tokenizer.add(rows, SourceContext(source, data, template, report))
             store = writer.finish(list(tokenizer.files), tokenizer.reports)
     for source, report in zip(sources, store.reports, strict=True):
         if raise_on_invalid:
             report.check(data.max_invalid_fraction)
         emit(LogMessage(message=f"{report.name}: {report.read} rows of the shape `{report.format}`"))
-        warning = check_enough_rows(source, report)
-        if warning:
-            emit(LogMessage(message=warning, level="warning"))
+        warn_about_missing_rows(source, report, emit)
     return store
 
 
@@ -198,11 +196,12 @@ def chunks(rows: SourceRows, report: SourceReport) -> Iterator[tuple[Chunk, int]
             yield chunk, total
 
 
-def check_enough_rows(source: SourceConfig, report: SourceReport) -> str | None:
-    """Returns a warning if fewer rows can be used than the recipe requests."""
+def warn_about_missing_rows(source: SourceConfig, report: SourceReport, emit: Emit) -> None:
+    """Logs a warning if fewer rows can be used than the recipe requests."""
     if source.max_samples is None or report.used >= source.max_samples:
-        return None
-    return (
+        return
+    message = (
         f"{report.name}: the recipe asks for {source.max_samples:,} rows, and {report.used:,} of the {report.read:,} "
         f"that there are can be used"
     )
+    emit(LogMessage(message=message, level="warning"))

@@ -8,7 +8,7 @@ import numpy as np
 
 from lowrank_tune.config import RecipeConfig
 from lowrank_tune.data import ChatTemplate, Prompt
-from lowrank_tune.data.prompts import PromptDataset, make_prompt_sampler
+from lowrank_tune.data.prompts import PromptDataset, PromptSampler
 from lowrank_tune.data_report.common import (
     LEAKAGE,
     LEAKAGE_NOTE,
@@ -59,7 +59,7 @@ def _mixture(recipe: RecipeConfig, dataset: PromptDataset) -> tuple[tuple[Mixtur
     units = Units(dataset.source_of, dataset.lengths, np.zeros_like(dataset.lengths))
     sampler = None
     if can_be_drawn(units, [source.weight for source in recipe.data.train]):
-        sampler = make_prompt_sampler(dataset, recipe.data, recipe.train, recipe.seed)
+        sampler = PromptSampler(dataset, recipe.data, recipe.train, recipe.seed)
     return mixture_of(recipe, dataset.report.train, units, sampler)
 
 

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from lowrank_tune.config import RecipeConfig
 from lowrank_tune.data import (
@@ -21,6 +19,7 @@ from lowrank_tune.data import (
 from lowrank_tune.data.preference_pairs import EQUAL_ANSWERS
 from lowrank_tune.data.report import EXAMPLES
 from lowrank_tune.data.stats import contradictory_pairs, pair_balance
+from lowrank_tune.data.token_store import IntArray
 from lowrank_tune.data_report.common import (
     LEAKAGE,
     LEAKAGE_NOTE,
@@ -91,7 +90,7 @@ def _mixture(
     return mixture_of(recipe, data.report.train, units, sampler)
 
 
-def _all_lengths(data: TokenizedSplits) -> NDArray[np.int64]:
+def _all_lengths(data: TokenizedSplits) -> IntArray:
     if data.validation is None:
         return data.train.lengths
     return np.concatenate([data.train.lengths, data.validation.lengths])
@@ -127,13 +126,13 @@ def _issues(
     return issues
 
 
-def _locations(rows: TokenizedDataset, units: NDArray[Any]) -> tuple[str, ...]:
+def _locations(rows: TokenizedDataset, units: IntArray) -> tuple[str, ...]:
     """Returns the locations of the first few of these units."""
     first_rows = (units[:EXAMPLES] * rows.rows_per_unit).tolist()
     return tuple(rows.row_location(row) for row in first_rows)
 
 
-def _units(rows: NDArray[Any], store: TokenizedDataset) -> NDArray[Any]:
+def _units(rows: IntArray, store: TokenizedDataset) -> IntArray:
     """Returns the units that these rows belong to."""
     return np.unique(rows // store.rows_per_unit)
 

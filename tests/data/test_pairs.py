@@ -97,12 +97,12 @@ def loaded(
 
 
 def encoded(template: ChatTemplate, *rows: Any, **data: Any) -> tuple[list[Entry | InvalidRow], SourceReport]:
-    source, report = SourceConfig(dataset="x"), SourceReport("x")
+    source, report = SourceConfig(dataset="x"), SourceReport("x", "preference")
     given = DataConfig(**{"train": (source,), "max_length": 4096, **data})
     return list(
         encode_chunk(
             [(RowLocation("x", 1), row) for row in rows],
-            SourceContext(source, "preference", given, template, report),
+            SourceContext(source, given, template, report),
         )
     ), report
 

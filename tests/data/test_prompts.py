@@ -22,10 +22,10 @@ from lowrank_tune.data import (
     PromptDataset,
     PromptExample,
     PromptReport,
+    PromptSampler,
     RowLocation,
     load_heldout_prompts,
     load_prompts,
-    make_prompt_sampler,
 )
 from lowrank_tune.data.prompts import MISSING_ANSWER
 from lowrank_tune.errors import UserError
@@ -257,12 +257,12 @@ def data_of(*weights: float | None) -> DataConfig:
 def test_every_prompt_once_an_epoch(count: int, size: int, seed: int) -> None:
     # What a recipe of GRPO cannot say has no say here.
     train = TrainingConfig(prompts_per_step=size, global_batch_size=3, length_window=4)
-    made = make_prompt_sampler(prompt_dataset(count), data_of(None), train, seed)
+    made = PromptSampler(prompt_dataset(count), data_of(None), train, seed)
     steps = [made.rows(step) for step in range(made.steps_per_epoch)]
     assert sorted(itertools.chain(*steps)) == list(range(count))
     assert all(len(step) == size for step in steps[:-1] if size <= count and count % size == 0)
     assert made.steps_per_epoch == -(-count // size) and made.steps_of(2.0) == 2 * made.steps_per_epoch
-    fresh = make_prompt_sampler(prompt_dataset(count), data_of(None), train, seed)
+    fresh = PromptSampler(prompt_dataset(count), data_of(None), train, seed)
     assert fresh.rows(5 * made.steps_per_epoch) == made.rows(5 * made.steps_per_epoch)
 
 
@@ -274,12 +274,12 @@ def test_every_prompt_once_an_epoch(count: int, size: int, seed: int) -> None:
     draw=st.integers(1, 3),
 )
 def test_others_are_others_while_there_are_enough(count: int, size: int, wanted: int, step: int, draw: int) -> None:
-    made = make_prompt_sampler(prompt_dataset(count), data_of(None), TrainingConfig(prompts_per_step=size), 1)
+    made = PromptSampler(prompt_dataset(count), data_of(None), TrainingConfig(prompts_per_step=size), 1)
     own, others = set(made.rows(step)), made.replacement_prompts(step, draw, wanted)
     enough = count - len(own)
     assert len(others) == wanted and not own & set(others[:enough]) and len(set(others[:count])) == min(wanted, count)
     assert set(others[enough:count]) <= own
-    fresh = make_prompt_sampler(prompt_dataset(count), data_of(None), TrainingConfig(prompts_per_step=size), 1)
+    fresh = PromptSampler(prompt_dataset(count), data_of(None), TrainingConfig(prompts_per_step=size), 1)
     assert (
         fresh.replacement_prompts(step, draw, wanted) == others
         and made.replacement_prompts(step, draw, wanted + 3)[:wanted] == others
@@ -287,17 +287,17 @@ def test_others_are_others_while_there_are_enough(count: int, size: int, wanted:
 
 
 def test_others_differ_by_seed_step_and_draw() -> None:
-    made = [make_prompt_sampler(prompt_dataset(300), data_of(None), TrainingConfig(), seed) for seed in (0, 1)]
+    made = [PromptSampler(prompt_dataset(300), data_of(None), TrainingConfig(), seed) for seed in (0, 1)]
     drawn = [tuple(order.replacement_prompts(step, draw, 8)) for order in made for step in (3, 4) for draw in (1, 2)]
     assert len(set(drawn)) == 8
 
 
 def test_others_come_by_weight() -> None:
-    weighted = make_prompt_sampler(prompt_dataset(900, 100), data_of(0.2, 0.8), TrainingConfig(prompts_per_step=10), 0)
+    weighted = PromptSampler(prompt_dataset(900, 100), data_of(0.2, 0.8), TrainingConfig(prompts_per_step=10), 0)
     counts = Counter(other >= 900 for step in range(400) for other in weighted.replacement_prompts(step, 1, 4))
     assert abs(counts[True] / 1600 - 0.8) < 0.05
     assert sum(row >= 900 for step in range(100) for row in weighted.rows(step)) == 800
-    plain = make_prompt_sampler(prompt_dataset(900, 100), data_of(None, None), TrainingConfig(prompts_per_step=10), 0)
+    plain = PromptSampler(prompt_dataset(900, 100), data_of(None, None), TrainingConfig(prompts_per_step=10), 0)
     assert Counter(other >= 900 for step in range(400) for other in plain.replacement_prompts(step, 1, 4))[
         True
     ] / 1600 == pytest.approx(0.1, abs=0.03)

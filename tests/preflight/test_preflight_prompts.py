@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 
 from lowrank_tune import Recipe
 from lowrank_tune.cli import app
-from lowrank_tune.data import ChatTemplate, load_prompts, make_prompt_sampler
+from lowrank_tune.data import ChatTemplate, PromptSampler, load_prompts
 from lowrank_tune.data_report import DataReport, inspect_data
 from lowrank_tune.model.base import load_tokenizer
 
@@ -74,7 +74,7 @@ def test_the_mixture_is_what_is_drawn(tmp_path: Path) -> None:
     prompts = load_prompts(
         made.data, ChatTemplate.from_tokenizer(load_tokenizer(made.base)), made.seed, lambda event: None
     )
-    order = make_prompt_sampler(prompts, made.data, made.train, made.seed)
+    order = PromptSampler(prompts, made.data, made.train, made.seed)
     drawn = [row for step in range(order.steps_per_epoch) for row in order.rows(step)]
     assert [(part.rows, part.weight, part.ground_truths, part.trained) for part in found.parts] == [
         (40, 0.25, 40, 0),

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable, Sequence
-from typing import Any, cast
+from typing import Any
 
 from tokenizers import Encoding, Tokenizer
 
@@ -41,11 +41,9 @@ class TokenizerBackend:
         self.special_pattern = _any_of(self.special_tokens)
         self.bos: int | None = tokenizer.bos_token_id
         self.eos: int | None = tokenizer.eos_token_id
-        self.pad: int = 0
-        if tokenizer.pad_token_id is not None:
-            self.pad = tokenizer.pad_token_id
-        elif self.eos is not None:
-            self.pad = self.eos
+        self.pad: int = tokenizer.pad_token_id
+        if tokenizer.pad_token_id is None:
+            self.pad = self.eos or 0
         self.control_ids = frozenset(self.special_tokens.values())
         unknown = tokenizer.unk_token_id
         if unknown != self.eos:
@@ -83,16 +81,17 @@ class TokenizerBackend:
 
     def decode(self, ids: Sequence[int], special_tokens: bool) -> str:
         """Returns the text of ids, with control tokens only if `special_tokens`."""
-        text = self.tokenizer.decode(
+        text: str = self.tokenizer.decode(
             list(ids),
             skip_special_tokens=not special_tokens,
             clean_up_tokenization_spaces=False,
         )
-        return cast(str, text)
+        return text
 
     def id_to_token(self, token_id: int) -> str:
         """Returns the vocabulary's text of a token."""
-        return cast(str, self.tokenizer.convert_ids_to_tokens(token_id))
+        token: str = self.tokenizer.convert_ids_to_tokens(token_id)
+        return token
 
 
 def _any_of(tokens: Iterable[str]) -> re.Pattern[str]:

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from datetime import date
 from typing import Any
 
-from lowrank_tune.data.formats import InvalidRow
+from lowrank_tune.data.formats import InvalidRow, RowOrFault
 from lowrank_tune.data.templates.backend import TokenizerBackend, default_chat_template
 from lowrank_tune.data.templates.date import fixed_date
 from lowrank_tune.data.templates.fallback import DefaultTemplate, PlainTextTemplate
@@ -28,14 +28,14 @@ class ChatTemplate:
     def __init__(self, backend: TokenizerBackend, scheme: Scheme, date_written: date | None = None) -> None:
         self._backend = backend
         self._scheme = scheme
-        self.date_written: date | None = date_written
+        self.date_written = date_written
         """The date in every text, if the template writes one; fixed when this object is made."""
         self.tokenizer: Any = backend.tokenizer
-        self.end_ids: frozenset[int] = scheme.end_ids
+        self.end_ids = scheme.end_ids
         """A completion ends at any of these, and at those of the base's generation config."""
-        self.pad_id: int = backend.pad
+        self.pad_id = backend.pad
         """Any valid id: padding is masked, never recognized by its id."""
-        self.fingerprint: str = self._fingerprint()
+        self.fingerprint = self._fingerprint()
         """Changes with anything that changes the ids."""
 
     @classmethod
@@ -58,10 +58,9 @@ class ChatTemplate:
 
     def _fingerprint(self) -> str:
         # The description is a part of the keys of all caches: a changed word makes them anew.
-        parts = [type(self._scheme).__name__, self._scheme.description, self._backend.bos, self._backend.eos]
-        named = " ".join(map(str, parts))
         own = getattr(self.tokenizer, "chat_template", None) or ""
-        named += f" {own}"
+        scheme = f"{type(self._scheme).__name__} {self._scheme.description}"
+        named = f"{scheme} {self._backend.bos} {self._backend.eos} {own}"
         if self.date_written:
             named += f" {self.date_written}"
         content = f"{named}\n{self._backend.state}".encode("utf-8", "replace")
@@ -74,7 +73,7 @@ class ChatTemplate:
             raise row
         return row
 
-    def encode_many(self, conversations: Sequence[Sequence[Message]]) -> list[Row | InvalidRow]:
+    def encode_many(self, conversations: Sequence[Sequence[Message]]) -> list[RowOrFault]:
         """Returns the rows of many conversations, through one call of the tokenizer."""
         return self._scheme.encode_many(conversations)
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from tokenizers import Encoding
 
-from lowrank_tune.data.formats import InvalidRow
+from lowrank_tune.data.formats import InvalidRow, RowOrFault
 from lowrank_tune.data.templates.backend import CONTROL_FOUND, TokenizerBackend, token_start
 from lowrank_tune.data.templates.placeholders import Placeholders
 from lowrank_tune.data.templates.spans import Rendered, Span
@@ -38,11 +38,11 @@ class SpanEncoder:
             return self._encode_pieces(text, is_start=True)
         return self._backend.encode_with_special_tokens([text])[0].ids
 
-    def encode_many(self, rendered: Sequence[Rendered | InvalidRow]) -> list[Row | InvalidRow]:
+    def encode_many(self, rendered: Sequence[Rendered | InvalidRow]) -> list[RowOrFault]:
         """Returns rows with their masks: by one call of the tokenizer, and more only for rows whose answers merge with
         their prompts."""
         encodings = self._encode_texts(rendered)
-        rows: list[Row | InvalidRow] = []
+        rows: list[RowOrFault] = []
         for index, item in enumerate(rendered):
             if isinstance(item, InvalidRow):
                 rows.append(item)
@@ -77,7 +77,7 @@ class SpanEncoder:
         short = {tail: ids for tail, ids in self._tail_ids.items() if len(tail) <= MAX_CACHED_TAIL}
         self._tail_ids = short if len(short) <= MAX_CACHED_TAILS else {}
 
-    def _row(self, rendered: Rendered, encoding: Encoding | None) -> Row | InvalidRow:
+    def _row(self, rendered: Rendered, encoding: Encoding | None) -> RowOrFault:
         """Returns the row of a text. `encoding` is that of the whole text, None if the text has placeholders."""
         if encoding is None:
             ids, stretches = self._encode_with_placeholders(rendered)
@@ -95,9 +95,9 @@ class SpanEncoder:
 
     def _contains_hidden_token(self, text: str, ids: Sequence[int]) -> bool:
         """Returns whether there are more control tokens in the ids than in the text."""
-        in_text = self._backend.special_pattern.findall(text)
-        in_ids = [token_id for token_id in ids if token_id in self._backend.control_ids]
-        return len(in_ids) > len(in_text)
+        num_in_text = len(self._backend.special_pattern.findall(text))
+        num_in_ids = sum(token_id in self._backend.control_ids for token_id in ids)
+        return num_in_ids > num_in_text
 
     def _encode_whole(self, rendered: Rendered, encoding: Encoding) -> tuple[list[int], list[Stretch]] | None:
         """Returns the ids of the whole text; None if they do not begin with the ids of the last prompt."""

@@ -15,7 +15,7 @@ import re
 from collections.abc import Sequence
 from datetime import date
 
-from lowrank_tune.data.formats import ChatMessages, InvalidRow, text_fault
+from lowrank_tune.data.formats import ChatMessages, InvalidRow, RowOrFault, text_fault
 from lowrank_tune.data.templates.backend import TokenizerBackend
 from lowrank_tune.data.templates.date import with_date
 from lowrank_tune.data.templates.encoder import SpanEncoder
@@ -87,9 +87,8 @@ class JinjaChatTemplate:
             description += (
                 f"; its generation prompt opens a thought (`{opened.tag}`), which an answer without one closes at once"
             )
-        conversations = []
-        for answer in (PROBE_ANSWER, f"<think>\nHm.\n</think>\n\n{PROBE_ANSWER}"):
-            conversations.append([Message("user", PROBE_QUESTION), Message("assistant", answer)] * 2)
+        with_thought = Message("assistant", f"<think>\nHm.\n</think>\n\n{PROBE_ANSWER}")
+        conversations = [PROBE_CONVERSATION * 2, (PROBE_CONVERSATION[0], with_thought) * 2]
         rendered = [item for item in self._spans.render(conversations) if isinstance(item, Rendered)]
         if any(len(item.spans) < 2 for item in rendered):
             return f"{description}; it rewrites earlier turns, and where it does only the last answer is trained"
@@ -103,23 +102,25 @@ class JinjaChatTemplate:
 
     def validate_messages(self, messages: ChatMessages) -> str | None:
         """Returns why these messages cannot be rendered; None if they can."""
-        fault = text_fault(messages)
-        if fault is not None:
-            return fault.reason
-        rendered = self._renderer.render_or_fault(messages, add_generation_prompt=messages[-1].role != "assistant")
+        reason = text_fault(messages)
+        if reason is not None:
+            return reason
+        rendered = self._renderer.render(messages, add_generation_prompt=messages[-1].role != "assistant")
         if isinstance(rendered, InvalidRow):
             return rendered.reason
         return None
 
     def prompt(self, messages: ChatMessages) -> list[int]:
         """Returns the ids up to the assistant's answer: those of `apply_chat_template`. Raises InvalidRow."""
-        fault = text_fault(messages)
-        if fault is not None:
-            raise fault
+        reason = text_fault(messages)
+        if reason is not None:
+            raise InvalidRow(reason)
         text = self._renderer.render(self._placeholders.insert(messages), add_generation_prompt=True)
+        if isinstance(text, InvalidRow):
+            raise text
         return self._encoder.encode_prompt(text)
 
-    def encode_many(self, conversations: Sequence[ChatMessages]) -> list[Row | InvalidRow]:
+    def encode_many(self, conversations: Sequence[ChatMessages]) -> list[RowOrFault]:
         """Returns rows with their masks."""
         inserted = [self._placeholders.insert(messages) for messages in conversations]
         return self._encoder.encode_many(self._spans.render(inserted))
