@@ -9,7 +9,7 @@ import hashlib
 import json
 import mmap
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, cast
@@ -18,7 +18,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lowrank_tune.data.report import SourceReport
-from lowrank_tune.errors import ConfigProblem
 from lowrank_tune.types import Row
 
 AnyArray = NDArray[Any]
@@ -40,7 +39,8 @@ ARRAYS: dict[str, str] = {
     "has_ground_truth": "|b1",
 }
 """The arrays of a store and their dtypes. `input_ids` and `completion_mask` have one entry a token, `ground_truths` one
-a byte, the `*starts` one a row and the end; the others have one entry a row."""
+a byte, the `*starts` one a row and the end; the others have one entry a row. Nothing reads the gold answers: they are
+written so that existing caches stay valid."""
 TOKEN_ARRAYS = ("input_ids", "completion_mask")
 SLICE = 8192
 """Rows that are hashed at a time: a store may be larger than memory."""
@@ -196,15 +196,6 @@ class TokenizedDataset:
             if isinstance(mapped, mmap.mmap) and hasattr(mmap, "MADV_DONTNEED"):
                 mapped.madvise(mmap.MADV_DONTNEED)
 
-    def ground_truth_of(self, index: int) -> str | None:
-        """Returns the gold answer of a row."""
-        row = self.indices[index]
-        if not self._arrays["has_ground_truth"][row]:
-            return None
-        start = self._arrays["ground_truth_starts"][row]
-        end = self._arrays["ground_truth_starts"][row + 1]
-        return bytes(self._arrays["ground_truths"][start:end]).decode()
-
     def row_location(self, index: int) -> str:
         """Returns where the row came from: `file:line`."""
         row = self.indices[index]
@@ -214,13 +205,6 @@ class TokenizedDataset:
     def num_trained_tokens(self, index: int) -> int:
         """Returns how many tokens of the row are trained."""
         return int(np.count_nonzero(self[index].completion_mask))
-
-    def dropped(self) -> Iterator[ConfigProblem]:
-        """Yields every row that was read and not used, with its reason."""
-        with (self.folder / "dropped.jsonl").open(encoding="utf-8") as file:
-            for line in file:
-                fault = json.loads(line)
-                yield ConfigProblem(fault["reason"], file=fault["file"], line=fault["line"])
 
 
 def _load_array(path: Path) -> AnyArray:

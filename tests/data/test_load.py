@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from stores import dropped_rows, ground_truth_of
 from tokenizers_for_tests import CHATML, NO_END, SHARED, THINKING, tiny
 
 from lowrank_tune.config import DataConfig, SourceConfig
@@ -125,9 +126,9 @@ def test_counts_add_up_with_their_lines(tmp_path: Path) -> None:
     assert report.tokens == made.train.lengths.sum() and report.trained_tokens == sum(
         made.train.num_trained_tokens(i) for i in range(34)
     )
-    assert sorted(fault.line for fault in made.train.dropped()) == [3, 6, 8, 12, 14, 18]
-    assert str(next(made.train.dropped())).endswith("data.jsonl:3: malformed JSON")
-    assert made.train.row_location(2).endswith("data.jsonl:4") and made.train.ground_truth_of(0) == "1"
+    assert sorted(fault.line for fault in dropped_rows(made.train)) == [3, 6, 8, 12, 14, 18]
+    assert str(next(dropped_rows(made.train))).endswith("data.jsonl:3: malformed JSON")
+    assert made.train.row_location(2).endswith("data.jsonl:4") and ground_truth_of(made.train, 0) == "1"
     assert json.loads(json.dumps(made.report.to_dict()))["train"][0]["dropped"]["empty answer"]["count"] == 1
 
 

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+from stores import dropped_rows
 from tokenizers_for_tests import CHATML, MARKS, REAL, SHARED, TINY, tiny, tokenizer
 
 from lowrank_tune.config import DataConfig, SourceConfig
@@ -550,7 +551,7 @@ def test_bad_pairs_are_dropped_with_their_lines_and_stop_only_above_the_limit(tm
     made = loaded(tmp_path, path, max_length=128, max_invalid_fraction=0.2)
     report = made.report.train[0]
     assert (report.read, report.used, report.num_dropped, made.train.units, len(made.train)) == (40, 34, 6, 34, 68)
-    assert {fault.line: fault.message for fault in made.train.dropped()} == {
+    assert {fault.line: fault.message for fault in dropped_rows(made.train)} == {
         1: "no column `rejected`",
         3: "empty answer",
         5: "both answers are equal",
@@ -628,7 +629,7 @@ def test_real_pairs(tmp_path: Path, name: str) -> None:
     template = ChatTemplate.from_tokenizer(tiny(CHATML))
     made = loaded(tmp_path, str(SHARED / "data" / name), template=template, max_length=100_000)
     dropped: dict[str, list[int]] = {}
-    for fault in made.train.dropped():
+    for fault in dropped_rows(made.train):
         dropped.setdefault(fault.message, []).append(fault.line or 0)
     expected = {reason: len(lines) or MANY[reason] for reason, lines in reasons.items()}
     assert {reason: len(lines) for reason, lines in dropped.items()} == expected

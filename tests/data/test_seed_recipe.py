@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from hub_fixtures import EXAMPLE_ROWS as ALL_SHAPES
 from hub_fixtures import write_rows
+from stores import ground_truth_of
 from tokenizers_for_tests import CHATML, tiny
 
 from lowrank_tune.config import DataConfig, Recipe, SourceConfig
@@ -88,7 +89,7 @@ def test_five_shapes_make_one_mixture(tmp_path: Path) -> None:
         and "MyLLM" not in trained_text
     )
     golds = Counter(
-        (int(made.train.source_of[row]), made.train.ground_truth_of(row) is not None) for row in range(len(made.train))
+        (int(made.train.source_of[row]), ground_truth_of(made.train, row) is not None) for row in range(len(made.train))
     )
     assert {number for number, has_gold in golds if has_gold} == {0, 1, 4}, (
         "UltraChat has no final answers, Orca Math does not mark them"

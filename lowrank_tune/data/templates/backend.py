@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from tokenizers import Encoding, Tokenizer
@@ -38,7 +38,8 @@ class TokenizerBackend:
         added_tokens = self.special_tokenizer.get_added_tokens_decoder()
         special = {token_id: token for token_id, token in added_tokens.items() if token.special}
         self.special_tokens: dict[str, int] = {token.content: token_id for token_id, token in special.items()}
-        self.special_pattern = _any_of(self.special_tokens)
+        longest_first = sorted(self.special_tokens, key=len, reverse=True)
+        self.special_pattern = re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
         self.bos: int | None = tokenizer.bos_token_id
         self.eos: int | None = tokenizer.eos_token_id
         self.pad: int = tokenizer.pad_token_id
@@ -92,12 +93,6 @@ class TokenizerBackend:
         """Returns the vocabulary's text of a token."""
         token: str = self.tokenizer.convert_ids_to_tokens(token_id)
         return token
-
-
-def _any_of(tokens: Iterable[str]) -> re.Pattern[str]:
-    """Returns a pattern that matches any of these tokens, the longest first; without tokens it matches nothing."""
-    longest_first = sorted(tokens, key=len, reverse=True)
-    return re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
 
 
 def default_chat_template(tokenizer: Any) -> str | None:
