@@ -26,10 +26,18 @@ def collate(rows: Sequence[Row], pad_id: int) -> Batch:
         input_ids[index, :length] = row.input_ids
         completion_mask[index, :length] = row.completion_mask
         attention_mask[index, :length] = True
-    return Batch(torch.from_numpy(input_ids), torch.from_numpy(attention_mask), torch.from_numpy(completion_mask))
+    return Batch(
+        torch.from_numpy(input_ids),
+        torch.from_numpy(attention_mask),
+        torch.from_numpy(completion_mask),
+    )
 
 
-def collate_units(store: TokenizedDataset, units: Sequence[int], pad_id: int) -> Batch:
+def collate_units(
+    store: TokenizedDataset,
+    units: Sequence[int],
+    pad_id: int,
+) -> Batch:
     """Returns the rows of these units; those of pairs as [chosen, rejected, chosen, rejected, ...], with `extra`:
 
     - margin, (B,) fp32;
@@ -91,4 +99,10 @@ def chunked(
     for units in token_budget_batches(rows, micro_tokens):
         unit_lengths = rows.lengths.reshape(-1, rows.rows_per_unit)[units]
         tokens_per_unit = int(unit_lengths.max()) * rows.rows_per_unit
-        yield from limits.split_on_oom("forward_tokens", units, tokens_per_unit, work, rows.rows_per_unit)
+        yield from limits.split_on_oom(
+            "forward_tokens",
+            units,
+            tokens_per_unit,
+            work,
+            rows.rows_per_unit,
+        )

@@ -16,10 +16,18 @@ from lowrank_tune.data.formats import (
     to_conversation,
     with_system,
 )
-from lowrank_tune.data.preference_pairs import EQUAL_ANSWERS, Messages, PreferencePair, to_pair
+from lowrank_tune.data.preference_pairs import (
+    EQUAL_ANSWERS,
+    Messages,
+    PreferencePair,
+    to_pair,
+)
 from lowrank_tune.data.report import SourceReport
 from lowrank_tune.data.sources import Chunk, RowLocation
-from lowrank_tune.data.store_writer import Entry, conversation_hash
+from lowrank_tune.data.store_writer import (
+    Entry,
+    conversation_hash,
+)
 from lowrank_tune.data.templates.chat_template import ChatTemplate
 from lowrank_tune.data.templates.spans import NOTHING_TRAINED
 from lowrank_tune.errors import UserError
@@ -48,9 +56,19 @@ def encode_chunk(chunk: Chunk, context: SourceContext) -> Iterator[Entry | Inval
     encoded_pairs = iter(_encode_pairs(pairs, context.template))
     for (location, _), item in zip(chunk, items, strict=True):
         if isinstance(item, Conversation):
-            yield _conversation_entry(item, next(encoded_rows), location, context)
+            yield _conversation_entry(
+                item,
+                next(encoded_rows),
+                location,
+                context,
+            )
         elif isinstance(item, PreferencePair):
-            yield _pair_entry(item, next(encoded_pairs), location, context)
+            yield _pair_entry(
+                item,
+                next(encoded_pairs),
+                location,
+                context,
+            )
         else:
             yield item
 
@@ -59,7 +77,12 @@ def _read_row(raw: RawRowOrFault, context: SourceContext) -> Conversation | Pref
     system = context.data.system_prompt
     if context.report.format == "preference":
         return pair_of(raw, context.source, system)
-    return conversation_of(raw, context.source, context.report.format, system)
+    return conversation_of(
+        raw,
+        context.source,
+        context.report.format,
+        system,
+    )
 
 
 def conversation_of(
@@ -87,7 +110,11 @@ def conversation_of(
     return replace(conversation, messages=with_system(conversation.messages, system))
 
 
-def pair_of(raw: RawRowOrFault, source: SourceConfig, system: str | None) -> PreferencePair | InvalidRow:
+def pair_of(
+    raw: RawRowOrFault,
+    source: SourceConfig,
+    system: str | None,
+) -> PreferencePair | InvalidRow:
     """Returns the pair of a row, with the recipe's system prompt if it has none; or the fault of the row."""
     if isinstance(raw, InvalidRow):
         return raw
@@ -116,7 +143,11 @@ def _conversation_entry(
         report.count_truncated(str(location))
     if not any(row.completion_mask):
         return InvalidRow(NOTHING_TRAINED)
-    return Entry((row,), (conversation_hash(conversation.messages),), conversation.ground_truth)
+    return Entry(
+        (row,),
+        (conversation_hash(conversation.messages),),
+        conversation.ground_truth,
+    )
 
 
 def _truncate_conversation(conversation: Conversation, context: SourceContext) -> RowOrFault:
@@ -164,7 +195,11 @@ def _pair_entry(
     rows = encoded.rows
     context.report.longest = max(context.report.longest, encoded.max_length)
     if encoded.max_length > context.data.max_length:
-        rows = _truncate_pair(pair, encoded.prompt_length, context)
+        rows = _truncate_pair(
+            pair,
+            encoded.prompt_length,
+            context,
+        )
         if not isinstance(rows, InvalidRow):
             context.report.count_truncated(str(location))
     if isinstance(rows, InvalidRow):
@@ -191,19 +226,42 @@ def _encode_pairs(pairs: Sequence[PreferencePair], template: ChatTemplate) -> li
         elif isinstance(rejected, InvalidRow):
             encoded.append(_EncodedPair(rejected))
         else:
-            encoded.append(_encode_completions(pair.prompt, chosen, rejected, template))
+            encoded.append(
+                _encode_completions(
+                    pair.prompt,
+                    chosen,
+                    rejected,
+                    template,
+                )
+            )
     return encoded
 
 
-def _encode_completions(messages: Messages, chosen: Row, rejected: Row, template: ChatTemplate) -> _EncodedPair:
+def _encode_completions(
+    messages: Messages,
+    chosen: Row,
+    rejected: Row,
+    template: ChatTemplate,
+) -> _EncodedPair:
     try:
         prompt = template.prompt(messages)
     except UserError as error:
         return _EncodedPair(InvalidRow(str(error)))
-    return _EncodedPair(_mask_prompt(prompt, chosen, rejected), len(prompt))
+    return _EncodedPair(
+        _mask_prompt(
+            prompt,
+            chosen,
+            rejected,
+        ),
+        len(prompt),
+    )
 
 
-def _mask_prompt(prompt: list[int], chosen: Row, rejected: Row) -> RowPair | InvalidRow:
+def _mask_prompt(
+    prompt: list[int],
+    chosen: Row,
+    rejected: Row,
+) -> RowPair | InvalidRow:
     """Returns both rows with only the completions trained, on both sides alike."""
     length = len(prompt)
     if any(list(row.input_ids[:length]) != prompt for row in (chosen, rejected)):
@@ -220,7 +278,11 @@ def _mask_prompt(prompt: list[int], chosen: Row, rejected: Row) -> RowPair | Inv
     )
 
 
-def _truncate_pair(pair: PreferencePair, prompt_length: int, context: SourceContext) -> RowPair | InvalidRow:
+def _truncate_pair(
+    pair: PreferencePair,
+    prompt_length: int,
+    context: SourceContext,
+) -> RowPair | InvalidRow:
     """Returns the pair without the oldest exchanges of its prompt, as few as possible. No answer is ever truncated, and
     the last question stays."""
     data = context.data

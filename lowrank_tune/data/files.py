@@ -21,7 +21,10 @@ from typing import IO, Any, Protocol, TypeVar, cast
 import numpy as np
 from numpy.typing import NDArray
 
-from lowrank_tune.data.formats import InvalidRow, RawRowOrFault
+from lowrank_tune.data.formats import (
+    InvalidRow,
+    RawRowOrFault,
+)
 from lowrank_tune.errors import UserError
 
 T = TypeVar("T")
@@ -67,7 +70,11 @@ OpenArray = Callable[[Path, str, bool], DataFile]
 """Opens a file that begins like a JSON array: its path, its name in messages, and whether it is gzipped."""
 
 
-def open_file(path: Path, name: str, open_array: OpenArray | None = None) -> DataFile:
+def open_file(
+    path: Path,
+    name: str,
+    open_array: OpenArray | None = None,
+) -> DataFile:
     """Returns the reader of a file, by its first bytes. `open_array` opens JSON arrays; by default the whole array is
     read. Raises UserError."""
     with read_errors_as_user_errors(name, "cannot be read"):
@@ -80,10 +87,19 @@ def open_file(path: Path, name: str, open_array: OpenArray | None = None) -> Dat
         if start.startswith(b"PAR1"):
             return _Parquet(path, name)
         if suffix in (".csv", ".tsv"):
-            return _Table(path, name, is_gz, "\t" if suffix == ".tsv" else ",")
+            return _Table(
+                path,
+                name,
+                is_gz,
+                "\t" if suffix == ".tsv" else ",",
+            )
         first = start.removeprefix(BOM).lstrip()[:1]
         if first == b"[":
-            return (open_array or _open_array)(path, name, is_gz)
+            return (open_array or _open_array)(
+                path,
+                name,
+                is_gz,
+            )
         if first not in (b"", b"{") and suffix not in JSON_SUFFIXES:
             raise UserError(f"{name}: it is neither JSON lines, a JSON array, CSV (.csv, .tsv) nor Parquet")
         return _JsonLines(path, name, is_gz)
@@ -115,12 +131,20 @@ def open_binary(path: Path, is_gz: bool) -> IO[bytes]:
     return path.open("rb")
 
 
-def _open_array(path: Path, name: str, is_gz: bool) -> DataFile:
+def _open_array(
+    path: Path,
+    name: str,
+    is_gz: bool,
+) -> DataFile:
     """Returns the reader of a JSON array; that of JSON lines if more follows the array, so that it is only a line."""
     with open_binary(path, is_gz) as file:
         data = file.read()
     try:
-        return _JsonArray(path, name, json.loads(data.decode("utf-8-sig")))
+        return _JsonArray(
+            path,
+            name,
+            json.loads(data.decode("utf-8-sig")),
+        )
     except json.JSONDecodeError as error:
         if error.msg == "Extra data":
             return _JsonLines(path, name, is_gz)
@@ -146,7 +170,12 @@ class _File:
 class _JsonLines(_File):
     """JSON lines. Only the newline byte ends a line: U+2028 and the like may be inside strings."""
 
-    def __init__(self, path: Path, name: str, is_gz: bool) -> None:
+    def __init__(
+        self,
+        path: Path,
+        name: str,
+        is_gz: bool,
+    ) -> None:
         super().__init__(path, name)
         self.is_gz = is_gz
 
@@ -191,7 +220,12 @@ def row_of(value: Any) -> RawRowOrFault:
 class _JsonArray(_File):
     """A JSON array."""
 
-    def __init__(self, path: Path, name: str, array: list[Any]) -> None:
+    def __init__(
+        self,
+        path: Path,
+        name: str,
+        array: list[Any],
+    ) -> None:
         super().__init__(path, name)
         self.array = array
 
@@ -206,7 +240,13 @@ class _JsonArray(_File):
 class _Table(_File):
     """CSV with a header line."""
 
-    def __init__(self, path: Path, name: str, is_gz: bool, delimiter: str) -> None:
+    def __init__(
+        self,
+        path: Path,
+        name: str,
+        is_gz: bool,
+        delimiter: str,
+    ) -> None:
         super().__init__(path, name)
         self.is_gz = is_gz
         self.delimiter = delimiter
@@ -219,9 +259,18 @@ class _Table(_File):
                 read_errors_as_user_errors(self.name, "cannot be read to its end"),
                 open_binary(self.path, self.is_gz) as file,
             ):
-                text = io.TextIOWrapper(file, "utf-8-sig", newline="")
+                text = io.TextIOWrapper(
+                    file,
+                    "utf-8-sig",
+                    newline="",
+                )
                 # The fields of a line that is too long are under the key "", those that are missing are None.
-                reader = csv.DictReader(text, delimiter=self.delimiter, restkey="", strict=True)
+                reader = csv.DictReader(
+                    text,
+                    delimiter=self.delimiter,
+                    restkey="",
+                    strict=True,
+                )
                 for row in reader:
                     if "" in row or None in row.values():
                         yield reader.line_num, InvalidRow("a line with fewer or more fields than the header")

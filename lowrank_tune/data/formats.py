@@ -6,11 +6,19 @@ The sixth format, `preference`, is detected here and read in `preference_pairs.p
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import (
+    Callable,
+    Iterable,
+    Mapping,
+    Sequence,
+)
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from lowrank_tune.data.ground_truth import box_answer, extract_answer
+from lowrank_tune.data.ground_truth import (
+    box_answer,
+    extract_answer,
+)
 from lowrank_tune.errors import UserError
 from lowrank_tune.types import Message, Row
 
@@ -87,7 +95,11 @@ class Conversation:
     ground_truth: str | None = None
 
 
-def detect_format(row: RawRow, columns: Columns | None = None, pairs: bool = False) -> str:
+def detect_format(
+    row: RawRow,
+    columns: Columns | None = None,
+    pairs: bool = False,
+) -> str:
     """Returns the format of a row, by its columns. Columns that the user mapped take precedence. Raises UserError.
 
     A row that has a target besides its pair (`output`, `messages`) is a pair only with `pairs`, and then all rows are.
@@ -181,7 +193,12 @@ def box_final_answer(conversation: Conversation) -> Conversation:
     return replace(conversation, messages=(*others, boxed))
 
 
-def value_of(row: RawRow, format_name: str, name: str, columns: Columns) -> Any:
+def value_of(
+    row: RawRow,
+    format_name: str,
+    name: str,
+    columns: Columns,
+) -> Any:
     """Returns the value of a column that the format must have, under the mapped name or any of its possible names."""
     aliases = next(names for names in FORMATS[format_name] if names[0] == name)
     for alias in aliases:
@@ -250,11 +267,27 @@ def text_fault(messages: Iterable[Message]) -> str | None:
 
 
 def _read_messages(row: RawRow, columns: Columns) -> list[Message]:
-    return messages_of(value_of(row, "messages", "messages", columns), "messages")
+    return messages_of(
+        value_of(
+            row,
+            "messages",
+            "messages",
+            columns,
+        ),
+        "messages",
+    )
 
 
 def _read_sharegpt(row: RawRow, columns: Columns) -> list[Message]:
-    messages = messages_of(value_of(row, "sharegpt", "conversations", columns), "conversations")
+    messages = messages_of(
+        value_of(
+            row,
+            "sharegpt",
+            "conversations",
+            columns,
+        ),
+        "conversations",
+    )
     if not messages or messages[0].role != "system":
         return [*system_of(row, columns), *messages]
     return messages
@@ -268,13 +301,47 @@ def _read_alpaca(row: RawRow, columns: Columns) -> list[Message]:
     for question, answer in history:
         messages.append(Message("user", text_of(question, "question")))
         messages.append(Message("assistant", text_of(answer, "answer")))
-    instruction = text_of(value_of(row, "alpaca", "instruction", columns), "question")
-    messages.append(Message("user", join_instruction_and_input(instruction, row, columns)))
-    messages.append(Message("assistant", text_of(value_of(row, "alpaca", "output", columns), "answer")))
+    instruction = text_of(
+        value_of(
+            row,
+            "alpaca",
+            "instruction",
+            columns,
+        ),
+        "question",
+    )
+    messages.append(
+        Message(
+            "user",
+            join_instruction_and_input(
+                instruction,
+                row,
+                columns,
+            ),
+        )
+    )
+    messages.append(
+        Message(
+            "assistant",
+            text_of(
+                value_of(
+                    row,
+                    "alpaca",
+                    "output",
+                    columns,
+                ),
+                "answer",
+            ),
+        )
+    )
     return messages
 
 
-def join_instruction_and_input(instruction: str, row: RawRow, columns: Columns) -> str:
+def join_instruction_and_input(
+    instruction: str,
+    row: RawRow,
+    columns: Columns,
+) -> str:
     """Returns an Alpaca row's instruction with its input after it."""
     value = row.get(columns.get("input", "input"))
     if value is None and "input" not in columns:
@@ -288,7 +355,12 @@ def join_instruction_and_input(instruction: str, row: RawRow, columns: Columns) 
 def _read_prompt_completion(row: RawRow, columns: Columns) -> list[Message]:
     messages: list[Message] = []
     for name, role, label in PROMPT_COMPLETION_PARTS:
-        value = value_of(row, "prompt_completion", name, columns)
+        value = value_of(
+            row,
+            "prompt_completion",
+            name,
+            columns,
+        )
         if is_list(value):
             messages += messages_of(value, name)
         else:
@@ -297,8 +369,24 @@ def _read_prompt_completion(row: RawRow, columns: Columns) -> list[Message]:
 
 
 def _read_question_answer(row: RawRow, columns: Columns) -> list[Message]:
-    question = text_of(value_of(row, "question_answer", "question", columns), "question")
-    answer = text_of(value_of(row, "question_answer", "answer", columns), "answer")
+    question = text_of(
+        value_of(
+            row,
+            "question_answer",
+            "question",
+            columns,
+        ),
+        "question",
+    )
+    answer = text_of(
+        value_of(
+            row,
+            "question_answer",
+            "answer",
+            columns,
+        ),
+        "answer",
+    )
     return [Message("user", question), Message("assistant", answer)]
 
 

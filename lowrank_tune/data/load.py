@@ -12,13 +12,28 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lowrank_tune.config import DataConfig, SourceConfig
-from lowrank_tune.data.encode import conversation_of, pair_of
-from lowrank_tune.data.formats import InvalidRow, RawRowOrFault
+from lowrank_tune.data.encode import (
+    conversation_of,
+    pair_of,
+)
+from lowrank_tune.data.formats import (
+    InvalidRow,
+    RawRowOrFault,
+)
 from lowrank_tune.data.ground_truth import extract_answer
-from lowrank_tune.data.report import Report, describe_mixture
-from lowrank_tune.data.sources import BUILTIN_DATASETS, read_source
+from lowrank_tune.data.report import (
+    Report,
+    describe_mixture,
+)
+from lowrank_tune.data.sources import (
+    BUILTIN_DATASETS,
+    read_source,
+)
 from lowrank_tune.data.templates.chat_template import ChatTemplate
-from lowrank_tune.data.token_store import HashArray, TokenizedDataset
+from lowrank_tune.data.token_store import (
+    HashArray,
+    TokenizedDataset,
+)
 from lowrank_tune.data.tokenize import format_of, tokenize
 from lowrank_tune.errors import UserError
 from lowrank_tune.events import Emit, LogMessage
@@ -60,14 +75,27 @@ def load(
     faults.
     """
     _check_weights(data.train)
-    full = tokenize(data.train, data, template, seed, emit, cache, raise_on_invalid, pairs)
+    full = tokenize(
+        data.train,
+        data,
+        template,
+        seed,
+        emit,
+        cache,
+        raise_on_invalid,
+        pairs,
+    )
     if data.validation:
         train = full
         validation: TokenizedDataset | None = tokenize(
             data.validation, data, template, seed, emit, cache, raise_on_invalid, pairs
         )
     else:
-        train, validation = _split(full, data.eval_rows or data.eval_fraction, seed)
+        train, validation = _split(
+            full,
+            data.eval_rows or data.eval_fraction,
+            seed,
+        )
     if raise_on_invalid:
         _check_weighted_sources(data.train, train)
     report = _report(data, full, train, validation)
@@ -82,11 +110,19 @@ def load(
     return TokenizedSplits(train, validation, report)
 
 
-def _split(full: TokenizedDataset, size: float, seed: int) -> tuple[TokenizedDataset, TokenizedDataset | None]:
+def _split(
+    full: TokenizedDataset,
+    size: float,
+    seed: int,
+) -> tuple[TokenizedDataset, TokenizedDataset | None]:
     """Returns the units to train on and those held out for validation, by `split_mask`."""
     if not size:
         return full, None
-    is_validation = split_mask(full.unit_hashes, size, seed)
+    is_validation = split_mask(
+        full.unit_hashes,
+        size,
+        seed,
+    )
     train = full.select_units(np.flatnonzero(~is_validation))
     if not is_validation.any():
         return train, None
@@ -119,7 +155,11 @@ def _report(
         expected_tokens=data.expected_tokens,
         train_rows=train.units,
         duplicates=full.units - len(np.unique(full.unit_hashes)),
-        mixture=describe_mixture(data.train, rows_of_source.tolist(), "row"),
+        mixture=describe_mixture(
+            data.train,
+            rows_of_source.tolist(),
+            "row",
+        ),
     )
     if validation is None:
         return report
@@ -131,7 +171,12 @@ def _report(
     )
 
 
-def load_heldout_prompts(source: SourceConfig, count: int, seed: int, system: str | None = None) -> list[Prompt]:
+def load_heldout_prompts(
+    source: SourceConfig,
+    count: int,
+    seed: int,
+    system: str | None = None,
+) -> list[Prompt]:
     """Returns up to `count` prompts of a source, drawn with the seed. Rows that cannot be used are skipped. Raises
     UserError if no row can be used."""
     if source.dataset in BUILTIN_DATASETS:
@@ -145,7 +190,12 @@ def load_heldout_prompts(source: SourceConfig, count: int, seed: int, system: st
     prompts: list[Prompt] = []
     faults: list[str] = []
     for location, raw in rows:
-        prompt = to_heldout_prompt(raw, source, format_name, system)
+        prompt = to_heldout_prompt(
+            raw,
+            source,
+            format_name,
+            system,
+        )
         if isinstance(prompt, InvalidRow):
             faults.append(f"{location}: {prompt.reason}")
         else:
@@ -176,7 +226,13 @@ def to_heldout_prompt(
             accept_bare_number=True,
         )
         return Prompt(pair.prompt, ground_truth, raw)
-    conversation = conversation_of(raw, source, format_name, system, require_answer=False)
+    conversation = conversation_of(
+        raw,
+        source,
+        format_name,
+        system,
+        require_answer=False,
+    )
     if isinstance(conversation, InvalidRow):
         return conversation
     messages = conversation.messages
@@ -185,12 +241,20 @@ def to_heldout_prompt(
     return Prompt(messages, conversation.ground_truth, raw)
 
 
-def split_mask(keys: HashArray, size: float, seed: int) -> NDArray[np.bool_]:
+def split_mask(
+    keys: HashArray,
+    size: float,
+    seed: int,
+) -> NDArray[np.bool_]:
     """Returns which rows are held out: a number of them (`size` from 1), or about a share; at least one and never all.
 
     `keys` are equal for equal conversations, which are all on one side. So the number may not be met exactly.
     """
-    unique, group_of, sizes = np.unique(keys, return_inverse=True, return_counts=True)
+    unique, group_of, sizes = np.unique(
+        keys,
+        return_inverse=True,
+        return_counts=True,
+    )
     if len(unique) < 2:
         return np.zeros(len(keys), dtype=bool)
     if size < 1:
@@ -221,7 +285,11 @@ def _check_weights(sources: Sequence[SourceConfig]) -> None:
     if not weights:
         return
     total = sum(weights)
-    if len(weights) < len(sources) or not math.isclose(total, 1.0, abs_tol=1e-6):
+    if len(weights) < len(sources) or not math.isclose(
+        total,
+        1.0,
+        abs_tol=1e-6,
+    ):
         raise UserError(
             "data.train: either every source has a weight, and they sum to 1, or none has; "
             f"{len(weights)} of {len(sources)} have one, and they sum to {total:g}"

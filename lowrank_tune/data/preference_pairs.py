@@ -64,8 +64,20 @@ def to_pair(row: RawRow, columns: Columns) -> PreferencePair:
         raise InvalidRow("not an object with columns")
     prompt = _read_prompt(row, columns)
     system = system_of(row, columns)
-    chosen = _read_side(row, "chosen", columns, prompt, system)
-    rejected = _read_side(row, "rejected", columns, prompt, system)
+    chosen = _read_side(
+        row,
+        "chosen",
+        columns,
+        prompt,
+        system,
+    )
+    rejected = _read_side(
+        row,
+        "rejected",
+        columns,
+        prompt,
+        system,
+    )
     if chosen == rejected:
         raise InvalidRow(EQUAL_ANSWERS)
     if prompt is None:
@@ -100,7 +112,11 @@ def _read_prompt(row: RawRow, columns: Columns) -> _Prompt | None:
             messages.pop()
         return _Prompt(messages, is_transcript=True)
     if alias == "instruction":
-        text = join_instruction_and_input(text, row, columns)
+        text = join_instruction_and_input(
+            text,
+            row,
+            columns,
+        )
     return _Prompt([Message("user", text)])
 
 
@@ -134,7 +150,12 @@ def _read_side(
     return check_order([*_with_system(prompt.messages, system), *side], require_answer=True)
 
 
-def _side_messages(row: RawRow, name: str, columns: Columns, prompt: _Prompt | None) -> list[Message]:
+def _side_messages(
+    row: RawRow,
+    name: str,
+    columns: Columns,
+    prompt: _Prompt | None,
+) -> list[Message]:
     """Returns the messages of one side: an answer, with or without the messages before it."""
     value = value_of(row, "preference", name, columns)
     if isinstance(value, Mapping):
@@ -185,7 +206,11 @@ def _shared_messages(chosen: Messages, rejected: Messages) -> int:
     raise InvalidRow(DIFFERENT_PROMPTS)
 
 
-def _prompt_length(prompt: Messages, chosen: Messages, rejected: Messages) -> int:
+def _prompt_length(
+    prompt: Messages,
+    chosen: Messages,
+    rejected: Messages,
+) -> int:
     """Returns how many messages of both conversations are the prompt. A prompt may also be only the last question of
     what both sides contain."""
     if not prompt or prompt[-1].role != "user":

@@ -11,15 +11,32 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from lowrank_tune.config import DataConfig, SourceConfig, TrainingConfig
+from lowrank_tune.config import (
+    DataConfig,
+    SourceConfig,
+    TrainingConfig,
+)
 from lowrank_tune.data.encode import conversation_of
-from lowrank_tune.data.formats import InvalidRow, RawRowOrFault
-from lowrank_tune.data.report import Report, SourceReport, describe_mixture
+from lowrank_tune.data.formats import (
+    InvalidRow,
+    RawRowOrFault,
+)
+from lowrank_tune.data.report import (
+    Report,
+    SourceReport,
+    describe_mixture,
+)
 from lowrank_tune.data.sampler import BatchSampler
-from lowrank_tune.data.sources import RowLocation, read_source
+from lowrank_tune.data.sources import (
+    RowLocation,
+    read_source,
+)
 from lowrank_tune.data.store_writer import conversation_hash
 from lowrank_tune.data.templates.chat_template import ChatTemplate
-from lowrank_tune.data.tokenize import format_of, warn_about_missing_rows
+from lowrank_tune.data.tokenize import (
+    format_of,
+    warn_about_missing_rows,
+)
 from lowrank_tune.errors import UserError
 from lowrank_tune.events import Emit, LogMessage, Progress
 from lowrank_tune.types import Message
@@ -89,12 +106,24 @@ class PromptDataset:
 class PromptSampler(BatchSampler):
     """The prompts of each step (`train.prompts_per_step`), and replacements for those that teach nothing."""
 
-    def __init__(self, dataset: PromptDataset, data: DataConfig, train: TrainingConfig, seed: int) -> None:
+    def __init__(
+        self,
+        dataset: PromptDataset,
+        data: DataConfig,
+        train: TrainingConfig,
+        seed: int,
+    ) -> None:
         weights = [source.weight for source in data.train]
         by_prompts = train.model_copy(
             update={"global_batch_size": train.prompts_per_step, "tokens_per_step": None, "length_window": 1}
         )
-        super().__init__(dataset.lengths, dataset.source_of, weights, by_prompts, seed)
+        super().__init__(
+            dataset.lengths,
+            dataset.source_of,
+            weights,
+            by_prompts,
+            seed,
+        )
         counts = np.bincount(dataset.source_of, minlength=len(weights))
         share_of_source = np.ones(len(weights))
         for number, weight in enumerate(weights):
@@ -102,7 +131,12 @@ class PromptSampler(BatchSampler):
                 share_of_source[number] = weight / counts[number]
         self._shares = share_of_source[dataset.source_of]
 
-    def replacement_prompts(self, step: int, draw: int, count: int) -> list[int]:
+    def replacement_prompts(
+        self,
+        step: int,
+        draw: int,
+        count: int,
+    ) -> list[int]:
         """Returns `count` prompts that are not of this step, by the weights of the sources; those of the step only if
         there are no others left.
 
@@ -132,7 +166,12 @@ def load_prompts(
     Raises UserError if too few rows of a source have a prompt. Without `raise_on_invalid` these rows are only reported,
     however many.
     """
-    reader = _PromptReader(data, template, needs_ground_truth, unusable)
+    reader = _PromptReader(
+        data,
+        template,
+        needs_ground_truth,
+        unusable,
+    )
     source_of: list[int] = []
     reports: list[SourceReport] = []
     for number, source in enumerate(data.train):
@@ -147,7 +186,11 @@ def load_prompts(
         tuple(reports),
         train_rows=num_prompts,
         duplicates=num_prompts - len(reader.hashes),
-        mixture=describe_mixture(data.train, [report.used for report in reports], "prompt"),
+        mixture=describe_mixture(
+            data.train,
+            [report.used for report in reports],
+            "prompt",
+        ),
     )
     lengths = [len(example.input_ids) for example in reader.examples]
     return PromptDataset(
@@ -177,20 +220,39 @@ class _PromptReader:
         self._needs_ground_truth = needs_ground_truth
         self._unusable = unusable
 
-    def read(self, source: SourceConfig, seed: int, emit: Emit) -> SourceReport:
+    def read(
+        self,
+        source: SourceConfig,
+        seed: int,
+        emit: Emit,
+    ) -> SourceReport:
         """Adds the prompts of a source to those of the others. Returns its report."""
         rows = read_source(source, seed)
         format_name = format_of(source, rows, pairs=False)
         label = f"reading the prompts of {rows.name}"
         emit(LogMessage(message=f"{rows.name}: {len(rows)} rows of the shape `{format_name}`"))
-        report = SourceReport(rows.name, format_name, weight=source.weight)
+        report = SourceReport(
+            rows.name,
+            format_name,
+            weight=source.weight,
+        )
         source_hashes: set[int] = set()
         for location, raw in chain.from_iterable(rows.refill_dropped(lambda: report.used)):
             if report.read % PROGRESS_EVERY == 0:
-                emit(Progress(description=label, done=report.read, total=len(rows)))
+                emit(
+                    Progress(
+                        description=label,
+                        done=report.read,
+                        total=len(rows),
+                    )
+                )
             report.read += 1
             try:
-                example, prompt_hash = self._read_row(raw, source, report)
+                example, prompt_hash = self._read_row(
+                    raw,
+                    source,
+                    report,
+                )
             except InvalidRow as fault:
                 report.count_dropped(fault.reason, str(location))
                 continue
@@ -202,7 +264,13 @@ class _PromptReader:
             self.examples.append(example)
             self.locations.append(location)
         self.hashes |= source_hashes
-        emit(Progress(description=label, done=report.read, total=len(rows)))
+        emit(
+            Progress(
+                description=label,
+                done=report.read,
+                total=len(rows),
+            )
+        )
         assert report.used + report.num_dropped == report.read
         return report
 
@@ -216,7 +284,13 @@ class _PromptReader:
         if isinstance(raw, InvalidRow):
             raise raw
         system = self._data.system_prompt
-        conversation = conversation_of(raw, source, report.format, system, require_answer=False)
+        conversation = conversation_of(
+            raw,
+            source,
+            report.format,
+            system,
+            require_answer=False,
+        )
         if isinstance(conversation, InvalidRow):
             raise conversation
         messages = conversation.messages
@@ -230,7 +304,13 @@ class _PromptReader:
             raise InvalidRow(f"longer than data.max_prompt_length ({self._data.max_prompt_length} tokens)")
         # An array takes a ninth of the space of a list of these numbers.
         ids = array("i", input_ids)
-        example = PromptExample(ids, messages[-1].content, conversation.ground_truth, raw, answer)
+        example = PromptExample(
+            ids,
+            messages[-1].content,
+            conversation.ground_truth,
+            raw,
+            answer,
+        )
         if self._needs_ground_truth and example.ground_truth is None:
             raise InvalidRow(MISSING_ANSWER)
         reason = self._unusable(example) if self._unusable is not None else None

@@ -77,7 +77,16 @@ class BatchSampler:
     def _epoch_of(self, step: int) -> int:
         if self._tokens is None:
             return step // self.steps_per_epoch
-        epoch = int(np.searchsorted(self._first_steps, step, side="right")) - 1
+        epoch = (
+            int(
+                np.searchsorted(
+                    self._first_steps,
+                    step,
+                    side="right",
+                )
+            )
+            - 1
+        )
         while self._first_step(epoch + 1) <= step:
             epoch += 1
         return epoch
@@ -109,16 +118,32 @@ class BatchSampler:
     def _sample_rows(self, epoch: int) -> RowIndices:
         if not self._pools:
             return np.arange(len(self._lengths))
-        drawn = [self._sample_source(source, epoch * quota, quota) for source, quota in enumerate(self._quotas)]
+        drawn = [
+            self._sample_source(
+                source,
+                epoch * quota,
+                quota,
+            )
+            for source, quota in enumerate(self._quotas)
+        ]
         return np.concatenate(drawn)
 
-    def _sample_source(self, source: int, start: int, count: int) -> RowIndices:
+    def _sample_source(
+        self,
+        source: int,
+        start: int,
+        count: int,
+    ) -> RowIndices:
         """Returns `count` rows from `start` on of an endless sequence: one permutation of a source after the other."""
         pool = self._pools[source]
         pieces = [pool[:0]]
         while count:
             lap, offset = divmod(start, len(pool))
-            permutation = self._random(DRAW_SEED_TAG, source, lap).permutation(pool)
+            permutation = self._random(
+                DRAW_SEED_TAG,
+                source,
+                lap,
+            ).permutation(pool)
             piece = permutation[offset : offset + count]
             pieces.append(piece)
             start += len(piece)
@@ -135,12 +160,25 @@ class BatchSampler:
             end = self._step_end(ends, end)
         return end
 
-    def _step_end(self, ends: RowIndices, start: int) -> int:
+    def _step_end(
+        self,
+        ends: RowIndices,
+        start: int,
+    ) -> int:
         """Returns the end of the step that begins at `start`; `ends` are cumulative sums of lengths."""
         before = int(ends[start - 1]) if start else 0
         end = start + self._max_rows
         if self._tokens is not None:
-            end = min(end, int(np.searchsorted(ends, before + self._tokens, side="right")))
+            end = min(
+                end,
+                int(
+                    np.searchsorted(
+                        ends,
+                        before + self._tokens,
+                        side="right",
+                    )
+                ),
+            )
         # A row longer than the budget makes a step of its own.
         return min(max(end, start + 1), len(ends))
 

@@ -55,7 +55,13 @@ class SourceRows:
     A draw is the beginning of one permutation of all rows, so that `refill_dropped` can continue it.
     """
 
-    def __init__(self, name: str, files: Sequence[DataFile], count: int | None = None, seed: int = 0) -> None:
+    def __init__(
+        self,
+        name: str,
+        files: Sequence[DataFile],
+        count: int | None = None,
+        seed: int = 0,
+    ) -> None:
         self.name = name
         self._files = tuple(files)
         self._lengths = [file.count_rows() for file in self._files]
@@ -117,8 +123,18 @@ def read_source(source: SourceConfig, seed: int) -> SourceRows:
     if source.dataset in BUILTIN_DATASETS:
         return SourceRows(source.dataset, [BuiltinRows(source, seed)])
     if is_hub_dataset(source.dataset):
-        return SourceRows(source.dataset, [HubRows(source)], source.max_samples, seed)
-    return SourceRows(source.dataset, open_local_files(source), source.max_samples, seed)
+        return SourceRows(
+            source.dataset,
+            [HubRows(source)],
+            source.max_samples,
+            seed,
+        )
+    return SourceRows(
+        source.dataset,
+        open_local_files(source),
+        source.max_samples,
+        seed,
+    )
 
 
 def is_hub_dataset(name: str) -> bool:
@@ -189,7 +205,11 @@ def _files(path: Path) -> list[Path]:
 class BuiltinRows:
     """The built-in problems, or pairs of answers to them."""
 
-    def __init__(self, source: SourceConfig, seed: int) -> None:
+    def __init__(
+        self,
+        source: SourceConfig,
+        seed: int,
+    ) -> None:
         if source.split not in BUILTIN_SIZES:
             raise UserError(f"{source.dataset}: there is no split `{source.split}`; it has train and heldout")
         if source.config_name is not None:
@@ -198,9 +218,19 @@ class BuiltinRows:
         count = source.max_samples or BUILTIN_SIZES[source.split]
         self._rows: list[dict[str, str]]
         if self.name == "builtin:arithmetic-preferences":
-            self._rows = problems.preferences(count, seed, source.split)
+            self._rows = problems.preferences(
+                count,
+                seed,
+                source.split,
+            )
         else:
-            self._rows = list(problems.rows(count, seed, heldout=source.split == "heldout"))
+            self._rows = list(
+                problems.rows(
+                    count,
+                    seed,
+                    heldout=source.split == "heldout",
+                )
+            )
 
     def count_rows(self) -> int:
         return len(self._rows)

@@ -19,7 +19,11 @@ from typing import IO, Any, BinaryIO, Self
 import numpy as np
 
 from lowrank_tune.data.report import SourceReport
-from lowrank_tune.data.token_store import ARRAYS, TokenizedDataset, checksum
+from lowrank_tune.data.token_store import (
+    ARRAYS,
+    TokenizedDataset,
+    checksum,
+)
 from lowrank_tune.errors import TrainingError
 from lowrank_tune.types import Message, Row
 
@@ -85,7 +89,11 @@ class StoreWriter:
     """Writes a store in a temporary folder beside its own, and renames it at the end. Without `finish` nothing is
     left."""
 
-    def __init__(self, folder: Path, rows_per_unit: int = 1) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        rows_per_unit: int = 1,
+    ) -> None:
         self.folder = folder
         self.rows_per_unit = rows_per_unit
         self._num_tokens = 0
@@ -95,7 +103,13 @@ class StoreWriter:
         parent = self.folder.parent
         try:
             parent.mkdir(parents=True, exist_ok=True)
-            self._temporary = Path(tempfile.mkdtemp(prefix=f"{self.folder.name}.", suffix=".tmp", dir=parent))
+            self._temporary = Path(
+                tempfile.mkdtemp(
+                    prefix=f"{self.folder.name}.",
+                    suffix=".tmp",
+                    dir=parent,
+                )
+            )
             self._open_arrays()
         except OSError as error:
             if hasattr(self, "_temporary"):
@@ -109,7 +123,12 @@ class StoreWriter:
         self._arrays["starts"].append([0])
         self._arrays["ground_truth_starts"].append([0])
 
-    def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
+    def __exit__(
+        self,
+        _: object,
+        error: BaseException | None,
+        __: object,
+    ) -> None:
         files: list[IO[Any]] = [array.file for array in self._arrays.values()]
         files.append(self._dropped)
         for file in files:
@@ -120,7 +139,12 @@ class StoreWriter:
         if isinstance(error, OSError):
             raise _write_error(self.folder.parent, error) from error
 
-    def add(self, entries: Sequence[Entry], source: int, locations: Sequence[tuple[int, int]]) -> None:
+    def add(
+        self,
+        entries: Sequence[Entry],
+        source: int,
+        locations: Sequence[tuple[int, int]],
+    ) -> None:
         """Appends entries of a source, with the number of the file and the line of each."""
         self._add_tokens([row for entry in entries for row in entry.rows])
         self._add_ground_truths([entry.ground_truth for entry in entries])
@@ -142,8 +166,20 @@ class StoreWriter:
         num_tokens = int(lengths.sum())
         input_ids = chain.from_iterable(row.input_ids for row in rows)
         completion_mask = chain.from_iterable(row.completion_mask for row in rows)
-        self._arrays["input_ids"].append(np.fromiter(input_ids, np.int32, num_tokens))
-        self._arrays["completion_mask"].append(np.fromiter(completion_mask, np.bool_, num_tokens))
+        self._arrays["input_ids"].append(
+            np.fromiter(
+                input_ids,
+                np.int32,
+                num_tokens,
+            )
+        )
+        self._arrays["completion_mask"].append(
+            np.fromiter(
+                completion_mask,
+                np.bool_,
+                num_tokens,
+            )
+        )
         self._arrays["starts"].append(self._num_tokens + np.cumsum(lengths))
         self._num_tokens += num_tokens
 
@@ -154,12 +190,20 @@ class StoreWriter:
         self._arrays["ground_truth_starts"].append(self._num_ground_truth_bytes + np.cumsum(lengths))
         self._num_ground_truth_bytes += int(lengths.sum())
 
-    def drop(self, location: tuple[str, int], reason: str) -> None:
+    def drop(
+        self,
+        location: tuple[str, int],
+        reason: str,
+    ) -> None:
         """Records a row that is not used."""
         file, line = location
         self._dropped.write(json.dumps({"file": file, "line": line, "reason": reason}) + "\n")
 
-    def finish(self, files: list[str], reports: list[SourceReport]) -> TokenizedDataset:
+    def finish(
+        self,
+        files: list[str],
+        reports: list[SourceReport],
+    ) -> TokenizedDataset:
         """Completes the store and moves it to its folder. Returns it."""
         for array in self._arrays.values():
             array.close()

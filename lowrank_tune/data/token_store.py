@@ -176,7 +176,11 @@ class TokenizedDataset:
                 digest.update(np.ascontiguousarray(array).tobytes())
         return digest.hexdigest()
 
-    def concat_rows(self, start: int, end: int) -> tuple[NDArray[np.int32], NDArray[np.bool_], IntArray]:
+    def concat_rows(
+        self,
+        start: int,
+        end: int,
+    ) -> tuple[NDArray[np.int32], NDArray[np.bool_], IntArray]:
         """Returns ids and mask of the rows from `start` to before `end`, concatenated, and the length of each row."""
         lengths = self.lengths[start:end]
         # The rows may lie anywhere in the arrays: a token's position there is its position in the result, moved as far
@@ -210,7 +214,11 @@ class TokenizedDataset:
 def _load_array(path: Path) -> AnyArray:
     """Maps an array. One without entries cannot be mapped, because its file ends with the header, and is read."""
     mode: Any = "r" if _has_entries(path) else None
-    array = np.load(path, mmap_mode=mode, allow_pickle=False)
+    array = np.load(
+        path,
+        mmap_mode=mode,
+        allow_pickle=False,
+    )
     return cast(AnyArray, array)
 
 

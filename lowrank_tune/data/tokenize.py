@@ -15,11 +15,26 @@ from typing import Protocol
 import numpy as np
 
 from lowrank_tune.config import DataConfig, SourceConfig
-from lowrank_tune.data.encode import SourceContext, encode_chunk
-from lowrank_tune.data.formats import InvalidRow, detect_format
+from lowrank_tune.data.encode import (
+    SourceContext,
+    encode_chunk,
+)
+from lowrank_tune.data.formats import (
+    InvalidRow,
+    detect_format,
+)
 from lowrank_tune.data.report import SourceReport
-from lowrank_tune.data.sources import HEAD_ROWS, Chunk, LocatedRow, SourceRows, read_source
-from lowrank_tune.data.store_writer import Entry, StoreWriter
+from lowrank_tune.data.sources import (
+    HEAD_ROWS,
+    Chunk,
+    LocatedRow,
+    SourceRows,
+    read_source,
+)
+from lowrank_tune.data.store_writer import (
+    Entry,
+    StoreWriter,
+)
 from lowrank_tune.data.templates.chat_template import ChatTemplate
 from lowrank_tune.data.token_store import TokenizedDataset
 from lowrank_tune.errors import UserError
@@ -46,15 +61,41 @@ def tokenize(
     Raises UserError if too many rows of a source cannot be used, unless `raise_on_invalid` is false.
     """
     opened = [read_source(source, seed) for source in sources]
-    formats = [format_of(source, rows, pairs) for source, rows in zip(sources, opened, strict=True)]
-    folder = (cache or cache_folder()) / _cache_key(sources, formats, opened, data, template, pairs)
+    formats = [
+        format_of(
+            source,
+            rows,
+            pairs,
+        )
+        for source, rows in zip(sources, opened, strict=True)
+    ]
+    folder = (cache or cache_folder()) / _cache_key(
+        sources,
+        formats,
+        opened,
+        data,
+        template,
+        pairs,
+    )
     store = TokenizedDataset.open(folder)
     if store is None:
         with StoreWriter(folder, rows_per_unit=2 if pairs else 1) as writer:
             tokenizer = _SourceTokenizer(writer, emit)
             for source, format_name, rows in zip(sources, formats, opened, strict=True):
-                report = SourceReport(rows.name, format_name, weight=source.weight)
-                tokenizer.add(rows, SourceContext(source, data, template, report))
+                report = SourceReport(
+                    rows.name,
+                    format_name,
+                    weight=source.weight,
+                )
+                tokenizer.add(
+                    rows,
+                    SourceContext(
+                        source,
+                        data,
+                        template,
+                        report,
+                    ),
+                )
             store = writer.finish(list(tokenizer.files), tokenizer.reports)
     for source, report in zip(sources, store.reports, strict=True):
         if raise_on_invalid:
@@ -83,14 +124,22 @@ class NamedRows(Protocol):
     def __iter__(self) -> Iterator[LocatedRow]: ...
 
 
-def format_of(source: SourceConfig, rows: NamedRows, pairs: bool | None = None) -> str:
+def format_of(
+    source: SourceConfig,
+    rows: NamedRows,
+    pairs: bool | None = None,
+) -> str:
     """Returns the format that the recipe names, or that of the first row that has one. Raises UserError.
 
     `pairs`: whether it must be `preference` or must not; None for any format.
     """
     format_name: str = source.format
     if format_name == "auto":
-        format_name = _detect_format(source, rows, bool(pairs))
+        format_name = _detect_format(
+            source,
+            rows,
+            bool(pairs),
+        )
     if pairs is False and format_name == "preference":
         raise UserError(
             f"{rows.name}: these rows are preference pairs; `algorithm: reward` and `algorithm: dpo` learn from them"
@@ -104,13 +153,21 @@ def format_of(source: SourceConfig, rows: NamedRows, pairs: bool | None = None) 
     return format_name
 
 
-def _detect_format(source: SourceConfig, rows: NamedRows, pairs: bool) -> str:
+def _detect_format(
+    source: SourceConfig,
+    rows: NamedRows,
+    pairs: bool,
+) -> str:
     first_error: UserError | None = None
     for _, row in islice(rows, HEAD_ROWS):
         if isinstance(row, InvalidRow):
             continue
         try:
-            return detect_format(row, source.columns, pairs)
+            return detect_format(
+                row,
+                source.columns,
+                pairs,
+            )
         except UserError as error:
             # One row may lack a column. If no row has a known format, the first error is raised.
             first_error = first_error or error
@@ -144,28 +201,52 @@ def _cache_key(
 class _SourceTokenizer:
     """Writes sources to a store, one after the other. `files` numbers the files that rows come from."""
 
-    def __init__(self, writer: StoreWriter, emit: Emit) -> None:
+    def __init__(
+        self,
+        writer: StoreWriter,
+        emit: Emit,
+    ) -> None:
         self.reports: list[SourceReport] = []
         self.files: dict[str, int] = {}
         self._writer = writer
         self._emit = emit
 
-    def add(self, rows: SourceRows, context: SourceContext) -> None:
+    def add(
+        self,
+        rows: SourceRows,
+        context: SourceContext,
+    ) -> None:
         """Tokenizes the rows of a source."""
         report = context.report
         label = f"tokenizing {rows.name}"
         # An array: the hashes of millions of rows as a list would take several times the space.
         row_hashes = array("Q")
-        self._emit(Progress(description=label, done=0, total=len(rows)))
+        self._emit(
+            Progress(
+                description=label,
+                done=0,
+                total=len(rows),
+            )
+        )
         for chunk, total in chunks(rows, report):
             row_hashes.extend(self._add_chunk(chunk, context))
-            self._emit(Progress(description=label, done=report.read, total=total))
+            self._emit(
+                Progress(
+                    description=label,
+                    done=report.read,
+                    total=total,
+                )
+            )
         assert report.used + report.num_dropped == report.read
         if row_hashes:
             report.duplicates = len(row_hashes) - len(np.unique(np.frombuffer(row_hashes, dtype=np.uint64)))
         self.reports.append(report)
 
-    def _add_chunk(self, chunk: Chunk, context: SourceContext) -> list[int]:
+    def _add_chunk(
+        self,
+        chunk: Chunk,
+        context: SourceContext,
+    ) -> list[int]:
         """Writes and counts the rows of a chunk. Returns the hashes of those that are used."""
         report = context.report
         report.read += len(chunk)
@@ -181,7 +262,11 @@ class _SourceTokenizer:
             file_number = self.files.setdefault(location.file, len(self.files))
             locations.append((file_number, location.line))
         if used:
-            self._writer.add(used, len(self.reports), locations)
+            self._writer.add(
+                used,
+                len(self.reports),
+                locations,
+            )
         return [entry.row_hash for entry in used]
 
 
@@ -196,7 +281,11 @@ def chunks(rows: SourceRows, report: SourceReport) -> Iterator[tuple[Chunk, int]
             yield chunk, total
 
 
-def warn_about_missing_rows(source: SourceConfig, report: SourceReport, emit: Emit) -> None:
+def warn_about_missing_rows(
+    source: SourceConfig,
+    report: SourceReport,
+    emit: Emit,
+) -> None:
     """Logs a warning if fewer rows can be used than the recipe requests."""
     if source.max_samples is None or report.used >= source.max_samples:
         return

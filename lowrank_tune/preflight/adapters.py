@@ -6,12 +6,18 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from lowrank_tune.assembly import check_adapter_lineage
-from lowrank_tune.assembly.reward_model import REWARD_ROLE, reward_model_base
+from lowrank_tune.assembly.reward_model import (
+    REWARD_ROLE,
+    reward_model_base,
+)
 from lowrank_tune.assembly.stacks import frozen_adapters
 from lowrank_tune.config.raw_settings import Finding
 from lowrank_tune.errors import UserError
 from lowrank_tune.events import Event
-from lowrank_tune.model.adapters import SavedAdapter, read_adapter
+from lowrank_tune.model.adapters import (
+    SavedAdapter,
+    read_adapter,
+)
 from lowrank_tune.preflight.findings import findings_of
 from lowrank_tune.preflight.stages import PlannedStage
 
@@ -49,7 +55,11 @@ def read_saved_adapter(stage: PlannedStage, name: str) -> SavedAdapter:
     has_head = name == REWARD_ROLE or name in stage.complete.extra_adapters
     key = (Path(path).expanduser().resolve(), has_head)
     if key not in stage.loaded:
-        stage.loaded[key] = read_adapter(path, f"adapters.{name}.path", head=has_head)
+        stage.loaded[key] = read_adapter(
+            path,
+            f"adapters.{name}.path",
+            head=has_head,
+        )
     return stage.loaded[key]
 
 

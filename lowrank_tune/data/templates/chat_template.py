@@ -9,10 +9,19 @@ from collections.abc import Sequence
 from datetime import date
 from typing import Any
 
-from lowrank_tune.data.formats import InvalidRow, RowOrFault
-from lowrank_tune.data.templates.backend import TokenizerBackend, default_chat_template
+from lowrank_tune.data.formats import (
+    InvalidRow,
+    RowOrFault,
+)
+from lowrank_tune.data.templates.backend import (
+    TokenizerBackend,
+    default_chat_template,
+)
 from lowrank_tune.data.templates.date import fixed_date
-from lowrank_tune.data.templates.fallback import DefaultTemplate, PlainTextTemplate
+from lowrank_tune.data.templates.fallback import (
+    DefaultTemplate,
+    PlainTextTemplate,
+)
 from lowrank_tune.data.templates.jinja import JinjaChatTemplate
 from lowrank_tune.errors import UserError
 from lowrank_tune.types import Message, Row
@@ -25,7 +34,12 @@ class ChatTemplate:
     """How a base renders a conversation. `encode` of a prompt's messages and an answer begins with exactly the ids of
     `prompt`."""
 
-    def __init__(self, backend: TokenizerBackend, scheme: Scheme, date_written: date | None = None) -> None:
+    def __init__(
+        self,
+        backend: TokenizerBackend,
+        scheme: Scheme,
+        date_written: date | None = None,
+    ) -> None:
         self._backend = backend
         self._scheme = scheme
         self.date_written = date_written
@@ -39,7 +53,11 @@ class ChatTemplate:
         """Changes with anything that changes the ids."""
 
     @classmethod
-    def from_tokenizer(cls, tokenizer: Any, template_date: str | None = None) -> ChatTemplate:
+    def from_tokenizer(
+        cls,
+        tokenizer: Any,
+        template_date: str | None = None,
+    ) -> ChatTemplate:
         """Returns the tokenizer's own template; without one the kit's if the vocabulary has its control tokens, else
         plain words.
 
@@ -51,7 +69,11 @@ class ChatTemplate:
         own = default_chat_template(tokenizer)
         date_written = fixed_date(own, template_date)
         if own is not None:
-            return cls(backend, JinjaChatTemplate(backend, date_written), date_written)
+            return cls(
+                backend,
+                JinjaChatTemplate(backend, date_written),
+                date_written,
+            )
         if DefaultTemplate.has_all_special_tokens(backend):
             return cls(backend, DefaultTemplate(backend))
         return cls(backend, PlainTextTemplate(backend))
@@ -89,7 +111,11 @@ class ChatTemplate:
         """Returns why these messages cannot be used with this template; None if they can."""
         return self._scheme.validate_messages(messages)
 
-    def decode(self, ids: Sequence[int], special_tokens: bool = False) -> str:
+    def decode(
+        self,
+        ids: Sequence[int],
+        special_tokens: bool = False,
+    ) -> str:
         """Returns the text of ids, with control tokens only if `special_tokens`."""
         return self._backend.decode(ids, special_tokens)
 
@@ -116,7 +142,11 @@ class ChatTemplate:
             return self._scheme.dated_chat_template
         return self.chat_template
 
-    def render(self, messages: list[dict[str, str]], add_generation_prompt: bool) -> str:
+    def render(
+        self,
+        messages: list[dict[str, str]],
+        add_generation_prompt: bool,
+    ) -> str:
         """Returns the text that other software renders with `dated_chat_template`."""
         text = self.tokenizer.apply_chat_template(
             messages,

@@ -6,10 +6,20 @@ from collections.abc import Sequence
 
 from tokenizers import Encoding
 
-from lowrank_tune.data.formats import InvalidRow, RowOrFault
-from lowrank_tune.data.templates.backend import CONTROL_FOUND, TokenizerBackend, token_start
+from lowrank_tune.data.formats import (
+    InvalidRow,
+    RowOrFault,
+)
+from lowrank_tune.data.templates.backend import (
+    CONTROL_FOUND,
+    TokenizerBackend,
+    token_start,
+)
 from lowrank_tune.data.templates.placeholders import Placeholders
-from lowrank_tune.data.templates.spans import Rendered, Span
+from lowrank_tune.data.templates.spans import (
+    Rendered,
+    Span,
+)
 from lowrank_tune.types import Row
 
 MAX_CACHED_TAIL = 64
@@ -26,7 +36,12 @@ class SpanEncoder:
     so a prompt has its own ids in a longer text exactly if its tail has them there.
     """
 
-    def __init__(self, backend: TokenizerBackend, placeholders: Placeholders, template_tokens: Sequence[str]) -> None:
+    def __init__(
+        self,
+        backend: TokenizerBackend,
+        placeholders: Placeholders,
+        template_tokens: Sequence[str],
+    ) -> None:
         self._backend = backend
         self._placeholders = placeholders
         self._template_tokens = tuple(template_tokens)
@@ -77,7 +92,11 @@ class SpanEncoder:
         short = {tail: ids for tail, ids in self._tail_ids.items() if len(tail) <= MAX_CACHED_TAIL}
         self._tail_ids = short if len(short) <= MAX_CACHED_TAILS else {}
 
-    def _row(self, rendered: Rendered, encoding: Encoding | None) -> RowOrFault:
+    def _row(
+        self,
+        rendered: Rendered,
+        encoding: Encoding | None,
+    ) -> RowOrFault:
         """Returns the row of a text. `encoding` is that of the whole text, None if the text has placeholders."""
         if encoding is None:
             ids, stretches = self._encode_with_placeholders(rendered)
@@ -93,19 +112,38 @@ class SpanEncoder:
             return Row([*ids, self._backend.eos], [*mask, True])
         return Row(ids, mask)
 
-    def _contains_hidden_token(self, text: str, ids: Sequence[int]) -> bool:
+    def _contains_hidden_token(
+        self,
+        text: str,
+        ids: Sequence[int],
+    ) -> bool:
         """Returns whether there are more control tokens in the ids than in the text."""
         num_in_text = len(self._backend.special_pattern.findall(text))
         num_in_ids = sum(token_id in self._backend.control_ids for token_id in ids)
         return num_in_ids > num_in_text
 
-    def _encode_whole(self, rendered: Rendered, encoding: Encoding) -> tuple[list[int], list[Stretch]] | None:
+    def _encode_whole(
+        self,
+        rendered: Rendered,
+        encoding: Encoding,
+    ) -> tuple[list[int], list[Stretch]] | None:
         """Returns the ids of the whole text; None if they do not begin with the ids of the last prompt."""
         *earlier, last = rendered.spans
-        stretch = self._stretch(rendered.text, encoding, last)
+        stretch = self._stretch(
+            rendered.text,
+            encoding,
+            last,
+        )
         if stretch is None:
             return None
-        return encoding.ids, [*self._stretches(rendered.text, encoding, earlier), stretch]
+        return encoding.ids, [
+            *self._stretches(
+                rendered.text,
+                encoding,
+                earlier,
+            ),
+            stretch,
+        ]
 
     def _encode_in_two_parts(self, rendered: Rendered) -> tuple[list[int], list[Stretch]]:
         """Returns the ids of the last prompt encoded alone, and those of the answer after them."""
@@ -113,7 +151,14 @@ class SpanEncoder:
         prompt = rendered.prompt_text
         (encoding,) = self._backend.encode_with_special_tokens([prompt])
         ids, stretch = self._append_answer(encoding.ids, rendered)
-        return ids, [*self._stretches(prompt, encoding, earlier), stretch]
+        return ids, [
+            *self._stretches(
+                prompt,
+                encoding,
+                earlier,
+            ),
+            stretch,
+        ]
 
     def _encode_with_placeholders(self, rendered: Rendered) -> tuple[list[int], list[Stretch]]:
         """Returns the same for a text with placeholders, in the prompt or in the answer."""
@@ -127,7 +172,11 @@ class SpanEncoder:
         ids, stretch = self._append_answer(prompt, rendered)
         return ids, [*stretches, stretch]
 
-    def _append_answer(self, prompt: Sequence[int], rendered: Rendered) -> tuple[list[int], Stretch]:
+    def _append_answer(
+        self,
+        prompt: Sequence[int],
+        rendered: Rendered,
+    ) -> tuple[list[int], Stretch]:
         last = rendered.spans[-1]
         answer = rendered.text[last.start : last.end]
         rest = rendered.text[last.end :]
@@ -136,14 +185,35 @@ class SpanEncoder:
         stretch = (len(prompt), len(ids))
         return [*ids, *self._encode_pieces(rest, is_start=False)], stretch
 
-    def _stretches(self, text: str, encoding: Encoding, spans: Sequence[Span]) -> list[Stretch]:
+    def _stretches(
+        self,
+        text: str,
+        encoding: Encoding,
+        spans: Sequence[Span],
+    ) -> list[Stretch]:
         """Returns the stretches of the answers that follow the ids of their own prompts."""
-        stretches = [self._stretch(text, encoding, span) for span in spans]
+        stretches = [
+            self._stretch(
+                text,
+                encoding,
+                span,
+            )
+            for span in spans
+        ]
         return [stretch for stretch in stretches if stretch is not None]
 
-    def _stretch(self, text: str, encoding: Encoding, span: Span) -> Stretch | None:
+    def _stretch(
+        self,
+        text: str,
+        encoding: Encoding,
+        span: Span,
+    ) -> Stretch | None:
         """Returns the tokens of an answer if the ids before it are those of its prompt; else None."""
-        start = _token_at(encoding, span.start, len(text))
+        start = _token_at(
+            encoding,
+            span.start,
+            len(text),
+        )
         end = encoding.char_to_token(span.end - 1)
         if start is None or end is None:
             return None
@@ -152,17 +222,29 @@ class SpanEncoder:
             return None
         # The last character may take several tokens. An answer without an end token may share its last token with the
         # next message, and that token is then not trained.
-        while _ends_within(encoding, end, span.end):
+        while _ends_within(
+            encoding,
+            end,
+            span.end,
+        ):
             end += 1
         return (start, end) if end > start else None
 
-    def _tail(self, text: str, span: Span) -> str:
+    def _tail(
+        self,
+        text: str,
+        span: Span,
+    ) -> str:
         """Returns the tail of the prompt of an answer."""
         prompt = text[: span.start]
         starts = [prompt.rfind(token) for token in self._template_tokens]
         return prompt[max([0, *starts]) :]
 
-    def _encode_pieces(self, text: str, is_start: bool) -> list[int]:
+    def _encode_pieces(
+        self,
+        text: str,
+        is_start: bool,
+    ) -> list[int]:
         """Returns the ids of a text: the control tokens of the template, and the text between them as plain text."""
         ids: list[int] = []
         position = 0
@@ -172,14 +254,22 @@ class SpanEncoder:
             position = match.end()
         return ids + self._encode_piece(text[position:], is_start and not ids)
 
-    def _encode_piece(self, text: str, is_start: bool) -> list[int]:
+    def _encode_piece(
+        self,
+        text: str,
+        is_start: bool,
+    ) -> list[int]:
         piece = self._placeholders.restore(text)
         if is_start and piece:
             return self._backend.encode_plain([piece])[0]
         return self._backend.encode_continuation(piece)
 
 
-def _token_at(encoding: Encoding, edge: int, length: int) -> int | None:
+def _token_at(
+    encoding: Encoding,
+    edge: int,
+    length: int,
+) -> int | None:
     """Returns the token that starts at this character of a text; None if a token reaches across it."""
     if edge == 0:
         return 0
@@ -191,7 +281,11 @@ def _token_at(encoding: Encoding, edge: int, length: int) -> int | None:
     return None
 
 
-def _ends_within(encoding: Encoding, token: int, end: int) -> bool:
+def _ends_within(
+    encoding: Encoding,
+    token: int,
+    end: int,
+) -> bool:
     """Returns whether a token begins and ends before the character `end`."""
     chars = encoding.token_to_chars(token)
     return chars is not None and chars[0] < end and chars[1] <= end

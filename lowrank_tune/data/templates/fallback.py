@@ -12,8 +12,16 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
-from lowrank_tune.data.formats import ChatMessages, InvalidRow, RowOrFault, text_fault
-from lowrank_tune.data.templates.backend import CONTROL_FOUND, TokenizerBackend
+from lowrank_tune.data.formats import (
+    ChatMessages,
+    InvalidRow,
+    RowOrFault,
+    text_fault,
+)
+from lowrank_tune.data.templates.backend import (
+    CONTROL_FOUND,
+    TokenizerBackend,
+)
 from lowrank_tune.errors import UserError
 from lowrank_tune.toy import text as toy_text
 from lowrank_tune.types import Row
@@ -64,11 +72,19 @@ class _FallbackTemplate:
         """Returns the text that is encoded for each message."""
         return [message.content for message in messages]
 
-    def _to_row(self, messages: ChatMessages, pieces: Sequence[list[int]]) -> Row:
+    def _to_row(
+        self,
+        messages: ChatMessages,
+        pieces: Sequence[list[int]],
+    ) -> Row:
         ids, mask = self._join(messages, pieces)
         return Row(ids, mask)
 
-    def _join(self, messages: ChatMessages, pieces: Sequence[list[int]]) -> tuple[list[int], list[bool]]:
+    def _join(
+        self,
+        messages: ChatMessages,
+        pieces: Sequence[list[int]],
+    ) -> tuple[list[int], list[bool]]:
         """Returns the ids of the messages, with markers or control tokens, and the mask of those that are trained."""
         raise NotImplementedError
 
@@ -102,11 +118,19 @@ class DefaultTemplate(_FallbackTemplate):
         """Returns whether the vocabulary has all control tokens of the template."""
         return {*toy_text.CONTROL_TOKENS} - {toy_text.PAD} <= backend.special_tokens.keys()
 
-    def _to_row(self, messages: ChatMessages, pieces: Sequence[list[int]]) -> Row:
+    def _to_row(
+        self,
+        messages: ChatMessages,
+        pieces: Sequence[list[int]],
+    ) -> Row:
         ids, mask = self._join(messages, pieces)
         return Row([*ids, self.eos], [*mask, messages[-1].role == "assistant"])
 
-    def _join(self, messages: ChatMessages, pieces: Sequence[list[int]]) -> tuple[list[int], list[bool]]:
+    def _join(
+        self,
+        messages: ChatMessages,
+        pieces: Sequence[list[int]],
+    ) -> tuple[list[int], list[bool]]:
         ids = [self.bos]
         mask = [False]
         for message, piece in zip(messages, pieces, strict=True):
@@ -188,7 +212,11 @@ class PlainTextTemplate(_FallbackTemplate):
             texts[0] = texts[0].lstrip("\n")
         return texts
 
-    def _join(self, messages: ChatMessages, pieces: Sequence[list[int]]) -> tuple[list[int], list[bool]]:
+    def _join(
+        self,
+        messages: ChatMessages,
+        pieces: Sequence[list[int]],
+    ) -> tuple[list[int], list[bool]]:
         ids = [] if self.bos is None else [self.bos]
         mask = [False] * len(ids)
         for message, piece in zip(messages, pieces, strict=True):

@@ -15,7 +15,12 @@ import re
 from collections.abc import Sequence
 from datetime import date
 
-from lowrank_tune.data.formats import ChatMessages, InvalidRow, RowOrFault, text_fault
+from lowrank_tune.data.formats import (
+    ChatMessages,
+    InvalidRow,
+    RowOrFault,
+    text_fault,
+)
 from lowrank_tune.data.templates.backend import TokenizerBackend
 from lowrank_tune.data.templates.date import with_date
 from lowrank_tune.data.templates.encoder import SpanEncoder
@@ -27,7 +32,10 @@ from lowrank_tune.data.templates.renderer import (
     PROBE_QUESTION,
     TemplateRenderer,
 )
-from lowrank_tune.data.templates.spans import Rendered, SpanFinder
+from lowrank_tune.data.templates.spans import (
+    Rendered,
+    SpanFinder,
+)
 from lowrank_tune.errors import UserError
 from lowrank_tune.types import Message, Row
 
@@ -42,7 +50,11 @@ UNUSABLE = "the base's chat template cannot be trained with"
 class JinjaChatTemplate:
     """The chat template that came with the tokenizer. `day` is the date that it writes, if it writes one."""
 
-    def __init__(self, backend: TokenizerBackend, day: date | None = None) -> None:
+    def __init__(
+        self,
+        backend: TokenizerBackend,
+        day: date | None = None,
+    ) -> None:
         self.backend = backend
         self.dated_chat_template = with_date(self.chat_template, day)
         self._placeholders = Placeholders(backend)
@@ -51,9 +63,17 @@ class JinjaChatTemplate:
         self.generation_prompt = _probe_generation_prompt(question, answered)
         after_answer = answered.rpartition(PROBE_ANSWER)[2]
         end_tokens = backend.special_pattern.findall(after_answer)
-        self._spans = SpanFinder(self._renderer, self.generation_prompt, _closing_pattern(backend, end_tokens))
+        self._spans = SpanFinder(
+            self._renderer,
+            self.generation_prompt,
+            _closing_pattern(backend, end_tokens),
+        )
         template_tokens = dict.fromkeys(backend.special_pattern.findall(question + answered))
-        self._encoder = SpanEncoder(backend, self._placeholders, list(template_tokens))
+        self._encoder = SpanEncoder(
+            backend,
+            self._placeholders,
+            list(template_tokens),
+        )
         end_ids = {backend.special_tokens[token] for token in end_tokens}
         if backend.eos is not None:
             end_ids.add(backend.eos)
@@ -127,7 +147,12 @@ class JinjaChatTemplate:
 
 
 def _probe_generation_prompt(question: str, answered: str) -> GenerationPrompt:
-    found = GenerationPrompt.from_probe(question, answered, PROBE_QUESTION, PROBE_ANSWER)
+    found = GenerationPrompt.from_probe(
+        question,
+        answered,
+        PROBE_QUESTION,
+        PROBE_ANSWER,
+    )
     if found is None:
         raise UserError(
             f"{UNUSABLE}: its generation prompt ends with {question[-40:]!r}, "

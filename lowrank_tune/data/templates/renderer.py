@@ -5,7 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, Literal
 
-from lowrank_tune.data.formats import ChatMessages, InvalidRow
+from lowrank_tune.data.formats import (
+    ChatMessages,
+    InvalidRow,
+)
 from lowrank_tune.errors import UserError
 from lowrank_tune.types import Message
 
@@ -24,7 +27,11 @@ class TemplateRenderer:
     so that an empty one is added (`always`); or before the question (`folded`).
     """
 
-    def __init__(self, tokenizer: Any, chat_template: str) -> None:
+    def __init__(
+        self,
+        tokenizer: Any,
+        chat_template: str,
+    ) -> None:
         self._tokenizer = tokenizer
         self._chat_template = chat_template
         self.system_mode: SystemMode = "own"
@@ -72,7 +79,11 @@ class TemplateRenderer:
             # A template may raise anything. Rendered one by one, the fault is that of its own row.
             return [self.render(messages, add_generation_prompt) for messages in conversations]
 
-    def render(self, messages: ChatMessages, add_generation_prompt: bool = False) -> str | InvalidRow:
+    def render(
+        self,
+        messages: ChatMessages,
+        add_generation_prompt: bool = False,
+    ) -> str | InvalidRow:
         """Returns the text of one conversation, or why it cannot be rendered."""
         try:
             (text,) = self._apply_template([self._prepare(messages)], add_generation_prompt)
@@ -81,7 +92,11 @@ class TemplateRenderer:
             lines = str(error).splitlines() or [type(error).__name__]
             return InvalidRow(f"the base's chat template refuses it: {lines[0][:100]}")
 
-    def _apply_template(self, conversations: list[list[dict[str, str]]], add_generation_prompt: bool) -> list[str]:
+    def _apply_template(
+        self,
+        conversations: list[list[dict[str, str]]],
+        add_generation_prompt: bool,
+    ) -> list[str]:
         texts: list[str] = self._tokenizer.apply_chat_template(
             conversations,
             chat_template=self._chat_template,

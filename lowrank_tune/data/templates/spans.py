@@ -6,7 +6,11 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from lowrank_tune.data.formats import ChatMessages, InvalidRow, text_fault
+from lowrank_tune.data.formats import (
+    ChatMessages,
+    InvalidRow,
+    text_fault,
+)
 from lowrank_tune.data.templates.generation_prompt import (
     REWRITTEN,
     THOUGHT_CLOSED,
@@ -114,7 +118,11 @@ class SpanFinder:
             if isinstance(text, InvalidRow):
                 completions[index] = text
                 continue
-            with_thought = self._generation_prompt.completion_with_thought(prompt, text, thought)
+            with_thought = self._generation_prompt.completion_with_thought(
+                prompt,
+                text,
+                thought,
+            )
             if with_thought is not None:
                 completions[index] = with_thought
         return completions
@@ -122,7 +130,11 @@ class SpanFinder:
     def _completion(self, last: _Answer) -> str | OwnThought | InvalidRow:
         """Returns what is trained after the last prompt, or the thought without which the answer is rendered again."""
         generation_prompt = self._generation_prompt
-        completion = generation_prompt.completion(last.prompt, last.whole, last.content)
+        completion = generation_prompt.completion(
+            last.prompt,
+            last.whole,
+            last.content,
+        )
         if completion is not None:
             return completion
         thought = generation_prompt.own_thought(last.content)
@@ -131,7 +143,11 @@ class SpanFinder:
             return InvalidRow(reason)
         return thought
 
-    def _locate(self, answers: Sequence[_Answer], completion: str) -> Rendered | InvalidRow:
+    def _locate(
+        self,
+        answers: Sequence[_Answer],
+        completion: str,
+    ) -> Rendered | InvalidRow:
         """Finds the answers in the last prompt and its completion.
 
         A template may rewrite an earlier answer, for example without its thought. The text then does not contain its
@@ -141,7 +157,11 @@ class SpanFinder:
         text = last_answer.prompt + completion
         spans = []
         for answer in earlier:
-            answer_text = self._generation_prompt.completion(answer.prompt, answer.whole, answer.content)
+            answer_text = self._generation_prompt.completion(
+                answer.prompt,
+                answer.whole,
+                answer.content,
+            )
             if not answer_text:
                 continue
             span = self._span(answer.prompt, answer_text)
@@ -154,12 +174,20 @@ class SpanFinder:
             text = text[: last.end]
         return Rendered(text, (*spans, last))
 
-    def _span(self, prompt: str, completion: str) -> Span | None:
+    def _span(
+        self,
+        prompt: str,
+        completion: str,
+    ) -> Span | None:
         """Returns the span up to the end tokens after an answer; None if nothing is left to train."""
         closing = self._closing.search(completion)
         end = closing.end("close") if closing else len(completion.rstrip())
         if end:
-            return Span(len(prompt), len(prompt) + end, closing is not None)
+            return Span(
+                len(prompt),
+                len(prompt) + end,
+                closing is not None,
+            )
         return None
 
 
@@ -180,5 +208,11 @@ def _read_answers(messages: ChatMessages, texts: Iterator[str | InvalidRow]) -> 
         elif isinstance(whole, InvalidRow):
             fault = fault or whole
         else:
-            answers.append(_Answer(messages[index].content, prompt, whole))
+            answers.append(
+                _Answer(
+                    messages[index].content,
+                    prompt,
+                    whole,
+                )
+            )
     return fault or answers
