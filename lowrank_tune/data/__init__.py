@@ -5,10 +5,7 @@ A row passes `sources` (with `files` and `hub`), `formats` or `preference_pairs`
 each step, `collate` pads them. `prompts` reads rows whose answers are generated.
 """
 
-from lowrank_tune.data.collate import (
-    collate,
-    collate_units,
-)
+from lowrank_tune.data.collate import collate, collate_units
 from lowrank_tune.data.formats import (
     Conversation,
     InvalidRow,
@@ -21,10 +18,7 @@ from lowrank_tune.data.load import (
     load,
     load_heldout_prompts,
 )
-from lowrank_tune.data.preference_pairs import (
-    PreferencePair,
-    to_pair,
-)
+from lowrank_tune.data.preference_pairs import PreferencePair, to_pair
 from lowrank_tune.data.prompts import (
     PromptDataset,
     PromptExample,
@@ -34,15 +28,8 @@ from lowrank_tune.data.prompts import (
 )
 from lowrank_tune.data.report import Report, SourceReport
 from lowrank_tune.data.sampler import BatchSampler
-from lowrank_tune.data.sources import (
-    RowLocation,
-    SourceRows,
-    read_source,
-)
-from lowrank_tune.data.stats import (
-    TokenStats,
-    compute_token_stats,
-)
+from lowrank_tune.data.sources import RowLocation, SourceRows, read_source
+from lowrank_tune.data.stats import TokenStats, compute_token_stats
 from lowrank_tune.data.templates.chat_template import ChatTemplate
 from lowrank_tune.data.token_store import TokenizedDataset
 

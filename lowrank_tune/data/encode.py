@@ -24,10 +24,7 @@ from lowrank_tune.data.preference_pairs import (
 )
 from lowrank_tune.data.report import SourceReport
 from lowrank_tune.data.sources import Chunk, RowLocation
-from lowrank_tune.data.store_writer import (
-    Entry,
-    conversation_hash,
-)
+from lowrank_tune.data.store_writer import Entry, conversation_hash
 from lowrank_tune.data.templates.chat_template import ChatTemplate
 from lowrank_tune.data.templates.spans import NOTHING_TRAINED
 from lowrank_tune.errors import UserError
@@ -63,12 +60,7 @@ def encode_chunk(chunk: Chunk, context: SourceContext) -> Iterator[Entry | Inval
                 context,
             )
         elif isinstance(item, PreferencePair):
-            yield _pair_entry(
-                item,
-                next(encoded_pairs),
-                location,
-                context,
-            )
+            yield _pair_entry(item, next(encoded_pairs), location, context)
         else:
             yield item
 
@@ -77,12 +69,7 @@ def _read_row(raw: RawRowOrFault, context: SourceContext) -> Conversation | Pref
     system = context.data.system_prompt
     if context.report.format == "preference":
         return pair_of(raw, context.source, system)
-    return conversation_of(
-        raw,
-        context.source,
-        context.report.format,
-        system,
-    )
+    return conversation_of(raw, context.source, context.report.format, system)
 
 
 def conversation_of(
@@ -195,11 +182,7 @@ def _pair_entry(
     rows = encoded.rows
     context.report.longest = max(context.report.longest, encoded.max_length)
     if encoded.max_length > context.data.max_length:
-        rows = _truncate_pair(
-            pair,
-            encoded.prompt_length,
-            context,
-        )
+        rows = _truncate_pair(pair, encoded.prompt_length, context)
         if not isinstance(rows, InvalidRow):
             context.report.count_truncated(str(location))
     if isinstance(rows, InvalidRow):
@@ -226,14 +209,7 @@ def _encode_pairs(pairs: Sequence[PreferencePair], template: ChatTemplate) -> li
         elif isinstance(rejected, InvalidRow):
             encoded.append(_EncodedPair(rejected))
         else:
-            encoded.append(
-                _encode_completions(
-                    pair.prompt,
-                    chosen,
-                    rejected,
-                    template,
-                )
-            )
+            encoded.append(_encode_completions(pair.prompt, chosen, rejected, template))
     return encoded
 
 
@@ -247,14 +223,7 @@ def _encode_completions(
         prompt = template.prompt(messages)
     except UserError as error:
         return _EncodedPair(InvalidRow(str(error)))
-    return _EncodedPair(
-        _mask_prompt(
-            prompt,
-            chosen,
-            rejected,
-        ),
-        len(prompt),
-    )
+    return _EncodedPair(_mask_prompt(prompt, chosen, rejected), len(prompt))
 
 
 def _mask_prompt(

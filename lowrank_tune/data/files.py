@@ -21,10 +21,7 @@ from typing import IO, Any, Protocol, TypeVar, cast
 import numpy as np
 from numpy.typing import NDArray
 
-from lowrank_tune.data.formats import (
-    InvalidRow,
-    RawRowOrFault,
-)
+from lowrank_tune.data.formats import InvalidRow, RawRowOrFault
 from lowrank_tune.errors import UserError
 
 T = TypeVar("T")
@@ -87,19 +84,10 @@ def open_file(
         if start.startswith(b"PAR1"):
             return _Parquet(path, name)
         if suffix in (".csv", ".tsv"):
-            return _Table(
-                path,
-                name,
-                is_gz,
-                "\t" if suffix == ".tsv" else ",",
-            )
+            return _Table(path, name, is_gz, "\t" if suffix == ".tsv" else ",")
         first = start.removeprefix(BOM).lstrip()[:1]
         if first == b"[":
-            return (open_array or _open_array)(
-                path,
-                name,
-                is_gz,
-            )
+            return (open_array or _open_array)(path, name, is_gz)
         if first not in (b"", b"{") and suffix not in JSON_SUFFIXES:
             raise UserError(f"{name}: it is neither JSON lines, a JSON array, CSV (.csv, .tsv) nor Parquet")
         return _JsonLines(path, name, is_gz)
@@ -140,11 +128,7 @@ def _open_array(
     with open_binary(path, is_gz) as file:
         data = file.read()
     try:
-        return _JsonArray(
-            path,
-            name,
-            json.loads(data.decode("utf-8-sig")),
-        )
+        return _JsonArray(path, name, json.loads(data.decode("utf-8-sig")))
     except json.JSONDecodeError as error:
         if error.msg == "Extra data":
             return _JsonLines(path, name, is_gz)
@@ -158,7 +142,11 @@ def _open_array(
 class _File:
     name: str
 
-    def __init__(self, path: Path, name: str) -> None:
+    def __init__(
+        self,
+        path: Path,
+        name: str,
+    ) -> None:
         self.path = path
         self.name = name
 
@@ -259,11 +247,7 @@ class _Table(_File):
                 read_errors_as_user_errors(self.name, "cannot be read to its end"),
                 open_binary(self.path, self.is_gz) as file,
             ):
-                text = io.TextIOWrapper(
-                    file,
-                    "utf-8-sig",
-                    newline="",
-                )
+                text = io.TextIOWrapper(file, "utf-8-sig", newline="")
                 # The fields of a line that is too long are under the key "", those that are missing are None.
                 reader = csv.DictReader(
                     text,
@@ -291,7 +275,11 @@ class _Parquet(_File):
 
     BATCH_ROWS = 1024
 
-    def __init__(self, path: Path, name: str) -> None:
+    def __init__(
+        self,
+        path: Path,
+        name: str,
+    ) -> None:
         super().__init__(path, name)
         try:
             # Imported only here: other files are read without it (and without datasets, which installs it).

@@ -6,19 +6,11 @@ The sixth format, `preference`, is detected here and read in `preference_pairs.p
 from __future__ import annotations
 
 import math
-from collections.abc import (
-    Callable,
-    Iterable,
-    Mapping,
-    Sequence,
-)
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from lowrank_tune.data.ground_truth import (
-    box_answer,
-    extract_answer,
-)
+from lowrank_tune.data.ground_truth import box_answer, extract_answer
 from lowrank_tune.errors import UserError
 from lowrank_tune.types import Message, Row
 
@@ -267,27 +259,11 @@ def text_fault(messages: Iterable[Message]) -> str | None:
 
 
 def _read_messages(row: RawRow, columns: Columns) -> list[Message]:
-    return messages_of(
-        value_of(
-            row,
-            "messages",
-            "messages",
-            columns,
-        ),
-        "messages",
-    )
+    return messages_of(value_of(row, "messages", "messages", columns), "messages")
 
 
 def _read_sharegpt(row: RawRow, columns: Columns) -> list[Message]:
-    messages = messages_of(
-        value_of(
-            row,
-            "sharegpt",
-            "conversations",
-            columns,
-        ),
-        "conversations",
-    )
+    messages = messages_of(value_of(row, "sharegpt", "conversations", columns), "conversations")
     if not messages or messages[0].role != "system":
         return [*system_of(row, columns), *messages]
     return messages
@@ -301,39 +277,9 @@ def _read_alpaca(row: RawRow, columns: Columns) -> list[Message]:
     for question, answer in history:
         messages.append(Message("user", text_of(question, "question")))
         messages.append(Message("assistant", text_of(answer, "answer")))
-    instruction = text_of(
-        value_of(
-            row,
-            "alpaca",
-            "instruction",
-            columns,
-        ),
-        "question",
-    )
-    messages.append(
-        Message(
-            "user",
-            join_instruction_and_input(
-                instruction,
-                row,
-                columns,
-            ),
-        )
-    )
-    messages.append(
-        Message(
-            "assistant",
-            text_of(
-                value_of(
-                    row,
-                    "alpaca",
-                    "output",
-                    columns,
-                ),
-                "answer",
-            ),
-        )
-    )
+    instruction = text_of(value_of(row, "alpaca", "instruction", columns), "question")
+    messages.append(Message("user", join_instruction_and_input(instruction, row, columns)))
+    messages.append(Message("assistant", text_of(value_of(row, "alpaca", "output", columns), "answer")))
     return messages
 
 
@@ -355,12 +301,7 @@ def join_instruction_and_input(
 def _read_prompt_completion(row: RawRow, columns: Columns) -> list[Message]:
     messages: list[Message] = []
     for name, role, label in PROMPT_COMPLETION_PARTS:
-        value = value_of(
-            row,
-            "prompt_completion",
-            name,
-            columns,
-        )
+        value = value_of(row, "prompt_completion", name, columns)
         if is_list(value):
             messages += messages_of(value, name)
         else:
@@ -369,24 +310,8 @@ def _read_prompt_completion(row: RawRow, columns: Columns) -> list[Message]:
 
 
 def _read_question_answer(row: RawRow, columns: Columns) -> list[Message]:
-    question = text_of(
-        value_of(
-            row,
-            "question_answer",
-            "question",
-            columns,
-        ),
-        "question",
-    )
-    answer = text_of(
-        value_of(
-            row,
-            "question_answer",
-            "answer",
-            columns,
-        ),
-        "answer",
-    )
+    question = text_of(value_of(row, "question_answer", "question", columns), "question")
+    answer = text_of(value_of(row, "question_answer", "answer", columns), "answer")
     return [Message("user", question), Message("assistant", answer)]
 
 

@@ -12,28 +12,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lowrank_tune.config import DataConfig, SourceConfig
-from lowrank_tune.data.encode import (
-    conversation_of,
-    pair_of,
-)
-from lowrank_tune.data.formats import (
-    InvalidRow,
-    RawRowOrFault,
-)
+from lowrank_tune.data.encode import conversation_of, pair_of
+from lowrank_tune.data.formats import InvalidRow, RawRowOrFault
 from lowrank_tune.data.ground_truth import extract_answer
-from lowrank_tune.data.report import (
-    Report,
-    describe_mixture,
-)
-from lowrank_tune.data.sources import (
-    BUILTIN_DATASETS,
-    read_source,
-)
+from lowrank_tune.data.report import Report, describe_mixture
+from lowrank_tune.data.sources import BUILTIN_DATASETS, read_source
 from lowrank_tune.data.templates.chat_template import ChatTemplate
-from lowrank_tune.data.token_store import (
-    HashArray,
-    TokenizedDataset,
-)
+from lowrank_tune.data.token_store import HashArray, TokenizedDataset
 from lowrank_tune.data.tokenize import format_of, tokenize
 from lowrank_tune.errors import UserError
 from lowrank_tune.events import Emit, LogMessage
@@ -118,11 +103,7 @@ def _split(
     """Returns the units to train on and those held out for validation, by `split_mask`."""
     if not size:
         return full, None
-    is_validation = split_mask(
-        full.unit_hashes,
-        size,
-        seed,
-    )
+    is_validation = split_mask(full.unit_hashes, size, seed)
     train = full.select_units(np.flatnonzero(~is_validation))
     if not is_validation.any():
         return train, None
@@ -155,11 +136,7 @@ def _report(
         expected_tokens=data.expected_tokens,
         train_rows=train.units,
         duplicates=full.units - len(np.unique(full.unit_hashes)),
-        mixture=describe_mixture(
-            data.train,
-            rows_of_source.tolist(),
-            "row",
-        ),
+        mixture=describe_mixture(data.train, rows_of_source.tolist(), "row"),
     )
     if validation is None:
         return report
@@ -190,12 +167,7 @@ def load_heldout_prompts(
     prompts: list[Prompt] = []
     faults: list[str] = []
     for location, raw in rows:
-        prompt = to_heldout_prompt(
-            raw,
-            source,
-            format_name,
-            system,
-        )
+        prompt = to_heldout_prompt(raw, source, format_name, system)
         if isinstance(prompt, InvalidRow):
             faults.append(f"{location}: {prompt.reason}")
         else:

@@ -64,20 +64,8 @@ def to_pair(row: RawRow, columns: Columns) -> PreferencePair:
         raise InvalidRow("not an object with columns")
     prompt = _read_prompt(row, columns)
     system = system_of(row, columns)
-    chosen = _read_side(
-        row,
-        "chosen",
-        columns,
-        prompt,
-        system,
-    )
-    rejected = _read_side(
-        row,
-        "rejected",
-        columns,
-        prompt,
-        system,
-    )
+    chosen = _read_side(row, "chosen", columns, prompt, system)
+    rejected = _read_side(row, "rejected", columns, prompt, system)
     if chosen == rejected:
         raise InvalidRow(EQUAL_ANSWERS)
     if prompt is None:
@@ -112,11 +100,7 @@ def _read_prompt(row: RawRow, columns: Columns) -> _Prompt | None:
             messages.pop()
         return _Prompt(messages, is_transcript=True)
     if alias == "instruction":
-        text = join_instruction_and_input(
-            text,
-            row,
-            columns,
-        )
+        text = join_instruction_and_input(text, row, columns)
     return _Prompt([Message("user", text)])
 
 

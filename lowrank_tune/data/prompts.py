@@ -11,32 +11,15 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from lowrank_tune.config import (
-    DataConfig,
-    SourceConfig,
-    TrainingConfig,
-)
+from lowrank_tune.config import DataConfig, SourceConfig, TrainingConfig
 from lowrank_tune.data.encode import conversation_of
-from lowrank_tune.data.formats import (
-    InvalidRow,
-    RawRowOrFault,
-)
-from lowrank_tune.data.report import (
-    Report,
-    SourceReport,
-    describe_mixture,
-)
+from lowrank_tune.data.formats import InvalidRow, RawRowOrFault
+from lowrank_tune.data.report import Report, SourceReport, describe_mixture
 from lowrank_tune.data.sampler import BatchSampler
-from lowrank_tune.data.sources import (
-    RowLocation,
-    read_source,
-)
+from lowrank_tune.data.sources import RowLocation, read_source
 from lowrank_tune.data.store_writer import conversation_hash
 from lowrank_tune.data.templates.chat_template import ChatTemplate
-from lowrank_tune.data.tokenize import (
-    format_of,
-    warn_about_missing_rows,
-)
+from lowrank_tune.data.tokenize import format_of, warn_about_missing_rows
 from lowrank_tune.errors import UserError
 from lowrank_tune.events import Emit, LogMessage, Progress
 from lowrank_tune.types import Message
@@ -166,12 +149,7 @@ def load_prompts(
     Raises UserError if too few rows of a source have a prompt. Without `raise_on_invalid` these rows are only reported,
     however many.
     """
-    reader = _PromptReader(
-        data,
-        template,
-        needs_ground_truth,
-        unusable,
-    )
+    reader = _PromptReader(data, template, needs_ground_truth, unusable)
     source_of: list[int] = []
     reports: list[SourceReport] = []
     for number, source in enumerate(data.train):
@@ -186,11 +164,7 @@ def load_prompts(
         tuple(reports),
         train_rows=num_prompts,
         duplicates=num_prompts - len(reader.hashes),
-        mixture=describe_mixture(
-            data.train,
-            [report.used for report in reports],
-            "prompt",
-        ),
+        mixture=describe_mixture(data.train, [report.used for report in reports], "prompt"),
     )
     lengths = [len(example.input_ids) for example in reader.examples]
     return PromptDataset(
@@ -231,28 +205,14 @@ class _PromptReader:
         format_name = format_of(source, rows, pairs=False)
         label = f"reading the prompts of {rows.name}"
         emit(LogMessage(message=f"{rows.name}: {len(rows)} rows of the shape `{format_name}`"))
-        report = SourceReport(
-            rows.name,
-            format_name,
-            weight=source.weight,
-        )
+        report = SourceReport(rows.name, format_name, weight=source.weight)
         source_hashes: set[int] = set()
         for location, raw in chain.from_iterable(rows.refill_dropped(lambda: report.used)):
             if report.read % PROGRESS_EVERY == 0:
-                emit(
-                    Progress(
-                        description=label,
-                        done=report.read,
-                        total=len(rows),
-                    )
-                )
+                emit(Progress(description=label, done=report.read, total=len(rows)))
             report.read += 1
             try:
-                example, prompt_hash = self._read_row(
-                    raw,
-                    source,
-                    report,
-                )
+                example, prompt_hash = self._read_row(raw, source, report)
             except InvalidRow as fault:
                 report.count_dropped(fault.reason, str(location))
                 continue
@@ -264,13 +224,7 @@ class _PromptReader:
             self.examples.append(example)
             self.locations.append(location)
         self.hashes |= source_hashes
-        emit(
-            Progress(
-                description=label,
-                done=report.read,
-                total=len(rows),
-            )
-        )
+        emit(Progress(description=label, done=report.read, total=len(rows)))
         assert report.used + report.num_dropped == report.read
         return report
 

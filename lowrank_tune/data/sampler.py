@@ -77,16 +77,7 @@ class BatchSampler:
     def _epoch_of(self, step: int) -> int:
         if self._tokens is None:
             return step // self.steps_per_epoch
-        epoch = (
-            int(
-                np.searchsorted(
-                    self._first_steps,
-                    step,
-                    side="right",
-                )
-            )
-            - 1
-        )
+        epoch = int(np.searchsorted(self._first_steps, step, side="right")) - 1
         while self._first_step(epoch + 1) <= step:
             epoch += 1
         return epoch
@@ -169,16 +160,7 @@ class BatchSampler:
         before = int(ends[start - 1]) if start else 0
         end = start + self._max_rows
         if self._tokens is not None:
-            end = min(
-                end,
-                int(
-                    np.searchsorted(
-                        ends,
-                        before + self._tokens,
-                        side="right",
-                    )
-                ),
-            )
+            end = min(end, int(np.searchsorted(ends, before + self._tokens, side="right")))
         # A row longer than the budget makes a step of its own.
         return min(max(end, start + 1), len(ends))
 

@@ -218,19 +218,9 @@ class BuiltinRows:
         count = source.max_samples or BUILTIN_SIZES[source.split]
         self._rows: list[dict[str, str]]
         if self.name == "builtin:arithmetic-preferences":
-            self._rows = problems.preferences(
-                count,
-                seed,
-                source.split,
-            )
+            self._rows = problems.preferences(count, seed, source.split)
         else:
-            self._rows = list(
-                problems.rows(
-                    count,
-                    seed,
-                    heldout=source.split == "heldout",
-                )
-            )
+            self._rows = list(problems.rows(count, seed, heldout=source.split == "heldout"))
 
     def count_rows(self) -> int:
         return len(self._rows)

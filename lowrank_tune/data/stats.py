@@ -10,10 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from lowrank_tune.data.token_store import (
-    IntArray,
-    TokenizedDataset,
-)
+from lowrank_tune.data.token_store import IntArray, TokenizedDataset
 
 SLICE = 8192
 """Rows that are counted at a time: a store may be larger than memory."""
@@ -76,11 +73,7 @@ def _count(
     trained_after[row_end - 1] = False
     answer_start = np.flatnonzero(mask & ~trained_before)
     answer_last = np.flatnonzero(mask & ~trained_after)
-    row_of_answer = np.searchsorted(
-        row_end,
-        answer_start,
-        side="right",
-    )
+    row_of_answer = np.searchsorted(row_end, answer_start, side="right")
 
     is_end = mask & np.isin(input_ids, list(end_ids))
     token_ids, counts = np.unique(input_ids[is_end], return_counts=True)
@@ -138,11 +131,7 @@ def pair_balance(train: TokenizedDataset, stats: TokenStats) -> PairBalance:
         chosen=int(chosen.sum()) / max(1, pairs),
         rejected=int(rejected.sum()) / max(1, pairs),
         margins=int(np.count_nonzero(train.margins[::2])),
-        warning=_length_bias_warning(
-            pairs,
-            longer,
-            shorter,
-        ),
+        warning=_length_bias_warning(pairs, longer, shorter),
     )
 
 

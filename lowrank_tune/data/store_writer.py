@@ -19,11 +19,7 @@ from typing import IO, Any, BinaryIO, Self
 import numpy as np
 
 from lowrank_tune.data.report import SourceReport
-from lowrank_tune.data.token_store import (
-    ARRAYS,
-    TokenizedDataset,
-    checksum,
-)
+from lowrank_tune.data.token_store import ARRAYS, TokenizedDataset, checksum
 from lowrank_tune.errors import TrainingError
 from lowrank_tune.types import Message, Row
 
@@ -59,7 +55,11 @@ def _hash(data: bytes) -> int:
 class ArrayFile:
     """A `.npy` file that grows. numpy reserves space in the header for the length."""
 
-    def __init__(self, path: Path, dtype: str) -> None:
+    def __init__(
+        self,
+        path: Path,
+        dtype: str,
+    ) -> None:
         self.file: BinaryIO = path.open("wb")
         self.dtype = np.dtype(dtype)
         self.count = 0
@@ -103,13 +103,7 @@ class StoreWriter:
         parent = self.folder.parent
         try:
             parent.mkdir(parents=True, exist_ok=True)
-            self._temporary = Path(
-                tempfile.mkdtemp(
-                    prefix=f"{self.folder.name}.",
-                    suffix=".tmp",
-                    dir=parent,
-                )
-            )
+            self._temporary = Path(tempfile.mkdtemp(prefix=f"{self.folder.name}.", suffix=".tmp", dir=parent))
             self._open_arrays()
         except OSError as error:
             if hasattr(self, "_temporary"):
@@ -166,20 +160,8 @@ class StoreWriter:
         num_tokens = int(lengths.sum())
         input_ids = chain.from_iterable(row.input_ids for row in rows)
         completion_mask = chain.from_iterable(row.completion_mask for row in rows)
-        self._arrays["input_ids"].append(
-            np.fromiter(
-                input_ids,
-                np.int32,
-                num_tokens,
-            )
-        )
-        self._arrays["completion_mask"].append(
-            np.fromiter(
-                completion_mask,
-                np.bool_,
-                num_tokens,
-            )
-        )
+        self._arrays["input_ids"].append(np.fromiter(input_ids, np.int32, num_tokens))
+        self._arrays["completion_mask"].append(np.fromiter(completion_mask, np.bool_, num_tokens))
         self._arrays["starts"].append(self._num_tokens + np.cumsum(lengths))
         self._num_tokens += num_tokens
 

@@ -214,11 +214,7 @@ class TokenizedDataset:
 def _load_array(path: Path) -> AnyArray:
     """Maps an array. One without entries cannot be mapped, because its file ends with the header, and is read."""
     mode: Any = "r" if _has_entries(path) else None
-    array = np.load(
-        path,
-        mmap_mode=mode,
-        allow_pickle=False,
-    )
+    array = np.load(path, mmap_mode=mode, allow_pickle=False)
     return cast(AnyArray, array)
 
 

@@ -15,14 +15,8 @@ from typing import Protocol
 import numpy as np
 
 from lowrank_tune.config import DataConfig, SourceConfig
-from lowrank_tune.data.encode import (
-    SourceContext,
-    encode_chunk,
-)
-from lowrank_tune.data.formats import (
-    InvalidRow,
-    detect_format,
-)
+from lowrank_tune.data.encode import SourceContext, encode_chunk
+from lowrank_tune.data.formats import InvalidRow, detect_format
 from lowrank_tune.data.report import SourceReport
 from lowrank_tune.data.sources import (
     HEAD_ROWS,
@@ -31,10 +25,7 @@ from lowrank_tune.data.sources import (
     SourceRows,
     read_source,
 )
-from lowrank_tune.data.store_writer import (
-    Entry,
-    StoreWriter,
-)
+from lowrank_tune.data.store_writer import Entry, StoreWriter
 from lowrank_tune.data.templates.chat_template import ChatTemplate
 from lowrank_tune.data.token_store import TokenizedDataset
 from lowrank_tune.errors import UserError
@@ -87,15 +78,7 @@ def tokenize(
                     format_name,
                     weight=source.weight,
                 )
-                tokenizer.add(
-                    rows,
-                    SourceContext(
-                        source,
-                        data,
-                        template,
-                        report,
-                    ),
-                )
+                tokenizer.add(rows, SourceContext(source, data, template, report))
             store = writer.finish(list(tokenizer.files), tokenizer.reports)
     for source, report in zip(sources, store.reports, strict=True):
         if raise_on_invalid:
@@ -135,11 +118,7 @@ def format_of(
     """
     format_name: str = source.format
     if format_name == "auto":
-        format_name = _detect_format(
-            source,
-            rows,
-            bool(pairs),
-        )
+        format_name = _detect_format(source, rows, bool(pairs))
     if pairs is False and format_name == "preference":
         raise UserError(
             f"{rows.name}: these rows are preference pairs; `algorithm: reward` and `algorithm: dpo` learn from them"
@@ -163,11 +142,7 @@ def _detect_format(
         if isinstance(row, InvalidRow):
             continue
         try:
-            return detect_format(
-                row,
-                source.columns,
-                pairs,
-            )
+            return detect_format(row, source.columns, pairs)
         except UserError as error:
             # One row may lack a column. If no row has a known format, the first error is raised.
             first_error = first_error or error
@@ -221,22 +196,10 @@ class _SourceTokenizer:
         label = f"tokenizing {rows.name}"
         # An array: the hashes of millions of rows as a list would take several times the space.
         row_hashes = array("Q")
-        self._emit(
-            Progress(
-                description=label,
-                done=0,
-                total=len(rows),
-            )
-        )
+        self._emit(Progress(description=label, done=0, total=len(rows)))
         for chunk, total in chunks(rows, report):
             row_hashes.extend(self._add_chunk(chunk, context))
-            self._emit(
-                Progress(
-                    description=label,
-                    done=report.read,
-                    total=total,
-                )
-            )
+            self._emit(Progress(description=label, done=report.read, total=total))
         assert report.used + report.num_dropped == report.read
         if row_hashes:
             report.duplicates = len(row_hashes) - len(np.unique(np.frombuffer(row_hashes, dtype=np.uint64)))
@@ -262,11 +225,7 @@ class _SourceTokenizer:
             file_number = self.files.setdefault(location.file, len(self.files))
             locations.append((file_number, location.line))
         if used:
-            self._writer.add(
-                used,
-                len(self.reports),
-                locations,
-            )
+            self._writer.add(used, len(self.reports), locations)
         return [entry.row_hash for entry in used]
 
 

@@ -14,15 +14,7 @@ from lowrank_tune.config import RecipeConfig
 from lowrank_tune.data import ChatTemplate, load, load_heldout_prompts
 from lowrank_tune.data.prompts import load_prompts
 from lowrank_tune.data_report.prompts import report_prompts
-from lowrank_tune.data_report.report import (
-    DataIssue,
-    DataReport,
-    EosStats,
-    Epoch,
-    Example,
-    Lengths,
-    MixturePart,
-)
+from lowrank_tune.data_report.report import DataIssue, DataReport, EosStats, Epoch, Example, Lengths, MixturePart
 from lowrank_tune.data_report.rows import report_rows
 from lowrank_tune.events import Emit
 from lowrank_tune.model.base import load_tokenizer

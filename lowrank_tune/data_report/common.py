@@ -170,15 +170,7 @@ def dropped_rows(sources: Sequence[SourceReport], always: Sequence[str]) -> list
         if not any(known.startswith(kind) for known in by_kind):
             by_kind[kind] = DroppedRows()
     most_first = sorted(by_kind.items(), key=lambda item: -item[1].count)
-    return [
-        DataIssue(
-            kind,
-            total.count,
-            "dropped",
-            first_few(total.locations),
-        )
-        for kind, total in most_first
-    ]
+    return [DataIssue(kind, total.count, "dropped", first_few(total.locations)) for kind, total in most_first]
 
 
 def first_few(locations: Iterable[str]) -> tuple[str, ...]:

@@ -63,11 +63,7 @@ def _mixture(recipe: RecipeConfig, dataset: PromptDataset) -> tuple[tuple[Mixtur
     return mixture_of(recipe, dataset.report.train, units, sampler)
 
 
-def _issues(
-    dataset: PromptDataset,
-    template: ChatTemplate,
-    heldout: Sequence[Prompt],
-) -> list[DataIssue]:
+def _issues(dataset: PromptDataset, template: ChatTemplate, heldout: Sequence[Prompt]) -> list[DataIssue]:
     """Returns every kind of issue, even if no prompt has it."""
     unanswered: list[int] = []
     repeated: list[int] = []
@@ -86,24 +82,14 @@ def _issues(
     issues = dropped_rows(dataset.report.train, ("too long",))
     issues.append(_issue(dataset, "without a gold answer", unanswered, "kept"))
     issues.append(
-        _issue(
-            dataset,
-            "repeating an earlier prompt",
-            repeated,
-            "kept; drawn for as often as it stands there",
-        )
+        _issue(dataset, "repeating an earlier prompt", repeated, "kept; drawn for as often as it stands there")
     )
     if heldout:
         issues.append(_issue(dataset, LEAKAGE, leaked, LEAKAGE_NOTE))
     return issues
 
 
-def _issue(
-    dataset: PromptDataset,
-    description: str,
-    indices: Sequence[int],
-    done: str,
-) -> DataIssue:
+def _issue(dataset: PromptDataset, description: str, indices: Sequence[int], done: str) -> DataIssue:
     locations = first_few(str(dataset.locations[index]) for index in indices)
     return DataIssue(description, len(indices), done, locations)
 
@@ -116,13 +102,5 @@ def _examples(dataset: PromptDataset, template: ChatTemplate) -> list[Example]:
         text = template.decode(list(prompt.input_ids), special_tokens=True)
         segment = (False, truncate_middle(text, SHOWN_CHARACTERS))
         location = str(dataset.locations[index])
-        examples.append(
-            Example(
-                location,
-                len(prompt.input_ids),
-                0,
-                (segment,),
-                prompt.ground_truth,
-            )
-        )
+        examples.append(Example(location, len(prompt.input_ids), 0, (segment,), prompt.ground_truth))
     return examples

@@ -36,14 +36,7 @@ from lowrank_tune.data_report.common import (
     truncate_middle,
     weighted_by,
 )
-from lowrank_tune.data_report.report import (
-    DataIssue,
-    DataReport,
-    EosStats,
-    Epoch,
-    Example,
-    MixturePart,
-)
+from lowrank_tune.data_report.report import DataIssue, DataReport, EosStats, Epoch, Example, MixturePart
 
 MIN_SHOWN_CHARACTERS = 200
 """Characters that are shown of a segment at least, after others used up `SHOWN_CHARACTERS`."""
@@ -93,13 +86,7 @@ def _mixture(
     weights = [source.weight for source in recipe.data.train]
     sampler = None
     if can_be_drawn(units, weights):
-        sampler = BatchSampler(
-            train.unit_lengths,
-            train.unit_source_of,
-            weights,
-            recipe.train,
-            recipe.seed,
-        )
+        sampler = BatchSampler(train.unit_lengths, train.unit_source_of, weights, recipe.train, recipe.seed)
     return mixture_of(recipe, data.report.train, units, sampler)
 
 
@@ -129,14 +116,7 @@ def _issues(
     unended_locations = _locations(data.train, unended)
     issues = dropped_rows(sources, kinds)
     issues.append(DataIssue(truncated, num_truncated, "kept, shortened", truncated_locations))
-    issues.append(
-        DataIssue(
-            "without an end token behind an answer",
-            len(unended),
-            "kept",
-            unended_locations,
-        )
-    )
+    issues.append(DataIssue("without an end token behind an answer", len(unended), "kept", unended_locations))
     issues.append(_duplicates(data))
     if has_pairs:
         issues.append(_contradictory_pairs(data))
@@ -196,12 +176,7 @@ def _split_overlap(data: TokenizedSplits) -> DataIssue:
     if data.validation is not None and data.report.shared:
         is_shared = np.isin(data.validation.unit_hashes, data.train.unit_hashes)
         locations = _locations(data.validation, np.flatnonzero(is_shared))
-    return DataIssue(
-        "in both splits",
-        data.report.shared,
-        "kept in both; the validation loss flatters",
-        locations,
-    )
+    return DataIssue("in both splits", data.report.shared, "kept in both; the validation loss flatters", locations)
 
 
 def _heldout_leakage(
@@ -240,22 +215,11 @@ def _examples(rows: TokenizedDataset, template: ChatTemplate) -> list[Example]:
         for row, note in enumerate(notes, start=unit * rows.rows_per_unit):
             location = rows.row_location(row) + note
             segments = _segments(rows, row, template)
-            examples.append(
-                Example(
-                    location,
-                    int(rows.lengths[row]),
-                    rows.num_trained_tokens(row),
-                    segments,
-                )
-            )
+            examples.append(Example(location, int(rows.lengths[row]), rows.num_trained_tokens(row), segments))
     return examples
 
 
-def _segments(
-    rows: TokenizedDataset,
-    index: int,
-    template: ChatTemplate,
-) -> tuple[tuple[bool, str], ...]:
+def _segments(rows: TokenizedDataset, index: int, template: ChatTemplate) -> tuple[tuple[bool, str], ...]:
     """Returns the text of a row in stretches that are trained as a whole or not at all."""
     row = rows[index]
     mask = np.asarray(row.completion_mask, dtype=np.int8)

@@ -10,12 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from lowrank_tune.config import (
-    BaseConfig,
-    Chain,
-    RecipeConfig,
-    locate,
-)
+from lowrank_tune.config import BaseConfig, Chain, RecipeConfig, locate
 from lowrank_tune.config.raw_settings import Finding
 from lowrank_tune.errors import ConfigError, UserError
 from lowrank_tune.events import Emit, LogMessage
@@ -31,10 +26,7 @@ from lowrank_tune.preflight.data import DataCheck
 from lowrank_tune.preflight.disk import disk_findings
 from lowrank_tune.preflight.findings import findings_of
 from lowrank_tune.preflight.rewards import reward_findings
-from lowrank_tune.preflight.stages import (
-    PlannedStage,
-    stages_of,
-)
+from lowrank_tune.preflight.stages import PlannedStage, stages_of
 from lowrank_tune.training import trackers
 
 __all__ = ["check_before_loading"]
@@ -71,21 +63,12 @@ def check_before_loading(
         found += base_findings
     sound = _sound_stages(stages, model, findings)
     if sound and model is not None:
-        for name, found in disk_findings(
-            sound,
-            folder,
-            model,
-        ).items():
+        for name, found in disk_findings(sound, folder, model).items():
             findings[name] += found
     changes: Mapping[str, Mapping[str, Any]] = {}
     if vram_gib is not None and not base_findings:
         skipped = findings.keys() - _with_known_adapters(sound, emit)
-        fit = check_fit(
-            loaded,
-            vram_gib,
-            emit,
-            skip=skipped,
-        )
+        fit = check_fit(loaded, vram_gib, emit, skip=skipped)
         changes = fit.changes
         for name, message in fit.faults.items():
             findings[name].append((("train",), message))

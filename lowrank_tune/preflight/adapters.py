@@ -6,18 +6,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from lowrank_tune.assembly import check_adapter_lineage
-from lowrank_tune.assembly.reward_model import (
-    REWARD_ROLE,
-    reward_model_base,
-)
+from lowrank_tune.assembly.reward_model import REWARD_ROLE, reward_model_base
 from lowrank_tune.assembly.stacks import frozen_adapters
 from lowrank_tune.config.raw_settings import Finding
 from lowrank_tune.errors import UserError
 from lowrank_tune.events import Event
-from lowrank_tune.model.adapters import (
-    SavedAdapter,
-    read_adapter,
-)
+from lowrank_tune.model.adapters import SavedAdapter, read_adapter
 from lowrank_tune.preflight.findings import findings_of
 from lowrank_tune.preflight.stages import PlannedStage
 

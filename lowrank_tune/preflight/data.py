@@ -2,12 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import (
-    Callable,
-    Collection,
-    Iterator,
-    Sequence,
-)
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 
 from lowrank_tune.assembly import ONLINE_ALGORITHMS
@@ -21,21 +16,12 @@ from lowrank_tune.data import (
     RowLocation,
     SourceReport,
 )
-from lowrank_tune.data.encode import (
-    conversation_of,
-    pair_of,
-)
+from lowrank_tune.data.encode import conversation_of, pair_of
 from lowrank_tune.data.formats import RawRow
 from lowrank_tune.data.head import read_head
-from lowrank_tune.data.hub import (
-    HubUnreachable,
-    hub_columns,
-)
+from lowrank_tune.data.hub import HubUnreachable, hub_columns
 from lowrank_tune.data.load import to_heldout_prompt
-from lowrank_tune.data.prompts import (
-    MISSING_ANSWER,
-    RowFault,
-)
+from lowrank_tune.data.prompts import MISSING_ANSWER, RowFault
 from lowrank_tune.data.sources import (
     BUILTIN_DATASETS,
     HEAD_ROWS,
@@ -85,11 +71,7 @@ class DataCheck:
                         is_strict=False,
                     )
                 else:
-                    check = _row_check(
-                        source,
-                        recipe,
-                        row_fault,
-                    )
+                    check = _row_check(source, recipe, row_fault)
                     # One row that cannot be used ends such a run.
                     is_strict = source.max_samples is None and not recipe.data.max_invalid_fraction
                     self._check_source(
@@ -118,11 +100,7 @@ class DataCheck:
         self._check_rows(
             source,
             head,
-            format_of(
-                source,
-                head,
-                pairs,
-            ),
+            format_of(source, head, pairs),
             check,
             is_strict,
         )
@@ -156,15 +134,7 @@ class DataCheck:
         is_whole = report.read < HEAD_ROWS
         rows = f"its {report.read:,} rows" if is_whole else f"its first {report.read:,} rows"
         message = f"{head.name}: none of {rows} can be used: {report.reasons()}{_cure(report, sorted(columns))}"
-        if (
-            is_whole
-            or is_strict
-            or _lacks_column(
-                source,
-                report,
-                columns,
-            )
-        ):
+        if is_whole or is_strict or _lacks_column(source, report, columns):
             raise UserError(message)
         later = "the rows after them are checked when the run loads its data"
         self.emit(LogMessage(message=f"{message}; {later}", level="warning"))
@@ -178,11 +148,7 @@ class DataCheck:
         columns = self._hub_columns(source)
         if columns is None:
             return
-        format_of(
-            source,
-            ColumnNames(source.dataset, columns),
-            pairs,
-        )
+        format_of(source, ColumnNames(source.dataset, columns), pairs)
         absent = [name for name in source.columns.values() if name not in columns]
         if absent:
             raise UserError(f"{source.dataset}: has no column `{absent[0]}`; it has {_listed(columns)}")
@@ -245,12 +211,7 @@ def _row_check(
         if recipe.uses_pairs:
             result: object = pair_of(row, source, system)
         else:
-            result = conversation_of(
-                row,
-                source,
-                format_name,
-                system,
-            )
+            result = conversation_of(row, source, format_name, system)
         return result.reason if isinstance(result, InvalidRow) else None
 
     def check_prompt(row: RawRow, format_name: str) -> str | None:
@@ -266,14 +227,7 @@ def _row_check(
         if recipe.needs_ground_truth and conversation.ground_truth is None:
             return MISSING_ANSWER
         last = next(message for message in reversed(conversation.messages) if message.role != "assistant")
-        return row_fault(
-            PromptExample(
-                (),
-                last.content,
-                conversation.ground_truth,
-                row,
-            )
-        )
+        return row_fault(PromptExample((), last.content, conversation.ground_truth, row))
 
     return check_prompt if recipe.algorithm in ONLINE_ALGORITHMS else check_row
 

@@ -18,10 +18,7 @@ from peft import LoraConfig
 from torch import nn
 
 from lowrank_tune.assembly.reward_model import REWARD_ROLE
-from lowrank_tune.assembly.stacks import (
-    ROLES_WITH_HEAD,
-    frozen_adapters,
-)
+from lowrank_tune.assembly.stacks import ROLES_WITH_HEAD, frozen_adapters
 from lowrank_tune.checkpoint import as_user_error
 from lowrank_tune.config.raw_settings import Finding
 from lowrank_tune.errors import UserError
@@ -129,11 +126,7 @@ def _value_parameters(stage: PlannedStage, model: Any) -> int:
         return _parameters_of(stage, REWARD_ROLE, model)
     if "value" in recipe.adapters:
         return _parameters_of(stage, "value", model)
-    return _parameters_of(
-        stage,
-        "policy",
-        model,
-    ) + _head_parameters(model)
+    return _parameters_of(stage, "policy", model) + _head_parameters(model)
 
 
 def _parameters_of(

@@ -8,11 +8,7 @@ from pathlib import Path
 from lowrank_tune.config.raw_settings import Finding
 from lowrank_tune.errors import ConfigError, UserError
 from lowrank_tune.preflight.stages import PlannedStage
-from lowrank_tune.rewards import (
-    Reward,
-    WorkerPool,
-    build_rewards,
-)
+from lowrank_tune.rewards import Reward, WorkerPool, build_rewards
 from lowrank_tune.rewards.base import WorkerReward
 from lowrank_tune.rewards.user_function import UserFunctionReward
 

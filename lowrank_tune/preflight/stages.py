@@ -6,11 +6,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from lowrank_tune.config import (
-    AdapterConfig,
-    Chain,
-    RecipeConfig,
-)
+from lowrank_tune.config import AdapterConfig, Chain, RecipeConfig
 from lowrank_tune.config.adapter_stack import frozen_adapters_of
 from lowrank_tune.config.chain import stage_folder
 from lowrank_tune.model.adapters import SavedAdapter
@@ -63,14 +59,7 @@ def stages_of(
 ) -> list[PlannedStage]:
     """Returns the stages of a recipe that is run in a folder where the stages `finished` have ended."""
     if not isinstance(loaded, Chain):
-        return [
-            PlannedStage(
-                loaded,
-                loaded,
-                folder,
-                is_finished=False,
-            )
-        ]
+        return [PlannedStage(loaded, loaded, folder, is_finished=False)]
     data = [recipe.to_dict() for recipe in loaded.stages]
     folders: dict[str, Path] = {}
     for number, recipe in enumerate(loaded.stages, start=1):

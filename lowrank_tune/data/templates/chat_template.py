@@ -9,10 +9,7 @@ from collections.abc import Sequence
 from datetime import date
 from typing import Any
 
-from lowrank_tune.data.formats import (
-    InvalidRow,
-    RowOrFault,
-)
+from lowrank_tune.data.formats import InvalidRow, RowOrFault
 from lowrank_tune.data.templates.backend import (
     TokenizerBackend,
     default_chat_template,

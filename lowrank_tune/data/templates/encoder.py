@@ -6,20 +6,14 @@ from collections.abc import Sequence
 
 from tokenizers import Encoding
 
-from lowrank_tune.data.formats import (
-    InvalidRow,
-    RowOrFault,
-)
+from lowrank_tune.data.formats import InvalidRow, RowOrFault
 from lowrank_tune.data.templates.backend import (
     CONTROL_FOUND,
     TokenizerBackend,
     token_start,
 )
 from lowrank_tune.data.templates.placeholders import Placeholders
-from lowrank_tune.data.templates.spans import (
-    Rendered,
-    Span,
-)
+from lowrank_tune.data.templates.spans import Rendered, Span
 from lowrank_tune.types import Row
 
 MAX_CACHED_TAIL = 64
@@ -129,11 +123,7 @@ class SpanEncoder:
     ) -> tuple[list[int], list[Stretch]] | None:
         """Returns the ids of the whole text; None if they do not begin with the ids of the last prompt."""
         *earlier, last = rendered.spans
-        stretch = self._stretch(
-            rendered.text,
-            encoding,
-            last,
-        )
+        stretch = self._stretch(rendered.text, encoding, last)
         if stretch is None:
             return None
         return encoding.ids, [
@@ -151,14 +141,7 @@ class SpanEncoder:
         prompt = rendered.prompt_text
         (encoding,) = self._backend.encode_with_special_tokens([prompt])
         ids, stretch = self._append_answer(encoding.ids, rendered)
-        return ids, [
-            *self._stretches(
-                prompt,
-                encoding,
-                earlier,
-            ),
-            stretch,
-        ]
+        return ids, [*self._stretches(prompt, encoding, earlier), stretch]
 
     def _encode_with_placeholders(self, rendered: Rendered) -> tuple[list[int], list[Stretch]]:
         """Returns the same for a text with placeholders, in the prompt or in the answer."""
@@ -192,14 +175,7 @@ class SpanEncoder:
         spans: Sequence[Span],
     ) -> list[Stretch]:
         """Returns the stretches of the answers that follow the ids of their own prompts."""
-        stretches = [
-            self._stretch(
-                text,
-                encoding,
-                span,
-            )
-            for span in spans
-        ]
+        stretches = [self._stretch(text, encoding, span) for span in spans]
         return [stretch for stretch in stretches if stretch is not None]
 
     def _stretch(
@@ -209,11 +185,7 @@ class SpanEncoder:
         span: Span,
     ) -> Stretch | None:
         """Returns the tokens of an answer if the ids before it are those of its prompt; else None."""
-        start = _token_at(
-            encoding,
-            span.start,
-            len(text),
-        )
+        start = _token_at(encoding, span.start, len(text))
         end = encoding.char_to_token(span.end - 1)
         if start is None or end is None:
             return None
@@ -222,11 +194,7 @@ class SpanEncoder:
             return None
         # The last character may take several tokens. An answer without an end token may share its last token with the
         # next message, and that token is then not trained.
-        while _ends_within(
-            encoding,
-            end,
-            span.end,
-        ):
+        while _ends_within(encoding, end, span.end):
             end += 1
         return (start, end) if end > start else None
 

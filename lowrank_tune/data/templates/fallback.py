@@ -18,10 +18,7 @@ from lowrank_tune.data.formats import (
     RowOrFault,
     text_fault,
 )
-from lowrank_tune.data.templates.backend import (
-    CONTROL_FOUND,
-    TokenizerBackend,
-)
+from lowrank_tune.data.templates.backend import CONTROL_FOUND, TokenizerBackend
 from lowrank_tune.errors import UserError
 from lowrank_tune.toy import text as toy_text
 from lowrank_tune.types import Row

@@ -92,14 +92,7 @@ class GenerationPrompt:
         match = _OPENED.search(prompt)
         if match is not None:
             opened = cls(OpenedThought(match["name"], match["space"]))
-            if (
-                opened.completion(
-                    prompt,
-                    whole,
-                    answer,
-                )
-                is not None
-            ):
+            if opened.completion(prompt, whole, answer) is not None:
                 return opened
             return None
         if whole.startswith(prompt):
@@ -108,11 +101,7 @@ class GenerationPrompt:
         begins_with, found, _ = whole[common:].partition(answer)
         ends_with = prompt[common:]
         if found and question not in ends_with + begins_with:
-            return cls(
-                None,
-                ends_with,
-                begins_with,
-            )
+            return cls(None, ends_with, begins_with)
         return None
 
     def own_thought(self, content: str) -> OwnThought | None:
@@ -129,15 +118,7 @@ class GenerationPrompt:
                 answer,
             )
         # If the prompt opens the thought, the text of a model has no opening tag.
-        return (
-            OwnThought(
-                "",
-                head,
-                answer,
-            )
-            if self.opened
-            else None
-        )
+        return OwnThought("", head, answer) if self.opened else None
 
     def completion(
         self,

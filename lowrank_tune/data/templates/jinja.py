@@ -32,10 +32,7 @@ from lowrank_tune.data.templates.renderer import (
     PROBE_QUESTION,
     TemplateRenderer,
 )
-from lowrank_tune.data.templates.spans import (
-    Rendered,
-    SpanFinder,
-)
+from lowrank_tune.data.templates.spans import Rendered, SpanFinder
 from lowrank_tune.errors import UserError
 from lowrank_tune.types import Message, Row
 

@@ -5,10 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, Literal
 
-from lowrank_tune.data.formats import (
-    ChatMessages,
-    InvalidRow,
-)
+from lowrank_tune.data.formats import ChatMessages, InvalidRow
 from lowrank_tune.errors import UserError
 from lowrank_tune.types import Message
 

@@ -6,11 +6,7 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from lowrank_tune.data.formats import (
-    ChatMessages,
-    InvalidRow,
-    text_fault,
-)
+from lowrank_tune.data.formats import ChatMessages, InvalidRow, text_fault
 from lowrank_tune.data.templates.generation_prompt import (
     REWRITTEN,
     THOUGHT_CLOSED,
@@ -183,11 +179,7 @@ class SpanFinder:
         closing = self._closing.search(completion)
         end = closing.end("close") if closing else len(completion.rstrip())
         if end:
-            return Span(
-                len(prompt),
-                len(prompt) + end,
-                closing is not None,
-            )
+            return Span(len(prompt), len(prompt) + end, closing is not None)
         return None
 
 
@@ -208,11 +200,5 @@ def _read_answers(messages: ChatMessages, texts: Iterator[str | InvalidRow]) -> 
         elif isinstance(whole, InvalidRow):
             fault = fault or whole
         else:
-            answers.append(
-                _Answer(
-                    messages[index].content,
-                    prompt,
-                    whole,
-                )
-            )
+            answers.append(_Answer(messages[index].content, prompt, whole))
     return fault or answers
