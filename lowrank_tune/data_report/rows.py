@@ -36,7 +36,14 @@ from lowrank_tune.data_report.common import (
     truncate_middle,
     weighted_by,
 )
-from lowrank_tune.data_report.report import DataIssue, DataReport, EosStats, Epoch, Example, MixturePart
+from lowrank_tune.data_report.report import (
+    DataIssue,
+    DataReport,
+    EosStats,
+    Epoch,
+    Example,
+    MixturePart,
+)
 
 MIN_SHOWN_CHARACTERS = 200
 """Characters that are shown of a segment at least, after others used up `SHOWN_CHARACTERS`."""
@@ -86,7 +93,13 @@ def _mixture(
     weights = [source.weight for source in recipe.data.train]
     sampler = None
     if can_be_drawn(units, weights):
-        sampler = BatchSampler(train.unit_lengths, train.unit_source_of, weights, recipe.train, recipe.seed)
+        sampler = BatchSampler(
+            train.unit_lengths,
+            train.unit_source_of,
+            weights,
+            recipe.train,
+            recipe.seed,
+        )
     return mixture_of(recipe, data.report.train, units, sampler)
 
 
@@ -148,7 +161,12 @@ def _duplicates(data: TokenizedSplits) -> DataIssue:
         repeats = order[1:][ordered[1:] == ordered[:-1]]
         locations += _locations(rows, np.sort(repeats))
     description = f"repeating an earlier {data.report.unit}"
-    return DataIssue(description, data.report.duplicates, "kept", first_few(locations))
+    return DataIssue(
+        description,
+        data.report.duplicates,
+        "kept",
+        first_few(locations),
+    )
 
 
 def _train_splits(data: TokenizedSplits) -> list[TokenizedDataset]:
@@ -168,7 +186,12 @@ def _contradictory_pairs(data: TokenizedSplits) -> DataIssue:
         count += len(units)
         locations += _locations(rows, units)
     description = "contradicting: the same answers also occur the other way round"
-    return DataIssue(description, count, "kept; together they teach nothing", first_few(locations))
+    return DataIssue(
+        description,
+        count,
+        "kept; together they teach nothing",
+        first_few(locations),
+    )
 
 
 def _split_overlap(data: TokenizedSplits) -> DataIssue:
@@ -176,7 +199,12 @@ def _split_overlap(data: TokenizedSplits) -> DataIssue:
     if data.validation is not None and data.report.shared:
         is_shared = np.isin(data.validation.unit_hashes, data.train.unit_hashes)
         locations = _locations(data.validation, np.flatnonzero(is_shared))
-    return DataIssue("in both splits", data.report.shared, "kept in both; the validation loss flatters", locations)
+    return DataIssue(
+        "in both splits",
+        data.report.shared,
+        "kept in both; the validation loss flatters",
+        locations,
+    )
 
 
 def _heldout_leakage(
@@ -196,15 +224,29 @@ def _heldout_leakage(
         if tuple(map(int, ids)) in prompt_ids:
             matching.append(row)
     leaked = _units(np.array(matching, dtype=np.int64), rows)
-    return DataIssue(LEAKAGE, len(leaked), LEAKAGE_NOTE, _locations(rows, leaked))
+    return DataIssue(
+        LEAKAGE,
+        len(leaked),
+        LEAKAGE_NOTE,
+        _locations(rows, leaked),
+    )
 
 
-def _eos_stats(stats: TokenStats, template: ChatTemplate, rows_per_unit: int) -> EosStats:
+def _eos_stats(
+    stats: TokenStats,
+    template: ChatTemplate,
+    rows_per_unit: int,
+) -> EosStats:
     unended = stats.unended.reshape(-1, rows_per_unit).sum(axis=1)
     tokens: dict[str, int] = {}
     for token_id, count in sorted(stats.eos_counts.items()):
         tokens[template.decode([token_id], special_tokens=True)] = count
-    return EosStats(bool(tokens), tokens, int((unended == 0).sum()), len(unended))
+    return EosStats(
+        bool(tokens),
+        tokens,
+        int((unended == 0).sum()),
+        len(unended),
+    )
 
 
 def _examples(rows: TokenizedDataset, template: ChatTemplate) -> list[Example]:
@@ -219,7 +261,11 @@ def _examples(rows: TokenizedDataset, template: ChatTemplate) -> list[Example]:
     return examples
 
 
-def _segments(rows: TokenizedDataset, index: int, template: ChatTemplate) -> tuple[tuple[bool, str], ...]:
+def _segments(
+    rows: TokenizedDataset,
+    index: int,
+    template: ChatTemplate,
+) -> tuple[tuple[bool, str], ...]:
     """Returns the text of a row in stretches that are trained as a whole or not at all."""
     row = rows[index]
     mask = np.asarray(row.completion_mask, dtype=np.int8)

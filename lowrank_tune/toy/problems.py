@@ -109,7 +109,13 @@ class Problem:
         wording = rng.choice(QUESTIONS[self.sign])
         name, other = rng.sample(NAMES, 2)
         thing = rng.choice(THINGS)
-        return wording.format(a=self.a, b=self.b, name=name, other=other, thing=thing)
+        return wording.format(
+            a=self.a,
+            b=self.b,
+            name=name,
+            other=other,
+            thing=thing,
+        )
 
     def steps(self) -> list[str]:
         """Returns the steps of the calculation.
@@ -138,7 +144,11 @@ class Problem:
         """Returns an answer with its steps: "7+5=12, 40+20=60, 60+12=72. So it is 72."."""
         return _join_steps(self.steps(), self.answer)
 
-    def answer_without_steps(self, rng: Random, p_correct: float) -> str:
+    def answer_without_steps(
+        self,
+        rng: Random,
+        p_correct: float,
+    ) -> str:
         """Returns an answer without steps, correct with probability `p_correct` and close otherwise."""
         number = self.answer
         if rng.random() >= p_correct:
@@ -181,7 +191,11 @@ def is_heldout(problem: Problem) -> bool:
     return int.from_bytes(digest, "big") % HELDOUT_SHARE == 0
 
 
-def sample_problem(rng: Random, from_heldout: bool = False, signs: str = "++++---***") -> Problem:
+def sample_problem(
+    rng: Random,
+    from_heldout: bool = False,
+    signs: str = "++++---***",
+) -> Problem:
     """Returns a random problem, held out or not. `signs` contains each sign as often as it is drawn."""
     while True:
         sign = rng.choice(signs)
@@ -194,7 +208,12 @@ def sample_problem(rng: Random, from_heldout: bool = False, signs: str = "++++--
             return problem
 
 
-def rows(count: int, seed: int, heldout: bool = False, steps_share: float = 0.35) -> Iterator[dict[str, str]]:
+def rows(
+    count: int,
+    seed: int,
+    heldout: bool = False,
+    steps_share: float = 0.35,
+) -> Iterator[dict[str, str]]:
     """Yields rows with `question`, `answer` and `gold`. All answers are correct; a share `steps_share` of them shows
     its steps."""
     rng = Random(f"tutor-{seed}-{heldout}")
@@ -207,7 +226,11 @@ def rows(count: int, seed: int, heldout: bool = False, steps_share: float = 0.35
         yield {"question": problem.question(rng), "answer": answer, "gold": str(problem.answer)}
 
 
-def preferences(count: int, seed: int, split: str) -> list[dict[str, str]]:
+def preferences(
+    count: int,
+    seed: int,
+    split: str,
+) -> list[dict[str, str]]:
     """Returns rows with `prompt`, `chosen` and `rejected` of a split (train, heldout): a correct answer, against one
     that is wrong, has no number, repeats itself, or does not stop."""
     rng = Random(f"tutor-preferences-{seed}-{split}")
