@@ -204,7 +204,7 @@ class _PromptReader:
         rows = read_source(source, seed)
         format_name = format_of(source, rows, pairs=False)
         label = f"reading the prompts of {rows.name}"
-        emit(LogMessage(message=f"{rows.name}: {len(rows)} rows of the shape `{format_name}`"))
+        emit(LogMessage(message=f"{rows.name}: {len(rows)} rows in format `{format_name}`"))
         report = SourceReport(rows.name, format_name, weight=source.weight)
         source_hashes: set[int] = set()
         for location, raw in chain.from_iterable(rows.refill_dropped(lambda: report.used)):

@@ -83,7 +83,7 @@ def tokenize(
     for source, report in zip(sources, store.reports, strict=True):
         if raise_on_invalid:
             report.check(data.max_invalid_fraction)
-        emit(LogMessage(message=f"{report.name}: {report.read} rows of the shape `{report.format}`"))
+        emit(LogMessage(message=f"{report.name}: {report.read} rows in format `{report.format}`"))
         warn_about_missing_rows(source, report, emit)
     return store
 
