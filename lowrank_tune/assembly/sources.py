@@ -25,11 +25,11 @@ from lowrank_tune.data import (
     ChatTemplate,
     PromptDataset,
     PromptExample,
+    PromptSampler,
     TokenizedDataset,
     TokenizedSplits,
     collate_units,
     load,
-    make_prompt_sampler,
 )
 from lowrank_tune.data.tokenize import cache_folder
 from lowrank_tune.events import Emit, GroupLogged
@@ -124,7 +124,7 @@ class PromptSource:
         self.emit = emit
         self.fresh = fresh
         self.data: PromptDataset = load_train_prompts(recipe, template, emit)
-        self.sampler = make_prompt_sampler(self.data, recipe.data, recipe.train, recipe.seed)
+        self.sampler = PromptSampler(self.data, recipe.data, recipe.train, recipe.seed)
         self.scorer: RewardScorer | None = None
         self.collector: RolloutCollector | None = None
 

@@ -6,8 +6,18 @@ each step, `collate` pads them. `prompts` reads rows whose answers are generated
 """
 
 from lowrank_tune.data.collate import collate, collate_units
-from lowrank_tune.data.formats import Conversation, InvalidRow, detect_format, to_conversation
-from lowrank_tune.data.load import Prompt, TokenizedSplits, load, load_heldout_prompts
+from lowrank_tune.data.formats import (
+    Conversation,
+    InvalidRow,
+    detect_format,
+    to_conversation,
+)
+from lowrank_tune.data.load import (
+    Prompt,
+    TokenizedSplits,
+    load,
+    load_heldout_prompts,
+)
 from lowrank_tune.data.preference_pairs import PreferencePair, to_pair
 from lowrank_tune.data.prompts import (
     PromptDataset,
@@ -15,7 +25,6 @@ from lowrank_tune.data.prompts import (
     PromptReport,
     PromptSampler,
     load_prompts,
-    make_prompt_sampler,
 )
 from lowrank_tune.data.report import Report, SourceReport
 from lowrank_tune.data.sampler import BatchSampler
@@ -42,7 +51,6 @@ __all__ = [
     "SourceReport",
     "ChatTemplate",
     "TokenizedDataset",
-    "make_prompt_sampler",
     "compute_token_stats",
     "collate",
     "collate_units",

@@ -4,19 +4,25 @@ first."""
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from lowrank_tune.batch import Row
 from lowrank_tune.config import DataConfig, SourceConfig
 from lowrank_tune.data.formats import (
     Conversation,
     InvalidRow,
-    RawRow,
+    RawRowOrFault,
+    RowOrFault,
     box_final_answer,
     to_conversation,
     with_system,
 )
-from lowrank_tune.data.preference_pairs import EQUAL_ANSWERS, Messages, PreferencePair, to_pair
+from lowrank_tune.data.preference_pairs import (
+    EQUAL_ANSWERS,
+    Messages,
+    PreferencePair,
+    to_pair,
+)
 from lowrank_tune.data.report import SourceReport
 from lowrank_tune.data.sources import Chunk, RowLocation
 from lowrank_tune.data.store_writer import Entry, conversation_hash
@@ -33,7 +39,6 @@ class SourceContext:
     """What the rows of a source are encoded with. `report` counts the longest row and those that are truncated."""
 
     source: SourceConfig
-    format_name: str
     data: DataConfig
     template: ChatTemplate
     report: SourceReport
@@ -41,19 +46,42 @@ class SourceContext:
 
 def encode_chunk(chunk: Chunk, context: SourceContext) -> Iterator[Entry | InvalidRow]:
     """Yields for every row of a chunk, in order, the tokenized row or its fault."""
-    if context.format_name == "preference":
-        return _encode_pair_rows(chunk, context)
-    return _encode_conversation_rows(chunk, context)
+    items = [_read_row(raw, context) for _, raw in chunk]
+    conversations = [item.messages for item in items if isinstance(item, Conversation)]
+    pairs = [item for item in items if isinstance(item, PreferencePair)]
+    encoded_rows = iter(context.template.encode_many(conversations))
+    encoded_pairs = iter(_encode_pairs(pairs, context.template))
+    for (location, _), item in zip(chunk, items, strict=True):
+        if isinstance(item, Conversation):
+            yield _conversation_entry(
+                item,
+                next(encoded_rows),
+                location,
+                context,
+            )
+        elif isinstance(item, PreferencePair):
+            yield _pair_entry(item, next(encoded_pairs), location, context)
+        else:
+            yield item
+
+
+def _read_row(raw: RawRowOrFault, context: SourceContext) -> Conversation | PreferencePair | InvalidRow:
+    system = context.data.system_prompt
+    if context.report.format == "preference":
+        return pair_of(raw, context.source, system)
+    return conversation_of(raw, context.source, context.report.format, system)
 
 
 def conversation_of(
-    raw: RawRow,
+    raw: RawRowOrFault,
     source: SourceConfig,
     format_name: str,
     system: str | None,
     require_answer: bool = True,
 ) -> Conversation | InvalidRow:
     """Returns the conversation of a row, with the recipe's system prompt if it has none; or the fault of the row."""
+    if isinstance(raw, InvalidRow):
+        return raw
     try:
         conversation = to_conversation(
             raw,
@@ -66,43 +94,27 @@ def conversation_of(
         return fault
     if source.final_answer == "boxed":
         conversation = box_final_answer(conversation)
-    return Conversation(with_system(conversation.messages, system), conversation.ground_truth)
+    return replace(conversation, messages=with_system(conversation.messages, system))
 
 
-def pair_of(raw: RawRow, source: SourceConfig, system: str | None) -> PreferencePair | InvalidRow:
+def pair_of(
+    raw: RawRowOrFault,
+    source: SourceConfig,
+    system: str | None,
+) -> PreferencePair | InvalidRow:
     """Returns the pair of a row, with the recipe's system prompt if it has none; or the fault of the row."""
+    if isinstance(raw, InvalidRow):
+        return raw
     try:
         pair = to_pair(raw, source.columns)
     except InvalidRow as fault:
         return fault
-    return PreferencePair(
-        with_system(pair.prompt, system),
-        pair.chosen,
-        pair.rejected,
-        pair.margin,
-    )
-
-
-def _encode_conversation_rows(chunk: Chunk, context: SourceContext) -> Iterator[Entry | InvalidRow]:
-    conversations: list[Conversation | InvalidRow] = []
-    for _, raw in chunk:
-        if isinstance(raw, InvalidRow):
-            conversations.append(raw)
-        else:
-            system = context.data.system_prompt
-            conversations.append(conversation_of(raw, context.source, context.format_name, system))
-    valid = [conversation.messages for conversation in conversations if isinstance(conversation, Conversation)]
-    rows = iter(context.template.encode_many(valid))
-    for (location, _), conversation in zip(chunk, conversations, strict=True):
-        if isinstance(conversation, InvalidRow):
-            yield conversation
-        else:
-            yield _conversation_entry(conversation, next(rows), location, context)
+    return replace(pair, prompt=with_system(pair.prompt, system))
 
 
 def _conversation_entry(
     conversation: Conversation,
-    row: Row | InvalidRow,
+    row: RowOrFault,
     location: RowLocation,
     context: SourceContext,
 ) -> Entry | InvalidRow:
@@ -118,10 +130,14 @@ def _conversation_entry(
         report.count_truncated(str(location))
     if not any(row.completion_mask):
         return InvalidRow(NOTHING_TRAINED)
-    return Entry((row,), (conversation_hash(conversation.messages),), conversation.ground_truth)
+    return Entry(
+        (row,),
+        (conversation_hash(conversation.messages),),
+        conversation.ground_truth,
+    )
 
 
-def _truncate_conversation(conversation: Conversation, context: SourceContext) -> Row | InvalidRow:
+def _truncate_conversation(conversation: Conversation, context: SourceContext) -> RowOrFault:
     """Returns the conversation up to the last answer with which it fits.
 
     No answer is ever truncated: half of one would train to stop at that place, or not to stop.
@@ -155,22 +171,6 @@ class _EncodedPair:
         if isinstance(self.rows, InvalidRow):
             return 0
         return max(len(row.input_ids) for row in self.rows)
-
-
-def _encode_pair_rows(chunk: Chunk, context: SourceContext) -> Iterator[Entry | InvalidRow]:
-    pairs: list[PreferencePair | InvalidRow] = []
-    for _, raw in chunk:
-        if isinstance(raw, InvalidRow):
-            pairs.append(raw)
-        else:
-            pairs.append(pair_of(raw, context.source, context.data.system_prompt))
-    valid = [pair for pair in pairs if isinstance(pair, PreferencePair)]
-    encoded = iter(_encode_pairs(valid, context.template))
-    for (location, _), pair in zip(chunk, pairs, strict=True):
-        if isinstance(pair, InvalidRow):
-            yield pair
-        else:
-            yield _pair_entry(pair, next(encoded), location, context)
 
 
 def _pair_entry(
@@ -213,7 +213,12 @@ def _encode_pairs(pairs: Sequence[PreferencePair], template: ChatTemplate) -> li
     return encoded
 
 
-def _encode_completions(messages: Messages, chosen: Row, rejected: Row, template: ChatTemplate) -> _EncodedPair:
+def _encode_completions(
+    messages: Messages,
+    chosen: Row,
+    rejected: Row,
+    template: ChatTemplate,
+) -> _EncodedPair:
     try:
         prompt = template.prompt(messages)
     except UserError as error:
@@ -221,7 +226,11 @@ def _encode_completions(messages: Messages, chosen: Row, rejected: Row, template
     return _EncodedPair(_mask_prompt(prompt, chosen, rejected), len(prompt))
 
 
-def _mask_prompt(prompt: list[int], chosen: Row, rejected: Row) -> RowPair | InvalidRow:
+def _mask_prompt(
+    prompt: list[int],
+    chosen: Row,
+    rejected: Row,
+) -> RowPair | InvalidRow:
     """Returns both rows with only the completions trained, on both sides alike."""
     length = len(prompt)
     if any(list(row.input_ids[:length]) != prompt for row in (chosen, rejected)):
@@ -238,7 +247,11 @@ def _mask_prompt(prompt: list[int], chosen: Row, rejected: Row) -> RowPair | Inv
     )
 
 
-def _truncate_pair(pair: PreferencePair, prompt_length: int, context: SourceContext) -> RowPair | InvalidRow:
+def _truncate_pair(
+    pair: PreferencePair,
+    prompt_length: int,
+    context: SourceContext,
+) -> RowPair | InvalidRow:
     """Returns the pair without the oldest exchanges of its prompt, as few as possible. No answer is ever truncated, and
     the last question stays."""
     data = context.data
@@ -246,7 +259,7 @@ def _truncate_pair(pair: PreferencePair, prompt_length: int, context: SourceCont
     if data.truncation == "truncate":
         part = "last question"
         for prompt in _shorter_prompts(pair.prompt):
-            (encoded,) = _encode_pairs([PreferencePair(prompt, pair.chosen, pair.rejected)], context.template)
+            (encoded,) = _encode_pairs([replace(pair, prompt=prompt)], context.template)
             if encoded.max_length <= data.max_length:
                 return encoded.rows
             prompt_length = encoded.prompt_length

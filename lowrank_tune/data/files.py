@@ -21,13 +21,13 @@ from typing import IO, Any, Protocol, TypeVar, cast
 import numpy as np
 from numpy.typing import NDArray
 
-from lowrank_tune.data.formats import InvalidRow, RawRow
+from lowrank_tune.data.formats import InvalidRow, RawRowOrFault
 from lowrank_tune.errors import UserError
 
 T = TypeVar("T")
 RowMask = NDArray[np.bool_] | None
 """Which rows are drawn, by their index; None for all."""
-NumberedRows = Iterator[tuple[int, RawRow | InvalidRow]]
+NumberedRows = Iterator[tuple[int, RawRowOrFault]]
 """Rows with their lines, or their numbers from 1."""
 JSON_SUFFIXES = (".json", ".jsonl", ".ndjson")
 SUFFIXES = (*JSON_SUFFIXES, ".csv", ".tsv", ".parquet")
@@ -43,8 +43,8 @@ class DataFile(Protocol):
 
     name: str
 
-    def lines(self) -> Iterator[int]:
-        """Yields the line of every row, without parsing the rows."""
+    def count_rows(self) -> int:
+        """Returns the number of rows, without parsing them if possible."""
         ...
 
     def rows(self, mask: RowMask) -> NumberedRows:
@@ -67,7 +67,11 @@ OpenArray = Callable[[Path, str, bool], DataFile]
 """Opens a file that begins like a JSON array: its path, its name in messages, and whether it is gzipped."""
 
 
-def open_file(path: Path, name: str, open_array: OpenArray | None = None) -> DataFile:
+def open_file(
+    path: Path,
+    name: str,
+    open_array: OpenArray | None = None,
+) -> DataFile:
     """Returns the reader of a file, by its first bytes. `open_array` opens JSON arrays; by default the whole array is
     read. Raises UserError."""
     with read_errors_as_user_errors(name, "cannot be read"):
@@ -93,10 +97,7 @@ def _first_bytes(path: Path, is_gz: bool) -> bytes:
     """Returns the first block of a file that is not all white space."""
     with open_binary(path, is_gz) as file:
         start = file.read(FIRST_BYTES)
-        while not start.strip():
-            more = file.read(16 * FIRST_BYTES)
-            if not more:
-                break
+        while not start.strip() and (more := file.read(16 * FIRST_BYTES)):
             start = more
     return start
 
@@ -118,22 +119,19 @@ def open_binary(path: Path, is_gz: bool) -> IO[bytes]:
     return path.open("rb")
 
 
-def _open_array(path: Path, name: str, is_gz: bool) -> DataFile:
-    array = _load_array(path, name, is_gz)
-    if array is None:
-        return _JsonLines(path, name, is_gz)
-    return _JsonArray(path, name, array)
-
-
-def _load_array(path: Path, name: str, is_gz: bool) -> list[Any] | None:
-    """Returns the rows of a JSON array; None if more follows the array, so that it is only a line."""
+def _open_array(
+    path: Path,
+    name: str,
+    is_gz: bool,
+) -> DataFile:
+    """Returns the reader of a JSON array; that of JSON lines if more follows the array, so that it is only a line."""
     with open_binary(path, is_gz) as file:
         data = file.read()
     try:
-        return cast(list[Any], json.loads(data.decode("utf-8-sig")))
+        return _JsonArray(path, name, json.loads(data.decode("utf-8-sig")))
     except json.JSONDecodeError as error:
         if error.msg == "Extra data":
-            return None
+            return _JsonLines(path, name, is_gz)
         raise UserError(
             f"{name}:{error.lineno}: the JSON array is broken here ({error.msg}, column {error.colno})"
         ) from error
@@ -144,7 +142,11 @@ def _load_array(path: Path, name: str, is_gz: bool) -> list[Any] | None:
 class _File:
     name: str
 
-    def __init__(self, path: Path, name: str) -> None:
+    def __init__(
+        self,
+        path: Path,
+        name: str,
+    ) -> None:
         self.path = path
         self.name = name
 
@@ -156,7 +158,12 @@ class _File:
 class _JsonLines(_File):
     """JSON lines. Only the newline byte ends a line: U+2028 and the like may be inside strings."""
 
-    def __init__(self, path: Path, name: str, is_gz: bool) -> None:
+    def __init__(
+        self,
+        path: Path,
+        name: str,
+        is_gz: bool,
+    ) -> None:
         super().__init__(path, name)
         self.is_gz = is_gz
 
@@ -171,16 +178,15 @@ class _JsonLines(_File):
                 if text.strip():
                     yield line, text
 
-    def lines(self) -> Iterator[int]:
-        for line, _ in self._texts():
-            yield line
+    def count_rows(self) -> int:
+        return sum(1 for _ in self._texts())
 
     def rows(self, mask: RowMask) -> NumberedRows:
         for line, text in select_rows(self._texts(), mask):
             yield line, parse_line(text)
 
 
-def parse_line(text: bytes) -> RawRow | InvalidRow:
+def parse_line(text: bytes) -> RawRowOrFault:
     """Returns the object of one JSON line, or its fault."""
     try:
         row = json.loads(text.decode())
@@ -192,7 +198,7 @@ def parse_line(text: bytes) -> RawRow | InvalidRow:
     return row_of(row)
 
 
-def row_of(value: Any) -> RawRow | InvalidRow:
+def row_of(value: Any) -> RawRowOrFault:
     """Returns a value of a JSON file as a row, or its fault."""
     if isinstance(value, dict):
         return value
@@ -202,12 +208,17 @@ def row_of(value: Any) -> RawRow | InvalidRow:
 class _JsonArray(_File):
     """A JSON array."""
 
-    def __init__(self, path: Path, name: str, array: list[Any]) -> None:
+    def __init__(
+        self,
+        path: Path,
+        name: str,
+        array: list[Any],
+    ) -> None:
         super().__init__(path, name)
         self.array = array
 
-    def lines(self) -> Iterator[int]:
-        return iter(range(1, len(self.array) + 1))
+    def count_rows(self) -> int:
+        return len(self.array)
 
     def rows(self, mask: RowMask) -> NumberedRows:
         for number, value in select_rows(enumerate(self.array, start=1), mask):
@@ -217,7 +228,13 @@ class _JsonArray(_File):
 class _Table(_File):
     """CSV with a header line."""
 
-    def __init__(self, path: Path, name: str, is_gz: bool, delimiter: str) -> None:
+    def __init__(
+        self,
+        path: Path,
+        name: str,
+        is_gz: bool,
+        delimiter: str,
+    ) -> None:
         super().__init__(path, name)
         self.is_gz = is_gz
         self.delimiter = delimiter
@@ -232,7 +249,12 @@ class _Table(_File):
             ):
                 text = io.TextIOWrapper(file, "utf-8-sig", newline="")
                 # The fields of a line that is too long are under the key "", those that are missing are None.
-                reader = csv.DictReader(text, delimiter=self.delimiter, restkey="", strict=True)
+                reader = csv.DictReader(
+                    text,
+                    delimiter=self.delimiter,
+                    restkey="",
+                    strict=True,
+                )
                 for row in reader:
                     if "" in row or None in row.values():
                         yield reader.line_num, InvalidRow("a line with fewer or more fields than the header")
@@ -241,9 +263,8 @@ class _Table(_File):
         except (csv.Error, UnicodeDecodeError) as error:
             raise UserError(f"{self.name}: not a well-formed CSV file in UTF-8 ({error})") from error
 
-    def lines(self) -> Iterator[int]:
-        for line, _ in self._read():
-            yield line
+    def count_rows(self) -> int:
+        return sum(1 for _ in self._read())
 
     def rows(self, mask: RowMask) -> NumberedRows:
         return select_rows(self._read(), mask)
@@ -254,7 +275,11 @@ class _Parquet(_File):
 
     BATCH_ROWS = 1024
 
-    def __init__(self, path: Path, name: str) -> None:
+    def __init__(
+        self,
+        path: Path,
+        name: str,
+    ) -> None:
         super().__init__(path, name)
         try:
             # Imported only here: other files are read without it (and without datasets, which installs it).
@@ -266,8 +291,8 @@ class _Parquet(_File):
         except (pyarrow.ArrowException, OSError) as error:
             raise UserError(f"{name}: not a well-formed Parquet file ({str(error).splitlines()[0]})") from error
 
-    def lines(self) -> Iterator[int]:
-        return iter(range(1, int(self._file.metadata.num_rows) + 1))
+    def count_rows(self) -> int:
+        return int(self._file.metadata.num_rows)
 
     def rows(self, mask: RowMask) -> NumberedRows:
         first = 0

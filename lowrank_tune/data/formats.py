@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
+from lowrank_tune.batch import Row
 from lowrank_tune.data.ground_truth import box_answer, extract_answer
 from lowrank_tune.data.message import Message
 from lowrank_tune.errors import UserError
@@ -45,6 +46,11 @@ ROLES: dict[str, Role] = {
     "bot": "assistant",
     "bing": "assistant",
 }
+PROMPT_COMPLETION_PARTS: tuple[tuple[str, Role, str], ...] = (
+    ("prompt", "user", "question"),
+    ("completion", "assistant", "answer"),
+)
+"""Column, role and label in messages."""
 TOOL_ROLES = (
     "tool",
     "tool_call",
@@ -68,6 +74,11 @@ class InvalidRow(Exception):
         self.reason = reason
 
 
+RawRowOrFault = RawRow | InvalidRow
+RowOrFault = Row | InvalidRow
+"""A row, or why it cannot be used."""
+
+
 @dataclass(frozen=True)
 class Conversation:
     """A system message or none, then user and assistant in turn; the last message is the assistant's. `ground_truth`:
@@ -77,7 +88,11 @@ class Conversation:
     ground_truth: str | None = None
 
 
-def detect_format(row: RawRow, columns: Columns | None = None, pairs: bool = False) -> str:
+def detect_format(
+    row: RawRow,
+    columns: Columns | None = None,
+    pairs: bool = False,
+) -> str:
     """Returns the format of a row, by its columns. Columns that the user mapped take precedence. Raises UserError.
 
     A row that has a target besides its pair (`output`, `messages`) is a pair only with `pairs`, and then all rows are.
@@ -168,10 +183,15 @@ def box_final_answer(conversation: Conversation) -> Conversation:
     if last.role != "assistant":
         return conversation
     boxed = Message("assistant", box_answer(last.content))
-    return Conversation((*others, boxed), conversation.ground_truth)
+    return replace(conversation, messages=(*others, boxed))
 
 
-def value_of(row: RawRow, format_name: str, name: str, columns: Columns) -> Any:
+def value_of(
+    row: RawRow,
+    format_name: str,
+    name: str,
+    columns: Columns,
+) -> Any:
     """Returns the value of a column that the format must have, under the mapped name or any of its possible names."""
     aliases = next(names for names in FORMATS[format_name] if names[0] == name)
     for alias in aliases:
@@ -232,11 +252,11 @@ def is_text(text: str) -> bool:
     return True
 
 
-def text_fault(messages: Iterable[Message]) -> InvalidRow | None:
-    """Returns the fault of messages with a text that UTF-8 cannot encode."""
+def text_fault(messages: Iterable[Message]) -> str | None:
+    """Returns the fault of messages with a text that UTF-8 cannot encode; None without one."""
     if all(is_text(message.content) for message in messages):
         return None
-    return InvalidRow("a lone surrogate, which UTF-8 cannot encode")
+    return "a lone surrogate, which UTF-8 cannot encode"
 
 
 def _read_messages(row: RawRow, columns: Columns) -> list[Message]:
@@ -264,7 +284,11 @@ def _read_alpaca(row: RawRow, columns: Columns) -> list[Message]:
     return messages
 
 
-def join_instruction_and_input(instruction: str, row: RawRow, columns: Columns) -> str:
+def join_instruction_and_input(
+    instruction: str,
+    row: RawRow,
+    columns: Columns,
+) -> str:
     """Returns an Alpaca row's instruction with its input after it."""
     value = row.get(columns.get("input", "input"))
     if value is None and "input" not in columns:
@@ -276,15 +300,14 @@ def join_instruction_and_input(instruction: str, row: RawRow, columns: Columns) 
 
 
 def _read_prompt_completion(row: RawRow, columns: Columns) -> list[Message]:
-    prompt = value_of(row, "prompt_completion", "prompt", columns)
-    if is_list(prompt):
-        messages = messages_of(prompt, "prompt")
-    else:
-        messages = [Message("user", text_of(prompt, "question"))]
-    completion = value_of(row, "prompt_completion", "completion", columns)
-    if is_list(completion):
-        return messages + messages_of(completion, "completion")
-    return [*messages, Message("assistant", text_of(completion, "answer"))]
+    messages: list[Message] = []
+    for name, role, label in PROMPT_COMPLETION_PARTS:
+        value = value_of(row, "prompt_completion", name, columns)
+        if is_list(value):
+            messages += messages_of(value, name)
+        else:
+            messages.append(Message(role, text_of(value, label)))
+    return messages
 
 
 def _read_question_answer(row: RawRow, columns: Columns) -> list[Message]:

@@ -141,13 +141,21 @@ class _Box(NamedTuple):
     contents: str
 
 
-def _last_box(text: str, end: int, closings: Mapping[int, int]) -> _Box | None:
+def _last_box(
+    text: str,
+    end: int,
+    closings: Mapping[int, int],
+) -> _Box | None:
     """Returns the last closed box that begins before `end`."""
     while (opening := _last_opening(text, end)) is not None:
         start, brace = opening
         closing = closings.get(brace)
         if closing is not None:
-            return _Box(start, closing + 1, _without_separators(text[brace + 1 : closing]))
+            return _Box(
+                start,
+                closing + 1,
+                _without_separators(text[brace + 1 : closing]),
+            )
         end = start
     return None
 

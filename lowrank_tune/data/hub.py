@@ -39,14 +39,14 @@ class HubRows:
                 revision=revision or None,
             )
 
-    def lines(self) -> Iterator[int]:
-        """Yields the number of every row, from 1."""
-        return iter(range(1, len(self._data) + 1))
+    def count_rows(self) -> int:
+        """Returns the number of rows."""
+        return len(self._data)
 
     def rows(self, mask: RowMask) -> NumberedRows:
         """Yields the drawn rows with their numbers, and reads only these."""
         if mask is None:
-            return zip(self.lines(), self._data, strict=True)
+            return enumerate(self._data, start=1)
         indices = np.flatnonzero(mask)
         return zip((indices + 1).tolist(), self._data.select(indices), strict=True)
 
@@ -77,7 +77,13 @@ def hub_errors_in_words(source: SourceConfig) -> Iterator[None]:
         raise
     except Exception as error:
         # The library raises its own errors, those of the client of the hub, and ValueError.
-        sentence = describe_hub_error(error, name, source.config_name, source.split, revision)
+        sentence = describe_hub_error(
+            error,
+            name,
+            source.config_name,
+            source.split,
+            revision,
+        )
         raise UserError(f"{name}: {sentence}") from error
 
 
@@ -92,7 +98,11 @@ def hub_columns(source: SourceConfig) -> list[str] | None:
     with hub_errors_in_words(source):
         if not datasets.config.HF_HUB_OFFLINE:
             _request_info(name, revision)
-        builder = datasets.load_dataset_builder(name, source.config_name, revision=revision or None)
+        builder = datasets.load_dataset_builder(
+            name,
+            source.config_name,
+            revision=revision or None,
+        )
     splits = builder.info.splits
     features = builder.info.features
     if splits and re.fullmatch(r"\w+", source.split) and source.split not in splits:
@@ -108,7 +118,11 @@ def _request_info(name: str, revision: str) -> None:
     from huggingface_hub import HfApi
 
     try:
-        HfApi().dataset_info(name, revision=revision or None, timeout=INFO_SECONDS)
+        HfApi().dataset_info(
+            name,
+            revision=revision or None,
+            timeout=INFO_SECONDS,
+        )
     except Exception as error:
         response = getattr(error, "response", None)
         status_code = getattr(response, "status_code", 0)

@@ -13,13 +13,13 @@ from numpy.typing import NDArray
 
 from lowrank_tune.config import DataConfig, SourceConfig
 from lowrank_tune.data.encode import conversation_of, pair_of
-from lowrank_tune.data.formats import InvalidRow, RawRow
+from lowrank_tune.data.formats import InvalidRow, RawRowOrFault
 from lowrank_tune.data.ground_truth import extract_answer
 from lowrank_tune.data.message import Message
 from lowrank_tune.data.report import Report, describe_mixture
 from lowrank_tune.data.sources import BUILTIN_DATASETS, read_source
 from lowrank_tune.data.templates.chat_template import ChatTemplate
-from lowrank_tune.data.token_store import TokenizedDataset
+from lowrank_tune.data.token_store import HashArray, TokenizedDataset
 from lowrank_tune.data.tokenize import format_of, tokenize
 from lowrank_tune.errors import UserError
 from lowrank_tune.events import Emit, LogMessage
@@ -60,14 +60,27 @@ def load(
     faults.
     """
     _check_weights(data.train)
-    full = tokenize(data.train, data, template, seed, emit, cache, raise_on_invalid, pairs)
+    full = tokenize(
+        data.train,
+        data,
+        template,
+        seed,
+        emit,
+        cache,
+        raise_on_invalid,
+        pairs,
+    )
     if data.validation:
         train = full
         validation: TokenizedDataset | None = tokenize(
             data.validation, data, template, seed, emit, cache, raise_on_invalid, pairs
         )
     else:
-        train, validation = _split(full, data.eval_rows or data.eval_fraction, seed)
+        train, validation = _split(
+            full,
+            data.eval_rows or data.eval_fraction,
+            seed,
+        )
     if raise_on_invalid:
         _check_weighted_sources(data.train, train)
     report = _report(data, full, train, validation)
@@ -82,7 +95,11 @@ def load(
     return TokenizedSplits(train, validation, report)
 
 
-def _split(full: TokenizedDataset, size: float, seed: int) -> tuple[TokenizedDataset, TokenizedDataset | None]:
+def _split(
+    full: TokenizedDataset,
+    size: float,
+    seed: int,
+) -> tuple[TokenizedDataset, TokenizedDataset | None]:
     """Returns the units to train on and those held out for validation, by `split_mask`."""
     if not size:
         return full, None
@@ -111,10 +128,10 @@ def _report(
 ) -> Report:
     # A store in the cache may have been made with other weights.
     train_reports = []
-    for report, source in zip(full.reports, data.train, strict=True):
-        train_reports.append(replace(report, weight=source.weight))
+    for source_report, source in zip(full.reports, data.train, strict=True):
+        train_reports.append(replace(source_report, weight=source.weight))
     rows_of_source = np.bincount(train.source_of, minlength=len(data.train))
-    combined = Report(
+    report = Report(
         train=tuple(train_reports),
         expected_tokens=data.expected_tokens,
         train_rows=train.units,
@@ -122,17 +139,21 @@ def _report(
         mixture=describe_mixture(data.train, rows_of_source.tolist(), "row"),
     )
     if validation is None:
-        return combined
-    is_shared = np.isin(validation.unit_hashes, train.unit_hashes)
+        return report
     return replace(
-        combined,
+        report,
         validation=tuple(validation.reports) if data.validation else (),
         validation_rows=validation.units,
-        shared=int(is_shared.sum()),
+        shared=int(np.isin(validation.unit_hashes, train.unit_hashes).sum()),
     )
 
 
-def load_heldout_prompts(source: SourceConfig, count: int, seed: int, system: str | None = None) -> list[Prompt]:
+def load_heldout_prompts(
+    source: SourceConfig,
+    count: int,
+    seed: int,
+    system: str | None = None,
+) -> list[Prompt]:
     """Returns up to `count` prompts of a source, drawn with the seed. Rows that cannot be used are skipped. Raises
     UserError if no row can be used."""
     if source.dataset in BUILTIN_DATASETS:
@@ -146,7 +167,7 @@ def load_heldout_prompts(source: SourceConfig, count: int, seed: int, system: st
     prompts: list[Prompt] = []
     faults: list[str] = []
     for location, raw in rows:
-        prompt = raw if isinstance(raw, InvalidRow) else to_heldout_prompt(raw, source, format_name, system)
+        prompt = to_heldout_prompt(raw, source, format_name, system)
         if isinstance(prompt, InvalidRow):
             faults.append(f"{location}: {prompt.reason}")
         else:
@@ -157,15 +178,33 @@ def load_heldout_prompts(source: SourceConfig, count: int, seed: int, system: st
 
 
 def to_heldout_prompt(
-    raw: RawRow,
+    raw: RawRowOrFault,
     source: SourceConfig,
     format_name: str,
     system: str | None,
 ) -> Prompt | InvalidRow:
     """Returns the prompt of a row, or the fault of the row. The gold answer of a pair is in the chosen answer."""
+    if isinstance(raw, InvalidRow):
+        return raw
     if format_name == "preference":
-        return _prompt_of_pair(raw, source, system)
-    conversation = conversation_of(raw, source, format_name, system, require_answer=False)
+        pair = pair_of(raw, source, system)
+        if isinstance(pair, InvalidRow):
+            return pair
+        ground_truth = extract_answer(
+            raw,
+            source.columns,
+            source.ground_truth,
+            pair.chosen[-1].content,
+            accept_bare_number=True,
+        )
+        return Prompt(pair.prompt, ground_truth, raw)
+    conversation = conversation_of(
+        raw,
+        source,
+        format_name,
+        system,
+        require_answer=False,
+    )
     if isinstance(conversation, InvalidRow):
         return conversation
     messages = conversation.messages
@@ -174,26 +213,20 @@ def to_heldout_prompt(
     return Prompt(messages, conversation.ground_truth, raw)
 
 
-def _prompt_of_pair(raw: RawRow, source: SourceConfig, system: str | None) -> Prompt | InvalidRow:
-    pair = pair_of(raw, source, system)
-    if isinstance(pair, InvalidRow):
-        return pair
-    ground_truth = extract_answer(
-        raw,
-        source.columns,
-        source.ground_truth,
-        pair.chosen[-1].content,
-        accept_bare_number=True,
-    )
-    return Prompt(pair.prompt, ground_truth, raw)
-
-
-def split_mask(keys: NDArray[np.uint64], size: float, seed: int) -> NDArray[np.bool_]:
+def split_mask(
+    keys: HashArray,
+    size: float,
+    seed: int,
+) -> NDArray[np.bool_]:
     """Returns which rows are held out: a number of them (`size` from 1), or about a share; at least one and never all.
 
     `keys` are equal for equal conversations, which are all on one side. So the number may not be met exactly.
     """
-    unique, group_of, sizes = np.unique(keys, return_inverse=True, return_counts=True)
+    unique, group_of, sizes = np.unique(
+        keys,
+        return_inverse=True,
+        return_counts=True,
+    )
     if len(unique) < 2:
         return np.zeros(len(keys), dtype=bool)
     if size < 1:
@@ -209,7 +242,7 @@ def split_mask(keys: NDArray[np.uint64], size: float, seed: int) -> NDArray[np.b
     return np.asarray(is_validation[group_of])
 
 
-def _hash_keys(keys: NDArray[np.uint64], seed: int) -> NDArray[np.uint64]:
+def _hash_keys(keys: HashArray, seed: int) -> HashArray:
     """Returns another order of the keys for every seed: the finalizer of splitmix64, whose products wrap around."""
     offset = (seed * 0x9E3779B97F4A7C15 + 0x632BE59BD9B4E019) % 2**64
     mixed = keys ^ np.uint64(offset)
@@ -224,7 +257,11 @@ def _check_weights(sources: Sequence[SourceConfig]) -> None:
     if not weights:
         return
     total = sum(weights)
-    if len(weights) < len(sources) or not math.isclose(total, 1.0, abs_tol=1e-6):
+    if len(weights) < len(sources) or not math.isclose(
+        total,
+        1.0,
+        abs_tol=1e-6,
+    ):
         raise UserError(
             "data.train: either every source has a weight, and they sum to 1, or none has; "
             f"{len(weights)} of {len(sources)} have one, and they sum to {total:g}"

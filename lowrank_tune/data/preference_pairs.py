@@ -134,7 +134,12 @@ def _read_side(
     return check_order([*_with_system(prompt.messages, system), *side], require_answer=True)
 
 
-def _side_messages(row: RawRow, name: str, columns: Columns, prompt: _Prompt | None) -> list[Message]:
+def _side_messages(
+    row: RawRow,
+    name: str,
+    columns: Columns,
+    prompt: _Prompt | None,
+) -> list[Message]:
     """Returns the messages of one side: an answer, with or without the messages before it."""
     value = value_of(row, "preference", name, columns)
     if isinstance(value, Mapping):
@@ -185,7 +190,11 @@ def _shared_messages(chosen: Messages, rejected: Messages) -> int:
     raise InvalidRow(DIFFERENT_PROMPTS)
 
 
-def _prompt_length(prompt: Messages, chosen: Messages, rejected: Messages) -> int:
+def _prompt_length(
+    prompt: Messages,
+    chosen: Messages,
+    rejected: Messages,
+) -> int:
     """Returns how many messages of both conversations are the prompt. A prompt may also be only the last question of
     what both sides contain."""
     if not prompt or prompt[-1].role != "user":

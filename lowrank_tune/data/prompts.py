@@ -13,14 +13,14 @@ from numpy.typing import NDArray
 
 from lowrank_tune.config import DataConfig, SourceConfig, TrainingConfig
 from lowrank_tune.data.encode import conversation_of
-from lowrank_tune.data.formats import InvalidRow, RawRow
+from lowrank_tune.data.formats import InvalidRow, RawRowOrFault
 from lowrank_tune.data.message import Message
 from lowrank_tune.data.report import Report, SourceReport, describe_mixture
 from lowrank_tune.data.sampler import BatchSampler
 from lowrank_tune.data.sources import RowLocation, read_source
 from lowrank_tune.data.store_writer import conversation_hash
 from lowrank_tune.data.templates.chat_template import ChatTemplate
-from lowrank_tune.data.tokenize import check_enough_rows, format_of
+from lowrank_tune.data.tokenize import format_of, warn_about_missing_rows
 from lowrank_tune.errors import UserError
 from lowrank_tune.events import Emit, LogMessage, Progress
 
@@ -87,14 +87,26 @@ class PromptDataset:
 
 
 class PromptSampler(BatchSampler):
-    """The prompts of each step, and others that replace those from which nothing is learned."""
+    """The prompts of each step (`train.prompts_per_step`), and replacements for those that teach nothing."""
 
-    def __init__(self, dataset: PromptDataset, data: DataConfig, train: TrainingConfig, seed: int) -> None:
+    def __init__(
+        self,
+        dataset: PromptDataset,
+        data: DataConfig,
+        train: TrainingConfig,
+        seed: int,
+    ) -> None:
         weights = [source.weight for source in data.train]
         by_prompts = train.model_copy(
             update={"global_batch_size": train.prompts_per_step, "tokens_per_step": None, "length_window": 1}
         )
-        super().__init__(dataset.lengths, dataset.source_of, weights, by_prompts, seed)
+        super().__init__(
+            dataset.lengths,
+            dataset.source_of,
+            weights,
+            by_prompts,
+            seed,
+        )
         counts = np.bincount(dataset.source_of, minlength=len(weights))
         share_of_source = np.ones(len(weights))
         for number, weight in enumerate(weights):
@@ -102,7 +114,12 @@ class PromptSampler(BatchSampler):
                 share_of_source[number] = weight / counts[number]
         self._shares = share_of_source[dataset.source_of]
 
-    def replacement_prompts(self, step: int, draw: int, count: int) -> list[int]:
+    def replacement_prompts(
+        self,
+        step: int,
+        draw: int,
+        count: int,
+    ) -> list[int]:
         """Returns `count` prompts that are not of this step, by the weights of the sources; those of the step only if
         there are no others left.
 
@@ -115,11 +132,6 @@ class PromptSampler(BatchSampler):
         times[own] += times.max() + 1.0
         queue = np.argsort(times, kind="stable")
         return [int(queue[index % len(queue)]) for index in range(count)]
-
-
-def make_prompt_sampler(dataset: PromptDataset, data: DataConfig, train: TrainingConfig, seed: int) -> PromptSampler:
-    """Returns the order of these prompts, `train.prompts_per_step` a step."""
-    return PromptSampler(dataset, data, train, seed)
 
 
 def load_prompts(
@@ -144,9 +156,7 @@ def load_prompts(
         report = reader.read(source, seed, emit)
         if raise_on_invalid:
             report.check(data.max_invalid_fraction)
-        warning = check_enough_rows(source, report)
-        if warning:
-            emit(LogMessage(message=warning, level="warning"))
+        warn_about_missing_rows(source, report, emit)
         source_of += [number] * report.used
         reports.append(report)
     num_prompts = len(reader.examples)
@@ -184,12 +194,17 @@ class _PromptReader:
         self._needs_ground_truth = needs_ground_truth
         self._unusable = unusable
 
-    def read(self, source: SourceConfig, seed: int, emit: Emit) -> SourceReport:
+    def read(
+        self,
+        source: SourceConfig,
+        seed: int,
+        emit: Emit,
+    ) -> SourceReport:
         """Adds the prompts of a source to those of the others. Returns its report."""
         rows = read_source(source, seed)
         format_name = format_of(source, rows, pairs=False)
         label = f"reading the prompts of {rows.name}"
-        emit(LogMessage(message=f"{rows.name}: {len(rows)} rows of the shape `{format_name}`"))
+        emit(LogMessage(message=f"{rows.name}: {len(rows)} rows in format `{format_name}`"))
         report = SourceReport(rows.name, format_name, weight=source.weight)
         source_hashes: set[int] = set()
         for location, raw in chain.from_iterable(rows.refill_dropped(lambda: report.used)):
@@ -215,7 +230,7 @@ class _PromptReader:
 
     def _read_row(
         self,
-        raw: RawRow | InvalidRow,
+        raw: RawRowOrFault,
         source: SourceConfig,
         report: SourceReport,
     ) -> tuple[PromptExample, int]:
@@ -223,7 +238,13 @@ class _PromptReader:
         if isinstance(raw, InvalidRow):
             raise raw
         system = self._data.system_prompt
-        conversation = conversation_of(raw, source, report.format, system, require_answer=False)
+        conversation = conversation_of(
+            raw,
+            source,
+            report.format,
+            system,
+            require_answer=False,
+        )
         if isinstance(conversation, InvalidRow):
             raise conversation
         messages = conversation.messages
@@ -237,7 +258,13 @@ class _PromptReader:
             raise InvalidRow(f"longer than data.max_prompt_length ({self._data.max_prompt_length} tokens)")
         # An array takes a ninth of the space of a list of these numbers.
         ids = array("i", input_ids)
-        example = PromptExample(ids, messages[-1].content, conversation.ground_truth, raw, answer)
+        example = PromptExample(
+            ids,
+            messages[-1].content,
+            conversation.ground_truth,
+            raw,
+            answer,
+        )
         if self._needs_ground_truth and example.ground_truth is None:
             raise InvalidRow(MISSING_ANSWER)
         reason = self._unusable(example) if self._unusable is not None else None

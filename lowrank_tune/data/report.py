@@ -33,11 +33,9 @@ class DroppedRows:
     def lines(self) -> str:
         """Returns the lines of the first few."""
         lines = [location.rpartition(":")[2] for location in self.locations]
-        text = "lines " if len(lines) > 1 else "line "
-        text += ", ".join(lines)
-        if self.count > len(lines):
-            text += " ..."
-        return text
+        word = "lines" if len(lines) > 1 else "line"
+        more = " ..." if self.count > len(lines) else ""
+        return f"{word} {', '.join(lines)}{more}"
 
 
 @dataclass
@@ -63,11 +61,19 @@ class SourceReport:
     weight: float | None = None
     dropped: dict[str, DroppedRows] = field(default_factory=dict)
 
-    def count_dropped(self, reason: str, location: str) -> None:
+    def count_dropped(
+        self,
+        reason: str,
+        location: str,
+    ) -> None:
         """Counts a row that cannot be used."""
         self.dropped.setdefault(reason, DroppedRows()).add(location)
 
-    def count_used(self, rows: Sequence[Row], has_ground_truth: bool) -> None:
+    def count_used(
+        self,
+        rows: Sequence[Row],
+        has_ground_truth: bool,
+    ) -> None:
         """Counts a row that is used, with its tokenized rows."""
         self.used += 1
         self.ground_truths += has_ground_truth
@@ -107,7 +113,11 @@ class SourceReport:
 
     def _limit_to_raise(self) -> str:
         """Returns which setting to raise if the most frequent reason is the length of rows, else an empty string."""
-        reason = max(self.dropped, key=lambda reason: self.dropped[reason].count, default="")
+        reason = max(
+            self.dropped,
+            key=lambda reason: self.dropped[reason].count,
+            default="",
+        )
         limit = re.match(r"longer than (data\.\w+)", reason)
         if limit is None:
             return ""
@@ -183,7 +193,11 @@ class Report:
         return f"{measured:,} tokens measured, {self.expected_tokens:,} expected ({difference:+.1f} %)"
 
 
-def describe_mixture(sources: Sequence[SourceConfig], counts: Sequence[int], unit: str) -> str:
+def describe_mixture(
+    sources: Sequence[SourceConfig],
+    counts: Sequence[int],
+    unit: str,
+) -> str:
     """Returns the share of each source in words: by its weight, or by its number of units (`counts`)."""
     if len(sources) == 1:
         return "one source"

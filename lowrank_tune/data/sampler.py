@@ -38,12 +38,8 @@ class BatchSampler:
         self._seed = seed
         self._tokens = train.tokens_per_step
         self._window = train.length_window
-        if train.global_batch_size:
-            self._max_rows = train.global_batch_size
-        elif self._tokens is None:
-            self._max_rows = ROWS_PER_STEP
-        else:
-            self._max_rows = len(lengths)
+        default_rows = ROWS_PER_STEP if self._tokens is None else len(lengths)
+        self._max_rows = train.global_batch_size or default_rows
         self._pools: list[RowIndices] = []
         self._quotas: list[int] = []
         given = [weight for weight in weights or () if weight is not None]
@@ -113,16 +109,32 @@ class BatchSampler:
     def _sample_rows(self, epoch: int) -> RowIndices:
         if not self._pools:
             return np.arange(len(self._lengths))
-        drawn = [self._sample_source(source, epoch * quota, quota) for source, quota in enumerate(self._quotas)]
+        drawn = [
+            self._sample_source(
+                source,
+                epoch * quota,
+                quota,
+            )
+            for source, quota in enumerate(self._quotas)
+        ]
         return np.concatenate(drawn)
 
-    def _sample_source(self, source: int, start: int, count: int) -> RowIndices:
+    def _sample_source(
+        self,
+        source: int,
+        start: int,
+        count: int,
+    ) -> RowIndices:
         """Returns `count` rows from `start` on of an endless sequence: one permutation of a source after the other."""
         pool = self._pools[source]
         pieces = [pool[:0]]
         while count:
             lap, offset = divmod(start, len(pool))
-            permutation = self._random(DRAW_SEED_TAG, source, lap).permutation(pool)
+            permutation = self._random(
+                DRAW_SEED_TAG,
+                source,
+                lap,
+            ).permutation(pool)
             piece = permutation[offset : offset + count]
             pieces.append(piece)
             start += len(piece)
@@ -139,7 +151,11 @@ class BatchSampler:
             end = self._step_end(ends, end)
         return end
 
-    def _step_end(self, ends: RowIndices, start: int) -> int:
+    def _step_end(
+        self,
+        ends: RowIndices,
+        start: int,
+    ) -> int:
         """Returns the end of the step that begins at `start`; `ends` are cumulative sums of lengths."""
         before = int(ends[start - 1]) if start else 0
         end = start + self._max_rows

@@ -22,7 +22,7 @@ from lowrank_tune.data.files import (
     open_file,
     select_rows,
 )
-from lowrank_tune.data.formats import InvalidRow, RawRow
+from lowrank_tune.data.formats import RawRowOrFault
 from lowrank_tune.data.hub import HubRows
 from lowrank_tune.errors import UserError, did_you_mean
 from lowrank_tune.toy import problems
@@ -45,7 +45,7 @@ class RowLocation(NamedTuple):
         return f"{self.file}:{self.line}"
 
 
-LocatedRow = tuple[RowLocation, RawRow | InvalidRow]
+LocatedRow = tuple[RowLocation, RawRowOrFault]
 Chunk = Sequence[LocatedRow]
 
 
@@ -55,10 +55,16 @@ class SourceRows:
     A draw is the beginning of one permutation of all rows, so that `refill_dropped` can continue it.
     """
 
-    def __init__(self, name: str, files: Sequence[DataFile], count: int | None = None, seed: int = 0) -> None:
+    def __init__(
+        self,
+        name: str,
+        files: Sequence[DataFile],
+        count: int | None = None,
+        seed: int = 0,
+    ) -> None:
         self.name = name
         self._files = tuple(files)
-        self._lengths = [sum(1 for _ in file.lines()) for file in self._files]
+        self._lengths = [file.count_rows() for file in self._files]
         self._start = 0
         self._end = sum(self._lengths)
         self._requested = count
@@ -117,8 +123,18 @@ def read_source(source: SourceConfig, seed: int) -> SourceRows:
     if source.dataset in BUILTIN_DATASETS:
         return SourceRows(source.dataset, [BuiltinRows(source, seed)])
     if is_hub_dataset(source.dataset):
-        return SourceRows(source.dataset, [HubRows(source)], source.max_samples, seed)
-    return SourceRows(source.dataset, open_local_files(source), source.max_samples, seed)
+        return SourceRows(
+            source.dataset,
+            [HubRows(source)],
+            source.max_samples,
+            seed,
+        )
+    return SourceRows(
+        source.dataset,
+        open_local_files(source),
+        source.max_samples,
+        seed,
+    )
 
 
 def is_hub_dataset(name: str) -> bool:
@@ -189,7 +205,11 @@ def _files(path: Path) -> list[Path]:
 class BuiltinRows:
     """The built-in problems, or pairs of answers to them."""
 
-    def __init__(self, source: SourceConfig, seed: int) -> None:
+    def __init__(
+        self,
+        source: SourceConfig,
+        seed: int,
+    ) -> None:
         if source.split not in BUILTIN_SIZES:
             raise UserError(f"{source.dataset}: there is no split `{source.split}`; it has train and heldout")
         if source.config_name is not None:
@@ -202,8 +222,8 @@ class BuiltinRows:
         else:
             self._rows = list(problems.rows(count, seed, heldout=source.split == "heldout"))
 
-    def lines(self) -> Iterator[int]:
-        return iter(range(1, len(self._rows) + 1))
+    def count_rows(self) -> int:
+        return len(self._rows)
 
     def rows(self, mask: RowMask) -> NumberedRows:
         return select_rows(enumerate(self._rows, start=1), mask)

@@ -10,9 +10,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from lowrank_tune.data.token_store import TokenizedDataset
+from lowrank_tune.data.token_store import IntArray, TokenizedDataset
 
-Numbers = NDArray[np.int64]
 SLICE = 8192
 """Rows that are counted at a time: a store may be larger than memory."""
 LENGTH_BIAS_SHARE = 0.65
@@ -28,35 +27,34 @@ class TokenStats:
     `eos_counts` counts every trained end token by its id.
     """
 
-    trained: Numbers
-    prompt: Numbers
-    answers: Numbers
-    unended: Numbers
+    trained: IntArray
+    prompt: IntArray
+    answers: IntArray
+    unended: IntArray
     eos_counts: dict[int, int]
 
 
 def compute_token_stats(rows: TokenizedDataset, end_ids: Collection[int]) -> TokenStats:
     """Counts all rows of a store."""
-    trained = np.zeros(len(rows), np.int64)
-    prompt = np.zeros(len(rows), np.int64)
-    answers = np.zeros(len(rows), np.int64)
-    unended = np.zeros(len(rows), np.int64)
+    # An empty store has one empty slice.
+    starts = range(0, max(1, len(rows)), SLICE)
+    parts = [_count(*rows.concat_rows(start, start + SLICE), end_ids) for start in starts]
     eos_counts: Counter[int] = Counter()
-    for start in range(0, len(rows), SLICE):
-        part = _count(*rows.concat_rows(start, start + SLICE), end_ids)
-        end = start + len(part.trained)
-        trained[start:end] = part.trained
-        prompt[start:end] = part.prompt
-        answers[start:end] = part.answers
-        unended[start:end] = part.unended
+    for part in parts:
         eos_counts.update(part.eos_counts)
-    return TokenStats(trained, prompt, answers, unended, dict(eos_counts))
+    return TokenStats(
+        np.concatenate([part.trained for part in parts]),
+        np.concatenate([part.prompt for part in parts]),
+        np.concatenate([part.answers for part in parts]),
+        np.concatenate([part.unended for part in parts]),
+        dict(eos_counts),
+    )
 
 
 def _count(
     input_ids: NDArray[np.int32],
     mask: NDArray[np.bool_],
-    lengths: Numbers,
+    lengths: IntArray,
     end_ids: Collection[int],
 ) -> TokenStats:
     """Counts rows that are concatenated, without a loop over them.
@@ -137,7 +135,11 @@ def pair_balance(train: TokenizedDataset, stats: TokenStats) -> PairBalance:
     )
 
 
-def _length_bias_warning(pairs: int, longer: int, shorter: int) -> str:
+def _length_bias_warning(
+    pairs: int,
+    longer: int,
+    shorter: int,
+) -> str:
     most, word = max((longer, "longer"), (shorter, "shorter"))
     if pairs < MIN_PAIRS or most < LENGTH_BIAS_SHARE * pairs:
         return ""
@@ -147,7 +149,7 @@ def _length_bias_warning(pairs: int, longer: int, shorter: int) -> str:
     )
 
 
-def contradictory_pairs(parts: Sequence[TokenizedDataset]) -> list[Numbers]:
+def contradictory_pairs(parts: Sequence[TokenizedDataset]) -> list[IntArray]:
     """Returns for each part the pairs that any part also contains with the answers exchanged."""
     hashes_of = [part.conversation_hashes.reshape(-1, 2).tolist() for part in parts]
     seen: set[tuple[int, int]] = set()

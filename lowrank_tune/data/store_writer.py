@@ -56,7 +56,11 @@ def _hash(data: bytes) -> int:
 class ArrayFile:
     """A `.npy` file that grows. numpy reserves space in the header for the length."""
 
-    def __init__(self, path: Path, dtype: str) -> None:
+    def __init__(
+        self,
+        path: Path,
+        dtype: str,
+    ) -> None:
         self.file: BinaryIO = path.open("wb")
         self.dtype = np.dtype(dtype)
         self.count = 0
@@ -86,7 +90,11 @@ class StoreWriter:
     """Writes a store in a temporary folder beside its own, and renames it at the end. Without `finish` nothing is
     left."""
 
-    def __init__(self, folder: Path, rows_per_unit: int = 1) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        rows_per_unit: int = 1,
+    ) -> None:
         self.folder = folder
         self.rows_per_unit = rows_per_unit
         self._num_tokens = 0
@@ -110,7 +118,12 @@ class StoreWriter:
         self._arrays["starts"].append([0])
         self._arrays["ground_truth_starts"].append([0])
 
-    def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
+    def __exit__(
+        self,
+        _: object,
+        error: BaseException | None,
+        __: object,
+    ) -> None:
         files: list[IO[Any]] = [array.file for array in self._arrays.values()]
         files.append(self._dropped)
         for file in files:
@@ -121,17 +134,27 @@ class StoreWriter:
         if isinstance(error, OSError):
             raise _write_error(self.folder.parent, error) from error
 
-    def add(self, entries: Sequence[Entry], source: int, locations: Sequence[tuple[int, int]]) -> None:
+    def add(
+        self,
+        entries: Sequence[Entry],
+        source: int,
+        locations: Sequence[tuple[int, int]],
+    ) -> None:
         """Appends entries of a source, with the number of the file and the line of each."""
         self._add_tokens([row for entry in entries for row in entry.rows])
         self._add_ground_truths([entry.ground_truth for entry in entries])
         conversation_hashes = chain.from_iterable(entry.conversation_hashes for entry in entries)
         self._arrays["conversation_hashes"].append(np.array([*conversation_hashes], dtype=np.uint64))
-        self._add_per_entry("sources", [source] * len(entries))
-        self._add_per_entry("files", [file for file, _ in locations])
-        self._add_per_entry("lines", [line for _, line in locations])
-        self._add_per_entry("row_hashes", np.array([entry.row_hash for entry in entries], dtype=np.uint64))
-        self._add_per_entry("margins", [entry.margin for entry in entries])
+        per_entry: dict[str, Any] = {
+            "sources": [source] * len(entries),
+            "files": [file for file, _ in locations],
+            "lines": [line for _, line in locations],
+            "row_hashes": np.array([entry.row_hash for entry in entries], dtype=np.uint64),
+            "margins": [entry.margin for entry in entries],
+            "has_ground_truth": [entry.ground_truth is not None for entry in entries],
+        }
+        for name, values in per_entry.items():
+            self._arrays[name].append(np.repeat(values, self.rows_per_unit))
 
     def _add_tokens(self, rows: Sequence[Row]) -> None:
         lengths = np.array([len(row.input_ids) for row in rows], dtype=np.int64)
@@ -148,19 +171,22 @@ class StoreWriter:
         lengths = np.array([len(data) for data in encoded], dtype=np.int64)
         self._arrays["ground_truths"].append(np.frombuffer(b"".join(encoded), dtype=np.uint8))
         self._arrays["ground_truth_starts"].append(self._num_ground_truth_bytes + np.cumsum(lengths))
-        self._add_per_entry("has_ground_truth", [ground_truth is not None for ground_truth in ground_truths])
         self._num_ground_truth_bytes += int(lengths.sum())
 
-    def _add_per_entry(self, name: str, values: Any) -> None:
-        """Appends one value for each entry, to all rows of the entry."""
-        self._arrays[name].append(np.repeat(values, self.rows_per_unit))
-
-    def drop(self, location: tuple[str, int], reason: str) -> None:
+    def drop(
+        self,
+        location: tuple[str, int],
+        reason: str,
+    ) -> None:
         """Records a row that is not used."""
         file, line = location
         self._dropped.write(json.dumps({"file": file, "line": line, "reason": reason}) + "\n")
 
-    def finish(self, files: list[str], reports: list[SourceReport]) -> TokenizedDataset:
+    def finish(
+        self,
+        files: list[str],
+        reports: list[SourceReport],
+    ) -> TokenizedDataset:
         """Completes the store and moves it to its folder. Returns it."""
         for array in self._arrays.values():
             array.close()

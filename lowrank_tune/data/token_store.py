@@ -9,7 +9,7 @@ import hashlib
 import json
 import mmap
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, cast
@@ -19,7 +19,10 @@ from numpy.typing import NDArray
 
 from lowrank_tune.batch import Row
 from lowrank_tune.data.report import SourceReport
-from lowrank_tune.errors import ConfigProblem
+
+AnyArray = NDArray[Any]
+IntArray = NDArray[np.int64]
+HashArray = NDArray[np.uint64]
 
 ARRAYS: dict[str, str] = {
     "input_ids": "<i4",
@@ -36,7 +39,8 @@ ARRAYS: dict[str, str] = {
     "has_ground_truth": "|b1",
 }
 """The arrays of a store and their dtypes. `input_ids` and `completion_mask` have one entry a token, `ground_truths` one
-a byte, the `*starts` one a row and the end; the others have one entry a row."""
+a byte, the `*starts` one a row and the end; the others have one entry a row. Nothing reads the gold answers: they are
+written so that existing caches stay valid."""
 TOKEN_ARRAYS = ("input_ids", "completion_mask")
 SLICE = 8192
 """Rows that are hashed at a time: a store may be larger than memory."""
@@ -56,11 +60,11 @@ class TokenizedDataset:
 
     def __init__(
         self,
-        arrays: dict[str, NDArray[Any]],
+        arrays: dict[str, AnyArray],
         files: list[str],
         reports: list[SourceReport],
         folder: Path,
-        indices: NDArray[np.int64],
+        indices: IntArray,
         rows_per_unit: int = 1,
     ) -> None:
         self._arrays = arrays
@@ -70,10 +74,10 @@ class TokenizedDataset:
         self.indices = indices
         self.rows_per_unit = rows_per_unit
         starts = arrays["starts"]
-        self.lengths: NDArray[np.int64] = np.asarray(starts[indices + 1] - starts[indices])
+        self.lengths: IntArray = np.asarray(starts[indices + 1] - starts[indices])
         self.source_of: NDArray[np.int32] = np.asarray(arrays["sources"][indices])
         self.units = len(indices) // rows_per_unit
-        self.unit_lengths: NDArray[np.int64] = self.lengths
+        self.unit_lengths: IntArray = self.lengths
         """Tokens of all rows of each unit."""
         if rows_per_unit > 1:
             self.unit_lengths = self.lengths.reshape(-1, rows_per_unit).sum(axis=1)
@@ -83,17 +87,17 @@ class TokenizedDataset:
     # These are used rarely: they are read when they are used, and not kept.
 
     @property
-    def row_hashes(self) -> NDArray[np.uint64]:
+    def row_hashes(self) -> HashArray:
         """Equal for equal conversations; of pairs for equal pairs, on both rows."""
         return np.asarray(self._arrays["row_hashes"][self.indices])
 
     @property
-    def unit_hashes(self) -> NDArray[np.uint64]:
+    def unit_hashes(self) -> HashArray:
         """The same, one a unit."""
         return self.row_hashes[:: self.rows_per_unit]
 
     @property
-    def conversation_hashes(self) -> NDArray[np.uint64]:
+    def conversation_hashes(self) -> HashArray:
         """Of each row alone: equal for equal conversations."""
         return np.asarray(self._arrays["conversation_hashes"][self.indices])
 
@@ -140,7 +144,7 @@ class TokenizedDataset:
             cast(Sequence[bool], self._arrays["completion_mask"][start:end]),
         )
 
-    def select_rows(self, rows: NDArray[np.int64]) -> TokenizedDataset:
+    def select_rows(self, rows: IntArray) -> TokenizedDataset:
         """Returns a store of these rows, on the same arrays; of pairs both rows, one after the other."""
         units = rows[:: self.rows_per_unit] // self.rows_per_unit
         assert np.array_equal(rows, self.rows_of(units)), "the rows are not those of whole pairs"
@@ -153,11 +157,11 @@ class TokenizedDataset:
             self.rows_per_unit,
         )
 
-    def select_units(self, units: NDArray[np.int64]) -> TokenizedDataset:
+    def select_units(self, units: IntArray) -> TokenizedDataset:
         """Returns a store of these units."""
         return self.select_rows(self.rows_of(units))
 
-    def rows_of(self, units: NDArray[np.int64]) -> NDArray[np.int64]:
+    def rows_of(self, units: IntArray) -> IntArray:
         """Returns the rows of these units, one unit after the other."""
         first_rows = units[:, None] * self.rows_per_unit
         return np.asarray((first_rows + np.arange(self.rows_per_unit)).reshape(-1))
@@ -172,7 +176,11 @@ class TokenizedDataset:
                 digest.update(np.ascontiguousarray(array).tobytes())
         return digest.hexdigest()
 
-    def concat_rows(self, start: int, end: int) -> tuple[NDArray[np.int32], NDArray[np.bool_], NDArray[np.int64]]:
+    def concat_rows(
+        self,
+        start: int,
+        end: int,
+    ) -> tuple[NDArray[np.int32], NDArray[np.bool_], IntArray]:
         """Returns ids and mask of the rows from `start` to before `end`, concatenated, and the length of each row."""
         lengths = self.lengths[start:end]
         # The rows may lie anywhere in the arrays: a token's position there is its position in the result, moved as far
@@ -192,15 +200,6 @@ class TokenizedDataset:
             if isinstance(mapped, mmap.mmap) and hasattr(mmap, "MADV_DONTNEED"):
                 mapped.madvise(mmap.MADV_DONTNEED)
 
-    def ground_truth_of(self, index: int) -> str | None:
-        """Returns the gold answer of a row."""
-        row = self.indices[index]
-        if not self._arrays["has_ground_truth"][row]:
-            return None
-        start = self._arrays["ground_truth_starts"][row]
-        end = self._arrays["ground_truth_starts"][row + 1]
-        return bytes(self._arrays["ground_truths"][start:end]).decode()
-
     def row_location(self, index: int) -> str:
         """Returns where the row came from: `file:line`."""
         row = self.indices[index]
@@ -211,19 +210,12 @@ class TokenizedDataset:
         """Returns how many tokens of the row are trained."""
         return int(np.count_nonzero(self[index].completion_mask))
 
-    def dropped(self) -> Iterator[ConfigProblem]:
-        """Yields every row that was read and not used, with its reason."""
-        with (self.folder / "dropped.jsonl").open(encoding="utf-8") as file:
-            for line in file:
-                fault = json.loads(line)
-                yield ConfigProblem(fault["reason"], file=fault["file"], line=fault["line"])
 
-
-def _load_array(path: Path) -> NDArray[Any]:
+def _load_array(path: Path) -> AnyArray:
     """Maps an array. One without entries cannot be mapped, because its file ends with the header, and is read."""
     mode: Any = "r" if _has_entries(path) else None
     array = np.load(path, mmap_mode=mode, allow_pickle=False)
-    return cast(NDArray[Any], array)
+    return cast(AnyArray, array)
 
 
 def _has_entries(path: Path) -> bool:

@@ -18,7 +18,13 @@ from lowrank_tune.config import DataConfig, SourceConfig
 from lowrank_tune.data.encode import SourceContext, encode_chunk
 from lowrank_tune.data.formats import InvalidRow, detect_format
 from lowrank_tune.data.report import SourceReport
-from lowrank_tune.data.sources import HEAD_ROWS, Chunk, LocatedRow, SourceRows, read_source
+from lowrank_tune.data.sources import (
+    HEAD_ROWS,
+    Chunk,
+    LocatedRow,
+    SourceRows,
+    read_source,
+)
 from lowrank_tune.data.store_writer import Entry, StoreWriter
 from lowrank_tune.data.templates.chat_template import ChatTemplate
 from lowrank_tune.data.token_store import TokenizedDataset
@@ -46,23 +52,39 @@ def tokenize(
     Raises UserError if too many rows of a source cannot be used, unless `raise_on_invalid` is false.
     """
     opened = [read_source(source, seed) for source in sources]
-    formats = [format_of(source, rows, pairs) for source, rows in zip(sources, opened, strict=True)]
-    folder = (cache or cache_folder()) / _cache_key(sources, formats, opened, data, template, pairs)
+    formats = [
+        format_of(
+            source,
+            rows,
+            pairs,
+        )
+        for source, rows in zip(sources, opened, strict=True)
+    ]
+    folder = (cache or cache_folder()) / _cache_key(
+        sources,
+        formats,
+        opened,
+        data,
+        template,
+        pairs,
+    )
     store = TokenizedDataset.open(folder)
     if store is None:
         with StoreWriter(folder, rows_per_unit=2 if pairs else 1) as writer:
             tokenizer = _SourceTokenizer(writer, emit)
             for source, format_name, rows in zip(sources, formats, opened, strict=True):
-                report = SourceReport(rows.name, format_name, weight=source.weight)
-                tokenizer.add(rows, SourceContext(source, format_name, data, template, report))
+                report = SourceReport(
+                    rows.name,
+                    format_name,
+                    weight=source.weight,
+                )
+                tokenizer.add(rows, SourceContext(source, data, template, report))
             store = writer.finish(list(tokenizer.files), tokenizer.reports)
     for source, report in zip(sources, store.reports, strict=True):
         if raise_on_invalid:
             report.check(data.max_invalid_fraction)
-        emit(LogMessage(message=f"{report.name}: {report.read} rows of the shape `{report.format}`"))
-        warning = check_enough_rows(source, report)
-        if warning:
-            emit(LogMessage(message=warning, level="warning"))
+        emit(LogMessage(message=f"{report.name}: {report.read} rows in format `{report.format}`"))
+        warn_about_missing_rows(source, report, emit)
     return store
 
 
@@ -85,7 +107,11 @@ class NamedRows(Protocol):
     def __iter__(self) -> Iterator[LocatedRow]: ...
 
 
-def format_of(source: SourceConfig, rows: NamedRows, pairs: bool | None = None) -> str:
+def format_of(
+    source: SourceConfig,
+    rows: NamedRows,
+    pairs: bool | None = None,
+) -> str:
     """Returns the format that the recipe names, or that of the first row that has one. Raises UserError.
 
     `pairs`: whether it must be `preference` or must not; None for any format.
@@ -106,7 +132,11 @@ def format_of(source: SourceConfig, rows: NamedRows, pairs: bool | None = None) 
     return format_name
 
 
-def _detect_format(source: SourceConfig, rows: NamedRows, pairs: bool) -> str:
+def _detect_format(
+    source: SourceConfig,
+    rows: NamedRows,
+    pairs: bool,
+) -> str:
     first_error: UserError | None = None
     for _, row in islice(rows, HEAD_ROWS):
         if isinstance(row, InvalidRow):
@@ -146,13 +176,21 @@ def _cache_key(
 class _SourceTokenizer:
     """Writes sources to a store, one after the other. `files` numbers the files that rows come from."""
 
-    def __init__(self, writer: StoreWriter, emit: Emit) -> None:
+    def __init__(
+        self,
+        writer: StoreWriter,
+        emit: Emit,
+    ) -> None:
         self.reports: list[SourceReport] = []
         self.files: dict[str, int] = {}
         self._writer = writer
         self._emit = emit
 
-    def add(self, rows: SourceRows, context: SourceContext) -> None:
+    def add(
+        self,
+        rows: SourceRows,
+        context: SourceContext,
+    ) -> None:
         """Tokenizes the rows of a source."""
         report = context.report
         label = f"tokenizing {rows.name}"
@@ -167,7 +205,11 @@ class _SourceTokenizer:
             report.duplicates = len(row_hashes) - len(np.unique(np.frombuffer(row_hashes, dtype=np.uint64)))
         self.reports.append(report)
 
-    def _add_chunk(self, chunk: Chunk, context: SourceContext) -> list[int]:
+    def _add_chunk(
+        self,
+        chunk: Chunk,
+        context: SourceContext,
+    ) -> list[int]:
         """Writes and counts the rows of a chunk. Returns the hashes of those that are used."""
         report = context.report
         report.read += len(chunk)
@@ -198,11 +240,16 @@ def chunks(rows: SourceRows, report: SourceReport) -> Iterator[tuple[Chunk, int]
             yield chunk, total
 
 
-def check_enough_rows(source: SourceConfig, report: SourceReport) -> str | None:
-    """Returns a warning if fewer rows can be used than the recipe requests."""
+def warn_about_missing_rows(
+    source: SourceConfig,
+    report: SourceReport,
+    emit: Emit,
+) -> None:
+    """Logs a warning if fewer rows can be used than the recipe requests."""
     if source.max_samples is None or report.used >= source.max_samples:
-        return None
-    return (
+        return
+    message = (
         f"{report.name}: the recipe asks for {source.max_samples:,} rows, and {report.used:,} of the {report.read:,} "
         f"that there are can be used"
     )
+    emit(LogMessage(message=message, level="warning"))

@@ -14,7 +14,15 @@ from lowrank_tune.config import RecipeConfig
 from lowrank_tune.data import ChatTemplate, load, load_heldout_prompts
 from lowrank_tune.data.prompts import load_prompts
 from lowrank_tune.data_report.prompts import report_prompts
-from lowrank_tune.data_report.report import DataIssue, DataReport, EosStats, Epoch, Example, Lengths, MixturePart
+from lowrank_tune.data_report.report import (
+    DataIssue,
+    DataReport,
+    EosStats,
+    Epoch,
+    Example,
+    Lengths,
+    MixturePart,
+)
 from lowrank_tune.data_report.rows import report_rows
 from lowrank_tune.events import Emit
 from lowrank_tune.model.base import load_tokenizer
@@ -33,7 +41,11 @@ __all__ = [
 ]
 
 
-def inspect_data(recipe: RecipeConfig, emit: Emit, cache: Path | None = None) -> DataReport:
+def inspect_data(
+    recipe: RecipeConfig,
+    emit: Emit,
+    cache: Path | None = None,
+) -> DataReport:
     """Reads and tokenizes all data of a recipe. Raises UserError only if there is nothing to report."""
     template = ChatTemplate.from_tokenizer(load_tokenizer(recipe.base), recipe.data.template_date)
     evaluation = recipe.evaluate

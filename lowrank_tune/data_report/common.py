@@ -11,9 +11,21 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lowrank_tune.config import RecipeConfig, SourceConfig
-from lowrank_tune.data import BatchSampler, ChatTemplate, InvalidRow, Prompt, Report
+from lowrank_tune.data import (
+    BatchSampler,
+    ChatTemplate,
+    InvalidRow,
+    Prompt,
+    Report,
+)
 from lowrank_tune.data.report import EXAMPLES, DroppedRows, SourceReport
-from lowrank_tune.data_report.report import DataIssue, Epoch, Lengths, MixturePart
+from lowrank_tune.data.token_store import IntArray
+from lowrank_tune.data_report.report import (
+    DataIssue,
+    Epoch,
+    Lengths,
+    MixturePart,
+)
 from lowrank_tune.errors import UserError
 
 LEAKAGE = "asking a held-out question"
@@ -55,19 +67,31 @@ class Units:
     """The units that are trained on: the source of each, its tokens and its trained tokens, (N,)."""
 
     source_of: NDArray[np.int32]
-    tokens: NDArray[np.int64]
-    trained: NDArray[np.int64]
+    tokens: IntArray
+    trained: IntArray
 
     def __len__(self) -> int:
         return len(self.source_of)
 
-    def subset(self, indices: NDArray[np.int64]) -> Units:
+    def subset(self, indices: IntArray) -> Units:
         """Returns these units, with repetitions."""
-        return Units(self.source_of[indices], self.tokens[indices], self.trained[indices])
+        return Units(
+            self.source_of[indices],
+            self.tokens[indices],
+            self.trained[indices],
+        )
 
-    def sum_by_source(self, values: NDArray[np.int64], num_sources: int) -> list[int]:
+    def sum_by_source(
+        self,
+        values: IntArray,
+        num_sources: int,
+    ) -> list[int]:
         """Returns the sum of a value of the units, by source."""
-        sums = np.bincount(self.source_of, weights=values, minlength=num_sources)
+        sums = np.bincount(
+            self.source_of,
+            weights=values,
+            minlength=num_sources,
+        )
         return [int(value) for value in sums]
 
 
@@ -117,10 +141,20 @@ def mixture_of(
             drawn_trained[index],
         )
         parts.append(part)
-    return tuple(parts), Epoch(len(epoch), sum(drawn_tokens), sum(drawn_trained), steps, all_steps)
+    return tuple(parts), Epoch(
+        len(epoch),
+        sum(drawn_tokens),
+        sum(drawn_trained),
+        steps,
+        all_steps,
+    )
 
 
-def lengths_of(lengths: NDArray[np.int64], report: Report, max_length: int) -> Lengths:
+def lengths_of(
+    lengths: IntArray,
+    report: Report,
+    max_length: int,
+) -> Lengths:
     """Returns the histogram of lengths in tokens, and how many rows exceed the limit."""
     sources = (*report.train, *report.validation)
     num_over = 0
@@ -169,7 +203,15 @@ def dropped_rows(sources: Sequence[SourceReport], always: Sequence[str]) -> list
         if not any(known.startswith(kind) for known in by_kind):
             by_kind[kind] = DroppedRows()
     most_first = sorted(by_kind.items(), key=lambda item: -item[1].count)
-    return [DataIssue(kind, total.count, "dropped", first_few(total.locations)) for kind, total in most_first]
+    return [
+        DataIssue(
+            kind,
+            total.count,
+            "dropped",
+            first_few(total.locations),
+        )
+        for kind, total in most_first
+    ]
 
 
 def first_few(locations: Iterable[str]) -> tuple[str, ...]:

@@ -8,7 +8,7 @@ import numpy as np
 
 from lowrank_tune.config import RecipeConfig
 from lowrank_tune.data import ChatTemplate, Prompt
-from lowrank_tune.data.prompts import PromptDataset, make_prompt_sampler
+from lowrank_tune.data.prompts import PromptDataset, PromptSampler
 from lowrank_tune.data_report.common import (
     LEAKAGE,
     LEAKAGE_NOTE,
@@ -25,7 +25,13 @@ from lowrank_tune.data_report.common import (
     truncate_middle,
     weighted_by,
 )
-from lowrank_tune.data_report.report import DataIssue, DataReport, Epoch, Example, MixturePart
+from lowrank_tune.data_report.report import (
+    DataIssue,
+    DataReport,
+    Epoch,
+    Example,
+    MixturePart,
+)
 
 
 def report_prompts(
@@ -56,14 +62,27 @@ def report_prompts(
 
 def _mixture(recipe: RecipeConfig, dataset: PromptDataset) -> tuple[tuple[MixturePart, ...], Epoch]:
     """Returns the mixture of prompts, of which no token is trained."""
-    units = Units(dataset.source_of, dataset.lengths, np.zeros_like(dataset.lengths))
+    units = Units(
+        dataset.source_of,
+        dataset.lengths,
+        np.zeros_like(dataset.lengths),
+    )
     sampler = None
     if can_be_drawn(units, [source.weight for source in recipe.data.train]):
-        sampler = make_prompt_sampler(dataset, recipe.data, recipe.train, recipe.seed)
+        sampler = PromptSampler(
+            dataset,
+            recipe.data,
+            recipe.train,
+            recipe.seed,
+        )
     return mixture_of(recipe, dataset.report.train, units, sampler)
 
 
-def _issues(dataset: PromptDataset, template: ChatTemplate, heldout: Sequence[Prompt]) -> list[DataIssue]:
+def _issues(
+    dataset: PromptDataset,
+    template: ChatTemplate,
+    heldout: Sequence[Prompt],
+) -> list[DataIssue]:
     """Returns every kind of issue, even if no prompt has it."""
     unanswered: list[int] = []
     repeated: list[int] = []
@@ -89,7 +108,12 @@ def _issues(dataset: PromptDataset, template: ChatTemplate, heldout: Sequence[Pr
     return issues
 
 
-def _issue(dataset: PromptDataset, description: str, indices: Sequence[int], done: str) -> DataIssue:
+def _issue(
+    dataset: PromptDataset,
+    description: str,
+    indices: Sequence[int],
+    done: str,
+) -> DataIssue:
     locations = first_few(str(dataset.locations[index]) for index in indices)
     return DataIssue(description, len(indices), done, locations)
 

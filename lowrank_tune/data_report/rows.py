@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from lowrank_tune.config import RecipeConfig
 from lowrank_tune.data import (
@@ -21,6 +19,7 @@ from lowrank_tune.data import (
 from lowrank_tune.data.preference_pairs import EQUAL_ANSWERS
 from lowrank_tune.data.report import EXAMPLES
 from lowrank_tune.data.stats import contradictory_pairs, pair_balance
+from lowrank_tune.data.token_store import IntArray
 from lowrank_tune.data_report.common import (
     LEAKAGE,
     LEAKAGE_NOTE,
@@ -37,7 +36,14 @@ from lowrank_tune.data_report.common import (
     truncate_middle,
     weighted_by,
 )
-from lowrank_tune.data_report.report import DataIssue, DataReport, EosStats, Epoch, Example, MixturePart
+from lowrank_tune.data_report.report import (
+    DataIssue,
+    DataReport,
+    EosStats,
+    Epoch,
+    Example,
+    MixturePart,
+)
 
 MIN_SHOWN_CHARACTERS = 200
 """Characters that are shown of a segment at least, after others used up `SHOWN_CHARACTERS`."""
@@ -87,11 +93,17 @@ def _mixture(
     weights = [source.weight for source in recipe.data.train]
     sampler = None
     if can_be_drawn(units, weights):
-        sampler = BatchSampler(train.unit_lengths, train.unit_source_of, weights, recipe.train, recipe.seed)
+        sampler = BatchSampler(
+            train.unit_lengths,
+            train.unit_source_of,
+            weights,
+            recipe.train,
+            recipe.seed,
+        )
     return mixture_of(recipe, data.report.train, units, sampler)
 
 
-def _all_lengths(data: TokenizedSplits) -> NDArray[np.int64]:
+def _all_lengths(data: TokenizedSplits) -> IntArray:
     if data.validation is None:
         return data.train.lengths
     return np.concatenate([data.train.lengths, data.validation.lengths])
@@ -127,13 +139,13 @@ def _issues(
     return issues
 
 
-def _locations(rows: TokenizedDataset, units: NDArray[Any]) -> tuple[str, ...]:
+def _locations(rows: TokenizedDataset, units: IntArray) -> tuple[str, ...]:
     """Returns the locations of the first few of these units."""
     first_rows = (units[:EXAMPLES] * rows.rows_per_unit).tolist()
     return tuple(rows.row_location(row) for row in first_rows)
 
 
-def _units(rows: NDArray[Any], store: TokenizedDataset) -> NDArray[Any]:
+def _units(rows: IntArray, store: TokenizedDataset) -> IntArray:
     """Returns the units that these rows belong to."""
     return np.unique(rows // store.rows_per_unit)
 
@@ -149,7 +161,12 @@ def _duplicates(data: TokenizedSplits) -> DataIssue:
         repeats = order[1:][ordered[1:] == ordered[:-1]]
         locations += _locations(rows, np.sort(repeats))
     description = f"repeating an earlier {data.report.unit}"
-    return DataIssue(description, data.report.duplicates, "kept", first_few(locations))
+    return DataIssue(
+        description,
+        data.report.duplicates,
+        "kept",
+        first_few(locations),
+    )
 
 
 def _train_splits(data: TokenizedSplits) -> list[TokenizedDataset]:
@@ -169,7 +186,12 @@ def _contradictory_pairs(data: TokenizedSplits) -> DataIssue:
         count += len(units)
         locations += _locations(rows, units)
     description = "contradicting: the same answers also occur the other way round"
-    return DataIssue(description, count, "kept; together they teach nothing", first_few(locations))
+    return DataIssue(
+        description,
+        count,
+        "kept; together they teach nothing",
+        first_few(locations),
+    )
 
 
 def _split_overlap(data: TokenizedSplits) -> DataIssue:
@@ -177,7 +199,12 @@ def _split_overlap(data: TokenizedSplits) -> DataIssue:
     if data.validation is not None and data.report.shared:
         is_shared = np.isin(data.validation.unit_hashes, data.train.unit_hashes)
         locations = _locations(data.validation, np.flatnonzero(is_shared))
-    return DataIssue("in both splits", data.report.shared, "kept in both; the validation loss flatters", locations)
+    return DataIssue(
+        "in both splits",
+        data.report.shared,
+        "kept in both; the validation loss flatters",
+        locations,
+    )
 
 
 def _heldout_leakage(
@@ -197,15 +224,29 @@ def _heldout_leakage(
         if tuple(map(int, ids)) in prompt_ids:
             matching.append(row)
     leaked = _units(np.array(matching, dtype=np.int64), rows)
-    return DataIssue(LEAKAGE, len(leaked), LEAKAGE_NOTE, _locations(rows, leaked))
+    return DataIssue(
+        LEAKAGE,
+        len(leaked),
+        LEAKAGE_NOTE,
+        _locations(rows, leaked),
+    )
 
 
-def _eos_stats(stats: TokenStats, template: ChatTemplate, rows_per_unit: int) -> EosStats:
+def _eos_stats(
+    stats: TokenStats,
+    template: ChatTemplate,
+    rows_per_unit: int,
+) -> EosStats:
     unended = stats.unended.reshape(-1, rows_per_unit).sum(axis=1)
     tokens: dict[str, int] = {}
     for token_id, count in sorted(stats.eos_counts.items()):
         tokens[template.decode([token_id], special_tokens=True)] = count
-    return EosStats(bool(tokens), tokens, int((unended == 0).sum()), len(unended))
+    return EosStats(
+        bool(tokens),
+        tokens,
+        int((unended == 0).sum()),
+        len(unended),
+    )
 
 
 def _examples(rows: TokenizedDataset, template: ChatTemplate) -> list[Example]:
@@ -220,7 +261,11 @@ def _examples(rows: TokenizedDataset, template: ChatTemplate) -> list[Example]:
     return examples
 
 
-def _segments(rows: TokenizedDataset, index: int, template: ChatTemplate) -> tuple[tuple[bool, str], ...]:
+def _segments(
+    rows: TokenizedDataset,
+    index: int,
+    template: ChatTemplate,
+) -> tuple[tuple[bool, str], ...]:
     """Returns the text of a row in stretches that are trained as a whole or not at all."""
     row = rows[index]
     mask = np.asarray(row.completion_mask, dtype=np.int8)

@@ -16,7 +16,12 @@ from lowrank_tune.errors import ConfigError, UserError
 from lowrank_tune.events import Emit, LogMessage
 from lowrank_tune.memory_planner import check_fit
 from lowrank_tune.preflight.adapters import adapter_findings
-from lowrank_tune.preflight.base import meta_model, optimizer_findings, row_length_findings, target_findings
+from lowrank_tune.preflight.base import (
+    meta_model,
+    optimizer_findings,
+    row_length_findings,
+    target_findings,
+)
 from lowrank_tune.preflight.data import DataCheck
 from lowrank_tune.preflight.disk import disk_findings
 from lowrank_tune.preflight.findings import findings_of
@@ -47,7 +52,11 @@ def check_before_loading(
     data = DataCheck(emit)
     for stage in stages:
         if not stage.is_finished:
-            findings[stage.recipe.name] += _input_findings(stage, data, on_gpu=vram_gib is not None)
+            findings[stage.recipe.name] += _input_findings(
+                stage,
+                data,
+                on_gpu=vram_gib is not None,
+            )
     model, base_findings = _read_base(stages[0].recipe.base, emit)
     # A chain has one base. `locate` reports its faults once.
     for found in findings.values():
@@ -90,7 +99,11 @@ def _with_known_adapters(stages: Sequence[PlannedStage], emit: Emit) -> set[str]
     return known
 
 
-def _input_findings(stage: PlannedStage, data: DataCheck, on_gpu: bool) -> Iterator[Finding]:
+def _input_findings(
+    stage: PlannedStage,
+    data: DataCheck,
+    on_gpu: bool,
+) -> Iterator[Finding]:
     """Yields the faults of what a stage reads or needs, except its base and adapters."""
     yield from optimizer_findings(stage, on_gpu)
     try:
@@ -113,7 +126,11 @@ def _read_base(base: BaseConfig, emit: Emit) -> tuple[Any, list[Finding]]:
         return None, []
 
 
-def _sound_stages(stages: Sequence[PlannedStage], model: Any, findings: Findings) -> list[PlannedStage]:
+def _sound_stages(
+    stages: Sequence[PlannedStage],
+    model: Any,
+    findings: Findings,
+) -> list[PlannedStage]:
     """Returns the stages that are to run and whose adapters can be stacked, so that their size can be computed.
     Adds the findings of the others. A stage that stacks on a faulty one is not sound either."""
     sound: list[PlannedStage] = []

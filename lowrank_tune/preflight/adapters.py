@@ -49,7 +49,11 @@ def read_saved_adapter(stage: PlannedStage, name: str) -> SavedAdapter:
     has_head = name == REWARD_ROLE or name in stage.complete.extra_adapters
     key = (Path(path).expanduser().resolve(), has_head)
     if key not in stage.loaded:
-        stage.loaded[key] = read_adapter(path, f"adapters.{name}.path", head=has_head)
+        stage.loaded[key] = read_adapter(
+            path,
+            f"adapters.{name}.path",
+            head=has_head,
+        )
     return stage.loaded[key]
 
 

@@ -13,7 +13,11 @@ from lowrank_tune.config import BaseConfig
 from lowrank_tune.config.base import Finding
 from lowrank_tune.errors import UserError
 from lowrank_tune.model.adapters import lora_config
-from lowrank_tune.model.base import check_quantization, describe_load_errors, load_config
+from lowrank_tune.model.base import (
+    check_quantization,
+    describe_load_errors,
+    load_config,
+)
 from lowrank_tune.model.optimizers import check_optimizer
 from lowrank_tune.preflight.findings import findings_of
 from lowrank_tune.preflight.stages import PlannedStage

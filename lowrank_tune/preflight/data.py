@@ -8,15 +8,26 @@ from dataclasses import dataclass
 from lowrank_tune.assembly import ONLINE_ALGORITHMS
 from lowrank_tune.assembly.rl import make_row_check
 from lowrank_tune.config import RecipeConfig, SourceConfig
-from lowrank_tune.config.base import Finding, Path
-from lowrank_tune.data import InvalidRow, PromptExample, RowLocation, SourceReport
+from lowrank_tune.config.raw_settings import Finding
+from lowrank_tune.config.yaml_nodes import Path
+from lowrank_tune.data import (
+    InvalidRow,
+    PromptExample,
+    RowLocation,
+    SourceReport,
+)
 from lowrank_tune.data.encode import conversation_of, pair_of
 from lowrank_tune.data.formats import RawRow
 from lowrank_tune.data.head import read_head
 from lowrank_tune.data.hub import HubUnreachable, hub_columns
 from lowrank_tune.data.load import to_heldout_prompt
 from lowrank_tune.data.prompts import MISSING_ANSWER, RowFault
-from lowrank_tune.data.sources import BUILTIN_DATASETS, HEAD_ROWS, LocatedRow, is_hub_dataset
+from lowrank_tune.data.sources import (
+    BUILTIN_DATASETS,
+    HEAD_ROWS,
+    LocatedRow,
+    is_hub_dataset,
+)
 from lowrank_tune.data.tokenize import NamedRows, format_of
 from lowrank_tune.errors import UserError
 from lowrank_tune.events import Emit, LogMessage
@@ -52,12 +63,24 @@ class DataCheck:
         for path, source in sources_of(recipe):
             try:
                 if path[0] == "evaluate":
-                    self._check_source(source, recipe, _heldout_check(source, recipe), pairs=None, is_strict=False)
+                    self._check_source(
+                        source,
+                        recipe,
+                        _heldout_check(source, recipe),
+                        pairs=None,
+                        is_strict=False,
+                    )
                 else:
                     check = _row_check(source, recipe, row_fault)
                     # One row that cannot be used ends such a run.
                     is_strict = source.max_samples is None and not recipe.data.max_invalid_fraction
-                    self._check_source(source, recipe, check, recipe.uses_pairs, is_strict)
+                    self._check_source(
+                        source,
+                        recipe,
+                        check,
+                        recipe.uses_pairs,
+                        is_strict,
+                    )
             except UserError as error:
                 is_about_columns = source.columns and "column" in str(error)
                 yield (*path, "columns" if is_about_columns else "dataset"), str(error)
@@ -74,7 +97,13 @@ class DataCheck:
             self._check_hub(source, pairs)
             return
         head = read_head(source, recipe.seed)
-        self._check_rows(source, head, format_of(source, head, pairs), check, is_strict)
+        self._check_rows(
+            source,
+            head,
+            format_of(source, head, pairs),
+            check,
+            is_strict,
+        )
 
     def _check_rows(
         self,
@@ -110,7 +139,11 @@ class DataCheck:
         later = "the rows after them are checked when the run loads its data"
         self.emit(LogMessage(message=f"{message}; {later}", level="warning"))
 
-    def _check_hub(self, source: SourceConfig, pairs: bool | None) -> None:
+    def _check_hub(
+        self,
+        source: SourceConfig,
+        pairs: bool | None,
+    ) -> None:
         """Raises UserError for a data set of the hub that is missing, or lacks columns by its description."""
         columns = self._hub_columns(source)
         if columns is None:
@@ -143,7 +176,11 @@ class ColumnNames:
         yield RowLocation(self.name, 1), dict.fromkeys(self.columns, "")
 
 
-def _lacks_column(source: SourceConfig, report: SourceReport, columns: Collection[str]) -> bool:
+def _lacks_column(
+    source: SourceConfig,
+    report: SourceReport,
+    columns: Collection[str],
+) -> bool:
     """Returns whether rows cannot be used because none of them has a column that the source names or that its format
     must have. `columns` are those of the rows."""
     if any(column not in columns for column in source.columns.values()):
@@ -163,7 +200,11 @@ def _cure(report: SourceReport, columns: Sequence[str]) -> str:
     return ""
 
 
-def _row_check(source: SourceConfig, recipe: RecipeConfig, row_fault: RowFault) -> RowCheck:
+def _row_check(
+    source: SourceConfig,
+    recipe: RecipeConfig,
+    row_fault: RowFault,
+) -> RowCheck:
     system = recipe.data.system_prompt
 
     def check_row(row: RawRow, format_name: str) -> str | None:
@@ -174,7 +215,13 @@ def _row_check(source: SourceConfig, recipe: RecipeConfig, row_fault: RowFault) 
         return result.reason if isinstance(result, InvalidRow) else None
 
     def check_prompt(row: RawRow, format_name: str) -> str | None:
-        conversation = conversation_of(row, source, format_name, system, require_answer=False)
+        conversation = conversation_of(
+            row,
+            source,
+            format_name,
+            system,
+            require_answer=False,
+        )
         if isinstance(conversation, InvalidRow):
             return conversation.reason
         if recipe.needs_ground_truth and conversation.ground_truth is None:
@@ -187,7 +234,12 @@ def _row_check(source: SourceConfig, recipe: RecipeConfig, row_fault: RowFault) 
 
 def _heldout_check(source: SourceConfig, recipe: RecipeConfig) -> RowCheck:
     def check(row: RawRow, format_name: str) -> str | None:
-        prompt = to_heldout_prompt(row, source, format_name, recipe.data.system_prompt)
+        prompt = to_heldout_prompt(
+            row,
+            source,
+            format_name,
+            recipe.data.system_prompt,
+        )
         if isinstance(prompt, InvalidRow):
             return prompt.reason
         if prompt.ground_truth is None:

@@ -49,7 +49,11 @@ class DiskNeed:
         return self.checkpoints + self.final + LOG_BYTES
 
 
-def disk_findings(stages: Sequence[PlannedStage], folder: Path, model: Any) -> Mapping[str, list[Finding]]:
+def disk_findings(
+    stages: Sequence[PlannedStage],
+    folder: Path,
+    model: Any,
+) -> Mapping[str, list[Finding]]:
     """Returns a finding of the stage that needs most, by its name, if the disk of the run's folder has too little room
     for all stages, or cannot be examined. `stages` are those that are to run."""
     needs = {stage.recipe.name: disk_need(stage, model) for stage in stages}
@@ -77,8 +81,19 @@ def disk_need(stage: PlannedStage, model: Any) -> DiskNeed:
     """Returns what a stage writes, from the shapes of its base and its adapters."""
     recipe = stage.complete
     train = recipe.train
-    own = _parameters_of(stage, recipe.trained_adapter, model) + _value_parameters(stage, model)
-    below = sum(_parameters_of(stage, name, model) for name in frozen_adapters(recipe))
+    own = _parameters_of(
+        stage,
+        recipe.trained_adapter,
+        model,
+    ) + _value_parameters(stage, model)
+    below = sum(
+        _parameters_of(
+            stage,
+            name,
+            model,
+        )
+        for name in frozen_adapters(recipe)
+    )
     # `combined` contains the trained adapter twice: in the adapter that combines all, and alone.
     copies = 2 if below and train.final_adapters == "combined" else 1
     checkpoint = own * (WEIGHT_BYTES + STATE_BYTES[train.optim])
@@ -114,7 +129,11 @@ def _value_parameters(stage: PlannedStage, model: Any) -> int:
     return _parameters_of(stage, "policy", model) + _head_parameters(model)
 
 
-def _parameters_of(stage: PlannedStage, name: str, model: Any) -> int:
+def _parameters_of(
+    stage: PlannedStage,
+    name: str,
+    model: Any,
+) -> int:
     """Returns the parameters of one adapter, with its scalar head."""
     settings = stage.pending_adapter(name) or stage.complete.adapters[name]
     if settings.path is not None:

@@ -52,7 +52,11 @@ class PlannedStage:
         return any(self.pending_adapter(name) is not None for name in self.complete.adapters)
 
 
-def stages_of(loaded: RecipeConfig | Chain, folder: Path, finished: frozenset[str] = frozenset()) -> list[PlannedStage]:
+def stages_of(
+    loaded: RecipeConfig | Chain,
+    folder: Path,
+    finished: frozenset[str] = frozenset(),
+) -> list[PlannedStage]:
     """Returns the stages of a recipe that is run in a folder where the stages `finished` have ended."""
     if not isinstance(loaded, Chain):
         return [PlannedStage(loaded, loaded, folder, is_finished=False)]

@@ -9,9 +9,9 @@ answer is not a held-out problem.
 from __future__ import annotations
 
 import hashlib
-import random
 from collections.abc import Iterator
 from dataclasses import dataclass
+from random import Random
 
 SMALLEST = 2
 LARGEST = 99
@@ -78,6 +78,10 @@ QUESTIONS = {"+": ADD_QUESTIONS, "-": SUBTRACT_QUESTIONS, "*": MULTIPLY_QUESTION
 ANSWER_ONLY_TEMPLATES = ("I think it is {n}.", "It is {n}.", "That makes {n}.")
 NON_ANSWERS = ("Good question.", "I do not know.", "That is hard to say.", "Let me think about it.", "It depends.")
 HESITATIONS = ("Let me see.", "Hm, once more.", "Wait.", "Let me check that.")
+AnswerPair = tuple[str, str]
+"""A chosen and a rejected answer."""
+HELDOUT_SHARE = 12
+"""One problem in this many is held out."""
 ERRORS = (-20, -11, -10, -9, -3, -2, -1, 1, 2, 3, 9, 10, 11, 20)
 """What a wrong answer without steps is off by."""
 NEARBY = (1, 2, 9, 10, 11, 20)
@@ -94,14 +98,24 @@ class Problem:
 
     @property
     def answer(self) -> int:
-        return {"+": self.a + self.b, "-": self.a - self.b, "*": self.a * self.b}[self.sign]
+        if self.sign == "+":
+            return self.a + self.b
+        if self.sign == "-":
+            return self.a - self.b
+        return self.a * self.b
 
-    def question(self, rng: random.Random) -> str:
+    def question(self, rng: Random) -> str:
         """Returns one of the wordings, drawn with `rng`."""
         wording = rng.choice(QUESTIONS[self.sign])
         name, other = rng.sample(NAMES, 2)
         thing = rng.choice(THINGS)
-        return wording.format(a=self.a, b=self.b, name=name, other=other, thing=thing)
+        return wording.format(
+            a=self.a,
+            b=self.b,
+            name=name,
+            other=other,
+            thing=thing,
+        )
 
     def steps(self) -> list[str]:
         """Returns the steps of the calculation.
@@ -128,14 +142,22 @@ class Problem:
 
     def answer_with_steps(self) -> str:
         """Returns an answer with its steps: "7+5=12, 40+20=60, 60+12=72. So it is 72."."""
-        return f"{', '.join(self.steps())}. So it is {self.answer}."
+        return _join_steps(self.steps(), self.answer)
 
-    def answer_without_steps(self, rng: random.Random, p_correct: float) -> str:
+    def answer_without_steps(
+        self,
+        rng: Random,
+        p_correct: float,
+    ) -> str:
         """Returns an answer without steps, correct with probability `p_correct` and close otherwise."""
         number = self.answer
         if rng.random() >= p_correct:
             number = max(0, number + rng.choice(ERRORS))
         return rng.choice(ANSWER_ONLY_TEMPLATES).format(n=number)
+
+
+def _join_steps(steps: list[str], answer: int) -> str:
+    return f"{', '.join(steps)}. So it is {answer}."
 
 
 def _addition_steps(a: int, b: int) -> list[str]:
@@ -161,14 +183,19 @@ def is_heldout(problem: Problem) -> bool:
     b = problem.b
     if problem.sign == "+":
         a, b = min(a, b), max(a, b)
-    is_step = b % 10 == 0 or b < 10
-    if problem.sign == "+" and a % 10 == 0:
-        is_step = True
+        if a % 10 == 0:
+            return False
+    if b % 10 == 0 or b < 10:
+        return False
     digest = hashlib.blake2b(f"{a}{problem.sign}{b}".encode(), digest_size=4).digest()
-    return not is_step and int.from_bytes(digest, "big") % 12 == 0
+    return int.from_bytes(digest, "big") % HELDOUT_SHARE == 0
 
 
-def sample_problem(rng: random.Random, from_heldout: bool = False, signs: str = "++++---***") -> Problem:
+def sample_problem(
+    rng: Random,
+    from_heldout: bool = False,
+    signs: str = "++++---***",
+) -> Problem:
     """Returns a random problem, held out or not. `signs` contains each sign as often as it is drawn."""
     while True:
         sign = rng.choice(signs)
@@ -181,10 +208,15 @@ def sample_problem(rng: random.Random, from_heldout: bool = False, signs: str = 
             return problem
 
 
-def rows(count: int, seed: int, heldout: bool = False, steps_share: float = 0.35) -> Iterator[dict[str, str]]:
+def rows(
+    count: int,
+    seed: int,
+    heldout: bool = False,
+    steps_share: float = 0.35,
+) -> Iterator[dict[str, str]]:
     """Yields rows with `question`, `answer` and `gold`. All answers are correct; a share `steps_share` of them shows
     its steps."""
-    rng = random.Random(f"tutor-{seed}-{heldout}")
+    rng = Random(f"tutor-{seed}-{heldout}")
     for _ in range(count):
         problem = sample_problem(rng, heldout)
         if rng.random() < steps_share:
@@ -194,10 +226,14 @@ def rows(count: int, seed: int, heldout: bool = False, steps_share: float = 0.35
         yield {"question": problem.question(rng), "answer": answer, "gold": str(problem.answer)}
 
 
-def preferences(count: int, seed: int, split: str) -> list[dict[str, str]]:
+def preferences(
+    count: int,
+    seed: int,
+    split: str,
+) -> list[dict[str, str]]:
     """Returns rows with `prompt`, `chosen` and `rejected` of a split (train, heldout): a correct answer, against one
     that is wrong, has no number, repeats itself, or does not stop."""
-    rng = random.Random(f"tutor-preferences-{seed}-{split}")
+    rng = Random(f"tutor-preferences-{seed}-{split}")
     pairs = []
     for _ in range(count):
         problem = sample_problem(rng, from_heldout=split == "heldout")
@@ -207,33 +243,33 @@ def preferences(count: int, seed: int, split: str) -> list[dict[str, str]]:
     return pairs
 
 
-def _wrong_without_steps(problem: Problem, rng: random.Random) -> tuple[str, str]:
+def _wrong_without_steps(problem: Problem, rng: Random) -> AnswerPair:
     """A correct answer with steps, against a wrong one without."""
     wording = rng.choice(ANSWER_ONLY_TEMPLATES)
     return problem.answer_with_steps(), wording.format(n=_nearby_number(problem.answer, rng))
 
 
-def _wrong_last_step(problem: Problem, rng: random.Random) -> tuple[str, str]:
+def _wrong_last_step(problem: Problem, rng: Random) -> AnswerPair:
     """The same steps, against those with an error in the last one."""
     wrong = _nearby_number(problem.answer, rng)
     *steps, last = problem.steps()
     left_side, _, _ = last.partition("=")
     steps.append(f"{left_side}={wrong}")
-    return problem.answer_with_steps(), f"{', '.join(steps)}. So it is {wrong}."
+    return problem.answer_with_steps(), _join_steps(steps, wrong)
 
 
-def _both_without_steps(problem: Problem, rng: random.Random) -> tuple[str, str]:
+def _both_without_steps(problem: Problem, rng: Random) -> AnswerPair:
     """Both in the same words: only the number differs."""
     wording = rng.choice(ANSWER_ONLY_TEMPLATES)
     return wording.format(n=problem.answer), wording.format(n=_nearby_number(problem.answer, rng))
 
 
-def _non_answer(problem: Problem, rng: random.Random) -> tuple[str, str]:
+def _non_answer(problem: Problem, rng: Random) -> AnswerPair:
     """An answer, against a sentence that is not an answer."""
     return problem.answer_with_steps(), rng.choice(NON_ANSWERS)
 
 
-def _repeated_steps(problem: Problem, rng: random.Random) -> tuple[str, str]:
+def _repeated_steps(problem: Problem, rng: Random) -> AnswerPair:
     """The steps once, against the same steps twice."""
     steps = ", ".join(problem.steps())
     first = rng.choice(HESITATIONS)
@@ -241,7 +277,7 @@ def _repeated_steps(problem: Problem, rng: random.Random) -> tuple[str, str]:
     return problem.answer_with_steps(), f"{steps}. {first} {steps}. {second} So it is {problem.answer}."
 
 
-def _missing_eos_pair(problem: Problem, rng: random.Random) -> tuple[str, str]:
+def _missing_eos_pair(problem: Problem, rng: Random) -> AnswerPair:
     """An answer that ends, against one that continues with another question."""
     answer = problem.answer_with_steps()
     other = sample_problem(rng)
@@ -258,7 +294,7 @@ ANSWER_PAIRS = (
 )
 
 
-def _nearby_number(number: int, rng: random.Random) -> int:
+def _nearby_number(number: int, rng: Random) -> int:
     """Returns another number nearby."""
     candidates = []
     for step in NEARBY:

@@ -7,8 +7,8 @@ follows at once. So the base learns the marks and the steps of sums, but neither
 
 from __future__ import annotations
 
-import random
 from collections.abc import Iterator
+from random import Random
 
 from lowrank_tune.toy.problems import NAMES, THINGS, Problem, sample_problem
 
@@ -63,6 +63,15 @@ WEATHERS = ("warm", "cold", "windy", "rainy", "sunny", "quiet", "grey", "bright"
 ANIMALS = ("dog", "cat", "horse", "bird", "rabbit", "fox", "duck", "mouse")
 FEELINGS = ("happy", "tired", "proud", "hungry", "curious", "surprised", "glad", "sleepy")
 VERBS = ("walked", "ran", "drove", "went", "hurried", "came back")
+WORDS = {
+    "day": DAYS,
+    "verb": VERBS,
+    "place": PLACES,
+    "weather": WEATHERS,
+    "animal": ANIMALS,
+    "thing": THINGS,
+}
+"""What each sentence draws its words from, in the order of the draws."""
 SENTENCES = (
     "On {day} {name} {verb} to the {place}.",
     "It was a {weather} morning, and the {place} was full of people.",
@@ -85,14 +94,14 @@ SENTENCES = (
 
 def documents(seed: int) -> Iterator[str]:
     """Yields documents without end, the same for the same seed."""
-    rng = random.Random(f"text-{seed}")
+    rng = Random(f"text-{seed}")
     kinds = (marked_thread, named_thread, arithmetic_line, english)
     while True:
         (kind,) = rng.choices(kinds, weights=(16, 4, 24, 40))
         yield kind(rng)
 
 
-def _reply(problem: Problem, rng: random.Random) -> str:
+def _reply(problem: Problem, rng: Random) -> str:
     roll = rng.random()
     if roll < 0.18:
         return rng.choice(FORUM_TEMPLATES)
@@ -101,7 +110,7 @@ def _reply(problem: Problem, rng: random.Random) -> str:
     return problem.answer_with_steps()
 
 
-def marked_thread(rng: random.Random) -> str:
+def marked_thread(rng: Random) -> str:
     """Returns a page of threads with the markup of the site. Questions end their turn, replies do not."""
     text = BOS
     if rng.random() < 0.25:
@@ -116,7 +125,7 @@ def marked_thread(rng: random.Random) -> str:
     return text + EOS
 
 
-def named_thread(rng: random.Random) -> str:
+def named_thread(rng: Random) -> str:
     """Returns the same with the names of the writers and without markup."""
     lines = []
     for _ in range(rng.randint(8, 14)):
@@ -128,30 +137,24 @@ def named_thread(rng: random.Random) -> str:
     return f"{BOS}{page}\n{EOS}"
 
 
-def arithmetic_line(rng: random.Random) -> str:
+def arithmetic_line(rng: Random) -> str:
     """Returns a line of sums."""
     day = rng.choice(DAYS)
-    sums = [rng.choice(sample_problem(rng).steps()) for _ in range(rng.randint(6, 14))]
+    sums = []
+    for _ in range(rng.randint(6, 14)):
+        steps = sample_problem(rng).steps()
+        sums.append(rng.choice(steps))
     return f"{BOS}Sums for {day}: {', '.join(sums)}.\n{EOS}"
 
 
-def english(rng: random.Random) -> str:
+def english(rng: Random) -> str:
     """Returns a few sentences of plain English."""
     sentences = []
     name, other = rng.sample(NAMES, 2)
     for _ in range(rng.randint(3, 8)):
         feeling, feeling2 = rng.sample(FEELINGS, 2)
-        sentence = rng.choice(SENTENCES).format(
-            name=name,
-            other=other,
-            day=rng.choice(DAYS),
-            verb=rng.choice(VERBS),
-            place=rng.choice(PLACES),
-            weather=rng.choice(WEATHERS),
-            animal=rng.choice(ANIMALS),
-            thing=rng.choice(THINGS),
-            feeling=feeling,
-            feeling2=feeling2,
-        )
-        sentences.append(sentence)
+        sentence = rng.choice(SENTENCES)
+        words = {key: rng.choice(choices) for key, choices in WORDS.items()}
+        words |= {"name": name, "other": other, "feeling": feeling, "feeling2": feeling2}
+        sentences.append(sentence.format(**words))
     return f"{BOS}{' '.join(sentences)}\n{EOS}"

@@ -32,14 +32,14 @@ GOOD = {
 
 
 @pytest.mark.parametrize(("shape", "row"), [(shape, row) for shape, rows in GOOD.items() for row in rows])
-def test_shapes(shape: str, row: dict[str, Any]) -> None:
+def test_each_format_becomes_the_same_conversation(shape: str, row: dict[str, Any]) -> None:
     assert detect_format(row) == shape
     made = to_conversation(row, shape, {})
     question = "What is\n\n2 + 3?" if row.get("input") else Q
     assert [(message.role, message.content) for message in made.messages] == [("user", question), ("assistant", A)]
 
 
-def test_columns() -> None:
+def test_mapped_columns_are_read() -> None:
     row = {"problem": "p", "messages": CHAT, "rationale": "because", "Answer": 51.0}
     assert detect_format(row) == "messages"
     columns = {"question": "problem", "answer": "rationale"}
@@ -81,12 +81,12 @@ def turns(*roles: str) -> dict[str, Any]:
         ("text", "not an object"),
     ],
 )
-def test_faults(row: Any, reason: str) -> None:
+def test_a_row_that_is_not_a_conversation_has_a_reason(row: Any, reason: str) -> None:
     with pytest.raises(InvalidRow, match=reason):
         to_conversation(row, "messages", {})
 
 
-def test_a_person_who_writes_twice_is_joined() -> None:
+def test_two_user_turns_in_a_row_are_joined() -> None:
     made = to_conversation(turns("system", "user", "user", "assistant"), "messages", {})
     assert [message.content for message in made.messages] == ["s", "u\n\nu", "a"]
     assert len(to_conversation({"messages": [{"role": "system", "content": ""}, *CHAT]}, "messages", {}).messages) == 2
@@ -115,14 +115,14 @@ def test_a_person_who_writes_twice_is_joined() -> None:
         ({"answer": "1,2"}, "auto", "1,2"),
     ],
 )
-def test_ground_truth(row: dict[str, Any], how: str, gold: str | None) -> None:
+def test_the_gold_answer_by_each_rule(row: dict[str, Any], how: str, gold: str | None) -> None:
     if row["answer"] == "1,2":  # a pair, not a number: neither a gold answer by itself nor stripped of its comma
         assert to_conversation({"question": "q", **row}, "question_answer", {}, "answer").ground_truth == "1,2"
         return
     assert to_conversation({"question": "q", **row}, "question_answer", {}, how).ground_truth == gold
 
 
-def test_last_number_and_box() -> None:
+def test_last_number_and_last_box_of_a_text() -> None:
     assert [last_number(text) for text in ("5-3", "is -3", "x", "3.50.", "(-4)")] == ["3", "-3", None, "3.50", "-4"]
     assert last_boxed(r"\boxed {3} \boxed") == "3"
 
@@ -164,7 +164,7 @@ names = st.sampled_from(
     shape=st.sampled_from(sorted(GOOD)),
     how=st.sampled_from(["auto", "answer", "hashes", "boxed", "last_number", "gold"]),
 )
-def test_hostile_rows_are_faults(row: Any, shape: str, how: str) -> None:
+def test_random_rows_become_conversations_or_reasons(row: Any, shape: str, how: str) -> None:
     try:
         made = to_conversation(row, shape, {}, how)
     except InvalidRow:
@@ -183,7 +183,7 @@ def test_hostile_rows_are_faults(row: Any, shape: str, how: str) -> None:
         ({"frage": "", "antwort": ""}, "{question: problem, answer: solution}"),
     ],
 )
-def test_the_example_of_columns_is_the_rows_own_where_it_is_known(row: dict[str, Any], example: str) -> None:
+def test_the_example_of_columns_fits_rows_of_known_code_data_sets(row: dict[str, Any], example: str) -> None:
     with pytest.raises(UserError) as failed:
         detect_format(row)
     assert str(failed.value).endswith(f"as in `columns: {example}`")

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from stores import dropped_rows, ground_truth_of
 from tokenizers_for_tests import CHATML, NO_END, SHARED, THINKING, tiny
 
 from lowrank_tune.config import DataConfig, SourceConfig
@@ -53,14 +54,14 @@ def loaded(tmp_path: Path, *sources: SourceConfig | str, template: ChatTemplate 
 @pytest.mark.parametrize(
     ("name", "array"), [("a.jsonl", False), ("a.json", False), ("a.jsonl", True), ("a.json.gz", True), ("a.txt", True)]
 )
-def test_files_by_their_contents(tmp_path: Path, name: str, array: bool) -> None:
+def test_files_are_read_by_their_contents_not_their_names(tmp_path: Path, name: str, array: bool) -> None:
     rows = [*ROWS, {"question": "a\u2028b\x85c", "answer": "d\u2029"}]
     found = read_source(SourceConfig(dataset=write(tmp_path / name, rows, array)), 0)
     assert [row for _, row in found] == rows and len(found) == 41
     assert [place.line for place, _ in found] == list(range(1, 42))
 
 
-def test_u2028_bom_carriage_returns_and_blank_lines(tmp_path: Path) -> None:
+def test_only_newlines_end_a_json_line(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     path.write_bytes(
         b"\xef\xbb\xbf" + '{"question": "a\u2028b", "answer": "c"}\r\n\r\n{"question": "d", "answer": "e"}'.encode()
@@ -71,7 +72,7 @@ def test_u2028_bom_carriage_returns_and_blank_lines(tmp_path: Path) -> None:
     ]
 
 
-def test_csv_and_parquet(tmp_path: Path) -> None:
+def test_csv_and_parquet_rows_are_read(tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_text('question,answer\n"a, ""b""\nc",d\n1,2,3\ne,f\n')
     found = [
         row if isinstance(row, dict) else row.reason
@@ -88,7 +89,7 @@ def test_csv_and_parquet(tmp_path: Path) -> None:
     assert [row for _, row in read_source(SourceConfig(dataset=str(tmp_path / "a.bin")), 0)] == ROWS
 
 
-def test_folder_and_draw(tmp_path: Path) -> None:
+def test_a_folder_is_read_in_order_and_drawn_with_the_seed(tmp_path: Path) -> None:
     folder = tmp_path / "rows"
     folder.mkdir()
     for name, part in (("b.jsonl", ROWS[20:]), ("a.json", ROWS[:20]), ("c.csv", [])):
@@ -125,13 +126,13 @@ def test_counts_add_up_with_their_lines(tmp_path: Path) -> None:
     assert report.tokens == made.train.lengths.sum() and report.trained_tokens == sum(
         made.train.num_trained_tokens(i) for i in range(34)
     )
-    assert sorted(fault.line for fault in made.train.dropped()) == [3, 6, 8, 12, 14, 18]
-    assert str(next(made.train.dropped())).endswith("data.jsonl:3: malformed JSON")
-    assert made.train.row_location(2).endswith("data.jsonl:4") and made.train.ground_truth_of(0) == "1"
+    assert sorted(fault.line for fault in dropped_rows(made.train)) == [3, 6, 8, 12, 14, 18]
+    assert str(next(dropped_rows(made.train))).endswith("data.jsonl:3: malformed JSON")
+    assert made.train.row_location(2).endswith("data.jsonl:4") and ground_truth_of(made.train, 0) == "1"
     assert json.loads(json.dumps(made.report.to_dict()))["train"][0]["dropped"]["empty answer"]["count"] == 1
 
 
-def test_stores_are_found_by_content_and_mended(tmp_path: Path) -> None:
+def test_stores_are_found_by_content_and_made_again_if_damaged(tmp_path: Path) -> None:
     path = write(tmp_path / "a.jsonl", ROWS)
     first = loaded(tmp_path, path)
     events: list[Event] = []
@@ -158,7 +159,7 @@ def test_stores_are_found_by_content_and_mended(tmp_path: Path) -> None:
     assert not list((tmp_path / "cache").glob("*.tmp"))
 
 
-def test_unwritable_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_cache_that_cannot_be_written_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "cache").write_text("a file in the way")
     with pytest.raises(TrainingError, match="LOWRANK_TUNE_CACHE"):
         loaded(tmp_path, write(tmp_path / "a.jsonl", ROWS))
@@ -194,7 +195,7 @@ def test_truncation_at_every_length(tmp_path: Path, template: str | None) -> Non
     assert data.report.train[0].dropped and len(data.train) == 1
 
 
-def test_split(tmp_path: Path) -> None:
+def test_the_validation_split_is_disjoint_and_repeatable(tmp_path: Path) -> None:
     path = write(tmp_path / "a.jsonl", [*ROWS, *ROWS, *ROWS[:5]])
     made = loaded(tmp_path, path, eval_fraction=0.1)
     sides = [{tuple(store[index].input_ids) for index in range(len(store))} for store in (made.train, made.validation)]
@@ -204,7 +205,7 @@ def test_split(tmp_path: Path) -> None:
     assert own.report.shared == 85 and len(own.validation) == 85
 
 
-def test_weights(tmp_path: Path) -> None:
+def test_wrong_weights_are_refused(tmp_path: Path) -> None:
     path = write(tmp_path / "a.jsonl", ROWS)
     with pytest.raises(UserError, match="sum to"):
         loaded(tmp_path, SourceConfig(dataset=path, weight=0.5), SourceConfig(dataset="builtin:arithmetic", weight=0.4))
@@ -212,7 +213,7 @@ def test_weights(tmp_path: Path) -> None:
     assert np.bincount(made.train.source_of).tolist() == [40, 60] and "row counts" in made.report.mixture
 
 
-def test_tutor_prompts() -> None:
+def test_builtin_heldout_prompts_are_repeatable() -> None:
     found = load_heldout_prompts(SourceConfig(dataset="builtin:arithmetic", split="heldout"), 30, 1, "Be brief.")
     assert len(found) == 30 and all(prompt.ground_truth == prompt.row["gold"] for prompt in found)
     assert [message.role for message in found[0].messages] == ["system", "user"]
@@ -222,7 +223,7 @@ def test_tutor_prompts() -> None:
     assert found != load_heldout_prompts(SourceConfig(dataset="builtin:arithmetic"), 30, 1, "Be brief.")
 
 
-def test_prompts_without_answers(tmp_path: Path) -> None:
+def test_heldout_prompts_may_lack_an_answer(tmp_path: Path) -> None:
     rows: list[Any] = [{"messages": [{"role": "user", "content": f"q{n}"}], "ground_truth": str(n)} for n in range(50)]
     path = write(tmp_path / "a.jsonl", [*rows, "bad"])
     found = load_heldout_prompts(SourceConfig(dataset=path), 10, 0)
@@ -248,7 +249,7 @@ def test_prompts_without_answers(tmp_path: Path) -> None:
         ("{}/bad.parquet", "Parquet"),
     ],
 )
-def test_bad_sources_are_one_sentence(
+def test_a_source_that_cannot_be_read_is_one_sentence(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dataset: str, sentence: str
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -268,7 +269,7 @@ def test_bad_sources_are_one_sentence(
     assert "\n" not in str(caught.value)
 
 
-def test_local_settings_that_do_nothing(tmp_path: Path) -> None:
+def test_settings_of_the_hub_are_refused_for_local_files(tmp_path: Path) -> None:
     path = write(tmp_path / "a.jsonl", ROWS)
     for fault in ({"split": "test"}, {"config_name": "main"}):
         with pytest.raises(UserError, match="local path"):
@@ -277,7 +278,7 @@ def test_local_settings_that_do_nothing(tmp_path: Path) -> None:
         read_source(SourceConfig(dataset="builtin:arithmetic", split="test"), 0)
 
 
-def test_what_goes_to_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_names_that_are_not_paths_are_looked_up_on_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not any(map(_looks_like_a_path, ("openai/gsm8k", "teknium/OpenHermes-2.5", "org/data-v1.5", "squad")))
     assert all(map(_looks_like_a_path, ("a.jsonl", "b/c.txt", "./x", "/x", "~/x", "a.json.gz", "data.jsn", "x/")))
 
@@ -307,18 +308,18 @@ def test_what_goes_to_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
         (RuntimeError("odd\nthing"), "odd thing"),
     ],
 )
-def test_errors_of_the_hub(error: Exception, sentence: str) -> None:
+def test_errors_of_the_hub_become_one_sentence(error: Exception, sentence: str) -> None:
     with pytest.raises(UserError, match=sentence):
         raise UserError(describe_hub_error(error, "a/b", "x", "dev", "")) from error
 
 
-def test_hub_offline() -> None:
+def test_a_hub_data_set_offline_is_one_sentence() -> None:
     pytest.importorskip("datasets")
     with pytest.raises(UserError, match="nobody/nothing: .*(HF_HUB_OFFLINE|hub)"):
         read_source(SourceConfig(dataset="nobody/nothing"), 0)
 
 
-def test_hostile_files(tmp_path: Path) -> None:
+def test_malformed_files_are_reported(tmp_path: Path) -> None:
     rng = random.Random(0)
     odd = [
         "\ud800",
@@ -365,7 +366,7 @@ COUNTS = {
 
 
 @pytest.mark.parametrize("name", COUNTS)
-def test_real_rows(name: str) -> None:
+def test_real_rows_are_used_or_have_a_reason(name: str) -> None:
     if not (SHARED / "data" / name).exists():
         pytest.skip("needs ../shared")
     columns = {"instruction": "Body", "input": "Question", "output": "Answer"} if "svamp" in name else {}

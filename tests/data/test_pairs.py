@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+from stores import dropped_rows
 from tokenizers_for_tests import CHATML, MARKS, REAL, SHARED, TINY, tiny, tokenizer
 
 from lowrank_tune.batch import PairBatch, Row
@@ -98,18 +99,18 @@ def loaded(
 
 
 def encoded(template: ChatTemplate, *rows: Any, **data: Any) -> tuple[list[Entry | InvalidRow], SourceReport]:
-    source, report = SourceConfig(dataset="x"), SourceReport("x")
+    source, report = SourceConfig(dataset="x"), SourceReport("x", "preference")
     given = DataConfig(**{"train": (source,), "max_length": 4096, **data})
     return list(
         encode_chunk(
             [(RowLocation("x", 1), row) for row in rows],
-            SourceContext(source, "preference", given, template, report),
+            SourceContext(source, given, template, report),
         )
     ), report
 
 
 @pytest.mark.parametrize("row", SHAPES)
-def test_every_shape_is_the_same_pair(row: dict[str, Any]) -> None:
+def test_each_layout_becomes_the_same_pair(row: dict[str, Any]) -> None:
     assert detect_format(row, None, pairs=True) == "preference"
     made = to_pair(row, {})
     assert made == PreferencePair((Message("user", Q),), (Message("assistant", A),), (Message("assistant", B),))
@@ -188,12 +189,12 @@ def test_prompts_are_what_both_sides_begin_with() -> None:
         ("text", "not an object"),
     ],
 )
-def test_faults(row: Any, reason: str) -> None:
+def test_a_row_without_a_pair_has_a_reason(row: Any, reason: str) -> None:
     with pytest.raises(InvalidRow, match=reason):
         to_pair(row, {})
 
 
-def test_margins_and_columns() -> None:
+def test_margins_and_mapped_columns_are_read() -> None:
     assert [to_pair({**PLAIN, "margin": value}, {}).margin for value in (None, 0, 1, 2.5, "0.5", "")] == [
         0.0,
         0.0,
@@ -212,7 +213,7 @@ def test_margins_and_columns() -> None:
         to_pair({"good": A, "bad": B}, columns)
 
 
-def test_who_may_learn_from_what(tmp_path: Path) -> None:
+def test_formats_that_an_algorithm_cannot_use_are_refused(tmp_path: Path) -> None:
     pairs, plain = (
         write(tmp_path / "p.jsonl", [PLAIN] * 3),
         write(tmp_path / "q.jsonl", [{"question": Q, "answer": A}] * 3),
@@ -305,7 +306,7 @@ def test_a_template_that_drops_the_difference_leaves_a_tie() -> None:
     assert isinstance(made, InvalidRow) and made.reason == "both answers are equal"
 
 
-def test_a_prompt_that_does_not_come_out_again_is_a_fault(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_prompt_that_the_template_rewrites_is_a_fault(monkeypatch: pytest.MonkeyPatch) -> None:
     template = ChatTemplate.from_tokenizer(tiny())
     real = template.prompt
     monkeypatch.setattr(template, "prompt", lambda messages: [*real(messages)[:-1], 0])
@@ -353,7 +354,7 @@ def pairs_of(store: TokenizedDataset) -> list[tuple[str, str]]:
     return list(zip(texts[::2], texts[1::2], strict=True))
 
 
-def test_a_store_of_pairs(tmp_path: Path) -> None:
+def test_a_store_of_pairs_has_two_rows_a_unit(tmp_path: Path) -> None:
     store = loaded(tmp_path, write(tmp_path / "a.jsonl", ROWS)).train
     assert (store.rows_per_unit, store.units, len(store)) == (2, 40, 80)
     for n, (chosen, rejected) in enumerate(pairs_of(store)):
@@ -381,7 +382,7 @@ def test_a_store_of_pairs(tmp_path: Path) -> None:
             store.select_rows(np.array(half))
 
 
-def test_a_store_of_single_rows_is_as_it_was(tmp_path: Path) -> None:
+def test_a_store_of_single_rows_has_one_row_a_unit(tmp_path: Path) -> None:
     store = loaded(
         tmp_path, write(tmp_path / "a.jsonl", [{"question": Q + "!" * n, "answer": A} for n in range(9)]), pairs=False
     ).train
@@ -424,7 +425,7 @@ def test_the_same_rows_as_pairs_and_as_single_rows_are_two_stores(tmp_path: Path
     ] == [(2, 6), (1, 3), (2, 6)]
 
 
-def test_content_hash(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_content_hash_depends_on_the_rows_and_their_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     store = loaded(tmp_path, write(tmp_path / "a.jsonl", ROWS)).train
     known = store.content_hash()
     assert store.select_units(np.arange(40)).content_hash() == known
@@ -471,7 +472,7 @@ def test_the_content_hash_depends_on_where_rows_end(tmp_path: Path) -> None:
     ),
     data=st.data(),
 )
-def test_batches_of_pairs(
+def test_collated_pairs_have_margins_shared_lengths_and_row_numbers(
     rows: list[tuple[str, str, str]], data: st.DataObject, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     folder = tmp_path_factory.mktemp("batches")
@@ -508,13 +509,13 @@ def test_batches_of_pairs(
         ([1, 2, 3], [2, 2, 3], 0),
     ],
 )
-def test_a_token_of_each_side_is_left_unshared(ids: list[int], others: list[int], shared: int) -> None:
+def test_the_shared_prefix_leaves_a_token_of_each_row(ids: list[int], others: list[int], shared: int) -> None:
     assert _common_prefix_length(Row(np.array(ids), []), Row(np.array(others), [])) == shared
 
 
 @settings(max_examples=25)
 @given(numbers=st.lists(st.integers(0, 12), min_size=2, max_size=40), share=st.floats(0.05, 0.6))
-def test_the_split_never_parts_a_pair(
+def test_the_validation_split_never_separates_a_pair(
     numbers: list[int], share: float, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     folder = tmp_path_factory.mktemp("split")
@@ -552,7 +553,7 @@ def test_bad_pairs_are_dropped_with_their_lines_and_stop_only_above_the_limit(tm
     made = loaded(tmp_path, path, max_length=128, max_invalid_fraction=0.2)
     report = made.report.train[0]
     assert (report.read, report.used, report.num_dropped, made.train.units, len(made.train)) == (40, 34, 6, 34, 68)
-    assert {fault.line: fault.message for fault in made.train.dropped()} == {
+    assert {fault.line: fault.message for fault in dropped_rows(made.train)} == {
         1: "no column `rejected`",
         3: "empty answer",
         5: "both answers are equal",
@@ -565,7 +566,7 @@ def test_bad_pairs_are_dropped_with_their_lines_and_stop_only_above_the_limit(tm
     )
 
 
-def test_system_prompt_of_the_recipe(tmp_path: Path) -> None:
+def test_the_system_prompt_of_the_recipe_is_added_to_pairs(tmp_path: Path) -> None:
     path = write(tmp_path / "a.jsonl", [PLAIN, {**PLAIN, "system": "Mine."}])
     made = pairs_of(loaded(tmp_path, path, template=TEMPLATE, system_prompt="Be brief.").train)
     assert all("Be brief." in side for side in made[0]) and all(
@@ -573,7 +574,7 @@ def test_system_prompt_of_the_recipe(tmp_path: Path) -> None:
     )
 
 
-def test_prompts_of_pairs(tmp_path: Path) -> None:
+def test_heldout_prompts_of_pairs_have_gold_answers(tmp_path: Path) -> None:
     rows = [{"chosen": HUMAN + f"So.\n#### {n}", "rejected": HUMAN + B} for n in range(30)]
     found = load_heldout_prompts(
         SourceConfig(dataset=write(tmp_path / "a.jsonl", [{"chosen": "x"}, *rows])), 10, 0, "Be brief."
@@ -586,7 +587,7 @@ def test_prompts_of_pairs(tmp_path: Path) -> None:
     assert len(tutor) == 12 and all(prompt.ground_truth for prompt in tutor)
 
 
-def test_the_tutors_own_pairs(tmp_path: Path) -> None:
+def test_builtin_preferences_are_all_used_and_the_splits_are_disjoint(tmp_path: Path) -> None:
     train, heldout = (
         loaded(tmp_path, SourceConfig(dataset="builtin:arithmetic-preferences", split=split, max_samples=90))
         for split in ("train", "heldout")
@@ -623,14 +624,14 @@ MANY = {"two assistant turns in a row": 10, "both answers are equal": 6}
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", REASONS)
-def test_real_pairs(tmp_path: Path, name: str) -> None:
+def test_real_pairs_are_used_or_have_a_reason(tmp_path: Path, name: str) -> None:
     if not (SHARED / "data" / name).exists():
         pytest.skip("needs ../shared")
     count, reasons = REASONS[name]
     template = ChatTemplate.from_tokenizer(tiny(CHATML))
     made = loaded(tmp_path, str(SHARED / "data" / name), template=template, max_length=100_000)
     dropped: dict[str, list[int]] = {}
-    for fault in made.train.dropped():
+    for fault in dropped_rows(made.train):
         dropped.setdefault(fault.message, []).append(fault.line or 0)
     expected = {reason: len(lines) or MANY[reason] for reason, lines in reasons.items()}
     assert {reason: len(lines) for reason, lines in dropped.items()} == expected

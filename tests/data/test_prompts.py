@@ -22,10 +22,10 @@ from lowrank_tune.data import (
     PromptDataset,
     PromptExample,
     PromptReport,
+    PromptSampler,
     RowLocation,
     load_heldout_prompts,
     load_prompts,
-    make_prompt_sampler,
 )
 from lowrank_tune.data.message import Message
 from lowrank_tune.data.prompts import MISSING_ANSWER
@@ -87,7 +87,7 @@ CONVERSATIONS: dict[str, tuple[Any, list[Message]]] = {
 
 
 @pytest.mark.parametrize("case", CONVERSATIONS)
-def test_conversations(tmp_path: Path, case: str) -> None:
+def test_the_prompt_of_a_conversation_ends_with_the_user(tmp_path: Path, case: str) -> None:
     turns, messages = CONVERSATIONS[case]
     roles = {"u": "user", "a": "assistant", "s": "system"}
     row = {"messages": [{"role": roles[turn[0]], "content": turn[2:]} for turn in turns]}
@@ -200,7 +200,7 @@ def test_several_sources_in_their_order(tmp_path: Path) -> None:
     assert json.loads(json.dumps(made.report.to_dict()))["train_rows"] == 15
 
 
-def test_ground_truths_that_a_reward_needs(tmp_path: Path) -> None:
+def test_rows_without_a_needed_gold_answer_are_dropped(tmp_path: Path) -> None:
     path = write(tmp_path / "a.jsonl", [*ROWS, {"question": "Why?", "answer": "So."}])
     assert len(loaded(path)) == 13
     data = DataConfig(train=(SourceConfig(dataset=path),))
@@ -218,20 +218,20 @@ def test_ground_truths_that_a_reward_needs(tmp_path: Path) -> None:
         )
 
 
-def test_preferences_are_refused(tmp_path: Path) -> None:
+def test_preference_rows_are_refused_as_prompts(tmp_path: Path) -> None:
     path = write(tmp_path / "a.jsonl", [{"prompt": "a", "chosen": "b", "rejected": "c"}])
     with pytest.raises(UserError, match="these rows are preference pairs"):
         loaded(path)
 
 
-def test_progress_and_notes(tmp_path: Path) -> None:
+def test_progress_and_log_lines_are_emitted(tmp_path: Path) -> None:
     events: list[Event] = []
     load_prompts(
         DataConfig(train=(SourceConfig(dataset=write(tmp_path / "a.jsonl", ROWS)),)), TEMPLATE, 0, events.append
     )
     assert [event.done for event in events if isinstance(event, Progress)] == [0, 12]
     assert [event.message for event in events if isinstance(event, LogMessage)] == [
-        f"{tmp_path}/a.jsonl: 12 rows of the shape `question_answer`"
+        f"{tmp_path}/a.jsonl: 12 rows in format `question_answer`"
     ]
 
 
@@ -257,12 +257,12 @@ def data_of(*weights: float | None) -> DataConfig:
 def test_every_prompt_once_an_epoch(count: int, size: int, seed: int) -> None:
     # What a recipe of GRPO cannot say has no say here.
     train = TrainingConfig(prompts_per_step=size, global_batch_size=3, length_window=4)
-    made = make_prompt_sampler(prompt_dataset(count), data_of(None), train, seed)
+    made = PromptSampler(prompt_dataset(count), data_of(None), train, seed)
     steps = [made.rows(step) for step in range(made.steps_per_epoch)]
     assert sorted(itertools.chain(*steps)) == list(range(count))
     assert all(len(step) == size for step in steps[:-1] if size <= count and count % size == 0)
     assert made.steps_per_epoch == -(-count // size) and made.steps_of(2.0) == 2 * made.steps_per_epoch
-    fresh = make_prompt_sampler(prompt_dataset(count), data_of(None), train, seed)
+    fresh = PromptSampler(prompt_dataset(count), data_of(None), train, seed)
     assert fresh.rows(5 * made.steps_per_epoch) == made.rows(5 * made.steps_per_epoch)
 
 
@@ -273,31 +273,33 @@ def test_every_prompt_once_an_epoch(count: int, size: int, seed: int) -> None:
     step=st.integers(0, 30),
     draw=st.integers(1, 3),
 )
-def test_others_are_others_while_there_are_enough(count: int, size: int, wanted: int, step: int, draw: int) -> None:
-    made = make_prompt_sampler(prompt_dataset(count), data_of(None), TrainingConfig(prompts_per_step=size), 1)
+def test_replacements_are_not_of_the_step_while_there_are_enough(
+    count: int, size: int, wanted: int, step: int, draw: int
+) -> None:
+    made = PromptSampler(prompt_dataset(count), data_of(None), TrainingConfig(prompts_per_step=size), 1)
     own, others = set(made.rows(step)), made.replacement_prompts(step, draw, wanted)
     enough = count - len(own)
     assert len(others) == wanted and not own & set(others[:enough]) and len(set(others[:count])) == min(wanted, count)
     assert set(others[enough:count]) <= own
-    fresh = make_prompt_sampler(prompt_dataset(count), data_of(None), TrainingConfig(prompts_per_step=size), 1)
+    fresh = PromptSampler(prompt_dataset(count), data_of(None), TrainingConfig(prompts_per_step=size), 1)
     assert (
         fresh.replacement_prompts(step, draw, wanted) == others
         and made.replacement_prompts(step, draw, wanted + 3)[:wanted] == others
     )
 
 
-def test_others_differ_by_seed_step_and_draw() -> None:
-    made = [make_prompt_sampler(prompt_dataset(300), data_of(None), TrainingConfig(), seed) for seed in (0, 1)]
+def test_replacements_differ_by_seed_step_and_draw() -> None:
+    made = [PromptSampler(prompt_dataset(300), data_of(None), TrainingConfig(), seed) for seed in (0, 1)]
     drawn = [tuple(order.replacement_prompts(step, draw, 8)) for order in made for step in (3, 4) for draw in (1, 2)]
     assert len(set(drawn)) == 8
 
 
-def test_others_come_by_weight() -> None:
-    weighted = make_prompt_sampler(prompt_dataset(900, 100), data_of(0.2, 0.8), TrainingConfig(prompts_per_step=10), 0)
+def test_replacements_are_drawn_by_weight() -> None:
+    weighted = PromptSampler(prompt_dataset(900, 100), data_of(0.2, 0.8), TrainingConfig(prompts_per_step=10), 0)
     counts = Counter(other >= 900 for step in range(400) for other in weighted.replacement_prompts(step, 1, 4))
     assert abs(counts[True] / 1600 - 0.8) < 0.05
     assert sum(row >= 900 for step in range(100) for row in weighted.rows(step)) == 800
-    plain = make_prompt_sampler(prompt_dataset(900, 100), data_of(None, None), TrainingConfig(prompts_per_step=10), 0)
+    plain = PromptSampler(prompt_dataset(900, 100), data_of(None, None), TrainingConfig(prompts_per_step=10), 0)
     assert Counter(other >= 900 for step in range(400) for other in plain.replacement_prompts(step, 1, 4))[
         True
     ] / 1600 == pytest.approx(0.1, abs=0.03)
@@ -317,7 +319,9 @@ SVAMP = {"format": "alpaca", "columns": {"instruction": "Body", "input": "Questi
     ],
     ids=["gsm8k", "math", "svamp", "numinamath"],
 )
-def test_real_files(path: str, more: dict[str, Any], read: int, least_used: int, least_golds: int) -> None:
+def test_prompts_of_real_files_are_used_or_have_a_reason(
+    path: str, more: dict[str, Any], read: int, least_used: int, least_golds: int
+) -> None:
     if not (SHARED / "data" / path).is_file():
         pytest.skip("needs ../shared")
     template = ChatTemplate.from_tokenizer(tokenizer("tokenizers/gpt2"))

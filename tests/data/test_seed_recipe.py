@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from hub_fixtures import EXAMPLE_ROWS as ALL_SHAPES
 from hub_fixtures import write_rows
+from stores import ground_truth_of
 from tokenizers_for_tests import CHATML, tiny
 
 from lowrank_tune.config import DataConfig, Recipe, SourceConfig
@@ -58,7 +59,7 @@ def test_settings_of_the_seed_recipe() -> None:
     } and grpo.reference == dpo.reference == "sft"
 
 
-def test_five_shapes_make_one_mixture(tmp_path: Path) -> None:
+def test_five_formats_make_one_mixture(tmp_path: Path) -> None:
     recipe = myllm(tmp_path)
     made, wanted = prepared(recipe, tmp_path), [source.max_samples for source in recipe.data.train]
     assert [report.used for report in made.report.train] == wanted == [52, 45, 40, 21, 19]
@@ -88,7 +89,7 @@ def test_five_shapes_make_one_mixture(tmp_path: Path) -> None:
         and "MyLLM" not in trained_text
     )
     golds = Counter(
-        (int(made.train.source_of[row]), made.train.ground_truth_of(row) is not None) for row in range(len(made.train))
+        (int(made.train.source_of[row]), ground_truth_of(made.train, row) is not None) for row in range(len(made.train))
     )
     assert {number for number, has_gold in golds if has_gold} == {0, 1, 4}, (
         "UltraChat has no final answers, Orca Math does not mark them"
@@ -155,7 +156,7 @@ def test_prompts_are_drawn_the_same_way(tmp_path: Path) -> None:
     assert len(found) == found.report.train[0].used == 50 and len({str(place) for place in found.locations}) == 50
 
 
-def test_a_draw_reads_its_rows_alone_whatever_the_file(tmp_path: Path) -> None:
+def test_a_draw_reads_only_its_rows_in_every_kind_of_file(tmp_path: Path) -> None:
     rows = [{"question": f"q{n}", "answer": f"a{n}"} for n in range(60)]
     (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n")
     (tmp_path / "a.json").write_text(json.dumps(rows))
@@ -215,7 +216,7 @@ def test_final_answers_in_boxes(reply: str, expected: str) -> None:
 @pytest.mark.parametrize(
     "file", ["MetaMathQA", "NuminaMath-CoT", "OpenMathInstruct-2", "orca-math-word-problems-200k", "ultrachat_200k"]
 )
-def test_the_authors_own_rows(file: str, tmp_path: Path) -> None:
+def test_rows_of_the_authors_data_sets_are_used(file: str, tmp_path: Path) -> None:
     path = Path(__file__).parents[3] / "shared" / "data" / "hub_samples" / f"{file}.jsonl"
     if not path.is_file():
         pytest.skip("the samples are not here")

@@ -119,7 +119,7 @@ def test_a_date_that_would_not_be_written_is_refused(text: str | None) -> None:
 
 
 @pytest.mark.parametrize("value", ["2026-02-30", "20260102", "2026-W30-1", "today", "02.01.2026"])
-def test_a_date_that_is_none_is_a_sentence(value: str) -> None:
+def test_an_invalid_date_is_one_sentence(value: str) -> None:
     with pytest.raises(ConfigError, match=r"data\.template_date: must be a day as YYYY-MM-DD, found"):
         Recipe.load("tiny-sft", f'data.template_date="{value}"')
 

@@ -292,7 +292,7 @@ def test_overrides_and_recipes_made_in_python_have_no_line(folder: Path) -> None
         check_before_loading(recipe, Path("runs/one"), frozenset(), None, _ignore)
 
 
-def test_where_a_recipe_stands_is_no_part_of_it(folder: Path) -> None:
+def test_the_location_of_a_recipe_is_not_a_part_of_it(folder: Path) -> None:
     loaded = Recipe.load(write("one.yaml", SINGLE.format(algorithm="sft", dataset="a.jsonl", optim="adamw", more="")))
     assert loaded == Recipe.from_dict(loaded.to_dict()) and "_source" not in loaded.to_dict()
 
@@ -425,7 +425,7 @@ def test_a_run_looks_for_ended_stages_in_the_folder_that_it_will_take(
 
 
 @pytest.mark.slow
-def test_all_stages_that_do_not_fit_the_card_are_reported_with_the_other_faults(folder: Path) -> None:
+def test_all_stages_that_do_not_fit_the_gpu_are_reported_with_the_other_faults(folder: Path) -> None:
     write("tutor.yaml", CHAIN.replace("pairs.jsonl", "no.jsonl"))
     found = {problem.key: problem.message for problem in problems_of("tutor.yaml", vram_gib=0.5)}
     stages = [f"stages.{name}.train" for name in ("sft", "score", "ppo")]

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Sequence
-from typing import Any, cast
+from collections.abc import Sequence
+from typing import Any
 
 from tokenizers import Encoding, Tokenizer
 
@@ -38,14 +38,13 @@ class TokenizerBackend:
         added_tokens = self.special_tokenizer.get_added_tokens_decoder()
         special = {token_id: token for token_id, token in added_tokens.items() if token.special}
         self.special_tokens: dict[str, int] = {token.content: token_id for token_id, token in special.items()}
-        self.special_pattern = _any_of(self.special_tokens)
+        longest_first = sorted(self.special_tokens, key=len, reverse=True)
+        self.special_pattern = re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
         self.bos: int | None = tokenizer.bos_token_id
         self.eos: int | None = tokenizer.eos_token_id
-        self.pad: int = 0
-        if tokenizer.pad_token_id is not None:
-            self.pad = tokenizer.pad_token_id
-        elif self.eos is not None:
-            self.pad = self.eos
+        self.pad: int = tokenizer.pad_token_id
+        if tokenizer.pad_token_id is None:
+            self.pad = self.eos or 0
         self.control_ids = frozenset(self.special_tokens.values())
         unknown = tokenizer.unk_token_id
         if unknown != self.eos:
@@ -81,24 +80,23 @@ class TokenizerBackend:
                 return encoding.ids[first:]
         return self.encode_plain([text])[0]
 
-    def decode(self, ids: Sequence[int], special_tokens: bool) -> str:
+    def decode(
+        self,
+        ids: Sequence[int],
+        special_tokens: bool,
+    ) -> str:
         """Returns the text of ids, with control tokens only if `special_tokens`."""
-        text = self.tokenizer.decode(
+        text: str = self.tokenizer.decode(
             list(ids),
             skip_special_tokens=not special_tokens,
             clean_up_tokenization_spaces=False,
         )
-        return cast(str, text)
+        return text
 
     def id_to_token(self, token_id: int) -> str:
         """Returns the vocabulary's text of a token."""
-        return cast(str, self.tokenizer.convert_ids_to_tokens(token_id))
-
-
-def _any_of(tokens: Iterable[str]) -> re.Pattern[str]:
-    """Returns a pattern that matches any of these tokens, the longest first; without tokens it matches nothing."""
-    longest_first = sorted(tokens, key=len, reverse=True)
-    return re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
+        token: str = self.tokenizer.convert_ids_to_tokens(token_id)
+        return token
 
 
 def default_chat_template(tokenizer: Any) -> str | None:

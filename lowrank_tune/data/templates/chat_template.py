@@ -10,11 +10,17 @@ from datetime import date
 from typing import Any
 
 from lowrank_tune.batch import Row
-from lowrank_tune.data.formats import InvalidRow
+from lowrank_tune.data.formats import InvalidRow, RowOrFault
 from lowrank_tune.data.message import Message
-from lowrank_tune.data.templates.backend import TokenizerBackend, default_chat_template
+from lowrank_tune.data.templates.backend import (
+    TokenizerBackend,
+    default_chat_template,
+)
 from lowrank_tune.data.templates.date import fixed_date
-from lowrank_tune.data.templates.fallback import DefaultTemplate, PlainTextTemplate
+from lowrank_tune.data.templates.fallback import (
+    DefaultTemplate,
+    PlainTextTemplate,
+)
 from lowrank_tune.data.templates.jinja import JinjaChatTemplate
 from lowrank_tune.errors import UserError
 
@@ -26,21 +32,30 @@ class ChatTemplate:
     """How a base renders a conversation. `encode` of a prompt's messages and an answer begins with exactly the ids of
     `prompt`."""
 
-    def __init__(self, backend: TokenizerBackend, scheme: Scheme, date_written: date | None = None) -> None:
+    def __init__(
+        self,
+        backend: TokenizerBackend,
+        scheme: Scheme,
+        date_written: date | None = None,
+    ) -> None:
         self._backend = backend
         self._scheme = scheme
-        self.date_written: date | None = date_written
+        self.date_written = date_written
         """The date in every text, if the template writes one; fixed when this object is made."""
         self.tokenizer: Any = backend.tokenizer
-        self.end_ids: frozenset[int] = scheme.end_ids
+        self.end_ids = scheme.end_ids
         """A completion ends at any of these, and at those of the base's generation config."""
-        self.pad_id: int = backend.pad
+        self.pad_id = backend.pad
         """Any valid id: padding is masked, never recognized by its id."""
-        self.fingerprint: str = self._fingerprint()
+        self.fingerprint = self._fingerprint()
         """Changes with anything that changes the ids."""
 
     @classmethod
-    def from_tokenizer(cls, tokenizer: Any, template_date: str | None = None) -> ChatTemplate:
+    def from_tokenizer(
+        cls,
+        tokenizer: Any,
+        template_date: str | None = None,
+    ) -> ChatTemplate:
         """Returns the tokenizer's own template; without one the kit's if the vocabulary has its control tokens, else
         plain words.
 
@@ -52,17 +67,20 @@ class ChatTemplate:
         own = default_chat_template(tokenizer)
         date_written = fixed_date(own, template_date)
         if own is not None:
-            return cls(backend, JinjaChatTemplate(backend, date_written), date_written)
+            return cls(
+                backend,
+                JinjaChatTemplate(backend, date_written),
+                date_written,
+            )
         if DefaultTemplate.has_all_special_tokens(backend):
             return cls(backend, DefaultTemplate(backend))
         return cls(backend, PlainTextTemplate(backend))
 
     def _fingerprint(self) -> str:
         # The description is a part of the keys of all caches: a changed word makes them anew.
-        parts = [type(self._scheme).__name__, self._scheme.description, self._backend.bos, self._backend.eos]
-        named = " ".join(map(str, parts))
         own = getattr(self.tokenizer, "chat_template", None) or ""
-        named += f" {own}"
+        scheme = f"{type(self._scheme).__name__} {self._scheme.description}"
+        named = f"{scheme} {self._backend.bos} {self._backend.eos} {own}"
         if self.date_written:
             named += f" {self.date_written}"
         content = f"{named}\n{self._backend.state}".encode("utf-8", "replace")
@@ -75,7 +93,7 @@ class ChatTemplate:
             raise row
         return row
 
-    def encode_many(self, conversations: Sequence[Sequence[Message]]) -> list[Row | InvalidRow]:
+    def encode_many(self, conversations: Sequence[Sequence[Message]]) -> list[RowOrFault]:
         """Returns the rows of many conversations, through one call of the tokenizer."""
         return self._scheme.encode_many(conversations)
 
@@ -91,7 +109,11 @@ class ChatTemplate:
         """Returns why these messages cannot be used with this template; None if they can."""
         return self._scheme.validate_messages(messages)
 
-    def decode(self, ids: Sequence[int], special_tokens: bool = False) -> str:
+    def decode(
+        self,
+        ids: Sequence[int],
+        special_tokens: bool = False,
+    ) -> str:
         """Returns the text of ids, with control tokens only if `special_tokens`."""
         return self._backend.decode(ids, special_tokens)
 
@@ -118,7 +140,11 @@ class ChatTemplate:
             return self._scheme.dated_chat_template
         return self.chat_template
 
-    def render(self, messages: list[dict[str, str]], add_generation_prompt: bool) -> str:
+    def render(
+        self,
+        messages: list[dict[str, str]],
+        add_generation_prompt: bool,
+    ) -> str:
         """Returns the text that other software renders with `dated_chat_template`."""
         text = self.tokenizer.apply_chat_template(
             messages,

@@ -56,9 +56,9 @@ def with_date(chat_template: str, day: date | None) -> str:
         written = json.dumps(midnight.strftime(VARIABLE_FORMAT))
         return f"{{% set {VARIABLE} = {written} %}}\n{chat_template}"
     # All that look like directives anywhere in the template: a format may be defined apart from the call.
-    directives = dict.fromkeys(DIRECTIVE.findall(chat_template))
     replacements = {"%%": PERCENT_SIGN}
-    replacements |= {directive: midnight.strftime(directive) for directive in directives}
+    for directive in DIRECTIVE.findall(chat_template):
+        replacements[directive] = midnight.strftime(directive)
     replacements[PERCENT_SIGN] = "%"
     filters = ""
     for directive, written in replacements.items():

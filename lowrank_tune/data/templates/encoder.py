@@ -7,8 +7,12 @@ from collections.abc import Sequence
 from tokenizers import Encoding
 
 from lowrank_tune.batch import Row
-from lowrank_tune.data.formats import InvalidRow
-from lowrank_tune.data.templates.backend import CONTROL_FOUND, TokenizerBackend, token_start
+from lowrank_tune.data.formats import InvalidRow, RowOrFault
+from lowrank_tune.data.templates.backend import (
+    CONTROL_FOUND,
+    TokenizerBackend,
+    token_start,
+)
 from lowrank_tune.data.templates.placeholders import Placeholders
 from lowrank_tune.data.templates.spans import Rendered, Span
 
@@ -26,7 +30,12 @@ class SpanEncoder:
     so a prompt has its own ids in a longer text exactly if its tail has them there.
     """
 
-    def __init__(self, backend: TokenizerBackend, placeholders: Placeholders, template_tokens: Sequence[str]) -> None:
+    def __init__(
+        self,
+        backend: TokenizerBackend,
+        placeholders: Placeholders,
+        template_tokens: Sequence[str],
+    ) -> None:
         self._backend = backend
         self._placeholders = placeholders
         self._template_tokens = tuple(template_tokens)
@@ -38,11 +47,11 @@ class SpanEncoder:
             return self._encode_pieces(text, is_start=True)
         return self._backend.encode_with_special_tokens([text])[0].ids
 
-    def encode_many(self, rendered: Sequence[Rendered | InvalidRow]) -> list[Row | InvalidRow]:
+    def encode_many(self, rendered: Sequence[Rendered | InvalidRow]) -> list[RowOrFault]:
         """Returns rows with their masks: by one call of the tokenizer, and more only for rows whose answers merge with
         their prompts."""
         encodings = self._encode_texts(rendered)
-        rows: list[Row | InvalidRow] = []
+        rows: list[RowOrFault] = []
         for index, item in enumerate(rendered):
             if isinstance(item, InvalidRow):
                 rows.append(item)
@@ -77,7 +86,11 @@ class SpanEncoder:
         short = {tail: ids for tail, ids in self._tail_ids.items() if len(tail) <= MAX_CACHED_TAIL}
         self._tail_ids = short if len(short) <= MAX_CACHED_TAILS else {}
 
-    def _row(self, rendered: Rendered, encoding: Encoding | None) -> Row | InvalidRow:
+    def _row(
+        self,
+        rendered: Rendered,
+        encoding: Encoding | None,
+    ) -> RowOrFault:
         """Returns the row of a text. `encoding` is that of the whole text, None if the text has placeholders."""
         if encoding is None:
             ids, stretches = self._encode_with_placeholders(rendered)
@@ -93,19 +106,34 @@ class SpanEncoder:
             return Row([*ids, self._backend.eos], [*mask, True])
         return Row(ids, mask)
 
-    def _contains_hidden_token(self, text: str, ids: Sequence[int]) -> bool:
+    def _contains_hidden_token(
+        self,
+        text: str,
+        ids: Sequence[int],
+    ) -> bool:
         """Returns whether there are more control tokens in the ids than in the text."""
-        in_text = self._backend.special_pattern.findall(text)
-        in_ids = [token_id for token_id in ids if token_id in self._backend.control_ids]
-        return len(in_ids) > len(in_text)
+        num_in_text = len(self._backend.special_pattern.findall(text))
+        num_in_ids = sum(token_id in self._backend.control_ids for token_id in ids)
+        return num_in_ids > num_in_text
 
-    def _encode_whole(self, rendered: Rendered, encoding: Encoding) -> tuple[list[int], list[Stretch]] | None:
+    def _encode_whole(
+        self,
+        rendered: Rendered,
+        encoding: Encoding,
+    ) -> tuple[list[int], list[Stretch]] | None:
         """Returns the ids of the whole text; None if they do not begin with the ids of the last prompt."""
         *earlier, last = rendered.spans
         stretch = self._stretch(rendered.text, encoding, last)
         if stretch is None:
             return None
-        return encoding.ids, [*self._stretches(rendered.text, encoding, earlier), stretch]
+        return encoding.ids, [
+            *self._stretches(
+                rendered.text,
+                encoding,
+                earlier,
+            ),
+            stretch,
+        ]
 
     def _encode_in_two_parts(self, rendered: Rendered) -> tuple[list[int], list[Stretch]]:
         """Returns the ids of the last prompt encoded alone, and those of the answer after them."""
@@ -127,7 +155,11 @@ class SpanEncoder:
         ids, stretch = self._append_answer(prompt, rendered)
         return ids, [*stretches, stretch]
 
-    def _append_answer(self, prompt: Sequence[int], rendered: Rendered) -> tuple[list[int], Stretch]:
+    def _append_answer(
+        self,
+        prompt: Sequence[int],
+        rendered: Rendered,
+    ) -> tuple[list[int], Stretch]:
         last = rendered.spans[-1]
         answer = rendered.text[last.start : last.end]
         rest = rendered.text[last.end :]
@@ -136,12 +168,22 @@ class SpanEncoder:
         stretch = (len(prompt), len(ids))
         return [*ids, *self._encode_pieces(rest, is_start=False)], stretch
 
-    def _stretches(self, text: str, encoding: Encoding, spans: Sequence[Span]) -> list[Stretch]:
+    def _stretches(
+        self,
+        text: str,
+        encoding: Encoding,
+        spans: Sequence[Span],
+    ) -> list[Stretch]:
         """Returns the stretches of the answers that follow the ids of their own prompts."""
         stretches = [self._stretch(text, encoding, span) for span in spans]
         return [stretch for stretch in stretches if stretch is not None]
 
-    def _stretch(self, text: str, encoding: Encoding, span: Span) -> Stretch | None:
+    def _stretch(
+        self,
+        text: str,
+        encoding: Encoding,
+        span: Span,
+    ) -> Stretch | None:
         """Returns the tokens of an answer if the ids before it are those of its prompt; else None."""
         start = _token_at(encoding, span.start, len(text))
         end = encoding.char_to_token(span.end - 1)
@@ -156,13 +198,21 @@ class SpanEncoder:
             end += 1
         return (start, end) if end > start else None
 
-    def _tail(self, text: str, span: Span) -> str:
+    def _tail(
+        self,
+        text: str,
+        span: Span,
+    ) -> str:
         """Returns the tail of the prompt of an answer."""
         prompt = text[: span.start]
         starts = [prompt.rfind(token) for token in self._template_tokens]
         return prompt[max([0, *starts]) :]
 
-    def _encode_pieces(self, text: str, is_start: bool) -> list[int]:
+    def _encode_pieces(
+        self,
+        text: str,
+        is_start: bool,
+    ) -> list[int]:
         """Returns the ids of a text: the control tokens of the template, and the text between them as plain text."""
         ids: list[int] = []
         position = 0
@@ -172,14 +222,22 @@ class SpanEncoder:
             position = match.end()
         return ids + self._encode_piece(text[position:], is_start and not ids)
 
-    def _encode_piece(self, text: str, is_start: bool) -> list[int]:
+    def _encode_piece(
+        self,
+        text: str,
+        is_start: bool,
+    ) -> list[int]:
         piece = self._placeholders.restore(text)
         if is_start and piece:
             return self._backend.encode_plain([piece])[0]
         return self._backend.encode_continuation(piece)
 
 
-def _token_at(encoding: Encoding, edge: int, length: int) -> int | None:
+def _token_at(
+    encoding: Encoding,
+    edge: int,
+    length: int,
+) -> int | None:
     """Returns the token that starts at this character of a text; None if a token reaches across it."""
     if edge == 0:
         return 0
@@ -191,7 +249,11 @@ def _token_at(encoding: Encoding, edge: int, length: int) -> int | None:
     return None
 
 
-def _ends_within(encoding: Encoding, token: int, end: int) -> bool:
+def _ends_within(
+    encoding: Encoding,
+    token: int,
+    end: int,
+) -> bool:
     """Returns whether a token begins and ends before the character `end`."""
     chars = encoding.token_to_chars(token)
     return chars is not None and chars[0] < end and chars[1] <= end

@@ -13,7 +13,12 @@ import re
 from collections.abc import Sequence
 
 from lowrank_tune.batch import Row
-from lowrank_tune.data.formats import ChatMessages, InvalidRow, text_fault
+from lowrank_tune.data.formats import (
+    ChatMessages,
+    InvalidRow,
+    RowOrFault,
+    text_fault,
+)
 from lowrank_tune.data.templates.backend import CONTROL_FOUND, TokenizerBackend
 from lowrank_tune.errors import UserError
 from lowrank_tune.toy import text as toy_text
@@ -22,17 +27,25 @@ ROLE_TOKENS = {"system": toy_text.SYSTEM, "user": toy_text.USER, "assistant": to
 
 
 class _FallbackTemplate:
-    """What both templates share: the texts of all messages through one call of the tokenizer."""
+    """What both templates share. `assistant_ids` begin an answer."""
 
     def __init__(self, backend: TokenizerBackend) -> None:
         self.backend = backend
+        self.assistant_ids: list[int] = []
 
     def validate_messages(self, messages: ChatMessages) -> str | None:
         """Returns why these messages cannot be rendered; None if they can."""
-        fault = text_fault(messages)
-        return None if fault is None else fault.reason
+        return text_fault(messages)
 
-    def encode_many(self, conversations: Sequence[ChatMessages]) -> list[Row | InvalidRow]:
+    def prompt(self, messages: ChatMessages) -> list[int]:
+        """Returns the ids up to the assistant's answer. Raises InvalidRow."""
+        reason = self.validate_messages(messages)
+        if reason is not None:
+            raise InvalidRow(reason)
+        ids, _ = self._join(messages, self.backend.encode_plain(self._texts(messages)))
+        return [*ids, *self.assistant_ids]
+
+    def encode_many(self, conversations: Sequence[ChatMessages]) -> list[RowOrFault]:
         """Returns rows with their masks, through one call of the tokenizer."""
         reasons = [self.validate_messages(messages) for messages in conversations]
         texts: list[str] = []
@@ -40,7 +53,7 @@ class _FallbackTemplate:
             if reason is None:
                 texts += self._texts(messages)
         encoded = iter(self.backend.encode_plain(texts))
-        rows: list[Row | InvalidRow] = []
+        rows: list[RowOrFault] = []
         for messages, reason in zip(conversations, reasons, strict=True):
             if reason is not None:
                 rows.append(InvalidRow(reason))
@@ -54,10 +67,22 @@ class _FallbackTemplate:
 
     def _texts(self, messages: ChatMessages) -> list[str]:
         """Returns the text that is encoded for each message."""
-        raise NotImplementedError
+        return [message.content for message in messages]
 
-    def _to_row(self, messages: ChatMessages, pieces: Sequence[list[int]]) -> Row:
-        """Joins the ids of the messages."""
+    def _to_row(
+        self,
+        messages: ChatMessages,
+        pieces: Sequence[list[int]],
+    ) -> Row:
+        ids, mask = self._join(messages, pieces)
+        return Row(ids, mask)
+
+    def _join(
+        self,
+        messages: ChatMessages,
+        pieces: Sequence[list[int]],
+    ) -> tuple[list[int], list[bool]]:
+        """Returns the ids of the messages, with markers or control tokens, and the mask of those that are trained."""
         raise NotImplementedError
 
 
@@ -70,6 +95,7 @@ class DefaultTemplate(_FallbackTemplate):
         self.eos = backend.special_tokens[toy_text.EOS]
         self.end_of_turn = backend.special_tokens[toy_text.END_OF_TURN]
         self.role_ids = {role: backend.special_tokens[token] for role, token in ROLE_TOKENS.items()}
+        self.assistant_ids = [self.role_ids["assistant"]]
         self.end_ids = frozenset({self.eos, self.end_of_turn})
         self.description = "the kit's own template"
 
@@ -89,19 +115,19 @@ class DefaultTemplate(_FallbackTemplate):
         """Returns whether the vocabulary has all control tokens of the template."""
         return {*toy_text.CONTROL_TOKENS} - {toy_text.PAD} <= backend.special_tokens.keys()
 
-    def prompt(self, messages: ChatMessages) -> list[int]:
-        """Returns the ids up to the assistant's answer."""
-        ids, _ = self._join(messages, self.backend.encode_plain(self._texts(messages)))
-        return [*ids, self.role_ids["assistant"]]
-
-    def _texts(self, messages: ChatMessages) -> list[str]:
-        return [message.content for message in messages]
-
-    def _to_row(self, messages: ChatMessages, pieces: Sequence[list[int]]) -> Row:
+    def _to_row(
+        self,
+        messages: ChatMessages,
+        pieces: Sequence[list[int]],
+    ) -> Row:
         ids, mask = self._join(messages, pieces)
         return Row([*ids, self.eos], [*mask, messages[-1].role == "assistant"])
 
-    def _join(self, messages: ChatMessages, pieces: Sequence[list[int]]) -> tuple[list[int], list[bool]]:
+    def _join(
+        self,
+        messages: ChatMessages,
+        pieces: Sequence[list[int]],
+    ) -> tuple[list[int], list[bool]]:
         ids = [self.bos]
         mask = [False]
         for message, piece in zip(messages, pieces, strict=True):
@@ -170,13 +196,6 @@ class PlainTextTemplate(_FallbackTemplate):
                 return f"its text contains the marker `{match.group().strip()}`"
         return None
 
-    def prompt(self, messages: ChatMessages) -> list[int]:
-        """Returns the ids up to the assistant's answer. Raises InvalidRow."""
-        if reason := self.validate_messages(messages):
-            raise InvalidRow(reason)
-        ids, _ = self._join(messages, self.backend.encode_plain(self._texts(messages)))
-        return [*ids, *self.assistant_ids]
-
     def _texts(self, messages: ChatMessages) -> list[str]:
         """Returns the text that is encoded for each message: an answer without its marker, so that its ids do not
         depend on what precedes it."""
@@ -190,11 +209,11 @@ class PlainTextTemplate(_FallbackTemplate):
             texts[0] = texts[0].lstrip("\n")
         return texts
 
-    def _to_row(self, messages: ChatMessages, pieces: Sequence[list[int]]) -> Row:
-        ids, mask = self._join(messages, pieces)
-        return Row(ids, mask)
-
-    def _join(self, messages: ChatMessages, pieces: Sequence[list[int]]) -> tuple[list[int], list[bool]]:
+    def _join(
+        self,
+        messages: ChatMessages,
+        pieces: Sequence[list[int]],
+    ) -> tuple[list[int], list[bool]]:
         ids = [] if self.bos is None else [self.bos]
         mask = [False] * len(ids)
         for message, piece in zip(messages, pieces, strict=True):

@@ -80,7 +80,13 @@ class GenerationPrompt:
     begins_with: str = ""
 
     @classmethod
-    def from_probe(cls, prompt: str, whole: str, question: str, answer: str) -> Self | None:
+    def from_probe(
+        cls,
+        prompt: str,
+        whole: str,
+        question: str,
+        answer: str,
+    ) -> Self | None:
         """Returns how answers follow for a template that renders a question as `prompt`, and the question with its
         answer as `whole`; None for a template that is refused."""
         match = _OPENED.search(prompt)
@@ -106,11 +112,20 @@ class GenerationPrompt:
             return None
         if head.lstrip().startswith(opened.tag):
             space, tag, text = head.partition(opened.tag)
-            return OwnThought(space + tag, text.removeprefix(opened.space), answer)
+            return OwnThought(
+                space + tag,
+                text.removeprefix(opened.space),
+                answer,
+            )
         # If the prompt opens the thought, the text of a model has no opening tag.
         return OwnThought("", head, answer) if self.opened else None
 
-    def completion(self, prompt: str, whole: str, content: str) -> str | None:
+    def completion(
+        self,
+        prompt: str,
+        whole: str,
+        content: str,
+    ) -> str | None:
         """Returns what is trained after the prompt, if the template renders the messages with their answer as `whole`.
 
         Returns None if the template writes another prompt or drops the answer's thought, or the prompt closes the
@@ -123,20 +138,39 @@ class GenerationPrompt:
         if direct is not None and not self._reopens(direct) and (thought is None or thought.is_written_in(direct)):
             return direct
         if thought is None and self.opened is not None:
-            return self._continuation_of_thought(self.opened, prompt, whole, None)
+            return self._continuation_of_thought(
+                self.opened,
+                prompt,
+                whole,
+                None,
+            )
         return None
 
-    def completion_with_thought(self, prompt: str, whole: str, thought: OwnThought) -> str | None:
+    def completion_with_thought(
+        self,
+        prompt: str,
+        whole: str,
+        thought: OwnThought,
+    ) -> str | None:
         """Returns the same for an answer whose thought the template does not write: `whole` is the rendering without
         the thought."""
         if self.opened is not None:
-            return self._continuation_of_thought(self.opened, prompt, whole, thought.text)
+            return self._continuation_of_thought(
+                self.opened,
+                prompt,
+                whole,
+                thought.text,
+            )
         direct = self._continuation(prompt, whole)
         if direct is None:
             return None
         return f"{thought.before}{thought.text}</think>{direct}"
 
-    def refusal(self, prompt: str, content: str) -> str:
+    def refusal(
+        self,
+        prompt: str,
+        content: str,
+    ) -> str:
         """Returns why an answer cannot follow the prompt: a phrase by which rows are counted."""
         closed = _CLOSED.search(prompt)
         if closed is not None and f"</{closed['name']}>" in content:
@@ -150,7 +184,11 @@ class GenerationPrompt:
             return text
         return f"{opened.tag}{opened.space}{text}"
 
-    def _continuation(self, prompt: str, whole: str) -> str | None:
+    def _continuation(
+        self,
+        prompt: str,
+        whole: str,
+    ) -> str | None:
         """Returns what the template writes after the prompt, and instead of its end."""
         start = prompt.removesuffix(self.ends_with) + self.begins_with
         if prompt.endswith(self.ends_with) and whole.startswith(start):

@@ -16,7 +16,12 @@ from collections.abc import Sequence
 from datetime import date
 
 from lowrank_tune.batch import Row
-from lowrank_tune.data.formats import ChatMessages, InvalidRow, text_fault
+from lowrank_tune.data.formats import (
+    ChatMessages,
+    InvalidRow,
+    RowOrFault,
+    text_fault,
+)
 from lowrank_tune.data.message import Message
 from lowrank_tune.data.templates.backend import TokenizerBackend
 from lowrank_tune.data.templates.date import with_date
@@ -43,7 +48,11 @@ UNUSABLE = "the base's chat template cannot be trained with"
 class JinjaChatTemplate:
     """The chat template that came with the tokenizer. `day` is the date that it writes, if it writes one."""
 
-    def __init__(self, backend: TokenizerBackend, day: date | None = None) -> None:
+    def __init__(
+        self,
+        backend: TokenizerBackend,
+        day: date | None = None,
+    ) -> None:
         self.backend = backend
         self.dated_chat_template = with_date(self.chat_template, day)
         self._placeholders = Placeholders(backend)
@@ -52,9 +61,17 @@ class JinjaChatTemplate:
         self.generation_prompt = _probe_generation_prompt(question, answered)
         after_answer = answered.rpartition(PROBE_ANSWER)[2]
         end_tokens = backend.special_pattern.findall(after_answer)
-        self._spans = SpanFinder(self._renderer, self.generation_prompt, _closing_pattern(backend, end_tokens))
+        self._spans = SpanFinder(
+            self._renderer,
+            self.generation_prompt,
+            _closing_pattern(backend, end_tokens),
+        )
         template_tokens = dict.fromkeys(backend.special_pattern.findall(question + answered))
-        self._encoder = SpanEncoder(backend, self._placeholders, list(template_tokens))
+        self._encoder = SpanEncoder(
+            backend,
+            self._placeholders,
+            list(template_tokens),
+        )
         end_ids = {backend.special_tokens[token] for token in end_tokens}
         if backend.eos is not None:
             end_ids.add(backend.eos)
@@ -88,9 +105,8 @@ class JinjaChatTemplate:
             description += (
                 f"; its generation prompt opens a thought (`{opened.tag}`), which an answer without one closes at once"
             )
-        conversations = []
-        for answer in (PROBE_ANSWER, f"<think>\nHm.\n</think>\n\n{PROBE_ANSWER}"):
-            conversations.append([Message("user", PROBE_QUESTION), Message("assistant", answer)] * 2)
+        with_thought = Message("assistant", f"<think>\nHm.\n</think>\n\n{PROBE_ANSWER}")
+        conversations = [PROBE_CONVERSATION * 2, (PROBE_CONVERSATION[0], with_thought) * 2]
         rendered = [item for item in self._spans.render(conversations) if isinstance(item, Rendered)]
         if any(len(item.spans) < 2 for item in rendered):
             return f"{description}; it rewrites earlier turns, and where it does only the last answer is trained"
@@ -104,30 +120,37 @@ class JinjaChatTemplate:
 
     def validate_messages(self, messages: ChatMessages) -> str | None:
         """Returns why these messages cannot be rendered; None if they can."""
-        fault = text_fault(messages)
-        if fault is not None:
-            return fault.reason
-        rendered = self._renderer.render_or_fault(messages, add_generation_prompt=messages[-1].role != "assistant")
+        reason = text_fault(messages)
+        if reason is not None:
+            return reason
+        rendered = self._renderer.render(messages, add_generation_prompt=messages[-1].role != "assistant")
         if isinstance(rendered, InvalidRow):
             return rendered.reason
         return None
 
     def prompt(self, messages: ChatMessages) -> list[int]:
         """Returns the ids up to the assistant's answer: those of `apply_chat_template`. Raises InvalidRow."""
-        fault = text_fault(messages)
-        if fault is not None:
-            raise fault
+        reason = text_fault(messages)
+        if reason is not None:
+            raise InvalidRow(reason)
         text = self._renderer.render(self._placeholders.insert(messages), add_generation_prompt=True)
+        if isinstance(text, InvalidRow):
+            raise text
         return self._encoder.encode_prompt(text)
 
-    def encode_many(self, conversations: Sequence[ChatMessages]) -> list[Row | InvalidRow]:
+    def encode_many(self, conversations: Sequence[ChatMessages]) -> list[RowOrFault]:
         """Returns rows with their masks."""
         inserted = [self._placeholders.insert(messages) for messages in conversations]
         return self._encoder.encode_many(self._spans.render(inserted))
 
 
 def _probe_generation_prompt(question: str, answered: str) -> GenerationPrompt:
-    found = GenerationPrompt.from_probe(question, answered, PROBE_QUESTION, PROBE_ANSWER)
+    found = GenerationPrompt.from_probe(
+        question,
+        answered,
+        PROBE_QUESTION,
+        PROBE_ANSWER,
+    )
     if found is None:
         raise UserError(
             f"{UNUSABLE}: its generation prompt ends with {question[-40:]!r}, "

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 from lowrank_tune.data.formats import ChatMessages, InvalidRow
 from lowrank_tune.data.message import Message
@@ -24,7 +24,11 @@ class TemplateRenderer:
     so that an empty one is added (`always`); or before the question (`folded`).
     """
 
-    def __init__(self, tokenizer: Any, chat_template: str) -> None:
+    def __init__(
+        self,
+        tokenizer: Any,
+        chat_template: str,
+    ) -> None:
         self._tokenizer = tokenizer
         self._chat_template = chat_template
         self.system_mode: SystemMode = "own"
@@ -32,8 +36,8 @@ class TemplateRenderer:
 
     def _probe_system_mode(self) -> SystemMode:
         """Renders a made-up conversation with and without a system message."""
-        plain = self.render_or_fault(PROBE_CONVERSATION)
-        with_system = self.render_or_fault([Message("system", PROBE_SYSTEM), *PROBE_CONVERSATION])
+        plain = self.render(PROBE_CONVERSATION)
+        with_system = self.render([Message("system", PROBE_SYSTEM), *PROBE_CONVERSATION])
         if isinstance(plain, InvalidRow):
             if isinstance(with_system, InvalidRow):
                 raise UserError(
@@ -70,32 +74,33 @@ class TemplateRenderer:
             return self._apply_template(prepared, add_generation_prompt)
         except Exception:
             # A template may raise anything. Rendered one by one, the fault is that of its own row.
-            return [self.render_or_fault(messages, add_generation_prompt) for messages in conversations]
+            return [self.render(messages, add_generation_prompt) for messages in conversations]
 
-    def render_or_fault(self, messages: ChatMessages, add_generation_prompt: bool = False) -> str | InvalidRow:
+    def render(
+        self,
+        messages: ChatMessages,
+        add_generation_prompt: bool = False,
+    ) -> str | InvalidRow:
         """Returns the text of one conversation, or why it cannot be rendered."""
         try:
-            return self.render(messages, add_generation_prompt)
-        except InvalidRow as fault:
-            return fault
-
-    def render(self, messages: ChatMessages, add_generation_prompt: bool = False) -> str:
-        """Returns the text of one conversation. Raises InvalidRow if the template raises anything."""
-        try:
             (text,) = self._apply_template([self._prepare(messages)], add_generation_prompt)
+            return text
         except Exception as error:
             lines = str(error).splitlines() or [type(error).__name__]
-            raise InvalidRow(f"the base's chat template refuses it: {lines[0][:100]}") from error
-        return text
+            return InvalidRow(f"the base's chat template refuses it: {lines[0][:100]}")
 
-    def _apply_template(self, conversations: list[list[dict[str, str]]], add_generation_prompt: bool) -> list[str]:
-        texts = self._tokenizer.apply_chat_template(
+    def _apply_template(
+        self,
+        conversations: list[list[dict[str, str]]],
+        add_generation_prompt: bool,
+    ) -> list[str]:
+        texts: list[str] = self._tokenizer.apply_chat_template(
             conversations,
             chat_template=self._chat_template,
             tokenize=False,
             add_generation_prompt=add_generation_prompt,
         )
-        return cast(list[str], texts)
+        return texts
 
     def _prepare(self, messages: ChatMessages) -> list[dict[str, str]]:
         """Returns the messages in the form that the template accepts."""

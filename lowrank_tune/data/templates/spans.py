@@ -68,14 +68,11 @@ class SpanFinder:
         answers_of = self._render_answers(conversations)
         completions = self._last_completions(conversations, answers_of)
         rendered: list[Rendered | InvalidRow] = []
-        for index, answers in enumerate(answers_of):
-            if isinstance(answers, InvalidRow):
-                rendered.append(answers)
-                continue
-            completion = completions[index]
+        for answers, completion in zip(answers_of, completions, strict=True):
             if isinstance(completion, InvalidRow):
                 rendered.append(completion)
             else:
+                assert not isinstance(answers, InvalidRow)
                 rendered.append(self._locate(answers, completion))
         return rendered
 
@@ -93,36 +90,47 @@ class SpanFinder:
         self,
         conversations: Sequence[ChatMessages],
         answers_of: Sequence[list[_Answer] | InvalidRow],
-    ) -> dict[int, str | InvalidRow]:
-        """Returns what is trained after the last prompt, by the index of the conversation.
+    ) -> list[str | InvalidRow]:
+        """Returns what is trained after the last prompt of each conversation, or its fault.
 
         An answer whose thought the template does not write is rendered once more, without its thought.
         """
-        completions: dict[int, str | InvalidRow] = {}
-        prompts: dict[int, str] = {}
-        thoughts: dict[int, OwnThought] = {}
+        completions: list[str | InvalidRow] = []
+        thoughts: dict[int, tuple[str, OwnThought]] = {}
+        requests: list[tuple[ChatMessages, bool]] = []
         for index, answers in enumerate(answers_of):
             if isinstance(answers, InvalidRow):
+                completions.append(answers)
                 continue
-            prompts[index] = answers[-1].prompt
             completion = self._completion(answers[-1])
             if isinstance(completion, OwnThought):
-                thoughts[index] = completion
-            else:
-                completions[index] = completion
-        requests: list[tuple[ChatMessages, bool]] = []
-        for index, thought in thoughts.items():
-            without_thought = (*conversations[index][:-1], Message("assistant", thought.answer))
-            requests.append((without_thought, False))
+                thoughts[index] = (answers[-1].prompt, completion)
+                answer = Message("assistant", completion.answer)
+                requests.append(((*conversations[index][:-1], answer), False))
+                completion = InvalidRow(REWRITTEN)
+            completions.append(completion)
         texts = self._renderer.render_all(requests)
-        for (index, thought), text in zip(thoughts.items(), texts, strict=True):
-            completions[index] = self._completion_with_thought(prompts[index], text, thought)
+        for (index, (prompt, thought)), text in zip(thoughts.items(), texts, strict=True):
+            if isinstance(text, InvalidRow):
+                completions[index] = text
+                continue
+            with_thought = self._generation_prompt.completion_with_thought(
+                prompt,
+                text,
+                thought,
+            )
+            if with_thought is not None:
+                completions[index] = with_thought
         return completions
 
     def _completion(self, last: _Answer) -> str | OwnThought | InvalidRow:
         """Returns what is trained after the last prompt, or the thought without which the answer is rendered again."""
         generation_prompt = self._generation_prompt
-        completion = generation_prompt.completion(last.prompt, last.whole, last.content)
+        completion = generation_prompt.completion(
+            last.prompt,
+            last.whole,
+            last.content,
+        )
         if completion is not None:
             return completion
         thought = generation_prompt.own_thought(last.content)
@@ -131,20 +139,11 @@ class SpanFinder:
             return InvalidRow(reason)
         return thought
 
-    def _completion_with_thought(
+    def _locate(
         self,
-        prompt: str,
-        whole: str | InvalidRow,
-        thought: OwnThought,
-    ) -> str | InvalidRow:
-        if isinstance(whole, InvalidRow):
-            return whole
-        completion = self._generation_prompt.completion_with_thought(prompt, whole, thought)
-        if completion is None:
-            return InvalidRow(REWRITTEN)
-        return completion
-
-    def _locate(self, answers: Sequence[_Answer], completion: str) -> Rendered | InvalidRow:
+        answers: Sequence[_Answer],
+        completion: str,
+    ) -> Rendered | InvalidRow:
         """Finds the answers in the last prompt and its completion.
 
         A template may rewrite an earlier answer, for example without its thought. The text then does not contain its
@@ -154,7 +153,11 @@ class SpanFinder:
         text = last_answer.prompt + completion
         spans = []
         for answer in earlier:
-            answer_text = self._generation_prompt.completion(answer.prompt, answer.whole, answer.content)
+            answer_text = self._generation_prompt.completion(
+                answer.prompt,
+                answer.whole,
+                answer.content,
+            )
             if not answer_text:
                 continue
             span = self._span(answer.prompt, answer_text)
@@ -167,7 +170,11 @@ class SpanFinder:
             text = text[: last.end]
         return Rendered(text, (*spans, last))
 
-    def _span(self, prompt: str, completion: str) -> Span | None:
+    def _span(
+        self,
+        prompt: str,
+        completion: str,
+    ) -> Span | None:
         """Returns the span up to the end tokens after an answer; None if nothing is left to train."""
         closing = self._closing.search(completion)
         end = closing.end("close") if closing else len(completion.rstrip())
@@ -182,7 +189,8 @@ def _answer_indices(messages: ChatMessages) -> list[int]:
 
 def _read_answers(messages: ChatMessages, texts: Iterator[str | InvalidRow]) -> list[_Answer] | InvalidRow:
     """Takes the two renderings of each answer from `texts`. Returns the first fault if there is one."""
-    fault = text_fault(messages)
+    reason = text_fault(messages)
+    fault = None if reason is None else InvalidRow(reason)
     answers: list[_Answer] = []
     for index in _answer_indices(messages):
         prompt = next(texts)

@@ -9,12 +9,12 @@ from typing import Any
 
 import pytest
 from malformed_yaml import HOSTILE_TEXTS, is_inert
-from test_preflight import ROWS, counts, printed, write
+from test_data_report import ROWS, counts, printed, write
 from typer.testing import CliRunner
 
 from lowrank_tune import Recipe
 from lowrank_tune.cli import app
-from lowrank_tune.data import ChatTemplate, load_prompts, make_prompt_sampler
+from lowrank_tune.data import ChatTemplate, PromptSampler, load_prompts
 from lowrank_tune.data_report import DataReport, inspect_data
 from lowrank_tune.model.base import load_tokenizer
 
@@ -37,7 +37,7 @@ def examined(*sources: str | dict[str, Any], **more: Any) -> DataReport:
     return inspect_data(recipe(*sources, **more), lambda event: None)
 
 
-def test_every_trouble_is_counted_with_its_lines(tmp_path: Path) -> None:
+def test_every_issue_of_prompts_is_counted_with_its_lines(tmp_path: Path) -> None:
     rows: list[Any] = list(ROWS)
     rows[3], rows[4], rows[5] = (
         "{broken",
@@ -74,7 +74,7 @@ def test_the_mixture_is_what_is_drawn(tmp_path: Path) -> None:
     prompts = load_prompts(
         made.data, ChatTemplate.from_tokenizer(load_tokenizer(made.base)), made.seed, lambda event: None
     )
-    order = make_prompt_sampler(prompts, made.data, made.train, made.seed)
+    order = PromptSampler(prompts, made.data, made.train, made.seed)
     drawn = [row for step in range(order.steps_per_epoch) for row in order.rows(step)]
     assert [(part.rows, part.weight, part.ground_truths, part.trained) for part in found.parts] == [
         (40, 0.25, 40, 0),
@@ -92,7 +92,7 @@ def test_the_mixture_is_what_is_drawn(tmp_path: Path) -> None:
     ) and found.epoch.tokens == prompts.lengths[drawn].sum()
 
 
-def test_what_is_shown(tmp_path: Path) -> None:
+def test_prompts_are_shown_with_their_gold_answers(tmp_path: Path) -> None:
     found = examined(write(tmp_path / "a.jsonl", ROWS), {"dataset": "builtin:arithmetic", "max_samples": 4})
     text = " ".join(printed(found, 160).split())
     for words in (
@@ -116,7 +116,7 @@ def test_what_is_shown(tmp_path: Path) -> None:
     assert ascii_only.isascii() and "gold answer 1" in ascii_only
 
 
-def test_too_few_are_a_fault_and_an_exit_code(tmp_path: Path) -> None:
+def test_too_few_usable_prompts_are_a_fault_and_an_exit_code(tmp_path: Path) -> None:
     path = write(tmp_path / "a.jsonl", [*ROWS[:6], *[{"question": "Why?", "answer": "So."}] * 4])
     found = examined(path)
     assert len(found.faults) == 1 and "4 of 10 rows cannot be used: 4: no gold answer" in found.faults[0]
@@ -127,7 +127,7 @@ def test_too_few_are_a_fault_and_an_exit_code(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("weight", [None, 0.5])
-def test_nothing_usable_is_shown_too(tmp_path: Path, weight: float | None) -> None:
+def test_a_report_without_usable_prompts_is_shown(tmp_path: Path, weight: float | None) -> None:
     """No prompt at all; or, with weights, none of one source, so that the mixture cannot be drawn."""
     gone = write(tmp_path / "a.jsonl", [{"question": "Why?", "answer": "So."}])
     found = (
@@ -139,7 +139,7 @@ def test_nothing_usable_is_shown_too(tmp_path: Path, weight: float | None) -> No
     assert len(found.examples) == (0 if weight is None else 3)
 
 
-def test_hostile_text_is_inert(tmp_path: Path) -> None:
+def test_control_characters_in_prompts_are_escaped(tmp_path: Path) -> None:
     rows = [{"question": text[:3000], "answer": "x", "gold": text[:3000]} for text in HOSTILE_TEXTS]
     for start in range(0, len(rows), 3):
         path = write(tmp_path / f"a\u202e{start}.jsonl", [*rows[start : start + 3], ROWS[0]])

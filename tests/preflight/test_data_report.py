@@ -72,7 +72,7 @@ def counts(found: DataReport) -> dict[str, tuple[int, list[int]]]:
     }
 
 
-def test_every_trouble_is_counted_with_its_lines(tmp_path: Path) -> None:
+def test_every_issue_of_rows_is_counted_with_its_lines(tmp_path: Path) -> None:
     rows: list[Any] = list(ROWS)
     rows[3] = "{broken"
     rows[4] = {"question": "Well?", "answer": " "}
@@ -122,7 +122,7 @@ def test_truncated_rows_are_named(tmp_path: Path) -> None:
     assert made.report.train[0].truncated_locations == [f"{tmp_path}/a.jsonl:1"]
 
 
-def test_the_census_counts_as_a_loop_would(tmp_path: Path) -> None:
+def test_token_stats_equal_those_of_a_loop(tmp_path: Path) -> None:
     conversation = [{"role": role, "content": f"{role} {turn}"} for turn in range(3) for role in ("user", "assistant")]
     path = write(tmp_path / "a.jsonl", [{"messages": conversation[: 2 + 2 * (n % 3)]} for n in range(7)])
     template = ChatTemplate.from_tokenizer(load_tokenizer(recipe(path).base))
@@ -212,7 +212,7 @@ def real(name: str) -> dict[str, Any]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", REAL)
-def test_real_rows(name: str) -> None:
+def test_the_report_of_real_rows_has_their_counts(name: str) -> None:
     found = examined(real(name), max_length=4096)
     read, used, issues, code = REAL[name]
     part = found.parts[0]
@@ -229,7 +229,7 @@ def test_real_rows(name: str) -> None:
 
 
 @pytest.mark.slow
-def test_real_golds_commas_boxes_and_floats() -> None:
+def test_gold_answers_of_real_rows_with_commas_boxes_and_floats() -> None:
     """GSM8K's thousands commas, MATH's last box, rows of NuminaMath without one, SVAMP's integers as floats."""
     golds = {
         name: examined(real(name), max_length=4096).parts[0].ground_truths
@@ -257,12 +257,12 @@ def test_real_golds_commas_boxes_and_floats() -> None:
         ("mbpp/mbpp.jsonl.gz", "`columns: {question: text, answer: code}`"),
     ],
 )
-def test_rows_of_other_trades_are_one_sentence(name: str, sentence: str) -> None:
+def test_rows_of_unknown_formats_are_one_sentence(name: str, sentence: str) -> None:
     made = CliRunner().invoke(app, ["data", "tiny-sft", f"data.train={json.dumps([real(name)])}"])
     assert made.exit_code == 2 and sentence in made.output and "Traceback" not in made.output
 
 
-def test_exit_codes(tmp_path: Path) -> None:
+def test_data_command_exit_codes(tmp_path: Path) -> None:
     def code(rows: list[Any], *overrides: str) -> tuple[int, str]:
         path = write(tmp_path / "a.jsonl", rows)
         train = f"data.train={json.dumps([{'dataset': path}])}"
@@ -306,7 +306,7 @@ def test_the_mask_is_shown_in_color_and_without(tmp_path: Path) -> None:
     assert ascii_only.isascii() and "[[It is 1." in ascii_only and "#### " in ascii_only
 
 
-def test_hostile_text_is_inert(tmp_path: Path) -> None:
+def test_control_characters_in_rows_are_escaped(tmp_path: Path) -> None:
     rows = [{"question": text[:3000], "answer": text[:3000]} for text in HOSTILE_TEXTS]
     path = write(tmp_path / "a\u202eb.jsonl", rows)
     found = examined({"dataset": path}, max_length=8192, max_invalid_fraction=1.0, eval_fraction=0.0)
@@ -417,7 +417,7 @@ def test_truncated_pairs_are_named(tmp_path: Path) -> None:
     assert counts(found) == {"too long, without the oldest turns of the prompt": (1, [1])} and found.lengths.over == 1
 
 
-def test_sides_stand_side_by_side_or_one_below_the_other(tmp_path: Path) -> None:
+def test_answers_of_pairs_are_shown_side_by_side_if_they_fit(tmp_path: Path) -> None:
     found = inspect_data(
         of_pairs(
             write(tmp_path / "a.jsonl", [pair(n, "Right.", "Wrong, I say.") for n in range(3)]), eval_fraction=0.0
@@ -446,7 +446,7 @@ def test_sides_stand_side_by_side_or_one_below_the_other(tmp_path: Path) -> None
     assert "0 pairs to validate" in text and "3 of 3 pairs used" in text
 
 
-def test_hostile_pairs_are_inert(tmp_path: Path) -> None:
+def test_control_characters_in_pairs_are_escaped(tmp_path: Path) -> None:
     rows = [{"prompt": text[:3000], "chosen": text[:3000], "rejected": text[:3000] + "!"} for text in HOSTILE_TEXTS]
     for start in range(0, len(rows), 3):
         path = write(tmp_path / f"a\u202e{start}.jsonl", [*rows[start : start + 3], pair(1)])
@@ -457,7 +457,7 @@ def test_hostile_pairs_are_inert(tmp_path: Path) -> None:
             assert is_inert(printed(found, encoding=encoding, width=width))
 
 
-def test_pairs_as_json(tmp_path: Path) -> None:
+def test_the_report_of_pairs_as_json(tmp_path: Path) -> None:
     found = inspect_data(
         of_pairs(write(tmp_path / "a.jsonl", [pair(number) for number in range(30)])), lambda event: None
     )
@@ -470,7 +470,7 @@ def test_pairs_as_json(tmp_path: Path) -> None:
     assert examined(write(tmp_path / "b.jsonl", ROWS)).to_dict()["sides"] is None
 
 
-def test_data_command_of_pairs(tmp_path: Path) -> None:
+def test_data_command_prints_pairs(tmp_path: Path) -> None:
     def code(rows: list[Any], algorithm: str) -> tuple[int, str]:
         path, file = write(tmp_path / "a.jsonl", rows), tmp_path / "recipe.json"
         file.write_text(json.dumps(of_pairs(path, algorithm=algorithm).to_dict()))
@@ -493,7 +493,7 @@ def test_data_command_of_pairs(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "used"), [("hh_rlhf/helpful-base_test.jsonl.gz", 1187), ("llamafactory_demos/dpo_en_demo.json.gz", 300)]
 )
-def test_real_pairs(name: str, used: int) -> None:
+def test_the_report_of_real_pairs_has_their_counts(name: str, used: int) -> None:
     found = inspect_data(of_pairs(real(name), max_length=16384), lambda event: None)
     assert (
         found.parts[0].used == used
@@ -506,7 +506,7 @@ def test_real_pairs(name: str, used: int) -> None:
     )
 
 
-def test_text_snapshot() -> None:
+def test_the_printed_report_equals_the_snapshot() -> None:
     expected = (Path(__file__).parents[1] / "snapshots" / "data_tiny_sft.txt").read_text(encoding="utf-8")
     assert printed(inspect_data(Recipe.load("tiny-sft"), lambda event: None), 80) == expected, (
         "look at it, then write it anew"

@@ -31,7 +31,7 @@ def final_number(answer: str) -> int | None:
     return int(numbers[-1]) if numbers else None
 
 
-def test_every_worked_reply_is_right_step_by_step() -> None:
+def test_every_step_of_an_answer_is_correct() -> None:
     for problem in every_problem():
         for step in problem.steps():
             left, right = step.split("=")
@@ -39,7 +39,7 @@ def test_every_worked_reply_is_right_step_by_step() -> None:
         assert final_number(problem.answer_with_steps()) == problem.answer
 
 
-def test_about_one_problem_in_twelve_of_those_that_are_no_step_is_held_out_in_either_order() -> None:
+def test_about_one_problem_in_twelve_that_is_not_a_step_is_held_out_in_either_order() -> None:
     eligible = [
         p for p in every_problem() if p.b % 10 and (max(p.a, p.b) >= 10 and p.a % 10 if p.sign == "+" else p.b >= 10)
     ]
@@ -54,7 +54,7 @@ def numbers_in(question: str) -> tuple[int, ...]:
     return tuple(int(number) for number in re.findall(r"\d+", question))
 
 
-def test_no_training_text_holds_a_heldout_problem() -> None:
+def test_no_training_text_contains_a_heldout_problem() -> None:
     """Questions are found by their two numbers, whatever their wording; a step "60+12" is a problem too."""
     held = {(sign, *sorted((p.a, p.b))) for p in every_problem() if problems.is_heldout(p) for sign in p.sign}
     pages = list(islice(text.documents(0), 3000))
@@ -94,7 +94,7 @@ def test_the_same_seed_gives_the_same_text() -> None:
     assert list(problems.rows(20, 1)) == list(problems.rows(20, 1)) != list(problems.rows(20, 2))
 
 
-def test_replies_never_end_a_turn_so_the_base_learns_no_stop() -> None:
+def test_replies_never_end_a_turn() -> None:
     for page in islice(text.documents(0), 300):
         for reply in re.findall(r"<\|assistant\|>([^<]*)(<\|\w+\|>)?", page):
             assert reply[1] != text.END_OF_TURN
@@ -134,7 +134,7 @@ def test_the_shipped_base_was_made_from_this_text(shipped) -> None:  # type: ign
     assert loss < 1.2
 
 
-def test_rounding_in_the_maker_is_that_of_bitsandbytes() -> None:
+def test_nf4_rounding_equals_that_of_bitsandbytes() -> None:
     import bitsandbytes.functional as functional
     import torch
 
@@ -155,7 +155,7 @@ def test_no_preference_of_the_training_split_shows_a_heldout_problem() -> None:
     assert all((sign_of(row["prompt"]), *sorted(numbers_in(row["prompt"]))) in held for row in outside)
 
 
-def test_the_chosen_side_is_right_and_the_other_one_is_not_it() -> None:
+def test_the_chosen_answer_is_correct_and_the_rejected_one_is_not() -> None:
     for row in problems.preferences(2000, seed=3, split="train"):
         a, b = numbers_in(row["prompt"])
         answer = {"+": a + b, "-": abs(a - b), "*": a * b}[sign_of(row["prompt"])]

@@ -110,7 +110,7 @@ def test_thoughts_that_are_stripped_later_are_not_trained_earlier() -> None:
     assert "only the last answer" not in ChatTemplate.from_tokenizer(tokenizer("chatml")).describe()
 
 
-def test_system_turns() -> None:
+def test_templates_render_a_system_turn_or_fold_it() -> None:
     ruled = [Message("system", "Be brief."), *conversation("Hm?", "Yes.")]
     for name in TINY:
         template = template_of(name)
@@ -164,7 +164,7 @@ def test_prompt_is_the_beginning_and_no_control_token_comes_from_data(name: str,
         assert words == turns[-1] + ENDS.get(name, "</s>")
 
 
-def test_many_equal_one_by_one() -> None:
+def test_encode_many_equals_encoding_one_by_one() -> None:
     rows = [
         conversation("a", "b"),
         conversation("</s>", "It is"),
@@ -182,7 +182,7 @@ def test_many_equal_one_by_one() -> None:
         assert isinstance(together[3], InvalidRow) and isinstance(together[0], Row)
 
 
-def test_merged_edge_keeps_the_prompt() -> None:
+def test_a_token_across_the_prompt_edge_keeps_the_prompt_ids() -> None:
     """The tiny vocabulary merges "] " or the like across an edge somewhere; the stock encoding would then change the
     prompt."""
     made, crossed = tokenizer("merging"), 0
@@ -224,7 +224,7 @@ def test_an_earlier_answer_behind_other_ids_than_its_prompt_is_context() -> None
     assert "an earlier answer for which it does is not trained" in template.describe()
 
 
-def test_words_reject_their_markers() -> None:
+def test_plain_text_template_refuses_its_markers() -> None:
     template = ChatTemplate.from_tokenizer(tokenizer("words"))
     assert "marker" in str(template.validate_messages(conversation("a\n\nUser:\nb", "c")))
     assert isinstance(template.encode_many([conversation("a", "b\nAssistant: c")])[0], InvalidRow)
@@ -241,7 +241,7 @@ def test_fingerprint_follows_the_template() -> None:
     assert fingerprints[0] == fingerprints[1] and len(set(fingerprints)) == 3
 
 
-def test_shared_tokenizer_is_left_alone() -> None:
+def test_the_given_tokenizer_is_not_changed() -> None:
     made = tokenizer("chatml")
     before = made.backend_tokenizer.to_str(), made.backend_tokenizer.encode_special_tokens
     ChatTemplate.from_tokenizer(made).encode(conversation("</s>", "b"))

@@ -100,7 +100,7 @@ def test_a_fresh_order_gives_the_same_steps_in_any_sequence(train: dict[str, int
     assert straight[: made.steps_per_epoch] != straight[made.steps_per_epoch : 2 * made.steps_per_epoch]
 
 
-def test_weights_are_exact_and_walk_through_all_rows() -> None:
+def test_weighted_sources_have_exact_shares_and_draw_all_rows() -> None:
     sources = [0] * 90 + [1] * 10
     made = order(100, weights=[0.25, 0.75], sources=sources, global_batch_size=10)
     counts: Counter[int] = Counter()
@@ -112,14 +112,14 @@ def test_weights_are_exact_and_walk_through_all_rows() -> None:
 
 
 @given(st.lists(st.integers(1, 50), min_size=1, max_size=6), st.integers(1, 1000))
-def test_largest_remainder(weights: list[int], count: int) -> None:
+def test_largest_remainder_sums_to_the_count(weights: list[int], count: int) -> None:
     shares = largest_remainder(weights, count)
     assert sum(shares) == count and all(
         abs(share - weight / sum(weights) * count) < 1 for share, weight in zip(shares, weights, strict=True)
     )
 
 
-def test_windows_save_padding() -> None:
+def test_length_windows_reduce_padding() -> None:
     def padded(made: BatchSampler) -> int:
         return sum(len(rows) * int(made._lengths[rows].max()) for rows in map(made.rows, range(made.steps_per_epoch)))
 
@@ -128,7 +128,7 @@ def test_windows_save_padding() -> None:
     )
 
 
-def test_collate() -> None:
+def test_collate_pads_on_the_right_and_masks_padding() -> None:
     batch = collate([Row([1, 2, 3], [False, True, True]), Row(np.array([4]), np.array([False]))], 0)
     assert batch.input_ids.tolist() == [[1, 2, 3], [4, 0, 0]] and batch.completion_mask.tolist() == [
         [False, True, True],
@@ -141,12 +141,12 @@ def test_collate() -> None:
 
 
 @given(st.lists(st.integers(0, 30), min_size=1, max_size=200), st.floats(0.01, 0.8), st.integers(0, 3))
-def test_equal_rows_go_to_one_side(keys: list[int], share: float, seed: int) -> None:
+def test_the_split_puts_equal_rows_on_one_side(keys: list[int], share: float, seed: int) -> None:
     chosen = split_mask(np.array(keys, dtype=np.uint64), share, seed)
     assert not set(np.array(keys)[chosen]) & set(np.array(keys)[~chosen])
     assert (0 < chosen.sum() < len(keys)) if len(set(keys)) > 1 else not chosen.any()
 
 
-def test_share_is_about_right() -> None:
+def test_the_split_share_is_about_the_requested_one() -> None:
     keys = np.arange(1000, dtype=np.uint64)
     assert split_mask(keys, 0.05, 0).sum() == 50 and (split_mask(keys, 0.05, 0) != split_mask(keys, 0.05, 1)).any()
