@@ -12,7 +12,14 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from lowrank_tune.cli.common import Debug, app, check_run, line_logger, loading_message, report_user_errors
+from lowrank_tune.cli.common import (
+    Debug,
+    app,
+    check_run,
+    line_logger,
+    loading_message,
+    report_user_errors,
+)
 
 
 class MergeWeights(StrEnum):
@@ -57,5 +64,11 @@ def merge_command(
                 logger.close()
                 print_comparison(report.table())
 
-            merged = merge(run, out, weights.value, logger, show)
+            merged = merge(
+                run,
+                out,
+                weights.value,
+                logger,
+                show,
+            )
             print(f"merged: {merged.folder}")

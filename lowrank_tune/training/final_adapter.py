@@ -13,10 +13,20 @@ from __future__ import annotations
 from lowrank_tune.assembly import RunComponents
 from lowrank_tune.checkpoint import Snapshot
 from lowrank_tune.events import LogMessage
-from lowrank_tune.export.combine_lora import LoraAdapter, as_lora_adapter, cannot_combine_reason, combine_adapters
+from lowrank_tune.export.combine_lora import (
+    LoraAdapter,
+    as_lora_adapter,
+    cannot_combine_reason,
+    combine_adapters,
+)
 from lowrank_tune.export.model_card import Adapters, model_card
 from lowrank_tune.export.model_files import generation_config, serialize_tokenizer
-from lowrank_tune.model.adapters import CONFIG, ROPE, STACK, WEIGHTS
+from lowrank_tune.model.adapters import (
+    CONFIG,
+    ROPE,
+    STACK,
+    WEIGHTS,
+)
 from lowrank_tune.model.roles import ADAPTER_PREFIX
 from lowrank_tune.training.stage import Stage
 
@@ -39,7 +49,14 @@ def final_folder(stage: Stage) -> Snapshot:
         config = generation_config(built.base, built.stop_ids, built.template.pad_id)
         snapshot.documents["generation_config.json"] = config
     eos_tokens = eos_token_strings(built)
-    text = model_card(stage.recipe, stage.summary, built.base.revision, adapters, eos_tokens, rope)
+    text = model_card(
+        stage.recipe,
+        stage.summary,
+        built.base.revision,
+        adapters,
+        eos_tokens,
+        rope,
+    )
     snapshot.raw_files["README.md"] = text.encode("utf-8", "replace")
     return snapshot
 
@@ -69,7 +86,11 @@ def _add_adapters(stage: Stage, snapshot: Snapshot) -> Adapters:
     return Adapters(names, combined, config, is_generative="policy" in stage.built.trained)
 
 
-def _can_combine(stage: Stage, names: list[str], adapters: list[LoraAdapter]) -> bool:
+def _can_combine(
+    stage: Stage,
+    names: list[str],
+    adapters: list[LoraAdapter],
+) -> bool:
     """Returns whether the root is the combined stack; a warning states why a stack cannot be combined."""
     if len(names) > 1 and stage.recipe.train.final_adapters != "combined":
         return False
@@ -80,7 +101,11 @@ def _can_combine(stage: Stage, names: list[str], adapters: list[LoraAdapter]) ->
     return reason is None
 
 
-def _add_adapter(snapshot: Snapshot, name: str, adapter: LoraAdapter) -> None:
+def _add_adapter(
+    snapshot: Snapshot,
+    name: str,
+    adapter: LoraAdapter,
+) -> None:
     snapshot.documents[f"{name}/{CONFIG}"] = dict(adapter.config)
     snapshot.tensors[f"{name}/{WEIGHTS}"] = dict(adapter.tensors)
 

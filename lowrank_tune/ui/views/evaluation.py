@@ -187,7 +187,11 @@ def when(record: EvalRecord) -> str:
         return "unknown"
 
 
-def show(record: EvalRecord, ungraded: Mapping[str, int], console: Console) -> None:
+def show(
+    record: EvalRecord,
+    ungraded: Mapping[str, int],
+    console: Console,
+) -> None:
     """Prints the table, and how the metrics were computed."""
     columns = heads(record)
     table = Table(*columns, box=None, pad_edge=False)
