@@ -51,7 +51,7 @@ def merge_command(
     weights: Weights = MergeWeights.dequantized,
     debug: Debug = False,
 ) -> None:
-    """Merge what a run trained into its base, in bf16, and compare the result with what was trained. Ends with 1 where
+    """Merge what a run trained into its base, in bf16, and compare the result with the trained model. Exits with 1 if
     they differ."""
     with report_user_errors(debug):
         check_run(run)

@@ -98,7 +98,7 @@ def resolve_target(
     if (path / "run.json").is_file():
         if bits is not None:
             raise UserError(
-                f"--bits says how to load a model, but {given} is a run, which defines its base: leave the option out"
+                f"--bits is for models that are not runs, and {given} is a run, which defines its base: leave it out"
             )
         return _target_from_run(path, emit)
     if (path / CONFIG).is_file():

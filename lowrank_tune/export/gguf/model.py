@@ -133,7 +133,7 @@ def convert(
         return
     if "pre-tokenizer was not recognized" in text:
         raise UserError(
-            "llama.cpp's converter does not know this base's tokenizer, so no GGUF of the whole model can be made; "
+            "llama.cpp's converter does not support this base's tokenizer, so no GGUF of the whole model can be made; "
             "`--to gguf-lora` and `--to peft` need no tokenizer"
         )
     missing = re.search(r"No module named '([\w.]+)'", text)
