@@ -10,11 +10,21 @@ from pathlib import Path
 from typing import Any
 
 from lowrank_tune.checkpoint.run_format import check_run_format
-from lowrank_tune.config import BaseConfig, RecipeConfig, default_adapter_name, from_dict
+from lowrank_tune.config import (
+    BaseConfig,
+    RecipeConfig,
+    default_adapter_name,
+    from_dict,
+)
 from lowrank_tune.data import ChatTemplate
 from lowrank_tune.errors import UserError
 from lowrank_tune.json_files import read_json_object
-from lowrank_tune.model.adapters import STACK, SavedAdapter, read_adapter, read_stack
+from lowrank_tune.model.adapters import (
+    STACK,
+    SavedAdapter,
+    read_adapter,
+    read_stack,
+)
 from lowrank_tune.model.base import Base, base_hashes, load_tokenizer
 from lowrank_tune.model.roles import Roles
 from lowrank_tune.model.rotary import RopeFactors, stored_factors

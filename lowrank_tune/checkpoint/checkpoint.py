@@ -26,7 +26,13 @@ from lowrank_tune.checkpoint.atomic_files import (
 )
 from lowrank_tune.errors import UserError
 from lowrank_tune.events import Emit, LogMessage
-from lowrank_tune.manifest import MANIFEST, changed_file, content_hash, manifest_bytes, manifest_files
+from lowrank_tune.manifest import (
+    MANIFEST,
+    changed_file,
+    content_hash,
+    manifest_bytes,
+    manifest_files,
+)
 
 VERSION = 1
 REQUIRED_FILES = ("adapter_config.json", "adapter_model.safetensors")
@@ -37,7 +43,11 @@ _STEP = re.compile(r"step-(0|[1-9]\d*)")
 class CorruptCheckpoint(UserError):
     """Error for a checkpoint whose files differ from what was written."""
 
-    def __init__(self, path: Path, reason: str) -> None:
+    def __init__(
+        self,
+        path: Path,
+        reason: str,
+    ) -> None:
         self.path = path
         self.reason = reason
         super().__init__(f"the checkpoint {path} is broken: {reason}")
@@ -126,7 +136,12 @@ def load(path: Path, name: str | None = None) -> Snapshot:
     return snapshot
 
 
-def _load_file(snapshot: Snapshot, path: Path, file: str, entry: Mapping[str, Any]) -> None:
+def _load_file(
+    snapshot: Snapshot,
+    path: Path,
+    file: str,
+    entry: Mapping[str, Any],
+) -> None:
     """Verifies one file of the manifest and adds it to the snapshot."""
     if not _is_inside(file):
         raise CorruptCheckpoint(path, f"{MANIFEST} names {file!r}, which is outside of the folder")
@@ -227,7 +242,11 @@ def quarantine_broken_final(final: Path, emit: Emit) -> bool:
     return True
 
 
-def rotate(checkpoints: Path, keep: int, best: int | None = None) -> None:
+def rotate(
+    checkpoints: Path,
+    keep: int,
+    best: int | None = None,
+) -> None:
     """Deletes all checkpoints except the newest `keep` and the best step. Folders without a manifest are kept."""
     ours = [(step, path) for step, path in _steps(checkpoints) if (path / MANIFEST).is_file()]
     for step, path in ours[: max(0, len(ours) - keep)]:

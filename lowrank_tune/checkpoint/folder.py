@@ -11,7 +11,13 @@ from itertools import count
 from pathlib import Path
 from typing import Any, Literal, Self
 
-from lowrank_tune.checkpoint.atomic_files import as_user_error, clean_stale, replace_nonfinite, write_file, write_fully
+from lowrank_tune.checkpoint.atomic_files import (
+    as_user_error,
+    clean_stale,
+    replace_nonfinite,
+    write_file,
+    write_fully,
+)
 from lowrank_tune.checkpoint.run_format import VERSION, check_run_format
 from lowrank_tune.errors import UserError
 from lowrank_tune.events import Emit, LogMessage
@@ -125,11 +131,19 @@ class RunFolder:
     def checkpoint(self, step: int) -> Path:
         return self.checkpoints / f"step-{step}"
 
-    def write_text(self, name: str, text: str) -> None:
+    def write_text(
+        self,
+        name: str,
+        text: str,
+    ) -> None:
         """Replaces the file atomically. Raises `UserError` or `TrainingError`."""
         write_file(self.path / name, text.encode("utf-8", "backslashreplace"))
 
-    def write_json(self, name: str, value: Any) -> None:
+    def write_json(
+        self,
+        name: str,
+        value: Any,
+    ) -> None:
         """Replaces a JSON file atomically; numbers that are not finite become null."""
         self.write_text(name, json.dumps(replace_nonfinite(value), indent=2) + "\n")
 

@@ -59,7 +59,11 @@ def restore_optimizer(
     return {**_unpack(document["rest"], tensors), "state": state, "param_groups": groups}
 
 
-def _pack(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
+def _pack(
+    value: Any,
+    path: str,
+    tensors: dict[str, Tensor],
+) -> Any:
     if isinstance(value, Tensor):
         tensors[path] = value.detach()
         return {"tensor": path}

@@ -170,9 +170,18 @@ def _parse_tasks(tasks: str | None) -> tuple[str, ...]:
     return names
 
 
-def _evaluate(run_or_model: str, out: Path | None, options: Options) -> None:
+def _evaluate(
+    run_or_model: str,
+    out: Path | None,
+    options: Options,
+) -> None:
     """Evaluates, appends the result to its file and prints it. Exits with 130 after an interruption."""
-    from lowrank_tune.evaluation import append_record, evaluate, has_metrics, parse_record
+    from lowrank_tune.evaluation import (
+        append_record,
+        evaluate,
+        has_metrics,
+        parse_record,
+    )
     from lowrank_tune.ui.views.evaluation import show
 
     with line_logger() as emit:

@@ -11,7 +11,14 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from lowrank_tune.cli.common import Debug, app, check_run, line_logger, loading_message, report_user_errors
+from lowrank_tune.cli.common import (
+    Debug,
+    app,
+    check_run,
+    line_logger,
+    loading_message,
+    report_user_errors,
+)
 from lowrank_tune.cli.merge import MergeWeights, Weights, print_comparison
 
 if TYPE_CHECKING:
@@ -123,7 +130,13 @@ def _export(run: Path, options: ExportOptions) -> str:
             logger.close()
             _print_upload(upload)
 
-        return export(run, options, logger, show, show_upload)
+        return export(
+            run,
+            options,
+            logger,
+            show,
+            show_upload,
+        )
 
 
 def _print_upload(upload: Upload) -> None:

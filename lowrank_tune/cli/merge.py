@@ -12,7 +12,14 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from lowrank_tune.cli.common import Debug, app, check_run, line_logger, loading_message, report_user_errors
+from lowrank_tune.cli.common import (
+    Debug,
+    app,
+    check_run,
+    line_logger,
+    loading_message,
+    report_user_errors,
+)
 
 
 class MergeWeights(StrEnum):
@@ -44,7 +51,7 @@ def merge_command(
     weights: Weights = MergeWeights.dequantized,
     debug: Debug = False,
 ) -> None:
-    """Merge what a run trained into its base, in bf16, and compare the result with what was trained. Ends with 1 where
+    """Merge what a run trained into its base, in bf16, and compare the result with the trained model. Exits with 1 if
     they differ."""
     with report_user_errors(debug):
         check_run(run)
@@ -57,5 +64,11 @@ def merge_command(
                 logger.close()
                 print_comparison(report.table())
 
-            merged = merge(run, out, weights.value, logger, show)
+            merged = merge(
+                run,
+                out,
+                weights.value,
+                logger,
+                show,
+            )
             print(f"merged: {merged.folder}")

@@ -67,7 +67,13 @@ def score_command(
             # neither the name of a preset nor a recipe file
             check_run(path)
         if not path.is_dir():
-            _score_with_rewards(recipe_or_run, overrides or [], file, limit, out)
+            _score_with_rewards(
+                recipe_or_run,
+                overrides or [],
+                file,
+                limit,
+                out,
+            )
             return
         unused = list(overrides or [])
         if limit is not None:
@@ -122,7 +128,11 @@ def _score_with_rewards(
         raise typer.Exit(status)
 
 
-def _score_with_reward_model(run: Path, file: str, out: Path | None) -> None:
+def _score_with_reward_model(
+    run: Path,
+    file: str,
+    out: Path | None,
+) -> None:
     """Scores with the reward model of a run, or of the last stage of a chain that trained one."""
     with loading_message():
         from lowrank_tune.evaluation import score_file

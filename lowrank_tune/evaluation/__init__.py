@@ -4,7 +4,14 @@ losses during training; and scores of files."""
 from lowrank_tune.evaluation.evaluation import Evaluation, evaluate, has_metrics
 from lowrank_tune.evaluation.options import Options
 from lowrank_tune.evaluation.responses import ResponseItem
-from lowrank_tune.evaluation.results import EVALS, EvalRecord, MetricValue, append_record, parse_record, read_records
+from lowrank_tune.evaluation.results import (
+    EVALS,
+    EvalRecord,
+    MetricValue,
+    append_record,
+    parse_record,
+    read_records,
+)
 from lowrank_tune.evaluation.scoring import (
     CompletionScores,
     ScoredResponse,

@@ -29,6 +29,7 @@ from lowrank_tune.evaluation.metrics import (
     win_rates,
 )
 from lowrank_tune.evaluation.options import EvalSamplingOptions, Options, resolve_options
+from lowrank_tune.evaluation.progress import ProgressBar
 from lowrank_tune.evaluation.questions import (
     EvalQuestion,
     EvalQuestions,
@@ -47,9 +48,14 @@ from lowrank_tune.evaluation.target import (
     resolve_target,
     roles_for,
 )
-from lowrank_tune.events import Emit, LogMessage, Progress
+from lowrank_tune.events import Emit, LogMessage
 from lowrank_tune.generation.sampling_params import SamplingParams
-from lowrank_tune.model.base import Base, load_base, load_config, load_tokenizer
+from lowrank_tune.model.base import (
+    Base,
+    load_base,
+    load_config,
+    load_tokenizer,
+)
 from lowrank_tune.model.roles import Roles
 from lowrank_tune.model.rotary import RopeFactors, fixed_rope, select_factors
 
@@ -63,7 +69,12 @@ class Evaluation:
     interrupted: bool = False
 
 
-def evaluate(given: str, options: Options, emit: Emit, device: torch.device | None = None) -> Evaluation:
+def evaluate(
+    given: str,
+    options: Options,
+    emit: Emit,
+    device: torch.device | None = None,
+) -> Evaluation:
     """Evaluates a run, a chain, an adapter or a model. After Ctrl-C the finished questions are the result.
 
     Raises UserError; all checks that need no loaded model come first.
@@ -74,27 +85,58 @@ def evaluate(given: str, options: Options, emit: Emit, device: torch.device | No
         task_manager = lm_eval.make_task_manager(options.tasks, options.tasks_path)
     target = resolve_target(given, options.bits, emit)
     sampling_options = resolve_options(options, target.recipe)
-    reward_model = None
-    if options.reward_model is not None:
-        reward_model = resolve_reward_model(options.reward_model)
-        check_reward_model(target, reward_model)
+    reward_model = _reward_model(options, target)
     template_date = None if target.recipe is None else target.recipe.data.template_date
     template = ChatTemplate.from_tokenizer(load_tokenizer(target.base), template_date)
-    questions = EvalQuestions([], "")
-    recipe = None
-    verifier = None
-    if options.has_questions:
-        questions = _questions(target, options, sampling_options, template, emit)
-        recipe = target.recipe
-        verifier = options.verifier
+    questions = _questions(
+        target,
+        options,
+        sampling_options,
+        template,
+        emit,
+    )
+    recipe = target.recipe if options.has_questions else None
+    verifier = options.verifier if options.has_questions else None
     with Grader(recipe, verifier, reward_model is not None, template) as grader:
-        factors, questions = _select_rope(target, questions, sampling_options.max_new_tokens, emit, reward_model)
-        base = _load(target, template, device, emit, factors)
+        factors, questions = _select_rope(
+            target,
+            questions,
+            sampling_options.max_new_tokens,
+            emit,
+            reward_model,
+        )
+        base = _load(
+            target,
+            template,
+            device,
+            emit,
+            factors,
+        )
         check_bases(target, reward_model, base, emit)
         roles = roles_for(target, reward_model, base)
         grader.set_base_model(roles)
-        run = _EvalRun(target, options, sampling_options, questions, reward_model, template, base, roles, grader, emit)
+        run = _EvalRun(
+            target,
+            options,
+            sampling_options,
+            questions,
+            reward_model,
+            template,
+            base,
+            roles,
+            grader,
+            emit,
+        )
         return run.run(task_manager)
+
+
+def _reward_model(options: Options, target: EvalTarget) -> EvalRewardModel | None:
+    """Returns the reward model of --reward-model, None without it. Raises UserError."""
+    if options.reward_model is None:
+        return None
+    reward_model = resolve_reward_model(options.reward_model)
+    check_reward_model(target, reward_model)
+    return reward_model
 
 
 def _questions(
@@ -104,13 +146,21 @@ def _questions(
     template: ChatTemplate,
     emit: Emit,
 ) -> EvalQuestions:
-    """Returns the questions of --dataset, else those of the run. Raises UserError."""
+    """Returns the questions of --dataset, else those of the run, or none for tasks alone. Raises UserError."""
+    if not options.has_questions:
+        return EvalQuestions([], "")
     num_prompts = sampling_options.num_prompts
     recipe = target.recipe
     if options.dataset is not None:
         source = eval_source(options.dataset, options.dataset_config, options.split, recipe)
         system = None if recipe is None else recipe.data.system_prompt
-        return load_eval_questions(source, num_prompts, sampling_options.seed, template, system)
+        return load_eval_questions(
+            source,
+            num_prompts,
+            sampling_options.seed,
+            template,
+            system,
+        )
     if recipe is None:
         raise UserError(
             f"{target.name} is not a run and has no held-out questions: give --dataset FILE, a hub data set, or --tasks"
@@ -159,10 +209,10 @@ def _load(
     emit: Emit,
     rope_factors: RopeFactors,
 ) -> Base:
-    description = f"loading {target.base.model}"
-    emit(Progress(description=description, done=0, total=1))
+    bar = ProgressBar(f"loading {target.base.model}", 1, emit)
+    bar.report()
     base = load_base(target.base, template.tokenizer, device, rope_factors=rope_factors)
-    emit(Progress(description=description, done=1, total=1))
+    bar.advance()
     return base
 
 
@@ -190,7 +240,14 @@ class _EvalRun:
         if questions and not self._answers_have_grades(questions):
             self._check_losses_alone(questions)
             samples = 0
-        evaluator = Evaluator(self.roles, self.template, self.grader, self._sampling(), samples, self.emit)
+        evaluator = Evaluator(
+            self.roles,
+            self.template,
+            self.grader,
+            self._sampling(),
+            samples,
+            self.emit,
+        )
         result = evaluator.measure(variants, questions, self.sampling_options.seed)
         tasks: dict[str, Metrics] = {}
         if self.options.tasks and not result.interrupted:
@@ -249,7 +306,13 @@ class _EvalRun:
     def _sampling(self) -> SamplingParams:
         options = self.sampling_options
         stop_ids = self.base.end_ids | self.template.end_ids
-        return SamplingParams(options.max_new_tokens, stop_ids, options.temperature, options.seed, top_p=options.top_p)
+        return SamplingParams(
+            options.max_new_tokens,
+            stop_ids,
+            options.temperature,
+            options.seed,
+            top_p=options.top_p,
+        )
 
     def _task_settings(self, task_manager: Any) -> lm_eval.Tasks:
         options = self.options
@@ -262,7 +325,11 @@ class _EvalRun:
             task_manager,
         )
 
-    def _record(self, result: EvalResult, tasks: Mapping[str, Metrics]) -> dict[str, Any]:
+    def _record(
+        self,
+        result: EvalResult,
+        tasks: Mapping[str, Metrics],
+    ) -> dict[str, Any]:
         """Returns the line of `evals.jsonl`."""
         base = self.base
         confidence = self.options.confidence
@@ -310,7 +377,12 @@ class _EvalRun:
             "tasks": {variant: _to_json(task_metrics) for variant, task_metrics in tasks.items()},
         }
 
-    def _wins(self, result: EvalResult, variant: str, has_verdicts: bool) -> dict[str, Any]:
+    def _wins(
+        self,
+        result: EvalResult,
+        variant: str,
+        has_verdicts: bool,
+    ) -> dict[str, Any]:
         """Returns the win rates against the base, by the verifier and by the reward model."""
         confidence = self.options.confidence
         rates: dict[str, Any] = {}

@@ -68,7 +68,12 @@ class Evaluator:
         self.samples = samples
         self.emit = emit
 
-    def measure(self, variants: Sequence[str], questions: Sequence[EvalQuestion], seed: int) -> EvalResult:
+    def measure(
+        self,
+        variants: Sequence[str],
+        questions: Sequence[EvalQuestion],
+        seed: int,
+    ) -> EvalResult:
         """Returns answers and losses of all variants, after Ctrl-C those of the parts that all variants have
         finished."""
         result = EvalResult(list(variants), list(questions))
@@ -87,7 +92,11 @@ class Evaluator:
             result.interrupted = True
         return result
 
-    def _split_questions(self, questions: Sequence[EvalQuestion], seed: int) -> list[list[EvalQuestion]]:
+    def _split_questions(
+        self,
+        questions: Sequence[EvalQuestion],
+        seed: int,
+    ) -> list[list[EvalQuestion]]:
         """Shuffles the questions and splits them into parts of about equal size."""
         order = list(questions)
         random.Random(f"eval-{seed}").shuffle(order)
@@ -105,7 +114,12 @@ class Evaluator:
         references = sum(question.reference is not None for question in part)
         return len(part) * self.samples + references
 
-    def _run_part(self, result: EvalResult, part: Sequence[EvalQuestion], bar: ProgressBar) -> None:
+    def _run_part(
+        self,
+        result: EvalResult,
+        part: Sequence[EvalQuestion],
+        bar: ProgressBar,
+    ) -> None:
         """Evaluates all variants on some questions; the result is updated after all of them."""
         losses = {variant: self._losses(variant, part, bar) for variant in result.variants}
         answers: dict[str, dict[int, list[GradedAnswer]]] = {}
@@ -116,7 +130,12 @@ class Evaluator:
             result.answers[variant] |= answers.get(variant, {})
         result.done += [question.number for question in part]
 
-    def _losses(self, variant: str, part: Sequence[EvalQuestion], bar: ProgressBar) -> dict[int, ReferenceLoss]:
+    def _losses(
+        self,
+        variant: str,
+        part: Sequence[EvalQuestion],
+        bar: ProgressBar,
+    ) -> dict[int, ReferenceLoss]:
         """Returns the losses of the reference answers, in batches of similar length."""
         references = []
         for question in part:
@@ -135,7 +154,11 @@ class Evaluator:
             bar.advance(len(rows))
         return losses
 
-    def _row_losses(self, variant: str, rows: list[Row]) -> list[ReferenceLoss]:
+    def _row_losses(
+        self,
+        variant: str,
+        rows: list[Row],
+    ) -> list[ReferenceLoss]:
         batch = collate(rows, self.template.pad_id).to(self.roles.base.device)
         with self.roles.inference_mode():
             logps = self.roles.logps(role_of(variant), batch).logps.double().sum(dim=1).tolist()

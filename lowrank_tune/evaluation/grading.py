@@ -10,7 +10,12 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
-from lowrank_tune.assembly.reward_model import REWARD_ROLE, append_end_of_turn, end_of_turn_ids, score_rows
+from lowrank_tune.assembly.reward_model import (
+    REWARD_ROLE,
+    append_end_of_turn,
+    end_of_turn_ids,
+    score_rows,
+)
 from lowrank_tune.config import RecipeConfig, RewardConfig
 from lowrank_tune.data import ChatTemplate
 from lowrank_tune.errors import UserError
@@ -61,14 +66,24 @@ class GradedAnswer:
     prompt_index: int = 0
 
 
-def grade_answer(completion: Completion, question: EvalQuestion, template: ChatTemplate) -> GradedAnswer:
+def grade_answer(
+    completion: Completion,
+    question: EvalQuestion,
+    template: ChatTemplate,
+) -> GradedAnswer:
     """Grades a completion by the gold answer of its question. A completion that did not stop by itself is wrong."""
     text = decode_completion(completion, template)
     stopped = has_stopped(completion, template)
     right = None
     if question.ground_truth is not None:
         right = stopped and is_exact(text, question.ground_truth)
-    return GradedAnswer(text, len(completion.token_ids), stopped, right, prompt_index=completion.prompt)
+    return GradedAnswer(
+        text,
+        len(completion.token_ids),
+        stopped,
+        right,
+        prompt_index=completion.prompt,
+    )
 
 
 def is_exact(text: str, ground_truth: str) -> bool:
@@ -116,7 +131,12 @@ def weighted_sum(weighted: Sequence[WeightedReward], scores: Sequence[Score]) ->
     return sum(values)
 
 
-def use_base_model(reward_model: RewardModel, roles: Roles, role: str, template: ChatTemplate) -> None:
+def use_base_model(
+    reward_model: RewardModel,
+    roles: Roles,
+    role: str,
+    template: ChatTemplate,
+) -> None:
     """Gives a learned reward the base that computes its scores."""
     reward_model.score_batch = partial(
         score_rows,
@@ -194,14 +214,28 @@ class Grader:
         if self._reward_model is not None:
             use_base_model(self._reward_model, roles, REWARD_MODEL_ROLE, self.template)
 
-    def submit(self, key: AnswerKey, question: EvalQuestion, completion: Completion) -> None:
+    def submit(
+        self,
+        key: AnswerKey,
+        question: EvalQuestion,
+        completion: Completion,
+    ) -> None:
         """Starts to grade an answer."""
         answer = grade_answer(completion, question, self.template)
         ids: list[int] = []
         if self._needs_ids:
             ids = [*question.prompt_ids, *append_end_of_turn(completion.token_ids, self._end_ids)]
         self._answers[key] = answer
-        self._scorer.submit(key, _reward_input(question, answer.text, answer.stopped, answer.tokens, ids))
+        self._scorer.submit(
+            key,
+            _reward_input(
+                question,
+                answer.text,
+                answer.stopped,
+                answer.tokens,
+                ids,
+            ),
+        )
 
     def collect(self) -> dict[AnswerKey, GradedAnswer]:
         """Waits for the grades of all submitted answers and returns them."""
@@ -214,7 +248,11 @@ class Grader:
         """Returns why a reward or a verifier cannot grade any answer to this question, None if all can."""
         return row_rejection_reason(self._weighted, _reward_input(question, "", True, 1))
 
-    def _with_scores(self, answer: GradedAnswer, scores: Sequence[Score]) -> GradedAnswer:
+    def _with_scores(
+        self,
+        answer: GradedAnswer,
+        scores: Sequence[Score],
+    ) -> GradedAnswer:
         """Adds the scores of the rewards, of further verifiers, and of --reward-model, in this order."""
         scored = list(zip(self._weighted, scores, strict=False))
         parts = {}
@@ -251,4 +289,12 @@ def _reward_input(
     tokens: int,
     ids: Sequence[int] = (),
 ) -> RewardInput:
-    return RewardInput(question.text, text, question.ground_truth, question.row, stopped, tokens, ids)
+    return RewardInput(
+        question.text,
+        text,
+        question.ground_truth,
+        question.row,
+        stopped,
+        tokens,
+        ids,
+    )

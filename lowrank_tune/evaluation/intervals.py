@@ -50,17 +50,31 @@ class Interval:
 
 
 def _no_interval(value: float, prompts: int) -> Interval:
-    return Interval(value, math.nan, math.nan, prompts, "none")
+    return Interval(
+        value,
+        math.nan,
+        math.nan,
+        prompts,
+        "none",
+    )
 
 
-def pass_at_k(answers: int, right: int, k: int) -> float:
+def pass_at_k(
+    answers: int,
+    right: int,
+    k: int,
+) -> float:
     """Returns the probability that one of k answers is right, drawn without replacement from `answers`, of which
     `right` are. It is the mean over all subsets, and so unbiased (Chen et al., arXiv:2107.03374)."""
     assert 0 <= right <= answers and 1 <= k <= answers, "k must be at most the number of answers"
     return 1.0 - math.comb(answers - right, k) / math.comb(answers, k)
 
 
-def wilson_interval(proportion: float, num_trials: float, confidence: float = CONFIDENCE) -> tuple[float, float]:
+def wilson_interval(
+    proportion: float,
+    num_trials: float,
+    confidence: float = CONFIDENCE,
+) -> tuple[float, float]:
     """Returns the score interval of a proportion of independent draws."""
     z = STANDARD_NORMAL.inv_cdf((1 + confidence) / 2)
     scale = 1 + z * z / num_trials
@@ -73,7 +87,11 @@ def wilson_interval(proportion: float, num_trials: float, confidence: float = CO
     return max(0.0, low), min(1.0, high)
 
 
-def proportion_ci(values: Sequence[float], trials_per_prompt: float, confidence: float = CONFIDENCE) -> Interval:
+def proportion_ci(
+    values: Sequence[float],
+    trials_per_prompt: float,
+    confidence: float = CONFIDENCE,
+) -> Interval:
     """Returns the mean of proportions in [0, 1], one per prompt. `trials_per_prompt`: the number of independent draws
     that the answers to one prompt are, if they are not correlated."""
     prompts = len(values)
@@ -81,10 +99,20 @@ def proportion_ci(values: Sequence[float], trials_per_prompt: float, confidence:
         return _no_interval(math.nan, 0)
     mean = math.fsum(values) / prompts
     low, high = wilson_interval(mean, _effective_trials(values, mean, trials_per_prompt), confidence)
-    return Interval(mean, low, high, prompts, "wilson, clustered by prompt")
+    return Interval(
+        mean,
+        low,
+        high,
+        prompts,
+        "wilson, clustered by prompt",
+    )
 
 
-def _effective_trials(values: Sequence[float], mean: float, trials_per_prompt: float) -> float:
+def _effective_trials(
+    values: Sequence[float],
+    mean: float,
+    trials_per_prompt: float,
+) -> float:
     """Returns the number of independent draws with the same variance of the mean."""
     prompts = len(values)
     if mean in (0.0, 1.0):
@@ -106,10 +134,20 @@ def ratio_ci(
     """Returns sum(numerators) / sum(denominators), one of each per prompt, for example a loss per token. With
     `denominators` of 1 it is a mean."""
     ratio = _arrays((numerators, denominators))
-    return _bootstrap_ci(_value_of(ratio), ratio, None, seed, confidence)
+    return _bootstrap_ci(
+        _value_of(ratio),
+        ratio,
+        None,
+        seed,
+        confidence,
+    )
 
 
-def mean_ci(values: Sequence[float], seed: int, confidence: float = CONFIDENCE) -> Interval:
+def mean_ci(
+    values: Sequence[float],
+    seed: int,
+    confidence: float = CONFIDENCE,
+) -> Interval:
     """Returns the mean of one number per prompt."""
     return ratio_ci(values, [1.0] * len(values), seed, confidence)
 
@@ -125,7 +163,13 @@ def paired_difference_ci(
     second_arrays = _arrays(second)
     assert len(first_arrays[0]) == len(second_arrays[0]), "differences need the same prompts"
     value = _value_of(first_arrays) - _value_of(second_arrays)
-    return _bootstrap_ci(value, first_arrays, second_arrays, seed, confidence)
+    return _bootstrap_ci(
+        value,
+        first_arrays,
+        second_arrays,
+        seed,
+        confidence,
+    )
 
 
 def _arrays(ratio: Ratio) -> RatioArrays:
@@ -170,7 +214,13 @@ def _bootstrap_ci(
     finite_samples = all_samples[np.isfinite(all_samples)]
     tail = bootstrap_tail(prompts, confidence)
     low, high = np.quantile(finite_samples, [tail, 1 - tail])
-    return Interval(value, float(low), float(high), prompts, "bootstrap over prompts")
+    return Interval(
+        value,
+        float(low),
+        float(high),
+        prompts,
+        "bootstrap over prompts",
+    )
 
 
 def _resampled(counts: NDArray[np.float64], ratio: RatioArrays) -> NDArray[np.float64]:

@@ -18,7 +18,12 @@ from typing import Any
 
 from lowrank_tune.data import ChatTemplate
 from lowrank_tune.errors import TrainingError, UserError, did_you_mean
-from lowrank_tune.evaluation.intervals import STANDARD_NORMAL, Interval, mean_ci, proportion_ci
+from lowrank_tune.evaluation.intervals import (
+    STANDARD_NORMAL,
+    Interval,
+    mean_ci,
+    proportion_ci,
+)
 from lowrank_tune.evaluation.metrics import Metrics
 from lowrank_tune.evaluation.progress import ProgressBar
 from lowrank_tune.evaluation.target import role_of
@@ -102,7 +107,11 @@ def run_tasks(
     return metrics, False
 
 
-def _results(base: Base, template: ChatTemplate, tasks: Tasks) -> Mapping[str, Any]:
+def _results(
+    base: Base,
+    template: ChatTemplate,
+    tasks: Tasks,
+) -> Mapping[str, Any]:
     """Runs the harness. Raises TrainingError with the harness's own error."""
     # an optional dependency, and slow to import
     from lm_eval import simple_evaluate
@@ -163,7 +172,11 @@ def _parse_metrics(results: Mapping[str, Any], tasks: Tasks) -> Metrics:
     return metrics
 
 
-def _document_scores(samples: Sequence[Mapping[str, Any]], metric: str, filter_name: str) -> list[float]:
+def _document_scores(
+    samples: Sequence[Mapping[str, Any]],
+    metric: str,
+    filter_name: str,
+) -> list[float]:
     scores = []
     for sample in samples:
         score = sample.get(metric)
@@ -172,7 +185,12 @@ def _document_scores(samples: Sequence[Mapping[str, Any]], metric: str, filter_n
     return scores
 
 
-def _interval(value: float, stderr: Any, document_scores: list[float], tasks: Tasks) -> Interval:
+def _interval(
+    value: float,
+    stderr: Any,
+    document_scores: list[float],
+    tasks: Tasks,
+) -> Interval:
     """Returns the interval over the documents if the metric is their mean, else that of the harness's standard
     error."""
     count = len(document_scores)
@@ -182,5 +200,17 @@ def _interval(value: float, stderr: Any, document_scores: list[float], tasks: Ta
         return mean_ci(document_scores, tasks.seed, tasks.confidence)
     if isinstance(stderr, (int, float)):
         margin = STANDARD_NORMAL.inv_cdf((1 + tasks.confidence) / 2) * stderr
-        return Interval(value, value - margin, value + margin, count, "standard error of the harness")
-    return Interval(value, math.nan, math.nan, count, "none")
+        return Interval(
+            value,
+            value - margin,
+            value + margin,
+            count,
+            "standard error of the harness",
+        )
+    return Interval(
+        value,
+        math.nan,
+        math.nan,
+        count,
+        "none",
+    )

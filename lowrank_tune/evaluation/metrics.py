@@ -58,7 +58,12 @@ class PromptMetric:
             return pass_at_k(len(values), int(sum(values)), self.k)
         return fmean(values)
 
-    def interval(self, values: Sequence[float], samples: int, options: MetricOptions) -> Interval:
+    def interval(
+        self,
+        values: Sequence[float],
+        samples: int,
+        options: MetricOptions,
+    ) -> Interval:
         """Returns the mean over prompts of `samples` answers each."""
         if self.is_proportion:
             return proportion_ci(values, samples // max(1, self.k), options.confidence)
@@ -101,7 +106,11 @@ def _prompt_metrics(answers: Iterable[Sequence[GradedAnswer]], ks: Sequence[int]
     return metrics
 
 
-def variant_metrics(result: EvalResult, variant: str, options: MetricOptions) -> Metrics:
+def variant_metrics(
+    result: EvalResult,
+    variant: str,
+    options: MetricOptions,
+) -> Metrics:
     """Returns the metrics of one variant: `loss`, `pass_at_K`, `reward` (and `rewards/NAME/mean` of several),
     `reward_model_score`, `eos_rate`, `mean_length`."""
     metrics: Metrics = {}
@@ -119,7 +128,11 @@ def variant_metrics(result: EvalResult, variant: str, options: MetricOptions) ->
     return metrics
 
 
-def deltas_vs_base(result: EvalResult, variant: str, options: MetricOptions) -> Metrics:
+def deltas_vs_base(
+    result: EvalResult,
+    variant: str,
+    options: MetricOptions,
+) -> Metrics:
     """Returns the metrics of a tuned variant minus those of the base, on the prompts where both have a value. One
     bootstrap draw resamples both."""
     metrics: Metrics = {}
@@ -140,13 +153,21 @@ def deltas_vs_base(result: EvalResult, variant: str, options: MetricOptions) -> 
     return metrics
 
 
-def _loss_ratio(result: EvalResult, variant: str, numbers: Sequence[int]) -> Ratio:
+def _loss_ratio(
+    result: EvalResult,
+    variant: str,
+    numbers: Sequence[int],
+) -> Ratio:
     """Returns the summed losses and the tokens of these questions."""
     losses = [result.losses[variant][number] for number in numbers]
     return [loss.nll_sum for loss in losses], [float(loss.tokens) for loss in losses]
 
 
-def _paired_values(result: EvalResult, variant: str, metric: PromptMetric) -> tuple[list[float], list[float]]:
+def _paired_values(
+    result: EvalResult,
+    variant: str,
+    metric: PromptMetric,
+) -> tuple[list[float], list[float]]:
     """Returns the values of the variant and of the base for the prompts where both have one."""
     tuned_values = []
     base_values = []

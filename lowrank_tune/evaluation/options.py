@@ -92,7 +92,11 @@ def resolve_options(options: Options, recipe: RecipeConfig | None) -> EvalSampli
     )
 
 
-def _temperature(options: Options, num_samples: int, defaults: EvaluationConfig) -> float:
+def _temperature(
+    options: Options,
+    num_samples: int,
+    defaults: EvaluationConfig,
+) -> float:
     """Returns the temperature, 0 for one answer per prompt. Raises UserError if it does not fit the other options."""
     temperature = options.temperature
     if temperature is None:

@@ -8,7 +8,13 @@ from lowrank_tune.events import Emit, Progress
 class ProgressBar:
     """Emits a limited number of `Progress` events while a job is done."""
 
-    def __init__(self, description: str, total: int, emit: Emit, updates: int = 20) -> None:
+    def __init__(
+        self,
+        description: str,
+        total: int,
+        emit: Emit,
+        updates: int = 20,
+    ) -> None:
         self.description = description
         self.total = total
         self.emit = emit

@@ -63,7 +63,15 @@ def render_questions(prompts: Sequence[Prompt], template: ChatTemplate) -> list[
     for number, prompt in enumerate(prompts):
         prompt_ids = template.prompt(prompt.messages)
         text = prompt.messages[-1].content
-        questions.append(EvalQuestion(prompt_ids, text, prompt.ground_truth, number, prompt.row))
+        questions.append(
+            EvalQuestion(
+                prompt_ids,
+                text,
+                prompt.ground_truth,
+                number,
+                prompt.row,
+            )
+        )
     return questions
 
 
@@ -88,16 +96,14 @@ def select_questions(
 
 def split_row(row: Row) -> tuple[list[int], list[int]]:
     """Returns the token ids before the first trained token, and the others."""
-    token_ids = [int(token) for token in row.input_ids]
+    token_ids = list(map(int, row.input_ids))
     start = list(row.completion_mask).index(True)
     return token_ids[:start], token_ids[start:]
 
 
 def _copy_row(row: Row) -> Row:
     """Returns a row of a store as Python lists."""
-    token_ids = [int(token) for token in row.input_ids]
-    mask = [bool(is_trained) for is_trained in row.completion_mask]
-    return Row(token_ids, mask)
+    return Row(list(map(int, row.input_ids)), list(map(bool, row.completion_mask)))
 
 
 def load_eval_questions(
@@ -118,7 +124,13 @@ def load_eval_questions(
     format_name = format_of(source, read_source(source, seed))
     questions = []
     for question, prompt in zip(render_questions(usable, template), usable, strict=True):
-        reference = _reference(prompt, source, format_name, template, system)
+        reference = _reference(
+            prompt,
+            source,
+            format_name,
+            template,
+            system,
+        )
         questions.append(replace(question, reference=reference))
     origin = source.dataset
     if source.config_name:
@@ -148,17 +160,37 @@ def _reference(
     return row
 
 
-def recipe_heldout_questions(recipe: RecipeConfig, count: int, template: ChatTemplate, emit: Emit) -> EvalQuestions:
+def recipe_heldout_questions(
+    recipe: RecipeConfig,
+    count: int,
+    template: ChatTemplate,
+    emit: Emit,
+) -> EvalQuestions:
     """Returns the held-out questions of a run's recipe, else its validation rows. Raises UserError if it has
     neither."""
     system = recipe.data.system_prompt
     eval_dataset = recipe.evaluate.eval_dataset
     if eval_dataset is not None:
-        return load_eval_questions(eval_dataset, count, recipe.seed, template, system)
+        return load_eval_questions(
+            eval_dataset,
+            count,
+            recipe.seed,
+            template,
+            system,
+        )
     validation = recipe.data.validation
     if validation:
         count_per_source = -(-count // len(validation))
-        parts = [load_eval_questions(source, count_per_source, recipe.seed, template, system) for source in validation]
+        parts = [
+            load_eval_questions(
+                source,
+                count_per_source,
+                recipe.seed,
+                template,
+                system,
+            )
+            for source in validation
+        ]
         return _join_parts(parts, count)
     if recipe.algorithm in ("sft", "dpo") and recipe.data.eval_fraction:
         return _validation_questions(recipe, count, template, emit)
@@ -177,10 +209,21 @@ def _join_parts(parts: Sequence[EvalQuestions], count: int) -> EvalQuestions:
     return EvalQuestions(numbered, ", ".join(part.origin for part in parts))
 
 
-def _validation_questions(recipe: RecipeConfig, count: int, template: ChatTemplate, emit: Emit) -> EvalQuestions:
+def _validation_questions(
+    recipe: RecipeConfig,
+    count: int,
+    template: ChatTemplate,
+    emit: Emit,
+) -> EvalQuestions:
     """Returns the validation rows that the run split from its training rows. Their gold answers are not stored, so they
     give losses, and prompts for a reward model."""
-    rows = load(recipe.data, template, recipe.seed, ignore_event, pairs=recipe.uses_pairs).validation
+    rows = load(
+        recipe.data,
+        template,
+        recipe.seed,
+        ignore_event,
+        pairs=recipe.uses_pairs,
+    ).validation
     if rows is None or not rows.units:
         raise UserError("this run has no validation rows: give a data set, for example --dataset rows.jsonl")
     message = "the questions are the run's validation rows; they have no gold answers, so answers cannot be graded"
@@ -189,7 +232,12 @@ def _validation_questions(recipe: RecipeConfig, count: int, template: ChatTempla
     return EvalQuestions(questions, "validation rows of the run")
 
 
-def eval_source(dataset: str, config_name: str | None, split: str | None, recipe: RecipeConfig | None) -> SourceConfig:
+def eval_source(
+    dataset: str,
+    config_name: str | None,
+    split: str | None,
+    recipe: RecipeConfig | None,
+) -> SourceConfig:
     """Returns the source of --dataset; columns, format and gold answers are read as the recipe reads its own rows."""
     if not split:
         split = "heldout" if dataset == ARITHMETIC else "train"

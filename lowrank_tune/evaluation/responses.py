@@ -16,7 +16,14 @@ from typing import Any
 from lowrank_tune.assembly.reward_model import encode_answer, end_of_turn_ids
 from lowrank_tune.assembly.rl import make_row_check
 from lowrank_tune.config import RecipeConfig, SourceConfig
-from lowrank_tune.data import ChatTemplate, Conversation, InvalidRow, detect_format, load_prompts, read_source
+from lowrank_tune.data import (
+    ChatTemplate,
+    Conversation,
+    InvalidRow,
+    detect_format,
+    load_prompts,
+    read_source,
+)
 from lowrank_tune.data.encode import conversation_of
 from lowrank_tune.data.formats import RawRow
 from lowrank_tune.data.ground_truth import extract_answer
@@ -114,7 +121,12 @@ class ResponseReader:
         settings = {"format": first.format, "columns": first.columns, "ground_truth": first.ground_truth}
         return source.model_copy(update=settings)
 
-    def _responses_of_row(self, raw: RawRow, source: SourceConfig, location: str) -> Iterator[ResponseItem]:
+    def _responses_of_row(
+        self,
+        raw: RawRow,
+        source: SourceConfig,
+        location: str,
+    ) -> Iterator[ResponseItem]:
         """Yields the responses of one row. Raises InvalidRow."""
         if not isinstance(raw, Mapping):
             raise InvalidRow("not an object with columns")
@@ -128,7 +140,11 @@ class ResponseReader:
             text, stopped = _parse_response(completion, raw)
             yield ResponseItem(location, index, self._reward_input(prompt, text, stopped))
 
-    def _row_prompt(self, row: RawRow, source: SourceConfig) -> RowPrompt:
+    def _row_prompt(
+        self,
+        row: RawRow,
+        source: SourceConfig,
+    ) -> RowPrompt:
         """Returns the prompt of a row, with an empty text if the row has none. Raises InvalidRow."""
         dialogue = self._conversation(row, source)
         if not dialogue.messages:
@@ -141,7 +157,11 @@ class ResponseReader:
                 raise InvalidRow(str(error)) from error
         return RowPrompt(dialogue.messages[-1].content, dialogue.ground_truth, row, prompt_ids)
 
-    def _conversation(self, row: RawRow, source: SourceConfig) -> Conversation:
+    def _conversation(
+        self,
+        row: RawRow,
+        source: SourceConfig,
+    ) -> Conversation:
         """Returns prompt and gold answer; of a row without a known format those that can be found."""
         formats: list[str] = []
         if source.format != "auto":
@@ -153,7 +173,13 @@ class ResponseReader:
         for format_name in formats:
             if format_name == "preference":
                 continue
-            parsed = conversation_of(row, source, format_name, system, require_answer=False)
+            parsed = conversation_of(
+                row,
+                source,
+                format_name,
+                system,
+                require_answer=False,
+            )
             if isinstance(parsed, Conversation):
                 messages = parsed.messages
                 if messages[-1].role == "assistant":
@@ -165,10 +191,21 @@ class ResponseReader:
             messages = (Message("user", text),)
             if system:
                 messages = (Message("system", system), *messages)
-        ground_truth = extract_answer(row, source.columns, "gold", "", accept_bare_number=False)
+        ground_truth = extract_answer(
+            row,
+            source.columns,
+            "gold",
+            "",
+            accept_bare_number=False,
+        )
         return Conversation(messages, ground_truth)
 
-    def _reward_input(self, prompt: RowPrompt, text: str, stopped: bool) -> RewardInput:
+    def _reward_input(
+        self,
+        prompt: RowPrompt,
+        text: str,
+        stopped: bool,
+    ) -> RewardInput:
         """Returns the input that a run would give its rewards for this text of the policy."""
         num_tokens = len(self.template.tokenizer(text, add_special_tokens=False)["input_ids"])
         answer_ids: list[int] = []
@@ -180,7 +217,15 @@ class ResponseReader:
         if answer_ids:
             ids = [*prompt.prompt_ids, *answer_ids]
         # the end token counts as one too, as in a run
-        return RewardInput(prompt.text, text, prompt.ground_truth, prompt.row, stopped, num_tokens + stopped, ids)
+        return RewardInput(
+            prompt.text,
+            text,
+            prompt.ground_truth,
+            prompt.row,
+            stopped,
+            num_tokens + stopped,
+            ids,
+        )
 
 
 def _completion_column(raw: RawRow) -> str:

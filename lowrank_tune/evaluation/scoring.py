@@ -14,21 +14,48 @@ from lowrank_tune.assembly import load_roles
 from lowrank_tune.assembly.finished_run import load_finished_reward_run
 from lowrank_tune.assembly.reward_model import REWARD_ROLE
 from lowrank_tune.assembly.rope import select_rope
-from lowrank_tune.config import AdapterConfig, DataConfig, RecipeConfig, SourceConfig
-from lowrank_tune.data import ChatTemplate, TokenizedDataset, collate_units, load, read_source
+from lowrank_tune.config import (
+    AdapterConfig,
+    DataConfig,
+    RecipeConfig,
+    SourceConfig,
+)
+from lowrank_tune.data import (
+    ChatTemplate,
+    TokenizedDataset,
+    collate_units,
+    load,
+    read_source,
+)
 from lowrank_tune.data.report import DroppedRows
 from lowrank_tune.data.tokenize import format_of
 from lowrank_tune.errors import UserError
-from lowrank_tune.evaluation.grading import MICRO_TOKENS, reward_models_in, use_base_model, weighted_sum
+from lowrank_tune.evaluation.grading import (
+    MICRO_TOKENS,
+    reward_models_in,
+    use_base_model,
+    weighted_sum,
+)
+from lowrank_tune.evaluation.progress import ProgressBar
 from lowrank_tune.evaluation.questions import split_row
 from lowrank_tune.evaluation.responses import ResponseItem, ResponseReader
 from lowrank_tune.evaluation.validation import PairScores, validation_batches
-from lowrank_tune.events import Emit, LogMessage, Progress, ignore_event
+from lowrank_tune.events import (
+    Emit,
+    LogMessage,
+    Progress,
+    ignore_event,
+)
 from lowrank_tune.model.adapters import SavedAdapter, read_adapter
 from lowrank_tune.model.base import load_base, load_tokenizer
 from lowrank_tune.model.roles import Roles
 from lowrank_tune.model.rotary import RopeFactors, factors_of
-from lowrank_tune.rewards import Score, WeightedReward, WorkerPool, build_rewards
+from lowrank_tune.rewards import (
+    Score,
+    WeightedReward,
+    WorkerPool,
+    build_rewards,
+)
 from lowrank_tune.rewards.verdicts import exceeds_failure_limit, score_all
 
 
@@ -120,11 +147,18 @@ def score_completions(
     result.responses = responses[:limit]
     if reward_models:
         saved = _read_adapters(recipe)
-        description = f"loading {recipe.base.model}"
-        emit(Progress(description=description, done=0, total=1))
+        bar = ProgressBar(f"loading {recipe.base.model}", 1, emit)
+        bar.report()
         factors = factors_of(select_rope((recipe,), emit))
-        roles = _load_roles(recipe, saved, template, factors, device, emit)
-        emit(Progress(description=description, done=1, total=1))
+        roles = _load_roles(
+            recipe,
+            saved,
+            template,
+            factors,
+            device,
+            emit,
+        )
+        bar.advance()
         for reward_model in reward_models:
             use_base_model(reward_model, roles, REWARD_ROLE, template)
     with WorkerPool[int]([reward.reward for reward in weighted]) as pool:
@@ -132,7 +166,11 @@ def score_completions(
     return result
 
 
-def _score_responses(result: CompletionScores, pool: WorkerPool[int], emit: Emit) -> None:
+def _score_responses(
+    result: CompletionScores,
+    pool: WorkerPool[int],
+    emit: Emit,
+) -> None:
     """Adds the scores to the result, after Ctrl-C those so far."""
     total = len(result.responses)
     items = [response.reward_input for response in result.responses]
@@ -166,10 +204,32 @@ def score_file(
     template = _load_template(recipe)
     source = SourceConfig(dataset=file)
     is_pairs = format_of(source, read_source(source, 0)) == "preference"
-    rows = _load_rows(recipe, source, is_pairs, template, emit)
-    roles = _load_roles(recipe, _read_adapters(recipe), template, finished.rope_factors, device, ignore_event)
+    rows = _load_rows(
+        recipe,
+        source,
+        is_pairs,
+        template,
+        emit,
+    )
+    roles = _load_roles(
+        recipe,
+        _read_adapters(recipe),
+        template,
+        finished.rope_factors,
+        device,
+        ignore_event,
+    )
     scores = _score_rows(roles, rows, template, emit)
-    responses = [_response(rows, row, float(scores[row]), is_pairs, template) for row in range(len(rows))]
+    responses = [
+        _response(
+            rows,
+            row,
+            float(scores[row]),
+            is_pairs,
+            template,
+        )
+        for row in range(len(rows))
+    ]
     if not is_pairs:
         return responses, None
     tokens = torch.tensor([response.tokens for response in responses])
@@ -191,19 +251,38 @@ def _load_rows(
         max_length=recipe.data.max_length,
         max_invalid_fraction=1.0,
     )
-    loaded = load(data, template, 0, emit, pairs=is_pairs)
+    loaded = load(
+        data,
+        template,
+        0,
+        emit,
+        pairs=is_pairs,
+    )
     for line in loaded.report.lines():
         if "; dropped " in line:
             emit(LogMessage(message=line, level="warning"))
     return loaded.train
 
 
-def _score_rows(roles: Roles, rows: TokenizedDataset, template: ChatTemplate, emit: Emit) -> torch.Tensor:
+def _score_rows(
+    roles: Roles,
+    rows: TokenizedDataset,
+    template: ChatTemplate,
+    emit: Emit,
+) -> torch.Tensor:
     """Returns the score of each row."""
     scores = torch.empty(len(rows))
     collate_fn = partial(collate_units, rows, pad_id=template.pad_id)
     compute = partial(roles.sequence_scores, REWARD_ROLE)
-    for values, indices in validation_batches(roles, rows, collate_fn, compute, MICRO_TOKENS, "scoring", emit):
+    for values, indices in validation_batches(
+        roles,
+        rows,
+        collate_fn,
+        compute,
+        MICRO_TOKENS,
+        "scoring",
+        emit,
+    ):
         scores[indices] = values.cpu()
     return scores
 

@@ -23,7 +23,12 @@ from lowrank_tune.assembly.finished_run import (
     stored_recipe,
 )
 from lowrank_tune.assembly.reward_model import REWARD_ROLE
-from lowrank_tune.config import AdapterConfig, BaseConfig, RecipeConfig, default_adapter_name
+from lowrank_tune.config import (
+    AdapterConfig,
+    BaseConfig,
+    RecipeConfig,
+    default_adapter_name,
+)
 from lowrank_tune.errors import UserError
 from lowrank_tune.events import Emit, LogMessage
 from lowrank_tune.model.adapters import (
@@ -83,13 +88,17 @@ class EvalTarget:
     """The factors of RoPE type `longrope` in training; None if they are not known."""
 
 
-def resolve_target(given: str, bits: Literal[4, 16] | None, emit: Emit) -> EvalTarget:
+def resolve_target(
+    given: str,
+    bits: Literal[4, 16] | None,
+    emit: Emit,
+) -> EvalTarget:
     """Returns the target for a folder or the name of a model. Raises UserError."""
     path = Path(given).expanduser()
     if (path / "run.json").is_file():
         if bits is not None:
             raise UserError(
-                f"--bits says how to load a model, but {given} is a run, which defines its base: leave the option out"
+                f"--bits is for models that are not runs, and {given} is a run, which defines its base: leave it out"
             )
         return _target_from_run(path, emit)
     if (path / CONFIG).is_file():
@@ -136,7 +145,11 @@ def _target_from_run(path: Path, emit: Emit) -> EvalTarget:
     return _run_target(path, "run", {run.recipe.algorithm: run})
 
 
-def _finished_stages(path: Path, stages: list[ChainStage], emit: Emit) -> dict[str, FinishedRun]:
+def _finished_stages(
+    path: Path,
+    stages: list[ChainStage],
+    emit: Emit,
+) -> dict[str, FinishedRun]:
     """Returns the finished stages of a chain that trained a policy; a warning names the others."""
     runs = {}
     unfinished = []
@@ -157,7 +170,11 @@ def _finished_stages(path: Path, stages: list[ChainStage], emit: Emit) -> dict[s
     return runs
 
 
-def _run_target(path: Path, kind: Literal["run", "chain"], runs: Mapping[str, FinishedRun]) -> EvalTarget:
+def _run_target(
+    path: Path,
+    kind: Literal["run", "chain"],
+    runs: Mapping[str, FinishedRun],
+) -> EvalTarget:
     """Returns the target of finished runs by the name of their variant."""
     last = list(runs.values())[-1]
     return EvalTarget(
@@ -204,7 +221,11 @@ def head_stack(path: str, key: str) -> Stack:
     return {REWARD_ROLE: read_adapter(path, key, head=True, combined=True)}
 
 
-def roles_for(target: EvalTarget, reward_model: EvalRewardModel | None, base: Base) -> Roles:
+def roles_for(
+    target: EvalTarget,
+    reward_model: EvalRewardModel | None,
+    base: Base,
+) -> Roles:
     """Returns all variants over one base, without trainable parameters: a role for each of them, and the roles `reward`
     and `reward_model` for the reward models."""
     adapters_of_role: dict[str, dict[str, SavedAdapter]] = {}
@@ -227,7 +248,13 @@ def roles_for(target: EvalTarget, reward_model: EvalRewardModel | None, base: Ba
     configs = {name: adapter.config for name, adapter in saved.items()}
     if not configs:
         configs = {"none": lora_config(AdapterConfig(r=1), base.model)}
-    roles = Roles(base, configs, trainable=[], stacks=stacks, heads=heads)
+    roles = Roles(
+        base,
+        configs,
+        trainable=[],
+        stacks=stacks,
+        heads=heads,
+    )
     for name, adapter in saved.items():
         roles.load_adapter_tensors(name, adapter.tensors, str(adapter.folder))
     return roles
@@ -238,7 +265,12 @@ def role_of(variant: str) -> str:
     return BASE if variant == BASE else f"of_{variant}"
 
 
-def check_bases(target: EvalTarget, reward_model: EvalRewardModel | None, base: Base, emit: Emit) -> None:
+def check_bases(
+    target: EvalTarget,
+    reward_model: EvalRewardModel | None,
+    base: Base,
+    emit: Emit,
+) -> None:
     """Compares the loaded base with those that the runs were trained over, tensor by tensor.
 
     4-bit weights of another kind of device cannot be compared, which is a warning. Raises UserError if a tensor

@@ -5,7 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, Self, TypeVar
+from typing import (
+    Any,
+    Protocol,
+    Self,
+    TypeVar,
+)
 
 import torch
 from torch import Tensor
@@ -16,7 +21,12 @@ from lowrank_tune.data import TokenizedDataset
 from lowrank_tune.data.collate import chunked
 from lowrank_tune.evaluation.progress import ProgressBar
 from lowrank_tune.events import Emit
-from lowrank_tune.functional import calibration_error, correlation, pair_accuracy, reliability_bins
+from lowrank_tune.functional import (
+    calibration_error,
+    correlation,
+    pair_accuracy,
+    reliability_bins,
+)
 from lowrank_tune.model.roles import Roles
 from lowrank_tune.stats import Stats, add_stats, to_floats
 
@@ -43,7 +53,11 @@ class PairScores:
     rejected_tokens: Tensor
 
     @classmethod
-    def of_rows(cls, scores: Tensor, tokens: Tensor) -> Self:
+    def of_rows(
+        cls,
+        scores: Tensor,
+        tokens: Tensor,
+    ) -> Self:
         """Returns the pairs of 2P rows in which chosen and rejected answers alternate."""
         return cls(scores[::2], scores[1::2], tokens[::2], tokens[1::2])
 
@@ -101,7 +115,15 @@ def validate(
 ) -> dict[str, float]:
     """Returns the algorithm's metrics on held-out rows, means over all of them, without dropout."""
     stats: Stats = {}
-    batches = validation_batches(roles, rows, collate_fn, algorithm.eval_metrics, micro_tokens, "validating", emit)
+    batches = validation_batches(
+        roles,
+        rows,
+        collate_fn,
+        algorithm.eval_metrics,
+        micro_tokens,
+        "validating",
+        emit,
+    )
     for batch_stats, _ in batches:
         add_stats(stats, batch_stats)
     return to_floats(stats)
@@ -123,7 +145,15 @@ def score_pairs(
         return algorithm.scores(batch).float().cpu(), batch.loss_mask.sum(dim=1).cpu()
 
     description = "scoring held-out pairs"
-    for values, indices in validation_batches(roles, rows, collate_fn, score_batch, micro_tokens, description, emit):
+    for values, indices in validation_batches(
+        roles,
+        rows,
+        collate_fn,
+        score_batch,
+        micro_tokens,
+        description,
+        emit,
+    ):
         scores[indices], tokens[indices] = values
     return PairScores.of_rows(scores, tokens)
 

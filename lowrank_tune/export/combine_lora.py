@@ -67,7 +67,11 @@ def saved_lora_adapter(config: Mapping[str, Any], tensors: Mapping[str, Tensor])
     return LoraAdapter(config, tensors, scalings)
 
 
-def _by_pattern(patterns: Mapping[str, float] | None, name: str, default: float) -> float:
+def _by_pattern(
+    patterns: Mapping[str, float] | None,
+    name: str,
+    default: float,
+) -> float:
     """Returns the value of the first pattern that matches the end of a module's name."""
     for pattern, value in (patterns or {}).items():
         if re.match(rf"(.*\.)?({pattern})$", name):

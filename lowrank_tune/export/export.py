@@ -4,7 +4,7 @@ work come first."""
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
@@ -12,21 +12,44 @@ from typing import Any, Literal
 import torch
 
 from lowrank_tune import __version__
-from lowrank_tune.assembly.finished_run import FinishedRun, adapters_in, check_base, load_finished_run
+from lowrank_tune.assembly.finished_run import (
+    FinishedRun,
+    adapters_in,
+    check_base,
+    load_finished_run,
+)
 from lowrank_tune.checkpoint import load
 from lowrank_tune.errors import UserError
 from lowrank_tune.events import Emit, LogMessage
 from lowrank_tune.export.combine_lora import cannot_combine_reason, combine_adapters, saved_lora_adapter
 from lowrank_tune.export.gguf import llama_cpp
-from lowrank_tune.export.gguf.lora import TYPES, gguf_module, gguf_tensors, shape_of, write_gguf_lora
-from lowrank_tune.export.gguf.model import BITS_PER_WEIGHT, NATIVE_OUTTYPES, convert, estimate_gguf_size, quantize
+from lowrank_tune.export.gguf.lora import (
+    TYPES,
+    gguf_module,
+    gguf_tensors,
+    shape_of,
+    write_gguf_lora,
+)
+from lowrank_tune.export.gguf.model import (
+    BITS_PER_WEIGHT,
+    NATIVE_OUTTYPES,
+    convert,
+    estimate_gguf_size,
+    quantize,
+)
 from lowrank_tune.export.hub import EXCLUDED_FILES, Upload, push
 from lowrank_tune.export.merge import BaseWeights, find_existing_merge, merge
 from lowrank_tune.export.merge_check import MergeReport
 from lowrank_tune.export.model_card import gguf_lora_card, gguf_model_card, slug
 from lowrank_tune.export.modelfile import eos_tokens_of, has_bos, modelfile_text
 from lowrank_tune.export.output_folder import check_disk_space, check_overwritable, export_folder
-from lowrank_tune.model.base import count_weights, load_base, load_config, load_tokenizer, pick_device
+from lowrank_tune.model.base import (
+    count_weights,
+    load_base,
+    load_config,
+    load_tokenizer,
+    pick_device,
+)
 from lowrank_tune.model.rotary import FixedRope, fixed_rope
 
 ExportFormat = Literal["gguf", "gguf-lora", "ollama", "peft", "hub"]
@@ -87,7 +110,13 @@ def export(
     if options.to == "hub":
         if options.repo is None:
             raise UserError("--to hub needs --repo user/name: there is no default repository")
-        return push(finished.final, options.repo, options.public, show_upload, options.dry_run)
+        return push(
+            finished.final,
+            options.repo,
+            options.public,
+            show_upload,
+            options.dry_run,
+        )
     target = options.out or finished.path / "export" / options.to
     check_overwritable(target)
     job = _Export(finished, options, target, emit)
@@ -153,12 +182,33 @@ class _Export:
         eos_tokens = eos_tokens_of(run)
         ollama_base = self.options.ollama_base if self.options.to == "ollama" else None
         with export_folder(self.target, self._manifest(quantization=outtype), self.emit) as folder:
-            write_gguf_lora(folder / file, run.recipe.name or run.recipe.algorithm, config, tensors, shape, outtype)
+            write_gguf_lora(
+                folder / file,
+                run.recipe.name or run.recipe.algorithm,
+                config,
+                tensors,
+                shape,
+                outtype,
+            )
             if ollama_base is not None:
                 self._write_modelfile(folder, ollama_base, f"./{file}", None)
-            _write_card(folder, gguf_lora_card(run.recipe, file, outtype, ollama_base, eos_tokens, self._rope()))
+            _write_card(
+                folder,
+                gguf_lora_card(
+                    run.recipe,
+                    file,
+                    outtype,
+                    ollama_base,
+                    eos_tokens,
+                    self._rope(),
+                ),
+            )
 
-    def model(self, show: Callable[[MergeReport], None], device: torch.device | None) -> None:
+    def model(
+        self,
+        show: Callable[[MergeReport], None],
+        device: torch.device | None,
+    ) -> None:
         """Writes the merged model as a GGUF file, for Ollama with a Modelfile."""
         run = self.run
         options = self.options
@@ -180,29 +230,48 @@ class _Export:
         eos_tokens = eos_tokens_of(run)
         manifest = self._manifest(quantization=outtype, weights=options.weights)
         with export_folder(self.target, manifest, self.emit) as folder:
-            if existing is not None:
-                self.emit(LogMessage(message=f"{existing.folder} contains this adapter already merged, and is used"))
-                show(existing.report)
-                merged = existing
+            merged = existing
+            if merged is None:
+                merged = merge(
+                    run.path,
+                    folder / "merged",
+                    options.weights,
+                    self.emit,
+                    show,
+                    device,
+                )
             else:
-                merged = merge(run.path, folder / "merged", options.weights, self.emit, show, device)
-            self._convert(converter, quantizer, merged.folder, folder / file, outtype)
-            shutil.rmtree(folder / "merged", ignore_errors=True)
-            is_ollama = options.to == "ollama"
-            if is_ollama:
-                self._write_modelfile(folder, f"./{file}", None, folder / file)
-            comparison = merged.report.table()
-            card = gguf_model_card(
-                run.recipe,
-                file,
+                self.emit(LogMessage(message=f"{merged.folder} contains this adapter already merged, and is used"))
+                show(merged.report)
+            self._convert(
+                converter,
+                quantizer,
+                merged.folder,
+                folder / file,
                 outtype,
-                options.weights,
-                comparison,
-                eos_tokens,
-                is_ollama,
-                self._rope(),
             )
-            _write_card(folder, card)
+            shutil.rmtree(folder / "merged", ignore_errors=True)
+            if options.to == "ollama":
+                self._write_modelfile(folder, f"./{file}", None, folder / file)
+            _write_card(folder, self._merged_card(file, outtype, merged.report, eos_tokens))
+
+    def _merged_card(
+        self,
+        file: str,
+        outtype: str,
+        report: MergeReport,
+        eos_tokens: Sequence[str],
+    ) -> str:
+        return gguf_model_card(
+            self.run.recipe,
+            file,
+            outtype,
+            self.options.weights,
+            report.table(),
+            eos_tokens,
+            self.options.to == "ollama",
+            self._rope(),
+        )
 
     def _convert(
         self,
@@ -216,14 +285,36 @@ class _Export:
         name = self.run.recipe.name or self.run.recipe.algorithm
         adds_bos = has_bos(self.run)
         if outtype in NATIVE_OUTTYPES:
-            convert(converter, merged, file, outtype, name, adds_bos, self.emit)
+            convert(
+                converter,
+                merged,
+                file,
+                outtype,
+                name,
+                adds_bos,
+                self.emit,
+            )
             return
         assert quantizer is not None
         wide = file.with_name("wide.gguf")
-        convert(converter, merged, wide, "bf16", name, adds_bos, self.emit)
+        convert(
+            converter,
+            merged,
+            wide,
+            "bf16",
+            name,
+            adds_bos,
+            self.emit,
+        )
         # frees disk space for the quantized file
         shutil.rmtree(file.with_name("merged"), ignore_errors=True)
-        quantize(quantizer, wide, file, outtype, self.emit)
+        quantize(
+            quantizer,
+            wide,
+            file,
+            outtype,
+            self.emit,
+        )
         wide.unlink()
 
     def _outtype(self, supported: Mapping[str, object]) -> str:
@@ -247,8 +338,21 @@ class _Export:
         manifest["adapter"] = self.run.fingerprint()
         return {**manifest, **more}
 
-    def _write_modelfile(self, folder: Path, start: str, adapter: str | None, file: Path | None) -> None:
-        text = modelfile_text(self.run, self.options.system, start, adapter, file, self.emit)
+    def _write_modelfile(
+        self,
+        folder: Path,
+        start: str,
+        adapter: str | None,
+        file: Path | None,
+    ) -> None:
+        text = modelfile_text(
+            self.run,
+            self.options.system,
+            start,
+            adapter,
+            file,
+            self.emit,
+        )
         (folder / "Modelfile").write_text(text, encoding="utf-8")
 
 
@@ -264,7 +368,11 @@ def _find_quantizer(outtype: str, llama_cpp_folder: Path | None) -> llama_cpp.Qu
     return quantizer
 
 
-def _compare_base(run: FinishedRun, emit: Emit, device: torch.device | None) -> None:
+def _compare_base(
+    run: FinishedRun,
+    emit: Emit,
+    device: torch.device | None,
+) -> None:
     """Checks that the base is the one of the training, since an adapter is useless over another one. On another kind of
     device than in training its 4-bit weights cannot be compared, which is a warning. Raises UserError."""
     device = device or pick_device()

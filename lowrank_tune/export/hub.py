@@ -98,7 +98,11 @@ def _check_name(repo: str) -> None:
         raise UserError(f"--repo: {repo!r} has no owner: write user/name")
 
 
-def _check_visibility(repo: str, existing: Any, public: bool) -> None:
+def _check_visibility(
+    repo: str,
+    existing: Any,
+    public: bool,
+) -> None:
     """Raises UserError if a repository exists and is public or private in contrast to `public`."""
     if existing is None:
         return

@@ -48,7 +48,14 @@ from lowrank_tune.export.model_card import merged_model_card
 from lowrank_tune.export.model_files import generation_config, serialize_tokenizer
 from lowrank_tune.export.output_folder import check_disk_space
 from lowrank_tune.json_files import read_json_object
-from lowrank_tune.model.base import Base, count_weights, load_base, load_tokenizer, pick_device, weight_files
+from lowrank_tune.model.base import (
+    Base,
+    count_weights,
+    load_base,
+    load_tokenizer,
+    pick_device,
+    weight_files,
+)
 from lowrank_tune.model.rotary import FixedRope
 
 BaseWeights = Literal["dequantized", "original"]
@@ -93,7 +100,14 @@ def merge(
     clean_stale(target.parent, target.name)
     with atomic_folder(target, overwrite=False) as folder:
         try:
-            write_weights(folder, job.shapes, job.source, job.adapters, emit, shard)
+            write_weights(
+                folder,
+                job.shapes,
+                job.source,
+                job.adapters,
+                emit,
+                shard,
+            )
         except SafetensorError as error:
             raise TrainingError(f"cannot write {target}: {error}") from error
         for name, data in job.config_files.items():
@@ -101,7 +115,14 @@ def merge(
             (folder / name).write_bytes(data)
         # releases the weights of the base before the merged model is loaded
         del job.source
-        report = compare_models(folder, job.recorded, job.eos_token_ids, readback, emit, finished.rope_factors)
+        report = compare_models(
+            folder,
+            job.recorded,
+            job.eos_token_ids,
+            readback,
+            emit,
+            finished.rope_factors,
+        )
         show(report)
         problems = report.faults(base_weights == "dequantized")
         if problems:
@@ -159,7 +180,12 @@ def _load_merge_job(
     )
 
 
-def _write_report(folder: Path, job: _MergeJob, base_weights: BaseWeights, report: MergeReport) -> None:
+def _write_report(
+    folder: Path,
+    job: _MergeJob,
+    base_weights: BaseWeights,
+    report: MergeReport,
+) -> None:
     """Writes the model card and `merge.json`, and makes all files as readable as the card."""
     card = folder / "README.md"
     text = merged_model_card(job.run.recipe, base_weights, report.table(), job.rope)
@@ -277,7 +303,11 @@ def write_weights(
         (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
 
 
-def merged_weight(name: str, weight: Tensor, deltas: list[dict[str, tuple[Tensor, Tensor]]]) -> Tensor:
+def merged_weight(
+    name: str,
+    weight: Tensor,
+    deltas: list[dict[str, tuple[Tensor, Tensor]]],
+) -> Tensor:
     """Returns W + sum of s B A in fp32, cast once to bf16. W is (out, in), A (r, in), s B (out, r)."""
     module = name.removesuffix(".weight")
     merged = weight.float()
@@ -309,7 +339,11 @@ def _shards(shapes: TensorShapes, max_bytes: int) -> Iterator[list[str]]:
     yield names
 
 
-def _config_files(base: Base, template: ChatTemplate, eos_token_ids: frozenset[int]) -> dict[str, bytes]:
+def _config_files(
+    base: Base,
+    template: ChatTemplate,
+    eos_token_ids: frozenset[int],
+) -> dict[str, bytes]:
     """Returns the unquantized configuration, the generation config with every stop token, and the tokenizer with its
     chat template, by file name."""
     files = serialize_tokenizer(template.tokenizer, template.chat_template)

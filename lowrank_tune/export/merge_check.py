@@ -23,7 +23,12 @@ from lowrank_tune.config import BaseConfig, RecipeConfig, SourceConfig
 from lowrank_tune.data import ChatTemplate, load, load_heldout_prompts
 from lowrank_tune.errors import TrainingError, UserError
 from lowrank_tune.evaluation.questions import render_questions, select_questions
-from lowrank_tune.events import Emit, LogMessage, Progress, ignore_event
+from lowrank_tune.events import (
+    Emit,
+    LogMessage,
+    Progress,
+    ignore_event,
+)
 from lowrank_tune.generation import Engine
 from lowrank_tune.generation.engine import device_memory
 from lowrank_tune.generation.sampling_params import SamplingParams
@@ -154,7 +159,13 @@ def make_probes(
         probes = ProbePrompts([], [], "")
     if len(probes.prompts) == MAX_PROMPTS:
         return probes
-    built_in = _source_prompts(BUILTIN_PROBLEMS, recipe.seed, None, template, max_prompt_length)
+    built_in = _source_prompts(
+        BUILTIN_PROBLEMS,
+        recipe.seed,
+        None,
+        template,
+        max_prompt_length,
+    )
     origin = "built-in problems"
     if probes.prompts:
         origin = f"{probes.origin} and {origin}"
@@ -162,16 +173,32 @@ def make_probes(
     return ProbePrompts(prompts[:MAX_PROMPTS], probes.rows, origin)
 
 
-def _recipe_probes(recipe: RecipeConfig, template: ChatTemplate, max_prompt_length: int) -> ProbePrompts:
+def _recipe_probes(
+    recipe: RecipeConfig,
+    template: ChatTemplate,
+    max_prompt_length: int,
+) -> ProbePrompts:
     """Returns prompts and rows of the recipe's own data. Raises UserError if it cannot be read."""
     eval_dataset = recipe.evaluate.eval_dataset
     system = recipe.data.system_prompt
     if recipe.algorithm not in ("sft", "dpo"):
         source = eval_dataset or recipe.data.train[0]
         origin = "held-out prompts" if eval_dataset else "training prompts"
-        prompts = _source_prompts(source, recipe.seed, system, template, max_prompt_length)
+        prompts = _source_prompts(
+            source,
+            recipe.seed,
+            system,
+            template,
+            max_prompt_length,
+        )
         return ProbePrompts(prompts, [], origin)
-    data = load(recipe.data, template, recipe.seed, ignore_event, pairs=recipe.uses_pairs)
+    data = load(
+        recipe.data,
+        template,
+        recipe.seed,
+        ignore_event,
+        pairs=recipe.uses_pairs,
+    )
     store = data.train
     origin = "training rows"
     if data.validation is not None and data.validation.units:
@@ -180,7 +207,13 @@ def _recipe_probes(recipe: RecipeConfig, template: ChatTemplate, max_prompt_leng
     rows = [store[unit * store.rows_per_unit] for unit in range(min(MAX_ROWS, store.units))]
     if eval_dataset is not None:
         origin = f"{origin} and held-out prompts"
-        prompts = _source_prompts(eval_dataset, recipe.seed, system, template, max_prompt_length)
+        prompts = _source_prompts(
+            eval_dataset,
+            recipe.seed,
+            system,
+            template,
+            max_prompt_length,
+        )
     else:
         questions = select_questions(store, template, MAX_PROMPTS)
         prompts = [question.prompt_ids for question in questions if len(question.prompt_ids) <= max_prompt_length]
@@ -226,10 +259,21 @@ def record_outputs(
             loss.add(number - len(probes.prompts), logits)
             kept_logits.append(logits[-max_positions:].clone())
     starts = [len(prompt) for prompt in probes.prompts]
-    return RecordedOutputs(texts, starts, kept_logits, probes.rows, loss.mean.value, probes.origin)
+    return RecordedOutputs(
+        texts,
+        starts,
+        kept_logits,
+        probes.rows,
+        loss.mean.value,
+        probes.origin,
+    )
 
 
-def readback_device(weights: int, device: torch.device, emit: Emit) -> Readback:
+def readback_device(
+    weights: int,
+    device: torch.device,
+    emit: Emit,
+) -> Readback:
     """Returns device and precision for loading a merged model of so many weights: the device of the run, or the CPU in
     bf16 if a GPU that trained it in 4 bits is too small for 16. Raises UserError if neither has enough memory."""
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
@@ -294,7 +338,11 @@ class _Comparison:
         self.trained_answer_loss = _Mean()
         self.merged_answer_loss = _Mean()
 
-    def add(self, number: int, merged: Tensor) -> None:
+    def add(
+        self,
+        number: int,
+        merged: Tensor,
+    ) -> None:
         """Adds the merged model's logits for all tokens of text `number` except the first."""
         starts = self.recorded.starts
         self.row_loss.add(number - len(starts), merged)
@@ -360,7 +408,11 @@ class _RowLoss:
         self.rows = rows
         self.mean = _Mean()
 
-    def add(self, number: int, logits: Tensor) -> None:
+    def add(
+        self,
+        number: int,
+        logits: Tensor,
+    ) -> None:
         """Adds row `number`, unless that is negative, with the logits that predict all its tokens except the first."""
         if number < 0:
             return
@@ -371,7 +423,11 @@ class _RowLoss:
         self.mean.add(-logps.gather(1, targets[:, None]))
 
 
-def _greedy_difference(trained: Tensor, merged: Tensor, answer: Tensor) -> str:
+def _greedy_difference(
+    trained: Tensor,
+    merged: Tensor,
+    answer: Tensor,
+) -> str:
     """Returns "same" if the merged model gives the same greedy answer, "near-tie" if the first difference is one, else
     "parted". Logits of both are (K, V) for the K tokens of the answer."""
     diverged = (merged.argmax(dim=-1) != answer).nonzero()

@@ -199,7 +199,12 @@ def _render(
     )
 
 
-def yaml_front_matter(recipe: RecipeConfig, library: str, tags: Sequence[str], relation: str) -> str:
+def yaml_front_matter(
+    recipe: RecipeConfig,
+    library: str,
+    tags: Sequence[str],
+    relation: str,
+) -> str:
     """Returns the metadata of a card, which the hub reads. It contains ids of the hub, and no names of files."""
     metadata: dict[str, Any] = {"library_name": library, "pipeline_tag": "text-generation", "tags": list(tags)}
     base = recipe.base.model.partition("@")[0]

@@ -33,7 +33,11 @@ def serialize_tokenizer(tokenizer: Any, template: str) -> dict[str, bytes]:
     return files
 
 
-def generation_config(base: Base, eos_token_ids: frozenset[int], pad_token_id: int) -> dict[str, Any]:
+def generation_config(
+    base: Base,
+    eos_token_ids: frozenset[int],
+    pad_token_id: int,
+) -> dict[str, Any]:
     """Returns the base's own generation config with every token that ends an answer: the end tokens of the base and
     those of the chat template."""
     config = {}

@@ -48,7 +48,13 @@ def modelfile_text(
         stops=eos_tokens_of(run),
         generation=GenerationConfig.from_pretrained(run.final).to_diff_dict(),
         context_length=context_length,
-        remarks=_remarks(run, turns, bos, adapter, emit),
+        remarks=_remarks(
+            run,
+            turns,
+            bos,
+            adapter,
+            emit,
+        ),
         min_context_length=min_context_length,
     )
     return modelfile.text()

@@ -101,7 +101,11 @@ def go_template(turns: TemplateTurns, bos: str) -> str:
     )
 
 
-def _if(condition: str, text: str, otherwise: str | None = None) -> str:
+def _if(
+    condition: str,
+    text: str,
+    otherwise: str | None = None,
+) -> str:
     """Returns a condition in Go's template language."""
     if otherwise is not None:
         text = text + "{{ else }}" + otherwise

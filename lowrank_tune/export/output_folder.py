@@ -25,7 +25,11 @@ DISK_MARGIN = 64 << 20
 """Bytes for tokenizer and configuration."""
 
 
-def check_disk_space(target: Path, num_bytes: int, label: str) -> None:
+def check_disk_space(
+    target: Path,
+    num_bytes: int,
+    label: str,
+) -> None:
     """Raises UserError if the disk of `target` has less than `num_bytes` free for `label`, with a margin."""
     folder = Path("/")
     for parent in target.resolve().parents:
@@ -62,7 +66,11 @@ def check_overwritable(target: Path) -> None:
 
 
 @contextmanager
-def export_folder(target: Path, facts: Mapping[str, Any], emit: Emit) -> Iterator[Path]:
+def export_folder(
+    target: Path,
+    facts: Mapping[str, Any],
+    emit: Emit,
+) -> Iterator[Path]:
     """Yields an empty folder, which becomes `target` with an `export.json` after the block; after any exception
     `target` is unchanged."""
     check_overwritable(target)

@@ -58,7 +58,11 @@ class TemplateTurns:
             parts += [text, self.user[1]]
         return "".join([*parts, self.generation_prompt])
 
-    def _around_system(self, is_first: bool, is_last: bool) -> tuple[str, str] | None:
+    def _around_system(
+        self,
+        is_first: bool,
+        is_last: bool,
+    ) -> tuple[str, str] | None:
         """Returns the text around the system prompt, None if this question has no system prompt."""
         if is_first and (is_last or not self.later):
             return self.system
@@ -154,7 +158,11 @@ def _probe_conversations(has_system: bool) -> list[ProbeMessages]:
     return conversations
 
 
-def _rendered(render: Render, messages: ProbeMessages, add_generation_prompt: bool) -> str:
+def _rendered(
+    render: Render,
+    messages: ProbeMessages,
+    add_generation_prompt: bool,
+) -> str:
     conversation = [{"role": role, "content": text} for role, text in messages]
     return render(conversation, add_generation_prompt)
 

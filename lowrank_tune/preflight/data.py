@@ -8,8 +8,7 @@ from dataclasses import dataclass
 from lowrank_tune.assembly import ONLINE_ALGORITHMS
 from lowrank_tune.assembly.rl import make_row_check
 from lowrank_tune.config import RecipeConfig, SourceConfig
-from lowrank_tune.config.raw_settings import Finding
-from lowrank_tune.config.yaml_nodes import Path
+from lowrank_tune.config.base import Finding, Path
 from lowrank_tune.data import (
     InvalidRow,
     PromptExample,

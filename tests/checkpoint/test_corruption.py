@@ -34,7 +34,7 @@ def corruptions(
 
 
 @pytest.mark.parametrize("number", range(DRAWS * rounds()))
-def test_a_random_damage(corruptions: Corruptions, number: int) -> None:
+def test_a_run_with_random_damage_is_refused_or_ends_equal(corruptions: Corruptions, number: int) -> None:
     print(corruptions.draw())
 
 

@@ -69,7 +69,7 @@ def test_a_format_that_is_not_known_asks_for_a_newer_version(tmp_path: Path, ver
 
 
 @pytest.mark.parametrize("content", [b"", b"[]", b"{}", b"\xff", b"[" * 100_000, b'{"version": 2}'])
-def test_what_is_no_run_file_is_left_to_the_caller(tmp_path: Path, content: bytes) -> None:
+def test_unreadable_run_file_is_left_to_the_caller(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "run.json").write_bytes(content)
     check_run_format(tmp_path)
     check_run_format(tmp_path / "absent")

@@ -102,7 +102,7 @@ def with_rewards(made: FinishedRun, folder: Path, function: str) -> Path:
     return run
 
 
-def test_losses_as_transformers_and_peft_have_them(made: FinishedRun) -> None:
+def test_losses_equal_those_of_transformers_and_peft(made: FinishedRun) -> None:
     """Another program reads the same rows with the adapter that the run left: the mean of -log p over all tokens of the
     answers."""
     found = evaluate(
@@ -132,7 +132,7 @@ def test_losses_as_transformers_and_peft_have_them(made: FinishedRun) -> None:
     assert found["metrics"]["sft"]["loss"]["value"] != found["metrics"]["base"]["loss"]["value"]
 
 
-def test_rewards_passes_and_wins_are_counted(made: FinishedRun, tmp_path: Path) -> None:
+def test_rewards_pass_at_k_and_wins_equal_plain_counts(made: FinishedRun, tmp_path: Path) -> None:
     """The answers are drawn again, and every figure is worked out from them by plain counting."""
     run = with_rewards(made, tmp_path, "float(len(completion) % 3)")
     options = Options(num_prompts=7, num_samples=3, pass_at_k=(2,), max_new_tokens=5, verifier="answer")
@@ -191,7 +191,7 @@ def test_parts_and_their_order_change_no_answer(
     assert whole["metrics"]["base"]["mean_length"]["value"] == parts["metrics"]["base"]["mean_length"]["value"]
 
 
-def test_a_reward_model_on_the_same_base(made: FinishedRun, reward_run: Path) -> None:
+def test_wins_by_a_reward_model_equal_plain_counts(made: FinishedRun, reward_run: Path) -> None:
     """Greedy answers of both variants are scored again one by one, and the wins counted."""
     found = evaluate(
         str(made.run),
@@ -240,7 +240,7 @@ def test_the_reward_model_reads_answers_to_their_end() -> None:
     assert append_end_of_turn(ids[: stop + 1], end) == ids
 
 
-def test_a_chain_has_a_line_a_stage(made: FinishedRun, tmp_path: Path) -> None:
+def test_a_chain_evaluates_every_finished_stage(made: FinishedRun, tmp_path: Path) -> None:
     chain = tmp_path / "chain"
     for number, name in ((1, "sft"), (2, "dpo")):
         shutil.copytree(made.run, chain / f"{number}-{name}")
@@ -344,7 +344,7 @@ def test_results_are_added_to_the_run_and_shown(made: FinishedRun, tmp_path: Pat
     assert table["eval: of"][0] == "sft, builtin:arithmetic heldout" and table["eval: prompts"] == ["4", ""]
 
 
-def test_a_hostile_record_is_inert() -> None:
+def test_an_invalid_record_is_read_without_errors_or_escape_codes() -> None:
     record = parse_record(
         {
             "v": 2,
@@ -367,13 +367,13 @@ def fails(*arguments: str) -> str:
     return message
 
 
-def test_wrong_input_is_one_sentence(made: FinishedRun, reward_run: Path, tmp_path: Path) -> None:
+def test_wrong_options_fail_with_one_sentence(made: FinishedRun, reward_run: Path, tmp_path: Path) -> None:
     run = str(made.run)
     assert "no such run or model" in fails("./nowhere")
     assert "neither a run" in fails(str(tmp_path))
     assert "--pass-at-k 4 needs as many answers" in fails(run, "--pass-at-k", "4", "--num-samples", "2")
     assert "greedy answers are all the same" in fails(run, "--num-samples", "3", "--temperature", "0")
-    assert "--bits says how to load a model" in fails(run, "--bits", "16")
+    assert "--bits is for models that are not runs" in fails(run, "--bits", "16")
     assert "--bits 8: it must be 4 or 16" in fails("tiny-tutor", "--bits", "8", "--dataset", "builtin:arithmetic")
     assert "give --dataset FILE" in fails("tiny-tutor")
     assert "no such file" in fails(run, "--dataset", "nothing.jsonl")
@@ -390,7 +390,7 @@ def test_wrong_input_is_one_sentence(made: FinishedRun, reward_run: Path, tmp_pa
     assert "there is no such folder" in fails(run, "--out", str(tmp_path / "no" / "x.jsonl"))
 
 
-def test_another_base_is_refused(made: FinishedRun, tmp_path: Path) -> None:
+def test_a_base_with_other_tensors_is_refused(made: FinishedRun, tmp_path: Path) -> None:
     run = tmp_path / "run"
     shutil.copytree(made.run, run)
     facts = json.loads((run / "base.json").read_text())

@@ -53,7 +53,7 @@ def test_pass_at_k_is_unbiased_where_the_plug_in_is_not() -> None:
         (0.5, 10, 0.2366, 0.7634),
     ],
 )
-def test_wilson_as_printed(share: float, draws: int, low: float, high: float) -> None:
+def test_wilson_interval_equals_published_values(share: float, draws: int, low: float, high: float) -> None:
     assert wilson_interval(share, draws) == pytest.approx((low, high), abs=5e-5)
 
 
@@ -88,7 +88,7 @@ def test_one_prompt_gives_no_interval() -> None:
 @pytest.mark.parametrize(
     ("freedom", "value"), [(1, 12.706), (2, 4.303), (4, 2.776), (9, 2.262), (19, 2.093), (120, 1.980)]
 )
-def test_t_as_printed(freedom: int, value: float) -> None:
+def test_t_quantile_equals_published_values(freedom: int, value: float) -> None:
     assert t_quantile(0.975, freedom) == pytest.approx(value, abs=1e-3)
 
 
@@ -106,7 +106,7 @@ def test_the_bootstrap_is_wider_for_few_prompts_and_the_same_for_a_seed() -> Non
         (10, 8.551e-3),  # 2.262157 and sqrt(10 / 9): 2.3845
     ],
 )
-def test_the_tail_by_hand(prompts: int, tail: float) -> None:
+def test_bootstrap_tail_equals_hand_computed_values(prompts: int, tail: float) -> None:
     assert bootstrap_tail(prompts) == pytest.approx(tail, rel=0.005)
 
 

@@ -122,7 +122,7 @@ def test_the_ground_truth_is_never_taken_from_the_response(place: Path) -> None:
     assert [scores[0].verdict for scores in found.scores] == ["error", "error", "fail"]
 
 
-def test_the_recipe_decides_how_rows_are_read(place: Path) -> None:
+def test_rows_are_read_with_the_columns_of_the_recipe(place: Path) -> None:
     source = {"dataset": "none.jsonl", "columns": {"question": "ask", "answer": "told"}, "ground_truth": "last_number"}
     found = scored([{"ask": "2+3?", "told": "of 2 and 3 it is 5", "completion": "5"}], data=source)
     assert (
@@ -136,7 +136,7 @@ def test_the_recipe_decides_how_rows_are_read(place: Path) -> None:
     )
 
 
-def test_functions_see_the_row_of_the_data(place: Path) -> None:
+def test_user_functions_get_the_row_of_the_data(place: Path) -> None:
     found = scored([{"question": "q", "gold": "5", "worth": 3, "completions": ["a", "b"]}], {"name": "./mine.py:seen"})
     assert [scores[0].value for scores in found.scores] == [1.0, 1.0]
 
@@ -187,7 +187,7 @@ def test_invalid_rows_are_reported_with_their_lines(place: Path) -> None:
         scored([{"question": "q"}])
 
 
-def test_the_limit_and_the_datas_own_answers(place: Path) -> None:
+def test_limit_is_respected_and_reference_answers_pass(place: Path) -> None:
     assert len(scored([{"gold": "5", "completion": "5"}] * 9, limit=4).scores) == 4
     own = score_completions(recipe(), None, 12, lambda event: None)
     assert len(own.scores) == 12 and all(scores[0].verdict == "pass" for scores in own.scores)
@@ -196,7 +196,7 @@ def test_the_limit_and_the_datas_own_answers(place: Path) -> None:
 # --- what is reported -------------------------------------------------------------------------------------------------
 
 
-def test_figures_by_hand() -> None:
+def test_summary_of_verdicts_equals_hand_computed_values() -> None:
     scores = [Score(1.0, "pass", "", 0.001 * n) for n in range(1, 20)] + [Score(None, "timeout", "", 9.0)]
     found = summarize_verdicts("x", True, scores)
     assert found.counts == {"pass": 19, "timeout": 1} and (found.mean, found.std) == (1.0, 0.0)
@@ -232,7 +232,7 @@ class StubVerifier:
         ]
 
 
-def test_disagreement_by_hand() -> None:
+def test_disagreements_and_failure_limit_equal_hand_computed_values() -> None:
     weighted = [
         WeightedReward("a", 1.0, StubVerifier([1.0, 0.0, 0.5, None, 1.0])),
         WeightedReward("b", 1.0, StubVerifier([0.0, 0.9, 0.4, 1.0, 1.0])),
@@ -269,7 +269,7 @@ def preset(place: Path, *rewards: str) -> str:
     return "my.yaml"
 
 
-def test_the_command(place: Path) -> None:
+def test_score_command_prints_and_writes_all_scores(place: Path) -> None:
     rows = [{"question": f"{n}?", "gold": "5", "completion": "5" if n % 2 else "66 \x1b[31m"} for n in range(40)]
     rows[8]["completion"] = "boom"
     made = preset(
@@ -344,7 +344,7 @@ def test_wrong_use_with_a_folder_ends_with_a_sentence(place: Path, arguments: tu
     assert result.exit_code == 2 and words in result.output and result.output.count("\n") == 1, result.output
 
 
-def test_an_interruption_keeps_what_is_done(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_interrupted_score_command_writes_the_scores_so_far(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     real, calls = WorkerPool.collect, [0]
 
     def collect(self: WorkerPool[int]) -> Any:
@@ -362,7 +362,7 @@ def test_an_interruption_keeps_what_is_done(place: Path, monkeypatch: pytest.Mon
 
 
 @pytest.mark.slow
-def test_ctrl_c_prints_what_is_done(place: Path) -> None:
+def test_ctrl_c_prints_and_writes_the_scores_so_far(place: Path) -> None:
     made = preset(place, "name: './mine.py:slow'")
     write([{"gold": "5", "completion": str(n)} for n in range(400)])
     environment = {

@@ -235,7 +235,7 @@ def test_a_broken_stack_is_reported(tmp_path: Path, text: str) -> None:
         read_adapter(str(tmp_path), "adapters.sft.path")
 
 
-def test_apart_without_a_stack_is_a_fault() -> None:
+def test_separate_final_adapters_without_frozen_ones_is_an_error() -> None:
     data = {
         "algorithm": "sft",
         "data": {"train": [{"dataset": "builtin:arithmetic"}]},

@@ -309,7 +309,7 @@ def test_the_output_of_a_tool_becomes_progress_and_a_sentence(tmp_path: Path) ->
         ("raise ImportError(\"No module named 'sentencepiece'\")", "needs the package sentencepiece", UserError),
         (
             "raise NotImplementedError('BPE pre-tokenizer was not recognized')",
-            "does not know this base's tokenizer",
+            "does not support this base's tokenizer",
             UserError,
         ),
         ("raise SystemExit('ERROR: out of luck')", "failed .exit code 1.: ERROR: out of luck", TrainingError),
@@ -319,7 +319,7 @@ def test_the_output_of_a_tool_becomes_progress_and_a_sentence(tmp_path: Path) ->
             convert(tmp_path, tmp_path, tmp_path / "x.gguf", "f16", "mine", False, quiet)
 
 
-def test_how_words_are_cut_is_read_only_where_the_rules_are_the_same(mistral: FinishedRun, tmp_path: Path) -> None:
+def test_pretokenizer_name_is_known_only_for_the_same_rules(mistral: FinishedRun, tmp_path: Path) -> None:
     assert pretokenizer_name(mistral.base) == "smollm"
     Qwen2Tokenizer().save_pretrained(tmp_path)
     assert pretokenizer_name(tmp_path) == "qwen2"
@@ -339,7 +339,7 @@ def test_how_words_are_cut_is_read_only_where_the_rules_are_the_same(mistral: Fi
         assert pretokenizer_name(tmp_path) == name, changes
 
 
-def test_room_and_types() -> None:
+def test_estimated_sizes_and_type_numbers() -> None:
     assert (
         estimate_gguf_size(1000, "bf16") == 2100
         and estimate_gguf_size(1000, "q8_0") == 1115

@@ -68,7 +68,7 @@ MIXED = {
 
 
 @pytest.mark.parametrize("kind", MIXED)
-def test_a_folded_stack_is_the_same_function(kind: str, tmp_path: Path) -> None:
+def test_a_combined_stack_is_the_same_function(kind: str, tmp_path: Path) -> None:
     names = ("below", "middle", "policy")[3 - len(MIXED[kind]) :]
     roles = stack(**dict(zip(names, MIXED[kind], strict=True)))
     config, tensors = combine_adapters([as_lora_adapter(roles, name) for name in names])
@@ -84,7 +84,7 @@ def test_a_folded_stack_is_the_same_function(kind: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", ARCHITECTURES[1:6])
-def test_of_every_family(kind: str, tmp_path: Path) -> None:
+def test_a_combined_stack_of_every_family_is_the_same_function(kind: str, tmp_path: Path) -> None:
     roles = roles_over(unquantized_base(kind), lower=["sft"], use_rslora=True)
     perturb(roles, "sft", "policy")
     config, tensors = combine_adapters([as_lora_adapter(roles, name) for name in ("sft", "policy")])
@@ -112,13 +112,13 @@ def test_a_saved_adapter_has_pefts_own_scales(more: dict[str, Any]) -> None:
     assert scales == pytest.approx(roles.scalings("policy")) and len(set(scales.values())) > 1
 
 
-def test_the_top_alone_is_another_function(tmp_path: Path) -> None:
+def test_the_top_adapter_alone_is_another_function(tmp_path: Path) -> None:
     roles = stack(sft=lora("q_proj"), policy=lora("q_proj"))
     config, tensors = combine_adapters([as_lora_adapter(roles, "policy")])
     assert relative_error(in_plain_peft(tmp_path / "top", config, tensors), logits_of(roles)) > 0.01
 
 
-def test_what_cannot_be_folded_is_named() -> None:
+def test_cannot_combine_reason_names_the_tensor() -> None:
     part = LoraAdapter(
         {},
         {

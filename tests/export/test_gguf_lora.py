@@ -86,7 +86,9 @@ def test_rslora_patterns_and_stacks_become_one_alpha(kind: str, tmp_path: Path) 
 
 @pytest.mark.parametrize("kind", FAMILIES)
 @pytest.mark.parametrize(("type", "far"), [("f32", 1e-6), ("f16", 1e-3), ("bf16", 8e-3)])
-def test_of_every_family_in_every_type(kind: str, type: str, far: float, tmp_path: Path) -> None:
+def test_adapters_of_every_family_in_every_type_equal_the_trained_one(
+    kind: str, type: str, far: float, tmp_path: Path
+) -> None:
     roles = roles_over(unquantized_base(kind), lower=["sft"], use_rslora=True)
     perturb(roles, "sft", "policy")
     parts = [as_lora_adapter(roles, name) for name in ("sft", "policy")]
@@ -96,7 +98,7 @@ def test_of_every_family_in_every_type(kind: str, type: str, far: float, tmp_pat
     assert sizes == {np.dtype({"f32": np.float32, "f16": np.float16, "bf16": np.uint8}[type])}
 
 
-def test_unknown_families_and_places_are_named(tmp_path: Path) -> None:
+def test_unsupported_families_and_modules_are_named(tmp_path: Path) -> None:
     with pytest.raises(
         UserError, match="a GGUF adapter of a phi model is not supported.*Llama, Mistral, Qwen2, Qwen3 and Gemma3"
     ):

@@ -281,7 +281,7 @@ def test_what_cannot_be_merged_fails_with_one_sentence(
         ("model.embed_tokens", False, "changes the embedding .*lora_embedding_A"),
     ],
 )
-def test_modules_that_cannot_be_merged(
+def test_adapters_on_head_or_embedding_are_refused(
     untied: FinishedRun, tied: FinishedRun, tmp_path: Path, module: str, tie: bool, sentence: str
 ) -> None:
     made = tied if tie else untied
@@ -344,7 +344,7 @@ def test_two_steps_of_bf16_are_a_near_tie_and_no_more(likeliest: float) -> None:
         assert _greedy_difference(trained, trained, torch.tensor([1, 0])) == "same"
 
 
-def test_what_a_proof_does_not_let_pass() -> None:
+def test_report_lists_every_difference_above_its_limit() -> None:
     good = MergeReport(50, 2000, 9e-4, 0.09, 0.2, 45, 3, 2, 1.0, 1.0, 50, True, "rows")
     assert good.faults(True) == []
     for change, sentence in (

@@ -16,7 +16,12 @@ from pathlib import Path
 from typing import Any
 
 
-def main(converter: str, pre: str, bos: str, *arguments: str) -> None:
+def main(
+    converter: str,
+    pre: str,
+    bos: str,
+    *arguments: str,
+) -> None:
     folder = Path(converter).parent
     sys.path[:0] = [str(folder), str(folder / "gguf-py")]
     _patch_bos(importlib.import_module("gguf").SpecialVocab, bos == "1")
@@ -42,7 +47,11 @@ def _patch_pretokenizer(text_model: Any, pre: str) -> None:
 def _patch_bos(vocabulary: Any, adds: bool) -> None:
     original = vocabulary.add_to_gguf
 
-    def add_to_gguf(self: Any, *arguments: Any, **more: Any) -> None:
+    def add_to_gguf(
+        self: Any,
+        *arguments: Any,
+        **more: Any,
+    ) -> None:
         self.add_special_token["bos"] = adds
         original(self, *arguments, **more)
 

@@ -46,7 +46,13 @@ class Quantizer:
 
     program: Path | None
 
-    def command(self, source: Path, target: Path, kind: str, number: int) -> list[str]:
+    def command(
+        self,
+        source: Path,
+        target: Path,
+        kind: str,
+        number: int,
+    ) -> list[str]:
         """Returns the command that quantizes `source` to a type, which llama.cpp calls `kind` and `number`."""
         if self.program is not None:
             return [str(self.program), str(source), str(target), kind.upper()]
@@ -64,7 +70,11 @@ def named_folder(given: Path | None) -> Path | None:
     return None
 
 
-def converter_folder(given: Path | None, emit: Emit, fetch: bool = True) -> Path:
+def converter_folder(
+    given: Path | None,
+    emit: Emit,
+    fetch: bool = True,
+) -> Path:
     """Returns the folder with llama.cpp's converter, which is fetched if necessary. Raises UserError if the user's
     folder does not contain it, TrainingError if it cannot be fetched."""
     named = named_folder(given)

@@ -18,7 +18,12 @@ import torch
 from torch import Tensor
 
 from lowrank_tune.errors import UserError
-from lowrank_tune.export.combine_lora import LORA_A, LORA_B, PEFT_PREFIX, module_name
+from lowrank_tune.export.combine_lora import (
+    LORA_A,
+    LORA_B,
+    PEFT_PREFIX,
+    module_name,
+)
 
 GGUF_ARCHITECTURES = {
     "llama": "LLAMA",
@@ -67,7 +72,11 @@ def shape_of(config: Any) -> Shape:
     return Shape(config.model_type, int(text.num_hidden_layers), heads, kv_heads)
 
 
-def gguf_tensors(config: Mapping[str, Any], tensors: Mapping[str, Tensor], shape: Shape) -> dict[str, Tensor]:
+def gguf_tensors(
+    config: Mapping[str, Any],
+    tensors: Mapping[str, Tensor],
+    shape: Shape,
+) -> dict[str, Tensor]:
     """Returns the matrices of a combined adapter under llama.cpp's names and in its row order, A (r, in) and B (out,
     r). Raises UserError for a module that llama.cpp's architecture does not have."""
     gguf = gguf_module()

@@ -133,7 +133,7 @@ def convert(
         return
     if "pre-tokenizer was not recognized" in text:
         raise UserError(
-            "llama.cpp's converter does not know this base's tokenizer, so no GGUF of the whole model can be made; "
+            "llama.cpp's converter does not support this base's tokenizer, so no GGUF of the whole model can be made; "
             "`--to gguf-lora` and `--to peft` need no tokenizer"
         )
     missing = re.search(r"No module named '([\w.]+)'", text)
@@ -158,7 +158,12 @@ def quantize(
         raise TrainingError(f"llama.cpp's quantizer failed (exit code {code}): {_error_line(output)}")
 
 
-def run_tool(command: Sequence[str], label: str, pattern: str, emit: Emit) -> tuple[int, list[str]]:
+def run_tool(
+    command: Sequence[str],
+    label: str,
+    pattern: str,
+    emit: Emit,
+) -> tuple[int, list[str]]:
     """Runs a program and returns its exit code and its last lines of output. `pattern` matches the finished units and
     their total (100 without one) in a line. The program is killed if this process is interrupted."""
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "PYTHONUNBUFFERED": "1"}

@@ -7,7 +7,11 @@ import ctypes
 import sys
 
 
-def main(source: str, target: str, number: str) -> int:
+def main(
+    source: str,
+    target: str,
+    number: str,
+) -> int:
     import llama_cpp
 
     options = llama_cpp.llama_model_quantize_default_params()

@@ -44,7 +44,15 @@ def show_reward_model_scores(
         for name, (label, write) in PAIRS.items():
             figures.add_row(label, write(metrics[name]))
     console.print(figures)
-    table = Table("score", "where", "asked", "answered", "tokens", show_lines=True, title="the best and the worst")
+    table = Table(
+        "score",
+        "where",
+        "asked",
+        "answered",
+        "tokens",
+        show_lines=True,
+        title="the best and the worst",
+    )
     for response in _best_and_worst(responses):
         location = _location(response.location)
         if response.side:
@@ -67,7 +75,11 @@ def _best_and_worst(responses: Sequence[ScoredResponse]) -> list[ScoredResponse]
     return ranked[:SHOWN] + ranked[-SHOWN:]
 
 
-def show_completion_scores(result: CompletionScores, title: str, console: Console) -> None:
+def show_completion_scores(
+    result: CompletionScores,
+    title: str,
+    console: Console,
+) -> None:
     """Prints the figures of each reward, their disagreements and failures, and whether a run would stop."""
     total = len(result.responses)
     progress = f"{len(result.scores):,} responses scored"
@@ -100,17 +112,36 @@ def _verdict_table(result: CompletionScores) -> Table:
         reward_scores = [scores[index] for scores in result.scores]
         summaries.append(summarize_verdicts(reward.name, reward.is_verifier, reward_scores))
     kinds = [kind for kind in KINDS if any(summary.counts.get(kind) for summary in summaries)]
-    table = Table("reward", *kinds, "mean", "spread", "ms", "p95", "max", box=None)
+    table = Table(
+        "reward",
+        *kinds,
+        "mean",
+        "spread",
+        "ms",
+        "p95",
+        "max",
+        box=None,
+    )
     for summary in summaries:
         counts = [f"{summary.counts.get(kind, 0):,}" for kind in kinds]
         seconds = (summary.median_seconds, summary.p95_seconds, summary.max_seconds)
         times = [f"{1e3 * value:.3g}" for value in seconds]
         name = escape_control_chars(summary.name, 40)
-        table.add_row(name, *counts, number(summary.mean), number(summary.std), *times)
+        table.add_row(
+            name,
+            *counts,
+            number(summary.mean),
+            number(summary.std),
+            *times,
+        )
     return table
 
 
-def _show_disagreement(result: CompletionScores, disagreement: Disagreement, console: Console) -> None:
+def _show_disagreement(
+    result: CompletionScores,
+    disagreement: Disagreement,
+    console: Console,
+) -> None:
     """Prints how often two rewards disagree, with examples."""
     first, second = disagreement.first, disagreement.second
     count = len(disagreement.only_first) + len(disagreement.only_second)
