@@ -6,18 +6,11 @@ from lowrank_tune.data import ChatTemplate
 from lowrank_tune.generation.outputs import Completion
 
 
-def ids_without_stop(completion: Completion) -> list[int]:
-    """Returns the token ids without the stop token, if the completion ended with one."""
-    if completion.finish_reason == "stop":
-        return completion.token_ids[:-1]
-    return completion.token_ids
-
-
 def decode_completion(completion: Completion, template: ChatTemplate) -> str:
     """Returns the text without the stop token."""
-    return template.decode(ids_without_stop(completion))
+    return template.decode(completion.content_ids)
 
 
 def has_stopped(completion: Completion, template: ChatTemplate) -> bool:
     """Returns whether the completion ended with a stop token and contains no special token of another turn before."""
-    return completion.finish_reason == "stop" and not template.special_tokens_in(ids_without_stop(completion))
+    return completion.finish_reason == "stop" and not template.special_tokens_in(completion.content_ids)

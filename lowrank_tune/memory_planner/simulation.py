@@ -22,6 +22,7 @@ from lowrank_tune.assembly.stacks import ROLES_WITH_HEAD, build_stacks
 from lowrank_tune.batch import Batch, PairBatch, RolloutBatch
 from lowrank_tune.config import RecipeConfig
 from lowrank_tune.data import PromptExample
+from lowrank_tune.events import ignore_event
 from lowrank_tune.memory_planner.allocation_tracker import AllocationTracker
 from lowrank_tune.memory_planner.extrapolation import Peaks
 from lowrank_tune.memory_planner.fake_device import FakeDeviceMode, fake_device_mode, replaced
@@ -274,7 +275,7 @@ class _SimulatedStage:
             1,
             0,
             self.spec.device,
-            _ignore_event,
+            ignore_event,
             _noop_step_end,
             checked=True,
         )
@@ -431,9 +432,6 @@ def _no_prompts(
 
 def _zero_seed(number: int) -> int:
     return 0
-
-
-def _ignore_event(event: object) -> None: ...
 
 
 def _no_values(batch: Batch) -> tuple[Tensor, Tensor]:

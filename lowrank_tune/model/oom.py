@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from lowrank_tune.errors import OutOfMemory
-from lowrank_tune.events import Emit, Event, LogMessage
+from lowrank_tune.events import Emit, LogMessage, ignore_event
 
 OOM_MESSAGES = ("out of memory", "can't allocate memory", "not enough memory", "_status_alloc_failed")
 """Texts of errors other than `OutOfMemoryError`: of CUDA, of cuBLAS, and of the CPU's allocator."""
@@ -94,10 +94,6 @@ def atomic_grad_accumulation(parameters: Sequence[nn.Parameter]) -> Iterator[Non
         torch._foreach_add_(sums, new_gradients)
 
 
-def _ignore_event(event: Event) -> None:
-    pass
-
-
 @dataclass
 class MemoryLimits:
     """How much fits at once, in tokens with padding: of an update, of a pass without gradients, and of the KV cache. 0:
@@ -111,7 +107,7 @@ class MemoryLimits:
     cache_tokens: int = 0
     num_ooms: int = 0
     budget_bytes: int = 0
-    emit: Emit = field(default=_ignore_event, repr=False)
+    emit: Emit = field(default=ignore_event, repr=False)
     message_prefix: str = ""
     _oldest_graph: tuple[Tensor, Tensor] = field(init=False, repr=False, compare=False)
 

@@ -10,7 +10,7 @@ from lowrank_tune.assembly.reward_model import REWARD_ROLE, reward_model_base
 from lowrank_tune.assembly.stacks import frozen_adapters
 from lowrank_tune.config.base import Finding
 from lowrank_tune.errors import UserError
-from lowrank_tune.events import Event
+from lowrank_tune.events import ignore_event
 from lowrank_tune.model.adapters import SavedAdapter, read_adapter
 from lowrank_tune.preflight.findings import findings_of
 from lowrank_tune.preflight.stages import PlannedStage
@@ -60,11 +60,7 @@ def read_saved_adapter(stage: PlannedStage, name: str) -> SavedAdapter:
 def _check_stack(stage: PlannedStage, saved: dict[str, SavedAdapter]) -> None:
     recipe = stage.complete
     if any(adapter.frozen_adapters for adapter in saved.values()):
-        check_adapter_lineage(recipe, saved, _ignore_event)
+        check_adapter_lineage(recipe, saved, ignore_event)
     if REWARD_ROLE in saved and recipe.trained_adapter != REWARD_ROLE:
         frozen = [name for name in frozen_adapters(recipe) if name in saved]
         reward_model_base(saved, frozen)
-
-
-def _ignore_event(event: Event) -> None:
-    """Does nothing. The run emits the event again when it loads its adapters."""

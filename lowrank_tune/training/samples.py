@@ -7,7 +7,7 @@ from lowrank_tune.config import EvaluationConfig
 from lowrank_tune.data import TokenizedDataset
 from lowrank_tune.evaluation.heldout import generate_answers
 from lowrank_tune.evaluation.questions import EvalQuestion, select_questions
-from lowrank_tune.events import Emit, Event, SampleLogged
+from lowrank_tune.events import Emit, SampleLogged, ignore_event
 from lowrank_tune.generation.sampling_params import SamplingParams
 
 
@@ -56,7 +56,7 @@ class SampleLogger:
             self.questions,
             1,
             sampling,
-            _ignore_event,
+            ignore_event,
         )
         for samples in answers:
             answer = samples[0]
@@ -99,7 +99,3 @@ class SampleLogger:
         input_ids = [int(token) for token in row.input_ids]
         start = list(row.completion_mask).index(True)
         return self.built.template.decode(input_ids[:start]), self.built.template.decode(input_ids[start:])
-
-
-def _ignore_event(event: Event) -> None:
-    pass

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from lowrank_tune.events import GroupLogged
-from lowrank_tune.ui.json_fields import as_number, get_mapping
+from lowrank_tune.json_files import as_number, get_mapping
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from lowrank_tune.events import Event, from_json
-from lowrank_tune.ui.json_fields import get_mapping, read_json_object
+from lowrank_tune.json_files import get_mapping, read_json_object
 
 EVENTS = "events.jsonl"
 

@@ -7,9 +7,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from statistics import fmean, median
 
+from lowrank_tune.json_files import get_mapping
 from lowrank_tune.ui.compare.runs import ComparedRun
 from lowrank_tune.ui.formatting import clock, number, percent
-from lowrank_tune.ui.json_fields import get_mapping
 from lowrank_tune.ui.metrics import (
     GENERATIVE_ALGORITHMS,
     POLICY,

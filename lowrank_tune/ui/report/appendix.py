@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 
 from markupsafe import Markup
 
+from lowrank_tune.json_files import get_mapping
 from lowrank_tune.ui.html import render
-from lowrank_tune.ui.json_fields import get_mapping
 from lowrank_tune.ui.report.run_log import RunLog
 
 BASE_FIELDS = ("revision", "bits")

@@ -8,13 +8,13 @@ from typing import Any
 
 from markupsafe import Markup
 
-from lowrank_tune.ui.html import render
-from lowrank_tune.ui.json_fields import (
+from lowrank_tune.json_files import (
     get_list,
     get_mapping,
     get_number,
     get_objects,
 )
+from lowrank_tune.ui.html import render
 from lowrank_tune.ui.report.run_log import RunLog
 from lowrank_tune.ui.svg import length_histogram
 

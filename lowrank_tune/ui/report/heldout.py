@@ -9,9 +9,9 @@ from typing import Any
 from markupsafe import Markup
 
 from lowrank_tune.evaluation.grading import is_exact
+from lowrank_tune.json_files import get_mapping, get_number, get_objects
 from lowrank_tune.ui.formatting import number, percent
 from lowrank_tune.ui.html import render
-from lowrank_tune.ui.json_fields import get_mapping, get_number, get_objects
 from lowrank_tune.ui.metrics import PAIR_ACCURACY, heldout_parts
 from lowrank_tune.ui.report.run_log import ChainLog, RunLog
 

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 
 from markupsafe import Markup
 
+from lowrank_tune.json_files import get_list, get_mapping, get_number
 from lowrank_tune.ui.formatting import format_tick, percent
 from lowrank_tune.ui.html import document, render
-from lowrank_tune.ui.json_fields import get_list, get_mapping, get_number
 from lowrank_tune.ui.metrics import GENERATIVE_ALGORITHMS
 from lowrank_tune.ui.report import evaluations, frontier, groups, pairs
 from lowrank_tune.ui.report.appendix import appendix

@@ -10,14 +10,14 @@ from typing import Any
 
 from markupsafe import Markup
 
-from lowrank_tune.ui.formatting import format_tick, percent
-from lowrank_tune.ui.html import render
-from lowrank_tune.ui.json_fields import (
+from lowrank_tune.json_files import (
     get_list,
     get_mapping,
     get_number,
     get_objects,
 )
+from lowrank_tune.ui.formatting import format_tick, percent
+from lowrank_tune.ui.html import render
 from lowrank_tune.ui.metrics import PAIR_SIDES
 from lowrank_tune.ui.report.plots import (
     histogram_pair,

@@ -19,8 +19,8 @@ from lowrank_tune.events import (
     SampleLogged,
     StepEnd,
 )
+from lowrank_tune.json_files import read_json_object
 from lowrank_tune.ui.groups import Group, read_group
-from lowrank_tune.ui.json_fields import read_json_object, read_text
 from lowrank_tune.ui.metrics import (
     DEFAULT_ALGORITHM,
     POLICY,
@@ -212,10 +212,18 @@ def read_run_log(folder: Path) -> RunLog:
     # otherwise the summary is that of an earlier start
     if summary.get("status") == run_log.status:
         run_log.summary = summary
-    run_log.recipe = read_text(folder / "recipe.yaml")
+    run_log.recipe = _read_text(folder / "recipe.yaml")
     return run_log
 
 
 def _store(statistics: dict[str, StepValues], name: str, step: int, value: Any) -> None:
     if isinstance(value, (int, float)):
         statistics.setdefault(name, {})[step] = float(value)
+
+
+def _read_text(path: Path) -> str:
+    """Returns the text of a file, empty if it cannot be read; invalid UTF-8 is replaced."""
+    try:
+        return path.read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return ""

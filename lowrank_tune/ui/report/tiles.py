@@ -6,13 +6,13 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from lowrank_tune.json_files import get_mapping
 from lowrank_tune.ui.formatting import (
     clock,
     format_large,
     format_tick,
     percent,
 )
-from lowrank_tune.ui.json_fields import get_mapping
 from lowrank_tune.ui.metrics import GENERATIVE_ALGORITHMS
 from lowrank_tune.ui.report.heldout import (
     StageStats,

@@ -7,9 +7,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from lowrank_tune.json_files import get_list, get_mapping, get_objects
 from lowrank_tune.ui import escape_control_chars
 from lowrank_tune.ui.formatting import clock, format_stats, percent
-from lowrank_tune.ui.json_fields import get_list, get_mapping, get_objects
 from lowrank_tune.ui.terminal.text_layout import fold
 
 LABEL_WIDTH = 11
