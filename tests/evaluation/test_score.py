@@ -377,7 +377,9 @@ def test_ctrl_c_prints_and_writes_the_scores_so_far(place: Path) -> None:
     command = [sys.executable, "-c", start, "score", made, "--file", "r.jsonl", "--out", "o.jsonl"]
     child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment, text=True)
     began = time.monotonic()
-    while not any("rewards/worker.py" in line for line in children(child.pid)) and time.monotonic() - began < 60:
+    while time.monotonic() - began < 60:
+        if any("rewards/workers/worker.py" in line for line in children(child.pid)):
+            break
         time.sleep(0.1)
     time.sleep(4.0)
     child.send_signal(signal.SIGINT)
