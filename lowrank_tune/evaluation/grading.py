@@ -32,6 +32,7 @@ from lowrank_tune.rewards import (
     WorkerPool,
     build_rewards,
     row_rejection_reason,
+    weighted_sum,
 )
 from lowrank_tune.rewards.reward_model import RewardModel
 from lowrank_tune.rewards.verdicts import is_correct
@@ -119,16 +120,12 @@ def all_verifiers_pass(scores: Sequence[Score]) -> bool | None:
     return True
 
 
-def weighted_sum(weighted: Sequence[WeightedReward], scores: Sequence[Score]) -> float | None:
+def total_reward(weighted: Sequence[WeightedReward], scores: Sequence[Score]) -> float | None:
     """Returns the weighted sum of the scores of an answer; None without rewards, or if one has no value."""
     if not weighted:
         return None
-    values = []
-    for weighted_reward, score in zip(weighted, scores, strict=True):
-        if score.value is None:
-            return None
-        values.append(weighted_reward.weight * score.value)
-    return sum(values)
+    values = [score.value for score in scores]
+    return weighted_sum(values, [reward.weight for reward in weighted])
 
 
 def use_base_model(
@@ -268,7 +265,7 @@ class Grader:
         return replace(
             answer,
             right=right,
-            reward=weighted_sum(self.rewards, scores[: len(self.rewards)]),
+            reward=total_reward(self.rewards, scores[: len(self.rewards)]),
             parts=parts,
             score=scores[-1].value if self._reward_model is not None else None,
             failed=failed,

@@ -33,8 +33,8 @@ from lowrank_tune.errors import UserError
 from lowrank_tune.evaluation.grading import (
     MICRO_TOKENS,
     reward_models_in,
+    total_reward,
     use_base_model,
-    weighted_sum,
 )
 from lowrank_tune.evaluation.progress import ProgressBar
 from lowrank_tune.evaluation.questions import split_row
@@ -109,7 +109,7 @@ class CompletionScores:
             yield {
                 "location": response.location,
                 "number": response.index,
-                "reward": weighted_sum(self.weighted, scores),
+                "reward": total_reward(self.weighted, scores),
                 "rewards": rewards,
             }
 

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from lowrank_tune import functional
 from lowrank_tune.rewards.base import Reward, RewardInput, Score, ValidatesRows
 from lowrank_tune.rewards.user_function import UserFunctionReward
 
@@ -44,18 +45,10 @@ def weighted_sum(values: Sequence[float | None], weights: Sequence[float]) -> fl
     give NaN or an infinite sum, as in float arithmetic. The sum of no rewards is 0. Raises ValueError if the numbers of
     values and weights differ.
     """
-    terms = [
-        weight * value
-        for value, weight in zip(
-            values,
-            weights,
-            strict=True,
-        )
-        if value is not None
-    ]
-    if len(terms) < len(values):
+    present = [value for value in values if value is not None]
+    if len(present) < len(values):
         return None
-    return sum(terms)
+    return functional.weighted_sum(present, weights)
 
 
 def row_rejection_reason(weighted: Sequence[WeightedReward], item: RewardInput) -> str | None:
