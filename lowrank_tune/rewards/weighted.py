@@ -45,6 +45,8 @@ def weighted_sum(values: Sequence[float | None], weights: Sequence[float]) -> fl
     give NaN or an infinite sum, as in float arithmetic. The sum of no rewards is 0. Raises ValueError if the numbers of
     values and weights differ.
     """
+    if len(values) != len(weights):
+        raise ValueError(f"{len(values)} values, but {len(weights)} weights")
     present = [value for value in values if value is not None]
     if len(present) < len(values):
         return None
