@@ -86,7 +86,6 @@ class LiveScreen:
             keys=self.keyboard.descriptor is not None,
         )
         self.cost = 0.0
-        self.frames = 0
         # reentrant, because a signal may interrupt the thread that holds it
         self._lock = threading.RLock()
         self._is_shown = False
@@ -176,7 +175,6 @@ class LiveScreen:
         view = replace(self.view, now=time.time())
         self.terminal.show(self.draw(view, width, height))
         self.cost = time.thread_time() - started
-        self.frames += 1
 
     def _press(self, key: str) -> None:
         before = self.view
