@@ -1,5 +1,4 @@
-"""A conversation with what a run trained: `lowrank-tune chat RUN|MODEL`. Adapters on, off, or both, over one base in
-memory."""
+"""`lowrank-tune chat RUN|MODEL`: a conversation with the base, the tuned model, or both, over one base in memory."""
 
 from __future__ import annotations
 
@@ -35,10 +34,10 @@ def chat(
     bits: int | None = None,
     base: str | None = None,
 ) -> None:
-    """Opens a RUN or MODEL and talks to whoever types, until the end of the input. `system_prompt` None is the run's
-    own, an empty one is none.
+    """Loads a run or model and runs a chat session until the end of the input.
 
-    Raises UserError, and KeyboardInterrupt where it was interrupted and nobody types.
+    `system_prompt` None is the run's own system prompt, an empty text is none. Raises UserError, and KeyboardInterrupt
+    if a session without a terminal is interrupted.
     """
     logger = LineLogger(sys.stderr)
     try:
@@ -64,12 +63,10 @@ def _greeting(session: ChatSession) -> str:
         sampling = "greedy, as in evaluation"
     else:
         sampling = f"temperature {session.options.temperature:g}"
+    system = ""
     if session.conversation.system_prompt:
         system = ", with a system prompt (/system shows it)"
-    else:
-        system = ""
+    choice = ""
     if session.chat_model.tuned:
-        other = "/base, /tuned and /both choose who answers, "
-    else:
-        other = ""
-    return f"{variants} will answer, {sampling}{system}\n{other}/help lists all commands, Ctrl-D ends"
+        choice = "/base, /tuned and /both choose who answers, "
+    return f"{variants} will answer, {sampling}{system}\n{choice}/help lists all commands, Ctrl-D ends"

@@ -1,4 +1,4 @@
-"""Who speaks: one base in memory, with the adapters off or on, and an answer as it is drawn."""
+"""The loaded model of a chat, with adapters off or on, and an answer as a stream of text."""
 
 from __future__ import annotations
 
@@ -23,8 +23,10 @@ ROLE: dict[Variant, str] = {"base": "base", "tuned": "policy"}
 
 @dataclass(frozen=True)
 class ChatModel:
-    """A base with its roles. `tuned`: there are adapters. `positions`: tokens that the base can read, None where it
-    names no limit."""
+    """A base with its roles.
+
+    `tuned` is True if there are adapters; `positions` is the context length of the base, None without a limit.
+    """
 
     roles: Roles
     template: ChatTemplate
@@ -40,11 +42,10 @@ class ChatModel:
 
 
 class AnswerStream:
-    """One answer while it is drawn. Iterate for its pieces, an empty one where a token completes none; `close` stops
-    it.
+    """One answer as a stream of text: iterating yields a piece for each token, which can be empty; `close` stops it.
 
-    `finish_reason` is `stop`, `length`, `turn` (the text began another turn), or empty while it runs and when it was
-    stopped. `text` is what was said so far.
+    `finish_reason` is `stop`, `length`, `turn` (the text began another turn), or empty while the answer runs and after
+    it was stopped. `text` is the text so far.
     """
 
     def __init__(
@@ -85,7 +86,7 @@ class AnswerStream:
             self.close()
 
     def close(self) -> None:
-        """Ends it where it is. Safe to call twice."""
+        """Stops the answer. Can be called twice."""
         self._stream.close()
 
     @property
@@ -94,5 +95,5 @@ class AnswerStream:
 
     @property
     def ended(self) -> bool:
-        """Whether it came to an end of its own."""
+        """Whether the model ended the answer itself."""
         return self.finish_reason in ("stop", "turn")

@@ -1,4 +1,4 @@
-"""What a line that begins with a slash means."""
+"""Slash commands of a chat."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ HELP = {
     "/tuned": "[QUESTION] answers come with the adapters on",
     "/both": "[QUESTION] both answer, side by side where the terminal has 100 columns",
     "/system": "[TEXT|off] show, set or remove the system prompt",
-    "/set": "[NAME VALUE] show or change how answers are drawn: temperature, top_p, top_k, min_p, max_new_tokens, seed",
+    "/set": "[NAME VALUE] show or change the sampling options: temperature, top_p, top_k, min_p, max_new_tokens, seed",
     "/retry": "ask the last question again",
     "/undo": "take back the last question and its answers",
-    "/reset": "forget the conversation",
+    "/reset": "delete the conversation",
     "/save": "FILE [base|tuned] add the conversation to FILE as a training row (JSON lines, `messages`)",
     "/help": "this list",
     "/quit": "end, as Ctrl-D does; Ctrl-C stops an answer",
@@ -26,15 +26,17 @@ COMMANDS_WITHOUT_ARGUMENT = ("/retry", "/undo", "/reset", "/help", "/quit")
 
 @dataclass(frozen=True)
 class Command:
-    """A command's name, and what stands behind it."""
+    """A command's name, and the rest of the line."""
 
     name: str
     rest: str
 
 
 def parse(line: str) -> Command | str:
-    """A command, or the question that a line is: two slashes at its beginning stand for one. Raises UserError for an
-    unknown command."""
+    """Returns the command or the question in a line.
+
+    A question that begins with a slash is written with two. Raises UserError for an unknown command.
+    """
     text = line.strip()
     if not text.startswith("/"):
         return text
@@ -50,12 +52,12 @@ def parse(line: str) -> Command | str:
             f"written //..."
         )
     if rest and name in COMMANDS_WITHOUT_ARGUMENT:
-        raise UserError(f"{name} takes nothing behind it")
+        raise UserError(f"{name} takes no argument")
     return Command(name, rest)
 
 
 def help_lines() -> list[str]:
-    """One line a command."""
+    """Returns one line for each command."""
     formatted = []
     for name, words in HELP.items():
         takes, rest = re.fullmatch(r"((?:\[[^\]]*\] |[A-Z]+ )*)(.*)", words).groups()  # type: ignore[union-attr]

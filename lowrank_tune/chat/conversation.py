@@ -1,5 +1,4 @@
-"""A conversation in which two variants may answer: what was asked, what each said, what the model hears of it, and the
-rows that it leaves."""
+"""A conversation with answers of two variants: exchanges, the prompt for a variant, and training rows made of it."""
 
 from __future__ import annotations
 
@@ -17,7 +16,7 @@ SUFFIXES = (".jsonl", ".ndjson")
 
 @dataclass(frozen=True)
 class ChatAnswer:
-    """What a variant said, and whether it came to an end of its own."""
+    """The answer of a variant, and whether the model ended it itself."""
 
     text: str
     ended: bool
@@ -25,21 +24,20 @@ class ChatAnswer:
 
 @dataclass
 class Exchange:
-    """A question and its answers by variant; `attempt` counts how often it was asked."""
+    """A question and its answers by variant; `attempt` is the number of retries."""
 
     question: str
     answers: dict[str, ChatAnswer] = field(default_factory=dict)
     attempt: int = 0
 
     def answer_for(self, variant: str) -> ChatAnswer:
-        """The variant's own answer; the other one's where it was not asked."""
+        """Returns the variant's own answer, or the other one's without its own."""
         return self.answers.get(variant) or next(iter(self.answers.values()))
 
 
 @dataclass(frozen=True)
 class TruncatedConversation:
-    """What the model reads: ids, how many of the oldest exchanges are not among them, and how many tokens an answer may
-    have."""
+    """A prompt: its ids, the number of oldest exchanges that are left out, and the maximum length of the answer."""
 
     input_ids: list[int]
     forgotten: int
@@ -48,17 +46,16 @@ class TruncatedConversation:
 
 @dataclass
 class Conversation:
-    """The whole conversation. Each variant reads its own answers, and the other's only where it has none."""
+    """The conversation. A variant reads its own answers, and those of the other one for questions without its own."""
 
     system_prompt: str | None = None
     exchanges: list[Exchange] = field(default_factory=list)
 
     def messages(self, variant: str, start_index: int = 0, end: int | None = None) -> list[Message]:
-        """The answered exchanges from `start_index` to before `end`, behind the system prompt."""
+        """Returns the system prompt and the answered exchanges from `start_index` to before `end`."""
+        history: list[Message] = []
         if self.system_prompt:
-            history = [Message("system", self.system_prompt)]
-        else:
-            history = []
+            history.append(Message("system", self.system_prompt))
         for exchange in self.exchanges[start_index:end]:
             history += [Message("user", exchange.question), Message("assistant", exchange.answer_for(variant).text)]
         return history
@@ -72,9 +69,11 @@ class Conversation:
         positions: int | None,
         max_new_tokens: int,
     ) -> TruncatedConversation:
-        """Exchange `number`'s prompt. Where the base has too few positions, the oldest exchanges are left out until an
-        answer of `max_new_tokens` has room, or one of a quarter of all positions. Raises UserError where the question
-        alone is too long."""
+        """Returns the prompt of exchange `number`.
+
+        If the context of the base is too short, the oldest exchanges are left out until an answer of `max_new_tokens`
+        has room, or of a quarter of the context. Raises UserError if the question alone is too long.
+        """
         if positions is None:
             needed = max_new_tokens
         else:
@@ -85,20 +84,21 @@ class Conversation:
             if room >= needed:
                 break
         if room < 1:
-            raise UserError(
-                f"this takes {len(ids):,} tokens and the base reads at most {positions:,}: shorten the question"
-                + (" or the system prompt" if self.system_prompt else "")
-            )
+            parts = "the question or the system prompt" if self.system_prompt else "the question"
+            raise UserError(f"this takes {len(ids):,} tokens and the base reads at most {positions:,}: shorten {parts}")
         return TruncatedConversation(ids, start, min(max_new_tokens, room))
 
     def row(self, variant: str) -> tuple[list[Message], int]:
-        """The conversation as the variant had it, up to the first answer that was cut off (a row would teach to stop
-        there) or is empty, and how many exchanges are left out."""
-        count = len(self.exchanges)
-        whole = next(
-            (number for number in range(count) if not _is_trainable(self.exchanges[number].answer_for(variant))), count
-        )
-        return self.messages(variant, 0, whole), count - whole
+        """Returns the conversation of a variant as a training row, and the number of exchanges that are left out.
+
+        The row ends before the first answer that is empty or was cut off: it would train the model to stop there.
+        """
+        complete = 0
+        for exchange in self.exchanges:
+            if not _is_trainable(exchange.answer_for(variant)):
+                break
+            complete += 1
+        return self.messages(variant, 0, complete), len(self.exchanges) - complete
 
 
 def _is_trainable(answer: ChatAnswer) -> bool:
@@ -106,13 +106,11 @@ def _is_trainable(answer: ChatAnswer) -> bool:
 
 
 def append_row(file: Path, messages: Sequence[Message]) -> None:
-    """Adds a row of the shape `messages` to a file of JSON lines, new or not. Raises UserError; then the file is as it
-    was."""
+    """Appends a row of the format `messages` to a JSON lines file. Raises UserError and leaves the file unchanged."""
     if file.suffix.lower() not in SUFFIXES:
         raise UserError(f"{file}: rows are written as JSON lines; name it {file.name or 'chat'}.jsonl")
-    line = json.dumps(
-        {"messages": [{"role": message.role, "content": message.content} for message in messages]}, ensure_ascii=False
-    )
+    row = [{"role": message.role, "content": message.content} for message in messages]
+    line = json.dumps({"messages": row}, ensure_ascii=False)
     try:
         separator = _missing_newline(file)
         with file.open("ab") as opened:
@@ -122,7 +120,7 @@ def append_row(file: Path, messages: Sequence[Message]) -> None:
 
 
 def _missing_newline(file: Path) -> str:
-    """What must stand before the next line. Raises UserError for a file of something else."""
+    """Returns the line break that the file lacks at its end. Raises UserError if it is not a JSON lines file."""
     if not file.exists():
         return ""
     with file.open("rb") as opened:
@@ -135,5 +133,5 @@ def _missing_newline(file: Path) -> str:
         if first.strip() and not isinstance(json.loads(first), dict):
             raise ValueError
     except ValueError as error:
-        raise UserError(f"{file}: is there already and holds no JSON lines; name another file") from error
+        raise UserError(f"{file}: exists and is not a JSON lines file; name another file") from error
     return "" if last in (b"", b"\n") else "\n"

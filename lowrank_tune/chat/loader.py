@@ -1,4 +1,4 @@
-"""A target, loaded: the base it was trained over, checked tensor by tensor, and the adapters on it."""
+"""Loading of a chat target: its base, compared tensor by tensor with the trained one, and its adapters."""
 
 from __future__ import annotations
 
@@ -31,65 +31,81 @@ def load_chat_model(
     device: torch.device | None = None,
     max_new_tokens: int = 0,
 ) -> ChatModel:
-    """RUN or MODEL, ready to speak. `bits` and `base` are for what does not say: a model, an adapter, a base that was
-    moved. Where no run stores its rotary frequencies, an answer of `max_new_tokens` selects them.
+    """Loads a run, a checkpoint, an adapter or a model.
 
-    Raises UserError: no such thing, a reward model, a base that is gone or is not the one that was trained over.
+    `bits` and `base` set what the target does not: for a model, an adapter, or a base that was moved. Without a run the
+    rotary factors are those of an answer of `max_new_tokens`.
+
+    Raises UserError if there is no such target, for a reward model, and for a base that is missing or is not the one
+    that was trained over.
     """
     target = resolve_target(name)
     saved = _adapters(target, emit)
     base_config = _base(target, saved, bits, base)
-    emit(LogMessage(message=target.description if target.model else f"{target.description}; over {base_config.model}"))
+    description = target.description
+    if not target.model:
+        description += f"; over {base_config.model}"
+    emit(LogMessage(message=description))
     try:
-        if target.run is not None:
-            template_date = target.run.recipe.data.template_date
-        else:
-            template_date = None
-        template = _template(base_config, target.adapter, template_date, emit)
-        factors = _rope_factors(target, base_config, max_new_tokens)
-        emit(Progress(description=f"loading {base_config.model}", done=0, total=1))
-        loaded = load_base(base_config, template.tokenizer, device, rope_factors=factors)
-        emit(Progress(description=f"loading {base_config.model}", done=1, total=1))
+        loaded, template = _load_base(target, base_config, device, max_new_tokens, emit)
     except UserError as error:
         if target.model:
             raise
         raise UserError(f"{name}: its base cannot be loaded; --base names another place for it. {error}") from error
     except torch.OutOfMemoryError as error:
-        raise OutOfMemory(
-            f"out of memory while {base_config.model} was loaded: {str(error).splitlines()[0]}"
-        ) from error
+        reason = str(error).splitlines()[0]
+        raise OutOfMemory(f"out of memory while {base_config.model} was loaded: {reason}") from error
     if target.run is not None:
         _check(target.run, loaded, emit)
-    # Roles need an adapter, and a model alone has none: a fresh one that no stack holds is never heard.
-    if saved:
-        roles = roles_of(saved, loaded)
-    else:
-        roles = Roles(
-            loaded,
-            {"unheard": lora_config(AdapterConfig(r=1), loaded.model)},
-            trainable=[],
-            stacks={"policy": []},
-        )
     emit(LogMessage(message=template.describe()))
     if loaded.rope is not None:
         emit(LogMessage(message=loaded.rope.describe()))
-    positions = loaded.max_row_length or getattr(loaded.model.config.get_text_config(), "max_position_embeddings", None)
-    if target.run is not None:
-        system = target.run.recipe.data.system_prompt
-    else:
-        system = None
     return ChatModel(
-        roles,
-        template,
-        loaded.end_ids | template.end_ids,
-        positions if isinstance(positions, int) else None,
-        bool(saved),
-        system,
+        roles=_roles(saved, loaded),
+        template=template,
+        stop_ids=loaded.end_ids | template.end_ids,
+        positions=_context_length(loaded),
+        tuned=bool(saved),
+        system_prompt=target.run.recipe.data.system_prompt if target.run is not None else None,
     )
 
 
+def _load_base(
+    target: ChatTarget,
+    base_config: BaseConfig,
+    device: torch.device | None,
+    max_new_tokens: int,
+    emit: Emit,
+) -> tuple[Base, ChatTemplate]:
+    template_date = None
+    if target.run is not None:
+        template_date = target.run.recipe.data.template_date
+    template = _template(base_config, target.adapter, template_date, emit)
+    factors = _rope_factors(target, base_config, max_new_tokens)
+    emit(Progress(description=f"loading {base_config.model}", done=0, total=1))
+    base = load_base(base_config, template.tokenizer, device, rope_factors=factors)
+    emit(Progress(description=f"loading {base_config.model}", done=1, total=1))
+    return base, template
+
+
+def _roles(saved: Mapping[str, SavedAdapter], base: Base) -> Roles:
+    """Returns the roles `base` and `policy`. For a model without adapters both are the base."""
+    if saved:
+        return roles_of(saved, base)
+    # PEFT needs an adapter: a new one that is in no stack has no effect
+    unused = {"unused": lora_config(AdapterConfig(r=1), base.model)}
+    return Roles(base, unused, trainable=[], stacks={"policy": []})
+
+
+def _context_length(base: Base) -> int | None:
+    length = base.max_row_length
+    if not length:
+        length = getattr(base.model.config.get_text_config(), "max_position_embeddings", None)
+    return length if isinstance(length, int) else None
+
+
 def _adapters(target: ChatTarget, emit: Emit) -> Mapping[str, SavedAdapter]:
-    """The adapters that together are the tuned variant, lowest first."""
+    """Returns the adapters of the tuned variant, lowest first."""
     if target.adapter is not None:
         return adapters_at(target.adapter, str(target.adapter))
     if target.run is None:
@@ -97,11 +113,11 @@ def _adapters(target: ChatTarget, emit: Emit) -> Mapping[str, SavedAdapter]:
     if target.checkpoint is None:
         return adapters_in(target.run)
     recipe = target.run.recipe
-    frozen = {
-        name: read_adapter(str(adapter_config.path), f"adapters.{name}.path")
-        for name, adapter_config in recipe.adapters.items()
-        if name not in (recipe.trained_adapter, *recipe.extra_adapters, "reward")
-    }
+    not_in_stack = (recipe.trained_adapter, *recipe.extra_adapters, "reward")
+    frozen: dict[str, SavedAdapter] = {}
+    for name, adapter_config in recipe.adapters.items():
+        if name not in not_in_stack:
+            frozen[name] = read_adapter(str(adapter_config.path), f"adapters.{name}.path")
     check_adapter_lineage(recipe, frozen, emit)
     return {**frozen, recipe.trained_adapter: read_adapter(str(target.checkpoint), str(target.checkpoint))}
 
@@ -112,7 +128,7 @@ def _base(
     bits: int | None,
     base: str | None,
 ) -> BaseConfig:
-    """Which base to load. Raises UserError."""
+    """Returns the base to load. Raises UserError if the options contradict the target."""
     if target.model is not None:
         if base is not None:
             raise UserError(f"--base: {target.model} is a model itself; --base is for runs and adapters")
@@ -121,32 +137,28 @@ def _base(
         base_config = target.run.base
         if bits not in (None, base_config.bits):
             raise UserError(
-                f"--bits: {target.run.path} was trained over {base_config.bits} bits, and over others it answers "
-                "differently"
+                f"--bits: {target.run.path} was trained over {base_config.bits} bits; other bits give other answers"
             )
         if base:
             return base_config.model_copy(update={"model": base})
         return base_config
     top = list(saved_adapters.values())[-1]
     if base is None and not top.base_name:
-        raise UserError(f"{target.adapter} does not say over which base it was trained: name it with --base")
+        raise UserError(f"{target.adapter} does not name the base that it was trained over: name it with --base")
     revision = top.config.revision
-    if revision and "@" not in str(top.base_name):
-        pinned = f"{top.base_name}@{revision}"
-    else:
-        pinned = str(top.base_name)
+    pinned = str(top.base_name)
+    if revision and "@" not in pinned:
+        pinned = f"{pinned}@{revision}"
     return BaseConfig(model=base or pinned, bits=16 if bits == 16 else 4)
 
 
 def _rope_factors(target: ChatTarget, base_config: BaseConfig, max_new_tokens: int) -> RopeFactors:
-    """The factors that it was trained with; where that is not known, those for an answer and at least one token before
-    it."""
+    """Returns the rotary factors of the training, or else those for an answer and at least one token before it."""
     if target.run is not None:
         return target.run.rope_factors
+    trained = None
     if target.adapter is not None:
         trained = adapter_rope_factors(str(target.adapter))
-    else:
-        trained = None
     return trained or select_factors(load_config(base_config), max_new_tokens + 1)
 
 
@@ -166,23 +178,16 @@ def _template(base_config: BaseConfig, adapter: Path | None, template_date: str 
 
 
 def _check(run: FinishedRun, base: Base, emit: Emit) -> None:
-    """Compares the base with the one that was trained over, where that can be. Raises UserError where it is another
-    one."""
+    """Compares the base with the trained one, if that is possible. Raises UserError if they differ."""
+    device = base.device.type
     if not run.facts.get("tensors"):
-        emit(
-            LogMessage(
-                level="warning",
-                message=f"{run.path} holds no hashes of its base: nothing tells whether this is the one",
-            )
+        message = f"{run.path} has no hashes of its base, so this base cannot be compared with the trained one"
+        emit(LogMessage(level="warning", message=message))
+    elif run.facts.get("device", device) != device:
+        message = (
+            f"{run.path} was trained on {run.facts['device']}, and this is {device}: its 4-bit base cannot be compared "
+            "with the trained one"
         )
-    elif run.facts.get("device", base.device.type) != base.device.type:
-        emit(
-            LogMessage(
-                level="warning",
-                message=f"{run.path} was trained on {run.facts['device']}, and this is {base.device.type}: its 4-bit "
-                f"base "
-                "cannot be compared with the one that was trained over",
-            )
-        )
+        emit(LogMessage(level="warning", message=message))
     else:
         check_base(run, base)

@@ -1,4 +1,4 @@
-"""How answers are drawn: the settings of a chat, from flags and from `/set`."""
+"""Sampling options of a chat, from command line options and from `/set`."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from lowrank_tune.errors import UserError, did_you_mean
 from lowrank_tune.generation.sampling_params import SamplingParams
 
 BOUNDS: dict[str, tuple[float, float, str]] = {
-    "temperature": (0.0, 100.0, "0 for the likeliest answer, or more"),
+    "temperature": (0.0, 100.0, "0 for greedy decoding, or more"),
     "top_p": (0.0, 1.0, "above 0, up to 1"),
     "top_k": (0, 10**9, "0 for all tokens, or a number of them"),
     "min_p": (0.0, 1.0, "from 0 to 1"),
@@ -20,8 +20,7 @@ BOUNDS: dict[str, tuple[float, float, str]] = {
 
 @dataclass(frozen=True)
 class SamplingOptions:
-    """The default is greedy, as held-out questions are asked while a run trains. Raises UserError for values out of
-    bounds."""
+    """The default is greedy, as for held-out questions in training. Raises UserError for values out of bounds."""
 
     temperature: float = 0.0
     top_p: float = 1.0
@@ -34,10 +33,10 @@ class SamplingOptions:
         for name, (low, high, words) in BOUNDS.items():
             value = getattr(self, name)
             if not (math.isfinite(value) and low <= value <= high) or (name == "top_p" and value == 0):
-                raise UserError(f"{name}: {value} cannot be; {words}")
+                raise UserError(f"{name}: {value} is not possible; {words}")
 
     def with_value(self, name: str, value: str) -> SamplingOptions:
-        """With one of them as a person wrote it. Raises UserError."""
+        """Returns options with one value changed, given as text. Raises UserError."""
         names = {field.name for field in fields(self)}
         name = name.replace("-", "_").strip()
         if name not in names:
@@ -48,19 +47,20 @@ class SamplingOptions:
         try:
             return replace(self, **{name: kind(value)})
         except (ValueError, OverflowError) as error:
-            raise UserError(
-                f"{name}: {value!r} is no {'number' if kind is float else 'whole number'}; {BOUNDS[name][2]}"
-            ) from error
+            expected = "a number" if kind is float else "a whole number"
+            raise UserError(f"{name}: {value!r} is not {expected}; {BOUNDS[name][2]}") from error
 
     def sampling(self, stop_ids: frozenset[int], limit: int, seed: int) -> SamplingParams:
-        """For one answer of at most `limit` tokens."""
+        """Returns the parameters of one answer of at most `limit` tokens."""
         return SamplingParams(limit, stop_ids, self.temperature, seed, self.top_k, self.top_p, self.min_p)
 
     def describe(self, name: str) -> str:
-        """A setting, and what must be known of it."""
+        """Returns an option with its value, and whether it has an effect."""
         name = name.replace("-", "_")
-        useless = self.temperature == 0 and name in ("top_p", "top_k", "min_p", "seed")
-        return f"{name} = {self._format_value(name)}" + ("; at temperature 0 it changes nothing" if useless else "")
+        note = ""
+        if self.temperature == 0 and name in ("top_p", "top_k", "min_p", "seed"):
+            note = "; at temperature 0 it changes nothing"
+        return f"{name} = {self._format_value(name)}{note}"
 
     def _format_value(self, name: str) -> str:
         value = getattr(self, name)
@@ -69,5 +69,5 @@ class SamplingOptions:
         return str(value)
 
     def lines(self) -> list[str]:
-        """Each with what it may be."""
+        """Returns one line for each option, with its possible values."""
         return [f"{name} = {self._format_value(name)}  ({words})" for name, (_, _, words) in BOUNDS.items()]

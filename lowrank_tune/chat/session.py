@@ -1,4 +1,4 @@
-"""A conversation with whoever types: questions are answered by one variant or by both, commands are obeyed."""
+"""A chat session: reads lines, answers questions with one variant or both, runs slash commands."""
 
 from __future__ import annotations
 
@@ -18,13 +18,15 @@ from lowrank_tune.errors import UserError
 from lowrank_tune.functional import step_seed
 from lowrank_tune.ui.terminal.chat_screen import AnswerView, ChatScreen
 
-FORCE_QUIT_PRESSES = 3  # times that Ctrl-C is pressed during one answer
+# Ctrl-C presses during one answer that end the program
+FORCE_QUIT_PRESSES = 3
 
 
 class ChatSession:
-    """`run` reads until the end. At a terminal a fault is told and the talk goes on; elsewhere it ends with it.
+    """A session over a loaded model; `run` reads until the end of the input.
 
-    Ctrl-C stops an answer between two tokens, where nothing is half done.
+    At a terminal an error is printed and the session continues; without one it ends the session. Ctrl-C stops an answer
+    between two tokens.
     """
 
     def __init__(
@@ -38,14 +40,20 @@ class ChatSession:
         self.chat_model = chat_model
         self.screen = screen
         self.options = options
-        self.conversation, self.variants = Conversation(), self._parse_variants(variant)
+        self.conversation = Conversation()
+        self.variants = self._parse_variants(variant)
+        # exchanges that no longer fit the context, by variant
         self._forgotten: dict[Variant, int] = {}
-        self._presses = 0  # of Ctrl-C, since the last line was read
+        # Ctrl-C presses since the last line was read
+        self._presses = 0
         self._set_system(system_prompt)
 
     def run(self) -> None:
-        """Raises UserError where nobody types, KeyboardInterrupt where an answer was to be stopped there, or again and
-        again."""
+        """Reads and handles lines.
+
+        Without a terminal, raises UserError, and KeyboardInterrupt if an answer is interrupted. At a terminal, raises
+        KeyboardInterrupt after repeated Ctrl-C.
+        """
         while True:
             try:
                 line = self._read()
@@ -60,7 +68,7 @@ class ChatSession:
                 self.screen.note(str(error), "warning")
 
     def _read(self) -> str | None:
-        """A line; None at the end. Ctrl-C at an empty prompt says how to leave."""
+        """Returns a line, None at the end of the input. Ctrl-C at an empty prompt prints how to quit."""
         while True:
             try:
                 line = self.screen.input.read()
@@ -75,7 +83,7 @@ class ChatSession:
 
     @contextmanager
     def _stoppable(self) -> Iterator[None]:
-        """While a line is obeyed, Ctrl-C is only counted. The third one ends the program: something hangs."""
+        """Counts Ctrl-C while a line is handled. The third one ends the program, because something hangs."""
 
         def count(number: int, frame: object) -> None:
             self._presses += 1
@@ -84,7 +92,8 @@ class ChatSession:
 
         self._presses = 0
         if threading.current_thread() is not threading.main_thread():
-            yield  # only the main thread may handle signals
+            # only the main thread may handle signals
+            yield
             return
         before = signal.signal(signal.SIGINT, count)
         try:
@@ -93,7 +102,7 @@ class ChatSession:
             signal.signal(signal.SIGINT, before)
 
     def handle_line(self, line: str) -> bool:
-        """A question or a command; False where it was to quit. Raises UserError."""
+        """Handles a question or a command. Returns False for /quit. Raises UserError."""
         command = parse(line)
         if isinstance(command, str):
             self.ask(command)
@@ -106,27 +115,36 @@ class ChatSession:
     def _run_command(self, command: Command) -> None:
         name = command.name
         rest = command.rest
-        if name in ("/base", "/tuned", "/both"):
-            self.variants = self._parse_variants(name[1:])
-            if rest:
-                self.ask(rest)
-            else:
-                self.screen.note(
-                    f"answers come from {' and '.join(_VARIANT_LABELS[variant] for variant in self.variants)}"
-                )
-        elif name == "/system":
-            self._system(rest)
-        elif name == "/set":
-            self._set(rest)
-        elif name == "/retry":
-            self._retry()
-        elif name == "/save":
-            self._save(rest)
+        match name:
+            case "/base" | "/tuned" | "/both":
+                self._select_variants(name[1:], rest)
+            case "/system":
+                self._system(rest)
+            case "/set":
+                self._set(rest)
+            case "/retry":
+                self._retry()
+            case "/undo":
+                self._undo()
+            case "/reset":
+                self._reset()
+            case "/save":
+                self._save(rest)
+            case "/help":
+                self.screen.note("\n".join(help_lines()))
+            case _:
+                raise AssertionError(f"{name} is not handled")
+
+    def _select_variants(self, name: str, question: str) -> None:
+        self.variants = self._parse_variants(name)
+        if question:
+            self.ask(question)
         else:
-            {"/undo": self._undo, "/reset": self._reset, "/help": self._help}[name]()
+            labels = [_VARIANT_LABELS[variant] for variant in self.variants]
+            self.screen.note(f"answers come from {' and '.join(labels)}")
 
     def ask(self, question: str) -> None:
-        """A new question. Where nothing at all was answered, it is taken back. Raises UserError."""
+        """Answers a new question. A question without any answer is removed again. Raises UserError."""
         exchange = Exchange(question)
         histories = self._truncate_history(len(self.conversation.exchanges), question)
         self.conversation.exchanges.append(exchange)
@@ -137,7 +155,7 @@ class ChatSession:
                 self.conversation.exchanges.pop()
 
     def _truncate_history(self, number: int, question: str) -> dict[Variant, TruncatedConversation]:
-        """What each variant reads; where that is less of the conversation than before, it is said."""
+        """Returns the prompt of each variant, and prints a note if it has fewer exchanges than before."""
         chat_model = self.chat_model
         histories = {
             variant: self.conversation.truncate(
@@ -155,7 +173,7 @@ class ChatSession:
                 who = f" by {variant}" if len(histories) > 1 else ""
                 self.screen.note(
                     f"the conversation has outgrown the base's {chat_model.positions:,} positions: its first "
-                    f"{_pluralize(history.forgotten, 'exchange')} can no longer be heard{who}",
+                    f"{_pluralize(history.forgotten, 'exchange')} can no longer be read{who}",
                     "warning",
                 )
             self._forgotten[variant] = history.forgotten
@@ -163,24 +181,21 @@ class ChatSession:
 
     def _answer(self, exchange: Exchange, histories: dict[Variant, TruncatedConversation]) -> None:
         seed = step_seed(step_seed(self.options.seed, self.conversation.exchanges.index(exchange)), exchange.attempt)
-        streams = [
-            AnswerStream(
-                self.chat_model,
-                variant,
-                one.input_ids,
-                self.options.sampling(self.chat_model.stop_ids, one.limit, seed),
-            )
-            for variant, one in histories.items()
-        ]
-        view = self.screen.answers([one.variant for one in streams])
+        streams: list[AnswerStream] = []
+        for variant, history in histories.items():
+            sampling = self.options.sampling(self.chat_model.stop_ids, history.limit, seed)
+            streams.append(AnswerStream(self.chat_model, variant, history.input_ids, sampling))
+        view = self.screen.answers([stream.variant for stream in streams])
+        # side by side, or one after the other
+        batches = [streams] if view.together else [[stream] for stream in streams]
         with self.screen.without_echo():
             try:
-                for batch in [streams] if view.together else [[one] for one in streams]:
+                for batch in batches:
                     if not self._presses:
                         self._stream(batch, streams, view, exchange)
             finally:
-                for one in streams:
-                    one.close()
+                for stream in streams:
+                    stream.close()
         if self._presses and not self.screen.live:
             raise KeyboardInterrupt
 
@@ -191,7 +206,7 @@ class ChatSession:
         view: AnswerView,
         exchange: Exchange,
     ) -> None:
-        """Token by token, in turn, until all have ended or it is stopped. What was said counts, however it ended."""
+        """Streams answers token by token, in turn, until all end or Ctrl-C. A stopped answer keeps its text."""
         running = {streams.index(stream): iter(stream) for stream in batch}
         while running and not self._presses:
             for number, pieces in list(running.items()):
@@ -214,7 +229,7 @@ class ChatSession:
     def _parse_variants(self, name: str) -> list[Variant]:
         if name != "base" and not self.chat_model.tuned:
             raise UserError(
-                "there are no adapters here, so only the base can answer: open a run to hear what it learned"
+                "there are no adapters here, so only the base can answer: open a run for the answers of a tuned model"
             )
         if name == "both":
             return ["base", "tuned"]
@@ -223,19 +238,17 @@ class ChatSession:
     def _system(self, rest: str) -> None:
         if rest:
             self._set_system(None if rest == "off" else rest)
-        self.screen.note(
-            f"system prompt: {self.conversation.system_prompt}"
-            if self.conversation.system_prompt
-            else "no system prompt"
-        )
+        if self.conversation.system_prompt:
+            self.screen.note(f"system prompt: {self.conversation.system_prompt}")
+        else:
+            self.screen.note("no system prompt")
 
     def _set_system(self, text: str | None) -> None:
-        if (
-            text
-            and (reason := self.chat_model.template.validate_messages([Message("system", text), Message("user", "?")]))
-            is not None
-        ):
-            raise UserError(f"this system prompt cannot be used with this base: {reason}")
+        if text:
+            messages = [Message("system", text), Message("user", "?")]
+            reason = self.chat_model.template.validate_messages(messages)
+            if reason is not None:
+                raise UserError(f"this system prompt cannot be used with this base: {reason}")
         self.conversation.system_prompt = text or None
         self._forgotten = {}
 
@@ -258,32 +271,24 @@ class ChatSession:
         before = dict(exchange.answers)
         exchange.attempt += 1
         self._answer(exchange, histories)
-        if self.options.temperature == 0 and any(
-            before.get(variant) == exchange.answers.get(variant) for variant in self.variants
-        ):
+        is_repeated = any(before.get(variant) == exchange.answers.get(variant) for variant in self.variants)
+        if self.options.temperature == 0 and is_repeated:
             self.screen.note(
-                "the same again: at temperature 0 it is always the likeliest answer; `/set temperature 0.8` draws "
-                "others"
+                "the same answer: decoding is greedy at temperature 0; `/set temperature 0.8` samples others"
             )
 
     def _undo(self) -> None:
         if not self.conversation.exchanges:
-            raise UserError("there is nothing to take back")
+            raise UserError("there is no question to remove")
         taken = self.conversation.exchanges.pop()
         self._forgotten = {}
-        self.screen.note(f"taken back: {taken.question}")
+        self.screen.note(f"removed: {taken.question}")
 
     def _reset(self) -> None:
         self.conversation.exchanges.clear()
         self._forgotten = {}
-        self.screen.note(
-            "the conversation is forgotten; the system prompt and the settings stay"
-            if self.conversation.system_prompt
-            else "the conversation is forgotten; the settings stay"
-        )
-
-    def _help(self) -> None:
-        self.screen.note("\n".join(help_lines()))
+        kept = "the system prompt and the settings" if self.conversation.system_prompt else "the settings"
+        self.screen.note(f"the conversation is deleted; {kept} stay")
 
     def _save(self, rest: str) -> None:
         file = rest
@@ -296,21 +301,18 @@ class ChatSession:
             raise UserError("/save needs a file, as in `/save talks.jsonl`")
         messages, left_out = self.conversation.row(variant)
         if not any(message.role == "assistant" for message in messages):
-            if self.conversation.exchanges:
-                why = ": no answer came to an end of its own"
-            else:
-                why = ""
+            why = ": every answer was cut off or stopped" if self.conversation.exchanges else ""
             raise UserError(f"there is nothing to save yet{why}")
         append_row(Path(file).expanduser(), messages)
         saved = len(self.conversation.exchanges) - left_out
+        message = f"{file}: one row more, {_pluralize(saved, 'exchange')} of {variant}"
+        style = "quiet"
         if left_out:
-            why = f"; left out from the first answer on that did not end by itself: {_pluralize(left_out, 'exchange')}"
-        else:
-            why = ""
-        self.screen.note(
-            f"{file}: one row more, {_pluralize(saved, 'exchange')} as {variant} had it{why}",
-            "warning" if left_out else "quiet",
-        )
+            message += (
+                f"; left out from the first answer on that did not end by itself: {_pluralize(left_out, 'exchange')}"
+            )
+            style = "warning"
+        self.screen.note(message, style)
 
 
 _VARIANT_LABELS: dict[Variant, str] = {"base": "the base, adapters off", "tuned": "the base with its adapters"}
@@ -321,11 +323,10 @@ def _pluralize(number: int, noun: str) -> str:
 
 
 def _answer_stats(stream: AnswerStream, max_new_tokens: int) -> tuple[str, bool]:
-    """What there is to say of an answer below it, and whether it is a warning."""
+    """Returns the line below an answer, and whether it is a warning."""
+    pace = _pluralize(stream.tokens, "token")
     if stream.seconds:
-        pace = f"{_pluralize(stream.tokens, 'token')}, {stream.tokens / stream.seconds:.0f}/s"
-    else:
-        pace = _pluralize(stream.tokens, "token")
+        pace += f", {stream.tokens / stream.seconds:.0f}/s"
     if not stream.finish_reason:
         return f"[stopped after {pace}]", False
     if stream.finish_reason == "length":
@@ -335,5 +336,7 @@ def _answer_stats(stream: AnswerStream, max_new_tokens: int) -> tuple[str, bool]
             why = "the base's positions are used up; `/reset` makes room"
         return f"[cut off after {pace}: {why}]", True
     if not stream.text.strip():
-        return "[no words: it ended at once]", True
-    return f"[{pace}{', ended where its text begins another turn' if stream.finish_reason == 'turn' else ''}]", False
+        return "[empty: the answer ended at once]", True
+    if stream.finish_reason == "turn":
+        return f"[{pace}, ended where its text begins another turn]", False
+    return f"[{pace}]", False

@@ -1,14 +1,15 @@
-"""Text as it grows token by token: never half a character, and never the marker with which a base of plain words begins
-another turn."""
+"""Incremental decoding of tokens to text, without incomplete characters and without role markers of another turn."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
 
-REPLACEMENT_CHAR = "\ufffd"  # how tokenizers write bytes that are no character, or not yet one
+# tokenizers decode bytes that are not a complete character to this
+REPLACEMENT_CHAR = "\ufffd"
 ROLE_MARKERS = ("System:", "User:", "Assistant:")
-MARKER_LOOKBACK = 48  # characters in which the beginning of a marker is looked for
+# number of characters at the end of the text that are searched for the beginning of a marker
+MARKER_LOOKBACK = 48
 
 
 class IncrementalDecoder:
@@ -30,15 +31,15 @@ class IncrementalDecoder:
         self.turned = False
         self._is_byte = is_byte
         self._ids: list[int] = []
-        # Tokens from `_context` on are decoded anew each time, for a first token may lose its space; those up to
-        # `_read` have been told.
+        # Tokens from `_context` on are decoded again each time, because a first token may lose its space. The text of
+        # the tokens before `_read` is in `_text`.
         self._context = 0
         self._read = 0
         self._text = ""
         self._emitted = 0
 
     def add(self, token: int) -> str:
-        """The next piece, often an empty one."""
+        """Adds a token and returns the new text, which is often empty."""
         self._ids.append(token)
         if self._is_byte is not None and self._is_byte(token):
             return ""
@@ -50,18 +51,18 @@ class IncrementalDecoder:
         return self._emit_upto(self._stable_prefix())
 
     def flush(self) -> str:
-        """What was held back, once no more tokens come."""
+        """Returns the rest of the text, after the last token."""
         if not self.turned:
-            self._text += self.decode(self._ids[self._context :])[
-                len(self.decode(self._ids[self._context : self._read])) :
-            ]
+            before = self.decode(self._ids[self._context : self._read])
+            now = self.decode(self._ids[self._context :])
+            self._text += now[len(before) :]
             self._context = self._read = len(self._ids)
         end = self._end()
         return self._emit_upto(len(self._text) if end is None else end)
 
     @property
     def text(self) -> str:
-        """What was told so far."""
+        """The text returned so far."""
         return self._text[: self._emitted]
 
     def _emit_upto(self, upto: int) -> str:
@@ -70,7 +71,7 @@ class IncrementalDecoder:
         return piece
 
     def _end(self) -> int | None:
-        """Where another turn begins."""
+        """Returns the length of the text before another turn, None if there is none."""
         match = self.turn.search(self._text) if self.turn is not None else None
         if match is None:
             return None
@@ -78,14 +79,19 @@ class IncrementalDecoder:
         return len(self._text[: match.start()].rstrip())
 
     def _stable_prefix(self) -> int:
-        """How far the text cannot turn out to be the beginning of a marker."""
+        """Returns the length of the text that cannot become a part of a marker with later tokens."""
         if self.turn is None:
             return len(self._text)
-        if (end := self._end()) is not None:
+        end = self._end()
+        if end is not None:
             return end
         tail = self._text[-MARKER_LOOKBACK:]
         for word in ROLE_MARKERS:
             for length in range(len(word) - 1, 0, -1):
-                if tail.endswith(word[:length]) and (match := self.turn.search(tail + word[length:])):
+                if not tail.endswith(word[:length]):
+                    continue
+                match = self.turn.search(tail + word[length:])
+                if match:
                     return len(self._text) - len(tail) + len(tail[: match.start()].rstrip())
-        return len(self._text.rstrip()) if tail else 0  # blank lines may stand before a marker
+        # blank lines can be before a marker
+        return len(self._text.rstrip()) if tail else 0

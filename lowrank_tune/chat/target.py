@@ -1,11 +1,8 @@
-"""What a chat was asked to open: a run, a stage, a checkpoint, an adapter's folder, or a model; found without reading
-any weights."""
+"""Resolves the target of a chat (a run, a stage, a checkpoint, an adapter or a model) without reading weights."""
 
 from __future__ import annotations
 
-import json
 import re
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +12,7 @@ from lowrank_tune.checkpoint import CorruptCheckpoint, load
 from lowrank_tune.checkpoint.run_format import check_run_format
 from lowrank_tune.config import default_adapter_name, from_dict
 from lowrank_tune.errors import UserError, did_you_mean
+from lowrank_tune.json_files import as_mapping, get_mapping, read_json_object
 from lowrank_tune.model.adapters import CONFIG
 from lowrank_tune.model.base import BUILTIN_MODEL
 
@@ -24,10 +22,9 @@ _STEP = re.compile(r"step-(0|[1-9]\d*)")
 
 @dataclass(frozen=True)
 class ChatTarget:
-    """A run with the folder of the adapters to take, `final/` or a checkpoint's; or `adapter`, a folder by itself; or
-    `model` alone.
+    """A target: a `run`, whose adapters are in `final/` or in `checkpoint`; or an `adapter` folder; or a `model`.
 
-    `description` says what it is.
+    `description` is shown to the user.
     """
 
     description: str
@@ -38,7 +35,7 @@ class ChatTarget:
 
 
 def resolve_target(name: str) -> ChatTarget:
-    """Raises UserError for what is none of these, and for reward models, which do not talk."""
+    """Returns the target with this name. Raises UserError if there is none, and for reward models."""
     if name == BUILTIN_MODEL:
         return ChatTarget(f"{BUILTIN_MODEL}, the base that ships with the package", model=name)
     path = Path(name).expanduser()
@@ -46,21 +43,17 @@ def resolve_target(name: str) -> ChatTarget:
         return _folder(path, name)
     if path.is_file():
         raise UserError(f"{name} is a file; name the folder of a run, an adapter or a model")
-    if (
-        name.startswith((".", "/", "~"))
-        or "\\" in name
-        or name.count("/") > 1
-        or (len(path.parts) > 1 and Path(path.parts[0]).is_dir())
-    ):
+    looks_like_path = name.startswith((".", "/", "~")) or "\\" in name or name.count("/") > 1
+    begins_with_folder = len(path.parts) > 1 and Path(path.parts[0]).is_dir()
+    if looks_like_path or begins_with_folder:
+        siblings: list[str] = []
         if path.parent.is_dir():
             siblings = [str(path.parent / sibling.name) for sibling in path.parent.glob("*/")]
-        else:
-            siblings = []
         raise UserError(f"there is no run or model {name}{did_you_mean(str(path), siblings)}")
     if (Path("runs") / path / "run.json").is_file():
         raise UserError(f"there is no folder {name}; did you mean `{Path('runs') / path}`?")
     if not _HUB.fullmatch(name):
-        raise UserError(f"{name} is no folder, and no name that a model of the hub could have")
+        raise UserError(f"{name} is neither a folder nor a valid Hub model id")
     return ChatTarget(f"the model {name}", model=name)
 
 
@@ -68,13 +61,13 @@ def _folder(path: Path, name: str) -> ChatTarget:
     if (path / "run.json").is_file():
         return _run(path)
     full = path.resolve()
-    for folder in (full, full.parent):  # a checkpoint, or the adapter in it
-        if (
-            _STEP.fullmatch(folder.name)
-            and folder.parent.name == "checkpoints"
-            and (folder.parents[1] / "run.json").is_file()
-        ):
-            return _checkpoint(_policy_run(_display_path(path, folder.parents[1])), folder)
+    # a checkpoint, or the adapter in it
+    for folder in (full, full.parent):
+        if not _STEP.fullmatch(folder.name) or folder.parent.name != "checkpoints":
+            continue
+        run = folder.parents[1]
+        if (run / "run.json").is_file():
+            return _checkpoint(_policy_run(_display_path(path, run)), folder)
     if full.name == "final" and (full.parent / "run.json").is_file():
         return _run(_display_path(path, full.parent))
     if (path / CONFIG).is_file():
@@ -82,22 +75,23 @@ def _folder(path: Path, name: str) -> ChatTarget:
     if (path / "config.json").is_file():
         return ChatTarget(f"the model in {name}", model=name)
     runs = sorted(run_folder.name for run_folder in path.glob("*/") if (run_folder / "run.json").is_file())
-    raise UserError(
-        f"{name} holds no run, adapter or model"
-        + (f"; it holds the runs {', '.join(runs[:8])}: name one of them" if runs else "")
-    )
+    hint = f"; it contains the runs {', '.join(runs[:8])}: name one of them" if runs else ""
+    raise UserError(f"{name} contains no run, adapter or model{hint}")
 
 
 def _display_path(given: Path, full: Path) -> Path:
-    """The folder as a person would write it from where they named another one in it."""
-    return next((parent for parent in given.parents if parent.resolve() == full), full)
+    """Returns a folder as the user wrote it: the parent of the given path that is this folder."""
+    for parent in given.parents:
+        if parent.resolve() == full:
+            return parent
+    return full
 
 
 def _run(folder: Path) -> ChatTarget:
     check_run_format(folder)
-    recipe = _read_json_object(folder / "run.json").get("recipe")
+    recipe = read_json_object(folder / "run.json").get("recipe")
     if not isinstance(recipe, dict):
-        raise UserError(f"{folder}/run.json cannot be understood, so nothing tells what this run trained")
+        raise UserError(f"{folder}/run.json cannot be read, so it is unknown what this run trained")
     if isinstance(recipe.get("stages"), list):
         return _chain(folder, recipe["stages"])
     run = _policy_run(folder)
@@ -107,77 +101,61 @@ def _run(folder: Path) -> ChatTarget:
 
 
 def _policy_run(folder: Path) -> FinishedRun:
-    """A run, ended or not. Raises UserError where it trains no policy."""
-    recipe = _read_json_object(folder / "run.json").get("recipe")
+    """Returns a run, finished or not. Raises UserError if it does not train a policy."""
+    recipe = read_json_object(folder / "run.json").get("recipe")
     if not isinstance(recipe, dict):
-        raise UserError(f"{folder}/run.json cannot be understood, so nothing tells what this run trained")
+        raise UserError(f"{folder}/run.json cannot be read, so it is unknown what this run trained")
     if default_adapter_name(recipe.get("algorithm")) != "policy":
         raise UserError(
             f"{folder} trained a reward model, which scores answers and generates none: "
             f"use `lowrank-tune score {folder} --file FILE`"
         )
-    return FinishedRun(folder, from_dict(recipe), _read_json_object(folder / "base.json"))
+    return FinishedRun(folder, from_dict(recipe), read_json_object(folder / "base.json"))
 
 
 def _chain(folder: Path, stages: list[Any]) -> ChatTarget:
-    """The last stage that has something to say."""
-    writers = [
-        f"{number}-{stage.get('name')}"
-        for number, stage in enumerate(stages, 1)
-        if isinstance(stage, dict) and default_adapter_name(stage.get("algorithm")) == "policy"
-    ]
+    """Returns the last policy stage of a chain that has an adapter."""
+    writers: list[str] = []
+    for number, stage in enumerate(stages, 1):
+        if isinstance(stage, dict) and default_adapter_name(stage.get("algorithm")) == "policy":
+            writers.append(f"{number}-{stage.get('name')}")
     if not writers:
         raise UserError(
             f"{folder} is a chain without a stage that trained a policy: a reward model scores answers and generates "
             "none"
         )
-    for stage in reversed(writers):
-        run = folder / stage
+    for index in reversed(range(len(writers))):
+        run = folder / writers[index]
         if (run / "final" / CONFIG).is_file() or _steps(run):
             target = _run(run)
-            missing = writers[writers.index(stage) + 1 :]
-            if missing:
-                later = f"; {', '.join(missing)} of this chain left nothing yet"
-            else:
-                later = ""
+            missing = writers[index + 1 :]
+            later = f"; {', '.join(missing)} of this chain left nothing yet" if missing else ""
             return ChatTarget(target.description + later, target.run, target.checkpoint)
-    raise UserError(
-        f"{folder} is a chain that has left nothing to talk to yet: none of {', '.join(writers)} has a checkpoint"
-    )
+    raise UserError(f"{folder} is a chain without an adapter yet: none of {', '.join(writers)} has a checkpoint")
 
 
 def _latest_checkpoint(run: FinishedRun) -> ChatTarget:
-    """Of a run that has not ended: the best checkpoint where the best is what it would leave, else the newest one that
-    is whole."""
-    for _, path in reversed(_steps(run.path)):
+    """Returns the checkpoint of a run that has not ended: the best one if the run selects it, else the newest."""
+    for step, path in reversed(_steps(run.path)):
         try:
             state = load(path, path.name).documents.get("state.json", {})
-        except CorruptCheckpoint:  # set aside by the run itself, when it goes on
+        # the run moves it aside when it is resumed
+        except CorruptCheckpoint:
             continue
+        best = None
         if run.recipe.train.load_best_model_at_end:
-            best = _get_mapping(_get_mapping(state, "memory"), "best_step")
-        else:
-            best = None
-        if (
-            isinstance(best, int)
-            and path.name != f"step-{best}"
-            and (better := path.with_name(f"step-{best}")).is_dir()
-        ):
-            return _checkpoint(
-                run,
-                better,
-                f" that has not ended: its best checkpoint so far, of step {best} (the newest is {path})",
-            )
-        return _checkpoint(
-            run,
-            path,
-            f" that has not ended: its newest checkpoint, of step {path.name.removeprefix('step-')}",
-        )
-    raise UserError(f"{run.path} has not ended and holds no whole checkpoint yet, so there is nothing to talk to")
+            best = get_mapping(as_mapping(state), "memory").get("best_step")
+        if isinstance(best, int) and best != step:
+            best_path = path.with_name(f"step-{best}")
+            if best_path.is_dir():
+                description = f" that has not ended: its best checkpoint so far, of step {best} (the newest is {path})"
+                return _checkpoint(run, best_path, description)
+        return _checkpoint(run, path, f" that has not ended: its newest checkpoint, of step {step}")
+    raise UserError(f"{run.path} has not ended and has no complete checkpoint yet")
 
 
 def _checkpoint(run: FinishedRun, path: Path, description: str = "") -> ChatTarget:
-    """The adapter in a checkpoint. Raises UserError for one that is broken."""
+    """Returns the adapter in a checkpoint. Raises UserError if the checkpoint is damaged."""
     load(path, path.name)
     description = description or f": the checkpoint of step {path.name.removeprefix('step-')}"
     return ChatTarget(
@@ -188,17 +166,9 @@ def _checkpoint(run: FinishedRun, path: Path, description: str = "") -> ChatTarg
 
 
 def _steps(run: Path) -> list[tuple[int, Path]]:
-    matches = ((_STEP.fullmatch(path.name), path) for path in (run / "checkpoints").glob("step-*"))
-    return sorted((int(match[1]), path) for match, path in matches if match)
-
-
-def _read_json_object(file: Path) -> Mapping[str, Any]:
-    try:
-        data = json.loads(file.read_bytes())
-    except (OSError, ValueError):
-        return {}
-    return data if isinstance(data, dict) else {}
-
-
-def _get_mapping(data: Any, name: str) -> Any:
-    return data.get(name, {}) if isinstance(data, dict) else {}
+    steps: list[tuple[int, Path]] = []
+    for path in (run / "checkpoints").glob("step-*"):
+        match = _STEP.fullmatch(path.name)
+        if match:
+            steps.append((int(match[1]), path))
+    return sorted(steps)

@@ -435,7 +435,7 @@ def test_of_a_chain_the_last_generative_stage_answers(made: FinishedRun, tmp_pat
         {"name": "ppo", "algorithm": "ppo"},
     ]
     (tmp_path / "run.json").write_text(json.dumps({"recipe": {"stages": stages}}))
-    with pytest.raises(UserError, match="nothing to talk to yet: none of 1-sft, 3-ppo"):
+    with pytest.raises(UserError, match="a chain without an adapter yet: none of 1-sft, 3-ppo"):
         resolve_target(str(tmp_path))
     shutil.copytree(made.run, tmp_path / "1-sft")
     found = resolve_target(str(tmp_path))
@@ -464,7 +464,7 @@ def test_an_outgrown_conversation_loses_its_oldest_turns_with_a_note(chat_model:
         assert len(fitted.input_ids) + 15 <= 60 and small.template.decode(fitted.input_ids).count("Be brief.") == 1
         assert fitted.forgotten == chat_session._forgotten["tuned"]
     assert fitted.forgotten > 2 and warned and all("60 positions" in note for note in warned)
-    assert f"first {fitted.forgotten} exchanges can no longer be heard by tuned" in " ".join(warned)
+    assert f"first {fitted.forgotten} exchanges can no longer be read by tuned" in " ".join(warned)
     assert len(chat_session.conversation.exchanges) == 8, "what is saved is the whole conversation"
     with pytest.raises(UserError, match="at most 60: shorten the question or the system prompt"):
         chat_session.handle_line("word " * 60)
@@ -518,7 +518,7 @@ def test_a_row_ends_before_an_answer_that_was_cut_off(chat_model: ChatModel, tmp
     assert [turn["content"] for turn in json.loads((tmp_path / "x.jsonl").read_text())["messages"]] == ["a", "b"]
     assert "left out" in stage.notes[-1] and "2 exchanges" in stage.notes[-1]
     chat_session.conversation.exchanges.pop(0)
-    with pytest.raises(UserError, match="nothing to save yet: no answer came to an end"):
+    with pytest.raises(UserError, match="nothing to save yet: every answer was cut off"):
         chat_session.handle_line(f"/save {tmp_path / 'y.jsonl'}")
     assert not (tmp_path / "y.jsonl").exists()
 
@@ -527,8 +527,8 @@ def test_a_row_ends_before_an_answer_that_was_cut_off(chat_model: ChatModel, tmp
     ("name", "text", "why"),
     [
         ("x.csv", "", "JSON lines"),
-        ("x.jsonl", "[1, 2]\n", "holds no JSON lines"),
-        ("x.jsonl", "a,b\n", "holds no JSON lines"),
+        ("x.jsonl", "[1, 2]\n", "is not a JSON lines file"),
+        ("x.jsonl", "a,b\n", "is not a JSON lines file"),
         ("no/x.jsonl", None, "cannot be written"),
     ],
 )
@@ -563,7 +563,7 @@ def test_commands_are_obeyed(chat_model: ChatModel) -> None:
         and chat_session.conversation.system_prompt is None
         and chat_session.options.top_k == 5
     )
-    assert stage.labels == [["base"], ["base", "tuned"]] and "taken back: b" in stage.notes
+    assert stage.labels == [["base"], ["base", "tuned"]] and "removed: b" in stage.notes
     assert "at temperature 0 it changes nothing" in " ".join(stage.notes) and "no system prompt" in stage.notes[-1]
     assert (
         parse("//etc is what?") == "/etc is what?"
@@ -578,17 +578,17 @@ def test_commands_are_obeyed(chat_model: ChatModel) -> None:
     ("line", "why"),
     [
         ("/bas", "did you mean `/base`"),
-        ("/undo", "nothing to take back"),
+        ("/undo", "no question to remove"),
         ("/retry", "no question to ask again"),
-        ("/retry now", "nothing behind"),
+        ("/retry now", "takes no argument"),
         ("/save", "needs a file"),
         ("/save x.jsonl", "nothing to save yet"),
         ("/set temperature", "needs a value"),
-        ("/set temperature hot", "'hot' is no number"),
-        ("/set temperature -1", "cannot be"),
-        ("/set temperature nan", "cannot be"),
+        ("/set temperature hot", "'hot' is not a number"),
+        ("/set temperature -1", "0 for greedy decoding"),
+        ("/set temperature nan", "0 for greedy decoding"),
         ("/set top_p 0", "above 0"),
-        ("/set top_k 1.5", "no whole number"),
+        ("/set top_k 1.5", "is not a whole number"),
         ("/set tempratur 1", "did you mean `temperature`"),
         ("/set max_new_tokens 0", "at least 1"),
         ("/system \ud800", "surrogate"),
@@ -635,13 +635,13 @@ def _shown(text: str) -> str:
     [
         (["{run}"], "x\n/nonsense\n", "there is no command /nonsense"),
         (["{run}"], b"\xff\xfe\n", "line 1 is not UTF-8"),
-        (["{run}", "--top-p", "2"], "", "top_p: 2.0 cannot be"),
+        (["{run}", "--top-p", "2"], "", "top_p: 2.0 is not possible; above 0, up to 1"),
         (["{run}", "--bits", "16"], "", "was trained over 4 bits"),
         (["no/such/run"], "", "no/such/run: there is no such run or model"),
         (["{run}x"], "", "did you mean `{run}`"),
-        (["what ever"], "", "no name that a model of the hub could have"),
+        (["what ever"], "", "nor a valid Hub model id"),
         (["{run}/run.json"], "", "is a file"),
-        (["{run}/.."], "", "it holds the runs run: name one"),
+        (["{run}/.."], "", "it contains the runs run: name one"),
         ([BUILTIN_MODEL, "--variant", "tuned"], "", "no adapters here"),
         ([BUILTIN_MODEL, "--base", "x"], "", "is a model itself"),
         (["{run}", "--base", "/no/base"], "", "its base cannot be loaded"),
@@ -676,6 +676,6 @@ def test_what_cannot_be_opened(made: FinishedRun, tmp_path: Path) -> None:
     refused("trained a reward model, which scores answers")
     (run / "run.json").write_text(text)
     shutil.rmtree(run / "final")
-    refused("has not ended and holds no whole checkpoint yet")
+    refused("has not ended and has no complete checkpoint yet")
     (run / "run.json").write_text("{}")
-    refused("cannot be understood")
+    refused("run.json cannot be read")

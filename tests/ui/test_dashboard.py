@@ -28,8 +28,9 @@ from lowrank_tune.events import (
 )
 from lowrank_tune.ui.gpu_stats import GpuStats
 from lowrank_tune.ui.state import MAX_POINTS, Series, State
+from lowrank_tune.ui.terminal.chart_pane import chart_pane
 from lowrank_tune.ui.terminal.live_screen import handle_key
-from lowrank_tune.ui.terminal.panes import View, chart_pane
+from lowrank_tune.ui.terminal.panes import View
 from lowrank_tune.ui.terminal.render import render, render_several
 from lowrank_tune.ui.terminal.screenshot import screenshot, state_at_step
 from lowrank_tune.ui.terminal.text_layout import fit, plain_text, to_ansi, width_of, wrap

@@ -1,8 +1,6 @@
-"""Line charts in text, drawn dot by dot: Braille has 2 x 4 dots in a cell, so that 40 cells show 80 columns. ASCII has
-one.
+"""Line charts in text. A Braille cell has 2 x 4 dots, so 40 cells show 80 columns of dots; an ASCII cell has one.
 
-Raw values are dim dots; their exponential moving average is the bright line. A second curve (validation) has its own
-color or sign.
+Measured values are dim dots, their exponential moving average is a bright line, validation has its own color or sign.
 """
 
 from __future__ import annotations
@@ -14,13 +12,22 @@ from dataclasses import dataclass
 from lowrank_tune.ui.terminal.text_layout import Line
 
 Points = Sequence[tuple[float, float]]
-_DOTS = ((0x01, 0x08), (0x02, 0x10), (0x04, 0x20), (0x40, 0x80))  # of a Braille cell, by row and column
-LABEL_WIDTH = 7  # cells left of the axis
+Dot = tuple[int, int]
+"""Column and row, counted from the upper left corner."""
+
+_DOT_BITS = ((0x01, 0x08), (0x02, 0x10), (0x04, 0x20), (0x40, 0x80))
+"""Bit of each dot of a Braille cell, by row and column."""
+_EMPTY_BRAILLE_CELL = 0x2800
+LABEL_WIDTH = 7
+"""Cells at the left of the y axis."""
+MIN_PLOT_WIDTH = 4
+MIN_PLOT_HEIGHT = 2
+MIN_HEIGHT_OF_THREE_LABELS = 5
 
 
 @dataclass(frozen=True)
 class Curve:
-    """A curve to draw. `sign` stands for it in ASCII; `line`: neighbors are joined."""
+    """A curve to draw. `sign` draws it in ASCII; with `line`, neighboring points are joined."""
 
     points: Points
     style: str = "first"
@@ -28,48 +35,61 @@ class Curve:
     line: bool = True
 
 
+@dataclass(frozen=True)
+class Area:
+    """The ranges of both axes, in the units of the points."""
+
+    left: float
+    right: float
+    low: float
+    high: float
+    log: bool = False
+    """Whether the y axis is logarithmic."""
+
+
 class Canvas:
-    """A grid of dots with one style a cell: what is drawn later wins."""
+    """A grid of dots with one style for each cell. The style of the last dot in a cell wins."""
 
     def __init__(self, width: int, height: int, ascii_only: bool = False) -> None:
         self.ascii_only = ascii_only
-        if ascii_only:
-            self.columns, self.rows = (width, height)
-        else:
-            self.columns, self.rows = (2 * width, 4 * height)
-        self._cells = [[0] * width for _ in range(height)]
+        self.columns = width
+        self.rows = height
+        if not ascii_only:
+            self.columns = 2 * width
+            self.rows = 4 * height
+        self._bits = [[0] * width for _ in range(height)]
         self._signs = [[" "] * width for _ in range(height)]
         self._styles = [[""] * width for _ in range(height)]
 
     def dot(self, x: int, y: int, style: str, sign: str) -> None:
         """Sets a dot; (0, 0) is the upper left one."""
-        column, row = (x, y) if self.ascii_only else (x >> 1, y >> 2)
+        column, row = x, y
+        if not self.ascii_only:
+            column = x // 2
+            row = y // 4
+            self._bits[row][column] |= _DOT_BITS[y % 4][x % 2]
+            sign = chr(_EMPTY_BRAILLE_CELL + self._bits[row][column])
         self._styles[row][column] = style
         self._signs[row][column] = sign
-        if not self.ascii_only:
-            self._cells[row][column] |= _DOTS[y & 3][x & 1]
 
     def lines(self) -> list[Line]:
-        """The canvas as lines, neighbors of one style joined."""
-        drawn: list[Line] = []
-        for cells, signs, styles in zip(self._cells, self._signs, self._styles, strict=True):
-            if self.ascii_only:
-                texts = signs
-            else:
-                texts = [chr(0x2800 + cell) if cell else " " for cell in cells]
-            line: Line = []
-            for text, style in zip(texts, styles, strict=True):
-                if line and line[-1][1] == style:
-                    line[-1] = (line[-1][0] + text, style)
-                else:
-                    line.append((text, style))
-            drawn.append(line)
-        return drawn
+        """Returns the canvas as lines in which neighbors of the same style are joined."""
+        return [_joined(signs, styles) for signs, styles in zip(self._signs, self._styles, strict=True)]
+
+
+def _joined(signs: Sequence[str], styles: Sequence[str]) -> Line:
+    line: Line = []
+    for sign, style in zip(signs, styles, strict=True):
+        if line and line[-1][1] == style:
+            line[-1] = (line[-1][0] + sign, style)
+        else:
+            line.append((sign, style))
+    return line
 
 
 def smooth(points: Points, weight: float) -> list[tuple[float, float]]:
-    """The exponential moving average, corrected for its empty beginning as Adam's is; what is not finite is left
-    out."""
+    """Returns the exponential moving average, with the bias correction of Adam for the first points. Points that are
+    not finite are left out."""
     average = 0.0
     total = 0.0
     averaged = []
@@ -83,58 +103,79 @@ def smooth(points: Points, weight: float) -> list[tuple[float, float]]:
 
 
 def format_number(value: float) -> str:
-    """A number in at most six characters."""
-    size = abs(value)
+    """Returns a number in at most six characters."""
     if value == 0:
         return "0"
+    size = abs(value)
     if size >= 99_999.5 or size < 0.001:
         mantissa, _, exponent = f"{value:.1e}".partition("e")
         return f"{mantissa.removesuffix('.0')}e{int(exponent)}"
-    return f"{value:.{max(0, min(3, 2 - math.floor(math.log10(size))))}f}"
+    decimals = 2 - math.floor(math.log10(size))
+    return f"{value:.{max(0, min(3, decimals))}f}"
 
 
-def axis_ranges(curves: Sequence[Curve], log: bool) -> tuple[float, float, float, float] | None:
-    """First and last x, lowest and highest y of what can be drawn; None where nothing can."""
-    usable = [(x, y) for curve in curves for x, y in curve.points if math.isfinite(y) and (y > 0 or not log)]
-    if not usable:
+def axis_ranges(curves: Sequence[Curve], log: bool) -> Area | None:
+    """Returns the ranges of all points that can be drawn, None if there are none."""
+    xs = list[float]()
+    ys = list[float]()
+    for curve in curves:
+        for x, y in curve.points:
+            if _is_drawable(y, log):
+                xs.append(x)
+                ys.append(y)
+    if not xs:
         return None
-    xs = [x for x, _ in usable]
-    ys = [y for _, y in usable]
-    return min(xs), max(xs), min(ys), max(ys)
+    return Area(min(xs), max(xs), min(ys), max(ys), log)
 
 
-def draw(canvas: Canvas, curve: Curve, area: tuple[float, float, float, float], log: bool) -> None:
-    """Puts a curve on the canvas: the mean of the points in each column, neighboring columns joined by a line."""
-    left, right, low, high = area
-    if log:
+def _is_drawable(y: float, log: bool) -> bool:
+    return math.isfinite(y) and (y > 0 or not log)
+
+
+def draw(canvas: Canvas, curve: Curve, area: Area) -> None:
+    """Draws a curve: a dot in each column that has points, and a line between neighboring dots."""
+    previous: Dot | None = None
+    for dot in _dots(canvas, curve.points, area):
+        canvas.dot(*dot, curve.style, curve.sign)
+        if curve.line and previous is not None:
+            _draw_line(canvas, curve, previous, dot)
+        previous = dot
+
+
+def _dots(canvas: Canvas, points: Points, area: Area) -> list[Dot]:
+    """Returns a dot for each column that has points, at the height of their mean."""
+    low, high = area.low, area.high
+    if area.log:
         low = math.log(low)
         high = math.log(high)
-    across = (canvas.columns - 1) / (right - left) if right > left else 0.0
-    up = (canvas.rows - 1) / (high - low) if high > low else 0.0
-    sums: dict[int, tuple[float, int]] = {}
-    for x, y in curve.points:
-        if not math.isfinite(y) or (log and y <= 0):
-            continue
-        column = round((x - left) * across)
-        total, count = sums.get(column, (0.0, 0))
-        sums[column] = (total + (math.log(y) if log else y), count + 1)
-    flat = 0.0 if up else (canvas.rows - 1) / 2  # a constant stands in the middle
-    heights = [
-        (column, round(canvas.rows - 1 - flat - (total / count - low) * up))
-        for column, (total, count) in sorted(sums.items())
-    ]
-    for index, (column, row) in enumerate(heights):
-        canvas.dot(column, row, curve.style, curve.sign)
-        if curve.line and index:
-            _join(canvas, curve, heights[index - 1], (column, row))
+    across = (canvas.columns - 1) / (area.right - area.left) if area.right > area.left else 0.0
+    columns: dict[int, list[float]] = {}
+    for x, y in points:
+        if _is_drawable(y, area.log):
+            column = round((x - area.left) * across)
+            columns.setdefault(column, []).append(math.log(y) if area.log else y)
+    bottom = canvas.rows - 1
+    dots = []
+    for column, values in sorted(columns.items()):
+        # a constant is in the middle
+        height = bottom / 2
+        if high > low:
+            mean = sum(values) / len(values)
+            height = (mean - low) * (bottom / (high - low))
+        dots.append((column, round(bottom - height)))
+    return dots
 
 
-def _join(canvas: Canvas, curve: Curve, start: tuple[int, int], end: tuple[int, int]) -> None:
-    """A straight line of dots without gaps between two dots."""
-    (x0, y0), (x1, y1) = start, end
-    for step in range(1, max(x1 - x0, abs(y1 - y0))):
-        share = step / max(x1 - x0, abs(y1 - y0))
-        canvas.dot(round(x0 + share * (x1 - x0)), round(y0 + share * (y1 - y0)), curve.style, curve.sign)
+def _draw_line(canvas: Canvas, curve: Curve, start: Dot, end: Dot) -> None:
+    """Draws a straight line of dots without gaps between two dots."""
+    across = end[0] - start[0]
+    down = end[1] - start[1]
+    steps = max(across, abs(down))
+    for step in range(1, steps):
+        share = step / steps
+        x = round(start[0] + share * across)
+        y = round(start[1] + share * down)
+        canvas.dot(x, y, curve.style, curve.sign)
 
 
 def format_integer(value: float) -> str:
@@ -149,36 +190,43 @@ def chart(
     ascii_only: bool = False,
     format_x: Callable[[float], str] = format_integer,
 ) -> list[Line]:
-    """`height` lines of `width` cells: the curves, the values of the y axis at its left, the steps below (`across`
-    writes them). Log falls back to linear where no value is positive."""
+    """Returns `height` lines of `width` cells: the curves, at their left values of the y axis, and below them the ends
+    of the x axis, written by `format_x`. `log` has no effect if no value is positive."""
     area = axis_ranges(curves, log) or axis_ranges(curves, False)
     plot_width = width - LABEL_WIDTH - 1
     plot_height = height - 1
-    if plot_width < 4 or plot_height < 2:
+    if plot_width < MIN_PLOT_WIDTH or plot_height < MIN_PLOT_HEIGHT:
         return []
     if area is None:
         return [[("  no values yet", "quiet")]]
-    log = log and area[2] > 0
     canvas = Canvas(plot_width, plot_height, ascii_only)
     for curve in curves:
-        draw(canvas, curve, area, log)
-    left, right, low, high = area
-    middle = math.sqrt(low * high) if log else (low + high) / 2
-    labels = {0: high, plot_height - 1: low} if high > low else {}
-    if plot_height >= 5 or high == low:
-        labels[(plot_height - 1) // 2] = middle
+        draw(canvas, curve, area)
+    labels = _y_labels(area, plot_height)
     edge = "|" if ascii_only else "\u2502"
     lines: list[Line] = []
     for row, line in enumerate(canvas.lines()):
-        label = format_number(labels[row]) if row in labels else ""
+        label = labels.get(row, "")
         lines.append([(f"{label:>{LABEL_WIDTH - 1}} {edge}", "quiet"), *line])
-    return [*lines, _steps_axis(format_x(left), format_x(right), plot_width)]
+    lines.append(_x_axis(format_x(area.left), format_x(area.right), plot_width))
+    return lines
 
 
-def _steps_axis(first: str, last: str, width: int) -> Line:
+def _y_labels(area: Area, height: int) -> dict[int, str]:
+    """Returns the values of the y axis by row: the ends, and the middle if there is room."""
+    labels = dict[int, str]()
+    if area.high > area.low:
+        labels[0] = format_number(area.high)
+        labels[height - 1] = format_number(area.low)
+    if height >= MIN_HEIGHT_OF_THREE_LABELS or area.high == area.low:
+        middle = math.sqrt(area.low * area.high) if area.log else (area.low + area.high) / 2
+        labels[(height - 1) // 2] = format_number(middle)
+    return labels
+
+
+def _x_axis(first: str, last: str, width: int) -> Line:
+    text = last.rjust(width)
     between = width - len(first) - len(last)
     if between > 0 and first != last:
         text = f"{first}{' ' * between}{last}"
-    else:
-        text = last.rjust(width)
     return [(" " * (LABEL_WIDTH + 1) + text, "quiet")]

@@ -1,4 +1,5 @@
-"""The screen of a chat: answers as they are said, beside or below each other, and plain text where nobody looks on."""
+"""The screen of a chat: answers appear while they are generated, side by side or one after the other. In a pipe they
+are plain text."""
 
 from __future__ import annotations
 
@@ -7,22 +8,22 @@ import sys
 import termios
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from typing import Protocol
+from typing import Any, Protocol
 
-from lowrank_tune.ui import escape_control_chars
+from lowrank_tune.ui import encodable, escape_control_chars
 from lowrank_tune.ui.terminal.columns import UNLIMITED, Columns
-from lowrank_tune.ui.terminal.device import ascii_only
+from lowrank_tune.ui.terminal.device import DEFAULT_SIZE, ascii_only, terminal_size
 from lowrank_tune.ui.terminal.prompt import InteractiveInput, PipedInput
-from lowrank_tune.ui.terminal.text_layout import STYLES, wrap
+from lowrank_tune.ui.terminal.text_layout import STYLES, with_code, wrap
 
 MIN_TWO_COLUMN_WIDTH = 100
-"""Columns from which on two answers stand beside each other."""
+"""Columns from which on two answers are side by side."""
 VARIANT_STYLES = {"base": "second", "tuned": "first"}
 """A style for each variant."""
 
 
 class AnswerView(Protocol):
-    """Answers while they grow, by number. `together`: they may grow at once."""
+    """Shows answers while they grow, by their number. With `together`, several may grow at the same time."""
 
     together: bool
 
@@ -31,15 +32,16 @@ class AnswerView(Protocol):
 
 
 def escape_keep_newlines(text: str) -> str:
-    """A piece of text without anything that a terminal would obey; its line breaks stay."""
-    return "\n".join(escape_control_chars(line) for line in text.replace("\t", "    ").split("\n"))
+    """Returns text without control characters, except for its line breaks."""
+    lines = text.replace("\t", "    ").split("\n")
+    return "\n".join(escape_control_chars(line) for line in lines)
 
 
 class ChatScreen:
-    """Where the chat takes place. `live` only where a person types and sees: there are colors then, and an answer's
-    facts below it.
+    """Input and output of a chat.
 
-    Elsewhere answers go to stdout without one escape byte, and whatever else there is to say goes to stderr.
+    `live` if a person types and reads at a terminal: then there are colors, and facts below each answer. Otherwise
+    answers go to stdout without any escape code, and all other text goes to stderr.
     """
 
     def __init__(self, commands: Sequence[str], environ: Mapping[str, str] = os.environ) -> None:
@@ -47,38 +49,41 @@ class ChatScreen:
         self.smart = self.live and environ.get("TERM", "dumb") not in ("", "dumb")
         self.color = self.smart and not environ.get("NO_COLOR")
         self.bar = "|" if ascii_only(sys.stdout, environ) else "│"
-        self.input: InteractiveInput | PipedInput = (
-            InteractiveInput("you>", self._code("strong"), commands) if self.live else PipedInput()
-        )
+        self.input: InteractiveInput | PipedInput = PipedInput()
+        if self.live:
+            self.input = InteractiveInput("you>", self._code("strong"), commands)
 
     def note(self, text: str, style: str = "quiet") -> None:
-        """Something to know."""
+        """Prints a message of the program."""
         file = sys.stdout if self.live else sys.stderr
-        for line in map(escape_control_chars, text.split("\n")):
-            for row in (wrap(line, self.size()[0], UNLIMITED) or [""]) if self.live else [line]:
-                file.write(f"{self._styled(self._encoded(row), style)}\n")
+        for line in text.split("\n"):
+            for row in self._rows(escape_control_chars(line)):
+                file.write(f"{self._styled(encodable(row, sys.stdout), style)}\n")
         file.flush()
 
+    def _rows(self, line: str) -> list[str]:
+        """Returns a line wrapped to the terminal; in a pipe the line itself."""
+        if not self.live:
+            return [line]
+        columns, _ = self.size()
+        return wrap(line, columns, UNLIMITED) or [""]
+
     def answers(self, labels: Sequence[str]) -> AnswerView:
-        """Room for an answer of each of these variants."""
-        if self.smart and len(labels) > 1 and self.size()[0] >= MIN_TWO_COLUMN_WIDTH:
+        """Returns a view for one answer of each of these variants."""
+        columns, _ = self.size()
+        if self.smart and len(labels) > 1 and columns >= MIN_TWO_COLUMN_WIDTH:
             return SideBySideView(self, labels)
         return StackedView(self, labels)
 
     def write(self, text: str) -> None:
-        sys.stdout.write(self._encoded(text))
+        """Writes text that contains no unsafe characters."""
+        sys.stdout.write(encodable(text, sys.stdout))
         sys.stdout.flush()
 
     @contextmanager
     def without_echo(self) -> Iterator[None]:
-        """While an answer comes, typed keys do not show in it; they wait for the next question."""
-        before = None
-        if self.live:
-            with suppress(termios.error, OSError, ValueError):
-                before = termios.tcgetattr(sys.stdin)
-                silent = [*before]
-                silent[3] = int(silent[3]) & ~termios.ECHO
-                termios.tcsetattr(sys.stdin, termios.TCSANOW, silent)
+        """Within it, typed keys do not appear in the answer; they are input for the next question."""
+        before = self._switch_off_echo() if self.live else None
         try:
             yield
         finally:
@@ -86,35 +91,45 @@ class ChatScreen:
                 with suppress(termios.error, OSError, ValueError):
                     termios.tcsetattr(sys.stdin, termios.TCSANOW, before)
 
-    def _encoded(self, text: str) -> str:
-        encoding = sys.stdout.encoding or "utf-8"
-        return text.encode(encoding, "backslashreplace").decode(encoding)
+    def _switch_off_echo(self) -> list[Any] | None:
+        """Returns the settings of the terminal before the change, None if they are unknown."""
+        before = None
+        with suppress(termios.error, OSError, ValueError):
+            before = termios.tcgetattr(sys.stdin)
+            settings = [*before]
+            settings[3] = int(settings[3]) & ~termios.ECHO
+            termios.tcsetattr(sys.stdin, termios.TCSANOW, settings)
+        return before
 
     def _code(self, style: str) -> str:
-        return STYLES[style][0] if self.color else ""
+        return STYLES[style].color if self.color else ""
 
     def _styled(self, text: str, style: str) -> str:
-        code = self._code(style)
-        if code and text:
-            return f"\x1b[{code}m{text}\x1b[0m"
-        return text
+        return with_code(text, self._code(style))
 
     def label(self, variant: str) -> str:
-        """A variant's name, before what it says."""
-        return self._styled(f"{variant}>" if self.live else f"{variant}:", VARIANT_STYLES.get(variant, "strong"))
+        """Returns the name of a variant, as it is before an answer."""
+        mark = ">" if self.live else ":"
+        return self._styled(f"{variant}{mark}", _style_of(variant))
 
     def size(self) -> tuple[int, int]:
-        """Columns and lines, asked each time: it follows every resize."""
+        """Returns columns and lines, read at each call, so that each resize is seen."""
         with suppress(OSError, ValueError):
-            columns, lines = os.get_terminal_size(sys.stdout.fileno())
-            if columns > 0 and lines > 0:
-                return columns, lines
-        return 80, 24
+            return terminal_size(sys.stdout.fileno())
+        return DEFAULT_SIZE
+
+
+def _style_of(variant: str) -> str:
+    return VARIANT_STYLES.get(variant, "strong")
+
+
+def _note_style(warns: bool) -> str:
+    return "warning" if warns else "quiet"
 
 
 class StackedView:
-    """One answer after the other, written as it comes; the terminal breaks its lines, so a copy of them is the text as
-    it was said."""
+    """One answer after the other, written while it is generated. The terminal breaks the lines, so that copied text has
+    the line breaks of the answer only."""
 
     together = False
 
@@ -124,6 +139,7 @@ class StackedView:
         self._current = -1
 
     def add(self, number: int, piece: str) -> None:
+        """Writes a piece of an answer, the first one after the name of its variant."""
         if number != self._current:
             self._current = number
             if self.screen.live or len(self.labels) > 1:
@@ -132,16 +148,17 @@ class StackedView:
             self.screen.write(escape_keep_newlines(piece))
 
     def end(self, number: int, facts: str, warns: bool) -> None:
+        """Ends the line of an answer. Its facts follow on a live screen, elsewhere only if they contain a warning."""
         self.add(number, "")
         self.screen.write("\n")
-        if self.screen.live or warns:
-            self.screen.note(
-                facts if self.screen.live else f"{self.labels[number]}: {facts}", "warning" if warns else "quiet"
-            )
+        if self.screen.live:
+            self.screen.note(facts, _note_style(warns))
+        elif warns:
+            self.screen.note(f"{self.labels[number]}: {facts}", "warning")
 
 
 class SideBySideView:
-    """Two answers at once, in columns."""
+    """Two answers at the same time, in columns."""
 
     together = True
 
@@ -149,16 +166,19 @@ class SideBySideView:
         self.screen = screen
         self.labels = labels
         self._facts = dict[int, tuple[str, bool]]()
-        titles = [[(label, VARIANT_STYLES.get(label, "strong"))] for label in labels]
+        titles = [[(label, _style_of(label))] for label in labels]
         self.columns = Columns(screen.write, screen.size, titles, screen.color, screen.bar)
         self.columns.draw()
 
     def add(self, number: int, piece: str) -> None:
+        """Appends a piece to the column of an answer."""
         self.columns.add(number, escape_keep_newlines(piece))
 
     def end(self, number: int, facts: str, warns: bool) -> None:
+        """Ends an answer. The facts of all answers follow the last one."""
         self.columns.end(number)
         self._facts[number] = facts, warns
-        if len(self._facts) == len(self.labels):
-            for column, (text, alarming) in sorted(self._facts.items()):
-                self.screen.note(f"{self.labels[column]}: {text}", "warning" if alarming else "quiet")
+        if len(self._facts) < len(self.labels):
+            return
+        for column, (text, is_warning) in sorted(self._facts.items()):
+            self.screen.note(f"{self.labels[column]}: {text}", _note_style(is_warning))

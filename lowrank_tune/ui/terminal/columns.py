@@ -1,7 +1,7 @@
-"""Texts that grow beside each other, in the flow of a terminal's lines.
+"""Texts that grow beside each other, in the normal flow of a terminal's lines.
 
-Lines that can no longer change are written once and scroll away like any other output; only those below them are drawn
-again. So what was said stays in the terminal's history, and nothing is lost however long it becomes.
+Final lines are written once and scroll away like any other output; only the lines below them are drawn again. So all
+texts, however long, stay in the history of the terminal.
 """
 
 from __future__ import annotations
@@ -13,11 +13,12 @@ from lowrank_tune.ui.terminal.text_layout import Line, side_by_side, to_ansi, wr
 
 FRAME_SECONDS = 0.05
 MIN_WIDTH = 20
-UNLIMITED = 1 << 30  # lines that a paragraph may have
+UNLIMITED = 1 << 30
+"""Lines of a paragraph."""
 
 
 class Column:
-    """A text that grows, as lines of `width` cells. All but the last one are final, until `over`."""
+    """A growing text as lines of `width` cells. All lines but the last are final, and that one as well once `over`."""
 
     def __init__(self) -> None:
         self.over = False
@@ -27,28 +28,38 @@ class Column:
         self._text = ""
 
     def add(self, text: str) -> None:
+        """Appends text."""
         self._text += text
-        *whole, rest = text.split("\n")
-        for part in whole:
-            self._lines += wrap(self._paragraph + part, self._width, UNLIMITED) or [""]
+        *finished, rest = text.split("\n")
+        for part in finished:
+            self._lines += self._wrap(self._paragraph + part)
             self._paragraph = ""
         self._paragraph += rest
 
     def resize(self, width: int) -> None:
-        if width != self._width:
-            text = self._text
-            self._width = width
-            self._lines = []
-            self._paragraph = ""
-            self._text = ""
-            self.add(text)
+        """Wraps the text again if the width changed."""
+        if width == self._width:
+            return
+        text = self._text
+        self._width = width
+        self._lines = []
+        self._paragraph = ""
+        self._text = ""
+        self.add(text)
 
     def lines(self) -> list[str]:
-        return [*self._lines, *(wrap(self._paragraph, self._width, UNLIMITED) or [""])]
+        """Returns the lines so far; the last one may be empty."""
+        return self._lines + self._wrap(self._paragraph)
+
+    def _wrap(self, paragraph: str) -> list[str]:
+        return wrap(paragraph, self._width, UNLIMITED) or [""]
 
 
 class Columns:
-    """Titles, and below them the texts. `write` goes to a terminal, `size` is its columns and lines."""
+    """Two or more texts side by side below their titles.
+
+    `write` writes to the terminal, `size` returns its columns and lines.
+    """
 
     def __init__(
         self,
@@ -64,51 +75,74 @@ class Columns:
         self.color = color
         self.gap = f" {bar} "
         self.columns = [Column() for _ in titles]
-        self._screen = 0
-        self._settled = 0
+        self._screen_width = 0
+        # lines that are final, and lines below them that the next frame draws again
+        self._final = 0
         self._drawn = 0
-        self._last = 0.0
+        self._last_frame = 0.0
 
     def add(self, index: int, text: str) -> None:
-        """More of a text. Drawn a few times a second."""
+        """Appends text to a column, and draws if the last frame is older than `FRAME_SECONDS`."""
         self.columns[index].add(text)
-        if text and time.monotonic() - self._last >= FRAME_SECONDS:
+        if text and time.monotonic() - self._last_frame >= FRAME_SECONDS:
             self.draw()
 
     def end(self, index: int) -> None:
-        """A text is whole."""
+        """Marks the text of a column as complete."""
         self.columns[index].over = True
         self.draw()
 
     def draw(self) -> None:
-        """Writes what became final, and below it again what may still change, as much as the terminal can hold."""
-        across, down = self.size()
-        width = max(MIN_WIDTH, (across - 1 - len(self.gap)) // 2)
-        out = []
-        if across != self._screen:  # the terminal has broken the old lines anew: begin below them
-            for column in self.columns:
-                column.resize(width)
-            self._screen = across
-            self._settled = 0
-            self._drawn = 0
-            out += [f"{self._row([[title] for title in self.titles], width)}\n"]
+        """Writes the lines that became final, and below them those that may still change, as many as the terminal has
+        lines."""
+        screen_width, screen_height = self.size()
+        width = max(MIN_WIDTH, (screen_width - 1 - len(self.gap)) // 2)
+        output = ""
+        if screen_width != self._screen_width:
+            output = self._restart(screen_width, width)
+        if self._drawn:
+            output += f"\x1b[{self._drawn}A"
+        output += "\r"
         texts = [column.lines() for column in self.columns]
-        longest = max(map(len, texts))
-        final = min(
-            (len(lines) - 1 for lines, column in zip(texts, self.columns, strict=True) if not column.over),
-            default=longest,
-        )
-        final = max(final, self._settled)
-        shown = min(longest, final + max(1, down - 2))
-        out.append(f"\x1b[{self._drawn}A\r" if self._drawn else "\r")
-        for number in range(self._settled, shown):
-            cells: list[list[Line]] = [[[(lines[number], "")]] if number < len(lines) else [[]] for lines in texts]
-            out.append(f"{self._row(cells, width)}\x1b[K\n")
-        self._settled = final
+        final = max(self._final, self._count_final(texts))
+        shown = min(_longest(texts), final + max(1, screen_height - 2))
+        for number in range(self._final, shown):
+            row = self._row([_line_of(lines, number) for lines in texts], width)
+            output += f"{row}\x1b[K\n"
+        self._final = final
         self._drawn = shown - final
-        self._last = time.monotonic()
-        self.write("".join(out))
+        self._last_frame = time.monotonic()
+        self.write(output)
 
-    def _row(self, cells: Sequence[Sequence[Line]], width: int) -> str:
-        # a narrower terminal breaks blanks too
-        return to_ansi(side_by_side(cells, [width] * len(cells), 1, self.gap)[0], self.color).rstrip()
+    def _restart(self, screen_width: int, width: int) -> str:
+        """Wraps all texts again, because the terminal has broken the old lines; returns a new row of titles."""
+        for column in self.columns:
+            column.resize(width)
+        self._screen_width = screen_width
+        self._final = 0
+        self._drawn = 0
+        return f"{self._row(self.titles, width)}\n"
+
+    def _count_final(self, texts: Sequence[Sequence[str]]) -> int:
+        """Returns the number of rows that cannot change any more."""
+        final = _longest(texts)
+        for lines, column in zip(texts, self.columns, strict=True):
+            if not column.over:
+                final = min(final, len(lines) - 1)
+        return final
+
+    def _row(self, cells: Sequence[Line], width: int) -> str:
+        blocks = [[cell] for cell in cells]
+        row = side_by_side(blocks, [width] * len(cells), 1, self.gap)[0]
+        # a terminal that becomes narrower would break trailing blanks as well
+        return to_ansi(row, self.color).rstrip()
+
+
+def _longest(texts: Sequence[Sequence[str]]) -> int:
+    return max(len(lines) for lines in texts)
+
+
+def _line_of(lines: Sequence[str], number: int) -> Line:
+    if number < len(lines):
+        return [(lines[number], "")]
+    return []

@@ -1,4 +1,4 @@
-"""The group inspector: what the policy wrote to one prompt, best paid first, and what each completion earned."""
+"""The group pane: the completions of the policy for one prompt, highest reward first, with their rewards."""
 
 from __future__ import annotations
 
@@ -8,46 +8,53 @@ from collections.abc import Callable, Sequence
 from lowrank_tune.ui.formatting import number, signed
 from lowrank_tune.ui.groups import Group, LoggedCompletion
 from lowrank_tune.ui.state import State
-from lowrank_tune.ui.terminal.panes import View, heading
-from lowrank_tune.ui.terminal.text_layout import Line, sanitize, wrap
+from lowrank_tune.ui.terminal.panes import View, heading, labeled, prompt_lines
+from lowrank_tune.ui.terminal.text_layout import Line, wrap
 
 LABEL = " {:>8} {:>9}  {:<6} {:<4} "
+"""Columns for reward, advantage, end, and how often the completion was sampled."""
 INDENT = len(LABEL.format("", "", "", ""))
-MAX_ROWS = 8  # of one completion
+FIGURE_WIDTH = 9
+MAX_ROWS = 8
+"""Lines of one completion."""
+
+Block = list[Line]
+"""The lines of one completion."""
 
 
 def group_pane(state: State, view: View, width: int, height: int) -> list[Line]:
-    """The newest group. Completions that find no room stand on further pages."""
+    """Returns the newest group. Completions that do not fit are on further pages."""
     group = state.group
     if group is None:
         note = " no completions yet: they come with the first step of an algorithm that has rewards"
         return [heading("group", width, view), [(note, "quiet")]]
-    prompt_lines = wrap(sanitize(group.prompt, view.ascii_only, 3 * width), width - 2, max(1, min(3, height // 6)))
-    head: list[Line] = [[(f" {text}", "strong")] for text in prompt_lines]
-    if group.ground_truth is not None:
-        head[-1:] = (
-            [[*head[-1], (f"  [gold {sanitize(group.ground_truth, view.ascii_only, 24)}]", "quiet")]] if head else []
-        )
+    head = _prompt(group, view, width, max(1, min(3, height // 6)))
     head.append([(LABEL.format("reward", "advantage", "end", ""), "quiet"), ("completion", "quiet")])
     pages = _pages(group.completions, view, width, max(1, height - len(head) - 2))
     page = view.sample % len(pages)
+    note = ""
     if len(pages) > 1:
         note = f"page {page + 1} of {len(pages)}, n turns"
     elif group.is_zero_std:
         note = "no signal: all earn the same"
-    else:
-        note = ""
     lines = [heading(f"group of step {group.step}: {group.count} completions", width, view, note), *head]
     for block in pages[page]:
         lines += block
-    return [*lines[: height - 1], [(" " + _reward_summary(group), "quiet")]]
+    return [*lines[: height - 1], [(f" {_reward_summary(group)}", "quiet")]]
 
 
-def _pages(completions: Sequence[LoggedCompletion], view: View, width: int, room: int) -> list[list[list[Line]]]:
-    """Completions as blocks of lines, shared out over as few pages as hold them; each may fill what an equal share
-    leaves it."""
+def _prompt(group: Group, view: View, width: int, max_lines: int) -> list[Line]:
+    """Returns the prompt with its solution behind the last line."""
+    lines = prompt_lines(group.prompt, view, width, max_lines)
+    if lines and group.ground_truth is not None:
+        lines[-1].append((f"  [gold {view.sanitize(group.ground_truth, 24)}]", "quiet"))
+    return lines
+
+
+def _pages(completions: Sequence[LoggedCompletion], view: View, width: int, room: int) -> list[list[Block]]:
+    """Distributes the completions over as few pages as possible. Each completion may fill an equal share of a page."""
     max_lines = max(2, min(MAX_ROWS, room // max(1, len(completions))))
-    pages: list[list[list[Line]]] = [[]]
+    pages: list[list[Block]] = [[]]
     left = room
     for completion in completions:
         block = _block(completion, view, width, min(max_lines, room))
@@ -59,57 +66,68 @@ def _pages(completions: Sequence[LoggedCompletion], view: View, width: int, room
     return pages
 
 
-def _block(completion: LoggedCompletion, view: View, width: int, max_lines: int) -> list[Line]:
-    """A completion: its figures, then its words; where several rewards make one up, each of them."""
-    if completion.advantage > 0:
-        style = "chosen"
-    elif completion.advantage < 0:
-        style = "rejected"
-    else:
-        style = "quiet"
-    times = f"x{completion.times}" if completion.times > 1 else ""
-    if completion.finish_reason == "length":
-        end = "cut"
-    else:
-        end = sanitize(completion.finish_reason, view.ascii_only, 6)
-    label = LABEL.format(_figure(number, completion.reward), _figure(signed, completion.advantage), end, times)
-    if len(completion.parts) > 1:
-        parts = "  ".join(
-            f"{sanitize(name, view.ascii_only, 20)} {_figure(number, value)}" for name, value in completion.parts
-        )
-    else:
-        parts = ""
-    if completion.unscored:
-        parts = f"not scored: {sanitize(completion.unscored, view.ascii_only, width)}"
-    rows = wrap(
-        sanitize(completion.text, view.ascii_only, max_lines * width),
-        width - INDENT - 1,
-        max(1, max_lines - bool(parts)),
-    ) or ["(empty)"]
-    lines: list[Line] = [[(label if row == 0 else " " * INDENT, style), (part, "")] for row, part in enumerate(rows)]
+def _block(completion: LoggedCompletion, view: View, width: int, max_lines: int) -> Block:
+    """Returns the figures and the text of a completion, and below it what its reward consists of, if it has parts."""
+    parts = _reward_parts(completion, view, width)
+    text = view.sanitize(completion.text, max_lines * width)
+    text_lines = max_lines
+    if parts:
+        text_lines = max(1, max_lines - 1)
+    rows = wrap(text, width - INDENT - 1, text_lines) or ["(empty)"]
+    label = _block_label(completion, view)
+    lines = labeled((label, _sign_style(completion.advantage)), rows)
     if parts and len(lines) < max_lines:
         lines.append([(" " * INDENT, ""), (parts, "quiet")])
     return lines
 
 
+def _block_label(completion: LoggedCompletion, view: View) -> str:
+    reward = _figure(number, completion.reward)
+    advantage = _figure(signed, completion.advantage)
+    end = "cut"
+    if completion.finish_reason != "length":
+        end = view.sanitize(completion.finish_reason, 6)
+    times = f"x{completion.times}" if completion.times > 1 else ""
+    return LABEL.format(reward, advantage, end, times)
+
+
+def _sign_style(advantage: float) -> str:
+    if advantage > 0:
+        return "chosen"
+    if advantage < 0:
+        return "rejected"
+    return "quiet"
+
+
+def _reward_parts(completion: LoggedCompletion, view: View, width: int) -> str:
+    """Returns each of several rewards, or why the completion was not scored; an empty string for a single reward."""
+    if completion.unscored:
+        return f"not scored: {view.sanitize(completion.unscored, width)}"
+    if len(completion.parts) < 2:
+        return ""
+    parts = []
+    for name, value in completion.parts:
+        parts.append(f"{view.sanitize(name, 20)} {_figure(number, value)}")
+    return "  ".join(parts)
+
+
 def _figure(write: Callable[[float], str], value: float) -> str:
-    return write(value)[:9] if math.isfinite(value) else "?"
+    return write(value)[:FIGURE_WIDTH] if math.isfinite(value) else "?"
 
 
 def _reward_summary(group: Group) -> str:
-    """What the group as a whole earned."""
-    rewards = [
-        completion.reward
-        for completion in group.completions
-        for _ in range(completion.times)
-        if math.isfinite(completion.reward)
-    ]
+    """Returns mean and range of the rewards, and how many completions were cut off, and the keys to leave."""
+    rewards = list[float]()
+    cut = 0
+    for completion in group.completions:
+        if math.isfinite(completion.reward):
+            rewards += [completion.reward] * completion.times
+        if completion.finish_reason == "length":
+            cut += completion.times
     if not rewards:
         return "nothing is known of the rewards"
-    mean = sum(rewards) / len(rewards)
-    cut = sum(completion.times for completion in group.completions if completion.finish_reason == "length")
-    summary = (
-        f"mean reward {number(mean)}, from {number(min(rewards))} to {number(max(rewards))}; {cut} of "
-        f"{group.count} cut off"
+    mean = number(sum(rewards) / len(rewards))
+    return (
+        f"mean reward {mean}, from {number(min(rewards))} to {number(max(rewards))}; "
+        f"{cut} of {group.count} cut off; g or Esc leaves"
     )
-    return f"{summary}; g or Esc leaves"

@@ -1,5 +1,5 @@
-"""Single keys from the keyboard. The terminal's settings are touched only by the job in the foreground, for any other
-would be stopped."""
+"""Single keys of the keyboard. Only the job in the foreground changes the settings of the terminal; the kernel would
+stop any other one."""
 
 from __future__ import annotations
 
@@ -10,21 +10,24 @@ import termios
 from contextlib import suppress
 from typing import Any
 
-_SEQUENCE = re.compile(rb"\x1b(?:\[[0-9;?<]*[@-~]|O.|[^\x1b])", re.DOTALL)  # arrows, function keys, Alt with a key
+_SEQUENCE = re.compile(rb"\x1b(?:\[[0-9;?<]*[@-~]|O.|[^\x1b])", re.DOTALL)
+"""Arrows, function keys, and Alt with another key."""
 ESCAPE = "\x1b"
 
 
 class Keyboard:
-    """Reads keys as they are pressed, between `start` and `stop`. Ctrl-C and Ctrl-Z stay signals."""
+    """Reads keys as they are pressed, between `start` and `stop`. Ctrl-C and Ctrl-Z remain signals."""
 
     def __init__(self, descriptor: int | None) -> None:
-        self.descriptor = descriptor if descriptor is not None and os.isatty(descriptor) else None
+        self.descriptor = descriptor
+        if descriptor is not None and not os.isatty(descriptor):
+            self.descriptor = None
         self._before: list[Any] | None = None
         self._woken, self._waker = os.pipe()
         os.set_blocking(self._waker, False)
 
     def start(self) -> None:
-        """No echo, no waiting for a line; what the settings were before is kept for `stop`."""
+        """Switches off echo and line input. The first call stores the settings before it for `stop`."""
         if self.descriptor is None:
             return
         with suppress(termios.error, OSError):
@@ -37,7 +40,7 @@ class Keyboard:
             termios.tcsetattr(self.descriptor, termios.TCSANOW, settings)
 
     def stop(self) -> None:
-        """Gives the settings back. What was typed ahead is dropped, so that the shell does not run it."""
+        """Restores the settings. Unread keys are dropped, so that the shell does not run them."""
         if self.descriptor is not None and self._before is not None:
             with suppress(termios.error, OSError):
                 termios.tcflush(self.descriptor, termios.TCIFLUSH)
@@ -45,21 +48,29 @@ class Keyboard:
         self._before = None
 
     def read(self, timeout: float) -> str:
-        """The keys pressed since the last call, after waiting for one at most so many seconds: Esc is one, a sequence
-        is not."""
-        descriptor = self.descriptor if self._before is not None else None
-        ready, _, _ = select.select([self._woken] if descriptor is None else [self._woken, descriptor], [], [], timeout)
+        """Returns the keys pressed since the last call; waits at most `timeout` seconds for the first one.
+
+        Esc is a key, the sequence of another key is not.
+        """
+        keyboard = self.descriptor if self._before is not None else None
+        sources = [self._woken]
+        if keyboard is not None:
+            sources.append(keyboard)
+        ready, _, _ = select.select(sources, [], [], timeout)
         if self._woken in ready:
             os.read(self._woken, 4096)
-        if descriptor is None or descriptor not in ready:
+        if keyboard is None or keyboard not in ready:
             return ""
-        try:
+        return _SEQUENCE.sub(b"", self._read_bytes(keyboard)).decode("utf-8", "replace")
+
+    def _read_bytes(self, descriptor: int) -> bytes:
+        data = b""
+        with suppress(OSError):
             data = os.read(descriptor, 1024)
-        except OSError:
-            data = b""
-        if not data:  # hung up, or in the background: waiting for it would spin
+        if not data:
+            # the terminal is closed or another job's: select would return at once, again and again
             self.descriptor = None
-        return _SEQUENCE.sub(b"", data).decode("utf-8", "replace")
+        return data
 
     def interrupt_read(self) -> None:
         """Ends a `read` that waits in another thread."""
@@ -67,6 +78,7 @@ class Keyboard:
             os.write(self._waker, b"!")
 
     def close(self) -> None:
+        """Restores the settings and closes the own descriptors."""
         self.stop()
         os.close(self._woken)
         os.close(self._waker)

@@ -1,5 +1,5 @@
-"""A screen that lives: one thread that reads keys and draws, seldom and only what changed; suspended and restored as a
-shell expects."""
+"""A live screen: one thread that reads keys and draws, at most twice a second and only lines that changed. Ctrl-Z and
+`fg` work as in any other program."""
 
 from __future__ import annotations
 
@@ -20,9 +20,13 @@ from lowrank_tune.ui.terminal.panes import SMOOTHINGS, View
 from lowrank_tune.ui.terminal.text_layout import Line
 
 FRAME_SECONDS = 0.5
-SHARE = 0.03
-TICK = 0.25
-STALE_TICK = 10.0
+"""Minimum time between two frames."""
+MAX_TIME_SHARE = 0.03
+"""Share of the time that drawing may take: after a slow frame the next one comes later."""
+TICK_SECONDS = 0.25
+"""Time between two checks for changes."""
+STALE_TICK_SECONDS = 10.0
+"""Time after which a frame is drawn although nothing changed: the header shows how old the last event is."""
 JOB_SIGNALS = {
     signal.SIGTTIN,
     signal.SIGTTOU,
@@ -32,10 +36,11 @@ JOB_SIGNALS = {
     signal.SIGTSTP,
     signal.SIGCONT,
 }
+"""Signals that are handled by the main thread only."""
 
 
 def handle_key(view: View, key: str) -> View:
-    """The view after a key that concerns only how things look."""
+    """Returns the view after a key that changes the display only; the same view for any other key."""
     if key in "+=":
         return replace(view, smoothing=min(view.smoothing + 1, len(SMOOTHINGS) - 1))
     if key == "-":
@@ -54,8 +59,11 @@ def handle_key(view: View, key: str) -> View:
 
 
 class LiveScreen:
-    """Shows what `draw(view, width, height)` returns whenever `changed()` says that there is something new; both run in
-    its thread."""
+    """Shows what `draw(view, width, height)` returns, whenever `changed()` returns True; both run in its thread.
+
+    `on_key` is called with each key that does not change the view. After an exception the screen is left and
+    `on_failure` is called; the run continues.
+    """
 
     def __init__(
         self,
@@ -77,35 +85,40 @@ class LiveScreen:
             owns_run=owns_run,
             keys=self.keyboard.descriptor is not None,
         )
-        self.cost = self.frames = 0.0
-        self._lock = threading.RLock()  # a signal may come while this thread holds it
-        self._up = self._suspended = self._closed = False
-        self._again = True
+        self.cost = 0.0
+        # reentrant, because a signal may interrupt the thread that holds it
+        self._lock = threading.RLock()
+        self._is_shown = False
+        self._suspended = False
+        self._closed = False
+        self._is_outdated = True
+        self._last_frame = 0.0
+        self._last_change = 0.0
+        self._drawn_size = (0, 0)
         self._handlers: dict[int, Any] = {}
-        self._thread = threading.Thread(target=self._live, name="screen", daemon=True)
+        self._thread = threading.Thread(target=self._loop, name="screen", daemon=True)
 
     def start(self) -> None:
-        """Takes the terminal over."""
-        if threading.current_thread() is threading.main_thread():
-            self._handlers = {
-                number: signal.signal(number, handle)
-                for number, handle in ((signal.SIGTSTP, self._suspend), (signal.SIGCONT, self._continued))
-            }
+        """Starts the thread, which enters the screen."""
+        if _is_main_thread():
+            self._handlers[signal.SIGTSTP] = signal.signal(signal.SIGTSTP, self._suspend)
+            self._handlers[signal.SIGCONT] = signal.signal(signal.SIGCONT, self._continued)
         atexit.register(self.close)
         self._thread.start()
 
     def close(self) -> None:
-        """Gives the terminal back as it was. Safe to call twice, from any thread."""
+        """Restores the terminal. Any thread may call it, also more than once."""
         if self._closed:
             return
         self._closed = True
         self.keyboard.interrupt_read()
-        if threading.current_thread() is not self._thread and self._thread.ident is not None:
+        is_started = self._thread.ident is not None
+        if is_started and threading.current_thread() is not self._thread:
             self._thread.join(timeout=2.0)
         with self._lock:
             self._leave_screen()
         atexit.unregister(self.close)
-        if threading.current_thread() is threading.main_thread():
+        if _is_main_thread():
             for number, handler in self._handlers.items():
                 signal.signal(number, handler)
         if not self._thread.is_alive():
@@ -113,69 +126,83 @@ class LiveScreen:
             self.terminal.close()
 
     def refresh(self) -> None:
-        """Something changed that `changed` does not see; from any thread."""
-        self._again = True
+        """Requests a frame for a change that `changed` does not report. Any thread may call it."""
+        self._is_outdated = True
 
-    def _live(self) -> None:
-        # they belong to the main thread, and drawing must not stop the job
+    def _loop(self) -> None:
+        # these signals are for the main thread, and drawing in the background must not stop the job
         signal.pthread_sigmask(signal.SIG_BLOCK, JOB_SIGNALS)
-        last = 0.0
-        drawn_size = (0, 0)
+        self._last_change = time.monotonic()
         wait = 0.0
-        last_event = time.monotonic()
         try:
             while not self._closed:
                 for key in self.keyboard.read(wait):
                     self._press(key)
-                now = time.monotonic()
-                if self.changed() or now - last_event > STALE_TICK:  # the header tells for how long nothing came
-                    self._again = True
-                    last_event = now
-                with self._lock:
-                    self._follow_job()
-                    due = last + max(FRAME_SECONDS, self.cost / SHARE)
-                    if self._up and now >= due and (self._again or self.terminal.size() != drawn_size):
-                        self._again, last, drawn_size = False, now, self.terminal.size()
-                        self._frame(*drawn_size)
-                wait = min(TICK, max(0.02, due - now)) if self._again else TICK
-        except Exception as error:  # a broken screen must leave a sane terminal and a run that goes on
+                wait = self._update(time.monotonic())
+        except Exception as error:
+            # an error of the screen must neither leave the terminal in a bad state nor stop the run
             with self._lock:
                 self._leave_screen()
             self.on_failure(error)
 
-    def _frame(self, width: int, height: int) -> None:
-        """Draws, and keeps the processor time it took: the next frame may come when that is 3 % of the time passed."""
+    def _update(self, now: float) -> float:
+        """Draws a frame if one is needed and allowed; returns the seconds to wait for the next key."""
+        if self.changed() or now - self._last_change > STALE_TICK_SECONDS:
+            self._is_outdated = True
+            self._last_change = now
+        with self._lock:
+            self._follow_job()
+            due = self._last_frame + max(FRAME_SECONDS, self.cost / MAX_TIME_SHARE)
+            if self._is_shown and now >= due:
+                self._draw_if_outdated(now)
+        if not self._is_outdated:
+            return TICK_SECONDS
+        return min(TICK_SECONDS, max(0.02, due - now))
+
+    def _draw_if_outdated(self, now: float) -> None:
+        size = self.terminal.size()
+        if not self._is_outdated and size == self._drawn_size:
+            return
+        # before the frame is drawn, since `refresh` may request another one meanwhile
+        self._is_outdated = False
+        self._last_frame = now
+        self._drawn_size = size
+        self._draw_frame(*size)
+
+    def _draw_frame(self, width: int, height: int) -> None:
+        """Draws a frame and stores the processor time that it took."""
         started = time.thread_time()
         view = replace(self.view, now=time.time())
         self.terminal.show(self.draw(view, width, height))
         self.cost = time.thread_time() - started
-        self.frames = self.frames + 1
 
     def _press(self, key: str) -> None:
         before = self.view
         self.view = handle_key(self.view, key)
         if self.view is before:
             self.on_key(key)
-        self._again = True
+        self._is_outdated = True
 
     def _follow_job(self) -> None:
-        """On the screen only while the job is in the foreground. Leaving it is for `close` and `_suspend` alone."""
-        ours = not self.terminal.gone and self.terminal.foreground()
-        if ours and not (self._up or self._suspended or self._closed):
+        """Enters the screen as soon as the job is in the foreground. Only `close` and `_suspend` leave the screen."""
+        is_foreground = not self.terminal.gone and self.terminal.foreground()
+        if not is_foreground:
+            # the terminal belongs to another job, which may have changed it
+            self._is_shown = False
+        elif not (self._is_shown or self._suspended or self._closed):
             self.keyboard.start()
             self.terminal.enter()
-            self._up = self._again = True
-        elif self._up and not ours:
-            self._up = False  # the terminal is another job's already, and not ours to change
+            self._is_shown = True
+            self._is_outdated = True
 
     def _leave_screen(self) -> None:
-        if self._up:
-            self._up = False
+        if self._is_shown:
+            self._is_shown = False
             self.terminal.leave()
             self.keyboard.stop()
 
     def _suspend(self, number: int, frame: object) -> None:
-        """Ctrl-Z: off the screen, then stopped as any other job; on it again when continued in the foreground."""
+        """Handles Ctrl-Z: leaves the screen and stops the process. `_follow_job` enters the screen again later."""
         self._suspended = True
         if self._lock.acquire(timeout=1.0):
             self._leave_screen()
@@ -187,9 +214,13 @@ class LiveScreen:
         self.keyboard.interrupt_read()
 
     def _continued(self, number: int, frame: object) -> None:
-        """After a stop that could not be seen coming, the shell has changed the terminal: begin anew."""
-        self._up = False
+        """Enters the screen again after a stop that cannot be handled (SIGSTOP): the shell has changed the terminal."""
+        self._is_shown = False
         self.keyboard.interrupt_read()
+
+
+def _is_main_thread() -> bool:
+    return threading.current_thread() is threading.main_thread()
 
 
 def _descriptor_of_stdin() -> int | None:

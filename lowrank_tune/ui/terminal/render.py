@@ -1,4 +1,4 @@
-"""The dashboard as a pure function: `render(state, view, width, height)` is the screen, line by line."""
+"""The dashboard as a pure function: `render(state, view, width, height)` returns the lines of the screen."""
 
 from __future__ import annotations
 
@@ -8,25 +8,30 @@ from lowrank_tune.ui.diagnostics import diagnose
 from lowrank_tune.ui.formatting import METRIC_FORMATS, clock, stage_of
 from lowrank_tune.ui.metrics import SIDE_TITLES, WITHOUT_REFERENCE, reward_label
 from lowrank_tune.ui.state import State
+from lowrank_tune.ui.terminal.chart_pane import chart_names, chart_pane, format_value
 from lowrank_tune.ui.terminal.group_pane import group_pane
-from lowrank_tune.ui.terminal.panes import (
-    View,
-    chart_names,
-    chart_pane,
-    format_value,
-    help_pane,
-    keys_of,
-    log_pane,
-    sample_pane,
-)
-from lowrank_tune.ui.terminal.text_layout import Line, fit, pad, sanitize, side_by_side, width_of, wrap
+from lowrank_tune.ui.terminal.help_pane import help_pane
+from lowrank_tune.ui.terminal.log_pane import log_pane
+from lowrank_tune.ui.terminal.panes import View, keys_of, labeled
+from lowrank_tune.ui.terminal.sample_pane import sample_pane
+from lowrank_tune.ui.terminal.text_layout import Line, Piece, fit, pad, side_by_side, width_of, wrap
 
 MIN_WIDTH = 60
 MIN_HEIGHT = 15
-CHART_WIDTH = 36
-CHART_HEIGHT = 9
+"""Columns and lines below which there are no panes."""
+MIN_CHART_WIDTH = 36
+MIN_CHART_HEIGHT = 9
 MAX_COLUMNS = 3
-SIDE_BY_SIDE = 100  # from here on log and answers stand next to each other
+MIN_TWO_PANE_WIDTH = 100
+"""Columns from which on log and answers are beside each other."""
+MIN_TWO_PANE_HEIGHT = 7
+"""Lines from which on a narrow screen has both answers and log."""
+MAX_PANES_HEIGHT = 18
+MIN_PANES_HEIGHT = 4
+MAX_SMALL_METRICS = 4
+MEMORY_WARNING = 0.92
+"""Share of the GPU's memory."""
+MIN_PHASE_SHARE = 0.01
 KEY_LABELS = {
     "q": "quit",
     "p": "pause",
@@ -39,64 +44,60 @@ KEY_LABELS = {
     "-": "smooth",
     "?": "help",
 }
-STALE_SECONDS = 60.0  # seconds without an event, after which the header says so
+STALE_SECONDS = 60.0
+"""Seconds without an event after which the header shows the time since the last one."""
+DIAGNOSIS_SIGNS = {"bad": "!!", "warning": "! ", "good": "ok", "": "  "}
 
 
 def render(state: State, view: View, width: int, height: int) -> list[Line]:
-    """Exactly `height` lines of `width` cells."""
+    """Returns exactly `height` lines of `width` cells."""
     if width < MIN_WIDTH or height < MIN_HEIGHT:
-        return pad(_small(state, view, width), width, height)
+        return pad(_small_screen(state, view, width), width, height)
     head = [
         _title(state, view, width),
         _roles(state, view),
         _progress(state, view, width),
         _resources(state, view, width),
     ]
-    body_height = height - len(head) - 1
+    pane = _body
     if view.help:
         pane = help_pane
     elif view.group:
         pane = group_pane
-    else:
-        pane = _body
+    body_height = height - len(head) - 1
     body = pane(state, view, width, body_height)
-    return [*pad(head, width, len(head)), *pad(body, width, body_height), fit(_footer(state, view, width), width)]
+    footer = fit(_footer(state, view, width), width)
+    return [*pad(head, width, len(head)), *pad(body, width, body_height), footer]
 
 
 def render_several(states: Sequence[State], view: View, width: int, height: int) -> list[Line]:
-    """Several runs: side by side where the screen is wide enough, else one above the other."""
-    if len(states) == 1:
-        return render(states[0], view, width, height)
+    """Returns the dashboards of several runs: side by side if the screen is wide enough, else one above the other."""
     count = len(states)
-    edge = "|" if view.ascii_only else "\u2502"
-    pane_width = (width - count + 1) // count
-    if pane_width >= MIN_WIDTH:
-        widths = [pane_width] * (count - 1) + [width - count + 1 - pane_width * (count - 1)]
-        return side_by_side(
-            [render(state, view, column_width, height) for state, column_width in zip(states, widths, strict=True)],
-            widths,
-            height,
-            edge,
-        )
+    if count == 1:
+        return render(states[0], view, width, height)
+    edges = count - 1
+    base_width = (width - edges) // count
+    if base_width >= MIN_WIDTH:
+        last_width = width - edges - base_width * edges
+        widths = [base_width] * edges + [last_width]
+        columns = []
+        for state, column_width in zip(states, widths, strict=True):
+            columns.append(render(state, view, column_width, height))
+        return side_by_side(columns, widths, height, view.symbol("\u2502", "|"))
     lines: list[Line] = []
     for index, state in enumerate(states):
-        lines += render(state, view, width, (height - len(lines)) // (count - index))
+        rest = height - len(lines)
+        lines += render(state, view, width, rest // (count - index))
     return lines
 
 
-def status(state: State, view: View) -> tuple[str, str]:
-    """How the run stands, in a word or a few, and the style of that."""
+def status(state: State, view: View) -> Piece:
+    """Returns the status of the run in a few words, and the style of these words."""
     if state.ended is not None:
-        index, count = stage_of(state.ended, state.started)
-        stage = f"stage {index} " if count > 1 else ""
-        return (
-            f"{stage}{sanitize(state.ended.status)} in {clock(state.ended.seconds)}",
-            "good" if state.ended.status == "done" else "bad",
-        )
+        return _end_status(state, view)
+    silent = 0.0
     if view.now is not None and state.last_time:
         silent = view.now - state.last_time
-    else:
-        silent = 0.0
     if state.ended_process is not None:
         return f"process {state.ended_process} has ended, no news for {clock(silent)}", "bad"
     if view.pending:
@@ -104,230 +105,302 @@ def status(state: State, view: View) -> tuple[str, str]:
     if silent > STALE_SECONDS:
         return f"no news for {clock(silent)}", "warning"
     if state.loading:
-        if state.job is not None or state.started is not None:
-            return ("loading", "title")
-        return ("starting", "title")
+        is_known = state.job is not None or state.started is not None
+        return "loading" if is_known else "starting", "title"
     if state.job is not None or state.step == 0:
-        return ("evaluating", "title")
-    return ("running", "good")
+        return "evaluating", "title"
+    return "running", "good"
+
+
+def _end_status(state: State, view: View) -> Piece:
+    assert state.ended is not None
+    index, count = stage_of(state.ended, state.started)
+    text = f"{view.sanitize(state.ended.status)} in {clock(state.ended.seconds)}"
+    if count > 1:
+        text = f"stage {index} {text}"
+    return text, "good" if state.ended.status == "done" else "bad"
 
 
 def _title(state: State, view: View, width: int) -> Line:
-    run = state.started
-    dot = " - " if view.ascii_only else " \u00b7 "
-    line: Line = [(" lowrank-tune ", "key"), (" ", "")]
-    if run is not None:
-        if run.stages > 1:
-            stages = f"{dot}stage {run.stage} of {run.stages}: "
-        else:
-            stages = dot
-        name, model, device = (sanitize(text, view.ascii_only, 60) for text in (run.name, run.model, run.device))
-        line += [(name or "run", "strong"), (f"{stages}{sanitize(run.algorithm, view.ascii_only)} of {model}", "")]
-        line += [(f"{dot}{device}", "quiet")] if device else []
-    status_text, style = status(state, view)
+    status_text, status_style = status(state, view)
     status_text = f"  {status_text} "
-    return [*fit(line, width - len(status_text)), (status_text, style)]
+    line: Line = [(" lowrank-tune ", "key"), (" ", ""), *_run(state, view)]
+    return [*fit(line, width - len(status_text)), (status_text, status_style)]
+
+
+def _run(state: State, view: View) -> Line:
+    """Returns name, stage, algorithm, model and device of the run."""
+    run = state.started
+    if run is None:
+        return []
+    separator = view.symbol(" \u00b7 ", " - ")
+    job = f"{view.sanitize(run.algorithm)} of {view.sanitize(run.model, 60)}"
+    if run.stages > 1:
+        job = f"stage {run.stage} of {run.stages}: {job}"
+    line: Line = [(view.sanitize(run.name, 60) or "run", "strong"), (f"{separator}{job}", "")]
+    if run.device:
+        line.append((f"{separator}{view.sanitize(run.device, 60)}", "quiet"))
+    return line
 
 
 def _roles(state: State, view: View) -> Line:
-    """Each role as the stack it is, and the reference in words."""
+    """Returns each role with its stack of adapters, and the description of the reference."""
     if state.started is None:
         return [(" preparing data and base", "quiet")]
     line: Line = []
-    for role, stack in state.started.roles.items():
-        if role != "reference":
-            line += [
-                (f" {sanitize(role, view.ascii_only)} ", "quiet"),
-                (f"= {sanitize(' + '.join(('base', *stack)), view.ascii_only)}  ", ""),
-            ]
-    if state.started.algorithm in WITHOUT_REFERENCE:
-        return line
-    return [*line, (" reference ", "quiet"), (f"= {sanitize(state.started.reference, view.ascii_only)}", "")]
+    for role, adapters in state.started.roles.items():
+        if role == "reference":
+            continue
+        stack = " + ".join(("base", *adapters))
+        line.append((f" {view.sanitize(role)} ", "quiet"))
+        line.append((f"= {view.sanitize(stack)}  ", ""))
+    if state.started.algorithm not in WITHOUT_REFERENCE:
+        line.append((" reference ", "quiet"))
+        line.append((f"= {view.sanitize(state.started.reference)}", ""))
+    return line
 
 
 def _bar(share: float, width: int, view: View) -> Line:
     full = round(min(1.0, max(0.0, share)) * width)
-    drawn, rest = ("#", ".") if view.ascii_only else ("\u2501", "\u2500")
-    return [(drawn * full, "bar"), (rest * (width - full), "quiet")]
+    done = view.symbol("\u2501", "#")
+    rest = view.symbol("\u2500", ".")
+    return [(done * full, "bar"), (rest * (width - full), "quiet")]
 
 
 def _progress(state: State, view: View, width: int) -> Line:
-    """The bar of the run, or of a long job before and between its steps."""
-    if state.started:
-        facts = [f"step {state.step}/{state.steps} ({100 * state.step / max(1, state.steps):.0f} %)"]
-    else:
-        facts = []
-    share = state.step / max(1, state.steps)
-    if state.job is not None:
-        share = state.job.done / state.job.total if state.job.total else 0.0
-        facts = [
-            f"{sanitize(state.job.description, view.ascii_only, 44)} {state.job.done:,}/{state.job.total:,}",
-            *(facts if state.step else []),
-        ]
-    elif state.seconds_left is not None and state.step < state.steps and state.ended_process is None:
-        facts.append(f"ETA {clock(state.seconds_left)}")
+    """Returns the bar of the current job, or of the whole run, with its figures."""
+    facts = _progress_facts(state, view)
     if state.start_time is not None and state.ended is None:
         facts.append(f"for {clock(state.last_time - state.start_time)}")
-    if (speed := state.tokens_per_second) is not None:
+    speed = state.tokens_per_second
+    if speed is not None:
         facts.append(f"{speed:,.0f} tokens/s")
+    # a narrow screen keeps the first facts
     while len(facts) > 1 and sum(len(fact) + 2 for fact in facts) > width - 12:
-        facts.pop()  # a narrow screen keeps the first ones
-    text = "  " + "  ".join(facts) + " "
-    return [(" ", ""), *_bar(share, max(8, width - len(text) - 1), view), (text, "")]
+        facts.pop()
+    text = f"  {'  '.join(facts)} "
+    bar = _bar(_share_done(state), max(8, width - len(text) - 1), view)
+    return [(" ", ""), *bar, (text, "")]
+
+
+def _progress_facts(state: State, view: View) -> list[str]:
+    facts = list[str]()
+    job = state.job
+    if job is not None:
+        facts.append(f"{view.sanitize(job.description, 44)} {job.done:,}/{job.total:,}")
+    if state.started is not None and (job is None or state.step):
+        percentage = 100 * state.step / max(1, state.steps)
+        facts.append(f"step {state.step}/{state.steps} ({percentage:.0f} %)")
+    is_stopped = state.ended_process is not None
+    if job is None and state.seconds_left is not None and state.step < state.steps and not is_stopped:
+        facts.append(f"ETA {clock(state.seconds_left)}")
+    return facts
+
+
+def _share_done(state: State) -> float:
+    if state.job is None:
+        return state.step / max(1, state.steps)
+    return state.job.done / state.job.total if state.job.total else 0.0
 
 
 def _resources(state: State, view: View, width: int) -> Line:
-    """Memory of the GPU, and where the time goes: that of the steps by their phases, and that of the run."""
-    line: Line = []
-    if (used := state.memory_gib) is not None:
-        total = state.started.memory_total_gib if state.started else 0.0
-        line += [(" memory ", "quiet")]
-        if total:
-            style = "warning" if used > 0.92 * total else ""
-            line += [*_bar(used / total, 8, view), (f" {used:.1f} of {total:.1f} GiB", style)]
-        else:
-            line += [(f"{used:.1f} GiB", "")]
+    """Returns the memory of the GPU, and the shares of the phases in the time of the steps and of the run."""
+    line = _memory(state, view)
     if view.gpu:
-        line += [(f"  {sanitize(view.gpu, view.ascii_only)}", "quiet")]
-    if within := state.step_phase_shares():
-        line += [("   step ", "quiet"), ("  ".join(f"{name} {share:.0%}" for name, share in within.items()), "")]
-    shares = [f"{name} {share:.0%}" for name, share in state.phase_shares().items() if share >= 0.01]
-    while within and shares and width_of(line) + len("   time ") + len("  ".join(shares)) > width:
-        shares.pop()  # a narrow screen keeps the largest ones
+        line.append((f"  {view.sanitize(view.gpu)}", "quiet"))
+    step_shares = [f"{name} {share:.0%}" for name, share in state.step_phase_shares().items()]
+    if step_shares:
+        line.append(("   step ", "quiet"))
+        line.append(("  ".join(step_shares), ""))
+    shares = []
+    for name, share in state.phase_shares().items():
+        if share >= MIN_PHASE_SHARE:
+            shares.append(f"{name} {share:.0%}")
+    label = "   time "
+    if step_shares:
+        # a narrow screen keeps the largest shares
+        room = width - width_of(line) - len(label)
+        while shares and len("  ".join(shares)) > room:
+            shares.pop()
     if shares:
-        line += [("   time ", "quiet"), ("  ".join(shares), "")]
+        line.append((label, "quiet"))
+        line.append(("  ".join(shares), ""))
     return line
+
+
+def _memory(state: State, view: View) -> Line:
+    used = state.memory_gib
+    if used is None:
+        return []
+    total = 0.0
+    if state.started is not None:
+        total = state.started.memory_total_gib
+    label = (" memory ", "quiet")
+    if not total:
+        return [label, (f"{used:.1f} GiB", "")]
+    style = "warning" if used > MEMORY_WARNING * total else ""
+    return [label, *_bar(used / total, 8, view), (f" {used:.1f} of {total:.1f} GiB", style)]
 
 
 def _body(state: State, view: View, width: int, height: int) -> list[Line]:
-    """Charts above, the diagnoses, then log and answers."""
+    """Returns the charts, below them the diagnoses, then log and answers."""
     diagnoses = _diagnoses(state, view, width, max(1, height // 9))
-    names = chart_names(state)
-    rest = height - len(diagnoses)
-    columns = max(1, min(MAX_COLUMNS, width // CHART_WIDTH, len(names)))
-    if not names:
-        return [*diagnoses, *_panes(state, view, width, rest)]
-    panes_height = max(4, min(18, rest * 2 // 5))
-    rows = max(1, min((rest - panes_height) // CHART_HEIGHT, -(-len(names) // columns)))
-    left_out = names[columns * rows :]
-    grid = _charts(state, view, names[: columns * rows], columns, width, (rest - panes_height - bool(left_out)) // rows)
-    if left_out:
-        grid.append(_figures(state, left_out, view, width))
-    return [*grid, *diagnoses, *_panes(state, view, width, height - len(grid) - len(diagnoses))]
+    height -= len(diagnoses)
+    grid: list[Line] = []
+    charts = chart_names(state)
+    if charts:
+        panes_height = max(MIN_PANES_HEIGHT, min(MAX_PANES_HEIGHT, height * 2 // 5))
+        grid = _chart_grid(state, charts, view, width, height - panes_height)
+    return [*grid, *diagnoses, *_log_and_samples(state, view, width, height - len(grid))]
 
 
-def _charts(
+def _chart_grid(
     state: State,
+    charts: Sequence[Sequence[str]],
     view: View,
-    names: Sequence[Sequence[str]],
-    columns: int,
     width: int,
     height: int,
 ) -> list[Line]:
+    """Returns rows of charts, and a line with the last values of the charts that do not fit."""
+    columns = max(1, min(MAX_COLUMNS, width // MIN_CHART_WIDTH, len(charts)))
+    rows_needed = -(-len(charts) // columns)
+    rows = max(1, min(height // MIN_CHART_HEIGHT, rows_needed))
+    shown = charts[: columns * rows]
+    left_out = charts[columns * rows :]
+    if left_out:
+        height -= 1
     lines: list[Line] = []
-    base, extra = divmod(width - columns + 1, columns)
-    widths = [base + (index < extra) for index in range(columns)]
-    for at in range(0, len(names), columns):
-        row = [
-            chart_pane(state, chart, view, widths[index], height)
-            for index, chart in enumerate(names[at : at + columns])
-        ]
-        lines += side_by_side([*row, *([[]] * (columns - len(row)))], widths, height)
+    for start in range(0, len(shown), columns):
+        lines += _chart_row(state, shown[start : start + columns], view, _column_widths(width, columns), height // rows)
+    if left_out:
+        lines.append(_last_values(state, left_out, view, width))
     return lines
 
 
-def _figures(state: State, charts: Sequence[Sequence[str]], view: View, width: int) -> Line:
-    """In one line what has no chart on a small screen; sides of pairs last, for a figure that does not fit whole is
-    left out."""
+def _column_widths(width: int, columns: int) -> list[int]:
+    """Returns equal widths, with one cell between the columns; the first ones are one cell wider if needed."""
+    base, extra = divmod(width - columns + 1, columns)
+    return [base + (index < extra) for index in range(columns)]
+
+
+def _chart_row(
+    state: State,
+    charts: Sequence[Sequence[str]],
+    view: View,
+    widths: Sequence[int],
+    height: int,
+) -> list[Line]:
+    blocks: list[list[Line]] = []
+    for index, width in enumerate(widths):
+        block: list[Line] = []
+        if index < len(charts):
+            block = chart_pane(state, charts[index], view, width, height)
+        blocks.append(block)
+    return side_by_side(blocks, widths, height)
+
+
+def _last_values(state: State, charts: Sequence[Sequence[str]], view: View, width: int) -> Line:
+    """Returns a line with the last values of charts that a small screen does not show. Charts of several metrics are
+    last, because a chart whose values do not fit is left out."""
     line: Line = [(" ", "")]
     for names in sorted(charts, key=len):
-        part: Line = [(f"{SIDE_TITLES.get(names[0], 'rewards:')} ", "quiet")] if len(names) > 1 else []
-        for name in names:
-            if name in METRIC_FORMATS:
-                label = METRIC_FORMATS[name][0]
-            else:
-                label = sanitize(reward_label(name), view.ascii_only, 20)
-            last = state.last(name)
-            part += [(f"{label} ", "quiet"), (f"{format_value(name, last)}   ", "")] if last is not None else []
-        if width_of(line) + width_of(part) <= width + 2:
-            line += part
+        values = _values_of_chart(state, names, view)
+        if width_of(line) + width_of(values) <= width + 2:
+            line += values
     return line
 
 
-def _diagnoses(state: State, view: View, width: int, most: int) -> list[Line]:
-    signs = {"bad": "!!", "warning": "! ", "good": "ok", "": "  "}
+def _values_of_chart(state: State, names: Sequence[str], view: View) -> Line:
+    values: Line = []
+    if len(names) > 1:
+        values.append((f"{SIDE_TITLES.get(names[0], 'rewards:')} ", "quiet"))
+    for name in names:
+        last = state.last(name)
+        if last is None:
+            continue
+        if name in METRIC_FORMATS:
+            label, _ = METRIC_FORMATS[name]
+        else:
+            label = view.sanitize(reward_label(name), 20)
+        values.append((f"{label} ", "quiet"))
+        values.append((f"{format_value(name, last)}   ", ""))
+    return values
+
+
+def _diagnoses(state: State, view: View, width: int, max_lines: int) -> list[Line]:
     lines: list[Line] = []
     for diagnosis in diagnose(state):
-        for row, part in enumerate(wrap(sanitize(diagnosis.text, view.ascii_only), width - 5, 2)):
-            lines.append(
-                [(f" {signs[diagnosis.level] if row == 0 else '  '} ", diagnosis.level), (part, diagnosis.level)]
-            )
-    return lines[: max(1, most)]
+        rows = wrap(view.sanitize(diagnosis.text), width - 5, 2)
+        label = f" {DIAGNOSIS_SIGNS[diagnosis.level]} "
+        lines += labeled((label, diagnosis.level), rows, diagnosis.level)
+    return lines[:max_lines]
 
 
-def _panes(state: State, view: View, width: int, height: int) -> list[Line]:
-    """Answers stand at the right or alone: where a terminal measures a character otherwise than we do, nothing after it
-    moves."""
-    if width >= SIDE_BY_SIDE:
+def _log_and_samples(state: State, view: View, width: int, height: int) -> list[Line]:
+    """Returns the log and the answers: side by side, or the answers above the log on a narrow screen.
+
+    Nothing is at the right of the answers, because a terminal may measure a character of theirs in another way.
+    """
+    if width >= MIN_TWO_PANE_WIDTH:
         left = (width - 1) * 9 // 20
-        widths = [left, width - 1 - left]
-        return side_by_side(
-            [log_pane(state, view, left, height), sample_pane(state, view, widths[1], height)],
-            widths,
-            height,
-        )
-    shown = bool(state.answers or state.earlier or state.pairs)
-    if shown and height < 7:  # no room for both; what is wrong is also said by the diagnoses
-        return sample_pane(state, view, width, height)
-    above = height * 3 // 5 if shown else 2
-    return [*pad(sample_pane(state, view, width, above), width, above), *log_pane(state, view, width, height - above)]
+        right = width - 1 - left
+        panes = [log_pane(state, view, left, height), sample_pane(state, view, right, height)]
+        return side_by_side(panes, [left, right], height)
+    samples_height = 2
+    if state.answers or state.earlier or state.pairs:
+        if height < MIN_TWO_PANE_HEIGHT:
+            # the diagnoses also contain the most important warnings
+            return sample_pane(state, view, width, height)
+        samples_height = height * 3 // 5
+    samples = pad(sample_pane(state, view, width, samples_height), width, samples_height)
+    return [*samples, *log_pane(state, view, width, height - samples_height)]
 
 
 def _footer(state: State, view: View, width: int) -> Line:
     if not view.keys:
         return [(" no keyboard here: Ctrl-C saves and quits", "quiet")]
     line: Line = [(" ", "")]
-    wide = width >= SIDE_BY_SIDE
+    is_wide = width >= MIN_TWO_PANE_WIDTH
     for key in keys_of(state, view):
-        line += [
-            (f" {key} " if wide else key, "key"),
-            (f" {KEY_LABELS[key]} " + " " * wide if KEY_LABELS[key] else "", ""),
-        ]
+        label = KEY_LABELS[key]
+        if label:
+            label = f" {label} "
+        if is_wide:
+            key = f" {key} "
+            label = f"{label} " if label else ""
+        line.append((key, "key"))
+        line.append((label, ""))
     return line
 
 
-def _small(state: State, view: View, width: int) -> list[Line]:
-    """Plain lines for a screen that has no room for panes."""
+def _small_screen(state: State, view: View, width: int) -> list[Line]:
+    """Returns plain lines for a screen that has no room for panes."""
     run = state.started
-    status_text, style = status(state, view)
-    lines: list[Line] = [[(f"{sanitize(run.name, view.ascii_only) if run else 'starting'}: {status_text}", style)]]
+    status_text, status_style = status(state, view)
+    name = view.sanitize(run.name) if run else "starting"
+    lines: list[Line] = [[(f"{name}: {status_text}", status_style)]]
     if state.job is not None:
-        lines.append([(f"{sanitize(state.job.description, view.ascii_only)} {state.job.done}/{state.job.total}", "")])
+        lines.append([(f"{view.sanitize(state.job.description)} {state.job.done}/{state.job.total}", "")])
     if run is not None:
-        if state.seconds_left is not None:
-            left = f", ETA {clock(state.seconds_left)}"
-        else:
-            left = ""
-        left = "" if state.ended_process is not None else left
-        lines.append([(f"step {state.step}/{state.steps}{left}", "")])
-    names = [
-        name
-        for name in (*(name for chart in chart_names(state) for name in chart), "eval_loss")
-        if name in state.series
-    ]
-    for name in names[:4]:
-        lines.append(
-            [
-                (
-                    f"{sanitize(name, view.ascii_only, 40).replace('_', ' ')} "
-                    f"{format_value(name, state.series[name].last)}",
-                    "",
-                )
-            ]
-        )
-    lines += [
-        [(part, diagnosis.level)]
-        for diagnosis in diagnose(state)
-        for part in wrap(sanitize(diagnosis.text, view.ascii_only), width, 2)
-    ]
-    return lines + [[(sanitize(entry.text, view.ascii_only), "warning")] for entry in reversed(state.warnings)]
+        steps = f"step {state.step}/{state.steps}"
+        if state.seconds_left is not None and state.ended_process is None:
+            steps = f"{steps}, ETA {clock(state.seconds_left)}"
+        lines.append([(steps, "")])
+    lines += _small_metrics(state, view)
+    for diagnosis in diagnose(state):
+        for row in wrap(view.sanitize(diagnosis.text), width, 2):
+            lines.append([(row, diagnosis.level)])
+    for entry in reversed(state.warnings):
+        lines.append([(view.sanitize(entry.text), "warning")])
+    return lines
+
+
+def _small_metrics(state: State, view: View) -> list[Line]:
+    """Returns a line for each of the most important metrics that were measured."""
+    names = [name for chart in chart_names(state) for name in chart]
+    names = [name for name in [*names, "eval_loss"] if name in state.series]
+    lines: list[Line] = []
+    for name in names[:MAX_SMALL_METRICS]:
+        label = view.sanitize(name, 40).replace("_", " ")
+        lines.append([(f"{label} {format_value(name, state.series[name].last)}", "")])
+    return lines

@@ -1,4 +1,4 @@
-"""A picture of the dashboard from recorded events.
+"""Draws the dashboard from recorded events as a picture.
 
 python -m lowrank_tune.ui.terminal.screenshot EVENTS OUT.svg [WIDTH HEIGHT [STEP]]
 """
@@ -9,6 +9,7 @@ import html
 import io
 import re
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 
 from rich.cells import cell_len
@@ -22,15 +23,18 @@ from lowrank_tune.ui.terminal.render import render
 from lowrank_tune.ui.terminal.text_layout import rich_text
 from lowrank_tune.ui.watch import read_events
 
-_FONT_FACE = re.compile(r"@font-face \{.*?\}\s*", re.DOTALL)  # rich's loads a font from the network; a picture must not
+DEFAULT_SIZE = (120, 40)
 
+_FONT_FACE = re.compile(r"@font-face \{.*?\}\s*", re.DOTALL)
+"""The font of rich, which is loaded from the network; a picture must not do that."""
 _TEXT = re.compile(
     r'(<text class="dashboard-r\d+" x=")([\d.]+)(" y="[\d.]+" textLength=")([\d.]+)("[^>]*>)([^<]*)</text>'
 )
+_NO_BREAK_SPACE = "\xa0"
 
 
 def screenshot(state: State, width: int, height: int) -> str:
-    """The screen as SVG, the same bytes for the same state."""
+    """Returns the screen as SVG, the same bytes for the same state."""
     console = Console(
         width=width,
         height=height,
@@ -48,20 +52,22 @@ def screenshot(state: State, width: int, height: int) -> str:
 
 
 def _without_blanks(match: re.Match[str]) -> str:
-    """Moves a text to where its first letter stands: not every program that shows SVG keeps the blanks before it."""
+    """Moves the start of a text to its first letter, because not every viewer of SVG shows the blanks before it."""
     before, x, middle, length, after, text = match.groups()
     letters = html.unescape(text)
-    stripped = letters.strip("\xa0")
+    stripped = letters.strip(_NO_BREAK_SPACE)
     if not stripped:
         return ""
     cell = float(length) / max(1, cell_len(letters))
-    start = float(x) + cell * (len(letters) - len(letters.lstrip("\xa0")))
-    escaped = html.escape(stripped, quote=False).replace("\xa0", "&#160;")
-    return f"{before}{start:.1f}{middle}{cell * cell_len(stripped):.1f}{after}{escaped}</text>"
+    leading_blanks = len(letters) - len(letters.lstrip(_NO_BREAK_SPACE))
+    start = float(x) + cell * leading_blanks
+    stripped_length = cell * cell_len(stripped)
+    escaped = html.escape(stripped, quote=False).replace(_NO_BREAK_SPACE, "&#160;")
+    return f"{before}{start:.1f}{middle}{stripped_length:.1f}{after}{escaped}</text>"
 
 
-def state_at_step(events: list[Event], step: int | None) -> State:
-    """The state after a step, or after everything."""
+def state_at_step(events: Iterable[Event], step: int | None) -> State:
+    """Returns the state after a step; None stands for the last one."""
     state = State()
     for event in events:
         if step is not None and isinstance(event, StepEnd) and event.step > step:
@@ -70,13 +76,12 @@ def state_at_step(events: list[Event], step: int | None) -> State:
     return state
 
 
-def main(words: list[str]) -> None:
-    if len(words) < 4:
-        events, out, width, height, *step = [*words, "120", "40"][:4]
-    else:
-        events, out, width, height, *step = words
-    state = state_at_step(list(read_events(Path(events))), int(step[0]) if step else None)
-    Path(out).write_text(screenshot(state, int(width), int(height)), encoding="utf-8")
+def main(arguments: list[str]) -> None:
+    """Writes the picture."""
+    events, out, *numbers = arguments
+    width, height, *step = [int(number) for number in numbers] or DEFAULT_SIZE
+    state = state_at_step(read_events(Path(events)), step[0] if step else None)
+    Path(out).write_text(screenshot(state, width, height), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -1,11 +1,11 @@
-"""What a screen is made of: lines of styled pieces of text, cut and padded to terminal cells. No terminal is touched
-here."""
+"""The lines of a screen: styled pieces of text, cut and padded to terminal cells. Nothing here writes to a terminal."""
 
 from __future__ import annotations
 
 import re
 import textwrap
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from rich.cells import cell_len, set_cell_size
 from rich.text import Text
@@ -16,28 +16,39 @@ Piece = tuple[str, str]
 Line = list[Piece]
 """A line of a screen: pieces of text, each with the name of a style in `STYLES`."""
 
-STYLES: dict[str, tuple[str, str, str]] = {
-    "": ("", "", ""),
-    "quiet": ("2", "2", "dim"),
-    "strong": ("1", "1", "bold"),
-    "title": ("1;36", "1", "bold cyan"),
-    "key": ("7", "7", "reverse"),
-    "good": ("32", "", "green"),
-    "warning": ("1;33", "1", "bold yellow"),
-    "bad": ("1;31", "1", "bold red"),
-    "first": ("96", "1", "bright_cyan"),
-    "second": ("93", "", "bright_yellow"),
-    "chosen": ("92", "1", "bright_green"),
-    "rejected": ("91", "", "bright_red"),
-    "third": ("95", "1", "bright_magenta"),
-    "fourth": ("94", "", "bright_blue"),
-    "bar": ("36", "1", "cyan"),
+
+@dataclass(frozen=True)
+class Style:
+    """A style of text: its escape code with colors, its escape code without (NO_COLOR), and its name in rich, for
+    pictures."""
+
+    color: str = ""
+    plain: str = ""
+    rich: str = ""
+
+
+STYLES = {
+    "": Style(),
+    "quiet": Style("2", "2", "dim"),
+    "strong": Style("1", "1", "bold"),
+    "title": Style("1;36", "1", "bold cyan"),
+    "key": Style("7", "7", "reverse"),
+    "good": Style("32", "", "green"),
+    "warning": Style("1;33", "1", "bold yellow"),
+    "bad": Style("1;31", "1", "bold red"),
+    "first": Style("96", "1", "bright_cyan"),
+    "second": Style("93", "", "bright_yellow"),
+    "chosen": Style("92", "1", "bright_green"),
+    "rejected": Style("91", "", "bright_red"),
+    "third": Style("95", "1", "bright_magenta"),
+    "fourth": Style("94", "", "bright_blue"),
+    "bar": Style("36", "1", "cyan"),
 }
-"""Each style as an escape code with colors, as one without (NO_COLOR), and as rich names it for pictures."""
 
 
 def sanitize(text: str, ascii_only: bool = False, limit: int = 500) -> str:
-    """Foreign text, fit for a screen: inert, and in ASCII where the terminal knows no more."""
+    """Returns untrusted text without control characters, at most `limit` characters of it, for a terminal that may show
+    ASCII only."""
     text = escape_control_chars(text, limit)
     if ascii_only:
         return text.encode("ascii", "backslashreplace").decode("ascii")
@@ -45,11 +56,12 @@ def sanitize(text: str, ascii_only: bool = False, limit: int = 500) -> str:
 
 
 def width_of(line: Line) -> int:
+    """Returns the cells that a line fills."""
     return sum(cell_len(text) for text, _ in line)
 
 
 def fit(line: Line, width: int) -> Line:
-    """The line in exactly `width` cells: cut, or filled with blanks."""
+    """Returns the line in exactly `width` cells: cut, or filled with blanks."""
     fitted = []
     left = max(0, width)
     for text, style in line:
@@ -66,25 +78,26 @@ def fit(line: Line, width: int) -> Line:
 
 
 def pad(lines: Sequence[Line], width: int, height: int) -> list[Line]:
-    """The block in exactly `width` x `height` cells."""
+    """Returns the block in exactly `width` x `height` cells."""
     filled = [fit(line, width) for line in lines[:height]]
-    return filled + [[(" " * width, "")] for _ in range(height - len(filled))]
+    missing = height - len(filled)
+    return filled + [fit([], width) for _ in range(missing)]
 
 
 def side_by_side(blocks: Sequence[Sequence[Line]], widths: Sequence[int], height: int, gap: str = " ") -> list[Line]:
-    """Blocks next to each other."""
-    padded = [pad(block, width, height) for block, width in zip(blocks, widths, strict=True)]
-    rows: list[Line] = []
-    for row in zip(*padded, strict=True):
-        line: Line = []
-        for index, part in enumerate(row):
-            line += [(gap, "quiet"), *part] if index else part
-        rows.append(line)
+    """Returns blocks next to each other, as `height` lines with `gap` between the blocks."""
+    rows: list[Line] = [[] for _ in range(height)]
+    for index, (block, width) in enumerate(zip(blocks, widths, strict=True)):
+        for row, line in zip(rows, pad(block, width, height), strict=True):
+            if index > 0:
+                row.append((gap, "quiet"))
+            row += line
     return rows
 
 
 def wrap(text: str, width: int, lines: int) -> list[str]:
-    """Text broken at blanks into at most `lines` lines of `width` cells; dots tell that some is missing."""
+    """Returns text broken at blanks into at most `lines` lines of `width` cells, with `...` at the end if text is left
+    out."""
     if width < 4 or lines < 1:
         return []
     rows = []
@@ -93,34 +106,37 @@ def wrap(text: str, width: int, lines: int) -> list[str]:
         if cell_len(rest) <= width:
             rows.append(rest)
             break
-        cut = _cut(rest, width)
         if len(rows) == lines - 1:
-            rows.append(rest[: _cut_hard(rest, width - 3)] + "...")
+            shortened = rest[: _count_fitting(rest, width - 3)]
+            rows.append(f"{shortened}...")
             break
+        cut = _break_index(rest, width)
         rows.append(rest[:cut].rstrip())
         rest = rest[cut:].lstrip()
     return rows
 
 
 def fold(line: str, width: int, indent: int) -> str:
-    """A line broken before it reaches `width`; never within a word, nor between a name and its value where values are
-    two blanks apart. What follows is indented."""
+    """Returns a line broken so that each row is shorter than `width` if possible; rows after the first are indented.
+
+    Words are not broken. If values are two blanks apart, a name and its value stay in the same row.
+    """
+    joined = line
     if re.search(r"\S {2,}\S.* {2,}\S", line):
         joined = re.sub(r"(?<=\S) (?=\S)", "\0", line)
-    else:
-        joined = line
     rows = textwrap.wrap(joined, width, subsequent_indent=" " * indent, break_long_words=False, break_on_hyphens=False)
     return "\n".join(rows).replace("\0", " ")
 
 
-def _cut(text: str, width: int) -> int:
-    hard = _cut_hard(text, width)
-    blank = text.rfind(" ", 0, hard + 1)
-    return blank if blank > width // 2 else hard
+def _break_index(text: str, width: int) -> int:
+    """Returns the index of the last blank that fits, or of the last character if that blank is in the first half."""
+    fitting = _count_fitting(text, width)
+    blank = text.rfind(" ", 0, fitting + 1)
+    return blank if blank > width // 2 else fitting
 
 
-def _cut_hard(text: str, width: int) -> int:
-    """How many characters fill at most `width` cells; at least one, so that wrapping always ends."""
+def _count_fitting(text: str, width: int) -> int:
+    """Returns how many characters fill at most `width` cells; at least one, so that wrapping always ends."""
     used = 0
     for index, character in enumerate(text):
         used += cell_len(character)
@@ -130,25 +146,36 @@ def _cut_hard(text: str, width: int) -> int:
 
 
 def plain_text(lines: Sequence[Line]) -> str:
-    """The screen without its styles, trailing blanks removed."""
-    return "\n".join("".join(text for text, _ in line).rstrip() for line in lines) + "\n"
+    """Returns the screen without styles and without trailing blanks."""
+    rows = []
+    for line in lines:
+        text = "".join(text for text, _ in line)
+        rows.append(text.rstrip())
+    return "\n".join(rows) + "\n"
+
+
+def with_code(text: str, code: str) -> str:
+    """Returns the text between an escape code and its reset; unchanged if the code or the text is empty."""
+    if not code or not text:
+        return text
+    return f"\x1b[{code}m{text}\x1b[0m"
 
 
 def to_ansi(line: Line, color: bool) -> str:
-    """The line with escape codes."""
+    """Returns the line with escape codes."""
     parts = []
-    for text, style in line:
-        code = STYLES[style][0 if color else 1]
-        parts.append(f"\x1b[{code}m{text}\x1b[0m" if code else text)
+    for text, name in line:
+        style = STYLES[name]
+        parts.append(with_code(text, style.color if color else style.plain))
     return "".join(parts)
 
 
 def rich_text(lines: Sequence[Line]) -> Text:
-    """The screen for rich's exporters."""
-    whole = Text(no_wrap=True, end="")
+    """Returns the screen for the exporters of rich."""
+    screen = Text(no_wrap=True, end="")
     for index, line in enumerate(lines):
-        for text, style in line:
-            whole.append(text, STYLES[style][2])
-        if index < len(lines) - 1:
-            whole.append("\n")
-    return whole
+        if index > 0:
+            screen.append("\n")
+        for text, name in line:
+            screen.append(text, STYLES[name].rich)
+    return screen

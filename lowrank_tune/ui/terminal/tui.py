@@ -1,4 +1,4 @@
-"""The dashboard of a run in this terminal: a sink that only queues events; its session's thread applies and draws
+"""The dashboard of a run in this terminal: a sink that only queues events. The thread of its screen applies and draws
 them."""
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
-from lowrank_tune.events import Event, LogMessage, RunEnded
+from lowrank_tune.events import Event, LogMessage
 from lowrank_tune.training.signals import TrainerControl
 from lowrank_tune.ui.gpu_stats import GpuStats
 from lowrank_tune.ui.state import State
@@ -24,17 +24,17 @@ from lowrank_tune.ui.terminal.plain import LineLogger
 from lowrank_tune.ui.terminal.render import render
 from lowrank_tune.ui.terminal.text_layout import Line
 
-KEY_ACTIONS = {
+PENDING_LABELS = {
     "stop": "saving and quitting after this step",
     "pause": "paused: p goes on",
     "evaluate": "evaluating after this step",
     "save": "saving after this step",
 }
+"""Text in the header for each request of `TrainerControl`."""
 
 
 class Tui:
-    """Takes the terminal at once and gives it back in `close`. An event costs a microsecond: nothing of it is drawn by
-    the caller."""
+    """A sink that uses the terminal from its creation to `close`. An event costs the caller about a microsecond."""
 
     def __init__(
         self,
@@ -47,7 +47,8 @@ class Tui:
         self._events: deque[Event] = deque()
         self._pending: tuple[str, ...] = ()
         self._gpu = GpuStats()
-        self._line_logger: LineLogger | None = None  # takes over where the screen breaks
+        # replaces the screen after an error of the screen
+        self._line_logger: LineLogger | None = None
         self._in_main = threading.current_thread() is threading.main_thread()
         self.screen = LiveScreen(
             self._draw,
@@ -67,38 +68,44 @@ class Tui:
             self._events.append(event)
 
     def close(self) -> None:
-        """Back to the shell; of a run that did not end well, what went before is told in lines."""
+        """Restores the terminal. The end of a run that was not completed is printed in lines."""
         self.screen.close()
         self._redirected.close(terminal_gone=self.screen.terminal.gone)
         if self._line_logger is not None:
             self._line_logger.close()
         elif not self.screen.terminal.gone:
-            self._changed()
+            self._apply_events()
             self._print_end()
 
     def _print_end(self) -> None:
+        """Prints the end, and before it the warnings of a failed run. The summary of a completed run contains both."""
         ended = self.state.ended
-        if ended is not None and ended.status == "done":
-            return  # the summary says it all
+        if ended is None or ended.status == "done":
+            return
         with suppress(OSError, ValueError):
             line_logger = LineLogger()
-            for line in self.state.warnings if ended is not None and ended.status == "failed" else ():
-                line_logger(LogMessage(message=line.text, level="warning"))
-            if isinstance(ended, RunEnded):
-                line_logger(ended)
+            if ended.status == "failed":
+                for line in self.state.warnings:
+                    line_logger(LogMessage(message=line.text, level="warning"))
+            line_logger(ended)
             line_logger.close()
 
     def _changed(self) -> bool:
-        """Takes in what came; also looks at the requests, which signals and the loop change silently."""
-        pending = tuple(text for action, text in KEY_ACTIONS.items() if getattr(self.control, action))
-        fresh = bool(self._events) or pending != self._pending
+        """Applies new events; returns whether there were any, or whether the requests to the training loop changed."""
+        pending = tuple(text for request, text in PENDING_LABELS.items() if getattr(self.control, request))
+        is_changed = pending != self._pending
         self._pending = pending
+        return self._apply_events() or is_changed
+
+    def _apply_events(self) -> bool:
+        is_changed = bool(self._events)
         while self._events:
             self.state.apply(self._events.popleft())
-        return fresh
+        return is_changed
 
     def _draw(self, view: View, width: int, height: int) -> list[Line]:
-        return render(self.state, replace(view, pending=self._pending, gpu=self._gpu.read()), width, height)
+        view = replace(view, pending=self._pending, gpu=self._gpu.read())
+        return render(self.state, view, width, height)
 
     def _press(self, key: str) -> None:
         if key == "q":
@@ -111,8 +118,8 @@ class Tui:
             self.control.evaluate = True
 
     def _request_stop(self) -> None:
-        """As the first Ctrl-C: in the loop a request, before it an interruption, for there is nothing to save yet. A
-        second `q` does nothing."""
+        """Has the effect of the first Ctrl-C: a request within the training loop; an interrupt before it, because there
+        is nothing to save yet. A second `q` has no effect."""
         if self.control.stop:
             return
         if self._in_main:
@@ -121,15 +128,12 @@ class Tui:
             self.control.stop = True
 
     def _on_failure(self, error: Exception) -> None:
-        """Called by the session's thread: the rest of the run is told in lines."""
+        """Prints the rest of the run in lines. The thread of the screen calls it."""
         self._redirected.close()
         line_logger = LineLogger()
+        message = f"the dashboard broke, plain lines follow: {type(error).__name__}: {error}"
         with suppress(OSError, ValueError):
-            line_logger(
-                LogMessage(
-                    message=f"the dashboard broke, plain lines follow: {type(error).__name__}: {error}", level="warning"
-                )
-            )
+            line_logger(LogMessage(message=message, level="warning"))
         self._line_logger = line_logger
         while self._events:
             line_logger(self._events.popleft())

@@ -1,0 +1,236 @@
+"""The chart pane: one statistic with its average and its validation, or several statistics in one chart."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from lowrank_tune.ui.formatting import METRIC_FORMATS
+from lowrank_tune.ui.metrics import (
+    BAND_METRIC,
+    GENERATIVE_ALGORITHMS,
+    SIDE_TITLES,
+    TITLES,
+    charts_of,
+    metric_label,
+    pair_side,
+    reward_label,
+    reward_names,
+)
+from lowrank_tune.ui.reward_vs_accuracy import frontier
+from lowrank_tune.ui.state import Series, State
+from lowrank_tune.ui.terminal.charts import Curve, Points, chart, format_number, smooth
+from lowrank_tune.ui.terminal.panes import SMOOTHINGS, View
+from lowrank_tune.ui.terminal.text_layout import Line, Piece
+
+PLAIN_FORMAT_METRICS = (
+    "accuracy",
+    "mean_token_accuracy",
+    "rewards/accuracies",
+    "learning_rate",
+    "heldout/accuracy",
+    "frac_reward_zero_std",
+    "completions/clipped_ratio",
+    "clip_ratio",
+    "completions/mean_length",
+)
+"""Metrics that have the same format here and in the plain log."""
+FRONTIER = "reward against KL"
+"""The only chart whose x axis is not the step."""
+FRONTIER_INDEX = 5
+REWARDS_INDEX = 3
+"""Places of these charts among those of the algorithm."""
+MIN_FRONTIER_DOTS = 3
+MIN_SPAN = 0.2
+"""Share of the held-out questions that fills the height of the chart at least: small changes must look small."""
+
+
+@dataclass(frozen=True)
+class LineStyle:
+    """How one of several statistics in a chart is named and drawn."""
+
+    label: str
+    style: str
+    sign: str
+
+
+LINE_STYLES = (("first", "*"), ("second", "o"), ("chosen", "+"), ("rejected", "-"))
+"""Style and ASCII sign of rewards that share a chart; the fifth reward has those of the first."""
+SIDE_SIGNS = {"chosen": "+", "rejected": "-"}
+
+
+def chart_names(state: State) -> list[tuple[str, ...]]:
+    """Returns the metrics of each chart: first the measured ones of the algorithm, then those that only some runs have.
+    Several rewards share a chart."""
+    charts = list[tuple[str, ...]]()
+    for names in charts_of(state.algorithm):
+        measured = tuple(name for name in names if _shown_series(state, name))
+        if measured:
+            charts.append(measured)
+    for name in ("reward", "heldout/accuracy"):
+        if name in state.series and (name,) not in charts:
+            charts.append((name,))
+    if state.algorithm in GENERATIVE_ALGORITHMS:
+        # insert appends if the list is shorter than the index
+        rewards = tuple(reward_names(state.series))
+        if len(rewards) > 1:
+            charts.insert(REWARDS_INDEX, rewards)
+        if len(frontier(state)) >= MIN_FRONTIER_DOTS:
+            charts.insert(FRONTIER_INDEX, (FRONTIER,))
+    return charts
+
+
+def format_value(name: str, value: float) -> str:
+    """Returns a value of a metric in few digits."""
+    if name in PLAIN_FORMAT_METRICS:
+        _, write = METRIC_FORMATS[name]
+        return write(value)
+    if value != value:
+        return "nan"
+    return format_number(value)
+
+
+def chart_pane(
+    state: State,
+    names: Sequence[str],
+    view: View,
+    width: int,
+    height: int,
+) -> list[Line]:
+    """Returns a title with the last values, and the chart below it.
+
+    A single statistic has dim dots for its values, a bright line for their average and a second color for validation.
+    Several statistics, the sides of a pair or rewards, have their averages only, each in its own color.
+    """
+    if names == (FRONTIER,):
+        return _frontier_pane(state, view, width, height)
+    if len(names) == 1:
+        values = _last_values(state, names[0], view)
+        curves = _curves(state, names[0], view)
+        log = view.log_scale
+    else:
+        values, curves = _shared_chart(state, names, view)
+        log = view.log_scale and all(y > 0 for curve in curves for _, y in curve.points)
+    title: Line = [(f" {_chart_label(names, view)} ", "title")]
+    if log:
+        title.append(("log ", "quiet"))
+    return [[*title, *values], *chart(curves, width, height - 1, log, view.ascii_only)]
+
+
+def _chart_label(names: Sequence[str], view: View) -> str:
+    first = names[0]
+    if len(names) == 1:
+        known = TITLES.get(first)
+    elif reward_names([first]):
+        known = "rewards"
+    else:
+        known = SIDE_TITLES.get(first)
+    return known or view.sanitize(metric_label(first))
+
+
+def _frontier_pane(state: State, view: View, width: int, height: int) -> list[Line]:
+    """Returns the chart of the reward by the KL to the reference. Held-out accuracy is scaled to the same height: only
+    its shape matters here."""
+    rewards = frontier(state)
+    accuracy = frontier(state, "heldout/accuracy")
+    curves = [Curve(rewards, "first", "*")]
+    title: Line = [(" reward against KL  ", "title"), ("reward", "first")]
+    if accuracy:
+        curves.append(Curve(_scaled_to(rewards, accuracy), "second", "o"))
+        title.append(("  exact", "second"))
+    return [title, *chart(curves, width, height - 1, False, view.ascii_only, format_x=format_number)]
+
+
+def _scaled_to(rewards: Points, accuracy: Points) -> list[tuple[float, float]]:
+    """Returns the points of the accuracy, scaled to the range of the rewards."""
+    low = min(y for _, y in rewards)
+    high = max(y for _, y in rewards)
+    highest = max(y for _, y in accuracy)
+    lowest = min(highest - MIN_SPAN, *(y for _, y in accuracy))
+    span = highest - lowest
+    return [(x, low + (y - lowest) / span * (high - low)) for x, y in accuracy]
+
+
+def _shown_series(state: State, name: str) -> Series | None:
+    """Returns the values of training, else those of validation."""
+    return state.series.get(name) or state.series.get(f"eval_{name}")
+
+
+def _shared_chart(state: State, names: Sequence[str], view: View) -> tuple[Line, list[Curve]]:
+    """Returns the last value and the curve of each of several statistics."""
+    values: Line = []
+    curves = list[Curve]()
+    for name, line in zip(names, _line_styles(names), strict=True):
+        series = _shown_series(state, name)
+        if series is None:
+            continue
+        values.append((f"{view.sanitize(line.label, 16)} ", "quiet"))
+        values.append((f"{format_value(name, series.last)} ", line.style))
+        curves.append(Curve(_average(series, view), line.style, line.sign))
+    return values, curves
+
+
+def _line_styles(names: Sequence[str]) -> list[LineStyle]:
+    sides = [pair_side(name) for name in names]
+    if all(sides):
+        return [LineStyle(side, side, SIDE_SIGNS[side]) for side in sides]
+    lines = []
+    for index, name in enumerate(names):
+        style, sign = LINE_STYLES[index % len(LINE_STYLES)]
+        lines.append(LineStyle(reward_label(name), style, sign))
+    return lines
+
+
+def _average(series: Series, view: View) -> Points:
+    return smooth(series.points, SMOOTHINGS[view.smoothing])
+
+
+def _curves(state: State, name: str, view: View) -> list[Curve]:
+    """Returns the curves of a single statistic."""
+    curves = list[Curve]()
+    series = state.series.get(name)
+    if series is not None and name == "heldout/accuracy":
+        # there are only few points, so they are not smoothed
+        return [Curve(series.points)]
+    if series is not None:
+        curves += _background(state, name, series, view)
+        curves.append(Curve(_average(series, view)))
+    validation = state.series.get(f"eval_{name}")
+    if validation is not None:
+        curves.append(Curve(validation.points, "second", "o"))
+    return curves
+
+
+def _background(state: State, name: str, series: Series, view: View) -> list[Curve]:
+    """Returns a band if the statistic has a spread, else its values as dots unless smoothing is off."""
+    spread = state.series.get(BAND_METRIC.get(name, ""))
+    if spread is not None:
+        return [_band_edge(series, spread, view, 1), _band_edge(series, spread, view, -1)]
+    if SMOOTHINGS[view.smoothing]:
+        return [Curve(series.points, "quiet", ".", line=False)]
+    return []
+
+
+def _band_edge(series: Series, spread: Series, view: View, sign: int) -> Curve:
+    """Returns the average of the statistic plus (sign 1) or minus (sign -1) its spread."""
+    points = []
+    for (x, y), (_, around) in zip(series.points, spread.points, strict=False):
+        points.append((x, y + sign * around))
+    return Curve(smooth(points, SMOOTHINGS[view.smoothing]), "quiet", ".")
+
+
+def _last_values(state: State, name: str, view: View) -> list[Piece]:
+    """Returns the last value of a single statistic, its spread and its validation, as far as they were measured."""
+    values: Line = []
+    last = state.last(name)
+    if last is not None:
+        values.append((format_value(name, last), "first"))
+    spread = state.last(BAND_METRIC.get(name, ""))
+    if spread is not None:
+        plus_minus = view.symbol("\u00b1", "+-")
+        values.append((f" {plus_minus} {format_value(name, spread)}", "quiet"))
+    validation = state.last(f"eval_{name}")
+    if validation is not None:
+        values.append(("  validation ", "quiet"))
+        values.append((format_value(name, validation), "second"))
+    return values
