@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import shutil
 import subprocess
 import sys
@@ -114,6 +115,15 @@ def architecture_faults(package: Path) -> list[str]:
 
 def test_the_package_follows_its_architecture() -> None:
     assert architecture_faults(PACKAGE) == []
+
+
+@pytest.mark.parametrize("page", ["AGENTS.md", "CONTRIBUTING.md", "docs/architecture.md"])
+def test_pages_list_the_layers_in_their_order(page: str) -> None:
+    text = (PACKAGE.parent / page).read_text(encoding="utf-8")
+    listed = re.search(r"`?errors`? `?events`?.*?`?doctor`? `?cli`?", text, re.DOTALL)
+    assert listed is not None, page
+    cells = re.sub(r"\|[^|`]*\|\n\|[^|]*\|", " ", listed[0])
+    assert re.findall(r"\w+", cells) == ORDER
 
 
 def import_graph(package: Path) -> dict[str, set[str]]:
