@@ -47,7 +47,13 @@ def run(
     import_unsloth(backends_of(loaded))
     from lowrank_tune.runner import run as started
 
-    return started(loaded, out=out, ui=ui, device=device, on_event=on_event)
+    return started(
+        loaded,
+        out=out,
+        ui=ui,
+        device=device,
+        on_event=on_event,
+    )
 
 
 # Blocks of a GPU's memory that can grow lose little between phases of other sizes. Torch reads this once, before its

@@ -48,7 +48,11 @@ class Batch:
     @property
     def lengths(self) -> Tensor:
         """(B,) number of tokens of each row up to the last attended one."""
-        positions = torch.arange(1, self.input_ids.shape[1] + 1, device=self.input_ids.device)
+        positions = torch.arange(
+            1,
+            self.input_ids.shape[1] + 1,
+            device=self.input_ids.device,
+        )
         return (self.attention_mask * positions).amax(dim=1)
 
     @property
@@ -99,13 +103,22 @@ class Batch:
         def pad(tensor: Tensor, value: int = 0) -> Tensor:
             if tensor.ndim == 1:
                 return tensor
-            return torch.nn.functional.pad(tensor, (0, num_columns), value=value)
+            return torch.nn.functional.pad(
+                tensor,
+                (0, num_columns),
+                value=value,
+            )
 
         padded = self.map_tensors(pad)
         padded.input_ids = pad(self.input_ids, pad_id)
         return padded
 
-    def split(self, rows: int | None = None, tokens: int | None = None, rows_per_unit: int = 1) -> Iterator[Self]:
+    def split(
+        self,
+        rows: int | None = None,
+        tokens: int | None = None,
+        rows_per_unit: int = 1,
+    ) -> Iterator[Self]:
         """Yields micro-batches of rows of similar length, longest first, with at most `rows` rows, or with at most
         `tokens` tokens including padding.
 
@@ -145,7 +158,12 @@ class Batch:
 
         return sorted(range(len(lengths)), key=sort_key)
 
-    def _select_units(self, units: Sequence[int], rows_per_unit: int, width: int) -> Self:
+    def _select_units(
+        self,
+        units: Sequence[int],
+        rows_per_unit: int,
+        width: int,
+    ) -> Self:
         rows = rows_of_units(units, rows_per_unit).to(self.input_ids.device)
         return self.select_rows(rows, width)
 

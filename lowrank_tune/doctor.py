@@ -52,7 +52,11 @@ REQUIRED_PACKAGES = (
 )
 # relative error of a bf16 product with a 4-bit weight, against the product with the dequantized weight
 NF4_TOLERANCE = 1e-2
-TERMINAL_VARIABLES = {"tmux": "TMUX", "screen": "STY", "ssh": "SSH_CONNECTION"}
+TERMINAL_VARIABLES = {
+    "tmux": "TMUX",
+    "screen": "STY",
+    "ssh": "SSH_CONNECTION",
+}
 STYLES = {"ok": "green", "warning": "yellow", "fault": "bold red"}
 Level = Literal["ok", "warning", "fault"]
 
@@ -87,7 +91,14 @@ def run_checks(environ: Mapping[str, str] = os.environ) -> list[CheckResult]:
             results += check()
         except Exception as error:
             fix = "install the packages again, within the bounds above"
-            results.append(CheckResult("fault", name, f"the check failed: {type(error).__name__}: {error}", fix))
+            results.append(
+                CheckResult(
+                    "fault",
+                    name,
+                    f"the check failed: {type(error).__name__}: {error}",
+                    fix,
+                )
+            )
     return results
 
 
@@ -117,7 +128,12 @@ def python() -> Iterator[CheckResult]:
     """Checks Python: 3.11 or newer, 64 bits."""
     detail = f"{platform.python_version()} ({platform.python_implementation()}, {platform.machine()})"
     if sys.version_info < (3, 11) or sys.maxsize < 1 << 40:
-        yield CheckResult("fault", "Python", detail, "use a 64-bit Python 3.11 or newer")
+        yield CheckResult(
+            "fault",
+            "Python",
+            detail,
+            "use a 64-bit Python 3.11 or newer",
+        )
     else:
         yield CheckResult("ok", "Python", detail)
 
@@ -173,7 +189,12 @@ def gpu() -> Iterator[CheckResult]:
         else:
             detail = "none seen (torch is built without CUDA)"
             fix = "install torch's CUDA build"
-        yield CheckResult("warning", "CUDA", detail, f"a CPU trains only small bases; for a GPU, {fix}")
+        yield CheckResult(
+            "warning",
+            "CUDA",
+            detail,
+            f"a CPU trains only small bases; for a GPU, {fix}",
+        )
         return
     for number in range(torch.cuda.device_count()):
         with torch.cuda.device(number):
@@ -220,7 +241,15 @@ def bitsandbytes_4bit() -> Iterator[CheckResult]:
     # that path repacks the weight and has no gradient
     layer.support_avx512bf16_for_cpu = False
     layer = layer.to(device)
-    rows = torch.randn(32, 256, generator=generator).to(device, dtype).requires_grad_()
+    rows = (
+        torch.randn(
+            32,
+            256,
+            generator=generator,
+        )
+        .to(device, dtype)
+        .requires_grad_()
+    )
     weight = bitsandbytes.functional.dequantize_4bit(layer.weight.data, layer.weight.quant_state).to(torch.float32)
     out = layer(rows)
     out.sum().backward()
@@ -252,11 +281,26 @@ def disk(environ: Mapping[str, str]) -> Iterator[CheckResult]:
         if not _writable(folder):
             # the cache of the Hub may be filled by somebody else
             level: Level = "warning" if name == "hub cache" else "fault"
-            yield CheckResult(level, name, f"{folder} cannot be written", f"name another folder with {variable}")
+            yield CheckResult(
+                level,
+                name,
+                f"{folder} cannot be written",
+                f"name another folder with {variable}",
+            )
         elif free < MIN_DISK_GIB:
-            yield CheckResult("fault", name, detail, f"free some space, or name another folder with {variable}")
+            yield CheckResult(
+                "fault",
+                name,
+                detail,
+                f"free some space, or name another folder with {variable}",
+            )
         elif free < RECOMMENDED_DISK_GIB:
-            yield CheckResult("warning", name, detail, f"enough for small bases only; a larger disk: {variable}")
+            yield CheckResult(
+                "warning",
+                name,
+                detail,
+                f"enough for small bases only; a larger disk: {variable}",
+            )
         else:
             yield CheckResult("ok", name, detail)
 
@@ -277,7 +321,12 @@ def hub(environ: Mapping[str, str]) -> Iterator[CheckResult]:
     yield CheckResult("ok", "hub token", token)
     if environ.get("HF_HUB_OFFLINE", "").lower() in ("1", "true", "yes", "on"):
         fix = "only what is in the cache can be loaded; unset HF_HUB_OFFLINE to fetch more"
-        yield CheckResult("warning", "hub", "offline (HF_HUB_OFFLINE)", fix)
+        yield CheckResult(
+            "warning",
+            "hub",
+            "offline (HF_HUB_OFFLINE)",
+            fix,
+        )
     else:
         yield CheckResult("ok", "hub", "online")
 
@@ -299,9 +348,19 @@ def terminal(environ: Mapping[str, str]) -> Iterator[CheckResult]:
         fix = "set TERM (xterm-256color) to see the dashboard; plain lines work"
         yield CheckResult("warning", "terminal", detail, fix)
     elif columns < 80 or lines < 24:
-        yield CheckResult("warning", "terminal", detail, "80x24 or more shows the whole dashboard")
+        yield CheckResult(
+            "warning",
+            "terminal",
+            detail,
+            "80x24 or more shows the whole dashboard",
+        )
     elif not (sys.stdout.encoding or "").lower().startswith("utf"):
-        yield CheckResult("warning", "terminal", detail, "a UTF-8 locale (LANG=C.UTF-8) draws finer charts")
+        yield CheckResult(
+            "warning",
+            "terminal",
+            detail,
+            "a UTF-8 locale (LANG=C.UTF-8) draws finer charts",
+        )
     else:
         yield CheckResult("ok", "terminal", detail)
 
@@ -314,7 +373,12 @@ def system() -> Iterator[CheckResult]:
     elif platform.system() == "Linux":
         yield CheckResult("ok", "system", f"Linux {release}, {os.cpu_count()} cores")
     else:
-        yield CheckResult("warning", "system", platform.system(), "tested on Linux and WSL2 only")
+        yield CheckResult(
+            "warning",
+            "system",
+            platform.system(),
+            "tested on Linux and WSL2 only",
+        )
 
 
 def sandbox() -> Iterator[CheckResult]:
@@ -350,4 +414,9 @@ def unsloth() -> Iterator[CheckResult]:
         yield CheckResult("ok", "unsloth", f"{version}, with packages that fit")
     else:
         fix = "`base.backend: unsloth` works without a GPU, but is not faster than transformers there"
-        yield CheckResult("warning", "unsloth", f"{version}, and no GPU", fix)
+        yield CheckResult(
+            "warning",
+            "unsloth",
+            f"{version}, and no GPU",
+            fix,
+        )

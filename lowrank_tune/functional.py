@@ -30,7 +30,12 @@ def pair_mean_weights(rows: Tensor) -> Tensor:
     """Returns weights of a mean over the pairs of the whole step: 1 / (number of pairs) for each row; any (B, ...)
     tensor of the rows -> (B,) fp32."""
     num_rows = len(rows)
-    return torch.full((num_rows,), 2.0 / max(1, num_rows), dtype=torch.float32, device=rows.device)
+    return torch.full(
+        (num_rows,),
+        2.0 / max(1, num_rows),
+        dtype=torch.float32,
+        device=rows.device,
+    )
 
 
 def pair_accuracy(difference: Tensor) -> WeightedMean:
@@ -43,7 +48,15 @@ def pair_accuracy(difference: Tensor) -> WeightedMean:
 def apply_mask(values: Tensor, mask: Tensor) -> Tensor:
     """Returns `values` with 0 outside the mask. Values outside, NaN included, affect neither the loss nor the
     gradient."""
-    return torch.where(mask, values, torch.zeros((), dtype=values.dtype, device=values.device))
+    return torch.where(
+        mask,
+        values,
+        torch.zeros(
+            (),
+            dtype=values.dtype,
+            device=values.device,
+        ),
+    )
 
 
 def masked_mean(values: Tensor, mask: Tensor) -> WeightedMean:
@@ -77,7 +90,11 @@ def clipped_policy_loss(
     return apply_mask(loss, mask), is_clipped
 
 
-def kl_k3(logps: Tensor, other_logps: Tensor, mask: Tensor) -> Tensor:
+def kl_k3(
+    logps: Tensor,
+    other_logps: Tensor,
+    mask: Tensor,
+) -> Tensor:
     """Returns the k3 estimate of KL(p || other) for each token that p drew: e^d - d - 1 with d = log other - log p;
     (B, T), never negative (http://joschu.net/blog/kl-approx.html)."""
     d = apply_mask(other_logps - logps, mask)
@@ -123,7 +140,11 @@ def whiten(values: Tensor, mask: Tensor) -> Tensor:
     return apply_mask(whitened.float(), mask)
 
 
-def explained_variance(values: Tensor, returns: Tensor, mask: Tensor) -> float:
+def explained_variance(
+    values: Tensor,
+    returns: Tensor,
+    mask: Tensor,
+) -> float:
     """Returns 1 - Var(returns - values) / Var(returns) over the mask: 1 for values that predict the returns exactly, 0
     for constant ones; nan if the returns do not vary."""
     targets = returns[mask].double()

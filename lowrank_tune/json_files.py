@@ -34,7 +34,11 @@ def as_number(value: Any, default: float = math.nan) -> float:
     return default
 
 
-def get_number(data: Mapping[str, Any], name: str, default: float = 0.0) -> float:
+def get_number(
+    data: Mapping[str, Any],
+    name: str,
+    default: float = 0.0,
+) -> float:
     """Returns the number under `name`, or `default` if it is not a finite number."""
     return as_number(data.get(name), default)
 

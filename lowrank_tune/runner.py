@@ -133,14 +133,24 @@ def run(
     control = TrainerControl()
     # the signal handlers enclose the dashboard, which must be closed on every path
     with handle_signals(control) as set_training:
-        context = _RunContext(control, set_training, ui, device, on_event)
+        context = _RunContext(
+            control,
+            set_training,
+            ui,
+            device,
+            on_event,
+        )
         try:
             return _run_in_folder(loaded, out, context)
         finally:
             context.emit.close()
 
 
-def _run_in_folder(loaded: RecipeConfig | Chain, out: str | Path | None, context: _RunContext) -> RunResult:
+def _run_in_folder(
+    loaded: RecipeConfig | Chain,
+    out: str | Path | None,
+    context: _RunContext,
+) -> RunResult:
     """Checks what can be checked before loading, opens the run folder and runs the stages."""
     path = Path(out) if out else Path("runs") / (loaded.name or "run")
     planned = RunFolder.pick(path)
@@ -148,14 +158,32 @@ def _run_in_folder(loaded: RecipeConfig | Chain, out: str | Path | None, context
     if context.device is None or context.device.type == "cuda":
         vram_gib = gpu_memory_gib()
     finished = finished_stages(loaded, planned)
-    context.auto_settings = check_before_loading(loaded, planned, finished, vram_gib, context.emit)
+    context.auto_settings = check_before_loading(
+        loaded,
+        planned,
+        finished,
+        vram_gib,
+        context.emit,
+    )
     loaded = with_template_date(loaded, path)
-    folder = RunFolder.open(path, loaded.to_dict(), dump(loaded), differences, out is not None, context.emit)
+    folder = RunFolder.open(
+        path,
+        loaded.to_dict(),
+        dump(loaded),
+        differences,
+        out is not None,
+        context.emit,
+    )
     try:
         if isinstance(loaded, Chain):
             context.stages = loaded.stages
             return run_chain(loaded, folder, context)
-        result, _ = run_stage(loaded, folder, context, StagePosition())
+        result, _ = run_stage(
+            loaded,
+            folder,
+            context,
+            StagePosition(),
+        )
         return result
     finally:
         write_html_report(folder)
@@ -197,7 +225,12 @@ class _RunContext:
     def warn(self, messages: Iterable[str]) -> None:
         """Emits warnings."""
         for message in messages:
-            self.emit(LogMessage(message=message, level="warning"))
+            self.emit(
+                LogMessage(
+                    message=message,
+                    level="warning",
+                )
+            )
 
     def with_auto_settings(self, recipe: RecipeConfig) -> RecipeConfig:
         """Returns the recipe with the planned values of its `auto` settings."""
@@ -221,7 +254,14 @@ class _RunContext:
         logged_events = list(read_events(folder.events)) if recipe.train.trackers else []
         missed_events = self.recorder.earlier or ()
         yield JsonLines(folder.events, resumed_from), missed_events
-        yield JsonLines(folder.samples, resumed_from, event_types=(SampleLogged,)), missed_events
+        yield (
+            JsonLines(
+                folder.samples,
+                resumed_from,
+                event_types=(SampleLogged,),
+            ),
+            missed_events,
+        )
         path = folder.path.resolve()
         name = path.name if position.count == 1 else f"{path.parent.name}-{path.name}"
         started = trackers.start_trackers(
@@ -236,7 +276,13 @@ class _RunContext:
         for tracker in started:
             yield tracker, ()
 
-    def emit_failure(self, error: BaseException, step: int, seconds: float, position: StagePosition) -> None:
+    def emit_failure(
+        self,
+        error: BaseException,
+        step: int,
+        seconds: float,
+        position: StagePosition,
+    ) -> None:
         """Emits `RunEnded` for an error. A log that cannot be written now must not hide that error."""
         event = RunEnded(
             status="interrupted" if isinstance(error, KeyboardInterrupt) else "failed",
@@ -278,19 +324,46 @@ def run_stage(
         context.recorder.start_stage(read_events(folder.events), start_time)
         context.show_dashboard(console_log or folder.console_log, chain(previous_events, read_events(folder.events)))
         recipe = context.with_auto_settings(recipe)
-        built = build(recipe, context.emit, context.device, base, fresh=checkpoint is None, stages=context.stages)
+        built = build(
+            recipe,
+            context.emit,
+            context.device,
+            base,
+            fresh=checkpoint is None,
+            stages=context.stages,
+        )
         cleanup.callback(built.close)
-        stage = Stage(recipe, folder, built, context.emit, context.control, checkpoint, position)
+        stage = Stage(
+            recipe,
+            folder,
+            built,
+            context.emit,
+            context.control,
+            checkpoint,
+            position,
+        )
         step, finished = stage.train(context.set_training)
         recorder = context.recorder
         earlier_seconds = recorder.earlier_seconds
-        stage.finish(finished, start_time, recorder.last, recorder.warnings, final_folder, earlier_seconds)
+        stage.finish(
+            finished,
+            start_time,
+            recorder.last,
+            recorder.warnings,
+            final_folder,
+            earlier_seconds,
+        )
         built.roles.unload_adapters()
         return RunResult("done" if finished else "interrupted", folder.path, stage.summary), built.base
     except BaseException as error:
         if is_out_of_memory(error) or isinstance(error, DoesNotFit):
             error = _out_of_memory(error, recipe)
-        context.emit_failure(error, step, time.time() - start_time, position)
+        context.emit_failure(
+            error,
+            step,
+            time.time() - start_time,
+            position,
+        )
         raise error
     finally:
         cleanup.close()
@@ -310,7 +383,11 @@ def _out_of_memory(error: BaseException, recipe: RecipeConfig) -> OutOfMemory:
     return OutOfMemory(f"{first_line}; {suggestions(recipe, kind, tokens, torch.cuda.is_available())}")
 
 
-def run_chain(stage_chain: Chain, folder: RunFolder, context: _RunContext) -> RunResult:
+def run_chain(
+    stage_chain: Chain,
+    folder: RunFolder,
+    context: _RunContext,
+) -> RunResult:
     """Runs stage after stage over one base in memory; a stage that is done in its folder is kept.
 
     The adapter of each policy stage lies frozen below those of the later stages.
@@ -326,13 +403,31 @@ def run_chain(stage_chain: Chain, folder: RunFolder, context: _RunContext) -> Ru
             message = f"stage {number} of {count}, {stage.name}, has ended and is left as it is: {path}"
             context.emit(LogMessage(message=message))
             context.warn(
-                log_gaps(path / "events.jsonl", path / "samples.jsonl", summary.get("step", 0), has_ended=True)
+                log_gaps(
+                    path / "events.jsonl",
+                    path / "samples.jsonl",
+                    summary.get("step", 0),
+                    has_ended=True,
+                )
             )
         else:
             previous_results = reusable_results(stage_chain, number, summaries)
-            position = StagePosition(number, count, stage.name, previous_results)
+            position = StagePosition(
+                number,
+                count,
+                stage.name,
+                previous_results,
+            )
             recipe = stage_chain.recipe_of(number - 1, folders)
-            summary, base = _run_chain_stage(recipe, path, folder.console_log, context, position, base, folders)
+            summary, base = _run_chain_stage(
+                recipe,
+                path,
+                folder.console_log,
+                context,
+                position,
+                base,
+                folders,
+            )
         summaries.append(summary)
         folders[stage.name] = str(path.resolve())
         if summary["status"] == "interrupted":
@@ -372,7 +467,15 @@ def _run_chain_stage(
         earlier_events += read_events(Path(earlier) / "events.jsonl")
     with RunFolder.open(path, recipe.to_dict(), dump(recipe), differences, True, context.emit) as folder:
         try:
-            result, base = run_stage(recipe, folder, context, position, base, console_log, earlier_events)
+            result, base = run_stage(
+                recipe,
+                folder,
+                context,
+                position,
+                base,
+                console_log,
+                earlier_events,
+            )
         finally:
             write_html_report(folder)
     return result.summary, base

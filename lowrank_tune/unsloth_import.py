@@ -20,7 +20,14 @@ from lowrank_tune.errors import UserError
 UNSLOTH = "unsloth"
 PATCHED_PACKAGES = ("transformers", "peft", "trl")
 """Packages that unsloth must be imported before."""
-CHECKED_PACKAGES = {"torch", "transformers", "datasets", "trl", "peft", "bitsandbytes"}
+CHECKED_PACKAGES = {
+    "torch",
+    "transformers",
+    "datasets",
+    "trl",
+    "peft",
+    "bitsandbytes",
+}
 """Packages whose installed versions are compared with unsloth's requirements."""
 INSTALL = "pip install 'lowrank-tune[unsloth]' -c constraints/unsloth.txt, in an environment of its own"
 PRESERVED_ENV = ("TOKENIZERS_PARALLELISM",)

@@ -75,7 +75,11 @@ def zero_std_groups(rewards: Tensor, scored: Tensor | None = None) -> Tensor:
     return highest - lowest <= REWARD_EPS
 
 
-def group_advantages(rewards: Tensor, scale_by_std: bool = True, scored: Tensor | None = None) -> Tensor:
+def group_advantages(
+    rewards: Tensor,
+    scale_by_std: bool = True,
+    scored: Tensor | None = None,
+) -> Tensor:
     """Returns the advantages of each group, (groups, n) fp32, from its rewards (groups, n). Exactly 0 for a group of
     equal rewards, and for completions that are not `scored`, which leave their group."""
     rewards = rewards.double()
@@ -114,7 +118,13 @@ def policy_loss(
         clipped_ratio = ratio.detach().clamp_max(epsilon_high)
         is_clipped = (ratio > epsilon_high) & mask
         return apply_mask(-clipped_ratio * advantages * logps, mask), is_clipped
-    return clipped_policy_loss(log_ratio, advantages, mask, epsilon_low, epsilon_high)
+    return clipped_policy_loss(
+        log_ratio,
+        advantages,
+        mask,
+        epsilon_low,
+        epsilon_high,
+    )
 
 
 def kl_penalty(
@@ -147,7 +157,12 @@ class GRPOBatch(StepBatch[RolloutBatch]):
 class GRPO(RolloutAlgorithm):
     """Group relative policy optimization."""
 
-    def __init__(self, context: AlgorithmContext, settings: GRPOConfig, collector: RolloutCollector) -> None:
+    def __init__(
+        self,
+        context: AlgorithmContext,
+        settings: GRPOConfig,
+        collector: RolloutCollector,
+    ) -> None:
         super().__init__(context, collector)
         self.settings = settings
         if settings.epsilon_high is None:
@@ -188,7 +203,12 @@ class GRPO(RolloutAlgorithm):
             draws.append(self._draw(step, len(draws), num_missing))
         return draws
 
-    def _draw(self, step: int, draw: int, num_prompts: int | None = None) -> RolloutGroups:
+    def _draw(
+        self,
+        step: int,
+        draw: int,
+        num_prompts: int | None = None,
+    ) -> RolloutGroups:
         """Returns one draw with its shaped rewards: minus the KL, if it is part of the reward, and minus the penalty of
         truncated completions."""
         settings = self.settings
@@ -284,13 +304,30 @@ class GRPO(RolloutAlgorithm):
             return logps.detach()
         return micro.old_logps
 
-    def _kl_penalty(self, micro: RolloutBatch, logps: Tensor, old_logps: Tensor) -> Tensor:
+    def _kl_penalty(
+        self,
+        micro: RolloutBatch,
+        logps: Tensor,
+        old_logps: Tensor,
+    ) -> Tensor:
         """Returns KL(policy || reference) of each token with a gradient, (B, T)."""
         if self.settings.kl_estimator == "exact":
             temperature = self.collector.temperature
-            return self.context.roles.full_vocab_kl("policy", "reference", micro, temperature, gradient=True)
+            return self.context.roles.full_vocab_kl(
+                "policy",
+                "reference",
+                micro,
+                temperature,
+                gradient=True,
+            )
         reference_logps = required(micro.reference_logps)
-        return kl_penalty(self.settings.kl_estimator, logps, old_logps, reference_logps, micro.loss_mask)
+        return kl_penalty(
+            self.settings.kl_estimator,
+            logps,
+            old_logps,
+            reference_logps,
+            micro.loss_mask,
+        )
 
     def should_continue(self, stats: Stats) -> bool:
         self._is_first_pass = False

@@ -112,7 +112,12 @@ def value_loss(
     return torch.maximum(loss, clipped_loss), is_clipped
 
 
-def adapt_kl_coef(kl_coef: float, kl: float, target: float, gain: float) -> float:
+def adapt_kl_coef(
+    kl_coef: float,
+    kl: float,
+    target: float,
+    gain: float,
+) -> float:
     """Returns the weight of the KL for the next step: higher if the KL is above its target, lower if it is below
     (arXiv:1909.08593, equation 4)."""
     error = kl / target - 1
@@ -149,7 +154,12 @@ class PPOBatch(StepBatch[RolloutBatch]):
 class PPO(RolloutAlgorithm):
     """Proximal policy optimization."""
 
-    def __init__(self, context: AlgorithmContext, settings: PPOConfig, collector: RolloutCollector) -> None:
+    def __init__(
+        self,
+        context: AlgorithmContext,
+        settings: PPOConfig,
+        collector: RolloutCollector,
+    ) -> None:
         super().__init__(context, collector)
         self.settings = settings
         # lambda of the next step
@@ -184,7 +194,12 @@ class PPO(RolloutAlgorithm):
             return torch.arange(len(has_reward))
         return has_reward.nonzero().squeeze(1)
 
-    def _compute_advantages(self, batch: RolloutBatch, groups: RolloutGroups, rows: Tensor) -> Stats:
+    def _compute_advantages(
+        self,
+        batch: RolloutBatch,
+        groups: RolloutGroups,
+        rows: Tensor,
+    ) -> Stats:
         """Sets log-probs, values, returns and advantages of the batch; returns their metrics. Raises TrainingError if
         the sampler and the policy disagree."""
         loss_mask = batch.loss_mask
@@ -198,8 +213,21 @@ class PPO(RolloutAlgorithm):
             groups.truncated[rows],
             final_values,
         )
-        rewards = token_rewards(old_logps, reference_logps, loss_mask, scores, self.kl_coef)
-        advantages = gae(rewards, values, loss_mask, bootstrap_values, self.settings.gamma, self.settings.lam)
+        rewards = token_rewards(
+            old_logps,
+            reference_logps,
+            loss_mask,
+            scores,
+            self.kl_coef,
+        )
+        advantages = gae(
+            rewards,
+            values,
+            loss_mask,
+            bootstrap_values,
+            self.settings.gamma,
+            self.settings.lam,
+        )
         returns = apply_mask(values, loss_mask) + advantages
         batch.old_logps = old_logps
         batch.values = values
@@ -217,7 +245,12 @@ class PPO(RolloutAlgorithm):
             stats["explained_variance"] = WeightedMean(explained, 1)
         return stats
 
-    def _final_scores(self, scores: Tensor, truncated: Tensor, final_values: Tensor) -> tuple[Tensor, Tensor]:
+    def _final_scores(
+        self,
+        scores: Tensor,
+        truncated: Tensor,
+        final_values: Tensor,
+    ) -> tuple[Tensor, Tensor]:
         """Returns the score at the last token of each row, and the value after it; (B,) each. `final_values` (B,) are
         the values after the last token."""
         zeros = torch.zeros_like(final_values)
@@ -237,12 +270,23 @@ class PPO(RolloutAlgorithm):
         def compute(micro: Batch) -> Tensor:
             return roles.scores(VALUE_ROLE, micro)
 
-        states = map_micro_batches(roles, inputs, self.collector.micro_tokens, compute)
+        states = map_micro_batches(
+            roles,
+            inputs,
+            self.collector.micro_tokens,
+            compute,
+        )
         last = (batch.lengths - 1).clamp_min(0)
         final_values = states.gather(1, last[:, None]).squeeze(1)
         return shift_right(states), final_values
 
-    def _log_group(self, step: int, groups: RolloutGroups, batch: RolloutBatch, rows: Tensor) -> None:
+    def _log_group(
+        self,
+        step: int,
+        groups: RolloutGroups,
+        batch: RolloutBatch,
+        rows: Tensor,
+    ) -> None:
         """Logs the mean advantage of each completion, 0 for those without a reward."""
         token_advantages = required(batch.token_advantages)
         means = token_advantages.sum(dim=1) / batch.loss_mask.sum(dim=1).clamp_min(1)
@@ -251,7 +295,12 @@ class PPO(RolloutAlgorithm):
 
     def _adapt_kl_coef(self, kl: WeightedMean) -> None:
         if self.settings.kl_target is not None and kl.count:
-            self.kl_coef = adapt_kl_coef(self.kl_coef, kl.value, self.settings.kl_target, self.settings.kl_gain)
+            self.kl_coef = adapt_kl_coef(
+                self.kl_coef,
+                kl.value,
+                self.settings.kl_target,
+                self.settings.kl_gain,
+            )
 
     def token_weights(self, batch: RolloutBatch) -> Tensor:
         self._num_rows = len(batch)
@@ -276,7 +325,13 @@ class PPO(RolloutAlgorithm):
         advantages = apply_mask(required(micro.token_advantages), loss_mask)
         log_ratio = apply_mask(output.logps - old_logps, loss_mask)
         cliprange = self.settings.cliprange
-        per_token, is_clipped = clipped_policy_loss(log_ratio, advantages, loss_mask, cliprange, cliprange)
+        per_token, is_clipped = clipped_policy_loss(
+            log_ratio,
+            advantages,
+            loss_mask,
+            cliprange,
+            cliprange,
+        )
         if entropy_coef:
             per_token = per_token - entropy_coef * apply_mask(output.entropy, loss_mask)
         loss = _weighted_loss(per_token, micro)

@@ -16,13 +16,26 @@ LOGP_TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 0.05}
 notes, bf16 0.016)."""
 
 
-def full_vocab_kl_metric(context: AlgorithmContext, micro: Batch, temperature: float = 1.0) -> Stats:
+def full_vocab_kl_metric(
+    context: AlgorithmContext,
+    micro: Batch,
+    temperature: float = 1.0,
+) -> Stats:
     """Returns the metric `kl`: KL(policy || reference) per token over the whole vocabulary, without gradient."""
-    kl = context.roles.full_vocab_kl("policy", "reference", micro, temperature)
+    kl = context.roles.full_vocab_kl(
+        "policy",
+        "reference",
+        micro,
+        temperature,
+    )
     return {"kl": masked_mean(kl, micro.loss_mask)}
 
 
-def check_reference(context: AlgorithmContext, micro: Batch, step: int) -> None:
+def check_reference(
+    context: AlgorithmContext,
+    micro: Batch,
+    step: int,
+) -> None:
     """Compares the reference with the policy, if a fresh adapter is before its first step, and with cached log-probs,
     if the batch has them. Raises TrainingError if they differ."""
     cached = micro.reference_sequence_logps if isinstance(micro, PairBatch) else None
@@ -39,7 +52,11 @@ def check_reference(context: AlgorithmContext, micro: Batch, step: int) -> None:
         _check_cached_logps(context, float(differences.max()))
 
 
-def _check_policy(context: AlgorithmContext, micro: Batch, reference_logps: Tensor) -> None:
+def _check_policy(
+    context: AlgorithmContext,
+    micro: Batch,
+    reference_logps: Tensor,
+) -> None:
     """Compares the policy, computed as in training, with the reference, bit for bit. Otherwise the loss of DPO would
     not begin at ln 2, and the KL not at 0."""
     with torch.no_grad():

@@ -83,12 +83,22 @@ def _compute(
         num_done += len(units)
         num_due = num_done * NUM_PROGRESS_UPDATES // rows.units
         if num_due != num_updates:
-            emit(Progress(description=LABEL, done=num_done, total=rows.units))
+            emit(
+                Progress(
+                    description=LABEL,
+                    done=num_done,
+                    total=rows.units,
+                )
+            )
             num_updates = num_due
     return sums
 
 
-def _cache_key(roles: Roles, rows: TokenizedDataset, base_hash: str) -> str:
+def _cache_key(
+    roles: Roles,
+    rows: TokenizedDataset,
+    base_hash: str,
+) -> str:
     """Returns a hash of everything that the log-probs depend on. The chat template is part of the ids of the rows."""
     digest = hashlib.blake2b(digest_size=16)
     for part in _cache_key_parts(roles, rows, base_hash):
@@ -96,7 +106,11 @@ def _cache_key(roles: Roles, rows: TokenizedDataset, base_hash: str) -> str:
     return digest.hexdigest()
 
 
-def _cache_key_parts(roles: Roles, rows: TokenizedDataset, base_hash: str) -> Iterator[bytes]:
+def _cache_key_parts(
+    roles: Roles,
+    rows: TokenizedDataset,
+    base_hash: str,
+) -> Iterator[bytes]:
     base = roles.base
     for part in (
         CACHE_VERSION,
@@ -132,7 +146,11 @@ def _read_cache(file: Path, count: int) -> Tensor | None:
 def _write_cache(file: Path, sums: Tensor) -> None:
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(prefix=f"{file.stem}.", suffix=".tmp", dir=file.parent)
+        handle, temporary = tempfile.mkstemp(
+            prefix=f"{file.stem}.",
+            suffix=".tmp",
+            dir=file.parent,
+        )
         try:
             with os.fdopen(handle, "wb") as opened:
                 opened.write(save({"sums": sums, "checksum": _checksum(sums)}))

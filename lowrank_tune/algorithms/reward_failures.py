@@ -74,7 +74,11 @@ class RewardFailureTracker:
         return stats
 
     def state(self) -> dict[str, float]:
-        return {"completions": self.completions, "errors": self.errors, "timeouts": self.timeouts}
+        return {
+            "completions": self.completions,
+            "errors": self.errors,
+            "timeouts": self.timeouts,
+        }
 
     def restore(self, state: Mapping[str, float]) -> None:
         """Restores the counts; 0 for those that an older checkpoint does not have."""

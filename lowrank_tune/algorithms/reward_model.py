@@ -29,7 +29,12 @@ if TYPE_CHECKING:  # an algorithm must run where pydantic is not installed (benc
     from lowrank_tune.config import RewardModelConfig
 
 
-def reward_loss(chosen: Tensor, rejected: Tensor, margin: Tensor, center_rewards_coefficient: float = 0.0) -> Tensor:
+def reward_loss(
+    chosen: Tensor,
+    rejected: Tensor,
+    margin: Tensor,
+    center_rewards_coefficient: float = 0.0,
+) -> Tensor:
     """Returns the loss of each pair, (P,), from the scores of both sides and the margins, (P,) each."""
     losses = -F.logsigmoid(chosen - rejected - margin)
     if center_rewards_coefficient:
@@ -68,7 +73,12 @@ class RewardModeling(Algorithm[PairBatch]):
         chosen = scores[::2]
         rejected = scores[1::2]
         margin = required(micro.margin)[::2]
-        losses = reward_loss(chosen, rejected, margin, self.settings.center_rewards_coefficient)
+        losses = reward_loss(
+            chosen,
+            rejected,
+            margin,
+            self.settings.center_rewards_coefficient,
+        )
         stats = {
             "loss": mean(losses),
             "accuracy": pair_accuracy(chosen - rejected),

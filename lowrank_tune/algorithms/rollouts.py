@@ -33,7 +33,13 @@ if TYPE_CHECKING:  # an algorithm must run where pydantic is not installed (benc
 class RewardClient(Protocol):
     """Scores completions in the background."""
 
-    def submit(self, key: int, prompt: PromptExample, text: str, completion: Completion) -> None:
+    def submit(
+        self,
+        key: int,
+        prompt: PromptExample,
+        text: str,
+        completion: Completion,
+    ) -> None:
         """Begins to score a completion."""
 
     def collect(self) -> Mapping[int, Sequence[float] | RewardFailure]:
@@ -150,7 +156,11 @@ class RolloutGroups:
         return replace(first, **joined)
 
 
-def log_nothing(step: int, groups: RolloutGroups, advantages: Tensor) -> None:
+def log_nothing(
+    step: int,
+    groups: RolloutGroups,
+    advantages: Tensor,
+) -> None:
     """The default of `RolloutCollector.log_group`."""
 
 
@@ -180,7 +190,12 @@ class RolloutCollector:
     """Called in each step, with the rollouts and their advantages (groups, n)."""
     failures: RewardFailureTracker = field(default_factory=RewardFailureTracker)
 
-    def collect(self, step: int, draw: int, count: int | None = None) -> RolloutGroups:
+    def collect(
+        self,
+        step: int,
+        draw: int,
+        count: int | None = None,
+    ) -> RolloutGroups:
         """Returns the completions of the prompts, grouped by prompt, with their rewards."""
         start_time = time.perf_counter()
         prompts = self.prompts(step, draw, count)
@@ -212,13 +227,23 @@ class RolloutCollector:
         """Returns the completions and their texts, in the order of the rows. Each is submitted to the rewards as soon
         as it ends, under its row."""
         n = self.num_generations
-        sampling = SamplingParams(self.max_new_tokens, self.stop_ids, self.temperature, seed)
+        sampling = SamplingParams(
+            self.max_new_tokens,
+            self.stop_ids,
+            self.temperature,
+            seed,
+        )
         engine = Engine(self.roles, "policy", self.max_num_seqs)
         completed: list[tuple[int, Completion, str]] = []
         for completion in engine.generate([prompt.input_ids for prompt in prompts], n, sampling):
             row = completion.prompt * n + completion.sample
             text = self.decode(completion.content_ids)
-            self.reward_client.submit(row, prompts[completion.prompt], text, completion)
+            self.reward_client.submit(
+                row,
+                prompts[completion.prompt],
+                text,
+                completion,
+            )
             completed.append((row, completion, text))
         completed.sort(key=itemgetter(0))
         return [completion for _, completion, _ in completed], [text for _, _, text in completed]
@@ -241,7 +266,12 @@ class RolloutCollector:
         def compute(micro: Batch) -> Tensor:
             return self.roles.logps(role, micro, self.temperature).logps
 
-        return map_micro_batches(self.roles, inputs, self.micro_tokens, compute)
+        return map_micro_batches(
+            self.roles,
+            inputs,
+            self.micro_tokens,
+            compute,
+        )
 
 
 def map_micro_batches(
@@ -276,7 +306,11 @@ def rollout_batch(
     """Returns a row of prompt and completion for each completion, padded on the right."""
     num_rows = len(completions)
     width = max(len(prompts[completion.prompt]) + len(completion.token_ids) for completion in completions)
-    input_ids = torch.full((num_rows, width), pad_id, dtype=torch.long)
+    input_ids = torch.full(
+        (num_rows, width),
+        pad_id,
+        dtype=torch.long,
+    )
     attention_mask = torch.zeros_like(input_ids, dtype=torch.bool)
     completion_mask = torch.zeros_like(input_ids, dtype=torch.bool)
     sampler_logps = torch.zeros(input_ids.shape)
@@ -331,7 +365,11 @@ class RolloutAlgorithm(Algorithm[RolloutBatch]):
         self.collector.failures.restore(state)
 
 
-def check_sampler_mismatch(mismatch: float, limit: float, setting: str) -> None:
+def check_sampler_mismatch(
+    mismatch: float,
+    limit: float,
+    setting: str,
+) -> None:
     """Compares the mean |log p - log p_sampler| of a step, nats per token, with its limit. Raises TrainingError above
     it; `setting` is the key of the limit."""
     if mismatch > limit:

@@ -24,7 +24,11 @@ from lowrank_tune.functional import apply_mask, masked_mean, token_mean_weights
 from lowrank_tune.stats import Stats
 
 
-def sft_loss(logps: Tensor, loss_mask: Tensor, token_weights: Tensor) -> Tensor:
+def sft_loss(
+    logps: Tensor,
+    loss_mask: Tensor,
+    token_weights: Tensor,
+) -> Tensor:
     """Returns the weighted sum of -log p over the mask; all arguments are (B, T)."""
     return -(apply_mask(logps, loss_mask) * apply_mask(token_weights, loss_mask)).sum()
 

@@ -146,13 +146,22 @@ def _lr_multipliers(recipe: RecipeConfig) -> dict[str, float]:
     return {"value": value_learning_rate / learning_rate}
 
 
-def _heldout_questions(recipe: RecipeConfig, template: ChatTemplate, rope: FixedRope | None) -> list[Prompt]:
+def _heldout_questions(
+    recipe: RecipeConfig,
+    template: ChatTemplate,
+    rope: FixedRope | None,
+) -> list[Prompt]:
     """Returns the questions of `evaluate.eval_dataset` that the template accepts. Raises UserError if there are none,
     and ConfigError if a row could become too long for the rotary frequencies."""
     config = recipe.evaluate
     if config.eval_dataset is None:
         return []
-    prompts = load_heldout_prompts(config.eval_dataset, config.num_prompts, recipe.seed, recipe.data.system_prompt)
+    prompts = load_heldout_prompts(
+        config.eval_dataset,
+        config.num_prompts,
+        recipe.seed,
+        recipe.data.system_prompt,
+    )
     usable = [prompt for prompt in prompts if template.validate_messages(prompt.messages) is None]
     if not usable:
         raise UserError(f"evaluate.eval_dataset: {config.eval_dataset.dataset} has no usable row")

@@ -15,11 +15,19 @@ def read_adapters(recipe: RecipeConfig) -> dict[str, SavedAdapter]:
     for name, adapter in recipe.adapters.items():
         if adapter.path:
             has_head = name == REWARD_ROLE or name in recipe.extra_adapters
-            saved[name] = read_adapter(adapter.path, f"adapters.{name}.path", head=has_head)
+            saved[name] = read_adapter(
+                adapter.path,
+                f"adapters.{name}.path",
+                head=has_head,
+            )
     return saved
 
 
-def check_adapter_lineage(recipe: RecipeConfig, saved: dict[str, SavedAdapter], emit: Emit) -> None:
+def check_adapter_lineage(
+    recipe: RecipeConfig,
+    saved: dict[str, SavedAdapter],
+    emit: Emit,
+) -> None:
     """Checks that the adapters below a saved one are those that it was trained over, compared by content.
 
     If the recipe loads none of them, the adapter is replaced in `saved` by a copy with all of them combined into it.
@@ -45,6 +53,11 @@ def check_adapter_lineage(recipe: RecipeConfig, saved: dict[str, SavedAdapter], 
                 "taken with them folded into it"
             )
         if missing:
-            saved[name] = read_adapter(path, key, head=saved[name].head is not None, combined=True)
+            saved[name] = read_adapter(
+                path,
+                key,
+                head=saved[name].head is not None,
+                combined=True,
+            )
             emit(LogMessage(message=f"{key}: taken with {', '.join(below)} folded into it, which it was trained over"))
         loaded_hashes.add(content_hash(saved[name]))

@@ -199,13 +199,24 @@ def adapters_at(folder: Path, key: str) -> dict[str, SavedAdapter]:
             adapters = {name: read_adapter(str(folder / name), key) for name in lower}
             adapters[top] = read_adapter(str(folder), key)
             return adapters
-    return {"policy": read_adapter(str(folder), key, combined=True)}
+    return {
+        "policy": read_adapter(
+            str(folder),
+            key,
+            combined=True,
+        )
+    }
 
 
 def roles_of(saved: Mapping[str, SavedAdapter], base: Base) -> Roles:
     """Returns the policy over its base, without trainable parameters."""
     configs = {name: adapter.config for name, adapter in saved.items()}
-    roles = Roles(base, configs, trainable=[], stacks={"policy": list(saved)})
+    roles = Roles(
+        base,
+        configs,
+        trainable=[],
+        stacks={"policy": list(saved)},
+    )
     for name, adapter in saved.items():
         roles.load_adapter_tensors(name, adapter.tensors, str(adapter.folder))
     return roles

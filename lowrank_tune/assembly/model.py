@@ -37,9 +37,19 @@ def load_recipe_base(
     emit(Progress(description=description, done=0, total=1))
     cap_cuda_memory(recipe.train.memory_budget_gib)
     if recipe.base.backend == "unsloth":
-        base = unsloth.load_base(recipe.base, template.tokenizer, recipe.max_train_length, device)
+        base = unsloth.load_base(
+            recipe.base,
+            template.tokenizer,
+            recipe.max_train_length,
+            device,
+        )
     else:
-        base = load_base(recipe.base, template.tokenizer, device, rope_factors=factors_of(rope))
+        base = load_base(
+            recipe.base,
+            template.tokenizer,
+            device,
+            rope_factors=factors_of(rope),
+        )
     emit(Progress(description=description, done=1, total=1))
     return base
 
@@ -50,7 +60,12 @@ def micro_tokens_of(recipe: RecipeConfig, max_length: int) -> int:
     return min(max(MIN_MICRO_TOKENS, rows * max_length), MAX_MICRO_TOKENS)
 
 
-def load_roles(recipe: RecipeConfig, base: Base, saved: Mapping[str, SavedAdapter], emit: Emit) -> Roles:
+def load_roles(
+    recipe: RecipeConfig,
+    base: Base,
+    saved: Mapping[str, SavedAdapter],
+    emit: Emit,
+) -> Roles:
     """Returns the roles of the recipe over the base (`build_stacks`), with the weights of the `saved` adapters. Raises
     UserError if an adapter does not fit the base."""
     trained = recipe.trained_adapter
@@ -58,7 +73,12 @@ def load_roles(recipe: RecipeConfig, base: Base, saved: Mapping[str, SavedAdapte
     if REWARD_ROLE in recipe.adapters and trained != REWARD_ROLE:
         below_reward_model = reward_model_base(saved, frozen_adapters(recipe))
     loaded_configs = {name: adapter.config for name, adapter in saved.items()}
-    configs, stacks = build_stacks(recipe, base.model, loaded_configs, below_reward_model)
+    configs, stacks = build_stacks(
+        recipe,
+        base.model,
+        loaded_configs,
+        below_reward_model,
+    )
     roles = Roles(
         base,
         configs,
@@ -70,9 +90,18 @@ def load_roles(recipe: RecipeConfig, base: Base, saved: Mapping[str, SavedAdapte
         offload=recipe.train.activation_offloading,
     )
     budget_gib = recipe.train.memory_budget_gib or 0
-    roles.limits = MemoryLimits(budget_bytes=int(budget_gib * 2**30), emit=emit)
+    roles.limits = MemoryLimits(
+        budget_bytes=int(budget_gib * 2**30),
+        emit=emit,
+    )
     for name, adapter in saved.items():
-        _load_adapter(roles, name, adapter, recipe.base.model, emit)
+        _load_adapter(
+            roles,
+            name,
+            adapter,
+            recipe.base.model,
+            emit,
+        )
     if "value" in configs and "value" not in saved and recipe.ppo.critic_init == "reward":
         _load_value_from_reward_model(recipe, roles, saved[REWARD_ROLE])
     if base.backend == "unsloth":
@@ -91,7 +120,13 @@ def load_roles(recipe: RecipeConfig, base: Base, saved: Mapping[str, SavedAdapte
     return roles
 
 
-def _load_adapter(roles: Roles, name: str, adapter: SavedAdapter, base_name: str, emit: Emit) -> None:
+def _load_adapter(
+    roles: Roles,
+    name: str,
+    adapter: SavedAdapter,
+    base_name: str,
+    emit: Emit,
+) -> None:
     """Loads the weights of an adapter; warns if they were trained on another base."""
     roles.load_adapter_tensors(name, adapter.tensors, f"adapters.{name}.path: {adapter.folder}")
     if adapter.base_name not in (None, base_name, base_name.partition("@")[0]):
@@ -99,7 +134,11 @@ def _load_adapter(roles: Roles, name: str, adapter: SavedAdapter, base_name: str
         emit(LogMessage(level="warning", message=message))
 
 
-def _load_value_from_reward_model(recipe: RecipeConfig, roles: Roles, reward_model: SavedAdapter) -> None:
+def _load_value_from_reward_model(
+    recipe: RecipeConfig,
+    roles: Roles,
+    reward_model: SavedAdapter,
+) -> None:
     """Copies the reward model into the value. Its head is multiplied by the weight of the reward, so that it predicts
     the weighted score."""
     weight = sum(reward.weight for reward in recipe.rewards if reward.name == "reward_model")

@@ -40,9 +40,21 @@ def dry_run_rewards(
     num_prompts = min(NUM_PROMPTS, len(prompts.examples))
     sampled_prompts = random.Random(f"trial-{recipe.seed}").sample(prompts.examples, num_prompts)
     rollout = recipe.rollout
-    sampling = SamplingParams(rollout.max_new_tokens, stop_ids, rollout.temperature, step_seed(recipe.seed, SEED_TAG))
+    sampling = SamplingParams(
+        rollout.max_new_tokens,
+        stop_ids,
+        rollout.temperature,
+        step_seed(recipe.seed, SEED_TAG),
+    )
     engine = Engine(roles, "policy", rollout.max_num_seqs)
-    _submit_completions(engine, sampled_prompts, sampling, template, scorer, emit)
+    _submit_completions(
+        engine,
+        sampled_prompts,
+        sampling,
+        template,
+        scorer,
+        emit,
+    )
     rewards = weighted_rewards(scorer, emit)
     emit(describe_rewards(rewards, num_prompts, rollout.num_generations))
 
@@ -61,9 +73,20 @@ def _submit_completions(
     for done, completion in enumerate(completions, 1):
         request_id = completion.prompt * NUM_COMPLETIONS + completion.sample
         text = template.decode(completion.content_ids)
-        scorer.submit(request_id, prompts[completion.prompt], text, completion)
+        scorer.submit(
+            request_id,
+            prompts[completion.prompt],
+            text,
+            completion,
+        )
         if done % NUM_COMPLETIONS == 0:
-            emit(Progress(description="trying a few prompts", done=done, total=total))
+            emit(
+                Progress(
+                    description="trying a few prompts",
+                    done=done,
+                    total=total,
+                )
+            )
 
 
 def weighted_rewards(scorer: RewardScorer, emit: Emit) -> dict[int, float]:
@@ -83,11 +106,20 @@ def weighted_rewards(scorer: RewardScorer, emit: Emit) -> dict[int, float]:
         )
     if failures:
         message = f"{len(failures)} of {len(scores)} trial completions could not be scored: "
-        emit(LogMessage(level="warning", message=message + summarize_failures(failures)))
+        emit(
+            LogMessage(
+                level="warning",
+                message=message + summarize_failures(failures),
+            )
+        )
     return rewards
 
 
-def describe_rewards(rewards: Mapping[int, float], num_prompts: int, num_generations: int) -> LogMessage:
+def describe_rewards(
+    rewards: Mapping[int, float],
+    num_prompts: int,
+    num_generations: int,
+) -> LogMessage:
     """Returns a message with the expected share of groups of `num_generations` completions with zero reward std. A
     completion passes if its reward is above the middle between the highest and the lowest."""
     highest = max(rewards.values())
@@ -105,7 +137,10 @@ def describe_rewards(rewards: Mapping[int, float], num_prompts: int, num_generat
         f"{sum(rates) / len(rates):.0%} of {len(rewards)} trial completions have a reward above {threshold:.3g}: "
         f"about {zero_std_share:.0%} of groups of {num_generations} will have zero reward std"
     )
-    return LogMessage(message=message, level="warning" if zero_std_share > MAX_ZERO_STD_SHARE else "info")
+    return LogMessage(
+        message=message,
+        level="warning" if zero_std_share > MAX_ZERO_STD_SHARE else "info",
+    )
 
 
 def _pass_rates(rewards: Mapping[int, float], threshold: float) -> list[float]:

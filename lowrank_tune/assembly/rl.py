@@ -39,10 +39,19 @@ NUM_ROWS_CHECKED = 48
 def log_report(report: Report, emit: Emit) -> None:
     """Logs the lines of a data report; those about dropped rows are warnings."""
     for line in report.lines():
-        emit(LogMessage(message=line, level="warning" if "; dropped " in line else "info"))
+        emit(
+            LogMessage(
+                message=line,
+                level="warning" if "; dropped " in line else "info",
+            )
+        )
 
 
-def load_train_prompts(recipe: RecipeConfig, template: ChatTemplate, emit: Emit) -> PromptDataset:
+def load_train_prompts(
+    recipe: RecipeConfig,
+    template: ChatTemplate,
+    emit: Emit,
+) -> PromptDataset:
     """Returns the prompts to draw completions for. Raises UserError if there are none."""
     prompts = load_prompts(
         recipe.data,
@@ -64,7 +73,15 @@ def make_row_check(recipe: RecipeConfig) -> Callable[[PromptExample], str | None
         weighted = build_rewards(builtin_rewards, Path.cwd())
 
     def reason(example: PromptExample) -> str | None:
-        return row_rejection_reason(weighted, _reward_input(example, "", True, 1))
+        return row_rejection_reason(
+            weighted,
+            _reward_input(
+                example,
+                "",
+                True,
+                1,
+            ),
+        )
 
     return reason
 
@@ -76,7 +93,15 @@ def _reward_input(
     num_tokens: int,
     ids: Sequence[int] = (),
 ) -> RewardInput:
-    return RewardInput(prompt.text, text, prompt.ground_truth, prompt.row, stopped, num_tokens, ids)
+    return RewardInput(
+        prompt.text,
+        text,
+        prompt.ground_truth,
+        prompt.row,
+        stopped,
+        num_tokens,
+        ids,
+    )
 
 
 class RewardScorer:
@@ -103,7 +128,13 @@ class RewardScorer:
                 micro_tokens=micro_tokens,
             )
 
-    def submit(self, request_id: int, prompt: PromptExample, text: str, completion: Completion) -> None:
+    def submit(
+        self,
+        request_id: int,
+        prompt: PromptExample,
+        text: str,
+        completion: Completion,
+    ) -> None:
         """Begins to score a completion."""
         has_end = completion.finish_reason == "stop"
         stopped = has_end and not self.template.special_tokens_in(completion.content_ids)
@@ -111,13 +142,28 @@ class RewardScorer:
         ids = []
         if self.reward_models:
             ids = [*prompt.input_ids, *append_end_of_turn(completion.token_ids, self._end_ids)]
-        self.scorer.submit(request_id, _reward_input(prompt, text, stopped, num_tokens, ids))
+        self.scorer.submit(
+            request_id,
+            _reward_input(
+                prompt,
+                text,
+                stopped,
+                num_tokens,
+                ids,
+            ),
+        )
 
     def reference_item(self, prompt: PromptExample, text: str) -> RewardInput:
         """Returns an answer of the data as a completion that ended by itself."""
         answer_ids = encode_answer(self.template, text) if self.reward_models else []
         ids = [*prompt.input_ids, *answer_ids] if answer_ids else []
-        return _reward_input(prompt, text, True, max(1, len(text) // 4), ids)
+        return _reward_input(
+            prompt,
+            text,
+            True,
+            max(1, len(text) // 4),
+            ids,
+        )
 
     def collect(self) -> Mapping[int, Sequence[float] | RewardFailure]:
         """Waits for all submitted completions; returns a value for each reward, or the failure, by request id. Raises
@@ -165,7 +211,13 @@ def check_reference_rewards(
     if scorer.reward_models:
         prompt_of_row = {id(item.row): prompt for item, prompt in zip(reference_items, sample, strict=True)}
         wrong_items = [scorer.reference_item(prompt_of_row[id(item.row)], item.completion) for item in wrong_items]
-    report = sanity_check_rewards(scorer.weighted, reference_items, wrong_items, scorer.scorer, scorer.max_failure_rate)
+    report = sanity_check_rewards(
+        scorer.weighted,
+        reference_items,
+        wrong_items,
+        scorer.scorer,
+        scorer.max_failure_rate,
+    )
     for line in report.lines():
         emit(LogMessage(message=line))
     fault = report.fault()

@@ -52,7 +52,11 @@ def select_rope(stages: Sequence[RecipeConfig], emit: Emit) -> FixedRope | None:
     return rope
 
 
-def check_heldout_length(recipe: RecipeConfig, longest_prompt: int, rope: FixedRope) -> None:
+def check_heldout_length(
+    recipe: RecipeConfig,
+    longest_prompt: int,
+    rope: FixedRope,
+) -> None:
     """Checks that no held-out prompt with its answer becomes longer than the frequencies are for. Raises
     ConfigError."""
     limit = rope.max_row_length

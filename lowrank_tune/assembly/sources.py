@@ -65,16 +65,33 @@ class RowSource:
     data: TokenizedSplits
     collector = None
 
-    def __init__(self, recipe: RecipeConfig, template: ChatTemplate, emit: Emit) -> None:
+    def __init__(
+        self,
+        recipe: RecipeConfig,
+        template: ChatTemplate,
+        emit: Emit,
+    ) -> None:
         """Raises UserError if the data cannot be used."""
         self.recipe = recipe
         self.emit = emit
-        self.data = load(recipe.data, template, recipe.seed, emit, pairs=recipe.uses_pairs)
+        self.data = load(
+            recipe.data,
+            template,
+            recipe.seed,
+            emit,
+            pairs=recipe.uses_pairs,
+        )
         log_report(self.data.report, emit)
         self.validation = self.data.validation
         train = self.data.train
         weights = [source.weight for source in recipe.data.train]
-        self.sampler = BatchSampler(train.unit_lengths, train.unit_source_of, weights, recipe.train, recipe.seed)
+        self.sampler = BatchSampler(
+            train.unit_lengths,
+            train.unit_source_of,
+            weights,
+            recipe.train,
+            recipe.seed,
+        )
         self.collate_train = RowCollator(train, template.pad_id)
         self.collate_validation: RowCollator | None = None
         if self.validation is not None:
@@ -116,7 +133,13 @@ class PromptSource:
     collate_validation = None
     get_batch = None
 
-    def __init__(self, recipe: RecipeConfig, template: ChatTemplate, emit: Emit, fresh: bool) -> None:
+    def __init__(
+        self,
+        recipe: RecipeConfig,
+        template: ChatTemplate,
+        emit: Emit,
+        fresh: bool,
+    ) -> None:
         """Raises UserError if the data cannot be used. A `fresh` run also scores a few completions before its first
         step."""
         self.recipe = recipe
@@ -124,7 +147,12 @@ class PromptSource:
         self.emit = emit
         self.fresh = fresh
         self.data: PromptDataset = load_train_prompts(recipe, template, emit)
-        self.sampler = PromptSampler(self.data, recipe.data, recipe.train, recipe.seed)
+        self.sampler = PromptSampler(
+            self.data,
+            recipe.data,
+            recipe.train,
+            recipe.seed,
+        )
         self.scorer: RewardScorer | None = None
         self.collector: RolloutCollector | None = None
 
@@ -144,7 +172,15 @@ class PromptSource:
             self.scorer.set_base_model(roles, micro_tokens)
             self._check_rewards(self.scorer)
         if self.fresh and recipe.algorithm == "grpo":
-            dry_run_rewards(recipe, roles, self.template, self.data, self.scorer, stop_ids, self.emit)
+            dry_run_rewards(
+                recipe,
+                roles,
+                self.template,
+                self.data,
+                self.scorer,
+                stop_ids,
+                self.emit,
+            )
         rollout = recipe.rollout
         self.collector = RolloutCollector(
             roles=roles,
@@ -166,9 +202,20 @@ class PromptSource:
         )
 
     def _check_rewards(self, scorer: RewardScorer) -> None:
-        check_reference_rewards(scorer, self.data, self.recipe.rewards_check, self.recipe.seed, self.emit)
+        check_reference_rewards(
+            scorer,
+            self.data,
+            self.recipe.rewards_check,
+            self.recipe.seed,
+            self.emit,
+        )
 
-    def _prompts(self, step: int, draw: int, count: int | None) -> list[PromptExample]:
+    def _prompts(
+        self,
+        step: int,
+        draw: int,
+        count: int | None,
+    ) -> list[PromptExample]:
         if draw == 0:
             rows = self.sampler.rows(step)
         else:
@@ -178,7 +225,12 @@ class PromptSource:
     def _seed(self, draw: int) -> int:
         return step_seed(self.recipe.seed, ROLLOUT_SEED_TAG + draw)
 
-    def _log_group(self, step: int, groups: RolloutGroups, advantages: Tensor) -> None:
+    def _log_group(
+        self,
+        step: int,
+        groups: RolloutGroups,
+        advantages: Tensor,
+    ) -> None:
         """Emits the first group of a step."""
         prompt = groups.prompts[0]
         samples = range(groups.rewards.shape[1])
@@ -196,7 +248,11 @@ class PromptSource:
             self.scorer.close()
 
 
-def _completion_record(groups: RolloutGroups, advantages: Tensor, sample: int) -> Mapping[str, object]:
+def _completion_record(
+    groups: RolloutGroups,
+    advantages: Tensor,
+    sample: int,
+) -> Mapping[str, object]:
     """Returns a completion of the first group, for the event."""
     record = {
         "text": groups.texts[sample],
@@ -205,10 +261,22 @@ def _completion_record(groups: RolloutGroups, advantages: Tensor, sample: int) -
     failure = groups.failed_rewards[sample]
     if failure is not None:
         unscored = f"{failure.reward}: {failure.reason}"
-        return {**record, "reward": None, "advantage": None, "unscored": unscored, "parts": {}}
+        return {
+            **record,
+            "reward": None,
+            "advantage": None,
+            "unscored": unscored,
+            "parts": {},
+        }
     return {
         **record,
         "reward": float(groups.rewards[0, sample]),
         "advantage": float(advantages[0, sample]),
-        "parts": dict(zip(groups.reward_names, groups.reward_components[sample].tolist(), strict=True)),
+        "parts": dict(
+            zip(
+                groups.reward_names,
+                groups.reward_components[sample].tolist(),
+                strict=True,
+            )
+        ),
     }

@@ -50,7 +50,12 @@ def build_stacks(
     if "value" in recipe.extra_adapters:
         stacks["value"] = _value_stack(recipe, stacks)
         if recipe.ppo.critic == "separate":
-            configs["value"] = _value_config(recipe, model, loaded, configs)
+            configs["value"] = _value_config(
+                recipe,
+                model,
+                loaded,
+                configs,
+            )
     return configs, stacks
 
 

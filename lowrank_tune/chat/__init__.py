@@ -41,7 +41,13 @@ def chat(
     """
     logger = LineLogger(sys.stderr)
     try:
-        chat_model = load_chat_model(name, logger, bits, base, max_new_tokens=options.max_new_tokens)
+        chat_model = load_chat_model(
+            name,
+            logger,
+            bits,
+            base,
+            max_new_tokens=options.max_new_tokens,
+        )
     finally:
         logger.close()
     screen = ChatScreen(list(HELP))

@@ -62,7 +62,11 @@ class AnswerStream:
         self._stop_ids = sampling.stop_ids
         template = chat_model.template
         self._decoder = IncrementalDecoder(template.decode, template.turn_delimiters, template.is_byte)
-        self._stream = Engine(chat_model.roles, ROLE[variant], slots=1).stream([input_ids], 1, sampling)
+        self._stream = Engine(
+            chat_model.roles,
+            ROLE[variant],
+            slots=1,
+        ).stream([input_ids], 1, sampling)
 
     def __iter__(self) -> Iterator[str]:
         started = time.perf_counter()

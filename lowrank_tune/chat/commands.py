@@ -20,7 +20,13 @@ HELP = {
     "/help": "this list",
     "/quit": "end, as Ctrl-D does; Ctrl-C stops an answer",
 }
-ALIASES = {"/exit": "/quit", "/bye": "/quit", "/clear": "/reset", "/regenerate": "/retry", "/?": "/help"}
+ALIASES = {
+    "/exit": "/quit",
+    "/bye": "/quit",
+    "/clear": "/reset",
+    "/regenerate": "/retry",
+    "/?": "/help",
+}
 COMMANDS_WITHOUT_ARGUMENT = ("/retry", "/undo", "/reset", "/help", "/quit")
 
 

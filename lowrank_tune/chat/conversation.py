@@ -51,7 +51,12 @@ class Conversation:
     system_prompt: str | None = None
     exchanges: list[Exchange] = field(default_factory=list)
 
-    def messages(self, variant: str, start_index: int = 0, end: int | None = None) -> list[Message]:
+    def messages(
+        self,
+        variant: str,
+        start_index: int = 0,
+        end: int | None = None,
+    ) -> list[Message]:
         """Returns the system prompt and the answered exchanges from `start_index` to before `end`."""
         history: list[Message] = []
         if self.system_prompt:

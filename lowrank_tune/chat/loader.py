@@ -47,7 +47,13 @@ def load_chat_model(
         description += f"; over {base_config.model}"
     emit(LogMessage(message=description))
     try:
-        loaded, template = _load_base(target, base_config, device, max_new_tokens, emit)
+        loaded, template = _load_base(
+            target,
+            base_config,
+            device,
+            max_new_tokens,
+            emit,
+        )
     except UserError as error:
         if target.model:
             raise
@@ -80,11 +86,33 @@ def _load_base(
     template_date = None
     if target.run is not None:
         template_date = target.run.recipe.data.template_date
-    template = _template(base_config, target.adapter, template_date, emit)
+    template = _template(
+        base_config,
+        target.adapter,
+        template_date,
+        emit,
+    )
     factors = _rope_factors(target, base_config, max_new_tokens)
-    emit(Progress(description=f"loading {base_config.model}", done=0, total=1))
-    base = load_base(base_config, template.tokenizer, device, rope_factors=factors)
-    emit(Progress(description=f"loading {base_config.model}", done=1, total=1))
+    emit(
+        Progress(
+            description=f"loading {base_config.model}",
+            done=0,
+            total=1,
+        )
+    )
+    base = load_base(
+        base_config,
+        template.tokenizer,
+        device,
+        rope_factors=factors,
+    )
+    emit(
+        Progress(
+            description=f"loading {base_config.model}",
+            done=1,
+            total=1,
+        )
+    )
     return base, template
 
 
@@ -94,7 +122,12 @@ def _roles(saved: Mapping[str, SavedAdapter], base: Base) -> Roles:
         return roles_of(saved, base)
     # PEFT needs an adapter: a new one that is in no stack has no effect
     unused = {"unused": lora_config(AdapterConfig(r=1), base.model)}
-    return Roles(base, unused, trainable=[], stacks={"policy": []})
+    return Roles(
+        base,
+        unused,
+        trainable=[],
+        stacks={"policy": []},
+    )
 
 
 def _context_length(base: Base) -> int | None:
@@ -132,7 +165,10 @@ def _base(
     if target.model is not None:
         if base is not None:
             raise UserError(f"--base: {target.model} is a model itself; --base is for runs and adapters")
-        return BaseConfig(model=target.model, bits=16 if bits == 16 else 4)
+        return BaseConfig(
+            model=target.model,
+            bits=16 if bits == 16 else 4,
+        )
     if target.run is not None:
         base_config = target.run.base
         if bits not in (None, base_config.bits):
@@ -149,10 +185,17 @@ def _base(
     pinned = str(top.base_name)
     if revision and "@" not in pinned:
         pinned = f"{pinned}@{revision}"
-    return BaseConfig(model=base or pinned, bits=16 if bits == 16 else 4)
+    return BaseConfig(
+        model=base or pinned,
+        bits=16 if bits == 16 else 4,
+    )
 
 
-def _rope_factors(target: ChatTarget, base_config: BaseConfig, max_new_tokens: int) -> RopeFactors:
+def _rope_factors(
+    target: ChatTarget,
+    base_config: BaseConfig,
+    max_new_tokens: int,
+) -> RopeFactors:
     """Returns the rotary factors of the training, or else those for an answer and at least one token before it."""
     if target.run is not None:
         return target.run.rope_factors
@@ -162,7 +205,12 @@ def _rope_factors(target: ChatTarget, base_config: BaseConfig, max_new_tokens: i
     return trained or select_factors(load_config(base_config), max_new_tokens + 1)
 
 
-def _template(base_config: BaseConfig, adapter: Path | None, template_date: str | None, emit: Emit) -> ChatTemplate:
+def _template(
+    base_config: BaseConfig,
+    adapter: Path | None,
+    template_date: str | None,
+    emit: Emit,
+) -> ChatTemplate:
     """The base's; or the one that came with an adapter from elsewhere, where that is another one."""
     template = ChatTemplate.from_tokenizer(tokenizer := load_tokenizer(base_config), template_date)
     if adapter is not None and (adapter / TEMPLATE).is_file():
@@ -177,7 +225,11 @@ def _template(base_config: BaseConfig, adapter: Path | None, template_date: str 
     return template
 
 
-def _check(run: FinishedRun, base: Base, emit: Emit) -> None:
+def _check(
+    run: FinishedRun,
+    base: Base,
+    emit: Emit,
+) -> None:
     """Compares the base with the trained one, if that is possible. Raises UserError if they differ."""
     device = base.device.type
     if not run.facts.get("tensors"):

@@ -50,9 +50,22 @@ class SamplingOptions:
             expected = "a number" if kind is float else "a whole number"
             raise UserError(f"{name}: {value!r} is not {expected}; {BOUNDS[name][2]}") from error
 
-    def sampling(self, stop_ids: frozenset[int], limit: int, seed: int) -> SamplingParams:
+    def sampling(
+        self,
+        stop_ids: frozenset[int],
+        limit: int,
+        seed: int,
+    ) -> SamplingParams:
         """Returns the parameters of one answer of at most `limit` tokens."""
-        return SamplingParams(limit, stop_ids, self.temperature, seed, self.top_k, self.top_p, self.min_p)
+        return SamplingParams(
+            limit,
+            stop_ids,
+            self.temperature,
+            seed,
+            self.top_k,
+            self.top_p,
+            self.min_p,
+        )
 
     def describe(self, name: str) -> str:
         """Returns an option with its value, and whether it has an effect."""

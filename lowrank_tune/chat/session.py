@@ -184,7 +184,14 @@ class ChatSession:
         streams: list[AnswerStream] = []
         for variant, history in histories.items():
             sampling = self.options.sampling(self.chat_model.stop_ids, history.limit, seed)
-            streams.append(AnswerStream(self.chat_model, variant, history.input_ids, sampling))
+            streams.append(
+                AnswerStream(
+                    self.chat_model,
+                    variant,
+                    history.input_ids,
+                    sampling,
+                )
+            )
         view = self.screen.answers([stream.variant for stream in streams])
         # side by side, or one after the other
         batches = [streams] if view.together else [[stream] for stream in streams]
@@ -192,7 +199,12 @@ class ChatSession:
             try:
                 for batch in batches:
                     if not self._presses:
-                        self._stream(batch, streams, view, exchange)
+                        self._stream(
+                            batch,
+                            streams,
+                            view,
+                            exchange,
+                        )
             finally:
                 for stream in streams:
                     stream.close()
@@ -215,11 +227,22 @@ class ChatSession:
                     view.add(number, piece)
                 else:
                     del running[number]
-                    self._end(streams[number], number, view, exchange)
+                    self._end(
+                        streams[number],
+                        number,
+                        view,
+                        exchange,
+                    )
         for number in running:
             self._end(streams[number], number, view, exchange)
 
-    def _end(self, stream: AnswerStream, number: int, view: AnswerView, exchange: Exchange) -> None:
+    def _end(
+        self,
+        stream: AnswerStream,
+        number: int,
+        view: AnswerView,
+        exchange: Exchange,
+    ) -> None:
         if stream.finish_reason or stream.text:
             content = self.chat_model.template.answer_content(stream.text)
             exchange.answers[stream.variant] = ChatAnswer(content, stream.ended)

@@ -154,7 +154,11 @@ def _latest_checkpoint(run: FinishedRun) -> ChatTarget:
     raise UserError(f"{run.path} has not ended and has no complete checkpoint yet")
 
 
-def _checkpoint(run: FinishedRun, path: Path, description: str = "") -> ChatTarget:
+def _checkpoint(
+    run: FinishedRun,
+    path: Path,
+    description: str = "",
+) -> ChatTarget:
     """Returns the adapter in a checkpoint. Raises UserError if the checkpoint is damaged."""
     load(path, path.name)
     description = description or f": the checkpoint of step {path.name.removeprefix('step-')}"

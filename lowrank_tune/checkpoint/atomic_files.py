@@ -25,7 +25,14 @@ _REASONS = {
     errno.EEXIST: "it is a file, not a folder",
     errno.ENAMETOOLONG: "the name is too long",
 }
-_USER_FIXABLE_ERRNOS = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.ENAMETOOLONG}
+_USER_FIXABLE_ERRNOS = {
+    errno.EACCES,
+    errno.EPERM,
+    errno.EROFS,
+    errno.ENOTDIR,
+    errno.EEXIST,
+    errno.ENAMETOOLONG,
+}
 # file systems that cannot fsync a folder, Windows drives under WSL2 among them
 _NO_FOLDER_SYNC = {errno.EINVAL, errno.ENOTSUP, errno.EBADF}
 

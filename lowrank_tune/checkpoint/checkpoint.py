@@ -75,10 +75,17 @@ def write_atomically(target: Path, snapshot: Snapshot) -> Path:
     with atomic_folder(target) as folder:
         entries = {}
         for name, data in _files(snapshot):
-            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            (folder / name).parent.mkdir(
+                parents=True,
+                exist_ok=True,
+            )
             write_new(folder / name, data)
             entries[name] = {"size": len(data), "blake2b": content_hash(data)}
-        manifest = {"version": VERSION, "name": target.name, "files": entries}
+        manifest = {
+            "version": VERSION,
+            "name": target.name,
+            "files": entries,
+        }
         write_new(folder / MANIFEST, manifest_bytes(manifest))
     return target
 

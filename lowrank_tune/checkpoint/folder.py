@@ -87,7 +87,12 @@ class RunFolder:
                 raise
             if folder.path != path:
                 message = f"{path} contains a finished run and is not changed: this run is written to {folder.path}"
-                emit(LogMessage(message=message, level="warning" if is_explicit_path else "info"))
+                emit(
+                    LogMessage(
+                        message=message,
+                        level="warning" if is_explicit_path else "info",
+                    )
+                )
             return folder
         raise AssertionError("count never ends")
 

@@ -56,7 +56,11 @@ def restore_optimizer(
     if order != list(range(len(names))):
         raise UserError("the saved optimizer has its parameters in other groups")
     state = {index[name]: entry for name, entry in _unpack(document["state"], tensors).items()}
-    return {**_unpack(document["rest"], tensors), "state": state, "param_groups": groups}
+    return {
+        **_unpack(document["rest"], tensors),
+        "state": state,
+        "param_groups": groups,
+    }
 
 
 def _pack(

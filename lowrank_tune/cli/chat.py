@@ -68,12 +68,26 @@ def chat_command(
         with loading_message():
             from lowrank_tune.chat import SamplingOptions, chat
 
-        sampling = SamplingOptions(temperature, top_p, top_k, min_p, max_new_tokens, seed)
+        sampling = SamplingOptions(
+            temperature,
+            top_p,
+            top_k,
+            min_p,
+            max_new_tokens,
+            seed,
+        )
         base_bits: Literal[4, 16] | None = None
         if bits is not None:
             base_bits = 4 if bits == BitWidth.four else 16
         try:
-            chat(name, sampling, variant and variant.value, system, base_bits, base_path)
+            chat(
+                name,
+                sampling,
+                variant and variant.value,
+                system,
+                base_bits,
+                base_path,
+            )
         except KeyboardInterrupt as error:
             print("interrupted", file=sys.stderr)
             raise typer.Exit(INTERRUPTED) from error

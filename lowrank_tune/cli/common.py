@@ -74,7 +74,12 @@ def check_run(run: Path, kind: str = "run") -> None:
         folders.insert(0, run.parent)
     for folder in folders:
         names = {found.parent.name: str(found.parent) for found in sorted(folder.glob("*/run.json"))}
-        similar = get_close_matches(run.name, names, n=1, cutoff=0.6)
+        similar = get_close_matches(
+            run.name,
+            names,
+            n=1,
+            cutoff=0.6,
+        )
         if similar:
             raise UserError(f"{run}: there is no such {kind}; did you mean `{names[similar[0]]}`?")
         if names:

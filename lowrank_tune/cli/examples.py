@@ -17,7 +17,10 @@ ALL = "all"
 COMMAND = re.compile(r": `python [^`]*`")
 SENTENCE_END = re.compile(r"(?<=\.)\s")
 
-examples = typer.Typer(invoke_without_command=True, help="List the example scripts, or copy them.")
+examples = typer.Typer(
+    invoke_without_command=True,
+    help="List the example scripts, or copy them.",
+)
 app.add_typer(examples, name="examples")
 
 

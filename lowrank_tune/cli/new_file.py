@@ -7,7 +7,11 @@ from pathlib import Path
 from lowrank_tune.errors import UserError
 
 
-def write_new_file(file: Path, text: str, instead: str) -> None:
+def write_new_file(
+    file: Path,
+    text: str,
+    instead: str,
+) -> None:
     """Writes a new file. Raises UserError if it exists, with the advice `instead`, or cannot be written."""
     try:
         with file.open("x", encoding="utf-8") as opened:

@@ -50,7 +50,12 @@ def run_command(
 
 
 @app.command("demo")
-def demo_command(overrides: Overrides = None, out: Out = None, ui: Ui = UiMode.auto, debug: Debug = False) -> None:
+def demo_command(
+    overrides: Overrides = None,
+    out: Out = None,
+    ui: Ui = UiMode.auto,
+    debug: Debug = False,
+) -> None:
     """Train the tiny base that ships with the package by SFT and then by GRPO, without GPU or network, and compare
     before and after."""
     with report_user_errors(debug):
@@ -80,7 +85,11 @@ def _print_before_after(summary: dict[str, Any]) -> None:
     """Prints the held-out metrics, and the answers to the same questions, before and after each stage."""
     console = Console()
     details = summary["heldout_details"]
-    figures = Table("held-out questions", *details, title="before and after")
+    figures = Table(
+        "held-out questions",
+        *details,
+        title="before and after",
+    )
     labels = {"accuracy": "exact answers (pass@1)"}
     for key in next(iter(details.values())):
         if key.startswith("pass_at_"):
@@ -91,7 +100,12 @@ def _print_before_after(summary: dict[str, Any]) -> None:
         number_format = ".1f" if key == "mean_length" else ".1%"
         figures.add_row(label, *(format(metrics[key], number_format) for metrics in details.values()))
     console.print(figures)
-    answers = Table("question", "gold", *summary["answers"], show_lines=True)
+    answers = Table(
+        "question",
+        "gold",
+        *summary["answers"],
+        show_lines=True,
+    )
     for samples in zip(*summary["answers"].values(), strict=True):
         completions: list[Text] = []
         for sample in samples:

@@ -265,7 +265,11 @@ def conflicts(stages: Stages, index: int) -> Iterator[Finding]:
     yield from _stage_name_conflicts(stages, index)
 
 
-def _different_base(first: RecipeConfig, stage: RecipeConfig, key: str) -> Iterator[Finding]:
+def _different_base(
+    first: RecipeConfig,
+    stage: RecipeConfig,
+    key: str,
+) -> Iterator[Finding]:
     value = getattr(first.base, key)
     if getattr(stage.base, key) != value:
         yield (

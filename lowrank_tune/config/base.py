@@ -34,7 +34,13 @@ def _calendar_day(text: str) -> str:
     raise PydanticCustomError("calendar_day", "must be a day as YYYY-MM-DD")
 
 
-NON_EMPTY = (Field(strict=False, json_schema_extra={"minItems": 1}), AfterValidator(_non_empty))
+NON_EMPTY = (
+    Field(
+        strict=False,
+        json_schema_extra={"minItems": 1},
+    ),
+    AfterValidator(_non_empty),
+)
 
 PositiveInt = Annotated[int, Field(ge=1, le=1_000_000_000_000)]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]

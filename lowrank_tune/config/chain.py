@@ -83,10 +83,21 @@ class Chain:
         return cls.from_tree(tree, problems, stem, overrides)
 
     @classmethod
-    def from_tree(cls, tree: Node, problems: list[ConfigProblem], stem: str, overrides: Sequence[str]) -> Self:
+    def from_tree(
+        cls,
+        tree: Node,
+        problems: list[ConfigProblem],
+        stem: str,
+        overrides: Sequence[str],
+    ) -> Self:
         """Returns the chain of a file that was read, with the problems so far."""
         set_default_name(tree, stem)
-        return cls._from_checked_tree(tree, problems, parse_overrides(overrides, problems), files=True)
+        return cls._from_checked_tree(
+            tree,
+            problems,
+            parse_overrides(overrides, problems),
+            files=True,
+        )
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Self:
@@ -95,7 +106,12 @@ class Chain:
         if "stages" not in tree.value:
             missing = ConfigProblem("is missing: a single recipe is read by Recipe.from_dict", "stages")
             raise ConfigError([*problems, missing])
-        return cls._from_checked_tree(tree, problems, [], files=False)
+        return cls._from_checked_tree(
+            tree,
+            problems,
+            [],
+            files=False,
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """Returns the resolved chain as plain data."""
@@ -137,7 +153,13 @@ class Chain:
     ) -> Self:
         """Checks each stage like a single recipe, then the stages together."""
         header = _header_data(tree, overrides, problems)
-        drafts = draft_stages(tree.value.pop("stages"), tree, overrides, problems, files)
+        drafts = draft_stages(
+            tree.value.pop("stages"),
+            tree,
+            overrides,
+            problems,
+            files,
+        )
         partial_stages = _check_stages(drafts)
         resolved = [(draft.label, draft.problems) for draft in drafts if not draft.unresolved_parent]
         problems += label_problems(resolved)
@@ -151,7 +173,11 @@ class Chain:
         return cls(**header, stages=tuple(stages))
 
 
-def _header_data(tree: Node, overrides: Sequence[Override], problems: list[ConfigProblem]) -> dict[str, str]:
+def _header_data(
+    tree: Node,
+    overrides: Sequence[Override],
+    problems: list[ConfigProblem],
+) -> dict[str, str]:
     """Takes the settings of the chain itself out of its tree, and returns them with their overrides."""
     header = Node({key: tree.value.pop(key) for key in HEADER_KEYS if key in tree.value}, tree.position)
     header_overrides = [(path, node) for path, node in overrides if path[0] in HEADER_KEYS]
@@ -187,7 +213,16 @@ def label_problems(problems_by_stage: Sequence[tuple[str, Sequence[ConfigProblem
         for problem in problems:
             is_shared = counts[problem] == len(problems_by_stage) > 1
             if not is_shared:
-                key = ".".join(filter(None, ["stages", label, problem.key]))
+                key = ".".join(
+                    filter(
+                        None,
+                        [
+                            "stages",
+                            label,
+                            problem.key,
+                        ],
+                    )
+                )
                 problem = replace(problem, key=key)
             labeled.append(problem)
     return labeled

@@ -124,7 +124,11 @@ def _algorithm_of(draft: StageDraft, shared: Node) -> Any:
     return None
 
 
-def _set_name(draft: StageDraft, others: Sequence[StageDraft], problems: list[ConfigProblem]) -> None:
+def _set_name(
+    draft: StageDraft,
+    others: Sequence[StageDraft],
+    problems: list[ConfigProblem],
+) -> None:
     """Names a stage by its `name`, else by its algorithm. Adds a problem if that is not possible."""
     given = find_node(draft.own, ("name",))
     path: Path = ("stages", draft.index)
@@ -197,7 +201,12 @@ def _algorithm_override(overrides: Sequence[Override], draft: StageDraft) -> Any
     return algorithm
 
 
-def _merge_layers(draft: StageDraft, shared: Node, overrides: Sequence[Override], algorithms: set[str]) -> None:
+def _merge_layers(
+    draft: StageDraft,
+    shared: Node,
+    overrides: Sequence[Override],
+    algorithms: set[str],
+) -> None:
     """Merges all layers of a stage, each from a copy, so that no stage changes the layers of another one.
 
     A setting of other algorithms is left out of the common settings and of the common overrides. The trained adapter of

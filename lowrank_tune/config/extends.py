@@ -89,7 +89,11 @@ def read_file(file: File) -> bytes:
         raise UserError(f"{str(file)!r:.200}: cannot be read: {reason}") from None
 
 
-def read_tree(file: File, problems: list[ConfigProblem], children: Sequence[File] = ()) -> Node | None:
+def read_tree(
+    file: File,
+    problems: list[ConfigProblem],
+    children: Sequence[File] = (),
+) -> Node | None:
     """Returns a file merged over what it extends. Returns None, and adds the problem, if a text cannot be read."""
     tree, yaml_problems = parse_yaml(read_file(file), display_path(file))
     problems += yaml_problems
@@ -100,7 +104,13 @@ def read_tree(file: File, problems: list[ConfigProblem], children: Sequence[File
     if extends is None:
         return tree
     try:
-        parent = read_parent(extends, file.parent, problems, ("extends",), [*children, file.resolve()])
+        parent = read_parent(
+            extends,
+            file.parent,
+            problems,
+            ("extends",),
+            [*children, file.resolve()],
+        )
     except ParentNotFound:
         return tree
     return None if parent is None else merge_layer(parent, tree)
@@ -134,7 +144,11 @@ def read_parent(
     return parent
 
 
-def _parent_file(name: Any, folder: File, children: Sequence[File]) -> File:
+def _parent_file(
+    name: Any,
+    folder: File,
+    children: Sequence[File],
+) -> File:
     """Returns the file that `extends` names. Raises UserError."""
     if not isinstance(name, str):
         raise UserError("expected the name of a preset, or a path relative to this file")
@@ -222,7 +236,11 @@ def _parse_path(key: str) -> Path:
     return tuple(steps)
 
 
-def apply_overrides(tree: Node, overrides: Sequence[Override], problems: list[ConfigProblem]) -> None:
+def apply_overrides(
+    tree: Node,
+    overrides: Sequence[Override],
+    problems: list[ConfigProblem],
+) -> None:
     """Sets values of a tree, in their order."""
     set_here: set[Path] = set()
     for path, node in overrides:
@@ -231,7 +249,11 @@ def apply_overrides(tree: Node, overrides: Sequence[Override], problems: list[Co
             drop_conflicting(tree, set_here)
 
 
-def parse_override_value(text: str, path: Path, problems: list[ConfigProblem]) -> Node | None:
+def parse_override_value(
+    text: str,
+    path: Path,
+    problems: list[ConfigProblem],
+) -> Node | None:
     """Returns a value of the command line: lists, mappings and quoted text as in YAML, everything else as a plain word.
     Returns None, and adds the problem, if it is not valid."""
     if not text:
@@ -262,7 +284,12 @@ def without_lines(node: Node) -> Node:
     return Node(node.value, OVERRIDE_POSITION)
 
 
-def set_value(tree: Node, path: Path, new: Node, problems: list[ConfigProblem]) -> bool:
+def set_value(
+    tree: Node,
+    path: Path,
+    new: Node,
+    problems: list[ConfigProblem],
+) -> bool:
     """Sets a value, or removes it if the new one is null, and returns whether this is possible. Missing sections are
     added; entries of lists must exist."""
     node = tree

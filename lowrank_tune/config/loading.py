@@ -75,7 +75,11 @@ class _Dumper(yaml.SafeDumper):
 def _represent_text(dumper: yaml.SafeDumper, text: str) -> yaml.Node:
     """Writes plain words as they are, and any other text in double quotes."""
     is_plain = re.fullmatch(r"[A-Za-z][A-Za-z0-9_./@-]*", text) and text.lower() not in ("null", "true", "false")
-    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=None if is_plain else '"')
+    return dumper.represent_scalar(
+        "tag:yaml.org,2002:str",
+        text,
+        style=None if is_plain else '"',
+    )
 
 
 _Dumper.add_representer(str, _represent_text)
@@ -83,7 +87,13 @@ _Dumper.add_representer(str, _represent_text)
 
 def dump(recipe: RecipeConfig | Chain) -> str:
     """Returns the resolved recipe or chain as YAML, which loads as an equal one."""
-    return yaml.dump(recipe.to_dict(), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
+    return yaml.dump(
+        recipe.to_dict(),
+        Dumper=_Dumper,
+        sort_keys=False,
+        allow_unicode=True,
+        width=120,
+    )
 
 
 def schema() -> dict[str, Any]:
@@ -116,8 +126,16 @@ def schema() -> dict[str, Any]:
         ),
     }
     document["properties"] = {**settable, "stages": stages}
-    document["anyOf"] = [{"required": ["extends"]}, {"required": ["stages"]}, {"required": required}]
-    return {"$schema": "https://json-schema.org/draft/2020-12/schema", "title": "lowrank_tune recipe", **document}
+    document["anyOf"] = [
+        {"required": ["extends"]},
+        {"required": ["stages"]},
+        {"required": required},
+    ]
+    return {
+        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        "title": "lowrank_tune recipe",
+        **document,
+    }
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:

@@ -29,7 +29,12 @@ def memory_settings(recipe: RecipeConfig) -> dict[str, Any]:
     return values
 
 
-def suggestions(recipe: RecipeConfig, kind: str, tokens: int, on_gpu: bool) -> str:
+def suggestions(
+    recipe: RecipeConfig,
+    kind: str,
+    tokens: int,
+    on_gpu: bool,
+) -> str:
     """Returns the settings to change after work that cannot be split had not enough memory: first those with which this
     run may continue, then those of a new run.
 
@@ -42,7 +47,11 @@ def suggestions(recipe: RecipeConfig, kind: str, tokens: int, on_gpu: bool) -> s
     return new_run
 
 
-def _settings_of_same_run(recipe: RecipeConfig, kind: str, on_gpu: bool) -> list[str]:
+def _settings_of_same_run(
+    recipe: RecipeConfig,
+    kind: str,
+    on_gpu: bool,
+) -> list[str]:
     train = recipe.train
     settings = list[str]()
     if _is_update(kind):
@@ -57,7 +66,12 @@ def _settings_of_same_run(recipe: RecipeConfig, kind: str, on_gpu: bool) -> list
     return settings
 
 
-def _settings_of_new_run(recipe: RecipeConfig, kind: str, tokens: int, on_gpu: bool) -> list[str]:
+def _settings_of_new_run(
+    recipe: RecipeConfig,
+    kind: str,
+    tokens: int,
+    on_gpu: bool,
+) -> list[str]:
     settings = list[str]()
     if recipe.base.bits == 16:
         settings.append("base.bits=4")

@@ -36,7 +36,12 @@ ERROR_MESSAGES = {
     "calendar_day": "must be a day as YYYY-MM-DD, {found}",
 }
 """Sentences for the types of pydantic's errors. Their fields are those of the error's context, `found` and `rule`."""
-TYPE_NAMES: dict[Any, str] = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}
+TYPE_NAMES: dict[Any, str] = {
+    int: "a whole number",
+    float: "a number",
+    str: "text",
+    bool: "true or false",
+}
 TRUE_WORDS = ("yes", "on", "true")
 FALSE_WORDS = ("no", "off", "false")
 
@@ -105,7 +110,11 @@ def setting_locations(model: type[BaseModel], algorithm: str = "") -> dict[str, 
     return locations
 
 
-def unknown_key_message(model: type[BaseModel], path: Path, algorithm: str = "") -> str:
+def unknown_key_message(
+    model: type[BaseModel],
+    path: Path,
+    algorithm: str = "",
+) -> str:
     """Returns the sentence for an unknown key."""
     word = str(path[-1])
     is_alias = word in ALGORITHM_ALIASES.get(algorithm, {})
@@ -120,7 +129,12 @@ def unknown_key_message(model: type[BaseModel], path: Path, algorithm: str = "")
     return "unknown key"
 
 
-def _nearest_setting(model: type[BaseModel], path: Path, algorithm: str, keys: list[str]) -> str:
+def _nearest_setting(
+    model: type[BaseModel],
+    path: Path,
+    algorithm: str,
+    keys: list[str],
+) -> str:
     """Returns the setting that an unknown key probably means, or an empty string: an alias, a similar key of this
     section, or a key of another section that is nearly the same."""
     word = str(path[-1])
@@ -180,7 +194,11 @@ def _describe_annotation(kind: Any) -> str:
     return TYPE_NAMES.get(kind, "another value")
 
 
-def suggestion_for(model: type[BaseModel], path: Path, value: Any) -> str:
+def suggestion_for(
+    model: type[BaseModel],
+    path: Path,
+    value: Any,
+) -> str:
     """Returns how to correct a value of the wrong type, or an empty string."""
     kinds = annotations_at(model, path)
     if kinds == [str] and isinstance(value, (int, float)):
@@ -197,7 +215,12 @@ def suggestion_for(model: type[BaseModel], path: Path, value: Any) -> str:
     return ""
 
 
-def format_error(model: type[BaseModel], error: ErrorDetails, path: Path, value: Any) -> str:
+def format_error(
+    model: type[BaseModel],
+    error: ErrorDetails,
+    path: Path,
+    value: Any,
+) -> str:
     """Returns one of pydantic's errors as a sentence."""
     expected = describe_expected(model, path)
     found = f"found {describe_value(value)}"
@@ -208,10 +231,18 @@ def format_error(model: type[BaseModel], error: ErrorDetails, path: Path, value:
     if template is None:
         return f"expected {expected}, {found}{suggestion_for(model, path, value)}"
     rule = NAME_TEXT if path == ("name",) else LINE_TEXT
-    return template.format(found=found, rule=rule, **error.get("ctx", {}))
+    return template.format(
+        found=found,
+        rule=rule,
+        **error.get("ctx", {}),
+    )
 
 
-def format_errors(model: type[BaseModel], data: Any, failed: ValidationError) -> Iterator[Finding]:
+def format_errors(
+    model: type[BaseModel],
+    data: Any,
+    failed: ValidationError,
+) -> Iterator[Finding]:
     """Yields each error once, with its path in the data. (Pydantic adds the alternatives of unions to its paths.)"""
     algorithm = data.get("algorithm") if isinstance(data, dict) else None
     if algorithm not in ALGORITHMS:

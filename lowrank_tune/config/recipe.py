@@ -34,7 +34,13 @@ class Recipe(RecipeConfig):
         return cls.from_tree(tree, problems, stem, overrides)
 
     @classmethod
-    def from_tree(cls, tree: Node, problems: list[ConfigProblem], stem: str, overrides: Sequence[str]) -> Self:
+    def from_tree(
+        cls,
+        tree: Node,
+        problems: list[ConfigProblem],
+        stem: str,
+        overrides: Sequence[str],
+    ) -> Self:
         """Returns the recipe of a file that was read, with the problems so far."""
         apply_overrides(tree, parse_overrides(overrides, problems), problems)
         set_default_name(tree, stem)

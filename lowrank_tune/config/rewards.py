@@ -143,7 +143,12 @@ class RewardConfig(Settings):
             return "is not a function in a file; write it as `./file.py:function`"
         if self.name in REWARD_ALIASES:
             return f"is not a reward; did you mean `{REWARD_ALIASES[self.name]}`?"
-        near = get_close_matches(self.name[:80], REWARDS, n=1, cutoff=0.6)
+        near = get_close_matches(
+            self.name[:80],
+            REWARDS,
+            n=1,
+            cutoff=0.6,
+        )
         if near:
             return f"is not a reward; did you mean `{near[0]}`?"
         return f"is not a reward; there are {', '.join(REWARDS)} and your own, `./file.py:function`"

@@ -26,7 +26,13 @@ from lowrank_tune.errors import ConfigProblem
 
 AlgorithmName = Literal["sft", "reward", "dpo", "ppo", "grpo"]
 ALGORITHMS: tuple[str, ...] = get_args(AlgorithmName)
-DEFAULT_LEARNING_RATES = {"sft": 2e-4, "reward": 1e-4, "dpo": 5e-6, "grpo": 1e-5, "ppo": 1e-5}
+DEFAULT_LEARNING_RATES = {
+    "sft": 2e-4,
+    "reward": 1e-4,
+    "dpo": 5e-6,
+    "grpo": 1e-5,
+    "ppo": 1e-5,
+}
 """Peak learning rates for LoRA if a recipe gives none; docs/preset-choices.md has the sources."""
 ROW_ALGORITHMS = ("sft", "reward", "dpo")
 """The algorithms that learn from rows as they are."""

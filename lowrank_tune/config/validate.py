@@ -48,10 +48,20 @@ def type_findings(model: type[Settings], data: Any) -> list[Finding]:
 def partial_recipe(data: Any) -> tuple[RecipeConfig, list[Finding]]:
     """Returns a recipe of the valid values of plain data, and the findings about the others."""
     problems = type_findings(RecipeConfig, data)
-    return _partial_section(RecipeConfig, data, (), [path for path, _ in problems]), problems
+    return _partial_section(
+        RecipeConfig,
+        data,
+        (),
+        [path for path, _ in problems],
+    ), problems
 
 
-def _partial_section(model: type[S], data: Any, path: Path, invalid: Collection[Path]) -> S:
+def _partial_section(
+    model: type[S],
+    data: Any,
+    path: Path,
+    invalid: Collection[Path],
+) -> S:
     """Returns a section of the valid values of `data`. `invalid` are the paths of pydantic's errors."""
     written: dict[str, Any] = {}
     if isinstance(data, dict):
@@ -61,19 +71,32 @@ def _partial_section(model: type[S], data: Any, path: Path, invalid: Collection[
     for key, field in model.model_fields.items():
         if key not in written and not field.is_required():
             continue
-        value = _partial_value(field.annotation, written.get(key), (*path, key), invalid)
+        value = _partial_value(
+            field.annotation,
+            written.get(key),
+            (*path, key),
+            invalid,
+        )
         if value is None and field.is_required():
             value = ""
         if value is None:
             unreadable.append(key)
         values[key] = value
-    section = model.model_construct(_fields_set=set(written), **values)
+    section = model.model_construct(
+        _fields_set=set(written),
+        **values,
+    )
     for key in unreadable:
         del section.__dict__[key]
     return section
 
 
-def _partial_value(annotation: Any, value: Any, path: Path, invalid: Collection[Path]) -> Any:
+def _partial_value(
+    annotation: Any,
+    value: Any,
+    path: Path,
+    invalid: Collection[Path],
+) -> Any:
     """Returns a value with its sections as objects; None if it is invalid."""
     for kind in alternatives(annotation):
         if is_section(kind):
@@ -296,7 +319,11 @@ def row_format_findings(recipe: RecipeConfig) -> Iterator[Finding]:
         yield from until_invalid(_row_format_findings(recipe, path, source))
 
 
-def _row_format_findings(recipe: RecipeConfig, path: Path, source: SourceConfig) -> Iterator[Finding]:
+def _row_format_findings(
+    recipe: RecipeConfig,
+    path: Path,
+    source: SourceConfig,
+) -> Iterator[Finding]:
     needs_pairs = recipe.uses_pairs and path != HELDOUT
     reason = _needed_rows(recipe, path)
     dataset = source.dataset

@@ -47,7 +47,12 @@ class SourcePosition:
     line: int | None = None
 
     def problem(self, message: str, path: Path = ()) -> ConfigProblem:
-        return ConfigProblem(message, dotted(path), self.file, self.line)
+        return ConfigProblem(
+            message,
+            dotted(path),
+            self.file,
+            self.line,
+        )
 
 
 @dataclass
@@ -67,7 +72,10 @@ class Node:
 class SourceTree:
     """The tree that a recipe was read from. It is not compared: equal settings are equal recipes."""
 
-    root: Node = field(default_factory=lambda: Node({}, SourcePosition()), compare=False)
+    root: Node = field(
+        default_factory=lambda: Node({}, SourcePosition()),
+        compare=False,
+    )
 
 
 def dotted(path: Path) -> str:
@@ -136,7 +144,12 @@ def invalid_text(text: str) -> str:
     return ""
 
 
-def from_python(data: Any, position: SourcePosition, problems: list[ConfigProblem], path: Path = ()) -> Node:
+def from_python(
+    data: Any,
+    position: SourcePosition,
+    problems: list[ConfigProblem],
+    path: Path = (),
+) -> Node:
     """Returns plain Python data as a tree. Adds a problem for each key or value that a recipe cannot contain."""
     if len(path) > MAX_DEPTH:
         problems.append(position.problem(f"is nested more than {MAX_DEPTH} levels deep", path))
@@ -145,7 +158,12 @@ def from_python(data: Any, position: SourcePosition, problems: list[ConfigProble
         children: dict[str, Node] = {}
         for key, value in data.items():
             if isinstance(key, str):
-                children[key] = from_python(value, position, problems, (*path, key))
+                children[key] = from_python(
+                    value,
+                    position,
+                    problems,
+                    (*path, key),
+                )
             else:
                 problems.append(position.problem(f"a key must be text, not {key!r:.40}", path))
         return Node(children, position)
@@ -213,7 +231,12 @@ class YamlComposer:
         self.count = 0
         self.documents = 0
 
-    def add_problem(self, message: str, line: int, path: Path | None = None) -> None:
+    def add_problem(
+        self,
+        message: str,
+        line: int,
+        path: Path | None = None,
+    ) -> None:
         if path is None:
             path = self.current_path()
         self.problems.append(SourcePosition(self.file, line).problem(message, path))
@@ -274,7 +297,12 @@ class YamlComposer:
         if is_mapping:
             self.keys.append(None)
 
-    def add_scalar(self, event: Any, line: int, is_key: bool) -> None:
+    def add_scalar(
+        self,
+        event: Any,
+        line: int,
+        is_key: bool,
+    ) -> None:
         """Adds a scalar as a key or a value. A quoted one is text."""
         value = event.value
         if event.implicit[0]:
@@ -287,7 +315,12 @@ class YamlComposer:
             value = None
         self.add_value(Node(value, SourcePosition(self.file, line)), line)
 
-    def add_key(self, text: str, value: Any, line: int) -> None:
+    def add_key(
+        self,
+        text: str,
+        value: Any,
+        line: int,
+    ) -> None:
         if text == "<<":
             self.add_problem("is a merge key; use `extends`", line, (*self.path, text))
         elif not isinstance(value, str):
@@ -296,7 +329,12 @@ class YamlComposer:
             self.add_problem(f"a key {reason}", line)
         self.keys[-1] = (text, line)
 
-    def add_value(self, node: Node, line: int, is_open: bool = False) -> None:
+    def add_value(
+        self,
+        node: Node,
+        line: int,
+        is_open: bool = False,
+    ) -> None:
         """Adds a value to its mapping or list. A mapping or list that `is_open` stays on the path until its end."""
         if not self.stack:
             self.root = node
@@ -310,7 +348,12 @@ class YamlComposer:
         if not is_open:
             self.close_node()
 
-    def add_to_mapping(self, mapping: dict[str, Node], node: Node, line: int) -> None:
+    def add_to_mapping(
+        self,
+        mapping: dict[str, Node],
+        node: Node,
+        line: int,
+    ) -> None:
         waiting = self.keys[-1]
         if waiting is None:
             raise YamlSyntaxError("an alias cannot be a key", line)
@@ -334,7 +377,15 @@ def parse_yaml(raw: bytes, file: str) -> tuple[Node | None, list[ConfigProblem]]
     composer = YamlComposer(file)
 
     def failed(message: str, line: int) -> tuple[None, list[ConfigProblem]]:
-        return None, [*composer.problems, ConfigProblem(message, "", file, line)]
+        return None, [
+            *composer.problems,
+            ConfigProblem(
+                message,
+                "",
+                file,
+                line,
+            ),
+        ]
 
     try:
         text = decode(raw)

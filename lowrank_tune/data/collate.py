@@ -29,7 +29,11 @@ def collate(rows: Sequence[Row], pad_id: int) -> Batch:
     return Batch(torch.from_numpy(input_ids), torch.from_numpy(attention_mask), torch.from_numpy(completion_mask))
 
 
-def collate_units(store: TokenizedDataset, units: Sequence[int], pad_id: int) -> Batch:
+def collate_units(
+    store: TokenizedDataset,
+    units: Sequence[int],
+    pad_id: int,
+) -> Batch:
     """Returns the rows of these units; those of pairs as a `PairBatch`: chosen, rejected, chosen, rejected, ...
 
     Row numbers are those of the whole store, even if `store` is a part of it. A shared prefix is 0 for the first row of
@@ -95,4 +99,10 @@ def chunked(
     for units in token_budget_batches(rows, micro_tokens):
         unit_lengths = rows.lengths.reshape(-1, rows.rows_per_unit)[units]
         tokens_per_unit = int(unit_lengths.max()) * rows.rows_per_unit
-        yield from limits.split_on_oom("forward_tokens", units, tokens_per_unit, work, rows.rows_per_unit)
+        yield from limits.split_on_oom(
+            "forward_tokens",
+            units,
+            tokens_per_unit,
+            work,
+            rows.rows_per_unit,
+        )

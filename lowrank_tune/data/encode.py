@@ -60,7 +60,12 @@ def encode_chunk(chunk: Chunk, context: SourceContext) -> Iterator[Entry | Inval
                 context,
             )
         elif isinstance(item, PreferencePair):
-            yield _pair_entry(item, next(encoded_pairs), location, context)
+            yield _pair_entry(
+                item,
+                next(encoded_pairs),
+                location,
+                context,
+            )
         else:
             yield item
 
@@ -69,7 +74,12 @@ def _read_row(raw: RawRowOrFault, context: SourceContext) -> Conversation | Pref
     system = context.data.system_prompt
     if context.report.format == "preference":
         return pair_of(raw, context.source, system)
-    return conversation_of(raw, context.source, context.report.format, system)
+    return conversation_of(
+        raw,
+        context.source,
+        context.report.format,
+        system,
+    )
 
 
 def conversation_of(
@@ -209,7 +219,14 @@ def _encode_pairs(pairs: Sequence[PreferencePair], template: ChatTemplate) -> li
         elif isinstance(rejected, InvalidRow):
             encoded.append(_EncodedPair(rejected))
         else:
-            encoded.append(_encode_completions(pair.prompt, chosen, rejected, template))
+            encoded.append(
+                _encode_completions(
+                    pair.prompt,
+                    chosen,
+                    rejected,
+                    template,
+                )
+            )
     return encoded
 
 

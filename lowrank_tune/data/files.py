@@ -84,7 +84,12 @@ def open_file(
         if start.startswith(b"PAR1"):
             return _Parquet(path, name)
         if suffix in (".csv", ".tsv"):
-            return _Table(path, name, is_gz, "\t" if suffix == ".tsv" else ",")
+            return _Table(
+                path,
+                name,
+                is_gz,
+                "\t" if suffix == ".tsv" else ",",
+            )
         first = start.removeprefix(BOM).lstrip()[:1]
         if first == b"[":
             return (open_array or _open_array)(path, name, is_gz)
@@ -247,7 +252,11 @@ class _Table(_File):
                 read_errors_as_user_errors(self.name, "cannot be read to its end"),
                 open_binary(self.path, self.is_gz) as file,
             ):
-                text = io.TextIOWrapper(file, "utf-8-sig", newline="")
+                text = io.TextIOWrapper(
+                    file,
+                    "utf-8-sig",
+                    newline="",
+                )
                 # The fields of a line that is too long are under the key "", those that are missing are None.
                 reader = csv.DictReader(
                     text,
@@ -304,5 +313,9 @@ class _Parquet(_File):
                 # Rows that are not drawn never become Python objects.
                 selected = batch.take(indices)
             numbers = (first + 1 + indices).tolist()
-            yield from zip(numbers, selected.to_pylist(), strict=True)
+            yield from zip(
+                numbers,
+                selected.to_pylist(),
+                strict=True,
+            )
             first += len(batch)

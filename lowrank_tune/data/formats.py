@@ -260,11 +260,27 @@ def text_fault(messages: Iterable[Message]) -> str | None:
 
 
 def _read_messages(row: RawRow, columns: Columns) -> list[Message]:
-    return messages_of(value_of(row, "messages", "messages", columns), "messages")
+    return messages_of(
+        value_of(
+            row,
+            "messages",
+            "messages",
+            columns,
+        ),
+        "messages",
+    )
 
 
 def _read_sharegpt(row: RawRow, columns: Columns) -> list[Message]:
-    messages = messages_of(value_of(row, "sharegpt", "conversations", columns), "conversations")
+    messages = messages_of(
+        value_of(
+            row,
+            "sharegpt",
+            "conversations",
+            columns,
+        ),
+        "conversations",
+    )
     if not messages or messages[0].role != "system":
         return [*system_of(row, columns), *messages]
     return messages
@@ -278,9 +294,30 @@ def _read_alpaca(row: RawRow, columns: Columns) -> list[Message]:
     for question, answer in history:
         messages.append(Message("user", text_of(question, "question")))
         messages.append(Message("assistant", text_of(answer, "answer")))
-    instruction = text_of(value_of(row, "alpaca", "instruction", columns), "question")
+    instruction = text_of(
+        value_of(
+            row,
+            "alpaca",
+            "instruction",
+            columns,
+        ),
+        "question",
+    )
     messages.append(Message("user", join_instruction_and_input(instruction, row, columns)))
-    messages.append(Message("assistant", text_of(value_of(row, "alpaca", "output", columns), "answer")))
+    messages.append(
+        Message(
+            "assistant",
+            text_of(
+                value_of(
+                    row,
+                    "alpaca",
+                    "output",
+                    columns,
+                ),
+                "answer",
+            ),
+        )
+    )
     return messages
 
 
@@ -311,8 +348,24 @@ def _read_prompt_completion(row: RawRow, columns: Columns) -> list[Message]:
 
 
 def _read_question_answer(row: RawRow, columns: Columns) -> list[Message]:
-    question = text_of(value_of(row, "question_answer", "question", columns), "question")
-    answer = text_of(value_of(row, "question_answer", "answer", columns), "answer")
+    question = text_of(
+        value_of(
+            row,
+            "question_answer",
+            "question",
+            columns,
+        ),
+        "question",
+    )
+    answer = text_of(
+        value_of(
+            row,
+            "question_answer",
+            "answer",
+            columns,
+        ),
+        "answer",
+    )
     return [Message("user", question), Message("assistant", answer)]
 
 

@@ -17,7 +17,15 @@ from lowrank_tune.errors import UserError
 LIST = re.compile(r"\[([^\]]*)\]")
 """A list of names in a message of `datasets`."""
 INFO_SECONDS = 5.0
-UNREACHABLE = frozenset({"ConnectionError", "ConnectError", "TimeoutException", "Timeout", "TransportError"})
+UNREACHABLE = frozenset(
+    {
+        "ConnectionError",
+        "ConnectError",
+        "TimeoutException",
+        "Timeout",
+        "TransportError",
+    }
+)
 """Names of the errors of the libraries if the hub does not answer."""
 
 
@@ -48,7 +56,11 @@ class HubRows:
         if mask is None:
             return enumerate(self._data, start=1)
         indices = np.flatnonzero(mask)
-        return zip((indices + 1).tolist(), self._data.select(indices), strict=True)
+        return zip(
+            (indices + 1).tolist(),
+            self._data.select(indices),
+            strict=True,
+        )
 
     def content_key(self) -> str:
         """Returns a key that changes with revision, configuration and split."""

@@ -167,7 +167,12 @@ def load_heldout_prompts(
     prompts: list[Prompt] = []
     faults: list[str] = []
     for location, raw in rows:
-        prompt = to_heldout_prompt(raw, source, format_name, system)
+        prompt = to_heldout_prompt(
+            raw,
+            source,
+            format_name,
+            system,
+        )
         if isinstance(prompt, InvalidRow):
             faults.append(f"{location}: {prompt.reason}")
         else:

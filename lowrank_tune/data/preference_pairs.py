@@ -65,7 +65,13 @@ def to_pair(row: RawRow, columns: Columns) -> PreferencePair:
     prompt = _read_prompt(row, columns)
     system = system_of(row, columns)
     chosen = _read_side(row, "chosen", columns, prompt, system)
-    rejected = _read_side(row, "rejected", columns, prompt, system)
+    rejected = _read_side(
+        row,
+        "rejected",
+        columns,
+        prompt,
+        system,
+    )
     if chosen == rejected:
         raise InvalidRow(EQUAL_ANSWERS)
     if prompt is None:

@@ -98,7 +98,11 @@ class PromptSampler(BatchSampler):
     ) -> None:
         weights = [source.weight for source in data.train]
         by_prompts = train.model_copy(
-            update={"global_batch_size": train.prompts_per_step, "tokens_per_step": None, "length_window": 1}
+            update={
+                "global_batch_size": train.prompts_per_step,
+                "tokens_per_step": None,
+                "length_window": 1,
+            }
         )
         super().__init__(
             dataset.lengths,
@@ -149,7 +153,12 @@ def load_prompts(
     Raises UserError if too few rows of a source have a prompt. Without `raise_on_invalid` these rows are only reported,
     however many.
     """
-    reader = _PromptReader(data, template, needs_ground_truth, unusable)
+    reader = _PromptReader(
+        data,
+        template,
+        needs_ground_truth,
+        unusable,
+    )
     source_of: list[int] = []
     reports: list[SourceReport] = []
     for number, source in enumerate(data.train):
@@ -205,11 +214,21 @@ class _PromptReader:
         format_name = format_of(source, rows, pairs=False)
         label = f"reading the prompts of {rows.name}"
         emit(LogMessage(message=f"{rows.name}: {len(rows)} rows in format `{format_name}`"))
-        report = SourceReport(rows.name, format_name, weight=source.weight)
+        report = SourceReport(
+            rows.name,
+            format_name,
+            weight=source.weight,
+        )
         source_hashes: set[int] = set()
         for location, raw in chain.from_iterable(rows.refill_dropped(lambda: report.used)):
             if report.read % PROGRESS_EVERY == 0:
-                emit(Progress(description=label, done=report.read, total=len(rows)))
+                emit(
+                    Progress(
+                        description=label,
+                        done=report.read,
+                        total=len(rows),
+                    )
+                )
             report.read += 1
             try:
                 example, prompt_hash = self._read_row(raw, source, report)
@@ -224,7 +243,13 @@ class _PromptReader:
             self.examples.append(example)
             self.locations.append(location)
         self.hashes |= source_hashes
-        emit(Progress(description=label, done=report.read, total=len(rows)))
+        emit(
+            Progress(
+                description=label,
+                done=report.read,
+                total=len(rows),
+            )
+        )
         assert report.used + report.num_dropped == report.read
         return report
 

@@ -160,7 +160,16 @@ class BatchSampler:
         before = int(ends[start - 1]) if start else 0
         end = start + self._max_rows
         if self._tokens is not None:
-            end = min(end, int(np.searchsorted(ends, before + self._tokens, side="right")))
+            end = min(
+                end,
+                int(
+                    np.searchsorted(
+                        ends,
+                        before + self._tokens,
+                        side="right",
+                    )
+                ),
+            )
         # A row longer than the budget makes a step of its own.
         return min(max(end, start + 1), len(ends))
 

@@ -220,7 +220,13 @@ class BuiltinRows:
         if self.name == "builtin:arithmetic-preferences":
             self._rows = problems.preferences(count, seed, source.split)
         else:
-            self._rows = list(problems.rows(count, seed, heldout=source.split == "heldout"))
+            self._rows = list(
+                problems.rows(
+                    count,
+                    seed,
+                    heldout=source.split == "heldout",
+                )
+            )
 
     def count_rows(self) -> int:
         return len(self._rows)

@@ -73,7 +73,11 @@ def _count(
     trained_after[row_end - 1] = False
     answer_start = np.flatnonzero(mask & ~trained_before)
     answer_last = np.flatnonzero(mask & ~trained_after)
-    row_of_answer = np.searchsorted(row_end, answer_start, side="right")
+    row_of_answer = np.searchsorted(
+        row_end,
+        answer_start,
+        side="right",
+    )
 
     is_end = mask & np.isin(input_ids, list(end_ids))
     token_ids, counts = np.unique(input_ids[is_end], return_counts=True)
@@ -94,7 +98,13 @@ def _count(
         prompt=row_prompt,
         answers=np.bincount(row_of_answer, minlength=num_rows),
         unended=np.bincount(row_of_answer[is_unended], minlength=num_rows),
-        eos_counts=dict(zip(token_ids.tolist(), counts.tolist(), strict=True)),
+        eos_counts=dict(
+            zip(
+                token_ids.tolist(),
+                counts.tolist(),
+                strict=True,
+            )
+        ),
     )
 
 

@@ -69,7 +69,11 @@ class ArrayFile:
 
     def _write_npy_header(self) -> None:
         descr = np.lib.format.dtype_to_descr(self.dtype)
-        header = {"descr": descr, "fortran_order": False, "shape": (self.count,)}
+        header = {
+            "descr": descr,
+            "fortran_order": False,
+            "shape": (self.count,),
+        }
         np.lib.format.write_array_header_1_0(self.file, header)
 
     def append(self, values: Any) -> None:
@@ -104,7 +108,13 @@ class StoreWriter:
         parent = self.folder.parent
         try:
             parent.mkdir(parents=True, exist_ok=True)
-            self._temporary = Path(tempfile.mkdtemp(prefix=f"{self.folder.name}.", suffix=".tmp", dir=parent))
+            self._temporary = Path(
+                tempfile.mkdtemp(
+                    prefix=f"{self.folder.name}.",
+                    suffix=".tmp",
+                    dir=parent,
+                )
+            )
             self._open_arrays()
         except OSError as error:
             if hasattr(self, "_temporary"):

@@ -78,7 +78,15 @@ def tokenize(
                     format_name,
                     weight=source.weight,
                 )
-                tokenizer.add(rows, SourceContext(source, data, template, report))
+                tokenizer.add(
+                    rows,
+                    SourceContext(
+                        source,
+                        data,
+                        template,
+                        report,
+                    ),
+                )
             store = writer.finish(list(tokenizer.files), tokenizer.reports)
     for source, report in zip(sources, store.reports, strict=True):
         if raise_on_invalid:
@@ -164,11 +172,31 @@ def _cache_key(
     """Returns a hash of everything that the store depends on."""
     source_parts = []
     for source, format_name, rows in zip(sources, formats, opened, strict=True):
-        settings = [source.columns, source.ground_truth, source.final_answer]
-        source_parts.append([rows.content_key(), format_name, *settings])
+        settings = [
+            source.columns,
+            source.ground_truth,
+            source.final_answer,
+        ]
+        source_parts.append(
+            [
+                rows.content_key(),
+                format_name,
+                *settings,
+            ]
+        )
     rows_per_unit = 2 if pairs else 1
-    limits = [data.max_length, data.truncation, data.system_prompt]
-    parts = [VERSION, template.fingerprint, *limits, rows_per_unit, source_parts]
+    limits = [
+        data.max_length,
+        data.truncation,
+        data.system_prompt,
+    ]
+    parts = [
+        VERSION,
+        template.fingerprint,
+        *limits,
+        rows_per_unit,
+        source_parts,
+    ]
     described = json.dumps(parts, sort_keys=True)
     return hashlib.blake2b(described.encode("utf-8", "replace"), digest_size=16).hexdigest()
 
@@ -196,10 +224,22 @@ class _SourceTokenizer:
         label = f"tokenizing {rows.name}"
         # An array: the hashes of millions of rows as a list would take several times the space.
         row_hashes = array("Q")
-        self._emit(Progress(description=label, done=0, total=len(rows)))
+        self._emit(
+            Progress(
+                description=label,
+                done=0,
+                total=len(rows),
+            )
+        )
         for chunk, total in chunks(rows, report):
             row_hashes.extend(self._add_chunk(chunk, context))
-            self._emit(Progress(description=label, done=report.read, total=total))
+            self._emit(
+                Progress(
+                    description=label,
+                    done=report.read,
+                    total=total,
+                )
+            )
         assert report.used + report.num_dropped == report.read
         if row_hashes:
             report.duplicates = len(row_hashes) - len(np.unique(np.frombuffer(row_hashes, dtype=np.uint64)))

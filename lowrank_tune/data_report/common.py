@@ -165,7 +165,15 @@ def lengths_of(
                 num_over += dropped.count
     longest = max((source.longest for source in sources), default=0)
     if not len(lengths):
-        return Lengths(max_length, (0,), (), 0, 0, longest, num_over)
+        return Lengths(
+            max_length,
+            (0,),
+            (),
+            0,
+            0,
+            longest,
+            num_over,
+        )
     maximum = int(lengths.max())
     width = _round_bin_width(maximum / BINS)
     edges = np.arange(0, maximum + width, width)

@@ -75,7 +75,12 @@ def _mixture(recipe: RecipeConfig, dataset: PromptDataset) -> tuple[tuple[Mixtur
             recipe.train,
             recipe.seed,
         )
-    return mixture_of(recipe, dataset.report.train, units, sampler)
+    return mixture_of(
+        recipe,
+        dataset.report.train,
+        units,
+        sampler,
+    )
 
 
 def _issues(
@@ -99,12 +104,31 @@ def _issues(
             leaked.append(index)
         seen.add(ids)
     issues = dropped_rows(dataset.report.train, ("too long",))
-    issues.append(_issue(dataset, "without a gold answer", unanswered, "kept"))
     issues.append(
-        _issue(dataset, "repeating an earlier prompt", repeated, "kept; drawn for as often as it stands there")
+        _issue(
+            dataset,
+            "without a gold answer",
+            unanswered,
+            "kept",
+        )
+    )
+    issues.append(
+        _issue(
+            dataset,
+            "repeating an earlier prompt",
+            repeated,
+            "kept; drawn for as often as it stands there",
+        )
     )
     if heldout:
-        issues.append(_issue(dataset, LEAKAGE, leaked, LEAKAGE_NOTE))
+        issues.append(
+            _issue(
+                dataset,
+                LEAKAGE,
+                leaked,
+                LEAKAGE_NOTE,
+            )
+        )
     return issues
 
 
@@ -126,5 +150,13 @@ def _examples(dataset: PromptDataset, template: ChatTemplate) -> list[Example]:
         text = template.decode(list(prompt.input_ids), special_tokens=True)
         segment = (False, truncate_middle(text, SHOWN_CHARACTERS))
         location = str(dataset.locations[index])
-        examples.append(Example(location, len(prompt.input_ids), 0, (segment,), prompt.ground_truth))
+        examples.append(
+            Example(
+                location,
+                len(prompt.input_ids),
+                0,
+                (segment,),
+                prompt.ground_truth,
+            )
+        )
     return examples

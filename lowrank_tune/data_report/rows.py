@@ -128,14 +128,35 @@ def _issues(
     unended = _units(np.flatnonzero(stats.unended), data.train)
     unended_locations = _locations(data.train, unended)
     issues = dropped_rows(sources, kinds)
-    issues.append(DataIssue(truncated, num_truncated, "kept, shortened", truncated_locations))
-    issues.append(DataIssue("without an end token behind an answer", len(unended), "kept", unended_locations))
+    issues.append(
+        DataIssue(
+            truncated,
+            num_truncated,
+            "kept, shortened",
+            truncated_locations,
+        )
+    )
+    issues.append(
+        DataIssue(
+            "without an end token behind an answer",
+            len(unended),
+            "kept",
+            unended_locations,
+        )
+    )
     issues.append(_duplicates(data))
     if has_pairs:
         issues.append(_contradictory_pairs(data))
     issues.append(_split_overlap(data))
     if heldout:
-        issues.append(_heldout_leakage(data.train, stats, template, heldout))
+        issues.append(
+            _heldout_leakage(
+                data.train,
+                stats,
+                template,
+                heldout,
+            )
+        )
     return issues
 
 
@@ -257,7 +278,14 @@ def _examples(rows: TokenizedDataset, template: ChatTemplate) -> list[Example]:
         for row, note in enumerate(notes, start=unit * rows.rows_per_unit):
             location = rows.row_location(row) + note
             segments = _segments(rows, row, template)
-            examples.append(Example(location, int(rows.lengths[row]), rows.num_trained_tokens(row), segments))
+            examples.append(
+                Example(
+                    location,
+                    int(rows.lengths[row]),
+                    rows.num_trained_tokens(row),
+                    segments,
+                )
+            )
     return examples
 
 

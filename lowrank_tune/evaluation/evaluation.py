@@ -152,7 +152,12 @@ def _questions(
     num_prompts = sampling_options.num_prompts
     recipe = target.recipe
     if options.dataset is not None:
-        source = eval_source(options.dataset, options.dataset_config, options.split, recipe)
+        source = eval_source(
+            options.dataset,
+            options.dataset_config,
+            options.split,
+            recipe,
+        )
         system = None if recipe is None else recipe.data.system_prompt
         return load_eval_questions(
             source,
@@ -165,7 +170,12 @@ def _questions(
         raise UserError(
             f"{target.name} is not a run and has no held-out questions: give --dataset FILE, a hub data set, or --tasks"
         )
-    return recipe_heldout_questions(recipe, num_prompts, template, emit)
+    return recipe_heldout_questions(
+        recipe,
+        num_prompts,
+        template,
+        emit,
+    )
 
 
 def _select_rope(
@@ -211,7 +221,12 @@ def _load(
 ) -> Base:
     bar = ProgressBar(f"loading {target.base.model}", 1, emit)
     bar.report()
-    base = load_base(target.base, template.tokenizer, device, rope_factors=rope_factors)
+    base = load_base(
+        target.base,
+        template.tokenizer,
+        device,
+        rope_factors=rope_factors,
+    )
     bar.advance()
     return base
 
@@ -387,9 +402,19 @@ class _EvalRun:
         confidence = self.options.confidence
         rates: dict[str, Any] = {}
         if has_verdicts:
-            rates["verifier"] = win_rates(result, variant, RIGHT, confidence)
+            rates["verifier"] = win_rates(
+                result,
+                variant,
+                RIGHT,
+                confidence,
+            )
         if self.reward_model is not None:
-            rates["reward_model"] = win_rates(result, variant, REWARD_MODEL_SCORE, confidence)
+            rates["reward_model"] = win_rates(
+                result,
+                variant,
+                REWARD_MODEL_SCORE,
+                confidence,
+            )
         return {name: rate for name, rate in rates.items() if rate is not None}
 
 

@@ -82,7 +82,12 @@ class Evaluator:
             result.losses[variant] = {}
         parts = self._split_questions(questions, seed)
         units = sum(self._count_units(part) for part in parts) * len(variants)
-        bar = ProgressBar(f"evaluating {', '.join(variants)}", units, self.emit, PROGRESS_UPDATES)
+        bar = ProgressBar(
+            f"evaluating {', '.join(variants)}",
+            units,
+            self.emit,
+            PROGRESS_UPDATES,
+        )
         if units:
             bar.report()
         try:

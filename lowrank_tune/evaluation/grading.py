@@ -207,9 +207,19 @@ class Grader:
     def set_base_model(self, roles: Roles) -> None:
         """Gives the learned rewards the loaded base."""
         for reward_model in self._recipe_reward_models:
-            use_base_model(reward_model, roles, REWARD_ROLE, self.template)
+            use_base_model(
+                reward_model,
+                roles,
+                REWARD_ROLE,
+                self.template,
+            )
         if self._reward_model is not None:
-            use_base_model(self._reward_model, roles, REWARD_MODEL_ROLE, self.template)
+            use_base_model(
+                self._reward_model,
+                roles,
+                REWARD_MODEL_ROLE,
+                self.template,
+            )
 
     def submit(
         self,
@@ -243,7 +253,15 @@ class Grader:
 
     def ungradable_reason(self, question: EvalQuestion) -> str | None:
         """Returns why a reward or a verifier cannot grade any answer to this question, None if all can."""
-        return row_rejection_reason(self._weighted, _reward_input(question, "", True, 1))
+        return row_rejection_reason(
+            self._weighted,
+            _reward_input(
+                question,
+                "",
+                True,
+                1,
+            ),
+        )
 
     def _with_scores(
         self,

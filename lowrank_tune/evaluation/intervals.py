@@ -205,7 +205,11 @@ def _bootstrap_ci(
     with np.errstate(invalid="ignore", divide="ignore"):
         for start in range(0, BOOTSTRAP_SAMPLES, chunk_size):
             size = min(chunk_size, BOOTSTRAP_SAMPLES - start)
-            counts = rng.multinomial(prompts, probabilities, size=size).astype(np.float64)
+            counts = rng.multinomial(
+                prompts,
+                probabilities,
+                size=size,
+            ).astype(np.float64)
             estimates = _resampled(counts, first)
             if second is not None:
                 estimates = estimates - _resampled(counts, second)

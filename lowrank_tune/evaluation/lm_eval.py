@@ -95,7 +95,12 @@ def run_tasks(
     # the harness warns about arguments that are set on purpose here
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     metrics: dict[str, Metrics] = {}
-    bar = ProgressBar(f"tasks {', '.join(tasks.names)}", len(variants), emit, len(variants))
+    bar = ProgressBar(
+        f"tasks {', '.join(tasks.names)}",
+        len(variants),
+        emit,
+        len(variants),
+    )
     bar.report()
     try:
         for variant in variants:
@@ -168,7 +173,12 @@ def _parse_metrics(results: Mapping[str, Any], tasks: Tasks) -> Metrics:
                 name = f"{name} ({filter_name})"
             stderr = scores.get(f"{metric}_stderr,{filter_name}")
             document_scores = _document_scores(samples, metric, filter_name)
-            metrics[name] = _interval(float(value), stderr, document_scores, tasks)
+            metrics[name] = _interval(
+                float(value),
+                stderr,
+                document_scores,
+                tasks,
+            )
     return metrics
 
 

@@ -91,7 +91,11 @@ def _prompt_metrics(answers: Iterable[Sequence[GradedAnswer]], ks: Sequence[int]
     """Returns the metrics of answers by name; several rewards have a metric each."""
     metrics = {}
     for k in ks:
-        metrics[f"pass_at_{k}"] = PromptMetric(RIGHT, k, is_proportion=True)
+        metrics[f"pass_at_{k}"] = PromptMetric(
+            RIGHT,
+            k,
+            is_proportion=True,
+        )
     metrics["reward"] = PromptMetric(attrgetter("reward"))
     parts: dict[str, None] = {}
     for prompt_answers in answers:
@@ -117,7 +121,12 @@ def variant_metrics(
     numbers = [number for number in result.done if number in result.losses[variant]]
     if numbers:
         nll_sums, tokens = _loss_ratio(result, variant, numbers)
-        metrics["loss"] = ratio_ci(nll_sums, tokens, options.seed, options.confidence)
+        metrics["loss"] = ratio_ci(
+            nll_sums,
+            tokens,
+            options.seed,
+            options.confidence,
+        )
     answers = result.answers[variant]
     samples = max(map(len, answers.values()), default=0)
     for name, metric in _prompt_metrics(answers.values(), options.ks).items():
@@ -149,7 +158,12 @@ def deltas_vs_base(
         tuned, base = _paired_values(result, variant, metric)
         if tuned:
             ones = [1.0] * len(tuned)
-            metrics[name] = paired_difference_ci((tuned, ones), (base, ones), options.seed, options.confidence)
+            metrics[name] = paired_difference_ci(
+                (tuned, ones),
+                (base, ones),
+                options.seed,
+                options.confidence,
+            )
     return metrics
 
 

@@ -67,7 +67,10 @@ class EvalSamplingOptions:
 
 def resolve_options(options: Options, recipe: RecipeConfig | None) -> EvalSamplingOptions:
     """Returns the options with defaults filled in. Raises UserError for options that contradict each other."""
-    defaults = EvaluationConfig(num_prompts=NUM_PROMPTS, max_new_tokens=MAX_NEW_TOKENS)
+    defaults = EvaluationConfig(
+        num_prompts=NUM_PROMPTS,
+        max_new_tokens=MAX_NEW_TOKENS,
+    )
     seed = 0
     if recipe is not None:
         defaults = recipe.evaluate

@@ -30,4 +30,10 @@ class ProgressBar:
 
     def report(self) -> None:
         """Emits the state."""
-        self.emit(Progress(description=self.description, done=self.done, total=self.total))
+        self.emit(
+            Progress(
+                description=self.description,
+                done=self.done,
+                total=self.total,
+            )
+        )

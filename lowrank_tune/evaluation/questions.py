@@ -87,7 +87,12 @@ def select_questions(
     for number in range(min(count, rows.units)):
         row: Row = rows[number * rows.rows_per_unit]
         prompt_ids, _ = split_row(row)
-        question = EvalQuestion(prompt_ids, template.decode(prompt_ids), None, number)
+        question = EvalQuestion(
+            prompt_ids,
+            template.decode(prompt_ids),
+            None,
+            number,
+        )
         if with_reference:
             question = replace(question, reference=_copy_row(row))
         questions.append(question)
@@ -151,7 +156,12 @@ def _reference(
     than another one need not be a good one."""
     if format_name == "preference":
         return None
-    parsed = conversation_of(prompt.row, source, format_name, system)
+    parsed = conversation_of(
+        prompt.row,
+        source,
+        format_name,
+        system,
+    )
     if not isinstance(parsed, Conversation):
         return None
     row = template.encode_many([parsed.messages])[0]
@@ -193,7 +203,12 @@ def recipe_heldout_questions(
         ]
         return _join_parts(parts, count)
     if recipe.algorithm in ("sft", "dpo") and recipe.data.eval_fraction:
-        return _validation_questions(recipe, count, template, emit)
+        return _validation_questions(
+            recipe,
+            count,
+            template,
+            emit,
+        )
     raise UserError(
         "this run's recipe has no held-out questions (`evaluate.eval_dataset`): give a data set, for example "
         "--dataset rows.jsonl"
@@ -228,7 +243,12 @@ def _validation_questions(
         raise UserError("this run has no validation rows: give a data set, for example --dataset rows.jsonl")
     message = "the questions are the run's validation rows; they have no gold answers, so answers cannot be graded"
     emit(LogMessage(message=message))
-    questions = select_questions(rows, template, count, with_reference=not recipe.uses_pairs)
+    questions = select_questions(
+        rows,
+        template,
+        count,
+        with_reference=not recipe.uses_pairs,
+    )
     return EvalQuestions(questions, "validation rows of the run")
 
 
@@ -241,7 +261,11 @@ def eval_source(
     """Returns the source of --dataset; columns, format and gold answers are read as the recipe reads its own rows."""
     if not split:
         split = "heldout" if dataset == ARITHMETIC else "train"
-    source = SourceConfig(dataset=dataset, config_name=config_name, split=split)
+    source = SourceConfig(
+        dataset=dataset,
+        config_name=config_name,
+        split=split,
+    )
     if recipe is None:
         return source
     own_source = recipe.evaluate.eval_dataset or recipe.data.train[0]

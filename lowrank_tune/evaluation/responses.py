@@ -79,7 +79,12 @@ class ResponseReader:
         responses = []
         for location, example in zip(prompts.locations, prompts.examples, strict=True):
             if example.answer:
-                prompt = RowPrompt(example.text, example.ground_truth, example.row, example.input_ids)
+                prompt = RowPrompt(
+                    example.text,
+                    example.ground_truth,
+                    example.row,
+                    example.input_ids,
+                )
                 reward_input = self._reward_input(prompt, example.answer, True)
                 responses.append(ResponseItem(str(location), 1, reward_input))
         if not responses:
@@ -118,7 +123,11 @@ class ResponseReader:
         first = self.recipe.data.train[0]
         if first.dataset.startswith(ARITHMETIC):
             return source
-        settings = {"format": first.format, "columns": first.columns, "ground_truth": first.ground_truth}
+        settings = {
+            "format": first.format,
+            "columns": first.columns,
+            "ground_truth": first.ground_truth,
+        }
         return source.model_copy(update=settings)
 
     def _responses_of_row(
@@ -155,7 +164,12 @@ class ResponseReader:
                 prompt_ids = self.template.prompt(dialogue.messages)
             except UserError as error:
                 raise InvalidRow(str(error)) from error
-        return RowPrompt(dialogue.messages[-1].content, dialogue.ground_truth, row, prompt_ids)
+        return RowPrompt(
+            dialogue.messages[-1].content,
+            dialogue.ground_truth,
+            row,
+            prompt_ids,
+        )
 
     def _conversation(
         self,

@@ -137,7 +137,12 @@ def _metric_value(entry: Mapping[str, Any]) -> MetricValue | None:
     low = entry.get("low")
     high = entry.get("high")
     if isinstance(low, (int, float)) and isinstance(high, (int, float)):
-        return MetricValue(value, _number(low), _number(high), prompts)
+        return MetricValue(
+            value,
+            _number(low),
+            _number(high),
+            prompts,
+        )
     return MetricValue(value, None, None, prompts)
 
 

@@ -76,7 +76,11 @@ class ScoredResponse:
         record: dict[str, Any] = {"location": self.location}
         if self.side:
             record["side"] = self.side
-        return {**record, "score": self.score, "tokens": self.tokens}
+        return {
+            **record,
+            "score": self.score,
+            "tokens": self.tokens,
+        }
 
 
 @dataclass
@@ -160,7 +164,12 @@ def score_completions(
         )
         bar.advance()
         for reward_model in reward_models:
-            use_base_model(reward_model, roles, REWARD_ROLE, template)
+            use_base_model(
+                reward_model,
+                roles,
+                REWARD_ROLE,
+                template,
+            )
     with WorkerPool[int]([reward.reward for reward in weighted]) as pool:
         _score_responses(result, pool, emit)
     return result
@@ -176,7 +185,13 @@ def _score_responses(
     items = [response.reward_input for response in result.responses]
 
     def report(done: int) -> None:
-        emit(Progress(description="scoring", done=done, total=total))
+        emit(
+            Progress(
+                description="scoring",
+                done=done,
+                total=total,
+            )
+        )
 
     try:
         report(0)
@@ -272,7 +287,11 @@ def _score_rows(
 ) -> torch.Tensor:
     """Returns the score of each row."""
     scores = torch.empty(len(rows))
-    collate_fn = partial(collate_units, rows, pad_id=template.pad_id)
+    collate_fn = partial(
+        collate_units,
+        rows,
+        pad_id=template.pad_id,
+    )
     compute = partial(roles.sequence_scores, REWARD_ROLE)
     for values, indices in validation_batches(
         roles,
@@ -317,7 +336,11 @@ def _read_adapters(recipe: RecipeConfig) -> dict[str, SavedAdapter]:
     saved = {}
     for name, adapter in recipe.adapters.items():
         if adapter.path:
-            saved[name] = read_adapter(adapter.path, f"adapters.{name}.path", head=name == REWARD_ROLE)
+            saved[name] = read_adapter(
+                adapter.path,
+                f"adapters.{name}.path",
+                head=name == REWARD_ROLE,
+            )
     return saved
 
 
@@ -330,6 +353,16 @@ def _load_roles(
     emit: Emit,
 ) -> Roles:
     """Returns the base with the saved adapters, for inference."""
-    base = load_base(recipe.base, template.tokenizer, device, rope_factors=factors)
+    base = load_base(
+        recipe.base,
+        template.tokenizer,
+        device,
+        rope_factors=factors,
+    )
     train = recipe.train.model_copy(update={"gradient_checkpointing": False})
-    return load_roles(recipe.model_copy(update={"train": train}), base, saved, emit)
+    return load_roles(
+        recipe.model_copy(update={"train": train}),
+        base,
+        saved,
+        emit,
+    )

@@ -111,7 +111,12 @@ def resolve_target(
             f"{given}: there is no such run or model; name the folder of a run or a model, `{BUILTIN_MODEL}`, or an "
             "id of the hub"
         )
-    return EvalTarget(given, "model", BaseConfig(model=given, bits=bits or 4), {})
+    return EvalTarget(
+        given,
+        "model",
+        BaseConfig(model=given, bits=bits or 4),
+        {},
+    )
 
 
 def _target_from_adapter(given: str, bits: Literal[4, 16] | None) -> EvalTarget:
@@ -204,7 +209,12 @@ def resolve_reward_model(run: Path) -> EvalRewardModel:
         raise UserError(f"--reward-model: {run}: there is no such run")
     finished = load_finished_reward_run(run)
     stack = head_stack(str(finished.path), "--reward-model")
-    return EvalRewardModel(run, finished.recipe.base, stack, finished.facts)
+    return EvalRewardModel(
+        run,
+        finished.recipe.base,
+        stack,
+        finished.facts,
+    )
 
 
 def head_stack(path: str, key: str) -> Stack:
@@ -216,9 +226,20 @@ def head_stack(path: str, key: str) -> Stack:
         stack = read_stack(final, key)
         if not stack.combined:
             adapters = {name: read_adapter(str(final / name), key) for name in stack.names[:-1]}
-            adapters[REWARD_ROLE] = read_adapter(path, key, head=True)
+            adapters[REWARD_ROLE] = read_adapter(
+                path,
+                key,
+                head=True,
+            )
             return adapters
-    return {REWARD_ROLE: read_adapter(path, key, head=True, combined=True)}
+    return {
+        REWARD_ROLE: read_adapter(
+            path,
+            key,
+            head=True,
+            combined=True,
+        )
+    }
 
 
 def roles_for(

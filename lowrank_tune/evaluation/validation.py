@@ -59,7 +59,12 @@ class PairScores:
         tokens: Tensor,
     ) -> Self:
         """Returns the pairs of 2P rows in which chosen and rejected answers alternate."""
-        return cls(scores[::2], scores[1::2], tokens[::2], tokens[1::2])
+        return cls(
+            scores[::2],
+            scores[1::2],
+            tokens[::2],
+            tokens[1::2],
+        )
 
     def metrics(self) -> dict[str, float]:
         """Returns accuracy and calibration of the scores, and how much they depend on the length of an answer."""
@@ -88,7 +93,13 @@ class PairScores:
         """Returns metrics, reliability diagram and the scores of the first pairs as JSON, for the report."""
         bins = []
         for confidence, accuracy, count in reliability_bins(self.chosen - self.rejected):
-            bins.append({"confidence": confidence, "accuracy": accuracy, "pairs": count})
+            bins.append(
+                {
+                    "confidence": confidence,
+                    "accuracy": accuracy,
+                    "pairs": count,
+                }
+            )
         return {
             "version": 1,
             "pairs": len(self.chosen),

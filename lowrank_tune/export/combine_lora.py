@@ -99,7 +99,11 @@ def combine_adapters(adapters: Sequence[LoraAdapter]) -> tuple[dict[str, Any], d
         alpha = float(top.config["lora_alpha"])
         if top.config.get("use_rslora"):
             alpha = alpha * int(top.config["r"]) ** 0.5
-        return {**top.config, "lora_alpha": alpha, "use_rslora": False}, dict(top.tensors)
+        return {
+            **top.config,
+            "lora_alpha": alpha,
+            "use_rslora": False,
+        }, dict(top.tensors)
     stacked = _stack_matrices(adapters)
     rank = max(len(a) for a, _ in stacked.values())
     tensors = {}

@@ -53,12 +53,30 @@ from lowrank_tune.model.base import (
 from lowrank_tune.model.rotary import FixedRope, fixed_rope
 
 ExportFormat = Literal["gguf", "gguf-lora", "ollama", "peft", "hub"]
-DEFAULT_OUTTYPE = {"gguf": "f16", "gguf-lora": "f32", "ollama-merged": "q8_0", "ollama-adapter": "f32"}
+DEFAULT_OUTTYPE = {
+    "gguf": "f16",
+    "gguf-lora": "f32",
+    "ollama-merged": "q8_0",
+    "ollama-adapter": "f32",
+}
 USED_OPTIONS = {
     "gguf": {"out", "quantization", "weights", "llama_cpp"},
     "gguf-lora": {"out", "quantization"},
-    "ollama-merged": {"out", "quantization", "weights", "llama_cpp", "ollama_format", "system"},
-    "ollama-adapter": {"out", "quantization", "ollama_format", "ollama_base", "system"},
+    "ollama-merged": {
+        "out",
+        "quantization",
+        "weights",
+        "llama_cpp",
+        "ollama_format",
+        "system",
+    },
+    "ollama-adapter": {
+        "out",
+        "quantization",
+        "ollama_format",
+        "ollama_base",
+        "system",
+    },
     "peft": {"out"},
     "hub": {"repo", "public", "dry_run"},
 }
@@ -159,7 +177,12 @@ class _Export:
         check_disk_space(self.target, size, "the copy")
         with export_folder(self.target, self._manifest(), self.emit) as folder:
             ignored = shutil.ignore_patterns(*EXCLUDED_FILES)
-            shutil.copytree(self.run.final, folder, ignore=ignored, dirs_exist_ok=True)
+            shutil.copytree(
+                self.run.final,
+                folder,
+                ignore=ignored,
+                dirs_exist_ok=True,
+            )
 
     def lora(self, device: torch.device | None) -> None:
         """Writes the adapter alone as a GGUF file, for Ollama with a Modelfile."""
@@ -191,7 +214,12 @@ class _Export:
                 outtype,
             )
             if ollama_base is not None:
-                self._write_modelfile(folder, ollama_base, f"./{file}", None)
+                self._write_modelfile(
+                    folder,
+                    ollama_base,
+                    f"./{file}",
+                    None,
+                )
             _write_card(
                 folder,
                 gguf_lora_card(
@@ -228,7 +256,10 @@ class _Export:
             )
         file = f"{slug(run.recipe)}-{outtype}.gguf"
         eos_tokens = eos_tokens_of(run)
-        manifest = self._manifest(quantization=outtype, weights=options.weights)
+        manifest = self._manifest(
+            quantization=outtype,
+            weights=options.weights,
+        )
         with export_folder(self.target, manifest, self.emit) as folder:
             merged = existing
             if merged is None:
@@ -252,8 +283,21 @@ class _Export:
             )
             shutil.rmtree(folder / "merged", ignore_errors=True)
             if options.to == "ollama":
-                self._write_modelfile(folder, f"./{file}", None, folder / file)
-            _write_card(folder, self._merged_card(file, outtype, merged.report, eos_tokens))
+                self._write_modelfile(
+                    folder,
+                    f"./{file}",
+                    None,
+                    folder / file,
+                )
+            _write_card(
+                folder,
+                self._merged_card(
+                    file,
+                    outtype,
+                    merged.report,
+                    eos_tokens,
+                ),
+            )
 
     def _merged_card(
         self,
@@ -381,7 +425,15 @@ def _compare_base(
         message = f"the base was not compared with the one of the training: this is possible on {trained_on} only"
         emit(LogMessage(level="warning", message=message))
         return
-    check_base(run, load_base(run.base, load_tokenizer(run.base), device, rope_factors=run.rope_factors))
+    check_base(
+        run,
+        load_base(
+            run.base,
+            load_tokenizer(run.base),
+            device,
+            rope_factors=run.rope_factors,
+        ),
+    )
 
 
 def _write_card(folder: Path, text: str) -> None:

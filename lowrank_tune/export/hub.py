@@ -56,7 +56,11 @@ def push(
         token = _token()
     elif not dry_run:
         raise UserError("nothing can be pushed while HF_HUB_OFFLINE is set")
-    api = HfApi(token=token or False, library_name="lowrank_tune", library_version=__version__)
+    api = HfApi(
+        token=token or False,
+        library_name="lowrank_tune",
+        library_version=__version__,
+    )
     existing: Any = None
     if token:
         with _as_user_error(repo, token), suppress(RepositoryNotFoundError):

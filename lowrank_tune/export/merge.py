@@ -111,7 +111,10 @@ def merge(
         except SafetensorError as error:
             raise TrainingError(f"cannot write {target}: {error}") from error
         for name, data in job.config_files.items():
-            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            (folder / name).parent.mkdir(
+                parents=True,
+                exist_ok=True,
+            )
             (folder / name).write_bytes(data)
         # releases the weights of the base before the merged model is loaded
         del job.source
@@ -156,7 +159,12 @@ def _load_merge_job(
     """Loads base and adapters, and records the outputs of the trained model. Raises UserError."""
     template = ChatTemplate.from_tokenizer(load_tokenizer(run.base), run.recipe.data.template_date)
     saved = adapters_in(run)
-    base = load_base(run.base, template.tokenizer, device, rope_factors=run.rope_factors)
+    base = load_base(
+        run.base,
+        template.tokenizer,
+        device,
+        rope_factors=run.rope_factors,
+    )
     check_base(run, base)
     if base_weights == "original" and run.recipe.base.bits == 4:
         source = original_weights(run, base)
@@ -165,7 +173,12 @@ def _load_merge_job(
     roles = roles_of(saved, base)
     adapters = lora_adapters_of(roles)
     eos_token_ids = base.end_ids | template.end_ids
-    probes = make_probes(run.recipe, template, emit, base.max_row_length)
+    probes = make_probes(
+        run.recipe,
+        template,
+        emit,
+        base.max_row_length,
+    )
     recorded = record_outputs(roles, probes, eos_token_ids, emit)
     roles.unload_adapters()
     return _MergeJob(
@@ -188,9 +201,19 @@ def _write_report(
 ) -> None:
     """Writes the model card and `merge.json`, and makes all files as readable as the card."""
     card = folder / "README.md"
-    text = merged_model_card(job.run.recipe, base_weights, report.table(), job.rope)
+    text = merged_model_card(
+        job.run.recipe,
+        base_weights,
+        report.table(),
+        job.rope,
+    )
     card.write_bytes(text.encode("utf-8", "replace"))
-    facts = {"version": 1, "base": base_weights, "adapter": job.run.fingerprint(), **report.to_dict()}
+    facts = {
+        "version": 1,
+        "base": base_weights,
+        "adapter": job.run.fingerprint(),
+        **report.to_dict(),
+    }
     (folder / "merge.json").write_text(json.dumps(facts, indent=2))
     for file in folder.rglob("*"):
         # safetensors creates files that only their owner can read
@@ -295,8 +318,18 @@ def write_weights(
             _, is_float = shapes[name]
             tensors[name] = merged_weight(name, weight, deltas) if is_float else weight
             file_of[name] = file
-            emit(Progress(description="merging, tensor by tensor", done=len(file_of), total=len(shapes)))
-        save_file(tensors, folder / file, metadata={"format": "pt"})
+            emit(
+                Progress(
+                    description="merging, tensor by tensor",
+                    done=len(file_of),
+                    total=len(shapes),
+                )
+            )
+        save_file(
+            tensors,
+            folder / file,
+            metadata={"format": "pt"},
+        )
     if len(shards) > 1:
         total_size = sum(2 * shape.numel() for shape, _ in shapes.values())
         index = {"metadata": {"total_size": total_size}, "weight_map": file_of}

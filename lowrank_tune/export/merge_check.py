@@ -51,7 +51,10 @@ MAX_NEW_TOKENS = 32
 MAX_PROMPT_TOKENS = 1024
 MAX_LOGIT_BYTES = 1 << 30
 CPU = torch.device("cpu")
-BUILTIN_PROBLEMS = SourceConfig(dataset="builtin:arithmetic", split="heldout")
+BUILTIN_PROBLEMS = SourceConfig(
+    dataset="builtin:arithmetic",
+    split="heldout",
+)
 
 Readback = tuple[torch.device, torch.dtype]
 """Device and precision in which the merged model is loaded."""
@@ -228,7 +231,12 @@ def _source_prompts(
     max_prompt_length: int,
 ) -> list[list[int]]:
     """Returns the prompts of a source that the chat template accepts, of at most `max_prompt_length` tokens."""
-    examples = load_heldout_prompts(source, MAX_PROMPTS, seed, system)
+    examples = load_heldout_prompts(
+        source,
+        MAX_PROMPTS,
+        seed,
+        system,
+    )
     usable = [example for example in examples if template.validate_messages(example.messages) is None]
     questions = render_questions(usable, template)
     return [question.prompt_ids for question in questions if len(question.prompt_ids) <= max_prompt_length]
@@ -245,7 +253,13 @@ def record_outputs(
     answers = {}
     for completion in Engine(roles, "policy").generate(probes.prompts, 1, sampling):
         answers[completion.prompt] = completion.token_ids
-        emit(Progress(description="the trained model answers", done=len(answers), total=len(probes.prompts)))
+        emit(
+            Progress(
+                description="the trained model answers",
+                done=len(answers),
+                total=len(probes.prompts),
+            )
+        )
     texts = [[*prompt, *answers[number]] for number, prompt in enumerate(probes.prompts)]
     for row in probes.rows:
         texts.append([int(token) for token in row.input_ids])
@@ -307,7 +321,12 @@ def compare_models(
     recorded ones. Raises TrainingError if it cannot be loaded."""
     base_config = BaseConfig(model=str(folder), bits=16)
     try:
-        base = load_base(base_config, load_tokenizer(base_config), *readback, rope_factors=rope_factors)
+        base = load_base(
+            base_config,
+            load_tokenizer(base_config),
+            *readback,
+            rope_factors=rope_factors,
+        )
     except UserError as error:
         raise TrainingError(f"the merged model cannot be read back, and was not kept: {error}") from error
     base.model.eval()
@@ -446,7 +465,10 @@ def _next_token_logits(base: Base, ids: Sequence[int]) -> Tensor:
     """Returns the logits (T - 1, V) of all tokens except the first, in fp32 on the CPU."""
     input_ids = torch.tensor([list(ids)], device=base.device)
     with base.autocast():
-        logits = base.model(input_ids=input_ids, use_cache=False).logits
+        logits = base.model(
+            input_ids=input_ids,
+            use_cache=False,
+        ).logits
     return torch.as_tensor(logits[0, :-1]).float().cpu()
 
 

@@ -192,7 +192,12 @@ def _render(
         base=recipe.base.model.partition("@")[0],
         title=recipe.name or recipe.algorithm,
         name=slug(recipe),
-        front_matter=yaml_front_matter(recipe, library, tags, relation),
+        front_matter=yaml_front_matter(
+            recipe,
+            library,
+            tags,
+            relation,
+        ),
         rope_sentence=rope_sentence(rope),
         recipe_text=recipe_text(recipe),
         version=__version__,
@@ -206,7 +211,11 @@ def yaml_front_matter(
     relation: str,
 ) -> str:
     """Returns the metadata of a card, which the hub reads. It contains ids of the hub, and no names of files."""
-    metadata: dict[str, Any] = {"library_name": library, "pipeline_tag": "text-generation", "tags": list(tags)}
+    metadata: dict[str, Any] = {
+        "library_name": library,
+        "pipeline_tag": "text-generation",
+        "tags": list(tags),
+    }
     base = recipe.base.model.partition("@")[0]
     if looks_like_hub_id(base):
         metadata["base_model"] = base
@@ -262,7 +271,12 @@ def recipe_text(recipe: RecipeConfig) -> str:
                 adapter["path"] = f"{folder.parent.name}/final"
             else:
                 adapter["path"] = folder.name
-    return yaml.safe_dump(data, sort_keys=False, allow_unicode=True, width=120).rstrip()
+    return yaml.safe_dump(
+        data,
+        sort_keys=False,
+        allow_unicode=True,
+        width=120,
+    ).rstrip()
 
 
 def slug(recipe: RecipeConfig) -> str:

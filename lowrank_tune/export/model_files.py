@@ -9,7 +9,13 @@ from typing import Any
 
 from lowrank_tune.model.base import Base
 
-MACHINE_SPECIFIC_KEYS = {"name_or_path", "special_tokens_map_file", "tokenizer_file", "is_local", "local_files_only"}
+MACHINE_SPECIFIC_KEYS = {
+    "name_or_path",
+    "special_tokens_map_file",
+    "tokenizer_file",
+    "is_local",
+    "local_files_only",
+}
 """Entries of a tokenizer's configuration that depend on where it was loaded from."""
 
 
@@ -29,7 +35,11 @@ def serialize_tokenizer(tokenizer: Any, template: str) -> dict[str, bytes]:
     config = json.loads(files["tokenizer_config.json"])
     for key in MACHINE_SPECIFIC_KEYS:
         config.pop(key, None)
-    files["tokenizer_config.json"] = json.dumps(config, indent=2, ensure_ascii=False).encode()
+    files["tokenizer_config.json"] = json.dumps(
+        config,
+        indent=2,
+        ensure_ascii=False,
+    ).encode()
     return files
 
 
@@ -44,4 +54,8 @@ def generation_config(
     if base.model.generation_config is not None:
         config = base.model.generation_config.to_diff_dict()
     public_config = {key: value for key, value in config.items() if not key.startswith("_")}
-    return {**public_config, "eos_token_id": sorted(eos_token_ids), "pad_token_id": pad_token_id}
+    return {
+        **public_config,
+        "eos_token_id": sorted(eos_token_ids),
+        "pad_token_id": pad_token_id,
+    }

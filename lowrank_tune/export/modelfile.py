@@ -115,7 +115,12 @@ def _remarks(
             f"Ollama puts {bos} before every prompt of this base; its chat template does not, so training had none."
         )
     for warning in warnings:
-        emit(LogMessage(level="warning", message=f"Modelfile: {warning}"))
+        emit(
+            LogMessage(
+                level="warning",
+                message=f"Modelfile: {warning}",
+            )
+        )
     return [*remarks, *warnings]
 
 

@@ -77,7 +77,11 @@ def export_folder(
     clean_stale(target.parent, target.name)
     with atomic_folder(target) as folder:
         yield folder
-        manifest = {"version": 1, **facts, "files": _file_entries(folder, emit)}
+        manifest = {
+            "version": 1,
+            **facts,
+            "files": _file_entries(folder, emit),
+        }
         (folder / MANIFEST).write_text(json.dumps(manifest, indent=2))
 
 
@@ -89,5 +93,11 @@ def _file_entries(folder: Path, emit: Emit) -> dict[str, dict[str, Any]]:
         with path.open("rb") as opened:
             digest = hashlib.file_digest(opened, "sha256").hexdigest()
         entries[str(path.relative_to(folder))] = {"size": path.stat().st_size, "sha256": digest}
-        emit(Progress(description="hashing what was written", done=number, total=len(files)))
+        emit(
+            Progress(
+                description="hashing what was written",
+                done=number,
+                total=len(files),
+            )
+        )
     return entries

@@ -43,7 +43,11 @@ class TemplateTurns:
         parts: list[str] = []
         for number, (role, text) in enumerate(turns):
             if role == "assistant":
-                parts += [self.assistant[0], text, self.assistant[1]]
+                parts += [
+                    self.assistant[0],
+                    text,
+                    self.assistant[1],
+                ]
                 continue
             is_first = number == 0
             is_last = number == len(turns) - 1
@@ -88,7 +92,11 @@ def keeps_thoughts(render: Render, turns: TemplateTurns) -> bool | None:
     """Returns whether the template writes the thoughts of earlier answers, as the pieces do; None if it refuses
     them."""
     answer = f"<think>\nHm.\n</think>\n\n{ANSWER}"
-    messages = [("user", USERS[0]), ("assistant", answer), ("user", USERS[1])]
+    messages = [
+        ("user", USERS[0]),
+        ("assistant", answer),
+        ("user", USERS[1]),
+    ]
     try:
         rendered = _rendered(render, messages, True)
     except Exception:
@@ -115,7 +123,12 @@ def _without_system(render: Render) -> TemplateTurns:
     before_user = _strip_prefix(between, end_of_answer)
     before_answer = _strip_prefix(to_answer, end_of_user)
     generation_prompt = _strip_prefix(with_prompt, alone)
-    return TemplateTurns(opening, (before_user, end_of_user), (before_answer, end_of_answer), generation_prompt)
+    return TemplateTurns(
+        opening,
+        (before_user, end_of_user),
+        (before_answer, end_of_answer),
+        generation_prompt,
+    )
 
 
 def _with_system(render: Render, turns: TemplateTurns) -> TemplateTurns:
@@ -125,7 +138,15 @@ def _with_system(render: Render, turns: TemplateTurns) -> TemplateTurns:
     question = [("system", SYSTEM), ("user", first_user)]
     try:
         alone = _rendered(render, question, True)
-        longer = _rendered(render, [*question, ("assistant", ANSWER), ("user", second_user)], True)
+        longer = _rendered(
+            render,
+            [
+                *question,
+                ("assistant", ANSWER),
+                ("user", second_user),
+            ],
+            True,
+        )
     except Exception:
         # the template refuses system prompts
         return turns
@@ -151,7 +172,11 @@ def _probe_conversations(has_system: bool) -> list[ProbeMessages]:
         ("assistant", "Yes: 4."),
         ("user", "Thanks, Zoë!"),
     ]
-    conversations: list[ProbeMessages] = [turns[:1], turns[:3], turns]
+    conversations: list[ProbeMessages] = [
+        turns[:1],
+        turns[:3],
+        turns,
+    ]
     if has_system:
         system = ("system", "Be brief.\n\nAnd kind.")
         conversations += [[system, *messages] for messages in conversations]

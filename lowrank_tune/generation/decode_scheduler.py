@@ -305,4 +305,8 @@ def sequence_generator(
 def uniform_stream(generator: torch.Generator) -> Iterator[float]:
     """Yields uniform random numbers in [0, 1), in float64."""
     while True:
-        yield from torch.rand(UNIFORMS_PER_BLOCK, generator=generator, dtype=torch.float64).tolist()
+        yield from torch.rand(
+            UNIFORMS_PER_BLOCK,
+            generator=generator,
+            dtype=torch.float64,
+        ).tolist()

@@ -108,7 +108,12 @@ class Engine:
         Raises ValueError for an empty prompt and for stop strings without `decode`, TrainingError for logits that are
         not finite.
         """
-        scheduler = self._make_scheduler(prompts, n, sampling, numbers)
+        scheduler = self._make_scheduler(
+            prompts,
+            n,
+            sampling,
+            numbers,
+        )
         return cast(Iterator[Completion], self._run(scheduler, stream_tokens=False))
 
     def stream(
@@ -120,7 +125,12 @@ class Engine:
         """Yields each token as it is drawn, and a `Completion` after the last token of each sequence. Between two
         tokens everything is as the caller left it, so streams of several roles may alternate. Closing the iterator
         ends it. Raises as `generate`."""
-        scheduler = self._make_scheduler(prompts, n, sampling, None)
+        scheduler = self._make_scheduler(
+            prompts,
+            n,
+            sampling,
+            None,
+        )
         return self._run(scheduler, stream_tokens=True)
 
     def generation_mode(self) -> GenerationMode:
@@ -141,7 +151,11 @@ class Engine:
         """Draws a token for each hidden state (N, d) with N uniform numbers. Returns N pairs of a token and its
         log-prob, in one transfer from the device."""
         rows_at_once = max(1, CHUNK_LOGITS // self.roles.head.weight.shape[0])
-        uniform = torch.tensor(uniforms, dtype=torch.float64, device=hidden.device)
+        uniform = torch.tensor(
+            uniforms,
+            dtype=torch.float64,
+            device=hidden.device,
+        )
         pairs = []
         for start in range(0, len(hidden), rows_at_once):
             chunk = slice(start, start + rows_at_once)

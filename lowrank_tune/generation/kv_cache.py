@@ -123,7 +123,11 @@ class StaticSlotCache:
     def prefill(self, prompts: Sequence[Sequence[int]]) -> tuple[_PrefilledPrompts, Tensor]:
         ids, lengths = _pad(prompts, self.device)
         self.cache.prefill()
-        hidden = self.decoder(input_ids=ids, past_key_values=self.cache, use_cache=True).last_hidden_state
+        hidden = self.decoder(
+            input_ids=ids,
+            past_key_values=self.cache,
+            use_cache=True,
+        ).last_hidden_state
         layers = [layer.prefill_states for layer in self.cache.layers]
         return _PrefilledPrompts(layers, lengths), _last_states(hidden, lengths)
 
@@ -206,7 +210,11 @@ class DynamicCacheStore:
         for prompt in prompts:
             cache = DynamicCache(config=self.model.config)
             ids = torch.tensor([list(prompt)], device=self.device)
-            output = self.decoder(input_ids=ids, past_key_values=cache, use_cache=True)
+            output = self.decoder(
+                input_ids=ids,
+                past_key_values=cache,
+                use_cache=True,
+            )
             caches.append(cache)
             hidden.append(output.last_hidden_state[:, -1])
         return caches, torch.cat(hidden)
@@ -220,7 +228,13 @@ class DynamicCacheStore:
         for row in dict.fromkeys(rows):
             group_slots = [slot for slot, other in zip(slots, rows, strict=True) if other == row]
             group = _CacheGroup(copy.deepcopy(prompts[row]), len(group_slots))
-            group.cache.reorder_cache(torch.zeros(len(group_slots), dtype=torch.long, device=self.device))
+            group.cache.reorder_cache(
+                torch.zeros(
+                    len(group_slots),
+                    dtype=torch.long,
+                    device=self.device,
+                )
+            )
             self._assign(group, group_slots)
 
     def move(
@@ -252,7 +266,13 @@ class DynamicCacheStore:
                 past_key_values=self._select_cache_rows(slots),
                 use_cache=True,
             )
-            hidden.update(zip(slots, output.last_hidden_state[:, -1], strict=True))
+            hidden.update(
+                zip(
+                    slots,
+                    output.last_hidden_state[:, -1],
+                    strict=True,
+                )
+            )
         return torch.stack([hidden[slot] for slot in range(num_slots)])
 
     def _assign(
@@ -293,7 +313,10 @@ class NoCacheStore:
 
     def prefill(self, prompts: Sequence[Sequence[int]]) -> tuple[list[list[int]], Tensor]:
         ids, lengths = _pad(prompts, self.device)
-        hidden = self.decoder(input_ids=ids, use_cache=False).last_hidden_state
+        hidden = self.decoder(
+            input_ids=ids,
+            use_cache=False,
+        ).last_hidden_state
         return [list(prompt) for prompt in prompts], _last_states(hidden, lengths)
 
     def insert(

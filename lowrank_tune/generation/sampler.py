@@ -47,7 +47,11 @@ def apply_top_k_top_p(logits: Tensor, sampling: SamplingParams) -> Tensor:
         threshold = logits.topk(sampling.top_k, dim=1).values[:, -1:]
         logits = logits.masked_fill(logits < threshold, -torch.inf)
     if sampling.top_p < 1.0:
-        ordered, order = logits.sort(dim=1, descending=True, stable=True)
+        ordered, order = logits.sort(
+            dim=1,
+            descending=True,
+            stable=True,
+        )
         probs = ordered.softmax(dim=1)
         # A token is excluded if the more likely ones already have a mass of top_p.
         excluded_in_order = probs.cumsum(dim=1) - probs >= sampling.top_p
@@ -70,7 +74,11 @@ def _inverse_cdf(
     total = cumulative[:, -1:]
     target = (uniform * total).minimum(total * MAX_UNIFORM)
     # The clamp has an effect only for NaN.
-    block = torch.searchsorted(cumulative, target, right=True).clamp_max(cumulative.shape[1] - 1)
+    block = torch.searchsorted(
+        cumulative,
+        target,
+        right=True,
+    ).clamp_max(cumulative.shape[1] - 1)
     block_end = cumulative.gather(1, block)
     previous_end = cumulative.gather(1, (block - 1).clamp_min(0))
     block_start = torch.where(block > 0, previous_end, 0.0)
@@ -78,5 +86,9 @@ def _inverse_cdf(
     inside = blocks[rows, block[:, 0]].double().cumsum(dim=1)
     # The block's sum was rounded in fp32, so the search inside the block is for a share of it, not for an amount.
     share = ((target - block_start) / (block_end - block_start)).clamp(0.0, MAX_UNIFORM)
-    offset = torch.searchsorted(inside, share * inside[:, -1:], right=True).clamp_max(BLOCK - 1)
+    offset = torch.searchsorted(
+        inside,
+        share * inside[:, -1:],
+        right=True,
+    ).clamp_max(BLOCK - 1)
     return block * BLOCK + offset

@@ -80,7 +80,13 @@ class SlotLayer(CacheLayerMixin):  # type: ignore[misc]
         self.keys, self.values = (states.new_zeros(slots, states.shape[1], columns, states.shape[3]) for states in like)
         self.is_initialized = True
 
-    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+    def update(
+        self,
+        key_states: Tensor,
+        value_states: Tensor,
+        *args: Any,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor]:
         if self.step.positions is None:
             self.prefill_states = key_states, value_states
             return key_states, value_states
@@ -120,7 +126,15 @@ class SlotLayer(CacheLayerMixin):  # type: ignore[misc]
             columns = target.shape[2]
             if states.shape[2] > columns:
                 positions = _ring_positions(lengths, columns)[:, None, :, None]
-                states = states.gather(2, positions.expand(-1, states.shape[1], -1, states.shape[3]))
+                states = states.gather(
+                    2,
+                    positions.expand(
+                        -1,
+                        states.shape[1],
+                        -1,
+                        states.shape[3],
+                    ),
+                )
             target[slots, :, : states.shape[2]] = states
 
     def move(

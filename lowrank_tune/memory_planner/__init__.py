@@ -15,7 +15,14 @@ from lowrank_tune.memory_planner.planner import plan_of, vram_bytes
 from lowrank_tune.memory_planner.preflight_check import check_fit
 from lowrank_tune.memory_planner.specs import missing_adapters, simulation_specs
 
-__all__ = ["GIB", "Phase", "Plan", "gpu_memory_gib", "check_fit", "plan"]
+__all__ = [
+    "GIB",
+    "Phase",
+    "Plan",
+    "gpu_memory_gib",
+    "check_fit",
+    "plan",
+]
 
 
 def plan(

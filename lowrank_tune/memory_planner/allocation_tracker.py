@@ -101,7 +101,11 @@ class AllocationTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
     ) -> Any:
         if func is bnb.gemm_4bit.default:
             with self:
-                output = _dequantized_linear(self.device, *args, **kwargs)
+                output = _dequantized_linear(
+                    self.device,
+                    *args,
+                    **kwargs,
+                )
             if output is not None:
                 return output
         # In inference mode a matmul is not decomposed, and the copies of expanded keys that it makes are not seen.

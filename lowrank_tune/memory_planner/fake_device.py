@@ -170,7 +170,12 @@ class FakeDeviceMode(TorchFunctionMode):
             return func(*args, **options, device=CPU)
         return func(*args, **options, device=META)
 
-    def _to(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def _to(
+        self,
+        x: Tensor,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Tensor:
         target = kwargs.get("device")
         dtype = kwargs.get("dtype")
         for argument in args:
@@ -314,7 +319,11 @@ def _equal(a: Tensor, b: Tensor) -> bool:
     return a.is_meta or b.is_meta or torch.equal(a, b)
 
 
-def _allclose(a: Tensor, b: Tensor, **options: Any) -> bool:
+def _allclose(
+    a: Tensor,
+    b: Tensor,
+    **options: Any,
+) -> bool:
     return a.is_meta or b.is_meta or torch.allclose(a, b, **options)
 
 

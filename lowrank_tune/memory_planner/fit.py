@@ -46,7 +46,11 @@ class Search:
         if sizes == self.plan.sizes and recomputed == self.plan.recomputed:
             phases = [phase for phase in self.plan.phases if phase.name not in NON_UPDATE_PHASES]
             return self._bytes_for(phases)
-        peaks = peaks_of(replace(self.spec, sizes=sizes), recomputed, only_update=True)
+        peaks = peaks_of(
+            replace(self.spec, sizes=sizes),
+            recomputed,
+            only_update=True,
+        )
         return self._bytes_for(phases_in(peaks))
 
     def _bytes_for(self, phases: Iterable[Phase]) -> int:
@@ -132,7 +136,11 @@ def largest_fitting(
 
 def _with_length(sizes: Sizes, length: int) -> Sizes:
     """Returns sizes with rows of another length, and prompts of the same."""
-    return replace(sizes, length=length, prompt_length=min(sizes.prompt_length, length - 1))
+    return replace(
+        sizes,
+        length=length,
+        prompt_length=min(sizes.prompt_length, length - 1),
+    )
 
 
 def _step_units(recipe: RecipeConfig) -> int:
@@ -147,7 +155,11 @@ def with_fit_report(spec: SimulationSpec, plan: Plan) -> Plan:
     if not plan.vram:
         return plan
     search = Search(spec, plan)
-    plan = replace(plan, max_micro_batch_size=search.units(), fits_length=search.length())
+    plan = replace(
+        plan,
+        max_micro_batch_size=search.units(),
+        fits_length=search.length(),
+    )
     return replace(plan, advice=_advice(spec, search, plan))
 
 

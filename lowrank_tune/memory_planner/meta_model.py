@@ -108,7 +108,11 @@ def _quantize(module: Any, dtype: torch.dtype) -> None:
         offset=torch.empty(()),
         state2=nested,
     )
-    packed = torch.empty(math.ceil(shape.numel() / 2), 1, dtype=torch.uint8)
+    packed = torch.empty(
+        math.ceil(shape.numel() / 2),
+        1,
+        dtype=torch.uint8,
+    )
     module.weight = bitsandbytes.nn.Params4bit(
         packed,
         requires_grad=False,
@@ -130,7 +134,11 @@ def stored_tensors(model: Any) -> list[torch.Tensor]:
         if state is not None:
             tensors += [state.absmax, state.code]
             if state.nested:
-                tensors += [state.state2.absmax, state.state2.code, state.offset]
+                tensors += [
+                    state.state2.absmax,
+                    state.state2.code,
+                    state.offset,
+                ]
     return tensors
 
 

@@ -27,4 +27,9 @@ def _unpack(packed: Any) -> Tensor:
     if isinstance(packed, Tensor):
         return packed
     shape, stride, dtype = packed
-    return torch.empty_strided(shape, stride, dtype=dtype, device="meta")
+    return torch.empty_strided(
+        shape,
+        stride,
+        dtype=dtype,
+        device="meta",
+    )

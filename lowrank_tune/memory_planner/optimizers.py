@@ -60,5 +60,11 @@ def _moments(size: int, optimizer: str) -> list[Tensor]:
         if is_8bit:
             tensors.append(torch.empty(-(-size // BLOCK), device="meta"))
         if not is_paged:
-            tensors.append(torch.empty(size, dtype=torch.uint8 if is_8bit else torch.float32, device="meta"))
+            tensors.append(
+                torch.empty(
+                    size,
+                    dtype=torch.uint8 if is_8bit else torch.float32,
+                    device="meta",
+                )
+            )
     return tensors

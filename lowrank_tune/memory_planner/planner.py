@@ -84,7 +84,15 @@ def phases_of(spec: SimulationSpec, vram: int = 0) -> tuple[Phase, ...]:
     )
     if not rollouts:
         return phases
-    return (*decoding_phases(spec, rollouts, recomputed, vram), *phases)
+    return (
+        *decoding_phases(
+            spec,
+            rollouts,
+            recomputed,
+            vram,
+        ),
+        *phases,
+    )
 
 
 def decoding_phases(

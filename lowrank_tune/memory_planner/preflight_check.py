@@ -42,14 +42,26 @@ def check_fit(
     count = len(planned)
     if not count:
         return fit
-    emit(Progress(description="planning memory", done=0, total=count))
+    emit(
+        Progress(
+            description="planning memory",
+            done=0,
+            total=count,
+        )
+    )
     for name in planned:
         try:
             for spec in simulation_specs(loaded, "cuda", names - {name}):
                 _plan_stage(spec, vram_gib, emit, fit)
         except UserError as error:
             fit.errors[name] = error
-    emit(Progress(description="planning memory", done=count, total=count))
+    emit(
+        Progress(
+            description="planning memory",
+            done=count,
+            total=count,
+        )
+    )
     return fit
 
 
@@ -75,7 +87,12 @@ def _plan_stage(
     elif train.memory_check == "refuse":
         fit.faults[name] = _does_not_fit(spec, plan) + MEMORY_CHECK_HINT
     else:
-        emit(LogMessage(message=f"{name}: {_does_not_fit(spec, plan)}", level="warning"))
+        emit(
+            LogMessage(
+                message=f"{name}: {_does_not_fit(spec, plan)}",
+                level="warning",
+            )
+        )
 
 
 def _describe(plan: Plan) -> str:

@@ -120,7 +120,12 @@ class _SimulatedStage:
         self.tracker = tracker
         recipe = spec.recipe
         few_layers = with_few_layers(spec.config, layers)
-        base = meta_base(few_layers, recipe.base.model, recipe.base.bits, spec.device)
+        base = meta_base(
+            few_layers,
+            recipe.base.model,
+            recipe.base.bits,
+            spec.device,
+        )
         configs, stacks = build_stacks(
             recipe,
             base.model,
@@ -229,7 +234,12 @@ class _SimulatedStage:
         if not only_update and REWARD_ROLE in self.roles.heads and REWARD_ROLE not in self.trained:
             self.tracker.move_to("reward model", "before")
             rows = [[0] * self.sizes.length] * self.sizes.no_grad_rows
-            score_rows(self.roles, rows, 0, self.sizes.no_grad_tokens)
+            score_rows(
+                self.roles,
+                rows,
+                0,
+                self.sizes.no_grad_tokens,
+            )
         self.tracker.move_to("old and reference", "before")
         experience = algorithm.collect(0)
         if not only_update:
@@ -248,7 +258,12 @@ class _SimulatedStage:
             return self.recipe.ppo.num_ppo_epochs * self.recipe.ppo.num_mini_batches
         return 1
 
-    def _loop(self, algorithm: Algorithm[Any], experience: StepBatch[Any], logged: bool) -> None:
+    def _loop(
+        self,
+        algorithm: Algorithm[Any],
+        experience: StepBatch[Any],
+        logged: bool,
+    ) -> None:
         """Runs one step of the trainer with one micro-batch."""
         changes = {
             "micro_batch_size": self.sizes.units,
@@ -349,7 +364,13 @@ PPO_UPDATE_PHASES = ["update", "update of the value"] + ["end"] * (MAX_LOSSES - 
 class _FakeRolloutCollector(RolloutCollector):
     """Made-up completions of the planned sizes. With `skip_logps` the model is not run."""
 
-    def __init__(self, *, sizes: Sizes, skip_logps: bool, **arguments: Any) -> None:
+    def __init__(
+        self,
+        *,
+        sizes: Sizes,
+        skip_logps: bool,
+        **arguments: Any,
+    ) -> None:
         super().__init__(**arguments)
         self.sizes = sizes
         self.skip_logps = skip_logps
@@ -359,13 +380,21 @@ class _FakeRolloutCollector(RolloutCollector):
             return torch.zeros(batch.input_ids.shape)
         return super().logps(role, batch)
 
-    def collect(self, step: int, draw: int, count: int | None = None) -> RolloutGroups:
+    def collect(
+        self,
+        step: int,
+        draw: int,
+        count: int | None = None,
+    ) -> RolloutGroups:
         rows = self.sizes.num_rollouts
         n = self.num_generations
         batch = batch_of(rows, self.sizes)
         rewards = (torch.arange(rows) % 2).double().view(-1, n)
         return RolloutGroups(
-            batch=RolloutBatch(**batch.tensors(), sampler_logps=torch.zeros(batch.input_ids.shape)),
+            batch=RolloutBatch(
+                **batch.tensors(),
+                sampler_logps=torch.zeros(batch.input_ids.shape),
+            ),
             rewards=rewards,
             reward_components=rewards.view(-1, 1),
             truncated=torch.zeros(rows, dtype=torch.bool),

@@ -96,5 +96,9 @@ def batch_of(rows: int, sizes: Sizes) -> Batch:
         first = torch.arange(rows) % family == 0
         batch.shared_prefix = torch.where(first, 0, shared)
     if sizes.rows_per_unit > 1:
-        return PairBatch(**batch.tensors(), margin=torch.zeros(rows), row_indices=torch.arange(rows))
+        return PairBatch(
+            **batch.tensors(),
+            margin=torch.zeros(rows),
+            row_indices=torch.arange(rows),
+        )
     return batch

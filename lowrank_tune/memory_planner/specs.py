@@ -55,7 +55,12 @@ def simulation_specs(
             reward_base_adapters = frozen_stage_names(loaded.stages, names.index(reward_stage))
             pending_adapters[REWARD_ROLE] = pending_adapters[reward_stage]
         recipe = loaded.recipe_of(number, folders)
-        yield _stage_spec(recipe, kind, pending_adapters, reward_base_adapters)
+        yield _stage_spec(
+            recipe,
+            kind,
+            pending_adapters,
+            reward_base_adapters,
+        )
 
 
 def missing_adapters(recipe: RecipeConfig) -> list[str]:
@@ -85,7 +90,11 @@ def _stage_spec(
             loaded[name] = meta_lora_config(recipe.base, pending_adapters[name])
         else:
             has_head = name == REWARD_ROLE or name in recipe.extra_adapters
-            saved[name] = read_adapter(adapter.path, f"adapters.{name}.path", head=has_head)
+            saved[name] = read_adapter(
+                adapter.path,
+                f"adapters.{name}.path",
+                head=has_head,
+            )
             loaded[name] = saved[name].config
     if reward_base_adapters is None:
         reward_base_adapters = ()

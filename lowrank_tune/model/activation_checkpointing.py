@@ -70,7 +70,11 @@ def disable_checkpointing(model: Any) -> None:
     disable()
 
 
-def _offloaded(checkpoint: Callable[..., Any], *arguments: Any, **named: Any) -> Any:
+def _offloaded(
+    checkpoint: Callable[..., Any],
+    *arguments: Any,
+    **named: Any,
+) -> Any:
     # Without a GPU this is a plain copy, so that tests run the same code.
     with save_on_cpu(pin_memory=True):
         return checkpoint(*arguments, **named)

@@ -142,7 +142,12 @@ def read_adapter(
         raw.get("base_model_name_or_path"),
         frozen_adapters,
     )
-    _check_head(saved, raw.get("modules_to_save") or [], key, head)
+    _check_head(
+        saved,
+        raw.get("modules_to_save") or [],
+        key,
+        head,
+    )
     return saved
 
 

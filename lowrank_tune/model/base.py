@@ -176,13 +176,29 @@ def weight_files(base_config: BaseConfig) -> dict[str, Path]:
             _raise_exceptions_for_missing_entries=False,
         )
         if index is None:
-            single = Path(str(cached_file(path_or_id, SAFE_WEIGHTS_NAME, revision=revision)))
+            single = Path(
+                str(
+                    cached_file(
+                        path_or_id,
+                        SAFE_WEIGHTS_NAME,
+                        revision=revision,
+                    )
+                )
+            )
             with safe_open(single, framework="pt") as opened:
                 return dict.fromkeys(opened.keys(), single)
         weight_map = json.loads(Path(str(index)).read_bytes())["weight_map"]
         paths = dict[str, Path]()
         for file in set(weight_map.values()):
-            paths[file] = Path(str(cached_file(path_or_id, file, revision=revision)))
+            paths[file] = Path(
+                str(
+                    cached_file(
+                        path_or_id,
+                        file,
+                        revision=revision,
+                    )
+                )
+            )
         return {name: paths[file] for name, file in weight_map.items()}
 
 
@@ -328,7 +344,11 @@ def silence_transformers() -> None:
     # Retries are not logged; the final error is.
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
     # PEFT uses a deprecated name of transformers, which the user of a recipe cannot change.
-    warnings.filterwarnings("ignore", message=".*gradient_checkpointing.*", category=FutureWarning)
+    warnings.filterwarnings(
+        "ignore",
+        message=".*gradient_checkpointing.*",
+        category=FutureWarning,
+    )
 
 
 @contextmanager

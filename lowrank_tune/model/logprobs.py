@@ -56,7 +56,11 @@ class Head:
         """(N, d) -> (N, V) fp32. The matrix product returns fp32, because bf16 logits change a log-prob by up to
         0.1."""
         if self.weight.is_cuda and self.weight.dtype != torch.float32:
-            z = torch.mm(hidden.to(self.weight.dtype), self.weight.T, out_dtype=torch.float32)
+            z = torch.mm(
+                hidden.to(self.weight.dtype),
+                self.weight.T,
+                out_dtype=torch.float32,
+            )
         else:
             z = torch.mm(hidden.float(), self.weight.float().T)
         if self.bias is not None:
@@ -105,7 +109,12 @@ def head_of(model: Any) -> Head:
     for name in SOFTCAP_NAMES:
         if softcap is None and getattr(config, name, None):
             softcap = float(getattr(config, name))
-    return Head(linear.weight, getattr(linear, "bias", None), scale, softcap)
+    return Head(
+        linear.weight,
+        getattr(linear, "bias", None),
+        scale,
+        softcap,
+    )
 
 
 @torch.no_grad()
@@ -190,7 +199,11 @@ class _ChunkedLogps(torch.autograd.Function):
         head: Head,
         temperature: float,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        logps = torch.zeros(len(hidden), dtype=torch.float32, device=hidden.device)
+        logps = torch.zeros(
+            len(hidden),
+            dtype=torch.float32,
+            device=hidden.device,
+        )
         entropy = torch.zeros_like(logps)
         is_top = torch.zeros_like(logps, dtype=torch.bool)
         slope = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
@@ -214,7 +227,11 @@ class _ChunkedLogps(torch.autograd.Function):
         return logps, entropy, is_top
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor, None, None, None]:
+    def backward(
+        ctx: Any,
+        grad: Tensor,
+        *_: Tensor,
+    ) -> tuple[Tensor, None, None, None]:
         return _times_saved_slope(ctx, grad), None, None, None
 
 

@@ -109,7 +109,11 @@ class MemoryLimits:
     budget_bytes: int = 0
     emit: Emit = field(default=ignore_event, repr=False)
     message_prefix: str = ""
-    _oldest_graph: tuple[Tensor, Tensor] = field(init=False, repr=False, compare=False)
+    _oldest_graph: tuple[Tensor, Tensor] = field(
+        init=False,
+        repr=False,
+        compare=False,
+    )
 
     def __post_init__(self) -> None:
         self._oldest_graph = _make_graph()
@@ -170,7 +174,12 @@ class MemoryLimits:
                 # The memory that the first attempt has freed may be enough.
                 result = self._try(work, piece)
             if result is None:
-                self.record_oom(kind, len(piece), tokens, rows_per_unit)
+                self.record_oom(
+                    kind,
+                    len(piece),
+                    tokens,
+                    rows_per_unit,
+                )
                 pieces.appendleft(piece)
             else:
                 yield piece, result[0]
@@ -201,7 +210,12 @@ class MemoryLimits:
             tokens // rows_per_unit,
             limit,
         )
-        self.emit(LogMessage(level="warning", message=self.message_prefix + message))
+        self.emit(
+            LogMessage(
+                level="warning",
+                message=self.message_prefix + message,
+            )
+        )
 
     def _try(
         self,

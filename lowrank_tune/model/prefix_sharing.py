@@ -92,7 +92,12 @@ def pack_shared_prefixes(batch: Batch, width: int) -> PackedBatch | None:
     rows, columns = batch.input_ids.shape
     groups = _shared_lengths(batch)
     num_groups, packed_width, right_padded = _packed_width(batch, groups)
-    packed_flops = estimate_flops(num_groups, packed_width, packed_width, width)
+    packed_flops = estimate_flops(
+        num_groups,
+        packed_width,
+        packed_width,
+        width,
+    )
     if not right_padded or packed_flops > MAX_RELATIVE_FLOPS * estimate_flops(
         rows,
         columns,
@@ -148,14 +153,25 @@ def _shared_lengths(batch: Batch) -> _Groups:
     lengths = mask.sum(dim=1)
     tails = lengths - shared_lengths
     starts = tails.cumsum(0) - tails
-    return _Groups(first, shared_lengths, lengths, starts - starts[first])
+    return _Groups(
+        first,
+        shared_lengths,
+        lengths,
+        starts - starts[first],
+    )
 
 
 def _packed_width(batch: Batch, groups: _Groups) -> tuple[int, int, bool]:
     """Returns the number of groups, the slots that each needs, and whether all rows are padded on the right."""
     mask = batch.attention_mask
     right_padded = (mask[:, :-1] >= mask[:, 1:]).all()
-    sizes = torch.stack([groups.group[-1] + 1, groups.ends.max(), right_padded.long()])
+    sizes = torch.stack(
+        [
+            groups.group[-1] + 1,
+            groups.ends.max(),
+            right_padded.long(),
+        ]
+    )
     num_groups, width, is_right_padded = sizes.tolist()
     # A multiple of 8, because CUDA's kernels copy a mask whose rows are not aligned.
     return num_groups, max(8, -(-width // 8) * 8), bool(is_right_padded)
@@ -226,7 +242,11 @@ def mask_for(mask: Tensor, model: Any) -> Tensor:
     """Returns the boolean mask for SDPA, an additive one for eager attention."""
     if model.config.get_text_config()._attn_implementation == "sdpa":
         return mask
-    additive = torch.zeros(mask.shape, dtype=model.dtype, device=mask.device)
+    additive = torch.zeros(
+        mask.shape,
+        dtype=model.dtype,
+        device=mask.device,
+    )
     return additive.masked_fill(~mask, torch.finfo(model.dtype).min)
 
 

@@ -169,7 +169,11 @@ class Roles:
     ) -> None:
         try:
             if self._peft is None:
-                self._peft = PeftModel(self.base.model, config, adapter_name=ADAPTER_PREFIX + name)
+                self._peft = PeftModel(
+                    self.base.model,
+                    config,
+                    adapter_name=ADAPTER_PREFIX + name,
+                )
             else:
                 self._peft.add_adapter(ADAPTER_PREFIX + name, config)
         # Only a loaded configuration can be wrong: fresh ones are made for this base.
@@ -301,7 +305,12 @@ class Roles:
             hidden = self._states_before(role, batch, tokens)
         with self.inference_mode():
             reference_hidden = self._states_before(reference, batch, tokens)
-        kl = chunked_kl(self.head, hidden, reference_hidden, temperature)
+        kl = chunked_kl(
+            self.head,
+            hidden,
+            reference_hidden,
+            temperature,
+        )
         return _scatter(kl, tokens, batch.input_ids.shape)
 
     def _states_before(
@@ -341,7 +350,11 @@ class Roles:
         peft_name = ADAPTER_PREFIX + name
         tensors = {}
         if peft_name in self._peft.peft_config:
-            tensors = get_peft_model_state_dict(self._peft, adapter_name=peft_name, save_embedding_layers=False)
+            tensors = get_peft_model_state_dict(
+                self._peft,
+                adapter_name=peft_name,
+                save_embedding_layers=False,
+            )
         if name in self.heads:
             tensors[scalar.HEAD_WEIGHT_KEY] = self.heads[name].weight
         expected = sum(f".{peft_name}." in key for key, _ in self._all_parameters())
@@ -370,7 +383,11 @@ class Roles:
                 self.heads[name].weight.copy_(tensors[scalar.HEAD_WEIGHT_KEY])
         lora = {key: tensor for key, tensor in tensors.items() if key != scalar.HEAD_WEIGHT_KEY}
         if lora:
-            set_peft_model_state_dict(self._peft, lora, adapter_name=ADAPTER_PREFIX + name)
+            set_peft_model_state_dict(
+                self._peft,
+                lora,
+                adapter_name=ADAPTER_PREFIX + name,
+            )
             self._share_active_list()
             self._freeze_all_but_trainable()
 
@@ -458,4 +475,8 @@ def _scatter(
     shape: torch.Size,
 ) -> Tensor:
     """Returns a tensor of this shape with N values at N tokens, else 0."""
-    return torch.zeros(shape, dtype=values.dtype, device=values.device).index_put(tokens, values)
+    return torch.zeros(
+        shape,
+        dtype=values.dtype,
+        device=values.device,
+    ).index_put(tokens, values)

@@ -136,7 +136,12 @@ def check_frequencies(model: Any, rope: FixedRope) -> None:
     for module in _rotary_modules(model):
         for layer_type, rope_type in _rope_types(module):
             if rope_type == FIXED:
-                is_constant = _is_constant(module, layer_type, last, model.dtype)
+                is_constant = _is_constant(
+                    module,
+                    layer_type,
+                    last,
+                    model.dtype,
+                )
                 fixed.append(is_constant and (not is_long or _reads_buffer(module, layer_type, model.dtype)))
     if fixed and all(fixed):
         return
@@ -227,7 +232,14 @@ def _rotations(
 ) -> list[Tensor]:
     """Returns the first row of a module's output for these positions: cosines and sines, or complex numbers."""
     device = next(module.buffers()).device
-    arguments: list[Any] = [torch.zeros(1, dtype=dtype, device=device), torch.tensor(positions, device=device)]
+    arguments: list[Any] = [
+        torch.zeros(
+            1,
+            dtype=dtype,
+            device=device,
+        ),
+        torch.tensor(positions, device=device),
+    ]
     if layer_type is not None:
         arguments.append(layer_type)
     outputs = module(*arguments)
@@ -244,7 +256,15 @@ def _is_constant(
 ) -> bool:
     """Returns whether the rotations of a row are the same in a batch with a row that ends at position `last`."""
     alone = _rotations(module, layer_type, [[0, 1]], dtype)
-    return _are_equal(alone, _rotations(module, layer_type, [[0, 1], [0, last]], dtype))
+    return _are_equal(
+        alone,
+        _rotations(
+            module,
+            layer_type,
+            [[0, 1], [0, last]],
+            dtype,
+        ),
+    )
 
 
 def _reads_buffer(

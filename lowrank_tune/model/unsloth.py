@@ -106,7 +106,11 @@ def load_base(
         revision=revision,
         bits=4 if four_bits else 16,
     )
-    return replace(base, backend="unsloth", transformers_forward=_restore_transformers_forward(model, device))
+    return replace(
+        base,
+        backend="unsloth",
+        transformers_forward=_restore_transformers_forward(model, device),
+    )
 
 
 def _check(
@@ -213,7 +217,12 @@ def check(roles: Roles, role: str) -> None:
 
 def _probe_batch(vocabulary: int, generator: torch.Generator) -> Batch:
     """Returns two rows of 24 tokens, the second one padded."""
-    input_ids = torch.randint(0, vocabulary, (2, 24), generator=generator)
+    input_ids = torch.randint(
+        0,
+        vocabulary,
+        (2, 24),
+        generator=generator,
+    )
     position = torch.arange(24)
     attention_mask = position < torch.tensor([[24], [17]])
     return Batch(input_ids, attention_mask, attention_mask & (position >= 8))

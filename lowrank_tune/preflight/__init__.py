@@ -95,7 +95,12 @@ def _with_known_adapters(stages: Sequence[PlannedStage], emit: Emit) -> set[str]
         elif stage.recipe.train.memory_check != "off":
             folder = stage.complete.adapters[pending[0]].path
             message = f"{stage.recipe.name}: memory is not planned: adapters.{pending[0]} is read from {folder}, which "
-            emit(LogMessage(message=f"{message}an earlier stage of this run writes", level="warning"))
+            emit(
+                LogMessage(
+                    message=f"{message}an earlier stage of this run writes",
+                    level="warning",
+                )
+            )
     return known
 
 
@@ -122,7 +127,12 @@ def _read_base(base: BaseConfig, emit: Emit) -> tuple[Any, list[Finding]]:
         return None, list(findings_of(error, ("base", "model")))
     except (RuntimeError, NotImplementedError, TypeError) as error:
         message = f"{base.model} cannot be built without its weights ({type(error).__name__})"
-        emit(LogMessage(message=f"{message}: target modules and disk space are not checked", level="warning"))
+        emit(
+            LogMessage(
+                message=f"{message}: target modules and disk space are not checked",
+                level="warning",
+            )
+        )
         return None, []
 
 

@@ -136,7 +136,12 @@ class DataCheck:
         if is_whole or is_strict or _lacks_column(source, report, columns):
             raise UserError(message)
         later = "the rows after them are checked when the run loads its data"
-        self.emit(LogMessage(message=f"{message}; {later}", level="warning"))
+        self.emit(
+            LogMessage(
+                message=f"{message}; {later}",
+                level="warning",
+            )
+        )
 
     def _check_hub(
         self,
@@ -160,7 +165,12 @@ class DataCheck:
         except HubUnreachable:
             self.hub_answers = False
             message = f"{source.dataset}: not checked before the run, as the hub does not answer; "
-            self.emit(LogMessage(message=f"{message}the cached copy is used if present", level="warning"))
+            self.emit(
+                LogMessage(
+                    message=f"{message}the cached copy is used if present",
+                    level="warning",
+                )
+            )
             return None
 
 
@@ -210,7 +220,12 @@ def _row_check(
         if recipe.uses_pairs:
             result: object = pair_of(row, source, system)
         else:
-            result = conversation_of(row, source, format_name, system)
+            result = conversation_of(
+                row,
+                source,
+                format_name,
+                system,
+            )
         return result.reason if isinstance(result, InvalidRow) else None
 
     def check_prompt(row: RawRow, format_name: str) -> str | None:
@@ -226,7 +241,14 @@ def _row_check(
         if recipe.needs_ground_truth and conversation.ground_truth is None:
             return MISSING_ANSWER
         last = next(message for message in reversed(conversation.messages) if message.role != "assistant")
-        return row_fault(PromptExample((), last.content, conversation.ground_truth, row))
+        return row_fault(
+            PromptExample(
+                (),
+                last.content,
+                conversation.ground_truth,
+                row,
+            )
+        )
 
     return check_prompt if recipe.algorithm in ONLINE_ALGORITHMS else check_row
 

@@ -30,7 +30,12 @@ from lowrank_tune.training.stage import DEFAULT_NUM_SAVES
 
 GIB = 1 << 30
 WEIGHT_BYTES = 4
-STATE_BYTES = {"adamw": 8, "paged_adamw": 8, "adamw_8bit": 2, "paged_adamw_8bit": 2}
+STATE_BYTES = {
+    "adamw": 8,
+    "paged_adamw": 8,
+    "adamw_8bit": 2,
+    "paged_adamw_8bit": 2,
+}
 """Bytes of optimizer state for each number of an adapter."""
 LOG_BYTES = 64 << 20
 """Events, samples, report and tokenizer of a stage."""

@@ -59,7 +59,14 @@ def stages_of(
 ) -> list[PlannedStage]:
     """Returns the stages of a recipe that is run in a folder where the stages `finished` have ended."""
     if not isinstance(loaded, Chain):
-        return [PlannedStage(loaded, loaded, folder, is_finished=False)]
+        return [
+            PlannedStage(
+                loaded,
+                loaded,
+                folder,
+                is_finished=False,
+            )
+        ]
     folders: dict[str, Path] = {}
     for number, recipe in enumerate(loaded.stages, start=1):
         folders[recipe.name] = (folder / stage_folder(number, recipe.name)).resolve()

@@ -121,7 +121,11 @@ class WorkerReward(ABC):
 
     def worker_spec(self) -> Mapping[str, Any]:
         """Returns what a worker loads once at its start, as plain data."""
-        return {"kind": "verifier", "module": self.worker_module, "use": self.name}
+        return {
+            "kind": "verifier",
+            "module": self.worker_module,
+            "use": self.name,
+        }
 
     def score_without_worker(self, item: RewardInput) -> Score | None:
         """Returns the score if the main process can decide it, else None."""

@@ -21,7 +21,12 @@ def make_negative_samples(references: Sequence[RewardInput], seed: int = 0) -> l
     for index, item in enumerate(references):
         random_words = " ".join(rng.choices(WORDS, k=12))
         wrong_number = _wrong_number(item.ground_truth, rng)
-        texts = ["", random_words, f"The answer is {wrong_number}.", item.prompt]
+        texts = [
+            "",
+            random_words,
+            f"The answer is {wrong_number}.",
+            item.prompt,
+        ]
         for other in references[index + 1 :] + references[:index]:
             if other.ground_truth != item.ground_truth:
                 texts.append(other.completion)

@@ -82,7 +82,11 @@ def reward_names(configs: Sequence[RewardConfig]) -> list[str]:
     return names
 
 
-def _build_reward(config: RewardConfig, name: str, folder: Path) -> Reward:
+def _build_reward(
+    config: RewardConfig,
+    name: str,
+    folder: Path,
+) -> Reward:
     if is_user_function(config.name) or config.name in BUILTIN_REWARDS:
         _check_settings(config)
     if is_user_function(config.name):
@@ -104,7 +108,11 @@ def _check_settings(config: RewardConfig) -> None:
         raise UserError(f"`{config.name}` has weight 0 and would change nothing; leave it out")
 
 
-def _make_builtin(config: RewardConfig, name: str, folder: Path) -> Reward:
+def _make_builtin(
+    config: RewardConfig,
+    name: str,
+    folder: Path,
+) -> Reward:
     """Returns a built-in reward under its unique name. Raises UserError."""
     match config.name:
         case "answer":
@@ -140,7 +148,11 @@ def _make_builtin(config: RewardConfig, name: str, folder: Path) -> Reward:
 def _make_regex(config: RewardConfig, name: str) -> Reward:
     assert config.pattern is not None
     try:
-        return RegexReward(name, config.pattern, full_match=config.name == "format")
+        return RegexReward(
+            name,
+            config.pattern,
+            full_match=config.name == "format",
+        )
     except UserError as error:
         raise UserError(f"`pattern` {error}") from None
 
@@ -170,4 +182,10 @@ SETTING_OWNER: Mapping[str, tuple[str, ...]] = {
 }
 """The rewards that each special setting of `RewardConfig` belongs to. They need it, unless it is in OPTIONAL_SETTINGS;
 for other rewards it is a fault."""
-OPTIONAL_SETTINGS: frozenset[str] = frozenset({"accept_unsafe_code", "ngram", "program"})
+OPTIONAL_SETTINGS: frozenset[str] = frozenset(
+    {
+        "accept_unsafe_code",
+        "ngram",
+        "program",
+    }
+)

@@ -199,7 +199,12 @@ def sanity_check_rewards(
         required_auc(len(references), len(negatives)),
         [score.reason for row in rows for score in row if score.value is None],
         list(_misjudged(weighted, references, rows)),
-        exceeds_failure_limit(weighted, rows, max_failure_rate, min_failures=1),
+        exceeds_failure_limit(
+            weighted,
+            rows,
+            max_failure_rate,
+            min_failures=1,
+        ),
         any(isinstance(weighted_reward.reward, BatchedReward) for weighted_reward in weighted),
     )
 

@@ -60,7 +60,11 @@ def is_user_function(name: str) -> bool:
     return ":" in name or name.endswith(".py")
 
 
-def read_user_function(name: str, function_path: str, folder: Path) -> UserFunctionReward:
+def read_user_function(
+    name: str,
+    function_path: str,
+    folder: Path,
+) -> UserFunctionReward:
     """Returns the reward for `file.py:function`, with the file relative to `folder`. Raises UserError if the file
     cannot be read; its code is checked when the workers start."""
     file, _, function = function_path.rpartition(":")
@@ -73,4 +77,10 @@ def read_user_function(name: str, function_path: str, folder: Path) -> UserFunct
         raise UserError(f"{path} is not UTF-8 text") from None
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}") from None
-    return UserFunctionReward(name, function_path, path, source, function)
+    return UserFunctionReward(
+        name,
+        function_path,
+        path,
+        source,
+        function,
+    )

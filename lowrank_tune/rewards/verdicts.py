@@ -58,7 +58,11 @@ def score_all(
         on_progress(start + len(scores))
 
 
-def summarize_verdicts(name: str, is_verifier: bool, scores: Sequence[Score]) -> VerdictSummary:
+def summarize_verdicts(
+    name: str,
+    is_verifier: bool,
+    scores: Sequence[Score],
+) -> VerdictSummary:
     """Returns the summary of one reward's scores; mean and std are NaN if no score has a value."""
     values = [score.value for score in scores if score.value is not None]
     seconds = sorted(score.seconds for score in scores)
@@ -153,7 +157,11 @@ def exceeds_failure_limit(
     )
 
 
-def zero_std_fraction(pass_rates: Sequence[float], num_generations: int, samples: int | None = None) -> float:
+def zero_std_fraction(
+    pass_rates: Sequence[float],
+    num_generations: int,
+    samples: int | None = None,
+) -> float:
     """Returns the expected share of groups of `num_generations` completions that all pass or all fail, given the pass
     rate of each prompt. Such groups give no gradient. NaN without prompts.
 
@@ -172,6 +180,10 @@ def zero_std_fraction(pass_rates: Sequence[float], num_generations: int, samples
     return statistics.fmean(shares)
 
 
-def _expected_power(passed: float, samples: int, num_generations: int) -> float:
+def _expected_power(
+    passed: float,
+    samples: int,
+    num_generations: int,
+) -> float:
     """Returns the mean of rate ** num_generations under Beta(passed + 1/2, samples - passed + 1/2)."""
     return math.prod((passed + 0.5 + i) / (samples + 1.0 + i) for i in range(num_generations))

@@ -74,7 +74,11 @@ MULTIPLY_QUESTIONS = (
     "There are {a} boxes with {b} {thing} each. How many {thing} are there?",
     "{name} buys {a} bags of {b} {thing}. How many {thing} does {name} have?",
 )
-QUESTIONS = {"+": ADD_QUESTIONS, "-": SUBTRACT_QUESTIONS, "*": MULTIPLY_QUESTIONS}
+QUESTIONS = {
+    "+": ADD_QUESTIONS,
+    "-": SUBTRACT_QUESTIONS,
+    "*": MULTIPLY_QUESTIONS,
+}
 ANSWER_ONLY_TEMPLATES = ("I think it is {n}.", "It is {n}.", "That makes {n}.")
 NON_ANSWERS = ("Good question.", "I do not know.", "That is hard to say.", "Let me think about it.", "It depends.")
 HESITATIONS = ("Let me see.", "Hm, once more.", "Wait.", "Let me check that.")
@@ -223,7 +227,11 @@ def rows(
             answer = problem.answer_with_steps()
         else:
             answer = problem.answer_without_steps(rng, p_correct=1.0)
-        yield {"question": problem.question(rng), "answer": answer, "gold": str(problem.answer)}
+        yield {
+            "question": problem.question(rng),
+            "answer": answer,
+            "gold": str(problem.answer),
+        }
 
 
 def preferences(
@@ -239,7 +247,13 @@ def preferences(
         problem = sample_problem(rng, from_heldout=split == "heldout")
         (answers_of,) = rng.choices(ANSWER_PAIRS, weights=(12, 2, 1, 3, 3, 3))
         chosen, rejected = answers_of(problem, rng)
-        pairs.append({"prompt": problem.question(rng), "chosen": chosen, "rejected": rejected})
+        pairs.append(
+            {
+                "prompt": problem.question(rng),
+                "chosen": chosen,
+                "rejected": rejected,
+            }
+        )
     return pairs
 
 

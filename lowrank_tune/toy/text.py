@@ -155,6 +155,11 @@ def english(rng: Random) -> str:
         feeling, feeling2 = rng.sample(FEELINGS, 2)
         sentence = rng.choice(SENTENCES)
         words = {key: rng.choice(choices) for key, choices in WORDS.items()}
-        words |= {"name": name, "other": other, "feeling": feeling, "feeling2": feeling2}
+        words |= {
+            "name": name,
+            "other": other,
+            "feeling": feeling,
+            "feeling2": feeling2,
+        }
         sentences.append(sentence.format(**words))
     return f"{BOS}{' '.join(sentences)}\n{EOS}"

@@ -91,7 +91,13 @@ class Checkpointer:
         path = write_atomically(self.folder.checkpoint(step), self._snapshot(state))
         self.last_saved_step = step
         rotate(self.folder.checkpoints, self.recipe.train.save_total_limit, state.best.best_step)
-        self.emit(CheckpointSaved(step=step, path=str(path), seconds=time.perf_counter() - start_time))
+        self.emit(
+            CheckpointSaved(
+                step=step,
+                path=str(path),
+                seconds=time.perf_counter() - start_time,
+            )
+        )
 
     def _snapshot(self, state: EvaluationState) -> Snapshot:
         roles = self.built.roles
@@ -175,7 +181,12 @@ class Checkpointer:
             tensors = load(path, path.name).tensors
         except CorruptCheckpoint as error:
             message = f"{error}; final/ is the adapter of the last step instead of the best"
-            self.emit(LogMessage(level="warning", message=message))
+            self.emit(
+                LogMessage(
+                    level="warning",
+                    message=message,
+                )
+            )
             return
         self._load_adapters(tensors)
         if self.recipe.metric_for_best_model == "accuracy":

@@ -23,7 +23,12 @@ class StageEvaluator:
     `questions` is empty for a stage that trains no generative adapter (a reward model).
     """
 
-    def __init__(self, recipe: RecipeConfig, built: RunComponents, emit: Emit) -> None:
+    def __init__(
+        self,
+        recipe: RecipeConfig,
+        built: RunComponents,
+        emit: Emit,
+    ) -> None:
         self.config = recipe.evaluate
         self.seed = recipe.seed
         self.built = built
@@ -32,7 +37,12 @@ class StageEvaluator:
         self.questions: list[EvalQuestion] = []
         if self.is_generative:
             self.questions = render_questions(built.heldout, built.template)
-        self.samples = SampleLogger(self.config, built, self.questions, emit)
+        self.samples = SampleLogger(
+            self.config,
+            built,
+            self.questions,
+            emit,
+        )
 
     def validation_metrics(self) -> dict[str, float] | None:
         """Returns the algorithm's metrics on the validation rows, None without such rows."""
@@ -58,11 +68,21 @@ class StageEvaluator:
         repeated = [1 - distinct_ngram_fraction(sample.text, NGRAM) for samples in answers for sample in samples]
         return {**heldout_metrics(answers), "repetition": sum(repeated) / len(repeated)}
 
-    def measure_heldout(self, name: str, role: str, step: int) -> tuple[dict[str, float], list[dict[str, Any]]]:
+    def measure_heldout(
+        self,
+        name: str,
+        role: str,
+        step: int,
+    ) -> tuple[dict[str, float], list[dict[str, Any]]]:
         """Returns the held-out metrics of a role, emitted under `name`, and its first answers as plain data."""
         answers = self._answers(role, self.config.num_samples)
         metrics = heldout_metrics(answers)
-        self.emit(Evaluated(step=step, stats={f"heldout/{name}/{key}": value for key, value in metrics.items()}))
+        self.emit(
+            Evaluated(
+                step=step,
+                stats={f"heldout/{name}/{key}": value for key, value in metrics.items()},
+            )
+        )
         num_stored = self.config.num_completions_to_print
         return metrics, [self._to_dict(samples[0]) for samples in answers[:num_stored]]
 
@@ -97,7 +117,12 @@ class StageEvaluator:
     def _answers(self, role: str, num_samples: int) -> Sequence[Sequence[GradedAnswer]]:
         # greedy if each question has a single answer
         temperature = self.config.temperature if self.config.num_samples > 1 else 0.0
-        sampling = SamplingParams(self.config.max_new_tokens, self.built.stop_ids, temperature, self.seed)
+        sampling = SamplingParams(
+            self.config.max_new_tokens,
+            self.built.stop_ids,
+            temperature,
+            self.seed,
+        )
         return generate_answers(
             self.built.roles,
             role,

@@ -75,7 +75,12 @@ def _add_adapters(stage: Stage, snapshot: Snapshot) -> Adapters:
     snapshot.tensors[WEIGHTS] = tensors
     if len(names) > 1:
         frozen = {name: stage.frozen_adapters[name] for name in names[:-1]}
-        snapshot.documents[STACK] = {"version": 1, "stack": names, "frozen_adapters": frozen, "combined": combined}
+        snapshot.documents[STACK] = {
+            "version": 1,
+            "stack": names,
+            "frozen_adapters": frozen,
+            "combined": combined,
+        }
         if combined:
             _add_adapter(snapshot, top, adapters[-1])
         else:
@@ -83,7 +88,12 @@ def _add_adapters(stage: Stage, snapshot: Snapshot) -> Adapters:
                 _add_adapter(snapshot, name, adapter)
     for name in others:
         _add_adapter(snapshot, name, as_lora_adapter(roles, name))
-    return Adapters(names, combined, config, is_generative="policy" in stage.built.trained)
+    return Adapters(
+        names,
+        combined,
+        config,
+        is_generative="policy" in stage.built.trained,
+    )
 
 
 def _can_combine(

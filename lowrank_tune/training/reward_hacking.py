@@ -79,7 +79,12 @@ def find_divergence(points: Sequence[EvalPoint], reward_range: float) -> Diverge
     tolerance = MIN_REWARD_RISE * reward_range
     reward_rose = reward > points[0].reward + tolerance and reward >= best.reward - tolerance
     if accuracy_fell and reward_rose:
-        return Divergence(best.step, best.accuracy, now, (points[0].reward, reward))
+        return Divergence(
+            best.step,
+            best.accuracy,
+            now,
+            (points[0].reward, reward),
+        )
     return None
 
 
@@ -125,11 +130,21 @@ class RewardHackingDetector:
         """
         if self.first_reward is not None and not self.points and reference_accuracy is not None:
             self.points.append(
-                [0, self.first_reward, reference_accuracy, accuracy_stderr(reference_accuracy, num_questions)]
+                [
+                    0,
+                    self.first_reward,
+                    reference_accuracy,
+                    accuracy_stderr(reference_accuracy, num_questions),
+                ]
             )
         if self.num_steps:
             self.points.append(
-                [step, self.reward_sum / self.num_steps, accuracy, accuracy_stderr(accuracy, num_questions)]
+                [
+                    step,
+                    self.reward_sum / self.num_steps,
+                    accuracy,
+                    accuracy_stderr(accuracy, num_questions),
+                ]
             )
             self.reward_sum = 0.0
             self.num_steps = 0

@@ -48,7 +48,11 @@ class SampleLogger:
         """Emits one greedy answer of a role to each of the shown questions."""
         if not self.questions:
             return
-        sampling = SamplingParams(self.config.max_new_tokens, self.built.stop_ids, temperature=0.0)
+        sampling = SamplingParams(
+            self.config.max_new_tokens,
+            self.built.stop_ids,
+            temperature=0.0,
+        )
         answers = generate_answers(
             self.built.roles,
             role,

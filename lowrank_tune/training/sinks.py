@@ -43,7 +43,12 @@ class JsonLines:
     inode. Raises `TrainingError` or `UserError` with path and reason.
     """
 
-    def __init__(self, path: Path, resumed_from: int | None = None, event_types: tuple[type[Event], ...] = ()) -> None:
+    def __init__(
+        self,
+        path: Path,
+        resumed_from: int | None = None,
+        event_types: tuple[type[Event], ...] = (),
+    ) -> None:
         self.path = path
         self.event_types = event_types
         with as_user_error(path):
@@ -94,7 +99,12 @@ def truncate_after_step(data: bytes, step: int) -> bytes:
     return b"".join(kept_lines)
 
 
-def log_gaps(events: Path, samples: Path, step: int, has_ended: bool = False) -> Iterator[str]:
+def log_gaps(
+    events: Path,
+    samples: Path,
+    step: int,
+    has_ended: bool = False,
+) -> Iterator[str]:
     """Yields messages about what is missing in the logs of a run, up to the checkpoint of `step`.
 
     With `has_ended` the end of the run must be in the log too. An incomplete last line, as a crash leaves it, is not a
@@ -181,7 +191,12 @@ class EventBus:
                     self._sinks.remove(sink)
                     message = f"{type(sink).__name__} failed and is switched off: {type(error).__name__}: {error}"
                     try:
-                        self(LogMessage(message=message, level="warning"))
+                        self(
+                            LogMessage(
+                                message=message,
+                                level="warning",
+                            )
+                        )
                     except UserError as nested:
                         fatal = fatal or nested
         if fatal is not None:

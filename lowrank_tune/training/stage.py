@@ -66,7 +66,14 @@ class Stage:
         self.save_every = recipe.train.save_steps or max(1, built.steps // DEFAULT_NUM_SAVES)
         self.trainer, parameter_names = self._make_trainer(control)
         self.evaluator = StageEvaluator(recipe, built, emit)
-        self.checkpointer = Checkpointer(recipe, folder, built, self.trainer, parameter_names, emit)
+        self.checkpointer = Checkpointer(
+            recipe,
+            folder,
+            built,
+            self.trainer,
+            parameter_names,
+            emit,
+        )
         self.state = EvaluationState(_reused_results(self.position.previous_results))
         self.is_resumed = checkpoint is not None
         if checkpoint is not None:
@@ -123,9 +130,19 @@ class Stage:
         }
         self.folder.write_json("base.json", facts)
         if isinstance(built.data, TokenizedSplits):
-            report = report_rows(self.recipe, built.data, built.template, built.heldout)
+            report = report_rows(
+                self.recipe,
+                built.data,
+                built.template,
+                built.heldout,
+            )
         else:
-            report = report_prompts(self.recipe, built.data, built.template, built.heldout)
+            report = report_prompts(
+                self.recipe,
+                built.data,
+                built.template,
+                built.heldout,
+            )
         self.folder.write_json("data.json", report.to_dict())
 
     @property
@@ -235,7 +252,12 @@ class Stage:
             )
         return end_hash
 
-    def _measure_heldout(self, name: str, role: str, step: int) -> None:
+    def _measure_heldout(
+        self,
+        name: str,
+        role: str,
+        step: int,
+    ) -> None:
         """Stores metrics and answers of a role to the held-out questions under `name`."""
         metrics, answers = self.evaluator.measure_heldout(name, role, step)
         self.state.best.heldout[name] = metrics
@@ -266,7 +288,12 @@ class Stage:
                 f"train.warmup_steps: {warmup_steps}, of {built.steps} steps in all: the learning rate never reaches "
                 "its peak; warm up for fewer steps, or train longer"
             )
-            self.emit(LogMessage(level="warning", message=message))
+            self.emit(
+                LogMessage(
+                    level="warning",
+                    message=message,
+                )
+            )
 
     def _on_event(self, event: Event) -> None:
         """Emits an event of the loop, after the reward hacking detector has read it."""
@@ -312,7 +339,13 @@ class Stage:
                 stats[f"heldout/policy/{name}"] = value
             stats["heldout_accuracy_stderr"] = accuracy_stderr(heldout["accuracy"], len(self.evaluator.questions))
         if stats:
-            self.emit(Evaluated(step=step, stats=stats, best=is_best))
+            self.emit(
+                Evaluated(
+                    step=step,
+                    stats=stats,
+                    best=is_best,
+                )
+            )
         if may_be_best and heldout is not None:
             self._check_reward_hacking(step, heldout["accuracy"])
         self.evaluator.log_samples("policy", step)
@@ -352,12 +385,22 @@ class Stage:
         detector = self.state.hacking
         reference_metrics = self.state.best.heldout.get(self.reference_name, {})
         num_questions = len(self.evaluator.questions)
-        divergence = detector.update(step, accuracy, num_questions, reference_metrics.get("accuracy"))
+        divergence = detector.update(
+            step,
+            accuracy,
+            num_questions,
+            reference_metrics.get("accuracy"),
+        )
         if divergence is None:
             return
         if detector.warned_at_step is None:
             detector.warned_at_step = step
-            self.emit(LogMessage(level="warning", message=f"step {step}: {divergence.message}"))
+            self.emit(
+                LogMessage(
+                    level="warning",
+                    message=f"step {step}: {divergence.message}",
+                )
+            )
         if self.recipe.evaluate.on_reward_hacking == "stop" and step < self.built.steps:
             detector.stopped_run = True
             self.trainer.should_stop = True
@@ -368,4 +411,7 @@ class Stage:
 
 
 def _reused_results(previous: Mapping[str, Any]) -> BestCheckpoint:
-    return BestCheckpoint(heldout=dict(previous.get("heldout", {})), answers=dict(previous.get("answers", {})))
+    return BestCheckpoint(
+        heldout=dict(previous.get("heldout", {})),
+        answers=dict(previous.get("answers", {})),
+    )

@@ -23,7 +23,13 @@ def chain_summary(stage_chain: Chain, summaries: Sequence[Mapping[str, Any]]) ->
     warnings: list[str] = []
     for number, (stage, summary) in enumerate(zip(stage_chain.stages, summaries, strict=False), 1):
         kept = {key: summary[key] for key in STAGE_KEYS_IN_CHAIN if key in summary}
-        stages.append({"name": stage.name, "folder": stage_folder(number, stage.name), **kept})
+        stages.append(
+            {
+                "name": stage.name,
+                "folder": stage_folder(number, stage.name),
+                **kept,
+            }
+        )
         for key in RESULT_KEYS:
             results[key] |= summary.get(key, {})
         warnings += [f"{stage.name}: {warning}" for warning in summary["warnings"]]
@@ -51,7 +57,11 @@ def read_summary(run: Path) -> dict[str, Any] | None:
     return None
 
 
-def reusable_results(stage_chain: Chain, number: int, summaries: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+def reusable_results(
+    stage_chain: Chain,
+    number: int,
+    summaries: Sequence[Mapping[str, Any]],
+) -> dict[str, Any]:
     """Returns held-out results of earlier stages that stage `number` (from 1) would measure in the same way."""
     current = _measurement(stage_chain.stages[number - 1])
     reusable: dict[str, Any] = {"heldout": {}, "answers": {}}

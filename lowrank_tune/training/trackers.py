@@ -57,7 +57,11 @@ class TrackerRun:
 def _tensorboard(trackers: Any, run: TrackerRun) -> tuple[Any, str]:
     """Writes files in the run folder. A run that starts again from step 0 purges the earlier files."""
     purge = 0 if run.resumed_from is None else run.resumed_from + 1
-    return trackers.TensorBoardTracker("tensorboard", str(run.folder), purge_step=purge), "tensorboard"
+    return trackers.TensorBoardTracker(
+        "tensorboard",
+        str(run.folder),
+        purge_step=purge,
+    ), "tensorboard"
 
 
 def _wandb(trackers: Any, run: TrackerRun) -> tuple[Any, str]:
@@ -85,12 +89,20 @@ def _trackio(trackers: Any, run: TrackerRun) -> tuple[Any, str]:
         name = run.previous_id
     else:
         name = f"{run.name}-{token_hex(2)}"
-    return trackers.TrackioTracker(run.project, name=name, resume="allow"), name
+    return trackers.TrackioTracker(
+        run.project,
+        name=name,
+        resume="allow",
+    ), name
 
 
 def _mlflow(trackers: Any, run: TrackerRun) -> tuple[Any, str]:
     run_id = run.previous_id if run.is_continued else None
-    return trackers.MLflowTracker(experiment_name=run.project, run_id=run_id, run_name=run.name), run_id or ""
+    return trackers.MLflowTracker(
+        experiment_name=run.project,
+        run_id=run_id,
+        run_name=run.name,
+    ), run_id or ""
 
 
 TRACKER_FACTORIES: Mapping[str, Callable[[Any, TrackerRun], tuple[Any, str]]] = {
@@ -239,14 +251,28 @@ def start_trackers(
             previous_id = state.get(tracker_name)
             if not isinstance(previous_id, str):
                 previous_id = None
-            run = TrackerRun(project, name, folder, resumed_from, previous_id)
+            run = TrackerRun(
+                project,
+                name,
+                folder,
+                resumed_from,
+                previous_id,
+            )
             inner, state[tracker_name] = _start_tracker(tracker_name, tracking, run)
             logged: LoggedSteps = frozenset()
             if run.is_continued:
                 # TensorBoard purges what follows the checkpoint, so those steps are logged again
                 up_to = resumed_from if tracker_name == "tensorboard" else None
                 logged = last_logged_steps(earlier_events, up_to)
-            started.append(Tracker(tracker_name, inner, flatten_settings(recipe), not run.is_continued, logged))
+            started.append(
+                Tracker(
+                    tracker_name,
+                    inner,
+                    flatten_settings(recipe),
+                    not run.is_continued,
+                    logged,
+                )
+            )
     except BaseException:
         for tracker in started:
             tracker.close()
@@ -255,7 +281,11 @@ def start_trackers(
     return started
 
 
-def _start_tracker(name: str, tracking: Any, run: TrackerRun) -> tuple[Any, str]:
+def _start_tracker(
+    name: str,
+    tracking: Any,
+    run: TrackerRun,
+) -> tuple[Any, str]:
     try:
         inner, run_id = TRACKER_FACTORIES[name](tracking, run)
         inner.start()

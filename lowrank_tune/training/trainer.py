@@ -32,7 +32,14 @@ if TYPE_CHECKING:  # the trainer must run where pydantic is not installed (bench
     from lowrank_tune.config import TrainingConfig
 
 T = TypeVar("T")
-__all__ = ["Trainer", "TrainerState", "make_optimizer", "memory_gib", "update_stats", "lr_at_step"]
+__all__ = [
+    "Trainer",
+    "TrainerState",
+    "make_optimizer",
+    "memory_gib",
+    "update_stats",
+    "lr_at_step",
+]
 
 # An update is stalled below either of the first two limits: a B that starts at 0 changes at any learning rate, so the
 # share alone is not enough. Near the end of a schedule small updates are expected.
@@ -107,7 +114,12 @@ class Trainer:
         torch.manual_seed(step_seed(self.seed, step))
         self.limits.message_prefix = f"step {step + 1}: "
         is_logged = (step + 1) % self.train.logging_steps == 0 or step in (0, self.steps - 1)
-        lr_factor = lr_at_step(step, self.steps, self.train.warmup_steps, self.train.lr_scheduler_type)
+        lr_factor = lr_at_step(
+            step,
+            self.steps,
+            self.train.warmup_steps,
+            self.train.lr_scheduler_type,
+        )
         learning_rate = self.train.learning_rate * lr_factor
         self._set_learning_rate(learning_rate)
 
@@ -144,7 +156,12 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate * group.get("share", 1.0)
 
-    def _update(self, minibatches: Iterator[Batch], stats: Stats, is_logged: bool) -> int:
+    def _update(
+        self,
+        minibatches: Iterator[Batch],
+        stats: Stats,
+        is_logged: bool,
+    ) -> int:
         """Runs an optimizer step for each minibatch and adds its metrics to `stats`. Returns the number of tokens.
 
         A minibatch without a finite loss and gradient changes nothing and ends the step.
@@ -170,7 +187,12 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)
         return tokens
 
-    def _add_run_metrics(self, metrics: dict[str, float], learning_rate: float, tokens_per_second: float) -> None:
+    def _add_run_metrics(
+        self,
+        metrics: dict[str, float],
+        learning_rate: float,
+        tokens_per_second: float,
+    ) -> None:
         metrics["learning_rate"] = learning_rate
         metrics["memory_gib"] = memory_gib(self.device)
         metrics["tokens_per_second"] = tokens_per_second
@@ -292,7 +314,12 @@ class Trainer:
                 f"the last step moved {updated_fraction:.1%} of the adapter's elements, by {update_ratio:.0e} of their "
                 "size: nothing is being learned; look at train.learning_rate and at the loss mask"
             )
-            self.emit(LogMessage(level="warning", message=message))
+            self.emit(
+                LogMessage(
+                    level="warning",
+                    message=message,
+                )
+            )
 
     def _emit_diagnostics(self, metrics: Mapping[str, float]) -> None:
         """Logs the warnings of the algorithm, each kind (the words before its first comma) once for each start."""
@@ -300,10 +327,20 @@ class Trainer:
             kind = message.partition(",")[0]
             if kind not in self.warned:
                 self.warned.add(kind)
-                self.emit(LogMessage(level="warning", message=f"step {self.state.step}: {message}"))
+                self.emit(
+                    LogMessage(
+                        level="warning",
+                        message=f"step {self.state.step}: {message}",
+                    )
+                )
 
 
-def lr_at_step(step: int, steps: int, warmup: int, schedule: str) -> float:
+def lr_at_step(
+    step: int,
+    steps: int,
+    warmup: int,
+    schedule: str,
+) -> float:
     """Returns the learning rate of a step (0-based) relative to its peak: linear warmup, then cosine or linear decay to
     0 after the last step, or constant."""
     if step < warmup:

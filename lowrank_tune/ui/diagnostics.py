@@ -50,7 +50,13 @@ EVALUATIONS_PAST_BEST = 3
 
 # Distance from the reference, nats a token. SFT is meant to move away from its reference; an algorithm that optimizes a
 # reward is not.
-MAX_KL = {"sft": 5.0, "reward": 5.0, "dpo": 2.0, "grpo": 0.5, "ppo": 0.5}
+MAX_KL = {
+    "sft": 5.0,
+    "reward": 5.0,
+    "dpo": 2.0,
+    "grpo": 0.5,
+    "ppo": 0.5,
+}
 KL_ADVICE = {
     "dpo": "raise dpo.beta or lower train.learning_rate",
     "grpo": "raise grpo.beta or lower train.learning_rate",

@@ -56,7 +56,12 @@ def read_group(event: GroupLogged) -> Group:
     completions = [replace(completion, times=times) for completion, times in counts.items()]
     completions.sort(key=_rank)
     ground_truth = None if event.ground_truth is None else str(event.ground_truth)
-    return Group(event.step, str(event.prompt), ground_truth, tuple(completions))
+    return Group(
+        event.step,
+        str(event.prompt),
+        ground_truth,
+        tuple(completions),
+    )
 
 
 def _rank(completion: LoggedCompletion) -> tuple[float, int]:

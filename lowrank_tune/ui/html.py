@@ -48,7 +48,11 @@ def render(template: str, **values: Any) -> Markup:
     return Markup(_ENVIRONMENT.get_template(f"{template}.html.jinja").render(values))
 
 
-def document(title: str, body: Markup, source: str) -> str:
+def document(
+    title: str,
+    body: Markup,
+    source: str,
+) -> str:
     """Returns a whole page in one file. It contains no address, and its policy forbids to load anything."""
     style = _read("page.css")
     script = _read("page.js")

@@ -367,7 +367,12 @@ class State:
                 spent,
             )
 
-    def _spend_at_most(self, phase: str, limit: float, spent: float) -> None:
+    def _spend_at_most(
+        self,
+        phase: str,
+        limit: float,
+        spent: float,
+    ) -> None:
         self._add(phase, min(spent, limit))
         self._add(OTHER, spent - min(spent, limit))
 

@@ -59,13 +59,25 @@ class Axis:
 class Plot:
     """A drawing area with two axes, their labels and a grid. Each method adds elements above the earlier ones."""
 
-    def __init__(self, x: Axis, y: Axis, kind: str = "") -> None:
+    def __init__(
+        self,
+        x: Axis,
+        y: Axis,
+        kind: str = "",
+    ) -> None:
         self.x = x
         self.y = y
         self.root = _svg(f"chart {kind}", WIDTH, HEIGHT)
         for tick, label in y.labels():
             at = self.y_at(tick)
-            self.add("line", "grid", x1=LEFT, x2=WIDTH - RIGHT, y1=at, y2=at)
+            self.add(
+                "line",
+                "grid",
+                x1=LEFT,
+                x2=WIDTH - RIGHT,
+                y1=at,
+                y2=at,
+            )
             self.label(label, LEFT - 7, at + 3.5, "end")
         for tick, label in x.labels():
             self.label(label, self.x_at(tick), HEIGHT - 8)
@@ -94,24 +106,58 @@ class Plot:
         """Adds an element of class `kind`. `title` is its tooltip; `_` in the name of an attribute stands for `-`."""
         _add(self.root, tag, kind, title, text, **attributes)
 
-    def label(self, text: str, x: float, y: float, anchor: str = "middle") -> None:
+    def label(
+        self,
+        text: str,
+        x: float,
+        y: float,
+        anchor: str = "middle",
+    ) -> None:
         """Adds a text that ends at, or is centered around, a position in pixels."""
-        self.add("text", "tick", text=text, x=x, y=y, text_anchor=anchor)
+        self.add(
+            "text",
+            "tick",
+            text=text,
+            x=x,
+            y=y,
+            text_anchor=anchor,
+        )
 
-    def path(self, kind: str, data: str, title: str) -> None:
+    def path(
+        self,
+        kind: str,
+        data: str,
+        title: str,
+    ) -> None:
         """Adds a path from its path data."""
         self.add("path", kind, title, d=data)
 
-    def polyline(self, kind: str, points: Sequence[Point], title: str) -> None:
+    def polyline(
+        self,
+        kind: str,
+        points: Sequence[Point],
+        title: str,
+    ) -> None:
         """Adds straight lines from point to point."""
         self.path(kind, "M" + "L".join(map(self.at, points)), title)
 
-    def dots(self, kind: str, points: Sequence[Point], title: str) -> None:
+    def dots(
+        self,
+        kind: str,
+        points: Sequence[Point],
+        title: str,
+    ) -> None:
         """Adds a dot for each point, all of them as one path."""
         moves = [f"M{self.at(point)}h0" for point in points]
         self.path(f"dots {kind}".strip(), "".join(moves), title)
 
-    def circle(self, kind: str, point: Point, title: str, radius: float = 2.6) -> None:
+    def circle(
+        self,
+        kind: str,
+        point: Point,
+        title: str,
+        radius: float = 2.6,
+    ) -> None:
         """Adds a circle with a radius in pixels."""
         x, y = point
         self.add(
@@ -123,7 +169,14 @@ class Plot:
             r=radius,
         )
 
-    def bar(self, kind: str, value: float, title: str, x: float, width: float) -> None:
+    def bar(
+        self,
+        kind: str,
+        value: float,
+        title: str,
+        x: float,
+        width: float,
+    ) -> None:
         """Adds an upright bar of height `value`; its left edge and its width are in pixels."""
         top = self.y_at(value)
         self.add(
@@ -141,7 +194,11 @@ class Plot:
         return _markup(self.root)
 
 
-def _svg(kind: str, width: int, height: int) -> Element:
+def _svg(
+    kind: str,
+    width: int,
+    height: int,
+) -> Element:
     return Element(
         "svg",
         {
@@ -191,7 +248,13 @@ def line_chart(series: Sequence[Series], log: bool = False) -> Markup:
     plot.root.set("data-box", f"{LEFT} {TOP} {WIDTH - RIGHT} {HEIGHT - BOTTOM}")
     for line in series:
         _draw_line(plot, line)
-    plot.add("line", "cross", y1=TOP, y2=HEIGHT - BOTTOM, visibility="hidden")
+    plot.add(
+        "line",
+        "cross",
+        y1=TOP,
+        y2=HEIGHT - BOTTOM,
+        visibility="hidden",
+    )
     return plot.svg()
 
 
@@ -226,7 +289,12 @@ def bar(share: float, kind: str = "") -> Markup:
     return _markup(root)
 
 
-def length_histogram(edges: Sequence[int], counts: Sequence[int], limit: int, over: int) -> Markup:
+def length_histogram(
+    edges: Sequence[int],
+    counts: Sequence[int],
+    limit: int,
+    over: int,
+) -> Markup:
     """Returns upright bars of the lengths between `edges`, and a last one of those over the limit."""
     labels = [f"{edge:,}" for edge in edges[1:]]
     names = [f"{low + 1:,} to {high:,} tokens" for low, high in zip(edges, edges[1:], strict=False)]
@@ -303,7 +371,12 @@ def whole_number_axis(high: float, count: int = 4) -> Axis:
     """Returns an axis from 0 to at least `high`, of which only whole numbers are labeled."""
     axis = linear_axis([0, high], count)
     ticks = [tick for tick in axis.ticks if tick == int(tick)]
-    return Axis(0, max(high, *ticks), ticks, format_label=format_whole)
+    return Axis(
+        0,
+        max(high, *ticks),
+        ticks,
+        format_label=format_whole,
+    )
 
 
 def format_whole(value: float) -> str:
@@ -322,7 +395,12 @@ def log_axis(values: Sequence[float]) -> Axis:
     ticks = [factor * 10.0**power for power in range(first, last, every) for factor in factors]
     ticks.append(10.0**last)
     visible = [tick for tick in ticks if low / 2.5 <= tick <= high * 2.5] or ticks
-    return Axis(min(low, visible[0]), max(high, visible[-1]), visible, log=True)
+    return Axis(
+        min(low, visible[0]),
+        max(high, visible[-1]),
+        visible,
+        log=True,
+    )
 
 
 def _step_axis(steps: Sequence[float]) -> Axis:

@@ -180,7 +180,11 @@ def watch(
         polled = [watched_run.poll() for watched_run in watched]
         return any(polled)
 
-    def draw(view: View, width: int, height: int) -> list[Line]:
+    def draw(
+        view: View,
+        width: int,
+        height: int,
+    ) -> list[Line]:
         return render_several(
             [watched_run.state for watched_run in watched],
             view,
@@ -198,7 +202,14 @@ def watch(
 
     # the default handler raises KeyboardInterrupt, which a callback of the interpreter could swallow
     before = signal.signal(signal.SIGINT, lambda *_: over.set())
-    screen = LiveScreen(draw, changed, on_key, on_failure, owns_run=False, environ=environ)
+    screen = LiveScreen(
+        draw,
+        changed,
+        on_key,
+        on_failure,
+        owns_run=False,
+        environ=environ,
+    )
     screen.start()
     try:
         # in short waits, so that signals are handled

@@ -30,15 +30,27 @@ class TokenizerBackend:
         self.tokenizer = tokenizer
         state = json.loads(tokenizer.backend_tokenizer.to_str())
         # Padding and truncation would change the ids, and a post-processor may shorten the offsets.
-        state.update(padding=None, truncation=None, post_processor=None)
-        self.state = json.dumps(state, sort_keys=True, ensure_ascii=True)
+        state.update(
+            padding=None,
+            truncation=None,
+            post_processor=None,
+        )
+        self.state = json.dumps(
+            state,
+            sort_keys=True,
+            ensure_ascii=True,
+        )
         self.special_tokenizer = Tokenizer.from_str(self.state)
         self.plain_tokenizer = Tokenizer.from_str(self.state)
         self.plain_tokenizer.encode_special_tokens = True
         added_tokens = self.special_tokenizer.get_added_tokens_decoder()
         special = {token_id: token for token_id, token in added_tokens.items() if token.special}
         self.special_tokens: dict[str, int] = {token.content: token_id for token_id, token in special.items()}
-        longest_first = sorted(self.special_tokens, key=len, reverse=True)
+        longest_first = sorted(
+            self.special_tokens,
+            key=len,
+            reverse=True,
+        )
         self.special_pattern = re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
         self.bos: int | None = tokenizer.bos_token_id
         self.eos: int | None = tokenizer.eos_token_id

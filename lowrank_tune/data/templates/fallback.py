@@ -23,7 +23,11 @@ from lowrank_tune.data.templates.backend import CONTROL_FOUND, TokenizerBackend
 from lowrank_tune.errors import UserError
 from lowrank_tune.toy import text as toy_text
 
-ROLE_TOKENS = {"system": toy_text.SYSTEM, "user": toy_text.USER, "assistant": toy_text.ASSISTANT}
+ROLE_TOKENS = {
+    "system": toy_text.SYSTEM,
+    "user": toy_text.USER,
+    "assistant": toy_text.ASSISTANT,
+}
 
 
 class _FallbackTemplate:
@@ -131,7 +135,11 @@ class DefaultTemplate(_FallbackTemplate):
         ids = [self.bos]
         mask = [False]
         for message, piece in zip(messages, pieces, strict=True):
-            ids += [self.role_ids[message.role], *piece, self.end_of_turn]
+            ids += [
+                self.role_ids[message.role],
+                *piece,
+                self.end_of_turn,
+            ]
             is_answer = message.role == "assistant"
             mask += [False, *[is_answer] * (len(piece) + 1)]
         return ids, mask

@@ -55,9 +55,21 @@ class Quantizer:
     ) -> list[str]:
         """Returns the command that quantizes `source` to a type, which llama.cpp calls `kind` and `number`."""
         if self.program is not None:
-            return [str(self.program), str(source), str(target), kind.upper()]
+            return [
+                str(self.program),
+                str(source),
+                str(target),
+                kind.upper(),
+            ]
         child = Path(__file__).with_name("quantize_child.py")
-        return [sys.executable, "-P", str(child), str(source), str(target), str(number)]
+        return [
+            sys.executable,
+            "-P",
+            str(child),
+            str(source),
+            str(target),
+            str(number),
+        ]
 
 
 def named_folder(given: Path | None) -> Path | None:
@@ -127,7 +139,11 @@ def _download(folder: Path) -> Path:
         "-d",
         str(folder),
     ]
-    result = subprocess.run(command, capture_output=True, text=True)
+    result = subprocess.run(
+        command,
+        capture_output=True,
+        text=True,
+    )
     if result.returncode or not (folder / ARCHIVE).is_file():
         lines = result.stderr.strip().splitlines() or ["no reason given"]
         errors = [line for line in lines if line.startswith("ERROR")] or lines

@@ -69,7 +69,12 @@ def shape_of(config: Any) -> Shape:
     text = config.get_text_config()
     heads = int(text.num_attention_heads)
     kv_heads = int(getattr(text, "num_key_value_heads", None) or heads)
-    return Shape(config.model_type, int(text.num_hidden_layers), heads, kv_heads)
+    return Shape(
+        config.model_type,
+        int(text.num_hidden_layers),
+        heads,
+        kv_heads,
+    )
 
 
 def gguf_tensors(
@@ -107,7 +112,16 @@ def gguf_tensors(
 
 def permute_rope(rows: Tensor, heads: int) -> Tensor:
     """Returns rows (out, r) in which, within each head, row i of the second half follows row i of the first."""
-    return rows.reshape(heads, 2, len(rows) // heads // 2, -1).transpose(1, 2).reshape(rows.shape)
+    return (
+        rows.reshape(
+            heads,
+            2,
+            len(rows) // heads // 2,
+            -1,
+        )
+        .transpose(1, 2)
+        .reshape(rows.shape)
+    )
 
 
 def write_gguf_lora(
@@ -133,7 +147,11 @@ def write_gguf_lora(
     writer.add_file_type(getattr(gguf.LlamaFileType, file_type))
     for key, tensor in converted.items():
         data = tensor.to(torch.float32).numpy()
-        writer.add_tensor(key, gguf.quants.quantize(data, dtype), raw_dtype=dtype)
+        writer.add_tensor(
+            key,
+            gguf.quants.quantize(data, dtype),
+            raw_dtype=dtype,
+        )
     try:
         writer.write_header_to_file()
         writer.write_kv_data_to_file()

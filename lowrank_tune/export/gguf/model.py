@@ -40,7 +40,11 @@ BITS_PER_WEIGHT = {
 NATIVE_OUTTYPES = ("f32", "f16", "bf16", "q8_0")
 """Types that the converter writes without the quantizer."""
 MAX_OUTPUT_LINES = 200
-BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}
+BYTE_LEVEL = {
+    "type": "ByteLevel",
+    "add_prefix_space": False,
+    "use_regex": True,
+}
 QWEN2 = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
@@ -55,7 +59,12 @@ PRETOKENIZERS: dict[str, tuple[Any, Any]] = {
         {
             "type": "Sequence",
             "pretokenizers": [
-                {"type": "Split", "pattern": {"Regex": QWEN2}, "behavior": "Isolated", "invert": False},
+                {
+                    "type": "Split",
+                    "pattern": {"Regex": QWEN2},
+                    "behavior": "Isolated",
+                    "invert": False,
+                },
                 BYTE_LEVEL | {"use_regex": False},
             ],
         },
@@ -127,7 +136,12 @@ def convert(
         "--model-name",
         name,
     ]
-    code, output = run_tool(command, f"llama.cpp writes {kind}", r"Writing:\s+(\d+)%()", emit)
+    code, output = run_tool(
+        command,
+        f"llama.cpp writes {kind}",
+        r"Writing:\s+(\d+)%()",
+        emit,
+    )
     text = "\n".join(output)
     if code == 0 and file.is_file():
         return
@@ -153,7 +167,12 @@ def quantize(
     """Runs the quantizer. Raises TrainingError with the quantizer's error."""
     _, number = BITS_PER_WEIGHT[kind]
     command = tool.command(source, file, kind, number)
-    code, output = run_tool(command, f"llama.cpp quantizes to {kind}", r"\[\s*(\d+)/\s*(\d+)\]", emit)
+    code, output = run_tool(
+        command,
+        f"llama.cpp quantizes to {kind}",
+        r"\[\s*(\d+)/\s*(\d+)\]",
+        emit,
+    )
     if code or not file.is_file():
         raise TrainingError(f"llama.cpp's quantizer failed (exit code {code}): {_error_line(output)}")
 
@@ -166,7 +185,12 @@ def run_tool(
 ) -> tuple[int, list[str]]:
     """Runs a program and returns its exit code and its last lines of output. `pattern` matches the finished units and
     their total (100 without one) in a line. The program is killed if this process is interrupted."""
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "PYTHONUNBUFFERED": "1"}
+    environment = {
+        **os.environ,
+        "HF_HUB_OFFLINE": "1",
+        "TRANSFORMERS_OFFLINE": "1",
+        "PYTHONUNBUFFERED": "1",
+    }
     environment.pop("NO_LOCAL_GGUF", None)
     process = subprocess.Popen(
         command,
@@ -189,7 +213,13 @@ def run_tool(
             match = progress.search(line)
             if match:
                 done, total = match.groups()
-                emit(Progress(description=label, done=int(done), total=int(total or 100)))
+                emit(
+                    Progress(
+                        description=label,
+                        done=int(done),
+                        total=int(total or 100),
+                    )
+                )
         code = process.wait()
     except BaseException:
         process.kill()

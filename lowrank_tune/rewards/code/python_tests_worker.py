@@ -51,7 +51,11 @@ def load(spec: Mapping[str, Any]) -> Callable[[Mapping[str, Any]], dict[str, str
     runner = CheckRunner(spec["level"])
 
     @lru_cache(CACHE_SIZE)
-    def check_reference(tests: RowTests, reference: str, seconds: float) -> CheckResult:
+    def check_reference(
+        tests: RowTests,
+        reference: str,
+        seconds: float,
+    ) -> CheckResult:
         """Returns the result of the row's own solution. Raises Inconclusive."""
         result = runner.run(tests, reference, seconds)
         if result.outcome in ("late", "error"):
@@ -75,7 +79,12 @@ def load(spec: Mapping[str, Any]) -> Callable[[Mapping[str, Any]], dict[str, str
                     result = CheckResult("fault", f"its own solution did not end within {seconds:g} s")
                 elif result.mistyped and reference_result.mistyped:
                     # types do not count if the row's own solution fails by them, as one that returns 0 for False
-                    result = runner.run(tests, code, seconds, strict=False)
+                    result = runner.run(
+                        tests,
+                        code,
+                        seconds,
+                        strict=False,
+                    )
         return {"outcome": result.outcome, "reason": result.reason}
 
     return grade
@@ -145,7 +154,11 @@ def row_tests(row: Mapping[str, Any]) -> RowTests:
     raise InvalidTests("it has neither `test` with `entry_point` nor a `test_list`")
 
 
-def _humaneval_tests(prompt: str, test: str, entry: str) -> RowTests:
+def _humaneval_tests(
+    prompt: str,
+    test: str,
+    entry: str,
+) -> RowTests:
     """HumanEval: imports and helpers of the prompt, the tests, then a call of `check` with the function."""
     if not entry.isidentifier():
         raise InvalidTests("its `entry_point` is not a name")
@@ -172,7 +185,18 @@ def _mbpp_tests(row: Mapping[str, Any], tests: Sequence[str]) -> RowTests:
     if not solution_names:
         raise InvalidTests("its tests use nothing of the solution")
     names = [f"{name} = __solution__({name!r})" for name in sorted(solution_names)]
-    return RowTests("", "", "\n".join([*imports, *names, *setup, *tests]))
+    return RowTests(
+        "",
+        "",
+        "\n".join(
+            [
+                *imports,
+                *names,
+                *setup,
+                *tests,
+            ]
+        ),
+    )
 
 
 def _text_list(value: object) -> list[str]:

@@ -149,12 +149,20 @@ def _statement(row: Mapping[str, Any]) -> str | None:
     return None
 
 
-def _head(row: Mapping[str, Any], statement: str, name: str) -> str:
+def _head(
+    row: Mapping[str, Any],
+    statement: str,
+    name: str,
+) -> str:
     header = row.get("header")
     return restated_theorem(statement, header if isinstance(header, str) else "", name)
 
 
-def restated_theorem(statement: str, header: str, name: str) -> str:
+def restated_theorem(
+    statement: str,
+    header: str,
+    name: str,
+) -> str:
     """Returns the row's own lines up to the `:=`, with the theorem under a new name."""
     bare = EMPTY_PROOF.sub("", statement.rstrip()).rstrip()
     *_, theorem = THEOREM.finditer(bare)

@@ -23,7 +23,13 @@ ENVIRONMENT = ("PATH", "HOME", "ELAN_HOME", "ELAN_TOOLCHAIN", "LEAN_PATH", "LEAN
 MAX_OUTPUT_BYTES = 4 << 20  # bytes of messages
 MAX_REASON_CHARS = 300
 FLAGS = ("--json", "--stdin")
-TRUSTED_AXIOMS = frozenset({"propext", "Classical.choice", "Quot.sound"})
+TRUSTED_AXIOMS = frozenset(
+    {
+        "propext",
+        "Classical.choice",
+        "Quot.sound",
+    }
+)
 AXIOMS = re.compile(r"depends on axioms: \[([^\]]*)\]")
 PROBE_NAME = "lowrank_tries"
 PROBE_THEOREM = f"theorem {PROBE_NAME} : True\n:= trivial\n#print axioms {PROBE_NAME}\n"
@@ -63,7 +69,11 @@ def load(spec: Mapping[str, Any]) -> Callable[[Mapping[str, Any]], Mapping[str, 
     return grade
 
 
-def rejection_reason(messages: Messages, name: str, line: int) -> str | None:
+def rejection_reason(
+    messages: Messages,
+    name: str,
+    line: int,
+) -> str | None:
     """Returns why the messages do not show a proof: an error, or an axiom that is not trusted. None if they do.
 
     `line`: the number of the line that prints the axioms; messages about axioms from other lines do not count. Raises
@@ -101,7 +111,11 @@ def _line(message: Mapping[str, Any]) -> int:
     return line if isinstance(line, int) else 0
 
 
-def run_lean(program: Sequence[str], text: str, megabytes: int) -> list[Mapping[str, Any]]:
+def run_lean(
+    program: Sequence[str],
+    text: str,
+    megabytes: int,
+) -> list[Mapping[str, Any]]:
     """Returns the program's messages for a file. Raises LeanFailed if it was killed, or its exit code does not fit its
     messages."""
     with tempfile.TemporaryFile() as stdin_file, tempfile.TemporaryFile() as stdout_file:

@@ -164,7 +164,11 @@ def _parse_row_term(request: Mapping[str, Any], column: str) -> str:
     return format_sexpr(terms[0])
 
 
-def _decide_row(decide: DecideFn, script: str, label: str) -> str:
+def _decide_row(
+    decide: DecideFn,
+    script: str,
+    label: str,
+) -> str:
     """Returns the result for a script that contains only the row. Raises InvalidRow if Z3 rejects it."""
     import z3
 
@@ -356,7 +360,11 @@ def invariant(request: Mapping[str, Any], decide: DecideFn) -> str | None:
     return None
 
 
-def _parse_formula(text: str, names: Container[str], state: set[str]) -> Any:
+def _parse_formula(
+    text: str,
+    names: Container[str],
+    state: set[str],
+) -> Any:
     """Returns the one term of an answer, or the body of its one definition over names of the state. Raises
     SmtlibParseError."""
     terms = parse_sexprs(text)

@@ -74,8 +74,34 @@ WORD_PATTERN = re.compile(r"[A-Za-z][A-Za-z',.; -]*")
 SYMBOLS_ONLY = re.compile(r"[\u2460-\u2473<>=, ]+")
 HEADING = re.compile(r"(?:Part|Step|Case|Task|Method|Section|Teil)\b")
 LOWERCASE_WORD = re.compile(r"(?<![\\A-Za-z])[A-Za-z]*[a-z][A-Za-z]*")
-SHORT_WORDS = frozenset({"yes", "no", "odd", "one", "two", "six", "ten", "all", "none"})
-MATH_WORDS = frozenset({"sqrt", "frac", "sin", "cos", "tan", "log", "exp", "min", "max", "mod", "and"})
+SHORT_WORDS = frozenset(
+    {
+        "yes",
+        "no",
+        "odd",
+        "one",
+        "two",
+        "six",
+        "ten",
+        "all",
+        "none",
+    }
+)
+MATH_WORDS = frozenset(
+    {
+        "sqrt",
+        "frac",
+        "sin",
+        "cos",
+        "tan",
+        "log",
+        "exp",
+        "min",
+        "max",
+        "mod",
+        "and",
+    }
+)
 SET_BUILDER = re.compile(r"\\\{ ?[a-zA-Z] ?(?:\\mid|\\vert|\\in ?\\mathbb ?\{?R\}? ?\||\|) ?([^|]*)\\\}")
 BARE_NUMERATOR = re.compile(r"\\frac ?([0-9a-zA-Z]) ?(?=\{)")
 BARE_FRACTION = re.compile(r"\\frac ?(\\[a-zA-Z]+|\w) ?(\\[a-zA-Z]+|\w)(?![\w{])")

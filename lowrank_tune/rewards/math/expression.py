@@ -43,7 +43,13 @@ GREEK = frozenset(
     "omega Gamma Delta Theta Lambda Xi Sigma Phi Psi Omega ell".split()
 )
 CONSTANTS = frozenset({"pi", "e", "i"})
-CLOSING = {"(": ")", "[": "]", "{": "}", "lfloor": "rfloor", "lceil": "rceil"}
+CLOSING = {
+    "(": ")",
+    "[": "]",
+    "{": "}",
+    "lfloor": "rfloor",
+    "lceil": "rceil",
+}
 SIGN_COMMANDS = {
     "cdot": "*",
     "times": "*",

@@ -16,7 +16,12 @@ MAX_DIGITS = 200  # of one number
 MAX_DEPTH = 20  # levels of nested brackets
 MAX_GROUP_DEPTH = 6  # levels without the brackets around an argument of a command, which take little time
 MAX_EXPONENT_DEPTH = 3  # levels of powers in exponents
-CLOSING = {"(": (")", "]"), "[": (")", "]"), "{": ("}",), "\\{": ("\\}",)}
+CLOSING = {
+    "(": (")", "]"),
+    "[": (")", "]"),
+    "{": ("}",),
+    "\\{": ("\\}",),
+}
 TOKEN = re.compile(r"\\[a-zA-Z]+|\\.|[^\\ ]", re.DOTALL)
 TEXT_ARGUMENT = re.compile(r"(\\text ?)\{[^{}]*\}")
 MISREAD = (

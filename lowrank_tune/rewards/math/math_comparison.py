@@ -19,7 +19,11 @@ class MathParseError(Exception):
     """An answer that is not mathematics, does not hold, or is too large to be computed; the message is a predicate."""
 
 
-def answers_are_equal(ground_truth: Any, answer: Any, is_set: bool) -> bool:
+def answers_are_equal(
+    ground_truth: Any,
+    answer: Any,
+    is_set: bool,
+) -> bool:
     """Returns whether an answer is the gold answer. `is_set`: one of them is written with the braces of a set, so that
     neither is a point. Raises MathParseError for an equation that does not hold."""
     ground_truth, answer = without_names(ground_truth, answer)
@@ -33,7 +37,11 @@ def answers_are_equal(ground_truth: Any, answer: Any, is_set: bool) -> bool:
     if members is not None and len(members) == 1:
         return answers_are_equal(members[0], answer, is_set=False)
     if answer_members is not None and len(answer_members) == 1:
-        return answers_are_equal(ground_truth, answer_members[0], is_set=False)
+        return answers_are_equal(
+            ground_truth,
+            answer_members[0],
+            is_set=False,
+        )
     # a list without braces may be a point
     if members is not None and answer_point is not None:
         return not is_set and are_equal_in_order(members, answer_point)

@@ -54,7 +54,11 @@ def values_are_equal(ground_truth: Any, answer: Any) -> bool:
     return bool(equal)
 
 
-def _small_numbers_are_equal(difference: Any, size: Any, is_rounded: bool) -> bool:
+def _small_numbers_are_equal(
+    difference: Any,
+    size: Any,
+    is_rounded: bool,
+) -> bool:
     """Returns whether a number below 1 and an answer are equal; a rounded answer only in its significant digits."""
     if is_rounded:
         return bool(

@@ -60,7 +60,12 @@ def grade(request: Mapping[str, Any]) -> GradeResult:
     except MathParseError as error:
         return {"gold": str(error)}
     is_set = any(request[name].startswith("\\{") for name in ("gold", "found"))
-    compare = functools.partial(_is_equal, ground_truth, request["found"], is_set)
+    compare = functools.partial(
+        _is_equal,
+        ground_truth,
+        request["found"],
+        is_set,
+    )
     seconds = request["seconds"] * CPU_TIME_SHARE
     try:
         same = compare() if ground_truth.has(*UNEVALUATED_TYPES) else time_limit(seconds, compare)
@@ -71,7 +76,11 @@ def grade(request: Mapping[str, Any]) -> GradeResult:
     return {"same": same}
 
 
-def _is_equal(ground_truth: Any, found: str, is_set: bool) -> bool:
+def _is_equal(
+    ground_truth: Any,
+    found: str,
+    is_set: bool,
+) -> bool:
     """Returns whether the answers are equal. Raises MathParseError if the libraries fail with the answer but can
     compare the gold answer with itself, so that the answer is the cause."""
     answer = parse_answer(found)
@@ -184,7 +193,11 @@ def estimate_digits(part: Any) -> float:
     return largest
 
 
-def _power_digits(power: Any, base_digits: float, exponent_digits: float) -> float:
+def _power_digits(
+    power: Any,
+    base_digits: float,
+    exponent_digits: float,
+) -> float:
     if power.exp.is_Rational and exponent_digits < MAX_LOG_DIGITS:
         exponent = abs(float(power.exp))
     else:

@@ -68,7 +68,11 @@ def grade(request: Mapping[str, Any]) -> GradeResult:
     return compare(ground_truth, answer, f"{request['gold']}\n{request['found']}")
 
 
-def compare(ground_truth: Node, answer: Node, seed: str) -> GradeResult:
+def compare(
+    ground_truth: Node,
+    answer: Node,
+    seed: str,
+) -> GradeResult:
     """Returns the result for two trees, as `grade` does."""
     rng = random.Random(seed.encode(errors="surrogatepass"))
     variables = sorted(free_variables(ground_truth) | free_variables(answer))
@@ -230,7 +234,11 @@ MPMATH_FUNCTIONS: dict[str, Callable[..., Any]] = {
 }
 
 
-def _symbolic(ground_truth: Node, answer: Node, largest: Any) -> GradeResult:
+def _symbolic(
+    ground_truth: Node,
+    answer: Node,
+    largest: Any,
+) -> GradeResult:
     """Returns the result of sympy for two expressions with equal values, of which `largest` is the largest. A zero
     difference confirms that they are the same, and a constant one that is too small to be seen shows that they are not;
     any other result decides nothing."""

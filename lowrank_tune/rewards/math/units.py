@@ -60,7 +60,11 @@ def is_unit(text: str) -> bool:
     return _consists_of_units(text, LETTERS, NOUN if text.startswith(" ") else None)
 
 
-def _consists_of_units(text: str, letters: frozenset[str], noun: re.Pattern[str] | None) -> bool:
+def _consists_of_units(
+    text: str,
+    letters: frozenset[str],
+    noun: re.Pattern[str] | None,
+) -> bool:
     """Returns whether all words of a text but of, per, to and the like are units; `letters` are the units of one
     letter, and `noun` matches the nouns."""
     parts = [part.rstrip(".") for part in PARTS.split(text) if part.strip(".")]
@@ -70,7 +74,11 @@ def _consists_of_units(text: str, letters: frozenset[str], noun: re.Pattern[str]
     return all(_is_unit_word(part, letters, noun) for part in units)
 
 
-def _is_unit_word(word: str, letters: frozenset[str], noun: re.Pattern[str] | None) -> bool:
+def _is_unit_word(
+    word: str,
+    letters: frozenset[str],
+    noun: re.Pattern[str] | None,
+) -> bool:
     lower = word.casefold()
     if word in letters or word in SYMBOLS:
         return True

@@ -77,7 +77,13 @@ class SandboxPair:
             self._solver.ready()
             self._tester.ready()
             self._time = ChargedTime([self._solver.pid, self._tester.pid], seconds)
-            program = encode({"prompt": prompt, "code": code, "entry": entry})
+            program = encode(
+                {
+                    "prompt": prompt,
+                    "code": code,
+                    "entry": entry,
+                }
+            )
             return self._relay(program, encode([tests, strict]))
         except TestFailed as wrong:
             return CheckResult("fail", str(wrong))
@@ -96,7 +102,11 @@ class SandboxPair:
         self._tester.end()
 
     def _slow_result(self) -> CheckResult:
-        return CheckResult("fail", f"did not end within {self.seconds:g} s", slow=True)
+        return CheckResult(
+            "fail",
+            f"did not end within {self.seconds:g} s",
+            slow=True,
+        )
 
     def _starved_result(self, starved: str) -> CheckResult:
         """Returns the result for code that could run nearly all the time but did not use its time. If a program that

@@ -13,7 +13,11 @@ from lowrank_tune.rewards.sandbox.values import encode
 ROLES = {"solver": solver.serve, "tester": tester.serve}
 
 
-def main(role: str, level: str, *numbers: str) -> None:
+def main(
+    role: str,
+    level: str,
+    *numbers: str,
+) -> None:
     """Confines this process and serves a role until the channel is closed. `numbers`: the descriptor of the channel,
     the process id of the parent, and the limits of `confine`."""
     descriptor, *rest = map(int, numbers)

@@ -57,10 +57,18 @@ def confine(
     _limit(memory, seconds, tasks)
     os.environ.clear()
     landlock_version = restrict(level, readable_descriptors, writable_descriptors)
-    return {"level": level, "uid": os.getuid(), "landlock": landlock_version}
+    return {
+        "level": level,
+        "uid": os.getuid(),
+        "landlock": landlock_version,
+    }
 
 
-def restrict(level: str, readable: list[int], writable: list[int]) -> int:
+def restrict(
+    level: str,
+    readable: list[int],
+    writable: list[int],
+) -> int:
     """Installs Landlock if the level needs it or the kernel has it, then the filter of system calls. Returns the
     version of Landlock, or 0."""
     landlock_version = 0
@@ -129,7 +137,11 @@ def _become_nobody() -> None:
     prctl(PR_SET_DUMPABLE, 1)
 
 
-def _limit(memory: int, seconds: int, tasks: int) -> None:
+def _limit(
+    memory: int,
+    seconds: int,
+    tasks: int,
+) -> None:
     sizes = {
         resource.RLIMIT_AS: memory,
         resource.RLIMIT_CPU: seconds,

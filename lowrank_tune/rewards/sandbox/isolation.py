@@ -129,7 +129,16 @@ def escape_checks(solver: Confined) -> list[str]:
         secret = os.path.join(folder, "secret")
         with open(secret, "w") as handle:
             handle.write("x")
-        solver.send(encode({"prompt": "", "code": PROBE, "entry": ""}), deadline)
+        solver.send(
+            encode(
+                {
+                    "prompt": "",
+                    "code": PROBE,
+                    "entry": "",
+                }
+            ),
+            deadline,
+        )
         loaded = decode(solver.receive(deadline))
         if loaded != ["loaded"]:
             return [f"cannot run ({loaded})"]

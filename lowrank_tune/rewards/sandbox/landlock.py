@@ -32,7 +32,11 @@ SIGNALS_AND_ABSTRACT_SOCKETS = 3
 class RulesetAttr(ctypes.Structure):
     """struct landlock_ruleset_attr."""
 
-    _fields_ = [("files", ctypes.c_uint64), ("network", ctypes.c_uint64), ("scoped", ctypes.c_uint64)]
+    _fields_ = [
+        ("files", ctypes.c_uint64),
+        ("network", ctypes.c_uint64),
+        ("scoped", ctypes.c_uint64),
+    ]
 
 
 class PathBeneathAttr(ctypes.Structure):
@@ -89,6 +93,17 @@ def restrict(readable: Iterable[int], writable: Iterable[int]) -> int:
     return abi_version
 
 
-def _allow(ruleset: int, descriptor: int, rights: int) -> None:
+def _allow(
+    ruleset: int,
+    descriptor: int,
+    rights: int,
+) -> None:
     rule = PathBeneathAttr(rights, descriptor)
-    syscall(ADD, "landlock_add_rule", ruleset, PATH_BENEATH, ctypes.addressof(rule), 0)
+    syscall(
+        ADD,
+        "landlock_add_rule",
+        ruleset,
+        PATH_BENEATH,
+        ctypes.addressof(rule),
+        0,
+    )

@@ -57,7 +57,13 @@ class Confined:
         self._channel = Channel(parent_end)
         self._nonce = secrets.token_bytes(NONCE_BYTES)
         self._num_received = 0
-        numbers = [child_end.fileno(), os.getpid(), MEMORY_BYTES, CPU_SECONDS, max_tasks()]
+        numbers = [
+            child_end.fileno(),
+            os.getpid(),
+            MEMORY_BYTES,
+            CPU_SECONDS,
+            max_tasks(),
+        ]
         with child_end:
             self._process = subprocess.Popen(
                 [*python(level), role, level, *map(str, numbers)],
@@ -177,17 +183,35 @@ def bubblewrap() -> list[str]:
     if os.geteuid() == 0:
         command += ["--cap-add", "CAP_SETUID", "--cap-add", "CAP_SETGID"]  # to change to the user nobody
     else:
-        command += ["--unshare-user", "--uid", "65534", "--gid", "65534"]
+        command += [
+            "--unshare-user",
+            "--uid",
+            "65534",
+            "--gid",
+            "65534",
+        ]
     visible = [*mounts.readable([library]), interpreter()]
     folders = {str(folder) for path in visible for folder in Path(path).parents} - {"/"}
     for folder in sorted(folders):
         # a folder that is closed to other users outside is open inside
         command += ["--perms", "0755", "--dir", folder]
     for path in visible:
-        command += ["--dev-bind" if path in mounts.DEVICES else "--ro-bind", path, path]
+        command += [
+            "--dev-bind" if path in mounts.DEVICES else "--ro-bind",
+            path,
+            path,
+        ]
     for name, target in mounts.root_symlinks():
         command += ["--symlink", target, name]
-    return [*command, "--ro-bind", str(FOLDER), "/kit", "--chdir", "/", "--"]
+    return [
+        *command,
+        "--ro-bind",
+        str(FOLDER),
+        "/kit",
+        "--chdir",
+        "/",
+        "--",
+    ]
 
 
 @functools.cache

@@ -44,7 +44,13 @@ def enter(readable: Sequence[str]) -> None:
     # opened before the new root hides them
     sources = [(path, os.open(path, os.O_PATH | os.O_CLOEXEC)) for path in readable]
     root = next(path for path in ROOTS if os.path.isdir(path))
-    _mount("tmpfs", root, "tmpfs", NO_SUID | NO_DEV, "size=256k,mode=755")
+    _mount(
+        "tmpfs",
+        root,
+        "tmpfs",
+        NO_SUID | NO_DEV,
+        "size=256k,mode=755",
+    )
     os.chdir(root)
     for path, source in sources:
         _bind_mount(path, source)
@@ -55,7 +61,12 @@ def enter(readable: Sequence[str]) -> None:
     check_errno(LIBC.pivot_root(b".", b"."), "pivot_root")
     check_errno(LIBC.umount2(b".", DETACH), "umount")
     os.chdir("/")
-    _mount(None, "/", None, REMOUNT | BIND | READ_ONLY | NO_SUID | NO_DEV)
+    _mount(
+        None,
+        "/",
+        None,
+        REMOUNT | BIND | READ_ONLY | NO_SUID | NO_DEV,
+    )
 
 
 def _write_id_maps(uid: int, gid: int) -> None:
@@ -74,7 +85,12 @@ def _bind_mount(path: str, source: int) -> None:
         os.makedirs(os.path.dirname(inside), exist_ok=True)
         with open(inside, "x"):
             pass
-    _mount(f"/proc/self/fd/{source}", inside, None, BIND | RECURSIVE)
+    _mount(
+        f"/proc/self/fd/{source}",
+        inside,
+        None,
+        BIND | RECURSIVE,
+    )
     flags = NO_SUID if path in mounts.DEVICES else READ_ONLY | NO_SUID | NO_DEV
     syscall(
         MOUNT_SETATTR,

@@ -73,9 +73,22 @@ class CandidateNamespace:
         for index, value in enumerate(argument_values):
             if same < 0 and value is result and type(value) in MUTABLE_TYPES:
                 same = index
-        return encode(["value", result if same < 0 else None, same, changed], self.register)
+        return encode(
+            [
+                "value",
+                result if same < 0 else None,
+                same,
+                changed,
+            ],
+            self.register,
+        )
 
-    def get_attribute(self, operation: str, target: Any, *rest: Any) -> Any:
+    def get_attribute(
+        self,
+        operation: str,
+        target: Any,
+        *rest: Any,
+    ) -> Any:
         """Returns the value of a request that is not a call."""
         if operation == "name":
             if target not in self.names:
@@ -109,10 +122,20 @@ def describe_exception(error: BaseException) -> bytes:
         message = "(its message raises too)"
     if isinstance(error, SyntaxError):
         message = f"{error.msg} (line {error.lineno})"
-    return encode(["raised", [base.__name__[:80] for base in type(error).__mro__], message])
+    return encode(
+        [
+            "raised",
+            [base.__name__[:80] for base in type(error).__mro__],
+            message,
+        ]
+    )
 
 
-def complete_program(prompt: str, code: str, entry: str) -> str:
+def complete_program(
+    prompt: str,
+    code: str,
+    entry: str,
+) -> str:
     """Returns the program to run. If a prompt begins a function `entry`, the code may repeat that function without its
     imports, or be its body."""
     if not prompt:
@@ -121,7 +144,12 @@ def complete_program(prompt: str, code: str, entry: str) -> str:
         candidates = [function_preamble(prompt, entry) + code, code]
     else:
         indented = "".join(f"    {line}" for line in code.splitlines(True))
-        candidates = [prompt + code, f"{prompt.rstrip()}\n{code}", f"{prompt.rstrip()}\n{indented}", code]
+        candidates = [
+            prompt + code,
+            f"{prompt.rstrip()}\n{code}",
+            f"{prompt.rstrip()}\n{indented}",
+            code,
+        ]
     for candidate in candidates:
         if compiles(candidate):
             return candidate
@@ -135,7 +163,13 @@ def compiles(source: str) -> bool:
 def compile_or_none(source: str, flags: int) -> Any:
     """Returns the code, or with the flag ONLY_AST the syntax tree, of a text; None if it is not Python."""
     try:
-        return compile(source, "<solution>", "exec", flags, dont_inherit=True)
+        return compile(
+            source,
+            "<solution>",
+            "exec",
+            flags,
+            dont_inherit=True,
+        )
     except (SyntaxError, ValueError, RecursionError, MemoryError):
         return None
 

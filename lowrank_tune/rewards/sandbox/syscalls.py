@@ -22,7 +22,11 @@ def check_errno(result: int, label: str) -> int:
     return result
 
 
-def syscall(number: int, label: str, *arguments: int | bytes | None) -> int:
+def syscall(
+    number: int,
+    label: str,
+    *arguments: int | bytes | None,
+) -> int:
     """Calls a system call by its number, with integers, bytes and None (NULL). Raises OSError."""
     converted = [
         ctypes.c_char_p(argument) if argument is None or isinstance(argument, bytes) else ctypes.c_long(argument)

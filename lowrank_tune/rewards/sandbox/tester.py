@@ -60,7 +60,11 @@ def run(source: str, client: CandidateClient) -> tuple[str, str]:
     return ("fault", "its tests never call the solution")
 
 
-def attribute_exception(error: BaseException, source: str, client: CandidateClient) -> tuple[str, str]:
+def attribute_exception(
+    error: BaseException,
+    source: str,
+    client: CandidateClient,
+) -> tuple[str, str]:
     """Returns the outcome and its reason for an exception, which the solution or the tests may have caused."""
     summary = f"{type(error).__name__}: {str(error)[:MAX_DISPLAY_CHARS]}"
     if getattr(error, "of_solution", False):
@@ -90,7 +94,13 @@ def failing_line(error: BaseException, source: str) -> str:
 class StrictComparisonLoader(text.SourceTextLoader):
     """Loads tests in which == and != also compare types."""
 
-    def source_to_code(self, data: Any, path: Any = "<tests>", *, _optimize: int = -1) -> Any:  # type: ignore[override]
+    def source_to_code(
+        self,
+        data: Any,
+        path: Any = "<tests>",
+        *,
+        _optimize: int = -1,
+    ) -> Any:  # type: ignore[override]
         tree = ast.fix_missing_locations(ComparisonRewriter().visit(ast.parse(data)))
         return compile(
             tree,
@@ -137,10 +147,22 @@ class CandidateClient:
         """Returns the object of the solution with a name."""
         return self.request("name", name)
 
-    def request(self, operation: str, target: Any, *rest: Any) -> Any:
+    def request(
+        self,
+        operation: str,
+        target: Any,
+        *rest: Any,
+    ) -> Any:
         """Sends a request and returns the value of its reply."""
         try:
-            request = encode([operation, target, *rest], self._number)
+            request = encode(
+                [
+                    operation,
+                    target,
+                    *rest,
+                ],
+                self._number,
+            )
         except NotSerializable as error:
             raise UnsupportedTest(f"the tests pass {error} to the solution") from None
         self._channel.send(b"C" + request)
@@ -189,7 +211,19 @@ class CandidateClient:
         return is_equal
 
 
-PLAIN = {bool, int, float, str, bytes, list, tuple, dict, set, frozenset, type(None)}
+PLAIN = {
+    bool,
+    int,
+    float,
+    str,
+    bytes,
+    list,
+    tuple,
+    dict,
+    set,
+    frozenset,
+    type(None),
+}
 
 
 def strictly_equal(first: Any, second: Any) -> bool:
@@ -290,7 +324,11 @@ class Remote:
     __hash__ = None  # type: ignore[assignment]
 
 
-def send_request(remote: Remote, operation: str, *rest: Any) -> Any:
+def send_request(
+    remote: Remote,
+    operation: str,
+    *rest: Any,
+) -> Any:
     client: CandidateClient = object.__getattribute__(remote, "_line")
     return client.request(operation, remote, *rest)
 

@@ -19,7 +19,12 @@ if TYPE_CHECKING:
     FromHandle = Callable[[int], Any]
 
 MAX_DEPTH = 100  # levels of nesting
-CONTAINERS: dict[type, bytes] = {list: b"l", tuple: b"t", set: b"S", frozenset: b"Z"}
+CONTAINERS: dict[type, bytes] = {
+    list: b"l",
+    tuple: b"t",
+    set: b"S",
+    frozenset: b"Z",
+}
 TYPE_TAGS = {
     type(None): b"N",
     bool: b"B",
@@ -69,7 +74,12 @@ def encode(value: Any, to_handle: ToHandle = refuse) -> bytes:
     return b"".join(parts)
 
 
-def _write(value: Any, parts: list[bytes], to_handle: ToHandle, depth: int) -> None:
+def _write(
+    value: Any,
+    parts: list[bytes],
+    to_handle: ToHandle,
+    depth: int,
+) -> None:
     if depth > MAX_DEPTH:
         raise NotSerializable("a value that is nested too deeply")
     kind = TYPE_TAGS.get(type(value)) or _library_kind(value)

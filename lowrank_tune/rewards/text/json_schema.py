@@ -61,7 +61,11 @@ class JsonSchemaReward(WorkerReward):
         return pass_or_fail(value["valid"], to_printable(value["why"], MAX_REASON_CHARS))
 
 
-def read_schema(name: str, schema_or_path: str | Mapping[str, Any], folder: Path) -> JsonSchemaReward:
+def read_schema(
+    name: str,
+    schema_or_path: str | Mapping[str, Any],
+    folder: Path,
+) -> JsonSchemaReward:
     """Returns the reward for the setting `json_schema`: a schema, or a file relative to `folder`. Raises UserError."""
     if isinstance(schema_or_path, str):
         schema = _read_json((folder / Path(schema_or_path).expanduser()).resolve())

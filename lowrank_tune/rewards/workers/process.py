@@ -46,7 +46,14 @@ class Worker:
         self._channel, child_end = socket.socketpair()
         self._channel.setblocking(False)
         with child_end:
-            command = [sys.executable, "-P", "-B", str(SCRIPT), str(child_end.fileno()), str(os.getpid())]
+            command = [
+                sys.executable,
+                "-P",
+                "-B",
+                str(SCRIPT),
+                str(child_end.fileno()),
+                str(os.getpid()),
+            ]
             # its own session: Ctrl-C is only for the run, which finishes its step
             self._process = subprocess.Popen(
                 command,

@@ -194,7 +194,12 @@ class LimitedGrader:
             self.added_megabytes += added
             self.grew_fast = added > self.megabytes / 2
 
-    def _limit(self, seconds: float, soft: int, hard: int) -> None:
+    def _limit(
+        self,
+        seconds: float,
+        soft: int,
+        hard: int,
+    ) -> None:
         if sys.platform == "linux":
             with open("/proc/self/statm", encoding="ascii") as status:
                 pages = int(status.read().split()[0])
@@ -255,7 +260,11 @@ def load_grader(spec: Mapping[str, Any]) -> GradeFn | str:
         return format_exception(error, spec.get("path", ""))
 
 
-def grade_completion(grade: GradeFn, request: Mapping[str, Any], path: str) -> dict[str, Any]:
+def grade_completion(
+    grade: GradeFn,
+    request: Mapping[str, Any],
+    path: str,
+) -> dict[str, Any]:
     """Returns the reply for one completion: its `value`, or `late` if a verifier exceeded its time, or a `fault`.
 
     For a verifier also `steep`, whether the call may have reached the memory limit, and `worn`, whether this process

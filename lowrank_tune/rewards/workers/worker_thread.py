@@ -127,7 +127,11 @@ class WorkerThread(threading.Thread):
         if self.worker is None:
             raise WorkerExited("was ended")
         limit = self._limit(request.reward)
-        message = {"job": request.spec_index, "seconds": limit, **message}
+        message = {
+            "job": request.spec_index,
+            "seconds": limit,
+            **message,
+        }
         return self.worker.request(message, limit * request.reward.worker_time_factor)
 
     def _score_of(self, request: ScoreRequest, reply: Reply) -> Score:

@@ -211,7 +211,12 @@ ROWS: tuple[tuple[str, Callable[[ComparedRun], str]], ...] = (
     ),
     (
         "held-out exact, after",
-        HeldoutFigure("accuracy", percent, is_last=True, with_stage=True),
+        HeldoutFigure(
+            "accuracy",
+            percent,
+            is_last=True,
+            with_stage=True,
+        ),
     ),
     ("one of several exact", _pass_rate),
     ("best while training", _best_accuracy),

@@ -63,7 +63,11 @@ def _issues(runs: Sequence[ComparedRun]) -> list[str]:
 
 
 def _head(run: ComparedRun, index: int) -> Markup:
-    return render("run_head", kind=_css_class(index), label=run.label)
+    return render(
+        "run_head",
+        kind=_css_class(index),
+        label=run.label,
+    )
 
 
 def _css_class(index: int) -> str:
@@ -88,7 +92,11 @@ def _cards(runs: Sequence[ComparedRun]) -> list[ChartCard]:
     return cards
 
 
-def _series(run: ComparedRun, name: str, kind: str) -> Series:
+def _series(
+    run: ComparedRun,
+    name: str,
+    kind: str,
+) -> Series:
     points = [(float(step), value) for step, value in run.points(name).items()]
     if len(points) > MIN_POINTS_TO_SMOOTH:
         points = smooth(points)

@@ -94,7 +94,11 @@ def _cut(line: Line, width: int) -> Line:
     return fitted
 
 
-def _charts(runs: Sequence[ComparedRun], styles: LineStyles, canvas: TextCanvas) -> list[Line]:
+def _charts(
+    runs: Sequence[ComparedRun],
+    styles: LineStyles,
+    canvas: TextCanvas,
+) -> list[Line]:
     metrics = common_metrics(runs)
     if not metrics:
         return [
@@ -112,7 +116,15 @@ def _charts(runs: Sequence[ComparedRun], styles: LineStyles, canvas: TextCanvas)
     for start in range(0, min(len(metrics), columns * CHART_ROWS), columns):
         blocks: list[list[Line]] = []
         for (name, metric_runs), block_width in zip(metrics[start : start + columns], widths, strict=False):
-            blocks.append(_chart(name, metric_runs, styles, canvas, block_width))
+            blocks.append(
+                _chart(
+                    name,
+                    metric_runs,
+                    styles,
+                    canvas,
+                    block_width,
+                )
+            )
         empty = columns - len(blocks)
         lines += side_by_side([*blocks, *[[]] * empty], widths, CHART_HEIGHT)
     return lines
@@ -168,7 +180,11 @@ def _differences(runs: Sequence[ComparedRun], canvas: TextCanvas) -> list[Line]:
     return lines
 
 
-def _setting(key: str, values: Iterable[str | None], canvas: TextCanvas) -> list[Line]:
+def _setting(
+    key: str,
+    values: Iterable[str | None],
+    canvas: TextCanvas,
+) -> list[Line]:
     written = ["not set" if value is None else canvas.text(value, 40) for value in values]
     head = canvas.text(key, 60) + "  "
     lines: list[Line] = []
@@ -178,7 +194,11 @@ def _setting(key: str, values: Iterable[str | None], canvas: TextCanvas) -> list
     return lines
 
 
-def _table(runs: Sequence[ComparedRun], styles: LineStyles, canvas: TextCanvas) -> list[Line]:
+def _table(
+    runs: Sequence[ComparedRun],
+    styles: LineStyles,
+    canvas: TextCanvas,
+) -> list[Line]:
     """Returns a table with a column for each run, or several tables below each other if they are too wide."""
     figures = [(label, [canvas.text(cell, MAX_CELL + 30) for cell in cells]) for label, cells in rows(runs)]
     names = [canvas.text(run.label, MAX_CELL - 2) for run in runs]
@@ -198,12 +218,21 @@ def _table(runs: Sequence[ComparedRun], styles: LineStyles, canvas: TextCanvas) 
         end = _end_of_columns(widths, start, canvas.width - LABEL_WIDTH)
         if lines:
             lines.append([("", "")])
-        lines += _columns(figures, heads, widths, range(start, end))
+        lines += _columns(
+            figures,
+            heads,
+            widths,
+            range(start, end),
+        )
         start = end
     return lines + _failures(runs, names, canvas)
 
 
-def _end_of_columns(widths: Sequence[int], start: int, room: int) -> int:
+def _end_of_columns(
+    widths: Sequence[int],
+    start: int,
+    room: int,
+) -> int:
     """Returns the end of the columns that fit into `room` cells; at least one column."""
     end = start
     while end < len(widths) and (end == start or room >= widths[end] + GAP):
@@ -234,7 +263,11 @@ def _columns(
     return lines
 
 
-def _failures(runs: Sequence[ComparedRun], names: Sequence[str], canvas: TextCanvas) -> list[Line]:
+def _failures(
+    runs: Sequence[ComparedRun],
+    names: Sequence[str],
+    canvas: TextCanvas,
+) -> list[Line]:
     lines: list[Line] = []
     for run, name in zip(runs, names, strict=True):
         if run.last.ended is not None and run.status == "failed":

@@ -107,7 +107,12 @@ def _descriptions_in_order(run_log: RunLog) -> dict[str, str]:
     return ordered
 
 
-def _curve(name: str, description: str, partner: str | None, run_log: RunLog) -> ChartCard | None:
+def _curve(
+    name: str,
+    description: str,
+    partner: str | None,
+    run_log: RunLog,
+) -> ChartCard | None:
     points = run_log.series.get(name, {})
     checks = run_log.checks.get(f"eval_{name}", {})
     if name.startswith(("heldout/", "pairs/")) and not points:
@@ -116,7 +121,12 @@ def _curve(name: str, description: str, partner: str | None, run_log: RunLog) ->
         return None
     may_log = name not in WITHOUT_LOG_SCALE
     if partner is None:
-        series = metric_series(name, points, checks, f"validation {name}")
+        series = metric_series(
+            name,
+            points,
+            checks,
+            f"validation {name}",
+        )
         return chart_card(
             metric_label(name),
             description,

@@ -18,7 +18,11 @@ from lowrank_tune.ui.html import render
 from lowrank_tune.ui.report.run_log import RunLog
 from lowrank_tune.ui.svg import length_histogram
 
-MEASURES = {"rows": "rows", "tokens": "tokens", "trained": "trained tokens"}
+MEASURES = {
+    "rows": "rows",
+    "tokens": "tokens",
+    "trained": "trained tokens",
+}
 EPOCH_FIGURES = ("rows", "tokens", "trained", "steps")
 LENGTH_FIGURES = {
     "median": "median",

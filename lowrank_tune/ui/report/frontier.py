@@ -63,7 +63,13 @@ def frontier_svg(reward_points: Sequence[Point], accuracy_points: Sequence[Point
     x = linear_axis([*kls, *(kl for kl, _ in accuracy_points)], X_TICKS)
     plot = Plot(x, linear_axis(rewards))
     plot.dots("smooth", downsample(reward_points), "reward")
-    course = list(zip(_smooth_values(kls), _smooth_values(rewards), strict=True))
+    course = list(
+        zip(
+            _smooth_values(kls),
+            _smooth_values(rewards),
+            strict=True,
+        )
+    )
     plot.polyline("smooth", downsample(course, MAX_COURSE_BUCKETS), "reward, smooth")
     if accuracy_points:
         _draw_accuracy(
@@ -74,11 +80,20 @@ def frontier_svg(reward_points: Sequence[Point], accuracy_points: Sequence[Point
     return plot.svg()
 
 
-def _draw_accuracy(plot: Plot, points: Sequence[Point], shares: Sequence[float]) -> None:
+def _draw_accuracy(
+    plot: Plot,
+    points: Sequence[Point],
+    shares: Sequence[float],
+) -> None:
     """Adds the evaluations, and the labels of their scale at the right edge."""
     plot.y = linear_axis(shares)
     for share in plot.y.ticks:
-        plot.label(f"{100 * share:g} %", WIDTH - RIGHT, plot.y_at(share) - 3, "end")
+        plot.label(
+            f"{100 * share:g} %",
+            WIDTH - RIGHT,
+            plot.y_at(share) - 3,
+            "end",
+        )
     plot.polyline("check", points, "held-out exact")
     for kl, share in points:
         plot.circle(

@@ -163,7 +163,11 @@ def _heldout_answer(answer: Mapping[str, Any]) -> HeldoutAnswer:
     return HeldoutAnswer(answer.get("prompt") or "", ground_truth or "", graded)
 
 
-def grade(completion: str, is_complete: bool, ground_truth: Any) -> GradedAnswer:
+def grade(
+    completion: str,
+    is_complete: bool,
+    ground_truth: Any,
+) -> GradedAnswer:
     """Returns an answer with its grade. One that was cut off is never right."""
     if not isinstance(ground_truth, str):
         return GradedAnswer(completion, is_complete, None)

@@ -73,7 +73,13 @@ def histogram_pair(sides: Mapping[str, Sequence[float]]) -> Markup:
             if count:
                 start = x.low + index * bin_width
                 title = f"{count:,} {side}: {format_tick(start)} to {format_tick(start + bin_width)}"
-                plot.bar(side, count, title, LEFT + index * step, step - 1)
+                plot.bar(
+                    side,
+                    count,
+                    title,
+                    LEFT + index * step,
+                    step - 1,
+                )
     return plot.svg()
 
 

@@ -187,7 +187,12 @@ def read_chain(folder: Path) -> ChainLog:
     if not any(stages.values()):
         raise UserError(f"{folder}: no stage of this chain has begun")
     name = str(read_recipe(folder).get("name") or folder.name)
-    chain = ChainLog(folder, name, stages, read_json_object(folder / "summary.json"))
+    chain = ChainLog(
+        folder,
+        name,
+        stages,
+        read_json_object(folder / "summary.json"),
+    )
     if chain.summary.get("status") != chain.status:
         # the summary of an earlier start
         return replace(chain, summary={})
@@ -216,7 +221,12 @@ def read_run_log(folder: Path) -> RunLog:
     return run_log
 
 
-def _store(statistics: dict[str, StepValues], name: str, step: int, value: Any) -> None:
+def _store(
+    statistics: dict[str, StepValues],
+    name: str,
+    step: int,
+    value: Any,
+) -> None:
     if isinstance(value, (int, float)):
         statistics.setdefault(name, {})[step] = float(value)
 

@@ -74,10 +74,18 @@ def samples(run_log: RunLog) -> Markup:
         else:
             by_prompt.setdefault(str(sample.prompt), []).append(sample)
     prompts = [_prompt_samples(prompt, logged, reference) for prompt, logged in by_prompt.items()]
-    return render("samples", prompts=prompts, pairs=_pair_samples(of_pairs))
+    return render(
+        "samples",
+        prompts=prompts,
+        pairs=_pair_samples(of_pairs),
+    )
 
 
-def _prompt_samples(prompt: str, logged: Sequence[SampleLogged], reference: str) -> PromptSamples:
+def _prompt_samples(
+    prompt: str,
+    logged: Sequence[SampleLogged],
+    reference: str,
+) -> PromptSamples:
     rows = []
     for sample in _spread(logged):
         answer = grade(
@@ -118,7 +126,12 @@ def _pair_row(chosen: SampleLogged, rejected: SampleLogged) -> PairRow:
     is_right = None
     if isinstance(chosen.reward, (int, float)) and isinstance(rejected.reward, (int, float)):
         is_right = chosen.reward > rejected.reward
-    return PairRow(chosen.step, _score(chosen), _score(rejected), is_right)
+    return PairRow(
+        chosen.step,
+        _score(chosen),
+        _score(rejected),
+        is_right,
+    )
 
 
 def _score(sample: SampleLogged) -> str:

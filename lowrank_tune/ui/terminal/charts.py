@@ -50,7 +50,12 @@ class Area:
 class Canvas:
     """A grid of dots with one style for each cell. The style of the last dot in a cell wins."""
 
-    def __init__(self, width: int, height: int, ascii_only: bool = False) -> None:
+    def __init__(
+        self,
+        width: int,
+        height: int,
+        ascii_only: bool = False,
+    ) -> None:
         self.ascii_only = ascii_only
         self.columns = width
         self.rows = height
@@ -61,7 +66,13 @@ class Canvas:
         self._signs = [[" "] * width for _ in range(height)]
         self._styles = [[""] * width for _ in range(height)]
 
-    def dot(self, x: int, y: int, style: str, sign: str) -> None:
+    def dot(
+        self,
+        x: int,
+        y: int,
+        style: str,
+        sign: str,
+    ) -> None:
         """Sets a dot; (0, 0) is the upper left one."""
         column, row = x, y
         if not self.ascii_only:
@@ -132,7 +143,11 @@ def _is_drawable(y: float, log: bool) -> bool:
     return math.isfinite(y) and (y > 0 or not log)
 
 
-def draw(canvas: Canvas, curve: Curve, area: Area) -> None:
+def draw(
+    canvas: Canvas,
+    curve: Curve,
+    area: Area,
+) -> None:
     """Draws a curve: a dot in each column that has points, and a line between neighboring dots."""
     previous: Dot | None = None
     for dot in _dots(canvas, curve.points, area):
@@ -142,7 +157,11 @@ def draw(canvas: Canvas, curve: Curve, area: Area) -> None:
         previous = dot
 
 
-def _dots(canvas: Canvas, points: Points, area: Area) -> list[Dot]:
+def _dots(
+    canvas: Canvas,
+    points: Points,
+    area: Area,
+) -> list[Dot]:
     """Returns a dot for each column that has points, at the height of their mean."""
     low, high = area.low, area.high
     if area.log:
@@ -166,7 +185,12 @@ def _dots(canvas: Canvas, points: Points, area: Area) -> list[Dot]:
     return dots
 
 
-def _draw_line(canvas: Canvas, curve: Curve, start: Dot, end: Dot) -> None:
+def _draw_line(
+    canvas: Canvas,
+    curve: Curve,
+    start: Dot,
+    end: Dot,
+) -> None:
     """Draws a straight line of dots without gaps between two dots."""
     across = end[0] - start[0]
     down = end[1] - start[1]
@@ -224,7 +248,11 @@ def _y_labels(area: Area, height: int) -> dict[int, str]:
     return labels
 
 
-def _x_axis(first: str, last: str, width: int) -> Line:
+def _x_axis(
+    first: str,
+    last: str,
+    width: int,
+) -> Line:
     text = last.rjust(width)
     between = width - len(first) - len(last)
     if between > 0 and first != last:

@@ -28,7 +28,12 @@ class AnswerView(Protocol):
     together: bool
 
     def add(self, number: int, piece: str) -> None: ...
-    def end(self, number: int, facts: str, warns: bool) -> None: ...
+    def end(
+        self,
+        number: int,
+        facts: str,
+        warns: bool,
+    ) -> None: ...
 
 
 def escape_keep_newlines(text: str) -> str:
@@ -147,7 +152,12 @@ class StackedView:
         if piece:
             self.screen.write(escape_keep_newlines(piece))
 
-    def end(self, number: int, facts: str, warns: bool) -> None:
+    def end(
+        self,
+        number: int,
+        facts: str,
+        warns: bool,
+    ) -> None:
         """Ends the line of an answer. Its facts follow on a live screen, elsewhere only if they contain a warning."""
         self.add(number, "")
         self.screen.write("\n")
@@ -167,14 +177,25 @@ class SideBySideView:
         self.labels = labels
         self._facts = dict[int, tuple[str, bool]]()
         titles = [[(label, _style_of(label))] for label in labels]
-        self.columns = Columns(screen.write, screen.size, titles, screen.color, screen.bar)
+        self.columns = Columns(
+            screen.write,
+            screen.size,
+            titles,
+            screen.color,
+            screen.bar,
+        )
         self.columns.draw()
 
     def add(self, number: int, piece: str) -> None:
         """Appends a piece to the column of an answer."""
         self.columns.add(number, escape_keep_newlines(piece))
 
-    def end(self, number: int, facts: str, warns: bool) -> None:
+    def end(
+        self,
+        number: int,
+        facts: str,
+        warns: bool,
+    ) -> None:
         """Ends an answer. The facts of all answers follow the last one."""
         self.columns.end(number)
         self._facts[number] = facts, warns

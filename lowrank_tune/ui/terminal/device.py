@@ -96,7 +96,12 @@ class Terminal:
                 written = os.write(self._out, data)
                 data = data[written:]
             except BlockingIOError:
-                _, writable, _ = select.select([], [self._out], [], timeout)
+                _, writable, _ = select.select(
+                    [],
+                    [self._out],
+                    [],
+                    timeout,
+                )
                 if not writable:
                     return False
             except OSError:
@@ -139,7 +144,11 @@ def _flush() -> None:
             file.flush()
 
 
-def can_show(file: TextIO, environ: Mapping[str, str], forced: bool = False) -> bool:
+def can_show(
+    file: TextIO,
+    environ: Mapping[str, str],
+    forced: bool = False,
+) -> bool:
     """Returns whether a file is a terminal that can show the dashboard: one with cursor movement, whose foreground job
     is this process, and not that of a build server, unless forced."""
     if environ.get("TERM", "dumb") in ("", "dumb"):

@@ -96,7 +96,11 @@ class LiveScreen:
         self._last_change = 0.0
         self._drawn_size = (0, 0)
         self._handlers: dict[int, Any] = {}
-        self._thread = threading.Thread(target=self._loop, name="screen", daemon=True)
+        self._thread = threading.Thread(
+            target=self._loop,
+            name="screen",
+            daemon=True,
+        )
 
     def start(self) -> None:
         """Starts the thread, which enters the screen."""

@@ -13,7 +13,12 @@ LOG_ROWS = 2
 LABEL_WIDTH = 8
 
 
-def log_pane(state: State, view: View, width: int, height: int) -> list[Line]:
+def log_pane(
+    state: State,
+    view: View,
+    width: int,
+    height: int,
+) -> list[Line]:
     """Returns the warnings, then the log, each with the newest entry first."""
     count = len(state.warnings)
     note = ""
@@ -31,19 +36,32 @@ def log_pane(state: State, view: View, width: int, height: int) -> list[Line]:
     return lines[:height]
 
 
-def _warning(entry: LogLine, view: View, width: int) -> list[Line]:
+def _warning(
+    entry: LogLine,
+    view: View,
+    width: int,
+) -> list[Line]:
     label = f"!{clock(entry.time):>6} "
     rows = _entry_rows(entry, view, width, WARNING_ROWS)
     return labeled((label, "warning"), rows, "warning")
 
 
-def _log_entry(entry: LogLine, view: View, width: int) -> list[Line]:
+def _log_entry(
+    entry: LogLine,
+    view: View,
+    width: int,
+) -> list[Line]:
     label = f" {clock(entry.time):>6} "
     rows = _entry_rows(entry, view, width, LOG_ROWS)
     return labeled((label, "quiet"), rows)
 
 
-def _entry_rows(entry: LogLine, view: View, width: int, max_rows: int) -> list[str]:
+def _entry_rows(
+    entry: LogLine,
+    view: View,
+    width: int,
+    max_rows: int,
+) -> list[str]:
     text = view.sanitize(entry.text, 3 * width)
     if entry.times > 1:
         text = f"{text} (x{entry.times})"

@@ -208,7 +208,11 @@ class LineLogger:
             job = self._start_bar(description, event.total)
             self._job_bar = job
         is_finished = event.done >= event.total
-        job.bar.update(job.task, completed=event.done, total=max(event.done, event.total))
+        job.bar.update(
+            job.task,
+            completed=event.done,
+            total=max(event.done, event.total),
+        )
         if is_finished or event.time - job.drawn_time >= BAR_SECONDS:
             job.drawn_time = event.time
             job.bar.refresh()
@@ -217,7 +221,12 @@ class LineLogger:
 
     def _start_bar(self, description: str, total: int) -> JobBar:
         # all options are given, because rich would otherwise read the environment of the process
-        console = Console(file=self.file, force_terminal=True, no_color=not self._color, highlight=False)
+        console = Console(
+            file=self.file,
+            force_terminal=True,
+            no_color=not self._color,
+            highlight=False,
+        )
         columns = (
             TextColumn("{task.description}", markup=False),
             BarColumn(),
@@ -225,6 +234,12 @@ class LineLogger:
             TimeRemainingColumn(),
         )
         # drawn by `refresh` only, not by a thread of rich
-        bar = Bar(*columns, console=console, auto_refresh=False, redirect_stdout=False, redirect_stderr=False)
+        bar = Bar(
+            *columns,
+            console=console,
+            auto_refresh=False,
+            redirect_stdout=False,
+            redirect_stderr=False,
+        )
         bar.start()
         return JobBar(description, bar, bar.add_task(description, total=total))

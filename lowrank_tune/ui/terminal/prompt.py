@@ -23,7 +23,12 @@ MULTILINE_MARKER = '"""'
 class InteractiveInput:
     """Reads lines from a terminal. The history is kept until the program ends."""
 
-    def __init__(self, label: str, code: str, commands: Sequence[str]) -> None:
+    def __init__(
+        self,
+        label: str,
+        code: str,
+        commands: Sequence[str],
+    ) -> None:
         self.first = f"{label} "
         if code and readline is not None:
             # the marks \x01 and \x02 exclude the escape codes from the width that readline computes

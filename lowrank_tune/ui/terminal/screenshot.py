@@ -33,7 +33,11 @@ _TEXT = re.compile(
 _NO_BREAK_SPACE = "\xa0"
 
 
-def screenshot(state: State, width: int, height: int) -> str:
+def screenshot(
+    state: State,
+    width: int,
+    height: int,
+) -> str:
     """Returns the screen as SVG, the same bytes for the same state."""
     console = Console(
         width=width,
@@ -45,8 +49,22 @@ def screenshot(state: State, width: int, height: int) -> str:
         file=io.StringIO(),
         _environ={},
     )
-    console.print(rich_text(render(state, View(), width, height)), soft_wrap=True)
-    svg = console.export_svg(title="lowrank-tune", theme=MONOKAI, unique_id="dashboard")
+    console.print(
+        rich_text(
+            render(
+                state,
+                View(),
+                width,
+                height,
+            )
+        ),
+        soft_wrap=True,
+    )
+    svg = console.export_svg(
+        title="lowrank-tune",
+        theme=MONOKAI,
+        unique_id="dashboard",
+    )
     svg = _FONT_FACE.sub("", svg).replace("Fira Code", "DejaVu Sans Mono, Menlo, Consolas")
     return _TEXT.sub(_without_blanks, svg)
 

@@ -46,11 +46,21 @@ Segments = Sequence[tuple[bool, str]]
 """Stretches of text, each with whether it is trained."""
 
 
-def show(data_report: DataReport, title: str, console: Console) -> None:
+def show(
+    data_report: DataReport,
+    title: str,
+    console: Console,
+) -> None:
     """Prints the data report, its faults last, so that they are visible without scrolling; no line ends in blanks."""
     plain = not console.encoding.lower().startswith("utf")
     with console.capture() as captured:
-        console.print(preflight_view(data_report, title, plain=plain))
+        console.print(
+            preflight_view(
+                data_report,
+                title,
+                plain=plain,
+            )
+        )
     output = captured.get()
     if plain:
         # rich marks a cell that was cut by an ellipsis; names and gold answers may contain other characters
@@ -59,7 +69,11 @@ def show(data_report: DataReport, title: str, console: Console) -> None:
         console.file.write(f"{line.rstrip()}\n")
 
 
-def preflight_view(data_report: DataReport, title: str, plain: bool = False) -> RenderableType:
+def preflight_view(
+    data_report: DataReport,
+    title: str,
+    plain: bool = False,
+) -> RenderableType:
     """Returns the data report as one renderable. `plain`: ASCII alone."""
     parts: list[RenderableType] = [
         Text(escape_control_chars(title), HEAD),
@@ -107,12 +121,20 @@ def _brackets(plain: bool) -> tuple[str, str]:
     return ("[[", "]]") if plain else ("⟦", "⟧")
 
 
-def _indent(body: RenderableType, columns: int = 2, below: int = 0) -> Padding:
+def _indent(
+    body: RenderableType,
+    columns: int = 2,
+    below: int = 0,
+) -> Padding:
     """Returns a block moved to the right, with empty lines below it."""
     return Padding(body, (0, 0, below, columns), expand=False)
 
 
-def bar(share: float, width: int = BAR_WIDTH, plain: bool = False) -> str:
+def bar(
+    share: float,
+    width: int = BAR_WIDTH,
+    plain: bool = False,
+) -> str:
     """Returns a bar that fills `share` of `width` cells; a share above 0 fills at least the smallest part."""
     cells = max(0.0, min(1.0, share)) * width
     smallest = int(share > 0)
@@ -125,11 +147,20 @@ def bar(share: float, width: int = BAR_WIDTH, plain: bool = False) -> str:
 def _grid(*justify: str) -> Table:
     table = Table.grid(padding=(0, 2))
     for side in justify:
-        table.add_column(justify="right" if side == "r" else "left", no_wrap=True)
+        table.add_column(
+            justify="right" if side == "r" else "left",
+            no_wrap=True,
+        )
     return table
 
 
-def _add_share(table: Table, name: str, count: int, total: int, plain: bool) -> None:
+def _add_share(
+    table: Table,
+    name: str,
+    count: int,
+    total: int,
+    plain: bool,
+) -> None:
     """Adds a row with the share of a count as a bar and as a number."""
     share = count / total if total else 0.0
     table.add_row(
@@ -140,12 +171,25 @@ def _add_share(table: Table, name: str, count: int, total: int, plain: bool) -> 
     )
 
 
-def _mixture(data_report: DataReport, unit: str, plain: bool) -> RenderableType:
+def _mixture(
+    data_report: DataReport,
+    unit: str,
+    plain: bool,
+) -> RenderableType:
     """Returns for each source its share of the rows, the tokens and the trained tokens, and its weight in the draw."""
     tables: list[RenderableType] = []
     for part in data_report.parts:
         tables.append(_source_line(part, unit))
-        tables.append(_indent(_measures(part, data_report.parts, unit, plain)))
+        tables.append(
+            _indent(
+                _measures(
+                    part,
+                    data_report.parts,
+                    unit,
+                    plain,
+                )
+            )
+        )
     expected = data_report.report.compare_expected_tokens()
     if expected:
         tables.append(Text(expected, QUIET))
@@ -165,7 +209,12 @@ def _source_line(part: MixturePart, unit: str) -> Text:
     return line
 
 
-def _measures(part: MixturePart, parts: Sequence[MixturePart], unit: str, plain: bool) -> Table:
+def _measures(
+    part: MixturePart,
+    parts: Sequence[MixturePart],
+    unit: str,
+    plain: bool,
+) -> Table:
     table = _grid("l", "l", "r", "r")
     _add_share(
         table,
@@ -199,17 +248,31 @@ def _measures(part: MixturePart, parts: Sequence[MixturePart], unit: str, plain:
     return table
 
 
-def _lengths(lengths: Lengths, unit: str, plain: bool) -> RenderableType:
+def _lengths(
+    lengths: Lengths,
+    unit: str,
+    plain: bool,
+) -> RenderableType:
     table = _grid("r", "l", "r")
     largest = max(*lengths.counts, lengths.over, 1)
 
-    def add(name: str, count: int, style: str, count_style: str) -> None:
+    def add(
+        name: str,
+        count: int,
+        style: str,
+        count_style: str,
+    ) -> None:
         filled = bar(count / largest, LENGTH_BAR_WIDTH, plain)
         table.add_row(name, Text(filled, style), Text(f"{count:,}", count_style))
 
     for low, high, count in zip(lengths.edges, lengths.edges[1:], lengths.counts, strict=False):
         add(f"{low + 1:,} to {high:,}", count, "cyan", "")
-    add(f"over {lengths.limit:,}", lengths.over, BAD, BAD if lengths.over else GOOD)
+    add(
+        f"over {lengths.limit:,}",
+        lengths.over,
+        BAD,
+        BAD if lengths.over else GOOD,
+    )
     summary = (
         f"half of the {unit}s have up to {lengths.median:,} tokens, 95 % up to {lengths.p95:,}; "
         f"the longest read has {lengths.longest:,}"
@@ -284,9 +347,27 @@ def _steps(data_report: DataReport, unit: str) -> Text:
 def _sides(sides: PairBalance, plain: bool) -> RenderableType:
     """Returns how often the chosen answer is the longer one, and how many pairs have a margin."""
     table = _grid("l", "l", "r", "r")
-    _add_share(table, "chosen is longer", sides.longer, sides.pairs, plain)
-    _add_share(table, "chosen is shorter", sides.shorter, sides.pairs, plain)
-    _add_share(table, "equally long", sides.equal, sides.pairs, plain)
+    _add_share(
+        table,
+        "chosen is longer",
+        sides.longer,
+        sides.pairs,
+        plain,
+    )
+    _add_share(
+        table,
+        "chosen is shorter",
+        sides.shorter,
+        sides.pairs,
+        plain,
+    )
+    _add_share(
+        table,
+        "equally long",
+        sides.equal,
+        sides.pairs,
+        plain,
+    )
     summary = (
         f"a chosen answer has {sides.chosen:,.1f} tokens on average, a rejected one {sides.rejected:,.1f}; "
         f"{sides.margins:,} of {sides.pairs:,} pairs have a margin"
@@ -349,7 +430,12 @@ class _PairView:
     """The prompt, and below it both answers side by side; in a narrow terminal the rejected answer is below the chosen
     one."""
 
-    def __init__(self, chosen: Example, rejected: Example, plain: bool) -> None:
+    def __init__(
+        self,
+        chosen: Example,
+        rejected: Example,
+        plain: bool,
+    ) -> None:
         self._chosen = chosen
         self._rejected = rejected
         self._plain = plain
@@ -374,7 +460,11 @@ class _PairView:
                 expand=True,
             )
             for example in (self._chosen, self._rejected):
-                table.add_column(_head(example), ratio=1, overflow="fold")
+                table.add_column(
+                    _head(example),
+                    ratio=1,
+                    overflow="fold",
+                )
             table.add_row(chosen, rejected)
             yield table
         yield Text()

@@ -33,7 +33,11 @@ STAGE_SETTING = re.compile(r"(?<![\w.])(?=(?:adapters|data|evaluate|rollout|trai
 """The position before a setting that each stage of a chain has for itself."""
 
 
-def show(plan: Plan, console: Console, in_chain: bool = False) -> None:
+def show(
+    plan: Plan,
+    console: Console,
+    in_chain: bool = False,
+) -> None:
     """Prints the plan of a recipe, or of one stage of a chain."""
     for heading in headline(plan):
         console.print(Text(heading, "bold"))
@@ -64,7 +68,12 @@ def _table(plan: Plan) -> Table:
     in_gib = plan.peak >= MIN_GIB_PEAK
     divisor = GIB if in_gib else MIB
     used = [purpose for purpose in PURPOSES if any(phase.bytes.get(purpose) for phase in plan.phases)]
-    table = Table(box=None, pad_edge=False, padding=(0, 0, 0, 1), header_style="dim")
+    table = Table(
+        box=None,
+        pad_edge=False,
+        padding=(0, 0, 0, 1),
+        header_style="dim",
+    )
     table.add_column("GiB at its peak" if in_gib else "MiB at its peak", no_wrap=True)
     for purpose in used:
         table.add_column(

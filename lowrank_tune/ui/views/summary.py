@@ -26,7 +26,11 @@ OUTPUTS = {
 }
 
 
-def summary_table(summary: Mapping[str, Any], folder: Path, width: int | None = None) -> str:
+def summary_table(
+    summary: Mapping[str, Any],
+    folder: Path,
+    width: int | None = None,
+) -> str:
     """Returns the end of a run or a chain in lines: status, metrics, held-out figures, warnings, files, next commands.
 
     Control characters are escaped. Lines are broken at words before they reach `width`.
