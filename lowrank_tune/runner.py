@@ -21,6 +21,7 @@ from lowrank_tune.assembly import build
 from lowrank_tune.assembly.run_date import with_template_date
 from lowrank_tune.checkpoint import (
     RunFolder,
+    Snapshot,
     as_user_error,
     broken_final_reason,
     latest_checkpoint,
@@ -324,37 +325,20 @@ def run_stage(
         context.recorder.start_stage(read_events(folder.events), start_time)
         context.show_dashboard(console_log or folder.console_log, chain(previous_events, read_events(folder.events)))
         recipe = context.with_auto_settings(recipe)
-        built = build(
-            recipe,
-            context.emit,
-            context.device,
-            base,
-            fresh=checkpoint is None,
-            stages=context.stages,
-        )
-        cleanup.callback(built.close)
-        stage = Stage(
-            recipe,
-            folder,
-            built,
-            context.emit,
-            context.control,
-            checkpoint,
-            position,
-        )
+        stage = _load_stage(recipe, folder, context, position, base, checkpoint)
+        cleanup.callback(stage.built.close)
         step, finished = stage.train(context.set_training)
         recorder = context.recorder
-        earlier_seconds = recorder.earlier_seconds
         stage.finish(
             finished,
             start_time,
             recorder.last,
             recorder.warnings,
             final_folder,
-            earlier_seconds,
+            recorder.earlier_seconds,
         )
-        built.roles.unload_adapters()
-        return RunResult("done" if finished else "interrupted", folder.path, stage.summary), built.base
+        stage.built.roles.unload_adapters()
+        return RunResult(stage.summary["status"], folder.path, stage.summary), stage.built.base
     except BaseException as error:
         if is_out_of_memory(error) or isinstance(error, DoesNotFit):
             error = _out_of_memory(error, recipe)
@@ -367,6 +351,30 @@ def run_stage(
         raise error
     finally:
         cleanup.close()
+
+
+def _load_stage(
+    recipe: RecipeConfig,
+    folder: RunFolder,
+    context: _RunContext,
+    position: StagePosition,
+    base: Base | None,
+    checkpoint: tuple[int, Snapshot] | None,
+) -> Stage:
+    """Loads data, base and roles of a stage; a checkpoint restores its state."""
+    built = build(
+        recipe,
+        context.emit,
+        context.device,
+        base,
+        fresh=checkpoint is None,
+        stages=context.stages,
+    )
+    try:
+        return Stage(recipe, folder, built, context.emit, context.control, checkpoint, position)
+    except BaseException:
+        built.close()
+        raise
 
 
 def _out_of_memory(error: BaseException, recipe: RecipeConfig) -> OutOfMemory:

@@ -26,39 +26,48 @@ class BitWidth(StrEnum):
     sixteen = "16"
 
 
+Target = Annotated[
+    str,
+    typer.Argument(
+        metavar="RUN|MODEL",
+        help="Folder of a run, a checkpoint or an adapter; or a model: hub id, folder or tiny-tutor.",
+    ),
+]
+Variant = Annotated[
+    VariantOption | None,
+    typer.Option("--variant", help="Variant that answers first. Default: tuned, if there is an adapter."),
+]
+SystemPrompt = Annotated[
+    str | None, typer.Option("--system", help="System prompt. Default: that of the run. Empty: none.")
+]
+Temperature = Annotated[float, typer.Option("--temperature", help="0 is greedy, as for held-out questions.")]
+TopP = Annotated[float, typer.Option("--top-p", help="Probability mass of nucleus sampling.")]
+TopK = Annotated[int, typer.Option("--top-k", help="Number of most likely tokens to sample from; 0 for all.")]
+MinP = Annotated[
+    float,
+    typer.Option("--min-p", help="Leave out tokens that are less likely than this times the most likely one."),
+]
+MaxNewTokens = Annotated[int, typer.Option("--max-new-tokens", help="Maximum length of an answer in tokens.")]
+Seed = Annotated[int, typer.Option("--seed", help="The same seed and questions give the same answers.")]
+Bits = Annotated[BitWidth | None, typer.Option("--bits", help="Bits of the base of a model or an adapter. Default: 4.")]
+BasePath = Annotated[
+    str | None, typer.Option("--base", help="Folder of the base of a run or an adapter, if it was moved.")
+]
+
+
 @app.command("chat")
 def chat_command(
-    name: Annotated[
-        str,
-        typer.Argument(
-            metavar="RUN|MODEL",
-            help="Folder of a run, a checkpoint or an adapter; or a model: hub id, folder or tiny-tutor.",
-        ),
-    ],
-    variant: Annotated[
-        VariantOption | None,
-        typer.Option("--variant", help="Variant that answers first. Default: tuned, if there is an adapter."),
-    ] = None,
-    system: Annotated[
-        str | None, typer.Option("--system", help="System prompt; else the run's own. Empty: none.")
-    ] = None,
-    temperature: Annotated[float, typer.Option("--temperature", help="0 is greedy, as for held-out questions.")] = 0.0,
-    top_p: Annotated[float, typer.Option("--top-p", help="Probability mass of nucleus sampling.")] = 1.0,
-    top_k: Annotated[int, typer.Option("--top-k", help="Number of most likely tokens to sample from; 0 for all.")] = 0,
-    min_p: Annotated[
-        float,
-        typer.Option("--min-p", help="Leave out tokens that are less likely than this times the most likely one."),
-    ] = 0.0,
-    max_new_tokens: Annotated[
-        int, typer.Option("--max-new-tokens", help="Maximum length of an answer in tokens.")
-    ] = 512,
-    seed: Annotated[int, typer.Option("--seed", help="The same seed and questions give the same answers.")] = 0,
-    bits: Annotated[
-        BitWidth | None, typer.Option("--bits", help="Bits of the base of a model or an adapter. Default: 4.")
-    ] = None,
-    base_path: Annotated[
-        str | None, typer.Option("--base", help="Folder of the base of a run or an adapter, if it was moved.")
-    ] = None,
+    name: Target,
+    variant: Variant = None,
+    system: SystemPrompt = None,
+    temperature: Temperature = 0.0,
+    top_p: TopP = 1.0,
+    top_k: TopK = 0,
+    min_p: MinP = 0.0,
+    max_new_tokens: MaxNewTokens = 512,
+    seed: Seed = 0,
+    bits: Bits = None,
+    base_path: BasePath = None,
     debug: Debug = False,
 ) -> None:
     """Chat with what a run trained: adapters on, off, or both side by side. From a pipe: one question for each line,

@@ -38,7 +38,7 @@ from lowrank_tune.export.gguf.model import (
     quantize,
 )
 from lowrank_tune.export.hub import EXCLUDED_FILES, Upload, push
-from lowrank_tune.export.merge import BaseWeights, find_existing_merge, merge
+from lowrank_tune.export.merge import BaseWeights, MergedModel, find_existing_merge, merge
 from lowrank_tune.export.merge_check import MergeReport
 from lowrank_tune.export.model_card import gguf_lora_card, gguf_model_card, slug
 from lowrank_tune.export.modelfile import eos_tokens_of, has_bos, modelfile_text
@@ -261,19 +261,11 @@ class _Export:
             weights=options.weights,
         )
         with export_folder(self.target, manifest, self.emit) as folder:
-            merged = existing
-            if merged is None:
-                merged = merge(
-                    run.path,
-                    folder / "merged",
-                    options.weights,
-                    self.emit,
-                    show,
-                    device,
-                )
-            else:
-                self.emit(LogMessage(message=f"{merged.folder} contains this adapter already merged, and is used"))
-                show(merged.report)
+            merged = existing or self._merge(folder / "merged", show, device)
+            if existing is not None:
+                message = f"{existing.folder} contains this adapter already merged, and is used"
+                self.emit(LogMessage(message=message))
+                show(existing.report)
             self._convert(
                 converter,
                 quantizer,
@@ -298,6 +290,14 @@ class _Export:
                     eos_tokens,
                 ),
             )
+
+    def _merge(
+        self,
+        folder: Path,
+        show: Callable[[MergeReport], None],
+        device: torch.device | None,
+    ) -> MergedModel:
+        return merge(self.run.path, folder, self.options.weights, self.emit, show, device)
 
     def _merged_card(
         self,

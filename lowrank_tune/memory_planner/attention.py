@@ -41,19 +41,9 @@ def attend(
         value = value.to("meta")
         if attn_mask is not None and attn_mask.dtype == torch.bool:
             # torch turns a boolean mask into an additive one.
-            attn_mask = torch.empty(
-                attn_mask.shape,
-                dtype=query.dtype,
-                device="meta",
-            )
+            attn_mask = torch.empty(attn_mask.shape, dtype=query.dtype, device="meta")
         if device != "cpu":
-            return _attend_on_cuda(
-                query,
-                key,
-                value,
-                attn_mask,
-                **options,
-            )
+            return _attend_on_cuda(query, key, value, attn_mask, **options)
         if _cpu_uses_flash(
             query,
             key,

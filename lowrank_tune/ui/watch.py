@@ -172,54 +172,58 @@ def watch(
             _print_lines(stage_paths, folder)
         return
     watched = [WatchedRun(*files, folder=folder) for files, folder in zip(paths, folders, strict=True)]
-    over = threading.Event()
-    failures = []
+    _WatchScreen(watched).run(environ)
 
-    def changed() -> bool:
+
+class _WatchScreen:
+    """The dashboard of watched runs: `q` or Ctrl-C closes it."""
+
+    def __init__(self, runs: Sequence[WatchedRun]) -> None:
+        self.runs = runs
+        self.over = threading.Event()
+        self.failure: Exception | None = None
+
+    def run(self, environ: Mapping[str, str]) -> None:
+        """Shows the runs until the screen is closed. Raises what the drawing raised."""
+        # the default handler raises KeyboardInterrupt, which a callback of the interpreter could swallow
+        before = signal.signal(signal.SIGINT, self._on_signal)
+        screen = LiveScreen(
+            self._draw,
+            self._poll,
+            self._on_key,
+            self._on_failure,
+            owns_run=False,
+            environ=environ,
+        )
+        screen.start()
+        try:
+            # in short waits, so that signals are handled
+            while not self.over.wait(POLL_SECONDS) and not screen.terminal.gone:
+                pass
+        finally:
+            screen.close()
+            signal.signal(signal.SIGINT, before)
+        if self.failure is not None:
+            raise self.failure
+
+    def _poll(self) -> bool:
         # `any` of a generator would not poll the runs after the first one with news
-        polled = [watched_run.poll() for watched_run in watched]
+        polled = [run.poll() for run in self.runs]
         return any(polled)
 
-    def draw(
-        view: View,
-        width: int,
-        height: int,
-    ) -> list[Line]:
-        return render_several(
-            [watched_run.state for watched_run in watched],
-            view,
-            width,
-            height,
-        )
+    def _draw(self, view: View, width: int, height: int) -> list[Line]:
+        return render_several([run.state for run in self.runs], view, width, height)
 
-    def on_key(key: str) -> None:
+    def _on_key(self, key: str) -> None:
         if key == "q":
-            over.set()
+            self.over.set()
 
-    def on_failure(error: Exception) -> None:
-        failures.append(error)
-        over.set()
+    def _on_failure(self, error: Exception) -> None:
+        self.failure = self.failure or error
+        self.over.set()
 
-    # the default handler raises KeyboardInterrupt, which a callback of the interpreter could swallow
-    before = signal.signal(signal.SIGINT, lambda *_: over.set())
-    screen = LiveScreen(
-        draw,
-        changed,
-        on_key,
-        on_failure,
-        owns_run=False,
-        environ=environ,
-    )
-    screen.start()
-    try:
-        # in short waits, so that signals are handled
-        while not over.wait(POLL_SECONDS) and not screen.terminal.gone:
-            pass
-    finally:
-        screen.close()
-        signal.signal(signal.SIGINT, before)
-    if failures:
-        raise failures[0]
+    def _on_signal(self, number: int, frame: object) -> None:
+        self.over.set()
 
 
 def _print_lines(paths: Sequence[Path], folder: Path) -> None:

@@ -94,13 +94,13 @@ def failing_line(error: BaseException, source: str) -> str:
 class StrictComparisonLoader(text.SourceTextLoader):
     """Loads tests in which == and != also compare types."""
 
-    def source_to_code(
+    def source_to_code(  # type: ignore[override]
         self,
         data: Any,
         path: Any = "<tests>",
         *,
         _optimize: int = -1,
-    ) -> Any:  # type: ignore[override]
+    ) -> Any:
         tree = ast.fix_missing_locations(ComparisonRewriter().visit(ast.parse(data)))
         return compile(
             tree,
