@@ -20,8 +20,8 @@ from lowrank_tune.ui.metrics import (
 from lowrank_tune.ui.reward_vs_accuracy import frontier
 from lowrank_tune.ui.state import Series, State
 from lowrank_tune.ui.terminal.charts import Curve, Points, chart, format_number, smooth
-from lowrank_tune.ui.terminal.panes import SMOOTHINGS, View
-from lowrank_tune.ui.terminal.text_layout import Line, Piece
+from lowrank_tune.ui.terminal.panes import SMOOTHINGS, View, labeled_value
+from lowrank_tune.ui.terminal.text_layout import Line
 
 PLAIN_FORMAT_METRICS = (
     "accuracy",
@@ -164,8 +164,11 @@ def _shared_chart(state: State, names: Sequence[str], view: View) -> tuple[Line,
         series = _shown_series(state, name)
         if series is None:
             continue
-        values.append((f"{view.sanitize(line.label, 16)} ", "quiet"))
-        values.append((f"{format_value(name, series.last)} ", line.style))
+        values += labeled_value(
+            f"{view.sanitize(line.label, 16)} ",
+            f"{format_value(name, series.last)} ",
+            line.style,
+        )
         curves.append(Curve(_average(series, view), line.style, line.sign))
     return values, curves
 
@@ -219,7 +222,7 @@ def _band_edge(series: Series, spread: Series, view: View, sign: int) -> Curve:
     return Curve(smooth(points, SMOOTHINGS[view.smoothing]), "quiet", ".")
 
 
-def _last_values(state: State, name: str, view: View) -> list[Piece]:
+def _last_values(state: State, name: str, view: View) -> Line:
     """Returns the last value of a single statistic, its spread and its validation, as far as they were measured."""
     values: Line = []
     last = state.last(name)
@@ -231,6 +234,5 @@ def _last_values(state: State, name: str, view: View) -> list[Piece]:
         values.append((f" {plus_minus} {format_value(name, spread)}", "quiet"))
     validation = state.last(f"eval_{name}")
     if validation is not None:
-        values.append(("  validation ", "quiet"))
-        values.append((format_value(name, validation), "second"))
+        values += labeled_value("  validation ", format_value(name, validation), "second")
     return values

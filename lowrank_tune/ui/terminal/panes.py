@@ -77,6 +77,11 @@ def heading(text: str, width: int, view: View, right: str = "") -> Line:
     return [(f"{rule * 2} ", "quiet"), (text, "title"), (f" {rule * rest}{note} ", "quiet")]
 
 
+def labeled_value(label: str, value: str, style: str = "") -> Line:
+    """Returns a dim label and a value."""
+    return [(label, "quiet"), (value, style)]
+
+
 def prompt_lines(prompt: str, view: View, width: int, max_lines: int) -> list[Line]:
     """Returns a prompt in bold, wrapped to at most `max_lines` lines."""
     text = view.sanitize(prompt, 4 * width)

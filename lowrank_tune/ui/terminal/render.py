@@ -12,7 +12,7 @@ from lowrank_tune.ui.terminal.chart_pane import chart_names, chart_pane, format_
 from lowrank_tune.ui.terminal.group_pane import group_pane
 from lowrank_tune.ui.terminal.help_pane import help_pane
 from lowrank_tune.ui.terminal.log_pane import log_pane
-from lowrank_tune.ui.terminal.panes import View, keys_of, labeled
+from lowrank_tune.ui.terminal.panes import View, keys_of, labeled, labeled_value
 from lowrank_tune.ui.terminal.sample_pane import sample_pane
 from lowrank_tune.ui.terminal.text_layout import Line, Piece, fit, pad, side_by_side, width_of, wrap
 
@@ -152,11 +152,9 @@ def _roles(state: State, view: View) -> Line:
         if role == "reference":
             continue
         stack = " + ".join(("base", *adapters))
-        line.append((f" {view.sanitize(role)} ", "quiet"))
-        line.append((f"= {view.sanitize(stack)}  ", ""))
+        line += labeled_value(f" {view.sanitize(role)} ", f"= {view.sanitize(stack)}  ")
     if state.started.algorithm not in WITHOUT_REFERENCE:
-        line.append((" reference ", "quiet"))
-        line.append((f"= {view.sanitize(state.started.reference)}", ""))
+        line += labeled_value(" reference ", f"= {view.sanitize(state.started.reference)}")
     return line
 
 
@@ -210,8 +208,7 @@ def _resources(state: State, view: View, width: int) -> Line:
         line.append((f"  {view.sanitize(view.gpu)}", "quiet"))
     step_shares = [f"{name} {share:.0%}" for name, share in state.step_phase_shares().items()]
     if step_shares:
-        line.append(("   step ", "quiet"))
-        line.append(("  ".join(step_shares), ""))
+        line += labeled_value("   step ", "  ".join(step_shares))
     shares = []
     for name, share in state.phase_shares().items():
         if share >= MIN_PHASE_SHARE:
@@ -223,8 +220,7 @@ def _resources(state: State, view: View, width: int) -> Line:
         while shares and len("  ".join(shares)) > room:
             shares.pop()
     if shares:
-        line.append((label, "quiet"))
-        line.append(("  ".join(shares), ""))
+        line += labeled_value(label, "  ".join(shares))
     return line
 
 
@@ -235,11 +231,10 @@ def _memory(state: State, view: View) -> Line:
     total = 0.0
     if state.started is not None:
         total = state.started.memory_total_gib
-    label = (" memory ", "quiet")
     if not total:
-        return [label, (f"{used:.1f} GiB", "")]
+        return labeled_value(" memory ", f"{used:.1f} GiB")
     style = "warning" if used > MEMORY_WARNING * total else ""
-    return [label, *_bar(used / total, 8, view), (f" {used:.1f} of {total:.1f} GiB", style)]
+    return [(" memory ", "quiet"), *_bar(used / total, 8, view), (f" {used:.1f} of {total:.1f} GiB", style)]
 
 
 def _body(state: State, view: View, width: int, height: int) -> list[Line]:
@@ -269,9 +264,10 @@ def _chart_grid(
     left_out = charts[columns * rows :]
     if left_out:
         height -= 1
+    widths = _column_widths(width, columns)
     lines: list[Line] = []
     for start in range(0, len(shown), columns):
-        lines += _chart_row(state, shown[start : start + columns], view, _column_widths(width, columns), height // rows)
+        lines += _chart_row(state, shown[start : start + columns], view, widths, height // rows)
     if left_out:
         lines.append(_last_values(state, left_out, view, width))
     return lines
@@ -290,13 +286,10 @@ def _chart_row(
     widths: Sequence[int],
     height: int,
 ) -> list[Line]:
-    blocks: list[list[Line]] = []
-    for index, width in enumerate(widths):
-        block: list[Line] = []
-        if index < len(charts):
-            block = chart_pane(state, charts[index], view, width, height)
-        blocks.append(block)
-    return side_by_side(blocks, widths, height)
+    blocks = []
+    for names, width in zip(charts, widths, strict=False):
+        blocks.append(chart_pane(state, names, view, width, height))
+    return side_by_side(blocks, widths[: len(blocks)], height)
 
 
 def _last_values(state: State, charts: Sequence[Sequence[str]], view: View, width: int) -> Line:
@@ -322,8 +315,7 @@ def _values_of_chart(state: State, names: Sequence[str], view: View) -> Line:
             label, _ = METRIC_FORMATS[name]
         else:
             label = view.sanitize(reward_label(name), 20)
-        values.append((f"{label} ", "quiet"))
-        values.append((f"{format_value(name, last)}   ", ""))
+        values += labeled_value(f"{label} ", f"{format_value(name, last)}   ")
     return values
 
 
@@ -368,8 +360,7 @@ def _footer(state: State, view: View, width: int) -> Line:
         if is_wide:
             key = f" {key} "
             label = f"{label} " if label else ""
-        line.append((key, "key"))
-        line.append((label, ""))
+        line += [(key, "key"), (label, "")]
     return line
 
 
