@@ -379,7 +379,7 @@ def test_the_header_shows_the_status() -> None:
         and "18.9 of 24.0 GiB" in shown
         and "reference = the base" in shown
     )
-    assert "paused" in plain_text(render(state, View(pending=("paused: p goes on",)), 80, 24))
+    assert "paused" in plain_text(render(state, View(pending=("paused: p continues",)), 80, 24))
     state.apply(RunEnded(status="interrupted", step=3, seconds=61.0))
     assert "interrupted in 1:01" in plain_text(render(state, View(), 80, 24))
 
@@ -454,7 +454,7 @@ def test_a_group_is_shown_highest_reward_first_and_equal_completions_once() -> N
     ]
     assert lines[at + 5] == "mean reward 0.125, from -0.500 to 1.000; 1 of 4 cut off; g or Esc leaves"
     zero_std = state_after([start, make_group(1, wrote("x", 1.0, 0.0))])
-    assert "no signal: all earn the same" in plain_text(render(zero_std, View(group=True), 80, 24))
+    assert "no signal: all rewards are equal" in plain_text(render(zero_std, View(group=True), 80, 24))
 
 
 def test_several_rewards_of_a_completion_are_named_and_many_completions_have_pages() -> None:

@@ -141,7 +141,7 @@ def test_a_session_from_start_to_quit(emulator: Emulator, tmp_path: Path) -> Non
     emulator.press("e")
     emulator.until("met the request to evaluate")
     emulator.press("p")
-    emulator.until("paused: p goes on")
+    emulator.until("paused: p continues")
     emulator.resize(120, 40)
     emulator.until(lambda: "learning rate" in emulator.text() and "q  quit" in emulator.screen.display[39])
     emulator.resize(50, 12)
@@ -289,7 +289,7 @@ def test_a_broken_screen_goes_on_in_lines(tmp_path: Path) -> None:
     assert emulator.finish() == 0 and shell_is_sane(emulator)
     output = emulator.raw[emulator.raw.rfind(LEAVE) :].decode()
     assert (
-        "the dashboard broke, plain lines follow: ZeroDivisionError: planted" in output
+        "plain lines follow: ZeroDivisionError: planted" in output
         and "step 95/96" in output
         and "THE END" in output
     )

@@ -34,9 +34,9 @@ def group_pane(state: State, view: View, width: int, height: int) -> list[Line]:
     page = view.sample % len(pages)
     note = ""
     if len(pages) > 1:
-        note = f"page {page + 1} of {len(pages)}, n turns"
+        note = f"page {page + 1} of {len(pages)}, n: next page"
     elif group.is_zero_std:
-        note = "no signal: all earn the same"
+        note = "no signal: all rewards are equal"
     lines = [heading(f"group of step {group.step}: {group.count} completions", width, view, note), *head]
     for block in pages[page]:
         lines += block
@@ -125,7 +125,7 @@ def _reward_summary(group: Group) -> str:
         if completion.finish_reason == "length":
             cut += completion.times
     if not rewards:
-        return "nothing is known of the rewards"
+        return "no reward is known"
     mean = number(sum(rewards) / len(rewards))
     return (
         f"mean reward {mean}, from {number(min(rewards))} to {number(max(rewards))}; "

@@ -16,7 +16,7 @@ SMOOTHINGS = (0.0, 0.5, 0.7, 0.8, 0.9, 0.95, 0.98)
 """Weights of the moving average, selected by `+` and `-`."""
 KEYS = {
     "q": "save and quit",
-    "p": "pause, and go on",
+    "p": "pause or continue",
     "s": "save now",
     "e": "evaluate now",
     "n": "next question",

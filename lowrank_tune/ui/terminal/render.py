@@ -350,7 +350,7 @@ def _log_and_samples(state: State, view: View, width: int, height: int) -> list[
 
 def _footer(state: State, view: View, width: int) -> Line:
     if not view.keys:
-        return [(" no keyboard here: Ctrl-C saves and quits", "quiet")]
+        return [(" no keyboard input: Ctrl-C saves and quits", "quiet")]
     line: Line = [(" ", "")]
     is_wide = width >= MIN_TWO_PANE_WIDTH
     for key in keys_of(state, view):

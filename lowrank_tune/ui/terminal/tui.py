@@ -26,7 +26,7 @@ from lowrank_tune.ui.terminal.text_layout import Line
 
 PENDING_LABELS = {
     "stop": "saving and quitting after this step",
-    "pause": "paused: p goes on",
+    "pause": "paused: p continues",
     "evaluate": "evaluating after this step",
     "save": "saving after this step",
 }
@@ -131,7 +131,7 @@ class Tui:
         """Prints the rest of the run in lines. The thread of the screen calls it."""
         self._redirected.close()
         line_logger = LineLogger()
-        message = f"the dashboard broke, plain lines follow: {type(error).__name__}: {error}"
+        message = f"the dashboard failed, plain lines follow: {type(error).__name__}: {error}"
         with suppress(OSError, ValueError):
             line_logger(LogMessage(message=message, level="warning"))
         self._line_logger = line_logger
