@@ -21,7 +21,7 @@ from lowrank_tune.ui.reward_vs_accuracy import frontier
 from lowrank_tune.ui.state import Series, State
 from lowrank_tune.ui.terminal.charts import Curve, Points, chart, format_number, smooth
 from lowrank_tune.ui.terminal.panes import SMOOTHINGS, View, labeled_value
-from lowrank_tune.ui.terminal.text_layout import Line
+from lowrank_tune.ui.terminal.text_layout import Block, Line
 
 PLAIN_FORMAT_METRICS = (
     "accuracy",
@@ -96,7 +96,7 @@ def chart_pane(
     view: View,
     width: int,
     height: int,
-) -> list[Line]:
+) -> Block:
     """Returns a title with the last values, and the chart below it.
 
     A single statistic has dim dots for its values, a bright line for their average and a second color for validation.
@@ -128,7 +128,7 @@ def _chart_label(names: Sequence[str], view: View) -> str:
     return known or view.sanitize(metric_label(first))
 
 
-def _frontier_pane(state: State, view: View, width: int, height: int) -> list[Line]:
+def _frontier_pane(state: State, view: View, width: int, height: int) -> Block:
     """Returns the chart of the reward by the KL to the reference. Held-out accuracy is scaled to the same height: only
     its shape matters here."""
     rewards = frontier(state)

@@ -9,7 +9,7 @@ from lowrank_tune.ui.formatting import number, signed
 from lowrank_tune.ui.groups import Group, LoggedCompletion
 from lowrank_tune.ui.state import State
 from lowrank_tune.ui.terminal.panes import View, heading, labeled, prompt_lines
-from lowrank_tune.ui.terminal.text_layout import Line, wrap
+from lowrank_tune.ui.terminal.text_layout import Block, wrap
 
 LABEL = " {:>8} {:>9}  {:<6} {:<4} "
 """Columns for reward, advantage, end, and how often the completion was sampled."""
@@ -18,11 +18,8 @@ FIGURE_WIDTH = 9
 MAX_ROWS = 8
 """Lines of one completion."""
 
-Block = list[Line]
-"""The lines of one completion."""
 
-
-def group_pane(state: State, view: View, width: int, height: int) -> list[Line]:
+def group_pane(state: State, view: View, width: int, height: int) -> Block:
     """Returns the newest group. Completions that do not fit are on further pages."""
     group = state.group
     if group is None:
@@ -43,7 +40,7 @@ def group_pane(state: State, view: View, width: int, height: int) -> list[Line]:
     return [*lines[: height - 1], [(f" {_reward_summary(group)}", "quiet")]]
 
 
-def _prompt(group: Group, view: View, width: int, max_lines: int) -> list[Line]:
+def _prompt(group: Group, view: View, width: int, max_lines: int) -> Block:
     """Returns the prompt with its solution behind the last line."""
     lines = prompt_lines(group.prompt, view, width, max_lines)
     if lines and group.ground_truth is not None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from lowrank_tune.ui.state import State
 from lowrank_tune.ui.terminal.panes import KEYS, View, heading, keys_of
-from lowrank_tune.ui.terminal.text_layout import Line, wrap
+from lowrank_tune.ui.terminal.text_layout import Block, wrap
 
 NOTES = (
     "Dots are measured values, the bright line is their moving average, the second color is validation.",
@@ -14,7 +14,7 @@ NOTES = (
 )
 
 
-def help_pane(state: State, view: View, width: int, height: int) -> list[Line]:
+def help_pane(state: State, view: View, width: int, height: int) -> Block:
     """Returns a line for each key, then the notes."""
     lines = [heading("help", width, view)]
     for key in keys_of(state, view):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from lowrank_tune.ui.formatting import clock
 from lowrank_tune.ui.state import LogLine, State
 from lowrank_tune.ui.terminal.panes import View, heading, labeled
-from lowrank_tune.ui.terminal.text_layout import Line, wrap
+from lowrank_tune.ui.terminal.text_layout import Block, wrap
 
 WARNING_ROWS = 3
 LOG_ROWS = 2
@@ -13,7 +13,7 @@ LOG_ROWS = 2
 LABEL_WIDTH = 8
 
 
-def log_pane(state: State, view: View, width: int, height: int) -> list[Line]:
+def log_pane(state: State, view: View, width: int, height: int) -> Block:
     """Returns the warnings, then the log, each with the newest entry first."""
     count = len(state.warnings)
     note = ""
@@ -27,7 +27,7 @@ def log_pane(state: State, view: View, width: int, height: int) -> list[Line]:
     return lines[:height]
 
 
-def _entry(entry: LogLine, view: View, width: int, is_warning: bool) -> list[Line]:
+def _entry(entry: LogLine, view: View, width: int, is_warning: bool) -> Block:
     text = view.sanitize(entry.text, 3 * width)
     if entry.times > 1:
         text = f"{text} (x{entry.times})"

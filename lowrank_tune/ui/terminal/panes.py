@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from lowrank_tune.ui.metrics import GENERATIVE_ALGORITHMS
 from lowrank_tune.ui.state import State
-from lowrank_tune.ui.terminal.text_layout import Line, Piece, sanitize, wrap
+from lowrank_tune.ui.terminal.text_layout import Block, Line, Piece, sanitize, wrap
 
 SMOOTHINGS = (0.0, 0.5, 0.7, 0.8, 0.9, 0.95, 0.98)
 """Weights of the moving average, selected by `+` and `-`."""
@@ -82,16 +82,16 @@ def labeled_value(label: str, value: str, style: str = "") -> Line:
     return [(label, "quiet"), (value, style)]
 
 
-def prompt_lines(prompt: str, view: View, width: int, max_lines: int) -> list[Line]:
+def prompt_lines(prompt: str, view: View, width: int, max_lines: int) -> Block:
     """Returns a prompt in bold, wrapped to at most `max_lines` lines."""
     text = view.sanitize(prompt, 4 * width)
     return [[(f" {row}", "strong")] for row in wrap(text, width - 2, max_lines)]
 
 
-def labeled(label: Piece, rows: Sequence[str], style: str = "") -> list[Line]:
+def labeled(label: Piece, rows: Sequence[str], style: str = "") -> Block:
     """Returns a line for each row. The first begins with the label, the others are indented by its length."""
     text, label_style = label
-    lines: list[Line] = []
+    lines: Block = []
     for row in rows:
         lines.append([(text, label_style), (row, style)])
         text = " " * len(text)

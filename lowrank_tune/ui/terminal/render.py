@@ -14,7 +14,7 @@ from lowrank_tune.ui.terminal.help_pane import help_pane
 from lowrank_tune.ui.terminal.log_pane import log_pane
 from lowrank_tune.ui.terminal.panes import View, keys_of, labeled, labeled_value
 from lowrank_tune.ui.terminal.sample_pane import sample_pane
-from lowrank_tune.ui.terminal.text_layout import Line, Piece, fit, pad, side_by_side, width_of, wrap
+from lowrank_tune.ui.terminal.text_layout import Block, Line, Piece, fit, pad, side_by_side, width_of, wrap
 
 MIN_WIDTH = 60
 MIN_HEIGHT = 15
@@ -49,7 +49,7 @@ STALE_SECONDS = 60.0
 DIAGNOSIS_SIGNS = {"bad": "!!", "warning": "! ", "good": "ok", "": "  "}
 
 
-def render(state: State, view: View, width: int, height: int) -> list[Line]:
+def render(state: State, view: View, width: int, height: int) -> Block:
     """Returns exactly `height` lines of `width` cells."""
     if width < MIN_WIDTH or height < MIN_HEIGHT:
         return pad(_small_screen(state, view, width), width, height)
@@ -70,7 +70,7 @@ def render(state: State, view: View, width: int, height: int) -> list[Line]:
     return [*pad(head, width, len(head)), *pad(body, width, body_height), footer]
 
 
-def render_several(states: Sequence[State], view: View, width: int, height: int) -> list[Line]:
+def render_several(states: Sequence[State], view: View, width: int, height: int) -> Block:
     """Returns the dashboards of several runs: side by side if the screen is wide enough, else one above the other."""
     count = len(states)
     if count == 1:
@@ -84,7 +84,7 @@ def render_several(states: Sequence[State], view: View, width: int, height: int)
         for state, column_width in zip(states, widths, strict=True):
             columns.append(render(state, view, column_width, height))
         return side_by_side(columns, widths, height, view.symbol("\u2502", "|"))
-    lines: list[Line] = []
+    lines: Block = []
     for index, state in enumerate(states):
         rest = height - len(lines)
         lines += render(state, view, width, rest // (count - index))
@@ -237,11 +237,11 @@ def _memory(state: State, view: View) -> Line:
     return [(" memory ", "quiet"), *_bar(used / total, 8, view), (f" {used:.1f} of {total:.1f} GiB", style)]
 
 
-def _body(state: State, view: View, width: int, height: int) -> list[Line]:
+def _body(state: State, view: View, width: int, height: int) -> Block:
     """Returns the charts, below them the diagnoses, then log and answers."""
     diagnoses = _diagnoses(state, view, width, max(1, height // 9))
     height -= len(diagnoses)
-    grid: list[Line] = []
+    grid: Block = []
     charts = chart_names(state)
     if charts:
         panes_height = max(MIN_PANES_HEIGHT, min(MAX_PANES_HEIGHT, height * 2 // 5))
@@ -255,7 +255,7 @@ def _chart_grid(
     view: View,
     width: int,
     height: int,
-) -> list[Line]:
+) -> Block:
     """Returns rows of charts, and a line with the last values of the charts that do not fit."""
     columns = max(1, min(MAX_COLUMNS, width // MIN_CHART_WIDTH, len(charts)))
     rows_needed = -(-len(charts) // columns)
@@ -265,7 +265,7 @@ def _chart_grid(
     if left_out:
         height -= 1
     widths = _column_widths(width, columns)
-    lines: list[Line] = []
+    lines: Block = []
     for start in range(0, len(shown), columns):
         lines += _chart_row(state, shown[start : start + columns], view, widths, height // rows)
     if left_out:
@@ -285,7 +285,7 @@ def _chart_row(
     view: View,
     widths: Sequence[int],
     height: int,
-) -> list[Line]:
+) -> Block:
     blocks = []
     for names, width in zip(charts, widths, strict=False):
         blocks.append(chart_pane(state, names, view, width, height))
@@ -319,8 +319,8 @@ def _values_of_chart(state: State, names: Sequence[str], view: View) -> Line:
     return values
 
 
-def _diagnoses(state: State, view: View, width: int, max_lines: int) -> list[Line]:
-    lines: list[Line] = []
+def _diagnoses(state: State, view: View, width: int, max_lines: int) -> Block:
+    lines: Block = []
     for diagnosis in diagnose(state):
         rows = wrap(view.sanitize(diagnosis.text), width - 5, 2)
         label = f" {DIAGNOSIS_SIGNS[diagnosis.level]} "
@@ -328,7 +328,7 @@ def _diagnoses(state: State, view: View, width: int, max_lines: int) -> list[Lin
     return lines[:max_lines]
 
 
-def _log_and_samples(state: State, view: View, width: int, height: int) -> list[Line]:
+def _log_and_samples(state: State, view: View, width: int, height: int) -> Block:
     """Returns the log and the answers: side by side, or the answers above the log on a narrow screen.
 
     Nothing is at the right of the answers, because a terminal may measure a character of theirs in another way.
@@ -364,34 +364,35 @@ def _footer(state: State, view: View, width: int) -> Line:
     return line
 
 
-def _small_screen(state: State, view: View, width: int) -> list[Line]:
+def _small_screen(state: State, view: View, width: int) -> Block:
     """Returns plain lines for a screen that has no room for panes."""
     run = state.started
     status_text, status_style = status(state, view)
     name = view.sanitize(run.name) if run else "starting"
-    lines: list[Line] = [[(f"{name}: {status_text}", status_style)]]
-    if state.job is not None:
-        lines.append([(f"{view.sanitize(state.job.description)} {state.job.done}/{state.job.total}", "")])
+    rows = [(f"{name}: {status_text}", status_style)]
+    job = state.job
+    if job is not None:
+        rows.append((f"{view.sanitize(job.description)} {job.done}/{job.total}", ""))
     if run is not None:
         steps = f"step {state.step}/{state.steps}"
         if state.seconds_left is not None and state.ended_process is None:
             steps = f"{steps}, ETA {clock(state.seconds_left)}"
-        lines.append([(steps, "")])
-    lines += _small_metrics(state, view)
+        rows.append((steps, ""))
+    rows += _small_metrics(state, view)
     for diagnosis in diagnose(state):
         for row in wrap(view.sanitize(diagnosis.text), width, 2):
-            lines.append([(row, diagnosis.level)])
+            rows.append((row, diagnosis.level))
     for entry in reversed(state.warnings):
-        lines.append([(view.sanitize(entry.text), "warning")])
-    return lines
+        rows.append((view.sanitize(entry.text), "warning"))
+    return [[row] for row in rows]
 
 
-def _small_metrics(state: State, view: View) -> list[Line]:
-    """Returns a line for each of the most important metrics that were measured."""
+def _small_metrics(state: State, view: View) -> list[Piece]:
+    """Returns a row for each of the most important metrics that were measured."""
     names = [name for chart in chart_names(state) for name in chart]
     names = [name for name in [*names, "eval_loss"] if name in state.series]
-    lines: list[Line] = []
+    rows = []
     for name in names[:MAX_SMALL_METRICS]:
         label = view.sanitize(name, 40).replace("_", " ")
-        lines.append([(f"{label} {format_value(name, state.series[name].last)}", "")])
-    return lines
+        rows.append((f"{label} {format_value(name, state.series[name].last)}", ""))
+    return rows

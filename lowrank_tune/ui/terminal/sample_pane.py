@@ -9,7 +9,7 @@ from lowrank_tune.events import SampleLogged
 from lowrank_tune.ui.formatting import number, percent, signed
 from lowrank_tune.ui.state import ScoredPair, State
 from lowrank_tune.ui.terminal.panes import View, heading, labeled, prompt_lines
-from lowrank_tune.ui.terminal.text_layout import Line, width_of, wrap
+from lowrank_tune.ui.terminal.text_layout import Block, width_of, wrap
 
 MIN_BLOCK_LINES = 4
 """Lines that a further question or pair needs."""
@@ -26,7 +26,7 @@ class Answer:
     sample: SampleLogged
 
 
-def sample_pane(state: State, view: View, width: int, height: int) -> list[Line]:
+def sample_pane(state: State, view: View, width: int, height: int) -> Block:
     """Returns held-out pairs with their scores if the run has any, else held-out questions with the first and the
     current answer."""
     if state.pairs:
@@ -34,13 +34,13 @@ def sample_pane(state: State, view: View, width: int, height: int) -> list[Line]
     return _questions_pane(state, view, width, height)
 
 
-def _questions_pane(state: State, view: View, width: int, height: int) -> list[Line]:
+def _questions_pane(state: State, view: View, width: int, height: int) -> Block:
     note = _heldout_note(state, view, width - MIN_TITLE_WIDTH)
     prompts = list({**state.answers, **state.earlier})
     if not prompts:
         return [heading("answers", width, view, note), [(" no answers yet", "quiet")]]
 
-    def question(index: int, max_lines: int) -> list[Line]:
+    def question(index: int, max_lines: int) -> Block:
         prompt = prompts[index]
         return _question(prompt, _answers_of(state, prompt), view, width, max_lines)
 
@@ -49,10 +49,10 @@ def _questions_pane(state: State, view: View, width: int, height: int) -> list[L
     return [title, *_stack(question, first, len(prompts), height - 1)]
 
 
-def _pairs_pane(state: State, view: View, width: int, height: int) -> list[Line]:
+def _pairs_pane(state: State, view: View, width: int, height: int) -> Block:
     pairs = list(state.pairs.values())
 
-    def pair(index: int, max_lines: int) -> list[Line]:
+    def pair(index: int, max_lines: int) -> Block:
         return _pair(pairs[index], view, width, max_lines)
 
     first = view.sample % len(pairs)
@@ -60,7 +60,7 @@ def _pairs_pane(state: State, view: View, width: int, height: int) -> list[Line]
     return [title, *_stack(pair, first, len(pairs), height - 1)]
 
 
-def _stack(block: Callable[[int, int], list[Line]], first: int, count: int, height: int) -> list[Line]:
+def _stack(block: Callable[[int, int], Block], first: int, count: int, height: int) -> Block:
     """Returns as many blocks as fit, one below the other, beginning with number `first`.
 
     `block(index, max_lines)` draws one of the `count` blocks. A single block may fill the whole height, others half of
@@ -129,7 +129,7 @@ def _question(
     view: View,
     width: int,
     max_lines: int,
-) -> list[Line]:
+) -> Block:
     """Returns the prompt and its answers, of which the last ones are kept if there is no room for all."""
     lines = prompt_lines(prompt, view, width, max(1, max_lines // 4))
     shown = answers[-max(1, max_lines - len(lines)) :]
@@ -145,7 +145,7 @@ def _answer(
     width: int,
     max_lines: int,
     is_newest: bool,
-) -> list[Line]:
+) -> Block:
     """Returns the model, its answer, and in brackets what else is known of the answer."""
     label = f" {view.sanitize(answer.model, LABEL_WIDTH - 1):<{LABEL_WIDTH - 1}}"
     facts = _facts(answer.sample, view, is_newest)
@@ -182,7 +182,7 @@ def _facts(sample: SampleLogged, view: View, is_newest: bool) -> str:
     return f"  [{', '.join(facts)}]" if facts else ""
 
 
-def _pair(pair: ScoredPair, view: View, width: int, max_lines: int) -> list[Line]:
+def _pair(pair: ScoredPair, view: View, width: int, max_lines: int) -> Block:
     """Returns the prompt and both answers; the one with the higher score is bright."""
     lines = prompt_lines(pair.chosen.prompt, view, width, max(1, max_lines // 4))
     room = max(1, (max_lines - len(lines)) // 2)
@@ -198,7 +198,7 @@ def _scored_answer(
     view: View,
     width: int,
     max_lines: int,
-) -> list[Line]:
+) -> Block:
     score = ""
     if answer.reward is not None:
         score = signed(answer.reward)

@@ -15,6 +15,8 @@ from lowrank_tune.ui import escape_control_chars
 Piece = tuple[str, str]
 Line = list[Piece]
 """A line of a screen: pieces of text, each with the name of a style in `STYLES`."""
+Block = list[Line]
+"""Lines of a screen, one below the other."""
 
 
 @dataclass(frozen=True)
@@ -77,16 +79,16 @@ def fit(line: Line, width: int) -> Line:
     return [*fitted, (" " * left, "")]
 
 
-def pad(lines: Sequence[Line], width: int, height: int) -> list[Line]:
+def pad(lines: Sequence[Line], width: int, height: int) -> Block:
     """Returns the block in exactly `width` x `height` cells."""
     filled = [fit(line, width) for line in lines[:height]]
     missing = height - len(filled)
     return filled + [fit([], width) for _ in range(missing)]
 
 
-def side_by_side(blocks: Sequence[Sequence[Line]], widths: Sequence[int], height: int, gap: str = " ") -> list[Line]:
+def side_by_side(blocks: Sequence[Sequence[Line]], widths: Sequence[int], height: int, gap: str = " ") -> Block:
     """Returns blocks next to each other, as `height` lines with `gap` between the blocks."""
-    rows: list[Line] = [[] for _ in range(height)]
+    rows: Block = [[] for _ in range(height)]
     for index, (block, width) in enumerate(zip(blocks, widths, strict=True)):
         for row, line in zip(rows, pad(block, width, height), strict=True):
             if index > 0:

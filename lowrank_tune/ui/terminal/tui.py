@@ -22,7 +22,7 @@ from lowrank_tune.ui.terminal.live_screen import LiveScreen
 from lowrank_tune.ui.terminal.panes import View
 from lowrank_tune.ui.terminal.plain import LineLogger
 from lowrank_tune.ui.terminal.render import render
-from lowrank_tune.ui.terminal.text_layout import Line
+from lowrank_tune.ui.terminal.text_layout import Block
 
 PENDING_LABELS = {
     "stop": "saving and quitting after this step",
@@ -103,7 +103,7 @@ class Tui:
             self.state.apply(self._events.popleft())
         return is_changed
 
-    def _draw(self, view: View, width: int, height: int) -> list[Line]:
+    def _draw(self, view: View, width: int, height: int) -> Block:
         view = replace(view, pending=self._pending, gpu=self._gpu.read())
         return render(self.state, view, width, height)
 
