@@ -64,7 +64,7 @@ def _pages(completions: Sequence[LoggedCompletion], view: View, width: int, room
 
 
 def _block(completion: LoggedCompletion, view: View, width: int, max_lines: int) -> Block:
-    """Returns the figures and the text of a completion, and below it what its reward consists of, if it has parts."""
+    """Returns the figures and the text of a completion, and below it the parts of its reward if it has several."""
     parts = _reward_parts(completion, view, width)
     text = view.sanitize(completion.text, max_lines * width)
     text_lines = max_lines

@@ -38,7 +38,7 @@ class View:
     smoothing: int = 2
     """Index of the weight in `SMOOTHINGS`."""
     sample: int = 0
-    """Index of the first question, pair or page; larger ones than there are begin again at the first."""
+    """Index of the first question, pair or page that is shown, modulo their number."""
     help: bool = False
     group: bool = False
     ascii_only: bool = False
