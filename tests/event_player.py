@@ -1,7 +1,9 @@
-"""A run without a model, for tests of live screens: `event_player.py FOLDER SECONDS` plays the recorded events to the
-dashboard at that pace; with `--chain` as the first of two stages, the recorded DPO run being the second.
+"""A run without a model, for tests of live screens: `event_player.py FOLDER SECONDS [--chain] [--break]`.
 
-It obeys the control as the loop does, and leaves what it was asked in `FOLDER/asked.json`, which a sane end completes.
+Sends the recorded events to the dashboard, with so many seconds between two steps. With `--chain`, the recorded run is
+the first of two stages and the recorded DPO run the second; with `--break`, the run raises an exception at its end.
+Requests of the control have the effect that they have in the training loop. At the end, `FOLDER/handled.json` contains
+the requests in their order.
 """
 
 from __future__ import annotations
@@ -23,7 +25,7 @@ RECORDED = Path(__file__).parent / "recorded"
 
 
 def recorded_events(is_chain: bool) -> Iterator[Event]:
-    """What happens until the end of the run."""
+    """Yields the events of the run, or of both stages."""
     for event in read_events(RECORDED / "demo.jsonl"):
         yield replace(event, stage=1, stages=2) if is_chain and isinstance(event, RunStarted) else event
     if is_chain:
@@ -31,7 +33,8 @@ def recorded_events(is_chain: bool) -> Iterator[Event]:
 
 
 def main(folder: Path, pace: float) -> None:
-    control, handled = TrainerControl(), []
+    control = TrainerControl()
+    handled = list[str]()
     with handle_signals(control) as looping:
         screen = Tui(control, folder / "console.log")
         try:
@@ -62,7 +65,7 @@ def main(folder: Path, pace: float) -> None:
         finally:
             screen(RunEnded(status="interrupted" if control.stop else "done", step=1, seconds=1.0))
             screen.close()
-            (folder / "asked.json").write_text(json.dumps(handled))
+            (folder / "handled.json").write_text(json.dumps(handled))
     print("THE END")
 
 

@@ -1,5 +1,5 @@
-"""The chat on a screen: texts that grow beside each other in an emulated terminal, and the program itself behind a
-pseudo-terminal."""
+"""The screen of the chat: growing texts side by side in an emulated terminal, and the program in a pseudo-terminal and
+in a pipe."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from lowrank_tune.ui.terminal.text_layout import wrap
 
 
 class Terminal:
-    """A terminal that keeps what scrolled away."""
+    """A terminal with a history of the lines that scrolled away."""
 
     def __init__(self, columns: int, lines: int) -> None:
         self.screen = pyte.HistoryScreen(columns, lines, history=10_000)
@@ -42,7 +42,7 @@ class Terminal:
 
 
 def static(texts: list[str], width: int) -> list[str]:
-    """The same texts beside each other, made at once."""
+    """Returns the rows of complete texts side by side."""
     blocks = [[row for part in text.split("\n") for row in (wrap(part, width, 9999) or [""])] for text in texts]
     rows = range(max(map(len, blocks)))
     left, right = ([block[row] if row < len(block) else "" for row in rows] for block in blocks)
@@ -54,7 +54,7 @@ def static(texts: list[str], width: int) -> list[str]:
 def test_columns_show_both_texts_whole_however_they_grow(
     monkeypatch: pytest.MonkeyPatch, seed: int, lines: int
 ) -> None:
-    """Longer than the screen too: what scrolled away is there, once, in order."""
+    """Also if they are longer than the screen: each line that scrolled away is in the history once, in order."""
     monkeypatch.setattr("lowrank_tune.ui.terminal.columns.FRAME_SECONDS", 0.0)
     stream, terminal = random.Random(seed), Terminal(50, lines)
     texts = [
@@ -81,7 +81,7 @@ def test_columns_show_both_texts_whole_however_they_grow(
     assert shown[: len(expected)] == expected
 
 
-def test_columns_begin_anew_where_the_terminal_changes_its_width(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_columns_after_a_change_of_the_width_are_drawn_again(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("lowrank_tune.ui.terminal.columns.FRAME_SECONDS", 0.0)
     terminal, text = Terminal(120, 30), "seven words that stand beside each other here"
     columns = Columns(terminal.write, lambda: terminal.size, [[("base", "")], [("tuned", "")]], False, "|")
@@ -105,7 +105,7 @@ def test_model_text_cannot_control_the_terminal() -> None:
 
 @pytest.fixture(scope="module")
 def adapter(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An adapter over the tiny base, as somebody else may have made it."""
+    """An adapter for the tiny base that this kit did not train."""
     wanted = BaseConfig(model=BUILTIN_MODEL)
     roles = roles_over(load_base(wanted, load_tokenizer(wanted), CPU))
     perturb(roles, "policy", size=0.01)
@@ -121,9 +121,9 @@ def wait(seen: Emulator, pattern: str, seconds: float = 120.0) -> None:
         assert time.monotonic() < end and seen.read(1.0), f"{pattern} never came:\n{seen.text()}"
 
 
-def test_at_a_terminal(adapter: Path, tmp_path: Path) -> None:
-    """Side by side where there is room, Ctrl-C stops an answer and not the program, faults are told and the talk goes
-    on, Ctrl-D ends it."""
+def test_chat_at_a_terminal(adapter: Path, tmp_path: Path) -> None:
+    """Answers are side by side if there is room, Ctrl-C stops an answer only, an error is shown and the chat continues,
+    Ctrl-D ends it."""
     file = tmp_path / "talk.jsonl"
     seen = Emulator("-m", "lowrank_tune", "chat", str(adapter), "--max-new-tokens", "12", columns=120, lines=40)
     wait(seen, r"tuned will answer, greedy.*\n.*Ctrl-D ends *\nyou>")
@@ -150,8 +150,8 @@ def test_at_a_terminal(adapter: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_behind_a_pipe(adapter: Path, tmp_path: Path) -> None:
-    """In a process of its own: no escape byte, exit codes, a reader that goes away, and one who interrupts."""
+def test_chat_in_a_pipe(adapter: Path, tmp_path: Path) -> None:
+    """In a separate process: no escape codes, exit codes, a closed output pipe, and an interrupt."""
     words = [sys.executable, "-m", "lowrank_tune", "chat", str(adapter), "--max-new-tokens", "8"]
     typed = "How much is 7 + 8?\n/both Why?\n"
     done = subprocess.run(words, input=typed.encode(), capture_output=True, env=ENVIRON, timeout=300)

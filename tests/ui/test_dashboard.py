@@ -1,4 +1,4 @@
-"""The dashboard as a function of events: a recorded run at three sizes, small and odd screens, hostile text, a resumed
+"""The dashboard as a function of events: recorded runs at several sizes, small and odd screens, hostile text, a resumed
 run."""
 
 from __future__ import annotations
@@ -28,9 +28,10 @@ from lowrank_tune.events import (
 )
 from lowrank_tune.ui.gpu_stats import GpuStats
 from lowrank_tune.ui.state import MAX_POINTS, Series, State
-from lowrank_tune.ui.terminal.chart_pane import chart_pane
+from lowrank_tune.ui.terminal.chart_pane import FRONTIER, chart_pane
+from lowrank_tune.ui.terminal.help_pane import NOTES
 from lowrank_tune.ui.terminal.live_screen import handle_key
-from lowrank_tune.ui.terminal.panes import View
+from lowrank_tune.ui.terminal.panes import KEYS, View
 from lowrank_tune.ui.terminal.render import render, render_several
 from lowrank_tune.ui.terminal.screenshot import screenshot, state_at_step
 from lowrank_tune.ui.terminal.text_layout import fit, plain_text, to_ansi, width_of, wrap
@@ -77,63 +78,262 @@ def up_to(events: list[Event], step: int) -> list[Event]:
 
 
 def middle() -> list[Event]:
-    """The recorded run up to its 60th step."""
+    """The recorded SFT run until its step 60."""
     return up_to(RECORDED, 60)
 
 
 def chain() -> list[Event]:
-    """The recorded SFT run as the first stage of a chain, and the recorded DPO run, which was one's second."""
+    """The recorded SFT run as the first stage of a chain, then the recorded DPO run, which was a second stage."""
     return [replace(event, stage=1, stages=2) if isinstance(event, RunStarted) else event for event in RECORDED] + DPO
 
 
+def lines_of(state: State, view: View, width: int = 80, height: int = 24) -> list[str]:
+    """The rows of the dashboard, each run of blanks replaced by one blank."""
+    return [" ".join(line.split()) for line in plain_text(render(state, view, width, height)).splitlines()]
+
+
+def assert_rows(rows: list[str], *wanted: str) -> None:
+    """Each text is in a row, in this order; several may be in one row."""
+    position = 0
+    for text in wanted:
+        found = next((index for index in range(position, len(rows)) if text in rows[index]), None)
+        assert found is not None, f"no {text!r} from row {position} on in:\n" + "\n".join(rows)
+        position = found
+
+
 @pytest.mark.parametrize(
-    ("name", "width", "height", "view"),
+    ("name", "events", "width", "height", "view"),
     [
-        ("80x24", 80, 24, View()),
-        ("120x40", 120, 40, View()),
-        ("200x60", 200, 60, View(log_scale=True)),
-        ("80x24_ascii", 80, 24, View(ascii_only=True)),
-        ("80x24_help", 80, 24, View(help=True)),
-        ("59x14", 59, 14, View()),
+        ("starting", RECORDED[:3], 80, 24, View()),
+        ("running", middle(), 120, 40, View()),
+        ("chain", [*chain()[: len(RECORDED)], *up_to(DPO, 50)], 120, 40, View()),
+        ("ascii", middle(), 80, 24, View(ascii_only=True)),
     ],
 )
-def test_snapshots(name: str, width: int, height: int, view: View) -> None:
-    """SNAPSHOTS=1 writes them anew; look at them before they are committed."""
-    shown = plain_text(render(state_after(RECORDED if name == "120x40" else middle()), view, width, height))
+def test_snapshots(name: str, events: list[Event], width: int, height: int, view: View) -> None:
+    """SNAPSHOTS=1 writes them again; read the differences before a commit."""
+    shown = plain_text(render(state_after(events), view, width, height))
     file = HERE / "snapshots" / f"dashboard_{name}.txt"
     if os.environ.get("SNAPSHOTS"):
         file.write_text(shown, encoding="utf-8")
     assert shown == file.read_text(encoding="utf-8")
 
 
-PICTURES = {"dpo": up_to(DPO, 40), "reward": REWARD, "chain": [*chain()[: len(RECORDED)], *up_to(DPO, 50)]}
+def test_a_screen_of_80_columns_has_two_charts_and_lines_for_the_rest() -> None:
+    rows = lines_of(state_after(middle()), View())
+    assert_rows(
+        rows,
+        "lowrank-tune demo \u00b7 sft of tiny-tutor \u00b7 CPU, 2 threads, fp32 running",
+        "policy = base + policy reference = the base, adapters off",
+        "step 59/96 (61 %) ETA 0:17 for 0:42 1,487 tokens/s",
+        "0.6 of 23.5 GiB time evaluating 56% training 43%",
+        "loss 0.122 validation 0.183 KL to the reference 1.11",
+        "1.28 \u2502",
+        "0.689 \u2502",
+        "0.101 \u2502",
+        "1 59 1 55",
+        "grad 0.072 lr 6.8e-04 accuracy 95.9 % entropy 0.150",
+        "ok all good: loss 0.454 -> 0.171, validation 0.243 -> 0.183",
+        "question 1 of 4 ",
+        "held-out exact: base 1.6 %",
+        "What is 6 * 33?",
+        "base 6*30=180, 6*3=18, 180+18=198. So it is 198.\\n6*30=180, [cut off]",
+        "step 54 6*30=180, 6*3=18, 180+18=198. So it is 198. [gold 198]",
+        "\u2500\u2500 log \u2500\u2500",
+        "0:41 saved step 54",
+        "0:40 validation after step 54: loss 0.183 accuracy 92.7 % best so far",
+    )
+    assert rows[-1] == "q quit p pause s save e eval n next l log +- smooth ? help"
+
+
+def test_a_finished_run_shows_its_end_and_its_best_step() -> None:
+    rows = lines_of(state_after(RECORDED), View(), 120, 40)
+    assert_rows(
+        rows,
+        "fp32 done in 1:",
+        "step 96/96 (100 %)",
+        "loss 0.402 validation 0.193 KL to the reference 1.73 gradient norm 0.377",
+        "learning rate 5.4e-07 accuracy 86.4 % validation 92.7 % entropy 0.450",
+        "! validation loss rises since step 54 (0.183 -> 0.193): overfitting; step 54 is kept as the best",
+        "question 1 of 4",
+        "0:58 final/ is the adapter of step 54, which had What is 6 * 33?",
+        "the lowest validation loss base 6*30=180, 6*3=18, 180+18=198. So it is 198.\\n6*30=180,",
+        "0:58 saved step 96 [cut off]",
+        "step 96 6*30=180, 6*3=18, 180+18=198. So it is 198. [gold 198]",
+        "Dora buys 9 bags of 52 marbles.",
+    )
+    assert not any("ETA" in row for row in rows)
+    assert rows[-1] == "q quit p pause s save e eval n next l log + - smooth ? help"
+
+
+def test_a_wide_screen_has_all_charts_also_on_a_log_scale() -> None:
+    rows = lines_of(state_after(middle()), View(log_scale=True), 200, 60)
+    assert_rows(
+        rows,
+        "loss log 0.122 validation 0.183 KL to the reference log 1.11 gradient norm log 0.072",
+        "1.28 \u2502",
+        "0.359 \u2502",
+        "0.101 \u2502",
+        "1 59 5 55 1 59",
+        "learning rate log 6.8e-04 accuracy log 95.9 % validation 92.7 % entropy log 0.150",
+        "1 59 1 59 1 59",
+        "ok all good",
+        "0:41 saved step 54 What is 6 * 33?",
+        "Dora buys 9 bags of 52 marbles. How many marbles does Dora have?",
+        "How much is 99 + 84?",
+        "Multiply 2 by 72.",
+        "step 54 2*70=140, 2*2=4, 140+4=144. So it is 144. [gold 144]",
+    )
+
+
+def test_a_small_screen_has_plain_lines_only() -> None:
+    rows = lines_of(state_after(middle()), View(), 59, 14)
+    assert rows[:7] == [
+        "demo: running",
+        "step 59/96, ETA 0:17",
+        "loss 0.122",
+        "kl 1.11",
+        "grad norm 0.072",
+        "learning rate 6.8e-04",
+        "all good: loss 0.454 -> 0.171, validation 0.243 -> 0.183",
+    ]
+    assert rows[7:] == [""] * 7
 
 
 @pytest.mark.parametrize(("width", "height"), [(80, 24), (120, 40)])
-@pytest.mark.parametrize("name", PICTURES)
-def test_snapshots_of_preferences(name: str, width: int, height: int) -> None:
-    shown = plain_text(render(state_after(PICTURES[name]), View(), width, height))
-    file = HERE / "snapshots" / f"dashboard_{name}_{width}x{height}.txt"
-    if os.environ.get("SNAPSHOTS"):
-        file.write_text(shown, encoding="utf-8")
-    assert shown == file.read_text(encoding="utf-8")
+def test_a_dpo_run_shows_both_rewards_and_the_answers_of_its_reference(width: int, height: int) -> None:
+    rows = lines_of(state_after(up_to(DPO, 40)), View(), width, height)
+    assert_rows(
+        rows,
+        "dpo \u00b7 stage 2 of 2: dpo of tiny-tutor \u00b7 CPU, 1 threads,",
+        "policy = base + sft + policy reference = the base with the frozen adapter sft",
+        "step 39/68 (57 %) ETA 1:01 for 1:35 906 tokens/s",
+        "time training 67% evaluating 19% loading 1",
+        "loss 0.241 validation 0.276 reward chosen -0.263 rejected -4.52",
+    )
+    assert_rows(rows, "ok all good: loss 0.617 -> 0.236, validation 0.566 -> 0.276, 85% of the")
+    assert_rows(rows, "What is 6 * 33?", "sft 6*30=180, 6*3=18, 180+18=198. So it is 198.", "step 36 6*30=180")
+    if width == 80:
+        assert_rows(rows, "accuracy 87.5 % kl 0.430 margin 4.25 grad 0.303 lr 4.1e-04", "held-out pairs right")
+    else:
+        assert_rows(
+            rows,
+            "accuracy 87.5 % validation 85.0 %",
+            "KL to the reference 0.430 log-prob chosen -0.131 rejected -2.35 margin 4.25 validation 3.75",
+            "grad 0.303 lr 4.1e-04",
+            "1:31 saved step 36",
+            "1:29 validation after step 36: loss 0.276",
+            "step 36 9*50=450, 9*2=18, 400+18=418. So it is 418. [gold 468]",
+        )
 
 
 @pytest.mark.parametrize(("width", "height"), [(80, 24), (120, 40)])
-@pytest.mark.parametrize(
-    ("name", "step", "view"),
-    [
-        ("grpo", 22, View()),
-        ("grpo_group", 13, View(group=True)),
-        ("grpo_help", 22, View(help=True)),
-    ],
-)
-def test_snapshots_of_rollouts(name: str, step: int, view: View, width: int, height: int) -> None:
-    shown = plain_text(render(state_after(up_to(GRPO, step)), view, width, height))
-    file = HERE / "snapshots" / f"dashboard_{name}_{width}x{height}.txt"
-    if os.environ.get("SNAPSHOTS"):
-        file.write_text(shown, encoding="utf-8")
-    assert shown == file.read_text(encoding="utf-8")
+def test_a_reward_model_shows_pairs_and_their_scores(width: int, height: int) -> None:
+    rows = lines_of(state_after(REWARD), View(), width, height)
+    assert_rows(
+        rows,
+        "tiny-reward \u00b7 reward of tiny-tutor \u00b7 CPU, 1 thread",
+        "reward = base + reward",
+        "step 250/250 (100 %) 2,253 tokens/s",
+        "loss 0.410 validation 0.291 accuracy 56.2 % validation 83.0 %",
+        "validation loss rises since step 150 (0.284 -> 0.291): overfitting; step",
+        "pair 1 of 3 ",
+        "held-out pairs right: 84.5 %",
+        "Leo has 26 flowers and gets 62 more. How many flowers does Le",
+        "chosen +1.434 6+2=8, 20+60=80, 80+8=88. So it is 88.",
+        "rejected -2.045 That makes 86.",
+    )
+    assert rows[0].endswith("done in 3:24") and "reference" not in rows[1]
+    if width == 80:
+        assert_rows(rows, "margin 1.83 grad 0.686 lr 3.9e-08 score chosen 0.783 rejected -1.05")
+    else:
+        assert_rows(
+            rows, "score chosen 0.783 rejected -1.05", "margin 1.83 validation 2.29 gradient norm 0.686 learning"
+        )
+        assert_rows(rows, "rejected -2.045", "Add 9 and 25.", "chosen +1.476 9+5=14", "rejected -2.216 Good question.")
+        assert_rows(rows, "Finn buys 5 bags of 48 pears.", "chosen +1.787 5*40=200", "rejected -2.316 I do not know.")
+
+
+def test_the_second_stage_of_a_chain_keeps_earlier_answers_on_80_columns() -> None:
+    rows = lines_of(state_after([*chain()[: len(RECORDED)], *up_to(DPO, 50)]), View())
+    assert_rows(
+        rows,
+        "stage 2 of 2: dpo of tiny-tutor",
+        "held-out exact: base 1.6 %, sft 46.2 %",
+        "base 6*30=180, 6*3=18, 180+18=198. So it is 198.\\n6*30=180, [cut off]",
+        "sft 6*30=180, 6*3=18, 180+18=198. So it is 198.",
+        "step 48 6*30=180, 6*3=18, 180+18=198. So it is 198. [gold 198]",
+    )
+
+
+@pytest.mark.parametrize(("width", "height"), [(80, 24), (120, 40)])
+def test_a_grpo_run_shows_rewards_phases_and_heldout_accuracy(width: int, height: int) -> None:
+    rows = lines_of(state_after(up_to(GRPO, 22)), View(), width, height)
+    assert_rows(
+        rows,
+        "grpo \u00b7 stage 2 of 2: grpo of tiny-tutor",
+        "step 21/24 (88 %) ETA 0:07 for 0:51 2,108 tokens/s",
+        "1.2 of 23.5 GiB step rollout 39% reward 0% update 61%",
+        "reward 0.984 \u00b1 0.041 held-out exact, pass@1 100.0 %",
+        "1.10 \u2502",
+    )
+    assert_rows(rows, "ok all good: reward 0.539 -> 0.984, held-out exact 98% -> 100%", "now 100.0 % (pass@1)")
+    assert_rows(rows, "log \u2500", "1 warning", "! 0:34 step 14: most groups have equal rewards and")
+    assert_rows(rows, "sft 6*30=180, 6*3=18, 180+18=198. So it is 198.", "step 20 6*30=180", "[gold 198]")
+    assert "g group" in rows[-1]
+    if width == 80:
+        assert_rows(rows, "kl 0.012 entropy 0.010 length 31.0 zero std 87.5 % truncated 0.0 %")
+    else:
+        assert rows[3].endswith("time training 68% evaluating 30%")
+        assert_rows(
+            rows,
+            "100.0 % KL to the reference 0.012",
+            "entropy 0.010 completion length 31.0 reward against KL reward exact",
+            "1 21 1 21 1.4e-15 0.678",
+            "zero std 87.5 % truncated 0.0 % clipped 0.0 % grad 0.514 lr 5.0e-04 loss 2.5e-4",
+        )
+
+
+def test_the_chart_of_reward_against_kl_has_both_curves() -> None:
+    state = state_after(up_to(GRPO, 22))
+    lines = chart_pane(state, (FRONTIER,), View(ascii_only=True), 38, 10)
+    signs = {(sign, style) for line in lines[1:-1] for text, style in line for sign in text if sign in "*o"}
+    assert signs == {("*", "first"), ("o", "second")}
+    labels = [plain_text([line]).partition("|")[0].strip() for line in lines[1:-1]]
+    assert [label for label in labels if label] == ["1.00", "0.723", "0.445"]
+
+
+@pytest.mark.parametrize(("width", "height"), [(80, 24), (120, 40)])
+def test_the_group_of_a_recorded_run(width: int, height: int) -> None:
+    rows = lines_of(state_after(up_to(GRPO, 13)), View(group=True), width, height)
+    assert rows[4].startswith("\u2500\u2500 group of step 13: 8 completions \u2500")
+    assert rows[5:12] == [
+        "What is 5 times 94? [gold 470]",
+        "reward advantage end completion",
+        "1.000 +0.774 stop x5 5*90=450, 5*4=20, 450+20=470. So it is 470.",
+        "0.000 -1.291 stop It is 490.",
+        "0.000 -1.291 stop 5*90=450, 5*4=20, 450+25=475. So it is 475.",
+        "0.000 -1.291 stop It is 489.",
+        "mean reward 0.625, from 0.000 to 1.000; 0 of 8 cut off; g or Esc leaves",
+    ]
+    # nothing else but the title and the keys
+    assert not any(rows[12:-1]) and "g group" in rows[-1]
+
+
+@pytest.mark.parametrize(("width", "height"), [(80, 24), (120, 40)])
+@pytest.mark.parametrize(("events", "has_group"), [(middle(), False), (up_to(GRPO, 22), True)])
+def test_the_help_lists_every_key_and_explains_the_screen(
+    events: list[Event],
+    has_group: bool,
+    width: int,
+    height: int,
+) -> None:
+    rows = lines_of(state_after(events), View(help=True), width, height)
+    assert rows[4].startswith("\u2500\u2500 help \u2500")
+    keys = {key: effect for key, effect in KEYS.items() if has_group or key != "g"}
+    assert rows[5 : 5 + len(keys)] == [f"{key} {effect}" for key, effect in keys.items()]
+    text = " ".join(rows[5 + len(keys) : -1])
+    assert " ".join(text.split()) == " ".join(NOTES)
 
 
 @pytest.mark.parametrize(
@@ -166,7 +366,7 @@ def test_every_size_is_filled_exactly(events: list[Event]) -> None:
                 assert not view.ascii_only or plain_text(lines).isascii()
 
 
-def test_several_runs() -> None:
+def test_several_runs_are_side_by_side_or_stacked() -> None:
     states = [state_after(RECORDED), state_after(middle()), State()]
     for width, height, beside in ((200, 50, True), (80, 48, False), (300, 20, True)):
         lines = render_several(states, View(), width, height)
@@ -237,7 +437,7 @@ def test_hostile_text_is_inert() -> None:
                 lines = render(state, view, width, height)
                 assert is_inert(plain_text(lines)) and all(width_of(line) == width for line in lines)
                 codes = "".join(to_ansi(line, True) for line in lines)
-                # no escape but for our colors
+                # no escape codes but those of the colors
                 assert is_inert("".join(part.partition("m")[2] for part in ("m" + codes).split("\x1b[")))
                 assert plain_text(render(state, replace(view, ascii_only=True), width, height)).isascii()
 
@@ -247,7 +447,7 @@ def test_no_color_disables_colors() -> None:
     assert "\x1b[3" not in codes and "\x1b[9" not in codes and "\x1b[7m" in codes
 
 
-def test_time_is_shared_out_and_an_eta_shown() -> None:
+def test_shares_of_the_phases_and_the_eta_are_shown() -> None:
     checked, saved = (
         Evaluated(step=4, stats={"eval_loss": 1.0}, time=6.0),
         CheckpointSaved(step=4, path="p", seconds=2.0, time=8.0),
@@ -259,7 +459,7 @@ def test_time_is_shared_out_and_an_eta_shown() -> None:
     assert "ETA 1:36" in shown and "50 tokens/s" in shown and "training 33%" in shown
 
 
-def test_a_resumed_run_forgets_what_it_does_again() -> None:
+def test_a_resumed_run_drops_the_steps_that_it_repeats() -> None:
     state = state_after([START, *steps(10), replace(START, resumed_from=6, time=5000.0), *steps(1, 7, 5000.0)])
     assert [step for step, _ in state.series["loss"].points] == [1, 2, 3, 4, 5, 6, 7]
     assert sum(state.phases.values()) <= 8 and "continued after step 6" in plain_text(render(state, View(), 80, 24))
@@ -275,7 +475,7 @@ def answered(step: int, completion: str, role: str = "policy", time: float = 10.
     )  # type: ignore[arg-type]
 
 
-def test_a_new_stage_begins_afresh_and_keeps_what_was_measured() -> None:
+def test_a_new_stage_has_new_curves_and_keeps_earlier_results() -> None:
     first = replace(START, stage=1, stages=2, roles={"policy": ["policy"], "reference": []})
     second = replace(
         START, algorithm="dpo", stage=2, stages=2, roles={"policy": ["sft", "policy"], "reference": ["sft"]}, time=200.0
@@ -291,7 +491,7 @@ def test_a_new_stage_begins_afresh_and_keeps_what_was_measured() -> None:
     ]
     state = state_after(before)
     assert "stage 1 done in 0:10" in plain_text(render(state, View(), 80, 24)) and state.last("loss") == 9.0
-    # a day may lie between the stages
+    # there may be a day between two stages
     state = state_after([*before, Progress(description="tokenizing", done=1, total=2, time=100.0)])
     shown = plain_text(render(state, View(), 80, 24))
     assert "  loading" in shown and "tokenizing 1/2" in shown and state.ended is None and state.phase_shares() == {}
@@ -309,12 +509,12 @@ def test_a_new_stage_begins_afresh_and_keeps_what_was_measured() -> None:
     )
     rows = [line.split()[-2:] for line in shown.splitlines() if line.endswith(("three", "two!", "step 3    2"))]
     assert rows == [["base", "three"], ["sft", "two!"], ["3", "2"]]
-    assert [who for who, _ in state.earlier["1+1?"]] == ["base", "sft"]
+    assert [model for model, _ in state.earlier["1+1?"]] == ["base", "sft"]
     state.apply(ended("interrupted", time=210.0))
     assert "stage 2 interrupted in 0:10" in plain_text(render(state, View(), 80, 24))
 
 
-def test_a_stage_that_is_continued_is_no_new_one() -> None:
+def test_a_resumed_stage_keeps_its_curves() -> None:
     first = replace(START, stage=1, stages=2)
     state = state_after(
         [first, *steps(10), ended("interrupted"), replace(first, resumed_from=6, time=5000.0), *steps(1, 7, 5000.0)]
@@ -343,24 +543,25 @@ def test_both_sides_of_a_pair_with_their_scores() -> None:
     assert not alone.pairs and "no answers yet" in plain_text(render(alone, View(), 80, 24))
 
 
-def test_two_sides_stand_in_one_chart_each_in_its_style() -> None:
+def test_two_sides_share_a_chart_each_in_its_style() -> None:
     state = state_after(
         [replace(START, algorithm="dpo"), *steps(9, **{"rewards/chosen": 1.0, "rewards/rejected": -2.0})]
     )
     lines = chart_pane(state, ("rewards/chosen", "rewards/rejected"), View(log_scale=True, ascii_only=True), 60, 12)
-    assert plain_text(lines[:1]) == " reward chosen 1.00 rejected -2.00\n"  # no log scale: one side is below 0
+    # no log scale, because one side is below 0
+    assert plain_text(lines[:1]) == " reward chosen 1.00 rejected -2.00\n"
     drawn = [(text.strip(), style) for line in lines[1:] for text, style in line if style in ("chosen", "rejected")]
     assert [({*text}, style) for text, style in drawn] == [({"+"}, "chosen"), ({"-"}, "rejected")]
 
 
-def test_names_with_underscores_are_read_whole() -> None:
+def test_model_names_with_underscores_are_parsed() -> None:
     state = state_after(
         [START, Evaluated(step=0, stats={"heldout/my_sft/accuracy": 0.5, "heldout/my_sft/pass_at_8": 0.75}, time=1.0)]
     )
     assert state.heldout == {"my_sft": {"accuracy": 0.5, "pass_at_8": 0.75}}
 
 
-def test_long_series_stay_short_and_true() -> None:
+def test_long_series_are_shortened_to_means() -> None:
     series = Series()
     for step in range(1, 50_001):
         series.add(step, float("nan") if step % 7 == 0 else step)
@@ -379,12 +580,12 @@ def test_the_header_shows_the_status() -> None:
         and "18.9 of 24.0 GiB" in shown
         and "reference = the base" in shown
     )
-    assert "paused" in plain_text(render(state, View(pending=("paused: p goes on",)), 80, 24))
+    assert "paused" in plain_text(render(state, View(pending=("paused: p continues",)), 80, 24))
     state.apply(RunEnded(status="interrupted", step=3, seconds=61.0))
     assert "interrupted in 1:01" in plain_text(render(state, View(), 80, 24))
 
 
-def test_warnings_stand_first_and_repeats_are_counted() -> None:
+def test_warnings_are_first_and_repeats_are_counted() -> None:
     state = state_after(
         [
             START,
@@ -411,7 +612,7 @@ def test_keys_change_the_view() -> None:
     assert "pause" not in plain_text(render(state_after(RECORDED), View(owns_run=False), 80, 24))
 
 
-def test_reward_is_drawn_where_there_is_one() -> None:
+def test_a_measured_reward_is_drawn() -> None:
     state = state_after([replace(START, algorithm="grpo"), *steps(30, reward=0.5, kl=0.01, loss=0.0, entropy=1.0)])
     assert "reward" in plain_text(render(state, View(), 80, 24))
 
@@ -428,10 +629,6 @@ def wrote(text: str, reward: float, advantage: float, finish: str = "stop", **pa
 
 def make_group(step: int, *completions: dict[str, object], time: float = 1.0) -> GroupLogged:
     return GroupLogged(step=step, prompt="1+1?", ground_truth="2", completions=list(completions), time=time)
-
-
-def lines_of(state: State, view: View, width: int = 80, height: int = 24) -> list[str]:
-    return [" ".join(line.split()) for line in plain_text(render(state, view, width, height)).splitlines()]
 
 
 def test_a_group_is_shown_highest_reward_first_and_equal_completions_once() -> None:
@@ -454,7 +651,7 @@ def test_a_group_is_shown_highest_reward_first_and_equal_completions_once() -> N
     ]
     assert lines[at + 5] == "mean reward 0.125, from -0.500 to 1.000; 1 of 4 cut off; g or Esc leaves"
     zero_std = state_after([start, make_group(1, wrote("x", 1.0, 0.0))])
-    assert "no signal: all earn the same" in plain_text(render(zero_std, View(group=True), 80, 24))
+    assert "no signal: all rewards are equal" in plain_text(render(zero_std, View(group=True), 80, 24))
 
 
 def test_several_rewards_of_a_completion_are_named_and_many_completions_have_pages() -> None:
@@ -490,12 +687,12 @@ def test_keys_open_and_leave_the_group() -> None:
 
 
 def test_the_phases_of_a_step_share_its_time() -> None:
-    """A group is told amid its step: the time before it belongs to the step all the same."""
+    """The event of a group comes within its step: the time before it belongs to the step as well."""
     stats = {"reward": 0.5, "rollout_seconds": 3.0, "reward_seconds": 1.0}
     events = [
         replace(START, algorithm="grpo"),
         make_group(1, wrote("x", 0.0, 0.0), time=4.0),
-        LogMessage(message="amid", time=5.0),
+        LogMessage(message="within", time=5.0),
         StepEnd(step=1, steps=9, stats=stats, seconds=10.0, tokens=5, time=10.0),
     ]
     state = state_after(events)
@@ -506,13 +703,13 @@ def test_the_phases_of_a_step_share_its_time() -> None:
     assert state_after([START, *steps(3)]).step_phase_shares() == {}
 
 
-def test_held_out_answers_while_training_are_a_curve_and_no_stage() -> None:
-    def measured(step: int, who: str, exact: float, time: float) -> Evaluated:
+def test_heldout_accuracy_during_training_is_a_curve_not_a_stage() -> None:
+    def measured(step: int, model: str, exact: float, time: float) -> Evaluated:
         return Evaluated(
             step=step,
-            stats={f"heldout/{who}/accuracy": exact, f"heldout/{who}/mean_length": 9.0},
+            stats={f"heldout/{model}/accuracy": exact, f"heldout/{model}/mean_length": 9.0},
             time=time,
-            best=who == "policy",
+            best=model == "policy",
         )
 
     events = [
@@ -538,7 +735,8 @@ def test_held_out_answers_while_training_are_a_curve_and_no_stage() -> None:
         assert words in shown
     state.apply(measured(8, "grpo", 0.625, 12.0))
     assert list(state.heldout) == ["sft", "grpo"] and "now" not in plain_text(render(state, View(), 120, 40))
-    sft = state_after([START, *steps(4), measured(4, "policy", 0.5, 5.0)])  # any algorithm may keep its best by answers
+    # any algorithm may select its best step by answers
+    sft = state_after([START, *steps(4), measured(4, "policy", 0.5, 5.0)])
     assert "held-out exact, pass@1 50.0 %" in plain_text(render(sft, View(), 120, 40))
 
 
@@ -563,7 +761,9 @@ def test_several_rewards_share_a_chart_and_the_whole_has_a_band() -> None:
         for sign in text
         if sign in ".*"
     }
-    assert {("*", "first"), (".", "quiet")} <= drawn and plain_text(lines).count("1.25") == 1  # the band's upper edge
+    assert {("*", "first"), (".", "quiet")} <= drawn
+    # the upper edge of the band
+    assert plain_text(lines).count("1.25") == 1
 
 
 def test_wrapping_and_fitting_by_cells() -> None:

@@ -1,4 +1,4 @@
-"""Live screens in an emulated terminal (pyte) and in a real tmux: keys, resize, suspension, every way out."""
+"""Live screens in an emulated terminal (pyte) and in a real tmux: keys, resize, suspension, and each way to end."""
 
 from __future__ import annotations
 
@@ -42,16 +42,17 @@ PATIENCE = 60.0
 
 
 class Emulator:
-    """A program in a terminal of its own: what it writes is both kept and drawn."""
+    """A program in its own terminal. Its output is stored in `raw` and drawn on `screen`."""
 
     def __init__(self, *words: str, columns: int = 80, lines: int = 24, **environ: str) -> None:
         self.screen, self.raw, self.status = pyte.Screen(columns, lines), b"", -1
         self._stream = pyte.ByteStream(self.screen)
         self.child, self.terminal = pty.fork()
         if self.child == 0:
-            # as a shell at a terminal has it; a job in the background may ignore it
+            # the default, as in a shell at a terminal; a background job may have inherited another handler
             signal.signal(signal.SIGINT, signal.SIG_DFL)
-            time.sleep(0.2)  # the size is set by then
+            # until then the size is set
+            time.sleep(0.2)
             os.execve(sys.executable, [sys.executable, *words], {**ENVIRON, **environ})
         self.resize(columns, lines)
         self.before = termios.tcgetattr(self.terminal)
@@ -67,7 +68,7 @@ class Emulator:
         os.write(self.terminal, keys.encode())
 
     def read(self, seconds: float) -> bool:
-        """Draws what comes for at most so long; False where the program has closed its terminal."""
+        """Draws the output of at most so many seconds; returns False if the program has closed its terminal."""
         if select.select([self.terminal], [], [], seconds)[0]:
             try:
                 data = os.read(self.terminal, 65536)
@@ -84,7 +85,7 @@ class Emulator:
             assert time.monotonic() < end and self.read(0.1), f"waited for {wanted}:\n{self.text()}"
 
     def finish(self) -> int:
-        """Reads to the end; returns the exit status."""
+        """Reads until the end of the program; returns its exit code."""
         end = time.monotonic() + PATIENCE
         while self.read(0.2):
             assert time.monotonic() < end, self.text()
@@ -97,7 +98,7 @@ class Emulator:
 
 
 def shell_is_sane(emulator: Emulator) -> bool:
-    """The terminal's settings are what they were, the other screen was left, and the cursor is back."""
+    """Returns whether the settings of the terminal are restored and the alternate screen was left."""
     sane = termios.tcgetattr(emulator.terminal) == emulator.before
     return (
         sane
@@ -116,7 +117,7 @@ def emulator(tmp_path: Path) -> Iterator[Emulator]:
     os.close(one.terminal)
 
 
-def test_a_session_from_start_to_quit(emulator: Emulator, tmp_path: Path) -> None:
+def test_live_screen_keys_and_resizes_from_start_to_quit(emulator: Emulator, tmp_path: Path) -> None:
     emulator.until("KL to the reference")
     for wanted in (
         "demo \u00b7 sft of tiny-tutor",
@@ -135,13 +136,14 @@ def test_a_session_from_start_to_quit(emulator: Emulator, tmp_path: Path) -> Non
     emulator.until("question 2 of 4")
     emulator.press("l")
     emulator.until("loss log")
-    emulator.press("\x1b[A\x1bOP\x1b[1;5q")  # an arrow, F1 and the like are no keys
+    # an arrow and function keys have no effect
+    emulator.press("\x1b[A\x1bOP\x1b[1;5q")
     emulator.press("s")
     emulator.until("met the request to save")
     emulator.press("e")
     emulator.until("met the request to evaluate")
     emulator.press("p")
-    emulator.until("paused: p goes on")
+    emulator.until("paused: p continues")
     emulator.resize(120, 40)
     emulator.until(lambda: "learning rate" in emulator.text() and "q  quit" in emulator.screen.display[39])
     emulator.resize(50, 12)
@@ -151,7 +153,7 @@ def test_a_session_from_start_to_quit(emulator: Emulator, tmp_path: Path) -> Non
     emulator.until("running")
     emulator.press("q")
     assert emulator.finish() == 0 and shell_is_sane(emulator)
-    assert json.loads((tmp_path / "asked.json").read_text()) == ["save", "evaluate", "stop"]
+    assert json.loads((tmp_path / "handled.json").read_text()) == ["save", "evaluate", "stop"]
     assert (
         emulator.raw.endswith(b"THE END\r\n") and b"interrupted after step" in emulator.raw[emulator.raw.rfind(LEAVE) :]
     )
@@ -166,7 +168,7 @@ def test_signals_leave_a_sane_terminal(emulator: Emulator, tmp_path: Path, numbe
     assert (
         emulator.finish() == 0
         and shell_is_sane(emulator)
-        and json.loads((tmp_path / "asked.json").read_text()) == ["stop"]
+        and json.loads((tmp_path / "handled.json").read_text()) == ["stop"]
     )
 
 
@@ -184,11 +186,11 @@ def test_a_closed_terminal_lets_the_run_save(tmp_path: Path) -> None:
     emulator.until("ETA")
     os.close(emulator.terminal)
     os.waitpid(emulator.child, 0)
-    assert json.loads((tmp_path / "asked.json").read_text()) == ["stop"]
+    assert json.loads((tmp_path / "handled.json").read_text()) == ["stop"]
 
 
 @pytest.mark.slow
-def test_at_most_two_frames_a_second(emulator: Emulator) -> None:
+def test_live_screen_draws_at_most_two_frames_per_second(emulator: Emulator) -> None:
     emulator.until("ETA")
     frames, steps, start = 0, set(), time.monotonic()
     while time.monotonic() < start + 3:
@@ -200,8 +202,8 @@ def test_at_most_two_frames_a_second(emulator: Emulator) -> None:
 
 
 @pytest.mark.slow
-def test_a_costly_screen_slows_itself_down(tmp_path: Path) -> None:
-    """Frames of 60 ms of processor time may come every 2 s."""
+def test_live_screen_with_slow_frames_draws_fewer_of_them(tmp_path: Path) -> None:
+    """A frame of 60 ms of processor time is allowed every 2 s."""
     program = (
         "import runpy, sys, time; from lowrank_tune.ui.terminal import tui\n"
         "usual, count = tui.render, [0]\n"
@@ -221,7 +223,7 @@ def test_a_costly_screen_slows_itself_down(tmp_path: Path) -> None:
     assert 2 <= frames <= most
 
 
-def test_ascii_and_no_color(tmp_path: Path) -> None:
+def test_live_screen_in_ascii_without_color(tmp_path: Path) -> None:
     emulator = Emulator(
         PLAYER, str(tmp_path), "0.01", LC_ALL="C", NO_COLOR="1", PYTHONUTF8="0", PYTHONIOENCODING="ascii"
     )
@@ -233,7 +235,7 @@ def test_ascii_and_no_color(tmp_path: Path) -> None:
     )
 
 
-def test_where_a_dashboard_is_shown(capsys: pytest.CaptureFixture[str]) -> None:
+def test_can_show_and_ascii_only_by_terminal_and_environment(capsys: pytest.CaptureFixture[str]) -> None:
     class Terminal:
         encoding = "utf-8"
 
@@ -277,7 +279,7 @@ def test_an_event_costs_less_than_a_millisecond() -> None:
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-def test_a_broken_screen_goes_on_in_lines(tmp_path: Path) -> None:
+def test_live_screen_after_an_error_continues_in_lines(tmp_path: Path) -> None:
     program = (
         "import runpy, sys; from lowrank_tune.ui.terminal import tui\n"
         "def broken(*_): raise ZeroDivisionError('planted')\n"
@@ -288,18 +290,14 @@ def test_a_broken_screen_goes_on_in_lines(tmp_path: Path) -> None:
     emulator = Emulator("-c", program)
     assert emulator.finish() == 0 and shell_is_sane(emulator)
     output = emulator.raw[emulator.raw.rfind(LEAVE) :].decode()
-    assert (
-        "the dashboard broke, plain lines follow: ZeroDivisionError: planted" in output
-        and "step 95/96" in output
-        and "THE END" in output
-    )
+    assert "plain lines follow: ZeroDivisionError: planted" in output and "step 95/96" in output and "THE END" in output
 
 
 class Tmux:
-    """A real tmux server of its own, driven from outside."""
+    """A real tmux server for one test."""
 
     def __init__(self, folder: Path) -> None:
-        # a name for each: a server that is just going away would still take the next one's call
+        # another name for each server, because one that is about to end would still accept the next command
         self.folder, self._words = (
             folder,
             ["tmux", "-L", f"lowrank{os.getpid()}-{time.monotonic_ns()}", "-f", os.devnull, "-u"],
@@ -326,7 +324,7 @@ class Tmux:
             time.sleep(0.1)
 
     def settings(self) -> str:
-        """How the terminal is set now, but for its size."""
+        """Returns the current settings of the terminal without its size."""
         (self.folder / "now.txt").unlink(missing_ok=True)
         self.type("stty -a > now.txt; echo wr''itten")
         self.until("written")
@@ -352,7 +350,8 @@ def test_suspended_and_continued_in_tmux(tmux: Tmux) -> None:
     assert tmux.settings() == sane and "lowrank-tune" not in tmux.text()
     tmux.type("clear; bg")
     time.sleep(1.5)
-    assert "ETA" not in tmux.text()  # in the background it neither draws nor is stopped
+    # in the background it neither draws nor is stopped
+    assert "ETA" not in tmux.text()
     tmux.type("clear; jobs")
     tmux.until("Running")
     tmux.type("fg")
@@ -389,8 +388,8 @@ def wait_for_step(log: Path, step: int) -> None:
 
 @pytest.mark.slow
 def test_a_real_run_in_tmux_is_stopped_continued_and_left(tmux: Tmux, tmp_path: Path) -> None:
-    """By `q`, by Ctrl-C and by closing the terminal: each time a valid checkpoint, from which the next start goes
-    on."""
+    """By `q`, by Ctrl-C and by closing the terminal: each time there is a valid checkpoint, from which the next start
+    continues."""
     demo = (
         f"{sys.executable} -m lowrank_tune demo --out run evaluate.num_samples=1 evaluate.num_prompts=8 "
         "evaluate.eval_steps=50 "

@@ -1,4 +1,4 @@
-"""The plain console: readable lines, no escape byte in a pipe, model text that cannot act."""
+"""The plain log: readable lines, no escape codes in a pipe, harmless text of models."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ EVENTS: list[Event] = [
 ]
 
 
-def test_a_whole_run_in_lines() -> None:
+def test_line_logger_prints_a_complete_run() -> None:
     assert shown(*EVENTS).splitlines() == [
         "run demo: sft of tiny-tutor on cpu, 150 steps, 98,304 trained parameters",
         "  policy: policy",
@@ -111,15 +111,16 @@ def test_a_whole_run_in_lines() -> None:
     ]
 
 
-def test_only_logged_steps_and_tokens_of_all() -> None:
+def test_line_logger_prints_logged_steps_with_the_speed_of_all() -> None:
     lines = shown(
         step(1, logged=False, seconds=1.0), step(2, logged=False, seconds=1.0), step(3, seconds=3.0)
     ).splitlines()
     assert len(lines) == 1 and "tokens/s 6,144" in lines[0]  # 3 * 10,240 in 5 s
-    assert "tokens/s 7 " in shown(step(1, tokens_per_second=7.0))  # the loop knows better
+    # a speed that the event contains is preferred
+    assert "tokens/s 7 " in shown(step(1, tokens_per_second=7.0))
 
 
-def test_statistics_in_order() -> None:
+def test_statistics_are_printed_in_a_fixed_order() -> None:
     stats = {
         "zeta": 0.5,
         "memory_gib": 2.0,
@@ -160,7 +161,7 @@ def test_a_line_of_preference_metrics() -> None:
     )
 
 
-def test_validations_in_words() -> None:
+def test_validations_are_printed_with_their_kind_and_step() -> None:
     pairs = {
         "pairs/accuracy": 0.9,
         "pairs/margin": 1.5,
@@ -220,7 +221,7 @@ def test_a_line_of_rollout_metrics() -> None:
         prompt="1+1?",
         completions=[{"text": "2", "reward": 1.0, "advantage": 0.0, "finish_reason": "stop", "parts": {}}],
     )
-    assert shown(group) == ""  # the lines would drown in them
+    assert shown(group) == ""  # groups have no lines
 
 
 def test_held_out_answers_of_the_policy() -> None:
@@ -263,7 +264,7 @@ def test_a_chain_and_its_pairs_in_lines() -> None:
 
 def test_remaining_time_counts_pauses() -> None:
     pace = EtaEstimator()
-    assert pace.seconds_left(step(1, time=102.0, steps=11)) == 20.0  # the step's own seconds
+    assert pace.seconds_left(step(1, time=102.0, steps=11)) == 20.0  # the seconds of the step itself
     assert pace.seconds_left(step(2, time=104.0, steps=11)) == 18.0
     assert pace.seconds_left(step(3, time=112.0, steps=11)) == 32.0  # 8 s of evaluation: 12 s for 3 steps
     assert pace.seconds_left(step(11, time=200.0, steps=11)) == 0.0
@@ -272,7 +273,7 @@ def test_remaining_time_counts_pauses() -> None:
     for number in range(1, 101):
         last += 9.0 if number <= 50 else 1.0
         left = pace.seconds_left(step(number, time=last, seconds=1.0, steps=200))
-    assert left == 100.0  # the slow first half is forgotten
+    assert left == 100.0  # the slow first half does not count any more
     assert (clock(42), clock(725.4), clock(11250), clock(-1)) == ("0:42", "12:05", "3:07:30", "0:00")
 
 
@@ -282,7 +283,7 @@ def progress(*marks: tuple[int, float], total: int = 100) -> list[str]:
     ).splitlines()
 
 
-def test_sparse_progress_in_a_pipe() -> None:
+def test_progress_in_a_pipe_has_few_lines() -> None:
     assert progress(*((done, done * 0.01) for done in range(101))) == ["loading: 100/100 (100 %)"]
     assert len(progress(*((done, done * 1.0) for done in range(101)))) == 10
     # every minute, and the end
@@ -293,7 +294,7 @@ def test_sparse_progress_in_a_pipe() -> None:
     ]
     assert progress((0, 0.0), (0, 100.0)) == []
     assert progress((0, 0.0), total=0) == ["loading: 0/0 (100 %)"]
-    assert progress((42, 0.0), total=40) == ["loading: 42/42 (100 %)"]  # rows that were dropped are read too
+    assert progress((42, 0.0), total=40) == ["loading: 42/42 (100 %)"]  # dropped rows are read as well
     assert progress((100, 0.0), (100, 1.0)) == ["loading: 100/100 (100 %)"] * 2  # the same job once more
 
 
@@ -329,7 +330,7 @@ def test_hostile_text_is_inert(text: str, encoding: str) -> None:
     assert not [
         char for char in out if char != "\n" and (unicodedata.category(char) in ("Cc", "Cs", "Zl", "Zp") or bidi(char))
     ]
-    assert all(line and not line.startswith("c") for line in out.splitlines())  # no text made a line of its own
+    assert all(line and not line.startswith("c") for line in out.splitlines())  # no text begins a new line
 
 
 def bidi(char: str) -> bool:
@@ -339,7 +340,7 @@ def bidi(char: str) -> bool:
     )
 
 
-def test_inert_escapes_every_acting_character_and_no_other() -> None:
+def test_escape_control_chars_escapes_exactly_the_unsafe_characters() -> None:
     for code in range(sys.maxunicode + 1):
         char = chr(code)
         if unicodedata.category(char) in ("Cc", "Cs", "Zl", "Zp") or bidi(char):
@@ -355,7 +356,7 @@ def test_no_escape_byte_outside_a_terminal() -> None:
     assert "\x1b" not in shown(*EVENTS, file=Screen(), TERM="dumb")
 
 
-def test_colors_in_a_terminal_unless_forbidden() -> None:
+def test_colors_in_a_terminal_unless_no_color() -> None:
     plain = shown(EVENTS[-3], file=Screen(), TERM="xterm")
     assert plain.startswith("\x1b[33mwarning: 3 rows dropped\x1b[0m\n")
     assert "\x1b" not in shown(EVENTS[-3], file=Screen(), TERM="xterm", NO_COLOR="1")
@@ -363,7 +364,7 @@ def test_colors_in_a_terminal_unless_forbidden() -> None:
     assert "\x1b[3" not in bar and "\x1b[38" not in bar and "500/500" in bar
 
 
-def test_bar_gives_the_cursor_back() -> None:
+def test_bar_shows_the_cursor_at_its_end() -> None:
     for events in (
         EVENTS[1:3],
         [EVENTS[1], step(1)],
@@ -374,7 +375,7 @@ def test_bar_gives_the_cursor_back() -> None:
         assert out.count("\x1b[?25l") == out.count("\x1b[?25h") > 0 and out.rfind("\x1b[?25h") > out.rfind("\x1b[?25l")
         assert "tokenizing" in out
     out = shown(EVENTS[1], step(1), file=Screen(), TERM="xterm")
-    assert out.index("\x1b[?25h") < out.index("loss 1.234")  # the line stands below the bar, not in it
+    assert out.index("\x1b[?25h") < out.index("loss 1.234")  # the line is below the bar
 
 
 def test_a_bar_is_drawn_at_most_ten_times_a_second() -> None:
@@ -459,7 +460,7 @@ def test_a_summary_is_broken_between_values_and_words(width: int) -> None:
     whole, folded = (summary_table(summary, Path("runs/x"), size) for size in (None, width))
     assert max(map(len, folded.splitlines())) <= width and folded.split() == whole.split()
     for part in whole.splitlines()[1].split("  "):
-        assert part in folded  # `accuracy 80.0 %` stands on one line
+        assert part in folded  # `accuracy 80.0 %` is in one row
 
 
 def test_summary_of_pairs_and_of_a_chain(tmp_path: Path) -> None:

@@ -270,7 +270,9 @@ def test_the_dashboard_of_a_chain_that_runs(tmp_path: Path) -> None:
     emulator.until("/68 (")
     emulator.press("q")
     assert emulator.finish() == 0 and shell_is_sane(emulator)
-    assert json.loads((tmp_path / "asked.json").read_text()) == ["stop"] and b"interrupted after step 1" in emulator.raw
+    assert (
+        json.loads((tmp_path / "handled.json").read_text()) == ["stop"] and b"interrupted after step 1" in emulator.raw
+    )
 
 
 @pytest.mark.slow

@@ -20,8 +20,8 @@ from lowrank_tune.ui.metrics import (
 from lowrank_tune.ui.reward_vs_accuracy import frontier
 from lowrank_tune.ui.state import Series, State
 from lowrank_tune.ui.terminal.charts import Curve, Points, chart, format_number, smooth
-from lowrank_tune.ui.terminal.panes import SMOOTHINGS, View
-from lowrank_tune.ui.terminal.text_layout import Line, Piece
+from lowrank_tune.ui.terminal.panes import SMOOTHINGS, View, labeled_value
+from lowrank_tune.ui.terminal.text_layout import Block, Line
 
 PLAIN_FORMAT_METRICS = (
     "accuracy",
@@ -96,7 +96,7 @@ def chart_pane(
     view: View,
     width: int,
     height: int,
-) -> list[Line]:
+) -> Block:
     """Returns a title with the last values, and the chart below it.
 
     A single statistic has dim dots for its values, a bright line for their average and a second color for validation.
@@ -114,16 +114,7 @@ def chart_pane(
     title: Line = [(f" {_chart_label(names, view)} ", "title")]
     if log:
         title.append(("log ", "quiet"))
-    return [
-        [*title, *values],
-        *chart(
-            curves,
-            width,
-            height - 1,
-            log,
-            view.ascii_only,
-        ),
-    ]
+    return [[*title, *values], *chart(curves, width, height - 1, log, view.ascii_only)]
 
 
 def _chart_label(names: Sequence[str], view: View) -> str:
@@ -137,12 +128,7 @@ def _chart_label(names: Sequence[str], view: View) -> str:
     return known or view.sanitize(metric_label(first))
 
 
-def _frontier_pane(
-    state: State,
-    view: View,
-    width: int,
-    height: int,
-) -> list[Line]:
+def _frontier_pane(state: State, view: View, width: int, height: int) -> Block:
     """Returns the chart of the reward by the KL to the reference. Held-out accuracy is scaled to the same height: only
     its shape matters here."""
     rewards = frontier(state)
@@ -152,17 +138,7 @@ def _frontier_pane(
     if accuracy:
         curves.append(Curve(_scaled_to(rewards, accuracy), "second", "o"))
         title.append(("  exact", "second"))
-    return [
-        title,
-        *chart(
-            curves,
-            width,
-            height - 1,
-            False,
-            view.ascii_only,
-            format_x=format_number,
-        ),
-    ]
+    return [title, *chart(curves, width, height - 1, False, view.ascii_only, format_x=format_number)]
 
 
 def _scaled_to(rewards: Points, accuracy: Points) -> list[tuple[float, float]]:
@@ -180,11 +156,7 @@ def _shown_series(state: State, name: str) -> Series | None:
     return state.series.get(name) or state.series.get(f"eval_{name}")
 
 
-def _shared_chart(
-    state: State,
-    names: Sequence[str],
-    view: View,
-) -> tuple[Line, list[Curve]]:
+def _shared_chart(state: State, names: Sequence[str], view: View) -> tuple[Line, list[Curve]]:
     """Returns the last value and the curve of each of several statistics."""
     values: Line = []
     curves = list[Curve]()
@@ -192,8 +164,11 @@ def _shared_chart(
         series = _shown_series(state, name)
         if series is None:
             continue
-        values.append((f"{view.sanitize(line.label, 16)} ", "quiet"))
-        values.append((f"{format_value(name, series.last)} ", line.style))
+        values += labeled_value(
+            f"{view.sanitize(line.label, 16)} ",
+            f"{format_value(name, series.last)} ",
+            line.style,
+        )
         curves.append(Curve(_average(series, view), line.style, line.sign))
     return values, curves
 
@@ -213,11 +188,7 @@ def _average(series: Series, view: View) -> Points:
     return smooth(series.points, SMOOTHINGS[view.smoothing])
 
 
-def _curves(
-    state: State,
-    name: str,
-    view: View,
-) -> list[Curve]:
+def _curves(state: State, name: str, view: View) -> list[Curve]:
     """Returns the curves of a single statistic."""
     curves = list[Curve]()
     series = state.series.get(name)
@@ -233,35 +204,17 @@ def _curves(
     return curves
 
 
-def _background(
-    state: State,
-    name: str,
-    series: Series,
-    view: View,
-) -> list[Curve]:
+def _background(state: State, name: str, series: Series, view: View) -> list[Curve]:
     """Returns a band if the statistic has a spread, else its values as dots unless smoothing is off."""
     spread = state.series.get(BAND_METRIC.get(name, ""))
     if spread is not None:
-        return [
-            _band_edge(
-                series,
-                spread,
-                view,
-                1,
-            ),
-            _band_edge(series, spread, view, -1),
-        ]
+        return [_band_edge(series, spread, view, 1), _band_edge(series, spread, view, -1)]
     if SMOOTHINGS[view.smoothing]:
         return [Curve(series.points, "quiet", ".", line=False)]
     return []
 
 
-def _band_edge(
-    series: Series,
-    spread: Series,
-    view: View,
-    sign: int,
-) -> Curve:
+def _band_edge(series: Series, spread: Series, view: View, sign: int) -> Curve:
     """Returns the average of the statistic plus (sign 1) or minus (sign -1) its spread."""
     points = []
     for (x, y), (_, around) in zip(series.points, spread.points, strict=False):
@@ -269,11 +222,7 @@ def _band_edge(
     return Curve(smooth(points, SMOOTHINGS[view.smoothing]), "quiet", ".")
 
 
-def _last_values(
-    state: State,
-    name: str,
-    view: View,
-) -> list[Piece]:
+def _last_values(state: State, name: str, view: View) -> Line:
     """Returns the last value of a single statistic, its spread and its validation, as far as they were measured."""
     values: Line = []
     last = state.last(name)
@@ -285,6 +234,5 @@ def _last_values(
         values.append((f" {plus_minus} {format_value(name, spread)}", "quiet"))
     validation = state.last(f"eval_{name}")
     if validation is not None:
-        values.append(("  validation ", "quiet"))
-        values.append((format_value(name, validation), "second"))
+        values += labeled_value("  validation ", format_value(name, validation), "second")
     return values

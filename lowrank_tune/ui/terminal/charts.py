@@ -9,7 +9,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from lowrank_tune.ui.terminal.text_layout import Line
+from lowrank_tune.ui.terminal.text_layout import Block, Line
 
 Points = Sequence[tuple[float, float]]
 Dot = tuple[int, int]
@@ -83,7 +83,7 @@ class Canvas:
         self._styles[row][column] = style
         self._signs[row][column] = sign
 
-    def lines(self) -> list[Line]:
+    def lines(self) -> Block:
         """Returns the canvas as lines in which neighbors of the same style are joined."""
         return [_joined(signs, styles) for signs, styles in zip(self._signs, self._styles, strict=True)]
 
@@ -213,7 +213,7 @@ def chart(
     log: bool = False,
     ascii_only: bool = False,
     format_x: Callable[[float], str] = format_integer,
-) -> list[Line]:
+) -> Block:
     """Returns `height` lines of `width` cells: the curves, at their left values of the y axis, and below them the ends
     of the x axis, written by `format_x`. `log` has no effect if no value is positive."""
     area = axis_ranges(curves, log) or axis_ranges(curves, False)
@@ -228,7 +228,7 @@ def chart(
         draw(canvas, curve, area)
     labels = _y_labels(area, plot_height)
     edge = "|" if ascii_only else "\u2502"
-    lines: list[Line] = []
+    lines: Block = []
     for row, line in enumerate(canvas.lines()):
         label = labels.get(row, "")
         lines.append([(f"{label:>{LABEL_WIDTH - 1}} {edge}", "quiet"), *line])

@@ -11,7 +11,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TextIO
 
-from lowrank_tune.ui.terminal.text_layout import Line, to_ansi
+from lowrank_tune.ui.terminal.text_layout import Block, to_ansi
 
 ENTER = b"\x1b[?1049h\x1b[?25l\x1b[?7l\x1b[2J"
 """Alternate screen, hidden cursor, no line wrap, cleared."""
@@ -44,7 +44,7 @@ class Terminal:
             self._out = os.dup(descriptor)
         self.color = not environ.get("NO_COLOR")
         self.gone = False
-        self._shown: list[Line] = []
+        self._shown: Block = []
 
     def size(self) -> tuple[int, int]:
         """Returns columns and lines, read at each call, so that each resize is seen."""
@@ -66,7 +66,7 @@ class Terminal:
         """Switches back to the normal screen."""
         self._write(LEAVE, 10 * WRITE_TIMEOUT)
 
-    def show(self, lines: list[Line]) -> None:
+    def show(self, lines: Block) -> None:
         """Writes the lines that differ from the last frame."""
         if len(lines) != len(self._shown):
             self.invalidate()

@@ -17,7 +17,7 @@ from typing import Any
 from lowrank_tune.ui.terminal.device import Terminal, ascii_only
 from lowrank_tune.ui.terminal.keys import ESCAPE, Keyboard
 from lowrank_tune.ui.terminal.panes import SMOOTHINGS, View
-from lowrank_tune.ui.terminal.text_layout import Line
+from lowrank_tune.ui.terminal.text_layout import Block
 
 FRAME_SECONDS = 0.5
 """Minimum time between two frames."""
@@ -67,7 +67,7 @@ class LiveScreen:
 
     def __init__(
         self,
-        draw: Callable[[View, int, int], list[Line]],
+        draw: Callable[[View, int, int], Block],
         changed: Callable[[], bool],
         on_key: Callable[[str], None],
         on_failure: Callable[[Exception], None],

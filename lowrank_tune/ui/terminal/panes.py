@@ -10,13 +10,13 @@ from dataclasses import dataclass
 
 from lowrank_tune.ui.metrics import GENERATIVE_ALGORITHMS
 from lowrank_tune.ui.state import State
-from lowrank_tune.ui.terminal.text_layout import Line, Piece, sanitize, wrap
+from lowrank_tune.ui.terminal.text_layout import Block, Line, Piece, sanitize, wrap
 
 SMOOTHINGS = (0.0, 0.5, 0.7, 0.8, 0.9, 0.95, 0.98)
 """Weights of the moving average, selected by `+` and `-`."""
 KEYS = {
     "q": "save and quit",
-    "p": "pause, and go on",
+    "p": "pause or continue",
     "s": "save now",
     "e": "evaluate now",
     "n": "next question",
@@ -38,7 +38,7 @@ class View:
     smoothing: int = 2
     """Index of the weight in `SMOOTHINGS`."""
     sample: int = 0
-    """Index of the first question, pair or page; larger ones than there are begin again at the first."""
+    """Index of the first question, pair or page that is shown, modulo their number."""
     help: bool = False
     group: bool = False
     ascii_only: bool = False
@@ -69,42 +69,29 @@ def keys_of(state: State, view: View) -> list[str]:
     return keys
 
 
-def heading(
-    text: str,
-    width: int,
-    view: View,
-    right: str = "",
-) -> Line:
+def heading(text: str, width: int, view: View, right: str = "") -> Line:
     """Returns the title of a pane, with a rule to its end and a note at the right."""
     rule = view.symbol("\u2500", "-")
     note = f" {right}" if right else ""
     rest = width - len(text) - len(note) - 5
-    return [
-        (f"{rule * 2} ", "quiet"),
-        (text, "title"),
-        (f" {rule * rest}{note} ", "quiet"),
-    ]
+    return [(f"{rule * 2} ", "quiet"), (text, "title"), (f" {rule * rest}{note} ", "quiet")]
 
 
-def prompt_lines(
-    prompt: str,
-    view: View,
-    width: int,
-    max_lines: int,
-) -> list[Line]:
+def labeled_value(label: str, value: str, style: str = "") -> Line:
+    """Returns a dim label and a value."""
+    return [(label, "quiet"), (value, style)]
+
+
+def prompt_lines(prompt: str, view: View, width: int, max_lines: int) -> Block:
     """Returns a prompt in bold, wrapped to at most `max_lines` lines."""
     text = view.sanitize(prompt, 4 * width)
     return [[(f" {row}", "strong")] for row in wrap(text, width - 2, max_lines)]
 
 
-def labeled(
-    label: Piece,
-    rows: Sequence[str],
-    style: str = "",
-) -> list[Line]:
+def labeled(label: Piece, rows: Sequence[str], style: str = "") -> Block:
     """Returns a line for each row. The first begins with the label, the others are indented by its length."""
     text, label_style = label
-    lines: list[Line] = []
+    lines: Block = []
     for row in rows:
         lines.append([(text, label_style), (row, style)])
         text = " " * len(text)

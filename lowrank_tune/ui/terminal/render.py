@@ -12,9 +12,9 @@ from lowrank_tune.ui.terminal.chart_pane import chart_names, chart_pane, format_
 from lowrank_tune.ui.terminal.group_pane import group_pane
 from lowrank_tune.ui.terminal.help_pane import help_pane
 from lowrank_tune.ui.terminal.log_pane import log_pane
-from lowrank_tune.ui.terminal.panes import View, keys_of, labeled
+from lowrank_tune.ui.terminal.panes import View, keys_of, labeled, labeled_value
 from lowrank_tune.ui.terminal.sample_pane import sample_pane
-from lowrank_tune.ui.terminal.text_layout import Line, Piece, fit, pad, side_by_side, width_of, wrap
+from lowrank_tune.ui.terminal.text_layout import Block, Line, Piece, fit, pad, side_by_side, width_of, wrap
 
 MIN_WIDTH = 60
 MIN_HEIGHT = 15
@@ -46,20 +46,10 @@ KEY_LABELS = {
 }
 STALE_SECONDS = 60.0
 """Seconds without an event after which the header shows the time since the last one."""
-DIAGNOSIS_SIGNS = {
-    "bad": "!!",
-    "warning": "! ",
-    "good": "ok",
-    "": "  ",
-}
+DIAGNOSIS_SIGNS = {"bad": "!!", "warning": "! ", "good": "ok", "": "  "}
 
 
-def render(
-    state: State,
-    view: View,
-    width: int,
-    height: int,
-) -> list[Line]:
+def render(state: State, view: View, width: int, height: int) -> Block:
     """Returns exactly `height` lines of `width` cells."""
     if width < MIN_WIDTH or height < MIN_HEIGHT:
         return pad(_small_screen(state, view, width), width, height)
@@ -77,19 +67,10 @@ def render(
     body_height = height - len(head) - 1
     body = pane(state, view, width, body_height)
     footer = fit(_footer(state, view, width), width)
-    return [
-        *pad(head, width, len(head)),
-        *pad(body, width, body_height),
-        footer,
-    ]
+    return [*pad(head, width, len(head)), *pad(body, width, body_height), footer]
 
 
-def render_several(
-    states: Sequence[State],
-    view: View,
-    width: int,
-    height: int,
-) -> list[Line]:
+def render_several(states: Sequence[State], view: View, width: int, height: int) -> Block:
     """Returns the dashboards of several runs: side by side if the screen is wide enough, else one above the other."""
     count = len(states)
     if count == 1:
@@ -101,29 +82,12 @@ def render_several(
         widths = [base_width] * edges + [last_width]
         columns = []
         for state, column_width in zip(states, widths, strict=True):
-            columns.append(
-                render(
-                    state,
-                    view,
-                    column_width,
-                    height,
-                )
-            )
-        return side_by_side(
-            columns,
-            widths,
-            height,
-            view.symbol("\u2502", "|"),
-        )
-    lines: list[Line] = []
+            columns.append(render(state, view, column_width, height))
+        return side_by_side(columns, widths, height, view.symbol("\u2502", "|"))
+    lines: Block = []
     for index, state in enumerate(states):
         rest = height - len(lines)
-        lines += render(
-            state,
-            view,
-            width,
-            rest // (count - index),
-        )
+        lines += render(state, view, width, rest // (count - index))
     return lines
 
 
@@ -157,18 +121,10 @@ def _end_status(state: State, view: View) -> Piece:
     return text, "good" if state.ended.status == "done" else "bad"
 
 
-def _title(
-    state: State,
-    view: View,
-    width: int,
-) -> Line:
+def _title(state: State, view: View, width: int) -> Line:
     status_text, status_style = status(state, view)
     status_text = f"  {status_text} "
-    line: Line = [
-        (" lowrank-tune ", "key"),
-        (" ", ""),
-        *_run(state, view),
-    ]
+    line: Line = [(" lowrank-tune ", "key"), (" ", ""), *_run(state, view)]
     return [*fit(line, width - len(status_text)), (status_text, status_style)]
 
 
@@ -196,30 +152,20 @@ def _roles(state: State, view: View) -> Line:
         if role == "reference":
             continue
         stack = " + ".join(("base", *adapters))
-        line.append((f" {view.sanitize(role)} ", "quiet"))
-        line.append((f"= {view.sanitize(stack)}  ", ""))
+        line += labeled_value(f" {view.sanitize(role)} ", f"= {view.sanitize(stack)}  ")
     if state.started.algorithm not in WITHOUT_REFERENCE:
-        line.append((" reference ", "quiet"))
-        line.append((f"= {view.sanitize(state.started.reference)}", ""))
+        line += labeled_value(" reference ", f"= {view.sanitize(state.started.reference)}")
     return line
 
 
-def _bar(
-    share: float,
-    width: int,
-    view: View,
-) -> Line:
+def _bar(share: float, width: int, view: View) -> Line:
     full = round(min(1.0, max(0.0, share)) * width)
     done = view.symbol("\u2501", "#")
     rest = view.symbol("\u2500", ".")
     return [(done * full, "bar"), (rest * (width - full), "quiet")]
 
 
-def _progress(
-    state: State,
-    view: View,
-    width: int,
-) -> Line:
+def _progress(state: State, view: View, width: int) -> Line:
     """Returns the bar of the current job, or of the whole run, with its figures."""
     facts = _progress_facts(state, view)
     if state.start_time is not None and state.ended is None:
@@ -255,19 +201,14 @@ def _share_done(state: State) -> float:
     return state.job.done / state.job.total if state.job.total else 0.0
 
 
-def _resources(
-    state: State,
-    view: View,
-    width: int,
-) -> Line:
+def _resources(state: State, view: View, width: int) -> Line:
     """Returns the memory of the GPU, and the shares of the phases in the time of the steps and of the run."""
     line = _memory(state, view)
     if view.gpu:
         line.append((f"  {view.sanitize(view.gpu)}", "quiet"))
     step_shares = [f"{name} {share:.0%}" for name, share in state.step_phase_shares().items()]
     if step_shares:
-        line.append(("   step ", "quiet"))
-        line.append(("  ".join(step_shares), ""))
+        line += labeled_value("   step ", "  ".join(step_shares))
     shares = []
     for name, share in state.phase_shares().items():
         if share >= MIN_PHASE_SHARE:
@@ -279,8 +220,7 @@ def _resources(
         while shares and len("  ".join(shares)) > room:
             shares.pop()
     if shares:
-        line.append((label, "quiet"))
-        line.append(("  ".join(shares), ""))
+        line += labeled_value(label, "  ".join(shares))
     return line
 
 
@@ -291,47 +231,22 @@ def _memory(state: State, view: View) -> Line:
     total = 0.0
     if state.started is not None:
         total = state.started.memory_total_gib
-    label = (" memory ", "quiet")
     if not total:
-        return [label, (f"{used:.1f} GiB", "")]
+        return labeled_value(" memory ", f"{used:.1f} GiB")
     style = "warning" if used > MEMORY_WARNING * total else ""
-    return [
-        label,
-        *_bar(used / total, 8, view),
-        (f" {used:.1f} of {total:.1f} GiB", style),
-    ]
+    return [(" memory ", "quiet"), *_bar(used / total, 8, view), (f" {used:.1f} of {total:.1f} GiB", style)]
 
 
-def _body(
-    state: State,
-    view: View,
-    width: int,
-    height: int,
-) -> list[Line]:
+def _body(state: State, view: View, width: int, height: int) -> Block:
     """Returns the charts, below them the diagnoses, then log and answers."""
-    diagnoses = _diagnoses(
-        state,
-        view,
-        width,
-        max(1, height // 9),
-    )
+    diagnoses = _diagnoses(state, view, width, max(1, height // 9))
     height -= len(diagnoses)
-    grid: list[Line] = []
+    grid: Block = []
     charts = chart_names(state)
     if charts:
         panes_height = max(MIN_PANES_HEIGHT, min(MAX_PANES_HEIGHT, height * 2 // 5))
-        grid = _chart_grid(
-            state,
-            charts,
-            view,
-            width,
-            height - panes_height,
-        )
-    return [
-        *grid,
-        *diagnoses,
-        *_log_and_samples(state, view, width, height - len(grid)),
-    ]
+        grid = _chart_grid(state, charts, view, width, height - panes_height)
+    return [*grid, *diagnoses, *_log_and_samples(state, view, width, height - len(grid))]
 
 
 def _chart_grid(
@@ -340,7 +255,7 @@ def _chart_grid(
     view: View,
     width: int,
     height: int,
-) -> list[Line]:
+) -> Block:
     """Returns rows of charts, and a line with the last values of the charts that do not fit."""
     columns = max(1, min(MAX_COLUMNS, width // MIN_CHART_WIDTH, len(charts)))
     rows_needed = -(-len(charts) // columns)
@@ -349,15 +264,10 @@ def _chart_grid(
     left_out = charts[columns * rows :]
     if left_out:
         height -= 1
-    lines: list[Line] = []
+    widths = _column_widths(width, columns)
+    lines: Block = []
     for start in range(0, len(shown), columns):
-        lines += _chart_row(
-            state,
-            shown[start : start + columns],
-            view,
-            _column_widths(width, columns),
-            height // rows,
-        )
+        lines += _chart_row(state, shown[start : start + columns], view, widths, height // rows)
     if left_out:
         lines.append(_last_values(state, left_out, view, width))
     return lines
@@ -375,28 +285,14 @@ def _chart_row(
     view: View,
     widths: Sequence[int],
     height: int,
-) -> list[Line]:
-    blocks: list[list[Line]] = []
-    for index, width in enumerate(widths):
-        block: list[Line] = []
-        if index < len(charts):
-            block = chart_pane(
-                state,
-                charts[index],
-                view,
-                width,
-                height,
-            )
-        blocks.append(block)
-    return side_by_side(blocks, widths, height)
+) -> Block:
+    blocks = []
+    for names, width in zip(charts, widths, strict=False):
+        blocks.append(chart_pane(state, names, view, width, height))
+    return side_by_side(blocks, widths[: len(blocks)], height)
 
 
-def _last_values(
-    state: State,
-    charts: Sequence[Sequence[str]],
-    view: View,
-    width: int,
-) -> Line:
+def _last_values(state: State, charts: Sequence[Sequence[str]], view: View, width: int) -> Line:
     """Returns a line with the last values of charts that a small screen does not show. Charts of several metrics are
     last, because a chart whose values do not fit is left out."""
     line: Line = [(" ", "")]
@@ -407,11 +303,7 @@ def _last_values(
     return line
 
 
-def _values_of_chart(
-    state: State,
-    names: Sequence[str],
-    view: View,
-) -> Line:
+def _values_of_chart(state: State, names: Sequence[str], view: View) -> Line:
     values: Line = []
     if len(names) > 1:
         values.append((f"{SIDE_TITLES.get(names[0], 'rewards:')} ", "quiet"))
@@ -423,18 +315,12 @@ def _values_of_chart(
             label, _ = METRIC_FORMATS[name]
         else:
             label = view.sanitize(reward_label(name), 20)
-        values.append((f"{label} ", "quiet"))
-        values.append((f"{format_value(name, last)}   ", ""))
+        values += labeled_value(f"{label} ", f"{format_value(name, last)}   ")
     return values
 
 
-def _diagnoses(
-    state: State,
-    view: View,
-    width: int,
-    max_lines: int,
-) -> list[Line]:
-    lines: list[Line] = []
+def _diagnoses(state: State, view: View, width: int, max_lines: int) -> Block:
+    lines: Block = []
     for diagnosis in diagnose(state):
         rows = wrap(view.sanitize(diagnosis.text), width - 5, 2)
         label = f" {DIAGNOSIS_SIGNS[diagnosis.level]} "
@@ -442,12 +328,7 @@ def _diagnoses(
     return lines[:max_lines]
 
 
-def _log_and_samples(
-    state: State,
-    view: View,
-    width: int,
-    height: int,
-) -> list[Line]:
+def _log_and_samples(state: State, view: View, width: int, height: int) -> Block:
     """Returns the log and the answers: side by side, or the answers above the log on a narrow screen.
 
     Nothing is at the right of the answers, because a terminal may measure a character of theirs in another way.
@@ -455,15 +336,7 @@ def _log_and_samples(
     if width >= MIN_TWO_PANE_WIDTH:
         left = (width - 1) * 9 // 20
         right = width - 1 - left
-        panes = [
-            log_pane(
-                state,
-                view,
-                left,
-                height,
-            ),
-            sample_pane(state, view, right, height),
-        ]
+        panes = [log_pane(state, view, left, height), sample_pane(state, view, right, height)]
         return side_by_side(panes, [left, right], height)
     samples_height = 2
     if state.answers or state.earlier or state.pairs:
@@ -471,34 +344,13 @@ def _log_and_samples(
             # the diagnoses also contain the most important warnings
             return sample_pane(state, view, width, height)
         samples_height = height * 3 // 5
-    samples = pad(
-        sample_pane(
-            state,
-            view,
-            width,
-            samples_height,
-        ),
-        width,
-        samples_height,
-    )
-    return [
-        *samples,
-        *log_pane(
-            state,
-            view,
-            width,
-            height - samples_height,
-        ),
-    ]
+    samples = pad(sample_pane(state, view, width, samples_height), width, samples_height)
+    return [*samples, *log_pane(state, view, width, height - samples_height)]
 
 
-def _footer(
-    state: State,
-    view: View,
-    width: int,
-) -> Line:
+def _footer(state: State, view: View, width: int) -> Line:
     if not view.keys:
-        return [(" no keyboard here: Ctrl-C saves and quits", "quiet")]
+        return [(" no keyboard input: Ctrl-C saves and quits", "quiet")]
     line: Line = [(" ", "")]
     is_wide = width >= MIN_TWO_PANE_WIDTH
     for key in keys_of(state, view):
@@ -508,43 +360,39 @@ def _footer(
         if is_wide:
             key = f" {key} "
             label = f"{label} " if label else ""
-        line.append((key, "key"))
-        line.append((label, ""))
+        line += [(key, "key"), (label, "")]
     return line
 
 
-def _small_screen(
-    state: State,
-    view: View,
-    width: int,
-) -> list[Line]:
+def _small_screen(state: State, view: View, width: int) -> Block:
     """Returns plain lines for a screen that has no room for panes."""
     run = state.started
     status_text, status_style = status(state, view)
     name = view.sanitize(run.name) if run else "starting"
-    lines: list[Line] = [[(f"{name}: {status_text}", status_style)]]
-    if state.job is not None:
-        lines.append([(f"{view.sanitize(state.job.description)} {state.job.done}/{state.job.total}", "")])
+    rows = [(f"{name}: {status_text}", status_style)]
+    job = state.job
+    if job is not None:
+        rows.append((f"{view.sanitize(job.description)} {job.done}/{job.total}", ""))
     if run is not None:
         steps = f"step {state.step}/{state.steps}"
         if state.seconds_left is not None and state.ended_process is None:
             steps = f"{steps}, ETA {clock(state.seconds_left)}"
-        lines.append([(steps, "")])
-    lines += _small_metrics(state, view)
+        rows.append((steps, ""))
+    rows += _small_metrics(state, view)
     for diagnosis in diagnose(state):
         for row in wrap(view.sanitize(diagnosis.text), width, 2):
-            lines.append([(row, diagnosis.level)])
+            rows.append((row, diagnosis.level))
     for entry in reversed(state.warnings):
-        lines.append([(view.sanitize(entry.text), "warning")])
-    return lines
+        rows.append((view.sanitize(entry.text), "warning"))
+    return [[row] for row in rows]
 
 
-def _small_metrics(state: State, view: View) -> list[Line]:
-    """Returns a line for each of the most important metrics that were measured."""
+def _small_metrics(state: State, view: View) -> list[Piece]:
+    """Returns a row for each of the most important metrics that were measured."""
     names = [name for chart in chart_names(state) for name in chart]
     names = [name for name in [*names, "eval_loss"] if name in state.series]
-    lines: list[Line] = []
+    rows = []
     for name in names[:MAX_SMALL_METRICS]:
         label = view.sanitize(name, 40).replace("_", " ")
-        lines.append([(f"{label} {format_value(name, state.series[name].last)}", "")])
-    return lines
+        rows.append((f"{label} {format_value(name, state.series[name].last)}", ""))
+    return rows

@@ -85,7 +85,7 @@ def _without_blanks(match: re.Match[str]) -> str:
 
 
 def state_at_step(events: Iterable[Event], step: int | None) -> State:
-    """Returns the state after a step; None stands for the last one."""
+    """Returns the state after a step; None means the last one."""
     state = State()
     for event in events:
         if step is not None and isinstance(event, StepEnd) and event.step > step:

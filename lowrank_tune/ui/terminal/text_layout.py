@@ -15,6 +15,8 @@ from lowrank_tune.ui import escape_control_chars
 Piece = tuple[str, str]
 Line = list[Piece]
 """A line of a screen: pieces of text, each with the name of a style in `STYLES`."""
+Block = list[Line]
+"""Lines of a screen, one below the other."""
 
 
 @dataclass(frozen=True)
@@ -46,11 +48,7 @@ STYLES = {
 }
 
 
-def sanitize(
-    text: str,
-    ascii_only: bool = False,
-    limit: int = 500,
-) -> str:
+def sanitize(text: str, ascii_only: bool = False, limit: int = 500) -> str:
     """Returns untrusted text without control characters, at most `limit` characters of it, for a terminal that may show
     ASCII only."""
     text = escape_control_chars(text, limit)
@@ -81,25 +79,16 @@ def fit(line: Line, width: int) -> Line:
     return [*fitted, (" " * left, "")]
 
 
-def pad(
-    lines: Sequence[Line],
-    width: int,
-    height: int,
-) -> list[Line]:
+def pad(lines: Sequence[Line], width: int, height: int) -> Block:
     """Returns the block in exactly `width` x `height` cells."""
     filled = [fit(line, width) for line in lines[:height]]
     missing = height - len(filled)
     return filled + [fit([], width) for _ in range(missing)]
 
 
-def side_by_side(
-    blocks: Sequence[Sequence[Line]],
-    widths: Sequence[int],
-    height: int,
-    gap: str = " ",
-) -> list[Line]:
+def side_by_side(blocks: Sequence[Sequence[Line]], widths: Sequence[int], height: int, gap: str = " ") -> Block:
     """Returns blocks next to each other, as `height` lines with `gap` between the blocks."""
-    rows: list[Line] = [[] for _ in range(height)]
+    rows: Block = [[] for _ in range(height)]
     for index, (block, width) in enumerate(zip(blocks, widths, strict=True)):
         for row, line in zip(rows, pad(block, width, height), strict=True):
             if index > 0:
@@ -108,11 +97,7 @@ def side_by_side(
     return rows
 
 
-def wrap(
-    text: str,
-    width: int,
-    lines: int,
-) -> list[str]:
+def wrap(text: str, width: int, lines: int) -> list[str]:
     """Returns text broken at blanks into at most `lines` lines of `width` cells, with `...` at the end if text is left
     out."""
     if width < 4 or lines < 1:
@@ -133,11 +118,7 @@ def wrap(
     return rows
 
 
-def fold(
-    line: str,
-    width: int,
-    indent: int,
-) -> str:
+def fold(line: str, width: int, indent: int) -> str:
     """Returns a line broken so that each row is shorter than `width` if possible; rows after the first are indented.
 
     Words are not broken. If values are two blanks apart, a name and its value stay in the same row.
@@ -145,13 +126,7 @@ def fold(
     joined = line
     if re.search(r"\S {2,}\S.* {2,}\S", line):
         joined = re.sub(r"(?<=\S) (?=\S)", "\0", line)
-    rows = textwrap.wrap(
-        joined,
-        width,
-        subsequent_indent=" " * indent,
-        break_long_words=False,
-        break_on_hyphens=False,
-    )
+    rows = textwrap.wrap(joined, width, subsequent_indent=" " * indent, break_long_words=False, break_on_hyphens=False)
     return "\n".join(rows).replace("\0", " ")
 
 

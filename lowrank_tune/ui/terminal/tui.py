@@ -22,11 +22,11 @@ from lowrank_tune.ui.terminal.live_screen import LiveScreen
 from lowrank_tune.ui.terminal.panes import View
 from lowrank_tune.ui.terminal.plain import LineLogger
 from lowrank_tune.ui.terminal.render import render
-from lowrank_tune.ui.terminal.text_layout import Line
+from lowrank_tune.ui.terminal.text_layout import Block
 
 PENDING_LABELS = {
     "stop": "saving and quitting after this step",
-    "pause": "paused: p goes on",
+    "pause": "paused: p continues",
     "evaluate": "evaluating after this step",
     "save": "saving after this step",
 }
@@ -86,12 +86,7 @@ class Tui:
             line_logger = LineLogger()
             if ended.status == "failed":
                 for line in self.state.warnings:
-                    line_logger(
-                        LogMessage(
-                            message=line.text,
-                            level="warning",
-                        )
-                    )
+                    line_logger(LogMessage(message=line.text, level="warning"))
             line_logger(ended)
             line_logger.close()
 
@@ -108,17 +103,8 @@ class Tui:
             self.state.apply(self._events.popleft())
         return is_changed
 
-    def _draw(
-        self,
-        view: View,
-        width: int,
-        height: int,
-    ) -> list[Line]:
-        view = replace(
-            view,
-            pending=self._pending,
-            gpu=self._gpu.read(),
-        )
+    def _draw(self, view: View, width: int, height: int) -> Block:
+        view = replace(view, pending=self._pending, gpu=self._gpu.read())
         return render(self.state, view, width, height)
 
     def _press(self, key: str) -> None:
@@ -145,14 +131,9 @@ class Tui:
         """Prints the rest of the run in lines. The thread of the screen calls it."""
         self._redirected.close()
         line_logger = LineLogger()
-        message = f"the dashboard broke, plain lines follow: {type(error).__name__}: {error}"
+        message = f"the dashboard failed, plain lines follow: {type(error).__name__}: {error}"
         with suppress(OSError, ValueError):
-            line_logger(
-                LogMessage(
-                    message=message,
-                    level="warning",
-                )
-            )
+            line_logger(LogMessage(message=message, level="warning"))
         self._line_logger = line_logger
         while self._events:
             line_logger(self._events.popleft())
