@@ -183,8 +183,8 @@ class TokenizedDataset:
     ) -> tuple[NDArray[np.int32], NDArray[np.bool_], IntArray]:
         """Returns ids and mask of the rows from `start` to before `end`, concatenated, and the length of each row."""
         lengths = self.lengths[start:end]
-        # The rows may lie anywhere in the arrays: a token's position there is its position in the result, moved as far
-        # as its row.
+        # The rows may be anywhere in the arrays. The position of a token there is its position in the result, shifted
+        # by as much as the start of its row.
         store_starts = self._arrays["starts"][self.indices[start:end]]
         starts = np.cumsum(lengths) - lengths
         positions = np.arange(lengths.sum()) + np.repeat(store_starts - starts, lengths)
