@@ -325,7 +325,14 @@ def run_stage(
         context.recorder.start_stage(read_events(folder.events), start_time)
         context.show_dashboard(console_log or folder.console_log, chain(previous_events, read_events(folder.events)))
         recipe = context.with_auto_settings(recipe)
-        stage = _load_stage(recipe, folder, context, position, base, checkpoint)
+        stage = _load_stage(
+            recipe,
+            folder,
+            context,
+            position,
+            base,
+            checkpoint,
+        )
         cleanup.callback(stage.built.close)
         step, finished = stage.train(context.set_training)
         recorder = context.recorder
@@ -342,12 +349,7 @@ def run_stage(
     except BaseException as error:
         if is_out_of_memory(error) or isinstance(error, DoesNotFit):
             error = _out_of_memory(error, recipe)
-        context.emit_failure(
-            error,
-            step,
-            time.time() - start_time,
-            position,
-        )
+        context.emit_failure(error, step, time.time() - start_time, position)
         raise error
     finally:
         cleanup.close()
@@ -371,7 +373,15 @@ def _load_stage(
         stages=context.stages,
     )
     try:
-        return Stage(recipe, folder, built, context.emit, context.control, checkpoint, position)
+        return Stage(
+            recipe,
+            folder,
+            built,
+            context.emit,
+            context.control,
+            checkpoint,
+            position,
+        )
     except BaseException:
         built.close()
         raise

@@ -297,7 +297,14 @@ class _Export:
         show: Callable[[MergeReport], None],
         device: torch.device | None,
     ) -> MergedModel:
-        return merge(self.run.path, folder, self.options.weights, self.emit, show, device)
+        return merge(
+            self.run.path,
+            folder,
+            self.options.weights,
+            self.emit,
+            show,
+            device,
+        )
 
     def _merged_card(
         self,

@@ -30,20 +30,26 @@ def attend(
 ) -> Tensor:
     """Computes query (B, H, T, D), key and value (B, KV, S, D) -> (B, H, T, D) with the kernel that torch chooses on
     `device`."""
-    options: dict[str, Any] = {
-        "dropout_p": dropout_p,
-        "is_causal": is_causal,
-        "scale": scale,
-    }
+    options: dict[str, Any] = {"dropout_p": dropout_p, "is_causal": is_causal, "scale": scale}
     if query.is_meta or key.is_meta or value.is_meta:
         query = query.to("meta")
         key = key.to("meta")
         value = value.to("meta")
         if attn_mask is not None and attn_mask.dtype == torch.bool:
             # torch turns a boolean mask into an additive one.
-            attn_mask = torch.empty(attn_mask.shape, dtype=query.dtype, device="meta")
+            attn_mask = torch.empty(
+                attn_mask.shape,
+                dtype=query.dtype,
+                device="meta",
+            )
         if device != "cpu":
-            return _attend_on_cuda(query, key, value, attn_mask, **options)
+            return _attend_on_cuda(
+                query,
+                key,
+                value,
+                attn_mask,
+                **options,
+            )
         if _cpu_uses_flash(
             query,
             key,

@@ -211,8 +211,18 @@ class _WatchScreen:
         polled = [run.poll() for run in self.runs]
         return any(polled)
 
-    def _draw(self, view: View, width: int, height: int) -> list[Line]:
-        return render_several([run.state for run in self.runs], view, width, height)
+    def _draw(
+        self,
+        view: View,
+        width: int,
+        height: int,
+    ) -> list[Line]:
+        return render_several(
+            [run.state for run in self.runs],
+            view,
+            width,
+            height,
+        )
 
     def _on_key(self, key: str) -> None:
         if key == "q":

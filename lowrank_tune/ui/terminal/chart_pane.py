@@ -114,7 +114,16 @@ def chart_pane(
     title: Line = [(f" {_chart_label(names, view)} ", "title")]
     if log:
         title.append(("log ", "quiet"))
-    return [[*title, *values], *chart(curves, width, height - 1, log, view.ascii_only)]
+    return [
+        [*title, *values],
+        *chart(
+            curves,
+            width,
+            height - 1,
+            log,
+            view.ascii_only,
+        ),
+    ]
 
 
 def _chart_label(names: Sequence[str], view: View) -> str:
@@ -128,7 +137,12 @@ def _chart_label(names: Sequence[str], view: View) -> str:
     return known or view.sanitize(metric_label(first))
 
 
-def _frontier_pane(state: State, view: View, width: int, height: int) -> Block:
+def _frontier_pane(
+    state: State,
+    view: View,
+    width: int,
+    height: int,
+) -> Block:
     """Returns the chart of the reward by the KL to the reference. Held-out accuracy is scaled to the same height: only
     its shape matters here."""
     rewards = frontier(state)
@@ -138,7 +152,17 @@ def _frontier_pane(state: State, view: View, width: int, height: int) -> Block:
     if accuracy:
         curves.append(Curve(_scaled_to(rewards, accuracy), "second", "o"))
         title.append(("  exact", "second"))
-    return [title, *chart(curves, width, height - 1, False, view.ascii_only, format_x=format_number)]
+    return [
+        title,
+        *chart(
+            curves,
+            width,
+            height - 1,
+            False,
+            view.ascii_only,
+            format_x=format_number,
+        ),
+    ]
 
 
 def _scaled_to(rewards: Points, accuracy: Points) -> list[tuple[float, float]]:
@@ -156,7 +180,11 @@ def _shown_series(state: State, name: str) -> Series | None:
     return state.series.get(name) or state.series.get(f"eval_{name}")
 
 
-def _shared_chart(state: State, names: Sequence[str], view: View) -> tuple[Line, list[Curve]]:
+def _shared_chart(
+    state: State,
+    names: Sequence[str],
+    view: View,
+) -> tuple[Line, list[Curve]]:
     """Returns the last value and the curve of each of several statistics."""
     values: Line = []
     curves = list[Curve]()
@@ -188,7 +216,11 @@ def _average(series: Series, view: View) -> Points:
     return smooth(series.points, SMOOTHINGS[view.smoothing])
 
 
-def _curves(state: State, name: str, view: View) -> list[Curve]:
+def _curves(
+    state: State,
+    name: str,
+    view: View,
+) -> list[Curve]:
     """Returns the curves of a single statistic."""
     curves = list[Curve]()
     series = state.series.get(name)
@@ -204,17 +236,35 @@ def _curves(state: State, name: str, view: View) -> list[Curve]:
     return curves
 
 
-def _background(state: State, name: str, series: Series, view: View) -> list[Curve]:
+def _background(
+    state: State,
+    name: str,
+    series: Series,
+    view: View,
+) -> list[Curve]:
     """Returns a band if the statistic has a spread, else its values as dots unless smoothing is off."""
     spread = state.series.get(BAND_METRIC.get(name, ""))
     if spread is not None:
-        return [_band_edge(series, spread, view, 1), _band_edge(series, spread, view, -1)]
+        return [
+            _band_edge(
+                series,
+                spread,
+                view,
+                1,
+            ),
+            _band_edge(series, spread, view, -1),
+        ]
     if SMOOTHINGS[view.smoothing]:
         return [Curve(series.points, "quiet", ".", line=False)]
     return []
 
 
-def _band_edge(series: Series, spread: Series, view: View, sign: int) -> Curve:
+def _band_edge(
+    series: Series,
+    spread: Series,
+    view: View,
+    sign: int,
+) -> Curve:
     """Returns the average of the statistic plus (sign 1) or minus (sign -1) its spread."""
     points = []
     for (x, y), (_, around) in zip(series.points, spread.points, strict=False):
@@ -222,7 +272,11 @@ def _band_edge(series: Series, spread: Series, view: View, sign: int) -> Curve:
     return Curve(smooth(points, SMOOTHINGS[view.smoothing]), "quiet", ".")
 
 
-def _last_values(state: State, name: str, view: View) -> Line:
+def _last_values(
+    state: State,
+    name: str,
+    view: View,
+) -> Line:
     """Returns the last value of a single statistic, its spread and its validation, as far as they were measured."""
     values: Line = []
     last = state.last(name)

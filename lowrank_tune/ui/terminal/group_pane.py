@@ -19,28 +19,69 @@ MAX_ROWS = 8
 """Lines of one completion."""
 
 
-def group_pane(state: State, view: View, width: int, height: int) -> Block:
+def group_pane(
+    state: State,
+    view: View,
+    width: int,
+    height: int,
+) -> Block:
     """Returns the newest group. Completions that do not fit are on further pages."""
     group = state.group
     if group is None:
         note = " no completions yet: they come with the first step of an algorithm that has rewards"
         return [heading("group", width, view), [(note, "quiet")]]
-    head = _prompt(group, view, width, max(1, min(3, height // 6)))
-    head.append([(LABEL.format("reward", "advantage", "end", ""), "quiet"), ("completion", "quiet")])
-    pages = _pages(group.completions, view, width, max(1, height - len(head) - 2))
+    head = _prompt(
+        group,
+        view,
+        width,
+        max(1, min(3, height // 6)),
+    )
+    head.append(
+        [
+            (
+                LABEL.format(
+                    "reward",
+                    "advantage",
+                    "end",
+                    "",
+                ),
+                "quiet",
+            ),
+            ("completion", "quiet"),
+        ]
+    )
+    pages = _pages(
+        group.completions,
+        view,
+        width,
+        max(1, height - len(head) - 2),
+    )
     page = view.sample % len(pages)
     note = ""
     if len(pages) > 1:
         note = f"page {page + 1} of {len(pages)}, n: next page"
     elif group.is_zero_std:
         note = "no signal: all rewards are equal"
-    lines = [heading(f"group of step {group.step}: {group.count} completions", width, view, note), *head]
+    lines = [
+        heading(
+            f"group of step {group.step}: {group.count} completions",
+            width,
+            view,
+            note,
+        ),
+        *head,
+    ]
     for block in pages[page]:
         lines += block
     return [*lines[: height - 1], [(f" {_reward_summary(group)}", "quiet")]]
 
 
-def _prompt(group: Group, view: View, width: int, max_lines: int) -> Block:
+def _prompt(
+    group: Group,
+    view: View,
+    width: int,
+    max_lines: int,
+) -> Block:
     """Returns the prompt with its solution behind the last line."""
     lines = prompt_lines(group.prompt, view, width, max_lines)
     if lines and group.ground_truth is not None:
@@ -48,13 +89,23 @@ def _prompt(group: Group, view: View, width: int, max_lines: int) -> Block:
     return lines
 
 
-def _pages(completions: Sequence[LoggedCompletion], view: View, width: int, room: int) -> list[list[Block]]:
+def _pages(
+    completions: Sequence[LoggedCompletion],
+    view: View,
+    width: int,
+    room: int,
+) -> list[list[Block]]:
     """Distributes the completions over as few pages as possible. Each completion may fill an equal share of a page."""
     max_lines = max(2, min(MAX_ROWS, room // max(1, len(completions))))
     pages: list[list[Block]] = [[]]
     left = room
     for completion in completions:
-        block = _block(completion, view, width, min(max_lines, room))
+        block = _block(
+            completion,
+            view,
+            width,
+            min(max_lines, room),
+        )
         if len(block) > left and pages[-1]:
             pages.append([])
             left = room
@@ -63,7 +114,12 @@ def _pages(completions: Sequence[LoggedCompletion], view: View, width: int, room
     return pages
 
 
-def _block(completion: LoggedCompletion, view: View, width: int, max_lines: int) -> Block:
+def _block(
+    completion: LoggedCompletion,
+    view: View,
+    width: int,
+    max_lines: int,
+) -> Block:
     """Returns the figures and the text of a completion, and below it the parts of its reward if it has several."""
     parts = _reward_parts(completion, view, width)
     text = view.sanitize(completion.text, max_lines * width)
@@ -96,7 +152,11 @@ def _sign_style(advantage: float) -> str:
     return "quiet"
 
 
-def _reward_parts(completion: LoggedCompletion, view: View, width: int) -> str:
+def _reward_parts(
+    completion: LoggedCompletion,
+    view: View,
+    width: int,
+) -> str:
     """Returns each of several rewards, or why the completion was not scored; an empty string for a single reward."""
     if completion.unscored:
         return f"not scored: {view.sanitize(completion.unscored, width)}"

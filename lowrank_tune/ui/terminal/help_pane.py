@@ -14,14 +14,25 @@ NOTES = (
 )
 
 
-def help_pane(state: State, view: View, width: int, height: int) -> Block:
+def help_pane(
+    state: State,
+    view: View,
+    width: int,
+    height: int,
+) -> Block:
     """Returns a line for each key, then the notes."""
     lines = [heading("help", width, view)]
     for key in keys_of(state, view):
         effect = KEYS[key]
         if key == "q" and not view.owns_run:
             effect = "close this screen; the run continues"
-        lines.append([("  ", ""), (f" {key} ", "key"), (f"  {effect}", "")])
+        lines.append(
+            [
+                ("  ", ""),
+                (f" {key} ", "key"),
+                (f"  {effect}", ""),
+            ]
+        )
     lines.append([])
     for note in NOTES:
         for row in wrap(note, width - 4, 3):

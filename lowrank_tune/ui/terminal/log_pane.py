@@ -13,7 +13,12 @@ LOG_ROWS = 2
 LABEL_WIDTH = 8
 
 
-def log_pane(state: State, view: View, width: int, height: int) -> Block:
+def log_pane(
+    state: State,
+    view: View,
+    width: int,
+    height: int,
+) -> Block:
     """Returns the warnings, then the log, each with the newest entry first."""
     count = len(state.warnings)
     note = ""
@@ -23,11 +28,21 @@ def log_pane(state: State, view: View, width: int, height: int) -> Block:
     for index, entry in enumerate([*reversed(state.warnings), *reversed(state.log)]):
         if len(lines) >= height:
             break
-        lines += _entry(entry, view, width, is_warning=index < count)
+        lines += _entry(
+            entry,
+            view,
+            width,
+            is_warning=index < count,
+        )
     return lines[:height]
 
 
-def _entry(entry: LogLine, view: View, width: int, is_warning: bool) -> Block:
+def _entry(
+    entry: LogLine,
+    view: View,
+    width: int,
+    is_warning: bool,
+) -> Block:
     text = view.sanitize(entry.text, 3 * width)
     if entry.times > 1:
         text = f"{text} (x{entry.times})"

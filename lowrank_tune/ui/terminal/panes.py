@@ -69,26 +69,48 @@ def keys_of(state: State, view: View) -> list[str]:
     return keys
 
 
-def heading(text: str, width: int, view: View, right: str = "") -> Line:
+def heading(
+    text: str,
+    width: int,
+    view: View,
+    right: str = "",
+) -> Line:
     """Returns the title of a pane, with a rule to its end and a note at the right."""
     rule = view.symbol("\u2500", "-")
     note = f" {right}" if right else ""
     rest = width - len(text) - len(note) - 5
-    return [(f"{rule * 2} ", "quiet"), (text, "title"), (f" {rule * rest}{note} ", "quiet")]
+    return [
+        (f"{rule * 2} ", "quiet"),
+        (text, "title"),
+        (f" {rule * rest}{note} ", "quiet"),
+    ]
 
 
-def labeled_value(label: str, value: str, style: str = "") -> Line:
+def labeled_value(
+    label: str,
+    value: str,
+    style: str = "",
+) -> Line:
     """Returns a dim label and a value."""
     return [(label, "quiet"), (value, style)]
 
 
-def prompt_lines(prompt: str, view: View, width: int, max_lines: int) -> Block:
+def prompt_lines(
+    prompt: str,
+    view: View,
+    width: int,
+    max_lines: int,
+) -> Block:
     """Returns a prompt in bold, wrapped to at most `max_lines` lines."""
     text = view.sanitize(prompt, 4 * width)
     return [[(f" {row}", "strong")] for row in wrap(text, width - 2, max_lines)]
 
 
-def labeled(label: Piece, rows: Sequence[str], style: str = "") -> Block:
+def labeled(
+    label: Piece,
+    rows: Sequence[str],
+    style: str = "",
+) -> Block:
     """Returns a line for each row. The first begins with the label, the others are indented by its length."""
     text, label_style = label
     lines: Block = []

@@ -46,10 +46,20 @@ KEY_LABELS = {
 }
 STALE_SECONDS = 60.0
 """Seconds without an event after which the header shows the time since the last one."""
-DIAGNOSIS_SIGNS = {"bad": "!!", "warning": "! ", "good": "ok", "": "  "}
+DIAGNOSIS_SIGNS = {
+    "bad": "!!",
+    "warning": "! ",
+    "good": "ok",
+    "": "  ",
+}
 
 
-def render(state: State, view: View, width: int, height: int) -> Block:
+def render(
+    state: State,
+    view: View,
+    width: int,
+    height: int,
+) -> Block:
     """Returns exactly `height` lines of `width` cells."""
     if width < MIN_WIDTH or height < MIN_HEIGHT:
         return pad(_small_screen(state, view, width), width, height)
@@ -67,10 +77,19 @@ def render(state: State, view: View, width: int, height: int) -> Block:
     body_height = height - len(head) - 1
     body = pane(state, view, width, body_height)
     footer = fit(_footer(state, view, width), width)
-    return [*pad(head, width, len(head)), *pad(body, width, body_height), footer]
+    return [
+        *pad(head, width, len(head)),
+        *pad(body, width, body_height),
+        footer,
+    ]
 
 
-def render_several(states: Sequence[State], view: View, width: int, height: int) -> Block:
+def render_several(
+    states: Sequence[State],
+    view: View,
+    width: int,
+    height: int,
+) -> Block:
     """Returns the dashboards of several runs: side by side if the screen is wide enough, else one above the other."""
     count = len(states)
     if count == 1:
@@ -82,12 +101,29 @@ def render_several(states: Sequence[State], view: View, width: int, height: int)
         widths = [base_width] * edges + [last_width]
         columns = []
         for state, column_width in zip(states, widths, strict=True):
-            columns.append(render(state, view, column_width, height))
-        return side_by_side(columns, widths, height, view.symbol("\u2502", "|"))
+            columns.append(
+                render(
+                    state,
+                    view,
+                    column_width,
+                    height,
+                )
+            )
+        return side_by_side(
+            columns,
+            widths,
+            height,
+            view.symbol("\u2502", "|"),
+        )
     lines: Block = []
     for index, state in enumerate(states):
         rest = height - len(lines)
-        lines += render(state, view, width, rest // (count - index))
+        lines += render(
+            state,
+            view,
+            width,
+            rest // (count - index),
+        )
     return lines
 
 
@@ -121,10 +157,18 @@ def _end_status(state: State, view: View) -> Piece:
     return text, "good" if state.ended.status == "done" else "bad"
 
 
-def _title(state: State, view: View, width: int) -> Line:
+def _title(
+    state: State,
+    view: View,
+    width: int,
+) -> Line:
     status_text, status_style = status(state, view)
     status_text = f"  {status_text} "
-    line: Line = [(" lowrank-tune ", "key"), (" ", ""), *_run(state, view)]
+    line: Line = [
+        (" lowrank-tune ", "key"),
+        (" ", ""),
+        *_run(state, view),
+    ]
     return [*fit(line, width - len(status_text)), (status_text, status_style)]
 
 
@@ -158,14 +202,22 @@ def _roles(state: State, view: View) -> Line:
     return line
 
 
-def _bar(share: float, width: int, view: View) -> Line:
+def _bar(
+    share: float,
+    width: int,
+    view: View,
+) -> Line:
     full = round(min(1.0, max(0.0, share)) * width)
     done = view.symbol("\u2501", "#")
     rest = view.symbol("\u2500", ".")
     return [(done * full, "bar"), (rest * (width - full), "quiet")]
 
 
-def _progress(state: State, view: View, width: int) -> Line:
+def _progress(
+    state: State,
+    view: View,
+    width: int,
+) -> Line:
     """Returns the bar of the current job, or of the whole run, with its figures."""
     facts = _progress_facts(state, view)
     if state.start_time is not None and state.ended is None:
@@ -201,7 +253,11 @@ def _share_done(state: State) -> float:
     return state.job.done / state.job.total if state.job.total else 0.0
 
 
-def _resources(state: State, view: View, width: int) -> Line:
+def _resources(
+    state: State,
+    view: View,
+    width: int,
+) -> Line:
     """Returns the memory of the GPU, and the shares of the phases in the time of the steps and of the run."""
     line = _memory(state, view)
     if view.gpu:
@@ -234,19 +290,43 @@ def _memory(state: State, view: View) -> Line:
     if not total:
         return labeled_value(" memory ", f"{used:.1f} GiB")
     style = "warning" if used > MEMORY_WARNING * total else ""
-    return [(" memory ", "quiet"), *_bar(used / total, 8, view), (f" {used:.1f} of {total:.1f} GiB", style)]
+    return [
+        (" memory ", "quiet"),
+        *_bar(used / total, 8, view),
+        (f" {used:.1f} of {total:.1f} GiB", style),
+    ]
 
 
-def _body(state: State, view: View, width: int, height: int) -> Block:
+def _body(
+    state: State,
+    view: View,
+    width: int,
+    height: int,
+) -> Block:
     """Returns the charts, below them the diagnoses, then log and answers."""
-    diagnoses = _diagnoses(state, view, width, max(1, height // 9))
+    diagnoses = _diagnoses(
+        state,
+        view,
+        width,
+        max(1, height // 9),
+    )
     height -= len(diagnoses)
     grid: Block = []
     charts = chart_names(state)
     if charts:
         panes_height = max(MIN_PANES_HEIGHT, min(MAX_PANES_HEIGHT, height * 2 // 5))
-        grid = _chart_grid(state, charts, view, width, height - panes_height)
-    return [*grid, *diagnoses, *_log_and_samples(state, view, width, height - len(grid))]
+        grid = _chart_grid(
+            state,
+            charts,
+            view,
+            width,
+            height - panes_height,
+        )
+    return [
+        *grid,
+        *diagnoses,
+        *_log_and_samples(state, view, width, height - len(grid)),
+    ]
 
 
 def _chart_grid(
@@ -267,7 +347,13 @@ def _chart_grid(
     widths = _column_widths(width, columns)
     lines: Block = []
     for start in range(0, len(shown), columns):
-        lines += _chart_row(state, shown[start : start + columns], view, widths, height // rows)
+        lines += _chart_row(
+            state,
+            shown[start : start + columns],
+            view,
+            widths,
+            height // rows,
+        )
     if left_out:
         lines.append(_last_values(state, left_out, view, width))
     return lines
@@ -288,11 +374,24 @@ def _chart_row(
 ) -> Block:
     blocks = []
     for names, width in zip(charts, widths, strict=False):
-        blocks.append(chart_pane(state, names, view, width, height))
+        blocks.append(
+            chart_pane(
+                state,
+                names,
+                view,
+                width,
+                height,
+            )
+        )
     return side_by_side(blocks, widths[: len(blocks)], height)
 
 
-def _last_values(state: State, charts: Sequence[Sequence[str]], view: View, width: int) -> Line:
+def _last_values(
+    state: State,
+    charts: Sequence[Sequence[str]],
+    view: View,
+    width: int,
+) -> Line:
     """Returns a line with the last values of charts that a small screen does not show. Charts of several metrics are
     last, because a chart whose values do not fit is left out."""
     line: Line = [(" ", "")]
@@ -303,7 +402,11 @@ def _last_values(state: State, charts: Sequence[Sequence[str]], view: View, widt
     return line
 
 
-def _values_of_chart(state: State, names: Sequence[str], view: View) -> Line:
+def _values_of_chart(
+    state: State,
+    names: Sequence[str],
+    view: View,
+) -> Line:
     values: Line = []
     if len(names) > 1:
         values.append((f"{SIDE_TITLES.get(names[0], 'rewards:')} ", "quiet"))
@@ -319,7 +422,12 @@ def _values_of_chart(state: State, names: Sequence[str], view: View) -> Line:
     return values
 
 
-def _diagnoses(state: State, view: View, width: int, max_lines: int) -> Block:
+def _diagnoses(
+    state: State,
+    view: View,
+    width: int,
+    max_lines: int,
+) -> Block:
     lines: Block = []
     for diagnosis in diagnose(state):
         rows = wrap(view.sanitize(diagnosis.text), width - 5, 2)
@@ -328,7 +436,12 @@ def _diagnoses(state: State, view: View, width: int, max_lines: int) -> Block:
     return lines[:max_lines]
 
 
-def _log_and_samples(state: State, view: View, width: int, height: int) -> Block:
+def _log_and_samples(
+    state: State,
+    view: View,
+    width: int,
+    height: int,
+) -> Block:
     """Returns the log and the answers: side by side, or the answers above the log on a narrow screen.
 
     Nothing is at the right of the answers, because a terminal may measure a character of theirs in another way.
@@ -336,7 +449,15 @@ def _log_and_samples(state: State, view: View, width: int, height: int) -> Block
     if width >= MIN_TWO_PANE_WIDTH:
         left = (width - 1) * 9 // 20
         right = width - 1 - left
-        panes = [log_pane(state, view, left, height), sample_pane(state, view, right, height)]
+        panes = [
+            log_pane(
+                state,
+                view,
+                left,
+                height,
+            ),
+            sample_pane(state, view, right, height),
+        ]
         return side_by_side(panes, [left, right], height)
     samples_height = 2
     if state.answers or state.earlier or state.pairs:
@@ -344,11 +465,32 @@ def _log_and_samples(state: State, view: View, width: int, height: int) -> Block
             # the diagnoses also contain the most important warnings
             return sample_pane(state, view, width, height)
         samples_height = height * 3 // 5
-    samples = pad(sample_pane(state, view, width, samples_height), width, samples_height)
-    return [*samples, *log_pane(state, view, width, height - samples_height)]
+    samples = pad(
+        sample_pane(
+            state,
+            view,
+            width,
+            samples_height,
+        ),
+        width,
+        samples_height,
+    )
+    return [
+        *samples,
+        *log_pane(
+            state,
+            view,
+            width,
+            height - samples_height,
+        ),
+    ]
 
 
-def _footer(state: State, view: View, width: int) -> Line:
+def _footer(
+    state: State,
+    view: View,
+    width: int,
+) -> Line:
     if not view.keys:
         return [(" no keyboard input: Ctrl-C saves and quits", "quiet")]
     line: Line = [(" ", "")]
@@ -364,7 +506,11 @@ def _footer(state: State, view: View, width: int) -> Line:
     return line
 
 
-def _small_screen(state: State, view: View, width: int) -> Block:
+def _small_screen(
+    state: State,
+    view: View,
+    width: int,
+) -> Block:
     """Returns plain lines for a screen that has no room for panes."""
     run = state.started
     status_text, status_style = status(state, view)

@@ -26,7 +26,12 @@ class Answer:
     sample: SampleLogged
 
 
-def sample_pane(state: State, view: View, width: int, height: int) -> Block:
+def sample_pane(
+    state: State,
+    view: View,
+    width: int,
+    height: int,
+) -> Block:
     """Returns held-out pairs with their scores if the run has any, else held-out questions with the first and the
     current answer."""
     if state.pairs:
@@ -34,33 +39,80 @@ def sample_pane(state: State, view: View, width: int, height: int) -> Block:
     return _questions_pane(state, view, width, height)
 
 
-def _questions_pane(state: State, view: View, width: int, height: int) -> Block:
+def _questions_pane(
+    state: State,
+    view: View,
+    width: int,
+    height: int,
+) -> Block:
     note = _heldout_note(state, view, width - MIN_TITLE_WIDTH)
     prompts = list({**state.answers, **state.earlier})
     if not prompts:
-        return [heading("answers", width, view, note), [(" no answers yet", "quiet")]]
+        return [
+            heading(
+                "answers",
+                width,
+                view,
+                note,
+            ),
+            [(" no answers yet", "quiet")],
+        ]
 
     def question(index: int, max_lines: int) -> Block:
         prompt = prompts[index]
-        return _question(prompt, _answers_of(state, prompt), view, width, max_lines)
+        return _question(
+            prompt,
+            _answers_of(state, prompt),
+            view,
+            width,
+            max_lines,
+        )
 
     first = view.sample % len(prompts)
-    title = heading(f"question {first + 1} of {len(prompts)}", width, view, note)
-    return [title, *_stack(question, first, len(prompts), height - 1)]
+    title = heading(
+        f"question {first + 1} of {len(prompts)}",
+        width,
+        view,
+        note,
+    )
+    return [
+        title,
+        *_stack(
+            question,
+            first,
+            len(prompts),
+            height - 1,
+        ),
+    ]
 
 
-def _pairs_pane(state: State, view: View, width: int, height: int) -> Block:
+def _pairs_pane(
+    state: State,
+    view: View,
+    width: int,
+    height: int,
+) -> Block:
     pairs = list(state.pairs.values())
 
     def pair(index: int, max_lines: int) -> Block:
         return _pair(pairs[index], view, width, max_lines)
 
     first = view.sample % len(pairs)
-    title = heading(f"pair {first + 1} of {len(pairs)}", width, view, _pairs_note(state))
+    title = heading(
+        f"pair {first + 1} of {len(pairs)}",
+        width,
+        view,
+        _pairs_note(state),
+    )
     return [title, *_stack(pair, first, len(pairs), height - 1)]
 
 
-def _stack(block: Callable[[int, int], Block], first: int, count: int, height: int) -> Block:
+def _stack(
+    block: Callable[[int, int], Block],
+    first: int,
+    count: int,
+    height: int,
+) -> Block:
     """Returns as many blocks as fit, one below the other, beginning with number `first`.
 
     `block(index, max_lines)` draws one of the `count` blocks. A single block may fill the whole height, others half of
@@ -79,7 +131,11 @@ def _stack(block: Callable[[int, int], Block], first: int, count: int, height: i
     return lines
 
 
-def _heldout_note(state: State, view: View, width: int) -> str:
+def _heldout_note(
+    state: State,
+    view: View,
+    width: int,
+) -> str:
     """Returns the held-out accuracy of all models; if that is too wide, of the first and the last, or nothing."""
     figures = []
     for model, stats in state.heldout.items():
@@ -131,11 +187,22 @@ def _question(
     max_lines: int,
 ) -> Block:
     """Returns the prompt and its answers, of which the last ones are kept if there is no room for all."""
-    lines = prompt_lines(prompt, view, width, max(1, max_lines // 4))
+    lines = prompt_lines(
+        prompt,
+        view,
+        width,
+        max(1, max_lines // 4),
+    )
     shown = answers[-max(1, max_lines - len(lines)) :]
     for left in range(len(shown), 0, -1):
         room = max(1, (max_lines - len(lines)) // left)
-        lines += _answer(shown[-left], view, width, room, is_newest=left == 1)
+        lines += _answer(
+            shown[-left],
+            view,
+            width,
+            room,
+            is_newest=left == 1,
+        )
     return lines
 
 
@@ -170,7 +237,11 @@ def _answer(
     return lines
 
 
-def _facts(sample: SampleLogged, view: View, is_newest: bool) -> str:
+def _facts(
+    sample: SampleLogged,
+    view: View,
+    is_newest: bool,
+) -> str:
     """Returns the end of an answer, its solution and its reward, as far as they are known."""
     facts = []
     if sample.finish_reason != "stop":
@@ -182,11 +253,28 @@ def _facts(sample: SampleLogged, view: View, is_newest: bool) -> str:
     return f"  [{', '.join(facts)}]" if facts else ""
 
 
-def _pair(pair: ScoredPair, view: View, width: int, max_lines: int) -> Block:
+def _pair(
+    pair: ScoredPair,
+    view: View,
+    width: int,
+    max_lines: int,
+) -> Block:
     """Returns the prompt and both answers; the one with the higher score is bright."""
-    lines = prompt_lines(pair.chosen.prompt, view, width, max(1, max_lines // 4))
+    lines = prompt_lines(
+        pair.chosen.prompt,
+        view,
+        width,
+        max(1, max_lines // 4),
+    )
     room = max(1, (max_lines - len(lines)) // 2)
-    lines += _scored_answer("chosen", pair.chosen, pair.margin > 0, view, width, room)
+    lines += _scored_answer(
+        "chosen",
+        pair.chosen,
+        pair.margin > 0,
+        view,
+        width,
+        room,
+    )
     room = max(1, max_lines - len(lines))
     return lines + _scored_answer("rejected", pair.rejected, pair.margin < 0, view, width, room)
 

@@ -48,7 +48,11 @@ STYLES = {
 }
 
 
-def sanitize(text: str, ascii_only: bool = False, limit: int = 500) -> str:
+def sanitize(
+    text: str,
+    ascii_only: bool = False,
+    limit: int = 500,
+) -> str:
     """Returns untrusted text without control characters, at most `limit` characters of it, for a terminal that may show
     ASCII only."""
     text = escape_control_chars(text, limit)
@@ -79,14 +83,23 @@ def fit(line: Line, width: int) -> Line:
     return [*fitted, (" " * left, "")]
 
 
-def pad(lines: Sequence[Line], width: int, height: int) -> Block:
+def pad(
+    lines: Sequence[Line],
+    width: int,
+    height: int,
+) -> Block:
     """Returns the block in exactly `width` x `height` cells."""
     filled = [fit(line, width) for line in lines[:height]]
     missing = height - len(filled)
     return filled + [fit([], width) for _ in range(missing)]
 
 
-def side_by_side(blocks: Sequence[Sequence[Line]], widths: Sequence[int], height: int, gap: str = " ") -> Block:
+def side_by_side(
+    blocks: Sequence[Sequence[Line]],
+    widths: Sequence[int],
+    height: int,
+    gap: str = " ",
+) -> Block:
     """Returns blocks next to each other, as `height` lines with `gap` between the blocks."""
     rows: Block = [[] for _ in range(height)]
     for index, (block, width) in enumerate(zip(blocks, widths, strict=True)):
@@ -97,7 +110,11 @@ def side_by_side(blocks: Sequence[Sequence[Line]], widths: Sequence[int], height
     return rows
 
 
-def wrap(text: str, width: int, lines: int) -> list[str]:
+def wrap(
+    text: str,
+    width: int,
+    lines: int,
+) -> list[str]:
     """Returns text broken at blanks into at most `lines` lines of `width` cells, with `...` at the end if text is left
     out."""
     if width < 4 or lines < 1:
@@ -118,7 +135,11 @@ def wrap(text: str, width: int, lines: int) -> list[str]:
     return rows
 
 
-def fold(line: str, width: int, indent: int) -> str:
+def fold(
+    line: str,
+    width: int,
+    indent: int,
+) -> str:
     """Returns a line broken so that each row is shorter than `width` if possible; rows after the first are indented.
 
     Words are not broken. If values are two blanks apart, a name and its value stay in the same row.
@@ -126,7 +147,13 @@ def fold(line: str, width: int, indent: int) -> str:
     joined = line
     if re.search(r"\S {2,}\S.* {2,}\S", line):
         joined = re.sub(r"(?<=\S) (?=\S)", "\0", line)
-    rows = textwrap.wrap(joined, width, subsequent_indent=" " * indent, break_long_words=False, break_on_hyphens=False)
+    rows = textwrap.wrap(
+        joined,
+        width,
+        subsequent_indent=" " * indent,
+        break_long_words=False,
+        break_on_hyphens=False,
+    )
     return "\n".join(rows).replace("\0", " ")
 
 

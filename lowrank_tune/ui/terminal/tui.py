@@ -86,7 +86,12 @@ class Tui:
             line_logger = LineLogger()
             if ended.status == "failed":
                 for line in self.state.warnings:
-                    line_logger(LogMessage(message=line.text, level="warning"))
+                    line_logger(
+                        LogMessage(
+                            message=line.text,
+                            level="warning",
+                        )
+                    )
             line_logger(ended)
             line_logger.close()
 
@@ -103,8 +108,17 @@ class Tui:
             self.state.apply(self._events.popleft())
         return is_changed
 
-    def _draw(self, view: View, width: int, height: int) -> Block:
-        view = replace(view, pending=self._pending, gpu=self._gpu.read())
+    def _draw(
+        self,
+        view: View,
+        width: int,
+        height: int,
+    ) -> Block:
+        view = replace(
+            view,
+            pending=self._pending,
+            gpu=self._gpu.read(),
+        )
         return render(self.state, view, width, height)
 
     def _press(self, key: str) -> None:
@@ -133,7 +147,12 @@ class Tui:
         line_logger = LineLogger()
         message = f"the dashboard failed, plain lines follow: {type(error).__name__}: {error}"
         with suppress(OSError, ValueError):
-            line_logger(LogMessage(message=message, level="warning"))
+            line_logger(
+                LogMessage(
+                    message=message,
+                    level="warning",
+                )
+            )
         self._line_logger = line_logger
         while self._events:
             line_logger(self._events.popleft())
