@@ -13,8 +13,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 __all__ = ["Chain", "Recipe", "UserError", "run"]
 
-# Said at its import, on CPUs whose fused kernel could be downloaded: this kit switches that kernel off (it has no
-# gradient).
+# bitsandbytes logs at its import that a fused CPU kernel could be downloaded. It has no gradient and is not used here.
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 if TYPE_CHECKING:
@@ -34,11 +33,10 @@ def run(
     device: torch.device | None = None,
     on_event: Callable[[Event], None] | None = None,
 ) -> RunResult:
-    """Runs a recipe or a chain of them, a preset's name or a recipe file; continues it where an unfinished run of it
-    lies in the folder.
+    """Runs a recipe or a chain, given as an object, a preset name or a file; resumes an unfinished run in its folder.
 
-    Raises UserError (a sentence for the person) and KeyboardInterrupt at a second Ctrl-C. `on_event` sees every event.
-    The recipe is read before torch is imported: a backend that it names may have to come first.
+    `on_event` is called with every event. Raises UserError, and KeyboardInterrupt at a second Ctrl-C. The recipe is read
+    before torch is imported, because a backend in it may have to be imported first.
     """
     from lowrank_tune.config import backends_of, load_any
     from lowrank_tune.unsloth_import import import_unsloth
@@ -56,8 +54,8 @@ def run(
     )
 
 
-# Blocks of a GPU's memory that can grow lose little between phases of other sizes. Torch reads this once, before its
-# first use of the GPU, so it is set before anything below imports torch; what the user has set stands.
+# Expandable segments reduce fragmentation between phases of different sizes. Torch reads this once, before its first use
+# of the GPU, so it is set before anything imports torch. A value set by the user is kept.
 if (
     sys.platform == "linux"
     and not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF"} & os.environ.keys()
@@ -65,12 +63,12 @@ if (
     os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
 
 
-# the heavy modules load at first use, so that `--help` and a faulty recipe take a second
+# The heavy modules are imported at first use, so that `--help` and a faulty recipe take one second.
 def __getattr__(name: str) -> Any:
     if name in ("Chain", "Recipe"):
-        from lowrank_tune import config as recipe
+        from lowrank_tune import config
 
-        return getattr(recipe, name)
+        return getattr(config, name)
     if name == "UserError":
         from lowrank_tune.errors import UserError
 

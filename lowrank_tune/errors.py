@@ -1,5 +1,4 @@
-"""Errors for people: one sentence that says what, where, and what instead. Anything else that is raised is our own
-mistake."""
+"""Errors for the user, with the place and what to do. Any other exception is a mistake in this package."""
 
 from __future__ import annotations
 
@@ -9,27 +8,26 @@ from difflib import get_close_matches
 
 
 class UserError(Exception):
-    """Something that the person at the keyboard can mend. Printed without a traceback; the process ends with
-    `exit_code`."""
+    """An error that the user can correct. Printed without a traceback; the process ends with `exit_code`."""
 
     exit_code = 2
 
 
 class TrainingError(UserError):
-    """The run itself broke (a full disk, losses that are not finite), though its input was well formed."""
+    """A run with valid input has failed: for example a full disk, or losses that are not finite."""
 
     exit_code = 1
 
 
 class OutOfMemory(UserError):
-    """The card or the machine has not enough memory for a step."""
+    """The GPU or the machine does not have enough memory for a step."""
 
     exit_code = 3
 
 
 @dataclass(frozen=True)
 class ConfigProblem:
-    """One fault of a recipe or a data file: where it stands, and a sentence."""
+    """One problem of a recipe or a data file, with its place."""
 
     message: str
     key: str = ""
@@ -37,23 +35,24 @@ class ConfigProblem:
     line: int | None = None
 
     def __str__(self) -> str:
+        location = self.file
         if self.file and self.line:
             location = f"{self.file}:{self.line}"
-        else:
-            location = self.file
         return ": ".join(part for part in (location, self.key, self.message) if part)
 
 
 class ConfigError(UserError):
-    """Several faults, told all at once, one a line."""
+    """All problems of an input, one for each line."""
 
     def __init__(self, problems: Sequence[ConfigProblem]) -> None:
-        assert problems, "an empty list of faults is no error"
+        assert problems, "an error has at least one problem"
         self.problems = tuple(problems)
         super().__init__("\n".join(str(problem) for problem in self.problems))
 
 
 def did_you_mean(word: str, candidates: Sequence[str]) -> str:
-    """ "; did you mean `x`?" for the nearest known word, or an empty string."""
+    """Returns "; did you mean `x`?" for the nearest candidate, or an empty string."""
     matches = get_close_matches(word, candidates, n=1, cutoff=0.6)
-    return f"; did you mean `{matches[0]}`?" if matches else ""
+    if not matches:
+        return ""
+    return f"; did you mean `{matches[0]}`?"

@@ -1,4 +1,4 @@
-"""What a run tells: a stream of small frozen events. Screens, files and trackers are sinks; the loop only calls `emit`.
+"""Events of a run: small frozen values. Screens, files and trackers are sinks; the training loop only calls `emit`.
 
 One event is one JSON object in `events.jsonl`: `{"v": 2, "event": "step_end", "time": 1763800000.0, "step": 1, "stats":
 {...}}`.
@@ -24,9 +24,11 @@ class Event:
 
 @dataclass(frozen=True, kw_only=True)
 class RunStarted(Event):
-    """The first event of each start. `reference` says in words what the policy is compared with; `memory_total_gib` is
-    the card's memory, or the machine's where there is no card, 0 where it is not known; this is stage `stage` of
-    `stages` in a chain."""
+    """The first event of each session.
+
+    `reference` describes what the policy is compared with. `memory_total_gib` is the memory of the GPU, or of the
+    machine without a GPU, 0 if unknown. In a chain this is stage `stage` of `stages`.
+    """
 
     kind: ClassVar[str] = "run_started"
     name: str
@@ -79,7 +81,7 @@ class Evaluated(Event):
 
 @dataclass(frozen=True, kw_only=True)
 class SampleLogged(Event):
-    """What the model answers to a held-out prompt after `step` steps."""
+    """An answer of the model to a held-out prompt after `step` steps."""
 
     kind: ClassVar[str] = "sample_logged"
     step: int
@@ -93,8 +95,7 @@ class SampleLogged(Event):
 
 @dataclass(frozen=True, kw_only=True)
 class GroupLogged(Event):
-    """The completions of one prompt of step `step` side by side, each `{"text", "reward", "advantage", "finish_reason",
-    "parts"}`."""
+    """The completions of one prompt in a step, each `{"text", "reward", "advantage", "finish_reason", "parts"}`."""
 
     kind: ClassVar[str] = "group_logged"
     step: int
@@ -115,7 +116,7 @@ class CheckpointSaved(Event):
 
 @dataclass(frozen=True, kw_only=True)
 class LogMessage(Event):
-    """A sentence for the person: information or a warning."""
+    """A message for the user: information or a warning."""
 
     kind: ClassVar[str] = "log_message"
     message: str
@@ -124,8 +125,7 @@ class LogMessage(Event):
 
 @dataclass(frozen=True, kw_only=True)
 class RunEnded(Event):
-    """The last event: `status` is done, interrupted or failed. This is stage `stage` of `stages` in a chain, also
-    where it failed before its `RunStarted`."""
+    """The last event. In a chain this is stage `stage` of `stages`, also if it failed before its `RunStarted`."""
 
     kind: ClassVar[str] = "run_ended"
     status: Literal["done", "interrupted", "failed"]
@@ -160,18 +160,20 @@ KINDS: dict[str, type[Event]] = {
 
 
 def to_json(event: Event) -> dict[str, Any]:
-    """The event as the object that `events.jsonl` holds."""
+    """Returns the event as an object of `events.jsonl`."""
     return {"v": VERSION, "event": event.kind, **asdict(event)}
 
 
 def from_json(data: Mapping[str, Any]) -> Event | None:
-    """The event of such an object; None for a kind that this version does not know. Unknown fields are ignored; a null
-    statistic is nan."""
+    """Returns the event of an object of `events.jsonl`, None for an unknown kind. Unknown fields are ignored; a null
+    metric becomes nan."""
     kind = KINDS.get(data.get("event", ""))
     if kind is None:
         return None
     field_names = {f.name for f in fields(kind)}
     known_data = {key: value for key, value in data.items() if key in field_names}
-    if isinstance(stats := known_data.get("stats"), dict):  # JSON has no word for nan, so the file holds null
+    stats = known_data.get("stats")
+    # JSON has no nan, so the file contains null
+    if isinstance(stats, dict):
         known_data["stats"] = {name: float("nan") if value is None else value for name, value in stats.items()}
     return kind(**known_data)

@@ -408,7 +408,7 @@ def run_chain(
 ) -> RunResult:
     """Runs stage after stage over one base in memory; a stage that is done in its folder is kept.
 
-    The adapter of each policy stage lies frozen below those of the later stages.
+    The adapter of each policy stage is frozen below those of the later stages.
     """
     folders: dict[str, str] = {}
     summaries: list[dict[str, Any]] = []

@@ -52,7 +52,7 @@ Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks.")]
 
 
 def check_output_file(path: Path | None) -> None:
-    """Raises UserError if `path` is a folder, or lies in a folder that does not exist."""
+    """Raises UserError if `path` is a folder, or is in a folder that does not exist."""
     if path is None:
         return
     if path.is_dir():

@@ -289,7 +289,7 @@ def warn_about_missing_rows(
     if source.max_samples is None or report.used >= source.max_samples:
         return
     message = (
-        f"{report.name}: the recipe asks for {source.max_samples:,} rows, and {report.used:,} of the {report.read:,} "
+        f"{report.name}: the recipe sets {source.max_samples:,} rows, and {report.used:,} of the {report.read:,} "
         f"that there are can be used"
     )
     emit(LogMessage(message=message, level="warning"))

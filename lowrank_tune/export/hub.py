@@ -1,5 +1,5 @@
 """Uploads a folder to a repository of the Hugging Face hub: only to a repository that the user names, private unless
-the user says otherwise."""
+the user sets another visibility."""
 
 from __future__ import annotations
 

@@ -49,7 +49,7 @@ them by 0.016 in bf16."""
 GRADIENT_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.1}
 """Relative difference that the adapter's gradient may have."""
 UNKNOWN_VERSION_MESSAGE = (
-    "base.backend: this unsloth replaces transformers' code in another way than this kit knows: install the version in "
+    "base.backend: this unsloth patches transformers in another way than this kit expects: install the version in "
     "constraints/unsloth.txt, or use `transformers`"
 )
 

@@ -381,7 +381,7 @@ class Stage:
         return True
 
     def _check_reward_hacking(self, step: int, accuracy: float) -> None:
-        """Warns once if the reward rises while held-out accuracy falls, and stops the run if the recipe wants that."""
+        """Warns once if the reward rises while held-out accuracy falls; stops the run for `on_reward_hacking: stop`."""
         detector = self.state.hacking
         reference_metrics = self.state.best.heldout.get(self.reference_name, {})
         num_questions = len(self.evaluator.questions)

@@ -103,7 +103,7 @@ class Plot:
         text: str = "",
         **attributes: float | str,
     ) -> None:
-        """Adds an element of class `kind`. `title` is its tooltip; `_` in the name of an attribute stands for `-`."""
+        """Adds an element of class `kind`. `title` is its tooltip; `_` in the name of an attribute replaces `-`."""
         _add(self.root, tag, kind, title, text, **attributes)
 
     def label(

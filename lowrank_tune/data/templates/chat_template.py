@@ -103,7 +103,7 @@ class ChatTemplate:
         try:
             return self._scheme.prompt(messages)
         except InvalidRow as fault:
-            raise UserError(f"this cannot be asked of the base: {fault.reason}") from fault
+            raise UserError(f"the chat template of the base refuses this conversation: {fault.reason}") from fault
 
     def validate_messages(self, messages: Sequence[Message]) -> str | None:
         """Returns why these messages cannot be used with this template; None if they can."""
