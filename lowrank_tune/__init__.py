@@ -35,8 +35,8 @@ def run(
 ) -> RunResult:
     """Runs a recipe or a chain, given as an object, a preset name or a file; resumes an unfinished run in its folder.
 
-    `on_event` is called with every event. Raises UserError, and KeyboardInterrupt at a second Ctrl-C. The recipe is read
-    before torch is imported, because a backend in it may have to be imported first.
+    `on_event` is called with every event. Raises UserError, and KeyboardInterrupt at a second Ctrl-C. The recipe is
+    read before torch is imported, because a backend in it may have to be imported first.
     """
     from lowrank_tune.config import backends_of, load_any
     from lowrank_tune.unsloth_import import import_unsloth
@@ -54,8 +54,8 @@ def run(
     )
 
 
-# Expandable segments reduce fragmentation between phases of different sizes. Torch reads this once, before its first use
-# of the GPU, so it is set before anything imports torch. A value set by the user is kept.
+# Expandable segments reduce fragmentation between phases of different sizes. Torch reads this once, before its first
+# use of the GPU, so it is set before anything imports torch. A value set by the user is kept.
 if (
     sys.platform == "linux"
     and not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF"} & os.environ.keys()

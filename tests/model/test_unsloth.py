@@ -334,12 +334,12 @@ def test_an_unsloth_that_works_otherwise_is_refused(stand_in: StandIn, monkeypat
     unsloth's."""
     model = loaded().model
     monkeypatch.setattr(modeling_llama, "_unsloth_pre_patch_originals", ({}, {}))
-    with pytest.raises(UserError, match="replaces transformers' code in another way"):
+    with pytest.raises(UserError, match="patches transformers in another way"):
         unsloth._restore_transformers_forward(model, CPU)
     for module in model.modules():
         del module._unsloth_fast_path
     unsloth._restore_transformers_forward(model, CPU)
-    with pytest.raises(UserError, match="replaces transformers' code in another way"):
+    with pytest.raises(UserError, match="patches transformers in another way"):
         unsloth._restore_transformers_forward(model, torch.device("cuda"))
 
 
