@@ -74,16 +74,21 @@ def pass_or_fail(correct: bool, reason: str = "") -> Score:
     return Score(0.0, "fail", reason)
 
 
-class InProcessReward(Protocol):
+@dataclass(frozen=True)
+class InProcessReward(ABC):
     """A reward that is computed in the main process. `is_verifier`: whether it decides if an answer is correct; other
     rewards rate how a completion is written."""
 
-    @property
-    def name(self) -> str: ...
-    @property
-    def is_verifier(self) -> bool: ...
+    name: str
+    is_verifier: ClassVar[bool] = False
+
     def score(self, items: Sequence[RewardInput]) -> list[Score]:
         """Returns one score for each item, in the order of the items."""
+        return [self.score_one(item) for item in items]
+
+    @abstractmethod
+    def score_one(self, item: RewardInput) -> Score:
+        """Returns the score of one completion."""
 
 
 class BatchedReward(ABC):

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 from lowrank_tune.config import RewardConfig
+from lowrank_tune.config.rewards import REWARD_SETTINGS, REWARDS
 from lowrank_tune.errors import ConfigError, ConfigProblem, UserError, did_you_mean
 from lowrank_tune.rewards.base import Reward, require_packages
 from lowrank_tune.rewards.code.python_tests import PythonTestsReward
@@ -87,7 +88,7 @@ def _build_reward(
     name: str,
     folder: Path,
 ) -> Reward:
-    if is_user_function(config.name) or config.name in BUILTIN_REWARDS:
+    if is_user_function(config.name) or config.name in REWARDS:
         _check_settings(config)
     if is_user_function(config.name):
         return read_user_function(name, config.name, folder)
@@ -96,10 +97,10 @@ def _build_reward(
 
 def _check_settings(config: RewardConfig) -> None:
     """Raises UserError if a setting that the reward needs is missing, or one of another reward is given."""
-    for setting, owners in SETTING_OWNER.items():
+    for setting, (owners, required_description) in REWARD_SETTINGS.items():
         value = getattr(config, setting)
         if config.name in owners:
-            if value is None and setting not in OPTIONAL_SETTINGS:
+            if value is None and required_description:
                 raise UserError(f"`{config.name}` needs `{setting}`")
         elif value is not None:
             owner_names = " and ".join(f"`{owner}`" for owner in owners)
@@ -141,8 +142,8 @@ def _make_builtin(
             return SmtReward(name, config.answer_type)
         case "lean":
             return make_lean(name, config.program)
-    choices = f"Known are {', '.join(BUILTIN_REWARDS)}, and `./file.py:function`"
-    raise UserError(f"unknown reward `{config.name}`{did_you_mean(config.name, BUILTIN_REWARDS)} {choices}")
+    choices = f"Known are {', '.join(REWARDS)}, and `./file.py:function`"
+    raise UserError(f"unknown reward `{config.name}`{did_you_mean(config.name, REWARDS)} {choices}")
 
 
 def _make_regex(config: RewardConfig, name: str) -> Reward:
@@ -155,37 +156,3 @@ def _make_regex(config: RewardConfig, name: str) -> Reward:
         )
     except UserError as error:
         raise UserError(f"`pattern` {error}") from None
-
-
-BUILTIN_REWARDS = (
-    "answer",
-    "math_answer",
-    "symbolic",
-    "format",
-    "regex",
-    "json_schema",
-    "length",
-    "repetition",
-    "python_tests",
-    "reward_model",
-    "smt",
-    "lean",
-)
-SETTING_OWNER: Mapping[str, tuple[str, ...]] = {
-    "pattern": ("format", "regex"),
-    "target_tokens": ("length",),
-    "ngram": ("repetition",),
-    "accept_unsafe_code": ("python_tests",),
-    "json_schema": ("json_schema",),
-    "answer_type": ("smt",),
-    "program": ("lean",),
-}
-"""The rewards that each special setting of `RewardConfig` belongs to. They need it, unless it is in OPTIONAL_SETTINGS;
-for other rewards it is a fault."""
-OPTIONAL_SETTINGS: frozenset[str] = frozenset(
-    {
-        "accept_unsafe_code",
-        "ngram",
-        "program",
-    }
-)

@@ -379,7 +379,7 @@ def test_a_builtin_verifier_drops_by_default_and_stops_above_its_share(
     place: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(
-        "lowrank_tune.rewards.math.answer.AnswerReward._score",
+        "lowrank_tune.rewards.math.answer.AnswerReward.score_one",
         lambda self, item: (
             Score(None, "error", f"planted {len(item.completion)}")
             if len(item.completion) % 2 == 1

@@ -16,7 +16,7 @@ from lowrank_tune.config import RewardConfig
 from lowrank_tune.config.rewards import REWARD_SETTINGS, REWARDS
 from lowrank_tune.errors import ConfigError
 from lowrank_tune.regex import to_utf8
-from lowrank_tune.rewards import Reward, RewardInput, WorkerPool, build_rewards, registry, weighted_sum
+from lowrank_tune.rewards import Reward, RewardInput, WorkerPool, build_rewards, weighted_sum
 
 MEGABYTE = 1_000_000
 HOSTILE = {
@@ -259,12 +259,11 @@ def test_without_its_package_a_reward_is_refused_with_the_cure(monkeypatch: pyte
     )
 
 
-def test_the_recipe_and_the_rewards_know_the_same_settings() -> None:
-    assert set(REWARDS) == set(registry.BUILTIN_REWARDS)
-    assert {key: set(owners) for key, (owners, _) in REWARD_SETTINGS.items()} == {
-        key: set(owners) for key, owners in registry.SETTING_OWNER.items()
-    }
-    assert {key for key, (_, required) in REWARD_SETTINGS.items() if not required} == set(registry.OPTIONAL_SETTINGS)
+def test_settings_of_rewards_are_fields_and_belong_to_builtin_rewards() -> None:
+    assert set(REWARD_SETTINGS) <= set(RewardConfig.model_fields)
+    assert {owner for owners, _ in REWARD_SETTINGS.values() for owner in owners} <= set(REWARDS)
+    optional = {key for key, (_, required_description) in REWARD_SETTINGS.items() if not required_description}
+    assert optional == {"accept_unsafe_code", "ngram", "program"}
     assert not list(RewardConfig(name="repetition").findings())
 
 
@@ -277,10 +276,8 @@ def test_every_builtin_reward_is_built_under_its_name(tmp_path: Path) -> None:
         "smt": {"answer_type": "witness"},
         "lean": {"program": ("true",)},
     }
-    weighted = build_rewards(
-        [RewardConfig(name=name, **needed.get(name, {})) for name in registry.BUILTIN_REWARDS], tmp_path
-    )
-    assert [(each.name, each.reward.name) for each in weighted] == [(name, name) for name in registry.BUILTIN_REWARDS]
+    weighted = build_rewards([RewardConfig(name=name, **needed.get(name, {})) for name in REWARDS], tmp_path)
+    assert [(each.name, each.reward.name) for each in weighted] == [(name, name) for name in REWARDS]
 
 
 @pytest.mark.parametrize("name", HOSTILE)

@@ -11,13 +11,20 @@ that is not a number is compared as text, without case. An answer that only begi
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import ClassVar
 
 from lowrank_tune.data.ground_truth import answer_after_hashes, boxed_answer, unclosed_box
-from lowrank_tune.rewards.base import DID_NOT_STOP, RewardInput, Score, pass_or_fail, truncate_for_display
+from lowrank_tune.rewards.base import (
+    DID_NOT_STOP,
+    InProcessReward,
+    RewardInput,
+    Score,
+    pass_or_fail,
+    truncate_for_display,
+)
 from lowrank_tune.rewards.math.units import is_unit
 
 TAIL_CHARS = 4000  # characters at the end of a completion that may contain its answer, so that a long text is fast
@@ -70,16 +77,13 @@ class NumericAnswer:
 
 
 @dataclass(frozen=True)
-class AnswerReward:
+class AnswerReward(InProcessReward):
     """pass (1) or fail (0). A completion that did not stop by itself gets 0."""
 
     name: str = "answer"
     is_verifier: ClassVar[bool] = True
 
-    def score(self, items: Sequence[RewardInput]) -> list[Score]:
-        return [self._score(item) for item in items]
-
-    def _score(self, item: RewardInput) -> Score:
+    def score_one(self, item: RewardInput) -> Score:
         if item.ground_truth is None or not item.ground_truth.strip():
             return Score(
                 None,

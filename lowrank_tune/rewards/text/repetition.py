@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
 
-from lowrank_tune.rewards.base import RewardInput, Score
+from lowrank_tune.rewards.base import InProcessReward, RewardInput, Score
 
 NGRAM = 4
 WORD = re.compile(r"[\u0e00-\u0eff\u2e80-\ua4cf\uac00-\ud7af\uf900-\ufaff\U00020000-\U0003ffff]|\w{1,16}|[^\w\s]")
@@ -16,16 +14,14 @@ as a repetition."""
 
 
 @dataclass(frozen=True)
-class RepetitionReward:
+class RepetitionReward(InProcessReward):
     """graded: the share of distinct sequences among those of `ngram` words, without case; 1 if none occurs twice or the
     text is shorter."""
 
-    name: str
     ngram: int = NGRAM
-    is_verifier: ClassVar[bool] = False
 
-    def score(self, items: Sequence[RewardInput]) -> list[Score]:
-        return [Score(distinct_ngram_fraction(item.completion, self.ngram), "graded") for item in items]
+    def score_one(self, item: RewardInput) -> Score:
+        return Score(distinct_ngram_fraction(item.completion, self.ngram), "graded")
 
 
 def distinct_ngram_fraction(text: str, ngram: int) -> float:
