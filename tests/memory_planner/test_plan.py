@@ -22,6 +22,7 @@ from typer.testing import CliRunner
 from lowrank_tune.cli import app
 from lowrank_tune.config import load_any
 from lowrank_tune.events import Event, LogMessage
+from lowrank_tune.generation.engine import gpu_cache_bytes
 from lowrank_tune.generation.kv_cache import StaticSlotCache
 from lowrank_tune.memory_planner import check_fit, plan, planner
 from lowrank_tune.memory_planner.extrapolation import Peaks
@@ -161,6 +162,20 @@ def test_where_the_room_was_thought_too_large_fewer_are_decoded_and_one_at_least
     assert most.bytes["KV cache"] >= 64 * sequence and one.bytes["KV cache"] < 2 * sequence
     room = one.total + 20 * sequence
     assert one.total + 10 * sequence < rollout(needed(room, "cuda")).total <= room
+
+
+def test_keys_and_values_are_planned_beside_weights_adapters_and_optimizer(tmp_path: Path) -> None:
+    """The engine subtracts all three from the memory of the GPU. The adapter is so large that the moments of its
+    optimizer exceed the room that remains."""
+    recipe = llama(tmp_path, num_hidden_layers=2, hidden_size=1024, intermediate_size=4096, num_key_value_heads=8)
+    settings = ["evaluate={}", "adapters.policy.r=1024"]
+    many_completions = ["train.prompts_per_step=200", "rollout.max_num_seqs=1600"]
+    (spec,) = simulation_specs(load_any(recipe, *settings, *many_completions), "cuda")
+    vram = 5 << 29
+    phases = {phase.name: phase.bytes for phase in phases_of(spec, vram)}
+    resident = sum(phases["update"][purpose] for purpose in ("weights", "adapters", "optimizer"))
+    room = gpu_cache_bytes(vram, resident)
+    assert room / 2 < phases["rollout"]["KV cache"] <= room < phases["update"]["optimizer"]
 
 
 @pytest.mark.parametrize(

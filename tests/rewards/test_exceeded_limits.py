@@ -11,10 +11,12 @@ from typing import Any
 import pytest
 
 from lowrank_tune.config import RewardConfig
-from lowrank_tune.rewards import RewardInput, Score, WorkerPool, build_rewards
+from lowrank_tune.rewards import RewardInput, Score, WorkerPool, build_rewards, weighted_sum
 from lowrank_tune.rewards.base import Reward, WorkerReward
 from lowrank_tune.rewards.sandbox import isolation
+from lowrank_tune.rewards.workers import charged_time
 from lowrank_tune.rewards.workers.process import Worker
+from lowrank_tune.rewards.workers.process_tree import ProcessTree
 
 LIMIT = 0.3
 
@@ -139,3 +141,32 @@ def test_tests_that_take_longer_than_they_may_are_the_row_s_fault() -> None:
         ]
     assert [each.verdict for each in found] == ["fail", "fail", "error", "error"]
     assert "its own solution did not end within 0.18 s" in found[2].reason
+
+
+@pytest.fixture
+def starving_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Other programs use all processors: a worker that has not replied can run, and never does."""
+    monkeypatch.setattr(charged_time, "read_tree", lambda roots: ProcessTree(0.0, runnable=True))
+    monkeypatch.setattr(charged_time, "MAX_WALL_FACTOR", 4)
+
+
+@pytest.mark.usefixtures("starving_machine")
+@pytest.mark.parametrize("ground_truth", ["fine", "deaf", None])
+def test_a_completion_that_a_busy_machine_did_not_grade_has_no_score(
+    greedy: WorkerPool[int], ground_truth: str | None
+) -> None:
+    """Whether its row's own answer would be graded or not; afterwards the pool still works."""
+    found = score(greedy, "deaf", ground_truth)
+    assert (found.value, found.verdict, found.seconds) == (None, "timeout", LIMIT)
+    assert "the machine is too busy" in found.reason and "'deaf'" in found.reason
+    assert weighted_sum([found.value], [1.0]) is None
+    assert score(greedy, "fine", "fine").value == 1.0 and len(greedy.pids) == 1
+
+
+@pytest.mark.usefixtures("starving_machine")
+def test_a_user_s_function_that_a_busy_machine_did_not_run_has_no_score(tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text("def f(completion, row):\n    while completion != 'fine': pass\n    return 1.0\n")
+    with WorkerPool[int]([one("mine.py:f", tmp_path)], 1, LIMIT) as pool:
+        found = [score(pool, text) for text in ("late", "fine")]
+    assert [(each.value, each.verdict) for each in found] == [(None, "timeout"), (1.0, "graded")]
+    assert "the machine is too busy" in found[0].reason

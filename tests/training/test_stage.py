@@ -1,5 +1,5 @@
 """Laws of a stage: which evaluation decides what the best step is, and that a resume restores the reward-hacking
-detector."""
+detector and the counters of the loop."""
 
 from __future__ import annotations
 
@@ -13,6 +13,8 @@ from crash import run_fingerprint, small_recipe
 from safetensors.torch import load_file
 
 from lowrank_tune import Recipe, run
+from lowrank_tune.algorithms import sft as sft_module
+from lowrank_tune.algorithms.sft import SFT, sft_loss
 from lowrank_tune.events import Evaluated, Event, StepEnd
 from lowrank_tune.runner import RunResult
 from lowrank_tune.training.evaluator import StageEvaluator
@@ -164,3 +166,44 @@ def test_a_run_that_reward_hacking_ended_takes_no_step_after_a_crash(
     resumed = run(recipe, out=tmp_path / "run", ui="none", on_event=on_event)
     assert steps == [1, 2, 3] and resumed.status == "done"
     assert resumed.summary["step"] == 3 and resumed.summary["hacking"] == {"step": 3, "ended": True}
+
+
+# --- the state of the loop, in a run that is resumed ------------------------------------------------------------------
+
+
+def saved_loop_state(folder: Path, step: int) -> dict[str, int]:
+    state = json.loads((folder / "checkpoints" / f"step-{step}" / "state.json").read_text())["progress"]
+    assert isinstance(state, dict)
+    return state
+
+
+def set_nonfinite_steps(monkeypatch: pytest.MonkeyPatch, steps: Sequence[int]) -> None:
+    """Gives these steps of a run a loss that is not finite."""
+    collect = SFT.collect
+
+    def collect_and_break(algorithm: SFT, step: int) -> Any:
+        factor = float("nan") if step + 1 in steps else 1.0
+        monkeypatch.setattr(sft_module, "sft_loss", lambda *arguments: factor * sft_loss(*arguments))
+        return collect(algorithm, step)
+
+    monkeypatch.setattr(SFT, "collect", collect_and_break)
+
+
+def test_a_resumed_run_continues_all_counters_of_the_loop(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, control: TrainerControl
+) -> None:
+    """It is interrupted between steps 2 and 3, which are not finite. The learning rate is so low that no other step
+    changes the adapter, for which there is a warning at the third of them, step 5."""
+    set_nonfinite_steps(monkeypatch, [2, 3])
+    data = small_recipe(max_steps=5, save_steps=1, save_total_limit=9, logging_steps=1, learning_rate=1e-30)
+    del data["evaluate"], data["data"]["eval_fraction"]
+    recipe = Recipe.from_dict(data)
+    straight = run(recipe, out=tmp_path / "straight", ui="none")
+    stopped_after(2, recipe, tmp_path / "resumed", control)
+    resumed = run(recipe, out=tmp_path / "resumed", ui="none")
+    for step in range(1, 6):
+        assert saved_loop_state(resumed.folder, step) == saved_loop_state(straight.folder, step), step
+    assert all(saved_loop_state(straight.folder, 3).values()), "a counter that is 0 shows nothing"
+    assert run_fingerprint(resumed.folder) == run_fingerprint(straight.folder)
+    stalled = [warning for warning in straight.summary["warnings"] if "nothing is being learned" in warning]
+    assert len(stalled) == 1 and stalled[0] in resumed.summary["warnings"]
