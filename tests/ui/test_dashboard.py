@@ -305,7 +305,7 @@ def test_the_chart_of_reward_against_kl_has_both_curves() -> None:
 
 @pytest.mark.parametrize(("width", "height"), [(80, 24), (120, 40)])
 def test_the_group_of_a_recorded_run(width: int, height: int) -> None:
-    rows = lines_of(state_after(up_to(GRPO, 13)), View(group=True), width, height)
+    rows = lines_of(state_after(up_to(GRPO, 13)), View(pane="g"), width, height)
     assert rows[4].startswith("\u2500\u2500 group of step 13: 8 completions \u2500")
     assert rows[5:12] == [
         "What is 5 times 94? [gold 470]",
@@ -330,7 +330,7 @@ def test_the_help_lists_every_key_and_explains_the_screen(
 ) -> None:
     rows = lines_of(state_after(events), View(help=True), width, height)
     assert rows[4].startswith("\u2500\u2500 help \u2500")
-    keys = {key: effect for key, effect in KEYS.items() if has_group or key != "g"}
+    keys = {key: effect for key, (_, effect) in KEYS.items() if has_group or key != "g"}
     assert rows[5 : 5 + len(keys)] == [f"{key} {effect}" for key, effect in keys.items()]
     text = " ".join(rows[5 + len(keys) : -1])
     assert " ".join(text.split()) == " ".join(NOTES)
@@ -358,8 +358,8 @@ def test_every_size_is_filled_exactly(events: list[Event]) -> None:
             for view in (
                 View(),
                 View(help=True, ascii_only=True),
-                View(group=True),
-                View(group=True, ascii_only=True, sample=3),
+                View(pane="g"),
+                View(pane="g", ascii_only=True, sample=3),
             ):
                 lines = render(state, view, width, height)
                 assert len(lines) == height and all(width_of(line) == width for line in lines)
@@ -432,7 +432,7 @@ def test_hostile_text_is_inert() -> None:
                 (80, 24, View()),
                 (120, 40, View()),
                 (40, 10, View()),
-                (80, 24, View(group=True)),
+                (80, 24, View(pane="g")),
             ):
                 lines = render(state, view, width, height)
                 assert is_inert(plain_text(lines)) and all(width_of(line) == width for line in lines)
@@ -641,7 +641,7 @@ def test_a_group_is_shown_highest_reward_first_and_equal_completions_once() -> N
         wrote("on and on", -0.5, -2.0, "length"),
     )
     state = state_after([start, make_group(6, wrote("old", 0.0, 0.0)), *steps(6, reward=0.5), group])
-    lines = lines_of(state, View(group=True))
+    lines = lines_of(state, View(pane="g"))
     at = lines.index("1+1? [gold 2]")
     assert lines[at - 1].startswith("\u2500\u2500 group of step 7: 4 completions") and "old" not in lines
     assert lines[at + 2 : at + 5] == [
@@ -651,39 +651,39 @@ def test_a_group_is_shown_highest_reward_first_and_equal_completions_once() -> N
     ]
     assert lines[at + 5] == "mean reward 0.125, from -0.500 to 1.000; 1 of 4 cut off; g or Esc leaves"
     zero_std = state_after([start, make_group(1, wrote("x", 1.0, 0.0))])
-    assert "no signal: all rewards are equal" in plain_text(render(zero_std, View(group=True), 80, 24))
+    assert "no signal: all rewards are equal" in plain_text(render(zero_std, View(pane="g"), 80, 24))
 
 
 def test_several_rewards_of_a_completion_are_named_and_many_completions_have_pages() -> None:
     start = replace(START, algorithm="grpo")
     state = state_after([start, make_group(1, wrote("two", 1.5, 1.0, answer=1.0, format=0.5))])
-    assert "answer 1.000 format 0.500" in lines_of(state, View(group=True))
+    assert "answer 1.000 format 0.500" in lines_of(state, View(pane="g"))
     state = state_after(
         [start, make_group(1, *(wrote(f"number {n}, " + "word " * 60, n / 64, 1.0) for n in range(64)))]
     )
     seen = set()
     for page in range(64):
-        lines = lines_of(state, View(group=True, sample=page))
+        lines = lines_of(state, View(pane="g", sample=page))
         seen |= {n for n in range(64) for line in lines if f" number {n}, word" in line}
-    assert seen == set(range(64)) and any("page 2 of" in line for line in lines_of(state, View(group=True, sample=1)))
+    assert seen == set(range(64)) and any("page 2 of" in line for line in lines_of(state, View(pane="g", sample=1)))
 
 
 def test_keys_open_and_leave_the_group() -> None:
     view = handle_key(View(), "g")
     assert (
-        view.group
-        and not handle_key(view, "g").group
-        and not handle_key(view, "\x1b").group
+        view.pane == "g"
+        and not handle_key(view, "g").pane
+        and not handle_key(view, "\x1b").pane
         and not handle_key(View(help=True), "\x1b").help
     )
-    assert handle_key(View(help=True), "g") == View(group=True)
+    assert handle_key(View(help=True), "g") == View(pane="g")
     sft, grpo = state_after(RECORDED), state_after(GRPO)
     assert "newest group" in plain_text(render(grpo, View(help=True, owns_run=False), 80, 24))
     assert " g group" in plain_text(render(grpo, View(), 80, 24))
     assert "newest group" not in plain_text(render(sft, View(help=True), 80, 24)) and "group" not in plain_text(
         render(sft, View(), 80, 24)
     )
-    assert "no completions yet" in plain_text(render(sft, View(group=True), 80, 24))
+    assert "no completions yet" in plain_text(render(sft, View(pane="g"), 80, 24))
 
 
 def test_the_phases_of_a_step_share_its_time() -> None:

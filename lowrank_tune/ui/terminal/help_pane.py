@@ -23,7 +23,7 @@ def help_pane(
     """Returns a line for each key, then the notes."""
     lines = [heading("help", width, view)]
     for key in keys_of(state, view):
-        effect = KEYS[key]
+        _, effect = KEYS[key]
         if key == "q" and not view.owns_run:
             effect = "close this screen; the run continues"
         lines.append(

@@ -17,6 +17,7 @@ from typing import Any
 from lowrank_tune.ui.terminal.device import Terminal, ascii_only
 from lowrank_tune.ui.terminal.keys import ESCAPE, Keyboard
 from lowrank_tune.ui.terminal.panes import SMOOTHINGS, View
+from lowrank_tune.ui.terminal.render import PANES
 from lowrank_tune.ui.terminal.text_layout import Block
 
 FRAME_SECONDS = 0.5
@@ -47,10 +48,10 @@ def handle_key(view: View, key: str) -> View:
         return replace(view, smoothing=max(view.smoothing - 1, 0))
     if key == "l":
         return replace(view, log_scale=not view.log_scale)
-    if key == "g":
-        return replace(view, group=not view.group, help=False)
+    if key in PANES:
+        return replace(view, pane="" if view.pane == key else key, help=False)
     if key == ESCAPE:
-        return replace(view, group=False, help=False)
+        return replace(view, pane="", help=False)
     if key == "n":
         return replace(view, sample=view.sample + 1)
     if key in "?h":

@@ -15,17 +15,18 @@ from lowrank_tune.ui.terminal.text_layout import Block, Line, Piece, sanitize, w
 SMOOTHINGS = (0.0, 0.5, 0.7, 0.8, 0.9, 0.95, 0.98)
 """Weights of the moving average, selected by `+` and `-`."""
 KEYS = {
-    "q": "save and quit",
-    "p": "pause or continue",
-    "s": "save now",
-    "e": "evaluate now",
-    "n": "next question",
-    "g": "the completions of the newest group; g or Esc leaves",
-    "l": "log scale",
-    "+": "smoother curves",
-    "-": "less smooth",
-    "?": "this help",
+    "q": ("quit", "save and quit"),
+    "p": ("pause", "pause or continue"),
+    "s": ("save", "save now"),
+    "e": ("eval", "evaluate now"),
+    "n": ("next", "next question"),
+    "g": ("group", "the completions of the newest group; g or Esc leaves"),
+    "l": ("log", "log scale"),
+    "+": ("", "smoother curves"),
+    "-": ("smooth", "less smooth"),
+    "?": ("help", "this help"),
 }
+"""The label of each key in the footer, and its effect on the help pane."""
 CONTROL_KEYS = "pse"
 """Keys that only the screen of the run itself has, not that of `watch`. There, `q` closes the screen alone."""
 
@@ -40,7 +41,8 @@ class View:
     sample: int = 0
     """Index of the first question, pair or page that is shown, modulo their number."""
     help: bool = False
-    group: bool = False
+    pane: str = ""
+    """Key of the pane that is open instead of the charts, one of `render.PANES`."""
     ascii_only: bool = False
     owns_run: bool = True
     """Whether this process runs the training; `watch` does not."""

@@ -12,7 +12,7 @@ from lowrank_tune.ui.terminal.chart_pane import chart_names, chart_pane, format_
 from lowrank_tune.ui.terminal.group_pane import group_pane
 from lowrank_tune.ui.terminal.help_pane import help_pane
 from lowrank_tune.ui.terminal.log_pane import log_pane
-from lowrank_tune.ui.terminal.panes import View, keys_of, labeled, labeled_value
+from lowrank_tune.ui.terminal.panes import KEYS, View, keys_of, labeled, labeled_value
 from lowrank_tune.ui.terminal.sample_pane import sample_pane
 from lowrank_tune.ui.terminal.text_layout import Block, Line, Piece, fit, pad, side_by_side, width_of, wrap
 
@@ -32,18 +32,8 @@ MAX_SMALL_METRICS = 4
 MEMORY_WARNING = 0.92
 """Share of the GPU's memory."""
 MIN_PHASE_SHARE = 0.01
-KEY_LABELS = {
-    "q": "quit",
-    "p": "pause",
-    "s": "save",
-    "e": "eval",
-    "n": "next",
-    "g": "group",
-    "l": "log",
-    "+": "",
-    "-": "smooth",
-    "?": "help",
-}
+PANES = {"g": group_pane}
+"""The panes that fill the screen below the header, each with the key that opens and closes it."""
 STALE_SECONDS = 60.0
 """Seconds without an event after which the header shows the time since the last one."""
 DIAGNOSIS_SIGNS = {
@@ -69,11 +59,9 @@ def render(
         _progress(state, view, width),
         _resources(state, view, width),
     ]
-    pane = _body
+    pane = PANES.get(view.pane, _body)
     if view.help:
         pane = help_pane
-    elif view.group:
-        pane = group_pane
     body_height = height - len(head) - 1
     body = pane(state, view, width, body_height)
     footer = fit(_footer(state, view, width), width)
@@ -496,7 +484,7 @@ def _footer(
     line: Line = [(" ", "")]
     is_wide = width >= MIN_TWO_PANE_WIDTH
     for key in keys_of(state, view):
-        label = KEY_LABELS[key]
+        label, _ = KEYS[key]
         if label:
             label = f" {label} "
         if is_wide:
