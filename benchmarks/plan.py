@@ -24,7 +24,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from lowrank_tune import Recipe
 from lowrank_tune.algorithms.base import AlgorithmContext
 from lowrank_tune.algorithms.rollouts import RolloutCollector, RolloutGroups
-from lowrank_tune.assembly import ONLINE_ALGORITHMS, load_roles, make_algorithm
+from lowrank_tune.assembly import load_roles, make_algorithm
 from lowrank_tune.batch import Batch, PairBatch, RolloutBatch
 from lowrank_tune.generation import Engine
 from lowrank_tune.generation.sampling_params import SamplingParams
@@ -179,7 +179,7 @@ def measured(recipe: Recipe, rollout: bool = False) -> int:
             )
 
         context = AlgorithmContext(roles, pairs)
-    if recipe.algorithm in ONLINE_ALGORITHMS:
+    if recipe.is_online:
         collector = FixedCollector(
             roles=roles,
             prompts=None,  # type: ignore[arg-type]
@@ -223,9 +223,7 @@ def measured(recipe: Recipe, rollout: bool = False) -> int:
 def planned(recipe: Recipe, rollout: bool = False) -> int:
     """What the planner says of the same."""
     scene = make_spec(recipe, CPU, {})
-    scene = replace(
-        scene, sizes=replace(scene.sizes, num_rollouts=PROMPTS * GROUP if recipe.algorithm in ONLINE_ALGORITHMS else 0)
-    )
+    scene = replace(scene, sizes=replace(scene.sizes, num_rollouts=PROMPTS * GROUP if recipe.is_online else 0))
     return max(
         phase.total
         for phase in phases_of(scene)

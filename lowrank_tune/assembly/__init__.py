@@ -10,7 +10,7 @@ import torch
 
 from lowrank_tune.algorithms.base import Algorithm, AlgorithmContext
 from lowrank_tune.assembly.adapters import check_adapter_lineage, read_adapters
-from lowrank_tune.assembly.algorithm import ONLINE_ALGORITHMS, make_algorithm
+from lowrank_tune.assembly.algorithm import make_algorithm
 from lowrank_tune.assembly.model import describe_reference, load_recipe_base, load_roles, micro_tokens_of
 from lowrank_tune.assembly.rope import check_heldout_length, select_rope
 from lowrank_tune.assembly.sources import PromptSource, RowCollator, RowSource
@@ -31,7 +31,6 @@ from lowrank_tune.model.roles import Roles
 from lowrank_tune.model.rotary import FixedRope
 
 __all__ = [
-    "ONLINE_ALGORITHMS",
     "RunComponents",
     "build",
     "check_adapter_lineage",
@@ -98,7 +97,7 @@ def build(
     emit(LogMessage(message=template.describe()))
     rope = select_rope(stages or (recipe,), emit)
     source: RowSource | PromptSource
-    if recipe.algorithm in ONLINE_ALGORITHMS:
+    if recipe.is_online:
         source = PromptSource(recipe, template, emit, fresh)
     else:
         source = RowSource(recipe, template, emit)

@@ -13,16 +13,13 @@ from lowrank_tune.algorithms.rollouts import RolloutCollector
 from lowrank_tune.algorithms.sft import SFT
 from lowrank_tune.config import RecipeConfig
 
-ONLINE_ALGORITHMS = ("grpo", "ppo")
-"""Algorithms whose policy draws the rows."""
-
 
 def make_algorithm(
     recipe: RecipeConfig,
     context: AlgorithmContext,
     collector: RolloutCollector | None = None,
 ) -> Algorithm[Any]:
-    """Returns the algorithm of a recipe. One of `ONLINE_ALGORITHMS` needs a `collector`."""
+    """Returns the algorithm of a recipe. An online one needs a `collector`."""
     match recipe.algorithm:
         case "sft":
             return SFT(context)

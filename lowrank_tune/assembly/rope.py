@@ -12,7 +12,6 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from lowrank_tune.assembly.algorithm import ONLINE_ALGORITHMS
 from lowrank_tune.config import RecipeConfig
 from lowrank_tune.errors import ConfigError, ConfigProblem
 from lowrank_tune.events import Emit, LogMessage
@@ -112,7 +111,7 @@ def _check_row_lengths(stages: Sequence[RecipeConfig], config: Any) -> None:
 
 def _length_setting(recipe: RecipeConfig) -> str:
     """Returns the key of the setting that limits the length of training rows."""
-    if recipe.algorithm in ONLINE_ALGORITHMS:
+    if recipe.is_online:
         return "rollout.max_new_tokens"
     return "data.max_length"
 

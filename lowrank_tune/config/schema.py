@@ -1,7 +1,8 @@
 """The settings of a whole recipe, and which of them each algorithm uses.
 
-A new algorithm adds its name to `RecipeConfig.algorithm`, its section, and rows to `USED_BY`. Two new settings that
-exclude each other add a row to `MUTUALLY_EXCLUSIVE`.
+A new algorithm adds its name to `AlgorithmName`, `DEFAULT_LEARNING_RATES` and `ROW_ALGORITHMS` or `ONLINE_ALGORITHMS`,
+its section to `RecipeConfig`, and rows to `USED_BY`. Two new settings that exclude each other add a row to
+`MUTUALLY_EXCLUSIVE`.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""From the row of a data set to a conversation: five formats, and a reason for every row that matches none.
+"""From the row of a data set to a conversation: a reader for each format, and a reason for every row that matches none.
 
-The sixth format, `preference`, is detected here and read in `preference_pairs.py`.
+The format `preference` is detected here and read in `preference_pairs.py`.
 """
 
 from __future__ import annotations

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from lowrank_tune.assembly import ONLINE_ALGORITHMS
 from lowrank_tune.assembly.rl import make_row_check
 from lowrank_tune.config import RecipeConfig
 from lowrank_tune.data import ChatTemplate, load, load_heldout_prompts
@@ -57,7 +56,7 @@ def inspect_data(
             recipe.seed,
             recipe.data.system_prompt,
         )
-    if recipe.algorithm in ONLINE_ALGORITHMS:
+    if recipe.is_online:
         dataset = load_prompts(
             recipe.data,
             template,

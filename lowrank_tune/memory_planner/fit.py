@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterable
 from dataclasses import replace
 from functools import cache
 
-from lowrank_tune.assembly import ONLINE_ALGORITHMS
 from lowrank_tune.config import RecipeConfig
 from lowrank_tune.memory_planner.extrapolation import MIN_LAYERS, fit_linear_model
 from lowrank_tune.memory_planner.meta_model import layers_of
@@ -145,7 +144,7 @@ def _with_length(sizes: Sizes, length: int) -> Sizes:
 
 def _step_units(recipe: RecipeConfig) -> int:
     """Returns the units of an optimizer step."""
-    if recipe.algorithm in ONLINE_ALGORITHMS:
+    if recipe.is_online:
         return recipe.train.prompts_per_step * recipe.rollout.num_generations
     return recipe.train.global_batch_size or 16
 
@@ -221,7 +220,7 @@ def _shorten(spec: SimulationSpec, plan: Plan) -> str:
     row_tokens = (plan.fits_length or 0) * plan.sizes.units // LENGTH_STEP * LENGTH_STEP
     setting = "data.max_length"
     value = row_tokens
-    if recipe.algorithm in ONLINE_ALGORITHMS:
+    if recipe.is_online:
         setting = "rollout.max_new_tokens"
         value -= recipe.data.max_prompt_length
     if value >= LENGTH_STEP:

@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from peft import LoraConfig
 
-from lowrank_tune.assembly import ONLINE_ALGORITHMS
 from lowrank_tune.config import RecipeConfig
 from lowrank_tune.generation.engine import device_memory, gpu_cache_bytes
 from lowrank_tune.generation.kv_cache import slots_that_fit
@@ -216,7 +215,7 @@ def _decoding_specs(
             scratch,
         )
 
-    if recipe.algorithm in ONLINE_ALGORITHMS:
+    if recipe.is_online:
         specs["rollout"] = decoding(
             rollout.max_num_seqs,
             train.prompts_per_step,

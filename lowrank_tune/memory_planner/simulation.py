@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from lowrank_tune.algorithms.base import Algorithm, AlgorithmContext, LossTerm, StepBatch
 from lowrank_tune.algorithms.ppo import PPO
 from lowrank_tune.algorithms.rollouts import RolloutCollector, RolloutGroups
-from lowrank_tune.assembly import ONLINE_ALGORITHMS, make_algorithm
+from lowrank_tune.assembly import make_algorithm
 from lowrank_tune.assembly.reward_model import REWARD_ROLE, score_rows
 from lowrank_tune.assembly.stacks import ROLES_WITH_HEAD, build_stacks
 from lowrank_tune.batch import Batch, PairBatch, RolloutBatch
@@ -70,7 +70,7 @@ def simulate(
         stage = _SimulatedStage(spec, layers, tracker, mode)
         if spec.rollouts:
             stage.run_decoding()
-        elif spec.recipe.algorithm in ONLINE_ALGORITHMS:
+        elif spec.recipe.is_online:
             stage.run_online(only_update)
         else:
             stage.run_offline(only_update)

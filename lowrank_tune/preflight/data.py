@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 
-from lowrank_tune.assembly import ONLINE_ALGORITHMS
 from lowrank_tune.assembly.rl import make_row_check
 from lowrank_tune.config import RecipeConfig, SourceConfig
 from lowrank_tune.config.base import Finding, Path
@@ -42,7 +41,7 @@ def sources_of(recipe: RecipeConfig) -> Iterator[tuple[Path, SourceConfig]]:
     """Yields every source of a recipe with the path of its setting."""
     for index, source in enumerate(recipe.data.train):
         yield ("data", "train", index), source
-    if recipe.algorithm not in ONLINE_ALGORITHMS:
+    if not recipe.is_online:
         for index, source in enumerate(recipe.data.validation):
             yield ("data", "validation", index), source
     if recipe.evaluate.eval_dataset is not None:
@@ -250,7 +249,7 @@ def _row_check(
             )
         )
 
-    return check_prompt if recipe.algorithm in ONLINE_ALGORITHMS else check_row
+    return check_prompt if recipe.is_online else check_row
 
 
 def _heldout_check(source: SourceConfig, recipe: RecipeConfig) -> RowCheck:
