@@ -74,7 +74,7 @@ class Meter:
             "steps": stage.trainer.state.step,
             "drawn": drawn,
             "below": stage.reference_name,
-            "kl": kl_of(stage) if stage.is_generative else None,
+            "kl": kl_of(stage) if stage.evaluator.is_generative else None,
             "load": os.getloadavg()[0],
         }
         self.wall = self.cpu = 0.0
@@ -83,7 +83,7 @@ class Meter:
 
 def kl_of(stage: Stage) -> float:
     """KL(policy || reference) on one answer of the policy to each held-out problem, nats a token."""
-    built, prompts = stage.built, [question.prompt_ids for question in stage.heldout]
+    built, prompts = stage.built, [question.prompt_ids for question in stage.evaluator.questions]
     sampling = SamplingParams(stage.recipe.evaluate.max_new_tokens, built.stop_ids, 1.0, stage.recipe.seed)
     answers = [
         (prompts[one.prompt], one.token_ids)
