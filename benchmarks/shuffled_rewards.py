@@ -34,9 +34,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("run", type=Path)
     arguments = parser.parse_args()
-    import lowrank_tune.assembly as build
+    from lowrank_tune.assembly import sources
 
-    build.RewardScorer = Shuffled  # type: ignore[misc]
+    sources.RewardScorer = Shuffled  # type: ignore[misc]
     recipe = Recipe.load("tiny-grpo", "name=shuffled", "train.load_best_model_at_end=false").to_dict()
     recipe["adapters"] = {"sft": {"path": str(arguments.run / "1-sft")}, **recipe["adapters"]}
     with tempfile.TemporaryDirectory() as folder:
