@@ -139,7 +139,7 @@ def test_too_few_rows_give_a_warning_and_all_are_used(tmp_path: Path) -> None:
     made, events = drawn(lines(tmp_path / "a.jsonl", 400), 350, 0, tmp_path)
     assert len(made.train) == 300 and made.report.train[0].read == 400
     warned = [event.message for event in events if isinstance(event, LogMessage) and event.level == "warning"]
-    assert len(warned) == 1 and "asks for 350 rows, and 300 of the 400 that there are can be used" in warned[0]
+    assert len(warned) == 1 and "sets 350 rows, and 300 of the 400 that there are can be used" in warned[0]
     again = drawn(str(tmp_path / "a.jsonl"), 350, 0, tmp_path)[1]
     assert [event.message for event in again if isinstance(event, LogMessage) and event.level == "warning"] == warned, (
         "from the cache too"
