@@ -433,7 +433,7 @@ def test_summary_has_the_status_and_the_folder(tmp_path: Path) -> None:
         "  final            the adapter, to load, merge or export",
         "  events.jsonl     everything that was measured",
         "next",
-        f"  lowrank-tune chat {tmp_path}              talk to it",
+        f"  lowrank-tune chat {tmp_path}              chat with it",
         f"  lowrank-tune eval {tmp_path}              measure it on held-out questions",
         f"  lowrank-tune export {tmp_path} --to gguf  write it for llama.cpp",
         f"  lowrank-tune report {tmp_path}            write report.html again",

@@ -149,7 +149,7 @@ def _next_lines(stages: Sequence[Mapping[str, Any]], folder: Path) -> list[str]:
         commands = {f"score {run} --file rows.jsonl": "score answers with it"}
     else:
         commands = {
-            f"chat {run}": "talk to it",
+            f"chat {run}": "chat with it",
             f"eval {run}": "measure it on held-out questions",
             f"export {run} --to gguf": "write it for llama.cpp",
         }
