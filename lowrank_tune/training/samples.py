@@ -82,7 +82,8 @@ class SampleLogger:
             return
         device = self.built.base.device
         with self.built.roles.inference_mode():
-            scores = self.built.algorithm.scores(self.built.validation_batch(units).to(device)).tolist()  # type: ignore[attr-defined]
+            batch = self.built.validation_batch(units).to(device)
+            scores = self.built.algorithm.scores(batch).tolist()  # type: ignore[attr-defined]
         for index, score in enumerate(scores):
             prompt, completion = self._texts(rows, index)
             side = "chosen" if index % 2 == 0 else "rejected"
