@@ -123,6 +123,11 @@ class LogMessage(Event):
     level: Literal["info", "warning"] = "info"
 
 
+def warning(message: str) -> LogMessage:
+    """Returns the event of a warning."""
+    return LogMessage(message=message, level="warning")
+
+
 @dataclass(frozen=True, kw_only=True)
 class RunEnded(Event):
     """The last event. In a chain this is stage `stage` of `stages`, also if it failed before its `RunStarted`."""

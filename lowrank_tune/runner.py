@@ -31,7 +31,7 @@ from lowrank_tune.config import Chain, RecipeConfig, backends_of, differences, d
 from lowrank_tune.config.chain import stage_folder
 from lowrank_tune.config.memory import suggestions
 from lowrank_tune.errors import OutOfMemory, UserError
-from lowrank_tune.events import Event, LogMessage, RunEnded, SampleLogged, StepEnd
+from lowrank_tune.events import Event, LogMessage, RunEnded, SampleLogged, StepEnd, warning
 from lowrank_tune.memory_planner import gpu_memory_gib
 from lowrank_tune.model.base import Base
 from lowrank_tune.model.oom import DoesNotFit, free_traceback, is_out_of_memory
@@ -226,12 +226,7 @@ class _RunContext:
     def warn(self, messages: Iterable[str]) -> None:
         """Emits warnings."""
         for message in messages:
-            self.emit(
-                LogMessage(
-                    message=message,
-                    level="warning",
-                )
-            )
+            self.emit(warning(message))
 
     def with_auto_settings(self, recipe: RecipeConfig) -> RecipeConfig:
         """Returns the recipe with the planned values of its `auto` settings."""

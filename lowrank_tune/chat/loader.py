@@ -14,7 +14,7 @@ from lowrank_tune.chat.target import ChatTarget, resolve_target
 from lowrank_tune.config import AdapterConfig, BaseConfig
 from lowrank_tune.data import ChatTemplate
 from lowrank_tune.errors import OutOfMemory, UserError
-from lowrank_tune.events import Emit, LogMessage, Progress
+from lowrank_tune.events import Emit, LogMessage, Progress, warning
 from lowrank_tune.model.adapters import SavedAdapter, adapter_rope_factors, lora_config, read_adapter
 from lowrank_tune.model.base import Base, load_base, load_config, load_tokenizer
 from lowrank_tune.model.roles import Roles
@@ -233,13 +233,13 @@ def _check(
     """Compares the base with the trained one, if that is possible. Raises UserError if they differ."""
     device = base.device.type
     if not run.facts.get("tensors"):
-        message = f"{run.path} has no hashes of its base, so this base cannot be compared with the trained one"
-        emit(LogMessage(level="warning", message=message))
+        emit(warning(f"{run.path} has no hashes of its base, so this base cannot be compared with the trained one"))
     elif run.facts.get("device", device) != device:
-        message = (
-            f"{run.path} was trained on {run.facts['device']}, and this is {device}: its 4-bit base cannot be compared "
-            "with the trained one"
+        emit(
+            warning(
+                f"{run.path} was trained on {run.facts['device']}, and this is {device}: its 4-bit base cannot be "
+                "compared with the trained one"
+            )
         )
-        emit(LogMessage(level="warning", message=message))
     else:
         check_base(run, base)

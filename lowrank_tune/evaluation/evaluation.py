@@ -48,7 +48,7 @@ from lowrank_tune.evaluation.target import (
     resolve_target,
     roles_for,
 )
-from lowrank_tune.events import Emit, LogMessage
+from lowrank_tune.events import Emit, LogMessage, warning
 from lowrank_tune.generation.sampling_params import SamplingParams
 from lowrank_tune.model.base import (
     Base,
@@ -204,11 +204,12 @@ def _select_rope(
     if questions and not usable:
         rope.check_row_length(min(lengths))
     if len(usable) < len(questions):
-        message = (
-            f"{len(questions) - len(usable)} of {len(questions)} questions are left out: with an answer of up to "
-            f"{max_new_tokens:,} tokens they have more than {limit:,}, the limit of the base's {rope.name}"
+        emit(
+            warning(
+                f"{len(questions) - len(usable)} of {len(questions)} questions are left out: with an answer of up to "
+                f"{max_new_tokens:,} tokens they have more than {limit:,}, the limit of the base's {rope.name}"
+            )
         )
-        emit(LogMessage(level="warning", message=message))
     return factors, EvalQuestions(usable, eval_questions.origin)
 
 
@@ -316,7 +317,7 @@ class _EvalRun:
             )
 
     def _warn(self, message: str) -> None:
-        self.emit(LogMessage(level="warning", message=message))
+        self.emit(warning(message))
 
     def _sampling(self) -> SamplingParams:
         options = self.sampling_options

@@ -40,12 +40,7 @@ from lowrank_tune.evaluation.progress import ProgressBar
 from lowrank_tune.evaluation.questions import split_row
 from lowrank_tune.evaluation.responses import ResponseItem, ResponseReader
 from lowrank_tune.evaluation.validation import PairScores, validation_batches
-from lowrank_tune.events import (
-    Emit,
-    LogMessage,
-    Progress,
-    ignore_event,
-)
+from lowrank_tune.events import Emit, Progress, ignore_event, warning
 from lowrank_tune.model.adapters import SavedAdapter, read_adapter
 from lowrank_tune.model.base import load_base, load_tokenizer
 from lowrank_tune.model.roles import Roles
@@ -275,7 +270,7 @@ def _load_rows(
     )
     for line in loaded.report.lines():
         if "; dropped " in line:
-            emit(LogMessage(message=line, level="warning"))
+            emit(warning(line))
     return loaded.train
 
 

@@ -30,7 +30,7 @@ from lowrank_tune.config import (
     default_adapter_name,
 )
 from lowrank_tune.errors import UserError
-from lowrank_tune.events import Emit, LogMessage
+from lowrank_tune.events import Emit, warning
 from lowrank_tune.model.adapters import (
     CONFIG,
     STACK,
@@ -170,8 +170,7 @@ def _finished_stages(
         load_finished_run(path)
         raise UserError(f"{path} has not ended: none of its stages has written an adapter yet")
     if unfinished:
-        message = f"not evaluated, because they have not ended: {', '.join(unfinished)}"
-        emit(LogMessage(level="warning", message=message))
+        emit(warning(f"not evaluated, because they have not ended: {', '.join(unfinished)}"))
     return runs
 
 
@@ -306,11 +305,12 @@ def check_bases(
         if not isinstance(expected, dict) or not expected:
             continue
         if facts.get("device") != base.device.type or facts.get("bits", base.bits) != base.bits:
-            message = (
-                f"{name} was trained on {facts.get('device')} in {facts.get('bits')} bits, and this is "
-                f"{base.device.type} in {base.bits}: its base cannot be compared with this one"
+            emit(
+                warning(
+                    f"{name} was trained on {facts.get('device')} in {facts.get('bits')} bits, and this is "
+                    f"{base.device.type} in {base.bits}: its base cannot be compared with this one"
+                )
             )
-            emit(LogMessage(level="warning", message=message))
             continue
         hashes = hashes or base_hashes(base.model)
         changed = changed_tensors(expected, hashes)

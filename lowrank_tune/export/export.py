@@ -20,7 +20,7 @@ from lowrank_tune.assembly.finished_run import (
 )
 from lowrank_tune.checkpoint import load
 from lowrank_tune.errors import UserError
-from lowrank_tune.events import Emit, LogMessage
+from lowrank_tune.events import Emit, LogMessage, warning
 from lowrank_tune.export.combine_lora import cannot_combine_reason, combine_adapters, saved_lora_adapter
 from lowrank_tune.export.gguf import llama_cpp
 from lowrank_tune.export.gguf.lora import (
@@ -429,8 +429,7 @@ def _compare_base(
     device = device or pick_device()
     trained_on = run.facts.get("device", device.type)
     if trained_on != device.type:
-        message = f"the base was not compared with the one of the training: this is possible on {trained_on} only"
-        emit(LogMessage(level="warning", message=message))
+        emit(warning(f"the base was not compared with the one of the training: this is possible on {trained_on} only"))
         return
     check_base(
         run,

@@ -23,12 +23,7 @@ from lowrank_tune.config import BaseConfig, RecipeConfig, SourceConfig
 from lowrank_tune.data import ChatTemplate, load, load_heldout_prompts
 from lowrank_tune.errors import TrainingError, UserError
 from lowrank_tune.evaluation.questions import render_questions, select_questions
-from lowrank_tune.events import (
-    Emit,
-    LogMessage,
-    Progress,
-    ignore_event,
-)
+from lowrank_tune.events import Emit, LogMessage, Progress, ignore_event, warning
 from lowrank_tune.generation import Engine
 from lowrank_tune.generation.engine import device_memory
 from lowrank_tune.generation.sampling_params import SamplingParams
@@ -157,8 +152,7 @@ def make_probes(
     try:
         probes = _recipe_probes(recipe, template, max_prompt_length)
     except UserError as error:
-        message = f"the run's own data cannot be read ({error}): the models are compared on built-in problems"
-        emit(LogMessage(level="warning", message=message))
+        emit(warning(f"the run's own data cannot be read ({error}): the models are compared on built-in problems"))
         probes = ProbePrompts([], [], "")
     if len(probes.prompts) == MAX_PROMPTS:
         return probes

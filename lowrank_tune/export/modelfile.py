@@ -10,7 +10,7 @@ from transformers import GenerationConfig
 
 from lowrank_tune import __version__
 from lowrank_tune.assembly.finished_run import FinishedRun
-from lowrank_tune.events import Emit, LogMessage
+from lowrank_tune.events import Emit, warning
 from lowrank_tune.export.gguf.lora import gguf_module
 from lowrank_tune.export.model_card import slug
 from lowrank_tune.export.ollama import Modelfile
@@ -114,13 +114,8 @@ def _remarks(
         warnings.append(
             f"Ollama puts {bos} before every prompt of this base; its chat template does not, so training had none."
         )
-    for warning in warnings:
-        emit(
-            LogMessage(
-                level="warning",
-                message=f"Modelfile: {warning}",
-            )
-        )
+    for remark in warnings:
+        emit(warning(f"Modelfile: {remark}"))
     return [*remarks, *warnings]
 
 

@@ -27,7 +27,7 @@ from lowrank_tune.checkpoint import (
 from lowrank_tune.config import RecipeConfig
 from lowrank_tune.config.memory import memory_settings
 from lowrank_tune.errors import UserError
-from lowrank_tune.events import CheckpointSaved, Emit, LogMessage
+from lowrank_tune.events import CheckpointSaved, Emit, LogMessage, warning
 from lowrank_tune.model.adapters import CONFIG, WEIGHTS
 from lowrank_tune.model.base import combined_hash, hash_of
 from lowrank_tune.model.optimizers import load_optimizer
@@ -180,13 +180,7 @@ class Checkpointer:
         try:
             tensors = load(path, path.name).tensors
         except CorruptCheckpoint as error:
-            message = f"{error}; final/ is the adapter of the last step instead of the best"
-            self.emit(
-                LogMessage(
-                    level="warning",
-                    message=message,
-                )
-            )
+            self.emit(warning(f"{error}; final/ is the adapter of the last step instead of the best"))
             return
         self._load_adapters(tensors)
         if self.recipe.metric_for_best_model == "accuracy":

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from lowrank_tune.assembly import RunComponents
 from lowrank_tune.checkpoint import Snapshot
-from lowrank_tune.events import LogMessage
+from lowrank_tune.events import warning
 from lowrank_tune.export.combine_lora import (
     LoraAdapter,
     as_lora_adapter,
@@ -106,8 +106,9 @@ def _can_combine(
         return False
     reason = cannot_combine_reason(adapters)
     if reason is not None and len(names) > 1:
-        message = f"the adapters {', '.join(names)} cannot be combined ({reason}): final/ contains them separately"
-        stage.emit(LogMessage(level="warning", message=message))
+        stage.emit(
+            warning(f"the adapters {', '.join(names)} cannot be combined ({reason}): final/ contains them separately")
+        )
     return reason is None
 
 
@@ -125,11 +126,12 @@ def _add_tokenizer(stage: Stage, snapshot: Snapshot) -> None:
     try:
         snapshot.raw_files |= tokenizer_files(stage.built)
     except (OSError, ValueError, TypeError, NotImplementedError, AttributeError) as error:
-        message = (
-            f"final/ has no tokenizer: the base's cannot be saved ({type(error).__name__}: {error}); use the tokenizer "
-            "of the base"
+        stage.emit(
+            warning(
+                f"final/ has no tokenizer: the base's cannot be saved ({type(error).__name__}: {error}); use the "
+                "tokenizer of the base"
+            )
         )
-        stage.emit(LogMessage(level="warning", message=message))
 
 
 def tokenizer_files(built: RunComponents) -> dict[str, bytes]:

@@ -12,7 +12,7 @@ from typing import Any, Protocol
 
 from lowrank_tune.checkpoint import as_user_error, replace_nonfinite, write_error, write_file, write_fully
 from lowrank_tune.errors import TrainingError, UserError
-from lowrank_tune.events import CheckpointSaved, Evaluated, Event, LogMessage, RunEnded, SampleLogged, StepEnd, to_json
+from lowrank_tune.events import CheckpointSaved, Evaluated, Event, RunEnded, SampleLogged, StepEnd, to_json, warning
 
 
 class Sink(Protocol):
@@ -191,12 +191,7 @@ class EventBus:
                     self._sinks.remove(sink)
                     message = f"{type(sink).__name__} failed and is switched off: {type(error).__name__}: {error}"
                     try:
-                        self(
-                            LogMessage(
-                                message=message,
-                                level="warning",
-                            )
-                        )
+                        self(warning(message))
                     except UserError as nested:
                         fatal = fatal or nested
         if fatal is not None:

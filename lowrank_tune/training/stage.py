@@ -16,7 +16,7 @@ from lowrank_tune.config import RecipeConfig
 from lowrank_tune.data import TokenizedSplits
 from lowrank_tune.data_report import report_prompts, report_rows
 from lowrank_tune.errors import TrainingError
-from lowrank_tune.events import Emit, Evaluated, Event, LogMessage, RunEnded, RunStarted, StepEnd
+from lowrank_tune.events import Emit, Evaluated, Event, LogMessage, RunEnded, RunStarted, StepEnd, warning
 from lowrank_tune.model.base import combined_hash
 from lowrank_tune.training.checkpointer import BestCheckpoint, Checkpointer, EvaluationState
 from lowrank_tune.training.evaluator import StageEvaluator
@@ -284,14 +284,10 @@ class Stage:
         self.emit(event)
         warmup_steps = self.recipe.train.warmup_steps
         if warmup_steps >= built.steps:
-            message = (
-                f"train.warmup_steps: {warmup_steps}, of {built.steps} steps in all: the learning rate never reaches "
-                "its peak; warm up for fewer steps, or train longer"
-            )
             self.emit(
-                LogMessage(
-                    level="warning",
-                    message=message,
+                warning(
+                    f"train.warmup_steps: {warmup_steps}, of {built.steps} steps in all: the learning rate never "
+                    "reaches its peak; warm up for fewer steps, or train longer"
                 )
             )
 
@@ -395,12 +391,7 @@ class Stage:
             return
         if detector.warned_at_step is None:
             detector.warned_at_step = step
-            self.emit(
-                LogMessage(
-                    level="warning",
-                    message=f"step {step}: {divergence.message}",
-                )
-            )
+            self.emit(warning(f"step {step}: {divergence.message}"))
         if self.recipe.evaluate.on_reward_hacking == "stop" and step < self.built.steps:
             detector.stopped_run = True
             self.trainer.should_stop = True

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from lowrank_tune.algorithms.base import Algorithm
 from lowrank_tune.batch import Batch, rows_of_units
 from lowrank_tune.errors import TrainingError
-from lowrank_tune.events import Emit, LogMessage, StepEnd
+from lowrank_tune.events import Emit, StepEnd, warning
 from lowrank_tune.functional import step_seed
 from lowrank_tune.model.oom import MemoryLimits, atomic_grad_accumulation
 from lowrank_tune.model.optimizers import make_optimizer
@@ -290,8 +290,11 @@ class Trainer:
         state = self.state
         state.nonfinite_steps += 1
         state.consecutive_nonfinite_steps += 1
-        message = f"step {state.step + 1}: loss or gradient is not finite (norm {grad_norm}); the step changes nothing"
-        self.emit(LogMessage(level="warning", message=message))
+        self.emit(
+            warning(
+                f"step {state.step + 1}: loss or gradient is not finite (norm {grad_norm}); the step changes nothing"
+            )
+        )
         if state.consecutive_nonfinite_steps >= self.train.max_nonfinite_steps:
             raise TrainingError(
                 f"{state.consecutive_nonfinite_steps} steps in a row had no finite loss or gradient, the last at "
@@ -310,14 +313,10 @@ class Trainer:
             return
         self.state.num_stalled_checks += 1
         if self.state.num_stalled_checks == STALLED_CHECKS_BEFORE_WARNING:
-            message = (
-                f"the last step moved {updated_fraction:.1%} of the adapter's elements, by {update_ratio:.0e} of their "
-                "size: nothing is being learned; look at train.learning_rate and at the loss mask"
-            )
             self.emit(
-                LogMessage(
-                    level="warning",
-                    message=message,
+                warning(
+                    f"the last step moved {updated_fraction:.1%} of the adapter's elements, by {update_ratio:.0e} of "
+                    "their size: nothing is being learned; look at train.learning_rate and at the loss mask"
                 )
             )
 
@@ -327,12 +326,7 @@ class Trainer:
             kind = message.partition(",")[0]
             if kind not in self.warned:
                 self.warned.add(kind)
-                self.emit(
-                    LogMessage(
-                        level="warning",
-                        message=f"step {self.state.step}: {message}",
-                    )
-                )
+                self.emit(warning(f"step {self.state.step}: {message}"))
 
 
 def lr_at_step(

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from statistics import fmean, median
 from typing import Literal
 
+from lowrank_tune.config.schema import ONLINE_ALGORITHMS
 from lowrank_tune.training.reward_hacking import find_divergence
 from lowrank_tune.ui.metrics import (
-    GENERATIVE_ALGORITHMS,
     PAIR_ACCURACY,
     PAIR_MARGIN,
 )
@@ -499,7 +499,7 @@ def _no_issue(state: State) -> Diagnosis:
     if steps < MIN_STEPS:
         return Diagnosis("", f"too early: {steps} of the first {MIN_STEPS} steps")
     trend = _reward_trend(state)
-    if trend is not None and state.algorithm in GENERATIVE_ALGORITHMS:
+    if trend is not None and state.algorithm in ONLINE_ALGORITHMS:
         return Diagnosis("good", f"all good: {_reward_summary(state, trend)}")
     return Diagnosis("good", f"all good: {_loss_summary(state)}")
 

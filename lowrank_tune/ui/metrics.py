@@ -6,6 +6,8 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from lowrank_tune.events import RunStarted
+
 CHARTS: dict[str, tuple[tuple[str, ...], ...]] = {
     "sft": (
         ("loss",),
@@ -96,10 +98,8 @@ DEFAULT_ALGORITHM = "sft"
 """Assumed until the event `run_started` names the algorithm."""
 WITHOUT_REFERENCE = ("reward",)
 """Algorithms that do not compare the model with a reference."""
-GENERATIVE_ALGORITHMS = ("grpo", "ppo")
-"""Algorithms that learn from completions of the policy: their steps have phases and groups."""
 PHASES = ("rollout", "reward", "update")
-"""Phases of a step of such an algorithm: drawing completions, waiting for their rewards, and the rest."""
+"""Phases of a step of an online algorithm: drawing completions, waiting for their rewards, and the rest."""
 POLICY = "policy"
 """The model of held-out figures that are measured during training. Those of a stage are measured at its end."""
 BAND_METRIC = {"reward": "reward_std"}
@@ -264,8 +264,9 @@ def heldout_parts(name: str) -> tuple[str, str]:
     return name.removeprefix("heldout/"), ""
 
 
-def reference_name(roles: Any) -> str:
-    """Returns the name of the reference of these roles: the last frozen adapter below the policy, or the base."""
+def reference_name(started: RunStarted | None) -> str:
+    """Returns the name of the reference of a run: the last frozen adapter below the policy, or the base."""
+    roles: Any = started.roles if started is not None else None
     stack = roles.get("reference") if isinstance(roles, dict) else None
     if isinstance(stack, list) and stack:
         return str(stack[-1])

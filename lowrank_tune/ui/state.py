@@ -200,10 +200,6 @@ class State:
         seconds = sum(seconds for _, seconds in self._speed)
         return tokens / seconds if seconds else None
 
-    @property
-    def memory_gib(self) -> float | None:
-        return self.last("memory_gib")
-
     def last(self, name: str) -> float | None:
         """Returns the last value of a statistic, None if it was not measured."""
         return self.series[name].last if name in self.series else None
@@ -219,7 +215,7 @@ class State:
 
     def reference_name(self) -> str:
         """Returns the name of the reference: the last frozen adapter below the policy, or the base."""
-        return reference_name(self.started.roles) if self.started is not None else "base"
+        return reference_name(self.started)
 
     def _start(self, event: RunStarted) -> None:
         if self.started is not None and self.started.stage != event.stage:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from lowrank_tune.checkpoint.run_format import check_run_format
 from lowrank_tune.errors import UserError
-from lowrank_tune.events import Event, LogMessage, RunEnded, RunStarted
+from lowrank_tune.events import Event, RunEnded, RunStarted, warning
 from lowrank_tune.ui.run_paths import (
     EVENTS,
     ended_process,
@@ -147,13 +147,6 @@ def run_folder(run: Path) -> Path:
     return run if run.is_dir() else run.parent
 
 
-def latest_event_file(run: Path) -> Path:
-    """Returns the file of events of a run, or of the stage of a chain that began last. Raises UserError if there is
-    none."""
-    files = event_files(run)
-    return next((file for file in reversed(files) if file.is_file()), files[0])
-
-
 def watch(
     runs: Sequence[Path],
     environ: Mapping[str, str] = os.environ,
@@ -256,7 +249,6 @@ def _print_lines(paths: Sequence[Path], folder: Path) -> None:
         if process is None:
             time.sleep(POLL_SECONDS)
             continue
-        message = f"{folder}: process {process} has ended before the run did; the same command continues it"
-        line_logger(LogMessage(message=message, level="warning"))
+        line_logger(warning(f"{folder}: process {process} has ended before the run did; the same command continues it"))
         is_over = True
     line_logger.close()

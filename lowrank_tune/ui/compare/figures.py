@@ -7,11 +7,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from statistics import fmean, median
 
+from lowrank_tune.config.schema import ONLINE_ALGORITHMS
 from lowrank_tune.json_files import get_mapping
 from lowrank_tune.ui.compare.runs import ComparedRun
 from lowrank_tune.ui.formatting import clock, number, percent
 from lowrank_tune.ui.metrics import (
-    GENERATIVE_ALGORITHMS,
     POLICY,
     WITHOUT_REFERENCE,
 )
@@ -158,7 +158,7 @@ class Trend:
 
 def _loss(run: ComparedRun) -> str:
     """Returns the trend of the loss; with rewards for completions it has no meaning."""
-    if run.algorithm in GENERATIVE_ALGORITHMS:
+    if run.algorithm in ONLINE_ALGORITHMS:
         return ""
     return Trend("loss")(run)
 

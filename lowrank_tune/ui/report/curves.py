@@ -9,11 +9,11 @@ from dataclasses import dataclass
 
 from markupsafe import Markup, escape
 
+from lowrank_tune.config.schema import ONLINE_ALGORITHMS
 from lowrank_tune.ui import escape_control_chars
 from lowrank_tune.ui.formatting import format_tick
 from lowrank_tune.ui.html import render
 from lowrank_tune.ui.metrics import (
-    GENERATIVE_ALGORITHMS,
     chart_title,
     descriptions_of,
     metric_label,
@@ -94,7 +94,7 @@ def curves(run_log: RunLog) -> Markup:
 def _descriptions_in_order(run_log: RunLog) -> dict[str, str]:
     """Returns the description of each statistic. The curves of several rewards follow that of their sum."""
     descriptions = descriptions_of(run_log.algorithm)
-    if run_log.algorithm not in GENERATIVE_ALGORITHMS:
+    if run_log.algorithm not in ONLINE_ALGORITHMS:
         return descriptions
     ordered = {}
     for name, description in descriptions.items():

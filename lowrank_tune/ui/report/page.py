@@ -6,10 +6,10 @@ from dataclasses import dataclass
 
 from markupsafe import Markup
 
+from lowrank_tune.config.schema import ONLINE_ALGORITHMS
 from lowrank_tune.json_files import get_list, get_mapping, get_number
 from lowrank_tune.ui.formatting import format_tick, percent
 from lowrank_tune.ui.html import document, render
-from lowrank_tune.ui.metrics import GENERATIVE_ALGORITHMS
 from lowrank_tune.ui.report import evaluations, frontier, groups, pairs
 from lowrank_tune.ui.report.appendix import appendix
 from lowrank_tune.ui.report.curves import curves
@@ -133,11 +133,11 @@ def _stage_row(folder: str, run_log: RunLog | None) -> StageRow:
 
 def _trend(run_log: RunLog) -> str:
     """Returns the first and the last reward, or loss."""
-    is_generative = run_log.algorithm in GENERATIVE_ALGORITHMS
-    values = run_log.series.get("reward" if is_generative else "loss", {})
+    is_online = run_log.algorithm in ONLINE_ALGORITHMS
+    values = run_log.series.get("reward" if is_online else "loss", {})
     if not values:
         return ""
-    prefix = "reward " if is_generative else ""
+    prefix = "reward " if is_online else ""
     return f"{prefix}{format_tick(values[min(values)])}{ARROW}{format_tick(values[max(values)])}"
 
 

@@ -65,7 +65,7 @@ class PairSamples:
 
 def samples(run_log: RunLog) -> Markup:
     """Returns the samples of each prompt and the scores of each held-out pair, empty if the run has none."""
-    reference = reference_name(run_log.started.roles) if run_log.started else "base"
+    reference = reference_name(run_log.started)
     by_prompt: dict[str, list[SampleLogged]] = {}
     of_pairs = []
     for sample in run_log.samples:

@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from lowrank_tune.config.schema import ONLINE_ALGORITHMS
 from lowrank_tune.json_files import get_mapping
 from lowrank_tune.ui.formatting import (
     clock,
@@ -13,7 +14,6 @@ from lowrank_tune.ui.formatting import (
     format_tick,
     percent,
 )
-from lowrank_tune.ui.metrics import GENERATIVE_ALGORITHMS
 from lowrank_tune.ui.report.heldout import (
     StageStats,
     heldout_by_stage,
@@ -118,7 +118,7 @@ def _training_tiles(run_log: RunLog) -> Iterator[Tile]:
             format_tick(checks[best]),
             f"best validation loss, step {best:,}",
         )
-    reward = run_log.series.get("reward") if run_log.algorithm in GENERATIVE_ALGORITHMS else None
+    reward = run_log.series.get("reward") if run_log.algorithm in ONLINE_ALGORITHMS else None
     loss = run_log.series.get("loss")
     if reward:
         yield Tile(_first_and_last(reward), "reward, first and last step")

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from lowrank_tune.config.schema import ONLINE_ALGORITHMS
 from lowrank_tune.ui.formatting import METRIC_FORMATS
 from lowrank_tune.ui.metrics import (
     BAND_METRIC,
-    GENERATIVE_ALGORITHMS,
     SIDE_TITLES,
     TITLES,
     charts_of,
@@ -70,7 +70,7 @@ def chart_names(state: State) -> list[tuple[str, ...]]:
     for name in ("reward", "heldout/accuracy"):
         if name in state.series and (name,) not in charts:
             charts.append((name,))
-    if state.algorithm in GENERATIVE_ALGORITHMS:
+    if state.algorithm in ONLINE_ALGORITHMS:
         # insert appends if the list is shorter than the index
         rewards = tuple(reward_names(state.series))
         if len(rewards) > 1:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from lowrank_tune.ui.metrics import GENERATIVE_ALGORITHMS
+from lowrank_tune.config.schema import ONLINE_ALGORITHMS
 from lowrank_tune.ui.state import State
 from lowrank_tune.ui.terminal.text_layout import Block, Line, Piece, sanitize, wrap
 
@@ -66,7 +66,7 @@ def keys_of(state: State, view: View) -> list[str]:
     keys = list(KEYS)
     if not view.owns_run:
         keys = [key for key in keys if key not in CONTROL_KEYS]
-    if state.group is None and state.algorithm not in GENERATIVE_ALGORITHMS:
+    if state.group is None and state.algorithm not in ONLINE_ALGORITHMS:
         keys.remove("g")
     return keys
 

@@ -269,7 +269,7 @@ def _resources(
 
 
 def _memory(state: State, view: View) -> Line:
-    used = state.memory_gib
+    used = state.last("memory_gib")
     if used is None:
         return []
     total = 0.0

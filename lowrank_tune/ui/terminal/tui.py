@@ -13,7 +13,7 @@ from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
-from lowrank_tune.events import Event, LogMessage
+from lowrank_tune.events import Event, warning
 from lowrank_tune.training.signals import TrainerControl
 from lowrank_tune.ui.gpu_stats import GpuStats
 from lowrank_tune.ui.state import State
@@ -86,12 +86,7 @@ class Tui:
             line_logger = LineLogger()
             if ended.status == "failed":
                 for line in self.state.warnings:
-                    line_logger(
-                        LogMessage(
-                            message=line.text,
-                            level="warning",
-                        )
-                    )
+                    line_logger(warning(line.text))
             line_logger(ended)
             line_logger.close()
 
@@ -147,12 +142,7 @@ class Tui:
         line_logger = LineLogger()
         message = f"the dashboard failed, plain lines follow: {type(error).__name__}: {error}"
         with suppress(OSError, ValueError):
-            line_logger(
-                LogMessage(
-                    message=message,
-                    level="warning",
-                )
-            )
+            line_logger(warning(message))
         self._line_logger = line_logger
         while self._events:
             line_logger(self._events.popleft())
