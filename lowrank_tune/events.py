@@ -7,7 +7,8 @@ One event is one JSON object in `events.jsonl`: `{"v": 2, "event": "step_end", "
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, ClassVar, Literal
 
@@ -142,6 +143,15 @@ class RunEnded(Event):
 
 
 Emit = Callable[[Event], None]
+
+
+@contextmanager
+def loading_progress(name: str, emit: Emit) -> Iterator[None]:
+    """Emits the start of loading a model as a job of one unit, and after the block its end."""
+    description = f"loading {name}"
+    emit(Progress(description=description, done=0, total=1))
+    yield
+    emit(Progress(description=description, done=1, total=1))
 
 
 def ignore_event(event: Event) -> None:

@@ -10,7 +10,7 @@ from lowrank_tune.assembly.reward_model import REWARD_ROLE, reward_model_base
 from lowrank_tune.assembly.stacks import ROLES_WITH_HEAD, build_stacks, frozen_adapters
 from lowrank_tune.config import RecipeConfig
 from lowrank_tune.data import ChatTemplate
-from lowrank_tune.events import Emit, LogMessage, Progress
+from lowrank_tune.events import Emit, LogMessage, loading_progress
 from lowrank_tune.model import unsloth
 from lowrank_tune.model.activation_checkpointing import cap_cuda_memory
 from lowrank_tune.model.adapters import SavedAdapter
@@ -33,25 +33,21 @@ def load_recipe_base(
     emit: Emit,
 ) -> Base:
     """Returns the base of the recipe, with its memory limit set. Raises UserError if it cannot be loaded."""
-    description = f"loading {recipe.base.model}"
-    emit(Progress(description=description, done=0, total=1))
-    cap_cuda_memory(recipe.train.memory_budget_gib)
-    if recipe.base.backend == "unsloth":
-        base = unsloth.load_base(
-            recipe.base,
-            template.tokenizer,
-            recipe.max_train_length,
-            device,
-        )
-    else:
-        base = load_base(
+    with loading_progress(recipe.base.model, emit):
+        cap_cuda_memory(recipe.train.memory_budget_gib)
+        if recipe.base.backend == "unsloth":
+            return unsloth.load_base(
+                recipe.base,
+                template.tokenizer,
+                recipe.max_train_length,
+                device,
+            )
+        return load_base(
             recipe.base,
             template.tokenizer,
             device,
             rope_factors=factors_of(rope),
         )
-    emit(Progress(description=description, done=1, total=1))
-    return base
 
 
 def micro_tokens_of(recipe: RecipeConfig, max_length: int) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from contextlib import closing
 
 from lowrank_tune.chat.chat_model import AnswerStream, ChatModel, Variant
 from lowrank_tune.chat.commands import HELP
@@ -39,8 +40,7 @@ def chat(
     `system_prompt` None is the run's own system prompt, an empty text is none. Raises UserError, and KeyboardInterrupt
     if a session without a terminal is interrupted.
     """
-    logger = LineLogger(sys.stderr)
-    try:
+    with closing(LineLogger(sys.stderr)) as logger:
         chat_model = load_chat_model(
             name,
             logger,
@@ -48,8 +48,6 @@ def chat(
             base,
             max_new_tokens=options.max_new_tokens,
         )
-    finally:
-        logger.close()
     screen = ChatScreen(list(HELP))
     session = ChatSession(
         chat_model,

@@ -14,7 +14,7 @@ from lowrank_tune.chat.target import ChatTarget, resolve_target
 from lowrank_tune.config import AdapterConfig, BaseConfig
 from lowrank_tune.data import ChatTemplate
 from lowrank_tune.errors import OutOfMemory, UserError
-from lowrank_tune.events import Emit, LogMessage, Progress, warning
+from lowrank_tune.events import Emit, LogMessage, loading_progress, warning
 from lowrank_tune.model.adapters import SavedAdapter, adapter_rope_factors, lora_config, read_adapter
 from lowrank_tune.model.base import Base, load_base, load_config, load_tokenizer
 from lowrank_tune.model.roles import Roles
@@ -93,26 +93,13 @@ def _load_base(
         emit,
     )
     factors = _rope_factors(target, base_config, max_new_tokens)
-    emit(
-        Progress(
-            description=f"loading {base_config.model}",
-            done=0,
-            total=1,
+    with loading_progress(base_config.model, emit):
+        base = load_base(
+            base_config,
+            template.tokenizer,
+            device,
+            rope_factors=factors,
         )
-    )
-    base = load_base(
-        base_config,
-        template.tokenizer,
-        device,
-        rope_factors=factors,
-    )
-    emit(
-        Progress(
-            description=f"loading {base_config.model}",
-            done=1,
-            total=1,
-        )
-    )
     return base, template
 
 

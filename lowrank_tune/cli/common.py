@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from difflib import get_close_matches
 from enum import StrEnum
 from pathlib import Path
@@ -15,7 +15,7 @@ from rich.console import Console
 
 from lowrank_tune.cli.help_pages import HelpGroup
 from lowrank_tune.errors import OutOfMemory, UserError
-from lowrank_tune.ui import escape_control_chars
+from lowrank_tune.ui import escape_lines
 
 if TYPE_CHECKING:
     from lowrank_tune.ui.terminal.plain import LineLogger
@@ -119,11 +119,8 @@ def line_logger() -> Iterator[LineLogger]:
     """Yields a logger that prints events to stderr, and closes it."""
     from lowrank_tune.ui.terminal.plain import LineLogger
 
-    logger = LineLogger(sys.stderr)
-    try:
+    with closing(LineLogger(sys.stderr)) as logger:
         yield logger
-    finally:
-        logger.close()
 
 
 @contextmanager
@@ -135,8 +132,7 @@ def report_user_errors(debug: bool) -> Iterator[None]:
         if debug:
             raise
         # a name of a file or of a run can have any character in it
-        lines = [escape_control_chars(line) for line in str(error).split("\n")]
-        print("\n".join(lines), file=sys.stderr)
+        print(escape_lines(str(error)), file=sys.stderr)
         raise typer.Exit(error.exit_code) from error
     except KeyboardInterrupt as error:
         print("interrupted; what was saved is valid, and the same command continues from there", file=sys.stderr)

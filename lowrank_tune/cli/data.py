@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import sys
 from typing import Annotated
 
 import typer
 from rich.console import Console
 
-from lowrank_tune.cli.common import Debug, Overrides, app, loading_message, report_user_errors
+from lowrank_tune.cli.common import Debug, Overrides, app, line_logger, loading_message, report_user_errors
 from lowrank_tune.errors import UserError
 
 
@@ -26,7 +25,6 @@ def data_command(
         with loading_message():
             from lowrank_tune.data_report import inspect_data
             from lowrank_tune.events import Event, LogMessage, Progress
-            from lowrank_tune.ui.terminal.plain import LineLogger
             from lowrank_tune.ui.views.data import show
 
         def on_event(event: Event) -> None:
@@ -35,11 +33,8 @@ def data_command(
 
         faulty = False
         for stage in loaded.stages if isinstance(loaded, Chain) else (loaded,):
-            plain = LineLogger(sys.stderr)
-            try:
+            with line_logger() as plain:
                 inspected = inspect_data(stage, on_event)
-            finally:
-                plain.close()
             show(inspected, f"{stage.name}: {stage.algorithm} of {stage.base.model}", Console(highlight=False))
             faulty = faulty or bool(inspected.faults)
         if faulty:

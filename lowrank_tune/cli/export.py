@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from enum import StrEnum
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -24,6 +25,7 @@ from lowrank_tune.cli.merge import MergeWeights, Weights, print_comparison
 if TYPE_CHECKING:
     from lowrank_tune.export.export import ExportOptions
     from lowrank_tune.export.hub import Upload
+    from lowrank_tune.ui.terminal.plain import LineLogger
 
 
 class ExportTarget(StrEnum):
@@ -118,29 +120,20 @@ def export_command(
 def _export(run: Path, options: ExportOptions) -> str:
     """Exports the run, prints comparison or upload, and returns the folder or address."""
     from lowrank_tune.export.export import export
-    from lowrank_tune.export.merge_check import MergeReport
 
     with line_logger() as logger:
-
-        def show(report: MergeReport) -> None:
-            logger.close()
-            print_comparison(report.table())
-
-        def show_upload(upload: Upload) -> None:
-            logger.close()
-            _print_upload(upload)
-
         return export(
             run,
             options,
             logger,
-            show,
-            show_upload,
+            partial(print_comparison, logger),
+            partial(_print_upload, logger),
         )
 
 
-def _print_upload(upload: Upload) -> None:
-    """Prints the repository, who can read it, and the files."""
+def _print_upload(logger: LineLogger, upload: Upload) -> None:
+    """Prints the repository, who can read it, and the files, after the bar of the logger."""
+    logger.close()
     visibility = "everybody can read" if upload.public else "private"
     repository = {True: "a new repository", False: "which exists", None: "not looked up: HF_HUB_OFFLINE"}[upload.new]
     print(f"to {upload.repo} ({repository}, {visibility}): {upload.size / 2**20:,.1f} MiB")

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from enum import StrEnum
+from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
@@ -20,6 +20,10 @@ from lowrank_tune.cli.common import (
     loading_message,
     report_user_errors,
 )
+
+if TYPE_CHECKING:
+    from lowrank_tune.export import MergeReport
+    from lowrank_tune.ui.terminal.plain import LineLogger
 
 
 class MergeWeights(StrEnum):
@@ -36,10 +40,11 @@ Weights = Annotated[
 ]
 
 
-def print_comparison(rows: Sequence[tuple[str, str]]) -> None:
-    """Prints the comparison of a merged model with the trained one."""
+def print_comparison(logger: LineLogger, report: MergeReport) -> None:
+    """Prints the comparison of a merged model with the trained one, after the bar of the logger."""
+    logger.close()
     table = Table("trained against merged", "", box=None)
-    for name, value in rows:
+    for name, value in report.table():
         table.add_row(Text(name), Text(value))
     Console(highlight=False).print(table)
 
@@ -56,19 +61,14 @@ def merge_command(
     with report_user_errors(debug):
         check_run(run)
         with loading_message():
-            from lowrank_tune.export import MergeReport, merge
+            from lowrank_tune.export import merge
 
         with line_logger() as logger:
-
-            def show(report: MergeReport) -> None:
-                logger.close()
-                print_comparison(report.table())
-
             merged = merge(
                 run,
                 out,
                 weights.value,
                 logger,
-                show,
+                partial(print_comparison, logger),
             )
             print(f"merged: {merged.folder}")

@@ -83,6 +83,8 @@ def _print_summary(outcome: RunResult) -> None:
 
 def _print_before_after(summary: dict[str, Any]) -> None:
     """Prints the held-out metrics, and the answers to the same questions, before and after each stage."""
+    from lowrank_tune.ui.report.heldout import figure_label, figure_names
+
     console = Console()
     details = summary["heldout_details"]
     figures = Table(
@@ -90,15 +92,9 @@ def _print_before_after(summary: dict[str, Any]) -> None:
         *details,
         title="before and after",
     )
-    labels = {"accuracy": "exact answers (pass@1)"}
-    for key in next(iter(details.values())):
-        if key.startswith("pass_at_"):
-            k = key.removeprefix("pass_at_")
-            labels[key] = f"one of {k} exact (pass@{k})"
-    labels |= {"eos_rate": "stops by itself", "mean_length": "tokens an answer"}
-    for key, label in labels.items():
+    for key in figure_names(details):
         number_format = ".1f" if key == "mean_length" else ".1%"
-        figures.add_row(label, *(format(metrics[key], number_format) for metrics in details.values()))
+        figures.add_row(figure_label(key), *(format(metrics[key], number_format) for metrics in details.values()))
     console.print(figures)
     answers = Table(
         "question",

@@ -29,7 +29,6 @@ from lowrank_tune.evaluation.metrics import (
     win_rates,
 )
 from lowrank_tune.evaluation.options import EvalSamplingOptions, Options, resolve_options
-from lowrank_tune.evaluation.progress import ProgressBar
 from lowrank_tune.evaluation.questions import (
     EvalQuestion,
     EvalQuestions,
@@ -48,7 +47,7 @@ from lowrank_tune.evaluation.target import (
     resolve_target,
     roles_for,
 )
-from lowrank_tune.events import Emit, LogMessage, warning
+from lowrank_tune.events import Emit, LogMessage, loading_progress, warning
 from lowrank_tune.generation.sampling_params import SamplingParams
 from lowrank_tune.model.base import (
     Base,
@@ -220,16 +219,13 @@ def _load(
     emit: Emit,
     rope_factors: RopeFactors,
 ) -> Base:
-    bar = ProgressBar(f"loading {target.base.model}", 1, emit)
-    bar.report()
-    base = load_base(
-        target.base,
-        template.tokenizer,
-        device,
-        rope_factors=rope_factors,
-    )
-    bar.advance()
-    return base
+    with loading_progress(target.base.model, emit):
+        return load_base(
+            target.base,
+            template.tokenizer,
+            device,
+            rope_factors=rope_factors,
+        )
 
 
 @dataclass
@@ -267,7 +263,7 @@ class _EvalRun:
         result = evaluator.measure(variants, questions, self.sampling_options.seed)
         tasks: dict[str, Metrics] = {}
         if self.options.tasks and not result.interrupted:
-            settings = self._task_settings(task_manager)
+            settings = lm_eval.Tasks(self.options, self.sampling_options.seed, task_manager)
             tasks, result.interrupted = lm_eval.run_tasks(
                 self.roles,
                 self.base,
@@ -328,17 +324,6 @@ class _EvalRun:
             options.temperature,
             options.seed,
             top_p=options.top_p,
-        )
-
-    def _task_settings(self, task_manager: Any) -> lm_eval.Tasks:
-        options = self.options
-        return lm_eval.Tasks(
-            options.tasks,
-            options.limit,
-            options.confidence,
-            self.sampling_options.seed,
-            options.apply_chat_template,
-            task_manager,
         )
 
     def _record(

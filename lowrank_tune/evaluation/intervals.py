@@ -49,7 +49,8 @@ class Interval:
         }
 
 
-def _no_interval(value: float, prompts: int) -> Interval:
+def no_interval(value: float, prompts: int) -> Interval:
+    """Returns a metric without an interval."""
     return Interval(
         value,
         math.nan,
@@ -96,7 +97,7 @@ def proportion_ci(
     that the answers to one prompt are, if they are not correlated."""
     prompts = len(values)
     if not prompts:
-        return _no_interval(math.nan, 0)
+        return no_interval(math.nan, 0)
     mean = math.fsum(values) / prompts
     low, high = wilson_interval(mean, _effective_trials(values, mean, trials_per_prompt), confidence)
     return Interval(
@@ -196,7 +197,7 @@ def _bootstrap_ci(
     """Returns the percentiles of the ratio, or of the difference of both ratios, over resampled prompts."""
     prompts = len(first[0])
     if prompts < 2 or not math.isfinite(value):
-        return _no_interval(value, prompts)
+        return no_interval(value, prompts)
     rng = np.random.default_rng(seed)
     probabilities = np.full(prompts, 1 / prompts)
     chunk_size = max(1, BOOTSTRAP_CHUNK // prompts)

@@ -22,9 +22,11 @@ from lowrank_tune.evaluation.intervals import (
     STANDARD_NORMAL,
     Interval,
     mean_ci,
+    no_interval,
     proportion_ci,
 )
 from lowrank_tune.evaluation.metrics import Metrics
+from lowrank_tune.evaluation.options import Options
 from lowrank_tune.evaluation.progress import ProgressBar
 from lowrank_tune.evaluation.target import role_of
 from lowrank_tune.events import Emit
@@ -52,14 +54,10 @@ _HARNESS_ERRORS = (
 
 @dataclass(frozen=True)
 class Tasks:
-    """Tasks by their names in the harness or in the user's YAML files. `limit`: documents per task.
-    `apply_chat_template`: with the chat template of the training."""
+    """The tasks of an evaluation, by their names in the harness or in the user's YAML files."""
 
-    names: tuple[str, ...]
-    limit: int | None
-    confidence: float
+    options: Options
     seed: int
-    apply_chat_template: bool
     task_manager: Any
     """The result of `make_task_manager`."""
 
@@ -96,7 +94,7 @@ def run_tasks(
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     metrics: dict[str, Metrics] = {}
     bar = ProgressBar(
-        f"tasks {', '.join(tasks.names)}",
+        f"tasks {', '.join(tasks.options.tasks)}",
         len(variants),
         emit,
         len(variants),
@@ -135,12 +133,12 @@ def _results(
     try:
         results = simple_evaluate(
             model,
-            tasks=list(tasks.names),
+            tasks=list(tasks.options.tasks),
             task_manager=tasks.task_manager,
-            limit=tasks.limit,
+            limit=tasks.options.limit,
             bootstrap_iters=BOOTSTRAP_ITERS,
             log_samples=True,
-            apply_chat_template=tasks.apply_chat_template,
+            apply_chat_template=tasks.options.apply_chat_template,
             random_seed=tasks.seed,
             numpy_random_seed=tasks.seed,
             torch_random_seed=tasks.seed,
@@ -151,7 +149,7 @@ def _results(
         if kind == "OutOfMemoryError":
             raise
         first_line = str(error).partition("\n")[0]
-        names = ", ".join(tasks.names)
+        names = ", ".join(tasks.options.tasks)
         raise TrainingError(f"--tasks: lm-evaluation-harness failed on {names}: {kind}: {first_line}") from error
     return dict(results)
 
@@ -159,7 +157,7 @@ def _results(
 def _parse_metrics(results: Mapping[str, Any], tasks: Tasks) -> Metrics:
     """Returns `TASK METRIC` of every task, with an interval over its documents."""
     metrics: Metrics = {}
-    for task in tasks.names:
+    for task in tasks.options.tasks:
         scores = as_mapping(results.get("results")).get(task) or as_mapping(results.get("groups")).get(task) or {}
         samples = as_mapping(results.get("samples")).get(task, ())
         for key, value in scores.items():
@@ -206,10 +204,10 @@ def _interval(
     count = len(document_scores)
     if count and math.isclose(math.fsum(document_scores) / count, value, abs_tol=1e-9):
         if all(0 <= score <= 1 for score in document_scores):
-            return proportion_ci(document_scores, 1, tasks.confidence)
-        return mean_ci(document_scores, tasks.seed, tasks.confidence)
+            return proportion_ci(document_scores, 1, tasks.options.confidence)
+        return mean_ci(document_scores, tasks.seed, tasks.options.confidence)
     if isinstance(stderr, (int, float)):
-        margin = STANDARD_NORMAL.inv_cdf((1 + tasks.confidence) / 2) * stderr
+        margin = STANDARD_NORMAL.inv_cdf((1 + tasks.options.confidence) / 2) * stderr
         return Interval(
             value,
             value - margin,
@@ -217,10 +215,4 @@ def _interval(
             count,
             "standard error of the harness",
         )
-    return Interval(
-        value,
-        math.nan,
-        math.nan,
-        count,
-        "none",
-    )
+    return no_interval(value, count)

@@ -113,6 +113,6 @@ def _temperature(
 
 def _max_new_tokens(recipe: RecipeConfig | None, defaults: EvaluationConfig) -> int:
     """Returns the limit of the run's held-out answers, or of its completions if it had no held-out questions."""
-    if recipe is not None and recipe.algorithm in ("grpo", "ppo") and defaults.eval_dataset is None:
+    if recipe is not None and recipe.is_online and defaults.eval_dataset is None:
         return recipe.rollout.max_new_tokens
     return defaults.max_new_tokens

@@ -4,7 +4,6 @@ valid, since anyone can edit the file."""
 from __future__ import annotations
 
 import json
-import math
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -12,12 +11,11 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from lowrank_tune.checkpoint import as_user_error, replace_nonfinite, write_fully
-from lowrank_tune.json_files import as_mapping
+from lowrank_tune.json_files import as_mapping, as_number, get_number
 
 EVALS = "evals.jsonl"
 VERSION = 2
 T = TypeVar("T")
-_MAX_NUMBER = 1e300
 
 
 def append_record(path: Path, record: Mapping[str, Any]) -> None:
@@ -100,11 +98,11 @@ def parse_record(data: Mapping[str, Any]) -> EvalRecord:
     """Returns the record of an object of `evals.jsonl`; values that are not valid become nan, 0 or empty."""
     dataset = as_mapping(data.get("dataset"))
     return EvalRecord(
-        time=_number(data.get("time"), default=0.0),
+        time=get_number(data, "time"),
         origin=str(dataset.get("origin", "")),
         settings=as_mapping(data.get("settings")),
-        prompts=_count(dataset.get("prompts")),
-        planned=_count(dataset.get("planned")),
+        prompts=int(get_number(dataset, "prompts")),
+        planned=int(get_number(dataset, "planned")),
         interrupted=data.get("interrupted") is True,
         metrics=_table(data.get("metrics"), _metric_value),
         deltas=_table(data.get("deltas"), _metric_value),
@@ -132,30 +130,19 @@ def _table(data: Any, parse: Callable[[Mapping[str, Any]], T | None]) -> dict[st
 def _metric_value(entry: Mapping[str, Any]) -> MetricValue | None:
     if "value" not in entry:
         return None
-    value = _number(entry["value"])
-    prompts = _count(entry.get("prompts"))
+    value = as_number(entry["value"])
+    prompts = int(get_number(entry, "prompts"))
     low = entry.get("low")
     high = entry.get("high")
     if isinstance(low, (int, float)) and isinstance(high, (int, float)):
         return MetricValue(
             value,
-            _number(low),
-            _number(high),
+            as_number(low),
+            as_number(high),
             prompts,
         )
     return MetricValue(value, None, None, prompts)
 
 
 def _win_shares(entry: Mapping[str, Any]) -> WinShares:
-    return WinShares(_number(entry.get("wins")), _number(entry.get("ties")), _number(entry.get("losses")))
-
-
-def _count(value: Any) -> int:
-    return int(_number(value, default=0.0))
-
-
-def _number(value: Any, default: float = math.nan) -> float:
-    """Returns the value as a float, or the default if it is not a finite number."""
-    if isinstance(value, (int, float)) and abs(value) < _MAX_NUMBER:
-        return float(value)
-    return default
+    return WinShares(as_number(entry.get("wins")), as_number(entry.get("ties")), as_number(entry.get("losses")))

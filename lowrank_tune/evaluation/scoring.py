@@ -36,11 +36,10 @@ from lowrank_tune.evaluation.grading import (
     total_reward,
     use_base_model,
 )
-from lowrank_tune.evaluation.progress import ProgressBar
 from lowrank_tune.evaluation.questions import split_row
 from lowrank_tune.evaluation.responses import ResponseItem, ResponseReader
 from lowrank_tune.evaluation.validation import PairScores, validation_batches
-from lowrank_tune.events import Emit, Progress, ignore_event, warning
+from lowrank_tune.events import Emit, Progress, ignore_event, loading_progress, warning
 from lowrank_tune.model.adapters import SavedAdapter, read_adapter
 from lowrank_tune.model.base import load_base, load_tokenizer
 from lowrank_tune.model.roles import Roles
@@ -146,18 +145,16 @@ def score_completions(
     result.responses = responses[:limit]
     if reward_models:
         saved = _read_adapters(recipe)
-        bar = ProgressBar(f"loading {recipe.base.model}", 1, emit)
-        bar.report()
-        factors = factors_of(select_rope((recipe,), emit))
-        roles = _load_roles(
-            recipe,
-            saved,
-            template,
-            factors,
-            device,
-            emit,
-        )
-        bar.advance()
+        with loading_progress(recipe.base.model, emit):
+            factors = factors_of(select_rope((recipe,), emit))
+            roles = _load_roles(
+                recipe,
+                saved,
+                template,
+                factors,
+                device,
+                emit,
+            )
         for reward_model in reward_models:
             use_base_model(
                 reward_model,

@@ -335,28 +335,20 @@ class _Export:
         """Converts a merged model; smaller types are quantized from a 16-bit file."""
         name = self.run.recipe.name or self.run.recipe.algorithm
         adds_bos = has_bos(self.run)
-        if outtype in NATIVE_OUTTYPES:
-            convert(
-                converter,
-                merged,
-                file,
-                outtype,
-                name,
-                adds_bos,
-                self.emit,
-            )
-            return
-        assert quantizer is not None
-        wide = file.with_name("wide.gguf")
+        is_native = outtype in NATIVE_OUTTYPES
+        wide = file if is_native else file.with_name("wide.gguf")
         convert(
             converter,
             merged,
             wide,
-            "bf16",
+            outtype if is_native else "bf16",
             name,
             adds_bos,
             self.emit,
         )
+        if is_native:
+            return
+        assert quantizer is not None
         # frees disk space for the quantized file
         shutil.rmtree(file.with_name("merged"), ignore_errors=True)
         quantize(

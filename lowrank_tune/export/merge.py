@@ -14,7 +14,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
@@ -212,7 +212,7 @@ def _write_report(
         "version": 1,
         "base": base_weights,
         "adapter": job.run.fingerprint(),
-        **report.to_dict(),
+        **asdict(report),
     }
     (folder / "merge.json").write_text(json.dumps(facts, indent=2))
     for file in folder.rglob("*"):

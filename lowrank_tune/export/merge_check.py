@@ -11,9 +11,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,7 +22,7 @@ from lowrank_tune.batch import Row
 from lowrank_tune.config import BaseConfig, RecipeConfig, SourceConfig
 from lowrank_tune.data import ChatTemplate, load, load_heldout_prompts
 from lowrank_tune.errors import TrainingError, UserError
-from lowrank_tune.evaluation.questions import render_questions, select_questions
+from lowrank_tune.evaluation.questions import EvalQuestion, render_questions, select_questions
 from lowrank_tune.events import Emit, LogMessage, Progress, ignore_event, warning
 from lowrank_tune.generation import Engine
 from lowrank_tune.generation.engine import device_memory
@@ -101,9 +101,6 @@ class MergeReport:
     ends_agree: bool
     origin: str
 
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
-
     def faults(self, exact: bool) -> list[str]:
         """Returns the differences that are not acceptable; `exact`: the model was merged into the weights of the
         training."""
@@ -177,18 +174,16 @@ def _recipe_probes(
 ) -> ProbePrompts:
     """Returns prompts and rows of the recipe's own data. Raises UserError if it cannot be read."""
     eval_dataset = recipe.evaluate.eval_dataset
-    system = recipe.data.system_prompt
+    prompts_of = partial(
+        _source_prompts,
+        seed=recipe.seed,
+        system=recipe.data.system_prompt,
+        template=template,
+        max_prompt_length=max_prompt_length,
+    )
     if recipe.algorithm not in ("sft", "dpo"):
-        source = eval_dataset or recipe.data.train[0]
         origin = "held-out prompts" if eval_dataset else "training prompts"
-        prompts = _source_prompts(
-            source,
-            recipe.seed,
-            system,
-            template,
-            max_prompt_length,
-        )
-        return ProbePrompts(prompts, [], origin)
+        return ProbePrompts(prompts_of(eval_dataset or recipe.data.train[0]), [], origin)
     data = load(
         recipe.data,
         template,
@@ -204,16 +199,9 @@ def _recipe_probes(
     rows = [store[unit * store.rows_per_unit] for unit in range(min(MAX_ROWS, store.units))]
     if eval_dataset is not None:
         origin = f"{origin} and held-out prompts"
-        prompts = _source_prompts(
-            eval_dataset,
-            recipe.seed,
-            system,
-            template,
-            max_prompt_length,
-        )
+        prompts = prompts_of(eval_dataset)
     else:
-        questions = select_questions(store, template, MAX_PROMPTS)
-        prompts = [question.prompt_ids for question in questions if len(question.prompt_ids) <= max_prompt_length]
+        prompts = _short_prompts(select_questions(store, template, MAX_PROMPTS), max_prompt_length)
     return ProbePrompts(prompts, rows, origin)
 
 
@@ -232,8 +220,11 @@ def _source_prompts(
         system,
     )
     usable = [example for example in examples if template.validate_messages(example.messages) is None]
-    questions = render_questions(usable, template)
-    return [question.prompt_ids for question in questions if len(question.prompt_ids) <= max_prompt_length]
+    return _short_prompts(render_questions(usable, template), max_prompt_length)
+
+
+def _short_prompts(questions: Sequence[EvalQuestion], max_length: int) -> list[list[int]]:
+    return [question.prompt_ids for question in questions if len(question.prompt_ids) <= max_length]
 
 
 def record_outputs(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import tempfile
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,11 @@ def serialize_tokenizer(tokenizer: Any, template: str) -> dict[str, bytes]:
         ensure_ascii=False,
     ).encode()
     return files
+
+
+def token_strings(tokenizer: Any, token_ids: Iterable[int]) -> list[str]:
+    """Returns tokens as the vocabulary writes them."""
+    return [str(tokenizer.convert_ids_to_tokens(token_id)) for token_id in token_ids]
 
 
 def generation_config(

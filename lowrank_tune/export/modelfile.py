@@ -13,6 +13,7 @@ from lowrank_tune.assembly.finished_run import FinishedRun
 from lowrank_tune.events import Emit, warning
 from lowrank_tune.export.gguf.lora import gguf_module
 from lowrank_tune.export.model_card import slug
+from lowrank_tune.export.model_files import token_strings
 from lowrank_tune.export.ollama import Modelfile
 from lowrank_tune.export.template_probe import TemplateTurns, derive_turns, keeps_thoughts
 from lowrank_tune.model.base import load_config, load_tokenizer
@@ -140,8 +141,7 @@ def bos_of_runner(tokenizer: Any, file: Path | None) -> str:
 
 def eos_tokens_of(run: FinishedRun) -> Sequence[str]:
     """Returns the tokens that end an answer, as strings."""
-    tokenizer = load_tokenizer(run.base)
     eos_token_ids = GenerationConfig.from_pretrained(run.final).eos_token_id or []
     if isinstance(eos_token_ids, int):
         eos_token_ids = [eos_token_ids]
-    return [str(tokenizer.convert_ids_to_tokens(token_id)) for token_id in eos_token_ids]
+    return token_strings(load_tokenizer(run.base), eos_token_ids)

@@ -20,7 +20,7 @@ from lowrank_tune.export.combine_lora import (
     combine_adapters,
 )
 from lowrank_tune.export.model_card import Adapters, model_card
-from lowrank_tune.export.model_files import generation_config, serialize_tokenizer
+from lowrank_tune.export.model_files import generation_config, serialize_tokenizer, token_strings
 from lowrank_tune.model.adapters import (
     CONFIG,
     ROPE,
@@ -141,5 +141,4 @@ def tokenizer_files(built: RunComponents) -> dict[str, bytes]:
 
 def eos_token_strings(built: RunComponents) -> list[str]:
     """Returns the stop tokens as strings."""
-    tokenizer = built.template.tokenizer
-    return [str(tokenizer.convert_ids_to_tokens(token_id)) for token_id in sorted(built.stop_ids)]
+    return token_strings(built.template.tokenizer, sorted(built.stop_ids))

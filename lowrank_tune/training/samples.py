@@ -6,7 +6,7 @@ from lowrank_tune.assembly import RunComponents
 from lowrank_tune.config import EvaluationConfig
 from lowrank_tune.data import TokenizedDataset
 from lowrank_tune.evaluation.heldout import generate_answers
-from lowrank_tune.evaluation.questions import EvalQuestion, select_questions
+from lowrank_tune.evaluation.questions import EvalQuestion, select_questions, split_row
 from lowrank_tune.events import Emit, SampleLogged, ignore_event
 from lowrank_tune.generation.sampling_params import SamplingParams
 
@@ -100,7 +100,5 @@ class SampleLogger:
 
     def _texts(self, rows: TokenizedDataset, index: int) -> tuple[str, str]:
         """Returns prompt and completion of a row as text."""
-        row = rows[index]
-        input_ids = [int(token) for token in row.input_ids]
-        start = list(row.completion_mask).index(True)
-        return self.built.template.decode(input_ids[:start]), self.built.template.decode(input_ids[start:])
+        prompt_ids, completion_ids = split_row(rows[index])
+        return self.built.template.decode(prompt_ids), self.built.template.decode(completion_ids)

@@ -83,11 +83,8 @@ def truncate_after_step(data: bytes, step: int) -> bytes:
     kept_lines = []
     saved = False
     for raw in data.splitlines(keepends=True):
-        try:
-            event = json.loads(raw) if raw.endswith(b"\n") else None
-        except (ValueError, RecursionError):
-            event = None
-        if not isinstance(event, dict):
+        event = _parse_line(raw)
+        if event is None:
             continue
         later = event.get("step", 0)
         if isinstance(later, int) and (
@@ -138,17 +135,22 @@ def _parse_lines(path: Path, step: int) -> tuple[list[dict[str, Any]], int]:
         else:
             lines = []
     for raw in lines:
-        is_whole = raw.endswith(b"\n")
-        try:
-            event = json.loads(raw) if is_whole else None
-        except (ValueError, RecursionError):
-            event = None
-        if isinstance(event, dict) and isinstance(event.get("step", 0), int):
+        event = _parse_line(raw)
+        if event is not None and isinstance(event.get("step", 0), int):
             if event.get("step", 0) <= step:
                 found.append(event)
-        elif is_whole:
+        elif raw.endswith(b"\n"):
             broken += 1
     return found, broken
+
+
+def _parse_line(raw: bytes) -> dict[str, Any] | None:
+    """Returns the object in a complete line, None for an incomplete line and for one without an object."""
+    try:
+        event = json.loads(raw) if raw.endswith(b"\n") else None
+    except (ValueError, RecursionError):
+        return None
+    return event if isinstance(event, dict) else None
 
 
 class EventBus:

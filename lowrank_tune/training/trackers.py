@@ -50,8 +50,9 @@ class TrackerRun:
     previous_id: str | None
 
     @property
-    def is_continued(self) -> bool:
-        return self.resumed_from is not None and self.previous_id is not None
+    def continued_id(self) -> str | None:
+        """The tracker's id of the run that this session continues, None for a new one."""
+        return None if self.resumed_from is None else self.previous_id
 
 
 def _tensorboard(trackers: Any, run: TrackerRun) -> tuple[Any, str]:
@@ -65,10 +66,7 @@ def _tensorboard(trackers: Any, run: TrackerRun) -> tuple[Any, str]:
 
 
 def _wandb(trackers: Any, run: TrackerRun) -> tuple[Any, str]:
-    if run.is_continued and run.previous_id:
-        run_id = run.previous_id
-    else:
-        run_id = token_hex(8)
+    run_id = run.continued_id or token_hex(8)
     # optional and slow to import
     import wandb
 
@@ -85,10 +83,7 @@ def _wandb(trackers: Any, run: TrackerRun) -> tuple[Any, str]:
 
 
 def _trackio(trackers: Any, run: TrackerRun) -> tuple[Any, str]:
-    if run.is_continued and run.previous_id:
-        name = run.previous_id
-    else:
-        name = f"{run.name}-{token_hex(2)}"
+    name = run.continued_id or f"{run.name}-{token_hex(2)}"
     return trackers.TrackioTracker(
         run.project,
         name=name,
@@ -97,7 +92,7 @@ def _trackio(trackers: Any, run: TrackerRun) -> tuple[Any, str]:
 
 
 def _mlflow(trackers: Any, run: TrackerRun) -> tuple[Any, str]:
-    run_id = run.previous_id if run.is_continued else None
+    run_id = run.continued_id
     return trackers.MLflowTracker(
         experiment_name=run.project,
         run_id=run_id,
@@ -260,7 +255,7 @@ def start_trackers(
             )
             inner, state[tracker_name] = _start_tracker(tracker_name, tracking, run)
             logged: LoggedSteps = frozenset()
-            if run.is_continued:
+            if run.continued_id is not None:
                 # TensorBoard purges what follows the checkpoint, so those steps are logged again
                 up_to = resumed_from if tracker_name == "tensorboard" else None
                 logged = last_logged_steps(earlier_events, up_to)
@@ -269,7 +264,7 @@ def start_trackers(
                     tracker_name,
                     inner,
                     flatten_settings(recipe),
-                    not run.is_continued,
+                    run.continued_id is None,
                     logged,
                 )
             )

@@ -25,6 +25,11 @@ def escape_control_chars(text: str, limit: int | None = None) -> str:
     return text[: max(0, limit - 3)] + "..."
 
 
+def escape_lines(text: str) -> str:
+    """Returns text without control characters, except for its line breaks."""
+    return "\n".join(escape_control_chars(line) for line in text.split("\n"))
+
+
 def _escaped(match: re.Match[str]) -> str:
     character = match[0]
     if character in _SHORT_ESCAPES:

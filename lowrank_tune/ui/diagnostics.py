@@ -57,12 +57,11 @@ MAX_KL = {
     "grpo": 0.5,
     "ppo": 0.5,
 }
-KL_ADVICE = {
-    "dpo": "raise dpo.beta or lower train.learning_rate",
-    "grpo": "raise grpo.beta or lower train.learning_rate",
-    "ppo": "raise ppo.kl_coef or lower train.learning_rate",
+KL_SETTINGS = {
+    "dpo": "dpo.beta",
+    "grpo": "grpo.beta",
+    "ppo": "ppo.kl_coef",
 }
-KL_SETTINGS = {"grpo": "grpo.beta", "ppo": "ppo.kl_coef"}
 ENTROPY_SETTINGS = {
     "grpo": "grpo.beta, grpo.epsilon_high",
     "ppo": "ppo.kl_coef, ppo.entropy",
@@ -123,6 +122,10 @@ def _number(value: float) -> str:
     return f"{value:.3g}"
 
 
+def _change(first: float, last: float) -> str:
+    return f"{_number(first)} at first, {_number(last)} now"
+
+
 def _first_quarter(values: Sequence[float]) -> float:
     return fmean(values[: len(values) // 4])
 
@@ -131,8 +134,14 @@ def _last_quarter(values: Sequence[float]) -> float:
     return fmean(values[-(len(values) // 4) :])
 
 
-def _recent(values: Sequence[float]) -> float:
-    return fmean(values[-RECENT_STEPS:])
+def _recent(
+    state: State,
+    name: str,
+    steps: int = RECENT_STEPS,
+) -> float:
+    """Returns the mean of a statistic over the last steps, nan without values."""
+    values = values_of(state, name)
+    return fmean(values[-steps:]) if values else math.nan
 
 
 def _trained(state: State, name: str) -> float:
@@ -168,7 +177,7 @@ def loss_not_falling(state: State) -> Iterator[Diagnosis]:
     last = _last_quarter(values)
     if last <= max(first * (1 - MIN_LOSS_CHANGE), SMALL_LOSS):
         return
-    change = f"{_number(first)} at first, {_number(last)} now: check train.learning_rate and the data"
+    change = f"{_change(first, last)}: check train.learning_rate and the data"
     if last > first * (1 + MIN_LOSS_CHANGE):
         yield _bad(f"the loss rises: {change}")
     else:
@@ -189,16 +198,13 @@ def gradient_exploding(state: State) -> Iterator[Diagnosis]:
 
 
 def kl_too_large(state: State) -> Iterator[Diagnosis]:
-    values = values_of(state, "kl")
+    kl = _recent(state, "kl")
     limit = MAX_KL.get(state.algorithm, MAX_KL["sft"])
-    if values and _recent(values) > limit:
-        advice = KL_ADVICE.get(
-            state.algorithm,
-            "lower train.learning_rate or train fewer steps",
-        )
-        yield _warning(
-            f"KL to the reference is {_number(_recent(values))} nats a token, above {_number(limit)}: {advice}"
-        )
+    if kl > limit:
+        advice = "lower train.learning_rate or train fewer steps"
+        if state.algorithm in KL_SETTINGS:
+            advice = f"raise {KL_SETTINGS[state.algorithm]} or lower train.learning_rate"
+        yield _warning(f"KL to the reference is {_number(kl)} nats a token, above {_number(limit)}: {advice}")
 
 
 def nothing_learned(state: State) -> Iterator[Diagnosis]:
@@ -243,10 +249,10 @@ def validation_rising(state: State) -> Iterator[Diagnosis]:
 
 def chosen_logps_drop(state: State) -> Iterator[Diagnosis]:
     """The collapse of DPO: the margin grows while both sides become less likely."""
-    values = values_of(state, "logps/chosen_delta")
-    if values and _recent(values) < CHOSEN_LOGP_DROP:
+    change = _recent(state, "logps/chosen_delta")
+    if change < CHOSEN_LOGP_DROP:
         yield _bad(
-            f"the chosen answers are unlearned: {_number(-_recent(values))} nats a token less likely than under the "
+            f"the chosen answers are unlearned: {_number(-change)} nats a token less likely than under the "
             "reference: raise dpo.beta, lower train.learning_rate, or set dpo.sft_coef"
         )
 
@@ -278,10 +284,11 @@ def heldout_pairs_not_separated(state: State) -> Iterator[Diagnosis]:
     right = _pair_accuracy(state)
     if not right > CHANCE or _is_chance(right):
         return
-    checked = values_of(state, f"eval_{PAIR_ACCURACY[state.algorithm]}")
-    if len(checked) > 1 and _is_chance(_recent(checked)):
+    metric = f"eval_{PAIR_ACCURACY[state.algorithm]}"
+    checked = _recent(state, metric)
+    if len(values_of(state, metric)) > 1 and _is_chance(checked):
         yield _warning(
-            f"held-out pairs are not separated: {_recent(checked):.0%} are right, in training {right:.0%}: "
+            f"held-out pairs are not separated: {checked:.0%} are right, in training {right:.0%}: "
             "more or clearer pairs, a smaller adapter, or fewer steps"
         )
 
@@ -366,7 +373,7 @@ def reward_not_rising(state: State) -> Iterator[Diagnosis]:
     trend = _unsolved_trend(state)
     if trend is None or trend.span <= 0 or trend.last > trend.first + MIN_REWARD_RISE * trend.span:
         return
-    change = f"{_number(trend.first)} at first, {_number(trend.last)} now"
+    change = _change(trend.first, trend.last)
     if trend.last < trend.first - REWARD_FALL * trend.span:
         setting = KL_SETTINGS.get(state.algorithm, "")
         yield _bad(f"the reward falls: {change}: lower train.learning_rate or raise {setting}")
@@ -394,10 +401,7 @@ def entropy_collapsed(state: State) -> Iterator[Diagnosis]:
 
 
 def mostly_truncated(state: State) -> Iterator[Diagnosis]:
-    shares = values_of(state, "completions/clipped_ratio")
-    if not shares:
-        return
-    now = fmean(shares[-LENGTH_STEPS:])
+    now = _recent(state, "completions/clipped_ratio", LENGTH_STEPS)
     if now > MAX_TRUNCATED:
         yield _warning(
             f"{now:.0%} of the completions are cut off by the limit{_length_growth(state)}: "
@@ -410,7 +414,7 @@ def _length_growth(state: State) -> str:
     if not lengths:
         return ""
     first = fmean(lengths[:LENGTH_STEPS])
-    last = fmean(lengths[-LENGTH_STEPS:])
+    last = _recent(state, "completions/mean_length", LENGTH_STEPS)
     if last <= MIN_LENGTH_GROWTH * first:
         return ""
     return f", which grew from {_number(first)} to {_number(last)} tokens"
@@ -446,11 +450,11 @@ def groups_without_signal(state: State) -> Iterator[Diagnosis]:
 
 def sampling_mismatch(state: State) -> Iterator[Diagnosis]:
     """Sampling and training should compute the same log-prob; the run stops at `grpo.max_logprob_mismatch`."""
-    values = values_of(state, "sampling/sampling_logp_difference/mean")
-    if values and _recent(values) > MAX_LOGPROB_MISMATCH:
+    difference = _recent(state, "sampling/sampling_logp_difference/mean")
+    if difference > MAX_LOGPROB_MISMATCH:
         advice = "set grpo.old_logprobs_from to sampler, or " if state.algorithm == "grpo" else ""
         yield _warning(
-            f"sampling and training disagree by {_number(_recent(values))} nats a token: the importance ratios are "
+            f"sampling and training disagree by {_number(difference)} nats a token: the importance ratios are "
             f"wrong: {advice}check the precision of the base"
         )
 

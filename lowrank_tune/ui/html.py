@@ -15,7 +15,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup, escape
 
-from lowrank_tune.ui import escape_control_chars
+from lowrank_tune.ui import escape_control_chars, escape_lines
 from lowrank_tune.ui.formatting import format_time, percent
 from lowrank_tune.ui.svg import bar
 
@@ -35,8 +35,7 @@ def text(value: Any, limit: int = MAX_CHARS) -> str:
 def block(value: Any, limit: int = MAX_CHARS) -> Markup:
     """Returns the first `limit` characters of `value` with their line breaks, without other control characters."""
     whole = str(value)
-    lines = [escape_control_chars(line) for line in whole[:limit].split("\n")]
-    shown = escape("\n".join(lines))
+    shown = escape(escape_lines(whole[:limit]))
     left = len(whole) - limit
     if left > 0:
         return shown + f" [... {left:,} characters more]"

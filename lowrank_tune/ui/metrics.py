@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from lowrank_tune.events import RunStarted
@@ -106,6 +107,12 @@ BAND_METRIC = {"reward": "reward_std"}
 """Metrics that are drawn with another one as a band around them."""
 
 PAIR_SIDES = {"chosen": "chosen", "rejected": "rejected"}
+SIDE_COUNTS = {
+    "longer": "chosen is longer",
+    "shorter": "chosen is shorter",
+    "equal": "equally long",
+}
+"""Counts of pairs by the lengths of their sides, each with its label."""
 
 DESCRIPTIONS = {
     "loss": "negative log-likelihood of the trained tokens, nats per token",
@@ -189,6 +196,20 @@ PAIR_MARGIN = {"reward": "margin", "dpo": "rewards/margins"}
 
 _HELDOUT = re.compile(r"heldout/(.+)/([^/]+)", re.DOTALL)
 _REWARD_MEAN = re.compile(r"rewards/(.+)/mean", re.DOTALL)
+
+
+def moving_average(points: Sequence[tuple[float, float]], decay: float) -> list[tuple[float, float]]:
+    """Returns the exponential moving average of the values (x, y), corrected for its start at 0 as Adam does. Points
+    that are not finite are left out."""
+    total = 0.0
+    weight = 0.0
+    averaged = []
+    for x, y in points:
+        if math.isfinite(y):
+            total = decay * total + y
+            weight = decay * weight + 1
+            averaged.append((x, total / weight))
+    return averaged
 
 
 def charts_of(algorithm: str) -> tuple[tuple[str, ...], ...]:

@@ -72,16 +72,30 @@ def values_of(state: State, name: str) -> list[float]:
 def frontier(state: State, name: str = "reward") -> list[tuple[float, float]]:
     """Returns a statistic by the distance from the reference: (KL in nats a token, value). The KL is that of the same
     step; for another statistic than the reward it is the last one that was measured before."""
-    kl_points = [point for point in _points(state, "kl") if math.isfinite(point[1])]
+    return by_kl(
+        _points(state, "kl"),
+        _points(state, name),
+        same_step=name == "reward",
+    )
+
+
+def by_kl(
+    kl_by_step: Points,
+    values_by_step: Points,
+    same_step: bool = False,
+) -> list[tuple[float, float]]:
+    """Returns finite values with the last finite KL that was measured before them; with `same_step`, only those whose
+    step has one. Both are in the order of the steps."""
+    kl_points = [point for point in kl_by_step if math.isfinite(point[1])]
     points = list[tuple[float, float]]()
     index = 0
-    for step, value in _points(state, name):
+    for step, value in values_by_step:
         while index < len(kl_points) and kl_points[index][0] <= step:
             index += 1
         if index == 0 or not math.isfinite(value):
             continue
         kl_step, kl = kl_points[index - 1]
-        if name != "reward" or kl_step == step:
+        if kl_step == step or not same_step:
             points.append((kl, value))
     return points
 

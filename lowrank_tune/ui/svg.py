@@ -10,6 +10,7 @@ from xml.etree.ElementTree import Element, SubElement, tostring
 from markupsafe import Markup
 
 from lowrank_tune.ui.formatting import format_tick
+from lowrank_tune.ui.metrics import moving_average
 
 WIDTH = 560
 HEIGHT = 230
@@ -56,8 +57,48 @@ class Axis:
         return [(tick, self.format_label(tick)) for tick in self.ticks if self.low <= tick <= self.high]
 
 
-class Plot:
-    """A drawing area with two axes, their labels and a grid. Each method adds elements above the earlier ones."""
+class Drawing:
+    """An SVG to which elements are added, each above the earlier ones."""
+
+    def __init__(
+        self,
+        kind: str,
+        width: int,
+        height: int,
+    ) -> None:
+        self.root = Element(
+            "svg",
+            {
+                "viewBox": f"0 0 {width} {height}",
+                "class": kind.rstrip(),
+                "role": "img",
+            },
+        )
+
+    def add(
+        self,
+        tag: str,
+        kind: str,
+        title: str = "",
+        text: str = "",
+        **attributes: float | str,
+    ) -> None:
+        """Adds an element of class `kind`. `title` is its tooltip; `_` in the name of an attribute replaces `-`."""
+        written = {"class": kind}
+        for name, value in attributes.items():
+            written[name.replace("_", "-")] = f"{value:.1f}" if isinstance(value, float) else str(value)
+        element = SubElement(self.root, tag, written)
+        if text:
+            element.text = text
+        if title:
+            SubElement(element, "title").text = title
+
+    def svg(self) -> Markup:
+        return Markup(tostring(self.root, encoding="unicode"))
+
+
+class Plot(Drawing):
+    """A drawing area with two axes, their labels and a grid."""
 
     def __init__(
         self,
@@ -67,7 +108,7 @@ class Plot:
     ) -> None:
         self.x = x
         self.y = y
-        self.root = _svg(f"chart {kind}", WIDTH, HEIGHT)
+        super().__init__(f"chart {kind}", WIDTH, HEIGHT)
         for tick, label in y.labels():
             at = self.y_at(tick)
             self.add(
@@ -94,17 +135,6 @@ class Plot:
         """Returns the position of a point as path data."""
         x, y = point
         return f"{self.x_at(x):.1f} {self.y_at(y):.1f}"
-
-    def add(
-        self,
-        tag: str,
-        kind: str,
-        title: str = "",
-        text: str = "",
-        **attributes: float | str,
-    ) -> None:
-        """Adds an element of class `kind`. `title` is its tooltip; `_` in the name of an attribute replaces `-`."""
-        _add(self.root, tag, kind, title, text, **attributes)
 
     def label(
         self,
@@ -190,46 +220,6 @@ class Plot:
             height=HEIGHT - BOTTOM - top,
         )
 
-    def svg(self) -> Markup:
-        return _markup(self.root)
-
-
-def _svg(
-    kind: str,
-    width: int,
-    height: int,
-) -> Element:
-    return Element(
-        "svg",
-        {
-            "viewBox": f"0 0 {width} {height}",
-            "class": kind.rstrip(),
-            "role": "img",
-        },
-    )
-
-
-def _add(
-    parent: Element,
-    tag: str,
-    kind: str,
-    title: str = "",
-    text: str = "",
-    **attributes: float | str,
-) -> None:
-    written = {"class": kind}
-    for name, value in attributes.items():
-        written[name.replace("_", "-")] = f"{value:.1f}" if isinstance(value, float) else str(value)
-    element = SubElement(parent, tag, written)
-    if text:
-        element.text = text
-    if title:
-        SubElement(element, "title").text = title
-
-
-def _markup(element: Element) -> Markup:
-    return Markup(tostring(element, encoding="unicode"))
-
 
 def line_chart(series: Sequence[Series], log: bool = False) -> Markup:
     """Returns the SVG of a chart, empty if nothing can be drawn. Values that are not finite, and on a logarithmic scale
@@ -282,11 +272,11 @@ def _draw_line(plot: Plot, line: Series) -> None:
 def bar(share: float, kind: str = "") -> Markup:
     """Returns a horizontal bar that fills `share` of its track; shares outside of 0 to 1 are limited to that range."""
     width = 100 * max(0.0, min(1.0, share))
-    root = _svg(f"bar {kind}", 100, 8)
-    root.set("preserveAspectRatio", "none")
-    _add(root, "rect", "track", width=100, height=8)
-    _add(root, "rect", "fill", width=f"{width:.2f}", height=8)
-    return _markup(root)
+    drawing = Drawing(f"bar {kind}", 100, 8)
+    drawing.root.set("preserveAspectRatio", "none")
+    drawing.add("rect", "track", width=100, height=8)
+    drawing.add("rect", "fill", width=f"{width:.2f}", height=8)
+    return drawing.svg()
 
 
 def length_histogram(
@@ -337,16 +327,8 @@ def downsample(points: Sequence[Point], buckets: int = MAX_BUCKETS) -> list[Poin
 
 
 def smooth(points: Sequence[Point]) -> list[Point]:
-    """Returns an exponential mean over about a twentieth of the points, corrected for its start at 0."""
-    decay = 1 - 2 / (max(4, len(points) / 20) + 1)
-    total = 0.0
-    weight = 0.0
-    smoothed = []
-    for step, value in points:
-        total = decay * total + value
-        weight = decay * weight + 1
-        smoothed.append((step, total / weight))
-    return smoothed
+    """Returns an exponential mean over about a twentieth of the points."""
+    return moving_average(points, 1 - 2 / (max(4, len(points) / 20) + 1))
 
 
 def linear_axis(values: Sequence[float], count: int = 5) -> Axis:

@@ -19,8 +19,7 @@ from lowrank_tune.events import Evaluated, Event, LogMessage, RunStarted, StepEn
 from lowrank_tune.training.reward_hacking import EvalPoint, RewardHackingDetector, accuracy_stderr, find_divergence
 from lowrank_tune.training.signals import TrainerControl
 from lowrank_tune.ui.diagnostics import diagnose
-from lowrank_tune.ui.report.frontier import evals_by_kl
-from lowrank_tune.ui.reward_vs_accuracy import eval_points_of, frontier
+from lowrank_tune.ui.reward_vs_accuracy import by_kl, eval_points_of, frontier
 from lowrank_tune.ui.state import State
 from lowrank_tune.ui.terminal.panes import View
 from lowrank_tune.ui.terminal.render import render
@@ -241,7 +240,7 @@ def test_reward_against_kl() -> None:
         (pytest.approx(0.15), 0.4),
         (pytest.approx(0.2), 0.2),
     ]
-    assert evals_by_kl({1: 0.1, 4: 0.3, 6: math.nan}, {0: 0.9, 2: 0.8, 6: 0.5}) == [(0.1, 0.8), (0.3, 0.5)]
+    assert by_kl([(1, 0.1), (4, 0.3), (6, math.nan)], [(0, 0.9), (2, 0.8), (6, 0.5)]) == [(0.1, 0.8), (0.3, 0.5)]
     drawn = plain_text(render(state, View(), 120, 50))
     assert "reward against KL" in drawn and "0.005" in drawn
     assert "reward against KL" not in plain_text(render(state_after_evaluations([0.8, 0.6], "sft"), View(), 120, 50))

@@ -23,7 +23,7 @@ from lowrank_tune.ui.run_paths import stage_folders
 from lowrank_tune.ui.terminal.panes import View
 from lowrank_tune.ui.terminal.render import render
 from lowrank_tune.ui.terminal.text_layout import plain_text
-from lowrank_tune.ui.watch import Tail, Tails, WatchedRun, event_files, latest_event_file, read_events, watch
+from lowrank_tune.ui.watch import Tail, Tails, WatchedRun, event_files, read_events, watch
 
 RECORDED = (Path(__file__).parents[1] / "recorded" / "demo.jsonl").read_bytes()
 END = f"done after step 96 in {clock(json.loads(RECORDED.splitlines()[-1])['seconds'])}"
@@ -92,7 +92,7 @@ def test_a_replaced_file_is_read_from_its_start(run: Path) -> None:
 
 def test_watch_of_a_folder_without_events_raises(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="not a run to watch: there is no events.jsonl"):
-        latest_event_file(tmp_path)
+        watch([tmp_path])
     with pytest.raises(UserError, match="no such file or folder"):
         watch([tmp_path / "absent"])
 
@@ -179,12 +179,12 @@ def write_events(folder: Path, *events: Event) -> None:
 
 def test_a_chain_has_stages_and_a_run_is_its_own(chain: Path, run: Path) -> None:
     assert stage_folders(chain) == [chain / "1-sft", chain / "2-dpo"] and stage_folders(run) == [run]
-    assert latest_event_file(chain) == chain / "1-sft" / "events.jsonl"
-    for name in ("1-sft", "2-dpo"):
-        write_events(chain / name, *STARTS)
-        assert latest_event_file(chain) == chain / name / "events.jsonl" and stage_folders(chain / name) == [
-            chain / name
-        ]
+    for names in ((), ("1-sft",), ("2-dpo",)):
+        for name in names:
+            write_events(chain / name, *STARTS)
+            assert stage_folders(chain / name) == [chain / name]
+            assert event_files(chain / name) == [chain / name / "events.jsonl"]
+        assert event_files(chain) == [chain / "1-sft" / "events.jsonl", chain / "2-dpo" / "events.jsonl"]
 
 
 @pytest.mark.parametrize(
@@ -208,7 +208,7 @@ def test_malformed_run_json_is_not_a_chain(tmp_path: Path, content: bytes) -> No
     (tmp_path / "run.json").write_bytes(content)
     assert stage_folders(tmp_path) == [tmp_path]
     with pytest.raises(UserError, match="not a run to watch"):
-        latest_event_file(tmp_path)
+        event_files(tmp_path)
 
 
 def test_watched_chain_shows_the_newest_stage(chain: Path) -> None:

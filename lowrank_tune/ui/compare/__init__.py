@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TextIO
 
 from lowrank_tune.checkpoint import write_file
+from lowrank_tune.ui import encodable
 from lowrank_tune.ui.compare.page import compare_page
 from lowrank_tune.ui.compare.runs import ComparedRun, read_runs
 from lowrank_tune.ui.compare.screen import TextCanvas, screen
@@ -57,8 +58,7 @@ def compare(
         text = "\n".join(to_ansi(line, color) for line in lines) + "\n"
     else:
         text = plain_text(lines)
-    encoding = getattr(out, "encoding", None) or "utf-8"
-    out.write(text.encode(encoding, "backslashreplace").decode(encoding))
+    out.write(encodable(text, out))
     out.flush()
     target = html_path or compared[0].folder.resolve().parent / "compare.html"
     write_file(target, compare_page(compared).encode("utf-8", "backslashreplace"))

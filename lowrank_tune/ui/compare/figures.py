@@ -23,12 +23,11 @@ from lowrank_tune.ui.report.heldout import (
     heldout_pair_accuracy,
 )
 from lowrank_tune.ui.report.run_log import StepValues
+from lowrank_tune.ui.report.tiles import ARROW
 from lowrank_tune.ui.views.evaluation import rows_of_last_model
 
 END_SHARE = 10
 """A first or last value is the mean over a tenth of the run."""
-ARROW = " \u2192 "
-
 Row = tuple[str, list[str]]
 """A label, and a cell for each run."""
 
@@ -152,8 +151,14 @@ class Trend:
         values = list(run.points(self.metric).values())
         if not values:
             return ""
-        part = max(1, len(values) // END_SHARE)
-        return f"{self.format_value(fmean(values[:part]))}{ARROW}{self.format_value(fmean(values[-part:]))}"
+        first, last = _ends(values)
+        return f"{self.format_value(first)}{ARROW}{self.format_value(last)}"
+
+
+def _ends(values: Sequence[float]) -> tuple[float, float]:
+    """Returns the mean of the first and of the last tenth."""
+    part = max(1, len(values) // END_SHARE)
+    return fmean(values[:part]), fmean(values[-part:])
 
 
 def _loss(run: ComparedRun) -> str:
@@ -167,8 +172,8 @@ def _kl(run: ComparedRun) -> str:
     values = list(run.points("kl").values())
     if not values or run.algorithm in WITHOUT_REFERENCE:
         return ""
-    part = max(1, len(values) // END_SHARE)
-    return number(fmean(values[-part:]))
+    _, last = _ends(values)
+    return number(last)
 
 
 def _speed(run: ComparedRun) -> str:

@@ -16,15 +16,15 @@ from lowrank_tune.ui.compare.runs import (
     differences,
     without_recipe,
 )
-from lowrank_tune.ui.metrics import chart_title
+from lowrank_tune.ui.metrics import chart_title, moving_average
 from lowrank_tune.ui.terminal.charts import (
     Curve,
     chart,
     format_number,
-    smooth,
 )
 from lowrank_tune.ui.terminal.text_layout import (
     Line,
+    column_widths,
     fit,
     sanitize,
     side_by_side,
@@ -110,8 +110,7 @@ def _charts(
             ]
         ]
     columns = max(1, min(MAX_COLUMNS, canvas.width // CHART_WIDTH, len(metrics)))
-    width, extra = divmod(canvas.width - columns + 1, columns)
-    widths = [width + (index < extra) for index in range(columns)]
+    widths = column_widths(canvas.width, columns)
     lines: list[Line] = []
     for start in range(0, min(len(metrics), columns * CHART_ROWS), columns):
         blocks: list[list[Line]] = []
@@ -125,8 +124,7 @@ def _charts(
                     block_width,
                 )
             )
-        empty = columns - len(blocks)
-        lines += side_by_side([*blocks, *[[]] * empty], widths, CHART_HEIGHT)
+        lines += side_by_side(blocks, widths[: len(blocks)], CHART_HEIGHT)
     return lines
 
 
@@ -143,7 +141,7 @@ def _chart(
     for run in runs:
         style, sign = styles[run.label]
         points = [(float(step), value) for step, value in run.points(name).items()]
-        drawn = smooth(points, SMOOTHING) if len(points) > MIN_POINTS_TO_SMOOTH else points
+        drawn = moving_average(points, SMOOTHING) if len(points) > MIN_POINTS_TO_SMOOTH else points
         curves.append(Curve(drawn, style, sign))
         shown_sign = sign if canvas.signs else ""
         title.append((f" {shown_sign}{format_number(points[-1][1])}", style))

@@ -15,6 +15,7 @@ from lowrank_tune.json_files import (
     get_objects,
 )
 from lowrank_tune.ui.html import render
+from lowrank_tune.ui.metrics import SIDE_COUNTS
 from lowrank_tune.ui.report.run_log import RunLog
 from lowrank_tune.ui.svg import length_histogram
 
@@ -29,11 +30,6 @@ LENGTH_FIGURES = {
     "p95": "95 % up to",
     "longest": "longest read",
     "limit": "limit",
-}
-SIDE_COUNTS = {
-    "longer": "chosen is longer",
-    "shorter": "chosen is shorter",
-    "equal": "equally long",
 }
 
 

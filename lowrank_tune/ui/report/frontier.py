@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 from markupsafe import Markup
 
 from lowrank_tune.ui.formatting import format_tick
 from lowrank_tune.ui.html import render
-from lowrank_tune.ui.report.run_log import RunLog, StepValues
+from lowrank_tune.ui.report.run_log import RunLog
+from lowrank_tune.ui.reward_vs_accuracy import by_kl
 from lowrank_tune.ui.svg import (
     RIGHT,
     WIDTH,
@@ -28,31 +28,16 @@ MAX_COURSE_BUCKETS = 100
 
 def section(run_log: RunLog) -> Markup:
     """Returns the card with its heading, empty for a run without reward or KL."""
-    kl = run_log.series.get("kl", {})
-    rewards = run_log.series.get("reward", {})
-    reward_points = []
-    for step, reward in sorted(rewards.items()):
-        if step in kl and math.isfinite(kl[step] + reward):
-            reward_points.append((kl[step], reward))
+    kl = run_log.points("kl")
+    reward_points = by_kl(kl, run_log.points("reward"), same_step=True)
     if len(reward_points) < MIN_POINTS:
         return Markup()
-    accuracy_points = evals_by_kl(kl, run_log.series.get("heldout/accuracy", {}))
+    accuracy_points = by_kl(kl, run_log.points("heldout/accuracy"))
     return render(
         "frontier",
         svg=frontier_svg(reward_points, accuracy_points),
         has_accuracy=bool(accuracy_points),
     )
-
-
-def evals_by_kl(kl: StepValues, accuracy: StepValues) -> list[Point]:
-    """Returns the share of each evaluation with the last KL that was measured before it."""
-    finite = {step: value for step, value in kl.items() if math.isfinite(value)}
-    points = []
-    for step, share in sorted(accuracy.items()):
-        earlier = [kl_step for kl_step in finite if kl_step <= step]
-        if earlier and math.isfinite(share):
-            points.append((finite[max(earlier)], share))
-    return points
 
 
 def frontier_svg(reward_points: Sequence[Point], accuracy_points: Sequence[Point]) -> Markup:

@@ -103,13 +103,11 @@ def chain_heldout_section(chain: ChainLog) -> Markup:
 def _section(stages: StageStats, run_logs: Sequence[RunLog]) -> Markup:
     if not stages:
         return Markup()
-    names = list(dict.fromkeys(name for stats in stages.values() for name in stats))
-    names.sort(key=_position)
     rows = []
-    for name in names:
+    for name in figure_names(stages):
         rows.append(
             (
-                _label(name),
+                figure_label(name),
                 [_figure(name, stats.get(name)) for stats in stages.values()],
             )
         )
@@ -124,11 +122,18 @@ def _section(stages: StageStats, run_logs: Sequence[RunLog]) -> Markup:
     )
 
 
+def figure_names(stages: StageStats) -> list[str]:
+    """Returns the names of the figures in the order in which they are shown."""
+    names = dict.fromkeys(name for stats in stages.values() for name in stats)
+    return sorted(names, key=_position)
+
+
 def _position(name: str) -> tuple[bool, int]:
     return name != "accuracy", FIGURES_AT_END.index(name) + 1 if name in FIGURES_AT_END else 0
 
 
-def _label(name: str) -> str:
+def figure_label(name: str) -> str:
+    """Returns a figure in words."""
     if name.startswith(PASS_PREFIX):
         count = name.removeprefix(PASS_PREFIX)
         return f"one of {count} exact (pass@{count})"

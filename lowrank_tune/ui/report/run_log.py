@@ -92,6 +92,10 @@ class RunLog:
         """Wall time of all sessions."""
         return self._wall_time.seconds
 
+    def points(self, name: str) -> list[tuple[int, float]]:
+        """Returns the values of a statistic of the steps with their steps, in order."""
+        return sorted(self.series.get(name, {}).items())
+
     def finite_values(self, name: str) -> StepValues:
         """Returns the finite values of a statistic of the steps, or else of the validations, in order."""
         values = self.series.get(name) or self.checks.get(name, {})

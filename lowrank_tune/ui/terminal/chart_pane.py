@@ -13,13 +13,14 @@ from lowrank_tune.ui.metrics import (
     TITLES,
     charts_of,
     metric_label,
+    moving_average,
     pair_side,
     reward_label,
     reward_names,
 )
 from lowrank_tune.ui.reward_vs_accuracy import frontier
 from lowrank_tune.ui.state import Series, State
-from lowrank_tune.ui.terminal.charts import Curve, Points, chart, format_number, smooth
+from lowrank_tune.ui.terminal.charts import Curve, Points, chart, format_number
 from lowrank_tune.ui.terminal.panes import SMOOTHINGS, View, labeled_value
 from lowrank_tune.ui.terminal.text_layout import Block, Line
 
@@ -213,7 +214,7 @@ def _line_styles(names: Sequence[str]) -> list[LineStyle]:
 
 
 def _average(series: Series, view: View) -> Points:
-    return smooth(series.points, SMOOTHINGS[view.smoothing])
+    return moving_average(series.points, SMOOTHINGS[view.smoothing])
 
 
 def _curves(
@@ -269,7 +270,7 @@ def _band_edge(
     points = []
     for (x, y), (_, around) in zip(series.points, spread.points, strict=False):
         points.append((x, y + sign * around))
-    return Curve(smooth(points, SMOOTHINGS[view.smoothing]), "quiet", ".")
+    return Curve(moving_average(points, SMOOTHINGS[view.smoothing]), "quiet", ".")
 
 
 def _last_values(

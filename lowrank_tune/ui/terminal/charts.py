@@ -98,21 +98,6 @@ def _joined(signs: Sequence[str], styles: Sequence[str]) -> Line:
     return line
 
 
-def smooth(points: Points, weight: float) -> list[tuple[float, float]]:
-    """Returns the exponential moving average, with the bias correction of Adam for the first points. Points that are
-    not finite are left out."""
-    average = 0.0
-    total = 0.0
-    averaged = []
-    for x, y in points:
-        if not math.isfinite(y):
-            continue
-        average = weight * average + (1 - weight) * y
-        total = weight * total + (1 - weight)
-        averaged.append((x, average / total))
-    return averaged
-
-
 def format_number(value: float) -> str:
     """Returns a number in at most six characters."""
     if value == 0:

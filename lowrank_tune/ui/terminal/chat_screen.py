@@ -8,9 +8,9 @@ import sys
 import termios
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from typing import Any, Protocol
+from typing import Any
 
-from lowrank_tune.ui import encodable, escape_control_chars
+from lowrank_tune.ui import encodable, escape_control_chars, escape_lines
 from lowrank_tune.ui.terminal.columns import UNLIMITED, Columns
 from lowrank_tune.ui.terminal.device import DEFAULT_SIZE, ascii_only, terminal_size
 from lowrank_tune.ui.terminal.prompt import InteractiveInput, PipedInput
@@ -22,24 +22,9 @@ VARIANT_STYLES = {"base": "second", "tuned": "first"}
 """A style for each variant."""
 
 
-class AnswerView(Protocol):
-    """Shows answers while they grow, by their number. With `together`, several may grow at the same time."""
-
-    together: bool
-
-    def add(self, number: int, piece: str) -> None: ...
-    def end(
-        self,
-        number: int,
-        facts: str,
-        warns: bool,
-    ) -> None: ...
-
-
 def escape_keep_newlines(text: str) -> str:
-    """Returns text without control characters, except for its line breaks."""
-    lines = text.replace("\t", "    ").split("\n")
-    return "\n".join(escape_control_chars(line) for line in lines)
+    """Returns text without control characters, except for its line breaks; a tab becomes four blanks."""
+    return escape_lines(text.replace("\t", "    "))
 
 
 class ChatScreen:
@@ -203,3 +188,7 @@ class SideBySideView:
             return
         for column, (text, is_warning) in sorted(self._facts.items()):
             self.screen.note(f"{self.labels[column]}: {text}", _note_style(is_warning))
+
+
+AnswerView = StackedView | SideBySideView
+"""Shows answers while they grow, by their number. With `together`, several may grow at the same time."""

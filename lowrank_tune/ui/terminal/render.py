@@ -14,7 +14,17 @@ from lowrank_tune.ui.terminal.help_pane import help_pane
 from lowrank_tune.ui.terminal.log_pane import log_pane
 from lowrank_tune.ui.terminal.panes import KEYS, View, keys_of, labeled, labeled_value
 from lowrank_tune.ui.terminal.sample_pane import sample_pane
-from lowrank_tune.ui.terminal.text_layout import Block, Line, Piece, fit, pad, side_by_side, width_of, wrap
+from lowrank_tune.ui.terminal.text_layout import (
+    Block,
+    Line,
+    Piece,
+    column_widths,
+    fit,
+    pad,
+    side_by_side,
+    width_of,
+    wrap,
+)
 
 MIN_WIDTH = 60
 MIN_HEIGHT = 15
@@ -332,7 +342,7 @@ def _chart_grid(
     left_out = charts[columns * rows :]
     if left_out:
         height -= 1
-    widths = _column_widths(width, columns)
+    widths = column_widths(width, columns)
     lines: Block = []
     for start in range(0, len(shown), columns):
         lines += _chart_row(
@@ -345,12 +355,6 @@ def _chart_grid(
     if left_out:
         lines.append(_last_values(state, left_out, view, width))
     return lines
-
-
-def _column_widths(width: int, columns: int) -> list[int]:
-    """Returns equal widths, with one cell between the columns; the first ones are one cell wider if needed."""
-    base, extra = divmod(width - columns + 1, columns)
-    return [base + (index < extra) for index in range(columns)]
 
 
 def _chart_row(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from lowrank_tune.events import SampleLogged
@@ -34,77 +34,30 @@ def sample_pane(
 ) -> Block:
     """Returns held-out pairs with their scores if the run has any, else held-out questions with the first and the
     current answer."""
+    draw: Callable[[int, int], Block]
     if state.pairs:
-        return _pairs_pane(state, view, width, height)
-    return _questions_pane(state, view, width, height)
+        kind = "pair"
+        note = _pairs_note(state)
+        pairs = list(state.pairs.values())
+        count = len(pairs)
 
+        def draw(index: int, max_lines: int) -> Block:
+            return _pair(pairs[index], view, width, max_lines)
 
-def _questions_pane(
-    state: State,
-    view: View,
-    width: int,
-    height: int,
-) -> Block:
-    note = _heldout_note(state, view, width - MIN_TITLE_WIDTH)
-    prompts = list({**state.answers, **state.earlier})
-    if not prompts:
-        return [
-            heading(
-                "answers",
-                width,
-                view,
-                note,
-            ),
-            [(" no answers yet", "quiet")],
-        ]
+    else:
+        kind = "question"
+        note = _heldout_note(state, view, width - MIN_TITLE_WIDTH)
+        prompts = list({**state.answers, **state.earlier})
+        count = len(prompts)
 
-    def question(index: int, max_lines: int) -> Block:
-        prompt = prompts[index]
-        return _question(
-            prompt,
-            _answers_of(state, prompt),
-            view,
-            width,
-            max_lines,
-        )
+        def draw(index: int, max_lines: int) -> Block:
+            return _question(state, prompts[index], view, width, max_lines)
 
-    first = view.sample % len(prompts)
-    title = heading(
-        f"question {first + 1} of {len(prompts)}",
-        width,
-        view,
-        note,
-    )
-    return [
-        title,
-        *_stack(
-            question,
-            first,
-            len(prompts),
-            height - 1,
-        ),
-    ]
-
-
-def _pairs_pane(
-    state: State,
-    view: View,
-    width: int,
-    height: int,
-) -> Block:
-    pairs = list(state.pairs.values())
-
-    def pair(index: int, max_lines: int) -> Block:
-        return _pair(pairs[index], view, width, max_lines)
-
-    first = view.sample % len(pairs)
-    title = heading(
-        f"pair {first + 1} of {len(pairs)}",
-        width,
-        view,
-        _pairs_note(state),
-    )
-    return [title, *_stack(pair, first, len(pairs), height - 1)]
+    if count == 0:
+        return [heading("answers", width, view, note), [(" no answers yet", "quiet")]]
+    first = view.sample % count
+    title = heading(f"{kind} {first + 1} of {count}", width, view, note)
+    return [title, *_stack(draw, first, count, height - 1)]
 
 
 def _stack(
@@ -180,8 +133,8 @@ def _answers_of(state: State, prompt: str) -> list[Answer]:
 
 
 def _question(
+    state: State,
     prompt: str,
-    answers: Sequence[Answer],
     view: View,
     width: int,
     max_lines: int,
@@ -193,7 +146,7 @@ def _question(
         width,
         max(1, max_lines // 4),
     )
-    shown = answers[-max(1, max_lines - len(lines)) :]
+    shown = _answers_of(state, prompt)[-max(1, max_lines - len(lines)) :]
     for left in range(len(shown), 0, -1):
         room = max(1, (max_lines - len(lines)) // left)
         lines += _answer(

@@ -94,6 +94,12 @@ def pad(
     return filled + [fit([], width) for _ in range(missing)]
 
 
+def column_widths(width: int, columns: int) -> list[int]:
+    """Returns equal widths, with one cell between the columns; the first ones are one cell wider if needed."""
+    base, extra = divmod(width - columns + 1, columns)
+    return [base + (index < extra) for index in range(columns)]
+
+
 def side_by_side(
     blocks: Sequence[Sequence[Line]],
     widths: Sequence[int],

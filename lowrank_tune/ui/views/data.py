@@ -28,8 +28,9 @@ from lowrank_tune.data_report import (
     Lengths,
     MixturePart,
 )
-from lowrank_tune.ui import escape_control_chars
+from lowrank_tune.ui import escape_control_chars, escape_lines
 from lowrank_tune.ui.formatting import percent
+from lowrank_tune.ui.metrics import SIDE_COUNTS
 
 BAR_WIDTH = 24
 LENGTH_BAR_WIDTH = 40
@@ -216,28 +217,12 @@ def _measures(
     plain: bool,
 ) -> Table:
     table = _grid("l", "l", "r", "r")
-    _add_share(
-        table,
-        f"{unit}s",
-        part.rows,
-        sum(other.rows for other in parts),
-        plain,
-    )
-    _add_share(
-        table,
-        "tokens",
-        part.tokens,
-        sum(other.tokens for other in parts),
-        plain,
-    )
+    counts = {f"{unit}s": "rows", "tokens": "tokens"}
     if unit != "prompt":
-        _add_share(
-            table,
-            "trained tokens",
-            part.trained,
-            sum(other.trained for other in parts),
-            plain,
-        )
+        counts["trained tokens"] = "trained"
+    for name, field in counts.items():
+        total = sum(getattr(other, field) for other in parts)
+        _add_share(table, name, getattr(part, field), total, plain)
     weight = Text(bar(part.weight, plain=plain), "magenta")
     table.add_row(
         "weight w_s",
@@ -347,27 +332,8 @@ def _steps(data_report: DataReport, unit: str) -> Text:
 def _sides(sides: PairBalance, plain: bool) -> RenderableType:
     """Returns how often the chosen answer is the longer one, and how many pairs have a margin."""
     table = _grid("l", "l", "r", "r")
-    _add_share(
-        table,
-        "chosen is longer",
-        sides.longer,
-        sides.pairs,
-        plain,
-    )
-    _add_share(
-        table,
-        "chosen is shorter",
-        sides.shorter,
-        sides.pairs,
-        plain,
-    )
-    _add_share(
-        table,
-        "equally long",
-        sides.equal,
-        sides.pairs,
-        plain,
-    )
+    for field, name in SIDE_COUNTS.items():
+        _add_share(table, name, getattr(sides, field), sides.pairs, plain)
     summary = (
         f"a chosen answer has {sides.chosen:,.1f} tokens on average, a rejected one {sides.rejected:,.1f}; "
         f"{sides.margins:,} of {sides.pairs:,} pairs have a margin"
@@ -416,7 +382,7 @@ def _with_mask(segments: Segments, plain: bool) -> Text:
     opening, closing = _brackets(plain)
     text = Text()
     for trained, segment in segments:
-        safe = "\n".join(escape_control_chars(line) for line in segment.split("\n"))
+        safe = escape_lines(segment)
         if plain:
             safe = safe.encode("ascii", "backslashreplace").decode()
         if trained:
