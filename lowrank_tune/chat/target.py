@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lowrank_tune.assembly.finished_run import FinishedRun
+from lowrank_tune.assembly.finished_run import ChainStage, FinishedRun, chain_stages
 from lowrank_tune.checkpoint import CorruptCheckpoint, load
+from lowrank_tune.checkpoint.checkpoint import STEP_NAME, saved_steps
 from lowrank_tune.checkpoint.run_format import check_run_format
 from lowrank_tune.config import default_adapter_name, from_dict
 from lowrank_tune.errors import UserError, did_you_mean
@@ -17,7 +19,6 @@ from lowrank_tune.model.adapters import CONFIG
 from lowrank_tune.model.base import BUILTIN_MODEL
 
 _HUB = re.compile(r"[A-Za-z0-9][\w.-]*(?:/[\w.-]+)?(?:@[\w./-]+)?")
-_STEP = re.compile(r"step-(0|[1-9]\d*)")
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,7 @@ def _folder(path: Path, name: str) -> ChatTarget:
     full = path.resolve()
     # a checkpoint, or the adapter in it
     for folder in (full, full.parent):
-        if not _STEP.fullmatch(folder.name) or folder.parent.name != "checkpoints":
+        if not STEP_NAME.fullmatch(folder.name) or folder.parent.name != "checkpoints":
             continue
         run = folder.parents[1]
         if (run / "run.json").is_file():
@@ -89,22 +90,25 @@ def _display_path(given: Path, full: Path) -> Path:
 
 def _run(folder: Path) -> ChatTarget:
     check_run_format(folder)
-    recipe = read_json_object(folder / "run.json").get("recipe")
-    if not isinstance(recipe, dict):
-        raise UserError(f"{folder}/run.json cannot be read, so it is unknown what this run trained")
-    if isinstance(recipe.get("stages"), list):
-        return _chain(folder, recipe["stages"])
+    stages = chain_stages(folder, _recipe_of(folder))
+    if stages is not None:
+        return _chain(folder, stages)
     run = _policy_run(folder)
     if (folder / "final" / CONFIG).is_file():
         return ChatTarget(f"{folder}, a run of {run.recipe.algorithm} that has ended", run=run)
     return _latest_checkpoint(run)
 
 
-def _policy_run(folder: Path) -> FinishedRun:
-    """Returns a run, finished or not. Raises UserError if it does not train a policy."""
+def _recipe_of(folder: Path) -> dict[str, Any]:
     recipe = read_json_object(folder / "run.json").get("recipe")
     if not isinstance(recipe, dict):
         raise UserError(f"{folder}/run.json cannot be read, so it is unknown what this run trained")
+    return recipe
+
+
+def _policy_run(folder: Path) -> FinishedRun:
+    """Returns a run, finished or not. Raises UserError if it does not train a policy."""
+    recipe = _recipe_of(folder)
     if default_adapter_name(recipe.get("algorithm")) != "policy":
         raise UserError(
             f"{folder} trained a reward model, which scores answers and generates none: "
@@ -113,12 +117,9 @@ def _policy_run(folder: Path) -> FinishedRun:
     return FinishedRun(folder, from_dict(recipe), read_json_object(folder / "base.json"))
 
 
-def _chain(folder: Path, stages: list[Any]) -> ChatTarget:
+def _chain(folder: Path, stages: Sequence[ChainStage]) -> ChatTarget:
     """Returns the last policy stage of a chain that has an adapter."""
-    writers: list[str] = []
-    for number, stage in enumerate(stages, 1):
-        if isinstance(stage, dict) and default_adapter_name(stage.get("algorithm")) == "policy":
-            writers.append(f"{number}-{stage.get('name')}")
+    writers = [stage.folder.name for stage in stages if stage.trains_policy]
     if not writers:
         raise UserError(
             f"{folder} is a chain without a stage that trained a policy: a reward model scores answers and generates "
@@ -126,7 +127,7 @@ def _chain(folder: Path, stages: list[Any]) -> ChatTarget:
         )
     for index in reversed(range(len(writers))):
         run = folder / writers[index]
-        if (run / "final" / CONFIG).is_file() or _steps(run):
+        if (run / "final" / CONFIG).is_file() or saved_steps(run / "checkpoints"):
             target = _run(run)
             missing = writers[index + 1 :]
             later = f"; {', '.join(missing)} of this chain left nothing yet" if missing else ""
@@ -136,7 +137,7 @@ def _chain(folder: Path, stages: list[Any]) -> ChatTarget:
 
 def _latest_checkpoint(run: FinishedRun) -> ChatTarget:
     """Returns the checkpoint of a run that has not ended: the best one if the run selects it, else the newest."""
-    for step, path in reversed(_steps(run.path)):
+    for step, path in reversed(saved_steps(run.path / "checkpoints")):
         try:
             state = load(path, path.name).documents.get("state.json", {})
         # the run moves it aside when it is resumed
@@ -167,12 +168,3 @@ def _checkpoint(
         run,
         path / run.recipe.trained_adapter,
     )
-
-
-def _steps(run: Path) -> list[tuple[int, Path]]:
-    steps: list[tuple[int, Path]] = []
-    for path in (run / "checkpoints").glob("step-*"):
-        match = _STEP.fullmatch(path.name)
-        if match:
-            steps.append((int(match[1]), path))
-    return sorted(steps)

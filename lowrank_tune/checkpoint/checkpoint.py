@@ -37,7 +37,7 @@ from lowrank_tune.manifest import (
 VERSION = 1
 REQUIRED_FILES = ("adapter_config.json", "adapter_model.safetensors")
 ADAPTER_FILES = (*REQUIRED_FILES, "stack.json", "rope.json")
-_STEP = re.compile(r"step-(0|[1-9]\d*)")
+STEP_NAME = re.compile(r"step-(0|[1-9]\d*)")
 
 
 class CorruptCheckpoint(UserError):
@@ -183,7 +183,7 @@ def latest_checkpoint(checkpoints: Path, emit: Emit) -> tuple[int, Snapshot] | N
     Corrupt checkpoints are renamed to `broken-step-N` with a warning, and temporary files of a crash are removed.
     """
     clean_stale(checkpoints)
-    for step, path in reversed(_steps(checkpoints)):
+    for step, path in reversed(saved_steps(checkpoints)):
         try:
             return step, load(path, path.name)
         except CorruptCheckpoint as broken:
@@ -235,7 +235,7 @@ def quarantine_broken_final(final: Path, emit: Emit) -> bool:
     if reason is None:
         return False
     checkpoints = final.with_name("checkpoints")
-    if not _steps(checkpoints):
+    if not saved_steps(checkpoints):
         raise UserError(
             f"{reason}, and {checkpoints} contains no checkpoint to write it from: restore {final} from a copy, or "
             f"delete {final.parent} to train this stage again"
@@ -255,7 +255,7 @@ def rotate(
     best: int | None = None,
 ) -> None:
     """Deletes all checkpoints except the newest `keep` and the best step. Folders without a manifest are kept."""
-    ours = [(step, path) for step, path in _steps(checkpoints) if (path / MANIFEST).is_file()]
+    ours = [(step, path) for step, path in saved_steps(checkpoints) if (path / MANIFEST).is_file()]
     for step, path in ours[: max(0, len(ours) - keep)]:
         if step == best:
             continue
@@ -267,11 +267,11 @@ def rotate(
             shutil.rmtree(doomed)
 
 
-def _steps(checkpoints: Path) -> list[tuple[int, Path]]:
+def saved_steps(checkpoints: Path) -> list[tuple[int, Path]]:
     """Returns number and folder of all checkpoints, oldest first."""
     steps = []
     for path in checkpoints.glob("step-*"):
-        match = _STEP.fullmatch(path.name)
+        match = STEP_NAME.fullmatch(path.name)
         if match is not None:
             steps.append((int(match[1]), path))
     return sorted(steps)

@@ -43,6 +43,8 @@ class UiMode(StrEnum):
     plain = "plain"
 
 
+Recipe = Annotated[str, typer.Argument(metavar="PRESET|FILE", help="A preset's name, or a recipe file.")]
+EndedRun = Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run that has ended.")]
 Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Settings to change, as train.learning_rate=1e-4.")
 ]

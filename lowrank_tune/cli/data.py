@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Annotated
-
 import typer
 from rich.console import Console
 
-from lowrank_tune.cli.common import Debug, Overrides, app, line_logger, loading_message, report_user_errors
+from lowrank_tune.cli.common import Debug, Overrides, Recipe, app, line_logger, loading_message, report_user_errors
 from lowrank_tune.errors import UserError
 
 
 @app.command("data")
 def data_command(
-    recipe: Annotated[str, typer.Argument(metavar="PRESET|FILE", help="A preset's name, or a recipe file.")],
+    recipe: Recipe,
     overrides: Overrides = None,
     debug: Debug = False,
 ) -> None:

@@ -14,6 +14,7 @@ from rich.text import Text
 
 from lowrank_tune.cli.common import (
     Debug,
+    EndedRun,
     app,
     check_run,
     line_logger,
@@ -54,7 +55,6 @@ LLAMA_HELP = (
     "Folder of llama.cpp, or the source package of llama-cpp-python; else LLAMA_CPP_DIR, else it is fetched once."
 )
 
-Run = Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run that has ended.")]
 To = Annotated[ExportTarget, typer.Option("--to", help="For which software.")]
 OutFolder = Annotated[Path | None, typer.Option("--out", help="Folder to write; else RUN/export/TO.")]
 Quantization = Annotated[str | None, typer.Option("--quantization", help=QUANTIZATION_HELP)]
@@ -74,7 +74,7 @@ DryRun = Annotated[bool, typer.Option("--dry-run", help="The hub: show what woul
 
 @app.command("export")
 def export_command(
-    run: Run,
+    run: EndedRun,
     to: To,
     out: OutFolder = None,
     quantization: Quantization = None,

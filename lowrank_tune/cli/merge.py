@@ -14,6 +14,7 @@ from rich.text import Text
 
 from lowrank_tune.cli.common import (
     Debug,
+    EndedRun,
     app,
     check_run,
     line_logger,
@@ -51,7 +52,7 @@ def print_comparison(logger: LineLogger, report: MergeReport) -> None:
 
 @app.command("merge")
 def merge_command(
-    run: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run that has ended.")],
+    run: EndedRun,
     out: Annotated[Path | None, typer.Option("--out", help="Folder of the merged model; else RUN/merged.")] = None,
     weights: Weights = MergeWeights.dequantized,
     debug: Debug = False,

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from lowrank_tune.cli.common import Debug, Overrides, app, loading_message, report_user_errors
+from lowrank_tune.cli.common import Debug, Overrides, Recipe, app, loading_message, report_user_errors
 from lowrank_tune.errors import UserError
 
 DEFAULT_GPU_GIB = 24.0
@@ -24,7 +24,7 @@ class PlanDevice(StrEnum):
 
 @app.command("plan")
 def plan_command(
-    recipe: Annotated[str, typer.Argument(metavar="PRESET|FILE", help="A preset's name, or a recipe file.")],
+    recipe: Recipe,
     overrides: Overrides = None,
     vram: Annotated[
         float | None,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import sys
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
 import typer
 from rich.console import Console
@@ -16,6 +16,7 @@ from lowrank_tune.cli.common import (
     Debug,
     Out,
     Overrides,
+    Recipe,
     Ui,
     UiMode,
     app,
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
 
 @app.command("run")
 def run_command(
-    recipe: Annotated[str, typer.Argument(metavar="PRESET|FILE", help="A preset's name, or a recipe file.")],
+    recipe: Recipe,
     overrides: Overrides = None,
     out: Out = None,
     ui: Ui = UiMode.auto,

@@ -22,13 +22,12 @@ def generate_answers(
     num_samples: int,
     sampling: SamplingParams,
     emit: Emit,
-    slots: int = 256,
 ) -> list[list[GradedAnswer]]:
     """Returns `num_samples` answers to each question, graded by its gold answer."""
     answers: list[list[GradedAnswer]] = [[] for _ in questions]
     prompts = [question.prompt_ids for question in questions]
     bar = ProgressBar(f"answering held-out questions ({role})", len(questions) * num_samples, emit)
-    for completion in Engine(roles, role, slots).generate(prompts, num_samples, sampling):
+    for completion in Engine(roles, role).generate(prompts, num_samples, sampling):
         question = questions[completion.prompt]
         answers[completion.prompt].append(grade_answer(completion, question, template))
         bar.advance()

@@ -4,7 +4,7 @@ work come first."""
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
@@ -38,7 +38,7 @@ from lowrank_tune.export.gguf.model import (
     quantize,
 )
 from lowrank_tune.export.hub import EXCLUDED_FILES, Upload, push
-from lowrank_tune.export.merge import BaseWeights, MergedModel, find_existing_merge, merge
+from lowrank_tune.export.merge import BaseWeights, find_existing_merge, merge
 from lowrank_tune.export.merge_check import MergeReport
 from lowrank_tune.export.model_card import gguf_lora_card, gguf_model_card, slug
 from lowrank_tune.export.modelfile import eos_tokens_of, has_bos, modelfile_text
@@ -248,12 +248,7 @@ class _Export:
         if existing is None:
             size = size + 2 * weights
         check_disk_space(self.target, size, f"the model in {outtype}")
-        converter = llama_cpp.converter_folder(options.llama_cpp, self.emit)
-        architectures = load_config(run.base).architectures or []
-        if architectures and not llama_cpp.supports_architecture(converter, architectures):
-            raise UserError(
-                f"llama.cpp's converter does not support {architectures[0]}; `--to peft` copies the adapter as it is"
-            )
+        converter = _find_converter(run, options.llama_cpp, self.emit)
         file = f"{slug(run.recipe)}-{outtype}.gguf"
         eos_tokens = eos_tokens_of(run)
         manifest = self._manifest(
@@ -261,11 +256,13 @@ class _Export:
             weights=options.weights,
         )
         with export_folder(self.target, manifest, self.emit) as folder:
-            merged = existing or self._merge(folder / "merged", show, device)
             if existing is not None:
+                merged = existing
                 message = f"{existing.folder} contains this adapter already merged, and is used"
                 self.emit(LogMessage(message=message))
                 show(existing.report)
+            else:
+                merged = merge(run.path, folder / "merged", options.weights, self.emit, show, device)
             self._convert(
                 converter,
                 quantizer,
@@ -283,46 +280,17 @@ class _Export:
                 )
             _write_card(
                 folder,
-                self._merged_card(
+                gguf_model_card(
+                    run.recipe,
                     file,
                     outtype,
-                    merged.report,
+                    options.weights,
+                    merged.report.table(),
                     eos_tokens,
+                    options.to == "ollama",
+                    self._rope(),
                 ),
             )
-
-    def _merge(
-        self,
-        folder: Path,
-        show: Callable[[MergeReport], None],
-        device: torch.device | None,
-    ) -> MergedModel:
-        return merge(
-            self.run.path,
-            folder,
-            self.options.weights,
-            self.emit,
-            show,
-            device,
-        )
-
-    def _merged_card(
-        self,
-        file: str,
-        outtype: str,
-        report: MergeReport,
-        eos_tokens: Sequence[str],
-    ) -> str:
-        return gguf_model_card(
-            self.run.recipe,
-            file,
-            outtype,
-            self.options.weights,
-            report.table(),
-            eos_tokens,
-            self.options.to == "ollama",
-            self._rope(),
-        )
 
     def _convert(
         self,
@@ -397,6 +365,21 @@ class _Export:
             self.emit,
         )
         (folder / "Modelfile").write_text(text, encoding="utf-8")
+
+
+def _find_converter(
+    run: FinishedRun,
+    llama_cpp_folder: Path | None,
+    emit: Emit,
+) -> Path:
+    """Returns the folder of llama.cpp's converter. Raises UserError if it does not support the run's base."""
+    converter = llama_cpp.converter_folder(llama_cpp_folder, emit)
+    architectures = load_config(run.base).architectures or []
+    if architectures and not llama_cpp.supports_architecture(converter, architectures):
+        raise UserError(
+            f"llama.cpp's converter does not support {architectures[0]}; `--to peft` copies the adapter as it is"
+        )
+    return converter
 
 
 def _find_quantizer(outtype: str, llama_cpp_folder: Path | None) -> llama_cpp.Quantizer | None:

@@ -108,11 +108,11 @@ class StageEvaluator:
             self.emit,
         )
 
-    def log_samples(self, role: str, step: int) -> None:
-        """Emits sample answers of a role, and for a reward model the scores of sample pairs."""
+    def log_samples(self, step: int) -> None:
+        """Emits sample answers of the policy, and for a reward model the scores of sample pairs."""
         if self.built.validation is not None and not self.is_generative:
             self.samples.log_pair_scores(self.built.validation, step)
-        self.samples.log_answers(role, step)
+        self.samples.log_answers("policy", step)
 
     def _answers(self, role: str, num_samples: int) -> Sequence[Sequence[GradedAnswer]]:
         # greedy if each question has a single answer

@@ -128,24 +128,14 @@ class RewardHackingDetector:
 
         `reference_accuracy` is that of the reference; the reward of the first step counts as its reward.
         """
+
+        def add(at_step: int, reward: float, measured: float) -> None:
+            self.points.append([at_step, reward, measured, accuracy_stderr(measured, num_questions)])
+
         if self.first_reward is not None and not self.points and reference_accuracy is not None:
-            self.points.append(
-                [
-                    0,
-                    self.first_reward,
-                    reference_accuracy,
-                    accuracy_stderr(reference_accuracy, num_questions),
-                ]
-            )
+            add(0, self.first_reward, reference_accuracy)
         if self.num_steps:
-            self.points.append(
-                [
-                    step,
-                    self.reward_sum / self.num_steps,
-                    accuracy,
-                    accuracy_stderr(accuracy, num_questions),
-                ]
-            )
+            add(step, self.reward_sum / self.num_steps, accuracy)
             self.reward_sum = 0.0
             self.num_steps = 0
         points = [EvalPoint(int(at_step), *values) for at_step, *values in self.points]

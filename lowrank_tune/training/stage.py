@@ -344,7 +344,7 @@ class Stage:
             )
         if may_be_best and heldout is not None:
             self._check_reward_hacking(step, heldout["accuracy"])
-        self.evaluator.log_samples("policy", step)
+        self.evaluator.log_samples(step)
         return is_best
 
     def _update_best(

@@ -124,7 +124,6 @@ class State:
     start_time: float | None = None
     last_time: float = 0.0
     seconds_left: float | None = None
-    saved_step: int | None = None
     best_step: int | None = None
     series: dict[str, Series] = field(default_factory=dict)
     heldout: dict[str, dict[str, float]] = field(default_factory=dict)
@@ -171,7 +170,6 @@ class State:
         elif isinstance(event, GroupLogged):
             self._on_group_logged(event)
         elif isinstance(event, CheckpointSaved):
-            self.saved_step = event.step
             self._log(event.time, f"saved step {event.step}")
         elif isinstance(event, LogMessage):
             self._note(event)
@@ -254,7 +252,6 @@ class State:
         self.now = {}
         self.group = None
         self.reward_range = None
-        self.saved_step = None
         self.best_step = None
 
     def _sampled(self, event: SampleLogged) -> None:

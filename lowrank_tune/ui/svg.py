@@ -349,9 +349,9 @@ def linear_axis(values: Sequence[float], count: int = 5) -> Axis:
     return Axis(ticks[0], ticks[-1], ticks)
 
 
-def whole_number_axis(high: float, count: int = 4) -> Axis:
+def whole_number_axis(high: float) -> Axis:
     """Returns an axis from 0 to at least `high`, of which only whole numbers are labeled."""
-    axis = linear_axis([0, high], count)
+    axis = linear_axis([0, high], 4)
     ticks = [tick for tick in axis.ticks if tick == int(tick)]
     return Axis(
         0,

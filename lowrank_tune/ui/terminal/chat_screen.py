@@ -6,7 +6,7 @@ from __future__ import annotations
 import os
 import sys
 import termios
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any
 
@@ -34,11 +34,11 @@ class ChatScreen:
     answers go to stdout without any escape code, and all other text goes to stderr.
     """
 
-    def __init__(self, commands: Sequence[str], environ: Mapping[str, str] = os.environ) -> None:
+    def __init__(self, commands: Sequence[str]) -> None:
         self.live = sys.stdin.isatty() and sys.stdout.isatty()
-        self.smart = self.live and environ.get("TERM", "dumb") not in ("", "dumb")
-        self.color = self.smart and not environ.get("NO_COLOR")
-        self.bar = "|" if ascii_only(sys.stdout, environ) else "│"
+        self.smart = self.live and os.environ.get("TERM", "dumb") not in ("", "dumb")
+        self.color = self.smart and not os.environ.get("NO_COLOR")
+        self.bar = "|" if ascii_only(sys.stdout, os.environ) else "│"
         self.input: InteractiveInput | PipedInput = PipedInput()
         if self.live:
             self.input = InteractiveInput("you>", self._code("strong"), commands)

@@ -3,12 +3,10 @@ them."""
 
 from __future__ import annotations
 
-import os
 import signal
 import threading
 from _thread import interrupt_main
 from collections import deque
-from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -40,7 +38,6 @@ class Tui:
         self,
         control: TrainerControl,
         console_log_path: Path,
-        environ: Mapping[str, str] = os.environ,
     ) -> None:
         self.control = control
         self.state = State()
@@ -56,7 +53,6 @@ class Tui:
             self._press,
             self._on_failure,
             owns_run=True,
-            environ=environ,
         )
         self._redirected = Redirected(console_log_path)
         self.screen.start()
