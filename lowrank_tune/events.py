@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, TypeGuard
 
 VERSION = 2
 
@@ -143,6 +143,11 @@ class RunEnded(Event):
 
 
 Emit = Callable[[Event], None]
+
+
+def is_warning(event: Event) -> TypeGuard[LogMessage]:
+    """Returns whether an event is a warning for the user."""
+    return isinstance(event, LogMessage) and event.level == "warning"
 
 
 @contextmanager

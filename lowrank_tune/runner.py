@@ -12,7 +12,7 @@ from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
-from typing import Any, Literal, TypeGuard
+from typing import Any, Literal
 
 import torch
 
@@ -31,7 +31,7 @@ from lowrank_tune.config import Chain, RecipeConfig, backends_of, differences, d
 from lowrank_tune.config.chain import stage_folder
 from lowrank_tune.config.memory import suggestions
 from lowrank_tune.errors import OutOfMemory, UserError
-from lowrank_tune.events import Event, LogMessage, RunEnded, SampleLogged, StepEnd, warning
+from lowrank_tune.events import Event, LogMessage, RunEnded, SampleLogged, StepEnd, is_warning, warning
 from lowrank_tune.memory_planner import gpu_memory_gib
 from lowrank_tune.model.base import Base
 from lowrank_tune.model.oom import DoesNotFit, free_traceback, is_out_of_memory
@@ -82,8 +82,11 @@ class _SummaryRecorder:
     def __call__(self, event: Event) -> None:
         if self.earlier is not None:
             self.earlier.append(event)
-        if _is_warning(event):
+        if is_warning(event):
             self.warnings.append(event.message)
+        self._keep_last_step(event)
+
+    def _keep_last_step(self, event: Event) -> None:
         if isinstance(event, StepEnd):
             self.last = {"step": event.step, **event.stats}
 
@@ -93,7 +96,7 @@ class _SummaryRecorder:
         A stage that was killed at its very end has no step left to do, so its last metrics are only in the log.
         """
         earlier = self.earlier or []
-        self.warnings = [event.message for event in earlier if _is_warning(event)]
+        self.warnings = [event.message for event in earlier if is_warning(event)]
         # the messages of the checks before the stage are of this session, and in the log already
         session_start = min([start_time, *(event.time for event in earlier)])
         self.earlier = None
@@ -102,15 +105,10 @@ class _SummaryRecorder:
         for event in events:
             if event.time < session_start:
                 wall_time.apply(event)
-            if isinstance(event, StepEnd):
-                self.last = {"step": event.step, **event.stats}
+            self._keep_last_step(event)
         self.earlier_seconds = wall_time.seconds
 
     def close(self) -> None: ...
-
-
-def _is_warning(event: Event) -> TypeGuard[LogMessage]:
-    return isinstance(event, LogMessage) and event.level == "warning"
 
 
 def run(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -11,6 +11,7 @@ from typing import Any
 
 from lowrank_tune.checkpoint.run_format import check_run_format
 from lowrank_tune.config import (
+    AdapterConfig,
     BaseConfig,
     RecipeConfig,
     default_adapter_name,
@@ -22,6 +23,7 @@ from lowrank_tune.json_files import read_json_object
 from lowrank_tune.model.adapters import (
     STACK,
     SavedAdapter,
+    lora_config,
     read_adapter,
     read_stack,
 )
@@ -208,14 +210,26 @@ def adapters_at(folder: Path, key: str) -> dict[str, SavedAdapter]:
     }
 
 
-def roles_of(saved: Mapping[str, SavedAdapter], base: Base) -> Roles:
-    """Returns the policy over its base, without trainable parameters."""
+def roles_of(
+    saved: Mapping[str, SavedAdapter],
+    base: Base,
+    stacks: Mapping[str, list[str]] | None = None,
+    heads: Sequence[str] = (),
+) -> Roles:
+    """Returns saved adapters over their base, without trainable parameters; without `stacks` all of them are the
+    policy."""
+    if stacks is None:
+        stacks = {"policy": list(saved)}
     configs = {name: adapter.config for name, adapter in saved.items()}
+    if not configs:
+        # PEFT needs an adapter: a new one that is in no stack has no effect
+        configs = {"unused": lora_config(AdapterConfig(r=1), base.model)}
     roles = Roles(
         base,
         configs,
         trainable=[],
-        stacks={"policy": list(saved)},
+        stacks=stacks,
+        heads=heads,
     )
     for name, adapter in saved.items():
         roles.load_adapter_tensors(name, adapter.tensors, str(adapter.folder))

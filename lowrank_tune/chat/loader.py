@@ -11,13 +11,12 @@ from lowrank_tune.assembly import check_adapter_lineage
 from lowrank_tune.assembly.finished_run import FinishedRun, adapters_at, adapters_in, check_base, roles_of
 from lowrank_tune.chat.chat_model import ChatModel
 from lowrank_tune.chat.target import ChatTarget, resolve_target
-from lowrank_tune.config import AdapterConfig, BaseConfig
+from lowrank_tune.config import BaseConfig
 from lowrank_tune.data import ChatTemplate
 from lowrank_tune.errors import OutOfMemory, UserError
 from lowrank_tune.events import Emit, LogMessage, loading_progress, warning
-from lowrank_tune.model.adapters import SavedAdapter, adapter_rope_factors, lora_config, read_adapter
+from lowrank_tune.model.adapters import SavedAdapter, adapter_rope_factors, read_adapter
 from lowrank_tune.model.base import Base, load_base, load_config, load_tokenizer
-from lowrank_tune.model.roles import Roles
 from lowrank_tune.model.rotary import RopeFactors, select_factors
 
 TEMPLATE = "chat_template.jinja"
@@ -67,7 +66,7 @@ def load_chat_model(
     if loaded.rope is not None:
         emit(LogMessage(message=loaded.rope.describe()))
     return ChatModel(
-        roles=_roles(saved, loaded),
+        roles=roles_of(saved, loaded),
         template=template,
         stop_ids=loaded.end_ids | template.end_ids,
         positions=_context_length(loaded),
@@ -101,20 +100,6 @@ def _load_base(
             rope_factors=factors,
         )
     return base, template
-
-
-def _roles(saved: Mapping[str, SavedAdapter], base: Base) -> Roles:
-    """Returns the roles `base` and `policy`. For a model without adapters both are the base."""
-    if saved:
-        return roles_of(saved, base)
-    # PEFT needs an adapter: a new one that is in no stack has no effect
-    unused = {"unused": lora_config(AdapterConfig(r=1), base.model)}
-    return Roles(
-        base,
-        unused,
-        trainable=[],
-        stacks={"policy": []},
-    )
 
 
 def _context_length(base: Base) -> int | None:

@@ -43,22 +43,25 @@ class IncrementalDecoder:
         self._ids.append(token)
         if self._is_byte is not None and self._is_byte(token):
             return ""
-        before = self.decode(self._ids[self._context : self._read])
-        now = self.decode(self._ids[self._context :])
-        if len(now) > len(before) and not now.endswith(REPLACEMENT_CHAR):
-            self._text += now[len(before) :]
+        new = self._unread_text()
+        if new and not new.endswith(REPLACEMENT_CHAR):
+            self._text += new
             self._context, self._read = self._read, len(self._ids)
         return self._emit_upto(self._stable_prefix())
 
     def flush(self) -> str:
         """Returns the rest of the text, after the last token."""
         if not self.turned:
-            before = self.decode(self._ids[self._context : self._read])
-            now = self.decode(self._ids[self._context :])
-            self._text += now[len(before) :]
+            self._text += self._unread_text()
             self._context = self._read = len(self._ids)
         end = self._end()
         return self._emit_upto(len(self._text) if end is None else end)
+
+    def _unread_text(self) -> str:
+        """Returns the text of the tokens from `_read` on."""
+        before = self.decode(self._ids[self._context : self._read])
+        now = self.decode(self._ids[self._context :])
+        return now[len(before) :]
 
     @property
     def text(self) -> str:

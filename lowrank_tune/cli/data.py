@@ -22,11 +22,11 @@ def data_command(
         loaded = load_any(recipe, *(overrides or []))
         with loading_message():
             from lowrank_tune.data_report import inspect_data
-            from lowrank_tune.events import Event, LogMessage, Progress
+            from lowrank_tune.events import Event, Progress, is_warning
             from lowrank_tune.ui.views.data import show
 
         def on_event(event: Event) -> None:
-            if isinstance(event, Progress) or isinstance(event, LogMessage) and event.level == "warning":
+            if isinstance(event, Progress) or is_warning(event):
                 plain(event)
 
         faulty = False

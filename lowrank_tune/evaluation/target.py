@@ -20,11 +20,11 @@ from lowrank_tune.assembly.finished_run import (
     changed_tensors,
     load_finished_reward_run,
     load_finished_run,
+    roles_of,
     stored_recipe,
 )
 from lowrank_tune.assembly.reward_model import REWARD_ROLE
 from lowrank_tune.config import (
-    AdapterConfig,
     BaseConfig,
     RecipeConfig,
     default_adapter_name,
@@ -36,7 +36,6 @@ from lowrank_tune.model.adapters import (
     STACK,
     SavedAdapter,
     adapter_rope_factors,
-    lora_config,
     read_adapter,
     read_stack,
 )
@@ -265,19 +264,7 @@ def roles_for(
     saved: dict[str, SavedAdapter] = {}
     for adapters in adapters_of_role.values():
         saved |= adapters
-    configs = {name: adapter.config for name, adapter in saved.items()}
-    if not configs:
-        configs = {"none": lora_config(AdapterConfig(r=1), base.model)}
-    roles = Roles(
-        base,
-        configs,
-        trainable=[],
-        stacks=stacks,
-        heads=heads,
-    )
-    for name, adapter in saved.items():
-        roles.load_adapter_tensors(name, adapter.tensors, str(adapter.folder))
-    return roles
+    return roles_of(saved, base, stacks, heads)
 
 
 def role_of(variant: str) -> str:

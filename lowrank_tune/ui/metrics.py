@@ -9,6 +9,9 @@ from typing import Any
 
 from lowrank_tune.events import RunStarted
 
+Point = tuple[float, float]
+Points = Sequence[Point]
+
 CHARTS: dict[str, tuple[tuple[str, ...], ...]] = {
     "sft": (
         ("loss",),
@@ -198,7 +201,7 @@ _HELDOUT = re.compile(r"heldout/(.+)/([^/]+)", re.DOTALL)
 _REWARD_MEAN = re.compile(r"rewards/(.+)/mean", re.DOTALL)
 
 
-def moving_average(points: Sequence[tuple[float, float]], decay: float) -> list[tuple[float, float]]:
+def moving_average(points: Points, decay: float) -> list[Point]:
     """Returns the exponential moving average of the values (x, y), corrected for its start at 0 as Adam does. Points
     that are not finite are left out."""
     total = 0.0

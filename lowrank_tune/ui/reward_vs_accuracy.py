@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from statistics import fmean
 
 from lowrank_tune.training.reward_hacking import (
@@ -11,14 +11,13 @@ from lowrank_tune.training.reward_hacking import (
     WINDOW,
     EvalPoint,
 )
+from lowrank_tune.ui.metrics import Point, Points
 from lowrank_tune.ui.state import State
 
 MIN_LENGTH_CHANGE = 1.3
 """Factor by which the mean length must grow or shrink."""
 MIN_REPETITION_RISE = 0.1
 """Share of the sequences of four words."""
-
-Points = Sequence[tuple[float, float]]
 
 
 def eval_points_of(state: State) -> list[EvalPoint]:
@@ -69,7 +68,7 @@ def values_of(state: State, name: str) -> list[float]:
     return [value for _, value in _points(state, name) if math.isfinite(value)]
 
 
-def frontier(state: State, name: str = "reward") -> list[tuple[float, float]]:
+def frontier(state: State, name: str = "reward") -> list[Point]:
     """Returns a statistic by the distance from the reference: (KL in nats a token, value). The KL is that of the same
     step; for another statistic than the reward it is the last one that was measured before."""
     return by_kl(
@@ -83,11 +82,11 @@ def by_kl(
     kl_by_step: Points,
     values_by_step: Points,
     same_step: bool = False,
-) -> list[tuple[float, float]]:
+) -> list[Point]:
     """Returns finite values with the last finite KL that was measured before them; with `same_step`, only those whose
     step has one. Both are in the order of the steps."""
     kl_points = [point for point in kl_by_step if math.isfinite(point[1])]
-    points = list[tuple[float, float]]()
+    points = list[Point]()
     index = 0
     for step, value in values_by_step:
         while index < len(kl_points) and kl_points[index][0] <= step:

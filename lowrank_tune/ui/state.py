@@ -29,6 +29,8 @@ from lowrank_tune.ui.metrics import (
     DEFAULT_ALGORITHM,
     PAIR_SIDES,
     POLICY,
+    Point,
+    Points,
     heldout_parts,
     phases_of,
     reference_name,
@@ -53,10 +55,10 @@ class Series:
     """The values of one statistic by step. Above `MAX_POINTS`, neighbors are replaced by their mean, so that drawing
     stays cheap."""
 
-    points: list[tuple[float, float]] = field(default_factory=list)
+    points: list[Point] = field(default_factory=list)
     per_point: int = 1
     last: float = math.nan
-    _open: list[tuple[float, float]] = field(default_factory=list)
+    _open: list[Point] = field(default_factory=list)
 
     def add(self, step: int, value: float) -> None:
         self.last = value
@@ -74,7 +76,7 @@ class Series:
         self._open = [point for point in self._open if point[0] <= step]
 
 
-def _mean(points: list[tuple[float, float]]) -> tuple[float, float]:
+def _mean(points: Points) -> Point:
     """Returns the last step and the mean of the values that are not nan."""
     last_step, _ = points[-1]
     values = [value for _, value in points if not math.isnan(value)]

@@ -10,7 +10,7 @@ from xml.etree.ElementTree import Element, SubElement, tostring
 from markupsafe import Markup
 
 from lowrank_tune.ui.formatting import format_tick
-from lowrank_tune.ui.metrics import moving_average
+from lowrank_tune.ui.metrics import Point, moving_average
 
 WIDTH = 560
 HEIGHT = 230
@@ -23,8 +23,6 @@ PLOT_HEIGHT = HEIGHT - TOP - BOTTOM
 MAX_BUCKETS = 300
 """Buckets of a long series; the lowest and the highest point of each are drawn."""
 MIN_LOG_VALUE = 1e-300
-
-Point = tuple[float, float]
 
 
 @dataclass(frozen=True)

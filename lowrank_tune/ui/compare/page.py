@@ -97,7 +97,7 @@ def _series(
     name: str,
     kind: str,
 ) -> Series:
-    points = [(float(step), value) for step, value in run.points(name).items()]
+    points = run.curve(name)
     if len(points) > MIN_POINTS_TO_SMOOTH:
         points = smooth(points)
     return Series(

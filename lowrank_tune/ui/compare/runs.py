@@ -14,11 +14,12 @@ from lowrank_tune.checkpoint.run_format import check_run_format
 from lowrank_tune.config.yaml import dotted, leaves
 from lowrank_tune.errors import UserError
 from lowrank_tune.evaluation import EvalRecord, read_records
-from lowrank_tune.ui.metrics import charts_of
+from lowrank_tune.ui.metrics import Point, charts_of
 from lowrank_tune.ui.report.run_log import (
     ChainLog,
     RunLog,
     StepValues,
+    in_order,
     read_chain,
     read_run_log,
 )
@@ -77,6 +78,10 @@ class ComparedRun:
     def points(self, name: str) -> StepValues:
         """Returns the finite values of a statistic by step."""
         return self.last.finite_values(name)
+
+    def curve(self, name: str) -> list[Point]:
+        """Returns the finite values of a statistic as points."""
+        return in_order(self.points(name))
 
 
 def read_runs(paths: Sequence[Path]) -> list[ComparedRun]:

@@ -140,7 +140,7 @@ def _chart(
     title = [(f" {chart_title(name)} ", "title")]
     for run in runs:
         style, sign = styles[run.label]
-        points = [(float(step), value) for step, value in run.points(name).items()]
+        points = run.curve(name)
         drawn = moving_average(points, SMOOTHING) if len(points) > MIN_POINTS_TO_SMOOTH else points
         curves.append(Curve(drawn, style, sign))
         shown_sign = sign if canvas.signs else ""

@@ -14,6 +14,7 @@ from lowrank_tune.ui import escape_control_chars
 from lowrank_tune.ui.formatting import format_tick
 from lowrank_tune.ui.html import render
 from lowrank_tune.ui.metrics import (
+    Point,
     chart_title,
     descriptions_of,
     metric_label,
@@ -21,9 +22,8 @@ from lowrank_tune.ui.metrics import (
     paired_metric,
     reward_names,
 )
-from lowrank_tune.ui.report.run_log import RunLog
+from lowrank_tune.ui.report.run_log import RunLog, in_order
 from lowrank_tune.ui.svg import (
-    Point,
     Series,
     downsample,
     line_chart,
@@ -71,7 +71,7 @@ def curves(run_log: RunLog) -> Markup:
     """Returns a card for each statistic, the validation beside the step. Figures of held-out prompts and pairs have a
     table instead."""
     algorithm = run_log.algorithm
-    descriptions = _descriptions_in_order(run_log)
+    descriptions = _descriptionsin_order(run_log)
     partners = {paired_metric(algorithm, name) for name in descriptions}
     measured = {
         *run_log.series,
@@ -91,7 +91,7 @@ def curves(run_log: RunLog) -> Markup:
     return render("curves", cards=cards) if cards else Markup()
 
 
-def _descriptions_in_order(run_log: RunLog) -> dict[str, str]:
+def _descriptionsin_order(run_log: RunLog) -> dict[str, str]:
     """Returns the description of each statistic. The curves of several rewards follow that of their sum."""
     descriptions = descriptions_of(run_log.algorithm)
     if run_log.algorithm not in ONLINE_ALGORITHMS:
@@ -187,7 +187,7 @@ def metric_series(
     # names of statistics come from a file that anyone may have edited
     name = escape_control_chars(name, MAX_NAME)
     check_name = escape_control_chars(check_name, MAX_NAME)
-    steps = _in_order(points)
+    steps = in_order(points)
     finite = [point for point in steps if math.isfinite(point[1])]
     is_rough = _is_rough(finite)
     series = []
@@ -206,7 +206,7 @@ def metric_series(
             Series(
                 check_name,
                 "check",
-                downsample(_in_order(checks), SMOOTHED_BUCKETS),
+                downsample(in_order(checks), SMOOTHED_BUCKETS),
             )
         )
     return series
@@ -216,15 +216,11 @@ def pair_series(sides: Mapping[str, Mapping[int, float]]) -> list[Series]:
     """Returns the lines of both sides of a pair, smooth ones alone: two rough ones could not be distinguished."""
     series = []
     for name, points in sides.items():
-        finite = [point for point in _in_order(points) if math.isfinite(point[1])]
+        finite = [point for point in in_order(points) if math.isfinite(point[1])]
         if finite:
             drawn = smooth(finite) if _is_rough(finite) else finite
             series.append(Series(pair_side(name), pair_side(name), downsample(drawn)))
     return series
-
-
-def _in_order(points: Mapping[int, float]) -> list[Point]:
-    return [(float(step), value) for step, value in sorted(points.items())]
 
 
 def _is_rough(points: Sequence[Point]) -> bool:

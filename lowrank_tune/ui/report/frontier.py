@@ -8,13 +8,13 @@ from markupsafe import Markup
 
 from lowrank_tune.ui.formatting import format_tick
 from lowrank_tune.ui.html import render
+from lowrank_tune.ui.metrics import Point
 from lowrank_tune.ui.report.run_log import RunLog
 from lowrank_tune.ui.reward_vs_accuracy import by_kl
 from lowrank_tune.ui.svg import (
     RIGHT,
     WIDTH,
     Plot,
-    Point,
     downsample,
     linear_axis,
     smooth,

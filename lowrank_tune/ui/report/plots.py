@@ -8,13 +8,13 @@ from statistics import fmean
 from markupsafe import Markup
 
 from lowrank_tune.ui.formatting import format_tick
+from lowrank_tune.ui.metrics import Point
 from lowrank_tune.ui.svg import (
     LEFT,
     PLOT_WIDTH,
     TOP,
     Axis,
     Plot,
-    Point,
     linear_axis,
     whole_number_axis,
 )

@@ -25,6 +25,7 @@ from lowrank_tune.ui.metrics import (
     DEFAULT_ALGORITHM,
     POLICY,
     WITHOUT_REFERENCE,
+    Point,
     phases_of,
 )
 from lowrank_tune.ui.run_paths import (
@@ -39,6 +40,11 @@ StepValues = dict[int, float]
 """Values by step."""
 MAX_GROUPS = 64
 """Groups that are kept of a run, spread over it."""
+
+
+def in_order(values: Mapping[int, float]) -> list[Point]:
+    """Returns values by step as points, in the order of the steps."""
+    return [(float(step), value) for step, value in sorted(values.items())]
 
 
 @dataclass
@@ -92,9 +98,9 @@ class RunLog:
         """Wall time of all sessions."""
         return self._wall_time.seconds
 
-    def points(self, name: str) -> list[tuple[int, float]]:
-        """Returns the values of a statistic of the steps with their steps, in order."""
-        return sorted(self.series.get(name, {}).items())
+    def points(self, name: str) -> list[Point]:
+        """Returns the values of a statistic of the steps as points."""
+        return in_order(self.series.get(name, {}))
 
     def finite_values(self, name: str) -> StepValues:
         """Returns the finite values of a statistic of the steps, or else of the validations, in order."""

@@ -11,6 +11,8 @@ from lowrank_tune.ui.metrics import (
     BAND_METRIC,
     SIDE_TITLES,
     TITLES,
+    Point,
+    Points,
     charts_of,
     metric_label,
     moving_average,
@@ -20,7 +22,7 @@ from lowrank_tune.ui.metrics import (
 )
 from lowrank_tune.ui.reward_vs_accuracy import frontier
 from lowrank_tune.ui.state import Series, State
-from lowrank_tune.ui.terminal.charts import Curve, Points, chart, format_number
+from lowrank_tune.ui.terminal.charts import Curve, chart, format_number
 from lowrank_tune.ui.terminal.panes import SMOOTHINGS, View, labeled_value
 from lowrank_tune.ui.terminal.text_layout import Block, Line
 
@@ -166,7 +168,7 @@ def _frontier_pane(
     ]
 
 
-def _scaled_to(rewards: Points, accuracy: Points) -> list[tuple[float, float]]:
+def _scaled_to(rewards: Points, accuracy: Points) -> list[Point]:
     """Returns the points of the accuracy, scaled to the range of the rewards."""
     low = min(y for _, y in rewards)
     high = max(y for _, y in rewards)

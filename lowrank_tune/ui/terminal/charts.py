@@ -9,9 +9,9 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from lowrank_tune.ui.metrics import Points
 from lowrank_tune.ui.terminal.text_layout import Block, Line
 
-Points = Sequence[tuple[float, float]]
 Dot = tuple[int, int]
 """Column and row, counted from the upper left corner."""
 
