@@ -508,9 +508,9 @@ def finished_stages(loaded: RecipeConfig | Chain, folder: Path) -> frozenset[str
     return frozenset(finished)
 
 
+@dataclass(eq=False)
 class _CallbackSink:
-    def __init__(self, function: Callable[[Event], None]) -> None:
-        self.function = function
+    function: Callable[[Event], None]
 
     def __call__(self, event: Event) -> None:
         self.function(event)

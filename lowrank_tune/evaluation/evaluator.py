@@ -49,24 +49,16 @@ class EvalResult:
     interrupted: bool = False
 
 
+@dataclass
 class Evaluator:
     """Evaluates variants over one base. `samples` is the number of answers per question, 0 for losses alone."""
 
-    def __init__(
-        self,
-        roles: Roles,
-        template: ChatTemplate,
-        grader: Grader,
-        sampling: SamplingParams,
-        samples: int,
-        emit: Emit,
-    ) -> None:
-        self.roles = roles
-        self.template = template
-        self.grader = grader
-        self.sampling = sampling
-        self.samples = samples
-        self.emit = emit
+    roles: Roles
+    template: ChatTemplate
+    grader: Grader
+    sampling: SamplingParams
+    samples: int
+    emit: Emit
 
     def measure(
         self,

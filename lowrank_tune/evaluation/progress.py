@@ -2,24 +2,20 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from lowrank_tune.events import Emit, Progress
 
 
+@dataclass
 class ProgressBar:
     """Emits a limited number of `Progress` events while a job is done."""
 
-    def __init__(
-        self,
-        description: str,
-        total: int,
-        emit: Emit,
-        updates: int = 20,
-    ) -> None:
-        self.description = description
-        self.total = total
-        self.emit = emit
-        self.updates = updates
-        self.done = 0
+    description: str
+    total: int
+    emit: Emit
+    updates: int = 20
+    done: int = 0
 
     def advance(self, count: int = 1) -> None:
         """Adds `count` finished units; emits an event if a further fraction of `1 / updates` is done."""

@@ -55,27 +55,21 @@ class EvaluationState:
     hacking: RewardHackingDetector = field(default_factory=RewardHackingDetector)
 
 
+@dataclass
 class Checkpointer:
     """Saves a stage and restores it. `parameter_names` has the trained parameters in the order of the optimizer."""
 
-    def __init__(
-        self,
-        recipe: RecipeConfig,
-        folder: RunFolder,
-        built: RunComponents,
-        trainer: Trainer,
-        parameter_names: list[str],
-        emit: Emit,
-    ) -> None:
-        self.recipe = recipe
-        self.folder = folder
-        self.built = built
-        self.trainer = trainer
-        self.parameter_names = parameter_names
-        self.emit = emit
-        self.base_hash = combined_hash(built.base_hashes)
+    recipe: RecipeConfig
+    folder: RunFolder
+    built: RunComponents
+    trainer: Trainer
+    parameter_names: list[str]
+    emit: Emit
+    last_saved_step: int | None = None
+
+    def __post_init__(self) -> None:
+        self.base_hash = combined_hash(self.built.base_hashes)
         self.frozen_hashes = self.hash_frozen_adapters()
-        self.last_saved_step: int | None = None
 
     def hash_frozen_adapters(self) -> dict[str, str]:
         """Returns a hash of the tensors of each adapter that is not trained."""

@@ -120,24 +120,17 @@ def check_installed(names: Iterable[str]) -> None:
         raise ConfigError(problems)
 
 
+@dataclass(eq=False)
 class Tracker:
     """One tracker as a sink."""
 
-    def __init__(
-        self,
-        name: str,
-        inner: Any,
-        settings: Mapping[str, Any],
-        fresh: bool,
-        logged: LoggedSteps,
-    ) -> None:
-        self.name = name
-        self._inner = inner
-        self._settings = settings
-        self._fresh = fresh
-        self._logged = logged
-        # until RunEnded sets it
-        self._status = "failed"
+    name: str
+    _inner: Any
+    _settings: Mapping[str, Any]
+    _fresh: bool
+    _logged: LoggedSteps
+    _status: str = "failed"
+    """Until `RunEnded` sets it."""
 
     def __call__(self, event: Event) -> None:
         try:

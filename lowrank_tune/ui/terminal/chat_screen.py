@@ -8,6 +8,7 @@ import sys
 import termios
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from typing import Any
 
 from lowrank_tune.ui import encodable, escape_control_chars, escape_lines
@@ -117,16 +118,15 @@ def _note_style(warns: bool) -> str:
     return "warning" if warns else "quiet"
 
 
+@dataclass
 class StackedView:
     """One answer after the other, written while it is generated. The terminal breaks the lines, so that copied text has
     the line breaks of the answer only."""
 
+    screen: ChatScreen
+    labels: Sequence[str]
+    _current: int = -1
     together = False
-
-    def __init__(self, screen: ChatScreen, labels: Sequence[str]) -> None:
-        self.screen = screen
-        self.labels = labels
-        self._current = -1
 
     def add(self, number: int, piece: str) -> None:
         """Writes a piece of an answer, the first one after the name of its variant."""
@@ -152,22 +152,23 @@ class StackedView:
             self.screen.note(f"{self.labels[number]}: {facts}", "warning")
 
 
+@dataclass
 class SideBySideView:
     """Two answers at the same time, in columns."""
 
+    screen: ChatScreen
+    labels: Sequence[str]
     together = True
 
-    def __init__(self, screen: ChatScreen, labels: Sequence[str]) -> None:
-        self.screen = screen
-        self.labels = labels
+    def __post_init__(self) -> None:
         self._facts = dict[int, tuple[str, bool]]()
-        titles = [[(label, _style_of(label))] for label in labels]
+        titles = [[(label, _style_of(label))] for label in self.labels]
         self.columns = Columns(
-            screen.write,
-            screen.size,
+            self.screen.write,
+            self.screen.size,
             titles,
-            screen.color,
-            screen.bar,
+            self.screen.color,
+            self.screen.bar,
         )
         self.columns.draw()
 

@@ -6,6 +6,7 @@ For preferences also how the sides differ, and pairs side by side; for online al
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 
 from rich import box
 from rich.console import (
@@ -392,40 +393,35 @@ def _with_mask(segments: Segments, plain: bool) -> Text:
     return text
 
 
+@dataclass
 class _PairView:
     """The prompt, and below it both answers side by side; in a narrow terminal the rejected answer is below the chosen
     one."""
 
-    def __init__(
-        self,
-        chosen: Example,
-        rejected: Example,
-        plain: bool,
-    ) -> None:
-        self._chosen = chosen
-        self._rejected = rejected
-        self._plain = plain
+    chosen: Example
+    rejected: Example
+    plain: bool
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        shared = _shared_prompt(self._chosen.segments, self._rejected.segments)
+        shared = _shared_prompt(self.chosen.segments, self.rejected.segments)
         if shared:
-            yield _indent(_with_mask(shared, self._plain))
-        chosen = _with_mask(self._chosen.segments[len(shared) :], self._plain)
-        rejected = _with_mask(self._rejected.segments[len(shared) :], self._plain)
+            yield _indent(_with_mask(shared, self.plain))
+        chosen = _with_mask(self.chosen.segments[len(shared) :], self.plain)
+        rejected = _with_mask(self.rejected.segments[len(shared) :], self.plain)
         if options.max_width < NARROW:
             yield from (
-                _head(self._chosen),
+                _head(self.chosen),
                 _indent(chosen),
-                _head(self._rejected),
+                _head(self.rejected),
                 _indent(rejected),
             )
         else:
             table = Table(
-                box=box.ASCII if self._plain else box.MINIMAL,
+                box=box.ASCII if self.plain else box.MINIMAL,
                 show_edge=False,
                 expand=True,
             )
-            for example in (self._chosen, self._rejected):
+            for example in (self.chosen, self.rejected):
                 table.add_column(
                     _head(example),
                     ratio=1,
