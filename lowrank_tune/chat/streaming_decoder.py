@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 
 # tokenizers decode bytes that are not a complete character to this
 REPLACEMENT_CHAR = "\ufffd"
@@ -12,6 +13,7 @@ ROLE_MARKERS = ("System:", "User:", "Assistant:")
 MARKER_LOOKBACK = 48
 
 
+@dataclass
 class IncrementalDecoder:
     """Decodes a stream of tokens. `add` returns the text that later tokens cannot change; the texts of `add` and
     `flush` together are `decode` of all tokens.
@@ -20,28 +22,22 @@ class IncrementalDecoder:
     single bytes: a run of these is decoded as a whole, because a later one can change the text of those before it.
     """
 
-    def __init__(
-        self,
-        decode: Callable[[Sequence[int]], str],
-        turn: re.Pattern[str] | None = None,
-        is_byte: Callable[[int], bool] | None = None,
-    ) -> None:
-        self.decode = decode
-        self.turn = turn
-        self.turned = False
-        self._is_byte = is_byte
-        self._ids: list[int] = []
-        # Tokens from `_context` on are decoded again each time, because a first token may lose its space. The text of
-        # the tokens before `_read` is in `_text`.
-        self._context = 0
-        self._read = 0
-        self._text = ""
-        self._emitted = 0
+    decode: Callable[[Sequence[int]], str]
+    turn: re.Pattern[str] | None = None
+    is_byte: Callable[[int], bool] | None = None
+    turned: bool = False
+    _ids: list[int] = field(default_factory=list)
+    # Tokens from `_context` on are decoded again each time, because a first token may lose its space. The text of the
+    # tokens before `_read` is in `_text`.
+    _context: int = 0
+    _read: int = 0
+    _text: str = ""
+    _emitted: int = 0
 
     def add(self, token: int) -> str:
         """Adds a token and returns the new text, which is often empty."""
         self._ids.append(token)
-        if self._is_byte is not None and self._is_byte(token):
+        if self.is_byte is not None and self.is_byte(token):
             return ""
         new = self._unread_text()
         if new and not new.endswith(REPLACEMENT_CHAR):

@@ -25,6 +25,8 @@ MEASURES = {
     "trained": "trained tokens",
 }
 EPOCH_FIGURES = ("rows", "tokens", "trained", "steps")
+SIDE_FIGURES = ("pairs", "chosen", "rejected", "margins", *SIDE_COUNTS)
+"""How the sides of the training pairs differ in length, which a model could learn instead of quality."""
 LENGTH_FIGURES = {
     "median": "median",
     "p95": "95 % up to",
@@ -53,17 +55,6 @@ class Source:
 
 
 @dataclass(frozen=True)
-class Sides:
-    """How the sides of the training pairs differ in length, which a model could learn instead of quality."""
-
-    pairs: float
-    shares: Sequence[tuple[str, float]]
-    chosen_tokens: float
-    rejected_tokens: float
-    margins: float
-
-
-@dataclass(frozen=True)
 class Issue:
     """A kind of row that could not be used."""
 
@@ -88,6 +79,7 @@ def data(run_log: RunLog) -> Markup:
         return Markup()
     epoch = get_mapping(report, "epoch")
     lengths = get_mapping(report, "lengths")
+    sides = get_mapping(report, "sides")
     issues = [_issue(issue) for issue in get_objects(report, "issues")]
     examples = [_example(example) for example in get_objects(report, "examples")]
     return render(
@@ -99,7 +91,8 @@ def data(run_log: RunLog) -> Markup:
         eos_tokens=_eos_tokens(get_mapping(report, "ends")),
         lengths=[(label, get_number(lengths, name)) for name, label in LENGTH_FIGURES.items()],
         length_svg=_length_svg(lengths),
-        sides=_sides(get_mapping(report, "sides")),
+        sides={name: get_number(sides, name) for name in SIDE_FIGURES},
+        side_counts=SIDE_COUNTS,
         issues=issues,
         examples=examples,
     )
@@ -143,20 +136,6 @@ def _length_svg(lengths: Mapping[str, Any]) -> Markup:
         counts,
         int(get_number(lengths, "limit")),
         int(get_number(lengths, "over")),
-    )
-
-
-def _sides(side_stats: Mapping[str, Any]) -> Sides | None:
-    pairs = get_number(side_stats, "pairs")
-    if not pairs:
-        return None
-    shares = [(label, get_number(side_stats, name) / pairs) for name, label in SIDE_COUNTS.items()]
-    return Sides(
-        pairs,
-        shares,
-        get_number(side_stats, "chosen"),
-        get_number(side_stats, "rejected"),
-        get_number(side_stats, "margins"),
     )
 
 

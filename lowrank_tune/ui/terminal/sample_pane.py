@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from lowrank_tune.events import SampleLogged
 from lowrank_tune.ui.formatting import number, percent, signed
@@ -34,54 +35,43 @@ def sample_pane(
 ) -> Block:
     """Returns held-out pairs with their scores if the run has any, else held-out questions with the first and the
     current answer."""
-    draw: Callable[[int, int], Block]
     if state.pairs:
-        kind = "pair"
-        note = _pairs_note(state)
-        pairs = list(state.pairs.values())
-        count = len(pairs)
-
-        def draw(index: int, max_lines: int) -> Block:
-            return _pair(pairs[index], view, width, max_lines)
-
-    else:
-        kind = "question"
-        note = _heldout_note(state, view, width - MIN_TITLE_WIDTH)
-        prompts = list({**state.answers, **state.earlier})
-        count = len(prompts)
-
-        def draw(index: int, max_lines: int) -> Block:
-            return _question(state, prompts[index], view, width, max_lines)
-
-    if count == 0:
+        pairs = [partial(_pair, pair, view, width) for pair in state.pairs.values()]
+        return _stack("pair", pairs, _pairs_note(state), view, width, height)
+    note = _heldout_note(state, view, width - MIN_TITLE_WIDTH)
+    questions = [partial(_question, state, prompt, view, width) for prompt in {**state.answers, **state.earlier}]
+    if not questions:
         return [heading("answers", width, view, note), [(" no answers yet", "quiet")]]
-    first = view.sample % count
-    title = heading(f"{kind} {first + 1} of {count}", width, view, note)
-    return [title, *_stack(draw, first, count, height - 1)]
+    return _stack("question", questions, note, view, width, height)
 
 
 def _stack(
-    block: Callable[[int, int], Block],
-    first: int,
-    count: int,
+    kind: str,
+    blocks: Sequence[Callable[[int], Block]],
+    note: str,
+    view: View,
+    width: int,
     height: int,
 ) -> Block:
-    """Returns as many blocks as fit, one below the other, beginning with number `first`.
+    """Returns a title, and below it as many blocks as fit, beginning with the one that the view selects.
 
-    `block(index, max_lines)` draws one of the `count` blocks. A single block may fill the whole height, others half of
-    it.
+    `blocks[index](max_lines)` draws a block. A single block may fill the whole height, others half of it.
     """
+    count = len(blocks)
+    first = view.sample % count
+    title = heading(f"{kind} {first + 1} of {count}", width, view, note)
+    height -= 1
     max_lines = height
     if count > 1:
         max_lines = max(MIN_BLOCK_LINES, (height + 1) // 2)
-    lines = block(first, min(height, max_lines))
+    lines = blocks[first](min(height, max_lines))
     for turn in range(1, count):
         room = height - len(lines) - 1
         if room < MIN_BLOCK_LINES:
             break
         lines.append([])
-        lines += block((first + turn) % count, min(room, max_lines))
-    return lines
+        lines += blocks[(first + turn) % count](min(room, max_lines))
+    return [title, *lines]
 
 
 def _heldout_note(
