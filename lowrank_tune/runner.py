@@ -41,7 +41,7 @@ from lowrank_tune.training.final_adapter import final_folder
 from lowrank_tune.training.signals import TrainerControl, handle_signals
 from lowrank_tune.training.sinks import EventBus, JsonLines, Sink, log_gaps
 from lowrank_tune.training.stage import Stage, StagePosition
-from lowrank_tune.training.summaries import chain_summary, read_summary, reusable_results
+from lowrank_tune.training.summaries import chain_summary, read_done_summary, reusable_results
 from lowrank_tune.ui.report import write_report
 from lowrank_tune.ui.terminal.device import can_show
 from lowrank_tune.ui.terminal.plain import LineLogger
@@ -453,8 +453,8 @@ def _finished_summary(path: Path, context: _RunContext) -> dict[str, Any] | None
 
     A stage whose final folder is damaged has to run again: the folder is moved aside and the summary removed.
     """
-    summary = read_summary(path)
-    if summary is None or summary["status"] != "done":
+    summary = read_done_summary(path)
+    if summary is None:
         return None
     if quarantine_broken_final(path / "final", context.emit):
         with as_user_error(path / "summary.json"):
@@ -502,8 +502,7 @@ def finished_stages(loaded: RecipeConfig | Chain, folder: Path) -> frozenset[str
     finished: set[str] = set()
     for number, stage in enumerate(loaded.stages, 1):
         path = folder / stage_folder(number, stage.name)
-        summary = read_summary(path)
-        if summary is not None and summary["status"] == "done" and broken_final_reason(path / "final") is None:
+        if read_done_summary(path) is not None and broken_final_reason(path / "final") is None:
             finished.add(stage.name)
     return frozenset(finished)
 

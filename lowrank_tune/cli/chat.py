@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from enum import StrEnum
-from typing import Annotated, Literal
+from typing import Annotated
 
 import typer
 
@@ -85,16 +85,13 @@ def chat_command(
             max_new_tokens,
             seed,
         )
-        base_bits: Literal[4, 16] | None = None
-        if bits is not None:
-            base_bits = 4 if bits == BitWidth.four else 16
         try:
             chat(
                 name,
                 sampling,
                 variant and variant.value,
                 system,
-                base_bits,
+                None if bits is None else int(bits),
                 base_path,
             )
         except KeyboardInterrupt as error:

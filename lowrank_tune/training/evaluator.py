@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from lowrank_tune.assembly import RunComponents
@@ -17,31 +18,28 @@ from lowrank_tune.rewards.text.repetition import NGRAM, distinct_ngram_fraction
 from lowrank_tune.training.samples import SampleLogger
 
 
+@dataclass
 class StageEvaluator:
     """Measures the roles of a stage on held-out data.
 
     `questions` is empty for a stage that trains no generative adapter (a reward model).
     """
 
-    def __init__(
-        self,
-        recipe: RecipeConfig,
-        built: RunComponents,
-        emit: Emit,
-    ) -> None:
-        self.config = recipe.evaluate
-        self.seed = recipe.seed
-        self.built = built
-        self.emit = emit
-        self.is_generative = "policy" in built.trained
+    recipe: RecipeConfig
+    built: RunComponents
+    emit: Emit
+
+    def __post_init__(self) -> None:
+        self.config = self.recipe.evaluate
+        self.is_generative = "policy" in self.built.trained
         self.questions: list[EvalQuestion] = []
         if self.is_generative:
-            self.questions = render_questions(built.heldout, built.template)
+            self.questions = render_questions(self.built.heldout, self.built.template)
         self.samples = SampleLogger(
             self.config,
-            built,
+            self.built,
             self.questions,
-            emit,
+            self.emit,
         )
 
     def validation_metrics(self) -> dict[str, float] | None:
@@ -121,7 +119,7 @@ class StageEvaluator:
             self.config.max_new_tokens,
             self.built.stop_ids,
             temperature,
-            self.seed,
+            self.recipe.seed,
         )
         return generate_answers(
             self.built.roles,

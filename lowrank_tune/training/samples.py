@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from lowrank_tune.assembly import RunComponents
 from lowrank_tune.config import EvaluationConfig
 from lowrank_tune.data import TokenizedDataset
@@ -11,6 +13,7 @@ from lowrank_tune.events import Emit, SampleLogged, ignore_event
 from lowrank_tune.generation.sampling_params import SamplingParams
 
 
+@dataclass
 class SampleLogger:
     """Emits `SampleLogged` events.
 
@@ -18,23 +21,19 @@ class SampleLogger:
     validation rows, as far as an answer fits the context of the base; none for a stage that trains no policy.
     """
 
-    def __init__(
-        self,
-        config: EvaluationConfig,
-        built: RunComponents,
-        heldout: list[EvalQuestion],
-        emit: Emit,
-    ) -> None:
-        self.config = config
-        self.built = built
-        self.emit = emit
-        self.questions = self._shown_questions(heldout)
+    config: EvaluationConfig
+    built: RunComponents
+    heldout: list[EvalQuestion]
+    emit: Emit
 
-    def _shown_questions(self, heldout: list[EvalQuestion]) -> list[EvalQuestion]:
+    def __post_init__(self) -> None:
+        self.questions = self._shown_questions()
+
+    def _shown_questions(self) -> list[EvalQuestion]:
         count = self.config.num_completions_to_print
         if "policy" not in self.built.trained:
             return []
-        candidates = heldout
+        candidates = self.heldout
         if not candidates and self.built.validation is not None:
             candidates = select_questions(self.built.validation, self.built.template, count)
         limit = self.built.base.max_row_length

@@ -46,13 +46,13 @@ def chain_summary(stage_chain: Chain, summaries: Sequence[Mapping[str, Any]]) ->
     }
 
 
-def read_summary(run: Path) -> dict[str, Any] | None:
-    """Returns the summary in a run folder, None if it is missing or damaged."""
+def read_done_summary(run: Path) -> dict[str, Any] | None:
+    """Returns the summary in the folder of a run that is done; None if it is not, or the file is missing or damaged."""
     try:
         summary = json.loads((run / "summary.json").read_bytes())
     except (OSError, ValueError):
         return None
-    if isinstance(summary, dict) and "status" in summary:
+    if isinstance(summary, dict) and summary.get("status") == "done":
         return summary
     return None
 

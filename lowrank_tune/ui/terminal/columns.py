@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 from lowrank_tune.ui.terminal.text_layout import Line, side_by_side, to_ansi, wrap
 
@@ -55,31 +56,27 @@ class Column:
         return wrap(paragraph, self._width, UNLIMITED) or [""]
 
 
+@dataclass
 class Columns:
     """Two or more texts side by side below their titles.
 
     `write` writes to the terminal, `size` returns its columns and lines.
     """
 
-    def __init__(
-        self,
-        write: Callable[[str], None],
-        size: Callable[[], tuple[int, int]],
-        titles: Sequence[Line],
-        color: bool,
-        bar: str,
-    ) -> None:
-        self.write = write
-        self.size = size
-        self.titles = titles
-        self.color = color
-        self.gap = f" {bar} "
-        self.columns = [Column() for _ in titles]
-        self._screen_width = 0
-        # lines that are final, and lines below them that the next frame draws again
-        self._final = 0
-        self._drawn = 0
-        self._last_frame = 0.0
+    write: Callable[[str], None]
+    size: Callable[[], tuple[int, int]]
+    titles: Sequence[Line]
+    color: bool
+    bar: str
+    _screen_width: int = 0
+    # lines that are final, and lines below them that the next frame draws again
+    _final: int = 0
+    _drawn: int = 0
+    _last_frame: float = 0.0
+
+    def __post_init__(self) -> None:
+        self.gap = f" {self.bar} "
+        self.columns = [Column() for _ in self.titles]
 
     def add(self, index: int, text: str) -> None:
         """Appends text to a column, and draws if the last frame is older than `FRAME_SECONDS`."""
