@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -199,20 +198,6 @@ PAIR_MARGIN = {"reward": "margin", "dpo": "rewards/margins"}
 
 _HELDOUT = re.compile(r"heldout/(.+)/([^/]+)", re.DOTALL)
 _REWARD_MEAN = re.compile(r"rewards/(.+)/mean", re.DOTALL)
-
-
-def moving_average(points: Points, decay: float) -> list[Point]:
-    """Returns the exponential moving average of the values (x, y), corrected for its start at 0 as Adam does. Points
-    that are not finite are left out."""
-    total = 0.0
-    weight = 0.0
-    averaged = []
-    for x, y in points:
-        if math.isfinite(y):
-            total = decay * total + y
-            weight = decay * weight + 1
-            averaged.append((x, total / weight))
-    return averaged
 
 
 def charts_of(algorithm: str) -> tuple[tuple[str, ...], ...]:

@@ -10,7 +10,7 @@ from xml.etree.ElementTree import Element, SubElement, tostring
 from markupsafe import Markup
 
 from lowrank_tune.ui.formatting import format_tick
-from lowrank_tune.ui.metrics import Point, moving_average
+from lowrank_tune.ui.metrics import Point
 
 WIDTH = 560
 HEIGHT = 230
@@ -325,8 +325,16 @@ def downsample(points: Sequence[Point], buckets: int = MAX_BUCKETS) -> list[Poin
 
 
 def smooth(points: Sequence[Point]) -> list[Point]:
-    """Returns an exponential mean over about a twentieth of the points."""
-    return moving_average(points, 1 - 2 / (max(4, len(points) / 20) + 1))
+    """Returns an exponential mean over about a twentieth of the points, corrected for its start at 0."""
+    decay = 1 - 2 / (max(4, len(points) / 20) + 1)
+    total = 0.0
+    weight = 0.0
+    smoothed = []
+    for step, value in points:
+        total = decay * total + value
+        weight = decay * weight + 1
+        smoothed.append((step, total / weight))
+    return smoothed
 
 
 def linear_axis(values: Sequence[float], count: int = 5) -> Axis:

@@ -7,8 +7,7 @@ import time
 
 import pytest
 
-from lowrank_tune.ui.metrics import moving_average
-from lowrank_tune.ui.terminal.charts import LABEL_WIDTH, Curve, chart, format_number
+from lowrank_tune.ui.terminal.charts import LABEL_WIDTH, Curve, chart, format_number, smooth
 from lowrank_tune.ui.terminal.text_layout import Line, width_of
 
 
@@ -84,11 +83,11 @@ def test_chart_leaves_out_values_that_cannot_be_drawn() -> None:
     assert len(dots(chart([Curve([(0, 0.0), (1, 1.0), (2, 2.0)], line=False)], 40, 8, log=True))) == 2
 
 
-def test_moving_average_is_a_corrected_moving_average() -> None:
-    assert moving_average([(1, 2.0), (2, 4.0)], 0.0) == [(1, 2.0), (2, 4.0)]
-    averaged = moving_average([(1, 2.0), (2, float("nan")), (3, 4.0)], 0.5)
+def test_smooth_is_a_corrected_moving_average() -> None:
+    assert smooth([(1, 2.0), (2, 4.0)], 0.0) == [(1, 2.0), (2, 4.0)]
+    averaged = smooth([(1, 2.0), (2, float("nan")), (3, 4.0)], 0.5)
     assert averaged == [(1, 2.0), (3, pytest.approx((0.25 * 2 + 0.5 * 4) / 0.75))]
-    assert moving_average([(x, 7.0) for x in range(9)], 0.98)[0][1] == pytest.approx(7.0)
+    assert smooth([(x, 7.0) for x in range(9)], 0.98)[0][1] == pytest.approx(7.0)
 
 
 @pytest.mark.parametrize(

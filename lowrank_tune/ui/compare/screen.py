@@ -16,11 +16,12 @@ from lowrank_tune.ui.compare.runs import (
     differences,
     without_recipe,
 )
-from lowrank_tune.ui.metrics import chart_title, moving_average
+from lowrank_tune.ui.metrics import chart_title
 from lowrank_tune.ui.terminal.charts import (
     Curve,
     chart,
     format_number,
+    smooth,
 )
 from lowrank_tune.ui.terminal.text_layout import (
     Line,
@@ -141,7 +142,7 @@ def _chart(
     for run in runs:
         style, sign = styles[run.label]
         points = run.curve(name)
-        drawn = moving_average(points, SMOOTHING) if len(points) > MIN_POINTS_TO_SMOOTH else points
+        drawn = smooth(points, SMOOTHING) if len(points) > MIN_POINTS_TO_SMOOTH else points
         curves.append(Curve(drawn, style, sign))
         shown_sign = sign if canvas.signs else ""
         title.append((f" {shown_sign}{format_number(points[-1][1])}", style))

@@ -15,14 +15,13 @@ from lowrank_tune.ui.metrics import (
     Points,
     charts_of,
     metric_label,
-    moving_average,
     pair_side,
     reward_label,
     reward_names,
 )
 from lowrank_tune.ui.reward_vs_accuracy import frontier
 from lowrank_tune.ui.state import Series, State
-from lowrank_tune.ui.terminal.charts import Curve, chart, format_number
+from lowrank_tune.ui.terminal.charts import Curve, chart, format_number, smooth
 from lowrank_tune.ui.terminal.panes import SMOOTHINGS, View, labeled_value
 from lowrank_tune.ui.terminal.text_layout import Block, Line
 
@@ -216,7 +215,7 @@ def _line_styles(names: Sequence[str]) -> list[LineStyle]:
 
 
 def _average(series: Series, view: View) -> Points:
-    return moving_average(series.points, SMOOTHINGS[view.smoothing])
+    return smooth(series.points, SMOOTHINGS[view.smoothing])
 
 
 def _curves(
@@ -272,7 +271,7 @@ def _band_edge(
     points = []
     for (x, y), (_, around) in zip(series.points, spread.points, strict=False):
         points.append((x, y + sign * around))
-    return Curve(moving_average(points, SMOOTHINGS[view.smoothing]), "quiet", ".")
+    return Curve(smooth(points, SMOOTHINGS[view.smoothing]), "quiet", ".")
 
 
 def _last_values(

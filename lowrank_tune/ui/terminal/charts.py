@@ -9,7 +9,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from lowrank_tune.ui.metrics import Points
+from lowrank_tune.ui.metrics import Point, Points
 from lowrank_tune.ui.terminal.text_layout import Block, Line
 
 Dot = tuple[int, int]
@@ -96,6 +96,21 @@ def _joined(signs: Sequence[str], styles: Sequence[str]) -> Line:
         else:
             line.append((sign, style))
     return line
+
+
+def smooth(points: Points, weight: float) -> list[Point]:
+    """Returns the exponential moving average, with the bias correction of Adam for the first points. Points that are
+    not finite are left out."""
+    average = 0.0
+    total = 0.0
+    averaged = []
+    for x, y in points:
+        if not math.isfinite(y):
+            continue
+        average = weight * average + (1 - weight) * y
+        total = weight * total + (1 - weight)
+        averaged.append((x, average / total))
+    return averaged
 
 
 def format_number(value: float) -> str:
