@@ -17,7 +17,6 @@ from torch import Tensor
 
 from lowrank_tune.batch import Batch, rows_of_units
 from lowrank_tune.data import TokenizedDataset
-from lowrank_tune.data.collate import chunked
 from lowrank_tune.errors import TrainingError
 from lowrank_tune.events import Emit, LogMessage, Progress
 from lowrank_tune.model.roles import Roles
@@ -78,7 +77,13 @@ def _compute(
 
     num_done = 0
     num_updates = 0
-    for units, logps in chunked(roles.limits, rows, micro_tokens, compute_batch):
+    batches = roles.limits.forward_batches(
+        rows.padded_unit_lengths,
+        micro_tokens,
+        compute_batch,
+        rows.rows_per_unit,
+    )
+    for units, logps in batches:
         sums[rows_of_units(units, rows.rows_per_unit)] = logps
         num_done += len(units)
         num_due = num_done * NUM_PROGRESS_UPDATES // rows.units

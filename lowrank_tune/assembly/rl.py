@@ -30,7 +30,6 @@ from lowrank_tune.rewards import (
 )
 from lowrank_tune.rewards.base import HasStatus
 from lowrank_tune.rewards.reward_model import RewardModel
-from lowrank_tune.rewards.user_function import is_user_function
 
 NUM_ROWS_CHECKED = 48
 """Number of reference answers that the rewards are checked on."""
@@ -67,7 +66,7 @@ def load_train_prompts(
 
 def make_row_check(recipe: RecipeConfig) -> Callable[[PromptExample], str | None]:
     """Returns a function that returns the reason why the rewards cannot use a row of the data, or None."""
-    builtin_rewards = [reward for reward in recipe.rewards if not is_user_function(reward.name)]
+    builtin_rewards = [reward for reward in recipe.rewards if not reward.is_custom]
     weighted: list[WeightedReward] = []
     if builtin_rewards:
         weighted = build_rewards(builtin_rewards, Path.cwd())

@@ -80,6 +80,12 @@ class TokenizedDataset:
         self.unit_source_of: NDArray[np.int32] = self.source_of[::rows_per_unit]
         self._rows_read = 0
 
+    @property
+    def padded_unit_lengths(self) -> list[int]:
+        """Tokens of each unit with its rows padded to one length."""
+        longest = self.lengths.reshape(-1, self.rows_per_unit).max(axis=1)
+        return [int(length) for length in longest * self.rows_per_unit]
+
     # These are used rarely: they are read when they are used, and not kept.
 
     @property
