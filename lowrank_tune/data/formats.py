@@ -31,6 +31,8 @@ FORMATS: dict[str, tuple[tuple[str, ...], ...]] = {
     "preference": (("chosen",), ("rejected",)),
 }
 """The columns that a format must have, each with its possible names; `columns` maps the first name."""
+COLUMN_ALIASES = {aliases[0]: aliases for needed in FORMATS.values() for aliases in needed}
+"""The possible names of each of these columns."""
 FORMATS_WITH_BARE_ANSWERS = ("question_answer", "alpaca", "prompt_completion")
 """Formats in which an answer that is one number is its own gold answer."""
 ROLES: dict[str, Role] = {
@@ -86,6 +88,17 @@ class Conversation:
 
     messages: tuple[Message, ...]
     ground_truth: str | None = None
+
+    @property
+    def answer(self) -> str | None:
+        """The text of the last message if it is the assistant's."""
+        last = self.messages[-1]
+        return last.content if last.role == "assistant" else None
+
+    @property
+    def prompt(self) -> tuple[Message, ...]:
+        """The messages before the answer."""
+        return self.messages if self.answer is None else self.messages[:-1]
 
 
 def detect_format(
@@ -165,35 +178,33 @@ def to_conversation(
     user's."""
     if not isinstance(row, Mapping):
         raise InvalidRow("not an object with columns")
-    messages = check_order(_READERS[format_name](row, columns), require_answer)
-    last = messages[-1]
+    conversation = Conversation(check_order(_READERS[format_name](row, columns), require_answer))
     ground_truth = extract_answer(
         row,
         columns,
         answer_rule,
-        last.content if last.role == "assistant" else "",
+        conversation.answer or "",
         accept_bare_number=format_name in FORMATS_WITH_BARE_ANSWERS,
     )
-    return Conversation(messages, ground_truth)
+    return replace(conversation, ground_truth=ground_truth)
 
 
 def box_final_answer(conversation: Conversation) -> Conversation:
     """Returns the conversation with the final answer of its last message in a box. Its gold answer stays the same."""
-    *others, last = conversation.messages
-    if last.role != "assistant":
+    if conversation.answer is None:
         return conversation
-    boxed = Message("assistant", box_answer(last.content))
-    return replace(conversation, messages=(*others, boxed))
+    boxed = Message("assistant", box_answer(conversation.answer))
+    return replace(conversation, messages=(*conversation.prompt, boxed))
 
 
 def value_of(
     row: RawRow,
-    format_name: str,
     name: str,
     columns: Columns,
 ) -> Any:
-    """Returns the value of a column that the format must have, under the mapped name or any of its possible names."""
-    aliases = next(names for names in FORMATS[format_name] if names[0] == name)
+    """Returns the value of a column that the format must have, under the mapped name or any of its possible names.
+    Raises InvalidRow."""
+    aliases = COLUMN_ALIASES[name]
     for alias in aliases:
         if alias in columns:
             aliases = (columns[alias],)
@@ -260,27 +271,11 @@ def text_fault(messages: Iterable[Message]) -> str | None:
 
 
 def _read_messages(row: RawRow, columns: Columns) -> list[Message]:
-    return messages_of(
-        value_of(
-            row,
-            "messages",
-            "messages",
-            columns,
-        ),
-        "messages",
-    )
+    return messages_of(value_of(row, "messages", columns), "messages")
 
 
 def _read_sharegpt(row: RawRow, columns: Columns) -> list[Message]:
-    messages = messages_of(
-        value_of(
-            row,
-            "sharegpt",
-            "conversations",
-            columns,
-        ),
-        "conversations",
-    )
+    messages = messages_of(value_of(row, "conversations", columns), "conversations")
     if not messages or messages[0].role != "system":
         return [*system_of(row, columns), *messages]
     return messages
@@ -294,30 +289,10 @@ def _read_alpaca(row: RawRow, columns: Columns) -> list[Message]:
     for question, answer in history:
         messages.append(Message("user", text_of(question, "question")))
         messages.append(Message("assistant", text_of(answer, "answer")))
-    instruction = text_of(
-        value_of(
-            row,
-            "alpaca",
-            "instruction",
-            columns,
-        ),
-        "question",
-    )
+    instruction = text_of(value_of(row, "instruction", columns), "question")
     messages.append(Message("user", join_instruction_and_input(instruction, row, columns)))
-    messages.append(
-        Message(
-            "assistant",
-            text_of(
-                value_of(
-                    row,
-                    "alpaca",
-                    "output",
-                    columns,
-                ),
-                "answer",
-            ),
-        )
-    )
+    output = text_of(value_of(row, "output", columns), "answer")
+    messages.append(Message("assistant", output))
     return messages
 
 
@@ -339,7 +314,7 @@ def join_instruction_and_input(
 def _read_prompt_completion(row: RawRow, columns: Columns) -> list[Message]:
     messages: list[Message] = []
     for name, role, label in PROMPT_COMPLETION_PARTS:
-        value = value_of(row, "prompt_completion", name, columns)
+        value = value_of(row, name, columns)
         if is_list(value):
             messages += messages_of(value, name)
         else:
@@ -348,24 +323,8 @@ def _read_prompt_completion(row: RawRow, columns: Columns) -> list[Message]:
 
 
 def _read_question_answer(row: RawRow, columns: Columns) -> list[Message]:
-    question = text_of(
-        value_of(
-            row,
-            "question_answer",
-            "question",
-            columns,
-        ),
-        "question",
-    )
-    answer = text_of(
-        value_of(
-            row,
-            "question_answer",
-            "answer",
-            columns,
-        ),
-        "answer",
-    )
+    question = text_of(value_of(row, "question", columns), "question")
+    answer = text_of(value_of(row, "answer", columns), "answer")
     return [Message("user", question), Message("assistant", answer)]
 
 

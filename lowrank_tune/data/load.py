@@ -60,21 +60,24 @@ def load(
     faults.
     """
     _check_weights(data.train)
-    full = tokenize(
-        data.train,
-        data,
-        template,
-        seed,
-        emit,
-        cache,
-        raise_on_invalid,
-        pairs,
-    )
+
+    def read(sources: Sequence[SourceConfig]) -> TokenizedDataset:
+        return tokenize(
+            sources,
+            data,
+            template,
+            seed,
+            emit,
+            cache,
+            raise_on_invalid,
+            pairs,
+        )
+
+    full = read(data.train)
+    validation: TokenizedDataset | None
     if data.validation:
         train = full
-        validation: TokenizedDataset | None = tokenize(
-            data.validation, data, template, seed, emit, cache, raise_on_invalid, pairs
-        )
+        validation = read(data.validation)
     else:
         train, validation = _split(
             full,
@@ -167,14 +170,15 @@ def load_heldout_prompts(
     prompts: list[Prompt] = []
     faults: list[str] = []
     for location, raw in rows:
-        prompt = to_heldout_prompt(
-            raw,
-            source,
-            format_name,
-            system,
-        )
-        if isinstance(prompt, InvalidRow):
-            faults.append(f"{location}: {prompt.reason}")
+        try:
+            prompt = to_heldout_prompt(
+                raw,
+                source,
+                format_name,
+                system,
+            )
+        except InvalidRow as fault:
+            faults.append(f"{location}: {fault.reason}")
         else:
             prompts.append(prompt)
     if not prompts:
@@ -187,14 +191,12 @@ def to_heldout_prompt(
     source: SourceConfig,
     format_name: str,
     system: str | None,
-) -> Prompt | InvalidRow:
-    """Returns the prompt of a row, or the fault of the row. The gold answer of a pair is in the chosen answer."""
+) -> Prompt:
+    """Returns the prompt of a row. The gold answer of a pair is in the chosen answer. Raises InvalidRow."""
     if isinstance(raw, InvalidRow):
-        return raw
+        raise raw
     if format_name == "preference":
         pair = pair_of(raw, source, system)
-        if isinstance(pair, InvalidRow):
-            return pair
         ground_truth = extract_answer(
             raw,
             source.columns,
@@ -210,12 +212,7 @@ def to_heldout_prompt(
         system,
         require_answer=False,
     )
-    if isinstance(conversation, InvalidRow):
-        return conversation
-    messages = conversation.messages
-    if messages[-1].role == "assistant":
-        messages = messages[:-1]
-    return Prompt(messages, conversation.ground_truth, raw)
+    return Prompt(conversation.prompt, conversation.ground_truth, raw)
 
 
 def split_mask(

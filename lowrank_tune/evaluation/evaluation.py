@@ -29,7 +29,6 @@ from lowrank_tune.evaluation.metrics import (
     win_rates,
 )
 from lowrank_tune.evaluation.options import EvalSamplingOptions, Options, resolve_options
-from lowrank_tune.evaluation.progress import ProgressBar
 from lowrank_tune.evaluation.questions import (
     EvalQuestion,
     EvalQuestions,
@@ -48,7 +47,7 @@ from lowrank_tune.evaluation.target import (
     resolve_target,
     roles_for,
 )
-from lowrank_tune.events import Emit, LogMessage
+from lowrank_tune.events import Emit, LogMessage, ProgressBar
 from lowrank_tune.generation.sampling_params import SamplingParams
 from lowrank_tune.model.base import (
     Base,

@@ -36,7 +36,6 @@ from lowrank_tune.evaluation.grading import (
     total_reward,
     use_base_model,
 )
-from lowrank_tune.evaluation.progress import ProgressBar
 from lowrank_tune.evaluation.questions import split_row
 from lowrank_tune.evaluation.responses import ResponseItem, ResponseReader
 from lowrank_tune.evaluation.validation import PairScores, validation_batches
@@ -44,6 +43,7 @@ from lowrank_tune.events import (
     Emit,
     LogMessage,
     Progress,
+    ProgressBar,
     ignore_event,
 )
 from lowrank_tune.model.adapters import SavedAdapter, read_adapter

@@ -18,8 +18,7 @@ from torch import Tensor
 from lowrank_tune.algorithms.base import Algorithm
 from lowrank_tune.batch import Batch, rows_of_units
 from lowrank_tune.data import TokenizedDataset
-from lowrank_tune.evaluation.progress import ProgressBar
-from lowrank_tune.events import Emit
+from lowrank_tune.events import Emit, ProgressBar
 from lowrank_tune.functional import (
     calibration_error,
     correlation,
