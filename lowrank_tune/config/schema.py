@@ -149,6 +149,11 @@ class RecipeConfig(Settings):
         return self._source.root.position.file
 
     @property
+    def stages(self) -> tuple[Self, ...]:
+        """The recipe itself, as a chain of one stage."""
+        return (self,)
+
+    @property
     def trained_adapter(self) -> str:
         """The adapter that is trained."""
         return default_adapter_name(self.algorithm)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lowrank_tune.config import DataConfig, SourceConfig
+from lowrank_tune.config.yaml import dotted
 from lowrank_tune.data.encode import conversation_of, pair_of
 from lowrank_tune.data.formats import InvalidRow, RawRowOrFault
 from lowrank_tune.data.ground_truth import extract_answer
@@ -59,7 +59,8 @@ def load(
     `raise_on_invalid` rows that cannot be used are only reported, however many, so that `lowrank-tune data` shows all
     faults.
     """
-    _check_weights(data.train)
+    for path, message in data.weight_findings():
+        raise UserError(f"data.{dotted(path)}: {message}")
 
     def read(sources: Sequence[SourceConfig]) -> TokenizedDataset:
         return tokenize(
@@ -252,19 +253,3 @@ def _hash_keys(keys: HashArray, seed: int) -> HashArray:
         shifted = mixed >> np.uint64(shift)
         mixed = (mixed ^ shifted) * np.uint64(factor)
     return mixed ^ (mixed >> np.uint64(31))
-
-
-def _check_weights(sources: Sequence[SourceConfig]) -> None:
-    weights = [source.weight for source in sources if source.weight is not None]
-    if not weights:
-        return
-    total = sum(weights)
-    if len(weights) < len(sources) or not math.isclose(
-        total,
-        1.0,
-        abs_tol=1e-6,
-    ):
-        raise UserError(
-            "data.train: either every source has a weight, and they sum to 1, or none has; "
-            f"{len(weights)} of {len(sources)} have one, and they sum to {total:g}"
-        )
