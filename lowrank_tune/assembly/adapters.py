@@ -25,12 +25,16 @@ def read_recipe_adapter(
 ) -> SavedAdapter:
     """Returns the saved adapter of this name, with its head if its role has one. Raises UserError if it cannot be
     read."""
-    has_head = name == REWARD_ROLE or name in recipe.extra_adapters
     return read_adapter(
         path,
         f"adapters.{name}.path",
-        head=has_head,
+        head=adapter_has_head(recipe, name),
     )
+
+
+def adapter_has_head(recipe: RecipeConfig, name: str) -> bool:
+    """Returns whether the role of an adapter has a head: the reward model, and the value of PPO."""
+    return name == REWARD_ROLE or name in recipe.extra_adapters
 
 
 def check_adapter_lineage(

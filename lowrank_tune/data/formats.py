@@ -1,6 +1,6 @@
 """From the row of a data set to a conversation: a reader for each format, and a reason for every row that matches none.
 
-The format `preference` is detected here and read in `preference_pairs.py`.
+The format `preference` is detected here, and its pairs are read in `preference_pairs.py`.
 """
 
 from __future__ import annotations
@@ -22,19 +22,6 @@ Columns = Mapping[str, str]
 """The setting `columns`: from the name of the format to the name in the data."""
 Role = Literal["system", "user", "assistant"]
 
-FORMATS: dict[str, tuple[tuple[str, ...], ...]] = {
-    "messages": (("messages",),),
-    "sharegpt": (("conversations", "conversation"),),
-    "alpaca": (("instruction",), ("output", "response")),
-    "prompt_completion": (("prompt",), ("completion", "response")),
-    "question_answer": (("question", "problem", "query"), ("answer", "solution", "generated_solution", "response")),
-    "preference": (("chosen",), ("rejected",)),
-}
-"""The columns that a format must have, each with its possible names; `columns` maps the first name."""
-COLUMN_ALIASES = {aliases[0]: aliases for needed in FORMATS.values() for aliases in needed}
-"""The possible names of each of these columns."""
-FORMATS_WITH_BARE_ANSWERS = ("question_answer", "alpaca", "prompt_completion")
-"""Formats in which an answer that is one number is its own gold answer."""
 ROLES: dict[str, Role] = {
     "system": "system",
     "developer": "system",
@@ -114,7 +101,7 @@ def detect_format(
     present = mapped | {name for name, value in row.items() if value is not None}
     matching = _matching_formats(present, pairs)
     for format_name in matching:
-        if any(mapped & set(aliases) for aliases in FORMATS[format_name]):
+        if any(mapped & set(aliases) for aliases in FORMATS[format_name].needed):
             return format_name
     if matching:
         return matching[0]
@@ -125,8 +112,8 @@ def detect_format(
 
 def _matching_formats(present: set[str], pairs: bool) -> list[str]:
     matching = []
-    for format_name, needed in FORMATS.items():
-        if all(present & set(aliases) for aliases in needed):
+    for format_name, row_format in FORMATS.items():
+        if all(present & set(aliases) for aliases in row_format.needed):
             matching.append(format_name)
     if pairs:
         return [name for name in matching if name == "preference"]
@@ -146,8 +133,8 @@ def _no_pairs(row: RawRow) -> str:
 
 def _unknown_format(row: RawRow) -> str:
     known = []
-    for format_name, needed in FORMATS.items():
-        names = ", ".join(aliases[0] for aliases in needed)
+    for format_name, row_format in FORMATS.items():
+        names = ", ".join(aliases[0] for aliases in row_format.needed)
         known.append(f"{format_name} ({names})")
     example = EXAMPLE_COLUMNS
     for columns in CODE_COLUMNS:
@@ -178,13 +165,15 @@ def to_conversation(
     user's."""
     if not isinstance(row, Mapping):
         raise InvalidRow("not an object with columns")
-    conversation = Conversation(check_order(_READERS[format_name](row, columns), require_answer))
+    row_format = FORMATS[format_name]
+    assert row_format.read is not None, "`to_pair` reads pairs"
+    conversation = Conversation(check_order(row_format.read(row, columns), require_answer))
     ground_truth = extract_answer(
         row,
         columns,
         answer_rule,
         conversation.answer or "",
-        accept_bare_number=format_name in FORMATS_WITH_BARE_ANSWERS,
+        accept_bare_number=row_format.bare_answers,
     )
     return replace(conversation, ground_truth=ground_truth)
 
@@ -328,13 +317,34 @@ def _read_question_answer(row: RawRow, columns: Columns) -> list[Message]:
     return [Message("user", question), Message("assistant", answer)]
 
 
-_READERS: dict[str, Callable[[RawRow, Columns], list[Message]]] = {
-    "messages": _read_messages,
-    "sharegpt": _read_sharegpt,
-    "alpaca": _read_alpaca,
-    "prompt_completion": _read_prompt_completion,
-    "question_answer": _read_question_answer,
+@dataclass(frozen=True)
+class RowFormat:
+    """The columns that a format must have, each with its possible names (`columns` maps the first name), and the reader
+    of its conversations. `bare_answers`: an answer that is one number is its own gold answer."""
+
+    needed: tuple[tuple[str, ...], ...]
+    read: Callable[[RawRow, Columns], list[Message]] | None = None
+    bare_answers: bool = False
+
+
+FORMATS = {
+    "messages": RowFormat((("messages",),), _read_messages),
+    "sharegpt": RowFormat((("conversations", "conversation"),), _read_sharegpt),
+    "alpaca": RowFormat((("instruction",), ("output", "response")), _read_alpaca, bare_answers=True),
+    "prompt_completion": RowFormat(
+        (("prompt",), ("completion", "response")),
+        _read_prompt_completion,
+        bare_answers=True,
+    ),
+    "question_answer": RowFormat(
+        (("question", "problem", "query"), ("answer", "solution", "generated_solution", "response")),
+        _read_question_answer,
+        bare_answers=True,
+    ),
+    "preference": RowFormat((("chosen",), ("rejected",))),
 }
+COLUMN_ALIASES = {aliases[0]: aliases for row_format in FORMATS.values() for aliases in row_format.needed}
+"""The possible names of each of these columns."""
 
 
 def system_of(row: RawRow, columns: Columns) -> list[Message]:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from lowrank_tune.config import DataConfig, SourceConfig
+from lowrank_tune.config import DataConfig, RecipeConfig, SourceConfig
 from lowrank_tune.config.yaml import dotted
 from lowrank_tune.data.encode import conversation_of, pair_of
 from lowrank_tune.data.formats import InvalidRow, RawRowOrFault
@@ -185,6 +185,19 @@ def load_heldout_prompts(
     if not prompts:
         raise UserError(f"{rows.name}: no row can serve as a prompt: {'; '.join(faults[:3])}")
     return prompts[:count]
+
+
+def recipe_heldout_prompts(recipe: RecipeConfig) -> list[Prompt]:
+    """Returns the prompts of `evaluate.eval_dataset`; none without it. Raises UserError if no row can be used."""
+    config = recipe.evaluate
+    if config.eval_dataset is None:
+        return []
+    return load_heldout_prompts(
+        config.eval_dataset,
+        config.num_prompts,
+        recipe.seed,
+        recipe.data.system_prompt,
+    )
 
 
 def to_heldout_prompt(

@@ -55,20 +55,15 @@ class PromptReport(Report):
     def unit(self) -> str:
         return "prompt"
 
-    def lines(self) -> list[str]:
-        """Returns one sentence for each source and one for all of them."""
-        lines = []
-        for source in self.train:
-            line = f"{source.name} ({source.format}): prompts of {source.used} of {source.read} rows, "
-            line += f"{source.tokens} tokens, {source.ground_truths} with a gold answer"
-            if source.dropped:
-                line += f"; dropped {source.reasons()}"
-            lines.append(line)
+    def _source_counts(self, source: SourceReport) -> str:
+        counts = f"prompts of {source.used} of {source.read} rows, "
+        return counts + f"{source.tokens} tokens, {source.ground_truths} with a gold answer"
+
+    def _total(self) -> str:
         total = f"{self.train_rows} prompts to draw completions for"
         if self.duplicates:
             total += f", {self.duplicates} of them repeat an earlier one"
-        lines.append(f"{total}; {self.mixture}")
-        return lines
+        return total
 
 
 @dataclass(frozen=True)
