@@ -74,7 +74,7 @@ def make_row_check(recipe: RecipeConfig) -> Callable[[PromptExample], str | None
     def reason(example: PromptExample) -> str | None:
         return row_rejection_reason(
             weighted,
-            _reward_input(
+            RewardInput.of(
                 example,
                 "",
                 True,
@@ -83,24 +83,6 @@ def make_row_check(recipe: RecipeConfig) -> Callable[[PromptExample], str | None
         )
 
     return reason
-
-
-def _reward_input(
-    prompt: PromptExample,
-    text: str,
-    stopped: bool,
-    num_tokens: int,
-    ids: Sequence[int] = (),
-) -> RewardInput:
-    return RewardInput(
-        prompt.text,
-        text,
-        prompt.ground_truth,
-        prompt.row,
-        stopped,
-        num_tokens,
-        ids,
-    )
 
 
 class RewardScorer:
@@ -143,7 +125,7 @@ class RewardScorer:
             ids = [*prompt.input_ids, *append_end_of_turn(completion.token_ids, self._end_ids)]
         self.scorer.submit(
             request_id,
-            _reward_input(
+            RewardInput.of(
                 prompt,
                 text,
                 stopped,
@@ -156,7 +138,7 @@ class RewardScorer:
         """Returns an answer of the data as a completion that ended by itself."""
         answer_ids = encode_answer(self.template, text) if self.reward_models else []
         ids = [*prompt.input_ids, *answer_ids] if answer_ids else []
-        return _reward_input(
+        return RewardInput.of(
             prompt,
             text,
             True,

@@ -228,11 +228,9 @@ class ResponseReader:
         if answer_ids:
             ids = [*prompt.prompt_ids, *answer_ids]
         # the end token counts as one too, as in a run
-        return RewardInput(
-            prompt.text,
+        return RewardInput.of(
+            prompt,
             text,
-            prompt.ground_truth,
-            prompt.row,
             stopped,
             num_tokens + stopped,
             ids,
