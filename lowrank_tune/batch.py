@@ -3,7 +3,8 @@ states what True means."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Self, TypeVar
 
@@ -126,21 +127,16 @@ class Batch:
         micro-batch of its own. Units with a common prefix stay adjacent, so that a micro-batch computes it once.
         """
         lengths: list[int] = self.lengths.view(-1, rows_per_unit).amax(dim=1).tolist()
-        units: list[int] = []
-        width = 0
-        for unit in self._units_by_length(lengths, rows_per_unit):
-            num_rows = (len(units) + 1) * rows_per_unit
-            new_width = max(width, lengths[unit])
-            too_many_rows = rows is not None and num_rows > rows
-            too_many_tokens = tokens is not None and num_rows * new_width > tokens
-            if units and (too_many_rows or too_many_tokens):
-                yield self._select_units(units, rows_per_unit, width)
-                units = []
-                new_width = lengths[unit]
-            units.append(unit)
-            width = new_width
-        if units:
-            yield self._select_units(units, rows_per_unit, width)
+        batches = cut_into_batches(
+            self._units_by_length(lengths, rows_per_unit),
+            [length * rows_per_unit for length in lengths],
+            math.inf if tokens is None else tokens,
+            math.inf if rows is None else rows // rows_per_unit,
+        )
+        for units in batches:
+            width = max(lengths[unit] for unit in units)
+            row_numbers = rows_of_units(units, rows_per_unit).to(self.input_ids.device)
+            yield self.select_rows(row_numbers, width)
 
     def _units_by_length(self, lengths: Sequence[int], rows_per_unit: int) -> list[int]:
         """Returns the units, longest first. Units with a common prefix are one family: they are adjacent, and the
@@ -157,15 +153,6 @@ class Batch:
             return -longest[family], family, -lengths[unit]
 
         return sorted(range(len(lengths)), key=sort_key)
-
-    def _select_units(
-        self,
-        units: Sequence[int],
-        rows_per_unit: int,
-        width: int,
-    ) -> Self:
-        rows = rows_of_units(units, rows_per_unit).to(self.input_ids.device)
-        return self.select_rows(rows, width)
 
 
 @dataclass
@@ -206,6 +193,28 @@ def required(tensor: Tensor | None) -> Tensor:
     """Returns the tensor of a field. Raises AssertionError if the field is not set."""
     assert tensor is not None, "this field of the batch must be set first"
     return tensor
+
+
+def cut_into_batches(
+    order: Iterable[int],
+    num_tokens: Sequence[int],
+    max_tokens: float,
+    max_units: float = math.inf,
+) -> Iterator[list[int]]:
+    """Yields the units of `order` in consecutive batches, each of at most `max_units` units and at most `max_tokens`
+    tokens with padding, or of one unit. `num_tokens` has the tokens of each unit by its index."""
+    units: list[int] = []
+    widest = 0
+    for unit in order:
+        widest = max(widest, num_tokens[unit])
+        count = len(units) + 1
+        if units and (count > max_units or count * widest > max_tokens):
+            yield units
+            units = []
+            widest = num_tokens[unit]
+        units.append(unit)
+    if units:
+        yield units
 
 
 def rows_of_units(units: Sequence[int], rows_per_unit: int) -> Tensor:

@@ -17,9 +17,8 @@ from torch import Tensor
 
 from lowrank_tune.batch import Batch, rows_of_units
 from lowrank_tune.data import TokenizedDataset
-from lowrank_tune.data.collate import chunked
 from lowrank_tune.errors import TrainingError
-from lowrank_tune.events import Emit, LogMessage, Progress
+from lowrank_tune.events import Emit, LogMessage, ProgressBar
 from lowrank_tune.model.roles import Roles
 
 CACHE_VERSION = 1
@@ -76,21 +75,16 @@ def _compute(
         with roles.inference_mode():
             return roles.logps("reference", batch).logps.sum(dim=1).cpu()
 
-    num_done = 0
-    num_updates = 0
-    for units, logps in chunked(roles.limits, rows, micro_tokens, compute_batch):
+    bar = ProgressBar(LABEL, rows.units, emit, NUM_PROGRESS_UPDATES)
+    batches = roles.limits.forward_batches(
+        rows.padded_unit_lengths,
+        micro_tokens,
+        compute_batch,
+        rows.rows_per_unit,
+    )
+    for units, logps in batches:
         sums[rows_of_units(units, rows.rows_per_unit)] = logps
-        num_done += len(units)
-        num_due = num_done * NUM_PROGRESS_UPDATES // rows.units
-        if num_due != num_updates:
-            emit(
-                Progress(
-                    description=LABEL,
-                    done=num_done,
-                    total=rows.units,
-                )
-            )
-            num_updates = num_due
+        bar.advance(len(units))
     return sums
 
 

@@ -283,7 +283,6 @@ def map_micro_batches(
     """Returns `function` of all rows, (B, T) on the CPU, without gradient; as many rows at once as `micro_tokens` and
     the memory allow."""
     num_rows, columns = inputs.input_ids.shape
-    rows_at_once = max(1, micro_tokens // columns)
     result = torch.zeros(num_rows, columns)
 
     def compute(rows: Sequence[int]) -> Tensor:
@@ -291,10 +290,9 @@ def map_micro_batches(
         with roles.inference_mode():
             return function(micro).cpu()
 
-    for start in range(0, num_rows, rows_at_once):
-        block = range(start, min(start + rows_at_once, num_rows))
-        for rows, values in roles.limits.split_on_oom("forward_tokens", block, columns, compute):
-            result[rows[0] : rows[-1] + 1] = values
+    # All rows have the same width, so each batch has consecutive rows.
+    for rows, values in roles.limits.forward_batches([columns] * num_rows, micro_tokens, compute):
+        result[rows[0] : rows[-1] + 1] = values
     return result
 
 

@@ -22,7 +22,7 @@ from lowrank_tune.data import (
     PromptDataset,
     TokenizedDataset,
     TokenizedSplits,
-    load_heldout_prompts,
+    recipe_heldout_prompts,
 )
 from lowrank_tune.errors import UserError
 from lowrank_tune.events import Emit, LogMessage
@@ -152,18 +152,13 @@ def _heldout_questions(
 ) -> list[Prompt]:
     """Returns the questions of `evaluate.eval_dataset` that the template accepts. Raises UserError if there are none,
     and ConfigError if a row could become too long for the rotary frequencies."""
-    config = recipe.evaluate
-    if config.eval_dataset is None:
+    dataset = recipe.evaluate.eval_dataset
+    if dataset is None:
         return []
-    prompts = load_heldout_prompts(
-        config.eval_dataset,
-        config.num_prompts,
-        recipe.seed,
-        recipe.data.system_prompt,
-    )
+    prompts = recipe_heldout_prompts(recipe)
     usable = [prompt for prompt in prompts if template.validate_messages(prompt.messages) is None]
     if not usable:
-        raise UserError(f"evaluate.eval_dataset: {config.eval_dataset.dataset} has no usable row")
+        raise UserError(f"evaluate.eval_dataset: {dataset.dataset} has no usable row")
     if all(prompt.ground_truth is None for prompt in usable):
         raise UserError(
             "evaluate.eval_dataset: none of its rows has a gold answer; name its column in `ground_truth` or `columns`"

@@ -11,16 +11,30 @@ from lowrank_tune.model.adapters import SavedAdapter, read_adapter
 
 def read_adapters(recipe: RecipeConfig) -> dict[str, SavedAdapter]:
     """Returns the adapters of the recipe that have a path, by name. Raises UserError if one cannot be read."""
-    saved = {}
-    for name, adapter in recipe.adapters.items():
-        if adapter.path:
-            has_head = name == REWARD_ROLE or name in recipe.extra_adapters
-            saved[name] = read_adapter(
-                adapter.path,
-                f"adapters.{name}.path",
-                head=has_head,
-            )
-    return saved
+    return {
+        name: read_recipe_adapter(recipe, name, adapter.path)
+        for name, adapter in recipe.adapters.items()
+        if adapter.path
+    }
+
+
+def read_recipe_adapter(
+    recipe: RecipeConfig,
+    name: str,
+    path: str,
+) -> SavedAdapter:
+    """Returns the saved adapter of this name, with its head if its role has one. Raises UserError if it cannot be
+    read."""
+    return read_adapter(
+        path,
+        f"adapters.{name}.path",
+        head=adapter_has_head(recipe, name),
+    )
+
+
+def adapter_has_head(recipe: RecipeConfig, name: str) -> bool:
+    """Returns whether the role of an adapter has a head: the reward model, and the value of PPO."""
+    return name == REWARD_ROLE or name in recipe.extra_adapters
 
 
 def check_adapter_lineage(

@@ -10,7 +10,7 @@ from lowrank_tune.assembly.rl import RewardScorer
 from lowrank_tune.config import RecipeConfig
 from lowrank_tune.data import ChatTemplate, PromptDataset, PromptExample
 from lowrank_tune.errors import UserError
-from lowrank_tune.events import Emit, LogMessage, Progress
+from lowrank_tune.events import Emit, LogMessage, ProgressBar
 from lowrank_tune.functional import step_seed, weighted_sum
 from lowrank_tune.generation import Engine
 from lowrank_tune.generation.sampling_params import SamplingParams
@@ -68,9 +68,14 @@ def _submit_completions(
     emit: Emit,
 ) -> None:
     """Generates completions and submits each under the request id `prompt * NUM_COMPLETIONS + sample`."""
-    total = len(prompts) * NUM_COMPLETIONS
+    bar = ProgressBar(
+        "trying a few prompts",
+        len(prompts) * NUM_COMPLETIONS,
+        emit,
+        updates=len(prompts),
+    )
     completions = engine.generate([prompt.input_ids for prompt in prompts], NUM_COMPLETIONS, sampling)
-    for done, completion in enumerate(completions, 1):
+    for completion in completions:
         request_id = completion.prompt * NUM_COMPLETIONS + completion.sample
         text = template.decode(completion.content_ids)
         scorer.submit(
@@ -79,14 +84,7 @@ def _submit_completions(
             text,
             completion,
         )
-        if done % NUM_COMPLETIONS == 0:
-            emit(
-                Progress(
-                    description="trying a few prompts",
-                    done=done,
-                    total=total,
-                )
-            )
+        bar.advance()
 
 
 def weighted_rewards(scorer: RewardScorer, emit: Emit) -> dict[int, float]:

@@ -10,7 +10,6 @@ import torch
 
 from lowrank_tune.batch import Row
 from lowrank_tune.data import ChatTemplate, InvalidRow, collate
-from lowrank_tune.data.collate import batches_by_length
 from lowrank_tune.data.message import Message
 from lowrank_tune.errors import UserError
 from lowrank_tune.model.adapters import SavedAdapter
@@ -107,8 +106,7 @@ def score_rows(
             return torch.as_tensor(roles.sequence_scores(role, batch)).tolist()
 
     lengths = [len(row) for row in rows]
-    for block in batches_by_length(lengths, micro_tokens):
-        for indices, values in roles.limits.split_on_oom("forward_tokens", block, lengths[block[0]], compute):
-            for index, value in zip(indices, values, strict=True):
-                scores[index] = value
+    for indices, values in roles.limits.forward_batches(lengths, micro_tokens, compute):
+        for index, value in zip(indices, values, strict=True):
+            scores[index] = value
     return scores

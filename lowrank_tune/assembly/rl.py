@@ -30,7 +30,6 @@ from lowrank_tune.rewards import (
 )
 from lowrank_tune.rewards.base import HasStatus
 from lowrank_tune.rewards.reward_model import RewardModel
-from lowrank_tune.rewards.user_function import is_user_function
 
 NUM_ROWS_CHECKED = 48
 """Number of reference answers that the rewards are checked on."""
@@ -67,7 +66,7 @@ def load_train_prompts(
 
 def make_row_check(recipe: RecipeConfig) -> Callable[[PromptExample], str | None]:
     """Returns a function that returns the reason why the rewards cannot use a row of the data, or None."""
-    builtin_rewards = [reward for reward in recipe.rewards if not is_user_function(reward.name)]
+    builtin_rewards = [reward for reward in recipe.rewards if not reward.is_custom]
     weighted: list[WeightedReward] = []
     if builtin_rewards:
         weighted = build_rewards(builtin_rewards, Path.cwd())
@@ -75,7 +74,7 @@ def make_row_check(recipe: RecipeConfig) -> Callable[[PromptExample], str | None
     def reason(example: PromptExample) -> str | None:
         return row_rejection_reason(
             weighted,
-            _reward_input(
+            RewardInput.of(
                 example,
                 "",
                 True,
@@ -84,24 +83,6 @@ def make_row_check(recipe: RecipeConfig) -> Callable[[PromptExample], str | None
         )
 
     return reason
-
-
-def _reward_input(
-    prompt: PromptExample,
-    text: str,
-    stopped: bool,
-    num_tokens: int,
-    ids: Sequence[int] = (),
-) -> RewardInput:
-    return RewardInput(
-        prompt.text,
-        text,
-        prompt.ground_truth,
-        prompt.row,
-        stopped,
-        num_tokens,
-        ids,
-    )
 
 
 class RewardScorer:
@@ -144,7 +125,7 @@ class RewardScorer:
             ids = [*prompt.input_ids, *append_end_of_turn(completion.token_ids, self._end_ids)]
         self.scorer.submit(
             request_id,
-            _reward_input(
+            RewardInput.of(
                 prompt,
                 text,
                 stopped,
@@ -157,7 +138,7 @@ class RewardScorer:
         """Returns an answer of the data as a completion that ended by itself."""
         answer_ids = encode_answer(self.template, text) if self.reward_models else []
         ids = [*prompt.input_ids, *answer_ids] if answer_ids else []
-        return _reward_input(
+        return RewardInput.of(
             prompt,
             text,
             True,

@@ -22,7 +22,7 @@ def with_template_date(recipe: AnyRecipe, path: Path) -> AnyRecipe:
     """Returns the recipe of a run in the folder `path`, with `data.template_date` set if its chat template uses the
     clock and the recipe has no date; the same date for all stages of a chain. Raises UserError if the base does not
     exist."""
-    first = recipe.stages[0] if isinstance(recipe, Chain) else recipe
+    first = recipe.stages[0]
     if first.data.template_date is not None or not calls_clock(default_chat_template(load_tokenizer(first.base))):
         return recipe
     unfinished = RunFolder.unfinished(path)

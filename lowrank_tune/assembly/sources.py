@@ -21,7 +21,6 @@ from lowrank_tune.assembly.rl import (
 from lowrank_tune.batch import Batch, PairBatch, rows_of_units
 from lowrank_tune.config import RecipeConfig
 from lowrank_tune.data import (
-    BatchSampler,
     ChatTemplate,
     PromptDataset,
     PromptExample,
@@ -31,6 +30,7 @@ from lowrank_tune.data import (
     collate_units,
     load,
 )
+from lowrank_tune.data.sampler import row_sampler
 from lowrank_tune.data.tokenize import cache_folder
 from lowrank_tune.events import Emit, GroupLogged
 from lowrank_tune.functional import step_seed
@@ -84,11 +84,9 @@ class RowSource:
         log_report(self.data.report, emit)
         self.validation = self.data.validation
         train = self.data.train
-        weights = [source.weight for source in recipe.data.train]
-        self.sampler = BatchSampler(
-            train.unit_lengths,
-            train.unit_source_of,
-            weights,
+        self.sampler = row_sampler(
+            train,
+            recipe.data,
             recipe.train,
             recipe.seed,
         )

@@ -17,7 +17,7 @@ def data_command(
 ) -> None:
     """Print what a run would train on: mixture, lengths, rows with errors and their lines, end token, loss mask."""
     with report_user_errors(debug):
-        from lowrank_tune.config import Chain, load_any
+        from lowrank_tune.config import load_any
 
         loaded = load_any(recipe, *(overrides or []))
         with loading_message():
@@ -30,7 +30,7 @@ def data_command(
                 plain(event)
 
         faulty = False
-        for stage in loaded.stages if isinstance(loaded, Chain) else (loaded,):
+        for stage in loaded.stages:
             with line_logger() as plain:
                 inspected = inspect_data(stage, on_event)
             show(inspected, f"{stage.name}: {stage.algorithm} of {stage.base.model}", Console(highlight=False))

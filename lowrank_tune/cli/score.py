@@ -96,11 +96,10 @@ def _score_with_rewards(
     out: Path | None,
 ) -> None:
     """Scores with the rewards of a recipe, or of each stage of a chain that has rewards."""
-    from lowrank_tune.config import Chain, load_any
+    from lowrank_tune.config import load_any
 
     loaded = load_any(recipe, *overrides)
-    stages = loaded.stages if isinstance(loaded, Chain) else (loaded,)
-    scored_stages = [stage for stage in stages if stage.rewards]
+    scored_stages = [stage for stage in loaded.stages if stage.rewards]
     if not scored_stages:
         raise UserError(f"{recipe} has no rewards: no algorithm of it learns from completions")
     with loading_message():

@@ -112,16 +112,26 @@ ALIASES: dict[str, str] = {
 }
 """Names in other libraries, and the setting with the same meaning here."""
 
+ONLINE_ALIASES = {
+    "num_generations": "rollout.num_generations",
+    "num_return_sequences": "rollout.num_generations",
+    "max_completion_length": "rollout.max_new_tokens",
+    "max_response_length": "rollout.max_new_tokens",
+    "max_prompt_length": "data.max_prompt_length",
+    "max_num_seqs": "rollout.max_num_seqs",
+    "batch_size": "train.prompts_per_step",
+    "train_batch_size": "train.prompts_per_step",
+    "rollout_batch_size": "train.prompts_per_step",
+    "temperature": "rollout.temperature",
+    "max_length": "data.max_prompt_length",
+    "max_seq_length": "data.max_prompt_length",
+}
+"""Those of algorithms that draw completions."""
 ALGORITHM_ALIASES: dict[str, dict[str, str]] = {
     "grpo": {
-        "num_generations": "rollout.num_generations",
-        "num_return_sequences": "rollout.num_generations",
+        **ONLINE_ALIASES,
         "group_size": "rollout.num_generations",
         "rollout_n": "rollout.num_generations",
-        "max_completion_length": "rollout.max_new_tokens",
-        "max_response_length": "rollout.max_new_tokens",
-        "max_prompt_length": "data.max_prompt_length",
-        "max_num_seqs": "rollout.max_num_seqs",
         "beta": "grpo.beta",
         "kl_coef": "grpo.beta",
         "kl_loss_coef": "grpo.beta",
@@ -148,21 +158,10 @@ ALGORITHM_ALIASES: dict[str, dict[str, str]] = {
         "mask_truncated_completions": "grpo.truncated_completions",
         "filter_groups": "grpo.zero_std_groups",
         "dynamic_sampling": "grpo.zero_std_groups",
-        "batch_size": "train.prompts_per_step",
-        "train_batch_size": "train.prompts_per_step",
-        "rollout_batch_size": "train.prompts_per_step",
-        "temperature": "rollout.temperature",
-        "max_length": "data.max_prompt_length",
-        "max_seq_length": "data.max_prompt_length",
     },
     "ppo": {
-        "num_generations": "rollout.num_generations",
-        "num_return_sequences": "rollout.num_generations",
-        "max_completion_length": "rollout.max_new_tokens",
-        "max_response_length": "rollout.max_new_tokens",
+        **ONLINE_ALIASES,
         "response_length": "rollout.max_new_tokens",
-        "max_prompt_length": "data.max_prompt_length",
-        "max_num_seqs": "rollout.max_num_seqs",
         "beta": "ppo.kl_coef",
         "kl_coef": "ppo.kl_coef",
         "init_kl_coef": "ppo.kl_coef",
@@ -192,15 +191,9 @@ ALGORITHM_ALIASES: dict[str, dict[str, str]] = {
         "missing_eos_penalty": "ppo.missing_eos_penalty",
         "critic_lr": "ppo.value_learning_rate",
         "critic_learning_rate": "ppo.value_learning_rate",
-        "temperature": "rollout.temperature",
         "reward_model_path": "adapters.reward.path",
         "reward_model": "adapters.reward.path",
         "value_model_path": "adapters.value.path",
-        "batch_size": "train.prompts_per_step",
-        "train_batch_size": "train.prompts_per_step",
-        "rollout_batch_size": "train.prompts_per_step",
-        "max_length": "data.max_prompt_length",
-        "max_seq_length": "data.max_prompt_length",
     },
 }
 """Names in other libraries that mean another setting with this algorithm."""

@@ -116,9 +116,10 @@ class DataConfig(Settings):
                 ("eval_fraction",),
                 "contradicts `data.eval_rows`: give one of the two",
             )
-        yield from self._weight_findings()
+        yield from self.weight_findings()
 
-    def _weight_findings(self) -> Iterator[Finding]:
+    def weight_findings(self) -> Iterator[Finding]:
+        """Yields weights of training sources that are missing, do not sum to 1, or have no effect."""
         is_weighted = [source.is_set("weight") for source in self.train]
         if not any(is_weighted):
             return

@@ -16,7 +16,16 @@ from typing import Any
 
 from lowrank_tune.config.base import Path
 from lowrank_tune.config.schema import MUTUALLY_EXCLUSIVE
-from lowrank_tune.config.yaml import Node, SourcePosition, find_node, invalid_text, parse_scalar, parse_yaml, remove_key
+from lowrank_tune.config.yaml import (
+    Node,
+    SourcePosition,
+    find_node,
+    has_entry,
+    invalid_text,
+    parse_scalar,
+    parse_yaml,
+    remove_key,
+)
 from lowrank_tune.errors import ConfigError, ConfigProblem, UserError
 
 SUFFIXES = (".yaml", ".yml")
@@ -317,7 +326,7 @@ def _invalid_step(node: Node, step: str | int) -> str:
         return ""
     if not isinstance(node.value, list):
         return "is one value and has no parts"
-    if isinstance(step, int) and step < len(node.value):
+    if has_entry(node.value, step):
         return ""
     if not node.value:
         return "is a list with no entries"

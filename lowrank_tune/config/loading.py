@@ -56,8 +56,7 @@ def load_any(preset_or_path: str | os.PathLike[str], *overrides: str) -> Recipe 
 
 def backends_of(recipe: RecipeConfig | Chain) -> set[str]:
     """Returns the libraries that run the bases of a recipe, or of a chain's stages."""
-    stages = recipe.stages if isinstance(recipe, Chain) else (recipe,)
-    return {stage.base.backend for stage in stages}
+    return {stage.base.backend for stage in recipe.stages}
 
 
 def from_dict(data: Mapping[str, Any]) -> Recipe:

@@ -14,7 +14,7 @@ from pydantic_core import ErrorDetails
 from lowrank_tune.config.aliases import ALGORITHM_ALIASES, ALIASES, IN_PROCESS_NOTE, NOT_SETTINGS, SOURCE_ALIASES
 from lowrank_tune.config.base import Finding, Path, Settings
 from lowrank_tune.config.schema import ALGORITHMS, USED_BY
-from lowrank_tune.config.yaml import dotted
+from lowrank_tune.config.yaml import dotted, has_entry
 
 MAX_HINTS = 60
 """Unknown keys that get a hint. The search for the nearest name takes time."""
@@ -271,9 +271,7 @@ def _locate(data: Any, location: Path) -> tuple[Path, Any]:
     path: Path = ()
     value = data
     for step in location:
-        is_key = isinstance(value, dict) and step in value
-        is_index = isinstance(value, list) and isinstance(step, int) and step < len(value)
-        if not (is_key or is_index):
+        if not has_entry(value, step):
             break
         value = value[step]
         path = (*path, step)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-from lowrank_tune.config.chain import Chain
 from lowrank_tune.config.extends import find_preset, preset_names
 from lowrank_tune.config.loading import load_any
 
@@ -49,14 +48,13 @@ def list_presets() -> list[Preset]:
 
 def _load_preset(name: str) -> Preset:
     loaded = load_any(name)
-    stages = loaded.stages if isinstance(loaded, Chain) else (loaded,)
-    base = stages[0].base.model
+    base = loaded.stages[0].base.model
     size = SIZE.search(base)
     peak = PEAK.search(find_preset(name).read_text(encoding="utf-8"))
     return Preset(
         name,
         loaded.description,
-        tuple(stage.algorithm for stage in stages),
+        tuple(stage.algorithm for stage in loaded.stages),
         base,
         billions=float(size[1]) if size else 0.0,
         peak_gib=float(peak[1]) if peak else None,

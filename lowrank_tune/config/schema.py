@@ -7,12 +7,13 @@ its section to `RecipeConfig`, and rows to `USED_BY`. Two new settings that excl
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Annotated, Any, Literal, Self, get_args
 
 from pydantic import Field, PrivateAttr, model_validator
 
 from lowrank_tune.config.base import NonEmptyStr, Path, RunName, Settings
-from lowrank_tune.config.data import DataConfig
+from lowrank_tune.config.data import DataConfig, SourceConfig
 from lowrank_tune.config.dpo import DPOConfig
 from lowrank_tune.config.evaluation import EvaluationConfig
 from lowrank_tune.config.grpo import GRPOConfig
@@ -35,6 +36,8 @@ DEFAULT_LEARNING_RATES = {
     "ppo": 1e-5,
 }
 """Peak learning rates for LoRA if a recipe gives none; docs/preset-choices.md has the sources."""
+HELDOUT: Path = ("evaluate", "eval_dataset")
+"""The path of the source of held-out prompts."""
 ROW_ALGORITHMS = ("sft", "reward", "dpo")
 """The algorithms that learn from rows as they are."""
 PAIR_ALGORITHMS = ("reward", "dpo")
@@ -146,6 +149,11 @@ class RecipeConfig(Settings):
         return self._source.root.position.file
 
     @property
+    def stages(self) -> tuple[Self, ...]:
+        """The recipe itself, as a chain of one stage."""
+        return (self,)
+
+    @property
     def trained_adapter(self) -> str:
         """The adapter that is trained."""
         return default_adapter_name(self.algorithm)
@@ -159,6 +167,15 @@ class RecipeConfig(Settings):
     def trained_adapters(self) -> tuple[str, ...]:
         """All adapters that are trained: that of the policy or the reward model first, then PPO's value."""
         return (self.trained_adapter, *self.extra_adapters)
+
+    def sources(self) -> Iterator[tuple[Path, SourceConfig]]:
+        """Yields every source with its path: of training, of validation, and of held-out prompts."""
+        for index, source in enumerate(self.data.train):
+            yield ("data", "train", index), source
+        for index, source in enumerate(self.data.validation):
+            yield ("data", "validation", index), source
+        if self.evaluate.eval_dataset is not None:
+            yield HELDOUT, self.evaluate.eval_dataset
 
     @property
     def is_online(self) -> bool:

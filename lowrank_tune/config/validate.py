@@ -26,6 +26,7 @@ from lowrank_tune.config.data import BUILT_IN, SourceConfig
 from lowrank_tune.config.messages import alternatives, format_errors, is_section
 from lowrank_tune.config.schema import (
     ALGORITHMS,
+    HELDOUT,
     MUTUALLY_EXCLUSIVE,
     REPLACEMENTS,
     USED_BY,
@@ -33,7 +34,6 @@ from lowrank_tune.config.schema import (
 )
 
 S = TypeVar("S", bound=Settings)
-HELDOUT: Path = ("evaluate", "eval_dataset")
 
 
 def type_findings(model: type[Settings], data: Any) -> list[Finding]:
@@ -156,20 +156,10 @@ def _sections(recipe: RecipeConfig) -> Iterator[tuple[Path, Settings]]:
             yield (key,), getattr(recipe, key)
     for name, adapter in recipe.adapters.items():
         yield ("adapters", name), adapter
-    yield from _sources(recipe)
+    yield from recipe.sources()
     if recipe.is_online:
         for index, reward in enumerate(recipe.rewards):
             yield ("rewards", index), reward
-
-
-def _sources(recipe: RecipeConfig) -> Iterator[tuple[Path, SourceConfig]]:
-    """Yields every source with its path: of training, of validation, and of held-out prompts."""
-    for index, source in enumerate(recipe.data.train):
-        yield ("data", "train", index), source
-    for index, source in enumerate(recipe.data.validation):
-        yield ("data", "validation", index), source
-    if recipe.evaluate.eval_dataset is not None:
-        yield HELDOUT, recipe.evaluate.eval_dataset
 
 
 def _is_set(recipe: RecipeConfig, path: Path) -> bool:
@@ -267,7 +257,7 @@ def unused_best_step(recipe: RecipeConfig) -> Iterator[Finding]:
 
 def unused_source_settings(recipe: RecipeConfig) -> Iterator[Finding]:
     """Yields settings of sources that are only for training sources, or only for single answers."""
-    for path, source in _sources(recipe):
+    for path, source in recipe.sources():
         if path[1] != "train" and source.is_set("weight"):
             yield (
                 (*path, "weight"),
@@ -315,7 +305,7 @@ def row_format_findings(recipe: RecipeConfig) -> Iterator[Finding]:
     """Yields sources whose rows are pairs, or single answers, and cannot be used for that reason."""
     if recipe.algorithm not in ALGORITHMS:
         return
-    for path, source in _sources(recipe):
+    for path, source in recipe.sources():
         yield from until_invalid(_row_format_findings(recipe, path, source))
 
 

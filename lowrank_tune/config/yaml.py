@@ -96,13 +96,17 @@ def to_python(node: Node) -> Any:
 def find_node(node: Node, path: Path) -> Node | None:
     """Returns the node at a path, or None."""
     for step in path:
-        value = node.value
-        is_key = isinstance(value, dict) and step in value
-        is_index = isinstance(value, list) and isinstance(step, int) and 0 <= step < len(value)
-        if not (is_key or is_index):
+        if not has_entry(node.value, step):
             return None
-        node = value[step]
+        node = node.value[step]
     return node
+
+
+def has_entry(value: Any, step: str | int) -> bool:
+    """Returns whether a mapping has this key, or a list this index."""
+    if isinstance(value, list):
+        return isinstance(step, int) and 0 <= step < len(value)
+    return isinstance(value, dict) and step in value
 
 
 def nearest_node(node: Node, path: Path) -> Node:

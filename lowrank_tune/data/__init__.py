@@ -17,6 +17,7 @@ from lowrank_tune.data.load import (
     TokenizedSplits,
     load,
     load_heldout_prompts,
+    recipe_heldout_prompts,
 )
 from lowrank_tune.data.preference_pairs import PreferencePair, to_pair
 from lowrank_tune.data.prompts import (
@@ -28,7 +29,7 @@ from lowrank_tune.data.prompts import (
 )
 from lowrank_tune.data.report import Report, SourceReport
 from lowrank_tune.data.sampler import BatchSampler
-from lowrank_tune.data.sources import RowLocation, SourceRows, read_source
+from lowrank_tune.data.sources import RowLocation, read_source
 from lowrank_tune.data.stats import TokenStats, compute_token_stats
 from lowrank_tune.data.templates.chat_template import ChatTemplate
 from lowrank_tune.data.token_store import TokenizedDataset
@@ -47,7 +48,6 @@ __all__ = [
     "Prompt",
     "Report",
     "InvalidRow",
-    "SourceRows",
     "SourceReport",
     "ChatTemplate",
     "TokenizedDataset",
@@ -58,6 +58,7 @@ __all__ = [
     "load",
     "load_prompts",
     "load_heldout_prompts",
+    "recipe_heldout_prompts",
     "read_source",
     "to_conversation",
     "to_pair",

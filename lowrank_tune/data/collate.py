@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from typing import TypeVar
+from collections.abc import Sequence
 
 import numpy as np
 import torch
 
 from lowrank_tune.batch import Batch, PairBatch, Row
 from lowrank_tune.data.token_store import TokenizedDataset
-from lowrank_tune.model.oom import MemoryLimits
-
-T = TypeVar("T")
 
 
 def collate(rows: Sequence[Row], pad_id: int) -> Batch:
@@ -65,44 +61,3 @@ def _common_prefix_length(first: Row, row: Row) -> int:
     other_ids = np.asarray(row.input_ids[:limit])
     differences = np.flatnonzero(ids != other_ids)
     return int(differences[0]) if len(differences) else limit
-
-
-def batches_by_length(num_tokens: Sequence[int], max_tokens: int) -> Iterator[list[int]]:
-    """Yields batches of the indices of `num_tokens`, largest first, for passes in which the order does not matter.
-
-    A batch has at most `max_tokens` tokens, padding included, and at least one index.
-    """
-    batch: list[int] = []
-    for index in np.argsort(-np.asarray(num_tokens), kind="stable").tolist():
-        if batch and num_tokens[batch[0]] * (len(batch) + 1) > max_tokens:
-            yield batch
-            batch = []
-        batch.append(index)
-    if batch:
-        yield batch
-
-
-def token_budget_batches(rows: TokenizedDataset, micro_tokens: int) -> Iterator[list[int]]:
-    """Yields all units (rows, or pairs) of a store in batches of similar length, with `batches_by_length`."""
-    widths = rows.lengths.reshape(-1, rows.rows_per_unit).max(axis=1)
-    yield from batches_by_length([int(width) * rows.rows_per_unit for width in widths], micro_tokens)
-
-
-def chunked(
-    limits: MemoryLimits,
-    rows: TokenizedDataset,
-    micro_tokens: int,
-    work: Callable[[Sequence[int]], T],
-) -> Iterator[tuple[Sequence[int], T]]:
-    """Yields the result of `work` (without gradients) for all units of a store: as many units at once as fit
-    `micro_tokens` and the memory."""
-    for units in token_budget_batches(rows, micro_tokens):
-        unit_lengths = rows.lengths.reshape(-1, rows.rows_per_unit)[units]
-        tokens_per_unit = int(unit_lengths.max()) * rows.rows_per_unit
-        yield from limits.split_on_oom(
-            "forward_tokens",
-            units,
-            tokens_per_unit,
-            work,
-            rows.rows_per_unit,
-        )

@@ -72,14 +72,17 @@ def encode_chunk(chunk: Chunk, context: SourceContext) -> Iterator[Entry | Inval
 
 def _read_row(raw: RawRowOrFault, context: SourceContext) -> Conversation | PreferencePair | InvalidRow:
     system = context.data.system_prompt
-    if context.report.format == "preference":
-        return pair_of(raw, context.source, system)
-    return conversation_of(
-        raw,
-        context.source,
-        context.report.format,
-        system,
-    )
+    try:
+        if context.report.format == "preference":
+            return pair_of(raw, context.source, system)
+        return conversation_of(
+            raw,
+            context.source,
+            context.report.format,
+            system,
+        )
+    except InvalidRow as fault:
+        return fault
 
 
 def conversation_of(
@@ -88,20 +91,17 @@ def conversation_of(
     format_name: str,
     system: str | None,
     require_answer: bool = True,
-) -> Conversation | InvalidRow:
-    """Returns the conversation of a row, with the recipe's system prompt if it has none; or the fault of the row."""
+) -> Conversation:
+    """Returns the conversation of a row, with the recipe's system prompt if it has none. Raises InvalidRow."""
     if isinstance(raw, InvalidRow):
-        return raw
-    try:
-        conversation = to_conversation(
-            raw,
-            format_name,
-            source.columns,
-            source.ground_truth,
-            require_answer=require_answer,
-        )
-    except InvalidRow as fault:
-        return fault
+        raise raw
+    conversation = to_conversation(
+        raw,
+        format_name,
+        source.columns,
+        source.ground_truth,
+        require_answer=require_answer,
+    )
     if source.final_answer == "boxed":
         conversation = box_final_answer(conversation)
     return replace(conversation, messages=with_system(conversation.messages, system))
@@ -111,14 +111,11 @@ def pair_of(
     raw: RawRowOrFault,
     source: SourceConfig,
     system: str | None,
-) -> PreferencePair | InvalidRow:
-    """Returns the pair of a row, with the recipe's system prompt if it has none; or the fault of the row."""
+) -> PreferencePair:
+    """Returns the pair of a row, with the recipe's system prompt if it has none. Raises InvalidRow."""
     if isinstance(raw, InvalidRow):
-        return raw
-    try:
-        pair = to_pair(raw, source.columns)
-    except InvalidRow as fault:
-        return fault
+        raise raw
+    pair = to_pair(raw, source.columns)
     return replace(pair, prompt=with_system(pair.prompt, system))
 
 

@@ -14,6 +14,7 @@ import sys
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from itertools import compress
 from pathlib import Path
 from typing import IO, Any, Protocol, TypeVar, cast
@@ -64,7 +65,7 @@ def select_rows(rows: Iterable[T], mask: RowMask) -> Iterator[T]:
 
 
 OpenArray = Callable[[Path, str, bool], DataFile]
-"""Opens a file that begins like a JSON array: its path, its name in messages, and whether it is gzipped."""
+"""Opens a file that begins like a JSON array; has the arguments of `LocalFile`."""
 
 
 def open_file(
@@ -133,7 +134,7 @@ def _open_array(
     with open_binary(path, is_gz) as file:
         data = file.read()
     try:
-        return _JsonArray(path, name, json.loads(data.decode("utf-8-sig")))
+        return _JsonArray(path, name, is_gz, json.loads(data.decode("utf-8-sig")))
     except json.JSONDecodeError as error:
         if error.msg == "Extra data":
             return _JsonLines(path, name, is_gz)
@@ -144,39 +145,30 @@ def _open_array(
         raise UserError(f"{name}: the JSON array cannot be read ({error})") from error
 
 
-class _File:
-    name: str
+@dataclass
+class LocalFile:
+    """A file, its name in messages, and whether it is gzipped."""
 
-    def __init__(
-        self,
-        path: Path,
-        name: str,
-    ) -> None:
-        self.path = path
-        self.name = name
+    path: Path
+    name: str
+    is_gz: bool = False
+
+    @contextmanager
+    def reading(self, fault: str) -> Iterator[IO[bytes]]:
+        """Opens the contents. Raises UserError with the name and the fault if reading fails inside."""
+        with read_errors_as_user_errors(self.name, fault), open_binary(self.path, self.is_gz) as file:
+            yield file
 
     def content_key(self) -> str:
         with self.path.open("rb") as file:
             return hashlib.file_digest(file, "blake2b").hexdigest()
 
 
-class _JsonLines(_File):
+class _JsonLines(LocalFile):
     """JSON lines. Only the newline byte ends a line: U+2028 and the like may be inside strings."""
 
-    def __init__(
-        self,
-        path: Path,
-        name: str,
-        is_gz: bool,
-    ) -> None:
-        super().__init__(path, name)
-        self.is_gz = is_gz
-
     def _texts(self) -> Iterator[tuple[int, bytes]]:
-        with (
-            read_errors_as_user_errors(self.name, "cannot be read to its end"),
-            open_binary(self.path, self.is_gz) as file,
-        ):
+        with self.reading("cannot be read to its end") as file:
             for line, text in enumerate(file, start=1):
                 if line == 1:
                     text = text.removeprefix(BOM)
@@ -210,17 +202,11 @@ def row_of(value: Any) -> RawRowOrFault:
     return InvalidRow("not an object with columns")
 
 
-class _JsonArray(_File):
+@dataclass
+class _JsonArray(LocalFile):
     """A JSON array."""
 
-    def __init__(
-        self,
-        path: Path,
-        name: str,
-        array: list[Any],
-    ) -> None:
-        super().__init__(path, name)
-        self.array = array
+    array: list[Any] = field(default_factory=list)
 
     def count_rows(self) -> int:
         return len(self.array)
@@ -230,28 +216,17 @@ class _JsonArray(_File):
             yield number, row_of(value)
 
 
-class _Table(_File):
+@dataclass
+class _Table(LocalFile):
     """CSV with a header line."""
 
-    def __init__(
-        self,
-        path: Path,
-        name: str,
-        is_gz: bool,
-        delimiter: str,
-    ) -> None:
-        super().__init__(path, name)
-        self.is_gz = is_gz
-        self.delimiter = delimiter
+    delimiter: str = ","
 
     def _read(self) -> NumberedRows:
         # Python's own limit for a field is 131,072 characters.
         csv.field_size_limit(sys.maxsize)
         try:
-            with (
-                read_errors_as_user_errors(self.name, "cannot be read to its end"),
-                open_binary(self.path, self.is_gz) as file,
-            ):
+            with self.reading("cannot be read to its end") as file:
                 text = io.TextIOWrapper(
                     file,
                     "utf-8-sig",
@@ -279,26 +254,22 @@ class _Table(_File):
         return select_rows(self._read(), mask)
 
 
-class _Parquet(_File):
+@dataclass
+class _Parquet(LocalFile):
     """Parquet, a batch of rows at a time."""
 
     BATCH_ROWS = 1024
 
-    def __init__(
-        self,
-        path: Path,
-        name: str,
-    ) -> None:
-        super().__init__(path, name)
+    def __post_init__(self) -> None:
         try:
             # Imported only here: other files are read without it (and without datasets, which installs it).
             import pyarrow.parquet  # type: ignore[import-untyped]
         except ImportError as error:
-            raise UserError(f"{name}: Parquet needs the package pyarrow (`pip install pyarrow`)") from error
+            raise UserError(f"{self.name}: Parquet needs the package pyarrow (`pip install pyarrow`)") from error
         try:
-            self._file: Any = pyarrow.parquet.ParquetFile(path)
+            self._file: Any = pyarrow.parquet.ParquetFile(self.path)
         except (pyarrow.ArrowException, OSError) as error:
-            raise UserError(f"{name}: not a well-formed Parquet file ({str(error).splitlines()[0]})") from error
+            raise UserError(f"{self.name}: not a well-formed Parquet file ({str(error).splitlines()[0]})") from error
 
     def count_rows(self) -> int:
         return int(self._file.metadata.num_rows)

@@ -1,6 +1,6 @@
 """From the row of a data set to a conversation: a reader for each format, and a reason for every row that matches none.
 
-The format `preference` is detected here and read in `preference_pairs.py`.
+The format `preference` is detected here, and its pairs are read in `preference_pairs.py`.
 """
 
 from __future__ import annotations
@@ -22,17 +22,6 @@ Columns = Mapping[str, str]
 """The setting `columns`: from the name of the format to the name in the data."""
 Role = Literal["system", "user", "assistant"]
 
-FORMATS: dict[str, tuple[tuple[str, ...], ...]] = {
-    "messages": (("messages",),),
-    "sharegpt": (("conversations", "conversation"),),
-    "alpaca": (("instruction",), ("output", "response")),
-    "prompt_completion": (("prompt",), ("completion", "response")),
-    "question_answer": (("question", "problem", "query"), ("answer", "solution", "generated_solution", "response")),
-    "preference": (("chosen",), ("rejected",)),
-}
-"""The columns that a format must have, each with its possible names; `columns` maps the first name."""
-FORMATS_WITH_BARE_ANSWERS = ("question_answer", "alpaca", "prompt_completion")
-"""Formats in which an answer that is one number is its own gold answer."""
 ROLES: dict[str, Role] = {
     "system": "system",
     "developer": "system",
@@ -87,6 +76,17 @@ class Conversation:
     messages: tuple[Message, ...]
     ground_truth: str | None = None
 
+    @property
+    def answer(self) -> str | None:
+        """The text of the last message if it is the assistant's."""
+        last = self.messages[-1]
+        return last.content if last.role == "assistant" else None
+
+    @property
+    def prompt(self) -> tuple[Message, ...]:
+        """The messages before the answer."""
+        return self.messages if self.answer is None else self.messages[:-1]
+
 
 def detect_format(
     row: RawRow,
@@ -101,7 +101,7 @@ def detect_format(
     present = mapped | {name for name, value in row.items() if value is not None}
     matching = _matching_formats(present, pairs)
     for format_name in matching:
-        if any(mapped & set(aliases) for aliases in FORMATS[format_name]):
+        if any(mapped & set(aliases) for aliases in FORMATS[format_name].needed):
             return format_name
     if matching:
         return matching[0]
@@ -112,8 +112,8 @@ def detect_format(
 
 def _matching_formats(present: set[str], pairs: bool) -> list[str]:
     matching = []
-    for format_name, needed in FORMATS.items():
-        if all(present & set(aliases) for aliases in needed):
+    for format_name, row_format in FORMATS.items():
+        if all(present & set(aliases) for aliases in row_format.needed):
             matching.append(format_name)
     if pairs:
         return [name for name in matching if name == "preference"]
@@ -133,8 +133,8 @@ def _no_pairs(row: RawRow) -> str:
 
 def _unknown_format(row: RawRow) -> str:
     known = []
-    for format_name, needed in FORMATS.items():
-        names = ", ".join(aliases[0] for aliases in needed)
+    for format_name, row_format in FORMATS.items():
+        names = ", ".join(aliases[0] for aliases in row_format.needed)
         known.append(f"{format_name} ({names})")
     example = EXAMPLE_COLUMNS
     for columns in CODE_COLUMNS:
@@ -165,35 +165,35 @@ def to_conversation(
     user's."""
     if not isinstance(row, Mapping):
         raise InvalidRow("not an object with columns")
-    messages = check_order(_READERS[format_name](row, columns), require_answer)
-    last = messages[-1]
+    row_format = FORMATS[format_name]
+    assert row_format.read is not None, "`to_pair` reads pairs"
+    conversation = Conversation(check_order(row_format.read(row, columns), require_answer))
     ground_truth = extract_answer(
         row,
         columns,
         answer_rule,
-        last.content if last.role == "assistant" else "",
-        accept_bare_number=format_name in FORMATS_WITH_BARE_ANSWERS,
+        conversation.answer or "",
+        accept_bare_number=row_format.bare_answers,
     )
-    return Conversation(messages, ground_truth)
+    return replace(conversation, ground_truth=ground_truth)
 
 
 def box_final_answer(conversation: Conversation) -> Conversation:
     """Returns the conversation with the final answer of its last message in a box. Its gold answer stays the same."""
-    *others, last = conversation.messages
-    if last.role != "assistant":
+    if conversation.answer is None:
         return conversation
-    boxed = Message("assistant", box_answer(last.content))
-    return replace(conversation, messages=(*others, boxed))
+    boxed = Message("assistant", box_answer(conversation.answer))
+    return replace(conversation, messages=(*conversation.prompt, boxed))
 
 
 def value_of(
     row: RawRow,
-    format_name: str,
     name: str,
     columns: Columns,
 ) -> Any:
-    """Returns the value of a column that the format must have, under the mapped name or any of its possible names."""
-    aliases = next(names for names in FORMATS[format_name] if names[0] == name)
+    """Returns the value of a column that the format must have, under the mapped name or any of its possible names.
+    Raises InvalidRow."""
+    aliases = COLUMN_ALIASES[name]
     for alias in aliases:
         if alias in columns:
             aliases = (columns[alias],)
@@ -260,27 +260,11 @@ def text_fault(messages: Iterable[Message]) -> str | None:
 
 
 def _read_messages(row: RawRow, columns: Columns) -> list[Message]:
-    return messages_of(
-        value_of(
-            row,
-            "messages",
-            "messages",
-            columns,
-        ),
-        "messages",
-    )
+    return messages_of(value_of(row, "messages", columns), "messages")
 
 
 def _read_sharegpt(row: RawRow, columns: Columns) -> list[Message]:
-    messages = messages_of(
-        value_of(
-            row,
-            "sharegpt",
-            "conversations",
-            columns,
-        ),
-        "conversations",
-    )
+    messages = messages_of(value_of(row, "conversations", columns), "conversations")
     if not messages or messages[0].role != "system":
         return [*system_of(row, columns), *messages]
     return messages
@@ -294,30 +278,10 @@ def _read_alpaca(row: RawRow, columns: Columns) -> list[Message]:
     for question, answer in history:
         messages.append(Message("user", text_of(question, "question")))
         messages.append(Message("assistant", text_of(answer, "answer")))
-    instruction = text_of(
-        value_of(
-            row,
-            "alpaca",
-            "instruction",
-            columns,
-        ),
-        "question",
-    )
+    instruction = text_of(value_of(row, "instruction", columns), "question")
     messages.append(Message("user", join_instruction_and_input(instruction, row, columns)))
-    messages.append(
-        Message(
-            "assistant",
-            text_of(
-                value_of(
-                    row,
-                    "alpaca",
-                    "output",
-                    columns,
-                ),
-                "answer",
-            ),
-        )
-    )
+    output = text_of(value_of(row, "output", columns), "answer")
+    messages.append(Message("assistant", output))
     return messages
 
 
@@ -339,7 +303,7 @@ def join_instruction_and_input(
 def _read_prompt_completion(row: RawRow, columns: Columns) -> list[Message]:
     messages: list[Message] = []
     for name, role, label in PROMPT_COMPLETION_PARTS:
-        value = value_of(row, "prompt_completion", name, columns)
+        value = value_of(row, name, columns)
         if is_list(value):
             messages += messages_of(value, name)
         else:
@@ -348,34 +312,39 @@ def _read_prompt_completion(row: RawRow, columns: Columns) -> list[Message]:
 
 
 def _read_question_answer(row: RawRow, columns: Columns) -> list[Message]:
-    question = text_of(
-        value_of(
-            row,
-            "question_answer",
-            "question",
-            columns,
-        ),
-        "question",
-    )
-    answer = text_of(
-        value_of(
-            row,
-            "question_answer",
-            "answer",
-            columns,
-        ),
-        "answer",
-    )
+    question = text_of(value_of(row, "question", columns), "question")
+    answer = text_of(value_of(row, "answer", columns), "answer")
     return [Message("user", question), Message("assistant", answer)]
 
 
-_READERS: dict[str, Callable[[RawRow, Columns], list[Message]]] = {
-    "messages": _read_messages,
-    "sharegpt": _read_sharegpt,
-    "alpaca": _read_alpaca,
-    "prompt_completion": _read_prompt_completion,
-    "question_answer": _read_question_answer,
+@dataclass(frozen=True)
+class RowFormat:
+    """The columns that a format must have, each with its possible names (`columns` maps the first name), and the reader
+    of its conversations. `bare_answers`: an answer that is one number is its own gold answer."""
+
+    needed: tuple[tuple[str, ...], ...]
+    read: Callable[[RawRow, Columns], list[Message]] | None = None
+    bare_answers: bool = False
+
+
+FORMATS = {
+    "messages": RowFormat((("messages",),), _read_messages),
+    "sharegpt": RowFormat((("conversations", "conversation"),), _read_sharegpt),
+    "alpaca": RowFormat((("instruction",), ("output", "response")), _read_alpaca, bare_answers=True),
+    "prompt_completion": RowFormat(
+        (("prompt",), ("completion", "response")),
+        _read_prompt_completion,
+        bare_answers=True,
+    ),
+    "question_answer": RowFormat(
+        (("question", "problem", "query"), ("answer", "solution", "generated_solution", "response")),
+        _read_question_answer,
+        bare_answers=True,
+    ),
+    "preference": RowFormat((("chosen",), ("rejected",))),
 }
+COLUMN_ALIASES = {aliases[0]: aliases for row_format in FORMATS.values() for aliases in row_format.needed}
+"""The possible names of each of these columns."""
 
 
 def system_of(row: RawRow, columns: Columns) -> list[Message]:

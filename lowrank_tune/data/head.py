@@ -7,17 +7,15 @@ import json
 import re
 from collections.abc import Iterator, Sequence
 from itertools import islice
-from pathlib import Path
 from typing import Any
 
 from lowrank_tune.config import SourceConfig
 from lowrank_tune.data.files import (
     DataFile,
+    LocalFile,
     NumberedRows,
     RowMask,
-    open_binary,
     open_file,
-    read_errors_as_user_errors,
     row_of,
 )
 from lowrank_tune.data.sources import (
@@ -70,18 +68,8 @@ def read_head(source: SourceConfig, seed: int) -> SourceHead:
     return head
 
 
-class ArrayHead:
+class ArrayHead(LocalFile):
     """The rows that end within the first megabyte of a JSON array; at least one, however long it is."""
-
-    def __init__(
-        self,
-        path: Path,
-        name: str,
-        is_gz: bool,
-    ) -> None:
-        self.path = path
-        self.name = name
-        self.is_gz = is_gz
 
     def count_rows(self) -> int:
         raise AssertionError("the first rows are not counted")
@@ -106,7 +94,7 @@ class ArrayHead:
         raise AssertionError("no cache is made from a part of a file")
 
     def _read(self, size: int) -> bytes:
-        with read_errors_as_user_errors(self.name, "cannot be read"), open_binary(self.path, self.is_gz) as file:
+        with self.reading("cannot be read") as file:
             return file.read(size)
 
     def _decode(self, data: bytes) -> str:

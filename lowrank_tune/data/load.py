@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -11,7 +10,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from lowrank_tune.config import DataConfig, SourceConfig
+from lowrank_tune.config import DataConfig, RecipeConfig, SourceConfig
+from lowrank_tune.config.yaml import dotted
 from lowrank_tune.data.encode import conversation_of, pair_of
 from lowrank_tune.data.formats import InvalidRow, RawRowOrFault
 from lowrank_tune.data.ground_truth import extract_answer
@@ -59,22 +59,26 @@ def load(
     `raise_on_invalid` rows that cannot be used are only reported, however many, so that `lowrank-tune data` shows all
     faults.
     """
-    _check_weights(data.train)
-    full = tokenize(
-        data.train,
-        data,
-        template,
-        seed,
-        emit,
-        cache,
-        raise_on_invalid,
-        pairs,
-    )
+    for path, message in data.weight_findings():
+        raise UserError(f"data.{dotted(path)}: {message}")
+
+    def read(sources: Sequence[SourceConfig]) -> TokenizedDataset:
+        return tokenize(
+            sources,
+            data,
+            template,
+            seed,
+            emit,
+            cache,
+            raise_on_invalid,
+            pairs,
+        )
+
+    full = read(data.train)
+    validation: TokenizedDataset | None
     if data.validation:
         train = full
-        validation: TokenizedDataset | None = tokenize(
-            data.validation, data, template, seed, emit, cache, raise_on_invalid, pairs
-        )
+        validation = read(data.validation)
     else:
         train, validation = _split(
             full,
@@ -167,14 +171,15 @@ def load_heldout_prompts(
     prompts: list[Prompt] = []
     faults: list[str] = []
     for location, raw in rows:
-        prompt = to_heldout_prompt(
-            raw,
-            source,
-            format_name,
-            system,
-        )
-        if isinstance(prompt, InvalidRow):
-            faults.append(f"{location}: {prompt.reason}")
+        try:
+            prompt = to_heldout_prompt(
+                raw,
+                source,
+                format_name,
+                system,
+            )
+        except InvalidRow as fault:
+            faults.append(f"{location}: {fault.reason}")
         else:
             prompts.append(prompt)
     if not prompts:
@@ -182,19 +187,30 @@ def load_heldout_prompts(
     return prompts[:count]
 
 
+def recipe_heldout_prompts(recipe: RecipeConfig) -> list[Prompt]:
+    """Returns the prompts of `evaluate.eval_dataset`; none without it. Raises UserError if no row can be used."""
+    config = recipe.evaluate
+    if config.eval_dataset is None:
+        return []
+    return load_heldout_prompts(
+        config.eval_dataset,
+        config.num_prompts,
+        recipe.seed,
+        recipe.data.system_prompt,
+    )
+
+
 def to_heldout_prompt(
     raw: RawRowOrFault,
     source: SourceConfig,
     format_name: str,
     system: str | None,
-) -> Prompt | InvalidRow:
-    """Returns the prompt of a row, or the fault of the row. The gold answer of a pair is in the chosen answer."""
+) -> Prompt:
+    """Returns the prompt of a row. The gold answer of a pair is in the chosen answer. Raises InvalidRow."""
     if isinstance(raw, InvalidRow):
-        return raw
+        raise raw
     if format_name == "preference":
         pair = pair_of(raw, source, system)
-        if isinstance(pair, InvalidRow):
-            return pair
         ground_truth = extract_answer(
             raw,
             source.columns,
@@ -210,12 +226,7 @@ def to_heldout_prompt(
         system,
         require_answer=False,
     )
-    if isinstance(conversation, InvalidRow):
-        return conversation
-    messages = conversation.messages
-    if messages[-1].role == "assistant":
-        messages = messages[:-1]
-    return Prompt(messages, conversation.ground_truth, raw)
+    return Prompt(conversation.prompt, conversation.ground_truth, raw)
 
 
 def split_mask(
@@ -255,19 +266,3 @@ def _hash_keys(keys: HashArray, seed: int) -> HashArray:
         shifted = mixed >> np.uint64(shift)
         mixed = (mixed ^ shifted) * np.uint64(factor)
     return mixed ^ (mixed >> np.uint64(31))
-
-
-def _check_weights(sources: Sequence[SourceConfig]) -> None:
-    weights = [source.weight for source in sources if source.weight is not None]
-    if not weights:
-        return
-    total = sum(weights)
-    if len(weights) < len(sources) or not math.isclose(
-        total,
-        1.0,
-        abs_tol=1e-6,
-    ):
-        raise UserError(
-            "data.train: either every source has a weight, and they sum to 1, or none has; "
-            f"{len(weights)} of {len(sources)} have one, and they sum to {total:g}"
-        )

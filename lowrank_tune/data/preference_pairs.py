@@ -147,7 +147,7 @@ def _side_messages(
     prompt: _Prompt | None,
 ) -> list[Message]:
     """Returns the messages of one side: an answer, with or without the messages before it."""
-    value = value_of(row, "preference", name, columns)
+    value = value_of(row, name, columns)
     if isinstance(value, Mapping):
         return [message_of(value)]
     if is_list(value):

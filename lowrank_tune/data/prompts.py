@@ -55,20 +55,15 @@ class PromptReport(Report):
     def unit(self) -> str:
         return "prompt"
 
-    def lines(self) -> list[str]:
-        """Returns one sentence for each source and one for all of them."""
-        lines = []
-        for source in self.train:
-            line = f"{source.name} ({source.format}): prompts of {source.used} of {source.read} rows, "
-            line += f"{source.tokens} tokens, {source.ground_truths} with a gold answer"
-            if source.dropped:
-                line += f"; dropped {source.reasons()}"
-            lines.append(line)
+    def _source_counts(self, source: SourceReport) -> str:
+        counts = f"prompts of {source.used} of {source.read} rows, "
+        return counts + f"{source.tokens} tokens, {source.ground_truths} with a gold answer"
+
+    def _total(self) -> str:
         total = f"{self.train_rows} prompts to draw completions for"
         if self.duplicates:
             total += f", {self.duplicates} of them repeat an earlier one"
-        lines.append(f"{total}; {self.mixture}")
-        return lines
+        return total
 
 
 @dataclass(frozen=True)
@@ -87,7 +82,7 @@ class PromptDataset:
 
 
 class PromptSampler(BatchSampler):
-    """The prompts of each step (`train.prompts_per_step`), and replacements for those that teach nothing."""
+    """The prompts of each step (`train.prompts_per_step`), and replacements for those without a signal."""
 
     def __init__(
         self,
@@ -270,13 +265,7 @@ class _PromptReader:
             system,
             require_answer=False,
         )
-        if isinstance(conversation, InvalidRow):
-            raise conversation
-        messages = conversation.messages
-        answer = None
-        if messages[-1].role == "assistant":
-            answer = messages[-1].content
-            messages = messages[:-1]
+        messages = conversation.prompt
         input_ids = _encode_prompt(messages, self._template)
         report.longest = max(report.longest, len(input_ids))
         if len(input_ids) > self._data.max_prompt_length:
@@ -288,14 +277,23 @@ class _PromptReader:
             messages[-1].content,
             conversation.ground_truth,
             raw,
-            answer,
+            conversation.answer,
         )
-        if self._needs_ground_truth and example.ground_truth is None:
-            raise InvalidRow(MISSING_ANSWER)
-        reason = self._unusable(example) if self._unusable is not None else None
-        if reason is not None:
-            raise InvalidRow(reason)
+        check_rewardable(example, self._needs_ground_truth, self._unusable)
         return example, conversation_hash(messages)
+
+
+def check_rewardable(
+    example: PromptExample,
+    needs_ground_truth: bool,
+    unusable: RowFault | None,
+) -> None:
+    """Raises InvalidRow if the rewards cannot score completions of a prompt: it has no gold answer, or a fault."""
+    if needs_ground_truth and example.ground_truth is None:
+        raise InvalidRow(MISSING_ANSWER)
+    reason = unusable(example) if unusable is not None else None
+    if reason is not None:
+        raise InvalidRow(reason)
 
 
 def _encode_prompt(messages: Sequence[Message], template: ChatTemplate) -> list[int]:

@@ -171,18 +171,25 @@ class Report:
         """Returns one sentence for each source and one for all of them."""
         lines = []
         for source in (*self.train, *self.validation):
-            line = f"{source.name} ({source.format}): {source.used} of {source.read} {self.unit}s, "
-            line += f"{source.tokens} tokens, {source.trained_tokens} trained"
-            if source.truncated:
-                line += f", {source.truncated} truncated"
+            line = f"{source.name} ({source.format}): {self._source_counts(source)}"
             if source.dropped:
                 line += f"; dropped {source.reasons()}"
             lines.append(line)
-        lines.append(f"{self.train_rows} {self.unit}s to train on, {self.validation_rows} to validate; {self.mixture}")
+        lines.append(f"{self._total()}; {self.mixture}")
         comparison = self.compare_expected_tokens()
         if comparison:
             lines.append(comparison)
         return lines
+
+    def _source_counts(self, source: SourceReport) -> str:
+        counts = f"{source.used} of {source.read} {self.unit}s, "
+        counts += f"{source.tokens} tokens, {source.trained_tokens} trained"
+        if source.truncated:
+            counts += f", {source.truncated} truncated"
+        return counts
+
+    def _total(self) -> str:
+        return f"{self.train_rows} {self.unit}s to train on, {self.validation_rows} to validate"
 
     def compare_expected_tokens(self) -> str:
         """Returns the measured tokens beside those that the recipe expects, in words; empty if it expects none."""

@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from lowrank_tune.config import TrainingConfig
+from lowrank_tune.config import DataConfig, TrainingConfig
+from lowrank_tune.data.token_store import TokenizedDataset
 
 RowIndices = NDArray[np.int64]
 ROWS_PER_STEP = 16
@@ -182,6 +183,22 @@ class BatchSampler:
             steps.append(rows[start:end])
             start = end
         return steps
+
+
+def row_sampler(
+    rows: TokenizedDataset,
+    data: DataConfig,
+    train: TrainingConfig,
+    seed: int,
+) -> BatchSampler:
+    """Returns the sampler of the units of a store, by the weights of the sources in `data.train`."""
+    return BatchSampler(
+        rows.unit_lengths,
+        rows.unit_source_of,
+        [source.weight for source in data.train],
+        train,
+        seed,
+    )
 
 
 def largest_remainder(weights: Sequence[float], count: int) -> list[int]:

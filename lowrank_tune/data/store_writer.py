@@ -102,7 +102,6 @@ class StoreWriter:
         self.folder = folder
         self.rows_per_unit = rows_per_unit
         self._num_tokens = 0
-        self._num_ground_truth_bytes = 0
 
     def __enter__(self) -> Self:
         parent = self.folder.parent
@@ -126,7 +125,6 @@ class StoreWriter:
         self._arrays = {name: ArrayFile(self._temporary / f"{name}.npy", dtype) for name, dtype in ARRAYS.items()}
         self._dropped = (self._temporary / "dropped.jsonl").open("w", encoding="utf-8")
         self._arrays["starts"].append([0])
-        self._arrays["ground_truth_starts"].append([0])
 
     def __exit__(
         self,
@@ -152,7 +150,6 @@ class StoreWriter:
     ) -> None:
         """Appends entries of a source, with the number of the file and the line of each."""
         self._add_tokens([row for entry in entries for row in entry.rows])
-        self._add_ground_truths([entry.ground_truth for entry in entries])
         conversation_hashes = chain.from_iterable(entry.conversation_hashes for entry in entries)
         self._arrays["conversation_hashes"].append(np.array([*conversation_hashes], dtype=np.uint64))
         per_entry: dict[str, Any] = {
@@ -161,7 +158,6 @@ class StoreWriter:
             "lines": [line for _, line in locations],
             "row_hashes": np.array([entry.row_hash for entry in entries], dtype=np.uint64),
             "margins": [entry.margin for entry in entries],
-            "has_ground_truth": [entry.ground_truth is not None for entry in entries],
         }
         for name, values in per_entry.items():
             self._arrays[name].append(np.repeat(values, self.rows_per_unit))
@@ -175,13 +171,6 @@ class StoreWriter:
         self._arrays["completion_mask"].append(np.fromiter(completion_mask, np.bool_, num_tokens))
         self._arrays["starts"].append(self._num_tokens + np.cumsum(lengths))
         self._num_tokens += num_tokens
-
-    def _add_ground_truths(self, ground_truths: Sequence[str | None]) -> None:
-        encoded = [(ground_truth or "").encode() for ground_truth in ground_truths for _ in range(self.rows_per_unit)]
-        lengths = np.array([len(data) for data in encoded], dtype=np.int64)
-        self._arrays["ground_truths"].append(np.frombuffer(b"".join(encoded), dtype=np.uint8))
-        self._arrays["ground_truth_starts"].append(self._num_ground_truth_bytes + np.cumsum(lengths))
-        self._num_ground_truth_bytes += int(lengths.sum())
 
     def drop(
         self,

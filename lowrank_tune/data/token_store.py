@@ -34,13 +34,9 @@ ARRAYS: dict[str, str] = {
     "row_hashes": "<u8",
     "conversation_hashes": "<u8",
     "margins": "<f4",
-    "ground_truths": "|u1",
-    "ground_truth_starts": "<i8",
-    "has_ground_truth": "|b1",
 }
-"""The arrays of a store and their dtypes. `input_ids` and `completion_mask` have one entry a token, `ground_truths` one
-a byte, the `*starts` one a row and the end; the others have one entry a row. Nothing reads the gold answers: they are
-written so that existing caches stay valid."""
+"""The arrays of a store and their dtypes. `input_ids` and `completion_mask` have one entry a token, `starts` has one a
+row and the end; the others have one entry a row."""
 TOKEN_ARRAYS = ("input_ids", "completion_mask")
 SLICE = 8192
 """Rows that are hashed at a time: a store may be larger than memory."""
@@ -83,6 +79,12 @@ class TokenizedDataset:
             self.unit_lengths = self.lengths.reshape(-1, rows_per_unit).sum(axis=1)
         self.unit_source_of: NDArray[np.int32] = self.source_of[::rows_per_unit]
         self._rows_read = 0
+
+    @property
+    def padded_unit_lengths(self) -> list[int]:
+        """Tokens of each unit with its rows padded to one length."""
+        longest = self.lengths.reshape(-1, self.rows_per_unit).max(axis=1)
+        return [int(length) for length in longest * self.rows_per_unit]
 
     # These are used rarely: they are read when they are used, and not kept.
 

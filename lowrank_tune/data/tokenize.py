@@ -31,8 +31,9 @@ from lowrank_tune.data.token_store import TokenizedDataset
 from lowrank_tune.errors import UserError
 from lowrank_tune.events import Emit, LogMessage, Progress
 
-VERSION = 6
-"""Version of the rules that turn a row into ids and of what is reported of it: raise it when they change."""
+VERSION = 7
+"""Version of the rules that turn a row into ids, of what is reported of it, and of the arrays of a store: raise it when
+they change."""
 CHUNK = 512
 """Rows at a time: as Python numbers, long rows take a hundred times the space that they take on disk."""
 

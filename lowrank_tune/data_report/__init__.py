@@ -10,14 +10,13 @@ from pathlib import Path
 
 from lowrank_tune.assembly.rl import make_row_check
 from lowrank_tune.config import RecipeConfig
-from lowrank_tune.data import ChatTemplate, load, load_heldout_prompts
+from lowrank_tune.data import ChatTemplate, load, recipe_heldout_prompts
 from lowrank_tune.data.prompts import load_prompts
 from lowrank_tune.data_report.prompts import report_prompts
 from lowrank_tune.data_report.report import (
     DataIssue,
     DataReport,
     EosStats,
-    Epoch,
     Example,
     Lengths,
     MixturePart,
@@ -28,7 +27,6 @@ from lowrank_tune.model.base import load_tokenizer
 
 __all__ = [
     "EosStats",
-    "Epoch",
     "Example",
     "Lengths",
     "MixturePart",
@@ -47,15 +45,7 @@ def inspect_data(
 ) -> DataReport:
     """Reads and tokenizes all data of a recipe. Raises UserError only if there is nothing to report."""
     template = ChatTemplate.from_tokenizer(load_tokenizer(recipe.base), recipe.data.template_date)
-    evaluation = recipe.evaluate
-    heldout = []
-    if evaluation.eval_dataset:
-        heldout = load_heldout_prompts(
-            evaluation.eval_dataset,
-            evaluation.num_prompts,
-            recipe.seed,
-            recipe.data.system_prompt,
-        )
+    heldout = recipe_heldout_prompts(recipe)
     if recipe.is_online:
         dataset = load_prompts(
             recipe.data,

@@ -29,7 +29,7 @@ from lowrank_tune.data_report.report import (
 from lowrank_tune.errors import UserError
 
 LEAKAGE = "asking a held-out question"
-LEAKAGE_NOTE = "kept; held-out answers flatter"
+LEAKAGE_NOTE = "kept; held-out results will be too good"
 BINS = 12
 """Bins of the histogram of lengths, about."""
 SHOWN_ROWS = 3
@@ -95,10 +95,11 @@ class Units:
         return [int(value) for value in sums]
 
 
-def can_be_drawn(units: Units, weights: Sequence[float | None]) -> bool:
+def can_be_drawn(units: Units, recipe: RecipeConfig) -> bool:
     """Returns whether there are units, and some of each source that has a weight."""
+    sources = recipe.data.train
     num_sources = len(np.unique(units.source_of))
-    return num_sources > 0 and (weights[0] is None or num_sources == len(weights))
+    return num_sources > 0 and (sources[0].weight is None or num_sources == len(sources))
 
 
 def mixture_of(
@@ -164,22 +165,12 @@ def lengths_of(
             if reason.startswith(TOO_LONG):
                 num_over += dropped.count
     longest = max((source.longest for source in sources), default=0)
-    if not len(lengths):
-        return Lengths(
-            max_length,
-            (0,),
-            (),
-            0,
-            0,
-            longest,
-            num_over,
-        )
-    maximum = int(lengths.max())
+    maximum = int(lengths.max(initial=0))
     width = _round_bin_width(maximum / BINS)
     edges = np.arange(0, maximum + width, width)
     # A length on an edge belongs to the bin that ends there.
     counts, _ = np.histogram(lengths - 0.5, edges)
-    median, p95 = np.percentile(lengths, (50, 95))
+    median, p95 = np.percentile(lengths, (50, 95)) if len(lengths) else (0, 0)
     return Lengths(
         max_length,
         tuple(edges.tolist()),

@@ -68,7 +68,7 @@ def _mixture(recipe: RecipeConfig, dataset: PromptDataset) -> tuple[tuple[Mixtur
         np.zeros_like(dataset.lengths),
     )
     sampler = None
-    if can_be_drawn(units, [source.weight for source in recipe.data.train]):
+    if can_be_drawn(units, recipe):
         sampler = PromptSampler(
             dataset,
             recipe.data,
@@ -117,7 +117,7 @@ def _issues(
             dataset,
             "repeating an earlier prompt",
             repeated,
-            "kept; drawn for as often as it stands there",
+            "kept; completions are drawn for each copy",
         )
     )
     if heldout:

@@ -8,7 +8,6 @@ import numpy as np
 
 from lowrank_tune.config import RecipeConfig
 from lowrank_tune.data import (
-    BatchSampler,
     ChatTemplate,
     Prompt,
     TokenizedDataset,
@@ -18,6 +17,7 @@ from lowrank_tune.data import (
 )
 from lowrank_tune.data.preference_pairs import EQUAL_ANSWERS
 from lowrank_tune.data.report import EXAMPLES
+from lowrank_tune.data.sampler import row_sampler
 from lowrank_tune.data.stats import contradictory_pairs, pair_balance
 from lowrank_tune.data.token_store import IntArray
 from lowrank_tune.data_report.common import (
@@ -90,13 +90,11 @@ def _mixture(
     train = data.train
     trained = stats.trained.reshape(-1, train.rows_per_unit).sum(axis=1)
     units = Units(train.unit_source_of, train.unit_lengths, trained)
-    weights = [source.weight for source in recipe.data.train]
     sampler = None
-    if can_be_drawn(units, weights):
-        sampler = BatchSampler(
-            train.unit_lengths,
-            train.unit_source_of,
-            weights,
+    if can_be_drawn(units, recipe):
+        sampler = row_sampler(
+            train,
+            recipe.data,
             recipe.train,
             recipe.seed,
         )
@@ -210,7 +208,7 @@ def _contradictory_pairs(data: TokenizedSplits) -> DataIssue:
     return DataIssue(
         description,
         count,
-        "kept; together they teach nothing",
+        "kept; together they give no signal",
         first_few(locations),
     )
 
@@ -223,7 +221,7 @@ def _split_overlap(data: TokenizedSplits) -> DataIssue:
     return DataIssue(
         "in both splits",
         data.report.shared,
-        "kept in both; the validation loss flatters",
+        "kept in both; the validation loss will be too low",
         locations,
     )
 

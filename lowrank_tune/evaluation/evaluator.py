@@ -15,10 +15,9 @@ from dataclasses import dataclass, field
 from lowrank_tune.batch import Row
 from lowrank_tune.data import ChatTemplate, collate
 from lowrank_tune.evaluation.grading import MICRO_TOKENS, GradedAnswer, Grader
-from lowrank_tune.evaluation.progress import ProgressBar
 from lowrank_tune.evaluation.questions import EvalQuestion
 from lowrank_tune.evaluation.target import role_of
-from lowrank_tune.events import Emit
+from lowrank_tune.events import Emit, ProgressBar
 from lowrank_tune.generation import Engine
 from lowrank_tune.generation.sampling_params import SamplingParams
 from lowrank_tune.model.roles import Roles

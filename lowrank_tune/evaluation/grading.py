@@ -235,7 +235,7 @@ class Grader:
         self._answers[key] = answer
         self._scorer.submit(
             key,
-            _reward_input(
+            RewardInput.of(
                 question,
                 answer.text,
                 answer.stopped,
@@ -255,7 +255,7 @@ class Grader:
         """Returns why a reward or a verifier cannot grade any answer to this question, None if all can."""
         return row_rejection_reason(
             self._weighted,
-            _reward_input(
+            RewardInput.of(
                 question,
                 "",
                 True,
@@ -295,21 +295,3 @@ def _build_verifier(name: str) -> list[WeightedReward]:
     if not verifiers[0].is_verifier:
         raise UserError(f"--verifier: `{name}` is a shaping reward and does not decide what is right")
     return verifiers
-
-
-def _reward_input(
-    question: EvalQuestion,
-    text: str,
-    stopped: bool,
-    tokens: int,
-    ids: Sequence[int] = (),
-) -> RewardInput:
-    return RewardInput(
-        question.text,
-        text,
-        question.ground_truth,
-        question.row,
-        stopped,
-        tokens,
-        ids,
-    )

@@ -6,9 +6,8 @@ from collections.abc import Sequence
 
 from lowrank_tune.data import ChatTemplate
 from lowrank_tune.evaluation.grading import GradedAnswer, grade_answer
-from lowrank_tune.evaluation.progress import ProgressBar
 from lowrank_tune.evaluation.questions import EvalQuestion
-from lowrank_tune.events import Emit
+from lowrank_tune.events import Emit, ProgressBar
 from lowrank_tune.generation import Engine
 from lowrank_tune.generation.sampling_params import SamplingParams
 from lowrank_tune.model.roles import Roles

@@ -27,9 +27,8 @@ from lowrank_tune.evaluation.intervals import (
 )
 from lowrank_tune.evaluation.metrics import Metrics
 from lowrank_tune.evaluation.options import Options
-from lowrank_tune.evaluation.progress import ProgressBar
 from lowrank_tune.evaluation.target import role_of
-from lowrank_tune.events import Emit
+from lowrank_tune.events import Emit, ProgressBar
 from lowrank_tune.json_files import as_mapping
 from lowrank_tune.model.base import Base
 from lowrank_tune.model.roles import Roles

@@ -11,7 +11,6 @@ from lowrank_tune.batch import Row
 from lowrank_tune.config import RecipeConfig, SourceConfig
 from lowrank_tune.data import (
     ChatTemplate,
-    Conversation,
     InvalidRow,
     Prompt,
     TokenizedDataset,
@@ -156,13 +155,14 @@ def _reference(
     than another one need not be a good one."""
     if format_name == "preference":
         return None
-    parsed = conversation_of(
-        prompt.row,
-        source,
-        format_name,
-        system,
-    )
-    if not isinstance(parsed, Conversation):
+    try:
+        parsed = conversation_of(
+            prompt.row,
+            source,
+            format_name,
+            system,
+        )
+    except InvalidRow:
         return None
     row = template.encode_many([parsed.messages])[0]
     if isinstance(row, InvalidRow) or not any(row.completion_mask):

@@ -187,19 +187,16 @@ class ResponseReader:
         for format_name in formats:
             if format_name == "preference":
                 continue
-            parsed = conversation_of(
-                row,
-                source,
-                format_name,
-                system,
-                require_answer=False,
-            )
-            if isinstance(parsed, Conversation):
-                messages = parsed.messages
-                if messages[-1].role == "assistant":
-                    messages = messages[:-1]
-                return Conversation(messages, parsed.ground_truth)
-        messages = ()
+            with suppress(InvalidRow):
+                parsed = conversation_of(
+                    row,
+                    source,
+                    format_name,
+                    system,
+                    require_answer=False,
+                )
+                return Conversation(parsed.prompt, parsed.ground_truth)
+        messages: tuple[Message, ...] = ()
         text = _prompt_text(row, source)
         if text:
             messages = (Message("user", text),)
@@ -231,11 +228,9 @@ class ResponseReader:
         if answer_ids:
             ids = [*prompt.prompt_ids, *answer_ids]
         # the end token counts as one too, as in a run
-        return RewardInput(
-            prompt.text,
+        return RewardInput.of(
+            prompt,
             text,
-            prompt.ground_truth,
-            prompt.row,
             stopped,
             num_tokens + stopped,
             ids,

@@ -16,11 +16,9 @@ import torch
 from torch import Tensor
 
 from lowrank_tune.algorithms.base import Algorithm
-from lowrank_tune.batch import Batch
+from lowrank_tune.batch import Batch, rows_of_units
 from lowrank_tune.data import TokenizedDataset
-from lowrank_tune.data.collate import chunked
-from lowrank_tune.evaluation.progress import ProgressBar
-from lowrank_tune.events import Emit
+from lowrank_tune.events import Emit, ProgressBar
 from lowrank_tune.functional import (
     calibration_error,
     correlation,
@@ -186,7 +184,12 @@ def validation_batches(
             return compute(collate_fn(units).to(roles.base.device))
 
     bar = ProgressBar(description, rows.units, emit)
-    for units, values in chunked(roles.limits, rows, micro_tokens, compute_batch):
-        first_rows = torch.tensor(units) * rows.rows_per_unit
-        yield values, (first_rows[:, None] + torch.arange(rows.rows_per_unit)).flatten()
+    batches = roles.limits.forward_batches(
+        rows.padded_unit_lengths,
+        micro_tokens,
+        compute_batch,
+        rows.rows_per_unit,
+    )
+    for units, values in batches:
+        yield values, rows_of_units(units, rows.rows_per_unit)
         bar.advance(len(units))

@@ -35,7 +35,7 @@ def check_fit(
     skip: Collection[str] = (),
 ) -> MemoryFit:
     """Plans each stage except those in `skip`, and logs the result."""
-    stages = loaded.stages if isinstance(loaded, Chain) else (loaded,)
+    stages = loaded.stages
     names = {stage.name for stage in stages}
     planned = [stage.name for stage in stages if stage.name not in skip and stage.train.memory_check != "off"]
     fit = MemoryFit()

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from peft import LoraConfig
 
+from lowrank_tune.assembly.adapters import read_recipe_adapter
 from lowrank_tune.assembly.reward_model import REWARD_ROLE, reward_model_base
 from lowrank_tune.assembly.stacks import frozen_adapters
 from lowrank_tune.config import AdapterConfig, Chain, RecipeConfig
@@ -16,7 +17,6 @@ from lowrank_tune.config.adapter_stack import frozen_stage_names, reward_source_
 from lowrank_tune.memory_planner.meta_model import meta_lora_config
 from lowrank_tune.memory_planner.planner import make_spec
 from lowrank_tune.memory_planner.simulation import SimulationSpec
-from lowrank_tune.model.adapters import read_adapter
 
 PENDING_PATH = "the adapter of stage "
 
@@ -89,12 +89,7 @@ def _stage_spec(
         if adapter.path.startswith(PENDING_PATH):
             loaded[name] = meta_lora_config(recipe.base, pending_adapters[name])
         else:
-            has_head = name == REWARD_ROLE or name in recipe.extra_adapters
-            saved[name] = read_adapter(
-                adapter.path,
-                f"adapters.{name}.path",
-                head=has_head,
-            )
+            saved[name] = read_recipe_adapter(recipe, name, adapter.path)
             loaded[name] = saved[name].config
     if reward_base_adapters is None:
         reward_base_adapters = ()

@@ -3,8 +3,8 @@
 Token weights are fixed before a batch is split, so any split has the same gradient: work that failed is repeated in
 halves, until it fits or a single row does not. Gradients of the failed attempt are discarded first.
 
-To run work in batches, cut the units by a token budget, and pass each batch to `MemoryLimits.split_on_oom`, which needs
-only the units, the tokens of each, and a function of some of the units.
+Passes without gradient run in `MemoryLimits.forward_batches`, which cuts the units by a token budget. Other work passes
+each of its batches to `MemoryLimits.split_on_oom`. Both need the tokens of the units and a function of some of them.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from typing import Literal, TypeVar
 import torch
 from torch import Tensor, nn
 
+from lowrank_tune.batch import cut_into_batches
 from lowrank_tune.errors import OutOfMemory
 from lowrank_tune.events import Emit, LogMessage, ignore_event
 
@@ -183,6 +184,29 @@ class MemoryLimits:
                 pieces.appendleft(piece)
             else:
                 yield piece, result[0]
+
+    def forward_batches(
+        self,
+        num_tokens: Sequence[int],
+        max_tokens: int,
+        work: Callable[[Sequence[int]], T],
+        rows_per_unit: int = 1,
+    ) -> Iterator[tuple[Sequence[int], T]]:
+        """Calls `work`, a pass without gradient, with the indices of units of similar size, largest first: as many at
+        once as `max_tokens`, padding included, and the memory allow. Yields the indices of each piece and the result.
+
+        `num_tokens` has the tokens of each unit, in `rows_per_unit` rows.
+        """
+        largest_first = sorted(range(len(num_tokens)), key=lambda index: -num_tokens[index])
+        for units in cut_into_batches(largest_first, num_tokens, max_tokens):
+            largest = num_tokens[units[0]]
+            yield from self.split_on_oom(
+                "forward_tokens",
+                units,
+                largest,
+                work,
+                rows_per_unit,
+            )
 
     def record_oom(
         self,

@@ -6,12 +6,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from lowrank_tune.assembly import check_adapter_lineage
+from lowrank_tune.assembly.adapters import adapter_has_head, read_recipe_adapter
 from lowrank_tune.assembly.reward_model import REWARD_ROLE, reward_model_base
 from lowrank_tune.assembly.stacks import frozen_adapters
 from lowrank_tune.config.base import Finding
 from lowrank_tune.errors import UserError
 from lowrank_tune.events import ignore_event
-from lowrank_tune.model.adapters import SavedAdapter, read_adapter
+from lowrank_tune.model.adapters import SavedAdapter
 from lowrank_tune.preflight.findings import findings_of
 from lowrank_tune.preflight.stages import PlannedStage
 
@@ -46,14 +47,9 @@ def read_saved_adapter(stage: PlannedStage, name: str) -> SavedAdapter:
     Raises UserError."""
     settings = stage.pending_adapter(name) or stage.complete.adapters[name]
     path = str(settings.path)
-    has_head = name == REWARD_ROLE or name in stage.complete.extra_adapters
-    key = (Path(path).expanduser().resolve(), has_head)
+    key = (Path(path).expanduser().resolve(), adapter_has_head(stage.complete, name))
     if key not in stage.loaded:
-        stage.loaded[key] = read_adapter(
-            path,
-            f"adapters.{name}.path",
-            head=has_head,
-        )
+        stage.loaded[key] = read_recipe_adapter(stage.complete, name, path)
     return stage.loaded[key]
 
 

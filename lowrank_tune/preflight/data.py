@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 from lowrank_tune.assembly.rl import make_row_check
 from lowrank_tune.config import RecipeConfig, SourceConfig
-from lowrank_tune.config.base import Finding, Path
+from lowrank_tune.config.base import Finding
+from lowrank_tune.config.schema import HELDOUT
 from lowrank_tune.data import (
     InvalidRow,
     PromptExample,
@@ -19,7 +20,7 @@ from lowrank_tune.data.formats import RawRow
 from lowrank_tune.data.head import read_head
 from lowrank_tune.data.hub import HubUnreachable, hub_columns
 from lowrank_tune.data.load import to_heldout_prompt
-from lowrank_tune.data.prompts import MISSING_ANSWER, RowFault
+from lowrank_tune.data.prompts import RowFault, check_rewardable
 from lowrank_tune.data.sources import (
     BUILTIN_DATASETS,
     HEAD_ROWS,
@@ -33,19 +34,8 @@ from lowrank_tune.events import Emit, LogMessage
 MAX_COLUMNS = 12
 """Names of columns that a sentence lists."""
 MISSING_HELDOUT_ANSWER = "no gold answer to compare with"
-RowCheck = Callable[[RawRow, str], str | None]
-"""Returns why a row of a format cannot be used; None if it can."""
-
-
-def sources_of(recipe: RecipeConfig) -> Iterator[tuple[Path, SourceConfig]]:
-    """Yields every source of a recipe with the path of its setting."""
-    for index, source in enumerate(recipe.data.train):
-        yield ("data", "train", index), source
-    if not recipe.is_online:
-        for index, source in enumerate(recipe.data.validation):
-            yield ("data", "validation", index), source
-    if recipe.evaluate.eval_dataset is not None:
-        yield ("evaluate", "eval_dataset"), recipe.evaluate.eval_dataset
+RowCheck = Callable[[RawRow, str], None]
+"""Raises InvalidRow if a row of a format cannot be used."""
 
 
 class DataCheck:
@@ -58,9 +48,9 @@ class DataCheck:
     def findings(self, recipe: RecipeConfig) -> Iterator[Finding]:
         """Yields the sources that are missing, or contain nothing that the recipe could use."""
         row_fault = _row_fault(recipe)
-        for path, source in sources_of(recipe):
+        for path, source in recipe.sources():
             try:
-                if path[0] == "evaluate":
+                if path == HELDOUT:
                     self._check_source(
                         source,
                         recipe,
@@ -120,15 +110,15 @@ class DataCheck:
         # A dict, because it keeps the order of the columns.
         columns: dict[str, None] = {}
         for location, row in head:
-            if isinstance(row, InvalidRow):
-                reason: str | None = row.reason
-            else:
-                reason = check(row, format_name)
+            try:
+                if isinstance(row, InvalidRow):
+                    raise row
                 columns |= dict.fromkeys(map(str, row))
-            if reason is None:
+                check(row, format_name)
                 return
-            report.read += 1
-            report.count_dropped(reason, str(location))
+            except InvalidRow as fault:
+                report.read += 1
+                report.count_dropped(fault.reason, str(location))
         is_whole = report.read < HEAD_ROWS
         rows = f"its {report.read:,} rows" if is_whole else f"its first {report.read:,} rows"
         message = f"{head.name}: none of {rows} can be used: {report.reasons()}{_cure(report, sorted(columns))}"
@@ -215,19 +205,18 @@ def _row_check(
 ) -> RowCheck:
     system = recipe.data.system_prompt
 
-    def check_row(row: RawRow, format_name: str) -> str | None:
+    def check_row(row: RawRow, format_name: str) -> None:
         if recipe.uses_pairs:
-            result: object = pair_of(row, source, system)
+            pair_of(row, source, system)
         else:
-            result = conversation_of(
+            conversation_of(
                 row,
                 source,
                 format_name,
                 system,
             )
-        return result.reason if isinstance(result, InvalidRow) else None
 
-    def check_prompt(row: RawRow, format_name: str) -> str | None:
+    def check_prompt(row: RawRow, format_name: str) -> None:
         conversation = conversation_of(
             row,
             source,
@@ -235,36 +224,23 @@ def _row_check(
             system,
             require_answer=False,
         )
-        if isinstance(conversation, InvalidRow):
-            return conversation.reason
-        if recipe.needs_ground_truth and conversation.ground_truth is None:
-            return MISSING_ANSWER
-        last = next(message for message in reversed(conversation.messages) if message.role != "assistant")
-        return row_fault(
-            PromptExample(
-                (),
-                last.content,
-                conversation.ground_truth,
-                row,
-            )
-        )
+        question = conversation.prompt[-1].content
+        example = PromptExample((), question, conversation.ground_truth, row)
+        check_rewardable(example, recipe.needs_ground_truth, row_fault)
 
     return check_prompt if recipe.is_online else check_row
 
 
 def _heldout_check(source: SourceConfig, recipe: RecipeConfig) -> RowCheck:
-    def check(row: RawRow, format_name: str) -> str | None:
+    def check(row: RawRow, format_name: str) -> None:
         prompt = to_heldout_prompt(
             row,
             source,
             format_name,
             recipe.data.system_prompt,
         )
-        if isinstance(prompt, InvalidRow):
-            return prompt.reason
         if prompt.ground_truth is None:
-            return MISSING_HELDOUT_ANSWER
-        return None
+            raise InvalidRow(MISSING_HELDOUT_ANSWER)
 
     return check
 

@@ -25,6 +25,17 @@ PACKAGE_NAMES = {"z3": "z3-solver"}  # of modules whose package has another name
 Verdict = Literal["pass", "fail", "graded", "error", "timeout"]
 
 
+class ScoredPrompt(Protocol):
+    """A prompt whose completions are scored, as text, with its gold answer and its row."""
+
+    @property
+    def text(self) -> str: ...
+    @property
+    def ground_truth(self) -> str | None: ...
+    @property
+    def row(self) -> Mapping[str, Any]: ...
+
+
 @dataclass(frozen=True)
 class RewardInput:
     """One completion to score.
@@ -40,6 +51,26 @@ class RewardInput:
     stopped: bool
     tokens: int
     ids: Sequence[int] = ()
+
+    @classmethod
+    def of(
+        cls,
+        prompt: ScoredPrompt,
+        completion: str,
+        stopped: bool,
+        tokens: int,
+        ids: Sequence[int] = (),
+    ) -> RewardInput:
+        """Returns a completion of a prompt."""
+        return cls(
+            prompt.text,
+            completion,
+            prompt.ground_truth,
+            prompt.row,
+            stopped,
+            tokens,
+            ids,
+        )
 
     def __str__(self) -> str:
         completion = truncate_for_display(self.completion)

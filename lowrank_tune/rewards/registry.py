@@ -8,8 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from lowrank_tune.config import RewardConfig
-from lowrank_tune.config.rewards import REWARD_SETTINGS, REWARDS
-from lowrank_tune.errors import ConfigError, ConfigProblem, UserError, did_you_mean
+from lowrank_tune.errors import ConfigError, ConfigProblem, UserError
 from lowrank_tune.rewards.base import Reward, require_packages
 from lowrank_tune.rewards.code.python_tests import PythonTestsReward
 from lowrank_tune.rewards.formal.lean import make_lean
@@ -22,7 +21,7 @@ from lowrank_tune.rewards.text.json_schema import read_schema
 from lowrank_tune.rewards.text.length import LengthReward
 from lowrank_tune.rewards.text.regex_reward import RegexReward
 from lowrank_tune.rewards.text.repetition import NGRAM, RepetitionReward
-from lowrank_tune.rewards.user_function import UserFunctionReward, is_user_function, read_user_function
+from lowrank_tune.rewards.user_function import UserFunctionReward, read_user_function
 from lowrank_tune.rewards.weighted import WeightedReward
 
 
@@ -45,13 +44,12 @@ def build_rewards(configs: Sequence[RewardConfig], folder: Path) -> list[Weighte
         except UserError as error:
             problems.append(ConfigProblem(str(error), f"rewards.{index}"))
             continue
-        on_error = config.on_error or ("stop" if is_user_function(config.name) else "drop")
         rewards.append(
             WeightedReward(
                 name,
                 config.weight,
                 reward,
-                on_error,
+                "stop" if config.stops_on_error else "drop",
                 config.kind,
             )
         )
@@ -77,7 +75,7 @@ def reward_names(configs: Sequence[RewardConfig]) -> list[str]:
     seen: Counter[str] = Counter()
     names = []
     for config in configs:
-        name = config.name.rpartition(":")[2] if is_user_function(config.name) else config.name
+        name = config.name.rpartition(":")[2] if config.is_custom else config.name
         seen[name] += 1
         names.append(name if seen[name] == 1 else f"{name}-{seen[name]}")
     return names
@@ -88,23 +86,18 @@ def _build_reward(
     name: str,
     folder: Path,
 ) -> Reward:
-    if is_user_function(config.name) or config.name in REWARDS:
-        _check_settings(config)
-    if is_user_function(config.name):
+    _check_settings(config)
+    if config.is_custom:
         return read_user_function(name, config.name, folder)
     return _make_builtin(config, name, folder)
 
 
 def _check_settings(config: RewardConfig) -> None:
-    """Raises UserError if a setting that the reward needs is missing, or one of another reward is given."""
-    for setting, (owners, required_description) in REWARD_SETTINGS.items():
-        value = getattr(config, setting)
-        if config.name in owners:
-            if value is None and required_description:
-                raise UserError(f"`{config.name}` needs `{setting}`")
-        elif value is not None:
-            owner_names = " and ".join(f"`{owner}`" for owner in owners)
-            raise UserError(f"`{setting}` does nothing for `{config.name}`; it belongs to {owner_names}")
+    """Raises UserError with the first finding about the settings of a reward. Those of a recipe were checked before; a
+    reward of the command line or of Python code was not."""
+    for (key, *_), message in config.findings():
+        subject = config.name if key == "name" else key
+        raise UserError(f"`{subject}` {message}")
     if config.weight == 0:
         raise UserError(f"`{config.name}` has weight 0 and would change nothing; leave it out")
 
@@ -123,7 +116,12 @@ def _make_builtin(
         case "symbolic":
             return make_symbolic(name)
         case "format" | "regex":
-            return _make_regex(config, name)
+            assert config.pattern is not None
+            return RegexReward(
+                name,
+                config.pattern,
+                full_match=config.name == "format",
+            )
         case "json_schema":
             assert config.json_schema is not None
             return read_schema(name, config.json_schema, folder)
@@ -140,19 +138,5 @@ def _make_builtin(
             assert config.answer_type is not None
             require_packages(name, "z3")
             return SmtReward(name, config.answer_type)
-        case "lean":
-            return make_lean(name, config.program)
-    choices = f"Known are {', '.join(REWARDS)}, and `./file.py:function`"
-    raise UserError(f"unknown reward `{config.name}`{did_you_mean(config.name, REWARDS)} {choices}")
-
-
-def _make_regex(config: RewardConfig, name: str) -> Reward:
-    assert config.pattern is not None
-    try:
-        return RegexReward(
-            name,
-            config.pattern,
-            full_match=config.name == "format",
-        )
-    except UserError as error:
-        raise UserError(f"`pattern` {error}") from None
+    assert config.name == "lean", f"{config.name} is not a built-in reward"
+    return make_lean(name, config.program)

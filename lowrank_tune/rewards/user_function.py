@@ -55,11 +55,6 @@ class UserFunctionReward(WorkerReward):
         )
 
 
-def is_user_function(name: str) -> bool:
-    """Returns whether the `name` of a reward refers to a function in a file."""
-    return ":" in name or name.endswith(".py")
-
-
 def read_user_function(
     name: str,
     function_path: str,

@@ -15,13 +15,3 @@ def dropped_rows(store: TokenizedDataset) -> Iterator[ConfigProblem]:
         for line in file:
             fault = json.loads(line)
             yield ConfigProblem(fault["reason"], file=fault["file"], line=fault["line"])
-
-
-def ground_truth_of(store: TokenizedDataset, index: int) -> str | None:
-    """Returns the gold answer of a row."""
-    arrays = store._arrays
-    row = store.indices[index]
-    if not arrays["has_ground_truth"][row]:
-        return None
-    start, end = arrays["ground_truth_starts"][row : row + 2]
-    return bytes(arrays["ground_truths"][start:end]).decode()

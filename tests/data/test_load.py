@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from stores import dropped_rows, ground_truth_of
+from stores import dropped_rows
 from tokenizers_for_tests import CHATML, NO_END, SHARED, THINKING, tiny
 
 from lowrank_tune.config import DataConfig, SourceConfig
@@ -20,6 +20,7 @@ from lowrank_tune.data import (
     TokenizedDataset,
     load,
     load_heldout_prompts,
+    load_prompts,
     read_source,
     to_conversation,
 )
@@ -128,8 +129,25 @@ def test_counts_add_up_with_their_lines(tmp_path: Path) -> None:
     )
     assert sorted(fault.line for fault in dropped_rows(made.train)) == [3, 6, 8, 12, 14, 18]
     assert str(next(dropped_rows(made.train))).endswith("data.jsonl:3: malformed JSON")
-    assert made.train.row_location(2).endswith("data.jsonl:4") and ground_truth_of(made.train, 0) == "1"
+    assert made.train.row_location(2).endswith("data.jsonl:4") and report.ground_truths == 34
+    prompts = load_prompts(
+        DataConfig(train=(SourceConfig(dataset=str(path)),), max_invalid_fraction=0.2),
+        TEMPLATE,
+        0,
+        lambda event: None,
+    )
+    assert str(prompts.locations[0]) == made.train.row_location(0) and prompts.examples[0].ground_truth == "1"
     assert json.loads(json.dumps(made.report.to_dict()))["train"][0]["dropped"]["empty answer"]["count"] == 1
+
+
+def test_a_store_of_another_version_is_not_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write(tmp_path / "a.jsonl", ROWS)
+    with monkeypatch.context() as patch:
+        patch.setattr("lowrank_tune.data.tokenize.VERSION", 6)
+        old = loaded(tmp_path, path).train
+    made = loaded(tmp_path, path).train
+    assert made.folder != old.folder and made.content_hash() == old.content_hash()
+    assert TokenizedDataset.open(old.folder) is not None, "the old store was changed"
 
 
 def test_stores_are_found_by_content_and_made_again_if_damaged(tmp_path: Path) -> None:
@@ -373,9 +391,15 @@ def test_real_rows_are_used_or_have_a_reason(name: str) -> None:
     source = SourceConfig(dataset=str(SHARED / "data" / name), columns=columns)
     rows = read_source(source, 0)
     shape = format_of(source, rows)
-    made = [conversation_of(row, source, shape, None) if not isinstance(row, InvalidRow) else row for _, row in rows]
-    good = [talk for talk in made if not isinstance(talk, InvalidRow)]
+    good = []
+    faults = []
+    for _, row in rows:
+        try:
+            good.append(conversation_of(row, source, shape, None))
+        except InvalidRow as fault:
+            faults.append(fault.reason)
     read_count, used, golds = COUNTS[name]
-    assert (len(rows), len(made), len(good)) == (read_count, read_count, used)
+    assert (len(rows), len(good) + len(faults), len(good)) == (read_count, read_count, used)
+    assert all(faults)
     assert golds is None or sum(talk.ground_truth is not None for talk in good) == golds
     assert all("," not in str(talk.ground_truth) for talk in good) or "gsm8k" not in name

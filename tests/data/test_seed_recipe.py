@@ -4,7 +4,6 @@ those expected."""
 from __future__ import annotations
 
 import json
-from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,6 @@ import numpy as np
 import pytest
 from hub_fixtures import EXAMPLE_ROWS as ALL_SHAPES
 from hub_fixtures import write_rows
-from stores import ground_truth_of
 from tokenizers_for_tests import CHATML, tiny
 
 from lowrank_tune.config import DataConfig, Recipe, SourceConfig
@@ -88,12 +86,14 @@ def test_five_formats_make_one_mixture(tmp_path: Path) -> None:
         and "Hi" not in trained_text
         and "MyLLM" not in trained_text
     )
-    golds = Counter(
-        (int(made.train.source_of[row]), ground_truth_of(made.train, row) is not None) for row in range(len(made.train))
-    )
-    assert {number for number, has_gold in golds if has_gold} == {0, 1, 4}, (
-        "UltraChat has no final answers, Orca Math does not mark them"
-    )
+    prompts = load_prompts(recipe.data, TEMPLATE, recipe.seed, lambda event: None)
+    with_gold = {
+        int(source)
+        for source, example in zip(prompts.source_of, prompts.examples, strict=True)
+        if example.ground_truth is not None
+    }
+    assert with_gold == {0, 1, 4}, "UltraChat has no final answers, Orca Math does not mark them"
+    assert {number for number, report in enumerate(made.report.train) if report.ground_truths} == with_gold
 
 
 def tokens_of(made: Any) -> int:

@@ -378,7 +378,9 @@ def test_wrong_options_fail_with_one_sentence(made: FinishedRun, reward_run: Pat
     assert "give --dataset FILE" in fails("tiny-tutor")
     assert "no such file" in fails(run, "--dataset", "nothing.jsonl")
     assert "--dataset-config and --split" in fails(run, "--split", "test")
-    assert "unknown reward `anser`" in fails(run, "--dataset", "builtin:arithmetic", "--verifier", "anser")
+    assert "`anser` is not a reward; did you mean `answer`?" in fails(
+        run, "--dataset", "builtin:arithmetic", "--verifier", "anser"
+    )
     assert "`repetition` is a shaping" in fails(run, "--dataset", "builtin:arithmetic", "--verifier", "repetition")
     assert "only `algorithm: reward` trains" in fails(run, "--reward-model", run)
     assert "there is no such run" in fails(run, "--reward-model", "nowhere")

@@ -386,7 +386,7 @@ def test_a_first_stage_may_train_on_from_a_saved_adapter(folder: Path, monkeypat
         reads.append(path)
         return read_adapter(path, key, head)
 
-    monkeypatch.setattr("lowrank_tune.preflight.adapters.read_adapter", counted)
+    monkeypatch.setattr("lowrank_tune.assembly.adapters.read_adapter", counted)
     assert problems_of("tutor.yaml") == () and reads == ["saved"], "once for all stages"
     (problem,) = problems_of("tutor.yaml", "stages.first.adapters.policy.path=nowhere")
     assert problem.key == "stages.first.adapters.policy.path"

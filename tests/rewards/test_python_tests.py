@@ -381,7 +381,7 @@ def test_code_without_isolation_is_refused_unless_explicitly_allowed(monkeypatch
     assert [score.verdict for score in scores] == ["pass", "fail"]
     with pytest.raises(ValueError, match="accept_unsafe_code"):
         RewardConfig(name="python_tests", accept_unsafe_code="yes")  # type: ignore[arg-type]
-    with pytest.raises(ConfigError, match="does nothing for `answer`"):
+    with pytest.raises(ConfigError, match="`accept_unsafe_code` does nothing .* belongs to `python_tests`"):
         build_rewards([RewardConfig(name="answer", accept_unsafe_code=UNSAFE_CODE)], Path())
 
 

@@ -250,11 +250,11 @@ def test_build_rewards_reports_all_faults_at_once(tmp_path: Path) -> None:
         build_rewards(uses, tmp_path)
     errors = [(fault.key, fault.message) for fault in caught.value.problems]
     wanted = [
-        "did you mean `answer`",
-        "needs `pattern`",
+        "`anwser` is not a reward; did you mean `answer`",
+        "`pattern` is missing: the regular expression",
         "`pattern` is not a regular expression of RE2: missing )",
-        "needs `target_tokens`",
-        "does nothing for `answer`",
+        "`target_tokens` is missing: up to how many tokens",
+        "`target_tokens` does nothing for this reward; it belongs to `length`",
         "No such file",
         "./file.py:function",
         "not UTF-8",

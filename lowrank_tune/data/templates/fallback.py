@@ -10,7 +10,7 @@ tokens.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from lowrank_tune.batch import Row
 from lowrank_tune.data.formats import (
@@ -31,11 +31,25 @@ ROLE_TOKENS = {
 
 
 class _FallbackTemplate:
-    """What both templates share. `assistant_ids` begin an answer."""
+    """What both templates share: the ids around the text of each message.
 
-    def __init__(self, backend: TokenizerBackend) -> None:
+    `ids_before` and `ids_after` have the ids before and after a text, by role; those after an answer are trained.
+    `conversation_end` are the ids after the last message.
+    """
+
+    def __init__(
+        self,
+        backend: TokenizerBackend,
+        bos: int | None,
+        ids_before: Mapping[str, list[int]],
+        ids_after: Mapping[str, list[int]],
+        conversation_end: Sequence[int] = (),
+    ) -> None:
         self.backend = backend
-        self.assistant_ids: list[int] = []
+        self.bos = bos
+        self.ids_before = ids_before
+        self.ids_after = ids_after
+        self.conversation_end = conversation_end
 
     def validate_messages(self, messages: ChatMessages) -> str | None:
         """Returns why these messages cannot be rendered; None if they can."""
@@ -47,7 +61,7 @@ class _FallbackTemplate:
         if reason is not None:
             raise InvalidRow(reason)
         ids, _ = self._join(messages, self.backend.encode_plain(self._texts(messages)))
-        return [*ids, *self.assistant_ids]
+        return [*ids, *self.ids_before["assistant"]]
 
     def encode_many(self, conversations: Sequence[ChatMessages]) -> list[RowOrFault]:
         """Returns rows with their masks, through one call of the tokenizer."""
@@ -64,7 +78,11 @@ class _FallbackTemplate:
                 continue
             pieces = [next(encoded) for _ in messages]
             if all(self.backend.control_ids.isdisjoint(piece) for piece in pieces):
-                rows.append(self._to_row(messages, pieces))
+                ids, mask = self._join(messages, pieces)
+                is_answered = messages[-1].role == "assistant"
+                ids += self.conversation_end
+                mask += [is_answered] * len(self.conversation_end)
+                rows.append(Row(ids, mask))
             else:
                 rows.append(InvalidRow(CONTROL_FOUND))
         return rows
@@ -73,34 +91,38 @@ class _FallbackTemplate:
         """Returns the text that is encoded for each message."""
         return [message.content for message in messages]
 
-    def _to_row(
-        self,
-        messages: ChatMessages,
-        pieces: Sequence[list[int]],
-    ) -> Row:
-        ids, mask = self._join(messages, pieces)
-        return Row(ids, mask)
-
     def _join(
         self,
         messages: ChatMessages,
         pieces: Sequence[list[int]],
     ) -> tuple[list[int], list[bool]]:
         """Returns the ids of the messages, with markers or control tokens, and the mask of those that are trained."""
-        raise NotImplementedError
+        ids = [] if self.bos is None else [self.bos]
+        mask = [False] * len(ids)
+        for message, piece in zip(messages, pieces, strict=True):
+            before = self.ids_before.get(message.role, [])
+            after = self.ids_after.get(message.role, [])
+            is_answer = message.role == "assistant"
+            ids += [*before, *piece, *after]
+            mask += [False] * len(before) + [is_answer] * len([*piece, *after])
+        return ids, mask
 
 
 class DefaultTemplate(_FallbackTemplate):
     """The kit's own template, by ids."""
 
     def __init__(self, backend: TokenizerBackend) -> None:
-        super().__init__(backend)
-        self.bos = backend.special_tokens[toy_text.BOS]
-        self.eos = backend.special_tokens[toy_text.EOS]
-        self.end_of_turn = backend.special_tokens[toy_text.END_OF_TURN]
-        self.role_ids = {role: backend.special_tokens[token] for role, token in ROLE_TOKENS.items()}
-        self.assistant_ids = [self.role_ids["assistant"]]
-        self.end_ids = frozenset({self.eos, self.end_of_turn})
+        ids = backend.special_tokens
+        eos = ids[toy_text.EOS]
+        end_of_turn = ids[toy_text.END_OF_TURN]
+        super().__init__(
+            backend,
+            bos=ids[toy_text.BOS],
+            ids_before={role: [ids[token]] for role, token in ROLE_TOKENS.items()},
+            ids_after=dict.fromkeys(ROLE_TOKENS, [end_of_turn]),
+            conversation_end=[eos],
+        )
+        self.end_ids = frozenset({eos, end_of_turn})
         self.description = "the kit's own template"
 
     @property
@@ -119,43 +141,15 @@ class DefaultTemplate(_FallbackTemplate):
         """Returns whether the vocabulary has all control tokens of the template."""
         return {*toy_text.CONTROL_TOKENS} - {toy_text.PAD} <= backend.special_tokens.keys()
 
-    def _to_row(
-        self,
-        messages: ChatMessages,
-        pieces: Sequence[list[int]],
-    ) -> Row:
-        ids, mask = self._join(messages, pieces)
-        return Row([*ids, self.eos], [*mask, messages[-1].role == "assistant"])
-
-    def _join(
-        self,
-        messages: ChatMessages,
-        pieces: Sequence[list[int]],
-    ) -> tuple[list[int], list[bool]]:
-        ids = [self.bos]
-        mask = [False]
-        for message, piece in zip(messages, pieces, strict=True):
-            ids += [
-                self.role_ids[message.role],
-                *piece,
-                self.end_of_turn,
-            ]
-            is_answer = message.role == "assistant"
-            mask += [False, *[is_answer] * (len(piece) + 1)]
-        return ids, mask
-
 
 class PlainTextTemplate(_FallbackTemplate):
     """Plain words as markers. They are ordinary text, so a row whose own text contains one is unusable."""
 
     def __init__(self, backend: TokenizerBackend) -> None:
-        super().__init__(backend)
         if backend.eos is None:
             raise UserError(
                 "the base's tokenizer has neither a chat template nor an end token, so no answer could ever end"
             )
-        self.bos = backend.bos
-        self.eos = backend.eos
         if _has_no_newline(backend):
             before, after = "", " "
             line_start = r"\b"
@@ -164,9 +158,14 @@ class PlainTextTemplate(_FallbackTemplate):
             line_start = r"^[ \t]*"
         self.markers = {role: f"{before}{role.title()}:{after}" for role in ROLE_TOKENS}
         self.assistant_marker = self.markers["assistant"].rstrip(" ")
-        self.assistant_ids = backend.encode_plain([self.assistant_marker])[0]
+        super().__init__(
+            backend,
+            backend.bos,
+            ids_before={"assistant": backend.encode_plain([self.assistant_marker])[0]},
+            ids_after={"assistant": [backend.eos]},
+        )
         self.marker_pattern = re.compile(rf"{line_start}(?:System|User|Assistant):", re.MULTILINE)
-        self.end_ids = frozenset({self.eos})
+        self.end_ids = frozenset({backend.eos})
         self.description = (
             f"plain words ({self.markers['user']!r}, {self.markers['assistant']!r}), because the base has no chat "
             f"template; "
@@ -216,22 +215,6 @@ class PlainTextTemplate(_FallbackTemplate):
         if texts and messages[0].role != "assistant":
             texts[0] = texts[0].lstrip("\n")
         return texts
-
-    def _join(
-        self,
-        messages: ChatMessages,
-        pieces: Sequence[list[int]],
-    ) -> tuple[list[int], list[bool]]:
-        ids = [] if self.bos is None else [self.bos]
-        mask = [False] * len(ids)
-        for message, piece in zip(messages, pieces, strict=True):
-            if message.role == "assistant":
-                ids += [*self.assistant_ids, *piece, self.eos]
-                mask += [False] * len(self.assistant_ids) + [True] * (len(piece) + 1)
-            else:
-                ids += piece
-                mask += [False] * len(piece)
-        return ids, mask
 
 
 def _has_no_newline(backend: TokenizerBackend) -> bool:
