@@ -329,7 +329,7 @@ def test_log_prob_and_entropy_equal_numbers_by_hand() -> None:
     assert hidden.grad is not None and hidden.grad.item() == pytest.approx(-0.75, abs=1e-6)
 
 
-# --- every architecture ------------------------------------------------------------------------------------------------
+# --- every architecture -----------------------------------------------------------------------------------------------
 
 
 def error_against_model(roles: Roles) -> float:
