@@ -1,5 +1,5 @@
-"""What the tests of several algorithms share: batches of pairs, rollouts without an engine, one step without the
-trainer, and short runs."""
+"""Helpers of the tests of algorithms: batches of pairs, rollouts without an engine, one step without the trainer, and
+short runs."""
 
 from __future__ import annotations
 
@@ -10,15 +10,18 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
-from models import CPU, VOCAB, gradients, make_batch, relative_error, zero_grad
+from models import CPU, VOCAB, gradients, llama_roles, make_batch, perturb, relative_error, zero_grad
 from oracles import PlainModel
 from torch import Tensor
 
-from lowrank_tune import Recipe, run
-from lowrank_tune.algorithms.base import Algorithm
+from lowrank_tune import Recipe, run, runner
+from lowrank_tune.algorithms.base import Algorithm, AlgorithmContext
+from lowrank_tune.algorithms.dpo import DPO
 from lowrank_tune.algorithms.rollouts import RolloutCollector, RolloutGroups
 from lowrank_tune.batch import Batch, PairBatch, RolloutBatch
+from lowrank_tune.config import DPOConfig
 from lowrank_tune.data import PromptExample
 from lowrank_tune.events import StepEnd
 from lowrank_tune.generation.outputs import Completion
@@ -28,8 +31,16 @@ from lowrank_tune.stats import add_stats, to_floats
 # --- gradients --------------------------------------------------------------------------------------------------------
 
 
+def policy_over_sft() -> Roles:
+    """Returns fp32 roles: a frozen SFT adapter below the policy, both with random weights."""
+    roles = llama_roles(16, lower=["sft"])
+    perturb(roles, "sft", size=0.05)
+    perturb(roles, "policy", size=0.05, seed=2)
+    return roles
+
+
 def by_key(roles: Roles, role: str) -> dict[str, Tensor]:
-    """The gradients of a role, under the names of PEFT's files."""
+    """Returns the gradients of a role, under the names of PEFT's files."""
     found = {}
     for name, parameter in roles.named_parameters(role).items():
         if parameter.grad is None:
@@ -42,7 +53,7 @@ def by_key(roles: Roles, role: str) -> dict[str, Tensor]:
 
 
 def error_against(mine: dict[str, Tensor], theirs: dict[str, Tensor]) -> float:
-    """The relative distance of two sets of gradients; infinite if they have other names."""
+    """Returns the relative distance of two sets of gradients; infinite if they have other names."""
     if mine.keys() != theirs.keys():
         return math.inf
     return relative_error(
@@ -51,12 +62,12 @@ def error_against(mine: dict[str, Tensor], theirs: dict[str, Tensor]) -> float:
 
 
 def largest(errors: Sequence[float]) -> float:
-    """The largest error; infinite if one is nan."""
+    """Returns the largest error; infinite if one is nan."""
     return max(error if error == error else math.inf for error in errors)
 
 
 def backward_step(algorithm: Algorithm[Any], batch: Batch, **split: int | None) -> tuple[float, dict[str, float]]:
-    """The gradients of an optimizer step, as the trainer accumulates them: loss and metrics."""
+    """Accumulates the gradients of one optimizer step, as the trainer does. Returns the loss and the metrics."""
     batch.token_weights = algorithm.token_weights(batch)
     loss = 0.0
     stats: dict[str, Any] = {}
@@ -73,13 +84,33 @@ def backward_step(algorithm: Algorithm[Any], batch: Batch, **split: int | None) 
 LENGTHS = ((4, 3, 6), (1, 5, 2), (7, 1, 1), (3, 9, 4), (9, 2, 8))
 """Tokens of the prompt, of the chosen and of the rejected answer of each pair."""
 MARGINS = (0.0, 0.5, 1.5, 0.0, 0.25)
+LONG_PROMPTS = ((40, 6, 9), (33, 2, 12), (50, 1, 1))
+"""Pairs whose prompts are long enough to be computed once."""
+PAIR_SPLITS: tuple[dict[str, int | None], ...] = (
+    {"rows": 2},
+    {"rows": 4},
+    {"rows": 6},
+    {"tokens": 1},
+    {"tokens": 40},
+    {"tokens": 10_000},
+)
+"""Micro-batch sizes of a step of pairs."""
+PAIR_PADDINGS: tuple[dict[str, Any], ...] = (
+    {"more": 7},
+    {"filler": 1},
+    {"more": 3, "filler": VOCAB - 1},
+    {"left": True},
+    {"left": True, "more": 2, "filler": 9},
+)
+PAIR_ORDER = (3, 0, 4, 2, 1)
+"""Another order of the pairs of `LENGTHS`."""
 
 
 def pair_rows(
     lengths: Sequence[tuple[int, int, int]] = LENGTHS, seed: int = 0
 ) -> tuple[list[list[int]], list[list[bool]]]:
-    """Rows chosen, rejected, chosen, rejected, ... and their masks. The two sides differ in the first token of the
-    answer. Pad and end ids are inside too."""
+    """Returns rows chosen, rejected, chosen, rejected, ... and their masks. The two sides differ in the first token of
+    the answer. Pad and end ids are inside too."""
     stream = torch.Generator().manual_seed(seed)
     rows, masks = [], []
     for prompt, *answers in lengths:
@@ -101,7 +132,7 @@ def pair_batch(
     margins: Sequence[float] = MARGINS,
     **padding: Any,
 ) -> PairBatch:
-    """A batch of pairs; with `share` the prompts count as shared prefixes."""
+    """Returns a batch of pairs; with `share` the prompts count as shared prefixes."""
     batch = PairBatch(**make_batch(rows, masks, **padding).tensors())
     batch.row_indices = torch.arange(len(rows))
     batch.margin = torch.tensor([margin for margin in margins for _ in range(2)][: len(rows)])
@@ -114,14 +145,14 @@ def pair_batch(
 
 
 def reference_sums(roles: Roles, rows: Sequence[Sequence[int]], masks: Sequence[Sequence[bool]]) -> list[float]:
-    """log ref(y | x) of each row by the plain model, with the frozen adapter `sft` alone."""
+    """Returns log ref(y | x) of each row by the plain model, with the frozen adapter `sft` alone."""
     plain = PlainModel([roles.adapter_tensors("sft")])
     with torch.no_grad():
         return [float(plain.sequence_logp(row, mask, policy=False)) for row, mask in zip(rows, masks, strict=True)]
 
 
 def collected_step(algorithm: Algorithm[Any], batch: Batch, **split: int | None) -> tuple[float, dict[str, float]]:
-    """`backward_step` over what `collect` returns for this batch."""
+    """Runs `backward_step` over what `collect` returns for this batch."""
 
     def get_batch(step: int) -> Batch:
         return replace(batch)
@@ -133,10 +164,86 @@ def collected_step(algorithm: Algorithm[Any], batch: Batch, **split: int | None)
 def accumulated(
     algorithm: Algorithm[Any], batch: Batch, role: str = "policy", **split: int | None
 ) -> tuple[float, Tensor, dict[str, float]]:
-    """Loss, gradient of the role, and metrics of one step."""
+    """Returns loss, gradient of the role, and metrics of one step."""
     zero_grad(algorithm.context.roles)
     loss, stats = collected_step(algorithm, batch, **split)
     return loss, gradients(algorithm.context.roles, role), stats
+
+
+def loss_after_training(
+    algorithm: Algorithm[Any], batch: Batch, role: str = "policy", steps: int = 30
+) -> tuple[float, float, dict[str, float]]:
+    """Trains on one batch. Returns the first loss, the last loss, and the last metrics."""
+    optimizer = torch.optim.AdamW(algorithm.context.roles.parameters(role), lr=1e-2)
+    losses: list[float] = []
+    stats: dict[str, float] = {}
+    for _ in range(steps):
+        loss, _, stats = accumulated(algorithm, batch, role)
+        losses.append(loss)
+        optimizer.step()
+    return losses[0], losses[-1], stats
+
+
+def record_packing(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+    """Returns a list that gets an entry for each batch from now on: whether its shared prompts are computed once."""
+    packed: list[bool] = []
+    pack = Roles.pack
+
+    def recorded_pack(self: Roles, batch: Batch) -> Any:
+        layout = pack(self, batch)
+        packed.append(layout is not None)
+        return layout
+
+    monkeypatch.setattr(Roles, "pack", recorded_pack)
+    return packed
+
+
+# --- DPO --------------------------------------------------------------------------------------------------------------
+
+DPO_LOSSES = ("sigmoid", "ipo", "hinge", "robust", "apo_zero", "sigmoid_norm")
+DPO_BETA = 0.3
+DPO_LABEL_SMOOTHING = 0.2
+
+
+def dpo_over(roles: Roles, loss_type: str = "sigmoid", sft_coef: float = 0.0, **context: Any) -> DPO:
+    """Returns DPO with `DPO_BETA` and `DPO_LABEL_SMOOTHING` over some roles."""
+    settings = DPOConfig(
+        loss_type=loss_type,
+        beta=DPO_BETA,
+        label_smoothing=DPO_LABEL_SMOOTHING,
+        sft_coef=sft_coef,
+    )
+    return DPO(AlgorithmContext(roles, **context), settings)
+
+
+def own_reference_sums(roles: Roles, batch: Batch) -> Tensor:
+    """Returns log ref(y | x) of each row, (B,), by the roles themselves."""
+    with roles.inference_mode():
+        return roles.logps("reference", batch).logps.sum(dim=1)
+
+
+def small_dpo(**changes: Any) -> dict[str, Any]:
+    """Returns a recipe of DPO with four steps on the tiny model."""
+    return {
+        "name": "dpo",
+        "algorithm": "dpo",
+        "base": {"model": "tiny-tutor", "bits": 16},
+        "adapters": {"policy": {"r": 4}},
+        "data": {
+            "train": [{"dataset": "builtin:arithmetic-preferences", "max_samples": 40}],
+            "eval_fraction": 0.2,
+            "max_length": 256,
+        },
+        "train": {
+            "max_steps": 4,
+            "global_batch_size": 8,
+            "micro_batch_size": 4,
+            "learning_rate": 2e-3,
+            "logging_steps": 1,
+            "gradient_checkpointing": False,
+        },
+        **changes,
+    }
 
 
 # --- rollouts ---------------------------------------------------------------------------------------------------------
@@ -146,7 +253,8 @@ INFORMATIVE_REWARDS = [[[1.0, 0.0, 0.0], [0.2, 0.9, 0.4]]]
 
 
 def completion_rows(groups: int, n: int, seed: int = 0) -> tuple[list[list[int]], list[list[bool]]]:
-    """Rows with completions of 1 to 11 tokens, n for each prompt, and their masks; pad and end ids are inside."""
+    """Returns rows with completions of 1 to 11 tokens, n for each prompt, and their masks; pad and end ids are
+    inside."""
     stream = np.random.default_rng(seed)
     rows, masks = [], []
     for _ in range(groups):
@@ -159,11 +267,11 @@ def completion_rows(groups: int, n: int, seed: int = 0) -> tuple[list[list[int]]
 
 
 class FakeCollector(RolloutCollector):
-    """Returns completions of random ids without an engine, with given rewards by draw; the log-probs are those of the
-    roles.
+    """A collector of completions of random ids without an engine, with given rewards by draw; the log-probs are those
+    of the roles.
 
-    cut: rows that count as truncated; drift: noise of the sampler's log-probs. Keeps what it logs in `logged` and the
-    counts that it is called with in `requested_counts`.
+    cut: rows that count as truncated; drift: noise of the sampler's log-probs. `logged` contains what it logs,
+    `requested_counts` the counts that it is called with.
     """
 
     def __init__(
@@ -215,7 +323,7 @@ class FakeCollector(RolloutCollector):
         )
 
     def drawn_logps(self, batch: RolloutBatch, step: int) -> Tensor:
-        """The log-probs of the sampler."""
+        """Returns the log-probs of the sampler."""
         if self.roles is None:
             return torch.zeros(batch.input_ids.shape)
         noise = torch.randn(batch.input_ids.shape, generator=torch.Generator().manual_seed(step))
@@ -223,7 +331,7 @@ class FakeCollector(RolloutCollector):
 
 
 class LengthReward:
-    """A reward client whose reward differs: the number of tokens."""
+    """A reward client that scores a completion with its number of tokens."""
 
     def __init__(self) -> None:
         self.scores: dict[int, list[float]] = {}
@@ -237,7 +345,7 @@ class LengthReward:
 
 
 def real_collector(roles: Roles, long: bool = False) -> RolloutCollector:
-    """A collector with the real engine, for three prompts; `long` ones are six times as long."""
+    """Returns a collector with the real engine, for three prompts; `long` ones are six times as long."""
     times = 6 if long else 1
     prompts = [
         PromptExample([2, 5, 9, 40] * times, "a", None, {}),
@@ -263,7 +371,7 @@ def real_collector(roles: Roles, long: bool = False) -> RolloutCollector:
 
 
 def one_pass(algorithm: Algorithm[Any], batch: Batch, **split: int | None) -> tuple[float, Tensor, dict[str, float]]:
-    """Loss, gradient of the policy, and metrics of one pass over a batch of rollouts."""
+    """Returns loss, gradient of the policy, and metrics of one pass over a batch of rollouts."""
     zero_grad(algorithm.context.roles)
     loss, stats = backward_step(algorithm, batch, **split or {"rows": 4})
     return loss, gradients(algorithm.context.roles), stats
@@ -273,13 +381,31 @@ def one_pass(algorithm: Algorithm[Any], batch: Batch, **split: int | None) -> tu
 
 
 def run_with_events(recipe: dict[str, Any], out: Path) -> tuple[Any, list[Any]]:
-    """The outcome of a run, and its events."""
+    """Runs a recipe. Returns the outcome and the events."""
     events: list[Any] = []
     return run(Recipe.from_dict(recipe), out=out, ui="none", device=CPU, on_event=events.append), events
 
 
+def file_bytes(folder: Path) -> dict[Path, bytes]:
+    """Returns the content of every file of a folder."""
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def record_builds(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """Returns a list that gets what each run from now on is built of."""
+    built: list[Any] = []
+    build = runner.build
+
+    def recorded_build(*arguments: Any, **options: Any) -> Any:
+        built.append(build(*arguments, **options))
+        return built[-1]
+
+    monkeypatch.setattr(runner, "build", recorded_build)
+    return built
+
+
 def step_metrics(events: Sequence[Any]) -> list[dict[str, float]]:
-    """The metrics of each step, without those that depend on the machine."""
+    """Returns the metrics of each step, without those that depend on the machine."""
     unsteady = {"tokens_per_second", "memory_gib", "rollout_seconds", "reward_seconds"}
     return [
         {name: value for name, value in event.stats.items() if name not in unsteady}

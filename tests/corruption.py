@@ -172,7 +172,7 @@ class Corruptions:
         return kept
 
     def run_folder(self, name: str) -> Path:
-        """Where each run of a situation lies: a stage finds the one before it by its path."""
+        """Returns the folder of a run. A stage finds the one before it by its path."""
         return self.folder / name.replace(" ", "-")
 
     def straight(self, name: str) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -153,7 +153,8 @@ def run_fingerprint(folder: Path) -> dict[str, Any]:
     evaluations = [(e["step"], e["stats"]) for e in events if e["event"] == "evaluated"]
     samples = [(e["step"], e["role"], e["prompt"], e["completion"]) for e in events if e["event"] == "sample_logged"]
     groups = {e["step"]: (e["prompt"], e["completions"]) for e in events if e["event"] == "group_logged"}
-    scores = folder / "scores.json"  # what a run on pairs thinks of the held-out ones
+    # The scores of held-out pairs.
+    scores = folder / "scores.json"
     final = {
         str(file.relative_to(folder)): file.read_bytes()
         for file in sorted((folder / "final").rglob("adapter_model.safetensors"))
@@ -238,8 +239,9 @@ def _preference_recipe(algorithm: str, train: dict[str, Any]) -> dict[str, Any]:
 
 
 def _prompt_recipe(algorithm: str, train: dict[str, Any]) -> dict[str, Any]:
-    """Rewards that tell any completions apart, a prompt order that goes round, two passes over a harvest; of GRPO dead
-    groups replaced, of PPO minibatches, a weight of the KL that is steered, and passes that end early."""
+    """Returns a recipe of GRPO or PPO with different rewards for different completions, several epochs of prompts and
+    two passes over a batch of rollouts; GRPO resamples groups of equal rewards, PPO has minibatches, an adaptive
+    coefficient of the KL, and passes that end early."""
     own = {
         "grpo": {"num_iterations": 2, "zero_std_groups": "resample"},
         "ppo": {

@@ -36,8 +36,8 @@ class FinishedRun:
 
 
 def make_base(folder: Path, kind: str, tied: bool, spare: int = 0, **changes: Any) -> Path:
-    """A random model with the tokenizer of the package's tiny base, which has no template of its own; `spare` rows
-    stand for no token."""
+    """Saves a random model with the tokenizer of the package's tiny base, which has no template; `spare` rows of the
+    embedding belong to no token."""
     tokenizer = load_tokenizer(BaseConfig(model=BUILTIN_MODEL))
     shape = {
         "vocab_size": len(tokenizer) + spare,
@@ -67,7 +67,7 @@ def make_run(
     spare: int = 0,
     **more: Any,
 ) -> FinishedRun:
-    """A run of `kind` whose policy lies on `lower`."""
+    """Returns a finished run of `kind` whose policy is trained over the adapters `lower`."""
     base_folder = make_base(place / "base", kind, tied, spare)
     recipe = Recipe.from_dict(
         {

@@ -193,7 +193,7 @@ def announced_steps(run: Path) -> Iterator[int]:
 
 
 def check_failed_run(out: Path, outcome: Outcome, fault: Fault) -> None:
-    """What must hold of a run that met a fault, whichever way it ended."""
+    """Checks what must hold for a run with a fault, for each way in which it can end."""
     assert "Traceback" not in outcome.text and "internal error" not in outcome.text, outcome.text
     if outcome.code != 0:
         number = KINDS[fault.kind]

@@ -1,5 +1,4 @@
-"""What the tests of the GPU proof share: its modules, and an import filter that stands for a machine with few
-packages."""
+"""Helpers of the tests of the GPU proof: its modules, and an import filter that hides packages."""
 
 from __future__ import annotations
 

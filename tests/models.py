@@ -1,5 +1,4 @@
-"""Tiny random models for the law tests: built here, saved, and read back through `load_base`, so that NF4 is the real
-one."""
+"""Tiny random models. They are built here, saved, and loaded with `load_base`, so that their NF4 is that of a run."""
 
 from __future__ import annotations
 
@@ -29,7 +28,8 @@ from lowrank_tune.model.roles import Roles
 from lowrank_tune.model.rotary import RopeFactors
 
 warnings.filterwarnings("ignore", message=".*gradient_checkpointing.*", category=FutureWarning)
-torch.set_num_threads(1)  # tiny matrices: more threads only wait for each other
+# With tiny matrices more threads only wait for each other.
+torch.set_num_threads(1)
 CPU = torch.device("cpu")
 VOCAB = 97
 TOKENIZER = SimpleNamespace(eos_token_id=1)
@@ -91,8 +91,8 @@ ARCHITECTURES = (
 
 
 def random_model(kind: str = "llama", seed: int = 0, gain: float = 4.0, **changes: Any) -> Any:
-    """A random causal model. Its head is `gain` times as large as usual, so that its distributions are far from
-    flat."""
+    """Returns a random causal model. Its head is `gain` times as large as usual, so that its distributions are far from
+    uniform."""
     options = SMALL_CONFIG | CONFIG_CHANGES.get(kind, {}) | changes
     if kind == "gpt2":
         options = {
@@ -105,7 +105,8 @@ def random_model(kind: str = "llama", seed: int = 0, gain: float = 4.0, **change
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if parameter.ndim == 1:  # norms and biases too, or a dropped one would not be seen
+            # Norms and biases too, because a test must find a missing one.
+            if parameter.ndim == 1:
                 parameter += 0.1 * torch.randn_like(parameter)
             elif "embed" in name or "wte" in name or "wpe" in name or "lm_head" in name or "embed_out" in name:
                 parameter.normal_(0, 0.3)
@@ -119,7 +120,7 @@ def random_model(kind: str = "llama", seed: int = 0, gain: float = 4.0, **change
 
 @functools.cache
 def saved_model(kind: str = "llama", seed: int = 0) -> str:
-    """The folder of a saved random model; it lives as long as the process."""
+    """Returns the folder of a saved random model, which exists until the process ends."""
     folder = tempfile.TemporaryDirectory(prefix="lt-model-")
     _TEMPORARY_FOLDERS.append(folder)
     random_model(kind, seed).save_pretrained(folder.name)
@@ -127,12 +128,12 @@ def saved_model(kind: str = "llama", seed: int = 0) -> str:
 
 
 def load_base_of(bits: int = 4, kind: str = "llama", seed: int = 0) -> Base:
-    """A fresh base, through the door that users take."""
+    """Returns a fresh base, loaded as in a run."""
     return load_base(BaseConfig(model=saved_model(kind, seed), bits=bits), TOKENIZER, CPU)  # type: ignore[arg-type]
 
 
 def unquantized_base(kind: str, rope_factors: RopeFactors = "short", **changes: Any) -> Base:
-    """An unquantized base without the trip over the disk."""
+    """Returns an unquantized base without saving it."""
     return freeze_base(random_model(kind, **changes), TOKENIZER, name=kind, bits=16, rope_factors=rope_factors)
 
 
@@ -150,11 +151,12 @@ def roles_over(
     offload: bool = False,
     **lora: Any,
 ) -> Roles:
-    """Roles with `policy`, or `only`, on top of `lower`; `extra` are further adapters, `heads` the roles with a scalar
-    head."""
+    """Returns roles with `policy`, or `only`, on top of `lower`; `extra` are more adapters, `heads` the roles with a
+    scalar head."""
     adapter_settings = AdapterConfig(**{"r": 4, "lora_alpha": 16.0, "lora_dropout": dropout} | lora)
     names = (*lower, only, *extra)
-    if base.model.config.model_type == "gpt2":  # its layers are Conv1D, which settings do not name
+    # The layers of GPT-2 are Conv1D, which the settings do not name.
+    if base.model.config.model_type == "gpt2":
         configs = {
             name: LoraConfig(r=4, target_modules=["c_attn"], fan_in_fan_out=True, task_type="CAUSAL_LM")
             for name in names
@@ -179,7 +181,7 @@ def llama_roles(bits: int = 4, **more: Any) -> Roles:
 
 
 def perturb(roles: Roles, *names: str, seed: int = 1, size: float = 0.1) -> None:
-    """Gives adapters, and their heads, weights that matter: a fresh B and a fresh head are zero."""
+    """Gives adapters and their heads random weights. A fresh B and a fresh head are zero and change nothing."""
     stream = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name in names:
@@ -198,7 +200,7 @@ def make_batch(
     more: int = 0,
     filler: int | None = None,
 ) -> Batch:
-    """Rows padded by hand to their longest plus `more`; padding slots hold `filler`."""
+    """Returns rows padded to their longest plus `more`; padding contains `filler`."""
     width = max(map(len, rows)) + more
     ids = torch.full((len(rows), width), pad if filler is None else filler)
     attended, mask = torch.zeros(len(rows), width, dtype=torch.bool), torch.zeros(len(rows), width, dtype=torch.bool)
@@ -216,7 +218,7 @@ def ragged_batch(
     unscored: Sequence[int] = (4,),
     vocab: int = VOCAB,
 ) -> Batch:
-    """Rows of these lengths, about two tokens in three scored, none in the rows `unscored`."""
+    """Returns rows of these lengths, about two tokens in three scored, none in the rows `unscored`."""
     stream = torch.Generator().manual_seed(seed)
     rows = [torch.randint(2, vocab, (length,), generator=stream).tolist() for length in lengths]
     draws = [(torch.rand(length, generator=stream) < 0.67).tolist() for length in lengths]
@@ -234,14 +236,14 @@ def with_token_weights(algorithm: SFT, batch: Batch) -> Batch:
 
 
 def gradients(roles: Roles, role: str = "policy") -> Tensor:
-    """All gradients of a role as one vector; a missing one counts as NaN, so that it equals nothing."""
+    """Returns all gradients of a role as one vector; a missing one is NaN, so that it equals nothing."""
     return torch.cat(
         [(torch.full_like(p, torch.nan) if p.grad is None else p.grad).flatten() for p in roles.parameters(role)]
     )
 
 
 def reward_roles(base: Base, lower: Sequence[str] = (), **more: Any) -> Roles:
-    """Roles with a `reward` adapter and its head on top of `lower`."""
+    """Returns roles with a `reward` adapter and its head on top of `lower`."""
     stacks = {"reward": [*lower, "reward"], "reference": list(lower)}
     return roles_over(base, lower=lower, only="reward", trainable=["reward"], stacks=stacks, heads=["reward"], **more)
 
@@ -252,7 +254,7 @@ def zero_grad(roles: Roles) -> None:
 
 
 def relative_error(a: Tensor, b: Tensor) -> float:
-    """Relative distance; infinite where one of them is not finite or has another shape."""
+    """Returns the relative distance; infinite if a tensor is not finite or the shapes differ."""
     if a.shape != b.shape:
         return float("inf")
     distance = float((a.double() - b.double()).norm() / b.double().norm().clamp_min(1e-30))
@@ -260,12 +262,12 @@ def relative_error(a: Tensor, b: Tensor) -> float:
 
 
 def all_tensors(model: Any) -> dict[str, Tensor]:
-    """A copy of every parameter and buffer."""
+    """Returns a copy of every parameter and buffer."""
     return {name: tensor.detach().clone() for name, tensor in (*model.named_parameters(), *model.named_buffers())}
 
 
 def changed_tensors(before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> set[str]:
-    """Names whose bytes differ, or that only one of the two has."""
+    """Returns the names whose bytes differ, or that only one of the two has."""
     both = before.keys() & after.keys()
     return set(before.keys() ^ after.keys()) | {n for n in both if not same_bytes(before[n], after[n])}
 
@@ -278,9 +280,8 @@ def same_bytes(a: Tensor, b: Tensor) -> bool:
 
 @contextmanager
 def count_forwards(roles: Roles) -> Iterator[list[int]]:
-    """Counts how often the decoder's first layer runs its attention, recomputations too. (The layer's own hooks lie
-    outside the checkpoint in one end of transformers and inside in the other; those of a module within the layer always
-    run.)"""
+    """Counts how often the attention of the first layer runs, recomputations too. (Hooks of the layer itself are
+    outside the checkpoint in some versions of transformers; those of a module within the layer always run.)"""
     count = [0]
 
     def one_more(*_: Any) -> None:

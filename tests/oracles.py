@@ -1,4 +1,4 @@
-"""Reference losses of DPO, reward models, GRPO and PPO, in plain Python and float64: formulas of the papers with
+"""Reference losses of DPO, reward models, GRPO and PPO, in plain Python and float64: formulas of the papers, with
 derivatives worked out by hand. Nothing here calls the package.
 
 Every loss returns its value and its derivatives with respect to the log-probs (or values) that it is computed from.
@@ -19,13 +19,14 @@ from transformers import AutoModelForCausalLM
 
 
 def sigmoid(x: float) -> float:
+    """Returns 1 / (1 + e^-x)."""
     if x >= 0:
         return 1 / (1 + math.exp(-x))
     return math.exp(x) / (1 + math.exp(x))
 
 
 def softplus(x: float) -> float:
-    """log(1 + e^x) = -log sigmoid(-x)."""
+    """Returns log(1 + e^x) = -log sigmoid(-x)."""
     return max(x, 0.0) + math.log1p(math.exp(-abs(x)))
 
 
@@ -40,8 +41,13 @@ def dpo(
     label_smoothing: float = 0.0,
     num_tokens: tuple[int, int] = (1, 1),
 ) -> tuple[float, float, float]:
-    """The loss of one pair, with its derivatives by both log-ratios. `num_tokens` are the lengths of the chosen and the
-    rejected answer."""
+    """Returns the loss of one pair, and its derivatives by both log-ratios. `num_tokens` are the lengths of the chosen
+    and the rejected answer.
+
+    Sources: sigmoid arXiv:2305.18290, equation 7; ipo arXiv:2310.12036, equation 17, with log-ratios per token; hinge
+    arXiv:2305.10425; robust arXiv:2403.00409; apo_zero arXiv:2408.06266; sigmoid_norm is sigmoid with log-ratios per
+    token.
+    """
     if loss_type == "apo_zero":
         chosen_reward = beta * chosen_logratio
         rejected_reward = beta * rejected_logratio
@@ -56,6 +62,7 @@ def dpo(
 
 
 def _dpo_of_difference(loss_type: str, difference: float, beta: float, label_smoothing: float) -> tuple[float, float]:
+    """Returns a loss of d = a+ - a-, and its derivative by d."""
     x = beta * difference
     e = label_smoothing
     if loss_type in ("sigmoid", "sigmoid_norm"):
@@ -89,8 +96,8 @@ def dpo_step(
     label_smoothing: float,
     sft_coef: float,
 ) -> DPOStep:
-    """DPO with its SFT term over rows chosen, rejected, chosen, rejected, ... of token log-probs; `reference_logps` are
-    sums of whole answers. A first token is never scored."""
+    """Returns DPO with its SFT term over rows chosen, rejected, chosen, rejected, ... of token log-probs;
+    `reference_logps` are sums of whole answers. A first token is never scored."""
     scored = [[t for t, in_mask in enumerate(mask) if in_mask and t > 0] for mask in masks]
     num_pairs = len(logps) // 2
     num_chosen_tokens = sum(len(positions) for positions in scored[::2])
@@ -127,7 +134,8 @@ def dpo_step(
 
 
 def reward_pair(chosen: float, rejected: float, margin: float, centering: float) -> tuple[float, float, float]:
-    """The Bradley-Terry loss of one pair of scores, with its derivatives by both."""
+    """Returns the Bradley-Terry loss of one pair of scores (arXiv:2203.02155, equation 1) with the centering term of
+    arXiv:2312.09244, and its derivatives by both scores."""
     difference = chosen - rejected - margin
     level = chosen + rejected
     centering_slope = 2 * centering * level
@@ -139,7 +147,8 @@ def reward_pair(chosen: float, rejected: float, margin: float, centering: float)
 
 
 def clipped_surrogate(ratio: float, advantage: float, low: float, high: float) -> tuple[float, float]:
-    """PPO's loss of one token, -min(ratio A, clip(ratio) A), and its derivative by log p; by cases."""
+    """Returns PPO's loss of one token, -min(ratio A, clip(ratio) A) (arXiv:1707.06347, equation 7), and its derivative
+    by log p; by cases."""
     if advantage > 0 and ratio > 1 + high:
         return -(1 + high) * advantage, 0.0
     if advantage < 0 and ratio < 1 - low:
@@ -148,7 +157,7 @@ def clipped_surrogate(ratio: float, advantage: float, low: float, high: float) -
 
 
 def kl_estimate(estimator: str, logp: float, old_logp: float, reference_logp: float) -> tuple[float, float]:
-    """The KL term of one token, and its derivative by log p. `exact` is no function of these: 0."""
+    """Returns the KL term of one token, and its derivative by log p. `exact` is not a function of these: 0."""
     d = reference_logp - logp
     k3 = math.exp(d) - d - 1
     k3_slope = 1 - math.exp(d)
@@ -191,7 +200,8 @@ def grpo_step(
     estimator: str,
     max_new_tokens: int,
 ) -> GRPOStep:
-    """GRPO and its variants over the completions of a step."""
+    """Returns GRPO (arXiv:2402.03300, equation 3) and its variants over the completions of a step: dapo
+    arXiv:2503.14476, dr_grpo arXiv:2503.20783, gspo arXiv:2507.18071, cispo arXiv:2506.13585."""
     num_tokens = sum(len(row.logps) for row in rows)
     step = GRPOStep(0.0, [], [])
     for row, advantage in zip(rows, advantages, strict=True):
@@ -222,7 +232,7 @@ def grpo_step(
 
 
 def group_advantages(rewards: Iterable[Sequence[float]], scale_by_std: bool = True) -> list[list[float]]:
-    """(R - mean R) / (std R + 1e-4) of each group, with the population's standard deviation."""
+    """Returns (R - mean R) / (std R + 1e-4) of each group, with the population's standard deviation."""
     advantages = []
     for group in rewards:
         centered = np.asarray(group, dtype=np.float64) - np.mean(group)
@@ -231,7 +241,8 @@ def group_advantages(rewards: Iterable[Sequence[float]], scale_by_std: bool = Tr
 
 
 def gae(rewards: Sequence[float], values: Sequence[float], bootstrap: float, gamma: float, lam: float) -> list[float]:
-    """The definition of GAE: A_t = sum over l of (gamma lam)^l delta_(t+l), delta_t = r_t + gamma V_(t+1) - V_t."""
+    """Returns GAE by its definition (arXiv:1506.02438, equation 16): A_t = sum over l of (gamma lam)^l delta_(t+l),
+    delta_t = r_t + gamma V_(t+1) - V_t."""
     next_values = [*values[1:], bootstrap][: len(values)]
     deltas = [
         reward + gamma * next_value - value
@@ -241,7 +252,7 @@ def gae(rewards: Sequence[float], values: Sequence[float], bootstrap: float, gam
 
 
 def clipped_value_loss(value: float, old_value: float, target: float, cliprange: float) -> tuple[float, float]:
-    """max((v - G)^2, (clip(v) - G)^2) / 2 of one token, and its derivative by v; `cliprange` 0 for none."""
+    """Returns max((v - G)^2, (clip(v) - G)^2) / 2 of one token, and its derivative by v; `cliprange` 0 for none."""
     clipped = min(max(value, old_value - cliprange), old_value + cliprange) if cliprange else value
     if (clipped - target) ** 2 > (value - target) ** 2:
         return (clipped - target) ** 2 / 2, 0.0
@@ -250,7 +261,7 @@ def clipped_value_loss(value: float, old_value: float, target: float, cliprange:
 
 @dataclass(frozen=True)
 class PPORow:
-    """What the two losses are computed from, one entry for each token of a completion."""
+    """The numbers that both losses are computed from, one for each token of a completion."""
 
     logps: Sequence[float]
     old_logps: Sequence[float]
@@ -271,7 +282,7 @@ class PPOStep:
 
 
 def ppo_step(rows: Sequence[PPORow], cliprange: float, cliprange_value: float, weight: float) -> PPOStep:
-    """PPO's two losses, each token with the same weight."""
+    """Returns both losses of PPO, each token with the same weight."""
     step = PPOStep(0.0, [], 0.0, [])
     for row in rows:
         for t in range(len(row.logps)):
@@ -311,25 +322,25 @@ class PlainModel:
         return weights
 
     def run(self, ids: Sequence[int], policy: bool = True) -> Any:
-        """The outputs for one row; `policy` False without the trained adapter."""
+        """Returns the outputs for one row; with `policy` False without the trained adapter."""
         adapters = [*self.frozen, self.trained] if policy else self.frozen
         arguments = {"input_ids": torch.tensor([list(ids)]), "use_cache": False, "output_hidden_states": True}
         return torch.func.functional_call(self.model, self._weights_with(adapters), kwargs=arguments)
 
     def log_softmax(self, ids: Sequence[int], policy: bool = True, temperature: float = 1.0) -> Tensor:
-        """(T, V) log-probs of the token after each position."""
+        """Returns the log-probs of the token after each position, (T, V)."""
         return torch.log_softmax(self.run(ids, policy).logits[0] / temperature, dim=1)
 
     def sequence_logp(self, ids: Sequence[int], mask: Sequence[bool], policy: bool = True) -> Tensor:
-        """The sum of the log-probs of the scored tokens."""
+        """Returns the sum of the log-probs of the scored tokens."""
         logps = self.log_softmax(ids, policy)
         scored = [t for t, in_mask in enumerate(mask) if in_mask and t > 0]
         return sum((logps[t - 1, ids[t]] for t in scored), torch.zeros((), dtype=torch.float64))
 
     def score(self, ids: Sequence[int]) -> Tensor:
-        """The scalar head of the trained adapter at the last token."""
+        """Returns the scalar head of the trained adapter at the last token."""
         return self.run(ids).hidden_states[-1][0, -1] @ self.trained["base_model.model.score.weight"][0]
 
     def gradient(self) -> dict[str, Tensor]:
-        """The gradients of the trained adapter, under the names of PEFT's files."""
+        """Returns the gradients of the trained adapter, under the names of PEFT's files."""
         return {key: tensor.grad for key, tensor in self.trained.items() if tensor.grad is not None}

@@ -127,7 +127,7 @@ def test_pages_list_the_layers_in_their_order(page: str) -> None:
 
 
 def import_graph(package: Path) -> dict[str, set[str]]:
-    """The first-party modules that each module imports when it is loaded; a package stands for its `__init__`."""
+    """The first-party modules that each module imports when it is loaded; a package means its `__init__`."""
     root = package.parent
     names = {
         ".".join(file.relative_to(root).with_suffix("").parts).removesuffix(".__init__"): file

@@ -88,7 +88,7 @@ def test_no_help_page_shows_types_of_python(command: str) -> None:
         "score {} --file x.jsonl",
     ],
 )
-def test_a_run_that_is_not_there_brings_the_nearest_one(
+def test_error_for_an_unknown_run_contains_the_most_similar_name(
     command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -105,7 +105,7 @@ def test_a_run_that_is_not_there_brings_the_nearest_one(
         assert done.output.replace("run or model", "run").strip() == f"{Path(name)}: there is no such run{hint}"
 
 
-def test_where_no_run_is_at_all_the_message_names_the_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_error_without_any_run_contains_the_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     done = CliRunner().invoke(app, ["merge", "nope"])
     assert (done.exit_code, done.output.strip()) == (2, "nope: there is no such run, and no run in runs/")

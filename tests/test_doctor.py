@@ -71,10 +71,10 @@ def test_what_is_broken_is_a_fault_with_a_cure(monkeypatch: pytest.MonkeyPatch, 
 
 
 def test_unsloth_is_reported_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
-    def check_of(version: str | None, wrong: list[str], card: bool = False) -> CheckResult:
+    def check_of(version: str | None, wrong: list[str], has_gpu: bool = False) -> CheckResult:
         monkeypatch.setattr(doctor.unsloth_import, "installed", lambda: version)
         monkeypatch.setattr(doctor.unsloth_import, "incompatible_versions", lambda: wrong)
-        monkeypatch.setattr("torch.cuda.is_available", lambda: card)
+        monkeypatch.setattr("torch.cuda.is_available", lambda: has_gpu)
         return next(doctor.unsloth())
 
     assert check_of(None, []).level == "ok" and "not installed" in check_of(None, []).detail
@@ -83,7 +83,7 @@ def test_unsloth_is_reported_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
         == "2026.10.9, which needs trl<=1.15.0 (1.16.0 is installed)"
     )
     assert "refused here" in check_of("2026.10.9", ["trl<=1.15.0 (1.16.0 is installed)"]).fix
-    assert "no GPU" in check_of("2026.10.9", []).detail and check_of("2026.10.9", [], card=True).level == "ok"
+    assert "no GPU" in check_of("2026.10.9", []).detail and check_of("2026.10.9", [], has_gpu=True).level == "ok"
 
 
 def test_bounds() -> None:

@@ -80,8 +80,8 @@ def test_a_changed_adapter_is_not_loaded(tmp_path: Path, name: str, folder: str)
 
 
 def stacked_final(folder: Path) -> Path:
-    """A final folder with its trained adapter at the root, over a frozen one, and both files that say how to load
-    it."""
+    """A final folder with its trained adapter at the root, over a frozen one, and both files with the loading
+    instructions."""
     final = final_of(folder, ("", "below"))
     whole = load(final)
     whole.documents[STACK] = {
@@ -125,7 +125,7 @@ def test_files_nested_without_end_are_broken(tmp_path: Path, name: str) -> None:
         adapter_rope_factors(str(tmp_path))
 
 
-def test_what_a_person_may_edit_is_not_looked_at(tmp_path: Path) -> None:
+def test_files_that_users_may_edit_are_not_checked(tmp_path: Path) -> None:
     (final_of(tmp_path) / "README.md").write_text("a better card")
     events: list[Event] = []
     assert not quarantine_broken_final(tmp_path / "final", events.append) and events == []
@@ -166,8 +166,8 @@ def test_a_broken_final_steps_out_of_the_way(tmp_path: Path, damage: str) -> Non
 
 
 @pytest.mark.parametrize("is_missing", [False, True])
-def test_a_broken_final_without_a_checkpoint_is_left_as_it_is(tmp_path: Path, is_missing: bool) -> None:
-    """To train the stage again is for a person to choose."""
+def test_broken_final_without_checkpoint_is_unchanged(tmp_path: Path, is_missing: bool) -> None:
+    """Only the user decides whether the stage is trained again."""
     final, events = final_of(tmp_path / "1-sft"), list[Event]()
     (tmp_path / "1-sft" / "checkpoints").mkdir()
     if is_missing:

@@ -119,7 +119,7 @@ BUGS: dict[str, Any] = {
 
 
 @pytest.mark.parametrize("bug", BUGS)
-def test_another_diagram_is_seen(monkeypatch: pytest.MonkeyPatch, bug: str) -> None:
+def test_changed_diagram_is_found(monkeypatch: pytest.MonkeyPatch, bug: str) -> None:
     monkeypatch.setattr(functional, "reliability_bins", BUGS[bug])
     with pytest.raises(AssertionError):
         test_reliability_by_hand()

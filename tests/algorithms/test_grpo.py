@@ -1,5 +1,10 @@
-"""GRPO: advantages by hand, every loss and its gradient in float64 and through a plain model, one gradient for any
-split, groups without signal, the log-probs of the sampler, and whole runs."""
+"""GRPO: advantages, every loss and its gradient, KL estimators, groups of equal rewards, the log-probs of the sampler,
+and short runs.
+
+Oracles: numbers worked out by hand, `oracles.grpo_step` in float64, exact expectations over a small vocabulary, and the
+model of transformers in float64 (`oracles.PlainModel`). A test named `..._is_found` plants a bug, and shows that the
+check of the test before it fails.
+"""
 
 from __future__ import annotations
 
@@ -22,15 +27,17 @@ from algorithm_helpers import (
     by_key,
     completion_rows,
     error_against,
+    file_bytes,
     largest,
     one_pass,
+    policy_over_sft,
     real_collector,
     run_with_events,
     step_metrics,
 )
 from hypothesis import given
 from hypothesis import strategies as st
-from models import changed_tensors, llama_roles, perturb, relative_error
+from models import changed_tensors, perturb, relative_error
 from oracles import PlainModel, PolicyRow, grpo_step
 from safetensors.torch import load_file
 from torch import Tensor
@@ -58,26 +65,31 @@ BETA = 0.3
 # --- advantages -------------------------------------------------------------------------------------------------------
 
 
-def test_advantages_by_hand() -> None:
+def test_advantages_equal_numbers_by_hand() -> None:
+    """(R - mean R) / (std R + 1e-4) of each group (arXiv:2402.03300), and R - mean R for Dr. GRPO
+    (arXiv:2503.20783)."""
     rewards = torch.tensor([[1.0, 0.0, 0.0, 1.0], [3.0, 1.0, 1.0, 1.0], [2.0, 2.0, 2.0, 2.0]])
-    s = 0.5 + 1e-4  # 1/n: each is half away from a half
+    # Standard deviations with 1/n: each reward of the first group is 0.5 from its mean.
+    s = 0.5 + 1e-4
     t = math.sqrt((1.5**2 + 3 * 0.5**2) / 4) + 1e-4
     expected = [[0.5 / s, -0.5 / s, -0.5 / s, 0.5 / s], [1.5 / t, -0.5 / t, -0.5 / t, -0.5 / t], [0.0] * 4]
     assert torch.allclose(group_advantages(rewards), torch.tensor(expected), rtol=1e-6, atol=0)
-    assert group_advantages(rewards, scale_by_std=False).tolist() == [
-        [0.5, -0.5, -0.5, 0.5],
-        [1.5, -0.5, -0.5, -0.5],
-        [0.0] * 4,
-    ]
+    centered = [[0.5, -0.5, -0.5, 0.5], [1.5, -0.5, -0.5, -0.5], [0.0] * 4]
+    assert group_advantages(rewards, scale_by_std=False).tolist() == centered
     assert zero_std_groups(rewards).tolist() == [False, False, True]
 
 
 def test_advantages_of_equal_rewards_are_exactly_zero() -> None:
+    """Seven rewards of 0.7 have advantages of exactly 0 in fp32."""
     rewards = torch.full((1, 7), 0.7)
     assert group_advantages(rewards).tolist() == [[0.0] * 7]
     assert group_advantages(rewards, scale_by_std=False).tolist() == [[0.0] * 7]
-    naive = (rewards - rewards.mean()) / (rewards.std(correction=0) + 1e-4)
-    assert naive.any(), "the plain formula in fp32 is no longer a trap"
+    # The formula alone gives rounding noise in fp32.
+    assert ((rewards - rewards.mean()) / (rewards.std(correction=0) + 1e-4)).any()
+
+
+def test_rewards_that_differ_by_rounding_count_as_equal() -> None:
+    """0.1 + 0.2 equals 0.3 for a group; a difference of 1e-5 does not count as equal."""
     nearly_equal = torch.tensor([[0.1 + 0.2, 0.3], [0.3, 0.3 + 1e-5]], dtype=torch.float64)
     assert zero_std_groups(nearly_equal).tolist() == [True, False]
 
@@ -90,7 +102,8 @@ REWARD = st.floats(-100, 100, width=32)
         lambda n: st.lists(st.lists(REWARD, min_size=n + 1, max_size=n + 1), min_size=1, max_size=4)
     )
 )
-def test_advantages_equal_numpy(rewards: list[list[float]]) -> None:
+def test_advantages_equal_oracle(rewards: list[list[float]]) -> None:
+    """Advantages of any rewards are those of `oracles.group_advantages` by NumPy."""
     for scale_by_std in (True, False):
         found = group_advantages(torch.tensor(rewards, dtype=torch.float64), scale_by_std).double().numpy()
         expected = oracles.group_advantages(rewards, scale_by_std)
@@ -105,7 +118,7 @@ def test_advantages_equal_numpy(rewards: list[list[float]]) -> None:
 
 
 def random_rows(seed: int, lengths: Sequence[int] = (5, 2, 9, 1, 4, 0)) -> tuple[list[PolicyRow], list[float]]:
-    """Log-probs with ratios on both sides of the clip, and advantages of both signs."""
+    """Returns log-probs with ratios on both sides of the clip, and advantages of both signs."""
     stream = np.random.default_rng(seed)
     rows = []
     for n in lengths:
@@ -118,8 +131,8 @@ def random_rows(seed: int, lengths: Sequence[int] = (5, 2, 9, 1, 4, 0)) -> tuple
 def padded_tensors(
     rows: Sequence[PolicyRow], dtype: torch.dtype, filler: float = 0.0
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """logps, old_logps, reference_logps and mask, (B, T), with gaps before, inside and after each row that contain
-    `filler`."""
+    """Returns logps, old_logps, reference_logps and mask, (B, T), with gaps before, inside and after each row that
+    contain `filler`."""
     width = 2 * max(len(row.logps) for row in rows) + 3
     mask = torch.zeros(len(rows), width, dtype=torch.bool)
     logps, old_logps, reference_logps = (torch.full((len(rows), width), filler, dtype=dtype) for _ in range(3))
@@ -133,14 +146,14 @@ def padded_tensors(
 
 
 def weights_of(loss_type: str, mask: Tensor) -> Tensor:
-    """The token weights for a mask."""
+    """Returns the token weights for a mask."""
     algorithm = GRPO(None, GRPOConfig(loss_type=loss_type), FakeCollector(None, []))  # type: ignore[arg-type]
     return algorithm.token_weights(RolloutBatch(torch.zeros(mask.shape, dtype=torch.long), torch.ones_like(mask), mask))
 
 
 def formula_error(loss_type: str, estimator: str, dtype: torch.dtype, filler: float = 0.0, seed: int = 0) -> float:
-    """The largest distance of loss and slopes from the oracle, relative to the largest of them; infinite if a masked
-    slot has a slope."""
+    """Returns the largest distance of loss and slopes from `grpo_step`, relative to the largest of them; infinite if a
+    masked slot has a slope."""
     rows, advantages = random_rows(seed)
     high = HIGH.get(loss_type, 0.2)
     logps, old_logps, reference_logps, mask = padded_tensors(rows, dtype, filler)
@@ -164,22 +177,26 @@ def formula_error(loss_type: str, estimator: str, dtype: torch.dtype, filler: fl
 
 @pytest.mark.parametrize("loss_type", LOSS_TYPES)
 @pytest.mark.parametrize("estimator", ESTIMATORS[:3])
-def test_loss_and_gradient_equal_the_oracle(loss_type: str, estimator: str) -> None:
+def test_loss_and_gradient_equal_oracle(loss_type: str, estimator: str) -> None:
+    """Each loss with each KL estimator, and its gradient, are those of `grpo_step`."""
     for seed in range(8):
-        assert formula_error(loss_type, estimator, torch.float64, seed=seed) < 3e-7, "weights alone are fp32"
+        # The weights are fp32 also in float64.
+        assert formula_error(loss_type, estimator, torch.float64, seed=seed) < 3e-7
         assert formula_error(loss_type, estimator, torch.float32, seed=seed) < 1e-6
 
 
 @pytest.mark.parametrize("loss_type", LOSS_TYPES)
 @pytest.mark.parametrize("filler", [math.nan, math.inf, -math.inf, 1e38])
-def test_values_of_masked_slots_change_nothing(loss_type: str, filler: float) -> None:
-    for estimator in ESTIMATORS[:3]:
-        assert formula_error(loss_type, estimator, torch.float32, filler) < 1e-6
+@pytest.mark.parametrize("estimator", ESTIMATORS[:3])
+def test_values_of_masked_slots_change_no_loss(estimator: str, loss_type: str, filler: float) -> None:
+    """NaN, infinity or 1e38 outside the mask change neither the loss nor its gradient."""
+    assert formula_error(loss_type, estimator, torch.float32, filler) < 1e-6
 
 
 @pytest.mark.parametrize("loss_type", LOSS_TYPES)
-def test_the_oracle_has_the_slopes_of_its_loss(loss_type: str) -> None:
-    """By central differences. The clipped weight of cispo is constant, as its formula requires."""
+def test_oracle_slopes_equal_central_differences(loss_type: str) -> None:
+    """The derivatives of `grpo_step` are the central differences of its loss. The clipped weight of cispo is a
+    constant, as its formula requires."""
     rows, advantages = random_rows(3)
 
     def loss_of(rows: Sequence[PolicyRow], advantages: Sequence[float], estimator: str) -> float:
@@ -224,17 +241,20 @@ def _masked_by_multiplication(
 
 @pytest.mark.parametrize("bug", [_without_clip, _clip_sides_swapped])
 @pytest.mark.parametrize("loss_type", LOSS_TYPES)
-def test_a_wrong_clip_is_found(monkeypatch: pytest.MonkeyPatch, loss_type: str, bug: Any) -> None:
+def test_wrong_clip_is_found(monkeypatch: pytest.MonkeyPatch, loss_type: str, bug: Any) -> None:
+    """`formula_error` finds a loss without a clip, and one with exchanged sides of the clip."""
     monkeypatch.setattr(grpo_module, "policy_loss", bug)
     assert max(formula_error(loss_type, "k3", torch.float64, seed=seed) for seed in range(3)) > 1e-3
 
 
 def test_masking_by_multiplication_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`formula_error` with NaN outside the mask finds loss * mask, which is NaN there."""
     monkeypatch.setattr(grpo_module, "policy_loss", _masked_by_multiplication)
     assert formula_error("grpo", "k3", torch.float32) < 1e-6 < formula_error("grpo", "k3", torch.float32, math.nan)
 
 
-def test_a_wrong_kl_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_wrong_kl_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`formula_error` finds k3 instead of k3_ratio, and the reverse."""
     monkeypatch.setattr(
         grpo_module, "kl_penalty", lambda name, *rest: kl_penalty("k3" if name == "k3_ratio" else "k3_ratio", *rest)
     )
@@ -242,6 +262,7 @@ def test_a_wrong_kl_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_clipped_tokens_are_counted() -> None:
+    """A token counts as clipped if the clip stops its gradient; for cispo, if its weight is the upper clip."""
     log_ratio, old_logps = torch.tensor([[0.5, 0.9, 1.1, 1.5, 9.0]] * 2).log(), torch.zeros(2, 5)
     advantages = torch.tensor([1.0, -1.0])
     mask = torch.tensor([[True, True, True, True, False]] * 2)
@@ -252,12 +273,12 @@ def test_clipped_tokens_are_counted() -> None:
     assert not policy_loss("grpo", log_ratio, log_ratio, advantages, mask, 0.2, 0.3)[1].any()
 
 
-# --- the gradient of each KL estimator, by enumeration of a vocabulary of five ----------------------------------------
+# --- the expectation of each KL estimator, over a vocabulary of five --------------------------------------------------
 
 
 def expected_penalty(estimator: str, logits: Tensor, reference_logps: Tensor) -> tuple[float, Tensor]:
-    """The expectation of the estimator and of its gradient by the logits, with old = policy: every token once, by its
-    probability."""
+    """Returns the expectation of the estimator and of its gradient by the logits, with old = policy: each token once,
+    weighted with its probability."""
     logps = torch.log_softmax(logits, 0)
     old_logps, mask = logps.detach(), torch.ones(1, len(logits), dtype=torch.bool)
     penalties = grpo_module.kl_penalty(estimator, logps[None], old_logps[None], reference_logps[None], mask)
@@ -266,7 +287,7 @@ def expected_penalty(estimator: str, logits: Tensor, reference_logps: Tensor) ->
 
 
 def exact_kl(logits: Tensor, reference_logps: Tensor, forward: bool) -> tuple[float, Tensor]:
-    """KL(p || ref), or with `forward` KL(ref || p), and its gradient by the logits."""
+    """Returns KL(p || ref), or with `forward` KL(ref || p), and its gradient by the logits."""
     logps = torch.log_softmax(logits, 0)
     if forward:
         kl = (reference_logps.exp() * (reference_logps - logps)).sum()
@@ -275,24 +296,41 @@ def exact_kl(logits: Tensor, reference_logps: Tensor, forward: bool) -> tuple[fl
     return float(kl.detach()), torch.autograd.grad(kl, logits, retain_graph=True)[0]
 
 
-def test_the_gradient_of_each_estimator_is_that_of_its_kl() -> None:
-    for seed in range(10):
-        stream = torch.Generator().manual_seed(seed)
-        logits = torch.randn(5, generator=stream, dtype=torch.float64)
-        reference_logps = torch.log_softmax(torch.randn(5, generator=stream).double(), 0)
-        logits.requires_grad_()
-        reverse, forward = (exact_kl(logits, reference_logps, forward) for forward in (False, True))
-        for estimator, (kl, gradient), is_unbiased in (
-            ("k3_ratio", reverse, True),
-            ("k3", forward, False),
-            ("k2", reverse, False),
-        ):
-            mean, found = expected_penalty(estimator, logits, reference_logps)
-            assert relative_error(found, gradient) < 1e-10, estimator
-            assert not is_unbiased or mean == pytest.approx(kl, abs=1e-12)
-        # k3 has the value of the reverse KL, and the gradient of the forward one
-        mean, found = expected_penalty("k3", logits, reference_logps)
-        assert mean == pytest.approx(reverse[0], abs=1e-12) and relative_error(found, reverse[1]) > 1e-2
+def random_distributions(seed: int) -> tuple[Tensor, Tensor]:
+    """Returns logits of a policy with a gradient, and log-probs of a reference, (5,) float64 each."""
+    stream = torch.Generator().manual_seed(seed)
+    logits = torch.randn(5, generator=stream, dtype=torch.float64)
+    reference_logps = torch.log_softmax(torch.randn(5, generator=stream).double(), 0)
+    return logits.requires_grad_(), reference_logps
+
+
+@pytest.mark.parametrize(("estimator", "forward"), [("k3_ratio", False), ("k3", True), ("k2", False)])
+@pytest.mark.parametrize("seed", range(10))
+def test_expected_gradient_of_estimator_is_that_of_its_kl(seed: int, estimator: str, forward: bool) -> None:
+    """The expected gradient of k3_ratio and k2 is that of KL(p || ref), that of k3 is that of KL(ref || p)."""
+    logits, reference_logps = random_distributions(seed)
+    _, gradient = exact_kl(logits, reference_logps, forward)
+    _, found = expected_penalty(estimator, logits, reference_logps)
+    assert relative_error(found, gradient) < 1e-10
+
+
+@pytest.mark.parametrize("estimator", ["k3_ratio", "k3"])
+@pytest.mark.parametrize("seed", range(10))
+def test_expected_k3_is_the_reverse_kl(seed: int, estimator: str) -> None:
+    """The value of k3 and k3_ratio is in expectation KL(p || ref)."""
+    logits, reference_logps = random_distributions(seed)
+    kl, _ = exact_kl(logits, reference_logps, forward=False)
+    mean, _ = expected_penalty(estimator, logits, reference_logps)
+    assert mean == pytest.approx(kl, abs=1e-12)
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_expected_gradient_of_k3_is_not_that_of_the_reverse_kl(seed: int) -> None:
+    """The gradient of k3 is not that of the KL which it estimates: a reason for k3_ratio."""
+    logits, reference_logps = random_distributions(seed)
+    _, gradient = exact_kl(logits, reference_logps, forward=False)
+    _, found = expected_penalty("k3", logits, reference_logps)
+    assert relative_error(found, gradient) > 1e-2
 
 
 # --- through a model --------------------------------------------------------------------------------------------------
@@ -300,11 +338,7 @@ def test_the_gradient_of_each_estimator_is_that_of_its_kl() -> None:
 
 @pytest.fixture(scope="module")
 def roles() -> Roles:
-    """fp32, a frozen SFT adapter below the policy, both with weights that matter."""
-    found = llama_roles(16, lower=["sft"])
-    perturb(found, "sft", size=0.05)
-    perturb(found, "policy", size=0.05, seed=2)
-    return found
+    return policy_over_sft()
 
 
 def grpo_over(
@@ -314,7 +348,7 @@ def grpo_over(
     fake: Mapping[str, Any] = {},
     **settings: Any,
 ) -> GRPO:
-    """GRPO of a continued policy over given completions; `fake` are arguments of their collector."""
+    """Returns GRPO of a continued policy over given completions; `fake` are arguments of their collector."""
     config = GRPOConfig(loss_type=loss_type, epsilon_high=HIGH.get(loss_type), **settings)
     return GRPO(AlgorithmContext(roles, fresh=False), config, FakeCollector(roles, rewards, **fake))
 
@@ -324,8 +358,8 @@ def noisy(logps: Tensor, size: float = 0.3, seed: int = 0) -> Tensor:
 
 
 def model_error(roles: Roles, loss_type: str, estimator: str, temperature: float = 0.7) -> tuple[float, float]:
-    """The distance of loss and gradient of a whole step from transformers' logits in float64; the old log-probs differ
-    from the policy's."""
+    """Returns the distance of loss and gradient of a whole step from the model of transformers in float64. The old
+    log-probs differ from those of the policy."""
     algorithm = grpo_over(roles, loss_type, fake={"temperature": temperature}, beta=BETA, kl_estimator=estimator)
     batch = algorithm.collect(0).batch
     batch.old_logps = noisy(batch.sampler_logps)
@@ -348,7 +382,8 @@ def model_error(roles: Roles, loss_type: str, estimator: str, temperature: float
     high = HIGH.get(loss_type, 0.2)
     step = grpo_step(loss_type, rows, advantages, LOW, high, BETA, estimator, MAX_NEW_TOKENS)
     expected = step.loss
-    surrogate = torch.zeros((), dtype=torch.float64)  # has the gradient of the step
+    # A sum whose gradient is that of the step.
+    surrogate = torch.zeros((), dtype=torch.float64)
     for logps, kl, slopes, weight in zip(row_logps, row_kls, step.slopes, step.weights, strict=True):
         surrogate = surrogate + (logps * torch.tensor(slopes, dtype=torch.float64)).sum()
         if estimator == "exact":
@@ -362,12 +397,15 @@ def model_error(roles: Roles, loss_type: str, estimator: str, temperature: float
     ("loss_type", "estimator"),
     [("grpo", "k3_ratio"), ("dapo", "k3"), ("dr_grpo", "k2"), ("gspo", "exact"), ("cispo", "exact")],
 )
-def test_a_step_equals_the_plain_model(roles: Roles, loss_type: str, estimator: str) -> None:
+def test_step_equals_plain_model(roles: Roles, loss_type: str, estimator: str) -> None:
+    """Loss and gradient of a step are those of the model of transformers in float64, with the KL over the vocabulary
+    too."""
     loss, gradient = model_error(roles, loss_type, estimator)
     assert loss < 1e-5 and gradient < 1e-5
 
 
-def test_a_kl_without_gradient_is_found(roles: Roles, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_exact_kl_without_gradient_is_found(roles: Roles, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`model_error` finds a KL over the vocabulary without a gradient."""
     exact = Roles.full_vocab_kl
     monkeypatch.setattr(
         Roles, "full_vocab_kl", lambda self, p, q, *rest, gradient: exact(self, p, q, *rest, gradient=gradient).detach()
@@ -375,7 +413,8 @@ def test_a_kl_without_gradient_is_found(roles: Roles, monkeypatch: pytest.Monkey
     assert model_error(roles, "grpo", "exact")[1] > 1e-3
 
 
-def test_another_temperature_of_the_policy_is_found(roles: Roles, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_wrong_temperature_of_policy_is_found(roles: Roles, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`model_error` finds log-probs of the policy at temperature 1 instead of the temperature of the sampler."""
     logps = Roles.logps
     monkeypatch.setattr(Roles, "logps", lambda self, role, batch, temperature=1.0: logps(self, role, batch))
     assert model_error(roles, "grpo", "k3")[1] > 1e-3
@@ -385,7 +424,8 @@ def test_another_temperature_of_the_policy_is_found(roles: Roles, monkeypatch: p
 
 
 @pytest.mark.parametrize("loss_type", LOSS_TYPES)
-def test_any_micro_batch_size_gives_one_gradient(roles: Roles, loss_type: str) -> None:
+def test_micro_batches_give_gradient_of_whole_step(roles: Roles, loss_type: str) -> None:
+    """Loss, gradient and metrics do not depend on the size of the micro-batches."""
     results = []
     for split in ({"rows": 1}, {"rows": 4}, {"tokens": 30}, {"rows": 99}):
         algorithm = grpo_over(
@@ -405,7 +445,8 @@ def test_any_micro_batch_size_gives_one_gradient(roles: Roles, loss_type: str) -
 
 
 @pytest.mark.parametrize("loss_type", LOSS_TYPES)
-def test_padding_changes_nothing(roles: Roles, loss_type: str) -> None:
+def test_padding_changes_no_gradient(roles: Roles, loss_type: str) -> None:
+    """Loss, gradient and metrics do not depend on width and ids of padding."""
     results = []
     for padding in ({}, {"more": 5}, {"filler": 31}, {"more": 3, "filler": 1}):
         algorithm = grpo_over(roles, loss_type, fake=padding, num_iterations=2)
@@ -417,7 +458,8 @@ def test_padding_changes_nothing(roles: Roles, loss_type: str) -> None:
         assert stats == pytest.approx(first_stats, rel=1e-4, abs=1e-6)
 
 
-def test_token_weights_by_hand() -> None:
+def test_token_weights_equal_numbers_by_hand() -> None:
+    """Weights of 2, 7 and 0 tokens: 1 / (N length), 1 / tokens of the step, or 1 / (N max_new_tokens)."""
     mask = torch.zeros(3, 9, dtype=torch.bool)
     mask[0, 1:3], mask[1, 2:9] = True, True
     assert weights_of("grpo", mask).sum(dim=1).tolist() == pytest.approx([1 / 3, 1 / 3, 0.0])
@@ -427,7 +469,9 @@ def test_token_weights_by_hand() -> None:
     assert torch.equal(weights_of("cispo", mask), weights_of("dapo", mask))
 
 
-def test_the_first_of_several_passes_has_ratio_one(roles: Roles) -> None:
+def test_first_of_several_passes_has_ratio_one(roles: Roles) -> None:
+    """The first pass has ratio 1 and the loss of a single pass; a changed policy is clipped against the same old
+    log-probs."""
     algorithm = grpo_over(roles, num_iterations=3, beta=0.0)
     step_batch = algorithm.collect(0)
     minibatches = list(step_batch.minibatches())
@@ -447,23 +491,28 @@ def test_the_first_of_several_passes_has_ratio_one(roles: Roles) -> None:
         _, _, later = one_pass(algorithm, batch)
     finally:
         roles.load_adapter_tensors("policy", kept, "here")
-    assert later["clip_ratio"] > 0.1, "old_logps are those of the policy that drew the completions"
+    # `old_logps` are those of the policy that drew the completions.
+    assert later["clip_ratio"] > 0.1
     assert "sampling/sampling_logp_difference/mean" not in later
 
 
 @pytest.mark.parametrize(("truncated", "rows"), [("keep", 6), ("mask", 4)])
 def test_truncated_completions_are_kept_or_masked(roles: Roles, truncated: str, rows: int) -> None:
+    """With `mask`, truncated completions have no weight, but their rewards count in the advantages of their group."""
     algorithm = grpo_over(roles, fake={"cut": (0, 4)}, truncated_completions=truncated)
     batch = algorithm.collect(0).batch
     assert int(batch.loss_mask.any(dim=1).sum()) == rows and len(batch) == 6
     expected = group_advantages(torch.tensor(INFORMATIVE_REWARDS[0]))
     assert torch.equal(batch.sequence_advantages.view(2, 3), expected)
     weights = algorithm.token_weights(batch)
-    assert weights.sum() == pytest.approx(rows / 6), "a masked completion still counts among N"
+    # A masked completion still counts among the N of the mean.
+    assert weights.sum() == pytest.approx(rows / 6)
     assert (weights[[0, 4]].sum() == 0) == (truncated == "mask")
 
 
-def test_a_truncated_completion_is_penalized(roles: Roles) -> None:
+def test_truncated_completion_is_penalized(roles: Roles) -> None:
+    """With `penalize`, the advantages are those of rewards minus `missing_eos_penalty`; the metric `reward` is without
+    it."""
     algorithm = grpo_over(
         roles,
         rewards=[[[0.5] * 3, [0.0, 1.0, 1.0]]],
@@ -479,7 +528,8 @@ def test_a_truncated_completion_is_penalized(roles: Roles) -> None:
 
 
 @pytest.mark.parametrize("loss_type", LOSS_TYPES)
-def test_a_step_of_masked_completions_changes_nothing(roles: Roles, loss_type: str) -> None:
+def test_step_of_masked_completions_has_no_gradient(roles: Roles, loss_type: str) -> None:
+    """If all completions are masked, loss and gradient are exactly 0."""
     algorithm = grpo_over(roles, loss_type, fake={"cut": range(6)}, truncated_completions="mask")
     loss, gradient, _ = one_pass(algorithm, algorithm.collect(0).batch)
     assert loss == 0.0 and not gradient.any()
@@ -492,7 +542,7 @@ MIXED_REWARDS = [
     [[0.2] * 3],
     [[1.0, 0.0, 0.0]],
 ]
-"""Rewards of each draw; the last one must not be drawn."""
+"""Rewards of each draw. The last draw must not happen."""
 
 
 @pytest.mark.parametrize(
@@ -506,6 +556,7 @@ MIXED_REWARDS = [
 def test_zero_std_groups_are_kept_dropped_or_resampled(
     roles: Roles, zero_std: str, prompts: list[str], requested_counts: list[int | None]
 ) -> None:
+    """`resample` draws as many prompts again as have groups of equal rewards, until there are four draws."""
     assert MAX_RESAMPLES == 4
     algorithm = grpo_over(roles, rewards=MIXED_REWARDS, zero_std_groups=zero_std)
     step_batch = algorithm.collect(0)
@@ -521,13 +572,13 @@ def test_zero_std_groups_are_kept_dropped_or_resampled(
     assert int(is_zero_std.sum()) == (3 if zero_std == "keep" else 0)
     metrics = to_floats(step_batch.stats)
     assert metrics["frac_reward_zero_std"] == pytest.approx(7 / 10 if zero_std == "resample" else 3 / 4)
-    assert metrics["rollout_seconds"] == 2.0 * len(requested_counts), "the time of every draw"
+    assert metrics["rollout_seconds"] == 2.0 * len(requested_counts), "not the time of every draw"
     loss, gradient, _ = one_pass(algorithm, step_batch.batch)
     assert math.isfinite(loss) and gradient.any()
 
 
 def test_resampled_rows_are_the_rows_that_were_drawn(roles: Roles) -> None:
-    """Joined to one width: ids, masks and log-probs of each row are those of its own draw."""
+    """Rows of several draws are joined to one width: ids, masks and log-probs of each row are those of its draw."""
     algorithm = grpo_over(roles, rewards=MIXED_REWARDS, zero_std_groups="resample")
     batch = algorithm.collect(0).batch
     rows = []
@@ -542,35 +593,40 @@ def test_resampled_rows_are_the_rows_that_were_drawn(roles: Roles) -> None:
 
 @pytest.mark.parametrize("loss_type", LOSS_TYPES)
 @pytest.mark.parametrize(("zero_std", "beta"), [("keep", 0.0), ("drop", 0.0), ("drop", 0.5), ("resample", 0.5)])
-def test_a_step_of_zero_std_groups_changes_nothing(roles: Roles, loss_type: str, zero_std: str, beta: float) -> None:
-    """With `drop` the KL changes nothing either: near the reference its gradient is rounding noise, which Adam would
-    scale up to a whole step."""
+def test_step_of_zero_std_groups_has_no_gradient(roles: Roles, loss_type: str, zero_std: str, beta: float) -> None:
+    """Groups of equal rewards alone give loss and gradient 0. With `drop` their KL is dropped too: near the reference
+    its gradient is rounding noise, which Adam would scale up to a whole step."""
     rewards = [[[0.7] * 7, [0.1] * 7]] * 4
     algorithm = grpo_over(roles, loss_type, rewards, beta=beta, zero_std_groups=zero_std)
     loss, gradient, stats = one_pass(algorithm, algorithm.collect(0).batch)
-    assert loss == 0.0 and not gradient.any() and not gradient.isnan().any() and all(map(math.isfinite, stats.values()))
+    assert loss == 0.0
+    assert not gradient.any() and not gradient.isnan().any()
+    assert all(map(math.isfinite, stats.values()))
+    # The next step has rewards that differ, and trains.
     algorithm.collector.rewards = INFORMATIVE_REWARDS * 4
     _, gradient, _ = one_pass(algorithm, algorithm.collect(1).batch)
-    assert gradient.any(), "the next step is trained again"
+    assert gradient.any()
 
 
-def test_kept_zero_std_groups_have_their_kl(roles: Roles) -> None:
+def test_kept_zero_std_groups_have_a_kl_gradient(roles: Roles) -> None:
+    """With `keep` and beta > 0, groups of equal rewards have the gradient of the KL."""
     algorithm = grpo_over(roles, rewards=[[[0.7] * 7]], beta=0.5, zero_std_groups="keep")
     loss, gradient, stats = one_pass(algorithm, algorithm.collect(0).batch)
     assert loss > 0 and gradient.any() and stats["kl"] > 0
 
 
-def test_most_groups_without_signal_give_a_warning(roles: Roles) -> None:
+def test_most_groups_of_equal_rewards_give_warning(roles: Roles) -> None:
+    """80 % of groups of equal rewards give a warning, except if their rewards are high."""
     algorithm = grpo_over(roles)
     assert list(algorithm.diagnostics({"frac_reward_zero_std": 0.79, "reward": 0.1})) == []
     (warning,) = algorithm.diagnostics({"frac_reward_zero_std": 0.9, "reward": 0.1})
     assert "90%" in warning and "rollout.num_generations" in warning
-    assert list(algorithm.diagnostics({"frac_reward_zero_std": 0.9, "reward": 0.9})) == [], (
-        "groups whose completions have all become correct"
-    )
+    # Groups whose completions are all correct.
+    assert list(algorithm.diagnostics({"frac_reward_zero_std": 0.9, "reward": 0.9})) == []
 
 
-def test_kl_in_the_reward(roles: Roles) -> None:
+def test_kl_in_the_reward_equals_numbers_by_hand(roles: Roles) -> None:
+    """With `kl_in_reward` the advantages are those of R - beta (log p_sampler - log ref), summed over the tokens."""
     beta = 0.4
     algorithm = grpo_over(
         roles, rewards=[[[0.5, 0.5, 0.5], [1.0, 0.0, 0.0]]], fake={"drift": 0.1}, beta=beta, kl_in_reward=True
@@ -588,17 +644,18 @@ def test_kl_in_the_reward(roles: Roles) -> None:
     assert metrics["reward"] == pytest.approx(2.5 / 6) and metrics["frac_reward_zero_std"] == 0.5
     loss, gradient, stats = one_pass(algorithm, batch)
     loss_without_kl, gradient_without_kl, _ = one_pass(grpo_over(roles, beta=0.0), batch)
-    assert loss == loss_without_kl and torch.equal(gradient, gradient_without_kl) and stats["kl"] > 0, (
-        "the loss has no second KL"
-    )
+    # The loss has no second KL.
+    assert loss == loss_without_kl
+    assert torch.equal(gradient, gradient_without_kl)
+    assert stats["kl"] > 0
 
 
 # --- the log-probs of the sampler -------------------------------------------------------------------------------------
 
 
-def test_shared_prompts_change_nothing(roles: Roles, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Reference, old log-probs and gradient with shared prompts are those of separate rows; groups stay adjacent in any
-    split."""
+def test_shared_prompts_change_no_gradient(roles: Roles, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Reference and old log-probs, loss and gradient with prompts that are computed once are those of whole rows; the
+    rows of a group stay adjacent in any split."""
     packed = list[bool]()
     pack = roles_module.pack_shared_prefixes
 
@@ -639,7 +696,7 @@ def test_shared_prompts_change_nothing(roles: Roles, monkeypatch: pytest.MonkeyP
 def first_pass(
     roles: Roles, temperature: float = 0.8, old_logprobs_from: str = "sampler", **settings: Any
 ) -> tuple[GRPO, dict[str, float]]:
-    """A step on the real engine, which samples at 0.8, with the update at `temperature`."""
+    """Runs a step on the real engine, which samples at 0.8, with the update at `temperature`."""
     config = GRPOConfig(old_logprobs_from=old_logprobs_from, beta=0.0, **settings)
     algorithm = GRPO(AlgorithmContext(roles, fresh=False), config, real_collector(roles))
     batch = algorithm.collect(0).batch
@@ -648,7 +705,8 @@ def first_pass(
     return algorithm, stats | {"frac_reward_zero_std": 0.0, "reward": 0.5}
 
 
-def test_the_sampler_and_the_policy_agree(roles: Roles) -> None:
+def test_sampler_agrees_with_policy(roles: Roles) -> None:
+    """The engine and the training forward pass give the same log-probs, and no warning."""
     algorithm, stats = first_pass(roles)
     assert stats["sampling/sampling_logp_difference/mean"] < 1e-5 and stats["clip_ratio"] == 0.0
     algorithm.check_metrics(stats)
@@ -656,7 +714,8 @@ def test_the_sampler_and_the_policy_agree(roles: Roles) -> None:
 
 
 @pytest.mark.parametrize("old_logprobs_from", ["sampler", "recomputed"])
-def test_another_temperature_stops_the_run(roles: Roles, old_logprobs_from: str) -> None:
+def test_wrong_temperature_stops_run(roles: Roles, old_logprobs_from: str) -> None:
+    """Log-probs of the sampler that are off by more than `grpo.max_logprob_mismatch` raise TrainingError."""
     algorithm, stats = first_pass(roles, 0.4, old_logprobs_from)
     assert stats["sampling/sampling_logp_difference/mean"] > 0.1
     with pytest.raises(TrainingError, match=r"grpo\.max_logprob_mismatch"):
@@ -666,7 +725,8 @@ def test_another_temperature_stops_the_run(roles: Roles, old_logprobs_from: str)
     assert list(tolerant.diagnostics(stats)) == []
 
 
-def test_the_sampler_is_the_plain_model(roles: Roles) -> None:
+def test_sampler_logps_equal_plain_model(roles: Roles) -> None:
+    """The log-probs of the engine are those of the model of transformers in float64, at its temperature."""
     batch = real_collector(roles).collect(0, 0).batch
     plain = PlainModel([roles.adapter_tensors("sft"), roles.adapter_tensors("policy")])
     for i in range(len(batch)):
@@ -682,7 +742,8 @@ def test_the_sampler_is_the_plain_model(roles: Roles) -> None:
 # --- whole runs -------------------------------------------------------------------------------------------------------
 
 
-def small(sft: Path, **more: Any) -> dict[str, Any]:
+def small_grpo(sft: Path, **more: Any) -> dict[str, Any]:
+    """Returns a recipe of GRPO with two steps over the frozen adapter of an SFT run."""
     return {
         "name": "grpo",
         "algorithm": "grpo",
@@ -702,39 +763,50 @@ def small(sft: Path, **more: Any) -> dict[str, Any]:
     }
 
 
-def test_a_frozen_adapter_and_the_base_stay_and_two_runs_are_equal(cache: Path, tmp_path: Path, sft_run: Path) -> None:
-    files = {path: path.read_bytes() for path in sft_run.rglob("*") if path.is_file()}
-    outcome, events = run_with_events(small(sft_run), tmp_path / "one")
-    ended = load_file(tmp_path / "one" / "final" / WEIGHTS)
-    assert {path: path.read_bytes() for path in sft_run.rglob("*") if path.is_file()} == files
+def logged_groups(events: Sequence[Any]) -> list[Any]:
+    return [(event.step, event.prompt, event.completions) for event in events if isinstance(event, GroupLogged)]
+
+
+def test_frozen_adapter_and_base_are_unchanged_after_run(cache: Path, tmp_path: Path, sft_run: Path) -> None:
+    """GRPO over a frozen adapter changes no byte of its files or of the base, and starts with KL 0."""
+    files = file_bytes(sft_run)
+    outcome, events = run_with_events(small_grpo(sft_run), tmp_path / "run")
+    assert file_bytes(sft_run) == files
     below = json.loads((sft_run / "summary.json").read_text())
     assert outcome.summary["base_hash"]["end"] == outcome.summary["base_hash"]["start"] == below["base_hash"]["end"]
     assert set(outcome.summary["adapter_hashes"]) == {"sft"}
     steps = step_metrics(events)
     assert 0 <= steps[0]["kl"] < 1e-9 < steps[1]["kl"] and steps[0]["sampling/sampling_logp_difference/mean"] < 1e-5
-    assert all(tensor.any() for key, tensor in ended.items() if "lora_B" in key), "nothing was trained"
-    _, again = run_with_events(small(sft_run), tmp_path / "two")
-    assert (
-        step_metrics(again) == steps
-        and changed_tensors(ended, load_file(tmp_path / "two" / "final" / WEIGHTS)) == set()
-    )
-    groups = [
-        [(event.step, event.prompt, event.completions) for event in which if isinstance(event, GroupLogged)]
-        for which in (events, again)
-    ]
-    assert groups[0] == groups[1] and len(groups[0]) == 2
-    _, other = run_with_events(
-        small(sft_run, seed=1, train={**small(sft_run)["train"], "max_steps": 1}), tmp_path / "three"
-    )
-    assert (
-        step_metrics(other)[0]["reward"] != steps[0]["reward"]
-        or step_metrics(other)[0]["completions/mean_length"] != steps[0]["completions/mean_length"]
-    )
+    trained = load_file(tmp_path / "run" / "final" / WEIGHTS)
+    assert all(tensor.any() for key, tensor in trained.items() if "lora_B" in key), "the policy was not trained"
 
 
-def test_a_policy_that_is_not_its_reference_is_refused(
+def test_two_runs_with_one_seed_are_equal(cache: Path, tmp_path: Path, sft_run: Path) -> None:
+    """Two runs of one recipe have the same metrics, completions and weights."""
+    _, events = run_with_events(small_grpo(sft_run), tmp_path / "one")
+    steps = step_metrics(events)
+    ended = load_file(tmp_path / "one" / "final" / WEIGHTS)
+    _, again = run_with_events(small_grpo(sft_run), tmp_path / "two")
+    assert step_metrics(again) == steps
+    assert changed_tensors(ended, load_file(tmp_path / "two" / "final" / WEIGHTS)) == set()
+    assert logged_groups(again) == logged_groups(events)
+    assert len(logged_groups(events)) == 2
+
+
+def test_runs_with_other_seeds_differ(cache: Path, tmp_path: Path, sft_run: Path) -> None:
+    """Another seed draws completions with another mean reward or length."""
+    rollouts = []
+    for seed in (0, 1):
+        recipe = small_grpo(sft_run, seed=seed, train={**small_grpo(sft_run)["train"], "max_steps": 1})
+        (step,) = step_metrics(run_with_events(recipe, tmp_path / str(seed))[1])
+        rollouts.append((step["reward"], step["completions/mean_length"]))
+    assert rollouts[0] != rollouts[1]
+
+
+def test_fresh_policy_that_differs_from_reference_stops_run(
     cache: Path, tmp_path: Path, sft_run: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """A fresh policy whose adapter is not zero raises TrainingError before the first step."""
     real = runner_module.build
 
     def perturbed(*given: Any, **more: Any) -> Any:
@@ -744,7 +816,7 @@ def test_a_policy_that_is_not_its_reference_is_refused(
 
     monkeypatch.setattr(runner_module, "build", perturbed)
     with pytest.raises(TrainingError, match="the reference is not what it must be"):
-        run_with_events(small(sft_run), tmp_path / "run")
+        run_with_events(small_grpo(sft_run), tmp_path / "run")
 
 
 GSM8K = Path(__file__).parents[3] / "shared" / "data" / "gsm8k" / "train.jsonl.gz"
@@ -752,9 +824,8 @@ GSM8K = Path(__file__).parents[3] / "shared" / "data" / "gsm8k" / "train.jsonl.g
 
 @pytest.mark.slow
 @pytest.mark.skipif(not GSM8K.exists(), reason="needs the real data")
-def test_real_questions_that_are_too_hard(cache: Path, tmp_path: Path) -> None:
-    """200 of GSM8K, which the tiny base cannot answer: rewards are counted honestly, a person is told, and nothing
-    moves on noise."""
+def test_run_on_questions_that_are_too_hard(cache: Path, tmp_path: Path) -> None:
+    """200 questions of GSM8K that the tiny base cannot answer: rewards near 0, warnings, and no training on noise."""
     with gzip.open(GSM8K, "rt", encoding="utf-8") as lines:
         (tmp_path / "gsm8k.jsonl").write_text("".join(itertools.islice(lines, 200)), encoding="utf-8")
     recipe = {

@@ -42,7 +42,7 @@ def policy() -> Roles:
 
 @pytest.fixture(scope="module")
 def trainer(policy: Roles, tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """Theirs, with the kit's adapter in fp32; each test sets its loss."""
+    """The trainer of TRL with our adapter in fp32; each test sets its loss."""
     from datasets import Dataset
     from transformers import AutoModelForCausalLM
 
@@ -103,8 +103,8 @@ def trl_inputs(part: RolloutBatch) -> dict[str, Tensor]:
     return found | {"advantages": part.sequence_advantages, "num_items_in_batch": part.completion_mask.sum()}
 
 
-def wants(trainer: Any, kind: str, estimator: str, high: float) -> None:
-    """TRL's words for the kit's."""
+def set_trl_loss(trainer: Any, kind: str, estimator: str, high: float) -> None:
+    """Sets TRL's settings for our loss and estimator."""
     trainer._metrics["train"].clear()
     trainer.loss_type = "grpo" if kind == "gspo" else kind
     trainer.importance_sampling_level = "sequence" if kind == "gspo" else "token"
@@ -119,10 +119,10 @@ def grpo_over(policy: Roles, kind: str, estimator: str, high: float, **fake: Any
 def both(
     trainer: Any, policy: Roles, kind: str, estimator: str, high: float = HIGH
 ) -> tuple[float, float, dict[str, float], Any]:
-    """Relative distance of loss and of gradient, the kit's figures, and TRL's trainer with its own."""
+    """Returns the relative distance of loss and of gradient, our metrics, and the trainer of TRL with its metrics."""
     zero_grad(policy)
     trainer.model.zero_grad()
-    wants(trainer, kind, estimator, high)
+    set_trl_loss(trainer, kind, estimator, high)
     algorithm = grpo_over(policy, kind, estimator, high, temperature=0.7)
     part = algorithm.collect(0).batch
     part.old_logps = part.sampler_logps + 0.3 * torch.randn(
@@ -175,7 +175,7 @@ def on_the_same_tensors(
 ) -> tuple[float, float]:
     """The same, with log-probs in float64 given to both: no model is in between. Distance of the loss, and of its slope
     by the log-probs."""
-    wants(trainer, kind, estimator, high)
+    set_trl_loss(trainer, kind, estimator, high)
     algorithm = grpo_over(policy, kind, estimator, high)
     part = algorithm.collect(seed).batch
     stream = torch.Generator().manual_seed(seed)

@@ -1,8 +1,13 @@
-"""PPO: advantages, whitening, rewards and both clipped losses by hand and in float64, with known bugs of others; two
-graphs that give one gradient, for any split and any padding; the coefficient of the KL; heads on the policy's trunk."""
+"""PPO: advantages, whitening, rewards, both clipped losses, and the gradients of a step with either critic.
+
+Oracles: numbers worked out by hand, `oracles.gae` and `oracles.ppo_step` in float64, and the model of transformers in
+float64 (`oracles.PlainModel`). A test named `..._is_found` plants a bug of other implementations, and shows that the
+check of the test before it fails.
+"""
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -54,8 +59,8 @@ Rows = Sequence[tuple[Any, ...]]
 def padded_tensors(
     rows: Rows, filler: float = 0.0, gaps: int = 1, more: int = 0, dtype: torch.dtype = torch.float64
 ) -> tuple[Tensor, ...]:
-    """The sequences of each row as (B, T) tensors, with `gaps` slots of `filler` before and between the tokens and
-    `more` after them; the mask comes last."""
+    """Returns the sequences of each row as (B, T) tensors, with `gaps` slots of `filler` before and between the tokens
+    and `more` after them. The mask is the last tensor."""
     width = max(len(row[0]) for row in rows) * (1 + gaps) + gaps + more
     mask = torch.zeros(len(rows), width, dtype=torch.bool)
     tensors = [torch.full((len(rows), width), filler, dtype=dtype) for _ in rows[0]]
@@ -78,7 +83,7 @@ BY_HAND = (
     (1.0, 0.5, [[0.0, 0.5, 0.5], [0.5, 1.5, 2.5], [1.25, 0.5]]),
     # gamma 1/2, lam 1: the discounted sum of the rewards minus the value. Truncated: 1/4 + 1/8 * 2 - .5 and so on.
     (0.5, 1.0, [[0.25 - 0.5, 0.5 - 0.25, 0.5], [0.25 + 0.25 - 0.5, 0.5 + 0.5 - 0.25, 1 + 1 - 0.5], [1.5 - 0.5, 0.5]]),
-    # lam 0: one step ahead alone.
+    # lam 0: delta alone.
     (1.0, 0.0, [[-0.25, 0.25, 0.5], [-0.25, 0.25, 2.5], [1.0, 0.5]]),
 )
 """gamma, lam and the advantages of a row that ended, one that was truncated with value 2 after it, and a short one."""
@@ -86,7 +91,7 @@ BOOTSTRAP_VALUES = torch.tensor([0.0, 2.0, 0.0])
 
 
 def advantage_error(compute: Callable[..., Tensor], filler: float = NAN) -> float:
-    """The largest distance from the values by hand; infinite if a slot outside the mask is not 0."""
+    """Returns the largest distance from `BY_HAND`; infinite if a slot outside the mask is not 0."""
     errors = []
     for gamma, lam, expected in BY_HAND:
         for gaps, more in ((0, 0), (0, 3), (2, 1)):
@@ -98,7 +103,8 @@ def advantage_error(compute: Callable[..., Tensor], filler: float = NAN) -> floa
     return largest(errors)
 
 
-def test_advantages_by_hand() -> None:
+def test_advantages_equal_numbers_by_hand() -> None:
+    """GAE (arXiv:1506.02438, equation 16) gives the numbers of `BY_HAND`; with NaN outside the mask too."""
     assert advantage_error(gae) < 1e-7
 
 
@@ -131,6 +137,7 @@ def _masked_by_multiplication(
 
 @pytest.mark.parametrize("bug", [_truncated_is_ended, _ended_is_truncated, _by_padded_width, _masked_by_multiplication])
 def test_wrong_advantages_are_found(bug: Any) -> None:
+    """`advantage_error` finds a wrong value after the last token, and masks by width or by multiplication."""
     assert advantage_error(bug) > 1e-2
 
 
@@ -147,9 +154,10 @@ SHARE = st.floats(0, 1, width=32)
     st.integers(0, 2),
     st.integers(1, 3),
 )
-def test_advantages_equal_their_definition(
+def test_advantages_equal_oracle(
     rows: list[Any], gamma: float, lam: float, filler: float, gaps: int, more: int
 ) -> None:
+    """GAE equals the sum over l of (gamma lam)^l delta_(t+l), whatever stands outside the mask."""
     rewards, values, mask = padded_tensors([row[:2] for row in rows], filler, gaps, more)
     found = gae(rewards, values, mask, torch.tensor([row[2] for row in rows], dtype=torch.float64), gamma, lam)
     expected = [advantage for row in rows for advantage in oracles.gae(*row, gamma, lam)]
@@ -160,15 +168,21 @@ def test_advantages_equal_their_definition(
 
 
 def whitening_error(compute: Callable[[Tensor, Tensor], Tensor], more: int = 0) -> float:
-    """1, 2, 3 and 6: mean 3, variance (4 + 1 + 0 + 9) / 4 = 3.5."""
+    """Returns the distance from the values by hand for 1, 2, 3 and 6: mean 3, variance (4 + 1 + 0 + 9) / 4 = 3.5."""
     values, mask = padded_tensors([([1.0, 2.0],), ([3.0],), ([6.0],)], 100.0, 1, more)
     found = compute(values, mask)
     expected = torch.tensor([-2.0, -1.0, 0.0, 3.0]) / math.sqrt(3.5)
     return float((found[mask] - expected).abs().max() + found[~mask].abs().max())
 
 
-def test_whitening_by_hand() -> None:
-    assert whitening_error(whiten) < 1e-6 and whitening_error(whiten, more=7) < 1e-6
+@pytest.mark.parametrize("more", [0, 7])
+def test_whitening_equals_numbers_by_hand(more: int) -> None:
+    """Whitening is over all tokens of the batch, by the mean and the population variance (1/n)."""
+    assert whitening_error(whiten, more) < 1e-6
+
+
+def test_whitening_of_no_tokens_is_zero() -> None:
+    """A batch whose mask is empty is whitened to zeros, not to NaN."""
     assert not whiten(torch.zeros(2, 3), torch.zeros(2, 3, dtype=torch.bool)).any()
 
 
@@ -186,17 +200,20 @@ def _row_by_row(values: Tensor, masks: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("bug", [_mean_added_back, _padding_counted, _row_by_row])
 def test_wrong_whitening_is_found(bug: Any) -> None:
+    """`whitening_error` finds a mean that is added back, padding that is counted, and whitening row by row."""
     assert whitening_error(bug) > 1e-2
 
 
 @given(st.lists(st.lists(NUMBER, max_size=5), min_size=1, max_size=4), st.integers(1, 4))
 def test_whitened_values_have_mean_0_and_variance_1(rows: list[list[float]], more: int) -> None:
+    """Whitened values have mean 0 and variance 1, for any padding; equal values become 0."""
     values, mask = padded_tensors([(row,) for row in rows], NAN, 1, more)
     found = whiten(values, mask)
     numbers = [value for row in rows for value in row]
     assert not found[~mask].any()
     if not numbers or max(numbers) - min(numbers) <= 1e-6:
-        assert not found.any(), "equal values become exactly 0, whatever rounding leaves of them"
+        # Equal values become exactly 0, in spite of rounding.
+        assert not found.any()
         return
     assert float(found[mask].double().mean()) == pytest.approx(0, abs=1e-6)
     assert float(found[mask].double().square().mean()) == pytest.approx(1, abs=1e-5)
@@ -204,7 +221,8 @@ def test_whitened_values_have_mean_0_and_variance_1(rows: list[list[float]], mor
     assert torch.equal(whiten(other_values, other_mask)[other_mask], found[mask])
 
 
-def test_explained_variance_by_hand() -> None:
+def test_explained_variance_equals_numbers_by_hand() -> None:
+    """1 - Var(returns - values) / Var(returns); NaN if the returns do not vary."""
     values, returns, mask = padded_tensors([([1.0, 1.0], [0.0, 2.0]), ([1.0], [4.0])], NAN)  # Var(returns) = 8/3
     assert explained_variance(values, returns, mask) == pytest.approx(0.0)
     assert math.isnan(explained_variance(returns, values, mask))
@@ -217,7 +235,8 @@ def test_explained_variance_by_hand() -> None:
 
 
 def reward_error(compute: Callable[..., Tensor]) -> float:
-    """kl_coef 1/2; log-ratios 1, -2, .5 with score 3, and .25 with score -1."""
+    """Returns the distance from the values by hand: kl_coef 1/2, log-ratios 1, -2, .5 with score 3, and .25 with score
+    -1."""
     rows = [([-1.0, -3.0, -0.5], [-2.0, -1.0, -1.0]), ([-1.0], [-1.25]), ([], [])]
     old_logps, reference_logps, mask = padded_tensors(rows, NAN, 1, 2)
     found = compute(old_logps, reference_logps, mask, torch.tensor([3.0, -1.0, 9.0]), 0.5)
@@ -225,7 +244,8 @@ def reward_error(compute: Callable[..., Tensor]) -> float:
     return largest([float((found[mask] - expected).abs().max()), math.inf if found[~mask].any() else 0.0])
 
 
-def test_token_rewards_by_hand() -> None:
+def test_token_rewards_equal_numbers_by_hand() -> None:
+    """r_t = -kl_coef (log p_old - log ref), plus the score at the last token (arXiv:1909.08593, equation 2)."""
     assert reward_error(token_rewards) < 1e-12
 
 
@@ -249,22 +269,36 @@ def _score_at_every_token(
 
 @pytest.mark.parametrize("bug", [_score_at_the_pad_slot, _kl_added, _score_at_every_token])
 def test_wrong_rewards_are_found(bug: Any) -> None:
+    """`reward_error` finds a score in the padding or at every token, and a KL with the wrong sign."""
     assert reward_error(bug) > 1e-2
 
 
-def test_the_kl_coefficient_follows_its_target() -> None:
-    """Ziegler et al.: error (KL - target) / target, within 20 %, times the gain."""
-    assert adapt_kl_coef(0.05, 0.11, 0.1, 0.1) == pytest.approx(0.05 * 1.01)
-    assert adapt_kl_coef(0.05, 0.09, 0.1, 0.1) == pytest.approx(0.05 * 0.99)
-    assert adapt_kl_coef(0.05, 9.0, 0.1, 0.1) == pytest.approx(0.05 * 1.02)
-    assert adapt_kl_coef(0.05, 0.0, 0.1, 0.5) == pytest.approx(0.045)
+@pytest.mark.parametrize(
+    ("kl", "gain", "expected"),
+    [
+        # 1 + 0.1 * 0.1, 1 - 0.1 * 0.1, the clip 1 + 0.2 * 0.1, and the clip 1 - 0.2 * 0.5.
+        (0.11, 0.1, 0.05 * 1.01),
+        (0.09, 0.1, 0.05 * 0.99),
+        (9.0, 0.1, 0.05 * 1.02),
+        (0.0, 0.5, 0.045),
+    ],
+)
+def test_kl_coefficient_follows_its_target(kl: float, gain: float, expected: float) -> None:
+    """kl_coef is multiplied by 1 + gain clip((KL - target) / target, -0.2, 0.2) (arXiv:1909.08593, equation 4)."""
+    assert adapt_kl_coef(0.05, kl, 0.1, gain) == pytest.approx(expected)
+
+
+def test_kl_coefficient_at_its_target_is_unchanged() -> None:
+    """A KL that equals its target leaves the coefficient bit for bit."""
     assert adapt_kl_coef(0.05, 0.1, 0.1, 0.1) == 0.05
 
 
-def test_k3_by_hand() -> None:
+def test_k3_equals_numbers_by_hand() -> None:
+    """k3 is e^d - d - 1 with d = log ref - log p: here d is ln 2 and 0."""
     logps, other_logps, mask = padded_tensors([([-1.0, -2.0], [-1.0 + math.log(2), -2.0])], NAN)
     k3 = kl_k3(logps, other_logps, mask)
-    assert k3[mask].tolist() == pytest.approx([1 - math.log(2), 0.0]) and not k3[~mask].any()
+    assert k3[mask].tolist() == pytest.approx([1 - math.log(2), 0.0])
+    assert not k3[~mask].any()
 
 
 # --- the losses -------------------------------------------------------------------------------------------------------
@@ -282,6 +316,7 @@ ORDERINGS = (
 
 
 def value_loss_error(compute: Callable[..., tuple[Tensor, Tensor]]) -> float:
+    """Returns the largest distance of loss, slope and clip from `ORDERINGS`; infinite if a masked slot has a slope."""
     errors = []
     for _, new, target, loss, slope in ORDERINGS:
         values = torch.tensor([[new, NAN]], dtype=torch.float64, requires_grad=True)
@@ -296,7 +331,8 @@ def value_loss_error(compute: Callable[..., tuple[Tensor, Tensor]]) -> float:
     return largest(errors)
 
 
-def test_value_loss_of_six_orderings_by_hand() -> None:
+def test_value_loss_equals_numbers_by_hand() -> None:
+    """max((v - G)^2, (clip(v) - G)^2) / 2 and its slope, for the six orderings of old value, new value and return."""
     assert value_loss_error(value_loss) < 1e-12
 
 
@@ -331,12 +367,13 @@ def _not_halved(
 
 
 @pytest.mark.parametrize("bug", [_smaller_of_both, _clipped_around_the_return, _clipped_alone, _not_halved])
-def test_a_wrong_value_clip_is_found(bug: Any) -> None:
+def test_wrong_value_clip_is_found(bug: Any) -> None:
+    """`value_loss_error` finds the minimum for the maximum, a clip around the return, a clip alone, and a lost 1/2."""
     assert value_loss_error(bug) > 1e-2
 
 
 def random_rows(seed: int, lengths: Sequence[int] = (5, 2, 9, 1, 4, 0)) -> list[PPORow]:
-    """Ratios on both sides of the clip, advantages of both signs, values in all orderings."""
+    """Returns ratios on both sides of the clip, advantages of both signs, values in all orderings."""
     stream = np.random.default_rng(seed)
     rows = []
     for n in lengths:
@@ -355,7 +392,8 @@ def random_rows(seed: int, lengths: Sequence[int] = (5, 2, 9, 1, 4, 0)) -> list[
 
 
 def formula_error(dtype: torch.dtype, filler: float = 0.0, seed: int = 0, cliprange_value: float = 0.2) -> float:
-    """The largest distance of both losses and their slopes from the oracle; infinite if a masked slot has a slope."""
+    """Returns the largest distance of both losses and their slopes from `ppo_step`; infinite if a masked slot has a
+    slope."""
     rows = random_rows(seed)
     columns = [(row.logps, row.old_logps, row.advantages, row.values, row.old_values, row.returns) for row in rows]
     logps, old_logps, advantages, values, old_values, returns, mask = padded_tensors(columns, filler, dtype=dtype)
@@ -379,22 +417,28 @@ def formula_error(dtype: torch.dtype, filler: float = 0.0, seed: int = 0, clipra
     return largest(errors)
 
 
-def test_losses_and_gradients_equal_the_oracle() -> None:
-    for seed in range(8):
-        for cliprange_value in (0.2, 0.0):
-            assert formula_error(torch.float64, seed=seed, cliprange_value=cliprange_value) < 1e-12
-            assert formula_error(torch.float32, seed=seed, cliprange_value=cliprange_value) < 2e-6
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 2e-6)], ids=str)
+@pytest.mark.parametrize("cliprange_value", [0.2, 0.0])
+@pytest.mark.parametrize("seed", range(8))
+def test_losses_and_gradients_equal_oracle(
+    seed: int, cliprange_value: float, dtype: torch.dtype, tolerance: float
+) -> None:
+    """Both losses and their gradients are those of `ppo_step` (arXiv:1707.06347, equation 7, and the clipped value
+    loss)."""
+    assert formula_error(dtype, seed=seed, cliprange_value=cliprange_value) < tolerance
 
 
 @pytest.mark.parametrize("filler", [NAN, math.inf, -math.inf, 1e38])
-def test_values_of_masked_slots_change_nothing(filler: float) -> None:
+def test_values_of_masked_slots_change_no_loss(filler: float) -> None:
+    """NaN, infinity or 1e38 outside the mask change neither a loss nor a gradient."""
     assert formula_error(torch.float32, filler) < 2e-6
 
 
 @given(
     st.lists(st.tuples(*[st.floats(-2, 2, width=32)] * 3), min_size=1, max_size=6), st.floats(0.015625, 0.5, width=32)
 )
-def test_value_loss_equals_the_oracle(triples: list[tuple[float, float, float]], clip: float) -> None:
+def test_value_loss_equals_oracle(triples: list[tuple[float, float, float]], clip: float) -> None:
+    """The clipped value loss is that of `oracles.clipped_value_loss` for any values and any clip."""
     values, old_values, returns, mask = padded_tensors([tuple(zip(*triples, strict=True))], NAN)
     found, _ = value_loss(values, old_values, returns, mask, clip)
     expected = [oracles.clipped_value_loss(*triple, clip)[0] for triple in triples]
@@ -415,12 +459,15 @@ def _inverse_ratio(log_ratio: Tensor, advantages: Tensor, mask: Tensor, low: flo
 
 
 @pytest.mark.parametrize("bug", [_without_clip, _larger_of_both, _inverse_ratio])
-def test_a_wrong_policy_loss_is_found(monkeypatch: pytest.MonkeyPatch, bug: Any) -> None:
+def test_wrong_policy_loss_is_found(monkeypatch: pytest.MonkeyPatch, bug: Any) -> None:
+    """`formula_error` finds a loss without clip, the maximum for the minimum, and the inverse ratio."""
     monkeypatch.setattr(ppo_module, "clipped_policy_loss", bug)
     assert max(formula_error(torch.float64, seed=seed) for seed in range(3)) > 1e-3
 
 
 def test_clipped_tokens_are_counted() -> None:
+    """A token counts as clipped if the clip stops its gradient: a ratio above 1.2 with A > 0, or below 0.8 with A <
+    0."""
     log_ratio = torch.tensor([[0.5, 0.9, 1.1, 1.5, 9.0]] * 2).log()
     mask = torch.tensor([[True, True, True, True, False]] * 2)
     advantages = torch.tensor([[1.0] * 5, [-1.0] * 5])
@@ -429,8 +476,9 @@ def test_clipped_tokens_are_counted() -> None:
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
-def test_entropy_has_its_gradient(temperature: float) -> None:
-    """Scale, soft cap, bias and chunks, against float64 and autograd."""
+def test_entropy_and_its_gradient_equal_float64(temperature: float) -> None:
+    """The chunked entropy of a head with scale, soft cap and bias, and its gradient, are those of float64 and
+    autograd."""
     stream = torch.Generator().manual_seed(0)
     hidden, weight = torch.randn(7, 8, generator=stream), torch.randn(11, 8, generator=stream)
     head = Head(weight, torch.randn(11, generator=stream), 0.5, 3.0)
@@ -453,8 +501,8 @@ CRITICS = ("separate", "shared")
 
 
 def make_roles(critic: str, **more: Any) -> Roles:
-    """fp32, a frozen SFT adapter below; the value is an adapter of its own, or a head on the policy's trunk. All have
-    weights that matter."""
+    """Returns fp32 roles over a frozen SFT adapter. The value is an adapter of its own (`separate`), or a head on the
+    layers of the policy (`shared`). All have random weights."""
     extra, stacks = (["value"], SEPARATE) if critic == "separate" else ([], SHARED)
     roles = llama_roles(
         16, lower=["sft"], extra=extra, trainable=["policy", "value"], stacks=stacks, heads=["value"], **more
@@ -469,7 +517,7 @@ def make_roles(critic: str, **more: Any) -> Roles:
 
 @pytest.fixture(scope="module")
 def roles_of() -> Callable[[str], Roles]:
-    """The roles of each critic."""
+    """Returns the roles of a critic."""
     roles = {critic: make_roles(critic) for critic in CRITICS}
     return roles.__getitem__
 
@@ -484,7 +532,7 @@ TRUNCATED = (1, 5)
 
 
 def ppo_over(roles: Roles, fake: dict[str, Any] | None = None, algorithm: type[PPO] = PPO, **settings: Any) -> PPO:
-    """PPO of a continued policy over given completions; `fake` are arguments of their collector."""
+    """Returns PPO of a continued policy over given completions; `fake` are arguments of their collector."""
     if "value" not in roles.stacks or roles.stacks["value"] == roles.stacks["policy"]:
         settings["critic"] = "shared"
     config = PPOConfig(**{"num_ppo_epochs": 1, **settings})
@@ -493,7 +541,7 @@ def ppo_over(roles: Roles, fake: dict[str, Any] | None = None, algorithm: type[P
 
 
 def collect_moved(algorithm: PPO) -> RolloutBatch:
-    """Rollouts whose old log-probs and values differ from the current ones, as in a later pass."""
+    """Returns rollouts whose old log-probs and values differ from the current ones, as in a later pass."""
     batch = algorithm.collect(0).batch
     stream = torch.Generator().manual_seed(0)
     batch.old_logps = batch.old_logps + token_noise(batch, stream)
@@ -502,7 +550,7 @@ def collect_moved(algorithm: PPO) -> RolloutBatch:
 
 
 def token_noise(batch: Batch, stream: torch.Generator) -> Tensor:
-    """Noise that is the same for each token, independent of padding."""
+    """Returns noise that is the same for each token, independent of padding."""
     noise = torch.zeros(batch.input_ids.shape)
     noise[batch.loss_mask] = 0.3 * torch.randn(int(batch.loss_mask.sum()), generator=stream)
     return noise
@@ -518,7 +566,7 @@ class Pass:
 
 
 def one_pass(algorithm: PPO, batch: Batch, joint: bool = False, **split: int | None) -> Pass:
-    """One pass over the rollouts; with `joint`, one backward pass for both losses of a micro-batch."""
+    """Runs one pass over the rollouts; with `joint`, one backward pass for both losses of a micro-batch."""
     roles = algorithm.context.roles
     zero_grad(roles)
     roles.base.model.train()
@@ -547,7 +595,7 @@ def assert_same_pass(found: Pass, expected: Pass, rel: float = 1e-5) -> None:
 
 @dataclass
 class PlainCompletion:
-    """A completion by the plain models: graphs of log-probs, values and entropy, and what GAE makes of them."""
+    """A completion by the plain models: log-probs, values and entropy with their graphs, and the advantages."""
 
     logps: Tensor
     values: Tensor
@@ -569,7 +617,7 @@ def plain_completion(
     temperature: float,
     settings: PPOConfig,
 ) -> PlainCompletion:
-    """GAE of one completion, from the definitions of its rewards and values."""
+    """Returns one completion by the plain models, from the definitions of rewards, values and GAE."""
     distribution = policy.log_softmax(ids.tolist(), temperature=temperature)[positions - 1]
     reference = policy.log_softmax(ids.tolist(), policy=False, temperature=temperature)[positions - 1]
     tokens = ids[positions][:, None]
@@ -588,8 +636,8 @@ def plain_completion(
 
 
 def step_error(roles: Roles, temperature: float = 0.7, **settings: Any) -> float:
-    """The largest distance from transformers' model in float64, of the returns, both losses, and the gradients of both
-    adapters."""
+    """Returns the largest distance of the returns, both losses, and the gradients of both adapters from the model of
+    transformers in float64."""
     algorithm = ppo_over(roles, {"temperature": temperature}, kl_coef=0.3, **settings)
     batch = algorithm.collect(0).batch
     policy = PlainModel([roles.adapter_tensors("sft")], roles.adapter_tensors("policy"))
@@ -649,30 +697,36 @@ STEP_SETTINGS = {"gamma": 0.9, "lam": 0.8, "missing_eos_penalty": 0.7}
 
 
 @pytest.mark.parametrize(("truncated", "entropy"), [("penalize", 0.0), ("bootstrap", 0.0), ("keep", 0.2)])
-def test_a_step_equals_the_plain_model(roles: Roles, truncated: str, entropy: float) -> None:
+def test_step_equals_plain_model(roles: Roles, truncated: str, entropy: float) -> None:
+    """Returns, both losses and both gradients of a step are those of the model of transformers in float64."""
     assert step_error(roles, truncated_completions=truncated, entropy=entropy, **STEP_SETTINGS) < 2e-5
 
 
 @pytest.mark.parametrize(
     ("name", "bug"),
     [
-        ("shift_right", lambda states: states),  # the value after a token for the value before it
-        ("apply_mask", lambda values, mask: values),  # the tokens of prompts counted among the returns
+        # The value after a token instead of the value before it.
+        ("shift_right", lambda states: states),
+        # The tokens of prompts count among the returns.
+        ("apply_mask", lambda values, mask: values),
         ("whiten", lambda values, mask: values),
     ],
 )
-def test_a_bug_of_a_step_is_found(roles: Roles, monkeypatch: pytest.MonkeyPatch, name: str, bug: Any) -> None:
+def test_wrong_step_is_found(roles: Roles, monkeypatch: pytest.MonkeyPatch, name: str, bug: Any) -> None:
+    """`step_error` finds values of the wrong place, returns of prompts, and advantages that are not whitened."""
     monkeypatch.setattr(ppo_module, name, bug)
     assert step_error(roles, truncated_completions="bootstrap", **STEP_SETTINGS) > 1e-3
 
 
-def test_an_entropy_without_gradient_is_found(roles: Roles, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_entropy_without_gradient_is_found(roles: Roles, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`step_error` finds an entropy bonus without a gradient."""
     assert step_error(roles, entropy=0.2) < 2e-5
     monkeypatch.setattr("lowrank_tune.model.roles.chunked_entropy", lambda *given: chunked_entropy(*given).detach())
     assert step_error(roles, entropy=0.2) > 1e-3
 
 
-def test_another_temperature_of_the_policy_is_found(roles: Roles, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_wrong_temperature_of_policy_is_found(roles: Roles, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`step_error` finds log-probs of the policy at temperature 1 instead of the temperature of the sampler."""
     logps = Roles.logps
     monkeypatch.setattr(
         Roles, "logps", lambda self, role, batch, temperature=1.0, **more: logps(self, role, batch, **more)
@@ -681,9 +735,8 @@ def test_another_temperature_of_the_policy_is_found(roles: Roles, monkeypatch: p
 
 
 @pytest.mark.parametrize("critic", CRITICS)
-def test_any_micro_batch_size_gives_the_gradient_of_one_joint_backward(
-    critic: str, roles_of: Callable[[str], Roles]
-) -> None:
+def test_micro_batches_give_gradient_of_one_joint_backward(critic: str, roles_of: Callable[[str], Roles]) -> None:
+    """Two backward passes a micro-batch give the gradient of one joint pass over the whole batch, for any split."""
     vf_coef = 0.3 if critic == "shared" else 1.0
     algorithm = ppo_over(roles_of(critic), vf_coef=0.3, entropy=0.05)
     batch = collect_moved(algorithm)
@@ -695,7 +748,8 @@ def test_any_micro_batch_size_gives_the_gradient_of_one_joint_backward(
     assert total == pytest.approx(sum(expected.losses), rel=1e-5)
 
 
-def test_a_mean_of_means_is_found(roles: Roles, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_mean_of_micro_batch_means_is_found(roles: Roles, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The comparison of splits finds weights that count the tokens of the micro-batch."""
     algorithm = ppo_over(roles)
     batch = collect_moved(algorithm)
     expected = one_pass(algorithm, batch, rows=99)
@@ -713,7 +767,8 @@ def test_a_mean_of_means_is_found(roles: Roles, monkeypatch: pytest.MonkeyPatch)
 
 
 @pytest.mark.parametrize("critic", CRITICS)
-def test_recomputation_changes_no_gradient(critic: str) -> None:
+def test_checkpointing_changes_no_gradient(critic: str) -> None:
+    """Gradient checkpointing runs each layer twice and gives the same losses and gradients."""
     passes, counts = [], []
     for checkpointing in (False, True):
         roles = make_roles(critic, checkpointing=checkpointing)
@@ -727,7 +782,8 @@ def test_recomputation_changes_no_gradient(critic: str) -> None:
 
 
 @pytest.mark.parametrize("critic", CRITICS)
-def test_padding_changes_nothing(critic: str, roles_of: Callable[[str], Roles]) -> None:
+def test_padding_changes_no_gradient(critic: str, roles_of: Callable[[str], Roles]) -> None:
+    """Losses, gradients and metrics do not depend on width and ids of padding."""
     passes = []
     for padding in ({}, {"more": 5}, {"filler": 31}, {"more": 3, "filler": 1}):
         algorithm = ppo_over(roles_of(critic), padding, truncated_completions="bootstrap")
@@ -744,7 +800,7 @@ class _TwoGraphs(PPO):
 
 
 def max_graphs(algorithm: PPO, monkeypatch: pytest.MonkeyPatch) -> int:
-    """The maximum number of decoder graphs at one time: made by a forward pass, and no backward pass yet."""
+    """Returns the largest number of decoder graphs at one time: after their forward, before their backward pass."""
     num_graphs, most, real_hidden = 0, 0, Roles.hidden
 
     def hidden(self: Roles, role: str, batch: Batch) -> Tensor:
@@ -767,14 +823,22 @@ def max_graphs(algorithm: PPO, monkeypatch: pytest.MonkeyPatch) -> int:
 
 
 @pytest.mark.parametrize("critic", CRITICS)
-def test_one_graph_is_alive_at_a_time(
+def test_one_graph_exists_at_a_time(
     critic: str, roles_of: Callable[[str], Roles], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """The graph of the policy is freed before that of the value is computed."""
     assert max_graphs(ppo_over(roles_of(critic)), monkeypatch) == 1
-    assert max_graphs(ppo_over(roles_of(critic), algorithm=_TwoGraphs), monkeypatch) == 2, "two graphs are not counted"
+
+
+@pytest.mark.parametrize("critic", CRITICS)
+def test_second_graph_is_found(critic: str, roles_of: Callable[[str], Roles], monkeypatch: pytest.MonkeyPatch) -> None:
+    """`max_graphs` finds losses that are both computed before the first backward pass."""
+    assert max_graphs(ppo_over(roles_of(critic), algorithm=_TwoGraphs), monkeypatch) == 2
 
 
 def test_separate_adapters_have_their_own_losses(roles: Roles) -> None:
+    """The policy loss has a gradient only for the policy, the value loss only for the value, neither for the frozen
+    adapter."""
     algorithm = ppo_over(roles)
     batch = collect_moved(algorithm)
     for which, mine, other in ((0, "policy", "value"), (1, "value", "policy")):
@@ -790,16 +854,32 @@ def test_separate_adapters_have_their_own_losses(roles: Roles) -> None:
 
 
 @pytest.mark.parametrize("critic", CRITICS)
-def test_the_first_pass_has_ratio_one(critic: str, roles_of: Callable[[str], Roles]) -> None:
+def test_first_pass_has_ratio_one(critic: str, roles_of: Callable[[str], Roles]) -> None:
+    """In the first pass the policy is the old policy: no token is clipped, `approx_kl` and the loss are 0."""
     algorithm = ppo_over(roles_of(critic))
     step_batch = algorithm.collect(0)
     stats = one_pass(algorithm, step_batch.batch).stats
-    assert stats["clip_ratio"] == 0.0 == stats["value_clip_ratio"] and stats["approx_kl"] < 1e-10
-    assert stats["loss"] == pytest.approx(0.0, abs=1e-6), "whitened advantages around 0, ratios of 1"
-    metrics = to_floats(step_batch.stats)
-    assert metrics["sampling/sampling_logp_difference/mean"] < 1e-6 and metrics["kl"] > 0
-    assert metrics["reward"] == pytest.approx(3.0 / 6) and metrics["scores"] == pytest.approx((3.0 - 2) / 6)
+    assert stats["clip_ratio"] == 0.0
+    assert stats["value_clip_ratio"] == 0.0
+    assert stats["approx_kl"] < 1e-10
+    # The mean of whitened advantages is 0.
+    assert stats["loss"] == pytest.approx(0.0, abs=1e-6)
+
+
+def test_metrics_of_rollouts_by_hand(roles: Roles) -> None:
+    """The rewards sum to 3 over 6 completions; `scores` have the penalty 1 of the two truncated ones."""
+    metrics = to_floats(ppo_over(roles).collect(0).stats)
+    assert metrics["reward"] == pytest.approx(3.0 / 6)
+    assert metrics["scores"] == pytest.approx((3.0 - 2) / 6)
     assert metrics["kl_coef"] == 0.05
+    assert metrics["kl"] > 0
+    assert metrics["sampling/sampling_logp_difference/mean"] < 1e-6
+
+
+def test_logged_advantages_are_means_of_completions(roles: Roles) -> None:
+    """The log of a group contains the mean advantage of each completion."""
+    algorithm = ppo_over(roles)
+    step_batch = algorithm.collect(0)
     logged_advantages = algorithm.collector.logged[0][2]  # type: ignore[attr-defined]
     token_advantages = step_batch.batch.token_advantages
     mean_of_row_3 = float(token_advantages[3][step_batch.batch.completion_mask[3]].mean())
@@ -807,7 +887,8 @@ def test_the_first_pass_has_ratio_one(critic: str, roles_of: Callable[[str], Rol
     assert float(logged_advantages[1, 0]) == pytest.approx(mean_of_row_3, abs=1e-6)
 
 
-def test_a_policy_that_is_its_reference_has_no_kl() -> None:
+def test_fresh_policy_has_kl_0_and_passes_check() -> None:
+    """A fresh policy equals its reference: KL 0, and the check passes. Another policy fails the check."""
     roles = llama_roles(
         4, lower=["sft"], extra=["value"], trainable=["policy", "value"], stacks=SEPARATE, heads=["value"]
     )
@@ -816,32 +897,38 @@ def test_a_policy_that_is_its_reference_has_no_kl() -> None:
     step_batch = algorithm.collect(0)
     algorithm.check(step_batch.batch, 0)
     metrics = to_floats(step_batch.stats)
-    assert metrics["kl"] == 0.0 and metrics["value"] == 0.0, "a fresh adapter and a fresh head are zero"
+    assert metrics["kl"] == 0.0
+    # A fresh head is zero.
+    assert metrics["value"] == 0.0
     perturb(roles, "policy", size=0.02)
     with pytest.raises(TrainingError, match="the reference is not what it must be"):
         algorithm.check(step_batch.batch, 0)
     assert to_floats(algorithm.collect(0).stats)["kl"] > 1e-6
 
 
-def test_a_sampler_that_drifts_stops_the_run(roles: Roles) -> None:
+def test_sampler_mismatch_stops_run(roles: Roles) -> None:
+    """Log-probs of the sampler that are off by more than `ppo.max_logprob_mismatch` raise TrainingError."""
     with pytest.raises(TrainingError, match=r"ppo\.max_logprob_mismatch"):
         ppo_over(roles, {"drift": 0.5}).collect(0)
     tolerant = ppo_over(roles, {"drift": 0.5}, max_logprob_mismatch=5.0)
     assert to_floats(tolerant.collect(0).stats)["sampling/sampling_logp_difference/mean"] > 0.1
 
 
-def test_the_real_sampler_and_the_policy_agree(roles: Roles) -> None:
+def test_real_sampler_agrees_with_policy(roles: Roles) -> None:
+    """The engine and the training forward pass give the same log-probs."""
     algorithm = PPO(AlgorithmContext(roles, fresh=False), PPOConfig(), real_collector(roles))
     assert to_floats(algorithm.collect(0).stats)["sampling/sampling_logp_difference/mean"] < 1e-5
 
 
-def test_shift_right_by_hand() -> None:
+def test_shift_right_equals_numbers_by_hand() -> None:
+    """Each row moves one column to the right, and its first entry is 0."""
     shifted = shift_right(torch.arange(6.0).view(2, 3))
     assert shifted.tolist() == [[0.0, 0.0, 1.0], [0.0, 3.0, 4.0]]
 
 
 @pytest.mark.parametrize(("kl_target", "factor"), [(None, 1.0), (1e-9, 1.1), (1e9, 0.9)])
-def test_the_kl_coefficient_changes_after_its_step(roles: Roles, kl_target: float | None, factor: float) -> None:
+def test_kl_coefficient_changes_after_its_step(roles: Roles, kl_target: float | None, factor: float) -> None:
+    """A step has the coefficient of before, the next one the adapted one, which `state` and `restore` keep."""
     settings = {"kl_coef": 0.05, "kl_target": kl_target, "kl_gain": 0.5}
     algorithm = ppo_over(roles, **settings)
     assert to_floats(algorithm.collect(0).stats)["kl_coef"] == 0.05
@@ -852,27 +939,43 @@ def test_the_kl_coefficient_changes_after_its_step(roles: Roles, kl_target: floa
     assert to_floats(restored.collect(0).stats)["kl_coef"] == algorithm.kl_coef
 
 
-def test_passes_and_minibatches(roles: Roles) -> None:
+def test_each_pass_has_every_row_once(roles: Roles) -> None:
+    """Three passes of four minibatches: each pass has each row once, in an order that depends on pass and seed."""
     batch = ppo_over(roles).collect(0).batch
-    batch.sequence_advantages = torch.arange(6)  # marks each row
+    # The number of each row.
+    batch.sequence_advantages = torch.arange(6)
 
     def rows_of(seed: int) -> list[list[int]]:
         minibatches = PPOBatch(batch, {}, 3, 4, seed=seed).minibatches()
         return [minibatch.sequence_advantages.tolist() for minibatch in minibatches]
 
     rows = rows_of(seed=5)
-    assert len(rows) == 12 and [sorted(sum(rows[i : i + 4], [])) for i in (0, 4, 8)] == [list(range(6))] * 3
-    assert all(rows) and rows[:4] != rows[4:8], "each pass has other minibatches"
-    assert rows_of(seed=5) == rows and rows_of(seed=6) != rows
+    passes = [rows[0:4], rows[4:8], rows[8:12]]
+    assert len(rows) == 12 and all(rows)
+    assert [sorted(itertools.chain(*minibatches)) for minibatches in passes] == [list(range(6))] * 3
+    assert passes[0] != passes[1], "each pass has other minibatches"
+    assert rows_of(seed=5) == rows
+    assert rows_of(seed=6) != rows
+
+
+def test_one_minibatch_is_the_batch_itself(roles: Roles) -> None:
+    """With one minibatch a pass, each pass yields the batch itself."""
+    batch = ppo_over(roles).collect(0).batch
     assert [minibatch is batch for minibatch in PPOBatch(batch, {}, 2).minibatches()] == [True, True]
-    assert sum(1 for _ in PPOBatch(batch, {}, 1, 99).minibatches()) == 6, "no empty minibatch"
 
 
-def test_approx_kl_by_hand(roles: Roles) -> None:
-    """From the old policy, which drew the tokens, to the new one: the mean of e^d - d - 1 with d = log p - log p_old.
-    Here d is 1 in the first row and -2 in all others."""
+def test_more_minibatches_than_rows_give_none_that_is_empty(roles: Roles) -> None:
+    """99 minibatches of 6 rows are 6 minibatches."""
+    batch = ppo_over(roles).collect(0).batch
+    assert sum(1 for _ in PPOBatch(batch, {}, 1, 99).minibatches()) == 6
+
+
+def test_approx_kl_equals_numbers_by_hand(roles: Roles) -> None:
+    """`approx_kl` is KL(old || new), the mean of e^d - d - 1 with d = log p - log p_old. Here d is 1 in the first row
+    and -2 in all others."""
     algorithm = ppo_over(roles)
-    batch = algorithm.collect(0).batch  # its old log-probs are those of the current policy
+    # Its old log-probs are those of the current policy.
+    batch = algorithm.collect(0).batch
     shift = torch.full((len(batch), 1), 2.0)
     shift[0] = -1.0
     batch.old_logps = batch.old_logps + shift
@@ -888,6 +991,7 @@ def policy_stats(algorithm: PPO, batch: RolloutBatch) -> dict[str, Any]:
 
 
 def test_passes_end_above_target_kl(roles: Roles) -> None:
+    """A pass whose `approx_kl` is above `target_kl` is the last one."""
     algorithm = ppo_over(roles)
     stats = policy_stats(algorithm, collect_moved(algorithm))
     assert stats["approx_kl"].value > 1e-3
@@ -896,7 +1000,7 @@ def test_passes_end_above_target_kl(roles: Roles) -> None:
 
 
 def fail_rewards(algorithm: PPO, rows: Sequence[int], failure: RewardFailure) -> None:
-    """Lets the rewards of these rows fail in every draw."""
+    """Makes the rewards of these rows fail in every draw."""
     real_collect = algorithm.collector.collect
 
     def collect(step: int, draw: int, count: int | None = None) -> RolloutGroups:
@@ -910,7 +1014,8 @@ def fail_rewards(algorithm: PPO, rows: Sequence[int], failure: RewardFailure) ->
     algorithm.collector.collect = collect  # type: ignore[method-assign]
 
 
-def test_a_step_with_failed_rewards_is_that_of_the_other_completions(roles: Roles) -> None:
+def test_failed_rewards_leave_the_step_of_the_others(roles: Roles) -> None:
+    """A completion whose reward failed is removed; the others keep their returns, and a warning contains the reward."""
     algorithm = ppo_over(roles, {"cut": ()})
     fail_rewards(algorithm, [4], RewardFailure("answer", "error", "broke"))
     step_batch = algorithm.collect(0)
@@ -926,14 +1031,16 @@ def test_a_step_with_failed_rewards_is_that_of_the_other_completions(roles: Role
     assert "`answer`" in next(algorithm.diagnostics({"completions/clipped_ratio": 0.0}))
 
 
-def test_a_step_without_rewards_changes_nothing(roles: Roles) -> None:
+def test_step_without_rewards_has_no_gradient(roles: Roles) -> None:
+    """If every reward fails, both losses and all gradients are 0."""
     algorithm = ppo_over(roles)
     fail_rewards(algorithm, range(6), RewardFailure("answer", "timeout", "slow"))
     found = one_pass(algorithm, algorithm.collect(0).batch)
     assert found.losses == [0.0, 0.0] and not any(gradient.any() for gradient in found.gradients)
 
 
-def test_completions_that_never_end_give_a_warning(roles: Roles) -> None:
+def test_completions_without_end_give_warning(roles: Roles) -> None:
+    """90 % of completions without an end give a warning that contains `rollout.max_new_tokens`."""
     assert list(ppo_over(roles).diagnostics({"completions/clipped_ratio": 0.8})) == []
     (warning,) = ppo_over(roles).diagnostics({"completions/clipped_ratio": 0.9})
     assert "most completions have no end, 90%" in warning and "rollout.max_new_tokens" in warning
@@ -943,7 +1050,8 @@ def test_completions_that_never_end_give_a_warning(roles: Roles) -> None:
 
 
 @pytest.mark.parametrize("critic", CRITICS)
-def test_a_saved_value_is_restored_bit_for_bit(critic: str) -> None:
+def test_saved_value_is_restored_bit_for_bit(critic: str) -> None:
+    """The value's adapter and head are saved and loaded bit for bit, and the policy has no head."""
     one, other = make_roles(critic), make_roles(critic, seed=4)
     batch = ppo_over(one).collect(0).batch
     tensors = one.adapter_tensors("value")
@@ -958,4 +1066,5 @@ def test_a_saved_value_is_restored_bit_for_bit(critic: str) -> None:
         assert torch.equal(one.scores("value", batch), other.scores("value", batch))
     names = set(one.named_parameters("value"))
     assert names.isdisjoint(one.named_parameters("policy")) and "score.lt_value.weight" in names
-    assert "base_model.model.score.weight" not in one.adapter_tensors("policy"), "a policy has no head"
+    # The policy has no head.
+    assert "base_model.model.score.weight" not in one.adapter_tensors("policy")

@@ -99,7 +99,7 @@ def test_a_run_leaves_its_base_alone_and_can_be_repeated(tmp_path: Path, sft_run
 
 
 @pytest.mark.parametrize("critic", ["separate", "shared"])
-def test_the_value_comes_back_bit_for_bit(
+def test_value_is_restored_bit_for_bit(
     tmp_path: Path,
     sft_run: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -166,7 +166,7 @@ def test_a_policy_that_is_not_its_reference_is_refused(
 
 
 def storages() -> dict[int, Tensor]:
-    """Every live tensor that Python knows of, once a storage."""
+    """Returns every tensor that exists, once a storage."""
     gc.collect()
     found: dict[int, Tensor] = {}
     for one in gc.get_objects():
@@ -181,8 +181,8 @@ def storages() -> dict[int, Tensor]:
 
 
 def growth(monkeypatch: pytest.MonkeyPatch, sft: Path, out: Path) -> tuple[int, int, list[str]]:
-    """Bytes that an update has more than stood before its rollout, before its policy's and its value's first graph;
-    bytes of the rollout's scratch; copies of base tensors."""
+    """Returns the bytes of an update beyond those before its rollout and before the first graph of policy and value;
+    the bytes of the rollout's scratch memory; and copies of tensors of the base."""
     before, looked = dict[int, None](), set[str]()
     most, scratch, copies = 0, 0, list[str]()
     draw, opened = RolloutCollector.collect, FastLinears.__init__
@@ -236,7 +236,9 @@ def growth(monkeypatch: pytest.MonkeyPatch, sft: Path, out: Path) -> tuple[int, 
 
 
 @pytest.mark.slow
-def test_no_second_base_stands_while_it_learns(tmp_path: Path, sft_run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_second_base_is_in_memory_during_an_update(
+    tmp_path: Path, sft_run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     most, scratch, copies = growth(monkeypatch, sft_run, tmp_path / "one")
     assert scratch > 1 << 20 and most < scratch / 4 and copies == [], (most, scratch)
     kept: list[Any] = []
@@ -276,7 +278,7 @@ def test_each_group_is_clipped_by_itself() -> None:
     assert float(alone._clip_gradients()) == pytest.approx(math.hypot(50.0, 0.5)) and float(other.grad.norm()) < 0.02
 
 
-def test_the_value_has_its_own_rate(tmp_path: Path, sft_run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_value_has_its_own_learning_rate(tmp_path: Path, sft_run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rates: list[list[float]] = []
     step = Trainer._step
 
@@ -346,8 +348,8 @@ def test_a_value_can_begin_as_the_reward_model(
 
 @pytest.mark.slow
 def test_tiny_rlhf(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The reward model tells nine of ten held-out pairs apart, and what PPO gains by its score is gold too, at a KL
-    under the target."""
+    """The reward model orders nine of ten held-out pairs, and PPO improves the gold answers with its score, at a KL
+    below the target."""
     monkeypatch.setenv("LOWRANK_TUNE_CACHE", str(tmp_path / "cache"))
     recipe = load_any("tiny-rlhf")
     outcome = run(recipe, out=tmp_path / "run", ui="none", device=CPU)

@@ -71,12 +71,12 @@ def ended_rows(inside_pads: bool = False) -> tuple[list[list[int]], list[list[bo
 
 
 def lora(kind: str, **more: Any) -> LoraConfig:
-    """The kit's adapter in PEFT's words."""
+    """Returns our adapter as a configuration of PEFT."""
     return LoraConfig(r=4, lora_alpha=16, lora_dropout=0.0, target_modules="all-linear", task_type=kind, **more)
 
 
 def place(model: Any, tensors: dict[str, Tensor]) -> None:
-    """Puts the kit's weights where TRL has its own, in fp32, and counts them."""
+    """Copies our weights to TRL's model, in fp32. Returns their number."""
     found = 0
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:

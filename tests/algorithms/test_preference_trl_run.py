@@ -1,4 +1,4 @@
-"""TRL 1.16's DPOTrainer and RewardTrainer beside whole runs of the kit: 20 optimizer steps on the same pairs in the
+"""TRL 1.16's DPOTrainer and RewardTrainer compared with whole runs: 20 optimizer steps on the same pairs in the
 same order, from the same adapter, in fp32; the losses and the final adapters must be equal.
 
 Everything of a run takes part: file, chat template, order, micro-batches, reference, optimizer, schedule, clipping,
@@ -54,7 +54,7 @@ def pair_texts() -> list[dict[str, str]]:
 
 @dataclass
 class Run:
-    """What a run of the kit began with, trained on and left."""
+    """The initial adapter of a run, its rows, and its result."""
 
     initial: dict[str, Tensor] = field(default_factory=dict)
     pairs: list[Pair] = field(default_factory=list)
@@ -117,8 +117,8 @@ def pairs_of(batch: Any) -> Iterator[Pair]:
 
 
 def in_order(ours: Run, tokenizer: Any) -> list[dict[str, str]]:
-    """The pairs as plain text with the template's marks, in the order of the kit's steps. TRL itself appends the end
-    token to an answer."""
+    """Returns the pairs as plain text with the control tokens of the template, in the order of our steps. TRL itself
+    appends the end token to an answer."""
     texts = {row["prompt"]: row for row in pair_texts()}
     rows = []
     for chosen, _ in ours.pairs:
@@ -158,7 +158,7 @@ def arguments(kind: Any, folder: Path, **more: Any) -> Any:
 
 
 def trl_run(trainer: Any, initial: dict[str, Tensor]) -> tuple[list[float], dict[str, Tensor]]:
-    """Trains from the kit's adapter; returns the loss of each step and the adapter under the names of PEFT's files."""
+    """Trains our adapter with TRL. Returns the loss of each step and the adapter under the names of PEFT's files."""
     place(trainer.model, initial)
     micro_losses: list[float] = []
     compute_loss: Callable[..., Any] = trainer.compute_loss

@@ -1,4 +1,4 @@
-"""Laws of SFT: one gradient whatever the split, nothing outside the mask, and the formula by hand, in float64 and by
+"""SFT: one gradient for any split, no effect of tokens outside the mask, and the formula by hand, in float64 and by
 TRL."""
 
 from __future__ import annotations
@@ -114,7 +114,7 @@ real_terms = SFT.compute_losses
 
 
 @pytest.mark.parametrize("bug", [_mean_of_micro_batch_means, _mean_over_all_tokens])
-def test_means_of_micro_batches_are_seen(monkeypatch: pytest.MonkeyPatch, bug: Any) -> None:
+def test_mean_of_micro_batch_means_is_found(monkeypatch: pytest.MonkeyPatch, bug: Any) -> None:
     roles = llama_roles(16)
     perturb(roles, "policy")
     monkeypatch.setattr(SFT, "compute_losses", bug)
@@ -180,7 +180,7 @@ def wrong_split(batch: NumberedBatch, rows: int | None, tokens: int | None, toge
     together=st.integers(1, 3),
     seed=st.integers(0, 99),
 )
-def test_a_split_loses_nothing(
+def test_split_loses_no_token(
     lengths: list[int], rows: int | None, tokens: int | None, together: int, seed: int
 ) -> None:
     lengths = [length for length in lengths for _ in range(together)]
@@ -218,7 +218,7 @@ def test_a_micro_batch_of_exactly_the_budget_is_whole(
     assert wrong_split(batch, rows, tokens, together) == []
 
 
-def test_a_split_that_cuts_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_split_that_cuts_rows_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     batch = numbered(ragged_batch(LENGTHS))
     real = Batch.select_rows
     assert wrong_split(batch, 3, None, 2) == wrong_split(batch, None, 30, 1) == []
@@ -257,12 +257,12 @@ def loss_reads_outside(poison: float) -> bool:
 
 
 @pytest.mark.parametrize("poison", POISONS)
-def test_poison_outside_the_mask_changes_nothing(poison: float) -> None:
+def test_values_outside_the_mask_change_no_loss(poison: float) -> None:
     assert not loss_reads_outside(poison)
 
 
 @pytest.mark.parametrize("poison", [math.nan, math.inf])
-def test_multiplying_by_the_mask_is_seen(monkeypatch: pytest.MonkeyPatch, poison: float) -> None:
+def test_masking_by_multiplication_is_found(monkeypatch: pytest.MonkeyPatch, poison: float) -> None:
     monkeypatch.setattr(sft_module, "sft_loss", lambda logps, scored, weight: -(logps * scored * weight).sum())
     assert loss_reads_outside(poison)
     monkeypatch.undo()
@@ -287,7 +287,7 @@ def padding_is_read(roles: Roles) -> bool:
     return False
 
 
-def test_padding_reaches_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_padding_changes_no_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
     roles = llama_roles(dropout=0.0)
     perturb(roles, "policy")
     assert not padding_is_read(roles)
@@ -298,7 +298,7 @@ def test_padding_reaches_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
         assert padding_is_read(roles)
 
 
-def test_nan_at_positions_that_score_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nan_at_unscored_positions_changes_no_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
     """Hidden states that predict no scored token are not read, in value or gradient."""
     roles = llama_roles(16)
     perturb(roles, "policy")
@@ -312,7 +312,8 @@ def test_nan_at_positions_that_score_nothing(monkeypatch: pytest.MonkeyPatch) ->
         return torch.where(used[:, : output.shape[1], None], output, torch.nan) if len(output) == 8 else output
 
     handle = norm.register_forward_hook(poison)
-    monkeypatch.setattr(Batch, "select_rows", lambda self, rows, width=None: self)  # as it is: the hook knows its order
+    # The batch as it is, because the hook uses the order of its rows.
+    monkeypatch.setattr(Batch, "select_rows", lambda self, rows, width=None: self)
     found = accumulated(roles, batch)[:2]
     monkeypatch.undo()
     handle.remove()
@@ -335,7 +336,7 @@ def test_by_hand() -> None:
     assert logps.grad is not None and torch.equal(logps.grad, -weight)
 
 
-def test_a_step_without_tokens_weighs_nothing() -> None:
+def test_step_without_tokens_has_no_weight() -> None:
     roles = llama_roles(16)
     loss, gradient, stats = accumulated(roles, make_batch([[5, 6, 7], [8]], [[False] * 3, [True]]))
     assert loss == 0.0 and not gradient.any() and math.isnan(stats["loss"])
@@ -369,7 +370,7 @@ def test_the_formula_equals_a_python_loop(pairs: list[list[tuple[float, bool]]])
     assert error_of_formula(rows, masks, SFT.token_weights) < 2e-5  # type: ignore[arg-type]
 
 
-def test_other_means_are_seen() -> None:
+def test_other_means_are_found() -> None:
     rows, masks = [[-1.0, -2.0, -3.0], [-1.0, -5.0]], [[False, True, True], [True, True]]
 
     def mean_of_rows(_: Any, batch: Batch) -> Tensor:
@@ -382,7 +383,7 @@ def test_other_means_are_seen() -> None:
     assert error_of_formula(rows, masks, first_token_counted) > 1e-2
 
 
-def test_metrics_by_the_models_own_logits() -> None:
+def test_metrics_equal_those_of_the_models_own_logits() -> None:
     """loss, accuracy and entropy against full logits in float64."""
     roles = llama_roles(lower=["sft"])
     perturb(roles, "sft", "policy")
@@ -425,7 +426,7 @@ def test_kl_is_zero_at_first_and_brute_force_later(monkeypatch: pytest.MonkeyPat
     assert kl_error(roles) > 1e-2  # the raw base where the SFT adapter was meant
 
 
-def test_kl_knows_no_dropout() -> None:
+def test_kl_is_computed_without_dropout() -> None:
     roles = llama_roles(lower=["sft"], dropout=0.5)
     perturb(roles, "sft")
     assert to_floats(sft_over(roles).step_metrics(ragged_batch()))["kl"] == 0.0
@@ -433,8 +434,8 @@ def test_kl_knows_no_dropout() -> None:
     assert kl_error(roles) < 1e-5
 
 
-def falls(roles: Roles) -> bool:
-    """Whether twenty steps on one batch bring its loss down by half."""
+def can_learn(roles: Roles) -> bool:
+    """Returns whether twenty steps on one batch halve the loss."""
     batch = ragged_batch()
     optimizer = torch.optim.AdamW(roles.parameters("policy"), lr=1e-2)
     losses = []
@@ -445,12 +446,12 @@ def falls(roles: Roles) -> bool:
 
 
 def test_it_learns(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert falls(llama_roles(checkpointing=True))
+    assert can_learn(llama_roles(checkpointing=True))
     monkeypatch.setattr(
         sft_module, "sft_loss", lambda logps, scored, weight: sft_loss(logps, scored, weight).detach().requires_grad_()
     )
     with pytest.raises(AssertionError):
-        assert falls(llama_roles())
+        assert can_learn(llama_roles())
 
 
 # --- TRL as an oracle -------------------------------------------------------------------------------------------------

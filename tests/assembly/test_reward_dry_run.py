@@ -39,7 +39,7 @@ def test_a_completion_without_a_score_is_no_zero():
     assert "answer" in message.message
 
 
-def test_no_score_at_all_ends_the_run():
+def test_rewards_without_a_score_end_the_run():
     failure = RewardFailure("answer", "error", "ValueError: no")
     with pytest.raises(UserError, match="none of 2 trial completions could be scored"):
         messages({0: failure, 1: failure})

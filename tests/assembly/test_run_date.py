@@ -1,4 +1,4 @@
-"""The date in the prompts of a run is that of the day on which it began, on whatever day it is continued."""
+"""The date in the prompts of a run is that of its first day, also if it is continued on another day."""
 
 from __future__ import annotations
 
@@ -28,9 +28,7 @@ def interrupt_after_save(event: Event) -> None:
         raise KeyboardInterrupt
 
 
-def test_a_run_goes_on_with_the_date_of_the_day_on_which_it_began(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_continued_run_has_the_date_of_its_first_day(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every prompt is tokenized anew on the next day: the caches are others."""
     small = small_recipe(max_steps=4, save_steps=2) | {"base": {"model": base_of(tmp_path, DATED)}}
     small["adapters"] = {"policy": {"r": 4}}
@@ -73,7 +71,7 @@ def replace_date(recipe: Recipe, day: str) -> Recipe:
     return Recipe.from_dict({**recipe.to_dict(), "data": {**recipe.to_dict()["data"], "template_date": day}})
 
 
-def test_a_run_of_an_older_version_goes_on_without_a_date(tmp_path: Path) -> None:
+def test_continued_run_of_an_older_version_has_no_date(tmp_path: Path) -> None:
     recipe = Recipe.load("tiny-sft", f"base.model={base_of(tmp_path, DATED)}")
     (tmp_path / "run" / "checkpoints" / "step-2").mkdir(parents=True)
     (tmp_path / "run" / "run.json").write_text(json.dumps({"version": 2, "recipe": recipe.to_dict()}))

@@ -94,7 +94,7 @@ def test_two_versions_too_much_and_other_libraries_are_found(pack: Path) -> None
     )
 
 
-def test_the_kit_and_trl_have_what_they_require(gpu: ModuleType) -> None:
+def test_package_and_trl_have_their_requirements(gpu: ModuleType) -> None:
     """By name: each dependency of the project is carried or on the machine."""
     checker = module("pack")
     known = {*checker.read_machine(), *map(canonicalize_name, CARRIED.split())}

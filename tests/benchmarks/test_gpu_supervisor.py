@@ -118,7 +118,7 @@ def test_parts_share_a_process_unless_one_is_isolated(gpu: ModuleType, tmp_path:
         ),
     ],
 )
-def test_a_bad_part_costs_only_itself(
+def test_failed_part_does_not_stop_the_others(
     gpu: ModuleType, tmp_path: Path, action: str, error: str, workers: list[list[str]]
 ) -> None:
     started, records = supervise(tmp_path / "r", {"b": action}, parts("a", "b", "c"))

@@ -255,8 +255,8 @@ def test_another_turn_in_plain_words_ends_an_answer() -> None:
 
 
 def test_both_variants_answer_as_the_engine_does(chat_model: ChatModel) -> None:
-    """/base is the engine with the adapters off, /tuned what evaluation hears, /both is both; over several turns, each
-    hearing its own."""
+    """/base is the engine with the adapters off, /tuned is the model of evaluation, /both is both; over several turns,
+    each with its own answers as context."""
     system = "Be brief."
     chat_session, stage = session(chat_model, system=system)
     for line in ("/base " + QUESTIONS[0], "/undo", "/tuned " + QUESTIONS[0], "/undo"):
@@ -338,7 +338,7 @@ def test_a_model_alone_is_the_base_and_is_labeled_so() -> None:
 
 
 def test_an_adapter_by_itself_answers_as_its_run(made: FinishedRun, chat_model: ChatModel, tmp_path: Path) -> None:
-    """`final/` where it lies, and a copy of it elsewhere, whose base is named in it."""
+    """`final/` in its run, and a copy of it elsewhere, which contains the name of its base."""
     chat_session, stage = session(chat_model)
     chat_session.handle_line(QUESTIONS[0])
     copy = shutil.copytree(made.run / "final", tmp_path / "elsewhere")
@@ -353,7 +353,8 @@ def test_an_adapter_by_itself_answers_as_its_run(made: FinishedRun, chat_model: 
 
 
 def unfinished(made: FinishedRun, place: Path, steps: Sequence[int], best: int | None = None) -> Path:
-    """The run before its end: checkpoints whose adapters differ, and no `final/`. Its frozen adapter lies beside it."""
+    """Returns the run before its end: checkpoints whose adapters differ, and no `final/`. Its frozen adapter is in the
+    folder `sft`."""
     run = shutil.copytree(made.run, place / "run")
     shutil.copytree(run / "final", place / "sft")
     shutil.rmtree(run / "final")
@@ -401,7 +402,7 @@ def test_an_unfinished_run_answers_with_its_checkpoint(made: FinishedRun, tmp_pa
 
 
 def test_an_unfinished_run_answers_over_the_adapters_it_was_trained_over(made: FinishedRun, tmp_path: Path) -> None:
-    """Both adapters together: neither of them alone says the same."""
+    """Both adapters together: each of them alone gives another answer."""
     run = unfinished(made, tmp_path, (3,))
     facts = json.loads((run / "run.json").read_text())
     policy = facts["recipe"]["adapters"]["policy"]
@@ -601,7 +602,7 @@ def test_wrong_commands_give_one_sentence(chat_model: ChatModel, line: str, why:
     assert "\n" not in str(caught.value)
 
 
-# --- the door ---------------------------------------------------------------------------------------------------------
+# --- the command ------------------------------------------------------------------------------------------------------
 
 
 def test_piped(made: FinishedRun, chat_model: ChatModel, tmp_path: Path) -> None:

@@ -578,7 +578,7 @@ def test_one_process_writes_a_run(tmp_path: Path) -> None:
 
 
 def test_an_orphaned_worker_does_not_keep_the_lock(tmp_path: Path) -> None:
-    """A run forks a worker and is killed; the worker lives on. The run must be free to be continued."""
+    """A run forks a worker and is killed; the worker still runs. The run can be continued."""
     (ready, notify), (wait, release) = os.pipe(), os.pipe()
     run = os.fork()
     if run == 0:

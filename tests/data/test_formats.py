@@ -1,4 +1,4 @@
-"""Shapes of rows: what is read, what is refused and why, and where the gold answer stands."""
+"""Shapes of rows: what is read, what is refused and why, and where the gold answer is."""
 
 from __future__ import annotations
 

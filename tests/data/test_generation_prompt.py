@@ -1,5 +1,5 @@
-"""A law over chat templates: what is trained and sampled from is the prompt that `apply_chat_template` gives, and an
-answer is trained only behind its own."""
+"""Chat templates: training and sampling use the prompt that `apply_chat_template` renders, and an answer is trained
+only after its own prompt."""
 
 from __future__ import annotations
 
@@ -104,7 +104,7 @@ def test_the_prompt_is_the_one_of_other_software(name: str) -> None:
 
 
 def check(name: str, marks: str, messages: list[Message]) -> bool:
-    """The law for one conversation; False where the template takes no such turns."""
+    """Checks one conversation. Returns False if the template does not accept its turns."""
     template, prompt = template_of(name, marks), stock(name, marks, messages[:-1])
     if prompt is None:
         assert name in ("trl/gemma",) and messages[0].role == "system"

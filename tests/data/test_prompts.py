@@ -181,7 +181,7 @@ def test_several_sources_in_their_order(tmp_path: Path) -> None:
         and made.source_of.dtype == np.int32
         and made.lengths.dtype == np.int64
     )
-    # one more stands in both
+    # One more row is in both.
     assert [part.duplicates for part in made.report.train] == [3, 0, 0] and made.report.duplicates == 4
     assert [part.ground_truths for part in made.report.train] == [6, 0, 5]
     assert [one.ground_truth is None for one in made.examples] == [False] * 6 + [True] * 4 + [False] * 5
@@ -255,7 +255,7 @@ def data_of(*weights: float | None) -> DataConfig:
 
 @given(count=st.integers(1, 60), size=st.integers(1, 20), seed=st.integers(0, 3))
 def test_every_prompt_once_an_epoch(count: int, size: int, seed: int) -> None:
-    # What a recipe of GRPO cannot say has no say here.
+    # Settings that a recipe of GRPO does not have are ignored here.
     train = TrainingConfig(prompts_per_step=size, global_batch_size=3, length_window=4)
     made = PromptSampler(prompt_dataset(count), data_of(None), train, seed)
     steps = [made.rows(step) for step in range(made.steps_per_epoch)]

@@ -1,4 +1,4 @@
-"""The date in a chat template: transformers' own rendering on that day, on whatever day it is rendered."""
+"""The date in a chat template: the rendering of transformers on that day, on any later day."""
 
 from __future__ import annotations
 

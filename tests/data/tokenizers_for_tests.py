@@ -71,7 +71,7 @@ def _state(split: bool) -> str:
 
 
 def tiny(template: str | None = None, marks: bool = True, split: bool = False) -> Any:
-    """A byte-level BPE of some hundred ids; pad == eos. Without `marks` the kit's control tokens are ordinary text."""
+    """Returns a byte-level BPE of some hundred ids; pad == eos. Without `marks` control tokens are ordinary text."""
     state = _state(split) if marks else _state(split).replace("<|user|>", "<|nobody|>")
     ends = {
         LLAMA3: "<|eot|>",

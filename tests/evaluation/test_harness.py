@@ -1,5 +1,5 @@
-"""Tasks of lm-evaluation-harness on the live model: tasks made here, their figures against forward passes by hand; what
-is told without it."""
+"""Tasks of lm-evaluation-harness on the model in memory: tasks made here, their figures against forward passes by hand;
+and the error without it."""
 
 from __future__ import annotations
 

@@ -62,9 +62,9 @@ def test_a_share_of_single_answers_is_plain_wilson() -> None:
     assert (found.low, found.high) == pytest.approx((0.0624, 0.1605), abs=5e-5) and found.prompts == 148
 
 
-def test_answers_that_are_alike_are_worth_no_more_than_their_prompts() -> None:
-    """Eight equal answers a prompt say what one says; eight that know nothing of each other say eight times as much,
-    never more."""
+def test_equal_answers_of_a_prompt_count_as_one_answer() -> None:
+    """Eight equal answers a prompt give the interval of one; eight independent ones give that of eight times as many,
+    and not a narrower one."""
     alike = proportion_ci([1.0] * 20 + [0.0] * 20, 8)
     assert (alike.low, alike.high) == pytest.approx(wilson_interval(0.5, 40))
     same_everywhere = proportion_ci([0.5] * 40, 8)

@@ -100,7 +100,7 @@ def test_a_model_card_has_metadata_for_the_hub_and_text_for_readers() -> None:
 
 
 @pytest.mark.parametrize(("rank", "limit"), [(8, None), (16, None), (17, 32), (32, 32), (65, 128), (257, 320)])
-def test_vllms_limit_is_named_where_it_must_be_raised(rank: int, limit: int | None) -> None:
+def test_limit_of_vllm_is_in_the_card_if_it_must_be_raised(rank: int, limit: int | None) -> None:
     text = written(Adapters(["policy"], True, config(rank), is_generative=True))
     assert (f"--max-lora-rank {limit} " in text) if limit else ("--max-lora-rank" not in text)
     assert rank_limit(513) is None and "lowrank-tune merge" in written(
@@ -194,7 +194,7 @@ def lower_of(made: FinishedRun, name: str, kept: FinishedRun) -> SavedAdapter:
     return read_adapter(str(kept.run / "final" / name), "x")
 
 
-def test_a_run_goes_on_from_its_own_adapter_over_the_same_ones(apart: FinishedRun, tmp_path: Path) -> None:
+def test_continued_run_uses_its_own_adapter_over_the_same_ones(apart: FinishedRun, tmp_path: Path) -> None:
     made = make_run(tmp_path, lower=("sft",))
     sft = lower_of(made, "sft", apart)
     saved, events = attached(made, ("sft", sft))

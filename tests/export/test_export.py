@@ -220,7 +220,7 @@ def test_what_cannot_be_exported_fails_with_one_sentence(
     assert not (mistral.run / "export").exists() and not list(tmp_path.glob("**/.tmp*"))
 
 
-# ---- llama.cpp's converter: where it comes from, and what becomes of what it says
+# ---- llama.cpp's converter: where it is found, and how its output is handled
 
 
 def archive(place: Path, monkeypatch: pytest.MonkeyPatch) -> Path:

@@ -47,7 +47,7 @@ def logits_of(roles: Roles, role: str = "policy") -> torch.Tensor:
 def in_plain_peft(
     folder: Path, config: dict[str, Any], tensors: dict[str, torch.Tensor], kind: str = "llama"
 ) -> torch.Tensor:
-    """What software that never heard of this kit makes of the two files."""
+    """What software without this package computes from the two files."""
     folder.mkdir(exist_ok=True)
     (folder / "adapter_config.json").write_text(json.dumps(config))
     save_file(tensors, folder / "adapter_model.safetensors")
@@ -77,8 +77,8 @@ def test_a_combined_stack_is_the_same_function(kind: str, tmp_path: Path) -> Non
         relative_error(in_plain_peft(tmp_path / "folded", config, tensors), tuned) < 2e-6
         and relative_error(bare, tuned) > 0.05
     )
-    # what llama.cpp computes: alpha over the rank of each tensor, whatever else the configuration says; and vLLM: alpha
-    # over r
+    # llama.cpp uses alpha over the rank of each tensor and ignores the rest of the configuration. vLLM uses alpha over
+    # r.
     assert not config["use_rslora"] and not config.get("rank_pattern") and not config.get("alpha_pattern")
     assert {len(tensor) for key, tensor in tensors.items() if "lora_A" in key} == {config["r"]}
 
@@ -104,8 +104,8 @@ def test_a_combined_stack_of_every_family_is_the_same_function(kind: str, tmp_pa
         {"alpha_pattern": {r"layers\.1\.self_attn\.q_proj|o_proj": 7}, "use_rslora": True},
     ],
 )
-def test_a_saved_adapter_has_pefts_own_scales(more: dict[str, Any]) -> None:
-    """Read from its files alone, each module has the scale that PEFT gives it, whatever the patterns are."""
+def test_saved_adapter_has_the_scales_of_peft(more: dict[str, Any]) -> None:
+    """Read from its files alone, each module has the scale that PEFT gives it, for any patterns."""
     roles = stack(policy=lora("q_proj", "v_proj", "o_proj", "up_proj", **more))
     files = json.loads(json.dumps(roles.adapter_config("policy"))), roles.adapter_tensors("policy")
     scales = saved_lora_adapter(*files).scalings

@@ -1,4 +1,4 @@
-"""Greedy answers in a new process that never heard of this kit: the trained model by plain PEFT over 4 bits, and
+"""Greedy answers in a new process without this package: the trained model by plain PEFT over 4 bits, and
 merged, in bf16."""
 
 from __future__ import annotations

@@ -1,5 +1,4 @@
-"""Pushing to the hub: against a server of our own that speaks its protocol, and against wrong orders. Nothing here
-reaches the network."""
+"""Pushing to the hub: to a local server with its protocol, and with wrong options. Nothing uses the network."""
 
 from __future__ import annotations
 
@@ -173,7 +172,7 @@ def test_a_push_through_the_real_client(server: str, tmp_path: Path) -> None:
 
 
 class Api:
-    """What `push` asks of the client."""
+    """The methods of the client that `push` calls."""
 
     endpoint = "https://hub"
     private: bool | None = None

@@ -211,9 +211,7 @@ def test_a_planted_wrong_merge_is_caught(
     assert list(tmp_path.iterdir()) == [], "nothing half-written stays"
 
 
-def test_a_disk_that_fills_up_leaves_nothing(
-    untied: FinishedRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_full_disk_leaves_no_file(untied: FinishedRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     written = list[Path]()
 
     def filling(tensors: Any, file: Path, **more: Any) -> None:

@@ -120,7 +120,7 @@ def test_the_pieces_write_what_the_template_writes(name: str) -> None:
         LLAMA3.replace("'<|start_header_id|>assistant", "messages[0]['role'] + '"),
     ],
 )
-def test_a_template_that_does_more_is_not_believed(jinja: str) -> None:
+def test_template_that_does_more_is_refused(jinja: str) -> None:
     assert pieces(jinja) is None
 
 

@@ -275,7 +275,7 @@ def _cold(self: Head, hidden: Tensor, temperature: float = 1.0) -> Tensor:
 real_logits = Head.logits
 
 
-def test_log_probs_at_another_temperature_are_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_log_probs_at_another_temperature_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
     roles = perturbed_roles()
     real = Roles.logps
     monkeypatch.setattr(Roles, "logps", lambda self, role, batch, temperature=1.0: real(self, role, batch, 1.0))
@@ -303,12 +303,12 @@ def test_the_sampler_draws_the_models_distribution(temperature: float) -> None:
     assert chi_square(temperature) < 29.9  # one in ten thousand lies above
 
 
-def test_a_sampler_that_forgets_the_temperature_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_sampler_without_temperature_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Head, "logits", _cold)
     assert chi_square(0.7) > 60
 
 
-def test_a_sampler_that_leaves_words_out_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_sampler_that_omits_tokens_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     real = sampler._inverse_cdf
 
     def without_the_rare(blocks: Tensor, upto: Tensor, uniform: Tensor) -> Tensor:
@@ -353,13 +353,13 @@ def test_a_completion_is_the_same_alone_and_among_others(temperature: float) -> 
     assert depends_on_batch(perturbed_roles(), temperature) == []
 
 
-def test_one_stream_for_a_batch_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_random_stream_for_a_batch_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     stream = torch.Generator().manual_seed(0)
     monkeypatch.setattr(decode_scheduler, "sequence_generator", lambda *_: stream)
     assert depends_on_batch(perturbed_roles(), 1.0) != []
 
 
-def test_samples_have_streams_of_their_own_and_seeds_too(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_each_sample_and_each_seed_has_its_own_random_stream(monkeypatch: pytest.MonkeyPatch) -> None:
     roles = perturbed_roles(16)
 
     def different() -> int:
@@ -372,7 +372,7 @@ def test_samples_have_streams_of_their_own_and_seeds_too(monkeypatch: pytest.Mon
     assert different() == 2
 
 
-def test_every_sample_of_every_prompt_and_seed_has_a_generator_of_its_own() -> None:
+def test_each_sample_of_each_prompt_and_seed_has_its_own_generator() -> None:
     """Up to numbers of several digits, which a key without separators confuses: 1 and 11 with 11 and 1."""
     numbers = [0, 1, 2, 10, 11, 12, 21, 111]
     names = list(itertools.product(numbers, repeat=3))
@@ -608,7 +608,7 @@ def test_filtered_distributions_are_sampled_from_and_reported(narrow: dict[str, 
 
 
 @pytest.mark.parametrize("narrow", NARROW)
-def test_a_sampler_that_does_not_narrow_is_seen(narrow: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_sampler_that_does_not_narrow_is_found(narrow: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sampler, "apply_top_k_top_p", lambda logits, sampling: logits)
     assert narrow_chi_square(narrow)[1] > 1e-2
 
@@ -698,7 +698,7 @@ def test_linears_of_a_rollout_compute_the_same(bits: int, rslora: bool) -> None:
 # --- modes ------------------------------------------------------------------------------------------------------------
 
 
-def test_train_mode_comes_back_and_dropout_sleeps() -> None:
+def test_train_mode_is_restored_and_dropout_is_off() -> None:
     roles = perturbed_roles(16, dropout=0.5, checkpointing=True)
     assert run(roles, temperature=0.0) == run(roles, temperature=0.0)
     assert roles.base.model.training and roles.active_stack == []
@@ -727,7 +727,7 @@ def test_a_rollout_leaves_a_model_that_learns_as_before(kind: str) -> None:
     assert torch.is_grad_enabled() and not torch.is_inference_mode_enabled()
 
 
-def test_a_generator_that_is_dropped_leaves_nothing_behind() -> None:
+def test_dropped_generator_frees_everything() -> None:
     roles = perturbed_roles(16)
     generator = Engine(roles, "policy").generate(PROMPTS, 1, SamplingParams(5, NO_STOP))
     next(generator)
@@ -778,7 +778,7 @@ def test_one_query_attends_as_softmax_does(attend: Any, heads: int, additive: bo
             assert relative_error(found[row, 0, head], (weights @ value[row, mine, :length].double()).float()) < 1e-6
 
 
-def test_grouped_attention_takes_a_mask_for_each_head_and_leaves_other_calls_to_transformers() -> None:
+def test_grouped_attention_handles_a_mask_for_each_head_and_passes_other_calls_to_transformers() -> None:
     module = torch.nn.Module()
     module.num_key_value_groups = 3
     query, key, value = torch.randn(2, 6, 1, 8), torch.randn(2, 2, 5, 8), torch.randn(2, 2, 5, 8)
@@ -811,8 +811,7 @@ class CopiedElements(TorchDispatchMode):
 
 
 def test_grouped_attention_does_not_copy_keys_and_values() -> None:
-    """transformers 5.17 copies both once per query head where there is a mask; a slice of the cache is read where it
-    lies."""
+    """transformers 5.17 copies both once per query head if there is a mask; a slice of the cache is read in place."""
     module = torch.nn.Module()
     module.num_key_value_groups = 4
     query, cache = torch.randn(3, 8, 1, 8), torch.randn(2, 4, 2, 300, 8)

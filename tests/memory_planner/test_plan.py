@@ -1,5 +1,4 @@
-"""Laws of the memory planner: what it says is what torch's allocator records, whatever the model, the algorithm, and
-what is recomputed."""
+"""The memory planner: its plan is what the allocator of torch records, for any model, algorithm and checkpointing."""
 
 from __future__ import annotations
 
@@ -71,7 +70,7 @@ def test_what_is_planned_is_what_is_measured_everywhere(shape: str) -> None:
     assert len(found) == 16 and all(abs(one) < CLOSE for one in found.values()), found
 
 
-def test_a_plan_needs_neither_weights_nor_a_card() -> None:
+def test_plan_needs_neither_weights_nor_a_gpu() -> None:
     (scene,) = simulation_specs(load_any("qwen2.5-7b-sft"), "cuda")
     found = plan_of(scene, 24 << 30, "sft")
     config = configs.config_of("Qwen/Qwen2.5-7B-Instruct")
@@ -128,7 +127,7 @@ evaluate: {{eval_dataset: {{dataset: builtin:arithmetic}}, num_prompts: 200, max
 
 @pytest.mark.parametrize("layers", [2, pytest.param(9, marks=pytest.mark.slow)])
 def test_keys_and_values_are_those_of_the_slots(tmp_path: Path, layers: int) -> None:
-    """On a card: slots * columns * (keys and values) * heads * width * layers in bfloat16, however few layers are
+    """On a GPU: slots * columns * (keys and values) * heads * width * layers in bfloat16, however few layers are
     rehearsed; beside them at most one layer's copy of the prompts for all slots, and their numbers."""
     (scene,) = simulation_specs(load_any(llama(tmp_path, num_hidden_layers=layers)), "cuda")
     token = 2 * 4 * 32 * 2  # of a layer: keys and values, 4 heads of width 32, 2 bytes
@@ -147,9 +146,9 @@ def test_what_is_planned_from_few_layers_is_what_all_of_them_hold(tmp_path: Path
 
 
 @pytest.mark.slow
-def test_where_the_room_was_thought_too_large_fewer_are_decoded_and_one_at_least(tmp_path: Path) -> None:
-    """32 MiB a sequence, 64 of them 2 GiB. The engine goes on with fewer where memory runs short, so a card between one
-    and all is enough."""
+def test_plan_of_too_many_sequences_decodes_fewer_and_at_least_one(tmp_path: Path) -> None:
+    """32 MiB a sequence, 64 of them 2 GiB. The engine continues with fewer if memory runs short, so a GPU with room for
+    some of them is enough."""
     (scene,) = simulation_specs(
         load_any(llama(tmp_path, num_hidden_layers=16, num_key_value_heads=8, hidden_size=1024)), "cuda"
     )
@@ -231,7 +230,7 @@ def test_where_one_sequence_fits_the_rollout_fits(
     assert needed(found.total, "cuda") <= vram
 
 
-def test_what_is_offloaded_is_not_on_the_card() -> None:
+def test_offloaded_inputs_are_not_planned_on_the_gpu() -> None:
     """Of each layer the input of its rows waits elsewhere, all but the one that is being computed again. The highest
     point is then at the first layer, when all others have their gradients."""
     rows = ["data.max_length=2048", "train.micro_batch_size=2"]

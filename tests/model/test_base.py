@@ -89,8 +89,8 @@ def test_a_base_on_a_gpu_does_not_use_cudnn_attention(monkeypatch: pytest.Monkey
         torch.backends.cuda.enable_cudnn_sdp(allowed)
 
 
-def test_a_folder_that_bitsandbytes_has_quantized_loads_as_it_is(tmp_path: Path) -> None:
-    """Whatever `bits` says."""
+def test_folder_quantized_by_bitsandbytes_loads_unchanged(tmp_path: Path) -> None:
+    """The weights are the same for any value of `bits`."""
     first = load_base_of(4)
     first.model.save_pretrained(tmp_path / "nf4")
     for bits in (4, 16):
@@ -184,7 +184,7 @@ def test_code_of_a_model_is_not_run(tmp_path: Path) -> None:
     assert not ran_own_code(tmp_path / "model")
 
 
-def test_code_of_a_model_that_is_run_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_code_of_a_model_that_runs_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "cache"))
     for module in ("dynamic_module_utils", "utils.hub"):
         monkeypatch.setattr(f"transformers.{module}.HF_MODULES_CACHE", str(tmp_path / "cache"), raising=False)
@@ -192,7 +192,7 @@ def test_code_of_a_model_that_is_run_is_seen(tmp_path: Path, monkeypatch: pytest
 
 
 def test_code_of_a_tokenizer_is_not_run(tmp_path: Path) -> None:
-    """A tokenizer can bring code where the model's configuration names none."""
+    """A tokenizer can contain code although the model's configuration names none."""
     folder, marker = copy_of(tmp_path / "model"), tmp_path / "ran"
     own = {"tokenizer_class": "OwnTokenizer", "auto_map": {"AutoTokenizer": ["own.OwnTokenizer", None]}}
     (folder / "tokenizer_config.json").write_text(json.dumps(own))
@@ -219,7 +219,7 @@ def test_pickled_weights_are_refused_unread(tmp_path: Path) -> None:
     assert marker.exists(), "the trap must work, or this test is blind"
 
 
-def test_no_weights_at_all(tmp_path: Path) -> None:
+def test_folder_without_weights_is_refused(tmp_path: Path) -> None:
     folder = copy_of(tmp_path / "model")
     (folder / "model.safetensors").unlink()
     assert "no safetensors weights" in sentence(lambda: load_folder(folder))
@@ -293,7 +293,7 @@ def test_a_model_without_a_tokenizer(tmp_path: Path) -> None:
     sentence(lambda: load_tokenizer(BaseConfig(model=str(folder))))
 
 
-def test_a_card_without_bf16(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_gpu_without_bf16(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: False)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "GeForce 1080")
@@ -393,7 +393,7 @@ def test_an_eval_forward_leaves_the_gradient() -> None:
 
 
 @pytest.mark.skipif(not bitsandbytes.functional.has_avx512bf16(), reason="only CPUs with AVX512-BF16 have the kernel")
-def test_the_repacking_kernel_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_repacking_kernel_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     """With the switch left as bitsandbytes sets it on such a CPU."""
     real = freeze_base
 
@@ -417,7 +417,7 @@ def test_the_switch_exists_in_this_bitsandbytes() -> None:
     assert nf4_config(CPU).bnb_4bit_use_double_quant and nf4_config(CPU).bnb_4bit_quant_type == "nf4"
 
 
-# What transformers 5 says of a gated, an absent and an unknown-revision repository, when the hub can be reached.
+# Errors of transformers 5 for a gated repository, an absent one and an unknown revision, if the hub can be reached.
 HUB_ERRORS = {
     "You are trying to access a gated repo.\nMake sure to have access to it at https://huggingface.co/a/b.\n401 "
     "Client Error.": "hf auth login",

@@ -69,7 +69,7 @@ PADDINGS: list[dict[str, Any]] = [{}, {"more": 9, "filler": 1}, {"left": True}, 
 @pytest.mark.parametrize("how", PADDINGS, ids=str)
 @pytest.mark.parametrize("bits", [4, 16])
 @torch.no_grad()
-def test_a_score_is_the_head_at_the_token_whatever_the_padding(bits: int, how: dict[str, Any]) -> None:
+def test_score_is_the_head_at_the_token_for_any_padding(bits: int, how: dict[str, Any]) -> None:
     roles = reward_roles(load_base_of(bits), lower=["sft"])
     perturb(roles, "sft", "reward")
     assert error_of_scores(roles, ROWS, **how) < 2e-5
@@ -106,7 +106,7 @@ def _before_the_padding_token(self: Roles, role: str, batch: Batch) -> Tensor:
 
 @pytest.mark.parametrize("bug", [_at_the_last_column, _before_the_padding_token])
 @torch.no_grad()
-def test_a_score_at_the_wrong_token_is_seen(monkeypatch: pytest.MonkeyPatch, bug: Any) -> None:
+def test_score_at_the_wrong_token_is_found(monkeypatch: pytest.MonkeyPatch, bug: Any) -> None:
     monkeypatch.setattr(Roles, "sequence_scores", bug)
     assert error_of_scores(ROLES, [[5, 6, 0, 0], [5, 6], [7]]) > 1e-2
 
@@ -256,7 +256,7 @@ def plain_peft_error(roles: Roles, folder: Path) -> float:
         return float((theirs - roles.sequence_scores("reward", batch)).abs().max())
 
 
-def test_a_head_that_is_not_saved_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_head_that_is_not_saved_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     roles = reward_roles(load_base_of(16))
     perturb(roles, "reward")
     assert plain_peft_error(roles, tmp_path / "whole") < 1e-5
@@ -303,7 +303,7 @@ def test_a_loaded_head_is_bit_equal_and_trains_on(tmp_path: Path) -> None:
     assert saved.head.any()  # its own memory
 
 
-def test_a_head_of_another_width_or_none_is_refused_and_nothing_is_written() -> None:
+def test_missing_or_wrong_head_is_refused_and_changes_no_weight() -> None:
     roles = reward_roles(unquantized_base("llama"))
     tensors = roles.adapter_tensors("reward")
     lost = {key: tensor for key, tensor in tensors.items() if key != HEAD_WEIGHT_KEY}

@@ -1,12 +1,15 @@
-"""Laws of the chunked head: equal to float64 over the whole vocabulary, to the model's own logits, and never the size
-of both."""
+"""Log-probs, entropies and KL by the chunked output head.
+
+Oracles: float64 over the whole vocabulary, and the logits of the models of transformers. Logits of all tokens and the
+whole vocabulary are never in memory at one time.
+"""
 
 from __future__ import annotations
 
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +38,7 @@ from lowrank_tune.model.roles import Roles
 
 
 def full_logits(head: Head, hidden: Tensor, temperature: float) -> Tensor:
-    """float64, the whole vocabulary, written out: scale, then cap, then temperature."""
+    """Returns the logits (N, V) in float64: scale, then cap, then temperature."""
     z = hidden.double() @ head.weight.double().T
     if head.bias is not None:
         z = z + head.bias.double()
@@ -56,8 +59,8 @@ def make_head(
 
 
 def error_of_logps(head: Head, hidden: Tensor, targets: Tensor, temperature: float) -> float:
-    """Largest error of value, entropy and gradient against float64, relative to the size of the logits; inf if
-    `likeliest` is wrong."""
+    """Returns the largest error of value, entropy and gradient against float64, relative to the size of the logits;
+    infinite if `likeliest` is wrong."""
     upstream = torch.linspace(-1, 2, len(targets))
     mine = hidden.clone().requires_grad_()
     values, entropy, likeliest = chunked_logps(head, mine, targets, temperature)
@@ -68,9 +71,8 @@ def error_of_logps(head: Head, hidden: Tensor, targets: Tensor, temperature: flo
     chosen = logp.gather(1, targets[:, None]).squeeze(1)
     (chosen * upstream.double()).sum().backward()
     if len(targets) == 0:
-        return (
-            0.0 if values.shape == entropy.shape == likeliest.shape == (0,) and mine.grad is not None else float("inf")
-        )
+        has_right_shape = values.shape == entropy.shape == likeliest.shape == (0,)
+        return 0.0 if has_right_shape and mine.grad is not None else float("inf")
     largest_sum = float((hidden.abs() @ head.weight.abs().T).max())
     reach = 1 + float(z.detach().abs().max()) + largest_sum * head.scale / temperature
     slope = float(head.weight.abs().max() * head.scale / temperature)
@@ -89,7 +91,8 @@ def error_of_logps(head: Head, hidden: Tensor, targets: Tensor, temperature: flo
 
 
 def error_of_kl(head: Head, mine: Tensor, other: Tensor, temperature: float) -> float:
-    found = chunked_kl(head, mine, other, temperature)
+    """Returns the largest error of the exact KL against float64; infinite if its shape is wrong."""
+    found = logps_module.chunked_kl(head, mine, other, temperature)
     p, q = (torch.log_softmax(full_logits(head, hidden, temperature), dim=-1) for hidden in (mine, other))
     expected = (p.exp() * (p - q)).sum(dim=-1)
     if found.shape != expected.shape or found.requires_grad:
@@ -98,64 +101,65 @@ def error_of_kl(head: Head, mine: Tensor, other: Tensor, temperature: float) -> 
     return float((found - expected).abs().max() / reach) if len(mine) else 0.0
 
 
-SHAPES = {
-    "rows": st.integers(0, 9),
-    "width": st.integers(1, 8),
-    "vocab": st.integers(2, 40),
-    "size": st.sampled_from([0.01, 1.0, 30.0, 1000.0]),
-    "bias": st.booleans(),
-    "scale": st.sampled_from([1.0, 0.0625, 4.0]),
-    "cap": st.sampled_from([None, 5.0, 30.0]),
-    "temperature": st.sampled_from([0.5, 0.7, 1.0, 2.0]),
-    "chunk": st.sampled_from([1, 7, 64, 200, 1 << 24]),
-    "seed": st.integers(0, 999),
-}
+@dataclass
+class HeadCase:
+    """A random head, hidden states of N tokens and their ids, of another model too, and how they are evaluated."""
+
+    head: Head
+    hidden: Tensor
+    other_hidden: Tensor
+    targets: Tensor
+    temperature: float
+    chunk_logits: int
+
+
+@st.composite
+def head_cases(draw: st.DrawFn) -> HeadCase:
+    """Draws 0 to 9 tokens over a vocabulary of 2 to 40, with or without bias, scale and soft cap."""
+    seed = draw(st.integers(0, 999))
+    head, hidden, targets = make_head(
+        rows=draw(st.integers(0, 9)),
+        width=draw(st.integers(1, 8)),
+        vocab=draw(st.integers(2, 40)),
+        size=draw(st.sampled_from([0.01, 1.0, 30.0, 1000.0])),
+        bias=draw(st.booleans()),
+        scale=draw(st.sampled_from([1.0, 0.0625, 4.0])),
+        cap=draw(st.sampled_from([None, 5.0, 30.0])),
+        seed=seed,
+    )
+    noise = torch.randn(hidden.shape, generator=torch.Generator().manual_seed(seed))
+    return HeadCase(
+        head,
+        hidden,
+        hidden + 0.3 * noise,
+        targets,
+        temperature=draw(st.sampled_from([0.5, 0.7, 1.0, 2.0])),
+        chunk_logits=draw(st.sampled_from([1, 7, 64, 200, 1 << 24])),
+    )
 
 
 @settings(max_examples=150)
-@given(**SHAPES)
-def test_log_probs_equal_float64(
-    rows: int,
-    width: int,
-    vocab: int,
-    size: float,
-    bias: bool,
-    scale: float,
-    cap: float | None,
-    temperature: float,
-    chunk: int,
-    seed: int,
-) -> None:
-    head, hidden, targets = make_head(rows, width, vocab, size, bias, scale, cap, seed)
+@given(case=head_cases())
+def test_log_probs_equal_float64(case: HeadCase) -> None:
+    """Log-probs, entropies and gradients are those of float64 over the whole vocabulary, for any head and any chunk."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(logps_module, "CHUNK_LOGITS", chunk)
-        assert error_of_logps(head, hidden, targets, temperature) < 2e-6
+        patch.setattr(logps_module, "CHUNK_LOGITS", case.chunk_logits)
+        assert error_of_logps(case.head, case.hidden, case.targets, case.temperature) < 2e-6
 
 
 @settings(max_examples=80)
-@given(**SHAPES)
-def test_exact_kl_equals_float64(
-    rows: int,
-    width: int,
-    vocab: int,
-    size: float,
-    bias: bool,
-    scale: float,
-    cap: float | None,
-    temperature: float,
-    chunk: int,
-    seed: int,
-) -> None:
-    head, mine, _ = make_head(rows, width, vocab, size, bias, scale, cap, seed)
-    other = mine + 0.3 * torch.randn(mine.shape, generator=torch.Generator().manual_seed(seed))
+@given(case=head_cases())
+def test_exact_kl_equals_float64(case: HeadCase) -> None:
+    """KL(p || q) over the vocabulary is that of float64; exactly 0 for p = q."""
+    head, mine, other, temperature = case.head, case.hidden, case.other_hidden, case.temperature
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(logps_module, "CHUNK_LOGITS", chunk)
+        patch.setattr(logps_module, "CHUNK_LOGITS", case.chunk_logits)
         assert error_of_kl(head, mine, other, temperature) < 5e-6
-        assert torch.equal(chunked_kl(head, mine, mine, temperature), torch.zeros(rows))
+        assert torch.equal(chunked_kl(head, mine, mine, temperature), torch.zeros(len(mine)))
 
 
 def error_of_kl_slope(head: Head, mine: Tensor, other: Tensor, temperature: float) -> float:
-    """Largest error of the gradient of exact KL by the hidden states, against float64 through the whole vocabulary."""
+    """Returns the largest error of the gradient of the exact KL by the hidden states, against float64."""
     upstream = torch.linspace(-1, 2, len(mine))
     leaf, theirs = mine.clone().requires_grad_(), mine.double().requires_grad_()
     (logps_module.chunked_kl(head, leaf, other, temperature) * upstream).sum().backward()
@@ -165,8 +169,8 @@ def error_of_kl_slope(head: Head, mine: Tensor, other: Tensor, temperature: floa
         return float("inf")
     if not len(mine):
         return 0.0
-    # fp32 logits are off by some eps of their size, and so are p and log p - log q, before they are multiplied with the
-    # head.
+    # The rounding of fp32 logits is relative to their size, and so is that of p and of log p - log q, which the head
+    # then multiplies.
     reach = 1 + float(max(p.detach().abs().max(), q.detach().abs().max()))
     worst = float((leaf.grad - theirs.grad).abs().max()) / (
         reach * reach * float(head.weight.abs().max()) * head.scale / temperature
@@ -175,61 +179,66 @@ def error_of_kl_slope(head: Head, mine: Tensor, other: Tensor, temperature: floa
 
 
 @settings(max_examples=80)
-@given(**SHAPES)
-def test_the_gradient_of_exact_kl_equals_float64(
-    rows: int,
-    width: int,
-    vocab: int,
-    size: float,
-    bias: bool,
-    scale: float,
-    cap: float | None,
-    temperature: float,
-    chunk: int,
-    seed: int,
-) -> None:
-    head, mine, _ = make_head(rows, width, vocab, size, bias, scale, cap, seed)
-    other = mine + 0.3 * torch.randn(mine.shape, generator=torch.Generator().manual_seed(seed))
+@given(case=head_cases())
+def test_gradient_of_exact_kl_equals_float64(case: HeadCase) -> None:
+    """The gradient of KL(p || q) by the hidden states of p is that of float64; exactly 0 for p = q."""
+    head, mine, other, temperature = case.head, case.hidden, case.other_hidden, case.temperature
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(logps_module, "CHUNK_LOGITS", chunk)
+        patch.setattr(logps_module, "CHUNK_LOGITS", case.chunk_logits)
         assert error_of_kl_slope(head, mine, other, temperature) < 5e-6
         leaf = mine.clone().requires_grad_()
         chunked_kl(head, leaf, mine, temperature).sum().backward()
-        assert leaf.grad is not None and not leaf.grad.any(), "at the reference itself there is no slope at all"
+        # The gradient at the reference itself is exactly 0.
+        assert leaf.grad is not None and not leaf.grad.any()
 
 
-def _slope_of_log_odds(ctx: Any, grad: Tensor) -> Any:
-    (slope,) = ctx.saved_tensors
-    return slope * grad[:, None].abs(), None, None, None
+class _AbsoluteGradient(torch.autograd.Function):
+    """The identity, with the absolute value of the gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, values: Tensor) -> Tensor:
+        return values.clone()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:  # type: ignore[override]
+        return gradient.abs()
 
 
-@pytest.mark.parametrize("bug", ["sign", "temperature", "scale", "cap"])
-def test_bugs_in_the_gradient_of_kl_are_seen(monkeypatch: pytest.MonkeyPatch, bug: str) -> None:
+def _kl_without_sign(head: Head, mine: Tensor, other: Tensor, temperature: float) -> Any:
+    return _AbsoluteGradient.apply(chunked_kl(head, mine, other, temperature))
+
+
+def _kl_at_temperature_1(head: Head, mine: Tensor, other: Tensor, temperature: float) -> Tensor:
+    return chunked_kl(head, mine, other, 1.0)
+
+
+def _kl_with_wrong_scale(head: Head, mine: Tensor, other: Tensor, temperature: float) -> Tensor:
+    return chunked_kl(replace(head, scale=0.6, softcap=9.0), mine, other, temperature)
+
+
+def _kl_without_cap(head: Head, mine: Tensor, other: Tensor, temperature: float) -> Tensor:
+    return chunked_kl(replace(head, softcap=None), mine, other, temperature)
+
+
+@pytest.mark.parametrize("bug", [_kl_without_sign, _kl_at_temperature_1, _kl_with_wrong_scale, _kl_without_cap])
+def test_wrong_gradient_of_kl_is_found(monkeypatch: pytest.MonkeyPatch, bug: Any) -> None:
+    """`error_of_kl_slope` finds a KL without the sign of the gradient, the temperature, the scale or the cap."""
     head, mine, _ = make_head(6, 8, 40, 0.7, False, 0.5, 5.0)
     other = mine.flip(0)
     assert error_of_kl_slope(head, mine, other, 0.7) < 5e-6
-    if bug == "sign":
-        monkeypatch.setattr(logps_module._ChunkedKL, "backward", staticmethod(_slope_of_log_odds))
-    else:
-        wrong = {"scale": 0.6, "softcap": 9.0} if bug == "scale" else {"softcap": None} if bug == "cap" else {}
-        real = logps_module._ChunkedKL.forward
-
-        def forward(ctx: Any, hidden: Tensor, reference: Tensor, given: Head, temperature: float) -> Tensor:
-            return real(ctx, hidden, reference, replace(given, **wrong), 1.0 if bug == "temperature" else temperature)
-
-        monkeypatch.setattr(logps_module._ChunkedKL, "forward", staticmethod(forward))
+    monkeypatch.setattr(logps_module, "chunked_kl", bug)
     assert error_of_kl_slope(head, mine, other, 0.7) > 1e-3
 
 
-def test_kl_the_wrong_way_round_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_forward_kl_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`error_of_kl` finds KL(q || p) instead of KL(p || q)."""
     head, mine, _ = make_head(5, 8, 40, 1.0, False, 1.0, None)
     other = mine.flip(0)
-    right = error_of_kl(head, mine, other, 1.0)
-    monkeypatch.setitem(globals(), "chunked_kl", lambda head, p, q, t: chunked_kl_of(head, q, p, t))
-    assert right < 5e-6 < 1e-2 < error_of_kl(head, mine, other, 1.0)
+    assert error_of_kl(head, mine, other, 1.0) < 5e-6
+    monkeypatch.setattr(logps_module, "chunked_kl", lambda head, p, q, temperature: chunked_kl(head, q, p, temperature))
+    assert error_of_kl(head, mine, other, 1.0) > 1e-2
 
 
-chunked_kl_of = chunked_kl
 real_chunk = logps_module.chunk_logps
 
 
@@ -292,9 +301,8 @@ real_logits = Head.logits
         (Head, "logits", _logits_in_bf16),
     ],
 )
-def test_bugs_in_the_head_are_seen(
-    monkeypatch: pytest.MonkeyPatch, place: Any, name: str, bug: Callable[..., Any]
-) -> None:
+def test_wrong_head_is_found(monkeypatch: pytest.MonkeyPatch, place: Any, name: str, bug: Callable[..., Any]) -> None:
+    """`error_of_logps` finds wrong caps, temperatures, scales, entropies, and bf16 logits."""
     head, hidden, targets = make_head(9, 8, 40, 1.0, True, 0.25, 5.0)
     targets[0] = full_logits(head, hidden, 0.7)[0].argmax()
     assert error_of_logps(head, hidden, targets, 0.7) < 2e-6
@@ -303,13 +311,14 @@ def test_bugs_in_the_head_are_seen(
 
 
 def test_ties_count_as_likeliest() -> None:
+    """Two tokens with the same largest logit are both the most likely one."""
     head = Head(torch.tensor([[1.0], [1.0], [0.0]]))
     _, _, likeliest = chunked_logps(head, torch.ones(3, 1), torch.tensor([0, 1, 2]))
     assert likeliest.tolist() == [True, True, False]
 
 
-def test_by_hand() -> None:
-    """Two words with logits ln 3 and 0: probabilities 3/4 and 1/4."""
+def test_log_prob_and_entropy_equal_numbers_by_hand() -> None:
+    """Two tokens with logits ln 3 and 0 have the probabilities 3/4 and 1/4."""
     head = Head(torch.tensor([[1.0], [0.0]]))
     hidden = torch.tensor([[3.0]]).log().requires_grad_()
     logp, entropy, likeliest = chunked_logps(head, hidden, torch.tensor([1]))
@@ -320,12 +329,12 @@ def test_by_hand() -> None:
     assert hidden.grad is not None and hidden.grad.item() == pytest.approx(-0.75, abs=1e-6)
 
 
-# --- every architecture: the kit's log-probs are those of the model's own logits --------------------------------------
+# --- every architecture -----------------------------------------------------------------------------------------------
 
 
 def error_against_model(roles: Roles) -> float:
-    """Largest difference between log-probs from `roles.logps` and from `model(...).logits`, and the relative one of
-    adapter gradients."""
+    """Returns the largest difference between log-probs from `roles.logps` and from `model(...).logits`, and of the
+    gradients of the adapter (relative)."""
     batch = ragged_batch((9, 5, 12), unscored=())
     scored = batch.loss_mask
     roles.base.model.zero_grad(set_to_none=True)
@@ -350,11 +359,13 @@ def error_against_model(roles: Roles) -> float:
 
 
 @pytest.mark.parametrize("kind", ARCHITECTURES)
-def test_every_architecture_equals_its_own_logits(kind: str) -> None:
+def test_log_probs_equal_logits_of_every_architecture(kind: str) -> None:
+    """Log-probs, entropies and gradients are those of the model's own logits, for every architecture."""
     roles = roles_over(unquantized_base(kind))
     perturb(roles, "policy")
     assert error_against_model(roles) < 2e-5
-    if roles.head.softcap:  # it must bite, or this test is blind to it
+    # A soft cap must change the logits, or this test does not check it.
+    if roles.head.softcap:
         with roles.activate("policy"):
             raw = (
                 roles.base.model.get_decoder()(input_ids=ragged_batch().input_ids, use_cache=False).last_hidden_state
@@ -374,7 +385,8 @@ DROPPED: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("kind", DROPPED)
-def test_a_head_with_something_dropped_is_seen_and_refused(monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+def test_head_without_cap_scale_or_bias_is_refused(monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+    """A head without its soft cap, scale or bias has other log-probs, and `Roles` raises UserError."""
     roles = roles_over(unquantized_base(kind))
     roles.head = replace(roles.head, **DROPPED[kind])
     assert error_against_model(roles) > 1e-2
@@ -384,8 +396,8 @@ def test_a_head_with_something_dropped_is_seen_and_refused(monkeypatch: pytest.M
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_head_that_differs_by_more_than_rounding_is_refused(dtype: torch.dtype) -> None:
-    """RecurrentGemma's soft cap of 30 moves logits of this size by less than 1 % in the norm."""
+def test_head_that_differs_by_more_than_rounding_is_refused(dtype: torch.dtype) -> None:
+    """`check_head` finds a missing soft cap of 30 (RecurrentGemma), which changes these logits by less than 1 %."""
     model = random_model("recurrent_gemma", gain=3.0, logits_soft_cap=30.0)
     head = logps_module.head_of(model.to(dtype))
     assert head.softcap == 30.0
@@ -395,6 +407,7 @@ def test_a_head_that_differs_by_more_than_rounding_is_refused(dtype: torch.dtype
 
 
 def test_granite_divides_and_hyperclova_multiplies() -> None:
+    """`logits_scaling` is a divisor in Granite and a factor in HyperCLOVA X."""
     model = unquantized_base("granite").model
     assert logps_module.head_of(model).scale == 0.25
     monkey = type(
@@ -408,8 +421,7 @@ def test_granite_divides_and_hyperclova_multiplies() -> None:
 
 
 class _Widest(TorchDispatchMode):
-    """The most rows of any tensor that is as wide as the vocabulary (weights have as many rows as they have, and are
-    let through)."""
+    """Records the largest number of rows of a tensor that is as wide as the vocabulary."""
 
     def __init__(self, vocab: int) -> None:
         super().__init__()
@@ -424,7 +436,7 @@ class _Widest(TorchDispatchMode):
 
 
 def widest(roles: Roles) -> int:
-    """Rows of logits that are alive at once in the forward and backward pass of `logps`."""
+    """Returns the rows of logits that exist at one time in the forward and backward pass of `logps`."""
     batch = ragged_batch((40, 40, 40, 40), unscored=())
     with _Widest(97) as mode:
         roles.logps("policy", batch).logps.sum().backward()
@@ -432,20 +444,19 @@ def widest(roles: Roles) -> int:
     return mode.rows
 
 
-def _all_at_once(hidden: Tensor, head: Head) -> Any:
-    return hidden.split(1 << 30)
-
-
-def test_logits_come_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_logits_are_computed_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No tensor as wide as the vocabulary has more rows than a chunk."""
     roles = roles_over(unquantized_base("llama"), r=3)
-    # more rows than the widths of the model, so that only logits count
+    # More rows than the widths of the model, so that only logits count.
     monkeypatch.setattr(logps_module, "CHUNK_LOGITS", 97 * 70)
     assert widest(roles) == 70
-    monkeypatch.setattr(logps_module, "_chunks", _all_at_once)
+    # The check finds logits that are computed at once.
+    monkeypatch.setattr(logps_module, "CHUNK_LOGITS", 1 << 30)
     assert widest(roles) > 90
 
 
 def rows_through_the_head(roles: Roles, monkeypatch: pytest.MonkeyPatch) -> tuple[int, int]:
+    """Returns the rows that the head computes, and the scored tokens."""
     batch, seen = ragged_batch(), [0]
 
     def counted(self: Head, hidden: Tensor, temperature: float = 1.0) -> Tensor:
@@ -458,6 +469,7 @@ def rows_through_the_head(roles: Roles, monkeypatch: pytest.MonkeyPatch) -> tupl
 
 
 def test_only_scored_positions_reach_the_head(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The head computes the logits of scored tokens only."""
     seen, scored = rows_through_the_head(roles_over(unquantized_base("llama")), monkeypatch)
     assert seen == scored > 0
 
@@ -482,7 +494,8 @@ for how, T in zip(sys.argv[1::2], map(int, sys.argv[2::2])):
 
 
 def peaks(*runs: tuple[str, int]) -> list[float]:
-    """MiB of peak memory, forward and backward, at V = 151,936, of `chunked` or `full` log-probs of so many tokens."""
+    """Returns the peak memory in MiB of `chunked` or `full` log-probs of some tokens, forward and backward, V =
+    151,936."""
     words = [str(word) for run in runs for word in run]
     root = str(Path(__file__).parents[2])
     done = subprocess.run([sys.executable, "-c", PEAK, *words], capture_output=True, text=True, cwd=root, timeout=300)
@@ -496,16 +509,18 @@ needs_proc = pytest.mark.skipif(
 
 
 @needs_proc
-def test_peak_memory_does_not_grow_with_the_tokens_and_full_logits_would_be_seen() -> None:
-    # The kernel may reclaim pages while it counts, so the planted case is given room: 128 more rows of full logits are
-    # 74 MiB at least.
+def test_peak_memory_does_not_grow_with_tokens() -> None:
+    """256 tokens need no more memory than 128; full logits do, and the measurement finds that."""
+    # 128 more rows of full logits are at least 74 MiB. The bound is lower, because the kernel may free pages meanwhile.
     few, many, full_few, full_many = peaks(("chunked", 128), ("chunked", 256), ("full", 48), ("full", 176))
-    assert few > 60 and many - few < 20  # one chunk's two buffers are seen, and never more than those
+    # The two buffers of one chunk, and not more than those.
+    assert few > 60 and many - few < 20
     assert full_many - full_few > 50
 
 
 @pytest.mark.slow
 @needs_proc
-def test_peak_memory_at_two_thousand_tokens() -> None:
+def test_peak_memory_of_2048_tokens() -> None:
+    """2048 tokens need no more memory than 256."""
     few, many = peaks(("chunked", 256), ("chunked", 2048))
     assert few > 60 and many - few < 20

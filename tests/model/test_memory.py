@@ -124,9 +124,9 @@ def test_the_more_layers_are_recomputed_the_less_is_kept() -> None:
     assert every < 0.2 * none and every < first < none and abs((none - first) - (first - every)) < 0.05 * none
 
 
-def test_what_is_offloaded_is_a_copy_and_comes_back(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The very inputs of recomputed layers go through the offload, as copies: what is written into them afterwards does
-    no harm."""
+def test_offloaded_inputs_are_copies_and_are_restored(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The inputs of recomputed layers are offloaded as copies, so that later in-place changes of them have no
+    effect."""
     packed: list[tuple[Tensor, Tensor]] = []
     real = activation_checkpointing.save_on_cpu
 
@@ -151,7 +151,7 @@ def test_what_is_offloaded_is_a_copy_and_comes_back(monkeypatch: pytest.MonkeyPa
     assert all(one.data_ptr() != copy.data_ptr() and torch.equal(one, copy) for one, copy in hidden)
 
 
-def test_an_offload_that_loses_something_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_lossy_offload_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     class Lossy(torch.autograd.graph.saved_tensors_hooks):
         def __init__(self, pin_memory: bool) -> None:
             super().__init__(
@@ -181,7 +181,7 @@ def recipe(**train: Any) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("wanted", [True, False, "none", "all", "auto", 0, 7])
-def test_settings_take_every_choice_and_give_it_back(wanted: Any) -> None:
+def test_settings_keep_every_choice(wanted: Any) -> None:
     found = from_dict(recipe(gradient_checkpointing=wanted))
     assert found.train.gradient_checkpointing == wanted and type(found.train.gradient_checkpointing) is type(wanted)
     assert from_dict(found.to_dict()) == found
@@ -215,7 +215,7 @@ def test_wrong_memory_setting_is_refused_by_key(train: dict[str, Any], fault: st
     assert fault in str(caught.value).splitlines()
 
 
-def test_offloading_stands_beside_recomputation_alone() -> None:
+def test_offloading_without_recomputation_is_refused() -> None:
     assert TrainingConfig(activation_offloading=True).activation_offloading
     for wanted in (True, "all", "auto", 3):
         from_dict(recipe(gradient_checkpointing=wanted, activation_offloading=True))

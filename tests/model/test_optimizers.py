@@ -52,7 +52,7 @@ def test_8_bit_states_are_8_bit_and_follow_adamw() -> None:
 
 
 @pytest.mark.parametrize("name", ["adamw", "adamw_8bit"])
-def test_a_state_comes_back_from_files_to_the_bit(tmp_path: Path, name: str) -> None:
+def test_saved_state_is_restored_bit_for_bit(tmp_path: Path, name: str) -> None:
     parameters, optimizer = trained(name, 5)
     names = ["a", "b", "c"]
     tensors, document = flatten_optimizer(optimizer.state_dict(), names)
@@ -87,9 +87,9 @@ def test_paged_optimizers_need_a_gpu_and_name_the_alternative(name: str) -> None
         make_optimizer([nn.Parameter(torch.zeros(2))], TrainingConfig(optim=name), CPU)  # type: ignore[arg-type]
 
 
-def test_what_was_paged_is_paged_again() -> None:
-    """bitsandbytes pages states where they are made, and loads them into ordinary memory. A buffer of ours stands for a
-    paged one."""
+def test_paged_states_are_paged_again_after_load() -> None:
+    """bitsandbytes pages states when it creates them, and loads them into ordinary memory. A buffer of this test
+    replaces a paged one."""
     parameters, optimizer = trained("adamw_8bit", 3)
     _, again = trained("adamw_8bit", 0)
     made: list[Tensor] = []
@@ -106,7 +106,7 @@ def test_what_was_paged_is_paged_again() -> None:
     assert all(same_bytes(one, other) for one, other in zip(found, wanted, strict=True))
 
 
-def test_a_run_with_8_bit_states_goes_on_bit_for_bit(tmp_path: Path) -> None:
+def test_continued_run_with_8_bit_states_is_bit_identical(tmp_path: Path) -> None:
     recipe: dict[str, Any] = small_recipe(max_steps=4, save_steps=2, optim="adamw_8bit")
     recipe["adapters"] = {"policy": {"r": 64}}
     straight = run(Recipe.from_dict(recipe), out=tmp_path / "straight", ui="none").folder

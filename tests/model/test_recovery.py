@@ -199,7 +199,7 @@ def test_gradient_after_oom_at_any_call_is_that_of_the_whole_run(unbroken: Any, 
 
 
 @pytest.mark.parametrize("name", ["sft"])
-def test_a_half_added_gradient_that_stays_is_seen(monkeypatch: pytest.MonkeyPatch, unbroken: Any, name: str) -> None:
+def test_partial_gradient_that_remains_is_found(monkeypatch: pytest.MonkeyPatch, unbroken: Any, name: str) -> None:
     @contextmanager
     def careless(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
         yield
@@ -211,7 +211,7 @@ def test_a_half_added_gradient_that_stays_is_seen(monkeypatch: pytest.MonkeyPatc
 
 
 def test_oom_in_the_value_loss_of_ppo_is_recovered(unbroken: Any) -> None:
-    """The moments of the law above reach it: gradients of the value's parameters are added by the second term alone."""
+    """The failures of the test above reach it: only the second term adds gradients of the value's parameters."""
     loop, roles, optimizer, events = watched_loop("ppo")
     value = roles.parameters("value")
     failed: list[int] = []
@@ -229,8 +229,8 @@ def test_oom_in_the_value_loss_of_ppo_is_recovered(unbroken: Any) -> None:
 
 
 @contextmanager
-def card_of(roles: Roles, tokens: int) -> Iterator[list[int]]:
-    """A card on which a pass with gradient over more than so many tokens, padding counted, finds no memory."""
+def small_gpu(roles: Roles, tokens: int) -> Iterator[list[int]]:
+    """Refuses memory to passes with gradient over more than some number of tokens, padding counted."""
     sizes: list[int] = []
 
     def guard(module: Any, arguments: Any, named: Any) -> None:
@@ -250,7 +250,7 @@ def card_of(roles: Roles, tokens: int) -> Iterator[list[int]]:
 def test_what_did_not_fit_is_not_tried_again(name: str) -> None:
     loop, roles, _, events = watched_loop(name, steps=4, micro_batch_size=50)
     roles.share_prefixes = False  # so that a micro-batch has the tokens that it is counted by
-    with card_of(roles, 40):
+    with small_gpu(roles, 40):
         assert loop.run()
     after_first = [warning for warning in warnings_of(events) if not warning.startswith("step 1: ")]
     assert 0 < roles.limits.update_tokens <= 40 and after_first == [], "one step finds out for all"
@@ -275,7 +275,7 @@ def test_units_that_stay_together_are_never_split() -> None:
         return real(micro)
 
     loop.algorithm.compute_losses = terms  # type: ignore[method-assign]
-    with card_of(roles, 40):
+    with small_gpu(roles, 40):
         loop.run()
     assert all(size % 2 == 0 for size in sizes) and min(sizes) == 2
 
@@ -283,7 +283,7 @@ def test_units_that_stay_together_are_never_split() -> None:
 @pytest.mark.parametrize("name", fast("dpo"))
 def test_a_row_that_does_not_fit_alone_ends_the_run(name: str) -> None:
     loop, roles, optimizer, _ = watched_loop(name)
-    with card_of(roles, 5), pytest.raises(DoesNotFit) as caught:
+    with small_gpu(roles, 5), pytest.raises(DoesNotFit) as caught:
         loop.run()
     assert caught.value.exit_code == 3 and caught.value.kind == "update_tokens" and optimizer.seen == []
     what = "a pair" if name in ("dpo", "reward") else "a row"
@@ -293,8 +293,8 @@ def test_a_row_that_does_not_fit_alone_ends_the_run(name: str) -> None:
 
 
 class Alive(TorchDispatchMode):
-    """The bytes of all storages that operations made and that still live; a model's own weights, which views look at,
-    do not count."""
+    """Counts the bytes of all storages that operations made and that still exist, without the weights of the model,
+    which are the storages of views."""
 
     def __init__(self, roles: Roles) -> None:
         super().__init__()
@@ -323,8 +323,7 @@ class Alive(TorchDispatchMode):
 
 
 def held_after_failure(name: str, backward: bool, cleared: bool = True) -> tuple[int, int, int]:
-    """Bytes of what operations made that live when an attempt begins, when memory runs short in it, and when the halves
-    begin."""
+    """Returns the bytes of operations at the start of an attempt, at its failure, and at the start of its halves."""
     loop, roles, _, _ = watched_loop(name, steps=1)
     moments: dict[str, int] = {}
     with failing_at(roles, (), backward) as count:
@@ -449,8 +448,8 @@ def test_other_errors_go_through() -> None:
         list(MemoryLimits().split_on_oom("update_tokens", [1, 2], 5, lambda units: 1 // 0))
 
 
-def test_a_real_refusal_of_the_allocator_is_recovered_from() -> None:
-    """The CPU's own allocator refuses a quarter of an exabyte, and what it says is known."""
+def test_real_error_of_the_allocator_is_recovered() -> None:
+    """The CPU allocator refuses a quarter of an exabyte, and its message is recognized."""
 
     def work(units: Sequence[int]) -> int:
         return torch.empty(1 << 58 if len(units) > 1 else 4, dtype=torch.uint8).numel()
@@ -472,7 +471,7 @@ def drawn(
     return {(one.prompt, one.sample): (one.token_ids, one.finish_reason) for one in found}, notes
 
 
-def test_a_rollout_goes_on_with_fewer_sequences_and_samples_the_same() -> None:
+def test_rollout_with_fewer_sequences_draws_the_same_samples() -> None:
     roles = llama_roles(16)
     perturb(roles, "policy")
     whole, none = drawn(roles, (2,))
@@ -521,9 +520,8 @@ def test_a_sequence_that_does_not_fit_alone_ends_the_run() -> None:
     assert caught.value.kind == "cache_tokens" and roles.limits.num_ooms == 4
 
 
-def test_keys_and_values_are_gone_before_the_update() -> None:
-    """GRPO's and PPO's rollouts and their updates share the memory: nothing of a rollout's cache lives when the first
-    micro-batch comes."""
+def test_keys_and_values_are_freed_before_the_update() -> None:
+    """Rollouts and updates of GRPO and PPO share the memory: no cache of a rollout exists at the first micro-batch."""
     from lowrank_tune.generation import slot_cache
 
     roles, made = llama_roles(16), list[weakref.ref[Any]]()
@@ -541,7 +539,7 @@ def test_keys_and_values_are_gone_before_the_update() -> None:
 
 
 def held_by_the_queue() -> bool:
-    """Whether what a backward pass had not come to when it died still lives when the halves begin."""
+    """Returns whether tasks that a failed backward pass had not run still exist when the halves start."""
     kept: list[weakref.ref[Any]] = []
     seen: list[bool] = []
 
@@ -561,7 +559,7 @@ def held_by_the_queue() -> bool:
     return seen[0]
 
 
-def test_a_backward_pass_that_dies_leaves_nothing_in_the_queue_of_its_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_failed_backward_pass_leaves_the_autograd_queue_empty(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not held_by_the_queue()
     monkeypatch.setattr(torch.autograd, "grad", lambda *_, **__: None)
     assert held_by_the_queue()

@@ -1,5 +1,8 @@
 """Properties of roles: without adapters the base is unchanged, training changes only the trained adapter, and
-recomputation uses the adapters of the forward pass."""
+recomputation uses the adapters of the forward pass.
+
+A test named `..._is_found` plants a bug, and shows that the check of the test before it fails.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,7 @@ import json
 import textwrap
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -61,7 +64,7 @@ def logits(model: Any, batch: Batch, train: bool) -> Tensor:
 
 
 def train(roles: Roles, steps: int = 2, rate: float = 1e-2, role: str = "policy") -> None:
-    """A few optimizer steps of SFT, as the loop does them."""
+    """Runs a few optimizer steps of SFT, as the trainer does."""
     optimizer = torch.optim.AdamW(roles.parameters(role), lr=rate)
     algorithm = sft_over(roles)
     for step in range(steps):
@@ -75,15 +78,22 @@ def train(roles: Roles, steps: int = 2, rate: float = 1e-2, role: str = "policy"
 # --- 1: adapters off equals the bare model ----------------------------------------------------------------------------
 
 
-def off_equals_bare(bits: int, train_mode: bool, then: str, dropout: float = 0.1) -> bool:
-    """Whether `base` gives the logits of the model that never had an adapter, bit for bit, and a fresh policy those of
-    the stack below."""
+Fault = Callable[[Roles], None]
+"""Changes roles as a bug would."""
+
+
+def off_equals_bare(bits: int, train_mode: bool, then: str, fault: Fault | None = None, dropout: float = 0.1) -> bool:
+    """Returns whether `base` has the logits of a model that never had an adapter, bit for bit, and a fresh policy those
+    of the stack below it. `then` is what happened to the policy before: fresh, trained or loaded."""
     bare, batch = load_base_of(bits), ragged_batch()
     expected = logits(bare.model, batch, train_mode)
     roles = llama_roles(bits, lower=["sft"], dropout=dropout)
     perturb(roles, "sft")
+    if fault is not None:
+        fault(roles)
     if then == "fresh":
-        with roles.activate("policy"), torch.no_grad():  # with dropout: a fresh adapter's zero B hides it
+        # With dropout: the B of a fresh adapter is zero and hides its own dropout.
+        with roles.activate("policy"), torch.no_grad():
             mine = logits(roles.base.model, batch, train_mode)
         with roles.activate("reference"):
             below = logits(roles.base.model, batch, train_mode)
@@ -92,92 +102,98 @@ def off_equals_bare(bits: int, train_mode: bool, then: str, dropout: float = 0.1
     elif then == "trained":
         train(roles)
     else:
-        roles.load_adapter_tensors(
-            "policy", {key: torch.randn_like(t) for key, t in roles.adapter_tensors("policy").items()}, "here"
-        )
+        load_random_policy(roles)
     with roles.activate("base"):
         return torch.equal(logits(roles.base.model, batch, train_mode), expected)
+
+
+def load_random_policy(roles: Roles) -> None:
+    tensors = {key: torch.randn_like(tensor) for key, tensor in roles.adapter_tensors("policy").items()}
+    roles.load_adapter_tensors("policy", tensors, "here")
 
 
 @pytest.mark.parametrize("then", ["fresh", "trained", "loaded"])
 @pytest.mark.parametrize("train_mode", [False, True])
 @pytest.mark.parametrize("bits", [4, 16])
-def test_adapters_off_equal_the_bare_model(bits: int, train_mode: bool, then: str) -> None:
+def test_base_role_equals_bare_model(bits: int, train_mode: bool, then: str) -> None:
+    """With no adapter active the logits are those of a model without adapters, bit for bit, also in train mode with
+    dropout."""
     assert off_equals_bare(bits, train_mode, then)
 
 
-def _use_leaves_the_lower(self: Roles, role: str) -> Any:
-    return roles_module._ActiveAdapters(self._active, self.stacks["reference"] if role == "base" else self.stacks[role])
+def _base_keeps_the_lower_adapter(roles: Roles) -> None:
+    activate = roles.activate
+    roles.activate = lambda role: activate("reference" if role == "base" else role)  # type: ignore[method-assign]
 
 
-def _frozen_dropout_fires(self: Roles) -> None:
-    real_freeze(self)
-    for layer in self.lora_layers:
-        for name in layer.lora_dropout:
-            layer.lora_dropout[name].p = 0.5
+def _dropout_of_frozen_adapters(roles: Roles) -> None:
+    for layer in roles.lora_layers:
+        for dropout in layer.lora_dropout.values():
+            dropout.p = 0.5
 
 
-def _pin_forgotten(self: Roles) -> None:
-    pinned = any(layer._active_adapter is self._active for layer in self.lora_layers)
-    if not pinned:
-        real_pin(self)
+def _switched_by_peft(roles: Roles) -> None:
+    """PEFT's own switch gives each layer a list of its own, so that `activate` does not reach it."""
+    for layer in roles.lora_layers:
+        layer.set_adapter(["lt_sft", "lt_policy"])
 
 
-def _load_without_pin(self: Roles, name: str, tensors: Any, where: str) -> None:
-    self._peft.base_model.set_adapter([roles_module.ADAPTER_PREFIX + name])
-    real_load(self, name, tensors, where)
+def _switched_by_peft_after_each_load(roles: Roles) -> None:
+    load = roles.load_adapter_tensors
 
+    def load_and_switch(name: str, tensors: Any, where: str) -> None:
+        load(name, tensors, where)
+        _switched_by_peft(roles)
 
-real_freeze, real_pin, real_load = Roles._freeze_all_but_trainable, Roles._share_active_list, Roles.load_adapter_tensors
+    roles.load_adapter_tensors = load_and_switch  # type: ignore[method-assign]
 
 
 @pytest.mark.parametrize(
-    ("name", "bug", "then"),
+    ("fault", "then"),
     [
-        ("activate", _use_leaves_the_lower, "trained"),
-        ("_freeze_all_but_trainable", _frozen_dropout_fires, "fresh"),
-        ("_share_active_list", lambda self: None, "loaded"),
+        (_base_keeps_the_lower_adapter, "trained"),
+        (_dropout_of_frozen_adapters, "fresh"),
+        (_switched_by_peft, "trained"),
+        (_switched_by_peft_after_each_load, "loaded"),
     ],
 )
-def test_a_role_that_leaks_into_the_base_is_seen(
-    monkeypatch: pytest.MonkeyPatch, name: str, bug: Any, then: str
-) -> None:
-    monkeypatch.setattr(Roles, name, bug)
-    with pytest.MonkeyPatch.context() as inner:
-        inner.setattr(roles_module, "check_head", lambda model, head: None)
-        assert not off_equals_bare(4, True, then)
+def test_adapter_that_stays_active_in_the_base_is_found(fault: Fault, then: str) -> None:
+    """`off_equals_bare` finds an adapter or a dropout that is still applied."""
+    assert not off_equals_bare(4, True, then, fault)
 
 
-def test_a_switch_that_peft_undoes_is_pinned_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    """`load_adapter_tensors` may call structural PEFT code; it must pin after that."""
-    monkeypatch.setattr(Roles, "load_adapter_tensors", _load_without_pin)
-    assert off_equals_bare(4, True, "loaded")
-    roles = llama_roles()
-    assert all(layer._active_adapter is roles._active for layer in roles.lora_layers)
-    pins = 0
-
-    def only_at_birth(self: Roles) -> None:
-        nonlocal pins
-        pins += 1
-        if pins == 1:
-            real_pin(self)
-
-    monkeypatch.setattr(Roles, "_share_active_list", only_at_birth)
-    assert not off_equals_bare(4, True, "loaded")
+def test_load_restores_the_switch_that_peft_replaced() -> None:
+    """`load_adapter_tensors` may call code of PEFT that gives layers lists of their own. It restores the shared one."""
+    assert off_equals_bare(4, True, "loaded", _switched_by_peft)
 
 
-def test_dropout_of_the_base_never_fires() -> None:
-    """Granite 3.0 comes with attention dropout 0.1, which is a number on the module, not an nn.Dropout."""
-    for kind, dropouts in (
+def test_all_layers_have_the_active_stack_after_a_load() -> None:
+    """After a load every layer follows `activate`."""
+    roles = llama_roles(lower=["sft"])
+    _switched_by_peft(roles)
+    load_random_policy(roles)
+    for role, stack in {"policy": ["lt_sft", "lt_policy"], "reference": ["lt_sft"], "base": []}.items():
+        with roles.activate(role):
+            assert all(layer.active_adapters == stack for layer in roles.lora_layers)
+
+
+@pytest.mark.parametrize(
+    ("kind", "dropouts"),
+    [
         ("granite", {"attention_dropout": 0.5}),
         ("gpt2", {"attn_pdrop": 0.5, "resid_pdrop": 0.5, "embd_pdrop": 0.5}),
         ("gpt_neox", {"attention_dropout": 0.5, "hidden_dropout": 0.5}),
-    ):
-        model = unquantized_base(kind, **dropouts).model
-        assert torch.equal(logits(model, ragged_batch(), True), logits(model, ragged_batch(), True)), kind
+    ],
+)
+def test_dropout_of_the_base_is_off(kind: str, dropouts: dict[str, float]) -> None:
+    """Dropout of a base is off in train mode, also where it is a number of the module and not an nn.Dropout (Granite
+    3.0)."""
+    model = unquantized_base(kind, **dropouts).model
+    assert torch.equal(logits(model, ragged_batch(), True), logits(model, ragged_batch(), True))
 
 
-def test_the_hash_does_not_see_the_adapters() -> None:
+def test_base_hash_does_not_depend_on_adapters() -> None:
+    """The hashes of the base are the same before and after adapters are added."""
     base = load_base_of()
     before = base_hashes(base.model)
     roles = roles_over(base, lower=["sft"])
@@ -187,11 +203,11 @@ def test_the_hash_does_not_see_the_adapters() -> None:
 # --- 2: training moves the policy and nothing else --------------------------------------------------------------------
 
 
-def moved_elsewhere(roles: Roles) -> list[str]:
-    """All that training the policy touched and should not have: bytes, hashes, gradients, `requires_grad`. Empty is
+def wrong_after_training(roles: Roles) -> list[str]:
+    """Returns what training the policy changed and should not have: bytes, hashes, gradients, `requires_grad`. Empty is
     right."""
     before, hashes = all_tensors(roles.base.model), base_hashes(roles.base.model)
-    wants = {name: p.requires_grad for name, p in roles.base.model.named_parameters()}
+    is_trainable = {name: p.requires_grad for name, p in roles.base.model.named_parameters()}
     algorithm = sft_over(roles)
     optimizer = torch.optim.AdamW(
         [p for p in roles.base.model.parameters() if p.is_floating_point()], lr=1e-2, weight_decay=0.1
@@ -205,23 +221,20 @@ def moved_elsewhere(roles: Roles) -> list[str]:
             pass
         for term in algorithm.compute_losses(batch):
             term.loss.backward()
-        wrong += [
-            f"gradient of {n}"
-            for n, p in roles.base.model.named_parameters()
-            if p.grad is not None and ".lt_policy." not in n
-        ]
-        wrong += [
-            f"no gradient of {n}"
-            for n, p in roles.base.model.named_parameters()
-            if p.grad is None and ".lt_policy." in n
-        ]
+        for name, parameter in roles.base.model.named_parameters():
+            if parameter.grad is not None and ".lt_policy." not in name:
+                wrong.append(f"gradient of {name}")
+            if parameter.grad is None and ".lt_policy." in name:
+                wrong.append(f"no gradient of {name}")
         optimizer.step()
         zero_grad(roles)
     moved = changed_tensors(before, all_tensors(roles.base.model))
     wrong += [f"bytes of {n}" for n in moved if ".lt_policy." not in n]
     wrong += [f"still {n}" for n in before if ".lt_policy." in n and n not in moved]
     wrong += [f"hash of {n}" for n in changed_hashes(hashes, base_hashes(roles.base.model))]
-    wrong += [f"requires_grad of {n}" for n, p in roles.base.model.named_parameters() if p.requires_grad != wants[n]]
+    for name, parameter in roles.base.model.named_parameters():
+        if parameter.requires_grad != is_trainable[name]:
+            wrong.append(f"requires_grad of {name}")
     return wrong
 
 
@@ -230,38 +243,43 @@ def changed_hashes(before: dict[str, str], after: dict[str, str]) -> list[str]:
 
 
 @pytest.mark.parametrize("bits", [4, 16])
-def test_training_a_role_leaves_every_other_byte_alone(bits: int) -> None:
+def test_training_changes_only_the_policy(bits: int) -> None:
+    """Training changes the bytes of the policy, and no byte, hash, gradient or `requires_grad` of anything else."""
     roles = llama_roles(bits, lower=["sft"], extra=["value"], checkpointing=True, dropout=0.1)
     perturb(roles, "sft", "value")
-    assert moved_elsewhere(roles) == []
+    assert wrong_after_training(roles) == []
 
 
-def _use_by_peft(self: Roles, role: str) -> Any:
-    """What PEFT's own switch does: it also makes the active adapters trainable, and the others not."""
-    stack = [] if role == "base" else self.stacks[role]
-    for key, parameter in self._peft.named_parameters():
-        if "lora_" in key:
-            parameter.requires_grad_(any(f".{name}." in key for name in stack))
-    return roles_module._ActiveAdapters(self._active, stack)
+def _switch_changes_requires_grad(roles: Roles) -> None:
+    """As PEFT's own switch: the active adapters become trainable, and the others frozen."""
+    activate = roles.activate
+
+    def activate_and_train(role: str) -> Any:
+        stack = [] if role == "base" else roles.stacks[role]
+        for key, parameter in roles.base.model.named_parameters():
+            if "lora_" in key:
+                parameter.requires_grad_(any(f".{name}." in key for name in stack))
+        return activate(role)
+
+    roles.activate = activate_and_train  # type: ignore[method-assign]
 
 
-def _trainable_by_stack(self: Roles) -> None:
-    """Trainability taken from the stacks: everything in the policy's stack trains."""
-    for key, parameter in self._peft.named_parameters():
-        parameter.requires_grad_(any(f".{name}." in key for name in self.stacks["policy"]))
+def _whole_stack_is_trainable(roles: Roles) -> None:
+    for key, parameter in roles.base.model.named_parameters():
+        parameter.requires_grad_(any(f".{name}." in key for name in roles.stacks["policy"]))
 
 
-@pytest.mark.parametrize(
-    ("name", "bug"), [("activate", _use_by_peft), ("_freeze_all_but_trainable", _trainable_by_stack)]
-)
-def test_a_switch_that_touches_requires_grad_is_seen(monkeypatch: pytest.MonkeyPatch, name: str, bug: Any) -> None:
-    monkeypatch.setattr(Roles, name, bug)
+@pytest.mark.parametrize("fault", [_switch_changes_requires_grad, _whole_stack_is_trainable])
+def test_wrong_requires_grad_is_found(fault: Fault) -> None:
+    """`wrong_after_training` finds a switch that changes `requires_grad`, and a trainable lower adapter."""
     roles = llama_roles(lower=["sft"])
     perturb(roles, "sft")
-    assert moved_elsewhere(roles) != []
+    fault(roles)
+    assert wrong_after_training(roles) != []
 
 
-def test_a_base_that_is_written_is_seen() -> None:
+def test_changed_base_is_found() -> None:
+    """`wrong_after_training` finds a base that changes by 1e-6, by its bytes and by its hash."""
     roles = llama_roles()
     layer = roles.base.model.get_decoder().layers[1]
 
@@ -270,7 +288,7 @@ def test_a_base_that_is_written_is_seen() -> None:
 
     handle = layer.register_forward_hook(write_a_little)
     try:
-        assert {wrong.split()[0] for wrong in moved_elsewhere(roles)} == {"bytes", "hash"}
+        assert {wrong.split()[0] for wrong in wrong_after_training(roles)} == {"bytes", "hash"}
     finally:
         handle.remove()
 
@@ -278,16 +296,16 @@ def test_a_base_that_is_written_is_seen() -> None:
 # --- exceptions restore everything ------------------------------------------------------------------------------------
 
 
-class Fault(Exception):
+class Interruption(Exception):
     pass
 
 
-def left_behind(roles: Roles) -> list[str]:
-    """What an exception inside nested roles leaves changed. Empty is right."""
-    wants = {name: p.requires_grad for name, p in roles.base.model.named_parameters()}
+def wrong_after_exceptions(roles: Roles) -> list[str]:
+    """Returns what exceptions inside nested roles leave changed. Empty is right."""
+    before = {name: p.requires_grad for name, p in roles.base.model.named_parameters()}
     wrong: list[str] = []
 
-    def look(what: str, stack: Sequence[str], training: bool) -> None:
+    def check(what: str, stack: Sequence[str], training: bool) -> None:
         if roles.active_stack != stack:
             wrong.append(f"{what}: {roles.active_stack} is active")
         if {module.training for module in roles.base.model.modules()} != {training}:
@@ -295,90 +313,111 @@ def left_behind(roles: Roles) -> list[str]:
         if torch.is_grad_enabled() != training:
             wrong.append(f"{what}: grad mode")
 
-    with suppress(Fault), roles.activate("policy"):
-        with suppress(Fault), roles.activate("reference"), roles.inference_mode():
-            with suppress(Fault), roles.inference_mode(), roles.activate("base"):
-                look("innermost", [], False)
-                raise Fault
-            look("inside", roles.stacks["reference"], False)
-            raise Fault
-        look("outer", roles.stacks["policy"], True)
-        raise Fault
-    look("after", [], True)
+    with suppress(Interruption), roles.activate("policy"):
+        with suppress(Interruption), roles.activate("reference"), roles.inference_mode():
+            with suppress(Interruption), roles.inference_mode(), roles.activate("base"):
+                check("innermost", [], False)
+                raise Interruption
+            check("inside", roles.stacks["reference"], False)
+            raise Interruption
+        check("outer", roles.stacks["policy"], True)
+        raise Interruption
+    check("after", [], True)
     # A role that is entered again while it is active, as by a second backward pass within the first.
     again = roles.activate("policy")
     with again, roles.activate("reference"):
         with again:
-            look("again", roles.stacks["policy"], True)
-        look("after again", roles.stacks["reference"], True)
-    look("after all", [], True)
+            check("again", roles.stacks["policy"], True)
+        check("after again", roles.stacks["reference"], True)
+    check("after all", [], True)
 
     def broken(*_: Any) -> None:
-        raise Fault
+        raise Interruption
 
     handle = roles.base.model.get_decoder().layers[1].register_forward_pre_hook(broken)
     for call in (
         lambda: roles.logps("policy", ragged_batch()),
         lambda: roles.full_vocab_kl("policy", "reference", ragged_batch()),
     ):
-        with suppress(Fault):
+        with suppress(Interruption):
             call()
-        look("forward", [], True)
+        check("forward", [], True)
     handle.remove()
-    wrong += [f"requires_grad of {n}" for n, p in roles.base.model.named_parameters() if p.requires_grad != wants[n]]
-    roles.base.model.train()
-    roles._active.clear()
+    wrong += [f"requires_grad of {n}" for n, p in roles.base.model.named_parameters() if p.requires_grad != before[n]]
     return wrong
 
 
-def test_exceptions_inside_a_role_restore_everything() -> None:
-    assert left_behind(llama_roles(lower=["sft"])) == []
+def test_exceptions_restore_roles_and_modes() -> None:
+    """After an exception the active stack, the train mode, grad mode and `requires_grad` are those of before."""
+    assert wrong_after_exceptions(llama_roles(lower=["sft"])) == []
 
 
-def _exit_to_the_base(self: Any, *_: object) -> None:
-    self.before.pop()
-    self.active.clear()
+class _ActiveUntil(AbstractContextManager[None]):
+    """Activates a role. Wrong on exit: if `base_is_left`, no adapter is active afterwards; else the role stays active
+    after an exception."""
+
+    def __init__(self, activate: Any, role: str, base_is_left: bool) -> None:
+        self.activate, self.active, self.base_is_left = activate, activate(role), base_is_left
+
+    def __enter__(self) -> None:
+        self.active.__enter__()
+
+    def __exit__(self, kind: Any, *rest: Any) -> None:
+        if self.base_is_left:
+            self.active.__exit__(kind, *rest)
+            self.activate("base").__enter__()
+        elif kind is None:
+            self.active.__exit__(kind, *rest)
 
 
-def _exit_only_when_well(self: Any, kind: Any, *_: object) -> None:
-    before = self.before.pop()
-    if kind is None:
-        self.active[:] = before
+def _exit_to_the_base(roles: Roles) -> None:
+    activate = roles.activate
+    roles.activate = lambda role: _ActiveUntil(activate, role, base_is_left=True)  # type: ignore[method-assign]
 
 
-@contextmanager
-def _quiet_without_finally(self: Roles) -> Iterator[None]:
-    self.base.model.eval()
-    with torch.no_grad():
-        yield
-    self.base.model.train()
+def _no_exit_after_an_exception(roles: Roles) -> None:
+    activate = roles.activate
+    roles.activate = lambda role: _ActiveUntil(activate, role, base_is_left=False)  # type: ignore[method-assign]
 
 
-@contextmanager
-def _quiet_always_to_train(self: Roles) -> Iterator[None]:
-    self.base.model.eval()
-    try:
+def _no_train_mode_after_an_exception(roles: Roles) -> None:
+    @contextmanager
+    def inference_mode() -> Iterator[None]:
+        roles.base.model.eval()
         with torch.no_grad():
             yield
-    finally:
-        self.base.model.train()
+        roles.base.model.train()
+
+    roles.inference_mode = inference_mode  # type: ignore[method-assign]
+
+
+def _train_mode_after_inner_inference_mode(roles: Roles) -> None:
+    @contextmanager
+    def inference_mode() -> Iterator[None]:
+        roles.base.model.eval()
+        try:
+            with torch.no_grad():
+                yield
+        finally:
+            roles.base.model.train()
+
+    roles.inference_mode = inference_mode  # type: ignore[method-assign]
 
 
 @pytest.mark.parametrize(
-    ("place", "name", "bug"),
+    "fault",
     [
-        (roles_module._ActiveAdapters, "__exit__", _exit_to_the_base),
-        (roles_module._ActiveAdapters, "__exit__", _exit_only_when_well),
-        (Roles, "inference_mode", _quiet_without_finally),
-        (Roles, "inference_mode", _quiet_always_to_train),
+        _exit_to_the_base,
+        _no_exit_after_an_exception,
+        _no_train_mode_after_an_exception,
+        _train_mode_after_inner_inference_mode,
     ],
 )
-def test_a_role_that_stays_after_an_exception_is_seen(
-    monkeypatch: pytest.MonkeyPatch, place: Any, name: str, bug: Any
-) -> None:
+def test_state_that_is_not_restored_is_found(fault: Fault) -> None:
+    """`wrong_after_exceptions` finds contexts that restore too little, or to a fixed state."""
     roles = llama_roles(lower=["sft"])
-    monkeypatch.setattr(place, name, bug)
-    assert left_behind(roles) != []
+    fault(roles)
+    assert wrong_after_exceptions(roles) != []
 
 
 # --- 3: gradient checkpointing ----------------------------------------------------------------------------------------
@@ -388,10 +427,15 @@ DEEP = {"policy": ["sft", "policy"], "value": ["sft", "value"], "reference": ["s
 
 
 def some_gradients(
-    bits: int, stacks: dict[str, list[str]], roles_used: Sequence[str], checkpointing: bool
+    bits: int,
+    stacks: dict[str, list[str]],
+    roles_used: Sequence[str],
+    checkpointing: bool,
+    enable: Fault | None = None,
 ) -> tuple[Tensor, int, int]:
-    """Gradients of policy and value, joint backward of the used roles' terms *while another role of the same depth is
-    active*, and how often a layer ran until then and in all."""
+    """Returns the gradients of one joint backward pass of the used roles *while another role of the same depth is
+    active*, and how often a layer ran before that pass and in all. `enable` turns checkpointing on instead of `Roles`.
+    """
     lower = sorted({name for stack in stacks.values() for name in stack} - {"policy", "value"})
     roles = roles_over(
         load_base_of(bits),
@@ -399,8 +443,10 @@ def some_gradients(
         extra=["value"],
         trainable=["policy", "value"],
         stacks=stacks,
-        checkpointing=checkpointing,
+        checkpointing=checkpointing and enable is None,
     )
+    if checkpointing and enable is not None:
+        enable(roles)
     perturb(roles, "policy", seed=1)
     perturb(roles, "value", seed=2)
     perturb(roles, *lower, seed=3)
@@ -415,13 +461,15 @@ def some_gradients(
     return torch.cat(found), forward, count[0]
 
 
-def error_of_checkpointing(bits: int, stacks: dict[str, list[str]], roles_used: Sequence[str]) -> float:
-    """Relative difference of the gradients with and without; infinite where a layer was not run exactly as often as it
-    should."""
+def error_of_checkpointing(
+    bits: int, stacks: dict[str, list[str]], roles_used: Sequence[str], enable: Fault | None = None
+) -> float:
+    """Returns the relative difference of the gradients with and without checkpointing; infinite if a layer ran another
+    number of times than once, or twice with checkpointing."""
     plain, forward, all_in_all = some_gradients(bits, stacks, roles_used, False)
     if (forward, all_in_all) != (len(roles_used), len(roles_used)):
         return float("inf")
-    recomputed, forward, all_in_all = some_gradients(bits, stacks, roles_used, True)
+    recomputed, forward, all_in_all = some_gradients(bits, stacks, roles_used, True, enable)
     if (forward, all_in_all) != (len(roles_used), 2 * len(roles_used)):
         return float("inf")
     return relative_error(recomputed, plain)
@@ -434,11 +482,14 @@ ROLES_USED = (("policy",), ("policy", "value"), ("value", "policy"))
 @pytest.mark.parametrize("stacks", [STACKS, DEEP], ids=["one", "two"])
 @pytest.mark.parametrize("bits", [4, 16])
 def test_checkpointing_changes_no_gradient(bits: int, stacks: dict[str, list[str]], used: Sequence[str]) -> None:
+    """Gradients with checkpointing are those without, and each layer is recomputed once, whatever role is active by
+    then."""
     assert error_of_checkpointing(bits, stacks, used) <= 1e-6
 
 
-def _checkpoint_without_adapters(self: Roles, *_: Any) -> None:
-    model = self.base.model
+def _checkpoint_without_adapters(roles: Roles) -> None:
+    """As transformers does it: the recomputation uses whatever adapters are active by then."""
+    model = roles.base.model
     enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
     enable({"use_reentrant": False})
     model.disable_input_require_grads()
@@ -446,19 +497,19 @@ def _checkpoint_without_adapters(self: Roles, *_: Any) -> None:
 
 @pytest.mark.parametrize("stacks", [STACKS, DEEP], ids=["one", "two"])
 @pytest.mark.parametrize(
-    "bug",
-    [_checkpoint_without_adapters, lambda self, *_: None],
+    "enable",
+    [_checkpoint_without_adapters, lambda roles: None],
     ids=["recomputation without adapters", "no recomputation"],
 )
-def test_recomputation_under_another_role_is_seen(
-    monkeypatch: pytest.MonkeyPatch, bug: Any, stacks: dict[str, list[str]]
-) -> None:
-    monkeypatch.setattr(Roles, "_checkpoint", bug)
+def test_recomputation_under_another_role_is_found(enable: Fault, stacks: dict[str, list[str]]) -> None:
+    """`error_of_checkpointing` finds recomputation with the adapters that are active by then, and none at all."""
     for used in ROLES_USED:
-        assert error_of_checkpointing(4, stacks, used) > 1e-2
+        assert error_of_checkpointing(4, stacks, used, enable) > 1e-2
 
 
-def test_checkpointing_sleeps_in_quiet_and_wakes_after() -> None:
+def test_inference_mode_turns_checkpointing_off() -> None:
+    """In `inference_mode` nothing is recomputed and nothing has a graph; afterwards a training pass recomputes
+    again."""
     roles = llama_roles(checkpointing=True)
     with count_forwards(roles) as count:
         with roles.inference_mode():
@@ -468,7 +519,8 @@ def test_checkpointing_sleeps_in_quiet_and_wakes_after() -> None:
         assert count[0] == 3
 
 
-def test_a_graph_can_be_walked_twice() -> None:
+def test_second_backward_pass_recomputes_again() -> None:
+    """Two backward passes through one checkpointed graph give twice the gradient."""
     roles = llama_roles(checkpointing=True)
     perturb(roles, "policy")
     loss = roles.logps("policy", ragged_batch()).logps.sum()
@@ -484,8 +536,8 @@ ROWS = [[5, 9, 13, 2, 40, 41, 7], [8, 3, 96], [11, 12, 13, 14, 15, 16, 17, 18, 1
 
 
 def error_of_padding(roles: Roles, **how: Any) -> float:
-    """Largest difference that padding `how` makes to the log-probs of the real tokens, and the relative one of the
-    gradient, against each row alone."""
+    """Returns the largest difference that padding `how` makes to the log-probs of the real tokens, and to the gradient
+    (relative), against each row alone."""
 
     def logps_of(batch: Batch) -> tuple[Tensor, Tensor]:
         zero_grad(roles)
@@ -517,7 +569,8 @@ PADDINGS: list[dict[str, Any]] = [
 
 @pytest.mark.parametrize("how", PADDINGS, ids=str)
 @pytest.mark.parametrize("kind", ["nf4", "llama", "gpt2", "gpt_neo", "mistral"])
-def test_padding_side_and_width_change_nothing(kind: str, how: dict[str, Any]) -> None:
+def test_padding_side_and_width_change_no_logp(kind: str, how: dict[str, Any]) -> None:
+    """Log-probs, entropies and gradients of padded rows are those of each row alone."""
     roles = (
         llama_roles()
         if kind == "nf4"
@@ -535,7 +588,10 @@ def test_padding_side_and_width_change_nothing(kind: str, how: dict[str, Any]) -
         ("llama", ["attention_mask", "position_ids"]),
     ],
 )
-def test_padding_that_is_looked_at_is_seen(monkeypatch: pytest.MonkeyPatch, kind: str, dropped: list[str]) -> None:
+def test_forward_pass_without_mask_or_positions_is_found(
+    monkeypatch: pytest.MonkeyPatch, kind: str, dropped: list[str]
+) -> None:
+    """`error_of_padding` finds a decoder that gets no mask or no positions."""
     roles = roles_over(unquantized_base(kind))
     perturb(roles, "policy")
     decoder = roles.base.model.get_decoder()
@@ -548,8 +604,8 @@ def test_padding_that_is_looked_at_is_seen(monkeypatch: pytest.MonkeyPatch, kind
     assert error_of_padding(roles, left=True) > 1e-3
 
 
-def test_right_padding_is_bit_identical_in_value() -> None:
-    """Whatever ids stand in the padding of the same width."""
+def test_ids_in_right_padding_change_no_bit() -> None:
+    """Log-probs and entropies are bit-identical for any ids in padding of the same width."""
     roles = llama_roles()
     perturb(roles, "policy")
     few, many = (roles.logps("policy", make_batch(ROWS, more=4, filler=filler)) for filler in (0, 55))
@@ -567,7 +623,7 @@ def save(roles: Roles, name: str, folder: Path) -> Path:
 
 
 def plain_peft_equals(roles: Roles, bits: int, folder: Path, train_mode: bool = False) -> bool:
-    """Whether plain PEFT, given the saved policy and a fresh base, computes the same logits bit for bit."""
+    """Returns whether plain PEFT, given the saved policy and a fresh base, computes the same logits bit for bit."""
     base = load_base_of(bits)
     plain = PeftModel.from_pretrained(base.model, str(save(roles, "policy", folder)))
     with roles.activate("policy"):
@@ -578,7 +634,8 @@ def plain_peft_equals(roles: Roles, bits: int, folder: Path, train_mode: bool = 
 
 @pytest.mark.parametrize("more", [{}, {"use_rslora": True}, {"target_modules": ("q_proj", "down_proj")}], ids=str)
 @pytest.mark.parametrize("bits", [4, 16])
-def test_a_saved_adapter_loads_with_plain_peft(tmp_path: Path, bits: int, more: dict[str, Any]) -> None:
+def test_saved_adapter_loads_with_plain_peft(tmp_path: Path, bits: int, more: dict[str, Any]) -> None:
+    """Plain PEFT with the saved policy computes the same logits, bit for bit."""
     roles = llama_roles(bits, lower=["other"], **more)
     perturb(roles, "policy", "other")
     roles.stacks["policy"] = ["lt_policy"]
@@ -591,7 +648,8 @@ def test_a_saved_adapter_loads_with_plain_peft(tmp_path: Path, bits: int, more: 
     )
 
 
-def test_a_wrong_scaling_or_a_lost_tensor_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_wrong_scaling_or_lost_tensor_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`plain_peft_equals` finds a saved configuration with another scale, and a file without one layer."""
     roles = llama_roles()
     perturb(roles, "policy")
     real_config, real_tensors = roles.adapter_config, roles.adapter_tensors
@@ -602,9 +660,9 @@ def test_a_wrong_scaling_or_a_lost_tensor_is_seen(tmp_path: Path, monkeypatch: p
     assert not plain_peft_equals(roles, 4, tmp_path / "lost")
 
 
-def test_an_adapter_goes_on_where_it_was(tmp_path: Path) -> None:
-    """read_adapter and load_adapter_tensors: as the policy it is trainable and the same; below another it is frozen,
-    without dropout."""
+def test_loaded_adapter_equals_saved_adapter(tmp_path: Path) -> None:
+    """A saved adapter has the same log-probs as a trainable policy, and frozen and without dropout below another
+    one."""
     roles = llama_roles(dropout=0.25, use_rslora=True)
     perturb(roles, "policy")
     saved = read_adapter(str(save(roles, "policy", tmp_path / "run" / "final").parent), "adapters.policy.path")
@@ -623,44 +681,44 @@ def test_an_adapter_goes_on_where_it_was(tmp_path: Path) -> None:
         assert torch.equal(again.logps("policy", ragged_batch()).logps, expected)
         assert torch.equal(below.logps("reference", ragged_batch()).logps, expected)
         assert torch.equal(below.logps("policy", ragged_batch()).logps, expected)
-    assert [p.requires_grad for p in again.parameters("policy")] and len(below.parameters("policy")) == len(
-        again.parameters("policy")
-    )
+    assert again.parameters("policy") and all(p.requires_grad for p in again.parameters("policy"))
+    assert len(below.parameters("policy")) == len(again.parameters("policy"))
     assert not any(p.requires_grad for n, p in below.base.model.named_parameters() if ".lt_sft." in n)
-    with pytest.MonkeyPatch.context() as patch:  # the check can fail
-        patch.setattr(AdapterConfig, "lora_dropout", 0.0, raising=False)
-        other = {key: tensor + 1e-3 for key, tensor in saved.tensors.items()}
-        again.load_adapter_tensors("policy", other, "here")
-        with again.inference_mode():
-            assert not torch.equal(again.logps("policy", ragged_batch()).logps, expected)
+    # The comparison finds weights that differ by 1e-3.
+    other = {key: tensor + 1e-3 for key, tensor in saved.tensors.items()}
+    again.load_adapter_tensors("policy", other, "here")
+    with again.inference_mode():
+        assert not torch.equal(again.logps("policy", ragged_batch()).logps, expected)
 
 
-def frozen_dropout_sleeps() -> bool:
-    roles = llama_roles(lower=["sft"], dropout=0.5)
-    perturb(roles, "sft", "policy")
-    first, second = (roles.logps("reference", ragged_batch()).logps.detach() for _ in range(2))
-    trained = [roles.logps("policy", ragged_batch()).logps.detach() for _ in range(2)]
-    assert not torch.equal(*trained), "dropout of the trained adapter must fire, or this test is blind"
+def is_repeatable(roles: Roles, role: str) -> bool:
+    """Returns whether two forward passes in train mode give the same log-probs."""
+    first, second = (roles.logps(role, ragged_batch()).logps.detach() for _ in range(2))
     return torch.equal(first, second)
 
 
-def test_dropout_of_a_frozen_adapter_never_fires(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert frozen_dropout_sleeps()
-    monkeypatch.setattr(Roles, "_freeze_all_but_trainable", _only_requires_grad)
-    assert not frozen_dropout_sleeps()
+def test_dropout_of_a_frozen_adapter_is_off() -> None:
+    """In train mode the dropout of a frozen adapter is off, that of the trained adapter is on."""
+    roles = llama_roles(lower=["sft"], dropout=0.5)
+    perturb(roles, "sft", "policy")
+    assert is_repeatable(roles, "reference")
+    assert not is_repeatable(roles, "policy"), "dropout of the trained adapter is off too"
 
 
-def _only_requires_grad(self: Roles) -> None:
-    for key, parameter in self._peft.named_parameters():
-        parameter.requires_grad_(".lt_policy." in key)
+def test_dropout_of_a_frozen_adapter_is_found() -> None:
+    """`is_repeatable` finds dropout of a frozen adapter."""
+    roles = llama_roles(lower=["sft"], dropout=0.5)
+    perturb(roles, "sft", "policy")
+    _dropout_of_frozen_adapters(roles)
+    assert not is_repeatable(roles, "reference")
 
 
 NAMES = ("value", "q_proj", "lora_a", "lora_A", "weight", "mlp", "model", "layers", "base_layer", "policy_2", "default")
 
 
 def lost_tensors(folder: Path) -> list[str]:
-    """Adapters of which a saved file does not hold every tensor, or whose loading changes another one. Empty is
-    right."""
+    """Returns the adapters of which a saved file does not contain every tensor, or whose loading changes another one.
+    Empty is right."""
     roles = roles_over(load_base_of(), lower=NAMES)
     perturb(roles, "policy", *NAMES)
     wrong = []
@@ -681,17 +739,20 @@ def lost_tensors(folder: Path) -> list[str]:
     return wrong
 
 
-def test_names_of_modules_lose_no_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_adapters_named_like_modules_lose_no_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Adapters with names of modules are saved and loaded whole, because of `ADAPTER_PREFIX`: without it some are
+    not."""
     assert lost_tensors(tmp_path) == []
     monkeypatch.setattr(roles_module, "ADAPTER_PREFIX", "")
     lost: list[str] | None = None
-    # the kit's own count, or PEFT, may raise first
+    # The count of `adapter_tensors`, or PEFT, may raise first.
     with suppress(AssertionError, ValueError, KeyError, RuntimeError):
         lost = lost_tensors(tmp_path)
     assert lost != []
 
 
-def test_masters_are_fp32_whatever_the_base_is() -> None:
+def test_adapters_are_fp32_over_a_bf16_base() -> None:
+    """Adapters have fp32 weights over a base of another dtype."""
     base = load_base_of(16)
     base.model.to(torch.bfloat16)
     roles = roles_over(base, lower=["sft"])
@@ -699,7 +760,8 @@ def test_masters_are_fp32_whatever_the_base_is() -> None:
     assert {p.dtype for n, p in roles.base.model.named_parameters() if "lora_" not in n} == {torch.bfloat16}
 
 
-def test_a_seed_gives_the_same_adapters() -> None:
+def test_equal_seeds_give_equal_adapters() -> None:
+    """One seed gives the same bits, another seed gives others."""
     first, second, other = (llama_roles(seed=seed).adapter_tensors("policy") for seed in (3, 3, 4))
     assert all(same_bytes(first[key], second[key]) for key in first)
     assert not all(same_bytes(first[key], other[key]) for key in first)
@@ -707,7 +769,7 @@ def test_a_seed_gives_the_same_adapters() -> None:
 
 @pytest.mark.parametrize(("rslora", "scale"), [(False, 4.0), (True, 8.0)])
 def test_adapter_output_is_scaled_by_alpha_over_rank(rslora: bool, scale: float) -> None:
-    """alpha 16, r 4: 16 / 4, and 16 / sqrt(4) with rslora; and the layer really adds that."""
+    """A layer adds (alpha / r) B A x, with rslora (alpha / sqrt(r)) B A x: here alpha is 16 and r is 4."""
     roles = roles_over(load_base_of(16), use_rslora=rslora)
     perturb(roles, "policy")
     layer = next(module for module in roles.base.model.modules() if isinstance(module, LoraLayer))
@@ -718,12 +780,13 @@ def test_adapter_output_is_scaled_by_alpha_over_rank(rslora: bool, scale: float)
     assert relative_error(delta.detach(), by_hand.detach()) < 1e-5
 
 
-# --- faults of an adapter's folder ------------------------------------------------------------------------------------
+# --- wrong folders of adapters ---------------------------------------------------------------------------------------
 
 GOOD = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "target_modules": ["q_proj"]}
 
 
-def sentence(call: Callable[[], Any]) -> str:
+def one_line_error(call: Callable[[], Any]) -> str:
+    """Returns the message of the UserError that the call raises: one line with the key."""
     with pytest.raises(UserError) as caught:
         call()
     text = str(caught.value)
@@ -763,30 +826,33 @@ def sentence(call: Callable[[], Any]) -> str:
         ({CONFIG: json.dumps(GOOD | {"alpha_pattern": 7})}, "good", "is broken: alpha_pattern is 7"),
     ],
 )
-def test_broken_adapter_folder_raises_one_sentence(
+def test_broken_adapter_folder_raises_one_line_error(
     tmp_path: Path, files: dict[str, str], weights: bytes | str | None, message: str
 ) -> None:
+    """A folder without a LoRA adapter that can be trained raises UserError: one line with the key and the reason."""
     folder = write_files(tmp_path / "adapter", files)
     if weights == "good":
         save_file({"a": torch.zeros(1)}, folder / WEIGHTS)
     elif isinstance(weights, bytes):
         (folder / WEIGHTS).write_bytes(weights)
-    assert message in sentence(lambda: read_adapter(str(folder), "adapters.sft.path"))
+    assert message in one_line_error(lambda: read_adapter(str(folder), "adapters.sft.path"))
 
 
-def test_a_missing_folder_and_an_adapter_of_another_base(tmp_path: Path) -> None:
-    assert "there is no folder" in sentence(lambda: read_adapter(str(tmp_path / "none"), "adapters.sft.path"))
+def test_missing_folder_and_adapter_of_another_base_are_refused(tmp_path: Path) -> None:
+    """A folder that is missing, or weights of other shapes, raise UserError, and no tensor changes."""
+    assert "there is no folder" in one_line_error(lambda: read_adapter(str(tmp_path / "none"), "adapters.sft.path"))
     narrow = roles_over(unquantized_base("llama", hidden_size=32))
     saved = read_adapter(str(save(narrow, "policy", tmp_path / "narrow")), "adapters.sft.path")
     roles = llama_roles(lower=["sft"])
     before = all_tensors(roles.base.model)
-    assert "another base" in sentence(
+    assert "another base" in one_line_error(
         lambda: roles.load_adapter_tensors("sft", saved.tensors, "adapters.sft.path: narrow")
     )
     assert changed_tensors(before, all_tensors(roles.base.model)) == set()
 
 
 def test_adapter_for_other_modules_is_refused(tmp_path: Path) -> None:
+    """A configuration that matches no module raises UserError with the key, as the first adapter or as a later one."""
     good = LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM")
     for config in (
         LoraConfig(r=2, target_modules=["no_such_module"]),
@@ -798,22 +864,23 @@ def test_adapter_for_other_modules_is_refused(tmp_path: Path) -> None:
 
 
 def test_init_method_of_a_saved_adapter_is_ignored(tmp_path: Path) -> None:
-    """A saved adapter brings its weights; a start from an orthogonal or EVA initialization is neither repeated nor
-    refused."""
-    for born in ("gaussian", "orthogonal", "eva"):
-        folder = write_files(tmp_path / born, {CONFIG: json.dumps(GOOD | {"init_lora_weights": born})})
+    """A saved adapter contains its weights, so an orthogonal or EVA initialization is neither repeated nor refused."""
+    for method in ("gaussian", "orthogonal", "eva"):
+        folder = write_files(tmp_path / method, {CONFIG: json.dumps(GOOD | {"init_lora_weights": method})})
         save_file({"a": torch.zeros(1)}, folder / WEIGHTS)
         assert read_adapter(str(folder), "adapters.sft.path").config.init_lora_weights is True
 
 
 def test_unknown_target_modules_are_refused_with_the_known_ones() -> None:
+    """An unknown name in `target_modules` raises UserError with the names that exist."""
     with pytest.raises(UserError, match="no linear module no_such; it has down_proj, gate_proj"):
         lora_config(AdapterConfig(target_modules=("q_proj", "no_such")), load_base_of().model)
     with pytest.raises(UserError, match="gpt2 models have no linear modules"):
         lora_config(AdapterConfig(), unquantized_base("gpt2").model)
 
 
-def test_all_linear_takes_every_linear_but_the_head() -> None:
+def test_all_linear_adapts_every_linear_but_the_head() -> None:
+    """`target_modules: all-linear` adapts all 14 linear modules of two layers, and not the output head."""
     roles = llama_roles()
     names = [n for n, m in roles.base.model.named_modules() if isinstance(m, LoraLayer)]
     assert len(names) == 14 and not any("lm_head" in n for n in names)
@@ -824,7 +891,7 @@ def test_all_linear_takes_every_linear_but_the_head() -> None:
 
 
 def trained_bytes(roles: Roles) -> dict[str, Tensor]:
-    """What two optimizer steps make of a policy, and its log-probs."""
+    """Returns the weights of a policy after two optimizer steps, and its log-probs."""
     perturb(roles, "policy")
     train(roles)
     with roles.inference_mode():
@@ -837,9 +904,9 @@ def of_kind(kind: str) -> Base:
     return load_base_of(int(kind))
 
 
-def released_wrong(kind: str, first: bool, then: bool) -> set[str]:
-    """What differs between Roles over a base that carried others before (checkpointed if `first`) and over a fresh one.
-    Empty is right."""
+def wrong_after_unload(kind: str, first: bool, then: bool) -> set[str]:
+    """Returns what differs between roles over a base that had others before (checkpointed if `first`) and over a fresh
+    one. Empty is right."""
     base, batch = of_kind(kind), ragged_batch(vocab=60)
     before, hashes = all_tensors(base.model), base_hashes(base.model)
     outputs = [logits(base.model, batch, mode) for mode in (True, False)]
@@ -858,13 +925,13 @@ def released_wrong(kind: str, first: bool, then: bool) -> set[str]:
     perturb(roles, "sft", "reward")
     trained_bytes(roles)
     roles.sequence_scores("reward", batch).sum().backward()  # type: ignore[no-untyped-call]
-    watched = [
-        weakref.ref(thing) for thing in (*roles.parameters("policy"), *roles.parameters("reward"), *roles.lora_layers)
-    ]
+    objects = (*roles.parameters("policy"), *roles.parameters("reward"), *roles.lora_layers)
+    references = [weakref.ref(item) for item in objects]
+    del objects
     base.model.eval()
     roles.unload_adapters()
     gc.collect()
-    wrong = {"alive" for thing in watched if thing() is not None}
+    wrong = {"not freed" for reference in references if reference() is not None}
     wrong |= {f"bytes of {name}" for name in changed_tensors(before, all_tensors(base.model))}
     wrong |= {"hashes"} if base_hashes(base.model) != hashes else set()
     wrong |= {"modules"} if [(name, type(module)) for name, module in base.model.named_modules()] != modules else set()
@@ -891,7 +958,7 @@ def released_wrong(kind: str, first: bool, then: bool) -> set[str]:
 
 
 def attributes(model: nn.Module) -> set[str]:
-    """Names of what stands on the modules, but for the places where transformers keeps what checkpointing needs."""
+    """Returns the names of the attributes of all modules, without those that checkpointing sets."""
     return {f"{name}.{key}" for name, module in model.named_modules() for key in vars(module) if "grad" not in key}
 
 
@@ -899,12 +966,13 @@ def attributes(model: nn.Module) -> set[str]:
 @pytest.mark.parametrize(
     "kind", ["4", pytest.param("16", marks=pytest.mark.slow), pytest.param("tiny-tutor", marks=pytest.mark.slow)]
 )
-def test_a_released_base_is_as_it_was_loaded(kind: str, first: bool, then: bool) -> None:
-    assert released_wrong(kind, first, then) == set()
+def test_unloaded_base_is_as_it_was_loaded(kind: str, first: bool, then: bool) -> None:
+    """After `unload_adapters` the base, its outputs, and the training of the next roles are those of a fresh base."""
+    assert wrong_after_unload(kind, first, then) == set()
 
 
 def release_without(line: str) -> Callable[[Roles], None]:
-    """`unload_adapters` without one of its lines."""
+    """Returns `unload_adapters` without one of its lines."""
     source, names = textwrap.dedent(inspect.getsource(Roles.unload_adapters)), dict(vars(roles_module))
     assert source.count(line) == 1
     exec(source.replace(line, "pass"), names)
@@ -917,10 +985,11 @@ def release_without(line: str) -> Callable[[Roles], None]:
         ("setattr(model.get_submodule(parent), child, module.base_layer)", "modules"),
         ("del model.peft_config", "attribute .peft_config"),
         ("disable_checkpointing(model)", "mode"),
-        ("self.heads.clear()", "alive"),
+        ("self.heads.clear()", "not freed"),
         ("model.train()", "mode"),
     ],
 )
-def test_a_release_that_forgets_something_is_seen(monkeypatch: pytest.MonkeyPatch, line: str, sign: str) -> None:
+def test_unload_without_one_line_is_found(monkeypatch: pytest.MonkeyPatch, line: str, sign: str) -> None:
+    """`wrong_after_unload` finds `unload_adapters` without any one of its lines."""
     monkeypatch.setattr(Roles, "unload_adapters", release_without(line))
-    assert any(wrong.startswith(sign) for wrong in released_wrong("16", True, False))
+    assert any(wrong.startswith(sign) for wrong in wrong_after_unload("16", True, False))

@@ -78,7 +78,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], str]:
 @pytest.mark.parametrize("factors", ["short", "long"])
 @pytest.mark.parametrize("positions", [[0, 3, 9], [5, 40, 200]])
 def test_rotations_are_those_of_the_paper(factors: RopeFactors, positions: list[int]) -> None:
-    """arXiv:2402.13753 and the model's own factors, by hand in double precision; whatever positions a call holds."""
+    """arXiv:2402.13753 and the factors of the model, by hand in double precision, for any positions of a call."""
     rotary = rotary_of(unquantized_base("phi3", factors, **LONGROPE).model)
     by_hand = [
         position / (factor * 10000.0 ** (2 * i / 16))
@@ -152,7 +152,7 @@ def test_a_base_is_loaded_with_its_factors(saved: Callable[[str], str]) -> None:
     assert llama_roles().base.rope is None
 
 
-def test_a_model_that_selects_its_frequencies_in_code_of_its_own_is_refused() -> None:
+def test_model_that_selects_its_frequencies_in_its_own_code_is_refused() -> None:
     model = random_model("phi3", **LONGROPE)
     fix_frequencies(model, "long")
     check_frequencies(model, LONG)
@@ -264,7 +264,7 @@ def test_a_chain_has_one_set_of_factors(saved: Callable[[str], str]) -> None:
     assert selected(recipe(model), grpo(model, 6))[0] == SHORT
 
 
-def test_an_adapter_brings_its_factors(saved: Callable[[str], str], tmp_path: Path) -> None:
+def test_adapter_determines_the_factors(saved: Callable[[str], str], tmp_path: Path) -> None:
     model = saved("longrope")
     for name, factors in (("long", "long"), ("short", "short"), ("other", None)):
         final = tmp_path / name / "final"

@@ -1,5 +1,5 @@
-"""The law of rows: a row's log-probs are those that it has alone, whatever stands beside it in a batch. So an optimizer
-step has one loss and one gradient at any micro-batch size, and the log-probs of a rollout are those of the policy."""
+"""The log-probs of a row do not depend on the other rows of its batch. So an optimizer step has one loss and one
+gradient at any micro-batch size, and the log-probs of a rollout are those of the policy."""
 
 from __future__ import annotations
 

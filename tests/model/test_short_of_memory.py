@@ -1,5 +1,5 @@
-"""Whole runs on a card that is too small: what is seen of it, what is remembered, and what to type when a single row
-does not fit."""
+"""Runs on a GPU that is too small: what is printed, what is kept for later steps, and the advice if a single row does
+not fit."""
 
 from __future__ import annotations
 
@@ -37,10 +37,9 @@ from lowrank_tune.ui.terminal.panes import View
 from lowrank_tune.ui.terminal.render import render
 from lowrank_tune.ui.terminal.text_layout import plain_text
 
-CARDS = {"sft": 120, "reward": 200, "dpo": 200, "grpo": 100, "ppo": 100}
-"""Tokens of an update that a card has room for, with which a micro-batch of six must be halved, and a single unit
-fits."""
-FEW = [pytest.param(name, marks=() if name == "sft" else pytest.mark.slow) for name in CARDS]
+TOKENS_THAT_FIT = {"sft": 120, "reward": 200, "dpo": 200, "grpo": 100, "ppo": 100}
+"""Tokens of an update that fit: a micro-batch of six does not and is halved, a single unit does."""
+FEW = [pytest.param(name, marks=() if name == "sft" else pytest.mark.slow) for name in TOKENS_THAT_FIT]
 
 
 def recipe_of(algorithm: str, **train: Any) -> dict[str, Any]:
@@ -53,9 +52,9 @@ def recipe_of(algorithm: str, **train: Any) -> dict[str, Any]:
 
 
 @contextmanager
-def card(update: float = float("inf"), forward: float = float("inf")) -> Iterator[list[tuple[bool, int]]]:
-    """Passes over more than so many tokens, padding counted, find no memory: with gradient, and without. Yields those
-    that did."""
+def small_gpu(update: float = float("inf"), forward: float = float("inf")) -> Iterator[list[tuple[bool, int]]]:
+    """Refuses memory to passes over more than some number of tokens with padding, with gradient (`update`) and without
+    (`forward`). Yields those that were refused."""
     real, refused = Roles._run_decoder, list[tuple[bool, int]]()
 
     def decode(self: Roles, ids: Tensor, *more: Any) -> Tensor:
@@ -91,7 +90,7 @@ def figures(folder: Path) -> list[dict[str, float]]:
 def short(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     """An SFT run that ran short in its first step, and what it printed."""
     folder = tmp_path_factory.mktemp("short")
-    with card(update=150):
+    with small_gpu(update=150):
         done = lowrank_tune(
             "run", write_recipe(folder, recipe_of("sft")), "--out", str(folder / "run"), "--ui", "plain"
         )
@@ -121,7 +120,7 @@ def test_it_is_shown_on_the_dashboard(short: tuple[Path, str], size: tuple[int, 
     assert "out of memory" in frame and "step 1" in frame
 
 
-def test_it_is_remembered_when_the_run_goes_on(short: tuple[Path, str], tmp_path: Path) -> None:
+def test_memory_limit_is_kept_when_the_run_continues(short: tuple[Path, str], tmp_path: Path) -> None:
     """Resumed, it does not try again what did not fit; with more room, it does."""
     folder, _ = short
     state = json.loads((folder / "checkpoints" / "step-3" / "state.json").read_text())
@@ -130,7 +129,7 @@ def test_it_is_remembered_when_the_run_goes_on(short: tuple[Path, str], tmp_path
         again = tmp_path / f"again-{fails}"
         shutil.copytree(folder, again)
         (again / "summary.json").unlink()
-        with card(update=150) as refused:
+        with small_gpu(update=150) as refused:
             assert run(Recipe.from_dict(recipe_of("sft", max_steps=5, **train)), out=again, ui="none").status == "done"
         assert bool(refused) is fails
 
@@ -143,7 +142,7 @@ def test_a_run_with_too_little_memory_learns_the_same(tmp_path: Path, algorithm:
     whole = run(recipe, out=tmp_path / "whole", ui="none").folder
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("LOWRANK_TUNE_CACHE", str(tmp_path / "cache"))  # where no reference was computed yet
-        with card(update=CARDS[algorithm], forward=1.75 * CARDS[algorithm]) as refused:
+        with small_gpu(update=TOKENS_THAT_FIT[algorithm], forward=1.75 * TOKENS_THAT_FIT[algorithm]) as refused:
             outcome = run(recipe, out=tmp_path / "short", ui="none")
     assert outcome.status == "done" and {True, False} == {grad for grad, _ in refused}
     for one, other in zip(figures(outcome.folder), figures(whole), strict=True):
@@ -155,7 +154,7 @@ def test_a_run_with_too_little_memory_learns_the_same(tmp_path: Path, algorithm:
 @pytest.mark.parametrize("algorithm", FEW)
 def test_a_row_that_does_not_fit_ends_with_3_and_what_to_type(tmp_path: Path, algorithm: str) -> None:
     file = write_recipe(tmp_path, recipe_of(algorithm))
-    with card(update=12):
+    with small_gpu(update=12):
         done = lowrank_tune("run", file, "--out", str(tmp_path / "run"), "--ui", "plain")
     message = done.output.strip().splitlines()[-1]
     unit = "a pair" if algorithm in ("reward", "dpo") else "a row"
@@ -172,7 +171,7 @@ def test_a_row_that_does_not_fit_ends_with_3_and_what_to_type(tmp_path: Path, al
 
 
 @pytest.mark.parametrize(
-    ("changes", "kind", "card", "words"),
+    ("changes", "kind", "has_gpu", "words"),
     [
         (
             {},
@@ -205,14 +204,14 @@ def test_a_row_that_does_not_fit_ends_with_3_and_what_to_type(tmp_path: Path, al
         ),
     ],
 )
-def test_advice_by_hand(changes: dict[str, Any], kind: str, card: bool, words: str) -> None:
+def test_advice_by_hand(changes: dict[str, Any], kind: str, has_gpu: bool, words: str) -> None:
     recipe = {
         "algorithm": "sft",
         "data": {"train": [{"dataset": "builtin:arithmetic"}]},
         **changes,
         "train": {"max_steps": 1, **changes.get("train", {})},
     }
-    assert suggestions(Recipe.from_dict(recipe), kind, 0 if kind == "" else 1500, card) == words
+    assert suggestions(Recipe.from_dict(recipe), kind, 0 if kind == "" else 1500, has_gpu) == words
 
 
 def test_any_other_lack_of_memory_ends_with_3_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -246,8 +245,8 @@ def test_other_commands_end_with_3_too() -> None:
 # --- the budget, and the allocator ------------------------------------------------------------------------------------
 
 
-def test_a_budget_decides_how_many_sequences_are_decoded_at_once(tmp_path: Path) -> None:
-    """Through the recipe: without a card it is what keys and values may take."""
+def test_budget_limits_the_number_of_decoded_sequences(tmp_path: Path) -> None:
+    """Of a recipe: without a GPU the budget is the memory for keys and values."""
     requested: list[tuple[int, int]] = []
     real = Engine.__init__
 
@@ -261,7 +260,7 @@ def test_a_budget_decides_how_many_sequences_are_decoded_at_once(tmp_path: Path)
     assert requested and {size for size, _ in requested} == {1 << 29}
 
 
-def test_a_card_gives_the_cache_all_but_what_stays() -> None:
+def test_cache_budget_is_gpu_memory_minus_resident_bytes() -> None:
     """By hand: 24 GB, of which 8 stay."""
 
     class There:
@@ -310,7 +309,7 @@ def test_segments_can_grow_unless_the_user_has_set_otherwise(
 
 @pytest.mark.parametrize("head", [False, True])
 def test_resident_bytes_are_those_after_a_step_of_adamw(head: bool) -> None:
-    """Weights, buffers and heads, and whatever the optimizer has made by then, but for its counts of steps."""
+    """Weights, buffers, heads, and the tensors of the optimizer without its step counts."""
     stacks = {"policy": ["policy"], "value": ["value"]}
     value = {"extra": ["value"], "trainable": ["policy", "value"], "stacks": stacks, "heads": ["value"]}
     roles = llama_roles(16, **(value if head else {}))

@@ -1,5 +1,4 @@
-"""Laws of shared prompts: a packed group says what its rows say apart, in value and gradient, and where it might not,
-rows stay apart."""
+"""Shared prompts: a packed group has the values and gradients of its rows, and other rows stay apart."""
 
 from __future__ import annotations
 
@@ -45,7 +44,7 @@ KINDS: dict[str, dict[str, Any]] = {
 
 @functools.cache
 def roles_of(kind: str, checkpointing: bool = False) -> Roles:
-    """Roles of a shaken policy over a frozen adapter; `4` and `16` are Llamas through the door that users take."""
+    """Returns roles of a perturbed policy over a frozen adapter; `4` and `16` are Llamas, loaded as in a run."""
     base = load_base_of(int(kind)) if kind.isdigit() else unquantized_base(kind, **KINDS[kind])
     roles = roles_over(base, lower=["sft"], checkpointing=checkpointing)
     perturb(roles, "sft", "policy")
@@ -60,7 +59,7 @@ def groups(prompts: Sequence[int], tails: Sequence[Sequence[int]], seed: int = 0
     for prompt, own in zip(prompts, tails, strict=True):
         begin = torch.randint(2, 60, (prompt,), generator=stream).tolist()
         for number, tail in enumerate(own):
-            # The first token of a tail differs within a group, so that a group has in common what `prompt` says.
+            # The first token of a tail differs within a group, so that a group shares exactly its prompt.
             rows.append(
                 begin
                 + [60 + number] * (tail > 0)
@@ -110,7 +109,7 @@ def some_groups(draw: st.DrawFn, most: int = 20) -> Batch:
 @pytest.mark.parametrize("kind", ["4", *KINDS])
 @given(batch=some_groups())
 @hypothesis_settings(max_examples=15)
-def test_a_shared_prompt_changes_nothing(kind: str, batch: Batch) -> None:
+def test_shared_prompt_changes_no_logp_or_gradient(kind: str, batch: Batch) -> None:
     assert error_of_sharing(roles_of(kind), batch) < 1e-5
 
 
@@ -137,7 +136,7 @@ def test_edges_of_sharing(prompts: list[int], tails: list[list[int]], checkpoint
 
 @given(batch=some_groups(), shift=st.integers(-5, 5), order=st.randoms(use_true_random=False))
 @hypothesis_settings(max_examples=25)
-def test_a_wrong_count_or_order_changes_nothing(batch: Batch, shift: int, order: Any) -> None:
+def test_wrong_count_or_order_of_shared_tokens_changes_no_logp(batch: Batch, shift: int, order: Any) -> None:
     """`take` may tear groups apart and `shared` may be wrong: only what ids have in common is shared."""
     rows = list(range(len(batch)))
     order.shuffle(rows)
@@ -145,7 +144,7 @@ def test_a_wrong_count_or_order_changes_nothing(batch: Batch, shift: int, order:
     assert error_of_sharing(roles_of("16"), batch.select_rows(torch.tensor(rows[: len(rows) // 2 + 1]))) < 1e-5
 
 
-def test_other_roles_quiet_mode_and_scores() -> None:
+def test_shared_prompt_for_other_roles_inference_mode_and_scores() -> None:
     roles, batch = reward_roles(load_base_of(), lower=["sft"]), groups([20, 15], [[5, 9], [3, 8]])
     perturb(roles, "sft", "reward")
     found = []
@@ -159,12 +158,12 @@ def test_other_roles_quiet_mode_and_scores() -> None:
     assert float((found[0][2] - found[1][2]).abs().max()) > 0
 
 
-# --- each law sees a bug ----------------------------------------------------------------------------------------------
+# --- planted bugs are found -------------------------------------------------------------------------------------------
 
 
 def planted(monkeypatch: pytest.MonkeyPatch, change: Any) -> float:
-    """The error where the layout is changed behind `pack_shared_prefixes`'s back (the probe of the model runs
-    before)."""
+    """Returns the error with a layout that is changed after `pack_shared_prefixes`. The probe of the model runs
+    before."""
     roles, batch = roles_of("16"), groups([12, 7], [[5, 9], [6, 3]])
     assert error_of_sharing(roles, batch) < 1e-5
     monkeypatch.setattr(roles_module, "pack_shared_prefixes", lambda *given: change(pack_shared_prefixes(*given)))
@@ -217,7 +216,7 @@ class _Cut(PackedBatch):
         lambda tree: _Cut(tree.input_ids, tree.position_ids, tree.attention_mask, tree.slot_index),
     ],
 )
-def test_a_wrong_layout_is_seen(monkeypatch: pytest.MonkeyPatch, change: Any) -> None:
+def test_wrong_layout_is_found(monkeypatch: pytest.MonkeyPatch, change: Any) -> None:
     assert planted(monkeypatch, change) > 1e-3
 
 

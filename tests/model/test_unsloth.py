@@ -1,5 +1,5 @@
-"""The unsloth backend: its rules, its traps with a stand-in for it, and (marked `unsloth`, where it is installed) the
-real one beside transformers."""
+"""The unsloth backend: its rules, its pitfalls with a stand-in for it, and (marked `unsloth`, if it is installed) the
+real one compared with transformers."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ def absent(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def versions(monkeypatch: pytest.MonkeyPatch, **found: str) -> None:
-    """What is installed, as `importlib.metadata` tells it."""
+    """Sets the installed versions that `importlib.metadata` returns."""
 
     def version(name: str) -> str:
         if name not in found:
@@ -142,8 +142,8 @@ def test_what_prevents_its_use_is_reported(monkeypatch: pytest.MonkeyPatch) -> N
 
 @pytest.mark.usefixtures("absent")
 def test_its_import(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """It comes with its statistics off and its cache elsewhere, greets on stderr, and leaves what tokenizers may do; or
-    says why not."""
+    """It is imported without its statistics, with another cache folder and its greeting on stderr; or an error gives
+    the reason."""
     seen = {}
 
     def importing(name: str) -> ModuleType:
@@ -183,8 +183,8 @@ class TheirRotary(ROTARY):
 
 
 class StandIn:
-    """What unsloth does on a card, where this kit minds it: forwards that know no cache and no mask while they train,
-    in modules that are marked. Its knobs are the faults that must be found."""
+    """Replaces unsloth on a GPU: forward passes that ignore cache and mask in training, in modules that are marked. Its
+    attributes are the faults that must be found."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.load_arguments: dict[str, Any] = {}
@@ -279,8 +279,7 @@ def test_it_is_compared_with_transformers(stand_in: StandIn, checkpointing: bool
 
 
 def test_recomputation_with_other_adapters_is_found(stand_in: StandIn, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As re-entrant checkpointing without this kit's context would do it: adapters are off by the time that it
-    recomputes."""
+    """As re-entrant checkpointing without the context of `Roles` does: adapters are off when it recomputes."""
     roles = roles_over(loaded(), checkpointing=True)
     roles.base.model.gradient_checkpointing_enable({"use_reentrant": True})
     roles.base.model.enable_input_require_grads()
@@ -330,8 +329,7 @@ def test_what_it_does_in_silence_is_refused(stand_in: StandIn, tmp_path: Path) -
 
 
 def test_an_unsloth_that_works_otherwise_is_refused(stand_in: StandIn, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where nothing is marked, or what was replaced is not kept, transformers' own code could not be told from
-    unsloth's."""
+    """If nothing is marked, or the replaced code is not kept, the code of transformers and of unsloth look the same."""
     model = loaded().model
     monkeypatch.setattr(modeling_llama, "_unsloth_pre_patch_originals", ({}, {}))
     with pytest.raises(UserError, match="patches transformers in another way"):

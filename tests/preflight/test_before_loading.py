@@ -242,7 +242,7 @@ def _not_to_be_reached(*arguments: Any, **keywords: Any) -> None:
     raise AssertionError("nothing may be loaded")
 
 
-def test_a_sound_chain_has_no_faults_and_writes_nothing(folder: Path) -> None:
+def test_right_chain_has_no_faults_and_writes_nothing(folder: Path) -> None:
     file = write("tutor.yaml", CHAIN)
     before = sorted(folder.rglob("*"))
     assert problems_of(file) == () and sorted(folder.rglob("*")) == before
@@ -538,7 +538,7 @@ def damaged_array(path: Path) -> None:
 
 @pytest.mark.parametrize(("name", "damage"), [("a.jsonl.gz", damaged_gzip), ("a.json", damaged_array)])
 def test_only_the_head_of_a_file_is_read(tmp_path: Path, name: str, damage: Callable[[Path], None]) -> None:
-    """What lies far behind is no business of the check: only reading the whole file finds that it is damaged."""
+    """The check does not read the end of a file: only reading the whole file finds damage there."""
     damage(tmp_path / name)
     source = SourceConfig(dataset=str(tmp_path / name))
     assert [row for _, row in read_head(source, 0)][:30] == QUESTIONS

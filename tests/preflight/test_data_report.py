@@ -1,5 +1,5 @@
-"""The preflight: counts against counts made by hand, every trap of the real rows, exit codes, and text that tries to
-break the screen."""
+"""The preflight: counts against counts by hand, all difficulties of the real rows, exit codes, and text with control
+characters."""
 
 from __future__ import annotations
 

@@ -183,7 +183,7 @@ def test_a_program_that_others_keep_from_running_has_its_cpu_time(processor: Non
 
 
 @pytest.mark.parametrize("code", [SLEEP, STOP, THREADS])
-def test_sleep_is_charged_whatever_else_runs(processor: None, start: StartProgram, code: str) -> None:
+def test_sleep_is_charged_while_other_threads_run(processor: None, start: StartProgram, code: str) -> None:
     """Also for threads that wait for each other for a long time, which by the wall clock would exceed the limit."""
     for _ in range(3):
         start(SPIN)

@@ -32,7 +32,7 @@ from lowrank_tune.rewards.negative_samples import WORDS
 CODE = "```python\ndef twice(x):\n    return 2 * x\n```"
 SMT = "(declare-const x Int)(assert (> (* x x) 3))"
 TESTS = {"test_list": ["assert twice(2) == 4", "assert twice('a') == 'aa'"]}
-# reward, what a row has beside its question, an answer that is right, one that is wrong, and what they earn
+# Settings of the reward, fields of the row besides its question, a right answer, and a wrong one.
 CASES: dict[str, tuple[dict[str, Any], dict[str, Any], str, str]] = {
     "math_answer": ({}, {"gold": r"\sqrt{8}"}, r"It is \boxed{2\sqrt{2}}", r"It is \boxed{2\sqrt{3}}"),
     "symbolic": ({}, {"gold": "(x+1)^2"}, r"It is \boxed{x^2+2x+1}", r"It is \boxed{x^2+2x+2}"),

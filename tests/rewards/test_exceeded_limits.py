@@ -128,7 +128,7 @@ def test_an_invariant_on_which_z3_takes_too_long_is_wrong_where_it_decides_the_r
 
 
 @pytest.mark.skipif(isolation.best_available() is None, reason="this machine has no sandbox for code")
-def test_tests_that_take_longer_than_they_may_are_the_row_s_fault() -> None:
+def test_tests_that_exceed_their_limit_are_an_error_of_the_row() -> None:
     """Also if the row's own solution takes too long; without a solution the cause is not known."""
     slow = "def f(x):\n    while x: pass\n    return x"
     tests = ["assert f(1) == 1"]

@@ -208,7 +208,7 @@ def test_groups_with_too_many_failures_are_uninformative(roles: Roles, how: str)
 
 
 @pytest.mark.parametrize("how", ["keep", "drop", "resample"])
-def test_a_step_whose_rewards_all_fail_changes_nothing(roles: Roles, how: str) -> None:
+def test_step_whose_rewards_all_fail_changes_no_weight(roles: Roles, how: str) -> None:
     algorithm = with_failures(roles, range(8), THREE * 4, zero_std_groups=how, beta=0.5)
     experience = algorithm.collect(0)
     loss, gradient, _ = one_pass(algorithm, experience.batch)

@@ -198,7 +198,7 @@ def test_a_program_other_than_lean_is_refused_before_the_first_proof() -> None:
         ),
     ],
 )
-def test_the_statement_is_written_under_the_name_of_the_kit(statement: str, wanted: str) -> None:
+def test_statement_is_restated_under_a_reserved_name(statement: str, wanted: str) -> None:
     assert restated_theorem(statement, "", "NAME") == wanted
     assert restated_theorem(statement, "import A\n", "NAME") == f"import A\n{wanted}"
 
@@ -232,7 +232,7 @@ def test_hostile_proofs_are_refused_quickly(text: str) -> None:
     assert time.process_time() - start < MAX_CPU_SECONDS and len(str(caught.value)) < 200
 
 
-def test_every_goal_has_a_name_of_its_own(scorer: WorkerPool[int]) -> None:
+def test_every_goal_has_its_own_name(scorer: WorkerPool[int]) -> None:
     item = RewardInput("Prove it.", PROOF, None, ROW, True, 9)
     [one, two] = [scorer.rewards[0].build_request(item) for _ in range(2)]  # type: ignore[attr-defined]
     assert (

@@ -120,7 +120,7 @@ def within(seconds: float, true: Callable[[], bool]) -> bool:
     return true()
 
 
-def test_values_and_rows_reach_the_function_and_come_back(folder: Path) -> None:
+def test_values_and_rows_reach_the_function_and_are_returned(folder: Path) -> None:
     assert score(own(folder, "length"), item("a\n\x00\ud800\u00e9\u202e")).value == 6.0
     assert score(own(folder, "length"), item("x" * 3_000_000)).value == 3_000_000.0
     assert (
@@ -337,7 +337,7 @@ def test_a_file_that_hangs_or_exits_at_its_import_is_refused(folder: Path) -> No
             WorkerPool[int]([build_rewards([RewardConfig(name="slow.py:f")], folder)[0].reward], start_seconds=0.7)
 
 
-def test_a_file_that_changes_under_the_run_changes_nothing(folder: Path) -> None:
+def test_reward_file_that_changes_during_the_run_has_no_effect(folder: Path) -> None:
     reward = own(folder, "sleeps")
     with WorkerPool[int]([reward], workers=1, timeout_seconds=0.5) as scorer:
         (folder / "mine.py").write_text("def sleeps(completion, row): return 99")

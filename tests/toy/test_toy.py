@@ -55,7 +55,7 @@ def numbers_in(question: str) -> tuple[int, ...]:
 
 
 def test_no_training_text_contains_a_heldout_problem() -> None:
-    """Questions are found by their two numbers, whatever their wording; a step "60+12" is a problem too."""
+    """Questions are found by their two numbers, for any wording; a step "60+12" is a problem too."""
     held = {(sign, *sorted((p.a, p.b))) for p in every_problem() if problems.is_heldout(p) for sign in p.sign}
     pages = list(islice(text.documents(0), 3000))
     rows = list(problems.rows(4000, seed=0))
@@ -124,7 +124,7 @@ def test_the_shipped_base_is_small_and_plain(shipped) -> None:  # type: ignore[n
 
 
 def test_the_shipped_base_was_made_from_this_text(shipped) -> None:  # type: ignore[no-untyped-def]
-    """Its loss on a fresh page is that of a model that knows such pages, marks included."""
+    """Its loss on a new page is that of a model trained on such pages, control tokens included."""
     import torch
 
     model, tokenizer = shipped

@@ -137,7 +137,7 @@ def test_the_policy_begins_as_its_reference_in_every_stage(finished: tuple[Path,
     assert len(firsts) == 3 and all(abs(kl) < 1e-9 for kl in firsts)
 
 
-def test_the_disk_that_a_chain_takes_is_known_before_it_runs(finished: tuple[Path, list[Event]], cache: None) -> None:
+def test_disk_space_of_a_chain_is_checked_before_it_runs(finished: tuple[Path, list[Event]], cache: None) -> None:
     """Bytes of tensors on the disk, counted from the files, beside those that the check before a run expects."""
     out, _ = finished
     stages = stages_of(Chain.from_dict(chain()), out)
@@ -164,7 +164,7 @@ class Cut(Exception):
     ("stage", "step"),
     [(2, 1), pytest.param(3, 1, marks=pytest.mark.slow), (4, 0), pytest.param(4, 1, marks=pytest.mark.slow)],
 )
-def test_cut_anywhere_a_chain_goes_on_as_if_nothing_had_been(
+def test_chain_interrupted_at_any_step_continues_bit_for_bit(
     finished: tuple[Path, list[Event]], tmp_path: Path, stage: int, step: int
 ) -> None:
     out, place = tmp_path / "cut", [0]
@@ -208,9 +208,7 @@ def test_a_changed_stage_is_refused_and_a_finished_chain_left_alone(
         run(Chain.from_dict(half), out=out, ui="none")
 
 
-def test_the_stage_that_failed_is_named_wherever_it_stands(
-    tmp_path: Path, cache: None, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_error_contains_the_stage_that_failed(tmp_path: Path, cache: None, capsys: pytest.CaptureFixture[str]) -> None:
     """It fails while its data and base are prepared, before it starts: the last stage that started is another one."""
     stages = [
         {**chain()["stages"][0], "name": name, "evaluate": {"num_completions_to_print": 0}} for name in ("a", "b", "c")

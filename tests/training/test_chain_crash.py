@@ -143,7 +143,9 @@ def test_rlhf_killed_in_and_between_its_stages(
 
 
 @pytest.mark.parametrize("number", range(len(PLACES) * (rounds() - 1) or 1))
-def test_rlhf_dies_in_a_write(fork_server: ForkServer, straight: dict[str, Any], tmp_path: Path, number: int) -> None:
+def test_crash_of_rlhf_in_a_write(
+    fork_server: ForkServer, straight: dict[str, Any], tmp_path: Path, number: int
+) -> None:
     """At a random write, fsync or rename of any stage; in the further rounds of `LOWRANK_TUNE_TEST_ROUNDS` at more."""
     die_at, out = random.Random(seed() + number).randrange(WRITES), tmp_path / "run"
     assert fork_server.run(rlhf(), out, die_at=die_at) != 0, "it should have died"

@@ -101,7 +101,7 @@ def test_killed_at_a_random_moment(
 
 
 @pytest.mark.parametrize(("algorithm", "die_at"), in_rounds(WRITES, earlier))
-def test_dies_in_a_write(
+def test_crash_in_a_write(
     fork_server: ForkServer, straight: Straight, tmp_path: Path, algorithm: str, die_at: int
 ) -> None:
     wanted, recipe, out = straight(algorithm), recipe_of(algorithm), tmp_path / "run"
@@ -148,7 +148,7 @@ def test_a_changed_seed_would_be_noticed(fork_server: ForkServer, straight: Stra
     assert run_fingerprint(tmp_path / "run") != straight("sft")
 
 
-def test_scores_are_looked_at(straight: Straight) -> None:
+def test_scores_are_compared(straight: Straight) -> None:
     assert straight("sft")["scores"] is None and straight("grpo")["groups"].keys() == set(range(1, 7))  # type: ignore[attr-defined]
     for algorithm in ("reward", "dpo"):
         scores = straight(algorithm)["scores"]

@@ -1,5 +1,4 @@
-"""The watch over the reward: it speaks where proxy and gold part ways, keeps silent in a healthy run, and can end a
-run, exactly."""
+"""Detection of reward hacking: a warning if proxy and gold diverge, none in a healthy run, and the end of a run."""
 
 from __future__ import annotations
 
@@ -70,7 +69,7 @@ def test_divergence_by_hand() -> None:
         ([0.8, 0.75, 0.78, 0.76], [0.1, 0.4, 0.7, 0.9], False),  # within the noise
         ([0.8, 0.8, 0.8, 0.74], [0.1, 0.4, 0.7, 0.9], False),  # one worse evaluation
         ([0.8, 0.8, 0.7, 0.6], [0.5, 0.5, 0.5, 0.5], False),  # nothing was won by it
-        ([0.8, 0.8, 0.7, 0.6], [0.1, 0.9, 0.4, 0.2], False),  # both fall: a collapse, which others tell of
+        ([0.8, 0.8, 0.7, 0.6], [0.1, 0.9, 0.4, 0.2], False),  # both fall: a collapse, which has its own warning
         ([0.8, 0.8, 0.6, 0.6], [0.9, 0.7, 0.5, 0.3], False),
         ([0.2, 0.4, 0.6, 0.8], [0.1, 0.4, 0.7, 0.9], False),
         ([0.8, 0.5], [0.1, 0.9], False),  # too early
@@ -97,7 +96,7 @@ def test_accuracy_must_drop_more_than_its_noise() -> None:
 
 
 def has_warned(truth: Sequence[float], rng: random.Random, questions: int = 100) -> bool:
-    """Whether a run whose true share of exact answers is this would ever be told, its reward rising all the while."""
+    """Returns whether a run with these true shares of exact answers gets a warning, while its reward rises."""
     watch, warned = RewardHackingDetector(), False
     for place, share in enumerate(truth):
         watch.step({"reward": 0.1 * place})
@@ -106,9 +105,9 @@ def has_warned(truth: Sequence[float], rng: random.Random, questions: int = 100)
     return warned
 
 
-def test_false_alarms_are_rare_and_hacking_is_seen() -> None:
-    """Ten evaluations with a hundred questions: at a plateau one run in fifty is told wrongly; gold that loses 30
-    points is told."""
+def test_false_alarms_are_rare_and_hacking_gives_a_warning() -> None:
+    """Ten evaluations with a hundred questions: at a plateau one run in fifty has a false warning; gold that loses 30
+    points gives one."""
     rng = random.Random(0)
     for level in (0.5, 0.9):
         assert sum(has_warned([level] * 10, rng) for _ in range(300)) < 10
@@ -119,7 +118,7 @@ def test_false_alarms_are_rare_and_hacking_is_seen() -> None:
 
 
 def messages_of(watch: RewardHackingDetector, steps: Sequence[int]) -> list[str]:
-    """What the watch says in these steps of a run that games its reward; an evaluation every fourth step."""
+    """Returns the messages in these steps of a run that exploits its reward; an evaluation every fourth step."""
     messages = []
     for step in steps:
         watch.step({"reward": step / 20, "kl": 0.1} if step != 7 else {"reward": math.nan})
@@ -322,8 +321,8 @@ def gamed(taught: Path, folder: Path, **evaluate: Any) -> dict[str, Any]:
 def test_a_reward_that_can_be_gamed_gives_a_warning_and_ends_the_run(
     taught: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The tutor learns to repeat itself for a reward that pays for length; the run says so and ends, and its result is
-    the step before. A run that is interrupted right before, and continued, does the same bit for bit."""
+    """The tutor learns to repeat itself for a reward of length. The run warns and ends, and its result is the step
+    before. A run that is interrupted right before, and continued, does the same bit for bit."""
     recipe = Recipe.from_dict(gamed(taught, tmp_path, on_reward_hacking="stop"))
     events: list[Event] = []
     straight = run(recipe, out=tmp_path / "straight", ui="none", on_event=events.append)

@@ -1,5 +1,5 @@
-"""Laws of the loop: a broken step changes nothing, a step can be drawn again, the schedule is what it says, and silence
-is noticed."""
+"""The training loop: a broken step changes no weight, a step can be repeated, the schedule equals its formula, and a
+lack of progress gives a warning."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ from lowrank_tune.training.trainer import (
 
 
 class Toy(Algorithm[Batch]):
-    """An algorithm without a model: loss and gradient are what a test wants at each step."""
+    """An algorithm without a model: a test sets loss and gradient of each step."""
 
     def __init__(
         self,
@@ -91,7 +91,8 @@ class Toy(Algorithm[Batch]):
 
     def check(self, micro: Batch, step: int) -> None:
         self.checks.append((step, self.weight.tolist()))
-        torch.rand(3)  # whatever it draws must not be missing later
+        # These draws must not change later ones.
+        torch.rand(3)
 
     def diagnostics(self, figures: Mapping[str, float]) -> Iterator[str]:
         yield from self.warnings_at.get(self.step, ())
@@ -177,14 +178,14 @@ def broken_step_moves(breaks: dict[str, Any]) -> list[str]:
 
 
 @pytest.mark.parametrize("breaks", BREAKS, ids=str)
-def test_a_broken_step_changes_nothing(breaks: dict[str, Any]) -> None:
+def test_broken_step_changes_no_weight(breaks: dict[str, Any]) -> None:
     if "losses" in breaks and "gradients" in breaks:  # a norm that overflows: the squares of 1e38 are no fp32 number
         assert math.isinf(torch.tensor(1e38).square().item())
     assert broken_step_moves(breaks) == []
 
 
 @pytest.mark.parametrize("breaks", BREAKS, ids=str)
-def test_a_broken_step_that_is_taken_is_seen(monkeypatch: pytest.MonkeyPatch, breaks: dict[str, Any]) -> None:
+def test_broken_step_that_is_applied_is_found(monkeypatch: pytest.MonkeyPatch, breaks: dict[str, Any]) -> None:
     monkeypatch.setattr(train_module.math, "isfinite", lambda value: True)
     assert broken_step_moves(breaks) != []
 
@@ -271,7 +272,7 @@ def test_the_schedule_by_hand(schedule: str, warmup: int, steps: int, expected: 
     assert schedule_error(schedule, warmup, steps, expected) < 1e-12
 
 
-def test_a_schedule_that_is_one_step_late_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_schedule_that_is_one_step_late_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(train_module, "lr_at_step", lambda step, *rest: lr_at_step(step + 1, *rest))
     for schedule, warmup, steps, expected in SCHEDULES[1:6]:
         assert schedule_error(schedule, warmup, steps, expected) > 1e-3
@@ -549,7 +550,8 @@ def redrawn_step_differs(name: str) -> set[str]:
     straight.on_step_end = border
     straight.run()
     again, others, _, _ = loop_of(name)
-    torch.rand(5)  # the global stream stands elsewhere in a new process
+    # The global stream has another position in a new process.
+    torch.rand(5)
     others.load_adapter_tensors(role, kept["tensors"], "here")
     again.optimizer.load_state_dict(kept["optimizer"])
     again.state = TrainerState(step=2)
@@ -566,7 +568,7 @@ def test_a_lost_step_is_drawn_again_bit_for_bit(monkeypatch: pytest.MonkeyPatch,
 
 
 @pytest.mark.parametrize("name", ALGORITHMS)
-def test_a_step_without_its_optimizer_state_is_seen(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+def test_step_without_its_optimizer_state_is_found(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     monkeypatch.setattr(torch.optim.AdamW, "load_state_dict", lambda self, state: None)
     assert redrawn_step_differs(name) != set()
 
@@ -644,7 +646,8 @@ def test_a_learning_rate_that_learns_gives_no_warning(monkeypatch: pytest.Monkey
     for rate, schedule in ((1e-2, "constant"), (1e-6, "constant"), (2e-4, "cosine")):
         assert warned_about_learning(rate, schedule) == []
     monkeypatch.setattr(train_module, "MIN_UPDATE_RATIO", 0.0)
-    assert warned_about_learning(1e-30) == []  # the share alone would be blind: B starts at 0 and moves at any rate
+    # The share alone is not enough: B starts at 0 and changes at any rate.
+    assert warned_about_learning(1e-30) == []
 
 
 def test_the_end_of_a_schedule_gives_no_warning(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,7 +20,7 @@ from lowrank_tune.data import ChatTemplate
 from lowrank_tune.data.message import Message
 from lowrank_tune.model.base import load_tokenizer
 
-# a token of this model is an end token with about this probability, so that completions are short whatever their limit
+# The probability of an end token in this model, so that completions are short for any limit.
 ENDS = 0.15
 STEPS = ("train.max_steps=2", "train.warmup_steps=1")
 TINY = [name for name in NAMES if name.startswith("tiny-")]
@@ -39,7 +39,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def make_base(folder: Path) -> None:
-    """A random Llama with the tutor's tokenizer and room for long rows, that ends what it says after a few tokens."""
+    """Saves a random Llama with the tutor's tokenizer and long rows, whose completions end after a few tokens."""
     tokenizer = load_tokenizer(BaseConfig())
     model = random_model("llama", gain=1.0, vocab_size=len(tokenizer), max_position_embeddings=8192)
     ends = sorted(ChatTemplate.from_tokenizer(tokenizer).end_ids)
@@ -88,7 +88,7 @@ def swapped(name: str, folder: Path) -> Recipe | Chain:
 
 @functools.cache
 def _sft_of(folder: Path) -> str:
-    """A run that the second step of MyLLM can stand on."""
+    """Returns the folder of a run for the second step of MyLLM."""
     done = run(swapped("myllm-sft", folder), out=folder / "myllm-sft-below", ui="none")
     assert done.status == "done"
     return str(folder / "myllm-sft-below")

@@ -116,7 +116,7 @@ def test_a_run_ends_and_stores_its_factors(finished: tuple[Path, list[Event]]) -
 def test_chat_and_eval_use_the_factors_of_the_run(
     base: Path, finished: tuple[Path, list[Event]], tmp_path: Path
 ) -> None:
-    """Also where the adapter's folder lies by itself; and a base alone is measured with those for its rows."""
+    """Also if the folder of the adapter was moved; a base alone is evaluated with the factors for its rows."""
     out, _ = finished
     assert load_chat_model(str(out), quiet, device=CPU).roles.base.rope.factors == "long"  # type: ignore[union-attr]
     assert load_chat_model(str(out), quiet, device=CPU).positions == 256

@@ -225,7 +225,7 @@ def test_losses_that_are_not_finite_fail_the_run(tmp_path: Path, monkeypatch: py
     assert last["event"] == "run_ended" and last["status"] == "failed"
 
 
-def test_a_full_disk_while_saving_loses_nothing_that_was_saved(
+def test_full_disk_while_saving_keeps_earlier_checkpoints(
     finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import lowrank_tune.training.checkpointer as module
@@ -372,7 +372,7 @@ def test_a_result_is_short_in_a_notebook(tmp_path: Path) -> None:
     assert page.startswith("<pre>status     done") and "&lt;b&gt;" in page and "<b>" not in page
 
 
-def test_the_pause_before_a_killed_run_goes_on_is_no_time_of_it() -> None:
+def test_pause_before_a_continued_run_is_not_counted_as_its_time() -> None:
     """What is checked before the stage begins is a message of the new session, written before its start."""
     recorder = _SummaryRecorder()
     killed = [LogMessage(time=100.0, message=""), CheckpointSaved(time=120.0, step=1, path="", seconds=1.0)]

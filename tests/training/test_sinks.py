@@ -59,7 +59,7 @@ def steps_of(path: Path) -> list[tuple[str, int]]:
     return [(data["event"], data.get("step", -1)) for data in written(path)]
 
 
-def test_each_event_is_there_at_once_and_comes_back(tmp_path: Path) -> None:
+def test_each_event_is_written_at_once_and_is_read_back(tmp_path: Path) -> None:
     sink = JsonLines(tmp_path / "events.jsonl")
     events: list[Event] = [
         start(),
@@ -93,7 +93,7 @@ def test_numbers_that_are_not_finite(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "text", ["\ud800 lone", "\x1b[31mred\x1b]52;c;x\x07", "a\nb\r\u2028\x85c\x00", "\u202eabc", "é" * 100_000]
 )
-def test_hostile_text_is_one_line_and_comes_back(tmp_path: Path, text: str) -> None:
+def test_hostile_text_is_one_line_and_is_read_back(tmp_path: Path, text: str) -> None:
     sink = JsonLines(tmp_path / "samples.jsonl", event_types=(SampleLogged,))
     sink(sample(1, text))
     sink(step(1))
@@ -333,7 +333,7 @@ def test_attach_and_close() -> None:
     assert len(late.events) == 2
 
 
-def test_an_emit_costs_next_to_nothing(tmp_path: Path) -> None:
+def test_emit_takes_microseconds(tmp_path: Path) -> None:
     tee = EventBus(
         JsonLines(tmp_path / "events.jsonl"), JsonLines(tmp_path / "samples.jsonl", event_types=(SampleLogged,))
     )

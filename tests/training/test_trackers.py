@@ -1,5 +1,4 @@
-"""Trackers: what TensorBoard's own reader finds in the files, that no step stands twice, and that none of them can hurt
-a run."""
+"""Trackers: what the reader of TensorBoard finds in the files, each step once, and failures that do not stop a run."""
 
 from __future__ import annotations
 
@@ -46,7 +45,7 @@ def begin(
 
 
 def scalars(folder: Path) -> dict[str, dict[int, float]]:
-    """What TensorBoard shows: every point of every scalar, by name and step; a step that stands twice is a failure."""
+    """Returns every point of every scalar, by name and step, as TensorBoard reads it. Fails if a step occurs twice."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     reader = EventAccumulator(str(folder / "tensorboard"))
@@ -90,7 +89,7 @@ def test_tensorboard_files_hold_what_the_log_holds(tmp_path: Path) -> None:
     assert "train.learning_rate: 0.002" in written and "base.model: tiny-tutor" in written
 
 
-def test_a_continued_run_goes_on_in_the_same_files(tmp_path: Path) -> None:
+def test_continued_run_appends_to_the_same_files(tmp_path: Path) -> None:
     """Killed after step 5, continued from the checkpoint of step 3, killed before any checkpoint and begun again."""
     pytest.importorskip("tensorboard")
     first: list[Event] = [STARTED, Evaluated(step=0, stats={"heldout/base/accuracy": 0.1})]
@@ -142,7 +141,7 @@ def wandb(monkeypatch: pytest.MonkeyPatch) -> FakeWandb:
     return fake
 
 
-def test_the_same_run_goes_on_elsewhere_and_is_sent_nothing_twice(wandb: FakeWandb, tmp_path: Path) -> None:
+def test_moved_run_continues_and_sends_nothing_twice(wandb: FakeWandb, tmp_path: Path) -> None:
     first = [
         STARTED,
         step(1, loss=1.0, kl=float("nan")),
@@ -195,7 +194,7 @@ def test_texts_and_secrets_are_never_sent(wandb: FakeWandb, tmp_path: Path) -> N
     assert "https://***@example.org/model" in everything
 
 
-def test_one_that_breaks_is_switched_off_and_the_run_goes_on(wandb: FakeWandb, tmp_path: Path) -> None:
+def test_tracker_that_fails_is_switched_off_and_the_run_continues(wandb: FakeWandb, tmp_path: Path) -> None:
     events: list[Event] = []
     [tracker] = begin(["wandb"], tmp_path)
     tee = EventBus(tracker, _EventList(events))

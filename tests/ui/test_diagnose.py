@@ -254,7 +254,7 @@ def test_faulty_run_has_its_diagnosis(state: State, sentence: str) -> None:
         after(40, "reward", **PAIRS),
         after(40, "dpo", **PAIRS),
         after(40, "dpo", **{**PAIRS, "logps/chosen_delta": lambda s: -0.45}),
-        # told apart from the start: nowhere to fall
+        # Accurate from the first step on: the loss cannot fall.
         after(40, "dpo", loss=lambda s: 0.2, **{**PAIRS, "rewards/accuracies": lambda s: 0.97}),
         after(40, accuracy=lambda s: 0.5),  # of tokens: SFT has no pairs
         checked(after(40, "reward", **{**PAIRS, "accuracy": lambda s: 0.99}), 0.88, 0.9, 0.88, 0.88),
