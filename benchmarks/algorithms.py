@@ -172,7 +172,7 @@ def table(out: Path, found: dict[str, dict[str, Any]]) -> str:
     for name in FOLDERS:
         seen, summary = found[name], summary_of(out, name)
         if name == "reward":
-            cells = [seen["below"], "", f"pairs right: {percent(summary['heldout_pairs']['accuracy'])}", "", ""]
+            cells = [seen["below"], "", f"pairs correct: {percent(summary['heldout_pairs']['accuracy'])}", "", ""]
         else:
             details = summary["heldout_details"]
             after = details[name]

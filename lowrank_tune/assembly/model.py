@@ -10,7 +10,7 @@ from lowrank_tune.assembly.reward_model import REWARD_ROLE, reward_model_base
 from lowrank_tune.assembly.stacks import ROLES_WITH_HEAD, build_stacks, frozen_adapters
 from lowrank_tune.config import RecipeConfig
 from lowrank_tune.data import ChatTemplate
-from lowrank_tune.events import Emit, LogMessage, loading_progress
+from lowrank_tune.events import Emit, LogMessage, loading_progress, warning
 from lowrank_tune.model import unsloth
 from lowrank_tune.model.activation_checkpointing import cap_cuda_memory
 from lowrank_tune.model.adapters import SavedAdapter
@@ -126,8 +126,7 @@ def _load_adapter(
     """Loads the weights of an adapter; warns if they were trained on another base."""
     roles.load_adapter_tensors(name, adapter.tensors, f"adapters.{name}.path: {adapter.folder}")
     if adapter.base_name not in (None, base_name, base_name.partition("@")[0]):
-        message = f"the adapter in {adapter.folder} was made for {adapter.base_name}, not {base_name}"
-        emit(LogMessage(level="warning", message=message))
+        emit(warning(f"the adapter in {adapter.folder} was made for {adapter.base_name}, not {base_name}"))
 
 
 def _load_value_from_reward_model(

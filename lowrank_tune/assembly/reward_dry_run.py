@@ -10,7 +10,7 @@ from lowrank_tune.assembly.rl import RewardScorer
 from lowrank_tune.config import RecipeConfig
 from lowrank_tune.data import ChatTemplate, PromptDataset, PromptExample
 from lowrank_tune.errors import UserError
-from lowrank_tune.events import Emit, LogMessage, ProgressBar
+from lowrank_tune.events import Emit, LogMessage, ProgressBar, warning
 from lowrank_tune.functional import step_seed, weighted_sum
 from lowrank_tune.generation import Engine
 from lowrank_tune.generation.sampling_params import SamplingParams
@@ -104,12 +104,7 @@ def weighted_rewards(scorer: RewardScorer, emit: Emit) -> dict[int, float]:
         )
     if failures:
         message = f"{len(failures)} of {len(scores)} trial completions could not be scored: "
-        emit(
-            LogMessage(
-                level="warning",
-                message=message + summarize_failures(failures),
-            )
-        )
+        emit(warning(message + summarize_failures(failures)))
     return rewards
 
 
@@ -127,7 +122,7 @@ def describe_rewards(
             f"{len(rewards)} completions of {num_prompts} prompts all have reward {highest:.3g}: such groups have no "
             "signal; an easier task, a partial reward or an SFT adapter below would give one"
         )
-        return LogMessage(level="warning", message=message)
+        return warning(message)
     threshold = (highest + lowest) / 2
     rates = _pass_rates(rewards, threshold)
     zero_std_share = zero_std_fraction(rates, num_generations, NUM_COMPLETIONS)

@@ -14,7 +14,7 @@ from lowrank_tune.assembly.reward_model import append_end_of_turn, encode_answer
 from lowrank_tune.config import RecipeConfig
 from lowrank_tune.data import ChatTemplate, PromptDataset, PromptExample, Report, load_prompts
 from lowrank_tune.errors import TrainingError, UserError
-from lowrank_tune.events import Emit, LogMessage
+from lowrank_tune.events import Emit, LogMessage, warning
 from lowrank_tune.generation.outputs import Completion
 from lowrank_tune.model.roles import Roles
 from lowrank_tune.rewards import (
@@ -183,8 +183,7 @@ def check_reference_rewards(
         return
     answered = [prompt for prompt in prompts.examples if prompt.answer]
     if not answered:
-        message = "the rows have no reference answers, so the rewards were not tried on any"
-        emit(LogMessage(message=message, level="warning"))
+        emit(warning("the rows have no reference answers, so the rewards were not tried on any"))
         return
     sample = random.Random(f"rewards-{seed}").sample(answered, min(NUM_ROWS_CHECKED, len(answered)))
     reference_items = [scorer.reference_item(prompt, str(prompt.answer)) for prompt in sample]
@@ -204,6 +203,6 @@ def check_reference_rewards(
     fault = report.fault()
     if fault and rewards_check == "strict":
         raise UserError(fault)
-    warning = fault or report.warning()
-    if warning:
-        emit(LogMessage(message=warning, level="warning"))
+    problem = fault or report.warning()
+    if problem:
+        emit(warning(problem))

@@ -14,7 +14,7 @@ from typing import Any
 
 from lowrank_tune.config import RecipeConfig
 from lowrank_tune.errors import ConfigError, ConfigProblem
-from lowrank_tune.events import Emit, LogMessage
+from lowrank_tune.events import Emit, LogMessage, warning
 from lowrank_tune.model.adapters import adapter_rope_factors
 from lowrank_tune.model.base import load_config
 from lowrank_tune.model.rotary import FixedRope, RopeFactors, fixed_rope, select_factors
@@ -46,8 +46,9 @@ def select_rope(stages: Sequence[RecipeConfig], emit: Emit) -> FixedRope | None:
     for path, factors in adapters.items():
         if factors != rope.factors:
             used = f"and this run uses the {rope.factors} ones"
-            message = f"the adapter in {path} was trained with the {factors} factors of RoPE type `longrope`, {used}"
-            emit(LogMessage(level="warning", message=message))
+            emit(
+                warning(f"the adapter in {path} was trained with the {factors} factors of RoPE type `longrope`, {used}")
+            )
     return rope
 
 

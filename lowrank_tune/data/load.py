@@ -22,7 +22,7 @@ from lowrank_tune.data.templates.chat_template import ChatTemplate
 from lowrank_tune.data.token_store import HashArray, TokenizedDataset
 from lowrank_tune.data.tokenize import format_of, tokenize
 from lowrank_tune.errors import UserError
-from lowrank_tune.events import Emit, LogMessage
+from lowrank_tune.events import Emit, warning
 
 
 @dataclass(frozen=True)
@@ -90,10 +90,9 @@ def load(
     report = _report(data, full, train, validation)
     if report.shared:
         emit(
-            LogMessage(
-                level="warning",
-                message=f"{report.shared} validation {report.unit}s are also training {report.unit}s; the validation "
-                "loss will be too low",
+            warning(
+                f"{report.shared} validation {report.unit}s are also training {report.unit}s; the validation "
+                "loss will be too low"
             )
         )
     return TokenizedSplits(train, validation, report)

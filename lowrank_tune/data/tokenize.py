@@ -29,7 +29,7 @@ from lowrank_tune.data.store_writer import Entry, StoreWriter
 from lowrank_tune.data.templates.chat_template import ChatTemplate
 from lowrank_tune.data.token_store import TokenizedDataset
 from lowrank_tune.errors import UserError
-from lowrank_tune.events import Emit, LogMessage, Progress
+from lowrank_tune.events import Emit, LogMessage, Progress, warning
 
 VERSION = 7
 """Version of the rules that turn a row into ids, of what is reported of it, and of the arrays of a store: raise it when
@@ -289,8 +289,9 @@ def warn_about_missing_rows(
     """Logs a warning if fewer rows can be used than the recipe requests."""
     if source.max_samples is None or report.used >= source.max_samples:
         return
-    message = (
-        f"{report.name}: the recipe sets {source.max_samples:,} rows, and {report.used:,} of the {report.read:,} "
-        f"that there are can be used"
+    emit(
+        warning(
+            f"{report.name}: the recipe sets {source.max_samples:,} rows, and {report.used:,} of the {report.read:,} "
+            "that there are can be used"
+        )
     )
-    emit(LogMessage(message=message, level="warning"))

@@ -13,7 +13,7 @@ from typing import Any
 from lowrank_tune.config import BaseConfig, Chain, RecipeConfig, locate
 from lowrank_tune.config.base import Finding
 from lowrank_tune.errors import ConfigError, UserError
-from lowrank_tune.events import Emit, LogMessage
+from lowrank_tune.events import Emit, warning
 from lowrank_tune.memory_planner import check_fit
 from lowrank_tune.preflight.adapters import adapter_findings
 from lowrank_tune.preflight.base import (
@@ -95,12 +95,7 @@ def _with_known_adapters(stages: Sequence[PlannedStage], emit: Emit) -> set[str]
         elif stage.recipe.train.memory_check != "off":
             folder = stage.complete.adapters[pending[0]].path
             message = f"{stage.recipe.name}: memory is not planned: adapters.{pending[0]} is read from {folder}, which "
-            emit(
-                LogMessage(
-                    message=f"{message}an earlier stage of this run writes",
-                    level="warning",
-                )
-            )
+            emit(warning(f"{message}an earlier stage of this run writes"))
     return known
 
 
@@ -127,12 +122,7 @@ def _read_base(base: BaseConfig, emit: Emit) -> tuple[Any, list[Finding]]:
         return None, list(findings_of(error, ("base", "model")))
     except (RuntimeError, NotImplementedError, TypeError) as error:
         message = f"{base.model} cannot be built without its weights ({type(error).__name__})"
-        emit(
-            LogMessage(
-                message=f"{message}: target modules and disk space are not checked",
-                level="warning",
-            )
-        )
+        emit(warning(f"{message}: target modules and disk space are not checked"))
         return None, []
 
 

@@ -29,7 +29,7 @@ from lowrank_tune.data.sources import (
 )
 from lowrank_tune.data.tokenize import NamedRows, format_of
 from lowrank_tune.errors import UserError
-from lowrank_tune.events import Emit, LogMessage
+from lowrank_tune.events import Emit, warning
 
 MAX_COLUMNS = 12
 """Names of columns that a sentence lists."""
@@ -125,12 +125,7 @@ class DataCheck:
         if is_whole or is_strict or _lacks_column(source, report, columns):
             raise UserError(message)
         later = "the rows after them are checked when the run loads its data"
-        self.emit(
-            LogMessage(
-                message=f"{message}; {later}",
-                level="warning",
-            )
-        )
+        self.emit(warning(f"{message}; {later}"))
 
     def _check_hub(
         self,
@@ -154,12 +149,7 @@ class DataCheck:
         except HubUnreachable:
             self.hub_answers = False
             message = f"{source.dataset}: not checked before the run, as the hub does not answer; "
-            self.emit(
-                LogMessage(
-                    message=f"{message}the cached copy is used if present",
-                    level="warning",
-                )
-            )
+            self.emit(warning(f"{message}the cached copy is used if present"))
             return None
 
 
