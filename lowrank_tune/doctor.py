@@ -29,7 +29,7 @@ from rich.table import Table
 from rich.text import Text
 
 from lowrank_tune import unsloth_import
-from lowrank_tune.paths import nearest_existing
+from lowrank_tune.paths import cache_folder, nearest_existing
 from lowrank_tune.ui import escape_control_chars
 
 GIB = 1 << 30
@@ -269,11 +269,9 @@ def _relative_error(actual: Any, expected: Any) -> float:
 
 def disk(environ: Mapping[str, str]) -> Iterator[CheckResult]:
     """Checks free space and write permission of the folders that are written to."""
-    cache = Path(environ.get("LOWRANK_TUNE_CACHE") or Path.home() / ".cache" / "lowrank_tune").expanduser()
-    hub_cache = Path(environ.get("HF_HOME") or Path.home() / ".cache" / "huggingface").expanduser()
     for name, folder, variable in (
-        ("cache", cache, "LOWRANK_TUNE_CACHE"),
-        ("hub cache", hub_cache, "HF_HOME"),
+        ("cache", cache_folder(environ), "LOWRANK_TUNE_CACHE"),
+        ("hub cache", _hub_folder(environ), "HF_HOME"),
         ("here", Path.cwd(), "--out"),
     ):
         free = shutil.disk_usage(nearest_existing(folder)).free / GIB
@@ -313,10 +311,13 @@ def _writable(folder: Path) -> bool:
         return False
 
 
+def _hub_folder(environ: Mapping[str, str]) -> Path:
+    return Path(environ.get("HF_HOME") or "~/.cache/huggingface").expanduser()
+
+
 def hub(environ: Mapping[str, str]) -> Iterator[CheckResult]:
     """Reports the settings of the Hugging Face Hub. A token is never printed."""
-    home = Path(environ.get("HF_HOME") or Path.home() / ".cache" / "huggingface").expanduser()
-    has_token = bool(environ.get("HF_TOKEN")) or (home / "token").is_file()
+    has_token = bool(environ.get("HF_TOKEN")) or (_hub_folder(environ) / "token").is_file()
     token = "found" if has_token else "none: gated bases cannot be fetched (`hf auth login`)"
     yield CheckResult("ok", "hub token", token)
     if environ.get("HF_HUB_OFFLINE", "").lower() in ("1", "true", "yes", "on"):

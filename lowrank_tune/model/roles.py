@@ -91,6 +91,7 @@ class Roles:
         self._checkpointing = False
         self.limits = MemoryLimits()
         self._active: list[str] = []
+        """The adapters that are active, lowest first, with PEFT's names."""
         torch.manual_seed(seed)
         self._peft: Any = None
         for name, config in adapters.items():
@@ -115,11 +116,6 @@ class Roles:
         self._checkpoint(checkpointing, offload)
         with self.activate("base"):
             check_head(base.model, self.head)
-
-    @property
-    def active_stack(self) -> list[str]:
-        """The adapters that are active, lowest first, with PEFT's names."""
-        return self._active[:]
 
     @property
     def lora_layers(self) -> list[Any]:

@@ -288,8 +288,8 @@ def left_behind(roles: Roles) -> list[str]:
     wrong: list[str] = []
 
     def look(what: str, stack: Sequence[str], training: bool) -> None:
-        if roles.active_stack != stack:
-            wrong.append(f"{what}: {roles.active_stack} is active")
+        if roles._active != stack:
+            wrong.append(f"{what}: {roles._active} is active")
         if {module.training for module in roles.base.model.modules()} != {training}:
             wrong.append(f"{what}: train mode")
         if torch.is_grad_enabled() != training:
@@ -411,7 +411,7 @@ def some_gradients(
         with roles.activate("value" if roles_used[-1] == "policy" else "policy"):
             loss.backward()  # type: ignore[union-attr]
     found = [gradients(roles, role) for role in roles_used]
-    assert roles.active_stack == []
+    assert roles._active == []
     return torch.cat(found), forward, count[0]
 
 
@@ -475,7 +475,7 @@ def test_a_graph_can_be_walked_twice() -> None:
     loss.backward(retain_graph=True)  # type: ignore[no-untyped-call]
     once = gradients(roles)
     loss.backward()  # type: ignore[no-untyped-call]
-    assert relative_error(gradients(roles), 2 * once) <= 1e-6 and roles.active_stack == []
+    assert relative_error(gradients(roles), 2 * once) <= 1e-6 and roles._active == []
 
 
 # --- 6: padding -------------------------------------------------------------------------------------------------------
