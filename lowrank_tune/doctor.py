@@ -207,14 +207,14 @@ def gpu() -> Iterator[CheckResult]:
         name = f"GPU {number}"
         memory = f"{free / GIB:.1f} of {total / GIB:.1f} GiB free"
         detail = f"{torch.cuda.get_device_name(number)}, {memory}, bf16 {'yes' if has_bf16 else 'no'}"
+        fix = ""
+        level: Level = "fault"
         if not has_bf16:
             fix = "bfloat16 is needed: RTX 30 series or newer; or CUDA_VISIBLE_DEVICES= for the CPU"
-            yield CheckResult("fault", name, detail, fix)
         elif free < total / 2:
             fix = "another process uses more than half of its memory: see `nvidia-smi`"
-            yield CheckResult("warning", name, detail, fix)
-        else:
-            yield CheckResult("ok", name, detail)
+            level = "warning"
+        yield _result(name, detail, fix, level)
 
 
 def bitsandbytes_4bit() -> Iterator[CheckResult]:
