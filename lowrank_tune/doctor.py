@@ -29,7 +29,7 @@ from rich.table import Table
 from rich.text import Text
 
 from lowrank_tune import unsloth_import
-from lowrank_tune.paths import nearest_existing
+from lowrank_tune.paths import cache_folder, nearest_existing
 from lowrank_tune.ui import escape_control_chars
 
 GIB = 1 << 30
@@ -69,6 +69,16 @@ class CheckResult:
     name: str
     detail: str
     fix: str = ""
+
+
+def _result(
+    name: str,
+    detail: str,
+    fix: str,
+    level: Level = "fault",
+) -> CheckResult:
+    """Returns the line of a check: ok if there is nothing to fix, else of this level."""
+    return CheckResult(level if fix else "ok", name, detail, fix)
 
 
 def run_checks(environ: Mapping[str, str] = os.environ) -> list[CheckResult]:
@@ -127,15 +137,10 @@ def print_results(results: list[CheckResult], console: Console) -> None:
 def python() -> Iterator[CheckResult]:
     """Checks Python: 3.11 or newer, 64 bits."""
     detail = f"{platform.python_version()} ({platform.python_implementation()}, {platform.machine()})"
+    fix = ""
     if sys.version_info < (3, 11) or sys.maxsize < 1 << 40:
-        yield CheckResult(
-            "fault",
-            "Python",
-            detail,
-            "use a 64-bit Python 3.11 or newer",
-        )
-    else:
-        yield CheckResult("ok", "Python", detail)
+        fix = "use a 64-bit Python 3.11 or newer"
+    yield _result("Python", detail, fix)
 
 
 def versions() -> Iterator[CheckResult]:
@@ -151,9 +156,8 @@ def versions() -> Iterator[CheckResult]:
             continue
         detail = f"{installed} ({str(bounds) or 'any'})"
         if in_range(installed, bounds):
-            yield CheckResult("ok", name, detail)
-        else:
-            yield CheckResult("fault", name, detail, fix)
+            fix = ""
+        yield _result(name, detail, fix)
 
 
 def requirements() -> dict[str, SpecifierSet]:
@@ -203,14 +207,14 @@ def gpu() -> Iterator[CheckResult]:
         name = f"GPU {number}"
         memory = f"{free / GIB:.1f} of {total / GIB:.1f} GiB free"
         detail = f"{torch.cuda.get_device_name(number)}, {memory}, bf16 {'yes' if has_bf16 else 'no'}"
+        fix = ""
+        level: Level = "fault"
         if not has_bf16:
             fix = "bfloat16 is needed: RTX 30 series or newer; or CUDA_VISIBLE_DEVICES= for the CPU"
-            yield CheckResult("fault", name, detail, fix)
         elif free < total / 2:
             fix = "another process uses more than half of its memory: see `nvidia-smi`"
-            yield CheckResult("warning", name, detail, fix)
-        else:
-            yield CheckResult("ok", name, detail)
+            level = "warning"
+        yield _result(name, detail, fix, level)
 
 
 def bitsandbytes_4bit() -> Iterator[CheckResult]:
@@ -256,11 +260,10 @@ def bitsandbytes_4bit() -> Iterator[CheckResult]:
     product_error = _relative_error(out, rows.float() @ weight.T)
     gradient_error = _relative_error(rows.grad, weight.sum(dim=0).expand(32, -1))
     detail = f"NF4 product on {device}: off by {product_error:.1e}, its gradient by {gradient_error:.1e}"
-    if max(product_error, gradient_error) < NF4_TOLERANCE:
-        yield CheckResult("ok", "4 bits", detail)
-    else:
+    fix = ""
+    if not max(product_error, gradient_error) < NF4_TOLERANCE:
         fix = "bitsandbytes is wrong here: install another version within the bounds, or use base.bits=16"
-        yield CheckResult("fault", "4 bits", detail, fix)
+    yield _result("4 bits", detail, fix)
 
 
 def _relative_error(actual: Any, expected: Any) -> float:
@@ -269,40 +272,27 @@ def _relative_error(actual: Any, expected: Any) -> float:
 
 def disk(environ: Mapping[str, str]) -> Iterator[CheckResult]:
     """Checks free space and write permission of the folders that are written to."""
-    cache = Path(environ.get("LOWRANK_TUNE_CACHE") or Path.home() / ".cache" / "lowrank_tune").expanduser()
-    hub_cache = Path(environ.get("HF_HOME") or Path.home() / ".cache" / "huggingface").expanduser()
     for name, folder, variable in (
-        ("cache", cache, "LOWRANK_TUNE_CACHE"),
-        ("hub cache", hub_cache, "HF_HOME"),
+        ("cache", cache_folder(environ), "LOWRANK_TUNE_CACHE"),
+        ("hub cache", _hub_folder(environ), "HF_HOME"),
         ("here", Path.cwd(), "--out"),
     ):
         free = shutil.disk_usage(nearest_existing(folder)).free / GIB
         detail = f"{folder}, {free:,.1f} GiB free"
+        fix = ""
+        level: Level = "fault"
         if not _writable(folder):
+            detail = f"{folder} cannot be written"
+            fix = f"name another folder with {variable}"
             # the cache of the Hub may be filled by somebody else
-            level: Level = "warning" if name == "hub cache" else "fault"
-            yield CheckResult(
-                level,
-                name,
-                f"{folder} cannot be written",
-                f"name another folder with {variable}",
-            )
+            if name == "hub cache":
+                level = "warning"
         elif free < MIN_DISK_GIB:
-            yield CheckResult(
-                "fault",
-                name,
-                detail,
-                f"free some space, or name another folder with {variable}",
-            )
+            fix = f"free some space, or name another folder with {variable}"
         elif free < RECOMMENDED_DISK_GIB:
-            yield CheckResult(
-                "warning",
-                name,
-                detail,
-                f"enough for small bases only; a larger disk: {variable}",
-            )
-        else:
-            yield CheckResult("ok", name, detail)
+            fix = f"enough for small bases only; a larger disk: {variable}"
+            level = "warning"
+        yield _result(name, detail, fix, level)
 
 
 def _writable(folder: Path) -> bool:
@@ -313,10 +303,13 @@ def _writable(folder: Path) -> bool:
         return False
 
 
+def _hub_folder(environ: Mapping[str, str]) -> Path:
+    return Path(environ.get("HF_HOME") or "~/.cache/huggingface").expanduser()
+
+
 def hub(environ: Mapping[str, str]) -> Iterator[CheckResult]:
     """Reports the settings of the Hugging Face Hub. A token is never printed."""
-    home = Path(environ.get("HF_HOME") or Path.home() / ".cache" / "huggingface").expanduser()
-    has_token = bool(environ.get("HF_TOKEN")) or (home / "token").is_file()
+    has_token = bool(environ.get("HF_TOKEN")) or (_hub_folder(environ) / "token").is_file()
     token = "found" if has_token else "none: gated bases cannot be fetched (`hf auth login`)"
     yield CheckResult("ok", "hub token", token)
     if environ.get("HF_HUB_OFFLINE", "").lower() in ("1", "true", "yes", "on"):
@@ -342,27 +335,16 @@ def terminal(environ: Mapping[str, str]) -> Iterator[CheckResult]:
     inside = [name for name, variable in TERMINAL_VARIABLES.items() if environ.get(variable)]
     if inside:
         detail += f", inside {' in '.join(inside)}"
+    fix = ""
     if not sys.stdout.isatty():
-        yield CheckResult("ok", "terminal", "none: output goes to a file or a pipe, as plain lines")
+        detail = "none: output goes to a file or a pipe, as plain lines"
     elif environ.get("TERM", "dumb") == "dumb":
         fix = "set TERM (xterm-256color) to see the dashboard; plain lines work"
-        yield CheckResult("warning", "terminal", detail, fix)
     elif columns < 80 or lines < 24:
-        yield CheckResult(
-            "warning",
-            "terminal",
-            detail,
-            "80x24 or more shows the whole dashboard",
-        )
+        fix = "80x24 or more shows the whole dashboard"
     elif not (sys.stdout.encoding or "").lower().startswith("utf"):
-        yield CheckResult(
-            "warning",
-            "terminal",
-            detail,
-            "a UTF-8 locale (LANG=C.UTF-8) draws finer charts",
-        )
-    else:
-        yield CheckResult("ok", "terminal", detail)
+        fix = "a UTF-8 locale (LANG=C.UTF-8) draws finer charts"
+    yield _result("terminal", detail, fix, "warning")
 
 
 def system() -> Iterator[CheckResult]:

@@ -50,6 +50,11 @@ class ConfigError(UserError):
         super().__init__("\n".join(str(problem) for problem in self.problems))
 
 
+def first_line(error: Exception) -> str:
+    """Returns the first line of the error's message, or its type if it has none."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
 def did_you_mean(word: str, candidates: Sequence[str]) -> str:
     """Returns "; did you mean `x`?" for the nearest candidate, or an empty string."""
     matches = get_close_matches(word, candidates, n=1, cutoff=0.6)

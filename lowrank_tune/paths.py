@@ -1,9 +1,15 @@
-"""Paths that may not exist."""
+"""The folder of the caches, and paths that may not exist."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
+
+
+def cache_folder(environ: Mapping[str, str] = os.environ) -> Path:
+    """Returns the folder of the caches. Raises RuntimeError if none is named and there is no home folder."""
+    return Path(environ.get("LOWRANK_TUNE_CACHE") or "~/.cache/lowrank_tune").expanduser()
 
 
 def nearest_existing(path: Path) -> Path:

@@ -11,11 +11,11 @@ import sys
 from collections.abc import Iterable
 from contextlib import redirect_stdout
 from importlib import metadata
-from pathlib import Path
 
 from packaging.requirements import Requirement
 
-from lowrank_tune.errors import UserError
+from lowrank_tune.errors import UserError, first_line
+from lowrank_tune.paths import cache_folder
 
 UNSLOTH = "unsloth"
 PATCHED_PACKAGES = ("transformers", "peft", "trl")
@@ -89,7 +89,7 @@ def import_unsloth(backends: Iterable[str]) -> None:
     # without this unsloth downloads a file from the Hub to be counted
     os.environ["UNSLOTH_DISABLE_STATISTICS"] = "1"
     # without this it creates a folder beside the user's files
-    os.environ.setdefault("UNSLOTH_COMPILE_LOCATION", str(_cache() / "unsloth_compiled"))
+    os.environ.setdefault("UNSLOTH_COMPILE_LOCATION", str(cache_folder() / "unsloth_compiled"))
     before = {name: os.environ.get(name) for name in PRESERVED_ENV}
     try:
         # unsloth prints a banner
@@ -97,10 +97,9 @@ def import_unsloth(backends: Iterable[str]) -> None:
             importlib.import_module(UNSLOTH)
     # it patches dozens of places of other packages, so any error is possible
     except Exception as error:
-        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise UserError(
-            f"base.backend: unsloth {version} cannot be imported: {reason}; install it again ({INSTALL}), or leave "
-            f"base.backend out"
+            f"base.backend: unsloth {version} cannot be imported: {first_line(error)}; install it again ({INSTALL}), "
+            f"or leave base.backend out"
         ) from error
     finally:
         for name, value in before.items():
@@ -108,7 +107,3 @@ def import_unsloth(backends: Iterable[str]) -> None:
                 os.environ.pop(name, None)
             else:
                 os.environ[name] = value
-
-
-def _cache() -> Path:
-    return Path(os.environ.get("LOWRANK_TUNE_CACHE") or Path.home() / ".cache" / "lowrank_tune").expanduser()

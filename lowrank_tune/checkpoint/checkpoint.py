@@ -25,7 +25,7 @@ from lowrank_tune.checkpoint.atomic_files import (
     write_new,
 )
 from lowrank_tune.errors import UserError
-from lowrank_tune.events import Emit, LogMessage
+from lowrank_tune.events import Emit, warning
 from lowrank_tune.manifest import (
     MANIFEST,
     changed_file,
@@ -188,8 +188,11 @@ def latest_checkpoint(checkpoints: Path, emit: Emit) -> tuple[int, Snapshot] | N
             return step, load(path, path.name)
         except CorruptCheckpoint as broken:
             quarantined = _quarantine(path)
-            message = f"the checkpoint {path.name} is broken ({broken.reason}): it was set aside as {quarantined.name}"
-            emit(LogMessage(message=message, level="warning"))
+            emit(
+                warning(
+                    f"the checkpoint {path.name} is broken ({broken.reason}): it was set aside as {quarantined.name}"
+                )
+            )
     return None
 
 
@@ -245,7 +248,7 @@ def quarantine_broken_final(final: Path, emit: Emit) -> bool:
     else:
         quarantined = _quarantine(final)
         message = f"{reason}: {final.name} was set aside as {quarantined.name}, and is written again from a checkpoint"
-    emit(LogMessage(message=message, level="warning"))
+    emit(warning(message))
     return True
 
 

@@ -20,7 +20,7 @@ from lowrank_tune.checkpoint.atomic_files import (
 )
 from lowrank_tune.checkpoint.run_format import VERSION, check_run_format
 from lowrank_tune.errors import UserError
-from lowrank_tune.events import Emit, LogMessage
+from lowrank_tune.events import Emit, LogMessage, warning
 
 _locks: set[int] = set()
 
@@ -192,8 +192,7 @@ class RunFolder:
                 writer = f"process {process}" if process else "another process"
                 raise UserError(f"{self.path} is being written by {writer}") from error
             except OSError as error:
-                message = f"{self.path} cannot be locked ({error.strerror}): do not start a second run in it"
-                emit(LogMessage(message=message, level="warning"))
+                emit(warning(f"{self.path} cannot be locked ({error.strerror}): do not start a second run in it"))
             os.ftruncate(self._lock, 0)
             write_fully(self._lock, f"{os.getpid()}\n".encode())
 

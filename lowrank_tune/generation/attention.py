@@ -44,15 +44,15 @@ def decode_attention(
     A call that is not a decoding step with a mask goes to transformers' own `sdpa`.
     """
     if attention_mask is None or not _is_decoding_step(query, dropout, kwargs):
-        return _transformers_sdpa(
+        return sdpa_attention_forward(  # type: ignore[no-any-return]
             module,
             query,
             key,
             value,
             attention_mask,
-            dropout,
-            scaling,
-            kwargs,
+            dropout=dropout,
+            scaling=scaling,
+            **kwargs,
         )
     if scaling is None:
         scaling = query.shape[-1] ** -0.5
@@ -85,15 +85,15 @@ def grouped_sdpa(
     heads = query.shape[1]
     groups = key.shape[1]
     if attention_mask is None or groups == heads or not _is_decoding_step(query, dropout, kwargs):
-        return _transformers_sdpa(
+        return sdpa_attention_forward(  # type: ignore[no-any-return]
             module,
             query,
             key,
             value,
             attention_mask,
-            dropout,
-            scaling,
-            kwargs,
+            dropout=dropout,
+            scaling=scaling,
+            **kwargs,
         )
     if attention_mask.shape[1] == heads:
         attention_mask = _group_heads(attention_mask, groups)
@@ -126,29 +126,6 @@ def _ungroup_heads(x: Tensor) -> Tensor:
     """(B, groups, H / groups, D) -> (B, 1, H, D)."""
     rows, _, _, width = x.shape
     return x.reshape(rows, 1, -1, width)
-
-
-def _transformers_sdpa(
-    module: Any,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    dropout: float,
-    scaling: float | None,
-    kwargs: Mapping[str, Any],
-) -> tuple[Tensor, None]:
-    output, _ = sdpa_attention_forward(
-        module,
-        query,
-        key,
-        value,
-        attention_mask,
-        dropout=dropout,
-        scaling=scaling,
-        **kwargs,
-    )
-    return output, None
 
 
 AttentionInterface.register(DECODE_ATTENTION_NAME, decode_attention)

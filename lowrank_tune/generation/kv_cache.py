@@ -176,25 +176,14 @@ class StaticSlotCache:
         return output.last_hidden_state[:, 0]  # type: ignore[no-any-return]
 
 
-@dataclass
-class _CacheGroup:
-    cache: Any
-    size: int
-
-
-class DynamicCacheStore:
-    """The model's own cache for each prompt's group of samples, as `generate` has it, for models that cache something
-    other than keys and values.
-
-    All sequences of a group have the same length, so no state contains padding. Each step is one forward pass for each
-    group.
-    """
+class _UnreservedStore:
+    """A store that reserves nothing, so that any number of slots fits. `slots` contains what each slot in use has."""
 
     def __init__(self, model: Any) -> None:
         self.model = model
         self.decoder = model.get_decoder()
         self.device = model.device
-        self.group_of_slot: dict[int, tuple[_CacheGroup, int]] = {}
+        self.slots: dict[int, Any] = {}
 
     def allocate(
         self,
@@ -203,6 +192,32 @@ class DynamicCacheStore:
         limit: int,
     ) -> int:
         return slots
+
+    def move(
+        self,
+        source: int,
+        target: int,
+        length: int,
+    ) -> None:
+        self.slots[target] = self.slots.pop(source)
+
+
+@dataclass
+class _CacheGroup:
+    cache: Any
+    size: int
+
+
+class DynamicCacheStore(_UnreservedStore):
+    """The model's own cache for each prompt's group of samples, as `generate` has it, for models that cache something
+    other than keys and values.
+
+    All sequences of a group have the same length, so no state contains padding. Each step is one forward pass for each
+    group.
+    """
+
+    slots: dict[int, tuple[_CacheGroup, int]]
+    """The group of each slot, and the row in its cache."""
 
     def prefill(self, prompts: Sequence[Sequence[int]]) -> tuple[list[Any], Tensor]:
         caches = []
@@ -237,14 +252,6 @@ class DynamicCacheStore:
             )
             self._assign(group, group_slots)
 
-    def move(
-        self,
-        source: int,
-        target: int,
-        length: int,
-    ) -> None:
-        self.group_of_slot[target] = self.group_of_slot.pop(source)
-
     def step(
         self,
         tokens: Sequence[int],
@@ -253,7 +260,7 @@ class DynamicCacheStore:
         num_slots = len(tokens)
         slots_of_group = dict[int, list[int]]()
         for slot in range(num_slots):
-            group, _ = self.group_of_slot[slot]
+            group, _ = self.slots[slot]
             slots_of_group.setdefault(id(group), []).append(slot)
         hidden = dict[int, Tensor]()
         for slots in slots_of_group.values():
@@ -282,12 +289,12 @@ class DynamicCacheStore:
     ) -> None:
         """Records that row i of the group's cache belongs to slots[i]."""
         for row, slot in enumerate(slots):
-            self.group_of_slot[slot] = group, row
+            self.slots[slot] = group, row
 
     def _select_cache_rows(self, slots: Sequence[int]) -> Any:
         """Returns the cache of the group in `slots`, in their order, without the rows of sequences that ended."""
-        group, _ = self.group_of_slot[slots[0]]
-        rows = [self.group_of_slot[slot][1] for slot in slots]
+        group, _ = self.slots[slots[0]]
+        rows = [self.slots[slot][1] for slot in slots]
         if rows != list(range(group.size)):
             group.cache.reorder_cache(torch.tensor(rows, device=self.device))
             group.size = len(rows)
@@ -295,21 +302,11 @@ class DynamicCacheStore:
         return group.cache
 
 
-class NoCacheStore:
+class NoCacheStore(_UnreservedStore):
     """No cache, for any causal model: every step reads the whole sequences again, as the trainer does. Slow."""
 
-    def __init__(self, model: Any) -> None:
-        self.decoder = model.get_decoder()
-        self.device = model.device
-        self.sequences: dict[int, list[int]] = {}
-
-    def allocate(
-        self,
-        slots: int,
-        columns: int,
-        limit: int,
-    ) -> int:
-        return slots
+    slots: dict[int, list[int]]
+    """The token ids in each slot."""
 
     def prefill(self, prompts: Sequence[Sequence[int]]) -> tuple[list[list[int]], Tensor]:
         ids, lengths = _pad(prompts, self.device)
@@ -326,15 +323,7 @@ class NoCacheStore:
         slots: Sequence[int],
     ) -> None:
         for row, slot in zip(rows, slots, strict=True):
-            self.sequences[slot] = prompts[row][:]
-
-    def move(
-        self,
-        source: int,
-        target: int,
-        length: int,
-    ) -> None:
-        self.sequences[target] = self.sequences.pop(source)
+            self.slots[slot] = prompts[row][:]
 
     def step(
         self,
@@ -342,8 +331,8 @@ class NoCacheStore:
         positions: Sequence[int],
     ) -> Tensor:
         for slot, token in enumerate(tokens):
-            self.sequences[slot].append(token)
-        _, hidden = self.prefill([self.sequences[slot] for slot in range(len(tokens))])
+            self.slots[slot].append(token)
+        _, hidden = self.prefill([self.slots[slot] for slot in range(len(tokens))])
         return hidden
 
 

@@ -9,7 +9,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
-from lowrank_tune.events import Emit, LogMessage
+from lowrank_tune.events import Emit, warning
 from lowrank_tune.generation.kv_cache import DynamicCacheStore, KVStore, NoCacheStore, StaticSlotCache
 from lowrank_tune.model.oom import is_out_of_memory
 from lowrank_tune.model.rounding import allowed_difference, relative_difference
@@ -63,8 +63,7 @@ def _select_kv_cache(model: Any, emit: Emit | None) -> StoreFactory:
             break
         faults.append(f"{description}: {fault}")
     if faults and emit is not None:
-        message = f"completions are decoded with {used}, which is slower; not usable: {'; '.join(faults)}"
-        emit(LogMessage(level="warning", message=message))
+        emit(warning(f"completions are decoded with {used}, which is slower; not usable: {'; '.join(faults)}"))
     return chosen
 
 

@@ -5,8 +5,7 @@ from __future__ import annotations
 
 import weakref
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -27,8 +26,8 @@ class AllocationTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """While it is entered, counts the storages that operations create. `peaks` contains, for each program point, the
     bytes by purpose when most were in use.
 
-    `block` is the size to which the device's allocator rounds up. A storage counts for `purpose`, or for `logits` if it
-    has a dimension as long as the vocabulary.
+    `block` is the size to which the device's allocator rounds up. A new storage counts for `purpose`, or for `logits`
+    if it has a dimension as long as the vocabulary.
     """
 
     def __init__(
@@ -71,16 +70,6 @@ class AllocationTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 self._alive[key] = ref, size, purpose
                 self.live[before] -= size
                 self.live[purpose] += size
-
-    @contextmanager
-    def with_purpose(self, purpose: str) -> Iterator[None]:
-        """Counts the storages that are created inside for this purpose."""
-        before = self.purpose
-        self.purpose = purpose
-        try:
-            yield
-        finally:
-            self.purpose = before
 
     def __torch_dispatch__(
         self,

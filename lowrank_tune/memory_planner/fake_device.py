@@ -235,17 +235,17 @@ class FakeDeviceMode(TorchFunctionMode):
 
 @contextmanager
 def replaced(
-    module: Any,
+    owner: Any,
     name: str,
     value: Any,
 ) -> Iterator[None]:
-    """Replaces an attribute of a module, and restores it on exit."""
-    original = getattr(module, name)
-    setattr(module, name, value)
+    """Replaces an attribute of a module or an object, and restores it on exit."""
+    original = getattr(owner, name)
+    setattr(owner, name, value)
     try:
         yield
     finally:
-        setattr(module, name, original)
+        setattr(owner, name, original)
 
 
 @contextmanager

@@ -13,7 +13,7 @@ from lowrank_tune.memory_planner.meta_model import layers_of
 from lowrank_tune.memory_planner.plan_report import DECODING_PHASES, GIB, NON_UPDATE_PHASES, Phase, Plan, needed
 from lowrank_tune.memory_planner.planner import peaks_of, phases_in
 from lowrank_tune.memory_planner.simulation import SimulationSpec, simulate
-from lowrank_tune.memory_planner.sizes import Sizes, sizes_of
+from lowrank_tune.memory_planner.sizes import Sizes, sizes_of, step_units
 
 ENOUGH_TOKENS = 8192
 """Tokens of a micro-batch above which unpacking 4-bit weights takes less than 2 % of a step, so that fewer recomputed
@@ -21,6 +21,8 @@ layers save more time."""
 LENGTH_STEP = 64
 """The longest row is rounded down to a multiple of this number of tokens."""
 MAX_TRIES = 3
+DEFAULT_STEP_UNITS = 16
+"""Units of an optimizer step if the recipe does not set them."""
 
 
 class Search:
@@ -60,7 +62,7 @@ class Search:
         return largest_fitting(
             lambda units: self.need(self.with_micro_batch(units), self.plan.recomputed),
             self.plan.sizes.units,
-            max_units or _step_units(self.spec.recipe),
+            max_units or step_units(self.spec.recipe, DEFAULT_STEP_UNITS),
             self.plan.vram,
         )
 
@@ -142,13 +144,6 @@ def _with_length(sizes: Sizes, length: int) -> Sizes:
     )
 
 
-def _step_units(recipe: RecipeConfig) -> int:
-    """Returns the units of an optimizer step."""
-    if recipe.is_online:
-        return recipe.train.prompts_per_step * recipe.rollout.num_generations
-    return recipe.train.global_batch_size or 16
-
-
 def with_fit_report(spec: SimulationSpec, plan: Plan) -> Plan:
     """Adds to the plan what fits, and one line of advice."""
     if not plan.vram:
@@ -187,18 +182,19 @@ def _advice(
         if fewest is not None:
             return f"fits with train.gradient_checkpointing={fewest}"
     if plan.max_micro_batch_size:
-        return f"fits with {_micro(recipe, sizes, plan.max_micro_batch_size)}"
+        tokens = plan.max_micro_batch_size * sizes.rows_per_unit * recipe.max_train_length
+        return f"fits with {_micro_batch_setting(recipe, plan.max_micro_batch_size, tokens)}"
     return _shorten(spec, plan)
 
 
-def _micro(
+def _micro_batch_setting(
     recipe: RecipeConfig,
-    sizes: Sizes,
     units: int,
+    tokens: int,
 ) -> str:
-    """Returns the setting of a micro-batch with these units, in rows or in tokens as in the recipe."""
+    """Returns the setting of a micro-batch, in units or in tokens as in the recipe."""
     if recipe.train.micro_batch_tokens is not None:
-        return f"train.micro_batch_tokens={units * sizes.rows_per_unit * recipe.max_train_length}"
+        return f"train.micro_batch_tokens={tokens}"
     return f"train.micro_batch_size={units}"
 
 
@@ -224,9 +220,7 @@ def _shorten(spec: SimulationSpec, plan: Plan) -> str:
         setting = "rollout.max_new_tokens"
         value -= recipe.data.max_prompt_length
     if value >= LENGTH_STEP:
-        micro = "train.micro_batch_size=1"
-        if recipe.train.micro_batch_tokens is not None:
-            micro = f"train.micro_batch_tokens={row_tokens * plan.sizes.rows_per_unit}"
+        micro = _micro_batch_setting(recipe, 1, row_tokens * plan.sizes.rows_per_unit)
         return f"fits with {setting}={value} {micro}"
     if not recipe.train.activation_offloading and plan.recomputed:
         return "try train.activation_offloading=true, a smaller rank (adapters.policy.r), or a smaller base"
@@ -243,7 +237,7 @@ def choose_micro_batch(spec: SimulationSpec, plan: Plan) -> dict[str, int]:
     auto_layers = train.gradient_checkpointing == "auto"
     sizes = plan.sizes
     if train.micro_batch_size == "auto":
-        max_units = _step_units(spec.recipe)
+        max_units = step_units(spec.recipe, DEFAULT_STEP_UNITS)
         if auto_layers:
             enough_units = max(1, ENOUGH_TOKENS // (sizes.length * sizes.rows_per_unit))
             max_units = min(max_units, enough_units)

@@ -18,7 +18,7 @@ from lowrank_tune.memory_planner.meta_model import config_for, layers_of
 from lowrank_tune.memory_planner.plan_report import GIB, PHASE_SEPARATOR, Phase, Plan, needed
 from lowrank_tune.memory_planner.rollouts import DecodingSpec
 from lowrank_tune.memory_planner.simulation import SimulationSpec, simulate
-from lowrank_tune.memory_planner.sizes import Sizes, sizes_of
+from lowrank_tune.memory_planner.sizes import sizes_of
 from lowrank_tune.model.activation_checkpointing import num_checkpointed_layers
 from lowrank_tune.model.base import default_dtype
 
@@ -33,7 +33,6 @@ def make_spec(
     device: torch.device,
     loaded: Mapping[str, LoraConfig],
     reward_base_adapters: Sequence[str] = (),
-    sizes: Sizes | None = None,
 ) -> SimulationSpec:
     """Returns what is simulated. Raises UserError if the base's configuration cannot be loaded."""
     config = config_for(recipe.base)
@@ -41,7 +40,7 @@ def make_spec(
         recipe,
         config,
         device,
-        sizes or sizes_of(recipe),
+        sizes_of(recipe),
         loaded,
         reward_base_adapters,
     )

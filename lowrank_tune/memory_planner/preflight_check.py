@@ -8,7 +8,7 @@ from typing import Any
 
 from lowrank_tune.config import Chain, RecipeConfig
 from lowrank_tune.errors import UserError
-from lowrank_tune.events import Emit, LogMessage, Progress
+from lowrank_tune.events import Emit, LogMessage, Progress, warning
 from lowrank_tune.memory_planner.fit import choose_micro_batch, with_fit_report
 from lowrank_tune.memory_planner.plan_report import GIB, Plan
 from lowrank_tune.memory_planner.planner import plan_of, vram_bytes
@@ -87,12 +87,7 @@ def _plan_stage(
     elif train.memory_check == "refuse":
         fit.faults[name] = _does_not_fit(spec, plan) + MEMORY_CHECK_HINT
     else:
-        emit(
-            LogMessage(
-                message=f"{name}: {_does_not_fit(spec, plan)}",
-                level="warning",
-            )
-        )
+        emit(warning(f"{name}: {_does_not_fit(spec, plan)}"))
 
 
 def _describe(plan: Plan) -> str:

@@ -173,14 +173,14 @@ class _SimulatedStage:
             decode(
                 self.roles,
                 decoding,
-                self.tracker.with_purpose("KV cache"),
+                replaced(self.tracker, "purpose", "KV cache"),
                 partial(_start_pass, self.tracker, phase),
             )
 
     def _create_optimizer(self) -> None:
         """The optimizer as from the second step on, with its moments."""
         self.tracker.move_to("start")
-        with self.tracker.with_purpose("optimizer"):
+        with replaced(self.tracker, "purpose", "optimizer"):
             self.optimizer = planned_optimizer(self.parameters, self.recipe.train, self.spec.device)
 
     def run_offline(self, only_update: bool) -> None:

@@ -47,13 +47,9 @@ def sizes_of(recipe: RecipeConfig, units: int | None = None) -> Sizes:
     """Returns the sizes of the largest micro-batch that a recipe allows, with the longest rows; or of one with `units`
     units."""
     train = recipe.train
-    online = recipe.algorithm in ("grpo", "ppo")
     length = recipe.max_train_length
     rows_per_unit = 2 if recipe.uses_pairs else 1
-    if online:
-        step = train.prompts_per_step * recipe.rollout.num_generations
-    else:
-        step = train.global_batch_size or 1 << 20
+    step = step_units(recipe, 1 << 20)
     num_units = units or train.micro_batch_rows
     if num_units is None and train.micro_batch_tokens is not None:
         # Rows that are a little shorter fill the budget.
@@ -67,7 +63,7 @@ def sizes_of(recipe: RecipeConfig, units: int | None = None) -> Sizes:
         rows_per_unit,
         no_grad_tokens=micro_tokens_of(recipe, length),
     )
-    if not online:
+    if not recipe.is_online:
         return sizes
     group = recipe.rollout.num_generations
     num_rows = max(num_units, sizes.no_grad_rows)
@@ -77,6 +73,13 @@ def sizes_of(recipe: RecipeConfig, units: int | None = None) -> Sizes:
         prompt_length=min(recipe.data.max_prompt_length, length - 1),
         num_rollouts=min(step, -(-num_rows // group) * group),
     )
+
+
+def step_units(recipe: RecipeConfig, default: int) -> int:
+    """Returns the units of an optimizer step; `default` if the recipe does not set them."""
+    if recipe.is_online:
+        return recipe.train.prompts_per_step * recipe.rollout.num_generations
+    return recipe.train.global_batch_size or default
 
 
 def batch_of(rows: int, sizes: Sizes) -> Batch:

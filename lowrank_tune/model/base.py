@@ -11,9 +11,10 @@ import json
 import logging
 import os
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -33,7 +34,7 @@ from transformers import (
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 from transformers.utils import logging as transformers_logging
 
-from lowrank_tune.errors import UserError
+from lowrank_tune.errors import UserError, first_line
 from lowrank_tune.model.rotary import FixedRope, RopeFactors, check_frequencies, fix_frequencies, fixed_rope
 
 if TYPE_CHECKING:  # the model floor must run where pydantic is not installed (benchmarks/gpu.py)
@@ -151,12 +152,11 @@ def load_base(
     num_weights = sum(parameter.numel() for parameter in model.parameters())
     if device.type == "cpu" and SINGLE_THREAD_ENV not in os.environ and num_weights < SINGLE_THREAD_MAX_PARAMS:
         torch.set_num_threads(1)
-    revision = arguments["revision"] or getattr(config, "_commit_hash", None)
     base = freeze_base(
         model,
         tokenizer,
         name=base_config.model,
-        revision=revision,
+        revision=loaded_revision(config, arguments),
         bits=4 if quantized else base_config.bits,
         rope_factors=rope_factors,
     )
@@ -165,40 +165,22 @@ def load_base(
     return base
 
 
+def loaded_revision(config: Any, arguments: Mapping[str, Any]) -> str | None:
+    """Returns the revision that the arguments of `describe_load_errors` name, or the commit that the hub resolved."""
+    return arguments["revision"] or getattr(config, "_commit_hash", None)
+
+
 def weight_files(base_config: BaseConfig) -> dict[str, Path]:
     """Returns the published file of each tensor of the base. Raises UserError as `load_base`."""
     with describe_load_errors(base_config) as (path_or_id, arguments):
-        revision = arguments["revision"]
-        index = cached_file(
-            path_or_id,
-            SAFE_WEIGHTS_INDEX_NAME,
-            revision=revision,
-            _raise_exceptions_for_missing_entries=False,
-        )
+        published = partial(cached_file, path_or_id, revision=arguments["revision"])
+        index = published(SAFE_WEIGHTS_INDEX_NAME, _raise_exceptions_for_missing_entries=False)
         if index is None:
-            single = Path(
-                str(
-                    cached_file(
-                        path_or_id,
-                        SAFE_WEIGHTS_NAME,
-                        revision=revision,
-                    )
-                )
-            )
+            single = Path(str(published(SAFE_WEIGHTS_NAME)))
             with safe_open(single, framework="pt") as opened:
                 return dict.fromkeys(opened.keys(), single)
         weight_map = json.loads(Path(str(index)).read_bytes())["weight_map"]
-        paths = dict[str, Path]()
-        for file in set(weight_map.values()):
-            paths[file] = Path(
-                str(
-                    cached_file(
-                        path_or_id,
-                        file,
-                        revision=revision,
-                    )
-                )
-            )
+        paths = {file: Path(str(published(file))) for file in set(weight_map.values())}
         return {name: paths[file] for name, file in weight_map.items()}
 
 
@@ -226,11 +208,16 @@ def _check_weights(
             state = getattr(module.weight, "quant_state", None)
             if state is not None and tuple(state.shape) != (module.out_features, module.in_features):
                 wrong_shapes.append(f"{key}.weight")
-    problem = "missing"
-    keys = loading_info["missing_keys"]
-    if not keys:
-        problem = "of another shape than in config.json"
-        keys = wrong_shapes
+    refuse_weights(name, loading_info["missing_keys"], "missing")
+    refuse_weights(name, wrong_shapes, "of another shape than in config.json")
+
+
+def refuse_weights(
+    name: str,
+    keys: Collection[str],
+    problem: str,
+) -> None:
+    """Raises UserError if there are weights with this problem."""
     if keys:
         raise UserError(
             f"base.model: {name} cannot be loaded: {len(keys)} of its weights are {problem}, for example {min(keys)}",
@@ -419,7 +406,6 @@ def _load_error_message(
     revision: str,
     error: Exception,
 ) -> str:
-    first_line = next(iter(str(error).strip().splitlines()), type(error).__name__)
     text = str(error).lower()
     where = name
     if revision:
@@ -444,7 +430,7 @@ def _load_error_message(
             f"base.model: {where} is not a folder, not in the local cache, and could not be fetched; check the name "
             f"and {place}"
         )
-    return f"base.model: {where} cannot be loaded: {first_line}"
+    return f"base.model: {where} cannot be loaded: {first_line(error)}"
 
 
 def _end_ids(model: Any, tokenizer: Any) -> frozenset[int]:

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from lowrank_tune.batch import cut_into_batches
 from lowrank_tune.errors import OutOfMemory
-from lowrank_tune.events import Emit, LogMessage, ignore_event
+from lowrank_tune.events import Emit, ignore_event, warning
 
 OOM_MESSAGES = ("out of memory", "can't allocate memory", "not enough memory", "_status_alloc_failed")
 """Texts of errors other than `OutOfMemoryError`: of CUDA, of cuBLAS, and of the CPU's allocator."""
@@ -234,12 +234,7 @@ class MemoryLimits:
             tokens // rows_per_unit,
             limit,
         )
-        self.emit(
-            LogMessage(
-                level="warning",
-                message=self.message_prefix + message,
-            )
-        )
+        self.emit(warning(self.message_prefix + message))
 
     def _try(
         self,

@@ -22,14 +22,16 @@ from torch import Tensor, nn
 from transformers import AutoConfig
 
 from lowrank_tune.batch import Batch
-from lowrank_tune.errors import UserError
+from lowrank_tune.errors import UserError, first_line
 from lowrank_tune.model.base import (
     Base,
     check_quantization,
     default_dtype,
     describe_load_errors,
     freeze_base,
+    loaded_revision,
     pick_device,
+    refuse_weights,
     silence_transformers,
     weight_files,
 )
@@ -95,15 +97,14 @@ def load_base(
             raise
         except (RuntimeError, NotImplementedError, TypeError, AttributeError) as error:
             raise UserError(
-                f"base.backend: unsloth cannot load {base_config.model}: {_first_line(error)}; use `transformers`"
+                f"base.backend: unsloth cannot load {base_config.model}: {first_line(error)}; use `transformers`"
             ) from error
     _check(model, config, base_config, four_bits)
-    revision = arguments["revision"] or getattr(config, "_commit_hash", None)
     base = freeze_base(
         model,
         tokenizer,
         name=base_config.model,
-        revision=revision,
+        revision=loaded_revision(config, arguments),
         bits=4 if four_bits else 16,
     )
     return replace(
@@ -133,11 +134,7 @@ def _check(
             "use `transformers`",
         )
     missing = {key for key, _ in model.named_parameters()} - weight_files(base_config).keys()
-    if missing:
-        raise UserError(
-            f"base.model: {name} cannot be loaded: {len(missing)} of its weights are missing, for example "
-            f"{min(missing)}",
-        )
+    refuse_weights(name, missing, "missing")
 
 
 def _restore_transformers_forward(model: Any, device: torch.device) -> Callable[[], AbstractContextManager[Any]]:
@@ -243,7 +240,3 @@ def _logps_and_gradient(
         gradients.append(gradient.flatten())
         parameter.grad = None
     return logps.detach(), torch.cat(gradients)
-
-
-def _first_line(error: Exception) -> str:
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)

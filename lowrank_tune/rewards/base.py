@@ -214,6 +214,32 @@ class WorkerReward(ABC):
         )
 
 
+@dataclass(frozen=True)
+class WorkerVerifier(WorkerReward):
+    """A verifier that grades a completion only if the row can be used and the completion stopped by itself."""
+
+    is_verifier: ClassVar[bool] = True
+
+    @abstractmethod
+    def row_rejection_reason(self, item: RewardInput) -> str | None:
+        """As in `ValidatesRows`."""
+
+    def score_without_worker(self, item: RewardInput) -> Score | None:
+        if reason := self.row_rejection_reason(item):
+            return self.unusable_row(item, reason)
+        if not item.stopped:
+            return DID_NOT_STOP
+        return self.score_completion(item)
+
+    def unusable_row(self, item: RewardInput, reason: str) -> Score:
+        """Returns the score of every completion of a row that cannot be used."""
+        return self.no_score(item, reason)
+
+    def score_completion(self, item: RewardInput) -> Score | None:
+        """Returns the score of a completion that stopped, if the main process can decide it, else None."""
+        return None
+
+
 Reward = InProcessReward | BatchedReward | WorkerReward
 
 

@@ -84,6 +84,9 @@ NON_ANSWERS = ("Good question.", "I do not know.", "That is hard to say.", "Let 
 HESITATIONS = ("Let me see.", "Hm, once more.", "Wait.", "Let me check that.")
 AnswerPair = tuple[str, str]
 """A chosen and a rejected answer."""
+SIGNS = "++++---***"
+"""Each sign as often as it is drawn."""
+STEPS_SHARE = 0.35
 HELDOUT_SHARE = 12
 """One problem in this many is held out."""
 ERRORS = (-20, -11, -10, -9, -3, -2, -1, 1, 2, 3, 9, 10, 11, 20)
@@ -198,11 +201,10 @@ def is_heldout(problem: Problem) -> bool:
 def sample_problem(
     rng: Random,
     from_heldout: bool = False,
-    signs: str = "++++---***",
 ) -> Problem:
-    """Returns a random problem, held out or not. `signs` contains each sign as often as it is drawn."""
+    """Returns a random problem, held out or not."""
     while True:
-        sign = rng.choice(signs)
+        sign = rng.choice(SIGNS)
         a = rng.randint(SMALLEST, 9 if sign == "*" else LARGEST)
         b = rng.randint(SMALLEST, LARGEST)
         if sign == "-":
@@ -216,14 +218,13 @@ def rows(
     count: int,
     seed: int,
     heldout: bool = False,
-    steps_share: float = 0.35,
 ) -> Iterator[dict[str, str]]:
-    """Yields rows with `question`, `answer` and `gold`. All answers are correct; a share `steps_share` of them shows
-    its steps."""
+    """Yields rows with `question`, `answer` and `gold`. All answers are correct; a share STEPS_SHARE of them shows its
+    steps."""
     rng = Random(f"tutor-{seed}-{heldout}")
     for _ in range(count):
         problem = sample_problem(rng, heldout)
-        if rng.random() < steps_share:
+        if rng.random() < STEPS_SHARE:
             answer = problem.answer_with_steps()
         else:
             answer = problem.answer_without_steps(rng, p_correct=1.0)

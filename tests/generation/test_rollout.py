@@ -405,7 +405,7 @@ def test_other_roles_may_be_used_between_two_tokens() -> None:
     expected = run(roles, n=2, stop=frozenset(range(2, 30)))
     found = []
     for one in Engine(roles, "policy").generate(PROMPTS, 2, SamplingParams(12, frozenset(range(2, 30)))):
-        assert roles.active_stack == [] and roles.base.model.training and torch.is_grad_enabled()
+        assert roles._active == [] and roles.base.model.training and torch.is_grad_enabled()
         found.append(one)
         roles.logps("reference", make_batch([[5, 6, 7, 8]]))
     assert by_name(found) == expected
@@ -701,7 +701,7 @@ def test_linears_of_a_rollout_compute_the_same(bits: int, rslora: bool) -> None:
 def test_train_mode_is_restored_and_dropout_is_off() -> None:
     roles = perturbed_roles(16, dropout=0.5, checkpointing=True)
     assert run(roles, temperature=0.0) == run(roles, temperature=0.0)
-    assert roles.base.model.training and roles.active_stack == []
+    assert roles.base.model.training and roles._active == []
     with count_forwards(roles) as count:
         run(roles, prompts=[[5, 6]], tokens=3)
         assert count[0] == 3  # one layer call a token: the cache works, nothing is recomputed
@@ -732,7 +732,7 @@ def test_dropped_generator_frees_everything() -> None:
     generator = Engine(roles, "policy").generate(PROMPTS, 1, SamplingParams(5, NO_STOP))
     next(generator)
     generator.close()  # type: ignore[attr-defined]
-    assert roles.base.model.training and roles.active_stack == [] and torch.is_grad_enabled()
+    assert roles.base.model.training and roles._active == [] and torch.is_grad_enabled()
 
 
 def test_an_exception_in_the_model_restores_everything() -> None:
@@ -745,7 +745,7 @@ def test_an_exception_in_the_model_restores_everything() -> None:
     with pytest.raises(RuntimeError, match="out of something"):
         run(roles)
     handle.remove()
-    assert roles.base.model.training and roles.active_stack == [] and torch.is_grad_enabled()
+    assert roles.base.model.training and roles._active == [] and torch.is_grad_enabled()
 
 
 def test_generate_without_prompts_or_samples_yields_nothing() -> None:

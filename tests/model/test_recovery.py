@@ -158,7 +158,7 @@ def differs(unbroken: Any, name: str, backward: bool, draws: int) -> list[str]:
             for i, (a, b) in enumerate(zip(seen, gradients, strict=True))
             if relative_error(a, b) > NEAR[name]
         ]
-        wrong += [f"{moments}: role"] if roles.active_stack else []
+        wrong += [f"{moments}: role"] if roles._active else []
         wrong += [f"{moments}: {each}" for each in warnings if "out of memory" not in each]
         wrong += (
             [f"{moments}: times"]
@@ -481,9 +481,7 @@ def test_rollout_with_fewer_sequences_draws_the_same_samples() -> None:
         found, notes = drawn(roles, moments)
         assert found == whole and len(notes) == len(moments) == roles.limits.num_ooms
         assert (
-            roles.active_stack == []
-            and roles.base.model.training
-            and roles.limits.cache_tokens == (8 >> len(moments)) * 16
+            roles._active == [] and roles.base.model.training and roles.limits.cache_tokens == (8 >> len(moments)) * 16
         )
         assert "drawn again from the same random numbers" in notes[0]
 

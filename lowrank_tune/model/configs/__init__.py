@@ -21,11 +21,6 @@ SAME_CONFIG = {
 """Models with the same tensors as one that is here. Their end token and their longest position may differ."""
 
 
-def known_models() -> list[str]:
-    """The hub ids of all configs that are here, by name."""
-    return sorted(file.stem.replace("--", "/", 1) for file in FOLDER.glob("*.json"))
-
-
 def file_of(model: str) -> Path | None:
     """The `config.json` of a hub id, or of a sibling with the same tensors, whatever its revision; None where it is not
     here."""

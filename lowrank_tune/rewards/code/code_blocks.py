@@ -29,6 +29,12 @@ def last_code_block(text: str, languages: Container[str]) -> str | None:
     return "\n".join(lines[start:stop])
 
 
+def last_code_block_or_text(text: str, languages: Container[str]) -> str:
+    """Returns `last_code_block`, or the whole text if there is none."""
+    block = last_code_block(text, languages)
+    return text if block is None else block
+
+
 def fenced_blocks(text: str) -> list[tuple[str, str]]:
     """Returns (language, content) of all fences; the last one may be open. The language is the first word after the
     opening backticks, in lower case. Unlike `last_code_block`, any line that begins with backticks closes a fence."""

@@ -22,7 +22,7 @@ from typing import Any, ClassVar
 
 from lowrank_tune.config import UNSAFE_CODE
 from lowrank_tune.errors import UserError
-from lowrank_tune.rewards.base import DID_NOT_STOP, Reply, RewardInput, Score, WorkerReward, to_printable
+from lowrank_tune.rewards.base import Reply, RewardInput, Score, WorkerVerifier, to_printable
 from lowrank_tune.rewards.code.python_tests_worker import InvalidTests, reference_solution, row_tests
 from lowrank_tune.rewards.sandbox.isolation import best_available, unavailable_reason
 from lowrank_tune.rewards.sandbox.launch import Level
@@ -31,13 +31,12 @@ MAX_REASON_CHARS = 240
 
 
 @dataclass(frozen=True)
-class PythonTestsReward(WorkerReward):
+class PythonTestsReward(WorkerVerifier):
     """pass (1) or fail (0). `accept_unsafe_code`: whether the recipe allows code to run without a sandbox on a machine
     that has none."""
 
     name: str = "python_tests"
     accept_unsafe_code: bool = False
-    is_verifier: ClassVar[bool] = True
     worker_module: ClassVar[str] = "lowrank_tune.rewards.code.python_tests_worker"
     worker_time_factor: ClassVar[float] = 3.0  # the code may run twice, and the row's own solution once
 
@@ -71,11 +70,6 @@ class PythonTestsReward(WorkerReward):
         except InvalidTests as error:
             return str(error)
         return None
-
-    def score_without_worker(self, item: RewardInput) -> Score | None:
-        if reason := self.row_rejection_reason(item):
-            return self.no_score(item, reason)
-        return None if item.stopped else DID_NOT_STOP
 
     def reference_request(self, item: RewardInput) -> Mapping[str, Any] | None:
         """Returns the request for the row's own solution, if it has one."""

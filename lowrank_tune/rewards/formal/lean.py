@@ -21,16 +21,15 @@ from typing import Any, ClassVar
 
 from lowrank_tune.errors import UserError
 from lowrank_tune.rewards.base import (
-    DID_NOT_STOP,
     MAX_REASON_CHARS,
     Reply,
     RewardInput,
     Score,
-    WorkerReward,
+    WorkerVerifier,
     pass_or_fail,
     to_printable,
 )
-from lowrank_tune.rewards.code.code_blocks import last_code_block
+from lowrank_tune.rewards.code.code_blocks import last_code_block_or_text
 
 MAX_CHARS = 100_000  # characters of a completion
 MEMORY_MEGABYTES = 4096
@@ -63,12 +62,11 @@ class InvalidProof(ValueError):
 
 
 @dataclass(frozen=True)
-class LeanReward(WorkerReward):
+class LeanReward(WorkerVerifier):
     """pass (1) or fail (0). A completion that did not stop by itself gets 0."""
 
     name: str
     program: tuple[str, ...]
-    is_verifier: ClassVar[bool] = True
     worker_module: ClassVar[str] = "lowrank_tune.rewards.formal.lean_worker"
 
     def worker_spec(self) -> Mapping[str, Any]:
@@ -86,11 +84,7 @@ class LeanReward(WorkerReward):
             return None
         return "`statement` holds no theorem"
 
-    def score_without_worker(self, item: RewardInput) -> Score | None:
-        if reason := self.row_rejection_reason(item):
-            return self.no_score(item, reason)
-        if not item.stopped:
-            return DID_NOT_STOP
+    def score_completion(self, item: RewardInput) -> Score | None:
         try:
             self.build_request(item)
         except InvalidProof as error:
@@ -175,8 +169,7 @@ def extract_proof(completion: str, statement: str) -> str:
     """Returns the proof of a completion, from its `:=` on. Raises InvalidProof."""
     if len(completion) > MAX_CHARS:
         raise InvalidProof(f"longer than {MAX_CHARS} characters")
-    code_block = last_code_block(completion, LANGUAGES)
-    text = strip_comments(completion if code_block is None else code_block)
+    text = strip_comments(last_code_block_or_text(completion, LANGUAGES))
     text = _after_statement(text, statement).strip("\n").rstrip()
     for word in WORD.findall(text):
         if word in FORBIDDEN_WORDS or word[0] in "#@":

@@ -19,6 +19,8 @@ import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
+from lowrank_tune.rewards.workers.process_tree import processes, with_descendants
+
 ENVIRONMENT = ("PATH", "HOME", "ELAN_HOME", "ELAN_TOOLCHAIN", "LEAN_PATH", "LEAN_SYSROOT", "LAKE_HOME")
 MAX_OUTPUT_BYTES = 4 << 20  # bytes of messages
 MAX_REASON_CHARS = 300
@@ -178,30 +180,7 @@ def _kill(process: subprocess.Popen[bytes]) -> None:
     """Kills the program and its descendants, if it still runs."""
     if process.poll() is not None:
         return
-    parents = _parents()
-    pids = [process.pid]
-    # the list grows while it is read: children of children are found too
-    for pid in pids:
-        pids += [child for child, parent in parents.items() if parent == pid]
-    for pid in pids:
+    for pid in with_descendants([process.pid], processes()):
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.kill(pid, signal.SIGKILL)
     process.wait()
-
-
-def _parents() -> dict[int, int]:
-    """Returns the parent of each process."""
-    if not os.path.isdir("/proc"):
-        return {}
-    parents = {}
-    for name in os.listdir("/proc"):
-        with contextlib.suppress(OSError, ValueError):
-            pid = int(name)
-            with open(
-                f"/proc/{pid}/stat",
-                encoding="utf-8",
-                errors="replace",
-            ) as status:
-                fields = status.read().rpartition(")")[2].split()
-            parents[pid] = int(fields[1])
-    return parents

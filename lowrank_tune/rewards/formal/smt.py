@@ -27,16 +27,15 @@ from typing import Any, ClassVar, Literal
 
 from lowrank_tune.data.ground_truth import last_boxed
 from lowrank_tune.rewards.base import (
-    DID_NOT_STOP,
     MAX_REASON_CHARS,
     Reply,
     RewardInput,
     Score,
-    WorkerReward,
+    WorkerVerifier,
     pass_or_fail,
     to_printable,
 )
-from lowrank_tune.rewards.code.code_blocks import last_code_block
+from lowrank_tune.rewards.code.code_blocks import last_code_block_or_text
 
 MEMORY_MEGABYTES = 1024
 MAX_CHARS = 200_000  # characters of a completion
@@ -58,12 +57,11 @@ OPPOSITE_VERDICT = {
 
 
 @dataclass(frozen=True)
-class SmtReward(WorkerReward):
+class SmtReward(WorkerVerifier):
     """pass (1) or fail (0). A completion that did not stop by itself gets 0."""
 
     name: str
     answer_type: Literal["statement", "witness", "invariant"]
-    is_verifier: ClassVar[bool] = True
     worker_module: ClassVar[str] = "lowrank_tune.rewards.formal.smt_worker"
 
     def worker_spec(self) -> Mapping[str, Any]:
@@ -80,11 +78,7 @@ class SmtReward(WorkerReward):
                 return f"the row has no column `{column}`"
         return None
 
-    def score_without_worker(self, item: RewardInput) -> Score | None:
-        if reason := self.row_rejection_reason(item):
-            return self.no_score(item, reason)
-        if not item.stopped:
-            return DID_NOT_STOP
+    def score_completion(self, item: RewardInput) -> Score | None:
         if len(item.completion) > MAX_CHARS:
             return Score(0.0, "fail", f"longer than {MAX_CHARS} characters")
         if self.answer_type == "statement" and claimed_verdict(item.completion) is None:
@@ -93,8 +87,7 @@ class SmtReward(WorkerReward):
 
     def build_request(self, item: RewardInput) -> Mapping[str, Any]:
         columns = {name: item.row.get(name) for name in REQUEST_COLUMNS}
-        code_block = last_code_block(item.completion, LANGUAGES)
-        return {**columns, "text": item.completion if code_block is None else code_block}
+        return {**columns, "text": last_code_block_or_text(item.completion, LANGUAGES)}
 
     def reference_request(self, item: RewardInput) -> Mapping[str, Any] | None:
         """Returns the request for the row's own formulas. None for a statement: Z3 decides only the row's formulas, so

@@ -32,7 +32,6 @@ MAX_CHARS_BEFORE_BOX = 4000  # characters that are read before and after the pla
 MAX_CHARS_AFTER_BOX = 4000
 MAX_NUMBER_CHARS = 100  # characters of a number
 MAX_SHOWN_CHARS = 40  # characters of an answer in a reason
-MAX_SHOWN_GOLD_CHARS = 60  # the same of a gold answer
 
 # finds everything that looks like a number; FULL_NUMBER then reads it strictly
 SIGN = r"[-+\u2212]?"
@@ -102,22 +101,6 @@ def not_equal_reason(answer: str, ground_truth: str) -> str:
     """Returns why an answer is wrong."""
     shown = truncate_for_display(answer, MAX_SHOWN_CHARS)
     return f"{shown} is not {truncate_for_display(ground_truth, MAX_SHOWN_CHARS)}"
-
-
-def unreadable_answer(answer: str, reason: str) -> Score:
-    """Returns the score of an answer that cannot be read, which is wrong. `reason`: a predicate."""
-    return Score(
-        0.0,
-        "fail",
-        f"{truncate_for_display(answer, MAX_SHOWN_CHARS)} {reason}",
-    )
-
-
-def with_ground_truth(reason: str, item: RewardInput) -> str:
-    """Returns why a row cannot be used, with its gold answer."""
-    if item.ground_truth is None:
-        return reason
-    return f"{reason}: {truncate_for_display(item.ground_truth, MAX_SHOWN_GOLD_CHARS)}"
 
 
 def extract_final_answer(completion: str) -> str | None:

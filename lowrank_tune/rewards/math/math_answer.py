@@ -17,16 +17,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from lowrank_tune.rewards.base import (
-    DID_NOT_STOP,
-    Reply,
-    RewardInput,
-    Score,
-    WorkerReward,
-    pass_or_fail,
-    require_packages,
-)
-from lowrank_tune.rewards.math.answer import extract_box, not_equal_reason, unreadable_answer, with_ground_truth
+from lowrank_tune.rewards.base import Reply, RewardInput, Score, pass_or_fail, require_packages
+from lowrank_tune.rewards.math.answer import extract_box, not_equal_reason
 from lowrank_tune.rewards.math.answer_parsing import (
     HEADING,
     MAX_WORDS,
@@ -40,34 +32,23 @@ from lowrank_tune.rewards.math.answer_parsing import (
     words,
 )
 from lowrank_tune.rewards.math.final_answer import extract_final_answer
+from lowrank_tune.rewards.math.gold_answer import GoldAnswerVerifier, unreadable_answer
 from lowrank_tune.rewards.math.latex_syntax import too_large_reason, unreadable_reason
 
 
 @dataclass(frozen=True)
-class MathAnswerReward(WorkerReward):
-    """pass (1) or fail (0); error if the gold answer or the verifier itself is at fault."""
+class MathAnswerReward(GoldAnswerVerifier):
+    """The verifier `math_answer`."""
 
     name: str = "math_answer"
-    is_verifier: ClassVar[bool] = True
     worker_module: ClassVar[str] = "lowrank_tune.rewards.math.math_worker"
-    max_seconds: ClassVar[float] = 5.0
 
-    def row_rejection_reason(self, item: RewardInput) -> str | None:
-        """Returns why the gold answer cannot be used, as far as the main process can decide it. The worker decides the
-        rest when it grades the gold answer in a box."""
-        if item.ground_truth is None or not item.ground_truth.strip():
-            return "the gold answer is missing"
-        reason = _ground_truth_problem(reference_answer(item.ground_truth))
-        return None if reason is None else f"the gold answer {reason}"
+    def gold_problem(self, ground_truth: str) -> str | None:
+        return _ground_truth_problem(reference_answer(ground_truth))
 
-    def score_without_worker(self, item: RewardInput) -> Score | None:
-        if reason := self.row_rejection_reason(item):
-            return self.no_score(item, with_ground_truth(reason, item))
-        if not item.stopped:
-            return DID_NOT_STOP
-        assert item.ground_truth is not None
+    def score_completion(self, item: RewardInput) -> Score | None:
         answer = extract_final_answer(item.completion)
-        reference = reference_answer(item.ground_truth)
+        reference = reference_answer(item.ground_truth or "")
         if reason := too_large_reason(answer):
             return unreadable_answer(answer, reason)
         correct = compare_exact(answer, reference)
@@ -83,17 +64,17 @@ class MathAnswerReward(WorkerReward):
             "gold": to_algebraic_form(reference_answer(item.ground_truth or "")),
         }
 
-    def parse_reply(self, item: RewardInput, reply: Reply) -> Score:
-        value = reply["value"]
-        if "gold" in value:
-            return self.no_score(item, with_ground_truth(f"the gold answer {value['gold']}", item))
-        answer = extract_final_answer(item.completion)
-        if "found" in value:
-            return unreadable_answer(answer, value["found"])
+    def score_comparison(
+        self,
+        item: RewardInput,
+        answer: str,
+        reply: Reply,
+    ) -> Score:
+        is_correct = reply["value"]["same"]
         # sympy stops to simplify when memory runs out, so the answer may be right
-        if not value["same"] and reply["steep"]:
+        if not is_correct and reply["steep"]:
             return self.worker_failure(item, "error", "reached its memory limit")
-        return pass_or_fail(value["same"], not_equal_reason(answer, reference_answer(item.ground_truth or "")))
+        return pass_or_fail(is_correct, not_equal_reason(answer, reference_answer(item.ground_truth or "")))
 
 
 def _ground_truth_problem(reference: str) -> str | None:

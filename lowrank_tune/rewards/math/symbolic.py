@@ -17,41 +17,25 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from lowrank_tune.rewards.base import (
-    DID_NOT_STOP,
-    Reply,
-    RewardInput,
-    Score,
-    WorkerReward,
-    pass_or_fail,
-    require_packages,
-)
-from lowrank_tune.rewards.math.answer import not_equal_reason, unreadable_answer, with_ground_truth
+from lowrank_tune.rewards.base import Reply, RewardInput, Score, pass_or_fail, require_packages
+from lowrank_tune.rewards.math.answer import not_equal_reason
 from lowrank_tune.rewards.math.expression import ExpressionParseError, parse_expression
 from lowrank_tune.rewards.math.final_answer import extract_final_answer
+from lowrank_tune.rewards.math.gold_answer import GoldAnswerVerifier, unreadable_answer
 
 
 @dataclass(frozen=True)
-class SymbolicReward(WorkerReward):
-    """pass (1) or fail (0); error if the gold expression or the verifier itself is at fault."""
+class SymbolicReward(GoldAnswerVerifier):
+    """The verifier `symbolic`."""
 
     name: str = "symbolic"
-    is_verifier: ClassVar[bool] = True
     worker_module: ClassVar[str] = "lowrank_tune.rewards.math.symbolic_worker"
-    max_seconds: ClassVar[float] = 5.0
+    gold_label: ClassVar[str] = "the gold expression"
 
-    def row_rejection_reason(self, item: RewardInput) -> str | None:
-        """Returns why the gold expression cannot be used, as far as that is known without its values."""
-        if item.ground_truth is None or not item.ground_truth.strip():
-            return "the gold expression is missing"
-        reason = _parse_error(item.ground_truth)
-        return None if reason is None else f"the gold expression {reason}"
+    def gold_problem(self, ground_truth: str) -> str | None:
+        return _parse_error(ground_truth)
 
-    def score_without_worker(self, item: RewardInput) -> Score | None:
-        if reason := self.row_rejection_reason(item):
-            return self.no_score(item, with_ground_truth(reason, item))
-        if not item.stopped:
-            return DID_NOT_STOP
+    def score_completion(self, item: RewardInput) -> Score | None:
         answer = extract_final_answer(item.completion)
         if reason := _parse_error(answer):
             return unreadable_answer(answer, reason)
@@ -60,13 +44,13 @@ class SymbolicReward(WorkerReward):
     def build_request(self, item: RewardInput) -> Mapping[str, Any]:
         return {"found": extract_final_answer(item.completion), "gold": item.ground_truth}
 
-    def parse_reply(self, item: RewardInput, reply: Reply) -> Score:
+    def score_comparison(
+        self,
+        item: RewardInput,
+        answer: str,
+        reply: Reply,
+    ) -> Score:
         value = reply["value"]
-        if "gold" in value:
-            return self.no_score(item, with_ground_truth(f"the gold expression {value['gold']}", item))
-        answer = extract_final_answer(item.completion)
-        if "found" in value:
-            return unreadable_answer(answer, value["found"])
         if value["same"] and not value["confirmed"]:
             return Score(1.0, "pass", "equal at random points; not confirmed by sympy")
         return pass_or_fail(value["same"], not_equal_reason(answer, item.ground_truth or ""))

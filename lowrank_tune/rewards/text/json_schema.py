@@ -25,7 +25,7 @@ from lowrank_tune.rewards.base import (
     require_packages,
     to_printable,
 )
-from lowrank_tune.rewards.code.code_blocks import last_code_block
+from lowrank_tune.rewards.code.code_blocks import last_code_block_or_text
 from lowrank_tune.rewards.text.json_schema_worker import build_validator
 
 MAX_CHARS = 200_000  # characters of a completion
@@ -49,8 +49,7 @@ class JsonSchemaReward(WorkerReward):
         return None
 
     def build_request(self, item: RewardInput) -> Mapping[str, Any]:
-        code_block = last_code_block(item.completion, ("json", ""))
-        return {"text": item.completion if code_block is None else code_block}
+        return {"text": last_code_block_or_text(item.completion, ("json", ""))}
 
     def reference_request(self, item: RewardInput) -> Mapping[str, Any] | None:
         """Returns a document that every schema validates quickly."""

@@ -6,7 +6,7 @@ Runs in the main process, and in the worker of `python_tests` for the sandboxed 
 from __future__ import annotations
 
 import os
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -32,19 +32,29 @@ class ProcessStat:
 
 def read_tree(roots: Collection[int]) -> ProcessTree | None:
     """Returns the processes `roots` and their descendants together. None if the system has no /proc like Linux."""
-    if not (PROC / "self/stat").exists():
+    stats = processes()
+    if not stats:
         return None
-    processes = dict(_processes())
-    pids = [pid for pid in roots if pid in processes]
-    # the list grows while it is read: children of children are found too
-    for pid in pids:
-        pids += [child for child, stat in processes.items() if stat.parent == pid and child not in roots]
-    cpu_seconds = sum(processes[pid].cpu_seconds for pid in pids)
+    pids = with_descendants([pid for pid in roots if pid in stats], stats)
+    cpu_seconds = sum(stats[pid].cpu_seconds for pid in pids)
     return ProcessTree(cpu_seconds, runnable=any(map(_runnable, pids)))
 
 
-def _processes() -> Iterator[tuple[int, ProcessStat]]:
+def with_descendants(roots: Collection[int], stats: Mapping[int, ProcessStat]) -> list[int]:
+    """Returns `roots`, and those processes of `stats` that descend from them."""
+    pids = list(roots)
+    # the list grows while it is read: children of children are found too
+    for pid in pids:
+        pids += [child for child, stat in stats.items() if stat.parent == pid and child not in roots]
+    return pids
+
+
+def processes() -> dict[int, ProcessStat]:
+    """Returns all processes by id; none if the system has no /proc like Linux."""
+    if not (PROC / "self/stat").exists():
+        return {}
     tick = 1.0 / os.sysconf("SC_CLK_TCK")
+    stats = {}
     for folder in PROC.iterdir():
         if not folder.name.isdigit():
             continue
@@ -52,7 +62,8 @@ def _processes() -> Iterator[tuple[int, ProcessStat]]:
         if fields:
             # user and system time, of the process and of its children that were waited for
             ticks = sum(map(int, fields[11:15]))
-            yield int(folder.name), ProcessStat(int(fields[1]), tick * ticks)
+            stats[int(folder.name)] = ProcessStat(int(fields[1]), tick * ticks)
+    return stats
 
 
 def _runnable(pid: int) -> bool:
