@@ -78,7 +78,12 @@ def _result(
     level: Level = "fault",
 ) -> CheckResult:
     """Returns the line of a check: ok if there is nothing to fix, else of this level."""
-    return CheckResult(level if fix else "ok", name, detail, fix)
+    return CheckResult(
+        level if fix else "ok",
+        name,
+        detail,
+        fix,
+    )
 
 
 def run_checks(environ: Mapping[str, str] = os.environ) -> list[CheckResult]:
@@ -152,7 +157,12 @@ def versions() -> Iterator[CheckResult]:
         try:
             installed = metadata.version(name)
         except metadata.PackageNotFoundError:
-            yield CheckResult("fault", name, "not installed", fix)
+            yield CheckResult(
+                "fault",
+                name,
+                "not installed",
+                fix,
+            )
             continue
         detail = f"{installed} ({str(bounds) or 'any'})"
         if in_range(installed, bounds):
@@ -373,7 +383,12 @@ def sandbox() -> Iterator[CheckResult]:
     else:
         detail = f"none for code that a model wrote ({isolation.unavailable_reason()})"
         fix = "`python_tests` needs Linux 5.13 or newer with Landlock, or bubblewrap, or user namespaces"
-        yield CheckResult("warning", "sandbox", detail, fix)
+        yield CheckResult(
+            "warning",
+            "sandbox",
+            detail,
+            fix,
+        )
 
 
 def unsloth() -> Iterator[CheckResult]:
@@ -389,7 +404,12 @@ def unsloth() -> Iterator[CheckResult]:
     if incompatible:
         detail = f"{version}, which needs {', '.join(incompatible)}"
         fix = f"`base.backend: unsloth` is refused here: {unsloth_import.INSTALL}"
-        yield CheckResult("warning", "unsloth", detail, fix)
+        yield CheckResult(
+            "warning",
+            "unsloth",
+            detail,
+            fix,
+        )
         return
     torch: Any = importlib.import_module("torch")
     if torch.cuda.is_available():

@@ -49,7 +49,13 @@ def reference_logps(
     if cached is not None:
         emit(LogMessage(message=f"{LABEL}: {len(rows)} rows, computed before"))
         return cached
-    sums = _compute(roles, rows, collate, micro_tokens, emit)
+    sums = _compute(
+        roles,
+        rows,
+        collate,
+        micro_tokens,
+        emit,
+    )
     is_finite = sums.isfinite()
     if not bool(is_finite.all()):
         faulty_rows = (~is_finite).nonzero()
@@ -75,7 +81,12 @@ def _compute(
         with roles.inference_mode():
             return roles.logps("reference", batch).logps.sum(dim=1).cpu()
 
-    bar = ProgressBar(LABEL, rows.units, emit, NUM_PROGRESS_UPDATES)
+    bar = ProgressBar(
+        LABEL,
+        rows.units,
+        emit,
+        NUM_PROGRESS_UPDATES,
+    )
     batches = roles.limits.forward_batches(
         rows.padded_unit_lengths,
         micro_tokens,

@@ -234,7 +234,12 @@ class ChatSession:
                         exchange,
                     )
         for number in running:
-            self._end(streams[number], number, view, exchange)
+            self._end(
+                streams[number],
+                number,
+                view,
+                exchange,
+            )
 
     def _end(
         self,

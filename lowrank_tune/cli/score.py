@@ -110,7 +110,12 @@ def _score_with_rewards(
     records: list[dict[str, Any]] = []
     for stage in scored_stages:
         with line_logger() as emit:
-            result = score_completions(stage, file, limit, emit)
+            result = score_completions(
+                stage,
+                file,
+                limit,
+                emit,
+            )
         show_completion_scores(result, f"{stage.name}, {file or 'reference answers'}", Console(highlight=False))
         for record in result.to_records():
             if len(scored_stages) > 1:

@@ -80,7 +80,12 @@ class Chain:
         tree, problems, stem = read_recipe(os.fspath(preset_or_path))
         if "stages" not in tree.value:
             raise UserError(f"{stem} is a single recipe, without stages; load it with load_any or Recipe.load")
-        return cls.from_tree(tree, problems, stem, overrides)
+        return cls.from_tree(
+            tree,
+            problems,
+            stem,
+            overrides,
+        )
 
     @classmethod
     def from_tree(

@@ -74,7 +74,12 @@ def draft_stages(
         draft.algorithm = _algorithm_override(valid_overrides, draft) or draft.algorithm
     algorithms = {draft.algorithm for draft in drafts if isinstance(draft.algorithm, str)}
     for draft in drafts:
-        _merge_layers(draft, shared, valid_overrides, algorithms)
+        _merge_layers(
+            draft,
+            shared,
+            valid_overrides,
+            algorithms,
+        )
     return drafts
 
 
@@ -107,7 +112,12 @@ def _read_parent(draft: StageDraft, problems: list[ConfigProblem]) -> None:
         return
     path = ("stages", draft.index, "extends")
     with suppress(ParentNotFound):
-        draft.parent = read_parent(node, File(), problems, path)
+        draft.parent = read_parent(
+            node,
+            File(),
+            problems,
+            path,
+        )
     if draft.parent is not None and "stages" in draft.parent.value:
         message = "is a chain itself, and chains do not nest; name one of its recipes"
         problems.append(node.position.problem(message, path))

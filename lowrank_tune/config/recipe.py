@@ -31,7 +31,12 @@ class Recipe(RecipeConfig):
             raise UserError(
                 f"{stem} is a chain of several runs; `lowrank-tune run` runs it, and load_any or Chain.load loads it"
             )
-        return cls.from_tree(tree, problems, stem, overrides)
+        return cls.from_tree(
+            tree,
+            problems,
+            stem,
+            overrides,
+        )
 
     @classmethod
     def from_tree(

@@ -100,7 +100,12 @@ def _partial_value(
     """Returns a value with its sections as objects; None if it is invalid."""
     for kind in alternatives(annotation):
         if is_section(kind):
-            return _partial_section(kind, value, path, invalid)
+            return _partial_section(
+                kind,
+                value,
+                path,
+                invalid,
+            )
         entry_kind = next(filter(is_section, get_args(kind)), None)
         if entry_kind is None:
             continue

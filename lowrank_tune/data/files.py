@@ -134,7 +134,12 @@ def _open_array(
     with open_binary(path, is_gz) as file:
         data = file.read()
     try:
-        return _JsonArray(path, name, is_gz, json.loads(data.decode("utf-8-sig")))
+        return _JsonArray(
+            path,
+            name,
+            is_gz,
+            json.loads(data.decode("utf-8-sig")),
+        )
     except json.JSONDecodeError as error:
         if error.msg == "Extra data":
             return _JsonLines(path, name, is_gz)

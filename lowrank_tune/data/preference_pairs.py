@@ -64,7 +64,13 @@ def to_pair(row: RawRow, columns: Columns) -> PreferencePair:
         raise InvalidRow("not an object with columns")
     prompt = _read_prompt(row, columns)
     system = system_of(row, columns)
-    chosen = _read_side(row, "chosen", columns, prompt, system)
+    chosen = _read_side(
+        row,
+        "chosen",
+        columns,
+        prompt,
+        system,
+    )
     rejected = _read_side(
         row,
         "rejected",

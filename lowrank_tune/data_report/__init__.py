@@ -56,7 +56,12 @@ def inspect_data(
             needs_ground_truth=recipe.needs_ground_truth,
             unusable=make_row_check(recipe),
         )
-        return report_prompts(recipe, dataset, template, heldout)
+        return report_prompts(
+            recipe,
+            dataset,
+            template,
+            heldout,
+        )
     splits = load(
         recipe.data,
         template,

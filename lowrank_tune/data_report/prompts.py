@@ -139,7 +139,12 @@ def _issue(
     done: str,
 ) -> DataIssue:
     locations = first_few(str(dataset.locations[index]) for index in indices)
-    return DataIssue(description, len(indices), done, locations)
+    return DataIssue(
+        description,
+        len(indices),
+        done,
+        locations,
+    )
 
 
 def _examples(dataset: PromptDataset, template: ChatTemplate) -> list[Example]:

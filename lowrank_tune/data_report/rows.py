@@ -69,7 +69,14 @@ def report_rows(
         weighted_by=weighted_by(recipe.data.train),
         parts=parts,
         lengths=lengths_of(_all_lengths(data), data.report, recipe.data.max_length),
-        issues=tuple(_issues(data, stats, template, heldout)),
+        issues=tuple(
+            _issues(
+                data,
+                stats,
+                template,
+                heldout,
+            )
+        ),
         ends=eos_stats,
         epoch=epoch,
         examples=tuple(_examples(data.train, template)),
@@ -98,7 +105,12 @@ def _mixture(
             recipe.train,
             recipe.seed,
         )
-    return mixture_of(recipe, data.report.train, units, sampler)
+    return mixture_of(
+        recipe,
+        data.report.train,
+        units,
+        sampler,
+    )
 
 
 def _all_lengths(data: TokenizedSplits) -> IntArray:

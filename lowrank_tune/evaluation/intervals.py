@@ -150,7 +150,12 @@ def mean_ci(
     confidence: float = CONFIDENCE,
 ) -> Interval:
     """Returns the mean of one number per prompt."""
-    return ratio_ci(values, [1.0] * len(values), seed, confidence)
+    return ratio_ci(
+        values,
+        [1.0] * len(values),
+        seed,
+        confidence,
+    )
 
 
 def paired_difference_ci(

@@ -121,7 +121,12 @@ def load_eval_questions(
 
     Raises UserError if the chat template accepts none of its rows.
     """
-    candidates = load_heldout_prompts(source, count, seed, system)
+    candidates = load_heldout_prompts(
+        source,
+        count,
+        seed,
+        system,
+    )
     usable = [prompt for prompt in candidates if template.validate_messages(prompt.messages) is None]
     if not usable:
         raise UserError(f"{source.dataset}: {template.validate_messages(candidates[0].messages)}")

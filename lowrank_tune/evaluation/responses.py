@@ -157,7 +157,12 @@ class ResponseReader:
         """Returns the prompt of a row, with an empty text if the row has none. Raises InvalidRow."""
         dialogue = self._conversation(row, source)
         if not dialogue.messages:
-            return RowPrompt("", dialogue.ground_truth, row, [])
+            return RowPrompt(
+                "",
+                dialogue.ground_truth,
+                row,
+                [],
+            )
         prompt_ids: list[int] = []
         if self.with_token_ids:
             try:

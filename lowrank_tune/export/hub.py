@@ -67,7 +67,14 @@ def push(
             existing = api.repo_info(repo)
         _check_visibility(repo, existing, public)
     is_new = existing is None if token else None
-    show(Upload(repo, _uploaded_files(folder), public, is_new))
+    show(
+        Upload(
+            repo,
+            _uploaded_files(folder),
+            public,
+            is_new,
+        )
+    )
     address = f"{api.endpoint}/{repo}"
     if dry_run:
         return address

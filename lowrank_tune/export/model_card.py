@@ -70,7 +70,12 @@ def model_card(
     return _render(
         "adapter.md.j2",
         recipe,
-        ["lora", "qlora", "lowrank-tune", recipe.algorithm],
+        [
+            "lora",
+            "qlora",
+            "lowrank-tune",
+            recipe.algorithm,
+        ],
         rope,
         library="peft",
         relation="adapter",

@@ -143,7 +143,12 @@ class StaticSlotCache:
         for layer, prefill_states in zip(self.cache.layers, prompts.layers, strict=True):
             if not layer.is_initialized:
                 layer.allocate(prefill_states, self.slots, self.columns)
-            layer.insert(prefill_states, source, lengths, target)
+            layer.insert(
+                prefill_states,
+                source,
+                lengths,
+                target,
+            )
 
     def move(
         self,

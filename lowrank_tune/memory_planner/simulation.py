@@ -67,7 +67,12 @@ def simulate(
         replaced(logprobs, "chunk_logps", _skip_repeated_chunks(logprobs.chunk_logps)),
     ):
         warnings.simplefilter("ignore")
-        stage = _SimulatedStage(spec, layers, tracker, mode)
+        stage = _SimulatedStage(
+            spec,
+            layers,
+            tracker,
+            mode,
+        )
         if spec.rollouts:
             stage.run_decoding()
         elif spec.recipe.is_online:

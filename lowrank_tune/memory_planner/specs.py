@@ -95,4 +95,9 @@ def _stage_spec(
         reward_base_adapters = ()
         if REWARD_ROLE in saved and recipe.trained_adapter != REWARD_ROLE:
             reward_base_adapters = reward_model_base(saved, frozen_adapters(recipe))
-    return make_spec(recipe, device, loaded, reward_base_adapters)
+    return make_spec(
+        recipe,
+        device,
+        loaded,
+        reward_base_adapters,
+    )

@@ -68,7 +68,12 @@ def check_before_loading(
     changes: Mapping[str, Mapping[str, Any]] = {}
     if vram_gib is not None and not base_findings:
         skipped = findings.keys() - _with_known_adapters(sound, emit)
-        fit = check_fit(loaded, vram_gib, emit, skip=skipped)
+        fit = check_fit(
+            loaded,
+            vram_gib,
+            emit,
+            skip=skipped,
+        )
         changes = fit.changes
         for name, message in fit.faults.items():
             findings[name].append((("train",), message))

@@ -215,7 +215,12 @@ def _row_check(
             require_answer=False,
         )
         question = conversation.prompt[-1].content
-        example = PromptExample((), question, conversation.ground_truth, row)
+        example = PromptExample(
+            (),
+            question,
+            conversation.ground_truth,
+            row,
+        )
         check_rewardable(example, recipe.needs_ground_truth, row_fault)
 
     return check_prompt if recipe.is_online else check_row

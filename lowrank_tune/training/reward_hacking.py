@@ -129,8 +129,19 @@ class RewardHackingDetector:
         `reference_accuracy` is that of the reference; the reward of the first step counts as its reward.
         """
 
-        def add(at_step: int, reward: float, measured: float) -> None:
-            self.points.append([at_step, reward, measured, accuracy_stderr(measured, num_questions)])
+        def add(
+            at_step: int,
+            reward: float,
+            measured: float,
+        ) -> None:
+            self.points.append(
+                [
+                    at_step,
+                    reward,
+                    measured,
+                    accuracy_stderr(measured, num_questions),
+                ]
+            )
 
         if self.first_reward is not None and not self.points and reference_accuracy is not None:
             add(0, self.first_reward, reference_accuracy)

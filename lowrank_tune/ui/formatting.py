@@ -143,7 +143,12 @@ def format_stats(stats: Mapping[str, float]) -> str:
     """
     rewards = reward_names(stats)
     passes = {name: match[1] for name in stats if (match := _PASS.fullmatch(name))}
-    known = {*METRIC_FORMATS, *HIDDEN_METRICS, *rewards, *passes}
+    known = {
+        *METRIC_FORMATS,
+        *HIDDEN_METRICS,
+        *rewards,
+        *passes,
+    }
     parts = list[str]()
     for name, (label, write) in METRIC_FORMATS.items():
         if name in HIDDEN_METRICS or (name == "loss" and "reward" in stats):

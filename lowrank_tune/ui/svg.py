@@ -273,7 +273,12 @@ def bar(share: float, kind: str = "") -> Markup:
     drawing = Drawing(f"bar {kind}", 100, 8)
     drawing.root.set("preserveAspectRatio", "none")
     drawing.add("rect", "track", width=100, height=8)
-    drawing.add("rect", "fill", width=f"{width:.2f}", height=8)
+    drawing.add(
+        "rect",
+        "fill",
+        width=f"{width:.2f}",
+        height=8,
+    )
     return drawing.svg()
 
 
@@ -397,7 +402,12 @@ def _step_axis(steps: Sequence[float]) -> Axis:
     if high <= low:
         low, high = low - 0.5, high + 0.5
     ticks = [tick for tick in linear_axis([low, high], 6).ticks if tick == int(tick)]
-    return Axis(low, high, ticks, format_label=format_whole)
+    return Axis(
+        low,
+        high,
+        ticks,
+        format_label=format_whole,
+    )
 
 
 def _is_drawable(value: float, log: bool) -> bool:

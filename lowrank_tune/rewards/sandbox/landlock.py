@@ -50,7 +50,13 @@ class PathBeneathAttr(ctypes.Structure):
 def version() -> int:
     """Returns the version of Landlock in the kernel; 0 if it has none."""
     try:
-        return syscall(CREATE, "landlock", None, 0, VERSION)
+        return syscall(
+            CREATE,
+            "landlock",
+            None,
+            0,
+            VERSION,
+        )
     except OSError:
         return 0
 
@@ -66,7 +72,13 @@ def restrict(readable: Iterable[int], writable: Iterable[int]) -> int:
 
     PR_SET_NO_NEW_PRIVS must be set.
     """
-    abi_version = syscall(CREATE, "landlock", None, 0, VERSION)
+    abi_version = syscall(
+        CREATE,
+        "landlock",
+        None,
+        0,
+        VERSION,
+    )
     num_rights = max(count for since, count in FILE_RIGHTS if abi_version >= since)
     files = (1 << num_rights) - 1
     attributes = RulesetAttr(files, CONNECT_AND_BIND, SIGNALS_AND_ABSTRACT_SOCKETS)
@@ -88,7 +100,12 @@ def restrict(readable: Iterable[int], writable: Iterable[int]) -> int:
         _allow(ruleset, descriptor, READ_FILE | READ_DIR if is_folder else READ_FILE)
     for descriptor in writable:
         _allow(ruleset, descriptor, (READ_FILE | WRITE_FILE | TRUNCATE) & files)
-    syscall(RESTRICT, "landlock_restrict_self", ruleset, 0)
+    syscall(
+        RESTRICT,
+        "landlock_restrict_self",
+        ruleset,
+        0,
+    )
     os.close(ruleset)
     return abi_version
 

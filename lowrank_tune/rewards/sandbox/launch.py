@@ -66,7 +66,12 @@ class Confined:
         ]
         with child_end:
             self._process = subprocess.Popen(
-                [*python(level), role, level, *map(str, numbers)],
+                [
+                    *python(level),
+                    role,
+                    level,
+                    *map(str, numbers),
+                ],
                 pass_fds=[child_end.fileno()],
                 cwd="/",
                 start_new_session=True,

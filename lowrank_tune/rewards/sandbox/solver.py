@@ -60,7 +60,15 @@ class CandidateNamespace:
         operation, target, *rest = decode(request, self.objects.__getitem__)
         if operation != "call":
             value = self.get_attribute(operation, target, *rest)
-            return encode(["value", value, -1, {}], self.register)
+            return encode(
+                [
+                    "value",
+                    value,
+                    -1,
+                    {},
+                ],
+                self.register,
+            )
         arguments, named = rest
         argument_values = [*arguments, *named.values()]
         before = [encode(value, self.register) for value in argument_values]

@@ -293,7 +293,12 @@ class Remote:
         object.__setattr__(self, "_number", number)
 
     def __call__(self, *arguments: Any, **named: Any) -> Any:
-        return send_request(self, "call", list(arguments), named)
+        return send_request(
+            self,
+            "call",
+            list(arguments),
+            named,
+        )
 
     def __getattr__(self, name: str) -> Any:
         return send_request(self, "get", name)

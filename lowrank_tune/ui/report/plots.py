@@ -44,7 +44,12 @@ def reliability(bins: Sequence[tuple[float, float, int]]) -> Markup:
     for confidence, right, count in bins:
         radius = MIN_RADIUS + (MAX_RADIUS - MIN_RADIUS) * (count / largest) ** 0.5
         title = f"{count:,} pairs: confidence {confidence:.3f}, right {right:.3f}"
-        plot.circle("dot", (confidence, right), title, radius)
+        plot.circle(
+            "dot",
+            (confidence, right),
+            title,
+            radius,
+        )
         y = plot.y_at(right)
         # above the dot, or below it at the upper edge
         label_y = y + radius + 12 if y - radius < TOP + 14 else y - radius - 4

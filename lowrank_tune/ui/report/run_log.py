@@ -150,7 +150,12 @@ class RunLog:
                     value,
                 )
             else:
-                _store(self.checks, name, event.step, value)
+                _store(
+                    self.checks,
+                    name,
+                    event.step,
+                    value,
+                )
 
     def _add_group(self, group: Group) -> None:
         """Keeps the newest group, and of a long run every second, fourth, ... one."""

@@ -257,7 +257,14 @@ def _background(
             _band_edge(series, spread, view, -1),
         ]
     if SMOOTHINGS[view.smoothing]:
-        return [Curve(series.points, "quiet", ".", line=False)]
+        return [
+            Curve(
+                series.points,
+                "quiet",
+                ".",
+                line=False,
+            )
+        ]
     return []
 
 

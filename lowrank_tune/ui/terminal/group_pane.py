@@ -83,7 +83,12 @@ def _prompt(
     max_lines: int,
 ) -> Block:
     """Returns the prompt with its solution behind the last line."""
-    lines = prompt_lines(group.prompt, view, width, max_lines)
+    lines = prompt_lines(
+        group.prompt,
+        view,
+        width,
+        max_lines,
+    )
     if lines and group.ground_truth is not None:
         lines[-1].append((f"  [gold {view.sanitize(group.ground_truth, 24)}]", "quiet"))
     return lines

@@ -56,7 +56,12 @@ class Keyboard:
         sources = [self._woken]
         if keyboard is not None:
             sources.append(keyboard)
-        ready, _, _ = select.select(sources, [], [], timeout)
+        ready, _, _ = select.select(
+            sources,
+            [],
+            [],
+            timeout,
+        )
         if self._woken in ready:
             os.read(self._woken, 4096)
         if keyboard is None or keyboard not in ready:

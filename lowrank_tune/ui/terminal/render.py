@@ -323,7 +323,12 @@ def _body(
     return [
         *grid,
         *diagnoses,
-        *_log_and_samples(state, view, width, height - len(grid)),
+        *_log_and_samples(
+            state,
+            view,
+            width,
+            height - len(grid),
+        ),
     ]
 
 
@@ -353,7 +358,14 @@ def _chart_grid(
             height // rows,
         )
     if left_out:
-        lines.append(_last_values(state, left_out, view, width))
+        lines.append(
+            _last_values(
+                state,
+                left_out,
+                view,
+                width,
+            )
+        )
     return lines
 
 

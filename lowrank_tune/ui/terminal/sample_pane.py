@@ -37,12 +37,34 @@ def sample_pane(
     current answer."""
     if state.pairs:
         pairs = [partial(_pair, pair, view, width) for pair in state.pairs.values()]
-        return _stack("pair", pairs, _pairs_note(state), view, width, height)
+        return _stack(
+            "pair",
+            pairs,
+            _pairs_note(state),
+            view,
+            width,
+            height,
+        )
     note = _heldout_note(state, view, width - MIN_TITLE_WIDTH)
     questions = [partial(_question, state, prompt, view, width) for prompt in {**state.answers, **state.earlier}]
     if not questions:
-        return [heading("answers", width, view, note), [(" no answers yet", "quiet")]]
-    return _stack("question", questions, note, view, width, height)
+        return [
+            heading(
+                "answers",
+                width,
+                view,
+                note,
+            ),
+            [(" no answers yet", "quiet")],
+        ]
+    return _stack(
+        "question",
+        questions,
+        note,
+        view,
+        width,
+        height,
+    )
 
 
 def _stack(
@@ -59,7 +81,12 @@ def _stack(
     """
     count = len(blocks)
     first = view.sample % count
-    title = heading(f"{kind} {first + 1} of {count}", width, view, note)
+    title = heading(
+        f"{kind} {first + 1} of {count}",
+        width,
+        view,
+        note,
+    )
     height -= 1
     max_lines = height
     if count > 1:

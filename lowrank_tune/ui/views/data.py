@@ -223,7 +223,13 @@ def _measures(
         counts["trained tokens"] = "trained"
     for name, field in counts.items():
         total = sum(getattr(other, field) for other in parts)
-        _add_share(table, name, getattr(part, field), total, plain)
+        _add_share(
+            table,
+            name,
+            getattr(part, field),
+            total,
+            plain,
+        )
     weight = Text(bar(part.weight, plain=plain), "magenta")
     table.add_row(
         "weight w_s",
@@ -334,7 +340,13 @@ def _sides(sides: PairBalance, plain: bool) -> RenderableType:
     """Returns how often the chosen answer is the longer one, and how many pairs have a margin."""
     table = _grid("l", "l", "r", "r")
     for field, name in SIDE_COUNTS.items():
-        _add_share(table, name, getattr(sides, field), sides.pairs, plain)
+        _add_share(
+            table,
+            name,
+            getattr(sides, field),
+            sides.pairs,
+            plain,
+        )
     summary = (
         f"a chosen answer has {sides.chosen:,.1f} tokens on average, a rejected one {sides.rejected:,.1f}; "
         f"{sides.margins:,} of {sides.pairs:,} pairs have a margin"
