@@ -129,10 +129,10 @@ def print_results(results: list[CheckResult], console: Console) -> None:
     levels = [result.level for result in results]
     faults = levels.count("fault")
     warnings = levels.count("warning")
-    verdict = "this machine is fit"
+    verdict = "this machine is ready"
     level: Level = "ok"
     if faults:
-        verdict = "this machine is not fit yet"
+        verdict = "this machine is not ready yet"
         level = "fault"
     elif warnings:
         level = "warning"

@@ -26,7 +26,7 @@ def test_this_machine() -> None:
     assert (
         made.exit_code == 0
         and "NF4 product" in made.output
-        and "this machine is fit" in made.output
+        and "this machine is ready" in made.output
         and "\x1b" not in made.output
     )
     assert "requires_grad" not in made.output

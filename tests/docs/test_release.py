@@ -477,7 +477,7 @@ def test_the_installed_wheel_lists_and_copies(command_line: Any, installed: Path
 
 @pytest.mark.slow
 def test_the_installed_wheel_checks_the_machine(command_line: Any) -> None:
-    assert "this machine is fit" in command_line("doctor")
+    assert "this machine is ready" in command_line("doctor")
 
 
 @pytest.mark.slow
