@@ -150,6 +150,10 @@ def results(run: Path) -> dict[str, Any]:
     }
 
 
+OUTCOMES = ("refused", "best checkpoint reported as lost", "equal but for the log", "set aside, equal", "equal")
+"""How a damaged run may end."""
+
+
 class Corruptions:
     """Draws of a situation, a file and a damage, from a seed. Each is carried out, and the run continued and
     checked."""
@@ -192,8 +196,8 @@ class Corruptions:
         return out
 
     def draw(self) -> str:
-        """One damage; returns a line about it. Raises AssertionError where something is lost, or differs without a
-        word."""
+        """Damages a run and continues it; returns a line about it, which ends with one of `OUTCOMES`. Raises
+        AssertionError if something is lost, or differs without a message."""
         name = self.stream.choice(self.situations)
         self.straight(name)
         self.killed(name, 1)
@@ -222,7 +226,7 @@ class Corruptions:
         return kind, path, f"{label} with {other.relative_to(self.folder)}"
 
     def check(self, out: Path, kind: str, target: Path, outcome: Outcome, line: str) -> str:
-        """What must hold of the continued run; returns how it ended, in a word."""
+        """Checks the continued run; returns one of `OUTCOMES`."""
         wanted, wanted_results = self.straight(next(name for name in SITUATIONS if self.run_folder(name) == out))
         assert "Traceback" not in outcome.text and "internal error" not in outcome.text, f"{line}: {outcome.text}"
         assert leftovers(out, cache_of(out)) == [], line
@@ -233,12 +237,14 @@ class Corruptions:
         newest = max(checkpoints_of(stages_of(out)[-1]).items())[1]
         assert is_whole(newest), f"{line}: a broken checkpoint stays"
         if LOST_BEST in outcome.text:
-            return "said"
+            return "best checkpoint reported as lost"
         assert results(out) == wanted_results, f"{line}: another result: {outcome.text}"
         if fingerprints(out) != wanted:
             assert target.name == "events.jsonl", f"{line}: other figures"
-            # a digit of a log that became another digit is no broken line
-            assert "is damaged" in outcome.text or kind in ("flip", "swap"), f"{line}: a log with gaps, without a word"
+            # a digit of a log that became another digit is not a broken line
+            assert "is damaged" in outcome.text or kind in ("flip", "swap"), (
+                f"{line}: a log with gaps, without a message"
+            )
             return "equal but for the log"
         return "set aside, equal" if list(out.rglob("broken-*")) else "equal"
 

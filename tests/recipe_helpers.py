@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from lowrank_tune.config import from_dict, load_any
+from lowrank_tune.config import RecipeConfig, from_dict, load_any
 from lowrank_tune.errors import ConfigError
 
 Steps = tuple[str | int, ...]
@@ -28,6 +28,16 @@ def problems_of(data: dict[str, Any]) -> list[str]:
     with pytest.raises(ConfigError) as caught:
         from_dict(data)
     return str(caught.value).splitlines()
+
+
+def is_setting(key: str) -> bool:
+    """Returns whether a dotted key is a setting of a recipe, or a section."""
+    section: Any = RecipeConfig
+    for step in key.split("."):
+        if step not in section.model_fields:
+            return False
+        section = section.model_fields[step].annotation
+    return True
 
 
 def places(data: Any, path: Steps = ()) -> list[Steps]:

@@ -1,5 +1,5 @@
-"""A file that changes at rest is found when a killed run is continued: an older checkpoint is used, what can be made
-again is, and else a sentence names the file. No result differs without a word.
+"""A file that is damaged on disk is found when a killed run is continued: an older checkpoint is used, what can be
+written again is, and otherwise an error names the file. No result differs without a message.
 
 `LOWRANK_TUNE_TEST_ROUNDS=25` draws so many times as often, `LOWRANK_TUNE_TEST_SEED` from another seed.
 """
@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from corruption import LOST_BEST, SITUATIONS, Corruptions, flip, results, swap
+from corruption import LOST_BEST, OUTCOMES, SITUATIONS, Corruptions, flip, results, swap
 from crash import KILL_POINTS, rounds, seed
 from faults import CommandServer, checkpoints_of, fault_recipe
 
@@ -35,7 +35,9 @@ def corruptions(
 
 @pytest.mark.parametrize("number", range(DRAWS * rounds()))
 def test_a_run_with_random_damage_is_refused_or_ends_equal(corruptions: Corruptions, number: int) -> None:
-    print(corruptions.draw())
+    line = corruptions.draw()
+    print(line)
+    assert line.rpartition(": ")[2] in OUTCOMES
 
 
 def test_an_adapter_that_changed_between_two_stages(server: CommandServer, tmp_path: Path) -> None:

@@ -12,14 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from recipe_helpers import Write, problems_of_file
+from recipe_helpers import Write, is_setting, problems_of_file
 
 from lowrank_tune.config import (
     Chain,
     DataConfig,
     EvaluationConfig,
     Recipe,
-    RecipeConfig,
     SourceConfig,
     TrainingConfig,
     differences,
@@ -422,9 +421,7 @@ def test_setting_of_another_algorithm_is_a_problem(monkeypatch: pytest.MonkeyPat
 
 @pytest.mark.parametrize("key", list(USED_BY))
 def test_keys_of_used_by_are_settings(key: str) -> None:
-    section: Any = RecipeConfig
-    for step in key.split("."):
-        section = section.model_fields[step].annotation
+    assert is_setting(key)
 
 
 @pytest.mark.parametrize("name", [name for name, _, _ in presets()])

@@ -28,7 +28,9 @@ def faults(tmp_path_factory: pytest.TempPathFactory) -> Iterator[WriteFaults]:
 
 @pytest.mark.parametrize("number", range(DRAWS * rounds()))
 def test_a_fault_at_a_random_write(faults: WriteFaults, number: int) -> None:
-    print(faults.draw())
+    line = faults.draw()
+    print(line)
+    assert line.endswith(", equal")
 
 
 def test_the_harness_hits_what_it_counts(faults: WriteFaults, tmp_path: Path) -> None:

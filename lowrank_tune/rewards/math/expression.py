@@ -69,7 +69,8 @@ FRACTION_COMMANDS = {
 }
 IGNORED = re.compile(r"(?:\s|\\[,;:! ]|\\q?quad(?![a-zA-Z])|\\(?:left|right|displaystyle)(?![a-zA-Z])|~)+")
 TOKEN = re.compile(
-    r"(?P<number>[0-9]+(?:\.[0-9]+)?|\.[0-9]+)|\\(?P<command>[a-zA-Z]+)|(?P<sign>\*\*|[-+*/^!_|()\[\]{}=])|(?P<word>[a-zA-Z]+)"
+    r"(?P<number>[0-9]+(?:\.[0-9]+)?|\.[0-9]+)|\\(?P<command>[a-zA-Z]+)|(?P<sign>\*\*|[-+*/^!_|()\[\]{}=])"
+    r"|(?P<word>[a-zA-Z]+)"
 )
 LEFT_SIDE = re.compile(r"^\s*[a-zA-Z]\w?(?:_\{?\w{1,3}\}?)?\s*(?:\([^()=]{1,20}\))?\s*=(?!=)")
 REPLACEMENTS = (

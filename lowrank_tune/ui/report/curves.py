@@ -71,7 +71,7 @@ def curves(run_log: RunLog) -> Markup:
     """Returns a card for each statistic, the validation beside the step. Figures of held-out prompts and pairs have a
     table instead."""
     algorithm = run_log.algorithm
-    descriptions = _descriptionsin_order(run_log)
+    descriptions = _ordered_descriptions(run_log)
     partners = {paired_metric(algorithm, name) for name in descriptions}
     measured = {
         *run_log.series,
@@ -91,7 +91,7 @@ def curves(run_log: RunLog) -> Markup:
     return render("curves", cards=cards) if cards else Markup()
 
 
-def _descriptionsin_order(run_log: RunLog) -> dict[str, str]:
+def _ordered_descriptions(run_log: RunLog) -> dict[str, str]:
     """Returns the description of each statistic. The curves of several rewards follow that of their sum."""
     descriptions = descriptions_of(run_log.algorithm)
     if run_log.algorithm not in ONLINE_ALGORITHMS:
