@@ -14,6 +14,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+from lowrank_tune.memory_planner.flash_backward import flash_backward_buffers
+
 MAX_FUSED_ROWS = 8
 """bitsandbytes' CUDA kernels read a packed 4-bit weight for up to this number of rows; for more, some unpack it first
 (`backends/cuda/ops.py`)."""
@@ -113,10 +115,15 @@ class AllocationTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if func is aten._to_copy.default and args[0].is_meta:
             # A meta tensor has no data to copy to another device.
             kwargs = {key: value for key, value in kwargs.items() if key != "device"}
+        scratch = []
+        if func is aten._scaled_dot_product_flash_attention_backward.default:
+            with self:
+                scratch = flash_backward_buffers(args[1], args[2])
         out = func(*args, **kwargs)
         for tensor in tree_leaves(out):
             if isinstance(tensor, Tensor):
                 self._record(tensor)
+        scratch.clear()
         return out
 
     def _record(self, tensor: Tensor) -> None:

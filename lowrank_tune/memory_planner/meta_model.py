@@ -83,6 +83,8 @@ def meta_base(
             quantizer = Bnb4BitHfQuantizer(nf4_config(device))
             quantizer.pre_quantized = False
             quantizer._process_model_before_weight_loading(model, None)
+            # PEFT reads this attribute: its 4-bit layers copy more than its plain ones.
+            model.is_loaded_in_4bit = True
             for module in model.modules():
                 if isinstance(module, bitsandbytes.nn.Linear4bit):
                     _quantize(module, dtype)
