@@ -149,6 +149,7 @@ def roles_over(
     heads: Sequence[str] = (),
     only: str = "policy",
     offload: bool = False,
+    mlp_chunks: int = 1,
     **lora: Any,
 ) -> Roles:
     """Returns roles with `policy`, or `only`, on top of `lower`; `extra` are more adapters, `heads` the roles with a
@@ -173,6 +174,7 @@ def roles_over(
         seed=seed,
         heads=heads,
         offload=offload,
+        mlp_chunks=mlp_chunks,
     )
 
 

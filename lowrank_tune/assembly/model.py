@@ -84,6 +84,7 @@ def load_roles(
         seed=recipe.seed,
         heads=ROLES_WITH_HEAD & stacks.keys(),
         offload=recipe.train.activation_offloading,
+        mlp_chunks=recipe.train.mlp_chunks,
     )
     budget_gib = recipe.train.memory_budget_gib or 0
     roles.limits = MemoryLimits(

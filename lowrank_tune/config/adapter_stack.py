@@ -161,6 +161,11 @@ def unsloth_findings(recipe: RecipeConfig, earlier: EarlierStages) -> Iterator[F
     if recipe.base.backend != "unsloth":
         return
     path = ("base", "backend")
+    if recipe.train.mlp_chunks > 1:
+        yield (
+            ("train", "mlp_chunks"),
+            "does nothing with `base.backend: unsloth`, which computes the MLPs by itself",
+        )
     if recipe.algorithm in ALGORITHMS and recipe.algorithm not in UNSLOTH_ALGORITHMS:
         yield (
             path,

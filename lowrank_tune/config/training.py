@@ -58,6 +58,9 @@ class TrainingConfig(Settings):
     changes the gradient."""
     activation_offloading: bool = False
     """Keeps the inputs of recomputed layers in the memory of the machine instead of the GPU: longer rows, more time."""
+    mlp_chunks: PositiveInt = 1
+    """Computes the MLP of each layer in this many chunks of the sequence, each recomputed in the backward pass: longer
+    rows, more time. A chunk has at least 1,024 tokens. Never changes the gradient, except for rounding."""
     memory_budget_gib: Annotated[float, Field(gt=0.0)] | None = None
     """GPU memory that the run may use, in GiB. Default: all of it. The keys and values of rollouts share it with the
     update, so it decides how many sequences are decoded at once. Without a GPU it limits only those, by default to a

@@ -10,7 +10,7 @@ tensors.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.cuda.amp import common
 from torch.overrides import TorchFunctionMode, _get_current_function_mode
+from torch.utils import checkpoint
 
 from lowrank_tune.memory_planner.attention import attend
 from lowrank_tune.memory_planner.offload_hooks import OffloadedTensorHooks
@@ -121,10 +122,16 @@ class FakeDeviceMode(TorchFunctionMode):
 
         def forward(*args: Any, **kwargs: Any) -> Any:
             before()
-            with nullcontext() if _get_current_function_mode() is self else self:  # type: ignore[no-untyped-call]
+            with self.active():
                 return original_forward(*args, **kwargs)
 
         module.forward = forward
+
+    def active(self) -> AbstractContextManager[Any]:
+        """Returns the mode, or a context without effect inside it. Autograd computes layers again without any mode."""
+        if _get_current_function_mode() is self:  # type: ignore[no-untyped-call]
+            return nullcontext()
+        return self
 
     def _device(self, x: Tensor) -> torch.device:
         if x.is_meta:
@@ -260,6 +267,7 @@ def fake_device_mode(device: torch.device) -> Iterator[FakeDeviceMode]:
         clear_autocast_cache()
 
     with ExitStack() as entered:
+        entered.enter_context(replaced(checkpoint, "_allowed_determinism_checks_to_fns", {"default": _metadata}))
         if device.type == "cuda":
             entered.enter_context(replaced(torch, "clear_autocast_cache", clear_both_caches))
             entered.enter_context(replaced(activation_checkpointing, "save_on_cpu", OffloadedTensorHooks))
@@ -267,6 +275,12 @@ def fake_device_mode(device: torch.device) -> Iterator[FakeDeviceMode]:
                 entered.enter_context(replaced(common, "amp_definitely_not_available", _no))
                 entered.enter_context(replaced(torch.cuda, "is_bf16_supported", _yes))
         yield entered.enter_context(mode)
+
+
+def _metadata(x: Tensor) -> dict[str, Any]:
+    """Returns what must be equal when a checkpoint computes a tensor again. torch compares the device too, which the
+    mode changes and autograd runs without."""
+    return {"shape": x.shape, "dtype": x.dtype}
 
 
 def _no() -> bool:

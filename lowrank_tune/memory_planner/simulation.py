@@ -31,7 +31,8 @@ from lowrank_tune.memory_planner.optimizers import planned_optimizer
 from lowrank_tune.memory_planner.plan_report import PHASE_SEPARATOR
 from lowrank_tune.memory_planner.rollouts import DecodingSpec, decode
 from lowrank_tune.memory_planner.sizes import Sizes, batch_of
-from lowrank_tune.model import logprobs
+from lowrank_tune.memory_planner.skipped_chunks import skip_middle_chunks
+from lowrank_tune.model import chunked_forward, logprobs
 from lowrank_tune.model.roles import Roles
 from lowrank_tune.stats import Stats
 from lowrank_tune.training.trainer import Trainer, TrainerState
@@ -65,6 +66,7 @@ def simulate(
         tracker,
         fake_device_mode(spec.device) as mode,
         replaced(logprobs, "chunk_logps", _skip_repeated_chunks(logprobs.chunk_logps)),
+        replaced(chunked_forward, "run_chunk", skip_middle_chunks(chunked_forward.run_chunk, mode)),
     ):
         warnings.simplefilter("ignore")
         stage = _SimulatedStage(
@@ -148,6 +150,7 @@ class _SimulatedStage:
                 checkpointing=sum(layer.recomputed for layer in layers),
                 heads=ROLES_WITH_HEAD & stacks.keys(),
                 offload=recipe.train.activation_offloading,
+                mlp_chunks=recipe.train.mlp_chunks,
             )
         tracker.set_purpose(stored_tensors(base.model), "weights")
         tracker.set_purpose((p for name, p in base.model.named_parameters() if "lora_" in name), "adapters")

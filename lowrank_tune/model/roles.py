@@ -9,7 +9,7 @@ forward pass, whatever is active by then.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from functools import cached_property
 from typing import Any
 
@@ -23,6 +23,7 @@ from lowrank_tune.errors import UserError
 from lowrank_tune.model import heads as scalar
 from lowrank_tune.model.activation_checkpointing import Checkpointing, checkpoint_layers, disable_checkpointing
 from lowrank_tune.model.base import Base, num_stored_bytes
+from lowrank_tune.model.chunked_mlp import chunk_mlps
 from lowrank_tune.model.logprobs import Head, LogProbs, check_head, chunked_entropy, chunked_kl, chunked_logps, head_of
 from lowrank_tune.model.oom import MemoryLimits
 from lowrank_tune.model.prefix_sharing import (
@@ -69,7 +70,8 @@ class Roles:
     has that name, only the head is trained, on a stack that other roles train. With `share_prefixes` False every row is
     computed whole, which is necessary if a backend ignores masks. `checkpointing` selects the layers that are
     recomputed in the backward pass, and `offload` keeps their inputs in host memory
-    (`model/activation_checkpointing.py`).
+    (`model/activation_checkpointing.py`). `mlp_chunks` is the number of chunks of the sequence in which each MLP is
+    computed (`model/chunked_mlp.py`).
     """
 
     def __init__(
@@ -82,6 +84,7 @@ class Roles:
         seed: int = 0,
         heads: Iterable[str] = (),
         offload: bool = False,
+        mlp_chunks: int = 1,
     ) -> None:
         self.base = base
         self.stacks = {role: [ADAPTER_PREFIX + name for name in stack] for role, stack in stacks.items()}
@@ -89,6 +92,7 @@ class Roles:
         self.share_prefixes = base.backend == "transformers"
         self.heads = dict[str, scalar.ScalarHead]()
         self._checkpointing = False
+        self._undo = ExitStack()
         self.limits = MemoryLimits()
         self._active: list[str] = []
         torch.manual_seed(seed)
@@ -113,6 +117,7 @@ class Roles:
         self._share_active_list()
         self._freeze_all_but_trainable()
         self._checkpoint(checkpointing, offload)
+        self._undo.callback(chunk_mlps(base.model, mlp_chunks, self._recompute_contexts))
         with self.activate("base"):
             check_head(base.model, self.head)
 
@@ -434,13 +439,16 @@ class Roles:
         checkpointing: Checkpointing,
         offload: bool,
     ) -> None:
-        active = self._active
         self._checkpointing = checkpoint_layers(
             self.base.model,
             checkpointing,
             offload,
-            lambda: (nullcontext(), _ActiveAdapters(active, active)),
+            self._recompute_contexts,
         )
+
+    def _recompute_contexts(self) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+        """Returns the contexts of a forward pass, and of its recomputation with the adapters that are active now."""
+        return nullcontext(), _ActiveAdapters(self._active, self._active)
 
     def unload_adapters(self) -> None:
         """Removes all adapters from the base, which is then as it was loaded, for the next `Roles`. This object cannot
@@ -453,6 +461,7 @@ class Roles:
         del model.peft_config
         if self._checkpointing:
             disable_checkpointing(model)
+        self._undo.close()
         model.train()
         self._peft = None
         self.heads.clear()
