@@ -39,6 +39,10 @@ class GpuSpec:
     half_tflops: float
     sm_count: int
     compute_capability: tuple[int, int]
+    fused_rows_wide: int
+    fused_rows: int
+    """Rows up to which bitsandbytes reads a packed 4-bit weight inside the product, by its own table for the shapes of
+    models of 7 to 8 billion parameters: for weights with more than twice as many outputs as inputs, and for others."""
 
     @property
     def has_bf16(self) -> bool:
@@ -46,14 +50,14 @@ class GpuSpec:
 
 
 GPUS = (
-    GpuSpec("3090", "RTX 3090", 24.0, 936.0, 71.0, 82, (8, 6)),
-    GpuSpec("4090", "RTX 4090", 24.0, 1008.0, 165.0, 128, (8, 9)),
-    GpuSpec("5090", "RTX 5090", 31.8, 1792.0, 209.5, 170, (12, 0)),
-    GpuSpec("l4", "L4", 22.5, 300.0, 121.0, 58, (8, 9)),
-    GpuSpec("t4", "T4", 15.0, 320.0, 65.0, 40, (7, 5)),
-    GpuSpec("a100", "A100", 80.0, 2039.0, 312.0, 108, (8, 0)),
-    GpuSpec("h100", "H100", 79.6, 3350.0, 989.0, 132, (9, 0)),
-    GpuSpec("h200", "H200", 140.4, 4800.0, 989.0, 132, (9, 0)),
+    GpuSpec("3090", "RTX 3090", 24.0, 936.0, 71.0, 82, (8, 6), 128, 64),
+    GpuSpec("4090", "RTX 4090", 24.0, 1008.0, 165.0, 128, (8, 9), 128, 16),
+    GpuSpec("5090", "RTX 5090", 31.8, 1792.0, 209.5, 170, (12, 0), 64, 8),
+    GpuSpec("l4", "L4", 22.5, 300.0, 121.0, 58, (8, 9), 128, 32),
+    GpuSpec("t4", "T4", 15.0, 320.0, 65.0, 40, (7, 5), 7, 7),
+    GpuSpec("a100", "A100", 80.0, 2039.0, 312.0, 108, (8, 0), 64, 5),
+    GpuSpec("h100", "H100", 79.6, 3350.0, 989.0, 132, (9, 0), 32, 7),
+    GpuSpec("h200", "H200", 140.4, 4800.0, 989.0, 132, (9, 0), 32, 7),
 )
 """The data sheets' figures; A100, H100 and H200 in their SXM form, A100 and H100 with 80 GB."""
 DEFAULT_GPU = "4090"
