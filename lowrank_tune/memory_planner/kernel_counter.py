@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from lowrank_tune.memory_planner.allocation_tracker import AllocationTracker
 from lowrank_tune.memory_planner.kernel_costs import Kernel, kernel_of
 
 KernelCounts = Mapping[str, Mapping[Kernel, float]]
@@ -18,12 +19,12 @@ aten = torch.ops.aten
 
 
 class KernelCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """While it is entered, counts kernels for the phase that `phase` returns. Enter it after the allocation tracker: a
-    4-bit product must arrive whole."""
+    """While it is entered, counts kernels for the phase of the allocation tracker's program point. Enter it after the
+    tracker, which would replace a 4-bit product by its parts."""
 
-    def __init__(self, phase: Callable[[], str]) -> None:
+    def __init__(self, tracker: AllocationTracker) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.phase = phase
+        self.tracker = tracker
         self.counts: dict[str, Counter[Kernel]] = {}
         self.weight = 1
 
@@ -60,5 +61,5 @@ class KernelCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]
         outputs = func(*args, **kwargs)
         kernel = kernel_of(func, args, kwargs, outputs)
         if kernel is not None:
-            self.counts.setdefault(self.phase(), Counter())[kernel] += self.weight
+            self.counts.setdefault(self.tracker.point[0], Counter())[kernel] += self.weight
         return outputs
