@@ -1,4 +1,5 @@
-"""Extrapolates from a few layers to all: the bytes at a program point grow linearly with the layers of each kind."""
+"""Extrapolates from a few layers to all: bytes at a program point, and kernels of a phase, grow linearly with the layers
+of each kind."""
 
 from __future__ import annotations
 
@@ -7,6 +8,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from lowrank_tune.memory_planner.allocation_tracker import ProgramPoint
+from lowrank_tune.memory_planner.kernel_costs import Kernel
+from lowrank_tune.memory_planner.kernel_counter import KernelCounts
 from lowrank_tune.memory_planner.meta_model import Layer
 
 Peaks = Mapping[ProgramPoint, Mapping[str, int]]
@@ -69,3 +72,31 @@ def _with_num_layers(counts: Mapping[Layer, int]) -> list[Layer]:
     for layer in sorted(counts, key=lambda layer: not layer.recomputed):
         layers += [layer] * counts[layer]
     return layers
+
+
+def extrapolate_counts(count: Callable[[Sequence[Layer]], KernelCounts], layers: Sequence[Layer]) -> KernelCounts:
+    """Returns the kernels that `count` would find with all these layers. A kernel whose size depends on the number of
+    layers may have a negative count: sums over all kernels are right."""
+    counts = Counter(layers)
+    base_counts = {layer: min(MIN_LAYERS, number) for layer, number in counts.items()}
+    base = count(_with_num_layers(base_counts))
+    total = {phase: dict(kernels) for phase, kernels in base.items()}
+    for layer, number in counts.items():
+        num_more = number - base_counts[layer]
+        if num_more:
+            extra = count(_with_num_layers({**base_counts, layer: MIN_LAYERS + 1}))
+            for phase, kernels in total.items():
+                _add_growth(kernels, base[phase], extra[phase], num_more)
+    return total
+
+
+def _add_growth(
+    total: dict[Kernel, float],
+    base: Mapping[Kernel, float],
+    extra: Mapping[Kernel, float],
+    num_more: int,
+) -> None:
+    """Adds `num_more` times what `extra` has more than `base`."""
+    for kernel in {*base, *extra}:
+        growth = extra.get(kernel, 0) - base.get(kernel, 0)
+        total[kernel] = total.get(kernel, 0) + num_more * growth

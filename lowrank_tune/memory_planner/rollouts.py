@@ -33,6 +33,14 @@ class DecodingSpec:
         return max(1, min(self.prompts, limit, PREFILL_TOKENS // self.prompt_length))
 
 
+Decoding = Callable[
+    [Roles, DecodingSpec, AbstractContextManager[None], Callable[[str], None]],
+    None,
+]
+"""A simulation of decoding: `decode` or `decode_typical_steps`."""
+TYPICAL_STEPS = ("average step", "longest step")
+
+
 def decode(
     roles: Roles,
     spec: DecodingSpec,
@@ -68,3 +76,39 @@ def decode(
         on_pass("step")
         hidden = store.step([0] * spec.slots, [columns - 1] * spec.slots)
         engine.sample(hidden, [0.5] * spec.slots, sampling)
+
+
+def decode_typical_steps(
+    roles: Roles,
+    spec: DecodingSpec,
+    allocating_cache: AbstractContextManager[None],
+    on_pass: Callable[[str], None],
+) -> None:
+    """Reads prompts once for all slots, and makes a step at half of the new tokens and one at the greatest length. The
+    sequences differ in length, as they do in a run: only then is an attention mask made."""
+    engine = Engine(
+        roles,
+        spec.role,
+        spec.slots,
+        spec.cache_bytes,
+        spec.scratch_bytes,
+    )
+    columns = spec.prompt_length + spec.max_new_tokens
+    sampling = SamplingParams(spec.max_new_tokens, frozenset())
+    with engine.fast_linears() as linears, engine.generation_mode().enter(), linears:
+        store = select_cache_without_values(roles.base.model)
+        store.allocate(spec.slots, columns, 1 << 60)
+        on_pass("reading")
+        prompts = spec.prefill_prompts
+        prefilled, hidden = store.prefill([[0] * spec.prompt_length] * prompts)
+        engine.sample(hidden, [0.5] * prompts, sampling)
+        del hidden
+        on_pass("placing")
+        slots = range(spec.slots)
+        with allocating_cache:
+            store.insert(prefilled, [slot % prompts for slot in slots], slots)
+        for name, position in zip(TYPICAL_STEPS, (columns - spec.max_new_tokens // 2, columns - 1), strict=True):
+            on_pass(name)
+            hidden = store.step([0] * spec.slots, [position - slot % 2 for slot in slots])
+            engine.sample(hidden, [0.5] * spec.slots, sampling)
+            del hidden

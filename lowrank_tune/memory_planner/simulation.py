@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -26,10 +27,11 @@ from lowrank_tune.events import ignore_event
 from lowrank_tune.memory_planner.allocation_tracker import AllocationTracker
 from lowrank_tune.memory_planner.extrapolation import Peaks
 from lowrank_tune.memory_planner.fake_device import FakeDeviceMode, fake_device_mode, replaced
+from lowrank_tune.memory_planner.kernel_counter import KernelCounter, KernelCounts
 from lowrank_tune.memory_planner.meta_model import Layer, meta_base, stored_tensors, with_few_layers
 from lowrank_tune.memory_planner.optimizers import planned_optimizer
 from lowrank_tune.memory_planner.plan_report import PHASE_SEPARATOR
-from lowrank_tune.memory_planner.rollouts import DecodingSpec, decode
+from lowrank_tune.memory_planner.rollouts import Decoding, DecodingSpec, decode, decode_typical_steps
 from lowrank_tune.memory_planner.sizes import Sizes, batch_of
 from lowrank_tune.memory_planner.skipped_chunks import skip_middle_chunks
 from lowrank_tune.model import chunked_forward, logprobs
@@ -60,13 +62,49 @@ def simulate(
 ) -> Peaks:
     """Runs every phase once on a base of these layers; only the update if `only_update`, only the rollouts if the spec
     has any. Returns the bytes by purpose at the peak of each program point."""
-    tracker = AllocationTracker(spec.device.type, spec.config.get_text_config().vocab_size)
+    tracker = _make_tracker(spec)
+    _run(
+        spec,
+        layers,
+        only_update,
+        tracker,
+    )
+    return {point: peak for point, peak in tracker.peaks.items() if point[0] != "start"}
+
+
+def count_kernels(spec: SimulationSpec, layers: Sequence[Layer]) -> KernelCounts:
+    """Runs what `simulate` runs, except that decoding makes the steps of `rollouts.decode_typical_steps`. Returns how
+    often each kernel is started, by phase."""
+    tracker = _make_tracker(spec)
+    counter = KernelCounter(tracker)
+    _run(
+        spec,
+        layers,
+        False,
+        tracker,
+        counter,
+    )
+    return counter.counts
+
+
+def _make_tracker(spec: SimulationSpec) -> AllocationTracker:
+    return AllocationTracker(spec.device.type, spec.config.get_text_config().vocab_size)
+
+
+def _run(
+    spec: SimulationSpec,
+    layers: Sequence[Layer],
+    only_update: bool,
+    tracker: AllocationTracker,
+    counter: KernelCounter | None = None,
+) -> None:
     with (
         warnings.catch_warnings(),
         tracker,
+        counter or nullcontext(),
         fake_device_mode(spec.device) as mode,
-        replaced(logprobs, "chunk_logps", _skip_repeated_chunks(logprobs.chunk_logps)),
-        replaced(chunked_forward, "run_chunk", skip_middle_chunks(chunked_forward.run_chunk, mode)),
+        replaced(logprobs, "chunk_logps", _skip_repeated_chunks(logprobs.chunk_logps, counter)),
+        replaced(chunked_forward, "run_chunk", skip_middle_chunks(chunked_forward.run_chunk, mode, counter)),
     ):
         warnings.simplefilter("ignore")
         stage = _SimulatedStage(
@@ -76,17 +114,16 @@ def simulate(
             mode,
         )
         if spec.rollouts:
-            stage.run_decoding()
+            stage.run_decoding(decode if counter is None else decode_typical_steps)
         elif spec.recipe.is_online:
             stage.run_online(only_update)
         else:
             stage.run_offline(only_update)
-    return {point: peak for point, peak in tracker.peaks.items() if point[0] != "start"}
 
 
-def _skip_repeated_chunks(one_chunk: Callable[..., None]) -> Callable[..., None]:
+def _skip_repeated_chunks(one_chunk: Callable[..., None], counter: KernelCounter | None = None) -> Callable[..., None]:
     """Returns `one_chunk` for the first two chunks of the output head and the last, which may be shorter. The others
-    use the same memory as the second."""
+    use the same memory as the second, and its kernels are counted for them."""
 
     def first_and_last(
         head: Any,
@@ -99,14 +136,17 @@ def _skip_repeated_chunks(one_chunk: Callable[..., None]) -> Callable[..., None]
         start = logps.storage_offset()
         total = logps.untyped_storage().nbytes() // logps.element_size()
         if start <= len(logps) or start + len(logps) == total:
-            one_chunk(
-                head,
-                hidden,
-                targets,
-                temperature,
-                logps,
-                *others,
-            )
+            is_second = 0 < start == len(logps)
+            times = max(1, -(-total // len(logps)) - 2) if is_second else 1
+            with nullcontext() if counter is None else counter.repeated(times):
+                one_chunk(
+                    head,
+                    hidden,
+                    targets,
+                    temperature,
+                    logps,
+                    *others,
+                )
 
     return first_and_last
 
@@ -174,11 +214,11 @@ class _SimulatedStage:
     def _device_batch(self, rows: int) -> Batch:
         return self._batch(rows).to(self.roles.base.device)
 
-    def run_decoding(self) -> None:
+    def run_decoding(self, run: Decoding) -> None:
         """Completions of training, and answers to held-out questions. The optimizer's moments exist meanwhile."""
         self._create_optimizer()
         for phase, decoding in self.spec.rollouts.items():
-            decode(
+            run(
                 self.roles,
                 decoding,
                 replaced(self.tracker, "purpose", "KV cache"),
@@ -258,14 +298,6 @@ class _SimulatedStage:
             del micro
         self._loop(algorithm, experience, not only_update)
 
-    def _num_passes(self) -> int:
-        """How often the update passes over a rollout batch."""
-        if self.recipe.algorithm == "grpo":
-            return self.recipe.grpo.num_iterations
-        if self.recipe.algorithm == "ppo":
-            return self.recipe.ppo.num_ppo_epochs * self.recipe.ppo.num_mini_batches
-        return 1
-
     def _loop(
         self,
         algorithm: Algorithm[Any],
@@ -287,7 +319,7 @@ class _SimulatedStage:
             self.tracker,
             logged,
             self.parameters,
-            self._num_passes(),
+            num_update_passes(self.recipe),
         )
         self.optimizer.register_step_pre_hook(lambda *_: self.tracker.move_to("optimizer", "before"))
         loop = Trainer(
@@ -305,14 +337,27 @@ class _SimulatedStage:
         loop.run()
 
 
+def num_update_passes(recipe: RecipeConfig) -> int:
+    """Returns how often the update passes over a rollout batch."""
+    if recipe.algorithm == "grpo":
+        return recipe.grpo.num_iterations
+    if recipe.algorithm == "ppo":
+        return recipe.ppo.num_ppo_epochs * recipe.ppo.num_mini_batches
+    return 1
+
+
+MAX_SIMULATED_PASSES = 2
+"""The second pass of the update uses as much memory as all later ones."""
+
+
 @dataclass
 class _RepeatedBatch(StepBatch[Batch]):
-    """A batch that the update passes over `count` times. The second pass uses as much memory as all later ones."""
+    """A batch that the update passes over `count` times."""
 
     count: int = 1
 
     def minibatches(self) -> Iterator[Batch]:
-        for _ in range(min(2, self.count)):
+        for _ in range(min(MAX_SIMULATED_PASSES, self.count)):
             yield self.batch
 
 
