@@ -9,6 +9,7 @@ from dataclasses import replace
 import torch
 
 from lowrank_tune.config import Chain, RecipeConfig
+from lowrank_tune.memory_planner.auto_settings import with_auto_advice
 from lowrank_tune.memory_planner.fit import with_fit_report
 from lowrank_tune.memory_planner.plan_report import GIB, Phase, Plan
 from lowrank_tune.memory_planner.planner import plan_of, vram_bytes
@@ -35,6 +36,7 @@ def plan(
     for spec in simulation_specs(loaded, device):
         vram = vram_bytes(spec, vram_gib)
         fitted_plan = with_fit_report(spec, plan_of(spec, vram, spec.recipe.name))
+        fitted_plan = with_auto_advice(spec, fitted_plan)
         yield replace(fitted_plan, notes=(*fitted_plan.notes, *_assumption_notes(loaded)))
 
 

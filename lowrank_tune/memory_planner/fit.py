@@ -1,4 +1,4 @@
-"""Finds what fits a GPU: the largest micro-batch, the longest rows, the fewest recomputed layers, and the settings."""
+"""Finds what fits a GPU: the largest micro-batch, the longest rows, the fewest recomputed layers, and advice."""
 
 from __future__ import annotations
 
@@ -166,7 +166,7 @@ def _advice(
     recipe = spec.recipe
     sizes = plan.sizes
     if plan.fits:
-        if not plan.recomputed:
+        if not plan.recomputed or recipe.train.gradient_checkpointing == "auto":
             return ""
         fewest = search.recomputed(sizes)
         if fewest is None or fewest >= plan.recomputed:
@@ -225,29 +225,3 @@ def _shorten(spec: SimulationSpec, plan: Plan) -> str:
     if not recipe.train.activation_offloading and plan.recomputed:
         return "try train.activation_offloading=true, a smaller rank (adapters.policy.r), or a smaller base"
     return "a smaller rank (adapters.policy.r), or a smaller base"
-
-
-def choose_micro_batch(spec: SimulationSpec, plan: Plan) -> dict[str, int]:
-    """Returns the values of settings that are `auto`: units of a micro-batch, and recomputed layers. If both are, the
-    micro-batch is only as large as speed needs, and then as few layers as possible are recomputed. Empty if one row
-    does not fit."""
-    train = spec.recipe.train
-    search = Search(spec, plan)
-    choice = dict[str, int]()
-    auto_layers = train.gradient_checkpointing == "auto"
-    sizes = plan.sizes
-    if train.micro_batch_size == "auto":
-        max_units = step_units(spec.recipe, DEFAULT_STEP_UNITS)
-        if auto_layers:
-            enough_units = max(1, ENOUGH_TOKENS // (sizes.length * sizes.rows_per_unit))
-            max_units = min(max_units, enough_units)
-        units = search.units(max_units)
-        if not units:
-            return choice
-        choice["micro_batch_size"] = units
-        sizes = search.with_micro_batch(units)
-    if auto_layers:
-        fewest = search.recomputed(sizes)
-        if fewest is not None:
-            choice["gradient_checkpointing"] = fewest
-    return choice

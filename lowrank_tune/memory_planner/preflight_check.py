@@ -9,7 +9,8 @@ from typing import Any
 from lowrank_tune.config import Chain, RecipeConfig
 from lowrank_tune.errors import UserError
 from lowrank_tune.events import Emit, LogMessage, Progress, warning
-from lowrank_tune.memory_planner.fit import choose_micro_batch, with_fit_report
+from lowrank_tune.memory_planner.auto_settings import choose_auto_settings, describe_values, has_auto_settings
+from lowrank_tune.memory_planner.fit import with_fit_report
 from lowrank_tune.memory_planner.plan_report import GIB, Plan
 from lowrank_tune.memory_planner.planner import plan_of, vram_bytes
 from lowrank_tune.memory_planner.simulation import SimulationSpec
@@ -76,12 +77,12 @@ def _plan_stage(
     vram = vram_bytes(spec, vram_gib)
     plan = plan_of(spec, vram, name)
     changes = dict[str, int]()
-    if "auto" in (train.micro_batch_size, train.gradient_checkpointing):
-        changes = choose_micro_batch(spec, plan)
+    if has_auto_settings(spec):
+        changes = choose_auto_settings(spec, plan).values
     fit.changes[name] = changes
     if changes:
-        summary = ", ".join(f"train.{key} {value}" for key, value in changes.items())
-        emit(LogMessage(message=f"{name}: auto is {summary}, planned for {vram / GIB:.1f} GiB"))
+        message = f"{name}: auto is {describe_values(changes)}, planned for {vram / GIB:.1f} GiB"
+        emit(LogMessage(message=message))
     elif plan.fits:
         emit(LogMessage(message=f"{name}: {_describe(plan)}"))
     elif train.memory_check == "refuse":

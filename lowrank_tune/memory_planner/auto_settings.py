@@ -1,0 +1,146 @@
+"""Chooses the values of the settings that are `auto`: the fastest with which the whole plan fits the GPU."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+
+from lowrank_tune.memory_planner.extrapolation import MIN_LAYERS, fit_linear_model
+from lowrank_tune.memory_planner.fit import DEFAULT_STEP_UNITS, ENOUGH_TOKENS, Search
+from lowrank_tune.memory_planner.meta_model import layers_of
+from lowrank_tune.memory_planner.plan_report import DECODING_PHASES, Phase, Plan, needed
+from lowrank_tune.memory_planner.planner import peaks_of, phases_in
+from lowrank_tune.memory_planner.simulation import SimulationSpec, simulate
+from lowrank_tune.memory_planner.sizes import step_units
+
+AUTO_MARGIN = 0.03
+"""Share of the GPU's memory that a chosen value leaves free, because a plan is an estimate."""
+
+
+@dataclass(frozen=True)
+class AutoChoice:
+    """The values of the settings of `train` that are `auto`, and the plan with them. No values if none fits."""
+
+    values: dict[str, int]
+    plan: Plan
+
+
+def choose_auto_settings(spec: SimulationSpec, plan: Plan) -> AutoChoice:
+    """Returns the values of settings that are `auto`: units of a micro-batch, and recomputed layers. If both are, the
+    micro-batch is only as large as speed needs, and then as few layers as possible are recomputed. A plan with these
+    values fits. `plan` is the plan of the recipe as it is written."""
+    train = spec.recipe.train
+    values = dict[str, int]()
+    if train.micro_batch_size == "auto":
+        units = _micro_batch(spec, plan)
+        if not units:
+            return AutoChoice({}, plan)
+        values["micro_batch_size"] = units
+        spec = replace(spec, sizes=Search(spec, plan).with_micro_batch(units))
+    chosen = _plan_with(spec, plan, plan.recomputed)
+    if train.gradient_checkpointing == "auto":
+        chosen = _fewest_layers(spec, chosen)
+        values["gradient_checkpointing"] = chosen.recomputed
+    if not chosen.fits:
+        return AutoChoice({}, plan)
+    return AutoChoice(values, chosen)
+
+
+def describe_values(values: Mapping[str, int]) -> str:
+    """Returns chosen values as they are typed."""
+    return " ".join(f"train.{key}={value}" for key, value in values.items())
+
+
+def has_auto_settings(spec: SimulationSpec) -> bool:
+    """Returns whether a setting of the recipe is `auto`."""
+    train = spec.recipe.train
+    return "auto" in (train.micro_batch_size, train.gradient_checkpointing)
+
+
+def with_auto_advice(spec: SimulationSpec, plan: Plan) -> Plan:
+    """Adds to a plan the values that a run would choose, if it has no other advice."""
+    if not plan.vram or plan.advice or not has_auto_settings(spec):
+        return plan
+    values = choose_auto_settings(spec, plan).values
+    if not values:
+        return plan
+    return replace(plan, advice=f"auto: a run with this memory has {describe_values(values)}")
+
+
+def _micro_batch(spec: SimulationSpec, plan: Plan) -> int:
+    """Returns the largest micro-batch that fits with the margin, or else without; 0 if one row does not fit."""
+    recipe = spec.recipe
+    max_units = step_units(recipe, DEFAULT_STEP_UNITS)
+    if recipe.train.gradient_checkpointing == "auto":
+        enough_units = max(1, ENOUGH_TOKENS // (plan.sizes.length * plan.sizes.rows_per_unit))
+        max_units = min(max_units, enough_units)
+    units = 0
+    for room in (_room(plan), plan.vram):
+        units = units or Search(spec, replace(plan, vram=room)).units(max_units)
+    return units
+
+
+def _fewest_layers(spec: SimulationSpec, all_recomputed: Plan) -> Plan:
+    """Returns the plan with the fewest recomputed layers that fits with the margin, else the one that recomputes all
+    layers."""
+    for plan in _plans_by_layers(spec, all_recomputed):
+        if fits_with_margin(plan):
+            return plan
+    return all_recomputed
+
+
+def _plans_by_layers(spec: SimulationSpec, all_recomputed: Plan) -> Iterator[Plan]:
+    """Yields plans with more and more recomputed layers, counted from the first. Numbers for which too few layers of a
+    kind are left to extrapolate from are left out."""
+    layers = all_recomputed.layers
+    yield _plan_with(spec, all_recomputed, 0)
+    kinds = Counter(layers_of(spec.config, 0)) | Counter(layers_of(spec.config, layers))
+    if min(kinds.values()) < 2 * MIN_LAYERS:
+        return
+    model = fit_linear_model(lambda few_layers: simulate(spec, few_layers), kinds)
+    for count in range(1, layers):
+        counts = Counter(layers_of(spec.config, count))
+        if all(counts[kind] >= MIN_LAYERS for kind in kinds):
+            phases = phases_in(model.at_depth(counts))
+            yield _with_phases(spec, all_recomputed, count, phases)
+
+
+def _plan_with(
+    spec: SimulationSpec,
+    plan: Plan,
+    recomputed: int,
+) -> Plan:
+    """Returns the plan with other sizes or another number of recomputed layers."""
+    if spec.sizes == plan.sizes and recomputed == plan.recomputed:
+        return plan
+    return _with_phases(spec, plan, recomputed, phases_in(peaks_of(spec, recomputed)))
+
+
+def _with_phases(
+    spec: SimulationSpec,
+    plan: Plan,
+    recomputed: int,
+    phases: tuple[Phase, ...],
+) -> Plan:
+    """Returns the plan with other phases. Those that decode stay, because they need no activations of the update."""
+    decoding = [phase for phase in plan.phases if phase.name in DECODING_PHASES]
+    return replace(
+        plan,
+        sizes=spec.sizes,
+        recomputed=recomputed,
+        phases=(*decoding, *phases),
+    )
+
+
+def fits_with_margin(plan: Plan) -> bool:
+    """Returns whether a plan fits, and its phases that do not decode leave `AUTO_MARGIN` of the memory free. Decoding
+    takes the memory that is left, so that it has no margin."""
+    ignored = {phase.name for phase in plan.split_phases}
+    ignored.update(DECODING_PHASES)
+    peak = max(phase.total for phase in plan.phases if phase.name not in ignored)
+    return plan.fits and needed(peak, plan.device) <= _room(plan)
+
+
+def _room(plan: Plan) -> int:
+    return int(plan.vram * (1 - AUTO_MARGIN))

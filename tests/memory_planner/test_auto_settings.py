@@ -1,0 +1,100 @@
+"""Values of `auto`: as few layers are recomputed as fit, and the plan never refuses what was chosen."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from transformers import LlamaConfig
+from typer.testing import CliRunner
+
+from lowrank_tune.cli import app
+from lowrank_tune.config import Chain, list_presets, load_any
+from lowrank_tune.events import Event, LogMessage
+from lowrank_tune.memory_planner import check_fit
+from lowrank_tune.memory_planner.auto_settings import AUTO_MARGIN, choose_auto_settings, fits_with_margin
+from lowrank_tune.memory_planner.plan_report import GIB, Phase, Plan
+from lowrank_tune.memory_planner.planner import plan_of
+from lowrank_tune.memory_planner.simulation import SimulationSpec
+from lowrank_tune.memory_planner.specs import simulation_specs
+
+NUM_LAYERS = 9
+ROWS_OF_512 = """
+algorithm: sft
+base: {{model: {folder}, bits: 4}}
+data: {{train: [{{dataset: builtin:arithmetic}}], max_length: 512}}
+train: {{max_steps: 2, micro_batch_size: 16, gradient_checkpointing: {layers}}}
+"""
+
+
+def spec_of(folder: Path, layers: int | str) -> SimulationSpec:
+    """A Llama of nine layers, of which there is the configuration alone."""
+    LlamaConfig(
+        vocab_size=1000,
+        hidden_size=512,
+        intermediate_size=1024,
+        num_attention_heads=8,
+        num_key_value_heads=4,
+        num_hidden_layers=NUM_LAYERS,
+        tie_word_embeddings=False,
+    ).save_pretrained(folder)
+    file = folder / "recipe.yaml"
+    file.write_text(ROWS_OF_512.format(folder=folder, layers=layers), encoding="utf-8")
+    (spec,) = simulation_specs(load_any(str(file)), "cuda")
+    return spec
+
+
+def plan_with(folder: Path, layers: int | str, vram: int) -> Plan:
+    return plan_of(spec_of(folder, layers), vram, "sft")
+
+
+@pytest.mark.slow
+def test_the_fewest_layers_that_fit_are_recomputed_and_the_plan_accepts_them(tmp_path: Path) -> None:
+    by_count = {count: plan_with(tmp_path, count, 1) for count in (0, *range(2, NUM_LAYERS - 1), NUM_LAYERS)}
+    spec = spec_of(tmp_path, "auto")
+    sizes = [plan.needed for plan in by_count.values()]
+    assert sizes == sorted(sizes, reverse=True) and sizes[0] > 1.5 * sizes[-1], "each layer changes what is needed"
+    for vram in range(sizes[-1], round(1.1 * sizes[0]), (sizes[0] - sizes[-1]) // 7):
+        written = replace(by_count[NUM_LAYERS], vram=vram)
+        choice = choose_auto_settings(spec, written)
+        with_room = [count for count, plan in by_count.items() if plan.needed <= vram * (1 - AUTO_MARGIN)]
+        expected = min(with_room, default=NUM_LAYERS)
+        assert choice.values == {"gradient_checkpointing": expected}
+        accepted = replace(by_count[expected], vram=vram)
+        assert accepted.fits and choice.plan == accepted, "its plan is that of a recipe with this number"
+    too_small = choose_auto_settings(spec, replace(by_count[NUM_LAYERS], vram=sizes[-1] - 1))
+    assert too_small.values == {}
+
+
+def test_auto_does_not_hide_that_rollouts_do_not_fit(tmp_path: Path) -> None:
+    plan = plan_with(tmp_path, "auto", 24 * GIB)
+    rollout = Phase("rollout", {"KV cache": 30 * GIB})
+    assert fits_with_margin(plan) and choose_auto_settings(spec_of(tmp_path, "auto"), plan).values
+    assert not choose_auto_settings(spec_of(tmp_path, "auto"), replace(plan, phases=(rollout, *plan.phases))).values
+    fills_the_gpu = replace(rollout, bytes={"KV cache": round(22.2 * GIB)})
+    assert fits_with_margin(replace(plan, phases=(fills_the_gpu, *plan.phases))), "decoding takes what is left"
+
+
+@pytest.mark.slow
+def test_a_run_says_what_auto_is_and_plan_says_it_before(tmp_path: Path) -> None:
+    spec_of(tmp_path, "auto")
+    file = str(tmp_path / "recipe.yaml")
+    events: list[Event] = []
+    fit = check_fit(load_any(file), 24.0, events.append)
+    assert fit.changes == {"recipe": {"gradient_checkpointing": 0}}
+    messages = [event.message for event in events if isinstance(event, LogMessage)]
+    assert messages == ["recipe: auto is train.gradient_checkpointing=0, planned for 24.0 GiB"]
+    printed = CliRunner().invoke(app, ["plan", file, "--vram", "24"])
+    assert "auto: a run with this memory has train.gradient_checkpointing=0" in printed.output
+    assert (
+        "auto" not in CliRunner().invoke(app, ["plan", file, "--vram", "24", "train.gradient_checkpointing=0"]).output
+    )
+
+
+@pytest.mark.parametrize("preset", [preset.name for preset in list_presets()])
+def test_presets_of_gpus_recompute_as_few_layers_as_fit(preset: str) -> None:
+    loaded = load_any(preset)
+    stages = loaded.stages if isinstance(loaded, Chain) else (loaded,)
+    expected = True if preset.startswith("tiny-") else "auto"
+    assert [stage.train.gradient_checkpointing for stage in stages] == [expected] * len(stages)
