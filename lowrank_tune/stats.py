@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -41,17 +41,26 @@ def add_stats(into: Stats, more: Mapping[str, WeightedMean]) -> None:
 
 
 def to_floats(stats: Mapping[str, WeightedMean]) -> dict[str, float]:
-    """Returns all means as numbers, with one transfer from the device."""
-    if not stats:
-        return {}
-    totals_and_counts = []
-    device = torch.device("cpu")
+    """Returns all means as numbers, with one transfer from each device."""
+    values: list[Tensor | float] = []
     for mean in stats.values():
-        totals_and_counts += [mean.total, mean.count]
-    for value in totals_and_counts:
+        values += [mean.total, mean.count]
+    numbers = _read_values(values)
+    return {name: WeightedMean(numbers[2 * place], numbers[2 * place + 1]).value for place, name in enumerate(stats)}
+
+
+def _read_values(values: Sequence[Tensor | float]) -> list[float]:
+    """Returns the values of numbers and 0-d tensors. Statistics of the rollouts are on the CPU, those of the update on
+    the GPU: copying either to the other device one by one would wait for the GPU each time."""
+    numbers = [0.0] * len(values)
+    by_device: dict[torch.device, list[int]] = {}
+    for place, value in enumerate(values):
         if isinstance(value, Tensor):
-            device = value.device
-            break
-    on_device = [torch.as_tensor(value, dtype=torch.float64, device=device) for value in totals_and_counts]
-    numbers = torch.stack(on_device).view(-1, 2).tolist()
-    return {name: WeightedMean(*pair).value for name, pair in zip(stats, numbers, strict=True)}
+            by_device.setdefault(value.device, []).append(place)
+        else:
+            numbers[place] = float(value)
+    for places in by_device.values():
+        tensors = [torch.as_tensor(values[place], dtype=torch.float64) for place in places]
+        for place, number in zip(places, torch.stack(tensors).tolist(), strict=True):
+            numbers[place] = number
+    return numbers

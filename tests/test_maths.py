@@ -11,6 +11,7 @@ import pytest
 import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
+from torch.overrides import TorchFunctionMode
 
 from lowrank_tune import functional
 from lowrank_tune.functional import (
@@ -24,6 +25,8 @@ from lowrank_tune.functional import (
     reliability_bins,
     token_mean_weights,
 )
+from lowrank_tune.memory_planner.fake_device import fake_device_mode
+from lowrank_tune.stats import WeightedMean, to_floats
 
 
 def test_token_weights_by_hand() -> None:
@@ -141,3 +144,35 @@ def test_correlation_by_hand() -> None:
     assert correlation(torch.tensor([1.0, 2.0, 3.0]), torch.tensor([3, 2, 1])) == pytest.approx(-1)
     assert correlation(torch.tensor([1.0, 0.0, -1.0, 0.0]), torch.tensor([0, 1, 0, -1])) == pytest.approx(0)
     assert math.isnan(correlation(torch.tensor([1.0, 1.0]), torch.tensor([1, 2])))
+
+
+class Transfers(TorchFunctionMode):
+    """Records the device of every tensor whose values are read."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.devices: list[str] = []
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in (torch.Tensor.tolist, torch.Tensor.item, torch.Tensor.__float__):
+            self.devices.append(args[0].device.type)
+        elif func is torch.as_tensor:
+            assert "device" not in kwargs, "a statistic is copied to another device"
+        return func(*args, **(kwargs or {}))
+
+
+def test_statistics_are_read_with_one_transfer_from_each_device() -> None:
+    one = torch.ones((), device="meta")
+    stats = {
+        "rollouts": WeightedMean(torch.tensor(6.0), torch.tensor(3)),
+        "update": WeightedMean(one, one),
+        "reward": WeightedMean(torch.tensor(5.0, dtype=torch.float64), 2),
+        "loss": WeightedMean(one, 4),
+        "seconds": WeightedMean(1.5, 1),
+    }
+    with fake_device_mode(torch.device("cuda")), Transfers() as transfers:
+        found = to_floats(stats)
+    assert sorted(transfers.devices) == ["cpu", "cuda"]
+    assert [found[name] for name in ("rollouts", "reward", "seconds")] == [2.0, 2.5, 1.5]
+    # A fake GPU's values are read as 0.
+    assert found["loss"] == 0.0 and math.isnan(found["update"])

@@ -35,6 +35,7 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cache
 from transformers.utils import logging as transformers_logging
 
 from lowrank_tune.errors import UserError, first_line
+from lowrank_tune.model.compute_dtype import cast_other_weights, set_compute_dtype
 from lowrank_tune.model.rotary import FixedRope, RopeFactors, check_frequencies, fix_frequencies, fixed_rope
 
 if TYPE_CHECKING:  # the model floor must run where pydantic is not installed (benchmarks/gpu.py)
@@ -133,6 +134,7 @@ def load_base(
     RoPE type `longrope` (`model/rotary.py`). Raises UserError for errors that the user can correct."""
     silence_transformers()
     device = device or pick_device()
+    dtype = dtype or default_dtype(device)
     with describe_load_errors(base_config) as (path_or_id, arguments):
         config = AutoConfig.from_pretrained(path_or_id, **arguments)
         quantized = check_quantization(config, base_config)
@@ -145,10 +147,12 @@ def load_base(
             device_map={"": device},
             output_loading_info=True,
             ignore_mismatched_sizes=True,
-            dtype=dtype or default_dtype(device),
+            dtype=dtype,
             **arguments,
         )
         _check_weights(model, loading_info, base_config.model)
+    if quantized:
+        cast_other_weights(model, dtype)
     num_weights = sum(parameter.numel() for parameter in model.parameters())
     if device.type == "cpu" and SINGLE_THREAD_ENV not in os.environ and num_weights < SINGLE_THREAD_MAX_PARAMS:
         torch.set_num_threads(1)
@@ -233,8 +237,9 @@ def freeze_base(
     rope_factors: RopeFactors = "short",
 ) -> Base:
     """Makes a loaded model a base: nothing trainable, train mode (transformers checkpoints only in train mode), no
-    dropout, fixed rotary frequencies, and kernels that keep the weights."""
+    dropout, fixed rotary frequencies, 4-bit products in the model's dtype, and kernels that keep the weights."""
     fix_frequencies(model, rope_factors)
+    set_compute_dtype(model, model.dtype)
     for module in model.modules():
         if isinstance(module, bitsandbytes.nn.Linear4bit):
             # On CPUs with AVX512-BF16 an eval forward repacks the weight in place and runs without autograd.

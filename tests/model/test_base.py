@@ -29,6 +29,7 @@ from models import (
 )
 from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
+from transformers import AutoModelForCausalLM
 
 from lowrank_tune.config import BaseConfig
 from lowrank_tune.errors import UserError
@@ -100,6 +101,24 @@ def test_folder_quantized_by_bitsandbytes_loads_unchanged(tmp_path: Path) -> Non
     roles = roles_over(again)
     roles.logps("policy", ragged_batch()).logps.sum().backward()
     assert gradients(roles).isfinite().all() and gradients(roles).any()
+
+
+def test_folder_quantized_with_fp16_computes_in_the_dtype_of_the_run(tmp_path: Path) -> None:
+    config = nf4_config(CPU)
+    config.bnb_4bit_compute_dtype = torch.float16
+    model = AutoModelForCausalLM.from_pretrained(
+        saved_model(), quantization_config=config, dtype=torch.float16, device_map={"": CPU}
+    )
+    model.save_pretrained(tmp_path)
+    base = load_folder(tmp_path)
+    linears = [module for module in base.model.modules() if isinstance(module, bitsandbytes.nn.Linear4bit)]
+    assert len(linears) == 14
+    for linear in linears:
+        assert linear.compute_dtype == torch.float32 and linear.compute_type_is_set
+    others = {name: weight for name, weight in base.model.named_parameters() if weight.dtype != torch.uint8}
+    assert others and {weight.dtype for weight in others.values()} == {torch.float32}
+    # Larger than fp16's largest number, 65,504.
+    assert torch.isfinite(linears[0](torch.full((1, 2, 64), 1e5))).all()
 
 
 def test_every_end_id_counts(tmp_path: Path) -> None:
