@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from lowrank_tune.memory_planner.fake_device import FakeDeviceMode
+from lowrank_tune.model.chunked_forward import Recomputation
 
 RunChunk = Callable[..., Tensor]
 """The type of `model.chunked_forward.run_chunk`."""
@@ -27,7 +28,7 @@ def skip_middle_chunks(run_chunk: RunChunk, mode: FakeDeviceMode) -> RunChunk:
         chunk: Tensor,
         number: int,
         count: int,
-        context_fn: Any,
+        recomputation: Recomputation,
     ) -> Tensor:
         if 0 < number < count - 1:
             return skipped_chunk(chunk, dtypes[-1])
@@ -37,7 +38,7 @@ def skip_middle_chunks(run_chunk: RunChunk, mode: FakeDeviceMode) -> RunChunk:
                 chunk,
                 number,
                 count,
-                context_fn,
+                recomputation,
             )
         dtypes[:] = [output.dtype]
         return output

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from lowrank_tune.errors import UserError
-from lowrank_tune.model.chunked_forward import ContextFn, chunked_forward
+from lowrank_tune.model.chunked_forward import ContextFn, Recomputation, chunked_forward
 
 MLP_NAMES = ("mlp", "feed_forward")
 """Names of the MLP in the decoder layers of transformers."""
@@ -41,7 +41,7 @@ def chunk_mlps(
         module.forward = kind(
             module.forward,
             num_chunks,
-            context_fn,
+            Recomputation(context_fn, _has_dropout(module)),
             model.config.model_type,
         )
 
@@ -72,13 +72,17 @@ def _norms_of(decoder: Any) -> list[nn.Module]:
     return [module for name, module in decoder.named_modules() if "norm" in name.rpartition(".")[2]]
 
 
+def _has_dropout(module: nn.Module) -> bool:
+    return any(isinstance(part, nn.Dropout) and part.p > 0 for part in module.modules())
+
+
 @dataclass(frozen=True)
 class _ChunkedNorm:
     """The forward method of a norm, in chunks. A norm with more arguments than the hidden states runs as a whole."""
 
     plain: Callable[..., Tensor]
     num_chunks: int
-    context_fn: ContextFn
+    recomputation: Recomputation
     model_type: str
 
     def __call__(
@@ -94,7 +98,7 @@ class _ChunkedNorm:
             self.plain,
             hidden,
             min(self.num_chunks, tokens // MIN_CHUNK_TOKENS),
-            self.context_fn,
+            self.recomputation,
         )
 
 

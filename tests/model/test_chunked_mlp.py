@@ -17,7 +17,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from lowrank_tune.config import load_any
 from lowrank_tune.errors import ConfigError, UserError
 from lowrank_tune.model import chunked_mlp
-from lowrank_tune.model.chunked_forward import chunk_sizes, chunked_forward
+from lowrank_tune.model.chunked_forward import Recomputation, chunk_sizes, chunked_forward
 from lowrank_tune.model.roles import Roles
 
 TOKENS = 9
@@ -57,7 +57,7 @@ def test_a_chunked_module_is_the_plain_one(chunks: int) -> None:
     torch.manual_seed(0)
     module = nn.Sequential(nn.LayerNorm(16), nn.Linear(16, 40), nn.GELU(), nn.Linear(40, 16)).double()
     plain = gradients(module, module)
-    chunked = gradients(lambda hidden: chunked_forward(module, hidden, chunks, no_contexts), module)
+    chunked = gradients(lambda hidden: chunked_forward(module, hidden, chunks, Recomputation(no_contexts)), module)
     assert len(plain) == len(chunked) == 8
     for one, other in zip(chunked, plain, strict=True):
         assert relative_error(one, other) <= 1e-14
@@ -67,7 +67,7 @@ def test_a_norm_in_chunks_is_bit_equal() -> None:
     """No sum of a norm without weights goes over tokens."""
     norm = nn.RMSNorm(16, elementwise_affine=False)
     plain = gradients(norm, norm)
-    chunked = gradients(lambda hidden: chunked_forward(norm, hidden, 4, no_contexts), norm)
+    chunked = gradients(lambda hidden: chunked_forward(norm, hidden, 4, Recomputation(no_contexts)), norm)
     assert all(torch.equal(one, other) for one, other in zip(chunked, plain, strict=True))
 
 
@@ -186,3 +186,28 @@ def test_an_mlp_with_another_output_is_refused() -> None:
 def test_unsloth_computes_mlps_by_itself() -> None:
     with pytest.raises(ConfigError, match="train.mlp_chunks: does nothing with `base.backend: unsloth`"):
         load_any("qwen3-8b-sft", "base.backend=unsloth", "train.mlp_chunks=2")
+
+
+@pytest.mark.parametrize("with_dropout", [True, False])
+def test_dropout_draws_the_same_numbers_again(with_dropout: bool) -> None:
+    """Each element of the gradient is nonzero where the output is, if and only if the random numbers are kept."""
+    hidden = torch.ones(1, 400, 8, requires_grad=True)
+    torch.manual_seed(0)
+    dropout = nn.Sequential(nn.Dropout(0.5), Square())
+    output = chunked_forward(dropout, hidden, 4, Recomputation(no_contexts, with_dropout))
+    output.sum().backward()  # type: ignore[no-untyped-call]
+    assert hidden.grad is not None
+    assert torch.equal(hidden.grad != 0, output != 0) == with_dropout
+
+
+class Square(nn.Module):
+    def forward(self, hidden: Tensor) -> Tensor:
+        return hidden * hidden
+
+
+def test_random_numbers_are_kept_where_an_adapter_has_dropout() -> None:
+    for dropout in (0.0, 0.1):
+        roles = llama_roles(16, dropout=dropout, mlp_chunks=2)
+        layer = roles.base.model.get_decoder().layers[0]
+        assert layer.mlp.forward.recomputation.with_dropout == (dropout > 0)
+        assert not layer.input_layernorm.forward.recomputation.with_dropout
