@@ -14,6 +14,7 @@ import tempfile
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from itertools import product
 from types import SimpleNamespace
 from typing import Any
 
@@ -29,6 +30,7 @@ from lowrank_tune.batch import Batch, PairBatch, RolloutBatch
 from lowrank_tune.generation import Engine
 from lowrank_tune.generation.sampling_params import SamplingParams
 from lowrank_tune.memory_planner.planner import make_spec, phases_of
+from lowrank_tune.model import chunked_mlp
 from lowrank_tune.model.base import load_base
 from lowrank_tune.training.trainer import Trainer, make_optimizer
 
@@ -90,7 +92,7 @@ def saved_model(kind: str, folder: str) -> None:
     AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(folder)
 
 
-def recipe_of(algorithm: str, model: str, checkpointing: bool | int, bits: int = 4) -> Recipe:
+def recipe_of(algorithm: str, model: str, checkpointing: bool | int, bits: int = 4, mlp_chunks: int = 1) -> Recipe:
     pairs, online = algorithm in ("reward", "dpo"), algorithm in ("grpo", "ppo")
     data: dict[str, Any] = {"train": [{"dataset": "builtin:arithmetic-preferences" if pairs else "builtin:arithmetic"}]}
     train: dict[str, Any] = {
@@ -98,6 +100,7 @@ def recipe_of(algorithm: str, model: str, checkpointing: bool | int, bits: int =
         "micro_batch_size": MICRO,
         "gradient_checkpointing": checkpointing,
         "logging_steps": 1,
+        "mlp_chunks": mlp_chunks,
     }
     more: dict[str, Any] = {}
     if online:
@@ -232,7 +235,7 @@ def planned(recipe: Recipe, rollout: bool = False) -> int:
 
 
 def cells(
-    shapes: list[str], algorithms: list[str], settings: list[bool | int]
+    shapes: list[str], algorithms: list[str], settings: list[bool | int], mlp_chunks: list[int]
 ) -> Iterator[tuple[str, str, str, int, int]]:
     """Shape, algorithm, recomputation, bytes measured, bytes planned."""
     for shape in shapes:
@@ -243,15 +246,12 @@ def cells(
                     recipe = recipe_of("grpo", folder, True)
                     yield shape, "rollout", "", measured(recipe, True), planned(recipe, True)
                     continue
-                for setting in settings:
-                    recipe = recipe_of(algorithm, folder, setting)
-                    yield (
-                        shape,
-                        algorithm,
-                        {True: "all", False: "none"}.get(setting, str(setting)),
-                        measured(recipe),
-                        planned(recipe),
-                    )
+                for setting, chunks in product(settings, mlp_chunks):
+                    recipe = recipe_of(algorithm, folder, setting, mlp_chunks=chunks)
+                    layers = {True: "all", False: "none"}.get(setting, str(setting))
+                    if chunks > 1:
+                        layers += f", MLPs in {chunks} chunks"
+                    yield shape, algorithm, layers, measured(recipe), planned(recipe)
 
 
 def main() -> None:
@@ -259,15 +259,19 @@ def main() -> None:
     parser.add_argument("--shapes", nargs="+", default=list(SHAPES), choices=list(SHAPES))
     parser.add_argument("--algorithms", nargs="+", default=["sft", "reward", "dpo", "grpo", "ppo", "rollout"])
     parser.add_argument("--layers", nargs="+", default=["all", "none", "2"], help="layers that are recomputed")
+    parser.add_argument("--mlp-chunks", nargs="+", type=int, default=[1], help="chunks of the MLPs")
     wanted = parser.parse_args()
     warnings.filterwarnings("ignore")
     torch.set_num_threads(1)
+    chunked_mlp.MIN_CHUNK_TOKENS = 1  # the rows are short
     settings: list[bool | int] = [
         {"all": True, "none": False}[one] if one in ("all", "none") else int(one) for one in wanted.layers
     ]
     print("| shape | algorithm | recomputed | measured, MiB | planned, MiB | off by |\n|---|---|---|---|---|---|")
     worst = 0.0
-    for shape, algorithm, layers, found, predicted in cells(wanted.shapes, wanted.algorithms, settings):
+    for shape, algorithm, layers, found, predicted in cells(
+        wanted.shapes, wanted.algorithms, settings, wanted.mlp_chunks
+    ):
         worst = max(worst, abs(predicted / found - 1))
         print(
             f"| {shape} | {algorithm} | {layers} | {found / 2**20:.2f} | {predicted / 2**20:.2f} | "

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from lowrank_tune.memory_planner.fake_device import FakeDeviceMode
 from lowrank_tune.memory_planner.kernel_counter import KernelCounter
+from lowrank_tune.model.chunked_forward import Recomputation
 
 RunChunk = Callable[..., Tensor]
 """The type of `model.chunked_forward.run_chunk`."""
@@ -34,7 +35,7 @@ def skip_middle_chunks(
         chunk: Tensor,
         number: int,
         count: int,
-        context_fn: Any,
+        recomputation: Recomputation,
     ) -> Tensor:
         if 0 < number < count - 1:
             return skipped_chunk(chunk, dtypes[-1])
@@ -45,7 +46,7 @@ def skip_middle_chunks(
                 chunk if counter is None else _end_of_repeated_backward(chunk, counter, times),
                 number,
                 count,
-                context_fn,
+                recomputation,
             )
         dtypes[:] = [output.dtype]
         return output if counter is None else _start_of_repeated_backward(output, counter, times)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,11 +21,19 @@ ContextFn = Callable[[], tuple[AbstractContextManager[Any], AbstractContextManag
 SEQUENCE_DIM = 1
 
 
+@dataclass(frozen=True)
+class Recomputation:
+    """How a chunk is recomputed: in which contexts, and whether with the same random numbers, as dropout needs."""
+
+    context_fn: ContextFn
+    with_dropout: bool = False
+
+
 def chunked_forward(
     forward: Forward,
     hidden: Tensor,
     num_chunks: int,
-    context_fn: ContextFn,
+    recomputation: Recomputation,
 ) -> Tensor:
     """Returns `forward(hidden)` for hidden states (B, T, d), computed in up to `num_chunks` chunks of the sequence."""
     sizes = chunk_sizes(hidden.shape[SEQUENCE_DIM], num_chunks)
@@ -39,7 +48,7 @@ def chunked_forward(
                 chunk,
                 number,
                 len(sizes),
-                context_fn,
+                recomputation,
             )
         )
     return torch.cat(outputs, dim=SEQUENCE_DIM)
@@ -58,7 +67,7 @@ def run_chunk(
     chunk: Tensor,
     number: int,
     count: int,
-    context_fn: ContextFn,
+    recomputation: Recomputation,
 ) -> Tensor:
     """Returns the output of chunk `number` of `count`. The memory planner replaces this function to skip chunks."""
     if not torch.is_grad_enabled():
@@ -67,5 +76,6 @@ def run_chunk(
         forward,
         chunk,
         use_reentrant=False,
-        context_fn=context_fn,
+        context_fn=recomputation.context_fn,
+        preserve_rng_state=recomputation.with_dropout,
     )
