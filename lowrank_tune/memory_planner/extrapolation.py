@@ -1,5 +1,5 @@
-"""Extrapolates from a few layers to all: bytes at a program point, and kernels of a phase, grow linearly with the layers
-of each kind."""
+"""Extrapolates from a few layers to all: bytes at a program point, and kernels of a phase, grow linearly with the
+layers of each kind."""
 
 from __future__ import annotations
 
