@@ -33,13 +33,12 @@ def planned_gpu(name: str | None, vram_gib: float | None) -> PlannedGpu:
         return _installed_gpu(vram_gib)
     spec = gpu_named(DEFAULT_GPU)
     if vram_gib:
-        return PlannedGpu(
-            vram_gib, spec, f"the speed is that of an {spec.device_name}; --gpu NAME plans for another one"
-        )
+        return PlannedGpu(vram_gib, spec, f"the speed is that of an {spec.device_name}; --gpu NAME plans for another")
     note = (
-        f"no GPU found: an {spec.device_name} with {spec.memory_gib:.0f} GiB is assumed; --gpu NAME plans for another"
+        f"no GPU found: {spec.memory_gib:.0f} GiB are assumed, and the speed of an {spec.device_name}; "
+        "--gpu NAME plans for another GPU, --vram GIB for another size"
     )
-    return PlannedGpu(spec.memory_gib, spec, f"{note}, --vram GIB for another size")
+    return PlannedGpu(spec.memory_gib, spec, note)
 
 
 def gpu_named(name: str) -> GpuSpec:

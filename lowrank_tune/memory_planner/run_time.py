@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from lowrank_tune.config import RecipeConfig
@@ -164,6 +164,16 @@ class RunTimeModel:
         step = self._time_of(name + PHASE_SEPARATOR + AVERAGE_STEP)
         prompts = reading.times(decoding.prompts / decoding.prefill_prompts)
         return prompts.then(placing.times(turns)).then(step.times(turns * new_tokens))
+
+
+def sum_of_hours(run_times: Sequence[RunTime]) -> Span | None:
+    """Returns the hours of several stages, None if those of one are unknown."""
+    total = Span(0.0, 0.0)
+    for run_time in run_times:
+        if run_time.hours is None:
+            return None
+        total = total.plus(run_time.hours)
+    return total if run_times else None
 
 
 def _hours(seconds: Span) -> Span:

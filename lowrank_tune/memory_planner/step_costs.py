@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 
 from lowrank_tune.memory_planner.extrapolation import extrapolate_counts
 from lowrank_tune.memory_planner.kernel_costs import Kernel
@@ -47,11 +48,11 @@ def step_costs(
 ) -> dict[str, PhaseCost]:
     """Returns the phases of a recipe on the whole model, by name; those of decoding as `rollout: reading`."""
     layers = layers_of(spec.config, recomputed)
-    counts = extrapolate_counts(lambda few: count_kernels(spec, few), layers)
+    counts = extrapolate_counts(partial(count_kernels, spec), layers)
     costs = {cost.name: cost for cost in _pass_costs(spec, counts)}
     if rollouts:
-        decoding = replace(spec, rollouts=rollouts)
-        counts = extrapolate_counts(lambda few: count_kernels(decoding, few), layers)
+        decoding_spec = replace(spec, rollouts=rollouts)
+        counts = extrapolate_counts(partial(count_kernels, decoding_spec), layers)
         for phase, sizes in rollouts.items():
             costs |= {cost.name: cost for cost in _decoding_costs(phase, sizes, counts)}
     return costs
