@@ -1,5 +1,5 @@
-"""The memory planner: how much memory each phase of a run needs, computed before any weight is read, and what fits a
-GPU."""
+"""The memory planner: how much memory each phase of a run needs, computed before any weight is read, what fits a GPU,
+and how long the run takes there."""
 
 from __future__ import annotations
 
@@ -10,10 +10,14 @@ import torch
 
 from lowrank_tune.config import Chain, RecipeConfig
 from lowrank_tune.memory_planner.auto_settings import with_auto_advice
+from lowrank_tune.memory_planner.estimate import estimate_run_time
 from lowrank_tune.memory_planner.fit import with_fit_report
+from lowrank_tune.memory_planner.gpu_specs import GpuSpec
 from lowrank_tune.memory_planner.plan_report import GIB, Phase, Plan
 from lowrank_tune.memory_planner.planner import plan_of, vram_bytes
 from lowrank_tune.memory_planner.preflight_check import check_fit
+from lowrank_tune.memory_planner.run_length import run_length
+from lowrank_tune.memory_planner.run_time import RunTime
 from lowrank_tune.memory_planner.specs import missing_adapters, simulation_specs
 
 __all__ = [
@@ -23,6 +27,7 @@ __all__ = [
     "gpu_memory_gib",
     "check_fit",
     "plan",
+    "plan_with_time",
 ]
 
 
@@ -33,11 +38,35 @@ def plan(
 ) -> Iterator[Plan]:
     """Yields the plan of a recipe, or of each stage of a chain. Without a GPU `vram_gib` is 0, and nothing is compared
     with it. Raises UserError."""
+    for stage_plan, _ in plan_with_time(
+        loaded,
+        vram_gib,
+        device,
+        None,
+    ):
+        yield stage_plan
+
+
+def plan_with_time(
+    loaded: RecipeConfig | Chain,
+    vram_gib: float,
+    device: str,
+    gpu: GpuSpec | None,
+) -> Iterator[tuple[Plan, RunTime | None]]:
+    """Yields each plan of `plan`, with the time of the stage on `gpu`; None without one."""
     for spec in simulation_specs(loaded, device):
         vram = vram_bytes(spec, vram_gib)
         fitted_plan = with_fit_report(spec, plan_of(spec, vram, spec.recipe.name))
         fitted_plan = with_auto_advice(spec, fitted_plan)
-        yield replace(fitted_plan, notes=(*fitted_plan.notes, *_assumption_notes(loaded)))
+        run_time = None
+        if gpu is not None:
+            run_time = estimate_run_time(
+                spec,
+                fitted_plan,
+                gpu,
+                run_length(spec.recipe),
+            )
+        yield replace(fitted_plan, notes=(*fitted_plan.notes, *_assumption_notes(loaded))), run_time
 
 
 def _assumption_notes(loaded: RecipeConfig | Chain) -> list[str]:

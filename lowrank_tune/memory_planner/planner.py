@@ -73,13 +73,7 @@ def phases_of(spec: SimulationSpec, vram: int = 0) -> tuple[Phase, ...]:
     sequences are decoded at once."""
     recomputed = recomputed_of(spec)
     phases = phases_in(peaks_of(spec, recomputed))
-    resident = max(phase.static_bytes for phase in phases)
-    rollouts = _decoding_specs(
-        spec.recipe,
-        spec.config,
-        spec.device,
-        _cache_bytes(spec, vram, resident),
-    )
+    rollouts = decoding_of(spec, phases, vram)
     if not rollouts:
         return phases
     return (
@@ -90,6 +84,22 @@ def phases_of(spec: SimulationSpec, vram: int = 0) -> tuple[Phase, ...]:
             vram,
         ),
         *phases,
+    )
+
+
+def decoding_of(
+    spec: SimulationSpec,
+    phases: Sequence[Phase],
+    vram: int,
+) -> dict[str, DecodingSpec]:
+    """Returns the decoding of each phase that decodes, with the number of sequences with which the engine begins beside
+    what stays in memory in the other phases."""
+    resident = max(phase.static_bytes for phase in phases)
+    return _decoding_specs(
+        spec.recipe,
+        spec.config,
+        spec.device,
+        _cache_bytes(spec, vram, resident),
     )
 
 

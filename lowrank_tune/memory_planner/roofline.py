@@ -34,22 +34,28 @@ SCALE_BLOCK = 64
 
 @dataclass(frozen=True)
 class PhaseTime:
-    """Time of a phase on the GPU, and of the host that starts its kernels. The slower one determines the phase."""
+    """Time of a phase: of its kernels on the GPU, of the host that starts them, and in all. The host starts kernels
+    while others run, so the slower of both determines a phase; of several phases in sequence the times are added."""
 
-    gpu_seconds: float
-    launches: float
-
-    @property
-    def host_seconds(self) -> float:
-        return self.launches * LAUNCH_SECONDS
-
-    @property
-    def seconds(self) -> float:
-        return max(self.gpu_seconds, self.host_seconds)
+    gpu_seconds: float = 0.0
+    host_seconds: float = 0.0
+    seconds: float = 0.0
 
     @property
     def is_host_bound(self) -> bool:
         return self.host_seconds > self.gpu_seconds
+
+    def times(self, factor: float) -> PhaseTime:
+        """Returns the time of `factor` repetitions."""
+        return PhaseTime(self.gpu_seconds * factor, self.host_seconds * factor, self.seconds * factor)
+
+    def then(self, other: PhaseTime) -> PhaseTime:
+        """Returns the time of this phase and another one after it."""
+        return PhaseTime(
+            self.gpu_seconds + other.gpu_seconds,
+            self.host_seconds + other.host_seconds,
+            self.seconds + other.seconds,
+        )
 
 
 def phase_time(counts: Mapping[Kernel, float], gpu: GpuSpec) -> PhaseTime:
@@ -60,7 +66,8 @@ def phase_time(counts: Mapping[Kernel, float], gpu: GpuSpec) -> PhaseTime:
         for part in parts_on(kernel, gpu):
             gpu_seconds += count * kernel_seconds(part, gpu)
             launches += count
-    return PhaseTime(gpu_seconds, launches)
+    host_seconds = launches * LAUNCH_SECONDS
+    return PhaseTime(gpu_seconds, host_seconds, max(gpu_seconds, host_seconds))
 
 
 def kernel_seconds(kernel: Kernel, gpu: GpuSpec) -> float:

@@ -17,7 +17,9 @@ from lowrank_tune.memory_planner.plan_report import (
     Plan,
     needed,
 )
+from lowrank_tune.memory_planner.run_time import RunTime, sum_of_hours
 from lowrank_tune.ui import escape_control_chars
+from lowrank_tune.ui.views.run_time import ESTIMATE, duration, show_run_time
 
 COLUMN_NAMES = {
     "optimizer": "optim.",
@@ -44,6 +46,38 @@ def show(
     console.print(_table(plan))
     for line in lines(plan, in_chain):
         console.print(line)
+
+
+class PlanPrinter:
+    """Prints the plans of a recipe, or of the stages of a chain, one after the other."""
+
+    def __init__(self, console: Console, in_chain: bool) -> None:
+        self.console = console
+        self.in_chain = in_chain
+        self.plans: list[Plan] = []
+        self.run_times: list[RunTime] = []
+
+    def show(self, plan: Plan, run_time: RunTime | None) -> None:
+        """Prints the plan of one stage, and its time if it is known."""
+        if self.plans:
+            self.console.print()
+        show(plan, self.console, self.in_chain)
+        self.plans.append(plan)
+        if run_time is not None:
+            self.console.print()
+            show_run_time(run_time, self.console)
+            self.run_times.append(run_time)
+
+    def finish(self, note: str) -> None:
+        """Prints the worst stage of a chain and the hours of all stages, and a note on the GPU."""
+        if self.in_chain:
+            self.console.print()
+            self.console.print(worst_stage_line(self.plans))
+            hours = sum_of_hours(self.run_times)
+            if hours is not None:
+                self.console.print(f"all stages: {duration(hours)} ({ESTIMATE})")
+        if note:
+            self.console.print(note)
 
 
 def worst_stage_line(plans: Sequence[Plan]) -> Text:
