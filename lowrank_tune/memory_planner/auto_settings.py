@@ -6,12 +6,13 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 
+from lowrank_tune.memory_planner.cached_simulation import cached_peaks
 from lowrank_tune.memory_planner.extrapolation import MIN_LAYERS, fit_linear_model
 from lowrank_tune.memory_planner.fit import DEFAULT_STEP_UNITS, ENOUGH_TOKENS, Search
 from lowrank_tune.memory_planner.meta_model import layers_of
 from lowrank_tune.memory_planner.plan_report import DECODING_PHASES, Phase, Plan, needed
 from lowrank_tune.memory_planner.planner import peaks_of, phases_in
-from lowrank_tune.memory_planner.simulation import SimulationSpec, simulate
+from lowrank_tune.memory_planner.simulation import SimulationSpec
 from lowrank_tune.memory_planner.sizes import step_units
 
 AUTO_MARGIN = 0.03
@@ -98,7 +99,7 @@ def _plans_by_layers(spec: SimulationSpec, all_recomputed: Plan) -> Iterator[Pla
     kinds = Counter(layers_of(spec.config, 0)) | Counter(layers_of(spec.config, layers))
     if min(kinds.values()) < 2 * MIN_LAYERS:
         return
-    model = fit_linear_model(lambda few_layers: simulate(spec, few_layers), kinds)
+    model = fit_linear_model(lambda few_layers: cached_peaks(spec, few_layers), kinds)
     for count in range(1, layers):
         counts = Counter(layers_of(spec.config, count))
         if all(counts[kind] >= MIN_LAYERS for kind in kinds):

@@ -8,11 +8,12 @@ from dataclasses import replace
 from functools import cache
 
 from lowrank_tune.config import RecipeConfig
+from lowrank_tune.memory_planner.cached_simulation import cached_peaks
 from lowrank_tune.memory_planner.extrapolation import MIN_LAYERS, fit_linear_model
 from lowrank_tune.memory_planner.meta_model import layers_of
 from lowrank_tune.memory_planner.plan_report import DECODING_PHASES, GIB, NON_UPDATE_PHASES, Phase, Plan, needed
 from lowrank_tune.memory_planner.planner import peaks_of, phases_in
-from lowrank_tune.memory_planner.simulation import SimulationSpec, simulate
+from lowrank_tune.memory_planner.simulation import SimulationSpec
 from lowrank_tune.memory_planner.sizes import Sizes, sizes_of, step_units
 
 ENOUGH_TOKENS = 8192
@@ -92,7 +93,7 @@ class Search:
             return self.layers
         spec = replace(self.spec, sizes=sizes)
         kinds = Counter(layers_of(spec.config, 0)) | Counter(layers_of(spec.config, self.layers))
-        model = fit_linear_model(lambda layers: simulate(spec, layers, only_update=True), kinds)
+        model = fit_linear_model(lambda layers: cached_peaks(spec, layers, only_update=True), kinds)
         for count in range(MIN_LAYERS, self.layers - MIN_LAYERS + 1):
             peaks = model.at_depth(Counter(layers_of(spec.config, count)))
             if self._bytes_for(phases_in(peaks)) <= room:

@@ -13,11 +13,12 @@ from lowrank_tune.config import RecipeConfig
 from lowrank_tune.generation.engine import device_memory, gpu_cache_bytes
 from lowrank_tune.generation.kv_cache import slots_that_fit
 from lowrank_tune.generation.slot_cache import layer_windows
+from lowrank_tune.memory_planner.cached_simulation import cached_peaks
 from lowrank_tune.memory_planner.extrapolation import Peaks, extrapolate_layers
 from lowrank_tune.memory_planner.meta_model import config_for, layers_of
 from lowrank_tune.memory_planner.plan_report import GIB, PHASE_SEPARATOR, Phase, Plan, needed
 from lowrank_tune.memory_planner.rollouts import DecodingSpec
-from lowrank_tune.memory_planner.simulation import SimulationSpec, simulate
+from lowrank_tune.memory_planner.simulation import SimulationSpec
 from lowrank_tune.memory_planner.sizes import sizes_of
 from lowrank_tune.model.activation_checkpointing import num_checkpointed_layers
 from lowrank_tune.model.base import default_dtype
@@ -65,7 +66,9 @@ def peaks_of(
     only_update: bool = False,
 ) -> Peaks:
     """Returns the peaks of all program points of the whole model."""
-    return extrapolate_layers(lambda layers: simulate(spec, layers, only_update), layers_of(spec.config, recomputed))
+    return extrapolate_layers(
+        lambda layers: cached_peaks(spec, layers, only_update), layers_of(spec.config, recomputed)
+    )
 
 
 def phases_of(spec: SimulationSpec, vram: int = 0) -> tuple[Phase, ...]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,8 +13,10 @@ from typer.testing import CliRunner
 from lowrank_tune.cli import app
 from lowrank_tune.config import Chain, list_presets, load_any
 from lowrank_tune.events import Event, LogMessage
-from lowrank_tune.memory_planner import check_fit
+from lowrank_tune.memory_planner import auto_settings, check_fit, planner
 from lowrank_tune.memory_planner.auto_settings import AUTO_MARGIN, choose_auto_settings, fits_with_margin
+from lowrank_tune.memory_planner.extrapolation import Peaks
+from lowrank_tune.memory_planner.meta_model import Layer
 from lowrank_tune.memory_planner.plan_report import GIB, Phase, Plan
 from lowrank_tune.memory_planner.planner import plan_of
 from lowrank_tune.memory_planner.simulation import SimulationSpec
@@ -24,11 +27,11 @@ ROWS_OF_512 = """
 algorithm: sft
 base: {{model: {folder}, bits: 4}}
 data: {{train: [{{dataset: builtin:arithmetic}}], max_length: 512}}
-train: {{max_steps: 2, micro_batch_size: 16, gradient_checkpointing: {layers}}}
+train: {{max_steps: 2, micro_batch_size: {rows}, gradient_checkpointing: {layers}}}
 """
 
 
-def spec_of(folder: Path, layers: int | str) -> SimulationSpec:
+def spec_of(folder: Path, layers: int | str, rows: int | str = 16) -> SimulationSpec:
     """A Llama of nine layers, of which there is the configuration alone."""
     LlamaConfig(
         vocab_size=1000,
@@ -40,7 +43,7 @@ def spec_of(folder: Path, layers: int | str) -> SimulationSpec:
         tie_word_embeddings=False,
     ).save_pretrained(folder)
     file = folder / "recipe.yaml"
-    file.write_text(ROWS_OF_512.format(folder=folder, layers=layers), encoding="utf-8")
+    file.write_text(ROWS_OF_512.format(folder=folder, layers=layers, rows=rows), encoding="utf-8")
     (spec,) = simulation_specs(load_any(str(file)), "cuda")
     return spec
 
@@ -49,13 +52,30 @@ def plan_with(folder: Path, layers: int | str, vram: int) -> Plan:
     return plan_of(spec_of(folder, layers), vram, "sft")
 
 
-@pytest.mark.slow
-def test_the_fewest_layers_that_fit_are_recomputed_and_the_plan_accepts_them(tmp_path: Path) -> None:
+def made_up_peaks(spec: SimulationSpec, layers: Sequence[Layer], only_update: bool = False) -> Peaks:
+    """Each layer has weights; one that is not recomputed has activations for each row."""
+    stored = sum(not layer.recomputed for layer in layers)
+    activations = spec.sizes.rows * (stored + 1) * 10_000_000
+    return {
+        ("update", "backward", "last"): {"weights": len(layers) * 1_000_000, "activations": activations},
+        ("optimizer", "before"): {"weights": len(layers) * 1_000_000},
+    }
+
+
+@pytest.fixture
+def made_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Replaces the simulation by one that takes no time."""
+    for module in (planner, auto_settings):
+        monkeypatch.setattr(module, "cached_peaks", made_up_peaks)
+
+
+def check_all_sizes(tmp_path: Path, num_sizes: int) -> None:
+    """Compares the choice with the plans of all numbers of layers, on GPUs of many sizes."""
     by_count = {count: plan_with(tmp_path, count, 1) for count in (0, *range(2, NUM_LAYERS - 1), NUM_LAYERS)}
     spec = spec_of(tmp_path, "auto")
     sizes = [plan.needed for plan in by_count.values()]
     assert sizes == sorted(sizes, reverse=True) and sizes[0] > 1.5 * sizes[-1], "each layer changes what is needed"
-    for vram in range(sizes[-1], round(1.1 * sizes[0]), (sizes[0] - sizes[-1]) // 7):
+    for vram in range(sizes[-1], round(1.1 * sizes[0]), (sizes[0] - sizes[-1]) // num_sizes):
         written = replace(by_count[NUM_LAYERS], vram=vram)
         choice = choose_auto_settings(spec, written)
         with_room = [count for count, plan in by_count.items() if plan.needed <= vram * (1 - AUTO_MARGIN)]
@@ -67,6 +87,29 @@ def test_the_fewest_layers_that_fit_are_recomputed_and_the_plan_accepts_them(tmp
     assert too_small.values == {}
 
 
+@pytest.mark.usefixtures("made_up")
+def test_the_fewest_layers_that_fit_are_recomputed_and_the_plan_accepts_them(tmp_path: Path) -> None:
+    check_all_sizes(tmp_path, 40)
+
+
+@pytest.mark.slow
+def test_a_simulated_plan_accepts_the_layers_that_auto_chooses(tmp_path: Path) -> None:
+    check_all_sizes(tmp_path, 7)
+
+
+@pytest.mark.usefixtures("made_up")
+def test_a_micro_batch_that_is_auto_too_is_no_larger_than_speed_needs(tmp_path: Path) -> None:
+    spec = spec_of(tmp_path, "auto", "auto")
+    choice = choose_auto_settings(spec, plan_of(spec, 24 * GIB, "sft"))
+    assert choice.values == {"micro_batch_size": 16, "gradient_checkpointing": 0}, "8,192 tokens"
+    assert choice.plan.sizes.units == 16
+    little = choose_auto_settings(spec, plan_of(spec, 950_000_000, "sft"))
+    assert 4 < little.values["micro_batch_size"] < 16 and little.values["gradient_checkpointing"] == NUM_LAYERS
+    assert fits_with_margin(little.plan)
+    assert not choose_auto_settings(spec, plan_of(spec, 800_000_000, "sft")).values
+
+
+@pytest.mark.usefixtures("made_up")
 def test_auto_does_not_hide_that_rollouts_do_not_fit(tmp_path: Path) -> None:
     plan = plan_with(tmp_path, "auto", 24 * GIB)
     rollout = Phase("rollout", {"KV cache": 30 * GIB})
@@ -76,8 +119,8 @@ def test_auto_does_not_hide_that_rollouts_do_not_fit(tmp_path: Path) -> None:
     assert fits_with_margin(replace(plan, phases=(fills_the_gpu, *plan.phases))), "decoding takes what is left"
 
 
-@pytest.mark.slow
-def test_a_run_says_what_auto_is_and_plan_says_it_before(tmp_path: Path) -> None:
+@pytest.mark.usefixtures("made_up")
+def test_a_run_logs_what_auto_is_and_plan_prints_it_before(tmp_path: Path) -> None:
     spec_of(tmp_path, "auto")
     file = str(tmp_path / "recipe.yaml")
     events: list[Event] = []
@@ -85,16 +128,14 @@ def test_a_run_says_what_auto_is_and_plan_says_it_before(tmp_path: Path) -> None
     assert fit.changes == {"recipe": {"gradient_checkpointing": 0}}
     messages = [event.message for event in events if isinstance(event, LogMessage)]
     assert messages == ["recipe: auto is train.gradient_checkpointing=0, planned for 24.0 GiB"]
-    printed = CliRunner().invoke(app, ["plan", file, "--vram", "24"])
-    assert "auto: a run with this memory has train.gradient_checkpointing=0" in printed.output
-    assert (
-        "auto" not in CliRunner().invoke(app, ["plan", file, "--vram", "24", "train.gradient_checkpointing=0"]).output
-    )
+    command = ["plan", file, "--vram", "24"]
+    assert "auto: a run with this memory has train.gradient_checkpointing=0" in CliRunner().invoke(app, command).output
+    assert "auto:" not in CliRunner().invoke(app, [*command, "train.gradient_checkpointing=0"]).output
 
 
 @pytest.mark.parametrize("preset", [preset.name for preset in list_presets()])
 def test_presets_of_gpus_recompute_as_few_layers_as_fit(preset: str) -> None:
     loaded = load_any(preset)
     stages = loaded.stages if isinstance(loaded, Chain) else (loaded,)
-    expected = True if preset.startswith("tiny-") else "auto"
+    expected = False if preset.startswith("tiny-") else "auto"
     assert [stage.train.gradient_checkpointing for stage in stages] == [expected] * len(stages)

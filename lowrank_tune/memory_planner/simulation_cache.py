@@ -1,0 +1,87 @@
+"""Stores results of simulations in the cache folder. A file that is damaged counts as missing."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lowrank_tune.checkpoint.atomic_files import temporary_path, write_new
+from lowrank_tune.manifest import manifest_bytes
+from lowrank_tune.memory_planner.allocation_tracker import ProgramPoint
+from lowrank_tune.memory_planner.extrapolation import Peaks
+from lowrank_tune.paths import cache_folder
+
+FOLDER = "simulations"
+MAX_FILES = 2000
+"""Files that are kept; a plan has about ten. The oldest are removed."""
+
+
+@dataclass(frozen=True)
+class SimulationResult:
+    """What a simulation of a few layers finds: the bytes by purpose at the peak of each program point, in the order of
+    the program."""
+
+    peaks: Peaks
+
+    def to_json(self) -> dict[str, Any]:
+        """Returns the result as JSON values."""
+        return {"peaks": [[list(point), list(peak.items())] for point, peak in self.peaks.items()]}
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> SimulationResult:
+        """Returns the result of `to_json`. Raises KeyError, TypeError or ValueError for other values."""
+        peaks = dict[ProgramPoint, dict[str, int]]()
+        for point, peak in data["peaks"]:
+            peaks[tuple(point)] = {purpose: int(count) for purpose, count in peak}
+        return cls(peaks)
+
+
+def read_result(key: str) -> SimulationResult | None:
+    """Returns the result that is stored under a key, None if there is none or its file is damaged."""
+    try:
+        raw = _file_of(key).read_bytes()
+        data = json.loads(raw)
+        if manifest_bytes(data) != raw:
+            return None
+        return SimulationResult.from_json(data)
+    except (OSError, RuntimeError, ValueError, KeyError, TypeError, AttributeError):
+        return None
+
+
+def write_result(key: str, result: SimulationResult) -> None:
+    """Stores a result under a key, atomically. Warns if the cache cannot be written."""
+    try:
+        file = _file_of(key)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        fresh = temporary_path(file)
+        try:
+            write_new(fresh, manifest_bytes(result.to_json()))
+            fresh.replace(file)
+        finally:
+            fresh.unlink(missing_ok=True)
+        _remove_oldest(file.parent)
+    except (OSError, RuntimeError) as error:
+        warnings.warn(
+            f"memory is planned again in each run, because plans cannot be cached ({error}): name a folder in "
+            "LOWRANK_TUNE_CACHE",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+
+
+def _file_of(key: str) -> Path:
+    return cache_folder() / FOLDER / f"{key}.json"
+
+
+def _remove_oldest(folder: Path) -> None:
+    files = list(folder.glob("*.json"))
+    if len(files) <= MAX_FILES:
+        return
+    # A file that another process removed meanwhile is the oldest.
+    ages = {file: file.stat().st_mtime for file in files if file.exists()}
+    for file in sorted(ages, key=lambda file: ages[file])[: len(files) - MAX_FILES // 2]:
+        file.unlink(missing_ok=True)
