@@ -5,8 +5,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, fields, replace
-from typing import Self, TypeVar
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, Self, TypeVar
 
 import torch
 from torch import Tensor
@@ -42,9 +42,38 @@ class Batch:
     shared_prefix: Tensor | None = None
     """(B,) long, for pairs and groups: number of leading tokens that a row has in common with the first row of its pair
     or group. 0 for a first row."""
+    _cpu_rows: Batch | None = field(
+        default=None,
+        init=False,
+        repr=False,
+        compare=False,
+    )
+    """These rows on the CPU, if `to` copied them to another device."""
 
     def __len__(self) -> int:
         return self.input_ids.shape[0]
+
+    @property
+    def on_cpu(self) -> Batch:
+        """The rows on the CPU, where reading a value does not wait for the GPU."""
+        if self.input_ids.is_cpu:
+            return self
+        if self._cpu_rows is None:
+            return self.to("cpu")
+        return self._cpu_rows
+
+    @property
+    def is_right_padded(self) -> bool:
+        """Whether all padding is on the right."""
+        mask = self.on_cpu.attention_mask
+        return bool((mask[:, :-1] >= mask[:, 1:]).all())
+
+    def indices_of(self, mask: Callable[[Batch], Tensor]) -> tuple[Tensor, Tensor]:
+        """Returns rows (N,) and columns (N,) of the True values of a (B, T) mask of the batch. Makes no host sync,
+        because the mask is computed from the rows on the CPU."""
+        rows, columns = mask(self.on_cpu).nonzero(as_tuple=True)
+        device = self.input_ids.device
+        return copy_to(rows, device), copy_to(columns, device)
 
     @property
     def lengths(self) -> Tensor:
@@ -68,20 +97,24 @@ class Batch:
     def tensors(self) -> dict[str, Tensor]:
         """Returns the fields that are set, by name."""
         found = {}
-        for field in fields(self):
-            tensor = getattr(self, field.name)
-            if tensor is not None:
-                found[field.name] = tensor
+        for each in fields(self):
+            value = getattr(self, each.name)
+            if isinstance(value, Tensor):
+                found[each.name] = value
         return found
 
     def map_tensors(self, function: Callable[[Tensor], Tensor]) -> Self:
         """Returns a batch of the same class, with `function` applied to each field that is set."""
-        changed = {name: function(tensor) for name, tensor in self.tensors().items()}
+        changed: dict[str, Any] = {name: function(tensor) for name, tensor in self.tensors().items()}
         return replace(self, **changed)
 
     def to(self, device: torch.device | str) -> Self:
-        """Returns the batch on another device."""
-        return self.map_tensors(lambda tensor: tensor.to(device))
+        """Returns the batch on a device. A copy on a GPU keeps a reference to the rows on the CPU, so the fields of
+        neither may be changed afterwards."""
+        moved = self.map_tensors(lambda tensor: copy_to(tensor, device))
+        if self.input_ids.is_cpu:
+            moved._cpu_rows = self
+        return moved
 
     def select_rows(self, rows: Tensor, width: int | None = None) -> Self:
         """Returns these rows, cut to `width` columns; by default to the columns that they need, at least one."""
@@ -189,6 +222,11 @@ class RolloutBatch(Batch):
     """(B, T) fp32, of PPO: advantage before whitening plus value, the target of the value."""
 
 
+def copy_to(tensor: Tensor, device: torch.device | str) -> Tensor:
+    """Returns the tensor on a device. A copy to a GPU does not wait for the work that the GPU still has."""
+    return tensor.to(device, non_blocking=torch.device(device).type == "cuda")
+
+
 def required(tensor: Tensor | None) -> Tensor:
     """Returns the tensor of a field. Raises AssertionError if the field is not set."""
     assert tensor is not None, "this field of the batch must be set first"
@@ -227,5 +265,5 @@ def concat_batches(batches: Sequence[BatchT], pad_id: int) -> BatchT:
     """Returns the rows of all batches as one batch, padded to one width. All batches have the same fields set."""
     width = max(batch.input_ids.shape[1] for batch in batches)
     padded = [batch.pad_columns(width, pad_id).tensors() for batch in batches]
-    joined = {name: torch.cat([tensors[name] for tensors in padded]) for name in padded[0]}
+    joined: dict[str, Any] = {name: torch.cat([tensors[name] for tensors in padded]) for name in padded[0]}
     return replace(batches[0], **joined)

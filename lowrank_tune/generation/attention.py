@@ -19,9 +19,14 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-DECODE_ATTENTION_NAME = "lowrank_tune_one_query"
-GROUPED_SDPA_NAME = "lowrank_tune_grouped_sdpa"
-ATTENTION_KEY = "_attn_implementation_internal"
+from lowrank_tune.model.causal_attention import (
+    ATTENTION_KEY,
+    DECODE_ATTENTION_NAME,
+    GROUPED_SDPA_NAME,
+    SDPA_NAME,
+    attention_name,
+)
+
 ATTENTION_BY_DEVICE = {"cpu": DECODE_ATTENTION_NAME, "cuda": GROUPED_SDPA_NAME}
 """Device type -> the attention of a decoding step."""
 UNSUPPORTED_KWARGS = ("position_bias", "cache", "softcap", "s_aux")
@@ -137,14 +142,10 @@ AttentionMaskInterface.register(GROUPED_SDPA_NAME, sdpa_mask)
 @contextmanager
 def batched_attention(model: Any) -> Iterator[None]:
     """Makes a model that attends by `sdpa` use the function of its device in `ATTENTION_BY_DEVICE`."""
-    # The attribute dictionary, because the configuration's own setter checks all its fields.
-    attributes = vars(model.get_decoder().config)
+    config = model.get_decoder().config
     name = ATTENTION_BY_DEVICE.get(model.device.type)
-    if attributes.get(ATTENTION_KEY) != "sdpa" or name is None:
+    if vars(config).get(ATTENTION_KEY) != SDPA_NAME or name is None:
         yield
         return
-    attributes[ATTENTION_KEY] = name
-    try:
+    with attention_name(config, name):
         yield
-    finally:
-        attributes[ATTENTION_KEY] = "sdpa"

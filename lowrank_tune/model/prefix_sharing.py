@@ -24,15 +24,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lowrank_tune.batch import Batch, required
+from lowrank_tune.batch import Batch, copy_to, required
+from lowrank_tune.model.causal_attention import SDPA_NAMES
 from lowrank_tune.model.oom import is_out_of_memory
 from lowrank_tune.model.rounding import allowed_difference, relative_difference
 
 MAX_RELATIVE_FLOPS = 0.9
 """A packed layout must need at most this share of the FLOPs of separate rows."""
+MASKED_ATTENTION_COST = 2.0
+"""On a GPU a mask excludes flash attention: the kernel with a mask computes all pairs of tokens, at a lower rate, and
+reads a copy of keys and values for each query head. Estimated from counts, not measured."""
 TOLERANCE = {torch.float32: 1e-4}
 BF16_TOLERANCE = 5e-2
 """Relative differences of hidden states that are always allowed, in fp32 and in half precision."""
+CPU = torch.device("cpu")
+MASKED_ATTENTION_NAMES = SDPA_NAMES | {"eager"}
+"""Attention functions that apply a 4-D mask."""
 DecoderFn = Callable[[Tensor, Tensor | None, Tensor | None], Tensor]
 """Input ids, attention mask, position ids -> last hidden states."""
 
@@ -83,48 +90,88 @@ class _Groups:
         return self.tail_starts + self.lengths - self.shared_lengths
 
 
-def pack_shared_prefixes(batch: Batch, width: int) -> PackedBatch | None:
+def pack_shared_prefixes(
+    batch: Batch,
+    width: int,
+    device: torch.device = CPU,
+) -> PackedBatch | None:
     """Returns the packed layout of a batch with `shared_prefix`, or None if it saves too little of a model with
-    hidden size `width`, and for rows that are not padded on the right. Makes one host sync.
+    hidden size `width` on `device`, and for rows that are not padded on the right.
 
-    The layout is right whatever `shared_prefix` is: rows share only tokens that are equal.
+    The layout is right whatever `shared_prefix` is: rows share only tokens that are equal. It is computed from the rows
+    on the CPU and copied to the device of the batch, without a host sync.
     """
-    rows, columns = batch.input_ids.shape
-    groups = _shared_lengths(batch)
-    num_groups, packed_width, right_padded = _packed_width(batch, groups)
-    packed_flops = estimate_flops(
+    rows = batch.on_cpu
+    if not rows.is_right_padded:
+        return None
+    groups = _shared_lengths(rows)
+    num_groups, packed_width = _packed_size(groups)
+    if not _is_worthwhile(rows, num_groups, packed_width, width, device):
+        return None
+    slot_index = _slot_index(groups, rows.input_ids.shape[1], packed_width)
+    return _pack(
+        rows,
+        groups,
+        slot_index,
+        (num_groups, packed_width),
+        batch.input_ids.device,
+    )
+
+
+def _is_worthwhile(
+    rows: Batch,
+    num_groups: int,
+    packed_width: int,
+    width: int,
+    device: torch.device,
+) -> bool:
+    """Returns whether the packed layout costs clearly less than separate rows."""
+    num_rows, columns = rows.input_ids.shape
+    packed = estimate_flops(
         num_groups,
         packed_width,
-        packed_width,
+        packed_width * masked_attention_cost(device),
         width,
     )
-    if not right_padded or packed_flops > MAX_RELATIVE_FLOPS * estimate_flops(
-        rows,
+    separate = estimate_flops(
+        num_rows,
         columns,
         columns / 2,
         width,
-    ):
-        return None
-    slot_index = _slot_index(groups, columns, packed_width)
+    )
+    return packed <= MAX_RELATIVE_FLOPS * separate
+
+
+def masked_attention_cost(device: torch.device) -> float:
+    """Returns the time of attention with a mask, relative to that of its FLOPs at the rate of the matrices."""
+    if device.type == "cuda":
+        return MASKED_ATTENTION_COST
+    return 1.0
+
+
+def _pack(
+    batch: Batch,
+    groups: _Groups,
+    slot_index: Tensor,
+    size: tuple[int, int],
+    device: torch.device,
+) -> PackedBatch:
+    """Returns the layout on a device, with `size` groups and slots for each of them."""
+    rows, columns = batch.input_ids.shape
+    num_slots = size[0] * size[1]
     # Each slot gets the values of the token that it contains. Tokens of a shared beginning that another row stores,
     # and padding, go to one more slot behind the end.
-    column = torch.arange(columns, device=slot_index.device).expand(rows, -1)
+    column = torch.arange(columns).expand(rows, -1)
     is_stored = batch.attention_mask & (column >= groups.shared_lengths[:, None])
-    num_slots = num_groups * packed_width
     target = torch.where(is_stored, slot_index, num_slots).flatten()
 
     def pack(values: Tensor, empty: int) -> Tensor:
         """(B, T) or (B, 1) -> (G, W), `empty` in slots without a token."""
-        flat = torch.full(
-            (num_slots + 1,),
-            empty,
-            dtype=torch.long,
-            device=slot_index.device,
-        )
+        flat = torch.full((num_slots + 1,), empty, dtype=torch.long)
         flat.scatter_(0, target, values.expand(rows, columns).flatten())
-        return flat[:-1].view(num_groups, packed_width)
+        return copy_to(flat[:-1].view(size), device)
 
-    row = torch.arange(rows, device=slot_index.device)[:, None]
+    row = torch.arange(rows)[:, None]
     position_ids = pack(column, 0)
     attention_mask = _attention_mask(
         pack(row, -1),
@@ -136,7 +183,7 @@ def pack_shared_prefixes(batch: Batch, width: int) -> PackedBatch | None:
         pack(batch.input_ids, 0),
         position_ids,
         attention_mask[:, None],
-        slot_index,
+        copy_to(slot_index, device),
     )
 
 
@@ -161,20 +208,12 @@ def _shared_lengths(batch: Batch) -> _Groups:
     )
 
 
-def _packed_width(batch: Batch, groups: _Groups) -> tuple[int, int, bool]:
-    """Returns the number of groups, the slots that each needs, and whether all rows are padded on the right."""
-    mask = batch.attention_mask
-    right_padded = (mask[:, :-1] >= mask[:, 1:]).all()
-    sizes = torch.stack(
-        [
-            groups.group[-1] + 1,
-            groups.ends.max(),
-            right_padded.long(),
-        ]
-    )
-    num_groups, width, is_right_padded = sizes.tolist()
+def _packed_size(groups: _Groups) -> tuple[int, int]:
+    """Returns the number of groups, and the slots that each needs."""
+    num_groups = int(groups.group[-1]) + 1
+    width = int(groups.ends.max())
     # A multiple of 8, because CUDA's kernels copy a mask whose rows are not aligned.
-    return num_groups, max(8, -(-width // 8) * 8), bool(is_right_padded)
+    return num_groups, max(8, -(-width // 8) * 8)
 
 
 def _slot_index(
@@ -228,7 +267,7 @@ def longest_shareable(config: Any) -> int:
     """Returns the tokens of the longest row whose prompt a model with this configuration may share, 0 for none."""
     config = config.get_text_config()
     kinds = set(getattr(config, "layer_types", None) or ())
-    by_mask = config._attn_implementation in ("sdpa", "eager") and kinds <= {"full_attention", "sliding_attention"}
+    by_mask = config._attn_implementation in MASKED_ATTENTION_NAMES and kinds <= {"full_attention", "sliding_attention"}
     # GPT-Neo applies its windows by column, after the mask.
     if not by_mask or getattr(config, "attention_types", None) is not None:
         return 0
@@ -239,15 +278,28 @@ def longest_shareable(config: Any) -> int:
 
 
 def mask_for(mask: Tensor, model: Any) -> Tensor:
-    """Returns the boolean mask for SDPA, an additive one for eager attention."""
-    if model.config.get_text_config()._attn_implementation == "sdpa":
-        return mask
-    additive = torch.zeros(
+    """Returns the mask as the model's attention reads it: an additive one for eager attention, and for SDPA on a GPU,
+    which would otherwise convert a boolean mask in every layer; else the boolean one."""
+    is_sdpa = model.config.get_text_config()._attn_implementation in SDPA_NAMES
+    if not is_sdpa:
+        return additive_mask(mask, model, torch.finfo(model.dtype).min)
+    if model.device.type == "cuda":
+        return additive_mask(mask, model, -torch.inf)
+    return mask
+
+
+def additive_mask(
+    mask: Tensor,
+    model: Any,
+    hidden_value: float,
+) -> Tensor:
+    """Returns a mask in the model's dtype: 0 for visible keys, `hidden_value` for the others."""
+    zeros = torch.zeros(
         mask.shape,
         dtype=model.dtype,
-        device=mask.device,
+        device=model.device,
     )
-    return additive.masked_fill(~mask, torch.finfo(model.dtype).min)
+    return zeros.masked_fill(~mask, hidden_value)
 
 
 @torch.no_grad()

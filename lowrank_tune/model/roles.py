@@ -23,6 +23,7 @@ from lowrank_tune.errors import UserError
 from lowrank_tune.model import heads as scalar
 from lowrank_tune.model.activation_checkpointing import Checkpointing, checkpoint_layers, disable_checkpointing
 from lowrank_tune.model.base import Base, num_stored_bytes
+from lowrank_tune.model.causal_attention import causal_attention
 from lowrank_tune.model.chunked_mlp import chunk_mlps
 from lowrank_tune.model.logprobs import Head, LogProbs, check_head, chunked_entropy, chunked_kl, chunked_logps, head_of
 from lowrank_tune.model.oom import MemoryLimits
@@ -203,14 +204,20 @@ class Roles:
             if packed is not None:
                 hidden = self._run_decoder(packed.input_ids, packed.attention_mask, packed.position_ids)
                 return packed.unpack(hidden)
-            attention_mask = batch.attention_mask
-            mask = None
-            positions = None
+            ids = batch.input_ids.masked_fill(~batch.attention_mask, 0)
             # Right-padded rows need no mask, because a token never sees the tokens after it.
-            if not bool((attention_mask[:, :-1] >= attention_mask[:, 1:]).all()):
-                mask = attention_mask.long()
-                positions = (mask.cumsum(dim=1) - 1).clamp_min(0)
-            return self._run_decoder(batch.input_ids.masked_fill(~attention_mask, 0), mask, positions)
+            if batch.is_right_padded:
+                return self._run_causal(ids)
+            mask = batch.attention_mask.long()
+            positions = (mask.cumsum(dim=1) - 1).clamp_min(0)
+            return self._run_decoder(ids, mask, positions)
+
+    def _run_causal(self, ids: Tensor) -> Tensor:
+        """Returns the hidden states of rows that are padded on the right."""
+        if self.base.backend != "transformers":
+            return self._run_decoder(ids, None, None)
+        with causal_attention(self.base.model, ids.shape[1]):
+            return self._run_decoder(ids, None, None)
 
     def _run_decoder(
         self,
@@ -233,7 +240,7 @@ class Roles:
         """Returns the layout in which shared beginnings of the batch are computed once, or None if they are not."""
         if not self.share_prefixes or batch.shared_prefix is None:
             return None
-        packed = pack_shared_prefixes(batch, self.head.weight.shape[1])
+        packed = pack_shared_prefixes(batch, self.head.weight.shape[1], self.base.device)
         if packed is not None and batch.input_ids.shape[1] <= self.max_shareable_length:
             return packed
         return None
@@ -282,7 +289,7 @@ class Roles:
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Returns log-probs and entropies as `logps`, and whether the token is the most likely one; (B, T) each.
         Entropies have a gradient only with `entropy_gradient`, which costs a second pass through the head."""
-        tokens = batch.loss_mask.nonzero(as_tuple=True)
+        tokens = batch.indices_of(_loss_mask)
         hidden = self._states_before(role, batch, tokens)
         logps, entropy, is_top = chunked_logps(
             self.head,
@@ -305,7 +312,7 @@ class Roles:
     ) -> Tensor:
         """Returns KL(role || reference) over the whole vocabulary where `completion_mask`, else 0; (B, T) fp32, with a
         gradient for the role if `gradient`."""
-        tokens = batch.loss_mask.nonzero(as_tuple=True)
+        tokens = batch.indices_of(_loss_mask)
         with nullcontext() if gradient else self.inference_mode():
             hidden = self._states_before(role, batch, tokens)
         with self.inference_mode():
@@ -334,7 +341,7 @@ class Roles:
         batch: Batch,
     ) -> Tensor:
         """Returns the scalar head's value at every attended token, else 0; (B, T) fp32."""
-        tokens = batch.attention_mask.nonzero(as_tuple=True)
+        tokens = batch.indices_of(_attention_mask)
         values = self.heads[role](self.hidden(role, batch)[tokens])
         return _scatter(values, tokens, batch.input_ids.shape)
 
@@ -465,6 +472,14 @@ class Roles:
         model.train()
         self._peft = None
         self.heads.clear()
+
+
+def _loss_mask(batch: Batch) -> Tensor:
+    return batch.loss_mask
+
+
+def _attention_mask(batch: Batch) -> Tensor:
+    return batch.attention_mask
 
 
 def _shapes(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -25,6 +26,7 @@ from models import (
 from torch import Tensor
 
 from lowrank_tune.batch import Batch
+from lowrank_tune.memory_planner.fake_device import fake_device_mode
 from lowrank_tune.model import prefix_sharing as tree_module
 from lowrank_tune.model import roles as roles_module
 from lowrank_tune.model import rounding
@@ -361,3 +363,45 @@ def test_by_hand() -> None:
     ]
     assert tree.attention_mask[0, 0, :6].long().tolist() == [row + [0, 0] for row in seen]
     assert bool(tree.attention_mask.any(dim=-1).all())  # a query that sees nothing would be NaN
+
+
+def test_masked_attention_costs_more_on_a_gpu() -> None:
+    """The CPU shares a batch that a GPU computes in separate rows, because its kernel with a mask is slower."""
+    batch = groups([64], [[32] * 6])
+    assert pack_shared_prefixes(batch, 64) is not None
+    assert pack_shared_prefixes(batch, 64, torch.device("cpu")) is not None
+    assert pack_shared_prefixes(batch, 64, torch.device("cuda")) is None
+
+
+def test_a_group_of_eight_is_shared_on_a_gpu() -> None:
+    """GRPO with 8 completions of 400 tokens after a prompt of 256, hidden size 4,096."""
+    batch = groups([256], [[400] * 8])
+    packed = pack_shared_prefixes(batch, 4096, torch.device("cuda"))
+    assert packed is not None and packed.input_ids.shape == (1, 256 + 8 * 400)
+
+
+@pytest.mark.parametrize(("name", "hidden"), [("sdpa", -torch.inf), ("lowrank_tune_grouped_sdpa", -torch.inf)])
+def test_a_gpu_gets_an_additive_mask_in_the_dtype_of_the_model(name: str, hidden: float) -> None:
+    text_config = SimpleNamespace(_attn_implementation=name)
+    config = SimpleNamespace(get_text_config=lambda: text_config)
+    on_gpu = SimpleNamespace(config=config, dtype=torch.bfloat16, device=torch.device("cuda"))
+    mask = torch.tensor([[True, False], [True, True]])
+    with fake_device_mode(torch.device("cuda")):
+        found = tree_module.mask_for(mask, on_gpu)
+    assert found.dtype == torch.bfloat16 and found.shape == mask.shape
+    on_gpu.device = torch.device("cpu")
+    assert tree_module.mask_for(mask, on_gpu) is mask
+    additive = tree_module.additive_mask(mask, on_gpu, hidden)
+    assert additive.tolist() == [[0.0, hidden], [0.0, 0.0]]
+
+
+def test_an_additive_mask_changes_no_hidden_state(monkeypatch: pytest.MonkeyPatch) -> None:
+    roles = roles_of("16")
+    batch = groups([12, 7], [[5, 9], [6, 3]])
+    with torch.no_grad():
+        expected = roles.hidden("policy", batch)
+        monkeypatch.setattr(
+            roles_module, "mask_for", lambda mask, model: tree_module.additive_mask(mask, model, -torch.inf)
+        )
+        found = roles.hidden("policy", batch)
+    assert roles.pack(batch) is not None and relative_error(found, expected) < 1e-6
