@@ -20,7 +20,7 @@ from fake_attention import fake_attention
 from integer_values import stand_in
 from kernel_counter import KernelCounter
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.cuda.amp import common
 from torch.utils._python_dispatch import _disable_current_modes
 from transformers import masking_utils
@@ -46,7 +46,7 @@ def install() -> None:
         setattr(torch.cuda, name, replacement)
     torch.tensor = _tensor
     torch.as_tensor = _as_tensor
-    Tensor.tolist = _tolist  # type: ignore[method-assign]
+    Tensor.tolist = FakeTensor.tolist = _tolist  # type: ignore[method-assign]
     nn.Module.to = _move_module  # type: ignore[assignment,method-assign]
     F.scaled_dot_product_attention = fake_attention
     # Its module of CUDA kernels, whose choice between kernels is used, is not imported in a CPU build.
