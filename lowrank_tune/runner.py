@@ -31,8 +31,10 @@ from lowrank_tune.config import Chain, RecipeConfig, backends_of, differences, d
 from lowrank_tune.config.chain import stage_folder
 from lowrank_tune.config.memory import suggestions
 from lowrank_tune.errors import OutOfMemory, UserError
-from lowrank_tune.events import Event, LogMessage, RunEnded, SampleLogged, StepEnd, is_warning, warning
+from lowrank_tune.events import Emit, Event, LogMessage, RunEnded, SampleLogged, StepEnd, is_warning, warning
 from lowrank_tune.memory_planner import gpu_memory_gib
+from lowrank_tune.memory_planner.planned_gpu import installed_spec
+from lowrank_tune.memory_planner.update_speed import estimated_update_speed
 from lowrank_tune.model.base import Base
 from lowrank_tune.model.oom import DoesNotFit, free_traceback, is_out_of_memory
 from lowrank_tune.preflight import check_before_loading
@@ -40,6 +42,7 @@ from lowrank_tune.training import trackers
 from lowrank_tune.training.final_adapter import final_folder
 from lowrank_tune.training.signals import TrainerControl, handle_signals
 from lowrank_tune.training.sinks import EventBus, JsonLines, Sink, log_gaps
+from lowrank_tune.training.speed import SpeedComparison
 from lowrank_tune.training.stage import Stage, StagePosition
 from lowrank_tune.training.summaries import chain_summary, read_done_summary, reusable_results
 from lowrank_tune.ui.report import write_report
@@ -374,10 +377,24 @@ def _load_stage(
             context.control,
             checkpoint,
             position,
+            _speed_comparison(recipe, built.base.device, context.emit),
         )
     except BaseException:
         built.close()
         raise
+
+
+def _speed_comparison(
+    recipe: RecipeConfig,
+    device: torch.device,
+    emit: Emit,
+) -> SpeedComparison | None:
+    """Returns the estimate of the update's speed to compare with; None without a GPU whose rates are known, or if
+    nothing is planned."""
+    gpu = installed_spec() if device.type == "cuda" else None
+    if gpu is None or recipe.train.memory_check == "off":
+        return None
+    return SpeedComparison(estimated_update_speed(recipe, gpu), emit)
 
 
 def _out_of_memory(error: BaseException, recipe: RecipeConfig) -> OutOfMemory:

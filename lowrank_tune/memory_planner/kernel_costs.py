@@ -36,6 +36,8 @@ NO_KERNEL = (
     aten._local_scalar_dense.default,
     aten.lift_fresh.default,
     aten.detach.default,
+    # A view, whose schema does not name it as one.
+    aten._unsafe_view.default,
     aten.empty.memory_format,
     aten.empty_like.default,
     aten.empty_strided.default,

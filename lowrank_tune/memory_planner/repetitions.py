@@ -17,7 +17,7 @@ def tokens_of_phase(
 ) -> Span:
     """Returns the tokens that pass through a phase in the whole run."""
     if name == UPDATE:
-        return length.tokens.times(_update_passes(recipe))
+        return length.tokens.times(update_passes(recipe))
     if name == REFERENCE:
         # Once for each pair, not in each epoch.
         return length.tokens.times(1 / max(1.0, length.epochs))
@@ -55,7 +55,7 @@ def tokens_per_update(recipe: RecipeConfig, micro_tokens: int) -> float:
     return max(micro_tokens, rows * length * (2 if recipe.uses_pairs else 1))
 
 
-def _update_passes(recipe: RecipeConfig) -> int:
+def update_passes(recipe: RecipeConfig) -> int:
     """Returns how often the update reads each completion."""
     if recipe.algorithm == "grpo":
         return recipe.grpo.num_iterations

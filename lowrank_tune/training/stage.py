@@ -23,6 +23,7 @@ from lowrank_tune.training.evaluator import StageEvaluator
 from lowrank_tune.training.machine import device_name, library_versions, memory_total_gib
 from lowrank_tune.training.reward_hacking import accuracy_stderr
 from lowrank_tune.training.signals import TrainerControl
+from lowrank_tune.training.speed import SpeedComparison
 from lowrank_tune.training.trainer import Trainer, TrainerState, make_optimizer
 
 # over a run, if the recipe sets no interval
@@ -55,8 +56,10 @@ class Stage:
         control: TrainerControl,
         checkpoint: tuple[int, Snapshot] | None,
         position: StagePosition | None = None,
+        speed: SpeedComparison | None = None,
     ) -> None:
         self.recipe = recipe
+        self.speed = speed
         self.folder = folder
         self.built = built
         self.emit = emit
@@ -216,7 +219,7 @@ class Stage:
         self.folder.write_json("summary.json", self.summary)
 
     def _results(self) -> dict[str, Any]:
-        """Returns what the evaluations found, for the summary."""
+        """Returns what the evaluations found, and the compared speeds, for the summary."""
         best = self.state.best
         hacking = self.state.hacking
         results: dict[str, Any] = {}
@@ -225,6 +228,8 @@ class Stage:
         results["heldout"] = {name: metrics["accuracy"] for name, metrics in best.heldout.items()}
         results["heldout_details"] = best.heldout
         results["answers"] = best.answers
+        if self.speed is not None and self.speed.to_dict():
+            results["speed"] = self.speed.to_dict()
         if self.pair_metrics:
             results["heldout_pairs"] = self.pair_metrics
         if hacking.warned_at_step is not None:
@@ -292,10 +297,12 @@ class Stage:
             )
 
     def _on_event(self, event: Event) -> None:
-        """Emits an event of the loop, after the reward hacking detector has read it."""
+        """Emits an event of the loop, between the reward hacking detector and the comparison of speeds."""
         if isinstance(event, StepEnd):
             self.state.hacking.step(event.stats)
         self.emit(event)
+        if isinstance(event, StepEnd) and self.speed is not None:
+            self.speed.add(event)
 
     def _on_step_end(self, state: TrainerState, is_last: bool) -> None:
         """Evaluates and saves what is due after a step, once, and what the user requested.

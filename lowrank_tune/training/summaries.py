@@ -10,7 +10,7 @@ from typing import Any
 from lowrank_tune.config import Chain, RecipeConfig
 from lowrank_tune.config.chain import stage_folder
 
-STAGE_KEYS_IN_CHAIN = ("algorithm", "status", "step", "steps", "seconds", "last", "best", "heldout_pairs")
+STAGE_KEYS_IN_CHAIN = ("algorithm", "status", "step", "steps", "seconds", "last", "best", "speed", "heldout_pairs")
 RESULT_KEYS = ("heldout", "heldout_details", "answers")
 # settings that do not change the measurement of a final adapter
 NOT_PART_OF_MEASUREMENT = {"eval_steps", "on_reward_hacking"}
