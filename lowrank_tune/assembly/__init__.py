@@ -27,6 +27,7 @@ from lowrank_tune.data import (
 from lowrank_tune.errors import UserError
 from lowrank_tune.events import Emit, LogMessage
 from lowrank_tune.model.base import Base, load_tokenizer
+from lowrank_tune.model.gpu_memory import budget_of, limit_gpu_memory, read_gpu_memory
 from lowrank_tune.model.roles import Roles
 from lowrank_tune.model.rotary import FixedRope
 
@@ -83,12 +84,13 @@ def build(
     base: Base | None = None,
     fresh: bool = True,
     stages: Sequence[RecipeConfig] = (),
+    gpu_budget_bytes: int = 0,
 ) -> RunComponents:
     """Returns the parts of a run. Raises UserError if one cannot be loaded.
 
     What is cheap to check comes first: the folders of adapters, the tokenizer, the data, and only then the base, if it
     is not given. The `stages` of a chain share one base. A `fresh` run also tries its rewards on completions of its
-    policy.
+    policy. On a GPU the run may use `gpu_budget_bytes`, by default what is free now, unless the recipe sets a budget.
     """
     saved = read_adapters(recipe)
     check_adapter_lineage(recipe, saved, emit)
@@ -104,9 +106,16 @@ def build(
     heldout = _heldout_questions(recipe, template, rope)
     try:
         source.check_before_loading()
+        gpu_budget_bytes = _limit_gpu(recipe, gpu_budget_bytes, device)
         base = base or load_recipe_base(recipe, template, rope, device, emit)
         base_hashes = base.hashes()
-        roles = load_roles(recipe, base, saved, emit)
+        roles = load_roles(
+            recipe,
+            base,
+            saved,
+            emit,
+            gpu_budget_bytes,
+        )
         source.use_model(roles, base_hashes)
     except BaseException:
         source.close()
@@ -136,6 +145,23 @@ def build(
         collate_validation=source.collate_validation,
         close=source.close,
     )
+
+
+def _limit_gpu(
+    recipe: RecipeConfig,
+    budget_bytes: int,
+    device: torch.device | None,
+) -> int:
+    """Limits the GPU memory of this process. Returns the budget in bytes, 0 without a GPU. Raises UserError if the GPU
+    has less than the recipe's budget."""
+    if device is not None and device.type != "cuda":
+        return 0
+    memory = read_gpu_memory(device)
+    if memory is None:
+        return 0
+    budget_bytes = budget_of(recipe.train.memory_budget_gib, budget_bytes or memory.budget_bytes)
+    limit_gpu_memory(budget_bytes, device)
+    return budget_bytes
 
 
 def _lr_multipliers(recipe: RecipeConfig) -> dict[str, float]:

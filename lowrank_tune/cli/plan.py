@@ -32,7 +32,7 @@ def plan_command(
             "--vram",
             min=0.1,
             metavar="GIB",
-            help="Memory of the GPU. Default: that of this machine's GPU, or 24 without one.",
+            help="Memory of the GPU. Default: what is free on this machine's GPU, or 24 without one.",
         ),
     ] = None,
     device: Annotated[PlanDevice, typer.Option("--device", help="Plan for a GPU, or for the CPU.")] = PlanDevice.cuda,
@@ -46,7 +46,7 @@ def plan_command(
         loaded = load_any(recipe, *(overrides or []))
         in_chain = isinstance(loaded, Chain)
         with loading_message():
-            from lowrank_tune.memory_planner import Plan, gpu_memory_gib, plan
+            from lowrank_tune.memory_planner import Plan, gpu_budget_gib, plan
             from lowrank_tune.ui.views.plan import show, worst_stage_line
 
         console = Console(highlight=False)
@@ -54,7 +54,7 @@ def plan_command(
         found_gib = None
         vram_gib = 0.0
         if device == PlanDevice.cuda:
-            found_gib = vram or gpu_memory_gib()
+            found_gib = vram or gpu_budget_gib()
             vram_gib = found_gib or DEFAULT_GPU_GIB
         for stage_plan in plan(loaded, vram_gib, device.value):
             if plans:

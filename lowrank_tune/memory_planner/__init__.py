@@ -6,8 +6,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 
-import torch
-
 from lowrank_tune.config import Chain, RecipeConfig
 from lowrank_tune.memory_planner.auto_settings import with_auto_advice
 from lowrank_tune.memory_planner.fit import with_fit_report
@@ -15,12 +13,13 @@ from lowrank_tune.memory_planner.plan_report import GIB, Phase, Plan
 from lowrank_tune.memory_planner.planner import plan_of, vram_bytes
 from lowrank_tune.memory_planner.preflight_check import check_fit
 from lowrank_tune.memory_planner.specs import missing_adapters, simulation_specs
+from lowrank_tune.model.gpu_memory import read_gpu_memory
 
 __all__ = [
     "GIB",
     "Phase",
     "Plan",
-    "gpu_memory_gib",
+    "gpu_budget_gib",
     "check_fit",
     "plan",
 ]
@@ -50,8 +49,9 @@ def _assumption_notes(loaded: RecipeConfig | Chain) -> list[str]:
     return notes
 
 
-def gpu_memory_gib() -> float | None:
-    """Returns the memory of the GPU of this machine, None without one."""
-    if torch.cuda.is_available():
-        return torch.cuda.get_device_properties(0).total_memory / GIB
-    return None
+def gpu_budget_gib() -> float | None:
+    """Returns the memory that a run on the GPU of this machine could use now, None without one."""
+    memory = read_gpu_memory()
+    if memory is None:
+        return None
+    return memory.budget_bytes / GIB
