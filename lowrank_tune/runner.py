@@ -32,7 +32,7 @@ from lowrank_tune.config.chain import stage_folder
 from lowrank_tune.config.memory import suggestions
 from lowrank_tune.errors import OutOfMemory, UserError
 from lowrank_tune.events import Event, LogMessage, RunEnded, SampleLogged, StepEnd, is_warning, warning
-from lowrank_tune.model.base import Base
+from lowrank_tune.model.base import HashedBase
 from lowrank_tune.model.gpu_memory import read_gpu_memory
 from lowrank_tune.model.oom import DoesNotFit, free_traceback, is_out_of_memory
 from lowrank_tune.preflight import check_before_loading
@@ -321,13 +321,13 @@ def run_stage(
     folder: RunFolder,
     context: _RunContext,
     position: StagePosition,
-    base: Base | None = None,
+    base: HashedBase | None = None,
     console_log: Path | None = None,
     previous_events: Iterable[Event] = (),
-) -> tuple[RunResult, Base]:
+) -> tuple[RunResult, HashedBase]:
     """Runs one algorithm in its folder, from its newest checkpoint to its end.
 
-    Returns the result, and the base without adapters for the next stage.
+    Returns the result, and the base without adapters for the next stage: it is what it was at the start.
     """
     start_time = time.time()
     step = 0
@@ -364,7 +364,7 @@ def run_stage(
             recorder.earlier_seconds,
         )
         stage.built.roles.unload_adapters()
-        return RunResult(stage.summary["status"], folder.path, stage.summary), stage.built.base
+        return RunResult(stage.summary["status"], folder.path, stage.summary), stage.built.hashed_base
     except BaseException as error:
         if is_out_of_memory(error) or isinstance(error, DoesNotFit):
             error = _out_of_memory(error, recipe)
@@ -379,7 +379,7 @@ def _load_stage(
     folder: RunFolder,
     context: _RunContext,
     position: StagePosition,
-    base: Base | None,
+    base: HashedBase | None,
     checkpoint: tuple[int, Snapshot] | None,
 ) -> Stage:
     """Loads data, base and roles of a stage; a checkpoint restores its state."""
@@ -432,7 +432,7 @@ def run_chain(
     """
     folders: dict[str, str] = {}
     summaries: list[dict[str, Any]] = []
-    base: Base | None = None
+    base: HashedBase | None = None
     count = len(stage_chain.stages)
     for number, stage in enumerate(stage_chain.stages, 1):
         path = folder.path / stage_folder(number, stage.name)
@@ -496,9 +496,9 @@ def _run_chain_stage(
     console_log: Path,
     context: _RunContext,
     position: StagePosition,
-    base: Base | None,
+    base: HashedBase | None,
     earlier_folders: Mapping[str, str],
-) -> tuple[dict[str, Any], Base]:
+) -> tuple[dict[str, Any], HashedBase]:
     """Runs one stage of a chain in its folder; returns its summary and the base."""
     earlier_events: list[Event] = []
     for earlier in earlier_folders.values():

@@ -11,7 +11,13 @@ import torch
 from lowrank_tune.algorithms.base import Algorithm, AlgorithmContext
 from lowrank_tune.assembly.adapters import check_adapter_lineage, read_adapters
 from lowrank_tune.assembly.algorithm import make_algorithm
-from lowrank_tune.assembly.model import describe_reference, load_recipe_base, load_roles, micro_tokens_of
+from lowrank_tune.assembly.model import (
+    describe_reference,
+    limit_gpu,
+    load_recipe_base,
+    load_roles,
+    micro_tokens_of,
+)
 from lowrank_tune.assembly.rope import check_heldout_length, select_rope
 from lowrank_tune.assembly.sources import PromptSource, RowCollator, RowSource
 from lowrank_tune.batch import Batch
@@ -26,8 +32,7 @@ from lowrank_tune.data import (
 )
 from lowrank_tune.errors import UserError
 from lowrank_tune.events import Emit, LogMessage
-from lowrank_tune.model.base import Base, load_tokenizer
-from lowrank_tune.model.gpu_memory import budget_of, limit_gpu_memory, read_gpu_memory
+from lowrank_tune.model.base import Base, HashedBase, load_tokenizer
 from lowrank_tune.model.roles import Roles
 from lowrank_tune.model.rotary import FixedRope
 
@@ -45,7 +50,8 @@ __all__ = [
 class RunComponents:
     """All parts of one run, loaded."""
 
-    base: Base
+    hashed_base: HashedBase
+    """The base, and the hashes of its tensors before the run."""
     roles: Roles
     trained: tuple[str, ...]
     """The roles whose top adapter is trained; the adapters have the names of their roles."""
@@ -57,8 +63,6 @@ class RunComponents:
     steps: int
     reference: str
     """Which adapters the reference has."""
-    base_hashes: dict[str, str]
-    """Hashes of the base's tensors before the run."""
     micro_tokens: int
     """Maximum number of tokens of a forward pass without gradient."""
     lr_multipliers: Mapping[str, float]
@@ -66,6 +70,14 @@ class RunComponents:
     collate_validation: RowCollator | None
     close: Callable[[], None]
     """Ends the workers of the rewards."""
+
+    @property
+    def base(self) -> Base:
+        return self.hashed_base.base
+
+    @property
+    def base_hashes(self) -> dict[str, str]:
+        return self.hashed_base.hashes
 
     @property
     def stop_ids(self) -> frozenset[int]:
@@ -81,7 +93,7 @@ def build(
     recipe: RecipeConfig,
     emit: Emit,
     device: torch.device | None = None,
-    base: Base | None = None,
+    hashed_base: HashedBase | None = None,
     fresh: bool = True,
     stages: Sequence[RecipeConfig] = (),
     gpu_budget_bytes: int = 0,
@@ -94,29 +106,25 @@ def build(
     """
     saved = read_adapters(recipe)
     check_adapter_lineage(recipe, saved, emit)
-    tokenizer = base.tokenizer if base else load_tokenizer(recipe.base)
+    tokenizer = hashed_base.base.tokenizer if hashed_base else load_tokenizer(recipe.base)
     template = ChatTemplate.from_tokenizer(tokenizer, recipe.data.template_date)
     emit(LogMessage(message=template.describe()))
     rope = select_rope(stages or (recipe,), emit)
-    source: RowSource | PromptSource
-    if recipe.is_online:
-        source = PromptSource(recipe, template, emit, fresh)
-    else:
-        source = RowSource(recipe, template, emit)
+    source = _source(recipe, template, emit, fresh)
     heldout = _heldout_questions(recipe, template, rope)
     try:
         source.check_before_loading()
-        gpu_budget_bytes = _limit_gpu(recipe, gpu_budget_bytes, device)
-        base = base or load_recipe_base(recipe, template, rope, device, emit)
-        base_hashes = base.hashes()
+        gpu_budget_bytes = limit_gpu(recipe, gpu_budget_bytes, device)
+        if hashed_base is None:
+            hashed_base = HashedBase.of(load_recipe_base(recipe, template, rope, device, emit))
         roles = load_roles(
             recipe,
-            base,
+            hashed_base.base,
             saved,
             emit,
             gpu_budget_bytes,
         )
-        source.use_model(roles, base_hashes)
+        source.use_model(roles, hashed_base.hashes)
     except BaseException:
         source.close()
         raise
@@ -129,7 +137,7 @@ def build(
     )
     epochs = recipe.train.num_train_epochs or 1.0
     return RunComponents(
-        base=base,
+        hashed_base=hashed_base,
         roles=roles,
         trained=(recipe.trained_adapter, *recipe.extra_adapters),
         template=template,
@@ -139,7 +147,6 @@ def build(
         algorithm=make_algorithm(recipe, context, source.collector),
         steps=recipe.train.max_steps or source.sampler.steps_of(epochs),
         reference=reference,
-        base_hashes=base_hashes,
         micro_tokens=micro_tokens_of(recipe, recipe.max_train_length),
         lr_multipliers=_lr_multipliers(recipe),
         collate_validation=source.collate_validation,
@@ -147,21 +154,16 @@ def build(
     )
 
 
-def _limit_gpu(
+def _source(
     recipe: RecipeConfig,
-    budget_bytes: int,
-    device: torch.device | None,
-) -> int:
-    """Limits the GPU memory of this process. Returns the budget in bytes, 0 without a GPU. Raises UserError if the GPU
-    has less than the recipe's budget."""
-    if device is not None and device.type != "cuda":
-        return 0
-    memory = read_gpu_memory(device)
-    if memory is None:
-        return 0
-    budget_bytes = budget_of(recipe.train.memory_budget_gib, budget_bytes or memory.budget_bytes)
-    limit_gpu_memory(budget_bytes, device)
-    return budget_bytes
+    template: ChatTemplate,
+    emit: Emit,
+    fresh: bool,
+) -> RowSource | PromptSource:
+    """Returns where the rows of the recipe, or its prompts, come from."""
+    if recipe.is_online:
+        return PromptSource(recipe, template, emit, fresh)
+    return RowSource(recipe, template, emit)
 
 
 def _lr_multipliers(recipe: RecipeConfig) -> dict[str, float]:

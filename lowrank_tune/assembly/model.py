@@ -14,7 +14,7 @@ from lowrank_tune.events import Emit, LogMessage, loading_progress, warning
 from lowrank_tune.model import unsloth
 from lowrank_tune.model.adapters import SavedAdapter
 from lowrank_tune.model.base import Base, load_base
-from lowrank_tune.model.gpu_memory import budget_of
+from lowrank_tune.model.gpu_memory import budget_of, limit_gpu_memory, read_gpu_memory
 from lowrank_tune.model.heads import HEAD_WEIGHT_KEY
 from lowrank_tune.model.oom import MemoryLimits
 from lowrank_tune.model.roles import Roles
@@ -47,6 +47,23 @@ def load_recipe_base(
             device,
             rope_factors=factors_of(rope),
         )
+
+
+def limit_gpu(
+    recipe: RecipeConfig,
+    budget_bytes: int,
+    device: torch.device | None,
+) -> int:
+    """Limits the GPU memory of this process. Returns the budget in bytes, 0 without a GPU. Raises UserError if the GPU
+    has less than the recipe's budget."""
+    if device is not None and device.type != "cuda":
+        return 0
+    memory = read_gpu_memory(device)
+    if memory is None:
+        return 0
+    budget_bytes = budget_of(recipe.train.memory_budget_gib, budget_bytes or memory.budget_bytes)
+    limit_gpu_memory(budget_bytes, device)
+    return budget_bytes
 
 
 def micro_tokens_of(recipe: RecipeConfig, max_length: int) -> int:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from lowrank_tune.assembly import _limit_gpu
+from lowrank_tune.assembly.model import limit_gpu
 from lowrank_tune.config import load_any
 from lowrank_tune.errors import UserError
 from lowrank_tune.generation import engine
@@ -59,16 +59,16 @@ def test_without_a_gpu_nothing_is_limited(monkeypatch: pytest.MonkeyPatch) -> No
 
 def test_a_run_is_always_limited_to_what_is_free(fractions: list[float]) -> None:
     recipe = load_any("tiny-sft")
-    assert _limit_gpu(recipe, 0, None) / GIB == pytest.approx(21.95)
-    assert _limit_gpu(recipe, 16 * GIB, CUDA) == 16 * GIB, "the budget of its first start"
-    assert _limit_gpu(load_any("tiny-sft", "train.memory_budget_gib=12"), 16 * GIB, None) == 12 * GIB
+    assert limit_gpu(recipe, 0, None) / GIB == pytest.approx(21.95)
+    assert limit_gpu(recipe, 16 * GIB, CUDA) == 16 * GIB, "the budget of its first start"
+    assert limit_gpu(load_any("tiny-sft", "train.memory_budget_gib=12"), 16 * GIB, None) == 12 * GIB
     assert [fraction * 24 for fraction in fractions] == pytest.approx([21.7, 15.75, 11.75])
-    assert _limit_gpu(recipe, 0, torch.device("cpu")) == 0 and len(fractions) == 3
+    assert limit_gpu(recipe, 0, torch.device("cpu")) == 0 and len(fractions) == 3
 
 
 def test_a_budget_above_the_memory_of_the_gpu_is_refused(fractions: list[float]) -> None:
     with pytest.raises(UserError, match=r"train.memory_budget_gib: the GPU has 24.0 GiB, not 25"):
-        _limit_gpu(load_any("tiny-sft", "train.memory_budget_gib=25"), 0, None)
+        limit_gpu(load_any("tiny-sft", "train.memory_budget_gib=25"), 0, None)
     assert not fractions
 
 
