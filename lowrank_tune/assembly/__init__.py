@@ -128,13 +128,6 @@ def build(
     except BaseException:
         source.close()
         raise
-    reference = describe_reference(roles)
-    context = AlgorithmContext(
-        roles,
-        source.get_batch,
-        reference,
-        fresh=recipe.adapters[recipe.trained_adapter].path is None,
-    )
     epochs = recipe.train.num_train_epochs or 1.0
     return RunComponents(
         hashed_base=hashed_base,
@@ -144,14 +137,29 @@ def build(
         data=source.data,
         validation=source.validation,
         heldout=heldout,
-        algorithm=make_algorithm(recipe, context, source.collector),
+        algorithm=_algorithm(recipe, roles, source),
         steps=recipe.train.max_steps or source.sampler.steps_of(epochs),
-        reference=reference,
+        reference=describe_reference(roles),
         micro_tokens=micro_tokens_of(recipe, recipe.max_train_length),
         lr_multipliers=_lr_multipliers(recipe),
         collate_validation=source.collate_validation,
         close=source.close,
     )
+
+
+def _algorithm(
+    recipe: RecipeConfig,
+    roles: Roles,
+    source: RowSource | PromptSource,
+) -> Algorithm[Any]:
+    """Returns the recipe's algorithm, with its batches."""
+    context = AlgorithmContext(
+        roles,
+        source.get_batch,
+        describe_reference(roles),
+        fresh=recipe.adapters[recipe.trained_adapter].path is None,
+    )
+    return make_algorithm(recipe, context, source.collector)
 
 
 def _source(
