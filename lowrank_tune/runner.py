@@ -9,7 +9,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
@@ -32,12 +32,13 @@ from lowrank_tune.config.chain import stage_folder
 from lowrank_tune.config.memory import suggestions
 from lowrank_tune.errors import OutOfMemory, UserError
 from lowrank_tune.events import Emit, Event, LogMessage, RunEnded, SampleLogged, StepEnd, is_warning, warning
-from lowrank_tune.memory_planner import gpu_memory_gib
 from lowrank_tune.memory_planner.planned_gpu import installed_spec
 from lowrank_tune.memory_planner.update_speed import estimated_update_speed
-from lowrank_tune.model.base import Base
+from lowrank_tune.model.base import HashedBase
+from lowrank_tune.model.gpu_memory import read_gpu_memory
 from lowrank_tune.model.oom import DoesNotFit, free_traceback, is_out_of_memory
 from lowrank_tune.preflight import check_before_loading
+from lowrank_tune.preflight.run_memory import MEMORY_FILE, RunMemory, start_memory
 from lowrank_tune.training import trackers
 from lowrank_tune.training.final_adapter import final_folder
 from lowrank_tune.training.signals import TrainerControl, handle_signals
@@ -156,16 +157,15 @@ def _run_in_folder(
     """Checks what can be checked before loading, opens the run folder and runs the stages."""
     path = Path(out) if out else Path("runs") / (loaded.name or "run")
     planned = RunFolder.pick(path)
-    vram_gib = None
-    if context.device is None or context.device.type == "cuda":
-        vram_gib = gpu_memory_gib()
+    memory = _start_memory(path, context)
     finished = finished_stages(loaded, planned)
     context.auto_settings = check_before_loading(
         loaded,
         planned,
         finished,
-        vram_gib,
+        None if memory is None else memory.budget_gib,
         context.emit,
+        {} if memory is None else memory.auto,
     )
     loaded = with_template_date(loaded, path)
     folder = RunFolder.open(
@@ -177,6 +177,9 @@ def _run_in_folder(
         context.emit,
     )
     try:
+        if memory is not None:
+            context.gpu_budget_bytes = memory.budget_bytes
+            _write_memory(folder, memory, context.auto_settings)
         if isinstance(loaded, Chain):
             context.stages = loaded.stages
             return run_chain(loaded, folder, context)
@@ -190,6 +193,27 @@ def _run_in_folder(
     finally:
         write_html_report(folder)
         folder.close()
+
+
+def _start_memory(path: Path, context: _RunContext) -> RunMemory | None:
+    """Returns the memory that the run may use: that of its first start, or what is free now. None without a GPU."""
+    if context.device is not None and context.device.type != "cuda":
+        return None
+    memory = read_gpu_memory(context.device)
+    if memory is None:
+        return None
+    return start_memory(path, memory, context.emit)
+
+
+def _write_memory(
+    folder: RunFolder,
+    memory: RunMemory,
+    auto_settings: Mapping[str, Mapping[str, Any]],
+) -> None:
+    """Writes `memory.json`. Stages that are not planned now, because they have ended, keep their values."""
+    chosen = {stage: values for stage, values in auto_settings.items() if values}
+    complete = replace(memory, auto={**memory.auto, **chosen})
+    folder.write_json(MEMORY_FILE, complete.to_dict())
 
 
 class _RunContext:
@@ -208,6 +232,8 @@ class _RunContext:
         self.device = device
         # the values of settings that are `auto`, by stage
         self.auto_settings: Mapping[str, Mapping[str, Any]] = {}
+        # what all stages may use together on a GPU, unless a stage sets a budget
+        self.gpu_budget_bytes = 0
         # of a chain, which share one base
         self.stages: tuple[RecipeConfig, ...] = ()
         self.recorder = _SummaryRecorder()
@@ -298,13 +324,13 @@ def run_stage(
     folder: RunFolder,
     context: _RunContext,
     position: StagePosition,
-    base: Base | None = None,
+    base: HashedBase | None = None,
     console_log: Path | None = None,
     previous_events: Iterable[Event] = (),
-) -> tuple[RunResult, Base]:
+) -> tuple[RunResult, HashedBase]:
     """Runs one algorithm in its folder, from its newest checkpoint to its end.
 
-    Returns the result, and the base without adapters for the next stage.
+    Returns the result, and the base without adapters for the next stage: it is what it was at the start.
     """
     start_time = time.time()
     step = 0
@@ -341,7 +367,7 @@ def run_stage(
             recorder.earlier_seconds,
         )
         stage.built.roles.unload_adapters()
-        return RunResult(stage.summary["status"], folder.path, stage.summary), stage.built.base
+        return RunResult(stage.summary["status"], folder.path, stage.summary), stage.built.hashed_base
     except BaseException as error:
         if is_out_of_memory(error) or isinstance(error, DoesNotFit):
             error = _out_of_memory(error, recipe)
@@ -356,7 +382,7 @@ def _load_stage(
     folder: RunFolder,
     context: _RunContext,
     position: StagePosition,
-    base: Base | None,
+    base: HashedBase | None,
     checkpoint: tuple[int, Snapshot] | None,
 ) -> Stage:
     """Loads data, base and roles of a stage; a checkpoint restores its state."""
@@ -367,6 +393,7 @@ def _load_stage(
         base,
         fresh=checkpoint is None,
         stages=context.stages,
+        gpu_budget_bytes=context.gpu_budget_bytes,
     )
     try:
         return Stage(
@@ -422,7 +449,7 @@ def run_chain(
     """
     folders: dict[str, str] = {}
     summaries: list[dict[str, Any]] = []
-    base: Base | None = None
+    base: HashedBase | None = None
     count = len(stage_chain.stages)
     for number, stage in enumerate(stage_chain.stages, 1):
         path = folder.path / stage_folder(number, stage.name)
@@ -486,9 +513,9 @@ def _run_chain_stage(
     console_log: Path,
     context: _RunContext,
     position: StagePosition,
-    base: Base | None,
+    base: HashedBase | None,
     earlier_folders: Mapping[str, str],
-) -> tuple[dict[str, Any], Base]:
+) -> tuple[dict[str, Any], HashedBase]:
     """Runs one stage of a chain in its folder; returns its summary and the base."""
     earlier_events: list[Event] = []
     for earlier in earlier_folders.values():

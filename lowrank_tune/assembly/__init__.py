@@ -11,7 +11,13 @@ import torch
 from lowrank_tune.algorithms.base import Algorithm, AlgorithmContext
 from lowrank_tune.assembly.adapters import check_adapter_lineage, read_adapters
 from lowrank_tune.assembly.algorithm import make_algorithm
-from lowrank_tune.assembly.model import describe_reference, load_recipe_base, load_roles, micro_tokens_of
+from lowrank_tune.assembly.model import (
+    describe_reference,
+    limit_gpu,
+    load_recipe_base,
+    load_roles,
+    micro_tokens_of,
+)
 from lowrank_tune.assembly.rope import check_heldout_length, select_rope
 from lowrank_tune.assembly.sources import PromptSource, RowCollator, RowSource
 from lowrank_tune.batch import Batch
@@ -26,7 +32,7 @@ from lowrank_tune.data import (
 )
 from lowrank_tune.errors import UserError
 from lowrank_tune.events import Emit, LogMessage
-from lowrank_tune.model.base import Base, load_tokenizer
+from lowrank_tune.model.base import Base, HashedBase, load_tokenizer
 from lowrank_tune.model.roles import Roles
 from lowrank_tune.model.rotary import FixedRope
 
@@ -44,7 +50,8 @@ __all__ = [
 class RunComponents:
     """All parts of one run, loaded."""
 
-    base: Base
+    hashed_base: HashedBase
+    """The base, and the hashes of its tensors before the run."""
     roles: Roles
     trained: tuple[str, ...]
     """The roles whose top adapter is trained; the adapters have the names of their roles."""
@@ -56,8 +63,6 @@ class RunComponents:
     steps: int
     reference: str
     """Which adapters the reference has."""
-    base_hashes: dict[str, str]
-    """Hashes of the base's tensors before the run."""
     micro_tokens: int
     """Maximum number of tokens of a forward pass without gradient."""
     lr_multipliers: Mapping[str, float]
@@ -65,6 +70,14 @@ class RunComponents:
     collate_validation: RowCollator | None
     close: Callable[[], None]
     """Ends the workers of the rewards."""
+
+    @property
+    def base(self) -> Base:
+        return self.hashed_base.base
+
+    @property
+    def base_hashes(self) -> dict[str, str]:
+        return self.hashed_base.hashes
 
     @property
     def stop_ids(self) -> frozenset[int]:
@@ -80,62 +93,85 @@ def build(
     recipe: RecipeConfig,
     emit: Emit,
     device: torch.device | None = None,
-    base: Base | None = None,
+    hashed_base: HashedBase | None = None,
     fresh: bool = True,
     stages: Sequence[RecipeConfig] = (),
+    gpu_budget_bytes: int = 0,
 ) -> RunComponents:
     """Returns the parts of a run. Raises UserError if one cannot be loaded.
 
     What is cheap to check comes first: the folders of adapters, the tokenizer, the data, and only then the base, if it
     is not given. The `stages` of a chain share one base. A `fresh` run also tries its rewards on completions of its
-    policy.
+    policy. On a GPU the run may use `gpu_budget_bytes`, by default what is free now, unless the recipe sets a budget.
     """
     saved = read_adapters(recipe)
     check_adapter_lineage(recipe, saved, emit)
-    tokenizer = base.tokenizer if base else load_tokenizer(recipe.base)
+    tokenizer = hashed_base.base.tokenizer if hashed_base else load_tokenizer(recipe.base)
     template = ChatTemplate.from_tokenizer(tokenizer, recipe.data.template_date)
     emit(LogMessage(message=template.describe()))
     rope = select_rope(stages or (recipe,), emit)
-    source: RowSource | PromptSource
-    if recipe.is_online:
-        source = PromptSource(recipe, template, emit, fresh)
-    else:
-        source = RowSource(recipe, template, emit)
+    source = _source(recipe, template, emit, fresh)
     heldout = _heldout_questions(recipe, template, rope)
     try:
         source.check_before_loading()
-        base = base or load_recipe_base(recipe, template, rope, device, emit)
-        base_hashes = base.hashes()
-        roles = load_roles(recipe, base, saved, emit)
-        source.use_model(roles, base_hashes)
+        gpu_budget_bytes = limit_gpu(recipe, gpu_budget_bytes, device)
+        if hashed_base is None:
+            hashed_base = HashedBase.of(load_recipe_base(recipe, template, rope, device, emit))
+        roles = load_roles(
+            recipe,
+            hashed_base.base,
+            saved,
+            emit,
+            gpu_budget_bytes,
+        )
+        source.use_model(roles, hashed_base.hashes)
     except BaseException:
         source.close()
         raise
-    reference = describe_reference(roles)
-    context = AlgorithmContext(
-        roles,
-        source.get_batch,
-        reference,
-        fresh=recipe.adapters[recipe.trained_adapter].path is None,
-    )
     epochs = recipe.train.num_train_epochs or 1.0
     return RunComponents(
-        base=base,
+        hashed_base=hashed_base,
         roles=roles,
         trained=(recipe.trained_adapter, *recipe.extra_adapters),
         template=template,
         data=source.data,
         validation=source.validation,
         heldout=heldout,
-        algorithm=make_algorithm(recipe, context, source.collector),
+        algorithm=_algorithm(recipe, roles, source),
         steps=recipe.train.max_steps or source.sampler.steps_of(epochs),
-        reference=reference,
-        base_hashes=base_hashes,
+        reference=describe_reference(roles),
         micro_tokens=micro_tokens_of(recipe, recipe.max_train_length),
         lr_multipliers=_lr_multipliers(recipe),
         collate_validation=source.collate_validation,
         close=source.close,
     )
+
+
+def _algorithm(
+    recipe: RecipeConfig,
+    roles: Roles,
+    source: RowSource | PromptSource,
+) -> Algorithm[Any]:
+    """Returns the recipe's algorithm, with its batches."""
+    context = AlgorithmContext(
+        roles,
+        source.get_batch,
+        describe_reference(roles),
+        fresh=recipe.adapters[recipe.trained_adapter].path is None,
+    )
+    return make_algorithm(recipe, context, source.collector)
+
+
+def _source(
+    recipe: RecipeConfig,
+    template: ChatTemplate,
+    emit: Emit,
+    fresh: bool,
+) -> RowSource | PromptSource:
+    """Returns where the rows of the recipe, or its prompts, come from."""
+    if recipe.is_online:
+        return PromptSource(recipe, template, emit, fresh)
+    return RowSource(recipe, template, emit)
 
 
 def _lr_multipliers(recipe: RecipeConfig) -> dict[str, float]:

@@ -12,9 +12,9 @@ from lowrank_tune.config import RecipeConfig
 from lowrank_tune.data import ChatTemplate
 from lowrank_tune.events import Emit, LogMessage, loading_progress, warning
 from lowrank_tune.model import unsloth
-from lowrank_tune.model.activation_checkpointing import cap_cuda_memory
 from lowrank_tune.model.adapters import SavedAdapter
 from lowrank_tune.model.base import Base, load_base
+from lowrank_tune.model.gpu_memory import budget_of, limit_gpu_memory, read_gpu_memory
 from lowrank_tune.model.heads import HEAD_WEIGHT_KEY
 from lowrank_tune.model.oom import MemoryLimits
 from lowrank_tune.model.roles import Roles
@@ -32,9 +32,8 @@ def load_recipe_base(
     device: torch.device | None,
     emit: Emit,
 ) -> Base:
-    """Returns the base of the recipe, with its memory limit set. Raises UserError if it cannot be loaded."""
+    """Returns the base of the recipe. Raises UserError if it cannot be loaded."""
     with loading_progress(recipe.base.model, emit):
-        cap_cuda_memory(recipe.train.memory_budget_gib)
         if recipe.base.backend == "unsloth":
             return unsloth.load_base(
                 recipe.base,
@@ -50,6 +49,23 @@ def load_recipe_base(
         )
 
 
+def limit_gpu(
+    recipe: RecipeConfig,
+    budget_bytes: int,
+    device: torch.device | None,
+) -> int:
+    """Limits the GPU memory of this process. Returns the budget in bytes, 0 without a GPU. Raises UserError if the GPU
+    has less than the recipe's budget."""
+    if device is not None and device.type != "cuda":
+        return 0
+    memory = read_gpu_memory(device)
+    if memory is None:
+        return 0
+    budget_bytes = budget_of(recipe.train.memory_budget_gib, budget_bytes or memory.budget_bytes)
+    limit_gpu_memory(budget_bytes, device)
+    return budget_bytes
+
+
 def micro_tokens_of(recipe: RecipeConfig, max_length: int) -> int:
     """Returns the maximum number of tokens of a forward pass without gradient."""
     rows = recipe.train.micro_batch_rows or DEFAULT_MICRO_BATCH_ROWS
@@ -61,9 +77,11 @@ def load_roles(
     base: Base,
     saved: Mapping[str, SavedAdapter],
     emit: Emit,
+    gpu_budget_bytes: int = 0,
 ) -> Roles:
-    """Returns the roles of the recipe over the base (`build_stacks`), with the weights of the `saved` adapters. Raises
-    UserError if an adapter does not fit the base."""
+    """Returns the roles of the recipe over the base (`build_stacks`), with the weights of the `saved` adapters.
+    `gpu_budget_bytes` is the budget of a recipe that sets none. Raises UserError if an adapter does not fit the
+    base."""
     trained = recipe.trained_adapter
     below_reward_model: list[str] = []
     if REWARD_ROLE in recipe.adapters and trained != REWARD_ROLE:
@@ -86,9 +104,8 @@ def load_roles(
         offload=recipe.train.activation_offloading,
         mlp_chunks=recipe.train.mlp_chunks,
     )
-    budget_gib = recipe.train.memory_budget_gib or 0
     roles.limits = MemoryLimits(
-        budget_bytes=int(budget_gib * 2**30),
+        budget_bytes=budget_of(recipe.train.memory_budget_gib, gpu_budget_bytes),
         emit=emit,
     )
     for name, adapter in saved.items():

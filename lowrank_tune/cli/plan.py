@@ -39,7 +39,7 @@ def plan_command(
             "--vram",
             min=0.1,
             metavar="GIB",
-            help="Memory of the GPU, in place of its own. The speed stays that of the GPU.",
+            help="Memory of the GPU, in place of its own: what is free now, or all of a named one.",
         ),
     ] = None,
     device: Annotated[PlanDevice, typer.Option("--device", help="Plan for a GPU, or for the CPU.")] = PlanDevice.cuda,

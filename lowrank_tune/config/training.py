@@ -62,9 +62,9 @@ class TrainingConfig(Settings):
     """Computes the MLP of each layer in this many chunks of the sequence, each recomputed in the backward pass: longer
     rows, more time. A chunk has at least 1,024 tokens. Never changes the gradient, except for rounding."""
     memory_budget_gib: Annotated[float, Field(gt=0.0)] | None = None
-    """GPU memory that the run may use, in GiB. Default: all of it. The keys and values of rollouts share it with the
-    update, so it decides how many sequences are decoded at once. Without a GPU it limits only those, by default to a
-    quarter of the machine's memory."""
+    """GPU memory that the run may use, in GiB. Default: what is free when the run begins. The keys and values of
+    rollouts share it with the update, so it decides how many sequences are decoded at once. Without a GPU it limits
+    only those, by default to a quarter of the machine's memory."""
     memory_check: Literal["refuse", "warn", "off"] = "refuse"
     """On a GPU a run is planned before anything is loaded (the command `plan`). If it cannot fit, `refuse` it, or
     `warn` and try; `off` skips the plan."""

@@ -26,6 +26,7 @@ from lowrank_tune.generation.sampler import sample
 from lowrank_tune.generation.sampling_params import SamplingParams
 from lowrank_tune.generation.select_cache import select_cache
 from lowrank_tune.generation.stopping import Decode, StoppingCriteria
+from lowrank_tune.model.gpu_memory import read_gpu_memory
 from lowrank_tune.model.oom import free_traceback, is_out_of_memory
 from lowrank_tune.model.roles import Roles
 
@@ -328,15 +329,18 @@ def _inference_mode(module_attributes: Sequence[dict[str, Any]], device: str) ->
 def default_cache_bytes(roles: Roles) -> int:
     """Returns the bytes for keys and values. On a GPU: all that the run may use, minus what stays there and some
     workspace, because no activations of an update exist while sequences are decoded. Elsewhere: the memory budget, or
-    a quarter of the machine's memory. The memory that is free now does not count: it would make one run differ from
-    the next.
+    a quarter of the machine's memory. A run has a budget, the one of its first start, so that it is the same if it is
+    continued; without one it is what is free on the GPU now.
     """
     budget = roles.limits.budget_bytes
     device = roles.base.device
-    total = device_memory(device)
     if device.type != "cuda":
-        return budget or total // 4
-    return gpu_cache_bytes(min(budget or total, total), roles.resident_bytes())
+        return budget or device_memory(device) // 4
+    if not budget:
+        memory = read_gpu_memory(device)
+        assert memory is not None, "the base is on a GPU"
+        budget = memory.budget_bytes
+    return gpu_cache_bytes(budget, roles.resident_bytes())
 
 
 def gpu_cache_bytes(budget: int, resident: int) -> int:

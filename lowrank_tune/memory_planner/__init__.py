@@ -6,8 +6,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 
-import torch
-
 from lowrank_tune.config import Chain, RecipeConfig
 from lowrank_tune.memory_planner.auto_settings import with_auto_advice
 from lowrank_tune.memory_planner.estimate import estimate_run_time
@@ -24,7 +22,6 @@ __all__ = [
     "GIB",
     "Phase",
     "Plan",
-    "gpu_memory_gib",
     "check_fit",
     "plan",
     "plan_with_time",
@@ -77,10 +74,3 @@ def _assumption_notes(loaded: RecipeConfig | Chain) -> list[str]:
             path = loaded.adapters[name].path
             notes.append(f"{path} does not exist yet: adapters.{name} is planned like {loaded.trained_adapter}")
     return notes
-
-
-def gpu_memory_gib() -> float | None:
-    """Returns the memory of the GPU of this machine, None without one."""
-    if torch.cuda.is_available():
-        return torch.cuda.get_device_properties(0).total_memory / GIB
-    return None

@@ -18,6 +18,9 @@ from lowrank_tune.memory_planner.sizes import step_units
 AUTO_MARGIN = 0.03
 """Share of the GPU's memory that a chosen value leaves free, because a plan is an estimate."""
 
+AUTO_SETTINGS = ("micro_batch_size", "gradient_checkpointing")
+"""Settings of `train` that may be `auto`."""
+
 
 @dataclass(frozen=True)
 class AutoChoice:
@@ -53,15 +56,23 @@ def describe_values(values: Mapping[str, int]) -> str:
     return " ".join(f"train.{key}={value}" for key, value in values.items())
 
 
-def has_auto_settings(spec: SimulationSpec) -> bool:
-    """Returns whether a setting of the recipe is `auto`."""
-    train = spec.recipe.train
-    return "auto" in (train.micro_batch_size, train.gradient_checkpointing)
+def auto_settings_of(spec: SimulationSpec) -> list[str]:
+    """Returns the settings of `train` that are `auto` in the recipe."""
+    return [key for key in AUTO_SETTINGS if getattr(spec.recipe.train, key) == "auto"]
+
+
+def kept_values(spec: SimulationSpec, chosen: Mapping[str, int]) -> dict[str, int]:
+    """Returns the values that an earlier start of a run has chosen for the settings that are `auto`; empty unless it
+    has chosen all of them."""
+    keys = auto_settings_of(spec)
+    if not all(key in chosen for key in keys):
+        return {}
+    return {key: chosen[key] for key in keys}
 
 
 def with_auto_advice(spec: SimulationSpec, plan: Plan) -> Plan:
     """Adds to a plan the values that a run would choose, if it has no other advice."""
-    if not plan.vram or plan.advice or not has_auto_settings(spec):
+    if not plan.vram or plan.advice or not auto_settings_of(spec):
         return plan
     values = choose_auto_settings(spec, plan).values
     if not values:

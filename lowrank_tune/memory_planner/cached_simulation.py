@@ -11,13 +11,13 @@ from hashlib import blake2b, sha256
 from pathlib import Path
 from typing import Any
 
-import lowrank_tune
 from lowrank_tune.memory_planner.extrapolation import Peaks
 from lowrank_tune.memory_planner.meta_model import Layer
 from lowrank_tune.memory_planner.simulation import SimulationSpec, simulate
 from lowrank_tune.memory_planner.simulation_cache import SimulationResult, read_result, write_result
 from lowrank_tune.training.machine import library_versions
 
+PACKAGE = Path(__file__).parents[1]
 UNUSED_SETTINGS = ("name", "description")
 UNUSED_TRAIN_SETTINGS = ("gradient_checkpointing", "memory_budget_gib", "memory_check")
 """Settings that a simulation does not read: the number of recomputed layers is an argument of its own."""
@@ -94,9 +94,8 @@ def _as_json(value: Any) -> Any:
 
 
 @cache
-def code_hash() -> str:
+def code_hash(package: Path = PACKAGE) -> str:
     """Returns the hash of the package's Python files: a simulation runs most of them."""
-    package = Path(lowrank_tune.__file__).parent
     digest = blake2b(digest_size=16)
     for file in sorted(package.rglob("*.py")):
         digest.update(str(file.relative_to(package)).encode())

@@ -8,7 +8,7 @@ import torch
 
 from lowrank_tune.errors import UserError
 from lowrank_tune.memory_planner.gpu_specs import DEFAULT_GPU, GPUS, GpuSpec
-from lowrank_tune.memory_planner.plan_report import GIB
+from lowrank_tune.model.gpu_memory import GIB, read_gpu_memory
 
 
 @dataclass(frozen=True)
@@ -72,10 +72,11 @@ def installed_spec() -> GpuSpec | None:
 
 
 def _installed_gpu(vram_gib: float | None) -> PlannedGpu:
-    memory_gib = torch.cuda.get_device_properties(0).total_memory / GIB
+    memory = read_gpu_memory()
+    assert memory is not None, "called with a GPU"
     spec = installed_spec()
     note = ""
     if spec is None:
         names = ", ".join(gpu.name for gpu in GPUS)
-        note = f"no hours are estimated: the rates of {torch.cuda.get_device_name()} are not known; --gpu takes {names}"
-    return PlannedGpu(vram_gib or memory_gib, spec, note)
+        note = f"no hours are estimated: the rates of {memory.name} are not known; --gpu takes {names}"
+    return PlannedGpu(vram_gib or memory.budget_bytes / GIB, spec, note)

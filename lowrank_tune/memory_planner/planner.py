@@ -48,7 +48,7 @@ def make_spec(
 
 
 def vram_bytes(spec: SimulationSpec, vram_gib: float) -> int:
-    """Returns the bytes of a GPU that the run may use."""
+    """Returns the bytes of a GPU of `vram_gib` that the recipe may use."""
     budget_gib = spec.recipe.train.memory_budget_gib or vram_gib
     return round(min(vram_gib, budget_gib) * GIB)
 

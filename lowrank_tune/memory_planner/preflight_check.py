@@ -4,12 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any
 
 from lowrank_tune.config import Chain, RecipeConfig
 from lowrank_tune.errors import UserError
 from lowrank_tune.events import Emit, LogMessage, Progress, warning
-from lowrank_tune.memory_planner.auto_settings import choose_auto_settings, describe_values, has_auto_settings
+from lowrank_tune.memory_planner.auto_settings import (
+    auto_settings_of,
+    choose_auto_settings,
+    describe_values,
+    kept_values,
+)
 from lowrank_tune.memory_planner.fit import with_fit_report
 from lowrank_tune.memory_planner.plan_report import GIB, Plan
 from lowrank_tune.memory_planner.planner import plan_of, vram_bytes
@@ -34,8 +40,10 @@ def check_fit(
     vram_gib: float,
     emit: Emit,
     skip: Collection[str] = (),
+    chosen: Mapping[str, Mapping[str, int]] = MappingProxyType({}),
 ) -> MemoryFit:
-    """Plans each stage except those in `skip`, and logs the result."""
+    """Plans each stage except those in `skip`, and logs the result. `vram_gib` is the budget of a stage that sets none,
+    and `chosen` the values that settings with `auto` had, by stage, when the run began: they stay."""
     stages = loaded.stages
     names = {stage.name for stage in stages}
     planned = [stage.name for stage in stages if stage.name not in skip and stage.train.memory_check != "off"]
@@ -53,7 +61,13 @@ def check_fit(
     for name in planned:
         try:
             for spec in simulation_specs(loaded, "cuda", names - {name}):
-                _plan_stage(spec, vram_gib, emit, fit)
+                _plan_stage(
+                    spec,
+                    vram_gib,
+                    chosen.get(name, {}),
+                    emit,
+                    fit,
+                )
         except UserError as error:
             fit.errors[name] = error
     emit(
@@ -69,15 +83,23 @@ def check_fit(
 def _plan_stage(
     spec: SimulationSpec,
     vram_gib: float,
+    chosen: Mapping[str, int],
     emit: Emit,
     fit: MemoryFit,
 ) -> None:
     name = spec.recipe.name
     train = spec.recipe.train
+    if train.memory_budget_gib is not None:
+        vram_gib = train.memory_budget_gib
     vram = vram_bytes(spec, vram_gib)
+    kept = kept_values(spec, chosen)
+    if kept:
+        fit.changes[name] = kept
+        emit(LogMessage(message=f"{name}: auto is {describe_values(kept)}, as when the run began"))
+        return
     plan = plan_of(spec, vram, name)
     changes = dict[str, int]()
-    if has_auto_settings(spec):
+    if auto_settings_of(spec):
         changes = choose_auto_settings(spec, plan).values
     fit.changes[name] = changes
     if changes:

@@ -12,7 +12,6 @@ from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any, Literal
 
-import torch
 from torch.autograd.graph import save_on_cpu
 from transformers.modeling_layers import GradientCheckpointingLayer
 
@@ -78,13 +77,3 @@ def _offloaded(
     # Without a GPU this is a plain copy, so that tests run the same code.
     with save_on_cpu(pin_memory=True):
         return checkpoint(*arguments, **named)
-
-
-def cap_cuda_memory(budget_gib: float | None) -> None:
-    """Limits the GPU memory of this process. Raises UserError if the GPU has less than the budget."""
-    if budget_gib is None or not torch.cuda.is_available():
-        return
-    total = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
-    if budget_gib * 2**30 > total:
-        raise UserError(f"train.memory_budget_gib: the GPU has {total / 2**30:.1f} GiB, not {budget_gib:g}")
-    torch.cuda.set_per_process_memory_fraction(budget_gib * 2**30 / total)

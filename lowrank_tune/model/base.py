@@ -89,6 +89,20 @@ class Base:
             return base_hashes(self.model)
 
 
+@dataclass(frozen=True)
+class HashedBase:
+    """A base with the hashes of its tensors. A run ends only if they are the same at its end, so that the next stage of
+    a chain begins with them and does not read all weights again."""
+
+    base: Base
+    hashes: dict[str, str]
+
+    @classmethod
+    def of(cls, base: Base) -> HashedBase:
+        """Returns a base with the hashes that its tensors have now."""
+        return cls(base, base.hashes())
+
+
 def pick_device() -> torch.device:
     """Returns the CUDA device if present, else the CPU. Raises UserError for a GPU without bf16."""
     if not torch.cuda.is_available():

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from lowrank_tune.config import BaseConfig, Chain, RecipeConfig, locate
@@ -41,11 +42,12 @@ def check_before_loading(
     finished: frozenset[str],
     vram_gib: float | None,
     emit: Emit,
+    chosen: Mapping[str, Mapping[str, int]] = MappingProxyType({}),
 ) -> Mapping[str, Mapping[str, Any]]:
     """Checks a recipe, or the stages of a chain, that is to run in a folder where the stages `finished` have ended.
 
-    Returns the values of `auto` in `train`, by stage, on a GPU of `vram_gib`; without a GPU no memory is planned.
-    Raises ConfigError with every fault.
+    Returns the values of `auto` in `train`, by stage, on a GPU of `vram_gib`; without a GPU no memory is planned. Those
+    that an earlier start of the run has `chosen` stay. Raises ConfigError with every fault.
     """
     stages = stages_of(loaded, folder, finished)
     findings: Findings = {stage.recipe.name: [] for stage in stages}
@@ -73,6 +75,7 @@ def check_before_loading(
             vram_gib,
             emit,
             skip=skipped,
+            chosen=chosen,
         )
         changes = fit.changes
         for name, message in fit.faults.items():

@@ -260,26 +260,21 @@ def test_budget_limits_the_number_of_decoded_sequences(tmp_path: Path) -> None:
     assert requested and {size for size, _ in requested} == {1 << 29}
 
 
-def test_cache_budget_is_gpu_memory_minus_resident_bytes() -> None:
-    """By hand: 24 GB, of which 8 stay."""
+def test_cache_budget_is_the_budget_minus_resident_bytes() -> None:
+    """By hand: of 16 GB, 8 stay."""
 
     class There:
         class base:
             device = torch.device("cuda", 0)
 
-        limits = oom.MemoryLimits()
+        limits = oom.MemoryLimits(budget_bytes=16 << 30)
 
         def resident_bytes(self) -> int:
             return 8 << 30
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(engine, "device_memory", lambda device: 24 << 30)
-        room = engine.default_cache_bytes(There())  # type: ignore[arg-type]
-        assert room == pytest.approx((24 * 0.92 - 8 - 1.5) * 2**30, abs=2)
-        There.limits = oom.MemoryLimits(budget_bytes=16 << 30)
-        assert engine.default_cache_bytes(There()) == pytest.approx((16 * 0.92 - 8 - 1.5) * 2**30, abs=2)  # type: ignore[arg-type]
-        There.limits = oom.MemoryLimits(budget_bytes=8 << 30)
-        assert engine.default_cache_bytes(There()) == 1 << 29, "never nothing"  # type: ignore[arg-type]
+    assert engine.default_cache_bytes(There()) == pytest.approx((16 * 0.92 - 8 - 1.5) * 2**30, abs=2)  # type: ignore[arg-type]
+    There.limits = oom.MemoryLimits(budget_bytes=8 << 30)
+    assert engine.default_cache_bytes(There()) == 1 << 29, "never nothing"  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from crash import run_fingerprint
 from safetensors.torch import load_file
 from typer.testing import CliRunner
@@ -20,8 +21,11 @@ from lowrank_tune import Chain, UserError, run
 from lowrank_tune.batch import Row
 from lowrank_tune.cli import app
 from lowrank_tune.config import dump
+from lowrank_tune.errors import TrainingError
 from lowrank_tune.evaluation.questions import select_questions
 from lowrank_tune.events import Event, LogMessage, RunEnded, RunStarted, StepEnd, from_json
+from lowrank_tune.model.base import Base
+from lowrank_tune.model.roles import Roles
 from lowrank_tune.preflight.base import meta_model
 from lowrank_tune.preflight.disk import disk_need
 from lowrank_tune.preflight.stages import stages_of
@@ -96,9 +100,25 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> None:
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory, cache: None) -> tuple[Path, list[Event]]:
+def hashed_bases() -> list[Base]:
+    """Is filled by `finished`: the base, each time its tensors are hashed."""
+    return []
+
+
+@pytest.fixture(scope="module")
+def finished(
+    tmp_path_factory: pytest.TempPathFactory, cache: None, hashed_bases: list[Base]
+) -> tuple[Path, list[Event]]:
     out, events = tmp_path_factory.mktemp("chains") / "one", list[Event]()
-    assert run(Chain.from_dict(chain()), out=out, ui="none", on_event=events.append).status == "done"
+    hashes = Base.hashes
+
+    def counted(base: Base) -> dict[str, str]:
+        hashed_bases.append(base)
+        return hashes(base)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Base, "hashes", counted)
+        assert run(Chain.from_dict(chain()), out=out, ui="none", on_event=events.append).status == "done"
     return out, events
 
 
@@ -120,8 +140,11 @@ def test_a_chain_leaves_a_folder_for_each_stage_and_one_summary(finished: tuple[
     assert starts[1].roles == {"reward": ["warm", "reward"], "reference": ["warm"]}
 
 
-def test_one_base_and_frozen_adapters_stay_what_they_were(finished: tuple[Path, list[Event]]) -> None:
+def test_one_base_and_frozen_adapters_stay_what_they_were(
+    finished: tuple[Path, list[Event]], hashed_bases: list[Base]
+) -> None:
     out, _ = finished
+    assert len(hashed_bases) == 1 + len(STAGES), "when it is loaded, and at the end of each stage"
     bases = [json.loads((out / stage / "base.json").read_text()) for stage in STAGES]
     assert all(base["tensors"] == bases[0]["tensors"] for base in bases)
     assert (
@@ -242,6 +265,27 @@ def _build_but(name: str, build: Any, recipe: Any, *more: Any, **named: Any) -> 
     if recipe.name == name:
         raise UserError(f"{name} cannot be built")
     return build(recipe, *more, **named)
+
+
+@pytest.mark.slow
+def test_a_base_that_changes_between_stages_ends_the_run(
+    tmp_path: Path, cache: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second stage begins with the hashes of the end of the first one."""
+    two = chain()
+    two["stages"] = two["stages"][:2]
+    unload = Roles.unload_adapters
+
+    def unload_and_change(roles: Roles) -> None:
+        unload(roles)
+        norm = roles.base.model.get_decoder().norm.weight
+        with torch.no_grad():
+            norm += 1
+
+    monkeypatch.setattr(Roles, "unload_adapters", unload_and_change)
+    with pytest.raises(TrainingError, match="the frozen base, or a frozen adapter, is not what it was"):
+        run(Chain.from_dict(two), out=tmp_path / "run", ui="none")
+    assert (tmp_path / "run" / "1-warm" / "final").is_dir() and not (tmp_path / "run" / "2-score" / "final").exists()
 
 
 def test_a_file_of_responses_is_scored(
