@@ -16,6 +16,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from lowrank_tune.batch import copy_to
 from lowrank_tune.errors import OutOfMemory
 from lowrank_tune.generation.attention import batched_attention
 from lowrank_tune.generation.cpu_linears import fast_linears
@@ -151,11 +152,7 @@ class Engine:
         """Draws a token for each hidden state (N, d) with N uniform numbers. Returns N pairs of a token and its
         log-prob, in one transfer from the device."""
         rows_at_once = max(1, CHUNK_LOGITS // self.roles.head.weight.shape[0])
-        uniform = torch.tensor(
-            uniforms,
-            dtype=torch.float64,
-            device=hidden.device,
-        )
+        uniform = copy_to(torch.tensor(uniforms, dtype=torch.float64), hidden.device)
         pairs = []
         for start in range(0, len(hidden), rows_at_once):
             chunk = slice(start, start + rows_at_once)
@@ -265,7 +262,7 @@ class Engine:
         cache, hidden = store.prefill([scheduler.prompts[prompt] for prompt in prompts])
         sequences = scheduler.add_prefilled(prompts, cache)
         rows = [prompts.index(sequence.prompt) for sequence in sequences]
-        prompt_states = hidden[torch.tensor(rows, device=hidden.device)]
+        prompt_states = hidden[copy_to(torch.tensor(rows), hidden.device)]
         self._append_tokens(scheduler.sampling, sequences, prompt_states)
 
     def _decode(
