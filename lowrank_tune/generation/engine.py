@@ -19,6 +19,7 @@ from torch import Tensor
 from lowrank_tune.batch import copy_to
 from lowrank_tune.errors import OutOfMemory
 from lowrank_tune.generation.attention import batched_attention
+from lowrank_tune.generation.cast_adapters import cast_adapters
 from lowrank_tune.generation.cpu_linears import fast_linears
 from lowrank_tune.generation.decode_scheduler import DecodeScheduler, SequenceState
 from lowrank_tune.generation.kv_cache import KVStore
@@ -27,6 +28,7 @@ from lowrank_tune.generation.sampler import sample
 from lowrank_tune.generation.sampling_params import SamplingParams
 from lowrank_tune.generation.select_cache import select_cache
 from lowrank_tune.generation.stopping import Decode, StoppingCriteria
+from lowrank_tune.model.base import AUTOCAST_DTYPE
 from lowrank_tune.model.oom import free_traceback, is_out_of_memory
 from lowrank_tune.model.roles import Roles
 
@@ -138,10 +140,14 @@ class Engine:
         """Returns the mode in which the forward passes of a rollout run."""
         return GenerationMode(self.roles, self.role)
 
-    def fast_linears(self) -> AbstractContextManager[AbstractContextManager[None]]:
-        """Returns `cpu_linears.fast_linears` for the role's adapters."""
+    def prepared_weights(self) -> AbstractContextManager[AbstractContextManager[None]]:
+        """Returns the context of a whole rollout, which yields the context of each stretch of its forward passes: with
+        fast linear modules on the CPU, with cast adapters under autocast."""
+        base = self.roles.base
         stack = [] if self.role == "base" else self.roles.stacks[self.role]
-        return fast_linears(self.roles.base.model, stack, self.scratch_bytes)
+        if base.device.type == "cuda":
+            return cast_adapters(base.model, stack, AUTOCAST_DTYPE)
+        return fast_linears(base.model, stack, self.scratch_bytes)
 
     def sample(
         self,
@@ -223,11 +229,11 @@ class Engine:
         with mode.enter():
             store = select_cache(self.roles.base.model, self.roles.limits.emit)
             scheduler.slots = store.allocate(scheduler.slots, scheduler.columns, self.cache_bytes)
-        with self.fast_linears() as linears:
+        with self.prepared_weights() as weights:
             while not scheduler.is_done:
                 # Between two yields the caller may use other roles and train: modes, adapters and modules are then as
                 # the caller left them.
-                with mode.enter(), linears:
+                with mode.enter(), weights:
                     outputs = self._next_outputs(scheduler, store, stream_tokens)
                 yield from outputs
 
