@@ -16,8 +16,10 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from lowrank_tune.batch import copy_to
 from lowrank_tune.errors import OutOfMemory
 from lowrank_tune.generation.attention import batched_attention
+from lowrank_tune.generation.cast_adapters import cast_adapters
 from lowrank_tune.generation.cpu_linears import fast_linears
 from lowrank_tune.generation.decode_scheduler import DecodeScheduler, SequenceState
 from lowrank_tune.generation.kv_cache import KVStore
@@ -26,6 +28,7 @@ from lowrank_tune.generation.sampler import sample
 from lowrank_tune.generation.sampling_params import SamplingParams
 from lowrank_tune.generation.select_cache import select_cache
 from lowrank_tune.generation.stopping import Decode, StoppingCriteria
+from lowrank_tune.model.base import AUTOCAST_DTYPE
 from lowrank_tune.model.gpu_memory import read_gpu_memory
 from lowrank_tune.model.oom import free_traceback, is_out_of_memory
 from lowrank_tune.model.roles import Roles
@@ -138,10 +141,14 @@ class Engine:
         """Returns the mode in which the forward passes of a rollout run."""
         return GenerationMode(self.roles, self.role)
 
-    def fast_linears(self) -> AbstractContextManager[AbstractContextManager[None]]:
-        """Returns `cpu_linears.fast_linears` for the role's adapters."""
+    def prepared_weights(self) -> AbstractContextManager[AbstractContextManager[None]]:
+        """Returns the context of a whole rollout, which yields the context of each stretch of its forward passes: with
+        fast linear modules on the CPU, with cast adapters under autocast."""
+        base = self.roles.base
         stack = [] if self.role == "base" else self.roles.stacks[self.role]
-        return fast_linears(self.roles.base.model, stack, self.scratch_bytes)
+        if base.device.type == "cuda":
+            return cast_adapters(base.model, stack, AUTOCAST_DTYPE)
+        return fast_linears(base.model, stack, self.scratch_bytes)
 
     def sample(
         self,
@@ -152,11 +159,7 @@ class Engine:
         """Draws a token for each hidden state (N, d) with N uniform numbers. Returns N pairs of a token and its
         log-prob, in one transfer from the device."""
         rows_at_once = max(1, CHUNK_LOGITS // self.roles.head.weight.shape[0])
-        uniform = torch.tensor(
-            uniforms,
-            dtype=torch.float64,
-            device=hidden.device,
-        )
+        uniform = copy_to(torch.tensor(uniforms, dtype=torch.float64), hidden.device)
         pairs = []
         for start in range(0, len(hidden), rows_at_once):
             chunk = slice(start, start + rows_at_once)
@@ -227,11 +230,11 @@ class Engine:
         with mode.enter():
             store = select_cache(self.roles.base.model, self.roles.limits.emit)
             scheduler.slots = store.allocate(scheduler.slots, scheduler.columns, self.cache_bytes)
-        with self.fast_linears() as linears:
+        with self.prepared_weights() as weights:
             while not scheduler.is_done:
                 # Between two yields the caller may use other roles and train: modes, adapters and modules are then as
                 # the caller left them.
-                with mode.enter(), linears:
+                with mode.enter(), weights:
                     outputs = self._next_outputs(scheduler, store, stream_tokens)
                 yield from outputs
 
@@ -266,7 +269,7 @@ class Engine:
         cache, hidden = store.prefill([scheduler.prompts[prompt] for prompt in prompts])
         sequences = scheduler.add_prefilled(prompts, cache)
         rows = [prompts.index(sequence.prompt) for sequence in sequences]
-        prompt_states = hidden[torch.tensor(rows, device=hidden.device)]
+        prompt_states = hidden[copy_to(torch.tensor(rows), hidden.device)]
         self._append_tokens(scheduler.sampling, sequences, prompt_states)
 
     def _decode(

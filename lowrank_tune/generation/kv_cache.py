@@ -17,6 +17,8 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
+from lowrank_tune.batch import copy_to
+from lowrank_tune.generation.decode_masks import select_mask_function
 from lowrank_tune.generation.slot_cache import SlotCache, sliding_windows
 
 _TOKEN_BYTES: WeakKeyDictionary[Any, list[int]] = WeakKeyDictionary()
@@ -89,10 +91,7 @@ class StaticSlotCache:
         self.device = model.device
         self.cache = SlotCache(sliding_windows(model))
         self.slots = self.columns = 0
-        # transformers passes a 4-D mask on unchanged, which saves time on the CPU. With sliding windows it must cut a
-        # 2-D mask to the width of each layer.
-        has_windows = any(layer.window for layer in self.cache.layers)
-        self.use_4d_masks = self.device.type == "cpu" and model.dtype == torch.float32 and not has_windows
+        self.mask = select_mask_function(model, [layer.window for layer in self.cache.layers])
 
     def allocate(
         self,
@@ -137,8 +136,8 @@ class StaticSlotCache:
         rows: Sequence[int],
         slots: Sequence[int],
     ) -> None:
-        source = torch.tensor(rows, device=self.device)
-        target = torch.tensor(slots, device=self.device)
+        source = copy_to(torch.tensor(rows), self.device)
+        target = copy_to(torch.tensor(slots), self.device)
         lengths = prompts.lengths[source]
         for layer, prefill_states in zip(self.cache.layers, prompts.layers, strict=True):
             if not layer.is_initialized:
@@ -165,15 +164,10 @@ class StaticSlotCache:
         positions: Sequence[int],
     ) -> Tensor:
         input_ids, position_ids = _token_columns(tokens, positions, self.device)
-        width = max(positions) + 1
-        self.cache.decode(position_ids[:, 0], width)
-        mask = torch.arange(width, device=self.device) <= position_ids
-        if self.use_4d_masks:
-            additive = torch.zeros(mask.shape).masked_fill_(~mask, -torch.inf)
-            mask = additive[:, None, None]
+        self.cache.decode(position_ids[:, 0], max(positions) + 1)
         output = self.decoder(
             input_ids=input_ids,
-            attention_mask=mask,
+            attention_mask=self.mask(positions, position_ids),
             position_ids=position_ids,
             past_key_values=self.cache,
             use_cache=True,
@@ -346,7 +340,7 @@ def _pad(rows: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, T
     lengths = [len(row) for row in rows]
     width = max(lengths)
     padded = [[*row] + [0] * (width - len(row)) for row in rows]
-    return torch.tensor(padded, device=device), torch.tensor(lengths, device=device)
+    return copy_to(torch.tensor(padded), device), copy_to(torch.tensor(lengths), device)
 
 
 def _last_states(hidden: Tensor, lengths: Tensor) -> Tensor:
@@ -361,5 +355,5 @@ def _token_columns(
     device: torch.device,
 ) -> tuple[Tensor, Tensor]:
     """Returns input ids and position ids (N, 1), with one transfer to the device."""
-    input_ids, position_ids = torch.tensor((tokens, positions), device=device)[:, :, None]
+    input_ids, position_ids = copy_to(torch.tensor((tokens, positions)), device)[:, :, None]
     return input_ids, position_ids

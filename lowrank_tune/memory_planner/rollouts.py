@@ -64,7 +64,7 @@ def decode(
     with mode.enter():
         store = select_cache_without_values(roles.base.model)
         store.allocate(spec.slots, columns, 1 << 60)
-    with engine.fast_linears() as linears, mode.enter(), linears:
+    with engine.prepared_weights() as weights, mode.enter(), weights:
         prompts = spec.prefill_prompts
         prefilled, hidden = store.prefill([[0] * spec.prompt_length] * prompts)
         on_pass("placing")

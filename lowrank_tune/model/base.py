@@ -45,6 +45,8 @@ BUILTIN_MODEL = "tiny-tutor"
 GATED_WORDS = ("gated", "401", "403")
 NOT_FOUND_WORDS = ("couldn't connect", "offline", "can't load", "not a local folder", "connection", "resolve")
 """What the hub's error messages contain if a repository is gated or private, or cannot be found."""
+AUTOCAST_DTYPE = torch.bfloat16
+"""The dtype of products on a GPU, and of its weights."""
 SINGLE_THREAD_MAX_PARAMS = 20_000_000
 SINGLE_THREAD_ENV = "OMP_NUM_THREADS"
 """A model with fewer weights runs on one CPU thread, unless this variable is set: its results then do not depend on the
@@ -80,7 +82,7 @@ class Base:
     def autocast(self) -> AbstractContextManager[Any]:
         """Returns bf16 autocast on CUDA, a context without effect on the CPU."""
         if self.device.type == "cuda":
-            return torch.autocast("cuda", torch.bfloat16)
+            return torch.autocast("cuda", AUTOCAST_DTYPE)
         return nullcontext()
 
     def hashes(self) -> dict[str, str]:
@@ -118,7 +120,7 @@ def pick_device() -> torch.device:
 def default_dtype(device: torch.device) -> torch.dtype:
     """Returns the dtype of weights and compute on a device."""
     if device.type == "cuda":
-        return torch.bfloat16
+        return AUTOCAST_DTYPE
     return torch.float32
 
 

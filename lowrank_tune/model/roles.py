@@ -25,6 +25,7 @@ from lowrank_tune.model.activation_checkpointing import Checkpointing, checkpoin
 from lowrank_tune.model.base import Base, num_stored_bytes
 from lowrank_tune.model.causal_attention import causal_attention
 from lowrank_tune.model.chunked_mlp import chunk_mlps
+from lowrank_tune.model.frozen_adapters import FrozenAdapters, frozen_dtype
 from lowrank_tune.model.logprobs import Head, LogProbs, check_head, chunked_entropy, chunked_kl, chunked_logps, head_of
 from lowrank_tune.model.oom import MemoryLimits
 from lowrank_tune.model.prefix_sharing import (
@@ -92,6 +93,7 @@ class Roles:
         self.trainable = frozenset(trainable)
         self.share_prefixes = base.backend == "transformers"
         self.heads = dict[str, scalar.ScalarHead]()
+        self._frozen = FrozenAdapters(frozen_dtype(base.device))
         self._checkpointing = False
         self._undo = ExitStack()
         self.limits = MemoryLimits()
@@ -367,6 +369,7 @@ class Roles:
                 adapter_name=peft_name,
                 save_embedding_layers=False,
             )
+            tensors |= self._frozen.adapter_tensors(peft_name)
         if name in self.heads:
             tensors[scalar.HEAD_WEIGHT_KEY] = self.heads[name].weight
         expected = sum(f".{peft_name}." in key for key, _ in self._all_parameters())
@@ -395,6 +398,9 @@ class Roles:
                 self.heads[name].weight.copy_(tensors[scalar.HEAD_WEIGHT_KEY])
         lora = {key: tensor for key, tensor in tensors.items() if key != scalar.HEAD_WEIGHT_KEY}
         if lora:
+            for key, parameter in self._all_parameters():
+                if f".{ADAPTER_PREFIX}{name}." in key:
+                    self._frozen.restore(key, parameter)
             set_peft_model_state_dict(
                 self._peft,
                 lora,
@@ -435,6 +441,8 @@ class Roles:
             is_trained = any(f".{name}." in key for name in names)
             assert not is_trained or parameter.dtype == torch.float32, f"the master of {key} is {parameter.dtype}"
             parameter.requires_grad_(is_trained)
+            if "lora_" in key and not is_trained:
+                self._frozen.store(key, parameter)
         # The dropout of a frozen adapter would be applied in train mode.
         for layer in self.lora_layers:
             for name, dropout in layer.lora_dropout.items():

@@ -387,7 +387,7 @@ def test_a_gpu_gets_an_additive_mask_in_the_dtype_of_the_model(name: str, hidden
     on_gpu = SimpleNamespace(config=config, dtype=torch.bfloat16, device=torch.device("cuda"))
     mask = torch.tensor([[True, False], [True, True]])
     with fake_device_mode(torch.device("cuda")):
-        found = tree_module.mask_for(mask, on_gpu)
+        found = tree_module.mask_for(mask.to("meta"), on_gpu)
     assert found.dtype == torch.bfloat16 and found.shape == mask.shape
     on_gpu.device = torch.device("cpu")
     assert tree_module.mask_for(mask, on_gpu) is mask
