@@ -222,7 +222,7 @@ def sum_of_selected() -> int:
     ids = torch.arange(6, device=CUDA)
     total = ids[ids % 2 == 1].sum()
     ids.view(2, 3)[:, 2] = 10
-    return int(total) + int(ids[[2, 5]].sum())
+    return int(total) + int(ids[2] + ids[5])
 
 
 def lengths_of_rows() -> list[int]:

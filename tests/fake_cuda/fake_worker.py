@@ -17,7 +17,7 @@ from fake_base import fake_base  # noqa: E402
 from fake_workloads import count_decode_step, count_training_step, stacked_roles  # noqa: E402
 from kernel_counter import KernelCounter  # noqa: E402
 
-LAYERS = 2
+LAYERS = 1
 ALGORITHMS = ("sft", "reward", "dpo", "grpo", "ppo")
 FAMILIES = ("qwen2.5-7b", "qwen3-8b", "mistral-7b")
 WIDTH = 64
@@ -45,7 +45,7 @@ def count_families(counter: KernelCounter) -> dict[str, Any]:
     """A step of GRPO on each other family: rollouts, reference, shared prompts and update."""
     counts = {}
     for family in FAMILIES:
-        base = fake_base(family, 1)
+        base = fake_base(family, LAYERS)
         counts[family] = count_training_step(
             counter,
             base,

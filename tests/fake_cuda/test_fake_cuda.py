@@ -49,9 +49,19 @@ def library_folder(request: pytest.FixtureRequest) -> Path:
 
 
 @cache
+def run_worker(group: str, folder: Path) -> Any:
+    """The counts of a group of `fake_worker.py`, or the error with which it failed; it runs once."""
+    try:
+        return run_on_fake_gpu(folder, WORKER, group)
+    except AssertionError as error:
+        return error
+
+
 def counts_of(group: str, folder: Path) -> Any:
-    """The counts of a group of `fake_worker.py`, which runs once."""
-    return run_on_fake_gpu(folder, WORKER, group)
+    counts = run_worker(group, folder)
+    if isinstance(counts, AssertionError):
+        raise counts
+    return counts
 
 
 def num_waits(totals: dict[str, Any]) -> int:
