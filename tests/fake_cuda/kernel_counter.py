@@ -151,15 +151,17 @@ class KernelCounter(TorchDispatchMode):
         kwargs: dict[str, Any],
     ) -> Any:
         """Runs an operation on tensors without numbers, counts it, and computes integers and masks that are known."""
-        with _disable_current_modes():
-            values = _values_if_integers(func, args, kwargs)
-        results = func(*args, **kwargs)
         inputs = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
-        with _disable_current_modes():
-            if values is not None:
+        values = None
+        if _is_of_integers(func, inputs, kwargs):
+            with _disable_current_modes():
+                values = compute_values(func, args, kwargs)
+        results = func(*args, **kwargs)
+        if values is not None:
+            with _disable_current_modes():
                 attach_values(results, values, inputs)
-            elif func._schema.is_mutable:
-                _forget_written(func, args, kwargs)
+        elif func._schema.is_mutable:
+            _forget_written(func, args, kwargs)
         self._count(func, args, kwargs, results)
         return results
 
@@ -342,21 +344,16 @@ def _describe(tensors: Sequence[Tensor]) -> str:
     return ", ".join(f"{tensor.dtype} {tuple(tensor.shape)} on {tensor.device}" for tensor in tensors)
 
 
-def _values_if_integers(
+def _is_of_integers(
     func: Any,
-    args: Sequence[Any],
-    kwargs: dict[str, Any],
-) -> Any:
-    """Returns the values of the result, or None for an operation that has a floating-point argument or result."""
+    inputs: Sequence[Tensor],
+    kwargs: Mapping[str, Any],
+) -> bool:
+    """Returns whether an operation of torch has no floating-point argument and is not requested to return one."""
     dtype = kwargs.get("dtype")
-    if dtype is not None and dtype.is_floating_point:
-        return None
-    if func.namespace != "aten":
-        return None
-    for leaf in tree_leaves((args, kwargs)):
-        if isinstance(leaf, Tensor) and leaf.is_floating_point():
-            return None
-    return compute_values(func, args, kwargs)
+    if func.namespace != "aten" or (dtype is not None and dtype.is_floating_point):
+        return False
+    return not any(tensor.is_floating_point() for tensor in inputs)
 
 
 def _forget_written(

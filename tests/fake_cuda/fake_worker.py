@@ -1,0 +1,92 @@
+"""Counts one group of workloads on the fake GPU, and writes the counts as JSON: `fake_worker.py GROUP FILE`."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import fake_gpu
+
+fake_gpu.install()
+
+from counter_checks import run_checks  # noqa: E402  (the fake GPU must be installed first)
+from fake_base import fake_base  # noqa: E402
+from fake_workloads import count_decode_step, count_training_step, stacked_roles  # noqa: E402
+from kernel_counter import KernelCounter  # noqa: E402
+
+LAYERS = 1
+ALGORITHMS = ("sft", "reward", "dpo", "grpo", "ppo")
+FAMILIES = ("qwen2.5-7b", "qwen3-8b", "mistral-7b")
+WIDTH = 64
+"""Columns of a decoding step."""
+
+
+def count_training(counter: KernelCounter) -> dict[str, Any]:
+    """All algorithms on one family, with all layers recomputed and with none."""
+    base = fake_base("llama-3.1-8b", LAYERS)
+    counts: dict[str, Any] = {}
+    for algorithm in ALGORITHMS:
+        counts[algorithm] = {}
+        for checkpointing in ("all", "none"):
+            step = count_training_step(
+                counter,
+                base,
+                algorithm,
+                checkpointing,  # type: ignore[arg-type]
+            )
+            counts[algorithm][checkpointing] = step.to_json()
+    return counts
+
+
+def count_families(counter: KernelCounter) -> dict[str, Any]:
+    """A step of GRPO on each other family: rollouts, reference, shared prompts and update."""
+    counts = {}
+    for family in FAMILIES:
+        base = fake_base(family, LAYERS)
+        counts[family] = count_training_step(
+            counter,
+            base,
+            "grpo",
+            "all",
+        ).to_json()
+    return counts
+
+
+def count_decoding(counter: KernelCounter) -> dict[str, Any]:
+    base = fake_base("llama-3.1-8b", LAYERS)
+    counts = {}
+    with stacked_roles(base) as roles:
+        counts["1 row"] = count_decode_step(counter, roles, 1, WIDTH)
+        counts["16 rows"] = count_decode_step(counter, roles, 16, WIDTH)
+        counts["chat"] = count_decode_step(
+            counter,
+            roles,
+            1,
+            WIDTH,
+            stream=True,
+        )
+    with stacked_roles(base, ["sft"]) as roles:
+        counts["stack"] = count_decode_step(counter, roles, 1, WIDTH)
+    return {name: totals.to_json() for name, totals in counts.items()}
+
+
+GROUPS: dict[str, Callable[[KernelCounter], dict[str, Any]]] = {
+    "training": count_training,
+    "families": count_families,
+    "decoding": count_decoding,
+    "checks": run_checks,
+}
+
+
+def main() -> None:
+    group, file = sys.argv[1:]
+    with fake_gpu.fake_gpu() as counter:
+        counts = GROUPS[group](counter)
+    Path(file).write_text(json.dumps(counts), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,190 @@
+"""A training step and a decoding step on a CUDA device that is not there: no operation mixes devices or dtypes, and the
+host waits for the GPU no more often than the table below.
+
+The counts are those of true shapes (llama-3.1-8b and others) with few layers. `docs/testing.md` describes the device.
+"""
+
+from __future__ import annotations
+
+import os
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+from fake_guard import run_on_fake_gpu, unavailable
+
+WORKER = Path(__file__).with_name("fake_worker.py")
+
+# How often the host waits for the GPU. A wait leaves the GPU idle until the host has launched more work, so raising a
+# number needs a reason in the commit; a change that lowers one lowers it here.
+WAITS_PER_TRAINING_STEP = {
+    # algorithm: collecting the rows, each micro-batch, the rest of the step
+    "sft": (0, 3, 2),
+    "reward": (0, 1, 2),
+    "dpo": (0, 2, 2),
+    "grpo": (18, 2, 10),
+    "ppo": (25, 4, 12),
+}
+WAITS_PER_TOKEN = 2
+COPIES_PER_TOKEN = 2
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _fake_cuda_available() -> None:
+    reason = unavailable()
+    if reason is None:
+        return
+    # A build server that cannot run these tests would not notice what they are for.
+    if os.environ.get("CI"):
+        pytest.fail(f"{reason}, and CI is set")
+    pytest.skip(reason)
+
+
+@pytest.fixture(scope="session")
+def library_folder(request: pytest.FixtureRequest) -> Path:
+    return Path(request.config.cache.mkdir("fake_cuda"))  # type: ignore[union-attr]
+
+
+@cache
+def run_worker(group: str, folder: Path) -> Any:
+    """The counts of a group of `fake_worker.py`, or the error with which it failed; it runs once."""
+    try:
+        return run_on_fake_gpu(folder, WORKER, group)
+    except AssertionError as error:
+        return error
+
+
+def counts_of(group: str, folder: Path) -> Any:
+    counts = run_worker(group, folder)
+    if isinstance(counts, AssertionError):
+        raise counts
+    return counts
+
+
+def num_waits(totals: dict[str, Any]) -> int:
+    return sum(totals["host_syncs"].values())
+
+
+@pytest.mark.parametrize("checkpointing", ["all", "none"])
+@pytest.mark.parametrize("algorithm", list(WAITS_PER_TRAINING_STEP))
+def test_host_waits_of_a_training_step(algorithm: str, checkpointing: str, library_folder: Path) -> None:
+    step = counts_of("training", library_folder)[algorithm][checkpointing]
+    assert step["num_micro_batches"] == 2
+    waits = {phase: step[phase]["host_syncs"] for phase in ("collect", "micro", "rest")}
+    collect, micro, rest = WAITS_PER_TRAINING_STEP[algorithm]
+    assert [num_waits(step[phase]) for phase in waits] == [collect, 2 * micro, rest], waits
+
+
+@pytest.mark.parametrize("algorithm", list(WAITS_PER_TRAINING_STEP))
+def test_recomputation_adds_launches(algorithm: str, library_folder: Path) -> None:
+    """The forward pass of both layers runs twice, and nothing else does."""
+    steps = counts_of("training", library_folder)[algorithm]
+    micro = {name: step["micro"]["launches_by_op"] for name, step in steps.items()}
+    assert micro["all"]["_scaled_dot_product_flash_attention" if algorithm == "sft" else "mm"] > 0
+    added = {op: count - micro["none"].get(op, 0) for op, count in micro["all"].items()}
+    assert added["mean"] > 0 and added["mm"] > 0, "norms and adapters are computed again"
+    assert all(count >= 0 for count in added.values())
+    assert added.get("gather", 0) == 0 and added.get("exp", 0) == 0, "the head is not computed again"
+
+
+@pytest.mark.parametrize("family", ["qwen2.5-7b", "qwen3-8b", "mistral-7b"])
+def test_other_families_wait_as_llama_does(family: str, library_folder: Path) -> None:
+    step = counts_of("families", library_folder)[family]
+    collect, micro, rest = WAITS_PER_TRAINING_STEP["grpo"]
+    waits = [num_waits(step[phase]) for phase in ("collect", "micro", "rest")]
+    assert waits == [collect, 2 * micro, rest], step
+
+
+@pytest.mark.parametrize("name", ["1 row", "16 rows", "chat", "stack"])
+def test_host_waits_of_a_decoding_step(name: str, library_folder: Path) -> None:
+    step = counts_of("decoding", library_folder)[name]
+    assert num_waits(step) == WAITS_PER_TOKEN, step["host_syncs"]
+    assert sum(step["copies_to_device"].values()) == COPIES_PER_TOKEN, step["copies_to_device"]
+
+
+NF4 = 0.5 + 1 / 64 + 4 / (64 * 256)
+
+
+@pytest.mark.parametrize(
+    ("program", "launches", "num_bytes", "flops"),
+    [
+        ("product", 1, 2 * (15 + 35 + 21), 2 * 3 * 5 * 7),
+        # The expanded row is read once.
+        ("add_expanded", 1, 4 * (8 + 32 + 32), 0),
+        ("views", 0, 0, 0),
+        ("gather_rows", 1, 2 * 4 * 16, 0),
+        ("gemm_4bit of 1 row", 1, 4096 * 4096 * NF4 + 2 * (4096 + 4096), 2 * 4096 * 4096),
+        # Unpacked by three kernels to two bytes a weight, which the product reads.
+        (
+            "gemm_4bit of 2048 rows",
+            4,
+            4096 * 4096 * (NF4 + 2 + 2) + 2 * 2048 * (4096 + 4096),
+            2 * 2048 * 4096 * 4096,
+        ),
+    ],
+)
+def test_counted_work(
+    program: str,
+    launches: int,
+    num_bytes: float,
+    flops: float,
+    library_folder: Path,
+) -> None:
+    counted = counts_of("checks", library_folder)["counted"][program]
+    assert (counted["launches"], counted["flops"]) == (launches, flops)
+    assert counted["bytes"] == pytest.approx(num_bytes, rel=1e-12)
+    assert counted["host_syncs"] == counted["copies"] == 0
+
+
+def test_attention_computes_half_of_the_scores_without_a_mask(library_folder: Path) -> None:
+    """1 row, 2 heads, 16 x 16 scores, 8 numbers a head, two products of 2 FLOPs."""
+    counted = counts_of("checks", library_folder)["counted"]
+    assert counted["attention with a mask"]["flops"] == 4 * 2 * 16 * 16 * 8
+    assert counted["flash attention"]["flops"] == 2 * 2 * 16 * 16 * 8
+
+
+@pytest.mark.parametrize("program", ["item", "tolist", "bool", "nonzero", "cpu"])
+def test_a_read_is_a_wait_with_its_place(program: str, library_folder: Path) -> None:
+    counted = counts_of("checks", library_folder)["counted"][program]
+    assert (counted["host_syncs"], counted["copies"]) == (1, 0)
+    assert [place.partition(":")[0] for place in counted["places"]] == ["lowrank_tune/batch.py"]
+
+
+@pytest.mark.parametrize("program", ["mask_index", "equal"])
+def test_a_mask_as_an_index_and_a_comparison_are_waits(program: str, library_folder: Path) -> None:
+    assert counts_of("checks", library_folder)["counted"][program]["host_syncs"] == 1
+
+
+def test_a_copy_to_the_device_is_no_wait(library_folder: Path) -> None:
+    counted = counts_of("checks", library_folder)["counted"]["to the device"]
+    assert (counted["host_syncs"], counted["copies"]) == (0, 1)
+
+
+@pytest.mark.parametrize(
+    ("program", "error"),
+    [
+        ("two dtypes", "MismatchError"),
+        ("two dtypes stored", "MismatchError"),
+        ("two dtypes attended", "MismatchError"),
+        ("two devices", "MismatchError"),
+        ("embedded on the CPU", "MismatchError"),
+        ("a number of the CPU", ""),
+        ("unknown mask", "UnknownValues"),
+        ("written mask", "UnknownValues"),
+    ],
+)
+def test_a_planted_mismatch_is_found(program: str, error: str, library_folder: Path) -> None:
+    assert counts_of("checks", library_folder)["refused"][program] == error
+
+
+def test_integers_keep_their_values(library_folder: Path) -> None:
+    assert counts_of("checks", library_folder)["values"] == [1 + 3 + 5 + 2 * 10, [2, 1]]
+
+
+def test_a_planted_read_in_a_training_step_is_found(library_folder: Path) -> None:
+    planted = counts_of("checks", library_folder)["planted"]
+    assert planted["planted"] == planted["plain"] + 1
+    assert planted["left on the CPU"] == 1
