@@ -95,7 +95,7 @@ def decode_typical_steps(
     )
     columns = spec.prompt_length + spec.max_new_tokens
     sampling = SamplingParams(spec.max_new_tokens, frozenset())
-    with engine.fast_linears() as linears, engine.generation_mode().enter(), linears:
+    with engine.prepared_weights() as weights, engine.generation_mode().enter(), weights:
         store = select_cache_without_values(roles.base.model)
         store.allocate(spec.slots, columns, 1 << 60)
         on_pass("reading")
