@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -40,11 +41,21 @@ BENCHMARK = Path(__file__).parents[2] / "benchmarks" / "plan.py"
 CLOSE = 0.03
 
 
-def off(shape: str, algorithms: list[str], layers: list[str]) -> dict[tuple[str, ...], float]:
+def off(shape: str, algorithms: list[str], layers: list[str], more: Sequence[str] = ()) -> dict[tuple[str, ...], float]:
     """By how much the planner is off, of each cell. In a process of its own: what is measured is all that a process
     holds, and tensors that other tests left behind, or that die meanwhile, are none of the run's. With one thread, as
     kernels keep scratch for each."""
-    command = [sys.executable, str(BENCHMARK), "--shapes", shape, "--algorithms", *algorithms, "--layers", *layers]
+    command = [
+        sys.executable,
+        str(BENCHMARK),
+        "--shapes",
+        shape,
+        "--algorithms",
+        *algorithms,
+        "--layers",
+        *layers,
+        *more,
+    ]
     path = os.pathsep.join([str(BENCHMARK.parent.parent), *filter(None, [os.environ.get("PYTHONPATH")])])
     own = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, env=own, capture_output=True, text=True, timeout=900)
