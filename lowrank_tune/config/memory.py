@@ -11,6 +11,7 @@ MEMORY_SETTINGS = (
     "train.micro_batch_tokens",
     "train.gradient_checkpointing",
     "train.activation_offloading",
+    "train.logits_chunk",
     "train.memory_budget_gib",
     "train.memory_check",
     "rollout.max_num_seqs",

@@ -23,7 +23,16 @@ from lowrank_tune.errors import UserError
 from lowrank_tune.model import heads as scalar
 from lowrank_tune.model.activation_checkpointing import Checkpointing, checkpoint_layers, disable_checkpointing
 from lowrank_tune.model.base import Base, num_stored_bytes
-from lowrank_tune.model.logprobs import Head, LogProbs, check_head, chunked_entropy, chunked_kl, chunked_logps, head_of
+from lowrank_tune.model.logprobs import (
+    CHUNK_LOGITS,
+    Head,
+    LogProbs,
+    check_head,
+    chunked_entropy,
+    chunked_kl,
+    chunked_logps,
+    head_of,
+)
 from lowrank_tune.model.oom import MemoryLimits
 from lowrank_tune.model.prefix_sharing import (
     PackedBatch,
@@ -69,7 +78,7 @@ class Roles:
     has that name, only the head is trained, on a stack that other roles train. With `share_prefixes` False every row is
     computed whole, which is necessary if a backend ignores masks. `checkpointing` selects the layers that are
     recomputed in the backward pass, and `offload` keeps their inputs in host memory
-    (`model/activation_checkpointing.py`).
+    (`model/activation_checkpointing.py`). `logits_chunk` logits exist at once.
     """
 
     def __init__(
@@ -82,8 +91,10 @@ class Roles:
         seed: int = 0,
         heads: Iterable[str] = (),
         offload: bool = False,
+        logits_chunk: int = CHUNK_LOGITS,
     ) -> None:
         self.base = base
+        self.logits_chunk = logits_chunk
         self.stacks = {role: [ADAPTER_PREFIX + name for name in stack] for role, stack in stacks.items()}
         self.trainable = frozenset(trainable)
         self.share_prefixes = base.backend == "transformers"
@@ -284,9 +295,10 @@ class Roles:
             hidden,
             batch.input_ids[tokens],
             temperature,
+            self.logits_chunk,
         )
         if entropy_gradient:
-            entropy = chunked_entropy(self.head, hidden, temperature)
+            entropy = chunked_entropy(self.head, hidden, temperature, self.logits_chunk)
         shape = batch.input_ids.shape
         return _scatter(logps, tokens, shape), _scatter(entropy, tokens, shape), _scatter(is_top, tokens, shape)
 
@@ -310,6 +322,7 @@ class Roles:
             hidden,
             reference_hidden,
             temperature,
+            self.logits_chunk,
         )
         return _scatter(kl, tokens, batch.input_ids.shape)
 
