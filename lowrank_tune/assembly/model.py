@@ -16,6 +16,7 @@ from lowrank_tune.model.adapters import SavedAdapter
 from lowrank_tune.model.base import Base, load_base
 from lowrank_tune.model.gpu_memory import budget_of, limit_gpu_memory, read_gpu_memory
 from lowrank_tune.model.heads import HEAD_WEIGHT_KEY
+from lowrank_tune.model.logprobs import CHUNK_LOGITS
 from lowrank_tune.model.oom import MemoryLimits
 from lowrank_tune.model.roles import Roles
 from lowrank_tune.model.rotary import FixedRope, factors_of
@@ -72,6 +73,13 @@ def micro_tokens_of(recipe: RecipeConfig, max_length: int) -> int:
     return min(max(MIN_MICRO_TOKENS, rows * max_length), MAX_MICRO_TOKENS)
 
 
+def logits_chunk_of(recipe: RecipeConfig) -> int:
+    """Returns the logits that exist at once; those of `auto` if the run is not planned."""
+    if recipe.train.logits_chunk == "auto":
+        return CHUNK_LOGITS
+    return recipe.train.logits_chunk
+
+
 def load_roles(
     recipe: RecipeConfig,
     base: Base,
@@ -103,6 +111,7 @@ def load_roles(
         heads=ROLES_WITH_HEAD & stacks.keys(),
         offload=recipe.train.activation_offloading,
         mlp_chunks=recipe.train.mlp_chunks,
+        logits_chunk=logits_chunk_of(recipe),
     )
     roles.limits = MemoryLimits(
         budget_bytes=budget_of(recipe.train.memory_budget_gib, gpu_budget_bytes),

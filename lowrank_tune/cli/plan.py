@@ -120,9 +120,7 @@ def _check_options(
     }
     for option, value in given.items():
         if value is not None:
-            raise UserError(
-                f"{option} {value} is planned for a GPU, and --device cpu for the CPU: leave one of them out"
-            )
+            raise UserError(f"{option} {value} is for a GPU, and --device cpu plans for the CPU: leave one of them out")
 
 
 def _print_plans(

@@ -12,6 +12,7 @@ MEMORY_SETTINGS = (
     "train.gradient_checkpointing",
     "train.activation_offloading",
     "train.mlp_chunks",
+    "train.logits_chunk",
     "train.memory_budget_gib",
     "train.memory_check",
     "rollout.max_num_seqs",

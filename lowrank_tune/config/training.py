@@ -61,6 +61,10 @@ class TrainingConfig(Settings):
     mlp_chunks: PositiveInt = 1
     """Computes the MLP of each layer in this many chunks of the sequence, each recomputed in the backward pass: longer
     rows, more time. A chunk has at least 1,024 tokens. Never changes the gradient, except for rounding."""
+    logits_chunk: PositiveInt | Literal["auto"] = "auto"
+    """Logits that exist at once, a power of two: the output head runs over as many tokens as have so many. Fewer need
+    less memory, more read the head's weight less often. `auto`: 67108864 on a GPU if they fit by plan, else 16777216.
+    Never changes the result, except for rounding."""
     memory_budget_gib: Annotated[float, Field(gt=0.0)] | None = None
     """GPU memory that the run may use, in GiB. Default: what is free when the run begins. The keys and values of
     rollouts share it with the update, so it decides how many sequences are decoded at once. Without a GPU it limits
@@ -110,7 +114,7 @@ class TrainingConfig(Settings):
 
     def findings(self) -> Iterator[Finding]:
         """Yields a missing end of the run, a warm-up that does not finish before it, offloading without recomputed
-        layers, and a project without a tracker that has projects."""
+        layers, a project without a tracker that has projects, and a chunk of logits that is no power of two."""
         if not self.is_set("max_steps") and not self.is_set("num_train_epochs"):
             yield (
                 ("max_steps",),
@@ -126,6 +130,11 @@ class TrainingConfig(Settings):
                 ("project",),
                 f"does nothing without `train.report_to`: {', '.join(PROJECT_TRACKERS)} (TensorBoard's files are in "
                 "the run's folder)",
+            )
+        if self.logits_chunk != "auto" and self.logits_chunk.bit_count() != 1:
+            yield (
+                ("logits_chunk",),
+                f"must be a power of two, such as 16777216, found {self.logits_chunk}",
             )
         if self.max_steps is not None and self.warmup_steps >= self.max_steps:
             yield (

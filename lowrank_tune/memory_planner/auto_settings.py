@@ -14,11 +14,12 @@ from lowrank_tune.memory_planner.plan_report import DECODING_PHASES, Phase, Plan
 from lowrank_tune.memory_planner.planner import peaks_of, phases_in
 from lowrank_tune.memory_planner.simulation import SimulationSpec
 from lowrank_tune.memory_planner.sizes import step_units
+from lowrank_tune.model.logprobs import CHUNK_LOGITS, LARGE_CHUNK_LOGITS
 
 AUTO_MARGIN = 0.03
 """Share of the GPU's memory that a chosen value leaves free, because a plan is an estimate."""
 
-AUTO_SETTINGS = ("micro_batch_size", "gradient_checkpointing")
+AUTO_SETTINGS = ("micro_batch_size", "gradient_checkpointing", "logits_chunk")
 """Settings of `train` that may be `auto`."""
 
 
@@ -31,9 +32,10 @@ class AutoChoice:
 
 
 def choose_auto_settings(spec: SimulationSpec, plan: Plan) -> AutoChoice:
-    """Returns the values of settings that are `auto`: units of a micro-batch, and recomputed layers. If both are, the
-    micro-batch is only as large as speed needs, and then as few layers as possible are recomputed. A plan with these
-    values fits. `plan` is the plan of the recipe as it is written."""
+    """Returns the values of settings that are `auto`: units of a micro-batch, recomputed layers, and logits of a chunk.
+    The micro-batch is only as large as speed needs if layers are `auto` too, then as few layers as possible are
+    recomputed, and a large chunk takes memory that is left. A plan with these values fits. `plan` is the plan of the
+    recipe as it is written."""
     train = spec.recipe.train
     values = dict[str, int]()
     if train.micro_batch_size == "auto":
@@ -48,6 +50,12 @@ def choose_auto_settings(spec: SimulationSpec, plan: Plan) -> AutoChoice:
         values["gradient_checkpointing"] = chosen.recomputed
     if not chosen.fits:
         return AutoChoice({}, plan)
+    if train.logits_chunk == "auto":
+        larger = _with_large_chunk(spec, chosen)
+        values["logits_chunk"] = CHUNK_LOGITS
+        if fits_with_margin(larger):
+            values["logits_chunk"] = LARGE_CHUNK_LOGITS
+            chosen = larger
     return AutoChoice(values, chosen)
 
 
@@ -71,8 +79,9 @@ def kept_values(spec: SimulationSpec, chosen: Mapping[str, int]) -> dict[str, in
 
 
 def with_auto_advice(spec: SimulationSpec, plan: Plan) -> Plan:
-    """Adds to a plan the values that a run would choose, if it has no other advice."""
-    if not plan.vram or plan.advice or not auto_settings_of(spec):
+    """Adds to a plan the values that a run would choose, if it has no other advice and they are more than the chunk of
+    logits, which is `auto` by default."""
+    if not plan.vram or plan.advice or auto_settings_of(spec) in ([], ["logits_chunk"]):
         return plan
     values = choose_auto_settings(spec, plan).values
     if not values:
@@ -116,6 +125,14 @@ def _plans_by_layers(spec: SimulationSpec, all_recomputed: Plan) -> Iterator[Pla
         if all(counts[kind] >= MIN_LAYERS for kind in kinds):
             phases = phases_in(model.at_depth(counts))
             yield _with_phases(spec, all_recomputed, count, phases)
+
+
+def _with_large_chunk(spec: SimulationSpec, plan: Plan) -> Plan:
+    """Returns the plan with more logits at once."""
+    train = spec.recipe.train.model_copy(update={"logits_chunk": LARGE_CHUNK_LOGITS})
+    spec = replace(spec, recipe=spec.recipe.model_copy(update={"train": train}))
+    phases = phases_in(peaks_of(spec, plan.recomputed))
+    return _with_phases(spec, plan, plan.recomputed, phases)
 
 
 def _plan_with(

@@ -11,6 +11,7 @@ from hashlib import blake2b, sha256
 from pathlib import Path
 from typing import Any
 
+from lowrank_tune.assembly.model import logits_chunk_of
 from lowrank_tune.memory_planner.extrapolation import Peaks
 from lowrank_tune.memory_planner.meta_model import Layer
 from lowrank_tune.memory_planner.simulation import SimulationSpec, simulate
@@ -77,6 +78,7 @@ def _recipe_settings(spec: SimulationSpec) -> dict[str, Any]:
     train = dict(settings.get("train", {}))
     for name in UNUSED_TRAIN_SETTINGS:
         train.pop(name, None)
+    train["logits_chunk"] = logits_chunk_of(spec.recipe)
     return {**settings, "train": train}
 
 

@@ -11,6 +11,7 @@ from lowrank_tune.config import Chain, RecipeConfig
 from lowrank_tune.errors import UserError
 from lowrank_tune.events import Emit, LogMessage, Progress, warning
 from lowrank_tune.memory_planner.auto_settings import (
+    AutoChoice,
     auto_settings_of,
     choose_auto_settings,
     describe_values,
@@ -98,13 +99,12 @@ def _plan_stage(
         emit(LogMessage(message=f"{name}: auto is {describe_values(kept)}, as when the run began"))
         return
     plan = plan_of(spec, vram, name)
-    changes = dict[str, int]()
+    choice = AutoChoice({}, plan)
     if auto_settings_of(spec):
-        changes = choose_auto_settings(spec, plan).values
-    fit.changes[name] = changes
-    if changes:
-        message = f"{name}: auto is {describe_values(changes)}, planned for {vram / GIB:.1f} GiB"
-        emit(LogMessage(message=message))
+        choice = choose_auto_settings(spec, plan)
+    fit.changes[name] = choice.values
+    if choice.values:
+        emit(LogMessage(message=f"{name}: {_describe(choice.plan)}; auto is {describe_values(choice.values)}"))
     elif plan.fits:
         emit(LogMessage(message=f"{name}: {_describe(plan)}"))
     elif train.memory_check == "refuse":

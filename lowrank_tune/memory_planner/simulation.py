@@ -18,6 +18,7 @@ from lowrank_tune.algorithms.base import Algorithm, AlgorithmContext, LossTerm, 
 from lowrank_tune.algorithms.ppo import PPO
 from lowrank_tune.algorithms.rollouts import RolloutCollector, RolloutGroups
 from lowrank_tune.assembly import make_algorithm
+from lowrank_tune.assembly.model import logits_chunk_of
 from lowrank_tune.assembly.reward_model import REWARD_ROLE, score_rows
 from lowrank_tune.assembly.stacks import ROLES_WITH_HEAD, build_stacks
 from lowrank_tune.batch import Batch, PairBatch, RolloutBatch
@@ -191,6 +192,7 @@ class _SimulatedStage:
                 heads=ROLES_WITH_HEAD & stacks.keys(),
                 offload=recipe.train.activation_offloading,
                 mlp_chunks=recipe.train.mlp_chunks,
+                logits_chunk=logits_chunk_of(recipe),
             )
         tracker.set_purpose(stored_tensors(base.model), "weights")
         tracker.set_purpose((p for name, p in base.model.named_parameters() if "lora_" in name), "adapters")

@@ -6,7 +6,8 @@ For hidden states h (N, d), head W (V, d) and targets y (N,):
 
 The head is frozen, so the backward pass needs only one vector for each row, d logp / d h = s (W_y - p W), with s the
 head's scale over the temperature (a soft cap adds its derivative inside p). It is computed in the forward pass, while
-the logits of the chunk exist, so logits are computed once. A chunk has a fixed number of logits.
+the logits of the chunk exist, so logits are computed once. A chunk has a fixed number of logits: memory depends on it,
+results do not, and each chunk reads the head's weight again.
 """
 
 from __future__ import annotations
@@ -27,7 +28,9 @@ its product, its scale and its soft cap: 2.9e-3 for Gemma 2."""
 SOFTCAP_NAMES = ("final_logit_softcapping", "logit_softcap", "softcap", "logits_soft_cap")
 """Names of the soft cap of the logits in configurations; the last is RecurrentGemma's."""
 CHUNK_LOGITS = 1 << 24
-"""Logits of a chunk: 64 MiB in fp32. Two such buffers exist at once."""
+"""Logits of a chunk by default: 64 MiB in fp32. Two such buffers exist at once."""
+LARGE_CHUNK_LOGITS = 1 << 26
+"""Logits of a chunk on a GPU that has room for them: the head's weight is read a quarter as often."""
 
 
 @dataclass(frozen=True)
@@ -148,14 +151,17 @@ def chunked_logps(
     hidden: Tensor,
     targets: Tensor,
     temperature: float = 1.0,
+    chunk_logits: int = CHUNK_LOGITS,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Returns log-probs, entropies, and whether the target is the most likely token, (N,) each, from hidden (N, d) and
-    targets (N,). Log-probs have a gradient."""
+    targets (N,). Log-probs have a gradient. At most `chunk_logits` logits exist at once, but always those of one
+    row."""
     return _ChunkedLogps.apply(  # type: ignore[no-any-return,no-untyped-call]
         hidden,
         targets,
         head,
         temperature,
+        chunk_logits,
     )
 
 
@@ -164,6 +170,7 @@ def chunked_kl(
     hidden: Tensor,
     reference_hidden: Tensor,
     temperature: float = 1.0,
+    chunk_logits: int = CHUNK_LOGITS,
 ) -> Tensor:
     """Returns KL(p || q) over the whole vocabulary at each of N positions, from hidden states; (N,) fp32, with a
     gradient for `hidden`."""
@@ -172,6 +179,7 @@ def chunked_kl(
         reference_hidden,
         head,
         temperature,
+        chunk_logits,
     )
 
 
@@ -179,14 +187,24 @@ def chunked_entropy(
     head: Head,
     hidden: Tensor,
     temperature: float = 1.0,
+    chunk_logits: int = CHUNK_LOGITS,
 ) -> Tensor:
     """Returns the entropy of each of N distributions, from hidden states; (N,) fp32, with a gradient."""
-    return _ChunkedEntropy.apply(hidden, head, temperature)  # type: ignore[no-any-return,no-untyped-call]
+    return _ChunkedEntropy.apply(  # type: ignore[no-any-return,no-untyped-call]
+        hidden,
+        head,
+        temperature,
+        chunk_logits,
+    )
 
 
-def _chunks(rows: Tensor, head: Head) -> tuple[Tensor, ...]:
+def _chunks(
+    rows: Tensor,
+    head: Head,
+    chunk_logits: int,
+) -> tuple[Tensor, ...]:
     if len(rows):
-        return torch.split(rows, max(1, CHUNK_LOGITS // head.weight.shape[0]))
+        return torch.split(rows, max(1, chunk_logits // head.weight.shape[0]))
     return ()
 
 
@@ -198,6 +216,7 @@ class _ChunkedLogps(torch.autograd.Function):
         targets: Tensor,
         head: Head,
         temperature: float,
+        chunk_logits: int,
     ) -> tuple[Tensor, Tensor, Tensor]:
         logps = torch.zeros(
             len(hidden),
@@ -208,7 +227,7 @@ class _ChunkedLogps(torch.autograd.Function):
         is_top = torch.zeros_like(logps, dtype=torch.bool)
         slope = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         start = 0
-        for chunk in _chunks(hidden, head):
+        for chunk in _chunks(hidden, head, chunk_logits):
             rows = slice(start, start + len(chunk))
             start += len(chunk)
             chunk_logps(
@@ -231,8 +250,8 @@ class _ChunkedLogps(torch.autograd.Function):
         ctx: Any,
         grad: Tensor,
         *_: Tensor,
-    ) -> tuple[Tensor, None, None, None]:
-        return _times_saved_slope(ctx, grad), None, None, None
+    ) -> tuple[Tensor, None, None, None, None]:
+        return _times_saved_slope(ctx, grad), None, None, None, None
 
 
 class _ChunkedKL(torch.autograd.Function):
@@ -245,10 +264,13 @@ class _ChunkedKL(torch.autograd.Function):
         reference: Tensor,
         head: Head,
         temperature: float,
+        chunk_logits: int,
     ) -> Tensor:
         kls = [hidden.new_zeros(0, dtype=torch.float32)]
         slopes = []
-        for hidden_chunk, reference_chunk in zip(_chunks(hidden, head), _chunks(reference, head), strict=True):
+        hidden_chunks = _chunks(hidden, head, chunk_logits)
+        reference_chunks = _chunks(reference, head, chunk_logits)
+        for hidden_chunk, reference_chunk in zip(hidden_chunks, reference_chunks, strict=True):
             z = head.logits(hidden_chunk, temperature)
             p = torch.log_softmax(z, dim=-1)
             q = torch.log_softmax(head.logits(reference_chunk, temperature), dim=-1)
@@ -262,8 +284,8 @@ class _ChunkedKL(torch.autograd.Function):
         return torch.cat(kls)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
-        return _times_saved_slope(ctx, grad), None, None, None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None]:
+        return _times_saved_slope(ctx, grad), None, None, None, None
 
 
 class _ChunkedEntropy(torch.autograd.Function):
@@ -275,10 +297,11 @@ class _ChunkedEntropy(torch.autograd.Function):
         hidden: Tensor,
         head: Head,
         temperature: float,
+        chunk_logits: int,
     ) -> Tensor:
         entropies = [hidden.new_zeros(0, dtype=torch.float32)]
         slopes = []
-        for chunk in _chunks(hidden, head):
+        for chunk in _chunks(hidden, head, chunk_logits):
             z = head.logits(chunk, temperature)
             p = torch.log_softmax(z, dim=-1)
             probs = p.exp()
@@ -291,8 +314,8 @@ class _ChunkedEntropy(torch.autograd.Function):
         return torch.cat(entropies)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        return _times_saved_slope(ctx, grad), None, None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+        return _times_saved_slope(ctx, grad), None, None, None
 
 
 def _save_slope(

@@ -26,7 +26,16 @@ from lowrank_tune.model.base import Base, num_stored_bytes
 from lowrank_tune.model.causal_attention import causal_attention
 from lowrank_tune.model.chunked_mlp import chunk_mlps
 from lowrank_tune.model.frozen_adapters import FrozenAdapters, frozen_dtype
-from lowrank_tune.model.logprobs import Head, LogProbs, check_head, chunked_entropy, chunked_kl, chunked_logps, head_of
+from lowrank_tune.model.logprobs import (
+    CHUNK_LOGITS,
+    Head,
+    LogProbs,
+    check_head,
+    chunked_entropy,
+    chunked_kl,
+    chunked_logps,
+    head_of,
+)
 from lowrank_tune.model.oom import MemoryLimits
 from lowrank_tune.model.prefix_sharing import (
     PackedBatch,
@@ -73,7 +82,7 @@ class Roles:
     computed whole, which is necessary if a backend ignores masks. `checkpointing` selects the layers that are
     recomputed in the backward pass, and `offload` keeps their inputs in host memory
     (`model/activation_checkpointing.py`). `mlp_chunks` is the number of chunks of the sequence in which each MLP is
-    computed (`model/chunked_mlp.py`).
+    computed (`model/chunked_mlp.py`). `logits_chunk` logits exist at once.
     """
 
     def __init__(
@@ -87,8 +96,10 @@ class Roles:
         heads: Iterable[str] = (),
         offload: bool = False,
         mlp_chunks: int = 1,
+        logits_chunk: int = CHUNK_LOGITS,
     ) -> None:
         self.base = base
+        self.logits_chunk = logits_chunk
         self.stacks = {role: [ADAPTER_PREFIX + name for name in stack] for role, stack in stacks.items()}
         self.trainable = frozenset(trainable)
         self.share_prefixes = base.backend == "transformers"
@@ -298,9 +309,10 @@ class Roles:
             hidden,
             batch.input_ids[tokens],
             temperature,
+            self.logits_chunk,
         )
         if entropy_gradient:
-            entropy = chunked_entropy(self.head, hidden, temperature)
+            entropy = chunked_entropy(self.head, hidden, temperature, self.logits_chunk)
         shape = batch.input_ids.shape
         return _scatter(logps, tokens, shape), _scatter(entropy, tokens, shape), _scatter(is_top, tokens, shape)
 
@@ -324,6 +336,7 @@ class Roles:
             hidden,
             reference_hidden,
             temperature,
+            self.logits_chunk,
         )
         return _scatter(kl, tokens, batch.input_ids.shape)
 

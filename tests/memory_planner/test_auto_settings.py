@@ -10,6 +10,7 @@ import pytest
 from transformers import LlamaConfig
 from typer.testing import CliRunner
 
+from lowrank_tune.assembly.model import logits_chunk_of
 from lowrank_tune.cli import app
 from lowrank_tune.config import Chain, list_presets, load_any
 from lowrank_tune.events import Event, LogMessage
@@ -17,24 +18,27 @@ from lowrank_tune.memory_planner import auto_settings, check_fit, planner
 from lowrank_tune.memory_planner.auto_settings import AUTO_MARGIN, choose_auto_settings, fits_with_margin
 from lowrank_tune.memory_planner.extrapolation import Peaks
 from lowrank_tune.memory_planner.meta_model import Layer
-from lowrank_tune.memory_planner.plan_report import GIB, Phase, Plan
+from lowrank_tune.memory_planner.plan_report import GIB, Phase, Plan, needed
 from lowrank_tune.memory_planner.planner import plan_of
-from lowrank_tune.memory_planner.simulation import SimulationSpec
+from lowrank_tune.memory_planner.simulation import SimulationSpec, simulate
 from lowrank_tune.memory_planner.specs import simulation_specs
+from lowrank_tune.model.logprobs import CHUNK_LOGITS, LARGE_CHUNK_LOGITS
 
 NUM_LAYERS = 9
 ROWS_OF_512 = """
 algorithm: sft
 base: {{model: {folder}, bits: 4}}
 data: {{train: [{{dataset: builtin:arithmetic}}], max_length: 512}}
-train: {{max_steps: 2, micro_batch_size: {rows}, gradient_checkpointing: {layers}}}
+train: {{max_steps: 2, micro_batch_size: {rows}, gradient_checkpointing: {layers}, logits_chunk: {chunk}}}
 """
 
 
-def spec_of(folder: Path, layers: int | str, rows: int | str = 16) -> SimulationSpec:
+def spec_of(
+    folder: Path, layers: int | str, rows: int | str = 16, chunk: int | str = CHUNK_LOGITS, vocabulary: int = 1000
+) -> SimulationSpec:
     """A Llama of nine layers, of which there is the configuration alone."""
     LlamaConfig(
-        vocab_size=1000,
+        vocab_size=vocabulary,
         hidden_size=512,
         intermediate_size=1024,
         num_attention_heads=8,
@@ -43,7 +47,7 @@ def spec_of(folder: Path, layers: int | str, rows: int | str = 16) -> Simulation
         tie_word_embeddings=False,
     ).save_pretrained(folder)
     file = folder / "recipe.yaml"
-    file.write_text(ROWS_OF_512.format(folder=folder, layers=layers, rows=rows), encoding="utf-8")
+    file.write_text(ROWS_OF_512.format(folder=folder, layers=layers, rows=rows, chunk=chunk), encoding="utf-8")
     (spec,) = simulation_specs(load_any(str(file)), "cuda")
     return spec
 
@@ -53,12 +57,18 @@ def plan_with(folder: Path, layers: int | str, vram: int) -> Plan:
 
 
 def made_up_peaks(spec: SimulationSpec, layers: Sequence[Layer], only_update: bool = False) -> Peaks:
-    """Each layer has weights; one that is not recomputed has activations for each row."""
+    """Each layer has weights; one that is not recomputed has activations for each row, and each logit has 10 bytes."""
+    logits = 10 * (logits_chunk_of(spec.recipe) - CHUNK_LOGITS)
     stored = sum(not layer.recomputed for layer in layers)
     activations = spec.sizes.rows * (stored + 1) * 10_000_000
+    weights = len(layers) * 1_000_000
     return {
-        ("update", "backward", "last"): {"weights": len(layers) * 1_000_000, "activations": activations},
-        ("optimizer", "before"): {"weights": len(layers) * 1_000_000},
+        ("update", "backward", "last"): {
+            "weights": len(layers) * 1_000_000,
+            "activations": activations,
+            "logits": logits,
+        },
+        ("optimizer", "before"): {"weights": weights},
     }
 
 
@@ -110,6 +120,39 @@ def test_a_micro_batch_that_is_auto_too_is_no_larger_than_speed_needs(tmp_path: 
 
 
 @pytest.mark.usefixtures("made_up")
+def test_a_large_chunk_of_logits_takes_memory_that_is_left(tmp_path: Path) -> None:
+    """It never costs a recomputed layer: it has only the room that these leave."""
+    spec = spec_of(tmp_path, "auto", chunk="auto")
+    large = 0
+    for vram in range(1_000_000_000, 6_000_000_000, 100_000_000):
+        written = plan_of(spec, vram, "sft")
+        choice = choose_auto_settings(spec, written)
+        fixed = choose_auto_settings(spec_of(tmp_path, "auto"), written)
+        if not fixed.values:
+            assert not choice.values
+            continue
+        assert choice.values == {**fixed.values, "logits_chunk": choice.values["logits_chunk"]}
+        with_large = needed(fixed.plan.peak + 10 * (LARGE_CHUNK_LOGITS - CHUNK_LOGITS), "cuda")
+        fits = with_large <= vram * (1 - AUTO_MARGIN)
+        assert choice.values["logits_chunk"] == (LARGE_CHUNK_LOGITS if fits else CHUNK_LOGITS)
+        assert choice.plan.fits
+        large += fits
+    assert 5 < large < 45
+
+
+def test_the_plan_counts_the_chunk_of_logits(tmp_path: Path) -> None:
+    """Two or three buffers of a chunk in fp32; a chunk is no larger than all tokens."""
+    logits = []
+    for chunk in (1 << 23, 1 << 24, 1 << 25):
+        spec = spec_of(tmp_path, 2, chunk=chunk, vocabulary=4000)
+        peaks = simulate(spec, [Layer(), Layer()], only_update=True)
+        logits.append(max(peak.get("logits", 0) for peak in peaks.values()))
+    bytes_per_logit = logits[1] / (1 << 24)
+    assert 8 <= bytes_per_logit <= 12.1
+    assert logits[0] < logits[1] < logits[2] == pytest.approx(bytes_per_logit * 16 * 511 * 4000, rel=0.02)
+
+
+@pytest.mark.usefixtures("made_up")
 def test_auto_does_not_hide_that_rollouts_do_not_fit(tmp_path: Path) -> None:
     plan = plan_with(tmp_path, "auto", 24 * GIB)
     rollout = Phase("rollout", {"KV cache": 30 * GIB})
@@ -127,7 +170,8 @@ def test_a_run_logs_what_auto_is_and_plan_prints_it_before(tmp_path: Path) -> No
     fit = check_fit(load_any(file), 24.0, events.append)
     assert fit.changes == {"recipe": {"gradient_checkpointing": 0}}
     messages = [event.message for event in events if isinstance(event, LogMessage)]
-    assert messages == ["recipe: auto is train.gradient_checkpointing=0, planned for 24.0 GiB"]
+    expected = "recipe: needs 2.3 of 24.0 GiB by plan, most of it in update; auto is train.gradient_checkpointing=0"
+    assert messages == [expected]
     command = ["plan", file, "--vram", "24"]
     assert "auto: a run with this memory has train.gradient_checkpointing=0" in CliRunner().invoke(app, command).output
     assert "auto:" not in CliRunner().invoke(app, [*command, "train.gradient_checkpointing=0"]).output

@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -63,7 +64,7 @@ def error_of_logps(head: Head, hidden: Tensor, targets: Tensor, temperature: flo
     infinite if `likeliest` is wrong."""
     upstream = torch.linspace(-1, 2, len(targets))
     mine = hidden.clone().requires_grad_()
-    values, entropy, likeliest = chunked_logps(head, mine, targets, temperature)
+    values, entropy, likeliest = logps_module.chunked_logps(head, mine, targets, temperature)
     (values * upstream).sum().backward()
     theirs = hidden.double().requires_grad_()
     z = full_logits(head, theirs, temperature)
@@ -143,7 +144,7 @@ def head_cases(draw: st.DrawFn) -> HeadCase:
 def test_log_probs_equal_float64(case: HeadCase) -> None:
     """Log-probs, entropies and gradients are those of float64 over the whole vocabulary, for any head and any chunk."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(logps_module, "CHUNK_LOGITS", case.chunk_logits)
+        patch.setattr(logps_module, "chunked_logps", partial(chunked_logps, chunk_logits=case.chunk_logits))
         assert error_of_logps(case.head, case.hidden, case.targets, case.temperature) < 2e-6
 
 
@@ -153,9 +154,10 @@ def test_exact_kl_equals_float64(case: HeadCase) -> None:
     """KL(p || q) over the vocabulary is that of float64; exactly 0 for p = q."""
     head, mine, other, temperature = case.head, case.hidden, case.other_hidden, case.temperature
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(logps_module, "CHUNK_LOGITS", case.chunk_logits)
+        in_chunks = partial(chunked_kl, chunk_logits=case.chunk_logits)
+        patch.setattr(logps_module, "chunked_kl", in_chunks)
         assert error_of_kl(head, mine, other, temperature) < 5e-6
-        assert torch.equal(chunked_kl(head, mine, mine, temperature), torch.zeros(len(mine)))
+        assert torch.equal(in_chunks(head, mine, mine, temperature), torch.zeros(len(mine)))
 
 
 def error_of_kl_slope(head: Head, mine: Tensor, other: Tensor, temperature: float) -> float:
@@ -184,10 +186,11 @@ def test_gradient_of_exact_kl_equals_float64(case: HeadCase) -> None:
     """The gradient of KL(p || q) by the hidden states of p is that of float64; exactly 0 for p = q."""
     head, mine, other, temperature = case.head, case.hidden, case.other_hidden, case.temperature
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(logps_module, "CHUNK_LOGITS", case.chunk_logits)
+        in_chunks = partial(chunked_kl, chunk_logits=case.chunk_logits)
+        patch.setattr(logps_module, "chunked_kl", in_chunks)
         assert error_of_kl_slope(head, mine, other, temperature) < 5e-6
         leaf = mine.clone().requires_grad_()
-        chunked_kl(head, leaf, mine, temperature).sum().backward()
+        in_chunks(head, leaf, mine, temperature).sum().backward()
         # The gradient at the reference itself is exactly 0.
         assert leaf.grad is not None and not leaf.grad.any()
 
@@ -444,15 +447,38 @@ def widest(roles: Roles) -> int:
     return mode.rows
 
 
-def test_logits_are_computed_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_logits_are_computed_in_chunks() -> None:
     """No tensor as wide as the vocabulary has more rows than a chunk."""
     roles = roles_over(unquantized_base("llama"), r=3)
     # More rows than the widths of the model, so that only logits count.
-    monkeypatch.setattr(logps_module, "CHUNK_LOGITS", 97 * 70)
+    roles.logits_chunk = 97 * 70
     assert widest(roles) == 70
     # The check finds logits that are computed at once.
-    monkeypatch.setattr(logps_module, "CHUNK_LOGITS", 1 << 30)
+    roles.logits_chunk = 1 << 30
     assert widest(roles) > 90
+
+
+def values_and_gradients(roles: Roles, chunk_logits: int) -> list[Tensor]:
+    """Returns log-probs, entropies, the exact KL, and the gradients of the sums of all of them."""
+    batch = ragged_batch()
+    roles.logits_chunk = chunk_logits
+    parameters = roles.parameters("policy")
+    for parameter in parameters:
+        parameter.grad = None
+    found = roles.logps("policy", batch, entropy_gradient=True)
+    kl = roles.full_vocab_kl("policy", "reference", batch, gradient=True)
+    (found.logps + found.entropy + kl).sum().backward()
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    return [found.logps.detach(), found.entropy.detach(), kl.detach(), *gradients]
+
+
+@pytest.mark.parametrize("chunk_logits", [1, 97 * 3, 97 * 7, 1 << 26])
+def test_values_and_gradients_do_not_depend_on_the_chunk(chunk_logits: int) -> None:
+    roles = roles_over(unquantized_base("llama"), r=3)
+    plain = values_and_gradients(roles, 1 << 24)
+    for value, expected in zip(values_and_gradients(roles, chunk_logits), plain, strict=True):
+        assert float((value - expected).norm()) <= 1e-5 * float(expected.norm())
+    assert len(plain) > 3 and all(value.any() for value in plain[:2])
 
 
 def rows_through_the_head(roles: Roles, monkeypatch: pytest.MonkeyPatch) -> tuple[int, int]:

@@ -198,6 +198,7 @@ def test_settings_keep_every_choice(wanted: Any) -> None:
             )
             for wrong in ("some", -1, 0.5)
         ),
+        ({"logits_chunk": 1000}, "train.logits_chunk: must be a power of two, such as 16777216, found 1000"),
         ({"memory_budget_gib": 0.0}, "train.memory_budget_gib: must be greater than 0.0, found 0.0"),
         *(
             (

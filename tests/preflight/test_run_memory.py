@@ -15,6 +15,7 @@ from lowrank_tune.events import Event, LogMessage, StepEnd, is_warning
 from lowrank_tune.memory_planner import auto_settings, planner
 from lowrank_tune.memory_planner.preflight_check import check_fit
 from lowrank_tune.model.gpu_memory import GIB, GpuMemory
+from lowrank_tune.model.logprobs import LARGE_CHUNK_LOGITS
 from lowrank_tune.preflight.run_memory import MEMORY_FILE, RunMemory, start_memory
 
 FREE = GpuMemory("GPU of a test", 20 * GIB, 24 * GIB)
@@ -88,7 +89,7 @@ def test_values_of_the_first_start_stay_and_settings_of_the_user_are_above_them(
     auto = "train.gradient_checkpointing=auto"
 
     def changes(*overrides: str, chosen: Any) -> Any:
-        recipe = load_any("tiny-sft", "evaluate={}", *overrides)
+        recipe = load_any("tiny-sft", "evaluate={}", "train.logits_chunk=16777216", *overrides)
         return check_fit(recipe, 24.0, lambda event: None, chosen={"tiny-sft": chosen}).changes["tiny-sft"]
 
     assert changes(auto, chosen={"gradient_checkpointing": 3}) == {"gradient_checkpointing": 3}
@@ -106,10 +107,10 @@ def test_the_budget_of_a_recipe_replaces_what_is_free() -> None:
 
 
 def start_run(
-    folder: Path, free: GpuMemory, used: list[tuple[Any, int]], patch: pytest.MonkeyPatch, steps: int
+    folder: Path, free: GpuMemory, used: list[tuple[Any, ...]], patch: pytest.MonkeyPatch, steps: int
 ) -> list[str]:
-    """Runs two steps, or is stopped after fewer. Returns the warnings; appends the recomputed layers and the
-    budget that the model was loaded with."""
+    """Runs two steps, or is stopped after fewer. Returns the warnings; appends the recomputed layers, the
+    chunk of logits and the budget that the model was loaded with."""
     warnings: list[str] = []
     ended: list[Event] = []
     build = runner.build
@@ -122,8 +123,9 @@ def start_run(
             raise KeyboardInterrupt
 
     def watched(recipe: Any, *arguments: Any, **named: Any) -> Any:
-        used.append((recipe.train.gradient_checkpointing, named["gpu_budget_bytes"]))
-        return build(recipe, *arguments, **named)
+        built = build(recipe, *arguments, **named)
+        used.append((recipe.train.gradient_checkpointing, built.roles.logits_chunk, named["gpu_budget_bytes"]))
+        return built
 
     recipe = load_any(
         "tiny-sft",
@@ -148,7 +150,7 @@ def start_run(
 def test_a_run_writes_its_memory_and_continues_with_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LOWRANK_TUNE_CACHE", str(tmp_path / "cache"))
     folder = tmp_path / "run"
-    used: list[tuple[Any, int]] = []
+    used: list[tuple[Any, ...]] = []
     assert start_run(folder, FREE, used, monkeypatch, 1) == []
     written = json.loads((folder / MEMORY_FILE).read_bytes())
     assert written == {
@@ -157,11 +159,12 @@ def test_a_run_writes_its_memory_and_continues_with_it(tmp_path: Path, monkeypat
         "total_bytes": 24 * GIB,
         "free_bytes": 20 * GIB,
         "budget_bytes": FREE.budget_bytes,
-        "auto": {"tiny-sft": {"gradient_checkpointing": 2}},
+        "auto": {"tiny-sft": {"gradient_checkpointing": 2, "logits_chunk": LARGE_CHUNK_LOGITS}},
     }
     (message,) = start_run(folder, LESS_FREE, used, monkeypatch, 2)
     assert "only 10.2 GiB are free now" in message
     assert json.loads((folder / MEMORY_FILE).read_bytes()) == written
     other = tmp_path / "other"
     start_run(other, LESS_FREE, used, monkeypatch, 2)
-    assert used == [(2, FREE.budget_bytes)] * 2 + [(4, LESS_FREE.budget_bytes)]
+    as_it_began = (2, LARGE_CHUNK_LOGITS, FREE.budget_bytes)
+    assert used == [as_it_began, as_it_began, (4, LARGE_CHUNK_LOGITS, LESS_FREE.budget_bytes)]
