@@ -9,7 +9,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
@@ -165,7 +165,7 @@ def _run_in_folder(
         finished,
         None if memory is None else memory.budget_gib,
         context.emit,
-        {} if memory is None else memory.auto,
+        {} if memory is None else memory.kept_values(loaded.stages),
     )
     loaded = with_template_date(loaded, path)
     folder = RunFolder.open(
@@ -179,7 +179,8 @@ def _run_in_folder(
     try:
         if memory is not None:
             context.gpu_budget_bytes = memory.budget_bytes
-            _write_memory(folder, memory, context.auto_settings)
+            memory = memory.with_values(loaded.stages, context.auto_settings)
+            folder.write_json(MEMORY_FILE, memory.to_dict())
         if isinstance(loaded, Chain):
             context.stages = loaded.stages
             return run_chain(loaded, folder, context)
@@ -203,17 +204,6 @@ def _start_memory(path: Path, context: _RunContext) -> RunMemory | None:
     if memory is None:
         return None
     return start_memory(path, memory, context.emit)
-
-
-def _write_memory(
-    folder: RunFolder,
-    memory: RunMemory,
-    auto_settings: Mapping[str, Mapping[str, Any]],
-) -> None:
-    """Writes `memory.json`. Stages that are not planned now, because they have ended, keep their values."""
-    chosen = {stage: values for stage, values in auto_settings.items() if values}
-    complete = replace(memory, auto={**memory.auto, **chosen})
-    folder.write_json(MEMORY_FILE, complete.to_dict())
 
 
 class _RunContext:

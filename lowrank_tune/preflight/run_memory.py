@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from lowrank_tune.checkpoint import RunFolder
+from lowrank_tune.config import RecipeConfig
+from lowrank_tune.config.memory import memory_settings
 from lowrank_tune.events import Emit, warning
 from lowrank_tune.json_files import as_mapping, get_mapping, get_number, read_json_object
 from lowrank_tune.model.gpu_memory import GIB, GpuMemory
@@ -18,18 +20,41 @@ VERSION = 1
 
 @dataclass(frozen=True)
 class RunMemory:
-    """The memory of the GPU at the start of a run, the bytes that the run may use, and the values of `train` that were
-    `auto`, by stage."""
+    """The memory of the GPU at the start of a run, the bytes that the run may use, the values of `train` that were
+    `auto`, by stage, and the settings of memory that they were chosen with."""
 
     gpu: str
     total_bytes: int
     free_bytes: int
     budget_bytes: int
     auto: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
+    settings: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
     @property
     def budget_gib(self) -> float:
         return self.budget_bytes / GIB
+
+    def kept_values(self, stages: Iterable[RecipeConfig]) -> dict[str, Mapping[str, int]]:
+        """Returns the values of the stages whose settings of memory are those that the values were chosen with."""
+        kept = {}
+        for stage in stages:
+            if stage.name in self.auto and self.settings.get(stage.name) == memory_settings(stage):
+                kept[stage.name] = self.auto[stage.name]
+        return kept
+
+    def with_values(
+        self,
+        stages: Iterable[RecipeConfig],
+        auto: Mapping[str, Mapping[str, int]],
+    ) -> RunMemory:
+        """Returns this with the values of the stages that are planned now. Those of other stages stay."""
+        settings = {stage.name: memory_settings(stage) for stage in stages if auto.get(stage.name)}
+        values = {name: auto[name] for name in settings}
+        return replace(
+            self,
+            auto={**self.auto, **values},
+            settings={**self.settings, **settings},
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """Returns the content of `memory.json`."""
@@ -85,6 +110,7 @@ def _stored_memory(path: Path) -> RunMemory | None:
         int(get_number(data, "free_bytes")),
         budget,
         {stage: _whole_numbers(values) for stage, values in get_mapping(data, "auto").items()},
+        {stage: as_mapping(values) for stage, values in get_mapping(data, "settings").items()},
     )
 
 

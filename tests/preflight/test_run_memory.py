@@ -11,6 +11,7 @@ import pytest
 
 from lowrank_tune import runner
 from lowrank_tune.config import load_any
+from lowrank_tune.config.memory import memory_settings
 from lowrank_tune.events import Event, LogMessage, StepEnd, is_warning
 from lowrank_tune.memory_planner import auto_settings, planner
 from lowrank_tune.memory_planner.preflight_check import check_fit
@@ -106,6 +107,35 @@ def test_the_budget_of_a_recipe_replaces_what_is_free() -> None:
     assert not check_fit(load_any(*recipe, "train.memory_budget_gib=4"), 1.0, lambda event: None).faults
 
 
+SHORT_RUN = (
+    "tiny-sft",
+    "evaluate={}",
+    "train.max_steps=2",
+    "train.save_steps=1",
+    "train.gradient_checkpointing=auto",
+)
+
+
+def test_values_are_chosen_again_with_other_settings_of_memory(tmp_path: Path) -> None:
+    """A continued run may have a smaller budget, or larger micro-batches."""
+    recipe = load_any(*SHORT_RUN)
+    values = {"tiny-sft": {"gradient_checkpointing": 3}}
+    stored = replace(STORED, auto={}).with_values(recipe.stages, {**values, "other": {"logits_chunk": 2}})
+    folder = unfinished(tmp_path, stored.to_dict())
+    found, _ = started(folder, FREE)
+    assert found.kept_values(recipe.stages) == values
+    assert found.kept_values(load_any(*SHORT_RUN, "train.learning_rate=1").stages) == values
+    for changed in ("train.memory_budget_gib=9", "train.micro_batch_size=99", "train.activation_offloading=true"):
+        assert found.kept_values(load_any(*SHORT_RUN, changed).stages) == {}
+
+
+def test_stages_that_are_not_planned_keep_their_values() -> None:
+    stages = load_any("tiny-preference").stages
+    first = replace(STORED, auto={}).with_values(stages, {"sft": {"logits_chunk": 2}, "dpo": {"logits_chunk": 4}})
+    later = first.with_values(stages, {"sft": {}, "dpo": {"logits_chunk": 8}})
+    assert later.kept_values(stages) == {"sft": {"logits_chunk": 2}, "dpo": {"logits_chunk": 8}}
+
+
 def start_run(
     folder: Path, free: GpuMemory, used: list[tuple[Any, ...]], patch: pytest.MonkeyPatch, steps: int
 ) -> list[str]:
@@ -127,13 +157,7 @@ def start_run(
         used.append((recipe.train.gradient_checkpointing, built.roles.logits_chunk, named["gpu_budget_bytes"]))
         return built
 
-    recipe = load_any(
-        "tiny-sft",
-        "evaluate={}",
-        "train.max_steps=2",
-        "train.save_steps=1",
-        "train.gradient_checkpointing=auto",
-    )
+    recipe = load_any(*SHORT_RUN)
     with patch.context() as while_it_runs:
         while_it_runs.setattr(runner, "build", watched)
         while_it_runs.setattr(runner, "read_gpu_memory", lambda device: free)
@@ -160,6 +184,7 @@ def test_a_run_writes_its_memory_and_continues_with_it(tmp_path: Path, monkeypat
         "free_bytes": 20 * GIB,
         "budget_bytes": FREE.budget_bytes,
         "auto": {"tiny-sft": {"gradient_checkpointing": 2, "logits_chunk": LARGE_CHUNK_LOGITS}},
+        "settings": {"tiny-sft": memory_settings(load_any(*SHORT_RUN).stages[0])},
     }
     (message,) = start_run(folder, LESS_FREE, used, monkeypatch, 2)
     assert "only 10.2 GiB are free now" in message
