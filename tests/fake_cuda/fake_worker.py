@@ -35,7 +35,7 @@ def count_training(counter: KernelCounter) -> dict[str, Any]:
                 counter,
                 base,
                 algorithm,
-                checkpointing,  # type: ignore[arg-type]
+                checkpointing,
             )
             counts[algorithm][checkpointing] = step.to_json()
     return counts

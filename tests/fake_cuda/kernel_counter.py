@@ -63,11 +63,11 @@ class Totals:
         return self.copies_to_device.total()
 
     @property
-    def num_bytes(self) -> float:
+    def num_bytes(self) -> int:
         return self.bytes_by_kind.total()
 
     @property
-    def flops(self) -> float:
+    def flops(self) -> int:
         return self.flops_by_kind.total()
 
     def to_json(self) -> dict[str, Any]:
@@ -96,11 +96,11 @@ def _difference(left: Counter[str], right: Counter[str]) -> Counter[str]:
     return Counter({kind: count - right[kind] for kind, count in left.items()})
 
 
-class KernelCounter(TorchDispatchMode):
+class KernelCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """While it is entered, inside `FakeTensorMode`, counts into `totals`."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.totals = Totals()
         self._replacements: dict[str, Callable[..., Any]] = {
             "_local_scalar_dense": self._read,
@@ -180,8 +180,8 @@ class KernelCounter(TorchDispatchMode):
         for work in work_of(name, args, kwargs, outputs):
             totals.launches += work.launches
             totals.launches_by_op[work.kind if name == "gemm_4bit" else name] += work.launches
-            totals.bytes_by_kind[work.kind] += work.num_bytes
-            totals.flops_by_kind[work.kind] += work.flops
+            totals.bytes_by_kind[work.kind] += round(work.num_bytes)
+            totals.flops_by_kind[work.kind] += round(work.flops)
 
     def wait(self) -> None:
         """Counts a point where the host waits for the GPU."""

@@ -70,7 +70,7 @@ def work_of(
 
 
 def gemm_4bit_work(x: Tensor, weight_shape: Sequence[int]) -> list[Work]:
-    """Returns the work of x (..., K) times a packed weight (N, K): one fused kernel, or the weight is unpacked first."""
+    """Returns the work of x (..., K) times a packed weight (N, K): one fused kernel, or an unpacked weight."""
     width, columns = weight_shape
     rows = x.numel() // columns
     flops = 2 * rows * width * columns
