@@ -95,6 +95,7 @@ def _cuda_functions() -> dict[str, Callable[..., Any]]:
         "empty_cache": _nothing,
         "reset_peak_memory_stats": _nothing,
         "set_per_process_memory_fraction": _nothing,
+        "set_sync_debug_mode": _nothing,
         "manual_seed_all": _nothing,
         "set_rng_state": _nothing,
         "get_rng_state": _rng_state,

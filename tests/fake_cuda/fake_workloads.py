@@ -98,11 +98,17 @@ def count_training_step(
     base: Base,
     algorithm: str,
     checkpointing: Checkpointing,
+    offload: bool = False,
 ) -> StepTotals:
     """Returns what a step of a run does that is neither the first, which checks, nor logged."""
     roles_trained = TRAINED_ROLES.get(algorithm, ("policy",))
     size = small_size(algorithm)
-    roles = make_roles(base, roles_trained, checkpointing)
+    roles = make_roles(
+        base,
+        roles_trained,
+        checkpointing,
+        offload=offload,
+    )
     vocabulary = base.model.config.vocab_size
     together = 2 if algorithm in PAIRED else 1
 
