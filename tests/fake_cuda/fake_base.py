@@ -77,7 +77,7 @@ def _quantized_linear(linear: nn.Linear) -> Any:
     layer.in_features = linear.in_features
     layer.out_features = linear.out_features
     size = linear.weight.numel()
-    weight = _frozen((size // 2, 1), torch.uint8)
+    weight: Any = _frozen((size // 2, 1), torch.uint8)
     weight.quant_state = layer.quant_state = _quant_state(linear.weight.shape)
     weight.compress_statistics = True
     weight.quant_type = "nf4"

@@ -41,20 +41,10 @@ _counters: list[KernelCounter] = []
 def install() -> None:
     """Makes torch, transformers and bitsandbytes take the fake GPU for one. Call it before they are used."""
     warnings.filterwarnings("ignore")
-    common.amp_definitely_not_available = _no
-    for name, replacement in _cuda_functions().items():
-        setattr(torch.cuda, name, replacement)
-    torch.tensor = _tensor
-    torch.as_tensor = _as_tensor
-    Tensor.tolist = FakeTensor.tolist = _tolist  # type: ignore[method-assign]
-    nn.Module.to = _move_module  # type: ignore[assignment,method-assign]
-    F.scaled_dot_product_attention = fake_attention
+    for owner, name, replacement in _replacements():
+        setattr(owner, name, replacement)
     # Its module of CUDA kernels, whose choice between kernels is used, is not imported in a CPU build.
-    torch._C._cuda_getCurrentRawStream = _zero  # type: ignore[attr-defined]
     importlib.import_module("bitsandbytes.backends.cuda.ops")
-    # transformers would take a tensor without numbers for one of a compilation, and reads its values only elsewhere.
-    if hasattr(masking_utils, "is_tracing"):
-        masking_utils.is_tracing = _no
 
 
 @contextmanager
@@ -67,6 +57,23 @@ def fake_gpu() -> Iterator[KernelCounter]:
             yield counter
         finally:
             _counters.remove(counter)
+
+
+def _replacements() -> Iterator[tuple[Any, str, Any]]:
+    """Yields objects, and their attributes with new values."""
+    yield common, "amp_definitely_not_available", _no
+    for name, replacement in _cuda_functions().items():
+        yield torch.cuda, name, replacement
+    yield torch._C, "_cuda_getCurrentRawStream", _zero
+    yield torch, "tensor", _tensor
+    yield torch, "as_tensor", _as_tensor
+    yield Tensor, "tolist", _tolist
+    yield FakeTensor, "tolist", _tolist
+    yield nn.Module, "to", _move_module
+    yield F, "scaled_dot_product_attention", fake_attention
+    # transformers would take a tensor without numbers for one of a compilation, whose values it does not read.
+    if hasattr(masking_utils, "is_tracing"):
+        yield masking_utils, "is_tracing", _no
 
 
 def _cuda_functions() -> dict[str, Callable[..., Any]]:
@@ -88,6 +95,7 @@ def _cuda_functions() -> dict[str, Callable[..., Any]]:
         "empty_cache": _nothing,
         "reset_peak_memory_stats": _nothing,
         "set_per_process_memory_fraction": _nothing,
+        "set_sync_debug_mode": _nothing,
         "manual_seed_all": _nothing,
         "set_rng_state": _nothing,
         "get_rng_state": _rng_state,
@@ -142,7 +150,8 @@ def _is_cuda(device: Any) -> bool:
 def _tensor(data: Any, *args: Any, device: Any = None, **kwargs: Any) -> Tensor:
     """`torch.tensor`, whose copy to the GPU no mode sees."""
     if not _is_cuda(device):
-        return _real_tensor(data, *args, device=device, **kwargs)
+        kwargs["device"] = device
+        return _real_tensor(data, *args, **kwargs)
     with _disable_current_modes():
         values = _real_tensor(data, *args, **kwargs)
     return values.to(device)

@@ -25,7 +25,7 @@ WIDTH = 64
 
 
 def count_training(counter: KernelCounter) -> dict[str, Any]:
-    """All algorithms on one family, with all layers recomputed and with none."""
+    """All algorithms on one family, with all layers recomputed and with none, and SFT with offloaded activations."""
     base = fake_base("llama-3.1-8b", LAYERS)
     counts: dict[str, Any] = {}
     for algorithm in ALGORITHMS:
@@ -35,9 +35,16 @@ def count_training(counter: KernelCounter) -> dict[str, Any]:
                 counter,
                 base,
                 algorithm,
-                checkpointing,  # type: ignore[arg-type]
+                checkpointing,
             )
             counts[algorithm][checkpointing] = step.to_json()
+    counts["sft"]["offloaded"] = count_training_step(
+        counter,
+        base,
+        "sft",
+        "all",
+        offload=True,
+    ).to_json()
     return counts
 
 

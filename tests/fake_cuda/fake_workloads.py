@@ -98,11 +98,17 @@ def count_training_step(
     base: Base,
     algorithm: str,
     checkpointing: Checkpointing,
+    offload: bool = False,
 ) -> StepTotals:
     """Returns what a step of a run does that is neither the first, which checks, nor logged."""
     roles_trained = TRAINED_ROLES.get(algorithm, ("policy",))
     size = small_size(algorithm)
-    roles = make_roles(base, roles_trained, checkpointing)
+    roles = make_roles(
+        base,
+        roles_trained,
+        checkpointing,
+        offload=offload,
+    )
     vocabulary = base.model.config.vocab_size
     together = 2 if algorithm in PAIRED else 1
 
@@ -254,8 +260,12 @@ def count_micro_batch(
     """Returns what forward and backward passes of one micro-batch do, its copy to the GPU included."""
     with _disable_current_modes():
         batch.token_weights = algorithm.token_weights(batch)
+    roles = algorithm.context.roles
     # Decided once for a model, by a comparison.
-    _ = algorithm.context.roles.max_shareable_length
+    _ = roles.max_shareable_length
+    # Gradients that exist would be added to, which the trainer does apart.
+    for parameter in roles.parameters("policy"):
+        parameter.grad = None
     with counter.counting() as totals:
         for term in algorithm.compute_losses(batch.to(CUDA)):
             term.loss.backward()  # type: ignore[no-untyped-call]

@@ -37,6 +37,10 @@ VIEWS = {"_unsafe_view", "_reshape_alias", "lift_fresh"}
 SAME_DTYPE = {*PRODUCTS, "index_copy", "index_copy_", "index_put", "index_put_", "scatter", "scatter_"}
 """Operations whose floating-point arguments must have one dtype on a GPU; attention too."""
 
+PIN_OPS = {"_pin_memory", "pin_memory"}
+PINNED = "is_in_pinned_memory"
+"""The attribute of a CPU tensor that a GPU copies to and from while the host continues."""
+
 
 class MismatchError(RuntimeError):
     """An operation has arguments that no kernel takes together."""
@@ -53,6 +57,7 @@ class Totals:
     host_syncs: Counter[str] = field(default_factory=Counter)
     """The host waits for the GPU: it reads a value or copies a tensor to itself."""
     copies_to_device: Counter[str] = field(default_factory=Counter)
+    copies_to_host: Counter[str] = field(default_factory=Counter)
 
     @property
     def num_host_syncs(self) -> int:
@@ -63,11 +68,11 @@ class Totals:
         return self.copies_to_device.total()
 
     @property
-    def num_bytes(self) -> float:
+    def num_bytes(self) -> int:
         return self.bytes_by_kind.total()
 
     @property
-    def flops(self) -> float:
+    def flops(self) -> int:
         return self.flops_by_kind.total()
 
     def to_json(self) -> dict[str, Any]:
@@ -78,6 +83,7 @@ class Totals:
             "flops_by_kind": dict(self.flops_by_kind),
             "host_syncs": dict(self.host_syncs.most_common()),
             "copies_to_device": dict(self.copies_to_device.most_common()),
+            "copies_to_host": dict(self.copies_to_host.most_common()),
         }
 
     def minus(self, other: Totals) -> Totals:
@@ -89,6 +95,7 @@ class Totals:
             _difference(self.flops_by_kind, other.flops_by_kind),
             self.host_syncs - other.host_syncs,
             self.copies_to_device - other.copies_to_device,
+            self.copies_to_host - other.copies_to_host,
         )
 
 
@@ -96,11 +103,11 @@ def _difference(left: Counter[str], right: Counter[str]) -> Counter[str]:
     return Counter({kind: count - right[kind] for kind, count in left.items()})
 
 
-class KernelCounter(TorchDispatchMode):
+class KernelCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """While it is entered, inside `FakeTensorMode`, counts into `totals`."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.totals = Totals()
         self._replacements: dict[str, Callable[..., Any]] = {
             "_local_scalar_dense": self._read,
@@ -133,10 +140,10 @@ class KernelCounter(TorchDispatchMode):
     ) -> Any:
         kwargs = dict(kwargs or {})
         tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        name = func._schema.name.partition("::")[2]
         if not _uses_fake_device(tensors, kwargs):
             with _disable_current_modes():
-                return func(*args, **kwargs)
-        name = func._schema.name.partition("::")[2]
+                return _run_on_cpu(func, name, args, kwargs)
         check_devices(name, tensors)
         check_dtypes(name, tensors)
         replacement = self._replacements.get(name)
@@ -180,8 +187,8 @@ class KernelCounter(TorchDispatchMode):
         for work in work_of(name, args, kwargs, outputs):
             totals.launches += work.launches
             totals.launches_by_op[work.kind if name == "gemm_4bit" else name] += work.launches
-            totals.bytes_by_kind[work.kind] += work.num_bytes
-            totals.flops_by_kind[work.kind] += work.flops
+            totals.bytes_by_kind[work.kind] += round(work.num_bytes)
+            totals.flops_by_kind[work.kind] += round(work.flops)
 
     def wait(self) -> None:
         """Counts a point where the host waits for the GPU."""
@@ -249,6 +256,7 @@ class KernelCounter(TorchDispatchMode):
             with _disable_current_modes():
                 values = _materialized(source)
             return self.copy_to_device(values, kwargs.get("dtype"))
+        self.totals.copies_to_host[code_place()] += 1
         self.wait()
         with _disable_current_modes():
             return stand_in(source).to(kwargs.get("dtype") or source.dtype)
@@ -268,7 +276,11 @@ class KernelCounter(TorchDispatchMode):
             with self.counting():
                 self._run(func, (target, copied), {})
             return target  # type: ignore[no-any-return]
-        self.wait()
+        self.totals.copies_to_host[code_place()] += 1
+        # Only a copy to pinned memory goes on without the host.
+        is_non_blocking = bool(kwargs.get("non_blocking", args[2] if len(args) > 2 else False))
+        if not (is_non_blocking and getattr(target, PINNED, False)):
+            self.wait()
         with _disable_current_modes():
             return target.copy_(stand_in(source))  # type: ignore[no-any-return]
 
@@ -309,6 +321,25 @@ class KernelCounter(TorchDispatchMode):
 
     def _refuse(self, func: Any, *_: Any) -> Any:
         raise NotImplementedError(f"{func}: the fake device does not know the shape of the result")
+
+
+def _run_on_cpu(
+    func: Any,
+    name: str,
+    args: Sequence[Any],
+    kwargs: dict[str, Any],
+) -> Any:
+    """Runs an operation on real tensors. A CPU build has no pinned memory, so a tensor that should be in it is only
+    marked."""
+    if name in PIN_OPS:
+        result = args[0].clone()
+        setattr(result, PINNED, True)
+        return result
+    is_pinned = kwargs.pop("pin_memory", None)
+    result = func(*args, **kwargs)
+    if is_pinned:
+        setattr(result, PINNED, True)
+    return result
 
 
 def _uses_fake_device(tensors: Sequence[Tensor], kwargs: Mapping[str, Any]) -> bool:

@@ -78,16 +78,26 @@ def test_host_waits_of_a_training_step(algorithm: str, checkpointing: str, libra
     assert [num_waits(step[phase]) for phase in waits] == [collect, 2 * micro, rest], waits
 
 
+def test_offloaded_activations_are_copied_without_a_wait(library_folder: Path) -> None:
+    """One layer, two micro-batches: its input goes to pinned memory and back."""
+    steps = counts_of("training", library_folder)["sft"]
+    offloaded = steps["offloaded"]["micro"]
+    kept = steps["all"]["micro"]
+    assert num_waits(offloaded) == num_waits(kept), offloaded["host_syncs"]
+    assert sum(offloaded["copies_to_host"].values()) - sum(kept["copies_to_host"].values()) == 2
+    assert sum(offloaded["copies_to_device"].values()) - sum(kept["copies_to_device"].values()) == 2
+
+
 @pytest.mark.parametrize("algorithm", list(WAITS_PER_TRAINING_STEP))
-def test_recomputation_adds_launches(algorithm: str, library_folder: Path) -> None:
-    """The forward pass of both layers runs twice, and nothing else does."""
+def test_recomputation_repeats_the_layers_and_not_the_head(algorithm: str, library_folder: Path) -> None:
     steps = counts_of("training", library_folder)[algorithm]
-    micro = {name: step["micro"]["launches_by_op"] for name, step in steps.items()}
-    assert micro["all"]["_scaled_dot_product_flash_attention" if algorithm == "sft" else "mm"] > 0
-    added = {op: count - micro["none"].get(op, 0) for op, count in micro["all"].items()}
-    assert added["mean"] > 0 and added["mm"] > 0, "norms and adapters are computed again"
-    assert all(count >= 0 for count in added.values())
-    assert added.get("gather", 0) == 0 and added.get("exp", 0) == 0, "the head is not computed again"
+    recomputed = steps["all"]["micro"]["launches_by_op"]
+    kept = steps["none"]["micro"]["launches_by_op"]
+    added = {op: count - kept.get(op, 0) for op, count in recomputed.items()}
+    assert min(added.values()) >= 0
+    assert added["rsqrt"] > 0 and added["silu"] > 0, "norms and activations are not computed again"
+    for op in ("exp", "gather", "amax"):
+        assert added.get(op, 0) == 0, f"{op} of the head is computed again"
 
 
 @pytest.mark.parametrize("family", ["qwen2.5-7b", "qwen3-8b", "mistral-7b"])

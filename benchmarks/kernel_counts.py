@@ -1,0 +1,162 @@
+"""What one micro-batch, and one decoding step, of an 8B model make a GPU do: kernel launches, host waits, copies, bytes
+and FLOPs. Counted on a fake CUDA device (`tests/fake_cuda`) at the true shapes, not measured: no GPU is needed or used.
+
+    PYTHONPATH=. python benchmarks/kernel_counts.py                # 32 layers, some minutes
+    PYTHONPATH=. python benchmarks/kernel_counts.py --layers 1     # seconds, for the tests
+    PYTHONPATH=. python benchmarks/kernel_counts.py --places       # also the lines at which the host waits
+    PYTHONPATH=. python benchmarks/kernel_counts.py --json FILE    # also all counts, by operation and by line
+
+A launch is one operation that computes; allocations and views launch nothing. Bytes are those of each operation's
+inputs and outputs, without caches. The fake GPU has the properties of an RTX 4090, by which bitsandbytes selects its
+kernels.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+FAKE_CUDA = Path(__file__).parents[1] / "tests" / "fake_cuda"
+sys.path.append(str(FAKE_CUDA))
+
+from fake_guard import run_on_fake_gpu, unavailable  # noqa: E402  (from the folder above)
+
+SHAPE = "llama-3.1-8b"
+DECODE_WIDTH = 768
+COUNT = "--count"
+"""The option of the process that has the fake GPU."""
+MICRO_HEADER = "| one micro-batch | launches | host waits: micro-batch + step | copies to the GPU | GB | TFLOP |"
+DECODE_HEADER = "| one decoding step | launches | of these casts | host waits | copies to the GPU | GB |"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--layers", type=int, default=32, help="layers of the model")
+    parser.add_argument("--places", action="store_true", help="print the lines at which the host waits")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write all counts")
+    options = parser.parse_args()
+    reason = unavailable()
+    if reason is not None:
+        sys.exit(f"kernel_counts.py: {reason}")
+    with tempfile.TemporaryDirectory() as folder:
+        counts = run_on_fake_gpu(Path(folder), Path(__file__), COUNT, str(options.layers))
+    if options.json is not None:
+        options.json.write_text(json.dumps(counts, indent=1), encoding="utf-8")
+    print(*report(counts, options.layers, options.places), sep="\n")
+
+
+def report(counts: dict[str, Any], layers: int, places: bool) -> Iterator[str]:
+    """Yield the tables as Markdown."""
+    yield f"Counted, not measured: {SHAPE}, NF4, LoRA r 16 on all linears, {layers} layers.\n"
+    yield from table(MICRO_HEADER, [micro_row(name, each) for name, each in counts["micro"].items()])
+    yield ""
+    yield from table(DECODE_HEADER, [decode_row(name, each) for name, each in counts["decode"].items()])
+    if places:
+        for name, each in {**counts["micro"], **counts["decode"]}.items():
+            for kind in ("host_syncs", "copies_to_device"):
+                for place, count in each[kind].items():
+                    yield f"{name}: {kind} {count} x {place}"
+
+
+def table(header: str, rows: list[list[str]]) -> Iterator[str]:
+    yield header
+    yield "|---" * (header.count("|") - 1) + "|"
+    for row in rows:
+        yield f"| {' | '.join(row)} |"
+
+
+def micro_row(name: str, totals: dict[str, Any]) -> list[str]:
+    return [
+        name,
+        f"{totals['launches']:,}",
+        f"{total(totals['host_syncs'])} + {totals['step_waits']}",
+        f"{total(totals['copies_to_device'])}",
+        f"{total(totals['bytes_by_kind']) / 1e9:,.2f}",
+        f"{total(totals['flops_by_kind']) / 1e12:,.1f}",
+    ]
+
+
+def decode_row(name: str, totals: dict[str, Any]) -> list[str]:
+    return [
+        name,
+        f"{totals['launches']:,}",
+        f"{totals['launches_by_op'].get('_to_copy', 0):,}",
+        f"{total(totals['host_syncs'])}",
+        f"{total(totals['copies_to_device'])}",
+        f"{total(totals['bytes_by_kind']) / 1e9:,.2f}",
+    ]
+
+
+def total(counter: dict[str, float]) -> float:
+    return sum(counter.values())
+
+
+def count(layers: int) -> dict[str, Any]:
+    """Count in a process with the fake GPU."""
+    import fake_gpu
+
+    fake_gpu.install()
+    from fake_base import fake_base
+    from fake_workloads import count_training_step
+
+    with fake_gpu.fake_gpu() as counter:
+        small = fake_base(SHAPE, 1)
+        step_waits = {
+            name: count_training_step(counter, small, name, "all").rest.num_host_syncs
+            for name in ("sft", "dpo", "grpo")
+        }
+        base = fake_base(SHAPE, layers)
+        micro = {
+            name: {**totals, "step_waits": step_waits[name.split()[0].lower()]}
+            for name, totals in micro_counts(counter, base)
+        }
+        return {"micro": micro, "decode": dict(decode_counts(counter, base))}
+
+
+def micro_counts(counter: Any, base: Any) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield the counts of a micro-batch of SFT, DPO and GRPO; the last two with and without shared prompts."""
+    from fake_workloads import (
+        count_micro_batch,
+        count_step,
+        group_rows,
+        micro_batch_algorithm,
+        pair_rows,
+        stacked_roles,
+    )
+
+    for checkpointing in ("all", "none"):
+        yield f"SFT 4 x 2048, recompute {checkpointing}", count_step(counter, base, checkpointing, 4, 2048).to_json()
+    with stacked_roles(base) as roles:
+        for name, batch, described in (
+            ("dpo", pair_rows(2, 512, 512), "DPO 2 pairs of 512 + 512"),
+            ("grpo", group_rows(8, 256, 400), "GRPO group of 8, 256 + 400"),
+        ):
+            algorithm = micro_batch_algorithm(name, roles)
+            for roles.share_prefixes in (False, True):
+                how = "prompts shared" if roles.share_prefixes else "whole rows"
+                yield f"{described}, {how}", count_micro_batch(counter, algorithm, batch).to_json()
+
+
+def decode_counts(counter: Any, base: Any) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield the counts of a step of a rollout, of one with a frozen adapter below the policy, and of a chat."""
+    from fake_workloads import count_decode_step, stacked_roles
+
+    with stacked_roles(base) as roles:
+        for batch in (1, 16, 64):
+            yield f"rollout, {batch} at once", count_decode_step(counter, roles, batch, DECODE_WIDTH).to_json()
+        chat = count_decode_step(counter, roles, 1, DECODE_WIDTH, stream=True)
+    with stacked_roles(base, ["sft"]) as roles:
+        yield "rollout, 1 at once, adapters [sft, policy]", count_decode_step(counter, roles, 1, DECODE_WIDTH).to_json()
+    yield "chat", chat.to_json()
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == [COUNT]:
+        Path(sys.argv[3]).write_text(json.dumps(count(int(sys.argv[2]))), encoding="utf-8")
+    else:
+        main()
