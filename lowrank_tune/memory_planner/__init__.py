@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 from lowrank_tune.config import Chain, RecipeConfig
-from lowrank_tune.memory_planner.auto_settings import with_auto_advice
+from lowrank_tune.memory_planner.auto_settings import choice_of, with_auto_advice, with_auto_values
 from lowrank_tune.memory_planner.estimate import estimate_run_time
 from lowrank_tune.memory_planner.fit import with_fit_report
 from lowrank_tune.memory_planner.gpu_specs import GpuSpec
@@ -54,12 +54,13 @@ def plan_with_time(
     for spec in simulation_specs(loaded, device):
         vram = vram_bytes(spec, vram_gib)
         fitted_plan = with_fit_report(spec, plan_of(spec, vram, spec.recipe.name))
-        fitted_plan = with_auto_advice(spec, fitted_plan)
+        choice = choice_of(spec, fitted_plan)
+        fitted_plan = with_auto_advice(spec, fitted_plan, choice.values)
         run_time = None
         if gpu is not None:
             run_time = estimate_run_time(
-                spec,
-                fitted_plan,
+                with_auto_values(spec, choice),
+                choice.plan,
                 gpu,
                 run_length(spec.recipe),
             )

@@ -78,15 +78,29 @@ def kept_values(spec: SimulationSpec, chosen: Mapping[str, int]) -> dict[str, in
     return {key: chosen[key] for key in keys}
 
 
-def with_auto_advice(spec: SimulationSpec, plan: Plan) -> Plan:
-    """Adds to a plan the values that a run would choose, if it has no other advice and they are more than the chunk of
-    logits, which is `auto` by default."""
-    if not plan.vram or plan.advice or auto_settings_of(spec) in ([], ["logits_chunk"]):
-        return plan
-    values = choose_auto_settings(spec, plan).values
-    if not values:
+def choice_of(spec: SimulationSpec, plan: Plan) -> AutoChoice:
+    """Returns the values that a run with this memory would choose; none if no memory is given, if the recipe has no
+    such setting, or if the plan has advice because it does not fit."""
+    if not plan.vram or plan.advice or not auto_settings_of(spec):
+        return AutoChoice({}, plan)
+    return choose_auto_settings(spec, plan)
+
+
+def with_auto_advice(spec: SimulationSpec, plan: Plan, values: Mapping[str, int]) -> Plan:
+    """Adds chosen values to a plan, if they are more than the chunk of logits, which is `auto` by default."""
+    if not values or auto_settings_of(spec) == ["logits_chunk"]:
         return plan
     return replace(plan, advice=f"auto: a run with this memory has {describe_values(values)}")
+
+
+def with_auto_values(spec: SimulationSpec, choice: AutoChoice) -> SimulationSpec:
+    """Returns the simulation of the recipe with chosen values."""
+    train = spec.recipe.train.model_copy(update=choice.values)
+    return replace(
+        spec,
+        recipe=spec.recipe.model_copy(update={"train": train}),
+        sizes=choice.plan.sizes,
+    )
 
 
 def _micro_batch(spec: SimulationSpec, plan: Plan) -> int:
@@ -129,8 +143,7 @@ def _plans_by_layers(spec: SimulationSpec, all_recomputed: Plan) -> Iterator[Pla
 
 def _with_large_chunk(spec: SimulationSpec, plan: Plan) -> Plan:
     """Returns the plan with more logits at once."""
-    train = spec.recipe.train.model_copy(update={"logits_chunk": LARGE_CHUNK_LOGITS})
-    spec = replace(spec, recipe=spec.recipe.model_copy(update={"train": train}))
+    spec = with_auto_values(spec, AutoChoice({"logits_chunk": LARGE_CHUNK_LOGITS}, plan))
     phases = phases_in(peaks_of(spec, plan.recomputed))
     return _with_phases(spec, plan, plan.recomputed, phases)
 

@@ -13,8 +13,9 @@ from typing import Any
 
 from lowrank_tune.assembly.model import logits_chunk_of
 from lowrank_tune.memory_planner.extrapolation import Peaks
+from lowrank_tune.memory_planner.kernel_counter import KernelCounts
 from lowrank_tune.memory_planner.meta_model import Layer
-from lowrank_tune.memory_planner.simulation import SimulationSpec, simulate
+from lowrank_tune.memory_planner.simulation import SimulationSpec, count_kernels, simulate
 from lowrank_tune.memory_planner.simulation_cache import SimulationResult, read_result, write_result
 from lowrank_tune.training.machine import library_versions
 
@@ -47,13 +48,31 @@ def cached_peaks(
     return cached_result(spec, layers, only_update).peaks
 
 
+def cached_kernels(spec: SimulationSpec, layers: Sequence[Layer]) -> KernelCounts:
+    """Returns the result of `count_kernels`, from the cache if it is there."""
+    key = simulation_key(
+        spec,
+        layers,
+        False,
+        "kernels",
+    )
+    result = read_result(key)
+    if result is None:
+        result = SimulationResult(kernels=count_kernels(spec, layers))
+        write_result(key, result)
+    return result.kernels
+
+
 def simulation_key(
     spec: SimulationSpec,
     layers: Sequence[Layer],
     only_update: bool,
+    result: str = "peaks",
 ) -> str:
-    """Returns a hash of all that a simulation depends on: its arguments, the code of the kit, and the libraries."""
+    """Returns a hash of all that a simulation depends on: its arguments, what it returns, the code of the kit, and the
+    libraries."""
     inputs = {
+        "result": result,
         "recipe": _recipe_settings(spec),
         "config": _config_values(spec.config),
         "device": spec.device.type,

@@ -74,7 +74,7 @@ def installed_spec() -> GpuSpec | None:
 def _installed_gpu(vram_gib: float | None) -> PlannedGpu:
     memory = read_gpu_memory()
     assert memory is not None, "called with a GPU"
-    spec = installed_spec()
+    spec = spec_of_device(memory.name)
     note = ""
     if spec is None:
         names = ", ".join(gpu.name for gpu in GPUS)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,8 @@ from lowrank_tune.checkpoint.atomic_files import temporary_path, write_new
 from lowrank_tune.manifest import manifest_bytes
 from lowrank_tune.memory_planner.allocation_tracker import ProgramPoint
 from lowrank_tune.memory_planner.extrapolation import Peaks
+from lowrank_tune.memory_planner.kernel_costs import Kernel, KernelKind
+from lowrank_tune.memory_planner.kernel_counter import KernelCounts
 from lowrank_tune.paths import cache_folder
 
 FOLDER = "simulations"
@@ -23,13 +25,17 @@ MAX_FILES = 2000
 @dataclass(frozen=True)
 class SimulationResult:
     """What a simulation of a few layers finds: the bytes by purpose at the peak of each program point, in the order of
-    the program."""
+    the program, or how often each kernel is started, by phase."""
 
-    peaks: Peaks
+    peaks: Peaks = field(default_factory=dict)
+    kernels: KernelCounts = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         """Returns the result as JSON values."""
-        return {"peaks": [[list(point), list(peak.items())] for point, peak in self.peaks.items()]}
+        return {
+            "peaks": [[list(point), list(peak.items())] for point, peak in self.peaks.items()],
+            "kernels": [[phase, _kernels_to_json(counts)] for phase, counts in self.kernels.items()],
+        }
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> SimulationResult:
@@ -37,7 +43,25 @@ class SimulationResult:
         peaks = dict[ProgramPoint, dict[str, int]]()
         for point, peak in data["peaks"]:
             peaks[tuple(point)] = {purpose: int(count) for purpose, count in peak}
-        return cls(peaks)
+        kernels = {str(phase): _kernels_from_json(counts) for phase, counts in data["kernels"]}
+        return cls(peaks, kernels)
+
+
+def _kernels_to_json(counts: Mapping[Kernel, float]) -> list[list[Any]]:
+    return [[*astuple(kernel), count] for kernel, count in counts.items()]
+
+
+def _kernels_from_json(rows: list[list[Any]]) -> dict[Kernel, float]:
+    counts = dict[Kernel, float]()
+    for kind, num_bytes, flops, (rows_m, outputs_n, inputs_k), count in rows:
+        kernel = Kernel(
+            KernelKind(kind),
+            int(num_bytes),
+            int(flops),
+            (int(rows_m), int(outputs_n), int(inputs_k)),
+        )
+        counts[kernel] = count
+    return counts
 
 
 def read_result(key: str) -> SimulationResult | None:

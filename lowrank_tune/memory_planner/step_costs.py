@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 
+from lowrank_tune.memory_planner.cached_simulation import cached_kernels
 from lowrank_tune.memory_planner.extrapolation import extrapolate_counts
 from lowrank_tune.memory_planner.kernel_costs import Kernel
 from lowrank_tune.memory_planner.kernel_counter import KernelCounts
@@ -17,7 +18,6 @@ from lowrank_tune.memory_planner.simulation import (
     MAX_SIMULATED_PASSES,
     PPO_UPDATE_PHASES,
     SimulationSpec,
-    count_kernels,
     num_update_passes,
 )
 
@@ -48,11 +48,11 @@ def step_costs(
 ) -> dict[str, PhaseCost]:
     """Returns the phases of a recipe on the whole model, by name; those of decoding as `rollout: reading`."""
     layers = layers_of(spec.config, recomputed)
-    counts = extrapolate_counts(partial(count_kernels, spec), layers)
+    counts = extrapolate_counts(partial(cached_kernels, spec), layers)
     costs = {cost.name: cost for cost in _pass_costs(spec, counts)}
     if rollouts:
         decoding_spec = replace(spec, rollouts=rollouts)
-        counts = extrapolate_counts(partial(count_kernels, decoding_spec), layers)
+        counts = extrapolate_counts(partial(cached_kernels, decoding_spec), layers)
         for phase, sizes in rollouts.items():
             costs |= {cost.name: cost for cost in _decoding_costs(phase, sizes, counts)}
     return costs

@@ -235,15 +235,13 @@ def test_the_planned_gpu() -> None:
 
 
 def test_a_gpu_without_rates_has_no_hours(monkeypatch: pytest.MonkeyPatch) -> None:
-    class Properties:
-        total_memory = 12 << 30
-
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: Properties)
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA GeForce RTX 3060")
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device=None: (12 << 30, 12 << 30))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device=None: 0)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: "NVIDIA GeForce RTX 3060")
     unknown = planned_gpu(None, None)
-    assert unknown.spec is None and unknown.vram_gib == 12 and "RTX 3060 are not known" in unknown.note
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA GeForce RTX 5090")
+    assert unknown.spec is None and unknown.vram_gib == pytest.approx(11.7) and "RTX 3060 are not known" in unknown.note
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: "NVIDIA GeForce RTX 5090")
     assert planned_gpu(None, None).spec == gpu_named("5090") and not planned_gpu(None, None).note
 
 

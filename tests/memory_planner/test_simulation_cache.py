@@ -13,7 +13,7 @@ from peft import LoraConfig
 
 from lowrank_tune.config import load_any
 from lowrank_tune.memory_planner import cached_simulation, simulation_cache
-from lowrank_tune.memory_planner.cached_simulation import cached_result, code_hash, simulation_key
+from lowrank_tune.memory_planner.cached_simulation import cached_kernels, cached_result, code_hash, simulation_key
 from lowrank_tune.memory_planner.meta_model import Layer
 from lowrank_tune.memory_planner.rollouts import DecodingSpec
 from lowrank_tune.memory_planner.simulation import SimulationSpec
@@ -48,6 +48,15 @@ def test_a_stored_result_is_the_simulated_one(monkeypatch: pytest.MonkeyPatch) -
     again = cached_result(spec, LAYERS)
     assert not calls and again == first and list(again.peaks) == list(first.peaks), "in the order of the program"
     assert [list(peak) for peak in again.peaks.values()] == [list(peak) for peak in first.peaks.values()]
+
+
+def test_stored_kernels_are_the_counted_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    spec = spec_of()
+    first = cached_kernels(spec, LAYERS)
+    assert sum(first["update"].values()) > 100
+    monkeypatch.setattr(cached_simulation, "count_kernels", pytest.fail)
+    assert cached_kernels(spec, LAYERS) == first
+    assert cached_result(spec, LAYERS).peaks, "another result than the kernels of the same simulation"
 
 
 def test_settings_that_leave_the_key_equal_leave_the_result_equal() -> None:
