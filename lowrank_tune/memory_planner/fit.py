@@ -11,7 +11,7 @@ from lowrank_tune.config import RecipeConfig
 from lowrank_tune.memory_planner.cached_simulation import cached_peaks
 from lowrank_tune.memory_planner.extrapolation import MIN_LAYERS, fit_linear_model
 from lowrank_tune.memory_planner.meta_model import layers_of
-from lowrank_tune.memory_planner.plan_report import DECODING_PHASES, GIB, NON_UPDATE_PHASES, Phase, Plan, needed
+from lowrank_tune.memory_planner.plan_report import GIB, NON_UPDATE_PHASES, Phase, Plan, needed
 from lowrank_tune.memory_planner.planner import peaks_of, phases_in
 from lowrank_tune.memory_planner.simulation import SimulationSpec
 from lowrank_tune.memory_planner.sizes import Sizes, sizes_of, step_units
@@ -22,6 +22,8 @@ layers save more time."""
 LENGTH_STEP = 64
 """The longest row is rounded down to a multiple of this number of tokens."""
 MAX_TRIES = 3
+DECODING_SETTINGS = {"rollout": "rollout.max_new_tokens", "held-out answers": "evaluate.max_new_tokens"}
+"""The settings of the longest completions, by phase."""
 DEFAULT_STEP_UNITS = 16
 """Units of an optimizer step if the recipe does not set them."""
 
@@ -176,6 +178,11 @@ def _advice(
             return "faster: train.gradient_checkpointing=none recomputes no layers, and fits"
         layers = "layer" if fewest == 1 else "layers"
         return f"faster: train.gradient_checkpointing={fewest} recomputes {fewest} {layers}, and fits"
+    # The settings of the update below do not change the phases that decode.
+    shorter = _shorter_sequences(plan)
+    update_may_fit = plan.max_micro_batch_size or plan.recomputed < plan.layers
+    if shorter and (update_may_fit or plan.peak_phase.name in DECODING_SETTINGS):
+        return f"one sequence at a time does not fit: a smaller {' or '.join(shorter)}"
     if plan.recomputed < plan.layers:
         fewest = search.recomputed(sizes)
         if fewest == plan.layers:
@@ -186,6 +193,20 @@ def _advice(
         tokens = plan.max_micro_batch_size * sizes.rows_per_unit * recipe.max_train_length
         return f"fits with {_micro_batch_setting(recipe, plan.max_micro_batch_size, tokens)}"
     return _shorten(spec, plan)
+
+
+def _shorter_sequences(plan: Plan) -> list[str]:
+    """Returns the settings that shorten sequences which do not fit while they are decoded. Micro-batches have no effect
+    on these phases, and they are planned with as few sequences at once as needed. Empty if the weights alone do not
+    fit."""
+    settings = []
+    for phase in plan.phases:
+        fits_alone = needed(phase.static_bytes, plan.device) <= plan.vram
+        if phase.name in DECODING_SETTINGS and fits_alone and needed(phase.total, plan.device) > plan.vram:
+            settings.append(DECODING_SETTINGS[phase.name])
+    if settings:
+        settings.append("data.max_prompt_length")
+    return settings
 
 
 def _micro_batch_setting(
@@ -208,11 +229,6 @@ def _shorten(spec: SimulationSpec, plan: Plan) -> str:
         if recipe.base.bits != 4:
             advice += ", or base.bits=4"
         return advice
-    if plan.peak_phase.name in DECODING_PHASES:
-        return (
-            "fewer sequences at once: rollout.max_num_seqs, or shorter ones: rollout.max_new_tokens, "
-            "evaluate.max_new_tokens"
-        )
     # The longest row in a micro-batch of its own.
     row_tokens = (plan.fits_length or 0) * plan.sizes.units // LENGTH_STEP * LENGTH_STEP
     setting = "data.max_length"
