@@ -158,7 +158,7 @@ class Evaluator:
         batch = collate(rows, self.template.pad_id).to(self.roles.base.device)
         with self.roles.inference_mode():
             logps = self.roles.logps(role_of(variant), batch).logps.double().sum(dim=1).tolist()
-        counts = batch.loss_mask.sum(dim=1).tolist()
+        counts = batch.on_cpu.loss_mask.sum(dim=1).tolist()
         return [ReferenceLoss(-total, int(tokens)) for total, tokens in zip(logps, counts, strict=True)]
 
     def _answers(
