@@ -10,6 +10,7 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
+from fake_guard import unavailable
 
 ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "benchmarks"
@@ -35,6 +36,24 @@ def test_verifiers() -> None:
     assert ("(median; 1 workers; 4 of 4 pass)" in output) != ("no sandbox" in output) and output.count(
         "40 of 40 pass"
     ) == 2
+
+
+@pytest.mark.slow
+def test_kernel_counts(tmp_path: Path) -> None:
+    """The counts of one layer: recomputation and a second adapter add launches, shared prompts save bytes."""
+    reason = unavailable()
+    if reason is not None:
+        pytest.skip(reason)
+    file = tmp_path / "counts.json"
+    output = run("kernel_counts.py", "--layers", "1", "--places", "--json", str(file))
+    assert output.startswith("Counted, not measured") and "host_syncs 1 x lowrank_tune/" in output
+    counts = json.loads(file.read_bytes())
+    micro = list(counts["micro"].values())
+    assert micro[0]["launches"] > micro[1]["launches"]
+    for whole, shared in (micro[2:4], micro[4:6]):
+        assert sum(shared["bytes_by_kind"].values()) < sum(whole["bytes_by_kind"].values())
+    decode = counts["decode"]
+    assert decode["rollout, 1 at once, adapters [sft, policy]"]["launches"] > decode["rollout, 1 at once"]["launches"]
 
 
 @pytest.mark.slow

@@ -13,13 +13,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.utils.cpp_extension import include_paths
 
 FOLDER = Path(__file__).parent
 ROOT = FOLDER.parents[1]
 SOURCE = FOLDER / "guard.cpp"
 COMPILER = "g++"
-TORCH_LIBRARIES = Path(torch.__file__).parent / "lib"
+TORCH = Path(torch.__file__).parent
+TORCH_LIBRARIES = TORCH / "lib"
+TORCH_INCLUDES = (TORCH / "include", TORCH / "include" / "torch" / "csrc" / "api" / "include")
 
 
 def unavailable() -> str | None:
@@ -49,7 +50,7 @@ def compile_guard(folder: Path) -> Path:
 
 
 def _command(output: Path) -> list[str]:
-    includes = [f"-I{path}" for path in include_paths()]
+    includes = [f"-I{path}" for path in TORCH_INCLUDES]
     return [
         COMPILER,
         "-O1",

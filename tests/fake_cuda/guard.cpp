@@ -1,8 +1,8 @@
-// A CUDA device that exists only as a name, for a CPU build of torch.
+// A CUDA device without a GPU, for a CPU build of torch.
 //
-// torch's autograd and autocast ask the device guard and the CUDA hooks of a tensor's device before they run. A CPU
-// build has neither and stops the process. These two say that there is one device, and do nothing else. The library
-// must be preloaded: torch reads its hooks while it is imported.
+// Autograd and autocast call the device guard and the CUDA hooks of a tensor's device before they run. A CPU build has
+// neither, and its process ends. These two report one device and do nothing else. The library must be preloaded: torch
+// reads its hooks while it is imported.
 
 #include <ATen/detail/CUDAHooksInterface.h>
 #include <c10/core/impl/DeviceGuardImplInterface.h>
