@@ -109,10 +109,13 @@ class RowPlanner:
         plan = row_plan.plan
         if not plan.fits:
             return plan.needed
-        skipped = (*DECODING_PHASES, *[phase.name for phase in plan.split_phases])
-        totals = [phase.total for phase in plan.phases if phase.name not in skipped]
-        if spec.recipe.is_online:
-            totals.append(plan.peak_phase.static_bytes + bytes_per_sequence(spec.config, length, spec.device))
+        one_sequence = bytes_per_sequence(spec.config, length, spec.device)
+        totals = []
+        for phase in plan.phases:
+            if phase.name == "rollout":
+                totals.append(phase.total - phase.bytes["KV cache"] + one_sequence)
+            elif phase.name not in DECODING_PHASES and phase not in plan.split_phases:
+                totals.append(phase.total)
         return min(self.vram, needed(max(totals), plan.device))
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from lowrank_tune.config import RecipeConfig
 
-CHUNK_TOKENS = 8192
+CHUNK_TOKENS = 4096
 """Tokens of a chunk of the MLPs, at most: in larger ones the MLPs are the peak again."""
 
 
