@@ -168,6 +168,8 @@ def _bytes_of(
 ) -> int:
     """Returns the bytes that are read and written; nothing is assumed to stay in a cache."""
     written = sum(_size(tensor) for tensor in _tensors(outputs))
+    if not func._schema.returns:
+        written = sum(_size(tensor) for tensor in _tensors(_overwritten(func, args)))
     if func in GATHERS:
         return 2 * written
     if func in SCATTERS:
@@ -176,6 +178,15 @@ def _bytes_of(
     if func is aten.copy_.default:
         return written + _size(args[1])
     return written + sum(_size(tensor) for tensor in inputs)
+
+
+def _overwritten(func: Any, args: Sequence[Any]) -> list[Any]:
+    """Returns the arguments that an operator without outputs writes to, as those for lists of tensors."""
+    overwritten = []
+    for argument, value in zip(func._schema.arguments, args, strict=False):
+        if argument.alias_info is not None and argument.alias_info.is_write:
+            overwritten.append(value)
+    return overwritten
 
 
 def _tensors(values: Any) -> Iterator[Tensor]:

@@ -55,7 +55,7 @@ def run_length(recipe: RecipeConfig) -> RunLength | None:
     if these do not determine the number of rows."""
     fault = ""
     report = None
-    if _has_local_tokenizer(recipe.base.model) and all(map(_is_small, recipe.data.train)):
+    if _has_local_tokenizer(recipe.base.model) and all(_is_small(source) for _, source in recipe.sources()):
         try:
             report = inspect_data(recipe, ignore_event)
         except UserError as error:

@@ -31,6 +31,7 @@ from lowrank_tune.memory_planner.fake_device import FakeDeviceMode, fake_device_
 from lowrank_tune.memory_planner.kernel_counter import KernelCounter, KernelCounts
 from lowrank_tune.memory_planner.meta_model import Layer, meta_base, stored_tensors, with_few_layers
 from lowrank_tune.memory_planner.optimizers import planned_optimizer
+from lowrank_tune.memory_planner.plain_steps import plain_steps
 from lowrank_tune.memory_planner.plan_report import PHASE_SEPARATOR
 from lowrank_tune.memory_planner.rollouts import Decoding, DecodingSpec, decode, decode_typical_steps
 from lowrank_tune.memory_planner.sizes import Sizes, batch_of
@@ -103,6 +104,7 @@ def _run(
         warnings.catch_warnings(),
         tracker,
         counter or nullcontext(),
+        nullcontext() if counter is None else plain_steps(),
         fake_device_mode(spec.device) as mode,
         replaced(logprobs, "chunk_logps", _skip_repeated_chunks(logprobs.chunk_logps, counter)),
         replaced(chunked_forward, "run_chunk", skip_middle_chunks(chunked_forward.run_chunk, mode, counter)),
@@ -388,7 +390,7 @@ class _SingleBatchAlgorithm(Algorithm[Batch]):
         self.tracker.move_to("update", "before")
         # As from the second micro-batch on.
         for parameter in self.parameters:
-            parameter.grad = torch.zeros_like(parameter)
+            parameter.grad = torch.empty_like(parameter)
         self.tracker.set_purpose((parameter.grad for parameter in self.parameters), "gradients")
         return self.algorithm.token_weights(batch)
 

@@ -107,6 +107,23 @@ def test_a_row_of_an_embedding_is_read_and_not_the_whole_table() -> None:
     assert kernel.num_bytes == 2 * (3 * 8 * 2)
 
 
+def test_an_update_of_many_tensors_reads_and_writes_them_in_one_kernel() -> None:
+    with counter_of() as counter:
+        torch._foreach_add_([meta(8), meta(4)], [meta(8), meta(4)])
+    assert kernels(counter.counts) == {Kernel(KernelKind.ELEMENTWISE, 2 * (12 + 12 + 12)): 1}
+
+
+def test_an_optimizer_step_reads_weights_gradients_and_moments(tmp_path: Path) -> None:
+    """Fused AdamW in fp32: weight, gradient and two moments are read and, by its schema, written. A plain step measures
+    nothing."""
+    spec = spec_of(tmp_path)
+    found = count_kernels(spec, layers_of(spec.config, 0))["optimizer"]
+    parameters = 2 * sum(RANK * (inputs + outputs) for inputs, outputs in linear_weights().values())
+    largest = max(kernel.num_bytes for kernel in found)
+    assert 0 <= largest - 4 * 8 * parameters < 4 * 200
+    assert sum(found.values()) < 20
+
+
 def test_causal_flash_attention_is_half_of_all_pairs() -> None:
     query = meta(2, 4, 96, 64)
     for is_causal, share in ((True, 0.5), (False, 1.0)):
