@@ -8,7 +8,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from fake_base import fake_base
-from fake_workloads import count_micro_batch, micro_batch_algorithm, sft_rows, stacked_roles
+from fake_workloads import count_micro_batch, count_step, micro_batch_algorithm, sft_rows, stacked_roles
 from integer_values import UnknownValues
 from kernel_counter import CUDA, KernelCounter, MismatchError, Totals
 from torch import Tensor
@@ -32,6 +32,7 @@ def run_checks(counter: KernelCounter) -> dict[str, Any]:
         "refused": refused,
         "values": [check() for check in VALUE_CHECKS],
         "planted": planted_reads(counter),
+        "step": step_flops(counter),
     }
 
 
@@ -249,6 +250,18 @@ def planted_reads(counter: KernelCounter) -> dict[str, int]:
         "planted": planted.num_host_syncs,
         "left on the CPU": int(left == "MismatchError"),
     }
+
+
+def step_flops(counter: KernelCounter) -> dict[str, int]:
+    """Returns the FLOPs of an SFT micro-batch of two rows by kind; the test works them out by hand."""
+    totals = count_step(
+        counter,
+        fake_base("llama-3.1-8b", 1),
+        "none",
+        2,
+        32,
+    )
+    return dict(totals.flops_by_kind)
 
 
 def _with_read(algorithm: Algorithm[Any]) -> Algorithm[Any]:
