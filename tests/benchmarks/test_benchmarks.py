@@ -10,7 +10,7 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
-from fake_guard import unavailable
+from require_fake_gpu import require_fake_gpu
 
 ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "benchmarks"
@@ -41,9 +41,7 @@ def test_verifiers() -> None:
 @pytest.mark.slow
 def test_kernel_counts(tmp_path: Path) -> None:
     """The counts of one layer: recomputation and a second adapter add launches, shared prompts save bytes."""
-    reason = unavailable()
-    if reason is not None:
-        pytest.skip(reason)
+    require_fake_gpu()
     file = tmp_path / "counts.json"
     output = run("kernel_counts.py", "--layers", "1", "--places", "--json", str(file))
     assert output.startswith("Counted, not measured") and "host_syncs 1 x lowrank_tune/" in output

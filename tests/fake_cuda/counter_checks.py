@@ -7,10 +7,12 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from argument_checks import MismatchError
 from fake_base import fake_base
-from fake_workloads import count_micro_batch, micro_batch_algorithm, sft_rows, stacked_roles
+from fake_workloads import count_micro_batch, count_step, micro_batch_algorithm, sft_rows, stacked_roles
 from integer_values import UnknownValues
-from kernel_counter import CUDA, KernelCounter, MismatchError, Totals
+from kernel_counter import CUDA, KernelCounter
+from kernel_totals import Totals
 from torch import Tensor
 
 from lowrank_tune.algorithms.base import Algorithm
@@ -32,6 +34,7 @@ def run_checks(counter: KernelCounter) -> dict[str, Any]:
         "refused": refused,
         "values": [check() for check in VALUE_CHECKS],
         "planted": planted_reads(counter),
+        "step": step_flops(counter),
     }
 
 
@@ -189,6 +192,20 @@ def embedded_on_the_cpu() -> Any:
     return F.embedding(torch.zeros(2, 3, dtype=torch.long), zeros(10, 4))
 
 
+def indexed_on_the_cpu() -> Any:
+    return torch.zeros(4)[torch.tensor([1], device=CUDA)]
+
+
+def stored_from_the_cpu() -> Any:
+    rows = torch.tensor([1], device=CUDA)
+    return zeros(4, 2).index_put((rows,), torch.zeros(1, 2))
+
+
+def indices_of_the_cpu() -> Any:
+    """No fault, but a copy of the indices."""
+    return zeros(4)[torch.tensor([1])]
+
+
 def a_number_of_the_cpu() -> Any:
     """No fault: a tensor without dimensions is passed to the kernel as a number."""
     return zeros(4) + torch.tensor(2.0)
@@ -211,6 +228,9 @@ FAULTS: dict[str, Callable[[], Any]] = {
     "two dtypes attended": two_dtypes_attended,
     "two devices": two_devices,
     "embedded on the CPU": embedded_on_the_cpu,
+    "indexed on the CPU": indexed_on_the_cpu,
+    "stored from the CPU": stored_from_the_cpu,
+    "indices of the CPU": indices_of_the_cpu,
     "a number of the CPU": a_number_of_the_cpu,
     "unknown mask": unknown_mask,
     "written mask": written_mask,
@@ -249,6 +269,18 @@ def planted_reads(counter: KernelCounter) -> dict[str, int]:
         "planted": planted.num_host_syncs,
         "left on the CPU": int(left == "MismatchError"),
     }
+
+
+def step_flops(counter: KernelCounter) -> dict[str, int]:
+    """Returns the FLOPs of an SFT micro-batch of two rows by kind; the test works them out by hand."""
+    totals = count_step(
+        counter,
+        fake_base("llama-3.1-8b", 1),
+        "none",
+        2,
+        32,
+    )
+    return dict(totals.flops_by_kind)
 
 
 def _with_read(algorithm: Algorithm[Any]) -> Algorithm[Any]:

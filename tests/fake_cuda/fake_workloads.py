@@ -18,7 +18,8 @@ from gpu_proof.synthetic import (
     full_rows,
     ragged_rows,
 )
-from kernel_counter import CUDA, KernelCounter, Totals
+from kernel_counter import CUDA, KernelCounter
+from kernel_totals import Totals
 from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 

@@ -8,12 +8,11 @@ real. An operation on both raises, and so does a product of two dtypes.
 from __future__ import annotations
 
 import contextlib
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from argument_checks import check_devices, check_dtypes
 from code_place import code_place
 from integer_values import (
     attach_values,
@@ -24,7 +23,8 @@ from integer_values import (
     set_values,
     stand_in,
 )
-from kernel_work import PRODUCTS, work_of
+from kernel_totals import Totals
+from kernel_work import work_of
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
@@ -34,73 +34,9 @@ CUDA = torch.device("cuda", 0)
 ALLOCATIONS = {"empty", "empty_like", "new_empty", "empty_strided", "new_empty_strided"}
 VIEWS = {"_unsafe_view", "_reshape_alias", "lift_fresh"}
 """Operations that launch nothing although their schema may name no alias."""
-SAME_DTYPE = {*PRODUCTS, "index_copy", "index_copy_", "index_put", "index_put_", "scatter", "scatter_"}
-"""Operations whose floating-point arguments must have one dtype on a GPU; attention too."""
-
 PIN_OPS = {"_pin_memory", "pin_memory"}
 PINNED = "is_in_pinned_memory"
 """The attribute of a CPU tensor that a GPU copies to and from while the host continues."""
-
-
-class MismatchError(RuntimeError):
-    """An operation has arguments that no kernel takes together."""
-
-
-@dataclass
-class Totals:
-    """What was counted. Waits and copies are by the line of code that makes them."""
-
-    launches: int = 0
-    launches_by_op: Counter[str] = field(default_factory=Counter)
-    bytes_by_kind: Counter[str] = field(default_factory=Counter)
-    flops_by_kind: Counter[str] = field(default_factory=Counter)
-    host_syncs: Counter[str] = field(default_factory=Counter)
-    """The host waits for the GPU: it reads a value or copies a tensor to itself."""
-    copies_to_device: Counter[str] = field(default_factory=Counter)
-    copies_to_host: Counter[str] = field(default_factory=Counter)
-
-    @property
-    def num_host_syncs(self) -> int:
-        return self.host_syncs.total()
-
-    @property
-    def num_copies(self) -> int:
-        return self.copies_to_device.total()
-
-    @property
-    def num_bytes(self) -> int:
-        return self.bytes_by_kind.total()
-
-    @property
-    def flops(self) -> int:
-        return self.flops_by_kind.total()
-
-    def to_json(self) -> dict[str, Any]:
-        return {
-            "launches": self.launches,
-            "launches_by_op": dict(self.launches_by_op.most_common()),
-            "bytes_by_kind": dict(self.bytes_by_kind),
-            "flops_by_kind": dict(self.flops_by_kind),
-            "host_syncs": dict(self.host_syncs.most_common()),
-            "copies_to_device": dict(self.copies_to_device.most_common()),
-            "copies_to_host": dict(self.copies_to_host.most_common()),
-        }
-
-    def minus(self, other: Totals) -> Totals:
-        """Returns what was counted here and not in `other`, which counted a part of the same work."""
-        return Totals(
-            self.launches - other.launches,
-            self.launches_by_op - other.launches_by_op,
-            _difference(self.bytes_by_kind, other.bytes_by_kind),
-            _difference(self.flops_by_kind, other.flops_by_kind),
-            self.host_syncs - other.host_syncs,
-            self.copies_to_device - other.copies_to_device,
-            self.copies_to_host - other.copies_to_host,
-        )
-
-
-def _difference(left: Counter[str], right: Counter[str]) -> Counter[str]:
-    return Counter({kind: count - right[kind] for kind, count in left.items()})
 
 
 class KernelCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -347,32 +283,6 @@ def _uses_fake_device(tensors: Sequence[Tensor], kwargs: Mapping[str, Any]) -> b
     if device is not None and torch.device(device).type == "cuda":
         return True
     return any(tensor.is_cuda or isinstance(tensor, FakeTensor) for tensor in tensors)
-
-
-def check_devices(name: str, tensors: Sequence[Tensor]) -> None:
-    """Raises MismatchError for tensors of two devices. A number (a tensor without dimensions), a copy, and indices may
-    be on the CPU."""
-    if name in ("copy_", "_to_copy", "index", "index_put", "index_put_"):
-        tensors = tensors[:1]
-    devices = {tensor.device for tensor in tensors if tensor.is_cuda or tensor.ndim}
-    if len(devices) > 1:
-        raise MismatchError(f"{name}: tensors on {', '.join(sorted(map(str, devices)))}: {_describe(tensors)}")
-
-
-def check_dtypes(name: str, tensors: Sequence[Tensor]) -> None:
-    """Raises MismatchError for floating-point arguments of two dtypes, where a kernel takes only one."""
-    if name not in SAME_DTYPE and "attention" not in name:
-        return
-    floating = [tensor for tensor in tensors if tensor.is_floating_point()]
-    if "attention" in name:
-        # The saved logarithms of the sums are fp32.
-        floating = [tensor for tensor in floating if tensor.ndim == 4]
-    if len({tensor.dtype for tensor in floating}) > 1:
-        raise MismatchError(f"{name}: arguments of several dtypes: {_describe(floating)}")
-
-
-def _describe(tensors: Sequence[Tensor]) -> str:
-    return ", ".join(f"{tensor.dtype} {tuple(tensor.shape)} on {tensor.device}" for tensor in tensors)
 
 
 def _is_of_integers(

@@ -6,13 +6,13 @@ The counts are those of true shapes (llama-3.1-8b and others) with few layers. `
 
 from __future__ import annotations
 
-import os
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
-from fake_guard import run_on_fake_gpu, unavailable
+from fake_guard import run_on_fake_gpu
+from require_fake_gpu import require_fake_gpu
 
 WORKER = Path(__file__).with_name("fake_worker.py")
 
@@ -33,19 +33,17 @@ pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module", autouse=True)
-def _fake_cuda_available() -> None:
-    reason = unavailable()
-    if reason is None:
-        return
-    # A build server that cannot run these tests would not notice what they are for.
-    if os.environ.get("CI"):
-        pytest.fail(f"{reason}, and CI is set")
-    pytest.skip(reason)
+def _fake_gpu_required() -> None:
+    require_fake_gpu()
 
 
 @pytest.fixture(scope="session")
-def library_folder(request: pytest.FixtureRequest) -> Path:
-    return Path(request.config.cache.mkdir("fake_cuda"))  # type: ignore[union-attr]
+def library_folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the compiled library is kept: between runs, if pytest has a cache."""
+    store = getattr(request.config, "cache", None)
+    if store is None:
+        return tmp_path_factory.mktemp("fake_cuda")
+    return Path(store.mkdir("fake_cuda"))
 
 
 @cache
@@ -181,6 +179,9 @@ def test_a_copy_to_the_device_is_no_wait(library_folder: Path) -> None:
         ("two dtypes attended", "MismatchError"),
         ("two devices", "MismatchError"),
         ("embedded on the CPU", "MismatchError"),
+        ("indexed on the CPU", "MismatchError"),
+        ("stored from the CPU", "MismatchError"),
+        ("indices of the CPU", ""),
         ("a number of the CPU", ""),
         ("unknown mask", "UnknownValues"),
         ("written mask", "UnknownValues"),
@@ -198,3 +199,43 @@ def test_a_planted_read_in_a_training_step_is_found(library_folder: Path) -> Non
     planted = counts_of("checks", library_folder)["planted"]
     assert planted["planted"] == planted["plain"] + 1
     assert planted["left on the CPU"] == 1
+
+
+def test_flops_of_a_training_step(library_folder: Path) -> None:
+    """2 rows of 32 tokens, 62 of them scored, one layer of Llama-3.1-8B with LoRA of rank 16, nothing recomputed."""
+    linears = {
+        "q": (4096, 4096),
+        "k": (4096, 1024),
+        "v": (4096, 1024),
+        "o": (4096, 4096),
+        "gate": (4096, 14336),
+        "up": (4096, 14336),
+        "down": (14336, 4096),
+    }
+    tokens, rank = 64, 16
+    products = 0
+    for name, (inputs, outputs) in linears.items():
+        # The embedding before q, k and v has no gradient.
+        has_input_gradient = name not in "qkv"
+        products += 2 * tokens * inputs * outputs * (1 + has_input_gradient)
+        # Forward; the gradients of A and B; the gradient of what is between them; that of the input.
+        products += 2 * tokens * rank * (inputs + outputs + inputs + outputs + outputs + inputs * has_input_gradient)
+    # Logits, and the head's weights expected under them.
+    products += 2 * (2 * 62 * 128_256 * 4096)
+    # Two products of causal scores forward, five backward: 2 rows, 32 heads, 32 x 32 scores, 128 numbers a head.
+    attention = 2 * 2 * 32 * 32 * 32 * 128 // 2 * (2 + 5)
+    flops = counts_of("checks", library_folder)["step"]
+    assert flops["product"] + flops["fused 4-bit product"] == products
+    assert flops["flash attention"] == attention
+
+
+@pytest.mark.parametrize("is_ci", [False, True])
+def test_a_build_server_fails_without_a_compiler(is_ci: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fake_guard.COMPILER", "no-such-compiler")
+    monkeypatch.delenv("CI", raising=False)
+    if is_ci:
+        monkeypatch.setenv("CI", "1")
+    with pytest.raises(BaseException, match="no-such-compiler") as caught:
+        require_fake_gpu()
+    expected = pytest.fail.Exception if is_ci else pytest.skip.Exception
+    assert caught.type is expected
