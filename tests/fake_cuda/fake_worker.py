@@ -14,12 +14,15 @@ fake_gpu.install()
 
 from counter_checks import run_checks  # noqa: E402  (the fake GPU must be installed first)
 from fake_base import fake_base  # noqa: E402
-from fake_workloads import count_decode_step, count_training_step, stacked_roles  # noqa: E402
+from fake_workloads import count_decode_step, count_step, count_training_step, stacked_roles  # noqa: E402
 from kernel_counter import KernelCounter  # noqa: E402
 
 LAYERS = 1
 ALGORITHMS = ("sft", "reward", "dpo", "grpo", "ppo")
 FAMILIES = ("qwen2.5-7b", "qwen3-8b", "mistral-7b")
+PLANNED_LAYERS = 2
+PLANNED_ROWS = 4
+PLANNED_LENGTH = 2048
 WIDTH = 64
 """Columns of a decoding step."""
 
@@ -80,10 +83,26 @@ def count_decoding(counter: KernelCounter) -> dict[str, Any]:
     return {name: totals.to_json() for name, totals in counts.items()}
 
 
+def count_plain_steps(counter: KernelCounter) -> dict[str, Any]:
+    """Micro-batches of SFT that the memory planner simulates too."""
+    base = fake_base("llama-3.1-8b", PLANNED_LAYERS)
+    counts = {}
+    for checkpointing in ("all", "none"):
+        counts[checkpointing] = count_step(
+            counter,
+            base,
+            checkpointing,
+            PLANNED_ROWS,
+            PLANNED_LENGTH,
+        ).to_json()
+    return counts
+
+
 GROUPS: dict[str, Callable[[KernelCounter], dict[str, Any]]] = {
     "training": count_training,
     "families": count_families,
     "decoding": count_decoding,
+    "planned": count_plain_steps,
     "checks": run_checks,
 }
 
