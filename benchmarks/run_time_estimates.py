@@ -13,7 +13,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from lowrank_tune.config import RecipeConfig, load_any
+from lowrank_tune.memory_planner.gpu_specs import LAUNCH_SECONDS
 from lowrank_tune.memory_planner.planned_gpu import gpu_named
+from lowrank_tune.memory_planner.planner import recomputed_of
+from lowrank_tune.memory_planner.roofline import phase_time
+from lowrank_tune.memory_planner.specs import simulation_specs
+from lowrank_tune.memory_planner.step_costs import OPTIMIZER, UPDATE, step_costs
 from lowrank_tune.memory_planner.update_speed import estimated_update_speed
 
 SETTINGS = (
@@ -36,6 +41,8 @@ class Figure:
     tokens_per_second: float
     length: int = 2048
     accumulation: int = ACCUMULATION
+    launches: int = 0
+    """Launches of a step, where they were measured."""
 
     def recipe(self) -> RecipeConfig:
         loaded = load_any(
@@ -56,8 +63,8 @@ PUBLISHED = (
     Figure("Unsloth", "h200", "qwen3-8b-sft", 2, 8400),
 )
 OURS = (
-    Figure("this kit, measured", "h200", "llama-3.1-8b-sft", 4, 8230, accumulation=2),
-    Figure("this kit, measured", "h200", "qwen3-8b-sft", 2, 5803),
+    Figure("this kit, measured", "h200", "llama-3.1-8b-sft", 4, 8230, accumulation=2, launches=26290),
+    Figure("this kit, measured", "h200", "qwen3-8b-sft", 2, 5803, launches=66152),
     Figure("this kit, measured", "h200", "llama-3.1-8b-dpo", 2, 6842, length=1024, accumulation=2),
     Figure("this kit, measured", "h200", "llama-3.1-8b-reward", 2, 6399, length=1024, accumulation=2),
 )
@@ -74,11 +81,28 @@ def rows_of(figures: tuple[Figure, ...]) -> Iterator[str]:
         )
 
 
+def counted_launches(figure: Figure) -> float:
+    """Kernels of a step: of each micro-batch, and of the optimizer."""
+    (spec,) = simulation_specs(figure.recipe(), "cuda")
+    costs = step_costs(spec, recomputed_of(spec), {})
+    gpu = gpu_named(figure.gpu)
+    seconds = figure.accumulation * phase_time(costs[UPDATE].kernels, gpu).host_seconds
+    seconds += phase_time(costs[OPTIMIZER].kernels, gpu).host_seconds
+    return seconds / LAUNCH_SECONDS
+
+
 def main() -> None:
     print("| source | GPU | preset | micro-batch | tokens/s, source | estimate | error |")
     print("|---|---|---|---|---|---|---|")
     for row in rows_of((*PUBLISHED, *OURS)):
         print(row, flush=True)
+    for figure in OURS:
+        if figure.launches:
+            counted = counted_launches(figure)
+            error = counted / figure.launches - 1
+            print(
+                f"launches of a step, {figure.preset}: counted {counted:,.0f}, measured {figure.launches:,}, {error:+.0%}"
+            )
 
 
 if __name__ == "__main__":
