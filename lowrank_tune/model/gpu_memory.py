@@ -70,4 +70,7 @@ def limit_gpu_memory(budget_bytes: int, device: torch.device | None = None) -> N
             f"train.memory_budget_gib: the GPU has {memory.total_bytes / GIB:.1f} GiB, not {budget_bytes / GIB:g}"
         )
     limit = max(0, budget_bytes - CONTEXT_BYTES)
+    if device is not None and device.index is None:
+        # `cuda` is the current GPU, which this function of torch accepts only as None.
+        device = None
     torch.cuda.set_per_process_memory_fraction(limit / memory.total_bytes, device)

@@ -24,12 +24,17 @@ CUDA = torch.device("cuda", 0)
 def fractions(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     """A GPU of 24 GiB, of which a desktop has 2. Returns the fractions to which the process is limited."""
     found: list[float] = []
+
+    def set_fraction(fraction: float, device: torch.device | None = None) -> None:
+        assert device is None or device.index is not None, "torch refuses a device without an index here"
+        found.append(fraction)
+
     answers: Mapping[str, Any] = {
         "is_available": lambda: True,
         "mem_get_info": lambda device=None: (22 * GIB, 24 * GIB),
         "memory_reserved": lambda device=None: 0,
         "get_device_name": lambda device=None: "GPU of a test",
-        "set_per_process_memory_fraction": lambda fraction, device=None: found.append(fraction),
+        "set_per_process_memory_fraction": set_fraction,
     }
     for name, answer in answers.items():
         monkeypatch.setattr(torch.cuda, name, answer)
@@ -62,8 +67,9 @@ def test_a_run_is_always_limited_to_what_is_free(fractions: list[float]) -> None
     assert limit_gpu(recipe, 0, None) / GIB == pytest.approx(21.95)
     assert limit_gpu(recipe, 16 * GIB, CUDA) == 16 * GIB, "the budget of its first start"
     assert limit_gpu(load_any("tiny-sft", "train.memory_budget_gib=12"), 16 * GIB, None) == 12 * GIB
-    assert [fraction * 24 for fraction in fractions] == pytest.approx([21.7, 15.75, 11.75])
-    assert limit_gpu(recipe, 0, torch.device("cpu")) == 0 and len(fractions) == 3
+    assert limit_gpu(recipe, 8 * GIB, torch.device("cuda")) == 8 * GIB
+    assert [fraction * 24 for fraction in fractions] == pytest.approx([21.7, 15.75, 11.75, 7.75])
+    assert limit_gpu(recipe, 0, torch.device("cpu")) == 0 and len(fractions) == 4
 
 
 def test_a_budget_above_the_memory_of_the_gpu_is_refused(fractions: list[float]) -> None:
