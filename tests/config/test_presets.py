@@ -124,7 +124,8 @@ def test_missing_frozen_adapter_is_planned_like_the_trained_one() -> None:
     (found,) = plan(load_any("myllm-dpo", "evaluate={}"), 0.0)
     assert any("runs/myllm-sft does not exist yet" in note for note in found.notes)
     (update,) = (phase.bytes for phase in found.phases if phase.name == "update")
-    assert update["adapters"] > 1.9 * update["gradients"] > 0, "two adapters, of which one is trained"
+    # The trained one in fp32, the frozen one in bf16.
+    assert 1.45 * update["gradients"] < update["adapters"] < 1.55 * update["gradients"]
 
 
 def test_presets_show_resolved_prints_inherited_settings() -> None:
