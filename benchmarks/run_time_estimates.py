@@ -101,7 +101,8 @@ def main() -> None:
             counted = counted_launches(figure)
             error = counted / figure.launches - 1
             print(
-                f"launches of a step, {figure.preset}: counted {counted:,.0f}, measured {figure.launches:,}, {error:+.0%}"
+                f"launches of a step, {figure.preset}: "
+                f"counted {counted:,.0f}, measured {figure.launches:,}, {error:+.0%}"
             )
 
 

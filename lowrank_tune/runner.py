@@ -411,7 +411,12 @@ def _speed_comparison(
     gpu = installed_spec() if device.type == "cuda" else None
     if gpu is None or recipe.train.memory_check == "off":
         return None
-    return SpeedComparison(estimated_update_speed(recipe, gpu), emit)
+    try:
+        estimated = estimated_update_speed(recipe, gpu)
+    except UserError as error:
+        emit(warning(f"the speed of the update is not estimated: {error}"))
+        return None
+    return SpeedComparison(estimated, emit)
 
 
 def _out_of_memory(error: BaseException, recipe: RecipeConfig) -> OutOfMemory:

@@ -168,7 +168,9 @@ def test_flops_of_an_update_are_those_of_the_formula(tmp_path: Path) -> None:
     expected = 2 * 2 * tokens * (layers * weights) - 2 * tokens * first
     expected += 3 * 2 * tokens * layers * lora - 2 * tokens * 3 * RANK * WIDTH
     expected += 2 * 2 * scored * VOCABULARY * WIDTH
-    assert flops_of(found, KernelKind.GEMM, KernelKind.NF4) == expected
+    # Some versions of transformers compute rotary angles, positions times half a head's frequencies, as a product.
+    angles = 2 * LENGTH * (WIDTH // HEADS // 2)
+    assert flops_of(found, KernelKind.GEMM, KernelKind.NF4) in (expected, expected + angles)
     pairs = 4 * ROWS * HEADS * LENGTH * LENGTH * (WIDTH // HEADS) // 2
     assert flops_of(found, KernelKind.FLASH) == layers * pairs
     assert flops_of(found, KernelKind.FLASH_BACKWARD) == 2.5 * layers * pairs

@@ -9,8 +9,10 @@ import torch
 
 from lowrank_tune import run, runner
 from lowrank_tune.config import RecipeConfig, load_any
+from lowrank_tune.errors import UserError
 from lowrank_tune.events import Event, LogMessage, StepEnd
 from lowrank_tune.json_files import read_json_object
+from lowrank_tune.memory_planner.gpu_specs import GpuSpec
 from lowrank_tune.memory_planner.planned_gpu import gpu_named
 from lowrank_tune.memory_planner.planner import recomputed_of
 from lowrank_tune.memory_planner.roofline import phase_time
@@ -87,6 +89,30 @@ def test_the_summary_of_a_run_has_both_speeds(tmp_path: Path, monkeypatch: pytes
     speed = read_json_object(tmp_path / "run" / "summary.json")["speed"]
     assert speed["estimated_tokens_per_second"] == 1000 and speed["measured_tokens_per_second"] > 0
     assert speed["ratio"] == pytest.approx(speed["measured_tokens_per_second"] / 1000, abs=1e-3)
+
+
+def test_a_gpu_with_rates_is_estimated_and_a_fault_is_a_warning(monkeypatch: pytest.MonkeyPatch) -> None:
+    events: list[Event] = []
+    estimates = iter([1234.0])
+
+    def estimate(recipe: RecipeConfig, gpu: GpuSpec) -> float:
+        for value in estimates:
+            return value
+        raise UserError("no configuration")
+
+    monkeypatch.setattr(runner, "installed_spec", lambda: gpu_named("4090"))
+    monkeypatch.setattr(runner, "estimated_update_speed", estimate)
+    recipe = load_any("tiny-sft")
+    assert isinstance(recipe, RecipeConfig)
+    cuda = torch.device("cuda")
+    comparison = runner._speed_comparison(recipe, cuda, events.append)
+    assert comparison is not None and comparison.estimated_tokens_per_second == 1234 and not events
+    assert runner._speed_comparison(recipe, cuda, events.append) is None
+    (event,) = events
+    assert isinstance(event, LogMessage) and "not estimated: no configuration" in event.message
+    unplanned = load_any("tiny-sft", "train.memory_check=off")
+    assert isinstance(unplanned, RecipeConfig)
+    assert runner._speed_comparison(unplanned, cuda, events.append) is None and len(events) == 1
 
 
 def test_a_run_without_a_gpu_compares_nothing() -> None:
