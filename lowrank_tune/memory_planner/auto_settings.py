@@ -119,17 +119,20 @@ def _micro_batch(spec: SimulationSpec, plan: Plan) -> int:
 def _fewest_layers(spec: SimulationSpec, all_recomputed: Plan) -> Plan:
     """Returns the plan with the fewest recomputed layers that fits with the margin, else the one that recomputes all
     layers."""
-    for plan in _plans_by_layers(spec, all_recomputed):
-        if fits_with_margin(plan):
-            return plan
-    return all_recomputed
+    plans = list(_plans_by_layers(spec, all_recomputed))
+    fitting = [plan for plan in plans if fits_with_margin(plan)]
+    if len(fitting) == len(plans):
+        # Only then can none be recomputed, which is simulated by itself.
+        none_recomputed = _plan_with(spec, all_recomputed, 0)
+        if fits_with_margin(none_recomputed):
+            return none_recomputed
+    return fitting[0] if fitting else all_recomputed
 
 
 def _plans_by_layers(spec: SimulationSpec, all_recomputed: Plan) -> Iterator[Plan]:
-    """Yields plans with more and more recomputed layers, counted from the first. Numbers for which too few layers of a
-    kind are left to extrapolate from are left out."""
+    """Yields plans with more and more recomputed layers, counted from the first, but not none or all. Numbers for which
+    too few layers of a kind are left to extrapolate from are left out."""
     layers = all_recomputed.layers
-    yield _plan_with(spec, all_recomputed, 0)
     kinds = Counter(layers_of(spec.config, 0)) | Counter(layers_of(spec.config, layers))
     if min(kinds.values()) < 2 * MIN_LAYERS:
         return
