@@ -14,10 +14,11 @@ from typer.testing import CliRunner, Result
 
 from lowrank_tune.cli import app
 from lowrank_tune.config import load_any
+from lowrank_tune.config.memory import num_mlp_chunks
 from lowrank_tune.memory_planner import offload_hooks
 from lowrank_tune.memory_planner.max_length import LENGTH_STEP, longest_fitting, offloaded_bytes
 from lowrank_tune.memory_planner.meta_model import layers_of
-from lowrank_tune.memory_planner.row_settings import long_row_settings, num_mlp_chunks
+from lowrank_tune.memory_planner.row_settings import long_row_settings
 from lowrank_tune.memory_planner.simulation import simulate
 from lowrank_tune.memory_planner.specs import simulation_specs
 
