@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import torch
 
@@ -129,18 +129,24 @@ def load_roles(
         _load_value_from_reward_model(recipe, roles, saved[REWARD_ROLE])
     if base.backend == "unsloth":
         unsloth.check(roles, trained)
-        message = (
-            "unsloth runs the base, and computes what transformers does; completions are drawn by transformers' own "
-            "code"
-        )
+    for message in _notes(roles, trained, saved):
         emit(LogMessage(message=message))
+    return roles
+
+
+def _notes(
+    roles: Roles,
+    trained: str,
+    saved: Mapping[str, SavedAdapter],
+) -> Iterator[str]:
+    """Yields what the user should know about the loaded roles."""
+    if roles.base.backend == "unsloth":
+        yield "unsloth runs the base, and computes what transformers does; completions are drawn by transformers' own code"
     if trained in saved:
-        message = (
+        yield (
             f"the {trained} adapter continues from {saved[trained].folder}: it need not agree with "
             f"{describe_reference(roles)}"
         )
-        emit(LogMessage(message=message))
-    return roles
 
 
 def _load_adapter(

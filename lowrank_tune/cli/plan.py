@@ -96,7 +96,7 @@ def plan_command(
                 console,
                 as_json,
             )
-            if planned.note and not as_json:
+            if planned.note and vram is None and not as_json:
                 console.print(planned.note)
         if not fits:
             raise typer.Exit(UserError.exit_code)

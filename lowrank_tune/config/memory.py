@@ -20,6 +20,9 @@ MEMORY_SETTINGS = (
 """Settings that change memory and speed and never the gradient: a run that had not enough memory may continue with
 other values."""
 
+CHUNK_TOKENS = 4096
+"""Tokens of a chunk of the MLPs, at most: in larger ones the MLPs are the peak again."""
+
 
 def memory_settings(recipe: RecipeConfig) -> dict[str, Any]:
     """Returns the settings of memory of a recipe, by their paths."""
@@ -42,16 +45,30 @@ def suggestions(
 
     `kind` is a field of `MemoryLimits` or any other word, and `tokens` the length of the work.
     """
-    continued = _settings_of_same_run(recipe, kind, on_gpu)
+    continued = _settings_of_same_run(
+        recipe,
+        kind,
+        tokens,
+        on_gpu,
+    )
     new_run = f"a new run (--out) may have {' or '.join(_settings_of_new_run(recipe, kind, tokens, on_gpu))}"
     if continued:
         return f"the same command with {' '.join(continued)} continues; {new_run}"
     return new_run
 
 
+def num_mlp_chunks(length: int) -> int:
+    """Returns the smallest power of two so that a chunk of a row has at most `CHUNK_TOKENS` tokens."""
+    count = 1
+    while length > count * CHUNK_TOKENS:
+        count *= 2
+    return count
+
+
 def _settings_of_same_run(
     recipe: RecipeConfig,
     kind: str,
+    tokens: int,
     on_gpu: bool,
 ) -> list[str]:
     train = recipe.train
@@ -61,6 +78,9 @@ def _settings_of_same_run(
             settings.append("train.gradient_checkpointing=true")
         if on_gpu and not train.activation_offloading:
             settings.append("train.activation_offloading=true")
+        chunks = num_mlp_chunks(tokens)
+        if on_gpu and chunks > train.mlp_chunks and recipe.base.backend == "transformers":
+            settings.append(f"train.mlp_chunks={chunks}")
         if kind != "update_tokens" and train.micro_batch_size != 1:
             settings.append("train.micro_batch_size=1")
     if train.memory_budget_gib is not None:

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 from lowrank_tune.config import RecipeConfig
-
-CHUNK_TOKENS = 4096
-"""Tokens of a chunk of the MLPs, at most: in larger ones the MLPs are the peak again."""
+from lowrank_tune.config.memory import num_mlp_chunks
 
 
 def long_row_settings(recipe: RecipeConfig, length: int) -> list[str]:
@@ -25,11 +23,3 @@ def long_row_settings(recipe: RecipeConfig, length: int) -> list[str]:
     if num_chunks > 1 or recipe.train.mlp_chunks > 1:
         settings.append(f"train.mlp_chunks={num_chunks}")
     return settings
-
-
-def num_mlp_chunks(length: int) -> int:
-    """Returns the smallest power of two so that a chunk of a row has at most `CHUNK_TOKENS` tokens."""
-    count = 1
-    while length > count * CHUNK_TOKENS:
-        count *= 2
-    return count

@@ -14,10 +14,11 @@ from typer.testing import CliRunner, Result
 
 from lowrank_tune.cli import app
 from lowrank_tune.config import load_any
+from lowrank_tune.config.memory import num_mlp_chunks
 from lowrank_tune.memory_planner import offload_hooks
 from lowrank_tune.memory_planner.max_length import LENGTH_STEP, longest_fitting, offloaded_bytes
 from lowrank_tune.memory_planner.meta_model import layers_of
-from lowrank_tune.memory_planner.row_settings import long_row_settings, num_mlp_chunks
+from lowrank_tune.memory_planner.row_settings import long_row_settings
 from lowrank_tune.memory_planner.simulation import simulate
 from lowrank_tune.memory_planner.specs import simulation_specs
 
@@ -105,7 +106,10 @@ def test_the_longest_row_of_a_small_base_is_that_of_its_positions(tmp_path: Path
 @pytest.mark.parametrize(
     ("arguments", "fault"),
     [
-        (("--max-length", "auto", "--device", "cpu"), "--max-length: is planned for a GPU; leave out --device cpu"),
+        (
+            ("--max-length", "auto", "--device", "cpu"),
+            "--max-length auto is for a GPU, and --device cpu plans for the CPU: leave one of them out",
+        ),
         (("--max-length", "long"), "--max-length: expected `auto` or a number of tokens, found 'long'"),
         (("--max-length", "0"), "--max-length: expected `auto` or a number of tokens, found '0'"),
         (("--max-length", "8"), "--max-length: the shortest row of this recipe has 32 tokens"),
@@ -113,7 +117,6 @@ def test_the_longest_row_of_a_small_base_is_that_of_its_positions(tmp_path: Path
             ("--max-length", "131,073"),
             "--max-length: meta-llama/Llama-3.1-8B-Instruct is for rows of at most 131,072 tokens",
         ),
-        (("--json",), "--json: is a form of the result of --max-length; give both"),
     ],
 )
 def test_wrong_lengths_are_refused(arguments: tuple[str, ...], fault: str) -> None:

@@ -32,7 +32,7 @@ def update_peaks(tmp_path: Path, chunks: int) -> Peaks:
     return simulation.simulate(spec, [Layer(), Layer(recomputed=False)], only_update=True)
 
 
-def skip_nothing(run_chunk: Any, mode: Any) -> Any:
+def skip_nothing(run_chunk: Any, mode: Any, counter: Any) -> Any:
     def every_chunk(*arguments: Any) -> Any:
         with mode.active():
             return run_chunk(*arguments)

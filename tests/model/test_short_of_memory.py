@@ -214,6 +214,16 @@ def test_advice_by_hand(changes: dict[str, Any], kind: str, has_gpu: bool, words
     assert suggestions(Recipe.from_dict(recipe), kind, 0 if kind == "" else 1500, has_gpu) == words
 
 
+@pytest.mark.parametrize(("tokens", "chunks"), [(4096, 1), (20_000, 8)])
+def test_a_long_row_that_does_not_fit_needs_mlp_chunks(tokens: int, chunks: int) -> None:
+    train = {"max_steps": 1, "activation_offloading": True}
+    recipe = Recipe.from_dict(
+        {"algorithm": "sft", "data": {"train": [{"dataset": "builtin:arithmetic"}]}, "train": train}
+    )
+    words = suggestions(recipe, "update_tokens", tokens, True)
+    assert ("the same command with train.mlp_chunks=8 continues" in words) == (chunks > 1)
+
+
 def test_any_other_lack_of_memory_ends_with_3_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def step(*_: Any, **__: Any) -> None:
         raise short_of_memory()
