@@ -141,7 +141,10 @@ def _notes(
 ) -> Iterator[str]:
     """Yields what the user should know about the loaded roles."""
     if roles.base.backend == "unsloth":
-        yield "unsloth runs the base, and computes what transformers does; completions are drawn by transformers' own code"
+        yield (
+            "unsloth runs the base, and computes what transformers does; completions are drawn by transformers' own "
+            "code"
+        )
     if trained in saved:
         yield (
             f"the {trained} adapter continues from {saved[trained].folder}: it need not agree with "

@@ -50,14 +50,14 @@ def plan_with_time(
     device: str,
     gpu: GpuSpec | None,
 ) -> Iterator[tuple[Plan, RunTime | None]]:
-    """Yields each plan of `plan`, with the time of the stage on `gpu`; None without one."""
+    """Yields each plan of `plan`, with the time of the stage on `gpu`; None without one, or if it does not fit."""
     for spec in simulation_specs(loaded, device):
         vram = vram_bytes(spec, vram_gib)
         fitted_plan = with_fit_report(spec, plan_of(spec, vram, spec.recipe.name))
         choice = choice_of(spec, fitted_plan)
         fitted_plan = with_auto_advice(spec, fitted_plan, choice.values)
         run_time = None
-        if gpu is not None:
+        if gpu is not None and fitted_plan.fits:
             run_time = estimate_run_time(
                 with_auto_values(spec, choice),
                 choice.plan,
