@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
+from rich.status import Status
 
 from lowrank_tune.cli.help_pages import HelpGroup
 from lowrank_tune.errors import OutOfMemory, UserError
@@ -106,13 +107,20 @@ def check_run_or_model(name: str) -> None:
 
 
 @contextmanager
-def loading_message() -> Iterator[None]:
-    """Shows a message at a terminal while torch and transformers are imported, which takes seconds."""
+def status_message(text: str) -> Iterator[Status | None]:
+    """Yields a line with a message at a terminal, None elsewhere. It disappears at the end."""
     console = Console(stderr=True)
     if not console.is_terminal:
-        yield
+        yield None
         return
-    with console.status("starting: torch and transformers take a few seconds"):
+    with console.status(text) as status:
+        yield status
+
+
+@contextmanager
+def loading_message() -> Iterator[None]:
+    """Shows a message at a terminal while torch and transformers are imported, which takes seconds."""
+    with status_message("starting: torch and transformers take a few seconds"):
         yield
 
 

@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from enum import StrEnum
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
 
-from lowrank_tune.cli.common import Debug, Overrides, Recipe, app, loading_message, report_user_errors
+from lowrank_tune.cli.common import Debug, Overrides, Recipe, app, loading_message, report_user_errors, status_message
 from lowrank_tune.cli.plan_max_length import parse_max_length, print_max_length
 from lowrank_tune.errors import UserError
 
 if TYPE_CHECKING:
     from lowrank_tune.config import Chain, RecipeConfig
+    from lowrank_tune.memory_planner import Plan
     from lowrank_tune.memory_planner.planned_gpu import PlannedGpu
+    from lowrank_tune.memory_planner.run_time import RunTime
+
+    PlanWithTime = tuple[Plan, RunTime | None]
 
 
 class PlanDevice(StrEnum):
@@ -136,16 +141,27 @@ def _print_plans(
     from lowrank_tune.ui.views.plan_json import plan_to_dict
 
     printer = PlanPrinter(Console(highlight=False, quiet=as_json), isinstance(loaded, Chain))
-    stages = []
-    for stage_plan, run_time in plan_with_time(
+    plans = plan_with_time(
         loaded,
         planned.vram_gib,
         device.value,
         planned.spec,
-    ):
+    )
+    stages = []
+    for stage_plan, run_time in _with_status(plans):
         printer.show(stage_plan, run_time)
         stages.append(plan_to_dict(stage_plan, run_time))
     printer.finish(planned.note)
     if as_json:
         print(json.dumps({"note": planned.note, "stages": stages}, indent=2))
     return all(stage["fits"] for stage in stages)
+
+
+def _with_status(plans: Iterator[PlanWithTime]) -> Iterator[PlanWithTime]:
+    """Yields the plans, with a message at a terminal while each of them is computed."""
+    while True:
+        with status_message("planning: a simulation takes some seconds"):
+            found = next(plans, None)
+        if found is None:
+            return
+        yield found

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from functools import partial
 from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.status import Status
 
+from lowrank_tune.cli.common import status_message
 from lowrank_tune.errors import UserError
 
 if TYPE_CHECKING:
@@ -42,7 +42,7 @@ def print_max_length(
     from lowrank_tune.ui.views.plan import show
 
     load = partial(_load_recipe, recipe, overrides)
-    with _progress() as status:
+    with status_message("planning") as status:
         planner = RowPlanner(load, vram_gib, partial(_show_try, status))
         row_plan = planner.longest() if length is None else planner.plan(length)
     is_longest = length is None
@@ -66,17 +66,6 @@ def _load_recipe(
     if isinstance(loaded, Chain):
         raise UserError(f"--max-length: {recipe} is a chain; plan the recipe of one stage")
     return loaded
-
-
-@contextmanager
-def _progress() -> Iterator[Status | None]:
-    """Yields a line at a terminal, None elsewhere."""
-    console = Console(stderr=True)
-    if not console.is_terminal:
-        yield None
-        return
-    with console.status("planning") as status:
-        yield status
 
 
 def _show_try(status: Status | None, length: int) -> None:
