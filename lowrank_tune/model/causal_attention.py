@@ -9,12 +9,16 @@ pass. It creates no mask and reads nothing for an attention function that has no
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
+from torch import Tensor
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+from lowrank_tune.model.rounding import relative_difference
 
 ATTENTION_KEY = "_attn_implementation_internal"
 """The attribute of a configuration that contains the name of the attention function."""
@@ -41,6 +45,10 @@ CAUSAL_MODEL_TYPES = frozenset(
     )
 )
 """Models whose decoder uses its mask in nothing but the attention function, read in transformers 5.17 and 5.23."""
+VERIFIED_COLUMNS = 24
+"""Tokens of the made-up rows on which both ways are compared."""
+MAX_DIFFERENCE = 1e-3
+"""Relative difference of hidden states: both ways call the same kernels, so that they differ by rounding at most."""
 
 AttentionInterface.register(CAUSAL_NAME, sdpa_attention_forward)
 
@@ -55,6 +63,21 @@ def causal_attention(model: Any, columns: int) -> Iterator[None]:
         return
     with attention_name(config, CAUSAL_NAME):
         yield
+
+
+@torch.no_grad()
+def verify_causal_attention(
+    decoder: Callable[[Tensor], Tensor],
+    model: Any,
+    vocabulary: int,
+) -> bool:
+    """Returns whether the hidden states (B, T, d) of made-up rows are the same with and without transformers' masks."""
+    ids = torch.arange(3, 3 + 2 * VERIFIED_COLUMNS, device=model.device) * 7 % vocabulary
+    rows = ids.view(2, VERIFIED_COLUMNS)
+    expected = decoder(rows)
+    with attention_name(model.config.get_text_config(), CAUSAL_NAME):
+        computed = decoder(rows)
+    return relative_difference(computed, expected) <= MAX_DIFFERENCE
 
 
 def needs_no_mask(config: Any, columns: int) -> bool:

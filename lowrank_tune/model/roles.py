@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -20,10 +20,16 @@ from torch import Tensor, nn
 
 from lowrank_tune.batch import Batch
 from lowrank_tune.errors import UserError
+from lowrank_tune.events import warning
 from lowrank_tune.model import heads as scalar
 from lowrank_tune.model.activation_checkpointing import Checkpointing, checkpoint_layers, disable_checkpointing
 from lowrank_tune.model.base import Base, num_stored_bytes
-from lowrank_tune.model.causal_attention import causal_attention
+from lowrank_tune.model.causal_attention import (
+    VERIFIED_COLUMNS,
+    causal_attention,
+    needs_no_mask,
+    verify_causal_attention,
+)
 from lowrank_tune.model.chunked_mlp import chunk_mlps
 from lowrank_tune.model.frozen_adapters import FrozenAdapters, frozen_dtype
 from lowrank_tune.model.logprobs import (
@@ -227,7 +233,7 @@ class Roles:
 
     def _run_causal(self, ids: Tensor) -> Tensor:
         """Returns the hidden states of rows that are padded on the right."""
-        if self.base.backend != "transformers":
+        if not self.runs_without_masks:
             return self._run_decoder(ids, None, None)
         with causal_attention(self.base.model, ids.shape[1]):
             return self._run_decoder(ids, None, None)
@@ -257,6 +263,25 @@ class Roles:
         if packed is not None and batch.input_ids.shape[1] <= self.max_shareable_length:
             return packed
         return None
+
+    @cached_property
+    def runs_without_masks(self) -> bool:
+        """Whether rows that are padded on the right run without transformers' masks: compared once, on the base."""
+        model = self.base.model
+        is_known = needs_no_mask(model.config.get_text_config(), VERIFIED_COLUMNS)
+        if self.base.backend != "transformers" or not is_known:
+            return False
+        with self.inference_mode(), self.activate("base"):
+            is_equal = verify_causal_attention(
+                partial(self._run_decoder, mask=None, positions=None),
+                model,
+                self.head.weight.shape[0],
+            )
+        if not is_equal:
+            self.limits.emit(
+                warning(f"{self.base.name}: attention without masks computes something else; masks are used")
+            )
+        return is_equal
 
     @cached_property
     def max_shareable_length(self) -> int:

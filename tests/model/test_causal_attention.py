@@ -10,10 +10,13 @@ from models import make_batch, perturb, roles_over, unquantized_base
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from transformers import masking_utils
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from lowrank_tune.batch import Batch
+from lowrank_tune.events import Event, LogMessage
 from lowrank_tune.model import roles as roles_module
-from lowrank_tune.model.causal_attention import CAUSAL_MODEL_TYPES, causal_attention, needs_no_mask
+from lowrank_tune.model.causal_attention import CAUSAL_MODEL_TYPES, CAUSAL_NAME, causal_attention, needs_no_mask
 from lowrank_tune.model.roles import Roles
 
 ROWS = [[5, 9, 12, 7, 8, 3], [4, 6], [11, 13, 17]]
@@ -97,3 +100,29 @@ def test_decisions_are_made_from_the_rows_on_the_cpu() -> None:
     assert rows.shape == columns.shape == (int(batch.loss_mask.sum()),)
     chosen = batch.select_rows(torch.tensor([1]))
     assert chosen.on_cpu is chosen and "_cpu_rows" not in moved.tensors()
+
+
+def test_the_way_without_masks_is_compared_once_on_the_base() -> None:
+    roles = roles_over(unquantized_base("llama"))
+    rng = torch.get_rng_state()
+    assert roles.runs_without_masks
+    assert torch.equal(torch.get_rng_state(), rng) and roles.base.model.training
+
+
+def test_a_way_that_computes_something_else_is_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Under this name every token sees all others."""
+    batch = make_batch(ROWS)
+    expected = roles_over(unquantized_base("llama")).logps("policy", batch).logps
+
+    def without_causality(*arguments: Any, **settings: Any) -> Any:
+        return sdpa_attention_forward(*arguments, **{**settings, "is_causal": False})
+
+    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS._global_mapping, CAUSAL_NAME, without_causality)
+    roles = roles_over(unquantized_base("llama"))
+    events: list[Event] = []
+    roles.limits.emit = events.append
+    assert torch.equal(roles.logps("policy", batch).logps, expected)
+    assert not roles.runs_without_masks
+    assert [event.message for event in events if isinstance(event, LogMessage)] == [
+        f"{roles.base.name}: attention without masks computes something else; masks are used"
+    ]
