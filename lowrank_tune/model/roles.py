@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from functools import cached_property, partial
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -234,9 +234,12 @@ class Roles:
     def _run_causal(self, ids: Tensor) -> Tensor:
         """Returns the hidden states of rows that are padded on the right."""
         if not self.runs_without_masks:
-            return self._run_decoder(ids, None, None)
+            return self._run_without_mask(ids)
         with causal_attention(self.base.model, ids.shape[1]):
-            return self._run_decoder(ids, None, None)
+            return self._run_without_mask(ids)
+
+    def _run_without_mask(self, ids: Tensor) -> Tensor:
+        return self._run_decoder(ids, None, None)
 
     def _run_decoder(
         self,
@@ -273,7 +276,7 @@ class Roles:
             return False
         with self.inference_mode(), self.activate("base"):
             is_equal = verify_causal_attention(
-                partial(self._run_decoder, mask=None, positions=None),
+                self._run_without_mask,
                 model,
                 self.head.weight.shape[0],
             )
