@@ -9,6 +9,7 @@ import fcntl
 import json
 import os
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,8 @@ from lowrank_tune.events import Event, from_json
 from lowrank_tune.json_files import get_mapping, read_json_object
 
 EVENTS = "events.jsonl"
+RUN_FILES = ("run.json", EVENTS, "summary.json")
+"""A folder with one of these files is that of a run or of a chain."""
 
 
 def stage_folders(path: Path) -> list[Path]:
@@ -28,6 +31,30 @@ def stage_folders(path: Path) -> list[Path]:
 
 def is_chain(path: Path) -> bool:
     return stage_folders(path) != [path]
+
+
+def is_run_folder(path: Path) -> bool:
+    """Returns whether a folder is that of a run or of a chain, finished or not, damaged or not."""
+    return any(os.path.lexists(path / name) for name in RUN_FILES)
+
+
+def run_folders(folder: Path) -> list[Path]:
+    """Returns the folders of runs and chains in `folder`, the one with the newest events first."""
+    runs = [path for path in folder.iterdir() if path.is_dir() and is_run_folder(path)]
+    return sorted(runs, key=lambda run: (last_change(run), run.name), reverse=True)
+
+
+def last_change(run: Path) -> float:
+    """Returns when a run last wrote one of its `RUN_FILES`, in seconds since the epoch; of a chain, any of its stages.
+
+    0 if there is no such file.
+    """
+    times = [0.0]
+    for folder in {run, *stage_folders(run)}:
+        for name in RUN_FILES:
+            with suppress(OSError, ValueError):
+                times.append((folder / name).stat().st_mtime)
+    return max(times)
 
 
 def read_recipe(folder: Path) -> Mapping[str, Any]:
@@ -63,6 +90,18 @@ def ended_process(path: Path) -> int | None:
     except (OSError, ValueError, OverflowError):
         return None
     return None
+
+
+def is_locked(path: Path) -> bool:
+    """Returns whether a process holds the lock of a run, and so is writing its folder."""
+    try:
+        with (path / ".lock").open() as lock:
+            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False
+    return False
 
 
 def read_event_lines(path: Path) -> Iterator[Event]:
