@@ -19,6 +19,8 @@ from lowrank_tune.json_files import get_mapping, read_json_object
 EVENTS = "events.jsonl"
 RUN_FILES = ("run.json", EVENTS, "summary.json")
 """A folder with one of these files is that of a run or of a chain."""
+MODEL_FILES = ("config.json", "adapter_config.json")
+"""A folder with one of these files is a model or an adapter."""
 
 
 def stage_folders(path: Path) -> list[Path]:
@@ -39,22 +41,34 @@ def is_run_folder(path: Path) -> bool:
 
 
 def run_folders(folder: Path) -> list[Path]:
-    """Returns the folders of runs and chains in `folder`, the one with the newest events first."""
-    runs = [path for path in folder.iterdir() if path.is_dir() and is_run_folder(path)]
-    return sorted(runs, key=lambda run: (last_change(run), run.name), reverse=True)
+    """Returns the folders of runs and chains in `folder`, the one whose last session started last first.
 
-
-def last_change(run: Path) -> float:
-    """Returns when a run last wrote one of its `RUN_FILES`, in seconds since the epoch; of a chain, any of its stages.
-
-    0 if there is no such file.
+    Raises OSError if the folder cannot be read.
     """
-    times = [0.0]
-    for folder in {run, *stage_folders(run)}:
-        for name in RUN_FILES:
-            with suppress(OSError, ValueError):
-                times.append((folder / name).stat().st_mtime)
-    return max(times)
+    runs = [path for path in folder.iterdir() if path.is_dir() and is_run_folder(path)]
+    return sorted(runs, key=_session_start, reverse=True)
+
+
+def newest_run(folder: Path) -> Path | None:
+    """Returns the run or chain in `folder` whose last session started last; None if `folder` contains no run."""
+    with suppress(OSError):
+        return next(iter(run_folders(folder)), None)
+    return None
+
+
+def is_folder_of_runs(path: Path) -> bool:
+    """Returns whether a folder contains runs and is not itself a run, a chain, an adapter or a model."""
+    if is_run_folder(path) or any((path / name).exists() for name in MODEL_FILES):
+        return False
+    return newest_run(path) is not None
+
+
+def _session_start(run: Path) -> tuple[float, str]:
+    """Returns when the last session of a run started, and its name. Each session writes `run.json` at its start."""
+    for name in RUN_FILES:
+        with suppress(OSError, ValueError):
+            return (run / name).stat().st_mtime, run.name
+    return 0.0, run.name
 
 
 def read_recipe(folder: Path) -> Mapping[str, Any]:

@@ -19,7 +19,6 @@ from lowrank_tune.ui.run_paths import (
     is_chain,
     is_locked,
     is_run_folder,
-    last_change,
     run_folders,
     stage_folders,
 )
@@ -52,7 +51,7 @@ def _listed(folder: Path) -> ListedRun:
     return replace(
         run,
         num_bytes=size_on_disk(folder),
-        updated=run.updated or last_change(folder),
+        updated=run.updated or folder.stat().st_mtime,
     )
 
 
