@@ -19,8 +19,8 @@ def watch_command(
     ui: Ui = UiMode.auto,
     debug: Debug = False,
 ) -> None:
-    """Show runs of other processes, or finished ones; several beside each other. Of a folder of runs, the newest one and
-    each one that starts later."""
+    """Show runs of other processes, or finished ones; several beside each other. Of a folder of runs, the newest
+    one and each one that starts later."""
     with report_user_errors(debug):
         if len(runs) == 1 and is_folder_of_runs(runs[0]):
             from lowrank_tune.ui.watch_folder import watch_folder

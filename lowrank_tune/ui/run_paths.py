@@ -58,7 +58,7 @@ def newest_run(folder: Path) -> Path | None:
 
 def is_folder_of_runs(path: Path) -> bool:
     """Returns whether a folder contains runs and is not itself a run, a chain, an adapter or a model."""
-    if is_run_folder(path) or any((path / name).exists() for name in MODEL_FILES):
+    if is_run_folder(path) or any(os.path.lexists(path / name) for name in MODEL_FILES):
         return False
     return newest_run(path) is not None
 
