@@ -111,6 +111,7 @@ METRIC_FORMATS: dict[str, tuple[str, Callable[[float], str]]] = {
     "entropy": ("entropy", number),
     "clip_ratio": ("clipped", percent),
     "value_clip_ratio": ("value clipped", percent),
+    "approx_kl": ("KL within a step", number),
     "learning_rate": ("lr", "{:.1e}".format),
     "grad_norm": ("grad", number),
     "update_ratio": ("update", "{:.1e}".format),
@@ -128,6 +129,12 @@ METRIC_FORMATS: dict[str, tuple[str, Callable[[float], str]]] = {
     "memory_gib": ("memory", "{:.1f} GiB".format),
 }
 """Label and format of each statistic, in the order of the line."""
+
+
+def is_share(name: str) -> bool:
+    """Returns whether a metric is a share, which is written in percent."""
+    return name in METRIC_FORMATS and METRIC_FORMATS[name][1] is percent
+
 
 HIDDEN_METRICS = {
     "logps_per_token/chosen",
