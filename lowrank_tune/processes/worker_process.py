@@ -168,6 +168,8 @@ def _encode(message: Mapping[str, Any]) -> bytes:
 def _reply_to(token: str, line: bytes) -> Any:
     """Returns the reply in a line. Raises ChannelCorrupted for anything but one reply to the request with this
     token."""
+    if not line.startswith(b"{") or line.count(b"\n") > 1:
+        raise ChannelCorrupted
     try:
         envelope = json.loads(line.decode("utf-8", "surrogatepass"))
     except (ValueError, RecursionError):
