@@ -19,6 +19,7 @@ from scoring import score_items
 from lowrank_tune import doctor
 from lowrank_tune.config import UNSAFE_CODE, RewardConfig
 from lowrank_tune.errors import ConfigError, UserError
+from lowrank_tune.processes.charged_time import ChargedTime, Starved
 from lowrank_tune.rewards import RewardInput, Score, WorkerPool, build_rewards
 from lowrank_tune.rewards.code import python_tests as reward_module
 from lowrank_tune.rewards.code.python_tests import PythonTestsReward
@@ -26,7 +27,6 @@ from lowrank_tune.rewards.code.python_tests_worker import InvalidTests, extract_
 from lowrank_tune.rewards.sandbox import check as check_module
 from lowrank_tune.rewards.sandbox import isolation
 from lowrank_tune.rewards.sandbox.check import SandboxPair
-from lowrank_tune.rewards.workers.charged_time import ChargedTime, Starved
 
 DATA = Path(__file__).parents[3] / "shared" / "data"
 needs_sandbox = pytest.mark.skipif(isolation.best_available() is None, reason="this machine has no sandbox for code")
