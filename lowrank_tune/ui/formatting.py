@@ -131,11 +131,6 @@ METRIC_FORMATS: dict[str, tuple[str, Callable[[float], str]]] = {
 """Label and format of each statistic, in the order of the line."""
 
 
-def is_share(name: str) -> bool:
-    """Returns whether a metric is a share, which is written in percent."""
-    return name in METRIC_FORMATS and METRIC_FORMATS[name][1] is percent
-
-
 HIDDEN_METRICS = {
     "logps_per_token/chosen",
     "logps_per_token/rejected",
