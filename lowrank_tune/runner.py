@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import html
 import os
 import sys
 import time
@@ -46,11 +45,11 @@ from lowrank_tune.training.sinks import EventBus, JsonLines, Sink, log_gaps
 from lowrank_tune.training.speed import SpeedComparison
 from lowrank_tune.training.stage import Stage, StagePosition
 from lowrank_tune.training.summaries import chain_summary, read_done_summary, reusable_results
+from lowrank_tune.ui.notebook import NotebookView, in_notebook, result_html
 from lowrank_tune.ui.report import write_report
 from lowrank_tune.ui.terminal.device import can_show
 from lowrank_tune.ui.terminal.plain import LineLogger
 from lowrank_tune.ui.terminal.tui import Tui
-from lowrank_tune.ui.views.summary import summary_table
 from lowrank_tune.ui.wall_time import WallTime
 from lowrank_tune.ui.watch import read_events
 
@@ -67,8 +66,8 @@ class RunResult:
         return f"RunResult(status={self.status!r}, folder={str(self.folder)!r})"
 
     def _repr_html_(self) -> str:
-        """The table that the command line prints, for a notebook."""
-        return f"<pre>{html.escape(summary_table(self.summary, self.folder))}</pre>"
+        """Curves, figures and next steps, for a notebook."""
+        return result_html(self.summary, self.folder)
 
 
 class _SummaryRecorder:
@@ -125,7 +124,8 @@ def run(
 ) -> RunResult:
     """Runs a recipe or a chain, given as an object, a preset name or a file; resumes an unfinished run in its folder.
 
-    `on_event` is called with every event. Raises UserError, and KeyboardInterrupt at a second Ctrl-C.
+    `ui` is `auto` (curves below the cell of a notebook, the dashboard in a terminal, else lines), `tui`, `plain` or
+    `none`. `on_event` is called with every event. Raises UserError, and KeyboardInterrupt at a second Ctrl-C.
     """
     if isinstance(recipe, (RecipeConfig, Chain)):
         loaded = recipe
@@ -228,15 +228,22 @@ class _RunContext:
         self.stages: tuple[RecipeConfig, ...] = ()
         self.recorder = _SummaryRecorder()
         self.emit = EventBus(self.recorder)
+        # below the running cell of a notebook, from its first event on
+        self.notebook = NotebookView() if ui == "auto" and in_notebook() else None
         self.shows_dashboard = ui in ("auto", "tui") and can_show(sys.stdout, os.environ, forced=ui == "tui")
-        if ui != "none" and not self.shows_dashboard:
+        if self.notebook is not None:
+            self.emit.attach(self.notebook)
+        elif ui != "none" and not self.shows_dashboard:
             self.emit.attach(LineLogger())
         if on_event is not None:
             self.emit.attach(_CallbackSink(on_event))
 
     def show_dashboard(self, log_file: Path, earlier: Iterable[Event]) -> None:
         """Opens the dashboard, once, and sends it the earlier events."""
-        if self.shows_dashboard:
+        if self.notebook is not None:
+            self.notebook.replay(earlier)
+            self.notebook = None
+        elif self.shows_dashboard:
             self.shows_dashboard = False
             self.emit.attach(Tui(self.control, log_file), earlier)
 

@@ -20,7 +20,7 @@ from lowrank_tune.assembly.finished_run import (
 )
 from lowrank_tune.checkpoint import load
 from lowrank_tune.errors import UserError
-from lowrank_tune.events import Emit, LogMessage, warning
+from lowrank_tune.events import Emit, LogMessage, ignore_event, warning
 from lowrank_tune.export.combine_lora import cannot_combine_reason, combine_adapters, saved_lora_adapter
 from lowrank_tune.export.gguf import llama_cpp
 from lowrank_tune.export.gguf.lora import (
@@ -108,12 +108,15 @@ class ExportOptions:
         return self.to
 
 
+def _show_nothing(_: MergeReport | Upload) -> None: ...
+
+
 def export(
     run: Path,
     options: ExportOptions,
-    emit: Emit,
-    show: Callable[[MergeReport], None],
-    show_upload: Callable[[Upload], None],
+    emit: Emit = ignore_event,
+    show: Callable[[MergeReport], None] = _show_nothing,
+    show_upload: Callable[[Upload], None] = _show_nothing,
     device: torch.device | None = None,
 ) -> str:
     """Exports the adapter of a run, and returns the folder or address of the export. `show` is called with the

@@ -369,7 +369,7 @@ def test_a_result_is_short_in_a_notebook(tmp_path: Path) -> None:
     result = RunResult("done", tmp_path, {"status": "done", "warnings": ["<b>"]})
     assert repr(result) == f"RunResult(status='done', folder='{tmp_path}')"
     page = result._repr_html_()
-    assert page.startswith("<pre>status     done") and "&lt;b&gt;" in page and "<b>" not in page
+    assert 'class="lowrank-tune"' in page and "lt-done" in page and "&lt;b&gt;" in page and "<b>" not in page
 
 
 def test_pause_before_a_continued_run_is_not_counted_as_its_time() -> None:

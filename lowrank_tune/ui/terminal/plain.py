@@ -25,6 +25,7 @@ from lowrank_tune.events import (
     StepEnd,
 )
 from lowrank_tune.ui import encodable, escape_control_chars
+from lowrank_tune.ui.cell_output import in_cell
 from lowrank_tune.ui.formatting import EtaEstimator, clock, format_stats, number, signed, stage_of, validation_line
 from lowrank_tune.ui.metrics import PAIR_SIDES, WITHOUT_REFERENCE
 from lowrank_tune.ui.terminal.text_layout import with_code
@@ -64,7 +65,7 @@ class LineLogger:
 
     def __init__(self, file: TextIO | None = None, environ: Mapping[str, str] = os.environ) -> None:
         self.file = sys.stdout if file is None else file
-        self.terminal = self.file.isatty() and environ.get("TERM", "dumb") != "dumb"
+        self.terminal = self.file.isatty() and environ.get("TERM", "dumb") != "dumb" and not in_cell(environ)
         self._color = self.terminal and not environ.get("NO_COLOR")
         self._eta = EtaEstimator()
         self._last_start: RunStarted | None = None
