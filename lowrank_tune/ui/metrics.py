@@ -91,7 +91,7 @@ TITLES = {
     "update_ratio": "update ratio",
     "updated_param_fraction": "changed share of the adapter",
     "tokens_per_second": "tokens per second",
-    "memory_gib": "peak memory, GiB",
+    "memory_gib": "peak memory",
     "skipped_steps": "skipped steps",
     "oom_retries": "retries after running out of memory",
     "heldout/eos_rate": "held-out, stops by itself",

@@ -23,6 +23,7 @@ PLOT_HEIGHT = HEIGHT - TOP - BOTTOM
 X_LABELS = HEIGHT - BOTTOM + 19
 X_TITLE = HEIGHT - 5
 """Heights of the labels below a plot, and of the title of its horizontal axis; their text is larger in narrow cards."""
+CHARACTER_WIDTH = 7
 MAX_BUCKETS = 300
 """Buckets of a long series; the lowest and the highest point of each are drawn."""
 MIN_LOG_VALUE = 1e-300
@@ -310,7 +311,13 @@ def length_histogram(
 
     y = whole_number_axis(max([*values, 1]))
     step = PLOT_WIDTH / len(values)
-    plot = Plot(Axis(0, len(values)), y)
+    # so many bars share a label
+    every = math.ceil((CHARACTER_WIDTH * max(map(len, labels)) + CHARACTER_WIDTH) / step)
+    plot = Plot(
+        Axis(0, len(values)),
+        y,
+        x_title="tokens",
+    )
     for index, value in enumerate(values):
         x = LEFT + index * step
         plot.bar(
@@ -320,13 +327,15 @@ def length_histogram(
             x + step * 0.08,
             step * 0.84,
         )
-        # every second label is left out of a narrow chart
-        plot.label(
-            labels[index],
-            x + step / 2,
-            X_LABELS,
-            kind="tick" if (len(values) - index) % 2 else "tick minor",
-        )
+        shown, from_last = divmod(len(values) - 1 - index, every)
+        if from_last == 0:
+            # every second one of these is left out of a narrow chart
+            plot.label(
+                labels[index],
+                x + step / 2,
+                X_LABELS,
+                kind="tick minor" if shown % 2 else "tick",
+            )
     return plot.svg()
 
 
