@@ -116,6 +116,7 @@ METRIC_FORMATS: dict[str, tuple[str, Callable[[float], str]]] = {
     "entropy": ("entropy", number),
     "clip_ratio": ("clipped", percent),
     "value_clip_ratio": ("value clipped", percent),
+    "approx_kl": ("KL within a step", number),
     "learning_rate": ("lr", "{:.1e}".format),
     "grad_norm": ("grad", number),
     "update_ratio": ("update", "{:.1e}".format),
@@ -133,6 +134,7 @@ METRIC_FORMATS: dict[str, tuple[str, Callable[[float], str]]] = {
     "memory_gib": ("memory", "{:.1f} GiB".format),
 }
 """Label and format of each statistic, in the order of the line."""
+
 
 HIDDEN_METRICS = {
     "logps_per_token/chosen",
