@@ -28,6 +28,11 @@ def percent(value: float) -> str:
     return f"{100 * value:.1f} %"
 
 
+def percent_tick(value: float) -> str:
+    """Returns a share in percent, as charts label their axes."""
+    return f"{100 * value:.4g} %"
+
+
 def signed(value: float) -> str:
     return f"{value:+.3f}"
 

@@ -5,24 +5,24 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from statistics import median
 
 from lowrank_tune.config.schema import ONLINE_ALGORITHMS
-from lowrank_tune.json_files import get_mapping
 from lowrank_tune.ui.formatting import (
     clock,
     format_large,
-    format_tick,
+    number,
     percent,
 )
+from lowrank_tune.ui.metrics import WITHOUT_REFERENCE
 from lowrank_tune.ui.report.heldout import (
     StageStats,
     heldout_by_stage,
     heldout_by_stage_of_chain,
     heldout_pair_accuracy,
 )
-from lowrank_tune.ui.report.run_log import ChainLog, RunLog, StepValues
-
-ARROW = " \u2192 "
+from lowrank_tune.ui.report.run_log import ChainLog, RunLog
+from lowrank_tune.ui.trend import ARROW, first_and_last, trend
 
 
 @dataclass(frozen=True)
@@ -48,12 +48,12 @@ def run_tiles(run_log: RunLog) -> list[Tile]:
     tiles.append(Tile(clock(run_log.seconds), "wall time"))
     if run_log.tokens:
         tiles.append(Tile(format_large(run_log.tokens), "tokens trained through"))
-    speeds = sorted(run_log.series.get("tokens_per_second", {}).values())
+    speeds = run_log.finite_values("tokens_per_second").values()
     if speeds:
         tiles.append(
             Tile(
-                f"{speeds[len(speeds) // 2]:,.0f}",
-                "tokens a second, median",
+                f"{median(speeds):,.0f}",
+                "tokens per second, median",
             )
         )
     memory = run_log.series.get("memory_gib")
@@ -115,19 +115,13 @@ def _training_tiles(run_log: RunLog) -> Iterator[Tile]:
     if checks:
         best = min(checks, key=checks.__getitem__)
         yield Tile(
-            format_tick(checks[best]),
-            f"best validation loss, step {best:,}",
+            number(checks[best]),
+            f"validation loss, best (step {best:,})",
         )
-    reward = run_log.series.get("reward") if run_log.algorithm in ONLINE_ALGORITHMS else None
-    loss = run_log.series.get("loss")
-    if reward:
-        yield Tile(_first_and_last(reward), "reward, first and last step")
-    elif loss:
-        yield Tile(_first_and_last(loss), "loss, first and last step")
-    kl = get_mapping(run_log.summary, "last").get("kl")
-    if isinstance(kl, (int, float)):
-        yield Tile(format_tick(kl), "KL to the reference at the end")
-
-
-def _first_and_last(values: StepValues) -> str:
-    return f"{values[min(values)]:.3f}{ARROW}{values[max(values)]:.3f}"
+    name = "reward" if run_log.algorithm in ONLINE_ALGORITHMS else "loss"
+    values = list(run_log.finite_values(name).values())
+    if values:
+        yield Tile(trend(name, values), f"{name}, mean of the first and last tenth")
+    kl = list(run_log.finite_values("kl").values())
+    if kl and run_log.algorithm not in WITHOUT_REFERENCE:
+        yield Tile(number(first_and_last(kl)[1]), "KL to the reference, mean of the last tenth")
