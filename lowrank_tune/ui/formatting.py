@@ -12,6 +12,7 @@ from lowrank_tune.ui import escape_control_chars
 from lowrank_tune.ui.metrics import (
     POLICY,
     heldout_parts,
+    metric_label,
     reward_label,
     reward_names,
 )
@@ -112,6 +113,13 @@ METRIC_FORMATS: dict[str, tuple[str, Callable[[float], str]]] = {
 """Label and format of each statistic, in the order of the line."""
 
 
+def short_label(name: str) -> str:
+    """Returns the label of a metric beside its value; the name in words if it has none."""
+    if name in METRIC_FORMATS:
+        return METRIC_FORMATS[name][0]
+    return metric_label(name)
+
+
 def is_share(name: str) -> bool:
     """Returns whether a metric is a share, which is written in percent."""
     return name in METRIC_FORMATS and METRIC_FORMATS[name][1] is percent
@@ -180,7 +188,9 @@ def validation_line(event: Evaluated, colon: str = "") -> str:
     """Returns a validation in one line: of validation rows, of answers to held-out questions, or of scores of held-out
     pairs."""
     label, stats = _label_validation({name.removeprefix("eval_"): value for name, value in event.stats.items()})
-    best = "  best so far" if event.best else ""
+    # of equal answers the latest are the best, but none right is not worth a mention
+    is_best = event.best and event.stats.get(f"heldout/{POLICY}/accuracy") != 0
+    best = "  best so far" if is_best else ""
     return f"{label} after step {event.step}{colon or '  '}{format_stats(stats)}{best}"
 
 

@@ -80,7 +80,7 @@ def test_a_share_is_in_percent_and_between_0_and_1() -> None:
     assert labels(chart_rows("clip_ratio", [0.0, 0.0], "grpo"))[-1] == "0 %"
     for values in ([0.0, 0.5], [0.99, 1.0], [0.0, 1.0]):
         axis = make_axis(min(values), max(values), 8, share=True)
-        assert 0 <= axis.low and axis.high <= 1 and axis.labels()[-1].endswith(" %")
+        assert axis.low >= 0 and axis.high <= 1 and axis.labels()[-1].endswith(" %")
 
 
 def test_rounding_errors_of_the_kl_are_0() -> None:

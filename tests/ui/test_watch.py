@@ -333,7 +333,7 @@ def test_a_growing_file_in_a_terminal(growing: Path) -> None:
         file.write(RECORDED[len(RECORDED) // 2 :])
     emulator.until(f"done in {END.rpartition(' ')[2]}")
     emulator.until("step 96/96 (100 %)")
-    emulator.press("l")
+    emulator.press("y")
     emulator.until("loss log")
     emulator.press("q")
     assert emulator.finish() == 0 and shell_is_sane(emulator)
