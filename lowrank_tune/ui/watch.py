@@ -26,7 +26,7 @@ from lowrank_tune.ui.terminal.live_screen import LiveScreen
 from lowrank_tune.ui.terminal.navigation import settle
 from lowrank_tune.ui.terminal.panes import View
 from lowrank_tune.ui.terminal.plain import LineLogger
-from lowrank_tune.ui.terminal.render import render_several
+from lowrank_tune.ui.terminal.several import render_several
 from lowrank_tune.ui.terminal.text_layout import Line
 
 POLL_SECONDS = 0.3

@@ -344,8 +344,10 @@ def test_several_runs_in_a_terminal(run: Path, tmp_path: Path) -> None:
     other.write_bytes(RECORDED.replace(b'"name": "demo"', b'"name": "rival"'))
     emulator = Emulator("-m", "lowrank_tune", "watch", str(run), str(other), columns=160, lines=40)
     emulator.until(lambda: "demo" in emulator.screen.display[0][:80] and "rival" in emulator.screen.display[0][80:])
-    emulator.resize(80, 48)
-    emulator.until(lambda: "demo" in emulator.screen.display[0] and "rival" in emulator.screen.display[24])
+    emulator.resize(80, 24)
+    emulator.until(lambda: "1 demo" in emulator.screen.display[1] and "2 rival" in emulator.screen.display[2])
+    emulator.press("2")
+    emulator.until(lambda: "rival" in emulator.screen.display[0])
     emulator.press("\x03")
     assert emulator.finish() == 0 and shell_is_sane(emulator)
 

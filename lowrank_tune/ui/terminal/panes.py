@@ -26,8 +26,8 @@ KEYS = {
     "a": ("answers", "all answers"),
     "[": ("", "the stage before this one"),
     "]": ("stage", "the next stage"),
-    "o": ("overlay", "shared charts, or side by side"),
-    "0": ("all", "all runs; 1 to 9 show one"),
+    "o": ("layout", "shared charts, or side by side"),
+    "0-9": ("runs", "1 to 9 show one run, 0 all"),
     "y": ("log scale", "logarithmic y axes"),
     "+": ("", "smoother curves"),
     "-": ("smooth", "less smooth"),
@@ -36,6 +36,8 @@ KEYS = {
 """The label of each key in the footer, and its effect on the help pane."""
 CONTROL_KEYS = "pse"
 """Keys that only the screen of the run itself has, not that of `watch`. There, `q` closes the screen alone."""
+OVERVIEW_KEYS = ("q", "o", "0-9", "y", "+", "-", "?")
+"""Keys that have an effect where several runs share their charts."""
 OPTIONAL_KEYS = "+-ynoes"
 """Keys that a footer without room leaves out, in this order. The help pane has all of them."""
 
@@ -64,6 +66,8 @@ class View:
     """The only one of several runs that is shown, 0 for all of them."""
     runs: int = 1
     """How many runs this screen shows."""
+    is_overview: bool = False
+    """Whether several runs share their charts on this screen."""
     other_layout: bool = False
     """Whether several runs are not shown in the way that fits the width of the screen best."""
     ascii_only: bool = False
@@ -86,15 +90,19 @@ class View:
 
 def keys_of(state: State, view: View) -> list[str]:
     """Returns the keys that have an effect on this screen."""
-    without = "" if view.owns_run else CONTROL_KEYS
+    if view.is_overview:
+        return list(OVERVIEW_KEYS)
+    without = list[str]()
+    if not view.owns_run:
+        without += CONTROL_KEYS
     if state.group is None and state.algorithm not in ONLINE_ALGORITHMS:
-        without += "g"
+        without.append("g")
     if not state.finished_stages:
-        without += "[]"
+        without += ("[", "]")
     if view.runs == 1:
-        without += "o0"
+        without += ("o", "0-9")
     elif view.run:
-        without += "o"
+        without.append("o")
     return [key for key in KEYS if key not in without]
 
 

@@ -9,6 +9,7 @@ from lowrank_tune.ui.formatting import clock, short_label, stage_of
 from lowrank_tune.ui.metrics import SIDE_TITLES, WITHOUT_REFERENCE
 from lowrank_tune.ui.state import State
 from lowrank_tune.ui.terminal.chart_pane import chart_names, chart_pane, format_value
+from lowrank_tune.ui.terminal.charts import grid_size
 from lowrank_tune.ui.terminal.group_pane import group_pane
 from lowrank_tune.ui.terminal.help_pane import help_pane
 from lowrank_tune.ui.terminal.log_pane import log_pane
@@ -31,9 +32,6 @@ from lowrank_tune.ui.terminal.text_layout import (
 MIN_WIDTH = 60
 MIN_HEIGHT = 15
 """Columns and lines below which there are no panes."""
-MIN_CHART_WIDTH = 36
-MIN_CHART_HEIGHT = 9
-MAX_COLUMNS = 3
 MIN_TWO_PANE_WIDTH = 100
 """Columns from which on log and answers are beside each other."""
 MIN_TWO_PANE_HEIGHT = 7
@@ -97,55 +95,12 @@ def render(
     rest = body_height(view, height)
     # the help lists the keys of the whole chain
     body = pane(state if view.help else shown, view, width, rest)
-    footer = fit(_footer(state, view, width), width)
+    keys = fit(footer(state, view, width), width)
     return [
         *pad(head, width, len(head)),
         *pad(body, width, rest),
-        footer,
+        keys,
     ]
-
-
-def render_several(
-    states: Sequence[State],
-    view: View,
-    width: int,
-    height: int,
-) -> Block:
-    """Returns the dashboards of several runs: side by side if the screen is wide enough, else one above the other."""
-    count = len(states)
-    if count == 1:
-        return render(states[0], view, width, height)
-    edges = count - 1
-    base_width = (width - edges) // count
-    if base_width >= MIN_WIDTH:
-        last_width = width - edges - base_width * edges
-        widths = [base_width] * edges + [last_width]
-        columns = []
-        for state, column_width in zip(states, widths, strict=True):
-            columns.append(
-                render(
-                    state,
-                    view,
-                    column_width,
-                    height,
-                )
-            )
-        return side_by_side(
-            columns,
-            widths,
-            height,
-            view.symbol("\u2502", "|"),
-        )
-    lines: Block = []
-    for index, state in enumerate(states):
-        rest = height - len(lines)
-        lines += render(
-            state,
-            view,
-            width,
-            rest // (count - index),
-        )
-    return lines
 
 
 def status(state: State, view: View) -> Piece:
@@ -389,9 +344,7 @@ def _chart_grid(
     height: int,
 ) -> Block:
     """Returns rows of charts, and a line with the last values of the charts that do not fit."""
-    columns = max(1, min(MAX_COLUMNS, width // MIN_CHART_WIDTH, len(charts)))
-    rows_needed = -(-len(charts) // columns)
-    rows = max(1, min(height // MIN_CHART_HEIGHT, rows_needed))
+    columns, rows = grid_size(len(charts), width, height)
     shown = charts[: columns * rows]
     left_out = charts[columns * rows :]
     if left_out:
@@ -536,7 +489,7 @@ def _log_and_samples(
     ]
 
 
-def _footer(
+def footer(
     state: State,
     view: View,
     width: int,
