@@ -12,6 +12,7 @@ from lowrank_tune.ui import escape_control_chars
 from lowrank_tune.ui.metrics import (
     POLICY,
     heldout_parts,
+    metric_label,
     reward_label,
     reward_names,
 )
@@ -174,8 +175,9 @@ def format_metric(name: str, value: float) -> str:
 
 
 def short_label(name: str) -> str:
-    """Returns a metric in one to three words: `validation loss` for `eval_loss`."""
-    label = _format_of(name)[0] or name
+    """Returns a metric in one to three words, such as `validation loss` for `eval_loss`; the name in words if it has no
+    label."""
+    label = _format_of(name)[0] or metric_label(name)
     return f"validation {label}" if name.startswith("eval_") else label
 
 
@@ -219,7 +221,9 @@ def validation_line(event: Evaluated, colon: str = "") -> str:
     """Returns a validation in one line: of validation rows, of answers to held-out questions, or of scores of held-out
     pairs."""
     label, stats = _label_validation({name.removeprefix("eval_"): value for name, value in event.stats.items()})
-    best = "  best so far" if event.best else ""
+    # of equal answers the latest are the best, but none right is not worth a mention
+    is_best = event.best and event.stats.get(f"heldout/{POLICY}/accuracy") != 0
+    best = "  best so far" if is_best else ""
     return f"{label} after step {event.step}{colon or '  '}{format_stats(stats)}{best}"
 
 

@@ -24,7 +24,7 @@ from lowrank_tune.events import (
     SampleLogged,
     StepEnd,
 )
-from lowrank_tune.ui import encodable, escape_control_chars
+from lowrank_tune.ui import encodable, escape_control_chars, is_ascii, mark_line_breaks
 from lowrank_tune.ui.cell_output import in_cell
 from lowrank_tune.ui.formatting import EtaEstimator, clock, format_stats, number, signed, stage_of, validation_line
 from lowrank_tune.ui.metrics import PAIR_SIDES, WITHOUT_REFERENCE
@@ -166,8 +166,9 @@ class LineLogger:
         self._print(f"step {event.step:{width}d}/{event.steps}  {format_stats(stats)}  ETA {clock(left)}")
 
     def _print_sample(self, event: SampleLogged) -> None:
-        prompt = escape_control_chars(event.prompt, PROMPT_LENGTH)
-        completion = escape_control_chars(event.completion, COMPLETION_LENGTH)
+        ascii_only = is_ascii(self.file)
+        prompt = escape_control_chars(mark_line_breaks(event.prompt, ascii_only), PROMPT_LENGTH)
+        completion = escape_control_chars(mark_line_breaks(event.completion, ascii_only), COMPLETION_LENGTH)
         if event.role in PAIR_SIDES:
             # the data contain this answer, so its finish reason has no meaning
             score = ""
