@@ -17,7 +17,7 @@ import lowrank_tune
 
 PACKAGE = Path(lowrank_tune.__file__).parent
 ORDER = (
-    "errors events regex json_files manifest paths unsloth_import config stats batch functional toy model data "
+    "errors events regex regular_files json_files manifest paths unsloth_import config stats batch functional toy model data "
     "generation rewards algorithms checkpoint assembly data_report evaluation export training memory_planner preflight "
     "ui runner chat doctor cli"
 ).split()

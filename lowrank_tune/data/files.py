@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 
 from lowrank_tune.data.formats import InvalidRow, RawRowOrFault
 from lowrank_tune.errors import UserError
+from lowrank_tune.regular_files import check_regular_file
 
 T = TypeVar("T")
 RowMask = NDArray[np.bool_] | None
@@ -76,6 +77,8 @@ def open_file(
     """Returns the reader of a file, by its first bytes. `open_array` opens JSON arrays; by default the whole array is
     read. Raises UserError."""
     with read_errors_as_user_errors(name, "cannot be read"):
+        # A file is read several times, which a pipe does not allow.
+        check_regular_file(path)
         with path.open("rb") as file:
             is_gz = file.read(2) == b"\x1f\x8b"
         start = _first_bytes(path, is_gz)
