@@ -28,7 +28,7 @@ def parse_json(text: str | bytes) -> Any:
         value = json.loads(text)
     except RecursionError:
         raise ValueError(f"nested deeper than {MAX_DEPTH} levels") from None
-    if _num_openings(text) > MAX_DEPTH and _is_deeper_than(value, MAX_DEPTH):
+    if _num_openings(text) > MAX_DEPTH and is_deeper_than(value, MAX_DEPTH):
         raise ValueError(f"nested deeper than {MAX_DEPTH} levels")
     return value
 
@@ -40,7 +40,8 @@ def _num_openings(text: str | bytes) -> int:
     return text.count("[") + text.count("{")
 
 
-def _is_deeper_than(value: Any, max_depth: int) -> bool:
+def is_deeper_than(value: Any, max_depth: int) -> bool:
+    """Returns whether lists and objects are nested in more levels, without recursion."""
     level = [value]
     for _ in range(max_depth):
         level = [child for parent in level for child in _children(parent)]

@@ -36,11 +36,7 @@ def read_regular_file(path: Path, max_bytes: int) -> bytes:
     a file that is larger than `max_bytes`."""
     # Without O_NONBLOCK the opening of a FIFO would wait.
     with os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
-        status = os.fstat(file.fileno())
-        if not stat.S_ISREG(status.st_mode):
-            raise UnreadableFile(path, f"it is {kind_of(status.st_mode)}, not a regular file")
-        if status.st_size > max_bytes:
-            raise UnreadableFile(path, f"it has {status.st_size:,} bytes, and the limit is {max_bytes:,}")
+        _check_status(path, os.fstat(file.fileno()), max_bytes)
         # Files of /proc have size 0.
         return _within(path, file.read(max_bytes + 1), max_bytes)
 
@@ -100,8 +96,17 @@ def _within(
     return data
 
 
-def check_regular_file(path: Path) -> None:
-    """Raises OSError unless the path leads to a regular file."""
-    mode = path.stat().st_mode
-    if not stat.S_ISREG(mode):
-        raise UnreadableFile(path, f"it is {kind_of(mode)}, not a regular file")
+def check_regular_file(path: Path, max_bytes: int | None = None) -> None:
+    """Raises OSError unless the path leads to a regular file, of at most `max_bytes` if given."""
+    _check_status(path, path.stat(), max_bytes)
+
+
+def _check_status(
+    path: Path,
+    status: os.stat_result,
+    max_bytes: int | None,
+) -> None:
+    if not stat.S_ISREG(status.st_mode):
+        raise UnreadableFile(path, f"it is {kind_of(status.st_mode)}, not a regular file")
+    if max_bytes is not None and status.st_size > max_bytes:
+        raise UnreadableFile(path, f"it has {status.st_size:,} bytes, and the limit is {max_bytes:,}")
