@@ -151,10 +151,13 @@ def _read_files(folder: Path, key: str) -> tuple[Any, dict[str, Tensor]]:
         _check_unchanged(folder, name, key)
     try:
         raw = read_json(folder / CONFIG)
+    except (ValueError, OSError) as error:
+        raise UserError(f"{key}: {folder / CONFIG} is broken: {error}") from error
+    try:
         check_regular_file(folder / WEIGHTS)
         tensors = load_file(folder / WEIGHTS)
-    except (ValueError, OSError, SafetensorError) as error:
-        raise UserError(f"{key}: the adapter in {folder} is broken: {error}") from error
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{key}: {folder / WEIGHTS} is broken: {error}") from error
     for name in sorted(tensors):
         if "lora_embedding" in name:
             raise UserError(

@@ -438,10 +438,8 @@ def check_quantization(config: Any, base_config: BaseConfig) -> bool:
     quantized = getattr(config, "quantization_config", None)
     if quantized is None:
         return False
-    if hasattr(quantized, "to_dict"):
-        quantized = quantized.to_dict()
     if not isinstance(quantized, dict):
-        raise UserError(f"base.model: {base_config.model}: quantization_config in config.json is not an object")
+        quantized = quantized.to_dict()
     if quantized.get("quant_method") != "bitsandbytes" or not quantized.get("load_in_4bit"):
         kind = quantized.get("quant_method", "an unknown method")
         raise UserError(

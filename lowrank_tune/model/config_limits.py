@@ -45,6 +45,7 @@ LIMITS = {
     **dict.fromkeys(EXPERT_KEYS, (0, MAX_EXPERTS)),
 }
 """The smallest and the largest value of each key."""
+OBJECT_KEYS = ("quantization_config", "rope_parameters", "rope_scaling", "text_config")
 SIZE_KEYS = (*LAYER_KEYS, *WIDTH_KEYS, *HEAD_KEYS, *VOCAB_KEYS, *OTHER_WIDTH_KEYS, *POSITION_KEYS, *EXPERT_KEYS)
 
 
@@ -76,6 +77,8 @@ def _sections(raw: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
 def _check_value(key: str, value: Any) -> None:
     if isinstance(value, float) and math.isnan(value):
         raise UserError(f"config.json: {key} is NaN")
+    if key in OBJECT_KEYS and not isinstance(value, (Mapping, type(None))):
+        raise UserError(f"config.json: {key} is {value!r:.40}, and must be an object")
     # Some models have one value for each layer. None is the default of many keys.
     for size in value if isinstance(value, list) else [value]:
         if key not in LIMITS or size is None:
