@@ -26,6 +26,7 @@ from lowrank_tune.checkpoint.atomic_files import (
 )
 from lowrank_tune.errors import UserError
 from lowrank_tune.events import Emit, warning
+from lowrank_tune.json_files import parse_json
 from lowrank_tune.manifest import (
     MANIFEST,
     changed_file,
@@ -127,7 +128,7 @@ def load(path: Path, name: str | None = None) -> Snapshot:
     """
     raw_manifest = _read(path, MANIFEST)
     try:
-        manifest = json.loads(raw_manifest)
+        manifest = parse_json(raw_manifest)
         if manifest_bytes(manifest) != raw_manifest:
             raise CorruptCheckpoint(path, f"{MANIFEST} has changed")
         version = manifest["version"]
@@ -160,7 +161,7 @@ def _load_file(
     if file.endswith(".safetensors"):
         snapshot.tensors[file] = safetensors.torch.load(data)
     elif file.endswith(".json"):
-        snapshot.documents[file] = json.loads(data)
+        snapshot.documents[file] = parse_json(data)
     else:
         snapshot.raw_files[file] = data
 

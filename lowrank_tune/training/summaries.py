@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from lowrank_tune.config import Chain, RecipeConfig
 from lowrank_tune.config.chain import stage_folder
+from lowrank_tune.json_files import read_json
 
 STAGE_KEYS_IN_CHAIN = ("algorithm", "status", "step", "steps", "seconds", "last", "best", "speed", "heldout_pairs")
 RESULT_KEYS = ("heldout", "heldout_details", "answers")
@@ -49,7 +49,7 @@ def chain_summary(stage_chain: Chain, summaries: Sequence[Mapping[str, Any]]) ->
 def read_done_summary(run: Path) -> dict[str, Any] | None:
     """Returns the summary in the folder of a run that is done; None if it is not, or the file is missing or damaged."""
     try:
-        summary = json.loads((run / "summary.json").read_bytes())
+        summary = read_json(run / "summary.json")
     except (OSError, ValueError):
         return None
     if isinstance(summary, dict) and summary.get("status") == "done":

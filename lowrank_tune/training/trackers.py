@@ -25,6 +25,7 @@ from lowrank_tune.checkpoint import write_file
 from lowrank_tune.config.yaml import dotted, leaves
 from lowrank_tune.errors import ConfigError, ConfigProblem, UserError
 from lowrank_tune.events import Evaluated, Event, RunEnded, RunStarted, StepEnd
+from lowrank_tune.json_files import read_json
 from lowrank_tune.training.tracker_history import SentBefore, grouped_metric_name, sent_before
 
 STATE_FILE = "trackers.json"
@@ -303,7 +304,7 @@ def _first_line(error: BaseException) -> str:
 
 def _read_state(folder: Path) -> dict[str, Any]:
     try:
-        runs = json.loads((folder / STATE_FILE).read_bytes())["runs"]
+        runs = read_json(folder / STATE_FILE)["runs"]
     except (OSError, ValueError, KeyError, TypeError):
         return {}
     return runs if isinstance(runs, dict) else {}

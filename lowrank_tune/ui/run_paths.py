@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import fcntl
-import json
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
@@ -14,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from lowrank_tune.events import Event, from_json
-from lowrank_tune.json_files import get_mapping, read_json_object
+from lowrank_tune.json_files import get_mapping, parse_json, read_json_object
 
 EVENTS = "events.jsonl"
 RUN_FILES = ("run.json", EVENTS, "summary.json")
@@ -130,9 +129,9 @@ def read_event_lines(path: Path) -> Iterator[Event]:
 def parse_event(line: bytes) -> Event | None:
     """Returns the event in a line of JSON, None if the line does not contain one."""
     try:
-        data = json.loads(line)
+        data = parse_json(line)
         event = from_json(data) if isinstance(data, dict) else None
-    except (ValueError, TypeError, RecursionError):
+    except (ValueError, TypeError):
         return None
     if event is None or not isinstance(event.time, (int, float)):
         return None

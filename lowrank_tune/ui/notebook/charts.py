@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from lowrank_tune.ui.metrics import chart_title, charts_of
+from lowrank_tune.ui.metrics import charts_of
 from lowrank_tune.ui.report.curves import ChartCard, chart_card, metric_series, pair_series
 from lowrank_tune.ui.report.run_log import RunLog, StepValues
 from lowrank_tune.ui.svg import Series
@@ -18,10 +18,9 @@ def leading_charts(run_log: RunLog, count: int = MAX_CHARTS) -> list[ChartCard]:
     for names in charts_of(run_log.algorithm):
         points = _values(run_log, names[0])
         card = chart_card(
-            chart_title(names[0]),
+            names[0],
             "",
             _series(run_log, names),
-            False,
             points,
         )
         if card is not None:
