@@ -268,7 +268,9 @@ def _first_batch(requests: Sequence[RenderRequest]) -> Sequence[RenderRequest]:
     num_chars = 0
     for index, request in enumerate(requests[:MAX_BATCH]):
         for message in request.messages:
-            num_chars += sum(len(value) for value in message.values() if isinstance(value, str))
+            content = message.get("content")
+            if isinstance(content, str):
+                num_chars += len(content)
         if num_chars > BATCH_CHARS:
             return requests[: index + 1]
     return requests[:MAX_BATCH]

@@ -6,11 +6,12 @@ rendering has limits; the first one that exceeds a limit is the last of its batc
 
 from __future__ import annotations
 
+import contextlib
 import resource
 import signal
 import time
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 from transformers.utils.chat_template_utils import render_jinja_template
 
@@ -24,8 +25,18 @@ from lowrank_tune.processes.limits import (
 
 RECYCLE_MEGABYTES = 256  # a process to which templates have added more than this is replaced
 MAX_FAULT_CHARS = 100
+NO_ARGUMENTS: Mapping[str, Any] = {}
 Outcome = str | dict[str, str]
 """A text; or why there is none: `refused`, the template's own error, or `exceeded`, a limit."""
+Conversation = Sequence[Mapping[str, Any]]
+
+
+class Row(NamedTuple):
+    """One rendering, with its messages."""
+
+    conversation: Conversation
+    add_generation_prompt: bool
+    arguments: Mapping[str, Any]
 
 
 class TemplateRendering:
@@ -55,16 +66,21 @@ class TemplateRendering:
     def _render_rows(self, key: int, message: Mapping[str, Any]) -> list[Outcome]:
         """Renders the rows in order, up to the first that exceeds a limit, or as many as one reply may have."""
         messages = [_without_none(one) for one in message["messages"]]
+        rows = [Row([messages[index] for index in indices], *others) for indices, *others in message["rows"]]
+        together = self._render_together(
+            key,
+            rows,
+            message,
+        )
+        if together is not None:
+            return together
         end = time.process_time() + message["batch_seconds"]
         num_chars = 0
         outcomes: list[Outcome] = []
-        for indices, add_generation_prompt, arguments in message["rows"]:
-            conversation = [messages[index] for index in indices]
+        for row in rows:
             outcome = self._render_row(
                 key,
-                conversation,
-                add_generation_prompt,
-                arguments,
+                row,
                 message,
             )
             outcomes.append(outcome)
@@ -76,64 +92,102 @@ class TemplateRendering:
                 break
         return outcomes
 
+    def _render_together(
+        self,
+        key: int,
+        rows: Sequence[Row],
+        limits: Mapping[str, Any],
+    ) -> list[Outcome] | None:
+        """Renders all rows by two calls of transformers, because a call costs about as much as a row. Returns None if
+        the template refuses a row or exceeds a limit."""
+        if any(row.arguments for row in rows):
+            return None
+        rendered: dict[bool, Iterator[str]] = {}
+        try:
+            with _time_limit(limits["batch_seconds"]):
+                for flag in (False, True):
+                    conversations = [row.conversation for row in rows if row.add_generation_prompt is flag]
+                    rendered[flag] = iter(
+                        self._render(
+                            key,
+                            conversations,
+                            flag,
+                        )
+                    )
+        except (CallTimeout, Exception):
+            # a template can raise any exception
+            return None
+        texts: list[Outcome] = [next(rendered[row.add_generation_prompt]) for row in rows]
+        if sum(map(len, texts)) > limits["batch_chars"]:
+            return None
+        return texts
+
     def _render_row(
         self,
         key: int,
-        conversation: Sequence[Mapping[str, Any]],
-        add_generation_prompt: bool,
-        arguments: Mapping[str, Any],
+        row: Row,
         limits: Mapping[str, Any],
     ) -> Outcome:
-        seconds = limits["row_seconds"]
+        """Renders one row. Returns the first line of what the template raises, or the limit that it exceeds."""
         try:
-            try:
-                signal.setitimer(signal.ITIMER_PROF, seconds, ALARM_INTERVAL_SECONDS)
-                outcome = self._render(
-                    key,
-                    conversation,
-                    add_generation_prompt,
-                    arguments,
-                )
-            finally:
-                signal.setitimer(signal.ITIMER_PROF, 0)
+            with _time_limit(limits["row_seconds"]):
+                try:
+                    (text,) = self._render(
+                        key,
+                        [row.conversation],
+                        row.add_generation_prompt,
+                        row.arguments,
+                    )
+                except MemoryError:
+                    return {"exceeded": f"{limits['megabytes']} MB of memory"}
+                except Exception as error:
+                    # a template can raise any exception
+                    lines = str(error).splitlines() or [type(error).__name__]
+                    return {"refused": lines[0][:MAX_FAULT_CHARS]}
         except CallTimeout:
-            # the alarm may have interrupted the line above
-            signal.setitimer(signal.ITIMER_PROF, 0)
-            return {"exceeded": f"{seconds:g} s"}
-        except MemoryError:
-            return {"exceeded": f"{limits['megabytes']} MB of memory"}
-        if len(outcome) > limits["row_chars"]:
+            return {"exceeded": f"{limits['row_seconds']:g} s"}
+        if len(text) > limits["row_chars"]:
             return {"exceeded": f"{limits['row_chars']:,} characters"}
-        return outcome
+        return text
 
     def _render(
         self,
         key: int,
-        conversation: Sequence[Mapping[str, Any]],
+        conversations: Sequence[Conversation],
         add_generation_prompt: bool,
-        arguments: Mapping[str, Any],
-    ) -> Outcome:
-        """Returns what `apply_chat_template(tokenize=False)` returns, or the first line of what it raises."""
+        arguments: Mapping[str, Any] = NO_ARGUMENTS,
+    ) -> list[str]:
+        """Returns what `apply_chat_template(tokenize=False)` returns."""
         template, variables = self._templates[key]
+        texts: list[str]
+        texts, _ = render_jinja_template(
+            conversations=conversations,
+            chat_template=template,
+            add_generation_prompt=add_generation_prompt,
+            **{**variables, **arguments},
+        )
+        return texts
+
+
+@contextlib.contextmanager
+def _time_limit(seconds: float) -> Iterator[None]:
+    """Raises CallTimeout in the body once it has used this CPU time."""
+    try:
         try:
-            texts, _ = render_jinja_template(
-                conversations=[conversation],
-                chat_template=template,
-                add_generation_prompt=add_generation_prompt,
-                **{**variables, **arguments},
-            )
-        except MemoryError:
-            raise
-        except Exception as error:
-            # a template can raise any exception
-            lines = str(error).splitlines() or [type(error).__name__]
-            return {"refused": lines[0][:MAX_FAULT_CHARS]}
-        text: str = texts[0]
-        return text
+            signal.setitimer(signal.ITIMER_PROF, seconds, ALARM_INTERVAL_SECONDS)
+            yield
+        finally:
+            signal.setitimer(signal.ITIMER_PROF, 0)
+    except CallTimeout:
+        # the alarm may have interrupted the line above
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        raise
 
 
-def _without_none(message: Mapping[str, Any]) -> dict[str, Any]:
+def _without_none(message: Mapping[str, Any]) -> Mapping[str, Any]:
     """Returns a message without keys whose value is None, which `apply_chat_template` leaves out too."""
+    if None not in message.values():
+        return message
     return {key: value for key, value in message.items() if value is not None}
 
 

@@ -107,9 +107,9 @@ class TemplateRenderer:
                 requests[start:],
             )
             rendered += texts
-            for request, text in zip(requests[start:], texts, strict=False):
-                exceeded.add(request.row, isinstance(text, LimitExceeded))
             last = texts[-1]
+            is_exceeded = isinstance(last, LimitExceeded)
+            exceeded.add([request.row for request in requests[start : len(rendered)]], is_exceeded)
             if isinstance(last, LimitExceeded):
                 if exceeded.count >= MAX_EXCEEDED:
                     raise UserError(
@@ -159,8 +159,14 @@ class _ExceededRows:
         self._row: int | None = None
         self._is_exceeded = True
 
-    def add(self, row: int, is_exceeded: bool) -> None:
-        """Adds a rendering of a row."""
+    def add(self, rows: Sequence[int], is_exceeded: bool) -> None:
+        """Adds renderings by their rows; `is_exceeded`: whether the last one exceeds a limit."""
+        before = [row for row in rows if row != rows[-1]]
+        if before:
+            self._add_row(before[-1], False)
+        self._add_row(rows[-1], is_exceeded)
+
+    def _add_row(self, row: int, is_exceeded: bool) -> None:
         if row != self._row:
             self.count = self.count_at_end()
             self._row = row
