@@ -26,10 +26,10 @@ from lowrank_tune.processes.worker_process import (
 
 MODULE = "lowrank_tune.data.templates.render_worker"
 START_SECONDS = 60.0
-MAX_BATCH = 256
+MAX_BATCH = 1024
 """Renderings of one request."""
 BATCH_SECONDS = 2.0
-"""CPU time after which the worker replies with what it has rendered."""
+"""CPU time after which the worker replies with what it has rendered, and of rows that it renders together."""
 BATCH_CHARS = 4 << 20
 """Characters of a request, and of a reply without its last text."""
 KILL_FACTOR = 1.5
@@ -172,7 +172,7 @@ class RenderProcess:
             message["variables"] = variables
         seconds = self.limits.row_seconds * KILL_FACTOR
         if len(batch) > 1:
-            seconds += BATCH_SECONDS
+            seconds += 2 * BATCH_SECONDS
         try:
             reply = worker.request(message, seconds)
         except WorkerStarved as starved:
@@ -199,11 +199,16 @@ class RenderProcess:
                 if index == len(messages):
                     messages.append(message)
                 indices.append(index)
-            rows.append((indices, request.add_generation_prompt, request.arguments))
+            row: list[Any] = [indices, request.add_generation_prompt]
             if request.arguments:
                 check_json(request.arguments)
+                row.append(request.arguments)
+            rows.append(row)
         for message in messages:
-            check_json(message)
+            for value in message.values():
+                # most values are texts
+                if type(value) is not str:
+                    check_json(value)
         return {
             "messages": messages,
             "rows": rows,

@@ -25,6 +25,8 @@ from lowrank_tune.processes.limits import (
 
 RECYCLE_MEGABYTES = 256  # a process to which templates have added more than this is replaced
 MAX_FAULT_CHARS = 100
+SLICE = 64
+"""Rows that are rendered by two calls of transformers: a call costs a third of a row."""
 NO_ARGUMENTS: Mapping[str, Any] = {}
 Outcome = str | dict[str, str]
 """A text; or why there is none: `refused`, the template's own error, or `exceeded`, a limit."""
@@ -36,7 +38,7 @@ class Row(NamedTuple):
 
     conversation: Conversation
     add_generation_prompt: bool
-    arguments: Mapping[str, Any]
+    arguments: Mapping[str, Any] = NO_ARGUMENTS
 
 
 class TemplateRendering:
@@ -67,28 +69,55 @@ class TemplateRendering:
         """Renders the rows in order, up to the first that exceeds a limit, or as many as one reply may have."""
         messages = [_without_none(one) for one in message["messages"]]
         rows = [Row([messages[index] for index in indices], *others) for indices, *others in message["rows"]]
+        end = time.process_time() + message["batch_seconds"]
+        outcomes: list[Outcome] = []
+        num_chars = 0
+        while len(outcomes) < len(rows):
+            start = len(outcomes)
+            outcomes += self._render_slice(
+                key,
+                rows[start : start + SLICE],
+                message,
+                end,
+            )
+            last = outcomes[-1]
+            if not isinstance(last, str) and "exceeded" in last:
+                break
+            num_chars += sum(len(outcome) for outcome in outcomes[start:] if isinstance(outcome, str))
+            if time.process_time() > end or num_chars > message["batch_chars"]:
+                break
+        return outcomes
+
+    def _render_slice(
+        self,
+        key: int,
+        rows: Sequence[Row],
+        limits: Mapping[str, Any],
+        end: float,
+    ) -> list[Outcome]:
+        """Renders at least the first of these rows: all of them together, or one by one until one exceeds a limit, the
+        CPU time `end`, or the characters of a reply."""
         together = self._render_together(
             key,
             rows,
-            message,
+            limits,
         )
         if together is not None:
             return together
-        end = time.process_time() + message["batch_seconds"]
-        num_chars = 0
         outcomes: list[Outcome] = []
+        num_chars = 0
         for row in rows:
             outcome = self._render_row(
                 key,
                 row,
-                message,
+                limits,
             )
             outcomes.append(outcome)
             if isinstance(outcome, str):
                 num_chars += len(outcome)
             elif "exceeded" in outcome:
                 break
-            if time.process_time() > end or num_chars > message["batch_chars"]:
+            if time.process_time() > end or num_chars > limits["batch_chars"]:
                 break
         return outcomes
 
@@ -98,8 +127,8 @@ class TemplateRendering:
         rows: Sequence[Row],
         limits: Mapping[str, Any],
     ) -> list[Outcome] | None:
-        """Renders all rows by two calls of transformers, because a call costs about as much as a row. Returns None if
-        the template refuses a row or exceeds a limit."""
+        """Renders all rows by two calls of transformers. Returns None if the template refuses a row or exceeds a
+        limit."""
         if any(row.arguments for row in rows):
             return None
         rendered: dict[bool, Iterator[str]] = {}
