@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping
@@ -80,6 +81,11 @@ def format_time(timestamp: float) -> str:
         return "unknown"
 
 
+def rate(per_second: float) -> str:
+    """Returns a speed without decimals, `-` if it is unknown, as without a clock that advances."""
+    return f"{per_second:,.0f}" if math.isfinite(per_second) else "-"
+
+
 METRIC_FORMATS: dict[str, tuple[str, Callable[[float], str]]] = {
     "reward": ("reward", number),
     "reward_std": ("spread", number),
@@ -131,7 +137,7 @@ METRIC_FORMATS: dict[str, tuple[str, Callable[[float], str]]] = {
         str,
     ),  # the place of all other statistics, under their own names
     "rollout_seconds": ("rollout", "{:.1f} s".format),
-    "tokens_per_second": ("tokens/s", "{:,.0f}".format),
+    "tokens_per_second": ("tokens/s", rate),
     "memory_gib": ("memory", "{:.1f} GiB".format),
 }
 """Label and format of each statistic, in the order of the line."""
@@ -263,6 +269,20 @@ def clock(seconds: float) -> str:
     if hours:
         return f"{hours}:{minutes:02d}:{rest:02d}"
     return f"{minutes}:{rest:02d}"
+
+
+def wall_time(seconds: float, sessions: int) -> str:
+    """Returns the wall time of a run as `3:07:30 (3 sessions)`; a single session is not named."""
+    if sessions > 1:
+        return f"{clock(seconds)} ({sessions} sessions)"
+    return clock(seconds)
+
+
+def ended_time(event: RunEnded) -> str:
+    """Returns the wall time of all sessions at the end of one; of an older version, that of this one."""
+    if event.total_seconds is None:
+        return clock(event.seconds)
+    return wall_time(event.total_seconds, event.sessions)
 
 
 class EtaEstimator:

@@ -24,6 +24,7 @@ from lowrank_tune.events import (
     SampleLogged,
     StepEnd,
 )
+from lowrank_tune.training.run_totals import RunTotals, TotalsCounter
 from lowrank_tune.ui.formatting import EtaEstimator, validation_line
 from lowrank_tune.ui.groups import Group, read_group
 from lowrank_tune.ui.metrics import (
@@ -43,7 +44,6 @@ LOG_LINES = 5000
 """Newest lines of the log that are kept, and"""
 MAX_SAMPLES = 2000
 """newest answers."""
-SPEED_STEPS = 20
 WARNING_LINES = 50
 MAX_ANSWERS = 20
 """Latest answers to a prompt that are kept, beside the first."""
@@ -176,7 +176,7 @@ class State:
     _pending_chosen: SampleLogged | None = None
     _unspent: float = 0.0
     _eta: EtaEstimator = field(default_factory=EtaEstimator)
-    _speed: deque[tuple[int, float]] = field(default_factory=lambda: deque(maxlen=SPEED_STEPS))
+    _counter: TotalsCounter = field(default_factory=TotalsCounter)
 
     def apply(self, event: Event) -> None:
         """Updates the state by one event."""
@@ -184,6 +184,7 @@ class State:
             self._ended_stage = self._snapshot()
         if self.start_time is None or self.ended is not None:
             self._restart_clock(event.time)
+        self._counter.apply(event)
         self._spend(event)
         self.last_time = max(self.last_time, event.time)
         if not isinstance(event, (Progress, LogMessage)):
@@ -236,11 +237,9 @@ class State:
         return self.started.algorithm if self.started is not None else DEFAULT_ALGORITHM
 
     @property
-    def tokens_per_second(self) -> float | None:
-        """Speed of the last steps, without the pauses between them."""
-        tokens = sum(count for count, _ in self._speed)
-        seconds = sum(seconds for _, seconds in self._speed)
-        return tokens / seconds if seconds else None
+    def totals(self) -> RunTotals:
+        """Time, sessions and speed of all sessions of the stage."""
+        return self._counter.totals
 
     def last(self, name: str) -> float | None:
         """Returns the last value of a statistic, None if it was not measured."""
@@ -270,7 +269,6 @@ class State:
         self.step = event.resumed_from
         self._eta = EtaEstimator()
         self.seconds_left = None
-        self._speed.clear()
         if event.resumed_from:
             # the length of the pause before a resumed run is unknown
             self.start_time = event.time
@@ -331,7 +329,6 @@ class State:
         self.step = event.step
         self.steps = event.steps
         self.seconds_left = self._eta.seconds_left(event)
-        self._speed.append((event.tokens, event.seconds))
         self._measured(event.step, event.stats)
 
     def _validated(self, event: Evaluated) -> None:

@@ -125,7 +125,7 @@ def test_a_screen_of_80_columns_has_two_charts_and_lines_for_the_rest() -> None:
         rows,
         "lowrank-tune demo \u00b7 sft of tiny-tutor \u00b7 CPU, 2 threads, fp32 running",
         "policy = base + policy reference = the base, adapters off",
-        "step 59/96 (61 %) ETA 0:17 for 0:42 1,487 tokens/s",
+        "step 59/96 (61 %) ETA 0:17 for 0:42 1,851 tokens/s",
         "0.6 of 23.5 GiB time evaluating 56% training 43%",
         "loss 0.122 validation 0.183 KL to the reference 1.11",
         "1.5 \u2502",
@@ -209,7 +209,7 @@ def test_a_dpo_run_shows_both_rewards_and_the_answers_of_its_reference(width: in
         "dpo \u00b7 stage 2 of 2: dpo of tiny-tutor"
         + (" \u00b7 CPU, 1 threads, fp32 running" if width == 120 else " running"),
         "policy = base + sft + policy reference = the base with the frozen adapter sft",
-        "step 39/68 (57 %) ETA 1:01 for 1:35 906 tokens/s",
+        "step 39/68 (57 %) ETA 1:01 for 1:35 899 tokens/s",
         "time training 67% evaluating 19%",
         "loss 0.241 validation 0.276 reward chosen -0.263 rejected -4.52",
     )
@@ -236,7 +236,7 @@ def test_a_reward_model_shows_pairs_and_their_scores(width: int, height: int) ->
         rows,
         "tiny-reward \u00b7 reward of tiny-tutor",
         "reward = base + reward",
-        "step 250/250 (100 %) 2,253 tokens/s",
+        "step 250/250 (100 %) 2,127 tokens/s",
         "loss 0.410 validation 0.291 accuracy 56.2 % validation 83.0 %",
         "validation loss rises since step 150 (0.284 -> 0.291): overfitting; step",
         "pair 1 of 3 ",
@@ -274,7 +274,7 @@ def test_a_grpo_run_shows_rewards_phases_and_heldout_accuracy(width: int, height
     assert_rows(
         rows,
         "grpo \u00b7 stage 2 of 2: grpo of tiny-tutor",
-        "step 21/24 (88 %) ETA 0:07 for 0:51 2,108 tokens/s",
+        "step 21/24 (88 %) ETA 0:07 for 0:51 2,084 tokens/s",
         "1.2 of 23.5 GiB step rollout 39% reward 0% update 61%",
         "reward 0.984 \u00b1 0.041 held-out exact, pass@1 100.0 %",
         "1.0 \u2502",
@@ -449,7 +449,7 @@ def test_shares_of_the_phases_and_the_eta_are_shown() -> None:
     )
     state = state_after([Progress(description="loading", done=0, total=1, time=-4.0), START, *steps(4), checked, saved])
     assert state.phase_shares() == {"loading": 4 / 12, "training": 4 / 12, "evaluating": 2 / 12, "saving": 2 / 12}
-    assert state.seconds_left == 96.0 and state.tokens_per_second == 50.0
+    assert state.seconds_left == 96.0 and state.totals.tokens_per_second == 50.0
     shown = plain_text(render(state, View(), 120, 40))
     assert "ETA 1:36" in shown and "50 tokens/s" in shown and "training 33%" in shown
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from lowrank_tune.events import Event, RunStarted, SampleLogged, StepEnd
 from lowrank_tune.ui import escape_control_chars
-from lowrank_tune.ui.formatting import clock, format_stats, percent
+from lowrank_tune.ui.formatting import clock, format_stats, percent, rate, wall_time
 from lowrank_tune.ui.html import render, style_of
 from lowrank_tune.ui.notebook.charts import leading_charts
 from lowrank_tune.ui.notebook.kernel import Output
@@ -81,14 +81,15 @@ class LiveRun:
     def facts(self) -> str:
         """Step, time and speed in one line."""
         state = self.state
+        totals = state.totals
         parts = []
         if state.steps:
             parts.append(f"step {state.step:,} of {state.steps:,} ({percent(self.share)})")
-        parts.append(f"{clock(self.log.seconds)} so far")
+        parts.append(f"{wall_time(totals.seconds, totals.sessions)} so far")
         if state.seconds_left is not None and state.ended is None:
             parts.append(f"ETA {clock(state.seconds_left)}")
-        if state.tokens_per_second:
-            parts.append(f"{state.tokens_per_second:,.0f} tokens/s")
+        if totals.tokens:
+            parts.append(f"{rate(totals.tokens_per_second)} tokens/s")
         return "  \u00b7  ".join(parts)
 
     @property
@@ -124,4 +125,4 @@ def _stage_line(started: RunStarted, log: RunLog) -> str:
     last = {name: values[max(values)] for name, values in log.series.items() if name in ("reward", "loss")}
     if last:
         words += f", {format_stats(last)}"
-    return f"{words} in {clock(log.seconds)}"
+    return f"{words} in {clock(log.totals.seconds)}"

@@ -24,9 +24,20 @@ from lowrank_tune.events import (
     SampleLogged,
     StepEnd,
 )
+from lowrank_tune.training.run_totals import tokens_per_second
 from lowrank_tune.ui import encodable, escape_control_chars, is_ascii, mark_line_breaks
 from lowrank_tune.ui.cell_output import in_cell
-from lowrank_tune.ui.formatting import EtaEstimator, clock, format_stats, number, signed, stage_of, validation_line
+from lowrank_tune.ui.formatting import (
+    EtaEstimator,
+    clock,
+    ended_time,
+    format_stats,
+    number,
+    rate,
+    signed,
+    stage_of,
+    validation_line,
+)
 from lowrank_tune.ui.metrics import PAIR_SIDES, WITHOUT_REFERENCE
 from lowrank_tune.ui.terminal.text_layout import with_code
 
@@ -146,7 +157,10 @@ class LineLogger:
     def _print_end(self, event: RunEnded) -> None:
         """Prints the status. The reason of a failure is the exception of the run, which the command line prints."""
         index, count = stage_of(event, self._last_start)
-        text = f"{event.status} after step {event.step} in {clock(event.seconds)}"
+        text = f"{event.status} after step {event.step} in {ended_time(event)}"
+        if event.total_tokens:
+            speed = tokens_per_second(event.total_tokens, event.total_step_seconds)
+            text = f"{text}, {rate(speed)} tokens/s"
         if count > 1:
             text = f"stage {index} of {count} {text}"
         self._print(text, "good" if event.status == "done" else "warning")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from lowrank_tune.ui.diagnostics import diagnose
-from lowrank_tune.ui.formatting import clock, short_label, stage_of
+from lowrank_tune.ui.formatting import clock, ended_time, rate, short_label, stage_of, wall_time
 from lowrank_tune.ui.metrics import SIDE_TITLES, WITHOUT_REFERENCE
 from lowrank_tune.ui.state import State
 from lowrank_tune.ui.terminal.chart_pane import chart_names, chart_pane, format_value
@@ -127,7 +127,7 @@ def status(state: State, view: View) -> Piece:
 def _end_status(state: State, view: View) -> Piece:
     assert state.ended is not None
     index, count = stage_of(state.ended, state.started)
-    text = f"{view.sanitize(state.ended.status)} in {clock(state.ended.seconds)}"
+    text = f"{view.sanitize(state.ended.status)} in {ended_time(state.ended)}"
     if count > 1:
         text = f"stage {index} {text}"
     return text, "good" if state.ended.status == "done" else "bad"
@@ -223,11 +223,11 @@ def _progress(
 ) -> Line:
     """Returns the bar of the current job, or of the whole run, with its figures."""
     facts = _progress_facts(state, view)
+    totals = state.totals
     if state.start_time is not None and state.ended is None:
-        facts.append(f"for {clock(state.last_time - state.start_time)}")
-    speed = state.tokens_per_second
-    if speed is not None:
-        facts.append(f"{speed:,.0f} tokens/s")
+        facts.append(f"for {wall_time(totals.seconds, totals.sessions)}")
+    if totals.tokens:
+        facts.append(f"{rate(totals.tokens_per_second)} tokens/s")
     # a narrow screen keeps the first facts
     while len(facts) > 1 and sum(len(fact) + 2 for fact in facts) > width - 12:
         facts.pop()
