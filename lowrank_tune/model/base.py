@@ -21,7 +21,6 @@ from typing import TYPE_CHECKING, Any
 
 import bitsandbytes
 import torch
-from huggingface_hub import is_offline_mode
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import (
@@ -35,8 +34,11 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cache
 from transformers.utils import logging as transformers_logging
 
 from lowrank_tune.errors import UserError, first_line
+from lowrank_tune.full_disk import HUB_CURE, describe_full_disk, full_disk_reason
 from lowrank_tune.model.compute_dtype import cast_other_weights, set_compute_dtype
 from lowrank_tune.model.rotary import FixedRope, RopeFactors, check_frequencies, fix_frequencies, fixed_rope
+from lowrank_tune.offline import fetch_advice
+from lowrank_tune.paths import hub_folder
 
 if TYPE_CHECKING:  # the model floor must run where pydantic is not installed (benchmarks/gpu.py)
     from lowrank_tune.config import BaseConfig
@@ -428,6 +430,10 @@ def _load_error_message(
     error: Exception,
 ) -> str:
     text = str(error).lower()
+    full = full_disk_reason(error)
+    if full:
+        words = describe_full_disk(hub_folder() / "hub", full, HUB_CURE)
+        return f"base.model: {name} cannot be stored: {words}"
     where = name
     if revision:
         where = f"{name} at revision {revision}"
@@ -444,13 +450,8 @@ def _load_error_message(
             "are not loaded"
         )
     if any(word in text for word in NOT_FOUND_WORDS):
-        place = "the network"
-        if is_offline_mode():
-            place = "HF_HUB_OFFLINE, which is set"
-        return (
-            f"base.model: {where} is not a folder, not in the local cache, and could not be fetched; check the name "
-            f"and {place}"
-        )
+        advice = fetch_advice(name, revision)
+        return f"base.model: {where} is not a folder, not in the local cache, and could not be fetched; {advice}"
     return f"base.model: {where} cannot be loaded: {first_line(error)}"
 
 
