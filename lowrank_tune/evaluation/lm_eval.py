@@ -120,7 +120,8 @@ def _results(
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
 
-    # a copy, since the harness adds a padding token
+    # A copy, since the harness adds a padding token. The harness renders the template itself, without the limits of
+    # `data/templates/render_process.py`; `ChatTemplate` has rendered it before, within them.
     tokenizer = copy.deepcopy(base.tokenizer)
     tokenizer.chat_template = template.dated_chat_template
     model = HFLM(

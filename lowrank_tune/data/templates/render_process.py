@@ -28,8 +28,6 @@ MODULE = "lowrank_tune.data.templates.render_worker"
 START_SECONDS = 60.0
 MAX_BATCH = 1024
 """Renderings of one request."""
-BATCH_SECONDS = 2.0
-"""CPU time after which the worker replies with what it has rendered, and of rows that it renders together."""
 BATCH_CHARS = 4 << 20
 """Characters of a request, and of a reply without its last text."""
 KILL_FACTOR = 1.5
@@ -39,11 +37,13 @@ NO_ARGUMENTS: Mapping[str, Any] = {}
 
 @dataclass(frozen=True)
 class RenderLimits:
-    """Limits of one rendering: CPU time, memory that it adds, and characters of its text."""
+    """Limits of one rendering: CPU time, memory that it adds, and characters of its text. `batch_seconds`: the CPU time
+    after which the worker replies with what it has rendered."""
 
     row_seconds: float = 5.0
     megabytes: int = 512
-    row_chars: int = 16 << 20
+    row_chars: int = 8 << 20
+    batch_seconds: float = 2.0
 
 
 class RenderRequest(NamedTuple):
@@ -172,7 +172,7 @@ class RenderProcess:
             message["variables"] = variables
         seconds = self.limits.row_seconds * KILL_FACTOR
         if len(batch) > 1:
-            seconds += 2 * BATCH_SECONDS
+            seconds += 2 * self.limits.batch_seconds
         try:
             reply = worker.request(message, seconds)
         except WorkerStarved as starved:
@@ -215,7 +215,7 @@ class RenderProcess:
             "row_seconds": self.limits.row_seconds,
             "megabytes": self.limits.megabytes,
             "row_chars": self.limits.row_chars,
-            "batch_seconds": BATCH_SECONDS,
+            "batch_seconds": self.limits.batch_seconds,
             "batch_chars": BATCH_CHARS,
         }
 

@@ -147,7 +147,8 @@ class TemplateRendering:
             # a template can raise any exception
             return None
         texts: list[Outcome] = [next(rendered[row.add_generation_prompt]) for row in rows]
-        if sum(map(len, texts)) > limits["batch_chars"]:
+        num_chars = [len(text) for text in texts]
+        if max(num_chars) > limits["row_chars"] or sum(num_chars) > limits["batch_chars"]:
             return None
         return texts
 
