@@ -16,6 +16,8 @@ from lowrank_tune.events import Event, from_json
 from lowrank_tune.json_files import get_mapping, read_json_object
 
 EVENTS = "events.jsonl"
+LOCKS = Path("/proc/locks")
+"""What Linux reports of locks on files."""
 
 
 def stage_folders(path: Path) -> list[Path]:
@@ -62,6 +64,26 @@ def ended_process(path: Path) -> int | None:
                 return process
     except (OSError, ValueError, OverflowError):
         return None
+    return None
+
+
+def running_process(path: Path) -> int | None:
+    """Returns the number of the process on this machine that holds the lock of a run, None if there is none.
+
+    The list of locks is read instead of trying the lock, which would refuse it to a run that starts at this moment.
+    """
+    try:
+        with (path / ".lock").open() as lock:
+            process = int(lock.read())
+            inode = os.fstat(lock.fileno()).st_ino
+        locks = LOCKS.read_text()
+    except (OSError, ValueError, OverflowError):
+        return None
+    for line in locks.splitlines():
+        # 1: FLOCK ADVISORY WRITE 8867 fe:00:2269874 0 EOF
+        fields = line.split()
+        if len(fields) > 5 and fields[4] == str(process) and fields[5].endswith(f":{inode}"):
+            return process
     return None
 
 
