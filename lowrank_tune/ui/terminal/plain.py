@@ -25,7 +25,16 @@ from lowrank_tune.events import (
     StepEnd,
 )
 from lowrank_tune.ui import encodable, escape_control_chars, is_ascii, mark_line_breaks
-from lowrank_tune.ui.formatting import EtaEstimator, clock, format_stats, number, signed, stage_of, validation_line
+from lowrank_tune.ui.formatting import (
+    EtaEstimator,
+    clock,
+    format_stats,
+    number,
+    plural,
+    signed,
+    stage_of,
+    validation_line,
+)
 from lowrank_tune.ui.metrics import PAIR_SIDES, WITHOUT_REFERENCE
 from lowrank_tune.ui.terminal.text_layout import with_code
 
@@ -123,8 +132,8 @@ class LineLogger:
         model = event.model
         if event.device:
             model = f"{model} on {event.device}"
-        trained = f"{event.trainable:,} trained parameters"
-        self._print(f"{name}: {event.algorithm} of {model}, {event.steps} steps, {trained}")
+        trained = plural(event.trainable, "trained parameter")
+        self._print(f"{name}: {event.algorithm} of {model}, {plural(event.steps, 'step')}, {trained}")
         for role, stack in event.roles.items():
             if role != "reference":
                 self._print(f"  {role}: {' + '.join(stack) or 'the base'}")
