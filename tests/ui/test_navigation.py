@@ -8,7 +8,7 @@ import pytest
 from test_dashboard import RECORDED, START, answered, chain, ended, state_after, steps
 
 from lowrank_tune.events import Evaluated, Event, LogMessage, SampleLogged
-from lowrank_tune.ui.formatting import validation_line
+from lowrank_tune.ui.formatting import plural, validation_line
 from lowrank_tune.ui.state import LOG_LINES, MAX_SAMPLES, State
 from lowrank_tune.ui.terminal.keys import DOWN, END, HOME, PAGE_DOWN, PAGE_UP, UP, keys_in
 from lowrank_tune.ui.terminal.log_pane import log_pane
@@ -204,3 +204,7 @@ def test_a_narrow_header_leaves_out_whole_details() -> None:
     assert narrow[0].split()[:6] == ["lowrank-tune", "ppo-run", "\u00b7", "ppo", "of", "stories260K"]
     assert "CPU" not in narrow[0] and "CPU, 1 thread, fp32, 23.5 GiB" in wide[0]
     assert narrow[1].endswith("reference = base + a + b") and wide[1].endswith(start.reference)
+
+
+def test_counts_of_one_have_no_plural() -> None:
+    assert [plural(count, "step") for count in (0, 1, 2, 1200)] == ["0 steps", "1 step", "2 steps", "1,200 steps"]
