@@ -49,12 +49,19 @@ class RunStarted(Event):
 
 @dataclass(frozen=True, kw_only=True)
 class Progress(Event):
-    """A long job other than training (loading, tokenizing, evaluating): `done` of `total` units."""
+    """A long job other than training (loading, tokenizing, evaluating): `done` of `total` units.
+
+    `total` is never less than `done`: a job that turns out to be longer than expected has as many units as are done.
+    """
 
     kind: ClassVar[str] = "progress"
     description: str
     done: int
     total: int
+
+    def __post_init__(self) -> None:
+        if self.done > self.total:
+            object.__setattr__(self, "total", self.done)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -166,17 +166,30 @@ def check_base(run: FinishedRun, base: Base) -> None:
             "4-bit weights cannot be compared: merge on the machine of the training"
         )
     hashes = base_hashes(base.model)
-    changed = changed_tensors(expected, hashes)
-    if changed:
+    difference = describe_difference(expected, hashes)
+    if difference:
         raise UserError(
-            f"{base.name} is not the base that {run.path} was trained on: {len(changed)} of its {len(hashes)} tensors "
-            f"differ, among them {changed[0]}; restore the base of the training"
+            f"{base.name} is not the base that {run.path} was trained on: {difference}; restore the base of the "
+            "training"
         )
 
 
-def changed_tensors(expected: Mapping[str, str], hashes: Mapping[str, str]) -> list[str]:
-    """Returns the names of the tensors that differ or exist on one side only, sorted."""
-    return sorted(name for name in expected.keys() | hashes.keys() if expected.get(name) != hashes.get(name))
+def describe_difference(expected: Mapping[str, str], hashes: Mapping[str, str]) -> str:
+    """Returns in words how the tensors of a base, by their hashes, differ from the expected ones; empty if they are the
+    same."""
+    total = len(expected)
+    common = expected.keys() & hashes.keys()
+    changed = sorted(name for name in common if expected[name] != hashes[name])
+    missing = sorted(expected.keys() - hashes.keys())
+    added = sorted(hashes.keys() - expected.keys())
+    facts = []
+    if changed:
+        facts.append(f"{len(changed)} of its {total} tensors differ, among them {changed[0]}")
+    if missing:
+        facts.append(f"{len(missing)} of its {total} tensors are missing here, among them {missing[0]}")
+    if added:
+        facts.append(f"{len(added)} tensors were not part of it, among them {added[0]}")
+    return "; ".join(facts)
 
 
 def adapters_in(run: FinishedRun) -> dict[str, SavedAdapter]:

@@ -5,16 +5,20 @@ from __future__ import annotations
 import sys
 from contextlib import closing
 
+from lowrank_tune.chat.answers import Answer, answer_all, ask, chosen_variants
 from lowrank_tune.chat.chat_model import AnswerStream, ChatModel, Variant
 from lowrank_tune.chat.commands import HELP
 from lowrank_tune.chat.conversation import Conversation, append_row
 from lowrank_tune.chat.loader import load_chat_model
+from lowrank_tune.chat.questions import read_questions
 from lowrank_tune.chat.sampling_options import SamplingOptions
 from lowrank_tune.chat.session import ChatSession
 from lowrank_tune.ui.terminal.chat_screen import ChatScreen
 from lowrank_tune.ui.terminal.plain import LineLogger
+from lowrank_tune.ui.terminal.prompt import PipedInput
 
 __all__ = [
+    "Answer",
     "AnswerStream",
     "ChatSession",
     "ChatModel",
@@ -22,7 +26,9 @@ __all__ = [
     "Variant",
     "SamplingOptions",
     "append_row",
+    "ask",
     "chat",
+    "chat_jsonl",
     "load_chat_model",
 ]
 
@@ -40,14 +46,7 @@ def chat(
     `system_prompt` None is the run's own system prompt, an empty text is none. Raises UserError, and KeyboardInterrupt
     if a session without a terminal is interrupted.
     """
-    with closing(LineLogger(sys.stderr)) as logger:
-        chat_model = load_chat_model(
-            name,
-            logger,
-            bits,
-            base,
-            max_new_tokens=options.max_new_tokens,
-        )
+    chat_model = _load(name, options, bits, base)
     screen = ChatScreen(list(HELP))
     session = ChatSession(
         chat_model,
@@ -59,6 +58,46 @@ def chat(
     if screen.live:
         screen.note(_greeting(session))
     session.run()
+
+
+def chat_jsonl(
+    name: str,
+    options: SamplingOptions,
+    variant: str | None = None,
+    system_prompt: str | None = None,
+    bits: int | None = None,
+    base: str | None = None,
+) -> None:
+    """Loads a run or model and answers each line of the standard input by itself: one JSON object a line.
+
+    Raises UserError with the line of a faulty question, after the answers to those before it.
+    """
+    chat_model = _load(name, options, bits, base)
+    answers = answer_all(
+        chat_model,
+        read_questions(PipedInput()),
+        chosen_variants(chat_model, variant),
+        options,
+        system_prompt,
+    )
+    for answer in answers:
+        print(answer.to_json(), flush=True)
+
+
+def _load(
+    name: str,
+    options: SamplingOptions,
+    bits: int | None,
+    base: str | None,
+) -> ChatModel:
+    with closing(LineLogger(sys.stderr)) as logger:
+        return load_chat_model(
+            name,
+            logger,
+            bits,
+            base,
+            max_new_tokens=options.max_new_tokens,
+        )
 
 
 def _greeting(session: ChatSession) -> str:

@@ -63,9 +63,11 @@ def parse(line: str) -> Command | str:
 
 
 def help_lines() -> list[str]:
-    """Returns one line for each command."""
-    formatted = []
+    """Returns one line for each command, with the descriptions in one column."""
+    rows = []
     for name, words in HELP.items():
         takes, rest = re.fullmatch(r"((?:\[[^\]]*\] |[A-Z]+ )*)(.*)", words).groups()  # type: ignore[union-attr]
-        formatted.append(f"{name} {takes}".rstrip().ljust(22) + f" {rest}")
-    return [*formatted, '"""' + " " * 20 + 'begins a question of many lines, which ends with """']
+        rows.append((f"{name} {takes}".rstrip(), rest))
+    rows.append(('"""', 'begins a question of many lines, which ends with """'))
+    width = max(len(usage) for usage, _ in rows)
+    return [f"{usage:{width}}  {rest}" for usage, rest in rows]

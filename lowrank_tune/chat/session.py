@@ -172,8 +172,8 @@ class ChatSession:
             if history.forgotten > self._forgotten.get(variant, 0):
                 who = f" by {variant}" if len(histories) > 1 else ""
                 self.screen.note(
-                    f"the conversation has outgrown the base's {chat_model.positions:,} positions: its first "
-                    f"{_pluralize(history.forgotten, 'exchange')} can no longer be read{who}",
+                    f"the conversation has outgrown the base's {chat_model.positions:,} positions: "
+                    f"{_first_exchanges(history.forgotten)} can no longer be read{who}",
                     "warning",
                 )
             self._forgotten[variant] = history.forgotten
@@ -348,6 +348,10 @@ _VARIANT_LABELS: dict[Variant, str] = {"base": "the base, adapters off", "tuned"
 
 def _pluralize(number: int, noun: str) -> str:
     return f"{number} {noun}{'' if number == 1 else 's'}"
+
+
+def _first_exchanges(number: int) -> str:
+    return "its first exchange" if number == 1 else f"its first {number} exchanges"
 
 
 def _answer_stats(stream: AnswerStream, max_new_tokens: int) -> tuple[str, bool]:

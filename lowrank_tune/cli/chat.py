@@ -50,6 +50,13 @@ MinP = Annotated[
 MaxNewTokens = Annotated[int, typer.Option("--max-new-tokens", help="Maximum length of an answer in tokens.")]
 Seed = Annotated[int, typer.Option("--seed", help="The same seed and questions give the same answers.")]
 Bits = Annotated[BitWidth | None, typer.Option("--bits", help="Bits of the base of a model or an adapter. Default: 4.")]
+AsJsonLines = Annotated[
+    bool,
+    typer.Option(
+        "--jsonl",
+        help="Each line of the input is a conversation of its own; one JSON object with its answer is printed.",
+    ),
+]
 BasePath = Annotated[
     str | None, typer.Option("--base", help="Folder of the base of a run or an adapter, if it was moved.")
 ]
@@ -68,6 +75,7 @@ def chat_command(
     seed: Seed = 0,
     bits: Bits = None,
     base_path: BasePath = None,
+    jsonl: AsJsonLines = False,
     debug: Debug = False,
 ) -> None:
     """Chat with what a run trained: adapters on, off, or both side by side. From a pipe: one question for each line,
@@ -75,7 +83,7 @@ def chat_command(
     with report_user_errors(debug):
         check_run_or_model(name)
         with loading_message():
-            from lowrank_tune.chat import SamplingOptions, chat
+            from lowrank_tune.chat import SamplingOptions, chat, chat_jsonl
 
         sampling = SamplingOptions(
             temperature,
@@ -85,8 +93,9 @@ def chat_command(
             max_new_tokens,
             seed,
         )
+        answer = chat_jsonl if jsonl else chat
         try:
-            chat(
+            answer(
                 name,
                 sampling,
                 variant and variant.value,

@@ -17,6 +17,7 @@ from rich.status import Status
 from lowrank_tune.cli.help_pages import HelpGroup
 from lowrank_tune.errors import OutOfMemory, UserError
 from lowrank_tune.ui import escape_lines
+from lowrank_tune.ui.run_paths import is_folder_of_runs, newest_run
 
 if TYPE_CHECKING:
     from lowrank_tune.ui.terminal.plain import LineLogger
@@ -65,9 +66,14 @@ def check_output_file(path: Path | None) -> None:
 
 
 def check_run(run: Path, kind: str = "run") -> None:
-    """Raises UserError if the path does not exist; the message names runs with a similar name, or the runs there."""
+    """Raises UserError if the path does not exist; the message names runs with a similar name, or the runs there.
+
+    It is also raised for a folder that contains runs; the message names the newest one.
+    """
     try:
         if run.exists():
+            if is_folder_of_runs(run):
+                raise UserError(f"{run}: contains runs and is no {kind}; did you mean `{newest_run(run)}`, the newest?")
             return
     # a name that is too long, or a folder that cannot be read
     except OSError as error:

@@ -10,7 +10,7 @@ from typer.core import TyperArgument, TyperCommand, TyperGroup, TyperOption
 PANELS = {
     "Start": "demo doctor examples schema presets",
     "Train": "data plan run score",
-    "Look at runs": "watch report compare",
+    "Look at runs": "runs watch report compare",
     "Use what was trained": "chat eval merge export",
 }
 """The commands by panel of `--help`, in their order there."""

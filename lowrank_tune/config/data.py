@@ -16,6 +16,17 @@ BUILT_IN = {"builtin:arithmetic": "the built-in problems", "builtin:arithmetic-p
 BUILT_IN_SPLITS = ("train", "heldout")
 UNUSED_BY_BUILT_IN = ("config_name", "format", "columns", "ground_truth", "final_answer")
 """Keys of a source that are fixed for the data sets of the package."""
+FormatName = Literal[
+    "auto",
+    "messages",
+    "sharegpt",
+    "alpaca",
+    "prompt_completion",
+    "question_answer",
+    "humaneval",
+    "mbpp",
+    "preference",
+]
 
 
 class SourceConfig(Settings):
@@ -28,11 +39,9 @@ class SourceConfig(Settings):
     """Configuration of a hub data set, for example `main` of openai/gsm8k."""
     split: NonEmptyStr = "train"
     """Split of a hub data set, or of a built-in one (`train`, `heldout`)."""
-    format: Literal["auto", "messages", "sharegpt", "alpaca", "prompt_completion", "question_answer", "preference"] = (
-        "auto"
-    )
-    """Shape of a row. `auto` detects it from the columns; the run prints what was found. `preference` is a chosen and a
-    rejected answer."""
+    format: FormatName = "auto"
+    """Shape of a row. `auto` detects it from the columns; the run prints what was found. `humaneval` and `mbpp` are
+    tasks with unit tests, for `python_tests`; `preference` is a chosen and a rejected answer."""
     columns: dict[NonEmptyStr, NonEmptyStr] = Field(default_factory=dict)
     """Renames columns: from the name in the format to the name in the data, for example `{question: problem, answer:
     solution}`."""

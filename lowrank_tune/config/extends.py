@@ -36,6 +36,8 @@ MAX_READ_BYTES = 16 * MAX_BYTES
 """Larger files are not read. A smaller one that is too large for a recipe is a problem with its line."""
 NOT_INHERITED = ("name", "description", "extends")
 OVERRIDE_POSITION = SourcePosition("override")
+MAX_SIMILAR = 3
+"""Names that the message about an unknown preset lists."""
 
 Override = tuple[Path, Node]
 
@@ -57,21 +59,22 @@ def find_preset(name: str) -> File:
             file = folder / f"{name}.yaml"
             if file.is_file():
                 return file
-    hint = near_recipe(File(name)) or "; `lowrank-tune presets` lists them (a file's name ends in .yaml)"
-    raise UserError(f"no preset is called {name!r:.80}{hint}")
+    similar = " or ".join(f"`{near}`" for near in near_recipes(File(name), MAX_SIMILAR))
+    hint = f"; did you mean {similar}?" if similar else " (a file's name ends in .yaml);"
+    raise UserError(f"no preset is called {name!r:.80}{hint} `lowrank-tune presets` lists them")
 
 
-def near_recipe(file: File) -> str:
-    """Returns "; did you mean `my.yaml`?" for the recipe of its folder, or the preset, with the nearest name; or an
-    empty string."""
+def near_recipes(file: File, count: int) -> list[str]:
+    """Returns the recipes of a file's folder and the presets with the most similar names, at most `count`; only the
+    first one if its name differs in nothing but the ending."""
     names = {name: name for name in preset_names()}
     with suppress(OSError, ValueError):
         names |= {other.stem: display_path(other) for other in file.parent.iterdir() if other.suffix in SUFFIXES}
     stem = file.stem if file.suffix in SUFFIXES else file.name
-    matches = get_close_matches(stem, names, n=1, cutoff=0.6)
-    if matches:
-        return f"; did you mean `{names[matches[0]]}`?"
-    return ""
+    if stem in names:
+        return [names[stem]]
+    matches = get_close_matches(stem, names, n=count, cutoff=0.6)
+    return [names[match] for match in matches]
 
 
 def is_file_name(text: str) -> bool:
@@ -99,7 +102,9 @@ def read_file(file: File, allow_pipe: bool = False) -> bytes:
             return read_file_or_pipe(file, MAX_READ_BYTES)
         return read_regular_file(file, MAX_READ_BYTES)
     except FileNotFoundError:
-        raise UserError(f"{display_path(file)}: there is no such file{near_recipe(file)}") from None
+        similar = near_recipes(file, 1)
+        hint = f"; did you mean `{similar[0]}`?" if similar else ""
+        raise UserError(f"{display_path(file)}: there is no such file{hint}") from None
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
         raise UserError(f"{str(file)!r:.200}: cannot be read: {reason}") from None

@@ -51,8 +51,6 @@ TOOL_ROLES = (
     "ipython",
 )
 EXAMPLE_COLUMNS = {"question": "problem", "answer": "solution"}
-CODE_COLUMNS = ({"question": "text", "answer": "code"}, {"question": "prompt", "answer": "canonical_solution"})
-"""The columns of MBPP and of HumanEval, for the example in a message."""
 
 
 class InvalidRow(Exception):
@@ -136,12 +134,7 @@ def _unknown_format(row: RawRow) -> str:
     for format_name, row_format in FORMATS.items():
         names = ", ".join(aliases[0] for aliases in row_format.needed)
         known.append(f"{format_name} ({names})")
-    example = EXAMPLE_COLUMNS
-    for columns in CODE_COLUMNS:
-        if set(columns.values()) <= set(row):
-            example = columns
-            break
-    mapping = ", ".join(f"{name}: {column}" for name, column in example.items())
+    mapping = ", ".join(f"{name}: {column}" for name, column in EXAMPLE_COLUMNS.items())
     return (
         f"the columns {_column_names(row)} match no known format; known formats are {'; '.join(known)}: "
         f"name yours with `columns:`, as in `columns: {{{mapping}}}`"
@@ -317,6 +310,26 @@ def _read_question_answer(row: RawRow, columns: Columns) -> list[Message]:
     return [Message("user", question), Message("assistant", answer)]
 
 
+def _read_humaneval(row: RawRow, columns: Columns) -> list[Message]:
+    """Returns the beginning of a function, and the rest of it as the answer."""
+    prompt = text_of(value_of(row, "prompt", columns), "question")
+    solution = text_of(value_of(row, "canonical_solution", columns), "answer")
+    return [Message("user", prompt), Message("assistant", solution)]
+
+
+def _read_mbpp(row: RawRow, columns: Columns) -> list[Message]:
+    """Returns the task with its first test, because only the tests contain the name of the function, and the
+    solution."""
+    task = text_of(value_of(row, "text", columns), "question")
+    tests = value_of(row, "test_list", columns)
+    if not is_list(tests):
+        raise InvalidRow("`test_list` is not a list of texts")
+    if tests:
+        task += f"\n\nYour code should pass tests like this one:\n{text_of(tests[0], 'test')}"
+    solution = text_of(value_of(row, "code", columns), "answer")
+    return [Message("user", task), Message("assistant", solution)]
+
+
 @dataclass(frozen=True)
 class RowFormat:
     """The columns that a format must have, each with its possible names (`columns` maps the first name), and the reader
@@ -341,6 +354,11 @@ FORMATS = {
         _read_question_answer,
         bare_answers=True,
     ),
+    "humaneval": RowFormat(
+        (("prompt",), ("canonical_solution",), ("test",), ("entry_point",)),
+        _read_humaneval,
+    ),
+    "mbpp": RowFormat((("text", "prompt"), ("code",), ("test_list",)), _read_mbpp),
     "preference": RowFormat((("chosen",), ("rejected",))),
 }
 COLUMN_ALIASES = {aliases[0]: aliases for row_format in FORMATS.values() for aliases in row_format.needed}

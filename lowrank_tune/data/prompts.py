@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from array import array
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -17,7 +16,7 @@ from lowrank_tune.data.formats import InvalidRow, RawRowOrFault
 from lowrank_tune.data.message import Message
 from lowrank_tune.data.report import Report, SourceReport, describe_mixture
 from lowrank_tune.data.sampler import BatchSampler
-from lowrank_tune.data.sources import RowLocation, read_source
+from lowrank_tune.data.sources import RowLocation, SourceRows, read_source
 from lowrank_tune.data.store_writer import conversation_hash
 from lowrank_tune.data.templates.chat_template import ChatTemplate
 from lowrank_tune.data.tokenize import format_of, warn_about_missing_rows
@@ -215,13 +214,13 @@ class _PromptReader:
             weight=source.weight,
         )
         source_hashes: set[int] = set()
-        for location, raw in chain.from_iterable(rows.refill_dropped(lambda: report.used)):
+        for location, raw, total in _with_total(rows, report):
             if report.read % PROGRESS_EVERY == 0:
                 emit(
                     Progress(
                         description=label,
                         done=report.read,
-                        total=len(rows),
+                        total=total,
                     )
                 )
             report.read += 1
@@ -242,7 +241,7 @@ class _PromptReader:
             Progress(
                 description=label,
                 done=report.read,
-                total=len(rows),
+                total=report.read,
             )
         )
         assert report.used + report.num_dropped == report.read
@@ -281,6 +280,16 @@ class _PromptReader:
         )
         check_rewardable(example, self._needs_ground_truth, self._unusable)
         return example, conversation_hash(messages)
+
+
+def _with_total(rows: SourceRows, report: SourceReport) -> Iterator[tuple[RowLocation, RawRowOrFault, int]]:
+    """Yields the rows of a source, then others for those that could not be used; each with the number of rows that will
+    have been read."""
+    total = 0
+    for part in rows.refill_dropped(lambda: report.used):
+        total += len(part)
+        for location, raw in part:
+            yield location, raw, total
 
 
 def check_rewardable(

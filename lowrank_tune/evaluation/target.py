@@ -17,7 +17,7 @@ from lowrank_tune.assembly.finished_run import (
     FinishedRun,
     adapters_in,
     chain_stages,
-    changed_tensors,
+    describe_difference,
     load_finished_reward_run,
     load_finished_run,
     roles_of,
@@ -300,12 +300,9 @@ def check_bases(
             )
             continue
         hashes = hashes or base_hashes(base.model)
-        changed = changed_tensors(expected, hashes)
-        if changed:
-            raise UserError(
-                f"{name} was trained over another base than {base.name} as it is here: {len(changed)} of "
-                f"{len(hashes)} tensors differ, among them {changed[0]}"
-            )
+        difference = describe_difference(expected, hashes)
+        if difference:
+            raise UserError(f"{name} was trained over another base than {base.name} as it is here: {difference}")
 
 
 def check_reward_model(target: EvalTarget, reward_model: EvalRewardModel) -> None:

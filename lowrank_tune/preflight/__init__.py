@@ -26,6 +26,7 @@ from lowrank_tune.preflight.base import (
 from lowrank_tune.preflight.data import DataCheck
 from lowrank_tune.preflight.disk import disk_findings
 from lowrank_tune.preflight.findings import findings_of
+from lowrank_tune.preflight.outputs import output_findings
 from lowrank_tune.preflight.rewards import reward_findings
 from lowrank_tune.preflight.stages import PlannedStage, stages_of
 from lowrank_tune.training import trackers
@@ -59,6 +60,7 @@ def check_before_loading(
                 data,
                 on_gpu=vram_gib is not None,
             )
+            findings[stage.recipe.name] += output_findings(stage, folder)
     model, base_findings = _read_base(stages[0].recipe.base, emit)
     # A chain has one base. `locate` reports its faults once.
     for found in findings.values():

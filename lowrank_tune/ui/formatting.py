@@ -50,6 +50,22 @@ def format_large(count: int) -> str:
     return f"{count:,}"
 
 
+def format_bytes(count: int) -> str:
+    """Returns a size with its unit: `1.2 MiB`."""
+    for power, unit in ((3, "GiB"), (2, "MiB"), (1, "KiB")):
+        if count >= 1024**power:
+            return f"{count / 1024**power:,.1f} {unit}"
+    return f"{count:,} B"
+
+
+def format_age(seconds: float) -> str:
+    """Returns how long ago something was in its largest unit: `12 s`, `5 min`, `3 h` or `40 d`."""
+    for size, unit in ((86400, "d"), (3600, "h"), (60, "min")):
+        if seconds >= size:
+            return f"{int(seconds // size):,} {unit}"
+    return f"{max(0, int(seconds))} s"
+
+
 def format_time(timestamp: float) -> str:
     """Returns date and time of a Unix timestamp in UTC, `unknown` if it is outside of the range of dates."""
     try:
@@ -62,6 +78,9 @@ METRIC_FORMATS: dict[str, tuple[str, Callable[[float], str]]] = {
     "reward": ("reward", number),
     "reward_std": ("spread", number),
     "heldout/accuracy": ("held-out exact", percent),
+    "heldout/eos_rate": ("EOS", percent),
+    "heldout/mean_length": ("length", "{:.1f}".format),
+    "heldout/repetition": ("repetition", percent),
     "loss": ("loss", number),
     "accuracy": ("accuracy", percent),
     "mean_token_accuracy": ("accuracy", percent),
@@ -91,6 +110,8 @@ METRIC_FORMATS: dict[str, tuple[str, Callable[[float], str]]] = {
     "explained_variance": ("explained", "{:.2f}".format),
     "entropy": ("entropy", number),
     "clip_ratio": ("clipped", percent),
+    "value_clip_ratio": ("value clipped", percent),
+    "approx_kl": ("KL within a step", number),
     "learning_rate": ("lr", "{:.1e}".format),
     "grad_norm": ("grad", number),
     "update_ratio": ("update", "{:.1e}".format),
@@ -108,6 +129,7 @@ METRIC_FORMATS: dict[str, tuple[str, Callable[[float], str]]] = {
     "memory_gib": ("memory", "{:.1f} GiB".format),
 }
 """Label and format of each statistic, in the order of the line."""
+
 
 HIDDEN_METRICS = {
     "logps_per_token/chosen",
@@ -134,6 +156,26 @@ NONZERO_ONLY_METRICS = {
 }
 """Left out if they are 0."""
 _PASS = re.compile(r"pass_at_(\d{1,6})")
+
+
+def is_share(name: str) -> bool:
+    """Returns whether a metric, of steps or of a validation, is a share, which is shown in percent."""
+    return _format_of(name)[1] is percent
+
+
+def format_metric(name: str, value: float) -> str:
+    """Returns the value of a metric, of steps or of a validation, with its unit."""
+    return _format_of(name)[1](value)
+
+
+def short_label(name: str) -> str:
+    """Returns a metric in one to three words: `validation loss` for `eval_loss`."""
+    label = _format_of(name)[0] or name
+    return f"validation {label}" if name.startswith("eval_") else label
+
+
+def _format_of(name: str) -> tuple[str, Callable[[float], str]]:
+    return METRIC_FORMATS.get(name.removeprefix("eval_"), ("", number))
 
 
 def format_stats(stats: Mapping[str, float]) -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import fcntl
 import os
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,10 @@ from lowrank_tune.events import Event, from_json
 from lowrank_tune.json_files import get_mapping, parse_json, read_json_object
 
 EVENTS = "events.jsonl"
+RUN_FILES = ("run.json", EVENTS, "summary.json")
+"""A folder with one of these files is that of a run or of a chain."""
+MODEL_FILES = ("config.json", "adapter_config.json")
+"""A folder with one of these files is a model or an adapter."""
 
 
 def stage_folders(path: Path) -> list[Path]:
@@ -27,6 +32,42 @@ def stage_folders(path: Path) -> list[Path]:
 
 def is_chain(path: Path) -> bool:
     return stage_folders(path) != [path]
+
+
+def is_run_folder(path: Path) -> bool:
+    """Returns whether a folder is that of a run or of a chain, finished or not, damaged or not."""
+    return any(os.path.lexists(path / name) for name in RUN_FILES)
+
+
+def run_folders(folder: Path) -> list[Path]:
+    """Returns the folders of runs and chains in `folder`, the one whose last session started last first.
+
+    Raises OSError if the folder cannot be read.
+    """
+    runs = [path for path in folder.iterdir() if path.is_dir() and is_run_folder(path)]
+    return sorted(runs, key=_session_start, reverse=True)
+
+
+def newest_run(folder: Path) -> Path | None:
+    """Returns the run or chain in `folder` whose last session started last; None if `folder` contains no run."""
+    with suppress(OSError):
+        return next(iter(run_folders(folder)), None)
+    return None
+
+
+def is_folder_of_runs(path: Path) -> bool:
+    """Returns whether a folder contains runs and is not itself a run, a chain, an adapter or a model."""
+    if is_run_folder(path) or any(os.path.lexists(path / name) for name in MODEL_FILES):
+        return False
+    return newest_run(path) is not None
+
+
+def _session_start(run: Path) -> tuple[float, str]:
+    """Returns when the last session of a run started, and its name. Each session writes `run.json` at its start."""
+    for name in RUN_FILES:
+        with suppress(OSError, ValueError):
+            return (run / name).stat().st_mtime, run.name
+    return 0.0, run.name
 
 
 def read_recipe(folder: Path) -> Mapping[str, Any]:
@@ -62,6 +103,18 @@ def ended_process(path: Path) -> int | None:
     except (OSError, ValueError, OverflowError):
         return None
     return None
+
+
+def is_locked(path: Path) -> bool:
+    """Returns whether a process holds the lock of a run, and so is writing its folder."""
+    try:
+        with (path / ".lock").open() as lock:
+            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False
+    return False
 
 
 def read_event_lines(path: Path) -> Iterator[Event]:

@@ -36,7 +36,8 @@ from lowrank_tune.ui.metrics import (
     reference_name,
 )
 
-MAX_POINTS = 1000
+MAX_POINTS = 256
+"""Points of a curve on a screen: more than a chart of a wide terminal has columns of dots."""
 LOG_LINES = 200
 SPEED_STEPS = 20
 WARNING_LINES = 50
@@ -52,12 +53,14 @@ OTHER = "other"
 
 @dataclass
 class Series:
-    """The values of one statistic by step. Above `MAX_POINTS`, neighbors are replaced by their mean, so that drawing
-    stays cheap."""
+    """The values of one statistic by step, at most `MAX_POINTS`: from then on, each new point replaces two neighbors by
+    their mean, from the left to the right, so that memory and drawing time of a long run are constant."""
 
     points: list[Point] = field(default_factory=list)
     per_point: int = 1
     last: float = math.nan
+    _num_merged: int = 0
+    """Points at the left, each the mean of `2 * per_point` values; the others are the mean of `per_point`."""
     _open: list[Point] = field(default_factory=list)
 
     def add(self, step: int, value: float) -> None:
@@ -67,12 +70,20 @@ class Series:
             self.points.append(_mean(self._open))
             self._open.clear()
         if len(self.points) > MAX_POINTS:
-            self.points = [_mean(self.points[at : at + 2]) for at in range(0, len(self.points), 2)]
+            self._merge_next_pair()
+
+    def _merge_next_pair(self) -> None:
+        place = self._num_merged
+        self.points[place : place + 2] = [_mean(self.points[place : place + 2])]
+        self._num_merged += 1
+        if self._num_merged == len(self.points):
             self.per_point *= 2
+            self._num_merged = 0
 
     def cut(self, step: int) -> None:
         """Removes what came after a step, because a resumed run repeats it."""
         self.points = [point for point in self.points if point[0] <= step]
+        self._num_merged = min(self._num_merged, len(self.points))
         self._open = [point for point in self._open if point[0] <= step]
 
 

@@ -7,7 +7,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from lowrank_tune.checkpoint.run_format import check_run_format
@@ -162,13 +162,13 @@ def watch(
     folders = [run_folder(run) for run in runs]
     if plain or not can_show(sys.stdout, environ, forced=True):
         for stage_paths, folder in zip(paths, folders, strict=True):
-            _print_lines(stage_paths, folder)
+            print_lines(stage_paths, folder)
         return
     watched = [WatchedRun(*files, folder=folder) for files, folder in zip(paths, folders, strict=True)]
-    _WatchScreen(watched).run(environ)
+    WatchScreen(watched).run(environ)
 
 
-class _WatchScreen:
+class WatchScreen:
     """The dashboard of watched runs: `q` or Ctrl-C closes it."""
 
     def __init__(self, runs: Sequence[WatchedRun]) -> None:
@@ -229,14 +229,22 @@ class _WatchScreen:
         self.over.set()
 
 
-def _print_lines(paths: Sequence[Path], folder: Path) -> None:
+def never() -> bool:
+    return False
+
+
+def print_lines(
+    paths: Sequence[Path],
+    folder: Path,
+    is_superseded: Callable[[], bool] = never,
+) -> None:
     """Prints the events of a run as lines until its end: that of its last stage, of a stage that failed or was
-    interrupted, or of the process that wrote it."""
+    interrupted, or of the process that wrote it; or until `is_superseded` returns True."""
     tails = Tails(paths)
     line_logger = LineLogger()
     stage = 1
     is_over = False
-    while not is_over:
+    while not is_over and not is_superseded():
         process = ended_process(folder)
         _, events = tails.poll()
         for event in events:

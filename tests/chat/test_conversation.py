@@ -466,6 +466,8 @@ def test_an_outgrown_conversation_loses_its_oldest_turns_with_a_note(chat_model:
         assert fitted.forgotten == chat_session._forgotten["tuned"]
     assert fitted.forgotten > 2 and warned and all("60 positions" in note for note in warned)
     assert f"first {fitted.forgotten} exchanges can no longer be read by tuned" in " ".join(warned)
+    first_notes = [note for note in warned if "its first exchange can no longer be read" in note]
+    assert first_notes and not any("1 exchange" in note for note in warned)
     assert len(chat_session.conversation.exchanges) == 8, "what is saved is the whole conversation"
     with pytest.raises(UserError, match="at most 60: shorten the question or the system prompt"):
         chat_session.handle_line("word " * 60)
@@ -570,9 +572,10 @@ def test_commands_are_obeyed(chat_model: ChatModel) -> None:
         parse("//etc is what?") == "/etc is what?"
         and parse("/clear") == Command("/reset", "")
         and len(help_lines()) == 12
-        and help_lines()[4].startswith("/set [NAME VALUE]      show or change")
-        and help_lines()[8].startswith("/save FILE [base|tuned] add the conversation")
+        and help_lines()[4].startswith("/set [NAME VALUE]        show or change")
+        and help_lines()[8].startswith("/save FILE [base|tuned]  add the conversation")
     )
+    assert {line[23:25] for line in help_lines()} == {"  "}, "all descriptions begin in one column"
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from code_rows import HUMANEVAL, MBPP, MBPP_SANITIZED
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -173,17 +174,21 @@ def test_random_rows_become_conversations_or_reasons(row: Any, shape: str, how: 
 
 
 @pytest.mark.parametrize(
-    ("row", "example"),
+    ("row", "format_name", "question", "answer"),
     [
-        ({"text": "", "code": "", "test_list": []}, "{question: text, answer: code}"),
-        (
-            {"prompt": "", "canonical_solution": "", "test": "", "entry_point": ""},
-            "{question: prompt, answer: canonical_solution}",
-        ),
-        ({"frage": "", "antwort": ""}, "{question: problem, answer: solution}"),
+        (HUMANEVAL, "humaneval", HUMANEVAL["prompt"], HUMANEVAL["canonical_solution"]),
+        (MBPP, "mbpp", "double(2) == 4", MBPP["code"]),
+        (MBPP_SANITIZED, "mbpp", "double(2) == 4", MBPP["code"]),
     ],
 )
-def test_the_example_of_columns_fits_rows_of_known_code_data_sets(row: dict[str, Any], example: str) -> None:
-    with pytest.raises(UserError) as failed:
-        detect_format(row)
-    assert str(failed.value).endswith(f"as in `columns: {example}`")
+def test_rows_with_unit_tests_are_detected(row: dict[str, Any], format_name: str, question: str, answer: str) -> None:
+    assert detect_format(row) == format_name
+    conversation = to_conversation(row, format_name, {})
+    assert question in conversation.messages[0].content and "double(3)" not in conversation.messages[0].content
+    assert conversation.answer == answer and conversation.ground_truth is None
+
+
+def test_mapped_columns_take_precedence_over_unit_tests() -> None:
+    assert detect_format(MBPP, {"question": "text", "answer": "code"}) == "question_answer"
+    with pytest.raises(InvalidRow, match="`test_list` is not a list"):
+        to_conversation({**MBPP, "test_list": "assert f()"}, "mbpp", {})

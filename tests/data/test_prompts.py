@@ -26,6 +26,7 @@ from lowrank_tune.data import (
     RowLocation,
     load_heldout_prompts,
     load_prompts,
+    prompts,
 )
 from lowrank_tune.data.message import Message
 from lowrank_tune.data.prompts import MISSING_ANSWER
@@ -233,6 +234,18 @@ def test_progress_and_log_lines_are_emitted(tmp_path: Path) -> None:
     assert [event.message for event in events if isinstance(event, LogMessage)] == [
         f"{tmp_path}/a.jsonl: 12 rows in format `question_answer`"
     ]
+
+
+def test_progress_counts_the_rows_that_replace_dropped_ones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(prompts, "PROGRESS_EVERY", 1)
+    faulty = [{"question": f"Faulty {number}?", "answer": "no number"} for number in range(12)]
+    source = SourceConfig(dataset=write(tmp_path / "a.jsonl", [*ROWS, *faulty]), max_samples=6)
+    events: list[Event] = []
+    data = DataConfig(train=(source,))
+    made = load_prompts(data, TEMPLATE, 0, events.append, raise_on_invalid=False, needs_ground_truth=True)
+    progress = [(event.done, event.total) for event in events if isinstance(event, Progress)]
+    assert made.report.train[0].read > 6, "some rows were replaced"
+    assert all(done < total for done, total in progress[:-1]) and progress[-1][0] == progress[-1][1]
 
 
 def prompt_dataset(*counts: int) -> PromptDataset:

@@ -378,7 +378,7 @@ def test_ctrl_c_prints_and_writes_the_scores_so_far(place: Path) -> None:
     child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment, text=True)
     began = time.monotonic()
     while time.monotonic() - began < 60:
-        if any("rewards/workers/worker.py" in line for line in children(child.pid)):
+        if any("rewards.workers.worker" in line for line in children(child.pid)):
             break
         time.sleep(0.1)
     time.sleep(4.0)

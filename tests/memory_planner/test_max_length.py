@@ -96,7 +96,7 @@ def test_the_longest_row_of_a_small_base_is_that_of_its_positions(tmp_path: Path
     assert done.exit_code == 0, done.output
     lines = done.output.splitlines()
     assert lines[-3:] == [
-        "longest row: 5,000 tokens; the base is for no longer ones",
+        "longest row: 5,000 tokens, the longest that the base was made for",
         "host memory for the inputs of 2 layers, pinned: 0.0 GiB",
         f"lowrank-tune run {recipe} train.learning_rate=1e-5 rollout.max_new_tokens=4872 train.micro_batch_size=1 "
         "train.gradient_checkpointing=all train.activation_offloading=true train.mlp_chunks=2",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import re
 import subprocess
@@ -13,9 +14,10 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from models import unquantized_base
+from rich.console import Console
 from transformers import LlamaConfig
 from typer.testing import CliRunner
 
@@ -31,11 +33,12 @@ from lowrank_tune.memory_planner.meta_model import layers_of
 from lowrank_tune.memory_planner.plan_report import Phase, Plan, needed
 from lowrank_tune.memory_planner.planner import decoding_phases, peaks_of, phases_in, phases_of, plan_of
 from lowrank_tune.memory_planner.rollouts import DecodingSpec
+from lowrank_tune.memory_planner.run_length import Span
 from lowrank_tune.memory_planner.simulation import SimulationSpec, simulate
 from lowrank_tune.memory_planner.sizes import Sizes
 from lowrank_tune.memory_planner.specs import simulation_specs
 from lowrank_tune.model import configs
-from lowrank_tune.ui.views.plan import lines, worst_stage_line
+from lowrank_tune.ui.views.plan import PlanPrinter, chain_summary, lines
 
 BENCHMARK = Path(__file__).parents[2] / "benchmarks" / "plan.py"
 CLOSE = 0.03
@@ -298,11 +301,38 @@ def test_the_advice_of_a_stage_names_its_settings() -> None:
     assert str(lines(refused, in_chain=True)[-1]) == own
 
 
-def test_the_worst_stage_is_the_one_that_does_not_fit() -> None:
+def test_the_summary_of_a_chain_names_the_stage_that_does_not_fit() -> None:
     stages = [stage_plan("a", 24, update=15), stage_plan("b", 7, update=6.9), stage_plan("c", 24, update=14)]
-    assert str(worst_stage_line(stages)) == "worst stage: b, 7.93 of 7.00 GiB, does not fit"
-    assert str(worst_stage_line(stages[::2])) == "worst stage: a, 16.37 of 24.00 GiB, fits"
-    assert str(worst_stage_line([replace(stages[0], vram=0, device="cpu")])) == "worst stage: a, 15.00 GiB"
+    assert str(chain_summary(stages, None)) == "worst stage: b, 7.93 of 7.00 GiB, does not fit"
+    hours = Span(2.0, 8.0)
+    assert str(chain_summary(stages[::2], hours)) == (
+        "worst stage: a, 16.37 of 24.00 GiB, fits; all stages: 2 to 8 hours (estimate, not measured)"
+    )
+    assert str(chain_summary([replace(stages[0], vram=0, device="cpu")], None)) == "worst stage: a, 15.00 GiB"
+
+
+def test_a_chain_ends_with_its_summary_in_one_line() -> None:
+    file = io.StringIO()
+    printer = PlanPrinter(Console(file=file, width=60), in_chain=True)
+    for name in ("first", "second"):
+        printer.show(stage_plan(name, 24, update=15), None)
+    printer.finish("a note on the GPU")
+    assert file.getvalue().splitlines()[-3:] == [
+        "a note on the GPU",
+        "",
+        "worst stage: first, 16.37 of 24.00 GiB, fits",
+    ]
+
+
+@settings(max_examples=50)
+@given(needed_bytes=st.integers(0, 1 << 35), more=st.integers(-(1 << 24), 1 << 24))
+def test_the_printed_total_is_within_the_printed_memory_only_if_the_plan_fits(needed_bytes: int, more: int) -> None:
+    plan = stage_plan("a", 0, update=needed_bytes / 2**30)
+    plan = replace(plan, vram=max(1, plan.needed + more))
+    verdict, used, memory = re.match(r"(fits|does not fit): ([\d.]+) of ([\d.]+) GiB", str(lines(plan)[1])).groups()  # type: ignore[union-attr]
+    assert plan.fits == (plan.needed <= plan.vram) == (verdict == "fits") == (float(used) <= float(memory))
+    summary = str(chain_summary([plan], None))
+    assert f"{used} of {memory} GiB, {verdict}" in summary
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

@@ -254,7 +254,6 @@ def test_gold_answers_of_real_rows_with_commas_boxes_and_floats() -> None:
         ("hh_rlhf/helpful-base_test.jsonl.gz", "these rows are preference pairs"),
         ("llamafactory_demos/dpo_en_demo.json.gz", "these rows are preference pairs"),
         ("aqua/dev.json", "no known format"),
-        ("mbpp/mbpp.jsonl.gz", "`columns: {question: text, answer: code}`"),
     ],
 )
 def test_rows_of_unknown_formats_are_one_sentence(name: str, sentence: str) -> None:

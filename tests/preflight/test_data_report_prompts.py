@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from code_rows import HUMANEVAL, MBPP, MBPP_SANITIZED
 from malformed_yaml import HOSTILE_TEXTS, is_inert
 from test_data_report import ROWS, counts, printed, write
 from typer.testing import CliRunner
@@ -147,3 +148,10 @@ def test_control_characters_in_prompts_are_escaped(tmp_path: Path) -> None:
         assert found.report.train[0].used >= 2
         for encoding, width in (("utf-8", 100), ("ascii", 50)):
             assert is_inert(printed(found, width, encoding=encoding))
+
+
+def test_published_rows_with_unit_tests_need_no_columns(tmp_path: Path) -> None:
+    sources = [write(tmp_path / "humaneval.jsonl", [HUMANEVAL]), write(tmp_path / "mbpp.jsonl", [MBPP, MBPP_SANITIZED])]
+    found = examined(*sources, rewards="python_tests", max_prompt_length=200)
+    assert not found.faults and [source.format for source in found.report.train] == ["humaneval", "mbpp"]
+    assert [source.used for source in found.report.train] == [1, 2]

@@ -16,9 +16,9 @@ from types import SimpleNamespace
 
 import pytest
 
-from lowrank_tune.rewards.workers import charged_time
-from lowrank_tune.rewards.workers.charged_time import ChargedTime, Starved, TimeLimitReached
-from lowrank_tune.rewards.workers.process_tree import ProcessTree, read_tree
+from lowrank_tune.processes import charged_time
+from lowrank_tune.processes.charged_time import ChargedTime, Starved, TimeLimitReached
+from lowrank_tune.processes.process_tree import ProcessTree, read_tree
 
 StartProgram = Callable[[str], "subprocess.Popen[bytes]"]
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="this system does not count the time as Linux does")

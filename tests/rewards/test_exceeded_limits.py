@@ -11,12 +11,12 @@ from typing import Any
 import pytest
 
 from lowrank_tune.config import RewardConfig
+from lowrank_tune.processes import charged_time
+from lowrank_tune.processes.process_tree import ProcessTree
 from lowrank_tune.rewards import RewardInput, Score, WorkerPool, build_rewards, weighted_sum
 from lowrank_tune.rewards.base import Reward, WorkerReward
 from lowrank_tune.rewards.sandbox import isolation
-from lowrank_tune.rewards.workers import charged_time
 from lowrank_tune.rewards.workers.process import Worker
-from lowrank_tune.rewards.workers.process_tree import ProcessTree
 
 LIMIT = 0.3
 

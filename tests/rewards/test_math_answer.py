@@ -24,6 +24,7 @@ from malformed_yaml import MAX_CPU_SECONDS
 from lowrank_tune.config import RewardConfig
 from lowrank_tune.data.ground_truth import extract_answer
 from lowrank_tune.errors import UserError
+from lowrank_tune.processes.limits import CallTimeout
 from lowrank_tune.rewards import RewardInput, Score, WorkerPool, build_rewards
 from lowrank_tune.rewards.base import WorkerReward
 from lowrank_tune.rewards.math.answer_parsing import compare_exact
@@ -32,7 +33,7 @@ from lowrank_tune.rewards.math.latex_syntax import too_large_reason
 from lowrank_tune.rewards.math.math_answer import MathAnswerReward, make_math_answer
 from lowrank_tune.rewards.user_function import UserFunctionReward
 from lowrank_tune.rewards.workers.budget import time_limit
-from lowrank_tune.rewards.workers.worker import CallTimeout, LimitedGrader
+from lowrank_tune.rewards.workers.worker import LimitedGrader
 
 sys.path.insert(0, str(Path(__file__).parent))
 from resource_bombs import RESOURCE_BOMBS, boxed  # noqa: E402

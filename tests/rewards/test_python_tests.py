@@ -19,6 +19,7 @@ from scoring import score_items
 from lowrank_tune import doctor
 from lowrank_tune.config import UNSAFE_CODE, RewardConfig
 from lowrank_tune.errors import ConfigError, UserError
+from lowrank_tune.processes.charged_time import ChargedTime, Starved
 from lowrank_tune.rewards import RewardInput, Score, WorkerPool, build_rewards
 from lowrank_tune.rewards.code import python_tests as reward_module
 from lowrank_tune.rewards.code.python_tests import PythonTestsReward
@@ -26,7 +27,6 @@ from lowrank_tune.rewards.code.python_tests_worker import InvalidTests, extract_
 from lowrank_tune.rewards.sandbox import check as check_module
 from lowrank_tune.rewards.sandbox import isolation
 from lowrank_tune.rewards.sandbox.check import SandboxPair
-from lowrank_tune.rewards.workers.charged_time import ChargedTime, Starved
 
 DATA = Path(__file__).parents[3] / "shared" / "data"
 needs_sandbox = pytest.mark.skipif(isolation.best_available() is None, reason="this machine has no sandbox for code")
@@ -74,10 +74,24 @@ def test_some_reward_hacks_and_wrong_programs_fail(kind: str) -> None:
     assert [score.verdict for score in judged([*map(item, texts)], timeout=2.5)] == ["fail"] * len(texts)
 
 
-@needs_sandbox
+@pytest.fixture(params=isolation.LEVELS)
+def level(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Each level of the sandbox in turn, as if it were the strongest one of this machine."""
+    available = isolation.probe_level(request.param)
+    if available.fault:
+        pytest.skip(str(available))
+    monkeypatch.setattr(reward_module, "best_available", lambda: available)
+    return str(available.level)
+
+
+def test_right_and_wrong_programs_are_told_apart_at_each_level(level: str) -> None:
+    assert PythonTestsReward().worker_spec()["level"] == level
+    assert verdicts(item(reward_hacks.CORRECT_PROGRAM), item(reward_hacks.ZERO)) == ["pass", "fail"]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("shape", reward_hacks.ROWS, ids=["function", "list"])
-def test_every_reward_hack_and_wrong_program_fails(shape: dict[str, Any]) -> None:
+def test_every_reward_hack_and_wrong_program_fails(shape: dict[str, Any], level: str) -> None:
     assert len(reward_hacks.REWARD_HACKS) >= 30 and len(reward_hacks.WRONG_BODIES) >= 30
     texts = (
         reward_hacks.REWARD_HACKS

@@ -204,7 +204,7 @@ def test_the_pool_keeps_its_size(folder: Path) -> None:
         assert within(10.0, lambda: sum(map(is_running, scorer.pids)) == 2)
         # the terminal's Ctrl-C is for the run alone
         assert all(os.getpgid(pid) != os.getpgid(0) for pid in scorer.pids)
-        assert len([pid for pid in children(os.getpid()) if "worker.py" in command(pid)]) == 2
+        assert len([pid for pid in children(os.getpid()) if "workers.worker" in command(pid)]) == 2
 
 
 def children(parent: int) -> list[int]:

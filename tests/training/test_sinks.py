@@ -82,6 +82,15 @@ def test_each_event_is_written_at_once_and_is_read_back(tmp_path: Path) -> None:
     assert len(written(tmp_path / "events.jsonl")) == len(events)
 
 
+@pytest.mark.parametrize(("done", "total"), [(0, 0), (1, 0), (41, 42), (42, 42), (42, 40), (204, 200)])
+def test_progress_is_at_most_100_percent(done: int, total: int) -> None:
+    event = Progress(description="reading", done=done, total=total)
+    assert event.done == done and event.total == max(done, total)
+    old = {"event": "progress", "description": "reading", "done": done, "total": total}
+    read = from_json(old)
+    assert isinstance(read, Progress) and read.done <= read.total, "also of a file of an earlier version"
+
+
 def test_numbers_that_are_not_finite(tmp_path: Path) -> None:
     raw = to_json_line(step(1, loss=math.nan, grad_norm=math.inf, kl=0.5))
     assert b"NaN" not in raw and b"Infinity" not in raw

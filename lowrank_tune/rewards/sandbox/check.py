@@ -7,17 +7,17 @@ import contextlib
 from dataclasses import dataclass
 from typing import Literal
 
-from lowrank_tune.rewards.sandbox.ipc import MAX_MESSAGE_BYTES, ChannelClosed, ChannelTimeout, MessageTooLong
-from lowrank_tune.rewards.sandbox.launch import Confined, Level, UnauthenticatedMessage, Unconfined
-from lowrank_tune.rewards.sandbox.values import DeserializationError, decode, encode
-from lowrank_tune.rewards.workers.charged_time import (
+from lowrank_tune.processes.charged_time import (
     MAX_WALL_FACTOR,
     ChargedTime,
     Starved,
     TimeLimitReached,
     computing_share,
 )
-from lowrank_tune.rewards.workers.process_tree import read_tree
+from lowrank_tune.processes.process_tree import read_tree
+from lowrank_tune.rewards.sandbox.ipc import MAX_MESSAGE_BYTES, ChannelClosed, ChannelTimeout, MessageTooLong
+from lowrank_tune.rewards.sandbox.launch import Confined, Level, UnauthenticatedMessage, Unconfined
+from lowrank_tune.rewards.sandbox.values import DeserializationError, decode, encode
 
 MIN_CODE_SHARE = (
     0.5  # share of the time of a check; if the code alone used it, the code is the cause of tests that did not begin

@@ -1,20 +1,17 @@
-"""The script of a worker process; the other side is `process.py` in the main process.
+"""Grades completions in a worker process; the other side is `process.py` in the main process.
 
-It is started by its path and imports only the standard library, so that it starts in milliseconds and without torch. It
-reads one JSON object per line from a socket, first the specs of the graders that it loads, then requests, and answers
-each with one line. The output of a user's function is discarded, and its standard input is empty.
+Its imports are those of the standard library and `lowrank_tune.processes`, so that it starts in milliseconds and
+without torch. The first message has the specs of the graders that it loads, and each later one a completion. The output
+of a user's function is discarded, and its standard input is empty.
 """
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
 import hashlib
 import importlib
 import importlib.abc
 import importlib.util
 import inspect
-import json
 import linecache
 import math
 import numbers
@@ -22,20 +19,25 @@ import os
 import random
 import resource
 import signal
-import socket
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from types import ModuleType
 from typing import Any
 
-PR_SET_PDEATHSIG = 1
-MEGABYTE = 1 << 20
+from lowrank_tune.processes.child import import_without_init
+from lowrank_tune.processes.limits import (
+    ALARM_INTERVAL_SECONDS,
+    CallTimeout,
+    limit_added_memory,
+    peak_megabytes,
+    raise_timeout,
+)
+
 VERIFIER_MEGABYTES = 512  # memory that one call of a built-in verifier may add to this process
 RECYCLE_MEGABYTES = 256  # a process to which verifiers have added more than this is replaced
 TIMEOUT_MARGIN = 0.9  # a verifier is interrupted a little before the main process kills this process
-ALARM_INTERVAL_SECONDS = 0.05  # CPU time; the alarm repeats, because a bare `except` may catch the first
 MAX_MESSAGE_CHARS = 200  # characters of the message of an exception
 MAX_REPR_CHARS = 80
 GradeFn = Callable[[Mapping[str, Any]], Any]
@@ -54,10 +56,6 @@ class SourceSnapshotLoader(importlib.abc.ExecutionLoader):
 
     def get_filename(self, fullname: str) -> str:
         return self.path
-
-
-class CallTimeout(BaseException):
-    """The time of a call is over. Not an Exception, so that no `except Exception` of a library catches it."""
 
 
 class RewardFunctionError(Exception):
@@ -126,29 +124,9 @@ def finite(value: object) -> float:
 def load_verifier(spec: Mapping[str, Any]) -> GradeFn:
     """Returns the grader of a built-in verifier, `load(spec)` of the module in the spec, with limits."""
     folder = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-    root = os.path.dirname(os.path.dirname(folder))
-    if root not in sys.path:
-        sys.path.append(root)
     with import_without_init("lowrank_tune.rewards", folder):
         grade = importlib.import_module(spec["module"]).load(spec)
     return LimitedGrader(grade, spec.get("megabytes", VERIFIER_MEGABYTES))
-
-
-@contextlib.contextmanager
-def import_without_init(name: str, folder: str) -> Iterator[None]:
-    """Makes the modules of a package importable without its `__init__`, which would import torch: seconds and 300 MB
-    per worker."""
-    if name in sys.modules:
-        yield
-        return
-    package = ModuleType(name)
-    package.__path__ = [folder]
-    sys.modules[name] = package
-    try:
-        yield
-    finally:
-        # a user's file may import the real package
-        del sys.modules[name]
 
 
 class LimitedGrader:
@@ -179,7 +157,10 @@ class LimitedGrader:
 
         try:
             try:
-                self._limit(request["seconds"] * TIMEOUT_MARGIN, soft, hard)
+                limit_added_memory(self.megabytes)
+                signal.signal(signal.SIGPROF, raise_timeout)
+                seconds = request["seconds"] * TIMEOUT_MARGIN
+                signal.setitimer(signal.ITIMER_PROF, seconds, ALARM_INTERVAL_SECONDS)
                 return self.grade(request)
             finally:
                 restore()
@@ -193,34 +174,6 @@ class LimitedGrader:
             added = peak_megabytes() - before
             self.added_megabytes += added
             self.grew_fast = added > self.megabytes / 2
-
-    def _limit(
-        self,
-        seconds: float,
-        soft: int,
-        hard: int,
-    ) -> None:
-        if sys.platform == "linux":
-            with open("/proc/self/statm", encoding="ascii") as status:
-                pages = int(status.read().split()[0])
-            maximum = pages * resource.getpagesize() + self.megabytes * MEGABYTE
-            limits = [limit for limit in (maximum, soft, hard) if limit != resource.RLIM_INFINITY]
-            resource.setrlimit(resource.RLIMIT_AS, (min(limits), hard))
-        signal.signal(signal.SIGPROF, raise_timeout)
-        signal.setitimer(signal.ITIMER_PROF, seconds, ALARM_INTERVAL_SECONDS)
-
-
-def raise_timeout(*_: object) -> None:
-    raise CallTimeout
-
-
-def peak_megabytes() -> float:
-    """Returns the peak memory of this process. On Linux not `ru_maxrss`, which starts at the large value of the
-    parent."""
-    if sys.platform != "linux":
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / MEGABYTE
-    with open("/proc/self/status", encoding="ascii", errors="replace") as status:
-        return int(status.read().partition("VmHWM:")[2].split()[0]) / 1024
 
 
 LOADERS: dict[str, Callable[[Mapping[str, Any]], GradeFn]] = {"own": load_user_function, "verifier": load_verifier}
@@ -285,42 +238,24 @@ def grade_completion(
     return {**reply, "seconds": time.perf_counter() - start}
 
 
-def exit_with_parent(parent: int) -> None:
-    """Makes the kernel kill this process when its parent ends, also within C code that nothing interrupts."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    # the parent may have ended before the call above
-    if os.getppid() != parent:
-        os._exit(1)
+class Graders:
+    """The graders of one process: the first message has their specs, and each later one a completion."""
+
+    def __init__(self) -> None:
+        self._specs: list[Mapping[str, Any]] = []
+        self._graders: list[GradeFn | str] | None = None
+
+    def __call__(self, message: Any) -> dict[str, Any]:
+        if self._graders is None:
+            self._specs = message
+            self._graders = [load_grader(spec) for spec in self._specs]
+            return {"faults": [grade if isinstance(grade, str) else None for grade in self._graders]}
+        index = message["job"]
+        grade = self._graders[index]
+        assert not isinstance(grade, str)
+        return grade_completion(grade, message, self._specs[index].get("path", ""))
 
 
-def main(descriptor: int, parent: int) -> None:
-    """Serves requests until the other end is closed."""
-    exit_with_parent(parent)
-    os.set_inheritable(descriptor, False)
-    with (
-        socket.socket(fileno=descriptor) as channel,
-        channel.makefile(
-            "rw",
-            encoding="ascii",
-            newline="\n",
-        ) as lines,
-    ):
-
-        def send(reply: Mapping[str, Any]) -> None:
-            lines.write(json.dumps(reply) + "\n")
-            lines.flush()
-
-        specs = json.loads(lines.readline() or "[]")
-        graders = [load_grader(spec) for spec in specs]
-        send({"faults": [grade if isinstance(grade, str) else None for grade in graders]})
-        while line := lines.readline():
-            request = json.loads(line)
-            index = request["job"]
-            grade = graders[index]
-            assert not isinstance(grade, str)
-            send(grade_completion(grade, request, specs[index].get("path", "")))
-
-
-if __name__ == "__main__":
-    main(int(sys.argv[1]), int(sys.argv[2]))
+def start() -> Graders:
+    """Returns the function that answers the messages of the main process."""
+    return Graders()

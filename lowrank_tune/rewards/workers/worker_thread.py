@@ -15,8 +15,9 @@ from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 from lowrank_tune.errors import UserError
+from lowrank_tune.processes.worker_process import WorkerExited, WorkerStarved, WorkerTimeout
 from lowrank_tune.rewards.base import Reply, RewardInput, Score, WorkerReward
-from lowrank_tune.rewards.workers.process import Worker, WorkerExited, WorkerStarved, WorkerTimeout
+from lowrank_tune.rewards.workers.process import Worker
 
 MEMORY_LIMIT = "the memory that the verifier may use"
 
@@ -132,7 +133,8 @@ class WorkerThread(threading.Thread):
             "seconds": limit,
             **message,
         }
-        return self.worker.request(message, limit * request.reward.worker_time_factor)
+        reply: Reply = self.worker.request(message, limit * request.reward.worker_time_factor)
+        return reply
 
     def _score_of(self, request: ScoreRequest, reply: Reply) -> Score:
         """Returns the score of a reply, which may report an exceeded limit."""

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from lowrank_tune.config.schema import ONLINE_ALGORITHMS
-from lowrank_tune.ui.formatting import METRIC_FORMATS
+from lowrank_tune.ui.formatting import METRIC_FORMATS, is_share
 from lowrank_tune.ui.metrics import (
     BAND_METRIC,
     SIDE_TITLES,
@@ -22,6 +23,7 @@ from lowrank_tune.ui.metrics import (
 from lowrank_tune.ui.reward_vs_accuracy import frontier
 from lowrank_tune.ui.state import Series, State
 from lowrank_tune.ui.terminal.charts import Curve, chart, format_number, smooth
+from lowrank_tune.ui.terminal.outliers import split_outliers
 from lowrank_tune.ui.terminal.panes import SMOOTHINGS, View, labeled_value
 from lowrank_tune.ui.terminal.text_layout import Block, Line
 
@@ -34,9 +36,13 @@ PLAIN_FORMAT_METRICS = (
     "frac_reward_zero_std",
     "completions/clipped_ratio",
     "clip_ratio",
+    "value_clip_ratio",
     "completions/mean_length",
 )
 """Metrics that have the same format here and in the plain log."""
+DIVERGENCES = ("kl", "approx_kl")
+MIN_DIVERGENCE = 1e-8
+"""Nats a token below which a divergence is shown as 0."""
 FRONTIER = "reward against KL"
 """The only chart whose x axis is not the step."""
 FRONTIER_INDEX = 5
@@ -89,7 +95,13 @@ def format_value(name: str, value: float) -> str:
         return write(value)
     if value != value:
         return "nan"
-    return format_number(value)
+    return format_number(without_rounding(name, value))
+
+
+def without_rounding(name: str, value: float) -> float:
+    """Returns 0 for a divergence that is only the rounding error of equal distributions."""
+    is_rounding = name in DIVERGENCES and abs(value) < MIN_DIVERGENCE
+    return 0.0 if is_rounding else value
 
 
 def chart_pane(
@@ -106,9 +118,10 @@ def chart_pane(
     """
     if names == (FRONTIER,):
         return _frontier_pane(state, view, width, height)
+    outliers: Points = ()
     if len(names) == 1:
         values = _last_values(state, names[0], view)
-        curves = _curves(state, names[0], view)
+        curves, outliers = _curves(state, names[0], view)
         log = view.log_scale
     else:
         values, curves = _shared_chart(state, names, view)
@@ -124,6 +137,8 @@ def chart_pane(
             height - 1,
             log,
             view.ascii_only,
+            share=is_share(names[0]),
+            outliers=outliers,
         ),
     ]
 
@@ -162,9 +177,13 @@ def _frontier_pane(
             height - 1,
             False,
             view.ascii_only,
-            format_x=format_number,
+            format_x=_format_kl,
         ),
     ]
+
+
+def _format_kl(value: float) -> str:
+    return format_number(without_rounding("kl", value))
 
 
 def _scaled_to(rewards: Points, accuracy: Points) -> list[Point]:
@@ -222,44 +241,47 @@ def _curves(
     state: State,
     name: str,
     view: View,
-) -> list[Curve]:
-    """Returns the curves of a single statistic."""
+) -> tuple[list[Curve], Points]:
+    """Returns the curves of a single statistic, and its outliers. A logarithmic scale has room for them."""
     curves = list[Curve]()
+    outliers: Points = ()
     series = state.series.get(name)
     if series is not None and name == "heldout/accuracy":
         # there are only few points, so they are not smoothed
-        return [Curve(series.points)]
+        return [Curve(series.points)], ()
     if series is not None:
-        curves += _background(state, name, series, view)
-        curves.append(Curve(_average(series, view)))
+        points = _drawn_points(name, series)
+        if not view.log_scale and name not in BAND_METRIC:
+            points, outliers = split_outliers(points)
+        curves += _background(state, name, points, view)
+        curves.append(Curve(smooth(points, SMOOTHINGS[view.smoothing])))
     validation = state.series.get(f"eval_{name}")
     if validation is not None:
         curves.append(Curve(validation.points, "second", "o"))
-    return curves
+    return curves, outliers
+
+
+def _drawn_points(name: str, series: Series) -> Points:
+    if name not in DIVERGENCES:
+        return series.points
+    return [(x, without_rounding(name, y)) for x, y in series.points]
 
 
 def _background(
     state: State,
     name: str,
-    series: Series,
+    points: Points,
     view: View,
 ) -> list[Curve]:
     """Returns a band if the statistic has a spread, else its values as dots unless smoothing is off."""
     spread = state.series.get(BAND_METRIC.get(name, ""))
     if spread is not None:
-        return [
-            _band_edge(
-                series,
-                spread,
-                view,
-                1,
-            ),
-            _band_edge(series, spread, view, -1),
-        ]
+        limits = _band_limits(state, points)
+        return [_band_edge(points, spread, view, sign, limits) for sign in (1, -1)]
     if SMOOTHINGS[view.smoothing]:
         return [
             Curve(
-                series.points,
+                points,
                 "quiet",
                 ".",
                 line=False,
@@ -268,17 +290,28 @@ def _background(
     return []
 
 
+def _band_limits(state: State, points: Points) -> tuple[float, float]:
+    """Returns the values that the band does not leave: 0 and 1 as long as all rewards are within."""
+    values = [y for _, y in points if math.isfinite(y)]
+    values += state.reward_range or ()
+    if all(0 <= value <= 1 for value in values):
+        return 0.0, 1.0
+    return -math.inf, math.inf
+
+
 def _band_edge(
-    series: Series,
+    points: Points,
     spread: Series,
     view: View,
     sign: int,
+    limits: tuple[float, float],
 ) -> Curve:
-    """Returns the average of the statistic plus (sign 1) or minus (sign -1) its spread."""
-    points = []
-    for (x, y), (_, around) in zip(series.points, spread.points, strict=False):
-        points.append((x, y + sign * around))
-    return Curve(smooth(points, SMOOTHINGS[view.smoothing]), "quiet", ".")
+    """Returns the average of the statistic plus (sign 1) or minus (sign -1) its spread, within the limits."""
+    low, high = limits
+    edge = []
+    for (x, y), (_, around) in zip(points, spread.points, strict=False):
+        edge.append((x, min(high, max(low, y + sign * around))))
+    return Curve(smooth(edge, SMOOTHINGS[view.smoothing]), "quiet", ".")
 
 
 def _last_values(

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from lowrank_tune.ui.metrics import Point, Points
+from lowrank_tune.ui.terminal.axes import Axis, make_axis
 from lowrank_tune.ui.terminal.text_layout import Block, Line
 
 Dot = tuple[int, int]
@@ -18,11 +19,10 @@ Dot = tuple[int, int]
 _DOT_BITS = ((0x01, 0x08), (0x02, 0x10), (0x04, 0x20), (0x40, 0x80))
 """Bit of each dot of a Braille cell, by row and column."""
 _EMPTY_BRAILLE_CELL = 0x2800
-LABEL_WIDTH = 7
+LABEL_WIDTH = 8
 """Cells at the left of the y axis."""
 MIN_PLOT_WIDTH = 4
 MIN_PLOT_HEIGHT = 2
-MIN_HEIGHT_OF_THREE_LABELS = 5
 
 
 @dataclass(frozen=True)
@@ -57,6 +57,8 @@ class Canvas:
         ascii_only: bool = False,
     ) -> None:
         self.ascii_only = ascii_only
+        self.width = width
+        self.height = height
         self.columns = width
         self.rows = height
         if not ascii_only:
@@ -82,6 +84,16 @@ class Canvas:
             sign = chr(_EMPTY_BRAILLE_CELL + self._bits[row][column])
         self._styles[row][column] = style
         self._signs[row][column] = sign
+
+    def mark(
+        self,
+        column: int,
+        row: int,
+        sign: str,
+    ) -> None:
+        """Replaces a cell by a sign that draws attention."""
+        self._signs[row][column] = sign
+        self._styles[row][column] = "warning"
 
     def lines(self) -> Block:
         """Returns the canvas as lines in which neighbors of the same style are joined."""
@@ -213,9 +225,15 @@ def chart(
     log: bool = False,
     ascii_only: bool = False,
     format_x: Callable[[float], str] = format_integer,
+    share: bool = False,
+    outliers: Points = (),
 ) -> Block:
-    """Returns `height` lines of `width` cells: the curves, at their left values of the y axis, and below them the ends
-    of the x axis, written by `format_x`. `log` has no effect if no value is positive."""
+    """Returns `height` lines of `width` cells: the curves, at their left ticks of the y axis, and below them the ends
+    of the x axis, written by `format_x`.
+
+    `log` has no effect if no value is positive. `share` labels the y axis in percent. `outliers` are marked at the
+    upper or lower edge, and the farthest is named below the curves.
+    """
     area = axis_ranges(curves, log) or axis_ranges(curves, False)
     plot_width = width - LABEL_WIDTH - 1
     plot_height = height - 1
@@ -223,38 +241,109 @@ def chart(
         return []
     if area is None:
         return [[("  no values yet", "quiet")]]
+    axis = make_axis(
+        area.low,
+        area.high,
+        plot_height,
+        area.log,
+        share,
+    )
+    area = replace(area, low=axis.low, high=axis.high)
     canvas = Canvas(plot_width, plot_height, ascii_only)
     for curve in curves:
         draw(canvas, curve, area)
-    labels = _y_labels(area, plot_height)
+    _mark_outliers(canvas, outliers, area)
+    labels = _y_labels(axis, canvas)
     edge = "|" if ascii_only else "\u2502"
     lines: Block = []
     for row, line in enumerate(canvas.lines()):
         label = labels.get(row, "")
         lines.append([(f"{label:>{LABEL_WIDTH - 1}} {edge}", "quiet"), *line])
-    lines.append(_x_axis(format_x(area.left), format_x(area.right), plot_width))
+    note = _outlier_note(
+        outliers,
+        area,
+        share,
+        ascii_only,
+    )
+    lines.append(
+        _x_axis(
+            format_x(area.left),
+            format_x(area.right),
+            plot_width,
+            note,
+        )
+    )
     return lines
 
 
-def _y_labels(area: Area, height: int) -> dict[int, str]:
-    """Returns the values of the y axis by row: the ends, and the middle if there is room."""
+def _y_labels(axis: Axis, canvas: Canvas) -> dict[int, str]:
+    """Returns the ticks of the y axis by line. Those at the ends replace another one in the same line."""
+    ticks = list(zip(axis.ticks, axis.labels(), strict=True))
     labels = dict[int, str]()
-    if area.high > area.low:
-        labels[0] = format_number(area.high)
-        labels[height - 1] = format_number(area.low)
-    if height >= MIN_HEIGHT_OF_THREE_LABELS or area.high == area.low:
-        middle = math.sqrt(area.low * area.high) if area.log else (area.low + area.high) / 2
-        labels[(height - 1) // 2] = format_number(middle)
+    for tick, label in [*ticks[1:-1], ticks[0], ticks[-1]]:
+        # the line that contains the dot of this value
+        row = round((canvas.rows - 1) * (1 - axis.position(tick)))
+        labels[row * canvas.height // canvas.rows] = label
     return labels
+
+
+def _mark_outliers(
+    canvas: Canvas,
+    outliers: Points,
+    area: Area,
+) -> None:
+    """Marks each outlier at the edge beyond which it is."""
+    across = (canvas.width - 1) / (area.right - area.left) if area.right > area.left else 0.0
+    for x, y in outliers:
+        row = 0 if y > area.high else canvas.height - 1
+        column = round((min(max(x, area.left), area.right) - area.left) * across)
+        canvas.mark(column, row, _outlier_sign(y, area, canvas.ascii_only))
+
+
+def _outlier_sign(
+    value: float,
+    area: Area,
+    ascii_only: bool,
+) -> str:
+    if value > area.high:
+        return "^" if ascii_only else "\u25b2"
+    return "v" if ascii_only else "\u25bc"
+
+
+def _outlier_note(
+    outliers: Points,
+    area: Area,
+    share: bool,
+    ascii_only: bool,
+) -> str:
+    """Returns sign, value and step of the farthest outlier, an empty string without one."""
+    if not outliers:
+        return ""
+    middle = (area.low + area.high) / 2
+    x, y = max(outliers, key=_distance_from(middle))
+    value = f"{100 * y:.1f} %" if share else format_number(y)
+    return f"{_outlier_sign(y, area, ascii_only)} {value} at {x:.0f}"
+
+
+def _distance_from(middle: float) -> Callable[[Point], float]:
+    """Returns the distance of a point's value from `middle`, as a sort key."""
+
+    def distance(point: Point) -> float:
+        return abs(point[1] - middle)
+
+    return distance
 
 
 def _x_axis(
     first: str,
     last: str,
     width: int,
+    note: str = "",
 ) -> Line:
+    """Returns the ends of the x axis, and between them a note if there is room."""
     text = last.rjust(width)
     between = width - len(first) - len(last)
     if between > 0 and first != last:
-        text = f"{first}{' ' * between}{last}"
+        middle = note.center(between) if len(note) + 2 <= between else " " * between
+        text = f"{first}{middle}{last}"
     return [(" " * (LABEL_WIDTH + 1) + text, "quiet")]

@@ -67,14 +67,18 @@ class Terminal:
         self._write(LEAVE, 10 * WRITE_TIMEOUT)
 
     def show(self, lines: Block) -> None:
-        """Writes the lines that differ from the last frame."""
+        """Writes the lines that differ from the last frame.
+
+        A row is cleared before it is written: after the last cell the cursor of xterm and tmux stays on that cell, so
+        that clearing to the end of the line would remove it.
+        """
         if len(lines) != len(self._shown):
             self.invalidate()
         is_whole = not self._shown
         parts = [CLEAR] if is_whole else []
         for row, line in enumerate(lines):
             if is_whole or self._shown[row] != line:
-                parts.append(f"\x1b[{row + 1};1H{to_ansi(line, self.color)}\x1b[K")
+                parts.append(f"\x1b[{row + 1};1H\x1b[K{to_ansi(line, self.color)}")
         self._shown = lines
         frame = "".join(parts).encode("utf-8", "backslashreplace")
         if not self._write(frame):

@@ -183,10 +183,8 @@ class LineLogger:
 
     def _print_progress(self, event: Progress) -> None:
         """Prints a line at the end of a job, and before it as often as `MIN_SHARE_STEP` allows."""
-        # more rows than expected are read if some are dropped
-        total = max(event.done, event.total)
-        share = event.done / total if total else 1.0
-        text = f"{event.description}: {event.done:,}/{total:,} ({100 * share:.0f} %)"
+        share = event.done / event.total if event.total else 1.0
+        text = f"{event.description}: {event.done:,}/{event.total:,} ({100 * share:.0f} %)"
         last = self._progress_lines.setdefault(event.description, ProgressLine(0.0, event.time))
         if event.done >= event.total:
             del self._progress_lines[event.description]
@@ -211,7 +209,7 @@ class LineLogger:
         job.bar.update(
             job.task,
             completed=event.done,
-            total=max(event.done, event.total),
+            total=event.total,
         )
         if is_finished or event.time - job.drawn_time >= BAR_SECONDS:
             job.drawn_time = event.time

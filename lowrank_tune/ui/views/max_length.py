@@ -22,7 +22,7 @@ def row_lines(
     command that trains such rows. `arguments` are the recipe and its settings, as they were given."""
     plan = row_plan.plan
     if is_longest and plan.fits:
-        yield Text(f"longest row: {row_plan.length:,} tokens; {_limit(row_plan)}", "bold green")
+        yield Text(f"longest row: {row_plan.length:,} tokens, {_limit(row_plan)}", "bold green")
     elif is_longest:
         yield Text(f"no row fits, not even one of {row_plan.length:,} tokens", "bold red")
     if not plan.fits:
@@ -34,10 +34,10 @@ def row_lines(
 
 def _limit(row_plan: RowPlan) -> str:
     if row_plan.is_limited_by_base:
-        return "the base is for no longer ones"
+        return "the longest that the base was made for"
     phase = row_plan.plan.peak_phase
     where = f" ({phase.where})" if phase.where else ""
-    return f"the memory limits it, in {phase.name}{where}"
+    return f"limited by memory, in {phase.name}{where}"
 
 
 def row_json(row_plan: RowPlan, is_longest: bool) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator, Sequence
 
@@ -17,6 +18,7 @@ from lowrank_tune.memory_planner.plan_report import (
     Plan,
     needed,
 )
+from lowrank_tune.memory_planner.run_length import Span
 from lowrank_tune.memory_planner.run_time import RunTime, sum_of_hours
 from lowrank_tune.ui import escape_control_chars
 from lowrank_tune.ui.views.run_time import ESTIMATE, duration, show_run_time
@@ -69,28 +71,32 @@ class PlanPrinter:
             self.run_times.append(run_time)
 
     def finish(self, note: str) -> None:
-        """Prints the worst stage of a chain and the hours of all stages, and a note on the GPU."""
-        if self.in_chain:
-            self.console.print()
-            self.console.print(worst_stage_line(self.plans))
-            hours = sum_of_hours(self.run_times)
-            if hours is not None:
-                self.console.print(f"all stages: {duration(hours)} ({ESTIMATE})")
+        """Prints a note on the GPU, and the summary of a chain in one line."""
         if note:
             self.console.print(note)
+        if self.in_chain:
+            self.console.print()
+            summary = chain_summary(self.plans, sum_of_hours(self.run_times))
+            self.console.print(summary, soft_wrap=True)
 
 
-def worst_stage_line(plans: Sequence[Plan]) -> Text:
-    """Returns the stage of a chain that needs most of the available memory, and whether it fits."""
+def chain_summary(plans: Sequence[Plan], hours: Span | None) -> Text:
+    """Returns the stage of a chain that needs most of the available memory, whether it fits, and the hours of all
+    stages if they are known."""
     worst = max(plans, key=_need)
-    name = f"worst stage: {escape_control_chars(worst.name)}"
-    needed_gib = _gib(worst.needed)
+    summary = f"worst stage: {escape_control_chars(worst.name)}, "
+    style = "bold"
     if not worst.vram:
-        return Text(f"{name}, {needed_gib} GiB", "bold")
-    vram_gib = f"{_gib(worst.vram)} GiB"
-    if worst.fits:
-        return Text(f"{name}, {needed_gib} of {vram_gib}, fits", "bold green")
-    return Text(f"{name}, {needed_gib} of {vram_gib}, does not fit", "bold red")
+        summary += f"{_gib(worst.needed)} GiB"
+    elif worst.fits:
+        summary += f"{_used(worst)}, fits"
+        style = "bold green"
+    else:
+        summary += f"{_used(worst)}, does not fit"
+        style = "bold red"
+    if hours is not None:
+        summary += f"; all stages: {duration(hours)} ({ESTIMATE})"
+    return Text(summary, style)
 
 
 def _need(plan: Plan) -> tuple[bool, float]:
@@ -170,11 +176,10 @@ def lines(plan: Plan, in_chain: bool = False) -> list[Text]:
 
 
 def _fit_line(plan: Plan) -> Text:
-    used = f"{_gib(plan.needed)} of {_gib(plan.vram)} GiB"
     parts = f"tensors {_gib(plan.peak)}, CUDA itself {_gib(CUDA_CONTEXT_BYTES)}, lost {FRAGMENTATION:.0%}"
     if plan.fits:
-        return Text(f"fits: {used} ({parts})", "green")
-    return Text(f"does not fit: {used} ({parts})", "bold red")
+        return Text(f"fits: {_used(plan)} ({parts})", "green")
+    return Text(f"does not fit: {_used(plan)} ({parts})", "bold red")
 
 
 def _room_lines(plan: Plan) -> Iterator[Text]:
@@ -187,6 +192,17 @@ def _room_lines(plan: Plan) -> Iterator[Text]:
             f"room for a micro-batch of {plan.max_micro_batch_size}, or for rows of {plan.fits_length:,} tokens, "
             f"{plan.sizes.units} at once"
         )
+
+
+def _used(plan: Plan) -> str:
+    """Returns the needed part of the GPU's memory. The first number is at most the second only if the plan fits: two
+    sizes that round to the same number are rounded away from each other if it does not."""
+    needed_gib = _gib(plan.needed)
+    vram_gib = _gib(plan.vram)
+    if not plan.fits and needed_gib == vram_gib:
+        needed_gib = f"{math.ceil(100 * plan.needed / GIB) / 100:.2f}"
+        vram_gib = f"{math.floor(100 * plan.vram / GIB) / 100:.2f}"
+    return f"{needed_gib} of {vram_gib} GiB"
 
 
 def _gib(size: int) -> str:

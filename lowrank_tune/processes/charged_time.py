@@ -14,7 +14,7 @@ import random
 import time
 from collections.abc import Collection
 
-from lowrank_tune.rewards.workers.process_tree import read_tree
+from lowrank_tune.processes.process_tree import read_tree
 
 SAMPLES = 40  # samples within the limit
 MAX_SAMPLING_SHARE = 0.05  # of one processor, for taking the samples

@@ -1,0 +1,250 @@
+"""Thousands of steps with the dashboard on: does anything grow? Runs the bundled base in a pseudo-terminal of 120x40,
+looks at the process from outside once a second, and at its steps and frames from inside.
+
+    PYTHONPATH=. python benchmarks/endurance.py --out endurance           # 2,000 steps each of sft and grpo
+    PYTHONPATH=. python benchmarks/endurance.py --steps 60 --warm-up 10   # a minute
+    PYTHONPATH=. python benchmarks/endurance.py --out endurance --read    # the tables of a measurement again
+
+Exit code 0 where nothing grows: the interval of a slope contains 0, or the growth over the run is below its bound.
+"""
+
+from __future__ import annotations
+
+import argparse
+import fcntl
+import json
+import os
+import pty
+import struct
+import sys
+import tempfile
+import termios
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from slopes import Slope, measure_slope, table
+
+WIDTH, HEIGHT = 120, 40
+COMMON = (
+    "train.logging_steps=5",
+    "train.save_steps={often}",
+    "evaluate.eval_steps={often}",
+    "evaluate.num_prompts=8",
+    "evaluate.num_samples=1",
+    "evaluate.max_new_tokens=16",
+    "train.learning_rate=1e-5",
+)
+OVERRIDES = {
+    "sft": (
+        "train.num_train_epochs=null",
+        "train.max_steps={steps}",
+        "train.global_batch_size=8",
+        "train.micro_batch_size=8",
+    ),
+    "grpo": (
+        "train.max_steps={steps}",
+        "train.prompts_per_step=4",
+        "train.micro_batch_size=16",
+        "rollout.num_generations=4",
+        "rollout.max_new_tokens=16",
+        "rollout.max_num_seqs=16",
+        "rewards=[{{name: answer}}, {{name: math_answer}}]",
+    ),
+}
+"""The tiny presets with small steps. The learning rate is low so that completions keep their length: what is looked for
+is growth of the kit, not of the answers."""
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("algorithms", nargs="*", default=list(OVERRIDES))
+    parser.add_argument("--steps", type=int, default=2000)
+    parser.add_argument("--warm-up", type=int, default=200, help="steps that no slope contains")
+    parser.add_argument("--out", type=Path, help="folder for the runs and measurements; kept")
+    parser.add_argument("--read", action="store_true", help="only print the tables of an earlier measurement")
+    parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
+    options = parser.parse_args(arguments)
+    if options.child:
+        train(options.algorithms[0], options.steps, options.out)
+        return 0
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = options.out or Path(temporary)
+        flat = True
+        for algorithm in options.algorithms:
+            if not options.read:
+                observe(algorithm, options.steps, folder / algorithm)
+            slopes = slopes_of(folder / algorithm, options.warm_up)
+            print(f"\n{algorithm}: {summary(folder / algorithm)}\n\n{table(slopes)}", flush=True)
+            flat = flat and all(each.is_flat for each in slopes)
+    return 0 if flat else 1
+
+
+# Inside the process that trains.
+
+
+def train(algorithm: str, steps: int, folder: Path) -> None:
+    """Trains in this process's terminal, and writes the processor time of each step and frame."""
+    from lowrank_tune.config import Recipe
+    from lowrank_tune.runner import run
+
+    watch_frames(folder / "frames.jsonl")
+    watch = StepWatch(folder / "steps.jsonl")
+    values = [each.format(steps=steps, often=max(10, steps // 20)) for each in (*COMMON, *OVERRIDES[algorithm])]
+    recipe = Recipe.load(f"tiny-{algorithm}", *values)
+    run(recipe, out=folder / "run", ui="tui", on_event=watch)
+
+
+class StepWatch:
+    """Writes wall and processor seconds of each plain step: one without a log line, directly after another step."""
+
+    def __init__(self, path: Path) -> None:
+        self.file = path.open("w", encoding="utf-8")
+        self.plain = False
+        self.cpu = 0.0
+
+    def __call__(self, event: Any) -> None:
+        kind = event.kind
+        if kind not in ("step_end", "group_logged"):
+            self.plain = False
+        if kind != "step_end":
+            return
+        now = time.thread_time()
+        row = {"step": event.step, "time": event.time, "wall": event.seconds, "cpu": now - self.cpu}
+        self.file.write(json.dumps({**row, "plain": self.plain and not event.logged}) + "\n")
+        self.file.flush()
+        self.plain = True
+        self.cpu = now
+
+
+def watch_frames(path: Path) -> None:
+    """Writes the processor time of each frame of the dashboard, which its screen measures for itself."""
+    from lowrank_tune.ui.terminal.live_screen import LiveScreen
+
+    file = path.open("w", encoding="utf-8")
+    draw_frame = LiveScreen._draw_frame
+
+    def draw_and_write(screen: LiveScreen, width: int, height: int) -> None:
+        draw_frame(screen, width, height)
+        file.write(json.dumps({"time": time.time(), "cpu": screen.cost, "size": [width, height]}) + "\n")
+        file.flush()
+
+    LiveScreen._draw_frame = draw_and_write  # type: ignore[method-assign]
+
+
+# Outside of it.
+
+
+def observe(algorithm: str, steps: int, folder: Path) -> None:
+    """Runs the training in a pseudo-terminal and writes once a second what the kernel counts for its process."""
+    folder.mkdir(parents=True)
+    words = [sys.executable, __file__, algorithm, "--child", "--steps", str(steps), "--out", str(folder)]
+    environ = {**os.environ, "TERM": "xterm-256color", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    child, master = pty.fork()
+    if child == 0:
+        os.execve(words[0], words, environ)
+    fcntl.ioctl(master, termios.TIOCSWINSZ, struct.pack("HHHH", HEIGHT, WIDTH, 0, 0))
+    threading.Thread(target=drain, args=(master, folder / "screen.txt"), daemon=True).start()
+    with (folder / "process.jsonl").open("w", encoding="utf-8") as file:
+        while (ended := os.waitpid(child, os.WNOHANG))[0] == 0:
+            sample = sample_process(child)
+            if sample:
+                file.write(json.dumps(sample) + "\n")
+                file.flush()
+            time.sleep(1)
+    os.close(master)
+    if ended[1]:
+        raise SystemExit(f"the {algorithm} run ended with status {ended[1]}; its screen: {folder / 'screen.txt'}")
+
+
+def drain(master: int, path: Path) -> None:
+    """Reads what is drawn, as a terminal does, and keeps the last 100 KB."""
+    kept = b""
+    try:
+        while data := os.read(master, 65536):
+            kept = (kept + data)[-100_000:]
+    except OSError:
+        pass
+    path.write_bytes(kept)
+
+
+def sample_process(process: int) -> dict[str, float]:
+    """Returns memory, descriptors, threads, children and processor seconds of a process; empty if it has ended."""
+    proc = Path("/proc") / str(process)
+    try:
+        children = [child for task in (proc / "task").iterdir() for child in (task / "children").read_text().split()]
+        counters = (proc / "stat").read_text().rpartition(")")[2].split()
+        return {
+            "time": time.time(),
+            "rss_mib": resident_mib(proc),
+            "children_mib": sum(resident_mib(Path("/proc") / child) for child in children),
+            "descriptors": len(list((proc / "fd").iterdir())),
+            "threads": len(list((proc / "task").iterdir())),
+            "children": len(children),
+            "cpu": (int(counters[11]) + int(counters[12])) / os.sysconf("SC_CLK_TCK"),
+        }
+    except OSError:
+        return {}
+
+
+def resident_mib(proc: Path) -> float:
+    """Returns the resident memory of a process, from its folder in /proc."""
+    return int((proc / "statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20
+
+
+# The figures.
+
+
+def rows(path: Path) -> Iterator[dict[str, Any]]:
+    return map(json.loads, path.read_text(encoding="utf-8").splitlines())
+
+
+def slopes_of(folder: Path, warm_up: int) -> list[Slope]:
+    """Returns the slopes of everything that was measured, after the first `warm_up` steps."""
+    steps = [row for row in rows(folder / "steps.jsonl") if row["step"] > warm_up]
+    plain = [row for row in steps if row["plain"]]
+    seen = list(with_steps(rows(folder / "process.jsonl"), steps))
+    frames = list(with_steps(rows(folder / "frames.jsonl"), steps))
+    series = [
+        ("resident memory", "MiB", seen, "rss_mib", 1.0, 0.01),
+        ("memory of child processes", "MiB", seen, "children_mib", 1.0, 0.01),
+        ("open file descriptors", "count", seen, "descriptors", 1.0, 0.01),
+        ("threads", "count", seen, "threads", 1.0, 0.01),
+        ("child processes", "count", seen, "children", 1.0, 0.01),
+        ("step, processor time", "ms", plain, "cpu", 1000.0, 0.02),
+        ("step, wall time", "ms", plain, "wall", 1000.0, 0.02),
+        ("redraw, processor time", "ms", frames, "cpu", 1000.0, 0.05),
+    ]
+    return [
+        measure_slope(name, unit, [row["step"] for row in data], [scale * row[key] for row in data], bound)
+        for name, unit, data, key, scale, bound in series
+    ]
+
+
+def with_steps(samples: Iterator[dict[str, Any]], steps: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """Yields the samples that were taken between the first and the last of these steps, each with its step."""
+    place = 0
+    for sample in samples:
+        while place + 1 < len(steps) and steps[place + 1]["time"] <= sample["time"]:
+            place += 1
+        if steps[0]["time"] <= sample["time"] <= steps[-1]["time"]:
+            yield {**sample, "step": steps[place]["step"]}
+
+
+def summary(folder: Path) -> str:
+    """Returns how long the run was, and its first and last figures."""
+    steps = list(rows(folder / "steps.jsonl"))
+    seen = list(rows(folder / "process.jsonl"))
+    frames = list(rows(folder / "frames.jsonl"))
+    size = "x".join(map(str, frames[-1]["size"]))
+    return (
+        f"{len(steps)} steps in {seen[-1]['time'] - seen[0]['time']:.0f} s of wall time and {seen[-1]['cpu']:.0f} s of "
+        f"processor time; {len(frames)} frames of {size}; {len(seen)} samples of the process; its peak "
+        f"{max(row['rss_mib'] for row in seen):.0f} MiB"
+    )
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
