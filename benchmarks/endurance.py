@@ -5,7 +5,9 @@ looks at the process from outside once a second, and at its steps and frames fro
     PYTHONPATH=. python benchmarks/endurance.py --steps 60 --warm-up 10   # a minute
     PYTHONPATH=. python benchmarks/endurance.py --out endurance --read    # the tables of a measurement again
 
-Exit code 0 where nothing grows: the interval of a slope contains 0, or the growth over the run is below its bound.
+Other work on the machine is subtracted from the wall time of a step: the time in which its thread could run, but other
+processes had the processors. Exit code 0 where nothing grows: the interval of a slope contains 0, or the growth over
+the run is below its bound.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ import fcntl
 import json
 import os
 import pty
+import statistics
 import struct
 import sys
 import tempfile
@@ -104,6 +107,7 @@ class StepWatch:
         self.file = path.open("w", encoding="utf-8")
         self.plain = False
         self.cpu = 0.0
+        self.waited = 0.0
 
     def __call__(self, event: Any) -> None:
         kind = event.kind
@@ -112,11 +116,25 @@ class StepWatch:
         if kind != "step_end":
             return
         now = time.thread_time()
-        row = {"step": event.step, "time": event.time, "wall": event.seconds, "cpu": now - self.cpu}
-        self.file.write(json.dumps({**row, "plain": self.plain and not event.logged}) + "\n")
+        waited = seconds_without_processor()
+        row = {
+            "step": event.step,
+            "time": event.time,
+            "wall": event.seconds,
+            "alone": event.seconds - (waited - self.waited),
+            "cpu": now - self.cpu,
+            "plain": self.plain and not event.logged,
+        }
+        self.file.write(json.dumps(row) + "\n")
         self.file.flush()
         self.plain = True
         self.cpu = now
+        self.waited = waited
+
+
+def seconds_without_processor() -> float:
+    """Returns how long this thread could have run so far, but other processes had the processors."""
+    return int(Path("/proc/thread-self/schedstat").read_text().split()[1]) / 1e9
 
 
 def watch_frames(path: Path) -> None:
@@ -214,7 +232,7 @@ def slopes_of(folder: Path, warm_up: int) -> list[Slope]:
         ("threads", "count", seen, "threads", 1.0, 0.01),
         ("child processes", "count", seen, "children", 1.0, 0.01),
         ("step, processor time", "ms", plain, "cpu", 1000.0, 0.02),
-        ("step, wall time", "ms", plain, "wall", 1000.0, 0.02),
+        ("step, wall time less waiting for a processor", "ms", plain, "alone", 1000.0, 0.02),
         ("redraw, processor time", "ms", frames, "cpu", 1000.0, 0.05),
     ]
     return [
@@ -239,9 +257,11 @@ def summary(folder: Path) -> str:
     seen = list(rows(folder / "process.jsonl"))
     frames = list(rows(folder / "frames.jsonl"))
     size = "x".join(map(str, frames[-1]["size"]))
+    wall = statistics.median(row["wall"] for row in steps)
     return (
         f"{len(steps)} steps in {seen[-1]['time'] - seen[0]['time']:.0f} s of wall time and {seen[-1]['cpu']:.0f} s of "
-        f"processor time; {len(frames)} frames of {size}; {len(seen)} samples of the process; its peak "
+        f"processor time (a step {1000 * wall:.0f} ms of wall time in the median); "
+        f"{len(frames)} frames of {size}; {len(seen)} samples of the process; its peak "
         f"{max(row['rss_mib'] for row in seen):.0f} MiB"
     )
 

@@ -73,7 +73,7 @@ def write_atomically(target: Path, snapshot: Snapshot) -> Path:
     with as_user_error(target):
         if target.is_dir() and not (target / MANIFEST).is_file() and any(target.iterdir()):
             raise UserError(f"cannot write {target}: it contains files that this program did not write")
-    with atomic_folder(target) as folder:
+    with atomic_folder(target, needed=_num_bytes(snapshot)) as folder:
         entries = {}
         for name, data in _files(snapshot):
             (folder / name).parent.mkdir(
@@ -89,6 +89,14 @@ def write_atomically(target: Path, snapshot: Snapshot) -> Path:
         }
         write_new(folder / MANIFEST, manifest_bytes(manifest))
     return target
+
+
+def _num_bytes(snapshot: Snapshot) -> int:
+    """Returns the bytes of the tensors and the raw files; the documents are small."""
+    size = sum(len(data) for data in snapshot.raw_files.values())
+    for tensors in snapshot.tensors.values():
+        size += sum(tensor.nbytes for tensor in tensors.values())
+    return size
 
 
 def _files(snapshot: Snapshot) -> Iterator[tuple[str, bytes]]:

@@ -14,7 +14,7 @@ from lowrank_tune.cli.common import Debug, app, check_run, report_user_errors
 def compare_command(
     runs: Annotated[list[Path], typer.Argument(metavar="RUN", help="Folders of runs or chains, finished or not.")],
     html: Annotated[
-        Path | None, typer.Option("--html", help="File for the page; else compare.html beside RUN.")
+        Path | None, typer.Option("--html", help="File for the page; else compare-A-B.html beside run A.")
     ] = None,
     debug: Debug = False,
 ) -> None:

@@ -19,6 +19,7 @@ from lowrank_tune.model.adapter_options import check_finite, check_options, chec
 from lowrank_tune.model.heads import HEAD_WEIGHT_KEY
 from lowrank_tune.model.module_patterns import check_patterns
 from lowrank_tune.model.rotary import RopeFactors
+from lowrank_tune.offline import offline_variable
 from lowrank_tune.regular_files import check_regular_file
 
 if TYPE_CHECKING:  # the model floor must run where pydantic is not installed (benchmarks/gpu.py)
@@ -133,12 +134,23 @@ def _final_folder(path: str) -> Path:
 def _adapter_folder(path: str, key: str) -> Path:
     folder = _final_folder(path)
     if not folder.is_dir():
-        raise UserError(f"{key}: there is no folder {path}")
+        raise UserError(f"{key}: there is no folder {path}{_hub_adapter_advice(path)}")
     if (folder / CONFIG).exists():
         return folder
     if (folder / "run.json").exists():
         raise UserError(f"{key}: {path} is a run that has not ended: let it end first")
     raise UserError(f"{key}: {path} contains no {CONFIG}, so it is not an adapter")
+
+
+def _hub_adapter_advice(path: str) -> str:
+    """Returns how to get an adapter whose path has the form of a name on the hub."""
+    if path.startswith((".", "/", "~")) or path.count("/") != 1:
+        return ""
+    variable = offline_variable()
+    command = f"hf download {path} --local-dir {path}"
+    if variable:
+        command = f"env -u {variable} {command}"
+    return f"; adapters are read from folders: `{command}` fetches one of the hub"
 
 
 def _read_files(folder: Path, key: str) -> tuple[Any, dict[str, Tensor]]:

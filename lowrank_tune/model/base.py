@@ -19,7 +19,6 @@ from typing import TYPE_CHECKING, Any
 
 import bitsandbytes
 import torch
-from huggingface_hub import is_offline_mode
 from torch import Tensor, nn
 from transformers import (
     AutoModelForCausalLM,
@@ -30,6 +29,7 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from lowrank_tune.errors import UserError, first_line
+from lowrank_tune.full_disk import HUB_CURE, describe_full_disk, full_disk_reason
 from lowrank_tune.model.compute_dtype import cast_other_weights, set_compute_dtype
 from lowrank_tune.model.config_limits import check_config_limits
 from lowrank_tune.model.model_config import (
@@ -43,6 +43,8 @@ from lowrank_tune.model.model_config import (
 )
 from lowrank_tune.model.rotary import FixedRope, RopeFactors, check_frequencies, fix_frequencies, fixed_rope
 from lowrank_tune.model.weight_files import published_files
+from lowrank_tune.offline import fetch_advice
+from lowrank_tune.paths import hub_folder
 from lowrank_tune.regular_files import check_regular_file
 
 if TYPE_CHECKING:  # the model floor must run where pydantic is not installed (benchmarks/gpu.py)
@@ -455,6 +457,10 @@ def _load_error_message(
     error: Exception,
 ) -> str:
     text = str(error).lower()
+    full = full_disk_reason(error)
+    if full:
+        words = describe_full_disk(hub_folder() / "hub", full, HUB_CURE)
+        return f"base.model: {name} cannot be stored: {words}"
     where = name
     if revision:
         where = f"{name} at revision {revision}"
@@ -471,13 +477,8 @@ def _load_error_message(
             "are not loaded"
         )
     if any(word in text for word in NOT_FOUND_WORDS):
-        place = "the network"
-        if is_offline_mode():
-            place = "HF_HUB_OFFLINE, which is set"
-        return (
-            f"base.model: {where} is not a folder, not in the local cache, and could not be fetched; check the name "
-            f"and {place}"
-        )
+        advice = fetch_advice(name, revision)
+        return f"base.model: {where} is not a folder, not in the local cache, and could not be fetched; {advice}"
     return f"base.model: {where} cannot be loaded: {first_line(error):.500}"
 
 

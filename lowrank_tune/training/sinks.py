@@ -65,13 +65,14 @@ class JsonLines:
     def __call__(self, event: Event) -> None:
         if self._file is None or (self.event_types and not isinstance(event, self.event_types)):
             return
+        line = to_json_line(event)
         try:
-            write_fully(self._file, to_json_line(event))
+            write_fully(self._file, line)
             # a durable checkpoint without its history would leave a hole after a power cut
             if isinstance(event, (CheckpointSaved, RunEnded)):
                 os.fsync(self._file)
         except OSError as error:
-            raise TrainingError(str(write_error(self.path, error))) from error
+            raise TrainingError(str(write_error(self.path, error, len(line)))) from error
 
     def close(self) -> None:
         if self._file is not None:

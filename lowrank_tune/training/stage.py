@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from torch import nn
 
@@ -22,6 +21,7 @@ from lowrank_tune.training.checkpointer import BestCheckpoint, Checkpointer, Eva
 from lowrank_tune.training.evaluator import StageEvaluator
 from lowrank_tune.training.machine import device_name, library_versions, memory_total_gib
 from lowrank_tune.training.reward_hacking import accuracy_stderr
+from lowrank_tune.training.run_totals import RunTotals, Session
 from lowrank_tune.training.signals import TrainerControl
 from lowrank_tune.training.speed import SpeedComparison
 from lowrank_tune.training.trainer import Trainer, TrainerState, make_optimizer
@@ -43,6 +43,28 @@ class StagePosition:
     name: str | None = None
     previous_results: Mapping[str, Any] = field(default_factory=dict)
 
+    def ended(
+        self,
+        status: Literal["done", "interrupted", "failed"],
+        step: int,
+        session: Session,
+        totals: RunTotals,
+        message: str = "",
+    ) -> RunEnded:
+        """Returns the event of the end of a session of this stage."""
+        return RunEnded(
+            status=status,
+            step=step,
+            seconds=session.seconds,
+            message=message,
+            stage=self.number,
+            stages=self.count,
+            total_seconds=totals.seconds,
+            sessions=totals.sessions,
+            total_tokens=totals.tokens,
+            total_step_seconds=totals.step_seconds,
+        )
+
 
 class Stage:
     """One algorithm over the loaded base: `train`, then `finish`. The runner opens folder, sinks and signals."""
@@ -57,9 +79,11 @@ class Stage:
         checkpoint: tuple[int, Snapshot] | None,
         position: StagePosition | None = None,
         speed: SpeedComparison | None = None,
+        session: Session | None = None,
     ) -> None:
         self.recipe = recipe
         self.speed = speed
+        self.session = session or Session()
         self.folder = folder
         self.built = built
         self.emit = emit
@@ -176,30 +200,28 @@ class Stage:
     def finish(
         self,
         finished: bool,
-        start_time: float,
+        steps: RunTotals,
         last: dict[str, float],
         warnings: list[str],
         make_final: Callable[[Stage], Snapshot],
-        earlier_seconds: float = 0.0,
     ) -> None:
         """Measures the final adapter, writes `final/` with what `make_final` returns, and writes the summary.
 
-        The `seconds` of the summary are those of all sessions; `earlier_seconds` are those of the earlier ones. Raises
-        TrainingError if the base or a frozen adapter changed during the run.
+        `steps` has the tokens and the time of the steps of all sessions. Raises TrainingError if the base or a frozen
+        adapter changed during the run.
         """
         step = self.trainer.state.step
         if finished:
             self._measure_final(step)
         end_hash = self._check_frozen_weights()
-        seconds = round(earlier_seconds + time.time() - start_time, 1)
+        status: Literal["done", "interrupted"] = "done" if finished else "interrupted"
         self.summary = {
             "version": 1,
-            "status": "done" if finished else "interrupted",
+            "status": status,
             "name": self.recipe.name,
             "algorithm": self.recipe.algorithm,
             "step": step,
             "steps": self.built.steps,
-            "seconds": seconds,
             "last": last,
             **self._results(),
             "base_hash": {"start": self.checkpointer.base_hash, "end": end_hash},
@@ -208,14 +230,9 @@ class Stage:
         }
         if finished:
             write_atomically(self.folder.final, make_final(self))
-        event = RunEnded(
-            status=self.summary["status"],
-            step=step,
-            seconds=time.time() - start_time,
-            stage=self.position.number,
-            stages=self.position.count,
-        )
-        self.emit(event)
+        totals = self.session.totals(steps)
+        self.emit(self.position.ended(status, step, self.session, totals))
+        self.summary |= totals.to_dict()
         self.folder.write_json("summary.json", self.summary)
 
     def _results(self) -> dict[str, Any]:
@@ -285,6 +302,9 @@ class Stage:
             memory_total_gib=memory_total_gib(built.base.device),
             stage=self.position.number,
             stages=self.position.count,
+            earlier_sessions=self.session.earlier.sessions,
+            earlier_seconds=self.session.earlier.seconds,
+            loading_seconds=self.session.seconds,
         )
         self.emit(event)
         warmup_steps = self.recipe.train.warmup_steps

@@ -21,6 +21,9 @@ from lowrank_tune.ui.svg import bar
 
 MAX_CHARS = 4000
 """Characters of one text. A longer one is cut, so that a page stays readable."""
+MAX_PATH = 60
+"""Characters of a path that are shown; the whole path is its tooltip."""
+LINE_BREAK = "\u23ce"
 CONTENT_SECURITY_POLICY = (
     "default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{digest}'; img-src data:; "
     "base-uri 'none'; form-action 'none'"
@@ -28,8 +31,22 @@ CONTENT_SECURITY_POLICY = (
 
 
 def text(value: Any, limit: int = MAX_CHARS) -> str:
-    """Returns `value` in one line, without control characters, in at most `limit` characters."""
-    return escape_control_chars(str(value), limit)
+    """Returns `value` in one line, without control characters, in at most `limit` characters; its line breaks are shown
+    as signs."""
+    written = str(value)[: 8 * limit]
+    if "\n" in written:
+        written = f" {LINE_BREAK} ".join(line for line in written.splitlines() if line)
+    return escape_control_chars(written, limit)
+
+
+def middle(value: Any, limit: int = MAX_PATH) -> str:
+    """Returns `value` in one line; of a longer one its beginning and, as of a path the file, the longer part of its
+    end."""
+    shown = text(value)
+    if len(shown) <= limit:
+        return shown
+    start = limit // 3
+    return f"{shown[:start]}\u2026{shown[len(shown) - (limit - start - 1) :]}"
 
 
 def block(value: Any, limit: int = MAX_CHARS) -> Markup:
@@ -68,6 +85,11 @@ def document(
     return str(html)
 
 
+def style_of(name: str) -> Markup:
+    """Returns a style sheet of `ui/templates`."""
+    return _read(name)
+
+
 def _read(name: str) -> Markup:
     return Markup(files("lowrank_tune.ui").joinpath("templates", name).read_text(encoding="utf-8"))
 
@@ -89,6 +111,7 @@ _ENVIRONMENT = Environment(
 _ENVIRONMENT.filters |= {
     "text": text,
     "block": block,
+    "middle": middle,
     "percent": percent,
     "utc_time": format_time,
 }

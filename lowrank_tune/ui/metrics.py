@@ -88,8 +88,21 @@ TITLES = {
     "heldout/accuracy": "held-out exact, pass@1",
     "kl_coef": "weight of the KL",
     "approx_kl": "KL within a step",
+    "update_ratio": "update ratio",
+    "updated_param_fraction": "changed share of the adapter",
+    "tokens_per_second": "tokens per second",
+    "memory_gib": "peak memory",
+    "skipped_steps": "skipped steps",
+    "oom_retries": "retries after running out of memory",
+    "heldout/eos_rate": "held-out, stops by itself",
+    "heldout/mean_length": "held-out, tokens per answer",
+    "heldout/repetition": "held-out, repetition",
+    "logps/chosen_delta": "log-ratio of the chosen answers",
+    "sampling/sampling_logp_difference/mean": "sampling minus training log-probs",
+    "rollout_seconds": "seconds of rollouts",
+    "reward_seconds": "seconds of rewards",
 }
-"""Titles of charts by the first of their metrics."""
+"""Titles of charts by the first of their metrics; the same in the dashboard, the report and the comparison."""
 SIDE_TITLES = {
     "score_chosen": "score",
     "rewards/chosen": "reward",
@@ -225,7 +238,9 @@ def reward_label(name: str) -> str:
 
 def chart_title(name: str) -> str:
     """Returns the title of a chart from the first of its metrics."""
-    return TITLES.get(name) or name.replace("_", " ").replace("heldout", "held-out")
+    if name.startswith("eval_"):
+        return f"validation {chart_title(name.removeprefix('eval_'))}"
+    return TITLES.get(name) or metric_label(name)
 
 
 def metric_label(name: str) -> str:

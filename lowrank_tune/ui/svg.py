@@ -9,17 +9,21 @@ from xml.etree.ElementTree import Element, SubElement, tostring
 
 from markupsafe import Markup
 
-from lowrank_tune.ui.formatting import format_tick
+from lowrank_tune.ui.formatting import format_tick, percent_tick
 from lowrank_tune.ui.metrics import Point
 
 WIDTH = 560
-HEIGHT = 230
-LEFT = 56
+HEIGHT = 250
+LEFT = 60
 RIGHT = 12
 TOP = 10
-BOTTOM = 26
+BOTTOM = 46
 PLOT_WIDTH = WIDTH - LEFT - RIGHT
 PLOT_HEIGHT = HEIGHT - TOP - BOTTOM
+X_LABELS = HEIGHT - BOTTOM + 19
+X_TITLE = HEIGHT - 5
+"""Heights of the labels below a plot, and of the title of its horizontal axis; their text is larger in narrow cards."""
+CHARACTER_WIDTH = 7
 MAX_BUCKETS = 300
 """Buckets of a long series; the lowest and the highest point of each are drawn."""
 MIN_LOG_VALUE = 1e-300
@@ -103,6 +107,7 @@ class Plot(Drawing):
         x: Axis,
         y: Axis,
         kind: str = "",
+        x_title: str = "",
     ) -> None:
         self.x = x
         self.y = y
@@ -119,7 +124,9 @@ class Plot(Drawing):
             )
             self.label(label, LEFT - 7, at + 3.5, "end")
         for tick, label in x.labels():
-            self.label(label, self.x_at(tick), HEIGHT - 8)
+            self.label(label, self.x_at(tick), X_LABELS)
+        if x_title:
+            self.label(x_title, LEFT + PLOT_WIDTH / 2, X_TITLE)
 
     def x_at(self, value: float) -> float:
         """Returns the horizontal position of `value` in pixels."""
@@ -140,11 +147,12 @@ class Plot(Drawing):
         x: float,
         y: float,
         anchor: str = "middle",
+        kind: str = "tick",
     ) -> None:
         """Adds a text that ends at, or is centered around, a position in pixels."""
         self.add(
             "text",
-            "tick",
+            kind,
             text=text,
             x=x,
             y=y,
@@ -219,9 +227,13 @@ class Plot(Drawing):
         )
 
 
-def line_chart(series: Sequence[Series], log: bool = False) -> Markup:
-    """Returns the SVG of a chart, empty if nothing can be drawn. Values that are not finite, and on a logarithmic scale
-    those that are not positive, leave a gap."""
+def line_chart(
+    series: Sequence[Series],
+    log: bool = False,
+    is_share: bool = False,
+) -> Markup:
+    """Returns the SVG of a chart by step, empty if nothing can be drawn; the axis of shares is in percent. Values that
+    are not finite, and on a logarithmic scale those that are not positive, leave a gap."""
     points = [point for line in series for point in line.points if _is_drawable(point[1], log)]
     if not points:
         return Markup()
@@ -229,8 +241,9 @@ def line_chart(series: Sequence[Series], log: bool = False) -> Markup:
     values = [y for _, y in points]
     plot = Plot(
         x,
-        log_axis(values) if log else linear_axis(values),
+        _value_axis(values, log, is_share),
         "log" if log else "lin",
+        "step",
     )
     plot.root.set("data-x", f"{x.low:g} {x.high:g}")
     plot.root.set("data-box", f"{LEFT} {TOP} {WIDTH - RIGHT} {HEIGHT - BOTTOM}")
@@ -298,7 +311,13 @@ def length_histogram(
 
     y = whole_number_axis(max([*values, 1]))
     step = PLOT_WIDTH / len(values)
-    plot = Plot(Axis(0, len(values)), y)
+    # so many bars share a label
+    every = math.ceil((CHARACTER_WIDTH * max(map(len, labels)) + CHARACTER_WIDTH) / step)
+    plot = Plot(
+        Axis(0, len(values)),
+        y,
+        x_title="tokens",
+    )
     for index, value in enumerate(values):
         x = LEFT + index * step
         plot.bar(
@@ -308,7 +327,15 @@ def length_histogram(
             x + step * 0.08,
             step * 0.84,
         )
-        plot.label(labels[index], x + step / 2, HEIGHT - 8)
+        shown, from_last = divmod(len(values) - 1 - index, every)
+        if from_last == 0:
+            # every second one of these is left out of a narrow chart
+            plot.label(
+                labels[index],
+                x + step / 2,
+                X_LABELS,
+                kind="tick minor" if shown % 2 else "tick",
+            )
     return plot.svg()
 
 
@@ -358,6 +385,31 @@ def linear_axis(values: Sequence[float], count: int = 5) -> Axis:
     if step > 1e-9:
         ticks = [round(tick, 12) for tick in ticks]
     return Axis(ticks[0], ticks[-1], ticks)
+
+
+def share_axis(values: Sequence[float]) -> Axis:
+    """Returns an axis in percent. If the values are shares, it does not reach below 0 or above 1."""
+    axis = linear_axis(values)
+    if max(values) - min(values) <= 1e-9:
+        axis = linear_axis([0.0, *values, 1.0])
+    low = axis.low if min(values) < 0 else max(0.0, axis.low)
+    high = axis.high if max(values) > 1 else min(1.0, axis.high)
+    return Axis(
+        low,
+        high,
+        axis.ticks,
+        format_label=percent_tick,
+    )
+
+
+def _value_axis(
+    values: Sequence[float],
+    log: bool,
+    is_share: bool,
+) -> Axis:
+    if log:
+        return log_axis(values)
+    return share_axis(values) if is_share else linear_axis(values)
 
 
 def whole_number_axis(high: float) -> Axis:

@@ -23,9 +23,10 @@ from lowrank_tune.ui.run_paths import (
 from lowrank_tune.ui.state import State
 from lowrank_tune.ui.terminal.device import can_show
 from lowrank_tune.ui.terminal.live_screen import LiveScreen
+from lowrank_tune.ui.terminal.navigation import settle
 from lowrank_tune.ui.terminal.panes import View
 from lowrank_tune.ui.terminal.plain import LineLogger
-from lowrank_tune.ui.terminal.render import render_several
+from lowrank_tune.ui.terminal.several import render_several
 from lowrank_tune.ui.terminal.text_layout import Line
 
 POLL_SECONDS = 0.3
@@ -185,6 +186,7 @@ class WatchScreen:
             self._poll,
             self._on_key,
             self._on_failure,
+            self._settle,
             owns_run=False,
             environ=environ,
         )
@@ -211,6 +213,19 @@ class WatchScreen:
         height: int,
     ) -> list[Line]:
         return render_several(
+            [run.state for run in self.runs],
+            view,
+            width,
+            height,
+        )
+
+    def _settle(
+        self,
+        view: View,
+        width: int,
+        height: int,
+    ) -> View:
+        return settle(
             [run.state for run in self.runs],
             view,
             width,

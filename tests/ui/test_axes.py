@@ -42,7 +42,7 @@ def test_ticks_are_round_distinct_and_cover_the_values(rows: int, log: bool) -> 
         high = low + abs(low) * 10 ** generator.uniform(-12, 3)
         axis = make_axis(low, high, rows, log)
         texts = axis.labels()
-        assert axis.low <= low + 0.011 * (axis.high - axis.low) and high <= axis.high + 0.011 * (axis.high - axis.low)
+        assert axis.low <= low + 0.016 * (axis.high - axis.low) and high <= axis.high + 0.016 * (axis.high - axis.low)
         assert len(texts) == len(set(texts)) == len(axis.ticks) >= 3 and all(len(text) < LABEL_WIDTH for text in texts)
         for tick in axis.ticks:
             mantissa = f"{abs(tick):.9e}".partition("e")[0].rstrip("0").rstrip(".")

@@ -19,6 +19,8 @@ from lowrank_tune.events import Evaluated, Event, LogMessage, RunEnded, SampleLo
 from lowrank_tune.ui.compare import TextCanvas, compare, compare_page, read_runs, screen
 from lowrank_tune.ui.compare.figures import rows
 from lowrank_tune.ui.compare.runs import common_metrics, differences, labels_of
+from lowrank_tune.ui.report.run_log import read_run_log
+from lowrank_tune.ui.report.tiles import run_tiles
 from lowrank_tune.ui.terminal.text_layout import Line, plain_text, width_of
 
 RECORDED = Path(__file__).parents[1] / "recorded"
@@ -85,16 +87,21 @@ def test_rows_equal_figures_computed_by_hand(tmp_path: Path) -> None:
         and found["base"] == ["tiny", "tiny"]
         and found["ended"] == ["done", "done"]
     )
-    assert found["steps"] == ["3", "2"] and found["time"] == ["1:01", "1:01"]
+    assert found["steps"] == ["3", "2"] and found["wall time"] == ["1:01", "1:01"]
     assert found["held-out exact, before"] == ["2.0 % (base)"] * 2 and found["held-out exact, after"] == [
         "25.0 % (sft)",
         "75.0 % (dpo)",
     ]
-    assert found["loss"] == ["3.000 \u2192 1.000"] * 2 and found["KL to reference, end"] == ["0.300", "0.200"]
-    assert found["tokens a completion"] == ["10.0 \u2192 30.0", "10.0 \u2192 20.0"] and found[
-        "tokens an answer, after"
+    assert found["loss, first and last"] == ["3.000 \u2192 1.000"] * 2 and found["KL to the reference, end"] == [
+        "0.300",
+        "0.200",
+    ]
+    assert found["tokens per completion"] == ["10.0 \u2192 30.0", "10.0 \u2192 20.0"] and found[
+        "tokens per answer, after"
     ] == ["20.0", "20.0"]
-    assert "reward" not in found and "held-out pairs right" not in found, "a row without a figure is left out"
+    assert "reward, first and last" not in found and "held-out pairs right" not in found, (
+        "a row without a figure is left out"
+    )
 
 
 def test_rows_of_chains_and_unfinished_runs(tmp_path: Path) -> None:
@@ -116,13 +123,15 @@ def test_rows_of_chains_and_unfinished_runs(tmp_path: Path) -> None:
     found = table(whole, half, going, broken, early)
     assert found["algorithm"] == ["sft \u2192 grpo", "sft", "grpo", "sft", "sft"]
     assert found["ended"] == ["done", "not ended", "not ended", "failed", "done, early"]
-    assert found["steps"] == ["2 + 2", "2", "2 of 9", "1 of 9", "2"] and found["time"][:2] == ["2:02", "1:01"]
+    assert found["steps"] == ["2 + 2", "2", "2 of 9", "1 of 9", "2"] and found["wall time"][:2] == ["2:02", "1:01"]
     assert found["held-out exact, after"] == ["60.0 % (grpo)", "30.0 % (sft)", "", "", "50.0 % (sft)"]
     assert (
         found["best while training"] == ["", "", "40.0 % (step 2)", "", ""]
-        and found["reward"][2] == "0.200 \u2192 0.400"
+        and found["reward, first and last"][2] == "0.200 \u2192 0.400"
     )
-    assert found["loss"][0] == "" and found["loss"][3] == "1.000 \u2192 1.000", "the loss of a policy has no meaning"
+    assert found["loss, first and last"][0] == "" and found["loss, first and last"][3] == "1.000 \u2192 1.000", (
+        "the loss of a policy has no meaning"
+    )
     assert found["reward hacking"] == ["", "", "", "", "warned at step 2"]
     assert "broken failed: the disk is full" in drawn(whole, broken)
     stage = table(whole / "1-sft", whole / "2-grpo")
@@ -207,7 +216,7 @@ def test_wrong_input_gives_one_sentence(tmp_path: Path) -> None:
         assert (
             made.exit_code == UserError.exit_code and message in made.output and made.output.strip().count("\n") == 0
         ), made.output
-    assert not (tmp_path / "compare.html").exists()
+    assert not list(tmp_path.glob("compare*.html"))
     made = CliRunner().invoke(
         app, ["compare", str(good), str(finished(tmp_path / "b")), "--html", str(tmp_path / "no" / "x.html")]
     )
@@ -222,17 +231,63 @@ def test_command_prints_plain_text_and_writes_a_page(tmp_path: Path, monkeypatch
     assert (
         made.exit_code == 0
         and "\x1b" not in made.output
-        and f"the page: {tmp_path.resolve() / 'compare.html'}" in made.output
+        and f"the page: {tmp_path.resolve() / 'compare-one-two.html'}" in made.output
     )
     assert all(len(line) <= 120 for line in made.output.splitlines()[:-1])
     assert before == {path: path.read_bytes() for path in before}, "the runs are only read"
-    text = check_page((tmp_path / "compare.html").read_text(encoding="utf-8")).text
+    text = check_page((tmp_path / "compare-one-two.html").read_text(encoding="utf-8")).text
     for words in ("one, two", "held-out exact, after", "50.0 % (sft)", "Curves", "None: the recipes are the same"):
         assert words in text, words
     assert (
         CliRunner().invoke(app, ["compare", str(one), str(two), "--html", str(tmp_path / "here.html")]).exit_code == 0
     )
-    assert (tmp_path / "here.html").read_bytes() == (tmp_path / "compare.html").read_bytes()
+    assert (tmp_path / "here.html").read_bytes() == (tmp_path / "compare-one-two.html").read_bytes()
+
+
+def compared_page(*runs: Path) -> Path:
+    """The page that is written without `--html`."""
+    return compare(runs, None, StringIO(), {})
+
+
+def test_pages_of_other_runs_stay_and_that_of_the_same_runs_is_replaced(tmp_path: Path) -> None:
+    one, two, three = (finished(tmp_path / name) for name in ("one", "two", "one-two"))
+    first = compared_page(one, two)
+    assert first == tmp_path.resolve() / "compare-one-two.html"
+    before = first.read_bytes()
+    assert compared_page(two, one).name == "compare-two-one.html" and first.read_bytes() == before
+    assert compared_page(one, two) == first and [page.name for page in tmp_path.glob("compare-one-*")] == [first.name]
+    (tmp_path / "other").mkdir()
+    other = finished(tmp_path / "other" / "two")
+    assert compared_page(one, other).name == "compare-one-two-2.html", "another run of the same name"
+    assert compared_page(one, other).name == "compare-one-two-2.html" and first.read_bytes() == before
+    first.write_bytes(b"\xff")
+    assert compared_page(one, two).name == "compare-one-two-3.html", "a file that is not a page of these runs stays"
+    assert compared_page(three, one).name == "compare-one-two-one.html"
+
+
+def test_name_of_a_page_is_short_and_has_no_signs_of_a_shell(tmp_path: Path) -> None:
+    runs = [finished(tmp_path / name) for name in ("a b;$(x)&\n", "x" * 180, "y" * 180)]
+    name = compared_page(*runs).name
+    assert len(name) < 130 and re.fullmatch(r"compare-a-b-x-[\w.+-]+\.html", name)
+
+
+def test_report_and_comparison_have_the_same_figures_under_the_same_names(tmp_path: Path) -> None:
+    """Forty steps, so that a tenth is not one step."""
+    folder = tmp_path / "one"
+    events: list[Event] = [run_started(steps=40)]
+    for number in range(1, 41):
+        stats = {"loss": 40.0 / number, "kl": 0.01 * number, "tokens_per_second": 1000.0 + number % 2}
+        events += [step_end(number, **stats), Evaluated(step=number, stats={"eval_loss": 41.0 - number})]
+    write_run(folder, *events, RunEnded(status="done", step=40, seconds=61.0), summary={"status": "done"})
+    tiles = {tile.label: tile.value for tile in run_tiles(read_run_log(folder))}
+    found = {label: cells[0] for label, cells in table(folder, finished(tmp_path / "two")).items()}
+    loss = f"{sum(40.0 / n for n in range(1, 5)) / 4:.3f} \u2192 {sum(40.0 / n for n in range(37, 41)) / 4:.3f}"
+    assert tiles["loss, mean of the first and last tenth"] == found["loss, first and last"] == loss
+    assert tiles["KL to the reference, mean of the last tenth"] == found["KL to the reference, end"] == "0.385"
+    assert tiles["tokens per second, median"] == found["tokens per second"]
+    assert tiles["validation loss, best (step 40)"] == "1.000" and found["validation loss, best"] == "1.000 (step 40)"
+    html = compare_page(read_runs([folder, tmp_path / "two"]))
+    assert "mean over the first or the last tenth of the steps" in html
 
 
 class Tty(StringIO):

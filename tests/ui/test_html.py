@@ -10,7 +10,7 @@ from malformed_yaml import HOSTILE_TEXTS, is_inert
 from markupsafe import Markup
 
 from lowrank_tune.ui import html
-from lowrank_tune.ui.html import MAX_CHARS, block, text
+from lowrank_tune.ui.html import MAX_CHARS, block, middle, text
 
 
 def rendered(template: str, **values: object) -> str:
@@ -30,7 +30,14 @@ def test_text_without_a_filter_is_inert_and_bounded(bad: str) -> None:
 def test_block_keeps_line_breaks_and_counts_what_is_left_out() -> None:
     assert block("a\n<b>\x1b", 40) == "a\n&lt;b&gt;\\x1b"
     assert block("x" * 12, 10) == "x" * 10 + " [... 2 characters more]"
-    assert text("a\nb" * 9, 7) == "a\\nb..."
+    assert text("a\nb" * 9, 7) == "a \u23ce ..." and text("\na\n\nb\n") == "a \u23ce b"
+
+
+def test_middle_keeps_the_beginning_and_the_end() -> None:
+    assert middle("data/rows.jsonl") == "data/rows.jsonl"
+    shown = middle("/home/me/data/" + "deep/" * 30 + "rows.jsonl", 40)
+    assert len(shown) == 40 and shown.startswith("/home/me/data") and shown.endswith("deep/rows.jsonl")
+    assert "\n" not in middle("a\n" * 90) and is_inert(middle("\x1b" * 90))
 
 
 def test_only_markup_is_inserted_unchanged() -> None:

@@ -33,7 +33,7 @@ from lowrank_tune.ui.compare.figures import rows
 from lowrank_tune.ui.formatting import format_tick
 from lowrank_tune.ui.report import page, read_chain, read_run_log, write_report
 from lowrank_tune.ui.report.plots import histogram_pair, reliability, scatter
-from lowrank_tune.ui.svg import Series, downsample, line_chart, smooth
+from lowrank_tune.ui.svg import Series, downsample, line_chart, share_axis, smooth
 
 
 def run_page(folder: Path, *events: Event, **files: Any) -> str:
@@ -63,9 +63,9 @@ def test_report_of_a_run_contains_every_section(finished: Path) -> None:
         "unchanged",
         summary["base_hash"]["end"],
         "validation loss",
-        "grad norm",
+        "gradient norm",
         "learning rate",
-        "kl",
+        "KL to the reference",
         "entropy",
         "weight w",
         "End token trained: yes",
@@ -201,7 +201,7 @@ def test_report_contains_the_scores_of_pairs(tmp_path: Path, algorithm: str, tit
         f"held-out pairs right, {algorithm}",
     ):
         assert words in text, words
-    assert "perfectly calibrated" in html and "2 pairs: confidence 0.750, right 0.500" in html
+    assert "perfectly calibrated" in html and "2 pairs: confidence 75.0 %, right 50.0 %" in html
     assert len(re.findall(r'<rect class="chosen"', html)) == len(re.findall(r'<rect class="rejected"', html)) == 3
     dots = re.findall(r'<path class="dots (\w+)" d="([^"]*)"', html)
     assert [(side, path.count("M")) for side, path in dots] == [("chosen", 3), ("rejected", 3)]
@@ -362,7 +362,7 @@ def test_report_of_grpo_contains_phases_and_groups(tmp_path: Path) -> None:
     text = check_page(html).text
     for words in (
         "0.100 \u2192 0.900",
-        "reward, first and last step",
+        "reward, mean of the first and last tenth",
         "held-out exact",
         "answers exactly (pass@1)",
         "tokens of a completion",
@@ -452,7 +452,7 @@ def test_report_of_a_chain_with_rollouts_has_no_column_for_the_policy(tmp_path: 
     html = write_report(folder).read_text(encoding="utf-8")
     text = check_page(html).text
     assert re.findall(r"<th>(\w*)</th>", html[html.index("Held-out questions") :])[:4] == ["", "base", "sft", "grpo"]
-    assert "SFT \u2192 GRPO" in text and "reward 0.1 \u2192 0.9" in text and "10.0 % \u2192 90.0 %" in text
+    assert "SFT \u2192 GRPO" in text and "reward 0.100 \u2192 0.900" in text and "10.0 % \u2192 90.0 %" in text
 
 
 def chain_in(folder: Path, *names: str) -> Path:
@@ -524,7 +524,7 @@ def test_report_of_a_chain_contains_all_its_stages(tmp_path: Path) -> None:
         "Stage 2 of 3: 2-dpo",
         "Implicit rewards",
         "66.7 %",
-        "0.7 \u2192 0.6",
+        "0.700 \u2192 0.600",
         "the base with sft",
         "it fell over",
         "1:31",
@@ -601,7 +601,7 @@ def test_hostile_scores_and_stages_are_inert(tmp_path: Path) -> None:
 def test_damaged_scores_are_shown_leniently(tmp_path: Path, junk: dict[str, Any]) -> None:
     html = run_page(tmp_path / "a", run_started(algorithm="dpo"), step_end(1, loss=1.0), scores=scored(**junk))
     check_page(html)
-    assert "confidence 9" not in html  # an impossible confidence is left out
+    assert "confidence 900" not in html  # an impossible confidence is left out
     assert "nan" not in re.sub(r"<title>.*?</title>", "", html[html.index("<main>") : html.rindex("<footer>")])
 
 
@@ -625,6 +625,62 @@ def test_report_of_damaged_and_unfinished_folders_contains_what_can_be_read(tmp_
         check_page(run_page(tmp_path / "a", run_started(), data=junk, summary={"warnings": 3, "answers": {"base": 1}}))
     with pytest.raises(UserError, match="contains no events"):
         read_run_log(write_run(tmp_path / "empty"))
+
+
+LONG_PATH = "/home/me/exports/" + "customer-support-conversations/" * 6 + "rows.jsonl"
+
+
+def test_long_paths_are_short_with_the_whole_path_as_title(tmp_path: Path) -> None:
+    data = {
+        "parts": [{"name": LONG_PATH, "format": "alpaca", "rows": 60, "tokens": 7071, "trained": 10, "weight": 1.0}],
+        "issues": [{"description": "malformed", "count": 1, "done": "dropped", "locations": [LONG_PATH]}],
+    }
+    parsed = check_page(run_page(tmp_path / "a", run_started(model=LONG_PATH), step_end(1, loss=1.0), data=data))
+    titles = [attributes.get("title") for _, attributes in parsed.tags]
+    assert titles.count(LONG_PATH) == 2, "of the base and of the data set"
+    words = parsed.text.split()
+    assert [len(word) > 190 for word in words if len(word) > 70] == [True], "a location may be wrapped"
+    assert "7,071" in parsed.text and "/rows.jsonl alpaca" in parsed.text and "\u2026" in parsed.text
+    spans = [attributes.get("class") or "" for tag, attributes in parsed.tags if tag == "span"]
+    assert sum("path" in kinds.split() for kinds in spans) == 4
+
+
+def test_headings_of_prompts_have_no_escaped_line_breaks(tmp_path: Path) -> None:
+    prompt = "Question:\nWhat is 2 + 2?\n\nAnswer:"
+    sample = SampleLogged(step=1, prompt=prompt, completion="4\n", finish_reason="stop", ground_truth="4")
+    html = run_page(tmp_path / "a", run_started(), step_end(1, loss=1.0), sample)
+    assert (
+        "Question: \u23ce What is 2 + 2? \u23ce Answer:" in check_page(html).text
+        and "\\n" not in html.split("<script")[0]
+    )
+
+
+def test_charts_have_the_names_of_the_documentation_percent_and_the_axis_step(tmp_path: Path) -> None:
+    stats = {"loss": 1.0, "kl": 0.1, "grad_norm": 2.0, "memory_gib": 1.5, "mean_token_accuracy": 0.5}
+    steps = [step_end(number, **stats) for number in (1, 2)]
+    html = run_page(tmp_path / "a", run_started(), *steps, Evaluated(step=2, stats={"eval_mean_token_accuracy": 0.25}))
+    titles = dict(re.findall(r'<h3 title="([^"]*)">([^<]*)</h3>', html))
+    assert titles["kl"] == "KL to the reference" and titles["grad_norm"] == "gradient norm"
+    assert titles["memory_gib"] == "peak memory" and titles["mean_token_accuracy"] == "accuracy"
+    card = html[html.index('title="mean_token_accuracy"') :]
+    card = card[: card.index("</svg>")]
+    assert "<output>50.0 %</output>" in card and ">25 %</text>" in card and ">50 %</text>" in card
+    assert ">step</text>" in card and "validation accuracy" in card
+    assert html.count(">step</text>") == html.count('<svg viewBox="0 0 560') > 4
+
+
+@pytest.mark.parametrize(
+    ("values", "labels"),
+    [
+        ([0.0, 0.0], ["0 %", "20 %", "40 %", "60 %", "80 %", "100 %"]),
+        ([1.0, 1.0], ["0 %", "20 %", "40 %", "60 %", "80 %", "100 %"]),
+        ([0.97, 1.0], ["97 %", "98 %", "99 %", "100 %"]),
+        ([-0.5, 0.5], ["-60 %", "-40 %", "-20 %", "0 %", "20 %", "40 %", "60 %"]),
+    ],
+)
+def test_axis_of_shares_is_in_percent_and_within_them(values: list[float], labels: list[str]) -> None:
+    shown = [label for _, label in share_axis(values).labels()]
+    assert (shown[0], shown[-1]) == (labels[0], labels[-1]) and all(label.endswith(" %") for label in shown)
 
 
 def test_report_of_a_long_run_is_small(tmp_path: Path) -> None:
@@ -681,10 +737,10 @@ def test_wall_time_is_the_sum_of_all_sessions(tmp_path: Path, end: str) -> None:
         replace(step_end(2, loss=1.0), time=3740.0),
     ]
     record = read_run_log(write_run(tmp_path / "going-on", *events))
-    assert record.seconds == 40.0
+    assert record.totals.seconds == 40.0 and record.totals.sessions == 2
     finished = read_run_log(
         write_run(tmp_path / "done", *events, RunEnded(time=3741.0, status="done", step=2, seconds=21.0))
     )
-    assert finished.seconds == 41.0 and "0:41" in check_page(page(finished)).text
+    assert finished.totals.seconds == 41.0 and "wall time, 2 sessions" in check_page(page(finished)).text
     compared = dict(rows(read_runs([tmp_path / "done", tmp_path / "going-on"])))
-    assert compared["time"] == ["0:41", "0:40"]
+    assert compared["wall time"] == ["0:41 (2 sessions)", "0:40 (2 sessions)"]

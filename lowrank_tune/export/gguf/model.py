@@ -13,6 +13,7 @@ from typing import Any
 from lowrank_tune.errors import TrainingError, UserError
 from lowrank_tune.events import Emit, Progress
 from lowrank_tune.export.gguf.llama_cpp import CONVERTER, Quantizer
+from lowrank_tune.full_disk import raise_if_full
 from lowrank_tune.json_files import read_json
 
 BITS_PER_WEIGHT = {
@@ -145,6 +146,7 @@ def convert(
     text = "\n".join(output)
     if code == 0 and file.is_file():
         return
+    raise_if_full(text)
     if "pre-tokenizer was not recognized" in text:
         raise UserError(
             "llama.cpp's converter does not support this base's tokenizer, so no GGUF of the whole model can be made; "
@@ -174,6 +176,7 @@ def quantize(
         emit,
     )
     if code or not file.is_file():
+        raise_if_full("\n".join(output))
         raise TrainingError(f"llama.cpp's quantizer failed (exit code {code}): {_error_line(output)}")
 
 

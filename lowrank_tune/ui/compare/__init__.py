@@ -12,6 +12,7 @@ from typing import TextIO
 from lowrank_tune.checkpoint import write_file
 from lowrank_tune.ui import encodable
 from lowrank_tune.ui.compare.page import compare_page
+from lowrank_tune.ui.compare.page_file import page_file
 from lowrank_tune.ui.compare.runs import ComparedRun, read_runs
 from lowrank_tune.ui.compare.screen import TextCanvas, screen
 from lowrank_tune.ui.terminal.device import ascii_only
@@ -36,8 +37,8 @@ def compare(
     output: TextIO | None = None,
     environ: Mapping[str, str] = os.environ,
 ) -> Path:
-    """Writes the comparison to `output` and the page to `html_path`, by default `compare.html` beside the first run;
-    returns the path of the page.
+    """Writes the comparison to `output` and the page to `html_path`, by default `compare-A-B.html` beside the first run
+    A; returns the path of the page.
 
     Raises UserError if a path is not a run, or if the page cannot be written.
     """
@@ -60,6 +61,6 @@ def compare(
         text = plain_text(lines)
     out.write(encodable(text, out))
     out.flush()
-    target = html_path or compared[0].folder.resolve().parent / "compare.html"
+    target = html_path or page_file(compared)
     write_file(target, compare_page(compared).encode("utf-8", "backslashreplace"))
     return target

@@ -5,12 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from statistics import fmean, median
 
 from lowrank_tune.config.schema import ONLINE_ALGORITHMS
 from lowrank_tune.json_files import get_mapping
+from lowrank_tune.training.run_totals import RunTotals, chain_totals
 from lowrank_tune.ui.compare.runs import ComparedRun
-from lowrank_tune.ui.formatting import clock, number, percent
+from lowrank_tune.ui.formatting import number, percent, rate, wall_time
 from lowrank_tune.ui.metrics import (
     POLICY,
     WITHOUT_REFERENCE,
@@ -23,11 +23,9 @@ from lowrank_tune.ui.report.heldout import (
     heldout_pair_accuracy,
 )
 from lowrank_tune.ui.report.run_log import StepValues
-from lowrank_tune.ui.report.tiles import ARROW
+from lowrank_tune.ui.trend import ARROW, first_and_last, trend
 from lowrank_tune.ui.views.evaluation import rows_of_last_model
 
-END_SHARE = 10
-"""A first or last value is the mean over a tenth of the run."""
 Row = tuple[str, list[str]]
 """A label, and a cell for each run."""
 
@@ -85,7 +83,13 @@ def _steps(run: ComparedRun) -> str:
 
 
 def _seconds(run: ComparedRun) -> str:
-    return clock(sum(run_log.seconds for run_log in run.run_logs))
+    totals = _totals(run)
+    return wall_time(totals.seconds, totals.sessions)
+
+
+def _totals(run: ComparedRun) -> RunTotals:
+    stages = [run_log.totals for run_log in run.run_logs]
+    return stages[0] if run.chain is None else chain_totals(stages)
 
 
 @dataclass(frozen=True)
@@ -145,20 +149,9 @@ class Trend:
     """Writes the mean over the first and over the last tenth of a curve."""
 
     metric: str
-    format_value: Callable[[float], str] = number
 
     def __call__(self, run: ComparedRun) -> str:
-        values = list(run.points(self.metric).values())
-        if not values:
-            return ""
-        first, last = _ends(values)
-        return f"{self.format_value(first)}{ARROW}{self.format_value(last)}"
-
-
-def _ends(values: Sequence[float]) -> tuple[float, float]:
-    """Returns the mean of the first and of the last tenth."""
-    part = max(1, len(values) // END_SHARE)
-    return fmean(values[:part]), fmean(values[-part:])
+        return trend(self.metric, list(run.points(self.metric).values()))
 
 
 def _loss(run: ComparedRun) -> str:
@@ -172,20 +165,20 @@ def _kl(run: ComparedRun) -> str:
     values = list(run.points("kl").values())
     if not values or run.algorithm in WITHOUT_REFERENCE:
         return ""
-    _, last = _ends(values)
+    _, last = first_and_last(values)
     return number(last)
 
 
 def _speed(run: ComparedRun) -> str:
-    values = _without_nan(run.points("tokens_per_second"))
-    return f"{median(values):,.0f}" if values else ""
+    totals = _totals(run)
+    return rate(totals.tokens_per_second) if totals.tokens else ""
 
 
 def _memory(run: ComparedRun) -> str:
     values = list[float]()
     for run_log in run.run_logs:
         values += _without_nan(run_log.series.get("memory_gib", {}))
-    return f"{max(values):.1f} GiB" if values else ""
+    return f"{max(values):.2f} GiB" if values else ""
 
 
 def _without_nan(points: StepValues) -> list[float]:
@@ -204,12 +197,17 @@ def _hacking(run: ComparedRun) -> str:
 
 
 TOKENS = "{:.1f}".format
+NOTES = (
+    "first, last and end: mean over the first or the last tenth of the steps",
+    "tokens per second: median of the steps",
+)
+"""What the labels leave out."""
 ROWS: tuple[tuple[str, Callable[[ComparedRun], str]], ...] = (
     ("algorithm", _algorithm),
     ("base", _base),
     ("ended", _ended),
     ("steps", _steps),
-    ("time", _seconds),
+    ("wall time", _seconds),
     (
         "held-out exact, before",
         HeldoutFigure("accuracy", percent, with_stage=True),
@@ -227,16 +225,16 @@ ROWS: tuple[tuple[str, Callable[[ComparedRun], str]], ...] = (
     ("best while training", _best_accuracy),
     ("held-out pairs right", _pairs),
     ("validation loss, best", _best_loss),
-    ("reward", Trend("reward")),
-    ("KL to reference, end", _kl),
-    ("loss", _loss),
-    ("tokens an answer, before", HeldoutFigure("mean_length", TOKENS)),
+    ("reward, first and last", Trend("reward")),
+    ("KL to the reference, end", _kl),
+    ("loss, first and last", _loss),
+    ("tokens per answer, before", HeldoutFigure("mean_length", TOKENS)),
     (
-        "tokens an answer, after",
+        "tokens per answer, after",
         HeldoutFigure("mean_length", TOKENS, is_last=True),
     ),
-    ("tokens a completion", Trend("completions/mean_length", TOKENS)),
-    ("tokens a second", _speed),
+    ("tokens per completion", Trend("completions/mean_length")),
+    ("tokens per second", _speed),
     ("peak memory", _memory),
     ("reward hacking", _hacking),
     ("warnings", _warnings),

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from markupsafe import Markup
 
 from lowrank_tune.ui import escape_control_chars
-from lowrank_tune.ui.compare.figures import rows
+from lowrank_tune.ui.compare.figures import NOTES, rows
+from lowrank_tune.ui.compare.page_file import runs_digest
 from lowrank_tune.ui.compare.runs import (
     MIN_POINTS_TO_SMOOTH,
     ComparedRun,
@@ -16,9 +17,8 @@ from lowrank_tune.ui.compare.runs import (
     without_recipe,
 )
 from lowrank_tune.ui.html import document, render
-from lowrank_tune.ui.metrics import chart_title, descriptions_of
+from lowrank_tune.ui.metrics import descriptions_of
 from lowrank_tune.ui.report.curves import (
-    WITHOUT_LOG_SCALE,
     ChartCard,
     chart_card,
 )
@@ -38,11 +38,13 @@ def compare_page(runs: Sequence[ComparedRun]) -> str:
     body = render(
         "compare",
         names=names,
+        digest=runs_digest(runs),
         runs=runs,
         heads=["", *heads],
         issues=_issues(runs),
         status="failed" if has_failed else "",
         figures=rows(runs),
+        notes=NOTES,
         cards=_cards(runs),
         settings=differences(runs),
         without_recipe=", ".join(without_recipe(runs)),
@@ -81,10 +83,9 @@ def _cards(runs: Sequence[ComparedRun]) -> list[ChartCard]:
         series = [_series(run, name, kinds[run.label]) for run in metric_runs]
         description = descriptions_of(metric_runs[0].algorithm).get(name, "")
         card = chart_card(
-            chart_title(name),
+            name,
             description,
             series,
-            name not in WITHOUT_LOG_SCALE,
             {},
         )
         if card is not None:

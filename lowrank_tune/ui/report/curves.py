@@ -11,13 +11,12 @@ from markupsafe import Markup, escape
 
 from lowrank_tune.config.schema import ONLINE_ALGORITHMS
 from lowrank_tune.ui import escape_control_chars
-from lowrank_tune.ui.formatting import format_tick
+from lowrank_tune.ui.formatting import format_tick, is_share, percent
 from lowrank_tune.ui.html import render
 from lowrank_tune.ui.metrics import (
     Point,
     chart_title,
     descriptions_of,
-    metric_label,
     pair_side,
     paired_metric,
     reward_names,
@@ -30,20 +29,8 @@ from lowrank_tune.ui.svg import (
     smooth,
 )
 
-WITHOUT_LOG_SCALE = (
-    "accuracy",
-    "mean_token_accuracy",
-    "rewards/accuracies",
-    "updated_param_fraction",
-    "heldout/accuracy",
-    "heldout/eos_rate",
-    "completions/clipped_ratio",
-    "frac_reward_zero_std",
-    "clip_ratio",
-    "value_clip_ratio",
-    "explained_variance",
-)
-"""Shares and the like: a logarithmic scale would show nothing more."""
+WITHOUT_LOG_SCALE = "explained_variance"
+"""Like shares: a logarithmic scale would show nothing more."""
 NONZERO_ONLY = ("skipped_steps", "oom_retries")
 MIN_LOG_SPAN = 3
 """Largest value over the smallest from which on a logarithmic scale is offered."""
@@ -65,6 +52,8 @@ class ChartCard:
     log_svg: Markup
     tooltip_data: Markup
     last: str = ""
+    metric: str = ""
+    is_share: bool = False
 
 
 def curves(run_log: RunLog) -> Markup:
@@ -119,53 +108,59 @@ def _curve(
         return None
     if name in NONZERO_ONLY and not any(points.values()):
         return None
-    may_log = name not in WITHOUT_LOG_SCALE
     if partner is None:
         series = metric_series(
-            name,
+            chart_title(name),
             points,
             checks,
-            f"validation {name}",
+            chart_title(f"eval_{name}"),
         )
         return chart_card(
-            metric_label(name),
+            name,
             description,
             series,
-            may_log,
             points or checks,
         )
     sides = {side: run_log.series.get(side) or run_log.checks.get(f"eval_{side}", {}) for side in (name, partner)}
     return chart_card(
-        chart_title(name),
+        name,
         description,
         pair_series(sides),
-        may_log,
         points or checks,
     )
 
 
 def chart_card(
-    title: str,
+    name: str,
     description: str,
     series: Sequence[Series],
-    may_log: bool,
     points: Mapping[int, float],
 ) -> ChartCard | None:
-    """Returns the card of a chart, None if nothing can be drawn. `points` are those whose last value is shown."""
-    svg = line_chart(series)
+    """Returns the card of a metric's chart, None if nothing can be drawn. `points` are those whose last value is
+    shown."""
+    as_percent = is_share(name)
+    svg = line_chart(series, is_share=as_percent)
     if not svg:
         return None
     values = [value for line in series for _, value in line.points]
+    may_log = not as_percent and name != WITHOUT_LOG_SCALE
     has_log = may_log and min(values) > 0 and max(values) / min(values) > MIN_LOG_SPAN
+    last = points[max(points)] if points else math.nan
     return ChartCard(
-        title,
+        chart_title(name),
         description,
         series,
         svg,
         line_chart(series, log=True) if has_log else Markup(),
         _tooltip_data(series),
-        format_tick(points[max(points)]) if points else "",
+        _last_value(last, as_percent) if points else "",
+        name,
+        as_percent,
     )
+
+
+def _last_value(value: float, as_percent: bool) -> str:
+    return percent(value) if as_percent else format_tick(value)
 
 
 def _tooltip_data(series: Iterable[Series]) -> Markup:

@@ -17,6 +17,7 @@ from lowrank_tune.ui.svg import (
     Plot,
     downsample,
     linear_axis,
+    share_axis,
     smooth,
 )
 
@@ -46,7 +47,7 @@ def frontier_svg(reward_points: Sequence[Point], accuracy_points: Sequence[Point
     kls = [kl for kl, _ in reward_points]
     rewards = [reward for _, reward in reward_points]
     x = linear_axis([*kls, *(kl for kl, _ in accuracy_points)], X_TICKS)
-    plot = Plot(x, linear_axis(rewards))
+    plot = Plot(x, linear_axis(rewards), x_title="KL to the reference, nats per token")
     plot.dots("smooth", downsample(reward_points), "reward")
     course = list(
         zip(
@@ -71,10 +72,10 @@ def _draw_accuracy(
     shares: Sequence[float],
 ) -> None:
     """Adds the evaluations, and the labels of their scale at the right edge."""
-    plot.y = linear_axis(shares)
-    for share in plot.y.ticks:
+    plot.y = share_axis(shares)
+    for share, label in plot.y.labels():
         plot.label(
-            f"{100 * share:g} %",
+            label,
             WIDTH - RIGHT,
             plot.y_at(share) - 3,
             "end",

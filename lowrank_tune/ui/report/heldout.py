@@ -10,7 +10,7 @@ from markupsafe import Markup
 
 from lowrank_tune.evaluation.grading import is_exact
 from lowrank_tune.json_files import get_mapping, get_number, get_objects
-from lowrank_tune.ui.formatting import number, percent
+from lowrank_tune.ui.formatting import format_metric, percent
 from lowrank_tune.ui.html import render
 from lowrank_tune.ui.metrics import PAIR_ACCURACY, heldout_parts
 from lowrank_tune.ui.report.run_log import ChainLog, RunLog
@@ -19,7 +19,7 @@ FIGURE_LABELS = {
     "": "(all)",
     "accuracy": "exact answers (pass@1)",
     "eos_rate": "stops by itself",
-    "mean_length": "tokens an answer",
+    "mean_length": "tokens per answer",
 }
 FIGURES_AT_END = ("eos_rate", "mean_length")
 PASS_PREFIX = "pass_at_"
@@ -144,7 +144,7 @@ def _figure(name: str, value: float | None) -> Figure:
     if value is None:
         return Figure("")
     if name == "mean_length":
-        return Figure(number(value))
+        return Figure(format_metric(name, value))
     return Figure(percent(value), value)
 
 

@@ -8,7 +8,7 @@ from markupsafe import Markup
 
 from lowrank_tune.config.schema import ONLINE_ALGORITHMS
 from lowrank_tune.json_files import get_list, get_mapping, get_number
-from lowrank_tune.ui.formatting import format_tick, percent
+from lowrank_tune.ui.formatting import percent
 from lowrank_tune.ui.html import document, render
 from lowrank_tune.ui.report import evaluations, frontier, groups, pairs
 from lowrank_tune.ui.report.appendix import appendix
@@ -20,7 +20,8 @@ from lowrank_tune.ui.report.heldout import (
 )
 from lowrank_tune.ui.report.run_log import ChainLog, RunLog
 from lowrank_tune.ui.report.samples import samples
-from lowrank_tune.ui.report.tiles import ARROW, Tile, chain_tiles, run_tiles
+from lowrank_tune.ui.report.tiles import Tile, chain_tiles, run_tiles
+from lowrank_tune.ui.trend import ARROW, trend
 
 
 @dataclass(frozen=True)
@@ -132,13 +133,10 @@ def _stage_row(folder: str, run_log: RunLog | None) -> StageRow:
 
 
 def _trend(run_log: RunLog) -> str:
-    """Returns the first and the last reward, or loss."""
-    is_online = run_log.algorithm in ONLINE_ALGORITHMS
-    values = run_log.series.get("reward" if is_online else "loss", {})
-    if not values:
-        return ""
-    prefix = "reward " if is_online else ""
-    return f"{prefix}{format_tick(values[min(values)])}{ARROW}{format_tick(values[max(values)])}"
+    """Returns the reward, or the loss, of the first and of the last tenth of the steps."""
+    name = "reward" if run_log.algorithm in ONLINE_ALGORITHMS else "loss"
+    values = list(run_log.finite_values(name).values())
+    return f"{name} {trend(name, values)}" if values else ""
 
 
 def issues(run_log: RunLog) -> list[str]:

@@ -7,7 +7,7 @@ from statistics import fmean
 
 from markupsafe import Markup
 
-from lowrank_tune.ui.formatting import format_tick
+from lowrank_tune.ui.formatting import format_tick, percent, percent_tick
 from lowrank_tune.ui.metrics import Point
 from lowrank_tune.ui.svg import (
     LEFT,
@@ -24,8 +24,18 @@ MAX_DOTS = 800
 """Dots of each side."""
 LENGTH_BINS = 10
 X_TICKS = 7
-CONFIDENCE_AXIS = Axis(0.48, 1.02, (0.5, 0.6, 0.7, 0.8, 0.9, 1.0))
-RIGHT_AXIS = Axis(-0.06, 1.08, (0, 0.25, 0.5, 0.75, 1.0))
+CONFIDENCE_AXIS = Axis(
+    0.48,
+    1.02,
+    (0.5, 0.6, 0.7, 0.8, 0.9, 1.0),
+    format_label=percent_tick,
+)
+RIGHT_AXIS = Axis(
+    -0.06,
+    1.08,
+    (0, 0.25, 0.5, 0.75, 1.0),
+    format_label=percent_tick,
+)
 MIN_RADIUS = 2.5
 MAX_RADIUS = 10.5
 
@@ -38,12 +48,12 @@ def reliability(bins: Sequence[tuple[float, float, int]]) -> Markup:
     """
     if not bins:
         return Markup()
-    plot = Plot(CONFIDENCE_AXIS, RIGHT_AXIS)
+    plot = Plot(CONFIDENCE_AXIS, RIGHT_AXIS, x_title="confidence")
     plot.polyline("ideal", ((0.5, 0.5), (1.0, 1.0)), "perfectly calibrated")
     largest = max(count for _, _, count in bins)
     for confidence, right, count in bins:
         radius = MIN_RADIUS + (MAX_RADIUS - MIN_RADIUS) * (count / largest) ** 0.5
-        title = f"{count:,} pairs: confidence {confidence:.3f}, right {right:.3f}"
+        title = f"{count:,} pairs: confidence {percent(confidence)}, right {percent(right)}"
         plot.circle(
             "dot",
             (confidence, right),
@@ -71,6 +81,7 @@ def histogram_pair(sides: Mapping[str, Sequence[float]]) -> Markup:
     plot = Plot(
         x,
         whole_number_axis(max(max(side_counts) for side_counts in counts.values())),
+        x_title="score",
     )
     step = PLOT_WIDTH / BINS
     for side, side_counts in counts.items():
@@ -94,7 +105,7 @@ def scatter(sides: Mapping[str, Sequence[Point]]) -> Markup:
     if not points:
         return Markup()
     x = linear_axis([tokens for tokens, _ in points], X_TICKS)
-    plot = Plot(x, linear_axis([score for _, score in points]))
+    plot = Plot(x, linear_axis([score for _, score in points]), x_title="tokens of an answer")
     for side, side_points in sides.items():
         every = max(1, -(-len(side_points) // MAX_DOTS))
         plot.dots(side, side_points[::every], side)

@@ -7,22 +7,23 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from lowrank_tune.config.schema import ONLINE_ALGORITHMS
-from lowrank_tune.json_files import get_mapping
+from lowrank_tune.training.run_totals import RunTotals, chain_totals
 from lowrank_tune.ui.formatting import (
     clock,
     format_large,
-    format_tick,
+    number,
     percent,
+    rate,
 )
+from lowrank_tune.ui.metrics import WITHOUT_REFERENCE
 from lowrank_tune.ui.report.heldout import (
     StageStats,
     heldout_by_stage,
     heldout_by_stage_of_chain,
     heldout_pair_accuracy,
 )
-from lowrank_tune.ui.report.run_log import ChainLog, RunLog, StepValues
-
-ARROW = " \u2192 "
+from lowrank_tune.ui.report.run_log import ChainLog, RunLog
+from lowrank_tune.ui.trend import ARROW, first_and_last, trend
 
 
 @dataclass(frozen=True)
@@ -45,17 +46,7 @@ def run_tiles(run_log: RunLog) -> list[Tile]:
     ]
     steps = f" / {started.steps:,}" if started and started.steps else ""
     tiles.append(Tile(f"{run_log.step:,}{steps}", "steps"))
-    tiles.append(Tile(clock(run_log.seconds), "wall time"))
-    if run_log.tokens:
-        tiles.append(Tile(format_large(run_log.tokens), "tokens trained through"))
-    speeds = sorted(run_log.series.get("tokens_per_second", {}).values())
-    if speeds:
-        tiles.append(
-            Tile(
-                f"{speeds[len(speeds) // 2]:,.0f}",
-                "tokens a second, median",
-            )
-        )
+    tiles += _total_tiles(run_log.totals, "wall time")
     memory = run_log.series.get("memory_gib")
     if memory:
         tiles.append(Tile(f"{max(memory.values()):.2f} GiB", "peak memory"))
@@ -72,19 +63,19 @@ def chain_tiles(chain: ChainLog) -> list[Tile]:
         tiles += _pair_tiles(run_log)
     done = sum(run_log.status == "done" for run_log in run_logs)
     tiles.append(Tile(f"{done} / {len(chain.stages)}", "stages"))
-    tiles.append(
-        Tile(
-            clock(sum(run_log.seconds for run_log in run_logs)),
-            "wall time of the stages",
-        )
-    )
-    tiles.append(
-        Tile(
-            format_large(sum(run_log.tokens for run_log in run_logs)),
-            "tokens trained through",
-        )
-    )
+    totals = chain_totals([run_log.totals for run_log in run_logs])
+    tiles += _total_tiles(totals, "wall time of the stages")
     return tiles
+
+
+def _total_tiles(totals: RunTotals, time_label: str) -> Iterator[Tile]:
+    """Yields wall time, tokens and speed of all sessions."""
+    if totals.sessions > 1:
+        time_label = f"{time_label}, {totals.sessions} sessions"
+    yield Tile(clock(totals.seconds), time_label)
+    if totals.tokens:
+        yield Tile(format_large(totals.tokens), "tokens trained through")
+        yield Tile(rate(totals.tokens_per_second), "tokens a second")
 
 
 def _heldout_tiles(stages: StageStats) -> Iterator[Tile]:
@@ -115,19 +106,13 @@ def _training_tiles(run_log: RunLog) -> Iterator[Tile]:
     if checks:
         best = min(checks, key=checks.__getitem__)
         yield Tile(
-            format_tick(checks[best]),
-            f"best validation loss, step {best:,}",
+            number(checks[best]),
+            f"validation loss, best (step {best:,})",
         )
-    reward = run_log.series.get("reward") if run_log.algorithm in ONLINE_ALGORITHMS else None
-    loss = run_log.series.get("loss")
-    if reward:
-        yield Tile(_first_and_last(reward), "reward, first and last step")
-    elif loss:
-        yield Tile(_first_and_last(loss), "loss, first and last step")
-    kl = get_mapping(run_log.summary, "last").get("kl")
-    if isinstance(kl, (int, float)):
-        yield Tile(format_tick(kl), "KL to the reference at the end")
-
-
-def _first_and_last(values: StepValues) -> str:
-    return f"{values[min(values)]:.3f}{ARROW}{values[max(values)]:.3f}"
+    name = "reward" if run_log.algorithm in ONLINE_ALGORITHMS else "loss"
+    values = list(run_log.finite_values(name).values())
+    if values:
+        yield Tile(trend(name, values), f"{name}, mean of the first and last tenth")
+    kl = list(run_log.finite_values("kl").values())
+    if kl and run_log.algorithm not in WITHOUT_REFERENCE:
+        yield Tile(number(first_and_last(kl)[1]), "KL to the reference, mean of the last tenth")

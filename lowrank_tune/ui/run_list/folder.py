@@ -100,7 +100,7 @@ def _unfinished(run: ListedRun) -> ListedRun:
         best=events.best or events.last,
         step=events.step,
         steps=started.steps if started else 0,
-        seconds=events.wall_time.seconds,
+        seconds=events.counter.totals.seconds,
         updated=events.time,
         problem=str(events.ended.message) if events.ended else "",
     )

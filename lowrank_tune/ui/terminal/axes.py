@@ -14,6 +14,10 @@ MIN_TICK_ROWS = 1.4
 STEPS = (1.0, 2.0, 5.0)
 NEAR_ZERO = 0.01
 """Share of the range below which an end of it is 0."""
+TOLERANCE = 0.03
+"""Share of an interval by which a value may be beyond an end: less than a dot."""
+ROUNDING = 1e-9
+"""Share of a value by which equal values differ at most."""
 MIN_SPAN = 1e-3
 """Share of a value that the range of nearly constant values has at least."""
 MIN_SPAN_WITH_EXPONENT = 0.5
@@ -86,7 +90,8 @@ def _linear_range(
     least = _min_span(size)
     if high - low < least:
         middle = (low + high) / 2
-        span = max(least, SHARE_SPAN if share else 0.2 * size) if high == low else least
+        is_constant = high - low <= ROUNDING * size
+        span = max(least, SHARE_SPAN if share else 0.2 * size) if is_constant else least
         low, high = middle - span / 2, middle + span / 2
     if share:
         low, high = max(0.0, low), min(1.0, high)
@@ -108,9 +113,8 @@ def _linear_ticks(
 ) -> list[float]:
     """Returns the multiples of the smallest round step that covers the range in at most `most` intervals."""
     for step in _round_steps((high - low) / (2 * most)):
-        # a hair beyond a tick is rounding, not a further interval
-        first = math.floor(low / step + 1e-6)
-        last = math.ceil(high / step - 1e-6)
+        first = math.floor(low / step + TOLERANCE)
+        last = math.ceil(high / step - TOLERANCE)
         if last - first <= most:
             last = max(last, first + MIN_INTERVALS)
             return [_rounded(index * step) for index in range(first, last + 1)]

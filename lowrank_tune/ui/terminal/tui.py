@@ -17,6 +17,7 @@ from lowrank_tune.ui.gpu_stats import GpuStats
 from lowrank_tune.ui.state import State
 from lowrank_tune.ui.terminal.device import Redirected
 from lowrank_tune.ui.terminal.live_screen import LiveScreen
+from lowrank_tune.ui.terminal.navigation import settle
 from lowrank_tune.ui.terminal.panes import View
 from lowrank_tune.ui.terminal.plain import LineLogger
 from lowrank_tune.ui.terminal.render import render
@@ -52,6 +53,7 @@ class Tui:
             self._changed,
             self._press,
             self._on_failure,
+            self._settle,
             owns_run=True,
         )
         self._redirected = Redirected(console_log_path)
@@ -111,6 +113,19 @@ class Tui:
             gpu=self._gpu.read(),
         )
         return render(self.state, view, width, height)
+
+    def _settle(
+        self,
+        view: View,
+        width: int,
+        height: int,
+    ) -> View:
+        return settle(
+            [self.state],
+            view,
+            width,
+            height,
+        )
 
     def _press(self, key: str) -> None:
         if key == "q":

@@ -19,11 +19,11 @@ from lowrank_tune.ui.metrics import reward_label
 BASE = "base"
 SHARE_METRICS = re.compile(r"pass_at_\d+|eos_rate")
 LABELS = {
-    "loss": "loss, nats a token",
+    "loss": "loss, nats per token",
     "reward": "reward",
     "reward_model_score": "reward model score",
     "eos_rate": "stops by itself",
-    "mean_length": "tokens an answer",
+    "mean_length": "tokens per answer",
 }
 TableRow = tuple[str, str, str, str, str]
 """Metric (empty if it is that of the row above), variant, value, interval, change against the base."""
