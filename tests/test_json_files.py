@@ -111,8 +111,8 @@ OWN_JSON = {
     "data/head.py": "raw_decode; RecursionError is handled there",
     "rewards/text/json_schema_worker.py": "a completion, with a limit of its own",
     "rewards/text/json_schema.py": "what the line before has written",
-    "rewards/workers/worker.py": "requests of the main process",
-    "rewards/workers/process.py": "replies of a worker",
+    "processes/child.py": "requests of the main process",
+    "processes/worker_process.py": "replies of a worker; RecursionError is handled there",
 }
 
 
