@@ -33,6 +33,7 @@ from lowrank_tune.model.base import combined_hash, hash_of
 from lowrank_tune.model.optimizers import load_optimizer
 from lowrank_tune.training.machine import device_name, memory_total_gib
 from lowrank_tune.training.reward_hacking import RewardHackingDetector
+from lowrank_tune.training.schedule_change import schedule_change, schedule_length
 from lowrank_tune.training.trainer import Trainer, TrainerState
 
 
@@ -71,6 +72,8 @@ class Checkpointer:
     parameter_names: list[str]
     emit: Emit
     last_saved_step: int | None = None
+    schedule_message: str = ""
+    """After `restore`: what another end of the run does to its learning rate."""
 
     def __post_init__(self) -> None:
         self.base_hash = combined_hash(self.built.base_hashes)
@@ -111,6 +114,7 @@ class Checkpointer:
         snapshot.documents["optimizer.json"] = optimizer_document
         snapshot.documents["state.json"] = {
             "progress": self.trainer.state.to_dict(),
+            "schedule": schedule_length(self.recipe.train, self.built.steps),
             "memory": vars(state.best),
             "algorithm": self.built.algorithm.state(),
             "base": self.base_hash,
@@ -140,6 +144,12 @@ class Checkpointer:
         hacking = RewardHackingDetector(**document.get("watch", {}))
         self.trainer.should_stop = hacking.stopped_run
         self.last_saved_step = step
+        self.schedule_message = schedule_change(
+            document.get("schedule", {}),
+            self.recipe.train,
+            self.built.steps,
+            step,
+        )
         return EvaluationState(BestCheckpoint(**document["memory"]), hacking)
 
     def _check_frozen(self, document: Mapping[str, Any]) -> None:

@@ -319,6 +319,8 @@ class Stage:
             loading_seconds=self.session.seconds,
         )
         self.emit(event)
+        if self.checkpointer.schedule_message:
+            self.emit(warning(self.checkpointer.schedule_message))
         warmup_steps = self.recipe.train.warmup_steps
         if warmup_steps >= built.steps:
             self.emit(
