@@ -6,6 +6,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,6 +16,8 @@ __all__ = ["Chain", "Recipe", "UserError", "run"]
 
 # bitsandbytes logs at its import that a fused CPU kernel could be downloaded. It has no gradient and is not used here.
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+# In a notebook without ipywidgets, tqdm warns in red at its import that it draws bars of text.
+warnings.filterwarnings("ignore", message="IProgress not found")
 
 if TYPE_CHECKING:
     import torch
@@ -35,8 +38,9 @@ def run(
 ) -> RunResult:
     """Runs a recipe or a chain, given as an object, a preset name or a file; resumes an unfinished run in its folder.
 
-    `on_event` is called with every event. Raises UserError, and KeyboardInterrupt at a second Ctrl-C. The recipe is
-    read before torch is imported, because a backend in it may have to be imported first.
+    `ui` is `auto` (curves below the cell of a notebook, the dashboard in a terminal, else lines), `tui`, `plain` or
+    `none`. `on_event` is called with every event. Raises UserError, and KeyboardInterrupt at a second Ctrl-C. The
+    recipe is read before torch is imported, because a backend in it may have to be imported first.
     """
     from lowrank_tune.config import backends_of, load_any
     from lowrank_tune.unsloth_import import import_unsloth

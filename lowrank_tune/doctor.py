@@ -1,7 +1,7 @@
 """Checks of the machine. Each result is one line: ok, warning or fault, with what to do.
 
-Nothing is downloaded and no secret is printed. Heavy libraries are imported inside the checks, so that a broken one is
-a result and not a crash.
+Nothing is downloaded, the hub gets one request without content, and no secret is printed. Heavy libraries are imported
+inside the checks, so that a broken one is a result and not a crash.
 """
 
 from __future__ import annotations
@@ -29,13 +29,16 @@ from rich.table import Table
 from rich.text import Text
 
 from lowrank_tune import unsloth_import
-from lowrank_tune.paths import cache_folder, nearest_existing
+from lowrank_tune.offline import hub_address, offline_variable, unreachable_reason
+from lowrank_tune.paths import cache_folder, hub_folder, nearest_existing
 from lowrank_tune.ui import escape_control_chars
 
 GIB = 1 << 30
 # GiB: too little to save anything; too little for a 7B base and its cache
 MIN_DISK_GIB = 1.0
 RECOMMENDED_DISK_GIB = 20.0
+# limit of the only request
+HUB_SECONDS = 3.0
 REQUIRED_PACKAGES = (
     "torch",
     "transformers",
@@ -284,7 +287,7 @@ def disk(environ: Mapping[str, str]) -> Iterator[CheckResult]:
     """Checks free space and write permission of the folders that are written to."""
     for name, folder, variable in (
         ("cache", cache_folder(environ), "LOWRANK_TUNE_CACHE"),
-        ("hub cache", _hub_folder(environ), "HF_HOME"),
+        ("hub cache", hub_folder(environ), "HF_HOME"),
         ("here", Path.cwd(), "--out"),
     ):
         free = shutil.disk_usage(nearest_existing(folder)).free / GIB
@@ -313,25 +316,32 @@ def _writable(folder: Path) -> bool:
         return False
 
 
-def _hub_folder(environ: Mapping[str, str]) -> Path:
-    return Path(environ.get("HF_HOME") or "~/.cache/huggingface").expanduser()
-
-
 def hub(environ: Mapping[str, str]) -> Iterator[CheckResult]:
-    """Reports the settings of the Hugging Face Hub. A token is never printed."""
-    has_token = bool(environ.get("HF_TOKEN")) or (_hub_folder(environ) / "token").is_file()
+    """Checks whether the Hugging Face hub answers, unless a variable forbids to use it. A token is never printed."""
+    has_token = bool(environ.get("HF_TOKEN")) or (hub_folder(environ) / "token").is_file()
     token = "found" if has_token else "none: gated bases cannot be fetched (`hf auth login`)"
     yield CheckResult("ok", "hub token", token)
-    if environ.get("HF_HUB_OFFLINE", "").lower() in ("1", "true", "yes", "on"):
-        fix = "only what is in the cache can be loaded; unset HF_HUB_OFFLINE to fetch more"
+    variable = offline_variable(environ)
+    if variable:
+        fix = f"only what is in the cache can be loaded; unset {variable} to fetch more"
         yield CheckResult(
             "warning",
             "hub",
-            "offline (HF_HUB_OFFLINE)",
+            f"not tried: {variable} is set",
             fix,
         )
+        return
+    address = hub_address(environ)
+    reason = unreachable_reason(address, HUB_SECONDS)
+    if reason:
+        yield CheckResult(
+            "warning",
+            "hub",
+            f"{address} cannot be reached: {reason}",
+            "check the network and HTTPS_PROXY; without a network only what is in the cache can be loaded",
+        )
     else:
-        yield CheckResult("ok", "hub", "online")
+        yield CheckResult("ok", "hub", f"{address} answers")
 
 
 def terminal(environ: Mapping[str, str]) -> Iterator[CheckResult]:

@@ -12,6 +12,10 @@ class UserError(Exception):
 
     exit_code = 2
 
+    def _render_traceback_(self) -> list[str]:
+        """Returns what a notebook shows of the error: its message without a traceback."""
+        return [f"{type(self).__name__}: {self}"]
+
 
 class TrainingError(UserError):
     """A run with valid input has failed: for example a full disk, or losses that are not finite."""

@@ -28,7 +28,8 @@ class RunStarted(Event):
     """The first event of each session.
 
     `reference` describes what the policy is compared with. `memory_total_gib` is the memory of the GPU, or of the
-    machine without a GPU, 0 if unknown. In a chain this is stage `stage` of `stages`.
+    machine without a GPU, 0 if unknown. In a chain this is stage `stage` of `stages`. `loading_seconds` are those of
+    this session before this event; `earlier_sessions` is None in the logs of older versions.
     """
 
     kind: ClassVar[str] = "run_started"
@@ -45,6 +46,9 @@ class RunStarted(Event):
     memory_total_gib: float = 0.0
     stage: int = 1
     stages: int = 1
+    earlier_sessions: int | None = None
+    earlier_seconds: float = 0.0
+    loading_seconds: float = 0.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,7 +142,12 @@ def warning(message: str) -> LogMessage:
 
 @dataclass(frozen=True, kw_only=True)
 class RunEnded(Event):
-    """The last event. In a chain this is stage `stage` of `stages`, also if it failed before its `RunStarted`."""
+    """The last event of a session of `seconds`. In a chain this is stage `stage` of `stages`, also if it failed before
+    its `RunStarted`.
+
+    `total_seconds` are those of all `sessions`, None in the logs of older versions. `total_tokens` and
+    `total_step_seconds` are those of all steps.
+    """
 
     kind: ClassVar[str] = "run_ended"
     status: Literal["done", "interrupted", "failed"]
@@ -147,6 +156,10 @@ class RunEnded(Event):
     message: str = ""
     stage: int = 1
     stages: int = 1
+    total_seconds: float | None = None
+    sessions: int = 1
+    total_tokens: int = 0
+    total_step_seconds: float = 0.0
 
 
 Emit = Callable[[Event], None]

@@ -1,21 +1,72 @@
-"""Lenient reading of JSON that a run wrote and anyone may have edited. A value of the wrong type counts as missing."""
+"""Reading of JSON that a run wrote and anyone may have edited, or that comes from elsewhere.
+
+Nesting has a limit, because what reads the values recurses. `read_json_object` and what follows it are lenient: a value
+of the wrong type counts as missing.
+"""
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
+from lowrank_tune.regular_files import read_regular_file
+
 MAX_NUMBER = 1e300
+MAX_DEPTH = 100
+"""Levels of lists and objects in a JSON text."""
+MAX_BYTES = 64 << 20
+"""The largest JSON file that is read whole, unless a caller names another limit."""
+
+
+def parse_json(text: str | bytes) -> Any:
+    """Returns the value of a JSON text. Raises ValueError for text that is not JSON, and for nesting deeper than
+    `MAX_DEPTH`."""
+    try:
+        value = json.loads(text)
+    except RecursionError:
+        raise ValueError(f"nested deeper than {MAX_DEPTH} levels") from None
+    if _num_openings(text) > MAX_DEPTH and is_deeper_than(value, MAX_DEPTH):
+        raise ValueError(f"nested deeper than {MAX_DEPTH} levels")
+    return value
+
+
+def _num_openings(text: str | bytes) -> int:
+    """Returns the number of brackets that open, which is at least the depth."""
+    if isinstance(text, bytes):
+        return text.count(b"[") + text.count(b"{")
+    return text.count("[") + text.count("{")
+
+
+def is_deeper_than(value: Any, max_depth: int) -> bool:
+    """Returns whether lists and objects are nested in more levels, without recursion."""
+    level = [value]
+    for _ in range(max_depth):
+        level = [child for parent in level for child in _children(parent)]
+        if not level:
+            return False
+    return any(isinstance(value, (dict, list)) for value in level)
+
+
+def _children(value: Any) -> Collection[Any]:
+    if isinstance(value, dict):
+        return value.values()
+    return value if isinstance(value, list) else ()
+
+
+def read_json(file: Path, max_bytes: int = MAX_BYTES) -> Any:
+    """Returns the value in a JSON file. Raises OSError for a file that cannot be read, is not regular, or exceeds the
+    limit, and ValueError as `parse_json`."""
+    return parse_json(read_regular_file(file, max_bytes))
 
 
 def read_json_object(file: Path) -> Mapping[str, Any]:
     """Returns the object in a JSON file, empty if the file is missing or contains something else."""
     try:
-        data = json.loads(file.read_bytes())
-    except (OSError, ValueError, RecursionError):
+        data = read_json(file)
+    except (OSError, ValueError):
         return {}
     return as_mapping(data)
 

@@ -8,6 +8,8 @@ from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
+from lowrank_tune.json_files import parse_json
+
 MANIFEST = "manifest.json"
 
 
@@ -28,11 +30,11 @@ def manifest_files(folder: Path) -> dict[str, str]:
     """Returns the hash of each file by its name relative to the folder; empty if the folder has no valid manifest."""
     try:
         raw = (folder / MANIFEST).read_bytes()
-        manifest = json.loads(raw)
+        manifest = parse_json(raw)
         if manifest_bytes(manifest) != raw:
             return {}
         return {name: str(facts["blake2b"]) for name, facts in manifest["files"].items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return {}
 
 

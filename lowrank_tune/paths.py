@@ -12,6 +12,11 @@ def cache_folder(environ: Mapping[str, str] = os.environ) -> Path:
     return Path(environ.get("LOWRANK_TUNE_CACHE") or "~/.cache/lowrank_tune").expanduser()
 
 
+def hub_folder(environ: Mapping[str, str] = os.environ) -> Path:
+    """Returns the folder in which the Hugging Face libraries store models and data sets."""
+    return Path(environ.get("HF_HOME") or "~/.cache/huggingface").expanduser()
+
+
 def nearest_existing(path: Path) -> Path:
     """Returns the path with its links resolved, or its nearest parent that exists. A path that cannot be looked up
     counts as missing: its name may be too long, or it may be in the folder of another user."""

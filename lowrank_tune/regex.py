@@ -14,6 +14,8 @@ import re2
 
 from lowrank_tune.errors import UserError
 
+MAX_BYTES = 8 << 20
+"""RE2's own limit for a compiled expression."""
 UNSUPPORTED_SYNTAX = (
     (
         ("(?=", "(?!", "(?<=", "(?<!"),
@@ -32,13 +34,19 @@ UNSUPPORTED_SYNTAX = (
 """Syntax that RE2 does not support: the characters, the name, and what to do."""
 
 
-def compile_pattern(pattern: str) -> Any:
-    """Returns an RE2 expression for UTF-8 bytes (see `to_utf8`). Raises UserError with a message whose subject is the
-    pattern, such as `is not a regular expression`."""
+def compile_pattern(
+    pattern: str,
+    max_bytes: int = MAX_BYTES,
+    captures: bool = False,
+) -> Any:
+    """Returns an RE2 expression for UTF-8 bytes (see `to_utf8`), of at most `max_bytes` in memory, whose groups are
+    kept only with `captures`. Raises UserError with a message whose subject is the pattern, such as `is not a regular
+    expression`."""
     options = re2.Options()
     # RE2 would write to the terminal by itself.
     options.log_errors = False
-    options.never_capture = True
+    options.never_capture = not captures
+    options.max_mem = max_bytes
     try:
         return re2.compile(pattern.encode(), options)
     except UnicodeEncodeError:

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import html
 import os
 import sys
-import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
@@ -31,7 +29,7 @@ from lowrank_tune.config import Chain, RecipeConfig, backends_of, differences, d
 from lowrank_tune.config.chain import stage_folder
 from lowrank_tune.config.memory import suggestions
 from lowrank_tune.errors import OutOfMemory, UserError
-from lowrank_tune.events import Emit, Event, LogMessage, RunEnded, SampleLogged, StepEnd, is_warning, warning
+from lowrank_tune.events import Emit, Event, LogMessage, SampleLogged, StepEnd, is_warning, warning
 from lowrank_tune.memory_planner.planned_gpu import installed_spec
 from lowrank_tune.memory_planner.update_speed import estimated_update_speed
 from lowrank_tune.model.base import HashedBase
@@ -41,17 +39,17 @@ from lowrank_tune.preflight import check_before_loading
 from lowrank_tune.preflight.run_memory import MEMORY_FILE, RunMemory, start_memory
 from lowrank_tune.training import trackers
 from lowrank_tune.training.final_adapter import final_folder
+from lowrank_tune.training.run_totals import Session, TotalsCounter, totals_of
 from lowrank_tune.training.signals import TrainerControl, handle_signals
 from lowrank_tune.training.sinks import EventBus, JsonLines, Sink, log_gaps
 from lowrank_tune.training.speed import SpeedComparison
 from lowrank_tune.training.stage import Stage, StagePosition
 from lowrank_tune.training.summaries import chain_summary, read_done_summary, reusable_results
+from lowrank_tune.ui.notebook import NotebookView, in_notebook, result_html
 from lowrank_tune.ui.report import write_report
 from lowrank_tune.ui.terminal.device import can_show
 from lowrank_tune.ui.terminal.plain import LineLogger
 from lowrank_tune.ui.terminal.tui import Tui
-from lowrank_tune.ui.views.summary import summary_table
-from lowrank_tune.ui.wall_time import WallTime
 from lowrank_tune.ui.watch import read_events
 
 
@@ -67,12 +65,12 @@ class RunResult:
         return f"RunResult(status={self.status!r}, folder={str(self.folder)!r})"
 
     def _repr_html_(self) -> str:
-        """The table that the command line prints, for a notebook."""
-        return f"<pre>{html.escape(summary_table(self.summary, self.folder))}</pre>"
+        """Curves, figures and next steps, for a notebook."""
+        return result_html(self.summary, self.folder)
 
 
 class _SummaryRecorder:
-    """Sink that keeps what the summary needs: warnings, the metrics of the last step, seconds of earlier sessions.
+    """Sink that keeps what the summary needs: warnings, the metrics of the last step, totals of all sessions.
 
     `earlier` has the events emitted before the log file was open, None after that.
     """
@@ -81,36 +79,31 @@ class _SummaryRecorder:
         self.earlier: list[Event] | None = []
         self.warnings: list[str] = []
         self.last: dict[str, float] = {}
-        self.earlier_seconds = 0.0
+        self.counter = TotalsCounter()
 
     def __call__(self, event: Event) -> None:
         if self.earlier is not None:
             self.earlier.append(event)
         if is_warning(event):
             self.warnings.append(event.message)
-        self._keep_last_step(event)
+        self._add(event)
 
-    def _keep_last_step(self, event: Event) -> None:
+    def _add(self, event: Event) -> None:
+        self.counter.apply(event)
         if isinstance(event, StepEnd):
             self.last = {"step": event.step, **event.stats}
 
-    def start_stage(self, events: Iterable[Event], start_time: float) -> None:
-        """Starts a stage: keeps the warnings of this session and the last metrics in the log.
+    def start_stage(self, events: Iterable[Event]) -> None:
+        """Starts a stage: keeps the warnings of this session, and the totals and the last metrics in the log.
 
         A stage that was killed at its very end has no step left to do, so its last metrics are only in the log.
         """
-        earlier = self.earlier or []
-        self.warnings = [event.message for event in earlier if is_warning(event)]
-        # the messages of the checks before the stage are of this session, and in the log already
-        session_start = min([start_time, *(event.time for event in earlier)])
+        self.warnings = [event.message for event in self.earlier or [] if is_warning(event)]
         self.earlier = None
         self.last = {}
-        wall_time = WallTime()
+        self.counter = TotalsCounter()
         for event in events:
-            if event.time < session_start:
-                wall_time.apply(event)
-            self._keep_last_step(event)
-        self.earlier_seconds = wall_time.seconds
+            self._add(event)
 
     def close(self) -> None: ...
 
@@ -125,7 +118,8 @@ def run(
 ) -> RunResult:
     """Runs a recipe or a chain, given as an object, a preset name or a file; resumes an unfinished run in its folder.
 
-    `on_event` is called with every event. Raises UserError, and KeyboardInterrupt at a second Ctrl-C.
+    `ui` is `auto` (curves below the cell of a notebook, the dashboard in a terminal, else lines), `tui`, `plain` or
+    `none`. `on_event` is called with every event. Raises UserError, and KeyboardInterrupt at a second Ctrl-C.
     """
     if isinstance(recipe, (RecipeConfig, Chain)):
         loaded = recipe
@@ -228,15 +222,22 @@ class _RunContext:
         self.stages: tuple[RecipeConfig, ...] = ()
         self.recorder = _SummaryRecorder()
         self.emit = EventBus(self.recorder)
+        # below the running cell of a notebook, from its first event on
+        self.notebook = NotebookView() if ui == "auto" and in_notebook() else None
         self.shows_dashboard = ui in ("auto", "tui") and can_show(sys.stdout, os.environ, forced=ui == "tui")
-        if ui != "none" and not self.shows_dashboard:
+        if self.notebook is not None:
+            self.emit.attach(self.notebook)
+        elif ui != "none" and not self.shows_dashboard:
             self.emit.attach(LineLogger())
         if on_event is not None:
             self.emit.attach(_CallbackSink(on_event))
 
     def show_dashboard(self, log_file: Path, earlier: Iterable[Event]) -> None:
         """Opens the dashboard, once, and sends it the earlier events."""
-        if self.shows_dashboard:
+        if self.notebook is not None:
+            self.notebook.replay(earlier)
+            self.notebook = None
+        elif self.shows_dashboard:
             self.shows_dashboard = False
             self.emit.attach(Tui(self.control, log_file), earlier)
 
@@ -293,17 +294,16 @@ class _RunContext:
         self,
         error: BaseException,
         step: int,
-        seconds: float,
+        session: Session,
         position: StagePosition,
     ) -> None:
         """Emits `RunEnded` for an error. A log that cannot be written now must not hide that error."""
-        event = RunEnded(
-            status="interrupted" if isinstance(error, KeyboardInterrupt) else "failed",
-            step=int(self.recorder.last.get("step", step)),
-            seconds=seconds,
-            message=str(error) if isinstance(error, UserError) else type(error).__name__,
-            stage=position.number,
-            stages=position.count,
+        event = position.ended(
+            "interrupted" if isinstance(error, KeyboardInterrupt) else "failed",
+            int(self.recorder.last.get("step", step)),
+            session,
+            session.totals(self.recorder.counter.totals),
+            str(error) if isinstance(error, UserError) else type(error).__name__,
         )
         with suppress(UserError):
             self.emit(event)
@@ -322,7 +322,7 @@ def run_stage(
 
     Returns the result, and the base without adapters for the next stage: it is what it was at the start.
     """
-    start_time = time.time()
+    session = Session()
     step = 0
     cleanup = ExitStack()
     try:
@@ -330,11 +330,12 @@ def run_stage(
         if checkpoint is not None:
             step = checkpoint[0]
             context.warn(log_gaps(folder.events, folder.samples, step))
+            session = replace(session, earlier=totals_of(read_events(folder.events)))
         resumed_from = None if checkpoint is None else step
         for sink, missed_events in context.open_sinks(recipe, folder, position, resumed_from):
             cleanup.callback(context.emit.detach, sink)
             context.emit.attach(sink, missed_events)
-        context.recorder.start_stage(read_events(folder.events), start_time)
+        context.recorder.start_stage(read_events(folder.events))
         context.show_dashboard(console_log or folder.console_log, chain(previous_events, read_events(folder.events)))
         recipe = context.with_auto_settings(recipe)
         stage = _load_stage(
@@ -344,24 +345,24 @@ def run_stage(
             position,
             base,
             checkpoint,
+            session,
         )
         cleanup.callback(stage.built.close)
         step, finished = stage.train(context.set_training)
         recorder = context.recorder
         stage.finish(
             finished,
-            start_time,
+            recorder.counter.totals,
             recorder.last,
             recorder.warnings,
             final_folder,
-            recorder.earlier_seconds,
         )
         stage.built.roles.unload_adapters()
         return RunResult(stage.summary["status"], folder.path, stage.summary), stage.built.hashed_base
     except BaseException as error:
         if is_out_of_memory(error) or isinstance(error, DoesNotFit):
             error = _out_of_memory(error, recipe)
-        context.emit_failure(error, step, time.time() - start_time, position)
+        context.emit_failure(error, step, session, position)
         raise error
     finally:
         cleanup.close()
@@ -374,6 +375,7 @@ def _load_stage(
     position: StagePosition,
     base: HashedBase | None,
     checkpoint: tuple[int, Snapshot] | None,
+    session: Session,
 ) -> Stage:
     """Loads data, base and roles of a stage; a checkpoint restores its state."""
     built = build(
@@ -395,6 +397,7 @@ def _load_stage(
             checkpoint,
             position,
             _speed_comparison(recipe, built.base.device, context.emit),
+            session,
         )
     except BaseException:
         built.close()

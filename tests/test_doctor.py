@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import importlib
 import io
+import socket
+import threading
+import time
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -61,7 +65,7 @@ def test_what_is_broken_is_a_fault_with_a_cure(monkeypatch: pytest.MonkeyPatch, 
     bounds = {"peft": SpecifierSet(">=0.21,<0.22"), "torch": SpecifierSet(">=2.9,<3")}
     monkeypatch.setattr(doctor, "requirements", lambda: bounds)
     monkeypatch.setattr(doctor, "_writable", lambda folder: False)
-    findings = run_checks({"LOWRANK_TUNE_CACHE": str(tmp_path)})
+    findings = run_checks({"LOWRANK_TUNE_CACHE": str(tmp_path), "HF_HUB_OFFLINE": "1"})
     assert found(findings, "4 bits").level == "fault" and "libcudart" in found(findings, "4 bits").detail
     assert found(findings, "peft").fix == f"pip install 'peft{bounds['peft']}'"
     assert found(findings, "torch").level == "ok"
@@ -119,3 +123,53 @@ def test_presets_are_listed_shown_and_copied(tmp_path: Path, monkeypatch: pytest
         presets_command("copy", "tiny-sft", "no/folder.yaml")[0] == 2
         and "did you mean" in presets_command("show", "tiny-sfd")[1]
     )
+
+
+def hub_line(**environ: str) -> CheckResult:
+    return found(list(doctor.hub({"HF_TOKEN": "x", **environ})), "hub")
+
+
+def free_port() -> int:
+    with socket.socket() as closed:
+        closed.bind(("127.0.0.1", 0))
+        return int(closed.getsockname()[1])
+
+
+class Refusing(BaseHTTPRequestHandler):
+    """Answers each request with 503, as a hub that is overloaded: it can be reached."""
+
+    def do_HEAD(self) -> None:
+        self.send_response(503)
+        self.end_headers()
+
+    def log_message(self, *_: object) -> None: ...
+
+
+def test_the_hub_is_asked_before_it_is_called_reachable(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    with HTTPServer(("127.0.0.1", 0), Refusing) as server:
+        threading.Thread(target=server.handle_request, daemon=True).start()
+        address = f"http://127.0.0.1:{server.server_port}"
+        assert hub_line(HF_ENDPOINT=address) == CheckResult("ok", "hub", f"{address} answers")
+    closed = f"http://127.0.0.1:{free_port()}"
+    refused = hub_line(HF_ENDPOINT=closed)
+    assert refused.level == "warning" and f"{closed} cannot be reached: " in refused.detail and refused.fix
+    assert "refused" in refused.detail.lower()
+    for wrong in ("nonsense", "http://[bad"):
+        assert hub_line(HF_ENDPOINT=wrong).level == "warning"
+
+
+def test_a_hub_that_never_answers_takes_no_longer_than_the_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "HUB_SECONDS", 0.2)
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    with socket.socket() as silent:
+        silent.bind(("127.0.0.1", 0))
+        silent.listen()
+        began = time.monotonic()
+        line = hub_line(HF_ENDPOINT=f"http://127.0.0.1:{silent.getsockname()[1]}")
+    assert line.level == "warning" and time.monotonic() - began < 2
+
+
+def test_the_hub_is_not_tried_offline() -> None:
+    line = hub_line(HF_HUB_OFFLINE="1", HF_ENDPOINT=f"http://127.0.0.1:{free_port()}")
+    assert line.detail == "not tried: HF_HUB_OFFLINE is set" and "unset HF_HUB_OFFLINE" in line.fix

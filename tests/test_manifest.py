@@ -120,7 +120,7 @@ def test_files_nested_without_end_are_broken(tmp_path: Path, name: str) -> None:
     final = stacked_final(tmp_path)
     (final / "manifest.json").unlink()
     (final / name).write_text("[" * 100_000)
-    with pytest.raises(UserError, match="broken: .*recursion"):
+    with pytest.raises(UserError, match="broken: .*nested deeper than 100 levels"):
         read_adapter(str(tmp_path), "key")
         adapter_rope_factors(str(tmp_path))
 

@@ -19,6 +19,7 @@ from lowrank_tune.batch import Batch, rows_of_units
 from lowrank_tune.data import TokenizedDataset
 from lowrank_tune.errors import TrainingError
 from lowrank_tune.events import Emit, LogMessage, ProgressBar
+from lowrank_tune.full_disk import CACHE_CURE, describe_full_disk, full_disk_reason
 from lowrank_tune.model.roles import Roles
 
 CACHE_VERSION = 1
@@ -165,10 +166,17 @@ def _write_cache(file: Path, sums: Tensor) -> None:
                 Path(temporary).unlink()
             raise
     except OSError as error:
-        raise TrainingError(
-            f"{file.parent}: the log-probs of the reference cannot be written ({error.strerror or error}); "
-            "free some space, or name another folder in LOWRANK_TUNE_CACHE"
-        ) from error
+        raise _write_error(file, error, sums.nbytes) from error
+
+
+def _write_error(file: Path, error: OSError, needed: int) -> TrainingError:
+    fault = f"{file.parent}: the log-probs of the reference cannot be written"
+    reason = full_disk_reason(error)
+    if reason:
+        return TrainingError(f"{fault}: {describe_full_disk(file, reason, CACHE_CURE, needed)}")
+    return TrainingError(
+        f"{fault} ({error.strerror or error}); free some space, or name another folder in LOWRANK_TUNE_CACHE"
+    )
 
 
 def _checksum(sums: Tensor) -> Tensor:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -12,6 +11,7 @@ from lowrank_tune.batch import Row
 from lowrank_tune.data import ChatTemplate, InvalidRow, collate
 from lowrank_tune.data.message import Message
 from lowrank_tune.errors import UserError
+from lowrank_tune.json_files import read_json
 from lowrank_tune.model.adapters import SavedAdapter
 from lowrank_tune.model.base import combined_hash, hash_of
 from lowrank_tune.model.roles import Roles
@@ -51,7 +51,7 @@ def _reward_model_lineage(folder: Path) -> Mapping[str, str]:
     none outside a run."""
     for parent in list(folder.resolve().parents)[:3]:
         try:
-            facts = json.loads((parent / "base.json").read_bytes())
+            facts = read_json(parent / "base.json")
         except OSError:
             continue
         except ValueError:

@@ -59,11 +59,11 @@ def ask(
         ignore_event,
         max_new_tokens=options.max_new_tokens,
     )
-    asked = [Question([Message("user", text)], number) for number, text in enumerate(questions, 1)]
+    numbered = [Question([Message("user", text)], number) for number, text in enumerate(questions, 1)]
     return list(
         answer_all(
             chat_model,
-            asked,
+            numbered,
             chosen_variants(chat_model, variant),
             options,
             system_prompt,

@@ -10,6 +10,7 @@ from pathlib import Path
 from lowrank_tune.data import ChatTemplate
 from lowrank_tune.data.message import Message
 from lowrank_tune.errors import UserError
+from lowrank_tune.json_files import parse_json
 
 SUFFIXES = (".jsonl", ".ndjson")
 
@@ -135,7 +136,7 @@ def _missing_newline(file: Path) -> str:
         opened.seek(max(0, size - 1))
         last = opened.read(1)
     try:
-        if first.strip() and not isinstance(json.loads(first), dict):
+        if first.strip() and not isinstance(parse_json(first), dict):
             raise ValueError
     except ValueError as error:
         raise UserError(f"{file}: exists and is not a JSON lines file; name another file") from error

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypeGuard
@@ -10,6 +9,7 @@ from typing import Any, Literal, TypeGuard
 from lowrank_tune.chat.commands import Command, parse
 from lowrank_tune.data.message import Message
 from lowrank_tune.errors import UserError
+from lowrank_tune.json_files import parse_json
 from lowrank_tune.ui.terminal.prompt import PipedInput
 
 ROLES = ("system", "user", "assistant")
@@ -54,8 +54,8 @@ def parse_question(line: str, number: int = 0) -> Question:
 
 def _read_object(line: str) -> Mapping[str, Any]:
     try:
-        value = json.loads(line)
-    except (ValueError, RecursionError) as error:
+        value = parse_json(line)
+    except ValueError as error:
         raise UserError(
             f'begins with {{ and is not a JSON object ({error}); write the question as {{"prompt": ...}}'
         ) from error

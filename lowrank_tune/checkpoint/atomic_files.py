@@ -14,10 +14,9 @@ from secrets import token_hex
 from typing import Any
 
 from lowrank_tune.errors import TrainingError, UserError
+from lowrank_tune.full_disk import RUN_CURE, describe_full_disk, full_disk_reason
 
 _REASONS = {
-    errno.ENOSPC: "the disk is full",
-    errno.EDQUOT: "the disk quota is used up",
     errno.EFBIG: "the limit on the size of a file is reached",
     errno.EACCES: "permission denied",
     errno.EROFS: "the file system is read-only",
@@ -37,20 +36,40 @@ _USER_FIXABLE_ERRNOS = {
 _NO_FOLDER_SYNC = {errno.EINVAL, errno.ENOTSUP, errno.EBADF}
 
 
-def write_error(path: Path, error: OSError) -> UserError:
-    """Returns the error for an `OSError` of a write: `UserError` if another path helps, else `TrainingError`."""
+def write_error(
+    path: Path,
+    error: OSError,
+    needed: int = 0,
+    cure: str = RUN_CURE,
+) -> UserError:
+    """Returns the error for an `OSError` of a write: `UserError` if another path helps, else `TrainingError`.
+
+    For a full disk it contains the bytes that are needed (0: unknown) and what to do.
+    """
     kind = UserError if error.errno in _USER_FIXABLE_ERRNOS else TrainingError
     reason = _REASONS.get(error.errno or 0, error.strerror or str(error))
+    full = full_disk_reason(error)
+    if full:
+        reason = describe_full_disk(
+            path,
+            full,
+            cure,
+            needed,
+        )
     return kind(f"cannot write {path}: {reason}")
 
 
 @contextmanager
-def as_user_error(path: Path) -> Iterator[None]:
+def as_user_error(
+    path: Path,
+    needed: int = 0,
+    cure: str = RUN_CURE,
+) -> Iterator[None]:
     """Raises `write_error` of `path` instead of an `OSError`."""
     try:
         yield
     except OSError as error:
-        raise write_error(path, error) from error
+        raise write_error(path, error, needed, cure) from error
 
 
 def replace_nonfinite(value: Any) -> Any:
@@ -83,7 +102,7 @@ def write_file(path: Path, data: bytes) -> None:
     Raises `UserError` or `TrainingError` with path and reason; the old file is then unchanged.
     """
     fresh = temporary_path(path)
-    with as_user_error(path):
+    with as_user_error(path, len(data)):
         try:
             write_new(fresh, data)
             _fsync(fresh)
@@ -104,17 +123,23 @@ def write_new(path: Path, data: bytes) -> None:
 
 
 @contextmanager
-def atomic_folder(target: Path, overwrite: bool = True) -> Iterator[Path]:
+def atomic_folder(
+    target: Path,
+    overwrite: bool = True,
+    needed: int = 0,
+    cure: str = RUN_CURE,
+) -> Iterator[Path]:
     """Yields an empty temporary folder, which becomes `target` after the block.
 
     All files are synced before the rename, so that a crash leaves the complete new folder or the old state. With
-    `overwrite` an older folder is replaced, else a folder with files at `target` is an error.
+    `overwrite` an older folder is replaced, else a folder with files at `target` is an error. `needed` (bytes) and
+    `cure` are for the message about a full disk.
 
     Raises `UserError` or `TrainingError` with path and reason. After any exception `target` is unchanged and the
     temporary folder is removed.
     """
     fresh = temporary_path(target)
-    with as_user_error(target):
+    with as_user_error(target, needed, cure):
         try:
             fresh.mkdir(parents=True)
             yield fresh

@@ -26,6 +26,7 @@ from lowrank_tune.checkpoint.atomic_files import (
 )
 from lowrank_tune.errors import UserError
 from lowrank_tune.events import Emit, warning
+from lowrank_tune.json_files import parse_json
 from lowrank_tune.manifest import (
     MANIFEST,
     changed_file,
@@ -72,7 +73,7 @@ def write_atomically(target: Path, snapshot: Snapshot) -> Path:
     with as_user_error(target):
         if target.is_dir() and not (target / MANIFEST).is_file() and any(target.iterdir()):
             raise UserError(f"cannot write {target}: it contains files that this program did not write")
-    with atomic_folder(target) as folder:
+    with atomic_folder(target, needed=_num_bytes(snapshot)) as folder:
         entries = {}
         for name, data in _files(snapshot):
             (folder / name).parent.mkdir(
@@ -88,6 +89,14 @@ def write_atomically(target: Path, snapshot: Snapshot) -> Path:
         }
         write_new(folder / MANIFEST, manifest_bytes(manifest))
     return target
+
+
+def _num_bytes(snapshot: Snapshot) -> int:
+    """Returns the bytes of the tensors and the raw files; the documents are small."""
+    size = sum(len(data) for data in snapshot.raw_files.values())
+    for tensors in snapshot.tensors.values():
+        size += sum(tensor.nbytes for tensor in tensors.values())
+    return size
 
 
 def _files(snapshot: Snapshot) -> Iterator[tuple[str, bytes]]:
@@ -127,7 +136,7 @@ def load(path: Path, name: str | None = None) -> Snapshot:
     """
     raw_manifest = _read(path, MANIFEST)
     try:
-        manifest = json.loads(raw_manifest)
+        manifest = parse_json(raw_manifest)
         if manifest_bytes(manifest) != raw_manifest:
             raise CorruptCheckpoint(path, f"{MANIFEST} has changed")
         version = manifest["version"]
@@ -160,7 +169,7 @@ def _load_file(
     if file.endswith(".safetensors"):
         snapshot.tensors[file] = safetensors.torch.load(data)
     elif file.endswith(".json"):
-        snapshot.documents[file] = json.loads(data)
+        snapshot.documents[file] = parse_json(data)
     else:
         snapshot.raw_files[file] = data
 

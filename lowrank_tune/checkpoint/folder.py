@@ -21,6 +21,7 @@ from lowrank_tune.checkpoint.atomic_files import (
 from lowrank_tune.checkpoint.run_format import VERSION, check_run_format
 from lowrank_tune.errors import UserError
 from lowrank_tune.events import Emit, LogMessage, warning
+from lowrank_tune.json_files import read_json
 
 _locks: set[int] = set()
 
@@ -127,7 +128,7 @@ class RunFolder:
 
     def stored_recipe(self) -> Any:
         """Returns the recipe in `run.json`. Raises OSError, ValueError, KeyError or TypeError."""
-        return json.loads((self.path / "run.json").read_bytes())["recipe"]
+        return read_json(self.path / "run.json")["recipe"]
 
     def has_checkpoints(self) -> bool:
         """Returns whether the run, or a stage of the chain, has saved a checkpoint."""
@@ -176,7 +177,7 @@ class RunFolder:
         if "run.json" not in names:
             return "foreign"
         with suppress(OSError, ValueError, AttributeError):
-            if json.loads(self.summary.read_bytes()).get("status") == "done":
+            if read_json(self.summary).get("status") == "done":
                 return "finished"
         return "unfinished"
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 from lowrank_tune.errors import UserError
+from lowrank_tune.json_files import read_json
 
 RUN_FILE = "run.json"
 VERSION = 2
@@ -20,8 +20,8 @@ def check_run_format(run: Path) -> None:
     A folder without a readable `run.json` passes: callers have their own message for it.
     """
     try:
-        version = json.loads((run / RUN_FILE).read_bytes())["version"]
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        version = read_json(run / RUN_FILE)["version"]
+    except (OSError, ValueError, KeyError, TypeError):
         return
     if version == VERSION:
         return

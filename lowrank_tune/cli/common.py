@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import closing, contextmanager, suppress
@@ -17,6 +18,7 @@ from rich.status import Status
 from lowrank_tune.cli.help_pages import HelpGroup
 from lowrank_tune.errors import OutOfMemory, UserError
 from lowrank_tune.ui import escape_lines
+from lowrank_tune.ui.cell_output import in_cell
 from lowrank_tune.ui.run_paths import is_folder_of_runs, newest_run
 
 if TYPE_CHECKING:
@@ -116,7 +118,7 @@ def check_run_or_model(name: str) -> None:
 def status_message(text: str) -> Iterator[Status | None]:
     """Yields a line with a message at a terminal, None elsewhere. It disappears at the end."""
     console = Console(stderr=True)
-    if not console.is_terminal:
+    if not console.is_terminal or in_cell(os.environ):
         yield None
         return
     with console.status(text) as status:

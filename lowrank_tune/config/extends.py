@@ -17,6 +17,7 @@ from typing import Any
 from lowrank_tune.config.base import Path
 from lowrank_tune.config.schema import MUTUALLY_EXCLUSIVE
 from lowrank_tune.config.yaml import (
+    MAX_BYTES,
     Node,
     SourcePosition,
     find_node,
@@ -27,9 +28,12 @@ from lowrank_tune.config.yaml import (
     remove_key,
 )
 from lowrank_tune.errors import ConfigError, ConfigProblem, UserError
+from lowrank_tune.regular_files import read_file_or_pipe, read_regular_file
 
 SUFFIXES = (".yaml", ".yml")
 MAX_PARENTS = 8
+MAX_READ_BYTES = 16 * MAX_BYTES
+"""Larger files are not read. A smaller one that is too large for a recipe is a problem with its line."""
 NOT_INHERITED = ("name", "description", "extends")
 OVERRIDE_POSITION = SourcePosition("override")
 MAX_SIMILAR = 3
@@ -88,12 +92,15 @@ def display_path(file: File) -> str:
     return relative
 
 
-def read_file(file: File) -> bytes:
-    """Returns the content of a recipe file. Raises UserError if it cannot be read."""
+def read_file(file: File, allow_pipe: bool = False) -> bytes:
+    """Returns the content of a recipe file, or of a pipe such as that of a shell's `<(command)`. Raises UserError if it
+    cannot be read, is no regular file, or is larger than `MAX_READ_BYTES`."""
     try:
         if file.is_dir():
             raise UserError(f"{display_path(file)}: is a folder, and a recipe is a YAML file")
-        return file.read_bytes()
+        if allow_pipe:
+            return read_file_or_pipe(file, MAX_READ_BYTES)
+        return read_regular_file(file, MAX_READ_BYTES)
     except FileNotFoundError:
         similar = near_recipes(file, 1)
         hint = f"; did you mean `{similar[0]}`?" if similar else ""
@@ -107,9 +114,10 @@ def read_tree(
     file: File,
     problems: list[ConfigProblem],
     children: Sequence[File] = (),
+    allow_pipe: bool = False,
 ) -> Node | None:
     """Returns a file merged over what it extends. Returns None, and adds the problem, if a text cannot be read."""
-    tree, yaml_problems = parse_yaml(read_file(file), display_path(file))
+    tree, yaml_problems = parse_yaml(read_file(file, allow_pipe), display_path(file))
     problems += yaml_problems
     if tree is None:
         return None
@@ -342,7 +350,7 @@ def read_recipe(preset_or_path: str) -> tuple[Node, list[ConfigProblem], str]:
     """Returns the tree of a preset or file, the problems so far, and the stem of the file's name."""
     problems: list[ConfigProblem] = []
     file = File(preset_or_path) if is_file_name(preset_or_path) else find_preset(preset_or_path)
-    tree = read_tree(file, problems)
+    tree = read_tree(file, problems, allow_pipe=True)
     if tree is None:
         raise ConfigError(problems)
     return tree, problems, file.stem

@@ -23,7 +23,7 @@ from lowrank_tune.data.preference_pairs import (
     PreferencePair,
     to_pair,
 )
-from lowrank_tune.data.report import SourceReport
+from lowrank_tune.data.report import ANSWER_INCLUDED, SourceReport
 from lowrank_tune.data.sources import Chunk, RowLocation
 from lowrank_tune.data.store_writer import Entry, conversation_hash
 from lowrank_tune.data.templates.chat_template import ChatTemplate
@@ -134,9 +134,10 @@ def _conversation_entry(
         row = _truncate_conversation(conversation, context)
         if isinstance(row, InvalidRow):
             return row
-        report.count_truncated(str(location))
     if not any(row.completion_mask):
         return InvalidRow(NOTHING_TRAINED)
+    if length > context.data.max_length:
+        report.count_truncated(str(location))
     return Entry(
         (row,),
         (conversation_hash(conversation.messages),),
@@ -147,7 +148,8 @@ def _conversation_entry(
 def _truncate_conversation(conversation: Conversation, context: SourceContext) -> RowOrFault:
     """Returns the conversation up to the last answer with which it fits.
 
-    No answer is ever truncated: half of one would train to stop at that place, or not to stop.
+    No answer is ever truncated: half of one would train to stop at that place, or not to stop. The beginning stays, as
+    the turns after it refer to it. So a row is invalid if its first question, or this with its answer, is too long.
     """
     data = context.data
     if data.truncation != "truncate":
@@ -158,7 +160,17 @@ def _truncate_conversation(conversation: Conversation, context: SourceContext) -
         (row,) = context.template.encode_many([messages[:end]])
         if isinstance(row, InvalidRow) or len(row.input_ids) <= data.max_length:
             return row
-    return InvalidRow(f"{_too_long(data)}, its first answer included")
+    if _prompt_length(messages[: ends[0] - 1], context.template) > data.max_length:
+        return InvalidRow(f"{_too_long(data)}, its first question alone")
+    return InvalidRow(f"{_too_long(data)}, its first {ANSWER_INCLUDED}")
+
+
+def _prompt_length(messages: Messages, template: ChatTemplate) -> int:
+    """Returns the length of a prompt in tokens, 0 if the template cannot render it without its answer."""
+    try:
+        return len(template.prompt(messages))
+    except UserError:
+        return 0
 
 
 def _too_long(data: DataConfig) -> str:
@@ -280,6 +292,8 @@ def _truncate_pair(
     reason = _too_long(data)
     if prompt_length > data.max_length:
         reason += f", its {part} alone"
+    elif data.truncation == "truncate":
+        reason += f", its last question and an {ANSWER_INCLUDED}"
     return InvalidRow(reason)
 
 

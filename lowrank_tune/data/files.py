@@ -24,6 +24,8 @@ from numpy.typing import NDArray
 
 from lowrank_tune.data.formats import InvalidRow, RawRowOrFault
 from lowrank_tune.errors import UserError
+from lowrank_tune.json_files import parse_json
+from lowrank_tune.regular_files import check_regular_file
 
 T = TypeVar("T")
 RowMask = NDArray[np.bool_] | None
@@ -76,6 +78,8 @@ def open_file(
     """Returns the reader of a file, by its first bytes. `open_array` opens JSON arrays; by default the whole array is
     read. Raises UserError."""
     with read_errors_as_user_errors(name, "cannot be read"):
+        # A file is read several times, which a pipe does not allow.
+        check_regular_file(path)
         with path.open("rb") as file:
             is_gz = file.read(2) == b"\x1f\x8b"
         start = _first_bytes(path, is_gz)
@@ -138,7 +142,7 @@ def _open_array(
             path,
             name,
             is_gz,
-            json.loads(data.decode("utf-8-sig")),
+            parse_json(data.decode("utf-8-sig")),
         )
     except json.JSONDecodeError as error:
         if error.msg == "Extra data":
@@ -146,7 +150,7 @@ def _open_array(
         raise UserError(
             f"{name}:{error.lineno}: the JSON array is broken here ({error.msg}, column {error.colno})"
         ) from error
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise UserError(f"{name}: the JSON array cannot be read ({error})") from error
 
 
@@ -191,10 +195,10 @@ class _JsonLines(LocalFile):
 def parse_line(text: bytes) -> RawRowOrFault:
     """Returns the object of one JSON line, or its fault."""
     try:
-        row = json.loads(text.decode())
+        row = parse_json(text.decode())
     except UnicodeDecodeError:
         return InvalidRow("not UTF-8")
-    except (ValueError, RecursionError):
+    except ValueError:
         # ValueError is also that of a number with thousands of digits.
         return InvalidRow("malformed JSON")
     return row_of(row)

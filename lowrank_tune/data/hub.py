@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,6 +12,9 @@ import numpy as np
 from lowrank_tune.config import SourceConfig
 from lowrank_tune.data.files import NumberedRows, RowMask
 from lowrank_tune.errors import UserError
+from lowrank_tune.full_disk import HUB_CURE, describe_full_disk, full_disk_reason
+from lowrank_tune.offline import fetch_advice, offline_variable
+from lowrank_tune.paths import hub_folder
 
 LIST = re.compile(r"\[([^\]]*)\]")
 """A list of names in a message of `datasets`."""
@@ -148,10 +150,6 @@ def _kinds_of(error: Exception) -> set[str]:
     return {kind.__name__ for kind in type(error).__mro__}
 
 
-def _is_offline() -> bool:
-    return os.environ.get("HF_HUB_OFFLINE", "0") not in ("", "0")
-
-
 def describe_hub_error(
     error: Exception,
     name: str,
@@ -164,6 +162,9 @@ def describe_hub_error(
     kinds = _kinds_of(error)
     listed = LIST.search(text)
     choices = listed[1].replace("'", "") if listed else ""
+    full = full_disk_reason(error)
+    if full:
+        return f"it cannot be stored: {describe_full_disk(hub_folder() / 'datasets', full, HUB_CURE)}"
     if "gated" in text or "GatedRepoError" in kinds:
         return (
             f"it is gated; accept its terms at https://huggingface.co/datasets/{name} and log in with `hf auth login`"
@@ -178,18 +179,19 @@ def describe_hub_error(
         return f"it has no split `{split}`"
     if "RevisionNotFoundError" in kinds or ("Revision" in text and "doesn't exist" in text):
         return f"it has no revision `{revision}`"
-    if "OfflineModeIsEnabled" in kinds or (_is_offline() and "ConnectionError" in kinds):
-        return (
-            "it is not in the cache of this machine, and HF_HUB_OFFLINE forbids to fetch it; unset "
-            "HF_HUB_OFFLINE, or name a local file"
-        )
+    if "OfflineModeIsEnabled" in kinds or (offline_variable() and "ConnectionError" in kinds):
+        advice = fetch_advice(name, revision, "dataset")
+        return f"it is not in the cache of this machine; {advice}, and name that folder as `dataset`"
     if "DatasetNotFoundError" in kinds or "RepositoryNotFoundError" in kinds:
         return (
             "there is no such data set on the hub and no such local file; check the spelling, or `hf auth login` "
             "if it is private"
         )
     if "HfHubHTTPError" in kinds or kinds & UNREACHABLE:
-        return "the hub cannot be reached, and no local file has this name; check the network, or name a local file"
+        advice = fetch_advice(name, revision, "dataset")
+        return (
+            f"the hub cannot be reached, and no local file has this name; {advice}, and name that folder as `dataset`"
+        )
     if "scripts are no longer supported" in text:
         return "it is made by a script, which `datasets` no longer runs; use a copy of it in Parquet, or a local file"
     return f"it cannot be loaded ({text[:200] or type(error).__name__})"

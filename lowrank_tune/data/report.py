@@ -13,8 +13,21 @@ from lowrank_tune.errors import UserError
 
 EXAMPLES = 5
 """Locations that are kept of each reason."""
+ANSWER_INCLUDED = "answer included"
+"""The end of the reason for a row that cannot be cut, because its first answer does not fit."""
 MAX_REASONS = 3
 """Reasons that a sentence lists."""
+
+
+def length_cure(reason: str) -> str:
+    """Returns what to do about rows that are dropped for their length; for another reason an empty string."""
+    limit = re.match(r"longer than (data\.\w+)", reason)
+    if limit is None:
+        return ""
+    cure = f"raise `{limit[1]}`"
+    if reason.endswith(ANSWER_INCLUDED):
+        return f"no answer is cut: {cure}"
+    return cure
 
 
 @dataclass
@@ -112,17 +125,14 @@ class SourceReport:
         return None
 
     def _limit_to_raise(self) -> str:
-        """Returns which setting to raise if the most frequent reason is the length of rows, else an empty string."""
+        """Returns what to do if the most frequent reason is the length of rows, else an empty string."""
         reason = max(
             self.dropped,
             key=lambda reason: self.dropped[reason].count,
             default="",
         )
-        limit = re.match(r"longer than (data\.\w+)", reason)
-        if limit is None:
-            return ""
-        advice = f"raise `{limit[1]}`"
-        if self.longest:
+        advice = length_cure(reason)
+        if advice and self.longest:
             advice += f" (the longest row has {self.longest:,} tokens)"
         return advice
 

@@ -23,6 +23,7 @@ from lowrank_tune.data.message import Message
 from lowrank_tune.data.report import SourceReport
 from lowrank_tune.data.token_store import ARRAYS, TokenizedDataset, checksum
 from lowrank_tune.errors import TrainingError
+from lowrank_tune.full_disk import CACHE_CURE, describe_full_disk, full_disk_reason
 
 
 @dataclass(frozen=True)
@@ -211,7 +212,10 @@ class StoreWriter:
 
 
 def _write_error(folder: Path, error: OSError) -> TrainingError:
+    fault = f"{folder}: the cache of tokenized rows cannot be written"
+    reason = full_disk_reason(error)
+    if reason:
+        return TrainingError(f"{fault}: {describe_full_disk(folder / 'rows', reason, CACHE_CURE)}")
     return TrainingError(
-        f"{folder}: the cache of tokenized rows cannot be written ({error.strerror or error}); "
-        "free some space, or name another folder in LOWRANK_TUNE_CACHE"
+        f"{fault} ({error.strerror or error}); free some space, or name another folder in LOWRANK_TUNE_CACHE"
     )

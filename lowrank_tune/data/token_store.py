@@ -6,7 +6,6 @@ A store is a folder that is complete or absent; `store_writer.py` writes it.
 from __future__ import annotations
 
 import hashlib
-import json
 import mmap
 import zlib
 from collections.abc import Sequence
@@ -19,6 +18,7 @@ from numpy.typing import NDArray
 
 from lowrank_tune.batch import Row
 from lowrank_tune.data.report import SourceReport
+from lowrank_tune.json_files import read_json
 
 AnyArray = NDArray[Any]
 IntArray = NDArray[np.int64]
@@ -112,7 +112,7 @@ class TokenizedDataset:
     def open(cls, folder: Path) -> TokenizedDataset | None:
         """Returns the store in this folder; None if it is missing or damaged."""
         try:
-            state = json.loads((folder / "store.json").read_text(encoding="utf-8"))
+            state = read_json(folder / "store.json")
             for name, (size, crc) in state["sums"].items():
                 if checksum(folder / name) != [size, crc]:
                     return None

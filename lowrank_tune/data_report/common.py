@@ -18,7 +18,7 @@ from lowrank_tune.data import (
     Prompt,
     Report,
 )
-from lowrank_tune.data.report import EXAMPLES, DroppedRows, SourceReport
+from lowrank_tune.data.report import EXAMPLES, DroppedRows, SourceReport, length_cure
 from lowrank_tune.data.token_store import IntArray
 from lowrank_tune.data_report.report import (
     DataIssue,
@@ -192,9 +192,11 @@ def dropped_rows(sources: Sequence[SourceReport], always: Sequence[str]) -> list
     """Returns one issue for each reason, most frequent first. Those that begin with the words of `always` are there
     even without a row."""
     by_kind: dict[str, DroppedRows] = {}
+    cures: dict[str, str] = {}
     for source in sources:
         for reason, dropped in source.dropped.items():
             kind = _issue_kind(reason, "without a target" in always)
+            cures[kind] = length_cure(reason)
             total = by_kind.setdefault(kind, DroppedRows())
             total.count += dropped.count
             total.locations += dropped.locations
@@ -206,7 +208,7 @@ def dropped_rows(sources: Sequence[SourceReport], always: Sequence[str]) -> list
         DataIssue(
             kind,
             total.count,
-            "dropped",
+            f"dropped; {cures[kind]}" if cures.get(kind) else "dropped",
             first_few(total.locations),
         )
         for kind, total in most_first

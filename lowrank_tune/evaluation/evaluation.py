@@ -47,7 +47,7 @@ from lowrank_tune.evaluation.target import (
     resolve_target,
     roles_for,
 )
-from lowrank_tune.events import Emit, LogMessage, loading_progress, warning
+from lowrank_tune.events import Emit, LogMessage, ignore_event, loading_progress, warning
 from lowrank_tune.generation.sampling_params import SamplingParams
 from lowrank_tune.model.base import (
     Base,
@@ -71,7 +71,7 @@ class Evaluation:
 def evaluate(
     given: str,
     options: Options,
-    emit: Emit,
+    emit: Emit = ignore_event,
     device: torch.device | None = None,
 ) -> Evaluation:
     """Evaluates a run, a chain, an adapter or a model. After Ctrl-C the finished questions are the result.

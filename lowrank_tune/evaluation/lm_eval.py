@@ -32,6 +32,7 @@ from lowrank_tune.events import Emit, ProgressBar
 from lowrank_tune.json_files import as_mapping
 from lowrank_tune.model.base import Base
 from lowrank_tune.model.roles import Roles
+from lowrank_tune.offline import offline_variable
 
 MISSING = "--tasks needs lm-evaluation-harness, which is not installed: pip install 'lowrank-tune[harness]'"
 BOOTSTRAP_ITERS = 1000
@@ -119,7 +120,8 @@ def _results(
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
 
-    # a copy, since the harness adds a padding token
+    # A copy, since the harness adds a padding token. The harness renders the template itself, without the limits of
+    # `data/templates/render_process.py`; `ChatTemplate` has rendered it before, within them.
     tokenizer = copy.deepcopy(base.tokenizer)
     tokenizer.chat_template = template.dated_chat_template
     model = HFLM(
@@ -149,7 +151,13 @@ def _results(
             raise
         first_line = str(error).partition("\n")[0]
         names = ", ".join(tasks.options.tasks)
-        raise TrainingError(f"--tasks: lm-evaluation-harness failed on {names}: {kind}: {first_line}") from error
+        variable = offline_variable()
+        advice = ""
+        if variable and isinstance(error, OSError):
+            advice = f"; {variable} is set, so data sets that are not in the cache are not fetched: unset it once"
+        raise TrainingError(
+            f"--tasks: lm-evaluation-harness failed on {names}: {kind}: {first_line}{advice}"
+        ) from error
     return dict(results)
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from lowrank_tune.checkpoint import as_user_error, replace_nonfinite, write_fully
-from lowrank_tune.json_files import as_mapping, as_number, get_number
+from lowrank_tune.json_files import as_mapping, as_number, get_number, parse_json
 
 EVALS = "evals.jsonl"
 VERSION = 2
@@ -86,8 +86,8 @@ def read_records(folder: Path) -> list[EvalRecord]:
     records = []
     for line in lines:
         try:
-            data = json.loads(line)
-        except (ValueError, RecursionError):
+            data = parse_json(line)
+        except ValueError:
             continue
         if isinstance(data, dict) and data.get("v") == VERSION and data.get("kind") == "eval":
             records.append(parse_record(data))

@@ -20,7 +20,7 @@ from lowrank_tune.assembly.finished_run import (
 )
 from lowrank_tune.checkpoint import load
 from lowrank_tune.errors import UserError
-from lowrank_tune.events import Emit, LogMessage, warning
+from lowrank_tune.events import Emit, LogMessage, ignore_event, warning
 from lowrank_tune.export.combine_lora import cannot_combine_reason, combine_adapters, saved_lora_adapter
 from lowrank_tune.export.gguf import llama_cpp
 from lowrank_tune.export.gguf.lora import (
@@ -108,12 +108,15 @@ class ExportOptions:
         return self.to
 
 
+def _show_nothing(_: MergeReport | Upload) -> None: ...
+
+
 def export(
     run: Path,
     options: ExportOptions,
-    emit: Emit,
-    show: Callable[[MergeReport], None],
-    show_upload: Callable[[Upload], None],
+    emit: Emit = ignore_event,
+    show: Callable[[MergeReport], None] = _show_nothing,
+    show_upload: Callable[[Upload], None] = _show_nothing,
     device: torch.device | None = None,
 ) -> str:
     """Exports the adapter of a run, and returns the folder or address of the export. `show` is called with the
@@ -175,7 +178,7 @@ class _Export:
         """Copies the folder of the adapter."""
         size = sum(path.stat().st_size for path in self.run.final.rglob("*") if path.is_file())
         check_disk_space(self.target, size, "the copy")
-        with export_folder(self.target, self._manifest(), self.emit) as folder:
+        with export_folder(self.target, self._manifest(), self.emit, size) as folder:
             ignored = shutil.ignore_patterns(*EXCLUDED_FILES)
             shutil.copytree(
                 self.run.final,
@@ -199,12 +202,14 @@ class _Export:
         config, tensors = combine_adapters(adapters)
         # raises UserError for a module that the file cannot contain
         gguf_tensors(config, tensors, shape)
-        check_disk_space(self.target, sum(4 * tensor.numel() for tensor in tensors.values()), "the adapter")
+        size = sum(4 * tensor.numel() for tensor in tensors.values())
+        check_disk_space(self.target, size, "the adapter")
         _compare_base(run, self.emit, device)
         file = f"{slug(run.recipe)}-lora-{outtype}.gguf"
         eos_tokens = eos_tokens_of(run)
         ollama_base = self.options.ollama_base if self.options.to == "ollama" else None
-        with export_folder(self.target, self._manifest(quantization=outtype), self.emit) as folder:
+        manifest = self._manifest(quantization=outtype)
+        with export_folder(self.target, manifest, self.emit, size) as folder:
             write_gguf_lora(
                 folder / file,
                 run.recipe.name or run.recipe.algorithm,
@@ -255,7 +260,7 @@ class _Export:
             quantization=outtype,
             weights=options.weights,
         )
-        with export_folder(self.target, manifest, self.emit) as folder:
+        with export_folder(self.target, manifest, self.emit, size) as folder:
             if existing is not None:
                 merged = existing
                 message = f"{existing.folder} contains this adapter already merged, and is used"

@@ -47,6 +47,7 @@ from lowrank_tune.export.merge_check import (
 from lowrank_tune.export.model_card import merged_model_card
 from lowrank_tune.export.model_files import generation_config, serialize_tokenizer
 from lowrank_tune.export.output_folder import check_disk_space
+from lowrank_tune.full_disk import EXPORT_CURE, raise_if_full
 from lowrank_tune.json_files import read_json_object
 from lowrank_tune.model.base import (
     Base,
@@ -98,7 +99,7 @@ def merge(
     readback = readback_device(weights, device or pick_device(), emit)
     job = _load_merge_job(finished, base_weights, device, emit)
     clean_stale(target.parent, target.name)
-    with atomic_folder(target, overwrite=False) as folder:
+    with atomic_folder(target, overwrite=False, needed=2 * weights, cure=EXPORT_CURE) as folder:
         try:
             write_weights(
                 folder,
@@ -109,6 +110,7 @@ def merge(
                 shard,
             )
         except SafetensorError as error:
+            raise_if_full(str(error))
             raise TrainingError(f"cannot write {target}: {error}") from error
         for name, data in job.config_files.items():
             (folder / name).parent.mkdir(

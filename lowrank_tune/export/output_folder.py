@@ -18,6 +18,7 @@ from typing import Any
 from lowrank_tune.checkpoint import as_user_error, atomic_folder, clean_stale
 from lowrank_tune.errors import UserError
 from lowrank_tune.events import Emit, Progress
+from lowrank_tune.full_disk import EXPORT_CURE
 from lowrank_tune.json_files import read_json_object
 
 MANIFEST = "export.json"
@@ -70,12 +71,13 @@ def export_folder(
     target: Path,
     facts: Mapping[str, Any],
     emit: Emit,
+    needed: int = 0,
 ) -> Iterator[Path]:
     """Yields an empty folder, which becomes `target` with an `export.json` after the block; after any exception
-    `target` is unchanged."""
+    `target` is unchanged. `needed` bytes are named in the message about a full disk."""
     check_overwritable(target)
     clean_stale(target.parent, target.name)
-    with atomic_folder(target) as folder:
+    with atomic_folder(target, needed=needed, cure=EXPORT_CURE) as folder:
         yield folder
         manifest = {
             "version": 1,

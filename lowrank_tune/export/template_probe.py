@@ -11,10 +11,12 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
+from lowrank_tune.data.formats import InvalidRow
+
 ProbeMessages = Sequence[tuple[str, str]]
 """Roles and contents; the last message is one of the user."""
 Render = Callable[[list[dict[str, str]], bool], str]
-"""Renders messages, with or without the generation prompt. Can raise any exception."""
+"""Renders messages, with or without the generation prompt. Raises InvalidRow."""
 SYSTEM = "Zq-rule"
 USERS = ("Zq-ask-one", "Zq-ask-two")
 ANSWER = "Zq-say-one"
@@ -82,8 +84,8 @@ def derive_turns(render: Render) -> TemplateTurns | None:
         for messages in _probe_conversations(turns.system is not None):
             if turns.write(messages) != _rendered(render, messages, True):
                 return None
-    except Exception:
-        # a template can raise any exception for conversations that it does not support
+    except (InvalidRow, AssertionError):
+        # the template refuses a conversation, or writes other pieces for it
         return None
     return turns
 
@@ -99,8 +101,7 @@ def keeps_thoughts(render: Render, turns: TemplateTurns) -> bool | None:
     ]
     try:
         rendered = _rendered(render, messages, True)
-    except Exception:
-        # a template can raise any exception
+    except InvalidRow:
         return None
     return turns.write(messages) == rendered
 
@@ -147,7 +148,7 @@ def _with_system(render: Render, turns: TemplateTurns) -> TemplateTurns:
             ],
             True,
         )
-    except Exception:
+    except InvalidRow:
         # the template refuses system prompts
         return turns
     if SYSTEM not in alone:

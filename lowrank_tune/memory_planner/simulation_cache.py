@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import warnings
 from collections.abc import Mapping
 from dataclasses import astuple, dataclass, field
@@ -10,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from lowrank_tune.checkpoint.atomic_files import temporary_path, write_new
+from lowrank_tune.json_files import parse_json
 from lowrank_tune.manifest import manifest_bytes
 from lowrank_tune.memory_planner.allocation_tracker import ProgramPoint
 from lowrank_tune.memory_planner.extrapolation import Peaks
@@ -68,7 +68,7 @@ def read_result(key: str) -> SimulationResult | None:
     """Returns the result that is stored under a key, None if there is none or its file is damaged."""
     try:
         raw = _file_of(key).read_bytes()
-        data = json.loads(raw)
+        data = parse_json(raw)
         if manifest_bytes(data) != raw:
             return None
         return SimulationResult.from_json(data)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,10 +12,15 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from lowrank_tune.errors import UserError
+from lowrank_tune.errors import UserError, first_line
+from lowrank_tune.json_files import read_json
 from lowrank_tune.manifest import MANIFEST, changed_file
+from lowrank_tune.model.adapter_options import check_finite, check_options, checked_rank
 from lowrank_tune.model.heads import HEAD_WEIGHT_KEY
+from lowrank_tune.model.module_patterns import check_patterns
 from lowrank_tune.model.rotary import RopeFactors
+from lowrank_tune.offline import offline_variable
+from lowrank_tune.regular_files import check_regular_file
 
 if TYPE_CHECKING:  # the model floor must run where pydantic is not installed (benchmarks/gpu.py)
     from lowrank_tune.config import AdapterConfig
@@ -46,47 +51,8 @@ SUPPORTED_VALUES = {
     "init_lora_weights": (True, False, None, "gaussian", "orthogonal", "eva"),
     "bias": (True, None, "none"),
 }
-
-
-def _is_number(
-    value: Any,
-    minimum: float = 0.0,
-    maximum: float = 1e9,
-) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and minimum <= value <= maximum
-
-
-def _is_number_map(value: Any) -> bool:
-    return value is None or (isinstance(value, dict) and all(_is_number(number) for number in value.values()))
-
-
-def _is_name_list(value: Any) -> bool:
-    if isinstance(value, list) and value:
-        return all(isinstance(name, str) for name in value)
-    return isinstance(value, str)
-
-
-def _is_optional_name_list(value: Any) -> bool:
-    return value is None or _is_name_list(value)
-
-
-def _is_rank(value: Any) -> bool:
-    return isinstance(value, int) and _is_number(value, 1)
-
-
-def _is_dropout(value: Any) -> bool:
-    return _is_number(value, 0, 0.999)
-
-
-OPTION_VALIDATORS = {
-    "r": _is_rank,
-    "lora_alpha": _is_number,
-    "lora_dropout": _is_dropout,
-    "target_modules": _is_name_list,
-    "exclude_modules": _is_optional_name_list,
-    "rank_pattern": _is_number_map,
-    "alpha_pattern": _is_number_map,
-}
+IGNORED_FIELDS = {"runtime_config", "inference_mode", "modules_to_save"}
+"""Fields of PEFT's configuration that are not taken from a file."""
 
 
 @dataclass(frozen=True)
@@ -134,7 +100,12 @@ def read_adapter(
         if stack.combined and not combined:
             folder = folder / stack.names[-1]
     raw, tensors = _read_files(folder, key)
-    config = _config(raw, key, folder)
+    config = _config(
+        raw,
+        tensors,
+        key,
+        folder,
+    )
     saved = SavedAdapter(
         folder,
         config,
@@ -163,12 +134,23 @@ def _final_folder(path: str) -> Path:
 def _adapter_folder(path: str, key: str) -> Path:
     folder = _final_folder(path)
     if not folder.is_dir():
-        raise UserError(f"{key}: there is no folder {path}")
+        raise UserError(f"{key}: there is no folder {path}{_hub_adapter_advice(path)}")
     if (folder / CONFIG).exists():
         return folder
     if (folder / "run.json").exists():
         raise UserError(f"{key}: {path} is a run that has not ended: let it end first")
     raise UserError(f"{key}: {path} contains no {CONFIG}, so it is not an adapter")
+
+
+def _hub_adapter_advice(path: str) -> str:
+    """Returns how to get an adapter whose path has the form of a name on the hub."""
+    if path.startswith((".", "/", "~")) or path.count("/") != 1:
+        return ""
+    variable = offline_variable()
+    command = f"hf download {path} --local-dir {path}"
+    if variable:
+        command = f"env -u {variable} {command}"
+    return f"; adapters are read from folders: `{command}` fetches one of the hub"
 
 
 def _read_files(folder: Path, key: str) -> tuple[Any, dict[str, Tensor]]:
@@ -180,15 +162,20 @@ def _read_files(folder: Path, key: str) -> tuple[Any, dict[str, Tensor]]:
     for name in (CONFIG, WEIGHTS):
         _check_unchanged(folder, name, key)
     try:
-        raw = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+        raw = read_json(folder / CONFIG)
+    except (ValueError, OSError) as error:
+        raise UserError(f"{key}: {folder / CONFIG} is broken: {error}") from error
+    try:
+        check_regular_file(folder / WEIGHTS)
         tensors = load_file(folder / WEIGHTS)
-    except (ValueError, OSError, SafetensorError, RecursionError) as error:
-        raise UserError(f"{key}: the adapter in {folder} is broken: {error}") from error
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{key}: {folder / WEIGHTS} is broken: {error}") from error
     for name in sorted(tensors):
         if "lora_embedding" in name:
             raise UserError(
                 f"{key}: {folder} changes the embedding ({name}), which this kit does not load: only linear modules",
             )
+        check_finite(name, tensors[name], f"{key}: {folder / WEIGHTS}")
     return raw, tensors
 
 
@@ -221,8 +208,8 @@ def adapter_rope_factors(path: str) -> RopeFactors | None:
     if not (folder / ROPE).exists():
         return None
     try:
-        factors = json.loads((folder / ROPE).read_bytes())["factors"]
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        factors = read_json(folder / ROPE)["factors"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{folder / ROPE} is broken: {type(error).__name__}: {error}") from error
     if factors not in ("short", "long"):
         raise UserError(f"{folder / ROPE} is broken: `factors` is {factors!r}, and must be `short` or `long`")
@@ -241,11 +228,11 @@ class AdapterStack:
 def read_stack(folder: Path, key: str) -> AdapterStack:
     """Reads the stack whose top is a run's final adapter. Raises UserError for a broken file."""
     try:
-        data = json.loads((folder / STACK).read_bytes())
+        data = read_json(folder / STACK)
         names = [str(name) for name in data["stack"]]
         frozen_adapters = {str(name): str(content) for name, content in data["frozen_adapters"].items()}
         stack = AdapterStack(names, frozen_adapters, bool(data["combined"]))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{key}: {folder / STACK} is broken: {type(error).__name__}: {error}") from error
     # The names are used as names of folders.
     has_bad_name = any(not name or "/" in name or name in (".", "..") for name in names)
@@ -283,6 +270,7 @@ def _check_head(
 
 def _config(
     raw: Any,
+    tensors: Mapping[str, Tensor],
     key: str,
     folder: Path,
 ) -> LoraConfig:
@@ -301,12 +289,16 @@ def _config(
                 "base",
             )
     raw = raw | {"lora_dropout": raw.get("lora_dropout") or 0.0}
-    for name, is_valid in OPTION_VALIDATORS.items():
-        if name in raw and not is_valid(raw[name]):
-            raise UserError(f"{key}: the adapter in {folder} is broken: {name} is {raw[name]!r}")
-    field_names = {each.name for each in fields(LoraConfig)} - {"runtime_config", "inference_mode", "modules_to_save"}
-    lora_kwargs = {name: value for name, value in raw.items() if name in field_names}
-    return LoraConfig(**lora_kwargs | {"init_lora_weights": True, "task_type": "CAUSAL_LM"})
+    try:
+        check_options(raw)
+        check_patterns(raw)
+        raw["r"] = checked_rank(raw, tensors)
+        field_names = {each.name for each in fields(LoraConfig)} - IGNORED_FIELDS
+        lora_kwargs = {name: value for name, value in raw.items() if name in field_names}
+        return LoraConfig(**lora_kwargs | {"init_lora_weights": True, "task_type": "CAUSAL_LM"})
+    # PEFT's own checks raise the other two.
+    except (UserError, ValueError, TypeError) as error:
+        raise UserError(f"{key}: the adapter in {folder} is broken: {first_line(error)}") from None
 
 
 def lora_config(adapter_config: AdapterConfig, model: Any) -> LoraConfig:

@@ -7,36 +7,45 @@ Only this module decides the precision. CUDA: weights, compute and autocast bf16
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
 import os
 import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from functools import partial
 from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import bitsandbytes
 import torch
-from huggingface_hub import is_offline_mode
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import (
-    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     BitsAndBytesConfig,
     PretrainedConfig,
 )
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 from transformers.utils import logging as transformers_logging
 
 from lowrank_tune.errors import UserError, first_line
+from lowrank_tune.full_disk import HUB_CURE, describe_full_disk, full_disk_reason
 from lowrank_tune.model.compute_dtype import cast_other_weights, set_compute_dtype
+from lowrank_tune.model.config_limits import check_config_limits
+from lowrank_tune.model.model_config import (
+    LOAD_ERRORS,
+    build_on_meta,
+    check_generation_config,
+    check_stored_weights,
+    describe_error,
+    num_weights,
+    parse_config,
+)
 from lowrank_tune.model.rotary import FixedRope, RopeFactors, check_frequencies, fix_frequencies, fixed_rope
+from lowrank_tune.model.weight_files import published_files
+from lowrank_tune.offline import fetch_advice
+from lowrank_tune.paths import hub_folder
+from lowrank_tune.regular_files import check_regular_file
 
 if TYPE_CHECKING:  # the model floor must run where pydantic is not installed (benchmarks/gpu.py)
     from lowrank_tune.config import BaseConfig
@@ -47,6 +56,8 @@ NOT_FOUND_WORDS = ("couldn't connect", "offline", "can't load", "not a local fol
 """What the hub's error messages contain if a repository is gated or private, or cannot be found."""
 AUTOCAST_DTYPE = torch.bfloat16
 """The dtype of products on a GPU, and of its weights."""
+MAX_JSON_BYTES = 256 << 20
+"""The largest JSON file of a base; published tokenizers have up to 35 MB."""
 SINGLE_THREAD_MAX_PARAMS = 20_000_000
 SINGLE_THREAD_ENV = "OMP_NUM_THREADS"
 """A model with fewer weights runs on one CPU thread, unless this variable is set: its results then do not depend on the
@@ -129,14 +140,20 @@ def load_tokenizer(base_config: BaseConfig) -> Any:
     `load_base`."""
     silence_transformers()
     with describe_load_errors(base_config) as (path_or_id, arguments):
-        return AutoTokenizer.from_pretrained(path_or_id, **arguments)
+        try:
+            return AutoTokenizer.from_pretrained(path_or_id, **arguments)
+        except LOAD_ERRORS:
+            raise
+        # The tokenizers library raises Exception itself.
+        except Exception as error:
+            raise ValueError(f"its tokenizer is not valid: {describe_error(error)}") from error
 
 
 def load_config(base_config: BaseConfig) -> Any:
     """Loads only the base's configuration. Raises UserError as `load_base`."""
     silence_transformers()
     with describe_load_errors(base_config) as (path_or_id, arguments):
-        return AutoConfig.from_pretrained(path_or_id, **arguments)
+        return parse_config(path_or_id, arguments)
 
 
 def load_base(
@@ -152,8 +169,10 @@ def load_base(
     device = device or pick_device()
     dtype = dtype or default_dtype(device)
     with describe_load_errors(base_config) as (path_or_id, arguments):
-        config = AutoConfig.from_pretrained(path_or_id, **arguments)
+        config = parse_config(path_or_id, arguments)
         quantized = check_quantization(config, base_config)
+        check_generation_config(path_or_id, arguments)
+        check_stored_weights(path_or_id, config, arguments)
         if base_config.bits == 4 and not quantized:
             arguments["quantization_config"] = nf4_config(device)
         model, loading_info = AutoModelForCausalLM.from_pretrained(
@@ -169,8 +188,8 @@ def load_base(
         _check_weights(model, loading_info, base_config.model)
     if quantized:
         cast_other_weights(model, dtype)
-    num_weights = sum(parameter.numel() for parameter in model.parameters())
-    if device.type == "cpu" and SINGLE_THREAD_ENV not in os.environ and num_weights < SINGLE_THREAD_MAX_PARAMS:
+    is_small = num_weights(model) < SINGLE_THREAD_MAX_PARAMS
+    if device.type == "cpu" and SINGLE_THREAD_ENV not in os.environ and is_small:
         torch.set_num_threads(1)
     base = freeze_base(
         model,
@@ -193,25 +212,19 @@ def loaded_revision(config: Any, arguments: Mapping[str, Any]) -> str | None:
 def weight_files(base_config: BaseConfig) -> dict[str, Path]:
     """Returns the published file of each tensor of the base. Raises UserError as `load_base`."""
     with describe_load_errors(base_config) as (path_or_id, arguments):
-        published = partial(cached_file, path_or_id, revision=arguments["revision"])
-        index = published(SAFE_WEIGHTS_INDEX_NAME, _raise_exceptions_for_missing_entries=False)
-        if index is None:
-            single = Path(str(published(SAFE_WEIGHTS_NAME)))
-            with safe_open(single, framework="pt") as opened:
-                return dict.fromkeys(opened.keys(), single)
-        weight_map = json.loads(Path(str(index)).read_bytes())["weight_map"]
-        paths = {file: Path(str(published(file))) for file in set(weight_map.values())}
-        return {name: paths[file] for name, file in weight_map.items()}
+        return published_files(path_or_id, arguments["revision"])
 
 
 def count_weights(base_config: BaseConfig) -> int:
     """Returns the number of the base's weights, a tied head counted once, without reading them. Raises UserError as
     `load_base`."""
-    with describe_load_errors(base_config) as (path_or_id, arguments):
-        config = AutoConfig.from_pretrained(path_or_id, **arguments)
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config, trust_remote_code=arguments["trust_remote_code"])
-        return sum(parameter.numel() for parameter in model.parameters())
+    return num_weights(model_on_meta(base_config, load_config(base_config)))
+
+
+def model_on_meta(base_config: BaseConfig, config: Any) -> Any:
+    """Returns the model that a configuration describes, without weights. Raises UserError as `load_base`."""
+    with describe_load_errors(base_config) as (_, arguments):
+        return build_on_meta(config, arguments)
 
 
 def _check_weights(
@@ -370,23 +383,29 @@ def describe_load_errors(base_config: BaseConfig) -> Iterator[tuple[str, dict[st
         path_or_id = _existing_folder(name) or name
     arguments: dict[str, Any] = {"revision": revision or None, "trust_remote_code": base_config.trust_remote_code}
     try:
-        _refuse_remote_code(path_or_id, name, arguments)
+        _check_raw_config(path_or_id, name, arguments)
         yield path_or_id, arguments
-    except (OSError, ValueError, KeyError, ImportError, SafetensorError) as error:
+    except LOAD_ERRORS as error:
         raise UserError(_load_error_message(name, revision, error)) from error
 
 
-def _refuse_remote_code(
+def _check_raw_config(
     path_or_id: str,
     name: str,
     arguments: dict[str, Any],
 ) -> None:
-    # transformers would wait for an answer from the user.
     try:
         raw, _ = PretrainedConfig.get_config_dict(path_or_id, revision=arguments["revision"])
         remote_code = raw.get("auto_map")
+    except RecursionError as error:
+        raise UserError(f"base.model: {name} cannot be loaded: its config.json is nested too deeply") from error
     except (AttributeError, TypeError) as error:
         raise UserError(f"base.model: {name} cannot be loaded: its config.json is not a JSON object") from error
+    try:
+        check_config_limits(raw)
+    except UserError as error:
+        raise UserError(f"base.model: {name} cannot be loaded: {error}") from None
+    # transformers would wait for an answer from the user.
     if remote_code and not arguments["trust_remote_code"]:
         raise UserError(
             f"base.model: {name} brings Python code of its own; set base.trust_remote_code: true only if you trust "
@@ -399,10 +418,20 @@ def _existing_folder(name: str) -> str | None:
     if folder.is_dir():
         if not (folder / "config.json").exists():
             raise UserError(f"base.model: the folder {name} contains no config.json, so it is not a model")
+        _check_json_files(folder)
         return str(folder)
     if name.startswith((".", "/", "~")) or name.count("/") > 1:
         raise UserError(f"base.model: there is no folder {name}")
     return None
+
+
+def _check_json_files(folder: Path) -> None:
+    """Raises UserError for a JSON file that is not regular or too large."""
+    for file in sorted(folder.glob("*.json")):
+        try:
+            check_regular_file(file, MAX_JSON_BYTES)
+        except OSError as error:
+            raise UserError(f"base.model: {file} cannot be read: {error.strerror}") from error
 
 
 def check_quantization(config: Any, base_config: BaseConfig) -> bool:
@@ -428,6 +457,10 @@ def _load_error_message(
     error: Exception,
 ) -> str:
     text = str(error).lower()
+    full = full_disk_reason(error)
+    if full:
+        words = describe_full_disk(hub_folder() / "hub", full, HUB_CURE)
+        return f"base.model: {name} cannot be stored: {words}"
     where = name
     if revision:
         where = f"{name} at revision {revision}"
@@ -444,14 +477,9 @@ def _load_error_message(
             "are not loaded"
         )
     if any(word in text for word in NOT_FOUND_WORDS):
-        place = "the network"
-        if is_offline_mode():
-            place = "HF_HUB_OFFLINE, which is set"
-        return (
-            f"base.model: {where} is not a folder, not in the local cache, and could not be fetched; check the name "
-            f"and {place}"
-        )
-    return f"base.model: {where} cannot be loaded: {first_line(error)}"
+        advice = fetch_advice(name, revision)
+        return f"base.model: {where} is not a folder, not in the local cache, and could not be fetched; {advice}"
+    return f"base.model: {where} cannot be loaded: {first_line(error):.500}"
 
 
 def _end_ids(model: Any, tokenizer: Any) -> frozenset[int]:

@@ -19,7 +19,7 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from lowrank_tune.batch import Batch
-from lowrank_tune.errors import UserError
+from lowrank_tune.errors import UserError, first_line
 from lowrank_tune.events import warning
 from lowrank_tune.model import heads as scalar
 from lowrank_tune.model.activation_checkpointing import Checkpointing, checkpoint_layers, disable_checkpointing
@@ -42,6 +42,7 @@ from lowrank_tune.model.logprobs import (
     chunked_logps,
     head_of,
 )
+from lowrank_tune.model.module_patterns import resolve_patterns
 from lowrank_tune.model.oom import MemoryLimits
 from lowrank_tune.model.prefix_sharing import (
     PackedBatch,
@@ -193,6 +194,7 @@ class Roles:
         config: LoraConfig,
     ) -> None:
         try:
+            config = resolve_patterns(config, self._module_names())
             if self._peft is None:
                 self._peft = PeftModel(
                     self.base.model,
@@ -202,9 +204,16 @@ class Roles:
             else:
                 self._peft.add_adapter(ADAPTER_PREFIX + name, config)
         # Only a loaded configuration can be wrong: fresh ones are made for this base.
-        except (ValueError, TypeError) as error:
-            reason = str(error).splitlines()[0]
+        except (ValueError, TypeError, UserError) as error:
+            reason = first_line(error)
             raise UserError(f"adapters.{name}: this adapter does not fit {self.base.name}: {reason}") from error
+
+    def _module_names(self) -> list[str]:
+        """Returns the names of the base's modules, without those that adapters added."""
+        prefixes = tuple(
+            f"{name}." for name, module in self.base.model.named_modules() if isinstance(module, LoraLayer)
+        )
+        return [name for name, _ in self.base.model.named_modules() if name and not name.startswith(prefixes)]
 
     def _all_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         yield from self._peft.named_parameters()

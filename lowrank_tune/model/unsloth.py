@@ -19,7 +19,6 @@ from typing import TYPE_CHECKING, Any
 import bitsandbytes
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig
 
 from lowrank_tune.batch import Batch
 from lowrank_tune.errors import UserError, first_line
@@ -35,6 +34,7 @@ from lowrank_tune.model.base import (
     silence_transformers,
     weight_files,
 )
+from lowrank_tune.model.model_config import parse_config
 from lowrank_tune.model.roles import Roles
 from lowrank_tune.model.rotary import fixed_rope
 from lowrank_tune.model.rounding import relative_difference
@@ -68,7 +68,7 @@ def load_base(
     device = device or pick_device()
     dtype = default_dtype(device)
     with describe_load_errors(base_config) as (path_or_id, arguments), redirect_stdout(sys.stderr):
-        config = AutoConfig.from_pretrained(path_or_id, **arguments)
+        config = parse_config(path_or_id, arguments)
         if config.model_type not in SUPPORTED_MODEL_TYPES:
             raise UserError(
                 f"base.backend: `unsloth` is used for {', '.join(SUPPORTED_MODEL_TYPES)} models, and "

@@ -5,9 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-import torch
-from transformers import AutoModelForCausalLM
-
 from lowrank_tune.assembly.rope import long_row_problem
 from lowrank_tune.config import BaseConfig
 from lowrank_tune.config.base import Finding
@@ -15,8 +12,8 @@ from lowrank_tune.errors import UserError
 from lowrank_tune.model.adapters import lora_config
 from lowrank_tune.model.base import (
     check_quantization,
-    describe_load_errors,
     load_config,
+    model_on_meta,
 )
 from lowrank_tune.model.optimizers import check_optimizer
 from lowrank_tune.preflight.findings import findings_of
@@ -27,8 +24,7 @@ def meta_model(base: BaseConfig) -> Any:
     """Returns the base without weights. Raises UserError as `load_base` does."""
     config = load_config(base)
     check_quantization(config, base)
-    with describe_load_errors(base) as (_, arguments), torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config, trust_remote_code=arguments["trust_remote_code"])
+    return model_on_meta(base, config)
 
 
 def row_length_findings(stage: PlannedStage, model: Any) -> Iterator[Finding]:

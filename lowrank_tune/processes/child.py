@@ -82,11 +82,20 @@ def main(
     """Answers messages until the other end is closed."""
     exit_with_parent(parent)
     os.set_inheritable(descriptor, False)
-    handle = load_handler(module)
+    handle: Handler | None = None
+    fault = ""
+    try:
+        handle = load_handler(module)
+    except Exception as error:
+        fault = f"{type(error).__name__}: {error}"
     with socket.socket(fileno=descriptor) as channel, channel.makefile("rwb") as lines:
         while line := lines.readline():
             request = json.loads(line.decode("utf-8", "surrogatepass"))
-            reply = {"token": request["token"], "reply": handle(request["message"])}
+            reply: dict[str, Any] = {"token": request["token"]}
+            if handle is None:
+                reply["fault"] = fault
+            else:
+                reply["reply"] = handle(request["message"])
             encoded = json.dumps(reply, ensure_ascii=False).encode("utf-8", "surrogatepass")
             lines.write(encoded + b"\n")
             lines.flush()

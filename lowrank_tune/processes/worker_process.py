@@ -107,8 +107,8 @@ class WorkerProcess:
             raise WorkerStarved(str(starved)) from None
         except OSError:
             raise WorkerExited(self._exit_reason()) from None
-        line = bytes(self._received)
-        self._received.clear()
+        line = self._received
+        self._received = bytearray()
         return _reply_to(token, line)
 
     def _transfer(self, deadline: float) -> None:
@@ -165,15 +165,19 @@ def _encode(message: Mapping[str, Any]) -> bytes:
     return text.encode("utf-8", "surrogatepass") + b"\n"
 
 
-def _reply_to(token: str, line: bytes) -> Any:
-    """Returns the reply in a line. Raises ChannelCorrupted for anything but one reply to the request with this
-    token."""
+def _reply_to(token: str, line: bytearray) -> Any:
+    """Returns the reply in a line. Raises WorkerExited if the worker could not start, and ChannelCorrupted for anything
+    but one reply to the request with this token."""
     if not line.startswith(b"{") or line.count(b"\n") > 1:
         raise ChannelCorrupted
     try:
         envelope = json.loads(line.decode("utf-8", "surrogatepass"))
     except (ValueError, RecursionError):
         raise ChannelCorrupted from None
-    if not isinstance(envelope, dict) or envelope.get("token") != token or "reply" not in envelope:
+    if not isinstance(envelope, dict) or envelope.get("token") != token:
+        raise ChannelCorrupted
+    if "fault" in envelope:
+        raise WorkerExited(f"could not start: {envelope['fault']}")
+    if "reply" not in envelope:
         raise ChannelCorrupted
     return envelope["reply"]

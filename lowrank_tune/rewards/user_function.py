@@ -15,7 +15,11 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from lowrank_tune.errors import UserError
+from lowrank_tune.regular_files import read_regular_file
 from lowrank_tune.rewards.base import Reply, RewardInput, Score, WorkerReward, to_printable
+
+MAX_BYTES = 1 << 20
+"""The largest file of a user's function."""
 
 
 @dataclass(frozen=True)
@@ -67,7 +71,7 @@ def read_user_function(
         raise UserError(f"`{function_path}` is not a function in a file; write it as `./file.py:function`")
     path = (folder / Path(file).expanduser()).resolve()
     try:
-        source = path.read_text(encoding="utf-8-sig")
+        source = read_regular_file(path, MAX_BYTES).decode("utf-8-sig")
     except UnicodeDecodeError:
         raise UserError(f"{path} is not UTF-8 text") from None
     except OSError as error:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, Protocol
@@ -13,6 +13,7 @@ from typing import Any, Protocol
 from lowrank_tune.checkpoint import as_user_error, replace_nonfinite, write_error, write_file, write_fully
 from lowrank_tune.errors import TrainingError, UserError
 from lowrank_tune.events import CheckpointSaved, Evaluated, Event, RunEnded, SampleLogged, StepEnd, to_json, warning
+from lowrank_tune.json_files import parse_json
 
 
 class Sink(Protocol):
@@ -64,13 +65,14 @@ class JsonLines:
     def __call__(self, event: Event) -> None:
         if self._file is None or (self.event_types and not isinstance(event, self.event_types)):
             return
+        line = to_json_line(event)
         try:
-            write_fully(self._file, to_json_line(event))
+            write_fully(self._file, line)
             # a durable checkpoint without its history would leave a hole after a power cut
             if isinstance(event, (CheckpointSaved, RunEnded)):
                 os.fsync(self._file)
         except OSError as error:
-            raise TrainingError(str(write_error(self.path, error))) from error
+            raise TrainingError(str(write_error(self.path, error, len(line)))) from error
 
     def close(self) -> None:
         if self._file is not None:
@@ -107,48 +109,61 @@ def log_gaps(
     With `has_ended` the end of the run must be in the log too. An incomplete last line, as a crash leaves it, is not a
     gap. Raises `UserError` for a file that cannot be read.
     """
-    logged, broken = _parse_lines(events, step)
+    logged, broken_lines = _parse_lines(events, step)
     steps = {event.get("step") for event in logged if event.get("event") == StepEnd.kind}
     missing = [number for number in range(1, step + 1) if number not in steps]
     lacks_end = has_ended and not any(event.get("event") == RunEnded.kind for event in logged)
-    if broken or missing or lacks_end:
+    if broken_lines or missing or lacks_end:
         first = f" (the first is step {missing[0]})" if missing else ""
-        lines = "1 line" if broken == 1 else f"{broken} lines"
+        lines = _describe_lines(broken_lines)
         end = ", and so is its end" if lacks_end else ""
         yield (
             f"{events} is damaged: {lines} cannot be read, and {len(missing)} of {step} steps are missing{first}{end}; "
             "curves and report are without them, the training continues unchanged"
         )
     num_logged = sum(event.get("event") == SampleLogged.kind for event in logged)
-    shown, broken = _parse_lines(samples, step)
-    if broken or len(shown) < num_logged:
-        yield f"{samples} is damaged: {len(shown)} of {num_logged} samples can be read; {events.name} holds them too"
+    shown, broken_lines = _parse_lines(samples, step)
+    if broken_lines or len(shown) < num_logged:
+        lines = f" ({_describe_lines(broken_lines)} cannot be read)" if broken_lines else ""
+        yield (
+            f"{samples} is damaged: {len(shown)} of {num_logged} samples can be read{lines}; {events.name} holds them "
+            "too"
+        )
 
 
-def _parse_lines(path: Path, step: int) -> tuple[list[dict[str, Any]], int]:
-    """Returns the events of a file up to a step, and the number of complete lines that are not events."""
+def _describe_lines(numbers: Sequence[int]) -> str:
+    """Returns how many lines these are, and the first of them."""
+    if not numbers:
+        return "0 lines"
+    if len(numbers) == 1:
+        return f"1 line (line {numbers[0]})"
+    return f"{len(numbers)} lines (the first is line {numbers[0]})"
+
+
+def _parse_lines(path: Path, step: int) -> tuple[list[dict[str, Any]], list[int]]:
+    """Returns the events of a file up to a step, and the numbers of complete lines that are not events."""
     found: list[dict[str, Any]] = []
-    broken = 0
+    broken: list[int] = []
     with as_user_error(path):
         if path.exists():
             lines = path.read_bytes().splitlines(keepends=True)
         else:
             lines = []
-    for raw in lines:
+    for number, raw in enumerate(lines, start=1):
         event = _parse_line(raw)
         if event is not None and isinstance(event.get("step", 0), int):
             if event.get("step", 0) <= step:
                 found.append(event)
         elif raw.endswith(b"\n"):
-            broken += 1
+            broken.append(number)
     return found, broken
 
 
 def _parse_line(raw: bytes) -> dict[str, Any] | None:
     """Returns the object in a complete line, None for an incomplete line and for one without an object."""
     try:
-        event = json.loads(raw) if raw.endswith(b"\n") else None
-    except (ValueError, RecursionError):
+        event = parse_json(raw) if raw.endswith(b"\n") else None
+    except ValueError:
         return None
     return event if isinstance(event, dict) else None
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 
 from lowrank_tune.events import Emit, LogMessage, StepEnd
+from lowrank_tune.training.run_totals import tokens_per_second
 
 MEASURED_STEPS = 20
 """The first steps of a session, after which the comparison is made."""
@@ -29,12 +31,13 @@ class SpeedComparison:
         self.steps.append(step)
         if len(self.steps) == MEASURED_STEPS:
             self.measured_tokens_per_second = self._measure()
-            self.emit(LogMessage(message=self._message()))
+            if self.to_dict():
+                self.emit(LogMessage(message=self._message()))
 
     def to_dict(self) -> dict[str, float]:
-        """Returns both speeds and their ratio for the summary; empty before the comparison."""
+        """Returns both speeds and their ratio for the summary; empty before the comparison, and without times."""
         measured = self.measured_tokens_per_second
-        if measured is None:
+        if measured is None or math.isnan(measured):
             return {}
         return {
             "estimated_tokens_per_second": round(self.estimated_tokens_per_second, 1),
@@ -50,7 +53,7 @@ class SpeedComparison:
         for step in plain or later:
             tokens += step.tokens
             seconds += step.seconds - sum(step.stats.get(name, 0.0) for name in COLLECTING_SECONDS)
-        return tokens / seconds
+        return tokens_per_second(tokens, seconds)
 
     def _message(self) -> str:
         values = self.to_dict()

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from torch import nn
 
@@ -16,12 +15,15 @@ from lowrank_tune.config import RecipeConfig
 from lowrank_tune.data import TokenizedSplits
 from lowrank_tune.data_report import report_prompts, report_rows
 from lowrank_tune.errors import TrainingError
+from lowrank_tune.evaluation.unit_scores import Evaluation
 from lowrank_tune.events import Emit, Evaluated, Event, LogMessage, RunEnded, RunStarted, StepEnd, warning
 from lowrank_tune.model.base import combined_hash
+from lowrank_tune.training.best_step import Measured, choose_final, update_best
 from lowrank_tune.training.checkpointer import BestCheckpoint, Checkpointer, EvaluationState
 from lowrank_tune.training.evaluator import StageEvaluator
 from lowrank_tune.training.machine import device_name, library_versions, memory_total_gib
 from lowrank_tune.training.reward_hacking import accuracy_stderr
+from lowrank_tune.training.run_totals import RunTotals, Session
 from lowrank_tune.training.signals import TrainerControl
 from lowrank_tune.training.speed import SpeedComparison
 from lowrank_tune.training.trainer import Trainer, TrainerState, make_optimizer
@@ -43,6 +45,28 @@ class StagePosition:
     name: str | None = None
     previous_results: Mapping[str, Any] = field(default_factory=dict)
 
+    def ended(
+        self,
+        status: Literal["done", "interrupted", "failed"],
+        step: int,
+        session: Session,
+        totals: RunTotals,
+        message: str = "",
+    ) -> RunEnded:
+        """Returns the event of the end of a session of this stage."""
+        return RunEnded(
+            status=status,
+            step=step,
+            seconds=session.seconds,
+            message=message,
+            stage=self.number,
+            stages=self.count,
+            total_seconds=totals.seconds,
+            sessions=totals.sessions,
+            total_tokens=totals.tokens,
+            total_step_seconds=totals.step_seconds,
+        )
+
 
 class Stage:
     """One algorithm over the loaded base: `train`, then `finish`. The runner opens folder, sinks and signals."""
@@ -57,9 +81,11 @@ class Stage:
         checkpoint: tuple[int, Snapshot] | None,
         position: StagePosition | None = None,
         speed: SpeedComparison | None = None,
+        session: Session | None = None,
     ) -> None:
         self.recipe = recipe
         self.speed = speed
+        self.session = session or Session()
         self.folder = folder
         self.built = built
         self.emit = emit
@@ -176,30 +202,28 @@ class Stage:
     def finish(
         self,
         finished: bool,
-        start_time: float,
+        steps: RunTotals,
         last: dict[str, float],
         warnings: list[str],
         make_final: Callable[[Stage], Snapshot],
-        earlier_seconds: float = 0.0,
     ) -> None:
         """Measures the final adapter, writes `final/` with what `make_final` returns, and writes the summary.
 
-        The `seconds` of the summary are those of all sessions; `earlier_seconds` are those of the earlier ones. Raises
-        TrainingError if the base or a frozen adapter changed during the run.
+        `steps` has the tokens and the time of the steps of all sessions. Raises TrainingError if the base or a frozen
+        adapter changed during the run.
         """
         step = self.trainer.state.step
         if finished:
             self._measure_final(step)
         end_hash = self._check_frozen_weights()
-        seconds = round(earlier_seconds + time.time() - start_time, 1)
+        status: Literal["done", "interrupted"] = "done" if finished else "interrupted"
         self.summary = {
             "version": 1,
-            "status": "done" if finished else "interrupted",
+            "status": status,
             "name": self.recipe.name,
             "algorithm": self.recipe.algorithm,
             "step": step,
             "steps": self.built.steps,
-            "seconds": seconds,
             "last": last,
             **self._results(),
             "base_hash": {"start": self.checkpointer.base_hash, "end": end_hash},
@@ -208,14 +232,9 @@ class Stage:
         }
         if finished:
             write_atomically(self.folder.final, make_final(self))
-        event = RunEnded(
-            status=self.summary["status"],
-            step=step,
-            seconds=time.time() - start_time,
-            stage=self.position.number,
-            stages=self.position.count,
-        )
-        self.emit(event)
+        totals = self.session.totals(steps)
+        self.emit(self.position.ended(status, step, self.session, totals))
+        self.summary |= totals.to_dict()
         self.folder.write_json("summary.json", self.summary)
 
     def _results(self) -> dict[str, Any]:
@@ -238,7 +257,8 @@ class Stage:
 
     def _measure_final(self, step: int) -> None:
         """Loads the adapter of the best step and measures it on held-out questions and pairs."""
-        self.checkpointer.load_best(self.state.best.best_step)
+        if self.recipe.train.load_best_model_at_end:
+            self._load_best(step)
         if self.evaluator.questions:
             self._measure_heldout(self.heldout_name, "policy", step)
         if self.recipe.uses_pairs and self.built.validation is not None:
@@ -247,6 +267,15 @@ class Stage:
             self.pair_metrics = scores.metrics()
             stats = {f"pairs/{name}": value for name, value in self.pair_metrics.items()}
             self.emit(Evaluated(step=step, stats=stats))
+
+    def _load_best(self, step: int) -> None:
+        """Loads the adapter of the best step, if it is better than the last one by more than noise."""
+        best = self.state.best
+        message = choose_final(best, step, self.recipe.metric_for_best_model)
+        if best.best_step is not None and best.best_step != step:
+            self.checkpointer.load_best(best.best_step, message)
+        elif message:
+            self.emit(LogMessage(message=message))
 
     def _check_frozen_weights(self) -> str:
         """Returns the hash of the base. Raises TrainingError if it, or a frozen adapter, changed during the run."""
@@ -285,8 +314,13 @@ class Stage:
             memory_total_gib=memory_total_gib(built.base.device),
             stage=self.position.number,
             stages=self.position.count,
+            earlier_sessions=self.session.earlier.sessions,
+            earlier_seconds=self.session.earlier.seconds,
+            loading_seconds=self.session.seconds,
         )
         self.emit(event)
+        if self.checkpointer.schedule_message:
+            self.emit(warning(self.checkpointer.schedule_message))
         warmup_steps = self.recipe.train.warmup_steps
         if warmup_steps >= built.steps:
             self.emit(
@@ -331,16 +365,18 @@ class Stage:
 
         Returns whether the step is the best so far.
         """
-        validation = self.evaluator.validation_metrics()
+        validation = self.evaluator.validate_rows()
         heldout = None
         if self.recipe.metric_for_best_model == "accuracy":
-            heldout = self.evaluator.policy_metrics()
+            heldout = self.evaluator.evaluate_policy()
         is_best = may_be_best and self._update_best(step, validation, heldout)
-        stats = {f"eval_{name}": value for name, value in (validation or {}).items()}
+        stats: dict[str, float] = {}
+        if validation is not None:
+            stats |= {f"eval_{name}": value for name, value in validation.metrics.items()}
         if heldout is not None:
-            for name, value in heldout.items():
-                stats[f"heldout/policy/{name}"] = value
-            stats["heldout_accuracy_stderr"] = accuracy_stderr(heldout["accuracy"], len(self.evaluator.questions))
+            accuracy = heldout.metrics["accuracy"]
+            stats |= {f"heldout/policy/{name}": value for name, value in heldout.metrics.items()}
+            stats["heldout_accuracy_stderr"] = accuracy_stderr(accuracy, len(self.evaluator.questions))
         if stats:
             self.emit(
                 Evaluated(
@@ -350,38 +386,24 @@ class Stage:
                 )
             )
         if may_be_best and heldout is not None:
-            self._check_reward_hacking(step, heldout["accuracy"])
+            self._check_reward_hacking(step, heldout.metrics["accuracy"])
         self.evaluator.log_samples(step)
         return is_best
 
     def _update_best(
         self,
         step: int,
-        validation: dict[str, float] | None,
-        heldout: dict[str, float] | None,
+        validation: Evaluation | None,
+        heldout: Evaluation | None,
     ) -> bool:
         """Stores the step if it is the best so far, by held-out accuracy or else by validation loss."""
-        best = self.state.best
-        if self.recipe.metric_for_best_model == "accuracy":
-            metrics = heldout
-            score = heldout["accuracy"] if heldout is not None else None
-            # Of steps with the same accuracy the later one is better: greedy accuracy saturates while sampled answers
-            # still improve.
-            is_tie_better = True
+        if heldout is not None:
+            measured = Measured(step, heldout.metrics["accuracy"], heldout)
+        elif validation is not None:
+            measured = Measured(step, -validation.metrics["loss"], validation)
         else:
-            metrics = validation
-            score = -validation["loss"] if validation is not None else None
-            is_tie_better = False
-        if metrics is None or score is None:
             return False
-        if best.best_score is not None:
-            is_tie = score == best.best_score
-            if not (score > best.best_score or (is_tie and is_tie_better)):
-                return False
-        best.best_step = step
-        best.best_score = score
-        best.best_metrics = metrics
-        return True
+        return update_best(self.state.best, measured)
 
     def _check_reward_hacking(self, step: int, accuracy: float) -> None:
         """Warns once if the reward rises while held-out accuracy falls; stops the run for `on_reward_hacking: stop`."""

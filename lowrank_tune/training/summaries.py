@@ -2,15 +2,27 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from lowrank_tune.config import Chain, RecipeConfig
 from lowrank_tune.config.chain import stage_folder
+from lowrank_tune.json_files import read_json
+from lowrank_tune.training.run_totals import RunTotals, chain_totals
 
-STAGE_KEYS_IN_CHAIN = ("algorithm", "status", "step", "steps", "seconds", "last", "best", "speed", "heldout_pairs")
+TOTALS = tuple(RunTotals().to_dict())
+STAGE_KEYS_IN_CHAIN = (
+    "algorithm",
+    "status",
+    "step",
+    "steps",
+    *TOTALS,
+    "last",
+    "best",
+    "speed",
+    "heldout_pairs",
+)
 RESULT_KEYS = ("heldout", "heldout_details", "answers")
 # settings that do not change the measurement of a final adapter
 NOT_PART_OF_MEASUREMENT = {"eval_steps", "on_reward_hacking"}
@@ -39,17 +51,27 @@ def chain_summary(stage_chain: Chain, summaries: Sequence[Mapping[str, Any]]) ->
         "status": "done" if all_done and len(summaries) == len(stage_chain.stages) else "interrupted",
         "name": stage_chain.name,
         "algorithm": stage_chain.algorithm,
-        "seconds": round(sum(stage.get("seconds", 0.0) for stage in stages), 1),
+        **chain_totals([_totals(stage) for stage in stages]).to_dict(),
         "stages": stages,
         **results,
         "warnings": warnings,
     }
 
 
+def _totals(stage: Mapping[str, Any]) -> RunTotals:
+    """Returns the totals in the summary of a stage; an older version did not write all of them."""
+    return RunTotals(
+        stage.get("seconds", 0.0),
+        stage.get("sessions", 1),
+        stage.get("tokens", 0),
+        stage.get("step_seconds", 0.0),
+    )
+
+
 def read_done_summary(run: Path) -> dict[str, Any] | None:
     """Returns the summary in the folder of a run that is done; None if it is not, or the file is missing or damaged."""
     try:
-        summary = json.loads((run / "summary.json").read_bytes())
+        summary = read_json(run / "summary.json")
     except (OSError, ValueError):
         return None
     if isinstance(summary, dict) and summary.get("status") == "done":

@@ -3,9 +3,9 @@ them.
 
 Each tracker is a sink: one that fails is switched off with a warning, and the run continues. A tracker that is not
 installed or cannot start is an error before training. A resumed run continues the same tracker run without duplicate
-steps: TensorBoard purges what follows the checkpoint, and the other trackers do not get again what was sent. Only
-numbers and the recipe's settings are sent, never text of rows, prompts or completions; text that looks like a secret is
-redacted.
+steps: TensorBoard purges what follows the checkpoint, and the other trackers do not get again what was sent
+(`tracker_history.py`). Only numbers and the recipe's settings are sent, never text of rows, prompts or completions;
+text that looks like a secret is redacted.
 """
 
 from __future__ import annotations
@@ -25,14 +25,17 @@ from lowrank_tune.checkpoint import write_file
 from lowrank_tune.config.yaml import dotted, leaves
 from lowrank_tune.errors import ConfigError, ConfigProblem, UserError
 from lowrank_tune.events import Evaluated, Event, RunEnded, RunStarted, StepEnd
+from lowrank_tune.json_files import read_json
+from lowrank_tune.training.tracker_history import SentBefore, grouped_metric_name, sent_before
 
 STATE_FILE = "trackers.json"
 SECRET_PATTERN = re.compile(
     r"\b(?:hf|sk|gh[opsu]|glpat|xox[bp])[_-][\w-]{10,}|(?<=//)[^/\s:@]+:[^/\s@]+(?=@)|(?<=[?&]token=)[^&\s]+", re.I
 )
 REDACTED = "***"
-LoggedSteps = frozenset[tuple[str, int]]
-"""Metrics, by name and step, that an earlier session of the run has sent."""
+SETTINGS_EACH_SESSION = ("wandb", "trackio")
+"""Trackers that get the settings again when a run continues: trackio replaces those of the earlier session by none, and
+a killed wandb may not have stored them. MLflow refuses settings that have changed."""
 
 
 @dataclass(frozen=True)
@@ -127,8 +130,8 @@ class Tracker:
     name: str
     _inner: Any
     _settings: Mapping[str, Any]
-    _fresh: bool
-    _logged: LoggedSteps
+    _sends_settings: bool
+    _before: SentBefore
     _status: str = "failed"
     """Until `RunEnded` sets it."""
 
@@ -140,16 +143,8 @@ class Tracker:
             raise RuntimeError(f"{self.name}: {redact(_first_line(error))}") from error
 
     def _handle_event(self, event: Event) -> None:
-        if isinstance(event, RunStarted) and self._fresh:
-            facts = {
-                "algorithm": event.algorithm,
-                "model": event.model,
-                "device": event.device,
-                "trained_parameters": event.trainable,
-            }
-            run_facts = {f"run.{name}": redact(value) for name, value in facts.items()}
-            self._inner.store_init_configuration({**self._settings, **run_facts})
-            self._fresh = False
+        if isinstance(event, RunStarted):
+            self._start(event)
         elif isinstance(event, StepEnd):
             stats = {**event.stats, "seconds": event.seconds}
             self._log({f"train/{name}": value for name, value in stats.items()}, event.step)
@@ -158,10 +153,26 @@ class Tracker:
         elif isinstance(event, RunEnded):
             self._status = event.status
 
+    def _start(self, event: RunStarted) -> None:
+        """Sends the settings if they are due, then what a killed session may have lost."""
+        if self._sends_settings:
+            facts = {
+                "algorithm": event.algorithm,
+                "model": event.model,
+                "device": event.device,
+                "trained_parameters": event.trainable,
+            }
+            run_facts = {f"run.{name}": redact(value) for name, value in facts.items()}
+            self._inner.store_init_configuration({**self._settings, **run_facts})
+            self._sends_settings = False
+        for lost in self._before.lost:
+            self._handle_event(lost)
+        self._before = SentBefore(self._before.logged)
+
     def _log(self, values: Mapping[str, float], step: int) -> None:
         new_values: dict[str, float] = {}
         for name, value in values.items():
-            if math.isfinite(value) and (name, step) not in self._logged:
+            if math.isfinite(value) and (name, step) not in self._before.logged:
                 new_values[name] = float(value)
         if new_values:
             self._inner.log(new_values, step=step)
@@ -184,32 +195,6 @@ class Tracker:
                 RuntimeWarning,
                 stacklevel=2,
             )
-
-
-def grouped_metric_name(name: str) -> str:
-    """Returns a held-out metric with its group, as transformers' reporting does: `eval_loss` becomes `eval/loss`.
-
-    `heldout/...` and `pairs/...` have a group already; a name without one belongs to `eval/`.
-    """
-    if name.startswith("eval_"):
-        return "eval/" + name.removeprefix("eval_")
-    if "/" in name:
-        return name
-    return f"eval/{name}"
-
-
-def last_logged_steps(events: Iterable[Event], up_to: int | None = None) -> LoggedSteps:
-    """Returns the metrics in a log, up to a step. The log is read before a resumed run truncates it."""
-    logged: set[tuple[str, int]] = set()
-    for event in events:
-        if not isinstance(event, (StepEnd, Evaluated)) or (up_to is not None and event.step > up_to):
-            continue
-        if isinstance(event, StepEnd):
-            names = [f"train/{name}" for name in (*event.stats, "seconds")]
-        else:
-            names = [grouped_metric_name(name) for name in event.stats]
-        logged |= {(name, event.step) for name in names}
-    return frozenset(logged)
 
 
 def start_trackers(
@@ -247,18 +232,22 @@ def start_trackers(
                 previous_id,
             )
             inner, state[tracker_name] = _start_tracker(tracker_name, tracking, run)
-            logged: LoggedSteps = frozenset()
-            if run.continued_id is not None:
-                # TensorBoard purges what follows the checkpoint, so those steps are logged again
-                up_to = resumed_from if tracker_name == "tensorboard" else None
-                logged = last_logged_steps(earlier_events, up_to)
+            is_new = run.continued_id is None
+            before = SentBefore()
+            if not is_new and resumed_from is not None:
+                before = sent_before(
+                    tracker_name,
+                    earlier_events,
+                    resumed_from,
+                    _first_step(inner),
+                )
             started.append(
                 Tracker(
                     tracker_name,
                     inner,
                     flatten_settings(recipe),
-                    run.continued_id is None,
-                    logged,
+                    is_new or tracker_name in SETTINGS_EACH_SESSION,
+                    before,
                 )
             )
     except BaseException:
@@ -267,6 +256,11 @@ def start_trackers(
         raise
     write_file(folder / STATE_FILE, json.dumps({"version": 1, "runs": state}, indent=2).encode())
     return started
+
+
+def _first_step(inner: Any) -> int:
+    """Returns the first step that a run of wandb does not have on its server; 0 offline, and for other trackers."""
+    return int(getattr(inner.tracker, "starting_step", 0))
 
 
 def _start_tracker(
@@ -310,7 +304,7 @@ def _first_line(error: BaseException) -> str:
 
 def _read_state(folder: Path) -> dict[str, Any]:
     try:
-        runs = json.loads((folder / STATE_FILE).read_bytes())["runs"]
+        runs = read_json(folder / STATE_FILE)["runs"]
     except (OSError, ValueError, KeyError, TypeError):
         return {}
     return runs if isinstance(runs, dict) else {}

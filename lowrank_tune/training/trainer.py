@@ -26,6 +26,7 @@ from lowrank_tune.functional import step_seed
 from lowrank_tune.model.oom import MemoryLimits, atomic_grad_accumulation
 from lowrank_tune.model.optimizers import make_optimizer
 from lowrank_tune.stats import Stats, WeightedMean, add_stats, to_floats
+from lowrank_tune.training.run_totals import tokens_per_second
 from lowrank_tune.training.signals import TrainerControl
 
 if TYPE_CHECKING:  # the trainer must run where pydantic is not installed (benchmarks/gpu.py)
@@ -140,7 +141,7 @@ class Trainer:
             self.algorithm.check_metrics(metrics)
             self._emit_diagnostics(metrics)
         seconds = time.perf_counter() - start_time
-        self._add_run_metrics(metrics, learning_rate, tokens / seconds)
+        self._add_run_metrics(metrics, learning_rate, tokens_per_second(tokens, seconds))
         self.emit(
             StepEnd(
                 step=self.state.step,
@@ -191,11 +192,11 @@ class Trainer:
         self,
         metrics: dict[str, float],
         learning_rate: float,
-        tokens_per_second: float,
+        speed: float,
     ) -> None:
         metrics["learning_rate"] = learning_rate
         metrics["memory_gib"] = memory_gib(self.device)
-        metrics["tokens_per_second"] = tokens_per_second
+        metrics["tokens_per_second"] = speed
         if self.state.nonfinite_steps:
             metrics["skipped_steps"] = self.state.nonfinite_steps
         if self.limits.num_ooms:

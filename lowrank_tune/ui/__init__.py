@@ -26,6 +26,12 @@ def escape_control_chars(text: str, limit: int | None = None) -> str:
     return text[: max(0, limit - 3)] + "..."
 
 
+def mark_line_breaks(text: str, ascii_only: bool = False) -> str:
+    """Returns a prompt or an answer in one line: each line break is shown as a sign."""
+    sign = " | " if ascii_only else "\u23ce "
+    return text.replace("\r\n", "\n").replace("\n", sign)
+
+
 def escape_lines(text: str) -> str:
     """Returns text without control characters, except for its line breaks."""
     return "\n".join(escape_control_chars(line) for line in text.split("\n"))
@@ -41,6 +47,11 @@ def _escaped(match: re.Match[str]) -> str:
     if code < 0x10000:
         return f"\\u{code:04x}"
     return f"\\U{code:08x}"
+
+
+def is_ascii(file: TextIO) -> bool:
+    """Returns whether the encoding of a file has ASCII only."""
+    return encodable("\u23ce", file).isascii()
 
 
 def encodable(text: str, file: TextIO) -> str:

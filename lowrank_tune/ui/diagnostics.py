@@ -223,12 +223,6 @@ def nothing_learned(state: State) -> Iterator[Diagnosis]:
         )
 
 
-def rows_dropped(state: State) -> Iterator[Diagnosis]:
-    for line in state.warnings:
-        if "; dropped " in line.text:
-            yield _warning(f"rows were dropped: {line.text}")
-
-
 def validation_rising(state: State) -> Iterator[Diagnosis]:
     """Overfitting: every evaluation since the best is worse, and the last three clearly so on average."""
     series = state.series.get("eval_loss")
@@ -490,7 +484,6 @@ CHECKS: tuple[Callable[[State], Iterator[Diagnosis]], ...] = (
     kl_too_large,
     follows_length,
     skipped_steps,
-    rows_dropped,
 )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping
@@ -12,6 +13,7 @@ from lowrank_tune.ui import escape_control_chars
 from lowrank_tune.ui.metrics import (
     POLICY,
     heldout_parts,
+    metric_label,
     reward_label,
     reward_names,
 )
@@ -71,12 +73,22 @@ def format_age(seconds: float) -> str:
     return f"{max(0, int(seconds))} s"
 
 
+def plural(count: int, noun: str) -> str:
+    """Returns `1 step` or `2 steps`."""
+    return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"
+
+
 def format_time(timestamp: float) -> str:
     """Returns date and time of a Unix timestamp in UTC, `unknown` if it is outside of the range of dates."""
     try:
         return datetime.fromtimestamp(timestamp, UTC).strftime("%Y-%m-%d %H:%M UTC")
     except (ValueError, OverflowError, OSError):
         return "unknown"
+
+
+def rate(per_second: float) -> str:
+    """Returns a speed without decimals, `-` if it is unknown, as without a clock that advances."""
+    return f"{per_second:,.0f}" if math.isfinite(per_second) else "-"
 
 
 METRIC_FORMATS: dict[str, tuple[str, Callable[[float], str]]] = {
@@ -130,7 +142,7 @@ METRIC_FORMATS: dict[str, tuple[str, Callable[[float], str]]] = {
         str,
     ),  # the place of all other statistics, under their own names
     "rollout_seconds": ("rollout", "{:.1f} s".format),
-    "tokens_per_second": ("tokens/s", "{:,.0f}".format),
+    "tokens_per_second": ("tokens/s", rate),
     "memory_gib": ("memory", "{:.1f} GiB".format),
 }
 """Label and format of each statistic, in the order of the line."""
@@ -174,8 +186,9 @@ def format_metric(name: str, value: float) -> str:
 
 
 def short_label(name: str) -> str:
-    """Returns a metric in one to three words: `validation loss` for `eval_loss`."""
-    label = _format_of(name)[0] or name
+    """Returns a metric in one to three words, such as `validation loss` for `eval_loss`; the name in words if it has no
+    label."""
+    label = _format_of(name)[0] or metric_label(name)
     return f"validation {label}" if name.startswith("eval_") else label
 
 
@@ -219,7 +232,9 @@ def validation_line(event: Evaluated, colon: str = "") -> str:
     """Returns a validation in one line: of validation rows, of answers to held-out questions, or of scores of held-out
     pairs."""
     label, stats = _label_validation({name.removeprefix("eval_"): value for name, value in event.stats.items()})
-    best = "  best so far" if event.best else ""
+    # of equal answers the latest are the best, but none right is not worth a mention
+    is_best = event.best and event.stats.get(f"heldout/{POLICY}/accuracy") != 0
+    best = "  best so far" if is_best else ""
     return f"{label} after step {event.step}{colon or '  '}{format_stats(stats)}{best}"
 
 
@@ -259,6 +274,20 @@ def clock(seconds: float) -> str:
     if hours:
         return f"{hours}:{minutes:02d}:{rest:02d}"
     return f"{minutes}:{rest:02d}"
+
+
+def wall_time(seconds: float, sessions: int) -> str:
+    """Returns the wall time of a run as `3:07:30 (3 sessions)`; a single session is not named."""
+    if sessions > 1:
+        return f"{clock(seconds)} ({sessions} sessions)"
+    return clock(seconds)
+
+
+def ended_time(event: RunEnded) -> str:
+    """Returns the wall time of all sessions at the end of one; of an older version, that of this one."""
+    if event.total_seconds is None:
+        return clock(event.seconds)
+    return wall_time(event.total_seconds, event.sessions)
 
 
 class EtaEstimator:

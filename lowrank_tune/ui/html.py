@@ -85,6 +85,11 @@ def document(
     return str(html)
 
 
+def style_of(name: str) -> Markup:
+    """Returns a style sheet of `ui/templates`."""
+    return _read(name)
+
+
 def _read(name: str) -> Markup:
     return Markup(files("lowrank_tune.ui").joinpath("templates", name).read_text(encoding="utf-8"))
 

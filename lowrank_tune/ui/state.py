@@ -6,6 +6,7 @@ Only events change it, so that a live run, a followed file and a recorded one lo
 
 from __future__ import annotations
 
+import copy
 import math
 from collections import deque
 from collections.abc import Mapping
@@ -23,6 +24,7 @@ from lowrank_tune.events import (
     SampleLogged,
     StepEnd,
 )
+from lowrank_tune.training.run_totals import RunTotals, TotalsCounter
 from lowrank_tune.ui.formatting import EtaEstimator, validation_line
 from lowrank_tune.ui.groups import Group, read_group
 from lowrank_tune.ui.metrics import (
@@ -38,8 +40,10 @@ from lowrank_tune.ui.metrics import (
 
 MAX_POINTS = 256
 """Points of a curve on a screen: more than a chart of a wide terminal has columns of dots."""
-LOG_LINES = 200
-SPEED_STEPS = 20
+LOG_LINES = 5000
+"""Newest lines of the log that are kept, and"""
+MAX_SAMPLES = 2000
+"""newest answers."""
 WARNING_LINES = 50
 MAX_ANSWERS = 20
 """Latest answers to a prompt that are kept, beside the first."""
@@ -98,11 +102,14 @@ def _mean(points: Points) -> Point:
 
 @dataclass(frozen=True)
 class LogLine:
-    """A line of the log, `time` seconds after the start; it came `times` times in a row."""
+    """A line of the log, `time` seconds after the start and `at` seconds since the epoch; it came `times` times in a
+    row."""
 
     time: float
     text: str
     times: int = 1
+    at: float = 0.0
+    is_warning: bool = False
 
 
 @dataclass(frozen=True)
@@ -157,15 +164,27 @@ class State:
     """Seconds of the phases within the steps since the start."""
     warnings: deque[LogLine] = field(default_factory=lambda: deque(maxlen=WARNING_LINES))
     log: deque[LogLine] = field(default_factory=lambda: deque(maxlen=LOG_LINES))
+    """Warnings and other lines, the newest last."""
+    log_count: int = 0
+    """Lines since the start, kept or not."""
+    samples: deque[SampleLogged] = field(default_factory=lambda: deque(maxlen=MAX_SAMPLES))
+    """Answers and sides of pairs, the newest last."""
+    sample_count: int = 0
+    finished_stages: list[State] = field(default_factory=list)
+    """The state at the end of each earlier stage of a chain."""
+    _ended_stage: State | None = None
     _pending_chosen: SampleLogged | None = None
     _unspent: float = 0.0
     _eta: EtaEstimator = field(default_factory=EtaEstimator)
-    _speed: deque[tuple[int, float]] = field(default_factory=lambda: deque(maxlen=SPEED_STEPS))
+    _counter: TotalsCounter = field(default_factory=TotalsCounter)
 
     def apply(self, event: Event) -> None:
         """Updates the state by one event."""
+        if self.ended is not None:
+            self._ended_stage = self._snapshot()
         if self.start_time is None or self.ended is not None:
             self._restart_clock(event.time)
+        self._counter.apply(event)
         self._spend(event)
         self.last_time = max(self.last_time, event.time)
         if not isinstance(event, (Progress, LogMessage)):
@@ -183,12 +202,25 @@ class State:
         elif isinstance(event, GroupLogged):
             self._on_group_logged(event)
         elif isinstance(event, CheckpointSaved):
-            self._log(event.time, f"saved step {event.step}")
+            self._log(event, f"saved step {event.step}")
         elif isinstance(event, LogMessage):
             self._note(event)
         elif isinstance(event, RunEnded):
             self.ended = event
             self.seconds_left = None
+
+    def _snapshot(self) -> State:
+        """Returns a copy that later events do not change."""
+        stage = copy.copy(self)
+        stage.log = self.log.copy()
+        stage.warnings = self.warnings.copy()
+        stage.samples = self.samples.copy()
+        stage.heldout = {model: dict(figures) for model, figures in self.heldout.items()}
+        stage.scored = {algorithm: dict(figures) for algorithm, figures in self.scored.items()}
+        stage.earlier = {prompt: list(answers) for prompt, answers in self.earlier.items()}
+        stage.finished_stages = []
+        stage._ended_stage = None
+        return stage
 
     def _restart_clock(self, time: float) -> None:
         """Begins the first start, or another one after an end; the time between them counts for neither."""
@@ -205,11 +237,9 @@ class State:
         return self.started.algorithm if self.started is not None else DEFAULT_ALGORITHM
 
     @property
-    def tokens_per_second(self) -> float | None:
-        """Speed of the last steps, without the pauses between them."""
-        tokens = sum(count for count, _ in self._speed)
-        seconds = sum(seconds for _, seconds in self._speed)
-        return tokens / seconds if seconds else None
+    def totals(self) -> RunTotals:
+        """Time, sessions and speed of all sessions of the stage."""
+        return self._counter.totals
 
     def last(self, name: str) -> float | None:
         """Returns the last value of a statistic, None if it was not measured."""
@@ -230,20 +260,21 @@ class State:
 
     def _start(self, event: RunStarted) -> None:
         if self.started is not None and self.started.stage != event.stage:
+            self.finished_stages.append(self._ended_stage or self._snapshot())
             self._finish_stage(self.started)
+        self._ended_stage = None
         self.loading = False
         self.started = event
         self.steps = event.steps
         self.step = event.resumed_from
         self._eta = EtaEstimator()
         self.seconds_left = None
-        self._speed.clear()
         if event.resumed_from:
             # the length of the pause before a resumed run is unknown
             self.start_time = event.time
             self.phases = {}
             self.step_phases = {}
-            self._log(event.time, f"continued after step {event.resumed_from}")
+            self._log(event, f"continued after step {event.resumed_from}")
         for series in self.series.values():
             series.cut(event.resumed_from)
 
@@ -269,6 +300,8 @@ class State:
 
     def _sampled(self, event: SampleLogged) -> None:
         """Stores an answer. The event of the chosen side of a pair comes directly before that of the rejected one."""
+        self.samples.append(event)
+        self.sample_count += 1
         chosen = self._pending_chosen
         if event.role not in PAIR_SIDES:
             self.answers.setdefault(event.prompt, []).append(event)
@@ -296,7 +329,6 @@ class State:
         self.step = event.step
         self.steps = event.steps
         self.seconds_left = self._eta.seconds_left(event)
-        self._speed.append((event.tokens, event.seconds))
         self._measured(event.step, event.stats)
 
     def _validated(self, event: Evaluated) -> None:
@@ -330,21 +362,41 @@ class State:
             algorithm = self.started.algorithm if self.started else ""
             self.scored.setdefault(algorithm, {}).update(pairs)
         if heldout_now or curves:
-            self._log(event.time, validation_line(event, ": "))
+            self._log(event, validation_line(event, ": "))
 
     def _measured(self, step: int, stats: Mapping[str, float]) -> None:
         for name, value in stats.items():
             self.series.setdefault(name, Series()).add(step, value)
 
     def _note(self, event: LogMessage) -> None:
-        lines = self.warnings if event.level == "warning" else self.log
-        times = 1
-        if lines and lines[-1].text == event.message:
-            times += lines.pop().times
-        lines.append(LogLine(self._since(event.time), event.message, times))
+        is_warning = event.level == "warning"
+        self._log(event, event.message, is_warning)
+        if is_warning:
+            if self.warnings and self.log[-1].times > 1:
+                self.warnings.pop()
+            self.warnings.append(self.log[-1])
 
-    def _log(self, time: float, text: str) -> None:
-        self.log.append(LogLine(self._since(time), text))
+    def _log(
+        self,
+        event: Event,
+        text: str,
+        is_warning: bool = False,
+    ) -> None:
+        """Appends a line; one that repeats the last line replaces it."""
+        times = 1
+        if self.log and (self.log[-1].text, self.log[-1].is_warning) == (text, is_warning):
+            times += self.log.pop().times
+        else:
+            self.log_count += 1
+        self.log.append(
+            LogLine(
+                self._since(event.time),
+                text,
+                times,
+                event.time,
+                is_warning,
+            )
+        )
 
     def _since(self, time: float) -> float:
         """Returns the seconds since the start; they are stored, because each stage and each start begins at 0."""

@@ -14,7 +14,8 @@ from transformers.utils.chat_template_utils import render_jinja_template
 
 from lowrank_tune import UserError
 from lowrank_tune.config import BaseConfig
-from lowrank_tune.data import ChatTemplate
+from lowrank_tune.data import ChatTemplate, InvalidRow
+from lowrank_tune.data.templates.render_process import RenderRequest, shared_process
 from lowrank_tune.export.ollama import Modelfile, go_template, quoted
 from lowrank_tune.export.template_probe import ProbeMessages, TemplateTurns, derive_turns
 from lowrank_tune.model.base import BUILTIN_MODEL, load_tokenizer
@@ -76,7 +77,15 @@ def rendered(jinja: str, conversation: ProbeMessages, asks: bool = True) -> str:
 
 
 def pieces(jinja: str) -> TemplateTurns | None:
-    return derive_turns(lambda messages, asks: rendered(jinja, [(m["role"], m["content"]) for m in messages], asks))
+    variables = {"bos_token": "<s>", "eos_token": "</s>"}
+
+    def render(messages: list[dict[str, str]], asks: bool) -> str:
+        (text,) = shared_process().render_some(jinja, variables, [RenderRequest(messages, asks)])
+        if isinstance(text, InvalidRow):
+            raise text
+        return text
+
+    return derive_turns(render)
 
 
 def from_package(plain: bool) -> str:

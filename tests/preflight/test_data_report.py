@@ -221,7 +221,7 @@ def test_the_report_of_real_rows_has_their_counts(name: str) -> None:
     assert (
         found.report.train[0].num_dropped
         == read - used
-        == sum(each.count for each in found.issues if each.done == "dropped")
+        == sum(each.count for each in found.issues if each.done.startswith("dropped"))
     )
     assert found.ends.trained and found.ends.rows == found.ends.total == found.report.train_rows
     assert all(segment for example in found.examples for _, segment in example.segments)
@@ -278,6 +278,29 @@ def test_data_command_exit_codes(tmp_path: Path) -> None:
     result = code([{"question": "a", "answer": ""}] * 3)
     assert result[0] == 2 and "none of its 3 rows" in " ".join(result[1].split()) and "nothing to train on" in result[1]
     assert code(ROWS, "train.nonsense=1")[0] == 2
+
+
+def test_rows_that_cannot_be_cut_are_reported_with_their_reason_and_cure(tmp_path: Path) -> None:
+    long = "word " * 300
+    long_question = {"question": long, "answer": "5"}
+    long_answer = {"question": "Well?", "answer": long}
+    turns = [*(("user", "Well?"), ("assistant", "5")), *(("user", "And?"), ("assistant", long))]
+    conversation = {"messages": [{"role": role, "content": content} for role, content in turns]}
+    paths = [
+        write(tmp_path / "a.jsonl", [long_question, long_answer, *ROWS]),
+        write(tmp_path / "b.jsonl", [conversation]),
+    ]
+    found = examined(*paths, truncation="truncate", max_invalid_fraction=0.01)
+    issues = {issue.description: issue for issue in found.issues}
+    limit = "longer than data.max_length (256 tokens)"
+    assert issues[f"too long: {limit}, its first question alone"].done == "dropped; raise `data.max_length`"
+    uncut = issues[f"too long: {limit}, its first answer included"]
+    assert uncut.done == "dropped; no answer is cut: raise `data.max_length`" and uncut.count == 1
+    assert issues["too long, shortened to whole turns"].count == 1, "all that can be truncated is"
+    (fault,) = found.faults
+    assert "raise `data.max_length` (the longest row has" in fault
+    dropping = examined(paths[1], max_invalid_fraction=0.5)
+    assert any(issue.done == "dropped; raise `data.max_length`" for issue in dropping.issues)
 
 
 def test_a_weighted_source_without_a_usable_row_is_shown(tmp_path: Path) -> None:

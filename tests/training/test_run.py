@@ -24,6 +24,7 @@ from lowrank_tune.config import dump
 from lowrank_tune.errors import TrainingError
 from lowrank_tune.events import CheckpointSaved, LogMessage
 from lowrank_tune.runner import RunResult, _SummaryRecorder
+from lowrank_tune.training.run_totals import Session, totals_of
 from lowrank_tune.training.signals import TrainerControl, handle_signals
 
 
@@ -369,7 +370,7 @@ def test_a_result_is_short_in_a_notebook(tmp_path: Path) -> None:
     result = RunResult("done", tmp_path, {"status": "done", "warnings": ["<b>"]})
     assert repr(result) == f"RunResult(status='done', folder='{tmp_path}')"
     page = result._repr_html_()
-    assert page.startswith("<pre>status     done") and "&lt;b&gt;" in page and "<b>" not in page
+    assert 'class="lowrank-tune"' in page and "lt-done" in page and "&lt;b&gt;" in page and "<b>" not in page
 
 
 def test_pause_before_a_continued_run_is_not_counted_as_its_time() -> None:
@@ -377,5 +378,7 @@ def test_pause_before_a_continued_run_is_not_counted_as_its_time() -> None:
     recorder = _SummaryRecorder()
     killed = [LogMessage(time=100.0, message=""), CheckpointSaved(time=120.0, step=1, path="", seconds=1.0)]
     recorder(LogMessage(time=3719.0, message="planning memory"))
-    recorder.start_stage([*killed, *(recorder.earlier or ())], start_time=3720.0)
-    assert recorder.earlier_seconds == 20.0
+    session = Session(earlier=totals_of(killed))
+    recorder.start_stage([*killed, *(recorder.earlier or ())])
+    totals = session.totals(recorder.counter.totals)
+    assert totals.seconds == pytest.approx(20.0, abs=1.0) and totals.sessions == 2

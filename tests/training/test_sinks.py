@@ -208,9 +208,13 @@ def test_logs_without_gaps_give_no_sentence(tmp_path: Path) -> None:
         (lambda data: b"", "0 lines cannot be read, and 3 of 3 steps are missing (the first is step 1)"),
         (lambda data: bytes(len(data)), "0 lines cannot be read, and 3 of 3 steps are missing (the first is step 1)"),
         (lambda data: data[: len(data) // 2], "missing"),
-        (lambda data: data.replace(b'"step": 2', b'"step": 2\xff', 1), "1 line cannot be read, and 1 of 3 steps"),
+        (
+            lambda data: data.replace(b'"step": 2', b'"step": 2\xff', 1),
+            "1 line (line 3) cannot be read, and 1 of 3 steps",
+        ),
         (lambda data: data.replace(b'"step_end"', b'"stex_end"', 1), "0 lines cannot be read, and 1 of 3 steps"),
-        (lambda data: b"[" * 100_000 + b"\n" + data, "1 line cannot be read, and 0 of 3 steps are missing;"),
+        (lambda data: b"[" * 100_000 + b"\n" + data, "1 line (line 1) cannot be read, and 0 of 3 steps are missing;"),
+        (lambda data: data + b"x\n" + b"[" * 200 + b"]" * 200 + b"\n", "2 lines (the first is line 8) cannot be read"),
         (None, "3 of 3 steps are missing"),
     ],
 )
@@ -237,7 +241,7 @@ def test_gaps_of_the_samples_are_named(tmp_path: Path) -> None:
     events, samples = logs_of_a_run(tmp_path)
     samples.write_bytes(samples.read_bytes().replace(b"{", b"", 1))
     (sentence,) = log_gaps(events, samples, 3)
-    assert str(samples) in sentence and "0 of 1 samples" in sentence
+    assert str(samples) in sentence and "0 of 1 samples can be read (1 line (line 1) cannot be read)" in sentence
     samples.unlink()
     (sentence,) = log_gaps(events, samples, 3)
     assert "0 of 1 samples" in sentence

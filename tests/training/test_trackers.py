@@ -147,6 +147,7 @@ def test_moved_run_continues_and_sends_nothing_twice(wandb: FakeWandb, tmp_path:
         step(1, loss=1.0, kl=float("nan")),
         step(2, loss=2.0),
         Evaluated(step=2, stats={"eval_loss": 0.5}),
+        RunEnded(status="interrupted", step=2, seconds=1.0),
     ]
     _play(begin(["wandb"], tmp_path), first)
     _play(
@@ -170,12 +171,26 @@ def test_moved_run_continues_and_sends_nothing_twice(wandb: FakeWandb, tmp_path:
         (3, ["train/loss", "train/seconds"]),
     ]
     configured = [values for kind, values in wandb.calls if kind == "config"]
-    assert len(configured) == 1 and configured[0]["train.learning_rate"] == 0.001 and configured[0]["run.model"] == "m"
+    assert len(configured) == 2 and configured[0]["train.learning_rate"] == 0.001 and configured[0]["run.model"] == "m"
+    assert configured[0] == configured[1]
     assert [code for kind, code in wandb.calls if kind == "finish"] == [1, 0], (
-        "one that was killed is not called finished"
+        "one that was interrupted is not called finished"
     )
     _play(begin(["wandb"], tmp_path), [STARTED])
     assert wandb.calls[-3][1]["id"] != starts[0]["id"], "a start from nothing is another run"
+
+
+def test_killed_run_sends_again_what_wandb_may_have_lost(wandb: FakeWandb, tmp_path: Path) -> None:
+    killed = [STARTED, step(1, loss=1.0), Evaluated(step=1, stats={"eval_loss": 0.5}), step(2, loss=2.0)]
+    _play(begin(["wandb"], tmp_path), killed)
+    wandb.calls.clear()
+    _play(begin(["wandb"], tmp_path, 1, killed), [STARTED, step(2, loss=2.0)])
+    sent = [(values[0], sorted(values[1])) for kind, values in wandb.calls if kind == "log"]
+    assert sent == [
+        (1, ["train/loss", "train/seconds"]),
+        (1, ["eval/loss"]),
+        (2, ["train/loss", "train/seconds"]),
+    ]
 
 
 def test_texts_and_secrets_are_never_sent(wandb: FakeWandb, tmp_path: Path) -> None:

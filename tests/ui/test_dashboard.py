@@ -26,13 +26,12 @@ from lowrank_tune.events import (
     StepEnd,
     from_json,
 )
-from lowrank_tune.ui.gpu_stats import GpuStats
 from lowrank_tune.ui.state import MAX_POINTS, Series, State
 from lowrank_tune.ui.terminal.chart_pane import FRONTIER, chart_pane
 from lowrank_tune.ui.terminal.help_pane import NOTES
-from lowrank_tune.ui.terminal.live_screen import handle_key
+from lowrank_tune.ui.terminal.navigation import handle_key
 from lowrank_tune.ui.terminal.panes import KEYS, View
-from lowrank_tune.ui.terminal.render import render, render_several
+from lowrank_tune.ui.terminal.render import render
 from lowrank_tune.ui.terminal.screenshot import screenshot, state_at_step
 from lowrank_tune.ui.terminal.text_layout import fit, plain_text, to_ansi, width_of, wrap
 
@@ -125,7 +124,7 @@ def test_a_screen_of_80_columns_has_two_charts_and_lines_for_the_rest() -> None:
         rows,
         "lowrank-tune demo \u00b7 sft of tiny-tutor \u00b7 CPU, 2 threads, fp32 running",
         "policy = base + policy reference = the base, adapters off",
-        "step 59/96 (61 %) ETA 0:17 for 0:42 1,487 tokens/s",
+        "step 59/96 (61 %) ETA 0:17 for 0:42 1,851 tokens/s",
         "0.6 of 23.5 GiB time evaluating 56% training 43%",
         "loss 0.122 validation 0.183 KL to the reference 1.11",
         "1.5 \u2502",
@@ -138,13 +137,13 @@ def test_a_screen_of_80_columns_has_two_charts_and_lines_for_the_rest() -> None:
         "question 1 of 4 ",
         "held-out exact: base 1.6 %",
         "What is 6 * 33?",
-        "base 6*30=180, 6*3=18, 180+18=198. So it is 198.\\n6*30=180, [cut off]",
+        "base 6*30=180, 6*3=18, 180+18=198. So it is 198.\u23ce 6*30=180, [cut off]",
         "step 54 6*30=180, 6*3=18, 180+18=198. So it is 198. [gold 198]",
         "\u2500\u2500 log \u2500\u2500",
         "0:41 saved step 54",
         "0:40 validation after step 54: loss 0.183 accuracy 92.7 % best so far",
     )
-    assert rows[-1] == "q quit p pause s save e eval n next l log +- smooth ? help"
+    assert rows[-1] == "q quit p pause s save e eval n next l log a answers y log scale ? help"
 
 
 def test_a_finished_run_shows_its_end_and_its_best_step() -> None:
@@ -158,13 +157,13 @@ def test_a_finished_run_shows_its_end_and_its_best_step() -> None:
         "! validation loss rises since step 54 (0.183 -> 0.193): overfitting; step 54 is kept as the best",
         "question 1 of 4",
         "0:58 final/ is the adapter of step 54, which had What is 6 * 33?",
-        "the lowest validation loss base 6*30=180, 6*3=18, 180+18=198. So it is 198.\\n6*30=180,",
+        "the lowest validation loss base 6*30=180, 6*3=18, 180+18=198. So it is 198.\u23ce 6*30=180,",
         "0:58 saved step 96 [cut off]",
         "step 96 6*30=180, 6*3=18, 180+18=198. So it is 198. [gold 198]",
         "Dora buys 9 bags of 52 marbles.",
     )
     assert not any("ETA" in row for row in rows)
-    assert rows[-1] == "q quit p pause s save e eval n next l log + - smooth ? help"
+    assert rows[-1] == "q quit p pause s save e eval n next l log a answers y log scale + - smooth ? help"
 
 
 def test_a_wide_screen_has_all_charts_also_on_a_log_scale() -> None:
@@ -194,8 +193,8 @@ def test_a_small_screen_has_plain_lines_only() -> None:
         "step 59/96, ETA 0:17",
         "loss 0.122",
         "kl 1.11",
-        "grad norm 0.072",
-        "learning rate 6.8e-04",
+        "grad 0.072",
+        "lr 6.8e-04",
         "all good: loss 0.454 -> 0.171, validation 0.243 -> 0.183",
     ]
     assert rows[7:] == [""] * 7
@@ -206,10 +205,11 @@ def test_a_dpo_run_shows_both_rewards_and_the_answers_of_its_reference(width: in
     rows = lines_of(state_after(up_to(DPO, 40)), View(), width, height)
     assert_rows(
         rows,
-        "dpo \u00b7 stage 2 of 2: dpo of tiny-tutor \u00b7 CPU, 1 threads,",
+        "dpo \u00b7 stage 2 of 2: dpo of tiny-tutor"
+        + (" \u00b7 CPU, 1 threads, fp32 running" if width == 120 else " running"),
         "policy = base + sft + policy reference = the base with the frozen adapter sft",
-        "step 39/68 (57 %) ETA 1:01 for 1:35 906 tokens/s",
-        "time training 67% evaluating 19% loading 1",
+        "step 39/68 (57 %) ETA 1:01 for 1:35 899 tokens/s",
+        "time training 67% evaluating 19%",
         "loss 0.241 validation 0.276 reward chosen -0.263 rejected -4.52",
     )
     assert_rows(rows, "ok all good: loss 0.617 -> 0.236, validation 0.566 -> 0.276, 85% of the")
@@ -233,14 +233,14 @@ def test_a_reward_model_shows_pairs_and_their_scores(width: int, height: int) ->
     rows = lines_of(state_after(REWARD), View(), width, height)
     assert_rows(
         rows,
-        "tiny-reward \u00b7 reward of tiny-tutor \u00b7 CPU, 1 thread",
+        "tiny-reward \u00b7 reward of tiny-tutor",
         "reward = base + reward",
-        "step 250/250 (100 %) 2,253 tokens/s",
+        "step 250/250 (100 %) 2,127 tokens/s",
         "loss 0.410 validation 0.291 accuracy 56.2 % validation 83.0 %",
         "validation loss rises since step 150 (0.284 -> 0.291): overfitting; step",
         "pair 1 of 3 ",
         "held-out pairs right: 84.5 %",
-        "Leo has 26 flowers and gets 62 more. How many flowers does Le",
+        "Leo has 26 flowers and gets 62 more. How many flowers",
         "chosen +1.434 6+2=8, 20+60=80, 80+8=88. So it is 88.",
         "rejected -2.045 That makes 86.",
     )
@@ -261,7 +261,7 @@ def test_the_second_stage_of_a_chain_keeps_earlier_answers_on_80_columns() -> No
         rows,
         "stage 2 of 2: dpo of tiny-tutor",
         "held-out exact: base 1.6 %, sft 46.2 %",
-        "base 6*30=180, 6*3=18, 180+18=198. So it is 198.\\n6*30=180, [cut off]",
+        "base 6*30=180, 6*3=18, 180+18=198. So it is 198.\u23ce 6*30=180, [cut off]",
         "sft 6*30=180, 6*3=18, 180+18=198. So it is 198.",
         "step 48 6*30=180, 6*3=18, 180+18=198. So it is 198. [gold 198]",
     )
@@ -273,7 +273,7 @@ def test_a_grpo_run_shows_rewards_phases_and_heldout_accuracy(width: int, height
     assert_rows(
         rows,
         "grpo \u00b7 stage 2 of 2: grpo of tiny-tutor",
-        "step 21/24 (88 %) ETA 0:07 for 0:51 2,108 tokens/s",
+        "step 21/24 (88 %) ETA 0:07 for 0:51 2,084 tokens/s",
         "1.2 of 23.5 GiB step rollout 39% reward 0% update 61%",
         "reward 0.984 \u00b1 0.041 held-out exact, pass@1 100.0 %",
         "1.0 \u2502",
@@ -331,10 +331,11 @@ def test_the_help_lists_every_key_and_explains_the_screen(
 ) -> None:
     rows = lines_of(state_after(events), View(help=True), width, height)
     assert rows[4].startswith("\u2500\u2500 help \u2500")
-    keys = {key: effect for key, (_, effect) in KEYS.items() if has_group or key != "g"}
-    assert rows[5 : 5 + len(keys)] == [f"{key} {effect}" for key, effect in keys.items()]
-    text = " ".join(rows[5 + len(keys) : -1])
-    assert " ".join(text.split()) == " ".join(NOTES)
+    others = {"[", "]", "o", "0-9"} if has_group else {"[", "]", "o", "0-9", "g"}
+    keys = {key: effect for key, (_, effect) in KEYS.items() if key not in others}
+    text = " ".join(rows[5:-1])
+    assert all(f"{key} {effect}" in text for key, effect in keys.items())
+    assert " ".join(NOTES) in " ".join(text.split())
 
 
 @pytest.mark.parametrize(
@@ -365,14 +366,6 @@ def test_every_size_is_filled_exactly(events: list[Event]) -> None:
                 lines = render(state, view, width, height)
                 assert len(lines) == height and all(width_of(line) == width for line in lines)
                 assert not view.ascii_only or plain_text(lines).isascii()
-
-
-def test_several_runs_are_side_by_side_or_stacked() -> None:
-    states = [state_after(RECORDED), state_after(middle()), State()]
-    for width, height, beside in ((200, 50, True), (80, 48, False), (300, 20, True)):
-        lines = render_several(states, View(), width, height)
-        assert len(lines) == height and all(width_of(line) == width for line in lines)
-        assert ("demo" in plain_text([lines[0]]) and plain_text([lines[0]]).count("lowrank-tune") == 3) is beside
 
 
 def test_hostile_text_is_inert() -> None:
@@ -455,7 +448,7 @@ def test_shares_of_the_phases_and_the_eta_are_shown() -> None:
     )
     state = state_after([Progress(description="loading", done=0, total=1, time=-4.0), START, *steps(4), checked, saved])
     assert state.phase_shares() == {"loading": 4 / 12, "training": 4 / 12, "evaluating": 2 / 12, "saving": 2 / 12}
-    assert state.seconds_left == 96.0 and state.tokens_per_second == 50.0
+    assert state.seconds_left == 96.0 and state.totals.tokens_per_second == 50.0
     shown = plain_text(render(state, View(), 120, 40))
     assert "ETA 1:36" in shown and "50 tokens/s" in shown and "training 33%" in shown
 
@@ -601,7 +594,7 @@ def test_warnings_are_first_and_repeats_are_counted() -> None:
 
 def test_keys_change_the_view() -> None:
     view = View()
-    assert handle_key(view, "l").log_scale and handle_key(view, "?").help and handle_key(view, "n").sample == 1
+    assert handle_key(view, "y").log_scale and handle_key(view, "?").help and handle_key(view, "n").sample == 1
     assert (
         handle_key(view, "+").smoothing == view.smoothing + 1
         and handle_key(view, "-").smoothing == view.smoothing - 1
@@ -775,26 +768,6 @@ def test_wrapping_and_fitting_by_cells() -> None:
     )
     assert wrap("\u4e2d" * 5, 6, 3) == ["\u4e2d" * 3, "\u4e2d" * 2]
     assert fit([("\u4e2d\u4e2d", "")], 3) == [("\u4e2d ", "")] and fit([("a", "")], 3) == [("a", ""), ("  ", "")]
-
-
-def test_a_gpu_is_read_through_nvidia_ml(monkeypatch: pytest.MonkeyPatch) -> None:
-    import sys
-    from types import SimpleNamespace as Named
-
-    driver = Named(
-        nvmlInit=lambda: None,
-        nvmlDeviceGetHandleByIndex=lambda index: index,
-        nvmlDeviceGetTemperature=lambda handle, kind: 71,
-        nvmlDeviceGetMemoryInfo=lambda handle: Named(used=19 << 30, total=24 << 30),
-        nvmlDeviceGetPowerUsage=lambda handle: 310_000,
-        nvmlDeviceGetUtilizationRates=lambda handle: Named(gpu=97),
-    )
-    monkeypatch.setitem(sys.modules, "pynvml", driver)
-    assert GpuStats().read() == "GPU 19.0/24.0 GiB 71 C 310 W 97 %"
-    driver.nvmlDeviceGetTemperature = None
-    assert GpuStats().read() == ""
-    monkeypatch.setitem(sys.modules, "pynvml", None)
-    assert GpuStats().read() == ""
 
 
 def test_the_picture_in_the_readme_is_drawn_from_the_recorded_run() -> None:

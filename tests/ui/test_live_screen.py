@@ -134,9 +134,9 @@ def test_live_screen_keys_and_resizes_from_start_to_quit(emulator: Emulator, tmp
     emulator.until("question 1 of 4")
     emulator.press("n")
     emulator.until("question 2 of 4")
-    emulator.press("l")
+    emulator.press("y")
     emulator.until("loss log")
-    # an arrow and function keys have no effect
+    # without an open pane an arrow has no effect, and function keys never have one
     emulator.press("\x1b[A\x1bOP\x1b[1;5q")
     emulator.press("s")
     emulator.until("met the request to save")
@@ -259,11 +259,12 @@ def test_can_show_and_ascii_only_by_terminal_and_environment(capsys: pytest.Capt
     os.close(theirs)
     program = (
         "import os, sys; from lowrank_tune.ui.terminal.device import can_show; e = dict(TERM='xterm')\n"
-        "cases = ((e, 0), (e | {'CI': '1'}, 0), (e | {'CI': '1'}, 1), (e | {'TERM': 'dumb'}, 1), ({}, 1))\n"
+        "cases = ((e, 0), (e | {'CI': '1'}, 0), (e | {'CI': '1'}, 1), (e | {'TERM': 'dumb'}, 1), ({}, 1),\n"
+        " (e | {'JPY_PARENT_PID': '7'}, 0), (e | {'JPY_PARENT_PID': '7'}, 1))\n"
         "print([can_show(sys.stdout, environ, forced) for environ, forced in cases])"
     )
     emulator = Emulator("-c", program)
-    assert emulator.finish() == 0 and b"[True, False, True, False, False]" in emulator.raw
+    assert emulator.finish() == 0 and b"[True, False, True, False, False, False, True]" in emulator.raw
 
 
 @pytest.mark.slow

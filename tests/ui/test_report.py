@@ -737,10 +737,10 @@ def test_wall_time_is_the_sum_of_all_sessions(tmp_path: Path, end: str) -> None:
         replace(step_end(2, loss=1.0), time=3740.0),
     ]
     record = read_run_log(write_run(tmp_path / "going-on", *events))
-    assert record.seconds == 40.0
+    assert record.totals.seconds == 40.0 and record.totals.sessions == 2
     finished = read_run_log(
         write_run(tmp_path / "done", *events, RunEnded(time=3741.0, status="done", step=2, seconds=21.0))
     )
-    assert finished.seconds == 41.0 and "0:41" in check_page(page(finished)).text
+    assert finished.totals.seconds == 41.0 and "wall time, 2 sessions" in check_page(page(finished)).text
     compared = dict(rows(read_runs([tmp_path / "done", tmp_path / "going-on"])))
-    assert compared["wall time"] == ["0:41", "0:40"]
+    assert compared["wall time"] == ["0:41 (2 sessions)", "0:40 (2 sessions)"]

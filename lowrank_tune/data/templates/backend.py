@@ -8,14 +8,32 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from tokenizers import Encoding, Tokenizer
 
 from lowrank_tune.errors import UserError
 
+PANIC = "PanicException"
+"""The type, derived from BaseException, of an error inside the Rust library."""
 CONTROL_FOUND = "a control token of the base that could not be read as plain text"
+
+
+@contextmanager
+def _describe_panics() -> Iterator[None]:
+    """Raises UserError if the tokenizers library fails inside, as it does for a regular expression that needs too many
+    retries on a text."""
+    try:
+        yield
+    except BaseException as error:
+        if type(error).__name__ != PANIC:
+            raise
+        raise UserError(
+            f"base.model: its tokenizer fails on a text ({str(error).strip():.200}): a rule in its tokenizer.json is "
+            "broken or takes too long; use another base"
+        ) from None
 
 
 class TokenizerBackend:
@@ -68,25 +86,29 @@ class TokenizerBackend:
 
     def _detect_prefix_space(self) -> bool:
         """Returns whether the tokenizer puts a space before every text, as those of SentencePiece do."""
-        alone = self.plain_tokenizer.encode("x", add_special_tokens=False)
-        after = self.plain_tokenizer.encode("\nx", add_special_tokens=False)
+        with _describe_panics():
+            alone = self.plain_tokenizer.encode("x", add_special_tokens=False)
+            after = self.plain_tokenizer.encode("\nx", add_special_tokens=False)
         return alone.ids != after.ids[-len(alone.ids) :]
 
     def encode_plain(self, texts: Sequence[str]) -> list[list[int]]:
         """Returns the ids of texts in which control tokens are plain characters."""
-        encodings = self.plain_tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
+        with _describe_panics():
+            encodings = self.plain_tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
         return [encoding.ids for encoding in encodings]
 
     def encode_with_special_tokens(self, texts: Sequence[str]) -> list[Encoding]:
         """Returns the encodings, with offsets, of texts in which control tokens are control tokens."""
-        return self.special_tokenizer.encode_batch(list(texts), add_special_tokens=False)
+        with _describe_panics():
+            return self.special_tokenizer.encode_batch(list(texts), add_special_tokens=False)
 
     def encode_continuation(self, text: str) -> list[int]:
         """Returns the plain ids of a text that follows other ids: without a space that the text does not have."""
         if not text:
             return []
         if self._adds_prefix_space:
-            encoding = self.plain_tokenizer.encode("\n" + text, add_special_tokens=False)
+            with _describe_panics():
+                encoding = self.plain_tokenizer.encode("\n" + text, add_special_tokens=False)
             first = encoding.char_to_token(1)
             if first is not None and token_start(encoding, first) == 1:
                 return encoding.ids[first:]

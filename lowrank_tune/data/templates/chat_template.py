@@ -22,6 +22,7 @@ from lowrank_tune.data.templates.fallback import (
     PlainTextTemplate,
 )
 from lowrank_tune.data.templates.jinja import JinjaChatTemplate
+from lowrank_tune.data.templates.render_process import RenderProcess, RenderRequest, shared_process
 from lowrank_tune.errors import UserError
 
 BYTE_TOKEN = re.compile(r"<0x[0-9A-Fa-f]{2}>")
@@ -55,13 +56,14 @@ class ChatTemplate:
         cls,
         tokenizer: Any,
         template_date: str | None = None,
+        process: RenderProcess | None = None,
     ) -> ChatTemplate:
         """Returns the tokenizer's own template; without one the kit's if the vocabulary has its control tokens, else
         plain words.
 
         `template_date` (YYYY-MM-DD) is the date that a template with a date writes. A run passes its own, so that its
-        prompts are the same on every day. Default: today, if the template uses the clock. Raises UserError if the
-        template writes no date.
+        prompts are the same on every day. Default: today, if the template uses the clock. `process` renders it
+        (default: the one that all templates share). Raises UserError if the template writes no date.
         """
         backend = TokenizerBackend(tokenizer)
         own = default_chat_template(tokenizer)
@@ -69,7 +71,11 @@ class ChatTemplate:
         if own is not None:
             return cls(
                 backend,
-                JinjaChatTemplate(backend, date_written),
+                JinjaChatTemplate(
+                    backend,
+                    date_written,
+                    process,
+                ),
                 date_written,
             )
         if DefaultTemplate.has_all_special_tokens(backend):
@@ -145,14 +151,15 @@ class ChatTemplate:
         messages: list[dict[str, str]],
         add_generation_prompt: bool,
     ) -> str:
-        """Returns the text that other software renders with `dated_chat_template`."""
-        text = self.tokenizer.apply_chat_template(
-            messages,
-            chat_template=self.dated_chat_template,
-            tokenize=False,
-            add_generation_prompt=add_generation_prompt,
+        """Returns the text that other software renders with `dated_chat_template`. Raises InvalidRow."""
+        (text,) = shared_process().render_some(
+            self.dated_chat_template,
+            self.tokenizer.special_tokens_map,
+            [RenderRequest(messages, add_generation_prompt)],
         )
-        return str(text)
+        if isinstance(text, InvalidRow):
+            raise text
+        return text
 
     @property
     def begins_with_bos(self) -> bool:

@@ -28,6 +28,7 @@ from lowrank_tune.data.templates.date import with_date
 from lowrank_tune.data.templates.encoder import SpanEncoder
 from lowrank_tune.data.templates.generation_prompt import GenerationPrompt
 from lowrank_tune.data.templates.placeholders import Placeholders
+from lowrank_tune.data.templates.render_process import RenderProcess
 from lowrank_tune.data.templates.renderer import (
     PROBE_ANSWER,
     PROBE_CONVERSATION,
@@ -52,11 +53,16 @@ class JinjaChatTemplate:
         self,
         backend: TokenizerBackend,
         day: date | None = None,
+        process: RenderProcess | None = None,
     ) -> None:
         self.backend = backend
         self.dated_chat_template = with_date(self.chat_template, day)
         self._placeholders = Placeholders(backend)
-        self._renderer = TemplateRenderer(backend.tokenizer, self.dated_chat_template)
+        self._renderer = TemplateRenderer(
+            backend.tokenizer,
+            self.dated_chat_template,
+            process,
+        )
         question, answered = self._probe()
         self.generation_prompt = _probe_generation_prompt(question, answered)
         after_answer = answered.rpartition(PROBE_ANSWER)[2]
@@ -87,7 +93,8 @@ class JinjaChatTemplate:
 
     def _probe(self) -> tuple[str, str]:
         """Returns a question as a prompt, and the same with its answer."""
-        question, answered = self._renderer.render_all([(PROBE_CONVERSATION[:1], True), (PROBE_CONVERSATION, False)])
+        question = self._renderer.probe(PROBE_CONVERSATION[:1], add_generation_prompt=True)
+        answered = self._renderer.probe(PROBE_CONVERSATION)
         for text in (question, answered):
             if isinstance(text, InvalidRow):
                 raise UserError(f"{UNUSABLE}: {text.reason}")

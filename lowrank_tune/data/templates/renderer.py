@@ -3,22 +3,41 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from lowrank_tune.data.formats import ChatMessages, InvalidRow
 from lowrank_tune.data.message import Message
+from lowrank_tune.data.templates.render_process import (
+    LimitExceeded,
+    RenderProcess,
+    RenderRequest,
+    shared_process,
+)
 from lowrank_tune.errors import UserError
 
 PROBE_QUESTION = "Hm, who asks?"
 PROBE_ANSWER = "Nobody asks."
 PROBE_SYSTEM = "Rule one."
 PROBE_CONVERSATION = (Message("user", PROBE_QUESTION), Message("assistant", PROBE_ANSWER))
+MAX_EXCEEDED = 3
+"""Rows in succession on which a template may exceed a limit: each takes seconds."""
 
+REPLACE_TEMPLATE = (
+    "replace it in a copy of the base (`chat_template.jinja`, or `chat_template` in `tokenizer_config.json`)"
+)
 SystemMode = Literal["own", "always", "folded"]
 
 
+class Rendering(NamedTuple):
+    """Messages to render. `row`: the number of the row that they belong to, in the same call."""
+
+    messages: ChatMessages
+    add_generation_prompt: bool
+    row: int = 0
+
+
 class TemplateRenderer:
-    """Renders conversations by `chat_template`, in the environment of the tokenizer.
+    """Renders conversations by `chat_template`, with the variables of the tokenizer, in a worker process.
 
     `system_mode` is how a system message is rendered: by the template (`own`); by a template that fails without one,
     so that an empty one is added (`always`); or before the question (`folded`).
@@ -28,16 +47,19 @@ class TemplateRenderer:
         self,
         tokenizer: Any,
         chat_template: str,
+        process: RenderProcess | None = None,
     ) -> None:
         self._tokenizer = tokenizer
         self._chat_template = chat_template
+        self._process = process or shared_process()
+        self._num_exceeded = 0
         self.system_mode: SystemMode = "own"
         self.system_mode = self._probe_system_mode()
 
     def _probe_system_mode(self) -> SystemMode:
         """Renders a made-up conversation with and without a system message."""
-        plain = self.render(PROBE_CONVERSATION)
-        with_system = self.render([Message("system", PROBE_SYSTEM), *PROBE_CONVERSATION])
+        plain = self.probe(PROBE_CONVERSATION)
+        with_system = self.probe([Message("system", PROBE_SYSTEM), *PROBE_CONVERSATION])
         if isinstance(plain, InvalidRow):
             if isinstance(with_system, InvalidRow):
                 raise UserError(
@@ -50,31 +72,16 @@ class TemplateRenderer:
             return "folded"
         return "own"
 
-    def render_all(self, requests: Sequence[tuple[ChatMessages, bool]]) -> list[str | InvalidRow]:
-        """Renders conversations, each with a generation prompt or without. One call of the tokenizer renders all of a
-        kind, because a call costs more than a rendering."""
-        rendered: list[str | InvalidRow] = [""] * len(requests)
-        for add_generation_prompt in (False, True):
-            indices = [index for index, request in enumerate(requests) if request[1] is add_generation_prompt]
-            conversations = [requests[index][0] for index in indices]
-            texts = self._render_together(conversations, add_generation_prompt)
-            for index, text in zip(indices, texts, strict=True):
-                rendered[index] = text
-        return rendered
-
-    def _render_together(
+    def probe(
         self,
-        conversations: Sequence[ChatMessages],
-        add_generation_prompt: bool,
-    ) -> Sequence[str | InvalidRow]:
-        if not conversations:
-            return []
-        prepared = [self._prepare(messages) for messages in conversations]
-        try:
-            return self._apply_template(prepared, add_generation_prompt)
-        except Exception:
-            # A template may raise anything. Rendered one by one, the fault is that of its own row.
-            return [self.render(messages, add_generation_prompt) for messages in conversations]
+        messages: ChatMessages,
+        add_generation_prompt: bool = False,
+    ) -> str | InvalidRow:
+        """Returns the same as `render`. Raises UserError if the template exceeds a limit."""
+        text = self.render(messages, add_generation_prompt)
+        if isinstance(text, LimitExceeded):
+            raise UserError(f"{self._name} {text.fault} on a short conversation; {REPLACE_TEMPLATE}")
+        return text
 
     def render(
         self,
@@ -82,33 +89,92 @@ class TemplateRenderer:
         add_generation_prompt: bool = False,
     ) -> str | InvalidRow:
         """Returns the text of one conversation, or why it cannot be rendered."""
-        try:
-            (text,) = self._apply_template([self._prepare(messages)], add_generation_prompt)
-            return text
-        except Exception as error:
-            lines = str(error).splitlines() or [type(error).__name__]
-            return InvalidRow(f"the base's chat template refuses it: {lines[0][:100]}")
+        (text,) = self.render_all([Rendering(messages, add_generation_prompt)])
+        return text
 
-    def _apply_template(
-        self,
-        conversations: list[list[dict[str, str]]],
-        add_generation_prompt: bool,
-    ) -> list[str]:
-        texts: list[str] = self._tokenizer.apply_chat_template(
-            conversations,
-            chat_template=self._chat_template,
-            tokenize=False,
-            add_generation_prompt=add_generation_prompt,
-        )
-        return texts
+    def render_all(self, renderings: Sequence[Rendering]) -> list[str | InvalidRow]:
+        """Returns the texts, or why they cannot be rendered, in order. Once the template exceeds a limit on a row, its
+        later renderings are not made. Raises UserError if it does on `MAX_EXCEEDED` rows in succession."""
+        requests = self._requests(renderings)
+        variables: dict[str, str] = self._tokenizer.special_tokens_map
+        rendered: list[str | InvalidRow] = []
+        exceeded = _ExceededRows(self._num_exceeded)
+        while len(rendered) < len(requests):
+            start = len(rendered)
+            texts = self._process.render_some(
+                self._chat_template,
+                variables,
+                requests[start:],
+            )
+            rendered += texts
+            last = texts[-1]
+            is_exceeded = isinstance(last, LimitExceeded)
+            exceeded.add([request.row for request in requests[start : len(rendered)]], is_exceeded)
+            if isinstance(last, LimitExceeded):
+                if exceeded.count >= MAX_EXCEEDED:
+                    raise UserError(
+                        f"{self._name} {last.fault} on {MAX_EXCEEDED} conversations in succession; {REPLACE_TEMPLATE}"
+                    )
+                row = requests[len(rendered) - 1].row
+                while len(rendered) < len(requests) and requests[len(rendered)].row == row:
+                    rendered.append(last)
+        self._num_exceeded = exceeded.count_at_end()
+        return rendered
 
-    def _prepare(self, messages: ChatMessages) -> list[dict[str, str]]:
+    @property
+    def _name(self) -> str:
+        """The template as a message names it."""
+        base = getattr(self._tokenizer, "name_or_path", "") or "the base"
+        return f"the chat template of {base}"
+
+    def _requests(self, renderings: Sequence[Rendering]) -> list[RenderRequest]:
+        """Returns the renderings with prepared messages: equal objects where they have the same messages."""
+        plain: dict[int, dict[str, str]] = {}
+        requests = []
+        for rendering in renderings:
+            for message in rendering.messages:
+                if id(message) not in plain:
+                    plain[id(message)] = {"role": message.role, "content": message.content}
+            messages = self._prepare([plain[id(message)] for message in rendering.messages])
+            requests.append(RenderRequest(messages, rendering.add_generation_prompt, rendering.row))
+        return requests
+
+    def _prepare(self, messages: list[dict[str, str]]) -> list[dict[str, str]]:
         """Returns the messages in the form that the template accepts."""
-        prepared = [{"role": message.role, "content": message.content} for message in messages]
-        has_system = bool(messages) and messages[0].role == "system"
+        has_system = bool(messages) and messages[0]["role"] == "system"
         if self.system_mode == "always" and not has_system:
-            prepared.insert(0, {"role": "system", "content": ""})
-        elif self.system_mode == "folded" and has_system and len(messages) > 1:
-            system = prepared.pop(0)
-            prepared[0]["content"] = f"{system['content']}\n\n{prepared[0]['content']}"
-        return prepared
+            return [{"role": "system", "content": ""}, *messages]
+        if self.system_mode == "folded" and has_system and len(messages) > 1:
+            system, first, *later = messages
+            content = f"{system['content']}\n\n{first['content']}"
+            return [{**first, "content": content}, *later]
+        return messages
+
+
+class _ExceededRows:
+    """Counts the rows in succession on which a template exceeds a limit; `count` is that of earlier ones."""
+
+    def __init__(self, count: int) -> None:
+        self.count = count
+        self._row: int | None = None
+        self._is_exceeded = True
+
+    def add(self, rows: Sequence[int], is_exceeded: bool) -> None:
+        """Adds renderings by their rows; `is_exceeded`: whether the last one exceeds a limit."""
+        before = [row for row in rows if row != rows[-1]]
+        if before:
+            self._add_row(before[-1], False)
+        self._add_row(rows[-1], is_exceeded)
+
+    def _add_row(self, row: int, is_exceeded: bool) -> None:
+        if row != self._row:
+            self.count = self.count_at_end()
+            self._row = row
+            self._is_exceeded = False
+        if is_exceeded and not self._is_exceeded:
+            self._is_exceeded = True
+            self.count += 1
+
+    def count_at_end(self) -> int:
+        """Returns the count once no rendering of the last row follows."""
+        return self.count if self._is_exceeded else 0

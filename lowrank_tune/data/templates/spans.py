@@ -14,7 +14,7 @@ from lowrank_tune.data.templates.generation_prompt import (
     GenerationPrompt,
     OwnThought,
 )
-from lowrank_tune.data.templates.renderer import TemplateRenderer
+from lowrank_tune.data.templates.renderer import Rendering, TemplateRenderer
 
 NOTHING_TRAINED = "nothing in it is trained"
 
@@ -78,12 +78,12 @@ class SpanFinder:
 
     def _render_answers(self, conversations: Sequence[ChatMessages]) -> list[list[_Answer] | InvalidRow]:
         """Renders for each answer its prompt, and the messages up to the answer."""
-        requests: list[tuple[ChatMessages, bool]] = []
-        for messages in conversations:
+        renderings: list[Rendering] = []
+        for row, messages in enumerate(conversations):
             for index in _answer_indices(messages):
-                requests.append((messages[:index], True))
-                requests.append((messages[: index + 1], False))
-        texts = iter(self._renderer.render_all(requests))
+                renderings.append(Rendering(messages[:index], True, row))
+                renderings.append(Rendering(messages[: index + 1], False, row))
+        texts = iter(self._renderer.render_all(renderings))
         return [_read_answers(messages, texts) for messages in conversations]
 
     def _last_completions(
@@ -97,7 +97,7 @@ class SpanFinder:
         """
         completions: list[str | InvalidRow] = []
         thoughts: dict[int, tuple[str, OwnThought]] = {}
-        requests: list[tuple[ChatMessages, bool]] = []
+        renderings: list[Rendering] = []
         for index, answers in enumerate(answers_of):
             if isinstance(answers, InvalidRow):
                 completions.append(answers)
@@ -106,10 +106,10 @@ class SpanFinder:
             if isinstance(completion, OwnThought):
                 thoughts[index] = (answers[-1].prompt, completion)
                 answer = Message("assistant", completion.answer)
-                requests.append(((*conversations[index][:-1], answer), False))
+                renderings.append(Rendering((*conversations[index][:-1], answer), False, index))
                 completion = InvalidRow(REWRITTEN)
             completions.append(completion)
-        texts = self._renderer.render_all(requests)
+        texts = self._renderer.render_all(renderings)
         for (index, (prompt, thought)), text in zip(thoughts.items(), texts, strict=True):
             if isinstance(text, InvalidRow):
                 completions[index] = text

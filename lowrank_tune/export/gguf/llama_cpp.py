@@ -23,6 +23,7 @@ from lowrank_tune.checkpoint import as_user_error, atomic_folder
 from lowrank_tune.data.tokenize import cache_folder
 from lowrank_tune.errors import TrainingError, UserError
 from lowrank_tune.events import Emit, LogMessage
+from lowrank_tune.full_disk import CACHE_CURE
 
 ENV_VARIABLE = "LLAMA_CPP_DIR"
 CONVERTER = "convert_hf_to_gguf.py"
@@ -161,7 +162,7 @@ def _extract_to_cache(archive: Path) -> Path:
     with as_user_error(archive), archive.open("rb") as opened:
         if hashlib.file_digest(opened, "sha256").hexdigest() != SHA256:
             raise UserError(f"{archive} is not the expected {ARCHIVE}: its sha256 differs")
-    with atomic_folder(target, overwrite=False) as folder:
+    with atomic_folder(target, overwrite=False, cure=CACHE_CURE) as folder:
         _unpack(archive, folder)
     return target
 

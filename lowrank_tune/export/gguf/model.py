@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import subprocess
@@ -14,6 +13,8 @@ from typing import Any
 from lowrank_tune.errors import TrainingError, UserError
 from lowrank_tune.events import Emit, Progress
 from lowrank_tune.export.gguf.llama_cpp import CONVERTER, Quantizer
+from lowrank_tune.full_disk import raise_if_full
+from lowrank_tune.json_files import read_json
 
 BITS_PER_WEIGHT = {
     "f32": (32.0, 0),
@@ -87,7 +88,7 @@ def pretokenizer_name(merged: Path) -> str | None:
     """Returns llama.cpp's name of the rules by which a tokenizer splits words, None if they are not in `PRETOKENIZERS`,
     or it is not BPE."""
     try:
-        raw = json.loads((merged / "tokenizer.json").read_bytes())
+        raw = read_json(merged / "tokenizer.json")
         if raw["model"]["type"] != "BPE" or raw["model"].get("byte_fallback"):
             return None
         stated = (raw.get("normalizer"), _without_offsets(raw["pre_tokenizer"]))
@@ -145,6 +146,7 @@ def convert(
     text = "\n".join(output)
     if code == 0 and file.is_file():
         return
+    raise_if_full(text)
     if "pre-tokenizer was not recognized" in text:
         raise UserError(
             "llama.cpp's converter does not support this base's tokenizer, so no GGUF of the whole model can be made; "
@@ -174,6 +176,7 @@ def quantize(
         emit,
     )
     if code or not file.is_file():
+        raise_if_full("\n".join(output))
         raise TrainingError(f"llama.cpp's quantizer failed (exit code {code}): {_error_line(output)}")
 
 

@@ -10,12 +10,12 @@ from __future__ import annotations
 
 import ast
 import builtins
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
+from lowrank_tune.json_files import parse_json
 from lowrank_tune.rewards.code.code_blocks import fenced_blocks
 from lowrank_tune.rewards.sandbox.check import CheckResult, SandboxPair
 from lowrank_tune.rewards.sandbox.launch import Level
@@ -203,8 +203,8 @@ def _text_list(value: object) -> list[str]:
     """Returns a list of texts, which some data sets have as JSON."""
     if isinstance(value, str):
         try:
-            value = json.loads(value)
-        except json.JSONDecodeError:
+            value = parse_json(value)
+        except ValueError:
             return [str(value)] if str(value).strip() else []
     if isinstance(value, (list, tuple)):
         return [str(element).replace("\r\n", "\n") for element in value]

@@ -9,7 +9,6 @@ limit on file sizes, and its own limit on memory.
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import re
 import resource
@@ -19,6 +18,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
+from lowrank_tune.json_files import parse_json
 from lowrank_tune.processes.process_tree import processes, with_descendants
 
 ENVIRONMENT = ("PATH", "HOME", "ELAN_HOME", "ELAN_TOOLCHAIN", "LEAN_PATH", "LEAN_SYSROOT", "LAKE_HOME")
@@ -153,8 +153,8 @@ def run_lean(
 
 def _messages(output: str) -> Iterator[Mapping[str, Any]]:
     for line in output.splitlines():
-        with contextlib.suppress(ValueError, RecursionError):
-            message = json.loads(line)
+        with contextlib.suppress(ValueError):
+            message = parse_json(line)
             if isinstance(message, dict):
                 yield message
 

@@ -15,6 +15,8 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from lowrank_tune.errors import UserError
+from lowrank_tune.json_files import parse_json
+from lowrank_tune.regular_files import read_regular_file
 from lowrank_tune.rewards.base import (
     MAX_REASON_CHARS,
     Reply,
@@ -27,6 +29,9 @@ from lowrank_tune.rewards.base import (
 )
 from lowrank_tune.rewards.code.code_blocks import last_code_block_or_text
 from lowrank_tune.rewards.text.json_schema_worker import build_validator
+
+MAX_SCHEMA_BYTES = 1 << 20
+"""The largest file of a schema."""
 
 MAX_CHARS = 200_000  # characters of a completion
 
@@ -80,8 +85,8 @@ def read_schema(
 
 def _read_json(path: Path) -> Any:
     try:
-        return json.loads(path.read_text(encoding="utf-8-sig"))
-    except (ValueError, RecursionError) as error:
+        return parse_json(read_regular_file(path, MAX_SCHEMA_BYTES).decode("utf-8-sig"))
+    except ValueError as error:
         raise UserError(f"{path} is not JSON: {error}") from None
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}") from None

@@ -5,12 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from statistics import median
 
 from lowrank_tune.config.schema import ONLINE_ALGORITHMS
 from lowrank_tune.json_files import get_mapping
+from lowrank_tune.training.run_totals import RunTotals, chain_totals
 from lowrank_tune.ui.compare.runs import ComparedRun
-from lowrank_tune.ui.formatting import clock, number, percent
+from lowrank_tune.ui.formatting import number, percent, rate, wall_time
 from lowrank_tune.ui.metrics import (
     POLICY,
     WITHOUT_REFERENCE,
@@ -83,7 +83,13 @@ def _steps(run: ComparedRun) -> str:
 
 
 def _seconds(run: ComparedRun) -> str:
-    return clock(sum(run_log.seconds for run_log in run.run_logs))
+    totals = _totals(run)
+    return wall_time(totals.seconds, totals.sessions)
+
+
+def _totals(run: ComparedRun) -> RunTotals:
+    stages = [run_log.totals for run_log in run.run_logs]
+    return stages[0] if run.chain is None else chain_totals(stages)
 
 
 @dataclass(frozen=True)
@@ -164,8 +170,8 @@ def _kl(run: ComparedRun) -> str:
 
 
 def _speed(run: ComparedRun) -> str:
-    values = _without_nan(run.points("tokens_per_second"))
-    return f"{median(values):,.0f}" if values else ""
+    totals = _totals(run)
+    return rate(totals.tokens_per_second) if totals.tokens else ""
 
 
 def _memory(run: ComparedRun) -> str:

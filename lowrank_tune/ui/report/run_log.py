@@ -20,6 +20,7 @@ from lowrank_tune.events import (
     StepEnd,
 )
 from lowrank_tune.json_files import read_json_object
+from lowrank_tune.training.run_totals import RunTotals, TotalsCounter
 from lowrank_tune.ui.groups import Group, read_group
 from lowrank_tune.ui.metrics import (
     DEFAULT_ALGORITHM,
@@ -34,7 +35,6 @@ from lowrank_tune.ui.run_paths import (
     read_recipe,
     stage_folders,
 )
-from lowrank_tune.ui.wall_time import WallTime
 
 StepValues = dict[int, float]
 """Values by step."""
@@ -56,7 +56,6 @@ class RunLog:
     ended: RunEnded | None = None
     began: float = 0.0
     last: float = 0.0
-    tokens: int = 0
     step: int = 0
     series: dict[str, StepValues] = field(default_factory=dict)
     checks: dict[str, StepValues] = field(default_factory=dict)
@@ -71,7 +70,7 @@ class RunLog:
     base: Mapping[str, Any] = field(default_factory=dict)
     scores: Mapping[str, Any] = field(default_factory=dict)
     recipe: str = ""
-    _wall_time: WallTime = field(default_factory=WallTime)
+    _counter: TotalsCounter = field(default_factory=TotalsCounter)
     _every: int = 1
 
     @property
@@ -94,9 +93,9 @@ class RunLog:
         return self.ended.status if self.ended else "not ended"
 
     @property
-    def seconds(self) -> float:
-        """Wall time of all sessions."""
-        return self._wall_time.seconds
+    def totals(self) -> RunTotals:
+        """Time, sessions and speed of all sessions."""
+        return self._counter.totals
 
     def points(self, name: str) -> list[Point]:
         """Returns the values of a statistic of the steps as points."""
@@ -111,7 +110,7 @@ class RunLog:
         """Takes one event. A run that continues after an interruption has not ended."""
         self.began = self.began or event.time
         self.last = event.time
-        self._wall_time.apply(event)
+        self._counter.apply(event)
         if isinstance(event, RunStarted):
             self.started = event
             self.ended = None
@@ -132,7 +131,6 @@ class RunLog:
 
     def _add_step(self, event: StepEnd) -> None:
         self.step = event.step
-        self.tokens += event.tokens
         for name, value in event.stats.items():
             _store(self.series, name, event.step, value)
         for name, seconds in phases_of(event.stats, event.seconds).items():

@@ -5,14 +5,15 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from statistics import median
 
 from lowrank_tune.config.schema import ONLINE_ALGORITHMS
+from lowrank_tune.training.run_totals import RunTotals, chain_totals
 from lowrank_tune.ui.formatting import (
     clock,
     format_large,
     number,
     percent,
+    rate,
 )
 from lowrank_tune.ui.metrics import WITHOUT_REFERENCE
 from lowrank_tune.ui.report.heldout import (
@@ -45,17 +46,7 @@ def run_tiles(run_log: RunLog) -> list[Tile]:
     ]
     steps = f" / {started.steps:,}" if started and started.steps else ""
     tiles.append(Tile(f"{run_log.step:,}{steps}", "steps"))
-    tiles.append(Tile(clock(run_log.seconds), "wall time"))
-    if run_log.tokens:
-        tiles.append(Tile(format_large(run_log.tokens), "tokens trained through"))
-    speeds = run_log.finite_values("tokens_per_second").values()
-    if speeds:
-        tiles.append(
-            Tile(
-                f"{median(speeds):,.0f}",
-                "tokens per second, median",
-            )
-        )
+    tiles += _total_tiles(run_log.totals, "wall time")
     memory = run_log.series.get("memory_gib")
     if memory:
         tiles.append(Tile(f"{max(memory.values()):.2f} GiB", "peak memory"))
@@ -72,19 +63,19 @@ def chain_tiles(chain: ChainLog) -> list[Tile]:
         tiles += _pair_tiles(run_log)
     done = sum(run_log.status == "done" for run_log in run_logs)
     tiles.append(Tile(f"{done} / {len(chain.stages)}", "stages"))
-    tiles.append(
-        Tile(
-            clock(sum(run_log.seconds for run_log in run_logs)),
-            "wall time of the stages",
-        )
-    )
-    tiles.append(
-        Tile(
-            format_large(sum(run_log.tokens for run_log in run_logs)),
-            "tokens trained through",
-        )
-    )
+    totals = chain_totals([run_log.totals for run_log in run_logs])
+    tiles += _total_tiles(totals, "wall time of the stages")
     return tiles
+
+
+def _total_tiles(totals: RunTotals, time_label: str) -> Iterator[Tile]:
+    """Yields wall time, tokens and speed of all sessions."""
+    if totals.sessions > 1:
+        time_label = f"{time_label}, {totals.sessions} sessions"
+    yield Tile(clock(totals.seconds), time_label)
+    if totals.tokens:
+        yield Tile(format_large(totals.tokens), "tokens trained through")
+        yield Tile(rate(totals.tokens_per_second), "tokens a second")
 
 
 def _heldout_tiles(stages: StageStats) -> Iterator[Tile]:

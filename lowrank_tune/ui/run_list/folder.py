@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -10,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from lowrank_tune.errors import UserError
-from lowrank_tune.json_files import as_mapping, get_mapping, get_number, get_objects, read_json_object
+from lowrank_tune.json_files import as_mapping, get_mapping, get_number, get_objects, read_json, read_json_object
 from lowrank_tune.ui.run_list.best import best_of_summary
 from lowrank_tune.ui.run_list.entry import ListedRun, RunState
 from lowrank_tune.ui.run_list.session import last_event_time, read_events_of_run
@@ -101,7 +100,7 @@ def _unfinished(run: ListedRun) -> ListedRun:
         best=events.best or events.last,
         step=events.step,
         steps=started.steps if started else 0,
-        seconds=events.wall_time.seconds,
+        seconds=events.counter.totals.seconds,
         updated=events.time,
         problem=str(events.ended.message) if events.ended else "",
     )
@@ -154,10 +153,10 @@ def _with_recipe(run: ListedRun, recipe: Mapping[str, Any]) -> ListedRun:
 def _problem_of_run_file(folder: Path) -> str:
     """Returns why the `run.json` of a folder cannot be used, empty if it can."""
     try:
-        content = json.loads((folder / "run.json").read_bytes())
+        content = read_json(folder / "run.json")
     except OSError as error:
         return f"run.json cannot be read ({error.strerror or error})"
-    except (ValueError, RecursionError):
+    except ValueError:
         return "run.json is not valid JSON"
     return "" if as_mapping(content).get("recipe") else "run.json contains no recipe"
 

@@ -6,10 +6,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from lowrank_tune.events import Evaluated, Event, RunEnded, RunStarted, StepEnd
+from lowrank_tune.training.run_totals import TotalsCounter
 from lowrank_tune.ui.run_list.best import best_of_evaluation, last_of
 from lowrank_tune.ui.run_list.entry import BestMetric
 from lowrank_tune.ui.run_paths import parse_event, read_event_lines
-from lowrank_tune.ui.wall_time import WallTime
 
 TAIL_BYTES = 65_536
 
@@ -24,12 +24,12 @@ class EventsOfRun:
     last: BestMetric | None = None
     step: int = 0
     time: float = 0.0
-    wall_time: WallTime = field(default_factory=WallTime)
+    counter: TotalsCounter = field(default_factory=TotalsCounter)
 
     def apply(self, event: Event) -> None:
         """Takes the next event."""
         self.time = event.time
-        self.wall_time.apply(event)
+        self.counter.apply(event)
         if isinstance(event, RunStarted):
             self.started = event
             self.ended = None

@@ -126,7 +126,7 @@ def chart_pane(
     else:
         values, curves = _shared_chart(state, names, view)
         log = view.log_scale and all(y > 0 for curve in curves for _, y in curve.points)
-    title: Line = [(f" {_chart_label(names, view)} ", "title")]
+    title: Line = [(f" {chart_title_of(names, view)} ", "title")]
     if log:
         title.append(("log ", "quiet"))
     return [
@@ -143,7 +143,8 @@ def chart_pane(
     ]
 
 
-def _chart_label(names: Sequence[str], view: View) -> str:
+def chart_title_of(names: Sequence[str], view: View) -> str:
+    """Returns the title of a chart in words."""
     first = names[0]
     if len(names) == 1:
         known = TITLES.get(first)
@@ -250,7 +251,7 @@ def _curves(
         # there are only few points, so they are not smoothed
         return [Curve(series.points)], ()
     if series is not None:
-        points = _drawn_points(name, series)
+        points = drawn_points(name, series)
         if not view.log_scale and name not in BAND_METRIC:
             points, outliers = split_outliers(points)
         curves += _background(state, name, points, view)
@@ -261,7 +262,8 @@ def _curves(
     return curves, outliers
 
 
-def _drawn_points(name: str, series: Series) -> Points:
+def drawn_points(name: str, series: Series) -> Points:
+    """Returns the points of a statistic, without rounding errors."""
     if name not in DIVERGENCES:
         return series.points
     return [(x, without_rounding(name, y)) for x, y in series.points]

@@ -21,18 +21,23 @@ _DOT_BITS = ((0x01, 0x08), (0x02, 0x10), (0x04, 0x20), (0x40, 0x80))
 _EMPTY_BRAILLE_CELL = 0x2800
 LABEL_WIDTH = 8
 """Cells at the left of the y axis."""
+MIN_CHART_WIDTH = 36
+MIN_CHART_HEIGHT = 9
+MAX_COLUMNS = 3
 MIN_PLOT_WIDTH = 4
 MIN_PLOT_HEIGHT = 2
 
 
 @dataclass(frozen=True)
 class Curve:
-    """A curve to draw. `sign` draws it in ASCII; with `line`, neighboring points are joined."""
+    """A curve to draw. `sign` draws it in ASCII; with `line`, neighboring points are joined; `end` is a character at
+    its last point."""
 
     points: Points
     style: str = "first"
     sign: str = "*"
     line: bool = True
+    end: str = ""
 
 
 @dataclass(frozen=True)
@@ -90,10 +95,11 @@ class Canvas:
         column: int,
         row: int,
         sign: str,
+        style: str,
     ) -> None:
-        """Replaces a cell by a sign that draws attention."""
+        """Replaces a cell by a sign."""
         self._signs[row][column] = sign
-        self._styles[row][column] = "warning"
+        self._styles[row][column] = style
 
     def lines(self) -> Block:
         """Returns the canvas as lines in which neighbors of the same style are joined."""
@@ -167,6 +173,14 @@ def draw(
         if curve.line and previous is not None:
             _draw_line(canvas, curve, previous, dot)
         previous = dot
+    if curve.end and previous is not None:
+        x, y = previous
+        canvas.mark(
+            x * canvas.width // canvas.columns,
+            y * canvas.height // canvas.rows,
+            curve.end,
+            curve.style,
+        )
 
 
 def _dots(
@@ -193,7 +207,7 @@ def _dots(
         if high > low:
             mean = sum(values) / len(values)
             height = (mean - low) * (bottom / (high - low))
-        dots.append((column, round(bottom - height)))
+        dots.append((column, min(bottom, max(0, round(bottom - height)))))
     return dots
 
 
@@ -212,6 +226,17 @@ def _draw_line(
         x = round(start[0] + share * across)
         y = round(start[1] + share * down)
         canvas.dot(x, y, curve.style, curve.sign)
+
+
+def grid_size(
+    count: int,
+    width: int,
+    height: int,
+) -> tuple[int, int]:
+    """Returns the columns and rows of `count` charts that a screen has room for, at least one each."""
+    columns = max(1, min(MAX_COLUMNS, width // MIN_CHART_WIDTH, count))
+    rows_needed = -(-count // columns)
+    return columns, max(1, min(height // MIN_CHART_HEIGHT, rows_needed))
 
 
 def format_integer(value: float) -> str:
@@ -297,7 +322,12 @@ def _mark_outliers(
     for x, y in outliers:
         row = 0 if y > area.high else canvas.height - 1
         column = round((min(max(x, area.left), area.right) - area.left) * across)
-        canvas.mark(column, row, _outlier_sign(y, area, canvas.ascii_only))
+        canvas.mark(
+            column,
+            row,
+            _outlier_sign(y, area, canvas.ascii_only),
+            "warning",
+        )
 
 
 def _outlier_sign(

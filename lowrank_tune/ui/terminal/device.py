@@ -11,6 +11,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TextIO
 
+from lowrank_tune.ui.cell_output import in_cell
 from lowrank_tune.ui.terminal.text_layout import Block, to_ansi
 
 ENTER = b"\x1b[?1049h\x1b[?25l\x1b[?7l\x1b[2J"
@@ -154,10 +155,12 @@ def can_show(
     forced: bool = False,
 ) -> bool:
     """Returns whether a file is a terminal that can show the dashboard: one with cursor movement, whose foreground job
-    is this process, and not that of a build server, unless forced."""
+    is this process, and not that of a build server or of a cell of a notebook, unless forced."""
     if environ.get("TERM", "dumb") in ("", "dumb"):
         return False
     if environ.get("TTY_INTERACTIVE") == "0":
+        return False
+    if in_cell(environ) and not forced:
         return False
     if environ.get("CI") and not forced:
         return False

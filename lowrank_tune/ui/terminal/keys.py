@@ -13,6 +13,36 @@ from typing import Any
 _SEQUENCE = re.compile(rb"\x1b(?:\[[0-9;?<]*[@-~]|O.|[^\x1b])", re.DOTALL)
 """Arrows, function keys, and Alt with another key."""
 ESCAPE = "\x1b"
+UP, DOWN, PAGE_UP, PAGE_DOWN, HOME, END = "up", "down", "page up", "page down", "home", "end"
+NAMED_KEYS = {
+    b"\x1b[A": UP,
+    b"\x1bOA": UP,
+    b"\x1b[B": DOWN,
+    b"\x1bOB": DOWN,
+    b"\x1b[5~": PAGE_UP,
+    b"\x1b[6~": PAGE_DOWN,
+    b"\x1b[H": HOME,
+    b"\x1bOH": HOME,
+    b"\x1b[1~": HOME,
+    b"\x1b[7~": HOME,
+    b"\x1b[F": END,
+    b"\x1bOF": END,
+    b"\x1b[4~": END,
+    b"\x1b[8~": END,
+}
+"""The keys that terminals send as a sequence and a screen uses. Any other sequence has no effect."""
+
+
+def keys_in(data: bytes) -> list[str]:
+    """Returns the keys in what a terminal sent: characters, and names of `NAMED_KEYS`."""
+    keys = list[str]()
+    end = 0
+    for match in _SEQUENCE.finditer(data):
+        keys += data[end : match.start()].decode("utf-8", "replace")
+        if match[0] in NAMED_KEYS:
+            keys.append(NAMED_KEYS[match[0]])
+        end = match.end()
+    return keys + list(data[end:].decode("utf-8", "replace"))
 
 
 class Keyboard:
@@ -47,11 +77,8 @@ class Keyboard:
                 termios.tcsetattr(self.descriptor, termios.TCSANOW, self._before)
         self._before = None
 
-    def read(self, timeout: float) -> str:
-        """Returns the keys pressed since the last call; waits at most `timeout` seconds for the first one.
-
-        Esc is a key, the sequence of another key is not.
-        """
+    def read(self, timeout: float) -> list[str]:
+        """Returns the keys pressed since the last call; waits at most `timeout` seconds for the first one."""
         keyboard = self.descriptor if self._before is not None else None
         sources = [self._woken]
         if keyboard is not None:
@@ -65,8 +92,8 @@ class Keyboard:
         if self._woken in ready:
             os.read(self._woken, 4096)
         if keyboard is None or keyboard not in ready:
-            return ""
-        return _SEQUENCE.sub(b"", self._read_bytes(keyboard)).decode("utf-8", "replace")
+            return []
+        return keys_in(self._read_bytes(keyboard))
 
     def _read_bytes(self, descriptor: int) -> bytes:
         data = b""

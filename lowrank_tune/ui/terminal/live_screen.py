@@ -15,9 +15,9 @@ from dataclasses import replace
 from typing import Any
 
 from lowrank_tune.ui.terminal.device import Terminal, ascii_only
-from lowrank_tune.ui.terminal.keys import ESCAPE, Keyboard
-from lowrank_tune.ui.terminal.panes import SMOOTHINGS, View
-from lowrank_tune.ui.terminal.render import PANES
+from lowrank_tune.ui.terminal.keys import Keyboard
+from lowrank_tune.ui.terminal.navigation import handle_key
+from lowrank_tune.ui.terminal.panes import View
 from lowrank_tune.ui.terminal.text_layout import Block
 
 FRAME_SECONDS = 0.5
@@ -40,30 +40,12 @@ JOB_SIGNALS = {
 """Signals that are handled by the main thread only."""
 
 
-def handle_key(view: View, key: str) -> View:
-    """Returns the view after a key that changes the display only; the same view for any other key."""
-    if key in "+=":
-        return replace(view, smoothing=min(view.smoothing + 1, len(SMOOTHINGS) - 1))
-    if key == "-":
-        return replace(view, smoothing=max(view.smoothing - 1, 0))
-    if key == "l":
-        return replace(view, log_scale=not view.log_scale)
-    if key in PANES:
-        return replace(view, pane="" if view.pane == key else key, help=False)
-    if key == ESCAPE:
-        return replace(view, pane="", help=False)
-    if key == "n":
-        return replace(view, sample=view.sample + 1)
-    if key in "?h":
-        return replace(view, help=not view.help)
-    return view
-
-
 class LiveScreen:
     """Shows what `draw(view, width, height)` returns, whenever `changed()` returns True; both run in its thread.
 
-    `on_key` is called with each key that does not change the view. After an exception the screen is left and
-    `on_failure` is called; the run continues.
+    `on_key` is called with each key that does not change the view. `settle(view, width, height)` returns the view
+    within what there is to show; a key may lead beyond it. After an exception the screen is left and `on_failure` is
+    called; the run continues.
     """
 
     def __init__(
@@ -72,6 +54,7 @@ class LiveScreen:
         changed: Callable[[], bool],
         on_key: Callable[[str], None],
         on_failure: Callable[[Exception], None],
+        settle: Callable[[View, int, int], View],
         owns_run: bool,
         environ: Mapping[str, str] = os.environ,
     ) -> None:
@@ -79,6 +62,7 @@ class LiveScreen:
         self.changed = changed
         self.on_key = on_key
         self.on_failure = on_failure
+        self.settle = settle
         self.terminal = Terminal(sys.stdout.fileno(), environ)
         self.keyboard = Keyboard(_descriptor_of_stdin())
         self.view = View(
@@ -177,13 +161,14 @@ class LiveScreen:
     def _draw_frame(self, width: int, height: int) -> None:
         """Draws a frame and stores the processor time that it took."""
         started = time.thread_time()
+        self.view = self.settle(self.view, width, height)
         view = replace(self.view, now=time.time())
         self.terminal.show(self.draw(view, width, height))
         self.cost = time.thread_time() - started
 
     def _press(self, key: str) -> None:
         before = self.view
-        self.view = handle_key(self.view, key)
+        self.view = handle_key(before, key, time.time())
         if self.view is before:
             self.on_key(key)
         self._is_outdated = True

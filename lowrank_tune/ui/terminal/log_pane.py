@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from lowrank_tune.ui.formatting import clock
+from lowrank_tune.ui.formatting import clock, plural
 from lowrank_tune.ui.state import LogLine, State
 from lowrank_tune.ui.terminal.panes import View, heading, labeled
 from lowrank_tune.ui.terminal.text_layout import Block, wrap
@@ -19,35 +19,41 @@ def log_pane(
     width: int,
     height: int,
 ) -> Block:
-    """Returns the warnings, then the log, each with the newest entry first."""
+    """Returns the warnings since the start of the training, then all other lines, each with the newest first."""
     count = len(state.warnings)
-    note = ""
-    if count:
-        note = "1 warning" if count == 1 else f"{count} warnings"
+    note = plural(count, "warning") if count else ""
     lines = [heading("log", width, view, note)]
-    for index, entry in enumerate([*reversed(state.warnings), *reversed(state.log)]):
+    first = [entry for entry in reversed(state.warnings) if _is_urgent(state, entry)]
+    others = [entry for entry in list(state.log)[-height:] if not (entry.is_warning and _is_urgent(state, entry))]
+    for entry in [*first, *reversed(others)]:
         if len(lines) >= height:
             break
-        lines += _entry(
+        lines += log_entry(
             entry,
             view,
             width,
-            is_warning=index < count,
+            WARNING_ROWS if entry.is_warning else LOG_ROWS,
         )
     return lines[:height]
 
 
-def _entry(
+def _is_urgent(state: State, entry: LogLine) -> bool:
+    """Returns whether a warning is about the training. One about the data or the base is a line like any other."""
+    return state.started is not None and entry.at >= state.started.time
+
+
+def log_entry(
     entry: LogLine,
     view: View,
     width: int,
-    is_warning: bool,
+    max_rows: int,
 ) -> Block:
-    text = view.sanitize(entry.text, 3 * width)
+    """Returns a line of the log with its time, wrapped to at most `max_rows` lines."""
+    text = view.sanitize(entry.text, (max_rows + 1) * width)
     if entry.times > 1:
         text = f"{text} (x{entry.times})"
     text_width = width - LABEL_WIDTH - 1
     stamp = f"{clock(entry.time):>6} "
-    if is_warning:
-        return labeled((f"!{stamp}", "warning"), wrap(text, text_width, WARNING_ROWS), "warning")
-    return labeled((f" {stamp}", "quiet"), wrap(text, text_width, LOG_ROWS))
+    if entry.is_warning:
+        return labeled((f"!{stamp}", "warning"), wrap(text, text_width, max_rows), "warning")
+    return labeled((f" {stamp}", "quiet"), wrap(text, text_width, max_rows))

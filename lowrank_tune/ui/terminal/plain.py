@@ -24,8 +24,21 @@ from lowrank_tune.events import (
     SampleLogged,
     StepEnd,
 )
-from lowrank_tune.ui import encodable, escape_control_chars
-from lowrank_tune.ui.formatting import EtaEstimator, clock, format_stats, number, signed, stage_of, validation_line
+from lowrank_tune.training.run_totals import tokens_per_second
+from lowrank_tune.ui import encodable, escape_control_chars, is_ascii, mark_line_breaks
+from lowrank_tune.ui.cell_output import in_cell
+from lowrank_tune.ui.formatting import (
+    EtaEstimator,
+    clock,
+    ended_time,
+    format_stats,
+    number,
+    plural,
+    rate,
+    signed,
+    stage_of,
+    validation_line,
+)
 from lowrank_tune.ui.metrics import PAIR_SIDES, WITHOUT_REFERENCE
 from lowrank_tune.ui.terminal.text_layout import with_code
 
@@ -64,7 +77,7 @@ class LineLogger:
 
     def __init__(self, file: TextIO | None = None, environ: Mapping[str, str] = os.environ) -> None:
         self.file = sys.stdout if file is None else file
-        self.terminal = self.file.isatty() and environ.get("TERM", "dumb") != "dumb"
+        self.terminal = self.file.isatty() and environ.get("TERM", "dumb") != "dumb" and not in_cell(environ)
         self._color = self.terminal and not environ.get("NO_COLOR")
         self._eta = EtaEstimator()
         self._last_start: RunStarted | None = None
@@ -123,8 +136,8 @@ class LineLogger:
         model = event.model
         if event.device:
             model = f"{model} on {event.device}"
-        trained = f"{event.trainable:,} trained parameters"
-        self._print(f"{name}: {event.algorithm} of {model}, {event.steps} steps, {trained}")
+        trained = plural(event.trainable, "trained parameter")
+        self._print(f"{name}: {event.algorithm} of {model}, {plural(event.steps, 'step')}, {trained}")
         for role, stack in event.roles.items():
             if role != "reference":
                 self._print(f"  {role}: {' + '.join(stack) or 'the base'}")
@@ -145,7 +158,10 @@ class LineLogger:
     def _print_end(self, event: RunEnded) -> None:
         """Prints the status. The reason of a failure is the exception of the run, which the command line prints."""
         index, count = stage_of(event, self._last_start)
-        text = f"{event.status} after step {event.step} in {clock(event.seconds)}"
+        text = f"{event.status} after step {event.step} in {ended_time(event)}"
+        if event.total_tokens:
+            speed = tokens_per_second(event.total_tokens, event.total_step_seconds)
+            text = f"{text}, {rate(speed)} tokens/s"
         if count > 1:
             text = f"stage {index} of {count} {text}"
         self._print(text, "good" if event.status == "done" else "warning")
@@ -165,8 +181,9 @@ class LineLogger:
         self._print(f"step {event.step:{width}d}/{event.steps}  {format_stats(stats)}  ETA {clock(left)}")
 
     def _print_sample(self, event: SampleLogged) -> None:
-        prompt = escape_control_chars(event.prompt, PROMPT_LENGTH)
-        completion = escape_control_chars(event.completion, COMPLETION_LENGTH)
+        ascii_only = is_ascii(self.file)
+        prompt = escape_control_chars(mark_line_breaks(event.prompt, ascii_only), PROMPT_LENGTH)
+        completion = escape_control_chars(mark_line_breaks(event.completion, ascii_only), COMPLETION_LENGTH)
         if event.role in PAIR_SIDES:
             # the data contain this answer, so its finish reason has no meaning
             score = ""

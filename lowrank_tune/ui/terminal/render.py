@@ -5,15 +5,18 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from lowrank_tune.ui.diagnostics import diagnose
-from lowrank_tune.ui.formatting import METRIC_FORMATS, clock, stage_of
-from lowrank_tune.ui.metrics import SIDE_TITLES, WITHOUT_REFERENCE, reward_label
+from lowrank_tune.ui.formatting import clock, ended_time, rate, short_label, stage_of, wall_time
+from lowrank_tune.ui.metrics import SIDE_TITLES, WITHOUT_REFERENCE
 from lowrank_tune.ui.state import State
 from lowrank_tune.ui.terminal.chart_pane import chart_names, chart_pane, format_value
+from lowrank_tune.ui.terminal.charts import grid_size
 from lowrank_tune.ui.terminal.group_pane import group_pane
 from lowrank_tune.ui.terminal.help_pane import help_pane
 from lowrank_tune.ui.terminal.log_pane import log_pane
-from lowrank_tune.ui.terminal.panes import KEYS, View, keys_of, labeled, labeled_value
+from lowrank_tune.ui.terminal.panes import KEYS, OPTIONAL_KEYS, View, keys_of, labeled, labeled_value
 from lowrank_tune.ui.terminal.sample_pane import sample_pane
+from lowrank_tune.ui.terminal.scroll_panes import SCROLLED, answers_screen, log_screen
+from lowrank_tune.ui.terminal.system_line import system_line
 from lowrank_tune.ui.terminal.text_layout import (
     Block,
     Line,
@@ -21,6 +24,7 @@ from lowrank_tune.ui.terminal.text_layout import (
     column_widths,
     fit,
     pad,
+    shorten,
     side_by_side,
     width_of,
     wrap,
@@ -29,9 +33,6 @@ from lowrank_tune.ui.terminal.text_layout import (
 MIN_WIDTH = 60
 MIN_HEIGHT = 15
 """Columns and lines below which there are no panes."""
-MIN_CHART_WIDTH = 36
-MIN_CHART_HEIGHT = 9
-MAX_COLUMNS = 3
 MIN_TWO_PANE_WIDTH = 100
 """Columns from which on log and answers are beside each other."""
 MIN_TWO_PANE_HEIGHT = 7
@@ -42,7 +43,14 @@ MAX_SMALL_METRICS = 4
 MEMORY_WARNING = 0.92
 """Share of the GPU's memory."""
 MIN_PHASE_SHARE = 0.01
-PANES = {"g": group_pane}
+UP_DOWN = "\u2191\u2193"
+HEAD_LINES = 4
+FOOT_LINES = 1
+PANES = {
+    "g": group_pane,
+    "l": log_screen,
+    "a": answers_screen,
+}
 """The panes that fill the screen below the header, each with the key that opens and closes it."""
 STALE_SECONDS = 60.0
 """Seconds without an event after which the header shows the time since the last one."""
@@ -54,6 +62,19 @@ DIAGNOSIS_SIGNS = {
 }
 
 
+def shown_state(state: State, view: View) -> State:
+    """Returns the state of the stage that the view selects, with the current one if there is no such stage."""
+    if 0 < view.stage <= len(state.finished_stages):
+        return state.finished_stages[view.stage - 1]
+    return state
+
+
+def body_height(view: View, height: int) -> int:
+    """Returns the lines between header and footer."""
+    lines = height - HEAD_LINES - FOOT_LINES
+    return lines - 1 if view.system else lines
+
+
 def render(
     state: State,
     view: View,
@@ -63,66 +84,27 @@ def render(
     """Returns exactly `height` lines of `width` cells."""
     if width < MIN_WIDTH or height < MIN_HEIGHT:
         return pad(_small_screen(state, view, width), width, height)
+    shown = shown_state(state, view)
     head = [
         _title(state, view, width),
-        _roles(state, view),
-        _progress(state, view, width),
-        _resources(state, view, width),
+        _roles(shown, view, width),
+        _progress(shown, view, width),
+        _resources(shown, view, width),
     ]
+    if view.system:
+        head.append(system_line(view.system, view, width))
     pane = PANES.get(view.pane, _body)
     if view.help:
         pane = help_pane
-    body_height = height - len(head) - 1
-    body = pane(state, view, width, body_height)
-    footer = fit(_footer(state, view, width), width)
+    rest = body_height(view, height)
+    # the help lists the keys of the whole chain
+    body = pane(state if view.help else shown, view, width, rest)
+    keys = fit(footer(state, view, width), width)
     return [
         *pad(head, width, len(head)),
-        *pad(body, width, body_height),
-        footer,
+        *pad(body, width, rest),
+        keys,
     ]
-
-
-def render_several(
-    states: Sequence[State],
-    view: View,
-    width: int,
-    height: int,
-) -> Block:
-    """Returns the dashboards of several runs: side by side if the screen is wide enough, else one above the other."""
-    count = len(states)
-    if count == 1:
-        return render(states[0], view, width, height)
-    edges = count - 1
-    base_width = (width - edges) // count
-    if base_width >= MIN_WIDTH:
-        last_width = width - edges - base_width * edges
-        widths = [base_width] * edges + [last_width]
-        columns = []
-        for state, column_width in zip(states, widths, strict=True):
-            columns.append(
-                render(
-                    state,
-                    view,
-                    column_width,
-                    height,
-                )
-            )
-        return side_by_side(
-            columns,
-            widths,
-            height,
-            view.symbol("\u2502", "|"),
-        )
-    lines: Block = []
-    for index, state in enumerate(states):
-        rest = height - len(lines)
-        lines += render(
-            state,
-            view,
-            width,
-            rest // (count - index),
-        )
-    return lines
 
 
 def status(state: State, view: View) -> Piece:
@@ -149,7 +131,7 @@ def status(state: State, view: View) -> Piece:
 def _end_status(state: State, view: View) -> Piece:
     assert state.ended is not None
     index, count = stage_of(state.ended, state.started)
-    text = f"{view.sanitize(state.ended.status)} in {clock(state.ended.seconds)}"
+    text = f"{view.sanitize(state.ended.status)} in {ended_time(state.ended)}"
     if count > 1:
         text = f"stage {index} {text}"
     return text, "good" if state.ended.status == "done" else "bad"
@@ -160,44 +142,71 @@ def _title(
     view: View,
     width: int,
 ) -> Line:
-    status_text, status_style = status(state, view)
+    """Returns name and status of the run, and as much else of it as there is room for."""
+    shown = shown_state(state, view)
+    status_text, status_style = status(shown, view)
+    if shown is not state:
+        sign = view.symbol(" \u00b7 ", " - ")
+        status_text = f"{status_text}{sign}] to stage {len(state.finished_stages) + 1}"
     status_text = f"  {status_text} "
-    line: Line = [
-        (" lowrank-tune ", "key"),
-        (" ", ""),
-        *_run(state, view),
-    ]
-    return [*fit(line, width - len(status_text)), (status_text, status_style)]
+    room = width - len(status_text)
+    badge: Line = [(" lowrank-tune ", "key")]
+    details = _details(shown, view)
+    line: Line = []
+    while True:
+        line = [*badge, (" ", ""), *details]
+        if width_of(line) <= room or len(details) < 2:
+            break
+        # the last detail is the least important one
+        details.pop()
+    return [*fit(line, room), (status_text, status_style)]
 
 
-def _run(state: State, view: View) -> Line:
-    """Returns name, stage, algorithm, model and device of the run."""
+def _details(state: State, view: View) -> Line:
+    """Returns name, stage, algorithm, model and device of the run, the most important first."""
     run = state.started
     if run is None:
         return []
     separator = view.symbol(" \u00b7 ", " - ")
-    job = f"{view.sanitize(run.algorithm)} of {view.sanitize(run.model, 60)}"
+    job = view.sanitize(run.algorithm)
     if run.stages > 1:
         job = f"stage {run.stage} of {run.stages}: {job}"
-    line: Line = [(view.sanitize(run.name, 60) or "run", "strong"), (f"{separator}{job}", "")]
+    line: Line = [
+        (view.sanitize(run.name, 40) or "run", "strong"),
+        (f"{separator}{job}", ""),
+        (f" of {view.sanitize(run.model, 60)}", ""),
+    ]
     if run.device:
         line.append((f"{separator}{view.sanitize(run.device, 60)}", "quiet"))
     return line
 
 
-def _roles(state: State, view: View) -> Line:
-    """Returns each role with its stack of adapters, and the description of the reference."""
-    if state.started is None:
+def _roles(
+    state: State,
+    view: View,
+    width: int,
+) -> Line:
+    """Returns each role with its stack of adapters, and the description of the reference; on a narrow screen its
+    stack."""
+    run = state.started
+    if run is None:
         return [(" preparing data and base", "quiet")]
     line: Line = []
-    for role, adapters in state.started.roles.items():
-        if role == "reference":
-            continue
-        stack = " + ".join(("base", *adapters))
-        line += labeled_value(f" {view.sanitize(role)} ", f"= {view.sanitize(stack)}  ")
-    if state.started.algorithm not in WITHOUT_REFERENCE:
-        line += labeled_value(" reference ", f"= {view.sanitize(state.started.reference)}")
-    return line
+    for role, adapters in run.roles.items():
+        if role != "reference":
+            line += labeled_value(f" {view.sanitize(role)} ", f"= {view.sanitize(_stack(adapters))}  ")
+    if run.algorithm in WITHOUT_REFERENCE:
+        return line
+    label = " reference "
+    room = width - width_of(line) - len(label)
+    reference = f"= {view.sanitize(run.reference)}"
+    if len(reference) > room:
+        reference = f"= {view.sanitize(_stack(run.roles.get('reference', [])))}"
+    return line + labeled_value(label, shorten(reference, room))
+
+
+def _stack(adapters: Sequence[str]) -> str:
+    return " + ".join(("base", *adapters))
 
 
 def _bar(
@@ -218,11 +227,11 @@ def _progress(
 ) -> Line:
     """Returns the bar of the current job, or of the whole run, with its figures."""
     facts = _progress_facts(state, view)
+    totals = state.totals
     if state.start_time is not None and state.ended is None:
-        facts.append(f"for {clock(state.last_time - state.start_time)}")
-    speed = state.tokens_per_second
-    if speed is not None:
-        facts.append(f"{speed:,.0f} tokens/s")
+        facts.append(f"for {wall_time(totals.seconds, totals.sessions)}")
+    if totals.tokens:
+        facts.append(f"{rate(totals.tokens_per_second)} tokens/s")
     # a narrow screen keeps the first facts
     while len(facts) > 1 and sum(len(fact) + 2 for fact in facts) > width - 12:
         facts.pop()
@@ -258,8 +267,6 @@ def _resources(
 ) -> Line:
     """Returns the memory of the GPU, and the shares of the phases in the time of the steps and of the run."""
     line = _memory(state, view)
-    if view.gpu:
-        line.append((f"  {view.sanitize(view.gpu)}", "quiet"))
     step_shares = [f"{name} {share:.0%}" for name, share in state.step_phase_shares().items()]
     if step_shares:
         line += labeled_value("   step ", "  ".join(step_shares))
@@ -268,11 +275,10 @@ def _resources(
         if share >= MIN_PHASE_SHARE:
             shares.append(f"{name} {share:.0%}")
     label = "   time "
-    if step_shares:
-        # a narrow screen keeps the largest shares
-        room = width - width_of(line) - len(label)
-        while shares and len("  ".join(shares)) > room:
-            shares.pop()
+    # a narrow screen keeps the largest shares
+    room = width - width_of(line) - len(label)
+    while shares and len("  ".join(shares)) > room:
+        shares.pop()
     if shares:
         line += labeled_value(label, "  ".join(shares))
     return line
@@ -340,9 +346,7 @@ def _chart_grid(
     height: int,
 ) -> Block:
     """Returns rows of charts, and a line with the last values of the charts that do not fit."""
-    columns = max(1, min(MAX_COLUMNS, width // MIN_CHART_WIDTH, len(charts)))
-    rows_needed = -(-len(charts) // columns)
-    rows = max(1, min(height // MIN_CHART_HEIGHT, rows_needed))
+    columns, rows = grid_size(len(charts), width, height)
     shown = charts[: columns * rows]
     left_out = charts[columns * rows :]
     if left_out:
@@ -418,10 +422,7 @@ def _values_of_chart(
         last = state.last(name)
         if last is None:
             continue
-        if name in METRIC_FORMATS:
-            label, _ = METRIC_FORMATS[name]
-        else:
-            label = view.sanitize(reward_label(name), 20)
+        label = view.sanitize(short_label(name), 20)
         values += labeled_value(f"{label} ", f"{format_value(name, last)}   ")
     return values
 
@@ -490,16 +491,31 @@ def _log_and_samples(
     ]
 
 
-def _footer(
+def footer(
     state: State,
     view: View,
     width: int,
 ) -> Line:
+    """Returns the keys with their labels. A narrow screen leaves out some of them."""
     if not view.keys:
         return [(" no keyboard input: Ctrl-C saves and quits", "quiet")]
+    keys = keys_of(state, view)
+    for left_out in (*OPTIONAL_KEYS, ""):
+        for is_wide in (True, False):
+            line = _key_line(keys, view, is_wide)
+            if width_of(line) <= width:
+                return line
+        keys = [key for key in keys if key != left_out]
+    return line
+
+
+def _key_line(
+    keys: Sequence[str],
+    view: View,
+    is_wide: bool,
+) -> Line:
     line: Line = [(" ", "")]
-    is_wide = width >= MIN_TWO_PANE_WIDTH
-    for key in keys_of(state, view):
+    for key in keys:
         label, _ = KEYS[key]
         if label:
             label = f" {label} "
@@ -507,6 +523,8 @@ def _footer(
             key = f" {key} "
             label = f"{label} " if label else ""
         line += [(key, "key"), (label, "")]
+    if view.pane in SCROLLED:
+        line.append((f"{view.symbol(UP_DOWN, 'Up Down')} PgUp PgDn Home End", "quiet"))
     return line
 
 
@@ -543,6 +561,6 @@ def _small_metrics(state: State, view: View) -> list[Piece]:
     names = [name for name in [*names, "eval_loss"] if name in state.series]
     rows = []
     for name in names[:MAX_SMALL_METRICS]:
-        label = view.sanitize(name, 40).replace("_", " ")
+        label = view.sanitize(short_label(name), 40)
         rows.append((f"{label} {format_value(name, state.series[name].last)}", ""))
     return rows

@@ -132,8 +132,7 @@ def wrap(
             rows.append(rest)
             break
         if len(rows) == lines - 1:
-            shortened = rest[: _count_fitting(rest, width - 3)]
-            rows.append(f"{shortened}...")
+            rows.append(shorten(rest, width))
             break
         cut = _break_index(rest, width)
         rows.append(rest[:cut].rstrip())
@@ -163,11 +162,25 @@ def fold(
     return "\n".join(rows).replace("\0", " ")
 
 
+def shorten(text: str, width: int) -> str:
+    """Returns the text in at most `width` cells, with `...` after the last word or path that fits."""
+    if cell_len(text) <= width:
+        return text
+    if width < 4:
+        return text[: max(0, width)]
+    kept = text[: _break_index(text, width - 3)].rstrip()
+    return f"{kept}..."
+
+
 def _break_index(text: str, width: int) -> int:
-    """Returns the index of the last blank that fits, or of the last character if that blank is in the first half."""
+    """Returns the index of the last blank that fits, else the one after the last slash, else that of the last character
+    that fits. Blanks and slashes in the first half do not count."""
     fitting = _count_fitting(text, width)
     blank = text.rfind(" ", 0, fitting + 1)
-    return blank if blank > width // 2 else fitting
+    if blank > width // 2:
+        return blank
+    slash = text.rfind("/", 0, fitting) + 1
+    return slash if slash > width // 2 else fitting
 
 
 def _count_fitting(text: str, width: int) -> int:

@@ -32,12 +32,11 @@ from lowrank_tune.data_report import (
 from lowrank_tune.ui import escape_control_chars, escape_lines
 from lowrank_tune.ui.formatting import percent
 from lowrank_tune.ui.metrics import SIDE_COUNTS
+from lowrank_tune.ui.views.bar import Bar
 
-BAR_WIDTH = 24
 LENGTH_BAR_WIDTH = 40
 NARROW = 72
 """Columns below which the sides of a pair are shown one below the other."""
-EIGHTHS = " ▏▎▍▌▋▊▉█"
 GOOD = "green"
 BAD = "yellow"
 QUIET = "dim"
@@ -132,26 +131,14 @@ def _indent(
     return Padding(body, (0, 0, below, columns), expand=False)
 
 
-def bar(
-    share: float,
-    width: int = BAR_WIDTH,
-    plain: bool = False,
-) -> str:
-    """Returns a bar that fills `share` of `width` cells; a share above 0 fills at least the smallest part."""
-    cells = max(0.0, min(1.0, share)) * width
-    smallest = int(share > 0)
-    if plain:
-        return "#" * max(round(cells), smallest)
-    whole, rest = divmod(max(round(cells * 8), smallest), 8)
-    return "█" * whole + EIGHTHS[rest].strip()
-
-
 def _grid(*justify: str) -> Table:
+    """Returns a table with columns of text on the left (`l`) or the right (`r`), and of bars (`b`)."""
     table = Table.grid(padding=(0, 2))
     for side in justify:
         table.add_column(
             justify="right" if side == "r" else "left",
-            no_wrap=True,
+            # Only a column that may wrap gets narrower; a bar is drawn again in the width that is left.
+            no_wrap=side != "b",
         )
     return table
 
@@ -167,7 +154,7 @@ def _add_share(
     share = count / total if total else 0.0
     table.add_row(
         name,
-        Text(bar(share, plain=plain), "cyan"),
+        Bar(share, "cyan", plain),
         percent(share),
         f"{count:,}",
     )
@@ -217,7 +204,7 @@ def _measures(
     unit: str,
     plain: bool,
 ) -> Table:
-    table = _grid("l", "l", "r", "r")
+    table = _grid("l", "b", "r", "r")
     counts = {f"{unit}s": "rows", "tokens": "tokens"}
     if unit != "prompt":
         counts["trained tokens"] = "trained"
@@ -230,7 +217,7 @@ def _measures(
             total,
             plain,
         )
-    weight = Text(bar(part.weight, plain=plain), "magenta")
+    weight = Bar(part.weight, "magenta", plain)
     table.add_row(
         "weight w_s",
         weight,
@@ -245,7 +232,7 @@ def _lengths(
     unit: str,
     plain: bool,
 ) -> RenderableType:
-    table = _grid("r", "l", "r")
+    table = _grid("r", "b", "r")
     largest = max(*lengths.counts, lengths.over, 1)
 
     def add(
@@ -254,8 +241,11 @@ def _lengths(
         style: str,
         count_style: str,
     ) -> None:
-        filled = bar(count / largest, LENGTH_BAR_WIDTH, plain)
-        table.add_row(name, Text(filled, style), Text(f"{count:,}", count_style))
+        table.add_row(
+            name,
+            Bar(count / largest, style, plain, LENGTH_BAR_WIDTH),
+            Text(f"{count:,}", count_style),
+        )
 
     for low, high, count in zip(lengths.edges, lengths.edges[1:], lengths.counts, strict=False):
         add(f"{low + 1:,} to {high:,}", count, "cyan", "")
@@ -338,7 +328,7 @@ def _steps(data_report: DataReport, unit: str) -> Text:
 
 def _sides(sides: PairBalance, plain: bool) -> RenderableType:
     """Returns how often the chosen answer is the longer one, and how many pairs have a margin."""
-    table = _grid("l", "l", "r", "r")
+    table = _grid("l", "b", "r", "r")
     for field, name in SIDE_COUNTS.items():
         _add_share(
             table,

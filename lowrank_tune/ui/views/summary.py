@@ -8,7 +8,7 @@ from typing import Any
 
 from lowrank_tune.json_files import get_list, get_mapping, get_objects
 from lowrank_tune.ui import escape_control_chars
-from lowrank_tune.ui.formatting import clock, format_stats, percent
+from lowrank_tune.ui.formatting import format_stats, percent, rate, wall_time
 from lowrank_tune.ui.terminal.text_layout import fold
 from lowrank_tune.ui.views.next_commands import next_lines
 
@@ -75,11 +75,22 @@ def _numbers(data: Any) -> dict[str, float]:
 
 
 def _progress(summary: Mapping[str, Any]) -> Iterator[str]:
-    for name in ("step", "steps", "seconds"):
+    for name in ("step", "steps"):
         value = summary.get(name)
         if isinstance(value, (int, float)):
-            written = clock(value) if name == "seconds" else f"{value:,}"
-            yield f"{name:10} {written}"
+            yield f"{name:10} {value:,}"
+    if isinstance(summary.get("seconds"), (int, float)):
+        yield f"{'seconds':10} {_wall_time(summary)}"
+    if "tokens_per_second" in summary:
+        speed = summary["tokens_per_second"]
+        written = rate(speed) if isinstance(speed, (int, float)) else "-"
+        yield f"{'tokens/s':10} {written}"
+
+
+def _wall_time(summary: Mapping[str, Any]) -> str:
+    """Returns the wall time of all sessions of a run, a chain or a stage."""
+    numbers = _numbers({key: summary.get(key) for key in ("seconds", "sessions")})
+    return wall_time(numbers["seconds"], int(numbers.get("sessions", 1)))
 
 
 def _last_and_best(summary: Mapping[str, Any]) -> Iterator[str]:
@@ -98,7 +109,7 @@ def _stage_lines(stage: Mapping[str, Any]) -> Iterator[str]:
     if {"step", "steps"} <= numbers.keys():
         line += f", step {numbers['step']:,.0f} of {numbers['steps']:,.0f}"
     if "seconds" in numbers:
-        line += f" in {clock(numbers['seconds'])}"
+        line += f" in {_wall_time(stage)}"
     yield line
     for values in _last_and_best(stage):
         yield f"  {values}"

@@ -1,0 +1,64 @@
+"""Errors of a full disk: what is missing, where, and what to do."""
+
+from __future__ import annotations
+
+import errno
+import shutil
+from pathlib import Path
+
+from lowrank_tune.paths import nearest_existing
+
+REASONS = {errno.ENOSPC: "the disk is full", errno.EDQUOT: "the disk quota is used up"}
+TEXT = "no space left on device"
+"""Part of the message of libraries that hide the number of the error."""
+RUN_CURE = (
+    "free some space or lower train.save_total_limit, and the same command continues; or name a folder on another disk "
+    "with --out"
+)
+EXPORT_CURE = "free some space, or name a folder on another disk with --out, and give the same command again"
+HUB_CURE = "free some space, or name a folder on another disk in HF_HOME, and the same command continues"
+CACHE_CURE = "free some space, or name a folder on another disk in LOWRANK_TUNE_CACHE, and the same command continues"
+
+
+def full_disk_reason(error: BaseException) -> str:
+    """Returns in words that the disk or the quota is full; empty for any other error."""
+    if isinstance(error, OSError) and error.errno in REASONS:
+        return REASONS[error.errno]
+    return REASONS[errno.ENOSPC] if TEXT in str(error).lower() else ""
+
+
+def raise_if_full(text: str) -> None:
+    """Raises the OSError of a full disk if a library or another program states one, so that it is handled as any other
+    of them."""
+    if TEXT in text.lower():
+        raise OSError(errno.ENOSPC, TEXT)
+
+
+def describe_full_disk(
+    path: Path,
+    reason: str,
+    cure: str,
+    needed: int = 0,
+) -> str:
+    """Returns the reason, how many bytes are needed (unless unknown) and free on the disk of `path`, and what to do."""
+    sizes = []
+    if needed:
+        sizes.append(f"{format_size(needed)} are needed")
+    folder = nearest_existing(path.parent)
+    sizes.append(f"{_free(folder)} free on the disk of {folder}")
+    return f"{reason}: {', '.join(sizes)}; {cure}"
+
+
+def _free(folder: Path) -> str:
+    try:
+        return f"{format_size(shutil.disk_usage(folder).free)} are"
+    except OSError:
+        return "an unknown amount is"
+
+
+def format_size(size: int) -> str:
+    """Returns a number of bytes in GiB, MiB or KiB."""
+    for unit, name in ((1 << 30, "GiB"), (1 << 20, "MiB")):
+        if size >= unit:
+            return f"{size / unit:.1f} {name}"
+    return f"{size / 1024:.1f} KiB"
