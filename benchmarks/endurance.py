@@ -18,6 +18,7 @@ import fcntl
 import json
 import os
 import pty
+import signal
 import statistics
 import struct
 import sys
@@ -29,9 +30,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from slopes import Slope, measure_slope, table
+from slopes import Ratio, Slope, measure_ratio, measure_slope, table
 
 WIDTH, HEIGHT = 120, 40
+FULL_CURVES = 256
+"""Step of the fresh process from which on its curves have as many points as those of a long run (`MAX_POINTS`)."""
 COMMON = (
     "train.logging_steps=5",
     "train.save_steps={often}",
@@ -62,6 +65,10 @@ OVERRIDES = {
 is growth of the kit, not of the answers."""
 
 
+ENOUGH_ROWS = 40
+"""Steps or frames of the fresh process with which a comparison begins to mean something."""
+
+
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("algorithms", nargs="*", default=list(OVERRIDES))
@@ -81,8 +88,11 @@ def main(arguments: list[str] | None = None) -> int:
             if not options.read:
                 observe(algorithm, options.steps, folder / algorithm)
             slopes = slopes_of(folder / algorithm, options.warm_up)
-            print(f"\n{algorithm}: {summary(folder / algorithm)}\n\n{table(slopes)}", flush=True)
-            flat = flat and all(each.is_flat for each in slopes)
+            ratios = against_fresh(folder / algorithm)
+            print(f"\n{algorithm}: {summary(folder / algorithm)}\n\n{table(slopes)}\n", flush=True)
+            for ratio in ratios:
+                print(f"{ratio}", flush=True)
+            flat = flat and all(each.is_flat for each in [*slopes, *ratios])
     return 0 if flat else 1
 
 
@@ -202,7 +212,28 @@ def watch_frames(path: Path) -> None:
 
 
 def observe(algorithm: str, steps: int, folder: Path) -> None:
-    """Runs the training in a pseudo-terminal and writes once a second what the kernel counts for its process."""
+    """Runs the training and writes once a second what the kernel counts for its process. A second, fresh process of the
+    same training runs beside its last quarter, so that old and new steps can be compared on the same busy machine."""
+    child = start(algorithm, steps, folder)
+    fresh = 0
+    with (folder / "process.jsonl").open("w", encoding="utf-8") as file:
+        while (ended := os.waitpid(child, os.WNOHANG))[0] == 0:
+            sample = sample_process(child)
+            if sample:
+                file.write(json.dumps(sample) + "\n")
+                file.flush()
+            if not fresh and last_step(folder / "steps.jsonl") > 0.75 * steps:
+                fresh = start(algorithm, steps, folder / "fresh")
+            time.sleep(1)
+    if fresh:
+        os.kill(fresh, signal.SIGKILL)
+        os.waitpid(fresh, 0)
+    if ended[1]:
+        raise SystemExit(f"the {algorithm} run ended with status {ended[1]}; its screen: {folder / 'screen.txt'}")
+
+
+def start(algorithm: str, steps: int, folder: Path) -> int:
+    """Starts the training in a pseudo-terminal of its own; returns its process."""
     folder.mkdir(parents=True)
     words = [sys.executable, __file__, algorithm, "--child", "--steps", str(steps), "--out", str(folder)]
     environ = {**os.environ, "TERM": "xterm-256color", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
@@ -211,26 +242,23 @@ def observe(algorithm: str, steps: int, folder: Path) -> None:
         os.execve(words[0], words, environ)
     fcntl.ioctl(master, termios.TIOCSWINSZ, struct.pack("HHHH", HEIGHT, WIDTH, 0, 0))
     threading.Thread(target=drain, args=(master, folder / "screen.txt"), daemon=True).start()
-    with (folder / "process.jsonl").open("w", encoding="utf-8") as file:
-        while (ended := os.waitpid(child, os.WNOHANG))[0] == 0:
-            sample = sample_process(child)
-            if sample:
-                file.write(json.dumps(sample) + "\n")
-                file.flush()
-            time.sleep(1)
-    os.close(master)
-    if ended[1]:
-        raise SystemExit(f"the {algorithm} run ended with status {ended[1]}; its screen: {folder / 'screen.txt'}")
+    return child
+
+
+def last_step(path: Path) -> int:
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    return int(json.loads(lines[-1])["step"]) if lines else 0
 
 
 def drain(master: int, path: Path) -> None:
-    """Reads what is drawn, as a terminal does, and keeps the last 100 KB."""
+    """Reads what is drawn, as a terminal does, until its process ends, and keeps the last 100 KB."""
     kept = b""
     try:
         while data := os.read(master, 65536):
             kept = (kept + data)[-100_000:]
     except OSError:
         pass
+    os.close(master)
     path.write_bytes(kept)
 
 
@@ -287,6 +315,28 @@ def slopes_of(folder: Path, warm_up: int) -> list[Slope]:
         measure_slope(name, unit, [row["step"] for row in data], values, bound)
         for name, unit, data, bound, values in series
     ]
+
+
+def against_fresh(folder: Path) -> list[Ratio]:
+    """Returns times of the run's last steps divided by those of a fresh process at the same time."""
+    if not (folder / "fresh" / "frames.jsonl").exists():
+        return []
+    ratios = []
+    for name, file, key in (
+        ("step, processor time", "steps", "cpu"),
+        ("step, wall time", "steps", "alone"),
+        ("redraw, processor time", "frames", "cpu"),
+    ):
+        old = list(rows(folder / f"{file}.jsonl"))
+        steps = [row for row in rows(folder / "fresh" / "steps.jsonl") if row["step"] > FULL_CURVES]
+        new = [row for row in rows(folder / "fresh" / f"{file}.jsonl") if steps and row["time"] >= steps[0]["time"]]
+        if file == "steps":
+            old, new = ([row for row in side if row["plain"]] for side in (old, new))
+        if len(new) < ENOUGH_ROWS:
+            return []
+        pairs = [[(row["time"], row[key]) for row in side] for side in (old, new)]
+        ratios.append(measure_ratio(name, pairs[0], pairs[1]))
+    return ratios
 
 
 def relative(data: list[dict[str, Any]], key: str, level: float) -> list[float]:
