@@ -10,8 +10,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import re2
-
 from lowrank_tune.errors import UserError
 
 MAX_BYTES = 8 << 20
@@ -42,6 +40,9 @@ def compile_pattern(
     """Returns an RE2 expression for UTF-8 bytes (see `to_utf8`), of at most `max_bytes` in memory, whose groups are
     kept only with `captures`. Raises UserError with a message whose subject is the pattern, such as `is not a regular
     expression`."""
+    # Algorithms without patterns run where RE2 is not installed (benchmarks/gpu.py).
+    import re2
+
     options = re2.Options()
     # RE2 would write to the terminal by itself.
     options.log_errors = False

@@ -212,7 +212,10 @@ def loaded_revision(config: Any, arguments: Mapping[str, Any]) -> str | None:
 def weight_files(base_config: BaseConfig) -> dict[str, Path]:
     """Returns the published file of each tensor of the base. Raises UserError as `load_base`."""
     with describe_load_errors(base_config) as (path_or_id, arguments):
-        return published_files(path_or_id, arguments["revision"])
+        files = published_files(path_or_id, arguments["revision"])
+        if not files:
+            raise OSError("no file named model.safetensors")
+        return files
 
 
 def count_weights(base_config: BaseConfig) -> int:

@@ -19,9 +19,30 @@ MAX_VOCAB = 100_000_000
 MAX_POSITIONS = 1_000_000_000
 MAX_EXPERTS = 10_000
 MAX_EXPERTS_OF_ALL_LAYERS = 100_000
-LAYER_KEYS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "num_decoder_layers", "decoder_layers", "depth")
-WIDTH_KEYS = ("hidden_size", "n_embd", "d_model", "word_embed_proj_dim", "embedding_size")
-HEAD_KEYS = ("num_attention_heads", "n_head", "n_heads", "num_heads", "num_key_value_heads", "head_dim")
+LAYER_KEYS = (
+    "num_hidden_layers",
+    "n_layer",
+    "n_layers",
+    "num_layers",
+    "num_decoder_layers",
+    "decoder_layers",
+    "depth",
+)
+WIDTH_KEYS = (
+    "hidden_size",
+    "n_embd",
+    "d_model",
+    "word_embed_proj_dim",
+    "embedding_size",
+)
+HEAD_KEYS = (
+    "num_attention_heads",
+    "n_head",
+    "n_heads",
+    "num_heads",
+    "num_key_value_heads",
+    "head_dim",
+)
 VOCAB_KEYS = ("vocab_size",)
 OTHER_WIDTH_KEYS = (
     "intermediate_size",
@@ -32,8 +53,19 @@ OTHER_WIDTH_KEYS = (
     "ffn_hidden_size",
     "d_ff",
 )
-POSITION_KEYS = ("max_position_embeddings", "n_positions", "max_sequence_length", "n_ctx")
-EXPERT_KEYS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts", "n_shared_experts")
+POSITION_KEYS = (
+    "max_position_embeddings",
+    "n_positions",
+    "max_sequence_length",
+    "n_ctx",
+)
+EXPERT_KEYS = (
+    "num_experts",
+    "num_local_experts",
+    "n_routed_experts",
+    "moe_num_experts",
+    "n_shared_experts",
+)
 LIMITS = {
     **dict.fromkeys(LAYER_KEYS, (1, MAX_LAYERS)),
     **dict.fromkeys(WIDTH_KEYS, (1, MAX_WIDTH)),
@@ -45,8 +77,12 @@ LIMITS = {
     **dict.fromkeys(EXPERT_KEYS, (0, MAX_EXPERTS)),
 }
 """The smallest and the largest value of each key."""
-OBJECT_KEYS = ("quantization_config", "rope_parameters", "rope_scaling", "text_config")
-SIZE_KEYS = (*LAYER_KEYS, *WIDTH_KEYS, *HEAD_KEYS, *VOCAB_KEYS, *OTHER_WIDTH_KEYS, *POSITION_KEYS, *EXPERT_KEYS)
+OBJECT_KEYS = (
+    "quantization_config",
+    "rope_parameters",
+    "rope_scaling",
+    "text_config",
+)
 
 
 def check_config_limits(raw: Mapping[str, Any]) -> None:
@@ -63,7 +99,7 @@ def check_config_limits(raw: Mapping[str, Any]) -> None:
 def sizes_of(raw: Mapping[str, Any]) -> str:
     """Returns the sizes in a configuration as text, such as `hidden_size 64, vocab_size 97`."""
     sizes = {key: value for section in _sections(raw) for key, value in section.items() if key in LIMITS}
-    return ", ".join(f"{key} {sizes[key]}" for key in SIZE_KEYS if key in sizes)
+    return ", ".join(f"{key} {sizes[key]}" for key in LIMITS if key in sizes)
 
 
 def _sections(raw: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
