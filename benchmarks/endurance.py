@@ -5,9 +5,10 @@ looks at the process from outside once a second, and at its steps and frames fro
     PYTHONPATH=. python benchmarks/endurance.py --steps 60 --warm-up 10   # a minute
     PYTHONPATH=. python benchmarks/endurance.py --out endurance --read    # the tables of a measurement again
 
-Other work on the machine is subtracted from the wall time of a step: the time in which its thread could run, but other
-processes had the processors. Exit code 0 where nothing grows: the interval of a slope contains 0, or the growth over
-the run is below its bound.
+Other work on the machine is taken out in two ways: from the wall time of a step the time is subtracted in which its
+thread could run, but other processes had the processors; and times are divided by those of the same work beside them,
+because everything takes more processor time on a busy machine. Exit code 0 where nothing grows: the interval of a slope
+contains 0, or the growth over the run is below its bound.
 """
 
 from __future__ import annotations
@@ -49,11 +50,11 @@ OVERRIDES = {
     ),
     "grpo": (
         "train.max_steps={steps}",
-        "train.prompts_per_step=4",
-        "train.micro_batch_size=16",
+        "train.prompts_per_step=2",
+        "train.micro_batch_size=8",
         "rollout.num_generations=4",
         "rollout.max_new_tokens=16",
-        "rollout.max_num_seqs=16",
+        "rollout.max_num_seqs=8",
         "rewards=[{{name: answer}}, {{name: math_answer}}]",
     ),
 }
@@ -101,10 +102,12 @@ def train(algorithm: str, steps: int, folder: Path) -> None:
 
 
 class StepWatch:
-    """Writes wall and processor seconds of each plain step: one without a log line, directly after another step."""
+    """Writes wall and processor seconds of each plain step: one without a log line, directly after another step; and
+    those of the same work after each step (`Reference`)."""
 
     def __init__(self, path: Path) -> None:
         self.file = path.open("w", encoding="utf-8")
+        self.reference = Reference()
         self.plain = False
         self.cpu = 0.0
         self.waited = 0.0
@@ -123,13 +126,37 @@ class StepWatch:
             "wall": event.seconds,
             "alone": event.seconds - (waited - self.waited),
             "cpu": now - self.cpu,
+            "reference": self.reference.seconds(),
             "plain": self.plain and not event.logged,
         }
         self.file.write(json.dumps(row) + "\n")
         self.file.flush()
         self.plain = True
-        self.cpu = now
-        self.waited = waited
+        self.cpu = time.thread_time()
+        self.waited = seconds_without_processor()
+
+
+class Reference:
+    """The same work whenever it is called: a few products of matrices, forward and backward, and a loop in Python.
+
+    Other processes share caches and the power of a core with this one, so that the processor time of everything rises
+    with their number. Work that stays the same shows by how much.
+    """
+
+    def __init__(self) -> None:
+        import torch
+
+        numbers = torch.Generator().manual_seed(0)
+        self.rows = torch.randn(256, 256, generator=numbers)
+        self.weight = torch.randn(256, 1024, generator=numbers).requires_grad_()
+
+    def seconds(self) -> float:
+        started = time.thread_time()
+        for _ in range(2):
+            (self.rows @ self.weight).tanh().square().mean().backward()
+        self.weight.grad = None
+        sum(number % 7 for number in range(20_000))
+        return time.thread_time() - started
 
 
 def seconds_without_processor() -> float:
@@ -138,15 +165,34 @@ def seconds_without_processor() -> float:
 
 
 def watch_frames(path: Path) -> None:
-    """Writes the processor time of each frame of the dashboard, which its screen measures for itself."""
-    from lowrank_tune.ui.terminal.live_screen import LiveScreen
+    """Writes the processor time of each frame of the dashboard, which its screen measures for itself, and that of the
+    same frame of a recorded run, drawn directly after it."""
+    from dashboard_render import RECORDED
 
+    from lowrank_tune.ui.state import State
+    from lowrank_tune.ui.terminal.live_screen import LiveScreen
+    from lowrank_tune.ui.terminal.panes import View
+    from lowrank_tune.ui.terminal.render import render
+    from lowrank_tune.ui.terminal.text_layout import to_ansi
+    from lowrank_tune.ui.watch import read_events
+
+    recorded = State()
+    for event in read_events(RECORDED):
+        recorded.apply(event)
     file = path.open("w", encoding="utf-8")
     draw_frame = LiveScreen._draw_frame
 
     def draw_and_write(screen: LiveScreen, width: int, height: int) -> None:
         draw_frame(screen, width, height)
-        file.write(json.dumps({"time": time.time(), "cpu": screen.cost, "size": [width, height]}) + "\n")
+        started = time.thread_time()
+        "".join(to_ansi(line, True) for line in render(recorded, View(), width, height))
+        row = {
+            "time": time.time(),
+            "cpu": screen.cost,
+            "reference": time.thread_time() - started,
+            "size": [width, height],
+        }
+        file.write(json.dumps(row) + "\n")
         file.flush()
 
     LiveScreen._draw_frame = draw_and_write  # type: ignore[method-assign]
@@ -225,20 +271,27 @@ def slopes_of(folder: Path, warm_up: int) -> list[Slope]:
     plain = [row for row in steps if row["plain"]]
     seen = list(with_steps(rows(folder / "process.jsonl"), steps))
     frames = list(with_steps(rows(folder / "frames.jsonl"), steps))
+    level = statistics.median(row["reference"] for row in plain)
+    frame_level = statistics.median(row["reference"] for row in frames)
     series = [
-        ("resident memory", "MiB", seen, "rss_mib", 1.0, 0.01),
-        ("memory of child processes", "MiB", seen, "children_mib", 1.0, 0.01),
-        ("open file descriptors", "count", seen, "descriptors", 1.0, 0.01),
-        ("threads", "count", seen, "threads", 1.0, 0.01),
-        ("child processes", "count", seen, "children", 1.0, 0.01),
-        ("step, processor time", "ms", plain, "cpu", 1000.0, 0.02),
-        ("step, wall time less waiting for a processor", "ms", plain, "alone", 1000.0, 0.02),
-        ("redraw, processor time", "ms", frames, "cpu", 1000.0, 0.05),
+        ("resident memory", "MiB", seen, 0.01, [row["rss_mib"] for row in seen]),
+        ("memory of child processes", "MiB", seen, 0.01, [row["children_mib"] for row in seen]),
+        ("open file descriptors", "count", seen, 0.01, [row["descriptors"] for row in seen]),
+        ("threads", "count", seen, 0.01, [row["threads"] for row in seen]),
+        ("child processes", "count", seen, 0.01, [row["children"] for row in seen]),
+        ("step, processor time", "ms", plain, 0.02, relative(plain, "cpu", level)),
+        ("step, wall time", "ms", plain, 0.02, relative(plain, "alone", level)),
+        ("redraw, processor time", "ms", frames, 0.02, relative(frames, "cpu", frame_level)),
     ]
     return [
-        measure_slope(name, unit, [row["step"] for row in data], [scale * row[key] for row in data], bound)
-        for name, unit, data, key, scale, bound in series
+        measure_slope(name, unit, [row["step"] for row in data], values, bound)
+        for name, unit, data, bound, values in series
     ]
+
+
+def relative(data: list[dict[str, Any]], key: str, level: float) -> list[float]:
+    """Returns times in milliseconds, each divided by that of the reference beside it; `level`: the usual one."""
+    return [1000 * level * row[key] / row["reference"] for row in data]
 
 
 def with_steps(samples: Iterator[dict[str, Any]], steps: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:

@@ -17,10 +17,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lowrank_tune.algorithms.base import Algorithm, AlgorithmContext, LossTerm
+from lowrank_tune.algorithms.base import Algorithm, AlgorithmContext, LossTerm, UnitLosses
 from lowrank_tune.batch import PairBatch, required
 from lowrank_tune.functional import mean, pair_accuracy, pair_mean_weights
 from lowrank_tune.stats import Stats
@@ -64,8 +65,12 @@ class RewardModeling(Algorithm[PairBatch]):
         yield LossTerm((losses * weights).sum(), stats)
 
     def eval_metrics(self, micro: PairBatch) -> Stats:
-        _, stats = self._pair_losses(micro)
+        stats, _ = self.evaluate_units(micro)
         return stats
+
+    def evaluate_units(self, micro: PairBatch) -> tuple[Stats, UnitLosses]:
+        losses, stats = self._pair_losses(micro)
+        return stats, UnitLosses(losses.detach(), torch.ones_like(losses))
 
     def _pair_losses(self, micro: PairBatch) -> tuple[Tensor, Stats]:
         """Returns the losses (P,) and the metrics."""

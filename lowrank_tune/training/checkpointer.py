@@ -33,16 +33,22 @@ from lowrank_tune.model.base import combined_hash, hash_of
 from lowrank_tune.model.optimizers import load_optimizer
 from lowrank_tune.training.machine import device_name, memory_total_gib
 from lowrank_tune.training.reward_hacking import RewardHackingDetector
+from lowrank_tune.training.schedule_change import schedule_change, schedule_length
 from lowrank_tune.training.trainer import Trainer, TrainerState
 
 
 @dataclass
 class BestCheckpoint:
-    """The best step so far and the held-out results, stored in each checkpoint. A higher `best_score` is better."""
+    """The best step so far and the held-out results, stored in each checkpoint. A higher `best_score` is better.
+
+    `unit_scores` are those of the best step; `last` is the last evaluation, with its difference to the best step.
+    """
 
     best_step: int | None = None
     best_score: float | None = None
     best_metrics: dict[str, float] = field(default_factory=dict)
+    unit_scores: list[float] = field(default_factory=list)
+    last: dict[str, Any] = field(default_factory=dict)
     heldout: dict[str, dict[str, float]] = field(default_factory=dict)
     answers: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
 
@@ -66,6 +72,8 @@ class Checkpointer:
     parameter_names: list[str]
     emit: Emit
     last_saved_step: int | None = None
+    schedule_message: str = ""
+    """After `restore`: what another end of the run does to its learning rate."""
 
     def __post_init__(self) -> None:
         self.base_hash = combined_hash(self.built.base_hashes)
@@ -106,6 +114,7 @@ class Checkpointer:
         snapshot.documents["optimizer.json"] = optimizer_document
         snapshot.documents["state.json"] = {
             "progress": self.trainer.state.to_dict(),
+            "schedule": schedule_length(self.recipe.train, self.built.steps),
             "memory": vars(state.best),
             "algorithm": self.built.algorithm.state(),
             "base": self.base_hash,
@@ -135,6 +144,12 @@ class Checkpointer:
         hacking = RewardHackingDetector(**document.get("watch", {}))
         self.trainer.should_stop = hacking.stopped_run
         self.last_saved_step = step
+        self.schedule_message = schedule_change(
+            document.get("schedule", {}),
+            self.recipe.train,
+            self.built.steps,
+            step,
+        )
         return EvaluationState(BestCheckpoint(**document["memory"]), hacking)
 
     def _check_frozen(self, document: Mapping[str, Any]) -> None:
@@ -162,14 +177,11 @@ class Checkpointer:
             "gib": round(memory_total_gib(device), 1),
         }
 
-    def load_best(self, best_step: int | None) -> None:
-        """Loads the adapters of the best step, if the recipe selects the best step and it is not the last one.
+    def load_best(self, best_step: int, message: str) -> None:
+        """Loads the adapters of the best step, which is not the last one, and logs `message`.
 
         A damaged checkpoint is not an error: the last step is kept, and a warning is emitted.
         """
-        if not self.recipe.train.load_best_model_at_end or best_step in (None, self.trainer.state.step):
-            return
-        assert best_step is not None
         path = self.folder.checkpoint(best_step)
         try:
             tensors = load(path, path.name).tensors
@@ -177,11 +189,7 @@ class Checkpointer:
             self.emit(warning(f"{error}; final/ is the adapter of the last step instead of the best"))
             return
         self._load_adapters(tensors)
-        if self.recipe.metric_for_best_model == "accuracy":
-            reason = "answered most held-out questions"
-        else:
-            reason = "had the lowest validation loss"
-        self.emit(LogMessage(message=f"final/ is the adapter of step {best_step}, which {reason}"))
+        self.emit(LogMessage(message=message))
 
     def _load_adapters(self, tensors: Mapping[str, Mapping[str, Tensor]]) -> None:
         for name in self.built.trained:

@@ -15,8 +15,10 @@ from lowrank_tune.config import RecipeConfig
 from lowrank_tune.data import TokenizedSplits
 from lowrank_tune.data_report import report_prompts, report_rows
 from lowrank_tune.errors import TrainingError
+from lowrank_tune.evaluation.unit_scores import Evaluation
 from lowrank_tune.events import Emit, Evaluated, Event, LogMessage, RunEnded, RunStarted, StepEnd, warning
 from lowrank_tune.model.base import combined_hash
+from lowrank_tune.training.best_step import Measured, choose_final, update_best
 from lowrank_tune.training.checkpointer import BestCheckpoint, Checkpointer, EvaluationState
 from lowrank_tune.training.evaluator import StageEvaluator
 from lowrank_tune.training.machine import device_name, library_versions, memory_total_gib
@@ -255,7 +257,8 @@ class Stage:
 
     def _measure_final(self, step: int) -> None:
         """Loads the adapter of the best step and measures it on held-out questions and pairs."""
-        self.checkpointer.load_best(self.state.best.best_step)
+        if self.recipe.train.load_best_model_at_end:
+            self._load_best(step)
         if self.evaluator.questions:
             self._measure_heldout(self.heldout_name, "policy", step)
         if self.recipe.uses_pairs and self.built.validation is not None:
@@ -264,6 +267,15 @@ class Stage:
             self.pair_metrics = scores.metrics()
             stats = {f"pairs/{name}": value for name, value in self.pair_metrics.items()}
             self.emit(Evaluated(step=step, stats=stats))
+
+    def _load_best(self, step: int) -> None:
+        """Loads the adapter of the best step, if it is better than the last one by more than noise."""
+        best = self.state.best
+        message = choose_final(best, step, self.recipe.metric_for_best_model)
+        if best.best_step is not None and best.best_step != step:
+            self.checkpointer.load_best(best.best_step, message)
+        elif message:
+            self.emit(LogMessage(message=message))
 
     def _check_frozen_weights(self) -> str:
         """Returns the hash of the base. Raises TrainingError if it, or a frozen adapter, changed during the run."""
@@ -307,6 +319,8 @@ class Stage:
             loading_seconds=self.session.seconds,
         )
         self.emit(event)
+        if self.checkpointer.schedule_message:
+            self.emit(warning(self.checkpointer.schedule_message))
         warmup_steps = self.recipe.train.warmup_steps
         if warmup_steps >= built.steps:
             self.emit(
@@ -351,16 +365,18 @@ class Stage:
 
         Returns whether the step is the best so far.
         """
-        validation = self.evaluator.validation_metrics()
+        validation = self.evaluator.validate_rows()
         heldout = None
         if self.recipe.metric_for_best_model == "accuracy":
-            heldout = self.evaluator.policy_metrics()
+            heldout = self.evaluator.evaluate_policy()
         is_best = may_be_best and self._update_best(step, validation, heldout)
-        stats = {f"eval_{name}": value for name, value in (validation or {}).items()}
+        stats: dict[str, float] = {}
+        if validation is not None:
+            stats |= {f"eval_{name}": value for name, value in validation.metrics.items()}
         if heldout is not None:
-            for name, value in heldout.items():
-                stats[f"heldout/policy/{name}"] = value
-            stats["heldout_accuracy_stderr"] = accuracy_stderr(heldout["accuracy"], len(self.evaluator.questions))
+            accuracy = heldout.metrics["accuracy"]
+            stats |= {f"heldout/policy/{name}": value for name, value in heldout.metrics.items()}
+            stats["heldout_accuracy_stderr"] = accuracy_stderr(accuracy, len(self.evaluator.questions))
         if stats:
             self.emit(
                 Evaluated(
@@ -370,38 +386,24 @@ class Stage:
                 )
             )
         if may_be_best and heldout is not None:
-            self._check_reward_hacking(step, heldout["accuracy"])
+            self._check_reward_hacking(step, heldout.metrics["accuracy"])
         self.evaluator.log_samples(step)
         return is_best
 
     def _update_best(
         self,
         step: int,
-        validation: dict[str, float] | None,
-        heldout: dict[str, float] | None,
+        validation: Evaluation | None,
+        heldout: Evaluation | None,
     ) -> bool:
         """Stores the step if it is the best so far, by held-out accuracy or else by validation loss."""
-        best = self.state.best
-        if self.recipe.metric_for_best_model == "accuracy":
-            metrics = heldout
-            score = heldout["accuracy"] if heldout is not None else None
-            # Of steps with the same accuracy the later one is better: greedy accuracy saturates while sampled answers
-            # still improve.
-            is_tie_better = True
+        if heldout is not None:
+            measured = Measured(step, heldout.metrics["accuracy"], heldout)
+        elif validation is not None:
+            measured = Measured(step, -validation.metrics["loss"], validation)
         else:
-            metrics = validation
-            score = -validation["loss"] if validation is not None else None
-            is_tie_better = False
-        if metrics is None or score is None:
             return False
-        if best.best_score is not None:
-            is_tie = score == best.best_score
-            if not (score > best.best_score or (is_tie and is_tie_better)):
-                return False
-        best.best_step = step
-        best.best_score = score
-        best.best_metrics = metrics
-        return True
+        return update_best(self.state.best, measured)
 
     def _check_reward_hacking(self, step: int, accuracy: float) -> None:
         """Warns once if the reward rises while held-out accuracy falls; stops the run for `on_reward_hacking: stop`."""

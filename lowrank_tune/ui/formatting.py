@@ -73,6 +73,11 @@ def format_age(seconds: float) -> str:
     return f"{max(0, int(seconds))} s"
 
 
+def plural(count: int, noun: str) -> str:
+    """Returns `1 step` or `2 steps`."""
+    return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"
+
+
 def format_time(timestamp: float) -> str:
     """Returns date and time of a Unix timestamp in UTC, `unknown` if it is outside of the range of dates."""
     try:

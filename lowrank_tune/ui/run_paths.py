@@ -20,6 +20,8 @@ RUN_FILES = ("run.json", EVENTS, "summary.json")
 """A folder with one of these files is that of a run or of a chain."""
 MODEL_FILES = ("config.json", "adapter_config.json")
 """A folder with one of these files is a model or an adapter."""
+LOCKS = Path("/proc/locks")
+"""What Linux reports of locks on files."""
 
 
 def stage_folders(path: Path) -> list[Path]:
@@ -106,15 +108,39 @@ def ended_process(path: Path) -> int | None:
 
 
 def is_locked(path: Path) -> bool:
-    """Returns whether a process holds the lock of a run, and so is writing its folder."""
+    """Returns whether a process of this machine holds the lock of a run, and so is writing its folder."""
     try:
-        with (path / ".lock").open() as lock:
-            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
+        inode = (path / ".lock").stat().st_ino
+        return bool(_lock_holders(inode))
     except OSError:
         return False
-    return False
+
+
+def running_process(path: Path) -> int | None:
+    """Returns the number of the process on this machine that holds the lock of a run, None if there is none."""
+    try:
+        with (path / ".lock").open() as lock:
+            process = int(lock.read())
+            inode = os.fstat(lock.fileno()).st_ino
+        holders = _lock_holders(inode)
+    except (OSError, ValueError, OverflowError):
+        return None
+    return process if process in holders else None
+
+
+def _lock_holders(inode: int) -> set[int]:
+    """Returns the processes that hold a lock on the file of this inode.
+
+    The list of locks is read instead of trying the lock, which would refuse it to a run that starts at this moment.
+    Raises OSError if there is no such list.
+    """
+    holders = set[int]()
+    for line in LOCKS.read_text().splitlines():
+        # 1: FLOCK ADVISORY WRITE 8867 fe:00:2269874 0 EOF
+        fields = line.split()
+        if len(fields) > 5 and fields[5].endswith(f":{inode}"):
+            holders.add(int(fields[4]))
+    return holders
 
 
 def read_event_lines(path: Path) -> Iterator[Event]:

@@ -8,6 +8,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from lowrank_tune.checkpoint.run_format import check_run_format
@@ -18,9 +19,11 @@ from lowrank_tune.ui.run_paths import (
     ended_process,
     is_chain,
     parse_event,
+    running_process,
     stage_folders,
 )
 from lowrank_tune.ui.state import State
+from lowrank_tune.ui.system_stats import Reading, SystemStats
 from lowrank_tune.ui.terminal.device import can_show
 from lowrank_tune.ui.terminal.live_screen import LiveScreen
 from lowrank_tune.ui.terminal.navigation import settle
@@ -114,6 +117,7 @@ class WatchedRun:
         self.tails = Tails(paths)
         self.state = State()
         self.folder = folder
+        self.system: SystemStats | None = None
 
     def poll(self) -> bool:
         """Reads the new events; returns whether the state changed."""
@@ -126,7 +130,22 @@ class WatchedRun:
             self.state.apply(event)
         has_new_process = process != self.state.ended_process
         self.state.ended_process = process
-        return is_replaced or bool(events) or has_new_process
+        return self._poll_system() or is_replaced or bool(events) or has_new_process
+
+    def _poll_system(self) -> bool:
+        """Reads the load while a process on this machine writes the run; returns whether there is a new reading."""
+        process = None if self.folder is None else running_process(self.folder)
+        if process is None:
+            had_process = self.system is not None
+            self.system = None
+            return had_process
+        if self.system is None or self.system.process != process:
+            self.system = SystemStats(process)
+        return self.system.poll()
+
+    def readings(self) -> tuple[Reading, ...]:
+        """Returns the recent load, the newest last."""
+        return () if self.system is None else tuple(self.system.history)
 
 
 def event_files(run: Path) -> list[Path]:
@@ -214,10 +233,16 @@ class WatchScreen:
     ) -> list[Line]:
         return render_several(
             [run.state for run in self.runs],
-            view,
+            self._with_load(view),
             width,
             height,
         )
+
+    def _with_load(self, view: View) -> View:
+        """Returns the view with the load of the run that fills the screen."""
+        if len(self.runs) > 1 and not view.run:
+            return view
+        return replace(view, system=self.runs[max(0, view.run - 1)].readings())
 
     def _settle(
         self,
@@ -227,7 +252,7 @@ class WatchScreen:
     ) -> View:
         return settle(
             [run.state for run in self.runs],
-            view,
+            self._with_load(view),
             width,
             height,
         )

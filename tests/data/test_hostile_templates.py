@@ -3,6 +3,7 @@ it in the memory of this process."""
 
 from __future__ import annotations
 
+import json
 import os
 import threading
 import time
@@ -12,7 +13,8 @@ from pathlib import Path
 import pytest
 from tokenizers_for_tests import CHATML, tiny
 
-from lowrank_tune.data import ChatTemplate, InvalidRow
+from lowrank_tune.config import DataConfig, SourceConfig
+from lowrank_tune.data import ChatTemplate, InvalidRow, load
 from lowrank_tune.data.message import Message
 from lowrank_tune.data.templates import render_process
 from lowrank_tune.data.templates.render_process import LimitExceeded, RenderLimits, RenderProcess, RenderRequest
@@ -271,3 +273,15 @@ def test_what_json_would_change_is_refused(process: RenderProcess) -> None:
     for content in ((1, 2), {1: 2}, b"x", {"a": [{"b": (1,)}]}):
         with pytest.raises(TypeError, match="a chat template takes"):
             process.render_some("x", {}, [RenderRequest([{"role": "user", "content": content}], False)])
+
+
+def test_a_dropped_row_is_reported_with_its_line(tmp_path: Path) -> None:
+    file = tmp_path / "rows.jsonl"
+    rows = [{"prompt": "WORD" if number == 3 else f"Question {number}", "completion": "Yes."} for number in range(40)]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    data = DataConfig(train=(SourceConfig(dataset=str(file)),), eval_fraction=0.0, max_length=64)
+    template = ChatTemplate.from_tokenizer(tiny(AT_WORD.replace("HANG", MEMORY)))
+    (report,) = load(data, template, 0, lambda event: None, tmp_path / "cache").report.train
+    assert (report.read, report.used) == (40, 39)
+    ((reason, dropped),) = report.dropped.items()
+    assert reason == "the base's chat template exceeds 512 MB of memory on it" and dropped.lines() == "line 4"

@@ -25,7 +25,7 @@ import sandbox_escapes
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lowrank_tune.rewards.sandbox import isolation, landlock, seccomp
+from lowrank_tune.rewards.sandbox import isolation, landlock, launch, seccomp
 from lowrank_tune.rewards.sandbox.ipc import (
     MAX_MESSAGE_BYTES,
     Channel,
@@ -68,6 +68,18 @@ def test_isolation_is_available_where_the_kernel_supports_it() -> None:
     if not landlock.version() or not seccomp.is_supported() or "Seccomp:" not in Path("/proc/self/status").read_text():
         pytest.skip("no Landlock or no seccomp here")
     assert isolation.probe_level("landlock").fault == "" and isolation.best_available() is not None
+
+
+def test_reason_of_bubblewrap_is_its_own_message(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A container that forbids user namespaces: its level cannot be used, and the message has the cause. The program
+    is anywhere on the path."""
+    program = tmp_path / "bwrap"
+    program.write_text("#!/bin/sh\necho first >&2\necho 'bwrap: No permissions to create new namespace' >&2\nexit 1\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.setattr(launch, "python", launch.python.__wrapped__)
+    found = isolation.probe_level.__wrapped__("bubblewrap")
+    assert str(found) == "bubblewrap: bwrap: No permissions to create new namespace"
 
 
 def test_attacks_are_stopped_and_the_control_is_not(level: Level) -> None:

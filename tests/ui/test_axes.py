@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import random
 from dataclasses import replace
+from itertools import product
 
 import pytest
 from test_dashboard import START, make_group, state_after, steps, wrote
@@ -53,11 +54,14 @@ def test_ticks_are_round_distinct_and_cover_the_values(rows: int, log: bool) -> 
     ("low", "high", "wanted"),
     [
         (0.101, 1.28, ["0", "0.5", "1.0", "1.5"]),
-        (0.804, 0.972, ["0.80", "0.85", "0.90", "0.95", "1.00"]),
-        (-1.7e-6, 1.0, ["0", "0.2", "0.4", "0.6", "0.8", "1.0"]),
-        (2e-3, 2e-3, ["0.0016", "0.0018", "0.0020", "0.0022", "0.0024"]),
-        (3.9e-8, 2e-4, ["0", "5e-5", "1e-4", "1.5e-4", "2e-4"]),
-        (0.0, 0.0, ["0", "0.2", "0.4", "0.6", "0.8", "1.0"]),
+        (0.804, 0.972, ["0.8", "0.9", "1.0"]),
+        (-1.7e-6, 1.0, ["0", "0.5", "1.0"]),
+        (-0.5, 1.25, ["-1", "0", "1", "2"]),
+        (-4.3, 0.0, ["-6", "-4", "-2", "0"]),
+        (6.8e-4, 2e-3, ["0.0005", "0.0010", "0.0015", "0.0020"]),
+        (2e-3, 2e-3, ["0.0016", "0.0020", "0.0024"]),
+        (1e-8, 5e-6, ["0", "2e-6", "4e-6", "6e-6"]),
+        (0.0, 0.0, ["0", "0.5", "1.0"]),
     ],
 )
 def test_ticks_of_known_ranges(low: float, high: float, wanted: list[str]) -> None:
@@ -78,8 +82,8 @@ def test_a_share_is_in_percent_and_between_0_and_1() -> None:
     assert labels(chart_rows("mean_token_accuracy", [0.0, 0.36, 1.0]))[0] == "100 %"
     assert labels(chart_rows("mean_token_accuracy", [1.0, 1.0]))[0] == "100 %"
     assert labels(chart_rows("clip_ratio", [0.0, 0.0], "grpo"))[-1] == "0 %"
-    for values in ([0.0, 0.5], [0.99, 1.0], [0.0, 1.0]):
-        axis = make_axis(min(values), max(values), 8, share=True)
+    for low, high, rows in product(range(0, 100, 7), range(0, 101, 5), (2, 5, 8, 15)):
+        axis = make_axis(min(low, high) / 100, max(low, high) / 100, rows, share=True)
         assert axis.low >= 0 and axis.high <= 1 and axis.labels()[-1].endswith(" %")
 
 
@@ -99,7 +103,7 @@ def test_charts_have_the_same_gutter() -> None:
 def test_the_band_of_a_reward_of_0_or_1_stays_between_them() -> None:
     noisy = [*steps(9, **{"reward": 0.1, "reward_std": 0.3}), *steps(9, 10, **{"reward": 0.9, "reward_std": 0.3})]
     start = replace(START, algorithm="grpo")
-    for rewards, wanted in (((0.0, 1.0), ["1.0", "0"]), ((-1.0, 1.0), ["1.5", "-0.5"])):
+    for rewards, wanted in (((0.0, 1.0), ["1.0", "0"]), ((-1.0, 1.0), ["2", "-1"])):
         group = make_group(1, *(wrote("x", reward, 0.0) for reward in rewards))
         pane = chart_pane(state_after([start, group, *noisy]), ("reward",), View(), 40, 10)
         found = labels(plain_text(pane).splitlines())
@@ -110,7 +114,7 @@ def test_an_outlier_is_marked_at_the_edge_and_named() -> None:
     values = [0.01 + 0.001 * math.sin(step) for step in range(40)]
     values[30] = 1.30
     rows = chart_rows("kl", values)
-    assert labels(rows)[0] == "0.0110" and rows[1].count("\u25b2") == 1
+    assert labels(rows)[0] == "0.011" and rows[1].count("\u25b2") == 1
     assert "\u25b2 1.30 at 31" in rows[-1] and rows[-1].split()[-1] == "40"
     below = chart_rows("kl", [-value for value in values])
     assert below[-2].count("\u25bc") == 1 and "\u25bc -1.30 at 31" in below[-1]

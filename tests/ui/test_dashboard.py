@@ -26,7 +26,6 @@ from lowrank_tune.events import (
     StepEnd,
     from_json,
 )
-from lowrank_tune.ui.gpu_stats import GpuStats
 from lowrank_tune.ui.state import MAX_POINTS, Series, State
 from lowrank_tune.ui.terminal.chart_pane import FRONTIER, chart_pane
 from lowrank_tune.ui.terminal.help_pane import NOTES
@@ -769,26 +768,6 @@ def test_wrapping_and_fitting_by_cells() -> None:
     )
     assert wrap("\u4e2d" * 5, 6, 3) == ["\u4e2d" * 3, "\u4e2d" * 2]
     assert fit([("\u4e2d\u4e2d", "")], 3) == [("\u4e2d ", "")] and fit([("a", "")], 3) == [("a", ""), ("  ", "")]
-
-
-def test_a_gpu_is_read_through_nvidia_ml(monkeypatch: pytest.MonkeyPatch) -> None:
-    import sys
-    from types import SimpleNamespace as Named
-
-    driver = Named(
-        nvmlInit=lambda: None,
-        nvmlDeviceGetHandleByIndex=lambda index: index,
-        nvmlDeviceGetTemperature=lambda handle, kind: 71,
-        nvmlDeviceGetMemoryInfo=lambda handle: Named(used=19 << 30, total=24 << 30),
-        nvmlDeviceGetPowerUsage=lambda handle: 310_000,
-        nvmlDeviceGetUtilizationRates=lambda handle: Named(gpu=97),
-    )
-    monkeypatch.setitem(sys.modules, "pynvml", driver)
-    assert GpuStats().read() == "GPU 19.0/24.0 GiB 71 C 310 W 97 %"
-    driver.nvmlDeviceGetTemperature = None
-    assert GpuStats().read() == ""
-    monkeypatch.setitem(sys.modules, "pynvml", None)
-    assert GpuStats().read() == ""
 
 
 def test_the_picture_in_the_readme_is_drawn_from_the_recorded_run() -> None:

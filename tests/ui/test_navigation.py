@@ -8,7 +8,7 @@ import pytest
 from test_dashboard import RECORDED, START, answered, chain, ended, state_after, steps
 
 from lowrank_tune.events import Evaluated, Event, LogMessage, SampleLogged
-from lowrank_tune.ui.formatting import validation_line
+from lowrank_tune.ui.formatting import plural, validation_line
 from lowrank_tune.ui.state import LOG_LINES, MAX_SAMPLES, State
 from lowrank_tune.ui.terminal.keys import DOWN, END, HOME, PAGE_DOWN, PAGE_UP, UP, keys_in
 from lowrank_tune.ui.terminal.log_pane import log_pane
@@ -124,7 +124,7 @@ def test_without_a_pane_arrows_have_no_effect() -> None:
         assert handle_key(view, key) is view
 
 
-def test_a_long_log_is_limited_and_says_so() -> None:
+def test_a_long_log_is_limited_with_a_note() -> None:
     state = log_of(LOG_LINES + 120)
     rows = shown(state, press(state, View(), "l"), 120)
     assert "the newest 5,000 of 5,120 messages, lines 4,983-5,000 of 5,000" in rows[4]
@@ -180,9 +180,9 @@ def test_only_warnings_of_the_training_stay_above_newer_lines() -> None:
 
 
 def test_no_answer_right_is_not_called_the_best_so_far() -> None:
-    for accuracy, said in ((0.0, False), (0.25, True)):
+    for accuracy, is_mentioned in ((0.0, False), (0.25, True)):
         event = Evaluated(step=3, stats={"heldout/policy/accuracy": accuracy}, best=True, time=1.0)
-        assert ("best so far" in validation_line(event)) is said
+        assert ("best so far" in validation_line(event)) is is_mentioned
 
 
 def test_long_texts_break_at_words_and_slashes() -> None:
@@ -204,3 +204,7 @@ def test_a_narrow_header_leaves_out_whole_details() -> None:
     assert narrow[0].split()[:6] == ["lowrank-tune", "ppo-run", "\u00b7", "ppo", "of", "stories260K"]
     assert "CPU" not in narrow[0] and "CPU, 1 thread, fp32, 23.5 GiB" in wide[0]
     assert narrow[1].endswith("reference = base + a + b") and wide[1].endswith(start.reference)
+
+
+def test_counts_of_one_have_no_plural() -> None:
+    assert [plural(count, "step") for count in (0, 1, 2, 1200)] == ["0 steps", "1 step", "2 steps", "1,200 steps"]

@@ -6,6 +6,7 @@ import io
 import math
 import os
 import pty
+import shlex
 import subprocess
 import sys
 import unicodedata
@@ -435,6 +436,7 @@ def test_summary_has_the_status_and_the_folder(tmp_path: Path) -> None:
         "next",
         f"  lowrank-tune chat {tmp_path}              chat with it",
         f"  lowrank-tune eval {tmp_path}              measure it on held-out questions",
+        f"  lowrank-tune merge {tmp_path}             merge it into its base",
         f"  lowrank-tune export {tmp_path} --to gguf  write it for llama.cpp",
         f"  lowrank-tune report {tmp_path}            write report.html again",
     ]
@@ -448,8 +450,42 @@ def test_the_next_commands_are_those_for_what_was_trained() -> None:
 
     assert commands(status="done", algorithm="reward") == ["score", "report"]
     stages = [{"name": "a", "algorithm": "sft"}, {"name": "b", "algorithm": "reward"}]
-    assert commands(status="done", stages=stages) == ["chat", "eval", "export", "report"]
-    assert commands(status="interrupted", algorithm="sft") == []
+    assert commands(status="done", stages=stages) == ["chat", "eval", "merge", "export", "report"]
+    assert commands(status="interrupted", algorithm="sft") == ["run"]
+    assert commands(status="failed", algorithm="sft") == commands(algorithm="sft") == []
+
+
+def test_an_interrupted_run_names_the_command_that_continues_it() -> None:
+    lines = summary_table({"status": "interrupted", "algorithm": "sft"}, Path("my runs/x")).splitlines()
+    command = lines[-1].partition("  continue it")[0].strip()
+    assert shlex.split(command) == ["lowrank-tune", "run", "my runs/x/recipe.yaml", "--out", "my runs/x"]
+
+
+def test_the_next_commands_compare_with_the_newest_earlier_run(tmp_path: Path) -> None:
+    summary = {"status": "done", "algorithm": "sft"}
+    run = tmp_path / "third"
+    assert "lowrank-tune compare" not in summary_table(summary, run)
+    for at, name in enumerate(("first", "second", "third", "without-events")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "run.json").write_text("{}")
+        os.utime(tmp_path / name / "run.json", (at, at))
+        if at < 3:
+            (tmp_path / name / "events.jsonl").touch()
+    assert f"lowrank-tune compare {tmp_path / 'second'} {run}" in summary_table(summary, run)
+
+
+@pytest.mark.parametrize("width", [40, 80, 120, None])
+def test_next_commands_are_never_broken(width: int | None) -> None:
+    run = Path("runs/a-name-of-forty-characters-and-some-more")
+    lines = summary_table({"status": "done", "algorithm": "sft"}, run, width).splitlines()
+    lines = lines[lines.index("next") + 1 :]
+    commands = [line for line in lines if "lowrank-tune" in line]
+    assert len(commands) == 5 and all(str(run) in command for command in commands)
+    assert any(line.startswith(f"  lowrank-tune export {run} --to gguf") for line in commands)
+    if width == 80:
+        assert max(map(len, lines)) < width and lines[1] == "      chat with it"
+    if width is None:
+        assert len(lines) == 5
 
 
 @pytest.mark.parametrize("width", [60, 80, 120])
@@ -458,7 +494,8 @@ def test_a_summary_is_broken_between_values_and_words(width: int) -> None:
     warning = "a/long-path/to/some_rows.jsonl (alpaca): 59 of 60 rows, 7071 tokens; dropped 1: malformed JSON (line 7)"
     summary = {"status": "interrupted", "last": last | {"step": 3}, "warnings": [warning]}
     whole, folded = (summary_table(summary, Path("runs/x"), size) for size in (None, width))
-    assert max(map(len, folded.splitlines())) <= width and folded.split() == whole.split()
+    assert folded.split() == whole.split()
+    assert max(len(line) for line in folded.splitlines() if "lowrank-tune" not in line) <= width
     for part in whole.splitlines()[1].split("  "):
         assert part in folded  # `accuracy 80.0 %` is in one row
 
@@ -467,7 +504,7 @@ def test_summary_of_pairs_and_of_a_chain(tmp_path: Path) -> None:
     pairs = {"accuracy": 0.93, "calibration_error": 0.041, "length_correlation": -0.2}
     figures = "accuracy 93.0 %  calibration error 4.1 %  length correlation -0.20"
     lines = summary_table({"status": "interrupted", "heldout_pairs": pairs}, tmp_path).splitlines()
-    assert lines == ["status     interrupted", "held-out pairs", f"  {figures}", f"in         {tmp_path}"]
+    assert lines[:-2] == ["status     interrupted", "held-out pairs", f"  {figures}", f"in         {tmp_path}"]
     for name in ("1-sft", "report.html"):
         (tmp_path / name).mkdir()
     stages = [
@@ -500,7 +537,7 @@ def test_summary_of_pairs_and_of_a_chain(tmp_path: Path) -> None:
         "heldout": {"base": 0.016, "sft": 0.46},
         "warnings": ["dpo: careful"],
     }
-    assert summary_table(summary, tmp_path).splitlines() == [
+    assert summary_table(summary, tmp_path).splitlines()[:-2] == [
         "status     interrupted",
         "seconds    1:30",
         "sft        sft: done, step 96 of 96 in 1:10",

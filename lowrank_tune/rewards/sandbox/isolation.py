@@ -25,7 +25,13 @@ from typing import Any
 
 from lowrank_tune.rewards.sandbox import seccomp
 from lowrank_tune.rewards.sandbox.ipc import ChannelClosed, ChannelTimeout, MessageTooLong
-from lowrank_tune.rewards.sandbox.launch import Confined, Level, UnauthenticatedMessage, Unconfined
+from lowrank_tune.rewards.sandbox.launch import (
+    Confined,
+    Level,
+    UnauthenticatedMessage,
+    Unconfined,
+    bubblewrap_fault,
+)
 from lowrank_tune.rewards.sandbox.values import DeserializationError, decode, encode
 
 LEVELS: tuple[Level, ...] = ("namespaces", "bubblewrap", "landlock")
@@ -105,7 +111,9 @@ def probe_level(level: Level) -> AvailableIsolation:
         status = solver.ready()
         escapes = escape_checks(solver)
     except Unconfined as fault:
-        return AvailableIsolation(level, str(fault))
+        # the processes of the sandbox have no stderr, so bubblewrap's own reason is read from another start
+        reason = bubblewrap_fault() if level == "bubblewrap" else ""
+        return AvailableIsolation(level, reason or str(fault))
     except ChannelClosed:
         return AvailableIsolation(level, f"the process {solver.end()}")
     except (ChannelTimeout, MessageTooLong, UnauthenticatedMessage, DeserializationError):

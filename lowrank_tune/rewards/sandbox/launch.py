@@ -7,6 +7,7 @@ import contextlib
 import functools
 import os
 import secrets
+import shutil
 import signal
 import socket
 import struct
@@ -181,7 +182,8 @@ def bubblewrap() -> list[str]:
     """Returns the command of bubblewrap, which mounts only the paths of `mounts` and this package."""
     library = os.path.realpath(os.path.dirname(os.__file__))
     command = [
-        "bwrap",
+        # confined processes have no PATH
+        shutil.which("bwrap") or "bwrap",
         *(f"--unshare-{namespace}" for namespace in ("pid", "net", "ipc", "uts", "cgroup-try")),
         "--die-with-parent",
     ]
@@ -217,6 +219,19 @@ def bubblewrap() -> list[str]:
         "/",
         "--",
     ]
+
+
+def bubblewrap_fault() -> str:
+    """Returns the message with which bubblewrap refuses to start any process here; empty if it starts one."""
+    done = subprocess.run(
+        [*bubblewrap(), interpreter(), "-S", "-c", ""],
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=START_SECONDS,
+    )
+    lines = done.stderr.strip().splitlines()
+    return lines[-1] if done.returncode and lines else ""
 
 
 @functools.cache

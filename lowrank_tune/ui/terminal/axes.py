@@ -7,10 +7,13 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 MIN_INTERVALS = 2
-"""Intervals between ticks, so that an axis has at least three of them."""
-MAX_INTERVALS = 5
-MIN_TICK_ROWS = 1.4
-"""Lines between two ticks."""
+"""Intervals between labeled ticks, so that an axis has at least three of them."""
+MIN_TICK_ROWS = 2.0
+MIN_LOG_TICK_ROWS = 1.4
+"""Lines between two labeled ticks, those of a logarithmic axis on average."""
+INTERVALS = {2: 1, 3: 1, 4: 2, 6: 2}
+"""Steps that may cover the range, each with how many of them are between two labels."""
+MAX_STEPS = max(INTERVALS)
 STEPS = (1.0, 2.0, 5.0)
 NEAR_ZERO = 0.01
 """Share of the range below which an end of it is 0."""
@@ -35,7 +38,7 @@ MAX_LABEL = 7
 
 @dataclass(frozen=True)
 class Axis:
-    """Range and ticks, the lowest first. `share` writes them in percent."""
+    """Range and labeled ticks, the lowest first. `share` writes them in percent."""
 
     low: float
     high: float
@@ -66,7 +69,8 @@ def make_axis(
     share: bool = False,
 ) -> Axis:
     """Returns the axis for values from `low` to `high` in a chart of `rows` lines. A share stays between 0 and 1."""
-    most = max(MIN_INTERVALS, min(MAX_INTERVALS, int((rows - 1) / MIN_TICK_ROWS)))
+    tick_rows = MIN_LOG_TICK_ROWS if log else MIN_TICK_ROWS
+    most = max(MIN_INTERVALS, int((rows - 1) / tick_rows))
     if log:
         return _log_axis(
             low,
@@ -74,7 +78,8 @@ def make_axis(
             most,
             share,
         )
-    ticks = _linear_ticks(*_linear_range(low, high, share), most)
+    limit = 1.0 if share else math.inf
+    ticks = _linear_ticks(*_linear_range(low, high, share), most, limit)
     return Axis(ticks[0], ticks[-1], ticks, False, share)
 
 
@@ -110,15 +115,43 @@ def _linear_ticks(
     low: float,
     high: float,
     most: int,
+    limit: float = math.inf,
 ) -> list[float]:
-    """Returns the multiples of the smallest round step that covers the range in at most `most` intervals."""
-    for step in _round_steps((high - low) / (2 * most)):
-        first = math.floor(low / step + TOLERANCE)
-        last = math.ceil(high / step - TOLERANCE)
-        if last - first <= most:
-            last = max(last, first + MIN_INTERVALS)
-            return [_rounded(index * step) for index in range(first, last + 1)]
+    """Returns ticks at equal distances up to `limit`, of which the first and the last enclose the range as closely as
+    possible."""
+    best = list[float]()
+    for step in _round_steps((high - low) / MAX_STEPS):
+        ticks = _ticks_of_step(
+            low,
+            high,
+            step,
+            most,
+        )
+        is_valid = bool(ticks) and ticks[-1] <= limit
+        if is_valid and (not best or ticks[-1] - ticks[0] < best[-1] - best[0]):
+            best = ticks
+        if step > high - low:
+            return best or [0.0, limit / 2, limit]
     raise AssertionError("steps have no end")
+
+
+def _ticks_of_step(
+    low: float,
+    high: float,
+    step: float,
+    most: int,
+) -> list[float]:
+    """Returns the labeled multiples of a step, none if they were too many."""
+    last = math.ceil(high / step - TOLERANCE)
+    for count, stride in INTERVALS.items():
+        # labels are multiples of their distance, so that 0 is one of them
+        first = math.floor(low / step + TOLERANCE) // stride * stride
+        if count >= last - first and count // stride <= most:
+            if high <= 0:
+                # a negative range is extended downwards
+                first = -(-last // stride) * stride - count
+            return [_rounded((first + index) * step) for index in range(0, count + 1, stride)]
+    return []
 
 
 def _round_steps(least: float) -> Iterator[float]:
@@ -181,12 +214,16 @@ def _format_ticks(ticks: Sequence[float], log: bool) -> list[str]:
     """Returns texts with the decimals that tell the ticks apart, as powers of ten where those would be too long."""
     if log:
         return [_shortest(tick) for tick in ticks]
-    step = min(after - before for before, after in zip(ticks, ticks[1:], strict=False))
-    decimals = max(0, -_floor_power(step))
+    decimals = max(_decimals(tick) for tick in ticks)
     plain = ["0" if tick == 0 else f"{tick:.{decimals}f}" for tick in ticks]
     if decimals <= MAX_DECIMALS and all(len(text) <= MAX_LABEL for text in plain):
         return plain
     return [_with_exponent(tick) for tick in ticks]
+
+
+def _decimals(value: float) -> int:
+    """Returns the digits after the point that a round value has."""
+    return len(f"{value:.9f}".rstrip("0").partition(".")[2])
 
 
 def _shortest(value: float) -> str:

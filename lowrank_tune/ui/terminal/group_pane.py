@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 
-from lowrank_tune.ui.formatting import number, signed
+from lowrank_tune.ui.formatting import number, plural, signed
 from lowrank_tune.ui.groups import Group, LoggedCompletion
 from lowrank_tune.ui.state import State
 from lowrank_tune.ui.terminal.panes import View, heading, labeled, prompt_lines
@@ -64,7 +64,7 @@ def group_pane(
         note = "no signal: all rewards are equal"
     lines = [
         heading(
-            f"group of step {group.step}: {group.count} completions",
+            f"group of step {group.step}: {plural(group.count, 'completion')}",
             width,
             view,
             note,

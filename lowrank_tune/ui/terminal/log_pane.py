@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from lowrank_tune.ui.formatting import clock
+from lowrank_tune.ui.formatting import clock, plural
 from lowrank_tune.ui.state import LogLine, State
 from lowrank_tune.ui.terminal.panes import View, heading, labeled
 from lowrank_tune.ui.terminal.text_layout import Block, wrap
@@ -21,9 +21,7 @@ def log_pane(
 ) -> Block:
     """Returns the warnings since the start of the training, then all other lines, each with the newest first."""
     count = len(state.warnings)
-    note = ""
-    if count:
-        note = "1 warning" if count == 1 else f"{count} warnings"
+    note = plural(count, "warning") if count else ""
     lines = [heading("log", width, view, note)]
     first = [entry for entry in reversed(state.warnings) if _is_urgent(state, entry)]
     others = [entry for entry in list(state.log)[-height:] if not (entry.is_warning and _is_urgent(state, entry))]

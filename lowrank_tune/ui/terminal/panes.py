@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from lowrank_tune.config.schema import ONLINE_ALGORITHMS
 from lowrank_tune.ui import mark_line_breaks
 from lowrank_tune.ui.state import State
+from lowrank_tune.ui.system_stats import Reading
 from lowrank_tune.ui.terminal.text_layout import Block, Line, Piece, sanitize, wrap
 
 SMOOTHINGS = (0.0, 0.5, 0.7, 0.8, 0.9, 0.95, 0.98)
@@ -44,7 +45,7 @@ OPTIONAL_KEYS = "+-ynoes"
 
 @dataclass(frozen=True)
 class View:
-    """Display settings of a screen, and values of this moment: pending requests, the Unix time and the GPU."""
+    """Display settings of a screen, and values of this moment: pending requests, the Unix time and the load."""
 
     log_scale: bool = False
     smoothing: int = 2
@@ -77,7 +78,8 @@ class View:
     """Whether there is a keyboard."""
     pending: tuple[str, ...] = ()
     now: float | None = None
-    gpu: str = ""
+    system: tuple[Reading, ...] = ()
+    """Load of the GPU or of the process, the newest last; empty if it is not known."""
 
     def sanitize(self, text: str, limit: int = 500) -> str:
         """Returns untrusted text for this screen in one line, at most `limit` characters of it."""

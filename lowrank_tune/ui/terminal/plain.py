@@ -33,6 +33,7 @@ from lowrank_tune.ui.formatting import (
     ended_time,
     format_stats,
     number,
+    plural,
     rate,
     signed,
     stage_of,
@@ -135,8 +136,8 @@ class LineLogger:
         model = event.model
         if event.device:
             model = f"{model} on {event.device}"
-        trained = f"{event.trainable:,} trained parameters"
-        self._print(f"{name}: {event.algorithm} of {model}, {event.steps} steps, {trained}")
+        trained = plural(event.trainable, "trained parameter")
+        self._print(f"{name}: {event.algorithm} of {model}, {plural(event.steps, 'step')}, {trained}")
         for role, stack in event.roles.items():
             if role != "reference":
                 self._print(f"  {role}: {' + '.join(stack) or 'the base'}")

@@ -16,6 +16,7 @@ from lowrank_tune.ui.terminal.log_pane import log_pane
 from lowrank_tune.ui.terminal.panes import KEYS, OPTIONAL_KEYS, View, keys_of, labeled, labeled_value
 from lowrank_tune.ui.terminal.sample_pane import sample_pane
 from lowrank_tune.ui.terminal.scroll_panes import SCROLLED, answers_screen, log_screen
+from lowrank_tune.ui.terminal.system_line import system_line
 from lowrank_tune.ui.terminal.text_layout import (
     Block,
     Line,
@@ -70,7 +71,8 @@ def shown_state(state: State, view: View) -> State:
 
 def body_height(view: View, height: int) -> int:
     """Returns the lines between header and footer."""
-    return height - HEAD_LINES - FOOT_LINES
+    lines = height - HEAD_LINES - FOOT_LINES
+    return lines - 1 if view.system else lines
 
 
 def render(
@@ -89,6 +91,8 @@ def render(
         _progress(shown, view, width),
         _resources(shown, view, width),
     ]
+    if view.system:
+        head.append(system_line(view.system, view, width))
     pane = PANES.get(view.pane, _body)
     if view.help:
         pane = help_pane
@@ -263,8 +267,6 @@ def _resources(
 ) -> Line:
     """Returns the memory of the GPU, and the shares of the phases in the time of the steps and of the run."""
     line = _memory(state, view)
-    if view.gpu:
-        line.append((f"  {view.sanitize(view.gpu)}", "quiet"))
     step_shares = [f"{name} {share:.0%}" for name, share in state.step_phase_shares().items()]
     if step_shares:
         line += labeled_value("   step ", "  ".join(step_shares))

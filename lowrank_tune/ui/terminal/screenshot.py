@@ -1,6 +1,7 @@
-"""Draws the dashboard from recorded events as a picture.
+"""Draws the dashboard as a picture: from recorded events, or from what a terminal shows.
 
-python -m lowrank_tune.ui.terminal.screenshot EVENTS OUT.svg [WIDTH HEIGHT [STEP]]
+python -m lowrank_tune.ui.terminal.screenshot EVENTS.jsonl OUT.svg [WIDTH HEIGHT [STEP]]
+tmux capture-pane -e -p | python -m lowrank_tune.ui.terminal.screenshot - OUT.svg WIDTH HEIGHT
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from pathlib import Path
 from rich.cells import cell_len
 from rich.console import Console
 from rich.terminal_theme import MONOKAI
+from rich.text import Text
 
 from lowrank_tune.events import Event, StepEnd
 from lowrank_tune.ui.state import State
@@ -39,6 +41,36 @@ def screenshot(
     height: int,
 ) -> str:
     """Returns the screen as SVG, the same bytes for the same state."""
+    screen = rich_text(
+        render(
+            state,
+            View(),
+            width,
+            height,
+        )
+    )
+    return _svg(screen, width, height)
+
+
+def screenshot_of_terminal(
+    captured: str,
+    width: int,
+    height: int,
+) -> str:
+    """Returns what a terminal shows as SVG, from its text with the escape codes of the colors."""
+    # the codes of a row may also apply to the next one
+    rows = Text.from_ansi(captured).split("\n", allow_blank=True)[:height]
+    for row in rows:
+        row.pad_right(width - row.cell_len)
+    screen = Text("\n", no_wrap=True, end="").join(rows)
+    return _svg(screen, width, height)
+
+
+def _svg(
+    screen: Text,
+    width: int,
+    height: int,
+) -> str:
     console = Console(
         width=width,
         height=height,
@@ -49,17 +81,7 @@ def screenshot(
         file=io.StringIO(),
         _environ={},
     )
-    console.print(
-        rich_text(
-            render(
-                state,
-                View(),
-                width,
-                height,
-            )
-        ),
-        soft_wrap=True,
-    )
+    console.print(screen, soft_wrap=True)
     svg = console.export_svg(
         title="lowrank-tune",
         theme=MONOKAI,
@@ -96,10 +118,14 @@ def state_at_step(events: Iterable[Event], step: int | None) -> State:
 
 def main(arguments: list[str]) -> None:
     """Writes the picture."""
-    events, out, *numbers = arguments
+    source, out, *numbers = arguments
     width, height, *step = [int(number) for number in numbers] or DEFAULT_SIZE
-    state = state_at_step(read_events(Path(events)), step[0] if step else None)
-    Path(out).write_text(screenshot(state, width, height), encoding="utf-8")
+    if source == "-":
+        svg = screenshot_of_terminal(sys.stdin.read(), width, height)
+    else:
+        state = state_at_step(read_events(Path(source)), step[0] if step else None)
+        svg = screenshot(state, width, height)
+    Path(out).write_text(svg, encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@ them."""
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
 from _thread import interrupt_main
@@ -13,8 +14,8 @@ from pathlib import Path
 
 from lowrank_tune.events import Event, warning
 from lowrank_tune.training.signals import TrainerControl
-from lowrank_tune.ui.gpu_stats import GpuStats
 from lowrank_tune.ui.state import State
+from lowrank_tune.ui.system_stats import SystemStats
 from lowrank_tune.ui.terminal.device import Redirected
 from lowrank_tune.ui.terminal.live_screen import LiveScreen
 from lowrank_tune.ui.terminal.navigation import settle
@@ -44,7 +45,7 @@ class Tui:
         self.state = State()
         self._events: deque[Event] = deque()
         self._pending: tuple[str, ...] = ()
-        self._gpu = GpuStats()
+        self._system = SystemStats(os.getpid())
         # replaces the screen after an error of the screen
         self._line_logger: LineLogger | None = None
         self._in_main = threading.current_thread() is threading.main_thread()
@@ -93,7 +94,8 @@ class Tui:
         pending = tuple(text for request, text in PENDING_LABELS.items() if getattr(self.control, request))
         is_changed = pending != self._pending
         self._pending = pending
-        return self._apply_events() or is_changed
+        has_reading = self._system.poll()
+        return self._apply_events() or is_changed or has_reading
 
     def _apply_events(self) -> bool:
         is_changed = bool(self._events)
@@ -110,7 +112,7 @@ class Tui:
         view = replace(
             view,
             pending=self._pending,
-            gpu=self._gpu.read(),
+            system=tuple(self._system.history),
         )
         return render(self.state, view, width, height)
 
@@ -122,7 +124,7 @@ class Tui:
     ) -> View:
         return settle(
             [self.state],
-            view,
+            replace(view, system=tuple(self._system.history)),
             width,
             height,
         )

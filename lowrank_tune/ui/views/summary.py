@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ from lowrank_tune.json_files import get_list, get_mapping, get_objects
 from lowrank_tune.ui import escape_control_chars
 from lowrank_tune.ui.formatting import format_stats, percent, rate, wall_time
 from lowrank_tune.ui.terminal.text_layout import fold
+from lowrank_tune.ui.views.next_commands import next_lines
 
 LABEL_WIDTH = 11
 MAX_NAME = 60
@@ -54,8 +54,12 @@ def summary_table(
     lines += _file_lines(stages, folder)
     if width is not None:
         lines = [fold(line, width, LABEL_WIDTH) for line in lines]
-    if summary.get("status") == "done":
-        lines += _next_lines(stages or [summary], folder)
+    lines += next_lines(
+        summary,
+        stages or [summary],
+        folder,
+        width,
+    )
     return "\n".join(lines)
 
 
@@ -151,22 +155,3 @@ def _exists(path: Path) -> bool:
     except (OSError, ValueError):
         # the name of a stage's folder may be invalid
         return False
-
-
-def _next_lines(stages: Sequence[Mapping[str, Any]], folder: Path) -> list[str]:
-    """Returns the commands for what a run trained."""
-    run = escape_control_chars(shlex.quote(str(folder)))
-    if all(stage.get("algorithm") == "reward" for stage in stages):
-        commands = {f"score {run} --file rows.jsonl": "score answers with it"}
-    else:
-        commands = {
-            f"chat {run}": "chat with it",
-            f"eval {run}": "measure it on held-out questions",
-            f"export {run} --to gguf": "write it for llama.cpp",
-        }
-    commands[f"report {run}"] = "write report.html again"
-    size = max(map(len, commands))
-    return [
-        "next",
-        *(f"  lowrank-tune {command:{size}}  {words}" for command, words in commands.items()),
-    ]
