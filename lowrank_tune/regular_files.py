@@ -69,7 +69,12 @@ def _read_pipe(
             # Without a writer this returns nothing at once, and `select` would wait for one.
             block = os.read(pipe, max_bytes + 1 - len(data))
         except BlockingIOError:
-            ready, _, _ = select.select([pipe], [], [], max(0.0, deadline - time.monotonic()))
+            ready, _, _ = select.select(
+                [pipe],
+                [],
+                [],
+                max(0.0, deadline - time.monotonic()),
+            )
             if not ready:
                 raise UnreadableFile(
                     path, f"it is a FIFO, and its writer has not closed it after {PIPE_SECONDS:g} s"

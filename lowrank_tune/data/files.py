@@ -33,7 +33,12 @@ RowMask = NDArray[np.bool_] | None
 NumberedRows = Iterator[tuple[int, RawRowOrFault]]
 """Rows with their lines, or their numbers from 1."""
 JSON_SUFFIXES = (".json", ".jsonl", ".ndjson")
-SUFFIXES = (*JSON_SUFFIXES, ".csv", ".tsv", ".parquet")
+SUFFIXES = (
+    *JSON_SUFFIXES,
+    ".csv",
+    ".tsv",
+    ".parquet",
+)
 BOM = b"\xef\xbb\xbf"
 UTF16_BOMS = (b"\xff\xfe", b"\xfe\xff")
 FIRST_BYTES = 4096

@@ -141,14 +141,24 @@ def _plans_by_layers(spec: SimulationSpec, all_recomputed: Plan) -> Iterator[Pla
         counts = Counter(layers_of(spec.config, count))
         if all(counts[kind] >= MIN_LAYERS for kind in kinds):
             phases = phases_in(model.at_depth(counts))
-            yield _with_phases(spec, all_recomputed, count, phases)
+            yield _with_phases(
+                spec,
+                all_recomputed,
+                count,
+                phases,
+            )
 
 
 def _with_large_chunk(spec: SimulationSpec, plan: Plan) -> Plan:
     """Returns the plan with more logits at once."""
     spec = with_auto_values(spec, AutoChoice({"logits_chunk": LARGE_CHUNK_LOGITS}, plan))
     phases = phases_in(peaks_of(spec, plan.recomputed))
-    return _with_phases(spec, plan, plan.recomputed, phases)
+    return _with_phases(
+        spec,
+        plan,
+        plan.recomputed,
+        phases,
+    )
 
 
 def _plan_with(
@@ -159,7 +169,12 @@ def _plan_with(
     """Returns the plan with other sizes or another number of recomputed layers."""
     if spec.sizes == plan.sizes and recomputed == plan.recomputed:
         return plan
-    return _with_phases(spec, plan, recomputed, phases_in(peaks_of(spec, recomputed)))
+    return _with_phases(
+        spec,
+        plan,
+        recomputed,
+        phases_in(peaks_of(spec, recomputed)),
+    )
 
 
 def _with_phases(

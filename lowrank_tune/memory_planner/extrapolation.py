@@ -86,7 +86,12 @@ def extrapolate_counts(count: Callable[[Sequence[Layer]], KernelCounts], layers:
         if num_more:
             extra = count(_with_num_layers({**base_counts, layer: MIN_LAYERS + 1}))
             for phase, kernels in total.items():
-                _add_growth(kernels, base[phase], extra[phase], num_more)
+                _add_growth(
+                    kernels,
+                    base[phase],
+                    extra[phase],
+                    num_more,
+                )
     return total
 
 

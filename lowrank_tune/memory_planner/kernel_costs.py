@@ -81,7 +81,12 @@ def kernel_of(
     given = _by_name(func, args, kwargs)
     if func is bnb.gemm_4bit.default:
         return _nf4_kernel(given)
-    num_bytes = _bytes_of(func, args, kwargs, outputs)
+    num_bytes = _bytes_of(
+        func,
+        args,
+        kwargs,
+        outputs,
+    )
     if num_bytes == 0:
         return None
     name = func._schema.name.partition("::")[2]

@@ -59,7 +59,12 @@ class KernelCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]
             with self:
                 return func.decompose(*args, **kwargs)
         outputs = func(*args, **kwargs)
-        kernel = kernel_of(func, args, kwargs, outputs)
+        kernel = kernel_of(
+            func,
+            args,
+            kwargs,
+            outputs,
+        )
         if kernel is not None:
             self.counts.setdefault(self.tracker.point[0], Counter())[kernel] += self.weight
         return outputs

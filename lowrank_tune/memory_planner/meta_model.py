@@ -88,7 +88,12 @@ def meta_base(
             for module in model.modules():
                 if isinstance(module, bitsandbytes.nn.Linear4bit):
                     _quantize(module, dtype)
-    return freeze_base(model, None, name=name, bits=bits)
+    return freeze_base(
+        model,
+        None,
+        name=name,
+        bits=bits,
+    )
 
 
 def _quantize(module: Any, dtype: torch.dtype) -> None:

@@ -12,13 +12,27 @@ CUDA_CONTEXT_BYTES = 800_000_000
 """Bytes that CUDA uses before the first tensor: its context, torch's kernels, and cuBLAS' workspace."""
 FRAGMENTATION = 0.04
 """Share of the rest that the allocator cannot use (`expandable_segments`)."""
-PURPOSES = ("weights", "adapters", "optimizer", "gradients", "activations", "logits", "KV cache")
+PURPOSES = (
+    "weights",
+    "adapters",
+    "optimizer",
+    "gradients",
+    "activations",
+    "logits",
+    "KV cache",
+)
 
 PHASE_SEPARATOR = ": "
 """Separates the name of a phase from the name of its pass, in a program point."""
 DECODING_PHASES = ("rollout", "held-out answers")
 """Phases that decode: with fewer sequences at once they need less."""
-NON_UPDATE_PHASES = (*DECODING_PHASES, "reference", "reward model", "old and reference", "validation")
+NON_UPDATE_PHASES = (
+    *DECODING_PHASES,
+    "reference",
+    "reward model",
+    "old and reference",
+    "validation",
+)
 """Phases that do not use the micro-batches of the update."""
 SPLITTABLE_PHASES = NON_UPDATE_PHASES[2:]
 """Phases that run in smaller pieces if memory is short (`model/oom.py`), so that a plan fits without them."""

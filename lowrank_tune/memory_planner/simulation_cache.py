@@ -72,7 +72,14 @@ def read_result(key: str) -> SimulationResult | None:
         if manifest_bytes(data) != raw:
             return None
         return SimulationResult.from_json(data)
-    except (OSError, RuntimeError, ValueError, KeyError, TypeError, AttributeError):
+    except (
+        OSError,
+        RuntimeError,
+        ValueError,
+        KeyError,
+        TypeError,
+        AttributeError,
+    ):
         return None
 
 

@@ -48,7 +48,14 @@ UNSUPPORTED_PEFT_OPTIONS = (
 HEADS = {"score", "classifier"}
 # PiSSA, OLoRA, CorDA and LoftQ change the base's own weights at the start, and so does a trained bias.
 SUPPORTED_VALUES = {
-    "init_lora_weights": (True, False, None, "gaussian", "orthogonal", "eva"),
+    "init_lora_weights": (
+        True,
+        False,
+        None,
+        "gaussian",
+        "orthogonal",
+        "eva",
+    ),
     "bias": (True, None, "none"),
 }
 IGNORED_FIELDS = {"runtime_config", "inference_mode", "modules_to_save"}
@@ -209,7 +216,12 @@ def adapter_rope_factors(path: str) -> RopeFactors | None:
         return None
     try:
         factors = read_json(folder / ROPE)["factors"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (
+        OSError,
+        ValueError,
+        KeyError,
+        TypeError,
+    ) as error:
         raise UserError(f"{folder / ROPE} is broken: {type(error).__name__}: {error}") from error
     if factors not in ("short", "long"):
         raise UserError(f"{folder / ROPE} is broken: `factors` is {factors!r}, and must be `short` or `long`")
@@ -232,7 +244,13 @@ def read_stack(folder: Path, key: str) -> AdapterStack:
         names = [str(name) for name in data["stack"]]
         frozen_adapters = {str(name): str(content) for name, content in data["frozen_adapters"].items()}
         stack = AdapterStack(names, frozen_adapters, bool(data["combined"]))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (
+        OSError,
+        ValueError,
+        KeyError,
+        TypeError,
+        AttributeError,
+    ) as error:
         raise UserError(f"{key}: {folder / STACK} is broken: {type(error).__name__}: {error}") from error
     # The names are used as names of folders.
     has_bad_name = any(not name or "/" in name or name in (".", "..") for name in names)

@@ -52,7 +52,14 @@ if TYPE_CHECKING:  # the model floor must run where pydantic is not installed (b
 
 BUILTIN_MODEL = "tiny-tutor"
 GATED_WORDS = ("gated", "401", "403")
-NOT_FOUND_WORDS = ("couldn't connect", "offline", "can't load", "not a local folder", "connection", "resolve")
+NOT_FOUND_WORDS = (
+    "couldn't connect",
+    "offline",
+    "can't load",
+    "not a local folder",
+    "connection",
+    "resolve",
+)
 """What the hub's error messages contain if a repository is gated or private, or cannot be found."""
 AUTOCAST_DTYPE = torch.bfloat16
 """The dtype of products on a GPU, and of its weights."""

@@ -17,7 +17,13 @@ from transformers.initialization import no_init_weights
 from lowrank_tune.model.config_limits import sizes_of
 from lowrank_tune.model.weight_files import num_stored_weights, published_files
 
-LOAD_ERRORS = (OSError, ValueError, KeyError, ImportError, SafetensorError)
+LOAD_ERRORS = (
+    OSError,
+    ValueError,
+    KeyError,
+    ImportError,
+    SafetensorError,
+)
 """What the libraries raise for files that are missing or broken."""
 MAX_SURPLUS = 2
 """Times as many weights as its files contain, that a configuration may describe: a tied head is stored once."""

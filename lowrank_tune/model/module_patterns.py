@@ -36,7 +36,13 @@ def check_patterns(raw: Mapping[str, Any]) -> None:
     for more names or patterns than the limits."""
     for key, pattern in _patterns(raw):
         _compile(key, pattern)
-    for key in ("target_modules", "exclude_modules", "layers_pattern", "rank_pattern", "alpha_pattern"):
+    for key in (
+        "target_modules",
+        "exclude_modules",
+        "layers_pattern",
+        "rank_pattern",
+        "alpha_pattern",
+    ):
         value = raw.get(key) or ()
         if not isinstance(value, str) and len(value) > MAX_NAMES:
             raise UserError(f"{key} has {len(value)} entries, and the limit is {MAX_NAMES}")

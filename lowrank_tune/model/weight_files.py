@@ -21,7 +21,12 @@ def published_files(path_or_id: str, revision: str | None) -> dict[str, Path]:
     ValueError for an index that is broken or names a file outside the folder."""
 
     def published(file: str) -> Any:
-        return cached_file(path_or_id, file, revision=revision, _raise_exceptions_for_missing_entries=False)
+        return cached_file(
+            path_or_id,
+            file,
+            revision=revision,
+            _raise_exceptions_for_missing_entries=False,
+        )
 
     index = published(SAFE_WEIGHTS_INDEX_NAME)
     if index is None:

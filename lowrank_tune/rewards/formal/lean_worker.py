@@ -21,7 +21,15 @@ from typing import Any
 from lowrank_tune.json_files import parse_json
 from lowrank_tune.processes.process_tree import processes, with_descendants
 
-ENVIRONMENT = ("PATH", "HOME", "ELAN_HOME", "ELAN_TOOLCHAIN", "LEAN_PATH", "LEAN_SYSROOT", "LAKE_HOME")
+ENVIRONMENT = (
+    "PATH",
+    "HOME",
+    "ELAN_HOME",
+    "ELAN_TOOLCHAIN",
+    "LEAN_PATH",
+    "LEAN_SYSROOT",
+    "LAKE_HOME",
+)
 MAX_OUTPUT_BYTES = 4 << 20  # bytes of messages
 MAX_REASON_CHARS = 300
 FLAGS = ("--json", "--stdin")

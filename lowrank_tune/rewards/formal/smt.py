@@ -43,10 +43,28 @@ TAIL_CHARS = 4000  # characters at its end that may contain a verdict
 COLUMNS = {
     "statement": ("smt",),
     "witness": ("smt",),
-    "invariant": ("smt", "init", "transition", "property"),
+    "invariant": (
+        "smt",
+        "init",
+        "transition",
+        "property",
+    ),
 }
-REQUEST_COLUMNS = ("smt", "claim", "init", "transition", "property")
-LANGUAGES = ("smt2", "smt", "smtlib", "smt-lib", "lisp", "")
+REQUEST_COLUMNS = (
+    "smt",
+    "claim",
+    "init",
+    "transition",
+    "property",
+)
+LANGUAGES = (
+    "smt2",
+    "smt",
+    "smtlib",
+    "smt-lib",
+    "lisp",
+    "",
+)
 VERDICT_PATTERN = re.compile(r"\b(not )?(unsat|sat|invalid|valid|unsatisfiable|satisfiable)\b")
 OPPOSITE_VERDICT = {
     "sat": "unsat",

@@ -25,10 +25,27 @@ bvashr bvcomp bvult bvule bvugt bvuge bvslt bvsle bvsgt bvsge str.++ str.len str
 str.suffixof str.contains str.indexof str.replace str.< str.<= str.to_int str.from_int
 """.split()
 INDEXED_OPERATORS = "extract repeat zero_extend sign_extend rotate_left rotate_right divisible".split()
-SORTS = ("Int", "Real", "Bool", "String")
+SORTS = (
+    "Int",
+    "Real",
+    "Bool",
+    "String",
+)
 BINDERS = ("forall", "exists")
 RESERVED_WORDS = frozenset(
-    (*CORE_OPERATORS, *INDEXED_OPERATORS, *SORTS, *BINDERS, "let", "as", "_", "!", "const", "match", "par")
+    (
+        *CORE_OPERATORS,
+        *INDEXED_OPERATORS,
+        *SORTS,
+        *BINDERS,
+        "let",
+        "as",
+        "_",
+        "!",
+        "const",
+        "match",
+        "par",
+    )
 )
 
 

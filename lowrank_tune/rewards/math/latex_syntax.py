@@ -41,7 +41,12 @@ MIXED_NUMBER = re.compile(r"(?<![\d._^])\d+ ?\\frac ?\{ ?(\d+) ?\} ?\{ ?(\d+) ?\
 
 
 OPENING_BRACKETS = frozenset(CLOSING)
-CLOSING_BRACKETS = (")", "]", "}", "\\}")
+CLOSING_BRACKETS = (
+    ")",
+    "]",
+    "}",
+    "\\}",
+)
 
 
 class Bracket(NamedTuple):
@@ -55,7 +60,13 @@ class Bracket(NamedTuple):
     exponent_depth: int
 
 
-NO_BRACKET = Bracket("", "", 0, 0, 0)
+NO_BRACKET = Bracket(
+    "",
+    "",
+    0,
+    0,
+    0,
+)
 
 
 def too_large_reason(text: str) -> str | None:
@@ -130,7 +141,12 @@ def _bracket_reason(text: str) -> str | None:
     number."""
     tokens = ["", *TOKEN.findall(text), ""]
     opened: list[tuple[str, bool]] = []
-    for before, token, behind in zip(tokens, tokens[1:], tokens[2:], strict=False):
+    for before, token, behind in zip(
+        tokens,
+        tokens[1:],
+        tokens[2:],
+        strict=False,
+    ):
         if token in OPENING_BRACKETS:
             is_group = token == "{" and before != "_" and not _is_argument(token, before)
             if is_group and before.isdigit():

@@ -38,7 +38,12 @@ MAX_DIGITS = 1e4
 MAX_POWER = 1000.0
 MAX_LOG_DIGITS = 300  # numbers of 10 ** 300 digits would not fit a float
 CPU_TIME_SHARE = 0.5  # share of the seconds of a call that the computation of an answer may take
-WARM_UP = (r"\frac{\sqrt{3}}{2}+x^{2}", r"(1,\pi]\cup\{2\}", r"x\leq 3", r"\begin{pmatrix}1\\2\end{pmatrix}")
+WARM_UP = (
+    r"\frac{\sqrt{3}}{2}+x^{2}",
+    r"(1,\pi]\cup\{2\}",
+    r"x\leq 3",
+    r"\begin{pmatrix}1\\2\end{pmatrix}",
+)
 
 
 def load(spec: Mapping[str, Any]) -> Callable[[Mapping[str, Any]], GradeResult]:
@@ -148,7 +153,15 @@ def evaluate(part: Any) -> Any:
         return part.applyfunc(evaluate)
     if not part.args or isinstance(part, UNEVALUATED_TYPES):
         return part
-    if isinstance(part, (sympy.core.relational.Relational, sympy.Union, sympy.Intersection, sympy.Complement)):
+    if isinstance(
+        part,
+        (
+            sympy.core.relational.Relational,
+            sympy.Union,
+            sympy.Intersection,
+            sympy.Complement,
+        ),
+    ):
         return part.func(*map(evaluate, part.args), evaluate=False)
     if isinstance(part, (FiniteSet, And)):
         return part.func(*map(evaluate, part._unsorted_args))
@@ -186,7 +199,16 @@ def estimate_digits(part: Any) -> float:
     if isinstance(part, sympy.Pow):
         return _power_digits(part, *inner)
     largest = max(inner, default=0.0)
-    if isinstance(part, (sympy.factorial, sympy.binomial, sympy.gamma, sympy.exp, sympy.factorial2)):
+    if isinstance(
+        part,
+        (
+            sympy.factorial,
+            sympy.binomial,
+            sympy.gamma,
+            sympy.exp,
+            sympy.factorial2,
+        ),
+    ):
         return float(10 ** min(largest, MAX_LOG_DIGITS) * max(largest, 1.0))
     if isinstance(part, (sympy.Mul, sympy.Add, sympy.MatMul)):
         return sum(inner)

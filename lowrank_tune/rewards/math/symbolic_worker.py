@@ -39,7 +39,12 @@ MAX_EXACT_FACTORIAL = mpmath.mpf(10) ** 1000  # larger values are not given to s
 MAX_NUMBER_EXPONENT = 1000  # powers that sympy may expand: of numbers, and of expressions with variables
 MAX_VARIABLE_EXPONENT = 100
 SIMPLIFY_SECONDS = 1.0
-RANGES = ((0.2, 3.0), (-4.0, 4.0), (0.05, 0.95), (3.0, 20.0))
+RANGES = (
+    (0.2, 3.0),
+    (-4.0, 4.0),
+    (0.05, 0.95),
+    (3.0, 20.0),
+)
 GradeResult = dict[str, Any]
 Point = Mapping[str, Any]
 
@@ -124,7 +129,13 @@ def _try_evaluate(
     with mpmath.workdps(digits):
         try:
             value = evaluate(tree, point)
-        except (Undefined, ZeroDivisionError, ValueError, OverflowError, mpmath.libmp.NoConvergence):
+        except (
+            Undefined,
+            ZeroDivisionError,
+            ValueError,
+            OverflowError,
+            mpmath.libmp.NoConvergence,
+        ):
             return None
         if not is_complex and abs(mpmath.im(value)) > abs(value) * mpmath.mpf(10) ** (-digits // 2):
             return None
@@ -265,7 +276,12 @@ def _safe_to_expand(tree: Node) -> bool:
     if tree[0] == "power" and not _has_small_exponent(tree):
         return False
     if tree[0] in ("factorial", "binomial") and not free_variables(tree):
-        value = _try_evaluate(tree, {}, False, 15)
+        value = _try_evaluate(
+            tree,
+            {},
+            False,
+            15,
+        )
         if not value or value > MAX_EXACT_FACTORIAL:
             return False
     return all(map(_safe_to_expand, children(tree)))
@@ -275,7 +291,12 @@ def _has_small_exponent(power: Node) -> bool:
     _, base, exponent = power
     if free_variables(exponent):
         return True
-    value = _try_evaluate(exponent, {}, True, 15)
+    value = _try_evaluate(
+        exponent,
+        {},
+        True,
+        15,
+    )
     maximum = MAX_VARIABLE_EXPONENT if free_variables(base) else MAX_NUMBER_EXPONENT
     return value is not None and abs(value) <= maximum
 
