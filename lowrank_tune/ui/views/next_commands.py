@@ -28,7 +28,11 @@ def next_lines(
 
     No command is broken: if a line would be longer than `width`, all descriptions are below their commands.
     """
-    commands = next_commands(summary, stages, folder)
+    commands = next_commands(
+        summary,
+        stages,
+        folder,
+    )
     if not commands:
         return []
     longest = max(map(cell_len, commands))
