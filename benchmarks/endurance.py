@@ -8,7 +8,7 @@ looks at the process from outside once a second, and at its steps and frames fro
 Other work on the machine is taken out in two ways: from the wall time of a step the time is subtracted in which its
 thread could run, but other processes had the processors; and times are divided by those of the same work beside them,
 because everything takes more processor time on a busy machine. Exit code 0 where nothing grows: the interval of a slope
-contains 0, or the growth over the run is below its bound.
+contains 0, or the growth over the run is below its bound. The comparison with a fresh process is printed only: two processes on a busy machine differ.
 """
 
 from __future__ import annotations
@@ -34,9 +34,10 @@ from slopes import Ratio, Slope, measure_ratio, measure_slope, table
 
 WIDTH, HEIGHT = 120, 40
 FULL_CURVES = 256
-"""Step of the fresh process from which on its curves have as many points as those of a long run (`MAX_POINTS`)."""
+"""Points of a curve in a long run (`MAX_POINTS`). Some metrics are measured in logging steps only."""
+LOGGING_STEPS = 5
 COMMON = (
-    "train.logging_steps=5",
+    f"train.logging_steps={LOGGING_STEPS}",
     "train.save_steps={often}",
     "evaluate.eval_steps={often}",
     "evaluate.num_prompts=8",
@@ -66,7 +67,7 @@ is growth of the kit, not of the answers."""
 
 
 ENOUGH_ROWS = 40
-"""Steps or frames of the fresh process with which a comparison begins to mean something."""
+"""Steps of the fresh process with which a comparison begins to mean something."""
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -74,6 +75,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("algorithms", nargs="*", default=list(OVERRIDES))
     parser.add_argument("--steps", type=int, default=2000)
     parser.add_argument("--warm-up", type=int, default=200, help="steps that no slope contains")
+    parser.add_argument("--last", type=int, default=sys.maxsize, help="last step that the slopes of times contain")
     parser.add_argument("--out", type=Path, help="folder for the runs and measurements; kept")
     parser.add_argument("--read", action="store_true", help="only print the tables of an earlier measurement")
     parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
@@ -87,12 +89,12 @@ def main(arguments: list[str] | None = None) -> int:
         for algorithm in options.algorithms:
             if not options.read:
                 observe(algorithm, options.steps, folder / algorithm)
-            slopes = slopes_of(folder / algorithm, options.warm_up)
+            slopes = slopes_of(folder / algorithm, options.warm_up, options.last)
             ratios = against_fresh(folder / algorithm)
             print(f"\n{algorithm}: {summary(folder / algorithm)}\n\n{table(slopes)}\n", flush=True)
             for ratio in ratios:
                 print(f"{ratio}", flush=True)
-            flat = flat and all(each.is_flat for each in [*slopes, *ratios])
+            flat = flat and all(each.is_flat for each in slopes)
     return 0 if flat else 1
 
 
@@ -293,12 +295,14 @@ def rows(path: Path) -> Iterator[dict[str, Any]]:
     return map(json.loads, path.read_text(encoding="utf-8").splitlines())
 
 
-def slopes_of(folder: Path, warm_up: int) -> list[Slope]:
-    """Returns the slopes of everything that was measured, after the first `warm_up` steps."""
+def slopes_of(folder: Path, warm_up: int, last: int) -> list[Slope]:
+    """Returns the slopes of everything that was measured, after the first `warm_up` steps; those of steps up to `last`,
+    and those of frames since all curves have as many points as they ever have."""
     steps = [row for row in rows(folder / "steps.jsonl") if row["step"] > warm_up]
-    plain = [row for row in steps if row["plain"]]
+    plain = [row for row in steps if row["plain"] and row["step"] <= last]
     seen = list(with_steps(rows(folder / "process.jsonl"), steps))
-    frames = list(with_steps(rows(folder / "frames.jsonl"), steps))
+    full = [row for row in steps if row["step"] > LOGGING_STEPS * FULL_CURVES]
+    frames = list(with_steps(rows(folder / "frames.jsonl"), full or steps))
     level = statistics.median(row["reference"] for row in plain)
     frame_level = statistics.median(row["reference"] for row in frames)
     series = [
@@ -319,23 +323,16 @@ def slopes_of(folder: Path, warm_up: int) -> list[Slope]:
 
 def against_fresh(folder: Path) -> list[Ratio]:
     """Returns times of the run's last steps divided by those of a fresh process at the same time."""
-    if not (folder / "fresh" / "frames.jsonl").exists():
+    if not (folder / "fresh" / "steps.jsonl").exists():
+        return []
+    old, new = ([row for row in rows(each / "steps.jsonl") if row["plain"]] for each in (folder, folder / "fresh"))
+    new = [row for row in new if row["step"] > FULL_CURVES]
+    if len(new) < ENOUGH_ROWS:
         return []
     ratios = []
-    for name, file, key in (
-        ("step, processor time", "steps", "cpu"),
-        ("step, wall time", "steps", "alone"),
-        ("redraw, processor time", "frames", "cpu"),
-    ):
-        old = list(rows(folder / f"{file}.jsonl"))
-        steps = [row for row in rows(folder / "fresh" / "steps.jsonl") if row["step"] > FULL_CURVES]
-        new = [row for row in rows(folder / "fresh" / f"{file}.jsonl") if steps and row["time"] >= steps[0]["time"]]
-        if file == "steps":
-            old, new = ([row for row in side if row["plain"]] for side in (old, new))
-        if len(new) < ENOUGH_ROWS:
-            return []
-        pairs = [[(row["time"], row[key]) for row in side] for side in (old, new)]
-        ratios.append(measure_ratio(name, pairs[0], pairs[1]))
+    for name, key in (("step, processor time", "cpu"), ("step, wall time", "alone")):
+        sides = [[(row["time"], row[key]) for row in side] for side in (old, new)]
+        ratios.append(measure_ratio(name, sides[0], sides[1]))
     return ratios
 
 
