@@ -1,7 +1,7 @@
 """Screenshots of a page for the documentation, by Chromium: `PREFIX-1280.png`, and `PREFIX-420.png` with three parts of
 the page below each other as a narrow window shows it.
 
-    python scripts/page_screenshots.py runs/tiny-dpo/report.html docs/images/report
+    python scripts/page_screenshots.py runs/tiny-dpo/report.html report
 """
 
 from __future__ import annotations

@@ -174,7 +174,7 @@ def test_every_surface_has_the_same_totals_of_an_interrupted_and_killed_run(tmp_
     assert f"seconds    {time}\ntokens/s   {speed}\n" in table
     shutil.copytree(out, tmp_path / "copy")
     compared: dict[str, Any] = dict(rows(read_runs([out, tmp_path / "copy"])))
-    assert compared["time"] == 2 * [time] and compared["tokens a second"] == 2 * [speed]
+    assert compared["wall time"] == 2 * [time] and compared["tokens per second"] == 2 * [speed]
     text = check_page((out / "report.html").read_text(encoding="utf-8")).text
     assert "wall time, 3 sessions" in text and clock(done["seconds"]) in text and speed in text
     watched = WatchedRun(out / "events.jsonl")

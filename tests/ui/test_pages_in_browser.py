@@ -35,14 +35,14 @@ OPTIONS = [
     "--disable-background-networking",
     "--no-first-run",
     "--disable-dev-shm-usage",
-    "--virtual-time-budget=5000",
+    "--virtual-time-budget=60000",
     "--window-size=1400,900",
     "--dump-dom",
 ]
 MEASURE = """
 addEventListener("load", () => {
   document.querySelectorAll("details").forEach((each) => { each.open = true; });
-  requestAnimationFrame(() => setTimeout(() => {
+  setTimeout(() => {
     const faults = [], shown = (element) => element.getClientRects().length > 0;
     const name = (element) => element.textContent.trim().slice(0, 60) || element.className;
     if (document.documentElement.scrollWidth > innerWidth) faults.push("the page is wider than the window");
@@ -79,7 +79,7 @@ addEventListener("load", () => {
       if (isBlock && !cell.textContent.trim()) faults.push("a label without a value: " + cell.dataset.label);
     }
     parent.postMessage({ page: NAME, faults, texts, stacks }, "*");
-  }, 50));
+  }, 50);
 });
 """
 HOST = """<!doctype html><body>{frames}<pre id="out"></pre><script>

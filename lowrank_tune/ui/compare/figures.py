@@ -205,7 +205,7 @@ def _hacking(run: ComparedRun) -> str:
 TOKENS = "{:.1f}".format
 NOTES = (
     "first, last and end: mean over the first or the last tenth of the steps",
-    "tokens per second: median of the steps",
+    "tokens per second: the tokens of all steps by their time",
 )
 """What the labels leave out."""
 ROWS: tuple[tuple[str, Callable[[ComparedRun], str]], ...] = (

@@ -78,7 +78,7 @@ def _total_tiles(
     yield Tile(clock(totals.seconds), time_label)
     if totals.tokens:
         yield Tile(format_large(totals.tokens), "tokens trained through")
-        yield Tile(rate(totals.tokens_per_second), "tokens a second")
+        yield Tile(rate(totals.tokens_per_second), "tokens per second")
 
 
 def _heldout_tiles(stages: StageStats) -> Iterator[Tile]:
