@@ -45,6 +45,8 @@ MEMORY_WARNING = 0.92
 MIN_PHASE_SHARE = 0.01
 UP_DOWN = "\u2191\u2193"
 HEAD_LINES = 4
+MIN_SYSTEM_HEIGHT = 30
+"""Lines from which on the load has a line of its own; below, it replaces that of the roles."""
 FOOT_LINES = 1
 PANES = {
     "g": group_pane,
@@ -72,7 +74,7 @@ def shown_state(state: State, view: View) -> State:
 def body_height(view: View, height: int) -> int:
     """Returns the lines between header and footer."""
     lines = height - HEAD_LINES - FOOT_LINES
-    return lines - 1 if view.system else lines
+    return lines - 1 if view.system and height >= MIN_SYSTEM_HEIGHT else lines
 
 
 def render(
@@ -91,7 +93,10 @@ def render(
         _progress(shown, view, width),
         _resources(shown, view, width),
     ]
-    if view.system:
+    if view.system and height < MIN_SYSTEM_HEIGHT:
+        # the roles do not change, and a small screen needs its lines for the log
+        head[1] = system_line(view.system, view, width)
+    elif view.system:
         head.append(system_line(view.system, view, width))
     pane = PANES.get(view.pane, _body)
     if view.help:
