@@ -10,6 +10,7 @@ Exit code 0 where an event costs under 1 ms (median).
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import os
 import pty
@@ -30,6 +31,7 @@ from lowrank_tune.ui.terminal.tui import Tui
 from lowrank_tune.ui.watch import read_events
 
 RECORDED = Path(__file__).parent.parent / "tests" / "recorded" / "demo.jsonl"
+GROWING = (200, 300, 500, 1000, 1500, 2000)
 SIZES = ((80, 24), (120, 40), (200, 60))
 RUN = """
 import sys, time
@@ -65,6 +67,21 @@ def frame_ms(state: State, width: int, height: int, repeats: int) -> float:
         "".join(to_ansi(line, True) for line in render(state, View(), width, height))
         times.append(1000 * (time.thread_time() - started))
     return statistics.median(times)
+
+
+def print_growing_frames(folder: Path, repeats: int = 60) -> None:
+    """Prints the time of a frame of 120x40 after so many steps of a run; the states take turns."""
+    states, state = {}, State()
+    for event in read_events(folder / "events.jsonl"):
+        state.apply(event)
+        if isinstance(event, StepEnd) and event.step in GROWING:
+            states[event.step] = copy.deepcopy(state)
+    times: dict[int, list[float]] = {step: [] for step in states}
+    for _ in range(repeats):
+        for step, each in states.items():
+            times[step].append(frame_ms(each, 120, 40, 1))
+    for step, values in times.items():
+        print(f"frame 120x40 after {step} steps: {statistics.median(values):.2f} ms")
 
 
 def drained(master: int) -> None:
@@ -129,10 +146,14 @@ def overhead(repeats: int, epochs: int) -> dict[str, float]:
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
     parser.add_argument("--quick", action="store_true", help="no whole runs")
+    parser.add_argument("--run", type=Path, help="only frames after more and more steps of the run in this folder")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--epochs", type=int, default=4)
     parser.add_argument("--emit", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
+    if options.run is not None:
+        print_growing_frames(options.run)
+        return 0
     if options.emit is not None:
         options.emit.write_text(json.dumps(emit_seconds(2000)))
         return 0

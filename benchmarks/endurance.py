@@ -8,7 +8,8 @@ looks at the process from outside once a second, and at its steps and frames fro
 Other work on the machine is taken out in two ways: from the wall time of a step the time is subtracted in which its
 thread could run, but other processes had the processors; and times are divided by those of the same work beside them,
 because everything takes more processor time on a busy machine. Exit code 0 where nothing grows: the interval of a slope
-contains 0, or the growth over the run is below its bound. The comparison with a fresh process is printed only: two processes on a busy machine differ.
+contains 0, or the growth over the run is below its bound. The comparison with a fresh process is only printed: two
+processes on a busy machine differ.
 """
 
 from __future__ import annotations
