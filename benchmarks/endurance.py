@@ -8,7 +8,7 @@ looks at the process from outside once a second, and at its steps and frames fro
 Other work on the machine is taken out in two ways: from the wall time of a step the time is subtracted in which its
 thread could run, but other processes had the processors; and times are divided by those of the same work beside them,
 because everything takes more processor time on a busy machine. Exit code 0 where nothing grows: the interval of a slope
-contains 0, or the growth over the run is below its bound.
+contains 0, or the growth over the run is below its bound. The comparison with a fresh process is printed only: two processes on a busy machine differ.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import fcntl
 import json
 import os
 import pty
+import signal
 import statistics
 import struct
 import sys
@@ -29,11 +30,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from slopes import Slope, measure_slope, table
+from slopes import Ratio, Slope, measure_ratio, measure_slope, table
 
 WIDTH, HEIGHT = 120, 40
+FULL_CURVES = 256
+"""Points of a curve in a long run (`MAX_POINTS`). Some metrics are measured in logging steps only."""
+LOGGING_STEPS = 5
 COMMON = (
-    "train.logging_steps=5",
+    f"train.logging_steps={LOGGING_STEPS}",
     "train.save_steps={often}",
     "evaluate.eval_steps={often}",
     "evaluate.num_prompts=8",
@@ -62,11 +66,16 @@ OVERRIDES = {
 is growth of the kit, not of the answers."""
 
 
+ENOUGH_ROWS = 40
+"""Steps of the fresh process with which a comparison begins to mean something."""
+
+
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("algorithms", nargs="*", default=list(OVERRIDES))
     parser.add_argument("--steps", type=int, default=2000)
     parser.add_argument("--warm-up", type=int, default=200, help="steps that no slope contains")
+    parser.add_argument("--last", type=int, default=sys.maxsize, help="last step that the slopes of times contain")
     parser.add_argument("--out", type=Path, help="folder for the runs and measurements; kept")
     parser.add_argument("--read", action="store_true", help="only print the tables of an earlier measurement")
     parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
@@ -80,8 +89,11 @@ def main(arguments: list[str] | None = None) -> int:
         for algorithm in options.algorithms:
             if not options.read:
                 observe(algorithm, options.steps, folder / algorithm)
-            slopes = slopes_of(folder / algorithm, options.warm_up)
-            print(f"\n{algorithm}: {summary(folder / algorithm)}\n\n{table(slopes)}", flush=True)
+            slopes = slopes_of(folder / algorithm, options.warm_up, options.last)
+            ratios = against_fresh(folder / algorithm)
+            print(f"\n{algorithm}: {summary(folder / algorithm)}\n\n{table(slopes)}\n", flush=True)
+            for ratio in ratios:
+                print(f"{ratio}", flush=True)
             flat = flat and all(each.is_flat for each in slopes)
     return 0 if flat else 1
 
@@ -202,7 +214,28 @@ def watch_frames(path: Path) -> None:
 
 
 def observe(algorithm: str, steps: int, folder: Path) -> None:
-    """Runs the training in a pseudo-terminal and writes once a second what the kernel counts for its process."""
+    """Runs the training and writes once a second what the kernel counts for its process. A second, fresh process of the
+    same training runs beside its last quarter, so that old and new steps can be compared on the same busy machine."""
+    child = start(algorithm, steps, folder)
+    fresh = 0
+    with (folder / "process.jsonl").open("w", encoding="utf-8") as file:
+        while (ended := os.waitpid(child, os.WNOHANG))[0] == 0:
+            sample = sample_process(child)
+            if sample:
+                file.write(json.dumps(sample) + "\n")
+                file.flush()
+            if not fresh and last_step(folder / "steps.jsonl") > 0.75 * steps:
+                fresh = start(algorithm, steps, folder / "fresh")
+            time.sleep(1)
+    if fresh:
+        os.kill(fresh, signal.SIGKILL)
+        os.waitpid(fresh, 0)
+    if ended[1]:
+        raise SystemExit(f"the {algorithm} run ended with status {ended[1]}; its screen: {folder / 'screen.txt'}")
+
+
+def start(algorithm: str, steps: int, folder: Path) -> int:
+    """Starts the training in a pseudo-terminal of its own; returns its process."""
     folder.mkdir(parents=True)
     words = [sys.executable, __file__, algorithm, "--child", "--steps", str(steps), "--out", str(folder)]
     environ = {**os.environ, "TERM": "xterm-256color", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
@@ -211,26 +244,23 @@ def observe(algorithm: str, steps: int, folder: Path) -> None:
         os.execve(words[0], words, environ)
     fcntl.ioctl(master, termios.TIOCSWINSZ, struct.pack("HHHH", HEIGHT, WIDTH, 0, 0))
     threading.Thread(target=drain, args=(master, folder / "screen.txt"), daemon=True).start()
-    with (folder / "process.jsonl").open("w", encoding="utf-8") as file:
-        while (ended := os.waitpid(child, os.WNOHANG))[0] == 0:
-            sample = sample_process(child)
-            if sample:
-                file.write(json.dumps(sample) + "\n")
-                file.flush()
-            time.sleep(1)
-    os.close(master)
-    if ended[1]:
-        raise SystemExit(f"the {algorithm} run ended with status {ended[1]}; its screen: {folder / 'screen.txt'}")
+    return child
+
+
+def last_step(path: Path) -> int:
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    return int(json.loads(lines[-1])["step"]) if lines else 0
 
 
 def drain(master: int, path: Path) -> None:
-    """Reads what is drawn, as a terminal does, and keeps the last 100 KB."""
+    """Reads what is drawn, as a terminal does, until its process ends, and keeps the last 100 KB."""
     kept = b""
     try:
         while data := os.read(master, 65536):
             kept = (kept + data)[-100_000:]
     except OSError:
         pass
+    os.close(master)
     path.write_bytes(kept)
 
 
@@ -265,12 +295,14 @@ def rows(path: Path) -> Iterator[dict[str, Any]]:
     return map(json.loads, path.read_text(encoding="utf-8").splitlines())
 
 
-def slopes_of(folder: Path, warm_up: int) -> list[Slope]:
-    """Returns the slopes of everything that was measured, after the first `warm_up` steps."""
+def slopes_of(folder: Path, warm_up: int, last: int) -> list[Slope]:
+    """Returns the slopes of everything that was measured, after the first `warm_up` steps; those of steps up to `last`,
+    and those of frames since all curves have as many points as they ever have."""
     steps = [row for row in rows(folder / "steps.jsonl") if row["step"] > warm_up]
-    plain = [row for row in steps if row["plain"]]
+    plain = [row for row in steps if row["plain"] and row["step"] <= last]
     seen = list(with_steps(rows(folder / "process.jsonl"), steps))
-    frames = list(with_steps(rows(folder / "frames.jsonl"), steps))
+    full = [row for row in steps if row["step"] > LOGGING_STEPS * FULL_CURVES]
+    frames = list(with_steps(rows(folder / "frames.jsonl"), full or steps))
     level = statistics.median(row["reference"] for row in plain)
     frame_level = statistics.median(row["reference"] for row in frames)
     series = [
@@ -287,6 +319,21 @@ def slopes_of(folder: Path, warm_up: int) -> list[Slope]:
         measure_slope(name, unit, [row["step"] for row in data], values, bound)
         for name, unit, data, bound, values in series
     ]
+
+
+def against_fresh(folder: Path) -> list[Ratio]:
+    """Returns times of the run's last steps divided by those of a fresh process at the same time."""
+    if not (folder / "fresh" / "steps.jsonl").exists():
+        return []
+    old, new = ([row for row in rows(each / "steps.jsonl") if row["plain"]] for each in (folder, folder / "fresh"))
+    new = [row for row in new if row["step"] > FULL_CURVES]
+    if len(new) < ENOUGH_ROWS:
+        return []
+    ratios = []
+    for name, key in (("step, processor time", "cpu"), ("step, wall time", "alone")):
+        sides = [[(row["time"], row[key]) for row in side] for side in (old, new)]
+        ratios.append(measure_ratio(name, sides[0], sides[1]))
+    return ratios
 
 
 def relative(data: list[dict[str, Any]], key: str, level: float) -> list[float]:

@@ -1,14 +1,12 @@
 """Draw the pictures of the dashboard in `docs/images` from a real terminal: `watch` of recorded runs in tmux.
 
-    PYTHONPATH=. python scripts/dashboard_screenshots.py                     # recorded runs of tests/recorded
-    PYTHONPATH=. python scripts/dashboard_screenshots.py --runs DIR DIR DIR  # the picture of several runs from these
+    PYTHONPATH=. python scripts/dashboard_screenshots.py
 
-Needs tmux. A recorded run is shown as it was after `STEP` of its steps, so that it looks like one that runs.
+Needs tmux. A run is shown as it was after one of its steps, so that it looks like one that runs.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import subprocess
@@ -24,6 +22,7 @@ ROOT = Path(__file__).parents[1]
 IMAGES = ROOT / "docs" / "images"
 SINGLE = {(80, 24): ("demo", 86), (120, 40): ("demo", 86), (200, 50): ("grpo", 22)}
 """Recorded run and step of each size."""
+SEVERAL = (("demo", 86), ("dpo", 50), ("grpo", 22))
 SEVERAL_SIZE = (120, 40)
 WAIT_SECONDS = 60.0
 
@@ -53,7 +52,7 @@ class Tmux:
         return captured
 
 
-def write_until(folder: Path, name: str, step: int) -> None:
+def write_until(folder: Path, name: str, step: int) -> Path:
     """Writes the events of a recorded run up to a step, with times that end now, as those of a run that runs."""
     lines = (ROOT / "tests" / "recorded" / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()
     kept = list[dict[str, object]]()
@@ -65,24 +64,27 @@ def write_until(folder: Path, name: str, step: int) -> None:
     shift = time.time() - float(str(kept[-1]["time"]))
     shifted = [{**event, "time": float(str(event["time"])) + shift} for event in kept]
     (folder / "events.jsonl").write_text("".join(f"{json.dumps(event)}\n" for event in shifted), encoding="utf-8")
+    return folder
 
 
-def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--runs", type=Path, nargs="+", help="folders of runs for the picture of several runs")
-    options = parser.parse_args(arguments)
+def draw(name: str, runs: Sequence[tuple[str, int]], width: int, height: int) -> None:
+    """Writes the picture of one run or of several."""
+    with tempfile.TemporaryDirectory() as root:
+        folders = []
+        for number, (run, step) in enumerate(runs):
+            folder = Path(root) / str(number)
+            folder.mkdir()
+            folders.append(write_until(folder, run, step))
+        captured = Tmux().captured(folders, width, height)
+    svg = screenshot_of_terminal(captured, width, height)
+    (IMAGES / f"dashboard-{name}.svg").write_text(svg, encoding="utf-8")
+
+
+def main() -> None:
     IMAGES.mkdir(exist_ok=True)
-    tmux = Tmux()
-    for (width, height), (name, step) in SINGLE.items():
-        with tempfile.TemporaryDirectory() as folder:
-            write_until(Path(folder), name, step)
-            captured = tmux.captured([Path(folder)], width, height)
-        svg = screenshot_of_terminal(captured, width, height)
-        (IMAGES / f"dashboard-{width}x{height}.svg").write_text(svg, encoding="utf-8")
-    if options.runs:
-        width, height = SEVERAL_SIZE
-        svg = screenshot_of_terminal(tmux.captured(options.runs, width, height), width, height)
-        (IMAGES / "dashboard-several-runs.svg").write_text(svg, encoding="utf-8")
+    for (width, height), run in SINGLE.items():
+        draw(f"{width}x{height}", [run], width, height)
+    draw("several-runs", SEVERAL, *SEVERAL_SIZE)
 
 
 if __name__ == "__main__":

@@ -145,7 +145,7 @@ class Refusing(BaseHTTPRequestHandler):
     def log_message(self, *_: object) -> None: ...
 
 
-def test_the_hub_is_asked_before_it_is_called_reachable(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_hub_is_tried_before_it_is_called_reachable(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("no_proxy", "127.0.0.1")
     with HTTPServer(("127.0.0.1", 0), Refusing) as server:
         threading.Thread(target=server.handle_request, daemon=True).start()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -145,7 +145,7 @@ def _latest_checkpoint(run: FinishedRun) -> ChatTarget:
             continue
         best = None
         if run.recipe.train.load_best_model_at_end:
-            best = get_mapping(as_mapping(state), "memory").get("best_step")
+            best = _best_step(get_mapping(as_mapping(state), "memory"))
         if isinstance(best, int) and best != step:
             best_path = path.with_name(f"step-{best}")
             if best_path.is_dir():
@@ -153,6 +153,16 @@ def _latest_checkpoint(run: FinishedRun) -> ChatTarget:
                 return _checkpoint(run, best_path, description)
         return _checkpoint(run, path, f" that has not ended: its newest checkpoint, of step {step}")
     raise UserError(f"{run.path} has not ended and has no complete checkpoint yet")
+
+
+def _best_step(evaluations: Mapping[str, Any]) -> Any:
+    """Returns the best step in the state of a checkpoint, None if it is not better than the last evaluated one by more
+    than noise, as at the end of a run."""
+    difference = get_mapping(get_mapping(evaluations, "last"), "difference")
+    mean, stderr = difference.get("mean"), difference.get("stderr")
+    if isinstance(mean, float) and isinstance(stderr, float) and -mean <= stderr:
+        return None
+    return evaluations.get("best_step")
 
 
 def _checkpoint(

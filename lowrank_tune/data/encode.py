@@ -248,7 +248,10 @@ def _encode_completions(
     try:
         prompt = template.prompt(messages)
     except UserError as error:
-        return _EncodedPair(InvalidRow(str(error)))
+        if isinstance(error.__cause__, InvalidRow):
+            return _EncodedPair(InvalidRow(str(error)))
+        # the template itself cannot be used
+        raise
     return _EncodedPair(_mask_prompt(prompt, chosen, rejected), len(prompt))
 
 

@@ -313,4 +313,5 @@ def _encode_prompt(messages: Sequence[Message], template: ChatTemplate) -> list[
     except UserError as error:
         if isinstance(error.__cause__, InvalidRow):
             raise InvalidRow(error.__cause__.reason) from error
-        raise InvalidRow(str(error)) from error
+        # the template itself cannot be used
+        raise

@@ -234,8 +234,10 @@ def heldout_ids(heldout: Sequence[Prompt], template: ChatTemplate) -> set[tuple[
     for prompt in heldout:
         try:
             prompt_ids.add(tuple(template.prompt(prompt.messages)))
-        except (UserError, InvalidRow):
-            continue
+        except UserError as error:
+            # Only what the template refuses is left out. Where the template itself cannot be used, nothing is reported.
+            if not isinstance(error.__cause__, InvalidRow):
+                raise
     return prompt_ids
 
 

@@ -21,7 +21,8 @@ ENOUGH_TOKENS = 8192
 layers save more time."""
 LENGTH_STEP = 64
 """The longest row is rounded down to a multiple of this number of tokens."""
-MAX_TRIES = 3
+MAX_TRIES = 6
+"""Guesses of `largest_fitting`: each but the last did not fit."""
 DECODING_SETTINGS = {"rollout": "rollout.max_new_tokens", "held-out answers": "evaluate.max_new_tokens"}
 """The settings of the longest completions, by phase."""
 DEFAULT_STEP_UNITS = 16
@@ -82,6 +83,18 @@ class Search:
         bytes_per_token = max(1.0, (need_longer - need) / (longer.length - sizes.length))
         length = min(max_length, int(sizes.length + (self.plan.vram - need) / bytes_per_token))
         return max(0, length // LENGTH_STEP * LENGTH_STEP)
+
+    def single_row(self) -> int:
+        """Returns the longest row that fits in a micro-batch of its own, at most that of the recipe; 0 if none fits.
+        `length` is not exact enough: of shorter rows, another phase may need most."""
+        one = self.with_micro_batch(1)
+        steps = largest_fitting(
+            lambda steps: self.need(_with_length(one, steps * LENGTH_STEP), self.plan.recomputed),
+            self.length() * self.plan.sizes.units // LENGTH_STEP,
+            max(1, one.length // LENGTH_STEP),
+            self.plan.vram,
+        )
+        return steps * LENGTH_STEP
 
     def recomputed(self, sizes: Sizes) -> int | None:
         """Returns the fewest layers, counted from the first, that must be recomputed; None if the update does not fit
@@ -192,7 +205,7 @@ def _advice(
     if plan.max_micro_batch_size:
         tokens = plan.max_micro_batch_size * sizes.rows_per_unit * recipe.max_train_length
         return f"fits with {_micro_batch_setting(recipe, plan.max_micro_batch_size, tokens)}"
-    return _shorten(spec, plan)
+    return _shorten(spec, search, plan)
 
 
 def _shorter_sequences(plan: Plan) -> list[str]:
@@ -220,7 +233,11 @@ def _micro_batch_setting(
     return f"train.micro_batch_size={units}"
 
 
-def _shorten(spec: SimulationSpec, plan: Plan) -> str:
+def _shorten(
+    spec: SimulationSpec,
+    search: Search,
+    plan: Plan,
+) -> str:
     """Returns advice if one row does not fit."""
     recipe = spec.recipe
     static = needed(plan.peak_phase.static_bytes, plan.device)
@@ -229,8 +246,7 @@ def _shorten(spec: SimulationSpec, plan: Plan) -> str:
         if recipe.base.bits != 4:
             advice += ", or base.bits=4"
         return advice
-    # The longest row in a micro-batch of its own.
-    row_tokens = (plan.fits_length or 0) * plan.sizes.units // LENGTH_STEP * LENGTH_STEP
+    row_tokens = search.single_row()
     setting = "data.max_length"
     value = row_tokens
     if recipe.is_online:

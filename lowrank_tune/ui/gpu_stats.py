@@ -1,16 +1,39 @@
 """What the driver reports of the GPU: load, memory in use by all processes, temperature, power.
 
-Requires nvidia-ml-py and a GPU; without them nothing is shown.
+The library of the driver (NVML) is called directly, so that no package is needed. Without a GPU nothing is shown.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import ctypes
+import os
+from collections.abc import Mapping
 from dataclasses import dataclass
-from importlib import import_module
 from typing import Any
 
+LIBRARY = "libnvidia-ml.so.1"
 GIB = 2**30
+TEMPERATURE_GPU = 0
+"""The sensor of the chip, for `nvmlDeviceGetTemperature`."""
+
+
+class _Memory(ctypes.Structure):
+    """`nvmlMemory_t`, in bytes."""
+
+    _fields_ = (
+        ("total", ctypes.c_ulonglong),
+        ("free", ctypes.c_ulonglong),
+        ("used", ctypes.c_ulonglong),
+    )
+
+
+class _Utilization(ctypes.Structure):
+    """`nvmlUtilization_t`, in percent."""
+
+    _fields_ = (
+        ("gpu", ctypes.c_uint),
+        ("memory", ctypes.c_uint),
+    )
 
 
 @dataclass(frozen=True)
@@ -29,54 +52,65 @@ class GpuReading:
 
 
 class GpuStats:
-    """The first visible GPU. After an error nothing more is read."""
+    """The first visible GPU."""
 
-    def __init__(self) -> None:
-        self._driver: Any = None
-        self._handle: Any = None
-        # not installed, no driver, no GPU: the types of the errors differ by version
+    def __init__(self, environ: Mapping[str, str] = os.environ) -> None:
+        self._library: Any = None
+        self._device = ctypes.c_void_p()
         try:
-            driver = import_module("pynvml")
-            driver.nvmlInit()
-            self._handle = driver.nvmlDeviceGetHandleByIndex(0)
-            self._driver = driver
-        except Exception:
-            self._driver = None
+            self._library = ctypes.CDLL(LIBRARY)
+            is_open = self._library.nvmlInit_v2() == 0 and self._open(environ.get("CUDA_VISIBLE_DEVICES", ""))
+        except (OSError, AttributeError):
+            # no driver, or a very old one
+            is_open = False
+        if not is_open:
+            self._library = None
+
+    def _open(self, visible_devices: str) -> bool:
+        """Gets the handle of the first visible GPU, which is named by its index or its UUID."""
+        name = visible_devices.partition(",")[0].strip()
+        handle = ctypes.byref(self._device)
+        if name.startswith("GPU-"):
+            return bool(self._library.nvmlDeviceGetHandleByUUID(name.encode(), handle) == 0)
+        index = int(name) if name.isdecimal() else 0
+        return bool(self._library.nvmlDeviceGetHandleByIndex_v2(ctypes.c_uint(index), handle) == 0)
 
     def read(self) -> GpuReading | None:
         """Returns the current values, None without a GPU."""
-        if self._driver is None:
+        memory = _Memory()
+        if self._library is None or not self._get("nvmlDeviceGetMemoryInfo", memory):
             return None
-        try:
-            memory = self._driver.nvmlDeviceGetMemoryInfo(self._handle)
-        except Exception:
-            self._driver = None
-            return None
+        load = _Utilization()
+        has_load = self._get("nvmlDeviceGetUtilizationRates", load)
         return GpuReading(
-            _value(self._utilization),
+            float(load.gpu) if has_load else None,
             memory.used / GIB,
             memory.total / GIB,
-            _value(self._temperature),
-            _value(self._power),
-            _value(self._power_limit),
+            self._number("nvmlDeviceGetTemperature", 1.0, ctypes.c_int(TEMPERATURE_GPU)),
+            self._number("nvmlDeviceGetPowerUsage", 1e-3),
+            self._number("nvmlDeviceGetEnforcedPowerLimit", 1e-3),
         )
 
-    def _utilization(self) -> float:
-        return float(self._driver.nvmlDeviceGetUtilizationRates(self._handle).gpu)
+    def _number(
+        self,
+        function: str,
+        scale: float,
+        *arguments: object,
+    ) -> float | None:
+        """Returns a quantity, None if this GPU does not report it."""
+        value = ctypes.c_uint()
+        if not self._get(function, value, *arguments):
+            return None
+        return scale * value.value
 
-    def _temperature(self) -> float:
-        return float(self._driver.nvmlDeviceGetTemperature(self._handle, 0))
-
-    def _power(self) -> float:
-        return float(self._driver.nvmlDeviceGetPowerUsage(self._handle) / 1000)
-
-    def _power_limit(self) -> float:
-        return float(self._driver.nvmlDeviceGetEnforcedPowerLimit(self._handle) / 1000)
-
-
-def _value(read: Callable[[], float]) -> float | None:
-    """Returns a quantity, None if this GPU or this driver does not report it."""
-    try:
-        return read()
-    except Exception:
-        return None
+    def _get(
+        self,
+        function: str,
+        result: object,
+        *arguments: object,
+    ) -> bool:
+        """Calls a function of the driver that writes a result; returns whether there is one and it succeeded."""
+        call = getattr(self._library, function, None)
+        if call is None:
+            return False
+        return bool(call(self._device, *arguments, ctypes.byref(result)) == 0)  # type: ignore[arg-type]

@@ -30,7 +30,10 @@ CONTENT_SECURITY_POLICY = (
 )
 
 
-def text(value: Any, limit: int = MAX_CHARS) -> str:
+def text(
+    value: Any,
+    limit: int = MAX_CHARS,
+) -> str:
     """Returns `value` in one line, without control characters, in at most `limit` characters; its line breaks are shown
     as signs."""
     written = str(value)[: 8 * limit]
@@ -39,7 +42,10 @@ def text(value: Any, limit: int = MAX_CHARS) -> str:
     return escape_control_chars(written, limit)
 
 
-def middle(value: Any, limit: int = MAX_PATH) -> str:
+def middle(
+    value: Any,
+    limit: int = MAX_PATH,
+) -> str:
     """Returns `value` in one line; of a longer one its beginning and, as of a path the file, the longer part of its
     end."""
     shown = text(value)
@@ -49,7 +55,10 @@ def middle(value: Any, limit: int = MAX_PATH) -> str:
     return f"{shown[:start]}\u2026{shown[len(shown) - (limit - start - 1) :]}"
 
 
-def block(value: Any, limit: int = MAX_CHARS) -> Markup:
+def block(
+    value: Any,
+    limit: int = MAX_CHARS,
+) -> Markup:
     """Returns the first `limit` characters of `value` with their line breaks, without other control characters."""
     whole = str(value)
     shown = escape(escape_lines(whole[:limit]))

@@ -84,7 +84,7 @@ TITLES = {
     "completions/mean_length": "completion length",
     "completions/clipped_ratio": "truncated",
     "frac_reward_zero_std": "zero-std groups",
-    "logps_per_token/chosen": "log-prob a token",
+    "logps_per_token/chosen": "log-prob per token",
     "heldout/accuracy": "held-out exact, pass@1",
     "kl_coef": "weight of the KL",
     "approx_kl": "KL within a step",

@@ -47,7 +47,11 @@ def run_folders(folder: Path) -> list[Path]:
     Raises OSError if the folder cannot be read.
     """
     runs = [path for path in folder.iterdir() if path.is_dir() and is_run_folder(path)]
-    return sorted(runs, key=_session_start, reverse=True)
+    return sorted(
+        runs,
+        key=_session_start,
+        reverse=True,
+    )
 
 
 def newest_run(folder: Path) -> Path | None:

@@ -48,7 +48,10 @@ class Axis:
     log: bool = False
     format_label: Callable[[float], str] = format_tick
 
-    def share(self, value: float) -> float:
+    def share(
+        self,
+        value: float,
+    ) -> float:
         """Returns where `value` is on the axis: 0 at its beginning, 1 at its end."""
         if self.log:
             return math.log10(value / self.low) / math.log10(self.high / self.low)
@@ -89,7 +92,11 @@ class Drawing:
         written = {"class": kind}
         for name, value in attributes.items():
             written[name.replace("_", "-")] = f"{value:.1f}" if isinstance(value, float) else str(value)
-        element = SubElement(self.root, tag, written)
+        element = SubElement(
+            self.root,
+            tag,
+            written,
+        )
         if text:
             element.text = text
         if title:
@@ -111,7 +118,11 @@ class Plot(Drawing):
     ) -> None:
         self.x = x
         self.y = y
-        super().__init__(f"chart {kind}", WIDTH, HEIGHT)
+        super().__init__(
+            f"chart {kind}",
+            WIDTH,
+            HEIGHT,
+        )
         for tick, label in y.labels():
             at = self.y_at(tick)
             self.add(
@@ -122,21 +133,43 @@ class Plot(Drawing):
                 y1=at,
                 y2=at,
             )
-            self.label(label, LEFT - 7, at + 3.5, "end")
+            self.label(
+                label,
+                LEFT - 7,
+                at + 3.5,
+                "end",
+            )
         for tick, label in x.labels():
-            self.label(label, self.x_at(tick), X_LABELS)
+            self.label(
+                label,
+                self.x_at(tick),
+                X_LABELS,
+            )
         if x_title:
-            self.label(x_title, LEFT + PLOT_WIDTH / 2, X_TITLE)
+            self.label(
+                x_title,
+                LEFT + PLOT_WIDTH / 2,
+                X_TITLE,
+            )
 
-    def x_at(self, value: float) -> float:
+    def x_at(
+        self,
+        value: float,
+    ) -> float:
         """Returns the horizontal position of `value` in pixels."""
         return LEFT + self.x.share(value) * PLOT_WIDTH
 
-    def y_at(self, value: float) -> float:
+    def y_at(
+        self,
+        value: float,
+    ) -> float:
         """Returns the vertical position of `value` in pixels; 0 is the upper edge."""
         return HEIGHT - BOTTOM - self.y.share(value) * PLOT_HEIGHT
 
-    def at(self, point: Point) -> str:
+    def at(
+        self,
+        point: Point,
+    ) -> str:
         """Returns the position of a point as path data."""
         x, y = point
         return f"{self.x_at(x):.1f} {self.y_at(y):.1f}"
@@ -166,7 +199,12 @@ class Plot(Drawing):
         title: str,
     ) -> None:
         """Adds a path from its path data."""
-        self.add("path", kind, title, d=data)
+        self.add(
+            "path",
+            kind,
+            title,
+            d=data,
+        )
 
     def polyline(
         self,
@@ -175,7 +213,11 @@ class Plot(Drawing):
         title: str,
     ) -> None:
         """Adds straight lines from point to point."""
-        self.path(kind, "M" + "L".join(map(self.at, points)), title)
+        self.path(
+            kind,
+            "M" + "L".join(map(self.at, points)),
+            title,
+        )
 
     def dots(
         self,
@@ -185,7 +227,11 @@ class Plot(Drawing):
     ) -> None:
         """Adds a dot for each point, all of them as one path."""
         moves = [f"M{self.at(point)}h0" for point in points]
-        self.path(f"dots {kind}".strip(), "".join(moves), title)
+        self.path(
+            f"dots {kind}".strip(),
+            "".join(moves),
+            title,
+        )
 
     def circle(
         self,
@@ -241,7 +287,11 @@ def line_chart(
     values = [y for _, y in points]
     plot = Plot(
         x,
-        _value_axis(values, log, is_share),
+        _value_axis(
+            values,
+            log,
+            is_share,
+        ),
         "log" if log else "lin",
         "step",
     )
@@ -259,7 +309,10 @@ def line_chart(
     return plot.svg()
 
 
-def _draw_line(plot: Plot, line: Series) -> None:
+def _draw_line(
+    plot: Plot,
+    line: Series,
+) -> None:
     path = ""
     command = "M"
     drawn = []
@@ -270,7 +323,11 @@ def _draw_line(plot: Plot, line: Series) -> None:
         path += command + plot.at(point)
         command = "L"
         drawn.append(point)
-    plot.path(line.kind, path, line.name)
+    plot.path(
+        line.kind,
+        path,
+        line.name,
+    )
     if line.kind == "check":
         for x, y in drawn:
             plot.circle(
@@ -280,12 +337,24 @@ def _draw_line(plot: Plot, line: Series) -> None:
             )
 
 
-def bar(share: float, kind: str = "") -> Markup:
+def bar(
+    share: float,
+    kind: str = "",
+) -> Markup:
     """Returns a horizontal bar that fills `share` of its track; shares outside of 0 to 1 are limited to that range."""
     width = 100 * max(0.0, min(1.0, share))
-    drawing = Drawing(f"bar {kind}", 100, 8)
+    drawing = Drawing(
+        f"bar {kind}",
+        100,
+        8,
+    )
     drawing.root.set("preserveAspectRatio", "none")
-    drawing.add("rect", "track", width=100, height=8)
+    drawing.add(
+        "rect",
+        "track",
+        width=100,
+        height=8,
+    )
     drawing.add(
         "rect",
         "fill",
@@ -303,7 +372,14 @@ def length_histogram(
 ) -> Markup:
     """Returns upright bars of the lengths between `edges`, and a last one of those over the limit."""
     labels = [f"{edge:,}" for edge in edges[1:]]
-    names = [f"{low + 1:,} to {high:,} tokens" for low, high in zip(edges, edges[1:], strict=False)]
+    names = [
+        f"{low + 1:,} to {high:,} tokens"
+        for low, high in zip(
+            edges,
+            edges[1:],
+            strict=False,
+        )
+    ]
     labels.append(f"> {limit:,}")
     names.append(f"over {limit:,} tokens")
     kinds = ["fill"] * len(counts) + ["over"]
@@ -339,7 +415,10 @@ def length_histogram(
     return plot.svg()
 
 
-def downsample(points: Sequence[Point], buckets: int = MAX_BUCKETS) -> list[Point]:
+def downsample(
+    points: Sequence[Point],
+    buckets: int = MAX_BUCKETS,
+) -> list[Point]:
     """Returns at most two points for each bucket, its lowest and its highest, so that spikes stay; and both ends."""
     if len(points) <= 2 * buckets:
         return list(points)
@@ -369,7 +448,10 @@ def smooth(points: Sequence[Point]) -> list[Point]:
     return smoothed
 
 
-def linear_axis(values: Sequence[float], count: int = 5) -> Axis:
+def linear_axis(
+    values: Sequence[float],
+    count: int = 5,
+) -> Axis:
     """Returns an axis over the values with about `count` round ticks."""
     low = min(values)
     high = max(values)
@@ -384,7 +466,11 @@ def linear_axis(values: Sequence[float], count: int = 5) -> Axis:
     ticks = [index * step for index in range(first, last + 1)]
     if step > 1e-9:
         ticks = [round(tick, 12) for tick in ticks]
-    return Axis(ticks[0], ticks[-1], ticks)
+    return Axis(
+        ticks[0],
+        ticks[-1],
+        ticks,
+    )
 
 
 def share_axis(values: Sequence[float]) -> Axis:
@@ -437,7 +523,15 @@ def log_axis(values: Sequence[float]) -> Axis:
     last = max(last, first + 1)
     factors = (1, 2, 5) if last - first <= 2 else (1,)
     every = max(1, (last - first) // 6)
-    ticks = [factor * 10.0**power for power in range(first, last, every) for factor in factors]
+    ticks = [
+        factor * 10.0**power
+        for power in range(
+            first,
+            last,
+            every,
+        )
+        for factor in factors
+    ]
     ticks.append(10.0**last)
     visible = [tick for tick in ticks if low / 2.5 <= tick <= high * 2.5] or ticks
     return Axis(
@@ -462,5 +556,8 @@ def _step_axis(steps: Sequence[float]) -> Axis:
     )
 
 
-def _is_drawable(value: float, log: bool) -> bool:
+def _is_drawable(
+    value: float,
+    log: bool,
+) -> bool:
     return math.isfinite(value) and (not log or value > MIN_LOG_VALUE)

@@ -18,7 +18,10 @@ def first_and_last(values: Sequence[float]) -> tuple[float, float]:
     return fmean(values[:count]), fmean(values[-count:])
 
 
-def trend(metric: str, values: Sequence[float]) -> str:
+def trend(
+    metric: str,
+    values: Sequence[float],
+) -> str:
     """Returns the mean of the first and of the last tenth of a curve in words, empty without values."""
     if not values:
         return ""

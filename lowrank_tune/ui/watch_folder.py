@@ -34,7 +34,11 @@ def newest_watchable(folder: Path) -> Path | None:
 class NewerRun:
     """Looks for a run of a folder that started after the one that is watched, at most once in `CHECK_SECONDS`."""
 
-    def __init__(self, folder: Path, run: Path) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        run: Path,
+    ) -> None:
         self.folder = folder
         self.run = run
         self._checked = time.monotonic()
@@ -55,7 +59,10 @@ class NewerRun:
 class NewestRun(WatchedRun):
     """The state of the newest run of a folder; when a newer run starts, of that one."""
 
-    def __init__(self, runs_folder: Path) -> None:
+    def __init__(
+        self,
+        runs_folder: Path,
+    ) -> None:
         self.runs_folder = runs_folder
         run = _first_run(runs_folder)
         super().__init__(*event_files(run), folder=run)
@@ -68,7 +75,10 @@ class NewestRun(WatchedRun):
             self._follow(newer)
         return super().poll() or newer is not None
 
-    def _follow(self, run: Path) -> None:
+    def _follow(
+        self,
+        run: Path,
+    ) -> None:
         self.folder = run
         self.tails = Tails(event_files(run))
         self.state = State()
@@ -86,7 +96,11 @@ def watch_folder(
 
     Raises UserError if no run can be watched.
     """
-    if plain or not can_show(sys.stdout, environ, forced=True):
+    if plain or not can_show(
+        sys.stdout,
+        environ,
+        forced=True,
+    ):
         _print_newest(folder)
         return
     WatchScreen([NewestRun(folder)]).run(environ)
@@ -98,7 +112,11 @@ def _print_newest(folder: Path) -> None:
         logger = LineLogger()
         logger(_message(run, folder))
         logger.close()
-        print_lines(event_files(run), run, NewerRun(folder, run).exists)
+        print_lines(
+            event_files(run),
+            run,
+            NewerRun(folder, run).exists,
+        )
         newest = newest_watchable(folder)
         run = None if newest == run else newest
 
@@ -111,5 +129,8 @@ def _first_run(folder: Path) -> Path:
     return run
 
 
-def _message(run: Path, folder: Path) -> LogMessage:
+def _message(
+    run: Path,
+    folder: Path,
+) -> LogMessage:
     return LogMessage(message=f"watching {run}, the newest run in {folder}")

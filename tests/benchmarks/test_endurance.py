@@ -50,6 +50,20 @@ def test_small_growth_is_flat_and_a_leak_is_not(endurance: Any) -> None:
     assert not slope(endurance, [23.0 + step // 100 for step in range(500)]).is_flat
 
 
+def test_old_process_is_compared_with_a_fresh_one_at_the_same_time(endurance: Any) -> None:
+    """The machine becomes slower by a half in the second half of the time; that is no growth."""
+    numbers = random.Random(0)
+
+    def series(seconds: float) -> list[tuple[float, float]]:
+        return [(at, seconds * (1.5 if at > 500 else 1.0) * numbers.uniform(0.95, 1.05)) for at in range(1000)]
+
+    same = endurance.measure_ratio("step", series(0.1), series(0.1)[200:])
+    assert same.is_flat and same.middle == pytest.approx(1, abs=0.02) and same.parts == 20
+    slower = endurance.measure_ratio("step", series(0.11), series(0.1)[200:])
+    assert not slower.is_flat and slower.low < 1.1 < slower.high + 0.02
+    assert endurance.measure_ratio("step", series(0.101), series(0.1)).is_flat
+
+
 def test_descriptors_threads_and_children_are_counted(endurance: Any, tmp_path: Path) -> None:
     before = endurance.sample_process(os.getpid())
     release = threading.Event()

@@ -25,7 +25,7 @@ from lowrank_tune.chat import ChatModel, ChatSession, Conversation, SamplingOpti
 from lowrank_tune.chat.commands import Command, help_lines, parse
 from lowrank_tune.chat.conversation import ChatAnswer, Exchange
 from lowrank_tune.chat.streaming_decoder import IncrementalDecoder
-from lowrank_tune.chat.target import resolve_target
+from lowrank_tune.chat.target import _best_step, resolve_target
 from lowrank_tune.checkpoint import Snapshot, write_atomically
 from lowrank_tune.cli import app
 from lowrank_tune.config import BaseConfig, DataConfig, SourceConfig
@@ -375,6 +375,14 @@ def unfinished(made: FinishedRun, place: Path, steps: Sequence[int], best: int |
             ),
         )
     return run
+
+
+def test_an_unfinished_run_answers_with_its_newest_checkpoint_if_the_best_is_not_better_by_more_than_noise() -> None:
+    """The mean is that of the last step minus the best one."""
+    for mean, stderr, best in ((-0.2, 0.1, 2), (-0.1, 0.2, None), (0.1, 0.2, None)):
+        last = {"difference": {"mean": mean, "stderr": stderr, "units": 6}}
+        assert _best_step({"best_step": 2, "last": last}) == best
+    assert _best_step({"best_step": 2, "last": {"difference": None}}) == 2
 
 
 def test_an_unfinished_run_answers_with_its_checkpoint(made: FinishedRun, tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ import torch
 from failing_disk import FailingDisk, Fault
 
 from lowrank_tune import full_disk
+from lowrank_tune.algorithms import reference_logps
 from lowrank_tune.checkpoint import Snapshot, as_user_error, atomic_folder, write_atomically, write_file
 from lowrank_tune.errors import TrainingError, UserError
 from lowrank_tune.full_disk import CACHE_CURE, EXPORT_CURE, RUN_CURE, format_size, full_disk_reason, raise_if_full
@@ -76,6 +77,17 @@ def test_the_output_of_another_program() -> None:
         raise_if_full("OSError: [Errno 28] No space left on device")
     assert full_disk_reason(caught.value) == "the disk is full"
     raise_if_full("OSError: [Errno 5] Input/output error")
+
+
+def test_log_probs_of_the_reference_that_do_not_fit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise FULL
+
+    monkeypatch.setattr(reference_logps.tempfile, "mkstemp", refuse)
+    with pytest.raises(TrainingError) as caught:
+        reference_logps._write_cache(tmp_path / "logps" / "a.safetensors", torch.zeros(1024))
+    assert "4.0 KiB are needed, 300.0 KiB are free" in str(caught.value)
+    assert f"on the disk of {tmp_path}/logps" in str(caught.value) and "LOWRANK_TUNE_CACHE" in str(caught.value)
 
 
 def test_an_unknown_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

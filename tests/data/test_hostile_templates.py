@@ -14,11 +14,13 @@ import pytest
 from tokenizers_for_tests import CHATML, tiny
 
 from lowrank_tune.config import DataConfig, SourceConfig
-from lowrank_tune.data import ChatTemplate, InvalidRow, load
+from lowrank_tune.data import ChatTemplate, InvalidRow, load, load_prompts
+from lowrank_tune.data.load import Prompt
 from lowrank_tune.data.message import Message
 from lowrank_tune.data.templates import render_process
 from lowrank_tune.data.templates.render_process import LimitExceeded, RenderLimits, RenderProcess, RenderRequest
 from lowrank_tune.data.templates.renderer import Rendering, TemplateRenderer
+from lowrank_tune.data_report.common import heldout_ids
 from lowrank_tune.errors import UserError
 from lowrank_tune.processes.worker_process import WorkerProcess
 
@@ -285,3 +287,23 @@ def test_a_dropped_row_is_reported_with_its_line(tmp_path: Path) -> None:
     assert (report.read, report.used) == (40, 39)
     ((reason, dropped),) = report.dropped.items()
     assert reason == "the base's chat template exceeds 512 MB of memory on it" and dropped.lines() == "line 4"
+
+
+@pytest.mark.parametrize("kind", ["prompts", "pairs", "held-out"])
+def test_a_template_that_hangs_for_every_row_ends_each_way_of_reading_rows(
+    process: RenderProcess, tmp_path: Path, kind: str
+) -> None:
+    """None of them takes the error for that of a row and goes on for hours."""
+    template = ChatTemplate.from_tokenizer(tiny(AT_WORD.replace("HANG", MEMORY)), process=process)
+    file = tmp_path / "rows.jsonl"
+    row = {"prompt": "WORD", "chosen": "Yes.", "rejected": "No.", "completion": "Yes."}
+    names = ("prompt", "chosen", "rejected") if kind == "pairs" else ("prompt", "completion")
+    file.write_text((json.dumps({name: row[name] for name in names}) + "\n") * 9, encoding="utf-8")
+    data = DataConfig(train=(SourceConfig(dataset=str(file)),), eval_fraction=0.0, max_length=64)
+    with pytest.raises(UserError, match="on 3 conversations in succession"):
+        if kind == "prompts":
+            load_prompts(data, template, 0, lambda event: None)
+        elif kind == "pairs":
+            load(data, template, 0, lambda event: None, tmp_path / "cache", pairs=True)
+        else:
+            heldout_ids([Prompt((Message("user", f"WORD {number}"),), None, {}) for number in range(9)], template)

@@ -23,6 +23,7 @@ from export_fixtures import IDS, FinishedRun, kl, make_run
 from hypothesis import given
 from hypothesis import strategies as st
 from peft import PeftModel
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 from typer.testing import CliRunner
@@ -211,17 +212,29 @@ def test_a_planted_wrong_merge_is_caught(
     assert list(tmp_path.iterdir()) == [], "nothing half-written stays"
 
 
-def test_full_disk_leaves_no_file(untied: FinishedRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.ENOSPC, "No space left on device"),
+        SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"),
+    ],
+    ids=["system", "safetensors"],
+)
+def test_full_disk_leaves_no_file(
+    untied: FinishedRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
     written = list[Path]()
 
     def filling(tensors: Any, file: Path, **more: Any) -> None:
         written.append(file)
         if len(written) == 2:
-            raise OSError(errno.ENOSPC, "No space left on device")
+            raise error
         save_file(tensors, file, **more)
 
     monkeypatch.setattr(sys.modules["lowrank_tune.export.merge"], "save_file", filling)
-    with pytest.raises(TrainingError, match="the disk is full"):
+    with pytest.raises(
+        TrainingError, match="the disk is full: .* are needed, .* are free on the disk of .* with --out"
+    ):
         merged(untied, tmp_path / "out", shard=60_000)
     assert len(written) == 2 and list(tmp_path.iterdir()) == []
 

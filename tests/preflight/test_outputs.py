@@ -103,7 +103,7 @@ def test_many_foreign_files_are_counted(tmp_path: Path) -> None:
     assert "(0.txt, 1.txt, 2.txt and 2 more)" in faults(Recipe.from_dict(small_recipe()), tmp_path)[0]
 
 
-def test_the_damaged_final_folder_of_a_finished_stage_is_set_aside_later(tmp_path: Path) -> None:
+def test_the_damaged_final_folder_of_a_finished_stage_is_no_fault(tmp_path: Path) -> None:
     chain = Chain.from_dict(STAGES)
     add_file(tmp_path / "1-one" / "run.json")
     add_file(tmp_path / "1-one" / "final" / "README.md")

@@ -84,7 +84,7 @@ def level(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> st
     return str(available.level)
 
 
-def test_right_and_wrong_programs_are_told_apart_at_each_level(level: str) -> None:
+def test_right_programs_pass_and_wrong_ones_fail_at_each_level(level: str) -> None:
     assert PythonTestsReward().worker_spec()["level"] == level
     assert verdicts(item(reward_hacks.CORRECT_PROGRAM), item(reward_hacks.ZERO)) == ["pass", "fail"]
 

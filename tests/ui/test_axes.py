@@ -132,11 +132,11 @@ def test_a_falling_loss_has_no_outliers(count: int) -> None:
         [2.0] * (count - 4) + [0.0, 0.1, 0.2, 0.3],
     ):
         points = list(enumerate(values))
-        assert split_outliers(points) == (points, [])
+        assert split_outliers(points) == (points, ())
 
 
 def test_few_points_have_no_outliers() -> None:
     points = [(float(step), 1000.0 if step == 10 else step % 3) for step in range(19)]
-    assert split_outliers(points)[1] == []
+    assert split_outliers(points)[1] == ()
     more = [*points, (19.0, 1.0)]
     assert split_outliers(more)[1] == [(10.0, 1000.0)]

@@ -7,11 +7,13 @@ import pty
 import re
 import sys
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 from test_live_screen import Tmux, tmux  # noqa: F401  # a fixture
 
 from lowrank_tune.ui.terminal.device import ENTER, LEAVE, Terminal
+from lowrank_tune.ui.terminal.screenshot import screenshot_of_terminal
 from lowrank_tune.ui.terminal.text_layout import Block
 
 ROOT = Path(__file__).parents[2]
@@ -76,3 +78,42 @@ def test_tmux_shows_the_last_column(tmux: Tmux, tmp_path: Path, width: int, heig
     assert max(len(row) for row in rows) == width
     last_steps = [row for row in rows if row.rstrip().endswith("96") and row.lstrip().startswith(("0", "1"))]
     assert last_steps and all(len(row) == width for row in last_steps)
+
+
+@pytest.mark.slow
+def test_keys_scroll_and_show_stages_in_tmux(tmux: Tmux, tmp_path: Path) -> None:  # noqa: F811
+    first = (ROOT / "tests" / "recorded" / "demo.jsonl").read_text()
+    first = first.replace('"stage": 1, "stages": 1', '"stage": 1, "stages": 2')
+    (tmp_path / "events.jsonl").write_text(first + (ROOT / "tests" / "recorded" / "dpo.jsonl").read_text())
+    tmux.type(f"clear; {sys.executable} -m lowrank_tune watch .")
+    tmux.until("stage 2 of 2: dpo")
+    tmux("send-keys", "-l", "[")
+    tmux.until("] to stage 2")
+    assert "loss 0.402" in tmux.text()
+    tmux("send-keys", "-l", "]l")
+    tmux.until("── log ─")
+    newest = tmux.text().splitlines()[5:23]
+    tmux("send-keys", "PageUp", "Up")
+    tmux.until("End: the newest")
+    assert tmux.text().splitlines()[5:23] != newest
+    tmux("send-keys", "Home")
+    tmux.until("lines 1-")
+    tmux("send-keys", "End")
+    tmux.until(newest[-1].strip())
+    assert tmux.text().splitlines()[5:23] == newest
+    tmux("send-keys", "Escape")
+    tmux.until("question 1 of 4")
+    tmux("send-keys", "q")
+
+
+def test_a_picture_of_a_terminal_has_its_text_and_colors() -> None:
+    captured = "\x1b[2mquiet\n still\x1b[0m \x1b[96mlast\x1b[39m\n"
+    svg = screenshot_of_terminal(captured, 12, 3)
+    texts = {
+        "".join(text.itertext()).strip() for text in ElementTree.fromstring(svg).iter() if text.tag.endswith("text")
+    }
+    assert {"quiet", "still", "last"} <= texts and "@font-face" not in svg
+    # tmux writes the code of a style once, although it also applies to the next row
+    classes = dict(re.findall(r'class="dashboard-(r\d+)"[^>]*>(\w+)<', svg))
+    by_text = {text: name for name, text in classes.items()}
+    assert set(by_text) >= {"still", "last"} and by_text["still"] != by_text["last"]

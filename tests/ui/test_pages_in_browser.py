@@ -73,7 +73,11 @@ addEventListener("load", () => {
       if (element.scrollWidth > element.clientWidth + 1) faults.push("is cut: " + name(element));
       if (element.getBoundingClientRect().right > innerWidth) faults.push("out of view: " + name(element));
     }
-    for (const cell of document.querySelectorAll(".stack td")) stacks += getComputedStyle(cell).display === "block";
+    for (const cell of document.querySelectorAll(".stack td")) {
+      const isBlock = getComputedStyle(cell).display === "block";
+      stacks += isBlock;
+      if (isBlock && !cell.textContent.trim()) faults.push("a label without a value: " + cell.dataset.label);
+    }
     parent.postMessage({ page: NAME, faults, texts, stacks }, "*");
   }, 50));
 });

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import math
 import os
 import pty
@@ -435,7 +436,7 @@ def test_summary_has_the_status_and_the_folder(tmp_path: Path) -> None:
         "  events.jsonl     everything that was measured",
         "next",
         f"  lowrank-tune chat {tmp_path}              chat with it",
-        f"  lowrank-tune eval {tmp_path}              measure it on held-out questions",
+        f"  lowrank-tune eval {tmp_path}              answer held-out questions",
         f"  lowrank-tune merge {tmp_path}             merge it into its base",
         f"  lowrank-tune export {tmp_path} --to gguf  write it for llama.cpp",
         f"  lowrank-tune report {tmp_path}            write report.html again",
@@ -465,12 +466,12 @@ def test_the_next_commands_compare_with_the_newest_earlier_run(tmp_path: Path) -
     summary = {"status": "done", "algorithm": "sft"}
     run = tmp_path / "third"
     assert "lowrank-tune compare" not in summary_table(summary, run)
-    for at, name in enumerate(("first", "second", "third", "without-events")):
+    for at, name in enumerate(("first", "second", "third", "not-done")):
         (tmp_path / name).mkdir()
         (tmp_path / name / "run.json").write_text("{}")
         os.utime(tmp_path / name / "run.json", (at, at))
-        if at < 3:
-            (tmp_path / name / "events.jsonl").touch()
+        status = "interrupted" if name == "not-done" else "done"
+        (tmp_path / name / "summary.json").write_text(json.dumps({"status": status}))
     assert f"lowrank-tune compare {tmp_path / 'second'} {run}" in summary_table(summary, run)
 
 

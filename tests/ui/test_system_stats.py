@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import fcntl
 import os
-import sys
 import time
 from pathlib import Path
-from types import SimpleNamespace as Named
 from typing import Any
 
 import pytest
@@ -21,36 +19,86 @@ from lowrank_tune.ui.terminal.system_line import system_line
 from lowrank_tune.ui.terminal.text_layout import plain_text, width_of
 from lowrank_tune.ui.watch import WatchedRun
 
+SUCCESS, NOT_SUPPORTED = 0, 3
+
+
+class FakeDriver:
+    """NVML as ctypes calls it: each function writes its result through a pointer and returns a code."""
+
+    def __init__(self) -> None:
+        self.opened = list[object]()
+        self.unsupported = set[str]()
+
+    def nvmlInit_v2(self) -> int:
+        return SUCCESS
+
+    def nvmlDeviceGetHandleByIndex_v2(self, index: Any, handle: Any) -> int:
+        self.opened.append(index.value)
+        return SUCCESS
+
+    def nvmlDeviceGetHandleByUUID(self, name: bytes, handle: Any) -> int:
+        self.opened.append(name)
+        return SUCCESS
+
+    def nvmlDeviceGetMemoryInfo(self, device: Any, memory: Any) -> int:
+        memory._obj.total, memory._obj.used = 24 << 30, 19 << 30
+        return NOT_SUPPORTED if "memory" in self.unsupported else SUCCESS
+
+    def nvmlDeviceGetUtilizationRates(self, device: Any, rates: Any) -> int:
+        rates._obj.gpu, rates._obj.memory = 97, 50
+        return SUCCESS
+
+    def nvmlDeviceGetTemperature(self, device: Any, sensor: Any, degrees: Any) -> int:
+        degrees._obj.value = 71 if sensor.value == 0 else -1
+        return SUCCESS
+
+    def nvmlDeviceGetPowerUsage(self, device: Any, milliwatts: Any) -> int:
+        milliwatts._obj.value = 310_000
+        return NOT_SUPPORTED if "power" in self.unsupported else SUCCESS
+
+    def nvmlDeviceGetEnforcedPowerLimit(self, device: Any, milliwatts: Any) -> int:
+        milliwatts._obj.value = 350_000
+        return SUCCESS
+
 
 @pytest.fixture
-def driver(monkeypatch: pytest.MonkeyPatch) -> Any:
-    fake = Named(
-        nvmlInit=lambda: None,
-        nvmlDeviceGetHandleByIndex=lambda index: index,
-        nvmlDeviceGetTemperature=lambda handle, kind: 71,
-        nvmlDeviceGetMemoryInfo=lambda handle: Named(used=19 << 30, total=24 << 30),
-        nvmlDeviceGetPowerUsage=lambda handle: 310_000,
-        nvmlDeviceGetEnforcedPowerLimit=lambda handle: 350_000,
-        nvmlDeviceGetUtilizationRates=lambda handle: Named(gpu=97),
-    )
-    monkeypatch.setitem(sys.modules, "pynvml", fake)
+def driver(monkeypatch: pytest.MonkeyPatch) -> FakeDriver:
+    fake = FakeDriver()
+    monkeypatch.setattr("ctypes.CDLL", {"libnvidia-ml.so.1": fake}.__getitem__)
     return fake
+
+
+@pytest.fixture
+def no_driver(monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(name: str) -> None:
+        raise OSError(f"{name}: cannot open shared object file")
+
+    monkeypatch.setattr("ctypes.CDLL", missing)
 
 
 def line_of(history: list[Reading], width: int = 120, ascii_only: bool = False) -> str:
     return plain_text([system_line(history, View(ascii_only=ascii_only), width)]).rstrip("\n")
 
 
-def test_a_gpu_is_read_through_nvidia_ml(driver: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert GpuStats().read() == GpuReading(97.0, 19.0, 24.0, 71.0, 310.0, 350.0)
+def test_a_gpu_is_read_through_its_driver(driver: FakeDriver) -> None:
+    assert GpuStats({}).read() == GpuReading(97.0, 19.0, 24.0, 71.0, 310.0, 350.0)
     # some laptops do not report the power
-    driver.nvmlDeviceGetPowerUsage = None
-    assert GpuStats().read() == GpuReading(97.0, 19.0, 24.0, 71.0, None, 350.0)
-    stats = GpuStats()
-    driver.nvmlDeviceGetMemoryInfo = None
-    assert stats.read() is None
-    monkeypatch.setitem(sys.modules, "pynvml", None)
-    assert GpuStats().read() is None
+    driver.unsupported = {"power"}
+    assert GpuStats({}).read() == GpuReading(97.0, 19.0, 24.0, 71.0, None, 350.0)
+    driver.unsupported = {"memory"}
+    assert GpuStats({}).read() is None
+
+
+@pytest.mark.parametrize(
+    ("visible", "opened"), [("", 0), ("2", 2), ("1,0", 1), ("GPU-4f2a,GPU-9", b"GPU-4f2a"), ("MIG-7", 0)]
+)
+def test_the_first_visible_gpu_is_read(driver: FakeDriver, visible: str, opened: object) -> None:
+    GpuStats({"CUDA_VISIBLE_DEVICES": visible})
+    assert driver.opened == [opened]
+
+
+def test_without_a_driver_there_is_no_reading(no_driver: None) -> None:
+    assert GpuStats({}).read() is None
 
 
 def test_the_line_of_a_gpu_has_its_four_quantities_with_their_past() -> None:
@@ -69,25 +117,26 @@ def test_the_line_of_a_gpu_has_its_four_quantities_with_their_past() -> None:
     assert "%" not in plain_text([hot]) and "W" not in plain_text([hot])
 
 
-def test_without_a_gpu_the_process_is_shown(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "pynvml", None)
-    monkeypatch.setattr("lowrank_tune.ui.system_stats.POLL_SECONDS", 0.05)
+def test_without_a_gpu_the_process_is_shown(no_driver: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lowrank_tune.ui.system_stats.POLL_SECONDS", 0.0)
     stats = SystemStats(os.getpid())
     # the first call has nothing to compare with
     assert not stats.poll()
-    end = time.monotonic() + 0.1
-    while time.monotonic() < end:
+    end = time.process_time() + 0.1
+    while time.process_time() < end:
         pass
-    assert stats.poll() and not stats.poll()
+    assert stats.poll()
+    monkeypatch.setattr("lowrank_tune.ui.system_stats.POLL_SECONDS", 1000.0)
+    assert not stats.poll()
     (reading,) = stats.history
-    assert isinstance(reading, ProcessReading) and reading.cpu_percent > 5 and 0.01 < reading.memory_gib < 50
+    assert isinstance(reading, ProcessReading) and reading.cpu_percent > 0 and 0.01 < reading.memory_gib < 50
     assert line_of([ProcessReading(50.0, 1.0), ProcessReading(200.0, 2.0)]).split() == [
         *("process", "CPU", "200", "%", "\u2583\u2588", "memory", "2.0", "GiB", "\u2585\u2588"),
     ]
     assert not SystemStats(2**22 + 1).poll()
 
 
-def test_the_past_is_limited(driver: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_past_is_limited(driver: FakeDriver, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("lowrank_tune.ui.system_stats.POLL_SECONDS", 0.0)
     stats = SystemStats(1)
     assert all(stats.poll() for _ in range(MAX_READINGS + 10)) and len(stats.history) == MAX_READINGS
@@ -102,7 +151,7 @@ def test_the_line_is_below_the_header_and_the_screen_stays_full(width: int, heig
     assert rows[4].split()[:3] == ["GPU", "97", "%"] and "310 W" in rows[4] and "help" in rows[-1]
 
 
-def test_watch_shows_the_load_only_while_a_local_process_writes(tmp_path: Path, driver: Any) -> None:
+def test_watch_shows_the_load_only_while_a_local_process_writes(tmp_path: Path, driver: FakeDriver) -> None:
     (tmp_path / "events.jsonl").write_bytes(b"")
     watched = WatchedRun(tmp_path / "events.jsonl", folder=tmp_path)
     assert not watched.poll() and watched.readings() == ()

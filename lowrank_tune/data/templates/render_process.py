@@ -7,7 +7,6 @@ All templates of a process share one worker, which starts at the first rendering
 
 from __future__ import annotations
 
-import atexit
 import functools
 import os
 import threading
@@ -248,7 +247,6 @@ def shared_process() -> RenderProcess:
     """Returns the one of this process."""
     process = RenderProcess()
     os.register_at_fork(after_in_child=process.forget)
-    atexit.register(process.close)
     return process
 
 

@@ -104,7 +104,10 @@ class HeldoutFigure:
     is_last: bool = False
     with_stage: bool = False
 
-    def __call__(self, run: ComparedRun) -> str:
+    def __call__(
+        self,
+        run: ComparedRun,
+    ) -> str:
         measured = [(stage, stats[self.name]) for stage, stats in heldout(run).items() if self.name in stats]
         if len(measured) <= self.is_last:
             return ""
@@ -150,7 +153,10 @@ class Trend:
 
     metric: str
 
-    def __call__(self, run: ComparedRun) -> str:
+    def __call__(
+        self,
+        run: ComparedRun,
+    ) -> str:
         return trend(self.metric, list(run.points(self.metric).values()))
 
 
@@ -210,7 +216,11 @@ ROWS: tuple[tuple[str, Callable[[ComparedRun], str]], ...] = (
     ("wall time", _seconds),
     (
         "held-out exact, before",
-        HeldoutFigure("accuracy", percent, with_stage=True),
+        HeldoutFigure(
+            "accuracy",
+            percent,
+            with_stage=True,
+        ),
     ),
     (
         "held-out exact, after",
@@ -231,7 +241,11 @@ ROWS: tuple[tuple[str, Callable[[ComparedRun], str]], ...] = (
     ("tokens per answer, before", HeldoutFigure("mean_length", TOKENS)),
     (
         "tokens per answer, after",
-        HeldoutFigure("mean_length", TOKENS, is_last=True),
+        HeldoutFigure(
+            "mean_length",
+            TOKENS,
+            is_last=True,
+        ),
     ),
     ("tokens per completion", Trend("completions/mean_length")),
     ("tokens per second", _speed),

@@ -64,7 +64,10 @@ def _issues(runs: Sequence[ComparedRun]) -> list[str]:
     return messages
 
 
-def _head(run: ComparedRun, index: int) -> Markup:
+def _head(
+    run: ComparedRun,
+    index: int,
+) -> Markup:
     return render(
         "run_head",
         kind=_css_class(index),
@@ -80,7 +83,14 @@ def _cards(runs: Sequence[ComparedRun]) -> list[ChartCard]:
     kinds = {run.label: _css_class(index) for index, run in enumerate(runs)}
     cards = []
     for name, metric_runs in common_metrics(runs):
-        series = [_series(run, name, kinds[run.label]) for run in metric_runs]
+        series = [
+            _series(
+                run,
+                name,
+                kinds[run.label],
+            )
+            for run in metric_runs
+        ]
         description = descriptions_of(metric_runs[0].algorithm).get(name, "")
         card = chart_card(
             name,

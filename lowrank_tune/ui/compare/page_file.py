@@ -28,13 +28,20 @@ def runs_digest(runs: Sequence[ComparedRun]) -> str:
 
 def _candidates(runs: Sequence[ComparedRun]) -> Iterator[Path]:
     folder = runs[0].folder.resolve().parent
-    names = re.sub(r"[^\w.+-]+", "-", "-".join(run.label for run in runs))[:MAX_NAMES]
+    names = re.sub(
+        r"[^\w.+-]+",
+        "-",
+        "-".join(run.label for run in runs),
+    )[:MAX_NAMES]
     for number in count(1):
         suffix = "" if number == 1 else f"-{number}"
         yield folder / f"compare-{names}{suffix}.html"
 
 
-def _is_of_runs(path: Path, runs: Sequence[ComparedRun]) -> bool:
+def _is_of_runs(
+    path: Path,
+    runs: Sequence[ComparedRun],
+) -> bool:
     """Returns whether a file is the page of these runs. One that cannot be read is not."""
     try:
         return f'data-runs="{runs_digest(runs)}"' in path.read_text(encoding="utf-8")

@@ -75,11 +75,17 @@ class ComparedRun:
     def status(self) -> str:
         return self.last.status if self.chain is None else self.chain.status
 
-    def points(self, name: str) -> StepValues:
+    def points(
+        self,
+        name: str,
+    ) -> StepValues:
         """Returns the finite values of a statistic by step."""
         return self.last.finite_values(name)
 
-    def curve(self, name: str) -> list[Point]:
+    def curve(
+        self,
+        name: str,
+    ) -> list[Point]:
         """Returns the finite values of a statistic as points."""
         return in_order(self.points(name))
 
@@ -97,10 +103,20 @@ def read_runs(paths: Sequence[Path]) -> list[ComparedRun]:
             raise UserError(f"{resolved_path} is named {count} times; name different runs")
     for folder in folders:
         check_run_format(folder)
-    return [_read_run(folder, label) for folder, label in zip(folders, labels_of(folders), strict=True)]
+    return [
+        _read_run(folder, label)
+        for folder, label in zip(
+            folders,
+            labels_of(folders),
+            strict=True,
+        )
+    ]
 
 
-def _read_run(folder: Path, label: str) -> ComparedRun:
+def _read_run(
+    folder: Path,
+    label: str,
+) -> ComparedRun:
     chain = read_chain(folder) if is_chain(folder) else None
     return ComparedRun(
         label,
@@ -175,7 +191,10 @@ def common_metrics(runs: Sequence[ComparedRun]) -> list[tuple[str, list[Compared
     return shared
 
 
-def metric_family(name: str, algorithm: str) -> str:
+def metric_family(
+    name: str,
+    algorithm: str,
+) -> str:
     """Returns what the algorithms of two runs must have in common for a statistic to mean the same."""
     if name in ("loss", "eval_loss"):
         return algorithm

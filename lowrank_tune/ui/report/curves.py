@@ -159,7 +159,10 @@ def chart_card(
     )
 
 
-def _last_value(value: float, as_percent: bool) -> str:
+def _last_value(
+    value: float,
+    as_percent: bool,
+) -> str:
     return percent(value) if as_percent else format_tick(value)
 
 
@@ -187,7 +190,13 @@ def metric_series(
     is_rough = _is_rough(finite)
     series = []
     if steps:
-        series.append(Series(name, "raw" if is_rough else "smooth", downsample(steps)))
+        series.append(
+            Series(
+                name,
+                "raw" if is_rough else "smooth",
+                downsample(steps),
+            )
+        )
     if is_rough:
         series.append(
             Series(
@@ -214,7 +223,13 @@ def pair_series(sides: Mapping[str, Mapping[int, float]]) -> list[Series]:
         finite = [point for point in in_order(points) if math.isfinite(point[1])]
         if finite:
             drawn = smooth(finite) if _is_rough(finite) else finite
-            series.append(Series(pair_side(name), pair_side(name), downsample(drawn)))
+            series.append(
+                Series(
+                    pair_side(name),
+                    pair_side(name),
+                    downsample(drawn),
+                )
+            )
     return series
 
 
@@ -222,7 +237,11 @@ def _is_rough(points: Sequence[Point]) -> bool:
     """Returns whether a line goes up and down so often that a smooth one is easier to read."""
     turns = 0
     last_move = 0.0
-    for (_, before), (_, value) in zip(points, points[1:], strict=False):
+    for (_, before), (_, value) in zip(
+        points,
+        points[1:],
+        strict=False,
+    ):
         move = value - before
         if value != before:
             turns += move * last_move < 0

@@ -87,7 +87,11 @@ def heldout_pair_accuracy(run_log: RunLog) -> float | None:
     if not checks and "accuracy" not in scored:
         return None
     last_check = checks[max(checks)] if checks else 0.0
-    return get_number(scored, "accuracy", last_check)
+    return get_number(
+        scored,
+        "accuracy",
+        last_check,
+    )
 
 
 def heldout_section(run_log: RunLog) -> Markup:
@@ -100,7 +104,10 @@ def chain_heldout_section(chain: ChainLog) -> Markup:
     return _section(heldout_by_stage_of_chain(chain), chain.started_stages)
 
 
-def _section(stages: StageStats, run_logs: Sequence[RunLog]) -> Markup:
+def _section(
+    stages: StageStats,
+    run_logs: Sequence[RunLog],
+) -> Markup:
     if not stages:
         return Markup()
     rows = []
@@ -140,7 +147,10 @@ def figure_label(name: str) -> str:
     return FIGURE_LABELS.get(name, name)
 
 
-def _figure(name: str, value: float | None) -> Figure:
+def _figure(
+    name: str,
+    value: float | None,
+) -> Figure:
     if value is None:
         return Figure("")
     if name == "mean_length":
@@ -165,7 +175,11 @@ def _heldout_answer(answer: Mapping[str, Any]) -> HeldoutAnswer:
         bool(answer.get("stopped")),
         ground_truth,
     )
-    return HeldoutAnswer(answer.get("prompt") or "", ground_truth or "", graded)
+    return HeldoutAnswer(
+        answer.get("prompt") or "",
+        ground_truth or "",
+        graded,
+    )
 
 
 def grade(
@@ -175,7 +189,11 @@ def grade(
 ) -> GradedAnswer:
     """Returns an answer with its grade. One that was cut off is never right."""
     if not isinstance(ground_truth, str):
-        return GradedAnswer(completion, is_complete, None)
+        return GradedAnswer(
+            completion,
+            is_complete,
+            None,
+        )
     return GradedAnswer(
         completion,
         is_complete,

@@ -115,7 +115,10 @@ def _sections(run_log: RunLog) -> Markup:
     )
 
 
-def _stage_row(folder: str, run_log: RunLog | None) -> StageRow:
+def _stage_row(
+    folder: str,
+    run_log: RunLog | None,
+) -> StageRow:
     if run_log is None:
         return StageRow(folder)
     if run_log.started is None:

@@ -73,7 +73,14 @@ def samples(run_log: RunLog) -> Markup:
             of_pairs.append(sample)
         else:
             by_prompt.setdefault(str(sample.prompt), []).append(sample)
-    prompts = [_prompt_samples(prompt, logged, reference) for prompt, logged in by_prompt.items()]
+    prompts = [
+        _prompt_samples(
+            prompt,
+            logged,
+            reference,
+        )
+        for prompt, logged in by_prompt.items()
+    ]
     return render(
         "samples",
         prompts=prompts,
@@ -94,11 +101,24 @@ def _prompt_samples(
             sample.ground_truth,
         )
         reward = "" if sample.reward is None else number(sample.reward)
-        rows.append(SampleRow(_label(sample, reference), answer, reward))
-    return PromptSamples(prompt, logged[0].ground_truth, rows)
+        rows.append(
+            SampleRow(
+                _label(sample, reference),
+                answer,
+                reward,
+            )
+        )
+    return PromptSamples(
+        prompt,
+        logged[0].ground_truth,
+        rows,
+    )
 
 
-def _label(sample: SampleLogged, reference: str) -> str:
+def _label(
+    sample: SampleLogged,
+    reference: str,
+) -> str:
     if sample.role == "policy":
         return f"step {sample.step:,}"
     if sample.role == "reference":
@@ -122,7 +142,10 @@ def _pair_samples(logged: Iterable[SampleLogged]) -> list[PairSamples]:
     return [PairSamples(*pair, _spread(rows)) for pair, rows in history.items()]
 
 
-def _pair_row(chosen: SampleLogged, rejected: SampleLogged) -> PairRow:
+def _pair_row(
+    chosen: SampleLogged,
+    rejected: SampleLogged,
+) -> PairRow:
     is_right = None
     if isinstance(chosen.reward, (int, float)) and isinstance(rejected.reward, (int, float)):
         is_right = chosen.reward > rejected.reward

@@ -68,7 +68,10 @@ def chain_tiles(chain: ChainLog) -> list[Tile]:
     return tiles
 
 
-def _total_tiles(totals: RunTotals, time_label: str) -> Iterator[Tile]:
+def _total_tiles(
+    totals: RunTotals,
+    time_label: str,
+) -> Iterator[Tile]:
     """Yields wall time, tokens and speed of all sessions."""
     if totals.sessions > 1:
         time_label = f"{time_label}, {totals.sessions} sessions"

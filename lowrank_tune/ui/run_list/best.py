@@ -21,27 +21,54 @@ def best_of_summary(summary: Mapping[str, Any]) -> BestMetric | None:
     best = as_mapping(summary.get("best"))
     # the figures of held-out answers, and not those of validation rows
     is_heldout = "eos_rate" in best
-    value = get_number(best, "accuracy" if is_heldout else "loss", math.nan)
+    value = get_number(
+        best,
+        "accuracy" if is_heldout else "loss",
+        math.nan,
+    )
     if not math.isnan(value):
-        return _metric(HELDOUT if is_heldout else VALIDATION, value, best)
+        return _metric(
+            HELDOUT if is_heldout else VALIDATION,
+            value,
+            best,
+        )
     return last_of(as_mapping(summary.get("last")))
 
 
-def best_of_evaluation(step: int, stats: Mapping[str, Any]) -> BestMetric | None:
+def best_of_evaluation(
+    step: int,
+    stats: Mapping[str, Any],
+) -> BestMetric | None:
     """Returns the metric of an evaluation that was the best so far."""
     for name, key in ((HELDOUT, "heldout/policy/accuracy"), (VALIDATION, VALIDATION)):
-        value = get_number(stats, key, math.nan)
+        value = get_number(
+            stats,
+            key,
+            math.nan,
+        )
         if not math.isnan(value):
-            return _metric(name, value, {"step": step})
+            return _metric(
+                name,
+                value,
+                {"step": step},
+            )
     return None
 
 
 def last_of(stats: Mapping[str, Any]) -> BestMetric | None:
     """Returns the reward, or else the loss, of the last step."""
     for name in LAST_VALUES:
-        value = get_number(stats, name, math.nan)
+        value = get_number(
+            stats,
+            name,
+            math.nan,
+        )
         if not math.isnan(value):
-            return _metric(name, value, stats)
+            return _metric(
+                name,
+                value,
+                stats,
+            )
     return None
 
 
@@ -50,7 +77,11 @@ def _metric(
     value: float,
     figures: Mapping[str, Any],
 ) -> BestMetric:
-    step = get_number(figures, "step", math.nan)
+    step = get_number(
+        figures,
+        "step",
+        math.nan,
+    )
     return BestMetric(
         name,
         short_label(name),

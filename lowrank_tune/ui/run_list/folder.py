@@ -37,7 +37,11 @@ def list_runs(folder: Path) -> list[ListedRun]:
     except OSError as error:
         raise UserError(f"{folder}: the runs cannot be listed ({error.strerror or error})") from error
     runs = [_listed(run) for run in folders]
-    return sorted(runs, key=_sort_key, reverse=True)
+    return sorted(
+        runs,
+        key=_sort_key,
+        reverse=True,
+    )
 
 
 def _sort_key(run: ListedRun) -> tuple[float, str]:
@@ -70,7 +74,10 @@ def _read_run(folder: Path) -> ListedRun:
     return run.damaged(problem) if problem else run
 
 
-def _done(run: ListedRun, summary: Mapping[str, Any]) -> ListedRun:
+def _done(
+    run: ListedRun,
+    summary: Mapping[str, Any],
+) -> ListedRun:
     events = run.folder / EVENTS
     return replace(
         run,
@@ -124,7 +131,10 @@ def _read_chain(folder: Path) -> ListedRun:
     )
 
 
-def _state_of_chain(folder: Path, started: Sequence[ListedRun]) -> RunState:
+def _state_of_chain(
+    folder: Path,
+    started: Sequence[ListedRun],
+) -> RunState:
     status = read_json_object(folder / "summary.json").get("status")
     if status == RunState.DONE:
         return RunState.DONE
@@ -142,7 +152,10 @@ def _recipe(folder: Path) -> Mapping[str, Any]:
     return get_mapping(read_json_object(folder / "run.json"), "recipe")
 
 
-def _with_recipe(run: ListedRun, recipe: Mapping[str, Any]) -> ListedRun:
+def _with_recipe(
+    run: ListedRun,
+    recipe: Mapping[str, Any],
+) -> ListedRun:
     return replace(
         run,
         algorithm=str(recipe.get("algorithm", "")),

@@ -84,15 +84,55 @@ def _algorithm(run: ListedRun) -> str:
 
 
 COLUMNS = (
-    Column("run", 0, _name),
-    Column("state", 0, _state),
-    Column("algorithm", 2, _algorithm),
-    Column("base", 6, _base),
-    Column("best", 1, _best),
-    Column("steps", 4, _steps, is_number=True),
-    Column("age", 3, _age, is_number=True),
-    Column("time", 5, _time, is_number=True),
-    Column("size", 7, _size, is_number=True),
+    Column(
+        "run",
+        0,
+        _name,
+    ),
+    Column(
+        "state",
+        0,
+        _state,
+    ),
+    Column(
+        "algorithm",
+        2,
+        _algorithm,
+    ),
+    Column(
+        "base",
+        6,
+        _base,
+    ),
+    Column(
+        "best",
+        1,
+        _best,
+    ),
+    Column(
+        "steps",
+        4,
+        _steps,
+        is_number=True,
+    ),
+    Column(
+        "age",
+        3,
+        _age,
+        is_number=True,
+    ),
+    Column(
+        "time",
+        5,
+        _time,
+        is_number=True,
+    ),
+    Column(
+        "size",
+        7,
+        _size,
+        is_number=True,
+    ),
 )
 
 
@@ -110,10 +150,17 @@ def print_runs(
         console.print(Text(problem, "yellow"))
 
 
-def runs_table(runs: Sequence[ListedRun], width: int | None = None) -> Table:
+def runs_table(
+    runs: Sequence[ListedRun],
+    width: int | None = None,
+) -> Table:
     """Returns the table with the columns that fit into `width` cells, by default all of them."""
     columns = _fitting(runs, width)
-    table = Table(box=None, pad_edge=False, padding=(0, GAP, 0, 0))
+    table = Table(
+        box=None,
+        pad_edge=False,
+        padding=(0, GAP, 0, 0),
+    )
     for column in columns:
         table.add_column(
             column.head,
@@ -136,7 +183,10 @@ def problems(runs: Sequence[ListedRun]) -> list[str]:
     ]
 
 
-def _fitting(runs: Sequence[ListedRun], width: int | None) -> list[Column]:
+def _fitting(
+    runs: Sequence[ListedRun],
+    width: int | None,
+) -> list[Column]:
     columns = list(COLUMNS)
     while width is not None and _width(columns, runs) > width and any(column.rank for column in columns):
         columns.remove(max(columns, key=_rank))
@@ -147,7 +197,10 @@ def _rank(column: Column) -> int:
     return column.rank
 
 
-def _width(columns: Sequence[Column], runs: Sequence[ListedRun]) -> int:
+def _width(
+    columns: Sequence[Column],
+    runs: Sequence[ListedRun],
+) -> int:
     total = GAP * len(columns)
     for column in columns:
         widths = [cell_len(_text(column, run).plain) for run in runs]
@@ -156,6 +209,9 @@ def _width(columns: Sequence[Column], runs: Sequence[ListedRun]) -> int:
     return total
 
 
-def _text(column: Column, run: ListedRun) -> Text:
+def _text(
+    column: Column,
+    run: ListedRun,
+) -> Text:
     style = STYLES[run.state] if column.head == "state" else ""
     return Text(escape_control_chars(column.cell(run), MAX_CELL), style)

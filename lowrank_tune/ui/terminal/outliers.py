@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from lowrank_tune.ui.metrics import Point, Points
+from lowrank_tune.ui.metrics import Points
 
 MIN_POINTS = 20
 MAX_SHARE = 0.03
@@ -18,12 +18,17 @@ MAX_ADJACENT = 2
 """Outliers next to each other. More of them are a part of the curve."""
 
 
-def split_outliers(points: Points) -> tuple[list[Point], list[Point]]:
+def split_outliers(points: Points) -> tuple[Points, Points]:
     """Returns the points without outliers, and the outliers."""
-    finite = [point for point in points if math.isfinite(point[1])]
-    far = _far_indices([y for _, y in finite])
-    bulk = [point for index, point in enumerate(finite) if index not in far]
-    return bulk, [finite[index] for index in sorted(far)]
+    values = [y for _, y in points]
+    if not math.isfinite(sum(values)):
+        points = [point for point in points if math.isfinite(point[1])]
+        values = [y for _, y in points]
+    far = _far_indices(values)
+    if not far:
+        return points, ()
+    bulk = [point for index, point in enumerate(points) if index not in far]
+    return bulk, [points[index] for index in sorted(far)]
 
 
 def _far_indices(values: list[float]) -> set[int]:
@@ -32,12 +37,14 @@ def _far_indices(values: list[float]) -> set[int]:
         return set()
     most = max(1, int(MAX_SHARE * count))
     ordered = sorted(values)
-    low, high = ordered[most], ordered[-1 - most]
-    distance = MIN_DISTANCE * (high - low)
-    far = {index for index, value in enumerate(values) if not low - distance <= value <= high + distance}
-    start = max(MIN_START_POINTS, int(START_SHARE * count))
+    distance = MIN_DISTANCE * (ordered[-1 - most] - ordered[most])
+    low, high = ordered[most] - distance, ordered[-1 - most] + distance
     # a constant has no range to compare with
-    if distance == 0 or len(far) > most or any(index < start for index in far) or _longest_run(far) > MAX_ADJACENT:
+    if distance == 0 or low <= ordered[0] and ordered[-1] <= high:
+        return set()
+    far = {index for index, value in enumerate(values) if not low <= value <= high}
+    start = max(MIN_START_POINTS, int(START_SHARE * count))
+    if len(far) > most or any(index < start for index in far) or _longest_run(far) > MAX_ADJACENT:
         return set()
     return far
 

@@ -228,7 +228,7 @@ def _without_outliers(measured: Mapping[int, Points]) -> tuple[dict[int, Points]
     """Returns the points of each run without its outliers, and the outliers. Those within the range of another run do
     not change the chart, so they remain."""
     bulk = dict[int, Points]()
-    far = dict[int, list[Point]]()
+    far = dict[int, Points]()
     for number, points in measured.items():
         bulk[number], far[number] = split_outliers(points)
     values = [y for points in bulk.values() for _, y in points]

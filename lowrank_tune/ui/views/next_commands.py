@@ -9,8 +9,9 @@ from typing import Any
 
 from rich.cells import cell_len
 
+from lowrank_tune.json_files import read_json_object
 from lowrank_tune.ui import escape_control_chars
-from lowrank_tune.ui.run_paths import EVENTS, is_chain, run_folders
+from lowrank_tune.ui.run_paths import run_folders
 
 INDENT = "  "
 GAP = "  "
@@ -27,7 +28,11 @@ def next_lines(
 
     No command is broken: if a line would be longer than `width`, all descriptions are below their commands.
     """
-    commands = next_commands(summary, stages, folder)
+    commands = next_commands(
+        summary,
+        stages,
+        folder,
+    )
     if not commands:
         return []
     longest = max(map(cell_len, commands))
@@ -56,24 +61,24 @@ def next_commands(
     else:
         commands = {
             f"chat {run}": "chat with it",
-            f"eval {run}": "measure it on held-out questions",
+            f"eval {run}": "answer held-out questions",
             f"merge {run}": "merge it into its base",
             f"export {run} --to gguf": "write it for llama.cpp",
         }
     earlier = earlier_run(folder)
     if earlier is not None:
-        commands[f"compare {_quoted(earlier)} {run}"] = "compare it with an earlier run"
+        commands[f"compare {_quoted(earlier)} {run}"] = "compare with an earlier run"
     commands[f"report {run}"] = "write report.html again"
     return {f"{PROGRAM} {command}": words for command, words in commands.items()}
 
 
 def earlier_run(folder: Path) -> Path | None:
-    """Returns the newest other run or chain beside a run, None if there is none."""
+    """Returns the newest other run or chain beside a run that is done, None if there is none."""
     try:
         beside = [run for run in run_folders(folder.parent) if run.name != folder.name]
     except OSError:
         return None
-    return next((run for run in beside if (run / EVENTS).is_file() or is_chain(run)), None)
+    return next((run for run in beside if read_json_object(run / "summary.json").get("status") == "done"), None)
 
 
 def _quoted(path: Path) -> str:

@@ -53,7 +53,14 @@ def summary_table(
     lines.append(f"in         {_name(folder, None)}")
     lines += _file_lines(stages, folder)
     if width is not None:
-        lines = [fold(line, width, LABEL_WIDTH) for line in lines]
+        lines = [
+            fold(
+                line,
+                width,
+                LABEL_WIDTH,
+            )
+            for line in lines
+        ]
     lines += next_lines(
         summary,
         stages or [summary],
@@ -63,7 +70,10 @@ def summary_table(
     return "\n".join(lines)
 
 
-def _name(value: Any, limit: int | None = MAX_NAME) -> str:
+def _name(
+    value: Any,
+    limit: int | None = MAX_NAME,
+) -> str:
     return escape_control_chars(str(value), limit)
 
 
@@ -138,7 +148,10 @@ def _pair_lines(summaries: Mapping[str, Mapping[str, Any]]) -> list[str]:
     return ["held-out pairs", *lines] if lines else []
 
 
-def _file_lines(stages: Sequence[Mapping[str, Any]], folder: Path) -> Iterator[str]:
+def _file_lines(
+    stages: Sequence[Mapping[str, Any]],
+    folder: Path,
+) -> Iterator[str]:
     outputs = {}
     for stage in stages:
         if isinstance(stage.get("folder"), str):
