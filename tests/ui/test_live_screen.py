@@ -121,8 +121,6 @@ def test_live_screen_keys_and_resizes_from_start_to_quit(emulator: Emulator, tmp
     emulator.until("KL to the reference")
     for wanted in (
         "demo \u00b7 sft of tiny-tutor",
-        "policy = base + policy",
-        "reference = the base, adapters off",
         "q quit",
         "ETA",
         "memory",
