@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import struct
+import subprocess
+import sys
 from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
@@ -91,15 +93,20 @@ def _mlflow(folder: Path) -> tuple[Stored, dict[str, Any]]:
 
 
 def _trackio(folder: Path) -> tuple[Stored, dict[str, Any]]:
-    from trackio.sqlite_storage import SQLiteStorage
-
-    name = _run_of(folder, "trackio")
+    """Reads in a process of its own: trackio takes its folder from the environment when it is imported."""
+    code = (
+        "import json, sys; from trackio.sqlite_storage import SQLiteStorage as storage; run = sys.argv[1]; "
+        "print(json.dumps([storage.get_logs('checked', run), storage.get_run_config('checked', run)], default=str))"
+    )
+    command = [sys.executable, "-c", code, _run_of(folder, "trackio")]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    logs, settings = json.loads(done.stdout.splitlines()[-1])
     found: Stored = defaultdict(list)
-    for row in SQLiteStorage.get_logs("checked", name):
+    for row in logs:
         for metric, value in row.items():
             if metric not in ("step", "timestamp"):
                 found[metric, row["step"]].append(value)
-    return found, SQLiteStorage.get_run_config("checked", name) or {}
+    return found, settings or {}
 
 
 def _run_of(folder: Path, tracker: str) -> str:
