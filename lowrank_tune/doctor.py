@@ -32,6 +32,7 @@ from lowrank_tune import unsloth_import
 from lowrank_tune.offline import hub_address, offline_variable, unreachable_reason
 from lowrank_tune.paths import cache_folder, hub_folder, nearest_existing
 from lowrank_tune.ui import escape_control_chars
+from lowrank_tune.ui.formatting import plural
 
 GIB = 1 << 30
 # GiB: too little to save anything; too little for a 7B base and its cache
@@ -139,7 +140,8 @@ def print_results(results: list[CheckResult], console: Console) -> None:
         level = "fault"
     elif warnings:
         level = "warning"
-    console.print(Text(f"{verdict}: {faults} faults, {warnings} warnings", STYLES[level]))
+    counts = f"{plural(faults, 'fault')}, {plural(warnings, 'warning')}"
+    console.print(Text(f"{verdict}: {counts}", STYLES[level]))
 
 
 def python() -> Iterator[CheckResult]:

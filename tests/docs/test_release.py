@@ -29,7 +29,7 @@ import lowrank_tune
 from lowrank_tune.cli import app
 
 ROOT = Path(__file__).parents[2]
-EXAMPLES = sorted(file.stem for file in (ROOT / "examples").glob("*.py"))
+EXAMPLES = sorted(file.stem for file in (ROOT / "examples").rglob("*") if file.suffix in (".py", ".ipynb"))
 TODAY = date(2027, 3, 4)
 CHANGELOG = """# Changelog
 
