@@ -37,14 +37,6 @@ class LossTerm:
     stats: Stats
 
 
-@dataclass(frozen=True)
-class UnitLosses:
-    """The loss of each row or pair, times its weight in their mean, and this weight; both (U,) and detached."""
-
-    totals: Tensor
-    weights: Tensor
-
-
 @dataclass
 class StepBatch(Generic[BatchT]):
     """The rows of one step, with metrics of their collection."""
@@ -92,11 +84,8 @@ class Algorithm(Generic[BatchT]):
         """Returns metrics of held-out rows. The best checkpoint has the lowest `loss`."""
         raise NotImplementedError
 
-    def evaluate_units(self, micro: BatchT) -> tuple[Stats, UnitLosses | None]:
-        """Returns what `eval_metrics` does, and the `loss` of each row or pair, by which noise is told from progress.
-
-        Without these the best step is that of the lowest mean.
-        """
+    def evaluate_batch(self, micro: BatchT) -> tuple[Stats, Tensor | None]:
+        """Returns what `eval_metrics` does, and the losses (P,) of the pairs; None if the rows are no pairs."""
         return self.eval_metrics(micro), None
 
     def check(self, micro: BatchT, step: int) -> None:

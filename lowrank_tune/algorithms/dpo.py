@@ -32,7 +32,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lowrank_tune.algorithms.base import Algorithm, AlgorithmContext, LossTerm, StepBatch, UnitLosses
+from lowrank_tune.algorithms.base import Algorithm, AlgorithmContext, LossTerm, StepBatch
 from lowrank_tune.algorithms.reference_check import check_reference, full_vocab_kl_metric
 from lowrank_tune.batch import PairBatch, required
 from lowrank_tune.functional import (
@@ -120,13 +120,13 @@ class DPO(Algorithm[PairBatch]):
         yield LossTerm(loss, stats)
 
     def eval_metrics(self, micro: PairBatch) -> Stats:
-        stats, _ = self.evaluate_units(micro)
+        stats, _ = self.evaluate_batch(micro)
         return stats
 
-    def evaluate_units(self, micro: PairBatch) -> tuple[Stats, UnitLosses]:
+    def evaluate_batch(self, micro: PairBatch) -> tuple[Stats, Tensor]:
         logps = self.context.roles.logps("policy", micro).logps
         losses, stats = self._pair_losses(logps, micro)
-        return stats, UnitLosses(losses.detach(), torch.ones_like(losses))
+        return stats, losses.detach()
 
     def _pair_losses(self, logps: Tensor, micro: PairBatch) -> tuple[Tensor, Stats]:
         """Returns the losses (P,) and the metrics, from the log-probs (B, T) of the policy."""

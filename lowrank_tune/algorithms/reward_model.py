@@ -17,11 +17,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lowrank_tune.algorithms.base import Algorithm, AlgorithmContext, LossTerm, UnitLosses
+from lowrank_tune.algorithms.base import Algorithm, AlgorithmContext, LossTerm
 from lowrank_tune.batch import PairBatch, required
 from lowrank_tune.functional import mean, pair_accuracy, pair_mean_weights
 from lowrank_tune.stats import Stats
@@ -65,12 +64,12 @@ class RewardModeling(Algorithm[PairBatch]):
         yield LossTerm((losses * weights).sum(), stats)
 
     def eval_metrics(self, micro: PairBatch) -> Stats:
-        stats, _ = self.evaluate_units(micro)
+        stats, _ = self.evaluate_batch(micro)
         return stats
 
-    def evaluate_units(self, micro: PairBatch) -> tuple[Stats, UnitLosses]:
+    def evaluate_batch(self, micro: PairBatch) -> tuple[Stats, Tensor]:
         losses, stats = self._pair_losses(micro)
-        return stats, UnitLosses(losses.detach(), torch.ones_like(losses))
+        return stats, losses.detach()
 
     def _pair_losses(self, micro: PairBatch) -> tuple[Tensor, Stats]:
         """Returns the losses (P,) and the metrics."""

@@ -17,7 +17,7 @@ from collections.abc import Iterator
 
 from torch import Tensor
 
-from lowrank_tune.algorithms.base import Algorithm, LossTerm, UnitLosses
+from lowrank_tune.algorithms.base import Algorithm, LossTerm
 from lowrank_tune.algorithms.reference_check import check_reference, full_vocab_kl_metric
 from lowrank_tune.batch import Batch, required
 from lowrank_tune.functional import apply_mask, masked_mean, token_mean_weights
@@ -51,18 +51,11 @@ class SFT(Algorithm[Batch]):
         yield LossTerm(loss, stats)
 
     def eval_metrics(self, micro: Batch) -> Stats:
-        stats, _ = self.evaluate_units(micro)
-        return stats
-
-    def evaluate_units(self, micro: Batch) -> tuple[Stats, UnitLosses]:
         logps, _, is_likeliest = self.context.roles.token_logps_and_entropy("policy", micro)
-        loss_mask = micro.loss_mask
-        stats = {
-            "loss": masked_mean(-logps, loss_mask),
-            "mean_token_accuracy": masked_mean(is_likeliest.float(), loss_mask),
+        return {
+            "loss": masked_mean(-logps, micro.loss_mask),
+            "mean_token_accuracy": masked_mean(is_likeliest.float(), micro.loss_mask),
         }
-        row_losses = apply_mask(-logps.detach(), loss_mask).sum(dim=1)
-        return stats, UnitLosses(row_losses, loss_mask.sum(dim=1))
 
     def step_metrics(self, micro: Batch) -> Stats:
         return full_vocab_kl_metric(self.context, micro)

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from statistics import fmean
 
 from lowrank_tune.data import ChatTemplate
 from lowrank_tune.evaluation.grading import GradedAnswer, grade_answer
 from lowrank_tune.evaluation.questions import EvalQuestion
-from lowrank_tune.evaluation.unit_scores import UnitScores
 from lowrank_tune.events import Emit, ProgressBar
 from lowrank_tune.generation import Engine
 from lowrank_tune.generation.sampling_params import SamplingParams
@@ -33,12 +31,6 @@ def generate_answers(
         answers[completion.prompt].append(grade_answer(completion, question, template))
         bar.advance()
     return answers
-
-
-def question_scores(answers: Sequence[Sequence[GradedAnswer]]) -> UnitScores:
-    """Returns the share of right answers to each question."""
-    scores = [fmean(answer.right is True for answer in question_answers) for question_answers in answers]
-    return UnitScores("questions", scores, [1.0] * len(scores))
 
 
 def heldout_metrics(answers: Sequence[Sequence[GradedAnswer]]) -> dict[str, float]:

@@ -15,10 +15,10 @@ from typing import (
 import torch
 from torch import Tensor
 
-from lowrank_tune.algorithms.base import Algorithm, UnitLosses
+from lowrank_tune.algorithms.base import Algorithm
 from lowrank_tune.batch import Batch, rows_of_units
 from lowrank_tune.data import TokenizedDataset
-from lowrank_tune.evaluation.unit_scores import Evaluation, UnitScores
+from lowrank_tune.evaluation.pair_losses import ValidationResult
 from lowrank_tune.events import Emit, ProgressBar
 from lowrank_tune.functional import (
     calibration_error,
@@ -122,44 +122,26 @@ def validate(
     collate_fn: CollateFn,
     micro_tokens: int,
     emit: Emit,
-) -> Evaluation:
+) -> ValidationResult:
     """Returns the algorithm's metrics on held-out rows, means over all of them, without dropout, and the loss of each
-    row or pair."""
+    pair in the order of the store."""
     stats: Stats = {}
-    losses: list[UnitLosses] = []
-    places: list[Tensor] = []
+    losses: dict[int, float] = {}
     batches = validation_batches(
         roles,
         rows,
         collate_fn,
-        algorithm.evaluate_units,
+        algorithm.evaluate_batch,
         micro_tokens,
         "validating",
         emit,
     )
-    for (batch_stats, batch_losses), indices in batches:
+    for (batch_stats, pair_losses), indices in batches:
         add_stats(stats, batch_stats)
-        if batch_losses is not None:
-            losses.append(batch_losses)
-            places.append(indices[:: rows.rows_per_unit] // rows.rows_per_unit)
-    name = "pairs" if rows.rows_per_unit > 1 else "rows"
-    return Evaluation(to_floats(stats), _unit_scores(name, losses, places))
-
-
-def _unit_scores(
-    name: str,
-    losses: Sequence[UnitLosses],
-    places: Sequence[Tensor],
-) -> UnitScores | None:
-    """Returns the negative loss of each unit, in the order of the store; None without losses of single units."""
-    if not losses:
-        return None
-    order = torch.cat(list(places)).argsort()
-    totals = torch.cat([part.totals for part in losses]).double().cpu()[order]
-    weights = torch.cat([part.weights for part in losses]).double().cpu()[order]
-    # a unit without trained tokens has the weight 0
-    scores = -totals / weights.clamp(min=1e-9)
-    return UnitScores(name, scores.tolist(), weights.tolist())
+        if pair_losses is not None:
+            pairs = indices[:: rows.rows_per_unit] // rows.rows_per_unit
+            losses.update(zip(pairs.tolist(), pair_losses.tolist(), strict=True))
+    return ValidationResult(to_floats(stats), [losses[pair] for pair in sorted(losses)])
 
 
 def score_pairs(

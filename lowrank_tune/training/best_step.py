@@ -1,28 +1,27 @@
-"""Which step becomes `final/`: an earlier one only if it is better than the last by more than noise.
+"""Which step becomes `final/`: that of the lowest validation loss, or of the highest held-out accuracy.
 
-A step replaces the best one so far, and the best one replaces the last, only if the mean of the paired differences of
-all validation rows, pairs or questions is larger than its standard error.
+The loss of validation pairs, of DPO and of reward models, is noisy: one number for each pair, often of few pairs. There
+a step replaces the best one so far, and the best one replaces the last, only if the mean of the paired differences of
+the losses is larger than its standard error. The loss of a row of SFT is a mean over many tokens, and an overfitted
+run gets worse with each epoch: there the lowest loss decides.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, Self
 
-from lowrank_tune.evaluation.unit_scores import (
-    MIN_UNITS,
-    Evaluation,
+from lowrank_tune.evaluation.pair_losses import (
+    MIN_PAIRS,
     PairedDifference,
-    UnitScores,
+    ValidationResult,
     paired_difference,
 )
 from lowrank_tune.training.checkpointer import BestCheckpoint
 
-METRIC_NAMES = {"accuracy": "held-out accuracy", "loss": "validation loss"}
-BEST_IS = {"accuracy": "highest", "loss": "lowest"}
-BETTER_IS = {"accuracy": "higher", "loss": "lower"}
+REASONS = {"accuracy": "answered most held-out questions", "loss": "had the lowest validation loss"}
 
 
 @dataclass(frozen=True)
@@ -31,17 +30,38 @@ class Measured:
 
     step: int
     score: float
-    evaluation: Evaluation
+    metrics: dict[str, float]
+    pair_losses: list[float] = field(default_factory=list)
+    is_tie_better: bool = False
+
+    @classmethod
+    def by_loss(cls, step: int, validation: ValidationResult) -> Self:
+        metrics = validation.metrics
+        return cls(
+            step,
+            -metrics["loss"],
+            metrics,
+            validation.pair_losses,
+        )
+
+    @classmethod
+    def by_accuracy(cls, step: int, metrics: dict[str, float]) -> Self:
+        """Of steps with the same accuracy the later one is better: greedy accuracy saturates while sampled answers
+        still improve."""
+        return cls(
+            step,
+            metrics["accuracy"],
+            metrics,
+            is_tie_better=True,
+        )
 
 
 def update_best(best: BestCheckpoint, measured: Measured) -> bool:
     """Stores the evaluation as that of the last step, and as the best one if it is. Returns whether it is."""
-    units = measured.evaluation.units
-    difference = _difference(best, units)
+    difference = _difference(best, measured)
     best.last = {
         "step": measured.step,
-        "metrics": measured.evaluation.metrics,
-        "units": "" if units is None else units.name,
+        "metrics": measured.metrics,
         "is_finite": math.isfinite(measured.score),
         "difference": None if difference is None else vars(difference),
     }
@@ -49,16 +69,16 @@ def update_best(best: BestCheckpoint, measured: Measured) -> bool:
         return False
     best.best_step = measured.step
     best.best_score = measured.score
-    best.best_metrics = measured.evaluation.metrics
-    best.unit_scores = [] if units is None else units.scores
+    best.best_metrics = measured.metrics
+    best.pair_losses = measured.pair_losses
     return True
 
 
-def _difference(best: BestCheckpoint, units: UnitScores | None) -> PairedDifference | None:
-    """Returns the difference to the best step so far; None without one, or without scores of the same units."""
-    if units is None or len(units.scores) != len(best.unit_scores):
+def _difference(best: BestCheckpoint, measured: Measured) -> PairedDifference | None:
+    """Returns the difference to the best step so far; None without one, or without losses of the same pairs."""
+    if not measured.pair_losses or len(measured.pair_losses) != len(best.pair_losses):
         return None
-    return paired_difference(units.scores, best.unit_scores, units.weights)
+    return paired_difference(measured.pair_losses, best.pair_losses)
 
 
 def _is_better(
@@ -68,9 +88,11 @@ def _is_better(
 ) -> bool:
     if best.best_score is None:
         return True
-    if difference is None:
-        return measured.score > best.best_score
-    return difference.is_positive
+    if difference is not None:
+        return difference.is_positive
+    if measured.score == best.best_score:
+        return measured.is_tie_better
+    return measured.score > best.best_score
 
 
 def choose_final(
@@ -78,27 +100,29 @@ def choose_final(
     last_step: int,
     metric: str,
 ) -> str:
-    """Makes the last step the best one, unless the best one is better than it by more than noise.
+    """By validation pairs, makes the last step the best one unless the best one is better by more than noise.
 
-    Returns the sentence about that; empty if the last step is the best one, or if nothing was evaluated.
+    Returns the sentence about the step of `final/`; empty if the last step is the best one, or if nothing was
+    evaluated.
     """
     first_step = best.best_step
     if first_step in (None, last_step):
         return ""
-    name = METRIC_NAMES[metric]
     difference = _lead(best.last, last_step)
     if difference is None:
-        return f"final/ is the adapter of step {first_step}, which has the {BEST_IS[metric]} {name}"
-    units = best.last["units"]
-    figures = f"{abs(difference.mean):.3g} ± {difference.stderr:.2g} over {difference.units:,} {units}"
+        return f"final/ is the adapter of step {first_step}, which {REASONS[metric]}"
+    figures = f"{abs(difference.mean):.3g} ± {difference.stderr:.2g} over {difference.pairs:,} pairs"
     if difference.is_positive:
-        lead = f"{name} is {BETTER_IS[metric]} by {figures}"
-        return f"final/ is the adapter of step {first_step}: its {lead} than that of the last step"
+        return (
+            f"final/ is the adapter of step {first_step}: its validation loss is lower by {figures} than that of the "
+            "last step"
+        )
     best.best_step = last_step
     best.best_metrics = best.last["metrics"]
-    if difference.units < MIN_UNITS:
-        return f"too few {units} to compare the {name} of steps {first_step} and {last_step}: final/ is the last step"
-    return f"{name} differs by {figures} between steps {first_step} and {last_step}: final/ is the last step"
+    steps = f"steps {first_step} and {last_step}: final/ is the last step"
+    if difference.pairs < MIN_PAIRS:
+        return f"too few pairs to compare the validation loss of {steps}"
+    return f"validation loss differs by {figures} between {steps}"
 
 
 def _lead(last: Mapping[str, Any], last_step: int) -> PairedDifference | None:
@@ -107,4 +131,4 @@ def _lead(last: Mapping[str, Any], last_step: int) -> PairedDifference | None:
     stored = last.get("difference")
     if stored is None or not last["is_finite"] or last["step"] != last_step:
         return None
-    return PairedDifference(-stored["mean"], stored["stderr"], stored["units"])
+    return PairedDifference(-stored["mean"], stored["stderr"], stored["pairs"])

@@ -41,13 +41,14 @@ from lowrank_tune.training.trainer import Trainer, TrainerState
 class BestCheckpoint:
     """The best step so far and the held-out results, stored in each checkpoint. A higher `best_score` is better.
 
-    `unit_scores` are those of the best step; `last` is the last evaluation, with its difference to the best step.
+    For validation pairs, `pair_losses` are those of the best step, and `last` is the last evaluation with its
+    difference to the best step.
     """
 
     best_step: int | None = None
     best_score: float | None = None
     best_metrics: dict[str, float] = field(default_factory=dict)
-    unit_scores: list[float] = field(default_factory=list)
+    pair_losses: list[float] = field(default_factory=list)
     last: dict[str, Any] = field(default_factory=dict)
     heldout: dict[str, dict[str, float]] = field(default_factory=dict)
     answers: dict[str, list[dict[str, Any]]] = field(default_factory=dict)

@@ -9,9 +9,9 @@ from typing import Any
 from lowrank_tune.assembly import RunComponents
 from lowrank_tune.config import RecipeConfig
 from lowrank_tune.evaluation.grading import GradedAnswer
-from lowrank_tune.evaluation.heldout import generate_answers, heldout_metrics, question_scores
+from lowrank_tune.evaluation.heldout import generate_answers, heldout_metrics
+from lowrank_tune.evaluation.pair_losses import ValidationResult
 from lowrank_tune.evaluation.questions import EvalQuestion, render_questions
-from lowrank_tune.evaluation.unit_scores import Evaluation
 from lowrank_tune.evaluation.validation import PairScores, score_pairs, validate
 from lowrank_tune.events import Emit, Evaluated
 from lowrank_tune.generation.sampling_params import SamplingParams
@@ -43,7 +43,7 @@ class StageEvaluator:
             self.emit,
         )
 
-    def validate_rows(self) -> Evaluation | None:
+    def validate_rows(self) -> ValidationResult | None:
         """Returns the algorithm's metrics on the validation rows, None without such rows."""
         built = self.built
         if built.validation is None:
@@ -57,7 +57,7 @@ class StageEvaluator:
             self.emit,
         )
 
-    def evaluate_policy(self) -> Evaluation:
+    def policy_metrics(self) -> dict[str, float]:
         """Returns accuracy and repetition of one answer of the policy to each held-out question.
 
         The sampling is that of `measure_heldout`: with greedy answers the accuracy can be high long before most sampled
@@ -65,8 +65,7 @@ class StageEvaluator:
         """
         answers = self._answers("policy", 1)
         repeated = [1 - distinct_ngram_fraction(sample.text, NGRAM) for samples in answers for sample in samples]
-        metrics = {**heldout_metrics(answers), "repetition": sum(repeated) / len(repeated)}
-        return Evaluation(metrics, question_scores(answers))
+        return {**heldout_metrics(answers), "repetition": sum(repeated) / len(repeated)}
 
     def measure_heldout(
         self,

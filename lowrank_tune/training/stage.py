@@ -15,7 +15,7 @@ from lowrank_tune.config import RecipeConfig
 from lowrank_tune.data import TokenizedSplits
 from lowrank_tune.data_report import report_prompts, report_rows
 from lowrank_tune.errors import TrainingError
-from lowrank_tune.evaluation.unit_scores import Evaluation
+from lowrank_tune.evaluation.pair_losses import ValidationResult
 from lowrank_tune.events import Emit, Evaluated, Event, LogMessage, RunEnded, RunStarted, StepEnd, warning
 from lowrank_tune.model.base import combined_hash
 from lowrank_tune.training.best_step import Measured, choose_final, update_best
@@ -269,7 +269,7 @@ class Stage:
             self.emit(Evaluated(step=step, stats=stats))
 
     def _load_best(self, step: int) -> None:
-        """Loads the adapter of the best step, if it is better than the last one by more than noise."""
+        """Loads the adapter of the best step, by pairs only if it is better than the last one by more than noise."""
         best = self.state.best
         message = choose_final(best, step, self.recipe.metric_for_best_model)
         if best.best_step is not None and best.best_step != step:
@@ -368,15 +368,14 @@ class Stage:
         validation = self.evaluator.validate_rows()
         heldout = None
         if self.recipe.metric_for_best_model == "accuracy":
-            heldout = self.evaluator.evaluate_policy()
+            heldout = self.evaluator.policy_metrics()
         is_best = may_be_best and self._update_best(step, validation, heldout)
         stats: dict[str, float] = {}
         if validation is not None:
             stats |= {f"eval_{name}": value for name, value in validation.metrics.items()}
         if heldout is not None:
-            accuracy = heldout.metrics["accuracy"]
-            stats |= {f"heldout/policy/{name}": value for name, value in heldout.metrics.items()}
-            stats["heldout_accuracy_stderr"] = accuracy_stderr(accuracy, len(self.evaluator.questions))
+            stats |= {f"heldout/policy/{name}": value for name, value in heldout.items()}
+            stats["heldout_accuracy_stderr"] = accuracy_stderr(heldout["accuracy"], len(self.evaluator.questions))
         if stats:
             self.emit(
                 Evaluated(
@@ -386,21 +385,21 @@ class Stage:
                 )
             )
         if may_be_best and heldout is not None:
-            self._check_reward_hacking(step, heldout.metrics["accuracy"])
+            self._check_reward_hacking(step, heldout["accuracy"])
         self.evaluator.log_samples(step)
         return is_best
 
     def _update_best(
         self,
         step: int,
-        validation: Evaluation | None,
-        heldout: Evaluation | None,
+        validation: ValidationResult | None,
+        heldout: dict[str, float] | None,
     ) -> bool:
         """Stores the step if it is the best so far, by held-out accuracy or else by validation loss."""
         if heldout is not None:
-            measured = Measured(step, heldout.metrics["accuracy"], heldout)
+            measured = Measured.by_accuracy(step, heldout)
         elif validation is not None:
-            measured = Measured(step, -validation.metrics["loss"], validation)
+            measured = Measured.by_loss(step, validation)
         else:
             return False
         return update_best(self.state.best, measured)

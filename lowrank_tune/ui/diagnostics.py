@@ -237,7 +237,7 @@ def validation_rising(state: State) -> Iterator[Diagnosis]:
     if now > best * (1 + MIN_VALIDATION_RISE):
         yield _warning(
             f"validation loss rises since step {best_step:.0f} ({best:.3f} -> {now:.3f}): overfitting; "
-            f"step {best_step:.0f} is kept as the best"
+            f"step {best_step:.0f} has the lowest so far"
         )
 
 

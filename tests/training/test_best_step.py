@@ -1,5 +1,5 @@
-"""The step whose adapter becomes `final/`: an earlier one only if it is better than the last by more than noise, by
-held-out answers of the kind that the summary reports or by validation losses."""
+"""The step whose adapter becomes `final/`: the best one by held-out answers of the kind that the summary reports, or by
+validation loss; of pairs, an earlier one only if it is better than the last by more than noise."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ from crash import run_fingerprint, small_recipe
 
 from lowrank_tune import Recipe, run
 from lowrank_tune.evaluation.grading import GradedAnswer
-from lowrank_tune.evaluation.unit_scores import Evaluation, PairedDifference, UnitScores, paired_difference
+from lowrank_tune.evaluation.pair_losses import PairedDifference, ValidationResult, paired_difference
 from lowrank_tune.events import Event, LogMessage, StepEnd
 from lowrank_tune.training import evaluator
 from lowrank_tune.training.best_step import Measured, choose_final, update_best
 from lowrank_tune.training.checkpointer import BestCheckpoint
 
-RIGHT = {0.0: [0, 20, 10], 1.0: [0, 5, 15]}
-"""Of twenty questions, by temperature: before the first step and after each. Greedy answers are all right at once, and
-half of them are wrong at the second step; most sampled ones get right only there."""
+RIGHT = {0.0: [0, 4, 3], 1.0: [0, 1, 3]}
+"""Of four questions, by temperature: before the first step and after each. Greedy answers are all right at once, and
+one is wrong at the second step; most sampled ones get right only there."""
 
 
 @pytest.mark.parametrize(("num_samples", "best"), [(1, 1), (8, 2)])
@@ -47,7 +47,7 @@ def test_greedy_answers_do_not_decide_where_sampled_ones_are_reported(
     recipe = small_recipe(max_steps=2, save_steps=1)
     recipe["evaluate"] |= {
         "eval_steps": 1,
-        "num_prompts": 20,
+        "num_prompts": 4,
         "num_samples": num_samples,
         "metric_for_best_model": "accuracy",
     }
@@ -58,47 +58,36 @@ def test_greedy_answers_do_not_decide_where_sampled_ones_are_reported(
 # --- the statistics ---------------------------------------------------------------------------------------------------
 
 
-def test_standard_error_of_equal_weights_by_hand() -> None:
-    """Differences 1, 2, 3, 6: mean 3, squares 4 + 1 + 0 + 9, variance 14 / 3, by 4 units."""
-    difference = paired_difference([2.0, 4.0, 6.0, 9.0], [1.0, 2.0, 3.0, 3.0], [1.0] * 4)
+def test_standard_error_by_hand() -> None:
+    """Differences 1, 2, 3, 6: mean 3, squares 4 + 1 + 0 + 9, variance 14 / 3, by 4 pairs. Lower losses are better."""
+    difference = paired_difference([1.0, 2.0, 3.0, 3.0], [2.0, 4.0, 6.0, 9.0])
     assert difference == PairedDifference(3.0, pytest.approx(math.sqrt(14 / 3 / 4)), 4)  # type: ignore[arg-type]
-    other = statistics.stdev([1.0, 2.0, 3.0, 6.0]) / 2
-    assert difference.stderr == pytest.approx(other) and difference.is_positive
+    assert difference.is_positive
+    assert not paired_difference([2.0, 4.0, 6.0, 9.0], [1.0, 2.0, 3.0, 3.0]).is_positive
 
 
-def test_standard_error_of_weighted_rows_by_hand() -> None:
-    """Differences 1 and 3 of rows of 3 tokens and 1 token: mean 6 / 4, residuals -1.5 and 1.5, 2 / 1 * 4.5 = 9."""
-    difference = paired_difference([1.0, 3.0, 7.0], [0.0, 0.0, 0.0], [3.0, 1.0, 0.0])
-    assert (difference.mean, difference.stderr, difference.units) == (1.5, 0.75, 2)
-
-
-@pytest.mark.parametrize("scores", [[], [5.0]])
-def test_fewer_than_two_units_decide_nothing(scores: list[float]) -> None:
-    assert not paired_difference(scores, [0.0] * len(scores), [1.0] * len(scores)).is_positive
-
-
-def evaluation(scores: Sequence[float]) -> Evaluation:
-    loss = -statistics.fmean(scores)
-    return Evaluation({"loss": loss}, UnitScores("pairs", list(scores), [1.0] * len(scores)))
+def test_one_pair_decides_nothing() -> None:
+    assert not paired_difference([0.0], [5.0]).is_positive
 
 
 def decide(*steps: Sequence[float]) -> tuple[int | None, str, BestCheckpoint]:
-    """Returns the final step of evaluations with these scores after steps 1, 2, ..., and the sentence about it.
+    """Returns the final step of evaluations with these losses of pairs after steps 1, 2, ..., and the sentence about
+    it.
 
     Between the steps the state is written to a checkpoint and read, as in a resumed run.
     """
     best = BestCheckpoint()
-    for step, scores in enumerate(steps, 1):
+    for step, losses in enumerate(steps, 1):
         best = BestCheckpoint(**json.loads(json.dumps(vars(best))))
-        measured = evaluation(scores)
-        update_best(best, Measured(step, -measured.metrics["loss"], measured))
+        result = ValidationResult({"loss": statistics.fmean(losses)}, list(losses))
+        update_best(best, Measured.by_loss(step, result))
     message = choose_final(best, len(steps), "loss")
     return best.best_step, message, best
 
 
 def test_a_step_that_is_better_by_noise_is_not_kept() -> None:
     """Differences of the first to the second: 3, -1, -1, -1, mean 0, then 4, -1, -1, -1: mean 0.25, error 1.25."""
-    step, message, best = decide([3.0, -1.0, -1.0, -1.0], [-1.0, 0.0, 0.0, 0.0])
+    step, message, best = decide([-3.0, 1.0, 1.0, 1.0], [1.0, 0.0, 0.0, 0.0])
     assert step == 2 and best.best_metrics == {"loss": 0.25}
     assert message == (
         "validation loss differs by 0.25 ± 1.2 over 4 pairs between steps 1 and 2: final/ is the last step"
@@ -106,7 +95,7 @@ def test_a_step_that_is_better_by_noise_is_not_kept() -> None:
 
 
 def test_a_step_that_is_better_than_the_last_is_kept() -> None:
-    step, message, _ = decide([3.0, 2.0, 3.0, 2.0], [1.0, 1.0, 1.0, 1.0])
+    step, message, _ = decide([1.0, 2.0, 1.0, 2.0], [3.0, 3.0, 3.0, 3.0])
     assert step == 1
     assert message == (
         "final/ is the adapter of step 1: its validation loss is lower by 1.5 ± 0.29 over 4 pairs than that of the "
@@ -116,33 +105,42 @@ def test_a_step_that_is_better_than_the_last_is_kept() -> None:
 
 def test_progress_is_kept_also_if_no_step_alone_is_better_than_the_one_before() -> None:
     noise = [0.0, 3.0, -3.0, 1.0, -1.0, 2.0]
-    steps = [[0.7 * step + noise[(step + unit) % 6] for unit in range(6)] for step in range(6)]
+    steps = [[noise[(step + unit) % 6] - 0.7 * step for unit in range(6)] for step in range(6)]
     step, message, _ = decide(*steps, [0.0] * 6)
     assert step is not None and 4 <= step <= 6 and f"adapter of step {step}" in message
 
 
 def test_of_one_pair_the_last_step_is_kept() -> None:
-    step, message, _ = decide([2.0], [1.0])
+    step, message, _ = decide([1.0], [2.0])
     assert step == 2
     assert message == "too few pairs to compare the validation loss of steps 1 and 2: final/ is the last step"
 
 
 def test_a_last_step_without_a_finite_loss_is_not_kept() -> None:
-    step, message, _ = decide([2.0, 2.0], [math.nan, 1.0])
-    assert step == 1 and message == "final/ is the adapter of step 1, which has the lowest validation loss"
+    step, message, _ = decide([2.0, 2.0], [math.nan, 3.0])
+    assert step == 1 and message == "final/ is the adapter of step 1, which had the lowest validation loss"
     assert decide([math.nan, 1.0], [2.0, 2.0])[:2] == (2, "")
 
 
-def test_without_scores_of_units_the_lowest_loss_decides() -> None:
+def test_without_pairs_the_lowest_loss_decides_however_small_the_difference() -> None:
     best = BestCheckpoint()
-    for step, loss in enumerate((1.0, 0.5, 0.7), 1):
-        update_best(best, Measured(step, -loss, Evaluation({"loss": loss})))
-    assert choose_final(best, 3, "loss") == "final/ is the adapter of step 2, which has the lowest validation loss"
+    for step, loss in enumerate((1.0, 0.5, 0.5, 0.500001), 1):
+        update_best(best, Measured.by_loss(step, ValidationResult({"loss": loss})))
+    assert choose_final(best, 4, "loss") == "final/ is the adapter of step 2, which had the lowest validation loss"
     assert best.best_step == 2
 
 
+def test_by_accuracy_the_highest_decides_and_of_equal_ones_the_later() -> None:
+    best = BestCheckpoint()
+    for step, accuracy in enumerate((0.0, 0.5, 0.5, 0.495), 1):
+        update_best(best, Measured.by_accuracy(step, {"accuracy": accuracy}))
+    message = choose_final(best, 4, "accuracy")
+    assert message == "final/ is the adapter of step 3, which answered most held-out questions"
+    assert best.best_step == 3
+
+
 def test_of_noise_the_last_step_is_kept_in_most_draws_and_of_progress_the_best() -> None:
-    """Six pairs, five evaluations. Pure noise: no earlier step may be kept in most runs. A loss that rises by five
+    """Six pairs, five evaluations. Pure noise: no earlier step may be kept in most runs. A loss that rises by ten
     standard errors after the third evaluation: the third is always kept."""
     stream = random.Random(5)
 
@@ -151,7 +149,7 @@ def test_of_noise_the_last_step_is_kept_in_most_draws_and_of_progress_the_best()
 
     noise = [decide(*[draw(0.0) for _ in range(5)])[0] for _ in range(400)]
     assert statistics.fmean(step == 5 for step in noise) > 0.6
-    overfitted = [decide(*[draw(level) for level in (0.0, 3.0, 6.0, 0.0, 0.0)])[0] for _ in range(200)]
+    overfitted = [decide(*[draw(level) for level in (6.0, 3.0, 0.0, 6.0, 6.0)])[0] for _ in range(200)]
     assert statistics.fmean(step == 3 for step in overfitted) > 0.99
 
 

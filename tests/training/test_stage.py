@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from lowrank_tune import Recipe, run
 from lowrank_tune.algorithms import sft as sft_module
 from lowrank_tune.algorithms.sft import SFT, sft_loss
-from lowrank_tune.evaluation.unit_scores import Evaluation, UnitScores
+from lowrank_tune.evaluation.pair_losses import ValidationResult
 from lowrank_tune.events import Evaluated, Event, StepEnd
 from lowrank_tune.runner import RunResult
 from lowrank_tune.training.evaluator import StageEvaluator
@@ -40,13 +40,7 @@ def recipe_of(algorithm: str, steps: int, **evaluate: Any) -> Recipe:
 def set_validation_losses(monkeypatch: pytest.MonkeyPatch, losses: Sequence[float]) -> None:
     """Replaces what the evaluations of a run measure by these losses, one after the other."""
     left = iter(losses)
-
-    def measured(*_: object) -> Evaluation:
-        loss = next(left)
-        # the same difference in both rows is no noise
-        return Evaluation({"loss": loss}, UnitScores("rows", [-loss, -loss], [1.0, 1.0]))
-
-    monkeypatch.setattr("lowrank_tune.training.evaluator.validate", measured)
+    monkeypatch.setattr("lowrank_tune.training.evaluator.validate", lambda *_: ValidationResult({"loss": next(left)}))
 
 
 def is_final(folder: Path, step: int) -> bool:
@@ -93,14 +87,15 @@ def test_an_evaluation_on_request_never_decides(
     assert is_final(found.folder, 2) and not is_final(found.folder, 1)
 
 
-@pytest.mark.parametrize("metric", ["loss", "accuracy"])
-def test_of_equal_steps_the_last_one_is_final(metric: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("metric", "best"), [("loss", 1), ("accuracy", 2)])
+def test_of_equal_steps_the_first_is_best_by_loss_and_the_last_by_accuracy(
+    metric: str, best: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     set_validation_losses(monkeypatch, [1.0, 1.0])
-    answers = Evaluation({"accuracy": 0.5, "repetition": 0.0}, UnitScores("questions", [0.0, 1.0], [1.0, 1.0]))
-    monkeypatch.setattr(StageEvaluator, "evaluate_policy", lambda self: answers)
+    monkeypatch.setattr(StageEvaluator, "policy_metrics", lambda self: {"accuracy": 0.5, "repetition": 0.0})
     recipe = recipe_of("sft", 2, eval_steps=1, metric_for_best_model=metric)
     found = run(recipe, out=tmp_path / "run", ui="none")
-    assert found.summary["best"]["step"] == 2 and is_final(found.folder, 2)
+    assert found.summary["best"]["step"] == best and is_final(found.folder, best)
 
 
 # --- the reward-hacking detector, in a run that is resumed ------------------------------------------------------------

@@ -154,7 +154,7 @@ def test_a_finished_run_shows_its_end_and_its_best_step() -> None:
         "step 96/96 (100 %)",
         "loss 0.402 validation 0.193 KL to the reference 1.73 gradient norm 0.377",
         "learning rate 5.4e-07 accuracy 86.4 % validation 92.7 % entropy 0.450",
-        "! validation loss rises since step 54 (0.183 -> 0.193): overfitting; step 54 is kept as the best",
+        "! validation loss rises since step 54 (0.183 -> 0.193): overfitting; step 54 has the lowest so far",
         "question 1 of 4",
         "0:58 final/ is the adapter of step 54, which had What is 6 * 33?",
         "the lowest validation loss base 6*30=180, 6*3=18, 180+18=198. So it is 198.\u23ce 6*30=180,",
