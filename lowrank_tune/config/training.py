@@ -82,9 +82,9 @@ class TrainingConfig(Settings):
     save_total_limit: PositiveInt = 2
     """Newest checkpoints kept, in addition to the best."""
     load_best_model_at_end: bool = True
-    """`final/` is the adapter of the best evaluation (`evaluate.metric_for_best_model`); by validation pairs, of DPO and
-    reward models, only if it is better than the last one by more than the standard error of their difference. If false,
-    that of the last step."""
+    """`final/` is the adapter of the best evaluation (`evaluate.metric_for_best_model`); by validation pairs, of DPO
+    and reward models, only if it is better than the last one by more than the standard error of their difference. If
+    false, that of the last step."""
     final_adapters: Literal["combined", "separate"] = "combined"
     """If frozen adapters are below the trained one: `combined` folds all of them into one adapter in `final/`, exactly,
     whose rank is the sum of theirs; `separate` keeps each in a folder of its own, to be loaded together."""
