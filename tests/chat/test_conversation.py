@@ -653,7 +653,7 @@ def _shown(text: str) -> str:
         (["{run}x"], "", "did you mean `{run}`"),
         (["what ever"], "", "nor a valid Hub model id"),
         (["{run}/run.json"], "", "is a file"),
-        (["{run}/.."], "", "it contains the runs run: name one"),
+        (["{run}/.."], "", "contains runs and is no run or model; did you mean"),
         ([BUILTIN_MODEL, "--variant", "tuned"], "", "no adapters here"),
         ([BUILTIN_MODEL, "--base", "x"], "", "is a model itself"),
         (["{run}", "--base", "/no/base"], "", "its base cannot be loaded"),
