@@ -48,10 +48,7 @@ class Axis:
     log: bool = False
     format_label: Callable[[float], str] = format_tick
 
-    def share(
-        self,
-        value: float,
-    ) -> float:
+    def share(self, value: float) -> float:
         """Returns where `value` is on the axis: 0 at its beginning, 1 at its end."""
         if self.log:
             return math.log10(value / self.low) / math.log10(self.high / self.low)
@@ -152,24 +149,15 @@ class Plot(Drawing):
                 X_TITLE,
             )
 
-    def x_at(
-        self,
-        value: float,
-    ) -> float:
+    def x_at(self, value: float) -> float:
         """Returns the horizontal position of `value` in pixels."""
         return LEFT + self.x.share(value) * PLOT_WIDTH
 
-    def y_at(
-        self,
-        value: float,
-    ) -> float:
+    def y_at(self, value: float) -> float:
         """Returns the vertical position of `value` in pixels; 0 is the upper edge."""
         return HEIGHT - BOTTOM - self.y.share(value) * PLOT_HEIGHT
 
-    def at(
-        self,
-        point: Point,
-    ) -> str:
+    def at(self, point: Point) -> str:
         """Returns the position of a point as path data."""
         x, y = point
         return f"{self.x_at(x):.1f} {self.y_at(y):.1f}"

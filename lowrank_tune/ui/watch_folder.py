@@ -59,10 +59,7 @@ class NewerRun:
 class NewestRun(WatchedRun):
     """The state of the newest run of a folder; when a newer run starts, of that one."""
 
-    def __init__(
-        self,
-        runs_folder: Path,
-    ) -> None:
+    def __init__(self, runs_folder: Path) -> None:
         self.runs_folder = runs_folder
         run = _first_run(runs_folder)
         super().__init__(*event_files(run), folder=run)
@@ -75,10 +72,7 @@ class NewestRun(WatchedRun):
             self._follow(newer)
         return super().poll() or newer is not None
 
-    def _follow(
-        self,
-        run: Path,
-    ) -> None:
+    def _follow(self, run: Path) -> None:
         self.folder = run
         self.tails = Tails(event_files(run))
         self.state = State()

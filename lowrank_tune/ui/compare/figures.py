@@ -104,10 +104,7 @@ class HeldoutFigure:
     is_last: bool = False
     with_stage: bool = False
 
-    def __call__(
-        self,
-        run: ComparedRun,
-    ) -> str:
+    def __call__(self, run: ComparedRun) -> str:
         measured = [(stage, stats[self.name]) for stage, stats in heldout(run).items() if self.name in stats]
         if len(measured) <= self.is_last:
             return ""
@@ -153,10 +150,7 @@ class Trend:
 
     metric: str
 
-    def __call__(
-        self,
-        run: ComparedRun,
-    ) -> str:
+    def __call__(self, run: ComparedRun) -> str:
         return trend(self.metric, list(run.points(self.metric).values()))
 
 

@@ -75,17 +75,11 @@ class ComparedRun:
     def status(self) -> str:
         return self.last.status if self.chain is None else self.chain.status
 
-    def points(
-        self,
-        name: str,
-    ) -> StepValues:
+    def points(self, name: str) -> StepValues:
         """Returns the finite values of a statistic by step."""
         return self.last.finite_values(name)
 
-    def curve(
-        self,
-        name: str,
-    ) -> list[Point]:
+    def curve(self, name: str) -> list[Point]:
         """Returns the finite values of a statistic as points."""
         return in_order(self.points(name))
 

@@ -97,25 +97,16 @@ class RunLog:
         """Time, sessions and speed of all sessions."""
         return self._counter.totals
 
-    def points(
-        self,
-        name: str,
-    ) -> list[Point]:
+    def points(self, name: str) -> list[Point]:
         """Returns the values of a statistic of the steps as points."""
         return in_order(self.series.get(name, {}))
 
-    def finite_values(
-        self,
-        name: str,
-    ) -> StepValues:
+    def finite_values(self, name: str) -> StepValues:
         """Returns the finite values of a statistic of the steps, or else of the validations, in order."""
         values = self.series.get(name) or self.checks.get(name, {})
         return {step: value for step, value in sorted(values.items()) if math.isfinite(value)}
 
-    def apply(
-        self,
-        event: Event,
-    ) -> None:
+    def apply(self, event: Event) -> None:
         """Takes one event. A run that continues after an interruption has not ended."""
         self.began = self.began or event.time
         self.last = event.time
@@ -138,10 +129,7 @@ class RunLog:
         elif isinstance(event, RunEnded):
             self.ended = event
 
-    def _add_step(
-        self,
-        event: StepEnd,
-    ) -> None:
+    def _add_step(self, event: StepEnd) -> None:
         self.step = event.step
         for name, value in event.stats.items():
             _store(
@@ -153,10 +141,7 @@ class RunLog:
         for name, seconds in phases_of(event.stats, event.seconds).items():
             self.phases[name] = self.phases.get(name, 0.0) + seconds
 
-    def _add_validation(
-        self,
-        event: Evaluated,
-    ) -> None:
+    def _add_validation(self, event: Evaluated) -> None:
         """Held-out figures of the policy during training are a curve; those of a stage are not."""
         own = f"heldout/{POLICY}/"
         for name, value in event.stats.items():
@@ -179,10 +164,7 @@ class RunLog:
                     value,
                 )
 
-    def _add_group(
-        self,
-        group: Group,
-    ) -> None:
+    def _add_group(self, group: Group) -> None:
         """Keeps the newest group, and of a long run every second, fourth, ... one."""
         self.newest = group
         if group.step % self._every == 0 or not self.completion_groups:

@@ -52,10 +52,7 @@ class ListedRun:
     def name(self) -> str:
         return self.folder.name
 
-    def damaged(
-        self,
-        problem: str,
-    ) -> ListedRun:
+    def damaged(self, problem: str) -> ListedRun:
         """Returns the run with the state `damaged`."""
         return replace(
             self,

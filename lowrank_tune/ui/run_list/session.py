@@ -26,10 +26,7 @@ class EventsOfRun:
     time: float = 0.0
     counter: TotalsCounter = field(default_factory=TotalsCounter)
 
-    def apply(
-        self,
-        event: Event,
-    ) -> None:
+    def apply(self, event: Event) -> None:
         """Takes the next event."""
         self.time = event.time
         self.counter.apply(event)
