@@ -50,6 +50,7 @@ ARGUMENTS = {
     "run": ("tiny-sft", "--out", "second", *STEPS),
     "score": ("tiny-grpo", "--limit", "2"),
     "watch": ("first",),
+    "runs": (".",),
     "report": ("first",),
     "compare": ("first", "copy"),
     "chat": ("first", "--max-new-tokens", "4"),

@@ -29,7 +29,8 @@ import lowrank_tune
 from lowrank_tune.cli import app
 
 ROOT = Path(__file__).parents[2]
-EXAMPLES = sorted(file.stem for file in (ROOT / "examples").rglob("*") if file.suffix in (".py", ".ipynb"))
+EXAMPLE_FILES = [file for file in (ROOT / "examples").rglob("*") if file.suffix in (".py", ".ipynb")]
+EXAMPLES = sorted(file.stem for file in EXAMPLE_FILES)
 TODAY = date(2027, 3, 4)
 CHANGELOG = """# Changelog
 
@@ -469,9 +470,9 @@ def test_the_installed_wheel_lists_and_copies(command_line: Any, installed: Path
     assert {file.stem for file in (ROOT / "presets").glob("*.yaml")} <= set(printed)
     assert {line.split()[0] for line in command_line("examples").splitlines()[:-1]} == set(EXAMPLES)
     command_line("examples", "copy")
-    for name in EXAMPLES:
-        copy = tmp_path / "empty" / "examples" / f"{name}.py"
-        assert copy.read_bytes() == (ROOT / "examples" / f"{name}.py").read_bytes()
+    for file in EXAMPLE_FILES:
+        copy = tmp_path / "empty" / "examples" / file.name
+        assert copy.read_bytes() == file.read_bytes()
     assert release.installed_faults(installed, ROOT, lowrank_tune.__version__) == []
 
 

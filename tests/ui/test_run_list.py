@@ -225,7 +225,7 @@ def test_faulty_folders_give_one_sentence(tmp_path: Path) -> None:
     (tmp_path / "none").mkdir()
     for folder, code, message in (
         (single, 2, "is a run itself"),
-        (tmp_path / "missing", 2, "cannot be listed (No such file or directory)"),
+        (tmp_path / "missing", 2, "there is no such folder; `lowrank-tune run` writes its runs to runs/"),
         (tmp_path / "none", 0, "no run in"),
     ):
         shown = CliRunner().invoke(app, ["runs", str(folder)])

@@ -34,6 +34,8 @@ def list_runs(folder: Path) -> list[ListedRun]:
         raise UserError(f"{folder}: is a run itself; give the folder that contains it, as `lowrank-tune runs runs`")
     try:
         folders = run_folders(folder)
+    except FileNotFoundError:
+        raise UserError(f"{folder}: there is no such folder; `lowrank-tune run` writes its runs to runs/") from None
     except OSError as error:
         raise UserError(f"{folder}: the runs cannot be listed ({error.strerror or error})") from error
     runs = [_listed(run) for run in folders]
