@@ -57,8 +57,8 @@ def _free(folder: Path) -> str:
 
 
 def format_size(size: int) -> str:
-    """Returns a number of bytes in GiB, MiB or KiB."""
-    for unit, name in ((1 << 30, "GiB"), (1 << 20, "MiB")):
+    """Returns a number of bytes with its unit: `1.2 MiB`."""
+    for unit, name in ((1 << 30, "GiB"), (1 << 20, "MiB"), (1 << 10, "KiB")):
         if size >= unit:
-            return f"{size / unit:.1f} {name}"
-    return f"{size / 1024:.1f} KiB"
+            return f"{size / unit:,.1f} {name}"
+    return f"{size:,} B"

@@ -29,7 +29,7 @@ def sent_before(
 ) -> SentBefore:
     """Returns what the earlier sessions, whose events these are, have sent to a tracker.
 
-    `first_step` is the first one that the tracker does not have, if it knows that (wandb online).
+    `first_step` is the first one that the tracker does not have, if it reports that (wandb online).
     """
     if tracker == "tensorboard":
         # purges what follows the checkpoint, so those steps are logged again

@@ -57,14 +57,6 @@ def format_large(count: int) -> str:
     return f"{count:,}"
 
 
-def format_bytes(count: int) -> str:
-    """Returns a size with its unit: `1.2 MiB`."""
-    for power, unit in ((3, "GiB"), (2, "MiB"), (1, "KiB")):
-        if count >= 1024**power:
-            return f"{count / 1024**power:,.1f} {unit}"
-    return f"{count:,} B"
-
-
 def format_age(seconds: float) -> str:
     """Returns how long ago something was in its largest unit: `12 s`, `5 min`, `3 h` or `40 d`."""
     for size, unit in ((86400, "d"), (3600, "h"), (60, "min")):

@@ -18,7 +18,7 @@ from lowrank_tune.ui.terminal.plain import LineLogger
 from lowrank_tune.ui.watch import Tails, WatchedRun, WatchScreen, event_files, print_lines
 
 CHECK_SECONDS = 1.0
-"""Time between two looks for a newer run."""
+"""Time between two checks for a newer run."""
 
 
 def newest_watchable(folder: Path) -> Path | None:
@@ -44,7 +44,7 @@ class NewerRun:
         self._checked = time.monotonic()
 
     def find(self) -> Path | None:
-        """Returns the newer run, None if there is none or if it is too early for another look."""
+        """Returns the newer run, None if there is none or if it is too early for another check."""
         now = time.monotonic()
         if now - self._checked < CHECK_SECONDS:
             return None

@@ -100,4 +100,4 @@ def test_an_unknown_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_sizes() -> None:
-    assert [format_size(size) for size in (0, 512, 5 << 20, 3 << 30)] == ["0.0 KiB", "0.5 KiB", "5.0 MiB", "3.0 GiB"]
+    assert [format_size(size) for size in (0, 512, 5 << 20, 3 << 30)] == ["0 B", "512 B", "5.0 MiB", "3.0 GiB"]

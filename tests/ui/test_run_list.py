@@ -20,7 +20,8 @@ from typer.testing import CliRunner
 
 from lowrank_tune.cli import app
 from lowrank_tune.events import Evaluated, Event, RunEnded
-from lowrank_tune.ui.formatting import format_age, format_bytes
+from lowrank_tune.full_disk import format_size
+from lowrank_tune.ui.formatting import format_age
 from lowrank_tune.ui.run_list import ListedRun, RunState, list_runs, print_runs, runs_as_json
 
 RECIPE = {"name": "one", "algorithm": "sft", "base": {"model": "tiny"}}
@@ -257,7 +258,7 @@ def test_two_hundred_runs_are_listed_within_a_second_and_without_torch(tmp_path:
 
 
 def test_sizes_and_ages() -> None:
-    assert [format_bytes(size) for size in (0, 1023, 1024, 1_572_864, 5 * 1024**3)] == [
+    assert [format_size(size) for size in (0, 1023, 1024, 1_572_864, 5 * 1024**3)] == [
         "0 B", "1,023 B", "1.0 KiB", "1.5 MiB", "5.0 GiB"
     ]  # fmt: skip
     assert [format_age(age) for age in (-5, 59, 60, 7199, 7200, 86400 * 40)] == [

@@ -32,7 +32,7 @@ class BestMetric:
 
 @dataclass(frozen=True)
 class ListedRun:
-    """A run, or a chain with its stages that have started. `updated` is the time of its last event, `problem` says what
+    """A run, or a chain with its stages that have started. `updated` is the time of its last event, `problem` is what
     is damaged or why it failed."""
 
     folder: Path

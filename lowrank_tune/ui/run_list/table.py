@@ -12,8 +12,9 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from lowrank_tune.full_disk import format_size
 from lowrank_tune.ui import escape_control_chars
-from lowrank_tune.ui.formatting import clock, format_age, format_bytes, format_metric
+from lowrank_tune.ui.formatting import clock, format_age, format_metric
 from lowrank_tune.ui.run_list.entry import ListedRun, RunState
 
 MAX_NAME_WIDTH = 40
@@ -68,7 +69,7 @@ def _time(run: ListedRun) -> str:
 
 
 def _size(run: ListedRun) -> str:
-    return format_bytes(run.num_bytes)
+    return format_size(run.num_bytes)
 
 
 def _name(run: ListedRun) -> str:

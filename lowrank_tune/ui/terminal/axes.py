@@ -211,7 +211,7 @@ def _rounded(value: float) -> float:
 
 
 def _format_ticks(ticks: Sequence[float], log: bool) -> list[str]:
-    """Returns texts with the decimals that tell the ticks apart, as powers of ten where those would be too long."""
+    """Returns texts with the decimals that distinguish the ticks, as powers of ten where those would be too long."""
     if log:
         return [_shortest(tick) for tick in ticks]
     decimals = max(_decimals(tick) for tick in ticks)
