@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from contextlib import suppress
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 
 import torch
@@ -29,8 +29,14 @@ def memory_total_gib(device: torch.device) -> float:
 
 def library_versions() -> dict[str, str]:
     """Returns the installed version of each reported library."""
-    versions: dict[str, str] = {}
-    for name in REPORTED_LIBRARIES:
-        with suppress(PackageNotFoundError):
-            versions[name] = version(name)
-    return versions
+    versions = {name: _installed_version(name) for name in REPORTED_LIBRARIES}
+    return {name: found for name, found in versions.items() if found is not None}
+
+
+@cache
+def _installed_version(name: str) -> str | None:
+    """Returns the version of an installed library, or None. The planner needs it for each of its simulations."""
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None

@@ -78,10 +78,14 @@ def test_what_is_planned_is_what_is_measured(shape: str, algorithm: str, layers:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("shape", ["llama", "mistral", "qwen2", "qwen3", "gemma2"])
-def test_what_is_planned_is_what_is_measured_everywhere(shape: str) -> None:
-    found = off(shape, ["sft", "reward", "dpo", "grpo", "ppo", "rollout"], ["all", "none", "2"])
-    assert len(found) == 16 and all(abs(one) < CLOSE for one in found.values()), found
+@pytest.mark.parametrize(
+    ("shape", "layers"),
+    [("llama", ["all", "none", "2"]), ("mistral", ["all"]), ("qwen2", ["none"]), ("qwen3", ["2"]), ("gemma2", ["2"])],
+)
+def test_what_is_planned_is_what_is_measured_everywhere(shape: str, layers: list[str]) -> None:
+    """All algorithms with each shape and with each setting. `benchmarks/plan.py` measures all 80 cells."""
+    found = off(shape, ["sft", "reward", "dpo", "grpo", "ppo", "rollout"], layers)
+    assert len(found) == 5 * len(layers) + 1 and all(abs(one) < CLOSE for one in found.values()), found
 
 
 def test_plan_needs_neither_weights_nor_a_gpu() -> None:
@@ -262,6 +266,14 @@ def test_offloaded_inputs_are_not_planned_on_the_gpu() -> None:
     assert inputs - plans["true"].peak_phase.bytes["gradients"] <= plans["false"].peak - plans["true"].peak <= inputs
 
 
+@pytest.fixture
+def shared_cache(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> None:
+    """A cache of simulations for tests of this file that plan the same recipe and leave the planner as it is."""
+    folder = tmp_path_factory.getbasetemp() / "shared-simulations"
+    monkeypatch.setenv("LOWRANK_TUNE_CACHE", str(folder))
+
+
+@pytest.mark.usefixtures("shared_cache")
 def test_the_command_reports_whether_it_fits() -> None:
     done = CliRunner().invoke(app, ["plan", "tiny-sft", "--vram", "0.9", "evaluate={}"])
     assert done.exit_code == 2 and "does not fit" in done.output
@@ -336,6 +348,7 @@ def test_the_printed_total_is_within_the_printed_memory_only_if_the_plan_fits(ne
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+@pytest.mark.usefixtures("shared_cache")
 def test_an_assumed_size_is_named() -> None:
     assumed = CliRunner().invoke(app, ["plan", "tiny-sft", "evaluate={}"])
     assert "no GPU found: 24 GiB are assumed" in assumed.output and assumed.exit_code == 0
@@ -374,12 +387,13 @@ def test_a_jump_in_what_is_needed_does_not_end_the_search(
     assert largest_fitting(need, start, most, room) == max(count for count in range(most + 1) if need(count) <= room)
 
 
+@pytest.mark.usefixtures("shared_cache")
 def test_what_cannot_fit_is_refused_before_anything_is_loaded() -> None:
     (fault,) = check_fit(load_any("tiny-sft", "evaluate={}"), 0.9, lambda event: None).faults.values()
     assert re.match(r"does not fit the GPU.*fits with .*train.memory_check=warn", fault)
 
 
-@pytest.mark.slow
+@pytest.mark.usefixtures("shared_cache")
 def test_what_cannot_fit_is_a_warning_where_the_recipe_asks_for_one() -> None:
     events: list[Event] = []
     warned = check_fit(load_any("tiny-sft", "evaluate={}", "train.memory_check=warn"), 0.9, events.append)
