@@ -37,6 +37,7 @@ from lowrank_tune.model.gpu_memory import read_gpu_memory
 from lowrank_tune.model.oom import DoesNotFit, free_traceback, is_out_of_memory
 from lowrank_tune.preflight import check_before_loading
 from lowrank_tune.preflight.run_memory import MEMORY_FILE, RunMemory, start_memory
+from lowrank_tune.run_summary import SUMMARY, read_done_summary
 from lowrank_tune.training import trackers
 from lowrank_tune.training.final_adapter import final_folder
 from lowrank_tune.training.run_totals import Session, TotalsCounter, totals_of
@@ -44,7 +45,7 @@ from lowrank_tune.training.signals import TrainerControl, handle_signals
 from lowrank_tune.training.sinks import EventBus, JsonLines, Sink, log_gaps
 from lowrank_tune.training.speed import SpeedComparison
 from lowrank_tune.training.stage import Stage, StagePosition
-from lowrank_tune.training.summaries import chain_summary, read_done_summary, reusable_results
+from lowrank_tune.training.summaries import chain_summary, reusable_results
 from lowrank_tune.ui.notebook import NotebookView, in_notebook, result_html
 from lowrank_tune.ui.report import write_report
 from lowrank_tune.ui.terminal.device import can_show
@@ -322,7 +323,7 @@ def run_stage(
 
     Returns the result, and the base without adapters for the next stage: it is what it was at the start.
     """
-    session = Session()
+    session = Session(shares_first_session=position.shares_session)
     step = 0
     cleanup = ExitStack()
     try:
@@ -330,7 +331,9 @@ def run_stage(
         if checkpoint is not None:
             step = checkpoint[0]
             context.warn(log_gaps(folder.events, folder.samples, step))
-            session = replace(session, earlier=totals_of(read_events(folder.events)))
+            earlier = totals_of(read_events(folder.events))
+            if earlier.sessions:
+                session = replace(session, earlier=earlier, shares_first_session=earlier.shares_first_session)
         resumed_from = None if checkpoint is None else step
         for sink, missed_events in context.open_sinks(recipe, folder, position, resumed_from):
             cleanup.callback(context.emit.detach, sink)
@@ -470,6 +473,7 @@ def run_chain(
                 count,
                 stage.name,
                 previous_results,
+                shares_session=base is not None,
             )
             recipe = stage_chain.recipe_of(number - 1, folders)
             summary, base = _run_chain_stage(
@@ -486,7 +490,7 @@ def run_chain(
         if summary["status"] == "interrupted":
             break
     result = chain_summary(stage_chain, summaries)
-    folder.write_json("summary.json", result)
+    folder.write_json(SUMMARY, result)
     return RunResult(result["status"], folder.path, result)
 
 
@@ -499,8 +503,8 @@ def _finished_summary(path: Path, context: _RunContext) -> dict[str, Any] | None
     if summary is None:
         return None
     if quarantine_broken_final(path / "final", context.emit):
-        with as_user_error(path / "summary.json"):
-            (path / "summary.json").unlink()
+        with as_user_error(path / SUMMARY):
+            (path / SUMMARY).unlink()
         return None
     return summary
 

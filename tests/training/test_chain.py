@@ -34,6 +34,7 @@ from lowrank_tune.ui.state import State
 from lowrank_tune.ui.terminal.panes import View
 from lowrank_tune.ui.terminal.render import render
 from lowrank_tune.ui.terminal.text_layout import plain_text
+from lowrank_tune.ui.views.summary import summary_table
 
 STAGES = ("1-warm", "2-score", "3-dpo", "4-grpo")
 
@@ -215,6 +216,10 @@ def test_chain_interrupted_at_any_step_continues_bit_for_bit(
     for each in STAGES:
         assert run_fingerprint(out / each) == run_fingerprint(finished[0] / each), each
     assert outcome.summary["heldout"] == json.loads((finished[0] / "summary.json").read_text())["heldout"]
+    assert outcome.summary["sessions"] == 2, "also if the first one ended between two stages"
+    text = summary_table(outcome.summary, out)
+    for name, algorithm in (("warm", "sft"), ("score", "reward"), ("dpo", "dpo"), ("grpo", "grpo")):
+        assert f"\n{name:10} {algorithm}: done, step 2 of 2 in " in text, "the stages of both sessions"
 
 
 def test_a_changed_stage_is_refused_and_a_finished_chain_left_alone(
