@@ -65,8 +65,6 @@ OVERRIDES = {
 }
 """The tiny presets with small steps. The learning rate is low so that completions keep their length: what is looked for
 is growth of the kit, not of the answers."""
-
-
 ENOUGH_ROWS = 40
 """Steps of the fresh process with which a comparison begins to mean something."""
 

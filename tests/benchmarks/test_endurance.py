@@ -48,6 +48,9 @@ def test_small_growth_is_flat_and_a_leak_is_not(endurance: Any) -> None:
     assert not slope(endurance, [500 + 0.004 * step for step in range(2000)]).is_flat
     assert slope(endurance, [23.0] * 500).growth == 0
     assert not slope(endurance, [23.0 + step // 100 for step in range(500)]).is_flat
+    from_zero = slope(endurance, [max(0.0, step - 260.0) for step in range(500)])
+    assert from_zero.level == 0 and not from_zero.is_flat
+    assert slope(endurance, [0.0] * 500).growth == 0
 
 
 def test_old_process_is_compared_with_a_fresh_one_at_the_same_time(endurance: Any) -> None:
