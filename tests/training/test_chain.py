@@ -29,6 +29,7 @@ from lowrank_tune.model.roles import Roles
 from lowrank_tune.preflight.base import meta_model
 from lowrank_tune.preflight.disk import disk_need
 from lowrank_tune.preflight.stages import stages_of
+from lowrank_tune.training.sinks import EventBus
 from lowrank_tune.ui.report.run_log import read_chain
 from lowrank_tune.ui.state import State
 from lowrank_tune.ui.terminal.panes import View
@@ -203,9 +204,9 @@ def test_chain_interrupted_at_any_step_continues_bit_for_bit(
 
     with pytest.MonkeyPatch.context() as patch:  # a listener that breaks is let go; this one breaks the run
         patch.setattr(
-            runner.EventBus,
+            EventBus,
             "__call__",
-            lambda self, event, real=runner.EventBus.__call__: (real(self, event), cut(event))[0],
+            lambda self, event, real=EventBus.__call__: (real(self, event), cut(event))[0],
         )
         with pytest.raises(Cut):
             run(Chain.from_dict(chain()), out=out, ui="none")
