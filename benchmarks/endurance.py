@@ -82,6 +82,8 @@ def main(arguments: list[str] | None = None) -> int:
     if options.child:
         train(options.algorithms[0], options.steps, options.out)
         return 0
+    if options.warm_up >= options.steps and not options.read:
+        parser.error("--warm-up has to be less than --steps")
     with tempfile.TemporaryDirectory() as temporary:
         folder = options.out or Path(temporary)
         flat = True

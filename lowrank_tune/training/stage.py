@@ -83,17 +83,17 @@ class Stage:
         emit: Emit,
         control: TrainerControl,
         checkpoint: tuple[int, Snapshot] | None,
-        position: StagePosition | None = None,
-        speed: SpeedComparison | None = None,
-        session: Session | None = None,
+        position: StagePosition,
+        speed: SpeedComparison | None,
+        session: Session,
     ) -> None:
         self.recipe = recipe
         self.speed = speed
-        self.session = session or Session()
+        self.session = session
         self.folder = folder
         self.built = built
         self.emit = emit
-        self.position = position or StagePosition()
+        self.position = position
         self.heldout_name = self.position.name or recipe.algorithm
         self.evaluate_every = recipe.evaluate.eval_steps or max(1, built.steps // DEFAULT_NUM_EVALUATIONS)
         self.save_every = recipe.train.save_steps or max(1, built.steps // DEFAULT_NUM_SAVES)

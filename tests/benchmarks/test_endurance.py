@@ -67,6 +67,11 @@ def test_old_process_is_compared_with_a_fresh_one_at_the_same_time(endurance: An
     assert endurance.measure_ratio("step", series(0.101), series(0.1)).is_flat
 
 
+def test_a_run_within_its_warm_up_is_refused_before_it_starts(endurance: Any) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        endurance.main(["sft", "--steps", "9", "--warm-up", "9"])
+
+
 def test_descriptors_threads_and_children_are_counted(endurance: Any, tmp_path: Path) -> None:
     before = endurance.sample_process(os.getpid())
     release = threading.Event()

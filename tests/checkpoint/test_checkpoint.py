@@ -540,7 +540,7 @@ def test_a_run_that_finishes_as_its_lock_is_taken_is_not_entered(
         ("[]", "it is not a JSON object"),
     ],
 )
-def test_a_damaged_summary_is_not_believed(tmp_path: Path, content: str, problem: str) -> None:
+def test_a_damaged_summary_is_not_that_of_a_finished_run(tmp_path: Path, content: str, problem: str) -> None:
     events, emit = event_recorder()
     with begin(tmp_path / "demo") as folder:
         folder.summary.write_text(content)

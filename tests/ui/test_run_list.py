@@ -183,7 +183,7 @@ def test_damaged_folders_are_named_and_not_fatal(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("content", ['{"status": "done"}', "{", "[]"])
-def test_a_damaged_summary_is_named_and_not_believed(tmp_path: Path, content: str) -> None:
+def test_a_damaged_summary_is_named(tmp_path: Path, content: str) -> None:
     """Also if the log has the end of the run; a run that goes on replaces its summary."""
     for name in ("ended", "running", "killed"):
         run = listed_run(tmp_path / name, *session(), *([ended("done")] if name == "ended" else []))
