@@ -560,8 +560,7 @@ def test_a_damaged_summary_is_not_that_of_a_finished_run(tmp_path: Path, content
 def test_a_summary_with_all_fields_is_that_of_a_finished_run(tmp_path: Path, summary: dict[str, Any]) -> None:
     with begin(tmp_path / "demo") as folder:
         folder.write_json("summary.json", summary)
-    with begin(tmp_path / "demo") as folder:
-        assert folder.path.name == "demo-2"
+    assert RunFolder.pick(tmp_path / "demo").name == "demo-2"
 
 
 def test_folders_that_are_not_runs_are_refused(tmp_path: Path) -> None:
