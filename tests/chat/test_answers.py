@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,9 +13,11 @@ from export_fixtures import FinishedRun, make_run
 from typer.testing import CliRunner, Result
 
 from lowrank_tune import UserError
-from lowrank_tune.chat import Answer, SamplingOptions, ask
+from lowrank_tune.chat import Answer, Conversation, SamplingOptions, ask
+from lowrank_tune.chat.answers import answer_all
 from lowrank_tune.chat.questions import Question, parse_question
 from lowrank_tune.cli import app
+from lowrank_tune.data.formats import InvalidRow
 from lowrank_tune.data.message import Message
 
 TALK = [
@@ -89,6 +92,21 @@ def test_answers_before_a_faulty_line_are_written(made: FinishedRun) -> None:
 def test_a_faulty_line_is_refused(line: str, why: str) -> None:
     with pytest.raises(UserError, match=why.replace("{", r"\{")):
         parse_question(line)
+
+
+class RefusingTemplate:
+    def prompt(self, messages: object) -> list[int]:
+        raise InvalidRow("the base's chat template refuses it: no system prompts")
+
+
+def test_what_the_template_refuses_is_a_sentence() -> None:
+    why = "the base cannot read this: the base's chat template refuses it: no system prompts"
+    with pytest.raises(UserError, match=f"^{why}"):
+        Conversation().truncate("base", 0, "Why?", RefusingTemplate(), None, 8)  # type: ignore[arg-type]
+    chat_model = SimpleNamespace(system_prompt=None, template=RefusingTemplate())
+    questions = [Question([Message("user", "Why?")], 7)]
+    with pytest.raises(UserError, match=f"^line 7: {why}"):
+        list(answer_all(chat_model, questions, ["base"], SamplingOptions(), None))  # type: ignore[arg-type]
 
 
 def test_a_question_may_begin_with_a_slash() -> None:
