@@ -65,8 +65,6 @@ OVERRIDES = {
 }
 """The tiny presets with small steps. The learning rate is low so that completions keep their length: what is looked for
 is growth of the kit, not of the answers."""
-
-
 ENOUGH_ROWS = 40
 """Steps of the fresh process with which a comparison begins to mean something."""
 
@@ -84,6 +82,8 @@ def main(arguments: list[str] | None = None) -> int:
     if options.child:
         train(options.algorithms[0], options.steps, options.out)
         return 0
+    if options.warm_up >= options.steps and not options.read:
+        parser.error("--warm-up has to be less than --steps")
     with tempfile.TemporaryDirectory() as temporary:
         folder = options.out or Path(temporary)
         flat = True

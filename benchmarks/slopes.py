@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
-from typing import Any
+import math
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,7 +22,7 @@ PARTS = 20
 @dataclass(frozen=True)
 class Slope:
     """`per_1000` in units of the series per 1,000 steps, with its interval; `growth` is the change over the measured
-    steps by that slope, relative to `level`, the median of the series."""
+    steps by that slope, relative to `level`, the median of the series; infinite if that is 0."""
 
     name: str
     unit: str
@@ -39,9 +39,6 @@ class Slope:
         """Whether the interval contains 0 or the growth is below its bound."""
         return self.low <= 0 <= self.high or self.growth < self.bound
 
-    def to_dict(self) -> dict[str, Any]:
-        return {**asdict(self), "is_flat": self.is_flat}
-
 
 def measure_slope(name: str, unit: str, steps: list[float], values: list[float], bound: float) -> Slope:
     """Returns the slope of `values` over `steps`, which increase. `bound`: relative growth that is acceptable."""
@@ -49,7 +46,11 @@ def measure_slope(name: str, unit: str, steps: list[float], values: list[float],
     slope = theil_sen(x, y)
     low, high = bootstrap_interval(x, y, slope)
     level = float(np.median(y))
-    growth = slope * float(x[-1] - x[0]) / level if level else 0.0
+    change = slope * float(x[-1] - x[0])
+    if level:
+        growth = change / level
+    else:
+        growth = math.copysign(math.inf, change) if change else 0.0
     return Slope(
         name=name,
         unit=unit,

@@ -30,6 +30,9 @@ class RunStarted(Event):
     `reference` describes what the policy is compared with. `memory_total_gib` is the memory of the GPU, or of the
     machine without a GPU, 0 if unknown. In a chain this is stage `stage` of `stages`. `loading_seconds` are those of
     this session before this event; `earlier_sessions` is None in the logs of older versions.
+
+    `shares_first_session`: whether an earlier stage of the chain ran in the first session of this stage; None outside
+    of chains and in the logs of older versions.
     """
 
     kind: ClassVar[str] = "run_started"
@@ -49,6 +52,7 @@ class RunStarted(Event):
     earlier_sessions: int | None = None
     earlier_seconds: float = 0.0
     loading_seconds: float = 0.0
+    shares_first_session: bool | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -146,7 +150,7 @@ class RunEnded(Event):
     its `RunStarted`.
 
     `total_seconds` are those of all `sessions`, None in the logs of older versions. `total_tokens` and
-    `total_step_seconds` are those of all steps.
+    `total_step_seconds` are those of all steps. `shares_first_session` as in `RunStarted`.
     """
 
     kind: ClassVar[str] = "run_ended"
@@ -160,6 +164,7 @@ class RunEnded(Event):
     sessions: int = 1
     total_tokens: int = 0
     total_step_seconds: float = 0.0
+    shares_first_session: bool | None = None
 
 
 Emit = Callable[[Event], None]

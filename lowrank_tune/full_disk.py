@@ -9,8 +9,8 @@ from pathlib import Path
 from lowrank_tune.paths import nearest_existing
 
 REASONS = {errno.ENOSPC: "the disk is full", errno.EDQUOT: "the disk quota is used up"}
-TEXT = "no space left on device"
-"""Part of the message of libraries that hide the number of the error."""
+TEXTS = {"no space left on device": errno.ENOSPC, "disk quota exceeded": errno.EDQUOT}
+"""Parts of the messages of libraries that hide the number of the error."""
 RUN_CURE = (
     "free some space or lower train.save_total_limit, and the same command continues; or name a folder on another disk "
     "with --out"
@@ -24,14 +24,21 @@ def full_disk_reason(error: BaseException) -> str:
     """Returns in words that the disk or the quota is full; empty for any other error."""
     if isinstance(error, OSError) and error.errno in REASONS:
         return REASONS[error.errno]
-    return REASONS[errno.ENOSPC] if TEXT in str(error).lower() else ""
+    words = _words_in(str(error))
+    return REASONS[TEXTS[words]] if words else ""
 
 
 def raise_if_full(text: str) -> None:
     """Raises the OSError of a full disk if a library or another program states one, so that it is handled as any other
     of them."""
-    if TEXT in text.lower():
-        raise OSError(errno.ENOSPC, TEXT)
+    words = _words_in(text)
+    if words:
+        raise OSError(TEXTS[words], words)
+
+
+def _words_in(text: str) -> str:
+    """Returns which of `TEXTS` a message contains, empty for none."""
+    return next((words for words in TEXTS if words in text.lower()), "")
 
 
 def describe_full_disk(

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +54,15 @@ def _children(value: Any) -> Collection[Any]:
     if isinstance(value, dict):
         return value.values()
     return value if isinstance(value, list) else ()
+
+
+def describe_lines(numbers: Sequence[int]) -> str:
+    """Returns how many lines of a file these are, and the first of them."""
+    if not numbers:
+        return "0 lines"
+    if len(numbers) == 1:
+        return f"1 line (line {numbers[0]})"
+    return f"{len(numbers)} lines (the first is line {numbers[0]})"
 
 
 def read_json(file: Path, max_bytes: int = MAX_BYTES) -> Any:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import re
 import threading
 from collections.abc import Mapping
+from http.client import HTTPException
 from typing import Literal
 from urllib.error import HTTPError
 from urllib.request import Request, urlopen
@@ -13,6 +15,8 @@ VARIABLES = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")
 """Each of them forbids the Hugging Face libraries to use the network."""
 HUB = "https://huggingface.co"
 TRUE_VALUES = ("1", "on", "yes", "true")
+CREDENTIALS = re.compile(r"^([a-z][a-z0-9+.-]*://)?[^/?#]*@", re.I)
+"""Name and password before the host of an address; the group is what comes before them."""
 
 
 def offline_variable(environ: Mapping[str, str] = os.environ) -> str:
@@ -43,8 +47,8 @@ def fetch_advice(
 
 
 def hub_address(environ: Mapping[str, str] = os.environ) -> str:
-    """Returns the address of the hub, or of the mirror that HF_ENDPOINT names."""
-    return environ.get("HF_ENDPOINT") or HUB
+    """Returns the address of the hub, or of the mirror that HF_ENDPOINT names, without name and password."""
+    return CREDENTIALS.sub(r"\1", environ.get("HF_ENDPOINT") or HUB)
 
 
 def unreachable_reason(address: str, seconds: float) -> str:
@@ -59,8 +63,8 @@ def unreachable_reason(address: str, seconds: float) -> str:
         except HTTPError:
             # an answer, too
             reasons[0] = ""
-        except (OSError, ValueError) as error:
-            reasons[0] = str(getattr(error, "reason", error))
+        except (OSError, ValueError, HTTPException) as error:
+            reasons[0] = str(getattr(error, "reason", error)) or type(error).__name__
 
     # the time limit of a connection does not include that of looking up its name
     thread = threading.Thread(target=request, daemon=True)

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import os
-import sys
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, suppress
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
@@ -29,7 +27,7 @@ from lowrank_tune.config import Chain, RecipeConfig, backends_of, differences, d
 from lowrank_tune.config.chain import stage_folder
 from lowrank_tune.config.memory import suggestions
 from lowrank_tune.errors import OutOfMemory, UserError
-from lowrank_tune.events import Emit, Event, LogMessage, SampleLogged, StepEnd, is_warning, warning
+from lowrank_tune.events import Emit, Event, LogMessage, warning
 from lowrank_tune.memory_planner.planned_gpu import installed_spec
 from lowrank_tune.memory_planner.update_speed import estimated_update_speed
 from lowrank_tune.model.base import HashedBase
@@ -37,19 +35,17 @@ from lowrank_tune.model.gpu_memory import read_gpu_memory
 from lowrank_tune.model.oom import DoesNotFit, free_traceback, is_out_of_memory
 from lowrank_tune.preflight import check_before_loading
 from lowrank_tune.preflight.run_memory import MEMORY_FILE, RunMemory, start_memory
-from lowrank_tune.training import trackers
+from lowrank_tune.run_context import RunContext
+from lowrank_tune.run_summary import SUMMARY, read_done_summary
 from lowrank_tune.training.final_adapter import final_folder
-from lowrank_tune.training.run_totals import Session, TotalsCounter, totals_of
+from lowrank_tune.training.run_totals import Session, totals_of
 from lowrank_tune.training.signals import TrainerControl, handle_signals
-from lowrank_tune.training.sinks import EventBus, JsonLines, Sink, log_gaps
+from lowrank_tune.training.sinks import log_gaps
 from lowrank_tune.training.speed import SpeedComparison
 from lowrank_tune.training.stage import Stage, StagePosition
-from lowrank_tune.training.summaries import chain_summary, read_done_summary, reusable_results
-from lowrank_tune.ui.notebook import NotebookView, in_notebook, result_html
+from lowrank_tune.training.summaries import chain_summary, reusable_results
+from lowrank_tune.ui.notebook import result_html
 from lowrank_tune.ui.report import write_report
-from lowrank_tune.ui.terminal.device import can_show
-from lowrank_tune.ui.terminal.plain import LineLogger
-from lowrank_tune.ui.terminal.tui import Tui
 from lowrank_tune.ui.watch import read_events
 
 
@@ -67,45 +63,6 @@ class RunResult:
     def _repr_html_(self) -> str:
         """Curves, figures and next steps, for a notebook."""
         return result_html(self.summary, self.folder)
-
-
-class _SummaryRecorder:
-    """Sink that keeps what the summary needs: warnings, the metrics of the last step, totals of all sessions.
-
-    `earlier` has the events emitted before the log file was open, None after that.
-    """
-
-    def __init__(self) -> None:
-        self.earlier: list[Event] | None = []
-        self.warnings: list[str] = []
-        self.last: dict[str, float] = {}
-        self.counter = TotalsCounter()
-
-    def __call__(self, event: Event) -> None:
-        if self.earlier is not None:
-            self.earlier.append(event)
-        if is_warning(event):
-            self.warnings.append(event.message)
-        self._add(event)
-
-    def _add(self, event: Event) -> None:
-        self.counter.apply(event)
-        if isinstance(event, StepEnd):
-            self.last = {"step": event.step, **event.stats}
-
-    def start_stage(self, events: Iterable[Event]) -> None:
-        """Starts a stage: keeps the warnings of this session, and the totals and the last metrics in the log.
-
-        A stage that was killed at its very end has no step left to do, so its last metrics are only in the log.
-        """
-        self.warnings = [event.message for event in self.earlier or [] if is_warning(event)]
-        self.earlier = None
-        self.last = {}
-        self.counter = TotalsCounter()
-        for event in events:
-            self._add(event)
-
-    def close(self) -> None: ...
 
 
 def run(
@@ -130,7 +87,7 @@ def run(
     control = TrainerControl()
     # the signal handlers enclose the dashboard, which must be closed on every path
     with handle_signals(control) as set_training:
-        context = _RunContext(
+        context = RunContext(
             control,
             set_training,
             ui,
@@ -146,7 +103,7 @@ def run(
 def _run_in_folder(
     loaded: RecipeConfig | Chain,
     out: str | Path | None,
-    context: _RunContext,
+    context: RunContext,
 ) -> RunResult:
     """Checks what can be checked before loading, opens the run folder and runs the stages."""
     path = Path(out) if out else Path("runs") / (loaded.name or "run")
@@ -190,7 +147,7 @@ def _run_in_folder(
         folder.close()
 
 
-def _start_memory(path: Path, context: _RunContext) -> RunMemory | None:
+def _start_memory(path: Path, context: RunContext) -> RunMemory | None:
     """Returns the memory that the run may use: that of its first start, or what is free now. None without a GPU."""
     if context.device is not None and context.device.type != "cuda":
         return None
@@ -200,119 +157,10 @@ def _start_memory(path: Path, context: _RunContext) -> RunMemory | None:
     return start_memory(path, memory, context.emit)
 
 
-class _RunContext:
-    """What all stages of a run share: event sinks, the control that a user may set, and the device."""
-
-    def __init__(
-        self,
-        control: TrainerControl,
-        set_training: Callable[[bool], None],
-        ui: str,
-        device: torch.device | None,
-        on_event: Callable[[Event], None] | None,
-    ) -> None:
-        self.control = control
-        self.set_training = set_training
-        self.device = device
-        # the values of settings that are `auto`, by stage
-        self.auto_settings: Mapping[str, Mapping[str, Any]] = {}
-        # what all stages may use together on a GPU, unless a stage sets a budget
-        self.gpu_budget_bytes = 0
-        # of a chain, which share one base
-        self.stages: tuple[RecipeConfig, ...] = ()
-        self.recorder = _SummaryRecorder()
-        self.emit = EventBus(self.recorder)
-        # below the running cell of a notebook, from its first event on
-        self.notebook = NotebookView() if ui == "auto" and in_notebook() else None
-        self.shows_dashboard = ui in ("auto", "tui") and can_show(sys.stdout, os.environ, forced=ui == "tui")
-        if self.notebook is not None:
-            self.emit.attach(self.notebook)
-        elif ui != "none" and not self.shows_dashboard:
-            self.emit.attach(LineLogger())
-        if on_event is not None:
-            self.emit.attach(_CallbackSink(on_event))
-
-    def show_dashboard(self, log_file: Path, earlier: Iterable[Event]) -> None:
-        """Opens the dashboard, once, and sends it the earlier events."""
-        if self.notebook is not None:
-            self.notebook.replay(earlier)
-            self.notebook = None
-        elif self.shows_dashboard:
-            self.shows_dashboard = False
-            self.emit.attach(Tui(self.control, log_file), earlier)
-
-    def warn(self, messages: Iterable[str]) -> None:
-        """Emits warnings."""
-        for message in messages:
-            self.emit(warning(message))
-
-    def with_auto_settings(self, recipe: RecipeConfig) -> RecipeConfig:
-        """Returns the recipe with the planned values of its `auto` settings."""
-        planned = self.auto_settings.get(recipe.name)
-        if not planned:
-            return recipe
-        train = recipe.train.model_copy(update=dict(planned))
-        return recipe.model_copy(update={"train": train})
-
-    def open_sinks(
-        self,
-        recipe: RecipeConfig,
-        folder: RunFolder,
-        position: StagePosition,
-        resumed_from: int | None,
-    ) -> Iterator[tuple[Sink, Sequence[Event]]]:
-        """Yields the sinks of a stage, each with the events that it missed: log, samples, trackers.
-
-        A log that is opened for a resumed run loses what follows the checkpoint. Trackers need it: it is read before.
-        """
-        logged_events = list(read_events(folder.events)) if recipe.train.trackers else []
-        missed_events = self.recorder.earlier or ()
-        yield JsonLines(folder.events, resumed_from), missed_events
-        yield (
-            JsonLines(
-                folder.samples,
-                resumed_from,
-                event_types=(SampleLogged,),
-            ),
-            missed_events,
-        )
-        path = folder.path.resolve()
-        name = path.name if position.count == 1 else f"{path.parent.name}-{path.name}"
-        started = trackers.start_trackers(
-            recipe.train.trackers,
-            recipe.train.project,
-            name,
-            folder.path,
-            recipe.to_dict(),
-            resumed_from,
-            logged_events,
-        )
-        for tracker in started:
-            yield tracker, ()
-
-    def emit_failure(
-        self,
-        error: BaseException,
-        step: int,
-        session: Session,
-        position: StagePosition,
-    ) -> None:
-        """Emits `RunEnded` for an error. A log that cannot be written now must not hide that error."""
-        event = position.ended(
-            "interrupted" if isinstance(error, KeyboardInterrupt) else "failed",
-            int(self.recorder.last.get("step", step)),
-            session,
-            session.totals(self.recorder.counter.totals),
-            str(error) if isinstance(error, UserError) else type(error).__name__,
-        )
-        with suppress(UserError):
-            self.emit(event)
-
-
 def run_stage(
     recipe: RecipeConfig,
     folder: RunFolder,
-    context: _RunContext,
+    context: RunContext,
     position: StagePosition,
     base: HashedBase | None = None,
     console_log: Path | None = None,
@@ -322,7 +170,7 @@ def run_stage(
 
     Returns the result, and the base without adapters for the next stage: it is what it was at the start.
     """
-    session = Session()
+    session = Session(shares_first_session=position.shares_session)
     step = 0
     cleanup = ExitStack()
     try:
@@ -330,7 +178,9 @@ def run_stage(
         if checkpoint is not None:
             step = checkpoint[0]
             context.warn(log_gaps(folder.events, folder.samples, step))
-            session = replace(session, earlier=totals_of(read_events(folder.events)))
+            earlier = totals_of(read_events(folder.events))
+            if earlier.sessions:
+                session = replace(session, earlier=earlier, shares_first_session=earlier.shares_first_session)
         resumed_from = None if checkpoint is None else step
         for sink, missed_events in context.open_sinks(recipe, folder, position, resumed_from):
             cleanup.callback(context.emit.detach, sink)
@@ -371,7 +221,7 @@ def run_stage(
 def _load_stage(
     recipe: RecipeConfig,
     folder: RunFolder,
-    context: _RunContext,
+    context: RunContext,
     position: StagePosition,
     base: HashedBase | None,
     checkpoint: tuple[int, Snapshot] | None,
@@ -439,7 +289,7 @@ def _out_of_memory(error: BaseException, recipe: RecipeConfig) -> OutOfMemory:
 def run_chain(
     stage_chain: Chain,
     folder: RunFolder,
-    context: _RunContext,
+    context: RunContext,
 ) -> RunResult:
     """Runs stage after stage over one base in memory; a stage that is done in its folder is kept.
 
@@ -470,6 +320,7 @@ def run_chain(
                 count,
                 stage.name,
                 previous_results,
+                shares_session=base is not None,
             )
             recipe = stage_chain.recipe_of(number - 1, folders)
             summary, base = _run_chain_stage(
@@ -486,11 +337,11 @@ def run_chain(
         if summary["status"] == "interrupted":
             break
     result = chain_summary(stage_chain, summaries)
-    folder.write_json("summary.json", result)
+    folder.write_json(SUMMARY, result)
     return RunResult(result["status"], folder.path, result)
 
 
-def _finished_summary(path: Path, context: _RunContext) -> dict[str, Any] | None:
+def _finished_summary(path: Path, context: RunContext) -> dict[str, Any] | None:
     """Returns the summary of a stage that is done, None if it has to run.
 
     A stage whose final folder is damaged has to run again: the folder is moved aside and the summary removed.
@@ -499,8 +350,8 @@ def _finished_summary(path: Path, context: _RunContext) -> dict[str, Any] | None
     if summary is None:
         return None
     if quarantine_broken_final(path / "final", context.emit):
-        with as_user_error(path / "summary.json"):
-            (path / "summary.json").unlink()
+        with as_user_error(path / SUMMARY):
+            (path / SUMMARY).unlink()
         return None
     return summary
 
@@ -509,7 +360,7 @@ def _run_chain_stage(
     recipe: RecipeConfig,
     path: Path,
     console_log: Path,
-    context: _RunContext,
+    context: RunContext,
     position: StagePosition,
     base: HashedBase | None,
     earlier_folders: Mapping[str, str],
@@ -547,16 +398,6 @@ def finished_stages(loaded: RecipeConfig | Chain, folder: Path) -> frozenset[str
         if read_done_summary(path) is not None and broken_final_reason(path / "final") is None:
             finished.add(stage.name)
     return frozenset(finished)
-
-
-@dataclass(eq=False)
-class _CallbackSink:
-    function: Callable[[Event], None]
-
-    def __call__(self, event: Event) -> None:
-        self.function(event)
-
-    def close(self) -> None: ...
 
 
 def write_html_report(folder: RunFolder) -> None:

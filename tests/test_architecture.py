@@ -17,9 +17,9 @@ import lowrank_tune
 
 PACKAGE = Path(lowrank_tune.__file__).parent
 ORDER = (
-    "errors events regex regular_files json_files manifest paths processes full_disk offline unsloth_import config "
-    "stats batch functional toy model data generation rewards algorithms checkpoint assembly data_report evaluation "
-    "export training memory_planner preflight ui runner chat doctor cli"
+    "errors events regex regular_files json_files manifest run_summary paths processes full_disk offline "
+    "unsloth_import config stats batch functional toy model data generation rewards algorithms checkpoint assembly "
+    "data_report evaluation export training memory_planner preflight ui run_context runner chat doctor cli"
 ).split()
 LAZY = ("__init__", "__main__", "cli")
 """Modules that load first-party code at first use, so that `--help` and a faulty recipe take a second."""

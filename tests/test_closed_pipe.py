@@ -1,4 +1,5 @@
-"""Every command survives a pipe whose reader has closed it, as `lowrank-tune data my.yaml | head -1` does.
+"""Every command ends without a message if the reader of its pipe closes it, as `lowrank-tune data my.yaml | head -1`
+does.
 
 Commands run in forks of one process that has imported torch, so that each takes a second.
 """

@@ -19,6 +19,7 @@ from typer.testing import CliRunner
 from lowrank_tune import doctor
 from lowrank_tune.cli import app
 from lowrank_tune.doctor import CheckResult, in_range, print_results, run_checks
+from lowrank_tune.offline import hub_address
 
 
 def found(findings: list[CheckResult], what: str) -> CheckResult:
@@ -168,6 +169,33 @@ def test_a_hub_that_never_answers_takes_no_longer_than_the_limit(monkeypatch: py
         began = time.monotonic()
         line = hub_line(HF_ENDPOINT=f"http://127.0.0.1:{silent.getsockname()[1]}")
     assert line.level == "warning" and time.monotonic() - began < 2
+
+
+def test_an_answer_that_is_not_http_is_a_warning(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As of another service at that port; the reason is there before the time limit."""
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    monkeypatch.setattr(doctor, "HUB_SECONDS", 60)
+
+    def answer(listening: socket.socket) -> None:
+        with listening.accept()[0] as connection:
+            connection.recv(4096)
+            connection.sendall(b"220 mail\r\n")
+
+    with socket.socket() as listening:
+        listening.bind(("127.0.0.1", 0))
+        listening.listen()
+        threading.Thread(target=answer, args=(listening,), daemon=True).start()
+        line = hub_line(HF_ENDPOINT=f"http://127.0.0.1:{listening.getsockname()[1]}")
+    assert line.level == "warning" and "cannot be reached: 220 mail" in line.detail
+
+
+def test_credentials_of_a_mirror_are_never_shown() -> None:
+    port = free_port()
+    line = hub_line(HF_ENDPOINT=f"http://someone:s3cret@127.0.0.1:{port}/mirror")
+    assert f"http://127.0.0.1:{port}/mirror cannot be reached" in line.detail and "s3cret" not in repr(line)
+    for address in ("https://a:s3cret@b@c.org/x@y", "a:s3cret@c.org/x@y"):
+        assert hub_address({"HF_ENDPOINT": address}).removeprefix("https://") == "c.org/x@y"
+    assert hub_address({}) == hub_address({"HF_ENDPOINT": ""}) == "https://huggingface.co"
 
 
 def test_the_hub_is_not_tried_offline() -> None:

@@ -24,7 +24,7 @@ from lowrank_tune.export.gguf.model import pretokenizer_name
 from lowrank_tune.json_files import MAX_DEPTH, parse_json, read_json, read_json_object
 from lowrank_tune.manifest import MANIFEST, manifest_files
 from lowrank_tune.rewards.code.python_tests_worker import _text_list
-from lowrank_tune.training.summaries import read_done_summary
+from lowrank_tune.run_summary import read_done_summary
 from lowrank_tune.training.trackers import _read_state
 from lowrank_tune.ui.run_paths import parse_event, stage_folders
 
@@ -66,6 +66,7 @@ READERS: dict[str, tuple[str, Callable[[Path], Any], Any]] = {
 }
 
 
+@pytest.mark.filterwarnings("ignore:.*evals.jsonl is damaged:RuntimeWarning")
 @pytest.mark.parametrize("data", [DEEP, DEEP_LIST], ids=["unclosed", "closed"])
 @pytest.mark.parametrize("case", READERS)
 def test_deeply_nested_file_counts_as_damaged(case: str, data: bytes, tmp_path: Path) -> None:

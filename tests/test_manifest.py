@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from run_summaries import DONE_SUMMARY
 
 from lowrank_tune.checkpoint import Snapshot, broken_final_reason, load, quarantine_broken_final, write_atomically
 from lowrank_tune.config import Chain, load_any
@@ -190,7 +191,7 @@ def test_a_stage_with_a_broken_final_folder_has_not_finished(tmp_path: Path) -> 
     first, second = (tmp_path / f"{number}-{stage.name}" for number, stage in enumerate(chain.stages[:2], 1))
     for stage in (first, second):
         final_of(stage)
-        (stage / "summary.json").write_text('{"status": "done"}')
+        (stage / "summary.json").write_text(json.dumps(DONE_SUMMARY))
     names = [stage.name for stage in chain.stages]
     assert finished_stages(chain, tmp_path) == set(names[:2])
     flip(first / "final" / ADAPTER)

@@ -81,7 +81,7 @@ def chat_jsonl(
         system_prompt,
     )
     for answer in answers:
-        print(answer.to_json(), flush=True)
+        print(answer.to_json(sys.stdout.encoding or "utf-8"), flush=True)
 
 
 def _load(

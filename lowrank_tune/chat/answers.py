@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import cast
 
 from lowrank_tune.chat.chat_model import AnswerStream, ChatModel, Variant
+from lowrank_tune.chat.conversation import prompt_ids
 from lowrank_tune.chat.loader import load_chat_model
 from lowrank_tune.chat.questions import Question
 from lowrank_tune.chat.sampling_options import SamplingOptions
@@ -27,8 +28,8 @@ class Answer:
     finish_reason: str
     tokens: int
 
-    def to_json(self) -> str:
-        """Returns the line of `chat --jsonl`."""
+    def to_json(self, encoding: str = "utf-8") -> str:
+        """Returns the line of `chat --jsonl`, in ASCII if the encoding does not have all of its characters."""
         record = {
             "line": self.question.line,
             "question": self.question.text,
@@ -39,7 +40,13 @@ class Answer:
         }
         if self.question.id is not None:
             record = {"id": self.question.id, **record}
-        return json.dumps(record, ensure_ascii=False)
+        line = json.dumps(record, ensure_ascii=False)
+        try:
+            line.encode(encoding)
+        except UnicodeEncodeError:
+            # also for a lone surrogate, which an `id` may contain
+            return json.dumps(record)
+        return line
 
 
 def ask(
@@ -125,10 +132,10 @@ def _prompt(
     messages = list(question.messages)
     if system_prompt and messages[0].role != "system":
         messages.insert(0, Message("system", system_prompt))
-    reason = chat_model.template.validate_messages(messages)
-    if reason is not None:
-        raise UserError(f"line {question.line}: the base cannot read this: {reason}")
-    return chat_model.template.prompt(messages)
+    try:
+        return prompt_ids(chat_model.template, messages)
+    except UserError as error:
+        raise UserError(f"line {question.line}: {error}") from error
 
 
 def _read_answer(

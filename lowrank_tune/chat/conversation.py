@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from lowrank_tune.data import ChatTemplate
+from lowrank_tune.data.formats import InvalidRow
 from lowrank_tune.data.message import Message
 from lowrank_tune.errors import UserError
 from lowrank_tune.json_files import parse_json
@@ -78,14 +79,15 @@ class Conversation:
         """Returns the prompt of exchange `number`.
 
         If the context of the base is too short, the oldest exchanges are left out until an answer of `max_new_tokens`
-        has room, or of a quarter of the context. Raises UserError if the question alone is too long.
+        has room, or of a quarter of the context. Raises UserError if the question alone is too long, or if the
+        template refuses it.
         """
         if positions is None:
             needed = max_new_tokens
         else:
             needed = min(max_new_tokens, max(1, positions // 4))
         for start in range(number + 1):
-            ids = template.prompt([*self.messages(variant, start, number), Message("user", question)])
+            ids = prompt_ids(template, [*self.messages(variant, start, number), Message("user", question)])
             room = max_new_tokens if positions is None else positions - len(ids)
             if room >= needed:
                 break
@@ -109,6 +111,14 @@ class Conversation:
 
 def _is_trainable(answer: ChatAnswer) -> bool:
     return answer.ended and bool(answer.text.strip())
+
+
+def prompt_ids(template: ChatTemplate, messages: Sequence[Message]) -> list[int]:
+    """Returns the ids up to the answer. Raises UserError if the template refuses the messages."""
+    try:
+        return template.prompt(messages)
+    except InvalidRow as error:
+        raise UserError(f"the base cannot read this: {error.reason}") from error
 
 
 def append_row(file: Path, messages: Sequence[Message]) -> None:

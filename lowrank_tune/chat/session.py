@@ -7,8 +7,8 @@ import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import cast
 
+from lowrank_tune.chat.answers import chosen_variants
 from lowrank_tune.chat.chat_model import AnswerStream, ChatModel, Variant
 from lowrank_tune.chat.commands import Command, help_lines, parse
 from lowrank_tune.chat.conversation import ChatAnswer, Conversation, Exchange, TruncatedConversation, append_row
@@ -16,6 +16,7 @@ from lowrank_tune.chat.sampling_options import SamplingOptions
 from lowrank_tune.data.message import Message
 from lowrank_tune.errors import UserError
 from lowrank_tune.functional import step_seed
+from lowrank_tune.ui.formatting import plural
 from lowrank_tune.ui.terminal.chat_screen import AnswerView, ChatScreen
 
 # Ctrl-C presses during one answer that end the program
@@ -41,7 +42,7 @@ class ChatSession:
         self.screen = screen
         self.options = options
         self.conversation = Conversation()
-        self.variants = self._parse_variants(variant)
+        self.variants = chosen_variants(chat_model, variant)
         # exchanges that no longer fit the context, by variant
         self._forgotten: dict[Variant, int] = {}
         # Ctrl-C presses since the last line was read
@@ -136,7 +137,7 @@ class ChatSession:
                 raise AssertionError(f"{name} is not handled")
 
     def _select_variants(self, name: str, question: str) -> None:
-        self.variants = self._parse_variants(name)
+        self.variants = chosen_variants(self.chat_model, name)
         if question:
             self.ask(question)
         else:
@@ -254,15 +255,6 @@ class ChatSession:
         stats, warns = _answer_stats(stream, self.options.max_new_tokens)
         view.end(number, stats, warns)
 
-    def _parse_variants(self, name: str) -> list[Variant]:
-        if name != "base" and not self.chat_model.tuned:
-            raise UserError(
-                "there are no adapters here, so only the base can answer: open a run for the answers of a tuned model"
-            )
-        if name == "both":
-            return ["base", "tuned"]
-        return [cast(Variant, name)]
-
     def _system(self, rest: str) -> None:
         if rest:
             self._set_system(None if rest == "off" else rest)
@@ -333,21 +325,15 @@ class ChatSession:
             raise UserError(f"there is nothing to save yet{why}")
         append_row(Path(file).expanduser(), messages)
         saved = len(self.conversation.exchanges) - left_out
-        message = f"{file}: one row more, {_pluralize(saved, 'exchange')} of {variant}"
+        message = f"{file}: one row more, {plural(saved, 'exchange')} of {variant}"
         style = "quiet"
         if left_out:
-            message += (
-                f"; left out from the first answer on that did not end by itself: {_pluralize(left_out, 'exchange')}"
-            )
+            message += f"; left out from the first answer on that did not end by itself: {plural(left_out, 'exchange')}"
             style = "warning"
         self.screen.note(message, style)
 
 
 _VARIANT_LABELS: dict[Variant, str] = {"base": "the base, adapters off", "tuned": "the base with its adapters"}
-
-
-def _pluralize(number: int, noun: str) -> str:
-    return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
 def _first_exchanges(number: int) -> str:
@@ -356,7 +342,7 @@ def _first_exchanges(number: int) -> str:
 
 def _answer_stats(stream: AnswerStream, max_new_tokens: int) -> tuple[str, bool]:
     """Returns the line below an answer, and whether it is a warning."""
-    pace = _pluralize(stream.tokens, "token")
+    pace = plural(stream.tokens, "token")
     if stream.seconds:
         pace += f", {stream.tokens / stream.seconds:.0f}/s"
     if not stream.finish_reason:

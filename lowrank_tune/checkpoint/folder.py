@@ -6,7 +6,6 @@ import fcntl
 import json
 import os
 from collections.abc import Callable, Iterator
-from contextlib import suppress
 from itertools import count
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -22,6 +21,7 @@ from lowrank_tune.checkpoint.run_format import VERSION, check_run_format
 from lowrank_tune.errors import UserError
 from lowrank_tune.events import Emit, LogMessage, warning
 from lowrank_tune.json_files import read_json
+from lowrank_tune.run_summary import SUMMARY, read_done_summary, summary_problem
 
 _locks: set[int] = set()
 
@@ -53,7 +53,7 @@ class RunFolder:
         self.final = path / "final"
         self.events = path / "events.jsonl"
         self.samples = path / "samples.jsonl"
-        self.summary = path / "summary.json"
+        self.summary = path / SUMMARY
         self.console_log = path / "console.log"
         self._lock: int | None = None
 
@@ -82,6 +82,7 @@ class RunFolder:
                     # another process finished it before the lock was taken
                     folder.close()
                     continue
+                folder._check_summary(emit)
                 folder._create(recipe, text, differences)
             except BaseException:
                 folder.close()
@@ -176,10 +177,7 @@ class RunFolder:
             return "new"
         if "run.json" not in names:
             return "foreign"
-        with suppress(OSError, ValueError, AttributeError):
-            if read_json(self.summary).get("status") == "done":
-                return "finished"
-        return "unfinished"
+        return "unfinished" if read_done_summary(self.path) is None else "finished"
 
     def _acquire_lock(self, emit: Emit) -> None:
         with as_user_error(self.path):
@@ -196,6 +194,20 @@ class RunFolder:
                 emit(warning(f"{self.path} cannot be locked ({error.strerror}): do not start a second run in it"))
             os.ftruncate(self._lock, 0)
             write_fully(self._lock, f"{os.getpid()}\n".encode())
+
+    def _check_summary(self, emit: Emit) -> None:
+        """Emits a warning if `summary.json` is damaged. Raises `UserError` if there is no checkpoint either: the run
+        would begin again, over the results of one that may be done."""
+        problem = summary_problem(self.path)
+        if not problem:
+            return
+        fault = f"{self.summary} is damaged ({problem})"
+        if not self.has_checkpoints():
+            raise UserError(
+                f"{fault}, and the run has no checkpoint to continue from: restore the file from a copy, or give "
+                "another folder with --out"
+            )
+        emit(warning(f"{fault}: the run is continued as one that is not done"))
 
     def _create(
         self,

@@ -1,17 +1,18 @@
-"""`evals.jsonl` in a run's folder: one versioned object per evaluation, only ever appended. Reading ignores what is not
-valid, since anyone can edit the file."""
+"""`evals.jsonl` in a run's folder: one versioned object per evaluation, only ever appended. Anyone can edit the file:
+damaged lines are left out with a warning, and values that are not valid are ignored."""
 
 from __future__ import annotations
 
 import json
 import os
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
 from lowrank_tune.checkpoint import as_user_error, replace_nonfinite, write_fully
-from lowrank_tune.json_files import as_mapping, as_number, get_number, parse_json
+from lowrank_tune.json_files import as_mapping, as_number, describe_lines, get_number, parse_json
 
 EVALS = "evals.jsonl"
 VERSION = 2
@@ -78,20 +79,44 @@ class EvalRecord:
 
 
 def read_records(folder: Path) -> list[EvalRecord]:
-    """Returns all evaluations in a folder, oldest first, without invalid lines."""
+    """Returns all evaluations in a folder, oldest first, without those of other versions.
+
+    Warns about lines that contain no object, and about a file that cannot be read.
+    """
+    file = folder / EVALS
     try:
-        lines = (folder / EVALS).read_bytes().splitlines()
-    except OSError:
+        lines = file.read_bytes().splitlines()
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        _warn(f"{file} cannot be read ({error.strerror or error}), so no evaluation is shown")
         return []
     records = []
-    for line in lines:
-        try:
-            data = parse_json(line)
-        except ValueError:
-            continue
-        if isinstance(data, dict) and data.get("v") == VERSION and data.get("kind") == "eval":
+    damaged = []
+    for number, line in enumerate(lines, start=1):
+        data = _object_in(line)
+        if data is None:
+            damaged.append(number)
+        elif data.get("v") == VERSION and data.get("kind") == "eval":
             records.append(parse_record(data))
+    if damaged:
+        _warn(f"{file} is damaged: {describe_lines(damaged)} cannot be read; evaluations are shown without them")
     return records
+
+
+def _object_in(line: bytes) -> Mapping[str, Any] | None:
+    """Returns the object in a line, an empty one for an empty line, None if the line contains something else."""
+    if not line.strip():
+        return {}
+    try:
+        data = parse_json(line)
+    except ValueError:
+        return None
+    return data if isinstance(data, dict) else None
+
+
+def _warn(message: str) -> None:
+    warnings.warn(message, RuntimeWarning, stacklevel=3)
 
 
 def parse_record(data: Mapping[str, Any]) -> EvalRecord:

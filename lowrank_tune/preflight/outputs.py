@@ -11,7 +11,7 @@ from lowrank_tune.config.base import Finding
 from lowrank_tune.errors import UserError
 from lowrank_tune.manifest import MANIFEST
 from lowrank_tune.preflight.stages import PlannedStage
-from lowrank_tune.training.summaries import read_done_summary
+from lowrank_tune.run_summary import read_done_summary
 
 FOLDERS = ("checkpoints", "final")
 STAGE_FILES = (

@@ -29,12 +29,16 @@ def tokens_per_second(tokens: int, seconds: float) -> float:
 
 @dataclass(frozen=True)
 class RunTotals:
-    """Wall time of all sessions, their number, and tokens and wall time of all steps."""
+    """Wall time of all sessions, their number, and tokens and wall time of all steps.
+
+    `shares_first_session`, of a stage of a chain: whether an earlier stage ran in its first session; None if unknown.
+    """
 
     seconds: float = 0.0
     sessions: int = 0
     tokens: int = 0
     step_seconds: float = 0.0
+    shares_first_session: bool | None = None
 
     @property
     def tokens_per_second(self) -> float:
@@ -42,16 +46,25 @@ class RunTotals:
         return tokens_per_second(self.tokens, self.step_seconds)
 
     def to_dict(self) -> dict[str, Any]:
-        """Returns the figures for `summary.json`."""
-        return {**vars(self), "tokens_per_second": self.tokens_per_second}
+        """Returns the figures for `summary.json`; `shares_first_session` only if it is known."""
+        figures = {**vars(self), "tokens_per_second": self.tokens_per_second}
+        if self.shares_first_session is None:
+            del figures["shares_first_session"]
+        return figures
 
 
 def chain_totals(stages: Sequence[RunTotals]) -> RunTotals:
-    """Returns the sums over the stages of a chain. Its sessions are the first one, and those that continued a stage:
-    such a session also begins the stages after it."""
+    """Returns the sums over the stages of a chain. A session in which several stages ran counts once.
+
+    In files of older versions, which do not contain it, each stage but the first shares its first session.
+    """
+    sessions = 0
+    for number, stage in enumerate(stages):
+        shares = number > 0 if stage.shares_first_session is None else stage.shares_first_session
+        sessions += max(0, stage.sessions - 1) if shares else stage.sessions
     return RunTotals(
         round(sum(stage.seconds for stage in stages), 1),
-        1 + sum(max(0, stage.sessions - 1) for stage in stages),
+        max(1, sessions),
         sum(stage.tokens for stage in stages),
         sum(stage.step_seconds for stage in stages),
     )
@@ -59,10 +72,14 @@ def chain_totals(stages: Sequence[RunTotals]) -> RunTotals:
 
 @dataclass(frozen=True)
 class Session:
-    """The current session: its beginning on the monotonic clock, and the totals of the earlier ones."""
+    """The current session: its beginning on the monotonic clock, and the totals of the earlier ones.
+
+    `shares_first_session` is that of the stage, as in `RunTotals`.
+    """
 
     began: float = field(default_factory=time.monotonic)
     earlier: RunTotals = RunTotals()
+    shares_first_session: bool | None = None
 
     @property
     def seconds(self) -> float:
@@ -77,6 +94,7 @@ class Session:
             self.earlier.sessions + 1,
             steps.tokens,
             steps.step_seconds,
+            self.shares_first_session,
         )
 
 
@@ -93,6 +111,7 @@ class TotalsCounter:
         self._sessions = 0
         self._tokens = 0
         self._step_seconds = 0.0
+        self._shares_first_session: bool | None = None
         self._earlier = 0.0
         self._passed = 0.0
         self._last: float | None = None
@@ -108,6 +127,7 @@ class TotalsCounter:
             self._sessions,
             self._tokens,
             self._step_seconds,
+            self._shares_first_session,
         )
 
     def apply(self, event: Event) -> None:
@@ -142,6 +162,7 @@ class TotalsCounter:
         if self._stage not in (None, event.stage):
             self._begin_stage()
         self._stage = event.stage
+        self._shares_first_session = event.shares_first_session
         if event.earlier_sessions is not None:
             self._sessions = event.earlier_sessions + 1
             self._earlier = event.earlier_seconds
@@ -168,6 +189,7 @@ class TotalsCounter:
         else:
             self._earlier = event.total_seconds
             self._sessions = event.sessions
+            self._shares_first_session = event.shares_first_session
 
 
 def totals_of(events: Iterable[Event]) -> RunTotals:

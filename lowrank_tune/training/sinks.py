@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import threading
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, Protocol
@@ -13,7 +13,7 @@ from typing import Any, Protocol
 from lowrank_tune.checkpoint import as_user_error, replace_nonfinite, write_error, write_file, write_fully
 from lowrank_tune.errors import TrainingError, UserError
 from lowrank_tune.events import CheckpointSaved, Evaluated, Event, RunEnded, SampleLogged, StepEnd, to_json, warning
-from lowrank_tune.json_files import parse_json
+from lowrank_tune.json_files import describe_lines, parse_json
 
 
 class Sink(Protocol):
@@ -115,7 +115,7 @@ def log_gaps(
     lacks_end = has_ended and not any(event.get("event") == RunEnded.kind for event in logged)
     if broken_lines or missing or lacks_end:
         first = f" (the first is step {missing[0]})" if missing else ""
-        lines = _describe_lines(broken_lines)
+        lines = describe_lines(broken_lines)
         end = ", and so is its end" if lacks_end else ""
         yield (
             f"{events} is damaged: {lines} cannot be read, and {len(missing)} of {step} steps are missing{first}{end}; "
@@ -124,20 +124,11 @@ def log_gaps(
     num_logged = sum(event.get("event") == SampleLogged.kind for event in logged)
     shown, broken_lines = _parse_lines(samples, step)
     if broken_lines or len(shown) < num_logged:
-        lines = f" ({_describe_lines(broken_lines)} cannot be read)" if broken_lines else ""
+        lines = f" ({describe_lines(broken_lines)} cannot be read)" if broken_lines else ""
         yield (
             f"{samples} is damaged: {len(shown)} of {num_logged} samples can be read{lines}; {events.name} holds them "
             "too"
         )
-
-
-def _describe_lines(numbers: Sequence[int]) -> str:
-    """Returns how many lines these are, and the first of them."""
-    if not numbers:
-        return "0 lines"
-    if len(numbers) == 1:
-        return f"1 line (line {numbers[0]})"
-    return f"{len(numbers)} lines (the first is line {numbers[0]})"
 
 
 def _parse_lines(path: Path, step: int) -> tuple[list[dict[str, Any]], list[int]]:

@@ -18,6 +18,7 @@ from lowrank_tune.errors import TrainingError
 from lowrank_tune.evaluation.pair_losses import ValidationResult
 from lowrank_tune.events import Emit, Evaluated, Event, LogMessage, RunEnded, RunStarted, StepEnd, warning
 from lowrank_tune.model.base import combined_hash
+from lowrank_tune.run_summary import SUMMARY
 from lowrank_tune.training.best_step import Measured, choose_final, update_best
 from lowrank_tune.training.checkpointer import BestCheckpoint, Checkpointer, EvaluationState
 from lowrank_tune.training.evaluator import StageEvaluator
@@ -38,12 +39,14 @@ class StagePosition:
     """Position of a stage in a chain: stage `number` of `count`, called `name` there.
 
     `previous_results` has the held-out metrics and answers of earlier stages that this stage may reuse.
+    `shares_session`: whether an earlier stage ran in this session; None outside of a chain.
     """
 
     number: int = 1
     count: int = 1
     name: str | None = None
     previous_results: Mapping[str, Any] = field(default_factory=dict)
+    shares_session: bool | None = None
 
     def ended(
         self,
@@ -65,6 +68,7 @@ class StagePosition:
             sessions=totals.sessions,
             total_tokens=totals.tokens,
             total_step_seconds=totals.step_seconds,
+            shares_first_session=totals.shares_first_session,
         )
 
 
@@ -79,17 +83,17 @@ class Stage:
         emit: Emit,
         control: TrainerControl,
         checkpoint: tuple[int, Snapshot] | None,
-        position: StagePosition | None = None,
-        speed: SpeedComparison | None = None,
-        session: Session | None = None,
+        position: StagePosition,
+        speed: SpeedComparison | None,
+        session: Session,
     ) -> None:
         self.recipe = recipe
         self.speed = speed
-        self.session = session or Session()
+        self.session = session
         self.folder = folder
         self.built = built
         self.emit = emit
-        self.position = position or StagePosition()
+        self.position = position
         self.heldout_name = self.position.name or recipe.algorithm
         self.evaluate_every = recipe.evaluate.eval_steps or max(1, built.steps // DEFAULT_NUM_EVALUATIONS)
         self.save_every = recipe.train.save_steps or max(1, built.steps // DEFAULT_NUM_SAVES)
@@ -235,7 +239,7 @@ class Stage:
         totals = self.session.totals(steps)
         self.emit(self.position.ended(status, step, self.session, totals))
         self.summary |= totals.to_dict()
-        self.folder.write_json("summary.json", self.summary)
+        self.folder.write_json(SUMMARY, self.summary)
 
     def _results(self) -> dict[str, Any]:
         """Returns what the evaluations found, and the compared speeds, for the summary."""
@@ -317,6 +321,7 @@ class Stage:
             earlier_sessions=self.session.earlier.sessions,
             earlier_seconds=self.session.earlier.seconds,
             loading_seconds=self.session.seconds,
+            shares_first_session=self.session.shares_first_session,
         )
         self.emit(event)
         if self.checkpointer.schedule_message:

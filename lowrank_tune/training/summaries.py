@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from lowrank_tune.config import Chain, RecipeConfig
 from lowrank_tune.config.chain import stage_folder
-from lowrank_tune.json_files import read_json
 from lowrank_tune.training.run_totals import RunTotals, chain_totals
 
 TOTALS = tuple(RunTotals().to_dict())
@@ -18,6 +16,7 @@ STAGE_KEYS_IN_CHAIN = (
     "step",
     "steps",
     *TOTALS,
+    "shares_first_session",
     "last",
     "best",
     "speed",
@@ -65,18 +64,8 @@ def _totals(stage: Mapping[str, Any]) -> RunTotals:
         stage.get("sessions", 1),
         stage.get("tokens", 0),
         stage.get("step_seconds", 0.0),
+        stage.get("shares_first_session"),
     )
-
-
-def read_done_summary(run: Path) -> dict[str, Any] | None:
-    """Returns the summary in the folder of a run that is done; None if it is not, or the file is missing or damaged."""
-    try:
-        summary = read_json(run / "summary.json")
-    except (OSError, ValueError):
-        return None
-    if isinstance(summary, dict) and summary.get("status") == "done":
-        return summary
-    return None
 
 
 def reusable_results(

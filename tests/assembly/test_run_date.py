@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from crash import run_fingerprint, small_recipe
 from export_fixtures import make_base
+from run_summaries import DONE_SUMMARY
 from stopped_clock import stop_clock
 
 from lowrank_tune import Chain, Recipe, run
@@ -63,7 +64,7 @@ def test_the_date_is_that_of_an_unfinished_run_else_of_today(tmp_path: Path, mon
     folder.mkdir()
     (folder / "run.json").write_text(json.dumps({"version": 2, "recipe": replace_date(recipe, "2026-11-27").to_dict()}))
     assert with_template_date(recipe, folder).data.template_date == "2026-11-27"
-    (folder / "summary.json").write_text(json.dumps({"status": "done"}))
+    (folder / "summary.json").write_text(json.dumps(DONE_SUMMARY))
     assert with_template_date(recipe, folder).data.template_date == "2026-11-28", "it would be a new run"
 
 

@@ -48,6 +48,9 @@ def test_small_growth_is_flat_and_a_leak_is_not(endurance: Any) -> None:
     assert not slope(endurance, [500 + 0.004 * step for step in range(2000)]).is_flat
     assert slope(endurance, [23.0] * 500).growth == 0
     assert not slope(endurance, [23.0 + step // 100 for step in range(500)]).is_flat
+    from_zero = slope(endurance, [max(0.0, step - 260.0) for step in range(500)])
+    assert from_zero.level == 0 and not from_zero.is_flat
+    assert slope(endurance, [0.0] * 500).growth == 0
 
 
 def test_old_process_is_compared_with_a_fresh_one_at_the_same_time(endurance: Any) -> None:
@@ -62,6 +65,11 @@ def test_old_process_is_compared_with_a_fresh_one_at_the_same_time(endurance: An
     slower = endurance.measure_ratio("step", series(0.11), series(0.1)[200:])
     assert not slower.is_flat and slower.low < 1.1 < slower.high + 0.02
     assert endurance.measure_ratio("step", series(0.101), series(0.1)).is_flat
+
+
+def test_a_run_within_its_warm_up_is_refused_before_it_starts(endurance: Any) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        endurance.main(["sft", "--steps", "9", "--warm-up", "9"])
 
 
 def test_descriptors_threads_and_children_are_counted(endurance: Any, tmp_path: Path) -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,9 +13,11 @@ from export_fixtures import FinishedRun, make_run
 from typer.testing import CliRunner, Result
 
 from lowrank_tune import UserError
-from lowrank_tune.chat import SamplingOptions, ask
-from lowrank_tune.chat.questions import parse_question
+from lowrank_tune.chat import Answer, Conversation, SamplingOptions, ask
+from lowrank_tune.chat.answers import answer_all
+from lowrank_tune.chat.questions import Question, parse_question
 from lowrank_tune.cli import app
+from lowrank_tune.data.formats import InvalidRow
 from lowrank_tune.data.message import Message
 
 TALK = [
@@ -90,8 +94,32 @@ def test_a_faulty_line_is_refused(line: str, why: str) -> None:
         parse_question(line)
 
 
+class RefusingTemplate:
+    def prompt(self, messages: object) -> list[int]:
+        raise InvalidRow("the base's chat template refuses it: no system prompts")
+
+
+def test_what_the_template_refuses_is_a_sentence() -> None:
+    why = "the base cannot read this: the base's chat template refuses it: no system prompts"
+    with pytest.raises(UserError, match=f"^{why}"):
+        Conversation().truncate("base", 0, "Why?", RefusingTemplate(), None, 8)  # type: ignore[arg-type]
+    chat_model = SimpleNamespace(system_prompt=None, template=RefusingTemplate())
+    questions = [Question([Message("user", "Why?")], 7)]
+    with pytest.raises(UserError, match=f"^line 7: {why}"):
+        list(answer_all(chat_model, questions, ["base"], SamplingOptions(), None))  # type: ignore[arg-type]
+
+
 def test_a_question_may_begin_with_a_slash() -> None:
     assert parse_question("//etc is what?").messages == [Message("user", "/etc is what?")]
+
+
+@pytest.mark.parametrize(("encoding", "is_escaped"), [("utf-8", False), ("latin-1", True), ("ascii", True)])
+def test_a_line_can_be_written_in_every_encoding(encoding: str, is_escaped: bool) -> None:
+    question = Question([Message("user", "7 \u2192 ?")], 1)
+    line = Answer(question, "tuned", "\u00e9", "stop", 1).to_json(encoding)
+    assert line.encode(encoding) and json.loads(line)["question"] == question.text and line.isascii() == is_escaped
+    surrogate = Answer(replace(question, id="\ud800"), "tuned", "x", "stop", 1).to_json(encoding)
+    assert surrogate.isascii() and json.loads(surrogate)["id"] == "\ud800"
 
 
 def test_a_model_without_adapters_has_no_tuned_answers() -> None:

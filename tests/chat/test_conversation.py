@@ -380,7 +380,7 @@ def unfinished(made: FinishedRun, place: Path, steps: Sequence[int], best: int |
 def test_an_unfinished_run_answers_with_its_newest_checkpoint_if_the_best_is_not_better_by_more_than_noise() -> None:
     """The mean is that of the last step minus the best one."""
     for mean, stderr, best in ((-0.2, 0.1, 2), (-0.1, 0.2, None), (0.1, 0.2, None)):
-        last = {"difference": {"mean": mean, "stderr": stderr, "units": 6}}
+        last = {"difference": {"mean": mean, "stderr": stderr, "pairs": 6}}
         assert _best_step({"best_step": 2, "last": last}) == best
     assert _best_step({"best_step": 2, "last": {"difference": None}}) == 2
 

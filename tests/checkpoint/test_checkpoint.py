@@ -21,6 +21,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from run_summaries import DONE_CHAIN, DONE_SUMMARY
 from torch import Tensor
 
 from lowrank_tune import checkpoint
@@ -459,7 +460,7 @@ def begin(
 
 
 def finish(folder: RunFolder) -> None:
-    folder.write_json("summary.json", {"status": "done", "best": float("nan")})
+    folder.write_json("summary.json", {**DONE_SUMMARY, "best": float("nan")})
     folder.close()
 
 
@@ -516,7 +517,7 @@ def test_a_run_that_finishes_as_its_lock_is_taken_is_not_entered(
 
     def finished_meanwhile(descriptor: int, operation: int) -> None:
         if not (demo / "summary.json").exists():
-            (demo / "summary.json").write_text('{"status": "done"}')
+            (demo / "summary.json").write_text(json.dumps(DONE_SUMMARY))
         lock(descriptor, operation)
 
     monkeypatch.setattr(fcntl, "flock", finished_meanwhile)
@@ -526,6 +527,40 @@ def test_a_run_that_finishes_as_its_lock_is_taken_is_not_entered(
         descriptor = os.open(demo / ".lock", os.O_RDWR)
         lock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the finished run is locked no more
         os.close(descriptor)
+
+
+@pytest.mark.parametrize(
+    ("content", "problem"),
+    [
+        ('{"status": "done"}', "its status is `done`, and these fields are missing or invalid: algorithm, seconds, "),
+        (json.dumps({**DONE_SUMMARY, "warnings": None}), "missing or invalid: warnings)"),
+        (json.dumps({**DONE_SUMMARY, "steps": "9"}), "missing or invalid: steps)"),
+        (json.dumps({**DONE_CHAIN, "stages": {}}), "missing or invalid: stages)"),
+        ("{", "it is not valid JSON"),
+        ("[]", "it is not a JSON object"),
+    ],
+)
+def test_a_damaged_summary_is_not_that_of_a_finished_run(tmp_path: Path, content: str, problem: str) -> None:
+    events, emit = event_recorder()
+    with begin(tmp_path / "demo") as folder:
+        folder.summary.write_text(content)
+    before = folder.path.joinpath("recipe.yaml").read_bytes()
+    with pytest.raises(UserError, match="no checkpoint to continue from: restore the file") as caught:
+        begin(tmp_path / "demo", {**RECIPE, "rate": 0.3}, emit)
+    assert problem in str(caught.value) and folder.path.joinpath("recipe.yaml").read_bytes() == before
+    folder.checkpoint(1).mkdir(parents=True)
+    with begin(tmp_path / "demo", emit=emit) as folder:
+        assert folder.continued and folder.path.name == "demo"
+    (event,) = events
+    assert isinstance(event, LogMessage) and event.level == "warning"
+    assert f"{folder.summary} is damaged (" in event.message and problem in event.message
+
+
+@pytest.mark.parametrize("summary", [DONE_SUMMARY, DONE_CHAIN])
+def test_a_summary_with_all_fields_is_that_of_a_finished_run(tmp_path: Path, summary: dict[str, Any]) -> None:
+    with begin(tmp_path / "demo") as folder:
+        folder.write_json("summary.json", summary)
+    assert RunFolder.pick(tmp_path / "demo").name == "demo-2"
 
 
 def test_folders_that_are_not_runs_are_refused(tmp_path: Path) -> None:

@@ -72,10 +72,21 @@ def test_other_errors_have_no_sizes(tmp_path: Path) -> None:
     assert full_disk_reason(OSError(errno.EDQUOT, "x")) == "the disk quota is used up"
 
 
-def test_the_output_of_another_program() -> None:
-    with pytest.raises(OSError, match="no space") as caught:
-        raise_if_full("OSError: [Errno 28] No space left on device")
-    assert full_disk_reason(caught.value) == "the disk is full"
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("OSError: [Errno 28] No space left on device", "the disk is full"),
+        ("I/O error: Disk quota exceeded (os error 122)", "the disk quota is used up"),
+    ],
+)
+def test_the_output_of_another_program(text: str, reason: str) -> None:
+    assert full_disk_reason(ValueError(text)) == reason, "a library that hides the number"
+    with pytest.raises(OSError, match="no space|quota") as caught:
+        raise_if_full(text)
+    assert full_disk_reason(caught.value) == reason
+
+
+def test_the_output_about_another_fault() -> None:
     raise_if_full("OSError: [Errno 5] Input/output error")
 
 

@@ -20,6 +20,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from run_summaries import DONE_CHAIN, DONE_SUMMARY
 from typer.testing import CliRunner
 
 from lowrank_tune import Recipe, UserError, run
@@ -416,10 +417,10 @@ def test_a_run_looks_for_ended_stages_in_the_folder_that_it_will_take(
     write("tutor.yaml", CHAIN)
     for path in ("runs/tutor/1-sft", "runs/tutor-2/1-sft", "runs/tutor-2/2-score"):
         save_adapter(path)
-        write(f"{path}/summary.json", '{"status": "done"}')
+        write(f"{path}/summary.json", json.dumps(DONE_SUMMARY))
     for name, status in (("tutor", "done"), ("tutor-2", "interrupted")):
         write(f"runs/{name}/run.json", "{}")
-        write(f"runs/{name}/summary.json", json.dumps({"status": status}))
+        write(f"runs/{name}/summary.json", json.dumps({**DONE_CHAIN, "status": status}))
     with pytest.raises(UserError, match="stop"):
         run("tutor.yaml", ui="none")
     assert seen == [(Path("runs/tutor-2"), frozenset({"sft", "score"}))]

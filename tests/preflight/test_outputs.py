@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from crash import small_recipe
+from run_summaries import DONE_SUMMARY
 
 from lowrank_tune import Recipe
 from lowrank_tune.config import Chain, RecipeConfig
@@ -108,5 +110,5 @@ def test_the_damaged_final_folder_of_a_finished_stage_is_no_fault(tmp_path: Path
     add_file(tmp_path / "1-one" / "run.json")
     add_file(tmp_path / "1-one" / "final" / "README.md")
     assert len(faults(chain, tmp_path)) == 1
-    (tmp_path / "1-one" / "summary.json").write_text('{"status": "done"}', encoding="utf-8")
+    (tmp_path / "1-one" / "summary.json").write_text(json.dumps(DONE_SUMMARY), encoding="utf-8")
     assert faults(chain, tmp_path) == []

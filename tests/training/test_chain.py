@@ -29,11 +29,13 @@ from lowrank_tune.model.roles import Roles
 from lowrank_tune.preflight.base import meta_model
 from lowrank_tune.preflight.disk import disk_need
 from lowrank_tune.preflight.stages import stages_of
+from lowrank_tune.training.sinks import EventBus
 from lowrank_tune.ui.report.run_log import read_chain
 from lowrank_tune.ui.state import State
 from lowrank_tune.ui.terminal.panes import View
 from lowrank_tune.ui.terminal.render import render
 from lowrank_tune.ui.terminal.text_layout import plain_text
+from lowrank_tune.ui.views.summary import summary_table
 
 STAGES = ("1-warm", "2-score", "3-dpo", "4-grpo")
 
@@ -202,9 +204,9 @@ def test_chain_interrupted_at_any_step_continues_bit_for_bit(
 
     with pytest.MonkeyPatch.context() as patch:  # a listener that breaks is let go; this one breaks the run
         patch.setattr(
-            runner.EventBus,
+            EventBus,
             "__call__",
-            lambda self, event, real=runner.EventBus.__call__: (real(self, event), cut(event))[0],
+            lambda self, event, real=EventBus.__call__: (real(self, event), cut(event))[0],
         )
         with pytest.raises(Cut):
             run(Chain.from_dict(chain()), out=out, ui="none")
@@ -215,6 +217,10 @@ def test_chain_interrupted_at_any_step_continues_bit_for_bit(
     for each in STAGES:
         assert run_fingerprint(out / each) == run_fingerprint(finished[0] / each), each
     assert outcome.summary["heldout"] == json.loads((finished[0] / "summary.json").read_text())["heldout"]
+    assert outcome.summary["sessions"] == 2, "also if the first one ended between two stages"
+    text = summary_table(outcome.summary, out)
+    for name, algorithm in (("warm", "sft"), ("score", "reward"), ("dpo", "dpo"), ("grpo", "grpo")):
+        assert f"\n{name:10} {algorithm}: done, step 2 of 2 in " in text, "the stages of both sessions"
 
 
 def test_a_changed_stage_is_refused_and_a_finished_chain_left_alone(

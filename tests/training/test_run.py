@@ -23,7 +23,8 @@ from lowrank_tune.cli import app
 from lowrank_tune.config import dump
 from lowrank_tune.errors import TrainingError
 from lowrank_tune.events import CheckpointSaved, LogMessage
-from lowrank_tune.runner import RunResult, _SummaryRecorder
+from lowrank_tune.run_context import SummaryRecorder
+from lowrank_tune.runner import RunResult
 from lowrank_tune.training.run_totals import Session, totals_of
 from lowrank_tune.training.signals import TrainerControl, handle_signals
 
@@ -375,7 +376,7 @@ def test_a_result_is_short_in_a_notebook(tmp_path: Path) -> None:
 
 def test_pause_before_a_continued_run_is_not_counted_as_its_time() -> None:
     """What is checked before the stage begins is a message of the new session, written before its start."""
-    recorder = _SummaryRecorder()
+    recorder = SummaryRecorder()
     killed = [LogMessage(time=100.0, message=""), CheckpointSaved(time=120.0, step=1, path="", seconds=1.0)]
     recorder(LogMessage(time=3719.0, message="planning memory"))
     session = Session(earlier=totals_of(killed))

@@ -27,6 +27,7 @@ from lowrank_tune.events import (
 )
 from lowrank_tune.training import run_totals
 from lowrank_tune.training.run_totals import RunTotals, Session, chain_totals, totals_of
+from lowrank_tune.training.stage import StagePosition
 from lowrank_tune.training.summaries import chain_summary
 from lowrank_tune.ui.compare.figures import rows
 from lowrank_tune.ui.compare.runs import read_runs
@@ -104,9 +105,29 @@ def test_the_monotonic_clock_measures_a_session(monkeypatch: pytest.MonkeyPatch)
 
 def test_totals_of_a_chain_are_sums_over_its_stages() -> None:
     """By hand: two sessions in the first stage, the second of which began the second stage, which took three."""
-    stages = [RunTotals(10.04, 2, 300, 6.0), RunTotals(20.0, 3, 100, 4.0)]
+    stages = [RunTotals(10.04, 2, 300, 6.0, False), RunTotals(20.0, 3, 100, 4.0, True)]
     totals = chain_totals(stages)
     assert totals == RunTotals(30.0, 4, 400, 10.0) and totals.tokens_per_second == 40.0
+    older = [replace(stage, shares_first_session=None) for stage in stages]
+    assert chain_totals(older) == totals, "older versions did not write what is shared"
+    assert chain_totals([]).sessions == 1
+
+
+def test_a_chain_that_stopped_between_two_stages_had_a_session_for_each() -> None:
+    stages = [RunTotals(10.0, 1, 300, 6.0, False), RunTotals(20.0, 1, 100, 4.0, False), RunTotals(1.0, 1, 9, 1.0, True)]
+    assert chain_totals(stages).sessions == 2
+
+
+@pytest.mark.parametrize("shares", [True, False, None])
+def test_the_log_of_a_stage_contains_whether_its_first_session_is_shared(shares: bool | None) -> None:
+    """A continued stage writes what was true of its first session; a stage that fails before it starts has only an
+    end."""
+    started = replace(FIRST[1], shares_first_session=shares)
+    assert totals_of([FIRST[0], started, step(1, 110.0)]).shares_first_session is shares
+    session = Session(earlier=RunTotals(11.0, 1, 100, 2.0), shares_first_session=shares)
+    assert session.totals(RunTotals()).shares_first_session is shares
+    end = StagePosition(2, 2).ended("failed", 0, session, session.totals(RunTotals()))
+    assert totals_of([FIRST[0], end]).shares_first_session is shares
 
 
 def test_summary_of_a_chain_has_the_totals(tmp_path: Path) -> None:
@@ -118,17 +139,18 @@ def test_summary_of_a_chain_has_the_totals(tmp_path: Path) -> None:
     chain = Chain.from_dict({**settings, "stages": stages})
     written = [
         {"status": "done", "warnings": [], **RunTotals(10.0, 2, 300, 6.0).to_dict()},
-        {"status": "done", "warnings": [], **RunTotals(20.5, 1, 100, 4.0).to_dict()},
+        {"status": "done", "warnings": [], **RunTotals(20.5, 1, 100, 4.0, False).to_dict()},
     ]
     summary = chain_summary(chain, written)
     assert {key: summary[key] for key in ("seconds", "sessions", "tokens_per_second")} == {
         "seconds": 30.5,
-        "sessions": 2,
+        "sessions": 3,
         "tokens_per_second": 40.0,
     }
+    assert "shares_first_session" not in summary and summary["stages"][1]["shares_first_session"] is False
     table = summary_table(summary, tmp_path)
     assert (
-        "seconds    0:30 (2 sessions)\ntokens/s   40\n" in table and "one        ?: done in 0:10 (2 sessions)" in table
+        "seconds    0:30 (3 sessions)\ntokens/s   40\n" in table and "one        ?: done in 0:10 (2 sessions)" in table
     )
 
 

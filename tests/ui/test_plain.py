@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from run_summaries import DONE_SUMMARY
 
 from lowrank_tune.events import (
     CheckpointSaved,
@@ -471,7 +472,7 @@ def test_the_next_commands_compare_with_the_newest_earlier_run(tmp_path: Path) -
         (tmp_path / name / "run.json").write_text("{}")
         os.utime(tmp_path / name / "run.json", (at, at))
         status = "interrupted" if name == "not-done" else "done"
-        (tmp_path / name / "summary.json").write_text(json.dumps({"status": status}))
+        (tmp_path / name / "summary.json").write_text(json.dumps({**DONE_SUMMARY, "status": status}))
     assert f"lowrank-tune compare {tmp_path / 'second'} {run}" in summary_table(summary, run)
 
 

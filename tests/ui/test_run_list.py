@@ -16,6 +16,7 @@ import pytest
 from malformed_yaml import HOSTILE_TEXTS, is_inert
 from report_pages import run_started, step_end, write_run
 from rich.console import Console
+from run_summaries import DONE_CHAIN, DONE_SUMMARY
 from typer.testing import CliRunner
 
 from lowrank_tune.cli import app
@@ -26,8 +27,7 @@ from lowrank_tune.ui.run_list import ListedRun, RunState, list_runs, print_runs,
 
 RECIPE = {"name": "one", "algorithm": "sft", "base": {"model": "tiny"}}
 SUMMARY = {
-    "status": "done",
-    "algorithm": "sft",
+    **DONE_SUMMARY,
     "step": 9,
     "steps": 9,
     "seconds": 61.0,
@@ -137,7 +137,7 @@ def chain(folder: Path, *states: str) -> Path:
 
 def test_a_chain_is_one_entry_with_its_stages(tmp_path: Path) -> None:
     whole = chain(tmp_path / "whole", "done", "done")
-    (whole / "summary.json").write_text(json.dumps({"status": "done"}))
+    (whole / "summary.json").write_text(json.dumps(DONE_CHAIN))
     chain(tmp_path / "second-failed", "done", "failed")
     chain(tmp_path / "second-killed", "done", "")
     chain(tmp_path / "between", "done")
@@ -180,6 +180,25 @@ def test_damaged_folders_are_named_and_not_fatal(tmp_path: Path) -> None:
     text = printed(list_runs(tmp_path), 200)
     assert "broken damaged: run.json is not valid JSON" in text and "unreadable damaged: events.jsonl cannot be" in text
     assert "no-recipe damaged: run.json cannot be read" in text
+
+
+@pytest.mark.parametrize("content", ['{"status": "done"}', "{", "[]"])
+def test_a_damaged_summary_is_named(tmp_path: Path, content: str) -> None:
+    """Also if the log has the end of the run; a run that goes on replaces its summary."""
+    for name in ("ended", "running", "killed"):
+        run = listed_run(tmp_path / name, *session(), *([ended("done")] if name == "ended" else []))
+        (run / "summary.json").write_text(content)
+    whole = chain(tmp_path / "whole", "done", "done")
+    (whole / "summary.json").write_text(content)
+    lock = tmp_path / "running" / ".lock"
+    lock.write_text(str(os.getpid()))
+    with lock.open() as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        runs = by_name(tmp_path)
+    states = {name: run.state.value for name, run in runs.items()}
+    assert states == {"ended": "damaged", "running": "running", "killed": "damaged", "whole": "damaged"}
+    assert runs["ended"].step == 2 and [stage.state for stage in runs["whole"].stages] == ["done", "done"]
+    assert "killed damaged: summary.json: it" in printed(list_runs(tmp_path), 400)
 
 
 def test_hostile_names_and_figures_are_inert(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 class RunState(StrEnum):
     """How a run ended, or that it has not. `killed`: no process writes it, and its events have no end. `damaged`: its
-    `run.json` or its events cannot be read."""
+    `run.json`, its `summary.json` or its events cannot be used."""
 
     RUNNING = "running"
     DONE = "done"

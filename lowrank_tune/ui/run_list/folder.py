@@ -10,6 +10,7 @@ from typing import Any
 
 from lowrank_tune.errors import UserError
 from lowrank_tune.json_files import as_mapping, get_mapping, get_number, get_objects, read_json, read_json_object
+from lowrank_tune.run_summary import SUMMARY, read_done_summary, summary_problem
 from lowrank_tune.ui.run_list.best import best_of_summary
 from lowrank_tune.ui.run_list.entry import ListedRun, RunState
 from lowrank_tune.ui.run_list.session import last_event_time, read_events_of_run
@@ -62,9 +63,9 @@ def _listed(folder: Path) -> ListedRun:
 
 def _read_run(folder: Path) -> ListedRun:
     run = _with_recipe(ListedRun(folder), _recipe(folder))
-    summary = read_json_object(folder / "summary.json")
+    summary = read_done_summary(folder)
     try:
-        if summary.get("status") == RunState.DONE:
+        if summary is not None:
             run = _done(run, summary)
         elif (folder / EVENTS).exists():
             run = _unfinished(run)
@@ -73,6 +74,9 @@ def _read_run(folder: Path) -> ListedRun:
     except OSError as error:
         return run.damaged(f"{EVENTS} cannot be read ({error.strerror or error})")
     problem = _problem_of_run_file(folder)
+    # a run that continues replaces its summary
+    if not problem and summary is None and run.state != RunState.RUNNING:
+        problem = _problem_of_summary(folder)
     return run.damaged(problem) if problem else run
 
 
@@ -118,7 +122,7 @@ def _unfinished(run: ListedRun) -> ListedRun:
 def _read_chain(folder: Path) -> ListedRun:
     started = [_read_run(path) for path in stage_folders(folder) if path.is_dir()]
     last = started[-1] if started else ListedRun(folder)
-    return ListedRun(
+    run = ListedRun(
         folder,
         _state_of_chain(folder, started),
         ARROW.join(str(stage.get("algorithm", "?")) for stage in get_objects(_recipe(folder), "stages")),
@@ -131,14 +135,15 @@ def _read_chain(folder: Path) -> ListedRun:
         problem=f"{last.name}: {last.problem}" if last.problem else "",
         stages=tuple(started),
     )
+    problem = "" if run.state in (RunState.DONE, RunState.RUNNING) else _problem_of_summary(folder)
+    return run.damaged(problem) if problem else run
 
 
 def _state_of_chain(
     folder: Path,
     started: Sequence[ListedRun],
 ) -> RunState:
-    status = read_json_object(folder / "summary.json").get("status")
-    if status == RunState.DONE:
+    if read_done_summary(folder) is not None:
         return RunState.DONE
     if is_locked(folder):
         return RunState.RUNNING
@@ -146,6 +151,7 @@ def _state_of_chain(
         return RunState.NOT_STARTED
     if started[-1].state == RunState.DONE:
         # between two stages
+        status = read_json_object(folder / SUMMARY).get("status")
         return RunState.INTERRUPTED if status == RunState.INTERRUPTED else RunState.KILLED
     return started[-1].state
 
@@ -174,6 +180,12 @@ def _problem_of_run_file(folder: Path) -> str:
     except ValueError:
         return "run.json is not valid JSON"
     return "" if as_mapping(content).get("recipe") else "run.json contains no recipe"
+
+
+def _problem_of_summary(folder: Path) -> str:
+    """Returns why the `summary.json` of a folder cannot be used, empty if it can, or if there is none."""
+    problem = summary_problem(folder)
+    return f"{SUMMARY}: {problem}" if problem else ""
 
 
 def size_on_disk(folder: Path) -> int:

@@ -9,7 +9,7 @@ from typing import Any
 
 from rich.cells import cell_len
 
-from lowrank_tune.json_files import read_json_object
+from lowrank_tune.run_summary import read_done_summary
 from lowrank_tune.ui import escape_control_chars
 from lowrank_tune.ui.run_paths import run_folders
 
@@ -78,7 +78,7 @@ def earlier_run(folder: Path) -> Path | None:
         beside = [run for run in run_folders(folder.parent) if run.name != folder.name]
     except OSError:
         return None
-    return next((run for run in beside if read_json_object(run / "summary.json").get("status") == "done"), None)
+    return next((run for run in beside if read_done_summary(run) is not None), None)
 
 
 def _quoted(path: Path) -> str:
