@@ -5,11 +5,10 @@ looks at the process from outside once a second, and at its steps and frames fro
     PYTHONPATH=. python benchmarks/endurance.py --steps 60 --warm-up 10   # a minute
     PYTHONPATH=. python benchmarks/endurance.py --out endurance --read    # the tables of a measurement again
 
-Other work on the machine is taken out in two ways: from the wall time of a step the time is subtracted in which its
-thread could run, but other processes had the processors; and times are divided by those of the same work beside them,
-because everything takes more processor time on a busy machine. Exit code 0 where nothing grows: the interval of a slope
-contains 0, or the growth over the run is below its bound. The comparison with a fresh process is only printed: two
-processes on a busy machine differ.
+Run it on an idle machine, one algorithm after the other. What else happens on the machine is taken out as far as
+possible: from the wall time of a step the time is subtracted in which its thread could run, but other processes had the
+processors; and times are divided by those of the same work beside them. Exit code 0 where nothing grows: the interval
+of a slope contains 0, or the growth over the run is below its bound.
 """
 
 from __future__ import annotations
@@ -19,7 +18,6 @@ import fcntl
 import json
 import os
 import pty
-import signal
 import statistics
 import struct
 import sys
@@ -31,7 +29,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from slopes import Ratio, Slope, measure_ratio, measure_slope, table
+from slopes import Slope, measure_slope, table
 
 WIDTH, HEIGHT = 120, 40
 FULL_CURVES = 256
@@ -65,8 +63,6 @@ OVERRIDES = {
 }
 """The tiny presets with small steps. The learning rate is low so that completions keep their length: what is looked for
 is growth of the kit, not of the answers."""
-ENOUGH_ROWS = 40
-"""Steps of the fresh process with which a comparison begins to mean something."""
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -74,7 +70,6 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("algorithms", nargs="*", default=list(OVERRIDES))
     parser.add_argument("--steps", type=int, default=2000)
     parser.add_argument("--warm-up", type=int, default=200, help="steps that no slope contains")
-    parser.add_argument("--last", type=int, default=sys.maxsize, help="last step that the slopes of times contain")
     parser.add_argument("--out", type=Path, help="folder for the runs and measurements; kept")
     parser.add_argument("--read", action="store_true", help="only print the tables of an earlier measurement")
     parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
@@ -90,11 +85,8 @@ def main(arguments: list[str] | None = None) -> int:
         for algorithm in options.algorithms:
             if not options.read:
                 observe(algorithm, options.steps, folder / algorithm)
-            slopes = slopes_of(folder / algorithm, options.warm_up, options.last)
-            ratios = against_fresh(folder / algorithm)
+            slopes = slopes_of(folder / algorithm, options.warm_up)
             print(f"\n{algorithm}: {summary(folder / algorithm)}\n\n{table(slopes)}\n", flush=True)
-            for ratio in ratios:
-                print(f"{ratio}", flush=True)
             flat = flat and all(each.is_flat for each in slopes)
     return 0 if flat else 1
 
@@ -215,22 +207,15 @@ def watch_frames(path: Path) -> None:
 
 
 def observe(algorithm: str, steps: int, folder: Path) -> None:
-    """Runs the training and writes once a second what the kernel counts for its process. A second, fresh process of the
-    same training runs beside its last quarter, so that old and new steps can be compared on the same busy machine."""
+    """Runs the training and writes once a second what the kernel counts for its process."""
     child = start(algorithm, steps, folder)
-    fresh = 0
     with (folder / "process.jsonl").open("w", encoding="utf-8") as file:
         while (ended := os.waitpid(child, os.WNOHANG))[0] == 0:
             sample = sample_process(child)
             if sample:
                 file.write(json.dumps(sample) + "\n")
                 file.flush()
-            if not fresh and last_step(folder / "steps.jsonl") > 0.75 * steps:
-                fresh = start(algorithm, steps, folder / "fresh")
             time.sleep(1)
-    if fresh:
-        os.kill(fresh, signal.SIGKILL)
-        os.waitpid(fresh, 0)
     if ended[1]:
         raise SystemExit(f"the {algorithm} run ended with status {ended[1]}; its screen: {folder / 'screen.txt'}")
 
@@ -246,11 +231,6 @@ def start(algorithm: str, steps: int, folder: Path) -> int:
     fcntl.ioctl(master, termios.TIOCSWINSZ, struct.pack("HHHH", HEIGHT, WIDTH, 0, 0))
     threading.Thread(target=drain, args=(master, folder / "screen.txt"), daemon=True).start()
     return child
-
-
-def last_step(path: Path) -> int:
-    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-    return int(json.loads(lines[-1])["step"]) if lines else 0
 
 
 def drain(master: int, path: Path) -> None:
@@ -296,11 +276,11 @@ def rows(path: Path) -> Iterator[dict[str, Any]]:
     return map(json.loads, path.read_text(encoding="utf-8").splitlines())
 
 
-def slopes_of(folder: Path, warm_up: int, last: int) -> list[Slope]:
-    """Returns the slopes of everything that was measured, after the first `warm_up` steps; those of steps up to `last`,
-    and those of frames since all curves have as many points as they ever have."""
+def slopes_of(folder: Path, warm_up: int) -> list[Slope]:
+    """Returns the slopes of everything that was measured, after the first `warm_up` steps; those of frames since all
+    curves have as many points as they ever have."""
     steps = [row for row in rows(folder / "steps.jsonl") if row["step"] > warm_up]
-    plain = [row for row in steps if row["plain"] and row["step"] <= last]
+    plain = [row for row in steps if row["plain"]]
     seen = list(with_steps(rows(folder / "process.jsonl"), steps))
     full = [row for row in steps if row["step"] > LOGGING_STEPS * FULL_CURVES]
     frames = list(with_steps(rows(folder / "frames.jsonl"), full or steps))
@@ -320,21 +300,6 @@ def slopes_of(folder: Path, warm_up: int, last: int) -> list[Slope]:
         measure_slope(name, unit, [row["step"] for row in data], values, bound)
         for name, unit, data, bound, values in series
     ]
-
-
-def against_fresh(folder: Path) -> list[Ratio]:
-    """Returns times of the run's last steps divided by those of a fresh process at the same time."""
-    if not (folder / "fresh" / "steps.jsonl").exists():
-        return []
-    old, new = ([row for row in rows(each / "steps.jsonl") if row["plain"]] for each in (folder, folder / "fresh"))
-    new = [row for row in new if row["step"] > FULL_CURVES]
-    if len(new) < ENOUGH_ROWS:
-        return []
-    ratios = []
-    for name, key in (("step, processor time", "cpu"), ("step, wall time", "alone")):
-        sides = [[(row["time"], row[key]) for row in side] for side in (old, new)]
-        ratios.append(measure_ratio(name, sides[0], sides[1]))
-    return ratios
 
 
 def relative(data: list[dict[str, Any]], key: str, level: float) -> list[float]:

@@ -15,8 +15,6 @@ BLOCKS, RESAMPLES, SEED = 100, 400, 0
 points are too many, and a median does not see rare slow steps. Resampled are runs of `RUN` neighbors, which keeps what
 is periodic (checkpoints, thinned series)."""
 RUN = 5
-PARTS = 20
-"""Parts of the time in which two processes are compared."""
 
 
 @dataclass(frozen=True)
@@ -61,50 +59,6 @@ def measure_slope(name: str, unit: str, steps: list[float], values: list[float],
         high=1000 * high,
         growth=growth,
         bound=bound,
-    )
-
-
-@dataclass(frozen=True)
-class Ratio:
-    """Times of an old process divided by those of a fresh one, measured at the same time, with a 95 % interval."""
-
-    name: str
-    parts: int
-    middle: float
-    low: float
-    high: float
-
-    @property
-    def is_flat(self) -> bool:
-        """Whether the interval contains 1 or the old process is less than 2 % slower."""
-        return self.low <= 1 <= self.high or self.middle < 1.02
-
-    def __str__(self) -> str:
-        return (
-            f"{self.name}, old process / fresh process at the same time: {self.middle:.3f} "
-            f"({self.low:.3f} to {self.high:.3f}; {self.parts} parts)"
-        )
-
-
-def measure_ratio(name: str, old: list[tuple[float, float]], new: list[tuple[float, float]]) -> Ratio:
-    """Returns the median ratio of neighboring parts of the time in which both series have points (time, value)."""
-    first = max(old[0][0], new[0][0])
-    last = min(old[-1][0], new[-1][0])
-    edges = np.linspace(first, last, PARTS + 1)
-    ratios = []
-    for start, end in zip(edges, edges[1:], strict=False):
-        sides = [[value for at, value in side if start <= at <= end] for side in (old, new)]
-        if all(sides):
-            ratios.append(np.median(sides[0]) / np.median(sides[1]))
-    numbers = np.random.default_rng(SEED)
-    draws = [np.median(numbers.choice(ratios, len(ratios))) for _ in range(RESAMPLES)]
-    low, high = np.percentile(draws, [2.5, 97.5])
-    return Ratio(
-        name=name,
-        parts=len(ratios),
-        middle=float(np.median(ratios)),
-        low=float(low),
-        high=float(high),
     )
 
 

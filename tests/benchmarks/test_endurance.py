@@ -53,20 +53,6 @@ def test_small_growth_is_flat_and_a_leak_is_not(endurance: Any) -> None:
     assert slope(endurance, [0.0] * 500).growth == 0
 
 
-def test_old_process_is_compared_with_a_fresh_one_at_the_same_time(endurance: Any) -> None:
-    """The machine becomes slower by a half in the second half of the time; that is no growth."""
-    numbers = random.Random(0)
-
-    def series(seconds: float) -> list[tuple[float, float]]:
-        return [(at, seconds * (1.5 if at > 500 else 1.0) * numbers.uniform(0.95, 1.05)) for at in range(1000)]
-
-    same = endurance.measure_ratio("step", series(0.1), series(0.1)[200:])
-    assert same.is_flat and same.middle == pytest.approx(1, abs=0.02) and same.parts == 20
-    slower = endurance.measure_ratio("step", series(0.11), series(0.1)[200:])
-    assert not slower.is_flat and slower.low < 1.1 < slower.high + 0.02
-    assert endurance.measure_ratio("step", series(0.101), series(0.1)).is_flat
-
-
 def test_a_run_within_its_warm_up_is_refused_before_it_starts(endurance: Any) -> None:
     with pytest.raises(SystemExit, match="2"):
         endurance.main(["sft", "--steps", "9", "--warm-up", "9"])
