@@ -239,10 +239,9 @@ class WatchScreen:
         )
 
     def _with_load(self, view: View) -> View:
-        """Returns the view with the load of the run that fills the screen."""
-        if len(self.runs) > 1 and not view.run:
-            return view
-        return replace(view, system=self.runs[max(0, view.run - 1)].readings())
+        """Returns the view with the load of the run that fills the screen, without any if there are several."""
+        shown = self.runs[view.run - 1 : view.run] if view.run else self.runs
+        return replace(view, system=shown[0].readings() if len(shown) == 1 else ())
 
     def _settle(
         self,

@@ -24,6 +24,7 @@ import pytest
 from lowrank_tune.checkpoint import latest_checkpoint
 from lowrank_tune.events import StepEnd
 from lowrank_tune.ui.terminal.device import ENTER, LEAVE, ascii_only, can_show
+from lowrank_tune.ui.terminal.live_screen import TICK_SECONDS, LiveScreen
 from lowrank_tune.ui.watch import read_events
 
 ROOT = Path(__file__).parents[2]
@@ -276,6 +277,21 @@ def test_an_event_costs_less_than_a_millisecond() -> None:
         env=ENVIRON,
     )
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_a_screen_in_the_background_waits_as_long_as_an_idle_one() -> None:
+    """It has a frame to draw and may not: without the wait it would look for its terminal fifty times a second."""
+    screen = LiveScreen(
+        draw=lambda view, width, height: pytest.fail("drew in the background"),
+        changed=lambda: True,
+        on_key=lambda key: None,
+        on_failure=lambda error: None,
+        settle=lambda view, width, height: view,
+        owns_run=False,
+        environ={},
+    )
+    assert screen._update(time.monotonic()) == TICK_SECONDS
+    screen.close()
 
 
 def test_live_screen_after_an_error_continues_in_lines(tmp_path: Path) -> None:

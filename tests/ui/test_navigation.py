@@ -65,6 +65,22 @@ def test_stage_keys_show_earlier_stages_and_follow_the_chain_again() -> None:
     assert any("one" in row for row in shown(state, replace(first, pane="a")))
 
 
+def test_the_header_of_an_earlier_stage_names_the_stage_of_the_next_key() -> None:
+    state = state_after(STAGES)
+    first = press(state, View(), "[", "[")
+    assert "stage 1 done in 0:10 \u00b7 ] to stage 2" in shown(state, first, 120)[0]
+    # the dashboard of a chain that was continued in its second stage does not have the first one
+    continued = state_after(STAGES[14:])
+    assert "stage 2 done in 0:10 \u00b7 ] to stage 3" in shown(continued, press(continued, View(), "["), 120)[0]
+
+
+def test_the_speed_of_an_earlier_stage_stays_while_the_chain_goes_on() -> None:
+    state = state_after(STAGES)
+    first, second = state.finished_stages
+    assert [stage.totals.tokens for stage in (first, second, state)] == [10 * 50, 5 * 50, 3 * 50]
+    assert [stage.totals.step_seconds for stage in (first, second)] == [10.0, 5.0]
+
+
 def test_a_selected_stage_stays_while_the_chain_goes_on() -> None:
     state = state_after(STAGES[: STAGES.index(STAGES[-4])])
     view = press(state, View(), "[")
@@ -118,10 +134,17 @@ def test_new_lines_do_not_move_a_scrolled_log() -> None:
     assert "new 29" in shown(state, press(state, view, END))[-2]
 
 
-def test_without_a_pane_arrows_have_no_effect() -> None:
-    view = View()
+@pytest.mark.parametrize("view", [View(), View(help=True), View(pane="l", help=True)])
+def test_without_a_pane_arrows_have_no_effect(view: View) -> None:
     for key in (UP, DOWN, HOME, END, PAGE_UP, PAGE_DOWN):
         assert handle_key(view, key) is view
+
+
+def test_the_key_of_a_pane_opens_it_from_the_help_above_it() -> None:
+    view = press(log_of(100), View(), "l", "?")
+    assert "PgUp" not in shown(log_of(100), view, 140)[-1]
+    view = press(log_of(100), view, "l")
+    assert view.pane == "l" and not view.help and "PgUp" in shown(log_of(100), view, 140)[-1]
 
 
 def test_a_long_log_is_limited_with_a_note() -> None:

@@ -135,7 +135,7 @@ class LiveScreen:
             self.on_failure(error)
 
     def _update(self, now: float) -> float:
-        """Draws a frame if one is needed and allowed; returns the seconds to wait for the next key."""
+        """Draws a frame if one is needed and allowed; returns the seconds to wait for the next key or change."""
         if self.changed() or now - self._last_change > STALE_TICK_SECONDS:
             self._is_outdated = True
             self._last_change = now
@@ -144,7 +144,7 @@ class LiveScreen:
             due = self._last_frame + max(FRAME_SECONDS, self.cost / MAX_TIME_SHARE)
             if self._is_shown and now >= due:
                 self._draw_if_outdated(now)
-        if not self._is_outdated:
+        if not (self._is_outdated and self._is_shown):
             return TICK_SECONDS
         return min(TICK_SECONDS, max(0.02, due - now))
 
