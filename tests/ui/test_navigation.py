@@ -15,7 +15,8 @@ from lowrank_tune.ui.terminal.log_pane import log_pane
 from lowrank_tune.ui.terminal.navigation import handle_key, settle
 from lowrank_tune.ui.terminal.panes import View
 from lowrank_tune.ui.terminal.render import render
-from lowrank_tune.ui.terminal.text_layout import plain_text, shorten, wrap
+from lowrank_tune.ui.terminal.scroll_panes import log_screen
+from lowrank_tune.ui.terminal.text_layout import plain_text, shorten, width_of, wrap
 
 STAGES = [
     replace(START, stage=1, stages=3, time=0.0),
@@ -175,6 +176,29 @@ def test_all_answers_scroll_with_their_line_breaks() -> None:
     ]
     assert rows.index("after step 8") > at and "\\n" not in " ".join(rows)
     assert "no answers yet" in " ".join(shown(state_after([START]), View(pane="a")))
+
+
+@pytest.mark.parametrize("pane", ["", "a"])
+def test_the_solution_in_wide_characters_is_not_cut_off(pane: str) -> None:
+    """A Chinese character fills two cells of a terminal."""
+    gold = "\u4e2d" * 20
+    for length in range(15, 40):
+        sample = replace(answered(1, "x" * length), ground_truth=gold)
+        rows = " ".join(shown(state_after([START, sample]), View(pane=pane)))
+        assert f"[gold {gold}]" in rows
+
+
+def test_the_log_after_ten_hours_has_whole_lines() -> None:
+    state = state_after([START, LogMessage(message="word " * 40, time=36_000.0)])
+    for width in range(30, 40):
+        lines = [*log_pane(state, View(), width, 40), *log_screen(state, View(), width, 40)]
+        assert "10:00:00 word" in plain_text(lines) and all(width_of(line) <= width for line in lines)
+
+
+def test_without_a_keyboard_the_footer_names_what_ctrl_c_does() -> None:
+    state = state_after([START])
+    assert "Ctrl-C saves and quits" in shown(state, View(keys=False))[-1]
+    assert "Ctrl-C closes this screen" in shown(state, View(keys=False, owns_run=False))[-1]
 
 
 @pytest.mark.parametrize(("ascii_only", "sign"), [(False, "\u23ce "), (True, " | ")])

@@ -282,7 +282,8 @@ def footer(
 ) -> Line:
     """Returns the keys with their labels. A narrow screen leaves out some of them."""
     if not view.keys:
-        return [(" no keyboard input: Ctrl-C saves and quits", "quiet")]
+        effect = "saves and quits" if view.owns_run else "closes this screen"
+        return [(f" no keyboard input: Ctrl-C {effect}", "quiet")]
     keys = keys_of(state, view)
     for left_out in (*OPTIONAL_KEYS, ""):
         for is_wide in (True, False):
