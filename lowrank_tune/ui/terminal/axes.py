@@ -12,7 +12,7 @@ MIN_TICK_ROWS = 2.0
 MIN_LOG_TICK_ROWS = 1.4
 """Lines between two labeled ticks, those of a logarithmic axis on average."""
 INTERVALS = {2: 1, 3: 1, 4: 2, 6: 2}
-"""Steps that may cover the range, each with how many of them are between two labels."""
+"""Numbers of steps that may cover the range, each with the steps from one label to the next."""
 MAX_STEPS = max(INTERVALS)
 STEPS = (1.0, 2.0, 5.0)
 NEAR_ZERO = 0.01
@@ -152,7 +152,7 @@ def _ticks_of_step(
         first = math.floor(low / step + TOLERANCE) // stride * stride
         if count >= last - first and count // stride <= most:
             if high <= 0:
-                # a negative range is extended downwards
+                # a negative range is extended at its lower end
                 first = -(-last // stride) * stride - count
             return [_rounded((first + index) * step) for index in range(0, count + 1, stride)]
     return []

@@ -53,7 +53,7 @@ class Area:
 
 
 class Canvas:
-    """A grid of dots with one style for each cell. The style of the last dot in a cell wins."""
+    """A grid of dots with one style for each cell, that of its last dot."""
 
     def __init__(
         self,

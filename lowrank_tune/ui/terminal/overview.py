@@ -32,7 +32,7 @@ from lowrank_tune.ui.terminal.text_layout import (
 )
 
 RUN_STYLES = ("first", "second", "third", "chosen", "rejected", "fourth")
-"""Colors of the runs; the seventh has that of the first. The number at its end tells a curve from the others."""
+"""Colors of the runs; the seventh has that of the first. A curve has the number of its run at its end."""
 MAX_NAME = 24
 MIN_LOG_LINES = 3
 LOG_SHARE = 5
