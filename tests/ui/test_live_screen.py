@@ -279,10 +279,10 @@ def test_an_event_costs_less_than_a_millisecond() -> None:
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-def test_a_screen_in_the_background_waits_as_long_as_an_idle_one() -> None:
-    """It has a frame to draw and may not: without the wait it would look for its terminal fifty times a second."""
-    screen = LiveScreen(
-        draw=lambda view, width, height: pytest.fail("drew in the background"),
+def screen_without_terminal() -> LiveScreen:
+    """A screen whose run changes all the time; its terminal is another job's."""
+    return LiveScreen(
+        draw=lambda view, width, height: [],
         changed=lambda: True,
         on_key=lambda key: None,
         on_failure=lambda error: None,
@@ -290,7 +290,41 @@ def test_a_screen_in_the_background_waits_as_long_as_an_idle_one() -> None:
         owns_run=False,
         environ={},
     )
+
+
+def test_a_screen_in_the_background_waits_as_long_as_an_idle_one() -> None:
+    """It has a frame to draw and may not: without the wait it would look for its terminal fifty times a second."""
+    screen = screen_without_terminal()
     assert screen._update(time.monotonic()) == TICK_SECONDS
+    screen.close()
+
+
+def test_a_key_and_another_size_are_shown_soon_after_a_slow_frame(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first frame of a long log takes a quarter of a second; those after it need no time, but came later."""
+    screen = screen_without_terminal()
+    sizes = [(80, 24)]
+    frames = list[float]()
+    monkeypatch.setattr(screen.terminal, "foreground", lambda: True)
+    monkeypatch.setattr(screen.terminal, "size", lambda: sizes[-1])
+    monkeypatch.setattr(screen.terminal, "enter", lambda: None)
+    monkeypatch.setattr(screen.terminal, "show", lambda lines: frames.append(now))
+    now = 100.0
+    screen._update(now)
+    screen.cost = 0.25
+    for now in (101.0, 107.0):
+        screen._update(now)
+    assert frames == [100.0]
+    screen._press("n")
+    screen._update(now)
+    screen.cost = 0.25
+    now = 108.0
+    sizes.append((81, 24))
+    screen._update(now)
+    screen.cost = 0.25
+    for now in (109.0, 115.0, 117.0):
+        screen._update(now)
+    assert frames == [100.0, 107.0, 108.0, 117.0]
+    screen._is_shown = False
     screen.close()
 
 
