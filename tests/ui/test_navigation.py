@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import pty
+import threading
 from dataclasses import replace
 
 import pytest
@@ -10,7 +13,7 @@ from test_dashboard import RECORDED, START, answered, chain, ended, state_after,
 from lowrank_tune.events import Evaluated, Event, LogMessage, SampleLogged
 from lowrank_tune.ui.formatting import plural, validation_line
 from lowrank_tune.ui.state import LOG_LINES, MAX_SAMPLES, State
-from lowrank_tune.ui.terminal.keys import DOWN, END, HOME, PAGE_DOWN, PAGE_UP, UP, keys_in
+from lowrank_tune.ui.terminal.keys import DOWN, END, HOME, PAGE_DOWN, PAGE_UP, UP, Keyboard, keys_in
 from lowrank_tune.ui.terminal.log_pane import log_pane
 from lowrank_tune.ui.terminal.navigation import handle_key, settle
 from lowrank_tune.ui.terminal.panes import View
@@ -211,6 +214,26 @@ def test_keys_in_what_a_terminal_sends() -> None:
     # function keys, Alt with a key, a mouse; Esc alone is a key
     assert keys_in(b"\x1bOP\x1bx\x1b[<0;1;2M\x1b[1;5q") == [] and keys_in(b"\x1b") == ["\x1b"]
     assert keys_in("\u00fc".encode()) == ["\u00fc"]
+
+
+@pytest.mark.parametrize("at", [1, 2, 3])
+def test_a_key_that_arrives_in_two_parts_is_one_key(at: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Esc would close the pane, and `[` show another stage."""
+    monkeypatch.setattr("lowrank_tune.ui.terminal.keys.SEQUENCE_SECONDS", 10.0)
+    master, slave = pty.openpty()
+    keyboard = Keyboard(slave)
+    keyboard.start()
+    later = threading.Timer(0.01, os.write, (master, b"\x1b[5~"[at:]))
+    os.write(master, b"\x1b[5~"[:at])
+    later.start()
+    assert keyboard.read(10.0) == [PAGE_UP]
+    later.join()
+    monkeypatch.undo()
+    os.write(master, b"\x1b")
+    assert keyboard.read(10.0) == ["\x1b"]
+    keyboard.close()
+    os.close(master)
+    os.close(slave)
 
 
 def test_only_warnings_of_the_training_stay_above_newer_lines() -> None:
