@@ -12,7 +12,7 @@ from typing import Any
 
 _SEQUENCE = re.compile(rb"\x1b(?:\[[0-9;?<]*[@-~]|O.|[^\x1b])", re.DOTALL)
 """Arrows, function keys, and Alt with another key."""
-_BEGUN_SEQUENCE = re.compile(rb"\x1b(?:\[[0-9;?<]*|O)?\Z")
+_PARTIAL_SEQUENCE = re.compile(rb"\x1b(?:\[[0-9;?<]*|O)?\Z")
 SEQUENCE_SECONDS = 0.05
 """Time in which the rest of a sequence arrives over a slow connection. After it, Esc is a key."""
 ESCAPE = "\x1b"
@@ -97,7 +97,7 @@ class Keyboard:
         if keyboard is None or keyboard not in ready:
             return []
         data = self._read_bytes(keyboard)
-        if _BEGUN_SEQUENCE.search(data) and _is_ready(keyboard, SEQUENCE_SECONDS):
+        if _PARTIAL_SEQUENCE.search(data) and _is_ready(keyboard, SEQUENCE_SECONDS):
             data += self._read_bytes(keyboard)
         return keys_in(data)
 
