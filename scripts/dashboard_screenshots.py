@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import subprocess
 import sys
 import tempfile
@@ -38,18 +39,19 @@ class Tmux:
 
     def captured(self, folders: Sequence[Path], width: int, height: int) -> str:
         """Returns what `watch` of these runs shows, with the escape codes of its colors."""
-        command = f"{sys.executable} -m lowrank_tune watch {' '.join(map(str, folders))}"
+        command = shlex.join([sys.executable, "-m", "lowrank_tune", "watch", *map(str, folders)])
         environ = ["-e", f"PYTHONPATH={ROOT}", "-e", "LC_ALL=C.UTF-8"]
         size = ["-x", str(width), "-y", str(height)]
         self("new-session", "-d", "-s", "screen", *size, *environ, command)
         end = time.monotonic() + WAIT_SECONDS
-        while "help" not in self("capture-pane", "-p", "-t", "screen"):
-            if time.monotonic() > end:
-                raise SystemExit("the dashboard did not appear")
-            time.sleep(0.3)
-        captured = self("capture-pane", "-e", "-p", "-t", "screen")
-        self("kill-session", "-t", "screen")
-        return captured
+        try:
+            while "help" not in self("capture-pane", "-p", "-t", "screen"):
+                if time.monotonic() > end:
+                    raise SystemExit("the dashboard did not appear")
+                time.sleep(0.3)
+            return self("capture-pane", "-e", "-p", "-t", "screen")
+        finally:
+            self("kill-session", "-t", "screen")
 
 
 def write_until(folder: Path, name: str, step: int) -> Path:

@@ -52,7 +52,8 @@ def format_tick(value: float) -> str:
 def format_large(count: int) -> str:
     """Returns a count in three digits with its unit: `1.23 M`; one below a thousand as it is."""
     for size, unit in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
-        if count >= size:
+        # 999,500 is 1 M in three digits
+        if count >= 0.9995 * size:
             return f"{count / size:.3g} {unit}"
     return f"{count:,}"
 

@@ -59,21 +59,25 @@ class GpuStats:
         self._device = ctypes.c_void_p()
         try:
             self._library = ctypes.CDLL(LIBRARY)
-            is_open = self._library.nvmlInit_v2() == 0 and self._open(environ.get("CUDA_VISIBLE_DEVICES", ""))
+            is_open = self._library.nvmlInit_v2() == 0 and self._open(environ.get("CUDA_VISIBLE_DEVICES"))
         except (OSError, AttributeError):
             # no driver, or a very old one
             is_open = False
         if not is_open:
             self._library = None
 
-    def _open(self, visible_devices: str) -> bool:
-        """Gets the handle of the first visible GPU, which is named by its index or its UUID."""
-        name = visible_devices.partition(",")[0].strip()
+    def _open(self, visible_devices: str | None) -> bool:
+        """Gets the handle of the first visible GPU, which is named by its index or its UUID, or of a part of it (MIG).
+
+        Returns False if there is none: as for CUDA, an empty string or `-1` hides all GPUs.
+        """
+        name = "0" if visible_devices is None else visible_devices.partition(",")[0].strip()
         handle = ctypes.byref(self._device)
-        if name.startswith("GPU-"):
+        if name.startswith(("GPU-", "MIG-")):
             return bool(self._library.nvmlDeviceGetHandleByUUID(name.encode(), handle) == 0)
-        index = int(name) if name.isdecimal() else 0
-        return bool(self._library.nvmlDeviceGetHandleByIndex_v2(ctypes.c_uint(index), handle) == 0)
+        if not name.isdecimal():
+            return False
+        return bool(self._library.nvmlDeviceGetHandleByIndex_v2(ctypes.c_uint(int(name)), handle) == 0)
 
     def read(self) -> GpuReading | None:
         """Returns the current values, None without a GPU."""

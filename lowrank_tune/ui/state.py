@@ -41,9 +41,9 @@ from lowrank_tune.ui.metrics import (
 MAX_POINTS = 256
 """Points of a curve on a screen: more than a chart of a wide terminal has columns of dots."""
 LOG_LINES = 5000
-"""Newest lines of the log that are kept, and"""
+"""Newest lines of the log that are kept."""
 MAX_SAMPLES = 2000
-"""newest answers."""
+"""Newest answers that are kept."""
 WARNING_LINES = 50
 MAX_ANSWERS = 20
 """Latest answers to a prompt that are kept, beside the first."""
@@ -218,6 +218,7 @@ class State:
         stage.heldout = {model: dict(figures) for model, figures in self.heldout.items()}
         stage.scored = {algorithm: dict(figures) for algorithm, figures in self.scored.items()}
         stage.earlier = {prompt: list(answers) for prompt, answers in self.earlier.items()}
+        stage._counter = copy.copy(self._counter)
         stage.finished_stages = []
         stage._ended_stage = None
         return stage

@@ -8,6 +8,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from lowrank_tune.ui.run_paths import (
     ended_process,
     is_chain,
     parse_event,
+    read_event_lines,
     running_process,
     stage_folders,
 )
@@ -75,10 +77,9 @@ class Tail:
 
 
 def read_events(path: Path) -> Iterator[Event]:
-    """Yields the events that a file contains now."""
-    tail = Tail(path)
-    while events := tail.poll()[1]:
-        yield from events
+    """Yields the events that a file contains now; none if there is no such file."""
+    with suppress(OSError):
+        yield from read_event_lines(path)
 
 
 class Tails:
@@ -239,10 +240,9 @@ class WatchScreen:
         )
 
     def _with_load(self, view: View) -> View:
-        """Returns the view with the load of the run that fills the screen."""
-        if len(self.runs) > 1 and not view.run:
-            return view
-        return replace(view, system=self.runs[max(0, view.run - 1)].readings())
+        """Returns the view with the load of the run that fills the screen, without any if there are several."""
+        shown = self.runs[view.run - 1 : view.run] if view.run else self.runs
+        return replace(view, system=shown[0].readings() if len(shown) == 1 else ())
 
     def _settle(
         self,

@@ -6,12 +6,14 @@ import os
 import sys
 import time
 from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 
 from lowrank_tune.checkpoint.run_format import check_run_format
 from lowrank_tune.errors import UserError
 from lowrank_tune.events import LogMessage
-from lowrank_tune.ui.run_paths import EVENTS, is_chain, run_folders
+from lowrank_tune.ui.run_paths import EVENTS, is_chain, read_event_lines, run_folders
 from lowrank_tune.ui.state import State
 from lowrank_tune.ui.terminal.device import can_show
 from lowrank_tune.ui.terminal.plain import LineLogger
@@ -73,10 +75,13 @@ class NewestRun(WatchedRun):
         return super().poll() or newer is not None
 
     def _follow(self, run: Path) -> None:
+        files = event_files(run)
         self.folder = run
-        self.tails = Tails(event_files(run))
+        self.tails = Tails(files)
         self.state = State()
-        self.state.apply(_message(run, self.runs_folder))
+        # the log counts its times from the first event, which is this one
+        message = _message(run, self.runs_folder)
+        self.state.apply(replace(message, time=_first_time(files[0]) or message.time))
         self._newer = NewerRun(self.runs_folder, run)
 
 
@@ -121,6 +126,13 @@ def _first_run(folder: Path) -> Path:
         raise UserError(f"{folder}: no run to watch: no folder in it has a file {EVENTS}")
     check_run_format(run)
     return run
+
+
+def _first_time(file: Path) -> float | None:
+    """Returns the time of the first event of a file, None if there is none yet."""
+    with suppress(OSError):
+        return next((event.time for event in read_event_lines(file)), None)
+    return None
 
 
 def _message(

@@ -10,6 +10,7 @@ from itertools import product
 import pytest
 from test_dashboard import START, make_group, state_after, steps, wrote
 
+from lowrank_tune.events import Evaluated, Event
 from lowrank_tune.ui.terminal.axes import make_axis
 from lowrank_tune.ui.terminal.chart_pane import chart_pane
 from lowrank_tune.ui.terminal.charts import LABEL_WIDTH
@@ -87,6 +88,22 @@ def test_a_share_is_in_percent_and_between_0_and_1() -> None:
         assert axis.low >= 0 and axis.high <= 1 and axis.labels()[-1].endswith(" %")
 
 
+@pytest.mark.parametrize("value", [0.003, 0.03, 0.3, 0.97, 1.0])
+def test_a_constant_share_has_a_log_axis_above_0(value: float) -> None:
+    """The first step of a run is such a share."""
+    axis = make_axis(value, value, 7, log=True, share=True)
+    assert 0 < axis.low < value <= axis.high <= 1 and len(axis.labels()) >= 3
+    assert "%" in chart_rows("clip_ratio", [value], "grpo", log=True)[1]
+
+
+def test_a_share_that_is_none_still_has_an_axis() -> None:
+    """Anyone may have edited the file of the events."""
+    for low, high in ((1.5, 2.0), (-2.0, -1.0), (-1.0, 3.0)):
+        axis = make_axis(low, high, 7, share=True)
+        assert axis.low <= low and high <= axis.high
+    assert make_axis(0.9, 1 + 1e-7, 7, share=True).high == 1.0, "the mean of ones in single precision"
+
+
 def test_rounding_errors_of_the_kl_are_0() -> None:
     rows = chart_rows("kl", TINY_KL)
     assert labels(rows)[-1] == "0" and "e-" not in "".join(rows)
@@ -110,6 +127,15 @@ def test_the_band_of_a_reward_of_0_or_1_stays_between_them() -> None:
         assert [found[0], found[-1]] == wanted
 
 
+def test_the_band_leaves_out_a_step_without_a_reward() -> None:
+    """All rewards of the step failed; the band must not fall to 0 there."""
+    events: list[Event] = [replace(START, algorithm="grpo")]
+    for step in range(1, 40):
+        events += steps(1, step, **{"reward": math.nan if step % 4 == 0 else 0.9, "reward_std": 0.05})
+    pane = chart_pane(state_after(events), ("reward",), View(), 40, 10)
+    assert labels(plain_text(pane).splitlines())[-1] == "0.85"
+
+
 def test_an_outlier_is_marked_at_the_edge_and_named() -> None:
     values = [0.01 + 0.001 * math.sin(step) for step in range(40)]
     values[30] = 1.30
@@ -120,6 +146,19 @@ def test_an_outlier_is_marked_at_the_edge_and_named() -> None:
     assert below[-2].count("\u25bc") == 1 and "\u25bc -1.30 at 31" in below[-1]
     # a logarithmic scale has room for it
     assert "\u25b2" not in "".join(chart_rows("kl", values, log=True))
+
+
+def test_an_outlier_within_the_range_of_the_validation_is_a_dot() -> None:
+    losses = [1.0 + 0.01 * math.sin(step) for step in range(40)]
+    losses[30] = 5.0
+    events: list[Event] = [START]
+    for step, loss in enumerate(losses, 1):
+        events += steps(1, step, loss=loss)
+    for highest, is_marked in ((6.0, False), (2.0, True)):
+        validated = [Evaluated(step=step, stats={"eval_loss": highest - step / 40}, time=41.0) for step in (1, 40)]
+        rows = plain_text(chart_pane(state_after([*events, *validated]), ("loss",), View(), 40, 10)).splitlines()
+        assert ("\u25b2 5.00 at 31" in rows[-1]) is is_marked
+        assert "\u25bc" not in "".join(rows) and any("\u25b2" in row for row in rows) is is_marked
 
 
 @pytest.mark.parametrize("count", [20, 100, 1000])

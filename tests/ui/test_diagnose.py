@@ -9,7 +9,8 @@ import pytest
 
 from lowrank_tune.algorithms import dpo
 from lowrank_tune.events import Evaluated, GroupLogged, LogMessage, RunEnded, RunStarted, StepEnd
-from lowrank_tune.ui.diagnostics import CHOSEN_LOGP_DROP, diagnose
+from lowrank_tune.ui.diagnostics import diagnose
+from lowrank_tune.ui.diagnostics.pairs import CHOSEN_LOGP_DROP
 from lowrank_tune.ui.state import State
 
 HEALTHY = {
@@ -295,7 +296,7 @@ def test_a_run_on_rewards_reports_its_reward() -> None:
 
 
 def test_limit_of_the_chosen_logps_equals_that_of_dpo() -> None:
-    """`ui.diagnostics` cannot import it, because `algorithms.dpo` loads torch."""
+    """`ui.diagnostics.pairs` cannot import it, because `algorithms.dpo` loads torch."""
     assert CHOSEN_LOGP_DROP == dpo.CHOSEN_LOGP_DROP
 
 

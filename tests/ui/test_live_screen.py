@@ -24,6 +24,7 @@ import pytest
 from lowrank_tune.checkpoint import latest_checkpoint
 from lowrank_tune.events import StepEnd
 from lowrank_tune.ui.terminal.device import ENTER, LEAVE, ascii_only, can_show
+from lowrank_tune.ui.terminal.live_screen import TICK_SECONDS, LiveScreen
 from lowrank_tune.ui.watch import read_events
 
 ROOT = Path(__file__).parents[2]
@@ -276,6 +277,55 @@ def test_an_event_costs_less_than_a_millisecond() -> None:
         env=ENVIRON,
     )
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+def screen_without_terminal() -> LiveScreen:
+    """A screen whose run changes all the time; its terminal is another job's."""
+    return LiveScreen(
+        draw=lambda view, width, height: [],
+        changed=lambda: True,
+        on_key=lambda key: None,
+        on_failure=lambda error: None,
+        settle=lambda view, width, height: view,
+        owns_run=False,
+        environ={},
+    )
+
+
+def test_a_screen_in_the_background_waits_as_long_as_an_idle_one() -> None:
+    """It has a frame to draw and may not: without the wait it would look for its terminal fifty times a second."""
+    screen = screen_without_terminal()
+    assert screen._update(time.monotonic()) == TICK_SECONDS
+    screen.close()
+
+
+def test_a_key_and_another_size_are_shown_soon_after_a_slow_frame(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first frame of a long log takes a quarter of a second; those after it need no time, but came later."""
+    screen = screen_without_terminal()
+    sizes = [(80, 24)]
+    frames = list[float]()
+    monkeypatch.setattr(screen.terminal, "foreground", lambda: True)
+    monkeypatch.setattr(screen.terminal, "size", lambda: sizes[-1])
+    monkeypatch.setattr(screen.terminal, "enter", lambda: None)
+    monkeypatch.setattr(screen.terminal, "show", lambda lines: frames.append(now))
+    now = 100.0
+    screen._update(now)
+    screen.cost = 0.25
+    for now in (101.0, 107.0):
+        screen._update(now)
+    assert frames == [100.0]
+    screen._press("n")
+    screen._update(now)
+    screen.cost = 0.25
+    now = 108.0
+    sizes.append((81, 24))
+    screen._update(now)
+    screen.cost = 0.25
+    for now in (109.0, 115.0, 117.0):
+        screen._update(now)
+    assert frames == [100.0, 107.0, 108.0, 117.0]
+    screen._is_shown = False
+    screen.close()
 
 
 def test_live_screen_after_an_error_continues_in_lines(tmp_path: Path) -> None:

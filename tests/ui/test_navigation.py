@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import pty
+import threading
 from dataclasses import replace
 
 import pytest
@@ -10,12 +13,13 @@ from test_dashboard import RECORDED, START, answered, chain, ended, state_after,
 from lowrank_tune.events import Evaluated, Event, LogMessage, SampleLogged
 from lowrank_tune.ui.formatting import plural, validation_line
 from lowrank_tune.ui.state import LOG_LINES, MAX_SAMPLES, State
-from lowrank_tune.ui.terminal.keys import DOWN, END, HOME, PAGE_DOWN, PAGE_UP, UP, keys_in
+from lowrank_tune.ui.terminal.keys import DOWN, END, HOME, PAGE_DOWN, PAGE_UP, UP, Keyboard, keys_in
 from lowrank_tune.ui.terminal.log_pane import log_pane
 from lowrank_tune.ui.terminal.navigation import handle_key, settle
 from lowrank_tune.ui.terminal.panes import View
 from lowrank_tune.ui.terminal.render import render
-from lowrank_tune.ui.terminal.text_layout import plain_text, shorten, wrap
+from lowrank_tune.ui.terminal.scroll_panes import log_screen
+from lowrank_tune.ui.terminal.text_layout import plain_text, shorten, width_of, wrap
 
 STAGES = [
     replace(START, stage=1, stages=3, time=0.0),
@@ -65,6 +69,22 @@ def test_stage_keys_show_earlier_stages_and_follow_the_chain_again() -> None:
     assert any("one" in row for row in shown(state, replace(first, pane="a")))
 
 
+def test_the_header_of_an_earlier_stage_names_the_stage_of_the_next_key() -> None:
+    state = state_after(STAGES)
+    first = press(state, View(), "[", "[")
+    assert "stage 1 done in 0:10 \u00b7 ] to stage 2" in shown(state, first, 120)[0]
+    # the dashboard of a chain that was continued in its second stage does not have the first one
+    continued = state_after(STAGES[14:])
+    assert "stage 2 done in 0:10 \u00b7 ] to stage 3" in shown(continued, press(continued, View(), "["), 120)[0]
+
+
+def test_the_speed_of_an_earlier_stage_stays_while_the_chain_goes_on() -> None:
+    state = state_after(STAGES)
+    first, second = state.finished_stages
+    assert [stage.totals.tokens for stage in (first, second, state)] == [10 * 50, 5 * 50, 3 * 50]
+    assert [stage.totals.step_seconds for stage in (first, second)] == [10.0, 5.0]
+
+
 def test_a_selected_stage_stays_while_the_chain_goes_on() -> None:
     state = state_after(STAGES[: STAGES.index(STAGES[-4])])
     view = press(state, View(), "[")
@@ -75,9 +95,7 @@ def test_a_selected_stage_stays_while_the_chain_goes_on() -> None:
 
 
 def test_stage_keys_are_in_the_footer_of_a_chain_only() -> None:
-    assert "[] stage" in shown(state_after(STAGES), View(owns_run=False), 120)[-1].replace(" ", "", 1).replace(
-        "[  ]  stage", "[] stage"
-    )
+    assert "[  ]  stage" in shown(state_after(STAGES), View(owns_run=False), 120)[-1]
     assert "stage" not in shown(state_after(RECORDED), View(), 120)[-1]
 
 
@@ -118,10 +136,17 @@ def test_new_lines_do_not_move_a_scrolled_log() -> None:
     assert "new 29" in shown(state, press(state, view, END))[-2]
 
 
-def test_without_a_pane_arrows_have_no_effect() -> None:
-    view = View()
+@pytest.mark.parametrize("view", [View(), View(help=True), View(pane="l", help=True)])
+def test_without_a_pane_arrows_have_no_effect(view: View) -> None:
     for key in (UP, DOWN, HOME, END, PAGE_UP, PAGE_DOWN):
         assert handle_key(view, key) is view
+
+
+def test_the_key_of_a_pane_opens_it_from_the_help_above_it() -> None:
+    view = press(log_of(100), View(), "l", "?")
+    assert "PgUp" not in shown(log_of(100), view, 140)[-1]
+    view = press(log_of(100), view, "l")
+    assert view.pane == "l" and not view.help and "PgUp" in shown(log_of(100), view, 140)[-1]
 
 
 def test_a_long_log_is_limited_with_a_note() -> None:
@@ -154,6 +179,29 @@ def test_all_answers_scroll_with_their_line_breaks() -> None:
     assert "no answers yet" in " ".join(shown(state_after([START]), View(pane="a")))
 
 
+@pytest.mark.parametrize("pane", ["", "a"])
+def test_the_solution_in_wide_characters_is_not_cut_off(pane: str) -> None:
+    """A Chinese character fills two cells of a terminal."""
+    gold = "\u4e2d" * 20
+    for length in range(15, 40):
+        sample = replace(answered(1, "x" * length), ground_truth=gold)
+        rows = " ".join(shown(state_after([START, sample]), View(pane=pane)))
+        assert f"[gold {gold}]" in rows
+
+
+def test_the_log_after_ten_hours_has_whole_lines() -> None:
+    state = state_after([START, LogMessage(message="word " * 40, time=36_000.0)])
+    for width in range(30, 40):
+        lines = [*log_pane(state, View(), width, 40), *log_screen(state, View(), width, 40)]
+        assert "10:00:00 word" in plain_text(lines) and all(width_of(line) <= width for line in lines)
+
+
+def test_without_a_keyboard_the_footer_names_what_ctrl_c_does() -> None:
+    state = state_after([START])
+    assert "Ctrl-C saves and quits" in shown(state, View(keys=False))[-1]
+    assert "Ctrl-C closes this screen" in shown(state, View(keys=False, owns_run=False))[-1]
+
+
 @pytest.mark.parametrize(("ascii_only", "sign"), [(False, "\u23ce "), (True, " | ")])
 def test_line_breaks_of_prompts_and_answers_are_signs(ascii_only: bool, sign: str) -> None:
     sample = SampleLogged(step=1, prompt="User:\nHi", completion="a\nb", finish_reason="stop", time=1.0)
@@ -166,6 +214,26 @@ def test_keys_in_what_a_terminal_sends() -> None:
     # function keys, Alt with a key, a mouse; Esc alone is a key
     assert keys_in(b"\x1bOP\x1bx\x1b[<0;1;2M\x1b[1;5q") == [] and keys_in(b"\x1b") == ["\x1b"]
     assert keys_in("\u00fc".encode()) == ["\u00fc"]
+
+
+@pytest.mark.parametrize("at", [1, 2, 3])
+def test_a_key_that_arrives_in_two_parts_is_one_key(at: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Esc would close the pane, and `[` show another stage."""
+    monkeypatch.setattr("lowrank_tune.ui.terminal.keys.SEQUENCE_SECONDS", 10.0)
+    master, slave = pty.openpty()
+    keyboard = Keyboard(slave)
+    keyboard.start()
+    later = threading.Timer(0.01, os.write, (master, b"\x1b[5~"[at:]))
+    os.write(master, b"\x1b[5~"[:at])
+    later.start()
+    assert keyboard.read(10.0) == [PAGE_UP]
+    later.join()
+    monkeypatch.undo()
+    os.write(master, b"\x1b")
+    assert keyboard.read(10.0) == ["\x1b"]
+    keyboard.close()
+    os.close(master)
+    os.close(slave)
 
 
 def test_only_warnings_of_the_training_stay_above_newer_lines() -> None:

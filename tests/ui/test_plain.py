@@ -31,7 +31,7 @@ from lowrank_tune.events import (
     StepEnd,
 )
 from lowrank_tune.ui import escape_control_chars
-from lowrank_tune.ui.formatting import EtaEstimator, clock, format_stats
+from lowrank_tune.ui.formatting import EtaEstimator, clock, format_large, format_stats
 from lowrank_tune.ui.terminal.plain import LineLogger
 from lowrank_tune.ui.views.summary import summary_table
 
@@ -139,6 +139,14 @@ def test_statistics_are_printed_in_a_fixed_order() -> None:
         format_stats({"\x1b[2J": 1.0, "big": 1e7, "none": 0.0, "inf": math.inf})
         == "\\x1b[2J 1.000  big 1.00e+07  none 0.000  inf inf"
     )
+
+
+@pytest.mark.parametrize(
+    ("count", "text"),
+    [(999, "999"), (1000, "1 k"), (98_304, "98.3 k"), (999_499, "999 k"), (999_500, "1 M"), (1_234_567, "1.23 M")],
+)
+def test_large_counts_have_three_digits(count: int, text: str) -> None:
+    assert format_large(count) == text
 
 
 def test_a_line_of_preference_metrics() -> None:

@@ -7,10 +7,12 @@ from dataclasses import replace
 
 import pytest
 from malformed_yaml import HOSTILE_TEXTS, is_inert
+from rich.cells import cell_len
 from test_dashboard import GRPO, RECORDED, START, middle, state_after, steps, up_to
 
 from lowrank_tune.events import Event, LogMessage
 from lowrank_tune.ui.state import State
+from lowrank_tune.ui.terminal.keys import HOME
 from lowrank_tune.ui.terminal.navigation import handle_key, settle
 from lowrank_tune.ui.terminal.panes import View
 from lowrank_tune.ui.terminal.render import render
@@ -66,7 +68,8 @@ def test_runs_are_side_by_side_where_each_has_room() -> None:
     # the key of the layout
     assert shown(two, View(other_layout=True), 160, 40)[0].count("lowrank-tune") == 1
     assert shown(RUNS, View(other_layout=True), 200, 50)[0].count("lowrank-tune") == 3
-    assert [row for row in shown(RUNS, View(other_layout=True), 100, 60) if "lowrank-tune" in row] != []
+    titles = [at for at, row in enumerate(shown(RUNS, View(other_layout=True), 100, 61)) if "lowrank-tune" in row]
+    assert titles == [0, 20, 40], "one below the other"
     assert handle_key(View(), "o").other_layout and not handle_key(View(other_layout=True), "o").other_layout
 
 
@@ -76,7 +79,32 @@ def test_number_keys_show_a_single_run_and_all_again() -> None:
     expected = plain_text(render(RUNS[1], second, 120, 40)).splitlines()
     assert shown(RUNS, second, 120, 40) == expected and "second" in expected[0] and "0-9" in expected[-1]
     assert handle_key(second, "0").run == 0 and handle_key(second, "\x1b").run == 0
-    assert handle_key(view, "4") is view and handle_key(View(), "1") is View() or handle_key(View(), "1") == View()
+    single = View()
+    assert handle_key(view, "4") is view and handle_key(single, "1") is single
+
+
+@pytest.mark.parametrize(("width", "height", "view"), [(160, 24, View()), (100, 60, View(other_layout=True))])
+def test_the_log_of_each_of_several_runs_scrolls_to_its_first_line(width: int, height: int, view: View) -> None:
+    """Their panes are narrower, or lower, than the screen, so that there are more lines to scroll."""
+    runs = []
+    for name in ("one", "two"):
+        messages = [LogMessage(message=f"{name} {number} " + "word " * 20, time=1.0) for number in range(100)]
+        runs.append(state_after([START, *messages]))
+    for key in ("l", HOME):
+        view = settle(runs, handle_key(view, key, 1e9), width, height)
+    rows = shown(runs, view, width, height)
+    assert any("lines 1-" in row for row in rows)
+    assert any("one 0 word" in row for row in rows) and any("two 0 word" in row for row in rows)
+
+
+def test_a_pane_that_was_opened_elsewhere_is_not_in_the_footer_of_shared_charts() -> None:
+    assert "PgUp" not in shown(RUNS, View(pane="l"), 140, 40)[-1]
+
+
+def test_columns_of_runs_with_wide_names_stay_below_each_other() -> None:
+    rows = shown([run_of("\u4e2d\u6587", 1.0), run_of("second", 2.0)], View(), 120, 40)[1:3]
+    first, second = (cell_len(row.partition("sft")[0]) for row in rows)
+    assert first == second
 
 
 def test_the_outlier_of_one_run_is_marked_unless_another_run_has_such_values() -> None:
@@ -101,5 +129,8 @@ def test_hostile_text_is_inert() -> None:
     for text in HOSTILE_TEXTS:
         start = replace(START, name=text, algorithm=text, model=text)
         state = state_after([start, *steps(3, **{"loss": 1.0, text: 2.0}), LogMessage(message=text, time=5.0)])
-        lines = render_several([state, RUNS[0]], View(), 100, 30)
+        # rewards alone, whose names are those of the first chart
+        rewards = {f"rewards/{text}/mean": 1.0, "rewards/b/mean": 1.0}
+        of_rewards = state_after([replace(START, algorithm="grpo"), *steps(3, **rewards)])
+        lines = render_several([state, of_rewards, RUNS[0]], View(), 100, 30)
         assert is_inert(plain_text(lines)) and all(width_of(line) == 100 for line in lines)

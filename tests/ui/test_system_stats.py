@@ -13,11 +13,12 @@ from test_dashboard import middle, state_after
 
 from lowrank_tune.ui.gpu_stats import GpuReading, GpuStats
 from lowrank_tune.ui.system_stats import MAX_READINGS, ProcessReading, Reading, SystemStats
+from lowrank_tune.ui.terminal.navigation import handle_key
 from lowrank_tune.ui.terminal.panes import View
 from lowrank_tune.ui.terminal.render import render
 from lowrank_tune.ui.terminal.system_line import system_line
 from lowrank_tune.ui.terminal.text_layout import plain_text, width_of
-from lowrank_tune.ui.watch import WatchedRun
+from lowrank_tune.ui.watch import WatchedRun, WatchScreen
 
 SUCCESS, NOT_SUPPORTED = 0, 3
 
@@ -65,6 +66,7 @@ class FakeDriver:
 def driver(monkeypatch: pytest.MonkeyPatch) -> FakeDriver:
     fake = FakeDriver()
     monkeypatch.setattr("ctypes.CDLL", {"libnvidia-ml.so.1": fake}.__getitem__)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     return fake
 
 
@@ -90,11 +92,23 @@ def test_a_gpu_is_read_through_its_driver(driver: FakeDriver) -> None:
 
 
 @pytest.mark.parametrize(
-    ("visible", "opened"), [("", 0), ("2", 2), ("1,0", 1), ("GPU-4f2a,GPU-9", b"GPU-4f2a"), ("MIG-7", 0)]
+    ("environ", "opened"),
+    [
+        ({}, 0),
+        ({"CUDA_VISIBLE_DEVICES": "2"}, 2),
+        ({"CUDA_VISIBLE_DEVICES": "1,0"}, 1),
+        ({"CUDA_VISIBLE_DEVICES": "GPU-4f2a,GPU-9"}, b"GPU-4f2a"),
+        ({"CUDA_VISIBLE_DEVICES": "MIG-7"}, b"MIG-7"),
+    ],
 )
-def test_the_first_visible_gpu_is_read(driver: FakeDriver, visible: str, opened: object) -> None:
-    GpuStats({"CUDA_VISIBLE_DEVICES": visible})
+def test_the_first_visible_gpu_is_read(driver: FakeDriver, environ: dict[str, str], opened: object) -> None:
+    assert GpuStats(environ).read() is not None
     assert driver.opened == [opened]
+
+
+@pytest.mark.parametrize("visible", ["", "-1", "none"])
+def test_a_gpu_that_cuda_does_not_show_is_not_read(driver: FakeDriver, visible: str) -> None:
+    assert GpuStats({"CUDA_VISIBLE_DEVICES": visible}).read() is None and driver.opened == []
 
 
 def test_without_a_driver_there_is_no_reading(no_driver: None) -> None:
@@ -163,3 +177,15 @@ def test_watch_shows_the_load_only_while_a_local_process_writes(tmp_path: Path, 
         fcntl.flock(lock, fcntl.LOCK_EX)
         assert watched.poll() and watched.readings() == (GpuReading(97.0, 19.0, 24.0, 71.0, 310.0, 350.0),)
     assert watched.poll() and watched.readings() == ()
+
+
+def test_the_load_of_one_run_is_not_shown_for_all(tmp_path: Path) -> None:
+    runs = [WatchedRun(tmp_path / name) for name in ("one", "two")]
+    for number, run in enumerate(runs, 1):
+        run.system = SystemStats(number)
+        run.system.history.append(ProcessReading(100.0 * number, 1.0))
+    screen = WatchScreen(runs)
+    view = screen._settle(View(run=2), 160, 40)
+    assert "CPU 200 %" in plain_text(screen._draw(view, 160, 40))
+    view = screen._settle(handle_key(view, "0"), 160, 40)
+    assert "CPU" not in plain_text(screen._draw(view, 160, 40)) and view.system == ()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ from typer.testing import CliRunner
 
 from lowrank_tune.cli import app
 from lowrank_tune.errors import UserError
-from lowrank_tune.events import Event, RunEnded
+from lowrank_tune.events import Event, LogMessage, RunEnded
 from lowrank_tune.training.sinks import to_json_line
 from lowrank_tune.ui import watch_folder
 from lowrank_tune.ui.run_paths import is_folder_of_runs, newest_run, run_folders
@@ -64,6 +65,20 @@ def test_watched_folder_shows_the_run_that_started_last(runs: Path, monkeypatch:
     assert watched.state.started is not None and watched.state.started.name == "third"
     assert [line.text for line in watched.state.log][0] == f"watching {runs / 'third'}, the newest run in {runs}"
     assert watched.folder == runs / "third" and not watched.poll()
+
+
+def test_the_log_of_an_old_run_that_is_continued_has_its_own_times(runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its session is the newest, but its first events are from another day."""
+    monkeypatch.setattr(watch_folder, "CHECK_SECONDS", 0.0)
+    watched = NewestRun(runs)
+    watched.poll()
+    first = run_started(time=100.0, name="old")
+    events = [first, replace(step_end(1, loss=1.0), time=103.0), LogMessage(message="then", time=110.0)]
+    write_run(runs / "old", *events, run={})
+    os.utime(runs / "old" / "run.json", (3000.0, 3000.0))
+    assert watched.poll() and watched.folder == runs / "old"
+    assert [line.time for line in watched.state.log] == [0.0, 10.0] and watched.state.last_time == 110.0
+    assert watched.state.phases == {"training": pytest.approx(0.1), "other": pytest.approx(9.9)}
 
 
 def test_a_folder_is_looked_at_once_a_second(runs: Path) -> None:

@@ -12,7 +12,7 @@ MIN_TICK_ROWS = 2.0
 MIN_LOG_TICK_ROWS = 1.4
 """Lines between two labeled ticks, those of a logarithmic axis on average."""
 INTERVALS = {2: 1, 3: 1, 4: 2, 6: 2}
-"""Steps that may cover the range, each with how many of them are between two labels."""
+"""Numbers of steps that may cover the range, each with the steps from one label to the next."""
 MAX_STEPS = max(INTERVALS)
 STEPS = (1.0, 2.0, 5.0)
 NEAR_ZERO = 0.01
@@ -31,6 +31,8 @@ MIN_PLAIN, MAX_PLAIN = 1e-3, 9e4
 """Values between these have labels without an exponent."""
 SHARE_SPAN = 0.1
 """Range of a constant share."""
+SHARE_ROUNDING = 1e-6
+"""How far a mean in single precision may be below 0 or above 1."""
 MAX_DECIMALS = 4
 MAX_LABEL = 7
 """Characters of a label."""
@@ -68,7 +70,8 @@ def make_axis(
     log: bool = False,
     share: bool = False,
 ) -> Axis:
-    """Returns the axis for values from `low` to `high` in a chart of `rows` lines. A share stays between 0 and 1."""
+    """Returns the axis for values from `low` to `high` in a chart of `rows` lines. That of a share stays between 0 and
+    1, unless the values do not."""
     tick_rows = MIN_LOG_TICK_ROWS if log else MIN_TICK_ROWS
     most = max(MIN_INTERVALS, int((rows - 1) / tick_rows))
     if log:
@@ -78,8 +81,9 @@ def make_axis(
             most,
             share,
         )
-    limit = 1.0 if share else math.inf
-    ticks = _linear_ticks(*_linear_range(low, high, share), most, limit)
+    is_within = share and low >= -SHARE_ROUNDING and high <= 1 + SHARE_ROUNDING
+    limit = 1.0 if is_within else math.inf
+    ticks = _linear_ticks(*_linear_range(low, high, is_within), most, limit)
     return Axis(ticks[0], ticks[-1], ticks, False, share)
 
 
@@ -148,7 +152,7 @@ def _ticks_of_step(
         first = math.floor(low / step + TOLERANCE) // stride * stride
         if count >= last - first and count // stride <= most:
             if high <= 0:
-                # a negative range is extended downwards
+                # a negative range is extended at its lower end
                 first = -(-last // stride) * stride - count
             return [_rounded((first + index) * step) for index in range(0, count + 1, stride)]
     return []
@@ -170,7 +174,7 @@ def _log_axis(
     share: bool,
 ) -> Axis:
     """Returns an axis whose ends are 1, 2 or 5 times a power of ten, with those as ticks or, if they are too many,
-    powers of ten. Within less than three of them the ticks are those of a linear axis."""
+    powers of ten. Within less than three of them the ticks are those of a linear axis, above 0."""
     powers = range(_floor_power(low), _ceil_power(high) + 1)
     numbers = [_rounded(factor * 10.0**power) for power in powers for factor in STEPS]
     first = max(index for index, number in enumerate(numbers) if number <= low * (1 + 1e-9))
@@ -178,11 +182,15 @@ def _log_axis(
     ticks = numbers[first : last + 1]
     bottom, top = ticks[0], ticks[-1]
     if len(ticks) <= MIN_INTERVALS:
-        ticks = _linear_ticks(*_linear_range(low, high, share), most)
+        # the wide range of a constant share would contain 0
+        bottom, top = _linear_range(low, high, False)
+        if share and high <= 1 + SHARE_ROUNDING:
+            top = min(1.0, top)
+        ticks = _linear_ticks(bottom, top, most)
         while ticks[0] <= 0:
             # a logarithm has no 0
             most += 1
-            ticks = _linear_ticks(*_linear_range(low, high, share), most)
+            ticks = _linear_ticks(bottom, top, most)
         bottom, top = ticks[0], ticks[-1]
     elif len(ticks) > most + 1:
         decades = [10.0**power for power in powers if bottom <= 10.0**power <= top]

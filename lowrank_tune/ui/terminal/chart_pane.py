@@ -312,7 +312,9 @@ def _band_edge(
     low, high = limits
     edge = []
     for (x, y), (_, around) in zip(points, spread.points, strict=False):
-        edge.append((x, min(high, max(low, y + sign * around))))
+        # a limit would replace nan
+        if math.isfinite(y + around):
+            edge.append((x, min(high, max(low, y + sign * around))))
     return Curve(smooth(edge, SMOOTHINGS[view.smoothing]), "quiet", ".")
 
 

@@ -53,7 +53,7 @@ class Area:
 
 
 class Canvas:
-    """A grid of dots with one style for each cell. The style of the last dot in a cell wins."""
+    """A grid of dots with one style for each cell, that of its last dot."""
 
     def __init__(
         self,
@@ -257,7 +257,7 @@ def chart(
     of the x axis, written by `format_x`.
 
     `log` has no effect if no value is positive. `share` labels the y axis in percent. `outliers` are marked at the
-    upper or lower edge, and the farthest is named below the curves.
+    upper or lower edge, and the farthest is named below the curves; those within the range of the curves are dots.
     """
     area = axis_ranges(curves, log) or axis_ranges(curves, False)
     plot_width = width - LABEL_WIDTH - 1
@@ -274,10 +274,11 @@ def chart(
         share,
     )
     area = replace(area, low=axis.low, high=axis.high)
+    beyond = [point for point in outliers if not area.low <= point[1] <= area.high]
     canvas = Canvas(plot_width, plot_height, ascii_only)
-    for curve in curves:
+    for curve in [_inside(outliers, area), *curves]:
         draw(canvas, curve, area)
-    _mark_outliers(canvas, outliers, area)
+    _mark_outliers(canvas, beyond, area)
     labels = _y_labels(axis, canvas)
     edge = "|" if ascii_only else "\u2502"
     lines: Block = []
@@ -285,7 +286,7 @@ def chart(
         label = labels.get(row, "")
         lines.append([(f"{label:>{LABEL_WIDTH - 1}} {edge}", "quiet"), *line])
     note = _outlier_note(
-        outliers,
+        beyond,
         area,
         share,
         ascii_only,
@@ -310,6 +311,12 @@ def _y_labels(axis: Axis, canvas: Canvas) -> dict[int, str]:
         row = round((canvas.rows - 1) * (1 - axis.position(tick)))
         labels[row * canvas.height // canvas.rows] = label
     return labels
+
+
+def _inside(outliers: Points, area: Area) -> Curve:
+    """Returns dots for the outliers that another curve, such as that of the validation, leaves room for."""
+    points = [(min(max(x, area.left), area.right), y) for x, y in outliers if area.low <= y <= area.high]
+    return Curve(points, "quiet", ".", line=False)
 
 
 def _mark_outliers(

@@ -12,6 +12,9 @@ from typing import Any
 
 _SEQUENCE = re.compile(rb"\x1b(?:\[[0-9;?<]*[@-~]|O.|[^\x1b])", re.DOTALL)
 """Arrows, function keys, and Alt with another key."""
+_PARTIAL_SEQUENCE = re.compile(rb"\x1b(?:\[[0-9;?<]*|O)?\Z")
+SEQUENCE_SECONDS = 0.05
+"""Time in which the rest of a sequence arrives over a slow connection. After it, Esc is a key."""
 ESCAPE = "\x1b"
 UP, DOWN, PAGE_UP, PAGE_DOWN, HOME, END = "up", "down", "page up", "page down", "home", "end"
 NAMED_KEYS = {
@@ -93,7 +96,10 @@ class Keyboard:
             os.read(self._woken, 4096)
         if keyboard is None or keyboard not in ready:
             return []
-        return keys_in(self._read_bytes(keyboard))
+        data = self._read_bytes(keyboard)
+        if _PARTIAL_SEQUENCE.search(data) and _is_ready(keyboard, SEQUENCE_SECONDS):
+            data += self._read_bytes(keyboard)
+        return keys_in(data)
 
     def _read_bytes(self, descriptor: int) -> bytes:
         data = b""
@@ -114,3 +120,14 @@ class Keyboard:
         self.stop()
         os.close(self._woken)
         os.close(self._waker)
+
+
+def _is_ready(descriptor: int, timeout: float) -> bool:
+    """Returns whether there is input within `timeout` seconds."""
+    ready, _, _ = select.select(
+        [descriptor],
+        [],
+        [],
+        timeout,
+    )
+    return bool(ready)

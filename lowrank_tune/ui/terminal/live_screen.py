@@ -23,7 +23,8 @@ from lowrank_tune.ui.terminal.text_layout import Block
 FRAME_SECONDS = 0.5
 """Minimum time between two frames."""
 MAX_TIME_SHARE = 0.03
-"""Share of the time that drawing may take: after a slow frame the next one comes later."""
+"""Share of the time that drawing may take: after a slow frame the next one comes later, unless a key or another size
+requests it."""
 TICK_SECONDS = 0.25
 """Time between two checks for changes."""
 STALE_TICK_SECONDS = 10.0
@@ -77,6 +78,7 @@ class LiveScreen:
         self._suspended = False
         self._closed = False
         self._is_outdated = True
+        self._has_key = False
         self._last_frame = 0.0
         self._last_change = 0.0
         self._drawn_size = (0, 0)
@@ -135,18 +137,24 @@ class LiveScreen:
             self.on_failure(error)
 
     def _update(self, now: float) -> float:
-        """Draws a frame if one is needed and allowed; returns the seconds to wait for the next key."""
+        """Draws a frame if one is needed and allowed; returns the seconds to wait for the next key or change."""
         if self.changed() or now - self._last_change > STALE_TICK_SECONDS:
             self._is_outdated = True
             self._last_change = now
         with self._lock:
             self._follow_job()
-            due = self._last_frame + max(FRAME_SECONDS, self.cost / MAX_TIME_SHARE)
+            due = self._last_frame + self._frame_seconds()
             if self._is_shown and now >= due:
                 self._draw_if_outdated(now)
-        if not self._is_outdated:
+        if not (self._is_outdated and self._is_shown):
             return TICK_SECONDS
         return min(TICK_SECONDS, max(0.02, due - now))
+
+    def _frame_seconds(self) -> float:
+        """Returns the least time from the last frame to the next one."""
+        if self._has_key or self.terminal.size() != self._drawn_size:
+            return FRAME_SECONDS
+        return max(FRAME_SECONDS, self.cost / MAX_TIME_SHARE)
 
     def _draw_if_outdated(self, now: float) -> None:
         size = self.terminal.size()
@@ -154,6 +162,7 @@ class LiveScreen:
             return
         # before the frame is drawn, since `refresh` may request another one meanwhile
         self._is_outdated = False
+        self._has_key = False
         self._last_frame = now
         self._drawn_size = size
         self._draw_frame(*size)
@@ -171,6 +180,7 @@ class LiveScreen:
         self.view = handle_key(before, key, time.time())
         if self.view is before:
             self.on_key(key)
+        self._has_key = True
         self._is_outdated = True
 
     def _follow_job(self) -> None:

@@ -10,7 +10,6 @@ from lowrank_tune.ui.terminal.text_layout import Block, wrap
 WARNING_ROWS = 3
 LOG_ROWS = 2
 """Lines that one entry may fill."""
-LABEL_WIDTH = 8
 
 
 def log_pane(
@@ -52,8 +51,9 @@ def log_entry(
     text = view.sanitize(entry.text, (max_rows + 1) * width)
     if entry.times > 1:
         text = f"{text} (x{entry.times})"
-    text_width = width - LABEL_WIDTH - 1
-    stamp = f"{clock(entry.time):>6} "
+    sign = "!" if entry.is_warning else " "
+    label = f"{sign}{clock(entry.time):>6} "
+    rows = wrap(text, width - len(label) - 1, max_rows)
     if entry.is_warning:
-        return labeled((f"!{stamp}", "warning"), wrap(text, text_width, max_rows), "warning")
-    return labeled((f" {stamp}", "quiet"), wrap(text, text_width, max_rows))
+        return labeled((label, "warning"), rows, "warning")
+    return labeled((label, "quiet"), rows)

@@ -6,10 +6,12 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from lowrank_tune.ui.state import State
+from lowrank_tune.ui.terminal.header import shown_state
 from lowrank_tune.ui.terminal.keys import DOWN, END, ESCAPE, HOME, PAGE_DOWN, PAGE_UP, UP
 from lowrank_tune.ui.terminal.panes import SMOOTHINGS, View
-from lowrank_tune.ui.terminal.render import PANES, body_height, shown_state
+from lowrank_tune.ui.terminal.render import PANES, body_height
 from lowrank_tune.ui.terminal.scroll_panes import scroll_limit
+from lowrank_tune.ui.terminal.several import dashboard_sizes, selected_runs
 
 SCROLL_KEYS = (UP, DOWN, PAGE_UP, PAGE_DOWN, HOME, END)
 STAGE_KEYS = {
@@ -29,10 +31,10 @@ def handle_key(
 ) -> View:
     """Returns the view after a key that changes the display only; the same view for any other key."""
     if key in PANES:
-        pane = "" if view.pane == key else key
+        pane = "" if view.pane == key and not view.help else key
         return replace(view, pane=pane, help=False, scroll=0, frozen=None)
     if key in SCROLL_KEYS:
-        return _scrolled(view, key, now) if view.pane else view
+        return _scrolled(view, key, now) if view.pane and not view.help else view
     if key in STAGE_KEYS:
         return replace(view, stage=_next_stage(view.stage, STAGE_KEYS[key]), scroll=0, frozen=None)
     if view.runs > 1 and key.isdecimal() and int(key) <= view.runs:
@@ -106,15 +108,24 @@ def settle(
     if stage >= newest:
         stage = 0
     view = replace(view, stage=stage, runs=max(1, len(states)))
-    room = body_height(view, height)
+    shown = selected_runs(states, view)
+    sizes = dashboard_sizes(len(shown), view, width, height)
+    rooms = [body_height(view, lines) for _, lines in sizes]
     scroll = 0
     if view.scroll:
-        shown = states[view.run - 1 :][:1] if view.run else states
-        limits = [scroll_limit(shown_state(state, view), view, width, room) for state in shown]
+        limits = [
+            scroll_limit(
+                shown_state(state, view),
+                view,
+                columns,
+                room,
+            )
+            for state, (columns, _), room in zip(shown, sizes, rooms, strict=False)
+        ]
         scroll = min(view.scroll, max(limits, default=0))
     return replace(
         view,
         scroll=scroll,
         frozen=view.frozen if scroll else None,
-        page_lines=max(1, room - 2),
+        page_lines=max(1, min(rooms, default=height) - 2),
     )

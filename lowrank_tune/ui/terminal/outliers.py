@@ -1,4 +1,4 @@
-"""Single values far from all others, which would press a curve into a small part of its chart."""
+"""Single values far from all others, because of which a curve would fill only a small part of its chart."""
 
 from __future__ import annotations
 

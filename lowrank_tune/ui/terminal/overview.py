@@ -6,17 +6,20 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from heapq import nlargest
 
+from rich.cells import cell_len
+
 from lowrank_tune.ui.diagnostics import diagnose
 from lowrank_tune.ui.formatting import clock, is_share, short_label
 from lowrank_tune.ui.metrics import Point, Points
 from lowrank_tune.ui.state import LogLine, State
 from lowrank_tune.ui.terminal.chart_pane import FRONTIER, chart_names, chart_title_of, drawn_points, format_value
 from lowrank_tune.ui.terminal.charts import Curve, chart, grid_size, smooth
+from lowrank_tune.ui.terminal.header import shown_state, status
 from lowrank_tune.ui.terminal.help_pane import help_pane
 from lowrank_tune.ui.terminal.log_pane import log_entry
 from lowrank_tune.ui.terminal.outliers import split_outliers
 from lowrank_tune.ui.terminal.panes import SMOOTHINGS, View, heading
-from lowrank_tune.ui.terminal.render import DIAGNOSIS_SIGNS, footer, shown_state, status
+from lowrank_tune.ui.terminal.render import DIAGNOSIS_SIGNS, footer
 from lowrank_tune.ui.terminal.text_layout import (
     Block,
     Line,
@@ -29,7 +32,7 @@ from lowrank_tune.ui.terminal.text_layout import (
 )
 
 RUN_STYLES = ("first", "second", "third", "chosen", "rejected", "fourth")
-"""Colors of the runs; the seventh has that of the first. The number at its end tells a curve from the others."""
+"""Colors of the runs; the seventh has that of the first. A curve has the number of its run at its end."""
 MAX_NAME = 24
 MIN_LOG_LINES = 3
 LOG_SHARE = 5
@@ -46,7 +49,8 @@ def overview(
     height: int,
 ) -> Block:
     """Returns exactly `height` lines of `width` cells."""
-    view = replace(view, is_overview=True)
+    # a pane that was opened elsewhere is not shown here
+    view = replace(view, is_overview=True, pane="")
     runs = [(number, shown_state(state, view)) for number, state in enumerate(states, 1)]
     head = [_title(runs, width), *_run_lines(runs, view, width)]
     room = max(0, height - len(head) - 1)
@@ -80,7 +84,7 @@ def _run_lines(
 ) -> Block:
     """Returns number, name, algorithm, status, step and newest value of each run, in columns."""
     rows = [_run_facts(state, view) for _, state in runs]
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    widths = [max(cell_len(row[column]) for row in rows) for column in range(len(rows[0]))]
     lines: Block = []
     for (number, state), facts in zip(runs, rows, strict=True):
         _, status_style = status(state, view)
@@ -89,7 +93,7 @@ def _run_lines(
             # the last facts are the least important ones
             if width_of(line) + cells <= width:
                 style = ("strong", "", status_style)[column] if column < 3 else ""
-                line.append((f"{fact:<{cells}}  ", style))
+                line += [*fit([(fact, style)], cells), ("  ", "")]
         lines.append(line)
     return lines
 
@@ -108,15 +112,15 @@ def _run_facts(state: State, view: View) -> list[str]:
     if state.seconds_left is not None and state.step < state.steps and state.ended_process is None:
         left = f"ETA {clock(state.seconds_left)}"
     name = shorten(view.sanitize(run.name, 60) or "run", MAX_NAME)
-    return [name, job, shorten(status_text, 40), step, _newest_value(state), left]
+    return [name, job, shorten(status_text, 40), step, _newest_value(state, view), left]
 
 
-def _newest_value(state: State) -> str:
+def _newest_value(state: State, view: View) -> str:
     """Returns the last value of the most important metric."""
     for names in chart_names(state):
         value = state.last(names[0])
         if value is not None:
-            return f"{short_label(names[0])} {format_value(names[0], value)}"
+            return f"{view.sanitize(short_label(names[0]), 20)} {format_value(names[0], value)}"
     return ""
 
 

@@ -8,6 +8,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from rich.cells import cell_len
+
 from lowrank_tune.config.schema import ONLINE_ALGORITHMS
 from lowrank_tune.ui import mark_line_breaks
 from lowrank_tune.ui.state import State
@@ -117,7 +119,7 @@ def heading(
     """Returns the title of a pane, with a rule to its end and a note at the right."""
     rule = view.symbol("\u2500", "-")
     note = f" {right}" if right else ""
-    rest = width - len(text) - len(note) - 5
+    rest = width - cell_len(text) - cell_len(note) - 5
     return [
         (f"{rule * 2} ", "quiet"),
         (text, "title"),

@@ -6,6 +6,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
+from rich.cells import cell_len
+
 from lowrank_tune.events import SampleLogged
 from lowrank_tune.ui.formatting import number, percent, signed
 from lowrank_tune.ui.state import ScoredPair, State
@@ -120,7 +122,7 @@ def _heldout_note(
     if len(figures) > 2:
         short = f"{figures[0]}, {figures[-1]}"
     for note in (f"held-out exact: {full}", f"exact: {full}", f"exact: {short}"):
-        if len(note) <= width:
+        if cell_len(note) <= width:
             return note
     return ""
 
@@ -188,20 +190,21 @@ def _answer(
     facts = _facts(answer.sample, view, is_newest)
     text_width = width - len(label) - 1
     text = view.sanitize(answer.sample.completion, max_lines * width)
+    facts_width = cell_len(facts)
     rows_width = text_width
     if max_lines == 1:
-        rows_width -= len(facts)
+        rows_width -= facts_width
     rows = wrap(text, rows_width, max_lines) or [""]
     style = "first" if is_newest else ""
     lines = labeled((label, "quiet"), rows, style)
     if not facts:
         return lines
-    if width_of(lines[-1]) + len(facts) > width:
+    if width_of(lines[-1]) + facts_width > width:
         if len(lines) < max_lines:
             lines.append([(" " * (len(label) - 2), "")])
         else:
             # no line is left for the facts: the last row is shortened
-            shortened = "".join(wrap(rows[-1], text_width + 1 - len(facts), 1))
+            shortened = "".join(wrap(rows[-1], text_width + 1 - facts_width, 1))
             lines[-1][1] = (shortened, style)
     lines[-1].append((facts, "quiet"))
     return lines

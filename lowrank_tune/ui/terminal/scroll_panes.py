@@ -11,7 +11,7 @@ from lowrank_tune.ui.metrics import PAIR_SIDES
 from lowrank_tune.ui.state import LOG_LINES, MAX_SAMPLES, LogLine, State
 from lowrank_tune.ui.terminal.log_pane import log_entry
 from lowrank_tune.ui.terminal.panes import View, heading, labeled
-from lowrank_tune.ui.terminal.text_layout import Block, width_of, wrap
+from lowrank_tune.ui.terminal.text_layout import Block, Line, width_of, wrap
 
 MAX_ENTRY_ROWS = 60
 """Lines of a single message, prompt or answer."""
@@ -96,9 +96,10 @@ def _sample_rows(
     facts = ", ".join(_facts(sample, view))
     if not facts:
         return lines
-    if width_of(lines[-1]) + len(facts) + 4 > width:
+    note: Line = [(f"  [{facts}]", "quiet")]
+    if width_of(lines[-1]) + width_of(note) > width:
         lines.append([(" " * (len(label) - 2), "")])
-    lines[-1].append((f"  [{facts}]", "quiet"))
+    lines[-1] += note
     return lines
 
 

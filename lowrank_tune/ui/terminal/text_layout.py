@@ -128,7 +128,7 @@ def wrap(
     rows = []
     rest = text
     while rest:
-        if cell_len(rest) <= width:
+        if _fits(rest, width):
             rows.append(rest)
             break
         if len(rows) == lines - 1:
@@ -172,6 +172,13 @@ def shorten(text: str, width: int) -> str:
     return f"{kept}..."
 
 
+def _fits(text: str, width: int) -> bool:
+    """Returns whether a text fills at most `width` cells. Of most long texts only the beginning is measured."""
+    if text.isascii():
+        return len(text) <= width
+    return cell_len(text[: 4 * width]) <= width and cell_len(text) <= width
+
+
 def _break_index(text: str, width: int) -> int:
     """Returns the index of the last blank that fits, else the one after the last slash, else that of the last character
     that fits. Blanks and slashes in the first half do not count."""
@@ -185,6 +192,9 @@ def _break_index(text: str, width: int) -> int:
 
 def _count_fitting(text: str, width: int) -> int:
     """Returns how many characters fill at most `width` cells; at least one, so that wrapping always ends."""
+    if text[: width + 1].isascii():
+        # each character is one cell, and the next one does not combine with the last that fits
+        return max(1, min(width, len(text)))
     used = 0
     for index, character in enumerate(text):
         used += cell_len(character)
