@@ -14,7 +14,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-from lowrank_tune.events import Event, from_json
+from lowrank_tune.events import KINDS, Event, from_json
 from lowrank_tune.json_files import MAX_NUMBER, get_mapping, parse_json, read_json_object
 from lowrank_tune.regular_files import check_regular_file
 
@@ -172,12 +172,13 @@ def parse_event(line: bytes) -> Event | None:
 
 
 def _has_valid_fields(event: Event) -> bool:
-    return all(_is_of_type(getattr(event, name), kind) for name, kind in _field_types(type(event)))
+    return all(_is_of_type(getattr(event, name), kind) for name, kind in _field_types(event.kind))
 
 
 @cache
-def _field_types(event_type: type[Event]) -> list[tuple[str, Any]]:
-    """Returns each field with its type; lists and objects are without the types of their content."""
+def _field_types(kind_of_event: str) -> list[tuple[str, Any]]:
+    """Returns each field of an event with its type; lists and objects are without the types of their content."""
+    event_type = KINDS[kind_of_event]
     hints = get_type_hints(event_type)
     types = {field.name: hints[field.name] for field in fields(event_type)}
     containers = (list, Mapping)
