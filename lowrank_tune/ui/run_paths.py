@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from lowrank_tune.events import KINDS, Event, from_json
-from lowrank_tune.json_files import MAX_NUMBER, get_mapping, parse_json, read_json_object
+from lowrank_tune.json_files import MAX_NUMBER, as_mapping, get_mapping, parse_json, read_json_object
 from lowrank_tune.regular_files import check_regular_file
 
 EVENTS = "events.jsonl"
@@ -172,6 +172,10 @@ def parse_event(line: bytes) -> Event | None:
 
 
 def _has_valid_fields(event: Event) -> bool:
+    """Returns whether each field has its type. A statistic may be nan, as that of a step that diverged."""
+    stats = as_mapping(getattr(event, "stats", None))
+    if not all(isinstance(value, float) or _is_of_type(value, int) for value in stats.values()):
+        return False
     return all(_is_of_type(getattr(event, name), kind) for name, kind in _field_types(event.kind))
 
 

@@ -32,6 +32,8 @@ def parsed(event: Event, **changes: Any) -> Event | None:
         (STEP, "seconds", float("inf")),
         (STEP, "seconds", None),
         (STEP, "stats", [1]),
+        (STEP, "stats", {"loss": "1"}),
+        (STEP, "stats", {"loss": 10**400}),
         (STEP, "tokens", {}),
         (ENDED, "status", "almost"),
         (ENDED, "status", []),

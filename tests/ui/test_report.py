@@ -691,6 +691,15 @@ def test_figures_that_are_not_numbers_are_left_out(tmp_path: Path) -> None:
     assert "1.50 GiB" in text and "2.000 \u2192 2.000" in text
 
 
+def test_report_of_a_run_that_diverged_at_its_last_step(tmp_path: Path) -> None:
+    steps = [step_end(n, loss=(1.0, math.nan)[n - 1], mean_token_accuracy=(0.5, math.nan)[n - 1]) for n in (1, 2)]
+    html = run_page(
+        tmp_path / "a", run_started(), *steps, RunEnded(status="failed", step=2, seconds=1.0, message="nan")
+    )
+    check_page(html)
+    assert html.count("<output>nan</output>") == 2
+
+
 def test_report_of_a_long_run_is_small(tmp_path: Path) -> None:
     events = [step_end(n, **{f"s{k}": math.sin(n / 50) + n % 7 + 2 for k in range(10)}) for n in range(1, 6001)]
     html = write_report(write_run(tmp_path / "long", run_started(), *events)).read_text(encoding="utf-8")
