@@ -46,8 +46,8 @@ def middle(
     value: Any,
     limit: int = MAX_PATH,
 ) -> str:
-    """Returns `value` in one line; of a longer one its beginning and, as of a path the file, the longer part of its
-    end."""
+    """Returns `value` in one line; a longer one without its middle. More of the end is kept, because a path ends with
+    the name of its file."""
     shown = text(value)
     if len(shown) <= limit:
         return shown

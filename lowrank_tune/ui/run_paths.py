@@ -9,11 +9,14 @@ import fcntl
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
+from dataclasses import fields
+from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-from lowrank_tune.events import Event, from_json
-from lowrank_tune.json_files import get_mapping, parse_json, read_json_object
+from lowrank_tune.events import KINDS, Event, from_json
+from lowrank_tune.json_files import MAX_NUMBER, as_mapping, get_mapping, parse_json, read_json_object
+from lowrank_tune.regular_files import check_regular_file
 
 EVENTS = "events.jsonl"
 RUN_FILES = ("run.json", EVENTS, "summary.json")
@@ -148,7 +151,9 @@ def _lock_holders(inode: int) -> set[int]:
 
 
 def read_event_lines(path: Path) -> Iterator[Event]:
-    """Yields the events of a file. A half-written line, and one that is not an event, is skipped."""
+    """Yields the events of a file. A half-written line, and one that is not an event, is skipped. Raises OSError for a
+    file that cannot be read or is not regular."""
+    check_regular_file(path)
     with path.open("rb") as file:
         for line in file:
             event = parse_event(line)
@@ -157,12 +162,39 @@ def read_event_lines(path: Path) -> Iterator[Event]:
 
 
 def parse_event(line: bytes) -> Event | None:
-    """Returns the event in a line of JSON, None if the line does not contain one."""
+    """Returns the event in a line of JSON, None if the line does not contain one or a field has another type."""
     try:
         data = parse_json(line)
         event = from_json(data) if isinstance(data, dict) else None
     except (ValueError, TypeError):
         return None
-    if event is None or not isinstance(event.time, (int, float)):
-        return None
-    return event
+    return event if event is not None and _has_valid_fields(event) else None
+
+
+def _has_valid_fields(event: Event) -> bool:
+    """Returns whether each field has its type. A statistic may be nan, as that of a step that diverged."""
+    stats = as_mapping(getattr(event, "stats", None))
+    if not all(isinstance(value, float) or _is_of_type(value, int) for value in stats.values()):
+        return False
+    return all(_is_of_type(getattr(event, name), kind) for name, kind in _field_types(event.kind))
+
+
+@cache
+def _field_types(kind_of_event: str) -> list[tuple[str, Any]]:
+    """Returns each field of an event with its type; lists and objects are without the types of their content."""
+    event_type = KINDS[kind_of_event]
+    hints = get_type_hints(event_type)
+    types = {field.name: hints[field.name] for field in fields(event_type)}
+    containers = (list, Mapping)
+    return [(name, get_origin(kind) if get_origin(kind) in containers else kind) for name, kind in types.items()]
+
+
+def _is_of_type(value: Any, kind: Any) -> bool:
+    """Returns whether a value has the type of an annotation; a number must be finite."""
+    if kind in (int, float):
+        return isinstance(value, (int, kind)) and abs(value) < MAX_NUMBER
+    if isinstance(kind, type):
+        return isinstance(value, kind)
+    if get_origin(kind) is Literal:
+        return value in get_args(kind)
+    return any(_is_of_type(value, part) for part in get_args(kind))

@@ -1,16 +1,17 @@
-"""Charts as inline SVG: axes, line charts, histograms and bars. Their colors come from the style sheet of the page."""
+"""Charts as inline SVG: line charts, histograms and bars. Their colors come from the style sheet of the page."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from xml.etree.ElementTree import Element, SubElement, tostring
 
 from markupsafe import Markup
 
-from lowrank_tune.ui.formatting import format_tick, percent_tick
+from lowrank_tune.ui.formatting import format_tick
 from lowrank_tune.ui.metrics import Point
+from lowrank_tune.ui.svg_axes import Axis, linear_axis, log_axis, share_axis, step_axis, whole_number_axis
 
 WIDTH = 560
 HEIGHT = 250
@@ -36,27 +37,6 @@ class Series:
     name: str
     kind: str
     points: Sequence[Point]
-
-
-@dataclass(frozen=True)
-class Axis:
-    """The range of values along one side of a plot, and the values that are labeled."""
-
-    low: float
-    high: float
-    ticks: Sequence[float] = ()
-    log: bool = False
-    format_label: Callable[[float], str] = format_tick
-
-    def share(self, value: float) -> float:
-        """Returns where `value` is on the axis: 0 at its beginning, 1 at its end."""
-        if self.log:
-            return math.log10(value / self.low) / math.log10(self.high / self.low)
-        return (value - self.low) / (self.high - self.low)
-
-    def labels(self) -> list[tuple[float, str]]:
-        """Returns the ticks within the range, each with its label."""
-        return [(tick, self.format_label(tick)) for tick in self.ticks if self.low <= tick <= self.high]
 
 
 class Drawing:
@@ -271,7 +251,7 @@ def line_chart(
     points = [point for line in series for point in line.points if _is_drawable(point[1], log)]
     if not points:
         return Markup()
-    x = _step_axis([x for x, _ in points])
+    x = step_axis([x for x, _ in points])
     values = [y for _, y in points]
     plot = Plot(
         x,
@@ -295,6 +275,16 @@ def line_chart(
         visibility="hidden",
     )
     return plot.svg()
+
+
+def _value_axis(
+    values: Sequence[float],
+    log: bool,
+    is_share: bool,
+) -> Axis:
+    if log:
+        return log_axis(values)
+    return share_axis(values) if is_share else linear_axis(values)
 
 
 def _draw_line(
@@ -434,114 +424,6 @@ def smooth(points: Sequence[Point]) -> list[Point]:
         weight = decay * weight + 1
         smoothed.append((step, total / weight))
     return smoothed
-
-
-def linear_axis(
-    values: Sequence[float],
-    count: int = 5,
-) -> Axis:
-    """Returns an axis over the values with about `count` round ticks."""
-    low = min(values)
-    high = max(values)
-    if high - low <= 1e-9 * max(abs(low), abs(high)):
-        low -= abs(low) / 2 if low else 1.0
-        high += abs(high) / 2 if high else 1.0
-    power = 10.0 ** math.floor(math.log10((high - low) / count))
-    steps = [power * factor for factor in (1, 2, 2.5, 5, 10)]
-    step = next(step for step in steps if step * count >= high - low)
-    first = math.floor(low / step + 1e-9)
-    last = math.ceil(high / step - 1e-9)
-    ticks = [index * step for index in range(first, last + 1)]
-    if step > 1e-9:
-        ticks = [round(tick, 12) for tick in ticks]
-    return Axis(
-        ticks[0],
-        ticks[-1],
-        ticks,
-    )
-
-
-def share_axis(values: Sequence[float]) -> Axis:
-    """Returns an axis in percent. If the values are shares, it does not reach below 0 or above 1."""
-    axis = linear_axis(values)
-    if max(values) - min(values) <= 1e-9:
-        axis = linear_axis([0.0, *values, 1.0])
-    low = axis.low if min(values) < 0 else max(0.0, axis.low)
-    high = axis.high if max(values) > 1 else min(1.0, axis.high)
-    return Axis(
-        low,
-        high,
-        axis.ticks,
-        format_label=percent_tick,
-    )
-
-
-def _value_axis(
-    values: Sequence[float],
-    log: bool,
-    is_share: bool,
-) -> Axis:
-    if log:
-        return log_axis(values)
-    return share_axis(values) if is_share else linear_axis(values)
-
-
-def whole_number_axis(high: float) -> Axis:
-    """Returns an axis from 0 to at least `high`, of which only whole numbers are labeled."""
-    axis = linear_axis([0, high], 4)
-    ticks = [tick for tick in axis.ticks if tick == int(tick)]
-    return Axis(
-        0,
-        max(high, *ticks),
-        ticks,
-        format_label=format_whole,
-    )
-
-
-def format_whole(value: float) -> str:
-    return f"{int(value):,}"
-
-
-def log_axis(values: Sequence[float]) -> Axis:
-    """Returns a logarithmic axis with powers of ten as ticks; over at most two of them also with twos and fives."""
-    low = min(values)
-    high = max(values)
-    first = math.floor(math.log10(low))
-    last = math.ceil(math.log10(high) + 1e-9)
-    last = max(last, first + 1)
-    factors = (1, 2, 5) if last - first <= 2 else (1,)
-    every = max(1, (last - first) // 6)
-    ticks = [
-        factor * 10.0**power
-        for power in range(
-            first,
-            last,
-            every,
-        )
-        for factor in factors
-    ]
-    ticks.append(10.0**last)
-    visible = [tick for tick in ticks if low / 2.5 <= tick <= high * 2.5] or ticks
-    return Axis(
-        min(low, visible[0]),
-        max(high, visible[-1]),
-        visible,
-        log=True,
-    )
-
-
-def _step_axis(steps: Sequence[float]) -> Axis:
-    low = min(steps)
-    high = max(steps)
-    if high <= low:
-        low, high = low - 0.5, high + 0.5
-    ticks = [tick for tick in linear_axis([low, high], 6).ticks if tick == int(tick)]
-    return Axis(
-        low,
-        high,
-        ticks,
-        format_label=format_whole,
-    )
 
 
 def _is_drawable(

@@ -271,6 +271,11 @@ def test_name_of_a_page_is_short_and_has_no_signs_of_a_shell(tmp_path: Path) -> 
     assert len(name) < 130 and re.fullmatch(r"compare-a-b-x-[\w.+-]+\.html", name)
 
 
+def test_name_of_a_page_has_at_most_255_bytes(tmp_path: Path) -> None:
+    page = compared_page(finished(tmp_path / ("\u7d50\u679c" * 30)), finished(tmp_path / ("\u6bd4\u8f03" * 30)))
+    assert page.exists() and re.fullmatch("compare-[\u7d50\u679c]+\\.html", page.name)
+
+
 def test_report_and_comparison_have_the_same_figures_under_the_same_names(tmp_path: Path) -> None:
     """Forty steps, so that a tenth is not one step."""
     folder = tmp_path / "one"

@@ -90,6 +90,16 @@ def test_a_chain_has_a_line_for_each_finished_stage(monkeypatch: pytest.MonkeyPa
     assert "stage 1 of 2: SFT, " in last and "DPO of" in last and "implicit reward" in last
 
 
+def test_a_side_of_a_pair_is_no_answer_of_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    events = list(recorded_events(is_chain=False))[:100]
+    sides = [
+        SampleLogged(step=1, prompt="q", completion=f"a {side} one", finish_reason="stop", role=side, reward=1.0)
+        for side in ("chosen", "rejected")
+    ]
+    last = drawn([*events, *sides], 0.02, monkeypatch)[-1].html
+    assert "newest answer" in last and "a rejected one" not in last and "a chosen one" not in last
+
+
 def test_a_continued_run_shows_its_earlier_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     slot = Slot()
     sink = NotebookView(slot)
@@ -166,8 +176,9 @@ SUMMARY = {
     "step": 96,
     "steps": 96,
     "seconds": 61.0,
+    "sessions": 2,
     "last": {"step": 96, "loss": 0.5, "kl": 0.25, "mean_token_accuracy": 0.5, "grad_norm": 1.0, "learning_rate": 1e-4}
-    | {"entropy": 0.1, "tokens_per_second": 10.0, "memory_gib": 0.5},
+    | {"entropy": 0.1, "tokens_per_second": 10.0, "memory_gib": 0.5, "rewards/rejected": -1.5},
     "best": {"step": 90, "loss": 0.625},
     "heldout_details": {"base": {"accuracy": 0.016, "mean_length": 40.6}, "sft": {"accuracy": 0.462}},
     "heldout_pairs": {"accuracy": 0.75},
@@ -183,8 +194,9 @@ def test_a_result_has_curves_tables_and_next_steps(folder: Path) -> None:
     table = [[cell for cell in row.split("|") if cell.strip()] for row in cells]
     assert ["loss", "0.500", "0.625"] in table and ["step", "96", "90"] in table
     assert ["exact answers (pass@1)", "1.6 %", "46.2 %"] in table and ["held-out pairs right, sft", "75.0 %"] in table
-    assert "96 of 96 steps, 1:01" in page and "3 rows were dropped" in page
-    assert "3 more figures" in page
+    assert ["tokens per answer", "40.6"] in table and ["implicit reward, rejected", "-1.500"] in table
+    assert "96 of 96 steps, 1:01 (2 sessions)" in page and "3 rows were dropped" in page
+    assert "4 more figures" in page
     assert f"lowrank-tune chat {folder}" in page and "from lowrank_tune.chat import ask" in page
 
 

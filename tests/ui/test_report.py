@@ -33,7 +33,8 @@ from lowrank_tune.ui.compare.figures import rows
 from lowrank_tune.ui.formatting import format_tick
 from lowrank_tune.ui.report import page, read_chain, read_run_log, write_report
 from lowrank_tune.ui.report.plots import histogram_pair, reliability, scatter
-from lowrank_tune.ui.svg import Series, downsample, line_chart, share_axis, smooth
+from lowrank_tune.ui.svg import Series, downsample, line_chart, smooth
+from lowrank_tune.ui.svg_axes import share_axis
 
 
 def run_page(folder: Path, *events: Event, **files: Any) -> str:
@@ -411,7 +412,7 @@ def test_damaged_groups_are_shown_leniently(tmp_path: Path, junk: Any) -> None:
         run_page(
             tmp_path / "a",
             run_started(algorithm="grpo"),
-            group(1, completions=junk, ground_truth=3),
+            group(1, completions=junk),
             step_end(1, reward=1.0),
         )
     )
@@ -680,7 +681,23 @@ def test_charts_have_the_names_of_the_documentation_percent_and_the_axis_step(tm
 )
 def test_axis_of_shares_is_in_percent_and_within_them(values: list[float], labels: list[str]) -> None:
     shown = [label for _, label in share_axis(values).labels()]
-    assert (shown[0], shown[-1]) == (labels[0], labels[-1]) and all(label.endswith(" %") for label in shown)
+    assert shown == labels
+
+
+def test_figures_that_are_not_numbers_are_left_out(tmp_path: Path) -> None:
+    steps = [step_end(n, loss=(-1e308, 1e308, 2.0)[n - 1], memory_gib=(math.nan, 1.5, 1.25)[n - 1]) for n in (1, 2, 3)]
+    html = run_page(tmp_path / "a", run_started(), *steps)
+    text = check_page(html).text
+    assert "1.50 GiB" in text and "2.000 \u2192 2.000" in text
+
+
+def test_report_of_a_run_that_diverged_at_its_last_step(tmp_path: Path) -> None:
+    steps = [step_end(n, loss=(1.0, math.nan)[n - 1], mean_token_accuracy=(0.5, math.nan)[n - 1]) for n in (1, 2)]
+    html = run_page(
+        tmp_path / "a", run_started(), *steps, RunEnded(status="failed", step=2, seconds=1.0, message="nan")
+    )
+    check_page(html)
+    assert html.count("<output>nan</output>") == 2
 
 
 def test_report_of_a_long_run_is_small(tmp_path: Path) -> None:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import fcntl
 import json
+import math
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -20,10 +22,11 @@ from run_summaries import DONE_CHAIN, DONE_SUMMARY
 from typer.testing import CliRunner
 
 from lowrank_tune.cli import app
-from lowrank_tune.events import Evaluated, Event, RunEnded
+from lowrank_tune.events import Evaluated, Event, RunEnded, to_json
 from lowrank_tune.full_disk import format_size
 from lowrank_tune.ui.formatting import format_age
 from lowrank_tune.ui.run_list import ListedRun, RunState, list_runs, print_runs, runs_as_json
+from lowrank_tune.ui.run_list import folder as folder_module
 
 RECIPE = {"name": "one", "algorithm": "sft", "base": {"model": "tiny"}}
 SUMMARY = {
@@ -167,19 +170,44 @@ def test_damaged_folders_are_named_and_not_fatal(tmp_path: Path) -> None:
     (unreadable / "events.jsonl").mkdir()
     junk = write_run(tmp_path / "junk", run=[], summary=[1])
     (junk / "events.jsonl").write_bytes(b"\x00\xff{}\n[1]\n{" * 50)
+    waiting = listed_run(tmp_path / "fifo", summary=SUMMARY)
+    (waiting / "events.jsonl").unlink()
+    os.mkfifo(waiting / "events.jsonl")
     deep = listed_run(tmp_path / "deep")
     (deep / "run.json").write_text("[" * 100_000)
     (tmp_path / "link").symlink_to("link")
     (tmp_path / "notes").mkdir()
     (tmp_path / "compare.html").write_text("")
     runs = by_name(tmp_path)
-    assert set(runs) == {"good", "broken", "no-recipe", "unreadable", "junk", "deep"}
+    assert set(runs) == {"good", "broken", "no-recipe", "unreadable", "junk", "fifo", "deep"}
     assert [name for name, run in runs.items() if run.state == RunState.DAMAGED] == [
         name for name in runs if name != "good"
     ]
     text = printed(list_runs(tmp_path), 200)
     assert "broken damaged: run.json is not valid JSON" in text and "unreadable damaged: events.jsonl cannot be" in text
-    assert "no-recipe damaged: run.json cannot be read" in text
+    assert "no-recipe damaged: run.json cannot be read" in text and "it is a FIFO, not a regular file" in text
+
+
+def test_lines_with_wrong_values_are_skipped(tmp_path: Path) -> None:
+    folder = listed_run(tmp_path / "one", *session())
+    wrong = [
+        {**to_json(ended("done")), "status": "almost"},
+        {**to_json(step_end(3, loss=1.0)), "step": "3"},
+        {**to_json(step_end(4, loss=1.0)), "stats": [1]},
+        {**to_json(step_end(5, loss=1.0)), "time": math.inf},
+    ]
+    with (folder / "events.jsonl").open("a") as file:
+        file.writelines(json.dumps(event) + "\n" for event in wrong)
+    (run,) = list_runs(tmp_path)
+    assert (run.state, run.step, run.updated) == ("killed", 2, 103.0)
+    assert "2 / 9" in printed([run], 200) and json.loads(runs_as_json([run]))
+
+
+def test_a_run_that_is_deleted_meanwhile_is_damaged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    listed_run(tmp_path / "gone")
+    monkeypatch.setattr(folder_module, "is_chain", lambda path: bool(shutil.rmtree(path)))
+    (run,) = list_runs(tmp_path)
+    assert run.state == "damaged" and run.problem.startswith("run.json cannot be read")
 
 
 @pytest.mark.parametrize("content", ['{"status": "done"}', "{", "[]"])

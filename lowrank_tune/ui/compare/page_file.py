@@ -11,7 +11,7 @@ from pathlib import Path
 from lowrank_tune.ui.compare.runs import ComparedRun
 
 MAX_NAMES = 100
-"""Characters of the names of the runs in the name of a file."""
+"""Bytes of the names of the runs in the name of a file; most file systems have a limit of 255 for the whole name."""
 
 
 def page_file(runs: Sequence[ComparedRun]) -> Path:
@@ -32,7 +32,8 @@ def _candidates(runs: Sequence[ComparedRun]) -> Iterator[Path]:
         r"[^\w.+-]+",
         "-",
         "-".join(run.label for run in runs),
-    )[:MAX_NAMES]
+    )
+    names = names.encode()[:MAX_NAMES].decode(errors="ignore")
     for number in count(1):
         suffix = "" if number == 1 else f"-{number}"
         yield folder / f"compare-{names}{suffix}.html"

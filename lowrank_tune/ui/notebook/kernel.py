@@ -23,7 +23,7 @@ class Output:
 
 
 def in_notebook() -> bool:
-    """Returns whether this process is the kernel of a notebook. A shell of IPython in a terminal is none."""
+    """Returns whether this process is the kernel of a notebook. IPython in a terminal has no kernel."""
     ipython = sys.modules.get("IPython")
     if ipython is None:
         return False
@@ -32,13 +32,13 @@ def in_notebook() -> bool:
 
 
 class OutputSlot:
-    """One output below the running cell; a new content replaces the old one."""
+    """One output below the running cell, in which each new content replaces the one before."""
 
     def __init__(self) -> None:
         self._handle: Any = None
 
     def show(self, output: Output) -> None:
-        """Shows a content in place of the one before."""
+        """Shows an output in place of the one before."""
         if self._handle is not None:
             self._handle.update(output)
             return

@@ -9,6 +9,7 @@ from lowrank_tune.events import Event, RunStarted, SampleLogged, StepEnd
 from lowrank_tune.ui import escape_control_chars
 from lowrank_tune.ui.formatting import clock, format_stats, percent, rate, wall_time
 from lowrank_tune.ui.html import render, style_of
+from lowrank_tune.ui.metrics import PAIR_SIDES
 from lowrank_tune.ui.notebook.charts import leading_charts
 from lowrank_tune.ui.notebook.kernel import Output
 from lowrank_tune.ui.report.run_log import RunLog
@@ -22,8 +23,8 @@ MAX_COMPLETION = 600
 
 @dataclass
 class LiveRun:
-    """A run as its events describe it so far. `log` has the curves of the current stage, `finished` a line for each
-    earlier one."""
+    """A run as its events describe it so far. `log` contains the curves of the current stage, `finished` a line for
+    each earlier one, and `sample` the newest answer of the model; the sides of a pair are answers of the data."""
 
     state: State = field(default_factory=State)
     log: RunLog = field(default_factory=lambda: RunLog(Path()))
@@ -43,7 +44,7 @@ class LiveRun:
         self.log.apply(event)
         if isinstance(event, StepEnd):
             self.stats = dict(event.stats)
-        elif isinstance(event, SampleLogged):
+        elif isinstance(event, SampleLogged) and event.role not in PAIR_SIDES:
             self.sample = event
 
     @property

@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from lowrank_tune.errors import UserError
 from lowrank_tune.json_files import get_list, get_mapping, get_number, get_objects
-from lowrank_tune.ui.formatting import HIDDEN_METRICS, METRIC_FORMATS, clock, number, percent
+from lowrank_tune.ui.formatting import HIDDEN_METRICS, METRIC_FORMATS, percent, wall_time
 from lowrank_tune.ui.html import render, style_of
-from lowrank_tune.ui.metrics import TITLES
+from lowrank_tune.ui.metrics import chart_title, pair_side
 from lowrank_tune.ui.notebook.charts import leading_charts
 from lowrank_tune.ui.notebook.next_steps import next_steps
 from lowrank_tune.ui.report import read_chain, read_run_log
 from lowrank_tune.ui.report.curves import ChartCard
-from lowrank_tune.ui.report.heldout import figure_label, figure_names
+from lowrank_tune.ui.report.heldout import figure_label, figure_names, format_figure
 from lowrank_tune.ui.report.run_log import RunLog
 from lowrank_tune.ui.run_paths import is_chain
 
@@ -79,7 +79,7 @@ def _facts(summary: Mapping[str, Any]) -> str:
     if "step" in summary:
         parts.append(f"{get_number(summary, 'step'):,.0f} of {get_number(summary, 'steps'):,.0f} steps")
     if "seconds" in summary:
-        parts.append(clock(get_number(summary, "seconds")))
+        parts.append(wall_time(get_number(summary, "seconds"), int(get_number(summary, "sessions", 1))))
     return ", ".join(parts)
 
 
@@ -100,22 +100,28 @@ def _metric_rows(stage: Mapping[str, Any]) -> list[Row]:
     last = get_mapping(stage, "last")
     best = get_mapping(stage, "best")
     rows = [Row("step", [_step(last), _step(best)])] if last or best else []
-    for name, (label, write) in METRIC_FORMATS.items():
+    for name, (_, format_value) in METRIC_FORMATS.items():
         if name in HIDDEN_METRICS or not name:
             continue
-        cells = [_written(values, name, write) for values in (last, best)]
+        cells = [_cell(values, name, format_value) for values in (last, best)]
         if any(cells):
-            rows.append(Row(TITLES.get(name) or label, cells))
+            rows.append(Row(_metric_label(name), cells))
     return rows
+
+
+def _metric_label(name: str) -> str:
+    """Returns the title of a metric's chart; of one side of a pair also which side."""
+    side = pair_side(name)
+    return f"{chart_title(name.removesuffix(side) + 'chosen')}, {side}" if side else chart_title(name)
 
 
 def _step(values: Mapping[str, Any]) -> str:
     return f"{get_number(values, 'step'):,.0f}" if "step" in values else ""
 
 
-def _written(values: Mapping[str, Any], name: str, write: Any) -> str:
+def _cell(values: Mapping[str, Any], name: str, format_value: Callable[[float], str]) -> str:
     value = values.get(name)
-    return str(write(value)) if isinstance(value, (int, float)) else ""
+    return format_value(value) if isinstance(value, (int, float)) else ""
 
 
 def _heldout_rows(heldout: Mapping[str, Any]) -> list[Row]:
@@ -125,8 +131,8 @@ def _heldout_rows(heldout: Mapping[str, Any]) -> list[Row]:
         stats[stage] = {name: get_number(figures, name) for name in figures}
     rows = []
     for name in figure_names(stats):
-        write = number if name == "mean_length" else percent
-        rows.append(Row(figure_label(name), [_written(figures, name, write) for figures in stats.values()]))
+        cells = [format_figure(name, figures[name]) if name in figures else "" for figures in stats.values()]
+        rows.append(Row(figure_label(name), cells))
     return rows
 
 

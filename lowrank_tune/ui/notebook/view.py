@@ -12,12 +12,12 @@ from lowrank_tune.ui.notebook.live import LiveRun
 MIN_SECONDS = 1.0
 """Minimum time between two drawings."""
 MAX_SHARE = 0.05
-"""Of the time that drawing may take: a slow one is repeated less often."""
+"""Share of the time that drawing may take: if one drawing takes long, the next one is later."""
 
 
 class NotebookView:
     """Applies each event, and draws the run at most once a second. The start and the end of a run, and the start of a
-    job, are drawn at once, because the next event may be far away."""
+    job, are drawn at once, because the next event may come minutes later."""
 
     def __init__(self, slot: OutputSlot | None = None) -> None:
         self.run = LiveRun()
@@ -27,7 +27,7 @@ class NotebookView:
         self._last_job = ""
 
     def replay(self, events: Iterable[Event]) -> None:
-        """Begins again with the events of the log, which has those of earlier sessions too."""
+        """Begins again with the events of the log, which contains those of earlier sessions too."""
         self.run = LiveRun()
         for event in events:
             self.run.apply(event)

@@ -163,6 +163,9 @@ def _last_value(
     value: float,
     as_percent: bool,
 ) -> str:
+    """Returns the value in words; that of a step that diverged is `nan` or `inf`."""
+    if not math.isfinite(value):
+        return str(value)
     return percent(value) if as_percent else format_tick(value)
 
 

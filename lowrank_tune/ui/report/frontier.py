@@ -11,15 +11,8 @@ from lowrank_tune.ui.html import render
 from lowrank_tune.ui.metrics import Point
 from lowrank_tune.ui.report.run_log import RunLog
 from lowrank_tune.ui.reward_vs_accuracy import by_kl
-from lowrank_tune.ui.svg import (
-    RIGHT,
-    WIDTH,
-    Plot,
-    downsample,
-    linear_axis,
-    share_axis,
-    smooth,
-)
+from lowrank_tune.ui.svg import RIGHT, WIDTH, Plot, downsample, smooth
+from lowrank_tune.ui.svg_axes import linear_axis, share_axis
 
 MIN_POINTS = 3
 """Steps at which both reward and KL were measured."""

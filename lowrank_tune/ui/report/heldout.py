@@ -147,15 +147,21 @@ def figure_label(name: str) -> str:
     return FIGURE_LABELS.get(name, name)
 
 
+def format_figure(
+    name: str,
+    value: float,
+) -> str:
+    """Returns the value of a figure; all but the length of the answers are shares."""
+    return format_metric(name, value) if name == "mean_length" else percent(value)
+
+
 def _figure(
     name: str,
     value: float | None,
 ) -> Figure:
     if value is None:
         return Figure("")
-    if name == "mean_length":
-        return Figure(format_metric(name, value))
-    return Figure(percent(value), value)
+    return Figure(format_figure(name, value), None if name == "mean_length" else value)
 
 
 def _answers_by_stage(run_logs: Sequence[RunLog]) -> dict[str, list[HeldoutAnswer]]:

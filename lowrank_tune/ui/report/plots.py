@@ -9,15 +9,8 @@ from markupsafe import Markup
 
 from lowrank_tune.ui.formatting import format_tick, percent, percent_tick
 from lowrank_tune.ui.metrics import Point
-from lowrank_tune.ui.svg import (
-    LEFT,
-    PLOT_WIDTH,
-    TOP,
-    Axis,
-    Plot,
-    linear_axis,
-    whole_number_axis,
-)
+from lowrank_tune.ui.svg import LEFT, PLOT_WIDTH, TOP, Plot
+from lowrank_tune.ui.svg_axes import Axis, linear_axis, whole_number_axis
 
 BINS = 28
 MAX_DOTS = 800

@@ -19,7 +19,7 @@ from lowrank_tune.events import (
     SampleLogged,
     StepEnd,
 )
-from lowrank_tune.json_files import read_json_object
+from lowrank_tune.json_files import as_number, read_json_object
 from lowrank_tune.training.run_totals import RunTotals, TotalsCounter
 from lowrank_tune.ui.groups import Group, read_group
 from lowrank_tune.ui.metrics import (
@@ -250,7 +250,7 @@ def _store(
     value: Any,
 ) -> None:
     if isinstance(value, (int, float)):
-        statistics.setdefault(name, {})[step] = float(value)
+        statistics.setdefault(name, {})[step] = as_number(value)
 
 
 def _read_text(path: Path) -> str:

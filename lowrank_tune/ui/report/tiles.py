@@ -47,7 +47,7 @@ def run_tiles(run_log: RunLog) -> list[Tile]:
     steps = f" / {started.steps:,}" if started and started.steps else ""
     tiles.append(Tile(f"{run_log.step:,}{steps}", "steps"))
     tiles += _total_tiles(run_log.totals, "wall time")
-    memory = run_log.series.get("memory_gib")
+    memory = run_log.finite_values("memory_gib")
     if memory:
         tiles.append(Tile(f"{max(memory.values()):.2f} GiB", "peak memory"))
     if started and started.trainable:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from lowrank_tune.ui.run_paths import (
     is_chain,
     is_locked,
     is_run_folder,
+    read_recipe,
     run_folders,
     stage_folders,
 )
@@ -52,17 +54,23 @@ def _sort_key(run: ListedRun) -> tuple[float, str]:
 
 
 def _listed(folder: Path) -> ListedRun:
-    """Returns a run of any kind with its size."""
+    """Returns a run of any kind with its size. Without an event it is as old as its folder."""
     run = _read_chain(folder) if is_chain(folder) else _read_run(folder)
+    updated = run.updated
+    if not updated:
+        # a run may be deleted while the list is made
+        with suppress(OSError):
+            updated = folder.stat().st_mtime
     return replace(
         run,
         num_bytes=size_on_disk(folder),
-        updated=run.updated or folder.stat().st_mtime,
+        updated=updated,
     )
 
 
 def _read_run(folder: Path) -> ListedRun:
-    run = _with_recipe(ListedRun(folder), _recipe(folder))
+    recipe, problem = _recipe_or_problem(folder)
+    run = _with_recipe(ListedRun(folder), recipe)
     summary = read_done_summary(folder)
     try:
         if summary is not None:
@@ -73,7 +81,6 @@ def _read_run(folder: Path) -> ListedRun:
             run = replace(run, state=RunState.RUNNING)
     except OSError as error:
         return run.damaged(f"{EVENTS} cannot be read ({error.strerror or error})")
-    problem = _problem_of_run_file(folder)
     # a run that continues replaces its summary
     if not problem and summary is None and run.state != RunState.RUNNING:
         problem = _problem_of_summary(folder)
@@ -125,7 +132,7 @@ def _read_chain(folder: Path) -> ListedRun:
     run = ListedRun(
         folder,
         _state_of_chain(folder, started),
-        ARROW.join(str(stage.get("algorithm", "?")) for stage in get_objects(_recipe(folder), "stages")),
+        ARROW.join(str(stage.get("algorithm", "?")) for stage in get_objects(read_recipe(folder), "stages")),
         next((stage.base for stage in started if stage.base), ""),
         last.best,
         sum(stage.step for stage in started),
@@ -156,10 +163,6 @@ def _state_of_chain(
     return started[-1].state
 
 
-def _recipe(folder: Path) -> Mapping[str, Any]:
-    return get_mapping(read_json_object(folder / "run.json"), "recipe")
-
-
 def _with_recipe(
     run: ListedRun,
     recipe: Mapping[str, Any],
@@ -171,15 +174,16 @@ def _with_recipe(
     )
 
 
-def _problem_of_run_file(folder: Path) -> str:
-    """Returns why the `run.json` of a folder cannot be used, empty if it can."""
+def _recipe_or_problem(folder: Path) -> tuple[Mapping[str, Any], str]:
+    """Returns the recipe in the `run.json` of a folder; without one an empty recipe, and why there is none."""
     try:
         content = read_json(folder / "run.json")
     except OSError as error:
-        return f"run.json cannot be read ({error.strerror or error})"
+        return {}, f"run.json cannot be read ({error.strerror or error})"
     except ValueError:
-        return "run.json is not valid JSON"
-    return "" if as_mapping(content).get("recipe") else "run.json contains no recipe"
+        return {}, "run.json is not valid JSON"
+    recipe = get_mapping(as_mapping(content), "recipe")
+    return recipe, "" if recipe else "run.json contains no recipe"
 
 
 def _problem_of_summary(folder: Path) -> str:

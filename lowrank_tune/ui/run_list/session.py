@@ -1,4 +1,4 @@
-"""What the events of a run say about it, for runs whose `summary.json` does not describe their end."""
+"""The figures in the events of a run, for runs whose `summary.json` does not describe their end."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from lowrank_tune.events import Evaluated, Event, RunEnded, RunStarted, StepEnd
+from lowrank_tune.regular_files import check_regular_file
 from lowrank_tune.training.run_totals import TotalsCounter
 from lowrank_tune.ui.run_list.best import best_of_evaluation, last_of
 from lowrank_tune.ui.run_list.entry import BestMetric
@@ -52,7 +53,8 @@ def read_events_of_run(path: Path) -> EventsOfRun:
 
 def last_event_time(path: Path) -> float:
     """Returns the time of the last event of a file, 0 if there is none in its last part. Raises OSError if it cannot be
-    read."""
+    read or is not regular."""
+    check_regular_file(path)
     with path.open("rb") as file:
         size = file.seek(0, 2)
         file.seek(max(0, size - TAIL_BYTES))

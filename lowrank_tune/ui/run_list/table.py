@@ -153,9 +153,9 @@ def print_runs(
 
 def runs_table(
     runs: Sequence[ListedRun],
-    width: int | None = None,
+    width: int,
 ) -> Table:
-    """Returns the table with the columns that fit into `width` cells, by default all of them."""
+    """Returns the table with the columns that fit into `width` cells."""
     columns = _fitting(runs, width)
     table = Table(
         box=None,
@@ -186,10 +186,11 @@ def problems(runs: Sequence[ListedRun]) -> list[str]:
 
 def _fitting(
     runs: Sequence[ListedRun],
-    width: int | None,
+    width: int,
 ) -> list[Column]:
     columns = list(COLUMNS)
-    while width is not None and _width(columns, runs) > width and any(column.rank for column in columns):
+    widths = {column: GAP + _width(column, runs) for column in columns}
+    while sum(widths[column] for column in columns) > width and any(column.rank for column in columns):
         columns.remove(max(columns, key=_rank))
     return columns
 
@@ -199,15 +200,12 @@ def _rank(column: Column) -> int:
 
 
 def _width(
-    columns: Sequence[Column],
+    column: Column,
     runs: Sequence[ListedRun],
 ) -> int:
-    total = GAP * len(columns)
-    for column in columns:
-        widths = [cell_len(_text(column, run).plain) for run in runs]
-        widest = max([cell_len(column.head), *widths])
-        total += widest if column.rank else min(MAX_NAME_WIDTH, widest)
-    return total
+    """Returns the cells that a column needs; one that may be wrapped needs at most `MAX_NAME_WIDTH`."""
+    widest = max([cell_len(column.head), *(cell_len(_text(column, run).plain) for run in runs)])
+    return widest if column.rank else min(MAX_NAME_WIDTH, widest)
 
 
 def _text(

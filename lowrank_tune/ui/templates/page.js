@@ -15,7 +15,7 @@ for (const card of document.querySelectorAll("[data-lines]")) {
       const box = svg.getBoundingClientRect(), scale = box.width / svg.viewBox.baseVal.width;
       const wanted = low + ((event.clientX - box.left) / scale - left) / (right - left) * (high - low);
       const near = (points) => points.reduce((best, point) => Math.abs(point[0] - wanted) < Math.abs(best[0] - wanted) ? point : best);
-      const step = near(lines[0][1])[0], x = left + (step - low) / (high - low) * (right - left);
+      const step = near(lines.find((line) => line[1].length)[1])[0], x = left + (step - low) / (high - low) * (right - left);
       cross.setAttribute("x1", x); cross.setAttribute("x2", x); cross.setAttribute("visibility", "visible");
       tip.textContent = "step " + step + lines.filter((line) => line[1].length).map((line) => {
         const point = near(line[1]);

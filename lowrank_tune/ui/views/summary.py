@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from lowrank_tune.json_files import get_list, get_mapping, get_objects
+from lowrank_tune.json_files import get_list, get_mapping, get_number, get_objects
 from lowrank_tune.ui import escape_control_chars
 from lowrank_tune.ui.formatting import format_stats, percent, rate, wall_time
 from lowrank_tune.ui.terminal.text_layout import fold
@@ -99,8 +99,7 @@ def _progress(summary: Mapping[str, Any]) -> Iterator[str]:
 
 def _wall_time(summary: Mapping[str, Any]) -> str:
     """Returns the wall time of all sessions of a run, a chain or a stage."""
-    numbers = _numbers({key: summary.get(key) for key in ("seconds", "sessions")})
-    return wall_time(numbers["seconds"], int(numbers.get("sessions", 1)))
+    return wall_time(get_number(summary, "seconds"), int(get_number(summary, "sessions", 1)))
 
 
 def _last_and_best(summary: Mapping[str, Any]) -> Iterator[str]:
