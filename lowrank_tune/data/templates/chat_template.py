@@ -22,7 +22,7 @@ from lowrank_tune.data.templates.fallback import (
     PlainTextTemplate,
 )
 from lowrank_tune.data.templates.jinja import JinjaChatTemplate
-from lowrank_tune.data.templates.render_process import RenderProcess, RenderRequest, shared_process
+from lowrank_tune.data.templates.render_process import RenderProcess, RenderRequest, Template, shared_process
 from lowrank_tune.errors import UserError
 
 BYTE_TOKEN = re.compile(r"<0x[0-9A-Fa-f]{2}>")
@@ -152,11 +152,8 @@ class ChatTemplate:
         add_generation_prompt: bool,
     ) -> str:
         """Returns the text that other software renders with `dated_chat_template`. Raises InvalidRow."""
-        (text,) = shared_process().render_some(
-            self.dated_chat_template,
-            self.tokenizer.special_tokens_map,
-            [RenderRequest(messages, add_generation_prompt)],
-        )
+        template = Template(self.dated_chat_template, self.tokenizer.special_tokens_map)
+        (text,) = shared_process().render_some(template, [RenderRequest(messages, add_generation_prompt)])
         if isinstance(text, InvalidRow):
             raise text
         return text
