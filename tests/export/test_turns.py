@@ -18,7 +18,8 @@ from lowrank_tune.data import ChatTemplate, InvalidRow
 from lowrank_tune.data.templates.render_process import RenderRequest, Template, shared_process
 from lowrank_tune.export.ollama import Modelfile, go_template, quoted
 from lowrank_tune.export.template_probe import ProbeMessages, TemplateTurns, derive_turns
-from lowrank_tune.model.base import BUILTIN_MODEL, load_tokenizer
+from lowrank_tune.model.base import load_tokenizer
+from lowrank_tune.model.base_source import BUILTIN_MODEL
 
 CHATML = (
     "{% if messages[0]['role'] != 'system' %}{{ '<|im_start|>system\nYou are kind.<|im_end|>\n' }}{% endif %}"
