@@ -124,7 +124,7 @@ class TemplateRenderer:
         return f"the chat template of {base}"
 
     def _requests(self, renderings: Sequence[Rendering]) -> list[RenderRequest]:
-        """Returns the renderings with prepared messages: equal objects where they have the same messages."""
+        """Returns the renderings with prepared messages, one object for each message that several of them share."""
         plain: dict[int, dict[str, str]] = {}
         requests = []
         for rendering in renderings:
