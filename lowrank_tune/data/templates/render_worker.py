@@ -109,7 +109,8 @@ class _Batch:
         last = self._outcomes[-1]
         if not isinstance(last, str) and "exceeded" in last:
             return True
-        return time.process_time() > self._end or self._num_chars > self._limits["batch_chars"]
+        max_chars: int = self._limits["batch_chars"]
+        return time.process_time() > self._end or self._num_chars > max_chars
 
     def _render_one_by_one(self, rows: Sequence[Row]) -> None:
         for row in rows:
