@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 from tokenizers_for_tests import CHATML, tiny
 
+from lowrank_tune import Recipe
 from lowrank_tune.config import DataConfig, SourceConfig
 from lowrank_tune.data import ChatTemplate, InvalidRow, load, load_prompts
 from lowrank_tune.data.load import Prompt
@@ -31,6 +32,7 @@ from lowrank_tune.data.templates.render_process import (
 from lowrank_tune.data.templates.renderer import Rendering, TemplateRenderer
 from lowrank_tune.data_report.common import heldout_ids
 from lowrank_tune.errors import UserError
+from lowrank_tune.evaluation.responses import ResponseReader
 from lowrank_tune.processes.limits import peak_megabytes
 from lowrank_tune.processes.worker_process import WorkerProcess, WorkerStarved
 
@@ -319,7 +321,7 @@ def test_a_dropped_row_is_reported_with_its_line(tmp_path: Path) -> None:
     assert reason == "the base's chat template exceeds 512 MB of memory on it" and dropped.lines() == "line 4"
 
 
-@pytest.mark.parametrize("kind", ["prompts", "pairs", "held-out"])
+@pytest.mark.parametrize("kind", ["prompts", "pairs", "held-out", "responses"])
 def test_a_template_that_hangs_for_every_row_ends_each_way_of_reading_rows(
     process: RenderProcess, tmp_path: Path, kind: str
 ) -> None:
@@ -330,10 +332,16 @@ def test_a_template_that_hangs_for_every_row_ends_each_way_of_reading_rows(
     names = ("prompt", "chosen", "rejected") if kind == "pairs" else ("prompt", "completion")
     file.write_text((json.dumps({name: row[name] for name in names}) + "\n") * 9, encoding="utf-8")
     data = DataConfig(train=(SourceConfig(dataset=str(file)),), eval_fraction=0.0, max_length=64)
-    with pytest.raises(UserError, match="on 3 conversations in succession"):
+    with pytest.raises(UserError, match="^the chat template of .* on 3 conversations in succession"):
         if kind == "prompts":
             load_prompts(data, template, 0, lambda event: None)
         elif kind == "pairs":
             load(data, template, 0, lambda event: None, tmp_path / "cache", pairs=True)
+        elif kind == "responses":
+            train = {"train": [{"dataset": "builtin:arithmetic"}]}
+            recipe = Recipe.from_dict(
+                {"algorithm": "grpo", "data": train, "rewards": [{"name": "answer"}], "train": {"max_steps": 1}}
+            )
+            ResponseReader(recipe, template, with_token_ids=True).responses(str(file), [], {})
         else:
             heldout_ids([Prompt((Message("user", f"WORD {number}"),), None, {}) for number in range(9)], template)
