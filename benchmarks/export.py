@@ -28,7 +28,8 @@ from lowrank_tune.data import ChatTemplate
 from lowrank_tune.export.export import ExportOptions, export
 from lowrank_tune.export.merge import merge
 from lowrank_tune.export.merge_check import RecordedOutputs, make_probes, record_outputs
-from lowrank_tune.model.base import BUILTIN_MODEL, load_base, load_tokenizer
+from lowrank_tune.model.base import load_base, load_tokenizer
+from lowrank_tune.model.base_source import BUILTIN_MODEL
 
 PROMPTS = 20
 PEFT = """

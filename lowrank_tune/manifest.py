@@ -8,7 +8,8 @@ from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
-from lowrank_tune.json_files import parse_json
+from lowrank_tune.json_files import MAX_BYTES, parse_json
+from lowrank_tune.regular_files import check_regular_file, read_regular_file
 
 MANIFEST = "manifest.json"
 
@@ -29,7 +30,7 @@ def manifest_bytes(entries: Mapping[str, Any]) -> bytes:
 def manifest_files(folder: Path) -> dict[str, str]:
     """Returns the hash of each file by its name relative to the folder; empty if the folder has no valid manifest."""
     try:
-        raw = (folder / MANIFEST).read_bytes()
+        raw = read_regular_file(folder / MANIFEST, MAX_BYTES)
         manifest = parse_json(raw)
         if manifest_bytes(manifest) != raw:
             return {}
@@ -50,6 +51,7 @@ def changed_file(folder: Path, names: Iterable[str]) -> str | None:
 
 def _hash_of(path: Path) -> str | None:
     try:
+        check_regular_file(path)
         return content_hash(path.read_bytes())
     except OSError:
         return None

@@ -5,12 +5,13 @@ Opening a FIFO waits for a writer, and a device such as /dev/zero has no end.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import select
 import stat
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 KINDS: tuple[tuple[Callable[[int], bool], str], ...] = (
@@ -34,11 +35,11 @@ class UnreadableFile(OSError):
 def read_regular_file(path: Path, max_bytes: int) -> bytes:
     """Returns the content of a regular file. Raises OSError, which is UnreadableFile for any other kind of file and for
     a file that is larger than `max_bytes`."""
-    # Without O_NONBLOCK the opening of a FIFO would wait.
-    with os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
-        _check_status(path, os.fstat(file.fileno()), max_bytes)
-        # Files of /proc have size 0.
-        return _within(path, file.read(max_bytes + 1), max_bytes)
+    with _opened(path) as descriptor:
+        _check_status(path, os.fstat(descriptor), max_bytes)
+        with open(descriptor, "rb", closefd=False) as file:
+            # Files of /proc have size 0.
+            return _within(path, file.read(max_bytes + 1), max_bytes)
 
 
 def read_file_or_pipe(path: Path, max_bytes: int) -> bytes:
@@ -46,14 +47,21 @@ def read_file_or_pipe(path: Path, max_bytes: int) -> bytes:
     is UnreadableFile for a pipe without a writer, and for one that is not closed in `PIPE_SECONDS`."""
     if not stat.S_ISFIFO(path.stat().st_mode):
         return read_regular_file(path, max_bytes)
-    pipe = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-    try:
+    with _opened(path) as pipe:
         data = _read_pipe(path, pipe, max_bytes)
-    finally:
-        os.close(pipe)
     if not data:
         raise UnreadableFile(path, "it is a FIFO, and no process writes to it")
     return _within(path, data, max_bytes)
+
+
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[int]:
+    """Yields a descriptor, also for a FIFO without waiting for its writer, and for a folder."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    try:
+        yield descriptor
+    finally:
+        os.close(descriptor)
 
 
 def _read_pipe(

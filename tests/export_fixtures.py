@@ -18,7 +18,8 @@ from lowrank_tune.checkpoint import write_atomically
 from lowrank_tune.config import AdapterConfig, BaseConfig
 from lowrank_tune.data import ChatTemplate
 from lowrank_tune.model.adapters import lora_config
-from lowrank_tune.model.base import BUILTIN_MODEL, base_hashes, combined_hash, hash_of, load_base, load_tokenizer
+from lowrank_tune.model.base import base_hashes, combined_hash, hash_of, load_base, load_tokenizer
+from lowrank_tune.model.base_source import BUILTIN_MODEL
 from lowrank_tune.model.roles import Roles
 from lowrank_tune.training.final_adapter import final_folder
 

@@ -96,12 +96,20 @@ def test_deeply_nested_recipe_of_a_run_is_no_recipe(tmp_path: Path) -> None:
         RunFolder(tmp_path).stored_recipe()
 
 
+def num_descriptors() -> int:
+    return len(list(Path("/proc/self/fd").iterdir()))
+
+
 def test_reader_refuses_what_is_no_regular_file_or_too_large(tmp_path: Path) -> None:
     (tmp_path / "large.json").write_text("[1, 2, 3]")
     with pytest.raises(OSError, match="it has 9 bytes, and the limit is 8"):
         read_json(tmp_path / "large.json", max_bytes=8)
     with pytest.raises(OSError, match="it is a device"):
         read_json(Path("/dev/zero"))
+    num_open = num_descriptors()
+    with pytest.raises(OSError, match="it is a folder, not a regular file"):
+        read_json(tmp_path)
+    assert num_descriptors() == num_open, "the folder is closed again"
 
 
 OWN_JSON = {

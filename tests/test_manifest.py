@@ -4,6 +4,7 @@ not loaded."""
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -54,6 +55,22 @@ def test_a_broken_or_foreign_manifest_lists_nothing(tmp_path: Path, text: str) -
     (final / "manifest.json").write_text(text)
     assert manifest_files(final) == {}
     read_adapter(str(tmp_path), "key")
+
+
+def test_a_manifest_or_a_listed_file_that_is_not_regular_is_refused_at_once(tmp_path: Path) -> None:
+    """The folder may come from anyone."""
+    final = final_of(tmp_path)
+    manifest = (final / "manifest.json").rename(tmp_path / "manifest.json")
+    (final / "manifest.json").touch()
+    os.truncate(final / "manifest.json", 1 << 40)
+    assert manifest_files(final) == {}
+    (final / "manifest.json").unlink()
+    os.mkfifo(final / "manifest.json")
+    assert manifest_files(final) == {}
+    manifest.replace(final / "manifest.json")
+    (final / "README.md").unlink()
+    os.mkfifo(final / "README.md")
+    assert changed_file(final, ["README.md"]) == "README.md"
 
 
 def test_every_flipped_bit_of_the_manifest_is_found(tmp_path: Path) -> None:

@@ -12,7 +12,8 @@ from lowrank_tune.config import BaseConfig
 from lowrank_tune.data.hub import describe_hub_error
 from lowrank_tune.errors import UserError
 from lowrank_tune.model.adapters import read_adapter
-from lowrank_tune.model.base import describe_load_errors, load_config, load_tokenizer
+from lowrank_tune.model.base import load_config, load_tokenizer
+from lowrank_tune.model.base_source import describe_load_errors
 from lowrank_tune.offline import fetch_advice, offline_variable
 
 NAME = "lowrank-tune-tests/none-such"

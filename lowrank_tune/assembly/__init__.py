@@ -28,6 +28,7 @@ from lowrank_tune.data import (
     PromptDataset,
     TokenizedDataset,
     TokenizedSplits,
+    accepted_prompts,
     recipe_heldout_prompts,
 )
 from lowrank_tune.errors import UserError
@@ -192,7 +193,7 @@ def _heldout_questions(
     if dataset is None:
         return []
     prompts = recipe_heldout_prompts(recipe)
-    usable = [prompt for prompt in prompts if template.validate_messages(prompt.messages) is None]
+    usable = accepted_prompts(prompts, template)
     if not usable:
         raise UserError(f"evaluate.eval_dataset: {dataset.dataset} has no usable row")
     if all(prompt.ground_truth is None for prompt in usable):

@@ -16,7 +16,7 @@ from lowrank_tune.config import default_adapter_name, from_dict
 from lowrank_tune.errors import UserError, did_you_mean
 from lowrank_tune.json_files import as_mapping, get_mapping, read_json_object
 from lowrank_tune.model.adapters import CONFIG
-from lowrank_tune.model.base import BUILTIN_MODEL
+from lowrank_tune.model.base_source import BUILTIN_MODEL
 
 _HUB = re.compile(r"[A-Za-z0-9][\w.-]*(?:/[\w.-]+)?(?:@[\w./-]+)?")
 

@@ -15,6 +15,7 @@ from lowrank_tune.data.formats import (
 from lowrank_tune.data.load import (
     Prompt,
     TokenizedSplits,
+    accepted_prompts,
     load,
     load_heldout_prompts,
     recipe_heldout_prompts,
@@ -51,6 +52,7 @@ __all__ = [
     "SourceReport",
     "ChatTemplate",
     "TokenizedDataset",
+    "accepted_prompts",
     "compute_token_stats",
     "collate",
     "collate_units",

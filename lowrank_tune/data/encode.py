@@ -28,7 +28,6 @@ from lowrank_tune.data.sources import Chunk, RowLocation
 from lowrank_tune.data.store_writer import Entry, conversation_hash
 from lowrank_tune.data.templates.chat_template import ChatTemplate
 from lowrank_tune.data.templates.spans import NOTHING_TRAINED
-from lowrank_tune.errors import UserError
 
 RowPair = tuple[Row, Row]
 PROMPT_MISMATCH = "the ids of its prompt are not the beginning of both sides"
@@ -167,10 +166,8 @@ def _truncate_conversation(conversation: Conversation, context: SourceContext) -
 
 def _prompt_length(messages: Messages, template: ChatTemplate) -> int:
     """Returns the length of a prompt in tokens, 0 if the template cannot render it without its answer."""
-    try:
-        return len(template.prompt(messages))
-    except UserError:
-        return 0
+    (ids,) = template.prompt_many([messages])
+    return 0 if isinstance(ids, InvalidRow) else len(ids)
 
 
 def _too_long(data: DataConfig) -> str:
@@ -218,40 +215,32 @@ def _encode_pairs(pairs: Sequence[PreferencePair], template: ChatTemplate) -> li
     conversations: list[Messages] = []
     for pair in pairs:
         conversations += [(*pair.prompt, *pair.chosen), (*pair.prompt, *pair.rejected)]
-    rows = iter(template.encode_many(conversations))
+    rows = template.encode_many(conversations)
+    sides = list(zip(rows[::2], rows[1::2], strict=True))
+    usable = [
+        pair.prompt
+        for pair, both in zip(pairs, sides, strict=True)
+        if not any(isinstance(row, InvalidRow) for row in both)
+    ]
+    prompts = iter(template.prompt_many(usable))
     encoded = []
-    for pair in pairs:
-        chosen = next(rows)
-        rejected = next(rows)
+    for chosen, rejected in sides:
         if isinstance(chosen, InvalidRow):
             encoded.append(_EncodedPair(chosen))
         elif isinstance(rejected, InvalidRow):
             encoded.append(_EncodedPair(rejected))
         else:
-            encoded.append(
-                _encode_completions(
-                    pair.prompt,
-                    chosen,
-                    rejected,
-                    template,
-                )
-            )
+            encoded.append(_encode_completions(next(prompts), chosen, rejected))
     return encoded
 
 
 def _encode_completions(
-    messages: Messages,
+    prompt: list[int] | InvalidRow,
     chosen: Row,
     rejected: Row,
-    template: ChatTemplate,
 ) -> _EncodedPair:
-    try:
-        prompt = template.prompt(messages)
-    except UserError as error:
-        if isinstance(error.__cause__, InvalidRow):
-            return _EncodedPair(InvalidRow(str(error)))
-        # the template itself cannot be used
-        raise
+    if isinstance(prompt, InvalidRow):
+        return _EncodedPair(prompt)
     return _EncodedPair(_mask_prompt(prompt, chosen, rejected), len(prompt))
 
 

@@ -186,6 +186,12 @@ def load_heldout_prompts(
     return prompts[:count]
 
 
+def accepted_prompts(prompts: Sequence[Prompt], template: ChatTemplate) -> list[Prompt]:
+    """Returns the prompts that the chat template accepts."""
+    encoded = template.prompt_many([prompt.messages for prompt in prompts])
+    return [prompt for prompt, ids in zip(prompts, encoded, strict=True) if not isinstance(ids, InvalidRow)]
+
+
 def recipe_heldout_prompts(recipe: RecipeConfig) -> list[Prompt]:
     """Returns the prompts of `evaluate.eval_dataset`; none without it. Raises UserError if no row can be used."""
     config = recipe.evaluate

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from array import array
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,19 +12,15 @@ from numpy.typing import NDArray
 
 from lowrank_tune.config import DataConfig, SourceConfig, TrainingConfig
 from lowrank_tune.data.encode import conversation_of
-from lowrank_tune.data.formats import InvalidRow, RawRowOrFault
-from lowrank_tune.data.message import Message
+from lowrank_tune.data.formats import Conversation, InvalidRow, RawRowOrFault
 from lowrank_tune.data.report import Report, SourceReport, describe_mixture
 from lowrank_tune.data.sampler import BatchSampler
-from lowrank_tune.data.sources import RowLocation, SourceRows, read_source
+from lowrank_tune.data.sources import Chunk, RowLocation, read_source
 from lowrank_tune.data.store_writer import conversation_hash
 from lowrank_tune.data.templates.chat_template import ChatTemplate
-from lowrank_tune.data.tokenize import format_of, warn_about_missing_rows
-from lowrank_tune.errors import UserError
+from lowrank_tune.data.tokenize import chunks, format_of, warn_about_missing_rows
 from lowrank_tune.events import Emit, LogMessage, Progress
 
-PROGRESS_EVERY = 2048
-"""Rows between two events of progress."""
 MISSING_ANSWER = "no gold answer, which a reward compares with"
 RESAMPLE_SEED_TAG = 3
 """A tag beside those of `sampler`, which separates the random streams."""
@@ -214,28 +210,20 @@ class _PromptReader:
             weight=source.weight,
         )
         source_hashes: set[int] = set()
-        for location, raw, total in _with_total(rows, report):
-            if report.read % PROGRESS_EVERY == 0:
-                emit(
-                    Progress(
-                        description=label,
-                        done=report.read,
-                        total=total,
-                    )
+        for chunk, total in chunks(rows, report):
+            emit(
+                Progress(
+                    description=label,
+                    done=report.read,
+                    total=total,
                 )
-            report.read += 1
-            try:
-                example, prompt_hash = self._read_row(raw, source, report)
-            except InvalidRow as fault:
-                report.count_dropped(fault.reason, str(location))
-                continue
-            report.used += 1
-            report.ground_truths += example.ground_truth is not None
-            report.tokens += len(example.input_ids)
-            report.duplicates += prompt_hash in source_hashes
-            source_hashes.add(prompt_hash)
-            self.examples.append(example)
-            self.locations.append(location)
+            )
+            self._read_chunk(
+                chunk,
+                source,
+                report,
+                source_hashes,
+            )
         self.hashes |= source_hashes
         emit(
             Progress(
@@ -247,49 +235,84 @@ class _PromptReader:
         assert report.used + report.num_dropped == report.read
         return report
 
-    def _read_row(
+    def _read_chunk(
+        self,
+        chunk: Chunk,
+        source: SourceConfig,
+        report: SourceReport,
+        hashes: set[int],
+    ) -> None:
+        """Adds the prompts of a chunk, and counts its rows. Adds the hashes of the prompts to `hashes`."""
+        conversations = [self._conversation(raw, source, report.format) for _, raw in chunk]
+        prompts = iter(
+            self._template.prompt_many(
+                [conversation.prompt for conversation in conversations if isinstance(conversation, Conversation)]
+            )
+        )
+        report.read += len(chunk)
+        for (location, raw), conversation in zip(chunk, conversations, strict=True):
+            try:
+                if isinstance(conversation, InvalidRow):
+                    raise conversation
+                example = self._example(
+                    raw,
+                    conversation,
+                    next(prompts),
+                    report,
+                )
+            except InvalidRow as fault:
+                report.count_dropped(fault.reason, str(location))
+                continue
+            prompt_hash = conversation_hash(conversation.prompt)
+            report.used += 1
+            report.ground_truths += example.ground_truth is not None
+            report.tokens += len(example.input_ids)
+            report.duplicates += prompt_hash in hashes
+            hashes.add(prompt_hash)
+            self.examples.append(example)
+            self.locations.append(location)
+
+    def _conversation(
         self,
         raw: RawRowOrFault,
         source: SourceConfig,
+        format_name: str,
+    ) -> Conversation | InvalidRow:
+        try:
+            return conversation_of(
+                raw,
+                source,
+                format_name,
+                self._data.system_prompt,
+                require_answer=False,
+            )
+        except InvalidRow as fault:
+            return fault
+
+    def _example(
+        self,
+        raw: RawRowOrFault,
+        conversation: Conversation,
+        input_ids: list[int] | InvalidRow,
         report: SourceReport,
-    ) -> tuple[PromptExample, int]:
-        """Returns the prompt of a row and the hash of its messages. Raises InvalidRow."""
-        if isinstance(raw, InvalidRow):
-            raise raw
-        system = self._data.system_prompt
-        conversation = conversation_of(
-            raw,
-            source,
-            report.format,
-            system,
-            require_answer=False,
-        )
-        messages = conversation.prompt
-        input_ids = _encode_prompt(messages, self._template)
+    ) -> PromptExample:
+        """Returns the prompt of a row, and counts its length. Raises InvalidRow."""
+        if isinstance(input_ids, InvalidRow):
+            raise input_ids
+        assert not isinstance(raw, InvalidRow)
         report.longest = max(report.longest, len(input_ids))
         if len(input_ids) > self._data.max_prompt_length:
             raise InvalidRow(f"longer than data.max_prompt_length ({self._data.max_prompt_length} tokens)")
-        # An array takes a ninth of the space of a list of these numbers.
-        ids = array("i", input_ids)
         example = PromptExample(
-            ids,
-            messages[-1].content,
+            # An array takes a ninth of the space of a list of these numbers.
+            array("i", input_ids),
+            conversation.prompt[-1].content,
             conversation.ground_truth,
             raw,
             conversation.answer,
         )
         check_rewardable(example, self._needs_ground_truth, self._unusable)
-        return example, conversation_hash(messages)
-
-
-def _with_total(rows: SourceRows, report: SourceReport) -> Iterator[tuple[RowLocation, RawRowOrFault, int]]:
-    """Yields the rows of a source, then others for those that could not be used; each with the number of rows that will
-    have been read."""
-    total = 0
-    for part in rows.refill_dropped(lambda: report.used):
-        total += len(part)
-        for location, raw in part:
-            yield location, raw, total
+        return example
 
 
 def check_rewardable(
@@ -303,15 +326,3 @@ def check_rewardable(
     reason = unusable(example) if unusable is not None else None
     if reason is not None:
         raise InvalidRow(reason)
-
-
-def _encode_prompt(messages: Sequence[Message], template: ChatTemplate) -> list[int]:
-    """Returns the ids of a prompt. Raises InvalidRow with the reason of `ChatTemplate.validate_messages`, in half the
-    time of calling both."""
-    try:
-        return template.prompt(messages)
-    except UserError as error:
-        if isinstance(error.__cause__, InvalidRow):
-            raise InvalidRow(error.__cause__.reason) from error
-        # the template itself cannot be used
-        raise

@@ -26,7 +26,6 @@ from lowrank_tune.data_report.report import (
     Lengths,
     MixturePart,
 )
-from lowrank_tune.errors import UserError
 
 LEAKAGE = "asking a held-out question"
 LEAKAGE_NOTE = "kept; held-out results will be too good"
@@ -230,15 +229,8 @@ def _issue_kind(reason: str, has_targets: bool) -> str:
 
 def heldout_ids(heldout: Sequence[Prompt], template: ChatTemplate) -> set[tuple[int, ...]]:
     """Returns the ids of the held-out prompts, without those that the template cannot render."""
-    prompt_ids: set[tuple[int, ...]] = set()
-    for prompt in heldout:
-        try:
-            prompt_ids.add(tuple(template.prompt(prompt.messages)))
-        except UserError as error:
-            # Only what the template refuses is left out. Where the template itself cannot be used, nothing is reported.
-            if not isinstance(error.__cause__, InvalidRow):
-                raise
-    return prompt_ids
+    prompts = template.prompt_many([prompt.messages for prompt in heldout])
+    return {tuple(ids) for ids in prompts if not isinstance(ids, InvalidRow)}
 
 
 def example_rows(source_of: NDArray[Any]) -> list[int]:

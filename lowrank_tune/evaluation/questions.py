@@ -14,6 +14,7 @@ from lowrank_tune.data import (
     InvalidRow,
     Prompt,
     TokenizedDataset,
+    accepted_prompts,
     load,
     load_heldout_prompts,
     read_source,
@@ -57,10 +58,11 @@ class EvalQuestions:
 
 
 def render_questions(prompts: Sequence[Prompt], template: ChatTemplate) -> list[EvalQuestion]:
-    """Returns held-out prompts as the chat template renders them."""
+    """Returns held-out prompts, which the chat template accepts, as it renders them."""
     questions = []
-    for number, prompt in enumerate(prompts):
-        prompt_ids = template.prompt(prompt.messages)
+    encoded = template.prompt_many([prompt.messages for prompt in prompts])
+    for number, (prompt, prompt_ids) in enumerate(zip(prompts, encoded, strict=True)):
+        assert not isinstance(prompt_ids, InvalidRow), prompt_ids.reason
         text = prompt.messages[-1].content
         questions.append(
             EvalQuestion(
@@ -127,7 +129,7 @@ def load_eval_questions(
         seed,
         system,
     )
-    usable = [prompt for prompt in candidates if template.validate_messages(prompt.messages) is None]
+    usable = accepted_prompts(candidates, template)
     if not usable:
         raise UserError(f"{source.dataset}: {template.validate_messages(candidates[0].messages)}")
     format_name = format_of(source, read_source(source, seed))

@@ -165,10 +165,10 @@ class ResponseReader:
             )
         prompt_ids: list[int] = []
         if self.with_token_ids:
-            try:
-                prompt_ids = self.template.prompt(dialogue.messages)
-            except UserError as error:
-                raise InvalidRow(str(error)) from error
+            (found,) = self.template.prompt_many([dialogue.messages])
+            if isinstance(found, InvalidRow):
+                raise found
+            prompt_ids = found
         return RowPrompt(
             dialogue.messages[-1].content,
             dialogue.ground_truth,

@@ -39,7 +39,8 @@ from lowrank_tune.model.adapters import (
     read_adapter,
     read_stack,
 )
-from lowrank_tune.model.base import BUILTIN_MODEL, Base, base_hashes
+from lowrank_tune.model.base import Base, base_hashes
+from lowrank_tune.model.base_source import BUILTIN_MODEL
 from lowrank_tune.model.roles import Roles
 from lowrank_tune.model.rotary import RopeFactors, stored_factors
 

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from lowrank_tune.batch import Row
 from lowrank_tune.config import BaseConfig, RecipeConfig, SourceConfig
-from lowrank_tune.data import ChatTemplate, load, load_heldout_prompts
+from lowrank_tune.data import ChatTemplate, accepted_prompts, load, load_heldout_prompts
 from lowrank_tune.errors import TrainingError, UserError
 from lowrank_tune.evaluation.questions import EvalQuestion, render_questions, select_questions
 from lowrank_tune.events import Emit, LogMessage, Progress, ignore_event, warning
@@ -219,7 +219,7 @@ def _source_prompts(
         seed,
         system,
     )
-    usable = [example for example in examples if template.validate_messages(example.messages) is None]
+    usable = accepted_prompts(examples, template)
     return _short_prompts(render_questions(usable, template), max_prompt_length)
 
 

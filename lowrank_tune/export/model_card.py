@@ -16,7 +16,7 @@ from lowrank_tune import __version__
 from lowrank_tune.config import RecipeConfig, SourceConfig
 from lowrank_tune.export.gguf.model import NATIVE_OUTTYPES
 from lowrank_tune.export.ollama import quoted
-from lowrank_tune.model.base import BUILTIN_MODEL
+from lowrank_tune.model.base_source import BUILTIN_MODEL
 from lowrank_tune.model.rotary import FixedRope
 
 VLLM_RANK_LIMITS = (8, 16, 32, 64, 128, 256, 320, 512)

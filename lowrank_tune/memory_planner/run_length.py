@@ -12,7 +12,7 @@ from lowrank_tune.data.sources import BUILTIN_DATASETS, is_hub_dataset
 from lowrank_tune.data_report import DataReport, inspect_data
 from lowrank_tune.errors import UserError
 from lowrank_tune.events import ignore_event
-from lowrank_tune.model.base import BUILTIN_MODEL
+from lowrank_tune.model.base_source import BUILTIN_MODEL
 
 MAX_READ_BYTES = 16 << 20
 """Files up to this size are tokenized for an estimate, which takes some seconds."""

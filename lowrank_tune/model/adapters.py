@@ -157,7 +157,7 @@ def _hub_adapter_advice(path: str) -> str:
     command = f"hf download {path} --local-dir {path}"
     if variable:
         command = f"env -u {variable} {command}"
-    return f"; adapters are read from folders: `{command}` fetches one of the hub"
+    return f"; adapters are read from folders: `{command}` fetches this one from the hub"
 
 
 def _read_files(folder: Path, key: str) -> tuple[Any, dict[str, Tensor]]:

@@ -7,6 +7,7 @@ linear time, and PEFT gets only names.
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from copy import copy
 from typing import Any
@@ -32,10 +33,9 @@ NUMBERED_LAYER = r".*?\.[^.]*\.(?P<idx>\d+)\."
 
 
 def check_patterns(raw: Mapping[str, Any]) -> None:
-    """Raises UserError, which begins with the key, for a pattern of a configuration file that RE2 does not support, or
-    for more names or patterns than the limits."""
-    for key, pattern in _patterns(raw):
-        _compile(key, pattern)
+    """Raises UserError, which begins with the key, for more names or patterns in a configuration file than the limits,
+    or for a pattern that RE2 does not support."""
+    num_patterns = Counter(key for key, _ in _patterns(raw))
     for key in (
         "target_modules",
         "exclude_modules",
@@ -46,8 +46,11 @@ def check_patterns(raw: Mapping[str, Any]) -> None:
         value = raw.get(key) or ()
         if not isinstance(value, str) and len(value) > MAX_NAMES:
             raise UserError(f"{key} has {len(value)} entries, and the limit is {MAX_NAMES}")
-        if sum(other == key for other, _ in _patterns(raw)) > MAX_PATTERNS:
+        if num_patterns[key] > MAX_PATTERNS:
             raise UserError(f"{key} has more than {MAX_PATTERNS} regular expressions: name the modules instead")
+    # after the limits, because each takes time
+    for key, pattern in _patterns(raw):
+        _compile(key, pattern)
 
 
 def _patterns(raw: Mapping[str, Any]) -> Iterator[tuple[str, str]]:

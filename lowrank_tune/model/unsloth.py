@@ -26,7 +26,6 @@ from lowrank_tune.model.base import (
     Base,
     check_quantization,
     default_dtype,
-    describe_load_errors,
     freeze_base,
     loaded_revision,
     pick_device,
@@ -34,6 +33,7 @@ from lowrank_tune.model.base import (
     silence_transformers,
     weight_files,
 )
+from lowrank_tune.model.base_source import describe_load_errors
 from lowrank_tune.model.model_config import parse_config
 from lowrank_tune.model.roles import Roles
 from lowrank_tune.model.rotary import fixed_rope

@@ -61,7 +61,7 @@ def check_before_loading(
                 on_gpu=vram_gib is not None,
             )
             findings[stage.recipe.name] += output_findings(stage, folder)
-    model, base_findings = _read_base(stages[0].recipe.base, emit)
+    model, base_findings = _read_base(stages[0].recipe.base)
     # A chain has one base. `locate` reports its faults once.
     for found in findings.values():
         found += base_findings
@@ -124,16 +124,12 @@ def _input_findings(
     yield from data.findings(stage.recipe)
 
 
-def _read_base(base: BaseConfig, emit: Emit) -> tuple[Any, list[Finding]]:
+def _read_base(base: BaseConfig) -> tuple[Any, list[Finding]]:
     """Returns the base without weights, None if it cannot be built; and why."""
     try:
         return meta_model(base), []
     except UserError as error:
         return None, list(findings_of(error, ("base", "model")))
-    except (RuntimeError, NotImplementedError, TypeError) as error:
-        message = f"{base.model} cannot be built without its weights ({type(error).__name__})"
-        emit(warning(f"{message}: target modules and disk space are not checked"))
-        return None, []
 
 
 def _sound_stages(

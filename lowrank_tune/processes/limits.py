@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import resource
+import signal
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TypeVar
+
+T = TypeVar("T")
 
 MEGABYTE = 1 << 20
 ALARM_INTERVAL_SECONDS = 0.05  # CPU time; the alarm repeats, because a bare `except` may catch the first
@@ -14,20 +20,43 @@ class CallTimeout(BaseException):
     """The time of a call is over. Not an Exception, so that no `except Exception` of a library catches it."""
 
 
-def raise_timeout(*_: object) -> None:
+def _raise_timeout(*_: object) -> None:
     raise CallTimeout
 
 
-def limit_added_memory(megabytes: int) -> None:
-    """Limits the memory that this process may add to what it has now, within the limits that it was started with.
-    Only on Linux; elsewhere nothing is limited."""
-    if sys.platform != "linux":
-        return
+def call_with_time_limit(seconds: float, compute: Callable[[], T]) -> T:
+    """Returns what `compute` returns. Raises CallTimeout once it has used `seconds` of CPU time.
+
+    Not a context manager, because the alarm could interrupt its exit before the clock is stopped.
+    """
+    try:
+        try:
+            # each time: other code of the process may have set another handler
+            signal.signal(signal.SIGPROF, _raise_timeout)
+            signal.setitimer(signal.ITIMER_PROF, seconds, ALARM_INTERVAL_SECONDS)
+            return compute()
+        finally:
+            signal.setitimer(signal.ITIMER_PROF, 0)
+    except CallTimeout:
+        # the alarm may have interrupted the line above
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        raise
+
+
+@contextlib.contextmanager
+def added_memory_limit(megabytes: int) -> Iterator[None]:
+    """Limits the memory that this process may add in the body to what it had before, within the limits that it was
+    started with. Only on Linux; elsewhere nothing is limited."""
     soft, hard = resource.getrlimit(resource.RLIMIT_AS)
-    pages = int(Path("/proc/self/statm").read_bytes().split()[0])
-    maximum = pages * resource.getpagesize() + megabytes * MEGABYTE
-    limits = [limit for limit in (maximum, soft, hard) if limit != resource.RLIM_INFINITY]
-    resource.setrlimit(resource.RLIMIT_AS, (min(limits), hard))
+    if sys.platform == "linux":
+        pages = int(Path("/proc/self/statm").read_bytes().split()[0])
+        maximum = pages * resource.getpagesize() + megabytes * MEGABYTE
+        limits = [limit for limit in (maximum, soft, hard) if limit != resource.RLIM_INFINITY]
+        resource.setrlimit(resource.RLIMIT_AS, (min(limits), hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
 
 
 def peak_megabytes() -> float:

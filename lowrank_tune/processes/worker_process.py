@@ -52,31 +52,17 @@ class ChannelCorrupted(WorkerExited):
 
 class WorkerProcess:
     """One worker process, which answers messages by a `module` of the kit. The kernel kills it when the thread that
-    created it ends."""
+    created it ends. Raises OSError if it cannot be started."""
 
     def __init__(self, module: str) -> None:
         self._channel, child_end = socket.socketpair()
         self._channel.setblocking(False)
-        with child_end:
-            command = [
-                sys.executable,
-                "-P",
-                "-B",
-                str(SCRIPT),
-                str(child_end.fileno()),
-                str(os.getpid()),
-                module,
-            ]
-            # its own session: Ctrl-C is only for the run, which finishes its step
-            self._process = subprocess.Popen(
-                command,
-                pass_fds=[child_end.fileno()],
-                env={**os.environ, **ENVIRONMENT},
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.DEVNULL,
-                stderr=subprocess.DEVNULL,
-                start_new_session=True,
-            )
+        try:
+            with child_end:
+                self._process = _start(module, child_end.fileno())
+        except OSError:
+            self._channel.close()
+            raise
         self._unsent = memoryview(b"")
         self._received = bytearray()
 
@@ -110,6 +96,16 @@ class WorkerProcess:
         line = self._received
         self._received = bytearray()
         return _reply_to(token, line)
+
+    def first_request(self, message: object, seconds: float) -> Any:
+        """Returns the reply to the first message, within whose `seconds` the worker also starts. Raises
+        WorkerExited."""
+        try:
+            return self.request(message, seconds)
+        except WorkerTimeout:
+            raise WorkerExited(f"was not ready within {seconds:g} s") from None
+        except WorkerStarved as starved:
+            raise WorkerExited(f"was not ready, because the machine is too busy: {starved}") from None
 
     def _transfer(self, deadline: float) -> None:
         """Sends and receives once, or waits until the deadline."""
@@ -156,6 +152,28 @@ class WorkerProcess:
         """Frees the resources of a forked process, whose parent uses the worker: the worker continues."""
         self._channel.close()
         self._process.returncode = 0
+
+
+def _start(module: str, descriptor: int) -> subprocess.Popen[bytes]:
+    command = [
+        sys.executable,
+        "-P",
+        "-B",
+        str(SCRIPT),
+        str(descriptor),
+        str(os.getpid()),
+        module,
+    ]
+    # its own session: Ctrl-C is only for the run, which finishes its step
+    return subprocess.Popen(
+        command,
+        pass_fds=[descriptor],
+        env={**os.environ, **ENVIRONMENT},
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
 
 
 def _encode(message: Mapping[str, Any]) -> bytes:

@@ -37,7 +37,8 @@ from lowrank_tune.generation import Engine
 from lowrank_tune.generation.outputs import Completion, Token
 from lowrank_tune.generation.sampling_params import SamplingParams
 from lowrank_tune.model.adapters import CONFIG, WEIGHTS
-from lowrank_tune.model.base import BUILTIN_MODEL, load_base, load_tokenizer
+from lowrank_tune.model.base import load_base, load_tokenizer
+from lowrank_tune.model.base_source import BUILTIN_MODEL
 
 TOKENIZERS = Path(__file__).parents[3] / "shared" / "models" / "tokenizers"
 QUESTIONS = ("What is 7 + 8?", "And 9 * 3?", "Why?")

@@ -3,26 +3,38 @@ it in the memory of this process."""
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+import subprocess
 import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from tokenizers_for_tests import CHATML, tiny
 
+from lowrank_tune import Recipe
 from lowrank_tune.config import DataConfig, SourceConfig
 from lowrank_tune.data import ChatTemplate, InvalidRow, load, load_prompts
 from lowrank_tune.data.load import Prompt
 from lowrank_tune.data.message import Message
 from lowrank_tune.data.templates import render_process
-from lowrank_tune.data.templates.render_process import LimitExceeded, RenderLimits, RenderProcess, RenderRequest
+from lowrank_tune.data.templates.render_process import (
+    LimitExceeded,
+    RenderLimits,
+    RenderProcess,
+    RenderRequest,
+    Template,
+)
 from lowrank_tune.data.templates.renderer import Rendering, TemplateRenderer
 from lowrank_tune.data_report.common import heldout_ids
 from lowrank_tune.errors import UserError
-from lowrank_tune.processes.worker_process import WorkerProcess
+from lowrank_tune.evaluation.responses import ResponseReader
+from lowrank_tune.processes.limits import peak_megabytes
+from lowrank_tune.processes.worker_process import WorkerProcess, WorkerStarved
 
 LOW = RenderLimits(row_seconds=0.2, megabytes=64, row_chars=1 << 20, batch_seconds=0.1)
 DOUBLING = "{% set ns = namespace(x='a') %}{% for i in range(99) %}{% set ns.x = ns.x ~ ns.x %}{% endfor %}"
@@ -35,10 +47,7 @@ HANGS = {
     "nested": (NESTED, "exceeds 0.2 s"),
     "power": (POWER, "exceeds 0.2 s"),
     "memory": (MEMORY, "exceeds 64 MB of memory"),
-    "list": (
-        "{% set ns = namespace(x='a') %}{% for i in range(99) %}{% set ns.x = ns.x ~ ns.x %}{% endfor %}",
-        "64 MB",
-    ),
+    "doubling": (DOUBLING, "64 MB"),
     "text": ("{{ 'a' * 2000000 }}", "exceeds 1,048,576 characters"),
     "many words": (WORDS, "exceeds "),
 }
@@ -69,11 +78,6 @@ def process() -> Iterator[RenderProcess]:
     process.close()
 
 
-def peak_megabytes() -> float:
-    status = Path("/proc/self/status").read_text(encoding="utf-8")
-    return int(status.partition("VmHWM:")[2].split()[0]) / 1024
-
-
 def talk(content: str) -> list[Message]:
     return [Message("user", content), Message("assistant", "Fine.")]
 
@@ -91,7 +95,7 @@ def test_a_template_that_exceeds_a_limit_is_refused_when_it_is_loaded(process: R
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_a_template_that_fails_is_refused(process: RenderProcess, name: str, tmp_path: Path) -> None:
+def test_a_template_that_fails_is_refused(process: RenderProcess, name: str) -> None:
     with pytest.raises(UserError, match="the base's chat template renders neither a question and its answer"):
         ChatTemplate.from_tokenizer(tiny(REFUSED[name] + CHATML), process=process)
     assert not Path("PWNED").exists()
@@ -174,12 +178,19 @@ def test_a_slow_template_is_used(process: RenderProcess) -> None:
     assert found == ChatTemplate.from_tokenizer(tiny(CHATML)).encode_many(rows)
 
 
+def test_rows_that_are_too_slow_for_one_call_are_rendered_several_in_a_reply(process: RenderProcess) -> None:
+    """64 rows of this template take longer than a batch may; a reply of one row each would repeat that time."""
+    slow = Template("{% for i in range(30000) %}{% set x = i * i %}{% endfor %}x", {})
+    requests = [RenderRequest([{"role": "user", "content": str(number)}], False) for number in range(64)]
+    assert len(process.render_some(slow, requests)) > 3
+
+
 # --- the worker -------------------------------------------------------------------------------------------------------
 
 
 def render(process: RenderProcess, content: str) -> str | InvalidRow:
     request = RenderRequest([{"role": "user", "content": content}], False)
-    return process.render_some("{{ messages[0]['content'] }}", {}, [request])[0]
+    return process.render_some(Template("{{ messages[0]['content'] }}", {}), [request])[0]
 
 
 def test_a_worker_that_was_killed_is_replaced(process: RenderProcess) -> None:
@@ -256,6 +267,27 @@ def test_a_worker_that_cannot_start_is_reported(monkeypatch: pytest.MonkeyPatch)
         render(RenderProcess(), "a")
 
 
+@pytest.mark.parametrize(
+    ("owner", "name", "error", "reason"),
+    [
+        (WorkerProcess, "request", WorkerStarved("in 9 s other programs"), "was not ready, because the machine is too"),
+        (subprocess, "Popen", OSError(errno.EAGAIN, "No processes"), "cannot be started: No processes"),
+    ],
+    ids=["busy", "no process"],
+)
+def test_a_worker_that_is_not_ready_is_reported_in_a_sentence(
+    monkeypatch: pytest.MonkeyPatch, owner: Any, name: str, error: Exception, reason: str
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise error
+
+    process = RenderProcess()
+    monkeypatch.setattr(owner, name, fail)
+    with pytest.raises(UserError, match=f"^the process that renders the base's chat template {reason}"):
+        render(process, "a")
+    assert process._worker is None
+
+
 def test_the_worker_imports_no_torch(process: RenderProcess) -> None:
     assert render(process, "a") == "a" and process._worker is not None
     maps = Path(f"/proc/{process._worker.pid}/maps").read_text(encoding="utf-8")
@@ -274,7 +306,7 @@ def test_any_text_is_exact(process: RenderProcess, text: str) -> None:
 def test_what_json_would_change_is_refused(process: RenderProcess) -> None:
     for content in ((1, 2), {1: 2}, b"x", {"a": [{"b": (1,)}]}):
         with pytest.raises(TypeError, match="a chat template takes"):
-            process.render_some("x", {}, [RenderRequest([{"role": "user", "content": content}], False)])
+            process.render_some(Template("x", {}), [RenderRequest([{"role": "user", "content": content}], False)])
 
 
 def test_a_dropped_row_is_reported_with_its_line(tmp_path: Path) -> None:
@@ -289,7 +321,7 @@ def test_a_dropped_row_is_reported_with_its_line(tmp_path: Path) -> None:
     assert reason == "the base's chat template exceeds 512 MB of memory on it" and dropped.lines() == "line 4"
 
 
-@pytest.mark.parametrize("kind", ["prompts", "pairs", "held-out"])
+@pytest.mark.parametrize("kind", ["prompts", "pairs", "held-out", "responses"])
 def test_a_template_that_hangs_for_every_row_ends_each_way_of_reading_rows(
     process: RenderProcess, tmp_path: Path, kind: str
 ) -> None:
@@ -300,10 +332,16 @@ def test_a_template_that_hangs_for_every_row_ends_each_way_of_reading_rows(
     names = ("prompt", "chosen", "rejected") if kind == "pairs" else ("prompt", "completion")
     file.write_text((json.dumps({name: row[name] for name in names}) + "\n") * 9, encoding="utf-8")
     data = DataConfig(train=(SourceConfig(dataset=str(file)),), eval_fraction=0.0, max_length=64)
-    with pytest.raises(UserError, match="on 3 conversations in succession"):
+    with pytest.raises(UserError, match="^the chat template of .* on 3 conversations in succession"):
         if kind == "prompts":
             load_prompts(data, template, 0, lambda event: None)
         elif kind == "pairs":
             load(data, template, 0, lambda event: None, tmp_path / "cache", pairs=True)
+        elif kind == "responses":
+            train = {"train": [{"dataset": "builtin:arithmetic"}]}
+            recipe = Recipe.from_dict(
+                {"algorithm": "grpo", "data": train, "rewards": [{"name": "answer"}], "train": {"max_steps": 1}}
+            )
+            ResponseReader(recipe, template, with_token_ids=True).responses(str(file), [], {})
         else:
             heldout_ids([Prompt((Message("user", f"WORD {number}"),), None, {}) for number in range(9)], template)

@@ -7,6 +7,7 @@ import itertools
 import json
 from array import array
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,18 +20,22 @@ from tokenizers_for_tests import CHATML, LLAMA3, NO_SYSTEM, SHARED, tiny, tokeni
 from lowrank_tune.config import DataConfig, SourceConfig, TrainingConfig
 from lowrank_tune.data import (
     ChatTemplate,
+    InvalidRow,
     PromptDataset,
     PromptExample,
     PromptReport,
     PromptSampler,
     RowLocation,
+    load,
     load_heldout_prompts,
     load_prompts,
-    prompts,
+    tokenize,
 )
 from lowrank_tune.data.message import Message
 from lowrank_tune.data.prompts import MISSING_ANSWER
+from lowrank_tune.data.templates.render_process import RenderProcess, RenderRequest, Template
 from lowrank_tune.errors import UserError
+from lowrank_tune.evaluation.questions import render_questions
 from lowrank_tune.events import Event, LogMessage, Progress
 
 TEMPLATE = ChatTemplate.from_tokenizer(tiny())
@@ -162,6 +167,42 @@ def test_prompts_that_the_template_cannot_render_are_dropped(tmp_path: Path, tem
     assert len(loaded_set) == 12 and dropped == {reason: [f"{tmp_path}/a.jsonl:13"]}
 
 
+@pytest.mark.parametrize("made", [TEMPLATE, ChatTemplate.from_tokenizer(tiny(REFUSING))], ids=["kit", "own"])
+def test_many_prompts_are_those_of_one_call_each(made: ChatTemplate) -> None:
+    texts = ["a", "forbidden", "b", "\ud800", "c <|eot|>"]
+    conversations = [[Message("user", text)] for text in texts]
+    found = made.prompt_many(conversations)
+    for messages, ids in zip(conversations, found, strict=True):
+        reason = made.validate_messages(messages)
+        if isinstance(ids, InvalidRow):
+            assert ids.reason == reason
+        else:
+            assert reason is None and ids == made.prompt(messages)
+    assert isinstance(found[3], InvalidRow)
+
+
+def test_prompts_are_rendered_in_one_request(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A request for each would wait for the worker each time."""
+    template = ChatTemplate.from_tokenizer(tiny(CHATML))
+    counts: list[int] = []
+    render_some = RenderProcess.render_some
+
+    def count(process: RenderProcess, made: Template, requests: Sequence[RenderRequest]) -> list[str | InvalidRow]:
+        counts.append(len(requests))
+        return render_some(process, made, requests)
+
+    monkeypatch.setattr(RenderProcess, "render_some", count)
+    path = write(tmp_path / "a.jsonl", ROWS)
+    loaded(path, template=template)
+    assert counts == [12]
+    render_questions(load_heldout_prompts(SourceConfig(dataset=path), 12, 0), template)
+    assert counts == [12, 12]
+    pairs = [{"prompt": row["question"], "chosen": "Yes.", "rejected": "No."} for row in ROWS]
+    source = SourceConfig(dataset=write(tmp_path / "pairs.jsonl", pairs))
+    load(DataConfig(train=(source,)), template, 0, lambda event: None, tmp_path / "cache", pairs=True)
+    assert counts == [12, 12, 48, 12]
+
+
 @pytest.mark.parametrize("own", [CHATML, NO_SYSTEM])
 def test_a_prompt_is_what_held_out_questions_are(tmp_path: Path, own: str) -> None:
     template, path = ChatTemplate.from_tokenizer(tiny(own)), write(tmp_path / "a.jsonl", ROWS)
@@ -237,7 +278,7 @@ def test_progress_and_log_lines_are_emitted(tmp_path: Path) -> None:
 
 
 def test_progress_counts_the_rows_that_replace_dropped_ones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(prompts, "PROGRESS_EVERY", 1)
+    monkeypatch.setattr(tokenize, "CHUNK", 1)
     faulty = [{"question": f"Faulty {number}?", "answer": "no number"} for number in range(12)]
     source = SourceConfig(dataset=write(tmp_path / "a.jsonl", [*ROWS, *faulty]), max_samples=6)
     events: list[Event] = []

@@ -13,7 +13,7 @@ from tokenizers_for_tests import OWN, tiny
 
 from lowrank_tune.data import InvalidRow
 from lowrank_tune.data.templates.date import with_date
-from lowrank_tune.data.templates.render_process import RenderRequest, shared_process
+from lowrank_tune.data.templates.render_process import RenderRequest, Template, shared_process
 
 DATED = "{{ strftime_now('%d %b %Y') }}|{{ date_string | default('none') }}|" + OWN["chatml"]
 TOOL = {
@@ -76,9 +76,10 @@ def expected(tokenizer: Any, template: str, request: RenderRequest) -> str | Non
 
 
 def rendered(tokenizer: Any, template: str) -> list[str | None]:
+    made = Template(template, tokenizer.special_tokens_map)
     texts: list[str | InvalidRow] = []
     while len(texts) < len(REQUESTS):
-        texts += shared_process().render_some(template, tokenizer.special_tokens_map, REQUESTS[len(texts) :])
+        texts += shared_process().render_some(made, REQUESTS[len(texts) :])
     return [None if isinstance(text, InvalidRow) else text for text in texts]
 
 

@@ -15,10 +15,11 @@ from transformers.utils.chat_template_utils import render_jinja_template
 from lowrank_tune import UserError
 from lowrank_tune.config import BaseConfig
 from lowrank_tune.data import ChatTemplate, InvalidRow
-from lowrank_tune.data.templates.render_process import RenderRequest, shared_process
+from lowrank_tune.data.templates.render_process import RenderRequest, Template, shared_process
 from lowrank_tune.export.ollama import Modelfile, go_template, quoted
 from lowrank_tune.export.template_probe import ProbeMessages, TemplateTurns, derive_turns
-from lowrank_tune.model.base import BUILTIN_MODEL, load_tokenizer
+from lowrank_tune.model.base import load_tokenizer
+from lowrank_tune.model.base_source import BUILTIN_MODEL
 
 CHATML = (
     "{% if messages[0]['role'] != 'system' %}{{ '<|im_start|>system\nYou are kind.<|im_end|>\n' }}{% endif %}"
@@ -80,7 +81,7 @@ def pieces(jinja: str) -> TemplateTurns | None:
     variables = {"bos_token": "<s>", "eos_token": "</s>"}
 
     def render(messages: list[dict[str, str]], asks: bool) -> str:
-        (text,) = shared_process().render_some(jinja, variables, [RenderRequest(messages, asks)])
+        (text,) = shared_process().render_some(Template(jinja, variables), [RenderRequest(messages, asks)])
         if isinstance(text, InvalidRow):
             raise text
         return text

@@ -29,7 +29,7 @@ from models import (
 )
 from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from lowrank_tune.config import BaseConfig
 from lowrank_tune.errors import UserError
@@ -453,7 +453,7 @@ def test_an_error_of_the_hub_becomes_one_sentence(error: str, monkeypatch: pytes
     def refuse(*_: object, **__: object) -> None:
         raise OSError(error)
 
-    monkeypatch.setattr(base_module.PretrainedConfig, "get_config_dict", refuse)
+    monkeypatch.setattr(PretrainedConfig, "get_config_dict", refuse)
     with pytest.raises(UserError, match=HUB_ERRORS[error]) as caught:
         load_tokenizer(BaseConfig(model="a/b@main2"))
     assert "\n" not in str(caught.value)

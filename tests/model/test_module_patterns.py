@@ -138,6 +138,10 @@ FAULTY: dict[str, tuple[dict[str, Any], str]] = {
         {"rank_pattern": {f"(x{number})*": 4 for number in range(MAX_PATTERNS + 1)}},
         f"rank_pattern has more than {MAX_PATTERNS} regular expressions",
     ),
+    "many patterns, all broken": (
+        {"layers_pattern": ["(("] * (MAX_PATTERNS + 1)},
+        f"layers_pattern has more than {MAX_PATTERNS} regular expressions",
+    ),
     "many names": ({"target_modules": ["x"] * (MAX_NAMES + 1)}, f"target_modules has {MAX_NAMES + 1} entries"),
 }
 

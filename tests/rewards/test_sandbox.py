@@ -82,6 +82,15 @@ def test_reason_of_bubblewrap_is_its_own_message(tmp_path: Path, monkeypatch: py
     assert str(found) == "bubblewrap: bwrap: No permissions to create new namespace"
 
 
+def test_bubblewrap_that_does_not_end_has_no_message(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    program = tmp_path / "bwrap"
+    program.write_text("#!/bin/sh\nexec sleep 60\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.setattr(launch, "START_SECONDS", 0.1)
+    assert launch.bubblewrap_fault() == ""
+
+
 def test_attacks_are_stopped_and_the_control_is_not(level: Level) -> None:
     assert sandbox_escapes.run_attacks(level, SOME) == {}
 

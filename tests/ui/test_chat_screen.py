@@ -19,7 +19,8 @@ from test_live_screen import ENVIRON, Emulator
 from lowrank_tune.checkpoint import Snapshot, write_atomically
 from lowrank_tune.config import BaseConfig
 from lowrank_tune.model.adapters import CONFIG, WEIGHTS
-from lowrank_tune.model.base import BUILTIN_MODEL, load_base, load_tokenizer
+from lowrank_tune.model.base import load_base, load_tokenizer
+from lowrank_tune.model.base_source import BUILTIN_MODEL
 from lowrank_tune.ui.terminal.chat_screen import escape_keep_newlines
 from lowrank_tune.ui.terminal.columns import Columns
 from lowrank_tune.ui.terminal.text_layout import wrap

@@ -22,7 +22,7 @@ from lowrank_tune.data.templates.fallback import (
     PlainTextTemplate,
 )
 from lowrank_tune.data.templates.jinja import JinjaChatTemplate
-from lowrank_tune.data.templates.render_process import RenderProcess, RenderRequest, shared_process
+from lowrank_tune.data.templates.render_process import RenderProcess, RenderRequest, Template, shared_process
 from lowrank_tune.errors import UserError
 
 BYTE_TOKEN = re.compile(r"<0x[0-9A-Fa-f]{2}>")
@@ -106,10 +106,15 @@ class ChatTemplate:
     def prompt(self, messages: Sequence[Message]) -> list[int]:
         """Returns the ids up to the assistant's answer. Raises UserError if `validate_messages` returns a reason,
         because a person may have typed the messages."""
-        try:
-            return self._scheme.prompt(messages)
-        except InvalidRow as fault:
-            raise UserError(f"the chat template of the base refuses this conversation: {fault.reason}") from fault
+        (ids,) = self.prompt_many([messages])
+        if isinstance(ids, InvalidRow):
+            raise UserError(f"the chat template of the base refuses this conversation: {ids.reason}") from ids
+        return ids
+
+    def prompt_many(self, conversations: Sequence[Sequence[Message]]) -> list[list[int] | InvalidRow]:
+        """Returns for each conversation the ids up to the assistant's answer, or the reason of `validate_messages`, in
+        far less time than one call for each. Raises UserError if the template itself cannot be used."""
+        return self._scheme.prompt_many(conversations)
 
     def validate_messages(self, messages: Sequence[Message]) -> str | None:
         """Returns why these messages cannot be used with this template; None if they can."""
@@ -152,11 +157,8 @@ class ChatTemplate:
         add_generation_prompt: bool,
     ) -> str:
         """Returns the text that other software renders with `dated_chat_template`. Raises InvalidRow."""
-        (text,) = shared_process().render_some(
-            self.dated_chat_template,
-            self.tokenizer.special_tokens_map,
-            [RenderRequest(messages, add_generation_prompt)],
-        )
+        template = Template(self.dated_chat_template, self.tokenizer.special_tokens_map)
+        (text,) = shared_process().render_some(template, [RenderRequest(messages, add_generation_prompt)])
         if isinstance(text, InvalidRow):
             raise text
         return text

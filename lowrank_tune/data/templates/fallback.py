@@ -55,11 +55,14 @@ class _FallbackTemplate:
         """Returns why these messages cannot be rendered; None if they can."""
         return text_fault(messages)
 
-    def prompt(self, messages: ChatMessages) -> list[int]:
-        """Returns the ids up to the assistant's answer. Raises InvalidRow."""
+    def prompt_many(self, conversations: Sequence[ChatMessages]) -> list[list[int] | InvalidRow]:
+        """Returns the ids up to each answer of the assistant, or the fault."""
+        return [self._prompt(messages) for messages in conversations]
+
+    def _prompt(self, messages: ChatMessages) -> list[int] | InvalidRow:
         reason = self.validate_messages(messages)
         if reason is not None:
-            raise InvalidRow(reason)
+            return InvalidRow(reason)
         ids, _ = self._join(messages, self.backend.encode_plain(self._texts(messages)))
         return [*ids, *self.ids_before["assistant"]]
 

@@ -33,6 +33,7 @@ from lowrank_tune.data.templates.renderer import (
     PROBE_ANSWER,
     PROBE_CONVERSATION,
     PROBE_QUESTION,
+    Rendering,
     TemplateRenderer,
 )
 from lowrank_tune.data.templates.spans import Rendered, SpanFinder
@@ -135,15 +136,20 @@ class JinjaChatTemplate:
             return rendered.reason
         return None
 
-    def prompt(self, messages: ChatMessages) -> list[int]:
-        """Returns the ids up to the assistant's answer: those of `apply_chat_template`. Raises InvalidRow."""
-        reason = text_fault(messages)
-        if reason is not None:
-            raise InvalidRow(reason)
-        text = self._renderer.render(self._placeholders.insert(messages), add_generation_prompt=True)
-        if isinstance(text, InvalidRow):
-            raise text
-        return self._encoder.encode_prompt(text)
+    def prompt_many(self, conversations: Sequence[ChatMessages]) -> list[list[int] | InvalidRow]:
+        """Returns the ids up to each answer of the assistant, those of `apply_chat_template`, or the fault."""
+        reasons = [text_fault(messages) for messages in conversations]
+        renderings = [
+            Rendering(self._placeholders.insert(messages), True, row)
+            for row, (messages, reason) in enumerate(zip(conversations, reasons, strict=True))
+            if reason is None
+        ]
+        texts = iter(self._renderer.render_all(renderings))
+        prompts: list[list[int] | InvalidRow] = []
+        for reason in reasons:
+            text = next(texts) if reason is None else InvalidRow(reason)
+            prompts.append(text if isinstance(text, InvalidRow) else self._encoder.encode_prompt(text))
+        return prompts
 
     def encode_many(self, conversations: Sequence[ChatMessages]) -> list[RowOrFault]:
         """Returns rows with their masks."""

@@ -24,6 +24,7 @@ from lowrank_tune.processes.worker_process import (
 )
 
 MODULE = "lowrank_tune.data.templates.render_worker"
+PROCESS = "the process that renders the base's chat template"
 START_SECONDS = 60.0
 MAX_BATCH = 1024
 """Renderings of one request."""
@@ -55,6 +56,13 @@ class RenderRequest(NamedTuple):
     arguments: Mapping[str, Any] = NO_ARGUMENTS
 
 
+class Template(NamedTuple):
+    """A chat template, and the variables of the tokenizer that it may write, such as `bos_token`."""
+
+    text: str
+    variables: Mapping[str, str]
+
+
 class LimitExceeded(InvalidRow):
     """A row on which the template exceeds a limit. `fault`: a predicate, as "exceeds 5 s"."""
 
@@ -72,12 +80,7 @@ class RenderProcess:
         self._worker: WorkerProcess | None = None
         self._keys: dict[tuple[str, tuple[tuple[str, str], ...]], int] = {}
 
-    def render_some(
-        self,
-        template: str,
-        variables: Mapping[str, str],
-        requests: Sequence[RenderRequest],
-    ) -> list[str | InvalidRow]:
+    def render_some(self, template: Template, requests: Sequence[RenderRequest]) -> list[str | InvalidRow]:
         """Renders at least the first of these requests. If one exceeds a limit, it is the last that is returned.
 
         Raises UserError if the worker cannot start, and TypeError for messages that JSON cannot represent.
@@ -85,11 +88,7 @@ class RenderProcess:
         batch = _first_batch(requests)
         with self._lock:
             try:
-                return self._send(
-                    template,
-                    variables,
-                    batch,
-                )
+                return self._send(template, batch)
             except WorkerTimeout:
                 # C code, which no limit in the worker interrupts
                 if len(batch) == 1:
@@ -98,11 +97,7 @@ class RenderProcess:
                 # Perhaps not because of a row: a worker ends with the thread that started it.
                 pass
             # One by one, the fault is that of its own row.
-            return self._render_one_by_one(
-                template,
-                variables,
-                batch,
-            )
+            return self._render_one_by_one(template, batch)
 
     def close(self) -> None:
         """Ends the worker; the next rendering starts another one."""
@@ -116,36 +111,18 @@ class RenderProcess:
             self._worker.leave_to_parent()
         self._worker = None
 
-    def _render_one_by_one(
-        self,
-        template: str,
-        variables: Mapping[str, str],
-        batch: Sequence[RenderRequest],
-    ) -> list[str | InvalidRow]:
+    def _render_one_by_one(self, template: Template, batch: Sequence[RenderRequest]) -> list[str | InvalidRow]:
         outcomes: list[str | InvalidRow] = []
         for request in batch:
-            outcome = self._render_alone(
-                template,
-                variables,
-                request,
-            )
+            outcome = self._render_alone(template, request)
             outcomes.append(outcome)
             if isinstance(outcome, LimitExceeded):
                 break
         return outcomes
 
-    def _render_alone(
-        self,
-        template: str,
-        variables: Mapping[str, str],
-        request: RenderRequest,
-    ) -> str | InvalidRow:
+    def _render_alone(self, template: Template, request: RenderRequest) -> str | InvalidRow:
         try:
-            (outcome,) = self._send(
-                template,
-                variables,
-                [request],
-            )
+            (outcome,) = self._send(template, [request])
         except WorkerTimeout:
             return self._too_slow()
         except WorkerExited as error:
@@ -155,20 +132,15 @@ class RenderProcess:
     def _too_slow(self) -> LimitExceeded:
         return LimitExceeded(f"exceeds {self.limits.row_seconds:g} s")
 
-    def _send(
-        self,
-        template: str,
-        variables: Mapping[str, str],
-        batch: Sequence[RenderRequest],
-    ) -> list[str | InvalidRow]:
+    def _send(self, template: Template, batch: Sequence[RenderRequest]) -> list[str | InvalidRow]:
         """Raises WorkerTimeout or WorkerExited, after which the worker is another one."""
         message = self._message(batch)
         worker = self._running_worker()
-        key = (template, tuple(variables.items()))
+        key = (template.text, tuple(template.variables.items()))
         message["key"] = self._keys.get(key, len(self._keys))
         if key not in self._keys:
-            message["template"] = template
-            message["variables"] = variables
+            message["template"] = template.text
+            message["variables"] = template.variables
         seconds = self.limits.row_seconds * KILL_FACTOR
         if len(batch) > 1:
             seconds += 2 * self.limits.batch_seconds
@@ -182,7 +154,7 @@ class RenderProcess:
             self._stop()
             raise
         self._keys[key] = message["key"]
-        if reply["worn"]:
+        if reply["too_large"]:
             self._stop()
         return [_read_outcome(outcome) for outcome in reply["outcomes"]]
 
@@ -200,14 +172,14 @@ class RenderProcess:
                 indices.append(index)
             row: list[Any] = [indices, request.add_generation_prompt]
             if request.arguments:
-                check_json(request.arguments)
+                _check_json(request.arguments)
                 row.append(request.arguments)
             rows.append(row)
         for message in messages:
             for value in message.values():
                 # most values are texts
                 if type(value) is not str:
-                    check_json(value)
+                    _check_json(value)
         return {
             "messages": messages,
             "rows": rows,
@@ -225,11 +197,12 @@ class RenderProcess:
         self._stop()
         try:
             self._worker = WorkerProcess(MODULE)
-            self._worker.request({}, START_SECONDS)
-        except (OSError, WorkerExited, WorkerStarved, WorkerTimeout) as error:
+            self._worker.first_request({}, START_SECONDS)
+        except OSError as error:
+            raise UserError(f"{PROCESS} cannot be started: {error.strerror or error}") from error
+        except WorkerExited as error:
             self._stop()
-            reason = str(error) or f"was not ready within {START_SECONDS:g} s"
-            raise UserError(f"the process that renders the base's chat template {reason}") from None
+            raise UserError(f"{PROCESS} {error}") from None
         except BaseException:
             self._stop()
             raise
@@ -250,7 +223,7 @@ def shared_process() -> RenderProcess:
     return process
 
 
-def check_json(value: Any) -> None:
+def _check_json(value: Any) -> None:
     """Raises TypeError for a value that JSON would change, such as a tuple, a date or a key that is no text."""
     if value is None or isinstance(value, (str, int, float)):
         return
@@ -258,10 +231,10 @@ def check_json(value: Any) -> None:
         for key, item in value.items():
             if not isinstance(key, str):
                 raise TypeError(f"a chat template takes keys of text, not {key!r}")
-            check_json(item)
+            _check_json(item)
     elif isinstance(value, list):
         for item in value:
-            check_json(item)
+            _check_json(item)
     else:
         raise TypeError(f"a chat template takes plain JSON data, not a {type(value).__name__}")
 

@@ -6,27 +6,25 @@ rendering has limits; the first one that exceeds a limit is the last of its batc
 
 from __future__ import annotations
 
-import contextlib
-import resource
-import signal
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from lowrank_tune.processes.limits import (
-    ALARM_INTERVAL_SECONDS,
     CallTimeout,
-    limit_added_memory,
+    added_memory_limit,
+    call_with_time_limit,
     peak_megabytes,
-    raise_timeout,
 )
 
 RECYCLE_MEGABYTES = 256  # a process to which templates have added more than this is replaced
 MAX_FAULT_CHARS = 100
 SLICE = 64
 """Rows that are rendered by two calls of transformers: a call costs a third of a row."""
+SLICE_SHARE = 0.5
+"""Of the time of a batch, for rendering a slice together. In the rest its rows are rendered one by one."""
 NO_ARGUMENTS: Mapping[str, Any] = {}
 Outcome = str | dict[str, str]
 """A text; or why there is none: `refused`, the template's own error, or `exceeded`, a limit."""
@@ -47,7 +45,6 @@ class TemplateRendering:
     def __init__(self) -> None:
         self._templates: dict[int, tuple[str, Mapping[str, Any]]] = {}
         self._peak_megabytes = peak_megabytes()
-        signal.signal(signal.SIGPROF, raise_timeout)
 
     def __call__(self, message: Mapping[str, Any]) -> dict[str, Any]:
         if not message:
@@ -56,162 +53,134 @@ class TemplateRendering:
         key: int = message["key"]
         if "template" in message:
             self._templates[key] = (message["template"], message["variables"])
-        _, hard = limits = resource.getrlimit(resource.RLIMIT_AS)
-        limit_added_memory(message["megabytes"])
-        try:
-            outcomes = self._render_rows(key, message)
-        finally:
-            resource.setrlimit(resource.RLIMIT_AS, limits)
-        added_megabytes = peak_megabytes() - self._peak_megabytes
-        return {"outcomes": outcomes, "worn": added_megabytes > RECYCLE_MEGABYTES}
-
-    def _render_rows(self, key: int, message: Mapping[str, Any]) -> list[Outcome]:
-        """Renders the rows in order, up to the first that exceeds a limit, or as many as one reply may have."""
-        messages = [_without_none(one) for one in message["messages"]]
-        rows = [Row([messages[index] for index in indices], *others) for indices, *others in message["rows"]]
-        end = time.process_time() + message["batch_seconds"]
-        outcomes: list[Outcome] = []
-        num_chars = 0
-        while len(outcomes) < len(rows):
-            start = len(outcomes)
-            outcomes += self._render_slice(
-                key,
-                rows[start : start + SLICE],
-                message,
-                end,
-            )
-            last = outcomes[-1]
-            if not isinstance(last, str) and "exceeded" in last:
-                break
-            num_chars += sum(len(outcome) for outcome in outcomes[start:] if isinstance(outcome, str))
-            if time.process_time() > end or num_chars > message["batch_chars"]:
-                break
-        return outcomes
-
-    def _render_slice(
-        self,
-        key: int,
-        rows: Sequence[Row],
-        limits: Mapping[str, Any],
-        end: float,
-    ) -> list[Outcome]:
-        """Renders at least the first of these rows: all of them together, or one by one until one exceeds a limit, the
-        CPU time `end`, or the characters of a reply."""
-        together = self._render_together(
-            key,
-            rows,
-            limits,
+        template, variables = self._templates[key]
+        batch = _Batch(
+            template,
+            variables,
+            message,
         )
-        if together is not None:
-            return together
-        outcomes: list[Outcome] = []
-        num_chars = 0
-        for row in rows:
-            outcome = self._render_row(
-                key,
-                row,
-                limits,
-            )
-            outcomes.append(outcome)
-            if isinstance(outcome, str):
-                num_chars += len(outcome)
-            elif "exceeded" in outcome:
-                break
-            if time.process_time() > end or num_chars > limits["batch_chars"]:
-                break
-        return outcomes
+        with added_memory_limit(message["megabytes"]):
+            outcomes = batch.render()
+        added_megabytes = peak_megabytes() - self._peak_megabytes
+        return {"outcomes": outcomes, "too_large": added_megabytes > RECYCLE_MEGABYTES}
 
-    def _render_together(
+
+class _Batch:
+    """The rows of a message, with one template, and the limits in the message."""
+
+    def __init__(
         self,
-        key: int,
-        rows: Sequence[Row],
-        limits: Mapping[str, Any],
-    ) -> list[Outcome] | None:
-        """Renders all rows by two calls of transformers. Returns None if the template refuses a row or exceeds a
+        template: str,
+        variables: Mapping[str, Any],
+        message: Mapping[str, Any],
+    ) -> None:
+        self._template = template
+        self._variables = variables
+        self._limits = message
+        messages = [_without_none(one) for one in message["messages"]]
+        self._rows = [Row([messages[index] for index in indices], *others) for indices, *others in message["rows"]]
+        self._end = time.process_time() + message["batch_seconds"]
+        self._outcomes: list[Outcome] = []
+        self._num_chars = 0
+
+    def render(self) -> list[Outcome]:
+        """Renders the rows in order, up to the first that exceeds a limit, or as many as one reply may have."""
+        while len(self._outcomes) < len(self._rows) and not self._is_complete():
+            start = len(self._outcomes)
+            rows = self._rows[start : start + SLICE]
+            texts = self._render_together(rows)
+            if texts is None:
+                self._render_one_by_one(rows)
+                continue
+            for text in texts:
+                self._add(text)
+        return self._outcomes
+
+    def _add(self, outcome: Outcome) -> None:
+        self._outcomes.append(outcome)
+        if isinstance(outcome, str):
+            self._num_chars += len(outcome)
+
+    def _is_complete(self) -> bool:
+        """Returns whether no further row belongs in the reply: the last one exceeds a limit, or the CPU time or the
+        characters of a reply are used."""
+        if not self._outcomes:
+            return False
+        last = self._outcomes[-1]
+        if not isinstance(last, str) and "exceeded" in last:
+            return True
+        max_chars: int = self._limits["batch_chars"]
+        return time.process_time() > self._end or self._num_chars > max_chars
+
+    def _render_one_by_one(self, rows: Sequence[Row]) -> None:
+        for row in rows:
+            self._add(self._render_row(row))
+            if self._is_complete():
+                return
+
+    def _render_together(self, rows: Sequence[Row]) -> list[str] | None:
+        """Returns the texts of rows by two calls of transformers; None if the template refuses a row or exceeds a
         limit."""
         if any(row.arguments for row in rows):
             return None
-        rendered: dict[bool, Iterator[str]] = {}
+        seconds = SLICE_SHARE * self._limits["batch_seconds"]
         try:
-            with _time_limit(limits["batch_seconds"]):
-                for flag in (False, True):
-                    conversations = [row.conversation for row in rows if row.add_generation_prompt is flag]
-                    rendered[flag] = iter(
-                        self._render(
-                            key,
-                            conversations,
-                            flag,
-                        )
-                    )
+            texts = call_with_time_limit(seconds, lambda: self._texts(rows))
         except (CallTimeout, Exception):
             # a template can raise any exception
             return None
-        texts: list[Outcome] = [next(rendered[row.add_generation_prompt]) for row in rows]
         num_chars = [len(text) for text in texts]
-        if max(num_chars) > limits["row_chars"] or sum(num_chars) > limits["batch_chars"]:
+        if max(num_chars) > self._limits["row_chars"] or sum(num_chars) > self._limits["batch_chars"]:
             return None
         return texts
 
-    def _render_row(
-        self,
-        key: int,
-        row: Row,
-        limits: Mapping[str, Any],
-    ) -> Outcome:
-        """Renders one row. Returns the first line of what the template raises, or the limit that it exceeds."""
+    def _texts(self, rows: Sequence[Row]) -> list[str]:
+        rendered = {}
+        for flag in (False, True):
+            conversations = [row.conversation for row in rows if row.add_generation_prompt is flag]
+            rendered[flag] = iter(self._apply_template(conversations, flag))
+        return [next(rendered[row.add_generation_prompt]) for row in rows]
+
+    def _render_row(self, row: Row) -> Outcome:
         try:
-            with _time_limit(limits["row_seconds"]):
-                try:
-                    (text,) = self._render(
-                        key,
-                        [row.conversation],
-                        row.add_generation_prompt,
-                        row.arguments,
-                    )
-                except MemoryError:
-                    return {"exceeded": f"{limits['megabytes']} MB of memory"}
-                except Exception as error:
-                    # a template can raise any exception
-                    lines = str(error).splitlines() or [type(error).__name__]
-                    return {"refused": lines[0][:MAX_FAULT_CHARS]}
+            return call_with_time_limit(self._limits["row_seconds"], lambda: self._outcome_of(row))
         except CallTimeout:
-            return {"exceeded": f"{limits['row_seconds']:g} s"}
-        if len(text) > limits["row_chars"]:
-            return {"exceeded": f"{limits['row_chars']:,} characters"}
+            return {"exceeded": f"{self._limits['row_seconds']:g} s"}
+
+    def _outcome_of(self, row: Row) -> Outcome:
+        """Renders one row. Returns the first line of what the template raises, or the limit that it exceeds, other than
+        that of time."""
+        try:
+            (text,) = self._apply_template(
+                [row.conversation],
+                row.add_generation_prompt,
+                row.arguments,
+            )
+        except MemoryError:
+            return {"exceeded": f"{self._limits['megabytes']} MB of memory"}
+        except Exception as error:
+            # a template can raise any exception
+            lines = str(error).splitlines() or [type(error).__name__]
+            return {"refused": lines[0][:MAX_FAULT_CHARS]}
+        if len(text) > self._limits["row_chars"]:
+            return {"exceeded": f"{self._limits['row_chars']:,} characters"}
         return text
 
-    def _render(
+    def _apply_template(
         self,
-        key: int,
         conversations: Sequence[Conversation],
         add_generation_prompt: bool,
         arguments: Mapping[str, Any] = NO_ARGUMENTS,
     ) -> list[str]:
         """Returns what `apply_chat_template(tokenize=False)` returns."""
-        template, variables = self._templates[key]
         texts: list[str]
         texts, _ = render_jinja_template(
             conversations=conversations,
-            chat_template=template,
+            chat_template=self._template,
             add_generation_prompt=add_generation_prompt,
-            **{**variables, **arguments},
+            **{**self._variables, **arguments},
         )
         return texts
-
-
-@contextlib.contextmanager
-def _time_limit(seconds: float) -> Iterator[None]:
-    """Raises CallTimeout in the body once it has used this CPU time."""
-    try:
-        try:
-            signal.setitimer(signal.ITIMER_PROF, seconds, ALARM_INTERVAL_SECONDS)
-            yield
-        finally:
-            signal.setitimer(signal.ITIMER_PROF, 0)
-    except CallTimeout:
-        # the alarm may have interrupted the line above
-        signal.setitimer(signal.ITIMER_PROF, 0)
-        raise
 
 
 def _without_none(message: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -11,6 +11,7 @@ from lowrank_tune.data.templates.render_process import (
     LimitExceeded,
     RenderProcess,
     RenderRequest,
+    Template,
     shared_process,
 )
 from lowrank_tune.errors import UserError
@@ -64,8 +65,7 @@ class TemplateRenderer:
             if isinstance(with_system, InvalidRow):
                 raise UserError(
                     "the base's chat template renders neither a question and its answer nor the same with a system "
-                    "turn; "
-                    "give the base a working `chat_template`"
+                    "turn; give the base a working `chat_template`"
                 )
             return "always"
         if isinstance(with_system, InvalidRow) or PROBE_SYSTEM not in with_system:
@@ -96,16 +96,12 @@ class TemplateRenderer:
         """Returns the texts, or why they cannot be rendered, in order. Once the template exceeds a limit on a row, its
         later renderings are not made. Raises UserError if it does on `MAX_EXCEEDED` rows in succession."""
         requests = self._requests(renderings)
-        variables: dict[str, str] = self._tokenizer.special_tokens_map
+        template = Template(self._chat_template, self._tokenizer.special_tokens_map)
         rendered: list[str | InvalidRow] = []
         exceeded = _ExceededRows(self._num_exceeded)
         while len(rendered) < len(requests):
             start = len(rendered)
-            texts = self._process.render_some(
-                self._chat_template,
-                variables,
-                requests[start:],
-            )
+            texts = self._process.render_some(template, requests[start:])
             rendered += texts
             last = texts[-1]
             is_exceeded = isinstance(last, LimitExceeded)
@@ -128,7 +124,7 @@ class TemplateRenderer:
         return f"the chat template of {base}"
 
     def _requests(self, renderings: Sequence[Rendering]) -> list[RenderRequest]:
-        """Returns the renderings with prepared messages: equal objects where they have the same messages."""
+        """Returns the renderings with prepared messages, one object for each message that several of them share."""
         plain: dict[int, dict[str, str]] = {}
         requests = []
         for rendering in renderings:

@@ -222,14 +222,19 @@ def bubblewrap() -> list[str]:
 
 
 def bubblewrap_fault() -> str:
-    """Returns the message with which bubblewrap refuses to start any process here; empty if it starts one."""
-    done = subprocess.run(
-        [*bubblewrap(), interpreter(), "-S", "-c", ""],
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        timeout=START_SECONDS,
-    )
+    """Returns the message with which bubblewrap refuses to start any process here; empty if it starts one, or does not
+    end."""
+    try:
+        done = subprocess.run(
+            [*bubblewrap(), interpreter(), "-S", "-c", ""],
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            errors="replace",
+            timeout=START_SECONDS,
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
     lines = done.stderr.strip().splitlines()
     return lines[-1] if done.returncode and lines else ""
 

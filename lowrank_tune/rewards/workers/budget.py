@@ -10,8 +10,9 @@ import time
 from collections.abc import Callable, Iterator
 from typing import TypeVar
 
+from lowrank_tune.processes.limits import ALARM_INTERVAL_SECONDS
+
 T = TypeVar("T")
-ALARM_INTERVAL_SECONDS = 0.05
 MIN_WATCH_SECONDS = 0.01
 
 

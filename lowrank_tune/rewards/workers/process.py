@@ -5,12 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from lowrank_tune.processes.worker_process import (
-    WorkerExited,
-    WorkerProcess,
-    WorkerStarved,
-    WorkerTimeout,
-)
+from lowrank_tune.processes.worker_process import WorkerProcess
 
 MODULE = "lowrank_tune.rewards.workers.worker"
 
@@ -23,10 +18,5 @@ class Worker(WorkerProcess):
 
     def load(self, worker_specs: Sequence[Mapping[str, Any]], seconds: float) -> list[str | None]:
         """Loads the graders; returns for each of them why it cannot be loaded, or None. Raises WorkerExited."""
-        try:
-            faults: list[str | None] = self.request(worker_specs, seconds)["faults"]
-        except WorkerTimeout:
-            raise WorkerExited(f"was not ready within {seconds:g} s") from None
-        except WorkerStarved as starved:
-            raise WorkerExited(f"was not ready, the machine is too busy: {starved}") from None
+        faults: list[str | None] = self.first_request(worker_specs, seconds)["faults"]
         return faults

@@ -17,8 +17,6 @@ import math
 import numbers
 import os
 import random
-import resource
-import signal
 import sys
 import time
 import traceback
@@ -28,11 +26,10 @@ from typing import Any
 
 from lowrank_tune.processes.child import import_without_init
 from lowrank_tune.processes.limits import (
-    ALARM_INTERVAL_SECONDS,
     CallTimeout,
-    limit_added_memory,
+    added_memory_limit,
+    call_with_time_limit,
     peak_megabytes,
-    raise_timeout,
 )
 
 VERIFIER_MEGABYTES = 512  # memory that one call of a built-in verifier may add to this process
@@ -148,26 +145,11 @@ class LimitedGrader:
         self.grew_fast = False
 
     def __call__(self, request: Mapping[str, Any]) -> Any:
-        soft, hard = resource.getrlimit(resource.RLIMIT_AS)
         before = peak_megabytes()
-
-        def restore() -> None:
-            signal.setitimer(signal.ITIMER_PROF, 0)
-            resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
-
+        seconds = request["seconds"] * TIMEOUT_MARGIN
         try:
-            try:
-                limit_added_memory(self.megabytes)
-                signal.signal(signal.SIGPROF, raise_timeout)
-                seconds = request["seconds"] * TIMEOUT_MARGIN
-                signal.setitimer(signal.ITIMER_PROF, seconds, ALARM_INTERVAL_SECONDS)
-                return self.grade(request)
-            finally:
-                restore()
-        except CallTimeout:
-            # the alarm may have interrupted the `restore` above
-            restore()
-            raise
+            with added_memory_limit(self.megabytes):
+                return call_with_time_limit(seconds, lambda: self.grade(request))
         except TimeoutError:
             raise CallTimeout from None
         finally:
@@ -220,8 +202,8 @@ def grade_completion(
 ) -> dict[str, Any]:
     """Returns the reply for one completion: its `value`, or `late` if a verifier exceeded its time, or a `fault`.
 
-    For a verifier also `steep`, whether the call may have reached the memory limit, and `worn`, whether this process
-    has grown so large that it should be replaced.
+    For a verifier also `steep`, whether the call may have reached the memory limit, and `too_large`, whether this
+    process has grown so much that it should be replaced.
     """
     start = time.perf_counter()
     out_of_memory = False
@@ -234,7 +216,7 @@ def grade_completion(
         out_of_memory = isinstance(error, MemoryError)
     if isinstance(grade, LimitedGrader):
         reply["steep"] = grade.grew_fast or out_of_memory
-        reply["worn"] = grade.added_megabytes > RECYCLE_MEGABYTES
+        reply["too_large"] = grade.added_megabytes > RECYCLE_MEGABYTES
     return {**reply, "seconds": time.perf_counter() - start}
 
 

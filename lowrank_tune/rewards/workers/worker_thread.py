@@ -113,7 +113,7 @@ class WorkerThread(threading.Thread):
             score = reward.worker_failure(item, "error", str(error))
         else:
             score = replace(self._score_of(request, reply), seconds=reply["seconds"])
-            if reply.get("worn"):
+            if reply.get("too_large"):
                 self._stop_worker()
         # before the next worker starts: the last completion of a batch does not wait for it
         self._pool.store(request, score)
