@@ -5,10 +5,14 @@ looks at the process from outside once a second, and at its steps and frames fro
     PYTHONPATH=. python benchmarks/endurance.py --steps 60 --warm-up 10   # a minute
     PYTHONPATH=. python benchmarks/endurance.py --out endurance --read    # the tables of a measurement again
 
-Run it on an idle machine, one algorithm after the other. What else happens on the machine is taken out as far as
-possible: from the wall time of a step the time is subtracted in which its thread could run, but other processes had the
-processors; and times are divided by those of the same work beside them. Exit code 0 where nothing grows: the interval
-of a slope contains 0, or the growth over the run is below its bound.
+The time of a step depends on its rows and on the machine, whose speed changes by several percent within minutes.
+Therefore a fresh process resumes the run from its last checkpoint but one, directly after its end, and does its last
+steps again, bit for bit: what an old process has grown by is the ratio of two times of the same step. Besides, from the
+wall time of a step the time is subtracted in which its thread could run, but other processes had the processors; and
+times are divided by those of the same work beside them. Run it on an idle machine.
+
+Exit code 0 where nothing grows: the interval of a slope contains 0 or the growth over the run is below its bound, and
+the interval of a ratio contains 1 or the ratio is below its bound.
 """
 
 from __future__ import annotations
@@ -18,6 +22,7 @@ import fcntl
 import json
 import os
 import pty
+import shutil
 import statistics
 import struct
 import sys
@@ -29,7 +34,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from slopes import Slope, measure_slope, table
+from slopes import Ratio, Slope, measure_ratio, measure_slope, ratio_table, table
 
 WIDTH, HEIGHT = 120, 40
 FULL_CURVES = 256
@@ -65,6 +70,12 @@ OVERRIDES = {
 is growth of the kit, not of the answers."""
 
 
+FRESH_WARM_UP = 10
+"""Plain steps of the fresh process that are not compared."""
+ENOUGH_PAIRS = 20
+"""Steps with which a comparison begins to mean something; a short run has fewer after its last checkpoint but one."""
+
+
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("algorithms", nargs="*", default=list(OVERRIDES))
@@ -86,8 +97,11 @@ def main(arguments: list[str] | None = None) -> int:
             if not options.read:
                 observe(algorithm, options.steps, folder / algorithm)
             slopes = slopes_of(folder / algorithm, options.warm_up)
+            ratios = against_fresh(folder / algorithm)
             print(f"\n{algorithm}: {summary(folder / algorithm)}\n\n{table(slopes)}\n", flush=True)
-            flat = flat and all(each.is_flat for each in slopes)
+            if ratios:
+                print(ratio_table(ratios), flush=True)
+            flat = flat and all(each.is_flat for each in (*slopes, *ratios))
     return 0 if flat else 1
 
 
@@ -207,7 +221,8 @@ def watch_frames(path: Path) -> None:
 
 
 def observe(algorithm: str, steps: int, folder: Path) -> None:
-    """Runs the training and writes once a second what the kernel counts for its process."""
+    """Runs the training and writes once a second what the kernel counts for its process. Then a fresh process does the
+    last steps again."""
     child = start(algorithm, steps, folder)
     with (folder / "process.jsonl").open("w", encoding="utf-8") as file:
         while (ended := os.waitpid(child, os.WNOHANG))[0] == 0:
@@ -216,13 +231,32 @@ def observe(algorithm: str, steps: int, folder: Path) -> None:
                 file.write(json.dumps(sample) + "\n")
                 file.flush()
             time.sleep(1)
-    if ended[1]:
-        raise SystemExit(f"the {algorithm} run ended with status {ended[1]}; its screen: {folder / 'screen.txt'}")
+    check_status(algorithm, ended[1], folder)
+    fresh = folder / "fresh"
+    rewind(folder / "run", fresh / "run")
+    check_status(algorithm, os.waitpid(start(algorithm, steps, fresh), 0)[1], fresh)
+
+
+def check_status(algorithm: str, status: int, folder: Path) -> None:
+    """Raises SystemExit if a training failed."""
+    if status:
+        raise SystemExit(f"the {algorithm} run ended with status {status}; its screen: {folder / 'screen.txt'}")
+
+
+def rewind(run: Path, target: Path) -> None:
+    """Copies a finished run as it was at its last checkpoint but one."""
+    shutil.copytree(run, target, ignore=shutil.ignore_patterns(".lock", "final", "summary.json", "report.html"))
+    last = max((target / "checkpoints").iterdir(), key=step_of)
+    shutil.rmtree(last)
+
+
+def step_of(checkpoint: Path) -> int:
+    return int(checkpoint.name.removeprefix("step-"))
 
 
 def start(algorithm: str, steps: int, folder: Path) -> int:
     """Starts the training in a pseudo-terminal of its own; returns its process."""
-    folder.mkdir(parents=True)
+    folder.mkdir(parents=True, exist_ok=True)
     words = [sys.executable, __file__, algorithm, "--child", "--steps", str(steps), "--out", str(folder)]
     environ = {**os.environ, "TERM": "xterm-256color", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     child, master = pty.fork()
@@ -300,6 +334,25 @@ def slopes_of(folder: Path, warm_up: int) -> list[Slope]:
         measure_slope(name, unit, [row["step"] for row in data], values, bound)
         for name, unit, data, bound, values in series
     ]
+
+
+def against_fresh(folder: Path) -> list[Ratio]:
+    """Returns the times of the run's last steps divided by those of the same steps in a fresh process; none for a short
+    run."""
+    old = {row["step"]: row for row in rows(folder / "steps.jsonl") if row["plain"]}
+    new = [row for row in rows(folder / "fresh" / "steps.jsonl") if row["plain"]][FRESH_WARM_UP:]
+    pairs = [(old[row["step"]], row) for row in new if row["step"] in old]
+    if len(pairs) < ENOUGH_PAIRS:
+        return []
+    return [
+        measure_ratio(name, [ratio_of(*pair, key) for pair in pairs], 0.02)
+        for name, key in (("step, processor time", "cpu"), ("step, wall time", "alone"))
+    ]
+
+
+def ratio_of(old: dict[str, Any], new: dict[str, Any], key: str) -> float:
+    """Returns the ratio of two times, each divided by that of the reference beside it."""
+    return float(old[key] / old["reference"] / (new[key] / new["reference"]))
 
 
 def relative(data: list[dict[str, Any]], key: str, level: float) -> list[float]:

@@ -62,6 +62,39 @@ def measure_slope(name: str, unit: str, steps: list[float], values: list[float],
     )
 
 
+@dataclass(frozen=True)
+class Ratio:
+    """The median ratio of the times of an old process and of a fresh one, with its 95 % interval."""
+
+    name: str
+    points: int
+    middle: float
+    low: float
+    high: float
+    bound: float
+
+    @property
+    def is_flat(self) -> bool:
+        """Whether the interval contains 1 or the old process is slower by less than the bound."""
+        return self.low <= 1 <= self.high or self.middle < 1 + self.bound
+
+
+def measure_ratio(name: str, ratios: list[float], bound: float) -> Ratio:
+    """Returns the median of ratios of neighboring steps. Runs of `RUN` neighbors are resampled."""
+    values = np.asarray(ratios, dtype=np.float64)
+    numbers = np.random.default_rng(SEED)
+    medians = [np.median(values[_resampled(numbers, len(values))]) for _ in range(RESAMPLES)]
+    low, high = np.percentile(medians, [2.5, 97.5])
+    return Ratio(
+        name=name,
+        points=len(values),
+        middle=float(np.median(values)),
+        low=float(low),
+        high=float(high),
+        bound=bound,
+    )
+
+
 def theil_sen(x: Floats, y: Floats) -> float:
     """Returns the median of the slopes of all pairs of points."""
     first, second = np.triu_indices(len(x), 1)
@@ -74,15 +107,19 @@ def bootstrap_interval(x: Floats, y: Floats, slope: float) -> tuple[float, float
     """Returns the 95 % interval of the slope: residuals are drawn again in runs of neighbors."""
     numbers = np.random.default_rng(SEED)
     residuals = y - slope * x
-    size = len(x)
-    run = min(RUN, size)
     slopes = []
     for _ in range(RESAMPLES):
-        starts = numbers.integers(0, size - run + 1, size=-(-size // run))
-        places = (starts[:, None] + np.arange(run)).ravel()[:size]
+        places = _resampled(numbers, len(x))
         slopes.append(theil_sen(x, slope * x + residuals[places]))
     low, high = np.percentile(slopes, [2.5, 97.5])
     return float(low), float(high)
+
+
+def _resampled(numbers: np.random.Generator, size: int) -> NDArray[np.int64]:
+    """Returns the places of a bootstrap sample: runs of neighbors, drawn with replacement."""
+    run = min(RUN, size)
+    starts = numbers.integers(0, size - run + 1, size=-(-size // run))
+    return (starts[:, None] + np.arange(run)).ravel()[:size]
 
 
 def _thinned(values: Floats) -> Floats:
@@ -99,4 +136,14 @@ def table(slopes: list[Slope]) -> str:
             f"| {each.name} ({each.unit}) | {each.level:.4g} | {interval} | {each.growth:+.2%} | {each.bound:.0%} "
             f"| {verdict} |"
         )
+    return "\n".join(lines)
+
+
+def ratio_table(ratios: list[Ratio]) -> str:
+    """Returns the ratios as rows of a table in Markdown."""
+    lines = ["| old process / fresh process | ratio (95 %) | steps | bound | |", "|---|---|---|---|---|"]
+    for each in ratios:
+        verdict = "flat" if each.is_flat else "**grows**"
+        interval = f"{each.middle:.3f} ({each.low:.3f} to {each.high:.3f})"
+        lines.append(f"| {each.name} | {interval} | {each.points} | {1 + each.bound:.2f} | {verdict} |")
     return "\n".join(lines)

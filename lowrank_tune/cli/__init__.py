@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import sys
+import warnings
 from typing import Annotated
 
 import typer
@@ -32,6 +33,7 @@ from lowrank_tune.cli import (
 )
 from lowrank_tune.cli.common import app
 from lowrank_tune.cli.help_pages import arrange_commands
+from lowrank_tune.cli.warning_format import format_warning
 
 __all__ = [
     "app",
@@ -72,6 +74,7 @@ def main() -> None:
 
     A command that has failed keeps its exit code.
     """
+    warnings.formatwarning = format_warning
     try:
         app()
     except SystemExit as end:

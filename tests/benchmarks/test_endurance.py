@@ -53,6 +53,15 @@ def test_small_growth_is_flat_and_a_leak_is_not(endurance: Any) -> None:
     assert slope(endurance, [0.0] * 500).growth == 0
 
 
+def test_ratio_of_an_old_and_a_fresh_process(endurance: Any) -> None:
+    numbers = random.Random(0)
+    same = endurance.measure_ratio("step", [1 + numbers.gauss(0, 0.05) for _ in range(80)], 0.02)
+    assert same.low < 1 < same.high and same.is_flat
+    slower = endurance.measure_ratio("step", [1.1 + numbers.gauss(0, 0.05) for _ in range(80)], 0.02)
+    assert slower.middle == pytest.approx(1.1, abs=0.02) and not slower.is_flat
+    assert endurance.measure_ratio("step", [1.01] * 80, 0.02).is_flat
+
+
 def test_a_run_within_its_warm_up_is_refused_before_it_starts(endurance: Any) -> None:
     with pytest.raises(SystemExit, match="2"):
         endurance.main(["sft", "--steps", "9", "--warm-up", "9"])
@@ -80,7 +89,8 @@ def test_descriptors_threads_and_children_are_counted(endurance: Any, tmp_path: 
 
 @pytest.mark.slow
 def test_short_run_with_the_dashboard_keeps_its_descriptors_and_threads(tmp_path: Path, endurance: Any) -> None:
-    """40 steps in a pseudo-terminal, with evaluations and checkpoints in between."""
+    """40 steps in a pseudo-terminal, with evaluations and checkpoints in between. A fresh process does the last ones
+    again."""
     endurance.observe("sft", 40, tmp_path / "sft")
     seen = list(endurance.rows(tmp_path / "sft" / "process.jsonl"))
     steps = list(endurance.rows(tmp_path / "sft" / "steps.jsonl"))
@@ -91,6 +101,8 @@ def test_short_run_with_the_dashboard_keeps_its_descriptors_and_threads(tmp_path
     assert len(steps) == 40 and frames[-1]["size"] == [120, 40] and training
     for count in ("descriptors", "threads", "children"):
         assert max(row[count] for row in training) - min(row[count] for row in training) == 0, (count, training)
+    again = [row["step"] for row in endurance.rows(tmp_path / "sft" / "fresh" / "steps.jsonl")]
+    assert again == list(range(31, 41))
     events = [json.loads(line) for line in (tmp_path / "sft" / "run" / "events.jsonl").read_text().splitlines()]
     kinds = [event["event"] for event in events]
     assert kinds.count("checkpoint_saved") == 4 and kinds.count("evaluated") >= 4

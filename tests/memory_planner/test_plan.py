@@ -410,7 +410,7 @@ def test_auto_becomes_numbers() -> None:
 
 def test_nothing_is_left_as_the_planner_made_it() -> None:
     before = torch.clear_autocast_cache
-    list(plan(load_any("tiny-sft"), 24.0))
+    list(plan(load_any("tiny-sft", "evaluate={}"), 24.0))
     assert (
         torch.clear_autocast_cache is before
         and torch.ones(1).device.type == "cpu"

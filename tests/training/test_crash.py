@@ -59,7 +59,7 @@ WRITES = [
     slow("dpo", 20),
     slow("dpo", 70),
     slow("grpo", 70),
-    ("ppo", 70),
+    slow("ppo", 70),
 ]
 GRPO_CALLS = [("rollout", 70), slow("scoring", 4), slow("update", 9), slow("between passes", 5)]
 PPO_CALLS = [
