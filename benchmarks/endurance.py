@@ -7,9 +7,10 @@ looks at the process from outside once a second, and at its steps and frames fro
 
 The time of a step depends on its rows and on the machine, whose speed changes by several percent within minutes.
 Therefore a fresh process resumes the run from its last checkpoint but one, directly after its end, and does its last
-steps again, bit for bit: what an old process has grown by is the ratio of two times of the same step. Besides, from the
-wall time of a step the time is subtracted in which its thread could run, but other processes had the processors; and
-times are divided by those of the same work beside them. Run it on an idle machine.
+steps again, bit for bit: what an old process has grown by is the ratio of two times of the same step. The slope over
+all steps is printed as well, and judged only in a run that is too short for this comparison. Besides, from the wall
+time of a step the time is subtracted in which its thread could run, but other processes had the processors; and times
+are divided by those of the same work beside them. Run it on an idle machine.
 
 Exit code 0 where nothing grows: the interval of a slope contains 0 or the growth over the run is below its bound, and
 the interval of a ratio contains 1 or the ratio is below its bound.
@@ -96,8 +97,8 @@ def main(arguments: list[str] | None = None) -> int:
         for algorithm in options.algorithms:
             if not options.read:
                 observe(algorithm, options.steps, folder / algorithm)
-            slopes = slopes_of(folder / algorithm, options.warm_up)
             ratios = against_fresh(folder / algorithm)
+            slopes = slopes_of(folder / algorithm, options.warm_up, judges_steps=not ratios)
             print(f"\n{algorithm}: {summary(folder / algorithm)}\n\n{table(slopes)}\n", flush=True)
             if ratios:
                 print(ratio_table(ratios), flush=True)
@@ -310,7 +311,7 @@ def rows(path: Path) -> Iterator[dict[str, Any]]:
     return map(json.loads, path.read_text(encoding="utf-8").splitlines())
 
 
-def slopes_of(folder: Path, warm_up: int) -> list[Slope]:
+def slopes_of(folder: Path, warm_up: int, judges_steps: bool) -> list[Slope]:
     """Returns the slopes of everything that was measured, after the first `warm_up` steps; those of frames since all
     curves have as many points as they ever have."""
     steps = [row for row in rows(folder / "steps.jsonl") if row["step"] > warm_up]
@@ -320,14 +321,15 @@ def slopes_of(folder: Path, warm_up: int) -> list[Slope]:
     frames = list(with_steps(rows(folder / "frames.jsonl"), full or steps))
     level = statistics.median(row["reference"] for row in plain)
     frame_level = statistics.median(row["reference"] for row in frames)
+    step_bound = 0.02 if judges_steps else None
     series = [
         ("resident memory", "MiB", seen, 0.01, [row["rss_mib"] for row in seen]),
         ("memory of child processes", "MiB", seen, 0.01, [row["children_mib"] for row in seen]),
         ("open file descriptors", "count", seen, 0.01, [row["descriptors"] for row in seen]),
         ("threads", "count", seen, 0.01, [row["threads"] for row in seen]),
         ("child processes", "count", seen, 0.01, [row["children"] for row in seen]),
-        ("step, processor time", "ms", plain, 0.02, relative(plain, "cpu", level)),
-        ("step, wall time", "ms", plain, 0.02, relative(plain, "alone", level)),
+        ("step, processor time", "ms", plain, step_bound, relative(plain, "cpu", level)),
+        ("step, wall time", "ms", plain, step_bound, relative(plain, "alone", level)),
         ("redraw, processor time", "ms", frames, 0.02, relative(frames, "cpu", frame_level)),
     ]
     return [

@@ -20,7 +20,8 @@ RUN = 5
 @dataclass(frozen=True)
 class Slope:
     """`per_1000` in units of the series per 1,000 steps, with its interval; `growth` is the change over the measured
-    steps by that slope, relative to `level`, the median of the series; infinite if that is 0."""
+    steps by that slope, relative to `level`, the median of the series; infinite if that is 0. Without a bound the slope
+    is not judged."""
 
     name: str
     unit: str
@@ -30,15 +31,15 @@ class Slope:
     low: float
     high: float
     growth: float
-    bound: float
+    bound: float | None
 
     @property
     def is_flat(self) -> bool:
         """Whether the interval contains 0 or the growth is below its bound."""
-        return self.low <= 0 <= self.high or self.growth < self.bound
+        return self.bound is None or self.low <= 0 <= self.high or self.growth < self.bound
 
 
-def measure_slope(name: str, unit: str, steps: list[float], values: list[float], bound: float) -> Slope:
+def measure_slope(name: str, unit: str, steps: list[float], values: list[float], bound: float | None) -> Slope:
     """Returns the slope of `values` over `steps`, which increase. `bound`: relative growth that is acceptable."""
     x, y = _thinned(np.asarray(steps, dtype=np.float64)), _thinned(np.asarray(values, dtype=np.float64))
     slope = theil_sen(x, y)
@@ -130,11 +131,11 @@ def table(slopes: list[Slope]) -> str:
     """Returns the slopes as rows of a table in Markdown."""
     lines = ["| | level | slope per 1,000 steps (95 %) | growth | bound | |", "|---|---|---|---|---|---|"]
     for each in slopes:
-        verdict = "flat" if each.is_flat else "**grows**"
+        bound = "" if each.bound is None else f"{each.bound:.0%}"
+        verdict = _verdict(each.is_flat) if bound else "not judged"
         interval = f"{each.per_1000:+.3g} ({each.low:+.3g} to {each.high:+.3g})"
         lines.append(
-            f"| {each.name} ({each.unit}) | {each.level:.4g} | {interval} | {each.growth:+.2%} | {each.bound:.0%} "
-            f"| {verdict} |"
+            f"| {each.name} ({each.unit}) | {each.level:.4g} | {interval} | {each.growth:+.2%} | {bound} | {verdict} |"
         )
     return "\n".join(lines)
 
@@ -143,7 +144,11 @@ def ratio_table(ratios: list[Ratio]) -> str:
     """Returns the ratios as rows of a table in Markdown."""
     lines = ["| old process / fresh process | ratio (95 %) | steps | bound | |", "|---|---|---|---|---|"]
     for each in ratios:
-        verdict = "flat" if each.is_flat else "**grows**"
+        verdict = _verdict(each.is_flat)
         interval = f"{each.middle:.3f} ({each.low:.3f} to {each.high:.3f})"
         lines.append(f"| {each.name} | {interval} | {each.points} | {1 + each.bound:.2f} | {verdict} |")
     return "\n".join(lines)
+
+
+def _verdict(is_flat: bool) -> str:
+    return "flat" if is_flat else "**grows**"
