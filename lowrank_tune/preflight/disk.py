@@ -22,13 +22,13 @@ from lowrank_tune.assembly.stacks import ROLES_WITH_HEAD, frozen_adapters
 from lowrank_tune.checkpoint import as_user_error
 from lowrank_tune.config.base import Finding
 from lowrank_tune.errors import UserError
+from lowrank_tune.full_disk import format_size
 from lowrank_tune.model.adapters import lora_config
 from lowrank_tune.paths import nearest_existing
 from lowrank_tune.preflight.adapters import read_saved_adapter
 from lowrank_tune.preflight.stages import PlannedStage
 from lowrank_tune.training.stage import DEFAULT_NUM_SAVES
 
-GIB = 1 << 30
 WEIGHT_BYTES = 4
 STATE_BYTES = {
     "adamw": 8,
@@ -76,8 +76,8 @@ def disk_findings(
         return {}
     owner = f"all {len(needs)} stages" if len(needs) > 1 else "the run"
     message = (
-        f"{folder}: the checkpoints and adapters of {owner} take {needed / GIB:.2f} GiB, and {usage.free / GIB:.2f} "
-        "GiB are free on its disk: free some space, name another folder with --out, or lower train.save_total_limit"
+        f"{folder}: the checkpoints and adapters of {owner} take {format_size(needed)}, and {format_size(usage.free)} "
+        "are free on its disk: free some space, name another folder with --out, or lower train.save_total_limit"
     )
     return {largest: [(("train", "save_total_limit"), message)]}
 

@@ -39,6 +39,7 @@ from lowrank_tune.generation.outputs import Completion
 from lowrank_tune.model.base import load_tokenizer
 from lowrank_tune.model.roles import Roles
 from lowrank_tune.rewards import Score
+from lowrank_tune.rewards.workers.worker import format_exception
 from lowrank_tune.stats import to_floats
 from lowrank_tune.training.signals import TrainerControl
 
@@ -453,3 +454,8 @@ def test_rows_that_no_reward_could_judge_by_are_data_faults(place: Path) -> None
 class Marks:
     def special_tokens_in(self, ids: Sequence[int]) -> bool:
         return False
+
+
+def test_an_exception_without_a_message_is_its_name() -> None:
+    assert format_exception(MemoryError(), "reward.py") == "raised MemoryError"
+    assert format_exception(ValueError("boom"), "reward.py") == "raised ValueError: boom"

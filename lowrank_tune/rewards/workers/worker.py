@@ -173,10 +173,11 @@ def format_exception(error: BaseException, path: str) -> str:
         message = str(error)[:MAX_MESSAGE_CHARS]
     except Exception:
         message = "(its message raises too)"
+    raised = f"raised {name}: {message}" if message else f"raised {name}"
     frames = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename == path]
     if not frames:
-        return f"raised {name}: {message}"
-    return f"raised {name}: {message} ({file}:{frames[-1].lineno}: {frames[-1].line})"
+        return raised
+    return f"{raised} ({file}:{frames[-1].lineno}: {frames[-1].line})"
 
 
 def safe_repr(value: object) -> str:
