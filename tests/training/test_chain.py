@@ -187,7 +187,12 @@ class Cut(Exception):
 
 @pytest.mark.parametrize(
     ("stage", "step"),
-    [(2, 1), pytest.param(3, 1, marks=pytest.mark.slow), (4, 0), pytest.param(4, 1, marks=pytest.mark.slow)],
+    [
+        (2, 1),
+        pytest.param(3, 1, marks=pytest.mark.slow),
+        pytest.param(4, 0, marks=pytest.mark.slow),
+        pytest.param(4, 1, marks=pytest.mark.slow),
+    ],
 )
 def test_chain_interrupted_at_any_step_continues_bit_for_bit(
     finished: tuple[Path, list[Event]], tmp_path: Path, stage: int, step: int

@@ -66,7 +66,7 @@ PPO_CALLS = [
     slow("rollout", 40),
     slow("scoring", 3),
     slow("valuing", 4),
-    ("update of ppo", 13),
+    slow("update of ppo", 13),
     slow("between passes of ppo", 7),
 ]
 
@@ -148,6 +148,7 @@ def test_a_changed_seed_would_be_noticed(fork_server: ForkServer, straight: Stra
     assert run_fingerprint(tmp_path / "run") != straight("sft")
 
 
+@pytest.mark.slow
 def test_scores_are_compared(straight: Straight) -> None:
     assert straight("sft")["scores"] is None and straight("grpo")["groups"].keys() == set(range(1, 7))  # type: ignore[attr-defined]
     for algorithm in ("reward", "dpo"):

@@ -222,6 +222,7 @@ def test_live_screen_with_slow_frames_draws_fewer_of_them(tmp_path: Path) -> Non
     assert 2 <= frames <= most
 
 
+@pytest.mark.slow
 def test_live_screen_in_ascii_without_color(tmp_path: Path) -> None:
     emulator = Emulator(
         PLAYER, str(tmp_path), "0.01", LC_ALL="C", NO_COLOR="1", PYTHONUTF8="0", PYTHONIOENCODING="ascii"

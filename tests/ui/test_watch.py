@@ -251,7 +251,8 @@ def test_a_pipe_follows_a_chain_to_the_end_of_its_last_stage(chain: Path) -> Non
     assert out[0] == "a chain begins" and "\x1b" not in "".join(out)
 
 
-@pytest.mark.parametrize("status", ["failed", pytest.param("interrupted", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("status", ["failed", "interrupted"])
 def test_failed_stage_ends_its_chain(chain: Path, run: Path, status: Literal["failed", "interrupted"]) -> None:
     write_events(chain / "1-sft", *STARTS, step(1), ended(status))
     out = piped(str(chain), str(run)).communicate(timeout=60)[0].decode().splitlines()  # and the next run follows
@@ -341,6 +342,7 @@ def test_a_growing_file_in_a_terminal(growing: Path) -> None:
     assert emulator.finish() == 0 and shell_is_sane(emulator)
 
 
+@pytest.mark.slow
 def test_several_runs_in_a_terminal(run: Path, tmp_path: Path) -> None:
     other = tmp_path / "other.jsonl"
     other.write_bytes(RECORDED.replace(b'"name": "demo"', b'"name": "rival"'))
