@@ -290,7 +290,7 @@ def test_a_grpo_run_shows_rewards_phases_and_heldout_accuracy(width: int, height
             rows,
             "100.0 % KL to the reference 0.012",
             "entropy 0.010 completion length 31.0 reward against KL reward exact",
-            "1 21 1 21 0 0.678",
+            "1 21 1 21 0 0.052",
             "zero std 87.5 % truncated 0.0 % clipped 0.0 % grad 0.514 lr 5.0e-04 loss 2.5e-4",
         )
 
@@ -302,6 +302,21 @@ def test_the_chart_of_reward_against_kl_has_both_curves() -> None:
     assert signs == {("*", "first"), ("o", "second")}
     labels = [plain_text([line]).partition("|")[0].strip() for line in lines[1:-1]]
     assert [label for label in labels if label] == ["1.0", "0.8", "0.6", "0.4"]
+
+
+def test_a_single_high_kl_does_not_squeeze_the_chart_of_reward_against_kl() -> None:
+    """The step is left out and named; the others fill the width."""
+    state = state_after([START])
+    state.series["reward"] = Series()
+    state.series["kl"] = Series()
+    for step in range(1, 31):
+        state.series["reward"].add(step, step / 30)
+        state.series["kl"].add(step, 0.7 if step == 25 else step / 1000)
+    lines = chart_pane(state, (FRONTIER,), View(), 60, 10)
+    assert plain_text([lines[0]]).rstrip().endswith("  reward  \u25b6 0.700")
+    assert plain_text([lines[-1]]).split() == ["0.001", "0.030"]
+    narrow = chart_pane(state, (FRONTIER,), View(), 34, 10)
+    assert plain_text([narrow[0]]).rstrip().endswith("  reward  \u25b6")
 
 
 @pytest.mark.parametrize(("width", "height"), [(80, 24), (120, 40)])

@@ -162,14 +162,20 @@ def _frontier_pane(
     height: int,
 ) -> Block:
     """Returns the chart of the reward by the KL to the reference. Held-out accuracy is scaled to the same height: only
-    its shape matters here."""
-    rewards = frontier(state)
-    accuracy = frontier(state, "heldout/accuracy")
+    its shape matters here. Steps whose KL is far from all others are left out, and named in the title."""
+    rewards, outliers = _split_by_kl(frontier(state))
+    highest_kl = max(kl for kl, _ in rewards)
+    accuracy = [point for point in frontier(state, "heldout/accuracy") if point[0] <= highest_kl]
     curves = [Curve(rewards, "first", "*")]
     title: Line = [(" reward against KL  ", "title"), ("reward", "first")]
     if accuracy:
         curves.append(Curve(_scaled_to(rewards, accuracy), "second", "o"))
         title.append(("  exact", "second"))
+    if outliers:
+        sign = ">" if view.ascii_only else "\u25b6"
+        named = f"  {sign} {_format_kl(max(outliers))}"
+        has_room = sum(len(text) for text, _ in title) + len(named) <= width
+        title.append((named if has_room else f"  {sign}", "quiet"))
     return [
         title,
         *chart(
@@ -181,6 +187,13 @@ def _frontier_pane(
             format_x=_format_kl,
         ),
     ]
+
+
+def _split_by_kl(points: Points) -> tuple[list[Point], list[float]]:
+    """Returns the points whose KL is no outlier, and the KL of the others."""
+    bulk, far = split_outliers([(index, kl) for index, (kl, _) in enumerate(points)])
+    kept = {index for index, _ in bulk}
+    return [point for index, point in enumerate(points) if index in kept], [kl for _, kl in far]
 
 
 def _format_kl(value: float) -> str:
