@@ -44,8 +44,6 @@ with tempfile.TemporaryDirectory() as folder:
     outcome = run(chain, out=Path(folder) / "run")
     for stage in outcome.summary["stages"]:
         print(f"{stage['name']:7} {stage['status']} after step {stage['step']}")
-    judge, last = outcome.summary["stages"][1]["heldout_pairs"], outcome.summary["stages"][2]["last"]
-    print(
-        f"the reward model is right about {judge['accuracy']:.0%} of held-out pairs; PPO's last completions earn "
-        f"{last['reward']:.2f}"
-    )
+    pairs, last = outcome.summary["stages"][1]["heldout_pairs"], outcome.summary["stages"][2]["last"]
+    print(f"held-out pairs that the reward model orders as in the data: {pairs['accuracy']:.0%}")
+    print(f"mean reward of PPO's last completions: {last['reward']:.2f}")

@@ -351,7 +351,7 @@ def test_tiny_rlhf(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The reward model orders nine of ten held-out pairs, and PPO improves the gold answers with its score, at a KL
     below the target."""
     monkeypatch.setenv("LOWRANK_TUNE_CACHE", str(tmp_path / "cache"))
-    recipe = load_any("tiny-rlhf")
+    recipe = load_any("tiny-rlhf", "evaluate.num_prompts=80", "evaluate.num_samples=2")
     outcome = run(recipe, out=tmp_path / "run", ui="none", device=CPU)
     stages = {stage["name"]: stage for stage in outcome.summary["stages"]}
     heldout = outcome.summary["heldout"]

@@ -61,7 +61,7 @@ def check(algorithm: str = "sft", base: Any = None, checkpointing: bool = True) 
 
 
 @pytest.mark.parametrize(
-    "algorithm", ["sft", "grpo", *(pytest.param(name, marks=slow) for name in ("reward", "dpo", "ppo"))]
+    "algorithm", ["sft", *(pytest.param(name, marks=slow) for name in ("reward", "dpo", "grpo", "ppo"))]
 )
 def test_checks_pass_in_the_arithmetic_of_a_gpu(gpu: ModuleType, algorithm: str) -> None:
     """bf16 weights under bf16 autocast, which the CPU can do too."""
@@ -90,11 +90,13 @@ def test_checks_pass_in_fp32(gpu: ModuleType, algorithm: str) -> None:
     assert record["kind"] == "checks" and module("parts").passed(record)
 
 
+@slow
 def test_missing_recomputation_is_found(gpu: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Roles, "_checkpoint", lambda self, wanted, offload: None)
     assert check().failed == ["layers were recomputed"]
 
 
+@slow
 def test_a_changed_base_is_found(gpu: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     def corrupting(roles: Any, rows: Any, size: Any) -> Any:
         def corrupted(step: int) -> Any:
@@ -109,6 +111,7 @@ def test_a_changed_base_is_found(gpu: ModuleType, monkeypatch: pytest.MonkeyPatc
     assert check().failed == ["base is unchanged"]
 
 
+@slow
 def test_rounded_logits_are_found(gpu: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     exact = Head.logits
     # In fp32, as on a CPU, the check at the load of a base refuses such a head.
@@ -117,6 +120,7 @@ def test_rounded_logits_are_found(gpu: ModuleType, monkeypatch: pytest.MonkeyPat
     assert check().failed == ["logits left the product in fp32"]
 
 
+@slow
 def test_adapters_that_do_not_change_are_found(gpu: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     make = make_optimizer
     run = module("measured_run")
@@ -124,6 +128,7 @@ def test_adapters_that_do_not_change_are_found(gpu: ModuleType, monkeypatch: pyt
     assert check().failed == ["adapters changed"]
 
 
+@slow
 def test_linears_that_are_not_quantized_are_found(gpu: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     def plain(linear: Any, dtype: torch.dtype, device: torch.device, generator: Any) -> Any:
         layer = torch.nn.Linear(linear.in_features, linear.out_features, linear.bias is not None, device, dtype)
@@ -133,6 +138,7 @@ def test_linears_that_are_not_quantized_are_found(gpu: ModuleType, monkeypatch: 
     assert check().failed == ["linears are 4-bit"]
 
 
+@slow
 def test_a_wrong_reference_is_found(gpu: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     """A policy that is not its reference at the start, in a single element; and stale log-probs in the cache."""
 
@@ -158,6 +164,7 @@ def test_a_wrong_reference_is_found(gpu: ModuleType, monkeypatch: pytest.MonkeyP
         assert result.failed == ["runs, with the right reference"] and message in result.error
 
 
+@slow
 def test_wrong_log_probs_of_the_sampler_are_found(gpu: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     def shifted(roles: Any, rows: Any, size: Any) -> Any:
         algorithm = module("factories").grpo(roles, rows, size)
@@ -175,6 +182,7 @@ def test_wrong_log_probs_of_the_sampler_are_found(gpu: ModuleType, monkeypatch: 
     assert check("grpo").failed == ["sampler and policy agree"]
 
 
+@slow
 def test_prompts_that_are_shared_wrongly_are_found(gpu: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     decode = Roles._run_decoder
 
@@ -189,6 +197,7 @@ def test_prompts_that_are_shared_wrongly_are_found(gpu: ModuleType, monkeypatch:
 
 
 @slow
+@slow
 def test_a_head_that_is_not_saved_is_found(gpu: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     def zeroed(tensors: Any, file: Any) -> None:
         save_file(
@@ -200,6 +209,7 @@ def test_a_head_that_is_not_saved_is_found(gpu: ModuleType, monkeypatch: pytest.
     assert check("reward").failed == ["saved and reloaded, it computes the same"]
 
 
+@slow
 @slow
 def test_every_memory_mode_gives_the_same_gradient(base: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     modes = module("memory_modes")
@@ -215,6 +225,7 @@ def test_every_memory_mode_gives_the_same_gradient(base: Any, monkeypatch: pytes
     assert failed == ["the same gradient, all recomputed, inputs offloaded"]
 
 
+@slow
 def test_optimizers_change_all_adapters(base: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Those that need a GPU are left out; one that skips a parameter is found."""
     modes = module("memory_modes")
@@ -248,6 +259,7 @@ def test_recovery_from_too_little_memory(base: Any, monkeypatch: pytest.MonkeyPa
 # --- cells, decoding, facts -------------------------------------------------------------------------------------------
 
 
+@slow
 def test_a_cell_and_its_kernels(base: Any) -> None:
     cells = module("cells")
     cell, profile = cells.measure(cells.TINY_MAIN, base, (0.1, 30.0), planned_gib=1e-3, profile=True)

@@ -176,6 +176,7 @@ def test_flops_of_an_update_are_those_of_the_formula(tmp_path: Path) -> None:
     assert flops_of(found, KernelKind.FLASH_BACKWARD) == 2.5 * layers * pairs
 
 
+@pytest.mark.slow
 def test_recomputed_layers_run_twice(tmp_path: Path) -> None:
     spec = spec_of(tmp_path)
     none = count_kernels(spec, layers_of(spec.config, 0))["update"]

@@ -186,7 +186,7 @@ def differs(unbroken: Any, name: str, backward: bool, draws: int) -> list[str]:
 
 
 @pytest.mark.parametrize("backward", [pytest.param(False, marks=pytest.mark.slow), True], ids=["forward", "backward"])
-@pytest.mark.parametrize("name", ALGORITHMS)
+@pytest.mark.parametrize("name", fast("sft", "ppo"))
 def test_gradient_and_figures_are_those_of_the_unbroken_run(unbroken: Any, name: str, backward: bool) -> None:
     assert differs(unbroken, name, backward, 1) == []
 

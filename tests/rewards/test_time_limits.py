@@ -98,6 +98,7 @@ def test_threads_that_wait_for_each_other_are_not_a_busy_machine(level: Level) -
     assert others(score_all(programs, level, CHEAT_SECONDS), "fail") == {}
 
 
+@pytest.mark.slow
 def test_on_a_busy_processor_right_programs_pass_and_wrong_ones_fail(busy_processor: None) -> None:
     """The right program takes longer than its limit by the wall clock."""
     strongest = isolation.best_available()

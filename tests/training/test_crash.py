@@ -61,7 +61,7 @@ WRITES = [
     slow("grpo", 70),
     slow("ppo", 70),
 ]
-GRPO_CALLS = [("rollout", 70), slow("scoring", 4), slow("update", 9), slow("between passes", 5)]
+GRPO_CALLS = [slow("rollout", 70), slow("scoring", 4), slow("update", 9), slow("between passes", 5)]
 PPO_CALLS = [
     slow("rollout", 40),
     slow("scoring", 3),

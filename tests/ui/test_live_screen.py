@@ -329,6 +329,7 @@ def test_a_key_and_another_size_are_shown_soon_after_a_slow_frame(monkeypatch: p
     screen.close()
 
 
+@pytest.mark.slow
 def test_live_screen_after_an_error_continues_in_lines(tmp_path: Path) -> None:
     program = (
         "import runpy, sys; from lowrank_tune.ui.terminal import tui\n"

@@ -308,6 +308,7 @@ def test_group_view_opens_and_closes(tmp_path: Path) -> None:
     assert emulator.finish() == 0 and shell_is_sane(emulator)
 
 
+@pytest.mark.slow
 def test_a_pipe_follows_a_growing_file(run: Path) -> None:
     lines = RECORDED.splitlines(keepends=True)
     path = run / "events.jsonl"
