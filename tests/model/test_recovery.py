@@ -471,6 +471,7 @@ def drawn(
     return {(one.prompt, one.sample): (one.token_ids, one.finish_reason) for one in found}, notes
 
 
+@pytest.mark.slow
 def test_rollout_with_fewer_sequences_draws_the_same_samples() -> None:
     roles = llama_roles(16)
     perturb(roles, "policy")

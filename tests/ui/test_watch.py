@@ -267,6 +267,7 @@ def test_failed_stage_ends_its_chain(chain: Path, run: Path, status: Literal["fa
     )
 
 
+@pytest.mark.slow
 def test_the_dashboard_of_a_chain_that_runs(tmp_path: Path) -> None:
     emulator = Emulator(PLAYER, str(tmp_path), "0.05", "--chain")
     emulator.until("stage 1 of 2: sft")
