@@ -118,7 +118,7 @@ def prompt_ids(template: ChatTemplate, messages: Sequence[Message]) -> list[int]
     try:
         return template.prompt(messages)
     except InvalidRow as error:
-        raise UserError(f"the base cannot read this: {error.reason}") from error
+        raise UserError(f"this cannot be rendered: {error.reason}") from error
 
 
 def append_row(file: Path, messages: Sequence[Message]) -> None:

@@ -77,7 +77,7 @@ class Tail:
 
 
 def read_events(path: Path) -> Iterator[Event]:
-    """Yields the events that a file contains now; none if there is no such file."""
+    """Yields the events that a file contains now; none if it does not exist or cannot be read."""
     with suppress(OSError):
         yield from read_event_lines(path)
 

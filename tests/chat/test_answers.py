@@ -100,7 +100,7 @@ class RefusingTemplate:
 
 
 def test_what_the_template_refuses_is_a_sentence() -> None:
-    why = "the base cannot read this: the base's chat template refuses it: no system prompts"
+    why = "this cannot be rendered: the base's chat template refuses it: no system prompts"
     with pytest.raises(UserError, match=f"^{why}"):
         Conversation().truncate("base", 0, "Why?", RefusingTemplate(), None, 8)  # type: ignore[arg-type]
     chat_model = SimpleNamespace(system_prompt=None, template=RefusingTemplate())
