@@ -13,7 +13,7 @@ there): neither is in a block, but the memory that they take counts. The loss cu
 
     ours         trainer.Trainer, algorithms.dpo.DPO, model.roles.Roles, the kit's store of pairs, chosen and rejected
                  sharing the prompt's work
-    ours-apart   the same with `Roles.share_prefixes` off: every row goes through whole
+    ours-apart   the same with `Decoder.share_prefixes` off: every row goes through whole
     hand         model(ids, attention_mask).logits at all positions, log_softmax and gather
     hand-lean    the best simple one: no attention mask (rows are padded on the right), the head on answers' tokens only
     trl          DPOTrainer as fast as its settings go: precompute_ref_log_probs, fp32 adapters, no padding to a
@@ -178,7 +178,7 @@ def ours(task: Task, turn: Turns, share: bool = True) -> list[float]:
     roles = Roles(
         base, {"policy": config}, ["policy"], {"policy": ["policy"], "reference": []}, checkpointing=task.checkpointing
     )
-    roles.share_prefixes = share
+    roles.decoder.share_prefixes = share
     same_adapters(base.model)
     train = TrainingConfig(
         max_steps=task.steps,

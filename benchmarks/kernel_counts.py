@@ -137,8 +137,8 @@ def micro_counts(counter: Any, base: Any) -> Iterator[tuple[str, dict[str, Any]]
             ("grpo", group_rows(8, 256, 400), "GRPO group of 8, 256 + 400"),
         ):
             algorithm = micro_batch_algorithm(name, roles)
-            for roles.share_prefixes in (False, True):
-                how = "prompts shared" if roles.share_prefixes else "whole rows"
+            for roles.decoder.share_prefixes in (False, True):
+                how = "prompts shared" if roles.decoder.share_prefixes else "whole rows"
                 yield f"{described}, {how}", count_micro_batch(counter, algorithm, batch).to_json()
 
 

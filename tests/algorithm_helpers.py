@@ -25,6 +25,7 @@ from lowrank_tune.config import DPOConfig
 from lowrank_tune.data import PromptExample
 from lowrank_tune.events import StepEnd
 from lowrank_tune.generation.outputs import Completion
+from lowrank_tune.model.decoder import Decoder
 from lowrank_tune.model.roles import Roles
 from lowrank_tune.stats import add_stats, to_floats
 
@@ -187,14 +188,14 @@ def loss_after_training(
 def record_packing(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
     """Returns a list that gets an entry for each batch from now on: whether its shared prompts are computed once."""
     packed: list[bool] = []
-    pack = Roles.pack
+    pack = Decoder.pack
 
-    def recorded_pack(self: Roles, batch: Batch) -> Any:
+    def recorded_pack(self: Decoder, batch: Batch) -> Any:
         layout = pack(self, batch)
         packed.append(layout is not None)
         return layout
 
-    monkeypatch.setattr(Roles, "pack", recorded_pack)
+    monkeypatch.setattr(Decoder, "pack", recorded_pack)
     return packed
 
 

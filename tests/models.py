@@ -177,7 +177,7 @@ def roles_over(
         mlp_chunks=mlp_chunks,
     )
     # Compared once, by forward passes that the tests must not count.
-    _ = roles.runs_without_masks
+    _ = roles.decoder.runs_without_masks
     return roles
 
 

@@ -167,7 +167,7 @@ def check_prefix_sharing(
 ) -> None:
     """A pair's prompt runs through the model once, and outputs and gradient are those of whole rows. Times both
     ways."""
-    tree = roles.pack(batch)
+    tree = roles.decoder.pack(batch)
     result.checks["prompts are shared"] = tree is not None
     if tree is None:
         return
@@ -184,7 +184,7 @@ def check_prefix_sharing(
             term.loss.backward()  # type: ignore[no-untyped-call]
 
     computed, gradients, seconds = [], [], []
-    for roles.share_prefixes in (False, True):
+    for roles.decoder.share_prefixes in (False, True):
         computed.append(outputs(roles, role, batch))
         seconds.append(best_seconds(update, 1, roles.base.device, rounds=2))
         kept = [parameter.grad.flatten().float() for parameter in parameters if parameter.grad is not None]

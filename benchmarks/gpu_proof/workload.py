@@ -30,7 +30,7 @@ def flops(base: Base, roles: Roles, role: str, micro_batches: Sequence[Batch], r
     width = config.num_attention_heads * head_dim
     forwards, total = 1 + float(recomputed), 0.0
     for batch in micro_batches:
-        tree = roles.pack(batch)
+        tree = roles.decoder.pack(batch)
         rows, length = batch.input_ids.shape if tree is None else tree.input_ids.shape
         attention = (forwards + 2) * 2.0 * length * width * config.num_hidden_layers
         total += rows * length * (2.0 * (forwards + 1) * linear + 2.0 * (forwards + 2) * adapter + attention)

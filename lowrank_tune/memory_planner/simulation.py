@@ -205,7 +205,7 @@ class _SimulatedStage:
         self.optimizer: Any = None
         self.context = AlgorithmContext(self.roles, self._step_batch)
         # Compared once in a run, before its first step: not a part of any phase.
-        _ = self.roles.runs_without_masks
+        _ = self.roles.decoder.runs_without_masks
 
     def _batch(self, rows: int) -> Batch:
         batch = batch_of(rows, self.sizes)

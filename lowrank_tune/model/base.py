@@ -11,7 +11,7 @@ import logging
 import os
 import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -83,6 +83,17 @@ class Base:
         if self.device.type == "cuda":
             return torch.autocast("cuda", AUTOCAST_DTYPE)
         return nullcontext()
+
+    @contextmanager
+    def inference_mode(self) -> Iterator[None]:
+        """Enters eval mode without autograd, and restores the mode on exit (checkpointing needs train mode)."""
+        before = self.model.training
+        self.model.eval()
+        try:
+            with torch.no_grad():
+                yield
+        finally:
+            self.model.train(before)
 
     def hashes(self) -> dict[str, str]:
         """Returns `base_hashes`, which are the same for all backends."""

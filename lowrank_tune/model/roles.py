@@ -9,8 +9,8 @@ forward pass, whatever is active by then.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from functools import cached_property
+from contextlib import AbstractContextManager, ExitStack, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,17 +20,13 @@ from torch import Tensor, nn
 
 from lowrank_tune.batch import Batch
 from lowrank_tune.errors import UserError, first_line
-from lowrank_tune.events import warning
+from lowrank_tune.events import Event
 from lowrank_tune.model import heads as scalar
 from lowrank_tune.model.activation_checkpointing import Checkpointing, checkpoint_layers, disable_checkpointing
 from lowrank_tune.model.base import Base, num_stored_bytes
-from lowrank_tune.model.causal_attention import (
-    VERIFIED_COLUMNS,
-    causal_attention,
-    needs_no_mask,
-    verify_causal_attention,
-)
 from lowrank_tune.model.chunked_mlp import chunk_mlps
+from lowrank_tune.model.decoder import Decoder
+from lowrank_tune.model.fast_paths import FastPath, gradients_of, nonzero, verify_fast_paths
 from lowrank_tune.model.frozen_adapters import FrozenAdapters, frozen_dtype
 from lowrank_tune.model.logprobs import (
     CHUNK_LOGITS,
@@ -44,13 +40,6 @@ from lowrank_tune.model.logprobs import (
 )
 from lowrank_tune.model.module_patterns import resolve_patterns
 from lowrank_tune.model.oom import MemoryLimits
-from lowrank_tune.model.prefix_sharing import (
-    PackedBatch,
-    longest_shareable,
-    mask_for,
-    pack_shared_prefixes,
-    verify_packing,
-)
 
 ADAPTER_PREFIX = "lt_"
 """PEFT loses weights of an adapter whose name is part of a module's name, so names get a prefix."""
@@ -85,12 +74,13 @@ class Roles:
     `adapters` are from the lowest to the top, all fresh (a fresh adapter changes nothing, because its B is zero) until
     `load_adapter_tensors`. Only those in `trainable` get a gradient. `heads` are roles with a scalar head, which
     belongs to the adapter with the role's name, the top of its stack, and is trained and saved with it. If no adapter
-    has that name, only the head is trained, on a stack that other roles train. With `share_prefixes` False every row is
-    computed whole, which is necessary if a backend ignores masks. `checkpointing` selects the layers that are
-    recomputed in the backward pass, and `offload` keeps their inputs in host memory
+    has that name, only the head is trained, on a stack that other roles train. `checkpointing` selects the layers that
+    are recomputed in the backward pass, and `offload` keeps their inputs in host memory
     (`model/activation_checkpointing.py`). `mlp_chunks` is the number of chunks of the sequence in which each MLP is
     computed (`model/chunked_mlp.py`). `logits_chunk` logits exist at once.
     """
+
+    decoder: Decoder
 
     def __init__(
         self,
@@ -109,9 +99,10 @@ class Roles:
         self.logits_chunk = logits_chunk
         self.stacks = {role: [ADAPTER_PREFIX + name for name in stack] for role, stack in stacks.items()}
         self.trainable = frozenset(trainable)
-        self.share_prefixes = base.backend == "transformers"
         self.heads = dict[str, scalar.ScalarHead]()
         self._frozen = FrozenAdapters(frozen_dtype(base.device))
+        self.fast_paths = list[FastPath]()
+        self.verified = False
         self._checkpointing = False
         self._undo = ExitStack()
         self.limits = MemoryLimits()
@@ -128,6 +119,7 @@ class Roles:
                 f"adapters: one of them changes the output head of {base.name}, which this kit keeps as it is",
             )
         self.head: Head = head_of(base.model)
+        self.decoder = Decoder(base, partial(self.activate, "base"), self._emit)
         width = self.head.weight.shape[1]
         for role in heads:
             is_trained_alone = role in self.trainable and role not in adapters
@@ -157,16 +149,12 @@ class Roles:
         stack = [] if role == "base" else self.stacks[role]
         return _ActiveAdapters(self._active, stack)
 
-    @contextmanager
-    def inference_mode(self) -> Iterator[None]:
-        """Enters eval mode without autograd, and restores the mode on exit (checkpointing needs train mode)."""
-        before = self.base.model.training
-        self.base.model.eval()
-        try:
-            with torch.no_grad():
-                yield
-        finally:
-            self.base.model.train(before)
+    def inference_mode(self) -> AbstractContextManager[None]:
+        """Returns a context with eval mode and without autograd."""
+        return self.base.inference_mode()
+
+    def _emit(self, event: Event) -> None:
+        self.limits.emit(event)
 
     def resident_bytes(self) -> int:
         """Returns the bytes that stay on the device for the whole run: the base as stored, adapters and heads, and two
@@ -220,98 +208,41 @@ class Roles:
         for role, head in self.heads.items():
             yield f"score.{ADAPTER_PREFIX}{role}.weight", head.weight
 
-    def hidden(
+    def hidden(self, role: str, batch: Batch) -> Tensor:
+        """Returns the last hidden states (B, T, d)."""
+        self._verify_fast_paths(role)
+        with self.activate(role):
+            return self.decoder.hidden(batch)
+
+    def _verify_fast_paths(self, role: str) -> None:
+        """Compares the fast paths with the plain ones, once, before the first pass: on a trained role if there is
+        one."""
+        if self.verified:
+            return
+        self.verified = True
+        if not any(path.enabled for path in self.fast_paths):
+            return
+        role = next((name for name in self.stacks if name in self.trainable), role)
+        parameters: dict[str, nn.Parameter] = {}
+        if role in self.trainable:
+            parameters = self.named_parameters(role)
+        with nonzero(parameters.values()):
+            verify_fast_paths(
+                self.fast_paths,
+                partial(self._logps_and_gradients, role, parameters),
+                self.base,
+                self._emit,
+            )
+
+    def _logps_and_gradients(
         self,
         role: str,
+        parameters: Mapping[str, nn.Parameter],
         batch: Batch,
-    ) -> Tensor:
-        """Returns the last hidden states (B, T, d). A beginning that rows share is computed once if that is faster
-        (`model/prefix_sharing.py`)."""
-        packed = self.pack(batch)
-        with self.activate(role):
-            if packed is not None:
-                hidden = self._run_decoder(packed.input_ids, packed.attention_mask, packed.position_ids)
-                return packed.unpack(hidden)
-            ids = batch.input_ids.masked_fill(~batch.attention_mask, 0)
-            # Right-padded rows need no mask, because a token never sees the tokens after it.
-            if batch.is_right_padded:
-                return self._run_causal(ids)
-            mask = batch.attention_mask.long()
-            positions = (mask.cumsum(dim=1) - 1).clamp_min(0)
-            return self._run_decoder(ids, mask, positions)
-
-    def _run_causal(self, ids: Tensor) -> Tensor:
-        """Returns the hidden states of rows that are padded on the right."""
-        if not self.runs_without_masks:
-            return self._run_without_mask(ids)
-        with causal_attention(self.base.model, ids.shape[1]):
-            return self._run_without_mask(ids)
-
-    def _run_without_mask(self, ids: Tensor) -> Tensor:
-        return self._run_decoder(ids, None, None)
-
-    def _run_decoder(
-        self,
-        ids: Tensor,
-        mask: Tensor | None,
-        positions: Tensor | None,
-    ) -> Tensor:
-        if mask is not None and mask.ndim == 4:
-            mask = mask_for(mask, self.base.model)
-        with self.base.autocast():
-            decoder = self.base.model.get_decoder()
-            return decoder(  # type: ignore[no-any-return]
-                input_ids=ids,
-                attention_mask=mask,
-                position_ids=positions,
-                use_cache=False,
-            ).last_hidden_state
-
-    def pack(self, batch: Batch) -> PackedBatch | None:
-        """Returns the layout in which shared beginnings of the batch are computed once, or None if they are not."""
-        if not self.share_prefixes or batch.shared_prefix is None:
-            return None
-        packed = pack_shared_prefixes(batch, self.head.weight.shape[1], self.base.device)
-        if packed is not None and batch.input_ids.shape[1] <= self.max_shareable_length:
-            return packed
-        return None
-
-    @cached_property
-    def runs_without_masks(self) -> bool:
-        """Whether rows that are padded on the right run without transformers' masks: compared once, on the base."""
-        model = self.base.model
-        is_known = needs_no_mask(model.config.get_text_config(), VERIFIED_COLUMNS)
-        if self.base.backend != "transformers" or not is_known:
-            return False
-        with self.inference_mode(), self.activate("base"):
-            is_equal = verify_causal_attention(
-                self._run_without_mask,
-                model,
-                self.head.weight.shape[0],
-            )
-        if not is_equal:
-            self.limits.emit(
-                warning(f"{self.base.name}: attention without masks computes something else; masks are used")
-            )
-        return is_equal
-
-    @cached_property
-    def max_shareable_length(self) -> int:
-        """Tokens of the longest row whose beginning may be shared, 0 if packed rows compute something else."""
-        model = self.base.model
-        longest = longest_shareable(model.config)
-        if not longest:
-            return 0
-        with self.inference_mode(), self.activate("base"):
-            vocabulary = self.head.weight.shape[0]
-            if verify_packing(
-                self._run_decoder,
-                vocabulary,
-                model.dtype,
-                self.base.device,
-            ):
-                return longest
-        return 0
+    ) -> dict[str, Tensor]:
+        logps = self.logps(role, batch).logps
+        gradients = gradients_of(logps.sum(), parameters)
+        return {"logps": logps.detach(), **gradients}
 
     def logps(
         self,

@@ -51,6 +51,7 @@ from lowrank_tune.algorithms.dpo import DPO, chosen_mask, dpo_loss
 from lowrank_tune.batch import Batch, PairBatch
 from lowrank_tune.config import DPOConfig
 from lowrank_tune.functional import token_mean_weights
+from lowrank_tune.model.decoder import Decoder
 from lowrank_tune.model.logprobs import LogProbs
 from lowrank_tune.model.roles import Roles
 from lowrank_tune.stats import to_floats
@@ -359,9 +360,9 @@ def test_shared_prompts_change_no_gradient(roles: Roles, monkeypatch: pytest.Mon
 
 def test_rejected_answer_that_attends_to_chosen_answer_is_found(roles: Roles, monkeypatch: pytest.MonkeyPatch) -> None:
     """`sharing_error` finds a mask that lets the rejected answer attend to the chosen one."""
-    pack = Roles.pack
+    pack = Decoder.pack
 
-    def pack_with_wrong_mask(self: Roles, batch: Batch) -> Any:
+    def pack_with_wrong_mask(self: Decoder, batch: Batch) -> Any:
         packed = pack(self, batch)
         if packed is None:
             return None
@@ -369,7 +370,7 @@ def test_rejected_answer_that_attends_to_chosen_answer_is_found(roles: Roles, mo
         is_earlier = positions[:, None, None, :] <= positions[:, None, :, None]
         return replace(packed, attention_mask=packed.attention_mask | is_earlier)
 
-    monkeypatch.setattr(Roles, "pack", pack_with_wrong_mask)
+    monkeypatch.setattr(Decoder, "pack", pack_with_wrong_mask)
     assert sharing_error(roles) > 1e-3
 
 

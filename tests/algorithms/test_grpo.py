@@ -50,7 +50,7 @@ from lowrank_tune.batch import RolloutBatch
 from lowrank_tune.config import GRPOConfig
 from lowrank_tune.errors import TrainingError
 from lowrank_tune.events import GroupLogged, LogMessage
-from lowrank_tune.model import roles as roles_module
+from lowrank_tune.model import decoder as decoder_module
 from lowrank_tune.model.adapters import WEIGHTS
 from lowrank_tune.model.roles import Roles
 from lowrank_tune.stats import to_floats
@@ -657,14 +657,14 @@ def test_shared_prompts_change_no_gradient(roles: Roles, monkeypatch: pytest.Mon
     """Reference and old log-probs, loss and gradient with prompts that are computed once are those of whole rows; the
     rows of a group stay adjacent in any split."""
     packed = list[bool]()
-    pack = roles_module.pack_shared_prefixes
+    pack = decoder_module.pack_shared_prefixes
 
     def recorded_pack(*arguments: Any) -> Any:
         layout = pack(*arguments)
         packed.append(layout is not None)
         return layout
 
-    monkeypatch.setattr(roles_module, "pack_shared_prefixes", recorded_pack)
+    monkeypatch.setattr(decoder_module, "pack_shared_prefixes", recorded_pack)
     results = []
     for share, split in (
         (False, {"rows": 4}),
@@ -673,7 +673,7 @@ def test_shared_prompts_change_no_gradient(roles: Roles, monkeypatch: pytest.Mon
         (True, {"tokens": 90}),
         (True, {"rows": 99}),
     ):
-        monkeypatch.setattr(roles, "share_prefixes", share)
+        monkeypatch.setattr(roles.decoder, "share_prefixes", share)
         config = GRPOConfig(beta=0.3, num_iterations=2)
         algorithm = GRPO(AlgorithmContext(roles, fresh=False), config, real_collector(roles, long=True))
         batch = algorithm.collect(0).batch

@@ -25,6 +25,7 @@ from transformers import AutoModelForCausalLM
 from lowrank_tune.config import Recipe
 from lowrank_tune.errors import TrainingError
 from lowrank_tune.model import activation_checkpointing
+from lowrank_tune.model.decoder import Decoder
 from lowrank_tune.model.heads import HEAD_WEIGHT_KEY
 from lowrank_tune.model.logprobs import Head
 from lowrank_tune.model.roles import Roles
@@ -184,15 +185,15 @@ def test_wrong_log_probs_of_the_sampler_are_found(gpu: ModuleType, monkeypatch: 
 
 @slow
 def test_prompts_that_are_shared_wrongly_are_found(gpu: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
-    decode = Roles._run_decoder
+    decode = Decoder.run
 
     def moved(self: Any, ids: Any, mask: Any, positions: Any) -> Any:
         """Every token of a packed row is one position further."""
         packed = positions is not None and bool((positions[:, 1:] < positions[:, :-1]).any())
         return decode(self, ids, mask, positions + (positions > 9) if packed else positions)
 
-    monkeypatch.setattr(Roles, "_run_decoder", moved)
-    monkeypatch.setattr(Roles, "max_shareable_length", 1 << 20)  # its own check would find this
+    monkeypatch.setattr(Decoder, "run", moved)
+    monkeypatch.setattr(Decoder, "max_shareable_length", 1 << 20)  # its own check would find this
     assert check("reward").failed == ["shared prompts change nothing"]
 
 

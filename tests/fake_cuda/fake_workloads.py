@@ -263,8 +263,8 @@ def count_micro_batch(
         batch.token_weights = algorithm.token_weights(batch)
     roles = algorithm.context.roles
     # Decided once for a model, by comparisons.
-    _ = roles.max_shareable_length
-    _ = roles.runs_without_masks
+    _ = roles.decoder.max_shareable_length
+    _ = roles.decoder.runs_without_masks
     # Gradients that exist would be added to, which the trainer does apart.
     for parameter in roles.parameters("policy"):
         parameter.grad = None

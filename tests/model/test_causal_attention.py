@@ -104,9 +104,9 @@ def test_decisions_are_made_from_the_rows_on_the_cpu() -> None:
 
 def test_the_way_without_masks_is_compared_once_on_the_base() -> None:
     roles = roles_over(unquantized_base("llama"))
-    del roles.runs_without_masks
+    del roles.decoder.runs_without_masks
     rng = torch.get_rng_state()
-    assert roles.runs_without_masks
+    assert roles.decoder.runs_without_masks
     assert torch.equal(torch.get_rng_state(), rng) and roles.base.model.training
 
 
@@ -120,11 +120,11 @@ def test_a_way_that_computes_something_else_is_not_taken(monkeypatch: pytest.Mon
 
     monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS._global_mapping, CAUSAL_NAME, without_causality)
     roles = roles_over(unquantized_base("llama"))
-    del roles.runs_without_masks
+    del roles.decoder.runs_without_masks
     events: list[Event] = []
     roles.limits.emit = events.append
     assert torch.equal(roles.logps("policy", batch).logps, expected)
-    assert not roles.runs_without_masks
+    assert not roles.decoder.runs_without_masks
     assert [event.message for event in events if isinstance(event, LogMessage)] == [
         f"{roles.base.name}: attention without masks computes something else; masks are used"
     ]

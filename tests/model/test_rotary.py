@@ -126,7 +126,7 @@ def test_rows_that_share_a_prompt_have_the_same_log_probs() -> None:
     shared.shared_prefix = torch.tensor([0, 14, 14])
     with roles.inference_mode():
         expected, packed = roles.logps("policy", alone).logps, roles.logps("policy", shared).logps
-        assert roles.pack(shared) is not None
+        assert roles.decoder.pack(shared) is not None
     assert float((expected - packed).abs().max()) < 1e-4
 
 

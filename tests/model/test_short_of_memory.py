@@ -31,7 +31,7 @@ from lowrank_tune.config.memory import suggestions
 from lowrank_tune.events import Event, from_json
 from lowrank_tune.generation import Engine, engine
 from lowrank_tune.model import oom
-from lowrank_tune.model.roles import Roles
+from lowrank_tune.model.decoder import Decoder
 from lowrank_tune.ui.state import State
 from lowrank_tune.ui.terminal.panes import View
 from lowrank_tune.ui.terminal.render import render
@@ -55,20 +55,20 @@ def recipe_of(algorithm: str, **train: Any) -> dict[str, Any]:
 def small_gpu(update: float = float("inf"), forward: float = float("inf")) -> Iterator[list[tuple[bool, int]]]:
     """Refuses memory to passes over more than some number of tokens with padding, with gradient (`update`) and without
     (`forward`). Yields those that were refused."""
-    real, refused = Roles._run_decoder, list[tuple[bool, int]]()
+    real, refused = Decoder.run, list[tuple[bool, int]]()
 
-    def decode(self: Roles, ids: Tensor, *more: Any) -> Tensor:
+    def decode(self: Decoder, ids: Tensor, *more: Any) -> Tensor:
         if ids.numel() > (update if torch.is_grad_enabled() else forward):
             refused.append((torch.is_grad_enabled(), ids.numel()))
             raise short_of_memory()
         return real(self, ids, *more)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Roles, "_run_decoder", decode)
+        patch.setattr(Decoder, "run", decode)
         # whole rows, so that a batch has the tokens that it is counted by
-        patch.setattr(Roles, "max_shareable_length", 0)
+        patch.setattr(Decoder, "max_shareable_length", 0)
         # compared by a forward pass, which is not one of the run
-        patch.setattr(Roles, "runs_without_masks", True)
+        patch.setattr(Decoder, "runs_without_masks", True)
         yield refused
 
 

@@ -27,8 +27,8 @@ from torch import Tensor
 
 from lowrank_tune.batch import Batch
 from lowrank_tune.memory_planner.fake_device import fake_device_mode
+from lowrank_tune.model import decoder as decoder_module
 from lowrank_tune.model import prefix_sharing as tree_module
-from lowrank_tune.model import roles as roles_module
 from lowrank_tune.model import rounding
 from lowrank_tune.model.prefix_sharing import PackedBatch, longest_shareable, pack_shared_prefixes
 from lowrank_tune.model.roles import Roles
@@ -77,10 +77,10 @@ def groups(prompts: Sequence[int], tails: Sequence[Sequence[int]], seed: int = 0
 def run(roles: Roles, batch: Batch, share: bool) -> tuple[Tensor, Tensor]:
     """Log-probs, and gradients of a loss that weighs every token differently."""
     zero_grad(roles)
-    roles.share_prefixes = share
+    roles.decoder.share_prefixes = share
     logps = roles.logps("policy", batch).logps
     (logps * torch.linspace(0.5, 1.5, logps.numel()).view(logps.shape)).sum().backward()  # type: ignore[no-untyped-call]
-    roles.share_prefixes = True
+    roles.decoder.share_prefixes = True
     return logps.detach(), gradients(roles)
 
 
@@ -89,7 +89,7 @@ def error_of_sharing(roles: Roles, batch: Batch) -> float:
     nothing was shared."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(tree_module, "MAX_RELATIVE_FLOPS", 100.0)
-        if roles.pack(batch) is None:
+        if roles.decoder.pack(batch) is None:
             return float("inf")
         packed, gradient = run(roles, batch, True)
         apart, expected = run(roles, batch, False)
@@ -151,8 +151,8 @@ def test_shared_prompt_for_other_roles_inference_mode_and_scores() -> None:
     perturb(roles, "sft", "reward")
     found = []
     for share in (True, False):
-        roles.share_prefixes = share
-        assert (roles.pack(batch) is not None) == share
+        roles.decoder.share_prefixes = share
+        assert (roles.decoder.pack(batch) is not None) == share
         with roles.inference_mode():
             logps, kl = roles.logps("reference", batch).logps, roles.full_vocab_kl("reward", "reference", batch)
             found.append(torch.stack([logps, kl, roles.scores("reward", batch)]))
@@ -168,7 +168,7 @@ def planted(monkeypatch: pytest.MonkeyPatch, change: Any) -> float:
     before."""
     roles, batch = roles_of("16"), groups([12, 7], [[5, 9], [6, 3]])
     assert error_of_sharing(roles, batch) < 1e-5
-    monkeypatch.setattr(roles_module, "pack_shared_prefixes", lambda *given: change(pack_shared_prefixes(*given)))
+    monkeypatch.setattr(decoder_module, "pack_shared_prefixes", lambda *given: change(pack_shared_prefixes(*given)))
     return error_of_sharing(roles, batch)
 
 
@@ -250,9 +250,9 @@ def test_it_is_used_where_it_saves_something() -> None:
     left = groups([20], [[5, 9]], left=True)
     alone = Batch(LONG.input_ids, LONG.attention_mask, LONG.completion_mask)
     assert not shares(roles, left) and not shares(roles, alone)
-    roles.share_prefixes = False
+    roles.decoder.share_prefixes = False
     assert not shares(roles, LONG)
-    roles.share_prefixes = True
+    roles.decoder.share_prefixes = True
 
 
 @pytest.mark.parametrize(
@@ -303,7 +303,7 @@ def test_the_probe_refuses_a_model_that_ignores_its_mask_or_positions(
     monkeypatch.setattr(
         roles.base.model, "get_decoder", lambda: lambda **given: decoder(**{**given, dropped: None}), raising=False
     )
-    assert roles.max_shareable_length == 0
+    assert roles.decoder.max_shareable_length == 0
 
 
 @pytest.mark.parametrize("dropped", [None, "attention_mask", "position_ids"])
@@ -332,14 +332,15 @@ def test_rounding_of_another_batch_shape_keeps_prompts_shared(
 
     monkeypatch.setattr(base.model, "get_decoder", lambda: rounded, raising=False)
     monkeypatch.setattr(tree_module, "relative_difference", recorded)
-    assert bool(roles.max_shareable_length) == (dropped is None)
+    assert bool(roles.decoder.max_shareable_length) == (dropped is None)
     assert differences[0] > tree_module.BF16_TOLERANCE, "the rounding is larger than what is always allowed"
 
 
 def test_the_probe_draws_no_random_number_and_leaves_the_mode() -> None:
     roles = roles_over(unquantized_base("llama"), dropout=0.5)
     before = torch.get_rng_state()
-    assert roles.max_shareable_length and torch.equal(torch.get_rng_state(), before) and roles.base.model.training
+    assert roles.decoder.max_shareable_length
+    assert torch.equal(torch.get_rng_state(), before) and roles.base.model.training
 
 
 def test_by_hand() -> None:
@@ -401,7 +402,7 @@ def test_an_additive_mask_changes_no_hidden_state(monkeypatch: pytest.MonkeyPatc
     with torch.no_grad():
         expected = roles.hidden("policy", batch)
         monkeypatch.setattr(
-            roles_module, "mask_for", lambda mask, model: tree_module.additive_mask(mask, model, -torch.inf)
+            decoder_module, "mask_for", lambda mask, model: tree_module.additive_mask(mask, model, -torch.inf)
         )
         found = roles.hidden("policy", batch)
-    assert roles.pack(batch) is not None and relative_error(found, expected) < 1e-6
+    assert roles.decoder.pack(batch) is not None and relative_error(found, expected) < 1e-6

@@ -262,7 +262,7 @@ def test_the_arguments_of_its_loader(stand_in: StandIn, capsys: pytest.CaptureFi
 def test_it_is_compared_with_transformers(stand_in: StandIn, checkpointing: bool) -> None:
     roles = roles_over(loaded(), checkpointing=checkpointing)
     before = roles.adapter_tensors("policy")
-    assert roles.share_prefixes is False
+    assert roles.decoder.share_prefixes is False
     unsloth.check(roles, "policy")
     stand_in.scale = 1.1
     with pytest.raises(

@@ -1,0 +1,198 @@
+"""Fast paths of training, each with a plain twin that computes the same.
+
+Before the first step a few made-up rows run on both, on the user's own base: the log-probs and the gradients of the
+adapters must agree. A path that computes something else, or that fails, is disabled with one warning, and training
+continues on the plain one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from lowrank_tune.batch import Batch
+from lowrank_tune.errors import first_line
+from lowrank_tune.events import Emit, warning
+from lowrank_tune.model.base import Base
+from lowrank_tune.model.oom import is_out_of_memory
+from lowrank_tune.model.rounding import allowed_difference, relative_difference
+
+NUM_ROWS = 2
+NUM_COLUMNS = 64
+"""Sizes of the made-up rows; the second row is half as long."""
+FILL_SIZE = 0.02
+"""Size of the values that replace zeros of an adapter."""
+TOLERANCE = {torch.float32: 1e-4}
+HALF_PRECISION_TOLERANCE = 2e-2
+"""Relative differences of log-probs and gradients that are always allowed, in fp32 and in half precision."""
+
+
+class FastPath(Protocol):
+    """A computation that can be enabled and disabled. `name` begins the sentence of the warning."""
+
+    name: str
+    enabled: bool
+
+
+Outputs = dict[str, Tensor]
+"""Log-probs and gradients by name."""
+Compute = Callable[[Batch], Outputs]
+
+
+def verify_fast_paths(
+    paths: Sequence[FastPath],
+    compute: Compute,
+    base: Base,
+    emit: Emit,
+) -> None:
+    """Disables each enabled path whose outputs are not those of the plain paths, or that raises an exception.
+
+    `compute` runs made-up rows. Paths are enabled one after the other, so that each is also compared together with
+    those before it. In half precision the allowed difference grows with what another batch shape alone changes.
+    """
+    candidates = [path for path in paths if path.enabled]
+    if not candidates:
+        return
+    for path in candidates:
+        path.enabled = False
+    rows = made_up_rows(base.model.get_output_embeddings().weight.shape[0], base.device)
+    with _training_mode(base.model), torch.enable_grad():
+        expected = compute(rows)
+        tolerance = _tolerance(
+            compute,
+            rows,
+            expected,
+            base.model.dtype,
+        )
+        for path in candidates:
+            _verify(
+                path,
+                partial(compute, rows),
+                expected,
+                tolerance,
+                emit,
+            )
+
+
+def _verify(
+    path: FastPath,
+    compute: Callable[[], Outputs],
+    expected: Outputs,
+    tolerance: float,
+    emit: Emit,
+) -> None:
+    """Enables the path if its outputs are the expected ones."""
+    path.enabled = True
+    try:
+        difference = largest_difference(compute(), expected)
+    # Compilers raise errors of many classes. The warning contains the message.
+    except Exception as error:
+        if is_out_of_memory(error):
+            raise
+        path.enabled = False
+        emit(warning(f"{path.name}: an error ({first_line(error)}); the plain path is used"))
+        return
+    # False for NaN.
+    if not difference <= tolerance:
+        path.enabled = False
+        emit(
+            warning(
+                f"{path.name}: another result than on the plain path, by {difference:.1e} of its size ({tolerance:.0e} "
+                "is allowed); the plain path is used"
+            )
+        )
+
+
+def _tolerance(
+    compute: Compute,
+    rows: Batch,
+    expected: Outputs,
+    dtype: torch.dtype,
+) -> float:
+    """Returns the relative difference that is allowed. In half precision it depends on the rounding of the plain path,
+    measured with the same rows in another order."""
+    if dtype in TOLERANCE:
+        return TOLERANCE[dtype]
+    wider = rows.pad_columns(rows.input_ids.shape[1] + 8, 0)
+    rounding = largest_difference(compute(wider), expected)
+    return allowed_difference(HALF_PRECISION_TOLERANCE, rounding)
+
+
+def largest_difference(computed: Outputs, expected: Outputs) -> float:
+    """Returns the largest relative difference of an output. Outputs that are zero in both are equal; NaN and another
+    set of outputs are a difference of infinity."""
+    assert computed.keys() == expected.keys(), "both paths have the same outputs"
+    largest = 0.0
+    for name, values in expected.items():
+        columns = min(values.shape[-1], computed[name].shape[-1])
+        pair = computed[name][..., :columns], values[..., :columns]
+        if torch.equal(*pair):
+            continue
+        difference = relative_difference(*pair)
+        if difference != difference:
+            return float("inf")
+        largest = max(largest, difference)
+    return largest
+
+
+def made_up_rows(vocab_size: int, device: torch.device) -> Batch:
+    """Returns rows of different lengths, padded on the right, every token of which is scored. The second row begins as
+    the first one."""
+    numbers = torch.arange(3, 3 + NUM_ROWS * NUM_COLUMNS).view(NUM_ROWS, NUM_COLUMNS)
+    ids = numbers * 7 % vocab_size
+    ids[1, : NUM_COLUMNS // 4] = ids[0, : NUM_COLUMNS // 4]
+    lengths = torch.tensor([NUM_COLUMNS, NUM_COLUMNS // 2])
+    mask = torch.arange(NUM_COLUMNS) < lengths[:, None]
+    ids = ids.masked_fill(~mask, 0)
+    return Batch(ids, mask, mask.clone()).to(device)
+
+
+@contextmanager
+def nonzero(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
+    """Gives parameters that are all zero small values. A fresh adapter has a B of zeros, with which no path could
+    compute a wrong gradient of A."""
+    zeros = [parameter for parameter in parameters if not parameter.detach().any()]
+    for parameter in zeros:
+        numbers = torch.arange(parameter.numel(), dtype=torch.float32, device=parameter.device)
+        parameter.data.copy_(FILL_SIZE * numbers.cos().view_as(parameter))
+    try:
+        yield
+    finally:
+        for parameter in zeros:
+            parameter.data.zero_()
+
+
+def gradients_of(value: Tensor, parameters: Mapping[str, nn.Parameter]) -> Outputs:
+    """Returns the gradients by name, 0 for a parameter that the value does not depend on. Leaves `grad` as it is."""
+    if not parameters:
+        return {}
+    gradients = torch.autograd.grad(
+        value,
+        list(parameters.values()),
+        allow_unused=True,
+        materialize_grads=True,
+    )
+    return dict(zip(parameters, gradients, strict=True))
+
+
+@contextmanager
+def _training_mode(model: Any) -> Iterator[None]:
+    """Enters train mode, in which layers are recomputed, with the probability of all dropout modules at 0, so that no
+    pass draws random numbers."""
+    was_training = model.training
+    model.train()
+    dropouts: list[Any] = [module for module in model.modules() if isinstance(module, nn.Dropout) and module.p]
+    before = [module.p for module in dropouts]
+    for module in dropouts:
+        module.p = 0.0
+    try:
+        yield
+    finally:
+        for module, probability in zip(dropouts, before, strict=True):
+            module.p = probability
+        model.train(was_training)
