@@ -82,6 +82,7 @@ def simulation_key(
         "rollouts": {name: asdict(rollout) for name, rollout in spec.rollouts.items()},
         "layers": [asdict(layer) for layer in layers],
         "only_update": only_update,
+        "compiled": spec.compiled,
         "code": code_hash(),
         "libraries": library_versions(),
         "python": platform.python_version(),

@@ -26,6 +26,7 @@ from lowrank_tune.config import RecipeConfig
 from lowrank_tune.data import PromptExample
 from lowrank_tune.events import ignore_event
 from lowrank_tune.memory_planner.allocation_tracker import AllocationTracker
+from lowrank_tune.memory_planner.compiled_layers import CompiledLayers
 from lowrank_tune.memory_planner.extrapolation import Peaks
 from lowrank_tune.memory_planner.fake_device import FakeDeviceMode, fake_device_mode, replaced
 from lowrank_tune.memory_planner.kernel_counter import KernelCounter, KernelCounts
@@ -55,6 +56,8 @@ class SimulationSpec:
     loaded: Mapping[str, LoraConfig] = field(default_factory=dict)
     reward_base_adapters: Sequence[str] = ()
     rollouts: Mapping[str, DecodingSpec] = field(default_factory=dict)
+    compiled: bool = False
+    """Whether layers run as `torch.compile` compiles them, where a gradient is needed."""
 
 
 def simulate(
@@ -115,6 +118,7 @@ def _run(
             layers,
             tracker,
             mode,
+            counter,
         )
         if spec.rollouts:
             stage.run_decoding(decode if counter is None else decode_typical_steps)
@@ -163,6 +167,7 @@ class _SimulatedStage:
         layers: Sequence[Layer],
         tracker: AllocationTracker,
         mode: FakeDeviceMode,
+        counter: KernelCounter | None,
     ) -> None:
         self.spec = spec
         self.recipe = spec.recipe
@@ -182,7 +187,10 @@ class _SimulatedStage:
             spec.loaded,
             spec.reward_base_adapters,
         )
-        _hook_layers(base.model, tracker, mode)
+        compiled = None
+        if spec.compiled:
+            compiled = CompiledLayers(mode, counter, self._active_stack)
+        _hook_layers(base.model, layers, tracker, mode, compiled)
         self.trained = (recipe.trained_adapter, *recipe.extra_adapters)
         with torch.device("meta"):
             self.roles = Roles(
@@ -206,6 +214,9 @@ class _SimulatedStage:
         self.context = AlgorithmContext(self.roles, self._step_batch)
         # Compared once in a run, before its first step: not a part of any phase.
         _ = self.roles.decoder.runs_without_masks
+
+    def _active_stack(self) -> list[str]:
+        return self.roles.active_stack
 
     def _batch(self, rows: int) -> Batch:
         batch = batch_of(rows, self.sizes)
@@ -465,11 +476,13 @@ class _FakeRolloutCollector(RolloutCollector):
 
 def _hook_layers(
     model: Any,
+    kinds: Sequence[Layer],
     tracker: AllocationTracker,
     mode: FakeDeviceMode,
+    compiled: CompiledLayers | None,
 ) -> None:
     """Reports to the tracker which layer runs, forward and backward, and makes its parts run under the mode if they are
-    computed again."""
+    computed again. Layers run as compiled ones if `compiled`."""
     layers = next(one for one in model.get_decoder().modules() if isinstance(one, nn.ModuleList))
     last = len(layers) - 1
     for number, layer in enumerate(layers):
@@ -499,6 +512,8 @@ def _hook_layers(
 
         for child in layer.children():
             mode.with_recompute(child, before)
+        if compiled is not None:
+            compiled.install(layer, kinds[number].kind, before)
         layer.register_forward_hook(after)
 
 
