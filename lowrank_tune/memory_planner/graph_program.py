@@ -25,12 +25,14 @@ LOOKUPS = ("index", "gather", "index_select")
 @dataclass(frozen=True)
 class Step:
     """A kernel, or a view. `kernel` is that of a group of operations, None for one operation, which is run as it is.
-    `created` are the nodes that have a value afterwards, `freed` those that nothing reads later."""
+    `created` are the nodes that have a value afterwards, `freed` those that nothing reads later. A group writes some
+    outputs into the memory of what it frees: of `overwritten`."""
 
     created: tuple[Node, ...]
     reads: tuple[Node, ...]
     kernel: Kernel | None = None
     freed: tuple[Node, ...] = ()
+    overwritten: tuple[Node, ...] = ()
 
 
 class GraphProgram:
@@ -58,6 +60,8 @@ class GraphProgram:
                 (node,) = step.created
                 values[node] = _call(node, values)
             else:
+                for node in step.overwritten:
+                    del values[node]
                 for node in step.created:
                     values[node] = _empty(node)
                 if counter is not None:
@@ -74,8 +78,29 @@ def _with_freed(steps: Sequence[Step], results: Sequence[Any]) -> tuple[Step, ..
     for step in reversed(steps):
         freed = tuple(node for node in dict.fromkeys((*step.created, *step.reads)) if node not in kept)
         kept.update(freed)
-        reversed_steps.append(replace(step, freed=freed))
+        reversed_steps.append(replace(step, freed=freed, overwritten=tuple(_overwritten(step, freed))))
     return tuple(reversed(reversed_steps))
+
+
+def _overwritten(step: Step, freed: Sequence[Node]) -> Iterator[Node]:
+    """Yields the inputs of a group whose memory its outputs take, as in inductor's code: an intermediate result of the
+    same layout that nothing reads later. What was saved for the backward pass is not overwritten here, although torch
+    does it in some cases."""
+    if step.kernel is None:
+        return
+    layouts = [_layout(node) for node in step.created]
+    for node in freed:
+        if node.op == "call_function" and node in step.reads and _layout(node) in layouts:
+            layouts.remove(_layout(node))
+            yield node
+
+
+def _layout(node: Node) -> tuple[Any, ...]:
+    value = node.meta["val"]
+    if not value.is_contiguous():
+        return (value.dtype, value.shape, value.stride())
+    # A matrix product has rows of all tokens, and the operations around it have them in the shape of a batch.
+    return (value.dtype, value.numel(), value.shape[-1:])
 
 
 class _Scheduler:

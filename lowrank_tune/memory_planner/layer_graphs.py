@@ -2,8 +2,8 @@
 
 AOTAutograd traces the function on tensors without data, with inductor's decompositions, and its min-cut partitioner
 decides what is saved for the backward pass and what is computed again there: pointwise operations that cost less than
-reading a saved tensor. Shapes are static here. A run compiles with a dynamic length, for which the partitioner decides
-with the sizes of the first rows.
+reading a saved tensor (`model/saved_activations.py`). Shapes are static here. A run compiles with a dynamic length, for
+which the partitioner decides with the sizes of the first rows.
 """
 
 from __future__ import annotations
@@ -18,6 +18,8 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 from torch.overrides import _get_current_function_mode_stack, _pop_mode_temporarily
 from torch.utils._python_dispatch import _disable_current_modes
+
+from lowrank_tune.model.saved_activations import fewer_saved_activations
 
 try:
     from torch._functorch.aot_autograd import aot_function
@@ -46,8 +48,9 @@ class _GraphsExist(Exception):
     """Ends AOTAutograd before it compiles anything."""
 
 
-def trace_graphs(function: Callable[..., Any], inputs: Sequence[Tensor]) -> LayerGraphs:
-    """Returns the graphs of a function of tensors. Raises RuntimeError if this version of torch has another tracer, and
+def trace_graphs(function: Callable[..., Any], inputs: Sequence[Tensor], num_weights: int = 0) -> LayerGraphs:
+    """Returns the graphs of a function of tensors, the first `num_weights` of which exist as long as the model, so that
+    saving them is free. Raises RuntimeError if this version of torch has another tracer, and
     whatever torch raises for a function that cannot be traced."""
     if aot_function is None:
         raise RuntimeError("this version of torch has no AOTAutograd")
@@ -55,10 +58,10 @@ def trace_graphs(function: Callable[..., Any], inputs: Sequence[Tensor]) -> Laye
     traced = aot_function(
         function,
         partial(_keep_inference_graph, found),
-        partition_fn=partial(_keep_partition, found),
+        partition_fn=partial(_keep_partition, found, num_weights),
         decompositions=select_decomp_table(),
     )
-    with _without_modes():
+    with _without_modes(), fewer_saved_activations():
         try:
             traced(*inputs)
         except _GraphsExist:
@@ -74,11 +77,13 @@ def results_of(module: GraphModule) -> list[Any]:
 
 def _keep_partition(
     found: list[LayerGraphs],
+    num_weights: int,
     joint: GraphModule,
     joint_inputs: Any,
     **options: Any,
 ) -> Any:
     """The partitioner that AOTAutograd calls if a gradient is needed."""
+    options["static_lifetime_input_indices"] = list(range(num_weights))
     forward, backward = min_cut_rematerialization_partition(joint, joint_inputs, **options)
     found.append(LayerGraphs(forward, backward, options["num_fwd_outputs"]))
     raise _GraphsExist

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from peft import LoraConfig
 from torch import Tensor, nn
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from lowrank_tune.algorithms.base import Algorithm, AlgorithmContext, LossTerm, StepBatch
 from lowrank_tune.algorithms.ppo import PPO
@@ -26,7 +27,7 @@ from lowrank_tune.config import RecipeConfig
 from lowrank_tune.data import PromptExample
 from lowrank_tune.events import ignore_event
 from lowrank_tune.memory_planner.allocation_tracker import AllocationTracker
-from lowrank_tune.memory_planner.compiled_layers import CompiledLayers
+from lowrank_tune.memory_planner.compiled_layers import SimulatedCompiledLayers
 from lowrank_tune.memory_planner.extrapolation import Peaks
 from lowrank_tune.memory_planner.fake_device import FakeDeviceMode, fake_device_mode, replaced
 from lowrank_tune.memory_planner.kernel_counter import KernelCounter, KernelCounts
@@ -187,10 +188,7 @@ class _SimulatedStage:
             spec.loaded,
             spec.reward_base_adapters,
         )
-        compiled = None
-        if spec.compiled:
-            compiled = CompiledLayers(mode, counter, self._active_stack)
-        _hook_layers(base.model, layers, tracker, mode, compiled)
+        before_layers = _hook_layers(base.model, tracker, mode)
         self.trained = (recipe.trained_adapter, *recipe.extra_adapters)
         with torch.device("meta"):
             self.roles = Roles(
@@ -214,6 +212,22 @@ class _SimulatedStage:
         self.context = AlgorithmContext(self.roles, self._step_batch)
         # Compared once in a run, before its first step: not a part of any phase.
         _ = self.roles.decoder.runs_without_masks
+        if spec.compiled:
+            self._compile(
+                layers, before_layers, SimulatedCompiledLayers(_graph_inputs(spec), mode, counter, self._active_stack)
+            )
+
+    def _compile(
+        self,
+        kinds: Sequence[Layer],
+        before_layers: Mapping[nn.Module, Callable[[], None]],
+        compiled: SimulatedCompiledLayers,
+    ) -> None:
+        """Makes the layers run as compiled ones."""
+        for kind, (layer, before) in zip(kinds, before_layers.items(), strict=True):
+            if isinstance(layer, GradientCheckpointingLayer):
+                compiled.install(layer, kind.kind, before)
+        self.roles.decoder.layers_context = compiled.running
 
     def _active_stack(self) -> list[str]:
         return self.roles.active_stack
@@ -476,13 +490,12 @@ class _FakeRolloutCollector(RolloutCollector):
 
 def _hook_layers(
     model: Any,
-    kinds: Sequence[Layer],
     tracker: AllocationTracker,
     mode: FakeDeviceMode,
-    compiled: CompiledLayers | None,
-) -> None:
+) -> dict[nn.Module, Callable[[], None]]:
     """Reports to the tracker which layer runs, forward and backward, and makes its parts run under the mode if they are
-    computed again. Layers run as compiled ones if `compiled`."""
+    computed again. Returns the function that reports, by layer."""
+    before_layers = dict[nn.Module, Callable[[], None]]()
     layers = next(one for one in model.get_decoder().modules() if isinstance(one, nn.ModuleList))
     last = len(layers) - 1
     for number, layer in enumerate(layers):
@@ -512,9 +525,16 @@ def _hook_layers(
 
         for child in layer.children():
             mode.with_recompute(child, before)
-        if compiled is not None:
-            compiled.install(layer, kinds[number].kind, before)
         layer.register_forward_hook(after)
+        before_layers[layer] = before
+    return before_layers
+
+
+def _graph_inputs(spec: SimulationSpec) -> str:
+    """Returns what the graphs of layers depend on besides their shapes."""
+    adapters = {name: adapter.model_dump(mode="json") for name, adapter in spec.recipe.adapters.items()}
+    loaded = {name: config.to_dict() for name, config in spec.loaded.items()}
+    return repr((spec.device.type, spec.config.to_dict(), adapters, loaded))
 
 
 def _start_pass(

@@ -66,7 +66,7 @@ class LayerCall:
             specs.append(spec)
             return outputs
 
-        return trace_graphs(run, self.tensors), specs[0]
+        return trace_graphs(run, self.tensors, len(self.names)), specs[0]
 
 
 def _tensors_of(layer: nn.Module) -> Iterator[tuple[str, Tensor]]:
