@@ -48,17 +48,21 @@ def cached_peaks(
     return cached_result(spec, layers, only_update).peaks
 
 
-def cached_kernels(spec: SimulationSpec, layers: Sequence[Layer]) -> KernelCounts:
+def cached_kernels(
+    spec: SimulationSpec,
+    layers: Sequence[Layer],
+    only_update: bool = False,
+) -> KernelCounts:
     """Returns the result of `count_kernels`, from the cache if it is there."""
     key = simulation_key(
         spec,
         layers,
-        False,
+        only_update,
         "kernels",
     )
     result = read_result(key)
     if result is None:
-        result = SimulationResult(kernels=count_kernels(spec, layers))
+        result = SimulationResult(kernels=count_kernels(spec, layers, only_update))
         write_result(key, result)
     return result.kernels
 

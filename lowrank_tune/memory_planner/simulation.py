@@ -78,7 +78,11 @@ def simulate(
     return {point: peak for point, peak in tracker.peaks.items() if point[0] != "start"}
 
 
-def count_kernels(spec: SimulationSpec, layers: Sequence[Layer]) -> KernelCounts:
+def count_kernels(
+    spec: SimulationSpec,
+    layers: Sequence[Layer],
+    only_update: bool = False,
+) -> KernelCounts:
     """Runs what `simulate` runs, except that decoding makes the steps of `rollouts.decode_typical_steps`. Returns how
     often each kernel is started, by phase."""
     tracker = _make_tracker(spec)
@@ -86,7 +90,7 @@ def count_kernels(spec: SimulationSpec, layers: Sequence[Layer]) -> KernelCounts
     _run(
         spec,
         layers,
-        False,
+        only_update,
         tracker,
         counter,
     )
