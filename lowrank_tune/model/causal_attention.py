@@ -4,13 +4,13 @@ Rows that are padded on the right need no mask: SDPA has a causal kernel, and no
 mask transformers looks for packed rows among the positions and reads the answer back from the GPU, once in each forward
 pass. It creates no mask and reads nothing for an attention function that has no mask function (5.17 and 5.23,
 `masking_utils._preprocess_mask_arguments`), so the pass runs under such a name. The function is transformers' own
-`sdpa`, and a layer that the backward pass computes again under the usual name calls the same function.
+`sdpa`. A layer that the backward pass computes again uses the name of its forward pass (`SameAttention`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -99,3 +99,20 @@ def attention_name(config: Any, name: str) -> Iterator[None]:
         yield
     finally:
         attributes[ATTENTION_KEY] = before
+
+
+class SameAttention(AbstractContextManager[None]):
+    """Makes a model use the attention function that it uses when this object is made, as a recomputation must. Can be
+    entered again."""
+
+    def __init__(self, config: Any) -> None:
+        self._attributes = vars(config)
+        self._name = self._attributes.get(ATTENTION_KEY)
+        self._before = list[Any]()
+
+    def __enter__(self) -> None:
+        self._before.append(self._attributes.get(ATTENTION_KEY))
+        self._attributes[ATTENTION_KEY] = self._name
+
+    def __exit__(self, *_: object) -> None:
+        self._attributes[ATTENTION_KEY] = self._before.pop()

@@ -9,7 +9,7 @@ forward pass, whatever is active by then.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -22,11 +22,14 @@ from lowrank_tune.batch import Batch
 from lowrank_tune.errors import UserError, first_line
 from lowrank_tune.events import Event
 from lowrank_tune.model import heads as scalar
-from lowrank_tune.model.activation_checkpointing import Checkpointing, checkpoint_layers, disable_checkpointing
+from lowrank_tune.model.activation_checkpointing import Checkpointing, checkpoint_layers
 from lowrank_tune.model.base import Base, num_stored_bytes
+from lowrank_tune.model.causal_attention import SameAttention
 from lowrank_tune.model.chunked_mlp import chunk_mlps
+from lowrank_tune.model.compiled_layers import CompiledLayers
 from lowrank_tune.model.decoder import Decoder
-from lowrank_tune.model.fast_paths import FastPath, gradients_of, nonzero, verify_fast_paths
+from lowrank_tune.model.decoder_layers import restore_layers
+from lowrank_tune.model.fast_paths import FastPath, disabled, gradients_of, nonzero, verify_fast_paths
 from lowrank_tune.model.frozen_adapters import FrozenAdapters, frozen_dtype
 from lowrank_tune.model.logprobs import (
     CHUNK_LOGITS,
@@ -68,6 +71,22 @@ class _ActiveAdapters(AbstractContextManager[None]):
         self.active[:] = self.before.pop()
 
 
+class _SamePass(AbstractContextManager[None]):
+    """Activates the stack and the attention function of a forward pass again. Can be entered again."""
+
+    def __init__(self, active: list[str], config: Any) -> None:
+        self.adapters = _ActiveAdapters(active, active)
+        self.attention = SameAttention(config)
+
+    def __enter__(self) -> None:
+        self.adapters.__enter__()
+        self.attention.__enter__()
+
+    def __exit__(self, *_: object) -> None:
+        self.attention.__exit__()
+        self.adapters.__exit__()
+
+
 class Roles:
     """Adapters over a base, and the roles: stacks of adapters that can be activated.
 
@@ -77,7 +96,8 @@ class Roles:
     has that name, only the head is trained, on a stack that other roles train. `checkpointing` selects the layers that
     are recomputed in the backward pass, and `offload` keeps their inputs in host memory
     (`model/activation_checkpointing.py`). `mlp_chunks` is the number of chunks of the sequence in which each MLP is
-    computed (`model/chunked_mlp.py`). `logits_chunk` logits exist at once.
+    computed (`model/chunked_mlp.py`). `logits_chunk` logits exist at once. With `torch_compile` the layers are compiled
+    (`model/compiled_layers.py`).
     """
 
     decoder: Decoder
@@ -94,6 +114,7 @@ class Roles:
         offload: bool = False,
         mlp_chunks: int = 1,
         logits_chunk: int = CHUNK_LOGITS,
+        torch_compile: bool = False,
     ) -> None:
         self.base = base
         self.logits_chunk = logits_chunk
@@ -103,7 +124,6 @@ class Roles:
         self._frozen = FrozenAdapters(frozen_dtype(base.device))
         self.fast_paths = list[FastPath]()
         self.verified = False
-        self._checkpointing = False
         self._undo = ExitStack()
         self.limits = MemoryLimits()
         self._active: list[str] = []
@@ -119,7 +139,7 @@ class Roles:
                 f"adapters: one of them changes the output head of {base.name}, which this kit keeps as it is",
             )
         self.head: Head = head_of(base.model)
-        self.decoder = Decoder(base, partial(self.activate, "base"), self._emit)
+        self.decoder = Decoder(base, self._plain_base, self._emit)
         width = self.head.weight.shape[1]
         for role in heads:
             is_trained_alone = role in self.trainable and role not in adapters
@@ -133,6 +153,11 @@ class Roles:
         self._undo.callback(chunk_mlps(base.model, mlp_chunks, self._recompute_contexts))
         with self.activate("base"):
             check_head(base.model, self.head)
+        if torch_compile:
+            self._undo.callback(restore_layers, base.model)
+            compiled = CompiledLayers(base.model, self._emit)
+            self.decoder.layers_context = compiled.running
+            self.fast_paths.append(compiled)
 
     @property
     def active_stack(self) -> list[str]:
@@ -148,6 +173,11 @@ class Roles:
         """Returns a context in which a role is active: a name in `stacks`, or `base` for no adapter."""
         stack = [] if role == "base" else self.stacks[role]
         return _ActiveAdapters(self._active, stack)
+
+    @contextmanager
+    def _plain_base(self) -> Iterator[None]:
+        with self.activate("base"), disabled(self.fast_paths):
+            yield
 
     def inference_mode(self) -> AbstractContextManager[None]:
         """Returns a context with eval mode and without autograd."""
@@ -435,16 +465,19 @@ class Roles:
         checkpointing: Checkpointing,
         offload: bool,
     ) -> None:
-        self._checkpointing = checkpoint_layers(
+        undo = checkpoint_layers(
             self.base.model,
             checkpointing,
             offload,
             self._recompute_contexts,
+            keep_forwards=self.base.backend != "transformers",
         )
+        self._undo.callback(undo)
 
     def _recompute_contexts(self) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-        """Returns the contexts of a forward pass, and of its recomputation with the adapters that are active now."""
-        return nullcontext(), _ActiveAdapters(self._active, self._active)
+        """Returns the contexts of a forward pass, and of its recomputation with the adapters and the attention function
+        that are active now."""
+        return nullcontext(), _SamePass(self._active, self.base.model.config.get_text_config())
 
     def unload_adapters(self) -> None:
         """Removes all adapters from the base, which is then as it was loaded, for the next `Roles`. This object cannot
@@ -455,8 +488,6 @@ class Roles:
                 parent, _, child = name.rpartition(".")
                 setattr(model.get_submodule(parent), child, module.base_layer)
         del model.peft_config
-        if self._checkpointing:
-            disable_checkpointing(model)
         self._undo.close()
         model.train()
         self._peft = None

@@ -984,7 +984,7 @@ def release_without(line: str) -> Callable[[Roles], None]:
     [
         ("setattr(model.get_submodule(parent), child, module.base_layer)", "modules"),
         ("del model.peft_config", "attribute .peft_config"),
-        ("disable_checkpointing(model)", "mode"),
+        ("self._undo.close()", "attribute"),
         ("self.heads.clear()", "not freed"),
         ("model.train()", "mode"),
     ],
