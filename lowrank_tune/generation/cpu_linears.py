@@ -21,7 +21,6 @@ from bitsandbytes.nn import Linear4bit
 from torch import Tensor, nn
 
 from lowrank_tune.generation.cpu_norms import fused_norms
-from lowrank_tune.model.lora_forward import LoraForward
 from lowrank_tune.model.lora_modules import (
     base_layer_of,
     groups_of_same_input,
@@ -99,7 +98,6 @@ class FastLinears(AbstractContextManager[None]):
         if self.scratch_bytes > limit:
             self.scratch_bytes = 0
         self.forwards: list[tuple[nn.Module, Forward]] = []
-        self.before: list[Any] = []
         wrapped = {id(module.base_layer) for module in model.modules() if hasattr(module, "base_layer")}
         for group in groups_of_same_input(module for module in model.modules() if id(module) not in wrapped):
             parts = []
@@ -111,15 +109,12 @@ class FastLinears(AbstractContextManager[None]):
         self.forwards += fused_norms(model)
 
     def __enter__(self) -> None:
-        self.before = [vars(module).get("forward") for module, _ in self.forwards]
         for module, forward in self.forwards:
             module.__dict__["forward"] = forward
 
     def __exit__(self, *_: object) -> None:
-        for (module, _), forward in zip(self.forwards, self.before, strict=True):
+        for module, _forward in self.forwards:
             del module.__dict__["forward"]
-            if forward is not None:
-                module.__dict__["forward"] = forward
 
     def close(self) -> None:
         """Frees the scratch."""
@@ -252,7 +247,4 @@ def _linear_weights(
 
 
 def _has_hooks(module: Any) -> bool:
-    """Returns whether the module must run its own forward. The faster one of training may be replaced."""
-    own_forward = vars(module).get("forward")
-    is_replaced = own_forward is not None and not isinstance(own_forward, LoraForward)
-    return is_replaced or has_forward_hooks(module)
+    return "forward" in vars(module) or has_forward_hooks(module)

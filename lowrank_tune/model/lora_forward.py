@@ -18,8 +18,6 @@ from torch import Tensor, nn
 from lowrank_tune.model.lora_linear import Adapter, lora_linears
 from lowrank_tune.model.lora_modules import groups_of_same_input, has_forward_hooks, is_plain_lora
 
-REPLACED = ((lora.Linear, nn.Linear), (LoraLinear4bit, Linear4bit))
-"""PEFT's layers whose forward is replaced, and the classes of the linears below them."""
 Stack = tuple[str, ...]
 
 
@@ -51,22 +49,24 @@ class LoraLinears:
     wider: Mapping[Stack, Stack] = field(default_factory=dict)
     name: str = "LoRA linears as one function"
     enabled: bool = True
-    replaced: list[Any] = field(default_factory=list)
+    replaced: list[tuple[Any, type]] = field(default_factory=list)
     waiting: _Outputs | None = None
 
     def install(self, model: nn.Module) -> None:
         """Replaces the forward of the linears of a model."""
         for modules in groups_of_same_input(model.modules()):
-            group = _Group([module for module in modules if _is_replaceable(module)])
+            group = _Group([module for module in modules if _replacement_of(module) is not None])
             for index, module in enumerate(group.modules):
-                module.__dict__["forward"] = LoraForward(self, group, index)
-            self.replaced += group.modules
+                self.replaced.append((module, type(module)))
+                module.__class__ = _replacement_of(module)
+                module.place = _Place(self, group, index)
 
     def remove(self) -> None:
         """Restores PEFT's forward."""
         self.forget()
-        for module in self.replaced:
-            del module.__dict__["forward"]
+        for module, kind in self.replaced:
+            module.__class__ = kind
+            del module.place
         self.replaced.clear()
 
     def forget(self) -> None:
@@ -102,63 +102,79 @@ class LoraLinears:
         self.waiting = _Outputs(group, x, self.context(), later)
         return first
 
+    def check_order(self) -> None:
+        """Stops joining a group whose outputs were computed and not taken: its modules are called in another order."""
+        if self.waiting is not None:
+            self.waiting.group.in_order = False
+            self.forget()
+
     def context(self) -> object:
         """Returns what an output depends on besides the input and the weights."""
         return self.active[:], torch.is_grad_enabled()
 
 
-@dataclass(frozen=True, eq=False)
-class LoraForward:
-    """The forward method of module number `index` of a group."""
+@dataclass(eq=False)
+class _Place:
+    """Where a module belongs: module number `index` of a group, on a path."""
 
     path: LoraLinears
     group: _Group
     index: int
 
-    def __call__(
+
+class _OneFunction:
+    """The forward method of a linear with LoRA adapters. A class, not an attribute of the module, so that compiled code
+    of one layer is valid for all layers."""
+
+    place: _Place
+
+    def forward(
         self,
         x: Tensor,
         *others: Any,
         **named: Any,
     ) -> Tensor:
-        module = self.group.modules[self.index]
-        if others or named or not self.path.enabled:
-            return type(module).forward(module, x, *others, **named)  # type: ignore[no-any-return]
-        if self.index:
-            output = self.path.take(self.group, self.index, x)
-            if output is not None:
-                return output
-        active = self.path.active
-        stack = self.path.wider.get(tuple(active), active)
-        if not _is_computable(module, stack, x):
-            return type(module).forward(module, x)  # type: ignore[no-any-return]
-        if not self._begins_group(stack, x):
-            return _linears([module], active, stack, x)[0]
-        self._check_order()
-        return self.path.give(self.group, x, _linears(self.group.modules, active, stack, x))
+        path = self.place.path
+        group = self.place.group
+        if others or named or not path.enabled:
+            return super().forward(x, *others, **named)  # type: ignore[misc, no-any-return]
+        output = path.take(group, self.place.index, x)
+        if output is not None:
+            return output
+        active = path.active
+        stack = path.wider.get(tuple(active), active)
+        if not _is_computable(self, stack, x):
+            return super().forward(x)  # type: ignore[misc, no-any-return]
+        if self.place.index or not _is_joinable(group, stack, x):
+            return _linears([self], active, stack, x)[0]
+        path.check_order()
+        return path.give(group, x, _linears(group.modules, active, stack, x))
 
-    def _begins_group(
-        self,
-        stack: Sequence[str],
-        x: Tensor,
-    ) -> bool:
-        """Returns whether this module computes the outputs of its whole group."""
-        others = self.group.modules[1:]
-        if self.index or not others or not self.group.in_order:
-            return False
-        # Compiled code does not store outputs outside of its graph.
-        if torch.compiler.is_compiling():
-            return False
-        # Also in eval mode, so that a reference has products of the same shape as a policy in train mode.
-        if any(_dropout_of(module, name) > 0 for module in self.group.modules for name in stack):
-            return False
-        return all(_is_computable(module, stack, x) for module in others)
 
-    def _check_order(self) -> None:
-        """Computes a group's modules one by one from now on, if it has outputs that no module took."""
-        if self.path.waiting is not None:
-            self.path.waiting.group.in_order = False
-            self.path.forget()
+class _Linear(_OneFunction, lora.Linear):
+    pass
+
+
+class _Linear4bit(_OneFunction, LoraLinear4bit):
+    pass
+
+
+REPLACEMENTS = {(lora.Linear, nn.Linear): _Linear, (LoraLinear4bit, Linear4bit): _Linear4bit}
+"""The classes with the faster forward, by PEFT's class and that of the linear below it."""
+
+
+def _is_joinable(
+    group: _Group,
+    stack: Sequence[str],
+    x: Tensor,
+) -> bool:
+    """Returns whether the first module of a group computes the outputs of all."""
+    if len(group.modules) == 1 or not group.in_order:
+        return False
+    # Also in eval mode, so that a reference has products of the same shape as a policy in train mode.
+    if any(_dropout_of(module, name) > 0 for module in group.modules for name in stack):
+        return False
+    return all(_is_computable(module, stack, x) for module in group.modules[1:])
 
 
 def wider_stacks(stacks: Iterable[Sequence[str]], trainable: Iterable[str]) -> dict[Stack, Stack]:
@@ -176,10 +192,10 @@ def wider_stacks(stacks: Iterable[Sequence[str]], trainable: Iterable[str]) -> d
     return wider
 
 
-def _is_replaceable(module: Any) -> bool:
-    if "forward" in vars(module):
-        return False
-    return any(type(module) is kind and type(module.base_layer) is base for kind, base in REPLACED)
+def _replacement_of(module: Any) -> type | None:
+    if "forward" in vars(module) or not hasattr(module, "base_layer"):
+        return None
+    return REPLACEMENTS.get((type(module), type(module.base_layer)))
 
 
 def _is_computable(
