@@ -41,6 +41,7 @@ from lowrank_tune.model.logprobs import (
     chunked_logps,
     head_of,
 )
+from lowrank_tune.model.lora_forward import LoraLinears, wider_stacks
 from lowrank_tune.model.module_patterns import resolve_patterns
 from lowrank_tune.model.oom import MemoryLimits
 
@@ -56,10 +57,11 @@ class _ActiveAdapters(AbstractContextManager[None]):
 
     def __init__(
         self,
-        active: list[str],
+        linears: LoraLinears,
         stack: Iterable[str],
     ) -> None:
-        self.active = active
+        self.linears = linears
+        self.active = linears.active
         self.stack = list(stack)
         self.before = list[list[str]]()
 
@@ -69,6 +71,7 @@ class _ActiveAdapters(AbstractContextManager[None]):
 
     def __exit__(self, *_: object) -> None:
         self.active[:] = self.before.pop()
+        self.linears.forget()
 
 
 class _SamePass(AbstractContextManager[None]):
@@ -127,6 +130,7 @@ class Roles:
         self._undo = ExitStack()
         self.limits = MemoryLimits()
         self._active: list[str] = []
+        self._linears = LoraLinears(self._active)
         torch.manual_seed(seed)
         self._peft: Any = None
         for name, config in adapters.items():
@@ -151,6 +155,11 @@ class Roles:
         self._freeze_all_but_trainable()
         self._checkpoint(checkpointing, offload)
         self._undo.callback(chunk_mlps(base.model, mlp_chunks, self._recompute_contexts))
+        if base.backend == "transformers":
+            self._linears.wider = wider_stacks(self.stacks.values(), map(ADAPTER_PREFIX.__add__, self.trainable))
+            self._linears.install(base.model)
+            self._undo.callback(self._linears.remove)
+            self.fast_paths.append(self._linears)
         with self.activate("base"):
             check_head(base.model, self.head)
         if torch_compile:
@@ -172,7 +181,7 @@ class Roles:
     def activate(self, role: str) -> AbstractContextManager[None]:
         """Returns a context in which a role is active: a name in `stacks`, or `base` for no adapter."""
         stack = [] if role == "base" else self.stacks[role]
-        return _ActiveAdapters(self._active, stack)
+        return _ActiveAdapters(self._linears, stack)
 
     @contextmanager
     def _plain_base(self) -> Iterator[None]:
@@ -477,7 +486,7 @@ class Roles:
     def _recompute_contexts(self) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
         """Returns the contexts of a forward pass, and of its recomputation with the adapters and the attention function
         that are active now."""
-        return nullcontext(), _SamePass(self._active, self.base.model.config.get_text_config())
+        return nullcontext(), _SamePass(self._linears, self._active, self.base.model.config.get_text_config())
 
     def unload_adapters(self) -> None:
         """Removes all adapters from the base, which is then as it was loaded, for the next `Roles`. This object cannot
