@@ -24,6 +24,7 @@ from lowrank_tune.events import Event
 from lowrank_tune.model import heads as scalar
 from lowrank_tune.model.activation_checkpointing import Checkpointing, checkpoint_layers, disable_checkpointing
 from lowrank_tune.model.base import Base, num_stored_bytes
+from lowrank_tune.model.causal_attention import AttentionName
 from lowrank_tune.model.chunked_mlp import chunk_mlps
 from lowrank_tune.model.decoder import Decoder
 from lowrank_tune.model.fast_paths import FastPath, gradients_of, nonzero, verify_fast_paths
@@ -66,6 +67,22 @@ class _ActiveAdapters(AbstractContextManager[None]):
 
     def __exit__(self, *_: object) -> None:
         self.active[:] = self.before.pop()
+
+
+class _Recomputation(_ActiveAdapters):
+    """Activates the adapters and the attention function of a forward pass."""
+
+    def __init__(self, active: list[str], attention: AttentionName) -> None:
+        super().__init__(active, active)
+        self.attention = attention
+
+    def __enter__(self) -> None:
+        super().__enter__()
+        self.attention.__enter__()
+
+    def __exit__(self, *_: object) -> None:
+        self.attention.__exit__()
+        super().__exit__()
 
 
 class Roles:
@@ -120,6 +137,7 @@ class Roles:
             )
         self.head: Head = head_of(base.model)
         self.decoder = Decoder(base, partial(self.activate, "base"), self._emit)
+        self.fast_paths.append(self.decoder.packed_rows)
         width = self.head.weight.shape[1]
         for role in heads:
             is_trained_alone = role in self.trainable and role not in adapters
@@ -217,11 +235,9 @@ class Roles:
     def _verify_fast_paths(self, role: str) -> None:
         """Compares the fast paths with the plain ones, once, before the first pass: on a trained role if there is
         one."""
-        if self.verified:
+        if self.verified or not any(path.enabled for path in self.fast_paths):
             return
         self.verified = True
-        if not any(path.enabled for path in self.fast_paths):
-            return
         role = next((name for name in self.stacks if name in self.trainable), role)
         parameters: dict[str, nn.Parameter] = {}
         if role in self.trainable:
@@ -443,8 +459,9 @@ class Roles:
         )
 
     def _recompute_contexts(self) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-        """Returns the contexts of a forward pass, and of its recomputation with the adapters that are active now."""
-        return nullcontext(), _ActiveAdapters(self._active, self._active)
+        """Returns the contexts of a forward pass, and of its recomputation with the adapters and the attention function
+        that are active now."""
+        return nullcontext(), _Recomputation(self._active, self.decoder.current_attention())
 
     def unload_adapters(self) -> None:
         """Removes all adapters from the base, which is then as it was loaded, for the next `Roles`. This object cannot
