@@ -23,8 +23,8 @@ from lowrank_tune.errors import UserError, first_line
 from lowrank_tune.events import Event
 from lowrank_tune.model import heads as scalar
 from lowrank_tune.model.activation_checkpointing import Checkpointing, checkpoint_layers
+from lowrank_tune.model.active_adapters import ActiveAdapters, Recomputation
 from lowrank_tune.model.base import Base, num_stored_bytes
-from lowrank_tune.model.causal_attention import SameAttention
 from lowrank_tune.model.chunked_mlp import chunk_mlps
 from lowrank_tune.model.compiled_layers import CompiledLayers
 from lowrank_tune.model.decoder import Decoder
@@ -49,45 +49,6 @@ ADAPTER_PREFIX = "lt_"
 """PEFT loses weights of an adapter whose name is part of a module's name, so names get a prefix."""
 TokenIndex = tuple[Tensor, ...]
 """Rows (N,) and columns (N,) of N tokens of a batch."""
-
-
-class _ActiveAdapters(AbstractContextManager[None]):
-    """Activates a stack, and restores the previous one on exit. Can be entered again, as a second backward pass
-    does."""
-
-    def __init__(
-        self,
-        linears: LoraLinears,
-        stack: Iterable[str],
-    ) -> None:
-        self.linears = linears
-        self.active = linears.active
-        self.stack = list(stack)
-        self.before = list[list[str]]()
-
-    def __enter__(self) -> None:
-        self.before.append(self.active[:])
-        self.active[:] = self.stack
-
-    def __exit__(self, *_: object) -> None:
-        self.active[:] = self.before.pop()
-        self.linears.forget()
-
-
-class _SamePass(AbstractContextManager[None]):
-    """Activates the stack and the attention function of a forward pass again. Can be entered again."""
-
-    def __init__(self, active: list[str], config: Any) -> None:
-        self.adapters = _ActiveAdapters(active, active)
-        self.attention = SameAttention(config)
-
-    def __enter__(self) -> None:
-        self.adapters.__enter__()
-        self.attention.__enter__()
-
-    def __exit__(self, *_: object) -> None:
-        self.attention.__exit__()
-        self.adapters.__exit__()
 
 
 class Roles:
@@ -144,6 +105,7 @@ class Roles:
             )
         self.head: Head = head_of(base.model)
         self.decoder = Decoder(base, self._plain_base, self._emit)
+        self.fast_paths.append(self.decoder.packed_rows)
         width = self.head.weight.shape[1]
         for role in heads:
             is_trained_alone = role in self.trainable and role not in adapters
@@ -181,7 +143,7 @@ class Roles:
     def activate(self, role: str) -> AbstractContextManager[None]:
         """Returns a context in which a role is active: a name in `stacks`, or `base` for no adapter."""
         stack = [] if role == "base" else self.stacks[role]
-        return _ActiveAdapters(self._linears, stack)
+        return ActiveAdapters(self._linears, stack)
 
     @contextmanager
     def _plain_base(self) -> Iterator[None]:
@@ -256,11 +218,9 @@ class Roles:
     def _verify_fast_paths(self, role: str) -> None:
         """Compares the fast paths with the plain ones, once, before the first pass: on a trained role if there is
         one."""
-        if self.verified:
+        if self.verified or not any(path.enabled for path in self.fast_paths):
             return
         self.verified = True
-        if not any(path.enabled for path in self.fast_paths):
-            return
         role = next((name for name in self.stacks if name in self.trainable), role)
         parameters: dict[str, nn.Parameter] = {}
         if role in self.trainable:
@@ -486,7 +446,7 @@ class Roles:
     def _recompute_contexts(self) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
         """Returns the contexts of a forward pass, and of its recomputation with the adapters and the attention function
         that are active now."""
-        return nullcontext(), _SamePass(self._linears, self._active, self.base.model.config.get_text_config())
+        return nullcontext(), Recomputation(self._linears, self.decoder.current_attention())
 
     def unload_adapters(self) -> None:
         """Removes all adapters from the base, which is then as it was loaded, for the next `Roles`. This object cannot
