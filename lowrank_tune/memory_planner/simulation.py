@@ -172,7 +172,7 @@ class _SimulatedStage:
         layers: Sequence[Layer],
         tracker: AllocationTracker,
         mode: FakeDeviceMode,
-        counter: KernelCounter | None,
+        counter: KernelCounter | None = None,
     ) -> None:
         self.spec = spec
         self.recipe = spec.recipe

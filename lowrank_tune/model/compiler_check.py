@@ -9,9 +9,9 @@ from collections.abc import Mapping
 from importlib.util import find_spec
 from pathlib import Path
 
-C_COMPILERS = ("clang", "gcc", "cc")
+C_COMPILERS: tuple[str, ...] = ("clang", "gcc", "cc")
 """The compilers that Triton looks for, if `CC` is not set."""
-CPP_COMPILER = "g++"
+CPP_COMPILERS: tuple[str, ...] = ("g++",)
 """The compiler that torch calls on the CPU, if `CXX` is not set."""
 
 
@@ -21,7 +21,9 @@ def missing_for_compile(device_type: str, environ: Mapping[str, str] = os.enviro
         return f"layers are compiled for CUDA and for the CPU, and not for {device_type}"
     if device_type == "cuda" and find_spec("triton") is None:
         return "Triton is not installed: pip install triton"
-    variable, commands = ("CC", C_COMPILERS) if device_type == "cuda" else ("CXX", (CPP_COMPILER,))
+    variable, commands = "CC", C_COMPILERS
+    if device_type == "cpu":
+        variable, commands = "CXX", CPP_COMPILERS
     given = environ.get(variable)
     if given:
         commands = tuple(given.split()[:1])
