@@ -206,6 +206,7 @@ class _SimulatedStage:
         self.context = AlgorithmContext(self.roles, self._step_batch)
         # Compared once in a run, before its first step: not a part of any phase.
         _ = self.roles.decoder.runs_without_masks
+        self.roles.verified = True
 
     def _batch(self, rows: int) -> Batch:
         batch = batch_of(rows, self.sizes)
