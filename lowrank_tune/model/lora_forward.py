@@ -152,11 +152,11 @@ class _OneFunction:
         return path.give(group, x, _linears(group.modules, active, stack, x))
 
 
-class _Linear(_OneFunction, lora.Linear):
+class _Linear(_OneFunction, lora.Linear):  # type: ignore[misc]
     pass
 
 
-class _Linear4bit(_OneFunction, LoraLinear4bit):
+class _Linear4bit(_OneFunction, LoraLinear4bit):  # type: ignore[misc]
     pass
 
 

@@ -34,7 +34,6 @@ from torch._dynamo.backends.debugging import aot_eager
 
 from lowrank_tune.events import Event
 from lowrank_tune.model import lora_forward, lora_product
-from lowrank_tune.model.base import Base
 from lowrank_tune.model.lora_forward import wider_stacks
 from lowrank_tune.model.roles import Roles
 
@@ -410,7 +409,8 @@ def test_unloading_restores_pefts_forward() -> None:
 
 @pytest.mark.slow
 def test_a_compiled_layer_is_the_plain_one() -> None:
-    """One graph without breaks for all layers and lengths, one more for another stack, bit for bit."""
+    """One graph without breaks for all layers and lengths, and one for another stack, bit for bit. (Dynamo traces the
+    first one again when it has learned which numbers are constant.)"""
     roles = llama_roles(4, lower=["sft"], r=RANK)
     perturb(roles, "policy", "sft")
     graphs: list[int] = []
@@ -433,11 +433,13 @@ def test_a_compiled_layer_is_the_plain_one() -> None:
         found = [parameter.grad for parameter in roles.parameters("policy") if parameter.grad is not None]
         return [output.detach(), x.grad, *found]
 
-    for layer in roles.base.model.model.layers:
-        for length in (9, 17):
-            for role in ("policy", "reference"):
-                expected = run(plain_layer, layer, length, role)
-                found = run(compiled, layer, length, role)
-                assert len(found) == len(expected) > (14 if role == "policy" else 1)
-                assert all(map(torch.equal, found, expected))
-    assert len(graphs) == 2
+    first, second = roles.base.model.model.layers
+    counts = []
+    for layer, length in ((first, 9), (first, 17), (second, 9)):
+        for role in ("policy", "reference"):
+            expected = run(plain_layer, layer, length, role)
+            found = run(compiled, layer, length, role)
+            assert len(found) == len(expected) == (16 if role == "policy" else 2)
+            assert all(map(torch.equal, found, expected))
+            counts.append(len(graphs))
+    assert counts[0] < counts[1] and set(counts[1:]) == {counts[1]}
