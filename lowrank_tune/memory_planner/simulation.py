@@ -216,6 +216,7 @@ class _SimulatedStage:
         self.context = AlgorithmContext(self.roles, self._step_batch)
         # Compared once in a run, before its first step: not a part of any phase.
         _ = self.roles.decoder.runs_without_masks
+        self.roles.verified = True
         if spec.compiled:
             self._compile(
                 layers, before_layers, SimulatedCompiledLayers(_graph_inputs(spec), mode, counter, self._active_stack)

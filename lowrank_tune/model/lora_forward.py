@@ -138,6 +138,8 @@ class _OneFunction:
         group = self.place.group
         if others or named or not path.enabled:
             return super().forward(x, *others, **named)  # type: ignore[misc, no-any-return]
+        if self.place.index == 0:
+            path.check_order()
         output = path.take(group, self.place.index, x)
         if output is not None:
             return output
@@ -147,15 +149,14 @@ class _OneFunction:
             return super().forward(x)  # type: ignore[misc, no-any-return]
         if self.place.index or not _is_joinable(group, stack, x):
             return _linears([self], active, stack, x)[0]
-        path.check_order()
         return path.give(group, x, _linears(group.modules, active, stack, x))
 
 
-class _Linear(_OneFunction, lora.Linear):
+class _Linear(_OneFunction, lora.Linear):  # type: ignore[misc]
     pass
 
 
-class _Linear4bit(_OneFunction, LoraLinear4bit):
+class _Linear4bit(_OneFunction, LoraLinear4bit):  # type: ignore[misc]
     pass
 
 
