@@ -27,7 +27,7 @@ from lowrank_tune.model.base import Base, num_stored_bytes
 from lowrank_tune.model.causal_attention import AttentionName
 from lowrank_tune.model.chunked_mlp import chunk_mlps
 from lowrank_tune.model.decoder import Decoder
-from lowrank_tune.model.fast_paths import FastPath, gradients_of, nonzero, verify_fast_paths
+from lowrank_tune.model.fast_paths import FastPath, disabled, gradients_of, nonzero, verify_fast_paths
 from lowrank_tune.model.frozen_adapters import FrozenAdapters, frozen_dtype
 from lowrank_tune.model.logprobs import (
     CHUNK_LOGITS,
@@ -170,6 +170,10 @@ class Roles:
     def inference_mode(self) -> AbstractContextManager[None]:
         """Returns a context with eval mode and without autograd."""
         return self.base.inference_mode()
+
+    def plain_paths(self) -> AbstractContextManager[None]:
+        """Returns a context without the fast paths."""
+        return disabled(self.fast_paths)
 
     def _emit(self, event: Event) -> None:
         self.limits.emit(event)

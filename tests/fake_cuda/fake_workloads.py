@@ -265,6 +265,8 @@ def count_micro_batch(
     # Decided once for a model, by comparisons.
     _ = roles.decoder.max_shareable_length
     _ = roles.decoder.runs_without_masks
+    # The made-up GPU has no variable-length attention.
+    roles.decoder.packed_rows.enabled = False
     # Gradients that exist would be added to, which the trainer does apart.
     for parameter in roles.parameters("policy"):
         parameter.grad = None
