@@ -57,15 +57,19 @@ class PackedRows:
 
     def hidden(self, batch: Batch, share_prefixes: bool) -> Tensor | None:
         """Returns the last hidden states (B, T, d), or None if the rows must or may as well be padded."""
+        packed = self.pack(batch, share_prefixes)
+        if packed is None:
+            return None
+        return self._run_packed(packed)
+
+    def pack(self, batch: Batch, share_prefixes: bool) -> PackedRow | None:
+        """Returns the layout in which the rows run, None if they are padded."""
         if not batch.is_right_padded or not self._allows(batch.input_ids.shape[1]):
             return None
         share = share_prefixes and batch.shared_prefix is not None
         if share and not self._shares_prefixes:
             return None
-        packed = pack_rows(batch, self._hidden_size, share)
-        if packed is None:
-            return None
-        return self._run_packed(packed)
+        return pack_rows(batch, self._hidden_size, share)
 
     def _run_packed(self, packed: PackedRow) -> Tensor:
         with AttentionName(self._config, SEGMENTS_NAME):
