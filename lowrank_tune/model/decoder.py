@@ -51,7 +51,7 @@ class Decoder:
         self._without_adapters = without_adapters
         self.layers_context: Callable[[], AbstractContextManager[Any]] = nullcontext
         self._emit = emit
-        self.packed_rows = PackedRows(base, self.run, emit)
+        self.packed_rows = PackedRows(base, self.run, self._shares_exactly, emit)
         self._vocab_size, self._hidden_size = base.model.get_output_embeddings().weight.shape
 
     def hidden(self, batch: Batch) -> Tensor:
@@ -143,15 +143,26 @@ class Decoder:
         longest = longest_shareable(model.config)
         if not longest:
             return 0
-        with self._plain_base():
-            if verify_packing(
-                self.run,
-                self._vocab_size,
-                model.dtype,
-                self.base.device,
-            ):
-                return longest
+        if self._shares_exactly(self._run_with_mask):
+            return longest
         return 0
+
+    def _run_with_mask(self, pair: Batch) -> Tensor:
+        """Returns the hidden states of a made-up pair, whose beginning is computed once."""
+        layout = pack_shared_prefixes(pair, 1 << 20)
+        assert layout is not None, "the pair saves a third"
+        return layout.unpack(self.run(layout.input_ids, layout.attention_mask, layout.position_ids))
+
+    def _shares_exactly(self, packed_decoder: Callable[[Batch], Tensor]) -> bool:
+        """Returns whether the base computes the same with a beginning that is computed once."""
+        with self._plain_base():
+            return verify_packing(
+                self.run,
+                packed_decoder,
+                self._vocab_size,
+                self.base.model.dtype,
+                self.base.device,
+            )
 
     @contextmanager
     def _plain_base(self) -> Iterator[None]:

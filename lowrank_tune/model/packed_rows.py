@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cached_property
 from typing import Any, Protocol
 
@@ -13,7 +14,7 @@ from lowrank_tune.model.base import Base
 from lowrank_tune.model.causal_attention import AttentionName, needs_no_mask
 from lowrank_tune.model.segment_attention import SEGMENTS_NAME, has_segment_attention
 from lowrank_tune.model.segment_check import verify_segment_attention
-from lowrank_tune.model.sequence_packing import Segments, pack_rows
+from lowrank_tune.model.sequence_packing import PackedRow, Segments, pack_rows
 
 
 class RunDecoder(Protocol):
@@ -42,11 +43,13 @@ class PackedRows:
         self,
         base: Base,
         run: RunDecoder,
+        shares_exactly: Callable[[Callable[[Batch], Tensor]], bool],
         emit: Emit,
     ) -> None:
         self.enabled = True
         self._base = base
         self._run = run
+        self._shares_exactly = shares_exactly
         self._emit = emit
         self._config = base.model.config.get_text_config()
         self._hidden_size: int = base.model.get_output_embeddings().weight.shape[1]
@@ -54,11 +57,21 @@ class PackedRows:
 
     def hidden(self, batch: Batch, share_prefixes: bool) -> Tensor | None:
         """Returns the last hidden states (B, T, d), or None if the rows must or may as well be padded."""
-        if not batch.is_right_padded or not self._allows(batch.input_ids.shape[1]):
-            return None
-        packed = pack_rows(batch, self._hidden_size, share_prefixes)
+        packed = self.pack(batch, share_prefixes)
         if packed is None:
             return None
+        return self._run_packed(packed)
+
+    def pack(self, batch: Batch, share_prefixes: bool) -> PackedRow | None:
+        """Returns the layout in which the rows run, None if they are padded."""
+        if not batch.is_right_padded or not self._allows(batch.input_ids.shape[1]):
+            return None
+        share = share_prefixes and batch.shared_prefix is not None
+        if share and not self._shares_prefixes:
+            return None
+        return pack_rows(batch, self._hidden_size, share)
+
+    def _run_packed(self, packed: PackedRow) -> Tensor:
         with AttentionName(self._config, SEGMENTS_NAME):
             hidden = self._run(
                 packed.input_ids,
@@ -77,6 +90,19 @@ class PackedRows:
             self._has_reported_window = True
             self._report(f"the sliding window of its layers is shorter than a row of {columns:,} tokens")
         return is_allowed
+
+    @cached_property
+    def _shares_prefixes(self) -> bool:
+        """Whether the base computes the same with a beginning that is stored once: compared once."""
+        is_exact = self._shares_exactly(self._run_pair)
+        if not is_exact:
+            self._report("with a beginning that rows share they compute something else")
+        return is_exact
+
+    def _run_pair(self, pair: Batch) -> Tensor:
+        packed = pack_rows(pair, self._hidden_size, True)
+        assert packed is not None, "the pair saves a third"
+        return self._run_packed(packed)
 
     @cached_property
     def _obstacle(self) -> str | None:

@@ -154,6 +154,10 @@ class Roles:
         """Returns a context with eval mode and without autograd."""
         return self.base.inference_mode()
 
+    def plain_paths(self) -> AbstractContextManager[None]:
+        """Returns a context without the fast paths."""
+        return disabled(self.fast_paths)
+
     def _emit(self, event: Event) -> None:
         self.limits.emit(event)
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 import importlib
 import inspect
 from contextlib import suppress
-from functools import cache
 from typing import Any
 
 import torch
@@ -21,25 +20,22 @@ from lowrank_tune.model.cpu_segment_attention import cpu_segment_attention
 from lowrank_tune.model.sequence_packing import Segments
 
 varlen_attn: Any = None
+VARLEN_OPTIONS = frozenset[str]()
 # PyTorch 2.9 has no such module.
 with suppress(ImportError):
     varlen_attn = importlib.import_module("torch.nn.attention.varlen").varlen_attn
+    VARLEN_OPTIONS = frozenset(inspect.signature(varlen_attn).parameters)
 
 SEGMENTS_NAME = "lowrank_tune_segments"
 """Has no mask function, so that transformers creates no masks."""
 
 
-@cache
-def _varlen_options() -> frozenset[str]:
-    return frozenset(inspect.signature(varlen_attn).parameters)
-
-
 def has_segment_attention(device: torch.device) -> bool:
-    """Returns whether this version of PyTorch computes attention over segments on a device. PyTorch 2.10 has a function
-    without the scale that some models need."""
+    """Returns whether this version of PyTorch computes attention over segments on a device. The function of PyTorch
+    2.10 has no scale, which some models set."""
     if device.type == "cpu":
         return True
-    return device.type == "cuda" and varlen_attn is not None and _varlen_options() >= {"scale", "window_size"}
+    return device.type == "cuda" and {"scale", "window_size"} <= VARLEN_OPTIONS
 
 
 def segment_attention_forward(
@@ -87,21 +83,37 @@ def attend_to_segments(
     scale: float,
 ) -> Tensor:
     """Returns (W, H, D) from queries (W, H, D) and keys and values (W, KV, D)."""
-    if query.device.type != "cuda":
-        return cpu_segment_attention(
+    if query.device.type == "cuda":
+        return _varlen_attention(
             query,
             key,
             value,
-            segments.cu_seq_lens_q,
-            segments.cu_seq_lens_k,
-            segments.key_index,
+            segments,
             scale,
         )
+    return cpu_segment_attention(
+        query,
+        key,
+        value,
+        segments.cu_seq_lens_q,
+        segments.cu_seq_lens_k,
+        segments.key_index,
+        scale,
+    )
+
+
+def _varlen_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    segments: Segments,
+    scale: float,
+) -> Tensor:
     if segments.key_index is not None:
         key = key.index_select(0, segments.key_index)
         value = value.index_select(0, segments.key_index)
     options: dict[str, Any] = {"scale": scale, "window_size": (-1, 0)}
-    if "enable_gqa" in _varlen_options():
+    if "enable_gqa" in VARLEN_OPTIONS:
         options["enable_gqa"] = query.shape[1] != key.shape[1]
     return varlen_attn(  # type: ignore[no-any-return]
         query,
