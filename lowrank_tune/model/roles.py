@@ -105,30 +105,19 @@ class Roles:
             )
         self.head: Head = head_of(base.model)
         self.decoder = Decoder(base, self._plain_base, self._emit)
-        self.fast_paths.append(self.decoder.packed_rows)
-        width = self.head.weight.shape[1]
         for role in heads:
             is_trained_alone = role in self.trainable and role not in adapters
             assert is_trained_alone or self.stacks[role][-1:] == [ADAPTER_PREFIX + role], (
                 "a head belongs to the top adapter of its own role, or is trained alone"
             )
-            self.heads[role] = scalar.ScalarHead(width, base.device)
+            self.heads[role] = scalar.ScalarHead(self.head.weight.shape[1], base.device)
         self._share_active_list()
         self._freeze_all_but_trainable()
         self._checkpoint(checkpointing, offload)
         self._undo.callback(chunk_mlps(base.model, mlp_chunks, self._recompute_contexts))
-        if base.backend == "transformers":
-            self._linears.wider = wider_stacks(self.stacks.values(), map(ADAPTER_PREFIX.__add__, self.trainable))
-            self._linears.install(base.model)
-            self._undo.callback(self._linears.remove)
-            self.fast_paths.append(self._linears)
         with self.activate("base"):
             check_head(base.model, self.head)
-        if torch_compile:
-            self._undo.callback(restore_layers, base.model)
-            compiled = CompiledLayers(base.model, self._emit)
-            self.decoder.layers_context = compiled.running
-            self.fast_paths.append(compiled)
+        self._add_fast_paths(torch_compile)
 
     @property
     def active_stack(self) -> list[str]:
@@ -212,6 +201,21 @@ class Roles:
         yield from self._peft.named_parameters()
         for role, head in self.heads.items():
             yield f"score.{ADAPTER_PREFIX}{role}.weight", head.weight
+
+    def _add_fast_paths(self, torch_compile: bool) -> None:
+        model = self.base.model
+        self.fast_paths.append(self.decoder.packed_rows)
+        if self.base.backend == "transformers":
+            trained = [ADAPTER_PREFIX + name for name in self.trainable]
+            self._linears.wider = wider_stacks(self.stacks.values(), trained)
+            self._linears.install(model)
+            self._undo.callback(self._linears.remove)
+            self.fast_paths.append(self._linears)
+        if torch_compile:
+            self._undo.callback(restore_layers, model)
+            compiled = CompiledLayers(model, self._emit)
+            self.decoder.layers_context = compiled.running
+            self.fast_paths.append(compiled)
 
     def hidden(self, role: str, batch: Batch) -> Tensor:
         """Returns the last hidden states (B, T, d)."""
