@@ -27,6 +27,7 @@ from lowrank_tune.errors import first_line
 from lowrank_tune.events import Emit, LogMessage, Progress, warning
 from lowrank_tune.model.decoder_layers import Forward, layer_forward
 from lowrank_tune.model.oom import is_out_of_memory
+from lowrank_tune.model.saved_activations import fewer_saved_activations
 
 BACKEND = "inductor"
 MAX_GRAPHS = 64
@@ -149,6 +150,7 @@ def _compiler_settings() -> Iterator[None]:
     autograd_config: Any = torch._functorch.config
     with ExitStack() as settings:
         settings.enter_context(dynamo_config.patch(recompile_limit=MAX_GRAPHS, specialize_float=True))
+        settings.enter_context(fewer_saved_activations())
         settings.enter_context(shape_config.patch(use_duck_shape=False))
         if hasattr(autograd_config, "force_non_lazy_backward_lowering"):
             settings.enter_context(autograd_config.patch(force_non_lazy_backward_lowering=True))
