@@ -2,8 +2,8 @@
 element-wise kernels, bytes that are saved for the backward pass, and the time by the roofline of the planner. Counted
 on tensors without data at the true shapes, not measured: no GPU, no weights, no compiler is used.
 
-    PYTHONPATH=. python benchmarks/compiled_counts.py                     # Llama-3.1-8B, 4 x 2,048; a minute or two
-    PYTHONPATH=. python benchmarks/compiled_counts.py --preset tiny-sft   # seconds, for the tests
+    PYTHONPATH=. python benchmarks/compiled_counts.py                     # Llama-3.1-8B, 4 x 2,048; two minutes
+    PYTHONPATH=. python benchmarks/compiled_counts.py --preset tiny-sft --quick   # all layers recomputed, for the tests
 
 A compiled layer is counted from the graphs of AOTAutograd's partitioner: matrix products, attention and bitsandbytes'
 operators are one kernel each, and so is each connected group of pointwise operations and reductions between them
@@ -63,6 +63,11 @@ def cases(layers: int) -> Iterator[Case]:
     yield Case("compiled, recomputed by plan", True, 4, None)
     yield Case("compiled, recomputed by plan", True, 2, None)
     yield Case("compiled, none recomputed", True, 4, 0)
+
+
+def quick_cases(layers: int) -> Iterator[Case]:
+    yield Case("PEFT's layers, all recomputed", False, 1, layers)
+    yield Case("compiled, all recomputed", True, 1, layers)
 
 
 def spec_of(preset: str, case: Case) -> SimulationSpec:
@@ -131,13 +136,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--preset", default="llama-3.1-8b-sft")
     parser.add_argument("--gpu", default=GPU)
+    parser.add_argument("--quick", action="store_true", help="all layers recomputed, in micro-batches of one row")
     options = parser.parse_args()
     gpu = gpu_named(options.gpu)
     (spec,) = simulation_specs(load_any(options.preset), "cuda")
     print(f"Counted, not measured: {spec.recipe.base.model}, {gpu.device_name}.\n")
     print(HEADER)
     print("|---" * (HEADER.count("|") - 1) + "|")
-    for case in cases(spec.config.get_text_config().num_hidden_layers):
+    num_layers = spec.config.get_text_config().num_hidden_layers
+    for case in quick_cases(num_layers) if options.quick else cases(num_layers):
         print(row(spec_of(options.preset, case), case, gpu), flush=True)
 
 
