@@ -181,8 +181,8 @@ class DPO(Algorithm[PairBatch]):
         # False for NaN.
         if not difference <= MAX_FIRST_DIFFERENCE + rounding:
             raise TrainingError(
-                f"the policy is not what it must be: before the first step the loss is {float(loss):.4f}, and not ln 2; "
-                "nothing was trained"
+                f"the policy is not what it must be: before the first step the loss is {float(loss):.4f}, and not "
+                "ln 2; nothing was trained"
             )
 
     def diagnostics(self, metrics: Mapping[str, float]) -> Iterator[str]:
