@@ -150,6 +150,7 @@ def roles_over(
     only: str = "policy",
     offload: bool = False,
     mlp_chunks: int = 1,
+    torch_compile: bool = False,
     **lora: Any,
 ) -> Roles:
     """Returns roles with `policy`, or `only`, on top of `lower`; `extra` are more adapters, `heads` the roles with a
@@ -175,6 +176,7 @@ def roles_over(
         heads=heads,
         offload=offload,
         mlp_chunks=mlp_chunks,
+        torch_compile=torch_compile,
     )
     # Compared once, by forward passes that the tests must not count. Fast paths are not compared, and enabled.
     _ = roles.decoder.runs_without_masks

@@ -39,6 +39,19 @@ class FastPath(Protocol):
     enabled: bool
 
 
+@contextmanager
+def disabled(paths: Iterable[FastPath]) -> Iterator[None]:
+    """Disables fast paths, and restores them on exit."""
+    before = [(path, path.enabled) for path in paths]
+    for path, _ in before:
+        path.enabled = False
+    try:
+        yield
+    finally:
+        for path, was_enabled in before:
+            path.enabled = was_enabled
+
+
 Outputs = dict[str, Tensor]
 """Log-probs and gradients by name."""
 Compute = Callable[[Batch], Outputs]

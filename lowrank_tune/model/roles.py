@@ -9,7 +9,7 @@ forward pass, whatever is active by then.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -22,11 +22,14 @@ from lowrank_tune.batch import Batch
 from lowrank_tune.errors import UserError, first_line
 from lowrank_tune.events import Event
 from lowrank_tune.model import heads as scalar
-from lowrank_tune.model.activation_checkpointing import Checkpointing, checkpoint_layers, disable_checkpointing
+from lowrank_tune.model.activation_checkpointing import Checkpointing, checkpoint_layers
+from lowrank_tune.model.active_adapters import ActiveAdapters, Recomputation
 from lowrank_tune.model.base import Base, num_stored_bytes
 from lowrank_tune.model.chunked_mlp import chunk_mlps
+from lowrank_tune.model.compiled_layers import CompiledLayers
 from lowrank_tune.model.decoder import Decoder
-from lowrank_tune.model.fast_paths import FastPath, gradients_of, nonzero, verify_fast_paths
+from lowrank_tune.model.decoder_layers import restore_layers
+from lowrank_tune.model.fast_paths import FastPath, disabled, gradients_of, nonzero, verify_fast_paths
 from lowrank_tune.model.frozen_adapters import FrozenAdapters, frozen_dtype
 from lowrank_tune.model.logprobs import (
     CHUNK_LOGITS,
@@ -48,29 +51,6 @@ TokenIndex = tuple[Tensor, ...]
 """Rows (N,) and columns (N,) of N tokens of a batch."""
 
 
-class _ActiveAdapters(AbstractContextManager[None]):
-    """Activates a stack, and restores the previous one on exit. Can be entered again, as a second backward pass
-    does."""
-
-    def __init__(
-        self,
-        linears: LoraLinears,
-        stack: Iterable[str],
-    ) -> None:
-        self.linears = linears
-        self.active = linears.active
-        self.stack = list(stack)
-        self.before = list[list[str]]()
-
-    def __enter__(self) -> None:
-        self.before.append(self.active[:])
-        self.active[:] = self.stack
-
-    def __exit__(self, *_: object) -> None:
-        self.active[:] = self.before.pop()
-        self.linears.forget()
-
-
 class Roles:
     """Adapters over a base, and the roles: stacks of adapters that can be activated.
 
@@ -80,7 +60,8 @@ class Roles:
     has that name, only the head is trained, on a stack that other roles train. `checkpointing` selects the layers that
     are recomputed in the backward pass, and `offload` keeps their inputs in host memory
     (`model/activation_checkpointing.py`). `mlp_chunks` is the number of chunks of the sequence in which each MLP is
-    computed (`model/chunked_mlp.py`). `logits_chunk` logits exist at once.
+    computed (`model/chunked_mlp.py`). `logits_chunk` logits exist at once. With `torch_compile` the layers are compiled
+    (`model/compiled_layers.py`).
     """
 
     decoder: Decoder
@@ -97,6 +78,7 @@ class Roles:
         offload: bool = False,
         mlp_chunks: int = 1,
         logits_chunk: int = CHUNK_LOGITS,
+        torch_compile: bool = False,
     ) -> None:
         self.base = base
         self.logits_chunk = logits_chunk
@@ -106,7 +88,6 @@ class Roles:
         self._frozen = FrozenAdapters(frozen_dtype(base.device))
         self.fast_paths = list[FastPath]()
         self.verified = False
-        self._checkpointing = False
         self._undo = ExitStack()
         self.limits = MemoryLimits()
         self._active: list[str] = []
@@ -123,25 +104,20 @@ class Roles:
                 f"adapters: one of them changes the output head of {base.name}, which this kit keeps as it is",
             )
         self.head: Head = head_of(base.model)
-        self.decoder = Decoder(base, partial(self.activate, "base"), self._emit)
-        width = self.head.weight.shape[1]
+        self.decoder = Decoder(base, self._plain_base, self._emit)
         for role in heads:
             is_trained_alone = role in self.trainable and role not in adapters
             assert is_trained_alone or self.stacks[role][-1:] == [ADAPTER_PREFIX + role], (
                 "a head belongs to the top adapter of its own role, or is trained alone"
             )
-            self.heads[role] = scalar.ScalarHead(width, base.device)
+            self.heads[role] = scalar.ScalarHead(self.head.weight.shape[1], base.device)
         self._share_active_list()
         self._freeze_all_but_trainable()
         self._checkpoint(checkpointing, offload)
         self._undo.callback(chunk_mlps(base.model, mlp_chunks, self._recompute_contexts))
-        if base.backend == "transformers":
-            self._linears.wider = wider_stacks(self.stacks.values(), map(ADAPTER_PREFIX.__add__, self.trainable))
-            self._linears.install(base.model)
-            self._undo.callback(self._linears.remove)
-            self.fast_paths.append(self._linears)
         with self.activate("base"):
             check_head(base.model, self.head)
+        self._add_fast_paths(torch_compile)
 
     @property
     def active_stack(self) -> list[str]:
@@ -156,11 +132,20 @@ class Roles:
     def activate(self, role: str) -> AbstractContextManager[None]:
         """Returns a context in which a role is active: a name in `stacks`, or `base` for no adapter."""
         stack = [] if role == "base" else self.stacks[role]
-        return _ActiveAdapters(self._linears, stack)
+        return ActiveAdapters(self._linears, stack)
+
+    @contextmanager
+    def _plain_base(self) -> Iterator[None]:
+        with self.activate("base"), disabled(self.fast_paths):
+            yield
 
     def inference_mode(self) -> AbstractContextManager[None]:
         """Returns a context with eval mode and without autograd."""
         return self.base.inference_mode()
+
+    def plain_paths(self) -> AbstractContextManager[None]:
+        """Returns a context without the fast paths."""
+        return disabled(self.fast_paths)
 
     def _emit(self, event: Event) -> None:
         self.limits.emit(event)
@@ -217,6 +202,21 @@ class Roles:
         for role, head in self.heads.items():
             yield f"score.{ADAPTER_PREFIX}{role}.weight", head.weight
 
+    def _add_fast_paths(self, torch_compile: bool) -> None:
+        model = self.base.model
+        self.fast_paths.append(self.decoder.packed_rows)
+        if self.base.backend == "transformers":
+            trained = [ADAPTER_PREFIX + name for name in self.trainable]
+            self._linears.wider = wider_stacks(self.stacks.values(), trained)
+            self._linears.install(model)
+            self._undo.callback(self._linears.remove)
+            self.fast_paths.append(self._linears)
+        if torch_compile:
+            self._undo.callback(restore_layers, model)
+            compiled = CompiledLayers(model, self._emit)
+            self.decoder.layers_context = compiled.running
+            self.fast_paths.append(compiled)
+
     def hidden(self, role: str, batch: Batch) -> Tensor:
         """Returns the last hidden states (B, T, d)."""
         self._verify_fast_paths(role)
@@ -226,11 +226,9 @@ class Roles:
     def _verify_fast_paths(self, role: str) -> None:
         """Compares the fast paths with the plain ones, once, before the first pass: on a trained role if there is
         one."""
-        if self.verified:
+        if self.verified or not any(path.enabled for path in self.fast_paths):
             return
         self.verified = True
-        if not any(path.enabled for path in self.fast_paths):
-            return
         role = next((name for name in self.stacks if name in self.trainable), role)
         parameters: dict[str, nn.Parameter] = {}
         if role in self.trainable:
@@ -444,16 +442,19 @@ class Roles:
         checkpointing: Checkpointing,
         offload: bool,
     ) -> None:
-        self._checkpointing = checkpoint_layers(
+        undo = checkpoint_layers(
             self.base.model,
             checkpointing,
             offload,
             self._recompute_contexts,
+            keep_forwards=self.base.backend != "transformers",
         )
+        self._undo.callback(undo)
 
     def _recompute_contexts(self) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-        """Returns the contexts of a forward pass, and of its recomputation with the adapters that are active now."""
-        return nullcontext(), _ActiveAdapters(self._linears, self._active)
+        """Returns the contexts of a forward pass, and of its recomputation with the adapters and the attention function
+        that are active now."""
+        return nullcontext(), Recomputation(self._linears, self.decoder.current_attention())
 
     def unload_adapters(self) -> None:
         """Removes all adapters from the base, which is then as it was loaded, for the next `Roles`. This object cannot
@@ -464,8 +465,6 @@ class Roles:
                 parent, _, child = name.rpartition(".")
                 setattr(model.get_submodule(parent), child, module.base_layer)
         del model.peft_config
-        if self._checkpointing:
-            disable_checkpointing(model)
         self._undo.close()
         model.train()
         self._peft = None

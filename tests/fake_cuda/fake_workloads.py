@@ -268,6 +268,8 @@ def count_micro_batch(
     _ = roles.decoder.max_shareable_length
     _ = roles.decoder.runs_without_masks
     roles.verified = True
+    # The made-up GPU has no variable-length attention.
+    roles.decoder.packed_rows.enabled = False
     # Gradients that exist would be added to, which the trainer does apart.
     for parameter in roles.parameters("policy"):
         parameter.grad = None
