@@ -25,7 +25,7 @@ from lowrank_tune.config import DPOConfig
 from lowrank_tune.data import PromptExample
 from lowrank_tune.events import StepEnd
 from lowrank_tune.generation.outputs import Completion
-from lowrank_tune.model.decoder import Decoder
+from lowrank_tune.model import packed_rows
 from lowrank_tune.model.roles import Roles
 from lowrank_tune.stats import add_stats, to_floats
 
@@ -188,14 +188,14 @@ def loss_after_training(
 def record_packing(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
     """Returns a list that gets an entry for each batch from now on: whether its shared prompts are computed once."""
     packed: list[bool] = []
-    pack = Decoder.pack
+    pack = packed_rows.pack_rows
 
-    def recorded_pack(self: Decoder, batch: Batch) -> Any:
-        layout = pack(self, batch)
-        packed.append(layout is not None)
+    def recorded_pack(*arguments: Any) -> Any:
+        layout = pack(*arguments)
+        packed.append(layout is not None and layout.segments.key_index is not None)
         return layout
 
-    monkeypatch.setattr(Decoder, "pack", recorded_pack)
+    monkeypatch.setattr(packed_rows, "pack_rows", recorded_pack)
     return packed
 
 

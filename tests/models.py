@@ -188,6 +188,12 @@ def llama_roles(bits: int = 4, **more: Any) -> Roles:
     return roles_over(load_base_of(bits), **more)
 
 
+def use_plain_paths(roles: Roles) -> None:
+    """Disables all fast paths."""
+    for path in roles.fast_paths:
+        path.enabled = False
+
+
 def perturb(roles: Roles, *names: str, seed: int = 1, size: float = 0.1) -> None:
     """Gives adapters and their heads random weights. A fresh B and a fresh head are zero and change nothing."""
     stream = torch.Generator().manual_seed(seed)

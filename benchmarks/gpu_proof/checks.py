@@ -165,8 +165,8 @@ def outputs(roles: Roles, role: str, batch: Batch) -> Tensor:
 def check_prefix_sharing(
     roles: Roles, role: str, algorithm: Algorithm[Any], batch: Batch, dtype: torch.dtype, result: CheckResult
 ) -> None:
-    """A pair's prompt runs through the model once, and outputs and gradient are those of whole rows. Times both
-    ways."""
+    """A pair's prompt runs through the model once, with a mask and as segments of one packed row, and outputs and
+    gradient are those of whole rows. Times all three ways."""
     tree = roles.decoder.pack(batch)
     result.checks["prompts are shared"] = tree is not None
     if tree is None:
@@ -184,22 +184,26 @@ def check_prefix_sharing(
             term.loss.backward()  # type: ignore[no-untyped-call]
 
     computed, gradients, seconds = [], [], []
-    for roles.decoder.share_prefixes in (False, True):
+    # False if the start-up comparison disabled it.
+    packs_rows = roles.decoder.packed_rows.enabled
+    for share, pack in ((False, False), (True, False), (True, packs_rows)):
+        roles.decoder.share_prefixes, roles.decoder.packed_rows.enabled = share, pack
         computed.append(outputs(roles, role, batch))
         seconds.append(best_seconds(update, 1, roles.base.device, rounds=2))
         kept = [parameter.grad.flatten().float() for parameter in parameters if parameter.grad is not None]
         gradients.append(torch.cat(kept))
     for parameter in parameters:
         parameter.grad = None
-    difference = (computed[0] - computed[1]).abs()
-    output_error = float(difference.mean() if computed[0].ndim == 1 else difference[batch.loss_mask].mean())
+    differences = [(computed[0] - other).abs() for other in computed[1:]]
+    output_error = max(float(d.mean() if d.ndim == 1 else d[batch.loss_mask].mean()) for d in differences)
     norm = torch.linalg.vector_norm
-    gradient_error = float(norm(gradients[0] - gradients[1]) / norm(gradients[0]))
+    gradient_error = max(float(norm(gradients[0] - other) / norm(gradients[0])) for other in gradients[1:])
     result.figures |= {
         "sharing_output_difference": output_error,
         "sharing_gradient_difference": gradient_error,
         "update_seconds_whole_rows": seconds[0],
         "update_seconds_shared": seconds[1],
+        "update_seconds_packed": seconds[2],
     }
     equal = output_error <= SHARED_LOGPS_ERROR[dtype] and gradient_error <= SHARED_GRADIENT_ERROR[dtype]
     result.checks["shared prompts change nothing"] = equal

@@ -13,6 +13,19 @@ from lowrank_tune.model.base import Base
 from lowrank_tune.model.roles import Roles
 
 
+def computed_shape(roles: Roles, batch: Batch) -> tuple[float, int]:
+    """Return the rows that the decoder computes for a batch, and their length. A packed row counts as a share of rows
+    of the longest segment."""
+    decoder = roles.decoder
+    if decoder.packed_rows.enabled:
+        packed = decoder.packed_rows.pack(batch, decoder.share_prefixes)
+        if packed is not None:
+            return packed.input_ids.numel() / packed.segments.max_length_k, packed.segments.max_length_k
+    tree = decoder.pack(batch)
+    rows, length = batch.input_ids.shape if tree is None else tree.input_ids.shape
+    return rows, length
+
+
 def flops(base: Base, roles: Roles, role: str, micro_batches: Sequence[Batch], recomputed: float) -> float:
     """Return the floating-point operations of the matrix products of these micro-batches. Padding and recomputation (of
     this share of the layers) count; a shared prompt counts once.
@@ -30,8 +43,7 @@ def flops(base: Base, roles: Roles, role: str, micro_batches: Sequence[Batch], r
     width = config.num_attention_heads * head_dim
     forwards, total = 1 + float(recomputed), 0.0
     for batch in micro_batches:
-        tree = roles.decoder.pack(batch)
-        rows, length = batch.input_ids.shape if tree is None else tree.input_ids.shape
+        rows, length = computed_shape(roles, batch)
         attention = (forwards + 2) * 2.0 * length * width * config.num_hidden_layers
         total += rows * length * (2.0 * (forwards + 1) * linear + 2.0 * (forwards + 2) * adapter + attention)
         if role not in HEADS:

@@ -25,6 +25,7 @@ step.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING
 
@@ -33,8 +34,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lowrank_tune.algorithms.base import Algorithm, AlgorithmContext, LossTerm, StepBatch
-from lowrank_tune.algorithms.reference_check import check_reference, full_vocab_kl_metric
+from lowrank_tune.algorithms.reference_check import check_reference, full_vocab_kl_metric, logp_tolerance
 from lowrank_tune.batch import PairBatch, required
+from lowrank_tune.errors import TrainingError
 from lowrank_tune.functional import (
     apply_mask,
     masked_mean,
@@ -48,6 +50,8 @@ from lowrank_tune.stats import Stats, WeightedMean
 if TYPE_CHECKING:  # an algorithm must run where pydantic is not installed (benchmarks/gpu.py)
     from lowrank_tune.config import DPOConfig
 
+MAX_FIRST_DIFFERENCE = 1e-3
+"""How far the loss of a fresh policy may be from ln 2, apart from rounding, which is far below in fp32."""
 CHOSEN_LOGP_DROP = -0.5
 CONSECUTIVE_STEPS = 3
 """A warning is due if the chosen answers are this much less likely than under the reference, in nats per token, for so
@@ -162,7 +166,22 @@ class DPO(Algorithm[PairBatch]):
         return full_vocab_kl_metric(self.context, micro)
 
     def check(self, micro: PairBatch, step: int) -> None:
-        check_reference(self.context, micro, step)
+        logratios = check_reference(self.context, micro, step)
+        if logratios is not None and self.settings.loss_type == "sigmoid":
+            self._check_first_loss(logratios.sum(dim=1), micro)
+
+    def _check_first_loss(self, logratios: Tensor, micro: PairBatch) -> None:
+        """Raises TrainingError if a fresh policy with these log-ratios (B,) does not have a loss of ln 2."""
+        beta = self.settings.beta
+        loss = float(-F.logsigmoid(beta * (logratios[::2] - logratios[1::2])).mean())
+        # The rounding errors of tokens are independent.
+        num_tokens = float(micro.loss_mask.sum()) / len(micro)
+        rounding = beta * logp_tolerance(self.context) * math.sqrt(num_tokens)
+        if not abs(loss - math.log(2)) <= MAX_FIRST_DIFFERENCE + rounding:
+            raise TrainingError(
+                f"the policy is not what it must be: before the first step the loss is {loss:.4f}, and not ln 2; "
+                "nothing was trained"
+            )
 
     def diagnostics(self, metrics: Mapping[str, float]) -> Iterator[str]:
         delta = metrics["logps/chosen_delta"]

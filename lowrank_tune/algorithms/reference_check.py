@@ -35,45 +35,68 @@ def check_reference(
     context: AlgorithmContext,
     micro: Batch,
     step: int,
-) -> None:
+) -> Tensor | None:
     """Compares the reference with the policy, if a fresh adapter is before its first step, and with cached log-probs,
-    if the batch has them. Raises TrainingError if they differ."""
+    if the batch has them. Raises TrainingError if they differ.
+
+    Returns log p - log ref (B, T) of a fresh policy as it is trained; None for another policy.
+    """
     cached = micro.reference_sequence_logps if isinstance(micro, PairBatch) else None
     must_equal_policy = context.fresh and step == 0
     if not must_equal_policy and cached is None:
-        return
-    with context.roles.inference_mode():
-        reference_logps = context.roles.logps("reference", micro).logps
+        return None
+    roles = context.roles
+    with roles.inference_mode(), roles.plain_paths():
+        reference_logps = roles.logps("reference", micro).logps
+    logratios = None
     if must_equal_policy:
-        _check_policy(context, micro, reference_logps)
+        logratios = _check_policy(context, micro, reference_logps)
     if cached is not None:
         num_tokens = micro.loss_mask.sum(dim=1).clamp_min(1)
         differences = (reference_logps.sum(dim=1) - cached).abs() / num_tokens
         _check_cached_logps(context, float(differences.max()))
+    return logratios
 
 
 def _check_policy(
     context: AlgorithmContext,
     micro: Batch,
     reference_logps: Tensor,
-) -> None:
-    """Compares the policy, computed as in training, with the reference, bit for bit. Otherwise the loss of DPO would
-    not begin at ln 2, and the KL not at 0."""
+) -> Tensor:
+    """Compares the policy with the reference: without fast paths bit for bit, and as in training within the rounding
+    of the dtype. Otherwise the loss of DPO would not begin at ln 2, and the KL not at 0. Returns log p - log ref."""
+    roles = context.roles
+    with torch.no_grad(), roles.plain_paths():
+        logps = roles.logps("policy", micro).logps
+    if not torch.equal(logps, reference_logps):
+        difference = float((logps - reference_logps).abs().max())
+        raise TrainingError(
+            "the reference is not what it must be: before the first step policy and reference "
+            f"({context.reference_description}) differ by up to {difference:.1e} nats a token; nothing was trained"
+        )
     with torch.no_grad():
-        policy_logps = context.roles.logps("policy", micro).logps
-    if torch.equal(policy_logps, reference_logps):
-        return
-    difference = float((policy_logps - reference_logps).abs().max())
+        logratios = roles.logps("policy", micro).logps - reference_logps
+    difference = float(logratios.abs().sum() / micro.loss_mask.sum().clamp_min(1))
+    tolerance = logp_tolerance(context)
+    if difference <= tolerance:  # False for nan
+        return logratios
+    names = ", ".join(path.name for path in roles.fast_paths if path.enabled)
     raise TrainingError(
-        "the reference is not what it must be: before the first step policy and reference "
-        f"({context.reference_description}) differ by up to {difference:.1e} nats a token; nothing was trained"
+        f"the policy is not what it must be: before the first step it differs on its fast paths ({names}) from the "
+        f"reference ({context.reference_description}) by {difference:.1e} nats a token, more than {tolerance:g}; "
+        "nothing was trained"
     )
+
+
+def logp_tolerance(context: AlgorithmContext) -> float:
+    """Returns the nats per token by which another computation of the same log-probs may differ."""
+    is_cuda = context.roles.base.device.type == "cuda"
+    return LOGP_TOLERANCE[torch.bfloat16 if is_cuda else torch.float32]
 
 
 def _check_cached_logps(context: AlgorithmContext, difference: float) -> None:
     """`difference`: nats per token between cached and newly computed log-probs."""
-    is_cuda = context.roles.base.device.type == "cuda"
-    tolerance = LOGP_TOLERANCE[torch.bfloat16 if is_cuda else torch.float32]
+    tolerance = logp_tolerance(context)
     if difference <= tolerance:  # False for nan
         return
     raise TrainingError(

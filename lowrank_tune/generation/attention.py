@@ -24,7 +24,7 @@ from lowrank_tune.model.causal_attention import (
     DECODE_ATTENTION_NAME,
     GROUPED_SDPA_NAME,
     SDPA_NAME,
-    attention_name,
+    AttentionName,
 )
 
 ATTENTION_BY_DEVICE = {"cpu": DECODE_ATTENTION_NAME, "cuda": GROUPED_SDPA_NAME}
@@ -147,5 +147,5 @@ def batched_attention(model: Any) -> Iterator[None]:
     if vars(config).get(ATTENTION_KEY) != SDPA_NAME or name is None:
         yield
         return
-    with attention_name(config, name):
+    with AttentionName(config, name):
         yield

@@ -151,8 +151,8 @@ def _attention_kernel(
 
 
 def _product_flops(name: str, given: Mapping[str, Any]) -> int:
-    """Returns 2 m n k of a matrix product, 0 for another operator."""
-    match name:
+    """Returns 2 m n k of a matrix product, 0 for another operator. A product in place has the same arguments."""
+    match name.removesuffix("_"):
         case "mm" | "addmm":
             left = given.get("mat1", given.get("self"))
             return 2 * int(left.numel()) * int(given["mat2"].shape[-1])

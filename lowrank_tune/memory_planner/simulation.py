@@ -214,8 +214,11 @@ class _SimulatedStage:
             self.parameters += self.roles.parameters(role)
         self.optimizer: Any = None
         self.context = AlgorithmContext(self.roles, self._step_batch)
+        # Plans are for rows that are padded to one length, because the lengths of a micro-batch are not known before.
+        self.roles.decoder.packed_rows.enabled = False
         # Compared once in a run, before its first step: not a part of any phase.
         _ = self.roles.decoder.runs_without_masks
+        self.roles.verified = True
         if spec.compiled:
             self._compile(
                 layers, before_layers, SimulatedCompiledLayers(_graph_inputs(spec), mode, counter, self._active_stack)

@@ -4,7 +4,7 @@ Rows that are padded on the right need no mask: SDPA has a causal kernel, and no
 mask transformers looks for packed rows among the positions and reads the answer back from the GPU, once in each forward
 pass. It creates no mask and reads nothing for an attention function that has no mask function (5.17 and 5.23,
 `masking_utils._preprocess_mask_arguments`), so the pass runs under such a name. The function is transformers' own
-`sdpa`. A layer that the backward pass computes again uses the name of its forward pass (`SameAttention`).
+`sdpa`. A layer that the backward pass computes again uses the name of its forward pass (`AttentionName`).
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ def causal_attention(model: Any, columns: int) -> Iterator[None]:
     if not needs_no_mask(config, columns):
         yield
         return
-    with attention_name(config, CAUSAL_NAME):
+    with AttentionName(config, CAUSAL_NAME):
         yield
 
 
@@ -75,7 +75,7 @@ def verify_causal_attention(
     ids = torch.arange(3, 3 + 2 * VERIFIED_COLUMNS, device=model.device) * 7 % vocabulary
     rows = ids.view(2, VERIFIED_COLUMNS)
     expected = decoder(rows)
-    with attention_name(model.config.get_text_config(), CAUSAL_NAME):
+    with AttentionName(model.config.get_text_config(), CAUSAL_NAME):
         computed = decoder(rows)
     return relative_difference(computed, expected) <= MAX_DIFFERENCE
 
@@ -88,31 +88,18 @@ def needs_no_mask(config: Any, columns: int) -> bool:
     return is_known and bool(is_causal) and (not window or columns < window)
 
 
-@contextmanager
-def attention_name(config: Any, name: str) -> Iterator[None]:
-    """Makes a model with this configuration use another attention function."""
-    # The attribute dictionary, because the configuration's own setter checks all its fields.
-    attributes = vars(config)
-    before = attributes[ATTENTION_KEY]
-    attributes[ATTENTION_KEY] = name
-    try:
-        yield
-    finally:
-        attributes[ATTENTION_KEY] = before
+class AttentionName(AbstractContextManager[None]):
+    """Makes a model with this configuration use another attention function. Can be entered again."""
 
-
-class SameAttention(AbstractContextManager[None]):
-    """Makes a model use the attention function that it uses when this object is made, as a recomputation must. Can be
-    entered again."""
-
-    def __init__(self, config: Any) -> None:
-        self._attributes = vars(config)
-        self._name = self._attributes.get(ATTENTION_KEY)
-        self._before = list[Any]()
+    def __init__(self, config: Any, name: str) -> None:
+        # The attribute dictionary, because the configuration's own setter checks all its fields.
+        self.attributes = vars(config)
+        self.name = name
+        self.before = list[str]()
 
     def __enter__(self) -> None:
-        self._before.append(self._attributes.get(ATTENTION_KEY))
-        self._attributes[ATTENTION_KEY] = self._name
+        self.before.append(self.attributes[ATTENTION_KEY])
+        self.attributes[ATTENTION_KEY] = self.name
 
     def __exit__(self, *_: object) -> None:
-        self._attributes[ATTENTION_KEY] = self._before.pop()
+        self.attributes[ATTENTION_KEY] = self.before.pop()

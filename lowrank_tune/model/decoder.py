@@ -14,11 +14,14 @@ from lowrank_tune.batch import Batch
 from lowrank_tune.events import Emit, warning
 from lowrank_tune.model.base import Base
 from lowrank_tune.model.causal_attention import (
+    ATTENTION_KEY,
     VERIFIED_COLUMNS,
+    AttentionName,
     causal_attention,
     needs_no_mask,
     verify_causal_attention,
 )
+from lowrank_tune.model.packed_rows import PackedRows
 from lowrank_tune.model.prefix_sharing import (
     PackedBatch,
     longest_shareable,
@@ -26,6 +29,7 @@ from lowrank_tune.model.prefix_sharing import (
     pack_shared_prefixes,
     verify_packing,
 )
+from lowrank_tune.model.sequence_packing import Segments
 
 
 class Decoder:
@@ -47,11 +51,16 @@ class Decoder:
         self._without_adapters = without_adapters
         self.layers_context: Callable[[], AbstractContextManager[Any]] = nullcontext
         self._emit = emit
+        self.packed_rows = PackedRows(base, self.run, self._shares_exactly, emit)
         self._vocab_size, self._hidden_size = base.model.get_output_embeddings().weight.shape
 
     def hidden(self, batch: Batch) -> Tensor:
-        """Returns the last hidden states (B, T, d). A beginning that rows share is computed once if that is faster
-        (`model/prefix_sharing.py`)."""
+        """Returns the last hidden states (B, T, d). Padding is not computed, and a beginning that rows share is
+        computed once, if that is faster (`model/sequence_packing.py`, and with masks `model/prefix_sharing.py`)."""
+        if self.packed_rows.enabled:
+            hidden = self.packed_rows.hidden(batch, self.share_prefixes)
+            if hidden is not None:
+                return hidden
         packed = self.pack(batch)
         if packed is not None:
             hidden = self.run(packed.input_ids, packed.attention_mask, packed.position_ids)
@@ -79,8 +88,11 @@ class Decoder:
         ids: Tensor,
         mask: Tensor | None,
         positions: Tensor | None,
+        segments: Segments | None = None,
     ) -> Tensor:
-        """Returns the last hidden states (B, T, d) of ids (B, T), with a mask (B, T) or (B, 1, T, T)."""
+        """Returns the last hidden states (B, T, d) of ids (B, T), with a mask (B, T) or (B, 1, T, T), or with the
+        segments of a packed row."""
+        arguments = {} if segments is None else segments.as_arguments()
         if mask is not None and mask.ndim == 4:
             mask = mask_for(mask, self.base.model)
         with self.base.autocast(), self.layers_context():
@@ -90,7 +102,13 @@ class Decoder:
                 attention_mask=mask,
                 position_ids=positions,
                 use_cache=False,
+                **arguments,
             ).last_hidden_state
+
+    def current_attention(self) -> AttentionName:
+        """Returns a context with the attention function that the model has now, for layers that are recomputed."""
+        config = self.base.model.config.get_text_config()
+        return AttentionName(config, vars(config)[ATTENTION_KEY])
 
     def pack(self, batch: Batch) -> PackedBatch | None:
         """Returns the layout in which shared beginnings of the batch are computed once, or None if they are not."""
@@ -125,15 +143,26 @@ class Decoder:
         longest = longest_shareable(model.config)
         if not longest:
             return 0
-        with self._plain_base():
-            if verify_packing(
-                self.run,
-                self._vocab_size,
-                model.dtype,
-                self.base.device,
-            ):
-                return longest
+        if self._shares_exactly(self._run_with_mask):
+            return longest
         return 0
+
+    def _run_with_mask(self, pair: Batch) -> Tensor:
+        """Returns the hidden states of a made-up pair, whose beginning is computed once."""
+        layout = pack_shared_prefixes(pair, 1 << 20)
+        assert layout is not None, "the pair saves a third"
+        return layout.unpack(self.run(layout.input_ids, layout.attention_mask, layout.position_ids))
+
+    def _shares_exactly(self, packed_decoder: Callable[[Batch], Tensor]) -> bool:
+        """Returns whether the base computes the same with a beginning that is computed once."""
+        with self._plain_base():
+            return verify_packing(
+                self.run,
+                packed_decoder,
+                self._vocab_size,
+                self.base.model.dtype,
+                self.base.device,
+            )
 
     @contextmanager
     def _plain_base(self) -> Iterator[None]:

@@ -61,7 +61,7 @@ class PackedBatch:
 
 
 @dataclass(frozen=True)
-class _Groups:
+class RowGroups:
     """Rows (B,) that share their beginning with the first row of their group. All tensors are (B,).
 
     row  tokens       first  shared_lengths  lengths  tail_starts
@@ -104,7 +104,7 @@ def pack_shared_prefixes(
     rows = batch.on_cpu
     if not rows.is_right_padded:
         return None
-    groups = _shared_lengths(rows)
+    groups = shared_groups(rows)
     num_groups, packed_width = _packed_size(groups)
     if not _is_worthwhile(rows, num_groups, packed_width, width, device):
         return None
@@ -151,7 +151,7 @@ def masked_attention_cost(device: torch.device) -> float:
 
 def _pack(
     batch: Batch,
-    groups: _Groups,
+    groups: RowGroups,
     slot_index: Tensor,
     size: tuple[int, int],
     device: torch.device,
@@ -187,8 +187,9 @@ def _pack(
     )
 
 
-def _shared_lengths(batch: Batch) -> _Groups:
-    """Returns the groups, and how many tokens each row really shares with the first row of its group."""
+def shared_groups(batch: Batch) -> RowGroups:
+    """Returns the groups of rows on the CPU with `shared_prefix`, and how many tokens each row really shares with the
+    first row of its group."""
     shared = required(batch.shared_prefix)
     mask = batch.attention_mask
     row = torch.arange(len(shared), device=shared.device)
@@ -200,7 +201,7 @@ def _shared_lengths(batch: Batch) -> _Groups:
     lengths = mask.sum(dim=1)
     tails = lengths - shared_lengths
     starts = tails.cumsum(0) - tails
-    return _Groups(
+    return RowGroups(
         first,
         shared_lengths,
         lengths,
@@ -208,7 +209,7 @@ def _shared_lengths(batch: Batch) -> _Groups:
     )
 
 
-def _packed_size(groups: _Groups) -> tuple[int, int]:
+def _packed_size(groups: RowGroups) -> tuple[int, int]:
     """Returns the number of groups, and the slots that each needs."""
     num_groups = int(groups.group[-1]) + 1
     width = int(groups.ends.max())
@@ -217,7 +218,7 @@ def _packed_size(groups: _Groups) -> tuple[int, int]:
 
 
 def _slot_index(
-    groups: _Groups,
+    groups: RowGroups,
     columns: int,
     packed_width: int,
 ) -> Tensor:
@@ -305,12 +306,13 @@ def additive_mask(
 @torch.no_grad()
 def verify_packing(
     decoder: DecoderFn,
+    packed_decoder: Callable[[Batch], Tensor],
     vocabulary: int,
     dtype: torch.dtype,
     device: torch.device,
 ) -> bool:
-    """Returns whether a made-up pair of rows has the same hidden states packed and separate, up to the rounding that
-    another batch shape causes."""
+    """Returns whether a made-up pair of rows has the same hidden states packed (`packed_decoder`) and separate, up to
+    the rounding that another batch shape causes."""
     ids = (torch.arange(3, 27, device=device).view(1, -1) * 7 % vocabulary).repeat(2, 1)
     ids[1, 16:] = (ids[1, 16:] + 1) % vocabulary
     mask = torch.ones_like(ids, dtype=torch.bool)
@@ -320,12 +322,9 @@ def verify_packing(
         mask,
         shared_prefix=torch.tensor([0, 16], device=device),
     )
-    layout = pack_shared_prefixes(pair, 1 << 20)
-    assert layout is not None, "the pair saves a third"
     separate = decoder(ids, None, None).float()
     try:
-        hidden = decoder(layout.input_ids, layout.attention_mask, layout.position_ids)
-        packed = layout.unpack(hidden).float()
+        packed = packed_decoder(pair).float()
     # The errors that models raise for a 4-D mask: their prompts are not shared.
     except Exception as error:
         if is_out_of_memory(error):

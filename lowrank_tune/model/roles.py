@@ -23,8 +23,8 @@ from lowrank_tune.errors import UserError, first_line
 from lowrank_tune.events import Event
 from lowrank_tune.model import heads as scalar
 from lowrank_tune.model.activation_checkpointing import Checkpointing, checkpoint_layers
+from lowrank_tune.model.active_adapters import ActiveAdapters, Recomputation
 from lowrank_tune.model.base import Base, num_stored_bytes
-from lowrank_tune.model.causal_attention import SameAttention
 from lowrank_tune.model.chunked_mlp import chunk_mlps
 from lowrank_tune.model.compiled_layers import CompiledLayers
 from lowrank_tune.model.decoder import Decoder
@@ -41,6 +41,7 @@ from lowrank_tune.model.logprobs import (
     chunked_logps,
     head_of,
 )
+from lowrank_tune.model.lora_forward import LoraLinears, wider_stacks
 from lowrank_tune.model.module_patterns import resolve_patterns
 from lowrank_tune.model.oom import MemoryLimits
 
@@ -48,43 +49,6 @@ ADAPTER_PREFIX = "lt_"
 """PEFT loses weights of an adapter whose name is part of a module's name, so names get a prefix."""
 TokenIndex = tuple[Tensor, ...]
 """Rows (N,) and columns (N,) of N tokens of a batch."""
-
-
-class _ActiveAdapters(AbstractContextManager[None]):
-    """Activates a stack, and restores the previous one on exit. Can be entered again, as a second backward pass
-    does."""
-
-    def __init__(
-        self,
-        active: list[str],
-        stack: Iterable[str],
-    ) -> None:
-        self.active = active
-        self.stack = list(stack)
-        self.before = list[list[str]]()
-
-    def __enter__(self) -> None:
-        self.before.append(self.active[:])
-        self.active[:] = self.stack
-
-    def __exit__(self, *_: object) -> None:
-        self.active[:] = self.before.pop()
-
-
-class _SamePass(AbstractContextManager[None]):
-    """Activates the stack and the attention function of a forward pass again. Can be entered again."""
-
-    def __init__(self, active: list[str], config: Any) -> None:
-        self.adapters = _ActiveAdapters(active, active)
-        self.attention = SameAttention(config)
-
-    def __enter__(self) -> None:
-        self.adapters.__enter__()
-        self.attention.__enter__()
-
-    def __exit__(self, *_: object) -> None:
-        self.attention.__exit__()
-        self.adapters.__exit__()
 
 
 class Roles:
@@ -127,6 +91,7 @@ class Roles:
         self._undo = ExitStack()
         self.limits = MemoryLimits()
         self._active: list[str] = []
+        self._linears = LoraLinears(self._active)
         torch.manual_seed(seed)
         self._peft: Any = None
         for name, config in adapters.items():
@@ -140,24 +105,19 @@ class Roles:
             )
         self.head: Head = head_of(base.model)
         self.decoder = Decoder(base, self._plain_base, self._emit)
-        width = self.head.weight.shape[1]
         for role in heads:
             is_trained_alone = role in self.trainable and role not in adapters
             assert is_trained_alone or self.stacks[role][-1:] == [ADAPTER_PREFIX + role], (
                 "a head belongs to the top adapter of its own role, or is trained alone"
             )
-            self.heads[role] = scalar.ScalarHead(width, base.device)
+            self.heads[role] = scalar.ScalarHead(self.head.weight.shape[1], base.device)
         self._share_active_list()
         self._freeze_all_but_trainable()
         self._checkpoint(checkpointing, offload)
         self._undo.callback(chunk_mlps(base.model, mlp_chunks, self._recompute_contexts))
         with self.activate("base"):
             check_head(base.model, self.head)
-        if torch_compile:
-            self._undo.callback(restore_layers, base.model)
-            compiled = CompiledLayers(base.model, self._emit)
-            self.decoder.layers_context = compiled.running
-            self.fast_paths.append(compiled)
+        self._add_fast_paths(torch_compile)
 
     @property
     def active_stack(self) -> list[str]:
@@ -172,7 +132,7 @@ class Roles:
     def activate(self, role: str) -> AbstractContextManager[None]:
         """Returns a context in which a role is active: a name in `stacks`, or `base` for no adapter."""
         stack = [] if role == "base" else self.stacks[role]
-        return _ActiveAdapters(self._active, stack)
+        return ActiveAdapters(self._linears, stack)
 
     @contextmanager
     def _plain_base(self) -> Iterator[None]:
@@ -182,6 +142,10 @@ class Roles:
     def inference_mode(self) -> AbstractContextManager[None]:
         """Returns a context with eval mode and without autograd."""
         return self.base.inference_mode()
+
+    def plain_paths(self) -> AbstractContextManager[None]:
+        """Returns a context without the fast paths."""
+        return disabled(self.fast_paths)
 
     def _emit(self, event: Event) -> None:
         self.limits.emit(event)
@@ -238,6 +202,21 @@ class Roles:
         for role, head in self.heads.items():
             yield f"score.{ADAPTER_PREFIX}{role}.weight", head.weight
 
+    def _add_fast_paths(self, torch_compile: bool) -> None:
+        model = self.base.model
+        self.fast_paths.append(self.decoder.packed_rows)
+        if self.base.backend == "transformers":
+            trained = [ADAPTER_PREFIX + name for name in self.trainable]
+            self._linears.wider = wider_stacks(self.stacks.values(), trained)
+            self._linears.install(model)
+            self._undo.callback(self._linears.remove)
+            self.fast_paths.append(self._linears)
+        if torch_compile:
+            self._undo.callback(restore_layers, model)
+            compiled = CompiledLayers(model, self._emit)
+            self.decoder.layers_context = compiled.running
+            self.fast_paths.append(compiled)
+
     def hidden(self, role: str, batch: Batch) -> Tensor:
         """Returns the last hidden states (B, T, d)."""
         self._verify_fast_paths(role)
@@ -247,11 +226,9 @@ class Roles:
     def _verify_fast_paths(self, role: str) -> None:
         """Compares the fast paths with the plain ones, once, before the first pass: on a trained role if there is
         one."""
-        if self.verified:
+        if self.verified or not any(path.enabled for path in self.fast_paths):
             return
         self.verified = True
-        if not any(path.enabled for path in self.fast_paths):
-            return
         role = next((name for name in self.stacks if name in self.trainable), role)
         parameters: dict[str, nn.Parameter] = {}
         if role in self.trainable:
@@ -477,7 +454,7 @@ class Roles:
     def _recompute_contexts(self) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
         """Returns the contexts of a forward pass, and of its recomputation with the adapters and the attention function
         that are active now."""
-        return nullcontext(), _SamePass(self._active, self.base.model.config.get_text_config())
+        return nullcontext(), Recomputation(self._linears, self.decoder.current_attention())
 
     def unload_adapters(self) -> None:
         """Removes all adapters from the base, which is then as it was loaded, for the next `Roles`. This object cannot

@@ -32,6 +32,7 @@ from algorithm_helpers import (
     one_pass,
     policy_over_sft,
     real_collector,
+    record_packing,
     run_with_events,
     step_metrics,
 )
@@ -50,7 +51,6 @@ from lowrank_tune.batch import RolloutBatch
 from lowrank_tune.config import GRPOConfig
 from lowrank_tune.errors import TrainingError
 from lowrank_tune.events import GroupLogged, LogMessage
-from lowrank_tune.model import decoder as decoder_module
 from lowrank_tune.model.adapters import WEIGHTS
 from lowrank_tune.model.roles import Roles
 from lowrank_tune.stats import to_floats
@@ -656,15 +656,7 @@ def test_kl_in_the_reward_equals_numbers_by_hand(roles: Roles) -> None:
 def test_shared_prompts_change_no_gradient(roles: Roles, monkeypatch: pytest.MonkeyPatch) -> None:
     """Reference and old log-probs, loss and gradient with prompts that are computed once are those of whole rows; the
     rows of a group stay adjacent in any split."""
-    packed = list[bool]()
-    pack = decoder_module.pack_shared_prefixes
-
-    def recorded_pack(*arguments: Any) -> Any:
-        layout = pack(*arguments)
-        packed.append(layout is not None)
-        return layout
-
-    monkeypatch.setattr(decoder_module, "pack_shared_prefixes", recorded_pack)
+    packed = record_packing(monkeypatch)
     results = []
     for share, split in (
         (False, {"rows": 4}),

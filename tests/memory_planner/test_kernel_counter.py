@@ -74,11 +74,15 @@ def test_a_matrix_product_is_2mnk_and_its_operands() -> None:
     assert kernel == Kernel(KernelKind.GEMM, 2 * (15 + 35 + 21), 2 * 3 * 5 * 7)
 
 
-@pytest.mark.parametrize(("batched", "flops"), [("bmm", 4 * 2 * 3 * 5 * 7), ("addmm", 2 * 3 * 5 * 7)])
+@pytest.mark.parametrize(
+    ("batched", "flops"), [("bmm", 4 * 2 * 3 * 5 * 7), ("addmm", 2 * 3 * 5 * 7), ("addmm_", 2 * 3 * 5 * 7)]
+)
 def test_other_matrix_products(batched: str, flops: int) -> None:
     with counter_of() as counter:
         if batched == "bmm":
             torch.bmm(meta(4, 3, 5), meta(4, 5, 7))
+        elif batched == "addmm_":
+            meta(3, 7).addmm_(meta(3, 5), meta(5, 7))
         else:
             torch.addmm(meta(7), meta(3, 5), meta(5, 7))
     assert flops_of(kernels(counter.counts)) == flops

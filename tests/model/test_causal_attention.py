@@ -47,6 +47,7 @@ def logps_and_gradient(roles: Roles, batch: Batch) -> tuple[Tensor, Tensor]:
 def test_rows_without_a_mask_compute_the_same_bits(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     base = unquantized_base(kind)
     roles = roles_over(base, checkpointing=kind == "llama")
+    roles.decoder.packed_rows.enabled = False
     perturb(roles, "policy")
     batch = make_batch(ROWS)
     with causal_attention(base.model, 6):

@@ -32,6 +32,7 @@ from lowrank_tune.events import Event, from_json
 from lowrank_tune.generation import Engine, engine
 from lowrank_tune.model import oom
 from lowrank_tune.model.decoder import Decoder
+from lowrank_tune.model.packed_rows import PackedRows
 from lowrank_tune.ui.state import State
 from lowrank_tune.ui.terminal.panes import View
 from lowrank_tune.ui.terminal.render import render
@@ -67,6 +68,7 @@ def small_gpu(update: float = float("inf"), forward: float = float("inf")) -> It
         patch.setattr(Decoder, "run", decode)
         # whole rows, so that a batch has the tokens that it is counted by
         patch.setattr(Decoder, "max_shareable_length", 0)
+        patch.setattr(PackedRows, "hidden", lambda *_: None)
         # compared by a forward pass, which is not one of the run
         patch.setattr(Decoder, "runs_without_masks", True)
         yield refused

@@ -50,6 +50,8 @@ def roles_of(kind: str, checkpointing: bool = False) -> Roles:
     base = load_base_of(int(kind)) if kind.isdigit() else unquantized_base(kind, **KINDS[kind])
     roles = roles_over(base, lower=["sft"], checkpointing=checkpointing)
     perturb(roles, "sft", "policy")
+    # test_packing.py tests the way without masks.
+    roles.decoder.packed_rows.enabled = False
     return roles
 
 
@@ -277,6 +279,7 @@ def test_windows_and_models_without_such_masks_keep_rows_apart(
         if kind == "bloom"
         else roles_over(unquantized_base(kind, **changes))
     )
+    roles.decoder.packed_rows.enabled = False
     assert LONG.input_ids.shape[1] == 29 and shares(roles, LONG) == expected
 
 
