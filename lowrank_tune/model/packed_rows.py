@@ -33,8 +33,8 @@ class PackedRows:
     """A fast path of `Decoder.hidden` (`model/fast_paths.py`) that computes no padding, and beginnings that rows share
     once.
 
-    Models that are not known to compute each segment of a packed row alone never take it. The first call says so, with
-    one message to `emit`.
+    Rows of models that are not known to compute each segment of a packed row alone are padded. `emit` receives one
+    message with the reason.
     """
 
     name = "packed rows"

@@ -22,6 +22,7 @@ from models import (
     unquantized_base,
     zero_grad,
 )
+from test_recovery import ALGORITHMS, steps_of, watched_loop
 from test_tree import groups, some_groups
 from torch import Tensor
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -125,6 +126,21 @@ def test_any_split_into_micro_batches_has_the_same_gradient() -> None:
             assert micro.token_weights is not None
             (roles.logps("policy", micro).logps * micro.token_weights).sum().backward()  # type: ignore[no-untyped-call]
         assert relative_error(gradients(roles), whole) < 1e-5
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ALGORITHMS)
+def test_every_algorithm_has_the_losses_and_gradients_of_padded_rows(name: str) -> None:
+    runs = []
+    for is_packed in (True, False):
+        loop, roles, optimizer, events = watched_loop(name)
+        roles.decoder.packed_rows.enabled = roles.decoder.share_prefixes = is_packed
+        assert loop.run()
+        assert roles.decoder.packed_rows._obstacle is None
+        runs.append((optimizer.seen, [step.stats["loss"] for step in steps_of(events)]))
+    (packed, losses), (padded, expected) = runs
+    assert max(relative_error(one, other) for one, other in zip(packed, padded, strict=True)) < 1e-5
+    assert losses == pytest.approx(expected, rel=1e-5, abs=1e-6)
 
 
 def dense_attention(query: Tensor, key: Tensor, value: Tensor, seen: Tensor, scale: float) -> Tensor:
@@ -294,7 +310,7 @@ def messages(events: list[Event]) -> list[str]:
         ("llama", {"attn_implementation": "eager"}, "llama layers may not"),
     ],
 )
-def test_other_models_pad_rows_and_say_so_once(kind: str, changes: dict[str, Any], words: str) -> None:
+def test_other_models_pad_rows_and_report_it_once(kind: str, changes: dict[str, Any], words: str) -> None:
     roles = roles_over(unquantized_base(kind, **changes))
     if "attn_implementation" in changes:
         roles.base.model.set_attn_implementation("eager")
@@ -303,8 +319,8 @@ def test_other_models_pad_rows_and_say_so_once(kind: str, changes: dict[str, Any
     batch = ragged_batch()
     for _ in range(2):
         assert decoder_sizes(roles, batch)[-1] == batch.input_ids.numel()
-    said = [message for message in messages(events) if "rows are padded" in message]
-    assert len(said) == 1 and words in said[0]
+    reported = [message for message in messages(events) if "rows are padded" in message]
+    assert len(reported) == 1 and words in reported[0]
 
 
 def test_a_window_that_is_longer_than_all_rows_is_no_obstacle() -> None:
@@ -379,8 +395,8 @@ def test_a_wrong_alignment_is_found_at_start_up(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(attention_module, "attend_to_segments", _aligned_at_the_first_key)
     batch = groups([12], [[5, 9]])
     assert decoder_sizes(roles, batch)[-1] == 32, "the tree with a mask"
-    said = [message for message in messages(events) if "attention over segments computes something else" in message]
-    assert len(said) == 1 == len(events)
+    reported = [message for message in messages(events) if "attention over segments computes something else" in message]
+    assert len(reported) == 1 == len(events)
     assert roles.decoder.packed_rows.hidden(batch, True) is None
 
 
