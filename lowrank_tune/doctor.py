@@ -29,6 +29,7 @@ from rich.table import Table
 from rich.text import Text
 
 from lowrank_tune import unsloth_import
+from lowrank_tune.model.compiler_check import missing_for_compile
 from lowrank_tune.offline import hub_address, offline_variable, unreachable_reason
 from lowrank_tune.paths import cache_folder, hub_folder, nearest_existing
 from lowrank_tune.ui import escape_control_chars
@@ -98,6 +99,7 @@ def run_checks(environ: Mapping[str, str] = os.environ) -> list[CheckResult]:
         "versions": versions,
         "CUDA": gpu,
         "4 bits": bitsandbytes_4bit,
+        "compiler": partial(compiler, environ),
         "disk": partial(disk, environ),
         "hub": partial(hub, environ),
         "terminal": partial(terminal, environ),
@@ -283,6 +285,23 @@ def bitsandbytes_4bit() -> Iterator[CheckResult]:
 
 def _relative_error(actual: Any, expected: Any) -> float:
     return float(((actual.detach().float() - expected).norm() / expected.norm()).item())
+
+
+def compiler(environ: Mapping[str, str]) -> Iterator[CheckResult]:
+    """Reports whether layers are compiled for the GPU, and without a GPU whether they can be compiled."""
+    torch: Any = importlib.import_module("torch")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    missing = missing_for_compile(device, environ)
+    fix = ""
+    if device == "cpu":
+        possible = f"not possible: {missing}" if missing else "possible"
+        detail = f"layers are compiled only on a GPU; on the CPU, with train.torch_compile=true, {possible}"
+    elif missing:
+        detail = "layers are not compiled on the GPU, so that training is slower"
+        fix = missing
+    else:
+        detail = "layers are compiled on the GPU (train.torch_compile=auto)"
+    yield _result("compiler", detail, fix, "warning")
 
 
 def disk(environ: Mapping[str, str]) -> Iterator[CheckResult]:

@@ -150,6 +150,7 @@ def roles_over(
     only: str = "policy",
     offload: bool = False,
     mlp_chunks: int = 1,
+    torch_compile: bool = False,
     **lora: Any,
 ) -> Roles:
     """Returns roles with `policy`, or `only`, on top of `lower`; `extra` are more adapters, `heads` the roles with a
@@ -175,6 +176,7 @@ def roles_over(
         heads=heads,
         offload=offload,
         mlp_chunks=mlp_chunks,
+        torch_compile=torch_compile,
     )
     # Compared once, by forward passes that the tests must not count. Fast paths are not compared, and enabled.
     _ = roles.decoder.runs_without_masks
@@ -184,6 +186,12 @@ def roles_over(
 
 def llama_roles(bits: int = 4, **more: Any) -> Roles:
     return roles_over(load_base_of(bits), **more)
+
+
+def use_plain_paths(roles: Roles) -> None:
+    """Disables all fast paths."""
+    for path in roles.fast_paths:
+        path.enabled = False
 
 
 def perturb(roles: Roles, *names: str, seed: int = 1, size: float = 0.1) -> None:

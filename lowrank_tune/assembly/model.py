@@ -14,6 +14,7 @@ from lowrank_tune.events import Emit, LogMessage, loading_progress, warning
 from lowrank_tune.model import unsloth
 from lowrank_tune.model.adapters import SavedAdapter
 from lowrank_tune.model.base import Base, load_base
+from lowrank_tune.model.compiler_check import missing_for_compile
 from lowrank_tune.model.gpu_memory import budget_of, limit_gpu_memory, read_gpu_memory
 from lowrank_tune.model.heads import HEAD_WEIGHT_KEY
 from lowrank_tune.model.logprobs import CHUNK_LOGITS
@@ -80,6 +81,24 @@ def logits_chunk_of(recipe: RecipeConfig) -> int:
     return recipe.train.logits_chunk
 
 
+def compiles_layers(
+    recipe: RecipeConfig,
+    device: torch.device,
+    emit: Emit,
+) -> bool:
+    """Returns whether the decoder layers are compiled. Emits what is missing, unless the CPU would be used anyway."""
+    setting = recipe.train.torch_compile
+    if not setting or recipe.base.backend != "transformers" or recipe.train.mlp_chunks > 1:
+        return False
+    if setting == "auto" and device.type != "cuda":
+        return False
+    missing = missing_for_compile(device.type)
+    if missing:
+        message = f"layers are not compiled (`train.torch_compile`): {missing}"
+        emit(LogMessage(message=message) if setting == "auto" else warning(message))
+    return not missing
+
+
 def load_roles(
     recipe: RecipeConfig,
     base: Base,
@@ -112,6 +131,7 @@ def load_roles(
         offload=recipe.train.activation_offloading,
         mlp_chunks=recipe.train.mlp_chunks,
         logits_chunk=logits_chunk_of(recipe),
+        torch_compile=compiles_layers(recipe, base.device, emit),
     )
     roles.limits = MemoryLimits(
         budget_bytes=budget_of(recipe.train.memory_budget_gib, gpu_budget_bytes),

@@ -166,6 +166,11 @@ def unsloth_findings(recipe: RecipeConfig, earlier: EarlierStages) -> Iterator[F
             ("train", "mlp_chunks"),
             "does nothing with `base.backend: unsloth`, which computes the MLPs by itself",
         )
+    if recipe.train.torch_compile is True:
+        yield (
+            ("train", "torch_compile"),
+            "does nothing with `base.backend: unsloth`, which has its own kernels; use `transformers`, or leave it out",
+        )
     if recipe.algorithm in ALGORITHMS and recipe.algorithm not in UNSLOTH_ALGORITHMS:
         yield (
             path,

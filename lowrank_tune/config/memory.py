@@ -13,6 +13,7 @@ MEMORY_SETTINGS = (
     "train.activation_offloading",
     "train.mlp_chunks",
     "train.logits_chunk",
+    "train.torch_compile",
     "train.memory_budget_gib",
     "train.memory_check",
     "rollout.max_num_seqs",

@@ -61,6 +61,10 @@ class TrainingConfig(Settings):
     mlp_chunks: PositiveInt = 1
     """Computes the MLP of each layer in this many chunks of the sequence, each recomputed in the backward pass: longer
     rows, more time. A chunk has at least 1,024 tokens. Never changes the gradient, except for rounding."""
+    torch_compile: bool | Literal["auto"] = "auto"
+    """Compiles the decoder layers with torch.compile before the first step: less memory and time for each step. `auto`:
+    on a GPU if Triton and a C compiler are installed, and not on the CPU. Before the first step the compiled layers are
+    compared with the plain ones, which are used if they differ. Never changes the result, except for rounding."""
     logits_chunk: PositiveInt | Literal["auto"] = "auto"
     """Logits that exist at once, a power of two: the output head runs over as many tokens as have so many. Fewer need
     less memory, more read the head's weight less often. `auto`: 67108864 on a GPU if they fit by plan, else 16777216.
@@ -115,7 +119,8 @@ class TrainingConfig(Settings):
 
     def findings(self) -> Iterator[Finding]:
         """Yields a missing end of the run, a warm-up that does not finish before it, offloading without recomputed
-        layers, a project without a tracker that has projects, and a chunk of logits that is no power of two."""
+        layers, compiled layers with MLPs in chunks, a project without a tracker that has projects, and a chunk of
+        logits that is no power of two."""
         if not self.is_set("max_steps") and not self.is_set("num_train_epochs"):
             yield (
                 ("max_steps",),
@@ -125,6 +130,12 @@ class TrainingConfig(Settings):
             yield (
                 ("activation_offloading",),
                 "does nothing without `train.gradient_checkpointing`: it moves what recomputed layers keep",
+            )
+        if self.torch_compile is True and self.mlp_chunks > 1:
+            yield (
+                ("torch_compile",),
+                "contradicts `train.mlp_chunks`: layers whose MLPs run in chunks are not compiled; leave out one "
+                "of the two",
             )
         if self.is_set("project") and set(PROJECT_TRACKERS).isdisjoint(self.trackers):
             yield (

@@ -9,7 +9,7 @@ modules is replaced, and the scratch is freed after the rollout.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -21,9 +21,15 @@ from bitsandbytes.nn import Linear4bit
 from torch import Tensor, nn
 
 from lowrank_tune.generation.cpu_norms import fused_norms
+from lowrank_tune.model.lora_modules import (
+    base_layer_of,
+    groups_of_same_input,
+    has_forward_hooks,
+    is_plain_lora,
+    joined_adapters,
+)
 
 Forward = Callable[[Tensor], Tensor]
-FUSABLE_GROUPS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 
 
 @contextmanager
@@ -61,7 +67,7 @@ class _LinearWeights:
     @property
     def is_unpacked(self) -> bool:
         """Whether the weight is a copy of a 4-bit weight, which can be joined with others."""
-        return type(_base_layer(self.module)) is Linear4bit
+        return type(base_layer_of(self.module)) is Linear4bit
 
     @property
     def forward(self) -> Forward:
@@ -93,7 +99,7 @@ class FastLinears(AbstractContextManager[None]):
             self.scratch_bytes = 0
         self.forwards: list[tuple[nn.Module, Forward]] = []
         wrapped = {id(module.base_layer) for module in model.modules() if hasattr(module, "base_layer")}
-        for group in _fusable_groups(module for module in model.modules() if id(module) not in wrapped):
+        for group in groups_of_same_input(module for module in model.modules() if id(module) not in wrapped):
             parts = []
             for module in group:
                 part = _linear_weights(module, stack, self.scratch_bytes > 0)
@@ -203,25 +209,6 @@ def _unpacked_bytes(model: nn.Module) -> int:
     return sum(4 * module.in_features * module.out_features for module in packed)
 
 
-def _fusable_groups(modules: Iterable[Any]) -> list[list[Any]]:
-    """Returns all modules in groups: query, key and value together, gate and up together, every other module alone."""
-    groups = []
-    seen = set[int]()
-    for module in modules:
-        for names in FUSABLE_GROUPS:
-            group = [getattr(module, name) for name in names if hasattr(module, name)]
-            if len(group) == len(names) and seen.isdisjoint(map(id, group)):
-                groups.append(group)
-                seen.update(map(id, group))
-        if id(module) not in seen:
-            groups.append([module])
-    return groups
-
-
-def _base_layer(module: Any) -> Any:
-    return getattr(module, "base_layer", module)
-
-
 def _linear_weights(
     module: Any,
     stack: Sequence[str],
@@ -229,15 +216,15 @@ def _linear_weights(
 ) -> _LinearWeights | None:
     """Returns the module's weights, or None if no faster forward is possible: for other kinds of modules and adapters,
     and for modules with hooks that must run at each call."""
-    base = _base_layer(module)
-    if base is not module and not _is_plain_lora(module, stack):
+    base = base_layer_of(module)
+    if base is not module and not is_plain_lora(module, stack):
         return None
     if _has_hooks(module) or _has_hooks(base):
         return None
     if type(base) is Linear4bit and unpack and base.compute_dtype in (None, torch.float32):
         packed = base.weight
         weight = dequantize_4bit(packed.data, packed.quant_state).float().T.contiguous()
-        down, up = _joined_adapters(module, stack, weight)
+        down, up = joined_adapters(module, stack, weight)
         return _LinearWeights(
             module,
             weight.addmm_(down, up),
@@ -247,7 +234,7 @@ def _linear_weights(
         )
     if type(base) is nn.Linear and base.weight.dtype == torch.float32:
         weight = base.weight.detach().T
-        down, up = _joined_adapters(module, stack, weight)
+        down, up = joined_adapters(module, stack, weight)
         if len(up):
             return _LinearWeights(
                 module,
@@ -260,33 +247,4 @@ def _linear_weights(
 
 
 def _has_hooks(module: Any) -> bool:
-    return "forward" in vars(module) or bool(module._forward_hooks or module._forward_pre_hooks)
-
-
-def _is_plain_lora(module: Any, stack: Sequence[str]) -> bool:
-    """Returns whether PEFT computes base(x) + scaling B A x for each adapter of the stack, and nothing else."""
-    if not all(hasattr(module, name) for name in ("lora_A", "lora_B", "scaling", "lora_variant")):
-        return False
-    if module.merged or module.disable_adapters or getattr(module, "fan_in_fan_out", False):
-        return False
-    adapter_names = [name for name in stack if name in module.lora_A]
-    return all(name not in module.lora_variant and module.lora_B[name].bias is None for name in adapter_names)
-
-
-def _joined_adapters(
-    module: Any,
-    stack: Sequence[str],
-    weight: Tensor,
-) -> tuple[Tensor, Tensor]:
-    """Returns all adapters of the stack as one, for a weight (in, out): down (in, r) and up (r, out), scaled. r is 0 if
-    no adapter of the stack changes the module."""
-    downs = []
-    ups = []
-    for name in stack:
-        if name in getattr(module, "lora_A", ()):
-            downs.append(module.lora_A[name].weight.detach())
-            ups.append(module.lora_B[name].weight.detach() * module.scaling[name])
-    if not downs:
-        in_features, out_features = weight.shape
-        return weight.new_zeros(in_features, 0), weight.new_zeros(0, out_features)
-    return torch.cat(downs).T.contiguous(), torch.cat(ups, dim=1).T.contiguous()
+    return "forward" in vars(module) or has_forward_hooks(module)

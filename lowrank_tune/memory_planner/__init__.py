@@ -54,8 +54,8 @@ def plan_with_time(
     for spec in simulation_specs(loaded, device):
         vram = vram_bytes(spec, vram_gib)
         fitted_plan = with_fit_report(spec, plan_of(spec, vram, spec.recipe.name))
-        choice = choice_of(spec, fitted_plan)
-        fitted_plan = with_auto_advice(spec, fitted_plan, choice.values)
+        choice = choice_of(spec, fitted_plan, gpu)
+        fitted_plan = with_auto_advice(spec, fitted_plan, choice)
         run_time = None
         if gpu is not None and fitted_plan.fits:
             run_time = estimate_run_time(

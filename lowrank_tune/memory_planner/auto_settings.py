@@ -3,65 +3,87 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from lowrank_tune.memory_planner.cached_simulation import cached_peaks
 from lowrank_tune.memory_planner.extrapolation import MIN_LAYERS, fit_linear_model
 from lowrank_tune.memory_planner.fit import DEFAULT_STEP_UNITS, ENOUGH_TOKENS, Search
+from lowrank_tune.memory_planner.gpu_specs import GpuSpec
 from lowrank_tune.memory_planner.meta_model import layers_of
 from lowrank_tune.memory_planner.plan_report import DECODING_PHASES, Phase, Plan, needed
 from lowrank_tune.memory_planner.planner import peaks_of, phases_in
 from lowrank_tune.memory_planner.simulation import SimulationSpec
 from lowrank_tune.memory_planner.sizes import step_units
+from lowrank_tune.memory_planner.update_times import fit_update_times, seconds_with
 from lowrank_tune.model.logprobs import CHUNK_LOGITS, LARGE_CHUNK_LOGITS
 
 AUTO_MARGIN = 0.03
 """Share of the GPU's memory that a chosen value leaves free, because a plan is an estimate."""
 
+FEWEST_TOKENS = 2048
+"""Tokens of the smallest micro-batch that is tried to recompute fewer layers."""
 AUTO_SETTINGS = ("micro_batch_size", "gradient_checkpointing", "logits_chunk")
 """Settings of `train` that may be `auto`."""
 
 
 @dataclass(frozen=True)
 class AutoChoice:
-    """The values of the settings of `train` that are `auto`, and the plan with them. No values if none fits."""
+    """The values of the settings of `train` that are `auto`, and the plan with them. No values if none fits. `gain` is
+    the speed of the update relative to one that recomputes all layers, 0 if it is unknown."""
 
     values: dict[str, int]
     plan: Plan
+    gain: float = 0.0
 
 
-def choose_auto_settings(spec: SimulationSpec, plan: Plan) -> AutoChoice:
+def choose_auto_settings(spec: SimulationSpec, plan: Plan, gpu: GpuSpec | None = None) -> AutoChoice:
     """Returns the values of settings that are `auto`: units of a micro-batch, recomputed layers, and logits of a chunk.
-    The micro-batch is only as large as speed needs if layers are `auto` too, then as few layers as possible are
-    recomputed, and a large chunk takes memory that is left. A plan with these values fits. `plan` is the plan of the
-    recipe as it is written."""
+
+    As few layers as possible are recomputed. If the micro-batch is `auto` too, it is the one with which the update is
+    fastest on `gpu`: a smaller one may leave memory for the activations of more layers. A large chunk takes memory that
+    is left. A plan with these values fits. `plan` is the plan of the recipe as it is written.
+    """
     train = spec.recipe.train
     values = dict[str, int]()
+    gain = 0.0
+    sizes = [spec.sizes]
     if train.micro_batch_size == "auto":
         units = _micro_batch(spec, plan)
         if not units:
             return AutoChoice({}, plan)
-        values["micro_batch_size"] = units
-        spec = replace(spec, sizes=Search(spec, plan).with_micro_batch(units))
-    chosen = _plan_with(spec, plan, plan.recomputed)
+        sizes = [Search(spec, plan).with_micro_batch(number) for number in _smaller_units(spec, plan, units)]
     if train.gradient_checkpointing == "auto":
-        chosen = _fewest_layers(spec, chosen)
+        chosen, gain = _fastest([replace(spec, sizes=size) for size in sizes], plan, gpu)
         values["gradient_checkpointing"] = chosen.recomputed
+    else:
+        chosen = _plan_with(replace(spec, sizes=sizes[0]), plan, plan.recomputed)
     if not chosen.fits:
         return AutoChoice({}, plan)
+    if train.micro_batch_size == "auto":
+        values = {"micro_batch_size": chosen.sizes.units, **values}
+    spec = replace(spec, sizes=chosen.sizes)
     if train.logits_chunk == "auto":
         larger = _with_large_chunk(spec, chosen)
         values["logits_chunk"] = CHUNK_LOGITS
         if fits_with_margin(larger):
             values["logits_chunk"] = LARGE_CHUNK_LOGITS
             chosen = larger
-    return AutoChoice(values, chosen)
+    return AutoChoice(values, chosen, gain)
 
 
 def describe_values(values: Mapping[str, int]) -> str:
     """Returns chosen values as they are typed."""
     return " ".join(f"train.{key}={value}" for key, value in values.items())
+
+
+def describe_gain(choice: AutoChoice) -> str:
+    """Returns what a choice gains, in one line."""
+    plan = choice.plan
+    return (
+        f"a micro-batch of {plan.sizes.units}, {plan.recomputed} of {plan.layers} layers recomputed: the update is "
+        f"{choice.gain:.1f}x as fast as with all recomputed, by count"
+    )
 
 
 def auto_settings_of(spec: SimulationSpec) -> list[str]:
@@ -78,19 +100,22 @@ def kept_values(spec: SimulationSpec, chosen: Mapping[str, int]) -> dict[str, in
     return {key: chosen[key] for key in keys}
 
 
-def choice_of(spec: SimulationSpec, plan: Plan) -> AutoChoice:
+def choice_of(spec: SimulationSpec, plan: Plan, gpu: GpuSpec | None = None) -> AutoChoice:
     """Returns the values that a run with this memory would choose; none if no memory is given, if the recipe has no
     such setting, or if the plan has advice because it does not fit."""
     if not plan.vram or plan.advice or not auto_settings_of(spec):
         return AutoChoice({}, plan)
-    return choose_auto_settings(spec, plan)
+    return choose_auto_settings(spec, plan, gpu)
 
 
-def with_auto_advice(spec: SimulationSpec, plan: Plan, values: Mapping[str, int]) -> Plan:
+def with_auto_advice(spec: SimulationSpec, plan: Plan, choice: AutoChoice) -> Plan:
     """Adds chosen values to a plan, if they are more than the chunk of logits, which is `auto` by default."""
-    if not values or auto_settings_of(spec) == ["logits_chunk"]:
+    if not choice.values or auto_settings_of(spec) == ["logits_chunk"]:
         return plan
-    return replace(plan, advice=f"auto: a run with this memory has {describe_values(values)}")
+    plan = replace(plan, advice=f"auto: a run with this memory has {describe_values(choice.values)}")
+    if choice.gain:
+        return replace(plan, notes=(*plan.notes, describe_gain(choice)))
+    return plan
 
 
 def with_auto_values(spec: SimulationSpec, choice: AutoChoice) -> SimulationSpec:
@@ -114,6 +139,36 @@ def _micro_batch(spec: SimulationSpec, plan: Plan) -> int:
     for room in (_room(plan), plan.vram):
         units = units or Search(spec, replace(plan, vram=room)).units(max_units)
     return units
+
+
+def _smaller_units(spec: SimulationSpec, plan: Plan, units: int) -> list[int]:
+    """Returns the micro-batches that are compared if layers are `auto` too: `units`, and its halves."""
+    candidates = [units]
+    tokens = plan.sizes.length * plan.sizes.rows_per_unit
+    if spec.recipe.train.gradient_checkpointing == "auto":
+        while candidates[-1] > 1 and candidates[-1] // 2 * tokens >= FEWEST_TOKENS:
+            candidates.append(candidates[-1] // 2)
+    return candidates
+
+
+def _fastest(specs: Sequence[SimulationSpec], plan: Plan, gpu: GpuSpec | None) -> tuple[Plan, float]:
+    """Returns the plan of the fastest of some micro-batches, the largest first, each with the fewest recomputed layers,
+    and how much faster it is than the largest with all layers recomputed."""
+    best = _fewest_layers(specs[0], _plan_with(specs[0], plan, plan.recomputed))
+    if not best.fits or (best.recomputed == plan.layers and len(specs) == 1):
+        return best, 0.0
+    times = fit_update_times(specs[0], gpu)
+    all_recomputed = seconds_with(times, specs[0], plan.layers)
+    shortest = seconds_with(times, specs[0], best.recomputed)
+    # A smaller micro-batch unpacks the weights more often.
+    for spec in specs[1:]:
+        if not best.recomputed:
+            break
+        smaller = _fewest_layers(spec, _plan_with(spec, plan, plan.recomputed))
+        seconds = seconds_with(fit_update_times(spec, gpu), spec, smaller.recomputed)
+        if smaller.fits and seconds < shortest:
+            best, shortest = smaller, seconds
+    return best, all_recomputed / shortest
 
 
 def _fewest_layers(spec: SimulationSpec, all_recomputed: Plan) -> Plan:

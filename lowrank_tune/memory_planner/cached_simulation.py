@@ -48,17 +48,21 @@ def cached_peaks(
     return cached_result(spec, layers, only_update).peaks
 
 
-def cached_kernels(spec: SimulationSpec, layers: Sequence[Layer]) -> KernelCounts:
+def cached_kernels(
+    spec: SimulationSpec,
+    layers: Sequence[Layer],
+    only_update: bool = False,
+) -> KernelCounts:
     """Returns the result of `count_kernels`, from the cache if it is there."""
     key = simulation_key(
         spec,
         layers,
-        False,
+        only_update,
         "kernels",
     )
     result = read_result(key)
     if result is None:
-        result = SimulationResult(kernels=count_kernels(spec, layers))
+        result = SimulationResult(kernels=count_kernels(spec, layers, only_update))
         write_result(key, result)
     return result.kernels
 
@@ -82,6 +86,7 @@ def simulation_key(
         "rollouts": {name: asdict(rollout) for name, rollout in spec.rollouts.items()},
         "layers": [asdict(layer) for layer in layers],
         "only_update": only_update,
+        "compiled": spec.compiled,
         "code": code_hash(),
         "libraries": library_versions(),
         "python": platform.python_version(),

@@ -51,12 +51,12 @@ def fit_linear_model(simulate: Callable[[Sequence[Layer]], Peaks], counts: Mappi
     from those of the first to those of the last. A peak over several points is not linear.
     """
     base_counts = {layer: min(MIN_LAYERS, count) for layer, count in counts.items()}
-    base_peaks = simulate(_with_num_layers(base_counts))
+    base_peaks = simulate(with_num_layers(base_counts))
     extra_peaks = dict[Layer, Peaks]()
     for layer, count in counts.items():
         if count > MIN_LAYERS:
             one_more = {**base_counts, layer: MIN_LAYERS + 1}
-            extra_peaks[layer] = simulate(_with_num_layers(one_more))
+            extra_peaks[layer] = simulate(with_num_layers(one_more))
     return LinearInDepth(base_counts, base_peaks, extra_peaks)
 
 
@@ -66,7 +66,7 @@ def extrapolate_layers(simulate: Callable[[Sequence[Layer]], Peaks], layers: Seq
     return fit_linear_model(simulate, counts).at_depth(counts)
 
 
-def _with_num_layers(counts: Mapping[Layer, int]) -> list[Layer]:
+def with_num_layers(counts: Mapping[Layer, int]) -> list[Layer]:
     """Returns the layers in their order: recomputed ones are first."""
     layers = []
     for layer in sorted(counts, key=lambda layer: not layer.recomputed):
@@ -79,12 +79,12 @@ def extrapolate_counts(count: Callable[[Sequence[Layer]], KernelCounts], layers:
     layers may have a negative count: sums over all kernels are right."""
     counts = Counter(layers)
     base_counts = {layer: min(MIN_LAYERS, number) for layer, number in counts.items()}
-    base = count(_with_num_layers(base_counts))
+    base = count(with_num_layers(base_counts))
     total = {phase: dict(kernels) for phase, kernels in base.items()}
     for layer, number in counts.items():
         num_more = number - base_counts[layer]
         if num_more:
-            extra = count(_with_num_layers({**base_counts, layer: MIN_LAYERS + 1}))
+            extra = count(with_num_layers({**base_counts, layer: MIN_LAYERS + 1}))
             for phase, kernels in total.items():
                 _add_growth(
                     kernels,

@@ -151,8 +151,8 @@ def _attention_kernel(
 
 
 def _product_flops(name: str, given: Mapping[str, Any]) -> int:
-    """Returns 2 m n k of a matrix product, 0 for another operator."""
-    match name:
+    """Returns 2 m n k of a matrix product, 0 for another operator. A product in place has the same arguments."""
+    match name.removesuffix("_"):
         case "mm" | "addmm":
             left = given.get("mat1", given.get("self"))
             return 2 * int(left.numel()) * int(given["mat2"].shape[-1])
@@ -172,17 +172,17 @@ def _bytes_of(
     outputs: Any,
 ) -> int:
     """Returns the bytes that are read and written; nothing is assumed to stay in a cache."""
-    written = sum(_size(tensor) for tensor in _tensors(outputs))
+    written = sum(stored_bytes(tensor) for tensor in _tensors(outputs))
     if not func._schema.returns:
-        written = sum(_size(tensor) for tensor in _tensors(_overwritten(func, args)))
+        written = sum(stored_bytes(tensor) for tensor in _tensors(_overwritten(func, args)))
     if func in GATHERS:
         return 2 * written
     if func in SCATTERS:
-        return 2 * max(_size(tensor) for tensor in _tensors((args[1:], kwargs)))
+        return 2 * max(stored_bytes(tensor) for tensor in _tensors((args[1:], kwargs)))
     inputs = list(_tensors((args, kwargs)))
     if func is aten.copy_.default:
-        return written + _size(args[1])
-    return written + sum(_size(tensor) for tensor in inputs)
+        return written + stored_bytes(args[1])
+    return written + sum(stored_bytes(tensor) for tensor in inputs)
 
 
 def _overwritten(func: Any, args: Sequence[Any]) -> list[Any]:
@@ -200,7 +200,7 @@ def _tensors(values: Any) -> Iterator[Tensor]:
             yield leaf
 
 
-def _size(tensor: Tensor) -> int:
+def stored_bytes(tensor: Tensor) -> int:
     """Returns the bytes of the elements that are stored: an expanded dimension is stored once."""
     elements = 1
     for size, stride in zip(tensor.shape, tensor.stride(), strict=True):

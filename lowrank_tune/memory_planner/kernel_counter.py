@@ -38,6 +38,10 @@ class KernelCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]
         finally:
             self.weight = before
 
+    def add(self, kernel: Kernel) -> None:
+        """Counts a kernel for the phase of the tracker's program point."""
+        self.counts.setdefault(self.tracker.point[0], Counter())[kernel] += self.weight
+
     def __torch_dispatch__(
         self,
         func: Any,
@@ -66,5 +70,5 @@ class KernelCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]
             outputs,
         )
         if kernel is not None:
-            self.counts.setdefault(self.tracker.point[0], Counter())[kernel] += self.weight
+            self.add(kernel)
         return outputs

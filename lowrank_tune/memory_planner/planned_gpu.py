@@ -50,6 +50,12 @@ def gpu_named(name: str) -> GpuSpec:
     raise UserError(f"--gpu {name}: not known; the known ones are {names}")
 
 
+def installed_gpu_spec() -> GpuSpec | None:
+    """Returns the rates of this machine's GPU, None without a GPU or for an unknown one."""
+    memory = read_gpu_memory()
+    return None if memory is None else spec_of_device(memory.name)
+
+
 def spec_of_device(device_name: str) -> GpuSpec | None:
     """Returns the GPU whose words the name of a device contains, None for another device: a laptop's GPU has another
     rate than the desktop's of the same number."""

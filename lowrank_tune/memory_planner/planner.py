@@ -14,6 +14,7 @@ from lowrank_tune.generation.engine import device_memory, gpu_cache_bytes
 from lowrank_tune.generation.kv_cache import slots_that_fit
 from lowrank_tune.generation.slot_cache import layer_windows
 from lowrank_tune.memory_planner.cached_simulation import cached_peaks
+from lowrank_tune.memory_planner.compiled_layers import plans_compiled_layers
 from lowrank_tune.memory_planner.extrapolation import Peaks, extrapolate_layers
 from lowrank_tune.memory_planner.meta_model import config_for, layers_of
 from lowrank_tune.memory_planner.plan_report import GIB, PHASE_SEPARATOR, Phase, Plan, needed
@@ -44,6 +45,7 @@ def make_spec(
         sizes_of(recipe),
         loaded,
         reward_base_adapters,
+        compiled=plans_compiled_layers(recipe, device),
     )
 
 

@@ -14,11 +14,13 @@ from lowrank_tune.memory_planner.auto_settings import (
     AutoChoice,
     auto_settings_of,
     choose_auto_settings,
+    describe_gain,
     describe_values,
     kept_values,
 )
 from lowrank_tune.memory_planner.fit import with_fit_report
 from lowrank_tune.memory_planner.plan_report import GIB, Plan
+from lowrank_tune.memory_planner.planned_gpu import installed_gpu_spec
 from lowrank_tune.memory_planner.planner import plan_of, vram_bytes
 from lowrank_tune.memory_planner.simulation import SimulationSpec
 from lowrank_tune.memory_planner.specs import simulation_specs
@@ -101,10 +103,13 @@ def _plan_stage(
     plan = plan_of(spec, vram, name)
     choice = AutoChoice({}, plan)
     if auto_settings_of(spec):
-        choice = choose_auto_settings(spec, plan)
+        choice = choose_auto_settings(spec, plan, installed_gpu_spec())
     fit.changes[name] = choice.values
     if choice.values:
-        emit(LogMessage(message=f"{name}: {_describe(choice.plan)}; auto is {describe_values(choice.values)}"))
+        message = f"{name}: {_describe(choice.plan)}; auto is {describe_values(choice.values)}"
+        if choice.gain:
+            message += f"; {describe_gain(choice)}"
+        emit(LogMessage(message=message))
     elif plan.fits:
         emit(LogMessage(message=f"{name}: {_describe(plan)}"))
     elif train.memory_check == "refuse":

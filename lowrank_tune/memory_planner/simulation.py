@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from peft import LoraConfig
 from torch import Tensor, nn
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from lowrank_tune.algorithms.base import Algorithm, AlgorithmContext, LossTerm, StepBatch
 from lowrank_tune.algorithms.ppo import PPO
@@ -26,6 +27,7 @@ from lowrank_tune.config import RecipeConfig
 from lowrank_tune.data import PromptExample
 from lowrank_tune.events import ignore_event
 from lowrank_tune.memory_planner.allocation_tracker import AllocationTracker
+from lowrank_tune.memory_planner.compiled_layers import SimulatedCompiledLayers
 from lowrank_tune.memory_planner.extrapolation import Peaks
 from lowrank_tune.memory_planner.fake_device import FakeDeviceMode, fake_device_mode, replaced
 from lowrank_tune.memory_planner.kernel_counter import KernelCounter, KernelCounts
@@ -55,6 +57,8 @@ class SimulationSpec:
     loaded: Mapping[str, LoraConfig] = field(default_factory=dict)
     reward_base_adapters: Sequence[str] = ()
     rollouts: Mapping[str, DecodingSpec] = field(default_factory=dict)
+    compiled: bool = False
+    """Whether layers run as `torch.compile` compiles them, where a gradient is needed."""
 
 
 def simulate(
@@ -74,7 +78,11 @@ def simulate(
     return {point: peak for point, peak in tracker.peaks.items() if point[0] != "start"}
 
 
-def count_kernels(spec: SimulationSpec, layers: Sequence[Layer]) -> KernelCounts:
+def count_kernels(
+    spec: SimulationSpec,
+    layers: Sequence[Layer],
+    only_update: bool = False,
+) -> KernelCounts:
     """Runs what `simulate` runs, except that decoding makes the steps of `rollouts.decode_typical_steps`. Returns how
     often each kernel is started, by phase."""
     tracker = _make_tracker(spec)
@@ -82,7 +90,7 @@ def count_kernels(spec: SimulationSpec, layers: Sequence[Layer]) -> KernelCounts
     _run(
         spec,
         layers,
-        False,
+        only_update,
         tracker,
         counter,
     )
@@ -115,6 +123,7 @@ def _run(
             layers,
             tracker,
             mode,
+            counter,
         )
         if spec.rollouts:
             stage.run_decoding(decode if counter is None else decode_typical_steps)
@@ -163,6 +172,7 @@ class _SimulatedStage:
         layers: Sequence[Layer],
         tracker: AllocationTracker,
         mode: FakeDeviceMode,
+        counter: KernelCounter | None = None,
     ) -> None:
         self.spec = spec
         self.recipe = spec.recipe
@@ -182,7 +192,7 @@ class _SimulatedStage:
             spec.loaded,
             spec.reward_base_adapters,
         )
-        _hook_layers(base.model, tracker, mode)
+        before_layers = _hook_layers(base.model, tracker, mode)
         self.trained = (recipe.trained_adapter, *recipe.extra_adapters)
         with torch.device("meta"):
             self.roles = Roles(
@@ -208,6 +218,26 @@ class _SimulatedStage:
         self.roles.decoder.packed_rows.enabled = False
         # Compared once in a run, before its first step: not a part of any phase.
         _ = self.roles.decoder.runs_without_masks
+        self.roles.verified = True
+        if spec.compiled:
+            self._compile(
+                layers, before_layers, SimulatedCompiledLayers(_graph_inputs(spec), mode, counter, self._active_stack)
+            )
+
+    def _compile(
+        self,
+        kinds: Sequence[Layer],
+        before_layers: Mapping[nn.Module, Callable[[], None]],
+        compiled: SimulatedCompiledLayers,
+    ) -> None:
+        """Makes the layers run as compiled ones."""
+        for kind, (layer, before) in zip(kinds, before_layers.items(), strict=True):
+            if isinstance(layer, GradientCheckpointingLayer):
+                compiled.install(layer, kind.kind, before)
+        self.roles.decoder.layers_context = compiled.running
+
+    def _active_stack(self) -> list[str]:
+        return self.roles.active_stack
 
     def _batch(self, rows: int) -> Batch:
         batch = batch_of(rows, self.sizes)
@@ -469,9 +499,10 @@ def _hook_layers(
     model: Any,
     tracker: AllocationTracker,
     mode: FakeDeviceMode,
-) -> None:
+) -> dict[nn.Module, Callable[[], None]]:
     """Reports to the tracker which layer runs, forward and backward, and makes its parts run under the mode if they are
-    computed again."""
+    computed again. Returns the function that reports, by layer."""
+    before_layers = dict[nn.Module, Callable[[], None]]()
     layers = next(one for one in model.get_decoder().modules() if isinstance(one, nn.ModuleList))
     last = len(layers) - 1
     for number, layer in enumerate(layers):
@@ -502,6 +533,15 @@ def _hook_layers(
         for child in layer.children():
             mode.with_recompute(child, before)
         layer.register_forward_hook(after)
+        before_layers[layer] = before
+    return before_layers
+
+
+def _graph_inputs(spec: SimulationSpec) -> str:
+    """Returns what the graphs of layers depend on besides their shapes."""
+    adapters = {name: adapter.model_dump(mode="json") for name, adapter in spec.recipe.adapters.items()}
+    loaded = {name: config.to_dict() for name, config in spec.loaded.items()}
+    return repr((spec.device.type, spec.config.to_dict(), adapters, loaded))
 
 
 def _start_pass(

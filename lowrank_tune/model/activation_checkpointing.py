@@ -7,15 +7,17 @@ recomputed layer can be moved to pinned host memory until then. Gradients do not
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any, Literal
 
 from torch.autograd.graph import save_on_cpu
+from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from lowrank_tune.errors import UserError
+from lowrank_tune.model.chunked_forward import ContextFn
+from lowrank_tune.model.decoder_layers import layer_forward, restore_layers
 
 Checkpointing = bool | int | Literal["none", "all", "auto"]
 """Which layers are recomputed: none or all, the first N, or `auto`, which is all until the memory planner replaces
@@ -35,45 +37,73 @@ def checkpoint_layers(
     model: Any,
     checkpointing: Checkpointing,
     offload: bool,
-    context_fn: Callable[[], tuple[AbstractContextManager[Any], AbstractContextManager[Any]]],
-) -> bool:
+    context_fn: ContextFn,
+    keep_forwards: bool = False,
+) -> Callable[[], None]:
     """Makes layers of a model recompute in the backward pass, and with `offload` keep their inputs in host memory.
-    `context_fn` returns the contexts of the forward pass and of the recomputation. Returns whether any layer is
-    recomputed. Raises UserError for a model that recomputes all layers or none."""
+
+    `context_fn` returns the contexts of the forward pass and of the recomputation. With `keep_forwards`, and for models
+    whose layers are unknown, transformers recomputes. Returns a function that undoes it. Raises UserError for a model
+    that recomputes all layers or none.
+    """
     layers = [module for module in model.get_decoder().modules() if isinstance(module, GradientCheckpointingLayer)]
     count = num_checkpointed_layers(checkpointing, len(layers) or 1)
     if not count:
-        return False
+        return _do_nothing
     if not layers and not isinstance(checkpointing, (bool, str)):
         raise UserError(
             f"train.gradient_checkpointing: {model.config.model_type} models recompute all layers or none; use `all` "
             f"or `none`",
         )
-    # transformers renamed this method, and removes the old name in version 6. Both options must be passed, because they
-    # replace the defaults.
+    if keep_forwards or not layers:
+        return _checkpoint_by_transformers(
+            model,
+            layers[count:],
+            offload,
+            context_fn,
+        )
+    recompute = partial(
+        checkpoint,
+        use_reentrant=False,
+        context_fn=context_fn,
+    )
+    if offload:
+        recompute = partial(_offloaded, recompute)
+    for layer in layers[:count]:
+        layer_forward(layer).recompute = recompute
+    return partial(restore_layers, model)
+
+
+def _do_nothing() -> None:
+    pass
+
+
+def _checkpoint_by_transformers(
+    model: Any,
+    plain_layers: Iterable[Any],
+    offload: bool,
+    context_fn: ContextFn,
+) -> Callable[[], None]:
+    """Makes transformers recompute all layers but the plain ones. Returns a function that undoes it."""
+    # transformers renamed these methods, and removes the old names in version 6. Both options must be passed, because
+    # they replace the defaults.
     enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
     enable({"use_reentrant": False, "context_fn": context_fn})
     model.disable_input_require_grads()
-    for layer in layers[count:]:
+    for layer in plain_layers:
         layer.gradient_checkpointing = False
     if offload:
         for module in model.modules():
             if hasattr(module, "_gradient_checkpointing_func"):
                 module._gradient_checkpointing_func = partial(_offloaded, module._gradient_checkpointing_func)
-    return True
-
-
-def disable_checkpointing(model: Any) -> None:
-    """Undoes `checkpoint_layers`."""
-    disable = getattr(model, "activation_checkpointing_disable", None) or model.gradient_checkpointing_disable
-    disable()
+    return getattr(model, "activation_checkpointing_disable", None) or model.gradient_checkpointing_disable  # type: ignore[no-any-return]
 
 
 def _offloaded(
-    checkpoint: Callable[..., Any],
+    recompute: Callable[..., Any],
     *arguments: Any,
     **named: Any,
 ) -> Any:
     # Without a GPU this is a plain copy, so that tests run the same code.
     with save_on_cpu(pin_memory=True):
-        return checkpoint(*arguments, **named)
+        return recompute(*arguments, **named)

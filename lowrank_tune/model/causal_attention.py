@@ -4,7 +4,7 @@ Rows that are padded on the right need no mask: SDPA has a causal kernel, and no
 mask transformers looks for packed rows among the positions and reads the answer back from the GPU, once in each forward
 pass. It creates no mask and reads nothing for an attention function that has no mask function (5.17 and 5.23,
 `masking_utils._preprocess_mask_arguments`), so the pass runs under such a name. The function is transformers' own
-`sdpa`, and a layer that the backward pass computes again under the usual name calls the same function.
+`sdpa`. A layer that the backward pass computes again uses the name of its forward pass (`AttentionName`).
 """
 
 from __future__ import annotations

@@ -4,8 +4,9 @@ computes the same."""
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cached_property
+from typing import Any
 
 from torch import Tensor
 
@@ -36,7 +37,7 @@ class Decoder:
 
     `without_adapters` returns the context in which no adapter is active: fast paths are compared with the plain one
     there. `emit` receives a warning for each path that computes something else. With `share_prefixes` False every row
-    is computed whole, which is necessary if a backend ignores masks.
+    is computed whole, which is necessary if a backend ignores masks. Each pass enters `layers_context`.
     """
 
     def __init__(
@@ -48,6 +49,7 @@ class Decoder:
         self.base = base
         self.share_prefixes = base.backend == "transformers"
         self._without_adapters = without_adapters
+        self.layers_context: Callable[[], AbstractContextManager[Any]] = nullcontext
         self._emit = emit
         self.packed_rows = PackedRows(base, self.run, self._shares_exactly, emit)
         self._vocab_size, self._hidden_size = base.model.get_output_embeddings().weight.shape
@@ -93,7 +95,7 @@ class Decoder:
         arguments = {} if segments is None else segments.as_arguments()
         if mask is not None and mask.ndim == 4:
             mask = mask_for(mask, self.base.model)
-        with self.base.autocast():
+        with self.base.autocast(), self.layers_context():
             decoder = self.base.model.get_decoder()
             return decoder(  # type: ignore[no-any-return]
                 input_ids=ids,

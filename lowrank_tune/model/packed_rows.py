@@ -33,8 +33,8 @@ class PackedRows:
     """A fast path of `Decoder.hidden` (`model/fast_paths.py`) that computes no padding, and beginnings that rows share
     once.
 
-    Rows of models that are not known to compute each segment of a packed row alone are padded. `emit` receives one
-    message with the reason.
+    Models that are not known to compute each segment of a packed row alone never take it. The first call reports this,
+    with one message to `emit`.
     """
 
     name = "packed rows"

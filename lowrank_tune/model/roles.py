@@ -9,7 +9,7 @@ forward pass, whatever is active by then.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -22,11 +22,13 @@ from lowrank_tune.batch import Batch
 from lowrank_tune.errors import UserError, first_line
 from lowrank_tune.events import Event
 from lowrank_tune.model import heads as scalar
-from lowrank_tune.model.activation_checkpointing import Checkpointing, checkpoint_layers, disable_checkpointing
+from lowrank_tune.model.activation_checkpointing import Checkpointing, checkpoint_layers
+from lowrank_tune.model.active_adapters import ActiveAdapters, Recomputation
 from lowrank_tune.model.base import Base, num_stored_bytes
-from lowrank_tune.model.causal_attention import AttentionName
 from lowrank_tune.model.chunked_mlp import chunk_mlps
+from lowrank_tune.model.compiled_layers import CompiledLayers
 from lowrank_tune.model.decoder import Decoder
+from lowrank_tune.model.decoder_layers import restore_layers
 from lowrank_tune.model.fast_paths import FastPath, disabled, gradients_of, nonzero, verify_fast_paths
 from lowrank_tune.model.frozen_adapters import FrozenAdapters, frozen_dtype
 from lowrank_tune.model.logprobs import (
@@ -39,6 +41,7 @@ from lowrank_tune.model.logprobs import (
     chunked_logps,
     head_of,
 )
+from lowrank_tune.model.lora_forward import LoraLinears, wider_stacks
 from lowrank_tune.model.module_patterns import resolve_patterns
 from lowrank_tune.model.oom import MemoryLimits
 
@@ -46,43 +49,6 @@ ADAPTER_PREFIX = "lt_"
 """PEFT loses weights of an adapter whose name is part of a module's name, so names get a prefix."""
 TokenIndex = tuple[Tensor, ...]
 """Rows (N,) and columns (N,) of N tokens of a batch."""
-
-
-class _ActiveAdapters(AbstractContextManager[None]):
-    """Activates a stack, and restores the previous one on exit. Can be entered again, as a second backward pass
-    does."""
-
-    def __init__(
-        self,
-        active: list[str],
-        stack: Iterable[str],
-    ) -> None:
-        self.active = active
-        self.stack = list(stack)
-        self.before = list[list[str]]()
-
-    def __enter__(self) -> None:
-        self.before.append(self.active[:])
-        self.active[:] = self.stack
-
-    def __exit__(self, *_: object) -> None:
-        self.active[:] = self.before.pop()
-
-
-class _Recomputation(_ActiveAdapters):
-    """Activates the adapters and the attention function of a forward pass."""
-
-    def __init__(self, active: list[str], attention: AttentionName) -> None:
-        super().__init__(active, active)
-        self.attention = attention
-
-    def __enter__(self) -> None:
-        super().__enter__()
-        self.attention.__enter__()
-
-    def __exit__(self, *_: object) -> None:
-        self.attention.__exit__()
-        super().__exit__()
 
 
 class Roles:
@@ -94,7 +60,8 @@ class Roles:
     has that name, only the head is trained, on a stack that other roles train. `checkpointing` selects the layers that
     are recomputed in the backward pass, and `offload` keeps their inputs in host memory
     (`model/activation_checkpointing.py`). `mlp_chunks` is the number of chunks of the sequence in which each MLP is
-    computed (`model/chunked_mlp.py`). `logits_chunk` logits exist at once.
+    computed (`model/chunked_mlp.py`). `logits_chunk` logits exist at once. With `torch_compile` the layers are compiled
+    (`model/compiled_layers.py`).
     """
 
     decoder: Decoder
@@ -111,6 +78,7 @@ class Roles:
         offload: bool = False,
         mlp_chunks: int = 1,
         logits_chunk: int = CHUNK_LOGITS,
+        torch_compile: bool = False,
     ) -> None:
         self.base = base
         self.logits_chunk = logits_chunk
@@ -120,10 +88,10 @@ class Roles:
         self._frozen = FrozenAdapters(frozen_dtype(base.device))
         self.fast_paths = list[FastPath]()
         self.verified = False
-        self._checkpointing = False
         self._undo = ExitStack()
         self.limits = MemoryLimits()
         self._active: list[str] = []
+        self._linears = LoraLinears(self._active)
         torch.manual_seed(seed)
         self._peft: Any = None
         for name, config in adapters.items():
@@ -136,21 +104,20 @@ class Roles:
                 f"adapters: one of them changes the output head of {base.name}, which this kit keeps as it is",
             )
         self.head: Head = head_of(base.model)
-        self.decoder = Decoder(base, partial(self.activate, "base"), self._emit)
-        self.fast_paths.append(self.decoder.packed_rows)
-        width = self.head.weight.shape[1]
+        self.decoder = Decoder(base, self._plain_base, self._emit)
         for role in heads:
             is_trained_alone = role in self.trainable and role not in adapters
             assert is_trained_alone or self.stacks[role][-1:] == [ADAPTER_PREFIX + role], (
                 "a head belongs to the top adapter of its own role, or is trained alone"
             )
-            self.heads[role] = scalar.ScalarHead(width, base.device)
+            self.heads[role] = scalar.ScalarHead(self.head.weight.shape[1], base.device)
         self._share_active_list()
         self._freeze_all_but_trainable()
         self._checkpoint(checkpointing, offload)
         self._undo.callback(chunk_mlps(base.model, mlp_chunks, self._recompute_contexts))
         with self.activate("base"):
             check_head(base.model, self.head)
+        self._add_fast_paths(torch_compile)
 
     @property
     def active_stack(self) -> list[str]:
@@ -165,7 +132,12 @@ class Roles:
     def activate(self, role: str) -> AbstractContextManager[None]:
         """Returns a context in which a role is active: a name in `stacks`, or `base` for no adapter."""
         stack = [] if role == "base" else self.stacks[role]
-        return _ActiveAdapters(self._active, stack)
+        return ActiveAdapters(self._linears, stack)
+
+    @contextmanager
+    def _plain_base(self) -> Iterator[None]:
+        with self.activate("base"), disabled(self.fast_paths):
+            yield
 
     def inference_mode(self) -> AbstractContextManager[None]:
         """Returns a context with eval mode and without autograd."""
@@ -229,6 +201,21 @@ class Roles:
         yield from self._peft.named_parameters()
         for role, head in self.heads.items():
             yield f"score.{ADAPTER_PREFIX}{role}.weight", head.weight
+
+    def _add_fast_paths(self, torch_compile: bool) -> None:
+        model = self.base.model
+        self.fast_paths.append(self.decoder.packed_rows)
+        if self.base.backend == "transformers":
+            trained = [ADAPTER_PREFIX + name for name in self.trainable]
+            self._linears.wider = wider_stacks(self.stacks.values(), trained)
+            self._linears.install(model)
+            self._undo.callback(self._linears.remove)
+            self.fast_paths.append(self._linears)
+        if torch_compile:
+            self._undo.callback(restore_layers, model)
+            compiled = CompiledLayers(model, self._emit)
+            self.decoder.layers_context = compiled.running
+            self.fast_paths.append(compiled)
 
     def hidden(self, role: str, batch: Batch) -> Tensor:
         """Returns the last hidden states (B, T, d)."""
@@ -455,17 +442,19 @@ class Roles:
         checkpointing: Checkpointing,
         offload: bool,
     ) -> None:
-        self._checkpointing = checkpoint_layers(
+        undo = checkpoint_layers(
             self.base.model,
             checkpointing,
             offload,
             self._recompute_contexts,
+            keep_forwards=self.base.backend != "transformers",
         )
+        self._undo.callback(undo)
 
     def _recompute_contexts(self) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
         """Returns the contexts of a forward pass, and of its recomputation with the adapters and the attention function
         that are active now."""
-        return nullcontext(), _Recomputation(self._active, self.decoder.current_attention())
+        return nullcontext(), Recomputation(self._linears, self.decoder.current_attention())
 
     def unload_adapters(self) -> None:
         """Removes all adapters from the base, which is then as it was loaded, for the next `Roles`. This object cannot
@@ -476,8 +465,6 @@ class Roles:
                 parent, _, child = name.rpartition(".")
                 setattr(model.get_submodule(parent), child, module.base_layer)
         del model.peft_config
-        if self._checkpointing:
-            disable_checkpointing(model)
         self._undo.close()
         model.train()
         self._peft = None

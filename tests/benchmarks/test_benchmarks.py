@@ -55,6 +55,18 @@ def test_kernel_counts(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_compiled_counts() -> None:
+    """Compiled layers start fewer kernels, and what is not recomputed is faster."""
+    rows = [
+        line.split("|") for line in run("compiled_counts.py", "--preset", "tiny-sft").splitlines() if "2,048" in line
+    ]
+    launches = [int(row[2].replace(",", "")) for row in rows]
+    speeds = [int(row[-2].replace(",", "")) for row in rows]
+    assert len(rows) == 7 and launches[3] < launches[0] and launches[6] < launches[2]
+    assert speeds[0] < speeds[2] and speeds[3] < speeds[6]
+
+
+@pytest.mark.slow
 def test_rollout() -> None:
     assert "greedy words equal for 100%" in run("rollout.py", "--tiny")
 

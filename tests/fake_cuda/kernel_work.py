@@ -63,8 +63,10 @@ def work_of(
     if name in SCATTERS:
         return [Work("elementwise", 3 * num_stored_bytes(inputs[-1]))]
     num_bytes = _total(inputs) + _total(outputs)
-    if name in PRODUCTS:
-        left, right = args[PRODUCTS[name] :][:2]
+    # A product in place has the same arguments.
+    product = name.removesuffix("_")
+    if product in PRODUCTS:
+        left, right = args[PRODUCTS[product] :][:2]
         return [Work("product", num_bytes, 2 * left.numel() * right.shape[-1])]
     return [Work("elementwise", num_bytes)]
 

@@ -16,12 +16,15 @@ from lowrank_tune.config import Chain, list_presets, load_any
 from lowrank_tune.events import Event, LogMessage
 from lowrank_tune.memory_planner import auto_settings, check_fit, planner
 from lowrank_tune.memory_planner.auto_settings import AUTO_MARGIN, choose_auto_settings, fits_with_margin
-from lowrank_tune.memory_planner.extrapolation import Peaks
+from lowrank_tune.memory_planner.extrapolation import MIN_LAYERS, Peaks
+from lowrank_tune.memory_planner.gpu_specs import GpuSpec
 from lowrank_tune.memory_planner.meta_model import Layer
 from lowrank_tune.memory_planner.plan_report import GIB, Phase, Plan, needed
 from lowrank_tune.memory_planner.planner import plan_of
+from lowrank_tune.memory_planner.roofline import PhaseTime
 from lowrank_tune.memory_planner.simulation import SimulationSpec, simulate
 from lowrank_tune.memory_planner.specs import simulation_specs
+from lowrank_tune.memory_planner.update_times import UpdateTimes, seconds_with
 from lowrank_tune.model.logprobs import CHUNK_LOGITS, LARGE_CHUNK_LOGITS
 
 NUM_LAYERS = 9
@@ -72,11 +75,24 @@ def made_up_peaks(spec: SimulationSpec, layers: Sequence[Layer], only_update: bo
     }
 
 
+def made_up_times(spec: SimulationSpec, gpu: GpuSpec | None = None) -> UpdateTimes:
+    """Each pass over a layer takes 1 us a token, and 0.2 ms to unpack its weights; a recomputed layer has one more."""
+
+    def time(layer: Layer) -> PhaseTime:
+        passes = 3 if layer.recomputed else 2
+        return PhaseTime(1, 0, 1).times(passes * (0.0002 + 1e-6 * spec.sizes.tokens))
+
+    kinds = [Layer(recomputed=True), Layer(recomputed=False)]
+    base = time(kinds[0]).then(time(kinds[1])).times(MIN_LAYERS)
+    return UpdateTimes(base, {kind: time(kind) for kind in kinds}, spec.sizes.tokens)
+
+
 @pytest.fixture
 def made_up(monkeypatch: pytest.MonkeyPatch) -> None:
     """Replaces the simulation by one that takes no time."""
     for module in (planner, auto_settings):
         monkeypatch.setattr(module, "cached_peaks", made_up_peaks)
+    monkeypatch.setattr(auto_settings, "fit_update_times", made_up_times)
 
 
 def check_all_sizes(tmp_path: Path, num_sizes: int) -> None:
@@ -117,6 +133,33 @@ def test_a_micro_batch_that_is_auto_too_is_no_larger_than_speed_needs(tmp_path: 
     assert 4 < little.values["micro_batch_size"] < 16 and little.values["gradient_checkpointing"] == NUM_LAYERS
     assert fits_with_margin(little.plan)
     assert not choose_auto_settings(spec, plan_of(spec, 800_000_000, "sft")).values
+
+
+def seconds(spec: SimulationSpec, recomputed: int) -> float:
+    return seconds_with(made_up_times(spec), spec, recomputed)
+
+
+@pytest.mark.usefixtures("made_up")
+def test_of_all_micro_batches_and_layers_that_fit_the_fastest_is_chosen(tmp_path: Path) -> None:
+    """Compared with all of them. A smaller micro-batch is chosen only where it leaves memory for more layers."""
+    spec = spec_of(tmp_path, "auto", "auto")
+    by_rows = {rows: spec_of(tmp_path / str(rows), "auto", rows) for rows in (4, 8, 16)}
+    plans = {
+        (rows, count): plan_of(spec_of(tmp_path / f"{rows}-{count}", count, rows), 1, "sft")
+        for rows in by_rows
+        for count in (0, *range(2, NUM_LAYERS - 1), NUM_LAYERS)
+    }
+    chosen = set()
+    for vram in range(round(1.2 * GIB), 3 * GIB, GIB // 16):
+        choice = choose_auto_settings(spec, plan_of(spec, vram, "sft"))
+        found = (choice.values["micro_batch_size"], choice.values["gradient_checkpointing"])
+        room = vram * (1 - AUTO_MARGIN)
+        fitting = [key for key, plan in plans.items() if plan.needed <= room]
+        speeds = {key: seconds(by_rows[key[0]], key[1]) for key in fitting}
+        assert found in fitting and speeds[found] == min(speeds.values())
+        assert choice.gain == pytest.approx(seconds(by_rows[16], NUM_LAYERS) / speeds[found])
+        chosen.add(found)
+    assert {rows for rows, _ in chosen} == {4, 8, 16}
 
 
 @pytest.mark.usefixtures("made_up")
@@ -171,9 +214,11 @@ def test_a_run_logs_what_auto_is_and_plan_prints_it_before(tmp_path: Path) -> No
     assert fit.changes == {"recipe": {"gradient_checkpointing": 0}}
     messages = [event.message for event in events if isinstance(event, LogMessage)]
     expected = "recipe: needs 2.3 of 24.0 GiB by plan, most of it in update; auto is train.gradient_checkpointing=0"
-    assert messages == [expected]
+    gain = "a micro-batch of 16, 0 of 9 layers recomputed: the update is 1.5x as fast as with all recomputed, by count"
+    assert messages == [f"{expected}; {gain}"]
     command = ["plan", file, "--vram", "24"]
-    assert "auto: a run with this memory has train.gradient_checkpointing=0" in CliRunner().invoke(app, command).output
+    output = CliRunner().invoke(app, command, env={"COLUMNS": "200"}).output
+    assert "auto: a run with this memory has train.gradient_checkpointing=0" in output and gain in output
     assert "auto:" not in CliRunner().invoke(app, [*command, "train.gradient_checkpointing=0"]).output
 
 

@@ -74,11 +74,15 @@ def test_a_matrix_product_is_2mnk_and_its_operands() -> None:
     assert kernel == Kernel(KernelKind.GEMM, 2 * (15 + 35 + 21), 2 * 3 * 5 * 7)
 
 
-@pytest.mark.parametrize(("batched", "flops"), [("bmm", 4 * 2 * 3 * 5 * 7), ("addmm", 2 * 3 * 5 * 7)])
+@pytest.mark.parametrize(
+    ("batched", "flops"), [("bmm", 4 * 2 * 3 * 5 * 7), ("addmm", 2 * 3 * 5 * 7), ("addmm_", 2 * 3 * 5 * 7)]
+)
 def test_other_matrix_products(batched: str, flops: int) -> None:
     with counter_of() as counter:
         if batched == "bmm":
             torch.bmm(meta(4, 3, 5), meta(4, 5, 7))
+        elif batched == "addmm_":
+            meta(3, 7).addmm_(meta(3, 5), meta(5, 7))
         else:
             torch.addmm(meta(7), meta(3, 5), meta(5, 7))
     assert flops_of(kernels(counter.counts)) == flops
@@ -154,19 +158,23 @@ def linear_weights() -> dict[str, tuple[int, int]]:
     }
 
 
-def test_flops_of_an_update_are_those_of_the_formula(tmp_path: Path) -> None:
+@pytest.mark.parametrize("compiled", [False, True])
+def test_flops_of_an_update_are_those_of_the_formula(tmp_path: Path, compiled: bool) -> None:
     """Forward and input gradients of all weights, LoRA with its own gradients, the head twice: log-probs and their
-    slope. Nothing before the first layer is trained, so its q, k and v pass no gradient on."""
+    slope. Nothing before the first layer is trained, so its q, k and v pass no gradient on, unless they are compiled
+    together with those of the other layers."""
     layers = 2
-    spec = spec_of(tmp_path, layers, "sft", "train.gradient_checkpointing=none")
+    spec = spec_of(
+        tmp_path, layers, "sft", "train.gradient_checkpointing=none", f"train.torch_compile={str(compiled).lower()}"
+    )
     found = count_kernels(spec, layers_of(spec.config, 0))["update"]
     tokens = ROWS * LENGTH
     weights = sum(inputs * outputs for inputs, outputs in linear_weights().values())
     lora = sum(RANK * (inputs + outputs) for inputs, outputs in linear_weights().values())
-    first = WIDTH * (WIDTH + 2 * KV_WIDTH)
+    first = 0 if compiled else WIDTH * (WIDTH + 2 * KV_WIDTH)
     scored = ROWS * (LENGTH - 1)
     expected = 2 * 2 * tokens * (layers * weights) - 2 * tokens * first
-    expected += 3 * 2 * tokens * layers * lora - 2 * tokens * 3 * RANK * WIDTH
+    expected += 3 * 2 * tokens * layers * lora - (0 if compiled else 2 * tokens * 3 * RANK * WIDTH)
     expected += 2 * 2 * scored * VOCABULARY * WIDTH
     # Some versions of transformers compute rotary angles, positions times half a head's frequencies, as a product.
     angles = 2 * LENGTH * (WIDTH // HEADS // 2)

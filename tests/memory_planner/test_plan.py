@@ -270,7 +270,7 @@ def shared_cache(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempP
 
 @pytest.mark.usefixtures("shared_cache")
 def test_the_command_reports_whether_it_fits() -> None:
-    done = CliRunner().invoke(app, ["plan", "tiny-sft", "--vram", "0.9", "evaluate={}"])
+    done = CliRunner().invoke(app, ["plan", "tiny-sft", "--vram", "0.85", "evaluate={}"])
     assert done.exit_code == 2 and "does not fit" in done.output
     unknown = CliRunner().invoke(app, ["plan", "qwen2.5-7b-sft", "base.model=./nowhere"])
     assert (
@@ -384,14 +384,14 @@ def test_a_jump_in_what_is_needed_does_not_end_the_search(
 
 @pytest.mark.usefixtures("shared_cache")
 def test_what_cannot_fit_is_refused_before_anything_is_loaded() -> None:
-    (fault,) = check_fit(load_any("tiny-sft", "evaluate={}"), 0.9, lambda event: None).faults.values()
+    (fault,) = check_fit(load_any("tiny-sft", "evaluate={}"), 0.85, lambda event: None).faults.values()
     assert re.match(r"does not fit the GPU.*fits with .*train.memory_check=warn", fault)
 
 
 @pytest.mark.usefixtures("shared_cache")
 def test_what_cannot_fit_is_a_warning_where_the_recipe_asks_for_one() -> None:
     events: list[Event] = []
-    warned = check_fit(load_any("tiny-sft", "evaluate={}", "train.memory_check=warn"), 0.9, events.append)
+    warned = check_fit(load_any("tiny-sft", "evaluate={}", "train.memory_check=warn"), 0.85, events.append)
     assert warned.changes == {"tiny-sft": {}} and not warned.faults
     assert [event.level for event in events if isinstance(event, LogMessage)] == ["warning"]
 

@@ -36,6 +36,7 @@ from models import (
     same_bytes,
     sft_over,
     unquantized_base,
+    use_plain_paths,
     with_token_weights,
     write_files,
     zero_grad,
@@ -133,7 +134,9 @@ def _dropout_of_frozen_adapters(roles: Roles) -> None:
 
 
 def _switched_by_peft(roles: Roles) -> None:
-    """PEFT's own switch gives each layer a list of its own, so that `activate` does not reach it."""
+    """PEFT's own switch gives each layer a list of its own, so that `activate` does not reach it. Only PEFT's forward
+    reads it."""
+    use_plain_paths(roles)
     for layer in roles.lora_layers:
         layer.set_adapter(["lt_sft", "lt_policy"])
 
@@ -627,6 +630,7 @@ def save(roles: Roles, name: str, folder: Path) -> Path:
 def plain_peft_equals(roles: Roles, bits: int, folder: Path, train_mode: bool = False) -> bool:
     """Returns whether plain PEFT, given the saved policy and a fresh base, computes the same logits bit for bit."""
     base = load_base_of(bits)
+    use_plain_paths(roles)
     plain = PeftModel.from_pretrained(base.model, str(save(roles, "policy", folder)))
     with roles.activate("policy"):
         return torch.equal(
@@ -986,7 +990,7 @@ def release_without(line: str) -> Callable[[Roles], None]:
     [
         ("setattr(model.get_submodule(parent), child, module.base_layer)", "modules"),
         ("del model.peft_config", "attribute .peft_config"),
-        ("disable_checkpointing(model)", "mode"),
+        ("self._undo.close()", "attribute"),
         ("self.heads.clear()", "not freed"),
         ("model.train()", "mode"),
     ],

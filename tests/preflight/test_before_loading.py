@@ -449,7 +449,7 @@ def test_memory_is_planned_for_all_stages_before_any_fault_ends_the_run(
 
     monkeypatch.setattr(f"{module}.plan_of", plan_of)
     monkeypatch.setattr(f"{module}.with_fit_report", lambda spec, plan: plan)
-    monkeypatch.setattr(f"{module}.choose_auto_settings", lambda spec, plan: AutoChoice({}, plan))
+    monkeypatch.setattr(f"{module}.choose_auto_settings", lambda spec, plan, gpu: AutoChoice({}, plan))
     found = {problem.key: problem.message for problem in problems_of("tutor.yaml", vram_gib=8.0)}
     assert sorted(found) == ["stages.score.data.train.0.dataset", "train"]
     sentence = "does not fit the GPU: needs 9.0 of 8.0 GiB by plan, most of it in update; type this; train.memory_check"
