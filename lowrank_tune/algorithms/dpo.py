@@ -173,13 +173,15 @@ class DPO(Algorithm[PairBatch]):
     def _check_first_loss(self, logratios: Tensor, micro: PairBatch) -> None:
         """Raises TrainingError if a fresh policy with these log-ratios (B,) does not have a loss of ln 2."""
         beta = self.settings.beta
-        loss = float(-F.logsigmoid(beta * (logratios[::2] - logratios[1::2])).mean())
+        losses = -F.logsigmoid(beta * (logratios[::2] - logratios[1::2]))
+        difference = float((losses.mean() - math.log(2)).abs())
         # The rounding errors of tokens are independent.
         num_tokens = float(micro.loss_mask.sum()) / len(micro)
         rounding = beta * logp_tolerance(self.context) * math.sqrt(num_tokens)
-        if not abs(loss - math.log(2)) <= MAX_FIRST_DIFFERENCE + rounding:
+        # False for NaN.
+        if not difference <= MAX_FIRST_DIFFERENCE + rounding:
             raise TrainingError(
-                f"the policy is not what it must be: before the first step the loss is {loss:.4f}, and not ln 2; "
+                f"the policy is not what it must be: before the first step the loss is {difference:.1e} from ln 2; "
                 "nothing was trained"
             )
 

@@ -95,7 +95,7 @@ def test_a_first_loss_that_is_not_ln_2_stops_the_run(shift: float, is_wrong: boo
     algorithm, pairs = dpo_and_pairs(0.1)
     logratios = torch.tensor([shift, 0.0, shift, 0.0])
     if is_wrong:
-        with pytest.raises(TrainingError, match="and not ln 2"):
+        with pytest.raises(TrainingError, match="from ln 2"):
             algorithm._check_first_loss(logratios, pairs)
     else:
         algorithm._check_first_loss(logratios, pairs)

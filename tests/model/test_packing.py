@@ -22,6 +22,7 @@ from models import (
     unquantized_base,
     zero_grad,
 )
+from test_recovery import ALGORITHMS, steps_of, watched_loop
 from test_tree import groups, some_groups
 from torch import Tensor
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -125,6 +126,21 @@ def test_any_split_into_micro_batches_has_the_same_gradient() -> None:
             assert micro.token_weights is not None
             (roles.logps("policy", micro).logps * micro.token_weights).sum().backward()  # type: ignore[no-untyped-call]
         assert relative_error(gradients(roles), whole) < 1e-5
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ALGORITHMS)
+def test_every_algorithm_has_the_losses_and_gradients_of_padded_rows(name: str) -> None:
+    runs = []
+    for is_packed in (True, False):
+        loop, roles, optimizer, events = watched_loop(name)
+        roles.decoder.packed_rows.enabled = roles.decoder.share_prefixes = is_packed
+        assert loop.run()
+        assert roles.decoder.packed_rows._obstacle is None
+        runs.append((optimizer.seen, [step.stats["loss"] for step in steps_of(events)]))
+    (packed, losses), (padded, expected) = runs
+    assert max(relative_error(one, other) for one, other in zip(packed, padded, strict=True)) < 1e-5
+    assert losses == pytest.approx(expected, rel=1e-5, abs=1e-6)
 
 
 def dense_attention(query: Tensor, key: Tensor, value: Tensor, seen: Tensor, scale: float) -> Tensor:
