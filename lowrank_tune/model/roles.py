@@ -29,7 +29,7 @@ from lowrank_tune.model.chunked_mlp import chunk_mlps
 from lowrank_tune.model.compiled_layers import CompiledLayers
 from lowrank_tune.model.decoder import Decoder
 from lowrank_tune.model.decoder_layers import restore_layers
-from lowrank_tune.model.fast_paths import FastPath, disabled, gradients_of, nonzero, verify_fast_paths
+from lowrank_tune.model.fast_paths import FastPath, disabled, gradients_of, made_up_rows, nonzero, verify_fast_paths
 from lowrank_tune.model.frozen_adapters import FrozenAdapters, frozen_dtype
 from lowrank_tune.model.logprobs import (
     CHUNK_LOGITS,
@@ -87,6 +87,7 @@ class Roles:
         self.heads = dict[str, scalar.ScalarHead]()
         self._frozen = FrozenAdapters(frozen_dtype(base.device))
         self.fast_paths = list[FastPath]()
+        self._compiled: CompiledLayers | None = None
         self.verified = False
         self._undo = ExitStack()
         self.limits = MemoryLimits()
@@ -213,9 +214,10 @@ class Roles:
             self.fast_paths.append(self._linears)
         if torch_compile:
             self._undo.callback(restore_layers, model)
-            compiled = CompiledLayers(model, self._emit)
-            self.decoder.layers_context = compiled.running
-            self.fast_paths.append(compiled)
+            self._compiled = CompiledLayers(model, self._emit)
+            self.decoder.layers_context = self._compiled.running
+            self.decoder.packed_rows.always = True
+            self.fast_paths.append(self._compiled)
 
     def hidden(self, role: str, batch: Batch) -> Tensor:
         """Returns the last hidden states (B, T, d)."""
@@ -240,6 +242,18 @@ class Roles:
                 self.base,
                 self._emit,
             )
+        if self._compiled is not None and self._compiled.enabled:
+            self._compile_all_stacks()
+
+    def _compile_all_stacks(self) -> None:
+        """Runs made-up rows through all stacks, with and without gradients. The sizes of the first rows decide how the
+        compiler divides the work of a kernel: they must be the same in a run that is resumed."""
+        rows = made_up_rows(self.head.weight.shape[0], self.base.device)
+        for role in self.stacks:
+            with self.inference_mode():
+                self.hidden(role, rows)
+            if role in self.trainable:
+                self.hidden(role, rows)
 
     def _logps_and_gradients(
         self,
