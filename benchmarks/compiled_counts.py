@@ -2,8 +2,8 @@
 element-wise kernels, bytes that are saved for the backward pass, and the time by the roofline of the planner. Counted
 on tensors without data at the true shapes, not measured: no GPU, no weights, no compiler is used.
 
-    PYTHONPATH=. python benchmarks/compiled_counts.py                     # Llama-3.1-8B, 4 x 2,048; a minute or two
-    PYTHONPATH=. python benchmarks/compiled_counts.py --preset tiny-sft   # seconds, for the tests
+    PYTHONPATH=. python benchmarks/compiled_counts.py                     # Llama-3.1-8B, 4 x 2,048; two minutes
+    PYTHONPATH=. python benchmarks/compiled_counts.py --preset tiny-sft --quick   # two rows, for the tests
 
 A compiled layer is counted from the graphs of AOTAutograd's partitioner: matrix products, attention and bitsandbytes'
 operators are one kernel each, and so is each connected group of pointwise operations and reductions between them
@@ -16,19 +16,26 @@ from __future__ import annotations
 import argparse
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
 
 from lowrank_tune.config import load_any
+from lowrank_tune.memory_planner import compiled_layers
 from lowrank_tune.memory_planner.auto_settings import choice_of
+from lowrank_tune.memory_planner.extrapolation import extrapolate_counts
+from lowrank_tune.memory_planner.fake_device import replaced
 from lowrank_tune.memory_planner.gpu_specs import GpuSpec
 from lowrank_tune.memory_planner.kernel_costs import KernelKind
-from lowrank_tune.memory_planner.meta_model import Layer
+from lowrank_tune.memory_planner.meta_model import Layer, layers_of
 from lowrank_tune.memory_planner.planned_gpu import gpu_named
 from lowrank_tune.memory_planner.planner import plan_of, vram_bytes
 from lowrank_tune.memory_planner.roofline import kernel_seconds, parts_on, phase_time
-from lowrank_tune.memory_planner.simulation import SimulationSpec, simulate
+from lowrank_tune.memory_planner.simulation import SimulationSpec, count_kernels, simulate
 from lowrank_tune.memory_planner.specs import simulation_specs
-from lowrank_tune.memory_planner.step_costs import OPTIMIZER, UPDATE, step_costs
+from lowrank_tune.memory_planner.step_costs import OPTIMIZER, UPDATE
+from lowrank_tune.model.lora_forward import LoraLinears
 
 KINDS = {
     "matrix products": (KernelKind.GEMM, KernelKind.NF4),
@@ -47,22 +54,32 @@ GPU = "4090"
 
 @dataclass(frozen=True)
 class Case:
-    """A micro-batch of `rows` rows. `recomputed` is the number of layers, None for what the planner chooses."""
+    """A micro-batch of `rows` rows. `one_function` is whether linears with adapters are one autograd function
+    (`model/lora_linear.py`) in place of PEFT's. `recomputed` is the number of layers, None for what the planner
+    chooses."""
 
     name: str
+    one_function: bool
     compiled: bool
     rows: int
     recomputed: int | None
 
 
 def cases(layers: int) -> Iterator[Case]:
-    yield Case("PEFT's layers, all recomputed", False, 4, layers)
-    yield Case("PEFT's layers, recomputed by plan", False, 4, None)
-    yield Case("PEFT's layers, none recomputed", False, 4, 0)
-    yield Case("compiled, all recomputed", True, 4, layers)
-    yield Case("compiled, recomputed by plan", True, 4, None)
-    yield Case("compiled, recomputed by plan", True, 2, None)
-    yield Case("compiled, none recomputed", True, 4, 0)
+    yield Case("PEFT's layers, all recomputed", False, False, 4, layers)
+    yield Case("PEFT's layers, none recomputed", False, False, 4, 0)
+    yield Case("LoRA linears as one function, all recomputed", True, False, 4, layers)
+    yield Case("LoRA linears as one function, none recomputed", True, False, 4, 0)
+    yield Case("PEFT's layers compiled, all recomputed", False, True, 4, layers)
+    yield Case("both, all recomputed", True, True, 4, layers)
+    yield Case("both, recomputed by plan", True, True, 4, None)
+    yield Case("both, recomputed by plan", True, True, 2, None)
+    yield Case("both, none recomputed", True, True, 4, 0)
+
+
+def quick_cases(layers: int) -> Iterator[Case]:
+    yield Case("PEFT's layers, all recomputed", False, False, 1, layers)
+    yield Case("both, all recomputed", True, True, 1, layers)
 
 
 def spec_of(preset: str, case: Case) -> SimulationSpec:
@@ -99,11 +116,13 @@ def saved_bytes(spec: SimulationSpec, recomputed: bool) -> float:
 def row(spec: SimulationSpec, case: Case, gpu: GpuSpec) -> str:
     num_layers = spec.config.get_text_config().num_hidden_layers
     recomputed = recomputed_layers(spec, gpu) if case.recomputed is None else case.recomputed
-    costs = step_costs(spec, recomputed, {})
+    # Not cached on the disk, where both kinds of linears would have the same key.
+    count = partial(count_kernels, spec, only_update=True)
+    counts = extrapolate_counts(count, layers_of(spec.config, recomputed))
     launches = 0.0
     element_bytes = 0.0
     seconds = Counter[KernelKind]()
-    for kernel, count in costs[UPDATE].kernels.items():
+    for kernel, count in counts[UPDATE].items():
         for part in parts_on(kernel, gpu):
             launches += count
             seconds[part.kind] += count * kernel_seconds(part, gpu)  # type: ignore[assignment]
@@ -111,7 +130,7 @@ def row(spec: SimulationSpec, case: Case, gpu: GpuSpec) -> str:
                 element_bytes += count * part.num_bytes
     tokens = spec.sizes.tokens
     share = tokens / (spec.recipe.train.global_batch_size or 16) / spec.sizes.length
-    optimizer = share * phase_time(costs[OPTIMIZER].kernels, gpu).gpu_seconds
+    optimizer = share * phase_time(counts[OPTIMIZER], gpu).gpu_seconds
     per_layer = [saved_bytes(spec, is_recomputed) for is_recomputed in (False, True)]
     saved = tokens * (per_layer[0] * (num_layers - recomputed) + per_layer[1] * recomputed)
     times = [1000 * sum(seconds[kind] for kind in kinds) for kinds in KINDS.values()]
@@ -131,14 +150,22 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--preset", default="llama-3.1-8b-sft")
     parser.add_argument("--gpu", default=GPU)
+    parser.add_argument("--quick", action="store_true", help="all layers recomputed, in micro-batches of one row")
     options = parser.parse_args()
     gpu = gpu_named(options.gpu)
     (spec,) = simulation_specs(load_any(options.preset), "cuda")
     print(f"Counted, not measured: {spec.recipe.base.model}, {gpu.device_name}.\n")
     print(HEADER)
     print("|---" * (HEADER.count("|") - 1) + "|")
-    for case in cases(spec.config.get_text_config().num_hidden_layers):
-        print(row(spec_of(options.preset, case), case, gpu), flush=True)
+    num_layers = spec.config.get_text_config().num_hidden_layers
+    for case in quick_cases(num_layers) if options.quick else cases(num_layers):
+        compiled_layers.forget_programs()
+        with nullcontext() if case.one_function else replaced(LoraLinears, "install", _keep_plain):
+            print(row(spec_of(options.preset, case), case, gpu), flush=True)
+
+
+def _keep_plain(linears: LoraLinears, model: Any) -> None:
+    """Leaves PEFT's forward methods in place."""
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
     PYTHONPATH=. python benchmarks/run_time_estimates.py    # a row for each figure, as Markdown
 
-The estimate is of this kit, with PEFT's and bitsandbytes' kernels one after the other; most published speeds are of
+The estimate is of this kit with plain layers, as those that were measured; most published speeds are of
 other programs with fused or compiled kernels. Errors are printed as they are: no constant of the estimate is adapted to
 them. Published and measured figures and their conditions are in docs/time-and-cost.md and docs/benchmarks.md.
 """
@@ -22,6 +22,7 @@ from lowrank_tune.memory_planner.step_costs import OPTIMIZER, UPDATE, step_costs
 from lowrank_tune.memory_planner.update_speed import estimated_update_speed
 
 SETTINGS = (
+    "train.torch_compile=false",
     "train.micro_batch_tokens=null",
     "train.gradient_checkpointing=all",
     "train.num_train_epochs=null",

@@ -29,8 +29,8 @@ class TrainingConfig(Settings):
     """In place of `global_batch_size`: as many rows per step as fit in this many tokens."""
     micro_batch_size: PositiveInt | Literal["auto"] | None = None
     """Rows (or completions) that go through the model at once (4 unless `micro_batch_tokens` is given). `auto`: as many
-    as fit in the memory of the GPU by its plan, together with `gradient_checkpointing: auto` no more than speed needs
-    (4 without a GPU). Changes memory and speed, never the gradient."""
+    as fit in the memory of the GPU by its plan, together with `gradient_checkpointing: auto` those with which the
+    update is fastest by estimate (4 without a GPU). Changes memory and speed, never the gradient."""
     micro_batch_tokens: PositiveInt | None = None
     """In place of `micro_batch_size`: as many rows as fit in this many tokens, padding included."""
     length_window: PositiveInt = 1

@@ -40,6 +40,11 @@ def plans_compiled_layers(recipe: RecipeConfig, device: torch.device) -> bool:
     return not (torch.cuda.is_available() and missing_for_compile(device.type))
 
 
+def forget_programs() -> None:
+    """Frees the programs of earlier simulations."""
+    _programs.clear()
+
+
 @dataclass
 class LayerProgram:
     """The programs of a compiled layer; without a backward one where no gradient is needed."""

@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import stateless
 from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
@@ -61,12 +60,19 @@ class LayerCall:
             given = iter(tensors[len(self.names) :])
             leaves = [next(given) if leaf is Tensor else leaf for leaf in self.leaves]
             args, kwargs = tree_unflatten(leaves, self.spec)
-            with mode, _no_autocast_cache(), stateless._reparametrize_module(layer, _with_states(layer, named)):
+            _set_tensors(layer, _with_states(layer, named))
+            with mode, _no_autocast_cache():
                 outputs, spec = tree_flatten(forward(*args, **kwargs))
             specs.append(spec)
             return outputs
 
-        return trace_graphs(run, self.tensors, len(self.names)), specs[0]
+        # Functions of autograd read weights in their backward pass too, so that the layer keeps the traced tensors
+        # until its gradients are traced.
+        own = {name: tensor for name, tensor in zip(self.names, self.tensors, strict=False) if STATE not in name}
+        try:
+            return trace_graphs(run, self.tensors, len(self.names)), specs[0]
+        finally:
+            _set_tensors(layer, own)
 
 
 def _tensors_of(layer: nn.Module) -> Iterator[tuple[str, Tensor]]:
@@ -82,9 +88,18 @@ def _tensors_of(layer: nn.Module) -> Iterator[tuple[str, Tensor]]:
                     yield f"{name}{STATE}{part}", value
 
 
+def _set_tensors(layer: nn.Module, named: Mapping[str, Tensor]) -> None:
+    """Sets parameters and buffers of a layer, without a check of their type."""
+    for name, tensor in named.items():
+        path, _, attribute = name.rpartition(".")
+        module = layer.get_submodule(path)
+        tensors: Any = module._parameters if attribute in module._parameters else module._buffers
+        tensors[attribute] = tensor
+
+
 def _with_states(layer: nn.Module, named: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Returns the parameters and buffers of `named`, 4-bit weights with a state of the tensors in `named`."""
-    for name, parameter in layer.named_parameters():
+    for name, parameter in layer.named_parameters(remove_duplicate=False):
         state = copy.copy(getattr(parameter, "quant_state", None))
         if state is None:
             continue
