@@ -30,7 +30,7 @@ import lowrank_tune  # noqa: F401  # isort: skip
 import torch
 from gpu_proof import plans, records, tables
 from gpu_proof.base import SHAPES, TINY
-from gpu_proof.cells import CELLS, REFERENCE
+from gpu_proof.cells import PLANNED, REFERENCE
 from gpu_proof.parts import PARTS, REFERENCE_SHAPE, Context, NoGpu, passed, select
 from gpu_proof.supervisor import Supervisor, worker_command
 from gpu_proof.worker import Worker, end_with_parent
@@ -100,7 +100,7 @@ def run_plan(options: argparse.Namespace) -> int:
         print(f"The planner needs {' and '.join(missing)}: write the file where they are installed.", file=sys.stderr)
         return 1
     shapes = options.shapes or ["llama-3.1-8b"]
-    cells = [(shape, cell) for shape in shapes for cell in CELLS]
+    cells = [(shape, cell) for shape in shapes for cell in PLANNED]
     text = json.dumps(plans.make_plans([*cells, (REFERENCE_SHAPE, REFERENCE)], options.cap_gb), indent=2) + "\n"
     Path(options.out).write_text(text, encoding="utf-8")
     print(text, end="")

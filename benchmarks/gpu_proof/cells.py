@@ -11,7 +11,7 @@ from gpu_proof.machine import release_unused, reserved_gib, reset_peak
 from gpu_proof.measured_run import MeasuredRun, mean
 from gpu_proof.profiling import Profile
 from gpu_proof.records import Record
-from gpu_proof.synthetic import STEPS, Size, TrainSettings, full_rows
+from gpu_proof.synthetic import STEPS, Size, TrainSettings, full_rows, ragged_rows
 from gpu_proof.workload import bytes_per_token, flops
 from lowrank_tune.model.activation_checkpointing import Checkpointing, num_checkpointed_layers
 from lowrank_tune.model.base import Base
@@ -34,12 +34,20 @@ class Cell:
     checkpointing: Checkpointing = "all"
     offload: bool = False
     optimizer: str = "adamw"
+    torch_compile: bool = False
+    without: tuple[str, ...] = ()
+    """Names of the fast paths that are disabled."""
+    ragged: bool = False
+    """Rows of different lengths, whose second half is trained; else all of full length."""
 
     @property
     def name(self) -> str:
         extras = [f"recompute {self.checkpointing}"] if self.checkpointing != "all" else []
         extras += ["offloaded"] if self.offload else []
         extras += [self.optimizer] if self.optimizer != "adamw" else []
+        extras += ["ragged"] if self.ragged else []
+        extras += ["compiled"] if self.torch_compile else []
+        extras += [f"without {name}" for name in self.without]
         return " ".join([self.algorithm, f"{self.micro}x{self.length}", *extras])
 
     @property
@@ -63,8 +71,22 @@ REMAINING = (
     Cell("grpo", 16, 8, 384, prompt=256, group=8),
     Cell("ppo", 16, 8, 384, prompt=256, group=8),
 )
+PACKED_ROWS = "packed rows"
+LORA_LINEARS = "LoRA linears as one function"
+FAST_PATHS = (
+    Cell("sft", 8, 4, 2048, without=(PACKED_ROWS, LORA_LINEARS)),
+    Cell("sft", 8, 4, 2048, torch_compile=True),
+    Cell("sft", 8, 2, 2048, checkpointing=8, torch_compile=True),
+    Cell("sft", 16, 8, 1024, ragged=True),
+    Cell("sft", 16, 8, 1024, ragged=True, without=(PACKED_ROWS,)),
+    Cell("grpo", 16, 8, 384, prompt=256, group=8, torch_compile=True),
+    Cell("grpo", 16, 8, 384, prompt=256, group=8, without=(PACKED_ROWS,)),
+)
+"""Each beside the cell without the difference: the plain paths and compiled layers beside MAIN, packing on and off, and
+a group whose prompt is shared by segments or, in the last one, with a mask."""
 CELLS = (MAIN, NOT_RECOMPUTED, PAGED, *REMAINING)
 """On a GPU of 24 GB, with a base of 7 to 8 billion parameters in NF4."""
+PLANNED = (*CELLS, *(cell for cell in FAST_PATHS if cell.torch_compile))
 
 TINY_MAIN = Cell("sft", 4, 2, 48)
 TINY_REFERENCE = Cell("sft", 4, 1, 48)
@@ -75,6 +97,11 @@ TINY_REMAINING = (
     Cell("dpo", 2, 1, 48),
     Cell("grpo", 4, 2, 24, prompt=16, group=2),
     Cell("ppo", 4, 2, 24, prompt=16, group=2),
+)
+TINY_FAST_PATHS = (
+    Cell("sft", 4, 2, 48, without=(PACKED_ROWS, LORA_LINEARS)),
+    Cell("sft", 8, 4, 48, ragged=True),
+    Cell("sft", 8, 4, 48, ragged=True, without=(PACKED_ROWS,)),
 )
 TINY_CELLS = (TINY_MAIN, TINY_NOT_RECOMPUTED, TINY_PAGED, *TINY_REMAINING)
 
@@ -89,11 +116,16 @@ def measure(
     record["planned_gib"] = planned_gib
     records = [record]
     trained = TRAINED_ROLES.get(cell.algorithm, ("policy",))
-    roles = make_roles(base, trained, cell.checkpointing, offload=cell.offload)
+    roles = make_roles(base, trained, cell.checkpointing, offload=cell.offload, torch_compile=cell.torch_compile)
+    messages: list[str] = []
+    roles.limits.emit = lambda event: messages.append(str(getattr(event, "message", "")))
+    for path in roles.fast_paths:
+        path.enabled = path.enabled and path.name not in cell.without
+    rows = ragged_rows if cell.ragged else full_rows
     try:
         vocab_size = base.model.config.vocab_size
         make = ALGORITHMS[cell.algorithm]
-        algorithm = make(roles, lambda step: full_rows(cell.size, vocab_size, cell.together), cell.size)
+        algorithm = make(roles, lambda step: rows(cell.size, vocab_size, cell.together), cell.size)
         parameters = [parameter for role in trained for parameter in roles.parameters(role)]
         release_unused(base.device)
         reset_peak(base.device)
@@ -102,6 +134,8 @@ def measure(
         steps, profile_step = (STEPS + 1, STEPS - 1) if profile else (STEPS, None)
         run = measured_run.run(algorithm, roles, parameters, settings, steps, profile_step)
         record |= figures(cell, base, roles, run, rates)
+        record["fast_paths"] = [path.name for path in roles.fast_paths if path.enabled]
+        record["messages"] = [message for message in messages if message]
         if planned_gib is not None:
             record["plan_holds"] = abs(record["measured_gib"] / planned_gib - 1) <= PLAN_TOLERANCE
         if run.profile is not None:

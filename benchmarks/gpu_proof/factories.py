@@ -106,11 +106,26 @@ HEADS, PAIRED, GENERATIVE = {"reward", "value"}, {"reward", "dpo"}, {"ppo", "grp
 
 
 def make_roles(
-    base: Base, names: Sequence[str], checkpointing: Checkpointing, seed: int = 0, offload: bool = False
+    base: Base,
+    names: Sequence[str],
+    checkpointing: Checkpointing,
+    seed: int = 0,
+    offload: bool = False,
+    torch_compile: bool = False,
 ) -> Roles:
     adapters = {name: lora_config(AdapterSettings(), base.model) for name in names}  # type: ignore[arg-type]
     stacks = {**{name: [name] for name in names}, "reference": []}
-    return Roles(base, adapters, names, stacks, checkpointing, seed, HEADS & set(names), offload)
+    return Roles(
+        base,
+        adapters,
+        names,
+        stacks,
+        checkpointing,
+        seed,
+        HEADS & set(names),
+        offload,
+        torch_compile=torch_compile,
+    )
 
 
 def randomize_b(roles: Roles, role: str) -> None:

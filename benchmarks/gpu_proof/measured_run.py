@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,6 +16,7 @@ from gpu_proof.synthetic import TrainSettings
 from lowrank_tune.algorithms.base import Algorithm, StepBatch
 from lowrank_tune.batch import Batch
 from lowrank_tune.events import Event, StepEnd
+from lowrank_tune.model.compiled_layers import CompiledLayers
 from lowrank_tune.model.roles import Roles
 from lowrank_tune.training.trainer import Trainer, TrainerState, make_optimizer
 
@@ -89,7 +90,9 @@ def run(
         if isinstance(event, StepEnd):
             measured.events.append(event)
 
-    with counted_forwards(roles.base.model) as count, profiling:
+    # A compiled layer would count the passes in its graph, and be compiled again for each count.
+    is_compiled = any(path.name == CompiledLayers.name for path in roles.fast_paths)
+    with counted_forwards([] if is_compiled else roles.base.model.get_decoder().layers) as count, profiling:
         algorithm.collect = measured_collect  # type: ignore[method-assign]
         optimizer = make_optimizer(parameters, train, device)  # type: ignore[arg-type]
         loop = Trainer(
@@ -110,15 +113,15 @@ def run(
 
 
 @contextmanager
-def counted_forwards(model: Any) -> Iterator[list[int]]:
-    """Count the forwards of decoder layers, to see recomputation. The hooks are on a module *inside* each layer:
+def counted_forwards(layers: Iterable[Any]) -> Iterator[list[int]]:
+    """Count the forwards of these decoder layers, to see recomputation. The hooks are on a module *inside* each layer:
     transformers 5.23 recomputes a layer without calling the layer's own hooks."""
     count = [0]
 
     def add(*_: Any) -> None:
         count[0] += 1
 
-    handles = [next(layer.children()).register_forward_pre_hook(add) for layer in model.get_decoder().layers]
+    handles = [next(layer.children()).register_forward_pre_hook(add) for layer in layers]
     try:
         yield count
     finally:

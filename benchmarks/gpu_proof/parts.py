@@ -189,6 +189,11 @@ def run_cells(context: Context) -> Iterator[Record]:
         yield from context.cell(cell)
 
 
+def run_fast_paths(context: Context) -> Iterator[Record]:
+    for cell in cells.TINY_FAST_PATHS if context.tiny else cells.FAST_PATHS:
+        yield from context.cell(cell)
+
+
 def run_trl(context: Context) -> Iterator[Record]:
     """TRL leaves its adapter in the base, so each cell has a base of its own."""
     if missing := trl_baseline.missing_packages():
@@ -248,6 +253,14 @@ PARTS = (
         description="Qwen3-8B in the configuration of the numbers that Unsloth and Surogate publish",
     ),
     Part("cells", run_cells, 120, 40, description="memory and speed of the remaining cells"),
+    Part(
+        "fast_paths",
+        run_fast_paths,
+        240,
+        40,
+        isolated=True,
+        description="compiled layers, packed rows and LoRA linears on and off",
+    ),
     Part("trl", run_trl, 130, 90, needs_base=False, isolated=True, description="TRL's SFT, GRPO and DPO, same cells"),
     Part("no_recompute", run_not_recomputed, 60, 40, description="activations kept instead of recomputed"),
     Part("paged", run_paged, 90, 30, isolated=True, description="paged optimizers"),

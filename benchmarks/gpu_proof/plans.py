@@ -49,6 +49,7 @@ def recipe_of(cell: Cell, shape: str) -> dict[str, Any]:
         "gradient_checkpointing": cell.checkpointing,
         "activation_offloading": cell.offload,
         "optim": cell.optimizer,
+        "torch_compile": cell.torch_compile,
     }
     role = "reward" if cell.algorithm == "reward" else "policy"
     recipe: dict[str, Any] = {

@@ -172,9 +172,6 @@ def _is_joinable(
     """Returns whether the first module of a group computes the outputs of all."""
     if len(group.modules) == 1 or not group.in_order:
         return False
-    # Also in eval mode, so that a reference has products of the same shape as a policy in train mode.
-    if any(_dropout_of(module, name) > 0 for module in group.modules for name in stack):
-        return False
     return all(_is_computable(module, stack, x) for module in group.modules[1:])
 
 
@@ -252,13 +249,6 @@ def _dropped(
 ) -> Tensor | None:
     """Returns the input of an adapter after dropout, as PEFT draws it; None without dropout."""
     dropout = module.lora_dropout[name]
-    if not dropout.training or _dropout_of(module, name) == 0:
+    if not dropout.training or getattr(dropout, "p", 0.0) == 0:
         return None
     return dropout(x)  # type: ignore[no-any-return]
-
-
-def _dropout_of(module: Any, name: str) -> float:
-    """Returns the probability of an adapter's dropout."""
-    if name not in module.lora_dropout:
-        return 0.0
-    return getattr(module.lora_dropout[name], "p", 0.0)

@@ -24,7 +24,7 @@ from transformers import AutoModelForCausalLM
 
 from lowrank_tune.config import Recipe
 from lowrank_tune.errors import TrainingError
-from lowrank_tune.model import activation_checkpointing
+from lowrank_tune.model import activation_checkpointing, compiled_layers
 from lowrank_tune.model.decoder import Decoder
 from lowrank_tune.model.heads import HEAD_WEIGHT_KEY
 from lowrank_tune.model.logprobs import Head
@@ -270,12 +270,25 @@ def test_a_cell_and_its_kernels(base: Any) -> None:
     assert cell["update_tokens_per_second"] * cell["seconds_per_step"] == pytest.approx(tokens, rel=0.05)
     assert 0 < cell["matmul_share"] < 2 and cell["measured_gib"] > 0
     assert profile["kind"] == "profile" and len(profile["kernels"]) == module("profiling").TOP_KERNELS
-    # Of 14 linears in 2 micro-batches, all but the first layer's q, k and v have an input with a gradient.
+    # In 2 micro-batches, 2 layers: query, key and value together, the output, gate and up together, and down.
     counts = {kernel["name"]: kernel["count"] for kernel in profile["kernels"]}
-    assert counts["MatMul4BitBackward"] == 2 * 11
+    assert counts["_LoraLinearsBackward"] == 2 * 2 * 4
     seconds = [kernel["seconds"] for kernel in profile["kernels"]]
     assert seconds == sorted(seconds, reverse=True) and sum(seconds) <= profile["busy_seconds"]
     assert profile["wall_seconds"] == cell["seconds_per_step"] and profile["launches"] > 28
+
+
+@slow
+def test_a_cell_runs_with_and_without_fast_paths(base: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    cells = module("cells")
+    monkeypatch.setattr(compiled_layers, "BACKEND", "aot_eager")
+    compiled = cells.Cell("sft", 4, 2, 48, ragged=True, torch_compile=True)
+    (record,) = cells.measure(compiled, base, (0.1, 30.0))
+    assert record["fast_paths"] == ["packed rows", "LoRA linears as one function", "compiled layers"]
+    assert any(message.startswith("layers compiled in") for message in record["messages"])
+    plain = cells.Cell("sft", 4, 2, 48, ragged=True, without=(cells.PACKED_ROWS, cells.LORA_LINEARS))
+    (record,) = cells.measure(plain, base, (0.1, 30.0))
+    assert record["fast_paths"] == [] and record["cell"].endswith("without LoRA linears as one function")
 
 
 @pytest.mark.parametrize(
@@ -486,7 +499,7 @@ def test_a_gpu_is_described(gpu: ModuleType, monkeypatch: pytest.MonkeyPatch) ->
 def test_every_cell_is_a_recipe(gpu: ModuleType, tmp_path: Path) -> None:
     """With the sizes that are measured; and what was planned elsewhere is found by shape and cell."""
     cells, plans = module("cells"), module("plans")
-    for cell in (*cells.CELLS, cells.REFERENCE):
+    for cell in (*cells.PLANNED, cells.REFERENCE):
         recipe = Recipe.from_dict(plans.recipe_of(cell, "qwen2.5-7b"))
         assert recipe.train.micro_batch_size == cell.micro and recipe.train.optim == cell.optimizer
         if cell.algorithm in ("grpo", "ppo"):
@@ -514,7 +527,7 @@ def test_every_cell_is_planned(gpu: ModuleType, tmp_path: Path) -> None:
     path = tmp_path / "plans.json"
     assert gpu.main(["plan", "--out", str(path)]) == 0
     found = module("plans").read_plans(path, "llama-3.1-8b")
-    assert list(found) == [cell.name for cell in module("cells").CELLS]
+    assert list(found) == [cell.name for cell in module("cells").PLANNED]
     assert all(5.5 < gib < 22 for gib in found.values())
     assert found["sft 1x1024 recompute none"] > found["sft 4x2048"] > found["sft 2x4096 offloaded paged_adamw_8bit"]
     assert set(module("plans").read_plans(path, "qwen3-8b")) == {module("cells").REFERENCE.name}
@@ -546,7 +559,7 @@ def test_a_proof_in_which_no_part_ran_has_not_passed(
 ) -> None:
     assert gpu.main(["proof", "--tiny", "--seconds", "1", "--json", str(tmp_path / "r")]) == 1
     printed = capsys.readouterr().out
-    assert "0 of 15 parts" in printed and "no part was completed" in printed and printed.count("| skipped |") == 15
+    assert "0 of 16 parts" in printed and "no part was completed" in printed and printed.count("| skipped |") == 16
 
 
 def test_the_order_of_the_parts(gpu: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:

@@ -88,7 +88,7 @@ def test_pad_and_end_tokens_inside_a_row_are_tokens(lengths: list[int], left: bo
         torch.randint(2, VOCAB, (n,), generator=torch.Generator().manual_seed(n)).tolist() + [ends] * (n % 3)
         for n in lengths
     ]
-    assert error_of_scores(ROLES, rows, left=left, filler=filler) < 2e-5
+    assert error_of_scores(ROLES, rows, left=left, filler=filler) < 3e-5
 
 
 ROLES = reward_roles(unquantized_base("llama"))
@@ -261,7 +261,7 @@ def plain_peft_error(roles: Roles, folder: Path) -> float:
 def test_head_that_is_not_saved_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     roles = reward_roles(load_base_of(16))
     perturb(roles, "reward")
-    assert plain_peft_error(roles, tmp_path / "whole") < 1e-5
+    assert plain_peft_error(roles, tmp_path / "whole") < 2e-5
     tensors = roles.adapter_tensors("reward")
     assert (
         len(tensors) == 29
