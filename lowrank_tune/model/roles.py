@@ -29,7 +29,14 @@ from lowrank_tune.model.chunked_mlp import chunk_mlps
 from lowrank_tune.model.compiled_layers import CompiledLayers
 from lowrank_tune.model.decoder import Decoder
 from lowrank_tune.model.decoder_layers import restore_layers
-from lowrank_tune.model.fast_paths import FastPath, disabled, gradients_of, made_up_rows, nonzero, verify_fast_paths
+from lowrank_tune.model.fast_paths import (
+    FastPath,
+    disabled,
+    fixed_values,
+    gradients_of,
+    made_up_rows,
+    verify_fast_paths,
+)
 from lowrank_tune.model.frozen_adapters import FrozenAdapters, frozen_dtype
 from lowrank_tune.model.logprobs import (
     CHUNK_LOGITS,
@@ -235,7 +242,7 @@ class Roles:
         parameters: dict[str, nn.Parameter] = {}
         if role in self.trainable:
             parameters = self.named_parameters(role)
-        with nonzero(parameters.values()):
+        with fixed_values(parameters.values()):
             verify_fast_paths(
                 self.fast_paths,
                 partial(self._logps_and_gradients, role, parameters),
