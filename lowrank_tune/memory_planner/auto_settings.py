@@ -82,7 +82,7 @@ def describe_gain(choice: AutoChoice) -> str:
     plan = choice.plan
     return (
         f"a micro-batch of {plan.sizes.units}, {plan.recomputed} of {plan.layers} layers recomputed: the update is "
-        f"{choice.gain:.1f}x as fast as with all recomputed, by count"
+        f"{choice.gain:.2f}x as fast as with all recomputed, by count"
     )
 
 

@@ -214,7 +214,7 @@ def test_a_run_logs_what_auto_is_and_plan_prints_it_before(tmp_path: Path) -> No
     assert fit.changes == {"recipe": {"gradient_checkpointing": 0}}
     messages = [event.message for event in events if isinstance(event, LogMessage)]
     expected = "recipe: needs 2.3 of 24.0 GiB by plan, most of it in update; auto is train.gradient_checkpointing=0"
-    gain = "a micro-batch of 16, 0 of 9 layers recomputed: the update is 1.5x as fast as with all recomputed, by count"
+    gain = "a micro-batch of 16, 0 of 9 layers recomputed: the update is 1.50x as fast as with all recomputed, by count"
     assert messages == [f"{expected}; {gain}"]
     command = ["plan", file, "--vram", "24"]
     output = CliRunner().invoke(app, command, env={"COLUMNS": "200"}).output
