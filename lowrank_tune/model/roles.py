@@ -39,13 +39,13 @@ from lowrank_tune.model.fast_paths import (
 )
 from lowrank_tune.model.frozen_adapters import FrozenAdapters, frozen_dtype
 from lowrank_tune.model.logprobs import (
-    CHUNK_LOGITS,
     Head,
     LogProbs,
     check_head,
     chunked_entropy,
     chunked_kl,
     chunked_logps,
+    default_chunk_logits,
     head_of,
 )
 from lowrank_tune.model.lora_forward import LoraLinears, wider_stacks
@@ -67,11 +67,12 @@ class Roles:
     has that name, only the head is trained, on a stack that other roles train. `checkpointing` selects the layers that
     are recomputed in the backward pass, and `offload` keeps their inputs in host memory
     (`model/activation_checkpointing.py`). `mlp_chunks` is the number of chunks of the sequence in which each MLP is
-    computed (`model/chunked_mlp.py`). `logits_chunk` logits exist at once. With `torch_compile` the layers are compiled
-    (`model/compiled_layers.py`).
+    computed (`model/chunked_mlp.py`). `logits_chunk` logits exist at once (`default_chunk_logits`). With
+    `torch_compile` the layers are compiled (`model/compiled_layers.py`).
     """
 
     decoder: Decoder
+    logits_chunk: int
 
     def __init__(
         self,
@@ -84,11 +85,10 @@ class Roles:
         heads: Iterable[str] = (),
         offload: bool = False,
         mlp_chunks: int = 1,
-        logits_chunk: int = CHUNK_LOGITS,
+        logits_chunk: int | None = None,
         torch_compile: bool = False,
     ) -> None:
         self.base = base
-        self.logits_chunk = logits_chunk
         self.stacks = {role: [ADAPTER_PREFIX + name for name in stack] for role, stack in stacks.items()}
         self.trainable = frozenset(trainable)
         self.heads = dict[str, scalar.ScalarHead]()
@@ -112,6 +112,7 @@ class Roles:
                 f"adapters: one of them changes the output head of {base.name}, which this kit keeps as it is",
             )
         self.head: Head = head_of(base.model)
+        self.logits_chunk = logits_chunk or default_chunk_logits(len(self.head.weight), base.device)
         self.decoder = Decoder(base, self._plain_base, self._emit)
         for role in heads:
             is_trained_alone = role in self.trainable and role not in adapters
