@@ -368,7 +368,9 @@ def chunk_logps(
     total = e.sum(dim=1)
     log_total = total.log()
     logps.copy_(target - largest - log_total)
-    entropy.copy_(log_total - torch.linalg.vecdot(e, z) / total)
+    needs_logits = slope is not None and head.softcap is not None
+    dots = torch.linalg.vecdot(e, z) if needs_logits else _dot_in_place(z, e)
+    entropy.copy_(log_total - dots / total)
     if slope is None:
         return
     at_target = torch.ones_like(target)
@@ -381,3 +383,9 @@ def chunk_logps(
     expected = head.expected_weight(e).float()
     difference = at_target[:, None] * head.weight[targets].float() - expected
     slope.copy_(difference * (head.scale / temperature))
+
+
+def _dot_in_place(x: Tensor, y: Tensor) -> Tensor:
+    """Returns the dot products of rows (N, V), (N,). Overwrites `x`, because a third tensor of this size takes as long
+    as the product."""
+    return x.mul_(y).sum(dim=1)
