@@ -17,7 +17,6 @@ from lowrank_tune.model.base import Base, load_base
 from lowrank_tune.model.compiler_check import missing_for_compile
 from lowrank_tune.model.gpu_memory import budget_of, limit_gpu_memory, read_gpu_memory
 from lowrank_tune.model.heads import HEAD_WEIGHT_KEY
-from lowrank_tune.model.logprobs import CHUNK_LOGITS
 from lowrank_tune.model.oom import MemoryLimits
 from lowrank_tune.model.roles import Roles
 from lowrank_tune.model.rotary import FixedRope, factors_of
@@ -74,10 +73,11 @@ def micro_tokens_of(recipe: RecipeConfig, max_length: int) -> int:
     return min(max(MIN_MICRO_TOKENS, rows * max_length), MAX_MICRO_TOKENS)
 
 
-def logits_chunk_of(recipe: RecipeConfig) -> int:
-    """Returns the logits that exist at once; those of `auto` if the run is not planned."""
+def logits_chunk_of(recipe: RecipeConfig) -> int | None:
+    """Returns the logits that exist at once, None for the default of the device: `auto` of a run that is not
+    planned."""
     if recipe.train.logits_chunk == "auto":
-        return CHUNK_LOGITS
+        return None
     return recipe.train.logits_chunk
 
 

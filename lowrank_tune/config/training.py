@@ -67,8 +67,8 @@ class TrainingConfig(Settings):
     compared with the plain ones, which are used if they differ. Never changes the result, except for rounding."""
     logits_chunk: PositiveInt | Literal["auto"] = "auto"
     """Logits that exist at once, a power of two: the output head runs over as many tokens as have so many. Fewer need
-    less memory, more read the head's weight less often. `auto`: 67108864 on a GPU if they fit by plan, else 16777216.
-    Never changes the result, except for rounding."""
+    less memory, more read the head's weight less often. `auto`: 67108864 on a GPU if they fit by plan, else 16777216;
+    on the CPU those of 256 tokens, at most 16777216. Never changes the result, except for rounding."""
     memory_budget_gib: Annotated[float, Field(gt=0.0)] | None = None
     """GPU memory that the run may use, in GiB. Default: what is free when the run begins. The keys and values of
     rollouts share it with the update, so it decides how many sequences are decoded at once. Without a GPU it limits

@@ -26,7 +26,7 @@ NUM_ROWS = 2
 NUM_COLUMNS = 64
 """Sizes of the made-up rows; the second row is half as long."""
 FILL_SIZE = 0.02
-"""Size of the values that replace zeros of an adapter."""
+"""Size of the values that replace those of an adapter."""
 TOLERANCE = {torch.float32: 1e-4}
 HALF_PRECISION_TOLERANCE = 2e-2
 """Relative differences of log-probs and gradients that are always allowed, in fp32 and in half precision."""
@@ -166,18 +166,19 @@ def made_up_rows(vocab_size: int, device: torch.device) -> Batch:
 
 
 @contextmanager
-def nonzero(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
-    """Gives parameters that are all zero small values. A fresh adapter has a B of zeros, with which no path could
-    compute a wrong gradient of A."""
-    zeros = [parameter for parameter in parameters if not parameter.detach().any()]
-    for parameter in zeros:
+def fixed_values(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
+    """Gives parameters small values that are the same in each run, and restores theirs on exit. A fresh adapter has a B
+    of zeros, with which no path could compute a wrong gradient of A; and a run that is continued must choose the same
+    paths."""
+    before = [(parameter, parameter.detach().clone()) for parameter in parameters]
+    for parameter, _ in before:
         numbers = torch.arange(parameter.numel(), dtype=torch.float32, device=parameter.device)
         parameter.data.copy_(FILL_SIZE * numbers.cos().view_as(parameter))
     try:
         yield
     finally:
-        for parameter in zeros:
-            parameter.data.zero_()
+        for parameter, values in before:
+            parameter.data.copy_(values)
 
 
 def gradients_of(value: Tensor, parameters: Mapping[str, nn.Parameter]) -> Outputs:

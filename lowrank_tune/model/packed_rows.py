@@ -33,8 +33,8 @@ class PackedRows:
     """A fast path of `Decoder.hidden` (`model/fast_paths.py`) that computes no padding, and beginnings that rows share
     once.
 
-    Models that are not known to compute each segment of a packed row alone never take it. The first call reports this,
-    with one message to `emit`.
+    With `always`, all rows are packed that may be (`pack_rows`). Models that are not known to compute each segment of a
+    packed row alone never take it. The first call reports this, with one message to `emit`.
     """
 
     name = "packed rows"
@@ -47,6 +47,7 @@ class PackedRows:
         emit: Emit,
     ) -> None:
         self.enabled = True
+        self.always = False
         self._base = base
         self._run = run
         self._shares_exactly = shares_exactly
@@ -69,7 +70,7 @@ class PackedRows:
         share = share_prefixes and batch.shared_prefix is not None
         if share and not self._shares_prefixes:
             return None
-        return pack_rows(batch, self._hidden_size, share)
+        return pack_rows(batch, self._hidden_size, share, self.always)
 
     def _run_packed(self, packed: PackedRow) -> Tensor:
         with AttentionName(self._config, SEGMENTS_NAME):

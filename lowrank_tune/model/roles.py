@@ -29,16 +29,23 @@ from lowrank_tune.model.chunked_mlp import chunk_mlps
 from lowrank_tune.model.compiled_layers import CompiledLayers
 from lowrank_tune.model.decoder import Decoder
 from lowrank_tune.model.decoder_layers import restore_layers
-from lowrank_tune.model.fast_paths import FastPath, disabled, gradients_of, nonzero, verify_fast_paths
+from lowrank_tune.model.fast_paths import (
+    FastPath,
+    disabled,
+    fixed_values,
+    gradients_of,
+    made_up_rows,
+    verify_fast_paths,
+)
 from lowrank_tune.model.frozen_adapters import FrozenAdapters, frozen_dtype
 from lowrank_tune.model.logprobs import (
-    CHUNK_LOGITS,
     Head,
     LogProbs,
     check_head,
     chunked_entropy,
     chunked_kl,
     chunked_logps,
+    default_chunk_logits,
     head_of,
 )
 from lowrank_tune.model.lora_forward import LoraLinears, wider_stacks
@@ -60,11 +67,12 @@ class Roles:
     has that name, only the head is trained, on a stack that other roles train. `checkpointing` selects the layers that
     are recomputed in the backward pass, and `offload` keeps their inputs in host memory
     (`model/activation_checkpointing.py`). `mlp_chunks` is the number of chunks of the sequence in which each MLP is
-    computed (`model/chunked_mlp.py`). `logits_chunk` logits exist at once. With `torch_compile` the layers are compiled
-    (`model/compiled_layers.py`).
+    computed (`model/chunked_mlp.py`). `logits_chunk` logits exist at once (`default_chunk_logits`). With
+    `torch_compile` the layers are compiled (`model/compiled_layers.py`).
     """
 
     decoder: Decoder
+    logits_chunk: int
 
     def __init__(
         self,
@@ -77,16 +85,16 @@ class Roles:
         heads: Iterable[str] = (),
         offload: bool = False,
         mlp_chunks: int = 1,
-        logits_chunk: int = CHUNK_LOGITS,
+        logits_chunk: int | None = None,
         torch_compile: bool = False,
     ) -> None:
         self.base = base
-        self.logits_chunk = logits_chunk
         self.stacks = {role: [ADAPTER_PREFIX + name for name in stack] for role, stack in stacks.items()}
         self.trainable = frozenset(trainable)
         self.heads = dict[str, scalar.ScalarHead]()
         self._frozen = FrozenAdapters(frozen_dtype(base.device))
         self.fast_paths = list[FastPath]()
+        self._compiled: CompiledLayers | None = None
         self.verified = False
         self._undo = ExitStack()
         self.limits = MemoryLimits()
@@ -104,6 +112,7 @@ class Roles:
                 f"adapters: one of them changes the output head of {base.name}, which this kit keeps as it is",
             )
         self.head: Head = head_of(base.model)
+        self.logits_chunk = logits_chunk or default_chunk_logits(len(self.head.weight), base.device)
         self.decoder = Decoder(base, self._plain_base, self._emit)
         for role in heads:
             is_trained_alone = role in self.trainable and role not in adapters
@@ -213,9 +222,10 @@ class Roles:
             self.fast_paths.append(self._linears)
         if torch_compile:
             self._undo.callback(restore_layers, model)
-            compiled = CompiledLayers(model, self._emit)
-            self.decoder.layers_context = compiled.running
-            self.fast_paths.append(compiled)
+            self._compiled = CompiledLayers(model, self._emit)
+            self.decoder.layers_context = self._compiled.running
+            self.decoder.packed_rows.always = True
+            self.fast_paths.append(self._compiled)
 
     def hidden(self, role: str, batch: Batch) -> Tensor:
         """Returns the last hidden states (B, T, d)."""
@@ -233,13 +243,25 @@ class Roles:
         parameters: dict[str, nn.Parameter] = {}
         if role in self.trainable:
             parameters = self.named_parameters(role)
-        with nonzero(parameters.values()):
+        with fixed_values(parameters.values()):
             verify_fast_paths(
                 self.fast_paths,
                 partial(self._logps_and_gradients, role, parameters),
                 self.base,
                 self._emit,
             )
+        if self._compiled is not None and self._compiled.enabled:
+            self._compile_all_stacks()
+
+    def _compile_all_stacks(self) -> None:
+        """Runs made-up rows through all stacks, with and without gradients. The sizes of the first rows decide how the
+        compiler divides the work of a kernel: they must be the same in a run that is resumed."""
+        rows = made_up_rows(self.head.weight.shape[0], self.base.device)
+        for role in self.stacks:
+            with self.inference_mode():
+                self.hidden(role, rows)
+            if role in self.trainable:
+                self.hidden(role, rows)
 
     def _logps_and_gradients(
         self,

@@ -110,8 +110,9 @@ def _varlen_attention(
     scale: float,
 ) -> Tensor:
     if segments.key_index is not None:
-        key = key.index_select(0, segments.key_index)
-        value = value.index_select(0, segments.key_index)
+        # The gradient of `index_select` is summed in any order on a GPU, that of an index always in the same.
+        key = key[segments.key_index]
+        value = value[segments.key_index]
     options: dict[str, Any] = {"scale": scale, "window_size": (-1, 0)}
     if "enable_gqa" in VARLEN_OPTIONS:
         options["enable_gqa"] = query.shape[1] != key.shape[1]

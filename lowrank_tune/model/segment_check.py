@@ -101,11 +101,13 @@ def _masked_attention(
     same = is_second[:, None] == is_second
     shared = is_second[:, None] & (slot < NUM_SHARED)
     mask = (same | shared) & (slot <= slot[:, None])
+    num_groups = query.shape[1] // key.shape[1]
+    heads = [query, key.repeat_interleave(num_groups, dim=1), value.repeat_interleave(num_groups, dim=1)]
+    queries, keys, values = (tensor.transpose(0, 1)[None] for tensor in heads)
     output = F.scaled_dot_product_attention(
-        query.transpose(0, 1)[None],
-        key.transpose(0, 1)[None],
-        value.transpose(0, 1)[None],
+        queries,
+        keys,
+        values,
         attn_mask=mask,
-        enable_gqa=True,
     )
     return output[0].transpose(0, 1)

@@ -66,9 +66,13 @@ def pack_rows(
     batch: Batch,
     width: int,
     share: bool,
+    always: bool = False,
 ) -> PackedRow | None:
     """Returns the layout of rows that are padded on the right, or None if it saves too little of a model with hidden
     size `width`. With `share`, the beginnings that rows share by `shared_prefix` are stored once.
+
+    With `always`, rows with a token get a layout even if it saves nothing, and each layout has a `key_index`, so that a
+    compiled layer needs no graph for other kinds of rows.
 
     It is computed from the rows on the CPU and copied to the device of the batch, without a host sync.
     """
@@ -80,7 +84,7 @@ def pack_rows(
         groups = shared_groups(rows)
         first, shared = groups.first, groups.shared_lengths
     own = lengths - shared
-    if not _is_worthwhile(rows, own, lengths, width):
+    if not own.any() or not (always or _is_worthwhile(rows, own, lengths, width)):
         return None
     slot_index = _slot_index(
         first,
@@ -93,7 +97,7 @@ def pack_rows(
     device = batch.input_ids.device
     has_queries = own > 0
     key_index = None
-    if bool(shared.any()):
+    if always or bool(shared.any()):
         key_index = copy_to(slot_index[rows.attention_mask & has_queries[:, None]], device)
     return PackedRow(
         copy_to(rows.input_ids[is_stored][None], device),
@@ -115,11 +119,9 @@ def _is_worthwhile(
     lengths: Tensor,
     width: int,
 ) -> bool:
-    """Returns whether the packed row costs less than padded rows, and has a token at all."""
+    """Returns whether the packed row costs less than padded rows."""
     num_rows, columns = rows.input_ids.shape
     num_tokens = int(own.sum())
-    if not num_tokens:
-        return False
     num_pairs = int((own * (lengths - own / 2)).sum())
     packed = estimate_flops(
         1,

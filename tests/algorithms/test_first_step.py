@@ -60,7 +60,7 @@ def test_rounding_of_a_fast_path_passes(planted: Roles) -> None:
 
 @pytest.mark.parametrize("planted", [1e-3, math.nan], indirect=True)
 def test_a_fast_path_that_computes_something_else_stops_the_run(planted: Roles) -> None:
-    with pytest.raises(TrainingError, match=r"fast paths \(packed rows, a planted path\) from the reference"):
+    with pytest.raises(TrainingError, match=r"fast paths \(packed rows.*a planted path\) from the reference"):
         check(planted)
 
 

@@ -566,13 +566,13 @@ def test_the_order_of_the_parts(gpu: ModuleType, capsys: pytest.CaptureFixture[s
     """By information per second; paged optimizers, the product and TRL have processes of their own."""
     assert gpu.main(["parts"]) == 0
     names = [line.split()[0] for line in capsys.readouterr().out.splitlines()]
-    expected = "facts sft decode oom grpo ppo dpo reward product reference cells trl no_recompute paged rest"
+    expected = "facts sft decode oom grpo ppo dpo reward product reference cells fast_paths trl no_recompute paged rest"
     assert names == expected.split()
     parts = module("parts")
     # Even at its limits a first call of 120 s reaches its second part, and one of 540 s the product.
     limits, base_s = [part.limit_s for part in parts.PARTS], module("worker").BASE_LIMIT_S
     assert sum(limits[:2]) + base_s <= 120 and sum(limits[:9]) + base_s + 20 <= 540
-    assert {part.name for part in parts.PARTS if part.isolated} == {"product", "trl", "paged"}
+    assert {part.name for part in parts.PARTS if part.isolated} == {"product", "fast_paths", "trl", "paged"}
     assert parts.BY_NAME["product"].limit_s <= 90 and [part.name for part in parts.select("sft,facts")] == [
         "facts",
         "sft",

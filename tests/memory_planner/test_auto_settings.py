@@ -62,7 +62,7 @@ def plan_with(folder: Path, layers: int | str, vram: int) -> Plan:
 
 def made_up_peaks(spec: SimulationSpec, layers: Sequence[Layer], only_update: bool = False) -> Peaks:
     """Each layer has weights; one that is not recomputed has activations for each row, and each logit has 10 bytes."""
-    logits = 10 * (logits_chunk_of(spec.recipe) - CHUNK_LOGITS)
+    logits = 10 * ((logits_chunk_of(spec.recipe) or CHUNK_LOGITS) - CHUNK_LOGITS)
     stored = sum(not layer.recomputed for layer in layers)
     activations = spec.sizes.rows * (stored + 1) * 10_000_000
     weights = len(layers) * 1_000_000

@@ -60,10 +60,10 @@ def path_of(roles: Roles) -> CompiledLayers:
 
 
 def batches() -> list[Batch]:
-    """Rows padded on the right, of other numbers and lengths. The first sizes, 4 and 64, are also heads and dimensions
-    of the model."""
+    """Rows padded on the right, of other numbers and lengths. The tokens of the first batch, which may run as one row,
+    are as many as the dimensions of the model."""
     return [
-        ragged_batch((5, 64, 30, 2), seed=2),
+        ragged_batch((5, 27, 30, 2), seed=2),
         ragged_batch((9, 3, 12)),
         ragged_batch((40, 17), seed=1),
     ]

@@ -550,3 +550,17 @@ def test_peak_memory_of_2048_tokens() -> None:
     """2048 tokens need no more memory than 256."""
     few, many = peaks(("chunked", 256), ("chunked", 2048))
     assert few > 60 and many - few < 20
+
+
+@pytest.mark.parametrize(
+    ("vocab_size", "device", "expected"),
+    [
+        (97, "cpu", 1 << 21),
+        (8192, "cpu", 1 << 21),
+        (49_152, "cpu", 1 << 23),
+        (151_936, "cpu", 1 << 24),
+        (97, "cuda", 1 << 24),
+    ],
+)
+def test_a_chunk_has_256_rows_on_the_cpu(vocab_size: int, device: str, expected: int) -> None:
+    assert logps_module.default_chunk_logits(vocab_size, torch.device(device)) == expected
