@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -75,12 +76,12 @@ def made_up_peaks(spec: SimulationSpec, layers: Sequence[Layer], only_update: bo
     }
 
 
-def made_up_times(spec: SimulationSpec, gpu: GpuSpec | None = None) -> UpdateTimes:
-    """Each pass over a layer takes 1 us a token, and 0.2 ms to unpack its weights; a recomputed layer has one more."""
+def made_up_times(spec: SimulationSpec, gpu: GpuSpec | None = None, unpacking: float = 0.0002) -> UpdateTimes:
+    """Each pass over a layer takes 1 us a token, and a time to unpack its weights; a recomputed layer has one more."""
 
     def time(layer: Layer) -> PhaseTime:
         passes = 3 if layer.recomputed else 2
-        return PhaseTime(1, 0, 1).times(passes * (0.0002 + 1e-6 * spec.sizes.tokens))
+        return PhaseTime(1, 0, 1).times(passes * (unpacking + 1e-6 * spec.sizes.tokens))
 
     kinds = [Layer(recomputed=True), Layer(recomputed=False)]
     base = time(kinds[0]).then(time(kinds[1])).times(MIN_LAYERS)
@@ -135,13 +136,19 @@ def test_a_micro_batch_that_is_auto_too_is_no_larger_than_speed_needs(tmp_path: 
     assert not choose_auto_settings(spec, plan_of(spec, 800_000_000, "sft")).values
 
 
-def seconds(spec: SimulationSpec, recomputed: int) -> float:
-    return seconds_with(made_up_times(spec), spec, recomputed)
-
-
 @pytest.mark.usefixtures("made_up")
-def test_of_all_micro_batches_and_layers_that_fit_the_fastest_is_chosen(tmp_path: Path) -> None:
-    """Compared with all of them. A smaller micro-batch is chosen only where it leaves memory for more layers."""
+@pytest.mark.parametrize(("unpacking", "expected"), [(0.0002, {4, 8, 16}), (0.01, {16})])
+def test_of_all_micro_batches_and_layers_that_fit_the_fastest_is_chosen(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, unpacking: float, expected: set[int]
+) -> None:
+    """Compared with all of them. A smaller micro-batch leaves memory for more layers, and unpacks weights more
+    often."""
+    times = partial(made_up_times, unpacking=unpacking)
+    monkeypatch.setattr(auto_settings, "fit_update_times", times)
+
+    def seconds(spec: SimulationSpec, recomputed: int) -> float:
+        return seconds_with(times(spec), spec, recomputed)
+
     spec = spec_of(tmp_path, "auto", "auto")
     by_rows = {rows: spec_of(tmp_path / str(rows), "auto", rows) for rows in (4, 8, 16)}
     plans = {
@@ -159,7 +166,7 @@ def test_of_all_micro_batches_and_layers_that_fit_the_fastest_is_chosen(tmp_path
         assert found in fitting and speeds[found] == min(speeds.values())
         assert choice.gain == pytest.approx(seconds(by_rows[16], NUM_LAYERS) / speeds[found])
         chosen.add(found)
-    assert {rows for rows, _ in chosen} == {4, 8, 16}
+    assert {rows for rows, _ in chosen} == expected
 
 
 @pytest.mark.usefixtures("made_up")
