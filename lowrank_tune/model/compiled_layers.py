@@ -1,9 +1,9 @@
 """Decoder layers compiled with `torch.compile` (`train.torch_compile`).
 
-The layers of one class share their graphs: one for each stack of adapters, with and without a mask, with and without
-gradients. Batch size and length are dynamic, except that one row alone has graphs of its own. Nothing is tuned by
-measurement, so that a resumed run computes the same bits. If a layer cannot be compiled, all continue on the plain
-path, with one warning.
+The layers of one class share their graphs: one for each stack of adapters, with and without gradients. Rows are packed
+into one where the model allows it, so that its length, which is dynamic, is all that differs; else rows with a mask and
+one row alone have graphs of their own. Nothing is tuned by measurement, so that a resumed run computes the same bits.
+If a layer cannot be compiled, all continue on the plain path, with one warning.
 """
 
 from __future__ import annotations
