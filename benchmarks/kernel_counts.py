@@ -24,7 +24,7 @@ from typing import Any
 FAKE_CUDA = Path(__file__).parents[1] / "tests" / "fake_cuda"
 sys.path.append(str(FAKE_CUDA))
 
-from fake_guard import run_on_fake_gpu, unavailable  # noqa: E402  (from the folder above)
+from fake_guard import exit_with_result, run_on_fake_gpu, unavailable  # noqa: E402  (from the folder above)
 
 SHAPE = "llama-3.1-8b"
 DECODE_WIDTH = 768
@@ -157,6 +157,6 @@ def decode_counts(counter: Any, base: Any) -> Iterator[tuple[str, dict[str, Any]
 
 if __name__ == "__main__":
     if sys.argv[1:2] == [COUNT]:
-        Path(sys.argv[3]).write_text(json.dumps(count(int(sys.argv[2]))), encoding="utf-8")
+        exit_with_result(Path(sys.argv[3]), count(int(sys.argv[2])))
     else:
         main()

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import fake_gpu
+from fake_guard import exit_with_result
 
 fake_gpu.install()
 
@@ -111,7 +111,7 @@ def main() -> None:
     group, file = sys.argv[1:]
     with fake_gpu.fake_gpu() as counter:
         counts = GROUPS[group](counter)
-    Path(file).write_text(json.dumps(counts), encoding="utf-8")
+    exit_with_result(Path(file), counts)
 
 
 if __name__ == "__main__":
