@@ -2,8 +2,8 @@
 
 The layers of one class share their graphs: one for each stack of adapters, with and without gradients. Rows are packed
 into one where the model allows it, so that its length, which is dynamic, is all that differs; else rows with a mask and
-one row alone have graphs of their own. Nothing is tuned by measurement, so that a resumed run computes the same bits.
-If a layer cannot be compiled, all continue on the plain path, with one warning.
+one row alone have graphs of their own. Nothing is tuned by measurement. If a layer cannot be compiled, all continue on
+the plain path, with one warning.
 """
 
 from __future__ import annotations
