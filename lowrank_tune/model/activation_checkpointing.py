@@ -96,7 +96,8 @@ def _checkpoint_by_transformers(
         for module in model.modules():
             if hasattr(module, "_gradient_checkpointing_func"):
                 module._gradient_checkpointing_func = partial(_offloaded, module._gradient_checkpointing_func)
-    return getattr(model, "activation_checkpointing_disable", None) or model.gradient_checkpointing_disable  # type: ignore[no-any-return]
+    disable = getattr(model, "activation_checkpointing_disable", None)
+    return disable or model.gradient_checkpointing_disable  # type: ignore[no-any-return]
 
 
 def _offloaded(

@@ -128,7 +128,7 @@ def _tolerance(
     dtype: torch.dtype,
 ) -> float:
     """Returns the relative difference that is allowed. In half precision it depends on the rounding of the plain path,
-    measured with the same rows in another order."""
+    measured with the same rows in a wider batch."""
     if dtype in TOLERANCE:
         return TOLERANCE[dtype]
     wider = rows.pad_columns(rows.input_ids.shape[1] + 8, 0)
@@ -137,8 +137,8 @@ def _tolerance(
 
 
 def largest_difference(computed: Outputs, expected: Outputs) -> float:
-    """Returns the largest relative difference of an output. Outputs that are zero in both are equal; NaN and another
-    set of outputs are a difference of infinity."""
+    """Returns the largest relative difference of an output. Outputs that are zero in both are equal, and NaN is a
+    difference of infinity."""
     assert computed.keys() == expected.keys(), "both paths have the same outputs"
     largest = 0.0
     for name, values in expected.items():
