@@ -12,8 +12,8 @@ from lowrank_tune.functional import masked_mean
 from lowrank_tune.stats import Stats
 
 LOGP_TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 0.05}
-"""Nats per token by which another batch shape may change log-probs, by the dtype of the forward pass (measured: FIELD
-notes, bf16 0.016)."""
+"""Nats per token by which another batch shape may change log-probs, by the dtype of the base's weights (measured in
+bf16: 0.016)."""
 
 
 def full_vocab_kl_metric(
@@ -90,8 +90,7 @@ def _check_policy(
 
 def logp_tolerance(context: AlgorithmContext) -> float:
     """Returns the nats per token by which another computation of the same log-probs may differ."""
-    is_cuda = context.roles.base.device.type == "cuda"
-    return LOGP_TOLERANCE[torch.bfloat16 if is_cuda else torch.float32]
+    return LOGP_TOLERANCE[context.roles.base.model.dtype]
 
 
 def _check_cached_logps(context: AlgorithmContext, difference: float) -> None:

@@ -95,6 +95,17 @@ class Base:
         finally:
             self.model.train(before)
 
+    @contextmanager
+    def train_mode(self) -> Iterator[None]:
+        """Enters train mode with autograd, and restores the mode on exit."""
+        before = self.model.training
+        self.model.train()
+        try:
+            with torch.enable_grad():
+                yield
+        finally:
+            self.model.train(before)
+
     def hashes(self) -> dict[str, str]:
         """Returns `base_hashes`, which are the same for all backends."""
         with self.transformers_forward():

@@ -2,8 +2,9 @@
 
 The layers of one class share their graphs: one for each stack of adapters, with and without gradients. Rows are packed
 into one where the model allows it, so that its length, which is dynamic, is all that differs; else rows with a mask and
-one row alone have graphs of their own. Nothing is tuned by measurement. If a layer cannot be compiled, all continue on
-the plain path, with one warning.
+one row alone have graphs of their own. Nothing is tuned by measurement, and all stacks are compiled before the first
+step for the same rows (`Roles`), so that a run that is resumed computes the same, to the last bit. If a layer cannot be
+compiled, all continue on the plain path, with one warning.
 """
 
 from __future__ import annotations
@@ -55,6 +56,7 @@ class CompiledLayers:
         self.seconds = 0.0
         self._emit = emit
         self._is_running = False
+        self._reports = True
         self._forwards: dict[type, Forward] = {}
         # torch keeps a backend for the rest of the process.
         self._backend = partial(_compile_graph, weakref.WeakMethod(self._graph_started))
@@ -82,8 +84,18 @@ class CompiledLayers:
                 yield
         finally:
             self._is_running = False
-        if self.num_graphs > graphs and self.enabled:
-            self._report()
+        self._report_new_graphs(graphs)
+
+    @contextmanager
+    def one_report(self) -> Iterator[None]:
+        """Reports the graphs of all passes inside with one message."""
+        graphs = self.num_graphs
+        self._reports = False
+        try:
+            yield
+        finally:
+            self._reports = True
+        self._report_new_graphs(graphs)
 
     def of(self, layer: Any) -> Forward:
         kind = type(layer)
@@ -116,7 +128,9 @@ class CompiledLayers:
         self._emit(Progress(description=DESCRIPTION, done=self.num_graphs, total=self.num_graphs + 1))
         self.num_graphs += 1
 
-    def _report(self) -> None:
+    def _report_new_graphs(self, graphs_before: int) -> None:
+        if self.num_graphs == graphs_before or not self.enabled or not self._reports:
+            return
         self._emit(Progress(description=DESCRIPTION, done=self.num_graphs, total=self.num_graphs))
         noun = "graph" if self.num_graphs == 1 else "graphs"
         self._emit(LogMessage(message=f"layers compiled in {self.seconds:.0f} s: {self.num_graphs} {noun}"))

@@ -74,7 +74,7 @@ def verify_fast_paths(
     for path in candidates:
         path.enabled = False
     rows = made_up_rows(base.model.get_output_embeddings().weight.shape[0], base.device)
-    with _training_mode(base.model), torch.enable_grad():
+    with base.train_mode(), _without_dropout(base.model):
         expected = compute(rows)
         tolerance = _tolerance(
             compute,
@@ -195,11 +195,8 @@ def gradients_of(value: Tensor, parameters: Mapping[str, nn.Parameter]) -> Outpu
 
 
 @contextmanager
-def _training_mode(model: Any) -> Iterator[None]:
-    """Enters train mode, in which layers are recomputed, with the probability of all dropout modules at 0, so that no
-    pass draws random numbers."""
-    was_training = model.training
-    model.train()
+def _without_dropout(model: Any) -> Iterator[None]:
+    """Sets the probability of all dropout modules to 0, so that no pass draws random numbers."""
     dropouts: list[Any] = [module for module in model.modules() if isinstance(module, nn.Dropout) and module.p]
     before = [module.p for module in dropouts]
     for module in dropouts:
@@ -209,4 +206,3 @@ def _training_mode(model: Any) -> Iterator[None]:
     finally:
         for module, probability in zip(dropouts, before, strict=True):
             module.p = probability
-        model.train(was_training)

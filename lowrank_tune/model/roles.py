@@ -240,6 +240,15 @@ class Roles:
             return
         self.verified = True
         role = next((name for name in self.stacks if name in self.trainable), role)
+        if self._compiled is None:
+            self._compare_fast_paths(role)
+            return
+        with self._compiled.one_report():
+            self._compare_fast_paths(role)
+            if self._compiled.enabled:
+                self._compile_all_stacks()
+
+    def _compare_fast_paths(self, role: str) -> None:
         parameters: dict[str, nn.Parameter] = {}
         if role in self.trainable:
             parameters = self.named_parameters(role)
@@ -250,18 +259,20 @@ class Roles:
                 self.base,
                 self._emit,
             )
-        if self._compiled is not None and self._compiled.enabled:
-            self._compile_all_stacks()
 
     def _compile_all_stacks(self) -> None:
         """Runs made-up rows through all stacks, with and without gradients. The sizes of the first rows decide how the
-        compiler divides the work of a kernel: they must be the same in a run that is resumed."""
+        compiler divides the work of a kernel: they must be the same in a run that is resumed. So must the random
+        numbers of its next step: those that dropout draws here are not taken from them."""
         rows = made_up_rows(self.head.weight.shape[0], self.base.device)
-        for role in self.stacks:
-            with self.inference_mode():
-                self.hidden(role, rows)
-            if role in self.trainable:
-                self.hidden(role, rows)
+        devices = [self.base.device] if self.base.device.type == "cuda" else []
+        with torch.random.fork_rng(devices):
+            for role in self.stacks:
+                with self.inference_mode():
+                    self.hidden(role, rows)
+                if role in self.trainable:
+                    with self.base.train_mode():
+                        self.hidden(role, rows)
 
     def _logps_and_gradients(
         self,

@@ -56,7 +56,8 @@ def test_an_adapter_that_changed_between_two_stages(server: CommandServer, tmp_p
 def test_the_best_checkpoint_changed_places(server: CommandServer, tmp_path: Path) -> None:
     """Whole and valid, but of another step: it is not taken for the best one."""
     recipe: dict[str, Any] = fault_recipe("sft")
-    recipe["train"] |= {"learning_rate": 0.1, "lr_scheduler_type": "constant"}  # the second step is the best one
+    # The second step is the best one.
+    recipe["train"] |= {"learning_rate": 1.0, "lr_scheduler_type": "constant"}
     recipe["evaluate"] |= {"eval_steps": 2}
     out = tmp_path / "run"
     assert server.run(recipe, out, die_in=(*KILL_POINTS["end of a stage"], 0)).code == -9

@@ -82,6 +82,14 @@ def test_what_is_planned_is_what_is_measured_everywhere(shape: str, layers: list
     assert len(found) == 5 * len(layers) + 1 and all(abs(one) < CLOSE for one in found.values()), found
 
 
+@pytest.mark.slow
+def test_packed_rows_need_at_most_what_is_planned_for_padded_ones() -> None:
+    """Rows of equal lengths, so that packing saves only the shared prompts and their mask: 5 to 8 % of a micro-batch of
+    GRPO."""
+    found = off("llama", ["dpo", "grpo", "ppo"], ["all", "none"], ["--packed"])
+    assert len(found) == 6 and all(-CLOSE < one < 0.1 for one in found.values()), found
+
+
 def test_plan_needs_neither_weights_nor_a_gpu() -> None:
     (scene,) = simulation_specs(load_any("qwen2.5-7b-sft"), "cuda")
     found = plan_of(scene, 24 << 30, "sft")
@@ -243,10 +251,11 @@ def test_where_one_sequence_fits_the_rollout_fits(
 
 
 @pytest.mark.slow
-def test_offloaded_inputs_are_not_planned_on_the_gpu() -> None:
-    """Of each layer the input of its rows waits elsewhere, all but the one that is being computed again. The highest
-    point is then at the first layer, when all others have their gradients."""
-    rows = ["data.max_length=2048", "train.micro_batch_size=2"]
+@pytest.mark.parametrize(("torch_compile", "on_the_gpu"), [("false", 1), ("true", 2)])
+def test_offloaded_inputs_are_not_planned_on_the_gpu(torch_compile: str, on_the_gpu: int) -> None:
+    """Of each layer the input of its rows is in host memory, all but the one that is recomputed, and of compiled layers
+    at most one more. The highest point is then at the first layer, when all others have their gradients."""
+    rows = ["data.max_length=2048", "train.micro_batch_size=2", f"train.torch_compile={torch_compile}"]
 
     def planned(offloading: str) -> Plan:
         (spec,) = simulation_specs(
@@ -257,8 +266,10 @@ def test_offloaded_inputs_are_not_planned_on_the_gpu() -> None:
     plans = {offloading: planned(offloading) for offloading in ("false", "true")}
     config = configs.config_of("Qwen/Qwen2.5-7B-Instruct")
     assert config is not None
-    inputs = (config["num_hidden_layers"] - 1) * 2 * 2048 * config["hidden_size"] * 2
-    assert inputs - plans["true"].peak_phase.bytes["gradients"] <= plans["false"].peak - plans["true"].peak <= inputs
+    one_input = 2 * 2048 * config["hidden_size"] * 2
+    saved = plans["false"].peak - plans["true"].peak
+    least = (config["num_hidden_layers"] - on_the_gpu) * one_input - plans["true"].peak_phase.bytes["gradients"]
+    assert least <= saved <= (config["num_hidden_layers"] - 1) * one_input
 
 
 @pytest.fixture

@@ -27,7 +27,11 @@ def test_chunks_are_planned_as_measured(shape: str) -> None:
 
 def update_peaks(tmp_path: Path, chunks: int) -> Peaks:
     recipe = llama(tmp_path, num_hidden_layers=2, max_position_embeddings=LENGTH)
-    changes = [f"train.mlp_chunks={chunks}", f"rollout.max_new_tokens={LENGTH - 128}"]
+    changes = [
+        f"train.mlp_chunks={chunks}",
+        f"rollout.max_new_tokens={LENGTH - 128}",
+        "train.torch_compile=false",
+    ]
     (spec,) = simulation_specs(load_any(recipe, *changes), "cuda")
     return simulation.simulate(spec, [Layer(), Layer(recomputed=False)], only_update=True)
 

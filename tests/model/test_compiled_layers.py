@@ -366,18 +366,18 @@ def test_a_run_is_that_of_plain_layers(
 
 
 @slow
-@pytest.mark.xfail(
-    run=False, reason="failed since all stacks are compiled before the first step; the cause is not found"
-)
 def test_a_continued_run_with_compiled_layers_is_bit_equal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LOWRANK_TUNE_CACHE", str(tmp_path / "cache"))
     recipe = small_recipe("sft", max_steps=4, torch_compile=True)
     recipe["data"]["eval_fraction"] = 0.0
     del recipe["evaluate"]
     straight, events = run_with_events(recipe, tmp_path / "straight")
-    assert any(text.startswith("layers compiled in") for text in messages(events))
     assert stopped_after(recipe, tmp_path / "run", 2) == 2
-    continued, _ = run_with_events(recipe, tmp_path / "run")
+    continued, later_events = run_with_events(recipe, tmp_path / "run")
+    for each in (events, later_events):
+        # All graphs before the first step: one that is compiled for the rows of some step may divide work differently.
+        (report,) = [text for text in messages(each) if text.startswith("layers compiled in")]
+        assert report.endswith(": 5 graphs")
     # Not in the assertion: pytest's comparison of the two takes minutes.
     is_equal = run_fingerprint(continued.folder) == run_fingerprint(straight.folder)
     assert is_equal

@@ -149,7 +149,11 @@ def test_a_run_with_too_little_memory_learns_the_same(tmp_path: Path, algorithm:
         with small_gpu(update=TOKENS_THAT_FIT[algorithm], forward=1.75 * TOKENS_THAT_FIT[algorithm]) as refused:
             outcome = run(recipe, out=tmp_path / "short", ui="none")
     assert outcome.status == "done" and {True, False} == {grad for grad, _ in refused}
-    for one, other in zip(figures(outcome.folder), figures(whole), strict=True):
+    first, *_ = pair = list(zip(figures(outcome.folder), figures(whole), strict=True))
+    # The policy of the first step is its reference: which of two rewards is larger depends on rounding.
+    for each in first:
+        each.pop("rewards/accuracies", None)
+    for one, other in pair:
         assert one.keys() == other.keys()
         for key, value in other.items():
             assert one[key] == pytest.approx(value, rel=2e-3, abs=2e-5), key
