@@ -74,8 +74,8 @@ def _check_policy(
             "the reference is not what it must be: before the first step policy and reference "
             f"({context.reference_description}) differ by up to {difference:.1e} nats a token; nothing was trained"
         )
-    with torch.no_grad():
-        logratios = roles.logps("policy", micro).logps - reference_logps
+    # With autograd, as in training: a compiled layer has another graph without it.
+    logratios = roles.logps("policy", micro).logps.detach() - reference_logps
     difference = float(logratios.abs().sum() / micro.loss_mask.sum().clamp_min(1))
     tolerance = logp_tolerance(context)
     if difference <= tolerance:  # False for nan
