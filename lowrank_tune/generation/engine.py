@@ -207,6 +207,9 @@ class Engine:
         columns = scheduler.columns
         if self.roles.base.rope is not None:
             self.roles.base.rope.check_row_length(columns)
+        # On the CPU decoding has linears of its own (`cpu_linears`).
+        if self.roles.base.device.type != "cpu":
+            self.roles.verify_fast_paths(self.role)
         slots = min(self.slots, scheduler.num_unfinished)
         while True:
             scheduler.start(limits.max_batch_units("cache_tokens", columns, slots))

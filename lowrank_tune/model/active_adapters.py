@@ -25,7 +25,7 @@ class ActiveAdapters(AbstractContextManager[None]):
 
     def __exit__(self, *_: object) -> None:
         self.active[:] = self.before.pop()
-        self.linears.forget()
+        self.linears.clear()
 
 
 class Recomputation(ActiveAdapters):

@@ -13,7 +13,7 @@ import time
 import types
 import weakref
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -106,7 +106,18 @@ class CompiledLayers:
                 fullgraph=True,
                 dynamic=True,
             )
-        return partial(self._forwards[kind], layer)
+        return partial(self._call, self._forwards[kind], layer)
+
+    def _call(
+        self,
+        forward: Forward,
+        layer: Any,
+        *args: Any,
+        **named: Any,
+    ) -> Any:
+        # A backward pass recomputes layers outside `running`. A graph compiled there must save the same tensors.
+        with nullcontext() if self._is_running else _compiler_settings():
+            return forward(layer, *args, **named)
 
     def attempt(self, work: Callable[[], Any]) -> tuple[Any] | None:
         graphs = self.num_graphs

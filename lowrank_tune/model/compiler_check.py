@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from importlib.util import find_spec
 from pathlib import Path
 
-C_COMPILERS: tuple[str, ...] = ("clang", "gcc", "cc")
+C_COMPILERS: tuple[str, ...] = ("gcc", "clang")
 """The compilers that Triton looks for, if `CC` is not set."""
 CPP_COMPILERS: tuple[str, ...] = ("g++",)
 """The compiler that torch calls on the CPU, if `CXX` is not set."""

@@ -88,7 +88,7 @@ def restore_layers(model: Any) -> None:
 
 def _with_gradient(args: tuple[Any, ...]) -> tuple[Any, ...]:
     """Makes the hidden states have a gradient if autograd is enabled. Those of the first layer have none, which is
-    another graph to compile: this takes longer than the products of a gradient that nobody reads."""
+    another graph to compile: this takes longer than computing a gradient that is not used."""
     if not args or not torch.is_grad_enabled() or args[0].requires_grad:
         return args
     return (args[0].detach().requires_grad_(), *args[1:])

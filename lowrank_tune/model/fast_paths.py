@@ -1,4 +1,4 @@
-"""Fast paths of training, each with a plain twin that computes the same.
+"""Fast paths of training, each with a plain version that computes the same.
 
 Before the first step a few made-up rows run on both, on the user's own base: the log-probs and the gradients of the
 adapters must agree. A path that computes something else, or that fails, is disabled with one warning, and training
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from typing import Any, Protocol
 
@@ -22,9 +23,10 @@ from lowrank_tune.model.base import Base
 from lowrank_tune.model.oom import is_out_of_memory
 from lowrank_tune.model.rounding import allowed_difference, relative_difference
 
-NUM_ROWS = 2
-NUM_COLUMNS = 64
-"""Sizes of the made-up rows; the second row is half as long."""
+NUM_COLUMNS = 40
+LENGTHS = (NUM_COLUMNS, NUM_COLUMNS // 2, NUM_COLUMNS - 4)
+NUM_SHARED = NUM_COLUMNS // 4
+"""Tokens of each made-up row, and of the beginning that they share."""
 FILL_SIZE = 0.02
 """Size of the values that replace those of an adapter."""
 TOLERANCE = {torch.float32: 1e-4}
@@ -65,31 +67,38 @@ def verify_fast_paths(
 ) -> None:
     """Disables each enabled path whose outputs are not those of the plain paths, or that raises an exception.
 
-    `compute` runs made-up rows. Paths are enabled one after the other, so that each is also compared together with
-    those before it. In half precision the allowed difference grows with what another batch shape alone changes.
+    `compute` runs made-up rows, separate ones and such that share their beginning. Paths are enabled one after the
+    other, so that each is also compared together with those before it. In half precision the allowed difference grows
+    with what another batch shape alone changes.
     """
     candidates = [path for path in paths if path.enabled]
     if not candidates:
         return
-    for path in candidates:
-        path.enabled = False
-    rows = made_up_rows(base.model.get_output_embeddings().weight.shape[0], base.device)
+    shared = made_up_rows(base.model.get_output_embeddings().weight.shape[0], base.device)
+    separate = replace(shared, shared_prefix=None)
+    outputs = partial(_outputs_of, compute, [separate, shared])
     with base.train_mode(), _without_dropout(base.model):
-        expected = compute(rows)
-        tolerance = _tolerance(
-            compute,
-            rows,
-            expected,
-            base.model.dtype,
-        )
-        for path in candidates:
-            _verify(
-                path,
-                partial(compute, rows),
-                expected,
-                tolerance,
-                emit,
-            )
+        with disabled(candidates):
+            expected = outputs()
+            tolerance = _tolerance(compute, separate, base.model.dtype)
+        for number, path in enumerate(candidates):
+            with disabled(candidates[number + 1 :]):
+                _verify(
+                    path,
+                    outputs,
+                    expected,
+                    tolerance,
+                    emit,
+                )
+
+
+def _outputs_of(compute: Compute, batches: Sequence[Batch]) -> Outputs:
+    """Returns the outputs of all batches."""
+    outputs: Outputs = {}
+    for number, batch in enumerate(batches):
+        for name, values in compute(batch).items():
+            outputs[f"{name} of batch {number}"] = values
+    return outputs
 
 
 def _verify(
@@ -99,8 +108,7 @@ def _verify(
     tolerance: float,
     emit: Emit,
 ) -> None:
-    """Enables the path if its outputs are the expected ones."""
-    path.enabled = True
+    """Disables the path if its outputs are not the expected ones."""
     try:
         difference = largest_difference(compute(), expected)
     # Compilers raise errors of many classes. The warning contains the message.
@@ -124,7 +132,6 @@ def _verify(
 def _tolerance(
     compute: Compute,
     rows: Batch,
-    expected: Outputs,
     dtype: torch.dtype,
 ) -> float:
     """Returns the relative difference that is allowed. In half precision it depends on the rounding of the plain path,
@@ -132,7 +139,7 @@ def _tolerance(
     if dtype in TOLERANCE:
         return TOLERANCE[dtype]
     wider = rows.pad_columns(rows.input_ids.shape[1] + 8, 0)
-    rounding = largest_difference(compute(wider), expected)
+    rounding = largest_difference(compute(wider), compute(rows))
     return allowed_difference(HALF_PRECISION_TOLERANCE, rounding)
 
 
@@ -154,15 +161,19 @@ def largest_difference(computed: Outputs, expected: Outputs) -> float:
 
 
 def made_up_rows(vocab_size: int, device: torch.device) -> Batch:
-    """Returns rows of different lengths, padded on the right, every token of which is scored. The second row begins as
-    the first one."""
-    numbers = torch.arange(3, 3 + NUM_ROWS * NUM_COLUMNS).view(NUM_ROWS, NUM_COLUMNS)
+    """Returns rows of different lengths, padded on the right, which share their beginning. Every token is scored."""
+    numbers = torch.arange(3, 3 + len(LENGTHS) * NUM_COLUMNS).view(-1, NUM_COLUMNS)
     ids = numbers * 7 % vocab_size
-    ids[1, : NUM_COLUMNS // 4] = ids[0, : NUM_COLUMNS // 4]
-    lengths = torch.tensor([NUM_COLUMNS, NUM_COLUMNS // 2])
-    mask = torch.arange(NUM_COLUMNS) < lengths[:, None]
+    ids[:, :NUM_SHARED] = ids[0, :NUM_SHARED]
+    mask = torch.arange(NUM_COLUMNS) < torch.tensor(LENGTHS)[:, None]
     ids = ids.masked_fill(~mask, 0)
-    return Batch(ids, mask, mask.clone()).to(device)
+    shared_prefix = torch.tensor([0] + [NUM_SHARED] * (len(LENGTHS) - 1))
+    return Batch(
+        ids,
+        mask,
+        mask.clone(),
+        shared_prefix=shared_prefix,
+    ).to(device)
 
 
 @contextmanager

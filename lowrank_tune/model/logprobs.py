@@ -34,7 +34,7 @@ MIN_CPU_CHUNK_LOGITS = 1 << 21
 """Rows of a chunk on the CPU, and the fewest logits. The operations on a chunk then find its logits in the cache: at a
 vocabulary of 8,192 a chunk of 2,048 rows takes a third longer for each row."""
 LARGE_CHUNK_LOGITS = 1 << 26
-"""Logits of a chunk on a GPU that has room for them: the head's weight is read a quarter as often."""
+"""Logits of a chunk on a GPU with enough memory: the head's weight is read a quarter as often."""
 
 
 @dataclass(frozen=True)

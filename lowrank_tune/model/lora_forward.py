@@ -1,6 +1,6 @@
 """Replaces PEFT's forward of linears with plain LoRA adapters by one autograd function (`model/lora_linear.py`).
 
-Each call decides: other kinds of adapters and layers, and other dtypes than those of training, run PEFT's own forward.
+Other kinds of adapters and layers, and other dtypes than those of training, run PEFT's own forward.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class LoraLinears:
     name: str = "LoRA linears as one function"
     enabled: bool = True
     replaced: list[tuple[Any, type]] = field(default_factory=list)
-    waiting: _Outputs | None = None
+    pending: _Outputs | None = None
 
     def install(self, model: nn.Module) -> None:
         """Replaces the forward of the linears of a model."""
@@ -63,50 +63,50 @@ class LoraLinears:
 
     def remove(self) -> None:
         """Restores PEFT's forward."""
-        self.forget()
+        self.clear()
         for module, kind in self.replaced:
             module.__class__ = kind
             del module.place
         self.replaced.clear()
 
-    def forget(self) -> None:
+    def clear(self) -> None:
         """Frees outputs that no module returned, because a pass ended early."""
-        self.waiting = None
+        self.pending = None
 
-    def take(
+    def pop_output(
         self,
         group: _Group,
         index: int,
         x: Tensor,
     ) -> Tensor | None:
         """Returns the output that the first module of the group computed, once, or None if there is none."""
-        waiting = self.waiting
-        if waiting is None or waiting.group is not group or waiting.x is not x:
+        pending = self.pending
+        if pending is None or pending.group is not group or pending.x is not x:
             return None
-        if waiting.context != self.context():
+        if pending.context != self.context():
             return None
-        output = waiting.outputs.pop(index, None)
-        if not waiting.outputs:
-            self.waiting = None
+        output = pending.outputs.pop(index, None)
+        if not pending.outputs:
+            self.pending = None
         return output
 
-    def give(
+    def store_outputs(
         self,
         group: _Group,
         x: Tensor,
         outputs: Sequence[Tensor],
     ) -> Tensor:
-        """Returns the first of the outputs of a group, and stores the others until they are taken."""
+        """Returns the first of the outputs of a group, and stores the others until they are popped."""
         later = dict(enumerate(outputs))
         first = later.pop(0)
-        self.waiting = _Outputs(group, x, self.context(), later)
+        self.pending = _Outputs(group, x, self.context(), later)
         return first
 
     def check_order(self) -> None:
-        """Stops joining a group whose outputs were computed and not taken: its modules are called in another order."""
-        if self.waiting is not None:
-            self.waiting.group.in_order = False
-            self.forget()
+        """Stops joining a group whose outputs were computed and not popped: its modules are called in another order."""
+        if self.pending is not None:
+            self.pending.group.in_order = False
+            self.clear()
 
     def context(self) -> object:
         """Returns what an output depends on besides the input and the weights."""
@@ -140,7 +140,7 @@ class _OneFunction:
             return super().forward(x, *others, **named)  # type: ignore[misc, no-any-return]
         if self.place.index == 0:
             path.check_order()
-        output = path.take(group, self.place.index, x)
+        output = path.pop_output(group, self.place.index, x)
         if output is not None:
             return output
         active = path.active
@@ -149,7 +149,7 @@ class _OneFunction:
             return super().forward(x)  # type: ignore[misc, no-any-return]
         if self.place.index or not _is_joinable(group, stack, x):
             return _linears([self], active, stack, x)[0]
-        return path.give(group, x, _linears(group.modules, active, stack, x))
+        return path.store_outputs(group, x, _linears(group.modules, active, stack, x))
 
 
 class _Linear(_OneFunction, lora.Linear):  # type: ignore[misc]
@@ -247,7 +247,8 @@ def _dropped(
     name: str,
     x: Tensor,
 ) -> Tensor | None:
-    """Returns the input of an adapter after dropout, as PEFT draws it; None without dropout."""
+    """Returns the input of an adapter after dropout, with the random numbers that PEFT draws; None
+    without dropout."""
     dropout = module.lora_dropout[name]
     if not dropout.training or getattr(dropout, "p", 0.0) == 0:
         return None

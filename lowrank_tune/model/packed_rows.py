@@ -12,8 +12,9 @@ from lowrank_tune.batch import Batch
 from lowrank_tune.events import Emit, LogMessage
 from lowrank_tune.model.base import Base
 from lowrank_tune.model.causal_attention import AttentionName, needs_no_mask
+from lowrank_tune.model.fast_paths import FastPath
 from lowrank_tune.model.segment_attention import SEGMENTS_NAME, has_segment_attention
-from lowrank_tune.model.segment_check import verify_segment_attention
+from lowrank_tune.model.segment_check import find_segment_fault
 from lowrank_tune.model.sequence_packing import PackedRow, Segments, pack_rows
 
 
@@ -33,8 +34,8 @@ class PackedRows:
     """A fast path of `Decoder.hidden` (`model/fast_paths.py`) that computes no padding, and beginnings that rows share
     once.
 
-    With `always`, all rows are packed that may be (`pack_rows`). Models that are not known to compute each segment of a
-    packed row alone never take it. The first call reports this, with one message to `emit`.
+    While `compiled` is enabled, all rows are packed that may be (`pack_rows`, `always`). Models that are not known to
+    compute each segment of a packed row alone never take it. The first call reports this, with one message to `emit`.
     """
 
     name = "packed rows"
@@ -47,7 +48,7 @@ class PackedRows:
         emit: Emit,
     ) -> None:
         self.enabled = True
-        self.always = False
+        self.compiled: FastPath | None = None
         self._base = base
         self._run = run
         self._shares_exactly = shares_exactly
@@ -70,7 +71,8 @@ class PackedRows:
         share = share_prefixes and batch.shared_prefix is not None
         if share and not self._shares_prefixes:
             return None
-        return pack_rows(batch, self._hidden_size, share, self.always)
+        is_compiled = self.compiled is not None and self.compiled.enabled
+        return pack_rows(batch, self._hidden_size, share, always=is_compiled)
 
     def _run_packed(self, packed: PackedRow) -> Tensor:
         with AttentionName(self._config, SEGMENTS_NAME):
@@ -84,7 +86,7 @@ class PackedRows:
 
     def _allows(self, columns: int) -> bool:
         """Returns whether rows of up to `columns` tokens may be packed."""
-        if self._obstacle is not None:
+        if self._unsupported_reason is not None:
             return False
         is_allowed = needs_no_mask(self._config, columns)
         if not is_allowed and not self._has_reported_window:
@@ -106,14 +108,14 @@ class PackedRows:
         return self._run_packed(packed)
 
     @cached_property
-    def _obstacle(self) -> str | None:
+    def _unsupported_reason(self) -> str | None:
         """Why no row is ever packed, None if rows are."""
-        reason = self._find_obstacle()
+        reason = self._find_unsupported_reason()
         if reason is not None:
             self._report(reason)
         return reason
 
-    def _find_obstacle(self) -> str | None:
+    def _find_unsupported_reason(self) -> str | None:
         device = self._base.device
         dtype = self._base.model.dtype
         if self._base.backend != "transformers":
@@ -123,8 +125,9 @@ class PackedRows:
             return f"{self._config.model_type} layers may not compute each row of a packed row alone"
         if not has_segment_attention(device):
             return "this version of PyTorch has no attention over segments on this device"
-        if not verify_segment_attention(device, dtype, *_head_sizes(self._config)):
-            return "attention over segments computes something else on this device"
+        reason = find_segment_fault(device, dtype, *_head_sizes(self._config))
+        if reason is not None:
+            return f"attention over segments {reason} on this device"
         return None
 
     def _report(self, reason: str) -> None:

@@ -26,6 +26,7 @@ from torch import Tensor
 
 from lowrank_tune.batch import Batch, copy_to, required
 from lowrank_tune.model.causal_attention import SDPA_NAMES
+from lowrank_tune.model.gather_rows import gather_rows
 from lowrank_tune.model.oom import is_out_of_memory
 from lowrank_tune.model.rounding import allowed_difference, relative_difference
 
@@ -56,7 +57,7 @@ class PackedBatch:
 
     def unpack(self, hidden: Tensor) -> Tensor:
         """(G, W, d) -> (B, T, d). Padding gets the state of some real token."""
-        states = hidden.flatten(0, 1).index_select(0, self.slot_index.flatten())
+        states = gather_rows(hidden.flatten(0, 1), self.slot_index.flatten())
         return states.view(*self.slot_index.shape, -1)
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from functools import partial
+from itertools import chain
 from typing import Any
 
 import torch
@@ -20,7 +21,7 @@ from torch import Tensor, nn
 
 from lowrank_tune.batch import Batch
 from lowrank_tune.errors import UserError, first_line
-from lowrank_tune.events import Event
+from lowrank_tune.events import Event, warning
 from lowrank_tune.model import heads as scalar
 from lowrank_tune.model.activation_checkpointing import Checkpointing, checkpoint_layers
 from lowrank_tune.model.active_adapters import ActiveAdapters, Recomputation
@@ -224,38 +225,44 @@ class Roles:
             self._undo.callback(restore_layers, model)
             self._compiled = CompiledLayers(model, self._emit)
             self.decoder.layers_context = self._compiled.running
-            self.decoder.packed_rows.always = True
+            self.decoder.packed_rows.compiled = self._compiled
             self.fast_paths.append(self._compiled)
 
     def hidden(self, role: str, batch: Batch) -> Tensor:
         """Returns the last hidden states (B, T, d)."""
-        self._verify_fast_paths(role)
+        self.verify_fast_paths(role)
         with self.activate(role):
             return self.decoder.hidden(batch)
 
-    def _verify_fast_paths(self, role: str) -> None:
-        """Compares the fast paths with the plain ones, once, before the first pass: on a trained role if there is
-        one."""
+    def verify_fast_paths(self, role: str) -> None:
+        """Compares the fast paths with the plain ones, once, before the first pass: on the roles that are trained, or
+        else on this one."""
         if self.verified or not any(path.enabled for path in self.fast_paths):
             return
         self.verified = True
-        role = next((name for name in self.stacks if name in self.trainable), role)
-        if self._compiled is None:
-            self._compare_fast_paths(role)
-            return
-        with self._compiled.one_report():
-            self._compare_fast_paths(role)
-            if self._compiled.enabled:
+        try:
+            with nullcontext() if self._compiled is None else self._compiled.one_report():
+                self._compare_fast_paths(role)
                 self._compile_all_stacks()
+        except BaseException:
+            self.verified = False
+            raise
+
+    def disable_fast_paths(self, reason: str) -> None:
+        """Disables all fast paths, with a warning."""
+        names = ", ".join(path.name for path in self.fast_paths if path.enabled)
+        for path in self.fast_paths:
+            path.enabled = False
+        self._emit(warning(f"{names}: {reason}; the plain paths are used"))
 
     def _compare_fast_paths(self, role: str) -> None:
-        parameters: dict[str, nn.Parameter] = {}
-        if role in self.trainable:
-            parameters = self.named_parameters(role)
-        with fixed_values(parameters.values()):
+        trained = {tuple(self.stacks[name]): name for name in self.stacks if name in self.trainable}
+        roles = list(trained.values()) or [role]
+        parameters = {name: self.named_parameters(name) if trained else {} for name in roles}
+        with fixed_values(chain.from_iterable(each.values() for each in parameters.values())):
             verify_fast_paths(
                 self.fast_paths,
-                partial(self._logps_and_gradients, role, parameters),
+                partial(self._logps_and_gradients, parameters),
                 self.base,
                 self._emit,
             )
@@ -264,6 +271,8 @@ class Roles:
         """Runs made-up rows through all stacks, with and without gradients. The sizes of the first rows decide how the
         compiler divides the work of a kernel: they must be the same in a run that is resumed. So must the random
         numbers of its next step: those that dropout draws here are not taken from them."""
+        if self._compiled is None or not self._compiled.enabled:
+            return
         rows = made_up_rows(self.head.weight.shape[0], self.base.device)
         devices = [self.base.device] if self.base.device.type == "cuda" else []
         with torch.random.fork_rng(devices):
@@ -276,13 +285,16 @@ class Roles:
 
     def _logps_and_gradients(
         self,
-        role: str,
-        parameters: Mapping[str, nn.Parameter],
+        parameters: Mapping[str, Mapping[str, nn.Parameter]],
         batch: Batch,
     ) -> dict[str, Tensor]:
-        logps = self.logps(role, batch).logps
-        gradients = gradients_of(logps.sum(), parameters)
-        return {"logps": logps.detach(), **gradients}
+        """Returns the log-probs of each role, and the gradients of its parameters."""
+        outputs: dict[str, Tensor] = {}
+        for role, trained in parameters.items():
+            logps = self.logps(role, batch).logps
+            outputs |= gradients_of(logps.sum(), trained)
+            outputs[role] = logps.detach()
+        return outputs
 
     def logps(
         self,

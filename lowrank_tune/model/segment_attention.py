@@ -17,6 +17,7 @@ from torch import Tensor
 from transformers import AttentionInterface
 
 from lowrank_tune.model.cpu_segment_attention import cpu_segment_attention
+from lowrank_tune.model.gather_rows import gather_rows
 from lowrank_tune.model.sequence_packing import Segments
 
 varlen_attn: Any = None
@@ -109,10 +110,13 @@ def _varlen_attention(
     segments: Segments,
     scale: float,
 ) -> Tensor:
+    if torch.is_autocast_enabled("cuda"):
+        # Norms that autocast runs in fp32 make queries in fp32, and it does not cast the inputs of this function.
+        half = torch.get_autocast_dtype("cuda")
+        query, key, value = query.to(half), key.to(half), value.to(half)
     if segments.key_index is not None:
-        # The gradient of `index_select` is summed in any order on a GPU, that of an index always in the same.
-        key = key[segments.key_index]
-        value = value[segments.key_index]
+        key = gather_rows(key, segments.key_index)
+        value = gather_rows(value, segments.key_index)
     options: dict[str, Any] = {"scale": scale, "window_size": (-1, 0)}
     if "enable_gqa" in VARLEN_OPTIONS:
         options["enable_gqa"] = query.shape[1] != key.shape[1]

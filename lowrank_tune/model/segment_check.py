@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from lowrank_tune.errors import first_line
 from lowrank_tune.model.oom import is_out_of_memory
 from lowrank_tune.model.rounding import relative_difference
 from lowrank_tune.model.segment_attention import attend_to_segments
@@ -21,16 +22,17 @@ NUM_FIRST, NUM_SHARED, NUM_OWN = 20, 12, 9
 """Tokens of the made-up segments: the first one, what the second one shares of it, and what else the second one has."""
 
 
-def verify_segment_attention(
+def find_segment_fault(
     device: torch.device,
     dtype: torch.dtype,
     num_groups: int,
     head_dim: int,
-) -> bool:
-    """Returns whether attention over two segments, the second of which has more keys than queries, has the outputs and
-    gradients of attention with a mask in fp32: the device must align causal attention at the last key.
+) -> str | None:
+    """Returns the fault of attention over segments on a device as a part of a sentence, None if there is none.
 
-    Each head of keys has `num_groups` heads of queries.
+    Two segments, the second of which has more keys than queries, must have the outputs and gradients of attention with
+    a mask in fp32: the device must align causal attention at the last key. Each head of keys has `num_groups` heads of
+    queries.
     """
     num_heads = (2 * num_groups, 2, 2)
     inputs = [
@@ -46,13 +48,15 @@ def verify_segment_attention(
     expected = _output_and_gradients(_masked_attention, [tensor.float() for tensor in inputs])
     try:
         computed = _output_and_gradients(attend, inputs)
-    # The kernels of a GPU refuse some dtypes and sizes of heads.
+    # Kernels of a GPU raise errors of several classes for dtypes and sizes of heads that they do not support.
     except Exception as error:
         if is_out_of_memory(error):
             raise
-        return False
+        return f"raises an error ({first_line(error)})"
     tolerance = TOLERANCE.get(dtype, HALF_PRECISION_TOLERANCE)
-    return all(relative_difference(one, other) <= tolerance for one, other in zip(computed, expected, strict=True))
+    if all(relative_difference(one, other) <= tolerance for one, other in zip(computed, expected, strict=True)):
+        return None
+    return "computes something else"
 
 
 @torch.enable_grad()

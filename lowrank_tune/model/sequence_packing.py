@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from lowrank_tune.batch import Batch, copy_to
+from lowrank_tune.model.gather_rows import gather_rows
 from lowrank_tune.model.prefix_sharing import estimate_flops, shared_groups
 
 MAX_RELATIVE_FLOPS = 0.97
@@ -58,7 +59,7 @@ class PackedRow:
 
     def unpack(self, hidden: Tensor) -> Tensor:
         """(1, W, d) -> (B, T, d). Padding gets the state of some real token."""
-        states = hidden[0].index_select(0, self.slot_index.flatten())
+        states = gather_rows(hidden[0], self.slot_index.flatten())
         return states.view(*self.slot_index.shape, -1)
 
 

@@ -171,7 +171,7 @@ def test_stacks_and_groups_are_the_formula(
     perturb(roles, "policy", "sft")
     with counted_products(monkeypatch) as sizes:
         found = compute(roles, names)
-    assert sizes == [len(names)] and roles._linears.waiting is None
+    assert sizes == [len(names)] and roles._linears.pending is None
     assert errors(found, by_hand(roles, names)) == {}
 
 
@@ -212,7 +212,7 @@ def test_a_model_computes_what_it_does_on_the_plain_path(
     perturb(roles, "policy", "sft", size=0.03)
     with counted_products(monkeypatch) as sizes:
         found = logps_and_gradients(roles)
-    assert len(sizes) > 0 and roles._linears.waiting is None
+    assert len(sizes) > 0 and roles._linears.pending is None
     assert max(sizes) == (1 if kind == "gpt_neox" else 3)
     roles._linears.enabled = False
     with counted_products(monkeypatch) as sizes:
@@ -296,7 +296,7 @@ def test_modules_in_another_order_are_computed_alone(monkeypatch: pytest.MonkeyP
         for _ in range(2):
             query(torch.zeros(1, 64))
         up(torch.zeros(1, 64))
-    assert sizes == [3, 1, 1] and roles._linears.waiting is None
+    assert sizes == [3, 1, 1] and roles._linears.pending is None
 
 
 def test_outputs_are_those_of_the_active_stack() -> None:

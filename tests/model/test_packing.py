@@ -37,7 +37,7 @@ from lowrank_tune.model.decoder import Decoder
 from lowrank_tune.model.packed_rows import PackedRows
 from lowrank_tune.model.roles import Roles
 from lowrank_tune.model.segment_attention import SEGMENTS_NAME, attend_to_segments
-from lowrank_tune.model.segment_check import verify_segment_attention
+from lowrank_tune.model.segment_check import find_segment_fault
 from lowrank_tune.model.sequence_packing import Segments, pack_rows
 
 CPU = torch.device("cpu")
@@ -136,7 +136,7 @@ def test_every_algorithm_has_the_losses_and_gradients_of_padded_rows(name: str) 
         loop, roles, optimizer, events = watched_loop(name)
         roles.decoder.packed_rows.enabled = roles.decoder.share_prefixes = is_packed
         assert loop.run()
-        assert roles.decoder.packed_rows._obstacle is None
+        assert roles.decoder.packed_rows._unsupported_reason is None
         runs.append((optimizer.seen, [step.stats["loss"] for step in steps_of(events)]))
     (packed, losses), (padded, expected) = runs
     assert max(relative_error(one, other) for one, other in zip(packed, padded, strict=True)) < 1e-5
@@ -361,7 +361,9 @@ def test_rows_that_see_their_neighbors_are_found_at_start_up(monkeypatch: pytest
     for _ in range(2):
         torch.testing.assert_close(roles.logps("policy", batch).logps, expected, rtol=1e-5, atol=1e-5)
     assert not roles.decoder.packed_rows.enabled
-    assert len(events) == 1 and messages(events)[0].startswith("packed rows: another result than on the plain path")
+    about_shared, about_all = messages(events)
+    assert "with a beginning that rows share they compute something else" in about_shared
+    assert about_all.startswith("packed rows: another result than on the plain path")
 
 
 def test_positions_that_are_not_used_are_found_at_start_up(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -401,8 +403,8 @@ def test_a_wrong_alignment_is_found_at_start_up(monkeypatch: pytest.MonkeyPatch)
 
 @pytest.mark.parametrize("bug", ["no beginning", "gradient of the beginning lost"])
 def test_a_wrong_kernel_fails_the_check(monkeypatch: pytest.MonkeyPatch, bug: str) -> None:
-    assert verify_segment_attention(CPU, torch.float32, 2, 16)
-    assert verify_segment_attention(CPU, torch.bfloat16, 2, 16)
+    assert find_segment_fault(CPU, torch.float32, 2, 16) is None
+    assert find_segment_fault(CPU, torch.bfloat16, 2, 16) is None
     blocks = cpu_module._blocks
     calls: list[int] = []
 
@@ -414,7 +416,7 @@ def test_a_wrong_kernel_fails_the_check(monkeypatch: pytest.MonkeyPatch, bug: st
                 yield block
 
     monkeypatch.setattr(cpu_module, "_blocks", changed)
-    assert not verify_segment_attention(CPU, torch.float32, 2, 16)
+    assert find_segment_fault(CPU, torch.float32, 2, 16) == "computes something else"
 
 
 def test_a_version_of_pytorch_without_such_attention_pads_rows(monkeypatch: pytest.MonkeyPatch) -> None:
