@@ -36,8 +36,8 @@ class Decoder:
     """Runs the decoder of a base with the adapters that are active.
 
     `without_adapters` returns the context in which no adapter is active: fast paths are compared with the plain one
-    there. `emit` receives a warning for each path that computes something else. With `share_prefixes` False every row
-    is computed whole, which is necessary if a backend ignores masks. Each pass enters `layers_context`.
+    there. `emit` receives a warning for each path that computes something else. While the attribute `share_prefixes` is
+    False every row is computed whole, which is necessary if a backend ignores masks. Each pass enters `layers_context`.
     """
 
     def __init__(
@@ -55,8 +55,9 @@ class Decoder:
         self._vocab_size, self._hidden_size = base.model.get_output_embeddings().weight.shape
 
     def hidden(self, batch: Batch) -> Tensor:
-        """Returns the last hidden states (B, T, d). Padding is not computed, and a beginning that rows share is
-        computed once, if that is faster (`model/sequence_packing.py`, and with masks `model/prefix_sharing.py`)."""
+        """Returns the last hidden states (B, T, d). If it is faster, rows are packed into one without padding, and a
+        beginning that rows share is computed once (`model/sequence_packing.py`, and with masks
+        `model/prefix_sharing.py`)."""
         if self.packed_rows.enabled:
             hidden = self.packed_rows.hidden(batch, self.share_prefixes)
             if hidden is not None:

@@ -72,7 +72,7 @@ class PackedRows:
         if share and not self._shares_prefixes:
             return None
         is_compiled = self.compiled is not None and self.compiled.enabled
-        return pack_rows(batch, self._hidden_size, share, always=is_compiled)
+        return pack_rows(batch, self._hidden_size, share, is_compiled)
 
     def _run_packed(self, packed: PackedRow) -> Tensor:
         with AttentionName(self._config, SEGMENTS_NAME):

@@ -317,6 +317,37 @@ def test_families_are_bit_equal(backend: Callable[[Backend], None], kind: str) -
 
 
 @slow
+def test_a_graph_that_is_compiled_for_the_recomputation_saves_the_same_tensors(
+    backend: Callable[[Backend], None],
+) -> None:
+    """A backward pass that finds another state of torch compiles the layer once more."""
+    backend("aot_eager")
+    roles, path, _ = compiled_roles(unquantized_base("llama"), checkpointing=True)
+    batch = batches()[0]
+    expected = plain_outputs(roles, "policy", batch)
+    logps = roles.logps("policy", batch).logps
+    threads = torch.get_num_threads()
+    torch.set_num_threads(threads + 1)
+    try:
+        gradients = torch.autograd.grad(logps.square().sum(), roles.parameters("policy"))
+    finally:
+        torch.set_num_threads(threads)
+    assert path.num_graphs == 2, "the layer was compiled in the backward pass"
+    for one, other in zip(gradients, expected[1:], strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def test_rows_that_save_nothing_are_packed_only_while_layers_are_compiled(backend: Callable[[Backend], None]) -> None:
+    backend("eager")
+    roles, path, _ = compiled_roles(unquantized_base("llama"))
+    rows = make_batch([[5, 9, 11, 13], [7, 8, 4, 6], [3, 4, 6, 5]])
+    packed_rows = roles.decoder.packed_rows
+    assert packed_rows.pack(rows, share_prefixes=True) is not None
+    path.enabled = False
+    assert packed_rows.pack(rows, share_prefixes=True) is None
+
+
+@slow
 def test_inductor_is_within_rounding(backend: Callable[[Backend], None]) -> None:
     backend("inductor")
     roles, path, _ = compiled_roles(load_base_of(4), checkpointing=1, dropout=0.1)

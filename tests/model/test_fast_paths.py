@@ -98,6 +98,33 @@ def test_paths_run_after_the_comparison_and_only_if_they_are_enabled() -> None:
     assert not events
 
 
+def test_a_comparison_that_runs_out_of_memory_is_repeated_before_the_next_pass() -> None:
+    wrong = PlantedPath(exception=torch.OutOfMemoryError("CUDA out of memory"))
+    later = PlantedPath("a later path")
+    with planted(wrong, later) as (roles, events):
+        with pytest.raises(torch.OutOfMemoryError):
+            run(roles)
+        assert wrong.enabled and later.enabled and not roles.verified
+        wrong.exception, wrong.error = None, 1e-2
+        run(roles)
+    assert (wrong.enabled, later.enabled, roles.verified, len(events)) == (False, True, True, 1)
+
+
+def test_rows_with_and_without_a_shared_beginning_are_compared(monkeypatch: pytest.MonkeyPatch) -> None:
+    compared: list[bool] = []
+    with planted(PlantedPath()) as (roles, _):
+        hidden = roles.decoder.hidden
+
+        def record(batch: Batch) -> Tensor:
+            if not roles.decoder.packed_rows.enabled:
+                compared.append(batch.shared_prefix is not None)
+            return hidden(batch)
+
+        monkeypatch.setattr(roles.decoder, "hidden", record)
+        run(roles)
+    assert set(compared) == {True, False}
+
+
 def test_the_comparison_changes_no_state() -> None:
     with planted(PlantedPath()) as (roles, _):
         parameters = roles.parameters("policy")
