@@ -218,6 +218,8 @@ class _SimulatedStage:
         self.roles.decoder.packed_rows.enabled = False
         # Compared once in a run, before its first step: not a part of any phase.
         _ = self.roles.decoder.runs_without_masks
+        if recipe.algorithm != "sft":
+            _ = self.roles.decoder.max_shareable_length
         self.roles.verified = True
         if spec.compiled:
             self._compile(

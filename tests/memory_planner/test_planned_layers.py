@@ -3,6 +3,7 @@ no kernel is started before its inputs exist."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,8 @@ from test_kernel_counter import counter_of, meta, spec_of
 from torch import Tensor, nn
 from torch.fx import Graph, GraphModule, Node
 
-from lowrank_tune.memory_planner import compiled_layers
+from lowrank_tune.config import load_any
+from lowrank_tune.memory_planner import compiled_layers, step_costs, update_times
 from lowrank_tune.memory_planner.allocation_tracker import AllocationTracker
 from lowrank_tune.memory_planner.cached_simulation import simulation_key
 from lowrank_tune.memory_planner.compiled_layers import LayerProgram
@@ -25,11 +27,13 @@ from lowrank_tune.memory_planner.fused_groups import FusedGroups
 from lowrank_tune.memory_planner.graph_nodes import is_fusable, is_view
 from lowrank_tune.memory_planner.graph_program import GraphProgram
 from lowrank_tune.memory_planner.kernel_costs import Kernel, KernelKind
+from lowrank_tune.memory_planner.kernel_counter import KernelCounts
 from lowrank_tune.memory_planner.layer_graphs import trace_graphs
 from lowrank_tune.memory_planner.meta_model import Layer, layers_of
 from lowrank_tune.memory_planner.planned_gpu import gpu_named
 from lowrank_tune.memory_planner.roofline import phase_time
-from lowrank_tune.memory_planner.simulation import count_kernels, simulate
+from lowrank_tune.memory_planner.simulation import SimulationSpec, count_kernels, simulate
+from lowrank_tune.memory_planner.specs import simulation_specs
 from lowrank_tune.memory_planner.traced_layer import LayerCall
 from lowrank_tune.memory_planner.update_times import fit_update_times, seconds_with
 from lowrank_tune.model import decoder_layers
@@ -301,6 +305,40 @@ def test_the_time_of_an_update_is_that_of_all_its_kernels(tmp_path: Path) -> Non
         counts = count_kernels(spec, layers_of(spec.config, recomputed), only_update=True)["update"]
         counted = phase_time(counts, gpu).seconds / spec.sizes.tokens
         assert seconds_with(times, spec, recomputed) == pytest.approx(counted, rel=1e-3)
+
+
+@pytest.mark.parametrize("overrides", [("tiny-ppo",), ("tiny-grpo", "grpo.num_iterations=3")])
+def test_auto_and_the_estimate_of_hours_use_the_same_time_of_an_update(
+    overrides: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """That of one pass, of the two that a simulation makes. With made-up kernels."""
+
+    def count(spec: SimulationSpec, layers: Sequence[Layer], only_update: bool = False) -> KernelCounts:
+        size = 1000 * spec.sizes.tokens
+        times = 2 * sum(3 if layer.recomputed else 2 for layer in layers)
+        return {
+            "update": {Kernel(KernelKind.ELEMENTWISE, size): times, Kernel(KernelKind.GEMM, size, 100 * size): times},
+            "update of the value": {Kernel(KernelKind.ELEMENTWISE, 2 * size): times},
+            "optimizer": {Kernel(KernelKind.ELEMENTWISE, size): 2},
+        }
+
+    for module in (step_costs, update_times):
+        monkeypatch.setattr(module, "cached_kernels", count)
+    check_times_of_an_update(*overrides)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("overrides", [("tiny-ppo",), ("tiny-grpo", "grpo.num_iterations=2")])
+def test_a_simulated_update_has_the_same_time_with_and_without_the_other_phases(overrides: tuple[str, ...]) -> None:
+    check_times_of_an_update(*overrides)
+
+
+def check_times_of_an_update(*overrides: str) -> None:
+    gpu = gpu_named("3090")
+    (spec,) = simulation_specs(load_any(*overrides), "cuda")
+    cost = step_costs.step_costs(spec, 2, {})["update"]
+    expected = phase_time(cost.kernels, gpu).seconds / cost.tokens
+    assert seconds_with(fit_update_times(spec, gpu), spec, 2) == pytest.approx(expected, rel=1e-6)
 
 
 def test_a_layer_that_cannot_be_traced_is_simulated_as_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
