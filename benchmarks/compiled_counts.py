@@ -97,15 +97,16 @@ def spec_of(preset: str, case: Case) -> SimulationSpec:
     return replace(spec, compiled=case.compiled)
 
 
-def recomputed_layers(spec: SimulationSpec, gpu: GpuSpec) -> int:
-    """The fewest layers that must be recomputed on this GPU."""
+def recomputed_layers(spec: SimulationSpec, gpu: GpuSpec) -> int | None:
+    """The fewest layers that must be recomputed on this GPU, None if the micro-batch does not fit."""
     plan = plan_of(spec, vram_bytes(spec, gpu.memory_gib), spec.recipe.name)
-    return choice_of(spec, plan).values["gradient_checkpointing"]
+    return choice_of(spec, plan).values.get("gradient_checkpointing")
 
 
 def saved_bytes(spec: SimulationSpec, recomputed: bool) -> float:
     """Bytes that one more layer keeps until its backward pass, for each token."""
-    layer = Layer("", recomputed)
+    kind = layers_of(spec.config, 0)[0].kind
+    layer = Layer(kind, recomputed)
     stored = []
     for count in (2, 3):
         peaks = simulate(spec, [layer] * count, only_update=True)
@@ -116,6 +117,9 @@ def saved_bytes(spec: SimulationSpec, recomputed: bool) -> float:
 def row(spec: SimulationSpec, case: Case, gpu: GpuSpec) -> str:
     num_layers = spec.config.get_text_config().num_hidden_layers
     recomputed = recomputed_layers(spec, gpu) if case.recomputed is None else case.recomputed
+    if recomputed is None:
+        cells = [f"{case.name}: {case.rows} x {spec.sizes.length:,}", "does not fit"]
+        return f"| {' | '.join(cells)} |" + " |" * (HEADER.count("|") - 1 - len(cells))
     # Not cached on the disk, where both kinds of linears would have the same key.
     count = partial(count_kernels, spec, only_update=True)
     counts = extrapolate_counts(count, layers_of(spec.config, recomputed))
