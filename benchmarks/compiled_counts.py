@@ -22,7 +22,6 @@ from functools import partial
 from typing import Any
 
 from lowrank_tune.config import load_any
-from lowrank_tune.memory_planner import compiled_layers
 from lowrank_tune.memory_planner.auto_settings import choice_of
 from lowrank_tune.memory_planner.extrapolation import extrapolate_counts
 from lowrank_tune.memory_planner.fake_device import replaced
@@ -163,7 +162,6 @@ def main() -> None:
     print("|---" * (HEADER.count("|") - 1) + "|")
     num_layers = spec.config.get_text_config().num_hidden_layers
     for case in quick_cases(num_layers) if options.quick else cases(num_layers):
-        compiled_layers.forget_programs()
         with nullcontext() if case.one_function else replaced(LoraLinears, "install", _keep_plain):
             print(row(spec_of(options.preset, case), case, gpu), flush=True)
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch._inductor.config
 import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
@@ -37,6 +38,7 @@ from lowrank_tune.memory_planner.specs import simulation_specs
 from lowrank_tune.memory_planner.traced_layer import LayerCall
 from lowrank_tune.memory_planner.update_times import fit_update_times, seconds_with
 from lowrank_tune.model import decoder_layers
+from lowrank_tune.model.compiled_layers import inductor_options
 
 TOKENS, WIDTH, INNER = 64, 32, 96
 HALF = 2
@@ -105,6 +107,21 @@ def test_a_value_inside_a_kernel_is_never_allocated() -> None:
         program.run(inputs, None)
     (peak,) = tracker.peaks.values()
     assert peak["activations"] == HALF * (TOKENS * WIDTH + 2 * TOKENS * INNER)
+
+
+def test_dropout_is_the_operator_that_a_run_calls() -> None:
+    """A run compiles with torch's own random numbers. Saved are the input, for the gradient of `direct`, and of dropout
+    its output, which cannot be computed again, and its mask."""
+
+    def adapter(direct: Tensor, lora: Tensor, x: Tensor) -> Tensor:
+        return x @ direct + F.dropout(x, 0.1, training=True) @ lora
+
+    inputs = [meta(*shape).requires_grad_() for shape in ((WIDTH, INNER), (WIDTH, INNER), (TOKENS, WIDTH))]
+    graphs = trace_graphs(adapter, inputs, num_weights=2)
+    assert torch.ops.aten.native_dropout.default in {node.target for node in graphs.forward.graph.nodes}
+    saved = [node.meta["val"] for node in graphs.saved]
+    stored = [value.nbytes for value in saved if value.shape != (WIDTH, INNER)]
+    assert sorted(stored) == [TOKENS * WIDTH * size for size in (1, HALF, HALF)]
 
 
 def test_two_operations_with_a_product_between_them_are_two_kernels() -> None:
@@ -185,8 +202,9 @@ def check_order(choices: list[tuple[int, int, int]]) -> None:
 class TinyLayer(nn.Module):
     """A norm and a projection with LoRA, in fp32: as a decoder layer, without attention."""
 
-    def __init__(self) -> None:
+    def __init__(self, dropout: float = 0.0) -> None:
         super().__init__()
+        self.dropout = nn.Dropout(dropout)
         self.norm = nn.RMSNorm(WIDTH)
         self.gate = nn.Linear(WIDTH, INNER, bias=False)
         self.up = nn.Linear(WIDTH, INNER, bias=False)
@@ -198,12 +216,12 @@ class TinyLayer(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         hidden = self.norm(x)
         inner = F.silu(self.gate(hidden)) * self.up(hidden)
-        return x + self.down(inner) + 2.0 * F.linear(F.linear(inner, self.lora_a), self.lora_b)
+        return x + self.down(inner) + 2.0 * F.linear(F.linear(self.dropout(inner), self.lora_a), self.lora_b)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("fewer", [False, True])
-def test_saved_bytes_are_those_that_torch_saves(fewer: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("fewer", "dropout"), [(False, 0.0), (True, 0.0), (True, 0.1)])
+def test_saved_bytes_are_those_that_torch_saves(fewer: bool, dropout: float, monkeypatch: pytest.MonkeyPatch) -> None:
     """Compared with the tensors that `torch.compile` itself hands to autograd, with the same partitioner."""
     from contextlib import nullcontext
 
@@ -212,7 +230,7 @@ def test_saved_bytes_are_those_that_torch_saves(fewer: bool, monkeypatch: pytest
 
     context = fewer_saved_activations if fewer else nullcontext
     monkeypatch.setattr(layer_graphs, "fewer_saved_activations", context)
-    layer = TinyLayer()
+    layer = TinyLayer(dropout)
     x = torch.randn(TOKENS, WIDTH, requires_grad=True)
     weights = {tensor.untyped_storage().data_ptr() for tensor in layer.parameters()}
     saved = dict[int, int]()
@@ -223,9 +241,13 @@ def test_saved_bytes_are_those_that_torch_saves(fewer: bool, monkeypatch: pytest
             saved[storage.data_ptr()] = storage.nbytes()
         return tensor
 
+    def unpack(tensor: Tensor) -> Tensor:
+        return tensor
+
     torch._dynamo.reset()
     compiled = torch.compile(layer, backend="aot_eager_decomp_partition", fullgraph=True)
-    with context(), torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+    options: Any = torch._inductor.config
+    with options.patch(inductor_options()), context(), torch.autograd.graph.saved_tensors_hooks(pack, unpack):
         output = compiled(x)
     names = [name for name, _ in layer.named_parameters()]
     values = [tensor.detach().to("meta").requires_grad_(tensor.requires_grad) for tensor in layer.parameters()]
@@ -350,7 +372,6 @@ def test_a_layer_that_cannot_be_traced_is_simulated_as_it_is(tmp_path: Path, mon
         raise RuntimeError("another version of torch")
 
     monkeypatch.setattr(compiled_layers.LayerCall, "trace", fail)
-    monkeypatch.setattr(compiled_layers, "_programs", {})
     monkeypatch.setattr(decoder_layers, "_with_gradient", lambda args: args)
     peaks = simulate(replace(eager, compiled=True), layers, only_update=True)
     plain = simulate(eager, layers, only_update=True)
