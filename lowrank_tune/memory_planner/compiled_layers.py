@@ -77,9 +77,13 @@ class LayerPrograms:
             graphs, outputs = trace()
         # torch's tracer raises errors of many classes.
         except Exception as error:
-            self.fault = self.fault or first_line(error)
+            self.add_fault(first_line(error))
             return None
         return LayerProgram(graphs, outputs)
+
+    def add_fault(self, fault: str) -> None:
+        """Stores why a layer could not be traced, if it is the first reason."""
+        self.fault = self.fault or fault
 
 
 @dataclass

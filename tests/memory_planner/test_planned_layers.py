@@ -19,10 +19,12 @@ from torch import Tensor, nn
 from torch.fx import Graph, GraphModule, Node
 
 from lowrank_tune.config import load_any
-from lowrank_tune.memory_planner import compiled_layers, step_costs, update_times
+from lowrank_tune.events import Event, LogMessage
+from lowrank_tune.memory_planner import cached_simulation, check_fit, compiled_layers, step_costs, update_times
 from lowrank_tune.memory_planner.allocation_tracker import AllocationTracker
 from lowrank_tune.memory_planner.cached_simulation import simulation_key
-from lowrank_tune.memory_planner.compiled_layers import LayerProgram
+from lowrank_tune.memory_planner.compiled_layers import LayerProgram, LayerPrograms
+from lowrank_tune.memory_planner.extrapolation import Peaks
 from lowrank_tune.memory_planner.fake_device import FakeDeviceMode
 from lowrank_tune.memory_planner.fused_groups import FusedGroups
 from lowrank_tune.memory_planner.graph_nodes import is_fusable, is_view
@@ -32,6 +34,7 @@ from lowrank_tune.memory_planner.kernel_counter import KernelCounts
 from lowrank_tune.memory_planner.layer_graphs import trace_graphs
 from lowrank_tune.memory_planner.meta_model import Layer, layers_of
 from lowrank_tune.memory_planner.planned_gpu import gpu_named
+from lowrank_tune.memory_planner.planner import plan_of
 from lowrank_tune.memory_planner.roofline import phase_time
 from lowrank_tune.memory_planner.simulation import SimulationSpec, count_kernels, simulate
 from lowrank_tune.memory_planner.specs import simulation_specs
@@ -364,16 +367,51 @@ def check_times_of_an_update(*overrides: str) -> None:
 
 
 def test_a_layer_that_cannot_be_traced_is_simulated_as_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The same bytes at every point."""
+    """The same bytes at every point, and the reason is kept."""
     eager = replace(spec_of(tmp_path), compiled=False)
     layers = [Layer(), Layer(recomputed=False)]
 
     def fail(*_: Any) -> Any:
-        raise RuntimeError("another version of torch")
+        raise RuntimeError("another version of torch\nand more")
 
     monkeypatch.setattr(compiled_layers.LayerCall, "trace", fail)
     monkeypatch.setattr(decoder_layers, "_with_gradient", lambda args: args)
-    peaks = simulate(replace(eager, compiled=True), layers, only_update=True)
+    compiled = replace(eager, compiled=True, programs=LayerPrograms())
+    peaks = simulate(compiled, layers, only_update=True)
     plain = simulate(eager, layers, only_update=True)
-    assert peaks == plain
+    assert peaks == plain and compiled.programs.fault == "another version of torch"
     assert simulation_key(eager, layers, False) != simulation_key(replace(eager, compiled=True), layers, False)
+
+
+def test_a_plan_has_a_note_if_layers_cannot_be_traced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also a plan whose simulations are read from the cache, and the log of a run."""
+
+    def untraced(spec: SimulationSpec, layers: Sequence[Layer], only_update: bool = False) -> Peaks:
+        spec.programs.add_fault("another version of torch")
+        return {("update", "backward", "last"): {"weights": 7}}
+
+    monkeypatch.setattr(cached_simulation, "simulate", untraced)
+    note = "layers are planned without the compiler: another version of torch"
+    first = replace(spec_of(tmp_path), compiled=True)
+    assert plan_of(first, 0, "sft").notes == (note,)
+    again = replace(first, programs=LayerPrograms())
+    with monkeypatch.context() as no_simulation:
+        no_simulation.setattr(cached_simulation, "simulate", pytest.fail)
+        assert plan_of(again, 0, "sft").notes == (note,)
+    events: list[Event] = []
+    check_fit(first.recipe, 24.0, events.append)
+    assert f"{first.recipe.name}: {note}" in [event.message for event in events if isinstance(event, LogMessage)]
+
+
+def test_an_error_in_the_program_of_a_traced_layer_is_raised() -> None:
+    """Only an error of torch's tracer means that the layer is simulated plain."""
+    programs = LayerPrograms()
+    graphs = trace_graphs(block, block_inputs())
+    assert programs.of(("traced",), lambda: (graphs, torch.utils._pytree.tree_structure([0]))) is not None
+
+    def empty() -> Any:
+        return None, torch.utils._pytree.tree_structure([0])
+
+    with pytest.raises(AttributeError):
+        programs.of(("empty",), empty)
+    assert not programs.fault
