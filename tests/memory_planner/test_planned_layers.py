@@ -18,12 +18,13 @@ from test_kernel_counter import counter_of, meta, spec_of
 from torch import Tensor, nn
 from torch.fx import Graph, GraphModule, Node
 
+from lowrank_tune.assembly.model import compiles_layers
 from lowrank_tune.config import load_any
-from lowrank_tune.events import Event, LogMessage
+from lowrank_tune.events import Event, LogMessage, ignore_event
 from lowrank_tune.memory_planner import cached_simulation, check_fit, compiled_layers, step_costs, update_times
 from lowrank_tune.memory_planner.allocation_tracker import AllocationTracker
 from lowrank_tune.memory_planner.cached_simulation import simulation_key
-from lowrank_tune.memory_planner.compiled_layers import LayerProgram, LayerPrograms
+from lowrank_tune.memory_planner.compiled_layers import LayerProgram, LayerPrograms, plans_compiled_layers
 from lowrank_tune.memory_planner.extrapolation import Peaks
 from lowrank_tune.memory_planner.fake_device import FakeDeviceMode
 from lowrank_tune.memory_planner.fused_groups import FusedGroups
@@ -415,3 +416,23 @@ def test_an_error_in_the_program_of_a_traced_layer_is_raised() -> None:
     with pytest.raises(AttributeError):
         programs.of(("empty",), empty)
     assert not programs.fault
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+@pytest.mark.parametrize("missing", ["", "no compiler"])
+@pytest.mark.parametrize("setting", ["auto", True, False])
+@pytest.mark.parametrize("change", [{}, {"mlp_chunks": 2}])
+def test_layers_are_planned_as_they_run(
+    device: str, missing: str, setting: Any, change: dict[str, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A GPU that is not in this machine has a compiler."""
+    recipe = load_any("tiny-sft")
+    train = recipe.train.model_copy(update={"torch_compile": setting, **change})
+    recipe = recipe.model_copy(update={"train": train})
+    monkeypatch.setattr("lowrank_tune.assembly.model.missing_for_compile", lambda kind: missing)
+    monkeypatch.setattr(compiled_layers, "missing_for_compile", lambda kind: missing)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    planned = plans_compiled_layers(recipe, torch.device(device))
+    if device == "cuda":
+        monkeypatch.setattr("lowrank_tune.assembly.model.missing_for_compile", lambda kind: "")
+    assert planned is compiles_layers(recipe, torch.device(device), ignore_event)
