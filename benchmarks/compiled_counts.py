@@ -22,7 +22,6 @@ from functools import partial
 from typing import Any
 
 from lowrank_tune.config import load_any
-from lowrank_tune.memory_planner import compiled_layers
 from lowrank_tune.memory_planner.auto_settings import choice_of
 from lowrank_tune.memory_planner.extrapolation import extrapolate_counts
 from lowrank_tune.memory_planner.fake_device import replaced
@@ -97,15 +96,16 @@ def spec_of(preset: str, case: Case) -> SimulationSpec:
     return replace(spec, compiled=case.compiled)
 
 
-def recomputed_layers(spec: SimulationSpec, gpu: GpuSpec) -> int:
-    """The fewest layers that must be recomputed on this GPU."""
+def recomputed_layers(spec: SimulationSpec, gpu: GpuSpec) -> int | None:
+    """The fewest layers that must be recomputed on this GPU, None if the micro-batch does not fit."""
     plan = plan_of(spec, vram_bytes(spec, gpu.memory_gib), spec.recipe.name)
-    return choice_of(spec, plan).values["gradient_checkpointing"]
+    return choice_of(spec, plan).values.get("gradient_checkpointing")
 
 
 def saved_bytes(spec: SimulationSpec, recomputed: bool) -> float:
     """Bytes that one more layer keeps until its backward pass, for each token."""
-    layer = Layer("", recomputed)
+    kind = layers_of(spec.config, 0)[0].kind
+    layer = Layer(kind, recomputed)
     stored = []
     for count in (2, 3):
         peaks = simulate(spec, [layer] * count, only_update=True)
@@ -116,6 +116,9 @@ def saved_bytes(spec: SimulationSpec, recomputed: bool) -> float:
 def row(spec: SimulationSpec, case: Case, gpu: GpuSpec) -> str:
     num_layers = spec.config.get_text_config().num_hidden_layers
     recomputed = recomputed_layers(spec, gpu) if case.recomputed is None else case.recomputed
+    if recomputed is None:
+        cells = [f"{case.name}: {case.rows} x {spec.sizes.length:,}", "does not fit"]
+        return f"| {' | '.join(cells)} |" + " |" * (HEADER.count("|") - 1 - len(cells))
     # Not cached on the disk, where both kinds of linears would have the same key.
     count = partial(count_kernels, spec, only_update=True)
     counts = extrapolate_counts(count, layers_of(spec.config, recomputed))
@@ -159,7 +162,6 @@ def main() -> None:
     print("|---" * (HEADER.count("|") - 1) + "|")
     num_layers = spec.config.get_text_config().num_hidden_layers
     for case in quick_cases(num_layers) if options.quick else cases(num_layers):
-        compiled_layers.forget_programs()
         with nullcontext() if case.one_function else replaced(LoraLinears, "install", _keep_plain):
             print(row(spec_of(options.preset, case), case, gpu), flush=True)
 

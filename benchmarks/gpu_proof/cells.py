@@ -82,8 +82,9 @@ FAST_PATHS = (
     Cell("grpo", 16, 8, 384, prompt=256, group=8, torch_compile=True),
     Cell("grpo", 16, 8, 384, prompt=256, group=8, without=(PACKED_ROWS,)),
 )
-"""Each beside the cell without the difference: the plain paths and compiled layers beside MAIN, packing on and off, and
-a group whose prompt is shared by segments or, in the last one, with a mask."""
+"""Cells that differ from another in one thing: the plain paths and compiled layers from MAIN, packing on and off, and a
+group with compiled layers, or whose prompt is shared with a mask, from that of REMAINING. The third differs in more: it
+compares planned and measured memory of compiled layers some of which are recomputed."""
 CELLS = (MAIN, NOT_RECOMPUTED, PAGED, *REMAINING)
 """On a GPU of 24 GB, with a base of 7 to 8 billion parameters in NF4."""
 PLANNED = (*CELLS, *(cell for cell in FAST_PATHS if cell.torch_compile))

@@ -10,6 +10,8 @@ from gpu_proof.records import Record
 
 NOT_SHOWN = {"kind", "part", "side", "traceback", "kernels", "checks", "figures"}
 CELL_SETTINGS = {"algorithm", "units", "micro", "length", "prompt", "group", "checkpointing", "offload", "optimizer"}
+CELL_SETTINGS |= {"torch_compile", "without", "ragged"}
+"""The fields of `cells.Cell`, which are in the name of a cell."""
 
 
 def show(value: Any) -> str:

@@ -81,6 +81,14 @@ def logits_chunk_of(recipe: RecipeConfig) -> int | None:
     return recipe.train.logits_chunk
 
 
+def wants_compiled_layers(recipe: RecipeConfig, device: torch.device) -> bool:
+    """Returns whether the decoder layers are compiled on a device that has a compiler; with `auto` only on a GPU."""
+    setting = recipe.train.torch_compile
+    if recipe.base.backend != "transformers" or recipe.train.mlp_chunks > 1:
+        return False
+    return setting is True or (setting == "auto" and device.type == "cuda")
+
+
 def compiles_layers(
     recipe: RecipeConfig,
     device: torch.device,
@@ -88,9 +96,7 @@ def compiles_layers(
 ) -> bool:
     """Returns whether the decoder layers are compiled. Emits what is missing, unless the CPU would be used anyway."""
     setting = recipe.train.torch_compile
-    if not setting or recipe.base.backend != "transformers" or recipe.train.mlp_chunks > 1:
-        return False
-    if setting == "auto" and device.type != "cuda":
+    if not wants_compiled_layers(recipe, device):
         return False
     missing = missing_for_compile(device.type)
     if missing:

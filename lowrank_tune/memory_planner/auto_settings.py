@@ -9,9 +9,10 @@ from dataclasses import dataclass, replace
 from lowrank_tune.memory_planner.cached_simulation import cached_peaks
 from lowrank_tune.memory_planner.extrapolation import MIN_LAYERS, fit_linear_model
 from lowrank_tune.memory_planner.fit import DEFAULT_STEP_UNITS, ENOUGH_TOKENS, Search
-from lowrank_tune.memory_planner.gpu_specs import GpuSpec
+from lowrank_tune.memory_planner.gpu_specs import DEFAULT_GPU, GpuSpec
 from lowrank_tune.memory_planner.meta_model import layers_of
 from lowrank_tune.memory_planner.plan_report import DECODING_PHASES, Phase, Plan, needed
+from lowrank_tune.memory_planner.planned_gpu import gpu_named
 from lowrank_tune.memory_planner.planner import peaks_of, phases_in
 from lowrank_tune.memory_planner.simulation import SimulationSpec
 from lowrank_tune.memory_planner.sizes import step_units
@@ -30,11 +31,14 @@ AUTO_SETTINGS = ("micro_batch_size", "gradient_checkpointing", "logits_chunk")
 @dataclass(frozen=True)
 class AutoChoice:
     """The values of the settings of `train` that are `auto`, and the plan with them. No values if none fits. `gain` is
-    the speed of the update relative to one that recomputes all layers, 0 if it is unknown."""
+    the speed of the update relative to one that recomputes all layers, in micro-batches of `compared_units`; 0 if it is
+    unknown. With `default_rates` it is that on another GPU, because the rates of the planned one are unknown."""
 
     values: dict[str, int]
     plan: Plan
     gain: float = 0.0
+    compared_units: int = 0
+    default_rates: bool = False
 
 
 def choose_auto_settings(spec: SimulationSpec, plan: Plan, gpu: GpuSpec | None = None) -> AutoChoice:
@@ -69,7 +73,13 @@ def choose_auto_settings(spec: SimulationSpec, plan: Plan, gpu: GpuSpec | None =
         if fits_with_margin(larger):
             values["logits_chunk"] = LARGE_CHUNK_LOGITS
             chosen = larger
-    return AutoChoice(values, chosen, gain)
+    return AutoChoice(
+        values,
+        chosen,
+        gain,
+        sizes[0].units,
+        default_rates=gpu is None,
+    )
 
 
 def describe_values(values: Mapping[str, int]) -> str:
@@ -80,9 +90,11 @@ def describe_values(values: Mapping[str, int]) -> str:
 def describe_gain(choice: AutoChoice) -> str:
     """Returns what a choice gains, in one line."""
     plan = choice.plan
+    compared = "" if choice.compared_units == plan.sizes.units else f"a micro-batch of {choice.compared_units} "
+    rates = f" with the rates of an {gpu_named(DEFAULT_GPU).device_name}" if choice.default_rates else ""
     return (
         f"a micro-batch of {plan.sizes.units}, {plan.recomputed} of {plan.layers} layers recomputed: the update is "
-        f"{choice.gain:.2f}x as fast as with all recomputed, by count"
+        f"{choice.gain:.2f}x as fast as {compared}with all recomputed, by count{rates}"
     )
 
 

@@ -34,8 +34,10 @@ def cached_result(
     key = simulation_key(spec, layers, only_update)
     result = read_result(key)
     if result is None:
-        result = SimulationResult(simulate(spec, layers, only_update))
+        peaks = simulate(spec, layers, only_update)
+        result = SimulationResult(peaks, fault=spec.programs.fault)
         write_result(key, result)
+    spec.programs.add_fault(result.fault)
     return result
 
 

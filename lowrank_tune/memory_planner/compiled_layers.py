@@ -15,7 +15,9 @@ import torch
 from torch import nn
 from torch.utils._pytree import TreeSpec, tree_unflatten
 
+from lowrank_tune.assembly.model import wants_compiled_layers
 from lowrank_tune.config import RecipeConfig
+from lowrank_tune.errors import first_line
 from lowrank_tune.memory_planner.fake_device import FakeDeviceMode
 from lowrank_tune.memory_planner.graph_program import GraphProgram
 from lowrank_tune.memory_planner.kernel_counter import KernelCounter
@@ -25,24 +27,16 @@ from lowrank_tune.model.compiler_check import missing_for_compile
 from lowrank_tune.model.decoder_layers import layer_forward
 
 MAX_PROGRAMS = 64
-"""Programs that are kept for later simulations of the process; a plan has about ten."""
-_programs = dict[tuple[Any, ...], "LayerProgram | None"]()
+"""Programs that are kept for later simulations of a recipe; a plan has about ten."""
 
 
 def plans_compiled_layers(recipe: RecipeConfig, device: torch.device) -> bool:
     """Returns whether a run of this recipe compiles its layers (`assembly.model.compiles_layers`). A GPU that is not in
     this machine is taken to have a compiler."""
-    setting = recipe.train.torch_compile
-    if not setting or recipe.base.backend != "transformers" or recipe.train.mlp_chunks > 1:
+    if not wants_compiled_layers(recipe, device):
         return False
-    if device.type == "cpu":
-        return setting is True and not missing_for_compile("cpu")
-    return not (torch.cuda.is_available() and missing_for_compile(device.type))
-
-
-def forget_programs() -> None:
-    """Frees the programs of earlier simulations."""
-    _programs.clear()
+    is_here = device.type == "cpu" or torch.cuda.is_available()
+    return not (is_here and missing_for_compile(device.type))
 
 
 @dataclass
@@ -59,39 +53,72 @@ class LayerProgram:
 
 
 @dataclass
+class LayerPrograms:
+    """The programs of layers of one recipe on one device, by what they depend on besides: their shapes and the active
+    adapters. `fault` is the first reason why a layer could not be traced."""
+
+    fault: str = ""
+    _programs: dict[tuple[Any, ...], LayerProgram | None] = field(default_factory=dict)
+
+    def of(
+        self,
+        key: tuple[Any, ...],
+        trace: Callable[[], tuple[LayerGraphs, TreeSpec]],
+    ) -> LayerProgram | None:
+        """Returns the program under a key, traced if it is new; None for a layer that cannot be traced."""
+        if key not in self._programs:
+            if len(self._programs) >= MAX_PROGRAMS:
+                self._programs.clear()
+            self._programs[key] = self._traced(trace)
+        return self._programs[key]
+
+    def _traced(self, trace: Callable[[], tuple[LayerGraphs, TreeSpec]]) -> LayerProgram | None:
+        try:
+            graphs, outputs = trace()
+        # torch's tracer raises errors of many classes.
+        except Exception as error:
+            self.add_fault(first_line(error))
+            return None
+        return LayerProgram(graphs, outputs)
+
+    def add_fault(self, fault: str) -> None:
+        """Stores why a layer could not be traced, if it is the first reason."""
+        self.fault = self.fault or fault
+
+
+@dataclass
 class SimulatedLayer:
-    """A layer with its kind of attention. `before` is called each time that it runs, also in a recomputation."""
+    """A layer with its kind of attention. `before_layer` is called each time that it runs, also in a recomputation."""
 
     kind: str
-    before: Callable[[], None]
+    before_layer: Callable[[], None]
 
 
 @dataclass
 class SimulatedCompiledLayers:
-    """The compiled twin of the layers (`model.decoder_layers.CompiledForward`). `base` is what the graphs depend on
-    besides shapes."""
+    """The compiled version of the layers (`model.decoder_layers.CompiledForward`)."""
 
-    base: str
+    programs: LayerPrograms
     mode: FakeDeviceMode
     counter: KernelCounter | None
     active_stack: Callable[[], Sequence[str]]
     layers: dict[nn.Module, SimulatedLayer] = field(default_factory=dict)
     is_used: bool = False
 
-    def install(self, layer: nn.Module, kind: str, before: Callable[[], None]) -> None:
+    def install(self, layer: nn.Module, kind: str, before_layer: Callable[[], None]) -> None:
         """Makes a layer run as a compiled one inside `running`."""
-        self.layers[layer] = SimulatedLayer(kind, before)
+        self.layers[layer] = SimulatedLayer(kind, before_layer)
         layer_forward(layer).compiled = self
 
     @contextmanager
     def running(self) -> Iterator[None]:
         """Makes the layers run as compiled ones."""
-        before = self.is_used
+        was_used = self.is_used
         self.is_used = True
         try:
             yield
         finally:
-            self.is_used = before
+            self.is_used = was_used
 
     def of(self, layer: nn.Module) -> Forward:
         """Returns the simulated forward method of a layer."""
@@ -103,7 +130,7 @@ class SimulatedCompiledLayers:
 
     def _run(self, layer: nn.Module, *args: Any, **named: Any) -> Any:
         simulated = self.layers[layer]
-        simulated.before()
+        simulated.before_layer()
         plain = layer_forward(layer).plain
         call = LayerCall.of(layer, args, named)
         program = self._program(layer, simulated.kind, call)
@@ -116,17 +143,9 @@ class SimulatedCompiledLayers:
     def _program(self, layer: nn.Module, kind: str, call: LayerCall) -> LayerProgram | None:
         needs_gradient = torch.is_grad_enabled()
         stack = tuple(self.active_stack())
-        key = (self.base, type(layer), kind, stack, layer.training, needs_gradient, call.key)
-        if key not in _programs:
-            if len(_programs) >= MAX_PROGRAMS:
-                _programs.clear()
-            try:
-                graphs, outputs = call.trace(layer, layer_forward(layer).plain, self.mode)
-                _programs[key] = LayerProgram(graphs, outputs)
-            # torch's tracer raises errors of many classes.
-            except Exception:
-                _programs[key] = None
-        return _programs[key]
+        key = (type(layer), kind, stack, layer.training, needs_gradient, call.key)
+        trace = partial(call.trace, layer, layer_forward(layer).plain, self.mode)
+        return self.programs.of(key, trace)
 
 
 class _CompiledLayer(torch.autograd.Function):

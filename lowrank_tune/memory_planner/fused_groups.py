@@ -39,7 +39,6 @@ class FusedGroups:
     def __init__(self, graph: Graph) -> None:
         self._units = dict[int, Unit]()
         self._unit_of = dict[Node, int]()
-        self._first = dict[int, int]()
         for number, node in enumerate(graph.nodes):
             if node.op == "call_function" and not is_view(node):
                 self._add(number, node)
@@ -71,7 +70,6 @@ class FusedGroups:
         unit = Unit([node], is_fusable(node), set(sources))
         self._units[number] = unit
         self._unit_of[node] = number
-        self._first[number] = number
         if not unit.is_group:
             return
         for source in sorted(set(sources), reverse=True):
@@ -87,7 +85,7 @@ class FusedGroups:
             if other == source:
                 return True
             for earlier in self._units[other].inputs:
-                if earlier not in seen and earlier >= self._first[source]:
+                if earlier not in seen:
                     seen.add(earlier)
                     stack.append(earlier)
         return False
@@ -103,7 +101,6 @@ class FusedGroups:
         for unit in self._units.values():
             if source in unit.inputs:
                 unit.inputs = unit.inputs - {source} | {number}
-        self._first[number] = min(self._first[number], self._first.pop(source))
 
 
 def _sources(node: Node) -> Iterator[Node]:

@@ -1,9 +1,9 @@
 """The forward and backward graphs into which `torch.compile` splits a function, without compiling them.
 
-AOTAutograd traces the function on tensors without data, with inductor's decompositions, and its min-cut partitioner
-decides what is saved for the backward pass and what is computed again there: pointwise operations that cost less than
-reading a saved tensor (`model/saved_activations.py`). Shapes are static here. A run compiles with a dynamic length, for
-which the partitioner decides with the sizes of the first rows.
+AOTAutograd traces the function on tensors without data, with inductor's decompositions for the options of a run, and
+its min-cut partitioner decides what is saved for the backward pass and what is computed again there: pointwise
+operations that cost less than reading a saved tensor (`model/saved_activations.py`). Shapes are static here. A run
+compiles with a dynamic length, for which the partitioner decides with the sizes of the first rows.
 """
 
 from __future__ import annotations
@@ -14,11 +14,13 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import torch._inductor.config
 from torch import Tensor
 from torch.fx import GraphModule, Node
 from torch.overrides import _get_current_function_mode_stack, _pop_mode_temporarily
 from torch.utils._python_dispatch import _disable_current_modes
 
+from lowrank_tune.model.compiled_layers import inductor_options
 from lowrank_tune.model.saved_activations import fewer_saved_activations
 
 try:
@@ -55,13 +57,14 @@ def trace_graphs(function: Callable[..., Any], inputs: Sequence[Tensor], num_wei
     if aot_function is None:
         raise RuntimeError("this version of torch has no AOTAutograd")
     found = list[LayerGraphs]()
-    traced = aot_function(
-        function,
-        partial(_keep_inference_graph, found),
-        partition_fn=partial(_keep_partition, found, num_weights),
-        decompositions=select_decomp_table(),
-    )
-    with _without_modes(), fewer_saved_activations():
+    inductor_config: Any = torch._inductor.config
+    with inductor_config.patch(inductor_options()), _without_modes(), fewer_saved_activations():
+        traced = aot_function(
+            function,
+            partial(_keep_inference_graph, found),
+            partition_fn=partial(_keep_partition, found, num_weights),
+            decompositions=select_decomp_table(),
+        )
         try:
             traced(*inputs)
         except _GraphsExist:

@@ -157,6 +157,10 @@ def plan_of(
 ) -> Plan:
     """Returns the plan of the recipe with its own settings."""
     recipe = spec.recipe
+    phases = phases_of(spec, vram)
+    notes: tuple[str, ...] = ()
+    if spec.programs.fault:
+        notes = (f"layers are planned without the compiler: {spec.programs.fault}",)
     return Plan(
         name,
         recipe.algorithm,
@@ -166,8 +170,9 @@ def plan_of(
         spec.config.get_text_config().num_hidden_layers,
         recomputed_of(spec),
         spec.sizes,
-        phases_of(spec, vram),
+        phases,
         vram,
+        notes,
     )
 
 

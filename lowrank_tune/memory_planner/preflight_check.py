@@ -101,6 +101,8 @@ def _plan_stage(
         emit(LogMessage(message=f"{name}: auto is {describe_values(kept)}, as when the run began"))
         return
     plan = plan_of(spec, vram, name)
+    for note in plan.notes:
+        emit(LogMessage(message=f"{name}: {note}"))
     choice = AutoChoice({}, plan)
     if auto_settings_of(spec):
         choice = choose_auto_settings(spec, plan, installed_gpu_spec())

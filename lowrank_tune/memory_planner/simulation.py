@@ -27,7 +27,7 @@ from lowrank_tune.config import RecipeConfig
 from lowrank_tune.data import PromptExample
 from lowrank_tune.events import ignore_event
 from lowrank_tune.memory_planner.allocation_tracker import AllocationTracker
-from lowrank_tune.memory_planner.compiled_layers import SimulatedCompiledLayers
+from lowrank_tune.memory_planner.compiled_layers import LayerPrograms, SimulatedCompiledLayers
 from lowrank_tune.memory_planner.extrapolation import Peaks
 from lowrank_tune.memory_planner.fake_device import FakeDeviceMode, fake_device_mode, replaced
 from lowrank_tune.memory_planner.kernel_counter import KernelCounter, KernelCounts
@@ -59,6 +59,9 @@ class SimulationSpec:
     rollouts: Mapping[str, DecodingSpec] = field(default_factory=dict)
     compiled: bool = False
     """Whether layers run as `torch.compile` compiles them, where a gradient is needed."""
+    programs: LayerPrograms = field(default_factory=LayerPrograms, compare=False, repr=False)
+    """Traced layers of earlier simulations. A copy with other sizes shares them; its base, adapters and device must be
+    the same."""
 
 
 def simulate(
@@ -218,11 +221,12 @@ class _SimulatedStage:
         self.roles.decoder.packed_rows.enabled = False
         # Compared once in a run, before its first step: not a part of any phase.
         _ = self.roles.decoder.runs_without_masks
+        if recipe.algorithm != "sft":
+            _ = self.roles.decoder.max_shareable_length
         self.roles.verified = True
         if spec.compiled:
-            self._compile(
-                layers, before_layers, SimulatedCompiledLayers(_graph_inputs(spec), mode, counter, self._active_stack)
-            )
+            compiled = SimulatedCompiledLayers(spec.programs, mode, counter, self._active_stack)
+            self._compile(layers, before_layers, compiled)
 
     def _compile(
         self,
@@ -231,9 +235,9 @@ class _SimulatedStage:
         compiled: SimulatedCompiledLayers,
     ) -> None:
         """Makes the layers run as compiled ones."""
-        for kind, (layer, before) in zip(kinds, before_layers.items(), strict=True):
+        for kind, (layer, before_layer) in zip(kinds, before_layers.items(), strict=True):
             if isinstance(layer, GradientCheckpointingLayer):
-                compiled.install(layer, kind.kind, before)
+                compiled.install(layer, kind.kind, before_layer)
         self.roles.decoder.layers_context = compiled.running
 
     def _active_stack(self) -> list[str]:
@@ -535,13 +539,6 @@ def _hook_layers(
         layer.register_forward_hook(after)
         before_layers[layer] = before
     return before_layers
-
-
-def _graph_inputs(spec: SimulationSpec) -> str:
-    """Returns what the graphs of layers depend on besides their shapes."""
-    adapters = {name: adapter.model_dump(mode="json") for name, adapter in spec.recipe.adapters.items()}
-    loaded = {name: config.to_dict() for name, config in spec.loaded.items()}
-    return repr((spec.device.type, spec.config.to_dict(), adapters, loaded))
 
 
 def _start_pass(

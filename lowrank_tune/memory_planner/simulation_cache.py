@@ -25,16 +25,19 @@ MAX_FILES = 2000
 @dataclass(frozen=True)
 class SimulationResult:
     """What a simulation of a few layers finds: the bytes by purpose at the peak of each program point, in the order of
-    the program, or how often each kernel is started, by phase."""
+    the program, or how often each kernel is started, by phase. `fault` is why a layer that a run compiles was simulated
+    plain."""
 
     peaks: Peaks = field(default_factory=dict)
     kernels: KernelCounts = field(default_factory=dict)
+    fault: str = ""
 
     def to_json(self) -> dict[str, Any]:
         """Returns the result as JSON values."""
         return {
             "peaks": [[list(point), list(peak.items())] for point, peak in self.peaks.items()],
             "kernels": [[phase, _kernels_to_json(counts)] for phase, counts in self.kernels.items()],
+            "fault": self.fault,
         }
 
     @classmethod
@@ -44,7 +47,7 @@ class SimulationResult:
         for point, peak in data["peaks"]:
             peaks[tuple(point)] = {purpose: int(count) for purpose, count in peak}
         kernels = {str(phase): _kernels_from_json(counts) for phase, counts in data["kernels"]}
-        return cls(peaks, kernels)
+        return cls(peaks, kernels, str(data["fault"]))
 
 
 def _kernels_to_json(counts: Mapping[Kernel, float]) -> list[list[Any]]:

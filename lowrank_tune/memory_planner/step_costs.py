@@ -58,12 +58,20 @@ def step_costs(
     return costs
 
 
+def update_kernels(spec: SimulationSpec, counts: KernelCounts) -> Mapping[Kernel, float]:
+    """Returns the kernels of one pass of the update over a micro-batch, of those that a simulation counts."""
+    parts = dict.fromkeys((UPDATE, *PPO_UPDATE_PHASES))
+    return _mean(counts, parts, _simulated_passes(spec))
+
+
+def _simulated_passes(spec: SimulationSpec) -> int:
+    return min(MAX_SIMULATED_PASSES, num_update_passes(spec.recipe))
+
+
 def _pass_costs(spec: SimulationSpec, counts: KernelCounts) -> Iterator[PhaseCost]:
     sizes = spec.sizes
-    passes = min(MAX_SIMULATED_PASSES, num_update_passes(spec.recipe))
-    parts = dict.fromkeys((UPDATE, *PPO_UPDATE_PHASES))
-    yield PhaseCost(UPDATE, sizes.tokens, _mean(counts, parts, passes))
-    yield PhaseCost(OPTIMIZER, 0, _mean(counts, [OPTIMIZER], passes))
+    yield PhaseCost(UPDATE, sizes.tokens, update_kernels(spec, counts))
+    yield PhaseCost(OPTIMIZER, 0, _mean(counts, [OPTIMIZER], _simulated_passes(spec)))
     no_grad_tokens = sizes.no_grad_rows * sizes.length
     for name in (REFERENCE, REWARD_MODEL, VALIDATION):
         if name in counts:

@@ -12,10 +12,8 @@ from lowrank_tune.memory_planner.gpu_specs import DEFAULT_GPU, GpuSpec
 from lowrank_tune.memory_planner.meta_model import Layer, layers_of
 from lowrank_tune.memory_planner.planned_gpu import gpu_named
 from lowrank_tune.memory_planner.roofline import PhaseTime, phase_time
-from lowrank_tune.memory_planner.simulation import PPO_UPDATE_PHASES, SimulationSpec
-from lowrank_tune.memory_planner.step_costs import UPDATE
-
-UPDATE_PHASES = tuple(dict.fromkeys((UPDATE, *PPO_UPDATE_PHASES)))
+from lowrank_tune.memory_planner.simulation import SimulationSpec
+from lowrank_tune.memory_planner.step_costs import update_kernels
 
 
 @dataclass(frozen=True)
@@ -55,7 +53,4 @@ def seconds_with(times: UpdateTimes, spec: SimulationSpec, recomputed: int) -> f
 
 def _time(spec: SimulationSpec, kinds: Mapping[Layer, int], gpu: GpuSpec) -> PhaseTime:
     counts = cached_kernels(spec, with_num_layers(kinds), only_update=True)
-    total = PhaseTime()
-    for phase in UPDATE_PHASES:
-        total = total.then(phase_time(counts.get(phase, {}), gpu))
-    return total
+    return phase_time(update_kernels(spec, counts), gpu)

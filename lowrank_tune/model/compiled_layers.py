@@ -45,6 +45,13 @@ INDUCTOR_OPTIONS = {
 DESCRIPTION = "compiling layers"
 
 
+def inductor_options() -> dict[str, Any]:
+    """Returns `INDUCTOR_OPTIONS` without those that this version of torch does not have."""
+    config: Any = torch._inductor.config
+    known = config.get_config_copy()
+    return {name: value for name, value in INDUCTOR_OPTIONS.items() if name in known}
+
+
 class CompiledLayers:
     """The compiled forward methods of a model's decoder layers, a `FastPath`. They are used inside `running` only."""
 
@@ -159,10 +166,7 @@ def _compile_graph(
     compiler: Any = torch._dynamo.lookup_backend(BACKEND)
     if BACKEND != "inductor":
         return compiler(graph, inputs)
-    inductor_config: Any = torch._inductor.config
-    known = inductor_config.get_config_copy()
-    options = {name: value for name, value in INDUCTOR_OPTIONS.items() if name in known}
-    return compiler(graph, inputs, config_patches=options)
+    return compiler(graph, inputs, config_patches=inductor_options())
 
 
 @contextmanager

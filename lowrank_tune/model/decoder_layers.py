@@ -17,7 +17,7 @@ Forward = Callable[..., Any]
 
 
 class CompiledForward(Protocol):
-    """The compiled twin of the forward methods of layers."""
+    """The compiled version of the forward methods of layers."""
 
     @property
     def is_used(self) -> bool:

@@ -6,6 +6,8 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
+from importlib import import_module
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -55,13 +57,23 @@ def test_kernel_counts(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_compiled_counts() -> None:
+@pytest.mark.parametrize(("preset", "layers"), [("tiny-sft", 4), ("qwen2.5-7b-sft", 28)])
+def test_compiled_counts(preset: str, layers: int) -> None:
     """Compiled layers start fewer kernels, read and write less, and are faster."""
-    lines = run("compiled_counts.py", "--preset", "tiny-sft", "--quick").splitlines()
+    lines = run("compiled_counts.py", "--preset", preset, "--quick").splitlines()
     plain, compiled = [[cell.strip().replace(",", "") for cell in line.split("|")] for line in lines[-2:]]
-    assert "all recomputed: 4 of 4 1 x 2048" in compiled[1]
+    assert f"all recomputed: {layers} of {layers} 1 x 2048" in compiled[1]
     assert int(compiled[2]) < int(plain[2]) and int(compiled[-2]) > int(plain[-2])
     assert float(compiled[4]) < float(plain[4])
+
+
+@pytest.mark.slow
+def test_compiled_counts_where_nothing_fits(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(FOLDER))
+    counts = import_module("compiled_counts")
+    case = counts.Case("both", True, True, 1, None)
+    line = counts.row(counts.spec_of("tiny-sft", case), case, replace(counts.gpu_named("4090"), memory_gib=0.5))
+    assert line.startswith("| both: 1 x 2,048 | does not fit |") and line.count("|") == counts.HEADER.count("|")
 
 
 @pytest.mark.slow

@@ -4,6 +4,7 @@ measures."""
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import math
 import subprocess
@@ -28,6 +29,7 @@ from lowrank_tune.model import activation_checkpointing, compiled_layers
 from lowrank_tune.model.decoder import Decoder
 from lowrank_tune.model.heads import HEAD_WEIGHT_KEY
 from lowrank_tune.model.logprobs import Head
+from lowrank_tune.model.packed_rows import PackedRows
 from lowrank_tune.model.roles import Roles
 from lowrank_tune.training.trainer import make_optimizer
 
@@ -184,17 +186,29 @@ def test_wrong_log_probs_of_the_sampler_are_found(gpu: ModuleType, monkeypatch: 
 
 
 @slow
-def test_prompts_that_are_shared_wrongly_are_found(gpu: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("as_segments", [False, True])
+def test_prompts_that_are_shared_wrongly_are_found(
+    gpu: ModuleType, monkeypatch: pytest.MonkeyPatch, as_segments: bool
+) -> None:
+    """With a mask, and as segments of a packed row."""
     decode = Decoder.run
+    num_moved = 0
 
-    def moved(self: Any, ids: Any, mask: Any, positions: Any) -> Any:
-        """Every token of a packed row is one position further."""
+    def moved(self: Any, ids: Any, mask: Any, positions: Any, segments: Any = None) -> Any:
+        """Tokens of a packed row are one position further."""
+        nonlocal num_moved
         packed = positions is not None and bool((positions[:, 1:] < positions[:, :-1]).any())
-        return decode(self, ids, mask, positions + (positions > 9) if packed else positions)
+        if packed and as_segments is (segments is not None):
+            num_moved += 1
+            positions = positions + (positions > 9)
+        return decode(self, ids, mask, positions, segments)
 
     monkeypatch.setattr(Decoder, "run", moved)
-    monkeypatch.setattr(Decoder, "max_shareable_length", 1 << 20)  # its own check would find this
-    assert check("reward").failed == ["shared prompts change nothing"]
+    # The kit's own comparisons would find this.
+    monkeypatch.setattr(Decoder, "max_shareable_length", 1 << 20)
+    monkeypatch.setattr(PackedRows, "_shares_prefixes", True)
+    monkeypatch.setattr(Roles, "_verify_fast_paths", lambda self, role: None)
+    assert check("reward").failed == ["shared prompts change nothing"] and num_moved
 
 
 @slow
@@ -631,6 +645,17 @@ def test_tables(gpu: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
     ):
         assert text in printed, text
     assert "trl not installed" in printed
+
+
+def test_settings_of_a_cell_are_printed_in_its_name_alone(gpu: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
+    """A setting that is off looks like a check that failed."""
+    cells, tables = module("cells"), module("tables")
+    assert {field.name for field in dataclasses.fields(cells.Cell)} == tables.CELL_SETTINGS
+    for cell in cells.FAST_PATHS:
+        tables.print_record({"kind": "cell", "cell": cell.name, **dataclasses.asdict(cell), "fits": True})
+        printed = capsys.readouterr().out
+        names = [line.split()[0] for line in printed.splitlines()]
+        assert names == ["cell", "cell", "fits"] and cell.name in printed and "NO" not in printed
 
 
 # --- with the packages of a GPU machine -------------------------------------------------------------------------------

@@ -16,11 +16,17 @@ from lowrank_tune.cli import app
 from lowrank_tune.config import Chain, list_presets, load_any
 from lowrank_tune.events import Event, LogMessage
 from lowrank_tune.memory_planner import auto_settings, check_fit, planner
-from lowrank_tune.memory_planner.auto_settings import AUTO_MARGIN, choose_auto_settings, fits_with_margin
+from lowrank_tune.memory_planner.auto_settings import (
+    AUTO_MARGIN,
+    choose_auto_settings,
+    describe_gain,
+    fits_with_margin,
+)
 from lowrank_tune.memory_planner.extrapolation import MIN_LAYERS, Peaks
 from lowrank_tune.memory_planner.gpu_specs import GpuSpec
 from lowrank_tune.memory_planner.meta_model import Layer
 from lowrank_tune.memory_planner.plan_report import GIB, Phase, Plan, needed
+from lowrank_tune.memory_planner.planned_gpu import gpu_named
 from lowrank_tune.memory_planner.planner import plan_of
 from lowrank_tune.memory_planner.roofline import PhaseTime
 from lowrank_tune.memory_planner.simulation import SimulationSpec, simulate
@@ -170,6 +176,22 @@ def test_of_all_micro_batches_and_layers_that_fit_the_fastest_is_chosen(
 
 
 @pytest.mark.usefixtures("made_up")
+def test_the_gain_is_relative_to_the_largest_micro_batch(tmp_path: Path) -> None:
+    """Which is named if another one is chosen."""
+    spec = spec_of(tmp_path, "auto", "auto")
+    lines = {}
+    for vram in (2 * GIB, 3 * GIB):
+        choice = choose_auto_settings(spec, plan_of(spec, vram, "sft"), gpu_named("3090"))
+        lines[choice.plan.sizes.units] = describe_gain(choice)
+    assert {units: line.partition("x as fast as ")[2] for units, line in lines.items()} == {
+        8: "a micro-batch of 16 with all recomputed, by count",
+        16: "with all recomputed, by count",
+    }
+    unknown = choose_auto_settings(spec, plan_of(spec, 3 * GIB, "sft"), None)
+    assert describe_gain(unknown) == lines[16] + " with the rates of an RTX 4090"
+
+
+@pytest.mark.usefixtures("made_up")
 def test_a_large_chunk_of_logits_takes_memory_that_is_left(tmp_path: Path) -> None:
     """It never costs a recomputed layer: it has only the room that these leave."""
     spec = spec_of(tmp_path, "auto", chunk="auto")
@@ -222,10 +244,11 @@ def test_a_run_logs_what_auto_is_and_plan_prints_it_before(tmp_path: Path) -> No
     messages = [event.message for event in events if isinstance(event, LogMessage)]
     expected = "recipe: needs 2.3 of 24.0 GiB by plan, most of it in update; auto is train.gradient_checkpointing=0"
     gain = "a micro-batch of 16, 0 of 9 layers recomputed: the update is 1.50x as fast as with all recomputed, by count"
-    assert messages == [f"{expected}; {gain}"]
+    assert messages == [f"{expected}; {gain} with the rates of an RTX 4090"], "this machine has no GPU"
     command = ["plan", file, "--vram", "24"]
     output = CliRunner().invoke(app, command, env={"COLUMNS": "200"}).output
-    assert "auto: a run with this memory has train.gradient_checkpointing=0" in output and gain in output
+    assert "auto: a run with this memory has train.gradient_checkpointing=0" in output
+    assert gain in output and "with the rates" not in output
     assert "auto:" not in CliRunner().invoke(app, [*command, "train.gradient_checkpointing=0"]).output
 
 

@@ -3,12 +3,14 @@ no kernel is started before its inputs exist."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch._inductor.config
 import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
@@ -16,23 +18,31 @@ from test_kernel_counter import counter_of, meta, spec_of
 from torch import Tensor, nn
 from torch.fx import Graph, GraphModule, Node
 
-from lowrank_tune.memory_planner import compiled_layers
+from lowrank_tune.assembly.model import compiles_layers
+from lowrank_tune.config import load_any
+from lowrank_tune.events import Event, LogMessage, ignore_event
+from lowrank_tune.memory_planner import cached_simulation, check_fit, compiled_layers, step_costs, update_times
 from lowrank_tune.memory_planner.allocation_tracker import AllocationTracker
 from lowrank_tune.memory_planner.cached_simulation import simulation_key
-from lowrank_tune.memory_planner.compiled_layers import LayerProgram
+from lowrank_tune.memory_planner.compiled_layers import LayerProgram, LayerPrograms, plans_compiled_layers
+from lowrank_tune.memory_planner.extrapolation import Peaks
 from lowrank_tune.memory_planner.fake_device import FakeDeviceMode
 from lowrank_tune.memory_planner.fused_groups import FusedGroups
 from lowrank_tune.memory_planner.graph_nodes import is_fusable, is_view
 from lowrank_tune.memory_planner.graph_program import GraphProgram
 from lowrank_tune.memory_planner.kernel_costs import Kernel, KernelKind
+from lowrank_tune.memory_planner.kernel_counter import KernelCounts
 from lowrank_tune.memory_planner.layer_graphs import trace_graphs
 from lowrank_tune.memory_planner.meta_model import Layer, layers_of
 from lowrank_tune.memory_planner.planned_gpu import gpu_named
+from lowrank_tune.memory_planner.planner import plan_of
 from lowrank_tune.memory_planner.roofline import phase_time
-from lowrank_tune.memory_planner.simulation import count_kernels, simulate
+from lowrank_tune.memory_planner.simulation import SimulationSpec, count_kernels, simulate
+from lowrank_tune.memory_planner.specs import simulation_specs
 from lowrank_tune.memory_planner.traced_layer import LayerCall
 from lowrank_tune.memory_planner.update_times import fit_update_times, seconds_with
 from lowrank_tune.model import decoder_layers
+from lowrank_tune.model.compiled_layers import inductor_options
 
 TOKENS, WIDTH, INNER = 64, 32, 96
 HALF = 2
@@ -46,9 +56,9 @@ def block(x: Tensor, norm: Tensor, gate: Tensor, up: Tensor) -> Tensor:
     return F.silu(hidden @ gate) * (hidden @ up)
 
 
-def block_inputs(**options: Any) -> list[Tensor]:
+def block_inputs() -> list[Tensor]:
     shapes = ((TOKENS, WIDTH), (WIDTH,), (WIDTH, INNER), (WIDTH, INNER))
-    return [meta(*shape).requires_grad_(options.get("gradient", False)) for shape in shapes]
+    return [meta(*shape) for shape in shapes]
 
 
 def kernels_of(program: GraphProgram, inputs: list[Tensor]) -> dict[Kernel, float]:
@@ -103,6 +113,21 @@ def test_a_value_inside_a_kernel_is_never_allocated() -> None:
     assert peak["activations"] == HALF * (TOKENS * WIDTH + 2 * TOKENS * INNER)
 
 
+def test_dropout_is_the_operator_that_a_run_calls() -> None:
+    """A run compiles with torch's own random numbers. Saved are the input, for the gradient of `direct`, and of dropout
+    its output, which cannot be computed again, and its mask."""
+
+    def adapter(direct: Tensor, lora: Tensor, x: Tensor) -> Tensor:
+        return x @ direct + F.dropout(x, 0.1, training=True) @ lora
+
+    inputs = [meta(*shape).requires_grad_() for shape in ((WIDTH, INNER), (WIDTH, INNER), (TOKENS, WIDTH))]
+    graphs = trace_graphs(adapter, inputs, num_weights=2)
+    assert torch.ops.aten.native_dropout.default in {node.target for node in graphs.forward.graph.nodes}
+    saved = [node.meta["val"] for node in graphs.saved]
+    stored = [value.nbytes for value in saved if value.shape != (WIDTH, INNER)]
+    assert sorted(stored) == [TOKENS * WIDTH * size for size in (1, HALF, HALF)]
+
+
 def test_two_operations_with_a_product_between_them_are_two_kernels() -> None:
     def around(x: Tensor, weight: Tensor) -> Tensor:
         first = torch.relu(x)
@@ -137,6 +162,28 @@ def graph_of(choices: list[tuple[int, int, int]]) -> GraphModule:
 
 @given(st.lists(st.tuples(st.integers(0, 3), st.integers(0, 30), st.integers(0, 30)), min_size=1, max_size=25))
 def test_kernels_run_in_an_order_in_which_their_inputs_exist(choices: list[tuple[int, int, int]]) -> None:
+    check_order(choices)
+
+
+def test_a_group_does_not_join_one_that_it_reads_through_a_group_of_earlier_operations() -> None:
+    """The sum of `v` and `s` must stay apart from `s`: `v` reads `W`, which reads the group of `p1` and `u`, and `u`
+    reads a product of `s`. `W` is earlier than `s`."""
+    x, y, p1, w, s, m, _u, v = range(8)
+    add, multiply, product = range(3)
+    check_order(
+        [
+            (add, x, y),
+            (product, p1, y),
+            (multiply, x, x),
+            (product, s, y),
+            (add, p1, m),
+            (product, w, y),
+            (add, v, s),
+        ]
+    )
+
+
+def check_order(choices: list[tuple[int, int, int]]) -> None:
     """Each operation is in one kernel, a group has fusable operations alone, and all inputs of a kernel are computed by
     kernels before it or in it, in order."""
     module = graph_of(choices)
@@ -159,8 +206,9 @@ def test_kernels_run_in_an_order_in_which_their_inputs_exist(choices: list[tuple
 class TinyLayer(nn.Module):
     """A norm and a projection with LoRA, in fp32: as a decoder layer, without attention."""
 
-    def __init__(self) -> None:
+    def __init__(self, dropout: float = 0.0) -> None:
         super().__init__()
+        self.dropout = nn.Dropout(dropout)
         self.norm = nn.RMSNorm(WIDTH)
         self.gate = nn.Linear(WIDTH, INNER, bias=False)
         self.up = nn.Linear(WIDTH, INNER, bias=False)
@@ -172,12 +220,12 @@ class TinyLayer(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         hidden = self.norm(x)
         inner = F.silu(self.gate(hidden)) * self.up(hidden)
-        return x + self.down(inner) + 2.0 * F.linear(F.linear(inner, self.lora_a), self.lora_b)
+        return x + self.down(inner) + 2.0 * F.linear(F.linear(self.dropout(inner), self.lora_a), self.lora_b)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("fewer", [False, True])
-def test_saved_bytes_are_those_that_torch_saves(fewer: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("fewer", "dropout"), [(False, 0.0), (True, 0.0), (True, 0.1)])
+def test_saved_bytes_are_those_that_torch_saves(fewer: bool, dropout: float, monkeypatch: pytest.MonkeyPatch) -> None:
     """Compared with the tensors that `torch.compile` itself hands to autograd, with the same partitioner."""
     from contextlib import nullcontext
 
@@ -186,7 +234,7 @@ def test_saved_bytes_are_those_that_torch_saves(fewer: bool, monkeypatch: pytest
 
     context = fewer_saved_activations if fewer else nullcontext
     monkeypatch.setattr(layer_graphs, "fewer_saved_activations", context)
-    layer = TinyLayer()
+    layer = TinyLayer(dropout)
     x = torch.randn(TOKENS, WIDTH, requires_grad=True)
     weights = {tensor.untyped_storage().data_ptr() for tensor in layer.parameters()}
     saved = dict[int, int]()
@@ -197,9 +245,13 @@ def test_saved_bytes_are_those_that_torch_saves(fewer: bool, monkeypatch: pytest
             saved[storage.data_ptr()] = storage.nbytes()
         return tensor
 
+    def unpack(tensor: Tensor) -> Tensor:
+        return tensor
+
     torch._dynamo.reset()
     compiled = torch.compile(layer, backend="aot_eager_decomp_partition", fullgraph=True)
-    with context(), torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+    options: Any = torch._inductor.config
+    with options.patch(inductor_options()), context(), torch.autograd.graph.saved_tensors_hooks(pack, unpack):
         output = compiled(x)
     names = [name for name, _ in layer.named_parameters()]
     values = [tensor.detach().to("meta").requires_grad_(tensor.requires_grad) for tensor in layer.parameters()]
@@ -281,18 +333,106 @@ def test_the_time_of_an_update_is_that_of_all_its_kernels(tmp_path: Path) -> Non
         assert seconds_with(times, spec, recomputed) == pytest.approx(counted, rel=1e-3)
 
 
+@pytest.mark.parametrize("overrides", [("tiny-ppo",), ("tiny-grpo", "grpo.num_iterations=3")])
+def test_auto_and_the_estimate_of_hours_use_the_same_time_of_an_update(
+    overrides: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """That of one pass, of the two that a simulation makes. With made-up kernels."""
+
+    def count(spec: SimulationSpec, layers: Sequence[Layer], only_update: bool = False) -> KernelCounts:
+        size = 1000 * spec.sizes.tokens
+        times = 2 * sum(3 if layer.recomputed else 2 for layer in layers)
+        return {
+            "update": {Kernel(KernelKind.ELEMENTWISE, size): times, Kernel(KernelKind.GEMM, size, 100 * size): times},
+            "update of the value": {Kernel(KernelKind.ELEMENTWISE, 2 * size): times},
+            "optimizer": {Kernel(KernelKind.ELEMENTWISE, size): 2},
+        }
+
+    for module in (step_costs, update_times):
+        monkeypatch.setattr(module, "cached_kernels", count)
+    check_times_of_an_update(*overrides)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("overrides", [("tiny-ppo",), ("tiny-grpo", "grpo.num_iterations=2")])
+def test_a_simulated_update_has_the_same_time_with_and_without_the_other_phases(overrides: tuple[str, ...]) -> None:
+    check_times_of_an_update(*overrides)
+
+
+def check_times_of_an_update(*overrides: str) -> None:
+    gpu = gpu_named("3090")
+    (spec,) = simulation_specs(load_any(*overrides), "cuda")
+    cost = step_costs.step_costs(spec, 2, {})["update"]
+    expected = phase_time(cost.kernels, gpu).seconds / cost.tokens
+    assert seconds_with(fit_update_times(spec, gpu), spec, 2) == pytest.approx(expected, rel=1e-6)
+
+
 def test_a_layer_that_cannot_be_traced_is_simulated_as_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The same bytes at every point."""
+    """The same bytes at every point, and the reason is kept."""
     eager = replace(spec_of(tmp_path), compiled=False)
     layers = [Layer(), Layer(recomputed=False)]
 
     def fail(*_: Any) -> Any:
-        raise RuntimeError("another version of torch")
+        raise RuntimeError("another version of torch\nand more")
 
     monkeypatch.setattr(compiled_layers.LayerCall, "trace", fail)
-    monkeypatch.setattr(compiled_layers, "_programs", {})
     monkeypatch.setattr(decoder_layers, "_with_gradient", lambda args: args)
-    peaks = simulate(replace(eager, compiled=True), layers, only_update=True)
+    compiled = replace(eager, compiled=True, programs=LayerPrograms())
+    peaks = simulate(compiled, layers, only_update=True)
     plain = simulate(eager, layers, only_update=True)
-    assert peaks == plain
+    assert peaks == plain and compiled.programs.fault == "another version of torch"
     assert simulation_key(eager, layers, False) != simulation_key(replace(eager, compiled=True), layers, False)
+
+
+def test_a_plan_has_a_note_if_layers_cannot_be_traced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also a plan whose simulations are read from the cache, and the log of a run."""
+
+    def untraced(spec: SimulationSpec, layers: Sequence[Layer], only_update: bool = False) -> Peaks:
+        spec.programs.add_fault("another version of torch")
+        return {("update", "backward", "last"): {"weights": 7}}
+
+    monkeypatch.setattr(cached_simulation, "simulate", untraced)
+    note = "layers are planned without the compiler: another version of torch"
+    first = replace(spec_of(tmp_path), compiled=True)
+    assert plan_of(first, 0, "sft").notes == (note,)
+    again = replace(first, programs=LayerPrograms())
+    with monkeypatch.context() as no_simulation:
+        no_simulation.setattr(cached_simulation, "simulate", pytest.fail)
+        assert plan_of(again, 0, "sft").notes == (note,)
+    events: list[Event] = []
+    check_fit(first.recipe, 24.0, events.append)
+    assert f"{first.recipe.name}: {note}" in [event.message for event in events if isinstance(event, LogMessage)]
+
+
+def test_an_error_in_the_program_of_a_traced_layer_is_raised() -> None:
+    """Only an error of torch's tracer means that the layer is simulated plain."""
+    programs = LayerPrograms()
+    graphs = trace_graphs(block, block_inputs())
+    assert programs.of(("traced",), lambda: (graphs, torch.utils._pytree.tree_structure([0]))) is not None
+
+    def empty() -> Any:
+        return None, torch.utils._pytree.tree_structure([0])
+
+    with pytest.raises(AttributeError):
+        programs.of(("empty",), empty)
+    assert not programs.fault
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+@pytest.mark.parametrize("missing", ["", "no compiler"])
+@pytest.mark.parametrize("setting", ["auto", True, False])
+@pytest.mark.parametrize("change", [{}, {"mlp_chunks": 2}])
+def test_layers_are_planned_as_they_run(
+    device: str, missing: str, setting: Any, change: dict[str, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A GPU that is not in this machine has a compiler."""
+    recipe = load_any("tiny-sft")
+    train = recipe.train.model_copy(update={"torch_compile": setting, **change})
+    recipe = recipe.model_copy(update={"train": train})
+    monkeypatch.setattr("lowrank_tune.assembly.model.missing_for_compile", lambda kind: missing)
+    monkeypatch.setattr(compiled_layers, "missing_for_compile", lambda kind: missing)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    planned = plans_compiled_layers(recipe, torch.device(device))
+    if device == "cuda":
+        monkeypatch.setattr("lowrank_tune.assembly.model.missing_for_compile", lambda kind: "")
+    assert planned is compiles_layers(recipe, torch.device(device), ignore_event)

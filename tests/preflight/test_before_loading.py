@@ -445,7 +445,8 @@ def test_memory_is_planned_for_all_stages_before_any_fault_ends_the_run(
 
     def plan_of(spec: Any, vram: int, name: str) -> Any:
         phase = SimpleNamespace(name="update")
-        return SimpleNamespace(fits=name == "score", needed=9 << 30, vram=vram, peak_phase=phase, advice="type this")
+        needs = {"fits": name == "score", "needed": 9 << 30, "vram": vram, "peak_phase": phase}
+        return SimpleNamespace(**needs, advice="type this", notes=())
 
     monkeypatch.setattr(f"{module}.plan_of", plan_of)
     monkeypatch.setattr(f"{module}.with_fit_report", lambda spec, plan: plan)
