@@ -51,7 +51,7 @@ from lowrank_tune.model.logprobs import (
 )
 from lowrank_tune.model.lora_forward import LoraLinears, wider_stacks
 from lowrank_tune.model.module_patterns import resolve_patterns
-from lowrank_tune.model.oom import MemoryLimits
+from lowrank_tune.model.oom import MemoryLimits, free_traceback, is_out_of_memory
 
 ADAPTER_PREFIX = "lt_"
 """PEFT loses weights of an adapter whose name is part of a module's name, so names get a prefix."""
@@ -244,9 +244,11 @@ class Roles:
             with nullcontext() if self._compiled is None else self._compiled.one_report():
                 self._compare_fast_paths(role)
                 self._compile_all_stacks()
-        except BaseException:
-            self.verified = False
-            raise
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            free_traceback(error)
+            self.disable_fast_paths("memory ran out while they were compared with the plain ones")
 
     def disable_fast_paths(self, reason: str) -> None:
         """Disables all fast paths, with a warning."""

@@ -207,7 +207,7 @@ def test_prompts_that_are_shared_wrongly_are_found(
     # The kit's own comparisons would find this.
     monkeypatch.setattr(Decoder, "max_shareable_length", 1 << 20)
     monkeypatch.setattr(PackedRows, "_shares_prefixes", True)
-    monkeypatch.setattr(Roles, "_verify_fast_paths", lambda self, role: None)
+    monkeypatch.setattr(Roles, "verify_fast_paths", lambda self, role: None)
     assert check("reward").failed == ["shared prompts change nothing"] and num_moved
 
 

@@ -24,8 +24,8 @@ CASES = [
     ("qwen2.5-7b-sft", 7.2),
     ("qwen2.5-7b-sft", 8),
     ("qwen2.5-3b-dpo", 5),
-    ("qwen2.5-7b-grpo", 9),
-    ("qwen2.5-3b-preference", 6),
+    ("qwen2.5-7b-grpo", 8),
+    ("qwen2.5-3b-preference", 5),
 ]
 
 

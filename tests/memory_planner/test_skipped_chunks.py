@@ -14,7 +14,7 @@ from lowrank_tune.memory_planner.specs import simulation_specs
 
 @cache
 def flops_of(num_chunks: int, phase: str) -> float:
-    changes = [f"train.mlp_chunks={num_chunks}", "train.torch_compile=false"]
+    changes = [f"train.mlp_chunks={num_chunks}", "train.torch_compile=false", "train.micro_batch_tokens=8192"]
     (spec,) = simulation_specs(load_any("llama-3.1-8b-sft", *changes), "cuda")
     counts = count_kernels(spec, layers_of(spec.config, 1)[:1])
     return sum(kernel.flops * times for kernel, times in counts[phase].items())
