@@ -138,15 +138,6 @@ def test_the_comparison_changes_no_state() -> None:
     assert all(parameter.grad is None for parameter in parameters)
 
 
-def test_memory_that_runs_out_is_no_fault_of_the_path() -> None:
-    with (
-        planted(PlantedPath(exception=torch.OutOfMemoryError("CUDA out of memory"))) as (roles, events),
-        pytest.raises(torch.OutOfMemoryError),
-    ):
-        run(roles)
-    assert not events
-
-
 def test_differences_are_relative_and_nan_is_infinite() -> None:
     ones = torch.ones(3, 4)
     assert largest_difference({"a": ones * 1.5, "b": ones}, {"a": ones, "b": ones}) == pytest.approx(0.5)
