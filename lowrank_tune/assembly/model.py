@@ -81,7 +81,7 @@ def logits_chunk_of(recipe: RecipeConfig) -> int | None:
     return recipe.train.logits_chunk
 
 
-def wants_compiled_layers(recipe: RecipeConfig, device: torch.device) -> bool:
+def should_compile_layers(recipe: RecipeConfig, device: torch.device) -> bool:
     """Returns whether the decoder layers are compiled on a device that has a compiler; with `auto` only on a GPU."""
     setting = recipe.train.torch_compile
     if recipe.base.backend != "transformers" or recipe.train.mlp_chunks > 1:
@@ -96,7 +96,7 @@ def compiles_layers(
 ) -> bool:
     """Returns whether the decoder layers are compiled. Emits what is missing, unless the CPU would be used anyway."""
     setting = recipe.train.torch_compile
-    if not wants_compiled_layers(recipe, device):
+    if not should_compile_layers(recipe, device):
         return False
     missing = missing_for_compile(device.type)
     if missing:

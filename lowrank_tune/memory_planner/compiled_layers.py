@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from torch.utils._pytree import TreeSpec, tree_unflatten
 
-from lowrank_tune.assembly.model import wants_compiled_layers
+from lowrank_tune.assembly.model import should_compile_layers
 from lowrank_tune.config import RecipeConfig
 from lowrank_tune.errors import first_line
 from lowrank_tune.memory_planner.fake_device import FakeDeviceMode
@@ -33,7 +33,7 @@ MAX_PROGRAMS = 64
 def plans_compiled_layers(recipe: RecipeConfig, device: torch.device) -> bool:
     """Returns whether a run of this recipe compiles its layers (`assembly.model.compiles_layers`). A GPU that is not in
     this machine is taken to have a compiler."""
-    if not wants_compiled_layers(recipe, device):
+    if not should_compile_layers(recipe, device):
         return False
     is_here = device.type == "cpu" or torch.cuda.is_available()
     return not (is_here and missing_for_compile(device.type))
