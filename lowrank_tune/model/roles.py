@@ -258,7 +258,8 @@ class Roles:
         self._emit(warning(f"{names}: {reason}; the plain paths are used"))
 
     def _compare_fast_paths(self, role: str) -> None:
-        trained = {tuple(self.stacks[name]): name for name in self.stacks if name in self.trainable}
+        # Of roles with one stack the first: a head that is trained alone has no part in log-probs.
+        trained = {tuple(self.stacks[name]): name for name in reversed(self.stacks) if name in self.trainable}
         roles = list(trained.values()) or [role]
         parameters = {name: self.named_parameters(name) if trained else {} for name in roles}
         with fixed_values(chain.from_iterable(each.values() for each in parameters.values())):

@@ -121,7 +121,7 @@ def kept_bytes(**choice: Any) -> int:
 
 def test_the_more_layers_are_recomputed_the_less_is_kept() -> None:
     none, first, every = (kept_bytes(checkpointing=wanted) for wanted in (0, 1, 2))
-    assert every < 0.2 * none and every < first < none and abs((none - first) - (first - every)) < 0.05 * none
+    assert every < 0.2 * none and every < first < none and abs((none - first) - (first - every)) < 0.1 * none
 
 
 def test_offloaded_inputs_are_copies_and_are_restored(monkeypatch: pytest.MonkeyPatch) -> None:
