@@ -84,24 +84,20 @@ class Base:
             return torch.autocast("cuda", AUTOCAST_DTYPE)
         return nullcontext()
 
-    @contextmanager
-    def inference_mode(self) -> Iterator[None]:
-        """Enters eval mode without autograd, and restores the mode on exit (checkpointing needs train mode)."""
-        before = self.model.training
-        self.model.eval()
-        try:
-            with torch.no_grad():
-                yield
-        finally:
-            self.model.train(before)
+    def inference_mode(self) -> AbstractContextManager[None]:
+        """Returns a context with eval mode and without autograd (checkpointing needs train mode)."""
+        return self._mode(train=False)
+
+    def train_mode(self) -> AbstractContextManager[None]:
+        """Returns a context with train mode and autograd."""
+        return self._mode(train=True)
 
     @contextmanager
-    def train_mode(self) -> Iterator[None]:
-        """Enters train mode with autograd, and restores the mode on exit."""
+    def _mode(self, train: bool) -> Iterator[None]:
         before = self.model.training
-        self.model.train()
+        self.model.train(train)
         try:
-            with torch.enable_grad():
+            with torch.set_grad_enabled(train):
                 yield
         finally:
             self.model.train(before)

@@ -107,21 +107,22 @@ def kept_bytes(**choice: Any) -> int:
     weight."""
     roles = llama_roles(16, **choice)
     weights = {p.untyped_storage().data_ptr() for p in (*roles.base.model.parameters(), *roles.base.model.buffers())}
-    kept: dict[int, int] = {}
+    # The tensors and not their sizes: the address of one that is freed would be used again.
+    kept: dict[int, Tensor] = {}
 
     def pack(tensor: Tensor) -> Tensor:
         if (place := tensor.untyped_storage().data_ptr()) not in weights:
-            kept[place] = tensor.untyped_storage().nbytes()
+            kept[place] = tensor
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         roles.logps("policy", ragged_batch((60, 60, 60)))
-    return sum(kept.values())
+    return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
 
 
 def test_the_more_layers_are_recomputed_the_less_is_kept() -> None:
     none, first, every = (kept_bytes(checkpointing=wanted) for wanted in (0, 1, 2))
-    assert every < 0.2 * none and every < first < none and abs((none - first) - (first - every)) < 0.1 * none
+    assert every < 0.2 * none and every < first < none and abs((none - first) - (first - every)) < 0.05 * none
 
 
 def test_offloaded_inputs_are_copies_and_are_restored(monkeypatch: pytest.MonkeyPatch) -> None:
