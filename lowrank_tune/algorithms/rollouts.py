@@ -20,7 +20,7 @@ from lowrank_tune.algorithms.reward_failures import RewardFailure, RewardFailure
 from lowrank_tune.batch import Batch, RolloutBatch, concat_batches
 from lowrank_tune.errors import TrainingError
 from lowrank_tune.functional import weighted_sum
-from lowrank_tune.generation import Engine
+from lowrank_tune.generation import SYNC_EVERY, Engine
 from lowrank_tune.generation.outputs import Completion
 from lowrank_tune.generation.sampling_params import SamplingParams
 from lowrank_tune.model.roles import Roles
@@ -186,6 +186,8 @@ class RolloutCollector:
     """Maximum number of tokens of a forward pass without gradient."""
     seed_of: Callable[[int], int]
     """Returns the seed of a draw; the draws of a run are numbered 16 * step + draw."""
+    sync_every: int = SYNC_EVERY
+    cuda_graphs: bool = True
     log_group: Callable[[int, RolloutGroups, Tensor], None] = log_nothing
     """Called in each step, with the rollouts and their advantages (groups, n)."""
     failures: RewardFailureTracker = field(default_factory=RewardFailureTracker)
@@ -233,7 +235,13 @@ class RolloutCollector:
             self.temperature,
             seed,
         )
-        engine = Engine(self.roles, "policy", self.max_num_seqs)
+        engine = Engine(
+            self.roles,
+            "policy",
+            self.max_num_seqs,
+            sync_every=self.sync_every,
+            cuda_graphs=self.cuda_graphs,
+        )
         completed: list[tuple[int, Completion, str]] = []
         for completion in engine.generate([prompt.input_ids for prompt in prompts], n, sampling):
             row = completion.prompt * n + completion.sample

@@ -17,6 +17,8 @@ MEMORY_SETTINGS = (
     "train.memory_budget_gib",
     "train.memory_check",
     "rollout.max_num_seqs",
+    "rollout.sync_every",
+    "rollout.cuda_graphs",
 )
 """Settings that change memory and speed and never the gradient: a run that had not enough memory may continue with
 other values."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import Field
 
@@ -20,5 +20,11 @@ class RolloutConfig(Settings):
     """Temperature of sampling, and of all log-probs of the update."""
     max_num_seqs: PositiveInt = 64
     """Maximum number of sequences decoded at once."""
+    sync_every: PositiveInt = 8
+    """Tokens of each completion that a GPU draws before the machine reads them. More leave the GPU less idle, but what
+    is drawn after the end of a completion is lost, see the metric `completions/wasted_ratio`. Changes no completion."""
+    cuda_graphs: bool | Literal["auto"] = "auto"
+    """Launches each decoding step as one CUDA graph. `auto`: on a GPU. The first graph is compared with the plain step,
+    which is used if they differ. Changes no completion, except for rounding."""
     max_reward_failure_rate: Fraction = 0.01
     """Stops the run if the rewards failed on more than this share of its completions, from the third failure on."""

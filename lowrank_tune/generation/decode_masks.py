@@ -7,9 +7,9 @@ every layer, so it gets an additive one in the model's dtype there. Rows that al
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -17,8 +17,20 @@ from torch import Tensor
 from lowrank_tune.model.causal_attention import SDPA_NAMES
 
 Mask = Tensor | dict[str, Tensor] | None
-MaskFunction = Callable[[Sequence[int], Tensor], Mask]
-"""Positions as numbers, and as a tensor (B, 1) on the device -> the argument `attention_mask` of a decoder."""
+
+
+class MaskFunction(Protocol):
+    """Returns the argument `attention_mask` of a decoder for a step over `width` columns with positions (B, 1), all
+    below the width. `is_full` states that every row sees every column. Reads no value of the positions."""
+
+    def __call__(
+        self,
+        width: int,
+        position_ids: Tensor,
+        is_full: bool,
+    ) -> Mask: ...
+
+
 ALIGNMENT = 8
 """CUDA's kernels copy a mask whose rows do not begin at a multiple of this number of elements."""
 MODELS_WITH_MASK_FOR_EACH_LAYER_TYPE = frozenset(("gemma3_text", "ministral", "qwen2", "qwen3", "smollm3"))
@@ -47,14 +59,22 @@ def uses_additive_mask(device: torch.device, attention: str) -> bool:
     return device.type == "cuda" and attention in SDPA_NAMES
 
 
-def boolean_mask(positions: Sequence[int], position_ids: Tensor) -> Tensor:
+def boolean_mask(
+    width: int,
+    position_ids: Tensor,
+    is_full: bool = False,
+) -> Tensor:
     """Returns (B, W) bool: the columns that each row sees."""
-    return torch.arange(max(positions) + 1, device=position_ids.device) <= position_ids
+    return torch.arange(width, device=position_ids.device) <= position_ids
 
 
-def additive_mask_on_cpu(positions: Sequence[int], position_ids: Tensor) -> Tensor:
+def additive_mask_on_cpu(
+    width: int,
+    position_ids: Tensor,
+    is_full: bool = False,
+) -> Tensor:
     """Returns (B, 1, 1, W) fp32."""
-    visible = boolean_mask(positions, position_ids)
+    visible = boolean_mask(width, position_ids)
     additive = torch.zeros(visible.shape).masked_fill_(~visible, -torch.inf)
     return additive[:, None, None]
 
@@ -63,19 +83,19 @@ def additive_mask(
     dtype: torch.dtype,
     windows: Sequence[int | None],
     can_differ_by_layer: bool,
-    positions: Sequence[int],
+    width: int,
     position_ids: Tensor,
+    is_full: bool,
 ) -> Mask:
     """Returns (B, 1, 1, W) in this dtype, None if no row needs one, or a mask for each type of layer. W is the number
     of columns that the layer has for the step; a layer with a sliding window has at most as many as the window."""
-    width = max(positions) + 1
     widths = {min(width, window or width) for window in windows}
-    if widths == {width} and min(positions) == max(positions) and width not in windows:
+    if widths == {width} and is_full and width not in windows:
         return None
     if len(widths) == 1:
         return aligned_mask(dtype, widths.pop(), position_ids)
     if not can_differ_by_layer:
-        return boolean_mask(positions, position_ids)
+        return boolean_mask(width, position_ids)
     return {
         "full_attention": aligned_mask(dtype, width, position_ids),
         "sliding_attention": aligned_mask(dtype, min(widths), position_ids),

@@ -212,6 +212,21 @@ class DecodeScheduler:
                 self.rows[target] = last
         return moves
 
+    def append_drawn(
+        self,
+        sequences: Sequence[SequenceState],
+        drawn: Sequence[Sequence[float]],
+    ) -> list[int]:
+        """Appends a token and its log-prob to each of the sequences in the first slots that has not ended. Returns
+        their slots."""
+        slots = []
+        for slot, (sequence, (token, logp)) in enumerate(zip(sequences, drawn, strict=True)):
+            if self.rows[slot] is sequence:
+                sequence.length += 1
+                sequence.append(token, logp)
+                slots.append(slot)
+        return slots
+
     def last_tokens(self, slots: Sequence[int]) -> list[Token]:
         """Returns the last token in each of these slots, for a caller that streams them."""
         self.tokens_streamed = True

@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -21,8 +22,10 @@ from lowrank_tune.errors import OutOfMemory
 from lowrank_tune.generation.attention import batched_attention
 from lowrank_tune.generation.cast_adapters import cast_adapters
 from lowrank_tune.generation.cpu_linears import fast_linears
-from lowrank_tune.generation.decode_scheduler import DecodeScheduler, SequenceState
-from lowrank_tune.generation.kv_cache import KVStore
+from lowrank_tune.generation.cuda_graphs import CudaCapture, StepGraphs
+from lowrank_tune.generation.decode_scheduler import DecodeScheduler
+from lowrank_tune.generation.decode_steps import BufferedSteps, DecodeSteps, PlainSteps
+from lowrank_tune.generation.kv_cache import KVStore, StaticSlotCache
 from lowrank_tune.generation.outputs import Completion, Token
 from lowrank_tune.generation.sampler import sample
 from lowrank_tune.generation.sampling_params import SamplingParams
@@ -33,6 +36,8 @@ from lowrank_tune.model.gpu_memory import read_gpu_memory
 from lowrank_tune.model.oom import free_traceback, is_out_of_memory
 from lowrank_tune.model.roles import Roles
 
+SYNC_EVERY = 8
+"""Tokens of each sequence that are drawn on a GPU before the host reads them."""
 CHUNK_LOGITS = 1 << 24
 """Logits that are computed at once: 64 MiB in fp32."""
 USABLE_MEMORY_FRACTION = 0.92
@@ -76,6 +81,9 @@ class Engine:
     On the CPU, 4-bit weights are unpacked during a call if they fit `scratch_bytes`, by default a quarter of the
     machine's memory. `cache_bytes` is by default `default_cache_bytes`. `decode` turns tokens into text, for stop
     strings.
+
+    On a GPU `sync_every` tokens of each sequence are drawn before the host reads them (`buffered`), as CUDA graphs
+    unless `cuda_graphs` is False.
     """
 
     def __init__(
@@ -86,11 +94,16 @@ class Engine:
         cache_bytes: int | None = None,
         scratch_bytes: int | None = None,
         decode: Decode | None = None,
+        sync_every: int = SYNC_EVERY,
+        cuda_graphs: bool = True,
     ) -> None:
         self.roles = roles
         self.role = role
         self.slots = slots
         self.decode = decode
+        self.sync_every = sync_every
+        self.cuda_graphs = cuda_graphs
+        self.buffered = roles.base.device.type == "cuda"
         if cache_bytes is None:
             cache_bytes = default_cache_bytes(roles)
         if scratch_bytes is None:
@@ -152,19 +165,18 @@ class Engine:
 
     def sample(
         self,
-        hidden: Tensor,
-        uniforms: list[float],
         sampling: SamplingParams,
-    ) -> list[list[float]]:
-        """Draws a token for each hidden state (N, d) with N uniform numbers. Returns N pairs of a token and its
-        log-prob, in one transfer from the device."""
+        hidden: Tensor,
+        uniform: Tensor,
+    ) -> Tensor:
+        """Draws a token for each hidden state (N, d) with N uniform numbers (N,) float64. Returns (N, 2) float64, the
+        tokens and their log-probs."""
         rows_at_once = max(1, CHUNK_LOGITS // self.roles.head.weight.shape[0])
-        uniform = copy_to(torch.tensor(uniforms, dtype=torch.float64), hidden.device)
         pairs = []
         for start in range(0, len(hidden), rows_at_once):
             chunk = slice(start, start + rows_at_once)
             pairs.append(self._sample_chunk(hidden[chunk], uniform[chunk], sampling))
-        return torch.cat(pairs).tolist()
+        return torch.cat(pairs)
 
     def _sample_chunk(
         self,
@@ -234,17 +246,47 @@ class Engine:
             store = select_cache(self.roles.base.model, self.roles.limits.emit)
             scheduler.slots = store.allocate(scheduler.slots, scheduler.columns, self.cache_bytes)
         with self.prepared_weights() as weights:
+            steps = self._make_steps(scheduler, store, stream_tokens)
             while not scheduler.is_done:
                 # Between two yields the caller may use other roles and train: modes, adapters and modules are then as
                 # the caller left them.
                 with mode.enter(), weights:
-                    outputs = self._next_outputs(scheduler, store, stream_tokens)
+                    outputs = self._next_outputs(
+                        scheduler,
+                        store,
+                        steps,
+                        stream_tokens,
+                    )
                 yield from outputs
+
+    def _make_steps(
+        self,
+        scheduler: DecodeScheduler,
+        store: KVStore,
+        stream_tokens: bool,
+    ) -> DecodeSteps:
+        """Returns the fastest kind of steps for the device and the cache."""
+        sampling = scheduler.sampling
+        sample = partial(self.sample, sampling)
+        device = self.roles.base.device
+        # A budget ends all sequences at the same step, which depends on when slots are filled again.
+        if not self.buffered or sampling.budget is not None or not isinstance(store, StaticSlotCache):
+            return PlainSteps(store, sample, device)
+        steps = BufferedSteps(
+            store,
+            sample,
+            sampling.max_new_tokens,
+            1 if stream_tokens else self.sync_every,
+        )
+        if device.type == "cuda" and self.cuda_graphs:
+            steps.graphs = StepGraphs(steps, CudaCapture(), self.roles.limits.emit)
+        return steps
 
     def _next_outputs(
         self,
         scheduler: DecodeScheduler,
         store: KVStore,
+        steps: DecodeSteps,
         stream_tokens: bool,
     ) -> list[Token | Completion]:
         """Decodes until a sequence ends, or for one step if tokens are streamed."""
@@ -254,10 +296,11 @@ class Engine:
                 return [*scheduler.truncate_all()]
             self._prefill(scheduler, store)
             # An admitted sequence has its first token already, so a step either admits or decodes.
-            slots = _admit(scheduler, store) or self._decode(scheduler, store)
-            if stream_tokens:
-                outputs += scheduler.last_tokens(slots)
-            outputs += scheduler.retire(slots)
+            admitted = _admit(scheduler, store)
+            for slots in [admitted] if admitted else self._decode(scheduler, store, steps):
+                if stream_tokens:
+                    outputs += scheduler.last_tokens(slots)
+                outputs += scheduler.retire(slots)
         return outputs
 
     def _prefill(
@@ -273,35 +316,25 @@ class Engine:
         sequences = scheduler.add_prefilled(prompts, cache)
         rows = [prompts.index(sequence.prompt) for sequence in sequences]
         prompt_states = hidden[copy_to(torch.tensor(rows), hidden.device)]
-        self._append_tokens(scheduler.sampling, sequences, prompt_states)
+        uniforms = [next(sequence.uniforms) for sequence in sequences]
+        uniform = copy_to(torch.tensor(uniforms, dtype=torch.float64), hidden.device)
+        drawn = self.sample(scheduler.sampling, prompt_states, uniform).tolist()
+        for sequence, (token, logp) in zip(sequences, drawn, strict=True):
+            sequence.append(token, logp)
 
     def _decode(
         self,
         scheduler: DecodeScheduler,
         store: KVStore,
-    ) -> list[int]:
-        """Draws the next token of every sequence that has a slot. Returns the slots."""
+        steps: DecodeSteps,
+    ) -> Iterator[list[int]]:
+        """Draws the next tokens of every sequence that has a slot. Yields the slots that have a new token, step by
+        step; the caller retires them before the next one."""
         for move in scheduler.compact():
             store.move(move.source, move.target, move.length)
         sequences = scheduler.decoding()
-        tokens = [sequence.token_ids[-1] for sequence in sequences]
-        positions = [sequence.length for sequence in sequences]
-        hidden = store.step(tokens, positions)
-        for sequence in sequences:
-            sequence.length += 1
-        self._append_tokens(scheduler.sampling, sequences, hidden)
-        return list(range(len(sequences)))
-
-    def _append_tokens(
-        self,
-        sampling: SamplingParams,
-        sequences: Sequence[SequenceState],
-        hidden: Tensor,
-    ) -> None:
-        uniforms = [next(sequence.uniforms) for sequence in sequences]
-        drawn = self.sample(hidden, uniforms, sampling)
-        for sequence, (token, logp) in zip(sequences, drawn, strict=True):
-            sequence.append(token, logp)
+        for drawn in steps.run(sequences):
+            yield scheduler.append_drawn(sequences, drawn)
 
 
 def _admit(scheduler: DecodeScheduler, store: KVStore) -> list[int]:

@@ -164,10 +164,26 @@ class StaticSlotCache:
         positions: Sequence[int],
     ) -> Tensor:
         input_ids, position_ids = _token_columns(tokens, positions, self.device)
-        self.cache.decode(position_ids[:, 0], max(positions) + 1)
+        return self.step_on_device(
+            input_ids,
+            position_ids,
+            width=max(positions) + 1,
+            is_full=min(positions) == max(positions),
+        )
+
+    def step_on_device(
+        self,
+        input_ids: Tensor,
+        position_ids: Tensor,
+        width: int,
+        is_full: bool = False,
+    ) -> Tensor:
+        """As `step`, for ids and positions (N, 1) on the device, with the first `width` columns of the cache. All
+        positions are below `width`; `is_full` states that all are `width - 1`. Reads no value of a tensor."""
+        self.cache.decode(position_ids[:, 0], width)
         output = self.decoder(
             input_ids=input_ids,
-            attention_mask=self.mask(positions, position_ids),
+            attention_mask=self.mask(width, position_ids, is_full),
             position_ids=position_ids,
             past_key_values=self.cache,
             use_cache=True,

@@ -6,6 +6,9 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
+import torch
+from torch import Tensor
+
 from lowrank_tune.generation import Engine
 from lowrank_tune.generation.decode_scheduler import PREFILL_TOKENS, max_prefill_prompts
 from lowrank_tune.generation.sampling_params import SamplingParams
@@ -71,11 +74,11 @@ def decode(
         slots = range(spec.slots)
         with allocating_cache:
             store.insert(prefilled, [slot % prompts for slot in slots], slots)
-        engine.sample(hidden, [0.5] * prompts, sampling)
+        engine.sample(sampling, hidden, _uniforms(prompts, roles))
         del hidden
         on_pass("step")
         hidden = store.step([0] * spec.slots, [columns - 1] * spec.slots)
-        engine.sample(hidden, [0.5] * spec.slots, sampling)
+        engine.sample(sampling, hidden, _uniforms(spec.slots, roles))
 
 
 def decode_typical_steps(
@@ -101,7 +104,7 @@ def decode_typical_steps(
         on_pass("reading")
         prompts = spec.prefill_prompts
         prefilled, hidden = store.prefill([[0] * spec.prompt_length] * prompts)
-        engine.sample(hidden, [0.5] * prompts, sampling)
+        engine.sample(sampling, hidden, _uniforms(prompts, roles))
         del hidden
         on_pass("placing")
         slots = range(spec.slots)
@@ -110,5 +113,9 @@ def decode_typical_steps(
         for name, position in zip(TYPICAL_STEPS, (columns - spec.max_new_tokens // 2, columns - 1), strict=True):
             on_pass(name)
             hidden = store.step([0] * spec.slots, [position - slot % 2 for slot in slots])
-            engine.sample(hidden, [0.5] * spec.slots, sampling)
+            engine.sample(sampling, hidden, _uniforms(spec.slots, roles))
             del hidden
+
+
+def _uniforms(count: int, roles: Roles) -> Tensor:
+    return torch.full((count,), 0.5, dtype=torch.float64, device=roles.base.device)

@@ -40,13 +40,12 @@ def test_only_a_gpu_with_sdpa_gets_an_additive_mask() -> None:
 
 
 def test_rows_of_an_additive_mask_are_aligned() -> None:
-    positions = [3, 12, 0]
-    position_ids = torch.tensor(positions)[:, None]
+    position_ids = torch.tensor([[3], [12], [0]])
     mask = aligned_mask(torch.bfloat16, 13, position_ids)
     assert mask.shape == (3, 1, 1, 13) and mask.dtype == torch.bfloat16
     assert mask.stride(0) == 16 and mask.stride(3) == 1
-    assert torch.equal(mask[:, 0, 0] == 0, boolean_mask(positions, position_ids))
-    assert torch.equal(mask[:, 0, 0] == -torch.inf, ~boolean_mask(positions, position_ids))
+    assert torch.equal(mask[:, 0, 0] == 0, boolean_mask(13, position_ids))
+    assert torch.equal(mask[:, 0, 0] == -torch.inf, ~boolean_mask(13, position_ids))
 
 
 @pytest.mark.parametrize(
@@ -61,7 +60,9 @@ def test_rows_of_an_additive_mask_are_aligned() -> None:
 )
 def test_rows_that_see_all_columns_need_no_mask(windows: list[int | None], positions: list[int], needed: bool) -> None:
     """A window of 8 is full at position 7: from there on transformers would create a mask by itself."""
-    mask = additive_mask(torch.float32, windows, False, positions, torch.tensor(positions)[:, None])
+    width = max(positions) + 1
+    is_full = len(set(positions)) == 1
+    mask = additive_mask(torch.float32, windows, False, width, torch.tensor(positions)[:, None], is_full)
     assert (mask is not None) == needed
 
 

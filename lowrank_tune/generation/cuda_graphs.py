@@ -1,0 +1,124 @@
+"""Decoding steps as CUDA graphs: the kernels of a step are launched at once, without Python.
+
+Each number of slots and columns has its own graph, of which all share one memory pool. A kind of step runs plain the
+first time, as the warm-up that a capture needs, and is captured when it is needed again. The first graph is compared
+with the plain step; a step that cannot be captured, or that computes something else, is left plain, with one warning.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, Protocol
+
+import torch
+
+from lowrank_tune.errors import first_line
+from lowrank_tune.events import Emit, warning
+from lowrank_tune.generation.decode_steps import BufferedSteps
+from lowrank_tune.model.oom import is_out_of_memory
+
+NAME = "CUDA graphs of decoding"
+LOGP_TOLERANCE = 1e-2
+"""Difference of log-probs, in nats, that is allowed between a graph and the plain step on the same device."""
+
+
+class Graph(Protocol):
+    """A captured step."""
+
+    def replay(self) -> None:
+        """Runs the step once."""
+
+
+Capture = Callable[[Callable[[], None]], Graph]
+
+
+class StepGraphs:
+    """The graphs of the steps of one rollout. `capture` makes a graph of a function without running it."""
+
+    def __init__(self, steps: BufferedSteps, capture: Capture, emit: Emit) -> None:
+        self.enabled = True
+        self.num_graphs = 0
+        self._steps = steps
+        self._capture = capture
+        self._emit = emit
+        self._graphs: dict[tuple[int, int], Graph | None] = {}
+
+    def step(self, rows: int, width: int) -> None:
+        """Runs a step of the first `rows` slots over `width` columns."""
+        key = (rows, width)
+        if not self.enabled or key not in self._graphs:
+            self._graphs[key] = None
+            self._steps.step(rows, width)
+            return
+        graph = self._graphs[key]
+        if graph is not None:
+            graph.replay()
+            return
+        self._capture_and_run(rows, width)
+
+    def _capture_and_run(self, rows: int, width: int) -> None:
+        def run() -> None:
+            self._steps.step(rows, width)
+
+        try:
+            graph = self._capture(run)
+        # CUDA raises errors of several classes for operations that cannot be captured.
+        except Exception as error:
+            if is_out_of_memory(error):
+                raise
+            self._disable(f"an error ({first_line(error)})")
+            run()
+            return
+        if self.num_graphs == 0 and not self._is_equal(graph, run):
+            self._disable("other tokens than those of the plain step")
+            return
+        self._graphs[rows, width] = graph
+        if self.num_graphs > 0:
+            graph.replay()
+        self.num_graphs += 1
+
+    def _is_equal(self, graph: Graph, run: Callable[[], None]) -> bool:
+        """Runs a step by the graph and plain, from the same buffers, which then are as after the plain step."""
+        steps = self._steps
+        buffers = (steps.token_ids, steps.position_ids, steps.step_index, steps.drawn)
+        before = [buffer.clone() for buffer in buffers]
+        graph.replay()
+        computed = steps.drawn.clone()
+        for buffer, values in zip(buffers, before, strict=True):
+            buffer.copy_(values)
+        run()
+        tokens, logps = steps.drawn.unbind(-1)
+        graph_tokens, graph_logps = computed.unbind(-1)
+        is_close = (logps - graph_logps).abs() <= LOGP_TOLERANCE
+        return bool(((tokens == graph_tokens) & is_close).all())
+
+    def _disable(self, reason: str) -> None:
+        self.enabled = False
+        self._graphs.clear()
+        self._emit(warning(f"{NAME}: {reason}; the plain path is used"))
+
+
+class CudaCapture:
+    """Captures functions as CUDA graphs that share one memory pool."""
+
+    def __init__(self) -> None:
+        self._pool: Any = None
+
+    def __call__(self, run: Callable[[], None]) -> Graph:
+        graph = torch.cuda.CUDAGraph()
+        with without_autocast_cache(), torch.cuda.graph(graph, pool=self._pool):
+            run()
+        self._pool = graph.pool()
+        return graph
+
+
+@contextmanager
+def without_autocast_cache() -> Iterator[None]:
+    """Disables autocast's cache of casts: they would be in the memory of a graph."""
+    before = torch.is_autocast_cache_enabled()
+    torch.set_autocast_cache_enabled(False)
+    try:
+        yield
+    finally:
+        torch.set_autocast_cache_enabled(before)

@@ -1,0 +1,229 @@
+"""Steps over buffers draw what plain steps draw: padded rows and columns, tokens that are read later, other roles and
+training in between, and steps that are captured as graphs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from models import llama_roles, perturb, ragged_batch, roles_over, unquantized_base
+
+from lowrank_tune.events import Event, is_warning
+from lowrank_tune.generation import Engine, cuda_graphs, decode_steps
+from lowrank_tune.generation.cuda_graphs import StepGraphs
+from lowrank_tune.generation.decode_steps import BufferedSteps, column_bucket, row_bucket
+from lowrank_tune.generation.outputs import Completion, Token
+from lowrank_tune.generation.sampling_params import SamplingParams
+from lowrank_tune.model.oom import MemoryLimits, is_out_of_memory
+from lowrank_tune.model.roles import Roles
+
+PROMPTS = [[5, 6, 7], [9], [11, 12, 13, 14, 15, 16, 17], [40, 41], [5, 6, 7, 8]]
+Found = dict[tuple[int, int], Completion]
+
+
+@pytest.fixture(scope="module")
+def roles() -> Iterator[Roles]:
+    made = llama_roles(4, lower=["sft"])
+    perturb(made, "policy", "sft")
+    yield made
+    made.unload_adapters()
+
+
+@pytest.fixture(autouse=True)
+def small_buckets(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(decode_steps, "COLUMNS_PER_BUCKET", 8)
+
+
+def make_engine(roles: Roles, sync_every: int | None, role: str = "policy", **more: Any) -> Engine:
+    """An engine with buffers as on a GPU, and with plain steps if `sync_every` is None."""
+    engine = Engine(roles, role, sync_every=sync_every or 1, **more)
+    engine.buffered = sync_every is not None
+    return engine
+
+
+def completions(roles: Roles, sync_every: int | None, sampling: SamplingParams, **more: Any) -> Found:
+    prompts, n = more.pop("prompts", PROMPTS), more.pop("n", 2)
+    found = make_engine(roles, sync_every, **more).generate(prompts, n, sampling)
+    return {(one.prompt, one.sample): one for one in found}
+
+
+def assert_equal(found: Found, expected: Found) -> None:
+    assert found.keys() == expected.keys()
+    for key, one in expected.items():
+        assert (found[key].token_ids, found[key].finish_reason) == (one.token_ids, one.finish_reason)
+        assert found[key].logps == pytest.approx(one.logps, abs=1e-5)
+
+
+@settings(max_examples=12, deadline=None)
+@given(
+    sync_every=st.integers(1, 9),
+    slots=st.integers(1, 11),
+    lengths=st.lists(st.integers(1, 20), min_size=1, max_size=6),
+    max_new_tokens=st.integers(1, 20),
+    temperature=st.sampled_from([0.0, 1.0]),
+    num_stops=st.sampled_from([0, 12]),
+)
+def test_blocks_draw_what_single_steps_draw(
+    roles: Roles,
+    sync_every: int,
+    slots: int,
+    lengths: list[int],
+    max_new_tokens: int,
+    temperature: float,
+    num_stops: int,
+) -> None:
+    """Sequences of other lengths, in more and in fewer slots than there are, which end at their stop ids or at the
+    limit, so that others take their slots."""
+    prompts = [[(7 * row + column) % 50 + 1 for column in range(length)] for row, length in enumerate(lengths)]
+    sampling = SamplingParams(max_new_tokens, frozenset(range(num_stops)), temperature)
+    expected = completions(roles, None, sampling, prompts=prompts, slots=slots)
+    assert_equal(completions(roles, sync_every, sampling, prompts=prompts, slots=slots), expected)
+
+
+@pytest.mark.parametrize("kind", ["qwen2", "qwen3", "gemma2", "mistral"])
+def test_blocks_of_other_families(kind: str) -> None:
+    """With sliding windows, soft caps, biases and norms of queries; rows grow beyond the window."""
+    roles = roles_over(unquantized_base(kind))
+    perturb(roles, "policy")
+    sampling = SamplingParams(24, frozenset(range(3)), 1.0)
+    assert_equal(completions(roles, 5, sampling, slots=4), completions(roles, None, sampling, slots=4))
+
+
+def test_stop_strings_end_a_completion_within_a_block(roles: Roles) -> None:
+    sampling = SamplingParams(20, frozenset(), 1.0, stop_strings=("e", "xy"))
+
+    def decode(ids: Any) -> str:
+        return "".join(chr(97 + token % 26) for token in ids)
+
+    expected = completions(roles, None, sampling, decode=decode)
+    assert any(one.finish_reason == "stop" and len(one.token_ids) < 18 for one in expected.values())
+    assert_equal(completions(roles, 7, sampling, decode=decode), expected)
+
+
+def test_roles_that_alternate_and_training_between_completions(roles: Roles) -> None:
+    """Between two completions another role decodes, and the policy computes gradients."""
+    sampling = SamplingParams(16, frozenset(range(6)), 1.0)
+    expected = {role: completions(roles, None, sampling, role=role, slots=3) for role in ("policy", "reference")}
+    streams = {
+        role: make_engine(roles, 4, role, slots=3).generate(PROMPTS, 2, sampling) for role in ("policy", "reference")
+    }
+    found: dict[str, Found] = {"policy": {}, "reference": {}}
+    while streams:
+        for role, stream in list(streams.items()):
+            one = next(stream, None)
+            if one is None:
+                del streams[role]
+                continue
+            found[role][one.prompt, one.sample] = one
+            roles.hidden("policy", ragged_batch()).sum().backward()
+    for role, completed in expected.items():
+        assert_equal(found[role], completed)
+
+
+def test_a_stream_has_each_token_at_once(roles: Roles) -> None:
+    sampling = SamplingParams(10, frozenset(), 1.0)
+    plain = [one for one in make_engine(roles, None).stream(PROMPTS[:2], 1, sampling) if isinstance(one, Token)]
+    stream = make_engine(roles, 8).stream(PROMPTS[:2], 1, sampling)
+    assert [one for one in stream if isinstance(one, Token)] == plain
+
+
+def test_memory_that_runs_out_in_a_block(roles: Roles, monkeypatch: pytest.MonkeyPatch) -> None:
+    sampling = SamplingParams(12, frozenset(range(4)), 1.0)
+    expected = completions(roles, None, sampling)
+    step, calls = BufferedSteps.step, 0
+
+    def run_short(self: BufferedSteps, rows: int, width: int) -> None:
+        nonlocal calls
+        calls += 1
+        if calls == 6:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        step(self, rows, width)
+
+    monkeypatch.setattr(BufferedSteps, "step", run_short)
+    assert_equal(completions(roles, 4, sampling), expected)
+    roles.limits = MemoryLimits()
+
+
+def test_buckets() -> None:
+    assert [row_bucket(rows, 48) for rows in (1, 2, 3, 9, 32, 33, 48)] == [1, 2, 4, 16, 32, 48, 48]
+    assert [column_bucket(columns, 30) for columns in (1, 8, 9, 24, 25, 30)] == [8, 8, 16, 24, 30, 30]
+
+
+class FakeGraph:
+    """Runs the captured function again."""
+
+    def __init__(self, run: Callable[[], None]) -> None:
+        self.run = run
+        self.replays = 0
+
+    def replay(self) -> None:
+        self.replays += 1
+        self.run()
+
+
+class Graphs:
+    """Graphs on the CPU. `fault` is raised by a capture, and with `is_wrong` graphs draw other tokens."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, fault: Exception | None = None, is_wrong: bool = False) -> None:
+        self.made: list[FakeGraph] = []
+        self.events: list[Event] = []
+        self.fault, self.is_wrong = fault, is_wrong
+        real = Engine._make_steps
+
+        def make_steps(engine: Engine, *arguments: Any) -> Any:
+            steps = real(engine, *arguments)
+            assert isinstance(steps, BufferedSteps)
+            steps.graphs = StepGraphs(steps, self.capture, self.events.append)
+            self.steps = steps
+            return steps
+
+        monkeypatch.setattr(Engine, "_make_steps", make_steps)
+
+    def capture(self, run: Callable[[], None]) -> FakeGraph:
+        if self.fault is not None:
+            raise self.fault
+
+        def other() -> None:
+            run()
+            self.steps.drawn[..., 0] += 1
+
+        self.made.append(FakeGraph(other if self.is_wrong else run))
+        return self.made[-1]
+
+
+def test_steps_that_are_needed_again_are_replayed(roles: Roles, monkeypatch: pytest.MonkeyPatch) -> None:
+    sampling = SamplingParams(30, frozenset(range(4)), 1.0)
+    expected = completions(roles, None, sampling)
+    graphs = Graphs(monkeypatch)
+    assert_equal(completions(roles, 4, sampling), expected)
+    assert len(graphs.made) > 3 and sum(graph.replays for graph in graphs.made) > 20 and not graphs.events
+
+
+@pytest.mark.parametrize(
+    ("fault", "words"),
+    [(RuntimeError("operation not permitted when stream is capturing"), "an error (operation"), (None, "other tokens")],
+)
+def test_graphs_that_fail_leave_the_plain_step(
+    roles: Roles, monkeypatch: pytest.MonkeyPatch, fault: Exception | None, words: str
+) -> None:
+    sampling = SamplingParams(30, frozenset(range(4)), 1.0)
+    expected = completions(roles, None, sampling)
+    graphs = Graphs(monkeypatch, fault, is_wrong=True)
+    assert_equal(completions(roles, 4, sampling), expected)
+    (event,) = graphs.events
+    assert is_warning(event) and event.message.startswith(f"{cuda_graphs.NAME}: {words}")  # type: ignore[attr-defined]
+
+
+def test_memory_that_runs_out_in_a_capture_is_no_fault_of_the_graphs(
+    roles: Roles, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    graphs = Graphs(monkeypatch, torch.OutOfMemoryError("CUDA out of memory"))
+    with pytest.raises(Exception) as caught:
+        completions(roles, 4, SamplingParams(30, frozenset(), 1.0))
+    assert is_out_of_memory(caught.value) or "memory" in str(caught.value)
+    assert not graphs.events
+    roles.limits = MemoryLimits()
