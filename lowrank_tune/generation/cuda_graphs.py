@@ -16,6 +16,7 @@ import torch
 from lowrank_tune.errors import first_line
 from lowrank_tune.events import Emit, warning
 from lowrank_tune.generation.decode_steps import BufferedSteps
+from lowrank_tune.model.decoding_options import DecodingOptions
 from lowrank_tune.model.oom import is_out_of_memory
 
 NAME = "CUDA graphs of decoding"
@@ -34,20 +35,27 @@ Capture = Callable[[Callable[[], None]], Graph]
 
 
 class StepGraphs:
-    """The graphs of the steps of one rollout. `capture` makes a graph of a function without running it."""
+    """The graphs of the steps of one rollout. `capture` makes a graph of a function without running it. If graphs
+    cannot be used, `options.cuda_graphs` is False afterwards, so that no later rollout tries again."""
 
-    def __init__(self, steps: BufferedSteps, capture: Capture, emit: Emit) -> None:
-        self.enabled = True
+    def __init__(
+        self,
+        steps: BufferedSteps,
+        capture: Capture,
+        options: DecodingOptions,
+        emit: Emit,
+    ) -> None:
         self.num_graphs = 0
         self._steps = steps
         self._capture = capture
+        self._options = options
         self._emit = emit
         self._graphs: dict[tuple[int, int], Graph | None] = {}
 
     def step(self, rows: int, width: int) -> None:
         """Runs a step of the first `rows` slots over `width` columns."""
         key = (rows, width)
-        if not self.enabled or key not in self._graphs:
+        if not self._options.cuda_graphs or key not in self._graphs:
             self._graphs[key] = None
             self._steps.step(rows, width)
             return
@@ -94,7 +102,7 @@ class StepGraphs:
         return bool(((tokens == graph_tokens) & is_close).all())
 
     def _disable(self, reason: str) -> None:
-        self.enabled = False
+        self._options.cuda_graphs = False
         self._graphs.clear()
         self._emit(warning(f"{NAME}: {reason}; the plain path is used"))
 

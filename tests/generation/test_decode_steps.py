@@ -18,6 +18,7 @@ from lowrank_tune.generation.cuda_graphs import StepGraphs
 from lowrank_tune.generation.decode_steps import BufferedSteps, column_bucket, row_bucket
 from lowrank_tune.generation.outputs import Completion, Token
 from lowrank_tune.generation.sampling_params import SamplingParams
+from lowrank_tune.model.decoding_options import DecodingOptions
 from lowrank_tune.model.oom import MemoryLimits, is_out_of_memory
 from lowrank_tune.model.roles import Roles
 
@@ -40,8 +41,9 @@ def small_buckets(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def make_engine(roles: Roles, sync_every: int | None, role: str = "policy", **more: Any) -> Engine:
     """An engine with buffers as on a GPU, and with plain steps if `sync_every` is None."""
-    engine = Engine(roles, role, sync_every=sync_every or 1, **more)
+    engine = Engine(roles, role, **more)
     engine.buffered = sync_every is not None
+    roles.decoding = DecodingOptions(sync_every or 1)
     return engine
 
 
@@ -177,7 +179,7 @@ class Graphs:
         def make_steps(engine: Engine, *arguments: Any) -> Any:
             steps = real(engine, *arguments)
             assert isinstance(steps, BufferedSteps)
-            steps.graphs = StepGraphs(steps, self.capture, self.events.append)
+            steps.graphs = StepGraphs(steps, self.capture, engine.roles.decoding, self.events.append)
             self.steps = steps
             return steps
 
