@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 from bitsandbytes.functional import dequantize_4bit
-from bitsandbytes.nn import Linear4bit
 from torch import Tensor
 
 from lowrank_tune.generation.packed_products import reads_packed_weight
@@ -86,7 +85,9 @@ class JoinedLinears:
             packed = base.weight
             weights.append(dequantize_4bit(packed.data.view(-1, 1), packed.quant_state).to(self.dtype))
         weight = torch.cat(weights)
-        up = None if self.down is None else torch.block_diag(*self.ups)
+        up = None
+        if self.down is not None:
+            up = torch.block_diag(*self.ups)  # type: ignore[no-untyped-call]
         self.copy = _Copy(weight.T, self._joined_bias(weight), up)
 
     def _joined_bias(self, weight: Tensor) -> Tensor | None:
@@ -122,24 +123,37 @@ class JoinedLinears:
     def _compute(self, x: Tensor) -> Sequence[Tensor]:
         rows = x.reshape(-1, x.shape[-1])
         low = None if self.down is None else rows @ self.down
-        if self.copy is not None and self.gains_from_copy(len(rows), x.device):
-            product = _product(self.copy, rows)
-            if low is not None:
-                product.addmm_(low, self.copy.up)
-            return product.view(*x.shape[:-1], -1).split(self.sizes, dim=-1)
+        copy = self.copy
+        if copy is not None and not self.gains_from_copy(len(rows), x.device):
+            copy = None
+        if copy is not None and x.shape[-2] == 1:
+            product = _product(copy.weight, copy.bias, rows)
+            if low is not None and copy.up is not None:
+                product.addmm_(low, copy.up)
+            return torch.split(product.view(*x.shape[:-1], -1), self.sizes, dim=-1)
+        # The values of prompts are kept until their slots are filled. As a part of one product they would keep it all.
         outputs = []
-        start = 0
-        for base, up in zip(self.bases, self.ups, strict=True):
-            output = type(base).forward(base, x)
+        first_column = first_rank = 0
+        for base, up, size in zip(self.bases, self.ups, self.sizes, strict=True):
+            if copy is None:
+                output = type(base).forward(base, x)
+            else:
+                columns = slice(first_column, first_column + size)
+                bias = None if copy.bias is None else copy.bias[columns]
+                output = _product(copy.weight[:, columns], bias, rows).view(*x.shape[:-1], -1)
             if low is not None and len(up):
-                rank = len(up)
-                output.view(-1, output.shape[-1]).addmm_(low[:, start : start + rank], up)
-                start += rank
+                output.view(-1, size).addmm_(low[:, first_rank : first_rank + len(up)], up)
             outputs.append(output)
+            first_column += size
+            first_rank += len(up)
         return outputs
 
 
-def _product(copy: _Copy, rows: Tensor) -> Tensor:
-    if copy.bias is None:
-        return rows @ copy.weight
-    return torch.addmm(copy.bias, rows, copy.weight)
+def _product(
+    weight: Tensor,
+    bias: Tensor | None,
+    rows: Tensor,
+) -> Tensor:
+    if bias is None:
+        return rows @ weight
+    return torch.addmm(bias, rows, weight)

@@ -1,5 +1,5 @@
-"""Which products with a 4-bit weight bitsandbytes computes from the packed weight. It unpacks the weight in each call for
-the others, which takes longer than the product of a few rows."""
+"""Which products with a 4-bit weight bitsandbytes computes from the packed weight. For the others it unpacks the weight
+in each call, which takes longer than the product of a few rows."""
 
 from __future__ import annotations
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -26,8 +25,6 @@ NAME = "decoding with few launches"
 ROWS = ((3, 40), (2, 2))
 """Rows and columns that are compared: with more rows than bitsandbytes reads packed weights for, and with fewer."""
 
-_REFUSED: WeakKeyDictionary[Roles, dict[tuple[str, ...], bool]] = WeakKeyDictionary()
-"""Whether the modules with few launches are not used, for each stack that was compared."""
 Weights = AbstractContextManager[AbstractContextManager[None]]
 Hidden = Callable[[Tensor], Tensor]
 """Token ids (B, T) -> hidden states (B, T, d), in the mode of a rollout."""
@@ -43,7 +40,7 @@ def rollout_weights(
     """Returns the context of a rollout with steps of up to `rows` rows, which yields the context of each stretch of its
     forward passes."""
     model = roles.base.model
-    if _REFUSED.get(roles, {}).get(tuple(stack), False):
+    if not roles.decoding.few_launches:
         return cast_adapters(model, stack, dtype)
     return gpu_linears(model, stack, dtype, rows, copy_limit)
 
@@ -57,11 +54,10 @@ def verify_rollout_weights(
     copy_limit: int = 0,
 ) -> None:
     """Compares both kinds of modules, once for each stack, with the copies that a rollout of `rows` rows makes."""
-    refused = _REFUSED.setdefault(roles, {})
-    key = tuple(stack)
-    if key in refused:
+    options = roles.decoding
+    if not options.few_launches or tuple(stack) in options.compared_stacks:
         return
-    refused[key] = True
+    options.compared_stacks.add(tuple(stack))
     try:
         reason = _reason_to_refuse(roles, stack, dtype, hidden, rows, copy_limit)
     # Kernels raise errors of many classes. The warning contains the message.
@@ -71,9 +67,8 @@ def verify_rollout_weights(
             reason = "memory ran out while it was compared with the plain modules"
             free_traceback(error)
     if reason:
+        options.few_launches = False
         roles.limits.emit(warning(f"{NAME}: {reason}; the plain modules are used"))
-    else:
-        refused[key] = False
 
 
 def _reason_to_refuse(
@@ -121,5 +116,3 @@ def _made_up_ids(
     rows, columns = shape
     numbers = torch.arange(3, 3 + rows * columns, device=device).view(shape)
     return numbers * 7 % vocabulary
-
-

@@ -322,7 +322,9 @@ def count_decode_step(
 ) -> Totals:
     """Returns what one decoding step of `batch` sequences does, at `width` columns: the difference between calls of the
     engine that draw three tokens and two."""
-    engine = Engine(roles, "policy", batch, CACHE_BYTES, cuda_graphs=False)
+    # The fake GPU captures nothing. The step is the one that is captured.
+    roles.decoding.cuda_graphs = False
+    engine = Engine(roles, "policy", batch, CACHE_BYTES)
     # Prompts of two lengths, so that the step needs a mask.
     prompts = [[5] * (width - 2)]
     if batch > 1:

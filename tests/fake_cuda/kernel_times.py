@@ -1,4 +1,4 @@
-"""The time of counted work on an RTX 4090, by the planner's constants, which were written down before any measurement."""
+"""The time of counted work on an RTX 4090, by the planner's constants, which were written before any measurement."""
 
 from __future__ import annotations
 
