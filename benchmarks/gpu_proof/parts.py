@@ -261,7 +261,7 @@ PARTS = (
         240,
         40,
         isolated=True,
-        description="compiled layers, packed rows and LoRA linears on and off",
+        description="compiled layers, packed rows, LoRA linears and CUDA graphs on and off",
     ),
     Part("trl", run_trl, 130, 90, needs_base=False, isolated=True, description="TRL's SFT, GRPO and DPO, same cells"),
     Part("no_recompute", run_not_recomputed, 60, 40, description="activations kept instead of recomputed"),
