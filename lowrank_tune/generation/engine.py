@@ -305,16 +305,20 @@ class Engine:
         # A budget ends all sequences at the same step, which depends on when slots are filled again.
         if not self.buffered or sampling.budget is not None or not isinstance(store, StaticSlotCache):
             return PlainSteps(store, sample, device)
-        options = self.roles.decoding
-        steps = BufferedSteps(
+        return BufferedSteps(
             store,
             sample,
             sampling.max_new_tokens,
-            1 if stream_tokens else options.sync_every,
+            1 if stream_tokens else self.roles.decoding.sync_every,
+            self._make_graphs(store),
         )
-        if device.type == "cuda" and options.cuda_graphs and store.is_capturable:
-            steps.graphs = StepGraphs(steps, CudaCapture(), options, self.roles.limits.emit)
-        return steps
+
+    def _make_graphs(self, store: StaticSlotCache) -> StepGraphs | None:
+        """Returns the graphs of a rollout, None where there are none."""
+        options = self.roles.decoding
+        if self.roles.base.device.type != "cuda" or not options.cuda_graphs or not store.is_capturable:
+            return None
+        return StepGraphs(CudaCapture(), options, self.roles.limits.emit)
 
     def _next_outputs(
         self,
