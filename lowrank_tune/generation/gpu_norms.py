@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.nn.functional as F
@@ -19,10 +20,14 @@ RTOL = {torch.float32: 1e-5, torch.bfloat16: 2**-7, torch.float16: 2**-10}
 """Relative differences that rounding explains: the modules round twice, the kernel once."""
 
 
+_FORMULAS: WeakKeyDictionary[nn.Module, dict[type, Formula | None]] = WeakKeyDictionary()
+"""The formula of each class of norms, for each model: comparing it waits for the GPU, which is done once."""
+
+
 def fused_norms(model: nn.Module) -> Iterator[tuple[nn.Module, Forward]]:
     """Yields the RMS norms of a model, each with a faster forward. The first norm of each class is compared with its
     own forward; classes with another formula are left out."""
-    formulas = dict[type, Formula | None]()
+    formulas = _FORMULAS.setdefault(model, {})
     for module in model.modules():
         kind = type(module)
         if not kind.__name__.endswith("RMSNorm") or "forward" in vars(module) or has_forward_hooks(module):

@@ -14,6 +14,8 @@ class Totals:
     launches: int = 0
     gpu_seconds: float = 0.0
     """The time of all kernels by the planner's constants (`kernel_times.py`)."""
+    python_calls: int = 0
+    """Calls of Python functions, where they are counted (`python_calls.py`)."""
     launches_by_op: Counter[str] = field(default_factory=Counter)
     bytes_by_kind: Counter[str] = field(default_factory=Counter)
     flops_by_kind: Counter[str] = field(default_factory=Counter)
@@ -42,6 +44,7 @@ class Totals:
         return {
             "launches": self.launches,
             "gpu_seconds": self.gpu_seconds,
+            "python_calls": self.python_calls,
             "launches_by_op": dict(self.launches_by_op.most_common()),
             "bytes_by_kind": dict(self.bytes_by_kind),
             "flops_by_kind": dict(self.flops_by_kind),
@@ -55,6 +58,7 @@ class Totals:
         return Totals(
             self.launches - other.launches,
             self.gpu_seconds - other.gpu_seconds,
+            self.python_calls - other.python_calls,
             self.launches_by_op - other.launches_by_op,
             _difference(self.bytes_by_kind, other.bytes_by_kind),
             _difference(self.flops_by_kind, other.flops_by_kind),

@@ -140,8 +140,8 @@ def test_completions_are_those_of_plain_modules(kind: str, bits: int, monkeypatc
 def test_steps_of_many_rows_use_copies_if_they_fit() -> None:
     roles = stacked("llama", 4)
     model, stack = roles.base.model, roles.stacks["policy"]
-    # q, o: 64 x 64; k, v: 64 x 32, in two layers.
-    num_bytes = 2 * 4 * 64 * (64 + 32 + 32 + 64)
+    # q, o: 64 x 64; k, v: 64 x 32, in two layers; B of two adapters of rank 4 for each, those of q, k, v as one matrix.
+    num_bytes = 2 * 4 * (64 * (64 + 32 + 32 + 64) + 24 * (64 + 32 + 32) + 8 * 64)
     for rows, limit, copied in ((9, num_bytes, num_bytes), (9, num_bytes - 1, 0), (8, num_bytes, 0)):
         with gpu_linears(model, stack, torch.float32, rows, limit) as linears:
             assert isinstance(linears, GpuLinears)
@@ -169,6 +169,25 @@ def test_copies_are_read_by_many_rows_only(rows: int) -> None:
             if group.copy is not None:
                 group.copy.weight.zero_()
         assert (relative_error(hidden(), expected) <= 1e-6) == (rows == 1)
+
+
+def test_copies_get_what_the_slots_leave(monkeypatch: pytest.MonkeyPatch) -> None:
+    roles = stacked("llama", 4)
+    requested = []
+
+    def prepared(self: Engine, rows: int, copy_limit: int) -> Any:
+        requested.append((rows, copy_limit))
+        return nullcontext(nullcontext())
+
+    monkeypatch.setattr(Engine, "prepared_weights", prepared)
+    # Keys and values of 2 heads of 16 numbers in 2 layers, in fp32.
+    sequence = (len(PROMPTS[0]) + SAMPLING.max_new_tokens) * 2 * 2 * 16 * 2 * 4
+    for slots, num_bytes, expected in ((4, 1 << 20, (4, (1 << 20) * 4 // 5 - 4 * sequence)), (4, 1, (1, 0))):
+        list(Engine(roles, "policy", slots, cache_bytes=num_bytes).generate(PROMPTS, 2, SAMPLING))
+        assert requested.pop() == expected
+    roles.limits.cache_tokens = 1 << 20
+    list(Engine(roles, "policy", 4, cache_bytes=1 << 20).generate(PROMPTS, 2, SAMPLING))
+    assert requested.pop() == (4, 0), "after an out-of-memory error there are none"
 
 
 def test_values_of_prompts_are_stored_alone() -> None:
