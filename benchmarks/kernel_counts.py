@@ -11,7 +11,8 @@ A launch is one operation that computes; allocations and views launch nothing. B
 inputs and outputs, without caches. The fake GPU has the properties of an RTX 4090, by which bitsandbytes selects its
 kernels. GPU milliseconds are the sum over all kernels of the time of its bytes or FLOPs, at least 2 us, with the
 constants of `lowrank_tune/memory_planner/gpu_specs.py`. Tokens/s are those of a step that is replayed as a CUDA graph:
-its GPU time and one launch. Python calls are those of the step that is captured, and of one that is replayed.
+its GPU time and one launch. Python calls are those of the step that is captured, and of one that is replayed. A
+decoding step is counted with one and with two layers, and each further layer as the second.
 """
 
 from __future__ import annotations
@@ -28,6 +29,8 @@ FAKE_CUDA = Path(__file__).parents[1] / "tests" / "fake_cuda"
 sys.path.append(str(FAKE_CUDA))
 
 from fake_guard import exit_with_result, run_on_fake_gpu, unavailable  # noqa: E402  (from the folder above)
+
+from lowrank_tune.memory_planner.gpu_specs import LAUNCH_SECONDS  # noqa: E402
 
 SHAPE = "llama-3.1-8b"
 DECODE_WIDTH = 768
@@ -130,7 +133,10 @@ def count(layers: int, only: str) -> dict[str, Any]:
                 for name, totals in micro_counts(counter, fake_base(SHAPE, layers))
             }
         if only != "micro":
-            counts["decode"] = dict(decode_counts(counter, fake_base(SHAPE, layers)))
+            few = [dict(decode_counts(counter, fake_base(SHAPE, number))) for number in (1, 2)]
+            counts["decode"] = {name: of_layers(layers, *(each[name] for each in few)) for name in few[0]}
+            for each in counts["decode"].values():
+                each["tokens_per_second"] = each["batch"] / (each["gpu_seconds"] + LAUNCH_SECONDS)
     return counts
 
 
@@ -156,6 +162,13 @@ def micro_counts(counter: Any, base: Any) -> Iterator[tuple[str, dict[str, Any]]
             for roles.decoder.share_prefixes in (False, True):
                 how = "prompts shared" if roles.decoder.share_prefixes else "whole rows"
                 yield f"{described}, {how}", count_micro_batch(counter, algorithm, batch).to_json()
+
+
+def of_layers(layers: int, one: Any, two: Any) -> Any:
+    """Return the counts of a model of `layers` layers, from those of one and of two."""
+    if isinstance(one, dict):
+        return {key: of_layers(layers, one.get(key, 0), two[key]) for key in two}
+    return one + (layers - 1) * (two - one)
 
 
 def decode_counts(counter: Any, base: Any) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -184,14 +197,9 @@ def decode_count(
     """Count one step, and the Python calls of one that is replayed."""
     from fake_workloads import count_calls_of_graphed_step, count_decode_step
 
-    from lowrank_tune.memory_planner.gpu_specs import LAUNCH_SECONDS
-
     totals = count_decode_step(counter, roles, batch, DECODE_WIDTH, stream)
-    return {
-        **totals.to_json(),
-        "tokens_per_second": batch / (totals.gpu_seconds + LAUNCH_SECONDS),
-        "replayed_calls": count_calls_of_graphed_step(roles, batch, stream),
-    }
+    replayed = count_calls_of_graphed_step(roles, batch, stream)
+    return {**totals.to_json(), "batch": batch, "replayed_calls": replayed}
 
 
 if __name__ == "__main__":
