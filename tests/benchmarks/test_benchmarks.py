@@ -59,7 +59,7 @@ def test_kernel_counts(tmp_path: Path) -> None:
         assert decode[f"{two}, plain modules"]["launches"] > plain["launches"] > few["launches"]
         assert decode[two]["launches"] == few["launches"]
         assert few["gpu_seconds"] < plain["gpu_seconds"]
-        assert 100 * few["replayed_calls"] < plain["python_calls"] * batch
+        assert 20 * few["replayed_calls"] < plain["python_calls"] * batch
 
 
 @pytest.mark.slow

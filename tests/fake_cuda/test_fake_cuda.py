@@ -25,8 +25,8 @@ WAITS_PER_TRAINING_STEP = {
     "sft": (0, 0, 2),
     "reward": (0, 0, 2),
     "dpo": (0, 0, 2),
-    "grpo": (9, 0, 2),
-    "ppo": (11, 0, 2),
+    "grpo": (3, 0, 2),
+    "ppo": (5, 0, 2),
 }
 WAITS_PER_STEP = {"1 row": 0, "16 rows": 0, "stack": 0, "chat": 1}
 COPIES_PER_STEP = {"1 row": 0, "16 rows": 0, "stack": 0, "chat": 1}
