@@ -148,9 +148,9 @@ class Engine:
         return self._run(scheduler, stream_tokens=True)
 
     def wasted_ratio(self) -> WeightedMean | None:
-        """Returns the share of the tokens drawn until now that were dropped, because their completion had ended before
-        the host read them; None without buffers."""
-        if not self.buffered or not self._num_drawn:
+        """Returns the share of the tokens drawn by buffered steps that were dropped, because their completion had ended
+        before the host read them; None if there were no such steps."""
+        if not self._num_drawn:
             return None
         return WeightedMean(self._num_dropped, self._num_drawn)
 
@@ -271,23 +271,26 @@ class Engine:
     ) -> DecodeSteps:
         """Returns the fastest kind of steps for the device and the cache."""
         sampling = scheduler.sampling
-        sample = partial(self.sample, sampling)
+        draw = partial(self.sample, sampling)
         device = self.roles.base.device
         # A budget ends all sequences at the same step, which depends on when slots are filled again.
         if not self.buffered or sampling.budget is not None or not isinstance(store, StaticSlotCache):
-            return PlainSteps(store, sample, device)
+            return PlainSteps(store, draw, device)
+        # Steps that read values wait for the device anyway.
+        if device.type == "cuda" and not store.is_capturable:
+            return PlainSteps(store, draw, device)
         return BufferedSteps(
             store,
-            sample,
+            draw,
             sampling.max_new_tokens,
             1 if stream_tokens else self.roles.decoding.sync_every,
-            self._make_graphs(store),
+            self._make_graphs(),
         )
 
-    def _make_graphs(self, store: StaticSlotCache) -> StepGraphs | None:
+    def _make_graphs(self) -> StepGraphs | None:
         """Returns the graphs of a rollout, None where there are none."""
         options = self.roles.decoding
-        if self.roles.base.device.type != "cuda" or not options.cuda_graphs or not store.is_capturable:
+        if self.roles.base.device.type != "cuda" or not options.cuda_graphs:
             return None
         return StepGraphs(CudaCapture(), options, self.roles.limits.emit)
 
@@ -344,8 +347,9 @@ class Engine:
         sequences = scheduler.decoding()
         for drawn in steps.run(sequences):
             slots = scheduler.append_drawn(sequences, drawn)
-            self._num_drawn += len(sequences)
-            self._num_dropped += len(sequences) - len(slots)
+            if isinstance(steps, BufferedSteps):
+                self._num_drawn += len(sequences)
+                self._num_dropped += len(sequences) - len(slots)
             yield slots
 
 

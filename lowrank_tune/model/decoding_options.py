@@ -10,7 +10,8 @@ SYNC_EVERY = 8
 @dataclass
 class DecodingOptions:
     """`sync_every` tokens of each sequence are drawn before the host reads them. `cuda_graphs` is set to False if steps
-    cannot be captured, or compute something else when they are."""
+    cannot be captured, or compute something else when they are. `num_replays` counts the steps that ran as graphs."""
 
     sync_every: int = SYNC_EVERY
     cuda_graphs: bool = True
+    num_replays: int = 0
