@@ -13,6 +13,7 @@ from gpu_proof.profiling import Profile
 from gpu_proof.records import Record
 from gpu_proof.synthetic import STEPS, Size, TrainSettings, full_rows, ragged_rows
 from gpu_proof.workload import bytes_per_token, flops
+from lowrank_tune.generation.cuda_graphs import NAME as CUDA_GRAPHS
 from lowrank_tune.model.activation_checkpointing import Checkpointing, num_checkpointed_layers
 from lowrank_tune.model.base import Base
 from lowrank_tune.model.roles import Roles
@@ -81,9 +82,11 @@ FAST_PATHS = (
     Cell("sft", 16, 8, 1024, ragged=True, without=(PACKED_ROWS,)),
     Cell("grpo", 16, 8, 384, prompt=256, group=8, torch_compile=True),
     Cell("grpo", 16, 8, 384, prompt=256, group=8, without=(PACKED_ROWS,)),
+    Cell("grpo", 16, 8, 384, prompt=256, group=8, without=(CUDA_GRAPHS,)),
 )
 """Cells that differ from another in one thing: the plain paths and compiled layers from MAIN, packing on and off, and a
-group with compiled layers, or whose prompt is shared with a mask, from that of REMAINING. The third differs in more: it
+group with compiled layers, whose prompt is shared with a mask, or that is decoded without graphs, from that of
+REMAINING. The third differs in more: it
 compares planned and measured memory of compiled layers some of which are recomputed."""
 CELLS = (MAIN, NOT_RECOMPUTED, PAGED, *REMAINING)
 """On a GPU of 24 GB, with a base of 7 to 8 billion parameters in NF4."""
@@ -122,6 +125,7 @@ def measure(
     roles.limits.emit = lambda event: messages.append(str(getattr(event, "message", "")))
     for path in roles.fast_paths:
         path.enabled = path.enabled and path.name not in cell.without
+    roles.decoding.cuda_graphs = CUDA_GRAPHS not in cell.without
     rows = ragged_rows if cell.ragged else full_rows
     try:
         vocab_size = base.model.config.vocab_size
@@ -136,6 +140,8 @@ def measure(
         run = measured_run.run(algorithm, roles, parameters, settings, steps, profile_step)
         record |= figures(cell, base, roles, run, rates)
         record["fast_paths"] = [path.name for path in roles.fast_paths if path.enabled]
+        if base.device.type == "cuda" and roles.decoding.cuda_graphs:
+            record["fast_paths"].append(CUDA_GRAPHS)
         record["messages"] = [message for message in messages if message]
         if planned_gib is not None:
             record["plan_holds"] = abs(record["measured_gib"] / planned_gib - 1) <= PLAN_TOLERANCE

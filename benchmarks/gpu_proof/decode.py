@@ -1,5 +1,5 @@
-"""Decoding without an algorithm around it: milliseconds, launches and host synchronizations of one step, by batch
-size."""
+"""Decoding without an algorithm around it: milliseconds, launches and host synchronizations of one step, by batch size:
+one step at a time, and several between two reads, as CUDA graphs where there is a GPU."""
 
 from __future__ import annotations
 
@@ -17,6 +17,8 @@ from lowrank_tune.generation.sampling_params import SamplingParams
 from lowrank_tune.model.base import Base
 
 BATCHES = (1, 8, 16, 64)
+MODES = {"single steps": False, "graphs": True}
+"""Name -> whether the engine has buffers on the device."""
 STEP_KERNELS = 8
 """Kernels recorded for each batch size: those with the most time over the profiled steps."""
 
@@ -28,10 +30,11 @@ class DecodeSize:
     prompt: int = 720
     short: int = 8
     long: int = 32
-    profiled_steps: int = 8
+    profiled_steps: int = 16
+    """A multiple of the steps between two reads of the host."""
 
 
-TINY = DecodeSize(prompt=40, short=4, long=12, profiled_steps=4)
+TINY = DecodeSize(prompt=40, short=4, long=12, profiled_steps=8)
 
 
 @dataclass(frozen=True)
@@ -53,6 +56,12 @@ class Decoding:
         assert sum(len(completion.token_ids) for completion in completions) == self.batch * new_tokens
         return seconds
 
+    @property
+    def used_graphs(self) -> bool:
+        """Whether the calls until now ran as CUDA graphs: no capture failed."""
+        is_possible = self.base.device.type == "cuda" and self.engine.buffered
+        return is_possible and self.engine.roles.decoding.cuda_graphs
+
     def profile(self, new_tokens: int) -> Profile:
         with profiled(self.base.device) as result:
             self.seconds(new_tokens)
@@ -60,29 +69,39 @@ class Decoding:
 
 
 def measure(base: Base, size: DecodeSize, bandwidth_gbs: float) -> Iterator[Record]:
-    """Yield a record for each batch size. A step is the difference of two calls of the engine, so reading the prompt
-    is not in it."""
+    """Yield a record for each batch size and mode. A step is the difference of two calls of the engine, so reading the
+    prompt and capturing graphs are not in it."""
     roles = make_roles(base, ("policy",), True)
     vocab_size = base.model.config.vocab_size
     prompt = [3 + token % (vocab_size - 3) for token in range(size.prompt)]
     for batch in BATCHES:
-        decoding = Decoding(base, Engine(roles, "policy", slots=batch), prompt, batch)
-        decoding.seconds(size.short)  # warms up
-        short, long = decoding.seconds(size.short), decoding.seconds(size.long)
-        seconds = (long - short) / (size.long - size.short)
-        first, last = decoding.profile(1), decoding.profile(1 + size.profiled_steps)
-        yield {
-            "kind": "decode",
-            "base": base.name,
-            "batch": batch,
-            "width": size.prompt + size.long,
-            "wall_ms_per_step": 1e3 * seconds,
-            "busy_ms_per_step": 1e3 * (last.busy_seconds - first.busy_seconds) / size.profiled_steps,
-            "launches_per_step": (last.launches - first.launches) / size.profiled_steps,
-            "host_syncs_per_step": (last.host_syncs - first.host_syncs) / size.profiled_steps,
-            "sync_places": last.sync_places,
-            "kernels": last.kernels[:STEP_KERNELS],
-            "tokens_per_second": batch / seconds,
-            "bandwidth_share": bytes_per_token(base.model) / seconds / 1e9 / bandwidth_gbs,
-        }
+        for mode, buffered in MODES.items():
+            engine = Engine(roles, "policy", slots=batch)
+            engine.buffered = buffered
+            decoding = Decoding(base, engine, prompt, batch)
+            yield {"kind": "decode", "mode": mode, **measure_steps(decoding, size, bandwidth_gbs)}
     roles.unload_adapters()
+
+
+def measure_steps(decoding: Decoding, size: DecodeSize, bandwidth_gbs: float) -> Record:
+    base = decoding.base
+    decoding.seconds(size.short)  # warms up
+    short, long = decoding.seconds(size.short), decoding.seconds(size.long)
+    seconds = (long - short) / (size.long - size.short)
+    num_steps = size.profiled_steps
+    # The first token is not drawn by a step.
+    first, last = decoding.profile(1 + num_steps), decoding.profile(1 + 2 * num_steps)
+    return {
+        "base": base.name,
+        "batch": decoding.batch,
+        "width": size.prompt + size.long,
+        "used_graphs": decoding.used_graphs,
+        "wall_ms_per_step": 1e3 * seconds,
+        "busy_ms_per_step": 1e3 * (last.busy_seconds - first.busy_seconds) / num_steps,
+        "launches_per_step": (last.launches - first.launches) / num_steps,
+        "host_syncs_per_step": (last.host_syncs - first.host_syncs) / num_steps,
+        "sync_places": last.sync_places,
+        "kernels": last.kernels[:STEP_KERNELS],
+        "tokens_per_second": decoding.batch / seconds,
+        "bandwidth_share": bytes_per_token(base.model) / seconds / 1e9 / bandwidth_gbs,
+    }

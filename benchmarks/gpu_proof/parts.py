@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from gpu_proof import cells, decode, facts, machine, memory_modes, oom, plans, product, trl_baseline
+from gpu_proof import cells, decode, decode_equality, facts, machine, memory_modes, oom, plans, product, trl_baseline
 from gpu_proof.base import TINY as TINY_SHAPE
 from gpu_proof.base import random_base
 from gpu_proof.cells import Cell
@@ -156,6 +156,8 @@ def run_sft(context: Context) -> Iterator[Record]:
 
 def run_decode(context: Context) -> Iterator[Record]:
     size = decode.TINY if context.tiny else decode.DecodeSize()
+    equality_size = decode_equality.TINY if context.tiny else decode_equality.EqualitySize()
+    yield decode_equality.compare(context.base(), equality_size)
     yield from decode.measure(context.base(), size, context.rates[1])
 
 
@@ -229,7 +231,7 @@ def run_rest(context: Context) -> Iterator[Record]:
 PARTS = (
     Part("facts", run_facts, 35, 20, description="versions, kernels, 4-bit products, attention, policy == reference"),
     Part("sft", run_sft, 50, 20, description="one cell: speed, planned and measured memory, kernels, synchronizations"),
-    Part("decode", run_decode, 60, 20, description="milliseconds and launches of a step at batch 1, 8, 16, 64"),
+    Part("decode", run_decode, 90, 30, description="a step at batch 1, 8, 16, 64, single steps and CUDA graphs"),
     Part("oom", run_oom, 45, 20, description="recovery from too little memory, with the same gradient"),
     Part("grpo", checks_of("grpo"), 60, 25),
     Part("ppo", checks_of("ppo"), 60, 25),
@@ -259,7 +261,7 @@ PARTS = (
         240,
         40,
         isolated=True,
-        description="compiled layers, packed rows and LoRA linears on and off",
+        description="compiled layers, packed rows, LoRA linears and CUDA graphs on and off",
     ),
     Part("trl", run_trl, 130, 90, needs_base=False, isolated=True, description="TRL's SFT, GRPO and DPO, same cells"),
     Part("no_recompute", run_not_recomputed, 60, 40, description="activations kept instead of recomputed"),

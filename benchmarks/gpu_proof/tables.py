@@ -70,6 +70,7 @@ def markdown(records: Sequence[Record]) -> str:
     tables = {
         "cell": cell_table,
         "decode": decode_table,
+        "decode_equality": equality_table,
         "profile": profile_tables,
         "checks": checks_table,
         "product": product_table,
@@ -118,9 +119,19 @@ def figure(record: Mapping[str, Any], name: str) -> str:
 
 
 def decode_table(records: Sequence[Record]) -> str:
-    columns = ("batch", "width", "wall_ms_per_step", "busy_ms_per_step", "launches_per_step", "host_syncs_per_step")
-    columns += ("tokens_per_second", "bandwidth_share")
+    columns = ("mode", "batch", "width", "wall_ms_per_step", "busy_ms_per_step", "launches_per_step")
+    columns += ("host_syncs_per_step", "tokens_per_second", "bandwidth_share", "used_graphs")
     return markdown_table(columns, [[figure(record, name) for name in columns] for record in records])
+
+
+def equality_table(records: Sequence[Record]) -> str:
+    """Greedy completions by graphs beside those of single steps."""
+    columns = ("base", "tokens", "used_graphs", "equal_token_share", "largest_logp_difference")
+    rows = []
+    for record in records:
+        distances = [show(difference["logp_distance"]) for difference in record["first_differences"]]
+        rows.append([*(figure(record, name) for name in columns), ", ".join(distances)])
+    return markdown_table([*columns, "log-prob distances of the first differing tokens"], rows)
 
 
 def profile_tables(records: Sequence[Record]) -> str:

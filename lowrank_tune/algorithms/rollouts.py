@@ -20,7 +20,7 @@ from lowrank_tune.algorithms.reward_failures import RewardFailure, RewardFailure
 from lowrank_tune.batch import Batch, RolloutBatch, concat_batches
 from lowrank_tune.errors import TrainingError
 from lowrank_tune.functional import weighted_sum
-from lowrank_tune.generation import SYNC_EVERY, Engine
+from lowrank_tune.generation import Engine
 from lowrank_tune.generation.completion_lengths import CompletionLengths
 from lowrank_tune.generation.outputs import Completion
 from lowrank_tune.generation.sampling_params import SamplingParams
@@ -67,6 +67,8 @@ class RolloutGroups:
     """(groups, n): rewards minus penalties. Default: the rewards."""
     failed_rewards: list[RewardFailure | None] = field(default_factory=list)
     """For each of B completions the failure that left it without a reward. Default: none failed."""
+    wasted_ratio: WeightedMean | None = None
+    """Share of the drawn tokens that were dropped, where several tokens are drawn between two reads of the host."""
 
     def __post_init__(self) -> None:
         if not self.shaped_rewards.numel():
@@ -111,6 +113,8 @@ class RolloutGroups:
                 stats[f"rewards/{name}/mean"] = WeightedMean(components[:, index].sum(), len(components))
         stats["completions/mean_length"] = WeightedMean(lengths.sum(), len(lengths))
         stats["completions/clipped_ratio"] = WeightedMean(self.truncated.sum(), len(self.truncated))
+        if self.wasted_ratio is not None:
+            stats["completions/wasted_ratio"] = self.wasted_ratio
         for name, seconds in self.timings.items():
             stats[name] = WeightedMean(seconds, 1)
         return stats
@@ -187,8 +191,6 @@ class RolloutCollector:
     """Maximum number of tokens of a forward pass without gradient."""
     seed_of: Callable[[int], int]
     """Returns the seed of a draw; the draws of a run are numbered 16 * step + draw."""
-    sync_every: int = SYNC_EVERY
-    cuda_graphs: bool = True
     log_group: Callable[[int, RolloutGroups, Tensor], None] = log_nothing
     """Called in each step, with the rollouts and their advantages (groups, n)."""
     failures: RewardFailureTracker = field(default_factory=RewardFailureTracker)
@@ -203,7 +205,8 @@ class RolloutCollector:
         """Returns the completions of the prompts, grouped by prompt, with their rewards."""
         start_time = time.perf_counter()
         prompts = self.prompts(step, draw, count)
-        completions, texts = self._generate(prompts, self.seed_of(step * 16 + draw))
+        engine = Engine(self.roles, "policy", self.max_num_seqs)
+        completions, texts = self._generate(engine, prompts, self.seed_of(step * 16 + draw))
         generation_end = time.perf_counter()
         scores = self.reward_client.collect()
         scores_by_row = [scores[row] for row in range(len(completions))]
@@ -225,9 +228,15 @@ class RolloutCollector:
             prompts=prompts,
             timings=timings,
             failed_rewards=failed_rewards,
+            wasted_ratio=engine.wasted_ratio(),
         )
 
-    def _generate(self, prompts: Sequence[PromptExample], seed: int) -> tuple[list[Completion], list[str]]:
+    def _generate(
+        self,
+        engine: Engine,
+        prompts: Sequence[PromptExample],
+        seed: int,
+    ) -> tuple[list[Completion], list[str]]:
         """Returns the completions and their texts, in the order of the rows. Each is submitted to the rewards as soon
         as it ends, under its row."""
         n = self.num_generations
@@ -236,13 +245,6 @@ class RolloutCollector:
             self.stop_ids,
             self.temperature,
             seed,
-        )
-        engine = Engine(
-            self.roles,
-            "policy",
-            self.max_num_seqs,
-            sync_every=self.sync_every,
-            cuda_graphs=self.cuda_graphs,
         )
         prompt_ids = [prompt.input_ids for prompt in prompts]
         expected_lengths = self.lengths.expected(prompt_ids)

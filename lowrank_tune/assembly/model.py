@@ -15,6 +15,7 @@ from lowrank_tune.model import unsloth
 from lowrank_tune.model.adapters import SavedAdapter
 from lowrank_tune.model.base import Base, load_base
 from lowrank_tune.model.compiler_check import missing_for_compile
+from lowrank_tune.model.decoding_options import DecodingOptions
 from lowrank_tune.model.gpu_memory import budget_of, limit_gpu_memory, read_gpu_memory
 from lowrank_tune.model.heads import HEAD_WEIGHT_KEY
 from lowrank_tune.model.oom import MemoryLimits
@@ -105,6 +106,17 @@ def compiles_layers(
     return not missing
 
 
+def decoding_options(
+    recipe: RecipeConfig,
+    device: torch.device,
+    emit: Emit,
+) -> DecodingOptions:
+    """Returns how completions are drawn on a GPU. Emits a warning if the recipe demands CUDA graphs on the CPU."""
+    if recipe.rollout.cuda_graphs is True and device.type != "cuda":
+        emit(warning("`rollout.cuda_graphs: true` has no effect: there are CUDA graphs on a GPU alone"))
+    return DecodingOptions(recipe.rollout.sync_every, bool(recipe.rollout.cuda_graphs))
+
+
 def load_roles(
     recipe: RecipeConfig,
     base: Base,
@@ -143,6 +155,7 @@ def load_roles(
         budget_bytes=budget_of(recipe.train.memory_budget_gib, gpu_budget_bytes),
         emit=emit,
     )
+    roles.decoding = decoding_options(recipe, base.device, emit)
     for name, adapter in saved.items():
         _load_adapter(
             roles,

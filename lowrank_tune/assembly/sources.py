@@ -193,8 +193,6 @@ class PromptSource:
             max_new_tokens=rollout.max_new_tokens,
             temperature=rollout.temperature,
             max_num_seqs=rollout.max_num_seqs,
-            sync_every=rollout.sync_every,
-            cuda_graphs=bool(rollout.cuda_graphs),
             micro_tokens=micro_tokens,
             seed_of=self._seed,
             log_group=self._log_group,

@@ -54,6 +54,15 @@ def select_mask_function(model: Any, windows: Sequence[int | None]) -> MaskFunct
     return boolean_mask
 
 
+def reads_masks_back(model: Any, windows: Sequence[int | None]) -> bool:
+    """Returns whether transformers reads the values of some masks, because the model's layers have several windows and
+    its decoder makes their masks from a 2-D one."""
+    config = model.config.get_text_config()
+    if not uses_additive_mask(model.device, config._attn_implementation):
+        return True
+    return len(set(windows)) > 1 and config.model_type not in MODELS_WITH_MASK_FOR_EACH_LAYER_TYPE
+
+
 def uses_additive_mask(device: torch.device, attention: str) -> bool:
     """Returns whether the attention function reads an additive mask in the model's dtype fastest."""
     return device.type == "cuda" and attention in SDPA_NAMES

@@ -27,9 +27,14 @@ COLUMNS_PER_BUCKET = 256
 
 
 class Stepper(Protocol):
-    """Runs a step of the first `rows` slots over `width` columns of the cache."""
+    """Another way to run `BufferedSteps.step`."""
 
-    def step(self, rows: int, width: int) -> None: ...
+    def step(
+        self,
+        steps: BufferedSteps,
+        rows: int,
+        width: int,
+    ) -> None: ...
 
 
 class DecodeSteps(Protocol):
@@ -69,12 +74,13 @@ class BufferedSteps:
         sample: Sample,
         max_new_tokens: int,
         num_steps: int,
+        graphs: Stepper | None = None,
     ) -> None:
         self.store = store
         self.sample = sample
         self.max_new_tokens = max_new_tokens
         self.num_steps = num_steps
-        self.graphs: Stepper | None = None
+        self.graphs = graphs
         device = store.device
         self.token_ids = torch.zeros((store.slots, 1), dtype=torch.long, device=device)
         self.position_ids = torch.zeros_like(self.token_ids)
@@ -91,9 +97,11 @@ class BufferedSteps:
         last_position = max(sequence.length for sequence in sequences) + num_steps - 1
         width = column_bucket(last_position + 1, self.store.columns)
         self._load(sequences, num_steps)
-        stepper = self.graphs or self
         for _ in range(num_steps):
-            stepper.step(rows, width)
+            if self.graphs is None:
+                self.step(rows, width)
+            else:
+                self.graphs.step(self, rows, width)
         return self.drawn[:num_steps, : len(sequences)].tolist()
 
     def step(self, rows: int, width: int) -> None:

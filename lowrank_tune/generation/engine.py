@@ -35,9 +35,8 @@ from lowrank_tune.model.base import AUTOCAST_DTYPE
 from lowrank_tune.model.gpu_memory import read_gpu_memory
 from lowrank_tune.model.oom import free_traceback, is_out_of_memory
 from lowrank_tune.model.roles import Roles
+from lowrank_tune.stats import WeightedMean
 
-SYNC_EVERY = 8
-"""Tokens of each sequence that are drawn on a GPU before the host reads them."""
 CHUNK_LOGITS = 1 << 24
 """Logits that are computed at once: 64 MiB in fp32."""
 USABLE_MEMORY_FRACTION = 0.92
@@ -82,8 +81,8 @@ class Engine:
     machine's memory. `cache_bytes` is by default `default_cache_bytes`. `decode` turns tokens into text, for stop
     strings.
 
-    On a GPU `sync_every` tokens of each sequence are drawn before the host reads them (`buffered`), as CUDA graphs
-    unless `cuda_graphs` is False.
+    With `buffered`, which is the default on a GPU, several tokens of each sequence are drawn before the host reads them
+    (`Roles.decoding`).
     """
 
     def __init__(
@@ -94,16 +93,14 @@ class Engine:
         cache_bytes: int | None = None,
         scratch_bytes: int | None = None,
         decode: Decode | None = None,
-        sync_every: int = SYNC_EVERY,
-        cuda_graphs: bool = True,
     ) -> None:
         self.roles = roles
         self.role = role
         self.slots = slots
         self.decode = decode
-        self.sync_every = sync_every
-        self.cuda_graphs = cuda_graphs
         self.buffered = roles.base.device.type == "cuda"
+        self._num_drawn = 0
+        self._num_dropped = 0
         if cache_bytes is None:
             cache_bytes = default_cache_bytes(roles)
         if scratch_bytes is None:
@@ -152,6 +149,13 @@ class Engine:
             None,
         )
         return self._run(scheduler, stream_tokens=True)
+
+    def wasted_ratio(self) -> WeightedMean | None:
+        """Returns the share of the tokens drawn until now that were dropped, because their completion had ended before
+        the host read them; None without buffers."""
+        if not self.buffered or not self._num_drawn:
+            return None
+        return WeightedMean(self._num_dropped, self._num_drawn)
 
     def generation_mode(self) -> GenerationMode:
         """Returns the mode in which the forward passes of a rollout run."""
@@ -277,15 +281,20 @@ class Engine:
         # A budget ends all sequences at the same step, which depends on when slots are filled again.
         if not self.buffered or sampling.budget is not None or not isinstance(store, StaticSlotCache):
             return PlainSteps(store, sample, device)
-        steps = BufferedSteps(
+        return BufferedSteps(
             store,
             sample,
             sampling.max_new_tokens,
-            1 if stream_tokens else self.sync_every,
+            1 if stream_tokens else self.roles.decoding.sync_every,
+            self._make_graphs(store),
         )
-        if device.type == "cuda" and self.cuda_graphs:
-            steps.graphs = StepGraphs(steps, CudaCapture(), self.roles.limits.emit)
-        return steps
+
+    def _make_graphs(self, store: StaticSlotCache) -> StepGraphs | None:
+        """Returns the graphs of a rollout, None where there are none."""
+        options = self.roles.decoding
+        if self.roles.base.device.type != "cuda" or not options.cuda_graphs or not store.is_capturable:
+            return None
+        return StepGraphs(CudaCapture(), options, self.roles.limits.emit)
 
     def _next_outputs(
         self,
@@ -339,7 +348,10 @@ class Engine:
             store.move(move.source, move.target, move.length)
         sequences = scheduler.decoding()
         for drawn in steps.run(sequences):
-            yield scheduler.append_drawn(sequences, drawn)
+            slots = scheduler.append_drawn(sequences, drawn)
+            self._num_drawn += len(sequences)
+            self._num_dropped += len(sequences) - len(slots)
+            yield slots
 
 
 def _admit(scheduler: DecodeScheduler, store: KVStore) -> list[int]:

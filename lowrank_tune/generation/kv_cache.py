@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from lowrank_tune.batch import copy_to
-from lowrank_tune.generation.decode_masks import select_mask_function
+from lowrank_tune.generation.decode_masks import reads_masks_back, select_mask_function
 from lowrank_tune.generation.slot_cache import SlotCache, sliding_windows
 
 _TOKEN_BYTES: WeakKeyDictionary[Any, list[int]] = WeakKeyDictionary()
@@ -91,7 +91,10 @@ class StaticSlotCache:
         self.device = model.device
         self.cache = SlotCache(sliding_windows(model))
         self.slots = self.columns = 0
-        self.mask = select_mask_function(model, [layer.window for layer in self.cache.layers])
+        windows = [layer.window for layer in self.cache.layers]
+        self.mask = select_mask_function(model, windows)
+        self.is_capturable = not reads_masks_back(model, windows)
+        """Whether a step can be captured as a CUDA graph: it reads no value of a tensor."""
 
     def allocate(
         self,

@@ -12,6 +12,7 @@ CUDA_CONTEXT_BYTES = 800_000_000
 """Bytes that CUDA uses before the first tensor: its context, torch's kernels, and cuBLAS' workspace."""
 FRAGMENTATION = 0.04
 """Share of the rest that the allocator cannot use (`expandable_segments`)."""
+GRAPHS = "CUDA graphs"
 PURPOSES = (
     "weights",
     "adapters",
@@ -20,6 +21,7 @@ PURPOSES = (
     "activations",
     "logits",
     "KV cache",
+    GRAPHS,
 )
 
 PHASE_SEPARATOR = ": "

@@ -16,6 +16,7 @@ from lowrank_tune.generation.slot_cache import layer_windows
 from lowrank_tune.memory_planner.cached_simulation import cached_peaks
 from lowrank_tune.memory_planner.compiled_layers import plans_compiled_layers
 from lowrank_tune.memory_planner.extrapolation import Peaks, extrapolate_layers
+from lowrank_tune.memory_planner.graph_pool import with_graph_pools
 from lowrank_tune.memory_planner.meta_model import config_for, layers_of
 from lowrank_tune.memory_planner.plan_report import GIB, PHASE_SEPARATOR, Phase, Plan, needed
 from lowrank_tune.memory_planner.rollouts import DecodingSpec
@@ -117,7 +118,7 @@ def decoding_phases(
     """Returns the phases that decode, with the number of sequences with which the engine begins. If these are too many
     for the GPU, the engine continues with fewer, down to one."""
     rollouts = dict(rollouts)
-    phases = phases_in(peaks_of(replace(spec, rollouts=rollouts), recomputed))
+    phases = _phases_of_decoding(spec, rollouts, recomputed)
     for is_last_try in (False, True):
         has_changed = False
         for phase in phases:
@@ -134,8 +135,17 @@ def decoding_phases(
             has_changed = True
         if not has_changed:
             break
-        phases = phases_in(peaks_of(replace(spec, rollouts=rollouts), recomputed))
+        phases = _phases_of_decoding(spec, rollouts, recomputed)
     return phases
+
+
+def _phases_of_decoding(
+    spec: SimulationSpec,
+    rollouts: Mapping[str, DecodingSpec],
+    recomputed: int,
+) -> tuple[Phase, ...]:
+    peaks = peaks_of(replace(spec, rollouts=rollouts), recomputed)
+    return phases_in(with_graph_pools(peaks, rollouts))
 
 
 def _cache_bytes(
@@ -214,6 +224,7 @@ def _decoding_specs(
     scratch = 0
     if device.type != "cuda":
         scratch = _host_memory_part()
+    cuda_graphs = device.type == "cuda" and bool(rollout.cuda_graphs)
 
     def decoding(
         max_slots: int,
@@ -232,6 +243,7 @@ def _decoding_specs(
             samples,
             limit,
             scratch,
+            cuda_graphs,
         )
 
     if recipe.is_online:

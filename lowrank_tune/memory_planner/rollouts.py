@@ -28,6 +28,7 @@ class DecodingSpec:
     samples: int
     cache_bytes: int
     scratch_bytes: int = 0
+    cuda_graphs: bool = False
 
     @property
     def prefill_prompts(self) -> int:
@@ -41,6 +42,7 @@ Decoding = Callable[
     None,
 ]
 """A simulation of decoding: `decode` or `decode_typical_steps`."""
+STEP = "step"
 TYPICAL_STEPS = ("average step", "longest step")
 
 
@@ -76,7 +78,7 @@ def decode(
             store.insert(prefilled, [slot % prompts for slot in slots], slots)
         engine.sample(sampling, hidden, _uniforms(prompts, roles))
         del hidden
-        on_pass("step")
+        on_pass(STEP)
         hidden = store.step([0] * spec.slots, [columns - 1] * spec.slots)
         engine.sample(sampling, hidden, _uniforms(spec.slots, roles))
 

@@ -49,6 +49,10 @@ class PhaseTime:
         """Returns the time of `factor` repetitions."""
         return PhaseTime(self.gpu_seconds * factor, self.host_seconds * factor, self.seconds * factor)
 
+    def captured(self) -> PhaseTime:
+        """Returns the time of the same kernels in a CUDA graph, which the host starts at once."""
+        return PhaseTime(self.gpu_seconds, LAUNCH_SECONDS, self.gpu_seconds)
+
     def then(self, other: PhaseTime) -> PhaseTime:
         """Returns the time of this phase and another one after it."""
         return PhaseTime(

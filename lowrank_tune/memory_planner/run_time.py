@@ -91,7 +91,7 @@ class RunTimeModel:
             yield self._decoding_speed(name, decoding, length)
             for step in (AVERAGE_STEP, LONGEST_STEP):
                 part = name + PHASE_SEPARATOR + step
-                yield PhaseSpeed(part, self.costs[part].tokens, self._time_of(part))
+                yield PhaseSpeed(part, self.costs[part].tokens, self._step_time(part, decoding))
         for name in (OLD_AND_REFERENCE, REWARD_MODEL, REFERENCE):
             if name in self.costs:
                 yield self._speed(name, self._time_of(name), length)
@@ -101,6 +101,11 @@ class RunTimeModel:
 
     def _time_of(self, name: str) -> PhaseTime:
         return phase_time(self.costs[name].kernels, self.gpu)
+
+    def _step_time(self, name: str, decoding: DecodingSpec) -> PhaseTime:
+        """Returns the time of a decoding step."""
+        time = self._time_of(name)
+        return time.captured() if decoding.cuda_graphs else time
 
     def _update_time(self) -> PhaseTime:
         """Returns the time of a micro-batch with its share of the optimizer's step."""
@@ -161,7 +166,7 @@ class RunTimeModel:
         turns = max(1.0, completions / decoding.slots)
         reading = self._time_of(name + PHASE_SEPARATOR + READING)
         placing = self._time_of(name + PHASE_SEPARATOR + PLACING)
-        step = self._time_of(name + PHASE_SEPARATOR + AVERAGE_STEP)
+        step = self._step_time(name + PHASE_SEPARATOR + AVERAGE_STEP, decoding)
         prompts = reading.times(decoding.prompts / decoding.prefill_prompts)
         return prompts.then(placing.times(turns)).then(step.times(turns * new_tokens))
 

@@ -30,6 +30,7 @@ from lowrank_tune.model.chunked_mlp import chunk_mlps
 from lowrank_tune.model.compiled_layers import CompiledLayers
 from lowrank_tune.model.decoder import Decoder
 from lowrank_tune.model.decoder_layers import restore_layers
+from lowrank_tune.model.decoding_options import DecodingOptions
 from lowrank_tune.model.fast_paths import (
     FastPath,
     disabled,
@@ -99,6 +100,7 @@ class Roles:
         self.verified = False
         self._undo = ExitStack()
         self.limits = MemoryLimits()
+        self.decoding = DecodingOptions()
         self._active: list[str] = []
         self._linears = LoraLinears(self._active)
         torch.manual_seed(seed)

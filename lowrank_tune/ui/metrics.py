@@ -152,6 +152,7 @@ _HELDOUT_DESCRIPTIONS = {
 }
 _ROLLOUT_DESCRIPTIONS = {
     "completions/mean_length": "tokens of a completion",
+    "completions/wasted_ratio": "share of drawn tokens after the ends of their completions, which are dropped",
     "sampling/sampling_logp_difference/mean": "difference between the log-probs of sampling and of training, "
     "nats per token; should be near 0",
     "entropy": "entropy of the policy, nats per token; near 0 its completions are all alike",

@@ -6,6 +6,7 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ from lowrank_tune.algorithms.reward_failures import RewardFailure
 from lowrank_tune.algorithms.rollouts import RolloutAlgorithm, RolloutCollector
 from lowrank_tune.config import GRPOConfig, PPOConfig
 from lowrank_tune.data import PromptExample
+from lowrank_tune.generation import Engine
 from lowrank_tune.generation.outputs import Completion
 from lowrank_tune.model.roles import Roles
 
@@ -101,6 +103,23 @@ def test_the_mask_of_a_rollout_is_the_completion_with_its_end_token(roles: Roles
         assert batch.sampler_logps[row, start:end].tolist() == pytest.approx(completion.logps, abs=1e-6)
         assert not batch.sampler_logps[row, :start].any() and not batch.sampler_logps[row, end:].any()
         assert bool(groups.truncated[row]) == (completion.finish_reason == "length")
+
+
+def test_dropped_tokens_are_a_metric_where_several_are_drawn_at_once(
+    roles: Roles, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert "completions/wasted_ratio" not in collector_with(roles, RecordingRewards()).collect(0, 0).stats()
+    init = Engine.__init__
+
+    def buffered(engine: Engine, *arguments: Any, **options: Any) -> None:
+        init(engine, *arguments, **options)
+        engine.buffered = True
+
+    monkeypatch.setattr(Engine, "__init__", buffered)
+    groups = collector_with(roles, RecordingRewards()).collect(0, 0)
+    wasted = groups.stats()["completions/wasted_ratio"]
+    kept = int(groups.batch.completion_mask.sum()) - len(groups.batch)
+    assert wasted.count - wasted.total == kept and wasted.total > 0
 
 
 @pytest.mark.parametrize("algorithm", ["grpo", "ppo"])

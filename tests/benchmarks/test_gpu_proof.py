@@ -358,7 +358,8 @@ def test_decoding_is_measured_by_the_difference_of_two_calls(base: Any, monkeypa
         patch.setattr(decode.Decoding, "seconds", seconds)
         patch.setattr(decode.Decoding, "profile", profile)
         records = list(decode.measure(base, decode.TINY, 30.0))
-    assert [record["batch"] for record in records] == [1, 8, 16, 64]
+    assert [record["batch"] for record in records] == [1, 1, 8, 8, 16, 16, 64, 64]
+    assert [record["mode"] for record in records[:2]] == ["single steps", "graphs"]
     for record in records:
         assert record["wall_ms_per_step"] == pytest.approx(250) and record["busy_ms_per_step"] == pytest.approx(100)
         assert record["launches_per_step"] == 2 and record["host_syncs_per_step"] == 1
@@ -366,6 +367,31 @@ def test_decoding_is_measured_by_the_difference_of_two_calls(base: Any, monkeypa
     # A measured time of a tiny base can even be negative here, as a difference on a busy machine; a count cannot.
     first = next(decode.measure(base, decode.TINY, 30.0))
     assert first["launches_per_step"] > 28
+
+
+def test_completions_of_both_kinds_of_steps_are_compared(base: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Equal on the CPU; with log-probs and tokens of the buffers changed, the record says by how much."""
+    equality = module("decode_equality")
+    record = equality.compare(base, equality.TINY)
+    assert record["equal_token_share"] == 1.0 and record["largest_logp_difference"] < 1e-5
+    assert record["tokens"] == 5 * 20 and not record["used_graphs"] and all(record["checks"].values())
+    real = equality.completions
+
+    def changed(roles: Any, prompts: Any, size: Any, buffered: bool) -> Any:
+        found = real(roles, prompts, size, buffered)
+        if buffered:
+            found[0].token_ids[15] += 1
+            found[1].logps[0] += 0.25
+        return found
+
+    monkeypatch.setattr(equality, "completions", changed)
+    record = equality.compare(base, equality.TINY)
+    assert record["equal_token_share"] == pytest.approx(95 / 100)
+    assert record["largest_logp_difference"] == pytest.approx(0.25, abs=1e-5)
+    (difference,) = record["first_differences"]
+    assert (difference["prompt"], difference["position"]) == (0, 15) and difference["logp_distance"] > 0
+    monkeypatch.setattr(equality, "logp_distance", lambda *_: 1.0)
+    assert not any(equality.compare(base, equality.TINY)["checks"].values())
 
 
 def test_facts(gpu: ModuleType, base: Any, monkeypatch: pytest.MonkeyPatch) -> None:

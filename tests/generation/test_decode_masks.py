@@ -12,9 +12,16 @@ from torch import Tensor
 from transformers import masking_utils
 
 from lowrank_tune.generation import Engine, decode_masks
-from lowrank_tune.generation.decode_masks import additive_mask, aligned_mask, boolean_mask, uses_additive_mask
+from lowrank_tune.generation.decode_masks import (
+    additive_mask,
+    aligned_mask,
+    boolean_mask,
+    reads_masks_back,
+    uses_additive_mask,
+)
 from lowrank_tune.generation.outputs import Completion
 from lowrank_tune.generation.sampling_params import SamplingParams
+from lowrank_tune.generation.slot_cache import layer_windows
 from lowrank_tune.model.roles import Roles
 
 PROMPTS = [[5, 9, 12, 7, 8, 3, 21, 30, 4], [4, 6], [11, 13, 17]]
@@ -64,6 +71,24 @@ def test_rows_that_see_all_columns_need_no_mask(windows: list[int | None], posit
     is_full = len(set(positions)) == 1
     mask = additive_mask(torch.float32, windows, False, width, torch.tensor(positions)[:, None], is_full)
     assert (mask is not None) == needed
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes", "expected"),
+    [
+        *((kind, changes, False) for kind, changes in KINDS),
+        # Two windows, and a decoder that makes the masks of its layers from a 2-D one.
+        ("gemma2", {"sliding_window": 8}, True),
+    ],
+)
+def test_steps_whose_masks_are_read_back_cannot_be_captured(
+    kind: str, changes: dict[str, Any], expected: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = unquantized_base(kind, **changes).model
+    windows = layer_windows(model.config)
+    assert reads_masks_back(model, windows), "on the CPU"
+    monkeypatch.setattr(decode_masks, "uses_additive_mask", lambda device, attention: True)
+    assert reads_masks_back(model, windows) == expected
 
 
 @pytest.mark.parametrize(("kind", "changes"), KINDS, ids=[kind for kind, _ in KINDS])

@@ -16,8 +16,10 @@ from lowrank_tune.events import Event, is_warning
 from lowrank_tune.generation import Engine, cuda_graphs, decode_steps
 from lowrank_tune.generation.cuda_graphs import StepGraphs
 from lowrank_tune.generation.decode_steps import BufferedSteps, column_bucket, row_bucket
+from lowrank_tune.generation.kv_cache import StaticSlotCache
 from lowrank_tune.generation.outputs import Completion, Token
 from lowrank_tune.generation.sampling_params import SamplingParams
+from lowrank_tune.model.decoding_options import DecodingOptions
 from lowrank_tune.model.oom import MemoryLimits, is_out_of_memory
 from lowrank_tune.model.roles import Roles
 
@@ -40,8 +42,9 @@ def small_buckets(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def make_engine(roles: Roles, sync_every: int | None, role: str = "policy", **more: Any) -> Engine:
     """An engine with buffers as on a GPU, and with plain steps if `sync_every` is None."""
-    engine = Engine(roles, role, sync_every=sync_every or 1, **more)
+    engine = Engine(roles, role, **more)
     engine.buffered = sync_every is not None
+    roles.decoding = DecodingOptions(sync_every or 1)
     return engine
 
 
@@ -82,6 +85,17 @@ def test_blocks_draw_what_single_steps_draw(
     sampling = SamplingParams(max_new_tokens, frozenset(range(num_stops)), temperature)
     expected = completions(roles, None, sampling, prompts=prompts, slots=slots)
     assert_equal(completions(roles, sync_every, sampling, prompts=prompts, slots=slots), expected)
+
+
+@pytest.mark.parametrize(("sync_every", "slots"), [(1, 10), (4, 10), (7, 3)])
+def test_dropped_tokens_are_counted(roles: Roles, sync_every: int, slots: int) -> None:
+    """All other drawn tokens are in the completions, whose first tokens are drawn when the prompts are read."""
+    engine = make_engine(roles, sync_every, slots=slots)
+    found = list(engine.generate(PROMPTS, 2, SamplingParams(20, frozenset(range(9)), 1.0)))
+    wasted = engine.wasted_ratio()
+    assert wasted is not None and wasted.count - wasted.total == sum(len(one.token_ids) - 1 for one in found)
+    assert (wasted.total > 0) == (sync_every > 1)
+    assert make_engine(roles, None).wasted_ratio() is None
 
 
 @pytest.mark.parametrize("kind", ["qwen2", "qwen3", "gemma2", "mistral"])
@@ -172,16 +186,21 @@ class Graphs:
         self.made: list[FakeGraph] = []
         self.events: list[Event] = []
         self.fault, self.is_wrong = fault, is_wrong
-        real = Engine._make_steps
+        self.attempts = 0
+        graphs = self
 
-        def make_steps(engine: Engine, *arguments: Any) -> Any:
-            steps = real(engine, *arguments)
-            assert isinstance(steps, BufferedSteps)
-            steps.graphs = StepGraphs(steps, self.capture, self.events.append)
-            self.steps = steps
-            return steps
+        class RecordingGraphs(StepGraphs):
+            def step(self, steps: BufferedSteps, rows: int, width: int) -> None:
+                graphs.steps = steps
+                super().step(steps, rows, width)
 
-        monkeypatch.setattr(Engine, "_make_steps", make_steps)
+        def make_graphs(engine: Engine, store: StaticSlotCache) -> StepGraphs | None:
+            self.attempts += 1
+            if not engine.roles.decoding.cuda_graphs:
+                return None
+            return RecordingGraphs(self.capture, engine.roles.decoding, self.events.append)
+
+        monkeypatch.setattr(Engine, "_make_graphs", make_graphs)
 
     def capture(self, run: Callable[[], None]) -> FakeGraph:
         if self.fault is not None:
@@ -214,6 +233,13 @@ def test_graphs_that_fail_leave_the_plain_step(
     expected = completions(roles, None, sampling)
     graphs = Graphs(monkeypatch, fault, is_wrong=True)
     assert_equal(completions(roles, 4, sampling), expected)
+    # A later rollout of the run does not try again.
+    options = roles.decoding
+    assert not options.cuda_graphs
+    engine = Engine(roles, "policy")
+    engine.buffered = True
+    assert_equal({(one.prompt, one.sample): one for one in engine.generate(PROMPTS, 2, sampling)}, expected)
+    assert roles.decoding is options and graphs.attempts == 2
     (event,) = graphs.events
     assert is_warning(event) and event.message.startswith(f"{cuda_graphs.NAME}: {words}")  # type: ignore[attr-defined]
 

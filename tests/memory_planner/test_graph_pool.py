@@ -1,0 +1,58 @@
+"""Graphs of decoding steps in plans: their memory while prompts are read, and the time of a step that the host starts
+at once."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from lowrank_tune.config import load_any
+from lowrank_tune.memory_planner.gpu_specs import LAUNCH_SECONDS
+from lowrank_tune.memory_planner.graph_pool import with_graph_pools
+from lowrank_tune.memory_planner.plan_report import GRAPHS
+from lowrank_tune.memory_planner.planner import phases_of
+from lowrank_tune.memory_planner.rollouts import DecodingSpec
+from lowrank_tune.memory_planner.roofline import PhaseTime
+from lowrank_tune.memory_planner.specs import simulation_specs
+
+DECODING = DecodingSpec("policy", 4, 8, 8, 2, 2, 1 << 20, cuda_graphs=True)
+PEAKS = {
+    ("rollout: reading", "before"): {"weights": 100, "activations": 7},
+    ("rollout: reading", "after"): {"weights": 100, "activations": 20, "logits": 5},
+    ("rollout: placing", "before"): {"weights": 100, "activations": 9, "KV cache": 50},
+    # Prompts that were read, 9 bytes, are in use before the step begins.
+    ("rollout: step", "before"): {"weights": 100, "activations": 9, "KV cache": 50},
+    ("rollout: step", "forward", "last"): {"weights": 100, "activations": 15, "KV cache": 50},
+    ("rollout: step", "after"): {"weights": 100, "activations": 11, "logits": 30, "KV cache": 50},
+}
+
+
+def test_temporaries_of_a_step_are_kept_while_prompts_are_read() -> None:
+    """11 + 30 - 9 bytes by hand."""
+    found = with_graph_pools(PEAKS, {"rollout": DECODING})
+    assert {point: peak.get(GRAPHS, 0) for point, peak in found.items()} == {
+        ("rollout: reading", "before"): 32,
+        ("rollout: reading", "after"): 32,
+        ("rollout: placing", "before"): 32,
+        ("rollout: step", "before"): 0,
+        ("rollout: step", "forward", "last"): 0,
+        ("rollout: step", "after"): 0,
+    }
+    assert with_graph_pools(PEAKS, {"rollout": replace(DECODING, cuda_graphs=False)}) == PEAKS
+
+
+@pytest.mark.parametrize("setting", ["auto", "false"])
+def test_a_plan_has_graphs_unless_they_are_off(setting: str) -> None:
+    """On a GPU; never on the CPU."""
+    recipe = load_any("tiny-grpo", f"rollout.cuda_graphs={setting}")
+    for device, has_graphs in (("cuda", setting == "auto"), ("cpu", False)):
+        (spec,) = simulation_specs(recipe, device)
+        rollout = phases_of(spec, 24 << 30)[0]
+        assert rollout.name == "rollout"
+        assert (rollout.bytes.get(GRAPHS, 0) > 0) == has_graphs, (device, rollout)
+
+
+def test_a_captured_step_takes_the_time_of_its_kernels() -> None:
+    step = PhaseTime(gpu_seconds=0.010, host_seconds=0.036, seconds=0.036)
+    assert step.captured() == PhaseTime(0.010, LAUNCH_SECONDS, 0.010)
