@@ -114,19 +114,22 @@ class Engine:
         n: int,
         sampling: SamplingParams,
         numbers: Sequence[int] | None = None,
+        expected_lengths: Sequence[int] | None = None,
     ) -> Iterator[Completion]:
         """Yields `n` completions of each prompt, in the order in which they finish. Adapters are used as they are when
         the first completion is requested.
 
         `numbers` name the random streams of the prompts if these are a part of more; by default they are 0, 1, ...
-        Raises ValueError for an empty prompt and for stop strings without `decode`, TrainingError for logits that are
-        not finite.
+        `expected_lengths` are those of the completions of each prompt, so that long ones start first; completions do
+        not depend on them. Raises ValueError for an empty prompt and for stop strings without `decode`, TrainingError
+        for logits that are not finite.
         """
         scheduler = self._make_scheduler(
             prompts,
             n,
             sampling,
             numbers,
+            expected_lengths,
         )
         return cast(Iterator[Completion], self._run(scheduler, stream_tokens=False))
 
@@ -199,6 +202,7 @@ class Engine:
         n: int,
         sampling: SamplingParams,
         numbers: Sequence[int] | None,
+        expected_lengths: Sequence[int] | None = None,
     ) -> DecodeScheduler:
         if not all(len(prompt) for prompt in prompts):
             raise ValueError("an empty prompt: a prompt needs at least one token")
@@ -209,6 +213,7 @@ class Engine:
             sampling,
             stops,
             numbers or range(len(prompts)),
+            expected_lengths,
         )
 
     def _run(
@@ -248,7 +253,7 @@ class Engine:
         mode = self.generation_mode()
         with mode.enter():
             store = select_cache(self.roles.base.model, self.roles.limits.emit)
-            scheduler.slots = store.allocate(scheduler.slots, scheduler.columns, self.cache_bytes)
+            scheduler.set_slots(store.allocate(scheduler.slots, scheduler.columns, self.cache_bytes))
         with self.prepared_weights() as weights:
             steps = self._make_steps(scheduler, store, stream_tokens)
             while not scheduler.is_done:
