@@ -20,13 +20,13 @@ from torch import Tensor
 from lowrank_tune.batch import copy_to
 from lowrank_tune.errors import OutOfMemory
 from lowrank_tune.generation.attention import batched_attention
-from lowrank_tune.generation.cast_adapters import cast_adapters
 from lowrank_tune.generation.cpu_linears import fast_linears
 from lowrank_tune.generation.cuda_graphs import CudaCapture, StepGraphs
 from lowrank_tune.generation.decode_scheduler import DecodeScheduler
 from lowrank_tune.generation.decode_steps import BufferedSteps, DecodeSteps, PlainSteps
-from lowrank_tune.generation.kv_cache import KVStore, StaticSlotCache
+from lowrank_tune.generation.kv_cache import KVStore, StaticSlotCache, unused_cache_bytes
 from lowrank_tune.generation.outputs import Completion, Token
+from lowrank_tune.generation.rollout_weights import rollout_weights, verify_rollout_weights
 from lowrank_tune.generation.sampler import sample
 from lowrank_tune.generation.sampling_params import SamplingParams
 from lowrank_tune.generation.select_cache import select_cache
@@ -161,14 +161,41 @@ class Engine:
         """Returns the mode in which the forward passes of a rollout run."""
         return GenerationMode(self.roles, self.role)
 
-    def prepared_weights(self) -> AbstractContextManager[AbstractContextManager[None]]:
-        """Returns the context of a whole rollout, which yields the context of each stretch of its forward passes: with
-        fast linear modules on the CPU, with cast adapters under autocast."""
+    def prepared_weights(
+        self,
+        rows: int = 1,
+        copy_limit: int = 0,
+    ) -> AbstractContextManager[AbstractContextManager[None]]:
+        """Returns the context of a whole rollout with steps of up to `rows` rows, which yields the context of each
+        stretch of its forward passes: with fast linear modules, on a GPU also with copies of weights that fit
+        `copy_limit` bytes."""
         base = self.roles.base
-        stack = [] if self.role == "base" else self.roles.stacks[self.role]
         if base.device.type == "cuda":
-            return cast_adapters(base.model, stack, AUTOCAST_DTYPE)
-        return fast_linears(base.model, stack, self.scratch_bytes)
+            return rollout_weights(self.roles, self._stack, AUTOCAST_DTYPE, rows, copy_limit)
+        return fast_linears(base.model, self._stack, self.scratch_bytes)
+
+    @property
+    def _stack(self) -> list[str]:
+        return [] if self.role == "base" else self.roles.stacks[self.role]
+
+    def _verify_weights(self, slots: int) -> None:
+        """Compares the fast modules of a GPU with the plain ones, once."""
+        mode = self.generation_mode()
+
+        def hidden(input_ids: Tensor) -> Tensor:
+            with mode.enter():
+                decoder = self.roles.base.model.get_decoder()
+                return cast(Tensor, decoder(input_ids=input_ids, use_cache=False).last_hidden_state)
+
+        verify_rollout_weights(self.roles, self._stack, AUTOCAST_DTYPE, hidden, slots, self.cache_bytes)
+
+    def _copy_limit(self, store: KVStore, scheduler: DecodeScheduler) -> int:
+        """Returns the bytes for copies of weights: what the slots leave of those for keys and values. After an
+        out-of-memory error there are none."""
+        if not isinstance(store, StaticSlotCache) or self.roles.limits.cache_tokens:
+            return 0
+        slot_bytes = store.bytes_per_slot(scheduler.columns)
+        return unused_cache_bytes(scheduler.slots, slot_bytes, self.cache_bytes)
 
     def sample(
         self,
@@ -231,6 +258,7 @@ class Engine:
         # On the CPU decoding has linears of its own (`cpu_linears`).
         if self.roles.base.device.type != "cpu":
             self.roles.verify_fast_paths(self.role)
+            self._verify_weights(self.slots)
         slots = min(self.slots, scheduler.num_unfinished)
         while True:
             scheduler.start(limits.max_batch_units("cache_tokens", columns, slots))
@@ -254,7 +282,8 @@ class Engine:
         with mode.enter():
             store = select_cache(self.roles.base.model, self.roles.limits.emit)
             scheduler.set_slots(store.allocate(scheduler.slots, scheduler.columns, self.cache_bytes))
-        with self.prepared_weights() as weights:
+            copy_limit = self._copy_limit(store, scheduler)
+        with self.prepared_weights(scheduler.slots, copy_limit) as weights:
             steps = self._make_steps(scheduler, store, stream_tokens)
             while not scheduler.is_done:
                 # Between two yields the caller may use other roles and train: modes, adapters and modules are then as

@@ -73,6 +73,15 @@ def slots_that_fit(
     return max(1, min(slots, limit * 4 // 5 // max(1, bytes_per_slot)))
 
 
+def unused_cache_bytes(
+    slots: int,
+    bytes_per_slot: int,
+    limit: int,
+) -> int:
+    """Returns what these slots leave of `limit` bytes, besides the fifth for prompts that wait."""
+    return max(0, limit * 4 // 5 - slots * bytes_per_slot)
+
+
 @dataclass(frozen=True)
 class _PrefilledPrompts:
     layers: list[tuple[Tensor, Tensor]]

@@ -132,7 +132,7 @@ def decoding_phases(
                 columns = decoding.prompt_length + decoding.max_new_tokens
                 slots_over = -(-excess // bytes_per_sequence(spec.config, columns, spec.device))
                 slots = max(1, decoding.slots - slots_over)
-            rollouts[phase.name] = replace(decoding, slots=slots)
+            rollouts[phase.name] = replace(decoding, slots=slots, copies=False)
             has_changed = True
         if not has_changed:
             break
@@ -247,6 +247,8 @@ def _decoding_specs(
             scratch,
             cuda_graphs,
             rollout.sync_every if device.type == "cuda" else 1,
+            sequence_bytes,
+            config.get_text_config().num_hidden_layers,
         )
 
     if recipe.is_online:

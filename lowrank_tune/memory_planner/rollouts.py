@@ -11,6 +11,7 @@ from torch import Tensor
 
 from lowrank_tune.generation import Engine
 from lowrank_tune.generation.decode_scheduler import PREFILL_TOKENS, max_prefill_prompts
+from lowrank_tune.generation.kv_cache import unused_cache_bytes
 from lowrank_tune.generation.sampling_params import SamplingParams
 from lowrank_tune.generation.select_cache import select_cache_without_values
 from lowrank_tune.model.roles import Roles
@@ -31,6 +32,11 @@ class DecodingSpec:
     cuda_graphs: bool = False
     sync_every: int = 1
     """Steps between two reads of the host."""
+    sequence_bytes: int = 0
+    """Keys and values of one sequence in all layers; 0 if they are not known."""
+    layers: int = 1
+    copies: bool = True
+    """Whether the engine may copy weights, which it does not after an out-of-memory error."""
 
     @property
     def prefill_prompts(self) -> int:
@@ -42,6 +48,12 @@ class DecodingSpec:
     def reads_beside_cache(self) -> bool:
         """Whether prompts are read when the keys and values of all slots exist: after the first ones."""
         return self.prompts > self.prefill_prompts
+
+    def copy_limit(self, layers: int) -> int:
+        """Returns the bytes for copies of weights on a model of some of the layers: their part of those on all."""
+        if not self.copies or not self.sequence_bytes:
+            return 0
+        return unused_cache_bytes(self.slots, self.sequence_bytes, self.cache_bytes) * layers // self.layers
 
 
 Decoding = Callable[
@@ -77,7 +89,7 @@ def decode(
     with mode.enter():
         store = select_cache_without_values(roles.base.model)
         store.allocate(spec.slots, columns, 1 << 60)
-    with engine.prepared_weights() as weights, mode.enter(), weights:
+    with _prepared_weights(engine, spec) as weights, mode.enter(), weights:
         if spec.reads_beside_cache:
             shortest, _ = store.prefill([[0]])
             with allocating_cache:
@@ -114,7 +126,7 @@ def decode_typical_steps(
     )
     columns = spec.prompt_length + spec.max_new_tokens
     sampling = SamplingParams(spec.max_new_tokens, frozenset())
-    with engine.prepared_weights() as weights, engine.generation_mode().enter(), weights:
+    with _prepared_weights(engine, spec) as weights, engine.generation_mode().enter(), weights:
         store = select_cache_without_values(roles.base.model)
         store.allocate(spec.slots, columns, 1 << 60)
         on_pass("reading")
@@ -131,6 +143,11 @@ def decode_typical_steps(
             hidden = store.step([0] * spec.slots, [position - slot % 2 for slot in slots])
             engine.sample(sampling, hidden, _uniforms(spec.slots, roles))
             del hidden
+
+
+def _prepared_weights(engine: Engine, spec: DecodingSpec) -> AbstractContextManager[AbstractContextManager[None]]:
+    layers = engine.roles.base.model.config.get_text_config().num_hidden_layers
+    return engine.prepared_weights(spec.slots, spec.copy_limit(layers))
 
 
 def _uniforms(count: int, roles: Roles) -> Tensor:

@@ -166,6 +166,45 @@ def test_what_is_planned_from_few_layers_is_what_all_of_them_hold(tmp_path: Path
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("layers", [9])
+def test_copies_of_attention_weights_are_planned_where_slots_leave_room(tmp_path: Path, layers: int) -> None:
+    """All layers' copies or none, from a simulation of few layers: q, o (256 x 256), k, v (256 x 128) in two bytes, and
+    B of rank 16 for each, those of q, k, v as one matrix."""
+    (scene,) = simulation_specs(load_any(llama(tmp_path, num_hidden_layers=layers)), "cuda")
+    sequence = planner.bytes_per_sequence(scene.config, 512, scene.device)
+    copied = layers * 2 * (2 * 256 * (256 + 128) + 48 * (256 + 2 * 128) + 16 * 256)
+
+    def activations(room: int, slots: int = 64, copies: bool = True) -> int:
+        # A fifth is for prompts that wait.
+        limit = -(-(slots * sequence + room) * 5 // 4)
+        spec = DecodingSpec("policy", slots, 128, 384, 8, 8, limit, 0, False, sequence, layers, copies)
+        peaks = peaks_of(replace(scene, rollouts={"rollout": spec}), layers)
+        return min(peak["activations"] for point, peak in peaks.items() if point[0] == "rollout: step")
+
+    none = activations(copied - layers)
+    assert activations(copied) - none == copied
+    assert activations(copied, copies=False) == none
+    # bitsandbytes reads packed weights for few rows.
+    assert activations(copied, slots=8) == activations(0, slots=8)
+
+
+def test_a_rollout_that_does_not_fit_is_planned_without_copies(
+    sixteen_layers: SimulationSpec, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    planned = []
+
+    def peaks_with(spec: SimulationSpec, recomputed: int) -> Peaks:
+        decoding = spec.rollouts["rollout"]
+        planned.append((decoding.slots, decoding.copies))
+        return {("rollout: step",): {"KV cache": decoding.slots << 28, "activations": decoding.copies << 31}}
+
+    monkeypatch.setattr(planner, "peaks_of", peaks_with)
+    decoding_phases(sixteen_layers, {"rollout": DecodingSpec("policy", 64, 128, 384, 8, 8, 1 << 40)}, 16, 16 << 30)
+    assert planned[0] == (64, True) and len(planned) > 1
+    assert all(slots < 64 and not copies for slots, copies in planned[1:])
+
+
+@pytest.mark.slow
 def test_plan_of_too_many_sequences_decodes_fewer_and_at_least_one(tmp_path: Path) -> None:
     """32 MiB a sequence, 64 of them 2 GiB. The engine continues with fewer if memory runs short, so a GPU with room for
     some of them is enough."""
