@@ -99,10 +99,10 @@ class Algorithm(Generic[BatchT]):
         """Yields warnings about the metrics of a step. Never raises."""
         return iter(())
 
-    def state(self) -> dict[str, float]:
-        """Returns what a checkpoint must contain to resume the algorithm."""
+    def state(self) -> dict[str, Any]:
+        """Returns what a checkpoint must contain to resume the algorithm, as JSON."""
         return {}
 
-    def restore(self, state: Mapping[str, float]) -> None:
+    def restore(self, state: Mapping[str, Any]) -> None:
         """Restores what `state` returned."""
         assert not state, f"{type(self).__name__} has no state to restore"

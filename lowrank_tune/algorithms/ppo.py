@@ -35,7 +35,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -377,10 +377,10 @@ class PPO(RolloutAlgorithm):
         exceeds_target = stats["approx_kl"].value > self.settings.target_kl
         return not exceeds_target
 
-    def state(self) -> dict[str, float]:
+    def state(self) -> dict[str, Any]:
         return {"coefficient": self.kl_coef, **super().state()}
 
-    def restore(self, state: Mapping[str, float]) -> None:
+    def restore(self, state: Mapping[str, Any]) -> None:
         self.kl_coef = state["coefficient"]
         super().restore(state)
 

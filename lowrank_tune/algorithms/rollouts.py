@@ -21,6 +21,7 @@ from lowrank_tune.batch import Batch, RolloutBatch, concat_batches
 from lowrank_tune.errors import TrainingError
 from lowrank_tune.functional import weighted_sum
 from lowrank_tune.generation import Engine
+from lowrank_tune.generation.completion_lengths import CompletionLengths
 from lowrank_tune.generation.outputs import Completion
 from lowrank_tune.generation.sampling_params import SamplingParams
 from lowrank_tune.model.roles import Roles
@@ -193,6 +194,7 @@ class RolloutCollector:
     log_group: Callable[[int, RolloutGroups, Tensor], None] = log_nothing
     """Called in each step, with the rollouts and their advantages (groups, n)."""
     failures: RewardFailureTracker = field(default_factory=RewardFailureTracker)
+    lengths: CompletionLengths = field(default_factory=CompletionLengths)
 
     def collect(
         self,
@@ -244,8 +246,10 @@ class RolloutCollector:
             self.temperature,
             seed,
         )
+        prompt_ids = [prompt.input_ids for prompt in prompts]
+        expected_lengths = self.lengths.expected(prompt_ids)
         completed: list[tuple[int, Completion, str]] = []
-        for completion in engine.generate([prompt.input_ids for prompt in prompts], n, sampling):
+        for completion in engine.generate(prompt_ids, n, sampling, expected_lengths=expected_lengths):
             row = completion.prompt * n + completion.sample
             text = self.decode(completion.content_ids)
             self.reward_client.submit(
@@ -256,7 +260,9 @@ class RolloutCollector:
             )
             completed.append((row, completion, text))
         completed.sort(key=itemgetter(0))
-        return [completion for _, completion, _ in completed], [text for _, _, text in completed]
+        completions = [completion for _, completion, _ in completed]
+        self.lengths.record(prompt_ids, completions)
+        return completions, [text for _, _, text in completed]
 
     def _components(self, scores: Sequence[float] | RewardFailure) -> list[float]:
         """Returns the value of each reward of a completion; nan if one failed, so that it cannot be used by mistake."""
@@ -366,11 +372,12 @@ class RolloutAlgorithm(Algorithm[RolloutBatch]):
     def diagnostics(self, metrics: Mapping[str, float]) -> Iterator[str]:
         yield from describe_failures(self._reward_failures, self._num_completions)
 
-    def state(self) -> dict[str, float]:
-        return self.collector.failures.state()
+    def state(self) -> dict[str, Any]:
+        return {**self.collector.failures.state(), "lengths": self.collector.lengths.state()}
 
-    def restore(self, state: Mapping[str, float]) -> None:
+    def restore(self, state: Mapping[str, Any]) -> None:
         self.collector.failures.restore(state)
+        self.collector.lengths.restore(state.get("lengths", {}))
 
 
 def check_sampler_mismatch(

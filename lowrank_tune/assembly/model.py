@@ -111,7 +111,7 @@ def decoding_options(
     device: torch.device,
     emit: Emit,
 ) -> DecodingOptions:
-    """Returns how completions are drawn on a GPU. Emits a warning if the recipe demands CUDA graphs on the CPU."""
+    """Returns how completions are drawn on a GPU. Emits a warning if the recipe requires CUDA graphs on the CPU."""
     if recipe.rollout.cuda_graphs is True and device.type != "cuda":
         emit(warning("`rollout.cuda_graphs: true` has no effect: there are CUDA graphs on a GPU alone"))
     return DecodingOptions(recipe.rollout.sync_every, bool(recipe.rollout.cuda_graphs))

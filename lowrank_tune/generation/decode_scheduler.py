@@ -99,13 +99,16 @@ class DecodeScheduler:
         sampling: SamplingParams,
         stops: StoppingCriteria,
         numbers: Sequence[int],
+        expected_lengths: Sequence[int] | None = None,
     ) -> None:
-        """`numbers` name the random streams of the prompts."""
+        """`numbers` name the random streams of the prompts. `expected_lengths` are those of their completions, by
+        default all equal; they decide the order of the sequences and nothing else."""
         self.prompts = prompts
         self.n = n
         self.sampling = sampling
         self.stops = stops
         self.numbers = numbers
+        self.expected_lengths = expected_lengths or [0] * len(prompts)
         self.unfinished = [list(range(n)) for _ in prompts]
         """The samples of each prompt that have not ended."""
         if sampling.max_new_tokens < 1:
@@ -116,17 +119,18 @@ class DecodeScheduler:
 
     def start(self, slots: int) -> None:
         """Queues all sequences that have not ended, from their beginning. Called again after an attempt that failed."""
-        self.slots = slots
         self.token_budget = math.inf
         if self.sampling.budget is not None:
             self.token_budget = self.sampling.budget - self.spent_tokens
-        waiting = [prompt for prompt, samples in enumerate(self.unfinished) if samples]
-        # Prompts of similar length are read together.
-        waiting.sort(key=lambda prompt: len(self.prompts[prompt]))
-        self.waiting = deque(waiting)
         self.prefilled = deque[_PrefilledPrompt]()
         self.rows = list[SequenceState | None]()
         """The sequence in each slot."""
+        self.set_slots(slots)
+
+    def set_slots(self, slots: int) -> None:
+        """Sets the number of slots, before any prompt is read, and orders the waiting prompts for it."""
+        self.slots = slots
+        self.waiting = deque(self._prompt_order())
 
     @property
     def num_unfinished(self) -> int:
@@ -275,6 +279,28 @@ class DecodeScheduler:
         self.unfinished.clear()
         self.start(self.slots)
         return completions
+
+    def _prompt_order(self) -> list[int]:
+        """Returns the prompts with sequences that have not ended: the longest expected first, because a rollout lasts
+        until its last sequence ends. The order of the prompts that start at once changes nothing, so these are ordered
+        by their own length: prompts of similar length are then read together."""
+        waiting = [prompt for prompt, samples in enumerate(self.unfinished) if samples]
+        waiting.sort(key=self._prompt_length)
+        waiting.sort(key=self._expected_length, reverse=True)
+        free = self.slots
+        num_first = 0
+        for prompt in waiting:
+            free -= len(self.unfinished[prompt])
+            if free < 0:
+                break
+            num_first += 1
+        return sorted(waiting[:num_first], key=self._prompt_length) + waiting[num_first:]
+
+    def _prompt_length(self, prompt: int) -> int:
+        return len(self.prompts[prompt])
+
+    def _expected_length(self, prompt: int) -> int:
+        return self.expected_lengths[prompt]
 
     def _free_slots(self) -> list[int]:
         """Returns the free slots in order, no more than the token budget has tokens for."""

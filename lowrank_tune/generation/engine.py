@@ -114,19 +114,22 @@ class Engine:
         n: int,
         sampling: SamplingParams,
         numbers: Sequence[int] | None = None,
+        expected_lengths: Sequence[int] | None = None,
     ) -> Iterator[Completion]:
         """Yields `n` completions of each prompt, in the order in which they finish. Adapters are used as they are when
         the first completion is requested.
 
         `numbers` name the random streams of the prompts if these are a part of more; by default they are 0, 1, ...
-        Raises ValueError for an empty prompt and for stop strings without `decode`, TrainingError for logits that are
-        not finite.
+        `expected_lengths` are those of the completions of each prompt, so that long ones start first; completions do
+        not depend on them. Raises ValueError for an empty prompt and for stop strings without `decode`, TrainingError
+        for logits that are not finite.
         """
         scheduler = self._make_scheduler(
             prompts,
             n,
             sampling,
             numbers,
+            expected_lengths,
         )
         return cast(Iterator[Completion], self._run(scheduler, stream_tokens=False))
 
@@ -148,9 +151,9 @@ class Engine:
         return self._run(scheduler, stream_tokens=True)
 
     def wasted_ratio(self) -> WeightedMean | None:
-        """Returns the share of the tokens drawn until now that were dropped, because their completion had ended before
-        the host read them; None without buffers."""
-        if not self.buffered or not self._num_drawn:
+        """Returns the share of the tokens drawn by buffered steps that were dropped, because their completion had ended
+        before the host read them; None if there were no such steps."""
+        if not self._num_drawn:
             return None
         return WeightedMean(self._num_dropped, self._num_drawn)
 
@@ -226,6 +229,7 @@ class Engine:
         n: int,
         sampling: SamplingParams,
         numbers: Sequence[int] | None,
+        expected_lengths: Sequence[int] | None = None,
     ) -> DecodeScheduler:
         if not all(len(prompt) for prompt in prompts):
             raise ValueError("an empty prompt: a prompt needs at least one token")
@@ -236,6 +240,7 @@ class Engine:
             sampling,
             stops,
             numbers or range(len(prompts)),
+            expected_lengths,
         )
 
     def _run(
@@ -276,7 +281,7 @@ class Engine:
         mode = self.generation_mode()
         with mode.enter():
             store = select_cache(self.roles.base.model, self.roles.limits.emit)
-            scheduler.slots = store.allocate(scheduler.slots, scheduler.columns, self.cache_bytes)
+            scheduler.set_slots(store.allocate(scheduler.slots, scheduler.columns, self.cache_bytes))
             copy_limit = self._copy_limit(store, scheduler)
         with self.prepared_weights(scheduler.slots, copy_limit) as weights:
             steps = self._make_steps(scheduler, store, stream_tokens)
@@ -300,23 +305,26 @@ class Engine:
     ) -> DecodeSteps:
         """Returns the fastest kind of steps for the device and the cache."""
         sampling = scheduler.sampling
-        sample = partial(self.sample, sampling)
+        draw = partial(self.sample, sampling)
         device = self.roles.base.device
         # A budget ends all sequences at the same step, which depends on when slots are filled again.
         if not self.buffered or sampling.budget is not None or not isinstance(store, StaticSlotCache):
-            return PlainSteps(store, sample, device)
+            return PlainSteps(store, draw, device)
+        # Steps that read values wait for the device anyway.
+        if device.type == "cuda" and not store.is_capturable:
+            return PlainSteps(store, draw, device)
         return BufferedSteps(
             store,
-            sample,
+            draw,
             sampling.max_new_tokens,
             1 if stream_tokens else self.roles.decoding.sync_every,
-            self._make_graphs(store),
+            self._make_graphs(),
         )
 
-    def _make_graphs(self, store: StaticSlotCache) -> StepGraphs | None:
+    def _make_graphs(self) -> StepGraphs | None:
         """Returns the graphs of a rollout, None where there are none."""
         options = self.roles.decoding
-        if self.roles.base.device.type != "cuda" or not options.cuda_graphs or not store.is_capturable:
+        if self.roles.base.device.type != "cuda" or not options.cuda_graphs:
             return None
         return StepGraphs(CudaCapture(), options, self.roles.limits.emit)
 
@@ -373,8 +381,9 @@ class Engine:
         sequences = scheduler.decoding()
         for drawn in steps.run(sequences):
             slots = scheduler.append_drawn(sequences, drawn)
-            self._num_drawn += len(sequences)
-            self._num_dropped += len(sequences) - len(slots)
+            if isinstance(steps, BufferedSteps):
+                self._num_drawn += len(sequences)
+                self._num_dropped += len(sequences) - len(slots)
             yield slots
 
 

@@ -63,9 +63,10 @@ class JoinedLinears:
     @property
     def copied_bytes(self) -> int:
         """Bytes of a copy of the weights, with the joined B."""
-        inputs = self.bases[0].in_features
+        inputs: int = self.bases[0].in_features
         ranks = 0 if self.down is None else self.down.shape[1]
-        return int(self.dtype.itemsize * (inputs + ranks) * sum(self.sizes))
+        num_values: int = (inputs + ranks) * sum(self.sizes)
+        return self.dtype.itemsize * num_values
 
     def gains_from_copy(self, rows: int, device: torch.device) -> bool:
         """Returns whether a product of `rows` rows unpacks one of the weights."""

@@ -10,6 +10,7 @@ import torch
 from peft import LoraConfig
 
 from lowrank_tune.config import RecipeConfig
+from lowrank_tune.generation.decode_masks import needs_boolean_mask
 from lowrank_tune.generation.engine import device_memory, gpu_cache_bytes
 from lowrank_tune.generation.kv_cache import slots_that_fit
 from lowrank_tune.generation.slot_cache import layer_windows
@@ -224,7 +225,8 @@ def _decoding_specs(
     scratch = 0
     if device.type != "cuda":
         scratch = _host_memory_part()
-    cuda_graphs = device.type == "cuda" and bool(rollout.cuda_graphs)
+    is_capturable = not needs_boolean_mask(config, layer_windows(config))
+    cuda_graphs = device.type == "cuda" and bool(rollout.cuda_graphs) and is_capturable
 
     def decoding(
         max_slots: int,
@@ -244,6 +246,7 @@ def _decoding_specs(
             limit,
             scratch,
             cuda_graphs,
+            rollout.sync_every if device.type == "cuda" else 1,
             sequence_bytes,
             config.get_text_config().num_hidden_layers,
         )

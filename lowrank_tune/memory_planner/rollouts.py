@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -30,6 +30,8 @@ class DecodingSpec:
     cache_bytes: int
     scratch_bytes: int = 0
     cuda_graphs: bool = False
+    sync_every: int = 1
+    """Steps between two reads of the host."""
     sequence_bytes: int = 0
     """Keys and values of one sequence in all layers; 0 if they are not known."""
     layers: int = 1
@@ -41,6 +43,11 @@ class DecodingSpec:
         """Prompts that the scheduler reads at once for empty slots, at least 1."""
         limit = max_prefill_prompts(self.slots, self.samples, self.slots)
         return max(1, min(self.prompts, limit, PREFILL_TOKENS // self.prompt_length))
+
+    @property
+    def reads_beside_cache(self) -> bool:
+        """Whether prompts are read when the keys and values of all slots exist: after the first ones."""
+        return self.prompts > self.prefill_prompts
 
     def copy_limit(self, layers: int) -> int:
         """Returns the bytes for copies of weights on a model of some of the layers: their part of those on all."""
@@ -64,9 +71,10 @@ def decode(
     allocating_cache: AbstractContextManager[None],
     on_pass: Callable[[str], None],
 ) -> None:
-    """Reads prompts, fills the slots and makes one step at the greatest length, as the engine does. `allocating_cache`
-    is entered while keys and values are allocated. `on_pass` is called with the name of each pass before it begins:
-    each has its own program points, because the bytes of prompts and of a step grow differently with each layer."""
+    """Reads prompts, beside the keys and values of all slots if these exist by then, fills the slots and makes one step
+    at the greatest length, as the engine does. `allocating_cache` is entered while keys and values are allocated.
+    `on_pass` is called with the name of each pass before it begins: each has its own program points, because the bytes
+    of prompts and of a step grow differently with each layer."""
     engine = Engine(
         roles,
         spec.role,
@@ -82,6 +90,12 @@ def decode(
         store = select_cache_without_values(roles.base.model)
         store.allocate(spec.slots, columns, 1 << 60)
     with _prepared_weights(engine, spec) as weights, mode.enter(), weights:
+        if spec.reads_beside_cache:
+            shortest, _ = store.prefill([[0]])
+            with allocating_cache:
+                store.insert(shortest, [0], [0])
+            allocating_cache = nullcontext()
+            del shortest
         prompts = spec.prefill_prompts
         prefilled, hidden = store.prefill([[0] * spec.prompt_length] * prompts)
         on_pass("placing")

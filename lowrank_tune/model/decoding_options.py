@@ -11,9 +11,11 @@ SYNC_EVERY = 8
 class DecodingOptions:
     """`sync_every` tokens of each sequence are drawn before the host reads them. `cuda_graphs` is set to False if steps
     cannot be captured, or compute something else when they are, and `few_launches` if the modules of
-    `generation/gpu_linears.py` compute something else than the plain ones: they are compared for each stack once."""
+    `generation/gpu_linears.py` compute something else than the plain ones: they are compared for each stack once.
+    `num_replays` counts the steps that ran as graphs."""
 
     sync_every: int = SYNC_EVERY
     cuda_graphs: bool = True
     few_launches: bool = True
     compared_stacks: set[tuple[str, ...]] = field(default_factory=set)
+    num_replays: int = 0

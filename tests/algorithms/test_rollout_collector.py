@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -65,6 +66,13 @@ def collector_with(roles: Roles, client: RecordingRewards, weights: Sequence[flo
     )
 
 
+def algorithm_over(name: str, collector: RolloutCollector) -> RolloutAlgorithm:
+    context = AlgorithmContext(collector.roles, fresh=False)
+    if name == "grpo":
+        return GRPO(context, GRPOConfig(), collector)
+    return PPO(context, PPOConfig(critic="shared"), collector)
+
+
 @pytest.mark.parametrize("weights", [(1.0, 0.5), (-2.0, 0.25), (0.0, 3.0), (0.0, 0.0)])
 def test_the_reward_is_the_weighted_sum_of_its_rewards(roles: Roles, weights: tuple[float, float]) -> None:
     """Exactly, since all numbers are short fractions in binary. A completion whose reward failed has none."""
@@ -118,12 +126,7 @@ def test_dropped_tokens_are_a_metric_where_several_are_drawn_at_once(
 def test_the_end_token_of_a_completion_is_trained(roles: Roles, algorithm: str) -> None:
     client = RecordingRewards()
     collector = collector_with(roles, client)
-    context = AlgorithmContext(roles, fresh=False)
-    trained: RolloutAlgorithm
-    if algorithm == "grpo":
-        trained = GRPO(context, GRPOConfig(), collector)
-    else:
-        trained = PPO(context, PPOConfig(critic="shared"), collector)
+    trained = algorithm_over(algorithm, collector)
     batch = trained.collect(0).batch
     weights = trained.token_weights(batch)
     stopped = [row for row, completion in client.completions.items() if completion.finish_reason == "stop"]
@@ -132,3 +135,51 @@ def test_the_end_token_of_a_completion_is_trained(roles: Roles, algorithm: str) 
         last = int(batch.attention_mask[row].sum()) - 1
         assert int(batch.input_ids[row, last]) in collector.stop_ids
         assert weights[row, last] > 0 and not torch.any(weights[row, last + 1 :]), row
+
+
+class OrderedRewards(RecordingRewards):
+    """Keeps the order in which completions end too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.order: list[int] = []
+
+    def submit(self, key: int, prompt: PromptExample, text: str, completion: Completion) -> None:
+        super().submit(key, prompt, text, completion)
+        self.order.append(key)
+
+
+@pytest.mark.parametrize("name", ["grpo", "ppo"])
+@pytest.mark.parametrize("restores", [True, False])
+def test_a_resumed_run_has_the_order_of_an_uninterrupted_one(roles: Roles, name: str, restores: bool) -> None:
+    """The order in which twelve sequences take five slots depends on the lengths of the epochs before."""
+
+    def algorithm(client: OrderedRewards) -> RolloutAlgorithm:
+        return algorithm_over(name, replace(collector_with(roles, client), max_new_tokens=12))
+
+    straight, resumed = OrderedRewards(), OrderedRewards()
+    uninterrupted = algorithm(straight)
+    uninterrupted.collect(0)
+    state = json.loads(json.dumps(uninterrupted.state()))
+    straight.order.clear()
+    expected = [uninterrupted.collect(step).batch for step in (1, 2)]
+    continued = algorithm(resumed)
+    if restores:
+        continued.restore(state)
+    found = [continued.collect(step).batch for step in (1, 2)]
+    assert (resumed.order == straight.order) is restores
+    assert len(straight.order) == 24
+    if restores:
+        assert continued.state() == uninterrupted.state()
+        for mine, theirs in zip(found, expected, strict=True):
+            assert all(mine.tensors()[key].equal(value) for key, value in theirs.tensors().items())
+
+
+@pytest.mark.parametrize("name", ["grpo", "ppo"])
+def test_a_checkpoint_without_lengths_is_restored(roles: Roles, name: str) -> None:
+    algorithm = algorithm_over(name, collector_with(roles, RecordingRewards()))
+    state = algorithm.state()
+    del state["lengths"]
+    algorithm.collect(0)
+    algorithm.restore(state)
+    assert algorithm.state()["lengths"]["completions"] == 0

@@ -15,8 +15,10 @@ from safetensors.torch import load_file
 from lowrank_tune import Recipe, run
 from lowrank_tune.algorithms import sft as sft_module
 from lowrank_tune.algorithms.sft import SFT, sft_loss
+from lowrank_tune.assembly.sources import PromptSource
 from lowrank_tune.evaluation.pair_losses import ValidationResult
 from lowrank_tune.events import Evaluated, Event, StepEnd
+from lowrank_tune.generation.completion_lengths import CompletionLengths
 from lowrank_tune.runner import RunResult
 from lowrank_tune.training.evaluator import StageEvaluator
 from lowrank_tune.training.reward_hacking import Divergence, EvalPoint
@@ -208,3 +210,44 @@ def test_a_resumed_run_continues_all_counters_of_the_loop(
     assert run_fingerprint(resumed.folder) == run_fingerprint(straight.folder)
     stalled = [warning for warning in straight.summary["warnings"] if "nothing is being learned" in warning]
     assert len(stalled) == 1 and stalled[0] in resumed.summary["warnings"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("algorithm", ["grpo", "ppo"])
+def test_a_resumed_run_starts_its_sequences_in_the_same_order(
+    algorithm: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, control: TrainerControl
+) -> None:
+    """Eight sequences have three slots in each step. The second epoch, in which the lengths of each prompt are known,
+    begins with step 3; the run is interrupted before and within it."""
+    data = small_recipe(algorithm, max_steps=4, save_steps=1, prompts_per_step=2, logging_steps=1)
+    del data["evaluate"]
+    data["data"]["train"][0]["max_samples"] = 4
+    data["rollout"]["max_num_seqs"] = 3
+    if algorithm == "grpo":
+        data["grpo"] = {"beta": 0.0}
+    recipe = Recipe.from_dict(data)
+    lengths_by_run: dict[str, list[list[int]]] = {"straight": [], "resumed": []}
+    current = "straight"
+    expected = CompletionLengths.expected
+
+    def recorded(self: CompletionLengths, prompts: Sequence[Sequence[int]]) -> list[int]:
+        lengths_by_run[current].append(expected(self, prompts))
+        return lengths_by_run[current][-1]
+
+    use_model = PromptSource.use_model
+
+    def use_model_with_stops(source: PromptSource, *arguments: Any) -> None:
+        use_model(source, *arguments)
+        assert source.collector is not None
+        source.collector.stop_ids |= frozenset(range(0, 10_000, 5))
+
+    monkeypatch.setattr(CompletionLengths, "expected", recorded)
+    monkeypatch.setattr(PromptSource, "use_model", use_model_with_stops)
+    straight = run(recipe, out=tmp_path / "straight", ui="none")
+    current = "resumed"
+    stopped_after(2, recipe, tmp_path / "resumed", control)
+    stopped_after(3, recipe, tmp_path / "resumed", control)
+    resumed = run(recipe, out=tmp_path / "resumed", ui="none")
+    assert lengths_by_run["resumed"] == lengths_by_run["straight"]
+    assert any(min(lengths) < max(lengths) for lengths in lengths_by_run["straight"][2:]), "the test is blind"
+    assert run_fingerprint(resumed.folder) == run_fingerprint(straight.folder)
