@@ -89,9 +89,9 @@ def count_step_times(counter: KernelCounter) -> dict[str, Any]:
     counts: dict[str, Any] = {}
     for layers in (1, 2):
         base = fake_base("llama-3.1-8b", layers)
-        for stack, frozen in (("one adapter", []), ("two adapters", ["sft"])):
+        for stack, frozen, batches in (("one adapter", [], (1, 16, 64)), ("two adapters", ["sft"], (64,))):
             with stacked_roles(base, frozen) as roles:
-                for batch in (1, 16, 64):
+                for batch in batches:
                     totals = count_decode_step(counter, roles, batch, TIMED_WIDTH)
                     counts.setdefault(f"{batch} rows, {stack}", []).append(totals.to_json())
     return counts
