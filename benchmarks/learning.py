@@ -28,8 +28,9 @@ import tempfile
 from pathlib import Path
 
 from learning_curves import accuracy, setup
-from learning_curves.curves import Curve, Curves, agreement, step_table, time_table
+from learning_curves.curves import Curve, Curves
 from learning_curves.picture import TITLES, picture
+from learning_curves.tables import agreement, step_table, time_table
 from learning_curves.task import SETTINGS, Task, tiny
 from learning_curves.turns import compete, in_process
 
@@ -104,8 +105,8 @@ def main(arguments: list[str] | None = None) -> int:
         }
         options.json.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
     if options.picture:
-        shown = {name: (next(iter(SETTINGS[name].thresholds)), curves) for name, curves in results.items()}
-        options.picture.write_text(picture(shown), encoding="utf-8")
+        rows = [(name, metric, curves) for name, curves in results.items() for metric in SETTINGS[name].thresholds]
+        options.picture.write_text(picture(rows), encoding="utf-8")
     return 0
 
 

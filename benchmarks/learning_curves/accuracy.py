@@ -4,7 +4,9 @@ adapter."""
 from __future__ import annotations
 
 import json
+import tempfile
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from learning_curves import ours, setup
@@ -21,7 +23,7 @@ def evaluate(task: Task, contenders: Sequence[str], small: bool) -> None:
     first = evaluator.accuracies("", 0)
     for contender in contenders:
         found = {0: first}
-        for step in task.settings.evaluated_steps():
+        for step in task.settings.evaluated:
             found[step] = evaluator.accuracies(contender, step)
         file = task.of(contender) / "accuracy.json"
         file.write_text(json.dumps(found), encoding="utf-8")
@@ -63,9 +65,6 @@ class Evaluator:
 
     def _heldout_pairs(self, count: int) -> Any:
         """Returns the batch of held-out pairs, with the log-probs of the reference."""
-        import tempfile
-        from pathlib import Path
-
         from lowrank_tune.data import collate_units
 
         pairs = heldout_pairs(self.template, count)
@@ -93,18 +92,8 @@ def heldout_pairs(template: Any, count: int) -> list[Pair]:
 
     found = []
     for row in preferences(count, SEED, "heldout"):
-        sides = []
-        for side in ("chosen", "rejected"):
-            encoded = template.encode([Message("user", row["prompt"]), Message("assistant", row[side])])
-            sides.append(encoded)
-        found.append(pair_of(sides))
+        question = Message("user", row["prompt"])
+        chosen = template.encode([question, Message("assistant", row["chosen"])])
+        rejected = template.encode([question, Message("assistant", row["rejected"])])
+        found.append(setup.pair_of(chosen, rejected))
     return found
-
-
-def pair_of(sides: Sequence[Any]) -> Pair:
-    """Returns the pair of a chosen and a rejected row."""
-    from lowrank_tune.evaluation.questions import split_row
-
-    prompt, chosen = split_row(sides[0])
-    _, rejected = split_row(sides[1])
-    return Pair(prompt, chosen, rejected)

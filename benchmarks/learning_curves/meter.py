@@ -28,6 +28,8 @@ class Meter:
     """Returns the adapter, with the names of PEFT's file format."""
     cpu: float = 0.0
     wall: float = 0.0
+    prepared: float = 0.0
+    """CPU seconds before the first step."""
     steps: list[dict[str, float]] = field(default_factory=list)
     _started: tuple[float, float] = (0.0, 0.0)
     _has_turn: bool = False
@@ -38,6 +40,11 @@ class Meter:
             self._wait_for_turn()
         self._started = (time.process_time(), time.perf_counter())
 
+    def start_training(self) -> None:
+        """Begins the first step."""
+        self.prepared = self.cpu
+        self.start()
+
     def stop(self) -> None:
         """Adds the time since `start`."""
         self.cpu += time.process_time() - self._started[0]
@@ -45,7 +52,7 @@ class Meter:
 
     @contextmanager
     def counted(self) -> Iterator[None]:
-        """Counts the time of a block."""
+        """Counts the time of a block before the first step."""
         self.start()
         yield
         self.stop()
@@ -55,7 +62,7 @@ class Meter:
         self.stop()
         self.steps.append({"cpu": self.cpu, "wall": self.wall, "value": value})
         number = len(self.steps)
-        if number in self.task.settings.evaluated_steps():
+        if number in self.task.settings.evaluated:
             self._save(number)
             self._has_turn = False
         if number < self.task.settings.steps:
@@ -77,4 +84,4 @@ class Meter:
 
     def _write(self) -> None:
         file = self.task.of(self.contender) / "steps.json"
-        file.write_text(json.dumps(self.steps), encoding="utf-8")
+        file.write_text(json.dumps({"prepared": self.prepared, "steps": self.steps}), encoding="utf-8")

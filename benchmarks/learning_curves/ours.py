@@ -50,7 +50,7 @@ def train(task: Task, meter: Meter, roles: Any, algorithm: Any, value: Callable[
     config, device, parameters = train_config(task), torch.device("cpu"), roles.parameters("policy")
     optimizer = make_optimizer(parameters, config, device)
     loop = Trainer(algorithm, parameters, optimizer, config, task.settings.steps, task.seed, device, emit, end_step)
-    meter.start()
+    meter.start_training()
     loop.run()
 
 

@@ -61,7 +61,7 @@ def callback_of(meter: Meter, value: Callable[[], float]) -> Any:
 
     class Steps(TrainerCallback):
         def on_train_begin(self, *_: Any, **__: Any) -> None:
-            meter.start()
+            meter.start_training()
 
         def on_step_end(self, *_: Any, **__: Any) -> None:
             meter.end_step(value())
@@ -87,6 +87,7 @@ def grpo(task: Task, meter: Meter) -> None:
     import datasets
     from trl import GRPOConfig, GRPOTrainer
 
+    datasets.disable_progress_bars()
     settings = task.settings
     template = setup.template_of(setup.recipe_of("grpo", task.seed, 1))
     tokenizer, rewards = template.tokenizer, []
@@ -136,6 +137,7 @@ def dpo(task: Task, meter: Meter) -> None:
     import datasets
     from trl import DPOConfig, DPOTrainer
 
+    datasets.disable_progress_bars()
     settings, losses = task.settings, []
 
     class Counted(DPOTrainer):  # type: ignore[misc]

@@ -87,29 +87,23 @@ def prompts(task: Task) -> list[GradedPrompt]:
 
 def pairs(task: Task) -> list[Pair]:
     """Returns the pairs of all steps."""
-    count = task.settings.steps * task.settings.units
-    return shuffled(pairs_of(load_pairs(task.seed, count + SPARE)), count, task.seed)
-
-
-def load_pairs(seed: int, count: int) -> Any:
-    """Returns a store of training pairs."""
     from lowrank_tune.data import load
     from lowrank_tune.events import ignore_event
 
-    recipe = recipe_of("dpo", seed, count)
-    return load(recipe.data, template_of(recipe), seed, ignore_event, pairs=True).train
+    count = task.settings.steps * task.settings.units
+    recipe = recipe_of("dpo", task.seed, count + SPARE)
+    store = load(recipe.data, template_of(recipe), task.seed, ignore_event, pairs=True).train
+    found = [pair_of(store[2 * unit], store[2 * unit + 1]) for unit in range(store.units)]
+    return shuffled(found, count, task.seed)
 
 
-def pairs_of(store: Any) -> list[Pair]:
-    """Returns the pairs of a store as token ids."""
+def pair_of(chosen_row: Any, rejected_row: Any) -> Pair:
+    """Returns the pair of a chosen and a rejected row."""
     from lowrank_tune.evaluation.questions import split_row
 
-    found = []
-    for unit in range(store.units):
-        prompt, chosen = split_row(store[2 * unit])
-        _, rejected = split_row(store[2 * unit + 1])
-        found.append(Pair(prompt, chosen, rejected))
-    return found
+    prompt, chosen = split_row(chosen_row)
+    _, rejected = split_row(rejected_row)
+    return Pair(prompt, chosen, rejected)
 
 
 def stacked_roles(task: Task) -> tuple[Any, Any]:
