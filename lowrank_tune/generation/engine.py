@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Generator, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import Any, cast
 
@@ -21,11 +21,12 @@ from lowrank_tune.batch import copy_to
 from lowrank_tune.errors import OutOfMemory
 from lowrank_tune.generation.attention import batched_attention
 from lowrank_tune.generation.cast_adapters import cast_adapters
-from lowrank_tune.generation.cpu_linears import fast_linears
+from lowrank_tune.generation.cpu_linears import FastLinears
 from lowrank_tune.generation.cuda_graphs import CudaCapture, StepGraphs
 from lowrank_tune.generation.decode_scheduler import DecodeScheduler
 from lowrank_tune.generation.decode_steps import BufferedSteps, DecodeSteps, PlainSteps
 from lowrank_tune.generation.kv_cache import KVStore, StaticSlotCache
+from lowrank_tune.generation.linear_weights import ScratchLimits
 from lowrank_tune.generation.outputs import Completion, Token
 from lowrank_tune.generation.sampler import sample
 from lowrank_tune.generation.sampling_params import SamplingParams
@@ -42,6 +43,8 @@ CHUNK_LOGITS = 1 << 24
 """Logits that are computed at once: 64 MiB in fp32."""
 USABLE_MEMORY_FRACTION = 0.92
 """Share of a GPU's memory that can be used: the rest is lost between blocks."""
+MIN_ROWS_FOR_COPIES = 4
+"""Sequences at once from which products with copied weights are faster than with weights in fp32 as they are stored."""
 WORKSPACE_BYTES = 3 << 29
 """CUDA's context and libraries, logits, and the activations of a prefill: 1.5 GiB."""
 
@@ -78,9 +81,9 @@ class Engine:
     """Decodes with a role: at most `slots` sequences at once, and no more than fit `cache_bytes` of keys and values
     (but always one).
 
-    On the CPU, 4-bit weights are unpacked during a call if they fit `scratch_bytes`, by default a quarter of the
-    machine's memory. `cache_bytes` is by default `default_cache_bytes`. `decode` turns tokens into text, for stop
-    strings.
+    On the CPU, copies of weights that fit `scratch_bytes` are made for a call, by default a quarter of the machine's
+    memory; without `fast_modules`, transformers' own modules are used as they are. `cache_bytes` is by default
+    `default_cache_bytes`. `decode` turns tokens into text, for stop strings.
 
     On a GPU `sync_every` tokens of each sequence are drawn before the host reads them (`buffered`), as CUDA graphs
     unless `cuda_graphs` is False.
@@ -104,6 +107,8 @@ class Engine:
         self.sync_every = sync_every
         self.cuda_graphs = cuda_graphs
         self.buffered = roles.base.device.type == "cuda"
+        self.fast_modules = True
+        self.fast_linears: FastLinears | None = None
         if cache_bytes is None:
             cache_bytes = default_cache_bytes(roles)
         if scratch_bytes is None:
@@ -154,14 +159,26 @@ class Engine:
         """Returns the mode in which the forward passes of a rollout run."""
         return GenerationMode(self.roles, self.role)
 
-    def prepared_weights(self) -> AbstractContextManager[AbstractContextManager[None]]:
-        """Returns the context of a whole rollout, which yields the context of each stretch of its forward passes: with
-        fast linear modules on the CPU, with cast adapters under autocast."""
+    @contextmanager
+    def prepared_weights(self) -> Iterator[AbstractContextManager[None]]:
+        """The context of a whole rollout, which yields the context of each stretch of its forward passes: with faster
+        modules on the CPU, with cast adapters under autocast."""
         base = self.roles.base
         stack = [] if self.role == "base" else self.roles.stacks[self.role]
         if base.device.type == "cuda":
-            return cast_adapters(base.model, stack, AUTOCAST_DTYPE)
-        return fast_linears(base.model, stack, self.scratch_bytes)
+            with cast_adapters(base.model, stack, AUTOCAST_DTYPE) as weights:
+                yield weights
+        elif base.device.type == "cpu" and self.fast_modules:
+            limits = ScratchLimits(self.scratch_bytes, copies_fp32=self.slots >= MIN_ROWS_FOR_COPIES)
+            linears = FastLinears(base.model, stack, self.roles.head, limits, self.roles.limits.emit)
+            self.fast_linears = linears
+            try:
+                yield linears
+            finally:
+                self.fast_linears = None
+                linears.close()
+        else:
+            yield nullcontext()
 
     def sample(
         self,
@@ -185,7 +202,10 @@ class Engine:
         sampling: SamplingParams,
     ) -> Tensor:
         """Returns (N, 2) float64, tokens and log-probs. The logits are freed here, before those of the next chunk."""
-        logits = self.roles.head.logits(hidden, sampling.temperature or 1.0)
+        head = self.roles.head
+        if self.fast_linears is not None:
+            head = self.fast_linears.head
+        logits = head.logits(hidden, sampling.temperature or 1.0)
         tokens, logps = sample(logits, sampling, uniform)
         return torch.stack([tokens.double(), logps], dim=1)
 
