@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Generator, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import Any, cast
 
@@ -20,11 +20,12 @@ from torch import Tensor
 from lowrank_tune.batch import copy_to
 from lowrank_tune.errors import OutOfMemory
 from lowrank_tune.generation.attention import batched_attention
-from lowrank_tune.generation.cpu_linears import fast_linears
+from lowrank_tune.generation.cpu_linears import FastLinears
 from lowrank_tune.generation.cuda_graphs import CudaCapture, StepGraphs
 from lowrank_tune.generation.decode_scheduler import DecodeScheduler
 from lowrank_tune.generation.decode_steps import BufferedSteps, DecodeSteps, PlainSteps
 from lowrank_tune.generation.kv_cache import KVStore, StaticSlotCache, unused_cache_bytes
+from lowrank_tune.generation.linear_weights import ScratchLimits
 from lowrank_tune.generation.outputs import Completion, Token
 from lowrank_tune.generation.rollout_weights import rollout_weights, verify_rollout_weights
 from lowrank_tune.generation.sampler import sample
@@ -41,6 +42,8 @@ CHUNK_LOGITS = 1 << 24
 """Logits that are computed at once: 64 MiB in fp32."""
 USABLE_MEMORY_FRACTION = 0.92
 """Share of a GPU's memory that can be used: the rest is lost between blocks."""
+MIN_ROWS_FOR_COPIES = 4
+"""Sequences at once from which products with copied weights are faster than with weights in fp32 as they are stored."""
 WORKSPACE_BYTES = 3 << 29
 """CUDA's context and libraries, logits, and the activations of a prefill: 1.5 GiB."""
 
@@ -77,9 +80,9 @@ class Engine:
     """Decodes with a role: at most `slots` sequences at once, and no more than fit `cache_bytes` of keys and values
     (but always one).
 
-    On the CPU, 4-bit weights are unpacked during a call if they fit `scratch_bytes`, by default a quarter of the
-    machine's memory. `cache_bytes` is by default `default_cache_bytes`. `decode` turns tokens into text, for stop
-    strings.
+    On the CPU, copies of weights that fit `scratch_bytes` are made for a call, by default a quarter of the machine's
+    memory; without `fast_modules`, transformers' own modules are used as they are. `cache_bytes` is by default
+    `default_cache_bytes`. `decode` turns tokens into text, for stop strings.
 
     With `buffered`, which is the default on a GPU, several tokens of each sequence are drawn before the host reads them
     (`Roles.decoding`).
@@ -101,6 +104,8 @@ class Engine:
         self.buffered = roles.base.device.type == "cuda"
         self._num_drawn = 0
         self._num_dropped = 0
+        self.fast_modules = True
+        self.fast_linears: FastLinears | None = None
         if cache_bytes is None:
             cache_bytes = default_cache_bytes(roles)
         if scratch_bytes is None:
@@ -161,18 +166,30 @@ class Engine:
         """Returns the mode in which the forward passes of a rollout run."""
         return GenerationMode(self.roles, self.role)
 
+    @contextmanager
     def prepared_weights(
         self,
         rows: int = 1,
         copy_limit: int = 0,
-    ) -> AbstractContextManager[AbstractContextManager[None]]:
-        """Returns the context of a whole rollout with steps of up to `rows` rows, which yields the context of each
-        stretch of its forward passes: with fast linear modules, on a GPU also with copies of weights that fit
-        `copy_limit` bytes."""
+    ) -> Iterator[AbstractContextManager[None]]:
+        """The context of a whole rollout with steps of up to `rows` rows, which yields the context of each stretch of
+        its forward passes, with faster modules. On a GPU they have copies of weights that fit `copy_limit` bytes, on
+        the CPU such that fit `scratch_bytes`."""
         base = self.roles.base
         if base.device.type == "cuda":
-            return rollout_weights(self.roles, self._stack, AUTOCAST_DTYPE, rows, copy_limit)
-        return fast_linears(base.model, self._stack, self.scratch_bytes)
+            with rollout_weights(self.roles, self._stack, AUTOCAST_DTYPE, rows, copy_limit) as weights:
+                yield weights
+        elif base.device.type == "cpu" and self.fast_modules:
+            limits = ScratchLimits(self.scratch_bytes, copies_fp32=self.slots >= MIN_ROWS_FOR_COPIES)
+            linears = FastLinears(base.model, self._stack, self.roles.head, limits, self.roles.limits.emit)
+            self.fast_linears = linears
+            try:
+                yield linears
+            finally:
+                self.fast_linears = None
+                linears.close()
+        else:
+            yield nullcontext()
 
     @property
     def _stack(self) -> list[str]:
@@ -219,7 +236,10 @@ class Engine:
         sampling: SamplingParams,
     ) -> Tensor:
         """Returns (N, 2) float64, tokens and log-probs. The logits are freed here, before those of the next chunk."""
-        logits = self.roles.head.logits(hidden, sampling.temperature or 1.0)
+        head = self.roles.head
+        if self.fast_linears is not None:
+            head = self.fast_linears.head
+        logits = head.logits(hidden, sampling.temperature or 1.0)
         tokens, logps = sample(logits, sampling, uniform)
         return torch.stack([tokens.double(), logps], dim=1)
 

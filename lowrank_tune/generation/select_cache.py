@@ -101,7 +101,7 @@ class _Probe(NamedTuple):
 def _decode_probes_or_fault(kind: StoreFactory, model: Any) -> list[_Probe] | str:
     """Returns the probes, or what the model raises when it is used with this kind of store."""
     try:
-        return _decode_probes(kind(model), model.get_input_embeddings().weight.shape[0])
+        return decode_probes(kind(model), model.get_input_embeddings().weight.shape[0])
     # The errors that models raise for a kind of cache that they do not support.
     except (TypeError, ValueError, RuntimeError, AttributeError, LookupError) as error:
         if is_out_of_memory(error):
@@ -109,7 +109,7 @@ def _decode_probes_or_fault(kind: StoreFactory, model: Any) -> list[_Probe] | st
         return str(error) or type(error).__name__
 
 
-def _decode_probes(store: KVStore, vocabulary: int) -> list[_Probe]:
+def decode_probes(store: KVStore, vocabulary: int) -> list[_Probe]:
     """Decodes three sequences for three steps. The second one ends early, and another one moves into its slot."""
     token_ids = [token_id % vocabulary for token_id in range(2, 20)]
     sequences = [token_ids[:3], token_ids[3:9], token_ids[:3]]

@@ -60,16 +60,8 @@ class Head:
         hidden: Tensor,
         temperature: float = 1.0,
     ) -> Tensor:
-        """(N, d) -> (N, V) fp32. The matrix product returns fp32, because bf16 logits change a log-prob by up to
-        0.1."""
-        if self.weight.is_cuda and self.weight.dtype != torch.float32:
-            z = torch.mm(
-                hidden.to(self.weight.dtype),
-                self.weight.T,
-                out_dtype=torch.float32,
-            )
-        else:
-            z = torch.mm(hidden.float(), self.weight.float().T)
+        """(N, d) -> (N, V) fp32."""
+        z = self.product(hidden)
         if self.bias is not None:
             z += self.bias
         if self.scale != 1.0:
@@ -79,6 +71,17 @@ class Head:
         if temperature != 1.0:
             z.div_(temperature)
         return z
+
+    def product(self, hidden: Tensor) -> Tensor:
+        """Returns the product with the weight, (N, d) -> (N, V), a new tensor. It is fp32, because bf16 logits change a
+        log-prob by up to 0.1."""
+        if self.weight.is_cuda and self.weight.dtype != torch.float32:
+            return torch.mm(
+                hidden.to(self.weight.dtype),
+                self.weight.T,
+                out_dtype=torch.float32,
+            )
+        return torch.mm(hidden.float(), self.weight.float().T)
 
     def hidden_gradient(
         self,

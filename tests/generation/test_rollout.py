@@ -34,8 +34,18 @@ from transformers.integrations.sdpa_attention import repeat_kv
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from lowrank_tune.errors import TrainingError
-from lowrank_tune.generation import Engine, attention, cpu_linears, cpu_norms, decode_scheduler, sampler, select_cache
+from lowrank_tune.generation import (
+    Engine,
+    attention,
+    cpu_linears,
+    cpu_norms,
+    decode_scheduler,
+    linear_weights,
+    sampler,
+    select_cache,
+)
 from lowrank_tune.generation.kv_cache import DynamicCacheStore, KVStore, NoCacheStore, StaticSlotCache
+from lowrank_tune.generation.linear_weights import ScratchLimits
 from lowrank_tune.generation.outputs import Completion
 from lowrank_tune.generation.sampling_params import SamplingParams
 from lowrank_tune.generation.stopping import StoppingCriteria
@@ -201,13 +211,13 @@ def test_a_slower_store_is_announced_once() -> None:
 
 def test_store_with_nan_states_is_rejected(monkeypatch: pytest.MonkeyPatch) -> None:
     model = unquantized_base("llama").model
-    decode_probes = select_cache._decode_probes
+    decode_probes = select_cache.decode_probes
 
     def broken(store: KVStore, vocabulary: int) -> Any:
         *probes, last = decode_probes(store, vocabulary)
         return [*probes, last._replace(hidden_state=last.hidden_state * torch.nan)]
 
-    monkeypatch.setattr(select_cache, "_decode_probes", broken)
+    monkeypatch.setattr(select_cache, "decode_probes", broken)
     with torch.no_grad():
         assert select_cache.cache_fault(StaticSlotCache, model) is not None
 
@@ -637,9 +647,9 @@ def test_only_words_with_a_probability_are_drawn(vocabulary: int, value: float) 
 def test_packed_weights_are_unpacked_once_and_given_back(monkeypatch: pytest.MonkeyPatch) -> None:
     roles = perturbed_roles(4)
     before, unpacked = all_tensors(roles.base.model), [0]
-    real = cpu_linears.dequantize_4bit
+    real = linear_weights.dequantize_4bit
     monkeypatch.setattr(
-        cpu_linears, "dequantize_4bit", lambda *given: unpacked.__setitem__(0, unpacked[0] + 1) or real(*given)
+        linear_weights, "dequantize_4bit", lambda *given: unpacked.__setitem__(0, unpacked[0] + 1) or real(*given)
     )
     packed = sum(isinstance(module, Linear4bit) for module in roles.base.model.modules())
     made: list[Any] = []
@@ -649,10 +659,16 @@ def test_packed_weights_are_unpacked_once_and_given_back(monkeypatch: pytest.Mon
     )
     generator = Engine(roles, "policy").generate(PROMPTS, 2, SamplingParams(12, frozenset(range(2, 30))))
     next(generator)
-    assert unpacked == [packed] and made[0].scratch_bytes == 4 * sum(
-        module.in_features * module.out_features
-        for module in roles.base.model.modules()
-        if isinstance(module, Linear4bit)
+    assert (
+        unpacked == [packed]
+        and made[0].scratch_bytes
+        == 4
+        * sum(
+            module.in_features * module.out_features
+            for module in roles.base.model.modules()
+            if isinstance(module, Linear4bit)
+        )
+        + 4 * roles.head.weight.numel()
     )
     assert not any("forward" in vars(module) for module in roles.base.model.modules()), (
         "between two completions all is as it was"
@@ -675,6 +691,10 @@ def test_a_rollout_without_scratch_samples_the_same(limit: int, role: str) -> No
     }
 
 
+def fast_linears(roles: Roles, role: str) -> cpu_linears.FastLinears:
+    return cpu_linears.FastLinears(roles.base.model, roles.stacks[role], roles.head, ScratchLimits(1 << 30))
+
+
 @pytest.mark.parametrize("bits", [4, 16])
 @pytest.mark.parametrize("rslora", [False, True])
 def test_linears_of_a_rollout_compute_the_same(bits: int, rslora: bool) -> None:
@@ -682,14 +702,14 @@ def test_linears_of_a_rollout_compute_the_same(bits: int, rslora: bool) -> None:
     ids = torch.tensor([PROMPTS[2]])
     with roles.inference_mode(), roles.activate("policy"):
         plain = roles.base.model(input_ids=ids).logits
-        fast = cpu_linears.FastLinears(roles.base.model, roles.stacks["policy"], 1 << 30)
-        assert len(fast.forwards) == 14 + 5, "linears and norms"
+        fast = fast_linears(roles, "policy")
+        assert len(fast.forwards) == 14 + 5 + 1, "linears, norms and the decoder"
         with fast:
             assert (
                 relative_error(roles.base.model(input_ids=ids).logits, plain) < 1e-5
             )  # sums in another order, in fp32
         assert torch.equal(roles.base.model(input_ids=ids).logits, plain)
-        with cpu_linears.FastLinears(roles.base.model, roles.stacks["reference"], 1 << 30):
+        with fast_linears(roles, "reference"):
             assert relative_error(roles.base.model(input_ids=ids).logits, plain) > 1e-2, (
                 "another stack must say something else, or this test is blind"
             )
