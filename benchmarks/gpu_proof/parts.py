@@ -231,7 +231,7 @@ def run_rest(context: Context) -> Iterator[Record]:
 PARTS = (
     Part("facts", run_facts, 35, 20, description="versions, kernels, 4-bit products, attention, policy == reference"),
     Part("sft", run_sft, 50, 20, description="one cell: speed, planned and measured memory, kernels, synchronizations"),
-    Part("decode", run_decode, 90, 30, description="a step at batch 1, 8, 16, 64, single steps and CUDA graphs"),
+    Part("decode", run_decode, 65, 30, description="a step at batch 1, 8, 16, 64, single steps and CUDA graphs"),
     Part("oom", run_oom, 45, 20, description="recovery from too little memory, with the same gradient"),
     Part("grpo", checks_of("grpo"), 60, 25),
     Part("ppo", checks_of("ppo"), 60, 25),

@@ -88,7 +88,11 @@ class Algorithm(Generic[BatchT]):
         """Returns what `eval_metrics` does, and the losses (P,) of the pairs; None if the rows are no pairs."""
         return self.eval_metrics(micro), None
 
-    def check(self, micro: BatchT, step: int) -> None:
+    def check(
+        self,
+        micro: BatchT,
+        step: int,
+    ) -> None:
         """Checks the first micro-batch of a run, new or resumed, before any update. Raises TrainingError if the
         reference is wrong."""
 

@@ -270,7 +270,11 @@ class RolloutCollector:
             return [math.nan] * len(self.reward_weights)
         return list(scores)
 
-    def logps(self, role: str, batch: RolloutBatch) -> Tensor:
+    def logps(
+        self,
+        role: str,
+        batch: RolloutBatch,
+    ) -> Tensor:
         """Returns the log-probs of the completions under a role, without gradient, (B, T) on the CPU."""
         inputs = Batch(
             batch.input_ids,
@@ -354,7 +358,11 @@ def rollout_batch(
 class RolloutAlgorithm(Algorithm[RolloutBatch]):
     """An algorithm whose policy draws the rows of each step."""
 
-    def __init__(self, context: AlgorithmContext, collector: RolloutCollector) -> None:
+    def __init__(
+        self,
+        context: AlgorithmContext,
+        collector: RolloutCollector,
+    ) -> None:
         super().__init__(context)
         self.collector = collector
         self._num_completions = 0
@@ -366,7 +374,11 @@ class RolloutAlgorithm(Algorithm[RolloutBatch]):
         self._reward_failures = [failure for failure in groups.failed_rewards if failure is not None]
         return self.collector.failures.stats(self._reward_failures)
 
-    def check(self, micro: RolloutBatch, step: int) -> None:
+    def check(
+        self,
+        micro: RolloutBatch,
+        step: int,
+    ) -> None:
         check_reference(self.context, micro, step)
 
     def diagnostics(self, metrics: Mapping[str, float]) -> Iterator[str]:

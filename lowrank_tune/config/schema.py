@@ -143,7 +143,11 @@ class RecipeConfig(Settings):
         self._source = SourceTree(tree)
         return self
 
-    def problem(self, path: Path, message: str) -> ConfigProblem:
+    def problem(
+        self,
+        path: Path,
+        message: str,
+    ) -> ConfigProblem:
         """Returns a problem of a setting, at its line, or at the line of its section if it is not written."""
         return self._source.root.problem(message, path)
 

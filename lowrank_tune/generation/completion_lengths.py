@@ -33,7 +33,11 @@ class CompletionLengths:
         mean = round(self.num_tokens / max(1, self.num_completions))
         return [self.by_prompt.get(_prompt_key(prompt), mean) for prompt in prompts]
 
-    def record(self, prompts: Sequence[Sequence[int]], completions: Sequence[Completion]) -> None:
+    def record(
+        self,
+        prompts: Sequence[Sequence[int]],
+        completions: Sequence[Completion],
+    ) -> None:
         """Adds the completions of one rollout of these prompts."""
         lengths: dict[str, list[int]] = {}
         keys = [_prompt_key(prompt) for prompt in prompts]

@@ -32,7 +32,11 @@ class Weight(Protocol):
 class PlainWeight:
     """A weight (in, out), which products of a few rows read faster than (out, in)."""
 
-    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+    def __init__(
+        self,
+        weight: Tensor,
+        bias: Tensor | None,
+    ) -> None:
         self.weight = weight
         self.bias = bias
 
@@ -45,7 +49,11 @@ class PlainWeight:
 class BlockedWeight:
     """A weight (out, in) in oneDNN's blocks."""
 
-    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+    def __init__(
+        self,
+        weight: Tensor,
+        bias: Tensor | None,
+    ) -> None:
         # Private operators, so `has_blocked_weights` tries them first.
         operators: Any = torch.ops.mkldnn
         self.bias = bias

@@ -108,13 +108,21 @@ class StepGraphs:
         graph.replay()
         self._options.num_replays += 1
 
-    def _keep(self, kind: Kind, graph: Graph) -> None:
+    def _keep(
+        self,
+        kind: Kind,
+        graph: Graph,
+    ) -> None:
         """Stores a graph, in place of the one that was not used for the longest time."""
         if len(self._graphs) == MAX_GRAPHS:
             del self._graphs[next(iter(self._graphs))]
         self._graphs[kind] = graph
 
-    def _run_first(self, capture: Capture, run: Run) -> None:
+    def _run_first(
+        self,
+        capture: Capture,
+        run: Run,
+    ) -> None:
         """Runs a kind of step plain; the first one of the rollout with a check."""
         if self._seen:
             run()
@@ -128,7 +136,11 @@ class StepGraphs:
             self._disable(f"an error ({first_line(_root_cause(error))})")
             run()
 
-    def _capture_step(self, capture: Capture, run: Run) -> Graph | None:
+    def _capture_step(
+        self,
+        capture: Capture,
+        run: Run,
+    ) -> Graph | None:
         """Returns a graph of the step, None if there is none."""
         try:
             return capture(run)

@@ -47,7 +47,12 @@ class DecodeSteps(Protocol):
 class PlainSteps:
     """One step at a time, over exactly the slots and columns that are in use, with any kind of cache."""
 
-    def __init__(self, store: KVStore, sample: Sample, device: torch.device) -> None:
+    def __init__(
+        self,
+        store: KVStore,
+        sample: Sample,
+        device: torch.device,
+    ) -> None:
         self.store = store
         self.sample = sample
         self.device = device
@@ -104,7 +109,11 @@ class BufferedSteps:
                 self.graphs.step(self, rows, width)
         return self.drawn[:num_steps, : len(sequences)].tolist()
 
-    def step(self, rows: int, width: int) -> None:
+    def step(
+        self,
+        rows: int,
+        width: int,
+    ) -> None:
         """Draws one token in each of the first `rows` slots. Reads and writes only buffers."""
         position_ids = self.position_ids[:rows]
         token_ids = self.token_ids[:rows]
@@ -116,7 +125,11 @@ class BufferedSteps:
         position_ids.add_(1).clamp_(max=width - 1)
         self.step_index.add_(1)
 
-    def _load(self, sequences: Sequence[SequenceState], num_steps: int) -> None:
+    def _load(
+        self,
+        sequences: Sequence[SequenceState],
+        num_steps: int,
+    ) -> None:
         """Copies the state of the sequences to the buffers, with one transfer."""
         unused = self.store.slots - len(sequences)
         rows = [

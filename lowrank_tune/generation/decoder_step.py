@@ -92,14 +92,22 @@ class _LayerStep:
         self.gate_up = _joined_product((mlp.gate_proj, mlp.up_proj), products)
         self.down = _joined_product((mlp.down_proj,), products)
 
-    def run(self, x: Tensor, step: _Pass) -> Tensor:
+    def run(
+        self,
+        x: Tensor,
+        step: _Pass,
+    ) -> Tensor:
         """(B, d) -> (B, d)."""
         attended = self._attend(self.qkv(self.input_norm(x)), step)
         x = self.output(attended).add_(x)
         gate, up = self.gate_up(self.mlp_norm(x)).chunk(2, dim=1)
         return self.down(F.silu(gate).mul_(up)).add_(x)
 
-    def _attend(self, qkv: Tensor, step: _Pass) -> Tensor:
+    def _attend(
+        self,
+        qkv: Tensor,
+        step: _Pass,
+    ) -> Tensor:
         layer = step.cache.layers[self.index]
         rows = len(qkv)
         heads = qkv.view(rows, -1, self.head_dim)

@@ -206,7 +206,11 @@ class Engine:
 
         verify_rollout_weights(self.roles, self._stack, AUTOCAST_DTYPE, hidden, slots, self.cache_bytes)
 
-    def _copy_limit(self, store: KVStore, scheduler: DecodeScheduler) -> int:
+    def _copy_limit(
+        self,
+        store: KVStore,
+        scheduler: DecodeScheduler,
+    ) -> int:
         """Returns the bytes for copies of weights: what the slots leave of those for keys and values. After an
         out-of-memory error there are none."""
         if not isinstance(store, StaticSlotCache) or self.roles.limits.cache_tokens:

@@ -82,7 +82,11 @@ class GpuLinears(AbstractContextManager[None]):
         self.rotary.__exit__()
         self.other_adapters.__exit__()
 
-    def make_copies(self, rows: int, limit: int) -> None:
+    def make_copies(
+        self,
+        rows: int,
+        limit: int,
+    ) -> None:
         """Copies the attention's weights that a step of `rows` rows unpacks, if they fit `limit` bytes together."""
         groups = self.copied_groups(rows)
         num_bytes = sum(group.copied_bytes for group in groups)

@@ -68,7 +68,11 @@ class JoinedLinears:
         num_values: int = (inputs + ranks) * sum(self.sizes)
         return self.dtype.itemsize * num_values
 
-    def gains_from_copy(self, rows: int, device: torch.device) -> bool:
+    def gains_from_copy(
+        self,
+        rows: int,
+        device: torch.device,
+    ) -> bool:
         """Returns whether a product of `rows` rows unpacks one of the weights."""
         return not all(
             reads_packed_weight(

@@ -174,7 +174,11 @@ def module_forward(product: Forward, x: Tensor) -> Tensor:
 class JoinedForward:
     """The forwards of several modules that read the same tensor one after another, from one product."""
 
-    def __init__(self, product: Forward, sizes: Sequence[int]) -> None:
+    def __init__(
+        self,
+        product: Forward,
+        sizes: Sequence[int],
+    ) -> None:
         self.product = product
         self.sizes = list(sizes)
         self.last_input: Tensor | None = None

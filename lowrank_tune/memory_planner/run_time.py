@@ -104,7 +104,11 @@ class RunTimeModel:
     def _time_of(self, name: str) -> PhaseTime:
         return phase_time(self.costs[name].kernels, self.gpu)
 
-    def _step_time(self, name: str, decoding: DecodingSpec) -> PhaseTime:
+    def _step_time(
+        self,
+        name: str,
+        decoding: DecodingSpec,
+    ) -> PhaseTime:
         """Returns the time of a decoding step."""
         time = self._time_of(name)
         return time.captured() if decoding.cuda_graphs else time

@@ -230,7 +230,11 @@ class Roles:
             self.decoder.packed_rows.compiled = self._compiled
             self.fast_paths.append(self._compiled)
 
-    def hidden(self, role: str, batch: Batch) -> Tensor:
+    def hidden(
+        self,
+        role: str,
+        batch: Batch,
+    ) -> Tensor:
         """Returns the last hidden states (B, T, d)."""
         self.verify_fast_paths(role)
         with self.activate(role):
