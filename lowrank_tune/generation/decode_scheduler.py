@@ -3,7 +3,7 @@
 The scheduler runs no model. `Engine` passes in what the model and the sampler computed, and gets back what to run next:
 
     next_prompts -> (engine reads the prompts) -> add_prefilled -> admit -> (engine fills the slots)
-    compact -> decoding -> (engine decodes one token of each sequence) -> retire
+    compact -> decoding -> (engine decodes one token of each sequence) -> retire -> ended_slots
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -188,21 +188,22 @@ class DecodeScheduler:
             sequences += group
         return sequences
 
-    def admit(self) -> list[Placement]:
-        """Assigns waiting samples to free slots."""
+    def admit(self, room: Callable[[Any, int], int]) -> Iterator[Placement]:
+        """Assigns waiting samples to free slots, of each prompt as many as `room(cache, cache_row)` returns. Yields the
+        slots of a prompt, which must be filled before those of the next one are assigned."""
         free = self._free_slots()
-        placements = []
         while self.prefilled and free:
             prompt = self.prefilled[0]
-            slots = free[: len(prompt.samples)]
+            slots = free[: min(len(prompt.samples), room(prompt.cache, prompt.cache_row))]
+            if not slots:
+                return
             free = free[len(slots) :]
             for slot in slots:
                 # A slot at the end of the list appends.
                 self.rows[slot : slot + 1] = [prompt.samples.popleft()]
-            placements.append(Placement(prompt.cache, prompt.cache_row, slots))
+            yield Placement(prompt.cache, prompt.cache_row, slots)
             if not prompt.samples:
                 self.prefilled.popleft()
-        return placements
 
     def compact(self) -> list[SlotMove]:
         """Moves the last sequences into the free slots, because a step reads the first slots only. Returns the moves in
@@ -258,6 +259,10 @@ class DecodeScheduler:
                 self.spent_tokens += len(row.token_ids)
         return finished
 
+    def ended_slots(self) -> list[int]:
+        """Returns the slots whose sequence has ended and that no other has taken."""
+        return [slot for slot, row in enumerate(self.rows) if row is None]
+
     def truncate_all(self) -> list[Completion]:
         """Ends every sequence where it is. Those that have no slot yet end with no tokens."""
         completions = [row.to_completion("budget") for row in self.decoding()]
@@ -304,7 +309,7 @@ class DecodeScheduler:
 
     def _free_slots(self) -> list[int]:
         """Returns the free slots in order, no more than the token budget has tokens for."""
-        free = [slot for slot, row in enumerate(self.rows) if row is None]
+        free = self.ended_slots()
         free += range(len(self.rows), self.slots)
         affordable = min(self.token_budget - self.num_running, len(free))
         return free[: int(affordable)]

@@ -315,6 +315,7 @@ class Engine:
                 if stream_tokens:
                     outputs += scheduler.last_tokens(slots)
                 outputs += scheduler.retire(slots)
+            store.release(scheduler.ended_slots())
         return outputs
 
     def _prefill(
@@ -357,7 +358,7 @@ class Engine:
 def _admit(scheduler: DecodeScheduler, store: KVStore) -> list[int]:
     """Copies prefilled prompts into free slots. Returns the slots that were filled."""
     filled = []
-    for placement in scheduler.admit():
+    for placement in scheduler.admit(store.room):
         cache_rows = [placement.cache_row] * len(placement.slots)
         store.insert(placement.cache, cache_rows, placement.slots)
         filled += placement.slots

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from lowrank_tune.events import Emit, warning
 from lowrank_tune.generation.kv_cache import DynamicCacheStore, KVStore, NoCacheStore, StaticSlotCache
+from lowrank_tune.generation.paged_cache import PagedCache, uses_pages
 from lowrank_tune.model.oom import is_out_of_memory
 from lowrank_tune.model.rounding import allowed_difference, relative_difference
 
@@ -19,6 +20,7 @@ STORES: tuple[tuple[StoreFactory, str], ...] = (
     (StaticSlotCache, "one key-value cache for all sequences"),
     (DynamicCacheStore, "the model's own cache for each prompt"),
 )
+PAGED_STORE: tuple[StoreFactory, str] = (PagedCache, "pages of keys and values that the samples of a prompt share")
 LAST_RESORT = "no cache: each step computes whole sequences again"
 HALF_TOLERANCE = 5e-2
 FP32_TOLERANCE = 1e-3
@@ -40,8 +42,8 @@ def select_cache(model: Any, emit: Emit | None = None) -> KVStore:
 
 
 def select_cache_without_values(model: Any) -> KVStore:
-    """Returns an empty store of the fastest kind whose passes the model accepts. Compares nothing: for the planner,
-    whose meta tensors have no values."""
+    """Returns an empty store of the fastest kind of `STORES` whose passes the model accepts. Compares nothing: for the
+    planner, whose meta tensors have no values."""
     if model not in _cache_by_model:
         _cache_by_model[model] = NoCacheStore
         for kind, _ in STORES:
@@ -55,7 +57,8 @@ def _select_kv_cache(model: Any, emit: Emit | None) -> StoreFactory:
     faults: list[str] = []
     chosen: StoreFactory = NoCacheStore
     used = LAST_RESORT
-    for kind, description in STORES:
+    kinds = (PAGED_STORE, *STORES) if uses_pages(model) else STORES
+    for kind, description in kinds:
         fault = cache_fault(kind, model)
         if fault is None:
             chosen = kind
@@ -112,8 +115,12 @@ def _decode_probes_or_fault(kind: StoreFactory, model: Any) -> list[_Probe] | st
 def _decode_probes(store: KVStore, vocabulary: int) -> list[_Probe]:
     """Decodes three sequences for three steps. The second one ends early, and another one moves into its slot."""
     token_ids = [token_id % vocabulary for token_id in range(2, 20)]
-    sequences = [token_ids[:3], token_ids[3:9], token_ids[:3]]
-    store.allocate(3, 16, 1 << 40)
+    first = token_ids[:3]
+    if isinstance(store, PagedCache):
+        # Both samples of this prompt share its first page.
+        first = (token_ids * store.page_size)[: store.page_size + 3]
+    sequences = [first[:], token_ids[3:9], first[:]]
+    store.allocate(3, len(first) + 13, 1 << 40)
     prompts, hidden = store.prefill(sequences[:2])
     probes = [_Probe(sequences[row][:], hidden[row]) for row in (0, 1)]
     store.insert(prompts, [0, 1, 0], [0, 1, 2])

@@ -12,6 +12,7 @@ from peft import LoraConfig
 from lowrank_tune.config import RecipeConfig
 from lowrank_tune.generation.engine import device_memory, gpu_cache_bytes
 from lowrank_tune.generation.kv_cache import slots_that_fit
+from lowrank_tune.generation.paged_cache import paged_columns
 from lowrank_tune.generation.slot_cache import layer_windows
 from lowrank_tune.memory_planner.cached_simulation import cached_peaks
 from lowrank_tune.memory_planner.compiled_layers import plans_compiled_layers
@@ -232,8 +233,12 @@ def _decoding_specs(
         samples: int,
         max_new_tokens: int,
     ) -> DecodingSpec:
-        sequence_bytes = bytes_per_sequence(config, prompt_length + max_new_tokens, device)
+        columns = prompt_length + max_new_tokens
+        sequence_bytes = bytes_per_sequence(config, columns, device)
         slots = slots_that_fit(min(max_slots, num_prompts * samples), sequence_bytes, limit)
+        cache_columns = 0
+        if device.type == "cuda" and not any(layer_windows(config)):
+            cache_columns = paged_columns(slots, columns, bytes_per_sequence(config, 1, device), limit)
         return DecodingSpec(
             "policy",
             slots,
@@ -244,6 +249,7 @@ def _decoding_specs(
             limit,
             scratch,
             cuda_graphs,
+            cache_columns,
         )
 
     if recipe.is_online:

@@ -29,6 +29,13 @@ class DecodingSpec:
     cache_bytes: int
     scratch_bytes: int = 0
     cuda_graphs: bool = False
+    cache_columns: int = 0
+    """Columns of keys and values of each slot, if they are more than its tokens."""
+
+    @property
+    def columns(self) -> int:
+        """Tokens of a sequence at its end."""
+        return self.prompt_length + self.max_new_tokens
 
     @property
     def prefill_prompts(self) -> int:
@@ -63,12 +70,12 @@ def decode(
         spec.scratch_bytes,
     )
     mode = engine.generation_mode()
-    columns = spec.prompt_length + spec.max_new_tokens
+    columns = spec.columns
     sampling = SamplingParams(spec.max_new_tokens, frozenset())
     on_pass("reading")
     with mode.enter():
         store = select_cache_without_values(roles.base.model)
-        store.allocate(spec.slots, columns, 1 << 60)
+        store.allocate(spec.slots, max(columns, spec.cache_columns), 1 << 60)
     with engine.prepared_weights() as weights, mode.enter(), weights:
         prompts = spec.prefill_prompts
         prefilled, hidden = store.prefill([[0] * spec.prompt_length] * prompts)
@@ -98,11 +105,11 @@ def decode_typical_steps(
         spec.cache_bytes,
         spec.scratch_bytes,
     )
-    columns = spec.prompt_length + spec.max_new_tokens
+    columns = spec.columns
     sampling = SamplingParams(spec.max_new_tokens, frozenset())
     with engine.prepared_weights() as weights, engine.generation_mode().enter(), weights:
         store = select_cache_without_values(roles.base.model)
-        store.allocate(spec.slots, columns, 1 << 60)
+        store.allocate(spec.slots, max(columns, spec.cache_columns), 1 << 60)
         on_pass("reading")
         prompts = spec.prefill_prompts
         prefilled, hidden = store.prefill([[0] * spec.prompt_length] * prompts)
