@@ -98,8 +98,10 @@ class PagedLayers(SlotCache):
 
 def uses_pages(model: Any) -> bool:
     """Returns whether a model can use `PagedCache` on its device."""
+    if not has_flash_attention(model):
+        return False
     config = model.get_decoder().config
-    return attends_to_pages(config) and not any(layer_windows(config)) and has_flash_attention(model)
+    return attends_to_pages(config) and not any(layer_windows(config))
 
 
 def paged_columns(
