@@ -121,8 +121,8 @@ Contender = Callable[[Task, Turns], list[float]]
 """Takes all steps of the task, and gives the loss of each."""
 
 
-def work(contender: Contender, task: Task, pipe: Connection) -> None:
-    """A contender's process."""
+def prepare_process(threads: int) -> None:
+    """Sets what every process of a comparison has: no network, no messages, so many threads."""
     import os
     import warnings
 
@@ -136,7 +136,6 @@ def work(contender: Contender, task: Task, pipe: Connection) -> None:
         KINETO_LOG_LEVEL="99",
     )
     warnings.filterwarnings("ignore")
-    import contextlib
 
     import torch
 
@@ -145,7 +144,15 @@ def work(contender: Contender, task: Task, pipe: Connection) -> None:
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-    torch.set_num_threads(task.threads)
+    torch.set_num_threads(threads)
+
+
+def work(contender: Contender, task: Task, pipe: Connection) -> None:
+    """A contender's process."""
+    import contextlib
+    import os
+
+    prepare_process(task.threads)
     turns = Turns(pipe, task)
     with Path(os.devnull).open("w") as nothing, contextlib.redirect_stdout(nothing):  # the trainer prints its log lines
         losses = contender(task, turns)

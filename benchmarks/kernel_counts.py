@@ -3,12 +3,16 @@ and FLOPs. Counted on a fake CUDA device (`tests/fake_cuda`) at the true shapes,
 
     PYTHONPATH=. python benchmarks/kernel_counts.py                # 32 layers, some minutes
     PYTHONPATH=. python benchmarks/kernel_counts.py --layers 1     # seconds, for the tests
+    PYTHONPATH=. python benchmarks/kernel_counts.py --only decode  # one of the two tables
     PYTHONPATH=. python benchmarks/kernel_counts.py --places       # also the lines at which the host waits
     PYTHONPATH=. python benchmarks/kernel_counts.py --json FILE    # also all counts, by operation and by line
 
 A launch is one operation that computes; allocations and views launch nothing. Bytes are those of each operation's
 inputs and outputs, without caches. The fake GPU has the properties of an RTX 4090, by which bitsandbytes selects its
-kernels.
+kernels. GPU milliseconds are the sum over all kernels of the time of its bytes or FLOPs, at least 2 us, with the
+constants of `lowrank_tune/memory_planner/gpu_specs.py`. Tokens/s are those of a step that is replayed as a CUDA graph:
+its GPU time and one launch. Python calls are those of the step that is captured, and of one that is replayed. A
+decoding step is counted with one and with two layers, and each further layer as the second.
 """
 
 from __future__ import annotations
@@ -26,17 +30,24 @@ sys.path.append(str(FAKE_CUDA))
 
 from fake_guard import exit_with_result, run_on_fake_gpu, unavailable  # noqa: E402  (from the folder above)
 
+from lowrank_tune.memory_planner.gpu_specs import LAUNCH_SECONDS  # noqa: E402
+
 SHAPE = "llama-3.1-8b"
 DECODE_WIDTH = 768
+PARTS = ("micro", "decode")
 COUNT = "--count"
 """The option of the process that has the fake GPU."""
 MICRO_HEADER = "| one micro-batch | launches | host waits: micro-batch + step | copies to the GPU | GB | TFLOP |"
-DECODE_HEADER = "| one decoding step | launches | of these casts | host waits | copies to the GPU | GB |"
+DECODE_HEADER = (
+    "| one decoding step | launches | of these casts | host waits | copies to the GPU | GB | GPU ms | tokens/s "
+    "| Python calls | replayed |"
+)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--layers", type=int, default=32, help="layers of the model")
+    parser.add_argument("--only", choices=PARTS, help="count one table")
     parser.add_argument("--places", action="store_true", help="print the lines at which the host waits")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all counts")
     options = parser.parse_args()
@@ -44,7 +55,7 @@ def main() -> None:
     if reason is not None:
         sys.exit(f"kernel_counts.py: {reason}")
     with tempfile.TemporaryDirectory() as folder:
-        counts = run_on_fake_gpu(Path(folder), Path(__file__), COUNT, str(options.layers))
+        counts = run_on_fake_gpu(Path(folder), Path(__file__), COUNT, str(options.layers), options.only or "")
     if options.json is not None:
         options.json.write_text(json.dumps(counts, indent=1), encoding="utf-8")
     print(*report(counts, options.layers, options.places), sep="\n")
@@ -53,11 +64,12 @@ def main() -> None:
 def report(counts: dict[str, Any], layers: int, places: bool) -> Iterator[str]:
     """Yield the tables as Markdown."""
     yield f"Counted, not measured: {SHAPE}, NF4, LoRA r 16 on all linears, {layers} layers.\n"
-    yield from table(MICRO_HEADER, [micro_row(name, each) for name, each in counts["micro"].items()])
-    yield ""
-    yield from table(DECODE_HEADER, [decode_row(name, each) for name, each in counts["decode"].items()])
+    for part, header, row in (("micro", MICRO_HEADER, micro_row), ("decode", DECODE_HEADER, decode_row)):
+        if part in counts:
+            yield from table(header, [row(name, each) for name, each in counts[part].items()])
+            yield ""
     if places:
-        for name, each in {**counts["micro"], **counts["decode"]}.items():
+        for name, each in {**counts.get("micro", {}), **counts.get("decode", {})}.items():
             for kind in ("host_syncs", "copies_to_device"):
                 for place, count in each[kind].items():
                     yield f"{name}: {kind} {count} x {place}"
@@ -89,6 +101,10 @@ def decode_row(name: str, totals: dict[str, Any]) -> list[str]:
         f"{total(totals['host_syncs'])}",
         f"{total(totals['copies_to_device'])}",
         f"{total(totals['bytes_by_kind']) / 1e9:,.2f}",
+        f"{totals['gpu_seconds'] * 1e3:.2f}",
+        f"{totals['tokens_per_second']:,.0f}",
+        f"{totals['python_calls']:,}",
+        f"{totals['replayed_calls']:,}",
     ]
 
 
@@ -96,26 +112,32 @@ def total(counter: dict[str, float]) -> float:
     return sum(counter.values())
 
 
-def count(layers: int) -> dict[str, Any]:
-    """Count in a process with the fake GPU."""
+def count(layers: int, only: str) -> dict[str, Any]:
+    """Count in a process with the fake GPU: both tables, or one."""
     import fake_gpu
 
     fake_gpu.install()
     from fake_base import fake_base
     from fake_workloads import count_training_step
 
+    counts: dict[str, Any] = {}
     with fake_gpu.fake_gpu() as counter:
-        small = fake_base(SHAPE, 1)
-        step_waits = {
-            name: count_training_step(counter, small, name, "all").rest.num_host_syncs
-            for name in ("sft", "dpo", "grpo")
-        }
-        base = fake_base(SHAPE, layers)
-        micro = {
-            name: {**totals, "step_waits": step_waits[name.split()[0].lower()]}
-            for name, totals in micro_counts(counter, base)
-        }
-        return {"micro": micro, "decode": dict(decode_counts(counter, base))}
+        if only != "decode":
+            small = fake_base(SHAPE, 1)
+            step_waits = {
+                name: count_training_step(counter, small, name, "all").rest.num_host_syncs
+                for name in ("sft", "dpo", "grpo")
+            }
+            counts["micro"] = {
+                name: {**totals, "step_waits": step_waits[name.split()[0].lower()]}
+                for name, totals in micro_counts(counter, fake_base(SHAPE, layers))
+            }
+        if only != "micro":
+            few = [dict(decode_counts(counter, fake_base(SHAPE, number))) for number in (1, 2)]
+            counts["decode"] = {name: of_layers(layers, *(each[name] for each in few)) for name in few[0]}
+            for each in counts["decode"].values():
+                each["tokens_per_second"] = each["batch"] / (each["gpu_seconds"] + LAUNCH_SECONDS)
+    return counts
 
 
 def micro_counts(counter: Any, base: Any) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -142,21 +164,46 @@ def micro_counts(counter: Any, base: Any) -> Iterator[tuple[str, dict[str, Any]]
                 yield f"{described}, {how}", count_micro_batch(counter, algorithm, batch).to_json()
 
 
-def decode_counts(counter: Any, base: Any) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield the counts of a step of a rollout, of one with a frozen adapter below the policy, and of a chat."""
-    from fake_workloads import count_decode_step, stacked_roles
+def of_layers(layers: int, one: Any, two: Any) -> Any:
+    """Return the counts of a model of `layers` layers, from those of one and of two."""
+    if isinstance(one, dict):
+        return {key: of_layers(layers, one.get(key, 0), two[key]) for key in two}
+    return one + (layers - 1) * (two - one)
 
-    with stacked_roles(base) as roles:
-        for batch in (1, 16, 64):
-            yield f"rollout, {batch} at once", count_decode_step(counter, roles, batch, DECODE_WIDTH).to_json()
-        chat = count_decode_step(counter, roles, 1, DECODE_WIDTH, stream=True)
-    with stacked_roles(base, ["sft"]) as roles:
-        yield "rollout, 1 at once, adapters [sft, policy]", count_decode_step(counter, roles, 1, DECODE_WIDTH).to_json()
-    yield "chat", chat.to_json()
+
+def decode_counts(counter: Any, base: Any) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield the counts of a step of a rollout, with plain modules and with few launches, for stacks of one and two
+    adapters, and of a chat."""
+    from fake_workloads import stacked_roles
+
+    for frozen in ([], ["sft"]):
+        stack = ", adapters [sft, policy]" if frozen else ""
+        for few_launches in (False, True):
+            modules = "" if few_launches else ", plain modules"
+            with stacked_roles(base, frozen) as roles:
+                roles.decoding.few_launches = few_launches
+                for batch in (1, 16, 64):
+                    yield f"rollout, {batch} at once{stack}{modules}", decode_count(counter, roles, batch)
+                if few_launches and not frozen:
+                    yield "chat", decode_count(counter, roles, 1, stream=True)
+
+
+def decode_count(
+    counter: Any,
+    roles: Any,
+    batch: int,
+    stream: bool = False,
+) -> dict[str, Any]:
+    """Count one step, and the Python calls of one that is replayed."""
+    from fake_workloads import count_calls_of_graphed_step, count_decode_step
+
+    totals = count_decode_step(counter, roles, batch, DECODE_WIDTH, stream)
+    replayed = count_calls_of_graphed_step(roles, batch, stream)
+    return {**totals.to_json(), "batch": batch, "replayed_calls": replayed}
 
 
 if __name__ == "__main__":
     if sys.argv[1:2] == [COUNT]:
-        exit_with_result(Path(sys.argv[3]), count(int(sys.argv[2])))
+        exit_with_result(Path(sys.argv[4]), count(int(sys.argv[2]), sys.argv[3]))
     else:
         main()

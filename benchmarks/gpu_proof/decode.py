@@ -56,12 +56,6 @@ class Decoding:
         assert sum(len(completion.token_ids) for completion in completions) == self.batch * new_tokens
         return seconds
 
-    @property
-    def used_graphs(self) -> bool:
-        """Whether the calls until now ran as CUDA graphs: no capture failed."""
-        is_possible = self.base.device.type == "cuda" and self.engine.buffered
-        return is_possible and self.engine.roles.decoding.cuda_graphs
-
     def profile(self, new_tokens: int) -> Profile:
         with profiled(self.base.device) as result:
             self.seconds(new_tokens)
@@ -70,7 +64,7 @@ class Decoding:
 
 def measure(base: Base, size: DecodeSize, bandwidth_gbs: float) -> Iterator[Record]:
     """Yield a record for each batch size and mode. A step is the difference of two calls of the engine, so reading the
-    prompt and capturing graphs are not in it."""
+    prompt and capturing graphs are not in it. `launches_per_step` counts the kernels in graphs too."""
     roles = make_roles(base, ("policy",), True)
     vocab_size = base.model.config.vocab_size
     prompt = [3 + token % (vocab_size - 3) for token in range(size.prompt)]
@@ -85,6 +79,7 @@ def measure(base: Base, size: DecodeSize, bandwidth_gbs: float) -> Iterator[Reco
 
 def measure_steps(decoding: Decoding, size: DecodeSize, bandwidth_gbs: float) -> Record:
     base = decoding.base
+    num_replays = decoding.engine.roles.decoding.num_replays
     decoding.seconds(size.short)  # warms up
     short, long = decoding.seconds(size.short), decoding.seconds(size.long)
     seconds = (long - short) / (size.long - size.short)
@@ -95,7 +90,7 @@ def measure_steps(decoding: Decoding, size: DecodeSize, bandwidth_gbs: float) ->
         "base": base.name,
         "batch": decoding.batch,
         "width": size.prompt + size.long,
-        "used_graphs": decoding.used_graphs,
+        "replayed_steps": decoding.engine.roles.decoding.num_replays - num_replays,
         "wall_ms_per_step": 1e3 * seconds,
         "busy_ms_per_step": 1e3 * (last.busy_seconds - first.busy_seconds) / num_steps,
         "launches_per_step": (last.launches - first.launches) / num_steps,

@@ -120,13 +120,13 @@ def figure(record: Mapping[str, Any], name: str) -> str:
 
 def decode_table(records: Sequence[Record]) -> str:
     columns = ("mode", "batch", "width", "wall_ms_per_step", "busy_ms_per_step", "launches_per_step")
-    columns += ("host_syncs_per_step", "tokens_per_second", "bandwidth_share", "used_graphs")
+    columns += ("host_syncs_per_step", "tokens_per_second", "bandwidth_share", "replayed_steps")
     return markdown_table(columns, [[figure(record, name) for name in columns] for record in records])
 
 
 def equality_table(records: Sequence[Record]) -> str:
     """Greedy completions by graphs beside those of single steps."""
-    columns = ("base", "tokens", "used_graphs", "equal_token_share", "largest_logp_difference")
+    columns = ("base", "tokens", "replayed_steps", "equal_token_share", "largest_logp_difference")
     rows = []
     for record in records:
         distances = [show(difference["logp_distance"]) for difference in record["first_differences"]]

@@ -21,10 +21,15 @@ class RolloutConfig(Settings):
     max_num_seqs: PositiveInt = 64
     """Maximum number of sequences decoded at once."""
     sync_every: PositiveInt = 8
-    """Tokens of each completion that a GPU draws before the machine reads them. More leave the GPU less idle, but what
-    is drawn after the end of a completion is lost, see the metric `completions/wasted_ratio`. Changes no completion."""
+    """Tokens of each completion that a GPU draws before the host reads them, in held-out answers too. More leave the
+    GPU less idle, but what is drawn after the end of a completion is dropped, see the metric
+    `completions/wasted_ratio`. Changes no completion, except for rounding."""
     cuda_graphs: bool | Literal["auto"] = "auto"
-    """Launches each decoding step as one CUDA graph. `auto`: on a GPU. The first graph is compared with the plain step,
-    which is used if they differ. Changes no completion, except for rounding."""
+    """Launches each decoding step as one CUDA graph, for held-out answers too. `auto`: on a GPU. The first graph is
+    compared with the plain step, which is used if they differ. Changes no completion, except for rounding."""
+    prefix_caching: bool = False
+    """Stores keys and values of a prompt once for all its completions, in held-out answers too, so that more sequences
+    fit: on a GPU from compute capability 8.0, with a PyTorch whose variable-length attention has pages. Changes no
+    completion, except for rounding."""
     max_reward_failure_rate: Fraction = 0.01
     """Stops the run if the rewards failed on more than this share of its completions, from the third failure on."""

@@ -8,7 +8,7 @@ autocast computes.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
@@ -28,7 +28,7 @@ def cast_adapters(
 ) -> Iterator[AbstractContextManager[None]]:
     """Yields the context to enter for each stretch of forward passes of a rollout. In it the adapters of `stack` are in
     `dtype`, with the weights that they have now; outside they are the parameters that are trained."""
-    adapters = CastAdapters(model, stack, dtype)
+    adapters = CastAdapters(model.modules(), stack, dtype)
     try:
         yield adapters
     finally:
@@ -36,17 +36,17 @@ def cast_adapters(
 
 
 class CastAdapters(AbstractContextManager[None]):
-    """Copies of the matrices of a stack of adapters in another dtype."""
+    """Copies of the matrices of a stack of adapters in another dtype, of those of `modules` that have adapters."""
 
     def __init__(
         self,
-        model: nn.Module,
+        modules: Iterable[nn.Module],
         stack: Sequence[str],
         dtype: torch.dtype,
     ) -> None:
         self.originals: list[tuple[Parameters, str, nn.Parameter]] = []
         self.copies: list[nn.Parameter] = []
-        for module in _matrices(model, stack):
+        for module in _matrices(modules, stack):
             for name, parameter in module._parameters.items():
                 if parameter is not None and parameter.dtype != dtype:
                     self.originals.append((module._parameters, name, parameter))
@@ -67,9 +67,9 @@ class CastAdapters(AbstractContextManager[None]):
         self.copies.clear()
 
 
-def _matrices(model: nn.Module, stack: Sequence[str]) -> Iterator[Any]:
+def _matrices(modules: Iterable[nn.Module], stack: Sequence[str]) -> Iterator[Any]:
     """Yields the modules of A and B of all adapters of the stack."""
-    for layer in model.modules():
+    for layer in modules:
         if isinstance(layer, LoraLayer):
             for matrices in (layer.lora_A, layer.lora_B):
                 for name in stack:

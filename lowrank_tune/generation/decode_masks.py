@@ -55,12 +55,15 @@ def select_mask_function(model: Any, windows: Sequence[int | None]) -> MaskFunct
 
 
 def reads_masks_back(model: Any, windows: Sequence[int | None]) -> bool:
-    """Returns whether transformers reads the values of some masks, because the model's layers have several windows and
-    its decoder makes their masks from a 2-D one."""
+    """Returns whether transformers reads the values of masks in a step."""
     config = model.config.get_text_config()
-    if not uses_additive_mask(model.device, config._attn_implementation):
-        return True
-    return len(set(windows)) > 1 and config.model_type not in MODELS_WITH_MASK_FOR_EACH_LAYER_TYPE
+    return needs_boolean_mask(config, windows) or not uses_additive_mask(model.device, config._attn_implementation)
+
+
+def needs_boolean_mask(config: Any, windows: Sequence[int | None]) -> bool:
+    """Returns whether a decoder makes the masks of its layers, which have several windows, from a 2-D one alone."""
+    model_type = config.get_text_config().model_type
+    return len(set(windows)) > 1 and model_type not in MODELS_WITH_MASK_FOR_EACH_LAYER_TYPE
 
 
 def uses_additive_mask(device: torch.device, attention: str) -> bool:

@@ -125,11 +125,13 @@ class DecodeScheduler:
         self.prefilled = deque[_PrefilledPrompt]()
         self.rows = list[SequenceState | None]()
         """The sequence in each slot."""
-        self.set_slots(slots)
+        self.set_slots(slots, slots)
 
-    def set_slots(self, slots: int) -> None:
-        """Sets the number of slots, before any prompt is read, and orders the waiting prompts for it."""
+    def set_slots(self, slots: int, unshared_slots: int) -> None:
+        """Sets the number of slots, before any prompt is read, and orders the waiting prompts for it. Memory is
+        sufficient for `unshared_slots` sequences that share nothing with others."""
         self.slots = slots
+        self.unshared_slots = unshared_slots
         self.waiting = deque(self._prompt_order())
 
     @property
@@ -165,7 +167,8 @@ class DecodeScheduler:
         chosen = list[int]()
         if not num_free or self.prefilled:
             return chosen
-        limit = max_prefill_prompts(num_free, self.n, self.slots)
+        # A prompt that was read and waits takes as many bytes as one that nothing shares.
+        limit = max_prefill_prompts(min(num_free, self.unshared_slots), self.n, self.unshared_slots)
         width = 0
         while self.waiting and len(chosen) < limit:
             width = max(width, len(self.prompts[self.waiting[0]]))

@@ -1,9 +1,9 @@
 """Steps of decoding: the next tokens of all sequences that have slots.
 
-`PlainSteps` asks the host for every token. `BufferedSteps` draws several tokens of each sequence before the host reads
-any: ids, positions, uniform numbers and drawn tokens are in buffers on the device, whose addresses and sizes never
-change, so that a step can be captured as a CUDA graph (`generation/cuda_graphs.py`). A sequence that ends within a
-block continues to its end, and the tokens after its own end are dropped.
+With `PlainSteps` the host reads every token. `BufferedSteps` draws several tokens of each sequence before the host
+reads any: ids, positions, uniform numbers and drawn tokens are in buffers on the device, whose addresses and sizes
+never change, so that a step can be captured as a CUDA graph (`generation/cuda_graphs.py`). A sequence that ends within
+a block continues to its end, and the tokens after its own end are dropped.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ class BufferedSteps:
     """Up to `num_steps` steps between two transfers, over the first slots of `store`.
 
     Numbers of slots and columns are rounded up (`row_bucket`, `column_bucket`), so that there are few kinds of steps.
-    A slot beyond the sequences reads and writes its first column, which a sequence that takes the slot overwrites.
+    A slot beyond the sequences reads and writes its first columns, which a sequence that takes the slot overwrites.
     """
 
     def __init__(
@@ -79,13 +79,13 @@ class BufferedSteps:
         self.store = store
         self.sample = sample
         self.max_new_tokens = max_new_tokens
-        self.num_steps = num_steps
+        self.num_steps = min(num_steps, max_new_tokens)
         self.graphs = graphs
         device = store.device
         self.token_ids = torch.zeros((store.slots, 1), dtype=torch.long, device=device)
         self.position_ids = torch.zeros_like(self.token_ids)
-        self.uniforms = torch.zeros((num_steps, store.slots), dtype=torch.float64, device=device)
-        self.drawn = torch.zeros((num_steps, store.slots, 2), dtype=torch.float64, device=device)
+        self.uniforms = torch.zeros((self.num_steps, store.slots), dtype=torch.float64, device=device)
+        self.drawn = torch.zeros((self.num_steps, store.slots, 2), dtype=torch.float64, device=device)
         self.step_index = torch.zeros(1, dtype=torch.long, device=device)
 
     def run(self, sequences: Sequence[SequenceState]) -> list[Drawn]:

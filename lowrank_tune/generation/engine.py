@@ -20,13 +20,13 @@ from torch import Tensor
 from lowrank_tune.batch import copy_to
 from lowrank_tune.errors import OutOfMemory
 from lowrank_tune.generation.attention import batched_attention
-from lowrank_tune.generation.cast_adapters import cast_adapters
 from lowrank_tune.generation.cpu_linears import fast_linears
 from lowrank_tune.generation.cuda_graphs import CudaCapture, StepGraphs
 from lowrank_tune.generation.decode_scheduler import DecodeScheduler
 from lowrank_tune.generation.decode_steps import BufferedSteps, DecodeSteps, PlainSteps
 from lowrank_tune.generation.kv_cache import KVStore, StaticSlotCache
 from lowrank_tune.generation.outputs import Completion, Token
+from lowrank_tune.generation.rollout_weights import rollout_weights, verify_rollout_weights
 from lowrank_tune.generation.sampler import sample
 from lowrank_tune.generation.sampling_params import SamplingParams
 from lowrank_tune.generation.select_cache import select_cache
@@ -151,9 +151,9 @@ class Engine:
         return self._run(scheduler, stream_tokens=True)
 
     def wasted_ratio(self) -> WeightedMean | None:
-        """Returns the share of the tokens drawn until now that were dropped, because their completion had ended before
-        the host read them; None without buffers."""
-        if not self.buffered or not self._num_drawn:
+        """Returns the share of the tokens drawn by buffered steps that were dropped, because their completion had ended
+        before the host read them; None if there were no such steps."""
+        if not self._num_drawn:
             return None
         return WeightedMean(self._num_dropped, self._num_drawn)
 
@@ -161,14 +161,40 @@ class Engine:
         """Returns the mode in which the forward passes of a rollout run."""
         return GenerationMode(self.roles, self.role)
 
-    def prepared_weights(self) -> AbstractContextManager[AbstractContextManager[None]]:
-        """Returns the context of a whole rollout, which yields the context of each stretch of its forward passes: with
-        fast linear modules on the CPU, with cast adapters under autocast."""
+    def prepared_weights(
+        self,
+        rows: int = 1,
+        copy_limit: int = 0,
+    ) -> AbstractContextManager[AbstractContextManager[None]]:
+        """Returns the context of a whole rollout with steps of up to `rows` rows, which yields the context of each
+        stretch of its forward passes: with fast linear modules, on a GPU also with copies of weights that fit
+        `copy_limit` bytes."""
         base = self.roles.base
-        stack = [] if self.role == "base" else self.roles.stacks[self.role]
         if base.device.type == "cuda":
-            return cast_adapters(base.model, stack, AUTOCAST_DTYPE)
-        return fast_linears(base.model, stack, self.scratch_bytes)
+            return rollout_weights(self.roles, self._stack, AUTOCAST_DTYPE, rows, copy_limit)
+        return fast_linears(base.model, self._stack, self.scratch_bytes)
+
+    @property
+    def _stack(self) -> list[str]:
+        return [] if self.role == "base" else self.roles.stacks[self.role]
+
+    def _verify_weights(self, slots: int) -> None:
+        """Compares the fast modules of a GPU with the plain ones, once."""
+        mode = self.generation_mode()
+
+        def hidden(input_ids: Tensor) -> Tensor:
+            with mode.enter():
+                decoder = self.roles.base.model.get_decoder()
+                return cast(Tensor, decoder(input_ids=input_ids, use_cache=False).last_hidden_state)
+
+        verify_rollout_weights(self.roles, self._stack, AUTOCAST_DTYPE, hidden, slots, self.cache_bytes)
+
+    def _copy_limit(self, store: KVStore) -> int:
+        """Returns the bytes for copies of weights: what the slots leave of those for keys and values. After an
+        out-of-memory error there are none."""
+        if not isinstance(store, StaticSlotCache) or self.roles.limits.cache_tokens:
+            return 0
+        return store.unused_bytes(self.cache_bytes)
 
     def sample(
         self,
@@ -231,6 +257,7 @@ class Engine:
         # On the CPU decoding has linears of its own (`cpu_linears`).
         if self.roles.base.device.type != "cpu":
             self.roles.verify_fast_paths(self.role)
+            self._verify_weights(self.slots)
         slots = min(self.slots, scheduler.num_unfinished)
         while True:
             scheduler.start(limits.max_batch_units("cache_tokens", columns, slots))
@@ -242,7 +269,9 @@ class Engine:
                 if not is_out_of_memory(error) or isinstance(error, OutOfMemory) or scheduler.tokens_streamed:
                     raise
                 free_traceback(error)
-            limits.record_oom("cache_tokens", scheduler.slots, columns)
+            # A sequence alone may fit where several that share a prompt did not.
+            units = min(scheduler.slots, max(scheduler.unshared_slots, 2))
+            limits.record_oom("cache_tokens", units, columns)
             slots = scheduler.num_unfinished
 
     def _decode_all(
@@ -252,9 +281,13 @@ class Engine:
     ) -> Iterator[Token | Completion]:
         mode = self.generation_mode()
         with mode.enter():
-            store = select_cache(self.roles.base.model, self.roles.limits.emit)
-            scheduler.set_slots(store.allocate(scheduler.slots, scheduler.columns, self.cache_bytes))
-        with self.prepared_weights() as weights:
+            # One sample of each prompt has nothing to share.
+            wants_pages = self.roles.decoding.prefix_caching and scheduler.n > 1
+            store = select_cache(self.roles.base.model, self.roles.limits.emit, wants_pages)
+            slots = store.allocate(scheduler.slots, scheduler.columns, self.cache_bytes)
+            scheduler.set_slots(slots, store.unshared_slots if isinstance(store, StaticSlotCache) else slots)
+            copy_limit = self._copy_limit(store)
+        with self.prepared_weights(scheduler.slots, copy_limit) as weights:
             steps = self._make_steps(scheduler, store, stream_tokens)
             while not scheduler.is_done:
                 # Between two yields the caller may use other roles and train: modes, adapters and modules are then as
@@ -276,23 +309,26 @@ class Engine:
     ) -> DecodeSteps:
         """Returns the fastest kind of steps for the device and the cache."""
         sampling = scheduler.sampling
-        sample = partial(self.sample, sampling)
+        draw = partial(self.sample, sampling)
         device = self.roles.base.device
         # A budget ends all sequences at the same step, which depends on when slots are filled again.
         if not self.buffered or sampling.budget is not None or not isinstance(store, StaticSlotCache):
-            return PlainSteps(store, sample, device)
+            return PlainSteps(store, draw, device)
+        # Steps that read values wait for the device anyway.
+        if device.type == "cuda" and not store.is_capturable:
+            return PlainSteps(store, draw, device)
         return BufferedSteps(
             store,
-            sample,
+            draw,
             sampling.max_new_tokens,
             1 if stream_tokens else self.roles.decoding.sync_every,
-            self._make_graphs(store),
+            self._make_graphs(),
         )
 
-    def _make_graphs(self, store: StaticSlotCache) -> StepGraphs | None:
+    def _make_graphs(self) -> StepGraphs | None:
         """Returns the graphs of a rollout, None where there are none."""
         options = self.roles.decoding
-        if self.roles.base.device.type != "cuda" or not options.cuda_graphs or not store.is_capturable:
+        if self.roles.base.device.type != "cuda" or not options.cuda_graphs:
             return None
         return StepGraphs(CudaCapture(), options, self.roles.limits.emit)
 
@@ -350,8 +386,9 @@ class Engine:
         sequences = scheduler.decoding()
         for drawn in steps.run(sequences):
             slots = scheduler.append_drawn(sequences, drawn)
-            self._num_drawn += len(sequences)
-            self._num_dropped += len(sequences) - len(slots)
+            if isinstance(steps, BufferedSteps):
+                self._num_drawn += len(sequences)
+                self._num_dropped += len(sequences) - len(slots)
             yield slots
 
 

@@ -83,6 +83,15 @@ def slots_that_fit(
     return max(1, min(slots, limit * 4 // 5 // max(1, bytes_per_slot)))
 
 
+def unused_cache_bytes(
+    slots: int,
+    bytes_per_slot: int,
+    limit: int,
+) -> int:
+    """Returns what these slots leave of `limit` bytes, besides the fifth for prompts that wait."""
+    return max(0, limit * 4 // 5 - slots * bytes_per_slot)
+
+
 @dataclass(frozen=True)
 class PrefilledPrompts:
     """Keys and values of prompts in each layer, (N, heads, T, width of a head), and the lengths (N,) of the prompts."""
@@ -117,6 +126,15 @@ class StaticSlotCache:
         self.slots = slots_that_fit(slots, self.bytes_per_slot(columns), limit)
         self.columns = columns
         return self.slots
+
+    @property
+    def unshared_slots(self) -> int:
+        """Sequences that fit if they share nothing."""
+        return self.slots
+
+    def unused_bytes(self, limit: int) -> int:
+        """Returns what is left of `limit` bytes (`unused_cache_bytes`)."""
+        return unused_cache_bytes(self.slots, self.bytes_per_slot(self.columns), limit)
 
     def bytes_per_slot(self, columns: int) -> int:
         """Returns the bytes of one slot. The bytes of a token in each layer are measured with a prompt of one token,

@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import Cache
 
 from lowrank_tune.batch import copy_to
-from lowrank_tune.generation.kv_cache import PrefilledPrompts, StaticSlotCache, slots_that_fit
+from lowrank_tune.generation.kv_cache import PrefilledPrompts, StaticSlotCache, unused_cache_bytes
 from lowrank_tune.generation.page_pool import PagePool, SharedPages, pages_that_fit
 from lowrank_tune.generation.paged_attention import (
     PAGE_SIZE,
@@ -96,29 +96,32 @@ class PagedLayers(SlotCache):
         Cache.__init__(self, layers=[PagedLayer(self.step, None) for _ in range(num_layers)])
 
 
-def uses_pages(model: Any) -> bool:
-    """Returns whether a model can use `PagedCache` on its device."""
+def pages_fault(model: Any) -> str | None:
+    """Returns why a model cannot use `PagedCache` on its device, or None."""
     if not has_flash_attention(model):
-        return False
+        return "it needs a GPU from compute capability 8.0, half precision, and a PyTorch with paged attention"
     config = model.get_decoder().config
-    return attends_to_pages(config) and not any(layer_windows(config))
+    if not attends_to_pages(config) or any(layer_windows(config)):
+        return "the attention of this model cannot read pages"
+    return None
 
 
 def paged_columns(
     slots: int,
+    max_slots: int,
     columns: int,
     token_bytes: int,
     limit: int,
 ) -> int:
-    """Returns the columns of each of `slots` slots that take as many bytes as the pages for them, or more."""
+    """Returns the columns of each of `slots` slots that take as many bytes as the pages for `max_slots`, or more."""
     pages_per_sequence = -(-columns // PAGE_SIZE)
-    num_pages = pages_that_fit(slots, pages_per_sequence, token_bytes * PAGE_SIZE, limit) + 1
+    num_pages = pages_that_fit(max_slots, pages_per_sequence, token_bytes * PAGE_SIZE, limit) + 1
     return max(columns, -(-num_pages * PAGE_SIZE // slots))
 
 
 class PagedCache(StaticSlotCache):
     """One pool of pages for all sequences: a step is one forward pass, and reads the tokens that a sequence has. For
-    models that `uses_pages` accepts."""
+    models without a `pages_fault`."""
 
     def __init__(
         self,
@@ -139,12 +142,25 @@ class PagedCache(StaticSlotCache):
 
     def allocate(self, slots: int, columns: int, limit: int) -> int:
         self.columns = columns
-        self.slots = slots_that_fit(slots, self.bytes_per_slot(columns), limit)
         per_sequence = -(-columns // self.page_size)
-        self.num_pages = pages_that_fit(self.slots, per_sequence, self.bytes_per_slot(1) * self.page_size, limit)
+        self.num_pages = pages_that_fit(slots, per_sequence, self._page_bytes, limit)
+        # Each sequence has a page of its own; whether the others are shared is known when it is admitted (`room`).
+        self.slots = min(slots, self.num_pages)
         self.pool = PagePool(self.num_pages, per_sequence)
         self.block_table = torch.zeros((self.slots, per_sequence), dtype=torch.int32, device=self.device)
         return self.slots
+
+    @property
+    def unshared_slots(self) -> int:
+        """Sequences that fit if no two of them share pages, at least 1."""
+        return min(self.slots, self.num_pages // self.pool.pages_per_sequence)
+
+    @property
+    def _page_bytes(self) -> int:
+        return self.bytes_per_slot(1) * self.page_size
+
+    def unused_bytes(self, limit: int) -> int:
+        return unused_cache_bytes(self.num_pages + 1, self._page_bytes, limit)
 
     def prefill(self, prompts: Sequence[Sequence[int]]) -> tuple[_PagedPrompts, Tensor]:
         prefilled, hidden = super().prefill(prompts)

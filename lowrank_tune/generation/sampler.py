@@ -35,7 +35,8 @@ def sample(
     blocks = weights.view(len(weights), -1, BLOCK)
     cumulative = blocks.sum(dim=2).double().cumsum(dim=1)
     if not greedy:
-        tokens = _inverse_cdf(blocks, cumulative, uniform[:, None])
+        # The clamp has an effect only for NaN, which must not become a token beyond the vocabulary.
+        tokens = _inverse_cdf(blocks, cumulative, uniform[:, None]).clamp_max_(logits.shape[1] - 1)
     probs = weights.gather(1, tokens).double() / cumulative[:, -1:]
     return tokens.squeeze(1), probs.log().squeeze(1)
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lowrank_tune.events import Emit, warning
 from lowrank_tune.generation.kv_cache import DynamicCacheStore, KVStore, NoCacheStore, StaticSlotCache
-from lowrank_tune.generation.paged_cache import PagedCache, uses_pages
+from lowrank_tune.generation.paged_cache import PagedCache, pages_fault
 from lowrank_tune.model.oom import is_out_of_memory
 from lowrank_tune.model.rounding import allowed_difference, relative_difference
 
@@ -20,7 +20,7 @@ STORES: tuple[tuple[StoreFactory, str], ...] = (
     (StaticSlotCache, "one key-value cache for all sequences"),
     (DynamicCacheStore, "the model's own cache for each prompt"),
 )
-PAGED_STORE: tuple[StoreFactory, str] = (PagedCache, "pages of keys and values that the samples of a prompt share")
+PAGED_STORE: StoreFactory = PagedCache
 LAST_RESORT = "no cache: each step computes whole sequences again"
 HALF_TOLERANCE = 5e-2
 FP32_TOLERANCE = 1e-3
@@ -28,14 +28,22 @@ FP32_TOLERANCE = 1e-3
 PROBE_ROWS = 3
 """Rows of the batch that measures the rounding of another batch shape: as many as a probe decodes at most."""
 _cache_by_model: WeakKeyDictionary[Any, StoreFactory] = WeakKeyDictionary()
+_pages_by_model: WeakKeyDictionary[Any, StoreFactory | None] = WeakKeyDictionary()
+"""The kind of pages of models that wanted them, None for models that cannot have any."""
 
 
-def select_cache(model: Any, emit: Emit | None = None) -> KVStore:
-    """Returns an empty store. The first call for a model tries the kinds in a few tiny passes, with the adapters and
-    the mode that are active.
+def select_cache(model: Any, emit: Emit | None = None, wants_pages: bool = False) -> KVStore:
+    """Returns an empty store, with `wants_pages` one of `PAGED_STORE` if it can serve the model. The first call for a
+    model tries the kinds in a few tiny passes, with the adapters and the mode that are active.
 
-    If the fastest kind cannot serve the model, one warning with the reason is emitted.
+    If the kind of pages, or the fastest other kind, cannot serve the model, one warning with the reason is emitted.
     """
+    if wants_pages:
+        if model not in _pages_by_model:
+            _pages_by_model[model] = _select_pages(model, emit)
+        kind = _pages_by_model[model]
+        if kind is not None:
+            return kind(model)
     if model not in _cache_by_model:
         _cache_by_model[model] = _select_kv_cache(model, emit)
     return _cache_by_model[model](model)
@@ -53,12 +61,20 @@ def select_cache_without_values(model: Any) -> KVStore:
     return _cache_by_model[model](model)
 
 
+def _select_pages(model: Any, emit: Emit | None) -> StoreFactory | None:
+    fault = pages_fault(model) or cache_fault(PAGED_STORE, model)
+    if fault is None:
+        return PAGED_STORE
+    if emit is not None:
+        emit(warning(f"`rollout.prefix_caching: true` has no effect: {fault}"))
+    return None
+
+
 def _select_kv_cache(model: Any, emit: Emit | None) -> StoreFactory:
     faults: list[str] = []
     chosen: StoreFactory = NoCacheStore
     used = LAST_RESORT
-    kinds = (PAGED_STORE, *STORES) if uses_pages(model) else STORES
-    for kind, description in kinds:
+    for kind, description in STORES:
         fault = cache_fault(kind, model)
         if fault is None:
             chosen = kind

@@ -91,6 +91,7 @@ class FakeDeviceMode(TorchFunctionMode):
             torch.equal: _equal,
             torch.allclose: _allclose,
             F.scaled_dot_product_attention: self._attend,
+            F.rms_norm: self._rms_norm,
         }
 
     def __torch_function__(
@@ -151,6 +152,19 @@ class FakeDeviceMode(TorchFunctionMode):
 
     def _attend(self, *args: Any, **kwargs: Any) -> Tensor:
         return attend(self.planned.type, *args, **kwargs)
+
+    def _rms_norm(
+        self,
+        x: Tensor,
+        shape: Sequence[int],
+        weight: Tensor | None = None,
+        eps: float | None = None,
+    ) -> Tensor:
+        is_fused = self.planned.type == "cuda" and not torch.is_grad_enabled()
+        if not is_fused or weight is None or weight.dtype != x.dtype:
+            return F.rms_norm(x, list(shape), weight, eps)
+        # CUDA's kernel reads and writes what this product does.
+        return x * weight
 
     def _create(
         self,

@@ -1,9 +1,11 @@
-"""Memory that CUDA graphs of decoding steps keep: a graph has its own temporaries, also while prompts are read."""
+"""Memory that CUDA graphs of decoding steps keep: temporaries of their own, while prompts are read and while a step
+runs plain, and what the driver needs for each graph."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 
+from lowrank_tune.generation.cuda_graphs import GRAPH_BYTES, MAX_GRAPHS
 from lowrank_tune.memory_planner.allocation_tracker import ProgramPoint
 from lowrank_tune.memory_planner.extrapolation import Peaks
 from lowrank_tune.memory_planner.plan_report import GRAPHS, PHASE_SEPARATOR
@@ -14,15 +16,15 @@ TEMPORARIES = ("activations", "logits")
 
 
 def with_graph_pools(peaks: Peaks, rollouts: Mapping[str, DecodingSpec]) -> Peaks:
-    """Returns the peaks of phases that decode, with the temporaries of a step at the points of other passes. All graphs
+    """Returns the peaks of phases that decode, with the memory of graphs at each point after the start. All graphs
     share one pool, which is as large as the largest of them needs."""
     pools = {name: _pool_bytes(peaks, name) for name, decoding in rollouts.items() if decoding.cuda_graphs}
     result = dict[ProgramPoint, Mapping[str, int]]()
     for point, peak in peaks.items():
-        name, _, pass_name = point[0].partition(PHASE_SEPARATOR)
+        name = point[0].partition(PHASE_SEPARATOR)[0]
         result[point] = peak
-        if name in pools and pass_name != STEP:
-            result[point] = {**peak, GRAPHS: pools[name]}
+        if name in pools:
+            result[point] = {**peak, GRAPHS: pools[name] + MAX_GRAPHS * GRAPH_BYTES}
     return result
 
 

@@ -10,6 +10,7 @@ import torch
 from peft import LoraConfig
 
 from lowrank_tune.config import RecipeConfig
+from lowrank_tune.generation.decode_masks import needs_boolean_mask
 from lowrank_tune.generation.engine import device_memory, gpu_cache_bytes
 from lowrank_tune.generation.kv_cache import slots_that_fit
 from lowrank_tune.generation.paged_cache import paged_columns
@@ -132,7 +133,7 @@ def decoding_phases(
                 columns = decoding.prompt_length + decoding.max_new_tokens
                 slots_over = -(-excess // bytes_per_sequence(spec.config, columns, spec.device))
                 slots = max(1, decoding.slots - slots_over)
-            rollouts[phase.name] = replace(decoding, slots=slots)
+            rollouts[phase.name] = replace(decoding, slots=slots, copies=False)
             has_changed = True
         if not has_changed:
             break
@@ -225,7 +226,10 @@ def _decoding_specs(
     scratch = 0
     if device.type != "cuda":
         scratch = _host_memory_part()
-    cuda_graphs = device.type == "cuda" and bool(rollout.cuda_graphs)
+    windows = layer_windows(config)
+    is_capturable = not needs_boolean_mask(config, windows)
+    shares_prompts = device.type == "cuda" and rollout.prefix_caching and not any(windows)
+    cuda_graphs = device.type == "cuda" and bool(rollout.cuda_graphs) and is_capturable
 
     def decoding(
         max_slots: int,
@@ -234,11 +238,12 @@ def _decoding_specs(
         max_new_tokens: int,
     ) -> DecodingSpec:
         columns = prompt_length + max_new_tokens
-        sequence_bytes = bytes_per_sequence(config, columns, device)
-        slots = slots_that_fit(min(max_slots, num_prompts * samples), sequence_bytes, limit)
-        cache_columns = 0
-        if device.type == "cuda" and not any(layer_windows(config)):
-            cache_columns = paged_columns(slots, columns, bytes_per_sequence(config, 1, device), limit)
+        max_slots = min(max_slots, num_prompts * samples)
+        slots = slots_that_fit(max_slots, bytes_per_sequence(config, columns, device), limit)
+        cache_columns = columns
+        # Sequences that share a prompt are more than these, in the same bytes.
+        if shares_prompts and samples > 1:
+            cache_columns = paged_columns(slots, max_slots, columns, bytes_per_sequence(config, 1, device), limit)
         return DecodingSpec(
             "policy",
             slots,
@@ -249,7 +254,10 @@ def _decoding_specs(
             limit,
             scratch,
             cuda_graphs,
-            cache_columns,
+            rollout.sync_every if device.type == "cuda" else 1,
+            bytes_per_sequence(config, cache_columns, device),
+            config.get_text_config().num_hidden_layers,
+            cache_columns=cache_columns,
         )
 
     if recipe.is_online:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from lowrank_tune.generation import Engine
 from lowrank_tune.generation.decode_scheduler import PREFILL_TOKENS, max_prefill_prompts
+from lowrank_tune.generation.kv_cache import unused_cache_bytes
 from lowrank_tune.generation.sampling_params import SamplingParams
 from lowrank_tune.generation.select_cache import select_cache_without_values
 from lowrank_tune.model.roles import Roles
@@ -29,6 +30,13 @@ class DecodingSpec:
     cache_bytes: int
     scratch_bytes: int = 0
     cuda_graphs: bool = False
+    sync_every: int = 1
+    """Steps between two reads of the host."""
+    sequence_bytes: int = 0
+    """Keys and values of one sequence in all layers; 0 if they are not known."""
+    layers: int = 1
+    copies: bool = True
+    """Whether the engine may copy weights, which it does not after an out-of-memory error."""
     cache_columns: int = 0
     """Columns of keys and values of each slot, if they are more than its tokens."""
 
@@ -42,6 +50,17 @@ class DecodingSpec:
         """Prompts that the scheduler reads at once for empty slots, at least 1."""
         limit = max_prefill_prompts(self.slots, self.samples, self.slots)
         return max(1, min(self.prompts, limit, PREFILL_TOKENS // self.prompt_length))
+
+    @property
+    def reads_beside_cache(self) -> bool:
+        """Whether prompts are read when the keys and values of all slots exist: after the first ones."""
+        return self.prompts > self.prefill_prompts
+
+    def copy_limit(self, layers: int) -> int:
+        """Returns the bytes for copies of weights on a model of some of the layers: their part of those on all."""
+        if not self.copies or not self.sequence_bytes:
+            return 0
+        return unused_cache_bytes(self.slots, self.sequence_bytes, self.cache_bytes) * layers // self.layers
 
 
 Decoding = Callable[
@@ -59,9 +78,10 @@ def decode(
     allocating_cache: AbstractContextManager[None],
     on_pass: Callable[[str], None],
 ) -> None:
-    """Reads prompts, fills the slots and makes one step at the greatest length, as the engine does. `allocating_cache`
-    is entered while keys and values are allocated. `on_pass` is called with the name of each pass before it begins:
-    each has its own program points, because the bytes of prompts and of a step grow differently with each layer."""
+    """Reads prompts, beside the keys and values of all slots if these exist by then, fills the slots and makes one step
+    at the greatest length, as the engine does. `allocating_cache` is entered while keys and values are allocated.
+    `on_pass` is called with the name of each pass before it begins: each has its own program points, because the bytes
+    of prompts and of a step grow differently with each layer."""
     engine = Engine(
         roles,
         spec.role,
@@ -76,7 +96,13 @@ def decode(
     with mode.enter():
         store = select_cache_without_values(roles.base.model)
         store.allocate(spec.slots, max(columns, spec.cache_columns), 1 << 60)
-    with engine.prepared_weights() as weights, mode.enter(), weights:
+    with _prepared_weights(engine, spec) as weights, mode.enter(), weights:
+        if spec.reads_beside_cache:
+            shortest, _ = store.prefill([[0]])
+            with allocating_cache:
+                store.insert(shortest, [0], [0])
+            allocating_cache = nullcontext()
+            del shortest
         prompts = spec.prefill_prompts
         prefilled, hidden = store.prefill([[0] * spec.prompt_length] * prompts)
         on_pass("placing")
@@ -107,7 +133,7 @@ def decode_typical_steps(
     )
     columns = spec.columns
     sampling = SamplingParams(spec.max_new_tokens, frozenset())
-    with engine.prepared_weights() as weights, engine.generation_mode().enter(), weights:
+    with _prepared_weights(engine, spec) as weights, engine.generation_mode().enter(), weights:
         store = select_cache_without_values(roles.base.model)
         store.allocate(spec.slots, max(columns, spec.cache_columns), 1 << 60)
         on_pass("reading")
@@ -124,6 +150,11 @@ def decode_typical_steps(
             hidden = store.step([0] * spec.slots, [position - slot % 2 for slot in slots])
             engine.sample(sampling, hidden, _uniforms(spec.slots, roles))
             del hidden
+
+
+def _prepared_weights(engine: Engine, spec: DecodingSpec) -> AbstractContextManager[AbstractContextManager[None]]:
+    layers = engine.roles.base.model.config.get_text_config().num_hidden_layers
+    return engine.prepared_weights(spec.slots, spec.copy_limit(layers))
 
 
 def _uniforms(count: int, roles: Roles) -> Tensor:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from lowrank_tune.config import RecipeConfig
+from lowrank_tune.generation.decode_steps import COLUMNS_PER_BUCKET
 from lowrank_tune.memory_planner.gpu_specs import FASTEST, SLOWEST, GpuSpec
 from lowrank_tune.memory_planner.plan_report import DECODING_PHASES, PHASE_SEPARATOR
 from lowrank_tune.memory_planner.repetitions import num_heldout_rounds, tokens_of_phase, tokens_per_update
@@ -166,9 +168,22 @@ class RunTimeModel:
         turns = max(1.0, completions / decoding.slots)
         reading = self._time_of(name + PHASE_SEPARATOR + READING)
         placing = self._time_of(name + PHASE_SEPARATOR + PLACING)
-        step = self._step_time(name + PHASE_SEPARATOR + AVERAGE_STEP, decoding)
+        part = name + PHASE_SEPARATOR + AVERAGE_STEP
+        step = self._step_time(part, decoding)
         prompts = reading.times(decoding.prompts / decoding.prefill_prompts)
-        return prompts.then(placing.times(turns)).then(step.times(turns * new_tokens))
+        # On the average a completion ends in the middle between two reads, and the tokens after its end are dropped.
+        num_dropped = (decoding.sync_every - 1) / 2
+        total = prompts.then(placing.times(turns)).then(step.times(turns * (new_tokens + num_dropped)))
+        if decoding.cuda_graphs:
+            # A kind of step runs plain once, and once more while it is captured.
+            total = total.then(self._time_of(part).times(2 * num_step_kinds(decoding.slots, new_tokens)))
+        return total
+
+
+def num_step_kinds(slots: int, new_tokens: float) -> int:
+    """Returns of how many numbers of slots and columns a rollout has steps: sequences grow while all slots are in use,
+    and at the end fewer and fewer slots are."""
+    return math.ceil(new_tokens / COLUMNS_PER_BUCKET) + slots.bit_length()
 
 
 def sum_of_hours(run_times: Sequence[RunTime]) -> Span | None:

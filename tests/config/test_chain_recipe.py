@@ -212,9 +212,8 @@ def test_common_setting_is_left_out_of_stages_that_do_not_use_it() -> None:
         5,
     )
     assert sft["train"]["micro_batch_size"] == grpo["train"]["micro_batch_size"] == 3
-    assert not {"rewards", "rollout", "grpo"} & set(sft) and not {"max_length", "eval_fraction", "validation"} & set(
-        grpo["data"]
-    )
+    assert "max_num_seqs" not in sft["rollout"]
+    assert not {"rewards", "grpo"} & set(sft) and not {"max_length", "eval_fraction", "validation"} & set(grpo["data"])
 
 
 def test_extends_of_chain_and_stage_is_relative_to_its_file(write: Write) -> None:

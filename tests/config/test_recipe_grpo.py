@@ -58,7 +58,7 @@ RULES: dict[str, tuple[dict[str, Any], str, dict[str, Any]]] = {
     "grpo section": (made("dpo", grpo={}), "grpo: does nothing for dpo (it belongs to grpo)", made(grpo={})),
     "rollout section": (
         made("sft", rollout={"max_num_seqs": 4}),
-        f"rollout: does nothing for sft {OURS}",
+        f"rollout.max_num_seqs: does nothing for sft {OURS}",
         made(rollout={"max_num_seqs": 4}),
     ),
     "prompts of sft": (

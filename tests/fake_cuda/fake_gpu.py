@@ -17,6 +17,7 @@ import torch
 import torch._dynamo  # noqa: F401  (makes a table of torch's functions, in which each may be only once)
 import torch.nn.functional as F
 from fake_attention import fake_attention
+from fake_norm import make_fake_rms_norm
 from integer_values import stand_in
 from kernel_counter import KernelCounter
 from torch import Tensor, nn
@@ -71,6 +72,7 @@ def _replacements() -> Iterator[tuple[Any, str, Any]]:
     yield FakeTensor, "tolist", _tolist
     yield nn.Module, "to", _move_module
     yield F, "scaled_dot_product_attention", fake_attention
+    yield F, "rms_norm", make_fake_rms_norm(_counters)
     # transformers would take a tensor without numbers for one of a compilation, whose values it does not read.
     if hasattr(masking_utils, "is_tracing"):
         yield masking_utils, "is_tracing", _no

@@ -24,6 +24,7 @@ PLANNED_LAYERS = 2
 PLANNED_ROWS = 4
 PLANNED_LENGTH = 2048
 WIDTH = 64
+TIMED_WIDTH = 768
 """Columns of a decoding step."""
 
 
@@ -83,6 +84,19 @@ def count_decoding(counter: KernelCounter) -> dict[str, Any]:
     return {name: totals.to_json() for name, totals in counts.items()}
 
 
+def count_step_times(counter: KernelCounter) -> dict[str, Any]:
+    """Decoding steps of models of one and of two layers, whose difference is a layer."""
+    counts: dict[str, Any] = {}
+    for layers in (1, 2):
+        base = fake_base("llama-3.1-8b", layers)
+        for stack, frozen, batches in (("one adapter", [], (1, 16, 64)), ("two adapters", ["sft"], (64,))):
+            with stacked_roles(base, frozen) as roles:
+                for batch in batches:
+                    totals = count_decode_step(counter, roles, batch, TIMED_WIDTH)
+                    counts.setdefault(f"{batch} rows, {stack}", []).append(totals.to_json())
+    return counts
+
+
 def count_plain_steps(counter: KernelCounter) -> dict[str, Any]:
     """Micro-batches of SFT that the memory planner simulates too."""
     base = fake_base("llama-3.1-8b", PLANNED_LAYERS)
@@ -102,6 +116,7 @@ GROUPS: dict[str, Callable[[KernelCounter], dict[str, Any]]] = {
     "training": count_training,
     "families": count_families,
     "decoding": count_decoding,
+    "step times": count_step_times,
     "planned": count_plain_steps,
     "checks": run_checks,
 }

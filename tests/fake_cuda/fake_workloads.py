@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -20,6 +20,7 @@ from gpu_proof.synthetic import (
 )
 from kernel_counter import CUDA, KernelCounter
 from kernel_totals import Totals
+from python_calls import counting_calls
 from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
@@ -28,8 +29,9 @@ from lowrank_tune.algorithms.dpo import DPO
 from lowrank_tune.algorithms.grpo import GRPO
 from lowrank_tune.algorithms.sft import SFT
 from lowrank_tune.batch import Batch, PairBatch, RolloutBatch
-from lowrank_tune.generation import Engine
+from lowrank_tune.generation import Engine, engine
 from lowrank_tune.generation.sampling_params import SamplingParams
+from lowrank_tune.memory_planner.fake_device import replaced
 from lowrank_tune.model.activation_checkpointing import Checkpointing
 from lowrank_tune.model.adapters import lora_config
 from lowrank_tune.model.base import Base
@@ -41,7 +43,6 @@ COUNTED_STEP = 1
 """The first and the last step are logging steps; the one between them is counted, and the last one is left out."""
 NEW_TOKENS = 8
 PROMPT = 16
-CACHE_BYTES = 8 << 30
 
 
 @dataclass
@@ -321,29 +322,58 @@ def count_decode_step(
     stream: bool = False,
 ) -> Totals:
     """Returns what one decoding step of `batch` sequences does, at `width` columns: the difference between calls of the
-    engine that draw three tokens and two."""
-    engine = Engine(roles, "policy", batch, CACHE_BYTES)
+    engine that draw three tokens and two. The step is the one that is captured on a GPU: the fake GPU captures
+    nothing."""
+    roles.decoding.cuda_graphs = False
     # Prompts of two lengths, so that the step needs a mask.
     prompts = [[5] * (width - 2)]
     if batch > 1:
         prompts.append([5] * (width - 3))
-    _draw(counter, engine, prompts, batch, 2, stream)
-    shorter = _draw(counter, engine, prompts, batch, 2, stream)
-    longer = _draw(counter, engine, prompts, batch, 3, stream)
+    # Modules are compared, and sizes measured, once.
+    _draw(counter, roles, prompts[:1], 1, 2, stream)
+    shorter = _draw(counter, roles, prompts, batch, 2, stream)
+    longer = _draw(counter, roles, prompts, batch, 3, stream)
     return longer.minus(shorter)
+
+
+def count_calls_of_graphed_step(
+    roles: Roles,
+    batch: int,
+    stream: bool = False,
+) -> int:
+    """Returns the calls of Python functions in a step of `batch` sequences that is replayed, by a graph that does
+    nothing: those of the host's own work for each token, too."""
+    roles.decoding.cuda_graphs = True
+    counter = KernelCounter()
+    with replaced(engine, "CudaCapture", _NoCapture):
+        # The first two steps of each draw run plain and are captured.
+        _, shorter, longer = [_draw(counter, roles, [[5] * 4], batch, 1 + steps, stream) for steps in (8, 8, 24)]
+    return round(longer.minus(shorter).python_calls / 16)
+
+
+class _NoCapture:
+    """Captures nothing, and replays nothing."""
+
+    def __call__(self, run: Callable[[], None]) -> _NoCapture:
+        return self
+
+    def replay(self) -> None:
+        pass
 
 
 def _draw(
     counter: KernelCounter,
-    engine: Engine,
+    roles: Roles,
     prompts: list[list[int]],
     batch: int,
     new_tokens: int,
     stream: bool,
 ) -> Totals:
+    decoding = Engine(roles, "policy", batch)
     sampling = SamplingParams(new_tokens, frozenset())
-    draw = engine.stream if stream else engine.generate
-    with counter.counting() as totals:
+    draw = decoding.stream if stream else decoding.generate
+    with counter.counting() as totals, counting_calls() as counted:
         outputs = list(draw(prompts, batch // len(prompts), sampling))
     assert outputs
+    totals.python_calls = counted.calls
     return totals

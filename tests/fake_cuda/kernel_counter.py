@@ -23,8 +23,9 @@ from integer_values import (
     set_values,
     stand_in,
 )
+from kernel_times import seconds_of
 from kernel_totals import Totals
-from kernel_work import work_of
+from kernel_work import Work, work_of
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
@@ -119,12 +120,17 @@ class KernelCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]
         outputs = [leaf for leaf in tree_leaves(results) if isinstance(leaf, Tensor)]
         if name in ALLOCATIONS or name == "device" or _is_view(func, outputs):
             return
-        totals = self.totals
         for work in work_of(name, args, kwargs, outputs):
-            totals.launches += work.launches
-            totals.launches_by_op[work.kind if name == "gemm_4bit" else name] += work.launches
-            totals.bytes_by_kind[work.kind] += round(work.num_bytes)
-            totals.flops_by_kind[work.kind] += round(work.flops)
+            self.add(work.kind if name == "gemm_4bit" else name, work)
+
+    def add(self, name: str, work: Work) -> None:
+        """Counts work under this name."""
+        totals = self.totals
+        totals.launches += work.launches
+        totals.gpu_seconds += seconds_of(work)
+        totals.launches_by_op[name] += work.launches
+        totals.bytes_by_kind[work.kind] += round(work.num_bytes)
+        totals.flops_by_kind[work.kind] += round(work.flops)
 
     def wait(self) -> None:
         """Counts a point where the host waits for the GPU."""

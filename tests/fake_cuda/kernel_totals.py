@@ -12,6 +12,10 @@ class Totals:
     """What was counted. Waits and copies are by the line of code that makes them."""
 
     launches: int = 0
+    gpu_seconds: float = 0.0
+    """The time of all kernels by the planner's constants (`kernel_times.py`)."""
+    python_calls: int = 0
+    """Calls of Python functions, where they are counted (`python_calls.py`)."""
     launches_by_op: Counter[str] = field(default_factory=Counter)
     bytes_by_kind: Counter[str] = field(default_factory=Counter)
     flops_by_kind: Counter[str] = field(default_factory=Counter)
@@ -39,6 +43,8 @@ class Totals:
     def to_json(self) -> dict[str, Any]:
         return {
             "launches": self.launches,
+            "gpu_seconds": self.gpu_seconds,
+            "python_calls": self.python_calls,
             "launches_by_op": dict(self.launches_by_op.most_common()),
             "bytes_by_kind": dict(self.bytes_by_kind),
             "flops_by_kind": dict(self.flops_by_kind),
@@ -51,6 +57,8 @@ class Totals:
         """Returns what was counted here and not in `other`, which counted a part of the same work."""
         return Totals(
             self.launches - other.launches,
+            self.gpu_seconds - other.gpu_seconds,
+            self.python_calls - other.python_calls,
             self.launches_by_op - other.launches_by_op,
             _difference(self.bytes_by_kind, other.bytes_by_kind),
             _difference(self.flops_by_kind, other.flops_by_kind),

@@ -15,9 +15,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from lowrank_tune.generation import Engine
 from lowrank_tune.generation.cast_adapters import CastAdapters, cast_adapters
+from lowrank_tune.generation.gpu_linears import GpuLinears
 from lowrank_tune.generation.outputs import Completion, Token
 from lowrank_tune.generation.sampling_params import SamplingParams
 from lowrank_tune.model.base import Base
+from lowrank_tune.model.decoding_options import DecodingOptions
 from lowrank_tune.model.roles import Roles
 
 SAMPLING = SamplingParams(6, frozenset(), temperature=1.0, seed=3)
@@ -66,22 +68,37 @@ def stream(roles: Roles) -> Iterator[Token | Completion]:
 def use_cast_adapters(monkeypatch: pytest.MonkeyPatch) -> None:
     """Makes engines on the CPU prepare adapters as on a GPU."""
 
-    def prepared(self: Engine) -> Any:
+    def prepared(self: Engine, *_: int) -> Any:
         return cast_adapters(self.roles.base.model, self.roles.stacks[self.role], torch.bfloat16)
 
     monkeypatch.setattr(Engine, "prepared_weights", prepared)
 
 
-def test_a_gpu_casts_the_stack_of_its_role() -> None:
+def test_a_gpu_casts_the_stack_of_its_role_for_plain_modules() -> None:
     roles = bf16_roles()
     base = SimpleNamespace(device=torch.device("cuda"), model=roles.base.model)
-    stub: Any = SimpleNamespace(base=base, stacks=roles.stacks)
+    stub: Any = SimpleNamespace(base=base, stacks=roles.stacks, decoding=DecodingOptions(few_launches=False))
     for role, count in (("policy", 56), ("reference", 28), ("base", 0)):
         with Engine(stub, role, cache_bytes=1, scratch_bytes=1).prepared_weights() as weights:
             assert isinstance(weights, CastAdapters)
             assert len(weights.copies) == count
             assert all(copy.dtype == torch.bfloat16 and not copy.requires_grad for copy in weights.copies)
         assert not weights.copies
+
+
+def test_a_gpu_joins_the_linears_of_its_role() -> None:
+    roles = bf16_roles()
+    base = SimpleNamespace(device=torch.device("cuda"), model=roles.base.model)
+    stub: Any = SimpleNamespace(base=base, stacks=roles.stacks, decoding=DecodingOptions())
+    # Query, key and value; output; gate and up; down, in two layers, with rank 4 of each adapter.
+    for role, rank, count in (("policy", 8, 8), ("reference", 4, 8), ("base", 0, 8)):
+        with Engine(stub, role, cache_bytes=1, scratch_bytes=1).prepared_weights() as weights:
+            assert isinstance(weights, GpuLinears)
+            downs = [group.down for group in weights.groups]
+            assert len(downs) == count and not weights.other_adapters.copies
+            joined = [len(group.modules) * rank for group in weights.groups]
+            assert [0 if down is None else down.shape[1] for down in downs] == joined
+            assert all(down is None or down.dtype == torch.bfloat16 for down in downs)
 
 
 def test_cast_adapters_compute_the_bits_of_autocast() -> None:
@@ -101,7 +118,7 @@ def test_cast_adapters_compute_the_bits_of_autocast() -> None:
 
 def test_a_token_of_a_stream_casts_no_adapter(monkeypatch: pytest.MonkeyPatch) -> None:
     roles = bf16_roles()
-    monkeypatch.setattr(Engine, "prepared_weights", lambda self: nullcontext(nullcontext()))
+    monkeypatch.setattr(Engine, "prepared_weights", lambda self, *_: nullcontext(nullcontext()))
     tokens = stream(roles)
     next(tokens)
     with AdapterCasts(roles) as casts:

@@ -12,15 +12,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from models import llama_roles, perturb, ragged_batch, roles_over, unquantized_base
 
+from lowrank_tune.errors import TrainingError
 from lowrank_tune.events import Event, is_warning
 from lowrank_tune.generation import Engine, cuda_graphs, decode_steps
-from lowrank_tune.generation.cuda_graphs import StepGraphs
+from lowrank_tune.generation.cuda_graphs import CudaCapture, StepGraphs
 from lowrank_tune.generation.decode_steps import BufferedSteps, column_bucket, row_bucket
-from lowrank_tune.generation.kv_cache import StaticSlotCache
 from lowrank_tune.generation.outputs import Completion, Token
 from lowrank_tune.generation.sampling_params import SamplingParams
 from lowrank_tune.model.decoding_options import DecodingOptions
-from lowrank_tune.model.oom import MemoryLimits, is_out_of_memory
+from lowrank_tune.model.oom import MemoryLimits
 from lowrank_tune.model.roles import Roles
 
 PROMPTS = [[5, 6, 7], [9], [11, 12, 13, 14, 15, 16, 17], [40, 41], [5, 6, 7, 8]]
@@ -138,11 +138,24 @@ def test_roles_that_alternate_and_training_between_completions(roles: Roles) -> 
         assert_equal(found[role], completed)
 
 
-def test_a_stream_has_each_token_at_once(roles: Roles) -> None:
+def test_a_stream_has_each_token_at_once(roles: Roles, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After one step for each: the first token of a sequence is drawn when its prompt is read."""
     sampling = SamplingParams(10, frozenset(), 1.0)
-    plain = [one for one in make_engine(roles, None).stream(PROMPTS[:2], 1, sampling) if isinstance(one, Token)]
-    stream = make_engine(roles, 8).stream(PROMPTS[:2], 1, sampling)
-    assert [one for one in stream if isinstance(one, Token)] == plain
+    plain = [one for one in make_engine(roles, None).stream(PROMPTS[:1], 1, sampling) if isinstance(one, Token)]
+    step, calls = BufferedSteps.step, 0
+
+    def counted(self: BufferedSteps, rows: int, width: int) -> None:
+        nonlocal calls
+        calls += 1
+        step(self, rows, width)
+
+    monkeypatch.setattr(BufferedSteps, "step", counted)
+    found: list[Token] = []
+    for one in make_engine(roles, 8).stream(PROMPTS[:1], 1, sampling):
+        if isinstance(one, Token):
+            assert calls == len(found)
+            found.append(one)
+    assert found == plain
 
 
 def test_memory_that_runs_out_in_a_block(roles: Roles, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -180,29 +193,41 @@ class FakeGraph:
 
 
 class Graphs:
-    """Graphs on the CPU. `fault` is raised by a capture, and with `is_wrong` graphs draw other tokens."""
+    """Graphs on the CPU. `fault` is raised by a capture, `sync` by the check before, and with `is_wrong` graphs draw
+    other tokens."""
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, fault: Exception | None = None, is_wrong: bool = False) -> None:
+    def __init__(
+        self,
+        monkeypatch: pytest.MonkeyPatch,
+        fault: Exception | None = None,
+        is_wrong: bool = False,
+        sync: Exception | None = None,
+    ) -> None:
         self.made: list[FakeGraph] = []
+        self.checked = 0
         self.events: list[Event] = []
-        self.fault, self.is_wrong = fault, is_wrong
-        self.attempts = 0
+        self.fault, self.is_wrong, self.sync = fault, is_wrong, sync
+        self.most_alive = 0
         graphs = self
 
         class RecordingGraphs(StepGraphs):
             def step(self, steps: BufferedSteps, rows: int, width: int) -> None:
                 graphs.steps = steps
                 super().step(steps, rows, width)
+                graphs.most_alive = max(graphs.most_alive, len(self._graphs))
 
-        def make_graphs(engine: Engine, store: StaticSlotCache) -> StepGraphs | None:
-            self.attempts += 1
-            if not engine.roles.decoding.cuda_graphs:
-                return None
-            return RecordingGraphs(self.capture, engine.roles.decoding, self.events.append)
+        def make_graphs(engine: Engine) -> StepGraphs | None:
+            return RecordingGraphs(self, engine.roles.decoding, self.events.append)
 
         monkeypatch.setattr(Engine, "_make_graphs", make_graphs)
 
-    def capture(self, run: Callable[[], None]) -> FakeGraph:
+    def check(self, run: Callable[[], None]) -> None:
+        self.checked += 1
+        if self.sync is not None:
+            raise self.sync
+        run()
+
+    def __call__(self, run: Callable[[], None]) -> FakeGraph:
         if self.fault is not None:
             raise self.fault
 
@@ -220,36 +245,108 @@ def test_steps_that_are_needed_again_are_replayed(roles: Roles, monkeypatch: pyt
     graphs = Graphs(monkeypatch)
     assert_equal(completions(roles, 4, sampling), expected)
     assert len(graphs.made) > 3 and sum(graph.replays for graph in graphs.made) > 20 and not graphs.events
+    # The first graph is replayed once more, to be compared.
+    assert roles.decoding.num_replays == sum(graph.replays for graph in graphs.made) - 1
+    assert graphs.checked == 1
+
+
+def test_few_graphs_exist_at_once(roles: Roles, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cuda_graphs, "MAX_GRAPHS", 2)
+    sampling = SamplingParams(40, frozenset(range(4)), 1.0)
+    expected = completions(roles, None, sampling)
+    graphs = Graphs(monkeypatch)
+    assert_equal(completions(roles, 4, sampling), expected)
+    assert len(graphs.made) > 4 and graphs.most_alive == 2
+
+
+def ended_capture() -> Exception:
+    """The error of a capture that was invalidated, and in its context the one that did so."""
+    error = RuntimeError("operation failed due to a previous error during capture")
+    error.__context__ = RuntimeError("operation not permitted when stream is capturing")
+    return error
 
 
 @pytest.mark.parametrize(
-    ("fault", "words"),
-    [(RuntimeError("operation not permitted when stream is capturing"), "an error (operation"), (None, "other tokens")],
+    ("how", "words"),
+    [
+        ({"fault": ended_capture()}, "an error (operation not permitted"),
+        ({"sync": RuntimeError("called a synchronizing CUDA operation")}, "an error (called a synchronizing"),
+        ({"is_wrong": True}, "other tokens"),
+    ],
 )
 def test_graphs_that_fail_leave_the_plain_step(
-    roles: Roles, monkeypatch: pytest.MonkeyPatch, fault: Exception | None, words: str
+    roles: Roles, monkeypatch: pytest.MonkeyPatch, how: dict[str, Any], words: str
 ) -> None:
     sampling = SamplingParams(30, frozenset(range(4)), 1.0)
     expected = completions(roles, None, sampling)
-    graphs = Graphs(monkeypatch, fault, is_wrong=True)
+    graphs = Graphs(monkeypatch, **how)
     assert_equal(completions(roles, 4, sampling), expected)
     # A later rollout of the run does not try again.
-    options = roles.decoding
-    assert not options.cuda_graphs
+    assert not roles.decoding.cuda_graphs
     engine = Engine(roles, "policy")
     engine.buffered = True
     assert_equal({(one.prompt, one.sample): one for one in engine.generate(PROMPTS, 2, sampling)}, expected)
-    assert roles.decoding is options and graphs.attempts == 2
+    assert graphs.checked == 1 and roles.decoding.num_replays == 0
     (event,) = graphs.events
     assert is_warning(event) and event.message.startswith(f"{cuda_graphs.NAME}: {words}")  # type: ignore[attr-defined]
 
 
-def test_memory_that_runs_out_in_a_capture_is_no_fault_of_the_graphs(
-    roles: Roles, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_rollout_without_memory_for_graphs_has_plain_steps(roles: Roles, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With as many slots as before, and the next rollout tries again."""
+    sampling = SamplingParams(30, frozenset(range(4)), 1.0)
+    expected = completions(roles, None, sampling)
     graphs = Graphs(monkeypatch, torch.OutOfMemoryError("CUDA out of memory"))
-    with pytest.raises(Exception) as caught:
-        completions(roles, 4, SamplingParams(30, frozenset(), 1.0))
-    assert is_out_of_memory(caught.value) or "memory" in str(caught.value)
-    assert not graphs.events
-    roles.limits = MemoryLimits()
+    assert_equal(completions(roles, 4, sampling), expected)
+    assert roles.decoding.cuda_graphs and roles.limits.cache_tokens == 0
+    assert graphs.checked == 1 and not graphs.events
+
+
+class FailingCapture:
+    """torch's context of a capture, whose end raises as that of an invalidated capture does."""
+
+    def __init__(self, *_: Any, **__: Any) -> None: ...
+    def __enter__(self) -> None: ...
+    def __exit__(self, *_: object) -> None:
+        raise RuntimeError("operation failed due to a previous error during capture")
+
+
+def test_a_capture_that_fails_leaves_stream_and_autocast_as_they_were(monkeypatch: pytest.MonkeyPatch) -> None:
+    entered: list[str] = []
+
+    class Stream(FailingCapture):
+        def __init__(self, name: str) -> None:
+            self.name = name
+
+        def __enter__(self) -> None:
+            entered.append(self.name)
+
+        def __exit__(self, *_: object) -> None:
+            entered.append("left")
+
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", object)
+    monkeypatch.setattr(torch.cuda, "graph", FailingCapture)
+    monkeypatch.setattr(torch.cuda, "stream", Stream)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: "current")
+    before = torch.is_autocast_cache_enabled()
+    states: list[bool] = []
+    with pytest.raises(RuntimeError, match="during capture"):
+        CudaCapture()(lambda: states.append(torch.is_autocast_cache_enabled()))
+    assert states == [False] and torch.is_autocast_cache_enabled() == before and entered == ["current", "left"]
+
+
+def test_logits_that_are_not_finite_end_a_rollout_within_a_block(roles: Roles, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the error of a plain step, not with an id beyond the vocabulary, which on a GPU would end CUDA."""
+    step, calls = BufferedSteps.step, 0
+
+    def poisoned(self: BufferedSteps, rows: int, width: int) -> None:
+        nonlocal calls
+        calls += 1
+        if calls == 3:
+            for layer in self.store.cache.layers:
+                layer.values.fill_(torch.nan)
+        step(self, rows, width)
+
+    monkeypatch.setattr(BufferedSteps, "step", poisoned)
+    with pytest.raises(TrainingError, match="not finite"):
+        completions(roles, 8, SamplingParams(20, frozenset(), 1.0))
+    assert calls == 8

@@ -19,13 +19,15 @@ from models import llama_roles, perturb, roles_over, unquantized_base
 from torch import Tensor
 
 from lowrank_tune.generation import Engine, decode_steps, paged_attention, select_cache
-from lowrank_tune.generation.decode_steps import BufferedSteps
-from lowrank_tune.generation.kv_cache import StaticSlotCache
+from lowrank_tune.generation.decode_scheduler import DecodeScheduler
+from lowrank_tune.generation.decode_steps import BufferedSteps, PlainSteps
+from lowrank_tune.generation.kv_cache import StaticSlotCache, slots_that_fit
 from lowrank_tune.generation.outputs import Completion
 from lowrank_tune.generation.page_pool import SCRATCH_PAGE, PagePool, pages_that_fit
 from lowrank_tune.generation.paged_attention import PAGE_SIZE, PageTables, varlen_paged_attention
-from lowrank_tune.generation.paged_cache import PagedCache, paged_columns, uses_pages
+from lowrank_tune.generation.paged_cache import PagedCache, paged_columns, pages_fault
 from lowrank_tune.generation.sampling_params import SamplingParams
+from lowrank_tune.generation.stopping import StoppingCriteria
 from lowrank_tune.model.oom import MemoryLimits
 from lowrank_tune.model.roles import Roles
 
@@ -195,6 +197,66 @@ def test_few_pages_admit_fewer_sequences(roles: Roles) -> None:
     assert most == 2
 
 
+@settings(max_examples=5, deadline=None)
+@given(
+    length=st.integers(24, 34),
+    num_prompts=st.integers(1, 2),
+    n=st.integers(6, 9),
+    whole=st.integers(2, 4),
+    max_new_tokens=st.integers(2, 5),
+)
+def test_more_samples_of_a_prompt_fit_the_same_bytes(
+    roles: Roles, length: int, num_prompts: int, n: int, whole: int, max_new_tokens: int
+) -> None:
+    """A limit with room for `whole` sequences that share nothing."""
+    prompts = ragged_prompts([length] * num_prompts)
+    sampling = SamplingParams(max_new_tokens, frozenset(range(4)), 1.0)
+    slot_bytes = StaticSlotCache(roles.base.model).bytes_per_slot(length + max_new_tokens)
+    limit = -(-whole * slot_bytes * 5 // 4)
+    most_rows = []
+    found = []
+    run = PlainSteps.run
+    for kind in (StaticSlotCache, CheckedCache):
+        rows = [0]
+
+        def counted(steps: PlainSteps, sequences: Any, rows: list[int] = rows) -> Any:
+            rows.append(len(sequences))
+            return run(steps, sequences)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(PlainSteps, "run", counted)
+            found.append(completions(roles, kind, prompts, n, sampling, cache_bytes=limit))
+        most_rows.append(max(rows))
+    assert_equal(found[1], found[0])
+    assert most_rows[0] == whole < most_rows[1]
+    (store,) = CheckedCache.made
+    assert (store.num_pages + 1) * PAGE * store.bytes_per_slot(1) <= limit * 4 // 5
+
+
+@pytest.mark.parametrize(("wants_pages", "n", "shares"), [(False, 4, False), (True, 1, False), (True, 2, True)])
+def test_pages_are_an_option_for_several_samples(
+    roles: Roles, monkeypatch: pytest.MonkeyPatch, wants_pages: bool, n: int, shares: bool
+) -> None:
+    CheckedCache.made.clear()
+    monkeypatch.setattr(select_cache, "pages_fault", lambda model: None)
+    monkeypatch.setattr(select_cache, "PAGED_STORE", CheckedCache)
+    monkeypatch.setattr(select_cache, "_pages_by_model", {})
+    monkeypatch.setattr(roles.decoding, "prefix_caching", wants_pages)
+    engine = Engine(roles, "policy")
+    list(engine.generate(ragged_prompts([5, 9]), n, SamplingParams(2, frozenset(), 1.0)))
+    assert bool(CheckedCache.made) == shares
+
+
+def test_what_pages_leave_of_the_bytes(roles: Roles) -> None:
+    """Copies of weights take no byte of the pages, the scratch page among them."""
+    store = CheckedCache(roles.base.model)
+    page_bytes = store.bytes_per_slot(1) * PAGE
+    for slots, pages in ((2, 6), (3, 9), (9, 10)):
+        store.allocate(slots, 3 * PAGE, 11 * page_bytes * 5 // 4)
+        assert store.num_pages == pages
+        assert 0 <= store.unused_bytes(11 * page_bytes * 5 // 4) - (10 - pages) * page_bytes <= 1
+
+
 def test_a_slot_without_a_sequence_has_the_scratch_page(roles: Roles) -> None:
     """Padded steps write there, and the pages of the sequence that has ended may belong to others."""
     store = CheckedCache(roles.base.model)
@@ -226,6 +288,43 @@ def test_memory_that_runs_out_with_pages(roles: Roles, monkeypatch: pytest.Monke
     roles.limits = MemoryLimits()
 
 
+@pytest.mark.parametrize(("whole", "num_ooms"), [(4, 1), (4, 2), (1, 1)])
+def test_each_retry_has_fewer_pages(roles: Roles, monkeypatch: pytest.MonkeyPatch, whole: int, num_ooms: int) -> None:
+    """More sequences share the pages than would fit without a shared prompt, and halving their number frees nothing."""
+    prompts = ragged_prompts([24, 24, 25])
+    sampling = SamplingParams(4, frozenset(), 1.0)
+    slot_bytes = StaticSlotCache(roles.base.model).bytes_per_slot(29)
+    expected = completions(roles, StaticSlotCache, prompts, 6, sampling)
+    num_pages = []
+
+    class FailingCache(CheckedCache):
+        def step_on_device(self, *arguments: Any, **options: Any) -> Tensor:
+            if self.num_pages not in num_pages:
+                num_pages.append(self.num_pages)
+                if len(num_pages) <= num_ooms:
+                    raise torch.OutOfMemoryError("CUDA out of memory")
+            return super().step_on_device(*arguments, **options)
+
+    monkeypatch.setattr(roles, "limits", MemoryLimits())
+    # A page more than whole sequences have, and the scratch page.
+    limit = -(-(whole * 8 * PAGE * slot_bytes // 29 + 2 * PAGE * slot_bytes // 29) * 5 // 4)
+    found = completions(roles, FailingCache, prompts, 6, sampling, cache_bytes=limit)
+    assert_equal(found, expected)
+    assert len(CheckedCache.made) == num_ooms + 1
+    assert num_pages == sorted(num_pages, reverse=True)
+
+
+def test_prompts_that_wait_take_no_more_bytes_than_without_pages() -> None:
+    """Two prompts for four sequences that share nothing, however many slots there are."""
+    sampling = SamplingParams(4, frozenset())
+    scheduler = DecodeScheduler([[1] * 9] * 12, 2, sampling, StoppingCriteria(sampling, None), range(12))
+    scheduler.start(20)
+    assert len(scheduler.next_prompts()) == 10
+    scheduler.start(20)
+    scheduler.set_slots(20, 4)
+    assert len(scheduler.next_prompts()) == 2
+
+
 # --- selection --------------------------------------------------------------------------------------------------------
 
 
@@ -244,27 +343,28 @@ def test_pages_are_selected_if_they_compute_what_plain_passes_compute(
         return gathered_attention(query, keys, values, tables, scale)
 
     model = unquantized_base("llama").model
-    monkeypatch.setattr(select_cache, "uses_pages", lambda model: True)
-    monkeypatch.setattr(
-        select_cache, "PAGED_STORE", (partial(PagedCache, attention=attention, page_size=PAGE), "pages")
-    )
+    monkeypatch.setattr(select_cache, "pages_fault", lambda model: None)
+    monkeypatch.setattr(select_cache, "PAGED_STORE", partial(PagedCache, attention=attention, page_size=PAGE))
     notes: list[Any] = []
     with torch.no_grad():
-        store = select_cache.select_cache(model, notes.append)
+        assert type(select_cache.select_cache(model, notes.append)) is StaticSlotCache
+        store = select_cache.select_cache(model, notes.append, wants_pages=True)
+        assert type(select_cache.select_cache(model, notes.append)) is StaticSlotCache
+        select_cache.select_cache(model, notes.append, wants_pages=True)
     if fault is None:
         assert type(store) is PagedCache and not notes
         return
     assert type(store) is StaticSlotCache
     (note,) = notes
-    assert "not usable: pages: hidden states differ" in note.message
+    assert note.message.startswith("`rollout.prefix_caching: true` has no effect: hidden states differ")
 
 
 def test_pages_need_a_gpu_and_layers_with_full_attention(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert not uses_pages(unquantized_base("llama").model)
+    assert "compute capability 8.0" in str(pages_fault(unquantized_base("llama").model))
     monkeypatch.setattr("lowrank_tune.generation.paged_cache.has_flash_attention", lambda model: True)
-    assert uses_pages(unquantized_base("llama").model)
+    assert pages_fault(unquantized_base("llama").model) is None
     for kind in ("mistral", "gemma2", "gemma3_text", "gpt_neo", "gpt2"):
-        assert not uses_pages(unquantized_base(kind).model), kind
+        assert "cannot read pages" in str(pages_fault(unquantized_base(kind).model)), kind
 
 
 def test_the_kernel_is_called_as_documented(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -341,12 +441,15 @@ def test_pages_that_fit(slots: int, limit: int, expected: int) -> None:
 
 
 @settings(max_examples=60, deadline=None)
-@given(slots=st.integers(1, 70), columns=st.integers(1, 2000), limit=st.integers(0, 1 << 27))
-def test_planned_columns_take_no_fewer_bytes_than_the_pages(roles: Roles, slots: int, columns: int, limit: int) -> None:
+@given(max_slots=st.integers(1, 70), columns=st.integers(1, 2000), limit=st.integers(0, 1 << 27))
+def test_planned_columns_take_no_fewer_bytes_than_the_pages(
+    roles: Roles, max_slots: int, columns: int, limit: int
+) -> None:
     store = PagedCache(roles.base.model)
-    slots = store.allocate(slots, columns, limit)
+    store.allocate(max_slots, columns, limit)
     token_bytes = store.bytes_per_slot(1)
-    planned = slots * paged_columns(slots, columns, token_bytes, limit) * token_bytes
+    slots = slots_that_fit(max_slots, columns * token_bytes, limit)
+    planned = slots * paged_columns(slots, max_slots, columns, token_bytes, limit) * token_bytes
     allocated = (store.num_pages + 1) * PAGE_SIZE * token_bytes
     assert max(allocated, slots * columns * token_bytes) <= planned < allocated + slots * (columns + 1) * token_bytes
 

@@ -140,9 +140,9 @@ def test_prompts_that_start_at_once_are_read_by_their_own_length() -> None:
     scheduler.unfinished = [[0, 1] for _ in range(6)]
     scheduler.start(8)
     assert [*scheduler.waiting] == [1, 3, 5, 2, 0, 4]
-    scheduler.set_slots(4)
+    scheduler.set_slots(4, 4)
     assert [*scheduler.waiting] == [1, 5, 2, 3, 0, 4]
-    scheduler.set_slots(12)
+    scheduler.set_slots(12, 12)
     assert [*scheduler.waiting] == [1, 3, 5, 2, 0, 4]
 
 

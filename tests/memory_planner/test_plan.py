@@ -145,16 +145,18 @@ evaluate: {{eval_dataset: {{dataset: builtin:arithmetic}}, num_prompts: 200, max
     return str(file)
 
 
-@pytest.mark.parametrize("layers", [2, pytest.param(9, marks=pytest.mark.slow)])
-def test_keys_and_values_are_those_of_the_slots(tmp_path: Path, layers: int) -> None:
+@pytest.mark.parametrize(("layers", "pages"), [(2, False), (2, True), pytest.param(9, False, marks=pytest.mark.slow)])
+def test_keys_and_values_are_those_of_the_slots(tmp_path: Path, layers: int, pages: bool) -> None:
     """On a GPU: slots * columns * (keys and values) * heads * width * layers in bfloat16, however few layers are
-    rehearsed, the columns being those of whole pages and of one more page for all slots; beside them at most one
-    layer's copy of the prompts for all slots, and their numbers."""
-    (scene,) = simulation_specs(load_any(llama(tmp_path, num_hidden_layers=layers)), "cuda")
+    rehearsed; beside them at most one layer's copy of the prompts for all slots, and their numbers. Where the
+    completions of a prompt share pages, which one answer to a question does not, there is one more page for all
+    slots."""
+    recipe = load_any(llama(tmp_path, num_hidden_layers=layers), f"rollout.prefix_caching={str(pages).lower()}")
+    (scene,) = simulation_specs(recipe, "cuda")
     token = 2 * 4 * 32 * 2  # of a layer: keys and values, 4 heads of width 32, 2 bytes
     for name, slots in (("rollout", 64), ("held-out answers", 200)):
         found = next(phase for phase in phases_of(scene, 24 << 30) if phase.name == name)
-        columns = 2 * 256 + -(-256 // slots)
+        columns = 128 + 384 + (256 // slots if pages and name == "rollout" else 0)
         kept = slots * columns * token * layers
         assert kept <= found.bytes["KV cache"] <= kept + slots * 128 * token + 8192, name
         assert found.bytes["activations"] < 64 << 20
@@ -165,6 +167,45 @@ def test_what_is_planned_from_few_layers_is_what_all_of_them_hold(tmp_path: Path
     scene = replace(scene, rollouts={"rollout": DecodingSpec("policy", 64, 128, 384, 8, 8, 1 << 40)})
     whole = {phase.name: phase.total for phase in phases_in(simulate(scene, layers_of(scene.config, 9)))}
     assert {phase.name: phase.total for phase in phases_in(peaks_of(scene, 9))} == whole
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layers", [9])
+def test_copies_of_attention_weights_are_planned_where_slots_leave_room(tmp_path: Path, layers: int) -> None:
+    """All layers' copies or none, from a simulation of few layers: q, o (256 x 256), k, v (256 x 128) in two bytes, and
+    B of rank 16 for each, those of q, k, v as one matrix."""
+    (scene,) = simulation_specs(load_any(llama(tmp_path, num_hidden_layers=layers)), "cuda")
+    sequence = planner.bytes_per_sequence(scene.config, 512, scene.device)
+    copied = layers * 2 * (2 * 256 * (256 + 128) + 48 * (256 + 2 * 128) + 16 * 256)
+
+    def activations(room: int, slots: int = 64, copies: bool = True) -> int:
+        # A fifth is for prompts that wait.
+        limit = -(-(slots * sequence + room) * 5 // 4)
+        spec = DecodingSpec("policy", slots, 128, 384, 8, 8, limit, 0, False, sequence, layers, copies)
+        peaks = peaks_of(replace(scene, rollouts={"rollout": spec}), layers)
+        return min(peak["activations"] for point, peak in peaks.items() if point[0] == "rollout: step")
+
+    none = activations(copied - layers)
+    assert activations(copied) - none == copied
+    assert activations(copied, copies=False) == none
+    # bitsandbytes reads packed weights for few rows.
+    assert activations(copied, slots=8) == activations(0, slots=8)
+
+
+def test_a_rollout_that_does_not_fit_is_planned_without_copies(
+    sixteen_layers: SimulationSpec, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    planned = []
+
+    def peaks_with(spec: SimulationSpec, recomputed: int) -> Peaks:
+        decoding = spec.rollouts["rollout"]
+        planned.append((decoding.slots, decoding.copies))
+        return {("rollout: step",): {"KV cache": decoding.slots << 28, "activations": decoding.copies << 31}}
+
+    monkeypatch.setattr(planner, "peaks_of", peaks_with)
+    decoding_phases(sixteen_layers, {"rollout": DecodingSpec("policy", 64, 128, 384, 8, 8, 1 << 40)}, 16, 16 << 30)
+    assert planned[0] == (64, True) and len(planned) > 1
+    assert all(slots < 64 and not copies for slots, copies in planned[1:])
 
 
 @pytest.mark.slow

@@ -1,0 +1,1 @@
+"""Time to accuracy against TRL: the parts of `benchmarks/learning.py`."""
