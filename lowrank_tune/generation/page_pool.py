@@ -35,12 +35,20 @@ class SequencePages:
 class PagePool:
     """The pages 1 to `num_pages` of a cache; each sequence has at most `pages_per_sequence` of them, by its slot."""
 
-    def __init__(self, num_pages: int, pages_per_sequence: int) -> None:
+    def __init__(
+        self,
+        num_pages: int,
+        pages_per_sequence: int,
+    ) -> None:
         self.pages_per_sequence = pages_per_sequence
         self.free = list(range(num_pages, SCRATCH_PAGE, -1))
         self.slots: dict[int, SequencePages] = {}
 
-    def sequences_that_fit(self, num_full_pages: int, shared: SharedPages | None) -> int:
+    def sequences_that_fit(
+        self,
+        num_full_pages: int,
+        shared: SharedPages | None,
+    ) -> int:
         """Returns how many sequences of a prompt with `num_full_pages` fit into the free pages. `shared` are the pages
         that contain the prompt already, or None."""
         num_free = len(self.free)
@@ -49,13 +57,21 @@ class PagePool:
         own = self.pages_per_sequence - num_full_pages
         return max(0, num_free // own)
 
-    def store_prompt(self, num_full_pages: int, shared: SharedPages | None) -> tuple[SharedPages, bool]:
+    def store_prompt(
+        self,
+        num_full_pages: int,
+        shared: SharedPages | None,
+    ) -> tuple[SharedPages, bool]:
         """Returns the pages of a prompt, and whether they are new, so that the prompt must be copied into them."""
         if shared is not None and _is_stored(shared):
             return shared, False
         return SharedPages(self._take(num_full_pages)), True
 
-    def add(self, slot: int, shared: SharedPages) -> SequencePages:
+    def add(
+        self,
+        slot: int,
+        shared: SharedPages,
+    ) -> SequencePages:
         """Gives the sequence in a slot its own pages after those of its prompt."""
         self.release(slot)
         sequence = SequencePages(shared, self._take(self.pages_per_sequence - len(shared.pages)))
@@ -63,7 +79,11 @@ class PagePool:
         self.slots[slot] = sequence
         return sequence
 
-    def move(self, source: int, target: int) -> None:
+    def move(
+        self,
+        source: int,
+        target: int,
+    ) -> None:
         """Moves a sequence to another slot, whose own sequence has ended."""
         self.release(target)
         self.slots[target] = self.slots.pop(source)
@@ -94,7 +114,12 @@ def _is_stored(shared: SharedPages | None) -> bool:
     return shared is not None and shared.users > 0
 
 
-def pages_that_fit(slots: int, pages_per_sequence: int, page_bytes: int, limit: int) -> int:
+def pages_that_fit(
+    slots: int,
+    pages_per_sequence: int,
+    page_bytes: int,
+    limit: int,
+) -> int:
     """Returns the number of pages for `slots` sequences, all of which fit `limit` bytes with the scratch page; at least
     those of one sequence. A fifth of the bytes is left for prompts that wait for their slots."""
     affordable = limit * 4 // 5 // page_bytes - 1

@@ -50,7 +50,12 @@ class PagedLayer(SlotLayer):
 
     step: PagedContext
 
-    def allocate_pages(self, like: tuple[Tensor, Tensor], num_pages: int, page_size: int) -> None:
+    def allocate_pages(
+        self,
+        like: tuple[Tensor, Tensor],
+        num_pages: int,
+        page_size: int,
+    ) -> None:
         """Creates pages for keys and values that are shaped as `like`."""
         # The kernel wants keys and values in one dtype, which norms of keys may change.
         dtype = like[1].dtype
@@ -74,7 +79,14 @@ class PagedLayer(SlotLayer):
             pool.flatten(0, 1).index_copy_(0, token_index, states[:, :, 0].to(pool.dtype))
         return self.keys, self.values
 
-    def write(self, prompts: tuple[Tensor, Tensor], row: int, start: int, end: int, pages: Tensor) -> None:
+    def write(
+        self,
+        prompts: tuple[Tensor, Tensor],
+        row: int,
+        start: int,
+        end: int,
+        pages: Tensor,
+    ) -> None:
         """Copies the tokens `start` to `end` of a prompt into pages (P,): in full pages one after the other, or, if
         they are fewer than a page, at the beginning of each page."""
         page_size = self.keys.shape[1]
@@ -140,7 +152,12 @@ class PagedCache(StaticSlotCache):
         self.slots = self.columns = 0
         self.is_capturable = True
 
-    def allocate(self, slots: int, columns: int, limit: int) -> int:
+    def allocate(
+        self,
+        slots: int,
+        columns: int,
+        limit: int,
+    ) -> int:
         self.columns = columns
         per_sequence = -(-columns // self.page_size)
         self.num_pages = pages_that_fit(slots, per_sequence, self._page_bytes, limit)
@@ -167,7 +184,11 @@ class PagedCache(StaticSlotCache):
         num_tokens = [len(prompt) for prompt in prompts]
         return _PagedPrompts(prefilled.layers, prefilled.lengths, num_tokens), hidden
 
-    def room(self, prompts: Any, row: int) -> int:
+    def room(
+        self,
+        prompts: Any,
+        row: int,
+    ) -> int:
         num_full_pages = prompts.num_tokens[row] // self.page_size
         return self.pool.sequences_that_fit(num_full_pages, prompts.shared.get(row))
 
@@ -184,7 +205,12 @@ class PagedCache(StaticSlotCache):
             self._insert_row(prompts, row, row_slots)
         self._upload_tables()
 
-    def _insert_row(self, prompts: _PagedPrompts, row: int, slots: Sequence[int]) -> None:
+    def _insert_row(
+        self,
+        prompts: _PagedPrompts,
+        row: int,
+        slots: Sequence[int],
+    ) -> None:
         end = prompts.num_tokens[row]
         num_full_pages = end // self.page_size
         shared, is_new = self.pool.store_prompt(num_full_pages, prompts.shared.get(row))
@@ -196,14 +222,26 @@ class PagedCache(StaticSlotCache):
         if start < end:
             self._write(prompts, row, start, end, first_pages)
 
-    def _write(self, prompts: _PagedPrompts, row: int, start: int, end: int, pages: Sequence[int]) -> None:
+    def _write(
+        self,
+        prompts: _PagedPrompts,
+        row: int,
+        start: int,
+        end: int,
+        pages: Sequence[int],
+    ) -> None:
         index = copy_to(torch.tensor(pages), self.device)
         for layer, prefill_states in zip(self.cache.layers, prompts.layers, strict=True):
             if not layer.is_initialized:
                 layer.allocate_pages(prefill_states, self.num_pages + 1, self.page_size)
             layer.write(prefill_states, row, start, end, index)
 
-    def move(self, source: int, target: int, length: int) -> None:
+    def move(
+        self,
+        source: int,
+        target: int,
+        length: int,
+    ) -> None:
         self.pool.move(source, target)
         self._upload_tables()
 
@@ -218,7 +256,13 @@ class PagedCache(StaticSlotCache):
         tables = [self.pool.table(slot) for slot in range(self.slots)]
         self.block_table.copy_(copy_to(torch.tensor(tables, dtype=torch.int32), self.device))
 
-    def step_on_device(self, input_ids: Tensor, position_ids: Tensor, width: int, is_full: bool = False) -> Tensor:
+    def step_on_device(
+        self,
+        input_ids: Tensor,
+        position_ids: Tensor,
+        width: int,
+        is_full: bool = False,
+    ) -> Tensor:
         pages = self.block_table[: len(input_ids)]
         page = pages.gather(1, position_ids // self.page_size).long()
         token_index = (page * self.page_size + position_ids % self.page_size).flatten()

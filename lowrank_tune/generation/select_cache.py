@@ -32,7 +32,11 @@ _pages_by_model: WeakKeyDictionary[Any, StoreFactory | None] = WeakKeyDictionary
 """The kind of pages of models that wanted them, None for models that cannot have any."""
 
 
-def select_cache(model: Any, emit: Emit | None = None, wants_pages: bool = False) -> KVStore:
+def select_cache(
+    model: Any,
+    emit: Emit | None = None,
+    wants_pages: bool = False,
+) -> KVStore:
     """Returns an empty store, with `wants_pages` one of `PAGED_STORE` if it can serve the model. The first call for a
     model tries the kinds in a few tiny passes, with the adapters and the mode that are active.
 
