@@ -111,10 +111,17 @@ def decoding_options(
     device: torch.device,
     emit: Emit,
 ) -> DecodingOptions:
-    """Returns how completions are drawn on a GPU. Emits a warning if the recipe requires CUDA graphs on the CPU."""
-    if recipe.rollout.cuda_graphs is True and device.type != "cuda":
+    """Returns how completions are drawn on a GPU. Emits a warning for what the recipe requires and the CPU has not."""
+    on_gpu = device.type == "cuda"
+    if recipe.rollout.cuda_graphs is True and not on_gpu:
         emit(warning("`rollout.cuda_graphs: true` has no effect: there are CUDA graphs on a GPU alone"))
-    return DecodingOptions(recipe.rollout.sync_every, bool(recipe.rollout.cuda_graphs))
+    if recipe.rollout.prefix_caching and not on_gpu:
+        emit(warning("`rollout.prefix_caching: true` has no effect: pages of keys and values exist on a GPU alone"))
+    return DecodingOptions(
+        recipe.rollout.sync_every,
+        bool(recipe.rollout.cuda_graphs),
+        recipe.rollout.prefix_caching and on_gpu,
+    )
 
 
 def load_roles(

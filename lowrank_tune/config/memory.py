@@ -19,6 +19,7 @@ MEMORY_SETTINGS = (
     "rollout.max_num_seqs",
     "rollout.sync_every",
     "rollout.cuda_graphs",
+    "rollout.prefix_caching",
 )
 """Settings that change memory and speed and never the gradient: a run that had not enough memory may continue with
 other values."""

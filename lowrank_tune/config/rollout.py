@@ -27,5 +27,9 @@ class RolloutConfig(Settings):
     cuda_graphs: bool | Literal["auto"] = "auto"
     """Launches each decoding step as one CUDA graph, for held-out answers too. `auto`: on a GPU. The first graph is
     compared with the plain step, which is used if they differ. Changes no completion, except for rounding."""
+    prefix_caching: bool = False
+    """Stores keys and values of a prompt once for all its completions, in held-out answers too, so that more sequences
+    fit: on a GPU from compute capability 8.0, with a PyTorch whose variable-length attention has pages. Changes no
+    completion, except for rounding."""
     max_reward_failure_rate: Fraction = 0.01
     """Stops the run if the rewards failed on more than this share of its completions, from the third failure on."""

@@ -3,7 +3,7 @@
 The scheduler runs no model. `Engine` passes in what the model and the sampler computed, and gets back what to run next:
 
     next_prompts -> (engine reads the prompts) -> add_prefilled -> admit -> (engine fills the slots)
-    compact -> decoding -> (engine decodes one token of each sequence) -> retire
+    compact -> decoding -> (engine decodes one token of each sequence) -> retire -> ended_slots
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -125,11 +125,13 @@ class DecodeScheduler:
         self.prefilled = deque[_PrefilledPrompt]()
         self.rows = list[SequenceState | None]()
         """The sequence in each slot."""
-        self.set_slots(slots)
+        self.set_slots(slots, slots)
 
-    def set_slots(self, slots: int) -> None:
-        """Sets the number of slots, before any prompt is read, and orders the waiting prompts for it."""
+    def set_slots(self, slots: int, unshared_slots: int) -> None:
+        """Sets the number of slots, before any prompt is read, and orders the waiting prompts for it. Memory is
+        sufficient for `unshared_slots` sequences that share nothing with others."""
         self.slots = slots
+        self.unshared_slots = unshared_slots
         self.waiting = deque(self._prompt_order())
 
     @property
@@ -165,7 +167,8 @@ class DecodeScheduler:
         chosen = list[int]()
         if not num_free or self.prefilled:
             return chosen
-        limit = max_prefill_prompts(num_free, self.n, self.slots)
+        # A prompt that was read and waits takes as many bytes as one that nothing shares.
+        limit = max_prefill_prompts(min(num_free, self.unshared_slots), self.n, self.unshared_slots)
         width = 0
         while self.waiting and len(chosen) < limit:
             width = max(width, len(self.prompts[self.waiting[0]]))
@@ -188,21 +191,22 @@ class DecodeScheduler:
             sequences += group
         return sequences
 
-    def admit(self) -> list[Placement]:
-        """Assigns waiting samples to free slots."""
+    def admit(self, room: Callable[[Any, int], int]) -> Iterator[Placement]:
+        """Assigns waiting samples to free slots, of each prompt as many as `room(cache, cache_row)` returns. Yields the
+        slots of a prompt, which must be filled before those of the next one are assigned."""
         free = self._free_slots()
-        placements = []
         while self.prefilled and free:
             prompt = self.prefilled[0]
-            slots = free[: len(prompt.samples)]
+            slots = free[: min(len(prompt.samples), room(prompt.cache, prompt.cache_row))]
+            if not slots:
+                return
             free = free[len(slots) :]
             for slot in slots:
                 # A slot at the end of the list appends.
                 self.rows[slot : slot + 1] = [prompt.samples.popleft()]
-            placements.append(Placement(prompt.cache, prompt.cache_row, slots))
+            yield Placement(prompt.cache, prompt.cache_row, slots)
             if not prompt.samples:
                 self.prefilled.popleft()
-        return placements
 
     def compact(self) -> list[SlotMove]:
         """Moves the last sequences into the free slots, because a step reads the first slots only. Returns the moves in
@@ -258,6 +262,10 @@ class DecodeScheduler:
                 self.spent_tokens += len(row.token_ids)
         return finished
 
+    def ended_slots(self) -> list[int]:
+        """Returns the slots whose sequence has ended and that no other has taken."""
+        return [slot for slot, row in enumerate(self.rows) if row is None]
+
     def truncate_all(self) -> list[Completion]:
         """Ends every sequence where it is. Those that have no slot yet end with no tokens."""
         completions = [row.to_completion("budget") for row in self.decoding()]
@@ -304,7 +312,7 @@ class DecodeScheduler:
 
     def _free_slots(self) -> list[int]:
         """Returns the free slots in order, no more than the token budget has tokens for."""
-        free = [slot for slot, row in enumerate(self.rows) if row is None]
+        free = self.ended_slots()
         free += range(len(self.rows), self.slots)
         affordable = min(self.token_budget - self.num_running, len(free))
         return free[: int(affordable)]

@@ -24,7 +24,7 @@ from lowrank_tune.generation.cpu_linears import FastLinears
 from lowrank_tune.generation.cuda_graphs import CudaCapture, StepGraphs
 from lowrank_tune.generation.decode_scheduler import DecodeScheduler
 from lowrank_tune.generation.decode_steps import BufferedSteps, DecodeSteps, PlainSteps
-from lowrank_tune.generation.kv_cache import KVStore, StaticSlotCache, unused_cache_bytes
+from lowrank_tune.generation.kv_cache import KVStore, StaticSlotCache
 from lowrank_tune.generation.linear_weights import ScratchLimits
 from lowrank_tune.generation.outputs import Completion, Token
 from lowrank_tune.generation.rollout_weights import rollout_weights, verify_rollout_weights
@@ -206,17 +206,12 @@ class Engine:
 
         verify_rollout_weights(self.roles, self._stack, AUTOCAST_DTYPE, hidden, slots, self.cache_bytes)
 
-    def _copy_limit(
-        self,
-        store: KVStore,
-        scheduler: DecodeScheduler,
-    ) -> int:
+    def _copy_limit(self, store: KVStore) -> int:
         """Returns the bytes for copies of weights: what the slots leave of those for keys and values. After an
         out-of-memory error there are none."""
         if not isinstance(store, StaticSlotCache) or self.roles.limits.cache_tokens:
             return 0
-        slot_bytes = store.bytes_per_slot(scheduler.columns)
-        return unused_cache_bytes(scheduler.slots, slot_bytes, self.cache_bytes)
+        return store.unused_bytes(self.cache_bytes)
 
     def sample(
         self,
@@ -294,7 +289,9 @@ class Engine:
                 if not is_out_of_memory(error) or isinstance(error, OutOfMemory) or scheduler.tokens_streamed:
                     raise
                 free_traceback(error)
-            limits.record_oom("cache_tokens", scheduler.slots, columns)
+            # A sequence alone may fit where several that share a prompt did not.
+            units = min(scheduler.slots, max(scheduler.unshared_slots, 2))
+            limits.record_oom("cache_tokens", units, columns)
             slots = scheduler.num_unfinished
 
     def _decode_all(
@@ -304,9 +301,12 @@ class Engine:
     ) -> Iterator[Token | Completion]:
         mode = self.generation_mode()
         with mode.enter():
-            store = select_cache(self.roles.base.model, self.roles.limits.emit)
-            scheduler.set_slots(store.allocate(scheduler.slots, scheduler.columns, self.cache_bytes))
-            copy_limit = self._copy_limit(store, scheduler)
+            # One sample of each prompt has nothing to share.
+            wants_pages = self.roles.decoding.prefix_caching and scheduler.n > 1
+            store = select_cache(self.roles.base.model, self.roles.limits.emit, wants_pages)
+            slots = store.allocate(scheduler.slots, scheduler.columns, self.cache_bytes)
+            scheduler.set_slots(slots, store.unshared_slots if isinstance(store, StaticSlotCache) else slots)
+            copy_limit = self._copy_limit(store)
         with self.prepared_weights(scheduler.slots, copy_limit) as weights:
             steps = self._make_steps(scheduler, store, stream_tokens)
             while not scheduler.is_done:
@@ -371,6 +371,7 @@ class Engine:
                 if stream_tokens:
                     outputs += scheduler.last_tokens(slots)
                 outputs += scheduler.retire(slots)
+            store.release(scheduler.ended_slots())
         return outputs
 
     def _prefill(
@@ -414,7 +415,7 @@ class Engine:
 def _admit(scheduler: DecodeScheduler, store: KVStore) -> list[int]:
     """Copies prefilled prompts into free slots. Returns the slots that were filled."""
     filled = []
-    for placement in scheduler.admit():
+    for placement in scheduler.admit(store.room):
         cache_rows = [placement.cache_row] * len(placement.slots)
         store.insert(placement.cache, cache_rows, placement.slots)
         filled += placement.slots

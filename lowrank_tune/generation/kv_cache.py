@@ -23,6 +23,9 @@ from lowrank_tune.generation.slot_cache import SlotCache, sliding_windows
 
 _TOKEN_BYTES: WeakKeyDictionary[Any, list[int]] = WeakKeyDictionary()
 
+UNLIMITED = 1 << 30
+"""Room for any number of sequences."""
+
 
 class KVStore(Protocol):
     """What sequences have read, so that a step reads one token of each."""
@@ -39,6 +42,10 @@ class KVStore(Protocol):
     def prefill(self, prompts: Sequence[Sequence[int]]) -> tuple[Any, Tensor]:
         """Reads prompts. Returns a cache for `insert`, and the last hidden state of each prompt (N, d)."""
 
+    def room(self, prompts: Any, row: int) -> int:
+        """Returns how many sequences of a row of a prefilled cache have room besides those in slots; at least one if
+        no slot is in use."""
+
     def insert(
         self,
         prompts: Any,
@@ -54,6 +61,9 @@ class KVStore(Protocol):
         length: int,
     ) -> None:
         """Moves the sequence of `length` tokens in one slot to another slot."""
+
+    def release(self, slots: Sequence[int]) -> None:
+        """Frees what the sequences that have ended in these slots take."""
 
     def step(
         self,
@@ -83,7 +93,9 @@ def unused_cache_bytes(
 
 
 @dataclass(frozen=True)
-class _PrefilledPrompts:
+class PrefilledPrompts:
+    """Keys and values of prompts in each layer, (N, heads, T, width of a head), and the lengths (N,) of the prompts."""
+
     layers: list[tuple[Tensor, Tensor]]
     lengths: Tensor
 
@@ -115,6 +127,15 @@ class StaticSlotCache:
         self.columns = columns
         return self.slots
 
+    @property
+    def unshared_slots(self) -> int:
+        """Sequences that fit if they share nothing."""
+        return self.slots
+
+    def unused_bytes(self, limit: int) -> int:
+        """Returns what is left of `limit` bytes (`unused_cache_bytes`)."""
+        return unused_cache_bytes(self.slots, self.bytes_per_slot(self.columns), limit)
+
     def bytes_per_slot(self, columns: int) -> int:
         """Returns the bytes of one slot. The bytes of a token in each layer are measured with a prompt of one token,
         once for each model."""
@@ -131,7 +152,7 @@ class StaticSlotCache:
             total += min(columns, layer.window or columns) * token_bytes
         return total
 
-    def prefill(self, prompts: Sequence[Sequence[int]]) -> tuple[_PrefilledPrompts, Tensor]:
+    def prefill(self, prompts: Sequence[Sequence[int]]) -> tuple[PrefilledPrompts, Tensor]:
         ids, lengths = _pad(prompts, self.device)
         self.cache.prefill()
         hidden = self.decoder(
@@ -140,11 +161,14 @@ class StaticSlotCache:
             use_cache=True,
         ).last_hidden_state
         layers = [layer.prefill_states for layer in self.cache.layers]
-        return _PrefilledPrompts(layers, lengths), _last_states(hidden, lengths)
+        return PrefilledPrompts(layers, lengths), _last_states(hidden, lengths)
+
+    def room(self, prompts: Any, row: int) -> int:
+        return self.slots
 
     def insert(
         self,
-        prompts: _PrefilledPrompts,
+        prompts: PrefilledPrompts,
         rows: Sequence[int],
         slots: Sequence[int],
     ) -> None:
@@ -169,6 +193,9 @@ class StaticSlotCache:
     ) -> None:
         for layer in self.cache.layers:
             layer.move(source, target, length)
+
+    def release(self, slots: Sequence[int]) -> None:
+        """Does nothing: a sequence that takes a slot overwrites it."""
 
     def step(
         self,
@@ -220,6 +247,9 @@ class _UnreservedStore:
     ) -> int:
         return slots
 
+    def room(self, prompts: Any, row: int) -> int:
+        return UNLIMITED
+
     def move(
         self,
         source: int,
@@ -227,6 +257,9 @@ class _UnreservedStore:
         length: int,
     ) -> None:
         self.slots[target] = self.slots.pop(source)
+
+    def release(self, slots: Sequence[int]) -> None:
+        """Does nothing: a sequence that takes a slot overwrites it."""
 
 
 @dataclass

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from lowrank_tune.events import Emit, warning
 from lowrank_tune.generation.kv_cache import DynamicCacheStore, KVStore, NoCacheStore, StaticSlotCache
+from lowrank_tune.generation.paged_cache import PagedCache, pages_fault
 from lowrank_tune.model.oom import is_out_of_memory
 from lowrank_tune.model.rounding import allowed_difference, relative_difference
 
@@ -19,6 +20,7 @@ STORES: tuple[tuple[StoreFactory, str], ...] = (
     (StaticSlotCache, "one key-value cache for all sequences"),
     (DynamicCacheStore, "the model's own cache for each prompt"),
 )
+PAGED_STORE: StoreFactory = PagedCache
 LAST_RESORT = "no cache: each step computes whole sequences again"
 HALF_TOLERANCE = 5e-2
 FP32_TOLERANCE = 1e-3
@@ -26,22 +28,34 @@ FP32_TOLERANCE = 1e-3
 PROBE_ROWS = 3
 """Rows of the batch that measures the rounding of another batch shape: as many as a probe decodes at most."""
 _cache_by_model: WeakKeyDictionary[Any, StoreFactory] = WeakKeyDictionary()
+_pages_by_model: WeakKeyDictionary[Any, StoreFactory | None] = WeakKeyDictionary()
+"""The kind of pages of models that wanted them, None for models that cannot have any."""
 
 
-def select_cache(model: Any, emit: Emit | None = None) -> KVStore:
-    """Returns an empty store. The first call for a model tries the kinds in a few tiny passes, with the adapters and
-    the mode that are active.
+def select_cache(
+    model: Any,
+    emit: Emit | None = None,
+    wants_pages: bool = False,
+) -> KVStore:
+    """Returns an empty store, with `wants_pages` one of `PAGED_STORE` if it can serve the model. The first call for a
+    model tries the kinds in a few tiny passes, with the adapters and the mode that are active.
 
-    If the fastest kind cannot serve the model, one warning with the reason is emitted.
+    If the kind of pages, or the fastest other kind, cannot serve the model, one warning with the reason is emitted.
     """
+    if wants_pages:
+        if model not in _pages_by_model:
+            _pages_by_model[model] = _select_pages(model, emit)
+        kind = _pages_by_model[model]
+        if kind is not None:
+            return kind(model)
     if model not in _cache_by_model:
         _cache_by_model[model] = _select_kv_cache(model, emit)
     return _cache_by_model[model](model)
 
 
 def select_cache_without_values(model: Any) -> KVStore:
-    """Returns an empty store of the fastest kind whose passes the model accepts. Compares nothing: for the planner,
-    whose meta tensors have no values."""
+    """Returns an empty store of the fastest kind of `STORES` whose passes the model accepts. Compares nothing: for the
+    planner, whose meta tensors have no values."""
     if model not in _cache_by_model:
         _cache_by_model[model] = NoCacheStore
         for kind, _ in STORES:
@@ -49,6 +63,15 @@ def select_cache_without_values(model: Any) -> KVStore:
                 _cache_by_model[model] = kind
                 break
     return _cache_by_model[model](model)
+
+
+def _select_pages(model: Any, emit: Emit | None) -> StoreFactory | None:
+    fault = pages_fault(model) or cache_fault(PAGED_STORE, model)
+    if fault is None:
+        return PAGED_STORE
+    if emit is not None:
+        emit(warning(f"`rollout.prefix_caching: true` has no effect: {fault}"))
+    return None
 
 
 def _select_kv_cache(model: Any, emit: Emit | None) -> StoreFactory:
@@ -112,8 +135,12 @@ def _decode_probes_or_fault(kind: StoreFactory, model: Any) -> list[_Probe] | st
 def decode_probes(store: KVStore, vocabulary: int) -> list[_Probe]:
     """Decodes three sequences for three steps. The second one ends early, and another one moves into its slot."""
     token_ids = [token_id % vocabulary for token_id in range(2, 20)]
-    sequences = [token_ids[:3], token_ids[3:9], token_ids[:3]]
-    store.allocate(3, 16, 1 << 40)
+    first = token_ids[:3]
+    if isinstance(store, PagedCache):
+        # Both samples of this prompt share its first page.
+        first = (token_ids * store.page_size)[: store.page_size + 3]
+    sequences = [first[:], token_ids[3:9], first[:]]
+    store.allocate(3, len(first) + 13, 1 << 40)
     prompts, hidden = store.prefill(sequences[:2])
     probes = [_Probe(sequences[row][:], hidden[row]) for row in (0, 1)]
     store.insert(prompts, [0, 1, 0], [0, 1, 2])

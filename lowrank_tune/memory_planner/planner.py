@@ -13,6 +13,7 @@ from lowrank_tune.config import RecipeConfig
 from lowrank_tune.generation.decode_masks import needs_boolean_mask
 from lowrank_tune.generation.engine import device_memory, gpu_cache_bytes
 from lowrank_tune.generation.kv_cache import slots_that_fit
+from lowrank_tune.generation.paged_cache import paged_columns
 from lowrank_tune.generation.slot_cache import layer_windows
 from lowrank_tune.memory_planner.cached_simulation import cached_peaks
 from lowrank_tune.memory_planner.compiled_layers import plans_compiled_layers
@@ -217,25 +218,25 @@ def _decoding_specs(
     limit: int,
 ) -> dict[str, DecodingSpec]:
     """Returns the decoding of rollouts, and of answers to held-out questions, by name of the phase."""
-    train = recipe.train
     rollout = recipe.rollout
     evaluation = recipe.evaluate
     prompt_length = recipe.data.max_prompt_length
     specs: dict[str, DecodingSpec] = {}
-    scratch = 0
-    if device.type != "cuda":
-        scratch = _host_memory_part()
-    is_capturable = not needs_boolean_mask(config, layer_windows(config))
-    cuda_graphs = device.type == "cuda" and bool(rollout.cuda_graphs) and is_capturable
+    on_gpu = device.type == "cuda"
+    scratch = 0 if on_gpu else _host_memory_part()
+    windows = layer_windows(config)
+    shares_prompts = on_gpu and rollout.prefix_caching and not any(windows)
+    cuda_graphs = on_gpu and bool(rollout.cuda_graphs) and not needs_boolean_mask(config, windows)
 
-    def decoding(
-        max_slots: int,
-        num_prompts: int,
-        samples: int,
-        max_new_tokens: int,
-    ) -> DecodingSpec:
-        sequence_bytes = bytes_per_sequence(config, prompt_length + max_new_tokens, device)
-        slots = slots_that_fit(min(max_slots, num_prompts * samples), sequence_bytes, limit)
+    def decoding(max_slots: int, num_prompts: int, samples: int, max_new_tokens: int) -> DecodingSpec:
+        columns = prompt_length + max_new_tokens
+        max_slots = min(max_slots, num_prompts * samples)
+        slots = slots_that_fit(max_slots, bytes_per_sequence(config, columns, device), limit)
+        cache_columns = columns
+        # Sequences that share a prompt are more than these, in the same bytes.
+        if shares_prompts and samples > 1:
+            token_bytes = bytes_per_sequence(config, 1, device)
+            cache_columns = paged_columns(slots, max_slots, columns, token_bytes, limit)
         return DecodingSpec(
             "policy",
             slots,
@@ -246,15 +247,16 @@ def _decoding_specs(
             limit,
             scratch,
             cuda_graphs,
-            rollout.sync_every if device.type == "cuda" else 1,
-            sequence_bytes,
+            rollout.sync_every if on_gpu else 1,
+            bytes_per_sequence(config, cache_columns, device),
             config.get_text_config().num_hidden_layers,
+            cache_columns=cache_columns,
         )
 
     if recipe.is_online:
         specs["rollout"] = decoding(
             rollout.max_num_seqs,
-            train.prompts_per_step,
+            recipe.train.prompts_per_step,
             rollout.num_generations,
             rollout.max_new_tokens,
         )

@@ -37,6 +37,13 @@ class DecodingSpec:
     layers: int = 1
     copies: bool = True
     """Whether the engine may copy weights, which it does not after an out-of-memory error."""
+    cache_columns: int = 0
+    """Columns of keys and values of each slot, if they are more than its tokens."""
+
+    @property
+    def columns(self) -> int:
+        """Tokens of a sequence at its end."""
+        return self.prompt_length + self.max_new_tokens
 
     @property
     def prefill_prompts(self) -> int:
@@ -83,12 +90,12 @@ def decode(
         spec.scratch_bytes,
     )
     mode = engine.generation_mode()
-    columns = spec.prompt_length + spec.max_new_tokens
+    columns = spec.columns
     sampling = SamplingParams(spec.max_new_tokens, frozenset())
     on_pass("reading")
     with mode.enter():
         store = select_cache_without_values(roles.base.model)
-        store.allocate(spec.slots, columns, 1 << 60)
+        store.allocate(spec.slots, max(columns, spec.cache_columns), 1 << 60)
     with _prepared_weights(engine, spec) as weights, mode.enter(), weights:
         if spec.reads_beside_cache:
             shortest, _ = store.prefill([[0]])
@@ -124,11 +131,11 @@ def decode_typical_steps(
         spec.cache_bytes,
         spec.scratch_bytes,
     )
-    columns = spec.prompt_length + spec.max_new_tokens
+    columns = spec.columns
     sampling = SamplingParams(spec.max_new_tokens, frozenset())
     with _prepared_weights(engine, spec) as weights, engine.generation_mode().enter(), weights:
         store = select_cache_without_values(roles.base.model)
-        store.allocate(spec.slots, columns, 1 << 60)
+        store.allocate(spec.slots, max(columns, spec.cache_columns), 1 << 60)
         on_pass("reading")
         prompts = spec.prefill_prompts
         prefilled, hidden = store.prefill([[0] * spec.prompt_length] * prompts)

@@ -1,4 +1,4 @@
-"""`rollout.sync_every` and `rollout.cuda_graphs` of a recipe."""
+"""`rollout.sync_every`, `rollout.cuda_graphs` and `rollout.prefix_caching` of a recipe."""
 
 from __future__ import annotations
 
@@ -20,6 +20,8 @@ from lowrank_tune.model.decoding_options import DecodingOptions
         (("rollout.cuda_graphs=true",), "cuda", DecodingOptions(8, True), False),
         ((), "cpu", DecodingOptions(8, True), False),
         (("rollout.cuda_graphs=true",), "cpu", DecodingOptions(8, True), True),
+        (("rollout.prefix_caching=true",), "cuda", DecodingOptions(prefix_caching=True), False),
+        (("rollout.prefix_caching=true",), "cpu", DecodingOptions(), True),
     ],
 )
 def test_options_of_a_recipe(overrides: tuple[str, ...], device: str, options: DecodingOptions, warns: bool) -> None:

@@ -50,7 +50,7 @@ FULL: dict[str, Any] = {
         "truncation": "truncate",
         "max_invalid_fraction": 0.5,
     },
-    "rollout": {"sync_every": 4, "cuda_graphs": False},
+    "rollout": {"sync_every": 4, "cuda_graphs": False, "prefix_caching": True},
     "train": {
         "max_steps": 50,
         "global_batch_size": 8,

@@ -54,7 +54,7 @@ class Rollout:
                 self.prefills.append(prompts)
                 for sequence in scheduler.add_prefilled(prompts, None):
                     sequence.append(self.token(sequence.prompt, sequence.sample, 0), 0.0)
-            placements = scheduler.admit()
+            placements = list(scheduler.admit(self.room))
             if placements:
                 self.completions += scheduler.retire([slot for placement in placements for slot in placement.slots])
                 continue
@@ -63,6 +63,9 @@ class Rollout:
             drawn = [(self.token(row.prompt, row.sample, len(row.token_ids)), 0.0) for row in rows]
             self.completions += scheduler.retire(scheduler.append_drawn(rows, drawn))
             self.decode_steps += 1
+
+    def room(self, cache: object, cache_row: int) -> int:
+        return LONG
 
     def token(self, prompt: int, sample: int, index: int) -> int:
         return STOP if index + 1 == self.lengths[prompt][sample] else 0
@@ -137,9 +140,9 @@ def test_prompts_that_start_at_once_are_read_by_their_own_length() -> None:
     scheduler.unfinished = [[0, 1] for _ in range(6)]
     scheduler.start(8)
     assert [*scheduler.waiting] == [1, 3, 5, 2, 0, 4]
-    scheduler.set_slots(4)
+    scheduler.set_slots(4, 4)
     assert [*scheduler.waiting] == [1, 5, 2, 3, 0, 4]
-    scheduler.set_slots(12)
+    scheduler.set_slots(12, 12)
     assert [*scheduler.waiting] == [1, 3, 5, 2, 0, 4]
 
 

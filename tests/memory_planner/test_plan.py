@@ -145,15 +145,19 @@ evaluate: {{eval_dataset: {{dataset: builtin:arithmetic}}, num_prompts: 200, max
     return str(file)
 
 
-@pytest.mark.parametrize("layers", [2, pytest.param(9, marks=pytest.mark.slow)])
-def test_keys_and_values_are_those_of_the_slots(tmp_path: Path, layers: int) -> None:
+@pytest.mark.parametrize(("layers", "pages"), [(2, False), (2, True), pytest.param(9, False, marks=pytest.mark.slow)])
+def test_keys_and_values_are_those_of_the_slots(tmp_path: Path, layers: int, pages: bool) -> None:
     """On a GPU: slots * columns * (keys and values) * heads * width * layers in bfloat16, however few layers are
-    rehearsed; beside them at most one layer's copy of the prompts for all slots, and their numbers."""
-    (scene,) = simulation_specs(load_any(llama(tmp_path, num_hidden_layers=layers)), "cuda")
+    rehearsed; beside them at most one layer's copy of the prompts for all slots, and their numbers. Where the
+    completions of a prompt share pages, which one answer to a question does not, there is one more page for all
+    slots."""
+    recipe = load_any(llama(tmp_path, num_hidden_layers=layers), f"rollout.prefix_caching={str(pages).lower()}")
+    (scene,) = simulation_specs(recipe, "cuda")
     token = 2 * 4 * 32 * 2  # of a layer: keys and values, 4 heads of width 32, 2 bytes
     for name, slots in (("rollout", 64), ("held-out answers", 200)):
         found = next(phase for phase in phases_of(scene, 24 << 30) if phase.name == name)
-        kept = slots * (128 + 384) * token * layers
+        columns = 128 + 384 + (256 // slots if pages and name == "rollout" else 0)
+        kept = slots * columns * token * layers
         assert kept <= found.bytes["KV cache"] <= kept + slots * 128 * token + 8192, name
         assert found.bytes["activations"] < 64 << 20
 
