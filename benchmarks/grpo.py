@@ -37,7 +37,7 @@ from common import VOCABULARY, small_config
 from harness import COOL_DOWN, WARM_UP, Contender, Record, Turns, load_model, same_adapters
 
 PROMPTS, GROUP, KL, RATE, RANK, ALPHA = 4, 8, 0.05, 1e-3, 16, 32
-TARGETS = {"trl": 0.55}
+TARGETS = {"trl": 0.40}
 PARTS = ("rollout", "scoring", "update")
 
 
