@@ -58,7 +58,7 @@ def compete(task: Task, names: Sequence[str]) -> None:
 
 
 def _take_turns(task: Task, pipes: dict[str, Connection]) -> None:
-    """Gives each contender a turn until all have ended; which one begins depends on the seed."""
+    """Runs the contenders in turns until all have ended; which one begins depends on the seed."""
     names = list(pipes)
     first = task.seed % len(names)
     names = names[first:] + names[:first]

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 MAX_PACKED_ROWS = 8
-"""Rows up to which a weight is read packed, where bitsandbytes does not tell."""
+"""Rows up to which a weight is read packed, where bitsandbytes' own choice is not known."""
 CUDA_KERNELS = "bitsandbytes.backends.cuda.ops"
 BLOCK = 64
 """Weights that share a scale: the packed kernel needs a multiple of them as inputs."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 SCRATCH_PAGE = 0
-"""The page of slots without a sequence, whose tokens nobody reads."""
+"""The page of slots without a sequence, whose tokens are not read."""
 
 
 @dataclass
@@ -72,7 +72,7 @@ class PagePool:
         slot: int,
         shared: SharedPages,
     ) -> SequencePages:
-        """Gives the sequence in a slot its own pages after those of its prompt."""
+        """Assigns pages to the sequence in a slot, after those of its prompt."""
         self.release(slot)
         sequence = SequencePages(shared, self._take(self.pages_per_sequence - len(shared.pages)))
         shared.users += 1
@@ -105,7 +105,7 @@ class PagePool:
         return [SCRATCH_PAGE] * self.pages_per_sequence
 
     def _take(self, count: int) -> list[int]:
-        assert count <= len(self.free), "sequences_that_fit was asked for the room"
+        assert count <= len(self.free), "more pages than `sequences_that_fit` allows"
         return [self.free.pop() for _ in range(count)]
 
 

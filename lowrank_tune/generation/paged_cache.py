@@ -57,7 +57,7 @@ class PagedLayer(SlotLayer):
         page_size: int,
     ) -> None:
         """Creates pages for keys and values that are shaped as `like`."""
-        # The kernel wants keys and values in one dtype, which norms of keys may change.
+        # The kernel needs keys and values in one dtype, and norms may change that of keys.
         dtype = like[1].dtype
         self.keys, self.values = (
             states.new_zeros((num_pages, page_size, states.shape[1], states.shape[3]), dtype=dtype) for states in like

@@ -370,7 +370,7 @@ def test_decoding_is_measured_by_the_difference_of_two_calls(base: Any, monkeypa
 
 
 def test_completions_of_both_kinds_of_steps_are_compared(base: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Equal on the CPU; with log-probs and tokens of the buffers changed, the record says by how much."""
+    """Equal on the CPU; with log-probs and tokens of the buffers changed, the record contains by how much."""
     equality = module("decode_equality")
     record = equality.compare(base, equality.TINY)
     assert record["equal_token_share"] == 1.0 and record["largest_logp_difference"] < 1e-5

@@ -1,4 +1,4 @@
-"""A rollout on the CPU with its own modules draws what it draws with transformers' modules, and gives back what it
+"""A rollout on the CPU with its own modules draws what it draws with transformers' modules, and restores what it
 replaced and copied."""
 
 from __future__ import annotations

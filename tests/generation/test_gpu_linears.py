@@ -334,7 +334,7 @@ def test_modules_are_compared_once_for_each_stack(monkeypatch: pytest.MonkeyPatc
 
 @pytest.mark.parametrize("fault", ["no scaling", "not the copy", "not a number", "no memory"])
 def test_modules_that_compute_something_else_are_not_used(fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A fresh adapter changes nothing, so the comparison gives it values."""
+    """A fresh adapter changes nothing, so the comparison sets its values."""
     roles = llama_roles(4) if fault == "not the copy" else roles_over(unquantized_base("llama"))
     make_copy, compute = JoinedLinears.make_copy, JoinedLinears._compute
 

@@ -1,7 +1,7 @@
 """Pages of keys and values draw what one cache for all sequences draws: prompts longer and shorter than a page, groups,
 admission at any time, memory that runs out; and no page is lost, or written by two sequences.
 
-The kernel runs on GPUs only; `gathered_attention` computes what its documentation says.
+The kernel runs on GPUs only; `gathered_attention` computes what its documentation states.
 """
 
 from __future__ import annotations
