@@ -138,6 +138,30 @@ def test_roles_that_alternate_and_training_between_completions(roles: Roles) -> 
         assert_equal(found[role], completed)
 
 
+def test_a_chat_and_a_rollout_that_alternate_with_training(roles: Roles) -> None:
+    """Each token of the chat, and each completion of the rollout, is followed by a gradient of the policy."""
+    sampling = SamplingParams(14, frozenset(range(6)), 1.0)
+    expected = completions(roles, None, sampling, slots=3)
+    answer = list(make_engine(roles, None).stream([[3, 8, 9]], 1, sampling))
+    rollout = make_engine(roles, 4, slots=3).generate(PROMPTS, 2, sampling)
+    chat = make_engine(roles, 4).stream([[3, 8, 9]], 1, sampling)
+    found: Found = {}
+    outputs: list[Token | Completion] = []
+    while len(found) < len(expected) or len(outputs) < len(answer):
+        one = next(rollout, None)
+        if one is not None:
+            found[one.prompt, one.sample] = one
+        output = next(chat, None)
+        if output is not None:
+            outputs.append(output)
+        roles.hidden("policy", ragged_batch()).sum().backward()
+    assert_equal(found, expected)
+    assert outputs[:-1] == answer[:-1]
+    first, last = outputs[-1], answer[-1]
+    assert isinstance(first, Completion) and isinstance(last, Completion)
+    assert_equal({(0, 0): first}, {(0, 0): last})
+
+
 def test_a_stream_has_each_token_at_once(roles: Roles, monkeypatch: pytest.MonkeyPatch) -> None:
     """After one step for each: the first token of a sequence is drawn when its prompt is read."""
     sampling = SamplingParams(10, frozenset(), 1.0)
