@@ -21,7 +21,7 @@ import argparse
 import json
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -133,10 +133,7 @@ def count(layers: int, only: str) -> dict[str, Any]:
                 for name, totals in micro_counts(counter, fake_base(SHAPE, layers))
             }
         if only != "micro":
-            few = [dict(decode_counts(counter, fake_base(SHAPE, number))) for number in (1, 2)]
-            counts["decode"] = {name: of_layers(layers, *(each[name] for each in few)) for name in few[0]}
-            for each in counts["decode"].values():
-                each["tokens_per_second"] = each["batch"] / (each["gpu_seconds"] + LAUNCH_SECONDS)
+            counts["decode"] = decode_counts(counter, layers)
     return counts
 
 
@@ -171,7 +168,39 @@ def of_layers(layers: int, one: Any, two: Any) -> Any:
     return one + (layers - 1) * (two - one)
 
 
-def decode_counts(counter: Any, base: Any) -> Iterator[tuple[str, dict[str, Any]]]:
+def decode_counts(counter: Any, layers: int) -> dict[str, dict[str, Any]]:
+    """Return the counts of decoding steps, from those with one layer and with two. For one layer, which the tests
+    count, they are of 16 sequences at once."""
+    from fake_base import fake_base
+
+    batches = (16,) if layers == 1 else (1, 16, 64)
+    one = dict(counts_of_steps(counter, fake_base(SHAPE, 1), batches))
+    two = one if layers == 1 else dict(counts_of_steps(counter, fake_base(SHAPE, 2), batches))
+    counts = {name: of_layers(layers, one[name], two[name]) for name in one}
+    calls = dict(calls_of_graphed_steps(fake_base(SHAPE, 1), batches))
+    for name, each in counts.items():
+        batch, stream = each["batch"], name == "chat"
+        each["tokens_per_second"] = batch / (each["gpu_seconds"] + LAUNCH_SECONDS)
+        each["replayed_calls"] = calls[batch, stream]
+    return counts
+
+
+def calls_of_graphed_steps(base: Any, batches: Sequence[int]) -> Iterator[tuple[tuple[int, bool], int]]:
+    """Yield the Python calls of a step that is replayed, by its number of sequences and whether it is one of a chat.
+    They do not depend on the modules, which a replay does not call."""
+    from fake_workloads import count_calls_of_graphed_step, stacked_roles
+
+    with stacked_roles(base) as roles:
+        for batch in batches:
+            yield (batch, False), count_calls_of_graphed_step(roles, batch, False)
+        yield (1, True), count_calls_of_graphed_step(roles, 1, True)
+
+
+def counts_of_steps(
+    counter: Any,
+    base: Any,
+    batches: Sequence[int],
+) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yield the counts of a step of a rollout, with plain modules and with few launches, for stacks of one and two
     adapters, and of a chat."""
     from fake_workloads import stacked_roles
@@ -182,7 +211,7 @@ def decode_counts(counter: Any, base: Any) -> Iterator[tuple[str, dict[str, Any]
             modules = "" if few_launches else ", plain modules"
             with stacked_roles(base, frozen) as roles:
                 roles.decoding.few_launches = few_launches
-                for batch in (1, 16, 64):
+                for batch in batches:
                     yield f"rollout, {batch} at once{stack}{modules}", decode_count(counter, roles, batch)
                 if few_launches and not frozen:
                     yield "chat", decode_count(counter, roles, 1, stream=True)
@@ -194,12 +223,10 @@ def decode_count(
     batch: int,
     stream: bool = False,
 ) -> dict[str, Any]:
-    """Count one step, and the Python calls of one that is replayed."""
-    from fake_workloads import count_calls_of_graphed_step, count_decode_step
+    from fake_workloads import count_decode_step
 
     totals = count_decode_step(counter, roles, batch, DECODE_WIDTH, stream)
-    replayed = count_calls_of_graphed_step(roles, batch, stream)
-    return {**totals.to_json(), "batch": batch, "replayed_calls": replayed}
+    return {**totals.to_json(), "batch": batch}
 
 
 if __name__ == "__main__":

