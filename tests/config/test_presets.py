@@ -119,6 +119,7 @@ def test_stated_peak_equals_the_planned_one(name: str) -> None:
     assert preset.peak_gib == pytest.approx(gib, rel=0.01, abs=0.051)
 
 
+@pytest.mark.slow
 def test_missing_frozen_adapter_is_planned_like_the_trained_one() -> None:
     """`myllm-dpo` is on top of a run that does not exist yet."""
     (found,) = plan(load_any("myllm-dpo", "evaluate={}"), 0.0)

@@ -240,6 +240,7 @@ def test_counts_from_few_layers_are_those_of_all(tmp_path: Path, decodes: bool) 
         assert extrapolated[phase] == pytest.approx(values), phase
 
 
+@pytest.mark.slow
 def test_bytes_of_the_plan_do_not_depend_on_the_counter(tmp_path: Path) -> None:
     """The counter keeps no tensor: a second simulation, after one that counts, has the same peaks."""
     spec = spec_of(tmp_path)

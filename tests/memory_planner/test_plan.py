@@ -322,6 +322,7 @@ def shared_cache(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempP
     monkeypatch.setenv("LOWRANK_TUNE_CACHE", str(folder))
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("shared_cache")
 def test_the_command_reports_whether_it_fits() -> None:
     done = CliRunner().invoke(app, ["plan", "tiny-sft", "--vram", "0.85", "evaluate={}"])
@@ -396,6 +397,7 @@ def test_the_printed_total_is_within_the_printed_memory_only_if_the_plan_fits(ne
     assert f"{used} of {memory} GiB, {verdict}" in summary
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 @pytest.mark.usefixtures("shared_cache")
 def test_an_assumed_size_is_named() -> None:
@@ -457,6 +459,7 @@ def test_auto_becomes_numbers() -> None:
     assert changes["gradient_checkpointing"] == 0 and changes["micro_batch_size"] > 4
 
 
+@pytest.mark.slow
 def test_nothing_is_left_as_the_planner_made_it() -> None:
     before = torch.clear_autocast_cache
     list(plan(load_any("tiny-sft", "evaluate={}"), 24.0))

@@ -59,6 +59,7 @@ def test_stored_kernels_are_the_counted_ones(monkeypatch: pytest.MonkeyPatch) ->
     assert cached_result(spec, LAYERS).peaks, "another result than the kernels of the same simulation"
 
 
+@pytest.mark.slow
 def test_settings_that_leave_the_key_equal_leave_the_result_equal() -> None:
     others = ("train.gradient_checkpointing=auto", "train.memory_budget_gib=3", "train.memory_check=off", "name=other")
     one, other = spec_of(), spec_of(*others)

@@ -124,6 +124,7 @@ def test_it_is_shown_on_the_dashboard(short: tuple[Path, str], size: tuple[int, 
     assert "out of memory" in frame and "step 1" in frame
 
 
+@pytest.mark.slow
 def test_memory_limit_is_kept_when_the_run_continues(short: tuple[Path, str], tmp_path: Path) -> None:
     """Resumed, it does not try again what did not fit; with more room, it does."""
     folder, _ = short
@@ -138,6 +139,7 @@ def test_memory_limit_is_kept_when_the_run_continues(short: tuple[Path, str], tm
         assert bool(refused) is fails
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("algorithm", FEW)
 def test_a_run_with_too_little_memory_learns_the_same(tmp_path: Path, algorithm: str) -> None:
     """Updates, validation, the reference and what a harvest is judged by all run short, and no figure of any step hangs
@@ -159,6 +161,7 @@ def test_a_run_with_too_little_memory_learns_the_same(tmp_path: Path, algorithm:
             assert one[key] == pytest.approx(value, rel=2e-3, abs=2e-5), key
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("algorithm", FEW)
 def test_a_row_that_does_not_fit_ends_with_3_and_what_to_type(tmp_path: Path, algorithm: str) -> None:
     file = write_recipe(tmp_path, recipe_of(algorithm))

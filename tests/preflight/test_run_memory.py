@@ -85,6 +85,7 @@ def made_up(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(module, "cached_peaks", made_up_peaks)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("made_up")
 def test_values_of_the_first_start_stay_and_settings_of_the_user_are_above_them() -> None:
     auto = "train.gradient_checkpointing=auto"

@@ -317,6 +317,7 @@ def figures(events: Sequence[Any]) -> list[dict[str, float]]:
     ]
 
 
+@pytest.mark.slow
 def test_a_run_drops_counts_and_warns_and_resumes_the_same(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     outcome, events = run_with_events(small(), place / "one")
     steps = figures(events)

@@ -136,6 +136,7 @@ def test_killed_in_each_phase_of_ppo(
     assert run_fingerprint(out) == wanted
 
 
+@pytest.mark.slow
 def test_what_is_compared_of_ppo(straight: Straight) -> None:
     """Both adapters, and a coefficient that moved: a state that was not saved would show."""
     found = straight("ppo")

@@ -135,6 +135,7 @@ def stopped_after(step: int, recipe: Recipe, out: Path, control: TrainerControl)
     control.stop = False
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("hacked_after_three")
 def test_a_resumed_run_continues_the_reward_hacking_detector(tmp_path: Path, control: TrainerControl) -> None:
     recipe = hacking_recipe("warn")
@@ -192,6 +193,7 @@ def set_nonfinite_steps(monkeypatch: pytest.MonkeyPatch, steps: Sequence[int]) -
     monkeypatch.setattr(SFT, "collect", collect_and_break)
 
 
+@pytest.mark.slow
 def test_a_resumed_run_continues_all_counters_of_the_loop(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, control: TrainerControl
 ) -> None:
