@@ -70,7 +70,8 @@ def copy_weight(weight: Tensor, bias: Tensor | None) -> Weight:
     weight = weight.detach()
     if bias is not None:
         bias = bias.detach()
-    if has_blocked_weights():
+    # oneDNN's operators need values, which a planned weight does not have. Its copy has the same size.
+    if not weight.is_meta and has_blocked_weights():
         return BlockedWeight(weight, bias)
     return PlainWeight(weight.T.contiguous(), bias)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 import torch
@@ -52,9 +52,9 @@ class DecodingSpec:
         return max(1, min(self.prompts, limit, PREFILL_TOKENS // self.prompt_length))
 
     @property
-    def reads_beside_cache(self) -> bool:
-        """Whether prompts are read when the keys and values of all slots exist: after the first ones."""
-        return self.prompts > self.prefill_prompts
+    def later_prompts(self) -> int:
+        """Prompts that are read at once after the first ones, when the keys and values of all slots exist."""
+        return min(self.prefill_prompts, self.prompts - self.prefill_prompts)
 
     def copy_limit(self, layers: int) -> int:
         """Returns the bytes for copies of weights on a model of some of the layers: their part of those on all."""
@@ -78,8 +78,8 @@ def decode(
     allocating_cache: AbstractContextManager[None],
     on_pass: Callable[[str], None],
 ) -> None:
-    """Reads prompts, beside the keys and values of all slots if these exist by then, fills the slots and makes one step
-    at the greatest length, as the engine does. `allocating_cache` is entered while keys and values are allocated.
+    """Reads prompts, fills the slots, reads more prompts beside them, and makes one step at the greatest length, as the
+    engine does. `allocating_cache` is entered while keys and values are allocated.
     `on_pass` is called with the name of each pass before it begins: each has its own program points, because the bytes
     of prompts and of a step grow differently with each layer."""
     engine = Engine(
@@ -97,12 +97,6 @@ def decode(
         store = select_cache_without_values(roles.base.model)
         store.allocate(spec.slots, max(columns, spec.cache_columns), 1 << 60)
     with _prepared_weights(engine, spec) as weights, mode.enter(), weights:
-        if spec.reads_beside_cache:
-            shortest, _ = store.prefill([[0]])
-            with allocating_cache:
-                store.insert(shortest, [0], [0])
-            allocating_cache = nullcontext()
-            del shortest
         prompts = spec.prefill_prompts
         prefilled, hidden = store.prefill([[0] * spec.prompt_length] * prompts)
         on_pass("placing")
@@ -111,6 +105,12 @@ def decode(
             store.insert(prefilled, [slot % prompts for slot in slots], slots)
         engine.sample(sampling, hidden, _uniforms(prompts, roles))
         del hidden
+        if spec.later_prompts:
+            on_pass("reading")
+            del prefilled
+            prefilled, hidden = store.prefill([[0] * spec.prompt_length] * spec.later_prompts)
+            engine.sample(sampling, hidden, _uniforms(spec.later_prompts, roles))
+            del hidden
         on_pass(STEP)
         hidden = store.step([0] * spec.slots, [columns - 1] * spec.slots)
         engine.sample(sampling, hidden, _uniforms(spec.slots, roles))

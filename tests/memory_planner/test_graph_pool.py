@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 
 from lowrank_tune.config import load_any
+from lowrank_tune.generation import cpu_weights
 from lowrank_tune.memory_planner.gpu_specs import LAUNCH_SECONDS
 from lowrank_tune.memory_planner.graph_pool import with_graph_pools
 from lowrank_tune.memory_planner.plan_report import GRAPHS
@@ -46,6 +47,18 @@ def test_a_plan_has_graphs_unless_they_are_off(setting: str) -> None:
         rollout = phases_of(spec, 24 << 30)[0]
         assert rollout.name == "rollout"
         assert (rollout.bytes.get(GRAPHS, 0) > 0) == has_graphs, (device, rollout)
+
+
+def test_weights_in_blocks_are_planned_after_a_rollout() -> None:
+    """On the CPU a rollout copies weights by operators that need values."""
+    has_blocks = cpu_weights.has_blocked_weights()
+    (spec,) = simulation_specs(load_any("tiny-grpo"), "cpu")
+    assert phases_of(spec)[0].name == "rollout"
+    cpu_weights.has_blocked_weights.cache_clear()
+    # A plan that is not in the cache.
+    (spec,) = simulation_specs(load_any("tiny-grpo", "rollout.max_num_seqs=3"), "cpu")
+    assert phases_of(spec)[0].name == "rollout"
+    assert cpu_weights.has_blocked_weights() == has_blocks, "planning must not decide it"
 
 
 def test_a_captured_step_takes_the_time_of_its_kernels() -> None:
