@@ -181,7 +181,9 @@ def test_copies_of_attention_weights_are_planned_where_slots_leave_room(tmp_path
     def activations(room: int, slots: int = 64, copies: bool = True) -> int:
         # A fifth is for prompts that wait.
         limit = -(-(slots * sequence + room) * 5 // 4)
-        spec = DecodingSpec("policy", slots, 128, 384, 8, 8, limit, 0, False, sequence, layers, copies)
+        spec = DecodingSpec(
+            "policy", slots, 128, 384, 8, 8, limit, sequence_bytes=sequence, layers=layers, copies=copies
+        )
         peaks = peaks_of(replace(scene, rollouts={"rollout": spec}), layers)
         return min(peak["activations"] for point, peak in peaks.items() if point[0] == "rollout: step")
 
