@@ -55,7 +55,12 @@ def canned(texts: Sequence[str], tokenizer: Any) -> type:
         def __init__(self, roles: Roles, role: str, *_: Any) -> None:
             self.roles, self.role = roles, role
 
-        def generate(self, prompts: Sequence[Sequence[int]], n: int, sampling: SamplingParams) -> Iterator[Completion]:
+        def wasted_ratio(self) -> None:
+            return None
+
+        def generate(
+            self, prompts: Sequence[Sequence[int]], n: int, sampling: SamplingParams, expected_lengths: Any = None
+        ) -> Iterator[Completion]:
             for number, prompt in enumerate(prompts):
                 for sample in range(n):
                     completion_ids = tokenizer(texts[sample % len(texts)], add_special_tokens=False).input_ids + [
