@@ -215,7 +215,7 @@ class CudaCapture:
         # torch does not leave the stream of a capture that fails at its end.
         with (
             torch.cuda.stream(torch.cuda.current_stream()),
-            _without_autocast_cache(),
+            without_autocast_cache(),
             torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"),
         ):
             run()
@@ -224,8 +224,8 @@ class CudaCapture:
 
 
 @contextmanager
-def _without_autocast_cache() -> Iterator[None]:
-    """Disables autocast's cache of casts: they would be in the memory of a graph."""
+def without_autocast_cache() -> Iterator[None]:
+    """Disables autocast's cache of casts, so that a graph that is captured or traced casts its own weights."""
     before = torch.is_autocast_cache_enabled()
     torch.set_autocast_cache_enabled(False)
     try:

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
+from lowrank_tune.generation.cuda_graphs import without_autocast_cache
 from lowrank_tune.memory_planner.fake_device import FakeDeviceMode
 from lowrank_tune.memory_planner.layer_graphs import LayerGraphs, trace_graphs
 
@@ -61,7 +61,7 @@ class LayerCall:
             leaves = [next(given) if leaf is Tensor else leaf for leaf in self.leaves]
             args, kwargs = tree_unflatten(leaves, self.spec)
             _set_tensors(layer, _with_states(layer, named))
-            with mode, _no_autocast_cache():
+            with mode, without_autocast_cache():
                 outputs, spec = tree_flatten(forward(*args, **kwargs))
             specs.append(spec)
             return outputs
@@ -112,17 +112,6 @@ def _with_states(layer: nn.Module, named: Mapping[str, Tensor]) -> dict[str, Ten
         weight: Any = named[name]
         weight.quant_state = state
     return {name: tensor for name, tensor in named.items() if STATE not in name}
-
-
-@contextmanager
-def _no_autocast_cache() -> Iterator[None]:
-    """Disables autocast's cache, as AOTAutograd does: each graph casts its own weights."""
-    before = torch.is_autocast_cache_enabled()
-    torch.set_autocast_cache_enabled(False)
-    try:
-        yield
-    finally:
-        torch.set_autocast_cache_enabled(before)
 
 
 def _on_meta(tensor: Tensor) -> Tensor:
