@@ -25,7 +25,7 @@ from lowrank_tune.errors import TrainingError, UserError
 from lowrank_tune.evaluation.questions import EvalQuestion, render_questions, select_questions
 from lowrank_tune.events import Emit, LogMessage, Progress, ignore_event, warning
 from lowrank_tune.generation import Engine
-from lowrank_tune.generation.engine import device_memory
+from lowrank_tune.generation.cache_memory import device_memory
 from lowrank_tune.generation.sampling_params import SamplingParams
 from lowrank_tune.model.base import Base, load_base, load_tokenizer
 from lowrank_tune.model.roles import Roles

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from lowrank_tune.batch import copy_to
 from lowrank_tune.generation.decode_scheduler import SequenceState
-from lowrank_tune.generation.kv_cache import KVStore, StaticSlotCache
+from lowrank_tune.generation.kv_cache import KVStore
+from lowrank_tune.generation.static_slot_cache import StaticSlotCache
 
 Sample = Callable[[Tensor, Tensor], Tensor]
 """Hidden states (N, d) and uniform numbers (N,) float64 -> tokens and their log-probs (N, 2) float64."""

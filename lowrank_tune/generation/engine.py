@@ -8,72 +8,40 @@ that had not ended are drawn again from the same random numbers, half as many at
 
 from __future__ import annotations
 
-import os
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch import Tensor
 
 from lowrank_tune.batch import copy_to
 from lowrank_tune.errors import OutOfMemory
-from lowrank_tune.generation.attention import batched_attention
+from lowrank_tune.generation.cache_memory import default_cache_bytes, device_memory
 from lowrank_tune.generation.cpu_linears import FastLinears
 from lowrank_tune.generation.cuda_graphs import CudaCapture, StepGraphs
 from lowrank_tune.generation.decode_scheduler import DecodeScheduler
 from lowrank_tune.generation.decode_steps import BufferedSteps, DecodeSteps, PlainSteps
-from lowrank_tune.generation.kv_cache import KVStore, StaticSlotCache
+from lowrank_tune.generation.generation_mode import GenerationMode
+from lowrank_tune.generation.kv_cache import KVStore
 from lowrank_tune.generation.linear_weights import ScratchLimits
 from lowrank_tune.generation.outputs import Completion, Token
 from lowrank_tune.generation.rollout_weights import rollout_weights, verify_rollout_weights
 from lowrank_tune.generation.sampler import sample
 from lowrank_tune.generation.sampling_params import SamplingParams
 from lowrank_tune.generation.select_cache import select_cache
+from lowrank_tune.generation.static_slot_cache import StaticSlotCache
 from lowrank_tune.generation.stopping import Decode, StoppingCriteria
 from lowrank_tune.model.base import AUTOCAST_DTYPE
-from lowrank_tune.model.gpu_memory import read_gpu_memory
 from lowrank_tune.model.oom import free_traceback, is_out_of_memory
 from lowrank_tune.model.roles import Roles
 from lowrank_tune.stats import WeightedMean
 
 CHUNK_LOGITS = 1 << 24
 """Logits that are computed at once: 64 MiB in fp32."""
-USABLE_MEMORY_FRACTION = 0.92
-"""Share of a GPU's memory that can be used: the rest is lost between blocks."""
 MIN_ROWS_FOR_COPIES = 4
 """Sequences at once from which products with copied weights are faster than with weights in fp32 as they are stored."""
-WORKSPACE_BYTES = 3 << 29
-"""CUDA's context and libraries, logits, and the activations of a prefill: 1.5 GiB."""
-
-
-class GenerationMode:
-    """What every forward pass of a rollout runs in: the role's adapters, eval mode, no autograd, autocast,
-    transformers' own forward, and the attention of `generation/attention.py`."""
-
-    def __init__(
-        self,
-        roles: Roles,
-        role: str,
-    ) -> None:
-        self.roles = roles
-        self.role = role
-        # Collected once: a walk over all modules before and after every few steps costs as much as a step.
-        self.module_attributes = [vars(module) for module in roles.base.model.modules()]
-
-    @contextmanager
-    def enter(self) -> Iterator[None]:
-        """Enters the mode; on exit everything is as it was. Can be entered again."""
-        base = self.roles.base
-        with (
-            _inference_mode(self.module_attributes, base.device.type),
-            self.roles.activate(self.role),
-            base.autocast(),
-            base.transformers_forward(),
-            batched_attention(base.model),
-        ):
-            yield
 
 
 class Engine:
@@ -420,50 +388,3 @@ def _admit(scheduler: DecodeScheduler, store: KVStore) -> list[int]:
         store.insert(placement.cache, cache_rows, placement.slots)
         filled += placement.slots
     return filled
-
-
-@contextmanager
-def _inference_mode(module_attributes: Sequence[dict[str, Any]], device: str) -> Iterator[None]:
-    """As `Roles.inference_mode`, for the attributes of all modules.
-
-    On the CPU, where a step is hundreds of small operations, PyTorch does not count the versions of tensors either,
-    which saves an eighth of the time.
-    """
-    training = [attributes for attributes in module_attributes if attributes["training"]]
-    for attributes in training:
-        attributes["training"] = False
-    try:
-        with torch.inference_mode() if device == "cpu" else torch.no_grad():
-            yield
-    finally:
-        for attributes in training:
-            attributes["training"] = True
-
-
-def default_cache_bytes(roles: Roles) -> int:
-    """Returns the bytes for keys and values. On a GPU: all that the run may use, minus what stays there and some
-    workspace, because no activations of an update exist while sequences are decoded. Elsewhere: the memory budget, or
-    a quarter of the machine's memory. A run has a budget, the one of its first start, so that it is the same if it is
-    continued; without one it is what is free on the GPU now.
-    """
-    budget = roles.limits.budget_bytes
-    device = roles.base.device
-    if device.type != "cuda":
-        return budget or device_memory(device) // 4
-    if not budget:
-        memory = read_gpu_memory(device)
-        assert memory is not None, "the base is on a GPU"
-        budget = memory.budget_bytes
-    return gpu_cache_bytes(budget, roles.resident_bytes())
-
-
-def gpu_cache_bytes(budget: int, resident: int) -> int:
-    """Returns the bytes for keys and values of a budget on a GPU where `resident` bytes stay for the whole run."""
-    return max(int(budget * USABLE_MEMORY_FRACTION) - resident - WORKSPACE_BYTES, budget // 16)
-
-
-def device_memory(device: torch.device) -> int:
-    """Returns the bytes of a device's memory, used or not."""
-    if device.type == "cuda":
-        return int(torch.cuda.get_device_properties(device).total_memory)
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

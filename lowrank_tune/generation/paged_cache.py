@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import Cache
 
 from lowrank_tune.batch import copy_to
-from lowrank_tune.generation.kv_cache import PrefilledPrompts, StaticSlotCache, unused_cache_bytes
+from lowrank_tune.generation.kv_cache import PrefilledPrompts, unused_cache_bytes
 from lowrank_tune.generation.page_pool import PagePool, SharedPages, pages_that_fit
 from lowrank_tune.generation.paged_attention import (
     PAGE_SIZE,
@@ -28,6 +28,7 @@ from lowrank_tune.generation.paged_attention import (
     varlen_paged_attention,
 )
 from lowrank_tune.generation.slot_cache import ForwardContext, SlotCache, SlotLayer, layer_windows, sliding_windows
+from lowrank_tune.generation.static_slot_cache import StaticSlotCache
 from lowrank_tune.model.causal_attention import AttentionName
 
 

@@ -10,8 +10,10 @@ import torch
 from torch import Tensor
 
 from lowrank_tune.events import Emit, warning
-from lowrank_tune.generation.kv_cache import DynamicCacheStore, KVStore, NoCacheStore, StaticSlotCache
+from lowrank_tune.generation.fallback_caches import DynamicCacheStore, NoCacheStore
+from lowrank_tune.generation.kv_cache import KVStore
 from lowrank_tune.generation.paged_cache import PagedCache, pages_fault
+from lowrank_tune.generation.static_slot_cache import StaticSlotCache
 from lowrank_tune.model.oom import is_out_of_memory
 from lowrank_tune.model.rounding import allowed_difference, relative_difference
 

@@ -10,8 +10,8 @@ import torch
 from peft import LoraConfig
 
 from lowrank_tune.config import RecipeConfig
+from lowrank_tune.generation.cache_memory import device_memory, gpu_cache_bytes
 from lowrank_tune.generation.decode_masks import needs_boolean_mask
-from lowrank_tune.generation.engine import device_memory, gpu_cache_bytes
 from lowrank_tune.generation.kv_cache import slots_that_fit
 from lowrank_tune.generation.paged_cache import paged_columns
 from lowrank_tune.generation.slot_cache import layer_windows
@@ -155,7 +155,7 @@ def _cache_bytes(
     vram: int,
     resident: int,
 ) -> int:
-    """Returns the bytes for keys and values, as `generation.engine.default_cache_bytes`."""
+    """Returns the bytes for keys and values, as `generation.cache_memory.default_cache_bytes`."""
     budget = int((spec.recipe.train.memory_budget_gib or 0) * 2**30)
     if spec.device.type != "cuda":
         return budget or _host_memory_part()

@@ -100,7 +100,7 @@ def test_a_run_leaves_its_base_alone_and_can_be_repeated(tmp_path: Path, sft_run
     assert len(groups) == 2 and all(isinstance(one["advantage"], float) for group in groups for one in group)
 
 
-@pytest.mark.parametrize("critic", ["separate", "shared"])
+@pytest.mark.parametrize("critic", [pytest.param("separate", marks=pytest.mark.slow), "shared"])
 def test_value_is_restored_bit_for_bit(
     tmp_path: Path,
     sft_run: Path,

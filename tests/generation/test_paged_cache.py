@@ -21,12 +21,13 @@ from torch import Tensor
 from lowrank_tune.generation import Engine, decode_steps, paged_attention, select_cache
 from lowrank_tune.generation.decode_scheduler import DecodeScheduler
 from lowrank_tune.generation.decode_steps import BufferedSteps, PlainSteps
-from lowrank_tune.generation.kv_cache import StaticSlotCache, slots_that_fit
+from lowrank_tune.generation.kv_cache import slots_that_fit
 from lowrank_tune.generation.outputs import Completion
 from lowrank_tune.generation.page_pool import SCRATCH_PAGE, PagePool, pages_that_fit
 from lowrank_tune.generation.paged_attention import PAGE_SIZE, PageTables, varlen_paged_attention
 from lowrank_tune.generation.paged_cache import PagedCache, paged_columns, pages_fault
 from lowrank_tune.generation.sampling_params import SamplingParams
+from lowrank_tune.generation.static_slot_cache import StaticSlotCache
 from lowrank_tune.generation.stopping import StoppingCriteria
 from lowrank_tune.model.oom import MemoryLimits
 from lowrank_tune.model.roles import Roles

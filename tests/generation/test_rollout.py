@@ -44,10 +44,12 @@ from lowrank_tune.generation import (
     sampler,
     select_cache,
 )
-from lowrank_tune.generation.kv_cache import DynamicCacheStore, KVStore, NoCacheStore, StaticSlotCache
+from lowrank_tune.generation.fallback_caches import DynamicCacheStore, NoCacheStore
+from lowrank_tune.generation.kv_cache import KVStore
 from lowrank_tune.generation.linear_weights import ScratchLimits
 from lowrank_tune.generation.outputs import Completion
 from lowrank_tune.generation.sampling_params import SamplingParams
+from lowrank_tune.generation.static_slot_cache import StaticSlotCache
 from lowrank_tune.generation.stopping import StoppingCriteria
 from lowrank_tune.model.logprobs import Head
 from lowrank_tune.model.roles import Roles

@@ -212,6 +212,7 @@ def test_a_large_chunk_of_logits_takes_memory_that_is_left(tmp_path: Path) -> No
     assert 5 < large < 45
 
 
+@pytest.mark.slow
 def test_the_plan_counts_the_chunk_of_logits(tmp_path: Path) -> None:
     """Two or three buffers of a chunk in fp32; a chunk is no larger than all tokens."""
     logits = []

@@ -38,17 +38,22 @@ def test_temporaries_of_a_step_and_graphs_are_kept() -> None:
     assert with_graph_pools(PEAKS, {"rollout": replace(DECODING, cuda_graphs=False)}) == PEAKS
 
 
-@pytest.mark.parametrize("setting", ["auto", "false"])
-def test_a_plan_has_graphs_unless_they_are_off(setting: str) -> None:
-    """On a GPU; never on the CPU."""
-    recipe = load_any("tiny-grpo", f"rollout.cuda_graphs={setting}")
-    for device, has_graphs in (("cuda", setting == "auto"), ("cpu", False)):
-        (spec,) = simulation_specs(recipe, device)
-        rollout = phases_of(spec, 24 << 30)[0]
-        assert rollout.name == "rollout"
-        assert (rollout.bytes.get(GRAPHS, 0) > 0) == has_graphs, (device, rollout)
+@pytest.mark.parametrize(
+    ("setting", "device", "has_graphs"),
+    [
+        ("auto", "cuda", True),
+        pytest.param("auto", "cpu", False, marks=pytest.mark.slow),
+        pytest.param("false", "cuda", False, marks=pytest.mark.slow),
+    ],
+)
+def test_a_plan_has_graphs_on_a_gpu_unless_they_are_off(setting: str, device: str, has_graphs: bool) -> None:
+    (spec,) = simulation_specs(load_any("tiny-grpo", f"rollout.cuda_graphs={setting}"), device)
+    rollout = phases_of(spec, 24 << 30)[0]
+    assert rollout.name == "rollout"
+    assert (rollout.bytes.get(GRAPHS, 0) > 0) == has_graphs, rollout
 
 
+@pytest.mark.slow
 def test_weights_in_blocks_are_planned_after_a_rollout() -> None:
     """On the CPU a rollout copies weights by operators that need values."""
     has_blocks = cpu_weights.has_blocked_weights()

@@ -194,6 +194,7 @@ def test_recomputed_layers_run_twice(tmp_path: Path) -> None:
     assert flops_of(both, KernelKind.FLASH_BACKWARD) == flops_of(none, KernelKind.FLASH_BACKWARD)
 
 
+@pytest.mark.slow
 def test_skipped_chunks_of_the_head_are_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The products of the head do not depend on the size of a chunk."""
     spec = spec_of(tmp_path)

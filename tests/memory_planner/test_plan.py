@@ -24,8 +24,8 @@ from typer.testing import CliRunner
 from lowrank_tune.cli import app
 from lowrank_tune.config import load_any
 from lowrank_tune.events import Event, LogMessage
-from lowrank_tune.generation.engine import gpu_cache_bytes
-from lowrank_tune.generation.kv_cache import StaticSlotCache
+from lowrank_tune.generation.cache_memory import gpu_cache_bytes
+from lowrank_tune.generation.static_slot_cache import StaticSlotCache
 from lowrank_tune.memory_planner import check_fit, plan, planner
 from lowrank_tune.memory_planner.extrapolation import Peaks
 from lowrank_tune.memory_planner.fit import largest_fitting
@@ -145,7 +145,10 @@ evaluate: {{eval_dataset: {{dataset: builtin:arithmetic}}, num_prompts: 200, max
     return str(file)
 
 
-@pytest.mark.parametrize(("layers", "pages"), [(2, False), (2, True), pytest.param(9, False, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    ("layers", "pages"),
+    [(2, False), pytest.param(2, True, marks=pytest.mark.slow), pytest.param(9, False, marks=pytest.mark.slow)],
+)
 def test_keys_and_values_are_those_of_the_slots(tmp_path: Path, layers: int, pages: bool) -> None:
     """On a GPU: slots * columns * (keys and values) * heads * width * layers in bfloat16, however few layers are
     rehearsed; beside them at most one layer's copy of the prompts for all slots, and their numbers. Where the
@@ -228,6 +231,7 @@ def test_plan_of_too_many_sequences_decodes_fewer_and_at_least_one(tmp_path: Pat
     assert one.total + 10 * sequence < rollout(needed(room, "cuda")).total <= room
 
 
+@pytest.mark.slow
 def test_keys_and_values_are_planned_beside_weights_adapters_and_optimizer(tmp_path: Path) -> None:
     """The engine subtracts all three from the memory of the GPU. The adapter is so large that the moments of its
     optimizer exceed the room that remains."""

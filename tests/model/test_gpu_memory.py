@@ -12,7 +12,7 @@ import torch
 from lowrank_tune.assembly.model import limit_gpu
 from lowrank_tune.config import load_any
 from lowrank_tune.errors import UserError
-from lowrank_tune.generation import engine
+from lowrank_tune.generation import cache_memory
 from lowrank_tune.memory_planner.planned_gpu import planned_gpu
 from lowrank_tune.model.gpu_memory import GIB, GpuMemory, budget_of, limit_gpu_memory, read_gpu_memory
 from lowrank_tune.model.oom import MemoryLimits
@@ -95,6 +95,6 @@ def test_keys_and_values_have_what_is_free_unless_the_run_has_a_budget(fractions
             return 8 * GIB
 
     roles: Any = ResidentRoles()
-    assert engine.default_cache_bytes(roles) / GIB == pytest.approx(21.95 * 0.92 - 8 - 1.5)
+    assert cache_memory.default_cache_bytes(roles) / GIB == pytest.approx(21.95 * 0.92 - 8 - 1.5)
     roles.limits = MemoryLimits(budget_bytes=16 * GIB)
-    assert engine.default_cache_bytes(roles) / GIB == pytest.approx(16 * 0.92 - 8 - 1.5)
+    assert cache_memory.default_cache_bytes(roles) / GIB == pytest.approx(16 * 0.92 - 8 - 1.5)

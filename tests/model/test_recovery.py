@@ -21,8 +21,8 @@ from torch.utils._pytree import tree_leaves
 
 from lowrank_tune.events import Event, StepEnd
 from lowrank_tune.generation import Engine, select_cache
-from lowrank_tune.generation.kv_cache import StaticSlotCache
 from lowrank_tune.generation.sampling_params import SamplingParams
+from lowrank_tune.generation.static_slot_cache import StaticSlotCache
 from lowrank_tune.model import oom
 from lowrank_tune.model.oom import DoesNotFit, MemoryLimits, is_out_of_memory
 from lowrank_tune.model.roles import Roles

@@ -29,7 +29,7 @@ from lowrank_tune.cli.common import report_user_errors
 from lowrank_tune.config import TrainingConfig, load
 from lowrank_tune.config.memory import suggestions
 from lowrank_tune.events import Event, from_json
-from lowrank_tune.generation import Engine, engine
+from lowrank_tune.generation import Engine, cache_memory
 from lowrank_tune.model import oom
 from lowrank_tune.model.decoder import Decoder
 from lowrank_tune.model.packed_rows import PackedRows
@@ -293,9 +293,9 @@ def test_cache_budget_is_the_budget_minus_resident_bytes() -> None:
         def resident_bytes(self) -> int:
             return 8 << 30
 
-    assert engine.default_cache_bytes(There()) == pytest.approx((16 * 0.92 - 8 - 1.5) * 2**30, abs=2)  # type: ignore[arg-type]
+    assert cache_memory.default_cache_bytes(There()) == pytest.approx((16 * 0.92 - 8 - 1.5) * 2**30, abs=2)  # type: ignore[arg-type]
     There.limits = oom.MemoryLimits(budget_bytes=8 << 30)
-    assert engine.default_cache_bytes(There()) == 1 << 29, "never nothing"  # type: ignore[arg-type]
+    assert cache_memory.default_cache_bytes(There()) == 1 << 29, "never nothing"  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
