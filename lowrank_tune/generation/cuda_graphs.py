@@ -10,8 +10,7 @@ cannot be captured, or that computes something else, stays plain, with one warni
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from functools import partial
 from typing import Any, Protocol
 
@@ -20,6 +19,7 @@ import torch
 from lowrank_tune.errors import first_line
 from lowrank_tune.events import Emit, warning
 from lowrank_tune.generation.decode_steps import BufferedSteps
+from lowrank_tune.model.autocast_cache import without_autocast_cache
 from lowrank_tune.model.decoding_options import DecodingOptions
 from lowrank_tune.model.oom import free_traceback, is_out_of_memory
 
@@ -221,14 +221,3 @@ class CudaCapture:
             run()
         self._pool = graph.pool()
         return graph
-
-
-@contextmanager
-def without_autocast_cache() -> Iterator[None]:
-    """Disables autocast's cache of casts, so that a graph that is captured or traced casts its own weights."""
-    before = torch.is_autocast_cache_enabled()
-    torch.set_autocast_cache_enabled(False)
-    try:
-        yield
-    finally:
-        torch.set_autocast_cache_enabled(before)

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
-from lowrank_tune.generation.cuda_graphs import without_autocast_cache
 from lowrank_tune.memory_planner.fake_device import FakeDeviceMode
 from lowrank_tune.memory_planner.layer_graphs import LayerGraphs, trace_graphs
+from lowrank_tune.model.autocast_cache import without_autocast_cache
 
 Forward = Callable[..., Any]
 STATE = ".quant_state."

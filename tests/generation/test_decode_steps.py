@@ -10,7 +10,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from models import llama_roles, perturb, ragged_batch, roles_over, unquantized_base
+from models import perturb, ragged_batch, roles_over, unquantized_base
+from rollout_helpers import Completions, assert_equal_completions, by_sample, ragged_prompts, stacked_llama_roles
 
 from lowrank_tune.errors import TrainingError
 from lowrank_tune.events import Event, is_warning
@@ -24,15 +25,11 @@ from lowrank_tune.model.oom import MemoryLimits
 from lowrank_tune.model.roles import Roles
 
 PROMPTS = [[5, 6, 7], [9], [11, 12, 13, 14, 15, 16, 17], [40, 41], [5, 6, 7, 8]]
-Found = dict[tuple[int, int], Completion]
 
 
 @pytest.fixture(scope="module")
 def roles() -> Iterator[Roles]:
-    made = llama_roles(4, lower=["sft"])
-    perturb(made, "policy", "sft")
-    yield made
-    made.unload_adapters()
+    yield from stacked_llama_roles()
 
 
 @pytest.fixture(autouse=True)
@@ -48,17 +45,10 @@ def make_engine(roles: Roles, sync_every: int | None, role: str = "policy", **mo
     return engine
 
 
-def completions(roles: Roles, sync_every: int | None, sampling: SamplingParams, **more: Any) -> Found:
+def completions(roles: Roles, sync_every: int | None, sampling: SamplingParams, **more: Any) -> Completions:
     prompts, n = more.pop("prompts", PROMPTS), more.pop("n", 2)
     found = make_engine(roles, sync_every, **more).generate(prompts, n, sampling)
-    return {(one.prompt, one.sample): one for one in found}
-
-
-def assert_equal(found: Found, expected: Found) -> None:
-    assert found.keys() == expected.keys()
-    for key, one in expected.items():
-        assert (found[key].token_ids, found[key].finish_reason) == (one.token_ids, one.finish_reason)
-        assert found[key].logps == pytest.approx(one.logps, abs=1e-5)
+    return by_sample(found)
 
 
 @settings(max_examples=12, deadline=None)
@@ -81,10 +71,10 @@ def test_blocks_draw_what_single_steps_draw(
 ) -> None:
     """Sequences of other lengths, in more and in fewer slots than there are, which end at their stop ids or at the
     limit, so that others take their slots."""
-    prompts = [[(7 * row + column) % 50 + 1 for column in range(length)] for row, length in enumerate(lengths)]
+    prompts = ragged_prompts(lengths)
     sampling = SamplingParams(max_new_tokens, frozenset(range(num_stops)), temperature)
     expected = completions(roles, None, sampling, prompts=prompts, slots=slots)
-    assert_equal(completions(roles, sync_every, sampling, prompts=prompts, slots=slots), expected)
+    assert_equal_completions(completions(roles, sync_every, sampling, prompts=prompts, slots=slots), expected)
 
 
 @pytest.mark.parametrize(("sync_every", "slots"), [(1, 10), (4, 10), (7, 3)])
@@ -104,7 +94,7 @@ def test_blocks_of_other_families(kind: str) -> None:
     roles = roles_over(unquantized_base(kind))
     perturb(roles, "policy")
     sampling = SamplingParams(24, frozenset(range(3)), 1.0)
-    assert_equal(completions(roles, 5, sampling, slots=4), completions(roles, None, sampling, slots=4))
+    assert_equal_completions(completions(roles, 5, sampling, slots=4), completions(roles, None, sampling, slots=4))
 
 
 def test_stop_strings_end_a_completion_within_a_block(roles: Roles) -> None:
@@ -115,7 +105,7 @@ def test_stop_strings_end_a_completion_within_a_block(roles: Roles) -> None:
 
     expected = completions(roles, None, sampling, decode=decode)
     assert any(one.finish_reason == "stop" and len(one.token_ids) < 18 for one in expected.values())
-    assert_equal(completions(roles, 7, sampling, decode=decode), expected)
+    assert_equal_completions(completions(roles, 7, sampling, decode=decode), expected)
 
 
 def test_roles_that_alternate_and_training_between_completions(roles: Roles) -> None:
@@ -125,7 +115,7 @@ def test_roles_that_alternate_and_training_between_completions(roles: Roles) -> 
     streams = {
         role: make_engine(roles, 4, role, slots=3).generate(PROMPTS, 2, sampling) for role in ("policy", "reference")
     }
-    found: dict[str, Found] = {"policy": {}, "reference": {}}
+    found: dict[str, Completions] = {"policy": {}, "reference": {}}
     while streams:
         for role, stream in list(streams.items()):
             one = next(stream, None)
@@ -135,7 +125,7 @@ def test_roles_that_alternate_and_training_between_completions(roles: Roles) -> 
             found[role][one.prompt, one.sample] = one
             roles.hidden("policy", ragged_batch()).sum().backward()
     for role, completed in expected.items():
-        assert_equal(found[role], completed)
+        assert_equal_completions(found[role], completed)
 
 
 def test_a_chat_and_a_rollout_that_alternate_with_training(roles: Roles) -> None:
@@ -145,7 +135,7 @@ def test_a_chat_and_a_rollout_that_alternate_with_training(roles: Roles) -> None
     answer = list(make_engine(roles, None).stream([[3, 8, 9]], 1, sampling))
     rollout = make_engine(roles, 4, slots=3).generate(PROMPTS, 2, sampling)
     chat = make_engine(roles, 4).stream([[3, 8, 9]], 1, sampling)
-    found: Found = {}
+    found: Completions = {}
     outputs: list[Token | Completion] = []
     while len(found) < len(expected) or len(outputs) < len(answer):
         one = next(rollout, None)
@@ -155,11 +145,11 @@ def test_a_chat_and_a_rollout_that_alternate_with_training(roles: Roles) -> None
         if output is not None:
             outputs.append(output)
         roles.hidden("policy", ragged_batch()).sum().backward()
-    assert_equal(found, expected)
+    assert_equal_completions(found, expected)
     assert outputs[:-1] == answer[:-1]
     first, last = outputs[-1], answer[-1]
     assert isinstance(first, Completion) and isinstance(last, Completion)
-    assert_equal({(0, 0): first}, {(0, 0): last})
+    assert_equal_completions({(0, 0): first}, {(0, 0): last})
 
 
 def test_a_stream_has_each_token_at_once(roles: Roles, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -195,7 +185,7 @@ def test_memory_that_runs_out_in_a_block(roles: Roles, monkeypatch: pytest.Monke
         step(self, rows, width)
 
     monkeypatch.setattr(BufferedSteps, "step", run_short)
-    assert_equal(completions(roles, 4, sampling), expected)
+    assert_equal_completions(completions(roles, 4, sampling), expected)
     roles.limits = MemoryLimits()
 
 
@@ -267,7 +257,7 @@ def test_steps_that_are_needed_again_are_replayed(roles: Roles, monkeypatch: pyt
     sampling = SamplingParams(30, frozenset(range(4)), 1.0)
     expected = completions(roles, None, sampling)
     graphs = Graphs(monkeypatch)
-    assert_equal(completions(roles, 4, sampling), expected)
+    assert_equal_completions(completions(roles, 4, sampling), expected)
     assert len(graphs.made) > 3 and sum(graph.replays for graph in graphs.made) > 20 and not graphs.events
     # The first graph is replayed once more, to be compared.
     assert roles.decoding.num_replays == sum(graph.replays for graph in graphs.made) - 1
@@ -279,7 +269,7 @@ def test_few_graphs_exist_at_once(roles: Roles, monkeypatch: pytest.MonkeyPatch)
     sampling = SamplingParams(40, frozenset(range(4)), 1.0)
     expected = completions(roles, None, sampling)
     graphs = Graphs(monkeypatch)
-    assert_equal(completions(roles, 4, sampling), expected)
+    assert_equal_completions(completions(roles, 4, sampling), expected)
     assert len(graphs.made) > 4 and graphs.most_alive == 2
 
 
@@ -304,12 +294,12 @@ def test_graphs_that_fail_leave_the_plain_step(
     sampling = SamplingParams(30, frozenset(range(4)), 1.0)
     expected = completions(roles, None, sampling)
     graphs = Graphs(monkeypatch, **how)
-    assert_equal(completions(roles, 4, sampling), expected)
+    assert_equal_completions(completions(roles, 4, sampling), expected)
     # A later rollout of the run does not try again.
     assert not roles.decoding.cuda_graphs
     engine = Engine(roles, "policy")
     engine.buffered = True
-    assert_equal({(one.prompt, one.sample): one for one in engine.generate(PROMPTS, 2, sampling)}, expected)
+    assert_equal_completions(by_sample(engine.generate(PROMPTS, 2, sampling)), expected)
     assert graphs.checked == 1 and roles.decoding.num_replays == 0
     (event,) = graphs.events
     assert is_warning(event) and event.message.startswith(f"{cuda_graphs.NAME}: {words}")  # type: ignore[attr-defined]
@@ -320,7 +310,7 @@ def test_a_rollout_without_memory_for_graphs_has_plain_steps(roles: Roles, monke
     sampling = SamplingParams(30, frozenset(range(4)), 1.0)
     expected = completions(roles, None, sampling)
     graphs = Graphs(monkeypatch, torch.OutOfMemoryError("CUDA out of memory"))
-    assert_equal(completions(roles, 4, sampling), expected)
+    assert_equal_completions(completions(roles, 4, sampling), expected)
     assert roles.decoding.cuda_graphs and roles.limits.cache_tokens == 0
     assert graphs.checked == 1 and not graphs.events
 

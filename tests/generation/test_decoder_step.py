@@ -12,13 +12,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from models import llama_roles, perturb, relative_error, roles_over, unquantized_base
+from rollout_helpers import Completions, assert_equal_completions, by_sample, ragged_prompts
 from torch import Tensor
 
 from lowrank_tune.events import Event, is_warning
 from lowrank_tune.generation import Engine, cpu_comparison, cpu_weights, decoder_step
 from lowrank_tune.generation.cpu_linears import FastLinears
 from lowrank_tune.generation.linear_weights import ScratchLimits, scratch_plan
-from lowrank_tune.generation.outputs import Completion
 from lowrank_tune.generation.sampling_params import SamplingParams
 from lowrank_tune.model.roles import Roles
 
@@ -26,7 +26,6 @@ PROMPTS = [[5, 6, 7], [9], [11, 12, 13, 14, 15, 16, 17], [40, 41], [5, 6, 7, 8]]
 SAMPLING = SamplingParams(14, frozenset(range(8)), 1.0, seed=3)
 TOLERANCE = 2e-5
 """Log-probs of these bases differ from float64 by up to 1.3e-5, with transformers' modules too."""
-Found = dict[tuple[int, int], Completion]
 
 
 def family_roles(kind: str) -> Roles:
@@ -46,18 +45,11 @@ def roles(request: pytest.FixtureRequest) -> Iterator[Roles]:
     made.unload_adapters()
 
 
-def completions(roles: Roles, sampling: SamplingParams, fast: bool, **more: Any) -> Found:
+def completions(roles: Roles, sampling: SamplingParams, fast: bool, **more: Any) -> Completions:
     prompts = more.pop("prompts", PROMPTS)
     engine = Engine(roles, "policy", **more)
     engine.fast_modules = fast
-    return {(one.prompt, one.sample): one for one in engine.generate(prompts, 2, sampling)}
-
-
-def assert_equal(found: Found, expected: Found) -> None:
-    assert found.keys() == expected.keys()
-    for key, one in expected.items():
-        assert (found[key].token_ids, found[key].finish_reason) == (one.token_ids, one.finish_reason)
-        assert found[key].logps == pytest.approx(one.logps, abs=TOLERANCE)
+    return by_sample(engine.generate(prompts, 2, sampling))
 
 
 def count_layers(monkeypatch: pytest.MonkeyPatch) -> list[int]:
@@ -82,18 +74,18 @@ def count_layers(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 def test_its_own_modules_draw_what_transformers_modules_draw(
     roles: Roles, slots: int, lengths: list[int], max_new_tokens: int, scratch_bytes: int
 ) -> None:
-    prompts = [[(7 * row + column) % 50 + 1 for column in range(length)] for row, length in enumerate(lengths)]
+    prompts = ragged_prompts(lengths)
     sampling = SamplingParams(max_new_tokens, frozenset(range(6)), 1.0)
     expected = completions(roles, sampling, False, prompts=prompts, slots=slots)
     with pytest.MonkeyPatch.context() as patch:
         count = count_layers(patch)
         found = completions(roles, sampling, True, prompts=prompts, slots=slots, scratch_bytes=scratch_bytes)
-    assert_equal(found, expected)
+    assert_equal_completions(found, expected, TOLERANCE)
     steps = max(len(one.token_ids) for one in found.values()) - 1
     assert count[0] >= steps * len(roles.base.model.get_decoder().layers)
 
 
-def float64_errors(roles: Roles, found: Found) -> Tensor:
+def float64_errors(roles: Roles, found: Completions) -> Tensor:
     """Differences of all log-probs from those of whole rows by transformers' modules in float64."""
     errors = []
     with torch.no_grad(), roles.activate("policy"):
@@ -130,7 +122,7 @@ def test_a_decoder_that_computes_something_else_keeps_its_own_step(
         plain = mlp.mlp.forward
         mlp.mlp.forward = lambda x: 1.5 * plain(x)
     count = count_layers(monkeypatch)
-    assert_equal(completions(made, SAMPLING, True), completions(made, SAMPLING, False))
+    assert_equal_completions(completions(made, SAMPLING, True), completions(made, SAMPLING, False), TOLERANCE)
     assert count == [0] and bool(calls) == (change == "hook")
 
 
@@ -160,7 +152,7 @@ def test_a_fault_of_the_fast_modules_is_found_and_reported_once(fault: str, monk
 
         monkeypatch.setattr(decoder_step._LayerStep, "_attend", attend)
     for _ in range(2):
-        assert_equal(completions(made, SAMPLING, True), expected)
+        assert_equal_completions(completions(made, SAMPLING, True), expected, TOLERANCE)
     (found,) = [event for event in events if is_warning(event)]
     assert "transformers' own modules" in found.message
     assert not any("forward" in vars(module) for module in made.base.model.modules())

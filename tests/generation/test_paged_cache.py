@@ -15,14 +15,14 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from models import llama_roles, perturb, roles_over, unquantized_base
+from models import perturb, roles_over, unquantized_base
+from rollout_helpers import Completions, assert_equal_completions, by_sample, ragged_prompts, stacked_llama_roles
 from torch import Tensor
 
 from lowrank_tune.generation import Engine, decode_steps, paged_attention, select_cache
 from lowrank_tune.generation.decode_scheduler import DecodeScheduler
 from lowrank_tune.generation.decode_steps import BufferedSteps, PlainSteps
 from lowrank_tune.generation.kv_cache import slots_that_fit
-from lowrank_tune.generation.outputs import Completion
 from lowrank_tune.generation.page_pool import SCRATCH_PAGE, PagePool, pages_that_fit
 from lowrank_tune.generation.paged_attention import PAGE_SIZE, PageTables, varlen_paged_attention
 from lowrank_tune.generation.paged_cache import PagedCache, paged_columns, pages_fault
@@ -33,7 +33,6 @@ from lowrank_tune.model.oom import MemoryLimits
 from lowrank_tune.model.roles import Roles
 
 PAGE = 4
-Found = dict[tuple[int, int], Completion]
 
 
 def gathered_attention(query: Tensor, keys: Tensor, values: Tensor, tables: PageTables, scale: float | None) -> Tensor:
@@ -87,10 +86,7 @@ class CheckedCache(PagedCache):
 
 @pytest.fixture(scope="module")
 def roles() -> Iterator[Roles]:
-    made = llama_roles(4, lower=["sft"])
-    perturb(made, "policy", "sft")
-    yield made
-    made.unload_adapters()
+    yield from stacked_llama_roles()
 
 
 @pytest.fixture(autouse=True)
@@ -106,7 +102,7 @@ def completions(
     sampling: SamplingParams,
     sync_every: int | None = None,
     **more: Any,
-) -> Found:
+) -> Completions:
     """Completions with a kind of cache; with `sync_every` by steps over buffers."""
     CheckedCache.made.clear()
     model = roles.base.model
@@ -116,7 +112,7 @@ def completions(
     engine.buffered = sync_every is not None
     roles.decoding.sync_every = sync_every or 1
     try:
-        found = {(one.prompt, one.sample): one for one in engine.generate(prompts, n, sampling)}
+        found = by_sample(engine.generate(prompts, n, sampling))
     finally:
         del select_cache._cache_by_model[model]
         if before is not None:
@@ -124,15 +120,14 @@ def completions(
     return found
 
 
-def assert_equal(found: Found, expected: Found) -> None:
-    assert found.keys() == expected.keys()
-    for key, one in expected.items():
-        assert (found[key].token_ids, found[key].finish_reason) == (one.token_ids, one.finish_reason)
-        assert found[key].logps == pytest.approx(one.logps, abs=1e-5)
-
-
-def ragged_prompts(lengths: list[int]) -> list[list[int]]:
-    return [[(7 * row + column) % 50 + 1 for column in range(length)] for row, length in enumerate(lengths)]
+@pytest.fixture(scope="module")
+def float64_roles() -> Iterator[Roles]:
+    """Roles over a base in float64: in fp32 rounding alone is 1e-5."""
+    made = roles_over(unquantized_base("llama"), lower=["sft"])
+    perturb(made, "policy", "sft")
+    made.base.model.double()
+    yield made
+    made.unload_adapters()
 
 
 @settings(max_examples=12, deadline=None)
@@ -145,13 +140,21 @@ def ragged_prompts(lengths: list[int]) -> list[list[int]]:
     sync_every=st.sampled_from([None, 1, 3]),
 )
 def test_pages_draw_what_one_cache_draws(
-    roles: Roles, lengths: list[int], n: int, slots: int, max_new_tokens: int, num_stops: int, sync_every: int | None
+    float64_roles: Roles,
+    lengths: list[int],
+    n: int,
+    slots: int,
+    max_new_tokens: int,
+    num_stops: int,
+    sync_every: int | None,
 ) -> None:
     """Sequences end at their stop ids or at the limit, others move into their slots, and waiting ones are admitted."""
     prompts = ragged_prompts(lengths)
     sampling = SamplingParams(max_new_tokens, frozenset(range(num_stops)), 1.0)
-    expected = completions(roles, StaticSlotCache, prompts, n, sampling, sync_every, slots=slots)
-    assert_equal(completions(roles, CheckedCache, prompts, n, sampling, sync_every, slots=slots), expected)
+    arguments = (prompts, n, sampling, sync_every)
+    expected = completions(float64_roles, StaticSlotCache, *arguments, slots=slots)
+    found = completions(float64_roles, CheckedCache, *arguments, slots=slots)
+    assert_equal_completions(found, expected, 1e-6)
     (store,) = CheckedCache.made
     assert sorted(store.pool.free) == list(range(1, store.num_pages + 1)), "pages are lost"
 
@@ -159,7 +162,8 @@ def test_pages_draw_what_one_cache_draws(
 def test_samples_of_a_prompt_share_its_pages(roles: Roles) -> None:
     sampling = SamplingParams(6, frozenset(), 1.0)
     completions(roles, CheckedCache, ragged_prompts([9, 3, 12]), 4, sampling, slots=12)
-    (store,) = CheckedCache.made
+    # The first call for a base also compares its modules, with stores of its own.
+    store = CheckedCache.made[0]
     assert store.most_shared == 4
 
 
@@ -172,7 +176,7 @@ def test_pages_of_other_families(kind: str) -> None:
     sampling = SamplingParams(8, frozenset(range(3)), 1.0)
     assert paged_attention.attends_to_pages(model_roles.base.model.get_decoder().config)
     expected = completions(model_roles, StaticSlotCache, prompts, 2, sampling, slots=3)
-    assert_equal(completions(model_roles, CheckedCache, prompts, 2, sampling, slots=3), expected)
+    assert_equal_completions(completions(model_roles, CheckedCache, prompts, 2, sampling, slots=3), expected)
 
 
 def test_few_pages_admit_fewer_sequences(roles: Roles) -> None:
@@ -194,7 +198,7 @@ def test_few_pages_admit_fewer_sequences(roles: Roles) -> None:
             most = max(most, len(self.pool.slots))
             return super().step_on_device(*arguments, **options)
 
-    assert_equal(completions(roles, FewPages, prompts, 4, sampling, slots=8), expected)
+    assert_equal_completions(completions(roles, FewPages, prompts, 4, sampling, slots=8), expected)
     assert most == 2
 
 
@@ -228,7 +232,7 @@ def test_more_samples_of_a_prompt_fit_the_same_bytes(
             patch.setattr(PlainSteps, "run", counted)
             found.append(completions(roles, kind, prompts, n, sampling, cache_bytes=limit))
         most_rows.append(max(rows))
-    assert_equal(found[1], found[0])
+    assert_equal_completions(found[1], found[0])
     assert most_rows[0] == whole < most_rows[1]
     (store,) = CheckedCache.made
     assert (store.num_pages + 1) * PAGE * store.bytes_per_slot(1) <= limit * 4 // 5
@@ -284,7 +288,7 @@ def test_memory_that_runs_out_with_pages(roles: Roles, monkeypatch: pytest.Monke
         step(self, rows, width)
 
     monkeypatch.setattr(BufferedSteps, "step", run_short)
-    assert_equal(completions(roles, CheckedCache, prompts, 2, sampling, 4), expected)
+    assert_equal_completions(completions(roles, CheckedCache, prompts, 2, sampling, 4), expected)
     assert len(CheckedCache.made) == 2
     roles.limits = MemoryLimits()
 
@@ -310,7 +314,7 @@ def test_each_retry_has_fewer_pages(roles: Roles, monkeypatch: pytest.MonkeyPatc
     # A page more than whole sequences have, and the scratch page.
     limit = -(-(whole * 8 * PAGE * slot_bytes // 29 + 2 * PAGE * slot_bytes // 29) * 5 // 4)
     found = completions(roles, FailingCache, prompts, 6, sampling, cache_bytes=limit)
-    assert_equal(found, expected)
+    assert_equal_completions(found, expected)
     assert len(CheckedCache.made) == num_ooms + 1
     assert num_pages == sorted(num_pages, reverse=True)
 
