@@ -3,7 +3,6 @@ never exists."""
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager
 from typing import Any
 
 import bitsandbytes
@@ -44,20 +43,11 @@ def config_of(shape: str) -> Any:
     return AutoConfig.for_model(**{"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0} | config)
 
 
-class Bf16CpuBase(Base):
-    """A base on the CPU that computes as one on a GPU does: bf16 weights under bf16 autocast."""
-
-    def autocast(self) -> AbstractContextManager[Any]:
-        return torch.autocast("cpu", torch.bfloat16)
-
-
 def random_base(shape: str, device: torch.device, bf16: bool = False) -> Base:
     """Build the frozen base of a shape, without a tokenizer. `bf16` computes as on a GPU, also without one."""
     dtype = torch.bfloat16 if bf16 or device.type == "cuda" else torch.float32
-    base = freeze_base(
-        build_model(config_of(shape), device, dtype), tokenizer=None, name=SHAPES.get(shape, shape), bits=4
-    )
-    return base if device.type == "cuda" or not bf16 else Bf16CpuBase(**vars(base))
+    model = build_model(config_of(shape), device, dtype)
+    return freeze_base(model, tokenizer=None, name=SHAPES.get(shape, shape), bits=4)
 
 
 def build_model(config: Any, device: torch.device, dtype: torch.dtype) -> Any:

@@ -11,11 +11,11 @@ from lowrank_tune.errors import TrainingError
 from lowrank_tune.functional import masked_mean
 from lowrank_tune.stats import Stats
 
-LOGP_TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 0.05}
+LOGP_TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 0.05, torch.float16: 0.05}
 """Nats per token by which another batch shape may change log-probs, by the dtype of the base's weights (measured in
 bf16: 0.016)."""
 
-FAST_PATH_TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 0.1}
+FAST_PATH_TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 0.1, torch.float16: 0.1}
 """Mean absolute difference of log-probs, in nats per token, that other kernels may cause (measured on an H200 in bf16:
 0.04 to 0.06)."""
 

@@ -125,6 +125,7 @@ def _cache_key_parts(
         base.model.config.to_json_string(),
         base.device.type,
         base.bits,
+        base.dtype,
         torch.__version__,
     ):
         yield f"{part}\n".encode()

@@ -31,6 +31,7 @@ ALIASES: dict[str, str] = {
     "load_in_4bit": "base.bits",
     "quantization_bit": "base.bits",
     "quantization": "base.bits",
+    "torch_dtype": "base.dtype",
     "dataset_name": "data.train.0.dataset",
     "datasets": "data.train",
     "dataset": "data.train",
@@ -201,6 +202,7 @@ ALGORITHM_ALIASES: dict[str, dict[str, str]] = {
 NO_REFERENCE_MODEL_NOTE = (
     "there is no second model: the reference is the policy's stack without its top (`reference` is only a check of it)"
 )
+DTYPE_NOTE = "`base.dtype` is the dtype of products; by default it follows from the device"
 REWARD_SCALING_NOTE = (
     "rewards are divided by their standard deviation in the group, except for `grpo.loss_type`: dr_grpo"
 )
@@ -235,11 +237,9 @@ NOT_SETTINGS: dict[str, str] = {
     "num_labels": "a reward model has one score",
     "stages": "a single recipe and a stage have none; a chain is a recipe file with a list of them",
     "warmup_ratio": "use `train.warmup_steps`",
-    "bf16": "precision follows from the device",
-    "fp16": "precision follows from the device",
-    "tf32": "precision follows from the device",
-    "torch_dtype": "precision follows from the device",
-    "dtype": "precision follows from the device",
+    "bf16": DTYPE_NOTE,
+    "fp16": DTYPE_NOTE,
+    "tf32": "fp32 products are exact; `base.dtype: bfloat16` is faster",
     "scale_rewards": REWARD_SCALING_NOTE,
     "norm_adv_by_std_in_grpo": REWARD_SCALING_NOTE,
     "steps_per_generation": "every step draws its own completions, and `grpo.num_iterations` is the number of passes "

@@ -45,6 +45,9 @@ class BaseConfig(Settings):
     """A hub id, `id@revision`, a folder, or `tiny-tutor`, which is part of the package."""
     bits: Literal[4, 16] = 4
     """4: NF4 with double quantization. 16: not quantized."""
+    dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
+    """The dtype of products, and of weights that are not packed: `auto` is bfloat16 on a GPU, float16 on a GPU without
+    bfloat16, float32 on the CPU. Adapters are float32."""
     backend: Literal["transformers", "unsloth"] = "transformers"
     """Library that runs the base: `transformers`, or `unsloth` (for sft, and for dpo and grpo with the base as
     reference; in an environment of its own)."""

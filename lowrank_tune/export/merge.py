@@ -55,7 +55,7 @@ from lowrank_tune.model.base import (
     load_base,
     load_tokenizer,
     pick_device,
-    weight_files,
+    stored_tensors,
 )
 from lowrank_tune.model.rotary import FixedRope
 
@@ -96,7 +96,7 @@ def merge(
         raise UserError(f"{target} exists; give another folder with --out")
     weights = count_weights(finished.base)
     check_disk_space(target, 2 * weights, "the merged model")
-    readback = readback_device(weights, device or pick_device(), emit)
+    readback = readback_device(weights, finished.base, device or pick_device(), emit)
     job = _load_merge_job(finished, base_weights, device, emit)
     clean_stale(target.parent, target.name)
     with atomic_folder(target, overwrite=False, needed=2 * weights, cure=EXPORT_CURE) as folder:
@@ -275,9 +275,9 @@ def dequantize(base: Base) -> WeightSource:
 
 def original_weights(run: FinishedRun, base: Base) -> WeightSource:
     """Returns the published weights. Raises UserError if they have other names or exist in 4 bits only."""
-    files = weight_files(run.base)
+    stored = stored_tensors(run.base)
     shapes = merged_tensor_shapes(base)
-    missing = sorted(shapes.keys() - files.keys())
+    missing = sorted(shapes.keys() - stored.keys())
     if missing:
         raise UserError(
             f"{run.base.model} stores its weights under other names than the model has ({missing[0]} is missing), "
@@ -285,8 +285,8 @@ def original_weights(run: FinishedRun, base: Base) -> WeightSource:
         )
 
     def weight(name: str) -> Tensor:
-        with safe_open(files[name], framework="pt") as opened:
-            tensor: Tensor = opened.get_tensor(name)
+        with safe_open(stored[name].file, framework="pt") as opened:
+            tensor: Tensor = opened.get_tensor(stored[name].name)
         shape, _ = shapes[name]
         if tensor.shape != shape:
             raise UserError(

@@ -27,7 +27,7 @@ from lowrank_tune.events import Emit, LogMessage, Progress, ignore_event, warnin
 from lowrank_tune.generation import Engine
 from lowrank_tune.generation.cache_memory import device_memory
 from lowrank_tune.generation.sampling_params import SamplingParams
-from lowrank_tune.model.base import Base, load_base, load_tokenizer
+from lowrank_tune.model.base import Base, base_dtype, load_base, load_tokenizer
 from lowrank_tune.model.roles import Roles
 from lowrank_tune.model.rotary import RopeFactors
 
@@ -270,12 +270,13 @@ def record_outputs(
 
 def readback_device(
     weights: int,
+    base_config: BaseConfig,
     device: torch.device,
     emit: Emit,
 ) -> Readback:
-    """Returns device and precision for loading a merged model of so many weights: the device of the run, or the CPU in
-    bf16 if a GPU that trained it in 4 bits is too small for 16. Raises UserError if neither has enough memory."""
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    """Returns device and dtype for loading a merged model of so many weights: those of the run, or the CPU and bf16 if
+    a GPU that trained it in 4 bits is too small for the merged one. Raises UserError if neither has enough memory."""
+    dtype = base_dtype(base_config, device)
     needed = weights * dtype.itemsize + (1 << 30)
     available = device_memory(device)
     if device.type == "cuda" and needed > available:
@@ -285,6 +286,8 @@ def readback_device(
         )
         emit(LogMessage(message=message))
         device = CPU
+        dtype = torch.bfloat16
+        needed = weights * dtype.itemsize + (1 << 30)
         available = device_memory(CPU)
     if needed > available:
         raise UserError(

@@ -42,12 +42,15 @@ Table = Sequence[tuple[str, str]]
 @dataclass(frozen=True)
 class Adapters:
     """The adapters in `final/`: the names of the stack, lowest first, whether the root combines all of them, the
-    `adapter_config.json` of the root, and whether it generates text (a reward model does not)."""
+    `adapter_config.json` of the root, whether it generates text (a reward model does not), whether its modules are
+    those of a multimodal class, and the dtype in which to load the base."""
 
     names: Sequence[str]
     combined: bool
     config: Mapping[str, Any]
     is_generative: bool
+    is_multimodal: bool = False
+    dtype: str = "bfloat16"
 
 
 def model_card(
@@ -84,6 +87,7 @@ def model_card(
         pinned_revision=pinned_revision,
         adapters=adapters,
         is_stack=len(adapters.names) > 1 and not adapters.combined,
+        auto_class="AutoModelForImageTextToText" if adapters.is_multimodal else "AutoModelForCausalLM",
         eos_tokens=eos_tokens,
         trained_on=TRAINED_ON[recipe.algorithm],
         builtin_base=BUILTIN_MODEL,

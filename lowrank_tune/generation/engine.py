@@ -33,7 +33,6 @@ from lowrank_tune.generation.sampling_params import SamplingParams
 from lowrank_tune.generation.select_cache import select_cache
 from lowrank_tune.generation.static_slot_cache import StaticSlotCache
 from lowrank_tune.generation.stopping import Decode, StoppingCriteria
-from lowrank_tune.model.base import AUTOCAST_DTYPE
 from lowrank_tune.model.oom import free_traceback, is_out_of_memory
 from lowrank_tune.model.roles import Roles
 from lowrank_tune.stats import WeightedMean
@@ -145,9 +144,9 @@ class Engine:
         the CPU such that fit `scratch_bytes`."""
         base = self.roles.base
         if base.device.type == "cuda":
-            with rollout_weights(self.roles, self._stack, AUTOCAST_DTYPE, rows, copy_limit) as weights:
+            with rollout_weights(self.roles, self._stack, base.dtype, rows, copy_limit) as weights:
                 yield weights
-        elif base.device.type == "cpu" and self.fast_modules:
+        elif base.device.type == "cpu" and base.dtype == torch.float32 and self.fast_modules:
             limits = ScratchLimits(self.scratch_bytes, copies_fp32=self.slots >= MIN_ROWS_FOR_COPIES)
             linears = FastLinears(base.model, self._stack, self.roles.head, limits, self.roles.limits.emit)
             self.fast_linears = linears
@@ -172,7 +171,7 @@ class Engine:
                 decoder = self.roles.base.model.get_decoder()
                 return cast(Tensor, decoder(input_ids=input_ids, use_cache=False).last_hidden_state)
 
-        verify_rollout_weights(self.roles, self._stack, AUTOCAST_DTYPE, hidden, slots, self.cache_bytes)
+        verify_rollout_weights(self.roles, self._stack, self.roles.base.dtype, hidden, slots, self.cache_bytes)
 
     def _copy_limit(self, store: KVStore) -> int:
         """Returns the bytes for copies of weights: what the slots leave of those for keys and values. After an

@@ -98,9 +98,10 @@ AttentionInterface.register(PAGED_NAME, attend_to_pages)
 
 def attends_to_pages(config: Any) -> bool:
     """Returns whether a decoder's attention reads nothing but keys and values, in the widths of flash attention."""
+    if config.model_type not in CAUSAL_MODEL_TYPES or config._attn_implementation not in SDPA_NAMES:
+        return False
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    is_known = config.model_type in CAUSAL_MODEL_TYPES and config._attn_implementation in SDPA_NAMES
-    return is_known and width <= MAX_HEAD_WIDTH and width % 8 == 0
+    return bool(width <= MAX_HEAD_WIDTH and width % 8 == 0)
 
 
 def has_flash_attention(model: Any) -> bool:

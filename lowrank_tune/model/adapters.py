@@ -19,6 +19,7 @@ from lowrank_tune.model.adapter_options import check_finite, check_options, chec
 from lowrank_tune.model.heads import HEAD_WEIGHT_KEY
 from lowrank_tune.model.module_patterns import check_patterns
 from lowrank_tune.model.rotary import RopeFactors
+from lowrank_tune.model.text_model import has_serving_names, text_adapter
 from lowrank_tune.offline import offline_variable
 from lowrank_tune.regular_files import check_regular_file
 
@@ -113,6 +114,14 @@ def read_adapter(
         key,
         folder,
     )
+    if has_serving_names(tensors):
+        raw, tensors = text_adapter(raw, tensors)
+        config = _config(
+            raw,
+            tensors,
+            key,
+            folder,
+        )
     saved = SavedAdapter(
         folder,
         config,

@@ -1,7 +1,8 @@
 """Loads the frozen base: a hub id, `id@revision`, a folder, or the tiny base of the package; NF4 or 16 bits; CUDA or
 CPU.
 
-Only this module decides the precision. CUDA: weights, compute and autocast bf16. CPU: everything fp32.
+Only this module decides the precision (`base.dtype`). By default, CUDA: weights, compute and autocast bf16, fp16 where
+the GPU has no bf16; CPU: everything fp32.
 """
 
 from __future__ import annotations
@@ -12,8 +13,7 @@ import os
 import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import bitsandbytes
@@ -39,13 +39,16 @@ from lowrank_tune.model.model_config import (
     parse_config,
 )
 from lowrank_tune.model.rotary import FixedRope, RopeFactors, check_frequencies, fix_frequencies, fixed_rope
-from lowrank_tune.model.weight_files import published_files
+from lowrank_tune.model.text_model import KEY_MAPPING, is_multimodal, text_config, text_name
+from lowrank_tune.model.weight_files import StoredTensor, published_files
 
 if TYPE_CHECKING:  # the model floor must run where pydantic is not installed (benchmarks/gpu.py)
     from lowrank_tune.config import BaseConfig
 
-AUTOCAST_DTYPE = torch.bfloat16
-"""The dtype of products on a GPU, and of its weights."""
+HALF_DTYPES = (torch.bfloat16, torch.float16)
+"""The dtypes of autocast."""
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+"""Values of `base.dtype`."""
 SINGLE_THREAD_MAX_PARAMS = 20_000_000
 SINGLE_THREAD_ENV = "OMP_NUM_THREADS"
 """A model with fewer weights runs on one CPU thread, unless this variable is set: its results then do not depend on the
@@ -70,6 +73,10 @@ class Base:
     """Returns the context in which the model runs transformers' own code, whatever the backend."""
     rope: FixedRope | None = None
     """The fixed rotary frequencies of a base whose RoPE type would select them in each call."""
+    dtype: torch.dtype = torch.float32
+    """The dtype of products, and of weights that are not packed."""
+    is_multimodal: bool = False
+    """Whether this is the text model of a multimodal checkpoint (`model/text_model.py`)."""
 
     @property
     def max_row_length(self) -> int | None:
@@ -79,9 +86,9 @@ class Base:
         return None
 
     def autocast(self) -> AbstractContextManager[Any]:
-        """Returns bf16 autocast on CUDA, a context without effect on the CPU."""
-        if self.device.type == "cuda":
-            return torch.autocast("cuda", AUTOCAST_DTYPE)
+        """Returns autocast of the base's dtype, without effect in fp32."""
+        if self.dtype in HALF_DTYPES:
+            return torch.autocast(self.device.type, self.dtype)
         return nullcontext()
 
     def inference_mode(self) -> AbstractContextManager[None]:
@@ -123,22 +130,25 @@ class HashedBase:
 
 
 def pick_device() -> torch.device:
-    """Returns the CUDA device if present, else the CPU. Raises UserError for a GPU without bf16."""
+    """Returns the CUDA device if present, else the CPU."""
     if not torch.cuda.is_available():
         return torch.device("cpu")
-    if not torch.cuda.is_bf16_supported(including_emulation=False):
-        name = torch.cuda.get_device_name()
-        raise UserError(
-            f"{name} has no bfloat16 (RTX 30 series and newer have it); set CUDA_VISIBLE_DEVICES= to use the CPU"
-        )
     return torch.device("cuda", torch.cuda.current_device())
 
 
+def base_dtype(
+    base_config: BaseConfig,
+    device: torch.device,
+) -> torch.dtype:
+    """Returns the dtype of `base.dtype` on a device."""
+    return DTYPES.get(base_config.dtype) or default_dtype(device)
+
+
 def default_dtype(device: torch.device) -> torch.dtype:
-    """Returns the dtype of weights and compute on a device."""
-    if device.type == "cuda":
-        return AUTOCAST_DTYPE
-    return torch.float32
+    """Returns the dtype of weights and compute on a device: without bf16 in hardware (T4, V100, RTX 20 series) fp16."""
+    if device.type != "cuda":
+        return torch.float32
+    return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
 
 
 def load_tokenizer(base_config: BaseConfig) -> Any:
@@ -159,7 +169,7 @@ def load_config(base_config: BaseConfig) -> Any:
     """Loads only the base's configuration. Raises UserError as `load_base`."""
     silence_transformers()
     with describe_load_errors(base_config) as (path_or_id, arguments):
-        return parse_config(path_or_id, arguments)
+        return text_config(parse_config(path_or_id, arguments))
 
 
 def load_base(
@@ -169,13 +179,14 @@ def load_base(
     dtype: torch.dtype | None = None,
     rope_factors: RopeFactors = "short",
 ) -> Base:
-    """Loads and freezes the base; `dtype` is by default bf16 on CUDA and fp32 on the CPU. `rope_factors` are those of
-    RoPE type `longrope` (`model/rotary.py`). Raises UserError for errors that the user can correct."""
+    """Loads and freezes the base; `dtype` is by default that of `base.dtype`. `rope_factors` are those of RoPE
+    type `longrope` (`model/rotary.py`). Raises UserError for errors that the user can correct."""
     silence_transformers()
     device = device or pick_device()
-    dtype = dtype or default_dtype(device)
+    dtype = dtype or base_dtype(base_config, device)
     with describe_load_errors(base_config) as (path_or_id, arguments):
-        config = parse_config(path_or_id, arguments)
+        published_config = parse_config(path_or_id, arguments)
+        config = text_config(published_config)
         quantized = check_quantization(config, base_config)
         check_generation_config(path_or_id, arguments)
         check_stored_weights(path_or_id, config, arguments)
@@ -189,6 +200,7 @@ def load_base(
             output_loading_info=True,
             ignore_mismatched_sizes=True,
             dtype=dtype,
+            key_mapping=KEY_MAPPING if is_multimodal(published_config) else None,
             **arguments,
         )
         _check_weights(model, loading_info, base_config.model)
@@ -207,7 +219,7 @@ def load_base(
     )
     if base.rope is not None:
         check_frequencies(model, base.rope)
-    return base
+    return replace(base, is_multimodal=is_multimodal(published_config))
 
 
 def loaded_revision(config: Any, arguments: Mapping[str, Any]) -> str | None:
@@ -215,13 +227,14 @@ def loaded_revision(config: Any, arguments: Mapping[str, Any]) -> str | None:
     return arguments["revision"] or getattr(config, "_commit_hash", None)
 
 
-def weight_files(base_config: BaseConfig) -> dict[str, Path]:
-    """Returns the published file of each tensor of the base. Raises UserError as `load_base`."""
+def stored_tensors(base_config: BaseConfig) -> dict[str, StoredTensor]:
+    """Returns where each published tensor of the base is stored, by its name in the text model. Raises UserError as
+    `load_base`."""
     with describe_load_errors(base_config) as (path_or_id, arguments):
         files = published_files(path_or_id, arguments["revision"])
         if not files:
             raise OSError("no file named model.safetensors")
-        return files
+        return {text_name(name): StoredTensor(file, name) for name, file in files.items()}
 
 
 def count_weights(base_config: BaseConfig) -> int:
@@ -307,6 +320,7 @@ def freeze_base(
         bits,
         _end_ids(model, tokenizer),
         rope=rope,
+        dtype=model.dtype,
     )
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
@@ -38,8 +39,11 @@ def chunk_mlps(
         chunked.update(dict.fromkeys(_mlps_of(decoder), _ChunkedMlp))
     before = {module: vars(module).get("forward") for module in chunked}
     for module, kind in chunked.items():
+        forward: Callable[..., Tensor] = module.forward
+        if kind is _ChunkedMlp and _has_experts(module):
+            forward = partial(_with_contiguous_input, forward)
         module.forward = kind(
-            module.forward,
+            forward,
             num_chunks,
             Recomputation(context_fn, _has_dropout(module)),
             model.config.model_type,
@@ -70,6 +74,20 @@ def _mlps_of(decoder: Any) -> list[nn.Module]:
 def _norms_of(decoder: Any) -> list[nn.Module]:
     """Returns the norms of the layers, those of queries and keys too, and the one after the last layer."""
     return [module for name, module in decoder.named_modules() if "norm" in name.rpartition(".")[2]]
+
+
+def _has_experts(mlp: nn.Module) -> bool:
+    """Returns whether the MLP is a mixture of experts, whose weights are one tensor."""
+    return any(parameter.ndim == 3 for parameter in mlp.parameters())
+
+
+def _with_contiguous_input(
+    forward: Callable[[Tensor], Tensor],
+    hidden: Tensor,
+) -> Tensor:
+    """Returns the output of a mixture of experts for a chunk of several rows: transformers views its input as one row
+    of tokens, which a chunk of several rows is not in memory."""
+    return forward(hidden.contiguous())
 
 
 def _has_dropout(module: nn.Module) -> bool:

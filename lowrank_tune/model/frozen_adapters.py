@@ -1,8 +1,8 @@
 """Frozen adapters in the dtype of autocast.
 
 Autocast keeps no cast copy of weights that need no gradient: in every forward pass of a stack it would cast the frozen
-adapters again. On a GPU they are stored as autocast would cast them, in half of the memory. Their fp32 values stay in
-host memory, so that what is saved, merged or hashed is what was loaded.
+adapters again. In half precision they are stored as autocast would cast them, in half of the memory. Their fp32 values
+stay in host memory, so that what is saved, merged or hashed is what was loaded.
 """
 
 from __future__ import annotations
@@ -11,15 +11,6 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
-
-from lowrank_tune.model.base import AUTOCAST_DTYPE
-
-
-def frozen_dtype(device: torch.device) -> torch.dtype:
-    """Returns the dtype in which frozen adapters are stored on a device."""
-    if device.type == "cuda":
-        return AUTOCAST_DTYPE
-    return torch.float32
 
 
 @dataclass

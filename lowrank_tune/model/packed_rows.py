@@ -123,8 +123,9 @@ class PackedRows:
         has_dropout = bool(getattr(self._config, "attention_dropout", None))
         if has_dropout or not needs_no_mask(self._config, 1):
             return f"{self._config.model_type} layers may not compute each row of a packed row alone"
-        if not has_segment_attention(device):
-            return "this version of PyTorch has no attention over segments on this device"
+        if not has_segment_attention(device, self._base.dtype):
+            name = str(self._base.dtype).removeprefix("torch.")
+            return f"this version of PyTorch has no attention over segments of {name} on this device"
         reason = find_segment_fault(device, dtype, *_head_sizes(self._config))
         if reason is not None:
             return f"attention over segments {reason} on this device"

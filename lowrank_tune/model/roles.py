@@ -39,7 +39,7 @@ from lowrank_tune.model.fast_paths import (
     made_up_rows,
     verify_fast_paths,
 )
-from lowrank_tune.model.frozen_adapters import FrozenAdapters, frozen_dtype
+from lowrank_tune.model.frozen_adapters import FrozenAdapters
 from lowrank_tune.model.logprobs import (
     Head,
     LogProbs,
@@ -53,6 +53,7 @@ from lowrank_tune.model.logprobs import (
 from lowrank_tune.model.lora_forward import LoraLinears, wider_stacks
 from lowrank_tune.model.module_patterns import resolve_patterns
 from lowrank_tune.model.oom import MemoryLimits, free_traceback, is_out_of_memory
+from lowrank_tune.model.router_loss import RouterLoss
 
 ADAPTER_PREFIX = "lt_"
 """PEFT loses weights of an adapter whose name is part of a module's name, so names get a prefix."""
@@ -94,13 +95,14 @@ class Roles:
         self.stacks = {role: [ADAPTER_PREFIX + name for name in stack] for role, stack in stacks.items()}
         self.trainable = frozenset(trainable)
         self.heads = dict[str, scalar.ScalarHead]()
-        self._frozen = FrozenAdapters(frozen_dtype(base.device))
+        self._frozen = FrozenAdapters(base.dtype)
         self.fast_paths = list[FastPath]()
         self._compiled: CompiledLayers | None = None
         self.verified = False
         self._undo = ExitStack()
         self.limits = MemoryLimits()
         self.decoding = DecodingOptions()
+        self.router_loss: RouterLoss | None = None
         self._active: list[str] = []
         self._linears = LoraLinears(self._active)
         torch.manual_seed(seed)
@@ -237,8 +239,16 @@ class Roles:
     ) -> Tensor:
         """Returns the last hidden states (B, T, d)."""
         self.verify_fast_paths(role)
-        with self.activate(role):
+        recording = nullcontext() if self.router_loss is None else self.router_loss.recording(role, batch)
+        with self.activate(role), recording:
             return self.decoder.hidden(batch)
+
+    def add_router_loss(self, router_loss: RouterLoss) -> None:
+        """Records the router's logits in training. Rows are padded then: in a packed row a token may belong to several
+        rows."""
+        self.router_loss = router_loss
+        self.decoder.packed_rows.enabled = False
+        self.decoder.share_prefixes = False
 
     def verify_fast_paths(self, role: str) -> None:
         """Compares the fast paths with the plain ones, once, before the first pass: on the roles that are trained, or

@@ -27,16 +27,22 @@ with suppress(ImportError):
     varlen_attn = importlib.import_module("torch.nn.attention.varlen").varlen_attn
     VARLEN_OPTIONS = frozenset(inspect.signature(varlen_attn).parameters)
 
+MIN_CAPABILITY = (8, 0)
 SEGMENTS_NAME = "lowrank_tune_segments"
 """Has no mask function, so that transformers creates no masks."""
 
 
-def has_segment_attention(device: torch.device) -> bool:
+def has_segment_attention(
+    device: torch.device,
+    dtype: torch.dtype,
+) -> bool:
     """Returns whether this version of PyTorch computes attention over segments on a device. The function of PyTorch
-    2.10 has no scale, which some models set."""
+    2.10 has no scale, which some models set; its kernel is for half precision and GPUs from Ampere on."""
     if device.type == "cpu":
         return True
-    return device.type == "cuda" and {"scale", "window_size"} <= VARLEN_OPTIONS
+    if device.type != "cuda" or not {"scale", "window_size"} <= VARLEN_OPTIONS:
+        return False
+    return dtype != torch.float32 and torch.cuda.get_device_capability(device) >= MIN_CAPABILITY
 
 
 def segment_attention_forward(

@@ -24,14 +24,14 @@ from lowrank_tune.batch import Batch
 from lowrank_tune.errors import UserError, first_line
 from lowrank_tune.model.base import (
     Base,
+    base_dtype,
     check_quantization,
-    default_dtype,
     freeze_base,
     loaded_revision,
     pick_device,
     refuse_weights,
     silence_transformers,
-    weight_files,
+    stored_tensors,
 )
 from lowrank_tune.model.base_source import describe_load_errors
 from lowrank_tune.model.model_config import parse_config
@@ -45,10 +45,10 @@ if TYPE_CHECKING:
 
 SUPPORTED_MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
 """Models for which unsloth has its own forwards, and whose code was reviewed for this module."""
-LOGP_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.05}
+LOGP_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.05, torch.float16: 0.05}
 """Mean difference of log-probs, in nats per token, that unsloth's forward may have; another batch shape alone changes
 them by 0.016 in bf16."""
-GRADIENT_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.1}
+GRADIENT_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.1}
 """Relative difference that the adapter's gradient may have."""
 UNKNOWN_VERSION_MESSAGE = (
     "base.backend: this unsloth patches transformers in another way than this kit expects: install the version in "
@@ -66,7 +66,7 @@ def load_base(
     unsloth: Any = sys.modules["unsloth"]
     silence_transformers()
     device = device or pick_device()
-    dtype = default_dtype(device)
+    dtype = base_dtype(base_config, device)
     with describe_load_errors(base_config) as (path_or_id, arguments), redirect_stdout(sys.stderr):
         config = parse_config(path_or_id, arguments)
         if config.model_type not in SUPPORTED_MODEL_TYPES:
@@ -133,7 +133,7 @@ def _check(
             f"base.backend: unsloth changed the vocabulary of {name} from {config.vocab_size:,} to {rows:,} tokens; "
             "use `transformers`",
         )
-    missing = {key for key, _ in model.named_parameters()} - weight_files(base_config).keys()
+    missing = {key for key, _ in model.named_parameters()} - stored_tensors(base_config).keys()
     refuse_weights(name, missing, "missing")
 
 
@@ -203,8 +203,8 @@ def check(roles: Roles, role: str) -> None:
             parameter.grad = None
     logp_error = float((logps - other_logps)[batch.loss_mask].abs().mean())
     gradient_error = relative_difference(gradient, other_gradient)
-    dtype = default_dtype(base.device)
-    if not (logp_error <= LOGP_TOLERANCE[dtype] and gradient_error <= GRADIENT_TOLERANCE[dtype]):
+    logp_limit, gradient_limit = LOGP_TOLERANCE[base.dtype], GRADIENT_TOLERANCE[base.dtype]
+    if not (logp_error <= logp_limit and gradient_error <= gradient_limit):
         raise UserError(
             "base.backend: unsloth does not compute what transformers does here: log-probs differ by "
             f"{logp_error:.2g} nats per token, the gradient by {gradient_error:.1%}; use `transformers`, or leave it "

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, NamedTuple
 
 from safetensors import safe_open
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
@@ -14,6 +14,13 @@ from lowrank_tune.json_files import read_json
 
 PACKED_DTYPE = "U8"
 """The dtype of two 4-bit weights in one byte."""
+
+
+class StoredTensor(NamedTuple):
+    """A tensor's file, and its name there."""
+
+    file: Path
+    name: str
 
 
 def published_files(path_or_id: str, revision: str | None) -> dict[str, Path]:

@@ -10,6 +10,12 @@ and over a base of RoPE type `longrope` the set of its factors. No file names a 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
 from lowrank_tune.assembly import RunComponents
 from lowrank_tune.checkpoint import Snapshot
 from lowrank_tune.events import warning
@@ -28,6 +34,7 @@ from lowrank_tune.model.adapters import (
     WEIGHTS,
 )
 from lowrank_tune.model.roles import ADAPTER_PREFIX
+from lowrank_tune.model.text_model import serving_adapter
 from lowrank_tune.training.stage import Stage
 
 
@@ -68,11 +75,10 @@ def _add_adapters(stage: Stage, snapshot: Snapshot) -> Adapters:
     names = [name.removeprefix(ADAPTER_PREFIX) for name in roles.stacks[top]]
     adapters = [as_lora_adapter(roles, name) for name in names]
     combined = _can_combine(stage, names, adapters)
-    config, tensors = dict(adapters[-1].config), dict(adapters[-1].tensors)
+    config, tensors = adapters[-1].config, adapters[-1].tensors
     if combined:
         config, tensors = combine_adapters(adapters)
-    snapshot.documents[CONFIG] = config
-    snapshot.tensors[WEIGHTS] = tensors
+    _add_adapter(stage, snapshot, "", config, tensors)
     if len(names) > 1:
         frozen = {name: stage.frozen_adapters[name] for name in names[:-1]}
         snapshot.documents[STACK] = {
@@ -81,19 +87,30 @@ def _add_adapters(stage: Stage, snapshot: Snapshot) -> Adapters:
             "frozen_adapters": frozen,
             "combined": combined,
         }
+        separate = dict(zip(names[:-1], adapters[:-1], strict=True))
         if combined:
-            _add_adapter(snapshot, top, adapters[-1])
-        else:
-            for name, adapter in zip(names[:-1], adapters[:-1], strict=True):
-                _add_adapter(snapshot, name, adapter)
+            separate = {top: adapters[-1]}
+        for name, adapter in separate.items():
+            _add_adapter(stage, snapshot, f"{name}/", adapter.config, adapter.tensors)
     for name in others:
-        _add_adapter(snapshot, name, as_lora_adapter(roles, name))
+        adapter = as_lora_adapter(roles, name)
+        _add_adapter(stage, snapshot, f"{name}/", adapter.config, adapter.tensors)
     return Adapters(
         names,
         combined,
         config,
         is_generative="policy" in stage.built.trained,
+        is_multimodal=stage.built.base.is_multimodal,
+        dtype=_serving_dtype(stage),
     )
+
+
+def _serving_dtype(stage: Stage) -> str:
+    """Returns the dtype in which to load the base: that of the run, but bfloat16 for a run whose dtype follows from a
+    CPU."""
+    if stage.built.base.dtype == torch.float16:
+        return "float16"
+    return "float32" if stage.recipe.base.dtype == "float32" else "bfloat16"
 
 
 def _can_combine(
@@ -113,12 +130,18 @@ def _can_combine(
 
 
 def _add_adapter(
+    stage: Stage,
     snapshot: Snapshot,
-    name: str,
-    adapter: LoraAdapter,
+    prefix: str,
+    config: Mapping[str, Any],
+    tensors: Mapping[str, Tensor],
 ) -> None:
-    snapshot.documents[f"{name}/{CONFIG}"] = dict(adapter.config)
-    snapshot.tensors[f"{name}/{WEIGHTS}"] = dict(adapter.tensors)
+    """Adds the files of an adapter, whose names begin with `prefix`. Modules have the names of the class that serves
+    the base."""
+    if stage.built.base.is_multimodal:
+        config, tensors = serving_adapter(config, tensors)
+    snapshot.documents[prefix + CONFIG] = dict(config)
+    snapshot.tensors[prefix + WEIGHTS] = dict(tensors)
 
 
 def _add_tokenizer(stage: Stage, snapshot: Snapshot) -> None:

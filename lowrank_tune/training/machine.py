@@ -11,13 +11,20 @@ import torch
 REPORTED_LIBRARIES = ("torch", "transformers", "peft", "bitsandbytes", "datasets")
 
 
-def device_name(device: torch.device) -> str:
+SHORT_DTYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
+
+
+def device_name(
+    device: torch.device,
+    dtype: torch.dtype,
+) -> str:
     """Returns the name of a device and the dtype that it computes in."""
+    short = SHORT_DTYPES[dtype]
     if device.type == "cuda":
-        return f"{torch.cuda.get_device_name(device)}, bf16"
+        return f"{torch.cuda.get_device_name(device)}, {short}"
     threads = torch.get_num_threads()
     unit = "thread" if threads == 1 else "threads"
-    return f"CPU, {threads} {unit}, fp32"
+    return f"CPU, {threads} {unit}, {short}"
 
 
 def memory_total_gib(device: torch.device) -> float:

@@ -30,6 +30,7 @@ from typer.testing import CliRunner
 
 from lowrank_tune import UserError
 from lowrank_tune.cli import app
+from lowrank_tune.config import BaseConfig
 from lowrank_tune.errors import TrainingError
 from lowrank_tune.export import MergeReport, merge
 from lowrank_tune.export.merge import _shards, merged_weight
@@ -376,11 +377,13 @@ def test_a_gpu_too_small_for_16_bits_is_reported_and_the_cpu_used(monkeypatch: p
     module, events = sys.modules["lowrank_tune.export.merge_check"], list[Any]()
     monkeypatch.setattr(module, "device_memory", lambda device: (24 if device.type == "cuda" else 64) << 30)
     place = module.readback_device  # type: ignore[attr-defined]
-    assert place(8 << 30, torch.device("cuda"), events.append) == (torch.device("cuda"), torch.bfloat16) and not events
-    assert place(14 << 30, torch.device("cuda"), events.append) == (torch.device("cpu"), torch.bfloat16)
+    cuda, half, full = torch.device("cuda"), BaseConfig(dtype="float16"), BaseConfig(dtype="float32")
+    assert place(8 << 30, half, cuda, events.append) == (cuda, torch.float16) and not events
+    assert place(3 << 30, full, cuda, events.append) == (cuda, torch.float32) and not events
+    assert place(14 << 30, half, cuda, events.append) == (torch.device("cpu"), torch.bfloat16)
     assert "needs 29 GiB and the GPU has 24: it is compared on the CPU" in events[0].message
     with pytest.raises(UserError, match="needs 141 GiB of memory, and this machine has 64"):
-        place(70 << 30, torch.device("cuda"), events.append)
+        place(70 << 30, half, cuda, events.append)
 
 
 @pytest.mark.slow

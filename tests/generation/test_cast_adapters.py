@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -18,24 +19,17 @@ from lowrank_tune.generation.cast_adapters import CastAdapters, cast_adapters
 from lowrank_tune.generation.gpu_linears import GpuLinears
 from lowrank_tune.generation.outputs import Completion, Token
 from lowrank_tune.generation.sampling_params import SamplingParams
-from lowrank_tune.model.base import Base
 from lowrank_tune.model.decoding_options import DecodingOptions
 from lowrank_tune.model.roles import Roles
 
 SAMPLING = SamplingParams(6, frozenset(), temperature=1.0, seed=3)
 
 
-class Bf16Base(Base):
-    """A base on the CPU that computes under bf16 autocast, as on a GPU."""
-
-    def autocast(self) -> AbstractContextManager[Any]:
-        return torch.autocast("cpu", torch.bfloat16)
-
-
 def bf16_roles() -> Roles:
+    """Returns roles over a base on the CPU that computes under bf16 autocast, as on a GPU."""
     base = unquantized_base("llama")
     base.model.bfloat16()
-    roles = roles_over(Bf16Base(**vars(base)), lower=["sft"])
+    roles = roles_over(replace(base, dtype=torch.bfloat16), lower=["sft"])
     perturb(roles, "sft", "policy")
     return roles
 
@@ -76,9 +70,9 @@ def use_cast_adapters(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_gpu_casts_the_stack_of_its_role_for_plain_modules() -> None:
     roles = bf16_roles()
-    base = SimpleNamespace(device=torch.device("cuda"), model=roles.base.model)
+    base = SimpleNamespace(device=torch.device("cuda"), model=roles.base.model, dtype=torch.bfloat16)
     stub: Any = SimpleNamespace(base=base, stacks=roles.stacks, decoding=DecodingOptions(few_launches=False))
-    for role, count in (("policy", 56), ("reference", 28), ("base", 0)):
+    for role, count in (("policy", 28), ("reference", 0), ("base", 0)):
         with Engine(stub, role, cache_bytes=1, scratch_bytes=1).prepared_weights() as weights:
             assert isinstance(weights, CastAdapters)
             assert len(weights.copies) == count
@@ -88,7 +82,7 @@ def test_a_gpu_casts_the_stack_of_its_role_for_plain_modules() -> None:
 
 def test_a_gpu_joins_the_linears_of_its_role() -> None:
     roles = bf16_roles()
-    base = SimpleNamespace(device=torch.device("cuda"), model=roles.base.model)
+    base = SimpleNamespace(device=torch.device("cuda"), model=roles.base.model, dtype=torch.bfloat16)
     stub: Any = SimpleNamespace(base=base, stacks=roles.stacks, decoding=DecodingOptions())
     # Query, key and value; output; gate and up; down, in two layers, with rank 4 of each adapter.
     for role, rank, count in (("policy", 8, 8), ("reference", 4, 8), ("base", 0, 8)):

@@ -313,12 +313,34 @@ def test_a_model_without_a_tokenizer(tmp_path: Path) -> None:
     sentence(lambda: load_tokenizer(BaseConfig(model=str(folder))))
 
 
-def test_gpu_without_bf16(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: False)
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "GeForce 1080")
-    with pytest.raises(UserError, match="^GeForce 1080 has no bfloat16"):
-        base_module.pick_device()
+@pytest.mark.parametrize(("has_bf16", "dtype"), [(True, torch.bfloat16), (False, torch.float16)])
+def test_the_default_dtype_is_one_that_the_device_computes(
+    has_bf16: bool,
+    dtype: torch.dtype,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A GPU older than compute capability 8.0 emulates bf16, which `is_bf16_supported` counts as support by default."""
+
+    def is_bf16_supported(including_emulation: bool = True) -> bool:
+        return has_bf16 or including_emulation
+
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", is_bf16_supported)
+    assert base_module.default_dtype(torch.device("cuda", 0)) == dtype
+    assert base_module.default_dtype(CPU) == torch.float32
+
+
+@pytest.mark.parametrize("name", ["bfloat16", "float16", "float32"])
+def test_the_dtype_of_a_recipe_is_that_of_weights_products_and_autocast(name: Any) -> None:
+    base_config = BaseConfig(dtype=name)
+    base = load_base(base_config, load_tokenizer(base_config), CPU)
+    dtype = getattr(torch, name)
+    assert base.dtype == base.model.dtype == dtype
+    for module in base.model.modules():
+        if isinstance(module, bitsandbytes.nn.Linear4bit):
+            assert module.compute_dtype == dtype
+    with base.autocast():
+        assert torch.is_autocast_enabled("cpu") == (dtype != torch.float32)
+        assert dtype == torch.float32 or torch.get_autocast_dtype("cpu") == dtype
 
 
 # --- the hash ---------------------------------------------------------------------------------------------------------

@@ -1,10 +1,9 @@
-"""Frozen adapters on a GPU: half of the memory, the same log-probs, and the saved values unchanged."""
+"""Frozen adapters in half precision: half of the memory, the same log-probs, and the saved values unchanged."""
 
 from __future__ import annotations
 
 import functools
-from contextlib import AbstractContextManager
-from typing import Any
+from dataclasses import replace
 
 import pytest
 import torch
@@ -22,23 +21,17 @@ from torch import Tensor
 
 from lowrank_tune.model import roles as roles_module
 from lowrank_tune.model.base import Base
-from lowrank_tune.model.frozen_adapters import frozen_dtype
+from lowrank_tune.model.frozen_adapters import FrozenAdapters
 from lowrank_tune.model.roles import Roles
 
 ROWS = [[5, 9, 12, 7, 8, 3], [4, 6, 9], [11, 13, 17, 2]]
 
 
-class Bf16Base(Base):
-    """A base on the CPU that computes under bf16 autocast, as on a GPU."""
-
-    def autocast(self) -> AbstractContextManager[Any]:
-        return torch.autocast("cpu", torch.bfloat16)
-
-
 def bf16_base() -> Base:
+    """Returns a base on the CPU that computes under bf16 autocast, as on a GPU."""
     base = unquantized_base("llama")
     base.model.bfloat16()
-    return Bf16Base(**vars(base))
+    return replace(base, dtype=torch.bfloat16)
 
 
 @functools.cache
@@ -49,18 +42,19 @@ def saved_values() -> dict[str, dict[str, Tensor]]:
     return {name: roles.adapter_tensors(name) for name in ("sft", "policy")}
 
 
+def fresh_roles(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> Roles:
+    """Returns roles whose frozen adapters are stored in `dtype`."""
+    with monkeypatch.context() as patched:
+        patched.setattr(roles_module, "FrozenAdapters", lambda _: FrozenAdapters(dtype))
+        return roles_over(bf16_base(), lower=["sft"])
+
+
 def loaded_roles(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> Roles:
     saved = saved_values()
-    monkeypatch.setattr(roles_module, "frozen_dtype", lambda device: dtype)
-    roles = roles_over(bf16_base(), lower=["sft"])
+    roles = fresh_roles(monkeypatch, dtype)
     for name, tensors in saved.items():
         roles.load_adapter_tensors(name, tensors, "test")
     return roles
-
-
-def test_only_a_gpu_stores_frozen_adapters_in_bf16() -> None:
-    assert frozen_dtype(torch.device("cuda", 0)) == torch.bfloat16
-    assert frozen_dtype(torch.device("cpu")) == torch.float32
 
 
 def test_frozen_adapters_are_cast_and_trained_ones_are_not(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -104,20 +98,17 @@ def test_saved_values_are_those_that_were_loaded(monkeypatch: pytest.MonkeyPatch
 
 
 def test_a_frozen_adapter_that_was_not_loaded_keeps_its_values(monkeypatch: pytest.MonkeyPatch) -> None:
-    fresh = roles_over(bf16_base(), lower=["sft"]).adapter_tensors("sft")
-    monkeypatch.setattr(roles_module, "frozen_dtype", lambda device: torch.bfloat16)
+    fresh = fresh_roles(monkeypatch, torch.float32).adapter_tensors("sft")
     assert not changed_tensors(fresh, roles_over(bf16_base(), lower=["sft"]).adapter_tensors("sft"))
 
 
-def test_a_scalar_head_stays_fp32(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(roles_module, "frozen_dtype", lambda device: torch.bfloat16)
+def test_a_scalar_head_stays_fp32() -> None:
     roles = reward_roles(bf16_base(), lower=["sft"])
     assert roles.heads["reward"].weight.dtype == torch.float32
 
 
-def test_the_base_is_what_it_was_afterwards(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_base_is_what_it_was_afterwards() -> None:
     base = bf16_base()
     before = all_tensors(base.model)
-    monkeypatch.setattr(roles_module, "frozen_dtype", lambda device: torch.bfloat16)
     roles_over(base, lower=["sft"]).unload_adapters()
     assert not changed_tensors(before, all_tensors(base.model))

@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from lowrank_tune.config import BaseConfig
 from lowrank_tune.errors import UserError
 from lowrank_tune.model import model_config
-from lowrank_tune.model.base import load_base, load_config, load_tokenizer, weight_files
+from lowrank_tune.model.base import load_base, load_config, load_tokenizer, stored_tensors
 from lowrank_tune.model.config_limits import MAX_LAYERS, check_config_limits
 from lowrank_tune.model.configs import FOLDER
 from lowrank_tune.preflight.base import meta_model
@@ -189,7 +189,7 @@ def test_index_must_name_files_of_its_folder(case: str, tmp_path: Path) -> None:
     base = link_model(tmp_path / "model", model__safetensors=None)
     (tmp_path / "model" / "model.safetensors.index.json").write_bytes(raw)
     (tmp_path / "model.safetensors").symlink_to(LLAMA / "model.safetensors")
-    for call in (lambda: load_base(base, TOKENIZER, CPU), lambda: weight_files(base)):
+    for call in (lambda: load_base(base, TOKENIZER, CPU), lambda: stored_tensors(base)):
         assert message in message_of(call)
 
 

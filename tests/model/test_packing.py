@@ -420,11 +420,16 @@ def test_a_wrong_kernel_fails_the_check(monkeypatch: pytest.MonkeyPatch, bug: st
 
 
 def test_a_version_of_pytorch_without_such_attention_pads_rows(monkeypatch: pytest.MonkeyPatch) -> None:
-    cuda = torch.device("cuda")
-    assert attention_module.has_segment_attention(cuda) == (attention_module.varlen_attn is not None)
+    has = attention_module.has_segment_attention
+    cuda, half, full = torch.device("cuda"), torch.bfloat16, torch.float32
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 6))
+    assert has(cuda, half) == (attention_module.varlen_attn is not None) and not has(cuda, full)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    assert not has(cuda, torch.float16)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 6))
     monkeypatch.setattr(attention_module, "VARLEN_OPTIONS", frozenset(["is_causal"]))
-    assert not attention_module.has_segment_attention(cuda) and attention_module.has_segment_attention(CPU)
-    assert not attention_module.has_segment_attention(torch.device("mps"))
+    assert not has(cuda, half) and has(CPU, full)
+    assert not has(torch.device("mps"), half)
 
 
 def test_plain_paths_restores_what_was_enabled() -> None:
