@@ -13,6 +13,7 @@ from lowrank_tune.data import ChatTemplate
 from lowrank_tune.events import Emit, LogMessage, loading_progress, warning
 from lowrank_tune.model import unsloth
 from lowrank_tune.model.adapters import SavedAdapter
+from lowrank_tune.model.architecture_notes import architecture_notes, architecture_warnings
 from lowrank_tune.model.base import Base, load_base
 from lowrank_tune.model.compiler_check import missing_for_compile
 from lowrank_tune.model.decoding_options import DecodingOptions
@@ -21,6 +22,7 @@ from lowrank_tune.model.heads import HEAD_WEIGHT_KEY
 from lowrank_tune.model.oom import MemoryLimits
 from lowrank_tune.model.roles import Roles
 from lowrank_tune.model.rotary import FixedRope, factors_of
+from lowrank_tune.model.router_loss import RouterLoss, routers_of
 
 MIN_MICRO_TOKENS = 4096
 MAX_MICRO_TOKENS = 1 << 15
@@ -85,7 +87,8 @@ def logits_chunk_of(recipe: RecipeConfig) -> int | None:
 def should_compile_layers(recipe: RecipeConfig, device: torch.device) -> bool:
     """Returns whether the decoder layers are compiled on a device that has a compiler; with `auto` only on a GPU."""
     setting = recipe.train.torch_compile
-    if recipe.base.backend != "transformers" or recipe.train.mlp_chunks > 1:
+    # A compiled layer calls no hook that is added later, and so none of the routers'.
+    if recipe.base.backend != "transformers" or recipe.train.mlp_chunks > 1 or recipe.train.router_aux_loss_coef:
         return False
     return setting is True or (setting == "auto" and device.type == "cuda")
 
@@ -163,6 +166,7 @@ def load_roles(
         emit=emit,
     )
     roles.decoding = decoding_options(recipe, base.device, emit)
+    add_router_loss(recipe, roles)
     for name, adapter in saved.items():
         _load_adapter(
             roles,
@@ -177,7 +181,24 @@ def load_roles(
         unsloth.check(roles, trained)
     for message in _notes(roles, trained, saved):
         emit(LogMessage(message=message))
+    for message in architecture_warnings(base):
+        emit(warning(message))
     return roles
+
+
+def add_router_loss(
+    recipe: RecipeConfig,
+    roles: Roles,
+) -> None:
+    """Adds the load-balancing loss of the recipe, if it has one. Raises UserError for a base without routers."""
+    coefficient = recipe.train.router_aux_loss_coef
+    if coefficient:
+        router_loss = RouterLoss(
+            routers_of(roles.base.model),
+            recipe.trained_adapter,
+            coefficient,
+        )
+        roles.add_router_loss(router_loss)
 
 
 def _notes(
@@ -186,6 +207,12 @@ def _notes(
     saved: Mapping[str, SavedAdapter],
 ) -> Iterator[str]:
     """Yields what the user should know about the loaded roles."""
+    yield from architecture_notes(roles.base)
+    if roles.router_loss is not None:
+        yield (
+            "with `train.router_aux_loss_coef` rows are padded, beginnings that rows share are computed for each row, "
+            "and layers are not compiled"
+        )
     if roles.base.backend == "unsloth":
         yield (
             "unsloth runs the base, and computes what transformers does; completions are drawn by transformers' own "

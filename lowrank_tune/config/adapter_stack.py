@@ -166,6 +166,11 @@ def unsloth_findings(recipe: RecipeConfig, earlier: EarlierStages) -> Iterator[F
             ("train", "mlp_chunks"),
             "does nothing with `base.backend: unsloth`, which computes the MLPs by itself",
         )
+    if recipe.train.router_aux_loss_coef:
+        yield (
+            ("train", "router_aux_loss_coef"),
+            "does not work with `base.backend: unsloth`, which computes the experts by itself; use `transformers`",
+        )
     if recipe.train.torch_compile is True:
         yield (
             ("train", "torch_compile"),

@@ -52,6 +52,10 @@ class TrainingConfig(Settings):
     """Decay rate of the second moment."""
     max_grad_norm: Annotated[float, Field(gt=0.0)] = 1.0
     """Gradients are scaled down to this norm; for ppo, those of the value separately."""
+    router_aux_loss_coef: Annotated[float, Field(ge=0.0)] = 0.0
+    """Weight of the load-balancing loss of the routers, for mixtures of experts, so that all experts
+    are used. Each row has its own loss, so that micro-batches do not change the gradient. Routers and experts
+    stay frozen; the metric is `router_aux_loss`."""
     gradient_checkpointing: bool | Literal["none", "all", "auto"] | Annotated[int, Field(ge=0)] = True
     """Recomputes activations in the backward pass: less memory, for one more forward pass of these layers. `all` layers
     (or true), `none` (or false), the first N of them, or `auto`: as few as fit if the run is planned, else all. Never
@@ -119,8 +123,8 @@ class TrainingConfig(Settings):
 
     def findings(self) -> Iterator[Finding]:
         """Yields a missing end of the run, a warm-up that does not finish before it, offloading without recomputed
-        layers, compiled layers with MLPs in chunks, a project without a tracker that has projects, and a chunk of
-        logits that is no power of two."""
+        layers, compiled layers with MLPs in chunks or with the loss of routers, a project without a tracker that has
+        projects, and a chunk of logits that is no power of two."""
         if not self.is_set("max_steps") and not self.is_set("num_train_epochs"):
             yield (
                 ("max_steps",),
@@ -136,6 +140,12 @@ class TrainingConfig(Settings):
                 ("torch_compile",),
                 "contradicts `train.mlp_chunks`: layers whose MLPs run in chunks are not compiled; leave out one "
                 "of the two",
+            )
+        if self.torch_compile is True and self.router_aux_loss_coef:
+            yield (
+                ("torch_compile",),
+                "contradicts `train.router_aux_loss_coef`, with which layers are not compiled; leave out one of "
+                "the two",
             )
         if self.is_set("project") and set(PROJECT_TRACKERS).isdisjoint(self.trackers):
             yield (

@@ -20,6 +20,7 @@ from lowrank_tune.preflight.adapters import adapter_findings
 from lowrank_tune.preflight.base import (
     meta_model,
     optimizer_findings,
+    router_findings,
     row_length_findings,
     target_findings,
 )
@@ -144,7 +145,8 @@ def _sound_stages(
     for stage in stages:
         found = list(adapter_findings(stage))
         if model is not None and not stage.is_finished:
-            found += [*target_findings(stage, model), *row_length_findings(stage, model)]
+            for check in (target_findings, row_length_findings, router_findings):
+                found += check(stage, model)
         findings[stage.recipe.name] += found
         is_sound = is_sound and not found
         if is_sound and not stage.is_finished:

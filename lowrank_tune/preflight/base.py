@@ -16,6 +16,7 @@ from lowrank_tune.model.base import (
     model_on_meta,
 )
 from lowrank_tune.model.optimizers import check_optimizer
+from lowrank_tune.model.router_loss import routers_of
 from lowrank_tune.preflight.findings import findings_of
 from lowrank_tune.preflight.stages import PlannedStage
 
@@ -32,6 +33,19 @@ def row_length_findings(stage: PlannedStage, model: Any) -> Iterator[Finding]:
     problem = long_row_problem(stage.recipe, model.config)
     if problem is not None:
         yield tuple(problem.key.split(".")), problem.message
+
+
+def router_findings(
+    stage: PlannedStage,
+    model: Any,
+) -> Iterator[Finding]:
+    """Yields the weight of a load-balancing loss that the base does not have."""
+    if not stage.recipe.train.router_aux_loss_coef:
+        return
+    try:
+        routers_of(model)
+    except UserError as error:
+        yield from findings_of(error, ("train", "router_aux_loss_coef"))
 
 
 def optimizer_findings(stage: PlannedStage, on_gpu: bool) -> Iterator[Finding]:

@@ -118,6 +118,7 @@ class Checkpointer:
             "schedule": schedule_length(self.recipe.train, self.built.steps),
             "memory": vars(state.best),
             "algorithm": self.built.algorithm.state(),
+            "loss_scaler": self.trainer.loss_scaler.state(),
             "base": self.base_hash,
             "adapters": self.frozen_hashes,
             "watch": vars(state.hacking),
@@ -141,6 +142,7 @@ class Checkpointer:
         load_optimizer(self.trainer.optimizer, optimizer_state)
         self.trainer.state = TrainerState(**document["progress"])
         self.built.algorithm.restore(document["algorithm"])
+        self.trainer.loss_scaler.restore(document.get("loss_scaler", {}))
         self._restore_memory_limits(document.get("limits", {}))
         hacking = RewardHackingDetector(**document.get("watch", {}))
         self.trainer.should_stop = hacking.stopped_run
@@ -171,11 +173,11 @@ class Checkpointer:
             self.built.roles.limits.restore(limits)
 
     def _memory_settings(self) -> dict[str, Any]:
-        device = self.built.base.device
+        base = self.built.base
         return {
             **memory_settings(self.recipe),
-            "device": device_name(device),
-            "gib": round(memory_total_gib(device), 1),
+            "device": device_name(base.device, base.dtype),
+            "gib": round(memory_total_gib(base.device), 1),
         }
 
     def load_best(self, best_step: int, message: str) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+import torch
 from torch import nn
 
 from lowrank_tune.assembly import RunComponents
@@ -22,6 +23,7 @@ from lowrank_tune.run_summary import SUMMARY
 from lowrank_tune.training.best_step import Measured, choose_final, update_best
 from lowrank_tune.training.checkpointer import BestCheckpoint, Checkpointer, EvaluationState
 from lowrank_tune.training.evaluator import StageEvaluator
+from lowrank_tune.training.loss_scaling import LossScaler
 from lowrank_tune.training.machine import device_name, library_versions, memory_total_gib
 from lowrank_tune.training.reward_hacking import accuracy_stderr
 from lowrank_tune.training.run_totals import RunTotals, Session
@@ -145,6 +147,8 @@ class Stage:
             self._on_step_end,
             control,
             limits=built.roles.limits,
+            loss_scaler=LossScaler(built.base.device.type, enabled=built.base.dtype == torch.float16),
+            router_loss=built.roles.router_loss,
         )
         return trainer, names
 
@@ -313,7 +317,7 @@ class Stage:
             steps=built.steps,
             resumed_from=self.step_at_start,
             trainable=sum(parameter.numel() for parameter in self.trainer.parameters),
-            device=device_name(built.base.device),
+            device=device_name(built.base.device, built.base.dtype),
             versions=library_versions(),
             memory_total_gib=memory_total_gib(built.base.device),
             stage=self.position.number,

@@ -18,14 +18,16 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from lowrank_tune.algorithms.base import Algorithm
+from lowrank_tune.algorithms.base import Algorithm, LossTerm
 from lowrank_tune.batch import Batch, rows_of_units
 from lowrank_tune.errors import TrainingError
-from lowrank_tune.events import Emit, StepEnd, warning
+from lowrank_tune.events import Emit, LogMessage, StepEnd, warning
 from lowrank_tune.functional import step_seed
 from lowrank_tune.model.oom import MemoryLimits, atomic_grad_accumulation
 from lowrank_tune.model.optimizers import make_optimizer
+from lowrank_tune.model.router_loss import RouterLoss
 from lowrank_tune.stats import Stats, WeightedMean, add_stats, to_floats
+from lowrank_tune.training.loss_scaling import LossScaler
 from lowrank_tune.training.run_totals import tokens_per_second
 from lowrank_tune.training.signals import TrainerControl
 
@@ -87,6 +89,8 @@ class Trainer:
     """Kinds of warnings already logged."""
     should_stop: bool = False
     limits: MemoryLimits = field(default_factory=MemoryLimits)
+    loss_scaler: LossScaler = field(default_factory=LossScaler)
+    router_loss: RouterLoss | None = None
 
     def run(self) -> bool:
         """Runs to the last step. Returns False if `control.stop` ended the run before; everything is saved then."""
@@ -165,12 +169,17 @@ class Trainer:
     ) -> int:
         """Runs an optimizer step for each minibatch and adds its metrics to `stats`. Returns the number of tokens.
 
-        A minibatch without a finite loss and gradient changes nothing and ends the step.
+        A minibatch without a finite loss and gradient changes nothing and ends the step. One whose scaled gradient
+        exceeds float16 changes nothing, and the next one follows.
         """
         tokens = 0
         for minibatch in minibatches:
+            self.optimizer.zero_grad(set_to_none=True)
             minibatch_stats, loss, grad_norm = self._accumulate(minibatch)
             tokens += int(minibatch.attention_mask.sum())
+            if self.loss_scaler.update(loss, grad_norm):
+                self._log_overflow()
+                continue
             if not (math.isfinite(grad_norm) and math.isfinite(loss)):
                 self._skip_nonfinite_step(grad_norm)
                 break
@@ -197,6 +206,9 @@ class Trainer:
         metrics["learning_rate"] = learning_rate
         metrics["memory_gib"] = memory_gib(self.device)
         metrics["tokens_per_second"] = speed
+        if self.loss_scaler.enabled:
+            metrics["loss_scale"] = self.loss_scaler.scale
+            metrics["overflowed_steps"] = self.loss_scaler.num_overflows
         if self.state.nonfinite_steps:
             metrics["skipped_steps"] = self.state.nonfinite_steps
         if self.limits.num_ooms:
@@ -255,12 +267,15 @@ class Trainer:
         """Adds up the gradients of all micro-batches and clips them. Returns the metrics, the loss, and the norm of the
         gradient before clipping."""
         minibatch.token_weights = self.algorithm.token_weights(minibatch)
+        if self.router_loss is not None:
+            self.router_loss.num_tokens = int(minibatch.attention_mask.sum())
         stats: Stats = {}
         loss = torch.zeros((), device=self.device)
         for micro in self._split_micro_batches(minibatch):
             for micro_loss, micro_stats in self._with_oom_split(micro, self._backward):
                 loss += micro_loss
                 add_stats(stats, micro_stats)
+        self.loss_scaler.unscale(self.optimizer)
         grad_norm = self._clip_gradients().to(self.device)
         loss_value, grad_norm_value = torch.stack([loss, grad_norm]).tolist()
         return stats, loss_value, grad_norm_value
@@ -270,11 +285,30 @@ class Trainer:
         loss = torch.zeros((), device=self.device)
         stats = Stats()
         with atomic_grad_accumulation(self.parameters):
-            for term in self.algorithm.compute_losses(micro):
-                term.loss.backward()  # type: ignore[no-untyped-call]
+            for term in self._loss_terms(micro):
+                self.loss_scaler.scaled(term.loss).backward()  # type: ignore[no-untyped-call]
                 loss += term.loss.detach()
                 add_stats(stats, term.stats)
         return loss, stats
+
+    def _loss_terms(self, micro: Batch) -> Iterator[LossTerm]:
+        """Yields the losses of the algorithm, each with the load-balancing loss of its pass if there is one."""
+        terms: Iterator[LossTerm] = self.algorithm.compute_losses(micro)
+        if self.router_loss is None:
+            yield from terms
+            return
+        self.router_loss.discard()
+        try:
+            for term in terms:
+                balancing = self.router_loss.take()
+                if balancing is None:
+                    yield term
+                else:
+                    loss, stats = balancing
+                    yield LossTerm(term.loss + loss, term.stats | stats)
+        finally:
+            # After an out-of-memory error, so that the graph of a pass does not stay.
+            self.router_loss.discard()
 
     def _clip_gradients(self) -> Tensor:
         """Clips the gradients of each group of parameters. Returns the norm of all gradients before that."""
@@ -285,6 +319,15 @@ class Trainer:
             return norms[0]
         total: Tensor = torch.stack(norms).norm()
         return total
+
+    def _log_overflow(self) -> None:
+        """Logs an update that changes nothing because its scaled gradient exceeded float16."""
+        self.emit(
+            LogMessage(
+                message=f"step {self.state.step + 1}: a gradient exceeded float16; this update changes nothing, and "
+                f"the loss scale is now {self.loss_scaler.scale:,.0f}"
+            )
+        )
 
     def _skip_nonfinite_step(self, grad_norm: float) -> None:
         """Counts and logs a step that changes nothing. Raises TrainingError after too many in a row."""

@@ -120,6 +120,7 @@ METRIC_FORMATS: dict[str, tuple[str, Callable[[float], str]]] = {
     "value_loss": ("value loss", number),
     "explained_variance": ("explained", "{:.2f}".format),
     "entropy": ("entropy", number),
+    "router_aux_loss": ("router", number),
     "clip_ratio": ("clipped", percent),
     "value_clip_ratio": ("value clipped", percent),
     "approx_kl": ("KL within a step", number),
@@ -128,6 +129,8 @@ METRIC_FORMATS: dict[str, tuple[str, Callable[[float], str]]] = {
     "update_ratio": ("update", "{:.1e}".format),
     "updated_param_fraction": ("moved", percent),
     "skipped_steps": ("skipped", "{:.0f}".format),
+    "overflowed_steps": ("overflowed", "{:.0f}".format),
+    "loss_scale": ("loss scale", "{:.0f}".format),
     "oom_retries": ("short of memory", "{:.0f}".format),
     "reward_errors": ("reward errors", "{:.0f}".format),
     "reward_timeouts": ("reward timeouts", "{:.0f}".format),
@@ -156,10 +159,12 @@ HIDDEN_METRICS = {
     "value",
     "value_clip_ratio",
     "approx_kl",
+    "loss_scale",
 }
 """Left out of the line of a step, which would become too long; the screen and the report draw them."""
 NONZERO_ONLY_METRICS = {
     "skipped_steps",
+    "overflowed_steps",
     "oom_retries",
     "completions/clipped_ratio",
     "clip_ratio",

@@ -93,7 +93,10 @@ TITLES = {
     "tokens_per_second": "tokens per second",
     "memory_gib": "peak memory",
     "skipped_steps": "skipped steps",
+    "overflowed_steps": "updates that exceeded float16",
+    "loss_scale": "loss scale",
     "oom_retries": "retries after running out of memory",
+    "router_aux_loss": "load-balancing loss of the routers",
     "heldout/eos_rate": "held-out, stops by itself",
     "heldout/mean_length": "held-out, tokens per answer",
     "heldout/repetition": "held-out, repetition",
@@ -142,7 +145,10 @@ DESCRIPTIONS = {
     "tokens_per_second": "tokens of the step divided by its wall time",
     "memory_gib": "peak memory, GiB",
     "skipped_steps": "steps that were not finite and changed nothing",
+    "overflowed_steps": "updates whose scaled gradient exceeded float16 and changed nothing",
+    "loss_scale": "factor of the loss before its gradient is computed in float16",
     "oom_retries": "times the memory was exhausted; the work was repeated in parts",
+    "router_aux_loss": "load-balancing loss of the routers, before its weight; k with k of all experts, used alike",
 }
 _HELDOUT_DESCRIPTIONS = {
     "heldout/accuracy": "share of held-out questions that the policy answers exactly (pass@1)",

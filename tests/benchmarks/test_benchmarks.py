@@ -41,6 +41,14 @@ def test_verifiers() -> None:
 
 
 @pytest.mark.slow
+def test_half_precision() -> None:
+    rows = run("half_precision.py", "--tiny", "--seeds", "1").splitlines()
+    assert [row.split("|")[1:3] for row in rows[2:]] == [
+        [f" {stage} ", f" {dtype} "] for stage in ("SFT", "GRPO") for dtype in ("bfloat16", "float16")
+    ]
+
+
+@pytest.mark.slow
 def test_kernel_counts(tmp_path: Path) -> None:
     """The counts of one layer: recomputation and a second adapter add launches, shared prompts save bytes."""
     require_fake_gpu()

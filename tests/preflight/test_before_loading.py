@@ -205,6 +205,12 @@ FAULTS = {
     "columns": ({"dataset": "odd.jsonl"}, 5, "data.train.0.dataset", "no known format"),
     "no pairs": ({"algorithm": "reward"}, 5, "data.train.0.dataset", "not a preference pair"),
     "optimizer": ({"optim": "paged_adamw"}, 6, "train.optim", "there is no GPU"),
+    "router": (
+        {"optim": "adamw, router_aux_loss_coef: 0.01"},
+        6,
+        "train.router_aux_loss_coef",
+        "llama models have no router with a load-balancing loss; remove it",
+    ),
     "base": ({"more": "seed: 1"}, 3, "base.model", "there is no folder ./nowhere"),
     "tracker": ({"optim": "adamw, report_to: mlflow"}, 6, "train.report_to", "mlflow is not installed"),
     "reward": (

@@ -229,6 +229,10 @@ def test_diagnose_of_a_healthy_a_young_and_a_failed_run() -> None:
             "warning: 3 of 40 steps had no finite loss or gradient and were skipped",
         ),
         (
+            after(40, overflowed_steps=lambda s: 3.0),
+            "warning: 3 of 40 steps exceeded float16 and were skipped: use a GPU with bfloat16",
+        ),
+        (
             after(40, validation=(0.9, 0.5, 0.6, 0.6, 0.6)),
             "warning: validation loss rises since step 20 (0.500 -> 0.600): overfitting",
         ),
@@ -252,6 +256,7 @@ def test_faulty_run_has_its_diagnosis(state: State, sentence: str) -> None:
         after(40, validation=(0.9, 0.5, 0.6, 0.6)),  # two worse ones may be chance
         after(40, validation=(0.9, 0.5, 0.501, 0.502, 0.501)),
         after(40, skipped_steps=lambda s: 0.0),
+        after(40, overflowed_steps=lambda s: 2.0, loss_scale=lambda s: 16384.0),
         after(40, "reward", **PAIRS),
         after(40, "dpo", **PAIRS),
         after(40, "dpo", **{**PAIRS, "logps/chosen_delta": lambda s: -0.45}),

@@ -135,6 +135,7 @@ def test_statistics_are_printed_in_a_fixed_order() -> None:
     }
     assert format_stats(stats) == "loss nan  kl 1.20e-04  update 1.5e-03  moved 50.0 %  zeta 0.500  memory 2.0 GiB"
     assert format_stats({"skipped_steps": 2.0}) == "skipped 2"
+    assert format_stats({"overflowed_steps": 2.0, "loss_scale": 32768.0}) == "overflowed 2"
     assert (
         format_stats({"\x1b[2J": 1.0, "big": 1e7, "none": 0.0, "inf": math.inf})
         == "\\x1b[2J 1.000  big 1.00e+07  none 0.000  inf inf"

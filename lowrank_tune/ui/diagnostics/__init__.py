@@ -37,6 +37,7 @@ from lowrank_tune.ui.diagnostics.training import (
     loss_not_falling,
     not_finite,
     nothing_learned,
+    overflowed_steps,
     skipped_steps,
     validation_rising,
 )
@@ -67,6 +68,7 @@ CHECKS: tuple[Callable[[State], Iterator[Diagnosis]], ...] = (
     kl_too_large,
     follows_length,
     skipped_steps,
+    overflowed_steps,
 )
 
 

@@ -34,6 +34,8 @@ HIGH_PAIR_ACCURACY = 0.9
 LEARNS_BY_LOSS = ("sft", "reward", "dpo")
 EXPLODING_GRADIENT = 10.0
 """Times the usual gradient norm."""
+MAX_OVERFLOWED = 0.05
+"""Share of steps whose gradient may exceed float16: the scale begins high, and is doubled now and then."""
 
 # Size of the updates, as the training loop checks it.
 MIN_UPDATED_FRACTION = 0.5
@@ -70,6 +72,15 @@ def skipped_steps(state: State) -> Iterator[Diagnosis]:
         yield warning(
             f"{skipped:.0f} of {state.step} steps had no finite loss or gradient and were skipped: "
             f"lower train.learning_rate"
+        )
+
+
+def overflowed_steps(state: State) -> Iterator[Diagnosis]:
+    overflowed = state.last("overflowed_steps")
+    if overflowed and overflowed > MAX_OVERFLOWED * max(state.step, MIN_STEPS):
+        yield warning(
+            f"{overflowed:.0f} of {state.step} steps exceeded float16 and were skipped: use a GPU with bfloat16, or "
+            "base.dtype=float32"
         )
 
 

@@ -31,7 +31,7 @@ from lowrank_tune.ui.svg import (
 
 WITHOUT_LOG_SCALE = "explained_variance"
 """Like shares: a logarithmic scale would show nothing more."""
-NONZERO_ONLY = ("skipped_steps", "oom_retries")
+NONZERO_ONLY = ("skipped_steps", "overflowed_steps", "oom_retries")
 MIN_LOG_SPAN = 3
 """Largest value over the smallest from which on a logarithmic scale is offered."""
 SMOOTHED_BUCKETS = 100
