@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from functools import partial
 from importlib import metadata
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
@@ -29,11 +29,15 @@ from rich.table import Table
 from rich.text import Text
 
 from lowrank_tune import unsloth_import
+from lowrank_tune.errors import UserError
 from lowrank_tune.model.compiler_check import missing_for_compile
 from lowrank_tune.offline import hub_address, offline_variable, unreachable_reason
 from lowrank_tune.paths import cache_folder, hub_folder, nearest_existing
 from lowrank_tune.ui import escape_control_chars
 from lowrank_tune.ui.formatting import plural
+
+if TYPE_CHECKING:
+    from lowrank_tune.config import BaseConfig
 
 GIB = 1 << 30
 # GiB: too little to save anything; too little for a 7B base and its cache
@@ -55,6 +59,8 @@ REQUIRED_PACKAGES = (
     "rich",
     "typer",
 )
+# kernels of bases with linear attention, as in `model/architecture_notes.py`
+LINEAR_ATTENTION_PACKAGE = "flash-linear-attention"
 # relative error of a bf16 product with a 4-bit weight, against the product with the dequantized weight
 NF4_TOLERANCE = 1e-2
 TERMINAL_VARIABLES = {
@@ -91,15 +97,20 @@ def _result(
     )
 
 
-def run_checks(environ: Mapping[str, str] = os.environ) -> list[CheckResult]:
-    """Runs all checks, in order. A check that raises an error is a fault."""
+def run_checks(
+    environ: Mapping[str, str] = os.environ,
+    base: BaseConfig | None = None,
+) -> list[CheckResult]:
+    """Runs all checks, in order, with a base those of its architecture too. A check that raises an error is a fault."""
     results: list[CheckResult] = []
     checks: dict[str, Callable[[], Iterator[CheckResult]]] = {
         "Python": python,
         "versions": versions,
         "CUDA": gpu,
+        "GPU vendor": gpu_vendor,
         "4 bits": bitsandbytes_4bit,
         "compiler": partial(compiler, environ),
+        "linear attention": linear_attention,
         "disk": partial(disk, environ),
         "hub": partial(hub, environ),
         "terminal": partial(terminal, environ),
@@ -107,9 +118,13 @@ def run_checks(environ: Mapping[str, str] = os.environ) -> list[CheckResult]:
         "sandbox": sandbox,
         "unsloth": unsloth,
     }
+    if base is not None:
+        checks["base"] = partial(base_on_gpu, base)
     for name, check in checks.items():
         try:
             results += check()
+        except UserError as error:
+            results.append(CheckResult("fault", name, str(error), "correct the recipe"))
         except Exception as error:
             fix = "install the packages again, within the bounds above"
             results.append(
@@ -204,7 +219,13 @@ def gpu() -> Iterator[CheckResult]:
     """Checks the GPUs: memory and bf16."""
     torch: Any = importlib.import_module("torch")
     if not torch.cuda.is_available():
-        if torch.version.cuda:
+        if torch.xpu.is_available():
+            # `gpu_vendor` reports it.
+            return
+        if torch.version.hip:
+            detail = f"none seen (torch is built for ROCm {torch.version.hip})"
+            fix = "install the driver, and check that `rocminfo` works"
+        elif torch.version.cuda:
             detail = f"none seen (torch is built for CUDA {torch.version.cuda})"
             fix = "install the driver, and check that `nvidia-smi` works"
         else:
@@ -225,13 +246,30 @@ def gpu() -> Iterator[CheckResult]:
         memory = f"{free / GIB:.1f} of {total / GIB:.1f} GiB free"
         detail = f"{torch.cuda.get_device_name(number)}, {memory}, bf16 {'yes' if has_bf16 else 'no'}"
         fix = ""
-        level: Level = "fault"
+        level: Level = "warning"
         if not has_bf16:
-            fix = "bfloat16 is needed: RTX 30 series or newer; or CUDA_VISIBLE_DEVICES= for the CPU"
-        elif free < total / 2:
+            detail = f"{detail}: float16 is used, with loss scaling"
+        if free < total / 2:
             fix = "another process uses more than half of its memory: see `nvidia-smi`"
-            level = "warning"
         yield _result(name, detail, fix, level)
+
+
+def gpu_vendor() -> Iterator[CheckResult]:
+    """Reports GPUs of AMD, which torch calls CUDA devices, and of Intel, which runs do not use."""
+    torch: Any = importlib.import_module("torch")
+    if torch.version.hip and torch.cuda.is_available():
+        yield CheckResult(
+            "ok",
+            "GPU vendor",
+            f"AMD, ROCm {torch.version.hip}: reported to work, not tested",
+        )
+    elif torch.xpu.is_available() and not torch.cuda.is_available():
+        yield CheckResult(
+            "warning",
+            "GPU vendor",
+            f"{torch.xpu.get_device_name()} (Intel): bitsandbytes is reported to work on it, not tested",
+            "runs use the CPU here: of GPUs they use those of NVIDIA and AMD",
+        )
 
 
 def bitsandbytes_4bit() -> Iterator[CheckResult]:
@@ -244,7 +282,8 @@ def bitsandbytes_4bit() -> Iterator[CheckResult]:
     dtype = torch.float32
     if torch.cuda.is_available():
         device = "cuda"
-        dtype = torch.bfloat16
+        has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
+        dtype = torch.bfloat16 if has_bf16 else torch.float16
     generator = torch.Generator().manual_seed(0)
     layer = bitsandbytes.nn.Linear4bit(
         256,
@@ -302,6 +341,30 @@ def compiler(environ: Mapping[str, str]) -> Iterator[CheckResult]:
     else:
         detail = "layers are compiled on the GPU (train.torch_compile=auto)"
     yield _result("compiler", detail, fix, "warning")
+
+
+def linear_attention() -> Iterator[CheckResult]:
+    """Reports whether the kernels of bases with linear attention are installed, which are optional."""
+    try:
+        detail = f"{LINEAR_ATTENTION_PACKAGE} {metadata.version(LINEAR_ATTENTION_PACKAGE)}"
+    except metadata.PackageNotFoundError:
+        detail = (
+            "no kernels installed; Qwen3.5 and other bases with linear attention are slow on a GPU without them: pip "
+            f"install {LINEAR_ATTENTION_PACKAGE}"
+        )
+    yield CheckResult("ok", "linear attention", detail)
+
+
+def base_on_gpu(base: BaseConfig) -> Iterator[CheckResult]:
+    """Reports what a run on a GPU would log about the architecture of a base: experts that are not quantized, layers
+    that keep a state, missing kernels."""
+    torch = importlib.import_module("torch")
+    planner = importlib.import_module("lowrank_tune.memory_planner.base_notes")
+    notes, warnings = planner.notes_and_warnings(base, torch.device("cuda"))
+    for note in notes or [f"{base.model}: nothing to report"]:
+        yield CheckResult("ok", "base", note)
+    for warning in warnings:
+        yield CheckResult("warning", "base", base.model, warning)
 
 
 def disk(environ: Mapping[str, str]) -> Iterator[CheckResult]:

@@ -4,21 +4,29 @@ from __future__ import annotations
 
 import importlib
 import io
+import shutil
 import socket
 import threading
 import time
+from contextlib import nullcontext
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from packaging.specifiers import SpecifierSet
 from rich.console import Console
+from support_matrix import CONFIG, FAMILIES
+from transformers import AutoConfig
 from typer.testing import CliRunner
 
 from lowrank_tune import doctor
 from lowrank_tune.cli import app
+from lowrank_tune.config import BaseConfig
 from lowrank_tune.doctor import CheckResult, in_range, print_results, run_checks
+from lowrank_tune.model import architecture_notes
+from lowrank_tune.model.base import pick_device
 from lowrank_tune.offline import hub_address
 
 
@@ -89,6 +97,66 @@ def test_unsloth_is_reported_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
     )
     assert "refused here" in check_of("2026.10.9", ["trl<=1.15.0 (1.16.0 is installed)"]).fix
     assert "no GPU" in check_of("2026.10.9", []).detail and check_of("2026.10.9", [], has_gpu=True).level == "ok"
+
+
+class NoCuda:
+    """torch without a GPU of NVIDIA."""
+
+    def is_available(self) -> bool:
+        return False
+
+
+class Intel:
+    """torch.xpu of a machine with a GPU of Intel."""
+
+    def is_available(self) -> bool:
+        return True
+
+    def get_device_name(self) -> str:
+        return "Intel Arc B580"
+
+
+def test_gpus_of_amd_are_not_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.version.hip", "7.1.2")
+    # Without a driver: the cure is not CUDA.
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    assert list(doctor.gpu_vendor()) == []
+    (line,) = doctor.gpu()
+    assert line.level == "warning" and "ROCm 7.1.2" in line.detail and "rocminfo" in line.fix
+    assert "CUDA" not in line.detail + line.fix
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    (line,) = doctor.gpu_vendor()
+    assert line.level == "ok" and "AMD" in line.detail
+    assert line.detail.endswith(": reported to work, not tested")
+
+
+def test_gpus_of_intel_are_reported_as_unused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda", NoCuda())
+    monkeypatch.setattr("torch.xpu", Intel())
+    assert list(doctor.gpu()) == []
+    (line,) = doctor.gpu_vendor()
+    assert line.level == "warning" and line.detail.startswith("Intel Arc B580 (Intel): ")
+    assert "reported to work" in line.detail and "not tested" in line.detail and "use the CPU" in line.fix
+    assert pick_device().type == "cpu"
+
+
+def test_a_gpu_of_nvidia_has_no_line_of_its_vendor(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.version, "hip", None)
+    assert list(doctor.gpu_vendor()) == []
+
+
+def test_kernels_of_linear_attention_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    def not_installed(name: str) -> str:
+        raise doctor.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(doctor.metadata, "version", not_installed)
+    (line,) = doctor.linear_attention()
+    assert line.level == "ok" and line.detail.startswith("no kernels installed; Qwen3.5 and other bases")
+    assert doctor.LINEAR_ATTENTION_PACKAGE == architecture_notes.LINEAR_ATTENTION_PACKAGE
+    assert line.detail.endswith("pip install flash-linear-attention")
+    monkeypatch.setattr(doctor.metadata, "version", {"flash-linear-attention": "0.4.2"}.__getitem__)
+    assert next(doctor.linear_attention()).detail == "flash-linear-attention 0.4.2"
 
 
 def test_bounds() -> None:
@@ -201,3 +269,41 @@ def test_credentials_of_a_mirror_are_never_shown() -> None:
 def test_the_hub_is_not_tried_offline() -> None:
     line = hub_line(HF_HUB_OFFLINE="1", HF_ENDPOINT=f"http://127.0.0.1:{free_port()}")
     assert line.detail == "not tried: HF_HUB_OFFLINE is set" and "unset HF_HUB_OFFLINE" in line.fix
+
+
+def test_a_gpu_without_bfloat16_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "device", nullcontext)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (15 << 30, 16 << 30))
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda number: "Tesla T4")
+    (result,) = doctor.gpu()
+    assert result.level == "ok"
+    assert result.detail == "Tesla T4, 15.0 of 16.0 GiB free, bf16 no: float16 is used, with loss scaling"
+
+
+def test_a_small_disk_is_a_warning(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    free = (doctor.MIN_DISK_GIB + doctor.RECOMMENDED_DISK_GIB) / 2
+    usage = shutil.disk_usage(tmp_path)._replace(free=int(free * 2**30))
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage)
+    results = list(doctor.disk({"HF_HOME": str(tmp_path), "LOWRANK_TUNE_CACHE": str(tmp_path)}))
+    assert results and all(
+        result.level == "warning" and "enough for small bases only" in result.fix for result in results
+    )
+
+
+def test_the_base_of_a_recipe_is_checked(tmp_path: Path) -> None:
+    """Of a mixture, of a base with linear attention, and of one with neither, from their configurations alone."""
+    family = next(family for family in FAMILIES if family.model_type == "qwen3_moe")
+    AutoConfig.for_model("qwen3_moe", **CONFIG | dict(family.changes)).save_pretrained(tmp_path)
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(f"extends: tiny-sft\nbase: {{model: {tmp_path}}}\n")
+    made = CliRunner().invoke(app, ["doctor", str(recipe)])
+    assert made.exit_code == 0 and "the experts stay in 16 bits: 0.00 GiB, " in " ".join(made.output.split())
+    results = doctor.run_checks(base=BaseConfig(model="Qwen/Qwen3.5-4B"))
+    assert [result.level for result in results if result.name == "base"] == ["ok", "warning"]
+    assert "flash-linear-attention is not installed" in found(results[-1:], "base").fix
+    (result,) = doctor.base_on_gpu(BaseConfig(model="Qwen/Qwen3-4B"))
+    assert result.detail == "Qwen/Qwen3-4B: nothing to report"
+    assert "nothing-there" in found(run_checks(base=BaseConfig(model=str(tmp_path / "nothing-there"))), "base").detail

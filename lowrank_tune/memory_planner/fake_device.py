@@ -92,6 +92,7 @@ class FakeDeviceMode(TorchFunctionMode):
             torch.allclose: _allclose,
             F.scaled_dot_product_attention: self._attend,
             F.rms_norm: self._rms_norm,
+            torch._grouped_mm: _grouped_mm,
         }
 
     def __torch_function__(
@@ -245,12 +246,13 @@ class FakeDeviceMode(TorchFunctionMode):
 
     def _to_half(self, x: Any) -> Any:
         """Casts as autocast does: trained weights once, until its outermost context ends."""
-        if not isinstance(x, Tensor) or not x.is_floating_point() or x.dtype in (torch.bfloat16, torch.float64):
+        dtype = torch.get_autocast_dtype("cuda")
+        if not isinstance(x, Tensor) or not x.is_floating_point() or x.dtype in (dtype, torch.float64):
             return x
         if not (x.requires_grad and x.is_leaf and torch.is_autocast_cache_enabled()):
-            return x.to(torch.bfloat16)
+            return x.to(dtype)
         if id(x) not in self.cast_cache:
-            self.cast_cache[id(x)] = x, x.to(torch.bfloat16)
+            self.cast_cache[id(x)] = x, x.to(dtype)
         return self.cast_cache[id(x)][1]
 
 
@@ -288,6 +290,7 @@ def fake_device_mode(device: torch.device) -> Iterator[FakeDeviceMode]:
             if not torch.cuda.is_available():
                 entered.enter_context(replaced(common, "amp_definitely_not_available", _no))
                 entered.enter_context(replaced(torch.cuda, "is_bf16_supported", _yes))
+                entered.enter_context(replaced(torch.cuda, "get_device_capability", _capability))
         yield entered.enter_context(mode)
 
 
@@ -303,6 +306,24 @@ def _no() -> bool:
 
 def _yes(including_emulation: bool = True) -> bool:
     return True
+
+
+def _capability(device: Any = None) -> tuple[int, int]:
+    """Returns that of the oldest GPUs with bf16 in hardware."""
+    return 8, 0
+
+
+def _grouped_mm(
+    x: Tensor,
+    weights: Tensor,
+    offs: Tensor | None = None,
+    **options: Any,
+) -> Tensor:
+    """Returns the products of the experts. torch computes the shape for bf16 only: in another dtype each row is
+    multiplied with the weights of one expert, which needs the same memory."""
+    if x.is_meta and x.dtype != torch.bfloat16:
+        return torch.mm(x, weights[0])
+    return torch._grouped_mm(x, weights, offs=offs, **options)
 
 
 def _getter(name: str) -> Any:

@@ -6,6 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from lowrank_tune.config import RecipeConfig
 from lowrank_tune.errors import UserError
 from lowrank_tune.memory_planner.plan_report import DECODING_PHASES, Plan, needed
@@ -13,6 +15,7 @@ from lowrank_tune.memory_planner.planner import bytes_per_sequence, plan_of, vra
 from lowrank_tune.memory_planner.row_settings import long_row_settings
 from lowrank_tune.memory_planner.simulation import SimulationSpec
 from lowrank_tune.memory_planner.specs import simulation_specs
+from lowrank_tune.model.base import base_dtype
 
 LENGTH_STEP = 32
 """The longest row is a multiple of this number of tokens, or as long as the base allows."""
@@ -91,7 +94,8 @@ class RowPlanner:
             recipe = self.load(*settings)
             (spec,) = simulation_specs(recipe, "cuda")
             plan = plan_of(spec, self.vram, recipe.name)
-            host_bytes = offloaded_bytes(spec.config, spec.sizes.tokens, plan.recomputed)
+            dtype = base_dtype(recipe.base, spec.device)
+            host_bytes = offloaded_bytes(spec.config, spec.sizes.tokens, plan.recomputed, dtype)
             row_plan = RowPlan(
                 length,
                 tuple(settings),
@@ -109,7 +113,8 @@ class RowPlanner:
         plan = row_plan.plan
         if not plan.fits:
             return plan.needed
-        one_sequence = bytes_per_sequence(spec.config, length, spec.device)
+        dtype = base_dtype(spec.recipe.base, spec.device)
+        one_sequence = bytes_per_sequence(spec.config, length, dtype)
         totals = []
         for phase in plan.phases:
             if phase.name == "rollout":
@@ -157,8 +162,9 @@ def offloaded_bytes(
     config: Any,
     tokens: int,
     layers: int,
+    dtype: torch.dtype,
 ) -> int:
-    """Returns the bytes of pinned host memory for the bf16 inputs of `layers` recomputed layers. torch allocates each
+    """Returns the bytes of pinned host memory for the inputs of `layers` recomputed layers. torch allocates each
     with a power of two bytes (`ATen/core/CachingHostAllocator.h`)."""
-    size = 2 * tokens * config.get_text_config().hidden_size
+    size = dtype.itemsize * tokens * config.get_text_config().hidden_size
     return int(layers * (1 << (size - 1).bit_length()))

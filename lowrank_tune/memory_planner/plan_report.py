@@ -59,6 +59,15 @@ class Phase:
 
 
 @dataclass(frozen=True)
+class OtherBits:
+    """What the same recipe needs with another `base.bits`, in bytes that the device must have."""
+
+    bits: int
+    needed: int
+    fits: bool
+
+
+@dataclass(frozen=True)
 class Plan:
     """The plan of one stage. `vram` is the GPU's memory in bytes, 0 without a GPU; `notes` are the assumptions."""
 
@@ -79,6 +88,7 @@ class Plan:
     """The longest rows that fit, in micro-batches of this size."""
     advice: str = ""
     settings: Mapping[str, object] = field(default_factory=dict)
+    other_bits: OtherBits | None = None
 
     @property
     def peak_phase(self) -> Phase:

@@ -27,7 +27,7 @@ def planned_gpu(name: str | None, vram_gib: float | None) -> PlannedGpu:
         spec = gpu_named(name)
         note = ""
         if not spec.has_bf16:
-            note = f"{spec.device_name} has no bfloat16, so `run` does not use it: the rates are those of fp16"
+            note = f"{spec.device_name} has no bfloat16: `run` computes in float16, with loss scaling"
         return PlannedGpu(vram_gib or spec.memory_gib, spec, note)
     if torch.cuda.is_available():
         return _installed_gpu(vram_gib)

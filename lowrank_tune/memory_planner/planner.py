@@ -25,7 +25,7 @@ from lowrank_tune.memory_planner.rollouts import DecodingSpec
 from lowrank_tune.memory_planner.simulation import SimulationSpec
 from lowrank_tune.memory_planner.sizes import sizes_of
 from lowrank_tune.model.activation_checkpointing import num_checkpointed_layers
-from lowrank_tune.model.base import default_dtype
+from lowrank_tune.model.base import base_dtype
 
 MAX_HELDOUT_CONCURRENCY = 256
 """Held-out questions that are answered at once (`evaluation/heldout.py`)."""
@@ -120,6 +120,7 @@ def decoding_phases(
     """Returns the phases that decode, with the number of sequences with which the engine begins. If these are too many
     for the GPU, the engine continues with fewer, down to one."""
     rollouts = dict(rollouts)
+    dtype = base_dtype(spec.recipe.base, spec.device)
     phases = _phases_of_decoding(spec, rollouts, recomputed)
     for is_last_try in (False, True):
         has_changed = False
@@ -131,7 +132,7 @@ def decoding_phases(
             slots = 1
             if not is_last_try:
                 columns = decoding.prompt_length + decoding.max_new_tokens
-                slots_over = -(-excess // bytes_per_sequence(spec.config, columns, spec.device))
+                slots_over = -(-excess // bytes_per_sequence(spec.config, columns, dtype))
                 slots = max(1, decoding.slots - slots_over)
             rollouts[phase.name] = replace(decoding, slots=slots, copies=False)
             has_changed = True
@@ -223,6 +224,7 @@ def _decoding_specs(
     prompt_length = recipe.data.max_prompt_length
     specs: dict[str, DecodingSpec] = {}
     on_gpu = device.type == "cuda"
+    dtype = base_dtype(recipe.base, device)
     scratch = 0 if on_gpu else _host_memory_part()
     windows = layer_windows(config)
     shares_prompts = on_gpu and rollout.prefix_caching and not any(windows)
@@ -231,11 +233,11 @@ def _decoding_specs(
     def decoding(max_slots: int, num_prompts: int, samples: int, max_new_tokens: int) -> DecodingSpec:
         columns = prompt_length + max_new_tokens
         max_slots = min(max_slots, num_prompts * samples)
-        slots = slots_that_fit(max_slots, bytes_per_sequence(config, columns, device), limit)
+        slots = slots_that_fit(max_slots, bytes_per_sequence(config, columns, dtype), limit)
         cache_columns = columns
         # Sequences that share a prompt are more than these, in the same bytes.
         if shares_prompts and samples > 1:
-            token_bytes = bytes_per_sequence(config, 1, device)
+            token_bytes = bytes_per_sequence(config, 1, dtype)
             cache_columns = paged_columns(slots, max_slots, columns, token_bytes, limit)
         return DecodingSpec(
             "policy",
@@ -248,7 +250,7 @@ def _decoding_specs(
             scratch,
             cuda_graphs,
             rollout.sync_every if on_gpu else 1,
-            bytes_per_sequence(config, cache_columns, device),
+            bytes_per_sequence(config, cache_columns, dtype),
             config.get_text_config().num_hidden_layers,
             cache_columns=cache_columns,
         )
@@ -273,15 +275,23 @@ def _decoding_specs(
 def bytes_per_sequence(
     config: Any,
     columns: int,
-    device: torch.device,
+    dtype: torch.dtype,
 ) -> int:
     """Returns the bytes of keys and values of one sequence with `columns` tokens."""
     text = config.get_text_config()
+    numbers = 0
+    for index, (layer, window) in enumerate(zip(layers_of(config, 0), layer_windows(config), strict=False)):
+        if layer.has_keys:
+            numbers += 2 * _key_width(text, index) * min(window or columns, columns)
+    return int(numbers * dtype.itemsize)
+
+
+def _key_width(text: Any, layer: int) -> int:
+    """Returns the numbers of one token's keys in a layer."""
+    if getattr(text, "is_heterogeneous", False):
+        text = text.per_layer_config[layer]
     heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
-    width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    size = default_dtype(device).itemsize
-    num_tokens = sum(min(window or columns, columns) for window in layer_windows(config))
-    return int(2 * size * heads * width * num_tokens)
+    return int(heads * (getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads))
 
 
 def _host_memory_part() -> int:

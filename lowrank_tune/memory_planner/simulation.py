@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from peft import LoraConfig
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
@@ -19,7 +20,7 @@ from lowrank_tune.algorithms.base import Algorithm, AlgorithmContext, LossTerm, 
 from lowrank_tune.algorithms.ppo import PPO
 from lowrank_tune.algorithms.rollouts import RolloutCollector, RolloutGroups
 from lowrank_tune.assembly import make_algorithm
-from lowrank_tune.assembly.model import logits_chunk_of
+from lowrank_tune.assembly.model import add_router_loss, logits_chunk_of
 from lowrank_tune.assembly.reward_model import REWARD_ROLE, score_rows
 from lowrank_tune.assembly.stacks import ROLES_WITH_HEAD, build_stacks
 from lowrank_tune.batch import Batch, PairBatch, RolloutBatch
@@ -31,7 +32,7 @@ from lowrank_tune.memory_planner.compiled_layers import LayerPrograms, Simulated
 from lowrank_tune.memory_planner.extrapolation import Peaks
 from lowrank_tune.memory_planner.fake_device import FakeDeviceMode, fake_device_mode, replaced
 from lowrank_tune.memory_planner.kernel_counter import KernelCounter, KernelCounts
-from lowrank_tune.memory_planner.meta_model import Layer, meta_base, stored_tensors, with_few_layers
+from lowrank_tune.memory_planner.meta_model import Layer, meta_base, shared_keys_of, stored_tensors, with_few_layers
 from lowrank_tune.memory_planner.optimizers import planned_optimizer
 from lowrank_tune.memory_planner.plain_steps import plain_steps
 from lowrank_tune.memory_planner.plan_report import PHASE_SEPARATOR
@@ -183,12 +184,8 @@ class _SimulatedStage:
         self.tracker = tracker
         recipe = spec.recipe
         few_layers = with_few_layers(spec.config, layers)
-        base = meta_base(
-            few_layers,
-            recipe.base.model,
-            recipe.base.bits,
-            spec.device,
-        )
+        with shared_keys_of(spec.config, layers):
+            base = meta_base(few_layers, recipe.base, spec.device)
         configs, stacks = build_stacks(
             recipe,
             base.model,
@@ -209,6 +206,7 @@ class _SimulatedStage:
                 mlp_chunks=recipe.train.mlp_chunks,
                 logits_chunk=logits_chunk_of(recipe),
             )
+        _hook_linears(before_layers, mode)
         tracker.set_purpose(stored_tensors(base.model), "weights")
         tracker.set_purpose((p for name, p in base.model.named_parameters() if "lora_" in name), "adapters")
         tracker.set_purpose((head.weight for head in self.roles.heads.values()), "adapters")
@@ -217,16 +215,23 @@ class _SimulatedStage:
             self.parameters += self.roles.parameters(role)
         self.optimizer: Any = None
         self.context = AlgorithmContext(self.roles, self._step_batch)
+        self._choose_paths()
+        if spec.compiled:
+            compiled = SimulatedCompiledLayers(spec.programs, mode, counter, self._active_stack)
+            self._compile(layers, before_layers, compiled)
+
+    def _choose_paths(self) -> None:
+        """Makes the decoder run on the paths that are planned, with the loss of the routers."""
         # Plans are for rows that are padded to one length, because the lengths of a micro-batch are not known before.
         self.roles.decoder.packed_rows.enabled = False
         # Compared once in a run, before its first step: not a part of any phase.
         _ = self.roles.decoder.runs_without_masks
-        if recipe.algorithm != "sft":
+        if self.recipe.algorithm != "sft":
             _ = self.roles.decoder.max_shareable_length
         self.roles.verified = True
-        if spec.compiled:
-            compiled = SimulatedCompiledLayers(spec.programs, mode, counter, self._active_stack)
-            self._compile(layers, before_layers, compiled)
+        # Of MLPs in chunks some are skipped, and so are their routers.
+        if self.recipe.train.mlp_chunks == 1:
+            add_router_loss(self.recipe, self.roles)
 
     def _compile(
         self,
@@ -234,7 +239,11 @@ class _SimulatedStage:
         before_layers: Mapping[nn.Module, Callable[[], None]],
         compiled: SimulatedCompiledLayers,
     ) -> None:
-        """Makes the layers run as compiled ones."""
+        """Makes the layers run as compiled ones. Layers that use the keys and values of another one run as they are:
+        the program of a layer does not pass them on."""
+        if not all(layer.has_keys for layer in kinds):
+            self.spec.programs.add_fault("some layers use the keys and values of another one")
+            return
         for kind, (layer, before_layer) in zip(kinds, before_layers.items(), strict=True):
             if isinstance(layer, GradientCheckpointingLayer):
                 compiled.install(layer, kind.kind, before_layer)
@@ -375,6 +384,7 @@ class _SimulatedStage:
             ignore_event,
             _noop_step_end,
             checked=True,
+            router_loss=self.roles.router_loss,
         )
         loop.run()
 
@@ -535,10 +545,23 @@ def _hook_layers(
                 tracker.move_to(tracker.point[0], "after")
 
         for child in layer.children():
-            mode.with_recompute(child, before)
+            if not isinstance(child, nn.Linear):
+                mode.with_recompute(child, before)
         layer.register_forward_hook(after)
         before_layers[layer] = before
     return before_layers
+
+
+def _hook_linears(
+    before_layers: Mapping[nn.Module, Callable[[], None]],
+    mode: FakeDeviceMode,
+) -> None:
+    """Makes a layer's own linears (Gemma 4) run under the mode if they are computed again. Called when adapters have
+    replaced them."""
+    for layer, before in before_layers.items():
+        for child in layer.children():
+            if isinstance(child, (nn.Linear, BaseTunerLayer)):
+                mode.with_recompute(child, before)
 
 
 def _start_pass(

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from test_plan import llama
@@ -83,7 +84,7 @@ def test_host_memory_is_that_of_the_offloaded_inputs(tmp_path: Path, monkeypatch
     (spec,) = simulation_specs(load_any(llama(tmp_path, num_hidden_layers=3), *changes), "cuda")
     simulate(spec, layers_of(spec.config, 3), only_update=True)
     assert {shape: count for shape, count in packed.items() if len(shape) == 3} == {(1, 500, 256): 3}
-    assert offloaded_bytes(spec.config, 500, 3) == 3 * 256 * 1024
+    assert offloaded_bytes(spec.config, 500, 3, torch.bfloat16) == 3 * 256 * 1024
 
 
 def plan_command(*arguments: str) -> Result:

@@ -178,7 +178,7 @@ def test_copies_of_attention_weights_are_planned_where_slots_leave_room(tmp_path
     """All layers' copies or none, from a simulation of few layers: q, o (256 x 256), k, v (256 x 128) in two bytes, and
     B of rank 16 for each, those of q, k, v as one matrix."""
     (scene,) = simulation_specs(load_any(llama(tmp_path, num_hidden_layers=layers)), "cuda")
-    sequence = planner.bytes_per_sequence(scene.config, 512, scene.device)
+    sequence = planner.bytes_per_sequence(scene.config, 512, torch.bfloat16)
     copied = layers * 2 * (2 * 256 * (256 + 128) + 48 * (256 + 2 * 128) + 16 * 256)
 
     def activations(room: int, slots: int = 64, copies: bool = True) -> int:
@@ -262,7 +262,7 @@ def test_a_sequence_is_planned_with_the_bytes_that_the_cache_keeps_for_it(kind: 
         store.allocate(3, columns, 1 << 40)
         store.insert(store.prefill([[3, 4, 5]])[0], [0, 0, 0], [0, 1, 2])
         kept = sum(layer.keys.nbytes + layer.values.nbytes for layer in store.cache.layers)
-        assert 3 * planner.bytes_per_sequence(model.config, columns, torch.device("cpu")) == kept, columns
+        assert 3 * planner.bytes_per_sequence(model.config, columns, torch.float32) == kept, columns
 
 
 @pytest.fixture(scope="module")

@@ -421,9 +421,9 @@ def test_an_error_in_the_program_of_a_traced_layer_is_raised() -> None:
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 @pytest.mark.parametrize("missing", ["", "no compiler"])
 @pytest.mark.parametrize("setting", ["auto", True, False])
-@pytest.mark.parametrize("change", [{}, {"mlp_chunks": 2}])
+@pytest.mark.parametrize("change", [{}, {"mlp_chunks": 2}, {"router_aux_loss_coef": 0.01}])
 def test_layers_are_planned_as_they_run(
-    device: str, missing: str, setting: Any, change: dict[str, int], monkeypatch: pytest.MonkeyPatch
+    device: str, missing: str, setting: Any, change: dict[str, float], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A GPU that is not in this machine has a compiler."""
     recipe = load_any("tiny-sft")

@@ -236,6 +236,15 @@ def recipe(**changes: Any) -> dict[str, Any]:
     [
         ({"torch_compile": True, "mlp_chunks": 2}, "train.torch_compile: contradicts `train.mlp_chunks`"),
         (
+            {"torch_compile": True, "router_aux_loss_coef": 0.01},
+            "train.torch_compile: contradicts `train.router_aux_loss_coef`",
+        ),
+        (
+            {"router_aux_loss_coef": 0.01, "backend": "unsloth"},
+            "train.router_aux_loss_coef: does not work with `base.backend: unsloth`",
+        ),
+        ({"router_aux_loss_coef": -0.01}, "train.router_aux_loss_coef: "),
+        (
             {"torch_compile": True, "backend": "unsloth"},
             "train.torch_compile: does nothing with `base.backend: unsloth`",
         ),
@@ -258,6 +267,7 @@ def test_settings_that_exclude_compiled_layers(changes: dict[str, Any], fault: s
         ({"torch_compile": True}, "cpu", "no g++", False, "warning"),
         ({"torch_compile": False}, "cuda", "", False, None),
         ({"mlp_chunks": 2}, "cuda", "", False, None),
+        ({"router_aux_loss_coef": 0.01}, "cuda", "", False, None),
         ({"backend": "unsloth"}, "cuda", "", False, None),
     ],
 )

@@ -166,9 +166,11 @@ def lines(plan: Plan, in_chain: bool = False) -> list[Text]:
         return [
             *texts,
             Text(f"needs {_gib(plan.peak)} GiB of this machine's memory for tensors"),
+            *_other_bits_lines(plan),
         ]
     texts.append(_fit_line(plan))
     texts += _room_lines(plan)
+    texts += _other_bits_lines(plan)
     if plan.advice:
         advice = STAGE_SETTING.sub(f"stages.{plan.name}.", plan.advice) if in_chain else plan.advice
         texts.append(Text(advice, "yellow"))
@@ -187,11 +189,20 @@ def _room_lines(plan: Plan) -> Iterator[Text]:
         for phase in plan.split_phases:
             at_once = _gib(needed(phase.total, plan.device))
             yield Text(f"{phase.name} runs in smaller pieces: at once it needs {at_once} GiB")
-    if plan.max_micro_batch_size is not None and plan.fits_length is not None:
+    if plan.max_micro_batch_size and plan.fits_length:
         yield Text(
             f"room for a micro-batch of {plan.max_micro_batch_size}, or for rows of {plan.fits_length:,} tokens, "
             f"{plan.sizes.units} at once"
         )
+
+
+def _other_bits_lines(plan: Plan) -> Iterator[Text]:
+    other = plan.other_bits
+    if other is not None:
+        verdict = ""
+        if plan.vram:
+            verdict = ", fits" if other.fits else ", does not fit"
+        yield Text(f"with base.bits={other.bits}: {_gib(other.needed)} GiB{verdict}")
 
 
 def _used(plan: Plan) -> str:

@@ -38,9 +38,21 @@ def plan_to_dict(plan: Plan, run_time: RunTime | None) -> dict[str, Any]:
         "needed_bytes": plan.needed,
         "vram_bytes": plan.vram,
         "fits": plan.fits,
+        "other_bits": _other_bits_to_dict(plan),
         "max_micro_batch_size": plan.max_micro_batch_size,
         "fits_length": plan.fits_length,
         "advice": plan.advice,
         "notes": list(plan.notes),
         "run_time": None if run_time is None else run_time_to_dict(run_time),
+    }
+
+
+def _other_bits_to_dict(plan: Plan) -> dict[str, Any] | None:
+    other = plan.other_bits
+    if other is None:
+        return None
+    return {
+        "bits": other.bits,
+        "needed_bytes": other.needed,
+        "fits": other.fits,
     }
