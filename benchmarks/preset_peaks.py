@@ -5,6 +5,8 @@
     PYTHONPATH=. python benchmarks/preset_peaks.py qwen3-8b-grpo ...  # some of them
     PYTHONPATH=. python benchmarks/preset_peaks.py --write --table    # writes the comments into presets/, prints
                                                                       # the table of docs/presets.md
+    PYTHONPATH=. python benchmarks/preset_peaks.py --bits smollm3-3b-sft ...  # the table of docs/quantization.md: each
+                                                                      # planned with its base in 4 and in 16 bits
 
 Planned is the memory that the GPU needs: tensors at the highest point of the run (of a chain, of its worst stage), the
 CUDA context and what the allocator cannot use. Returns 1 where a comment is off by more than 1 % or a preset does not
@@ -30,7 +32,7 @@ COMMENT = re.compile(r"^# Planned peak: .*\n", re.MULTILINE)
 COLUMNS = ("sft", "reward", "dpo", "grpo", "ppo", "preference", "rlvr", "rlhf")
 
 
-def planned(name: str) -> tuple[float, str]:
+def planned(name: str, *overrides: str) -> tuple[float, str]:
     """GiB that the GPU needs, and in which phase; of a chain, the stage and the phase."""
     # An adapter that another preset trains is planned as the stage below it: there is no run of it.
     below = load_any(name).to_dict().get("adapters", {}).get("sft", {}).get("path")
@@ -42,7 +44,7 @@ def planned(name: str) -> tuple[float, str]:
         vram = round(GPU_GIB * GIB)
         plans = [
             plan_of(scene, vram, scene.recipe.name)
-            for scene in simulation_specs(load_any(str(file) if below else name), "cuda")
+            for scene in simulation_specs(load_any(str(file) if below else name, *overrides), "cuda")
         ]
     worst = plans[-1] if below else max(plans, key=lambda one: one.needed)
     return worst.needed / GIB, f"{worst.name}, {worst.peak_phase.name}" if len(
@@ -77,6 +79,15 @@ def table(found: dict[str, float]) -> str:
     return "\n".join(lines)
 
 
+def print_bits_table(names: list[str]) -> None:
+    """Markdown: the planned GiB of each preset with its base in 4 and in 16 bits."""
+    print("| preset | base | 4 bits | 16 bits |\n|---|---|---|---|")
+    for preset in wanted(names):
+        peaks = [planned(preset.name, f"base.bits={bits}")[0] for bits in (4, 16)]
+        cells = [f"{gib:.1f}" if gib <= GPU_GIB else f"{gib:.1f}: does not fit" for gib in peaks]
+        print(f"| `{preset.name}` | `{preset.base}` | {' | '.join(cells)} |", flush=True)
+
+
 def wanted(names: list[str]) -> list[Preset]:
     return [preset for preset in list_presets() if (preset.name in names if names else preset.billions)]
 
@@ -86,7 +97,11 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("names", nargs="*", metavar="PRESET", help="default: all except the tiny ones")
     parser.add_argument("--write", action="store_true", help="put the planned peak into the presets' files")
     parser.add_argument("--table", action="store_true", help="print the table of docs/presets.md")
+    parser.add_argument("--bits", action="store_true", help="print the table of docs/quantization.md, nothing else")
     options = parser.parse_args(arguments)
+    if options.bits:
+        print_bits_table(options.names)
+        return 0
     found: dict[str, float] = {}
     wrong = 0
     for preset in wanted(options.names):

@@ -11,13 +11,19 @@ from lowrank_tune.config.loading import load_any
 MODEL_SIZE_GROUPS = (
     (1.0, "Tiny: the base that ships with the package, on any CPU"),
     (5.0, "3B and 4B"),
-    (10.0, "7B and 8B"),
+    (10.0, "7B to 9B"),
     (20.0, "14B"),
     (float("inf"), "32B"),
 )
 """Groups of bases by billions of weights: the upper limit, and the title."""
 ALGORITHM_ORDER = ("sft", "reward", "dpo", "grpo", "ppo")
 SIZE = re.compile(r"(\d+(?:\.\d+)?)B\b")
+BILLIONS_BY_BASE = {
+    "google/gemma-4-E4B-it": 7.5,
+    "ibm-granite/granite-4.0-micro": 3.4,
+    "microsoft/Phi-4-mini-instruct": 3.8,
+}
+"""Billions of weights of bases whose names do not have them: E4B is without the embeddings of layers."""
 PEAK = re.compile(r"^# Planned peak: (\d+(?:\.\d+)?) GiB", re.MULTILINE)
 
 
@@ -50,13 +56,14 @@ def _load_preset(name: str) -> Preset:
     loaded = load_any(name)
     base = loaded.stages[0].base.model
     size = SIZE.search(base)
+    billions = BILLIONS_BY_BASE.get(base, float(size[1]) if size else 0.0)
     peak = PEAK.search(find_preset(name).read_text(encoding="utf-8"))
     return Preset(
         name,
         loaded.description,
         tuple(stage.algorithm for stage in loaded.stages),
         base,
-        billions=float(size[1]) if size else 0.0,
+        billions=billions,
         peak_gib=float(peak[1]) if peak else None,
     )
 
