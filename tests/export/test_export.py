@@ -212,8 +212,8 @@ def test_what_cannot_be_exported_fails_with_one_sentence(
         patch.setitem(sys.modules, "gguf", None)
         assert "pip install 'lowrank-tune[export]'" in error_of(mistral.run, *gguf_lora)
     with monkeypatch.context() as patch:
-        patch.setattr(f"{TAKE}.load_config", lambda base: SimpleNamespace(model_type="phi"))
-        assert "a GGUF adapter of a phi model is not supported" in error_of(mistral.run, *gguf_lora)
+        patch.setattr(f"{TAKE}.load_config", lambda base: SimpleNamespace(model_type="opt"))
+        assert "a GGUF adapter of a model of type opt is not supported" in error_of(mistral.run, *gguf_lora)
     monkeypatch.setattr(shutil, "disk_usage", lambda place: SimpleNamespace(total=1, used=1, free=0))
     for what in (gguf_lora, gguf, ("--to", "peft"), ("--to", "ollama")):
         assert "GiB are free there; give another folder with --out" in error_of(mistral.run, *what)

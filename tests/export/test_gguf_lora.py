@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import re
 from pathlib import Path
 from typing import Any
 
@@ -9,9 +11,14 @@ import gguf
 import numpy as np
 import pytest
 import torch
+from gguf_families import EXPORTED
 from models import perturb, random_model, roles_over, unquantized_base
 from peft import LoraConfig
+from support_matrix import CONFIG, GGUF, Family, is_in_transformers
+from support_matrix import FAMILIES as FAMILIES_OF_MATRIX
 from test_fold import MIXED, stack
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from lowrank_tune import UserError
 from lowrank_tune.export.combine_lora import LoraAdapter, as_lora_adapter, combine_adapters, saved_lora_adapter
@@ -98,11 +105,102 @@ def test_adapters_of_every_family_in_every_type_equal_the_trained_one(
     assert sizes == {np.dtype({"f32": np.float32, "f16": np.float16, "bf16": np.uint8}[type])}
 
 
-def test_unsupported_families_and_modules_are_named(tmp_path: Path) -> None:
-    with pytest.raises(
-        UserError, match="a GGUF adapter of a phi model is not supported.*Llama, Mistral, Qwen2, Qwen3 and Gemma3"
-    ):
-        shape_of(random_model("phi").config)
+# ---- names and rows of every family, without weights
+
+NAMES = {kind: name for name, kind in SHORT.items()} | {
+    "self_attn.qkv_proj": "attn_qkv",
+    "self_attn.out_proj": "attn_output",
+    "self_attn.dense": "attn_output",
+    "attention.query_key_value": "attn_qkv",
+    "attention.dense": "attn_output",
+    "mlp.gate_up_proj": "ffn_up",
+    "mlp.fc1": "ffn_up",
+    "mlp.fc2": "ffn_down",
+    "mlp.c_fc": "ffn_up",
+    "mlp.c_proj": "ffn_down",
+    "mlp.dense_h_to_4h": "ffn_up",
+    "mlp.dense_4h_to_h": "ffn_down",
+    "feed_forward.w1": "ffn_gate",
+    "feed_forward.w3": "ffn_up",
+    "feed_forward.w2": "ffn_down",
+    "conv.in_proj": "shortconv.in_proj",
+    "conv.out_proj": "shortconv.out_proj",
+    "mamba.in_proj": "ssm_in",
+    "mamba.out_proj": "ssm_out",
+    "linear_attn.in_proj_qkv": "attn_qkv",
+    "linear_attn.in_proj_z": "attn_gate",
+    "linear_attn.in_proj_a": "ssm_alpha",
+    "linear_attn.in_proj_b": "ssm_beta",
+    "linear_attn.out_proj": "ssm_out",
+    "shared_mlp.output_linear": "ffn_down",
+}
+"""llama.cpp's names of the linear layers in a decoder layer."""
+PAIRED = ("llama", "mistral", "mixtral", "ministral3", "smollm3", "granite", "granitemoehybrid")
+"""Model types whose q and k have rows in pairs."""
+
+
+def linear_layers(family: Family) -> tuple[Any, dict[str, tuple[int, int]]]:
+    """The configuration, and the rows and columns of each linear layer except the head."""
+    options = copy.deepcopy(CONFIG | dict(family.changes))
+    config = AutoConfig.for_model(family.model_type, **options)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    found = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    head = model.get_output_embeddings()
+    return config, {name: tuple(module.weight.shape) for name, module in found.items() if module is not head}
+
+
+def expected_rows(family: Family, module: str, rows: int) -> dict[str, list[int]]:
+    """llama.cpp's tensors of a linear layer, each with the rows that it has of transformers' tensor."""
+    _, layer, kind = re.split(r"\.layers\.(\d+)\.", module)
+    order = list(range(rows))
+    if kind == "shared_mlp.input_linear":
+        parts = {"ffn_gate": order[: rows // 2], "ffn_up": order[rows // 2 :]}
+    elif kind == "attention.query_key_value":
+        # (head, query or key or value, 16), of 4 heads
+        parts = {
+            NAMES[kind]: [head * 48 + part * 16 + row for part in range(3) for head in range(4) for row in range(16)]
+        }
+    elif family.model_type in PAIRED and kind in ("self_attn.q_proj", "self_attn.k_proj"):
+        # (head, half, 8)
+        parts = {NAMES[kind]: [start + half * 8 + row for start in order[::16] for row in range(8) for half in (0, 1)]}
+    else:
+        parts = {NAMES[kind]: order}
+    is_shared = kind.startswith("shared_mlp") and family.changes["num_local_experts"] > 0
+    return {f"blk.{layer}.{name}{'_shexp' if is_shared else ''}.weight": rows for name, rows in parts.items()}
+
+
+@pytest.mark.parametrize("family", EXPORTED, ids=lambda family: family.title)
+def test_every_linear_layer_has_its_name_and_its_rows_in_llama_cpp(family: Family) -> None:
+    if not is_in_transformers(family):
+        pytest.skip(f"the installed transformers has no {family.model_type}")
+    config, layers = linear_layers(family)
+    tensors, expected = {}, {}
+    for module, (rows, columns) in layers.items():
+        a = torch.arange(columns, dtype=torch.float32).view(1, -1)
+        b = torch.arange(rows, dtype=torch.float32).view(-1, 1)
+        tensors |= {f"base_model.model.{module}.lora_{side}.weight": one for side, one in (("A", a), ("B", b))}
+        for name, order in expected_rows(family, module, rows).items():
+            expected |= {f"{name}.lora_a": a.tolist(), f"{name}.lora_b": [[row] for row in order]}
+    found = gguf_tensors({"r": 1, "lora_alpha": 1}, tensors, shape_of(config))
+    assert {name: tensor.tolist() for name, tensor in found.items()} == expected
+
+
+@pytest.mark.parametrize(
+    "family", [one for one in FAMILIES_OF_MATRIX if GGUF in one.refused], ids=lambda family: family.title
+)
+def test_a_refused_family_is_refused(family: Family) -> None:
+    if not is_in_transformers(family):
+        pytest.skip(f"the installed transformers has no {family.model_type}")
+    config, layers = linear_layers(family)
+    tensors = {f"base_model.model.{module}.lora_{side}.weight": torch.zeros(1, 1) for module in layers for side in "AB"}
+    with pytest.raises(UserError, match="per_layer_model_projection|more value heads than key heads|is not supported"):
+        gguf_tensors({"r": 1, "lora_alpha": 1}, tensors, shape_of(config))
+
+
+def test_unsupported_families_and_modules_are_named() -> None:
+    with pytest.raises(UserError, match="a model of type gpt2 is not supported.*Llama, .* and GPT-NeoX; `--to gguf`"):
+        shape_of(random_model("gpt2").config)
     config: dict[str, Any] = {"r": 1, "lora_alpha": 1}
     strange = {f"base_model.model.model.layers.0.mlp.strange.lora_{side}.weight": torch.zeros(1, 1) for side in "AB"}
     with pytest.raises(UserError, match=r"does not support an adapter on model\.layers\.0\.mlp\.strange"):

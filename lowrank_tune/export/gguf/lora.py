@@ -2,13 +2,14 @@
 package alone.
 
 llama.cpp computes  W x + (alpha / r) B A x  and supports neither rsLoRA nor patterns, so the adapter must be combined
-first (`combine_lora.py`). Its Llama rotates pairs of neighboring rows where transformers rotates halves: the rows of
-the q and k projections are reordered, in B alone. The names are those of `gguf`'s own table. The tensors equal those of
-llama.cpp's converter bit for bit (tests/export/test_llamacpp.py).
+first (`combine_lora.py`). Where its files have other rows (`architectures.py`), those of B are reordered or split, and
+A stays as it is. The names are those of `gguf`'s own table. The tensors equal those of llama.cpp's converter bit for
+bit (tests/export/test_llamacpp.py).
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,17 +25,8 @@ from lowrank_tune.export.combine_lora import (
     PEFT_PREFIX,
     module_name,
 )
+from lowrank_tune.export.gguf.architectures import OTHER_FORMATS, Architecture, Heads, architecture_of
 
-GGUF_ARCHITECTURES = {
-    "llama": "LLAMA",
-    "mistral": "LLAMA",
-    "qwen2": "QWEN2",
-    "qwen3": "QWEN3",
-    "gemma3_text": "GEMMA3",
-    "gemma3": "GEMMA3",
-}
-"""Supported model types, with llama.cpp's names of their architectures."""
-PERMUTED_MODEL_TYPES = ("llama", "mistral")
 TYPES = {"f32": "F32", "f16": "F16", "bf16": "BF16"}
 
 
@@ -42,10 +34,9 @@ TYPES = {"f32": "F32", "f16": "F16", "bf16": "BF16"}
 class Shape:
     """The part of a base's configuration that names and row order depend on."""
 
-    kind: str
+    architecture: Architecture
     layers: int
-    heads: int
-    kv_heads: int
+    heads: Heads
 
 
 def gguf_module() -> Any:
@@ -60,20 +51,14 @@ def gguf_module() -> Any:
 
 def shape_of(config: Any) -> Shape:
     """Returns the shape of a base. Raises UserError for a model type that is not supported."""
-    if config.model_type not in GGUF_ARCHITECTURES:
-        supported = "Llama, Mistral, Qwen2, Qwen3 and Gemma3"
-        raise UserError(
-            f"a GGUF adapter of a {config.model_type} model is not supported, only those of {supported}; `--to gguf` "
-            "merges it into its base for llama.cpp's own converter, and `--to peft` copies it as it is"
-        )
+    architecture = architecture_of(config)
     text = config.get_text_config()
     heads = int(text.num_attention_heads)
     kv_heads = int(getattr(text, "num_key_value_heads", None) or heads)
     return Shape(
-        config.model_type,
+        architecture,
         int(text.num_hidden_layers),
-        heads,
-        kv_heads,
+        Heads(heads, kv_heads),
     )
 
 
@@ -84,44 +69,62 @@ def gguf_tensors(
 ) -> dict[str, Tensor]:
     """Returns the matrices of a combined adapter under llama.cpp's names and in its row order, A (r, in) and B (out,
     r). Raises UserError for a module that llama.cpp's architecture does not have."""
-    gguf = gguf_module()
     has_patterns = config.get("rank_pattern") or config.get("alpha_pattern")
     assert not config.get("use_rslora") and not has_patterns, "the adapter is not combined"
-    architecture = GGUF_ARCHITECTURES[shape.kind]
-    names = gguf.get_tensor_name_map(getattr(gguf.MODEL_ARCH, architecture), shape.layers)
+    names = TensorNames(shape)
     converted = {}
     for key in tensors:
         if not key.endswith(LORA_A):
             continue
         module = module_name(key)
-        # the text model of a multimodal one
-        text_module = module.replace("language_model.", "")
-        is_text_module = text_module == module or module.startswith("model.language_model.")
-        name = names.get_name(f"{text_module}.weight", try_suffixes=(".weight",))
-        if name is None or not is_text_module:
-            raise UserError(f"llama.cpp's {architecture} does not support an adapter on {module}")
         b = tensors[PEFT_PREFIX + module + LORA_B]
-        if shape.kind in PERMUTED_MODEL_TYPES and module.endswith("q_proj"):
-            b = permute_rope(b, shape.heads)
-        elif shape.kind in PERMUTED_MODEL_TYPES and module.endswith("k_proj"):
-            b = permute_rope(b, shape.kv_heads)
-        converted[f"{name}.lora_a"] = tensors[key].contiguous()
-        converted[f"{name}.lora_b"] = b.contiguous()
+        reorder = shape.architecture.reordered.get(last_part(module))
+        if reorder is not None:
+            b = reorder(b, shape.heads)
+        targets = names.of(module)
+        for name, rows in zip(targets, b.chunk(len(targets)), strict=True):
+            converted[f"{name}.lora_a"] = tensors[key].contiguous()
+            converted[f"{name}.lora_b"] = rows.contiguous()
     return converted
 
 
-def permute_rope(rows: Tensor, heads: int) -> Tensor:
-    """Returns rows (out, r) in which, within each head, row i of the second half follows row i of the first."""
-    return (
-        rows.reshape(
-            heads,
-            2,
-            len(rows) // heads // 2,
-            -1,
-        )
-        .transpose(1, 2)
-        .reshape(rows.shape)
-    )
+def last_part(module: str) -> str:
+    """Returns the name of a module without the path before it."""
+    return module.rpartition(".")[2]
+
+
+class TensorNames:
+    """llama.cpp's names of the tensors of an architecture."""
+
+    def __init__(self, shape: Shape) -> None:
+        self.gguf = gguf_module()
+        self.architecture = shape.architecture
+        architecture = getattr(self.gguf.MODEL_ARCH, shape.architecture.name)
+        self.table = self.gguf.get_tensor_name_map(architecture, shape.layers)
+
+    def of(self, module: str) -> list[str]:
+        """Returns the names for a linear layer: several if its rows are in several tensors. Raises UserError if
+        llama.cpp has none, or would not compute the adapter."""
+        # the text model of a multimodal one
+        text_module = module.replace("language_model.", "")
+        is_text_module = text_module == module or module.startswith("model.language_model.")
+        layer = re.search(r"\.layers\.(\d+)\.", text_module)
+        parts = self.architecture.split.get(last_part(module))
+        if parts is not None and layer is not None and is_text_module:
+            return [self._name(part, layer[1]) for part in parts]
+        name = self.table.get_name(f"{text_module}.weight", try_suffixes=(".weight",))
+        if last_part(module) in self.architecture.without_lora:
+            raise UserError(
+                f"llama.cpp computes {module} without adapters: leave it out of `target_modules` before training; "
+                f"{OTHER_FORMATS}"
+            )
+        if name is None or not is_text_module:
+            raise UserError(f"llama.cpp's {self.architecture.name} does not support an adapter on {module}")
+        return [name]
+
+    def _name(self, part: str, layer: str) -> str:
+        template: str = self.gguf.TENSOR_NAMES[getattr(self.gguf.MODEL_TENSOR, part)]
+        return f"{template.format(bid=layer)}.weight"
 
 
 def write_gguf_lora(
@@ -136,7 +139,7 @@ def write_gguf_lora(
     Raises UserError."""
     gguf = gguf_module()
     converted = gguf_tensors(config, tensors, shape)
-    architecture = getattr(gguf.MODEL_ARCH, GGUF_ARCHITECTURES[shape.kind])
+    architecture = getattr(gguf.MODEL_ARCH, shape.architecture.name)
     writer = gguf.GGUFWriter(file, gguf.MODEL_ARCH_NAMES[architecture])
     writer.add_type(gguf.GGUFType.ADAPTER)
     writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
