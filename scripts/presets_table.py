@@ -9,16 +9,16 @@ preset files state; `benchmarks/preset_peaks.py` plans them and compares them.
 
 from __future__ import annotations
 
-import argparse
 import re
 import sys
 from itertools import groupby
 from pathlib import Path
 
+from generated_part import update_page
+
 from lowrank_tune.config import Chain, Preset, find_preset, list_presets, load_any
 
 PAGE = Path(__file__).parent.parent / "docs" / "presets.md"
-BEGIN, END = "<!-- generated: begin -->", "<!-- generated: end -->"
 COLUMNS = ("sft", "reward", "dpo", "grpo", "ppo", "preference", "rlvr", "rlhf")
 GPU_SIZES_GIB = (8, 12, 16, 24)
 ROUNDED_GIB = 0.05
@@ -96,30 +96,5 @@ def generated() -> str:
     )
 
 
-def render() -> str:
-    """Returns the page with its generated part up to date."""
-    text = PAGE.read_text(encoding="utf-8")
-    before, begin, rest = text.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not begin or not end:
-        raise SystemExit(f"{PAGE}: the markers {BEGIN} and {END} are missing")
-    return f"{before}{BEGIN}\n\n{generated()}\n\n{END}{after}"
-
-
-def main(arguments: list[str] | None = None) -> int:
-    """Writes the page, or with `--check` compares it. Returns the exit status."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--check", action="store_true", help="compare only; return 1 if the page is not up to date")
-    options = parser.parse_args(arguments)
-    page = render()
-    if options.check:
-        if page != PAGE.read_text(encoding="utf-8"):
-            print(f"{PAGE} is not up to date: run scripts/presets_table.py", file=sys.stderr)
-            return 1
-        return 0
-    PAGE.write_text(page, encoding="utf-8")
-    return 0
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(update_page(PAGE, generated, __doc__))

@@ -27,7 +27,11 @@ FRAGMENT = "# part of a recipe"
 TINY = [preset.name for preset in list_presets() if preset.name.startswith("tiny-")]
 PRESETS = {preset.name for preset in list_presets()}
 CLI = typer.main.get_command(app)
-SCRIPTS = {"settings.md": "settings_reference.py", "presets.md": "presets_table.py"}
+SCRIPTS = {
+    "models.md": "models_page.py",
+    "presets.md": "presets_table.py",
+    "settings.md": "settings_reference.py",
+}
 each_page = pytest.mark.parametrize("page", CHECKED, ids=lambda path: path.name)
 
 
