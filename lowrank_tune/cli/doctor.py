@@ -12,7 +12,7 @@ from lowrank_tune.cli.common import Debug, app, report_user_errors
 OfBase = Annotated[
     str | None,
     typer.Argument(
-        metavar="[PRESET|FILE]",
+        metavar="PRESET|FILE",
         help="A recipe whose base is checked too: experts that stay in 16 bits, missing kernels.",
     ),
 ]
