@@ -93,6 +93,7 @@ def test_a_dense_base_has_no_note(tmp_path: Path) -> None:
     assert planned(tmp_path, tiny("llama")).notes == ()
 
 
+@pytest.mark.slow
 def test_the_loss_of_routers_is_planned(tmp_path: Path) -> None:
     """Probabilities of each token and layer are kept for the backward pass."""
     with_loss = "train.router_aux_loss_coef=0.01"

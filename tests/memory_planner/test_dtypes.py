@@ -4,9 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
+
 from lowrank_tune.config import load_any
 from lowrank_tune.memory_planner import plan
 from lowrank_tune.memory_planner.plan_report import Plan
+
+pytestmark = pytest.mark.slow
 
 
 def planned(dtype: str, preset: str = "tiny-grpo") -> Plan:
