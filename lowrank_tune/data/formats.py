@@ -69,10 +69,11 @@ RowOrFault = Row | InvalidRow
 @dataclass(frozen=True)
 class Conversation:
     """A system message or none, then user and assistant in turn; the last message is the assistant's. `ground_truth`:
-    the gold answer."""
+    the gold answer. `tools`: the functions that the assistant may call, a JSON list as text; empty without any."""
 
     messages: tuple[Message, ...]
     ground_truth: str | None = None
+    tools: str = ""
 
     @property
     def answer(self) -> str | None:
@@ -247,9 +248,10 @@ def is_text(text: str) -> bool:
 
 def text_fault(messages: Iterable[Message]) -> str | None:
     """Returns the fault of messages with a text that UTF-8 cannot encode; None without one."""
-    if all(is_text(message.content) for message in messages):
-        return None
-    return "a lone surrogate, which UTF-8 cannot encode"
+    for message in messages:
+        if not all(map(is_text, message.texts())):
+            return "a lone surrogate, which UTF-8 cannot encode"
+    return None
 
 
 def _read_messages(row: RawRow, columns: Columns) -> list[Message]:

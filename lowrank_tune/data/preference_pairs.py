@@ -41,13 +41,14 @@ class PreferencePair:
     """A prompt that ends with the user, and two answers to it: each one message or more, the first and the last the
     assistant's.
 
-    `margin`: by how much the chosen answer should be ahead, if the row has one.
+    `margin`: by how much the chosen answer should be ahead, if the row has one. `tools`: as in `Conversation`.
     """
 
     prompt: Messages
     chosen: Messages
     rejected: Messages
     margin: float = 0.0
+    tools: str = ""
 
 
 @dataclass(frozen=True)

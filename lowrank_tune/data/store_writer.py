@@ -44,10 +44,17 @@ class Entry:
         return _hash(np.array(self.conversation_hashes, dtype="<u8").tobytes())
 
 
-def conversation_hash(messages: Sequence[Message]) -> int:
-    """Returns a number that is equal for equal conversations."""
-    text = "\x1e".join(f"{message.role}\x1f{message.content}" for message in messages)
-    return _hash(text.encode())
+def conversation_hash(messages: Sequence[Message], tools: str = "") -> int:
+    """Returns a number that is equal for equal conversations with equal tools. That of a conversation without reasoning
+    and tools depends on roles and contents alone, so that it stays in its part of the split."""
+    texts = []
+    for message in messages:
+        plain = Message(message.role, message.content)
+        parts = (message.content,) if message == plain else message.texts()
+        texts.append("\x1f".join((message.role, *parts)))
+    if tools:
+        texts.append(tools)
+    return _hash("\x1e".join(texts).encode())
 
 
 def _hash(data: bytes) -> int:
