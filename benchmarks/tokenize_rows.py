@@ -83,7 +83,8 @@ def compare(name: str, rows: list[dict[str, Any]], tokenizer: Any, repeats: int)
 
     conversations = [to_conversation(row, detect_format(row, {}), {}, "auto").messages for row in rows]
     texts = [
-        tokenizer.apply_chat_template([vars(m) for m in conversation], tokenize=False) for conversation in conversations
+        tokenizer.apply_chat_template([{"role": m.role, "content": m.content} for m in conversation], tokenize=False)
+        for conversation in conversations
     ]
     bare = tokenizer.backend_tokenizer
     template = ChatTemplate.from_tokenizer(tokenizer)

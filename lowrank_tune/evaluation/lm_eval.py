@@ -123,7 +123,7 @@ def _results(
     # A copy, since the harness adds a padding token. The harness renders the template itself, without the limits of
     # `data/templates/render_process.py`; `ChatTemplate` has rendered it before, within them.
     tokenizer = copy.deepcopy(base.tokenizer)
-    tokenizer.chat_template = template.dated_chat_template
+    tokenizer.chat_template = template.fixed_chat_template
     model = HFLM(
         pretrained=base.model,
         tokenizer=tokenizer,

@@ -32,6 +32,10 @@ def conversation(*contents: str) -> list[Message]:
     return [Message("assistant" if place % 2 else "user", content) for place, content in enumerate(contents)]
 
 
+def plain(messages: list[Message]) -> list[dict[str, str]]:
+    return [{"role": message.role, "content": message.content} for message in messages]
+
+
 def trained_text(template: ChatTemplate, row: Row) -> str:
     """What the mask covers, stretch by stretch."""
     stretches = [
@@ -60,23 +64,31 @@ def test_mask_is_answer_and_end(name: str) -> None:
     assert last in template.end_ids, "a model that learned this would never stop"
 
 
+def trained_texts(template: ChatTemplate, messages: list[Message]) -> str:
+    """What the masks of all rows cover, in the order of the answers."""
+    (rows,) = template.encode_all([messages])
+    assert not isinstance(rows, InvalidRow)
+    return "".join(trained_text(template, row) for row in reversed(rows))
+
+
 @pytest.mark.parametrize("name", [*TINY, *REAL])
 def test_every_turn_is_trained(name: str) -> None:
+    """Where no end token closes an answer, each has a row of its own, which ends it."""
     template = template_of(name)
-    row = template.encode(conversation("What is 1 + 2?", "It is 3.", "And 4?", "It is 7."))
     end = ENDS.get(name, "</s>")
     first = toy_text.END_OF_TURN if name == "kit" else end
-    # Without an end token the vocabulary joins the dot and the next turn's line break, which is no answer's.
-    before = "It is 3" if name == "no end" else f"It is 3.{first}"
-    assert trained_text(template, row) == f"{before}It is 7.{end}"
+    messages = conversation("What is 1 + 2?", "It is 3.", "And 4?", "It is 7.")
+    assert trained_texts(template, messages) == f"It is 3.{first}It is 7.{end}"
+    (rows,) = template.encode_all([messages])
+    assert not isinstance(rows, InvalidRow)
+    assert len(rows) == (2 if name == "no end" else 1)
 
 
 @pytest.mark.parametrize("answer", ["Fine 🙂", "🙂", "你好", "é"])
 def test_a_last_character_of_several_tokens_is_trained_whole(answer: str) -> None:
     """Where no end token closes an answer: of the last one, and of an earlier one."""
     template = template_of("no end")
-    row = template.encode(conversation("Hm?", answer, "And?", answer))
-    assert trained_text(template, row) == f"{answer}{answer}</s>"
+    assert trained_texts(template, conversation("Hm?", answer, "And?", answer)) == f"{answer}</s>{answer}</s>"
 
 
 @pytest.mark.parametrize("name", [*TINY, *REAL])
@@ -98,16 +110,22 @@ def test_at_most_one_bos_and_one_end(name: str) -> None:
 def test_ids_are_the_stock_ids(name: str) -> None:
     made = template_of(name).tokenizer
     messages = conversation("What is 12 + 30?", "It is 42.", "Why?", "Because.")
-    stock = made.apply_chat_template([vars(message) for message in messages], tokenize=True)["input_ids"]
+    stock = made.apply_chat_template(plain(messages), tokenize=True)["input_ids"]
     assert list(template_of(name).encode(messages).input_ids) == stock
 
 
-def test_thoughts_that_are_stripped_later_are_not_trained_earlier() -> None:
+def test_an_answer_whose_thought_is_stripped_later_is_trained_in_a_row_of_its_own() -> None:
     template = ChatTemplate.from_tokenizer(tokenizer("thinking"))
-    row = template.encode(conversation("One?", "<think> a </think>\nYes.", "Two?", "<think> b </think>\nNo."))
-    assert trained_text(template, row) == "<think> b </think>\nNo.<|im_end|>"
-    assert "only the last answer" in template.describe()
-    assert "only the last answer" not in ChatTemplate.from_tokenizer(tokenizer("chatml")).describe()
+    messages = conversation("One?", "<think> a </think>\nYes.", "Two?", "<think> b </think>\nNo.")
+    (rows,) = template.encode_all([messages])
+    assert not isinstance(rows, InvalidRow)
+    assert [trained_text(template, row) for row in rows] == [
+        "<think> b </think>\nNo.<|im_end|>",
+        "<think> a </think>\nYes.<|im_end|>",
+    ]
+    assert rows[0] == template.encode(messages) and rows[1] == template.encode(messages[:2])
+    assert "a row of its own" in template.describe()
+    assert "a row of its own" not in ChatTemplate.from_tokenizer(tokenizer("chatml")).describe()
 
 
 def test_templates_render_a_system_turn_or_fold_it() -> None:
@@ -205,7 +223,7 @@ def test_a_token_across_the_prompt_edge_keeps_the_prompt_ids() -> None:
     assert crossed, "the test's own merges are gone"
 
 
-def test_an_earlier_answer_behind_other_ids_than_its_prompt_is_context() -> None:
+def test_an_earlier_answer_behind_other_ids_than_its_prompt_has_a_row_of_its_own() -> None:
     """GPT-2's rule splits "\n\nYes" into two newlines and a word, and "\n\n" alone is one token: the ids of the
     first prompt do not come out again once its answer follows. The last prompt is the one that is asked with."""
     made = tiny(CHATML.replace("\n", "\n\n"), split=True)
@@ -213,15 +231,15 @@ def test_an_earlier_answer_behind_other_ids_than_its_prompt_is_context() -> None
     messages = conversation("Hm?", "Yes.", "Hm?", "No.")
     row = template.encode(messages)
     first, last = (
-        made.apply_chat_template(
-            [vars(message) for message in messages[:end]], add_generation_prompt=True, return_dict=False
-        )
-        for end in (1, 3)
+        made.apply_chat_template(plain(messages[:end]), add_generation_prompt=True, return_dict=False) for end in (1, 3)
     )
     assert [template.prompt(messages[:end]) for end in (1, 3)] == [first, last]
     assert list(row.input_ids[: len(last)]) == last and list(row.input_ids[: len(first)]) != first
     assert trained_text(template, row) == "No.<|im_end|>"
-    assert "an earlier answer for which it does is not trained" in template.describe()
+    (rows,) = template.encode_all([messages])
+    assert not isinstance(rows, InvalidRow) and rows[0] == row and len(rows) == 2
+    assert list(rows[1].input_ids[: len(first)]) == first and trained_text(template, rows[1]) == "Yes.<|im_end|>"
+    assert "a row of its own" in template.describe()
 
 
 def test_plain_text_template_refuses_its_markers() -> None:

@@ -58,13 +58,32 @@ def template_of(name: str, marks: str) -> ChatTemplate:
     return ChatTemplate.from_tokenizer(made(name, marks), DAY if dated else None)
 
 
+OWN_TAGS = {
+    "trl/gptoss": "thinking",
+    "trl/muse_glimmer": "reasoning_content",
+    "trl/diffusion_gemma": "reasoning",
+    "trl/gemma4_v5": "reasoning",
+}
+"""The key of reasoning in templates that write it between other tags than those of a thought."""
+
+
+def plain(messages: list[Message], reasoning_key: str | None = None) -> list[dict[str, str]]:
+    found = []
+    for message in messages:
+        turn = {"role": message.role, "content": message.content}
+        if reasoning_key and message.content.startswith(THOUGHT):
+            turn = {**turn, "content": message.content.removeprefix(THOUGHT), reasoning_key: "Two and two."}
+        found.append(turn)
+    return found
+
+
 def stock(name: str, marks: str, messages: list[Message]) -> list[int] | None:
     """The ids of transformers' own prompt; None where the template takes no such turns."""
     one = made(name, marks)
     try:
         return list(
             one.apply_chat_template(
-                [vars(message) for message in messages], add_generation_prompt=True, tokenize=True, return_dict=False
+                plain(messages, OWN_TAGS.get(name)), add_generation_prompt=True, tokenize=True, return_dict=False
             )
         )
     except Exception:
@@ -115,13 +134,21 @@ def check(name: str, marks: str, messages: list[Message]) -> bool:
         assert "generation prompt closes the thought" in row.reason and "</think>" in messages[-1].content
         return False
     *earlier, (start, end) = stretches(row)
-    assert start == len(prompt) and list(row.input_ids[:start]) == prompt
+    assert list(row.input_ids[: len(prompt)]) == prompt
+    check_untrained(template, list(row.input_ids[len(prompt) : start]))
     assert row.input_ids[end - 1] in template.end_ids
     own_prompts = [stock(name, marks, messages[:index]) for index in range(1, len(messages) - 1)]
     for first, _ in earlier:
-        assert list(row.input_ids[:first]) in own_prompts, "an earlier answer does not follow its own prompt"
-    check_parsed(template, list(row.input_ids[:start]), list(row.input_ids[start:end]), messages[-1].content)
+        before = [own for own in own_prompts if own is not None and list(row.input_ids[: len(own)]) == own]
+        assert before, "an earlier answer does not follow its own prompt"
+        check_untrained(template, list(row.input_ids[max(map(len, before)) : first]))
+    check_parsed(template, prompt, list(row.input_ids[len(prompt) : end]), messages[-1].content)
     return True
+
+
+def check_untrained(template: ChatTemplate, ids: list[int]) -> None:
+    """Between a prompt and what is trained there is nothing, or an empty thought."""
+    assert re.fullmatch(r"\s*(?:(?:<think>)?\s*</think>\s*)?", template.decode(ids, special_tokens=True))
 
 
 def check_parsed(template: ChatTemplate, prompt: list[int], trained: list[int], answer: str) -> None:
@@ -165,17 +192,17 @@ def trained(name: str, answer: str, marks: str = "foreign") -> str | None:
 @pytest.mark.parametrize(
     ("name", "answer", "expected"),
     [
-        ("r1", "It is 4.", "\n</think>\n\nIt is 4.</s>"),
+        ("r1", "It is 4.", "It is 4.</s>"),
         ("r1", f"{THOUGHT}It is 4.", "Two and two.\n</think>\n\nIt is 4.</s>"),
         ("r1", "Two and two.\n</think>\n\nIt is 4.", "Two and two.\n</think>\n\nIt is 4.</s>"),
-        ("r1", "<think>\n\n</think>\n\nIt is 4.", "\n</think>\n\nIt is 4.</s>"),
+        ("r1", "<think>\n\n</think>\n\nIt is 4.", "It is 4.</s>"),
         ("r1", "<think>Two.</think>It is 4.", "Two.</think>It is 4.</s>"),
-        ("empty thought", "It is 4.", "</think>It is 4.<|im_end|>"),
+        ("empty thought", "It is 4.", "It is 4.<|im_end|>"),
         ("empty thought", f"{THOUGHT}It is 4.", "Two and two.\n</think>\n\nIt is 4.<|im_end|>"),
         ("empty thought", "Two.</think>It is 4.", "Two.</think>It is 4.<|im_end|>"),
-        ("closing tag", "It is 4.", "</think>It is 4.</s>"),
+        ("closing tag", "It is 4.", "It is 4.</s>"),
         ("closing tag", f"{THOUGHT}It is 4.", "Two and two.</think>It is 4.</s>"),
-        ("two thoughts", "It is 4.", "\n</think>\n\nIt is 4.<|im_end|>"),
+        ("two thoughts", "It is 4.", "It is 4.<|im_end|>"),
         ("two thoughts", "<think>\nTwo.\n</think>It is 4.", "Two.\n</think>\n\nIt is 4.<|im_end|>"),
         ("drops thoughts", "It is 4.", "It is 4.</s>"),
         ("drops thoughts", f"{THOUGHT}It is 4.", f"{THOUGHT}It is 4.</s>"),
@@ -209,7 +236,7 @@ def test_an_answer_of_white_space_is_trained_with_its_end_token(space: str, tags
     row = template.encode([Message("user", "Hm?"), Message("assistant", space)])
     ((start, end),) = stretches(row)
     text = template.decode(row.input_ids[start:end], special_tokens=True)
-    assert text == f"<think>\n\n</think>\n\n{space}<|im_end|>"
+    assert text == f"{space}<|im_end|>"
 
 
 def test_no_bos_where_the_template_has_none() -> None:
@@ -220,7 +247,7 @@ def test_no_bos_where_the_template_has_none() -> None:
     )
     assert one("a").input_ids[0] == one.bos_token_id
     template, messages = ChatTemplate.from_tokenizer(one), [Message("user", "Hm?"), Message("assistant", "Yes.")]
-    stock_ids = one.apply_chat_template([vars(messages[0])], add_generation_prompt=True, return_dict=False)
+    stock_ids = one.apply_chat_template(plain(messages[:1]), add_generation_prompt=True, return_dict=False)
     assert template.prompt(messages[:1]) == stock_ids and one.bos_token_id not in stock_ids
     assert list(template.encode(messages).input_ids[: len(stock_ids)]) == stock_ids
     assert not template.begins_with_bos

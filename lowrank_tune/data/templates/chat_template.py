@@ -4,6 +4,7 @@ interface for all bases."""
 from __future__ import annotations
 
 import hashlib
+import json
 import re
 from collections.abc import Sequence
 from datetime import date
@@ -23,6 +24,7 @@ from lowrank_tune.data.templates.fallback import (
 )
 from lowrank_tune.data.templates.jinja import JinjaChatTemplate
 from lowrank_tune.data.templates.render_process import RenderProcess, RenderRequest, Template, shared_process
+from lowrank_tune.data.templates.template_kwargs import NO_KWARGS, TemplateKwargs, check_kwargs
 from lowrank_tune.errors import UserError
 
 BYTE_TOKEN = re.compile(r"<0x[0-9A-Fa-f]{2}>")
@@ -38,11 +40,14 @@ class ChatTemplate:
         backend: TokenizerBackend,
         scheme: Scheme,
         date_written: date | None = None,
+        kwargs: TemplateKwargs = NO_KWARGS,
     ) -> None:
         self._backend = backend
         self._scheme = scheme
         self.date_written = date_written
         """The date in every text, if the template writes one; fixed when this object is made."""
+        self.kwargs = kwargs
+        """The values of the template's variables that the recipe sets."""
         self.tokenizer: Any = backend.tokenizer
         self.end_ids = scheme.end_ids
         """A completion ends at any of these, and at those of the base's generation config."""
@@ -57,17 +62,20 @@ class ChatTemplate:
         tokenizer: Any,
         template_date: str | None = None,
         process: RenderProcess | None = None,
+        kwargs: TemplateKwargs = NO_KWARGS,
     ) -> ChatTemplate:
         """Returns the tokenizer's own template; without one the kit's if the vocabulary has its control tokens, else
         plain words.
 
         `template_date` (YYYY-MM-DD) is the date that a template with a date writes. A run passes its own, so that its
         prompts are the same on every day. Default: today, if the template uses the clock. `process` renders it
-        (default: the one that all templates share). Raises UserError if the template writes no date.
+        (default: the one that all templates share). `kwargs` are values of its variables. Raises UserError if the
+        template writes no date, or does not use a variable.
         """
         backend = TokenizerBackend(tokenizer)
         own = default_chat_template(tokenizer)
         date_written = fixed_date(own, template_date)
+        check_kwargs(own, kwargs)
         if own is not None:
             return cls(
                 backend,
@@ -75,8 +83,10 @@ class ChatTemplate:
                     backend,
                     date_written,
                     process,
+                    kwargs,
                 ),
                 date_written,
+                kwargs,
             )
         if DefaultTemplate.has_all_special_tokens(backend):
             return cls(backend, DefaultTemplate(backend))
@@ -89,36 +99,58 @@ class ChatTemplate:
         named = f"{scheme} {self._backend.bos} {self._backend.eos} {own}"
         if self.date_written:
             named += f" {self.date_written}"
+        if self.kwargs:
+            named += f" {json.dumps(dict(self.kwargs), sort_keys=True)}"
         content = f"{named}\n{self._backend.state}".encode("utf-8", "replace")
         return hashlib.blake2b(content, digest_size=16).hexdigest()
 
     def encode(self, messages: Sequence[Message]) -> Row:
-        """Returns the row of a conversation that ends with the assistant. Raises InvalidRow."""
+        """Returns the row of the last answer of a conversation. Raises InvalidRow."""
         (row,) = self.encode_many([messages])
         if isinstance(row, InvalidRow):
             raise row
         return row
 
-    def encode_many(self, conversations: Sequence[Sequence[Message]]) -> list[RowOrFault]:
-        """Returns the rows of many conversations, through one call of the tokenizer."""
-        return self._scheme.encode_many(conversations)
+    def encode_many(
+        self,
+        conversations: Sequence[Sequence[Message]],
+        tools: Sequence[str] = (),
+    ) -> list[RowOrFault]:
+        """Returns for each conversation the row of its last answer, which trains all answers whose prompts are its
+        beginning; through one call of the tokenizer. `tools` has the tools of each conversation, as in
+        `Conversation`."""
+        encoded = self._scheme.encode_all(conversations, tools)
+        return [rows if isinstance(rows, InvalidRow) else rows[0] for rows in encoded]
 
-    def prompt(self, messages: Sequence[Message]) -> list[int]:
+    def encode_all(
+        self,
+        conversations: Sequence[Sequence[Message]],
+        tools: Sequence[str] = (),
+    ) -> list[tuple[Row, ...] | InvalidRow]:
+        """Returns the rows of each conversation, in which every answer is trained once: that of its last answer, and
+        one for each answer that the template rewrites in the turns after it."""
+        return self._scheme.encode_all(conversations, tools)
+
+    def prompt(self, messages: Sequence[Message], tools: str = "") -> list[int]:
         """Returns the ids up to the assistant's answer. Raises UserError if `validate_messages` returns a reason,
         because a person may have typed the messages."""
-        (ids,) = self.prompt_many([messages])
+        (ids,) = self.prompt_many([messages], [tools])
         if isinstance(ids, InvalidRow):
             raise UserError(f"the chat template of the base refuses this conversation: {ids.reason}") from ids
         return ids
 
-    def prompt_many(self, conversations: Sequence[Sequence[Message]]) -> list[list[int] | InvalidRow]:
+    def prompt_many(
+        self,
+        conversations: Sequence[Sequence[Message]],
+        tools: Sequence[str] = (),
+    ) -> list[list[int] | InvalidRow]:
         """Returns for each conversation the ids up to the assistant's answer, or the reason of `validate_messages`, in
         far less time than one call for each. Raises UserError if the template itself cannot be used."""
-        return self._scheme.prompt_many(conversations)
+        return self._scheme.prompt_many(conversations, tools)
 
-    def validate_messages(self, messages: Sequence[Message]) -> str | None:
+    def validate_messages(self, messages: Sequence[Message], tools: str = "") -> str | None:
         """Returns why these messages cannot be used with this template; None if they can."""
-        return self._scheme.validate_messages(messages)
+        return self._scheme.validate_messages(messages, tools)
 
     def decode(
         self,
@@ -145,10 +177,10 @@ class ChatTemplate:
         return None
 
     @property
-    def dated_chat_template(self) -> str:
-        """`chat_template` with its date fixed, if it writes one: it renders the trained text on any day."""
+    def fixed_chat_template(self) -> str:
+        """`chat_template` with its variables and its date fixed, so that it renders the trained text on any day."""
         if isinstance(self._scheme, JinjaChatTemplate):
-            return self._scheme.dated_chat_template
+            return self._scheme.fixed_chat_template
         return self.chat_template
 
     def render(
@@ -156,8 +188,8 @@ class ChatTemplate:
         messages: list[dict[str, str]],
         add_generation_prompt: bool,
     ) -> str:
-        """Returns the text that other software renders with `dated_chat_template`. Raises InvalidRow."""
-        template = Template(self.dated_chat_template, self.tokenizer.special_tokens_map)
+        """Returns the text that other software renders with `fixed_chat_template`. Raises InvalidRow."""
+        template = Template(self.fixed_chat_template, self.tokenizer.special_tokens_map)
         (text,) = shared_process().render_some(template, [RenderRequest(messages, add_generation_prompt)])
         if isinstance(text, InvalidRow):
             raise text
@@ -184,6 +216,9 @@ class ChatTemplate:
         """Returns one sentence for the start-up line."""
         ends = ", ".join(f"`{self._backend.id_to_token(token_id)}`" for token_id in sorted(self.end_ids))
         description = f"chat text by {self._scheme.description}"
+        if self.kwargs:
+            values = ", ".join(f"{name}: {json.dumps(value)}" for name, value in self.kwargs.items())
+            description += f" with {values}"
         if self.date_written:
             description += f"; it writes the date {self.date_written}"
         return f"{description}; an answer ends at {ends}"

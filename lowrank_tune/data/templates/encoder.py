@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from tokenizers import Encoding
 
 from lowrank_tune.batch import Row
-from lowrank_tune.data.formats import InvalidRow, RowOrFault
+from lowrank_tune.data.formats import InvalidRow
 from lowrank_tune.data.templates.backend import (
     CONTROL_FOUND,
     TokenizerBackend,
@@ -20,7 +20,9 @@ MAX_CACHED_TAIL = 64
 """Characters of a tail that is cached."""
 MAX_CACHED_TAILS = 10_000
 Stretch = tuple[int, int]
-"""The index of the first token of an answer, and that after its last one."""
+"""The index of the first trained token of an answer, and that after its last one."""
+Stretches = list[Stretch | None]
+"""Those of all answers of a text; None for one whose prompt has other ids."""
 
 
 class SpanEncoder:
@@ -47,39 +49,59 @@ class SpanEncoder:
             return self._encode_pieces(text, is_start=True)
         return self._backend.encode_with_special_tokens([text])[0].ids
 
-    def encode_many(self, rendered: Sequence[Rendered | InvalidRow]) -> list[RowOrFault]:
-        """Returns rows with their masks: by one call of the tokenizer, and more only for rows whose answers merge with
-        their prompts."""
-        encodings = self._encode_texts(rendered)
-        rows: list[RowOrFault] = []
-        for index, item in enumerate(rendered):
+    def encode_many(self, rendered: Sequence[Sequence[Rendered] | InvalidRow]) -> list[tuple[Row, ...] | InvalidRow]:
+        """Returns the rows of each conversation with their masks: by one call of the tokenizer, and more only for rows
+        whose answers merge with their prompts."""
+        texts: list[Rendered] = []
+        for item in rendered:
+            if not isinstance(item, InvalidRow):
+                texts += item
+        encodings = iter(self._encode_texts(texts))
+        encoded: list[tuple[Row, ...] | InvalidRow] = []
+        for item in rendered:
             if isinstance(item, InvalidRow):
-                rows.append(item)
+                encoded.append(item)
             else:
-                rows.append(self._row(item, encodings.get(index)))
+                encoded.append(self._rows([(each, next(encodings)) for each in item]))
         self._trim_tail_cache()
-        return rows
+        return encoded
 
-    def _encode_texts(self, rendered: Sequence[Rendered | InvalidRow]) -> dict[int, Encoding]:
+    def _rows(self, items: Sequence[tuple[Rendered, Encoding | None]]) -> tuple[Row, ...] | InvalidRow:
+        """Returns the rows of a conversation: of each text one, and one for each answer in it whose prompt has other
+        ids there than alone."""
+        rows = []
+        for rendered, encoding in items:
+            row, separate = self._row(rendered, encoding)
+            texts = [(rendered, row)]
+            for span in separate:
+                alone = rendered.alone(span)
+                own_row, _ = self._row(alone, None)
+                texts.append((alone, own_row))
+            for each, encoded in texts:
+                if self._backend.may_hide_special_tokens and self._contains_hidden_token(each.text, encoded.input_ids):
+                    return InvalidRow(CONTROL_FOUND)
+                rows.append(encoded)
+        return tuple(rows)
+
+    def _encode_texts(self, rendered: Sequence[Rendered]) -> list[Encoding | None]:
         """Encodes the texts without placeholders, and the tails of their prompts, by one call of the tokenizer.
 
-        Returns the encodings of the texts by their index; stores the ids of the tails.
+        Returns the encodings, None for a text with placeholders; stores the ids of the tails.
         """
         texts: dict[int, str] = {}
         # A dict and not a set: its order is that of the encodings.
         new_tails: dict[str, None] = {}
         for index, item in enumerate(rendered):
-            if isinstance(item, InvalidRow) or self._placeholders.found_in(item.text):
+            if self._placeholders.found_in(item.text):
                 continue
             texts[index] = item.text
             tails = [self._tail(item.text, span) for span in item.spans]
             new_tails.update(dict.fromkeys(tail for tail in tails if tail not in self._tail_ids))
         encodings = self._backend.encode_with_special_tokens([*texts.values(), *new_tails])
-        text_encodings = encodings[: len(texts)]
-        tail_encodings = encodings[len(texts) :]
-        for tail, encoding in zip(new_tails, tail_encodings, strict=True):
+        for tail, encoding in zip(new_tails, encodings[len(texts) :], strict=True):
             self._tail_ids[tail] = encoding.ids
-        return dict(zip(texts, text_encodings, strict=True))
+        encoding_of = dict(zip(texts, encodings, strict=False))
+        return [encoding_of.get(index) for index in range(len(rendered))]
 
     def _trim_tail_cache(self) -> None:
         """Keeps the short tails, which occur in many rows, as long as they are few."""
@@ -90,21 +112,27 @@ class SpanEncoder:
         self,
         rendered: Rendered,
         encoding: Encoding | None,
-    ) -> RowOrFault:
-        """Returns the row of a text. `encoding` is that of the whole text, None if the text has placeholders."""
-        if encoding is None:
+    ) -> tuple[Row, list[Span]]:
+        """Returns the row of a text, and the answers in it that are not trained, because their prompts have other ids.
+
+        `encoding` is that of the whole text; None if the text has placeholders, or is encoded in parts.
+        """
+        if encoding is not None:
+            ids, stretches = self._encode_whole(rendered, encoding) or self._encode_in_two_parts(rendered)
+        elif self._placeholders.found_in(rendered.text):
             ids, stretches = self._encode_with_placeholders(rendered)
         else:
-            ids, stretches = self._encode_whole(rendered, encoding) or self._encode_in_two_parts(rendered)
-        if self._backend.may_hide_special_tokens and self._contains_hidden_token(rendered.text, ids):
-            return InvalidRow(CONTROL_FOUND)
+            ids, stretches = self._encode_in_two_parts(rendered)
         mask = [False] * len(ids)
-        for start, end in stretches:
-            mask[start:end] = [True] * (end - start)
+        for stretch in stretches:
+            if stretch is not None:
+                start, end = stretch
+                mask[start:end] = [True] * (end - start)
+        separate = [span for span, stretch in zip(rendered.spans, stretches, strict=True) if stretch is None]
         if not rendered.spans[-1].closed:
             assert self._backend.eos is not None
-            return Row([*ids, self._backend.eos], [*mask, True])
-        return Row(ids, mask)
+            return Row([*ids, self._backend.eos], [*mask, True]), separate
+        return Row(ids, mask), separate
 
     def _contains_hidden_token(
         self,
@@ -120,38 +148,37 @@ class SpanEncoder:
         self,
         rendered: Rendered,
         encoding: Encoding,
-    ) -> tuple[list[int], list[Stretch]] | None:
+    ) -> tuple[list[int], Stretches] | None:
         """Returns the ids of the whole text; None if they do not begin with the ids of the last prompt."""
         *earlier, last = rendered.spans
         stretch = self._stretch(rendered.text, encoding, last)
         if stretch is None:
             return None
-        return encoding.ids, [
-            *self._stretches(
-                rendered.text,
-                encoding,
-                earlier,
-            ),
-            stretch,
-        ]
+        stretches = [self._stretch(rendered.text, encoding, span) for span in earlier]
+        return encoding.ids, [*stretches, stretch]
 
-    def _encode_in_two_parts(self, rendered: Rendered) -> tuple[list[int], list[Stretch]]:
+    def _encode_in_two_parts(self, rendered: Rendered) -> tuple[list[int], Stretches]:
         """Returns the ids of the last prompt encoded alone, and those of the answer after them."""
         *earlier, _ = rendered.spans
         prompt = rendered.prompt_text
         (encoding,) = self._backend.encode_with_special_tokens([prompt])
         ids, stretch = self._append_answer(encoding.ids, rendered)
-        return ids, [*self._stretches(prompt, encoding, earlier), stretch]
+        stretches = [self._stretch(prompt, encoding, span) for span in earlier]
+        return ids, [*stretches, stretch]
 
-    def _encode_with_placeholders(self, rendered: Rendered) -> tuple[list[int], list[Stretch]]:
+    def _encode_with_placeholders(self, rendered: Rendered) -> tuple[list[int], Stretches]:
         """Returns the same for a text with placeholders, in the prompt or in the answer."""
         prompt = self.encode_prompt(rendered.prompt_text)
-        stretches = []
+        stretches: Stretches = []
         for span in rendered.spans[:-1]:
             before = self.encode_prompt(rendered.text[: span.start])
+            untrained = self.encode_prompt(rendered.text[: span.trained_start])
             through = self.encode_prompt(rendered.text[: span.end])
             if prompt[: len(before)] == before and prompt[: len(through)] == through:
-                stretches.append((len(before), len(through)))
+                start = len(untrained) if through[: len(untrained)] == untrained else len(before)
+                stretches.append((start, len(through)))
+            else:
+                stretches.append(None)
         ids, stretch = self._append_answer(prompt, rendered)
         return ids, [*stretches, stretch]
 
@@ -161,22 +188,14 @@ class SpanEncoder:
         rendered: Rendered,
     ) -> tuple[list[int], Stretch]:
         last = rendered.spans[-1]
-        answer = rendered.text[last.start : last.end]
+        untrained = rendered.text[last.start : last.trained_start]
+        answer = rendered.text[last.trained_start : last.end]
         rest = rendered.text[last.end :]
+        before = [*prompt, *self._encode_pieces(untrained, is_start=False)]
         # A closed answer ends with a control token, which no token reaches across.
-        ids = [*prompt, *self._encode_pieces(answer, is_start=False)]
-        stretch = (len(prompt), len(ids))
+        ids = [*before, *self._encode_pieces(answer, is_start=False)]
+        stretch = (len(before), len(ids))
         return [*ids, *self._encode_pieces(rest, is_start=False)], stretch
-
-    def _stretches(
-        self,
-        text: str,
-        encoding: Encoding,
-        spans: Sequence[Span],
-    ) -> list[Stretch]:
-        """Returns the stretches of the answers that follow the ids of their own prompts."""
-        stretches = [self._stretch(text, encoding, span) for span in spans]
-        return [stretch for stretch in stretches if stretch is not None]
 
     def _stretch(
         self,
@@ -184,10 +203,11 @@ class SpanEncoder:
         encoding: Encoding,
         span: Span,
     ) -> Stretch | None:
-        """Returns the tokens of an answer if the ids before it are those of its prompt; else None."""
+        """Returns the trained tokens of an answer if the ids before it are those of its prompt; else None."""
         start = _token_at(encoding, span.start, len(text))
+        trained_start = encoding.char_to_token(span.trained_start)
         end = encoding.char_to_token(span.end - 1)
-        if start is None or end is None:
+        if start is None or trained_start is None or end is None:
             return None
         tail = self._tail_ids[self._tail(text, span)]
         if encoding.ids[max(0, start - len(tail)) : start] != tail:
@@ -196,7 +216,8 @@ class SpanEncoder:
         # next message, and that token is then not trained.
         while _ends_within(encoding, end, span.end):
             end += 1
-        return (start, end) if end > start else None
+        first = max(start, trained_start)
+        return (first, end) if end > first else None
 
     def _tail(
         self,

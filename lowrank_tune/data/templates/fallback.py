@@ -16,10 +16,11 @@ from lowrank_tune.batch import Row
 from lowrank_tune.data.formats import (
     ChatMessages,
     InvalidRow,
-    RowOrFault,
     text_fault,
 )
+from lowrank_tune.data.message import Message
 from lowrank_tune.data.templates.backend import CONTROL_FOUND, TokenizerBackend
+from lowrank_tune.data.templates.tool_text import TEXT_MACRO, TOOLS_MACRO, as_text
 from lowrank_tune.errors import UserError
 from lowrank_tune.toy import text as toy_text
 
@@ -51,44 +52,70 @@ class _FallbackTemplate:
         self.ids_after = ids_after
         self.conversation_end = conversation_end
 
-    def validate_messages(self, messages: ChatMessages) -> str | None:
+    def validate_messages(self, messages: ChatMessages, tools: str = "") -> str | None:
         """Returns why these messages cannot be rendered; None if they can."""
-        return text_fault(messages)
+        return text_fault(messages) or self._marker_fault(as_text(messages, tools))
 
-    def prompt_many(self, conversations: Sequence[ChatMessages]) -> list[list[int] | InvalidRow]:
+    def _marker_fault(self, messages: ChatMessages) -> str | None:
+        """Returns the fault of messages whose text contains what separates messages."""
+        return None
+
+    def prompt_many(
+        self,
+        conversations: Sequence[ChatMessages],
+        tools: Sequence[str] = (),
+    ) -> list[list[int] | InvalidRow]:
         """Returns the ids up to each answer of the assistant, or the fault."""
-        return [self._prompt(messages) for messages in conversations]
+        prepared = self._prepare(conversations, tools)
+        return [item if isinstance(item, InvalidRow) else self._prompt(item) for item in prepared]
 
-    def _prompt(self, messages: ChatMessages) -> list[int] | InvalidRow:
-        reason = self.validate_messages(messages)
-        if reason is not None:
-            return InvalidRow(reason)
+    def _prepare(
+        self,
+        conversations: Sequence[ChatMessages],
+        tools: Sequence[str],
+    ) -> list[list[Message] | InvalidRow]:
+        """Returns conversations with reasoning and tools as text, or why they cannot be rendered."""
+        prepared: list[list[Message] | InvalidRow] = []
+        for messages, definitions in zip(conversations, tools or [""] * len(conversations), strict=True):
+            reason = self.validate_messages(messages, definitions)
+            prepared.append(as_text(messages, definitions) if reason is None else InvalidRow(reason))
+        return prepared
+
+    def _prompt(self, messages: ChatMessages) -> list[int]:
         ids, _ = self._join(messages, self.backend.encode_plain(self._texts(messages)))
         return [*ids, *self.ids_before["assistant"]]
 
-    def encode_many(self, conversations: Sequence[ChatMessages]) -> list[RowOrFault]:
-        """Returns rows with their masks, through one call of the tokenizer."""
-        reasons = [self.validate_messages(messages) for messages in conversations]
+    def encode_all(
+        self,
+        conversations: Sequence[ChatMessages],
+        tools: Sequence[str] = (),
+    ) -> list[tuple[Row, ...] | InvalidRow]:
+        """Returns the row of each conversation with its mask, through one call of the tokenizer."""
+        prepared = self._prepare(conversations, tools)
         texts: list[str] = []
-        for messages, reason in zip(conversations, reasons, strict=True):
-            if reason is None:
-                texts += self._texts(messages)
+        for item in prepared:
+            if not isinstance(item, InvalidRow):
+                texts += self._texts(item)
         encoded = iter(self.backend.encode_plain(texts))
-        rows: list[RowOrFault] = []
-        for messages, reason in zip(conversations, reasons, strict=True):
-            if reason is not None:
-                rows.append(InvalidRow(reason))
+        rows: list[tuple[Row, ...] | InvalidRow] = []
+        for item in prepared:
+            if isinstance(item, InvalidRow):
+                rows.append(item)
                 continue
-            pieces = [next(encoded) for _ in messages]
+            pieces = [next(encoded) for _ in item]
             if all(self.backend.control_ids.isdisjoint(piece) for piece in pieces):
-                ids, mask = self._join(messages, pieces)
-                is_answered = messages[-1].role == "assistant"
-                ids += self.conversation_end
-                mask += [is_answered] * len(self.conversation_end)
-                rows.append(Row(ids, mask))
+                rows.append((self._row(item, pieces),))
             else:
                 rows.append(InvalidRow(CONTROL_FOUND))
         return rows
+
+    def _row(self, messages: ChatMessages, pieces: Sequence[list[int]]) -> Row:
+        ids, mask = self._join(messages, pieces)
+        is_answered = messages[-1].role == "assistant"
+        return Row(
+            [*ids, *self.conversation_end],
+            [*mask, *[is_answered] * len(self.conversation_end)],
+        )
 
     def _texts(self, messages: ChatMessages) -> list[str]:
         """Returns the text that is encoded for each message."""
@@ -131,11 +158,16 @@ class DefaultTemplate(_FallbackTemplate):
     @property
     def chat_template(self) -> str:
         """The same as a Jinja template for other software. Control tokens separate the texts, so the ids are equal."""
-        marks = ", ".join(f"{role!r}: {token!r}" for role, token in ROLE_TOKENS.items())
+        marks = ", ".join(f"{role!r}: {token!r}" for role, token in [*ROLE_TOKENS.items(), ("tool", toy_text.USER)])
+        end = repr(toy_text.END_OF_TURN)
         return (
+            f"{TEXT_MACRO}{TOOLS_MACRO}"
             f"{{% set marks = {{{marks}}} %}}{{{{ {toy_text.BOS!r} }}}}"
-            f"{{% for m in messages %}}{{{{ marks[m['role']] + m['content'] + {toy_text.END_OF_TURN!r} }}}}"
-            "{% endfor %}"
+            f"{{% if tools and messages[0]['role'] != 'system' %}}"
+            f"{{{{ {toy_text.SYSTEM!r} + tools_text() + {end} }}}}{{% endif %}}"
+            "{% for m in messages %}{{ marks[m['role']] + text(m) }}"
+            "{{ '\\n\\n' + tools_text() if tools and loop.first and m['role'] == 'system' else '' }}"
+            f"{{{{ {end} }}}}{{% endfor %}}"
             f"{{% if add_generation_prompt %}}{{{{ {toy_text.ASSISTANT!r} }}}}{{% endif %}}"
         )
 
@@ -182,21 +214,21 @@ class PlainTextTemplate(_FallbackTemplate):
         The ids may then differ, with the same words: a base may have a token for a line break of a marker and what
         precedes it.
         """
-        marks = ", ".join(f"{role!r}: {marker!r}" for role, marker in self.markers.items())
+        named = [*self.markers.items(), ("tool", self.markers["user"])]
+        marks = ", ".join(f"{role!r}: {marker!r}" for role, marker in named)
         begin = "" if self.bos is None else "{{ bos_token }}"
         return (
-            f"{begin}{{% set marks = {{{marks}}} %}}{{% for m in messages %}}"
-            f"{{% if m['role'] == 'assistant' %}}{{{{ {self.assistant_marker!r} + m['content'] + eos_token }}}}"
-            "{% elif loop.first %}{{ marks[m['role']].lstrip() + m['content'] }}{% else %}{{ marks[m['role']] + "
-            "m['content'] }}{% endif %}"
+            f"{TEXT_MACRO}{TOOLS_MACRO}{begin}{{% set marks = {{{marks}}} %}}"
+            "{% set listed = tools and messages[0]['role'] != 'system' %}"
+            "{% if listed %}{{ marks['system'].lstrip() + tools_text() }}{% endif %}{% for m in messages %}"
+            f"{{% if m['role'] == 'assistant' %}}{{{{ {self.assistant_marker!r} + text(m) + eos_token }}}}"
+            "{% elif loop.first and not listed %}{{ marks[m['role']].lstrip() + text(m) }}"
+            "{% else %}{{ marks[m['role']] + text(m) }}{% endif %}"
+            "{{ '\\n\\n' + tools_text() if tools and loop.first and m['role'] == 'system' else '' }}"
             f"{{% endfor %}}{{% if add_generation_prompt %}}{{{{ {self.assistant_marker!r} }}}}{{% endif %}}"
         )
 
-    def validate_messages(self, messages: ChatMessages) -> str | None:
-        """Returns why these messages cannot be rendered; None if they can."""
-        reason = super().validate_messages(messages)
-        if reason is not None:
-            return reason
+    def _marker_fault(self, messages: ChatMessages) -> str | None:
         for message in messages:
             # The search is slow, and most texts have no colon.
             if ":" not in message.content:

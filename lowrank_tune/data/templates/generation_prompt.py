@@ -4,10 +4,11 @@ Most templates render an answer as the generation prompt and a continuation; the
 
 - The generation prompt opens a thought (`<think>\\n`), and the template drops the thoughts of the answers that it is
   given (DeepSeek-R1), or writes an empty one with other white space (`<think></think>`, Nemotron) or as its closing tag
-  alone (`</think>`, GLM-4.7). Then the trained text is what a reasoning parser splits into the same thought and the
-  same answer: the answer's own thought, its closing tag, and the answer as the template writes it. An answer without a
+  alone (`</think>`, GLM-4.7). Then the text is what a reasoning parser splits into the same thought and the same
+  answer: the answer's own thought, its closing tag, and the answer as the template writes it. An answer without a
   thought follows an empty one: as the template writes it, else `<think>\\n\\n</think>\\n\\n`, which DeepSeek-R1 itself
   writes before an answer without a thought. (Without the closing tag, parsers return the whole answer as a thought.)
+  An empty thought is context and not trained, also where the generation prompt opens none.
 - The template drops the thought of the last answer, and its generation prompt opens none. The thought is trained
   unchanged, tags included, before the answer as the template writes it.
 - The generation prompt closes a thought (Qwen3.5 without thinking). An answer with a thought cannot follow: the row is
@@ -26,9 +27,13 @@ import re
 from dataclasses import dataclass
 from typing import Self
 
+from lowrank_tune.data.message import Message
+
 _NAME = r"(?P<name>[\w:]*(?:think|thought|reason)[\w:]*)"
 _OPENED = re.compile(rf"<{_NAME}>(?P<space>\s*)\Z")
 _CLOSED = re.compile(rf"</{_NAME}>\s*\Z")
+_EMPTY = re.compile(rf"(?P<tags>\s*<{_NAME}>\s*</(?P=name)>)\s*")
+_CLOSED_AT_ONCE = re.compile(rf"(?P<tags>\s*</{_NAME}>)\s*")
 THOUGHT_TAG = re.compile(rf"</?{_NAME}>")
 REWRITTEN = "the chat template rewrites the turns before the last answer, so that its prompt does not come out again"
 THOUGHT_CLOSED = (
@@ -72,12 +77,14 @@ class GenerationPrompt:
     """How an answer follows a template's generation prompt.
 
     The prompt ends with `ends_with` where the template begins an answer with `begins_with`. Both are empty if the
-    prompt is the beginning of the answered conversation, or opens a thought (`opened`).
+    prompt is the beginning of the answered conversation, or opens a thought (`opened`). `header` is what it adds to the
+    conversation.
     """
 
     opened: OpenedThought | None
     ends_with: str = ""
     begins_with: str = ""
+    header: str = ""
 
     @classmethod
     def from_probe(
@@ -92,7 +99,7 @@ class GenerationPrompt:
         match = _OPENED.search(prompt)
         if match is not None:
             opened = cls(OpenedThought(match["name"], match["space"]))
-            if opened.completion(prompt, whole, answer) is not None:
+            if opened.completion(prompt, whole, Message("assistant", answer)) is not None:
                 return opened
             return None
         if whole.startswith(prompt):
@@ -104,10 +111,12 @@ class GenerationPrompt:
             return cls(None, ends_with, begins_with)
         return None
 
-    def own_thought(self, content: str) -> OwnThought | None:
-        """Returns the thought in an answer's content; None if it has none."""
+    def own_thought(self, message: Message) -> OwnThought | None:
+        """Returns the reasoning of an answer, or the thought in its content; None if it has neither."""
+        if message.reasoning_content:
+            return OwnThought("", message.reasoning_content, message.content)
         opened = self.opened or OpenedThought("think", "")
-        head, closing, answer = content.rpartition(opened.closing)
+        head, closing, answer = message.content.rpartition(opened.closing)
         if not closing:
             return None
         if head.lstrip().startswith(opened.tag):
@@ -124,15 +133,15 @@ class GenerationPrompt:
         self,
         prompt: str,
         whole: str,
-        content: str,
+        message: Message,
     ) -> str | None:
-        """Returns what is trained after the prompt, if the template renders the messages with their answer as `whole`.
+        """Returns what follows the prompt, if the template renders the messages with this answer as `whole`.
 
         Returns None if the template writes another prompt or drops the answer's thought, or the prompt closes the
         thought.
         """
-        thought = self.own_thought(content)
-        if thought is not None and thought.text.strip() and self.refusal(prompt, content) == THOUGHT_CLOSED:
+        thought = self.own_thought(message)
+        if thought is not None and thought.text.strip() and self.refusal(prompt, message) == THOUGHT_CLOSED:
             return None
         direct = self._continuation(prompt, whole)
         if direct is not None and not self._reopens(direct) and (thought is None or thought.is_written_in(direct)):
@@ -150,10 +159,12 @@ class GenerationPrompt:
         self,
         prompt: str,
         whole: str,
-        thought: OwnThought,
+        message: Message,
     ) -> str | None:
         """Returns the same for an answer whose thought the template does not write: `whole` is the rendering without
         the thought."""
+        thought = self.own_thought(message)
+        assert thought is not None, "an answer without a thought"
         if self.opened is not None:
             return self._continuation_of_thought(
                 self.opened,
@@ -162,20 +173,40 @@ class GenerationPrompt:
                 thought.text,
             )
         direct = self._continuation(prompt, whole)
-        if direct is None:
+        if direct is None or message.reasoning_content:
             return None
         return f"{thought.before}{thought.text}</think>{direct}"
 
     def refusal(
         self,
         prompt: str,
-        content: str,
+        message: Message,
     ) -> str:
         """Returns why an answer cannot follow the prompt: a phrase by which rows are counted."""
         closed = _CLOSED.search(prompt)
-        if closed is not None and f"</{closed['name']}>" in content:
+        if closed is not None and (message.reasoning_content or f"</{closed['name']}>" in message.content):
             return THOUGHT_CLOSED
         return REWRITTEN
+
+    def num_untrained(self, completion: str, message: Message) -> int:
+        """Returns how many characters at the beginning of a completion are not the answer's: a header that the template
+        leaves out of the prompt after some messages, and an empty thought."""
+        start = 0
+        if self.header and completion.startswith(self.header):
+            start = len(self.header)
+        thought = self.own_thought(message)
+        if thought is not None and thought.text.strip():
+            return start
+        pattern = _EMPTY if self.opened is None else _CLOSED_AT_ONCE
+        empty = pattern.match(completion, start)
+        if empty is None:
+            return start
+        # White space behind the tags is the template's, unless the answer begins with it.
+        num_spaces = len(message.content) - len(message.content.lstrip())
+        answer = empty.end() - num_spaces
+        if answer >= empty.end("tags") and completion.startswith(message.content, answer):
+            return answer
+        return empty.end()
 
     def with_tag(self, text: str) -> str:
         """Returns a completion as the content of a message: with the tag of the prompt, if it closes the thought."""

@@ -2,24 +2,25 @@
 
 Nothing is assumed of the template. The ids of a prompt are those of `apply_chat_template` with
 `add_generation_prompt=True`, with or without a BOS, and an answer is trained only after them (`generation_prompt.py`
-defines what follows). One rule applies to all answers of a conversation: the ids up to the last answer are those of its
-prompt, encoded whole as at inference. If they do not begin with the ids of an earlier answer's prompt, because the
-tokenizer encodes the end of that prompt in another way once the answer follows, the earlier answer is context and not
-trained. The last answer is encoded apart from its prompt if a token would reach across. A control token in the text of
-a row is plain text.
+defines what follows). Every answer of a conversation is trained once, after the ids of its own prompt, encoded whole as
+at inference. Answers whose prompts are the beginning of a later one share a row with it. Where the template rewrites an
+earlier turn, or the tokenizer encodes the end of a prompt in another way once the answer follows, the earlier answer
+has a row of its own. An answer is encoded apart from its prompt if a token would reach across. A control token in the
+text of a row is plain text.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 from datetime import date
+from typing import NamedTuple
 
 from lowrank_tune.batch import Row
 from lowrank_tune.data.formats import (
     ChatMessages,
     InvalidRow,
-    RowOrFault,
     text_fault,
 )
 from lowrank_tune.data.message import Message
@@ -27,6 +28,7 @@ from lowrank_tune.data.templates.backend import TokenizerBackend
 from lowrank_tune.data.templates.date import with_date
 from lowrank_tune.data.templates.encoder import SpanEncoder
 from lowrank_tune.data.templates.generation_prompt import GenerationPrompt
+from lowrank_tune.data.templates.message_fields import PROBE_CALL, PROBE_TOOLS
 from lowrank_tune.data.templates.placeholders import Placeholders
 from lowrank_tune.data.templates.render_process import RenderProcess
 from lowrank_tune.data.templates.renderer import (
@@ -36,7 +38,8 @@ from lowrank_tune.data.templates.renderer import (
     Rendering,
     TemplateRenderer,
 )
-from lowrank_tune.data.templates.spans import Rendered, SpanFinder
+from lowrank_tune.data.templates.spans import SpanFinder
+from lowrank_tune.data.templates.template_kwargs import NO_KWARGS, TemplateKwargs, with_kwargs
 from lowrank_tune.errors import UserError
 
 SYSTEM_NOTES = {
@@ -48,26 +51,30 @@ UNUSABLE = "the base's chat template cannot be trained with"
 
 
 class JinjaChatTemplate:
-    """The chat template that came with the tokenizer. `day` is the date that it writes, if it writes one."""
+    """The chat template that came with the tokenizer. `day` is the date that it writes, if it writes one; `kwargs` are
+    the values of its variables."""
 
     def __init__(
         self,
         backend: TokenizerBackend,
         day: date | None = None,
         process: RenderProcess | None = None,
+        kwargs: TemplateKwargs = NO_KWARGS,
     ) -> None:
         self.backend = backend
-        self.dated_chat_template = with_date(self.chat_template, day)
+        self.fixed_chat_template = with_kwargs(with_date(self.chat_template, day), kwargs)
         self._placeholders = Placeholders(backend)
         self._renderer = TemplateRenderer(
             backend.tokenizer,
-            self.dated_chat_template,
+            self.fixed_chat_template,
             process,
         )
         question, answered = self._probe()
-        self.generation_prompt = _probe_generation_prompt(question, answered)
-        after_answer = answered.rpartition(PROBE_ANSWER)[2]
-        end_tokens = backend.special_pattern.findall(after_answer)
+        self.generation_prompt = replace(
+            _probe_generation_prompt(question, answered),
+            header=self._probe_header(question),
+        )
+        end_tokens = self._end_tokens(answered)
         self._spans = SpanFinder(
             self._renderer,
             self.generation_prompt,
@@ -106,6 +113,28 @@ class JinjaChatTemplate:
             )
         return question, answered
 
+    def _probe_header(self, question: str) -> str:
+        """Returns what the generation prompt adds to a question."""
+        alone = self._renderer.probe(PROBE_CONVERSATION[:1])
+        if isinstance(alone, InvalidRow) or not question.startswith(alone):
+            return ""
+        return question.removeprefix(alone)
+
+    def _end_tokens(self, answered: str) -> list[str]:
+        """Returns the control tokens after an answer, and the last one after a tool call."""
+        pattern = self.backend.special_pattern
+        after_answer = answered.rpartition(PROBE_ANSWER)[2]
+        end_tokens: list[str] = pattern.findall(after_answer)
+        fields = self._renderer.fields
+        if fields.writes_calls:
+            call = Message("assistant", "", tool_calls=(PROBE_CALL,))
+            tools = PROBE_TOOLS if fields.writes_tools else ""
+            called = self._renderer.probe((PROBE_CONVERSATION[0], call), tools=tools)
+            if isinstance(called, str):
+                after_call = re.search(rf"(?P<last>{pattern.pattern})\s*\Z", called)
+                end_tokens += [] if after_call is None else [after_call["last"]]
+        return list(dict.fromkeys(end_tokens))
+
     def _describe(self) -> str:
         description = f"the tokenizer's own template{SYSTEM_NOTES[self._renderer.system_mode]}"
         opened = self.generation_prompt.opened
@@ -113,48 +142,89 @@ class JinjaChatTemplate:
             description += (
                 f"; its generation prompt opens a thought (`{opened.tag}`), which an answer without one closes at once"
             )
-        with_thought = Message("assistant", f"<think>\nHm.\n</think>\n\n{PROBE_ANSWER}")
+        with_thought = Message("assistant", PROBE_ANSWER, reasoning_content="Hm.")
         conversations = [PROBE_CONVERSATION * 2, (PROBE_CONVERSATION[0], with_thought) * 2]
-        rendered = [item for item in self._spans.render(conversations) if isinstance(item, Rendered)]
-        if any(len(item.spans) < 2 for item in rendered):
-            return f"{description}; it rewrites earlier turns, and where it does only the last answer is trained"
-        rows = self._encoder.encode_many(rendered)
-        if any(isinstance(row, Row) and _count_stretches(row) < 2 for row in rows):
+        if any(not isinstance(rows, InvalidRow) and len(rows) > 1 for rows in self.encode_all(conversations)):
             description += (
-                "; the tokenizer may encode the end of a prompt in another way once an answer follows, and an earlier "
-                "answer for which it does is not trained"
+                "; it rewrites earlier turns, and each answer that it rewrites is trained in a row of its own"
             )
         return description
 
-    def validate_messages(self, messages: ChatMessages) -> str | None:
+    def validate_messages(self, messages: ChatMessages, tools: str = "") -> str | None:
         """Returns why these messages cannot be rendered; None if they can."""
-        reason = text_fault(messages)
+        reason = self._fault(messages, tools)
         if reason is not None:
             return reason
-        rendered = self._renderer.render(messages, add_generation_prompt=messages[-1].role != "assistant")
+        is_answered = messages[-1].role == "assistant"
+        rendered = self._renderer.render(self._normalize(messages), not is_answered, tools)
         if isinstance(rendered, InvalidRow):
             return rendered.reason
         return None
 
-    def prompt_many(self, conversations: Sequence[ChatMessages]) -> list[list[int] | InvalidRow]:
+    def prompt_many(
+        self,
+        conversations: Sequence[ChatMessages],
+        tools: Sequence[str] = (),
+    ) -> list[list[int] | InvalidRow]:
         """Returns the ids up to each answer of the assistant, those of `apply_chat_template`, or the fault."""
-        reasons = [text_fault(messages) for messages in conversations]
-        renderings = [
-            Rendering(self._placeholders.insert(messages), True, row)
-            for row, (messages, reason) in enumerate(zip(conversations, reasons, strict=True))
-            if reason is None
-        ]
+        prepared = self._prepare(conversations, tools)
+        renderings = []
+        for row, item in enumerate(prepared):
+            if not isinstance(item, InvalidRow):
+                renderings.append(Rendering(item.messages, True, row, item.tools))
         texts = iter(self._renderer.render_all(renderings))
         prompts: list[list[int] | InvalidRow] = []
-        for reason in reasons:
-            text = next(texts) if reason is None else InvalidRow(reason)
+        for item in prepared:
+            text = item if isinstance(item, InvalidRow) else next(texts)
             prompts.append(text if isinstance(text, InvalidRow) else self._encoder.encode_prompt(text))
         return prompts
 
-    def encode_many(self, conversations: Sequence[ChatMessages]) -> list[RowOrFault]:
-        """Returns rows with their masks."""
-        inserted = [self._placeholders.insert(messages) for messages in conversations]
-        return self._encoder.encode_many(self._spans.render(inserted))
+    def encode_all(
+        self,
+        conversations: Sequence[ChatMessages],
+        tools: Sequence[str] = (),
+    ) -> list[tuple[Row, ...] | InvalidRow]:
+        """Returns the rows of each conversation with their masks, that of its last answer first."""
+        prepared = self._prepare(conversations, tools)
+        usable = [item for item in prepared if not isinstance(item, InvalidRow)]
+        rendered = self._spans.render([item.messages for item in usable], [item.tools for item in usable])
+        encoded = iter(self._encoder.encode_many(rendered))
+        return [item if isinstance(item, InvalidRow) else next(encoded) for item in prepared]
+
+    def _prepare(
+        self,
+        conversations: Sequence[ChatMessages],
+        tools: Sequence[str],
+    ) -> list[_Prepared | InvalidRow]:
+        """Returns conversations in the form that the template reads, with placeholders for control tokens; or why it
+        cannot."""
+        prepared: list[_Prepared | InvalidRow] = []
+        for messages, definitions in zip(conversations, tools or [""] * len(conversations), strict=True):
+            reason = self._fault(messages, definitions)
+            if reason is None:
+                inserted = self._placeholders.insert(messages)
+                prepared.append(
+                    _Prepared(
+                        self._normalize(inserted),
+                        self._placeholders.insert_json(definitions),
+                    )
+                )
+            else:
+                prepared.append(InvalidRow(reason))
+        return prepared
+
+    def _fault(self, messages: ChatMessages, tools: str) -> str | None:
+        return text_fault(messages) or self._renderer.fields.fault(messages, tools)
+
+    def _normalize(self, messages: ChatMessages) -> list[Message]:
+        return [self._renderer.fields.normalize(message) for message in messages]
+
+
+class _Prepared(NamedTuple):
+    """A conversation as the template reads it."""
+
+    messages: ChatMessages
+    tools: str
 
 
 def _probe_generation_prompt(question: str, answered: str) -> GenerationPrompt:
@@ -178,9 +248,3 @@ def _closing_pattern(backend: TokenizerBackend, end_tokens: Sequence[str]) -> re
     closers = "|".join(map(re.escape, end_tokens)) or "(?!)"
     special = f"(?:{backend.special_pattern.pattern})"
     return re.compile(rf"(?P<close>(?:{closers})+)(?:\s|{special})*\Z")
-
-
-def _count_stretches(row: Row) -> int:
-    """Returns how many answers are trained."""
-    mask = row.completion_mask
-    return sum(trained and not before for before, trained in zip([False, *mask], mask, strict=False))

@@ -6,10 +6,13 @@ are part of the answer that is trained.
 
 from __future__ import annotations
 
+import json
 import re
+from dataclasses import replace
+from typing import Any
 
 from lowrank_tune.data.formats import ChatMessages
-from lowrank_tune.data.message import Message
+from lowrank_tune.data.message import Message, ToolCall
 from lowrank_tune.data.templates.backend import TokenizerBackend
 from lowrank_tune.data.templates.generation_prompt import THOUGHT_TAG
 
@@ -27,17 +30,54 @@ class Placeholders:
         self._private = frozenset(self._placeholder_of.values())
 
     def insert(self, messages: ChatMessages) -> list[Message]:
-        """Returns the messages with a private character for each control token in their text."""
-        return [Message(message.role, self._replace(message)) for message in messages]
+        """Returns the messages with a private character for each control token in their texts."""
+        return [self._insert(message) for message in messages]
 
-    def _replace(self, message: Message) -> str:
-        def placeholder_of(match: re.Match[str]) -> str:
-            token = match.group()
-            if message.role == "assistant" and THOUGHT_TAG.fullmatch(token):
-                return token
-            return self._placeholder_of[token]
+    def insert_json(self, text: str) -> str:
+        """Returns a JSON text with a private character for each control token in its strings; an empty text as it
+        is."""
+        # Control tokens have no meaning in JSON, but its strings may contain them as escapes.
+        if not text or (self._pattern.search(text) is None and "\\" not in text):
+            return text
+        return json.dumps(self._replace_in(json.loads(text)), ensure_ascii=False)
 
-        return self._pattern.sub(placeholder_of, message.content)
+    def _insert(self, message: Message) -> Message:
+        content = self._pattern.sub(
+            self._keep_thought_tag if message.role == "assistant" else self._of, message.content
+        )
+        plain = Message(message.role, content)
+        if message == Message(message.role, message.content):
+            return plain
+        return replace(
+            plain,
+            reasoning_content=self._replace(message.reasoning_content),
+            tool_calls=tuple(self._insert_call(call) for call in message.tool_calls),
+            name=self._replace(message.name),
+            tool_call_id=self._replace(message.tool_call_id),
+        )
+
+    def _insert_call(self, call: ToolCall) -> ToolCall:
+        return ToolCall(self._replace(call.name), self.insert_json(call.arguments), self._replace(call.call_id))
+
+    def _replace_in(self, value: Any) -> Any:
+        """Returns a JSON value with the strings in it replaced."""
+        if isinstance(value, str):
+            return self._replace(value)
+        if isinstance(value, list):
+            return [self._replace_in(item) for item in value]
+        if isinstance(value, dict):
+            return {self._replace(key): self._replace_in(item) for key, item in value.items()}
+        return value
+
+    def _replace(self, text: str) -> str:
+        return self._pattern.sub(self._of, text)
+
+    def _of(self, match: re.Match[str]) -> str:
+        return self._placeholder_of[match.group()]
+
+    def _keep_thought_tag(self, match: re.Match[str]) -> str:
+        token = match.group()
+        return token if THOUGHT_TAG.fullmatch(token) else self._placeholder_of[token]
 
     def found_in(self, text: str) -> bool:
         """Returns whether a text contains a placeholder."""

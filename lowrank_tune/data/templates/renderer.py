@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 from lowrank_tune.data.formats import ChatMessages, InvalidRow
 from lowrank_tune.data.message import Message
+from lowrank_tune.data.templates.message_fields import MessageFields
 from lowrank_tune.data.templates.render_process import (
+    NO_ARGUMENTS,
     LimitExceeded,
     RenderProcess,
     RenderRequest,
@@ -30,11 +33,13 @@ SystemMode = Literal["own", "always", "folded"]
 
 
 class Rendering(NamedTuple):
-    """Messages to render. `row`: the number of the row that they belong to, in the same call."""
+    """Messages to render. `row`: the number of the row that they belong to, in the same call. `tools`: as in
+    `Conversation`."""
 
     messages: ChatMessages
     add_generation_prompt: bool
     row: int = 0
+    tools: str = ""
 
 
 class TemplateRenderer:
@@ -54,8 +59,10 @@ class TemplateRenderer:
         self._chat_template = chat_template
         self._process = process or shared_process()
         self._num_exceeded = 0
+        self.fields = MessageFields()
         self.system_mode: SystemMode = "own"
         self.system_mode = self._probe_system_mode()
+        self.fields = MessageFields.from_probes(chat_template, *PROBE_CONVERSATION, self._probe_fields)
 
     def _probe_system_mode(self) -> SystemMode:
         """Renders a made-up conversation with and without a system message."""
@@ -72,13 +79,19 @@ class TemplateRenderer:
             return "folded"
         return "own"
 
+    def _probe_fields(self, fields: MessageFields, messages: ChatMessages, tools: str) -> str | InvalidRow:
+        """Returns messages as these fields, with tools, rendered."""
+        self.fields = fields
+        return self.probe(messages, tools=tools)
+
     def probe(
         self,
         messages: ChatMessages,
         add_generation_prompt: bool = False,
+        tools: str = "",
     ) -> str | InvalidRow:
         """Returns the same as `render`. Raises UserError if the template exceeds a limit."""
-        text = self.render(messages, add_generation_prompt)
+        text = self.render(messages, add_generation_prompt, tools)
         if isinstance(text, LimitExceeded):
             raise UserError(f"{self._name} {text.fault} on a short conversation; {REPLACE_TEMPLATE}")
         return text
@@ -87,9 +100,10 @@ class TemplateRenderer:
         self,
         messages: ChatMessages,
         add_generation_prompt: bool = False,
+        tools: str = "",
     ) -> str | InvalidRow:
         """Returns the text of one conversation, or why it cannot be rendered."""
-        (text,) = self.render_all([Rendering(messages, add_generation_prompt)])
+        (text,) = self.render_all([Rendering(messages, add_generation_prompt, tools=tools)])
         return text
 
     def render_all(self, renderings: Sequence[Rendering]) -> list[str | InvalidRow]:
@@ -125,17 +139,26 @@ class TemplateRenderer:
 
     def _requests(self, renderings: Sequence[Rendering]) -> list[RenderRequest]:
         """Returns the renderings with prepared messages, one object for each message that several of them share."""
-        plain: dict[int, dict[str, str]] = {}
+        plain: dict[int, dict[str, Any]] = {}
+        arguments: dict[str, Mapping[str, Any]] = {"": NO_ARGUMENTS}
         requests = []
         for rendering in renderings:
             for message in rendering.messages:
                 if id(message) not in plain:
-                    plain[id(message)] = {"role": message.role, "content": message.content}
-            messages = self._prepare([plain[id(message)] for message in rendering.messages])
-            requests.append(RenderRequest(messages, rendering.add_generation_prompt, rendering.row))
+                    plain[id(message)] = self.fields.to_dict(message)
+            if rendering.tools not in arguments:
+                arguments[rendering.tools] = {"tools": json.loads(rendering.tools)}
+            requests.append(
+                RenderRequest(
+                    self._prepare([plain[id(message)] for message in rendering.messages]),
+                    rendering.add_generation_prompt,
+                    rendering.row,
+                    arguments[rendering.tools],
+                )
+            )
         return requests
 
-    def _prepare(self, messages: list[dict[str, str]]) -> list[dict[str, str]]:
+    def _prepare(self, messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
         """Returns the messages in the form that the template accepts."""
         has_system = bool(messages) and messages[0]["role"] == "system"
         if self.system_mode == "always" and not has_system:

@@ -1,18 +1,16 @@
-"""Where the answers of the assistant are in the text of a conversation, and which of them follow their own prompts."""
+"""Where the answers of the assistant are in the text of a conversation, and which of them one text contains."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from lowrank_tune.data.formats import ChatMessages, InvalidRow, text_fault
 from lowrank_tune.data.message import Message
 from lowrank_tune.data.templates.generation_prompt import (
-    REWRITTEN,
     THOUGHT_CLOSED,
     GenerationPrompt,
-    OwnThought,
 )
 from lowrank_tune.data.templates.renderer import Rendering, TemplateRenderer
 
@@ -21,16 +19,18 @@ NOTHING_TRAINED = "nothing in it is trained"
 
 @dataclass(frozen=True)
 class Span:
-    """An answer with its end tokens, in characters. `closed`: it has an end token."""
+    """An answer with its end tokens, in characters. Trained is the text from `trained_start` on, without an empty
+    thought at its beginning. `closed`: it has an end token."""
 
     start: int
+    trained_start: int
     end: int
     closed: bool
 
 
 @dataclass(frozen=True)
 class Rendered:
-    """The prompt of the last answer and what follows it, with the spans of all answers that may be trained."""
+    """The prompt of the last answer and what follows it, with the spans of all answers that it trains."""
 
     text: str
     spans: tuple[Span, ...]
@@ -39,14 +39,31 @@ class Rendered:
     def prompt_text(self) -> str:
         return self.text[: self.spans[-1].start]
 
+    def alone(self, span: Span) -> Rendered:
+        """Returns the same up to the end of an answer, which alone is trained."""
+        return Rendered(self.text[: span.end], (span,))
+
 
 @dataclass(frozen=True)
 class _Answer:
+    """An answer, its prompt, and what follows the prompt, the last two as the template renders them."""
+
+    message: Message
+    prompt: str
+    completion: str
+
+
+@dataclass(frozen=True)
+class _Rendering:
     """An answer, its prompt, and the messages up to it, the last two as the template renders them."""
 
-    content: str
+    messages: ChatMessages
     prompt: str
     whole: str
+
+    @property
+    def answer(self) -> Message:
+        return self.messages[-1]
 
 
 class SpanFinder:
@@ -63,135 +80,171 @@ class SpanFinder:
         self._generation_prompt = generation_prompt
         self._closing = closing
 
-    def render(self, conversations: Sequence[ChatMessages]) -> list[Rendered | InvalidRow]:
-        """Renders conversations that end with the assistant, each with its prompts and answers."""
-        answers_of = self._render_answers(conversations)
-        completions = self._last_completions(conversations, answers_of)
-        rendered: list[Rendered | InvalidRow] = []
-        for answers, completion in zip(answers_of, completions, strict=True):
-            if isinstance(completion, InvalidRow):
-                rendered.append(completion)
-            else:
-                assert not isinstance(answers, InvalidRow)
-                rendered.append(self._locate(answers, completion))
-        return rendered
+    def render(
+        self,
+        conversations: Sequence[ChatMessages],
+        tools: Sequence[str] = (),
+    ) -> list[list[Rendered] | InvalidRow]:
+        """Renders conversations that end with the assistant: each as one row or several, that of its last answer first.
 
-    def _render_answers(self, conversations: Sequence[ChatMessages]) -> list[list[_Answer] | InvalidRow]:
+        Every answer is in one row, after its own prompt. A template may rewrite an earlier answer, for example without
+        its thought; then the text of the last answer does not contain it, and it has a row of its own.
+        """
+        tools = tools or [""] * len(conversations)
+        completed = self._complete(self._render_answers(conversations, tools), tools)
+        return [answers if isinstance(answers, InvalidRow) else self._rows(answers) for answers in completed]
+
+    def _render_answers(
+        self,
+        conversations: Sequence[ChatMessages],
+        tools: Sequence[str],
+    ) -> list[list[_Rendering] | InvalidRow]:
         """Renders for each answer its prompt, and the messages up to the answer."""
         renderings: list[Rendering] = []
         for row, messages in enumerate(conversations):
             for index in _answer_indices(messages):
-                renderings.append(Rendering(messages[:index], True, row))
-                renderings.append(Rendering(messages[: index + 1], False, row))
+                renderings.append(Rendering(messages[:index], True, row, tools[row]))
+                renderings.append(Rendering(messages[: index + 1], False, row, tools[row]))
         texts = iter(self._renderer.render_all(renderings))
         return [_read_answers(messages, texts) for messages in conversations]
 
-    def _last_completions(
+    def _complete(
         self,
-        conversations: Sequence[ChatMessages],
-        answers_of: Sequence[list[_Answer] | InvalidRow],
-    ) -> list[str | InvalidRow]:
-        """Returns what is trained after the last prompt of each conversation, or its fault.
+        rendered: Sequence[list[_Rendering] | InvalidRow],
+        tools: Sequence[str],
+    ) -> list[list[_Answer] | InvalidRow]:
+        """Returns the answers with what follows their prompts, or the first fault of each conversation.
 
-        An answer whose thought the template does not write is rendered once more, without its thought.
+        An answer is rendered again without the reasoning of earlier answers, if the template drops it once the answer
+        follows (gpt-oss), and without its own thought, if the template drops that.
         """
-        completions: list[str | InvalidRow] = []
-        thoughts: dict[int, tuple[str, OwnThought]] = {}
-        renderings: list[Rendering] = []
-        for index, answers in enumerate(answers_of):
-            if isinstance(answers, InvalidRow):
-                completions.append(answers)
+        again: list[Rendering] = []
+        for row, renderings in enumerate(rendered):
+            if isinstance(renderings, InvalidRow):
                 continue
-            completion = self._completion(answers[-1])
-            if isinstance(completion, OwnThought):
-                thoughts[index] = (answers[-1].prompt, completion)
-                answer = Message("assistant", completion.answer)
-                renderings.append(Rendering((*conversations[index][:-1], answer), False, index))
-                completion = InvalidRow(REWRITTEN)
-            completions.append(completion)
-        texts = self._renderer.render_all(renderings)
-        for (index, (prompt, thought)), text in zip(thoughts.items(), texts, strict=True):
-            if isinstance(text, InvalidRow):
-                completions[index] = text
-                continue
-            with_thought = self._generation_prompt.completion_with_thought(
-                prompt,
-                text,
-                thought,
-            )
-            if with_thought is not None:
-                completions[index] = with_thought
-        return completions
+            for each in renderings:
+                if self._rewrites_context(each):
+                    messages = _without_earlier_reasoning(each.messages)
+                    again.append(Rendering(messages[:-1], True, row, tools[row]))
+                    again.append(Rendering(messages, False, row, tools[row]))
+                elif self._drops_thought(each):
+                    messages = [*each.messages[:-1], self._without_thought(each.answer)]
+                    again.append(Rendering(messages, False, row, tools[row]))
+        texts = iter(self._renderer.render_all(again))
+        return [self._complete_row(renderings, texts) for renderings in rendered]
 
-    def _completion(self, last: _Answer) -> str | OwnThought | InvalidRow:
-        """Returns what is trained after the last prompt, or the thought without which the answer is rendered again."""
+    def _complete_row(
+        self,
+        renderings: list[_Rendering] | InvalidRow,
+        texts: Iterator[str | InvalidRow],
+    ) -> list[_Answer] | InvalidRow:
+        """Takes the second renderings of answers from `texts`."""
+        if isinstance(renderings, InvalidRow):
+            return renderings
+        fault: InvalidRow | None = None
+        answers = []
+        for each in renderings:
+            completion = self._completion(each, texts)
+            if isinstance(completion, InvalidRow):
+                fault = fault or completion
+            else:
+                answers.append(_Answer(each.answer, each.prompt, completion))
+        return fault or answers
+
+    def _completion(self, rendering: _Rendering, texts: Iterator[str | InvalidRow]) -> str | InvalidRow:
+        """Returns what follows the prompt of an answer, or why it cannot follow."""
         generation_prompt = self._generation_prompt
-        completion = generation_prompt.completion(
-            last.prompt,
-            last.whole,
-            last.content,
-        )
-        if completion is not None:
-            return completion
-        thought = generation_prompt.own_thought(last.content)
-        reason = generation_prompt.refusal(last.prompt, last.content)
-        if thought is None or reason == THOUGHT_CLOSED:
-            return InvalidRow(reason)
-        return thought
+        completion = self._direct(rendering)
+        if self._rewrites_context(rendering):
+            prompt = next(texts)
+            whole = next(texts)
+            if isinstance(prompt, str) and isinstance(whole, str):
+                completion = generation_prompt.completion(prompt, whole, rendering.answer)
+        elif self._drops_thought(rendering):
+            whole = next(texts)
+            if isinstance(whole, InvalidRow):
+                return whole
+            completion = generation_prompt.completion_with_thought(rendering.prompt, whole, rendering.answer)
+        if completion is None:
+            return InvalidRow(generation_prompt.refusal(rendering.prompt, rendering.answer))
+        return completion
 
-    def _locate(
-        self,
-        answers: Sequence[_Answer],
-        completion: str,
-    ) -> Rendered | InvalidRow:
-        """Finds the answers in the last prompt and its completion.
+    def _rewrites_context(self, rendering: _Rendering) -> bool:
+        """Returns whether an answer does not follow its prompt, and answers before it have reasoning."""
+        has_reasoning = any(message.reasoning_content for message in rendering.messages[:-1])
+        return has_reasoning and self._direct(rendering) is None
 
-        A template may rewrite an earlier answer, for example without its thought. The text then does not contain its
-        prompt with the answer, and the answer is not trained.
-        """
-        *earlier, last_answer = answers
-        text = last_answer.prompt + completion
-        spans = []
-        for answer in earlier:
-            answer_text = self._generation_prompt.completion(
-                answer.prompt,
-                answer.whole,
-                answer.content,
-            )
-            if not answer_text:
-                continue
-            span = self._span(answer.prompt, answer_text)
-            if span is not None and text.startswith((answer.prompt + answer_text)[: span.end]):
-                spans.append(span)
-        last = self._span(last_answer.prompt, completion)
-        if last is None:
-            return InvalidRow(NOTHING_TRAINED)
-        if not last.closed:
-            text = text[: last.end]
-        return Rendered(text, (*spans, last))
+    def _direct(self, rendering: _Rendering) -> str | None:
+        return self._generation_prompt.completion(rendering.prompt, rendering.whole, rendering.answer)
 
-    def _span(
-        self,
-        prompt: str,
-        completion: str,
-    ) -> Span | None:
+    def _drops_thought(self, rendering: _Rendering) -> bool:
+        """Returns whether the template does not write the thought of an answer, which may follow the prompt."""
+        generation_prompt = self._generation_prompt
+        if generation_prompt.own_thought(rendering.answer) is None or self._direct(rendering) is not None:
+            return False
+        return generation_prompt.refusal(rendering.prompt, rendering.answer) != THOUGHT_CLOSED
+
+    def _without_thought(self, answer: Message) -> Message:
+        thought = self._generation_prompt.own_thought(answer)
+        assert thought is not None, "an answer without a thought"
+        return replace(answer, content=thought.answer, reasoning_content="")
+
+    def _rows(self, answers: Sequence[_Answer]) -> list[Rendered] | InvalidRow:
+        """Returns the rows of a conversation, each with all answers of those left that it contains."""
+        spans = [self._span(answer) for answer in answers]
+        left: list[tuple[_Answer, Span]] = []
+        for answer, span in zip(answers, spans, strict=True):
+            if span is None:
+                return InvalidRow(NOTHING_TRAINED)
+            left.append((answer, span))
+        rows = []
+        while left:
+            last, last_span = left.pop()
+            text = last.prompt + last.completion
+            # An answer without an end token has a row of its own, which ends it.
+            contained = [span for answer, span in left if _contains(text, answer, span)]
+            left = [(answer, span) for answer, span in left if not _contains(text, answer, span)]
+            if not last_span.closed:
+                text = text[: last_span.end]
+            rows.append(Rendered(text, (*contained, last_span)))
+        return rows
+
+    def _span(self, answer: _Answer) -> Span | None:
         """Returns the span up to the end tokens after an answer; None if nothing is left to train."""
+        completion = answer.completion
         closing = self._closing.search(completion)
         end = closing.end("close") if closing else len(completion.rstrip())
-        if end:
-            return Span(len(prompt), len(prompt) + end, closing is not None)
-        return None
+        untrained = self._generation_prompt.num_untrained(completion, answer.message)
+        if end <= untrained:
+            return None
+        start = len(answer.prompt)
+        return Span(
+            start,
+            start + untrained,
+            start + end,
+            closing is not None,
+        )
+
+
+def _contains(text: str, answer: _Answer, span: Span) -> bool:
+    """Returns whether a text begins with the prompt of an answer and the answer with its end token."""
+    return span.closed and text.startswith((answer.prompt + answer.completion)[: span.end])
+
+
+def _without_earlier_reasoning(messages: ChatMessages) -> list[Message]:
+    """Returns the messages without reasoning, except for the last one."""
+    return [*(replace(message, reasoning_content="") for message in messages[:-1]), messages[-1]]
 
 
 def _answer_indices(messages: ChatMessages) -> list[int]:
     return [index for index, message in enumerate(messages) if message.role == "assistant"]
 
 
-def _read_answers(messages: ChatMessages, texts: Iterator[str | InvalidRow]) -> list[_Answer] | InvalidRow:
+def _read_answers(messages: ChatMessages, texts: Iterator[str | InvalidRow]) -> list[_Rendering] | InvalidRow:
     """Takes the two renderings of each answer from `texts`. Returns the first fault if there is one."""
     reason = text_fault(messages)
     fault = None if reason is None else InvalidRow(reason)
-    answers: list[_Answer] = []
+    answers: list[_Rendering] = []
     for index in _answer_indices(messages):
         prompt = next(texts)
         whole = next(texts)
@@ -200,5 +253,5 @@ def _read_answers(messages: ChatMessages, texts: Iterator[str | InvalidRow]) -> 
         elif isinstance(whole, InvalidRow):
             fault = fault or whole
         else:
-            answers.append(_Answer(messages[index].content, prompt, whole))
+            answers.append(_Rendering(messages[: index + 1], prompt, whole))
     return fault or answers
