@@ -11,22 +11,22 @@ from lowrank_tune.data import InvalidRow, to_conversation, to_pair
 from lowrank_tune.data.message import Message, ToolCall
 from lowrank_tune.data.messages import REASONING_KEYS
 
-ASK, SAY = {"role": "user", "content": "2 + 3?"}, {"role": "assistant", "content": "5."}
+ASK, REPLY = {"role": "user", "content": "2 + 3?"}, {"role": "assistant", "content": "5."}
 GIVEN = Message("assistant", "5.", "2 and 3.")
 
 
 @pytest.mark.parametrize("key", REASONING_KEYS)
 def test_the_reasoning_of_a_turn_is_read(key: str) -> None:
-    row = {"messages": [{**ASK, key: None}, {**SAY, key: "2 and 3."}]}
+    row = {"messages": [{**ASK, key: None}, {**REPLY, key: "2 and 3."}]}
     assert to_conversation(row, "messages", {}).messages == (Message("user", "2 + 3?"), GIVEN)
     shared = {"conversations": [{"from": "human", "value": "2 + 3?"}, {"from": "gpt", "value": "5.", key: "2 and 3."}]}
     assert to_conversation(shared, "sharegpt", {}).messages[1] == GIVEN
-    pair = to_pair({"prompt": "2 + 3?", "chosen": {**SAY, key: "2 and 3."}, "rejected": SAY}, {})
+    pair = to_pair({"prompt": "2 + 3?", "chosen": {**REPLY, key: "2 and 3."}, "rejected": REPLY}, {})
     assert pair.chosen == (GIVEN,) and pair.rejected == (Message("assistant", "5."),)
 
 
 def test_the_first_field_that_is_not_empty_counts() -> None:
-    turn = {**SAY, "reasoning_content": "", "reasoning": None, "thinking": "2 and 3."}
+    turn = {**REPLY, "reasoning_content": "", "reasoning": None, "thinking": "2 and 3."}
     assert to_conversation({"messages": [ASK, turn]}, "messages", {}).messages[1] == GIVEN
 
 
@@ -40,8 +40,8 @@ def test_fields_of_other_turns_and_thoughts_in_an_answer_stay_as_they_are() -> N
 @pytest.mark.parametrize(
     ("turn", "reason"),
     [
-        ({**SAY, "reasoning": {"effort": "high"}}, "the reasoning of a turn is not text"),
-        ({**SAY, "thinking": "\ud800"}, "the reasoning of a turn contains a lone surrogate"),
+        ({**REPLY, "reasoning": {"effort": "high"}}, "the reasoning of a turn is not text"),
+        ({**REPLY, "thinking": "\ud800"}, "the reasoning of a turn contains a lone surrogate"),
         ({"role": "assistant", "content": "", "reasoning_content": "Hm."}, "empty answer"),
         ({"role": "assistant", "content": None, "reasoning_content": "Hm."}, "a turn has no content"),
     ],
@@ -73,7 +73,7 @@ def test_a_thought_before_a_call_stays_in_the_message_of_the_call() -> None:
     assert to_conversation(row, "sharegpt", {}).messages[1] == expected
     turns = [
         ASK,
-        {**SAY, "content": "I look.", "reasoning": "One."},
+        {**REPLY, "content": "I look.", "reasoning": "One."},
         {"role": "assistant", "thinking": "Two.", "tool_calls": [{"name": "f"}]},
     ]
     made = to_conversation({"messages": turns}, "messages", {}).messages

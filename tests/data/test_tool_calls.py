@@ -25,7 +25,7 @@ OPENAI_CALL = {
 }
 FUNCTION = {"name": "weather", "description": "The weather.", "parameters": {"type": "object", "properties": {}}}
 TOOL = {"type": "function", "function": FUNCTION}
-ASK, SAY = {"role": "user", "content": "Weather?"}, {"role": "assistant", "content": "Rain."}
+ASK, REPLY = {"role": "user", "content": "Weather?"}, {"role": "assistant", "content": "Rain."}
 HUMAN, GPT = {"from": "human", "value": "Weather?"}, {"from": "gpt", "value": "Rain."}
 RESULT = '{"sky": "grey"}'
 CALL = ToolCall("weather", ARGUMENTS)
@@ -52,32 +52,39 @@ def sharegpt(call: str, result: str = "observation", value: Any = CITY) -> dict[
 @pytest.mark.parametrize(
     "row",
     [
-        {"messages": [ASK, openai([CITY]), {"role": "tool", "content": RESULT}, SAY]},
-        {"messages": [ASK, openai([json.dumps(CITY)], ""), {"role": "tool", "content": {"sky": "grey"}}, SAY]},
-        {"messages": [ASK, openai(json.dumps([CITY]), []), {"role": "ipython", "content": RESULT}, SAY]},
+        {"messages": [ASK, openai([CITY]), {"role": "tool", "content": RESULT}, REPLY]},
+        {"messages": [ASK, openai([json.dumps(CITY)], ""), {"role": "tool", "content": {"sky": "grey"}}, REPLY]},
+        {"messages": [ASK, openai(json.dumps([CITY]), []), {"role": "ipython", "content": RESULT}, REPLY]},
         {
             "messages": [
                 ASK,
                 openai([{"function": CITY}]),
                 {"role": "tool", "content": [{"type": "text", "text": RESULT}]},
-                SAY,
+                REPLY,
             ]
         },
-        {"messages": [ASK, {"role": "assistant", "function_call": CITY}, {"role": "function", "content": RESULT}, SAY]},
+        {
+            "messages": [
+                ASK,
+                {"role": "assistant", "function_call": CITY},
+                {"role": "function", "content": RESULT},
+                REPLY,
+            ]
+        },
         {
             "messages": [
                 ASK,
                 openai([{"name": "weather", "parameters": CITY["arguments"]}]),
                 {"role": "tool", "content": RESULT},
-                SAY,
+                REPLY,
             ]
         },
         sharegpt("function_call"),
         sharegpt("tool_call", "tool_response", json.dumps(CITY)),
         sharegpt("function_call", "function_response", json.dumps([CITY], ensure_ascii=False)),
         sharegpt("function_call", "tool", [{"type": "function", "function": {**CITY, "arguments": ARGUMENTS}}]),
-        {"prompt": [ASK], "completion": [openai([CITY]), {"role": "tool", "content": RESULT}, SAY]},
-        {"prompt": "Weather?", "completion": [openai([CITY]), {"role": "tool", "content": RESULT}, SAY]},
+        {"prompt": [ASK], "completion": [openai([CITY]), {"role": "tool", "content": RESULT}, REPLY]},
+        {"prompt": "Weather?", "completion": [openai([CITY]), {"role": "tool", "content": RESULT}, REPLY]},
     ],
 )
 def test_each_shape_of_a_call_becomes_the_same_messages(row: dict[str, Any]) -> None:
@@ -86,7 +93,7 @@ def test_each_shape_of_a_call_becomes_the_same_messages(row: dict[str, Any]) -> 
 
 def test_ids_and_names_are_kept() -> None:
     result = {"role": "tool", "content": RESULT, "name": "weather", "tool_call_id": "c1"}
-    made = read({"messages": [ASK, openai([OPENAI_CALL], "I look."), result, SAY]})
+    made = read({"messages": [ASK, openai([OPENAI_CALL], "I look."), result, REPLY]})
     assert made.messages[1] == Message("assistant", "I look.", tool_calls=(ToolCall("weather", ARGUMENTS, "c1"),))
     assert made.messages[2] == Message("tool", RESULT, name="weather", tool_call_id="c1")
 
@@ -124,12 +131,12 @@ def test_text_and_calls_in_a_row_are_one_message_and_results_stay_apart() -> Non
 )
 def test_tools_are_read_in_the_form_of_openai(tools: Any, expected: Any) -> None:
     text = json.dumps(expected) if expected else ""
-    assert read({"messages": [ASK, SAY], "tools": tools}).tools == text
+    assert read({"messages": [ASK, REPLY], "tools": tools}).tools == text
     assert to_pair({"prompt": "q", "chosen": "a", "rejected": "b", "tools": tools}, {}).tools == text
 
 
 def test_tools_are_read_only_where_the_column_means_that() -> None:
-    assert read({"messages": [ASK, SAY], "functions": [FUNCTION]}).tools == json.dumps([TOOL])
+    assert read({"messages": [ASK, REPLY], "functions": [FUNCTION]}).tools == json.dumps([TOOL])
     assert read({"question": "q", "answer": "a", "tools": "a hammer"}).tools == ""
     row = {"instruction": "q", "output": "a", "apis": json.dumps([FUNCTION])}
     assert to_conversation(row, "alpaca", {"tools": "apis"}).tools == json.dumps([TOOL])
@@ -140,7 +147,7 @@ def test_nulls_of_objects_are_dropped_and_those_of_texts_stay() -> None:
     text = {"name": "f", "arguments": '{"a": null}'}
     made = read({"messages": [ASK, openai([union, text])]})
     assert [call.arguments for call in made.messages[1].tool_calls] == ['{"b": [null, {"d": 1}]}', '{"a": null}']
-    row = {"messages": [{**ASK, "tool_calls": None, "function_call": None}, {**SAY, "tool_calls": []}]}
+    row = {"messages": [{**ASK, "tool_calls": None, "function_call": None}, {**REPLY, "tool_calls": []}]}
     assert read(row).messages == (EXPECTED[0], EXPECTED[3])
 
 
@@ -180,26 +187,26 @@ def called(call: Any) -> dict[str, Any]:
         (called([{"name": "f", "arguments": '{"a": "\\ud800"}'}]), "a lone surrogate, which UTF-8 cannot encode"),
         (called([{"name": "\ud800"}]), "a lone surrogate, which UTF-8 cannot encode"),
         (called([{"name": "f", "id": {"a": 1}}]), "the id of a tool call is not text"),
-        ({"messages": [{**ASK, "tool_calls": [CITY]}, SAY]}, "tool calls in a turn that is not the assistant's"),
+        ({"messages": [{**ASK, "tool_calls": [CITY]}, REPLY]}, "tool calls in a turn that is not the assistant's"),
         ({"messages": [ASK, openai([])]}, "a turn has no content"),
-        ({"messages": [ASK, openai([CITY]), SAY]}, "a tool call without its result"),
-        ({"messages": [ASK, openai([CITY]), ASK, SAY]}, "a tool call without its result"),
+        ({"messages": [ASK, openai([CITY]), REPLY]}, "a tool call without its result"),
+        ({"messages": [ASK, openai([CITY]), ASK, REPLY]}, "a tool call without its result"),
         (
-            {"messages": [ASK, SAY, {"role": "tool", "content": "x"}, SAY]},
+            {"messages": [ASK, REPLY, {"role": "tool", "content": "x"}, REPLY]},
             "a tool result without a tool call before it",
         ),
-        ({"messages": [{"role": "tool", "content": "x"}, SAY]}, "a tool result without a tool call before it"),
+        ({"messages": [{"role": "tool", "content": "x"}, REPLY]}, "a tool result without a tool call before it"),
         (
             {"messages": [ASK, openai([CITY]), {"role": "tool", "content": "x"}]},
             "no answer: the last turn is a tool result",
         ),
         (
-            {"messages": [ASK, openai([CITY]), {"role": "tool", "content": {"a": float("nan")}}, SAY]},
+            {"messages": [ASK, openai([CITY]), {"role": "tool", "content": {"a": float("nan")}}, REPLY]},
             "in a tool result",
         ),
-        ({"messages": [ASK, openai([CITY]), {"role": "tool", "content": deep(60)}, SAY]}, "nesting in a tool result"),
+        ({"messages": [ASK, openai([CITY]), {"role": "tool", "content": deep(60)}, REPLY]}, "nesting in a tool result"),
         (
-            {"messages": [ASK, openai([CITY]), {"role": "tool", "content": "x", "name": [1]}, SAY]},
+            {"messages": [ASK, openai([CITY]), {"role": "tool", "content": "x", "name": [1]}, REPLY]},
             "the name of a tool is not",
         ),
         ({"messages": [ASK, openai([CITY], "I look."), openai([CITY], "Again.")]}, "a tool call without its result"),
@@ -210,23 +217,23 @@ def called(call: Any) -> dict[str, Any]:
             "invalid JSON in a tool call",
         ),
         ({"conversations": [HUMAN, {"from": "function_call", "value": CITY}, GPT]}, "a tool call without its result"),
-        ({"messages": [ASK, SAY], "tools": "[{"}, "invalid JSON in `tools`"),
-        ({"messages": [ASK, SAY], "tools": 7}, "`tools` is not a list of functions"),
-        ({"messages": [ASK, SAY], "tools": [["weather"]]}, "a tool in `tools` is not an object"),
-        ({"messages": [ASK, SAY], "tools": ["weather"]}, "invalid JSON in `tools`"),
-        ({"messages": [ASK, SAY], "tools": [{"type": "web_search"}]}, "a tool in `tools` is not a function"),
-        ({"messages": [ASK, SAY], "tools": [{"description": "x"}]}, "a tool without a name"),
+        ({"messages": [ASK, REPLY], "tools": "[{"}, "invalid JSON in `tools`"),
+        ({"messages": [ASK, REPLY], "tools": 7}, "`tools` is not a list of functions"),
+        ({"messages": [ASK, REPLY], "tools": [["weather"]]}, "a tool in `tools` is not an object"),
+        ({"messages": [ASK, REPLY], "tools": ["weather"]}, "invalid JSON in `tools`"),
+        ({"messages": [ASK, REPLY], "tools": [{"type": "web_search"}]}, "a tool in `tools` is not a function"),
+        ({"messages": [ASK, REPLY], "tools": [{"description": "x"}]}, "a tool without a name"),
         (
-            {"messages": [ASK, SAY], "tools": [{"type": "function", "function": "f"}]},
+            {"messages": [ASK, REPLY], "tools": [{"type": "function", "function": "f"}]},
             "function of a tool in `tools` is not",
         ),
-        ({"messages": [ASK, SAY], "tools": [{"name": 3}]}, "the name of a tool is not text"),
+        ({"messages": [ASK, REPLY], "tools": [{"name": 3}]}, "the name of a tool is not text"),
         (
-            {"messages": [ASK, SAY], "tools": [{**FUNCTION, "parameters": deep(60)}]},
+            {"messages": [ASK, REPLY], "tools": [{**FUNCTION, "parameters": deep(60)}]},
             "more than 50 levels of nesting in `tools`",
         ),
-        ({"messages": [ASK, SAY], "tools": [{**FUNCTION, "default": float("nan")}]}, "JSON does not have in `tools`"),
-        ({"messages": [ASK, SAY], "tools": [{**FUNCTION, "description": "\udfff"}]}, "a lone surrogate"),
+        ({"messages": [ASK, REPLY], "tools": [{**FUNCTION, "default": float("nan")}]}, "JSON does not have in `tools`"),
+        ({"messages": [ASK, REPLY], "tools": [{**FUNCTION, "description": "\udfff"}]}, "a lone surrogate"),
     ],
 )
 def test_a_faulty_call_has_a_reason(row: dict[str, Any], reason: str) -> None:
@@ -278,7 +285,7 @@ json_values = st.recursive(
 @given(arguments=st.dictionaries(st.text(max_size=4), json_values, max_size=4), result=json_values)
 def test_arguments_and_results_keep_their_values(arguments: dict[str, Any], result: Any) -> None:
     call = [{"name": "<|im_end|>", "arguments": json.dumps(arguments)}]
-    made = read({"messages": [ASK, openai(call), {"role": "tool", "content": json.dumps(result)}, SAY]})
+    made = read({"messages": [ASK, openai(call), {"role": "tool", "content": json.dumps(result)}, REPLY]})
     assert json.loads(made.messages[1].tool_calls[0].arguments) == arguments
     assert list(json.loads(made.messages[1].tool_calls[0].arguments)) == list(arguments)
     assert made.messages[2].content == json.dumps(result)
