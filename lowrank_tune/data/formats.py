@@ -5,71 +5,65 @@ The format `preference` is detected here, and its pairs are read in `preference_
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any
 
-from lowrank_tune.batch import Row
 from lowrank_tune.data.ground_truth import box_answer, extract_answer
-from lowrank_tune.data.message import Message
+from lowrank_tune.data.message import Message, MessageRole
+from lowrank_tune.data.messages import (
+    ChatMessages,
+    check_order,
+    messages_of,
+    system_of,
+    text_fault,
+    with_system,
+)
+from lowrank_tune.data.row_values import (
+    Columns,
+    InvalidRow,
+    RawRow,
+    RawRowOrFault,
+    RowOrFault,
+    is_list,
+    optional_text_of,
+    text_of,
+)
+from lowrank_tune.data.tool_calls import tools_of
 from lowrank_tune.errors import UserError
 
-RawRow = Mapping[str, Any]
-"""A row as a file or data set contains it: its columns."""
-ChatMessages = Sequence[Message]
-Columns = Mapping[str, str]
-"""The setting `columns`: from the name of the format to the name in the data."""
-Role = Literal["system", "user", "assistant"]
+__all__ = [
+    "ChatMessages",
+    "Columns",
+    "Conversation",
+    "FORMATS",
+    "InvalidRow",
+    "RawRow",
+    "RawRowOrFault",
+    "RowFormat",
+    "RowOrFault",
+    "box_final_answer",
+    "detect_format",
+    "join_instruction_and_input",
+    "text_fault",
+    "to_conversation",
+    "value_of",
+    "with_system",
+]
 
-ROLES: dict[str, Role] = {
-    "system": "system",
-    "developer": "system",
-    "user": "user",
-    "human": "user",
-    "prompter": "user",
-    "assistant": "assistant",
-    "gpt": "assistant",
-    "chatgpt": "assistant",
-    "model": "assistant",
-    "bot": "assistant",
-    "bing": "assistant",
-}
-PROMPT_COMPLETION_PARTS: tuple[tuple[str, Role, str], ...] = (
+PROMPT_COMPLETION_PARTS: tuple[tuple[str, MessageRole, str], ...] = (
     ("prompt", "user", "question"),
     ("completion", "assistant", "answer"),
 )
 """Column, role and label in messages."""
-TOOL_ROLES = (
-    "tool",
-    "tool_call",
-    "tool_response",
-    "function",
-    "function_call",
-    "function_response",
-    "observation",
-    "ipython",
-)
 EXAMPLE_COLUMNS = {"question": "problem", "answer": "solution"}
-
-
-class InvalidRow(Exception):
-    """Why one row cannot be used. The reason is one of a few phrases, by which rows are counted."""
-
-    def __init__(self, reason: str) -> None:
-        super().__init__(reason)
-        self.reason = reason
-
-
-RawRowOrFault = RawRow | InvalidRow
-RowOrFault = Row | InvalidRow
-"""A row, or why it cannot be used."""
 
 
 @dataclass(frozen=True)
 class Conversation:
-    """A system message or none, then user and assistant in turn; the last message is the assistant's. `ground_truth`:
-    the gold answer. `tools`: the functions that the assistant may call, a JSON list as text; empty without any."""
+    """A system message or none, then user and assistant in turn, with the results of tools after the calls of the
+    assistant; the last message is the assistant's. `ground_truth`: the gold answer. `tools`: the functions that the
+    assistant may call, a JSON list as text; empty without any."""
 
     messages: tuple[Message, ...]
     ground_truth: str | None = None
@@ -77,7 +71,7 @@ class Conversation:
 
     @property
     def answer(self) -> str | None:
-        """The text of the last message if it is the assistant's."""
+        """The text of the last message if it is the assistant's; empty if this only calls tools."""
         last = self.messages[-1]
         return last.content if last.role == "assistant" else None
 
@@ -156,12 +150,16 @@ def to_conversation(
     require_answer: bool = True,
 ) -> Conversation:
     """Returns the conversation of a row. Raises InvalidRow. Without `require_answer` the last message may be the
-    user's."""
+    user's, or the result of a tool."""
     if not isinstance(row, Mapping):
         raise InvalidRow("not an object with columns")
     row_format = FORMATS[format_name]
     assert row_format.read is not None, "`to_pair` reads pairs"
-    conversation = Conversation(check_order(row_format.read(row, columns), require_answer))
+    messages = check_order(row_format.read(row, columns), require_answer)
+    tools = ""
+    if row_format.has_tools or "tools" in columns:
+        tools = tools_of(row, columns)
+    conversation = Conversation(messages, tools=tools)
     ground_truth = extract_answer(
         row,
         columns,
@@ -176,7 +174,8 @@ def box_final_answer(conversation: Conversation) -> Conversation:
     """Returns the conversation with the final answer of its last message in a box. Its gold answer stays the same."""
     if conversation.answer is None:
         return conversation
-    boxed = Message("assistant", box_answer(conversation.answer))
+    last = conversation.messages[-1]
+    boxed = replace(last, content=box_answer(last.content))
     return replace(conversation, messages=(*conversation.prompt, boxed))
 
 
@@ -201,59 +200,6 @@ def value_of(
     raise InvalidRow(f"no column `{aliases[0]}`")
 
 
-def is_list(value: Any) -> bool:
-    """Returns whether a value is a list of values, and not a text."""
-    return isinstance(value, Sequence) and not isinstance(value, str)
-
-
-def text_of(value: Any, label: str) -> str:
-    """Returns a text, or a number as text: 51.0 is "51". Raises InvalidRow."""
-    text = _to_text(value)
-    if text is None:
-        raise InvalidRow(f"the {label} is not text")
-    if not is_text(text):
-        raise InvalidRow(f"the {label} contains a lone surrogate, which UTF-8 cannot encode")
-    return text
-
-
-def _to_text(value: Any) -> str | None:
-    if isinstance(value, str):
-        return value
-    if isinstance(value, int) and not isinstance(value, bool) and abs(value) < 10**400:
-        return str(value)
-    if isinstance(value, float) and math.isfinite(value):
-        if value.is_integer() and abs(value) < 1e15:
-            return str(int(value))
-        return repr(value)
-    if isinstance(value, Sequence) and value and all(map(_is_text_part, value)):
-        return "".join(part["text"] for part in value)
-    return None
-
-
-def _is_text_part(part: Any) -> bool:
-    """Returns whether a value is a content part of type text, as some multi-modal libraries write them."""
-    return isinstance(part, Mapping) and isinstance(part.get("text"), str)
-
-
-def is_text(text: str) -> bool:
-    """Returns whether UTF-8 can encode a text. A JSON string may contain lone surrogates, which it cannot."""
-    if text.isascii():
-        return True
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
-
-
-def text_fault(messages: Iterable[Message]) -> str | None:
-    """Returns the fault of messages with a text that UTF-8 cannot encode; None without one."""
-    for message in messages:
-        if not all(map(is_text, message.texts())):
-            return "a lone surrogate, which UTF-8 cannot encode"
-    return None
-
-
 def _read_messages(row: RawRow, columns: Columns) -> list[Message]:
     return messages_of(value_of(row, "messages", columns), "messages")
 
@@ -276,8 +222,18 @@ def _read_alpaca(row: RawRow, columns: Columns) -> list[Message]:
     instruction = text_of(value_of(row, "instruction", columns), "question")
     messages.append(Message("user", join_instruction_and_input(instruction, row, columns)))
     output = text_of(value_of(row, "output", columns), "answer")
-    messages.append(Message("assistant", output))
+    messages.append(_answer_message(output, row, columns))
     return messages
+
+
+def _answer_message(
+    text: str,
+    row: RawRow,
+    columns: Columns,
+) -> Message:
+    """Returns the answer of a row, with the reasoning that the row has in a column of its own."""
+    reasoning = row.get(columns.get("reasoning_content", "reasoning_content"))
+    return Message("assistant", text, optional_text_of(reasoning, "reasoning"))
 
 
 def join_instruction_and_input(
@@ -301,6 +257,8 @@ def _read_prompt_completion(row: RawRow, columns: Columns) -> list[Message]:
         value = value_of(row, name, columns)
         if is_list(value):
             messages += messages_of(value, name)
+        elif role == "assistant":
+            messages.append(_answer_message(text_of(value, label), row, columns))
         else:
             messages.append(Message(role, text_of(value, label)))
     return messages
@@ -309,7 +267,7 @@ def _read_prompt_completion(row: RawRow, columns: Columns) -> list[Message]:
 def _read_question_answer(row: RawRow, columns: Columns) -> list[Message]:
     question = text_of(value_of(row, "question", columns), "question")
     answer = text_of(value_of(row, "answer", columns), "answer")
-    return [Message("user", question), Message("assistant", answer)]
+    return [Message("user", question), _answer_message(answer, row, columns)]
 
 
 def _read_humaneval(row: RawRow, columns: Columns) -> list[Message]:
@@ -335,21 +293,24 @@ def _read_mbpp(row: RawRow, columns: Columns) -> list[Message]:
 @dataclass(frozen=True)
 class RowFormat:
     """The columns that a format must have, each with its possible names (`columns` maps the first name), and the reader
-    of its conversations. `bare_answers`: an answer that is one number is its own gold answer."""
+    of its conversations. `bare_answers`: an answer that is one number is its own gold answer. `has_tools`: a column
+    `tools` contains functions; in other formats it is read only if `columns` maps it, since it may mean anything."""
 
     needed: tuple[tuple[str, ...], ...]
     read: Callable[[RawRow, Columns], list[Message]] | None = None
     bare_answers: bool = False
+    has_tools: bool = False
 
 
 FORMATS = {
-    "messages": RowFormat((("messages",),), _read_messages),
-    "sharegpt": RowFormat((("conversations", "conversation"),), _read_sharegpt),
+    "messages": RowFormat((("messages",),), _read_messages, has_tools=True),
+    "sharegpt": RowFormat((("conversations", "conversation"),), _read_sharegpt, has_tools=True),
     "alpaca": RowFormat((("instruction",), ("output", "response")), _read_alpaca, bare_answers=True),
     "prompt_completion": RowFormat(
         (("prompt",), ("completion", "response")),
         _read_prompt_completion,
         bare_answers=True,
+        has_tools=True,
     ),
     "question_answer": RowFormat(
         (("question", "problem", "query"), ("answer", "solution", "generated_solution", "response")),
@@ -365,80 +326,3 @@ FORMATS = {
 }
 COLUMN_ALIASES = {aliases[0]: aliases for row_format in FORMATS.values() for aliases in row_format.needed}
 """The possible names of each of these columns."""
-
-
-def system_of(row: RawRow, columns: Columns) -> list[Message]:
-    """Returns the system message of a row that has it in a column of its own; else an empty list."""
-    value = row.get(columns.get("system", "system"))
-    if value is None:
-        return []
-    return [Message("system", text_of(value, "system prompt"))]
-
-
-def messages_of(value: Any, name: str) -> list[Message]:
-    """Returns the messages of a list in a column, with the kit's names of the roles. Raises InvalidRow."""
-    if not is_list(value) or isinstance(value, bytes):
-        raise InvalidRow(f"`{name}` is not a list of turns")
-    return [message_of(turn) for turn in value]
-
-
-def message_of(turn: Any) -> Message:
-    """Returns one turn of a list as a message. Raises InvalidRow."""
-    if not isinstance(turn, Mapping):
-        raise InvalidRow("a turn is not an object")
-    role = _first_present(turn, "role", "from")
-    if not isinstance(role, str):
-        raise InvalidRow("a turn has no role")
-    if role.lower() in TOOL_ROLES or turn.get("tool_calls"):
-        raise InvalidRow("tool calls, which this kit does not train")
-    if role.lower() not in ROLES:
-        raise InvalidRow("a turn has an unknown role")
-    content = _first_present(turn, "content", "value")
-    if content is None:
-        raise InvalidRow("a turn has no content")
-    return Message(ROLES[role.lower()], text_of(content, "text of a turn"))
-
-
-def _first_present(turn: RawRow, *keys: str) -> Any:
-    """Returns the first value that is not null."""
-    return next((turn[key] for key in keys if turn.get(key) is not None), None)
-
-
-def with_system(messages: tuple[Message, ...], system: str | None) -> tuple[Message, ...]:
-    """Returns the messages, after this system prompt if they have none."""
-    if system and messages[0].role != "system":
-        return (Message("system", system), *messages)
-    return messages
-
-
-def check_order(messages: Sequence[Message], require_answer: bool) -> tuple[Message, ...]:
-    """Returns the messages in a valid order. Raises InvalidRow.
-
-    Two messages of the user in a row are joined. Two of the assistant are a fault, because it is unknown which of them
-    should end the turn.
-    """
-    merged: list[Message] = []
-    for index, message in enumerate(messages):
-        is_empty = not message.content.strip()
-        if message.role == "system" and index:
-            raise InvalidRow("a system turn that is not the first")
-        if message.role == "system" and is_empty:
-            continue
-        if is_empty:
-            raise InvalidRow("empty question" if message.role == "user" else "empty answer")
-        if not merged or merged[-1].role != message.role:
-            merged.append(message)
-        elif message.role == "assistant":
-            raise InvalidRow("two assistant turns in a row")
-        else:
-            merged[-1] = Message(message.role, f"{merged[-1].content}\n\n{message.content}")
-    roles = [message.role for message in merged if message.role != "system"]
-    if not roles:
-        raise InvalidRow("no turns")
-    if require_answer and "assistant" not in roles:
-        raise InvalidRow("no assistant turn")
-    if roles[0] == "assistant":
-        raise InvalidRow("the first turn is the assistant's")
-    if require_answer and roles[-1] != "assistant":
-        raise InvalidRow("no answer: the last turn is the user's")
-    return tuple(merged)

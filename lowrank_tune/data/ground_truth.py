@@ -46,7 +46,7 @@ def extract_answer(
     if rule == "none":
         return None
     if rule == "answer":
-        return _without_separators(answer)
+        return _without_separators(answer) or None
     if rule == "hashes":
         return answer_after_hashes(answer)
     if rule == "boxed":

@@ -36,11 +36,12 @@ class TokenizedSplits:
 
 @dataclass(frozen=True)
 class Prompt:
-    """A question without its answer, the gold answer, and the row that it comes from."""
+    """A question without its answer, the gold answer, and the row that it comes from. `tools`: as in `Conversation`."""
 
     messages: tuple[Message, ...]
     ground_truth: str | None
     row: Mapping[str, Any]
+    tools: str = ""
 
 
 def load(
@@ -223,7 +224,12 @@ def to_heldout_prompt(
             pair.chosen[-1].content,
             accept_bare_number=True,
         )
-        return Prompt(pair.prompt, ground_truth, raw)
+        return Prompt(
+            pair.prompt,
+            ground_truth,
+            raw,
+            pair.tools,
+        )
     conversation = conversation_of(
         raw,
         source,
@@ -231,7 +237,12 @@ def to_heldout_prompt(
         system,
         require_answer=False,
     )
-    return Prompt(conversation.prompt, conversation.ground_truth, raw)
+    return Prompt(
+        conversation.prompt,
+        conversation.ground_truth,
+        raw,
+        conversation.tools,
+    )
 
 
 def split_mask(

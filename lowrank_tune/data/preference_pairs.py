@@ -5,25 +5,27 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
-from lowrank_tune.data.formats import (
-    Columns,
-    InvalidRow,
-    RawRow,
+from lowrank_tune.data.formats import join_instruction_and_input, value_of
+from lowrank_tune.data.message import Message
+from lowrank_tune.data.messages import (
     check_order,
-    is_list,
-    join_instruction_and_input,
     message_of,
     messages_of,
     system_of,
-    text_of,
-    value_of,
 )
-from lowrank_tune.data.message import Message
+from lowrank_tune.data.row_values import (
+    Columns,
+    InvalidRow,
+    RawRow,
+    is_list,
+    text_of,
+)
+from lowrank_tune.data.tool_calls import tools_of
 
 Messages = tuple[Message, ...]
 PROMPT_COLUMNS = ("prompt", "instruction", "question", "problem", "query", "conversations", "conversation", "messages")
@@ -91,6 +93,7 @@ def to_pair(row: RawRow, columns: Columns) -> PreferencePair:
         chosen[length:],
         rejected[length:],
         _margin(row.get(columns.get("margin", "margin"))),
+        tools_of(row, columns),
     )
 
 
@@ -227,7 +230,7 @@ def _equal_messages(messages: Messages, others: Messages) -> bool:
 
 
 def _stripped(messages: Messages) -> list[Message]:
-    return [Message(message.role, message.content.strip()) for message in messages]
+    return [replace(message, content=message.content.strip()) for message in messages]
 
 
 def _margin(value: Any) -> float:

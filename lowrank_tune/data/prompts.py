@@ -35,7 +35,7 @@ class PromptExample:
     ground_truth: str | None
     row: Mapping[str, Any]
     answer: str | None = None
-    """The row's own answer, if it has one."""
+    """The text of the row's own answer, if it has one."""
 
 
 RowFault = Callable[[PromptExample], str | None]
@@ -263,7 +263,7 @@ class _PromptReader:
             except InvalidRow as fault:
                 report.count_dropped(fault.reason, str(location))
                 continue
-            prompt_hash = conversation_hash(conversation.prompt)
+            prompt_hash = conversation_hash(conversation.prompt, conversation.tools)
             report.used += 1
             report.ground_truths += example.ground_truth is not None
             report.tokens += len(example.input_ids)
@@ -309,7 +309,7 @@ class _PromptReader:
             conversation.prompt[-1].content,
             conversation.ground_truth,
             raw,
-            conversation.answer,
+            conversation.answer or None,
         )
         check_rewardable(example, self._needs_ground_truth, self._unusable)
         return example

@@ -200,7 +200,7 @@ class ResponseReader:
                     system,
                     require_answer=False,
                 )
-                return Conversation(parsed.prompt, parsed.ground_truth)
+                return Conversation(parsed.prompt, parsed.ground_truth, parsed.tools)
         messages: tuple[Message, ...] = ()
         text = _prompt_text(row, source)
         if text:

@@ -68,7 +68,7 @@ def turns(*roles: str) -> dict[str, Any]:
         (turns("assistant"), "first turn is the assistant"),
         (turns("user", "assistant", "system"), "system turn"),
         (turns("user", "wizard"), "unknown role"),
-        (turns("user", "tool", "assistant"), "tool calls"),
+        (turns("user", "tool", "assistant"), "a tool result without a tool call before it"),
         ({"messages": None}, "null"),
         ({}, "no column"),
         ({"messages": "text"}, "not a list"),
@@ -78,7 +78,7 @@ def turns(*roles: str) -> dict[str, Any]:
         ({"messages": [CHAT[0], {"role": "gpt", "content": ""}]}, "empty answer"),
         ({"messages": [CHAT[0], {"role": "gpt", "content": "\ud800"}]}, "surrogate"),
         ({"messages": [CHAT[0], {"role": "gpt", "content": True}]}, "is not text"),
-        ({"messages": [CHAT[0], {"role": "gpt", "content": None, "tool_calls": [1]}]}, "tool calls"),
+        ({"messages": [CHAT[0], {"role": "gpt", "content": None, "tool_calls": [1]}]}, "call is not an object"),
         ("text", "not an object"),
     ],
 )

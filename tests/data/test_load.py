@@ -370,7 +370,7 @@ COUNTS = {
     "gsm8k/train.jsonl.gz": (5000, 5000, 5000),
     "math/test.jsonl.gz": (2500, 2500, 2500),
     "llamafactory_demos/alpaca_en_demo.json.gz": (999, 999, 2),
-    "llamafactory_demos/glaive_toolcall_en_demo.json.gz": (300, 147, 0),
+    "llamafactory_demos/glaive_toolcall_en_demo.json.gz": (300, 300, 0),
     "rasbt_instruction/instruction-data.json": (1100, 1100, None),
     "open_instruct_samples/sft_sample.jsonl.gz": (100, 100, None),
     "numinamath_cot_1k/train_first1000.jsonl.gz": (1000, 1000, None),
