@@ -31,7 +31,7 @@ from lowrank_tune.data.token_store import TokenizedDataset
 from lowrank_tune.errors import UserError
 from lowrank_tune.events import Emit, LogMessage, Progress, warning
 
-VERSION = 8
+VERSION = 9
 """Version of the rules that turn a row into ids, of what is reported of it, and of the arrays of a store: raise it when
 they change."""
 CHUNK = 512
