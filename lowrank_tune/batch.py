@@ -40,8 +40,8 @@ class Batch:
     """(B, T) fp32, or (B,) if whole rows have a weight: weight of the loss, from the algorithm's `token_weights`, once
     for the whole optimizer step and before any split."""
     shared_prefix: Tensor | None = None
-    """(B,) long, for pairs and groups: number of leading tokens that a row has in common with the first row of its pair
-    or group. 0 for a first row."""
+    """(B,) long, for units of several rows and groups: number of leading tokens that a row has in common with the first
+    row of its unit or group. 0 for a first row."""
     _cpu_rows: Batch | None = field(
         default=None,
         init=False,
@@ -172,20 +172,11 @@ class Batch:
             yield self.select_rows(row_numbers, width)
 
     def _units_by_length(self, lengths: Sequence[int], rows_per_unit: int) -> list[int]:
-        """Returns the units, longest first. Units with a common prefix are one family: they are adjacent, and the
-        longest one decides the place of the family."""
-        families = list(range(len(lengths)))
+        """Returns the units, longest first. Units with a common prefix are one family."""
+        families: Sequence[int] = range(len(lengths))
         if self.shared_prefix is not None:
             families = (self.shared_prefix[::rows_per_unit] == 0).cumsum(0).tolist()
-        longest: dict[int, int] = {}
-        for family, length in zip(families, lengths, strict=True):
-            longest[family] = max(length, longest.get(family, 0))
-
-        def sort_key(unit: int) -> tuple[int, int, int]:
-            family = families[unit]
-            return -longest[family], family, -lengths[unit]
-
-        return sorted(range(len(lengths)), key=sort_key)
+        return longest_first(lengths, families)
 
 
 @dataclass
@@ -253,6 +244,20 @@ def cut_into_batches(
         units.append(unit)
     if units:
         yield units
+
+
+def longest_first(lengths: Sequence[int], families: Sequence[int]) -> list[int]:
+    """Returns the indices of units, longest first. Those of a family are adjacent, and the longest one decides the
+    place of the family."""
+    longest: dict[int, int] = {}
+    for family, length in zip(families, lengths, strict=True):
+        longest[family] = max(length, longest.get(family, 0))
+
+    def sort_key(unit: int) -> tuple[int, int, int]:
+        family = families[unit]
+        return -longest[family], family, -lengths[unit]
+
+    return sorted(range(len(lengths)), key=sort_key)
 
 
 def rows_of_units(units: Sequence[int], rows_per_unit: int) -> Tensor:

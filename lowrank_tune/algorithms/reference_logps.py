@@ -10,12 +10,13 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 
+import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
-from lowrank_tune.batch import Batch, rows_of_units
+from lowrank_tune.batch import Batch
 from lowrank_tune.data import TokenizedDataset
 from lowrank_tune.errors import TrainingError
 from lowrank_tune.events import Emit, LogMessage, ProgressBar
@@ -95,7 +96,7 @@ def _compute(
         rows.rows_per_unit,
     )
     for units, logps in batches:
-        sums[rows_of_units(units, rows.rows_per_unit)] = logps
+        sums[torch.from_numpy(rows.rows_of(np.asarray(units)))] = logps
         bar.advance(len(units))
     return sums
 

@@ -31,6 +31,7 @@ from lowrank_tune.data import (
     accepted_prompts,
     recipe_heldout_prompts,
 )
+from lowrank_tune.data.token_store import IntArray
 from lowrank_tune.errors import UserError
 from lowrank_tune.events import Emit, LogMessage
 from lowrank_tune.model.base import Base, HashedBase, load_tokenizer
@@ -84,10 +85,10 @@ class RunComponents:
     def stop_ids(self) -> frozenset[int]:
         return self.base.end_ids | self.template.end_ids
 
-    def validation_batch(self, units: Sequence[int]) -> Batch:
-        """Returns held-out rows, padded. The run must have some."""
+    def validation_batch(self, rows: IntArray) -> Batch:
+        """Returns these held-out rows, padded; of pairs both rows. The run must have some."""
         assert self.collate_validation is not None, "the run has no held-out rows"
-        return self.collate_validation(units)
+        return self.collate_validation.collate_rows(rows)
 
 
 def build(

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+import numpy as np
+import torch
 from torch import Tensor
 
 from lowrank_tune.algorithms.reference_logps import reference_logps
@@ -18,7 +20,7 @@ from lowrank_tune.assembly.rl import (
     load_train_prompts,
     log_report,
 )
-from lowrank_tune.batch import Batch, PairBatch, rows_of_units
+from lowrank_tune.batch import Batch, PairBatch
 from lowrank_tune.config import RecipeConfig
 from lowrank_tune.data import (
     ChatTemplate,
@@ -27,10 +29,11 @@ from lowrank_tune.data import (
     PromptSampler,
     TokenizedDataset,
     TokenizedSplits,
-    collate_units,
+    collate_rows,
     load,
 )
 from lowrank_tune.data.sampler import row_sampler
+from lowrank_tune.data.token_store import IntArray
 from lowrank_tune.data.tokenize import cache_folder
 from lowrank_tune.events import Emit, GroupLogged
 from lowrank_tune.functional import step_seed
@@ -52,10 +55,14 @@ class RowCollator:
 
     def __call__(self, units: Sequence[int]) -> Batch:
         """Returns the rows of these units, padded."""
-        batch = collate_units(self.store, units, self.pad_id)
+        return self.collate_rows(self.store.rows_of(np.asarray(units, dtype=np.int64)))
+
+    def collate_rows(self, rows: IntArray) -> Batch:
+        """Returns these rows, padded; of pairs both rows."""
+        batch = collate_rows(self.store, rows, self.pad_id)
         if self.reference_logps is not None:
             assert isinstance(batch, PairBatch), "the reference of DPO scores pairs"
-            batch.reference_sequence_logps = self.reference_logps[rows_of_units(units, self.store.rows_per_unit)]
+            batch.reference_sequence_logps = self.reference_logps[torch.from_numpy(rows)]
         return batch
 
 

@@ -5,7 +5,7 @@ A row passes `sources` (with `files` and `hub`), `formats` or `preference_pairs`
 each step, `collate` pads them. `prompts` reads rows whose answers are generated.
 """
 
-from lowrank_tune.data.collate import collate, collate_units
+from lowrank_tune.data.collate import collate, collate_rows, collate_units
 from lowrank_tune.data.formats import (
     Conversation,
     InvalidRow,
@@ -55,6 +55,7 @@ __all__ = [
     "accepted_prompts",
     "compute_token_stats",
     "collate",
+    "collate_rows",
     "collate_units",
     "detect_format",
     "load",

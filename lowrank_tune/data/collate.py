@@ -1,4 +1,4 @@
-"""Batches: which units of a store are computed together, and rows padded to one tensor."""
+"""Batches: the rows of units of a store, padded to one tensor."""
 
 from __future__ import annotations
 
@@ -6,9 +6,10 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from lowrank_tune.batch import Batch, PairBatch, Row
-from lowrank_tune.data.token_store import TokenizedDataset
+from lowrank_tune.data.token_store import IntArray, TokenizedDataset
 
 
 def collate(rows: Sequence[Row], pad_id: int) -> Batch:
@@ -30,28 +31,55 @@ def collate_units(
     units: Sequence[int],
     pad_id: int,
 ) -> Batch:
-    """Returns the rows of these units; those of pairs as a `PairBatch`: chosen, rejected, chosen, rejected, ...
+    """Returns the rows of these units, those of a unit adjacent, by `collate_rows`."""
+    return collate_rows(store, store.rows_of(np.asarray(units, dtype=np.int64)), pad_id)
 
-    Row numbers are those of the whole store, even if `store` is a part of it. A shared prefix is 0 for the first row of
-    a pair, and never all tokens of either row.
+
+def collate_rows(
+    store: TokenizedDataset,
+    rows: IntArray,
+    pad_id: int,
+) -> Batch:
+    """Returns these rows; those of pairs as a `PairBatch`: chosen, rejected, chosen, rejected, ...
+
+    `row_indices` are numbers of the whole store, even if `store` is a part of it. A shared prefix is 0 for the first
+    row of a unit, and never all tokens of either row. Documents share nothing.
     """
-    numbers = store.rows_of(np.asarray(units, dtype=np.int64))
-    rows = [store[int(number)] for number in numbers]
-    batch = collate(rows, pad_id)
+    collated = [store[int(row)] for row in rows]
+    batch = collate(collated, pad_id)
+    batch.shared_prefix = _shared_prefixes(store, rows, collated)
     if store.rows_per_unit == 1:
         return batch
-    shared_prefix: list[int] = []
-    for index, row in enumerate(rows):
-        offset = index % store.rows_per_unit
-        shared_prefix.append(_common_prefix_length(rows[index - offset], row) if offset else 0)
     return PairBatch(
-        batch.input_ids,
-        batch.attention_mask,
-        batch.completion_mask,
-        shared_prefix=torch.tensor(shared_prefix, dtype=torch.long),
-        margin=torch.from_numpy(store.margins[numbers]),
-        row_indices=torch.from_numpy(store.indices[numbers]),
+        **batch.tensors(),
+        margin=torch.from_numpy(store.margins[rows]),
+        row_indices=torch.from_numpy(store.indices[rows]),
     )
+
+
+def _shared_prefixes(
+    store: TokenizedDataset,
+    rows: IntArray,
+    collated: Sequence[Row],
+) -> Tensor | None:
+    """Returns the tokens that each row has in common with the first of the adjacent rows of its family; None if no
+    family has several rows."""
+    families = store.families[rows]
+    is_first = np.ones(len(rows), dtype=bool)
+    is_first[1:] = families[1:] != families[:-1]
+    # A unit that is drawn twice in succession has its first row twice.
+    is_first |= store.unit_starts[store.units_of(rows)] == rows
+    if is_first.all():
+        return None
+    shared: list[int] = []
+    first = collated[0]
+    for begins, row in zip(is_first.tolist(), collated, strict=True):
+        if begins:
+            first = row
+            shared.append(0)
+        else:
+            shared.append(_common_prefix_length(first, row))
+    return torch.tensor(shared, dtype=torch.long)
 
 
 def _common_prefix_length(first: Row, row: Row) -> int:

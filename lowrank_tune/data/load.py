@@ -134,13 +134,13 @@ def _report(
     train_reports = []
     for source_report, source in zip(full.reports, data.train, strict=True):
         train_reports.append(replace(source_report, weight=source.weight))
-    rows_of_source = np.bincount(train.source_of, minlength=len(data.train))
+    units_of_source = np.bincount(train.unit_source_of, minlength=len(data.train))
     report = Report(
         train=tuple(train_reports),
         expected_tokens=data.expected_tokens,
         train_rows=train.units,
         duplicates=full.units - len(np.unique(full.unit_hashes)),
-        mixture=describe_mixture(data.train, rows_of_source.tolist(), "row"),
+        mixture=describe_mixture(data.train, units_of_source.tolist(), "row"),
     )
     if validation is None:
         return report

@@ -14,22 +14,24 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from itertools import chain
 from pathlib import Path
-from typing import IO, Any, BinaryIO, Self
+from typing import IO, Any, Self
 
 import numpy as np
 
 from lowrank_tune.batch import Row
+from lowrank_tune.data.array_files import ArrayFile, checksum
 from lowrank_tune.data.message import Message
 from lowrank_tune.data.report import SourceReport
-from lowrank_tune.data.token_store import ARRAYS, TokenizedDataset, checksum
+from lowrank_tune.data.token_store import ARRAYS, TokenizedDataset
 from lowrank_tune.errors import TrainingError
 from lowrank_tune.full_disk import CACHE_CURE, describe_full_disk, full_disk_reason
 
 
 @dataclass(frozen=True)
 class Entry:
-    """A tokenized row of a source: one row, or two, the chosen and the rejected one. `conversation_hashes`: the hash of
-    the conversation of each."""
+    """A tokenized row of a source, a unit of the store: one row; two of a pair, the chosen and the rejected one; or
+    several of one conversation, the longest first, or of one document. `conversation_hashes`: the hash of the
+    conversation of each."""
 
     rows: tuple[Row, ...]
     conversation_hashes: tuple[int, ...]
@@ -61,43 +63,6 @@ def _hash(data: bytes) -> int:
     return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little")
 
 
-class ArrayFile:
-    """A `.npy` file that grows. numpy reserves space in the header for the length."""
-
-    def __init__(
-        self,
-        path: Path,
-        dtype: str,
-    ) -> None:
-        self.file: BinaryIO = path.open("wb")
-        self.dtype = np.dtype(dtype)
-        self.count = 0
-        self._write_npy_header()
-        self._start = self.file.tell()
-
-    def _write_npy_header(self) -> None:
-        descr = np.lib.format.dtype_to_descr(self.dtype)
-        header = {
-            "descr": descr,
-            "fortran_order": False,
-            "shape": (self.count,),
-        }
-        np.lib.format.write_array_header_1_0(self.file, header)
-
-    def append(self, values: Any) -> None:
-        """Writes more values."""
-        array = np.asarray(values, dtype=self.dtype)
-        self.count += array.size
-        self.file.write(array.tobytes())
-
-    def close(self) -> None:
-        """Writes the length."""
-        self.file.seek(0)
-        self._write_npy_header()
-        assert self.file.tell() == self._start, "numpy no longer reserves space in the header"
-        self.file.close()
-
-
 class StoreWriter:
     """Writes a store in a temporary folder beside its own, and renames it at the end. Without `finish` nothing is
     left."""
@@ -107,9 +72,11 @@ class StoreWriter:
         folder: Path,
         rows_per_unit: int = 1,
     ) -> None:
+        """`rows_per_unit`: 2 for pairs, 1 for units of any number of rows."""
         self.folder = folder
         self.rows_per_unit = rows_per_unit
         self._num_tokens = 0
+        self._num_rows = 0
 
     def __enter__(self) -> Self:
         parent = self.folder.parent
@@ -133,6 +100,7 @@ class StoreWriter:
         self._arrays = {name: ArrayFile(self._temporary / f"{name}.npy", dtype) for name, dtype in ARRAYS.items()}
         self._dropped = (self._temporary / "dropped.jsonl").open("w", encoding="utf-8")
         self._arrays["starts"].append([0])
+        self._arrays["unit_starts"].append([0])
 
     def __exit__(
         self,
@@ -157,7 +125,12 @@ class StoreWriter:
         locations: Sequence[tuple[int, int]],
     ) -> None:
         """Appends entries of a source, with the number of the file and the line of each."""
+        counts = np.array([len(entry.rows) for entry in entries], dtype=np.int64)
+        assert self.rows_per_unit == 1 or bool((counts == self.rows_per_unit).all()), "a pair has two rows"
+        assert bool(counts.all()), "an entry without rows"
         self._add_tokens([row for entry in entries for row in entry.rows])
+        self._arrays["unit_starts"].append(self._num_rows + np.cumsum(counts))
+        self._num_rows += int(counts.sum())
         conversation_hashes = chain.from_iterable(entry.conversation_hashes for entry in entries)
         self._arrays["conversation_hashes"].append(np.array([*conversation_hashes], dtype=np.uint64))
         per_entry: dict[str, Any] = {
@@ -168,7 +141,7 @@ class StoreWriter:
             "margins": [entry.margin for entry in entries],
         }
         for name, values in per_entry.items():
-            self._arrays[name].append(np.repeat(values, self.rows_per_unit))
+            self._arrays[name].append(np.repeat(values, counts))
 
     def _add_tokens(self, rows: Sequence[Row]) -> None:
         lengths = np.array([len(row.input_ids) for row in rows], dtype=np.int64)

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import mmap
-import zlib
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
@@ -17,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lowrank_tune.batch import Row
+from lowrank_tune.data.array_files import checksum, load_array
 from lowrank_tune.data.report import SourceReport
 from lowrank_tune.json_files import read_json
 
@@ -34,24 +34,24 @@ ARRAYS: dict[str, str] = {
     "row_hashes": "<u8",
     "conversation_hashes": "<u8",
     "margins": "<f4",
+    "unit_starts": "<i8",
 }
 """The arrays of a store and their dtypes. `input_ids` and `completion_mask` have one entry a token, `starts` has one a
-row and the end; the others have one entry a row."""
+row and the end, `unit_starts` one a unit and the end; the others have one entry a row."""
 TOKEN_ARRAYS = ("input_ids", "completion_mask")
 SLICE = 8192
 """Rows that are hashed at a time: a store may be larger than memory."""
 ROWS_PER_PAGE_RELEASE = 1024
 """Rows that are read until their pages are released."""
-MAX_CHECKSUM_BYTES = 1 << 30
-"""Of larger files only the size is checked: to read them at every start would take too long."""
-CHECKSUM_BLOCK_BYTES = 1 << 20
 
 
 class TokenizedDataset:
-    """Tokenized rows. `[i]` is a `Row` of numpy views; `select_rows` returns a store of some of the rows.
+    """Tokenized rows. `[i]` is a `Row` of numpy views; `select_units` returns a store of some of the units.
 
-    A unit is what is learned from at once: a row; or, with `rows_per_unit` 2, the two adjacent rows of a pair, the
-    chosen one first.
+    A unit is what a step draws at once: adjacent rows, from `unit_starts[i]` to before `unit_starts[i + 1]`. With
+    `rows_per_unit` 2 it is a pair, the chosen row first, and its rows are computed together. With `rows_per_unit` 1 it
+    has any number of rows, and each of them may be computed alone: those of a conversation, the longest first, or the
+    documents of a pack.
     """
 
     def __init__(
@@ -62,6 +62,7 @@ class TokenizedDataset:
         folder: Path,
         indices: IntArray,
         rows_per_unit: int = 1,
+        unit_starts: IntArray | None = None,
     ) -> None:
         self._arrays = arrays
         self.files = files
@@ -69,34 +70,58 @@ class TokenizedDataset:
         self.folder = folder
         self.indices = indices
         self.rows_per_unit = rows_per_unit
+        if unit_starts is None:
+            unit_starts = np.arange(0, len(indices) + 1, rows_per_unit)
+        self.unit_starts = unit_starts
         starts = arrays["starts"]
         self.lengths: IntArray = np.asarray(starts[indices + 1] - starts[indices])
         self.source_of: NDArray[np.int32] = np.asarray(arrays["sources"][indices])
-        self.units = len(indices) // rows_per_unit
-        self.unit_lengths: IntArray = self.lengths
+        self.units = len(unit_starts) - 1
+        self.unit_lengths: IntArray = self.sum_units(self.lengths)
         """Tokens of all rows of each unit."""
-        if rows_per_unit > 1:
-            self.unit_lengths = self.lengths.reshape(-1, rows_per_unit).sum(axis=1)
-        self.unit_source_of: NDArray[np.int32] = self.source_of[::rows_per_unit]
+        self.unit_source_of: NDArray[np.int32] = self.source_of[unit_starts[:-1]]
         self._rows_read = 0
 
     @property
     def padded_unit_lengths(self) -> list[int]:
         """Tokens of each unit with its rows padded to one length."""
-        longest = self.lengths.reshape(-1, self.rows_per_unit).max(axis=1)
-        return [int(length) for length in longest * self.rows_per_unit]
+        if not self.units:
+            return []
+        longest = np.maximum.reduceat(self.lengths, self.unit_starts[:-1])
+        return [int(length) for length in longest * np.diff(self.unit_starts)]
+
+    def sum_units(self, values: IntArray) -> IntArray:
+        """Returns the sum of a value of the rows for each unit."""
+        if not self.units:
+            return np.zeros(0, dtype=np.int64)
+        return np.asarray(np.add.reduceat(values, self.unit_starts[:-1]))
+
+    @cached_property
+    def families(self) -> IntArray:
+        """(rows,) equal for rows that may share their beginning: the unit of a row, or for a document a number of its
+        own."""
+        families = np.repeat(np.arange(self.units), np.diff(self.unit_starts))
+        is_document = self.is_document
+        families[is_document] = self.units + np.flatnonzero(is_document)
+        return families
+
+    @property
+    def is_document(self) -> NDArray[np.bool_]:
+        """(rows,) whether a row is plain text."""
+        sources = [number for number, report in enumerate(self.reports) if report.format == "text"]
+        return np.isin(self.source_of, sources)
 
     # These are used rarely: they are read when they are used, and not kept.
 
     @property
     def row_hashes(self) -> HashArray:
-        """Equal for equal conversations; of pairs for equal pairs, on both rows."""
+        """Equal for equal rows of the data: conversations, pairs or documents. All rows made of one have its hash."""
         return np.asarray(self._arrays["row_hashes"][self.indices])
 
     @property
     def unit_hashes(self) -> HashArray:
-        """The same, one a unit."""
-        return self.row_hashes[:: self.rows_per_unit]
+        """Those of the first row of each unit."""
+        return self.row_hashes[self.unit_starts[:-1]]
 
     @property
     def conversation_hashes(self) -> HashArray:
@@ -116,7 +141,7 @@ class TokenizedDataset:
             for name, (size, crc) in state["sums"].items():
                 if checksum(folder / name) != [size, crc]:
                     return None
-            arrays = {name: _load_array(folder / f"{name}.npy") for name in ARRAYS}
+            arrays = {name: load_array(folder / f"{name}.npy") for name in ARRAYS}
             reports = [SourceReport.from_dict(report) for report in state["reports"]]
             num_rows = len(arrays["starts"]) - 1
             return cls(
@@ -126,6 +151,7 @@ class TokenizedDataset:
                 folder,
                 np.arange(num_rows),
                 state["rows_per_unit"],
+                np.asarray(arrays["unit_starts"]),
             )
         except (OSError, ValueError, KeyError, TypeError, IndexError):
             return None
@@ -147,9 +173,19 @@ class TokenizedDataset:
         )
 
     def select_rows(self, rows: IntArray) -> TokenizedDataset:
-        """Returns a store of these rows, on the same arrays; of pairs both rows, one after the other."""
-        units = rows[:: self.rows_per_unit] // self.rows_per_unit
-        assert np.array_equal(rows, self.rows_of(units)), "the rows are not those of whole pairs"
+        """Returns a store of these rows, on the same arrays; all rows of each unit, one after the other."""
+        units = self.units_of(rows)
+        units = units[self.unit_starts[units] == rows]
+        assert np.array_equal(rows, self.rows_of(units)), "the rows are not those of whole units, such as pairs"
+        return self.select_units(units)
+
+    def select_units(self, units: IntArray) -> TokenizedDataset:
+        """Returns a store of these units, on the same arrays."""
+        counts = self.unit_starts[units + 1] - self.unit_starts[units]
+        return self.regroup(self.rows_of(units), _starts_of(counts))
+
+    def regroup(self, rows: IntArray, unit_starts: IntArray) -> TokenizedDataset:
+        """Returns a store of these rows, on the same arrays, with other units."""
         return TokenizedDataset(
             self._arrays,
             self.files,
@@ -157,16 +193,19 @@ class TokenizedDataset:
             self.folder,
             self.indices[rows],
             self.rows_per_unit,
+            unit_starts,
         )
-
-    def select_units(self, units: IntArray) -> TokenizedDataset:
-        """Returns a store of these units."""
-        return self.select_rows(self.rows_of(units))
 
     def rows_of(self, units: IntArray) -> IntArray:
         """Returns the rows of these units, one unit after the other."""
-        first_rows = units[:, None] * self.rows_per_unit
-        return np.asarray((first_rows + np.arange(self.rows_per_unit)).reshape(-1))
+        first_rows = self.unit_starts[units]
+        counts = self.unit_starts[units + 1] - first_rows
+        ends = np.cumsum(counts)
+        return np.asarray(np.arange(counts.sum()) + np.repeat(first_rows - ends + counts, counts))
+
+    def units_of(self, rows: IntArray) -> IntArray:
+        """Returns the unit of each of these rows."""
+        return np.asarray(np.searchsorted(self.unit_starts, rows, side="right") - 1)
 
     def content_hash(self) -> str:
         """Returns a hash that changes with any id, mask or length of these rows, and with their numbers in the whole
@@ -213,27 +252,6 @@ class TokenizedDataset:
         return int(np.count_nonzero(self[index].completion_mask))
 
 
-def _load_array(path: Path) -> AnyArray:
-    """Maps an array. One without entries cannot be mapped, because its file ends with the header, and is read."""
-    mode: Any = "r" if _has_entries(path) else None
-    array = np.load(path, mmap_mode=mode, allow_pickle=False)
-    return cast(AnyArray, array)
-
-
-def _has_entries(path: Path) -> bool:
-    with path.open("rb") as file:
-        if np.lib.format.read_magic(file) != (1, 0):
-            return True
-        shape, _, _ = np.lib.format.read_array_header_1_0(file)
-    return bool(shape[0])
-
-
-def checksum(path: Path) -> list[int]:
-    """Returns the size of a file in bytes and the CRC-32 of its contents (0 for a file above `MAX_CHECKSUM_BYTES`)."""
-    size = path.stat().st_size
-    crc = 0
-    if size <= MAX_CHECKSUM_BYTES:
-        with path.open("rb") as file:
-            while block := file.read(CHECKSUM_BLOCK_BYTES):
-                crc = zlib.crc32(block, crc)
-    return [size, crc]
+def _starts_of(counts: IntArray) -> IntArray:
+    """Returns the start of each unit and the end of the last one, from the numbers of their rows."""
+    return np.concatenate([np.zeros(1, dtype=np.int64), np.cumsum(counts)])

@@ -58,7 +58,7 @@ def report_rows(
 ) -> DataReport:
     """Returns the report of loaded rows."""
     stats = compute_token_stats(data.train, template.end_ids)
-    eos_stats = _eos_stats(stats, template, data.train.rows_per_unit)
+    eos_stats = _eos_stats(stats, template, data.train)
     parts, epoch = _mixture(recipe, data, stats)
     faults = invalid_sources(data.report, recipe)
     if data.report.train_rows and not eos_stats.trained:
@@ -95,7 +95,7 @@ def _mixture(
     stats: TokenStats,
 ) -> tuple[tuple[MixturePart, ...], Epoch]:
     train = data.train
-    trained = stats.trained.reshape(-1, train.rows_per_unit).sum(axis=1)
+    trained = train.sum_units(stats.trained)
     units = Units(train.unit_source_of, train.unit_lengths, trained)
     sampler = None
     if can_be_drawn(units, recipe):
@@ -135,7 +135,7 @@ def _issues(
         truncated = "too long, without the oldest turns of the prompt"
     truncated_locations = first_few(location for source in sources for location in source.truncated_locations)
     num_truncated = sum(source.truncated for source in sources)
-    unended = _units(np.flatnonzero(stats.unended), data.train)
+    unended = np.flatnonzero(data.train.sum_units(stats.unended))
     unended_locations = _locations(data.train, unended)
     issues = dropped_rows(sources, kinds)
     issues.append(
@@ -172,13 +172,8 @@ def _issues(
 
 def _locations(rows: TokenizedDataset, units: IntArray) -> tuple[str, ...]:
     """Returns the locations of the first few of these units."""
-    first_rows = (units[:EXAMPLES] * rows.rows_per_unit).tolist()
+    first_rows = rows.unit_starts[units[:EXAMPLES]].tolist()
     return tuple(rows.row_location(row) for row in first_rows)
-
-
-def _units(rows: IntArray, store: TokenizedDataset) -> IntArray:
-    """Returns the units that these rows belong to."""
-    return np.unique(rows // store.rows_per_unit)
 
 
 def _duplicates(data: TokenizedSplits) -> DataIssue:
@@ -254,7 +249,7 @@ def _heldout_leakage(
         ids = rows[row].input_ids[: stats.prompt[row]]
         if tuple(map(int, ids)) in prompt_ids:
             matching.append(row)
-    leaked = _units(np.array(matching, dtype=np.int64), rows)
+    leaked = np.unique(rows.units_of(np.array(matching, dtype=np.int64)))
     return DataIssue(
         LEAKAGE,
         len(leaked),
@@ -266,9 +261,9 @@ def _heldout_leakage(
 def _eos_stats(
     stats: TokenStats,
     template: ChatTemplate,
-    rows_per_unit: int,
+    train: TokenizedDataset,
 ) -> EosStats:
-    unended = stats.unended.reshape(-1, rows_per_unit).sum(axis=1)
+    unended = train.sum_units(stats.unended)
     tokens: dict[str, int] = {}
     for token_id, count in sorted(stats.eos_counts.items()):
         tokens[template.decode([token_id], special_tokens=True)] = count
@@ -281,11 +276,12 @@ def _eos_stats(
 
 
 def _examples(rows: TokenizedDataset, template: ChatTemplate) -> list[Example]:
-    """Returns the first row or pair of each source, then those that follow in the first source."""
-    notes = (", chosen", ", rejected") if _has_pairs(rows) else ("",)
+    """Returns the first row or pair of each source, then those that follow in the first source; of conversations that
+    are several rows, all of them."""
     examples = []
     for unit in example_rows(rows.unit_source_of):
-        for row, note in enumerate(notes, start=unit * rows.rows_per_unit):
+        numbers = rows.rows_of(np.array([unit])).tolist()
+        for row, note in zip(numbers, _row_notes(len(numbers), _has_pairs(rows)), strict=True):
             location = rows.row_location(row) + note
             segments = _segments(rows, row, template)
             examples.append(
@@ -297,6 +293,15 @@ def _examples(rows: TokenizedDataset, template: ChatTemplate) -> list[Example]:
                 )
             )
     return examples
+
+
+def _row_notes(count: int, is_pair: bool) -> list[str]:
+    """Returns what distinguishes the rows of a unit, after their location."""
+    if is_pair:
+        return [", chosen", ", rejected"]
+    if count == 1:
+        return [""]
+    return [f", row {number} of {count}" for number in range(1, count + 1)]
 
 
 def _segments(

@@ -82,11 +82,11 @@ def select_questions(
     count: int,
     with_reference: bool = False,
 ) -> list[EvalQuestion]:
-    """Returns the prompts of the first `count` rows (of pairs, the chosen rows) of a validation part. They have no gold
-    answers."""
+    """Returns the prompts of the first row of the first `count` units of a validation part (of pairs, the chosen row).
+    They have no gold answers."""
     questions = []
     for number in range(min(count, rows.units)):
-        row: Row = rows[number * rows.rows_per_unit]
+        row: Row = rows[int(rows.unit_starts[number])]
         prompt_ids, _ = split_row(row)
         question = EvalQuestion(
             prompt_ids,

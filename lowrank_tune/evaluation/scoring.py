@@ -23,7 +23,7 @@ from lowrank_tune.config import (
 from lowrank_tune.data import (
     ChatTemplate,
     TokenizedDataset,
-    collate_units,
+    collate_rows,
     load,
     read_source,
 )
@@ -280,7 +280,7 @@ def _score_rows(
     """Returns the score of each row."""
     scores = torch.empty(len(rows))
     collate_fn = partial(
-        collate_units,
+        collate_rows,
         rows,
         pad_id=template.pad_id,
     )

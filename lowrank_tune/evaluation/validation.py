@@ -18,6 +18,7 @@ from torch import Tensor
 from lowrank_tune.algorithms.base import Algorithm
 from lowrank_tune.batch import Batch, rows_of_units
 from lowrank_tune.data import TokenizedDataset
+from lowrank_tune.data.token_store import IntArray
 from lowrank_tune.evaluation.pair_losses import ValidationResult
 from lowrank_tune.events import Emit, ProgressBar
 from lowrank_tune.functional import (
@@ -32,8 +33,8 @@ from lowrank_tune.stats import Stats, add_stats, to_floats
 T = TypeVar("T")
 MAX_SAVED_SCORES = 2000
 """Pairs whose scores are stored for the report."""
-CollateFn = Callable[[Sequence[int]], Batch]
-"""Returns the batch of these units of a store."""
+CollateFn = Callable[[IntArray], Batch]
+"""Returns the batch of these rows of a store; of pairs both rows."""
 
 
 class PairAlgorithm(Protocol):
@@ -139,7 +140,7 @@ def validate(
     for (batch_stats, pair_losses), indices in batches:
         add_stats(stats, batch_stats)
         if pair_losses is not None:
-            pairs = indices[:: rows.rows_per_unit] // rows.rows_per_unit
+            pairs = indices[::2] // 2
             losses.update(zip(pairs.tolist(), pair_losses.tolist(), strict=True))
     return ValidationResult(to_floats(stats), [losses[pair] for pair in sorted(losses)])
 
@@ -182,20 +183,24 @@ def validation_batches(
     description: str,
     emit: Emit,
 ) -> Iterator[tuple[T, Tensor]]:
-    """Yields the result of `compute`, without gradient or dropout, for batches of all units of a store, and the numbers
-    of their rows. Batches have units of similar length, the longest first, and are on the device of the base."""
+    """Yields the result of `compute`, without gradient or dropout, for batches of all rows of a store, and the numbers
+    of their rows. Batches have rows (or pairs) of similar length, the longest first, and are on the device of the
+    base."""
+    rows_at_once = rows.rows_per_unit
 
-    def compute_batch(units: Sequence[int]) -> T:
+    def compute_batch(parts: Sequence[int]) -> T:
         with roles.inference_mode():
-            return compute(collate_fn(units).to(roles.base.device))
+            return compute(collate_fn(rows_of_units(parts, rows_at_once).numpy()).to(roles.base.device))
 
-    bar = ProgressBar(description, rows.units, emit)
+    lengths = rows.lengths.reshape(-1, rows_at_once).max(axis=1) * rows_at_once
+    bar = ProgressBar(description, len(lengths), emit)
     batches = roles.limits.forward_batches(
-        rows.padded_unit_lengths,
+        lengths.tolist(),
         micro_tokens,
         compute_batch,
-        rows.rows_per_unit,
+        rows_at_once,
+        rows.families[::rows_at_once].tolist(),
     )
-    for units, values in batches:
-        yield values, rows_of_units(units, rows.rows_per_unit)
-        bar.advance(len(units))
+    for parts, values in batches:
+        yield values, rows_of_units(parts, rows_at_once)
+        bar.advance(len(parts))

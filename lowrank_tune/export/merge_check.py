@@ -196,7 +196,7 @@ def _recipe_probes(
     if data.validation is not None and data.validation.units:
         store = data.validation
         origin = "validation rows"
-    rows = [store[unit * store.rows_per_unit] for unit in range(min(MAX_ROWS, store.units))]
+    rows = [store[row] for row in store.unit_starts[:-1][:MAX_ROWS].tolist()]
     if eval_dataset is not None:
         origin = f"{origin} and held-out prompts"
         prompts = prompts_of(eval_dataset)

@@ -20,7 +20,7 @@ from typing import Literal, TypeVar
 import torch
 from torch import Tensor, nn
 
-from lowrank_tune.batch import cut_into_batches
+from lowrank_tune.batch import cut_into_batches, longest_first
 from lowrank_tune.errors import OutOfMemory
 from lowrank_tune.events import Emit, ignore_event, warning
 
@@ -191,15 +191,16 @@ class MemoryLimits:
         max_tokens: int,
         work: Callable[[Sequence[int]], T],
         rows_per_unit: int = 1,
+        families: Sequence[int] | None = None,
     ) -> Iterator[tuple[Sequence[int], T]]:
         """Calls `work`, a pass without gradient, with the indices of units of similar size, largest first: as many at
         once as `max_tokens`, padding included, and the memory allow. Yields the indices of each piece and the result.
 
-        `num_tokens` has the tokens of each unit, in `rows_per_unit` rows.
+        `num_tokens` has the tokens of each unit, in `rows_per_unit` rows. Units of one of the `families` stay adjacent.
         """
-        largest_first = sorted(range(len(num_tokens)), key=lambda index: -num_tokens[index])
-        for units in cut_into_batches(largest_first, num_tokens, max_tokens):
-            largest = num_tokens[units[0]]
+        order = longest_first(num_tokens, families or range(len(num_tokens)))
+        for units in cut_into_batches(order, num_tokens, max_tokens):
+            largest = max(num_tokens[unit] for unit in units)
             yield from self.split_on_oom(
                 "forward_tokens",
                 units,

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
+
 from lowrank_tune.assembly import RunComponents
 from lowrank_tune.config import EvaluationConfig
 from lowrank_tune.data import TokenizedDataset
@@ -76,12 +78,12 @@ class SampleLogger:
 
     def log_pair_scores(self, rows: TokenizedDataset, step: int) -> None:
         """Emits both answers of the first held-out pairs with their scores."""
-        units = list(range(min(self.config.num_completions_to_print, rows.units)))
-        if not units:
+        units = np.arange(min(self.config.num_completions_to_print, rows.units))
+        if not len(units):
             return
         device = self.built.base.device
         with self.built.roles.inference_mode():
-            batch = self.built.validation_batch(units).to(device)
+            batch = self.built.validation_batch(rows.rows_of(units)).to(device)
             scores = self.built.algorithm.scores(batch).tolist()  # type: ignore[attr-defined]
         for index, score in enumerate(scores):
             prompt, completion = self._texts(rows, index)

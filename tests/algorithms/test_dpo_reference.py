@@ -32,7 +32,7 @@ from lowrank_tune.algorithms.reference_logps import reference_logps
 from lowrank_tune.assembly import build
 from lowrank_tune.batch import Batch
 from lowrank_tune.data import TokenizedDataset, collate_units
-from lowrank_tune.data.token_store import checksum
+from lowrank_tune.data.array_files import checksum
 from lowrank_tune.errors import TrainingError
 from lowrank_tune.model.roles import Roles
 

@@ -3,12 +3,13 @@ reported."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from statistics import fmean
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 from algorithm_helpers import dpo_over, pair_batch, pair_rows
 from models import llama_roles, load_base_of, perturb, ragged_batch, reward_roles, sft_over
 from test_reward import reward_over
@@ -43,15 +44,14 @@ def reward_case() -> tuple[Algorithm[Any], Batch]:
 def validated(algorithm: Algorithm[Any], batch: Batch, micro_tokens: int) -> ValidationResult:
     lengths = batch.attention_mask.sum(dim=1).tolist()
     rows_per_unit = algorithm.rows_per_unit
-    longest = [max(lengths[place : place + rows_per_unit]) for place in range(0, len(lengths), rows_per_unit)]
     rows: Any = SimpleNamespace(
-        units=len(longest),
         rows_per_unit=rows_per_unit,
-        padded_unit_lengths=[length * rows_per_unit for length in longest],
+        lengths=np.array(lengths),
+        families=np.arange(len(lengths)) // rows_per_unit,
     )
 
-    def collate(units: Sequence[int]) -> Batch:
-        return batch.select_rows(rows_of_units(units, rows_per_unit))
+    def collate(indices: np.ndarray) -> Batch:
+        return batch.select_rows(torch.from_numpy(indices))
 
     return validate(algorithm, algorithm.context.roles, rows, collate, micro_tokens, ignore_event)
 

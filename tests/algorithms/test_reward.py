@@ -15,6 +15,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from algorithm_helpers import (
@@ -483,14 +484,14 @@ def small_reward(**changes: Any) -> dict[str, Any]:
 
 
 AGAIN = """
-import json, sys, torch
+import json, sys, torch, numpy as np
 from lowrank_tune import Recipe
 from lowrank_tune.assembly import build
 recipe, out = json.loads(sys.argv[1]), sys.argv[2]
 recipe["adapters"] = {"reward": {"path": out}}
 built = build(Recipe.from_dict(recipe), lambda event: None, torch.device("cpu"))
 with built.roles.inference_mode():
-    scores = built.algorithm.scores(built.validation_batch(list(range(built.data.validation.units))))
+    scores = built.algorithm.scores(built.validation_batch(np.arange(len(built.data.validation))))
 head = built.roles.adapter_tensors("reward")["base_model.model.score.weight"]
 print(json.dumps({"head": head.flatten().tolist(), "scores": scores.tolist(), "fresh": built.algorithm.context.fresh}))
 """
@@ -507,7 +508,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, 
         if isinstance(event, RunEnded):
             built = builds[0]
             with built.roles.inference_mode():
-                batch = built.validation_batch(list(range(built.data.validation.units)))
+                batch = built.validation_batch(np.arange(len(built.data.validation)))
                 ended.update(
                     scores=built.algorithm.scores(batch), head=built.roles.heads["reward"].weight.detach().clone()
                 )

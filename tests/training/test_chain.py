@@ -342,7 +342,7 @@ def test_scoring_with_something_else_is_refused(
 
 def test_a_pair_gives_one_question() -> None:
     """Both of its rows begin with the same question."""
-    pairs = {"rows_per_unit": 2, "units": 2, "__len__": lambda self: 4}
+    pairs = {"unit_starts": [0, 2, 4], "units": 2, "__len__": lambda self: 4}
     store = type(
         "Store", (), {**pairs, "__getitem__": lambda self, row: Row([row // 2, 9, row], [False, True, True])}
     )()
