@@ -109,7 +109,7 @@ def build(
     saved = read_adapters(recipe)
     check_adapter_lineage(recipe, saved, emit)
     tokenizer = hashed_base.base.tokenizer if hashed_base else load_tokenizer(recipe.base)
-    template = ChatTemplate.from_tokenizer(tokenizer, recipe.data.template_date)
+    template = ChatTemplate.from_config(tokenizer, recipe.data)
     emit(LogMessage(message=template.describe()))
     rope = select_rope(stages or (recipe,), emit)
     source = _source(recipe, template, emit, fresh)
@@ -202,6 +202,6 @@ def _heldout_questions(
             "evaluate.eval_dataset: none of its rows has a gold answer; name its column in `ground_truth` or `columns`"
         )
     if rope is not None:
-        longest = max(len(template.prompt(prompt.messages)) for prompt in usable)
+        longest = max(len(template.prompt(prompt.messages, prompt.tools)) for prompt in usable)
         check_heldout_length(recipe, longest, rope)
     return usable

@@ -61,7 +61,7 @@ class FinishedRun:
     @cached_property
     def chat_template(self) -> ChatTemplate:
         """The base's chat template with the date of the run, built and probed once."""
-        return ChatTemplate.from_tokenizer(load_tokenizer(self.base), self.recipe.data.template_date)
+        return ChatTemplate.from_config(load_tokenizer(self.base), self.recipe.data)
 
     def fingerprint(self) -> str:
         """Returns a hash of the adapter's files in `final/`."""

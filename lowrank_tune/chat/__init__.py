@@ -13,6 +13,7 @@ from lowrank_tune.chat.loader import load_chat_model
 from lowrank_tune.chat.questions import read_questions
 from lowrank_tune.chat.sampling_options import SamplingOptions
 from lowrank_tune.chat.session import ChatSession
+from lowrank_tune.data.templates.template_kwargs import NO_KWARGS, TemplateKwargs
 from lowrank_tune.ui.terminal.chat_screen import ChatScreen
 from lowrank_tune.ui.terminal.plain import LineLogger
 from lowrank_tune.ui.terminal.prompt import PipedInput
@@ -40,13 +41,14 @@ def chat(
     system_prompt: str | None = None,
     bits: int | None = None,
     base: str | None = None,
+    template_kwargs: TemplateKwargs = NO_KWARGS,
 ) -> None:
     """Loads a run or model and runs a chat session until the end of the input.
 
     `system_prompt` None is the run's own system prompt, an empty text is none. Raises UserError, and KeyboardInterrupt
     if a session without a terminal is interrupted.
     """
-    chat_model = _load(name, options, bits, base)
+    chat_model = _load(name, options, bits, base, template_kwargs)
     screen = ChatScreen(list(HELP))
     session = ChatSession(
         chat_model,
@@ -67,12 +69,13 @@ def chat_jsonl(
     system_prompt: str | None = None,
     bits: int | None = None,
     base: str | None = None,
+    template_kwargs: TemplateKwargs = NO_KWARGS,
 ) -> None:
     """Loads a run or model and answers each line of the standard input by itself: one JSON object a line.
 
     Raises UserError with the line of a faulty question, after the answers to those before it.
     """
-    chat_model = _load(name, options, bits, base)
+    chat_model = _load(name, options, bits, base, template_kwargs)
     answers = answer_all(
         chat_model,
         read_questions(PipedInput()),
@@ -89,6 +92,7 @@ def _load(
     options: SamplingOptions,
     bits: int | None,
     base: str | None,
+    template_kwargs: TemplateKwargs,
 ) -> ChatModel:
     with closing(LineLogger(sys.stderr)) as logger:
         return load_chat_model(
@@ -97,6 +101,7 @@ def _load(
             bits,
             base,
             max_new_tokens=options.max_new_tokens,
+            template_kwargs=template_kwargs,
         )
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 
 import torch
 
@@ -13,6 +12,7 @@ from lowrank_tune.chat.chat_model import ChatModel
 from lowrank_tune.chat.target import ChatTarget, resolve_target
 from lowrank_tune.config import BaseConfig
 from lowrank_tune.data import ChatTemplate
+from lowrank_tune.data.templates.template_kwargs import NO_KWARGS, TemplateKwargs
 from lowrank_tune.errors import OutOfMemory, UserError
 from lowrank_tune.events import Emit, LogMessage, loading_progress, warning
 from lowrank_tune.model.adapters import SavedAdapter, adapter_rope_factors, read_adapter
@@ -29,11 +29,12 @@ def load_chat_model(
     base: str | None = None,
     device: torch.device | None = None,
     max_new_tokens: int = 0,
+    template_kwargs: TemplateKwargs = NO_KWARGS,
 ) -> ChatModel:
     """Loads a run, a checkpoint, an adapter or a model.
 
     `bits` and `base` set what the target does not: for a model, an adapter, or a base that was moved. Without a run the
-    rotary factors are those of an answer of `max_new_tokens`.
+    rotary factors are those of an answer of `max_new_tokens`. `template_kwargs` are variables of the chat template.
 
     Raises UserError if there is no such target, for a reward model, and for a base that is missing or is not the one
     that was trained over.
@@ -51,6 +52,7 @@ def load_chat_model(
             base_config,
             device,
             max_new_tokens,
+            template_kwargs,
             emit,
         )
     except UserError as error:
@@ -80,15 +82,13 @@ def _load_base(
     base_config: BaseConfig,
     device: torch.device | None,
     max_new_tokens: int,
+    template_kwargs: TemplateKwargs,
     emit: Emit,
 ) -> tuple[Base, ChatTemplate]:
-    template_date = None
-    if target.run is not None:
-        template_date = target.run.recipe.data.template_date
     template = _template(
+        target,
         base_config,
-        target.adapter,
-        template_date,
+        template_kwargs,
         emit,
     )
     factors = _rope_factors(target, base_config, max_new_tokens)
@@ -178,13 +178,25 @@ def _rope_factors(
 
 
 def _template(
+    target: ChatTarget,
     base_config: BaseConfig,
-    adapter: Path | None,
-    template_date: str | None,
+    template_kwargs: TemplateKwargs,
     emit: Emit,
 ) -> ChatTemplate:
-    """The base's; or the one that came with an adapter from elsewhere, where that is another one."""
-    template = ChatTemplate.from_tokenizer(tokenizer := load_tokenizer(base_config), template_date)
+    """Returns the chat template of the base; or the one that came with an adapter from elsewhere, where that is another
+    one. Variables in `template_kwargs` replace those of a run."""
+    adapter = target.adapter
+    date = None
+    kwargs = template_kwargs
+    if target.run is not None:
+        date = target.run.recipe.data.template_date
+        kwargs = {**target.run.recipe.data.chat_template_kwargs, **template_kwargs}
+    tokenizer = load_tokenizer(base_config)
+    template = ChatTemplate.from_tokenizer(
+        tokenizer,
+        date,
+        kwargs=kwargs,
+    )
     if adapter is not None and (adapter / TEMPLATE).is_file():
         try:
             text = (adapter / TEMPLATE).read_text(encoding="utf-8")
@@ -193,7 +205,7 @@ def _template(
         if text.strip() != template.chat_template.strip():
             tokenizer.chat_template = text
             emit(LogMessage(message=f"chat template: {adapter / TEMPLATE}, which differs from the base's"))
-            return ChatTemplate.from_tokenizer(tokenizer)
+            return ChatTemplate.from_tokenizer(tokenizer, kwargs=kwargs)
     return template
 
 

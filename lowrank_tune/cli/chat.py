@@ -8,7 +8,16 @@ from typing import Annotated
 
 import typer
 
-from lowrank_tune.cli.common import INTERRUPTED, Debug, app, check_run_or_model, loading_message, report_user_errors
+from lowrank_tune.cli.common import (
+    INTERRUPTED,
+    Debug,
+    TemplateVariables,
+    app,
+    check_run_or_model,
+    loading_message,
+    parse_template_variables,
+    report_user_errors,
+)
 
 
 class VariantOption(StrEnum):
@@ -76,11 +85,13 @@ def chat_command(
     bits: Bits = None,
     base_path: BasePath = None,
     jsonl: AsJsonLines = False,
+    chat_template_kwargs: TemplateVariables = None,
     debug: Debug = False,
 ) -> None:
     """Chat with what a run trained: adapters on, off, or both side by side. From a pipe: one question for each line,
     plain answers."""
     with report_user_errors(debug):
+        kwargs = parse_template_variables(chat_template_kwargs)
         check_run_or_model(name)
         with loading_message():
             from lowrank_tune.chat import SamplingOptions, chat, chat_jsonl
@@ -102,6 +113,7 @@ def chat_command(
                 system,
                 None if bits is None else int(bits),
                 base_path,
+                kwargs,
             )
         except KeyboardInterrupt as error:
             print("interrupted", file=sys.stderr)

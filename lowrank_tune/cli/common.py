@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 from collections.abc import Iterator
@@ -55,6 +56,31 @@ Overrides = Annotated[
 Out = Annotated[Path | None, typer.Option("--out", help="Folder of the run. Default: runs/NAME.")]
 Ui = Annotated[UiMode, typer.Option("--ui", help="What to draw.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks.")]
+TemplateVariables = Annotated[
+    str | None,
+    typer.Option(
+        "--chat-template-kwargs",
+        metavar="JSON",
+        help="Variables of the chat template, as '{\"enable_thinking\": false}'. Default: those of the recipe.",
+    ),
+]
+
+
+def parse_template_variables(text: str | None) -> dict[str, bool | int | float | str]:
+    """Returns the variables in --chat-template-kwargs. Raises UserError."""
+    if text is None:
+        return {}
+    try:
+        values = json.loads(text)
+    except ValueError:
+        values = None
+    is_flat = isinstance(values, dict) and all(isinstance(value, bool | int | float | str) for value in values.values())
+    if not is_flat or not all(name.isidentifier() for name in values):
+        raise UserError(
+            f"--chat-template-kwargs {text}: expected a JSON object of names and values, "
+            "such as '{\"enable_thinking\": false}'"
+        )
+    return dict(values)
 
 
 def check_output_file(path: Path | None) -> None:

@@ -12,11 +12,13 @@ from rich.console import Console
 from lowrank_tune.cli.common import (
     INTERRUPTED,
     Debug,
+    TemplateVariables,
     app,
     check_output_file,
     check_run_or_model,
     line_logger,
     loading_message,
+    parse_template_variables,
     report_user_errors,
 )
 from lowrank_tune.errors import UserError
@@ -114,6 +116,7 @@ def eval_command(
     tasks_path: TasksPath = None,
     limit: Limit = None,
     apply_chat_template: ApplyChatTemplate = False,
+    chat_template_kwargs: TemplateVariables = None,
     out: Annotated[
         Path | None, typer.Option("--out", help="File to append the result to. Default: RUN/evals.jsonl.")
     ] = None,
@@ -123,6 +126,7 @@ def eval_command(
     intervals."""
     with report_user_errors(debug):
         base_bits = _parse_bits(bits)
+        kwargs = parse_template_variables(chat_template_kwargs)
         check_output_file(out)
         check_run_or_model(run_or_model)
         with loading_message():
@@ -147,6 +151,7 @@ def eval_command(
             tasks_path,
             limit,
             apply_chat_template,
+            kwargs,
         )
         _evaluate(run_or_model, out, options)
 

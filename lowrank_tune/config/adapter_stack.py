@@ -276,6 +276,7 @@ def conflicts(stages: Stages, index: int) -> Iterator[Finding]:
     for key in BaseConfig.model_fields:
         yield from until_invalid(_different_base(stages[0], stages[index], key))
     yield from until_invalid(_different_template_date(stages[0], stages[index]))
+    yield from until_invalid(_different_template_kwargs(stages[0], stages[index]))
     yield from until_invalid(_adapter_name_conflicts(stages, index))
     yield from _stage_name_conflicts(stages, index)
 
@@ -302,6 +303,17 @@ def _different_template_date(first: RecipeConfig, stage: RecipeConfig) -> Iterat
         yield (
             ("data", "template_date"),
             f"is {value} in stage {first.name}, and all stages of a chain have one date; write it above `stages`",
+        )
+
+
+def _different_template_kwargs(first: RecipeConfig, stage: RecipeConfig) -> Iterator[Finding]:
+    """Yields variables of the chat template that are not the first stage's."""
+    kwargs = first.data.chat_template_kwargs
+    if stage.data.chat_template_kwargs != kwargs:
+        value = ", ".join(f"{name}: {describe_value(value)}" for name, value in kwargs.items()) or "not set"
+        yield (
+            ("data", "chat_template_kwargs"),
+            f"is {value} in stage {first.name}, and all stages of a chain have the same; write it above `stages`",
         )
 
 

@@ -10,6 +10,9 @@ from pydantic import Field
 
 from lowrank_tune.config.base import NON_EMPTY, Day, Finding, Fraction, NonEmptyStr, PositiveInt, Settings
 
+VariableName = Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]{0,63}$")]
+OWN_VARIABLES = ("messages", "tools", "documents", "add_generation_prompt", "continue_final_message")
+"""Variables of a chat template that the kit sets."""
 DATA_FILE_PATTERN = re.compile(r".*\.(jsonl?|csv|parquet)(\.gz)?")
 BUILT_IN = {"builtin:arithmetic": "the built-in problems", "builtin:arithmetic-preferences": "the built-in pairs"}
 """Data sets of the package, and what each contains."""
@@ -101,6 +104,9 @@ class DataConfig(Settings):
     template_date: Day | None = None
     """Date (YYYY-MM-DD) that the chat template of the base writes, if it writes one. Default: the day on which the run
     began if the template uses the clock (`strftime_now`), else the template's own date."""
+    chat_template_kwargs: dict[VariableName, bool | int | float | str] = Field(default_factory=dict)
+    """Variables of the base's chat template, for example `{enable_thinking: false}` for Qwen3: in training, rollouts,
+    evaluation, `chat` and the exported chat template. All stages of a chain have the same."""
     max_length: Annotated[int, Field(ge=8)] = 1024
     """Maximum length of a row in tokens."""
     max_prompt_length: Annotated[int, Field(ge=1)] = 512
@@ -113,8 +119,8 @@ class DataConfig(Settings):
     """Refuses to train if more than this share of the rows of a source cannot be used."""
 
     def findings(self) -> Iterator[Finding]:
-        """Yields `eval_fraction` beside other validation rows, and weights of sources that are missing, do not sum to
-        1, or have no effect."""
+        """Yields `eval_fraction` beside other validation rows, variables of the chat template that have another
+        setting, and weights of sources that are missing, do not sum to 1, or have no effect."""
         if self.is_set("eval_fraction") and self.validation:
             yield (
                 ("eval_fraction",),
@@ -125,7 +131,21 @@ class DataConfig(Settings):
                 ("eval_fraction",),
                 "contradicts `data.eval_rows`: give one of the two",
             )
+        yield from self._variable_findings()
         yield from self.weight_findings()
+
+    def _variable_findings(self) -> Iterator[Finding]:
+        for name in self.chat_template_kwargs:
+            if name in OWN_VARIABLES:
+                yield (
+                    ("chat_template_kwargs", name),
+                    "is set by the kit; leave it out",
+                )
+            elif name in ("date_string", "strftime_now"):
+                yield (
+                    ("chat_template_kwargs", name),
+                    "is the date of the chat template: write `data.template_date`",
+                )
 
     def weight_findings(self) -> Iterator[Finding]:
         """Yields weights of training sources that are missing, do not sum to 1, or have no effect."""

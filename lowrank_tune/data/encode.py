@@ -1,5 +1,5 @@
-"""From the rows of a source to tokenized ones: a conversation becomes one row, a preference pair two, the chosen one
-first."""
+"""From the rows of a source to tokenized ones: a conversation becomes one row, or several where its template rewrites
+turns; a preference pair becomes two, the chosen one first."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ from lowrank_tune.data.formats import (
     Conversation,
     InvalidRow,
     RawRowOrFault,
-    RowOrFault,
     box_final_answer,
     to_conversation,
     with_system,
@@ -46,9 +45,9 @@ class SourceContext:
 def encode_chunk(chunk: Chunk, context: SourceContext) -> Iterator[Entry | InvalidRow]:
     """Yields for every row of a chunk, in order, the tokenized row or its fault."""
     items = [_read_row(raw, context) for _, raw in chunk]
-    conversations = [item.messages for item in items if isinstance(item, Conversation)]
+    conversations = [item for item in items if isinstance(item, Conversation)]
     pairs = [item for item in items if isinstance(item, PreferencePair)]
-    encoded_rows = iter(context.template.encode_many(conversations))
+    encoded_rows = iter(_encode_conversations(conversations, context.template))
     encoded_pairs = iter(_encode_pairs(pairs, context.template))
     for (location, _), item in zip(chunk, items, strict=True):
         if isinstance(item, Conversation):
@@ -118,34 +117,50 @@ def pair_of(
     return replace(pair, prompt=with_system(pair.prompt, system))
 
 
+def _encode_conversations(
+    conversations: Sequence[Conversation],
+    template: ChatTemplate,
+) -> list[tuple[Row, ...] | InvalidRow]:
+    return template.encode_all(
+        [conversation.messages for conversation in conversations],
+        [conversation.tools for conversation in conversations],
+    )
+
+
 def _conversation_entry(
     conversation: Conversation,
-    row: RowOrFault,
+    rows: tuple[Row, ...] | InvalidRow,
     location: RowLocation,
     context: SourceContext,
 ) -> Entry | InvalidRow:
-    if isinstance(row, InvalidRow):
-        return row
+    if isinstance(rows, InvalidRow):
+        return rows
     report = context.report
-    length = len(row.input_ids)
+    length = _longest(rows)
     report.longest = max(report.longest, length)
     if length > context.data.max_length:
-        row = _truncate_conversation(conversation, context)
-        if isinstance(row, InvalidRow):
-            return row
-    if not any(row.completion_mask):
+        truncated = _truncate_conversation(conversation, context)
+        if isinstance(truncated, InvalidRow):
+            return truncated
+        rows = truncated
+    if not all(any(row.completion_mask) for row in rows):
         return InvalidRow(NOTHING_TRAINED)
     if length > context.data.max_length:
         report.count_truncated(str(location))
+    row_hash = conversation_hash(conversation.messages, conversation.tools)
     return Entry(
-        (row,),
-        (conversation_hash(conversation.messages),),
+        rows,
+        (row_hash,) * len(rows),
         conversation.ground_truth,
     )
 
 
-def _truncate_conversation(conversation: Conversation, context: SourceContext) -> RowOrFault:
-    """Returns the conversation up to the last answer with which it fits.
+def _longest(rows: Sequence[Row]) -> int:
+    return max(len(row.input_ids) for row in rows)
+
+
+def _truncate_conversation(conversation: Conversation, context: SourceContext) -> tuple[Row, ...] | InvalidRow:
+    """Returns the rows of the conversation up to the last answer with which it fits.
 
     No answer is ever truncated: half of one would train to stop at that place, or not to stop. The beginning stays, as
     the turns after it refer to it. So a row is invalid if its first question, or this with its answer, is too long.
@@ -156,17 +171,19 @@ def _truncate_conversation(conversation: Conversation, context: SourceContext) -
     messages = conversation.messages
     ends = [index + 1 for index, message in enumerate(messages) if message.role == "assistant"]
     for end in reversed(ends[:-1]):
-        (row,) = context.template.encode_many([messages[:end]])
-        if isinstance(row, InvalidRow) or len(row.input_ids) <= data.max_length:
-            return row
-    if _prompt_length(messages[: ends[0] - 1], context.template) > data.max_length:
+        shorter = replace(conversation, messages=messages[:end])
+        (rows,) = _encode_conversations([shorter], context.template)
+        if isinstance(rows, InvalidRow) or _longest(rows) <= data.max_length:
+            return rows
+    prompt = replace(conversation, messages=messages[: ends[0] - 1])
+    if _prompt_length(prompt, context.template) > data.max_length:
         return InvalidRow(f"{_too_long(data)}, its first question alone")
     return InvalidRow(f"{_too_long(data)}, its first {ANSWER_INCLUDED}")
 
 
-def _prompt_length(messages: Messages, template: ChatTemplate) -> int:
+def _prompt_length(prompt: Conversation, template: ChatTemplate) -> int:
     """Returns the length of a prompt in tokens, 0 if the template cannot render it without its answer."""
-    (ids,) = template.prompt_many([messages])
+    (ids,) = template.prompt_many([prompt.messages], [prompt.tools])
     return 0 if isinstance(ids, InvalidRow) else len(ids)
 
 
@@ -204,8 +221,8 @@ def _pair_entry(
     if isinstance(rows, InvalidRow):
         return rows
     hashes = (
-        conversation_hash((*pair.prompt, *pair.chosen)),
-        conversation_hash((*pair.prompt, *pair.rejected)),
+        conversation_hash((*pair.prompt, *pair.chosen), pair.tools),
+        conversation_hash((*pair.prompt, *pair.rejected), pair.tools),
     )
     return Entry(rows, hashes, margin=pair.margin)
 
@@ -213,16 +230,16 @@ def _pair_entry(
 def _encode_pairs(pairs: Sequence[PreferencePair], template: ChatTemplate) -> list[_EncodedPair]:
     """Encodes pairs, through one call of the tokenizer for all sides."""
     conversations: list[Messages] = []
+    tools: list[str] = []
     for pair in pairs:
         conversations += [(*pair.prompt, *pair.chosen), (*pair.prompt, *pair.rejected)]
-    rows = template.encode_many(conversations)
+        tools += [pair.tools, pair.tools]
+    rows = template.encode_many(conversations, tools)
     sides = list(zip(rows[::2], rows[1::2], strict=True))
     usable = [
-        pair.prompt
-        for pair, both in zip(pairs, sides, strict=True)
-        if not any(isinstance(row, InvalidRow) for row in both)
+        pair for pair, both in zip(pairs, sides, strict=True) if not any(isinstance(row, InvalidRow) for row in both)
     ]
-    prompts = iter(template.prompt_many(usable))
+    prompts = iter(template.prompt_many([pair.prompt for pair in usable], [pair.tools for pair in usable]))
     encoded = []
     for chosen, rejected in sides:
         if isinstance(chosen, InvalidRow):

@@ -189,7 +189,7 @@ def load_heldout_prompts(
 
 def accepted_prompts(prompts: Sequence[Prompt], template: ChatTemplate) -> list[Prompt]:
     """Returns the prompts that the chat template accepts."""
-    encoded = template.prompt_many([prompt.messages for prompt in prompts])
+    encoded = template.prompt_many([prompt.messages for prompt in prompts], [prompt.tools for prompt in prompts])
     return [prompt for prompt, ids in zip(prompts, encoded, strict=True) if not isinstance(ids, InvalidRow)]
 
 

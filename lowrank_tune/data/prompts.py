@@ -244,9 +244,11 @@ class _PromptReader:
     ) -> None:
         """Adds the prompts of a chunk, and counts its rows. Adds the hashes of the prompts to `hashes`."""
         conversations = [self._conversation(raw, source, report.format) for _, raw in chunk]
+        usable = [conversation for conversation in conversations if isinstance(conversation, Conversation)]
         prompts = iter(
             self._template.prompt_many(
-                [conversation.prompt for conversation in conversations if isinstance(conversation, Conversation)]
+                [conversation.prompt for conversation in usable],
+                [conversation.tools for conversation in usable],
             )
         )
         report.read += len(chunk)

@@ -44,7 +44,7 @@ def inspect_data(
     cache: Path | None = None,
 ) -> DataReport:
     """Reads and tokenizes all data of a recipe. Raises UserError only if there is nothing to report."""
-    template = ChatTemplate.from_tokenizer(load_tokenizer(recipe.base), recipe.data.template_date)
+    template = ChatTemplate.from_config(load_tokenizer(recipe.base), recipe.data)
     heldout = recipe_heldout_prompts(recipe)
     if recipe.is_online:
         dataset = load_prompts(

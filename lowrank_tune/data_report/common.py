@@ -229,7 +229,7 @@ def _issue_kind(reason: str, has_targets: bool) -> str:
 
 def heldout_ids(heldout: Sequence[Prompt], template: ChatTemplate) -> set[tuple[int, ...]]:
     """Returns the ids of the held-out prompts, without those that the template cannot render."""
-    prompts = template.prompt_many([prompt.messages for prompt in heldout])
+    prompts = template.prompt_many([prompt.messages for prompt in heldout], [prompt.tools for prompt in heldout])
     return {tuple(ids) for ids in prompts if not isinstance(ids, InvalidRow)}
 
 

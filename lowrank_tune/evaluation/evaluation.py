@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from lowrank_tune.data import ChatTemplate
+from lowrank_tune.data.templates.template_kwargs import TemplateKwargs
 from lowrank_tune.errors import UserError
 from lowrank_tune.evaluation import lm_eval
 from lowrank_tune.evaluation.evaluator import EvalResult, Evaluator
@@ -59,6 +60,21 @@ from lowrank_tune.model.roles import Roles
 from lowrank_tune.model.rotary import RopeFactors, fixed_rope, select_factors
 
 
+def _chat_template(target: EvalTarget, options: Options) -> ChatTemplate:
+    """Returns the template as the run's recipe sets it, with the variables of the options in place of its own."""
+    date = None
+    kwargs: TemplateKwargs = {}
+    if target.recipe is not None:
+        date = target.recipe.data.template_date
+        kwargs = target.recipe.data.chat_template_kwargs
+    kwargs = {**kwargs, **options.chat_template_kwargs}
+    return ChatTemplate.from_tokenizer(
+        load_tokenizer(target.base),
+        date,
+        kwargs=kwargs,
+    )
+
+
 @dataclass
 class Evaluation:
     """Result of an evaluation: `record` is the line of `evals.jsonl`, `path` that file (None without a run)."""
@@ -85,8 +101,7 @@ def evaluate(
     target = resolve_target(given, options.bits, emit)
     sampling_options = resolve_options(options, target.recipe)
     reward_model = _reward_model(options, target)
-    template_date = None if target.recipe is None else target.recipe.data.template_date
-    template = ChatTemplate.from_tokenizer(load_tokenizer(target.base), template_date)
+    template = _chat_template(target, options)
     questions = _questions(
         target,
         options,

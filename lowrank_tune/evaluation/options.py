@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
 from lowrank_tune.config import EvaluationConfig, RecipeConfig
+from lowrank_tune.data.templates.template_kwargs import TemplateKwargs
 from lowrank_tune.errors import UserError
 from lowrank_tune.evaluation.intervals import CONFIDENCE
 
@@ -38,6 +39,7 @@ class Options:
     tasks_path: Path | None = None
     limit: int | None = None
     apply_chat_template: bool = False
+    chat_template_kwargs: TemplateKwargs = field(default_factory=dict)
 
     @property
     def has_questions(self) -> bool:

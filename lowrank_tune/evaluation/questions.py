@@ -60,7 +60,7 @@ class EvalQuestions:
 def render_questions(prompts: Sequence[Prompt], template: ChatTemplate) -> list[EvalQuestion]:
     """Returns held-out prompts, which the chat template accepts, as it renders them."""
     questions = []
-    encoded = template.prompt_many([prompt.messages for prompt in prompts])
+    encoded = template.prompt_many([prompt.messages for prompt in prompts], [prompt.tools for prompt in prompts])
     for number, (prompt, prompt_ids) in enumerate(zip(prompts, encoded, strict=True)):
         assert not isinstance(prompt_ids, InvalidRow), prompt_ids.reason
         text = prompt.messages[-1].content
@@ -131,7 +131,8 @@ def load_eval_questions(
     )
     usable = accepted_prompts(candidates, template)
     if not usable:
-        raise UserError(f"{source.dataset}: {template.validate_messages(candidates[0].messages)}")
+        reason = template.validate_messages(candidates[0].messages, candidates[0].tools)
+        raise UserError(f"{source.dataset}: {reason}")
     format_name = format_of(source, read_source(source, seed))
     questions = []
     for question, prompt in zip(render_questions(usable, template), usable, strict=True):
@@ -171,7 +172,7 @@ def _reference(
         )
     except InvalidRow:
         return None
-    row = template.encode_many([parsed.messages])[0]
+    (row,) = template.encode_many([parsed.messages], [parsed.tools])
     if isinstance(row, InvalidRow) or not any(row.completion_mask):
         return None
     return row

@@ -165,7 +165,7 @@ class ResponseReader:
             )
         prompt_ids: list[int] = []
         if self.with_token_ids:
-            (found,) = self.template.prompt_many([dialogue.messages])
+            (found,) = self.template.prompt_many([dialogue.messages], [dialogue.tools])
             if isinstance(found, InvalidRow):
                 raise found
             prompt_ids = found

@@ -320,7 +320,7 @@ def _response(
 
 
 def _load_template(recipe: RecipeConfig) -> ChatTemplate:
-    return ChatTemplate.from_tokenizer(load_tokenizer(recipe.base), recipe.data.template_date)
+    return ChatTemplate.from_config(load_tokenizer(recipe.base), recipe.data)
 
 
 def _read_adapters(recipe: RecipeConfig) -> dict[str, SavedAdapter]:

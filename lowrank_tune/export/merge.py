@@ -159,7 +159,7 @@ def _load_merge_job(
     emit: Emit,
 ) -> _MergeJob:
     """Loads base and adapters, and records the outputs of the trained model. Raises UserError."""
-    template = ChatTemplate.from_tokenizer(load_tokenizer(run.base), run.recipe.data.template_date)
+    template = ChatTemplate.from_config(load_tokenizer(run.base), run.recipe.data)
     saved = adapters_in(run)
     base = load_base(
         run.base,

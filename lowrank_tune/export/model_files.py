@@ -21,11 +21,12 @@ MACHINE_SPECIFIC_KEYS = {
 
 
 def serialize_tokenizer(tokenizer: Any, template: str) -> dict[str, bytes]:
-    """Returns the tokenizer's files by name, without the folder that it was loaded from."""
+    """Returns the tokenizer's files by name, with this chat template as the default one, and without the folder that it
+    was loaded from."""
     before = tokenizer.chat_template
     with tempfile.TemporaryDirectory() as folder:
         try:
-            tokenizer.chat_template = before or template
+            tokenizer.chat_template = {**before, "default": template} if isinstance(before, dict) else template
             tokenizer.save_pretrained(folder)
         finally:
             tokenizer.chat_template = before

@@ -449,7 +449,7 @@ def test_saved_recipe_has_only_used_settings() -> None:
         "truncated_completions",
         "zero_std_groups",
     }
-    assert set(saved["data"]) == {"train", "max_prompt_length", "max_invalid_fraction"}
+    assert set(saved["data"]) == {"train", "max_prompt_length", "max_invalid_fraction", "chat_template_kwargs"}
     assert not {"reward", "dpo", "validation"} & set(saved) and not {
         "global_batch_size",
         "length_window",

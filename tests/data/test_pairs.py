@@ -309,7 +309,9 @@ def test_a_template_that_drops_the_difference_leaves_a_tie() -> None:
 def test_a_prompt_that_the_template_rewrites_is_a_fault(monkeypatch: pytest.MonkeyPatch) -> None:
     template = ChatTemplate.from_tokenizer(tiny())
     real = template.prompt_many
-    monkeypatch.setattr(template, "prompt_many", lambda prompts: [[*ids[:-1], 0] for ids in real(prompts)])
+    monkeypatch.setattr(
+        template, "prompt_many", lambda prompts, tools: [[*ids[:-1], 0] for ids in real(prompts, tools)]
+    )
     ((made,), _) = encoded(template, PLAIN)
     assert isinstance(made, InvalidRow) and "not the beginning of both sides" in made.reason
 

@@ -11,6 +11,7 @@ from datetime import date
 from typing import Any
 
 from lowrank_tune.batch import Row
+from lowrank_tune.config import DataConfig
 from lowrank_tune.data.formats import InvalidRow, RowOrFault
 from lowrank_tune.data.message import Message
 from lowrank_tune.data.templates.backend import (
@@ -91,6 +92,15 @@ class ChatTemplate:
         if DefaultTemplate.has_all_special_tokens(backend):
             return cls(backend, DefaultTemplate(backend))
         return cls(backend, PlainTextTemplate(backend))
+
+    @classmethod
+    def from_config(cls, tokenizer: Any, data: DataConfig) -> ChatTemplate:
+        """Returns the template with the date and the variables of a recipe. Raises UserError as `from_tokenizer`."""
+        return cls.from_tokenizer(
+            tokenizer,
+            data.template_date,
+            kwargs=data.chat_template_kwargs,
+        )
 
     def _fingerprint(self) -> str:
         # The description is a part of the keys of all caches: a changed word makes them anew.
@@ -209,7 +219,10 @@ class ChatTemplate:
 
     @property
     def chat_template(self) -> str:
-        """The same as a Jinja template for other software, which renders a text and then encodes it whole."""
+        """The same as a Jinja template for other software, which renders a text and then encodes it whole.
+
+        The values of its variables are defaults in it.
+        """
         return self._scheme.chat_template
 
     def describe(self) -> str:

@@ -62,7 +62,10 @@ class JinjaChatTemplate:
         kwargs: TemplateKwargs = NO_KWARGS,
     ) -> None:
         self.backend = backend
-        self.fixed_chat_template = with_kwargs(with_date(self.chat_template, day), kwargs)
+        own = str(backend.tokenizer.get_chat_template())
+        self.chat_template = with_kwargs(own, kwargs)
+        """The template with the recipe's values of its variables as defaults."""
+        self.fixed_chat_template = with_kwargs(with_date(own, day), kwargs)
         self._placeholders = Placeholders(backend)
         self._renderer = TemplateRenderer(
             backend.tokenizer,
@@ -93,11 +96,6 @@ class JinjaChatTemplate:
             raise UserError("the base's chat template closes answers with no end token, and its tokenizer names none")
         self.end_ids = frozenset(end_ids)
         self.description = self._describe()
-
-    @property
-    def chat_template(self) -> str:
-        """The unchanged template."""
-        return str(self.backend.tokenizer.get_chat_template())
 
     def _probe(self) -> tuple[str, str]:
         """Returns a question as a prompt, and the same with its answer."""
