@@ -30,6 +30,7 @@ from lowrank_tune.evaluation.metrics import (
 )
 from lowrank_tune.evaluation.options import EvalSamplingOptions, Options, resolve_options
 from lowrank_tune.evaluation.questions import (
+    DEFAULT_MAX_LENGTH,
     EvalQuestion,
     EvalQuestions,
     eval_source,
@@ -157,13 +158,14 @@ def _questions(
             options.split,
             recipe,
         )
-        system = None if recipe is None else recipe.data.system_prompt
+        data = None if recipe is None else recipe.data
         return load_eval_questions(
             source,
             num_prompts,
             sampling_options.seed,
             template,
-            system,
+            None if data is None else data.system_prompt,
+            DEFAULT_MAX_LENGTH if data is None else data.max_length,
         )
     if recipe is None:
         raise UserError(

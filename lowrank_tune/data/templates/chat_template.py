@@ -7,6 +7,7 @@ import hashlib
 import re
 from collections.abc import Sequence
 from datetime import date
+from functools import cached_property
 from typing import Any
 
 from lowrank_tune.batch import Row
@@ -102,6 +103,20 @@ class ChatTemplate:
     def encode_many(self, conversations: Sequence[Sequence[Message]]) -> list[RowOrFault]:
         """Returns the rows of many conversations, through one call of the tokenizer."""
         return self._scheme.encode_many(conversations)
+
+    def encode_texts(self, texts: Sequence[str]) -> list[list[int]]:
+        """Returns the ids of plain texts: the BOS that the tokenizer adds to a text, if it adds one, the text with
+        control tokens as plain characters, and the tokenizer's EOS, if it has one."""
+        begin, end = self.text_delimiters
+        return [[*begin, *ids, *end] for ids in self._backend.encode_plain(texts)]
+
+    @cached_property
+    def text_delimiters(self) -> tuple[list[int], list[int]]:
+        """The ids before and after a plain text."""
+        bos, eos = self._backend.bos, self._backend.eos
+        first = list(self.tokenizer("x")["input_ids"])[:1]
+        adds_bos = first == [bos] != self._backend.encode_plain(["x"])[0][:1]
+        return first if adds_bos else [], [] if eos is None else [eos]
 
     def prompt(self, messages: Sequence[Message]) -> list[int]:
         """Returns the ids up to the assistant's answer. Raises UserError if `validate_messages` returns a reason,
