@@ -304,7 +304,10 @@ class _EvalRun:
         return self.grader.has_verdicts(questions)
 
     def _check_losses_alone(self, questions: list[EvalQuestion]) -> None:
-        """Warns that answers cannot be graded. Raises UserError if there are no reference answers either."""
+        """Warns that answers cannot be graded, unless all questions are plain text. Raises UserError if there are no
+        reference answers either."""
+        if all(question.is_document for question in questions):
+            return
         self._warn(
             "none of the questions has a gold answer, and there is no verifier or reward model: only losses are "
             "measured (use --verifier or --reward-model to grade answers)"

@@ -47,6 +47,11 @@ class EvalQuestion:
     row: Mapping[str, Any] = field(default_factory=dict)
     reference: Row | None = None
 
+    @property
+    def is_document(self) -> bool:
+        """Whether the reference is plain text, all of which is trained."""
+        return self.reference is not None and bool(self.reference.completion_mask[0])
+
     def row_length(self, max_new_tokens: int) -> int:
         """Returns the tokens of the prompt with the longer of its answer and its reference answer."""
         length = len(self.prompt_ids) + max_new_tokens
