@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from lowrank_tune.stats import WeightedMean
+
+MAX_EXPONENT = 100.0
 
 
 def step_seed(seed: int, step: int) -> int:
@@ -24,6 +27,11 @@ def token_mean_weights(mask: Tensor) -> Tensor:
     """Returns weights of a mean over the tokens of the whole step: 1 / (number of tokens); (B, T) bool -> (B, T) fp32,
     0 outside the mask."""
     return mask.float() / mask.sum().clamp_min(1)
+
+
+def perplexity(loss: float) -> float:
+    """Returns exp of a mean loss in nats per token, at most exp(100), so that it is a finite number."""
+    return math.exp(min(loss, MAX_EXPONENT))
 
 
 def pair_mean_weights(rows: Tensor) -> Tensor:

@@ -84,6 +84,10 @@ class Algorithm(Generic[BatchT]):
         """Returns metrics of held-out rows. The best checkpoint has the lowest `loss`."""
         raise NotImplementedError
 
+    def validation_metrics(self, means: dict[str, float]) -> dict[str, float]:
+        """Returns the metrics of all held-out rows, from the means of those of `eval_metrics`."""
+        return means
+
     def evaluate_batch(self, micro: BatchT) -> tuple[Stats, Tensor | None]:
         """Returns what `eval_metrics` does, and the losses (P,) of the pairs; None if the rows are no pairs."""
         return self.eval_metrics(micro), None

@@ -8,7 +8,7 @@ rows, T tokens; entry t of every (B, T) tensor is about token t.
 
 Metrics: `loss` is L in nats per token; `mean_token_accuracy` is the share of assistant tokens that the model predicts
 as most likely; `entropy` is the entropy of the prediction, in nats; `kl` is KL(policy || reference) per token over the
-whole vocabulary, on one micro-batch of a logging step.
+whole vocabulary, on one micro-batch of a logging step; `perplexity` is exp(L) of held-out rows.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from torch import Tensor
 from lowrank_tune.algorithms.base import Algorithm, LossTerm
 from lowrank_tune.algorithms.reference_check import check_reference, full_vocab_kl_metric
 from lowrank_tune.batch import Batch, required
-from lowrank_tune.functional import apply_mask, masked_mean, token_mean_weights
+from lowrank_tune.functional import apply_mask, masked_mean, perplexity, token_mean_weights
 from lowrank_tune.stats import Stats
 
 
@@ -56,6 +56,9 @@ class SFT(Algorithm[Batch]):
             "loss": masked_mean(-logps, micro.loss_mask),
             "mean_token_accuracy": masked_mean(is_likeliest.float(), micro.loss_mask),
         }
+
+    def validation_metrics(self, means: dict[str, float]) -> dict[str, float]:
+        return {**means, "perplexity": perplexity(means["loss"])}
 
     def step_metrics(self, micro: Batch) -> Stats:
         return full_vocab_kl_metric(self.context, micro)

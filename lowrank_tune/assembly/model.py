@@ -8,7 +8,7 @@ import torch
 
 from lowrank_tune.assembly.reward_model import REWARD_ROLE, reward_model_base
 from lowrank_tune.assembly.stacks import ROLES_WITH_HEAD, build_stacks, frozen_adapters
-from lowrank_tune.config import RecipeConfig
+from lowrank_tune.config import RecipeConfig, TrainingConfig
 from lowrank_tune.data import ChatTemplate
 from lowrank_tune.events import Emit, LogMessage, loading_progress, warning
 from lowrank_tune.model import unsloth
@@ -74,6 +74,16 @@ def micro_tokens_of(recipe: RecipeConfig, max_length: int) -> int:
     """Returns the maximum number of tokens of a forward pass without gradient."""
     rows = recipe.train.micro_batch_rows or DEFAULT_MICRO_BATCH_ROWS
     return min(max(MIN_MICRO_TOKENS, rows * max_length), MAX_MICRO_TOKENS)
+
+
+def packs_as_tokens(train: TrainingConfig, max_length: int) -> TrainingConfig:
+    """Returns the settings with a micro-batch of N packs of documents as N times `max_length` tokens, padding included.
+    The documents of a pack are rows of their own, so that a number of rows would limit nothing."""
+    if train.micro_batch_tokens is not None:
+        return train
+    packs = train.micro_batch_rows or DEFAULT_MICRO_BATCH_ROWS
+    changes = {"micro_batch_size": None, "micro_batch_tokens": packs * max_length}
+    return train.model_copy(update=changes)
 
 
 def logits_chunk_of(recipe: RecipeConfig) -> int | None:

@@ -19,6 +19,8 @@ BUILT_IN = {"builtin:arithmetic": "the built-in problems", "builtin:arithmetic-p
 BUILT_IN_SPLITS = ("train", "heldout")
 UNUSED_BY_BUILT_IN = ("config_name", "format", "columns", "ground_truth", "final_answer")
 """Keys of a source that are fixed for the data sets of the package."""
+UNUSED_BY_TEXT = ("ground_truth", "final_answer")
+"""Keys of a source that concern answers."""
 FormatName = Literal[
     "auto",
     "messages",
@@ -29,6 +31,7 @@ FormatName = Literal[
     "humaneval",
     "mbpp",
     "preference",
+    "text",
 ]
 
 
@@ -44,7 +47,8 @@ class SourceConfig(Settings):
     """Split of a hub data set, or of a built-in one (`train`, `heldout`)."""
     format: FormatName = "auto"
     """Shape of a row. `auto` detects it from the columns; the run prints what was found. `humaneval` and `mbpp` are
-    tasks with unit tests, for `python_tests`; `preference` is a chosen and a rejected answer."""
+    tasks with unit tests, for `python_tests`; `preference` is a chosen and a rejected answer; `text` is plain text, for
+    continued pretraining with `algorithm: sft`."""
     columns: dict[NonEmptyStr, NonEmptyStr] = Field(default_factory=dict)
     """Renames columns: from the name in the format to the name in the data, for example `{question: problem, answer:
     solution}`."""
@@ -64,6 +68,10 @@ class SourceConfig(Settings):
 
     def findings(self) -> Iterator[Finding]:
         """Yields the keys, and a split, that this kind of source does not have."""
+        if self.format == "text":
+            for key in UNUSED_BY_TEXT:
+                if self.is_set(key):
+                    yield (key,), "does nothing for plain text (`format: text`), which has no answers"
         if self.dataset in BUILT_IN:
             for key in UNUSED_BY_BUILT_IN:
                 if self.is_set(key) and getattr(self, key) != {}:

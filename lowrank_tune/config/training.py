@@ -11,6 +11,7 @@ from lowrank_tune.config.base import Finding, NonEmptyStr, PositiveInt, Settings
 
 PROJECT_TRACKERS = ("wandb", "trackio", "mlflow")
 """Trackers that sort runs by project. TensorBoard's files are in the run's folder."""
+DEFAULT_MICRO_BATCH_ROWS = 4
 TrackerName = Literal["tensorboard", "wandb", "trackio", "mlflow"]
 
 
@@ -22,13 +23,15 @@ class TrainingConfig(Settings):
     num_train_epochs: Annotated[float, Field(gt=0.0)] | None = None
     """Passes over the training rows."""
     global_batch_size: PositiveInt | None = None
-    """Rows per optimizer step (16 unless `tokens_per_step` is given). With preferences a row is a pair."""
+    """Rows per optimizer step (16 unless `tokens_per_step` is given). With preferences a row is a pair; of plain text a
+    pack of documents."""
     prompts_per_step: PositiveInt = 16
     """Prompts per optimizer step, where completions are drawn."""
     tokens_per_step: PositiveInt | None = None
     """In place of `global_batch_size`: as many rows per step as fit in this many tokens."""
     micro_batch_size: PositiveInt | Literal["auto"] | None = None
-    """Rows (or completions) that go through the model at once (4 unless `micro_batch_tokens` is given). `auto`: as many
+    """Rows (or completions) that go through the model at once (4 unless `micro_batch_tokens` is given). With plain text
+    in `data.train`, N rows are as many as fit in N times `data.max_length` tokens. `auto`: as many
     as fit in the memory of the GPU by its plan, together with `gradient_checkpointing: auto` those with which the
     update is fastest by estimate (4 without a GPU). Changes memory and speed, never the gradient."""
     micro_batch_tokens: PositiveInt | None = None
@@ -116,9 +119,10 @@ class TrainingConfig(Settings):
 
     @property
     def micro_batch_rows(self) -> int | None:
-        """`micro_batch_size` as a number; 4 for `auto` if the run is not planned."""
-        if self.micro_batch_size == "auto":
-            return 4
+        """`micro_batch_size` as a number; 4 without one, or for `auto` if the run is not planned; None if
+        `micro_batch_tokens` is given instead."""
+        if self.micro_batch_size == "auto" or (self.micro_batch_size is None and self.micro_batch_tokens is None):
+            return DEFAULT_MICRO_BATCH_ROWS
         return self.micro_batch_size
 
     def findings(self) -> Iterator[Finding]:

@@ -1,5 +1,5 @@
 """From the rows of a source to tokenized ones: a conversation becomes one row, or several where its template rewrites
-turns; a preference pair becomes two, the chosen one first."""
+turns; a preference pair becomes two, the chosen one first; a document (`text_rows.py`) as many as its length needs."""
 
 from __future__ import annotations
 
@@ -27,6 +27,7 @@ from lowrank_tune.data.sources import Chunk, RowLocation
 from lowrank_tune.data.store_writer import Entry, conversation_hash
 from lowrank_tune.data.templates.chat_template import ChatTemplate
 from lowrank_tune.data.templates.spans import NOTHING_TRAINED
+from lowrank_tune.data.text_rows import encode_documents
 
 RowPair = tuple[Row, Row]
 PROMPT_MISMATCH = "the ids of its prompt are not the beginning of both sides"
@@ -44,6 +45,15 @@ class SourceContext:
 
 def encode_chunk(chunk: Chunk, context: SourceContext) -> Iterator[Entry | InvalidRow]:
     """Yields for every row of a chunk, in order, the tokenized row or its fault."""
+    if context.report.format == "text":
+        yield from encode_documents(
+            [raw for _, raw in chunk],
+            context.source.columns,
+            context.data.max_length,
+            context.template,
+            context.report,
+        )
+        return
     items = [_read_row(raw, context) for _, raw in chunk]
     conversations = [item for item in items if isinstance(item, Conversation)]
     pairs = [item for item in items if isinstance(item, PreferencePair)]

@@ -1,6 +1,6 @@
 """From the row of a data set to a conversation: a reader for each format, and a reason for every row that matches none.
 
-The format `preference` is detected here, and its pairs are read in `preference_pairs.py`.
+The formats `preference` and `text` are detected here, and read in `preference_pairs.py` and `text_rows.py`.
 """
 
 from __future__ import annotations
@@ -92,7 +92,7 @@ def detect_format(
     """
     mapped = set(columns or ())
     present = mapped | {name for name, value in row.items() if value is not None}
-    matching = _matching_formats(present, pairs)
+    matching = _matching_formats(present, mapped, pairs)
     for format_name in matching:
         if any(mapped & set(aliases) for aliases in FORMATS[format_name].needed):
             return format_name
@@ -103,13 +103,20 @@ def detect_format(
     raise UserError(_unknown_format(row))
 
 
-def _matching_formats(present: set[str], pairs: bool) -> list[str]:
+def _matching_formats(
+    present: set[str],
+    mapped: set[str],
+    pairs: bool,
+) -> list[str]:
     matching = []
     for format_name, row_format in FORMATS.items():
         if all(present & set(aliases) for aliases in row_format.needed):
             matching.append(format_name)
     if pairs:
         return [name for name in matching if name == "preference"]
+    if len(matching) > 1 and "text" in matching and "text" not in mapped:
+        # Text beside the columns of another format is a part of that.
+        matching.remove("text")
     if "preference" in matching:
         # A conversation beside a pair is the prompt of the pair, not a target.
         return [name for name in matching if name != "sharegpt"]
@@ -154,7 +161,7 @@ def to_conversation(
     if not isinstance(row, Mapping):
         raise InvalidRow("not an object with columns")
     row_format = FORMATS[format_name]
-    assert row_format.read is not None, "`to_pair` reads pairs"
+    assert row_format.read is not None, "`to_pair` reads pairs, and `text_of_row` plain text"
     messages = check_order(row_format.read(row, columns), require_answer)
     tools = ""
     if row_format.has_tools or "tools" in columns:
@@ -323,6 +330,12 @@ FORMATS = {
     ),
     "mbpp": RowFormat((("text", "prompt"), ("code",), ("test_list",)), _read_mbpp),
     "preference": RowFormat((("chosen",), ("rejected",))),
+    "text": RowFormat((("text",),)),
 }
-COLUMN_ALIASES = {aliases[0]: aliases for row_format in FORMATS.values() for aliases in row_format.needed}
+COLUMN_ALIASES = {
+    aliases[0]: aliases
+    for name, row_format in FORMATS.items()
+    if name != "text"  # mbpp has a column of this name with other names for it
+    for aliases in row_format.needed
+}
 """The possible names of each of these columns."""

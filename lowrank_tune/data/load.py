@@ -16,6 +16,7 @@ from lowrank_tune.data.encode import conversation_of, pair_of
 from lowrank_tune.data.formats import InvalidRow, RawRowOrFault
 from lowrank_tune.data.ground_truth import extract_answer
 from lowrank_tune.data.message import Message
+from lowrank_tune.data.packing import pack_documents
 from lowrank_tune.data.report import Report, describe_mixture
 from lowrank_tune.data.sources import BUILTIN_DATASETS, read_source
 from lowrank_tune.data.templates.chat_template import ChatTemplate
@@ -27,11 +28,13 @@ from lowrank_tune.events import Emit, warning
 
 @dataclass(frozen=True)
 class TokenizedSplits:
-    """Tokenized rows, and the report of all rows."""
+    """Tokenized rows, and the report of all rows. `documents` are the rows of `train` with one unit for each row of the
+    data: another store only if `train` has packs."""
 
     train: TokenizedDataset
     validation: TokenizedDataset | None
     report: Report
+    documents: TokenizedDataset
 
 
 @dataclass(frozen=True)
@@ -96,7 +99,13 @@ def load(
                 "loss will be too low"
             )
         )
-    return TokenizedSplits(train, validation, report)
+    packed, packing = pack_documents(train, data.max_length, seed)
+    return TokenizedSplits(
+        packed,
+        validation,
+        replace(report, packing=packing),
+        train,
+    )
 
 
 def _split(

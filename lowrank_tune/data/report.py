@@ -150,6 +150,28 @@ class SourceReport:
 
 
 @dataclass(frozen=True)
+class Packing:
+    """How many packs there are, of how many documents (pieces of long ones count), and of how many tokens in all."""
+
+    packs: int
+    documents: int
+    tokens: int
+    max_length: int
+
+    @property
+    def efficiency(self) -> float:
+        """The share of the room in all packs that has a token."""
+        return self.tokens / max(1, self.packs * self.max_length)
+
+    def describe(self) -> str:
+        """Returns the counts in words."""
+        return (
+            f"{self.documents:,} documents in {self.packs:,} packs of up to {self.max_length:,} tokens, "
+            f"{100 * self.efficiency:.1f} % full"
+        )
+
+
+@dataclass(frozen=True)
 class Report:
     """All sources; with preferences a row is a pair.
 
@@ -165,6 +187,8 @@ class Report:
     shared: int = 0
     mixture: str = ""
     expected_tokens: int | None = None
+    packing: Packing | None = None
+    """The packs of the documents to train on; None without plain text."""
 
     def to_dict(self) -> dict[str, Any]:
         """Returns the report as JSON."""
@@ -186,6 +210,8 @@ class Report:
                 line += f"; dropped {source.reasons()}"
             lines.append(line)
         lines.append(f"{self._total()}; {self.mixture}")
+        if self.packing is not None:
+            lines.append(self.packing.describe())
         comparison = self.compare_expected_tokens()
         if comparison:
             lines.append(comparison)

@@ -59,6 +59,11 @@ def conversation_hash(messages: Sequence[Message], tools: str = "") -> int:
     return _hash("\x1e".join(texts).encode())
 
 
+def document_hash(text: str, piece: int) -> int:
+    """Returns a number that is equal for equal pieces of equal texts."""
+    return _hash(f"{piece}\x1f{text}".encode())
+
+
 def _hash(data: bytes) -> int:
     return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little")
 

@@ -58,6 +58,7 @@ def tokenize(
             source,
             rows,
             pairs,
+            accepts_text=True,
         )
         for source, rows in zip(sources, opened, strict=True)
     ]
@@ -120,10 +121,11 @@ def format_of(
     source: SourceConfig,
     rows: NamedRows,
     pairs: bool | None = None,
+    accepts_text: bool = False,
 ) -> str:
     """Returns the format that the recipe names, or that of the first row that has one. Raises UserError.
 
-    `pairs`: whether it must be `preference` or must not; None for any format.
+    `pairs`: whether it must be `preference` or must not; None for any format. Plain text only with `accepts_text`.
     """
     format_name: str = source.format
     if format_name == "auto":
@@ -137,6 +139,11 @@ def format_of(
             f"{rows.name}: `format: {format_name}` has no preference pairs, which `algorithm: reward` and "
             f"`algorithm: dpo` learn from; "
             "leave `format` out, or write `format: preference`"
+        )
+    if format_name == "text" and not accepts_text:
+        raise UserError(
+            f"{rows.name}: these rows are plain text (`format: text`), without questions and answers; only "
+            "`data.train` and `data.validation` of `algorithm: sft` may have them"
         )
     return format_name
 
@@ -194,6 +201,7 @@ def _cache_key(
     parts = [
         VERSION,
         template.fingerprint,
+        template.text_delimiters if "text" in formats else None,
         *limits,
         rows_per_unit,
         source_parts,

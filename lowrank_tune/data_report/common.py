@@ -63,11 +63,13 @@ def weighted_by(sources: Sequence[SourceConfig], unit: str = "row") -> str:
 
 @dataclass(frozen=True)
 class Units:
-    """The units that are trained on: the source of each, its tokens and its trained tokens, (N,)."""
+    """The units that are trained on: the source of each, its tokens and its trained tokens, (N,). `row_sources`: the
+    source of each row of the data to train on, if a unit may be several of them."""
 
     source_of: NDArray[np.int32]
     tokens: IntArray
     trained: IntArray
+    row_sources: NDArray[np.int32] | None = None
 
     def __len__(self) -> int:
         return len(self.source_of)
@@ -118,6 +120,8 @@ def mixture_of(
         all_steps = recipe.train.max_steps or sampler.steps_of(recipe.train.num_train_epochs or 1.0)
     epoch = units.subset(drawn)
     counts = np.bincount(units.source_of, minlength=len(reports)).tolist()
+    row_sources = units.source_of if units.row_sources is None else units.row_sources
+    row_counts = np.bincount(row_sources, minlength=len(reports)).tolist()
     tokens = units.sum_by_source(units.tokens, len(reports))
     trained = units.sum_by_source(units.trained, len(reports))
     drawn_tokens = epoch.sum_by_source(epoch.tokens, len(reports))
@@ -133,12 +137,13 @@ def mixture_of(
             report.read,
             report.used,
             report.ground_truths,
-            counts[index],
+            row_counts[index],
             tokens[index],
             trained[index],
             weight,
             drawn_tokens[index],
             drawn_trained[index],
+            counts[index] if report.format == "text" else 0,
         )
         parts.append(part)
     return tuple(parts), Epoch(

@@ -16,7 +16,7 @@ class MixturePart:
     drawn.
 
     With preferences a row is a pair, and its tokens are those of both sides. If completions are generated a row is a
-    prompt.
+    prompt. Rows of plain text are drawn in `packs`; 0 for others.
     """
 
     name: str
@@ -30,6 +30,7 @@ class MixturePart:
     weight: float
     drawn_tokens: int
     drawn_trained: int
+    packs: int = 0
 
 
 @dataclass(frozen=True)

@@ -57,11 +57,11 @@ def report_rows(
     heldout: Sequence[Prompt] = (),
 ) -> DataReport:
     """Returns the report of loaded rows."""
-    stats = compute_token_stats(data.train, template.end_ids)
+    stats = compute_token_stats(data.train, template.end_ids | set(template.text_delimiters[1]))
     eos_stats = _eos_stats(stats, template, data.train)
     parts, epoch = _mixture(recipe, data, stats)
     faults = invalid_sources(data.report, recipe)
-    if data.report.train_rows and not eos_stats.trained:
+    if data.report.train_rows and not eos_stats.trained and not data.train.is_document.all():
         faults.append(NO_EOS)
     return DataReport(
         report=data.report,
@@ -79,7 +79,7 @@ def report_rows(
         ),
         ends=eos_stats,
         epoch=epoch,
-        examples=tuple(_examples(data.train, template)),
+        examples=tuple(_examples(data.documents, template)),
         faults=tuple(faults),
         sides=pair_balance(data.train, stats) if _has_pairs(data.train) else None,
     )
@@ -96,7 +96,12 @@ def _mixture(
 ) -> tuple[tuple[MixturePart, ...], Epoch]:
     train = data.train
     trained = train.sum_units(stats.trained)
-    units = Units(train.unit_source_of, train.unit_lengths, trained)
+    units = Units(
+        train.unit_source_of,
+        train.unit_lengths,
+        trained,
+        data.documents.unit_source_of,
+    )
     sampler = None
     if can_be_drawn(units, recipe):
         sampler = row_sampler(
@@ -135,7 +140,9 @@ def _issues(
         truncated = "too long, without the oldest turns of the prompt"
     truncated_locations = first_few(location for source in sources for location in source.truncated_locations)
     num_truncated = sum(source.truncated for source in sources)
-    unended = np.flatnonzero(data.train.sum_units(stats.unended))
+    # A document ends where it ends, and only its last piece with an end token.
+    unended_answers = np.where(data.train.is_document, 0, stats.unended)
+    unended = np.flatnonzero(data.train.sum_units(unended_answers))
     unended_locations = _locations(data.train, unended)
     issues = dropped_rows(sources, kinds)
     issues.append(
@@ -154,6 +161,8 @@ def _issues(
             unended_locations,
         )
     )
+    if data.train.is_document.any():
+        issues.append(_cut_documents(data.documents))
     issues.append(_duplicates(data))
     if has_pairs:
         issues.append(_contradictory_pairs(data))
@@ -174,6 +183,18 @@ def _locations(rows: TokenizedDataset, units: IntArray) -> tuple[str, ...]:
     """Returns the locations of the first few of these units."""
     first_rows = rows.unit_starts[units[:EXAMPLES]].tolist()
     return tuple(rows.row_location(row) for row in first_rows)
+
+
+def _cut_documents(rows: TokenizedDataset) -> DataIssue:
+    """Returns the documents to train on that are several rows."""
+    is_cut = rows.is_document[rows.unit_starts[:-1]] & (np.diff(rows.unit_starts) > 1)
+    cut = np.flatnonzero(is_cut)
+    return DataIssue(
+        "too long, cut into rows of data.max_length",
+        len(cut),
+        "kept, no token is lost",
+        _locations(rows, cut),
+    )
 
 
 def _duplicates(data: TokenizedSplits) -> DataIssue:
@@ -197,7 +218,7 @@ def _duplicates(data: TokenizedSplits) -> DataIssue:
 
 def _train_splits(data: TokenizedSplits) -> list[TokenizedDataset]:
     """Returns the parts of the rows of `data.train`: those trained on, and those held out."""
-    parts = [data.train]
+    parts = [data.documents]
     if data.validation is not None and not data.report.validation:
         parts.append(data.validation)
     return [rows for rows in parts if len(rows)]
@@ -223,7 +244,7 @@ def _contradictory_pairs(data: TokenizedSplits) -> DataIssue:
 def _split_overlap(data: TokenizedSplits) -> DataIssue:
     locations: tuple[str, ...] = ()
     if data.validation is not None and data.report.shared:
-        is_shared = np.isin(data.validation.unit_hashes, data.train.unit_hashes)
+        is_shared = np.isin(data.validation.unit_hashes, data.documents.unit_hashes)
         locations = _locations(data.validation, np.flatnonzero(is_shared))
     return DataIssue(
         "in both splits",
@@ -263,7 +284,7 @@ def _eos_stats(
     template: ChatTemplate,
     train: TokenizedDataset,
 ) -> EosStats:
-    unended = train.sum_units(stats.unended)
+    unended = train.sum_units(stats.unended)[~train.is_document[train.unit_starts[:-1]]]
     tokens: dict[str, int] = {}
     for token_id, count in sorted(stats.eos_counts.items()):
         tokens[template.decode([token_id], special_tokens=True)] = count

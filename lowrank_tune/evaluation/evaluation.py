@@ -31,6 +31,7 @@ from lowrank_tune.evaluation.metrics import (
 )
 from lowrank_tune.evaluation.options import EvalSamplingOptions, Options, resolve_options
 from lowrank_tune.evaluation.questions import (
+    DEFAULT_MAX_LENGTH,
     EvalQuestion,
     EvalQuestions,
     eval_source,
@@ -172,13 +173,14 @@ def _questions(
             options.split,
             recipe,
         )
-        system = None if recipe is None else recipe.data.system_prompt
+        data = None if recipe is None else recipe.data
         return load_eval_questions(
             source,
             num_prompts,
             sampling_options.seed,
             template,
-            system,
+            None if data is None else data.system_prompt,
+            DEFAULT_MAX_LENGTH if data is None else data.max_length,
         )
     if recipe is None:
         raise UserError(
@@ -317,7 +319,10 @@ class _EvalRun:
         return self.grader.has_verdicts(questions)
 
     def _check_losses_alone(self, questions: list[EvalQuestion]) -> None:
-        """Warns that answers cannot be graded. Raises UserError if there are no reference answers either."""
+        """Warns that answers cannot be graded, unless all questions are plain text. Raises UserError if there are no
+        reference answers either."""
+        if all(question.is_document for question in questions):
+            return
         self._warn(
             "none of the questions has a gold answer, and there is no verifier or reward model: only losses are "
             "measured (use --verifier or --reward-model to grade answers)"

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 from operator import attrgetter
 from statistics import fmean
@@ -24,6 +24,7 @@ from lowrank_tune.evaluation.intervals import (
     ratio_ci,
 )
 from lowrank_tune.evaluation.target import BASE
+from lowrank_tune.functional import perplexity
 
 Metrics = dict[str, Interval]
 AnswerValue = Callable[[GradedAnswer], float | None]
@@ -115,8 +116,8 @@ def variant_metrics(
     variant: str,
     options: MetricOptions,
 ) -> Metrics:
-    """Returns the metrics of one variant: `loss`, `pass_at_K`, `reward` (and `rewards/NAME/mean` of several),
-    `reward_model_score`, `eos_rate`, `mean_length`."""
+    """Returns the metrics of one variant: `loss` (of plain text also `perplexity`), `pass_at_K`, `reward` (and
+    `rewards/NAME/mean` of several), `reward_model_score`, `eos_rate`, `mean_length`."""
     metrics: Metrics = {}
     numbers = [number for number in result.done if number in result.losses[variant]]
     if numbers:
@@ -127,6 +128,8 @@ def variant_metrics(
             options.seed,
             options.confidence,
         )
+        if all(question.is_document for question in result.questions):
+            metrics["perplexity"] = _perplexity(metrics["loss"])
     answers = result.answers[variant]
     samples = max(map(len, answers.values()), default=0)
     for name, metric in _prompt_metrics(answers.values(), options.ks).items():
@@ -135,6 +138,16 @@ def variant_metrics(
         if values:
             metrics[name] = metric.interval(values, samples, options)
     return metrics
+
+
+def _perplexity(loss: Interval) -> Interval:
+    """Returns exp of a mean loss and of the ends of its interval."""
+    return replace(
+        loss,
+        value=perplexity(loss.value),
+        low=perplexity(loss.low),
+        high=perplexity(loss.high),
+    )
 
 
 def deltas_vs_base(

@@ -20,11 +20,17 @@ from lowrank_tune.data import (
     read_source,
 )
 from lowrank_tune.data.encode import conversation_of
+from lowrank_tune.data.report import SourceReport
+from lowrank_tune.data.text_rows import encode_documents
 from lowrank_tune.data.tokenize import format_of
 from lowrank_tune.errors import UserError
 from lowrank_tune.events import Emit, LogMessage, ignore_event
 
 ARITHMETIC = "builtin:arithmetic"
+DOCUMENT_PROMPT = 32
+"""Tokens of a document that a sample continues."""
+DEFAULT_MAX_LENGTH = 1024
+"""Tokens of a document that are read without a recipe, as `data.max_length` by default."""
 
 
 @dataclass(frozen=True)
@@ -40,6 +46,11 @@ class EvalQuestion:
     number: int = 0
     row: Mapping[str, Any] = field(default_factory=dict)
     reference: Row | None = None
+
+    @property
+    def is_document(self) -> bool:
+        """Whether the reference is plain text, all of which is trained."""
+        return self.reference is not None and bool(self.reference.completion_mask[0])
 
     def row_length(self, max_new_tokens: int) -> int:
         """Returns the tokens of the prompt with the longer of its answer and its reference answer."""
@@ -101,9 +112,12 @@ def select_questions(
 
 
 def split_row(row: Row) -> tuple[list[int], list[int]]:
-    """Returns the token ids before the first trained token, and the others."""
+    """Returns the token ids before the first trained token, and the others. Of plain text, which is trained from its
+    first token, the first `DOCUMENT_PROMPT` tokens, or half of fewer, are the prompt."""
     token_ids = list(map(int, row.input_ids))
     start = list(row.completion_mask).index(True)
+    if start == 0:
+        start = max(1, min(DOCUMENT_PROMPT, len(token_ids) // 2))
     return token_ids[:start], token_ids[start:]
 
 
@@ -118,11 +132,22 @@ def load_eval_questions(
     seed: int,
     template: ChatTemplate,
     system: str | None,
+    max_length: int = DEFAULT_MAX_LENGTH,
 ) -> EvalQuestions:
-    """Returns up to `count` questions of a source, drawn as the held-out questions of a run are.
+    """Returns up to `count` questions of a source, drawn as the held-out questions of a run are; of plain text its
+    documents, up to `max_length` tokens of each.
 
-    Raises UserError if the chat template accepts none of its rows.
+    Raises UserError if none of its rows can be used.
     """
+    if format_of(source, read_source(source, seed), accepts_text=True) == "text":
+        questions = _document_questions(
+            source,
+            count,
+            seed,
+            template,
+            max_length,
+        )
+        return EvalQuestions(questions, _origin(source))
     candidates = load_heldout_prompts(
         source,
         count,
@@ -144,12 +169,53 @@ def load_eval_questions(
             system,
         )
         questions.append(replace(question, reference=reference))
+    return EvalQuestions(questions, _origin(source))
+
+
+def _origin(source: SourceConfig) -> str:
     origin = source.dataset
     if source.config_name:
         origin = f"{origin} {source.config_name}"
     if source.split != "train":
         origin = f"{origin} {source.split}"
-    return EvalQuestions(questions, origin)
+    return origin
+
+
+def _document_questions(
+    source: SourceConfig,
+    count: int,
+    seed: int,
+    template: ChatTemplate,
+    max_length: int,
+) -> list[EvalQuestion]:
+    """Returns up to `count` documents of a source, whose losses are measured. Raises UserError without any."""
+    drawn = source.model_copy(update={"max_samples": min(count, source.max_samples or count)})
+    rows = read_source(drawn, seed)
+    report = SourceReport(rows.name, "text")
+    questions: list[EvalQuestion] = []
+    raws = [raw for _, raw in rows]
+    for entry in encode_documents(raws, source.columns, max_length, template, report):
+        if isinstance(entry, InvalidRow):
+            continue
+        questions.append(_document_question(entry.rows[0], len(questions), template))
+    if not questions:
+        raise UserError(f"{rows.name}: none of its rows contains a text")
+    return questions
+
+
+def _document_question(
+    row: Row,
+    number: int,
+    template: ChatTemplate,
+) -> EvalQuestion:
+    prompt_ids, _ = split_row(row)
+    return EvalQuestion(
+        prompt_ids,
+        template.decode(prompt_ids),
+        None,
+        number,
+        reference=row,
+    )
 
 
 def _reference(
@@ -195,6 +261,7 @@ def recipe_heldout_questions(
             recipe.seed,
             template,
             system,
+            recipe.data.max_length,
         )
     validation = recipe.data.validation
     if validation:
@@ -206,6 +273,7 @@ def recipe_heldout_questions(
                 recipe.seed,
                 template,
                 system,
+                recipe.data.max_length,
             )
             for source in validation
         ]

@@ -190,7 +190,7 @@ class ResponseReader:
             formats.append(detect_format(row, source.columns, False))
         system = self.recipe.data.system_prompt
         for format_name in formats:
-            if format_name == "preference":
+            if format_name in ("preference", "text"):
                 continue
             with suppress(InvalidRow):
                 parsed = conversation_of(

@@ -142,7 +142,8 @@ def validate(
         if pair_losses is not None:
             pairs = indices[::2] // 2
             losses.update(zip(pairs.tolist(), pair_losses.tolist(), strict=True))
-    return ValidationResult(to_floats(stats), [losses[pair] for pair in sorted(losses)])
+    metrics = algorithm.validation_metrics(to_floats(stats))
+    return ValidationResult(metrics, [losses[pair] for pair in sorted(losses)])
 
 
 def score_pairs(

@@ -27,6 +27,7 @@ from lowrank_tune.data.sources import (
     LocatedRow,
     is_hub_dataset,
 )
+from lowrank_tune.data.text_rows import text_of_row
 from lowrank_tune.data.tokenize import NamedRows, format_of
 from lowrank_tune.errors import UserError
 from lowrank_tune.events import Emit, warning
@@ -57,6 +58,7 @@ class DataCheck:
                         _heldout_check(source, recipe),
                         pairs=None,
                         is_strict=False,
+                        accepts_text=False,
                     )
                 else:
                     check = _row_check(source, recipe, row_fault)
@@ -68,6 +70,7 @@ class DataCheck:
                         check,
                         recipe.uses_pairs,
                         is_strict,
+                        accepts_text=recipe.algorithm == "sft",
                     )
             except UserError as error:
                 is_about_columns = source.columns and "column" in str(error)
@@ -80,15 +83,16 @@ class DataCheck:
         check: RowCheck,
         pairs: bool | None,
         is_strict: bool,
+        accepts_text: bool,
     ) -> None:
         if source.dataset not in BUILTIN_DATASETS and is_hub_dataset(source.dataset):
-            self._check_hub(source, pairs)
+            self._check_hub(source, pairs, accepts_text)
             return
         head = read_head(source, recipe.seed)
         self._check_rows(
             source,
             head,
-            format_of(source, head, pairs),
+            format_of(source, head, pairs, accepts_text),
             check,
             is_strict,
         )
@@ -131,12 +135,13 @@ class DataCheck:
         self,
         source: SourceConfig,
         pairs: bool | None,
+        accepts_text: bool,
     ) -> None:
         """Raises UserError for a data set of the hub that is missing, or lacks columns by its description."""
         columns = self._hub_columns(source)
         if columns is None:
             return
-        format_of(source, ColumnNames(source.dataset, columns), pairs)
+        format_of(source, ColumnNames(source.dataset, columns), pairs, accepts_text)
         absent = [name for name in source.columns.values() if name not in columns]
         if absent:
             raise UserError(f"{source.dataset}: has no column `{absent[0]}`; it has {_listed(columns)}")
@@ -198,6 +203,8 @@ def _row_check(
     def check_row(row: RawRow, format_name: str) -> None:
         if recipe.uses_pairs:
             pair_of(row, source, system)
+        elif format_name == "text":
+            text_of_row(row, source.columns)
         else:
             conversation_of(
                 row,

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from lowrank_tune.assembly import RunComponents
+from lowrank_tune.assembly.model import packs_as_tokens
 from lowrank_tune.assembly.reward_model import REWARD_ROLE
 from lowrank_tune.checkpoint import RunFolder, Snapshot, write_atomically
 from lowrank_tune.config import RecipeConfig
@@ -135,11 +136,14 @@ class Stage:
             self.recipe.train,
             built.base.device,
         )
+        train = self.recipe.train
+        if isinstance(built.data, TokenizedSplits) and built.data.report.packing is not None:
+            train = packs_as_tokens(train, self.recipe.data.max_length)
         trainer = Trainer(
             built.algorithm,
             parameters,
             optimizer,
-            self.recipe.train,
+            train,
             built.steps,
             self.recipe.seed,
             built.base.device,

@@ -92,6 +92,7 @@ METRIC_FORMATS: dict[str, tuple[str, Callable[[float], str]]] = {
     "heldout/mean_length": ("length", "{:.1f}".format),
     "heldout/repetition": ("repetition", percent),
     "loss": ("loss", number),
+    "perplexity": ("perplexity", number),
     "accuracy": ("accuracy", percent),
     "mean_token_accuracy": ("accuracy", percent),
     "rewards/accuracies": ("accuracy", percent),

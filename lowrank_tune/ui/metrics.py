@@ -135,6 +135,7 @@ SIDE_COUNTS = {
 DESCRIPTIONS = {
     "loss": "negative log-likelihood of the trained tokens, nats per token",
     "reward": "mean reward of the completions",
+    "perplexity": "exp of the mean loss per token of the validation rows",
     "mean_token_accuracy": "share of trained tokens that are the model's first choice",
     "kl": "KL of the policy to its reference, nats per token",
     "entropy": "entropy of the prediction, nats",

@@ -8,6 +8,7 @@ import json
 import re
 from collections.abc import Sequence
 from datetime import date
+from functools import cached_property
 from typing import Any
 
 from lowrank_tune.batch import Row
@@ -140,6 +141,20 @@ class ChatTemplate:
         """Returns the rows of each conversation, in which every answer is trained once: that of its last answer, and
         one for each answer that the template rewrites in the turns after it."""
         return self._scheme.encode_all(conversations, tools)
+
+    def encode_texts(self, texts: Sequence[str]) -> list[list[int]]:
+        """Returns the ids of plain texts: the BOS that the tokenizer adds to a text, if it adds one, the text with
+        control tokens as plain characters, and the tokenizer's EOS, if it has one."""
+        begin, end = self.text_delimiters
+        return [[*begin, *ids, *end] for ids in self._backend.encode_plain(texts)]
+
+    @cached_property
+    def text_delimiters(self) -> tuple[list[int], list[int]]:
+        """The ids before and after a plain text."""
+        bos, eos = self._backend.bos, self._backend.eos
+        first = list(self.tokenizer("x")["input_ids"])[:1]
+        adds_bos = first == [bos] != self._backend.encode_plain(["x"])[0][:1]
+        return first if adds_bos else [], [] if eos is None else [eos]
 
     def prompt(self, messages: Sequence[Message], tools: str = "") -> list[int]:
         """Returns the ids up to the assistant's answer. Raises UserError if `validate_messages` returns a reason,

@@ -31,6 +31,7 @@ MIN_POINTS_TO_SMOOTH = 15
 """A curve of at most so many points is drawn as it is."""
 VALIDATION_METRICS = (
     "eval_loss",
+    "eval_perplexity",
     "eval_mean_token_accuracy",
     "eval_accuracy",
     "eval_rewards/accuracies",

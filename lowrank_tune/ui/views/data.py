@@ -193,7 +193,9 @@ def _source_line(part: MixturePart, unit: str) -> Text:
     )
     if part.used > part.rows:
         line.append(f", {part.used - part.rows:,} set aside to validate with", QUIET)
-    if unit != "pair":
+    if part.packs:
+        line.append(f", in {part.packs:,} packs", QUIET)
+    elif unit != "pair":
         line.append(f", {part.ground_truths:,} with a gold answer", QUIET)
     return line
 
@@ -301,17 +303,20 @@ def _eos_line(ends: EosStats, unit: str) -> Text:
     names = ", ".join(f"{escape_control_chars(name)} ({count:,} times)" for name, count in ends.tokens.items())
     line = Text().append("yes", f"{HEAD} {GOOD}")
     line.append(f": {names}; ")
+    if not ends.total:
+        return line.append("behind each document")
     closed = f"every answer is closed in {ends.rows:,} of {ends.total:,} {unit}s"
     return line.append(closed, "" if ends.rows == ends.total else BAD)
 
 
 def _steps(data_report: DataReport, unit: str) -> Text:
     epoch = data_report.epoch
+    drawn = _drawn_unit(data_report, unit)
     if not epoch.steps:
         return Text("none: there is nothing to train on", BAD)
     rows_per_step = epoch.rows / epoch.steps
-    size = f"an epoch has {epoch.rows:,} {unit}s, {epoch.tokens:,} tokens"
-    steps = f"in {epoch.steps:,} steps of about {rows_per_step:,.1f} {unit}s"
+    size = f"an epoch has {epoch.rows:,} {drawn}, {epoch.tokens:,} tokens"
+    steps = f"in {epoch.steps:,} steps of about {rows_per_step:,.1f} {drawn}"
     run = f"the run has {epoch.all_steps:,} steps, {epoch.passes:.2f} epochs"
     if data_report.completions:
         return Text(f"{size}, {steps}\n{run}; it draws {data_report.completions}")
@@ -323,7 +328,17 @@ def _steps(data_report: DataReport, unit: str) -> Text:
         f"{steps} and {tokens_per_step:,.0f} tokens; {run}",
         f"{validation_rows:,} {unit}s to validate with",
     ]
+    packing = data_report.report.packing
+    if packing is not None:
+        lines.append(packing.describe())
     return Text("\n".join(lines))
+
+
+def _drawn_unit(data_report: DataReport, unit: str) -> str:
+    """Returns what a step draws, in the plural."""
+    if not any(part.packs for part in data_report.parts):
+        return f"{unit}s"
+    return "packs" if all(part.packs for part in data_report.parts) else f"{unit}s and packs"
 
 
 def _sides(sides: PairBalance, plain: bool) -> RenderableType:
