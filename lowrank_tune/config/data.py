@@ -17,7 +17,7 @@ DATA_FILE_PATTERN = re.compile(r".*\.(jsonl?|csv|parquet)(\.gz)?")
 BUILT_IN = {"builtin:arithmetic": "the built-in problems", "builtin:arithmetic-preferences": "the built-in pairs"}
 """Data sets of the package, and what each contains."""
 BUILT_IN_SPLITS = ("train", "heldout")
-UNUSED_BY_BUILT_IN = ("config_name", "format", "columns", "ground_truth", "final_answer")
+UNUSED_BY_BUILT_IN = ("config_name", "format", "columns", "ground_truth", "final_answer", "score_margin_scale")
 """Keys of a source that are fixed for the data sets of the package."""
 UNUSED_BY_TEXT = ("ground_truth", "final_answer")
 """Keys of a source that concern answers."""
@@ -47,8 +47,8 @@ class SourceConfig(Settings):
     """Split of a hub data set, or of a built-in one (`train`, `heldout`)."""
     format: FormatName = "auto"
     """Shape of a row. `auto` detects it from the columns; the run prints what was found. `humaneval` and `mbpp` are
-    tasks with unit tests, for `python_tests`; `preference` is a chosen and a rejected answer; `text` is plain text, for
-    continued pretraining with `algorithm: sft`."""
+    tasks with unit tests, for `python_tests`; `preference` is a chosen and a rejected answer, or responses with scores;
+    `text` is plain text, for continued pretraining with `algorithm: sft`."""
     columns: dict[NonEmptyStr, NonEmptyStr] = Field(default_factory=dict)
     """Renames columns: from the name in the format to the name in the data, for example `{question: problem, answer:
     solution}`."""
@@ -62,6 +62,9 @@ class SourceConfig(Settings):
     final_answer: Literal["boxed"] | None = None
     """`boxed` puts the final answer of a reply in a box if `####` or `The answer is:` marks it at the end; other
     replies do not change."""
+    score_margin_scale: Annotated[float, Field(ge=0.0, le=1000.0)] = 0.0
+    """Margin of a pair per unit of difference between the scores of its sides, for `algorithm: reward` and rows without
+    a column `margin`. 0: scores only decide which response is chosen."""
     weight: Annotated[float, Field(gt=0.0, le=1.0)] | None = None
     """Share of the rows drawn from this source. Either all sources have a weight and the weights sum to 1, or none has
     one and row counts decide."""

@@ -123,7 +123,11 @@ def pair_of(
     """Returns the pair of a row, with the recipe's system prompt if it has none. Raises InvalidRow."""
     if isinstance(raw, InvalidRow):
         raise raw
-    pair = to_pair(raw, source.columns)
+    pair = to_pair(
+        raw,
+        source.columns,
+        source.score_margin_scale,
+    )
     return replace(pair, prompt=with_system(pair.prompt, system))
 
 
@@ -317,9 +321,8 @@ def _truncate_pair(
 
 
 def _shorter_prompts(prompt: Messages) -> Iterator[Messages]:
-    """Yields the prompt without its first question and answer, without the first two, and so on down to the last
-    question."""
+    """Yields the prompt from its second question on, from the third on, and so on down to the last question."""
     system = prompt[:1] if prompt[0].role == "system" else ()
-    turns = prompt[len(system) :]
-    for start in range(2, len(turns), 2):
-        yield (*system, *turns[start:])
+    questions = [index for index, message in enumerate(prompt) if message.role == "user"]
+    for start in questions[1:]:
+        yield (*system, *prompt[start:])

@@ -29,6 +29,7 @@ from lowrank_tune.data.row_values import (
     optional_text_of,
     text_of,
 )
+from lowrank_tune.data.scored_responses import has_scored_responses
 from lowrank_tune.data.tool_calls import tools_of
 from lowrank_tune.errors import UserError
 
@@ -98,6 +99,8 @@ def detect_format(
             return format_name
     if matching:
         return matching[0]
+    if has_scored_responses(row, columns or {}):
+        return "preference"
     if pairs:
         raise UserError(_no_pairs(row))
     raise UserError(_unknown_format(row))
@@ -126,7 +129,8 @@ def _matching_formats(
 def _no_pairs(row: RawRow) -> str:
     return (
         f"the columns {_column_names(row)} are not a preference pair, which `algorithm: reward` and `algorithm: dpo` "
-        "learn from; expected `chosen` and `rejected`, and `prompt` unless both contain the whole conversation: "
+        "learn from; expected `chosen` and `rejected`, and `prompt` unless both contain the whole conversation, or "
+        "`prompt`, `responses` and `scores`: "
         "name yours with `columns:`, as in `columns: {chosen: better, rejected: worse}`"
     )
 

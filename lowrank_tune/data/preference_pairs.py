@@ -3,12 +3,9 @@ row that has none."""
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
-
-import numpy as np
 
 from lowrank_tune.data.formats import join_instruction_and_input, value_of
 from lowrank_tune.data.message import Message
@@ -25,23 +22,31 @@ from lowrank_tune.data.row_values import (
     is_list,
     text_of,
 )
+from lowrank_tune.data.scored_responses import (
+    Sides,
+    checked_margin,
+    margin_of,
+    scored_sides,
+    side_difference,
+)
 from lowrank_tune.data.tool_calls import tools_of
+from lowrank_tune.data.transcripts import HH_START, read_prompt_transcript, read_transcript
 
 Messages = tuple[Message, ...]
 PROMPT_COLUMNS = ("prompt", "instruction", "question", "problem", "query", "conversations", "conversation", "messages")
 """The columns that may contain a prompt, as text or as turns; `columns` maps any of them."""
-HH_ROLE_PATTERN = re.compile(r"(?:\A\s*|\n\n)(Human|Assistant):")
+CONTEXT_COLUMN = "context"
+"""A column that is a prompt if it contains turns, as in HelpSteer3. Elsewhere a text in it belongs to a question."""
 NO_PROMPT = "no prompt, and the answers do not contain one"
 NO_QUESTION = "the prompt does not end with a question"
 DIFFERENT_PROMPTS = "the sides have different questions"
 EQUAL_ANSWERS = "both answers are equal"
-INVALID_MARGIN = "the margin is not a number of at least 0"
 
 
 @dataclass(frozen=True)
 class PreferencePair:
-    """A prompt that ends with the user, and two answers to it: each one message or more, the first and the last the
-    assistant's.
+    """A prompt that ends with the user or the result of a tool, and two answers to it: each one message or more, the
+    first and the last the assistant's. Messages of the user and results of tools between them are context.
 
     `margin`: by how much the chosen answer should be ahead, if the row has one. `tools`: as in `Conversation`.
     """
@@ -55,29 +60,35 @@ class PreferencePair:
 
 @dataclass(frozen=True)
 class _Prompt:
-    """The messages of the column of a prompt. `is_transcript`: they come from a text of HH-RLHF."""
+    """The messages of the column of a prompt. `is_transcript`: they come from one text, see `transcripts`."""
 
     messages: list[Message]
     is_transcript: bool = False
 
 
-def to_pair(row: RawRow, columns: Columns) -> PreferencePair:
-    """Returns the pair of a row. Raises InvalidRow."""
+def to_pair(
+    row: RawRow,
+    columns: Columns,
+    score_margin_scale: float = 0.0,
+) -> PreferencePair:
+    """Returns the pair of a row. Raises InvalidRow.
+
+    Without a margin of its own the margin is the difference of the scores of both sides times `score_margin_scale`.
+    """
     if not isinstance(row, Mapping):
         raise InvalidRow("not an object with columns")
     prompt = _read_prompt(row, columns)
     system = system_of(row, columns)
+    sides = _sides_of(row, columns)
     chosen = _read_side(
-        row,
+        sides.chosen,
         "chosen",
-        columns,
         prompt,
         system,
     )
     rejected = _read_side(
-        row,
+        sides.rejected,
         "rejected",
-        columns,
         prompt,
         system,
     )
@@ -92,9 +103,21 @@ def to_pair(row: RawRow, columns: Columns) -> PreferencePair:
         chosen[:length],
         chosen[length:],
         rejected[length:],
-        _margin(row.get(columns.get("margin", "margin"))),
+        _margin(
+            row,
+            columns,
+            sides,
+            score_margin_scale,
+        ),
         tools_of(row, columns),
     )
+
+
+def _sides_of(row: RawRow, columns: Columns) -> Sides:
+    scored = scored_sides(row, columns)
+    if scored is not None:
+        return scored
+    return Sides(value_of(row, "chosen", columns), value_of(row, "rejected", columns))
 
 
 def _read_prompt(row: RawRow, columns: Columns) -> _Prompt | None:
@@ -110,11 +133,9 @@ def _read_prompt(row: RawRow, columns: Columns) -> _Prompt | None:
     if is_list(value):
         return _Prompt(messages_of(value, alias))
     text = text_of(value, "prompt")
-    if text.startswith("\n\nHuman:"):
-        messages = _read_transcript(text)
-        if messages[-1] == Message("assistant", ""):
-            messages.pop()
-        return _Prompt(messages, is_transcript=True)
+    transcript = read_prompt_transcript(text)
+    if transcript is not None:
+        return _Prompt(transcript, is_transcript=True)
     if alias == "instruction":
         text = join_instruction_and_input(text, row, columns)
     return _Prompt([Message("user", text)])
@@ -127,18 +148,17 @@ def _prompt_column(row: RawRow, columns: Columns) -> str | None:
     for alias in PROMPT_COLUMNS:
         if row.get(alias) is not None:
             return alias
-    return None
+    return CONTEXT_COLUMN if is_list(row.get(CONTEXT_COLUMN)) else None
 
 
 def _read_side(
-    row: RawRow,
+    value: Any,
     name: str,
-    columns: Columns,
     prompt: _Prompt | None,
     system: Sequence[Message],
 ) -> Messages:
     """Returns the conversation up to the last message of one side, which is the assistant's."""
-    side = _side_messages(row, name, columns, prompt)
+    side = _side_messages(value, name, prompt)
     if side[0].role != "assistant":
         if prompt is not None:
             system = [*system, *(message for message in prompt.messages if message.role == "system")][-1:]
@@ -151,13 +171,11 @@ def _read_side(
 
 
 def _side_messages(
-    row: RawRow,
+    value: Any,
     name: str,
-    columns: Columns,
     prompt: _Prompt | None,
 ) -> list[Message]:
     """Returns the messages of one side: an answer, with or without the messages before it."""
-    value = value_of(row, name, columns)
     if isinstance(value, Mapping):
         return [message_of(value)]
     if is_list(value):
@@ -165,27 +183,15 @@ def _side_messages(
             raise InvalidRow("empty answer")
         return messages_of(value, name)
     text = text_of(value, "answer")
-    if text.startswith("\n\nHuman:"):
-        return _read_transcript(text)
+    if text.startswith(HH_START):
+        return read_transcript(text)
     if prompt is None:
         if text.lstrip().startswith("Human:"):
-            return _read_transcript(text)
+            return read_transcript(text)
         raise InvalidRow(NO_PROMPT if text.strip() else "empty answer")
     if prompt.is_transcript:
         text = text.strip()
     return [Message("assistant", text)]
-
-
-def _read_transcript(text: str) -> list[Message]:
-    """Returns the messages of a text in the format of HH-RLHF. White space around a message is layout, not content."""
-    pieces = HH_ROLE_PATTERN.split(text)[1:]
-    messages = []
-    for name, content in zip(pieces[::2], pieces[1::2], strict=True):
-        if name == "Human":
-            messages.append(Message("user", content.strip()))
-        else:
-            messages.append(Message("assistant", content.strip()))
-    return messages
 
 
 def _with_system(messages: Sequence[Message], system: Sequence[Message]) -> list[Message]:
@@ -195,15 +201,21 @@ def _with_system(messages: Sequence[Message], system: Sequence[Message]) -> list
 
 
 def _shared_messages(chosen: Messages, rejected: Messages) -> int:
-    """Returns how many messages two different conversations share. Raises InvalidRow if the next one is not the
-    assistant's in both."""
+    """Returns how many messages at the beginning of two different conversations are the prompt of both: as many as are
+    equal, and after which both continue with the assistant. Raises InvalidRow without any.
+
+    Conversations that differ in a message of the user, or of which one is the beginning of the other, have the answer
+    before that in both sides.
+    """
+    length = 0
     for index, (message, other) in enumerate(zip(chosen, rejected, strict=False)):
-        if message == other:
-            continue
         if message.role == other.role == "assistant":
-            return index
-        break
-    raise InvalidRow(DIFFERENT_PROMPTS)
+            length = index
+        if message != other:
+            break
+    if not length:
+        raise InvalidRow(DIFFERENT_PROMPTS)
+    return length
 
 
 def _prompt_length(
@@ -213,10 +225,11 @@ def _prompt_length(
 ) -> int:
     """Returns how many messages of both conversations are the prompt. A prompt may also be only the last question of
     what both sides contain."""
-    if not prompt or prompt[-1].role != "user":
+    if not prompt or prompt[-1].role not in ("user", "tool"):
         raise InvalidRow(NO_QUESTION)
     length = len(prompt)
-    if chosen[:length] == rejected[:length] and _equal_messages(chosen[:length], prompt):
+    is_prompt = chosen[:length] == rejected[:length] and _equal_messages(chosen[:length], prompt)
+    if is_prompt and chosen[length].role == rejected[length].role == "assistant":
         return length
     length = _shared_messages(chosen, rejected)
     if not _equal_messages(chosen[length - 1 : length], prompt[-1:]):
@@ -233,16 +246,21 @@ def _stripped(messages: Messages) -> list[Message]:
     return [replace(message, content=message.content.strip()) for message in messages]
 
 
-def _margin(value: Any) -> float:
-    """Returns the margin of a row, 0 without one. Tables contain numbers as text. Raises InvalidRow."""
-    if value is None or value == "":
+def _margin(
+    row: RawRow,
+    columns: Columns,
+    sides: Sides,
+    score_margin_scale: float,
+) -> float:
+    """Returns the margin of a row, or that of its scores, else 0. Raises InvalidRow."""
+    margin = margin_of(row, columns)
+    if margin is not None:
+        return margin
+    if not score_margin_scale:
         return 0.0
-    if isinstance(value, bool) or not isinstance(value, int | float | str):
-        raise InvalidRow(INVALID_MARGIN)
-    try:
-        margin = float(value)
-    except (ValueError, OverflowError) as error:
-        raise InvalidRow(INVALID_MARGIN) from error
-    if not 0.0 <= margin <= float(np.finfo(np.float32).max):
-        raise InvalidRow(INVALID_MARGIN)
-    return margin
+    difference = sides.difference
+    if difference is None:
+        difference = side_difference(row, columns)
+    if difference is None:
+        return 0.0
+    return checked_margin(score_margin_scale * difference)

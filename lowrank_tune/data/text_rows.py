@@ -12,8 +12,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from lowrank_tune.batch import Row
-from lowrank_tune.data.formats import Columns, InvalidRow, RawRow, RawRowOrFault, text_of
 from lowrank_tune.data.report import SourceReport
+from lowrank_tune.data.row_values import Columns, InvalidRow, RawRow, RawRowOrFault, text_of
 from lowrank_tune.data.store_writer import Entry, document_hash
 from lowrank_tune.data.templates.chat_template import ChatTemplate
 

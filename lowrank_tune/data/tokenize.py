@@ -184,6 +184,7 @@ def _cache_key(
             source.columns,
             source.ground_truth,
             source.final_answer,
+            source.score_margin_scale,
         ]
         source_parts.append(
             [

@@ -167,8 +167,6 @@ def test_prompts_are_what_both_sides_begin_with() -> None:
         ({**PLAIN, "rejected": A}, "both answers are equal"),
         ({"chosen": HUMAN + A, "rejected": f"{HUMAN} {A}\n"}, "both answers are equal"),
         ({"chosen": HUMAN + A, "rejected": HUMAN.replace("3", "4") + B}, "different questions"),
-        ({"chosen": turns("q", "a", "r", "b"), "rejected": turns("q", "a")}, "different questions"),
-        ({"chosen": turns("q", "a", "r", "b"), "rejected": turns("q", "a", "x", "b")}, "different questions"),
         ({"chosen": turns("s", "q", "a", first="system"), "rejected": turns("q", "b")}, "different questions"),
         ({"prompt": "other", "chosen": [ASK, YES], "rejected": [ASK, NO]}, "different questions"),
         ({"chosen": HUMAN + A, "rejected": HUMAN + B + "\n\nHuman: Hm?"}, "the last turn is the user's"),
