@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 from collections.abc import Iterator
@@ -18,6 +17,7 @@ from rich.status import Status
 
 from lowrank_tune.cli.help_pages import HelpGroup
 from lowrank_tune.errors import OutOfMemory, UserError
+from lowrank_tune.json_files import parse_json
 from lowrank_tune.ui import escape_lines
 from lowrank_tune.ui.cell_output import in_cell
 from lowrank_tune.ui.run_paths import is_folder_of_runs, newest_run
@@ -71,7 +71,7 @@ def parse_template_variables(text: str | None) -> dict[str, bool | int | float |
     if text is None:
         return {}
     try:
-        values = json.loads(text)
+        values = parse_json(text)
     except ValueError:
         values = None
     is_flat = isinstance(values, dict) and all(isinstance(value, bool | int | float | str) for value in values.values())

@@ -268,7 +268,7 @@ def unused_source_settings(recipe: RecipeConfig) -> Iterator[Finding]:
                 (*path, "weight"),
                 "does nothing here; only training sources are mixed",
             )
-        if source.is_set("score_margin_scale") and (path == HELDOUT or recipe.algorithm != "reward"):
+        if source.score_margin_scale and (path == HELDOUT or recipe.algorithm != "reward"):
             yield (
                 (*path, "score_margin_scale"),
                 "does nothing here; only `algorithm: reward` has margins",

@@ -101,7 +101,10 @@ def test_training_and_rollouts(case: Any) -> None:
     _, _, recipe, tokenizer, stock, _ = case
     template = ChatTemplate.from_tokenizer(tokenizer, recipe.data.template_date)
     row = load(recipe.data, template, 0, ignore).train[0]
-    assert [int(token) for token in row.input_ids[: list(row.completion_mask).index(True)]] == stock
+    untrained = [int(token) for token in row.input_ids[: list(row.completion_mask).index(True)]]
+    assert untrained[: len(stock)] == stock
+    # An answer without a thought closes at once what the prompt opens, and the empty thought is not trained.
+    assert template.decode(untrained[len(stock) :], special_tokens=True).strip() in ("", "</think>")
     assert [list(example.input_ids) for example in load_train_prompts(recipe, template, ignore).examples] == 2 * [stock]
 
 
@@ -161,9 +164,9 @@ def test_a_modelfile_of_a_template_that_refuses_thoughts(made: FinishedRun) -> N
 def test_an_export_builds_the_chat_template_once(made: FinishedRun, monkeypatch: pytest.MonkeyPatch) -> None:
     built, from_tokenizer = [], ChatTemplate.from_tokenizer
 
-    def counted(*arguments: Any) -> ChatTemplate:
+    def counted(*arguments: Any, **kwargs: Any) -> ChatTemplate:
         built.append(arguments)
-        return from_tokenizer(*arguments)
+        return from_tokenizer(*arguments, **kwargs)
 
     monkeypatch.setattr(ChatTemplate, "from_tokenizer", counted)
     finished = load_finished_run(made.run)

@@ -96,10 +96,10 @@ def test_variables_are_in_prompts_rows_and_the_exported_template() -> None:
     made = tiny(not_thinking.chat_template)
     exported = made.apply_chat_template([{"role": "user", "content": "Hm?"}], add_generation_prompt=True)["input_ids"]
     assert exported == not_thinking.prompt(question)
-    asked = made.apply_chat_template(
+    requested = made.apply_chat_template(
         [{"role": "user", "content": "Hm?"}], add_generation_prompt=True, enable_thinking=True
     )["input_ids"]
-    assert asked == thinking.prompt(question), "an argument replaces the default"
+    assert requested == thinking.prompt(question), "an argument replaces the default"
 
 
 def test_reasoning_cannot_follow_a_prompt_without_thinking() -> None:

@@ -10,6 +10,7 @@ from typing import Any, Self
 
 from lowrank_tune.data.formats import ChatMessages, InvalidRow
 from lowrank_tune.data.message import Message, ToolCall
+from lowrank_tune.json_files import parse_json
 
 REASONING_KEYS = ("reasoning_content", "thinking", "reasoning")
 """The keys of a message in which templates look for reasoning."""
@@ -152,7 +153,7 @@ class MessageFields:
         return plain
 
     def _call(self, call: ToolCall) -> dict[str, Any]:
-        arguments = call.arguments if self.arguments_as_text else json.loads(call.arguments)
+        arguments = call.arguments if self.arguments_as_text else parse_json(call.arguments)
         plain: dict[str, Any] = {"type": "function", "function": {"name": call.name, "arguments": arguments}}
         if call.call_id:
             plain["id"] = call.call_id

@@ -15,6 +15,7 @@ from lowrank_tune.data.formats import ChatMessages
 from lowrank_tune.data.message import Message, ToolCall
 from lowrank_tune.data.templates.backend import TokenizerBackend
 from lowrank_tune.data.templates.generation_prompt import THOUGHT_TAG
+from lowrank_tune.json_files import parse_json
 
 FIRST_PLACEHOLDER = 0xF0000
 """The first code point of a private plane of Unicode: its characters replace control tokens."""
@@ -39,7 +40,7 @@ class Placeholders:
         # Control tokens have no meaning in JSON, but its strings may contain them as escapes.
         if not text or (self._pattern.search(text) is None and "\\" not in text):
             return text
-        return json.dumps(self._replace_in(json.loads(text)), ensure_ascii=False)
+        return json.dumps(self._replace_in(parse_json(text)), ensure_ascii=False)
 
     def _insert(self, message: Message) -> Message:
         content = self._pattern.sub(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
@@ -18,6 +17,7 @@ from lowrank_tune.data.templates.render_process import (
     shared_process,
 )
 from lowrank_tune.errors import UserError
+from lowrank_tune.json_files import parse_json
 
 PROBE_QUESTION = "Hm, who asks?"
 PROBE_ANSWER = "Nobody asks."
@@ -147,7 +147,7 @@ class TemplateRenderer:
                 if id(message) not in plain:
                     plain[id(message)] = self.fields.to_dict(message)
             if rendering.tools not in arguments:
-                arguments[rendering.tools] = {"tools": json.loads(rendering.tools)}
+                arguments[rendering.tools] = {"tools": parse_json(rendering.tools)}
             requests.append(
                 RenderRequest(
                     self._prepare([plain[id(message)] for message in rendering.messages]),

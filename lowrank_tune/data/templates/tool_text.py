@@ -11,6 +11,7 @@ import json
 
 from lowrank_tune.data.formats import ChatMessages
 from lowrank_tune.data.message import Message, ToolCall
+from lowrank_tune.json_files import parse_json
 
 BEFORE_TOOLS = "# Tools\n\nYou may call functions. Their signatures:\n<tools>\n"
 AFTER_TOOLS = (
@@ -52,7 +53,7 @@ def as_text(messages: ChatMessages, tools: str) -> list[Message]:
 
 def tools_text(tools: str) -> str:
     """Returns the definitions of tools, a JSON list, as text."""
-    lines = [json.dumps(tool, ensure_ascii=False) + "\n" for tool in json.loads(tools)]
+    lines = [json.dumps(tool, ensure_ascii=False) + "\n" for tool in parse_json(tools)]
     return BEFORE_TOOLS + "".join(lines) + AFTER_TOOLS
 
 
@@ -70,5 +71,5 @@ def message_text(message: Message) -> str:
 
 def _call_text(call: ToolCall) -> str:
     name = json.dumps(call.name, ensure_ascii=False)
-    arguments = json.dumps(json.loads(call.arguments), ensure_ascii=False)
+    arguments = json.dumps(parse_json(call.arguments), ensure_ascii=False)
     return f'<tool_call>\n{{"name": {name}, "arguments": {arguments}}}\n</tool_call>'
