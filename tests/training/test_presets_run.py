@@ -44,6 +44,9 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def make_base(folder: Path) -> None:
     """Saves a random Llama with the tutor's tokenizer and long rows, whose completions end after a few tokens."""
     tokenizer = load_tokenizer(BaseConfig())
+    # Presets of Qwen3 set this variable.
+    own = ChatTemplate.from_tokenizer(tokenizer).chat_template
+    tokenizer.chat_template = "{% if enable_thinking %}{% endif %}" + own
     model = random_model("llama", gain=1.0, vocab_size=len(tokenizer), max_position_embeddings=8192)
     ends = sorted(ChatTemplate.from_tokenizer(tokenizer).end_ids)
     with torch.no_grad():
