@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import numpy as np
+
 from lowrank_tune.batch import Row
 from lowrank_tune.config import RecipeConfig, SourceConfig
 from lowrank_tune.data import (
@@ -94,10 +96,13 @@ def select_questions(
     with_reference: bool = False,
 ) -> list[EvalQuestion]:
     """Returns the prompts of the first row of the first `count` units of a validation part (of pairs, the chosen row).
-    They have no gold answers."""
+    They have no gold answers. With their references, of a document every row is one."""
+    row_numbers = rows.unit_starts[:-1]
+    if with_reference:
+        row_numbers = np.union1d(row_numbers, np.flatnonzero(rows.is_document))
     questions = []
-    for number in range(min(count, rows.units)):
-        row: Row = rows[int(rows.unit_starts[number])]
+    for number, row_number in enumerate(row_numbers[:count]):
+        row: Row = rows[int(row_number)]
         prompt_ids, _ = split_row(row)
         question = EvalQuestion(
             prompt_ids,
@@ -135,7 +140,7 @@ def load_eval_questions(
     max_length: int = DEFAULT_MAX_LENGTH,
 ) -> EvalQuestions:
     """Returns up to `count` questions of a source, drawn as the held-out questions of a run are; of plain text its
-    documents, up to `max_length` tokens of each.
+    documents, each cut into rows of `max_length` tokens.
 
     Raises UserError if none of its rows can be used.
     """
@@ -188,7 +193,8 @@ def _document_questions(
     template: ChatTemplate,
     max_length: int,
 ) -> list[EvalQuestion]:
-    """Returns up to `count` documents of a source, whose losses are measured. Raises UserError without any."""
+    """Returns the rows of up to `count` documents of a source, whose losses are measured. Raises UserError without
+    any."""
     drawn = source.model_copy(update={"max_samples": min(count, source.max_samples or count)})
     rows = read_source(drawn, seed)
     report = SourceReport(rows.name, "text")
@@ -197,7 +203,8 @@ def _document_questions(
     for entry in encode_documents(raws, source.columns, max_length, template, report):
         if isinstance(entry, InvalidRow):
             continue
-        questions.append(_document_question(entry.rows[0], len(questions), template))
+        for row in entry.rows:
+            questions.append(_document_question(row, len(questions), template))
     if not questions:
         raise UserError(f"{rows.name}: none of its rows contains a text")
     return questions

@@ -33,6 +33,7 @@ HUB = {
         ("prompt", "prompt_id", "chosen", "rejected", "messages", "score_chosen", "score_rejected"),
     ),
     "openai/gsm8k": ("train", ("question", "answer")),
+    "roneneldan/TinyStories": ("train", ("text",)),
 }
 """The training split and the columns of each data set, as its author publishes them."""
 
