@@ -1,8 +1,9 @@
 """Data: from rows of any known format to token ids, with the mask of the trained tokens.
 
-A row passes `sources` (with `files` and `hub`), `formats` or `preference_pairs` (with `ground_truth`), `encode` (with
-`templates`) and `store_writer`; `tokenize` and `load` call them, `report` counts the rows. `sampler` draws the rows of
-each step, `collate` pads them. `prompts` reads rows whose answers are generated.
+A row passes `sources` (with `files` and `hub`), `formats` (with `ground_truth`) or `preference_pairs` (with
+`scored_responses`), both with `messages`, `tool_calls` and `row_values`, then `encode` (with `templates`) and
+`store_writer`; `tokenize` and `load` call them, `report` counts the rows. `sampler` draws the rows of each step,
+`collate` pads them. `prompts` reads rows whose answers are generated.
 """
 
 from lowrank_tune.data.collate import collate, collate_rows, collate_units

@@ -269,7 +269,12 @@ def _read_prompt_completion(row: RawRow, columns: Columns) -> list[Message]:
         if is_list(value):
             messages += messages_of(value, name)
         elif role == "assistant":
-            messages.append(_answer_message(text_of(value, label), row, columns))
+            answer = _answer_message(
+                text_of(value, label),
+                row,
+                columns,
+            )
+            messages.append(answer)
         else:
             messages.append(Message(role, text_of(value, label)))
     return messages
@@ -278,7 +283,10 @@ def _read_prompt_completion(row: RawRow, columns: Columns) -> list[Message]:
 def _read_question_answer(row: RawRow, columns: Columns) -> list[Message]:
     question = text_of(value_of(row, "question", columns), "question")
     answer = text_of(value_of(row, "answer", columns), "answer")
-    return [Message("user", question), _answer_message(answer, row, columns)]
+    return [
+        Message("user", question),
+        _answer_message(answer, row, columns),
+    ]
 
 
 def _read_humaneval(row: RawRow, columns: Columns) -> list[Message]:

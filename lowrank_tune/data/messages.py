@@ -46,8 +46,19 @@ ROLES: dict[str, MessageRole] = {
 }
 CALL_ROLES = ("function_call", "tool_call")
 """Roles of turns whose text is a call, or a list of calls, as JSON."""
-REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")
-CALL_MARKERS = ("<tool_call>", "<function_call>", "<functioncall>", "<function=", "<|python_tag|>", "[TOOL_CALLS]")
+REASONING_KEYS = (
+    "reasoning_content",
+    "reasoning",
+    "thinking",
+)
+CALL_MARKERS = (
+    "<tool_call>",
+    "<function_call>",
+    "<functioncall>",
+    "<function=",
+    "<|python_tag|>",
+    "[TOOL_CALLS]",
+)
 """What a call begins with that is written into the text of an answer. Such a call stays text."""
 THOUGHT_OPENING = "<think>"
 THOUGHT_CLOSING = "</think>"
@@ -96,7 +107,12 @@ def message_of(turn: Any) -> Message:
     text = text_of(content, "text of a turn")
     if role != "assistant":
         return Message(role, text)
-    return Message(role, text, _reasoning_of(turn), calls)
+    return Message(
+        role,
+        text,
+        _reasoning_of(turn),
+        calls,
+    )
 
 
 def _reasoning_of(turn: RawRow) -> str:
@@ -125,7 +141,12 @@ def _call_message(turn: RawRow) -> Message:
     calls = tool_calls_of(value)
     if not calls:
         raise InvalidRow("a turn of a tool call has no call")
-    return Message("assistant", thought, _reasoning_of(turn), calls)
+    return Message(
+        "assistant",
+        thought,
+        _reasoning_of(turn),
+        calls,
+    )
 
 
 def _result_message(turn: RawRow, content: Any) -> Message:
@@ -196,7 +217,10 @@ def _joined(previous: Message, message: Message) -> Message:
         return replace(previous, content=f"{previous.content}\n\n{message.content}")
     if not message.tool_calls or message.content.strip():
         raise InvalidRow(NO_RESULT if previous.tool_calls else "two assistant turns in a row")
-    reasoning = (previous.reasoning_content, message.reasoning_content)
+    reasoning = (
+        previous.reasoning_content,
+        message.reasoning_content,
+    )
     return replace(
         previous,
         reasoning_content="\n\n".join(text for text in reasoning if text),

@@ -30,7 +30,11 @@ from lowrank_tune.data.scored_responses import (
     side_difference,
 )
 from lowrank_tune.data.tool_calls import tools_of
-from lowrank_tune.data.transcripts import HH_START, read_prompt_transcript, read_transcript
+from lowrank_tune.data.transcripts import (
+    HH_START,
+    read_prompt_transcript,
+    read_transcript,
+)
 
 Messages = tuple[Message, ...]
 PROMPT_COLUMNS = ("prompt", "instruction", "question", "problem", "query", "conversations", "conversation", "messages")
@@ -117,7 +121,10 @@ def _sides_of(row: RawRow, columns: Columns) -> Sides:
     scored = scored_sides(row, columns)
     if scored is not None:
         return scored
-    return Sides(value_of(row, "chosen", columns), value_of(row, "rejected", columns))
+    return Sides(
+        value_of(row, "chosen", columns),
+        value_of(row, "rejected", columns),
+    )
 
 
 def _read_prompt(row: RawRow, columns: Columns) -> _Prompt | None:

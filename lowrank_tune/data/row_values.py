@@ -114,7 +114,11 @@ def json_value(value: Any, label: str) -> Any:
 def json_text(value: Any, label: str) -> str:
     """Returns a value of `json_value` as JSON, with the keys in their own order. Raises InvalidRow."""
     try:
-        text = json.dumps(value, ensure_ascii=False, allow_nan=False)
+        text = json.dumps(
+            value,
+            ensure_ascii=False,
+            allow_nan=False,
+        )
     except (TypeError, ValueError, RecursionError) as error:
         raise InvalidRow(f"a value that JSON does not have in {label}") from error
     if not is_text(text):

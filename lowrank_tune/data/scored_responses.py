@@ -16,13 +16,31 @@ from lowrank_tune.data.row_values import (
     is_list,
 )
 
-RESPONSE_COLUMNS = ("responses", "completions", "generations", "answers")
+RESPONSE_COLUMNS = (
+    "responses",
+    "completions",
+    "generations",
+    "answers",
+)
 """The columns that may contain a list of responses; `columns` maps `responses`."""
-RESPONSE_KEYS = ("response", "answer", "completion", "generation", "text", "content", "value")
+RESPONSE_KEYS = (
+    "response",
+    "answer",
+    "completion",
+    "generation",
+    "text",
+    "content",
+    "value",
+)
 """The keys of the text of a response that is an object, and not a turn."""
 SCORE_COLUMNS = ("scores", "ratings")
 """The columns that may contain a list of scores, one for each response; `columns` maps `scores`."""
-SCORE_KEYS = ("overall_score", "fine-grained_score", "score", "rating")
+SCORE_KEYS = (
+    "overall_score",
+    "fine-grained_score",
+    "score",
+    "rating",
+)
 RANK_KEY = "rank"
 """The keys of the score of a response that is an object. Of a rank the lowest is the best."""
 COMPARISONS = (
@@ -82,7 +100,11 @@ def scored_sides(row: RawRow, columns: Columns) -> Sides | None:
     worst, rejected = min(scored, key=_score)
     if best == worst:
         raise InvalidRow(EQUAL_SCORES)
-    return Sides(_response_value(chosen), _response_value(rejected), best - worst)
+    return Sides(
+        _response_value(chosen),
+        _response_value(rejected),
+        best - worst,
+    )
 
 
 def _score(scored: tuple[float, Any]) -> float:
@@ -98,7 +120,12 @@ def _comparison_of(row: RawRow, columns: Columns) -> tuple[Any, Any, Any] | None
     return None
 
 
-def _preferred_first(first: Any, second: Any, preference: Any) -> Sides:
+def _preferred_first(
+    first: Any,
+    second: Any,
+    preference: Any,
+) -> Sides:
+    """Returns two responses in the order of a preference. Raises InvalidRow."""
     strength = _number(preference)
     if strength is None:
         raise InvalidRow("the preference is not a number")

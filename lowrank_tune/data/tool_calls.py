@@ -48,10 +48,17 @@ def _tool_call_of(value: Any) -> ToolCall:
         function = value["function"]
     if not isinstance(function, Mapping):
         raise InvalidRow("the function of a tool call is not an object")
+    arguments = first_present(function, "arguments", "parameters")
+    call_id = first_present(
+        value,
+        "id",
+        "call_id",
+        "tool_call_id",
+    )
     return ToolCall(
         _name_of(function, CALL),
-        _arguments_of(first_present(function, "arguments", "parameters")),
-        optional_text_of(first_present(value, "id", "call_id", "tool_call_id"), "id of a tool call"),
+        _arguments_of(arguments),
+        optional_text_of(call_id, "id of a tool call"),
     )
 
 
@@ -109,8 +116,16 @@ def _definition_of(tool: Any) -> Mapping[str, Any]:
     if function is None:
         _name_of(tool, "a tool")
         bare = {key: value for key, value in tool.items() if key != "type"}
-        return {"type": "function", "function": bare}
+        return {
+            "type": "function",
+            "function": bare,
+        }
     if not isinstance(function, Mapping):
         raise InvalidRow("the function of a tool in `tools` is not an object")
     _name_of(function, "a tool")
-    return tool if "type" in tool else {"type": "function", **tool}
+    if "type" in tool:
+        return tool
+    return {
+        "type": "function",
+        **tool,
+    }
