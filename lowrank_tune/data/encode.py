@@ -16,6 +16,7 @@ from lowrank_tune.data.formats import (
     to_conversation,
     with_system,
 )
+from lowrank_tune.data.message import has_reasoning, has_tools
 from lowrank_tune.data.preference_pairs import (
     EQUAL_ANSWERS,
     Messages,
@@ -166,6 +167,8 @@ def _conversation_entry(
         rows,
         (row_hash,) * len(rows),
         conversation.ground_truth,
+        has_reasoning=has_reasoning(conversation.messages),
+        has_tools=has_tools(conversation.messages, conversation.tools),
     )
 
 
@@ -238,7 +241,14 @@ def _pair_entry(
         conversation_hash((*pair.prompt, *pair.chosen), pair.tools),
         conversation_hash((*pair.prompt, *pair.rejected), pair.tools),
     )
-    return Entry(rows, hashes, margin=pair.margin)
+    messages = (*pair.prompt, *pair.chosen, *pair.rejected)
+    return Entry(
+        rows,
+        hashes,
+        margin=pair.margin,
+        has_reasoning=has_reasoning(messages),
+        has_tools=has_tools(messages, pair.tools),
+    )
 
 
 def _encode_pairs(pairs: Sequence[PreferencePair], template: ChatTemplate) -> list[_EncodedPair]:

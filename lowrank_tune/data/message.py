@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -43,3 +43,13 @@ class Message:
             yield call.name
             yield call.arguments
             yield call.call_id
+
+
+def has_reasoning(messages: Iterable[Message]) -> bool:
+    """Returns whether an answer has reasoning, or a thought in its text."""
+    return any(message.reasoning_content or "</think>" in message.content for message in messages)
+
+
+def has_tools(messages: Iterable[Message], tools: str) -> bool:
+    """Returns whether tools are defined or called."""
+    return bool(tools) or any(message.tool_calls for message in messages)

@@ -57,7 +57,7 @@ class SourceReport:
     they were shortened.
 
     `longest` is the longest row in tokens, before any was shortened or dropped; `ground_truths` counts used rows with a
-    gold answer.
+    gold answer, `with_reasoning` and `with_tools` those with reasoning or tools.
     """
 
     name: str
@@ -68,6 +68,8 @@ class SourceReport:
     truncated_locations: list[str] = field(default_factory=list)
     longest: int = 0
     ground_truths: int = 0
+    with_reasoning: int = 0
+    with_tools: int = 0
     tokens: int = 0
     trained_tokens: int = 0
     duplicates: int = 0

@@ -31,12 +31,14 @@ from lowrank_tune.full_disk import CACHE_CURE, describe_full_disk, full_disk_rea
 class Entry:
     """A tokenized row of a source, a unit of the store: one row; two of a pair, the chosen and the rejected one; or
     several of one conversation, the longest first, or of one document. `conversation_hashes`: the hash of the
-    conversation of each."""
+    conversation of each. `has_tools`: tools are defined or called."""
 
     rows: tuple[Row, ...]
     conversation_hashes: tuple[int, ...]
     ground_truth: str | None = None
     margin: float = 0.0
+    has_reasoning: bool = False
+    has_tools: bool = False
 
     @property
     def row_hash(self) -> int:

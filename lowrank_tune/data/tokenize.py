@@ -31,7 +31,7 @@ from lowrank_tune.data.token_store import TokenizedDataset
 from lowrank_tune.errors import UserError
 from lowrank_tune.events import Emit, LogMessage, Progress, warning
 
-VERSION = 9
+VERSION = 10
 """Version of the rules that turn a row into ids, of what is reported of it, and of the arrays of a store: raise it when
 they change."""
 CHUNK = 512
@@ -95,6 +95,7 @@ def tokenize(
             report.check(data.max_invalid_fraction)
         emit(LogMessage(message=f"{report.name}: {report.read} rows in format `{report.format}`"))
         warn_about_missing_rows(source, report, emit)
+        _warn_about_thinking(report, data, template, emit)
     return store
 
 
@@ -271,6 +272,8 @@ class _SourceTokenizer:
                 self._writer.drop(location, entry.reason)
                 continue
             report.count_used(entry.rows, entry.ground_truth is not None)
+            report.with_reasoning += entry.has_reasoning
+            report.with_tools += entry.has_tools
             used.append(entry)
             file_number = self.files.setdefault(location.file, len(self.files))
             locations.append((file_number, location.line))
@@ -288,6 +291,24 @@ def chunks(rows: SourceRows, report: SourceReport) -> Iterator[tuple[Chunk, int]
         iterator = iter(part)
         while chunk := list(islice(iterator, CHUNK)):
             yield chunk, total
+
+
+def _warn_about_thinking(
+    report: SourceReport,
+    data: DataConfig,
+    template: ChatTemplate,
+    emit: Emit,
+) -> None:
+    """Logs a warning if rows without reasoning are rendered by a template that lets the model think."""
+    has_switch = template.lets_model_think and "/no_think" not in (data.system_prompt or "")
+    if report.format == "text" or report.with_reasoning or not report.used or not has_switch:
+        return
+    emit(
+        warning(
+            f"{report.name}: no row has reasoning, and the base's chat template lets the model think before an answer: "
+            "`data.chat_template_kwargs={enable_thinking: false}` trains and uses it without"
+        )
+    )
 
 
 def warn_about_missing_rows(

@@ -144,6 +144,8 @@ def mixture_of(
             drawn_tokens[index],
             drawn_trained[index],
             counts[index] if report.format == "text" else 0,
+            report.with_reasoning,
+            report.with_tools,
         )
         parts.append(part)
     return tuple(parts), Epoch(

@@ -31,6 +31,8 @@ class MixturePart:
     drawn_tokens: int
     drawn_trained: int
     packs: int = 0
+    with_reasoning: int = 0
+    with_tools: int = 0
 
 
 @dataclass(frozen=True)

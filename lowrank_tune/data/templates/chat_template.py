@@ -185,6 +185,11 @@ class ChatTemplate:
         """Returns the text of ids, with control tokens only if `special_tokens`."""
         return self._backend.decode(ids, special_tokens)
 
+    @property
+    def lets_model_think(self) -> bool:
+        """Whether the template has a switch for thinking, and it is on."""
+        return isinstance(self._scheme, JinjaChatTemplate) and self._scheme.lets_model_think
+
     def special_tokens_in(self, ids: Sequence[int]) -> bool:
         """Returns whether any of these ids is a control token."""
         return not self._backend.control_ids.isdisjoint(ids)

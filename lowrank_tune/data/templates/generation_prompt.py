@@ -41,6 +41,11 @@ THOUGHT_CLOSED = (
 )
 
 
+def closes_thought(prompt: str) -> bool:
+    """Returns whether a prompt ends with a thought that it closes."""
+    return _CLOSED.search(prompt) is not None
+
+
 @dataclass(frozen=True)
 class OpenedThought:
     """The tag that a generation prompt opens at its end, such as `<think>`, and the white space after it."""

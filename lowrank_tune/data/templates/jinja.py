@@ -27,7 +27,7 @@ from lowrank_tune.data.message import Message
 from lowrank_tune.data.templates.backend import TokenizerBackend
 from lowrank_tune.data.templates.date import with_date
 from lowrank_tune.data.templates.encoder import SpanEncoder
-from lowrank_tune.data.templates.generation_prompt import GenerationPrompt
+from lowrank_tune.data.templates.generation_prompt import GenerationPrompt, closes_thought
 from lowrank_tune.data.templates.message_fields import PROBE_CALL, PROBE_TOOLS
 from lowrank_tune.data.templates.placeholders import Placeholders
 from lowrank_tune.data.templates.render_process import RenderProcess
@@ -47,6 +47,8 @@ SYSTEM_NOTES = {
     "always": " (with an empty system turn where there is none)",
     "folded": " (a system text goes before the question)",
 }
+THINKING_SWITCH = "enable_thinking"
+"""The variable of a template that switches thinking on and off."""
 UNUSABLE = "the base's chat template cannot be trained with"
 
 
@@ -95,6 +97,8 @@ class JinjaChatTemplate:
         if not end_ids:
             raise UserError("the base's chat template closes answers with no end token, and its tokenizer names none")
         self.end_ids = frozenset(end_ids)
+        self.lets_model_think = THINKING_SWITCH in own and not closes_thought(question)
+        """Whether the template has a switch for thinking, and it is on."""
         self.description = self._describe()
 
     def _probe(self) -> tuple[str, str]:

@@ -197,6 +197,9 @@ def _source_line(part: MixturePart, unit: str) -> Text:
         line.append(f", in {part.packs:,} packs", QUIET)
     elif unit != "pair":
         line.append(f", {part.ground_truths:,} with a gold answer", QUIET)
+    for count, name in ((part.with_reasoning, "reasoning"), (part.with_tools, "tools")):
+        if count:
+            line.append(f", {count:,} with {name}", QUIET)
     return line
 
 
