@@ -251,7 +251,7 @@ class ChatTemplate:
         description = f"chat text by {self._scheme.description}"
         if self.kwargs:
             values = ", ".join(f"{name}: {json.dumps(value)}" for name, value in self.kwargs.items())
-            description += f" with {values}"
+            description += f"; variables {values}"
         if self.date_written:
             description += f"; it writes the date {self.date_written}"
         return f"{description}; an answer ends at {ends}"
