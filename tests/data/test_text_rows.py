@@ -251,9 +251,9 @@ def test_documents_are_held_out_whole_and_packed(tmp_path: Path) -> None:
 def test_a_store_depends_on_the_bos_of_its_tokenizer(tmp_path: Path) -> None:
     path = write(tmp_path / "a.jsonl", [{"text": text} for text in texts(5)])
     plain = loaded(tmp_path, path, template=ChatTemplate.from_tokenizer(tiny(CHATML)))
-    begun = loaded(tmp_path, path, template=ChatTemplate.from_tokenizer(with_bos(CHATML)))
-    assert plain.train.folder != begun.train.folder
-    assert begun.report.train[0].tokens == plain.report.train[0].tokens + 5
+    marked = loaded(tmp_path, path, template=ChatTemplate.from_tokenizer(with_bos(CHATML)))
+    assert plain.train.folder != marked.train.folder
+    assert marked.report.train[0].tokens == plain.report.train[0].tokens + 5
 
 
 def test_a_mixture_of_text_and_conversations(tmp_path: Path) -> None:
