@@ -192,21 +192,21 @@ def _template(
         date = target.run.recipe.data.template_date
         kwargs = {**target.run.recipe.data.chat_template_kwargs, **template_kwargs}
     tokenizer = load_tokenizer(base_config)
-    template = ChatTemplate.from_tokenizer(
-        tokenizer,
-        date,
-        kwargs=kwargs,
-    )
     if adapter is not None and (adapter / TEMPLATE).is_file():
         try:
             text = (adapter / TEMPLATE).read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"{adapter / TEMPLATE}: cannot be read: {error}") from error
-        if text.strip() != template.chat_template.strip():
+        own = ChatTemplate.from_tokenizer(tokenizer, date)
+        if text.strip() != own.chat_template.strip():
             tokenizer.chat_template = text
+            date = None
             emit(LogMessage(message=f"chat template: {adapter / TEMPLATE}, which differs from the base's"))
-            return ChatTemplate.from_tokenizer(tokenizer, kwargs=kwargs)
-    return template
+    return ChatTemplate.from_tokenizer(
+        tokenizer,
+        date,
+        kwargs=kwargs,
+    )
 
 
 def _check(

@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.status import Status
 
 from lowrank_tune.cli.help_pages import HelpGroup
+from lowrank_tune.config.data import template_variable_fault
 from lowrank_tune.errors import OutOfMemory, UserError
 from lowrank_tune.json_files import parse_json
 from lowrank_tune.ui import escape_lines
@@ -75,11 +76,15 @@ def parse_template_variables(text: str | None) -> dict[str, bool | int | float |
     except ValueError:
         values = None
     is_flat = isinstance(values, dict) and all(isinstance(value, bool | int | float | str) for value in values.values())
-    if not is_flat or not all(name.isidentifier() for name in values):
+    if not is_flat:
         raise UserError(
             f"--chat-template-kwargs {text}: expected a JSON object of names and values, "
             "such as '{\"enable_thinking\": false}'"
         )
+    for name, value in values.items():
+        fault = template_variable_fault(name, value)
+        if fault is not None:
+            raise UserError(f"--chat-template-kwargs: `{name}` {fault}")
     return dict(values)
 
 

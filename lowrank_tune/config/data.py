@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator
 from typing import Annotated, Literal
@@ -10,9 +11,11 @@ from pydantic import Field
 
 from lowrank_tune.config.base import NON_EMPTY, Day, Finding, Fraction, NonEmptyStr, PositiveInt, Settings
 
-VariableName = Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]{0,63}$")]
+VARIABLE_NAME = r"^[A-Za-z_][A-Za-z0-9_]{0,63}$"
+VariableName = Annotated[str, Field(pattern=VARIABLE_NAME)]
+JINJA_WORDS = ("true", "false", "none", "True", "False", "None", "not", "and", "or", "in", "is", "if", "else")
 OWN_VARIABLES = ("messages", "tools", "documents", "add_generation_prompt", "continue_final_message")
-"""Variables of a chat template that the kit sets."""
+"""Variables of a chat template that the kit sets, beside the tokens of the tokenizer."""
 DATA_FILE_PATTERN = re.compile(r".*\.(jsonl?|csv|parquet)(\.gz)?")
 BUILT_IN = {"builtin:arithmetic": "the built-in problems", "builtin:arithmetic-preferences": "the built-in pairs"}
 """Data sets of the package, and what each contains."""
@@ -33,6 +36,21 @@ FormatName = Literal[
     "preference",
     "text",
 ]
+
+
+def template_variable_fault(name: str, value: bool | int | float | str) -> str | None:
+    """Returns why a variable of the chat template cannot be set; None if it can."""
+    if re.fullmatch(VARIABLE_NAME, name) is None or name in JINJA_WORDS:
+        return "is not the name of a variable"
+    if name in OWN_VARIABLES or name.endswith("_token"):
+        return "is set by the kit; leave it out"
+    if name in ("date_string", "strftime_now"):
+        return "is the date of the chat template: write `data.template_date`"
+    if isinstance(value, float) and not math.isfinite(value):
+        return "is not a finite number"
+    if isinstance(value, str) and any(0xD800 <= ord(character) < 0xE000 for character in value):
+        return "contains a lone surrogate, which UTF-8 cannot encode"
+    return None
 
 
 class SourceConfig(Settings):
@@ -146,16 +164,12 @@ class DataConfig(Settings):
         yield from self.weight_findings()
 
     def _variable_findings(self) -> Iterator[Finding]:
-        for name in self.chat_template_kwargs:
-            if name in OWN_VARIABLES:
+        for name, value in self.chat_template_kwargs.items():
+            fault = template_variable_fault(name, value)
+            if fault is not None:
                 yield (
                     ("chat_template_kwargs", name),
-                    "is set by the kit; leave it out",
-                )
-            elif name in ("date_string", "strftime_now"):
-                yield (
-                    ("chat_template_kwargs", name),
-                    "is the date of the chat template: write `data.template_date`",
+                    fault,
                 )
 
     def weight_findings(self) -> Iterator[Finding]:

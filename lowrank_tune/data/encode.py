@@ -31,6 +31,7 @@ from lowrank_tune.data.templates.spans import NOTHING_TRAINED
 from lowrank_tune.data.text_rows import encode_documents
 
 RowPair = tuple[Row, Row]
+REWRITTEN_ANSWER = "an answer of a side that the base's chat template rewrites once the next turn follows"
 PROMPT_MISMATCH = "the ids of its prompt are not the beginning of both sides"
 
 
@@ -246,6 +247,7 @@ def _pair_entry(
         rows,
         hashes,
         margin=pair.margin,
+        is_pair=True,
         has_reasoning=has_reasoning(messages),
         has_tools=has_tools(messages, pair.tools),
     )
@@ -265,24 +267,48 @@ def _encode_pairs(pairs: Sequence[PreferencePair], template: ChatTemplate) -> li
     ]
     prompts = iter(template.prompt_many([pair.prompt for pair in usable], [pair.tools for pair in usable]))
     encoded = []
-    for chosen, rejected in sides:
+    for pair, (chosen, rejected) in zip(pairs, sides, strict=True):
         if isinstance(chosen, InvalidRow):
             encoded.append(_EncodedPair(chosen))
         elif isinstance(rejected, InvalidRow):
             encoded.append(_EncodedPair(rejected))
         else:
-            encoded.append(_encode_completions(next(prompts), chosen, rejected))
+            encoded.append(
+                _encode_completions(
+                    pair,
+                    next(prompts),
+                    chosen,
+                    rejected,
+                )
+            )
     return encoded
 
 
 def _encode_completions(
+    pair: PreferencePair,
     prompt: list[int] | InvalidRow,
     chosen: Row,
     rejected: Row,
 ) -> _EncodedPair:
     if isinstance(prompt, InvalidRow):
         return _EncodedPair(prompt)
-    return _EncodedPair(_mask_prompt(prompt, chosen, rejected), len(prompt))
+    rows = _mask_prompt(prompt, chosen, rejected)
+    counts = (_num_answers(pair.chosen), _num_answers(pair.rejected))
+    if isinstance(rows, InvalidRow):
+        if rows.reason == PROMPT_MISMATCH and max(counts) > 1:
+            rows = InvalidRow(REWRITTEN_ANSWER)
+    elif tuple(map(_num_trained_stretches, rows)) != counts:
+        rows = InvalidRow(REWRITTEN_ANSWER)
+    return _EncodedPair(rows, len(prompt))
+
+
+def _num_answers(messages: Messages) -> int:
+    return sum(message.role == "assistant" for message in messages)
+
+
+def _num_trained_stretches(row: Row) -> int:
+    mask = row.completion_mask
+    return sum(trained and not before for before, trained in zip([False, *mask], mask, strict=False))
 
 
 def _mask_prompt(

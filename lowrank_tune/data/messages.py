@@ -100,7 +100,7 @@ def message_of(turn: Any) -> Message:
     calls = _calls_of(turn)
     if calls and role != "assistant":
         raise InvalidRow("tool calls in a turn that is not the assistant's")
-    if calls and not content:
+    if calls and (content is None or isinstance(content, str) and not content.strip()):
         content = ""
     if content is None:
         raise InvalidRow("a turn has no content")
@@ -116,14 +116,20 @@ def message_of(turn: Any) -> Message:
 
 
 def _reasoning_of(turn: RawRow) -> str:
-    """Returns the reasoning before an answer, from the first of `REASONING_KEYS` that is not empty."""
-    value = next((turn[key] for key in REASONING_KEYS if turn.get(key)), None)
-    return optional_text_of(value, "reasoning of a turn")
+    """Returns the reasoning before an answer, from the first of `REASONING_KEYS` that is not blank."""
+    for key in REASONING_KEYS:
+        text = optional_text_of(turn.get(key), "reasoning of a turn")
+        if text.strip():
+            return text
+    return ""
 
 
 def _calls_of(turn: RawRow) -> tuple[ToolCall, ...]:
     """Returns the calls in `tool_calls` or, as OpenAI once wrote it, the one in `function_call`."""
     value = turn.get("tool_calls") or turn.get("function_call")
+    if isinstance(value, Mapping) and all(part is None for part in value.values()):
+        # a table writes the call of a turn without one so
+        return ()
     return tool_calls_of(value) if value else ()
 
 
@@ -149,11 +155,16 @@ def _call_message(turn: RawRow) -> Message:
     )
 
 
+def _is_only_text(content: Any) -> bool:
+    """Returns whether the content of a result is parts of text alone, and not records with a column `text`."""
+    return is_text_parts(content) and all(part.keys() <= {"type", "text"} for part in content)
+
+
 def _result_message(turn: RawRow, content: Any) -> Message:
     """Returns the result of a call. One that is not text becomes JSON; a function may return nothing."""
     if content is None:
         text = ""
-    elif isinstance(content, str) or is_text_parts(content):
+    elif isinstance(content, str) or _is_only_text(content):
         text = text_of(content, "text of a turn")
     else:
         text = json_text(json_value(content, RESULT), RESULT)

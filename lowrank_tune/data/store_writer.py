@@ -39,11 +39,13 @@ class Entry:
     margin: float = 0.0
     has_reasoning: bool = False
     has_tools: bool = False
+    is_pair: bool = False
 
     @property
     def row_hash(self) -> int:
-        """Equal for equal entries."""
-        if len(self.conversation_hashes) == 1:
+        """Equal for equal entries. That of a conversation or a document does not depend on the number of its rows, so
+        that it is in the same part of the split with every template and length."""
+        if not self.is_pair:
             return self.conversation_hashes[0]
         return _hash(np.array(self.conversation_hashes, dtype="<u8").tobytes())
 

@@ -72,9 +72,16 @@ def _entry(
 
 
 def cut_document(ids: Sequence[int], max_length: int) -> list[Row]:
-    """Returns the rows of a document: consecutive pieces of `max_length` tokens, all of them trained."""
+    """Returns the rows of a document: consecutive pieces of `max_length` tokens, all of them trained.
+
+    A last piece of one token, which nothing would predict, gets a second one from the piece before it.
+    """
+    starts = list(range(0, len(ids), max_length))
+    if len(starts) > 1 and len(ids) - starts[-1] == 1:
+        starts[-1] -= 1
+    ends = [*starts[1:], len(ids)]
     pieces = []
-    for start in range(0, len(ids), max_length):
-        piece = ids[start : start + max_length]
+    for start, end in zip(starts, ends, strict=True):
+        piece = ids[start:end]
         pieces.append(Row(piece, [True] * len(piece)))
     return pieces

@@ -47,6 +47,8 @@ from lowrank_tune.data_report.report import (
 
 MIN_SHOWN_CHARACTERS = 200
 """Characters that are shown of a segment at least, after others used up `SHOWN_CHARACTERS`."""
+MAX_EMPTY_THOUGHT = 32
+"""Tokens of an empty thought between a prompt and its answer, at most."""
 NO_EOS = "no end token is trained: the model would never learn to stop; the chat template closes no answer with one"
 
 
@@ -262,13 +264,16 @@ def _heldout_leakage(
 ) -> DataIssue:
     """Returns the training rows that begin with a held-out question, so that the model may see its answer."""
     prompt_ids = heldout_ids(heldout, template)
-    # Only rows whose prompt has the length of a held-out one are read; both rows of a pair have the same prompt.
-    lengths = {len(ids) for ids in prompt_ids}
-    candidates = np.flatnonzero(np.isin(stats.prompt, list(lengths)))
+    # Only rows that can begin with a held-out prompt are read; both rows of a pair have the same prompt. Between the
+    # prompt and what is trained there may be an empty thought.
+    lengths = np.array([-MAX_EMPTY_THOUGHT, *sorted({len(ids) for ids in prompt_ids})], dtype=np.int64)
+    longest_fitting = lengths[np.searchsorted(lengths, stats.prompt, side="right") - 1]
     matching = []
-    for row in candidates.tolist():
-        ids = rows[row].input_ids[: stats.prompt[row]]
-        if tuple(map(int, ids)) in prompt_ids:
+    for row in np.flatnonzero(longest_fitting >= stats.prompt - MAX_EMPTY_THOUGHT).tolist():
+        length = int(stats.prompt[row])
+        ids = tuple(map(int, rows[row].input_ids[:length]))
+        possible = lengths[(lengths <= length) & (lengths >= length - MAX_EMPTY_THOUGHT)]
+        if any(ids[:end] in prompt_ids for end in possible.tolist()):
             matching.append(row)
     leaked = np.unique(rows.units_of(np.array(matching, dtype=np.int64)))
     return DataIssue(

@@ -346,6 +346,13 @@ class _EvalRun:
             top_p=options.top_p,
         )
 
+    def _settings(self) -> dict[str, Any]:
+        """Returns the options of the sampling and the variables of the chat template, as the record stores them."""
+        settings = {**asdict(self.sampling_options), "confidence": self.options.confidence}
+        if self.template.kwargs:
+            settings["chat_template_kwargs"] = dict(self.template.kwargs)
+        return settings
+
     def _record(
         self,
         result: EvalResult,
@@ -385,7 +392,7 @@ class _EvalRun:
             "seconds": round(time.time() - self.started, 1),
             "target": target,
             "dataset": dataset,
-            "settings": {**asdict(self.sampling_options), "confidence": confidence},
+            "settings": self._settings(),
             "grader": self.grader.grader_name if has_verdicts else "",
             "rewards": {reward.name: reward.weight for reward in self.grader.rewards},
             "reward_model": str(self.reward_model.run) if self.reward_model else None,

@@ -32,7 +32,7 @@ from lowrank_tune.data import (
     to_pair,
 )
 from lowrank_tune.data.collate import _common_prefix_length
-from lowrank_tune.data.encode import PROMPT_MISMATCH, SourceContext, encode_chunk
+from lowrank_tune.data.encode import REWRITTEN_ANSWER, SourceContext, encode_chunk
 from lowrank_tune.data.message import Message
 from lowrank_tune.data.report import SourceReport
 from lowrank_tune.data.sources import RowLocation
@@ -270,7 +270,7 @@ def test_prompt_and_answer_are_the_full_rendering(name: str, row: dict[str, Any]
     if isinstance(made, InvalidRow):
         ids = [list(each.input_ids) for each in whole if isinstance(each, Row)]
         # Of sides with several answers, the first may change the ids of its prompt: these are the last prompt's then.
-        changed = made.reason == PROMPT_MISMATCH and max(len(pair.chosen), len(pair.rejected)) > 1
+        changed = made.reason == REWRITTEN_ANSWER and max(len(pair.chosen), len(pair.rejected)) > 1
         assert len(ids) < 2 or changed or (ids[0] == ids[1] and made.reason == "both answers are equal"), made.reason
         return
     prompt = template.prompt(pair.prompt)

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import re
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -16,6 +17,7 @@ from hypothesis import strategies as st
 from tokenizers_for_tests import CHATML, MARKS, SHARED, tiny
 
 from lowrank_tune.batch import Row
+from lowrank_tune.cli.common import parse_template_variables
 from lowrank_tune.config import DataConfig
 from lowrank_tune.data import ChatTemplate, InvalidRow, load, to_conversation
 from lowrank_tune.data.message import Message, ToolCall
@@ -208,6 +210,55 @@ def test_each_row_of_a_conversation_is_in_the_store(tmp_path: Path) -> None:
     trained = Counter(trained_text(template, store[index]) for index in range(len(store)))
     first, second = "<think>\nHm.\n</think>\n\n1.<|im_end|>", "<think>\nSo.\n</think>\n\n2.<|im_end|>"
     assert trained == {first: 2, second: 1}
+
+
+def test_a_conversation_is_on_one_side_of_the_split_whatever_the_number_of_its_rows(tmp_path: Path) -> None:
+    file = tmp_path / "rows.jsonl"
+    rows = []
+    for number in range(30):
+        contents = [f"{text} {number}" for text in ("One?", "1.", "Two?", "2.")]
+        rows.append(
+            [{"role": ("user", "assistant")[place % 2], "content": text} for place, text in enumerate(contents)]
+        )
+    file.write_text("".join(json.dumps({"messages": row}) + "\n" for row in rows))
+    data = DataConfig.model_validate({"train": [{"dataset": str(file)}], "eval_rows": 8})
+    held_out = set()
+    for template in (hermes(), ChatTemplate.from_tokenizer(tiny(CHATML))):
+        splits = load(data, template, 0, lambda event: None, cache=tmp_path / "cache")
+        assert splits.validation is not None
+        held_out.add(frozenset(splits.validation.row_location(row) for row in range(len(splits.validation))))
+    assert len(held_out) == 1
+
+
+@pytest.mark.parametrize("blank", ["", " ", "\n\n", None])
+def test_blank_reasoning_is_none(blank: str | None) -> None:
+    turns = [{"role": "user", "content": "Hm?"}, {"role": "assistant", "content": "Yes.", "reasoning_content": blank}]
+    conversation = to_conversation({"messages": turns}, "messages", {})
+    assert conversation.messages[1] == Message("assistant", "Yes.")
+
+
+@pytest.mark.parametrize(
+    ("text", "fault"),
+    [
+        ("{x}", "expected a JSON object"),
+        ('{"messages": 1}', "`messages` is set by the kit"),
+        ('{"eos_token": "x"}', "`eos_token` is set by the kit"),
+        ('{"date_string": "x"}', "write `data.template_date`"),
+        ('{"true": 1}', "`true` is not the name of a variable"),
+        ('{"x": NaN}', "`x` is not a finite number"),
+        ('{"x": "\\ud83d"}', "lone surrogate"),
+    ],
+)
+def test_a_variable_that_cannot_be_set_is_an_error(text: str, fault: str) -> None:
+    with pytest.raises(UserError, match=re.escape(fault)):
+        parse_template_variables(text)
+
+
+@pytest.mark.parametrize("value", [True, 3, 1.5, "a 'b' \"c\" \n %} {{ x }} é \U0001f600"])
+def test_values_of_variables_are_written_as_they_are(value: Any) -> None:
+    template = ChatTemplate.from_tokenizer(tiny("{{ level }}|" + CHATML), kwargs={"level": value})
+    text = template.decode(template.prompt([Message("user", "Hm?")]), special_tokens=True)
+    assert text.startswith(f"{value}|")
 
 
 def test_all_rows_of_glaive_are_trained() -> None:

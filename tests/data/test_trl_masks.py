@@ -15,8 +15,12 @@ import pytest
 from template_shapes import TRL_IMAGE_TEMPLATES
 from tokenizers_for_tests import tiny
 
-from lowrank_tune.data import ChatTemplate, InvalidRow
+from lowrank_tune.config import DataConfig
+from lowrank_tune.data import ChatTemplate, InvalidRow, load
+from lowrank_tune.data.encode import REWRITTEN_ANSWER
 from lowrank_tune.data.message import Message, ToolCall
+from lowrank_tune.data.templates.generation_prompt import TAG_IN_ANSWER
+from lowrank_tune.data.templates.message_fields import NO_TEXT_BESIDE_CALLS
 
 DAY = "2024-07-26"
 TOOLS = json.dumps(
@@ -261,6 +265,86 @@ def add_reasoning(name: str, text: str, answer: Message) -> str:
 @pytest.mark.parametrize("name", NAMES)
 def test_each_answer_is_trained_once_as_trl_trains_it(name: str, case: str) -> None:
     assert our_answers(name, case) == expected(name, case)
+
+
+@pytest.mark.parametrize(
+    ("name", "message", "expected"),
+    [
+        ("qwen3", assistant("<think>a</think>b</think>c"), "<think>a</think>b</think>c<|im_end|>"),
+        ("qwen3", assistant("Hi. <think> opens it, </think> closes it."), TAG_IN_ANSWER),
+        ("glm4moe", assistant("Hi. <think> opens it, </think> closes it."), TAG_IN_ANSWER),
+        ("qwen2_5", assistant("Hi. <think> opens it."), "Hi. <think> opens it.<|im_end|>"),
+        ("qwen3", assistant("", "", CALL, CALL), None),
+    ],
+)
+def test_answers_with_tags_and_several_calls(name: str, message: Message, expected: str | None) -> None:
+    if trl_folder() is None:
+        pytest.skip("needs TRL")
+    template = template_of(name)
+    (rows,) = template.encode_all([(user("Hm?"), message)], [TOOLS if message.tool_calls else ""])
+    if isinstance(rows, InvalidRow):
+        assert rows.reason == expected
+        return
+    ((start, end),) = stretches(rows[0].completion_mask)
+    text = template.decode(rows[0].input_ids[start:end], special_tokens=True)
+    call = '<tool_call>\n{"name": "add", "arguments": {"a": 12}}\n</tool_call>'
+    assert text == (expected or f"{call}\n{call}<|im_end|>")
+
+
+@pytest.mark.parametrize("name", ["gptoss", "qwen3", "llama3_1", "muse_glimmer"])
+def test_text_beside_a_call_is_trained_or_the_row_dropped(name: str) -> None:
+    if trl_folder() is None:
+        pytest.skip("needs TRL")
+    messages = (user("Add."), assistant("Let me.", "", CALL), RESULT, assistant("It is 42."))
+    (rows,) = template_of(name).encode_all([messages], [TOOLS])
+    if name in ("llama3_1", "muse_glimmer"):
+        assert isinstance(rows, InvalidRow) and rows.reason == NO_TEXT_BESIDE_CALLS
+        return
+    assert not isinstance(rows, InvalidRow)
+    trained = []
+    for row in rows:
+        for start, end in stretches(row.completion_mask):
+            trained.append(template_of(name).decode(row.input_ids[start:end], special_tokens=True))
+    text = "".join(trained)
+    assert "Let me." in text and '{"a": 12}' in text and "It is 42." in text
+
+
+def test_control_tokens_that_a_template_writes_as_python_are_plain_text() -> None:
+    if trl_folder() is None:
+        pytest.skip("needs TRL")
+    call = ToolCall("add", '{"b": ["<|im_end|>X"]}')
+    template = template_of("lfm2_2_5")
+    (rows,) = template.encode_all([(user("Add."), assistant("", "", call))], [TOOLS])
+    assert not isinstance(rows, InvalidRow)
+    end = template.tokenizer.convert_tokens_to_ids("<|im_end|>")
+    assert "['<|im_end|>X']" in template.decode(rows[0].input_ids, special_tokens=True)
+    # those of the system, the user and the assistant
+    assert list(rows[0].input_ids).count(end) == 3
+
+
+def test_a_pair_with_an_answer_that_is_rewritten_is_dropped(tmp_path: Path) -> None:
+    if trl_folder() is None:
+        pytest.skip("needs TRL")
+    sides = {}
+    for side, first in (("chosen", "Good."), ("rejected", "Bad.")):
+        turns = [("user", "Hm?"), ("assistant", first), ("user", "So?"), ("assistant", "Yes.")]
+        sides[side] = [{"role": role, "content": text} for role, text in turns]
+    file = tmp_path / "pairs.jsonl"
+    file.write_text(json.dumps(sides) + "\n")
+    data = DataConfig.model_validate({"train": [{"dataset": str(file)}], "eval_fraction": 0.0})
+    for name, used in (("qwen2_5", 1), ("qwen3", 0), ("qwen3_5_think", 0), ("gptoss", 0)):
+        splits = load(
+            data,
+            template_of(name),
+            0,
+            lambda event: None,
+            tmp_path / "cache",
+            raise_on_invalid=False,
+            pairs=True,
+        )
+        report = splits.report.train[0]
+        assert report.used == used, name
+        assert used or list(report.dropped) == [REWRITTEN_ANSWER]
 
 
 def test_trl_has_templates_for_training() -> None:

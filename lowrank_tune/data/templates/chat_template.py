@@ -130,7 +130,7 @@ class ChatTemplate:
         """Returns for each conversation the row of its last answer, which trains all answers whose prompts are its
         beginning; through one call of the tokenizer. `tools` has the tools of each conversation, as in
         `Conversation`."""
-        encoded = self._scheme.encode_all(conversations, tools)
+        encoded = self._scheme.encode_all(conversations, tools, last_only=True)
         return [rows if isinstance(rows, InvalidRow) else rows[0] for rows in encoded]
 
     def encode_all(

@@ -89,8 +89,10 @@ class _FallbackTemplate:
         self,
         conversations: Sequence[ChatMessages],
         tools: Sequence[str] = (),
+        last_only: bool = False,
     ) -> list[tuple[Row, ...] | InvalidRow]:
-        """Returns the row of each conversation with its mask, through one call of the tokenizer."""
+        """Returns the row of each conversation with its mask, through one call of the tokenizer. One row has all
+        answers, so `last_only` changes nothing."""
         prepared = self._prepare(conversations, tools)
         texts: list[str] = []
         for item in prepared:

@@ -36,6 +36,7 @@ _EMPTY = re.compile(rf"(?P<tags>\s*<{_NAME}>\s*</(?P=name)>)\s*")
 _CLOSED_AT_ONCE = re.compile(rf"(?P<tags>\s*</{_NAME}>)\s*")
 THOUGHT_TAG = re.compile(rf"</?{_NAME}>")
 REWRITTEN = "the chat template rewrites the turns before the last answer, so that its prompt does not come out again"
+TAG_IN_ANSWER = "an answer with the tag of a thought in its text, at which the base's chat template splits it"
 THOUGHT_CLOSED = (
     "its answer has a thought, and the chat template's generation prompt closes the thought before the answer"
 )
@@ -149,7 +150,7 @@ class GenerationPrompt:
         if thought is not None and thought.text.strip() and self.refusal(prompt, message) == THOUGHT_CLOSED:
             return None
         direct = self._continuation(prompt, whole)
-        if direct is not None and not self._reopens(direct) and (thought is None or thought.is_written_in(direct)):
+        if direct is not None and not self._reopens(direct) and self._is_written(message, thought, direct):
             return direct
         if thought is None and self.opened is not None:
             return self._continuation_of_thought(
@@ -159,6 +160,15 @@ class GenerationPrompt:
                 None,
             )
         return None
+
+    def _is_written(self, message: Message, thought: OwnThought | None, completion: str) -> bool:
+        """Returns whether a completion contains the thought of an answer, or what an answer without one contains before
+        a closing tag, which a template may take for a thought."""
+        if thought is not None:
+            return thought.is_written_in(completion)
+        opened = self.opened or OpenedThought("think", "")
+        before, closing, _ = message.content.partition(opened.closing)
+        return not closing or before.strip() in completion
 
     def completion_with_thought(
         self,
@@ -180,6 +190,9 @@ class GenerationPrompt:
         direct = self._continuation(prompt, whole)
         if direct is None or message.reasoning_content:
             return None
+        empty = _EMPTY.match(direct)
+        if empty is not None:
+            direct = direct[empty.end() :]
         return f"{thought.before}{thought.text}</think>{direct}"
 
     def refusal(
@@ -191,6 +204,8 @@ class GenerationPrompt:
         closed = _CLOSED.search(prompt)
         if closed is not None and (message.reasoning_content or f"</{closed['name']}>" in message.content):
             return THOUGHT_CLOSED
+        if self.own_thought(message) is None and THOUGHT_TAG.search(message.content):
+            return TAG_IN_ANSWER
         return REWRITTEN
 
     def num_untrained(self, completion: str, message: Message) -> int:

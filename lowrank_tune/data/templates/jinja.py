@@ -185,11 +185,17 @@ class JinjaChatTemplate:
         self,
         conversations: Sequence[ChatMessages],
         tools: Sequence[str] = (),
+        last_only: bool = False,
     ) -> list[tuple[Row, ...] | InvalidRow]:
-        """Returns the rows of each conversation with their masks, that of its last answer first."""
+        """Returns the rows of each conversation with their masks, that of its last answer first; with `last_only` this
+        one alone counts, and has all answers that its text contains."""
         prepared = self._prepare(conversations, tools)
         usable = [item for item in prepared if not isinstance(item, InvalidRow)]
-        rendered = self._spans.render([item.messages for item in usable], [item.tools for item in usable])
+        rendered = self._spans.render(
+            [item.messages for item in usable],
+            [item.tools for item in usable],
+            last_only,
+        )
         encoded = iter(self._encoder.encode_many(rendered))
         return [item if isinstance(item, InvalidRow) else next(encoded) for item in prepared]
 

@@ -18,8 +18,12 @@ THINK = "<think>"
 END_THINK = "</think>"
 NO_CALLS = "tool calls, which the base's chat template does not write"
 NO_TOOLS = "tools, which the base's chat template does not write"
+NO_TEXT_BESIDE_CALLS = "text beside a tool call, which the base's chat template does not write"
 PROBE_THOUGHT = "Perhaps nobody."
 PROBE_CALL = ToolCall("find_askers", '{"minimum": 17}', "call00001")
+PROBE_TEXT = "I look."
+PYTHON_ARGUMENTS = "{'minimum'"
+"""What a template writes that prints arguments without converting them to JSON."""
 PROBE_RESULT = "There are 23."
 PROBE_DESCRIPTION = "Finds who asks."
 PROBE_TOOLS = json.dumps(
@@ -50,15 +54,17 @@ class MessageFields:
 
     `reasoning_key`: the key of reasoning; None if the template reads none, and reasoning is written into the content,
     as `<think>`. `has_own_tags`: it writes reasoning between other tags, so that a thought in a content is moved to
-    the key. `writes_calls`, `writes_tools`: whether it writes tool calls with their results, and definitions of
-    tools. `arguments_as_text`: the arguments of a call are a JSON text and not an object. `null_content`: a message
-    with calls and no text has the content null and not an empty text.
+    the key. `writes_calls`, `writes_tools`: whether it writes tool calls with their results, and definitions of tools.
+    `writes_text_beside_calls`: whether it writes the content of a message with calls. `arguments_as_text`: the
+    arguments of a call are a JSON text and not an object. `null_content`: a message with calls and no text has the
+    content null and not an empty text.
     """
 
     reasoning_key: str | None = None
     has_own_tags: bool = False
     writes_calls: bool = False
     writes_tools: bool = False
+    writes_text_beside_calls: bool = False
     arguments_as_text: bool = False
     null_content: bool = False
 
@@ -106,18 +112,19 @@ class MessageFields:
                     null_content=null_content,
                 )
                 text = render(fields, (question, call, result, answer), tools)
-                if _contains(text, PROBE_TEXTS):
-                    return fields
+                if _contains(text, PROBE_TEXTS) and not _contains(text, (PYTHON_ARGUMENTS,)):
+                    with_text = render(fields, (question, replace(call, content=PROBE_TEXT)), tools)
+                    return replace(fields, writes_text_beside_calls=_contains(with_text, (PROBE_TEXT,)))
         return self
 
     def fault(self, messages: ChatMessages, tools: str) -> str | None:
         """Returns what of a conversation the template does not write; None if it writes everything."""
         if tools and not self.writes_tools:
             return NO_TOOLS
-        if self.writes_calls:
-            return None
-        if any(message.role == "tool" or message.tool_calls for message in messages):
+        if not self.writes_calls and any(message.role == "tool" or message.tool_calls for message in messages):
             return NO_CALLS
+        if not self.writes_text_beside_calls and any(message.tool_calls and message.content for message in messages):
+            return NO_TEXT_BESIDE_CALLS
         return None
 
     def normalize(self, message: Message) -> Message:

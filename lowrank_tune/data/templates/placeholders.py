@@ -19,6 +19,10 @@ from lowrank_tune.json_files import parse_json
 
 FIRST_PLACEHOLDER = 0xF0000
 """The first code point of a private plane of Unicode: its characters replace control tokens."""
+ESCAPED = re.compile(
+    r"\\U(?P<code>000[fF][0-9a-fA-F]{4})|(?P<pair>\\u[dD][bB]8[0-9a-fA-F]\\u[dD][c-fC-F][0-9a-fA-F]{2})"
+)
+"""A placeholder as Python's repr and as JSON in ASCII write it, which templates apply to arguments of calls."""
 
 
 class Placeholders:
@@ -82,8 +86,14 @@ class Placeholders:
 
     def found_in(self, text: str) -> bool:
         """Returns whether a text contains a placeholder."""
-        return not text.isascii() and not self._private.isdisjoint(text)
+        if not text.isascii() and not self._private.isdisjoint(text):
+            return True
+        return ESCAPED.search(text) is not None
 
     def restore(self, text: str) -> str:
         """Returns the text with the plain characters of each control token instead of its placeholder."""
-        return text.translate(self._token_of)
+        return ESCAPED.sub(self._unescape, text).translate(self._token_of)
+
+    def _unescape(self, match: re.Match[str]) -> str:
+        character = json.loads(f'"{match.group()}"') if match["pair"] else chr(int(match["code"], 16))
+        return self._token_of.get(ord(character), match.group())

@@ -84,15 +84,24 @@ class SpanFinder:
         self,
         conversations: Sequence[ChatMessages],
         tools: Sequence[str] = (),
+        last_only: bool = False,
     ) -> list[list[Rendered] | InvalidRow]:
         """Renders conversations that end with the assistant: each as one row or several, that of its last answer first.
 
         Every answer is in one row, after its own prompt. A template may rewrite an earlier answer, for example without
-        its thought; then the text of the last answer does not contain it, and it has a row of its own.
+        its thought; then the text of the last answer does not contain it, and it has a row of its own. So has an
+        answer without an end token, which its row ends. With `last_only` there is the first row alone, with all
+        answers that its text contains.
         """
         tools = tools or [""] * len(conversations)
         completed = self._complete(self._render_answers(conversations, tools), tools)
-        return [answers if isinstance(answers, InvalidRow) else self._rows(answers) for answers in completed]
+        rendered: list[list[Rendered] | InvalidRow] = []
+        for answers in completed:
+            if isinstance(answers, InvalidRow):
+                rendered.append(answers)
+            else:
+                rendered.append(self._rows(answers, last_only))
+        return rendered
 
     def _render_answers(
         self,
@@ -170,8 +179,9 @@ class SpanFinder:
         return completion
 
     def _rewrites_context(self, rendering: _Rendering) -> bool:
-        """Returns whether an answer does not follow its prompt, and answers before it have reasoning."""
-        has_reasoning = any(message.reasoning_content for message in rendering.messages[:-1])
+        """Returns whether an answer does not follow its prompt, and answers before it have reasoning, or text beside a
+        call, which gpt-oss writes as reasoning."""
+        has_reasoning = any(map(_has_reasoning, rendering.messages[:-1]))
         return has_reasoning and self._direct(rendering) is None
 
     def _direct(self, rendering: _Rendering) -> str | None:
@@ -189,7 +199,7 @@ class SpanFinder:
         assert thought is not None, "an answer without a thought"
         return replace(answer, content=thought.answer, reasoning_content="")
 
-    def _rows(self, answers: Sequence[_Answer]) -> list[Rendered] | InvalidRow:
+    def _rows(self, answers: Sequence[_Answer], last_only: bool) -> list[Rendered] | InvalidRow:
         """Returns the rows of a conversation, each with all answers of those left that it contains."""
         spans = [self._span(answer) for answer in answers]
         left: list[tuple[_Answer, Span]] = []
@@ -201,9 +211,14 @@ class SpanFinder:
         while left:
             last, last_span = left.pop()
             text = last.prompt + last.completion
-            # An answer without an end token has a row of its own, which ends it.
-            contained = [span for answer, span in left if _contains(text, answer, span)]
-            left = [(answer, span) for answer, span in left if not _contains(text, answer, span)]
+            contained = []
+            others = []
+            for answer, span in left:
+                if (span.closed or last_only) and _contains(text, answer, span):
+                    contained.append(span)
+                else:
+                    others.append((answer, span))
+            left = [] if last_only else others
             if not last_span.closed:
                 text = text[: last_span.end]
             rows.append(Rendered(text, (*contained, last_span)))
@@ -227,13 +242,21 @@ class SpanFinder:
 
 
 def _contains(text: str, answer: _Answer, span: Span) -> bool:
-    """Returns whether a text begins with the prompt of an answer and the answer with its end token."""
-    return span.closed and text.startswith((answer.prompt + answer.completion)[: span.end])
+    """Returns whether a text begins with the prompt of an answer and the answer."""
+    return text.startswith((answer.prompt + answer.completion)[: span.end])
+
+
+def _has_reasoning(message: Message) -> bool:
+    return bool(message.reasoning_content or (message.tool_calls and message.content))
 
 
 def _without_earlier_reasoning(messages: ChatMessages) -> list[Message]:
     """Returns the messages without reasoning, except for the last one."""
-    return [*(replace(message, reasoning_content="") for message in messages[:-1]), messages[-1]]
+    earlier = []
+    for message in messages[:-1]:
+        content = "" if message.tool_calls else message.content
+        earlier.append(replace(message, content=content, reasoning_content=""))
+    return [*earlier, messages[-1]]
 
 
 def _answer_indices(messages: ChatMessages) -> list[int]:

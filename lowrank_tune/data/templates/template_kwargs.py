@@ -23,7 +23,8 @@ def with_kwargs(chat_template: str, kwargs: TemplateKwargs) -> str:
     nothing."""
     lines = ""
     for name, value in kwargs.items():
-        lines += f"{{% if {name} is not defined %}}{{% set {name} = {json.dumps(value)} %}}{{% endif %}}\n"
+        literal = json.dumps(value, ensure_ascii=False)
+        lines += f"{{% if {name} is not defined %}}{{% set {name} = {literal} %}}{{% endif %}}\n"
     return lines + chat_template
 
 
