@@ -19,7 +19,7 @@ from generated_part import update_page
 from lowrank_tune.config import Chain, Preset, find_preset, list_presets, load_any
 
 PAGE = Path(__file__).parent.parent / "docs" / "presets.md"
-COLUMNS = ("sft", "reward", "dpo", "grpo", "ppo", "preference", "rlvr", "rlhf")
+COLUMNS = ("sft", "reward", "dpo", "kto", "grpo", "ppo", "preference", "rlvr", "rlhf")
 GPU_SIZES_GIB = (8, 12, 16, 24)
 ROUNDED_GIB = 0.05
 """The rounding error of a peak, as the files state one decimal."""

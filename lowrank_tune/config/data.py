@@ -26,6 +26,7 @@ FormatName = Literal[
     "humaneval",
     "mbpp",
     "preference",
+    "unpaired_preference",
 ]
 
 
@@ -41,7 +42,8 @@ class SourceConfig(Settings):
     """Split of a hub data set, or of a built-in one (`train`, `heldout`)."""
     format: FormatName = "auto"
     """Shape of a row. `auto` detects it from the columns; the run prints what was found. `humaneval` and `mbpp` are
-    tasks with unit tests, for `python_tests`; `preference` is a chosen and a rejected answer."""
+    tasks with unit tests, for `python_tests`; `preference` is a chosen and a rejected answer, `unpaired_preference` an
+    answer with a label."""
     columns: dict[NonEmptyStr, NonEmptyStr] = Field(default_factory=dict)
     """Renames columns: from the name in the format to the name in the data, for example `{question: problem, answer:
     solution}`."""

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from lowrank_tune.batch import Batch, PairBatch, Row
-from lowrank_tune.data.token_store import TokenizedDataset
+from lowrank_tune.batch import Batch, LabeledBatch, PairBatch, Row
+from lowrank_tune.data.token_store import IntArray, TokenizedDataset
 
 
 def collate(rows: Sequence[Row], pad_id: int) -> Batch:
@@ -51,6 +51,19 @@ def collate_units(
         shared_prefix=torch.tensor(shared_prefix, dtype=torch.long),
         margin=torch.from_numpy(store.margins[numbers]),
         row_indices=torch.from_numpy(store.indices[numbers]),
+    )
+
+
+def with_labels(
+    batch: Batch,
+    store: TokenizedDataset,
+    rows: IntArray,
+) -> LabeledBatch:
+    """Returns a batch of these rows of a store with their labels."""
+    return LabeledBatch(
+        **batch.tensors(),
+        labels=torch.from_numpy(store.labels[rows] == 1),
+        row_indices=torch.from_numpy(store.indices[rows]),
     )
 
 

@@ -152,7 +152,7 @@ def _truncate_conversation(conversation: Conversation, context: SourceContext) -
     """
     data = context.data
     if data.truncation != "truncate":
-        return InvalidRow(_too_long(data))
+        return InvalidRow(too_long(data))
     messages = conversation.messages
     ends = [index + 1 for index, message in enumerate(messages) if message.role == "assistant"]
     for end in reversed(ends[:-1]):
@@ -160,8 +160,8 @@ def _truncate_conversation(conversation: Conversation, context: SourceContext) -
         if isinstance(row, InvalidRow) or len(row.input_ids) <= data.max_length:
             return row
     if _prompt_length(messages[: ends[0] - 1], context.template) > data.max_length:
-        return InvalidRow(f"{_too_long(data)}, its first question alone")
-    return InvalidRow(f"{_too_long(data)}, its first {ANSWER_INCLUDED}")
+        return InvalidRow(f"{too_long(data)}, its first question alone")
+    return InvalidRow(f"{too_long(data)}, its first {ANSWER_INCLUDED}")
 
 
 def _prompt_length(messages: Messages, template: ChatTemplate) -> int:
@@ -170,7 +170,8 @@ def _prompt_length(messages: Messages, template: ChatTemplate) -> int:
     return 0 if isinstance(ids, InvalidRow) else len(ids)
 
 
-def _too_long(data: DataConfig) -> str:
+def too_long(data: DataConfig) -> str:
+    """Returns the reason for a row that is too long."""
     return f"longer than data.max_length ({data.max_length} tokens)"
 
 
@@ -276,12 +277,12 @@ def _truncate_pair(
     part = "prompt"
     if data.truncation == "truncate":
         part = "last question"
-        for prompt in _shorter_prompts(pair.prompt):
+        for prompt in shorter_prompts(pair.prompt):
             (encoded,) = _encode_pairs([replace(pair, prompt=prompt)], context.template)
             if encoded.max_length <= data.max_length:
                 return encoded.rows
             prompt_length = encoded.prompt_length
-    reason = _too_long(data)
+    reason = too_long(data)
     if prompt_length > data.max_length:
         reason += f", its {part} alone"
     elif data.truncation == "truncate":
@@ -289,7 +290,7 @@ def _truncate_pair(
     return InvalidRow(reason)
 
 
-def _shorter_prompts(prompt: Messages) -> Iterator[Messages]:
+def shorter_prompts(prompt: Messages) -> Iterator[Messages]:
     """Yields the prompt without its first question and answer, without the first two, and so on down to the last
     question."""
     system = prompt[:1] if prompt[0].role == "system" else ()

@@ -21,7 +21,7 @@ import numpy as np
 from lowrank_tune.batch import Row
 from lowrank_tune.data.message import Message
 from lowrank_tune.data.report import SourceReport
-from lowrank_tune.data.token_store import ARRAYS, TokenizedDataset, checksum
+from lowrank_tune.data.token_store import ARRAYS, NO_LABEL, TokenizedDataset, checksum
 from lowrank_tune.errors import TrainingError
 from lowrank_tune.full_disk import CACHE_CURE, describe_full_disk, full_disk_reason
 
@@ -35,6 +35,10 @@ class Entry:
     conversation_hashes: tuple[int, ...]
     ground_truth: str | None = None
     margin: float = 0.0
+    label: bool | None = None
+    """Whether the answer is desirable; None for a row without a label."""
+    split_hash: int | None = None
+    """Equal for entries that the split into training and validation keeps together. Default: `row_hash`."""
 
     @property
     def row_hash(self) -> int:
@@ -55,6 +59,10 @@ def conversation_hash(messages: Sequence[Message], tools: str = "") -> int:
     if tools:
         texts.append(tools)
     return _hash("\x1e".join(texts).encode())
+
+
+def _split_hash(entry: Entry) -> int:
+    return entry.row_hash if entry.split_hash is None else entry.split_hash
 
 
 def _hash(data: bytes) -> int:
@@ -166,6 +174,8 @@ class StoreWriter:
             "lines": [line for _, line in locations],
             "row_hashes": np.array([entry.row_hash for entry in entries], dtype=np.uint64),
             "margins": [entry.margin for entry in entries],
+            "labels": [NO_LABEL if entry.label is None else int(entry.label) for entry in entries],
+            "split_hashes": np.array([_split_hash(entry) for entry in entries], dtype=np.uint64),
         }
         for name, values in per_entry.items():
             self._arrays[name].append(np.repeat(values, self.rows_per_unit))

@@ -70,5 +70,6 @@ def inspect_data(
         cache,
         raise_on_invalid=False,
         pairs=recipe.uses_pairs,
+        labels=recipe.uses_labels,
     )
     return report_rows(recipe, splits, template, heldout)

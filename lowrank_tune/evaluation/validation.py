@@ -124,9 +124,10 @@ def validate(
     emit: Emit,
 ) -> ValidationResult:
     """Returns the algorithm's metrics on held-out rows, means over all of them, without dropout, and the loss of each
-    pair in the order of the store."""
+    pair, or answer with a label, in the order of the store."""
     stats: Stats = {}
     losses: dict[int, float] = {}
+    algorithm.start_validation(rows)
     batches = validation_batches(
         roles,
         rows,
@@ -141,7 +142,9 @@ def validate(
         if pair_losses is not None:
             pairs = indices[:: rows.rows_per_unit] // rows.rows_per_unit
             losses.update(zip(pairs.tolist(), pair_losses.tolist(), strict=True))
-    return ValidationResult(to_floats(stats), [losses[pair] for pair in sorted(losses)])
+    metrics = to_floats(stats)
+    metrics |= algorithm.derived_metrics(metrics)
+    return ValidationResult(metrics, [losses[pair] for pair in sorted(losses)])
 
 
 def score_pairs(

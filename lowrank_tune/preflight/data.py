@@ -19,6 +19,7 @@ from lowrank_tune.data.encode import conversation_of, pair_of
 from lowrank_tune.data.formats import RawRow
 from lowrank_tune.data.head import read_head
 from lowrank_tune.data.hub import HubUnreachable, hub_columns
+from lowrank_tune.data.labeled_rows import labeled_answers
 from lowrank_tune.data.load import to_heldout_prompt
 from lowrank_tune.data.prompts import RowFault, check_rewardable
 from lowrank_tune.data.sources import (
@@ -68,6 +69,7 @@ class DataCheck:
                         check,
                         recipe.uses_pairs,
                         is_strict,
+                        recipe.uses_labels,
                     )
             except UserError as error:
                 is_about_columns = source.columns and "column" in str(error)
@@ -80,15 +82,21 @@ class DataCheck:
         check: RowCheck,
         pairs: bool | None,
         is_strict: bool,
+        labels: bool = False,
     ) -> None:
         if source.dataset not in BUILTIN_DATASETS and is_hub_dataset(source.dataset):
-            self._check_hub(source, pairs)
+            self._check_hub(source, pairs, labels)
             return
         head = read_head(source, recipe.seed)
         self._check_rows(
             source,
             head,
-            format_of(source, head, pairs),
+            format_of(
+                source,
+                head,
+                pairs,
+                labels,
+            ),
             check,
             is_strict,
         )
@@ -131,12 +139,18 @@ class DataCheck:
         self,
         source: SourceConfig,
         pairs: bool | None,
+        labels: bool,
     ) -> None:
         """Raises UserError for a data set of the hub that is missing, or lacks columns by its description."""
         columns = self._hub_columns(source)
         if columns is None:
             return
-        format_of(source, ColumnNames(source.dataset, columns), pairs)
+        format_of(
+            source,
+            ColumnNames(source.dataset, columns),
+            pairs,
+            labels,
+        )
         absent = [name for name in source.columns.values() if name not in columns]
         if absent:
             raise UserError(f"{source.dataset}: has no column `{absent[0]}`; it has {_listed(columns)}")
@@ -198,6 +212,13 @@ def _row_check(
     def check_row(row: RawRow, format_name: str) -> None:
         if recipe.uses_pairs:
             pair_of(row, source, system)
+        elif recipe.uses_labels:
+            labeled_answers(
+                row,
+                source,
+                format_name,
+                system,
+            )
         else:
             conversation_of(
                 row,

@@ -45,6 +45,7 @@ ALGORITHM_SPECIFIC_METRICS = ("loss", "eval_loss", "entropy")
 METRIC_FAMILIES = {
     "reward": "pairs",
     "dpo": "pairs",
+    "kto": "labels",
     "grpo": "completions",
     "ppo": "completions",
 }
