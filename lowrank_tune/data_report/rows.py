@@ -19,7 +19,7 @@ from lowrank_tune.data.preference_pairs import EQUAL_ANSWERS
 from lowrank_tune.data.report import EXAMPLES
 from lowrank_tune.data.sampler import row_sampler
 from lowrank_tune.data.stats import contradictory_pairs, pair_balance
-from lowrank_tune.data.token_store import IntArray
+from lowrank_tune.data.token_store import NO_LABEL, IntArray
 from lowrank_tune.data_report.common import (
     LEAKAGE,
     LEAKAGE_NOTE,
@@ -36,6 +36,7 @@ from lowrank_tune.data_report.common import (
     truncate_middle,
     weighted_by,
 )
+from lowrank_tune.data_report.labels import contradictory_labels, label_balance
 from lowrank_tune.data_report.report import (
     DataIssue,
     DataReport,
@@ -47,6 +48,8 @@ from lowrank_tune.data_report.report import (
 
 MIN_SHOWN_CHARACTERS = 200
 """Characters that are shown of a segment at least, after others used up `SHOWN_CHARACTERS`."""
+LABEL_NOTES = {NO_LABEL: "", 1: ", desirable", 0: ", undesirable"}
+"""What is written behind the location of an example."""
 NO_EOS = "no end token is trained: the model would never learn to stop; the chat template closes no answer with one"
 
 
@@ -82,6 +85,7 @@ def report_rows(
         examples=tuple(_examples(data.train, template)),
         faults=tuple(faults),
         sides=pair_balance(data.train, stats) if _has_pairs(data.train) else None,
+        labels=label_balance(recipe, data.train, stats) if recipe.uses_labels else None,
     )
 
 
@@ -157,6 +161,8 @@ def _issues(
     issues.append(_duplicates(data))
     if has_pairs:
         issues.append(_contradictory_pairs(data))
+    if data.train.is_labeled:
+        issues.append(_contradictory_labels(data))
     issues.append(_split_overlap(data))
     if heldout:
         issues.append(
@@ -225,6 +231,22 @@ def _contradictory_pairs(data: TokenizedSplits) -> DataIssue:
     )
 
 
+def _contradictory_labels(data: TokenizedSplits) -> DataIssue:
+    """Returns the rows whose conversation occurs with both labels."""
+    count = 0
+    locations: list[str] = []
+    parts = _train_splits(data)
+    for rows, contradictory in zip(parts, contradictory_labels(parts), strict=True):
+        count += len(contradictory)
+        locations += _locations(rows, contradictory)
+    return DataIssue(
+        "contradicting: the same conversation has both labels",
+        count,
+        "kept; together they give no signal",
+        first_few(locations),
+    )
+
+
 def _split_overlap(data: TokenizedSplits) -> DataIssue:
     locations: tuple[str, ...] = ()
     if data.validation is not None and data.report.shared:
@@ -286,7 +308,7 @@ def _examples(rows: TokenizedDataset, template: ChatTemplate) -> list[Example]:
     examples = []
     for unit in example_rows(rows.unit_source_of):
         for row, note in enumerate(notes, start=unit * rows.rows_per_unit):
-            location = rows.row_location(row) + note
+            location = rows.row_location(row) + note + LABEL_NOTES[int(rows.labels[row])]
             segments = _segments(rows, row, template)
             examples.append(
                 Example(
