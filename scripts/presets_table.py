@@ -88,7 +88,7 @@ def generated() -> str:
             "## Planned memory",
             base_table(large),
             "GiB of a 24 GiB GPU, as planned; of a chain its worst stage.",
-            "## SFT, reward models and DPO by GPU memory",
+            "## SFT, reward models, DPO and KTO by GPU memory",
             size_table(large),
             "## All presets",
             preset_tables(presets),

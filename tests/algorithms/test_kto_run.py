@@ -52,8 +52,9 @@ def test_first_step_has_loss_one_half_and_kl_0(cache: Path, tmp_path: Path, loss
     assert abs(stats.get("rewards/chosen", 0.0)) < 1e-4
     started = next(event for event in events if isinstance(event, RunStarted))
     assert started.reference == "the base, adapters off"
-    evaluated = [event.stats for event in events if isinstance(event, Evaluated) and "loss" in event.stats]
-    assert evaluated and {"rewards/accuracies", "rewards/margins", "rewards/chosen"} <= evaluated[-1].keys()
+    evaluated = [event.stats for event in events if isinstance(event, Evaluated) and "eval_loss" in event.stats]
+    assert evaluated
+    assert {"eval_rewards/accuracies", "eval_rewards/margins", "eval_rewards/chosen"} <= evaluated[-1].keys()
     # 40 pairs without those held out, both answers of each.
     assert any("32 desirable and 32 undesirable rows an epoch" in message for message in messages_of(events))
 
@@ -145,7 +146,7 @@ def test_chain_and_commands_over_it(cache: Path, tmp_path: Path) -> None:
     report = (out / "report.html").read_text()
     assert "KL per token" in report and "implicit reward" in report
     for words in (
-        ["eval", str(out / "2-kto"), "--limit", "4"],
+        ["eval", str(out / "2-kto"), "--num-prompts", "4"],
         ["compare", str(out / "1-sft"), str(out / "2-kto"), "--html", str(tmp_path / "c.html")],
         ["report", str(out / "2-kto")],
         ["merge", str(out / "2-kto"), "--out", str(tmp_path / "merged")],

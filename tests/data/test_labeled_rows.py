@@ -84,7 +84,7 @@ def test_a_hostile_label_has_a_reason(value: Any) -> None:
         ({"prompt": Q, "label": True}, "no answer with its prompt"),
         ({**PLAIN, "completion": " "}, "empty answer"),
         ({**PLAIN, "prompt": ""}, "empty question"),
-        ({**PLAIN, "completion": []}, "no answer"),
+        ({**PLAIN, "completion": []}, "no assistant turn"),
         ({"messages": [ASK], "label": True}, "no assistant turn"),
         ({"messages": [YES], "label": True}, "the first turn is the assistant's"),
         ({"prompt": [ASK, YES], "completion": [YES], "label": True}, "two assistant turns"),
@@ -101,8 +101,7 @@ def write(path: Path, rows: list[Any]) -> str:
 
 
 def loaded(folder: Path, *sources: SourceConfig, **data: Any) -> TokenizedSplits:
-    recipe = Recipe.from_dict({"algorithm": "kto", "data": {"train": [{"dataset": "builtin:arithmetic-preferences"}]}})
-    template = ChatTemplate.from_tokenizer(load_tokenizer(recipe.base))
+    template = ChatTemplate.from_tokenizer(load_tokenizer(Recipe.load("tiny-kto").base))
     config = DataConfig(train=sources, **{"max_invalid_fraction": 1.0, "max_length": 256, **data})
     return load(config, template, 0, ignore_event, folder / "cache", labels=True)
 
