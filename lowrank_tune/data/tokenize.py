@@ -86,20 +86,14 @@ def tokenize(
         with StoreWriter(folder, rows_per_unit=2 if pairs else 1) as writer:
             tokenizer = _SourceTokenizer(writer, emit, labels)
             for source, format_name, rows in zip(sources, formats, opened, strict=True):
-                report = SourceReport(
-                    rows.name,
-                    format_name,
-                    weight=source.weight,
+                report = SourceReport(rows.name, format_name, weight=source.weight)
+                context = SourceContext(
+                    source,
+                    data,
+                    template,
+                    report,
                 )
-                tokenizer.add(
-                    rows,
-                    SourceContext(
-                        source,
-                        data,
-                        template,
-                        report,
-                    ),
-                )
+                tokenizer.add(rows, context)
             store = writer.finish(list(tokenizer.files), tokenizer.reports)
     for source, report in zip(sources, store.reports, strict=True):
         if raise_on_invalid:
