@@ -144,8 +144,8 @@ def test_problem_of_an_inherited_setting_has_the_line_of_the_parent(write: Write
         ("./gone.yaml", "my.yaml:1: extends: gone.yaml: there is no such file"),
         (
             "tiny-sftt",
-            "my.yaml:1: extends: no preset is called 'tiny-sftt'; did you mean `tiny-sft` or `tiny-rlhf`? "
-            "`lowrank-tune presets` lists them",
+            "my.yaml:1: extends: no preset is called 'tiny-sftt'; did you mean `tiny-sft` or `tiny-kto` "
+            "or `tiny-rlhf`? `lowrank-tune presets` lists them",
         ),
         ("3", "my.yaml:1: extends: expected the name of a preset, or a path relative to this file"),
     ],
