@@ -206,7 +206,7 @@ def test_every_row_of_the_page_belongs_to_a_preset() -> None:
 
 @pytest.mark.parametrize("algorithm", sorted(DEFAULT_LEARNING_RATES))
 def test_default_learning_rate_equals_that_of_the_presets(algorithm: str) -> None:
-    online, pairs = algorithm in ("grpo", "ppo"), algorithm in ("reward", "dpo")
+    online, pairs = algorithm in ("grpo", "ppo"), algorithm in ("reward", "dpo", "kto")
     dataset = "builtin:arithmetic-preferences" if pairs else "builtin:arithmetic"
     recipe: dict[str, Any] = {
         "algorithm": algorithm,
