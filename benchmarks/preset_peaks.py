@@ -29,7 +29,7 @@ from lowrank_tune.memory_planner.specs import simulation_specs
 GPU_GIB = 24.0
 WITHIN = 0.01
 COMMENT = re.compile(r"^# Planned peak: .*\n", re.MULTILINE)
-COLUMNS = ("sft", "text", "reward", "dpo", "grpo", "ppo", "preference", "rlvr", "rlhf")
+COLUMNS = ("sft", "text", "reward", "dpo", "kto", "grpo", "ppo", "preference", "rlvr", "rlhf")
 
 
 def planned(name: str, *overrides: str) -> tuple[float, str]:

@@ -194,6 +194,20 @@ class PairBatch(Batch):
 
 
 @dataclass
+class LabeledBatch(Batch):
+    """Answers that are each desirable or not."""
+
+    labels: Tensor | None = None
+    """(B,) bool: the answer is desirable."""
+    row_indices: Tensor | None = None
+    """(B,) long: number of a row in the whole dataset."""
+    reference_sequence_logps: Tensor | None = None
+    """(B,) fp32: log-prob of the whole answer under the reference."""
+    kl_estimate: Tensor | None = None
+    """(B,) fp32: KL estimate of the optimizer step, the same for all rows."""
+
+
+@dataclass
 class RolloutBatch(Batch):
     """Prompts with completions that the policy drew; the completions of a prompt (a group) are adjacent."""
 

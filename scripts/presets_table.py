@@ -19,7 +19,7 @@ from generated_part import update_page
 from lowrank_tune.config import Chain, Preset, find_preset, list_presets, load_any
 
 PAGE = Path(__file__).parent.parent / "docs" / "presets.md"
-COLUMNS = ("sft", "text", "reward", "dpo", "grpo", "ppo", "preference", "rlvr", "rlhf")
+COLUMNS = ("sft", "text", "reward", "dpo", "kto", "grpo", "ppo", "preference", "rlvr", "rlhf")
 GPU_SIZES_GIB = (8, 12, 16, 24)
 ROUNDED_GIB = 0.05
 """The rounding error of a peak, as the files state one decimal."""
@@ -88,7 +88,7 @@ def generated() -> str:
             "## Planned memory",
             base_table(large),
             "GiB of a 24 GiB GPU, as planned; of a chain its worst stage.",
-            "## SFT, reward models and DPO by GPU memory",
+            "## SFT, reward models, DPO and KTO by GPU memory",
             size_table(large),
             "## All presets",
             preset_tables(presets),

@@ -26,6 +26,7 @@ SECTIONS = {
     "train": "TrainingConfig",
     "reward": "RewardModelConfig",
     "dpo": "DPOConfig",
+    "kto": "KTOConfig",
     "rewards": "RewardConfig",
     "rollout": "RolloutConfig",
     "grpo": "GRPOConfig",

@@ -19,9 +19,10 @@ from torch import Tensor
 from lowrank_tune import Recipe, run, runner
 from lowrank_tune.algorithms.base import Algorithm, AlgorithmContext
 from lowrank_tune.algorithms.dpo import DPO
+from lowrank_tune.algorithms.kto import KTO
 from lowrank_tune.algorithms.rollouts import RolloutCollector, RolloutGroups
-from lowrank_tune.batch import Batch, PairBatch, RolloutBatch
-from lowrank_tune.config import DPOConfig
+from lowrank_tune.batch import Batch, LabeledBatch, PairBatch, RolloutBatch
+from lowrank_tune.config import DPOConfig, KTOConfig
 from lowrank_tune.data import PromptExample
 from lowrank_tune.events import StepEnd
 from lowrank_tune.generation.outputs import Completion
@@ -215,6 +216,47 @@ def dpo_over(roles: Roles, loss_type: str = "sigmoid", sft_coef: float = 0.0, **
         sft_coef=sft_coef,
     )
     return DPO(AlgorithmContext(roles, **context), settings)
+
+
+# --- KTO --------------------------------------------------------------------------------------------------------------
+
+KTO_LOSSES = ("kto", "apo_zero_unpaired")
+KTO_BETA = 0.3
+KTO_WEIGHTS = (1.5, 0.75)
+"""Weights of desirable and undesirable answers."""
+
+
+def labeled_batch(
+    rows: Sequence[Sequence[int]],
+    masks: Sequence[Sequence[bool]],
+    reference: Sequence[float] | None = None,
+    labels: Sequence[bool] | None = None,
+    **padding: Any,
+) -> LabeledBatch:
+    """Returns a batch of answers with a label; by default every second one is undesirable."""
+    batch = LabeledBatch(**make_batch(rows, masks, **padding).tensors())
+    batch.row_indices = torch.arange(len(rows))
+    batch.labels = torch.tensor(labels if labels is not None else [row % 2 == 0 for row in range(len(rows))])
+    if reference is not None:
+        batch.reference_sequence_logps = torch.tensor(reference, dtype=torch.float32)
+    return batch
+
+
+def kto_over(roles: Roles, loss_type: str = "kto", micro_tokens: int = 10_000, **context: Any) -> KTO:
+    """Returns KTO with `KTO_BETA` and `KTO_WEIGHTS` over some roles."""
+    desirable, undesirable = KTO_WEIGHTS
+    settings = KTOConfig(
+        loss_type=loss_type,
+        beta=KTO_BETA,
+        desirable_weight=desirable,
+        undesirable_weight=undesirable,
+    )
+    return KTO(AlgorithmContext(roles, **context), settings, max_length=64, micro_tokens=micro_tokens)
+
+
+def small_kto(**changes: Any) -> dict[str, Any]:
+    """Returns a recipe of KTO with four steps on the tiny model."""
+    return {**small_dpo(**changes), "name": "kto", "algorithm": "kto"}
 
 
 def own_reference_sums(roles: Roles, batch: Batch) -> Tensor:

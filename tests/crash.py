@@ -204,6 +204,11 @@ def small_recipe(algorithm: str = "sft", **train: Any) -> dict[str, Any]:
 
 def _preference_recipe(algorithm: str, train: dict[str, Any]) -> dict[str, Any]:
     reward = algorithm == "reward"
+    own = {
+        "reward": {"center_rewards_coefficient": 0.01},
+        "dpo": {"beta": 0.2, "sft_coef": 0.3},
+        "kto": {"beta": 0.2},
+    }
     generation = (
         {}
         if reward
@@ -223,7 +228,7 @@ def _preference_recipe(algorithm: str, train: dict[str, Any]) -> dict[str, Any]:
             "eval_fraction": 0.15,
             "max_length": 256,
         },
-        **({"reward": {"center_rewards_coefficient": 0.01}} if reward else {"dpo": {"beta": 0.2, "sft_coef": 0.3}}),
+        algorithm: own[algorithm],
         "train": {
             "max_steps": 10,
             "global_batch_size": 6,
@@ -341,5 +346,5 @@ if __name__ == "__main__":
     parser.add_argument("--kills", type=int, default=15)
     parser.add_argument("--exits", type=int, default=15)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--algorithm", choices=("sft", "reward", "dpo", "grpo", "ppo"), default="sft")
+    parser.add_argument("--algorithm", choices=("sft", "reward", "dpo", "kto", "grpo", "ppo"), default="sft")
     sweep(**vars(parser.parse_args()))

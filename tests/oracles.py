@@ -1,4 +1,4 @@
-"""Reference losses of DPO, reward models, GRPO and PPO, in plain Python and float64: formulas of the papers, with
+"""Reference losses of DPO, KTO, reward models, GRPO and PPO, in plain Python and float64: formulas of the papers, with
 derivatives worked out by hand. Nothing here calls the package.
 
 Every loss returns its value and its derivatives with respect to the log-probs (or values) that it is computed from.
@@ -128,6 +128,20 @@ def dpo_step(
         ):
             step.metrics.setdefault(name, []).append(value)
     return step
+
+
+# --- KTO --------------------------------------------------------------------------------------------------------------
+
+
+def kto(loss_type: str, logratio: float, is_desirable: bool, kl: float, beta: float) -> tuple[float, float]:
+    """Returns the loss of one row without its weight, and its derivative by the log-ratio (arXiv:2402.01306, equation
+    7; apo_zero_unpaired: arXiv:2408.06266)."""
+    z0 = kl if loss_type == "kto" else 0.0
+    x = beta * (logratio - z0)
+    slope = beta * sigmoid(x) * sigmoid(-x)
+    if is_desirable:
+        return sigmoid(-x), -slope
+    return sigmoid(x), slope
 
 
 # --- reward model -----------------------------------------------------------------------------------------------------

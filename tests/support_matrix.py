@@ -165,7 +165,7 @@ OTHERS = (
     Family("OPT", "opt", {"ffn_dim": 128, "word_embed_proj_dim": 64}, refused=NOT_IN_LLAMA_CPP),
 )
 FAMILIES = (*LLAMA_LIKE, *GEMMA, *MIXTURES, *HYBRID, *OTHERS)
-ALGORITHMS = ("sft", "reward", "dpo", "grpo", "ppo")
+ALGORITHMS = ("sft", "reward", "dpo", "kto", "grpo", "ppo")
 IDS = torch.arange(3, 43).view(2, 20) * 7 % VOCAB
 PROMPTS = [[5, 6, 7], [9], [11, 12, 13, 14, 15, 16, 17], [40, 41]]
 LENGTHS = (12, 5, 24, 9)

@@ -9,6 +9,7 @@ from typing import Any, Generic
 from torch import Tensor
 
 from lowrank_tune.batch import BatchT
+from lowrank_tune.data import TokenizedDataset
 from lowrank_tune.model.roles import Roles
 from lowrank_tune.stats import Stats
 
@@ -26,6 +27,8 @@ class AlgorithmContext:
     fresh: bool = True
     """True if the trained adapter began at zero, so that the policy equals the reference before the first step. False
     for an adapter that continues an earlier run."""
+    label_counts: tuple[float, float] = (0, 0)
+    """Desirable and undesirable training rows, of KTO."""
 
 
 @dataclass(frozen=True)
@@ -89,8 +92,16 @@ class Algorithm(Generic[BatchT]):
         return means
 
     def evaluate_batch(self, micro: BatchT) -> tuple[Stats, Tensor | None]:
-        """Returns what `eval_metrics` does, and the losses (P,) of the pairs; None if the rows are no pairs."""
+        """Returns what `eval_metrics` does, and the losses (P,) of the pairs, or of the answers with a label; None for
+        other rows."""
         return self.eval_metrics(micro), None
+
+    def start_validation(self, rows: TokenizedDataset) -> None:
+        """Prepares `evaluate_batch` of these validation rows. Called before the first batch of each validation."""
+
+    def derived_metrics(self, metrics: Mapping[str, float]) -> dict[str, float]:
+        """Returns further metrics of a step or a validation, which follow from its means."""
+        return {}
 
     def check(
         self,

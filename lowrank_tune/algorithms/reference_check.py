@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from lowrank_tune.algorithms.base import AlgorithmContext
-from lowrank_tune.batch import Batch, PairBatch
+from lowrank_tune.batch import Batch, LabeledBatch, PairBatch
 from lowrank_tune.errors import TrainingError
 from lowrank_tune.functional import masked_mean
 from lowrank_tune.stats import Stats
@@ -45,7 +45,7 @@ def check_reference(
 
     Returns log p - log ref (B, T) of a fresh policy as it is trained; None for another policy.
     """
-    cached = micro.reference_sequence_logps if isinstance(micro, PairBatch) else None
+    cached = micro.reference_sequence_logps if isinstance(micro, PairBatch | LabeledBatch) else None
     must_equal_policy = context.fresh and step == 0
     if not must_equal_policy and cached is None:
         return None

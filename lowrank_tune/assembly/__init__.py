@@ -160,6 +160,7 @@ def _algorithm(
         source.get_batch,
         describe_reference(roles),
         fresh=recipe.adapters[recipe.trained_adapter].path is None,
+        label_counts=source.label_counts,
     )
     return make_algorithm(recipe, context, source.collector)
 

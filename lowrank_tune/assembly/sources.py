@@ -12,6 +12,7 @@ from torch import Tensor
 from lowrank_tune.algorithms.reference_logps import reference_logps
 from lowrank_tune.algorithms.reward_failures import RewardFailureTracker
 from lowrank_tune.algorithms.rollouts import RolloutCollector, RolloutGroups
+from lowrank_tune.assembly.labels import label_counts, log_labels
 from lowrank_tune.assembly.model import micro_tokens_of
 from lowrank_tune.assembly.reward_dry_run import dry_run_rewards
 from lowrank_tune.assembly.rl import (
@@ -20,7 +21,7 @@ from lowrank_tune.assembly.rl import (
     load_train_prompts,
     log_report,
 )
-from lowrank_tune.batch import Batch, PairBatch
+from lowrank_tune.batch import Batch, LabeledBatch, PairBatch
 from lowrank_tune.config import RecipeConfig
 from lowrank_tune.data import (
     ChatTemplate,
@@ -32,6 +33,7 @@ from lowrank_tune.data import (
     collate_rows,
     load,
 )
+from lowrank_tune.data.collate import with_labels
 from lowrank_tune.data.sampler import row_sampler
 from lowrank_tune.data.token_store import IntArray
 from lowrank_tune.data.tokenize import cache_folder
@@ -51,7 +53,7 @@ class RowCollator:
     store: TokenizedDataset
     pad_id: int
     reference_logps: Tensor | None = None
-    """(rows,) log-probs of the reference, of DPO."""
+    """(rows,) log-probs of the reference, of DPO and KTO."""
 
     def __call__(self, units: Sequence[int]) -> Batch:
         """Returns the rows of these units, padded."""
@@ -60,8 +62,10 @@ class RowCollator:
     def collate_rows(self, rows: IntArray) -> Batch:
         """Returns these rows, padded; of pairs both rows."""
         batch = collate_rows(self.store, rows, self.pad_id)
+        if self.store.is_labeled:
+            batch = with_labels(batch, self.store, rows)
         if self.reference_logps is not None:
-            assert isinstance(batch, PairBatch), "the reference of DPO scores pairs"
+            assert isinstance(batch, PairBatch | LabeledBatch), "the reference of DPO and KTO scores pairs and answers"
             batch.reference_sequence_logps = self.reference_logps[torch.from_numpy(rows)]
         return batch
 
@@ -87,10 +91,15 @@ class RowSource:
             recipe.seed,
             emit,
             pairs=recipe.uses_pairs,
+            labels=recipe.uses_labels,
         )
         log_report(self.data.report, emit)
         self.validation = self.data.validation
         train = self.data.train
+        self.label_counts = (0.0, 0.0)
+        if recipe.uses_labels:
+            self.label_counts = label_counts(train, recipe.data.train)
+            log_labels(recipe.kto, self.label_counts, emit)
         self.sampler = row_sampler(
             train,
             recipe.data,
@@ -106,8 +115,8 @@ class RowSource:
         """Nothing to check."""
 
     def use_model(self, roles: Roles, base_hashes: dict[str, str]) -> None:
-        """Adds the log-probs of the reference, of DPO."""
-        if self.recipe.algorithm != "dpo":
+        """Adds the log-probs of the reference, of DPO and KTO."""
+        if self.recipe.algorithm not in ("dpo", "kto"):
             return
         micro_tokens = micro_tokens_of(self.recipe, self.recipe.max_train_length)
         base_hash = combined_hash(base_hashes)
@@ -137,6 +146,7 @@ class PromptSource:
     validation = None
     collate_validation = None
     get_batch = None
+    label_counts = (0.0, 0.0)
 
     def __init__(
         self,

@@ -16,6 +16,7 @@ from lowrank_tune.config.dpo import DPOConfig
 from lowrank_tune.config.evaluation import EvaluationConfig
 from lowrank_tune.config.extends import find_preset
 from lowrank_tune.config.grpo import GRPOConfig
+from lowrank_tune.config.kto import KTOConfig
 from lowrank_tune.config.loading import backends_of, differences, dump, from_dict, load, load_any, schema
 from lowrank_tune.config.model import (
     EXTRA_ADAPTERS,
@@ -43,6 +44,7 @@ __all__ = [
     "default_adapter_name",
     "differences",
     "DPOConfig",
+    "KTOConfig",
     "dump",
     "EvaluationConfig",
     "EXTRA_ADAPTERS",

@@ -111,7 +111,7 @@ def dropout_beside_logps(recipe: RecipeConfig, earlier: EarlierStages) -> Iterat
     """Yields dropout of adapters whose outputs are compared: the same row must give the same value twice."""
     policy = recipe.adapters.get("policy")
     value = recipe.adapters.get("value")
-    compares_logps = recipe.algorithm == "dpo" or recipe.is_online
+    compares_logps = recipe.algorithm in ("dpo", "kto") or recipe.is_online
     if compares_logps and policy is not None and policy.lora_dropout > 0:
         yield (
             ("adapters", "policy", "lora_dropout"),

@@ -35,6 +35,7 @@ FormatName = Literal[
     "mbpp",
     "preference",
     "text",
+    "unpaired_preference",
 ]
 
 
@@ -66,7 +67,8 @@ class SourceConfig(Settings):
     format: FormatName = "auto"
     """Shape of a row. `auto` detects it from the columns; the run prints what was found. `humaneval` and `mbpp` are
     tasks with unit tests, for `python_tests`; `preference` is a chosen and a rejected answer, or responses with scores;
-    `text` is plain text, for continued pretraining with `algorithm: sft`."""
+    `unpaired_preference` is an answer with a label; `text` is plain text, for continued pretraining with
+    `algorithm: sft`."""
     columns: dict[NonEmptyStr, NonEmptyStr] = Field(default_factory=dict)
     """Renames columns: from the name in the format to the name in the data, for example `{question: problem, answer:
     solution}`."""

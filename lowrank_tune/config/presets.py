@@ -16,7 +16,7 @@ MODEL_SIZE_GROUPS = (
     (float("inf"), "32B"),
 )
 """Groups of bases by billions of weights: the upper limit, and the title."""
-ALGORITHM_ORDER = ("sft", "reward", "dpo", "grpo", "ppo")
+ALGORITHM_ORDER = ("sft", "reward", "dpo", "kto", "grpo", "ppo")
 SIZE = re.compile(r"(\d+(?:\.\d+)?)B\b")
 BILLIONS_BY_BASE = {
     "google/gemma-4-E4B-it": 7.5,

@@ -17,6 +17,7 @@ from lowrank_tune.config.data import DataConfig, SourceConfig
 from lowrank_tune.config.dpo import DPOConfig
 from lowrank_tune.config.evaluation import EvaluationConfig
 from lowrank_tune.config.grpo import GRPOConfig
+from lowrank_tune.config.kto import KTOConfig
 from lowrank_tune.config.model import NAME_PATTERN, AdapterConfig, BaseConfig, default_adapter_name, extra_adapters
 from lowrank_tune.config.ppo import PPOConfig
 from lowrank_tune.config.reward_model import RewardModelConfig
@@ -26,22 +27,25 @@ from lowrank_tune.config.training import TrainingConfig
 from lowrank_tune.config.yaml import Node, SourceTree
 from lowrank_tune.errors import ConfigProblem
 
-AlgorithmName = Literal["sft", "reward", "dpo", "ppo", "grpo"]
+AlgorithmName = Literal["sft", "reward", "dpo", "kto", "ppo", "grpo"]
 ALGORITHMS: tuple[str, ...] = get_args(AlgorithmName)
 DEFAULT_LEARNING_RATES = {
     "sft": 2e-4,
     "reward": 1e-4,
     "dpo": 5e-6,
+    "kto": 5e-6,
     "grpo": 1e-5,
     "ppo": 1e-5,
 }
 """Peak learning rates for LoRA if a recipe gives none; docs/preset-choices.md has the sources."""
 HELDOUT: Path = ("evaluate", "eval_dataset")
 """The path of the source of held-out prompts."""
-ROW_ALGORITHMS = ("sft", "reward", "dpo")
+ROW_ALGORITHMS = ("sft", "reward", "dpo", "kto")
 """The algorithms that learn from rows as they are."""
 PAIR_ALGORITHMS = ("reward", "dpo")
 """The algorithms whose rows are pairs of answers."""
+LABEL_ALGORITHMS = ("kto",)
+"""The algorithms whose rows are answers with a label."""
 ONLINE_ALGORITHMS = ("grpo", "ppo")
 """The algorithms that learn from completions that they draw."""
 USED_BY: dict[str, tuple[str, ...]] = {
@@ -56,9 +60,10 @@ USED_BY: dict[str, tuple[str, ...]] = {
     "data.eval_fraction": ROW_ALGORITHMS,
     "data.eval_rows": ROW_ALGORITHMS,
     "data.expected_tokens": ROW_ALGORITHMS,
-    "reference": ("sft", "dpo", *ONLINE_ALGORITHMS),
+    "reference": ("sft", "dpo", "kto", *ONLINE_ALGORITHMS),
     "reward": ("reward",),
     "dpo": ("dpo",),
+    "kto": ("kto",),
     "rewards": ONLINE_ALGORITHMS,
     "rewards_check": ONLINE_ALGORITHMS,
     "rollout.num_generations": ONLINE_ALGORITHMS,
@@ -122,6 +127,8 @@ class RecipeConfig(Settings):
     """Settings of `algorithm: reward`."""
     dpo: DPOConfig = DPOConfig()
     """Settings of `algorithm: dpo`."""
+    kto: KTOConfig = KTOConfig()
+    """Settings of `algorithm: kto`."""
     rewards: Annotated[tuple[RewardConfig, ...], Field(strict=False)] = ()
     """Rewards of completions."""
     rewards_check: Literal["strict", "warn", "off"] = "strict"
@@ -194,6 +201,11 @@ class RecipeConfig(Settings):
     def uses_pairs(self) -> bool:
         """Whether a row of the data is a chosen and a rejected answer."""
         return self.algorithm in PAIR_ALGORITHMS
+
+    @property
+    def uses_labels(self) -> bool:
+        """Whether a row of the data is an answer with a label."""
+        return self.algorithm in LABEL_ALGORITHMS
 
     @property
     def needs_ground_truth(self) -> bool:

@@ -39,7 +39,8 @@ class TrainingConfig(Settings):
     length_window: PositiveInt = 1
     """Rows are sorted by length within a window of this many steps, so that the rows of a step need little padding."""
     learning_rate: Annotated[float, Field(gt=0.0)] = 2e-4
-    """Peak learning rate; by default 2e-4 for `sft`, 1e-4 for `reward`, 5e-6 for `dpo`, 1e-5 for `grpo` and `ppo`."""
+    """Peak learning rate; by default 2e-4 for `sft`, 1e-4 for `reward`, 5e-6 for `dpo` and `kto`, 1e-5 for `grpo` and
+    `ppo`."""
     lr_scheduler_type: Literal["cosine", "linear", "constant"] = "cosine"
     """Decay of the learning rate after the warm-up."""
     warmup_steps: Annotated[int, Field(ge=0)] = 0

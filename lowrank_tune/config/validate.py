@@ -285,6 +285,11 @@ def unused_source_settings(recipe: RecipeConfig) -> Iterator[Finding]:
                 (*path, "final_answer"),
                 "does nothing for pairs, which do not change",
             )
+        elif recipe.uses_labels:
+            yield (
+                (*path, "final_answer"),
+                "does nothing for answers with a label, which do not change",
+            )
 
 
 def unused_failure_rate(recipe: RecipeConfig) -> Iterator[Finding]:
@@ -325,6 +330,7 @@ def _row_format_findings(
     source: SourceConfig,
 ) -> Iterator[Finding]:
     needs_pairs = recipe.uses_pairs and path != HELDOUT
+    needs_labels = recipe.uses_labels and path != HELDOUT
     reason = _needed_rows(recipe, path)
     dataset = source.dataset
     if dataset.startswith("builtin:") and dataset not in BUILT_IN:
@@ -333,17 +339,29 @@ def _row_format_findings(
             f"there is no {dataset!r}; the built-in data sets are {' and '.join(BUILT_IN)}",
         )
     elif dataset == "builtin:arithmetic":
-        if needs_pairs:
+        if needs_pairs or needs_labels:
             yield (
                 (*path, "dataset"),
                 f"contains single answers, and {reason}; use builtin:arithmetic-preferences",
             )
     elif dataset == "builtin:arithmetic-preferences":
-        if not needs_pairs:
+        if not needs_pairs and not needs_labels:
             yield (
                 (*path, "dataset"),
                 f"contains pairs, and {reason}; use builtin:arithmetic",
             )
+    elif needs_labels:
+        if source.format not in ("auto", "preference", "unpaired_preference"):
+            yield (
+                (*path, "format"),
+                f"{reason}; write `unpaired_preference`, or `preference` for pairs, or leave it out",
+            )
+    elif source.format == "unpaired_preference":
+        yield (
+            (*path, "format"),
+            f"means answers with a label, and {reason}; train with kto, or use the format of the rows without their "
+            "label, such as `prompt_completion`",
+        )
     elif needs_pairs and source.format not in ("auto", "preference"):
         yield (
             (*path, "format"),
@@ -367,6 +385,8 @@ def _needed_rows(recipe: RecipeConfig, path: Path) -> str:
         return "held-out prompts have one gold answer"
     if recipe.uses_pairs:
         return f"{recipe.algorithm} learns from pairs"
+    if recipe.uses_labels:
+        return f"{recipe.algorithm} learns from answers with a label"
     if recipe.is_online:
         return f"{recipe.algorithm} learns from completions that it draws itself"
     return f"{recipe.algorithm} learns from single answers"
@@ -409,6 +429,16 @@ def group_of_one(recipe: RecipeConfig) -> Iterator[Finding]:
         )
 
 
+def step_of_one_row(recipe: RecipeConfig) -> Iterator[Finding]:
+    """Yields a step of one row, which has no other row's answer for the KL estimate."""
+    estimates_kl = recipe.algorithm == "kto" and recipe.kto.loss_type == "kto"
+    if estimates_kl and recipe.train.global_batch_size == 1:
+        yield (
+            ("train", "global_batch_size"),
+            "must be at least 2, found 1: the KL is estimated from a prompt with the answer of another row of the step",
+        )
+
+
 Check = Callable[[RecipeConfig], Iterator[Finding]]
 UNUSED_SETTINGS_CHECKS: tuple[Check, ...] = (
     settings_of_other_algorithm,
@@ -425,4 +455,5 @@ CHECKS: tuple[Check, ...] = (
     reward_findings,
     reward_without_answers,
     group_of_one,
+    step_of_one_row,
 )

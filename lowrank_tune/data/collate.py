@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lowrank_tune.batch import Batch, PairBatch, Row
+from lowrank_tune.batch import Batch, LabeledBatch, PairBatch, Row
 from lowrank_tune.data.token_store import IntArray, TokenizedDataset
 
 
@@ -80,6 +80,19 @@ def _shared_prefixes(
         else:
             shared.append(_common_prefix_length(first, row))
     return torch.tensor(shared, dtype=torch.long)
+
+
+def with_labels(
+    batch: Batch,
+    store: TokenizedDataset,
+    rows: IntArray,
+) -> LabeledBatch:
+    """Returns a batch of these rows of a store with their labels."""
+    return LabeledBatch(
+        **batch.tensors(),
+        labels=torch.from_numpy(store.labels[rows] == 1),
+        row_indices=torch.from_numpy(store.indices[rows]),
+    )
 
 
 def _common_prefix_length(first: Row, row: Row) -> int:

@@ -185,7 +185,7 @@ def _truncate_conversation(conversation: Conversation, context: SourceContext) -
     """
     data = context.data
     if data.truncation != "truncate":
-        return InvalidRow(_too_long(data))
+        return InvalidRow(too_long(data))
     messages = conversation.messages
     ends = [index + 1 for index, message in enumerate(messages) if message.role == "assistant"]
     for end in reversed(ends[:-1]):
@@ -195,8 +195,8 @@ def _truncate_conversation(conversation: Conversation, context: SourceContext) -
             return rows
     prompt = replace(conversation, messages=messages[: ends[0] - 1])
     if _prompt_length(prompt, context.template) > data.max_length:
-        return InvalidRow(f"{_too_long(data)}, its first question alone")
-    return InvalidRow(f"{_too_long(data)}, its first {ANSWER_INCLUDED}")
+        return InvalidRow(f"{too_long(data)}, its first question alone")
+    return InvalidRow(f"{too_long(data)}, its first {ANSWER_INCLUDED}")
 
 
 def _prompt_length(prompt: Conversation, template: ChatTemplate) -> int:
@@ -205,7 +205,8 @@ def _prompt_length(prompt: Conversation, template: ChatTemplate) -> int:
     return 0 if isinstance(ids, InvalidRow) else len(ids)
 
 
-def _too_long(data: DataConfig) -> str:
+def too_long(data: DataConfig) -> str:
+    """Returns the reason for a row that is too long."""
     return f"longer than data.max_length ({data.max_length} tokens)"
 
 
@@ -293,20 +294,22 @@ def _encode_completions(
     if isinstance(prompt, InvalidRow):
         return _EncodedPair(prompt)
     rows = _mask_prompt(prompt, chosen, rejected)
-    counts = (_num_answers(pair.chosen), _num_answers(pair.rejected))
+    counts = (num_answers(pair.chosen), num_answers(pair.rejected))
     if isinstance(rows, InvalidRow):
         if rows.reason == PROMPT_MISMATCH and max(counts) > 1:
             rows = InvalidRow(REWRITTEN_ANSWER)
-    elif tuple(map(_num_trained_stretches, rows)) != counts:
+    elif tuple(map(num_trained_stretches, rows)) != counts:
         rows = InvalidRow(REWRITTEN_ANSWER)
     return _EncodedPair(rows, len(prompt))
 
 
-def _num_answers(messages: Messages) -> int:
+def num_answers(messages: Messages) -> int:
+    """Returns the number of answers in a completion."""
     return sum(message.role == "assistant" for message in messages)
 
 
-def _num_trained_stretches(row: Row) -> int:
+def num_trained_stretches(row: Row) -> int:
+    """Returns the number of unbroken stretches of trained tokens."""
     mask = row.completion_mask
     return sum(trained and not before for before, trained in zip([False, *mask], mask, strict=False))
 
@@ -343,12 +346,12 @@ def _truncate_pair(
     part = "prompt"
     if data.truncation == "truncate":
         part = "last question"
-        for prompt in _shorter_prompts(pair.prompt):
+        for prompt in shorter_prompts(pair.prompt):
             (encoded,) = _encode_pairs([replace(pair, prompt=prompt)], context.template)
             if encoded.max_length <= data.max_length:
                 return encoded.rows
             prompt_length = encoded.prompt_length
-    reason = _too_long(data)
+    reason = too_long(data)
     if prompt_length > data.max_length:
         reason += f", its {part} alone"
     elif data.truncation == "truncate":
@@ -356,7 +359,7 @@ def _truncate_pair(
     return InvalidRow(reason)
 
 
-def _shorter_prompts(prompt: Messages) -> Iterator[Messages]:
+def shorter_prompts(prompt: Messages) -> Iterator[Messages]:
     """Yields the prompt from its second question on, from the third on, and so on down to the last question."""
     system = prompt[:1] if prompt[0].role == "system" else ()
     questions = [index for index, message in enumerate(prompt) if message.role == "user"]

@@ -55,13 +55,14 @@ def load(
     cache: Path | None = None,
     raise_on_invalid: bool = True,
     pairs: bool = False,
+    labels: bool = False,
 ) -> TokenizedSplits:
     """Reads and tokenizes the rows (or finds them in the cache), and splits them. Raises UserError, before any
     training, if the data cannot be used.
 
-    With `pairs` the rows are preference pairs, which are never split, and all counts are counts of pairs. Without
-    `raise_on_invalid` rows that cannot be used are only reported, however many, so that `lowrank-tune data` shows all
-    faults.
+    With `pairs` the rows are preference pairs, which are never split, and all counts are counts of pairs. With `labels`
+    they are answers with a label, of which those to one prompt are on one side of the split. Without `raise_on_invalid`
+    rows that cannot be used are only reported, however many, so that `lowrank-tune data` shows all faults.
     """
     for path, message in data.weight_findings():
         raise UserError(f"data.{dotted(path)}: {message}")
@@ -76,6 +77,7 @@ def load(
             cache,
             raise_on_invalid,
             pairs,
+            labels,
         )
 
     full = read(data.train)
@@ -116,7 +118,7 @@ def _split(
     """Returns the units to train on and those held out for validation, by `split_mask`."""
     if not size:
         return full, None
-    is_validation = split_mask(full.unit_hashes, size, seed)
+    is_validation = split_mask(full.unit_split_hashes, size, seed)
     train = full.select_units(np.flatnonzero(~is_validation))
     if not is_validation.any():
         return train, None

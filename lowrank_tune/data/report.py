@@ -57,7 +57,8 @@ class SourceReport:
     they were shortened.
 
     `longest` is the longest row in tokens, before any was shortened or dropped; `ground_truths` counts used rows with a
-    gold answer, `with_reasoning` and `with_tools` those with reasoning or tools.
+    gold answer, `with_reasoning` and `with_tools` those with reasoning or tools; `desirable` and `undesirable` count
+    answers with such a label, of a pair one each.
     """
 
     name: str
@@ -73,6 +74,8 @@ class SourceReport:
     tokens: int = 0
     trained_tokens: int = 0
     duplicates: int = 0
+    desirable: int = 0
+    undesirable: int = 0
     weight: float | None = None
     dropped: dict[str, DroppedRows] = field(default_factory=dict)
 
@@ -94,6 +97,16 @@ class SourceReport:
         self.ground_truths += has_ground_truth
         self.tokens += sum(len(row.input_ids) for row in rows)
         self.trained_tokens += sum(sum(row.completion_mask) for row in rows)
+
+    def count_labels(self, labels: Sequence[bool | None]) -> None:
+        """Counts the labels of the answers of a used row."""
+        self.desirable += labels.count(True)
+        self.undesirable += labels.count(False)
+
+    @property
+    def is_labeled(self) -> bool:
+        """Whether its answers have labels."""
+        return bool(self.desirable or self.undesirable)
 
     def count_truncated(self, location: str) -> None:
         """Counts a row that is used after it was shortened."""
@@ -199,7 +212,7 @@ class Report:
     @property
     def unit(self) -> str:
         """What is learned from at once: a row or a pair."""
-        if any(source.format == "preference" for source in self.train):
+        if any(source.format == "preference" and not source.is_labeled for source in self.train):
             return "pair"
         return "row"
 
@@ -222,6 +235,8 @@ class Report:
     def _source_counts(self, source: SourceReport) -> str:
         counts = f"{source.used} of {source.read} {self.unit}s, "
         counts += f"{source.tokens} tokens, {source.trained_tokens} trained"
+        if source.is_labeled:
+            counts += f", {source.desirable} desirable and {source.undesirable} undesirable answers"
         if source.truncated:
             counts += f", {source.truncated} truncated"
         return counts

@@ -22,7 +22,7 @@ from lowrank_tune.batch import Row
 from lowrank_tune.data.array_files import ArrayFile, checksum
 from lowrank_tune.data.message import Message
 from lowrank_tune.data.report import SourceReport
-from lowrank_tune.data.token_store import ARRAYS, TokenizedDataset
+from lowrank_tune.data.token_store import ARRAYS, NO_LABEL, TokenizedDataset
 from lowrank_tune.errors import TrainingError
 from lowrank_tune.full_disk import CACHE_CURE, describe_full_disk, full_disk_reason
 
@@ -40,6 +40,10 @@ class Entry:
     has_reasoning: bool = False
     has_tools: bool = False
     is_pair: bool = False
+    label: bool | None = None
+    """Whether the answer is desirable; None for a row without a label."""
+    split_hash: int | None = None
+    """Equal for entries that the split into training and validation keeps together. Default: `row_hash`."""
 
     @property
     def row_hash(self) -> int:
@@ -66,6 +70,10 @@ def conversation_hash(messages: Sequence[Message], tools: str = "") -> int:
 def document_hash(text: str, piece: int) -> int:
     """Returns a number that is equal for equal pieces of equal texts."""
     return _hash(f"{piece}\x1f{text}".encode())
+
+
+def _split_hash(entry: Entry) -> int:
+    return entry.row_hash if entry.split_hash is None else entry.split_hash
 
 
 def _hash(data: bytes) -> int:
@@ -148,6 +156,8 @@ class StoreWriter:
             "lines": [line for _, line in locations],
             "row_hashes": np.array([entry.row_hash for entry in entries], dtype=np.uint64),
             "margins": [entry.margin for entry in entries],
+            "labels": [NO_LABEL if entry.label is None else int(entry.label) for entry in entries],
+            "split_hashes": np.array([_split_hash(entry) for entry in entries], dtype=np.uint64),
         }
         for name, values in per_entry.items():
             self._arrays[name].append(np.repeat(values, counts))

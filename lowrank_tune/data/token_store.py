@@ -35,9 +35,13 @@ ARRAYS: dict[str, str] = {
     "conversation_hashes": "<u8",
     "margins": "<f4",
     "unit_starts": "<i8",
+    "labels": "|i1",
+    "split_hashes": "<u8",
 }
 """The arrays of a store and their dtypes. `input_ids` and `completion_mask` have one entry a token, `starts` has one a
 row and the end, `unit_starts` one a unit and the end; the others have one entry a row."""
+NO_LABEL = -1
+"""Label of a row without one; a desirable answer has 1, an undesirable one 0."""
 TOKEN_ARRAYS = ("input_ids", "completion_mask")
 SLICE = 8192
 """Rows that are hashed at a time: a store may be larger than memory."""
@@ -127,6 +131,21 @@ class TokenizedDataset:
     def conversation_hashes(self) -> HashArray:
         """Of each row alone: equal for equal conversations."""
         return np.asarray(self._arrays["conversation_hashes"][self.indices])
+
+    @property
+    def unit_split_hashes(self) -> HashArray:
+        """Equal for units that the split into training and validation keeps together."""
+        return np.asarray(self._arrays["split_hashes"][self.indices[self.unit_starts[:-1]]])
+
+    @cached_property
+    def labels(self) -> NDArray[np.int8]:
+        """Of each row: 1 for a desirable answer, 0 for an undesirable one, `NO_LABEL` for a row without a label."""
+        return np.asarray(self._arrays["labels"][self.indices])
+
+    @property
+    def is_labeled(self) -> bool:
+        """Whether the rows have labels."""
+        return bool((self.labels != NO_LABEL).any())
 
     @cached_property
     def margins(self) -> NDArray[np.float32]:

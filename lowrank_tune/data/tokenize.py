@@ -7,7 +7,7 @@ import hashlib
 import json
 import os
 from array import array
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Protocol
@@ -16,7 +16,13 @@ import numpy as np
 
 from lowrank_tune.config import DataConfig, SourceConfig
 from lowrank_tune.data.encode import SourceContext, encode_chunk
-from lowrank_tune.data.formats import InvalidRow, detect_format
+from lowrank_tune.data.formats import InvalidRow, RawRow, detect_format
+from lowrank_tune.data.labeled_rows import (
+    LABELED_FORMATS,
+    UNPAIRED_PREFERENCE,
+    detect_labeled_format,
+    encode_labeled_chunk,
+)
 from lowrank_tune.data.report import SourceReport
 from lowrank_tune.data.sources import (
     HEAD_ROWS,
@@ -31,9 +37,11 @@ from lowrank_tune.data.token_store import TokenizedDataset
 from lowrank_tune.errors import UserError
 from lowrank_tune.events import Emit, LogMessage, Progress, warning
 
-VERSION = 10
+VERSION = 11
 """Version of the rules that turn a row into ids, of what is reported of it, and of the arrays of a store: raise it when
 they change."""
+EncodeChunk = Callable[[Chunk, SourceContext], Iterator[Entry | Sequence[Entry] | InvalidRow]]
+"""Yields for every row of a chunk what it becomes, or its fault."""
 CHUNK = 512
 """Rows at a time: as Python numbers, long rows take a hundred times the space that they take on disk."""
 
@@ -47,8 +55,10 @@ def tokenize(
     cache: Path | None = None,
     raise_on_invalid: bool = True,
     pairs: bool = False,
+    labels: bool = False,
 ) -> TokenizedDataset:
-    """Returns the tokenized rows of these sources, or with `pairs` their preference pairs.
+    """Returns the tokenized rows of these sources, with `pairs` their preference pairs, or with `labels` their answers
+    with a label.
 
     Raises UserError if too many rows of a source cannot be used, unless `raise_on_invalid` is false.
     """
@@ -58,6 +68,7 @@ def tokenize(
             source,
             rows,
             pairs,
+            labels,
             accepts_text=True,
         )
         for source, rows in zip(sources, opened, strict=True)
@@ -69,26 +80,21 @@ def tokenize(
         data,
         template,
         pairs,
+        labels,
     )
     store = TokenizedDataset.open(folder)
     if store is None:
         with StoreWriter(folder, rows_per_unit=2 if pairs else 1) as writer:
-            tokenizer = _SourceTokenizer(writer, emit)
+            tokenizer = _SourceTokenizer(writer, emit, labels)
             for source, format_name, rows in zip(sources, formats, opened, strict=True):
-                report = SourceReport(
-                    rows.name,
-                    format_name,
-                    weight=source.weight,
+                report = SourceReport(rows.name, format_name, weight=source.weight)
+                context = SourceContext(
+                    source,
+                    data,
+                    template,
+                    report,
                 )
-                tokenizer.add(
-                    rows,
-                    SourceContext(
-                        source,
-                        data,
-                        template,
-                        report,
-                    ),
-                )
+                tokenizer.add(rows, context)
             store = writer.finish(list(tokenizer.files), tokenizer.reports)
     for source, report in zip(sources, store.reports, strict=True):
         if raise_on_invalid:
@@ -122,15 +128,26 @@ def format_of(
     source: SourceConfig,
     rows: NamedRows,
     pairs: bool | None = None,
+    labels: bool = False,
     accepts_text: bool = False,
 ) -> str:
     """Returns the format that the recipe names, or that of the first row that has one. Raises UserError.
 
-    `pairs`: whether it must be `preference` or must not; None for any format. Plain text only with `accepts_text`.
+    `pairs`: whether it must be `preference` or must not; None for any format. With `labels` it is that of rows with a
+    label, or of pairs, from which such rows are made; without, a label is not read. Plain text only with
+    `accepts_text`.
     """
     format_name: str = source.format
+    if labels:
+        return _labeled_format(source, rows)
+    if format_name == UNPAIRED_PREFERENCE:
+        format_name = "auto"
     if format_name == "auto":
-        format_name = _detect_format(source, rows, bool(pairs))
+
+        def detect(row: RawRow) -> str:
+            return detect_format(row, source.columns, bool(pairs))
+
+        format_name = _detect_format(rows, detect)
     if pairs is False and format_name == "preference":
         raise UserError(
             f"{rows.name}: these rows are preference pairs; `algorithm: reward` and `algorithm: dpo` learn from them"
@@ -149,17 +166,30 @@ def format_of(
     return format_name
 
 
-def _detect_format(
-    source: SourceConfig,
-    rows: NamedRows,
-    pairs: bool,
-) -> str:
+def _labeled_format(source: SourceConfig, rows: NamedRows) -> str:
+    """Returns the format of rows with a label, or `preference`."""
+    if source.format in LABELED_FORMATS:
+        return source.format
+    if source.format != "auto":
+        raise UserError(
+            f"{rows.name}: `format: {source.format}` has no labels, which `algorithm: kto` learns from; leave `format` "
+            f"out, or write `format: {UNPAIRED_PREFERENCE}`"
+        )
+
+    def detect(row: RawRow) -> str:
+        return detect_labeled_format(row, source.columns)
+
+    return _detect_format(rows, detect)
+
+
+def _detect_format(rows: NamedRows, detect: Callable[[RawRow], str]) -> str:
+    """Returns what `detect` returns for the first row for which it raises no UserError."""
     first_error: UserError | None = None
     for _, row in islice(rows, HEAD_ROWS):
         if isinstance(row, InvalidRow):
             continue
         try:
-            return detect_format(row, source.columns, pairs)
+            return detect(row)
         except UserError as error:
             # One row may lack a column. If no row has a known format, the first error is raised.
             first_error = first_error or error
@@ -177,6 +207,7 @@ def _cache_key(
     data: DataConfig,
     template: ChatTemplate,
     pairs: bool,
+    labels: bool,
 ) -> str:
     """Returns a hash of everything that the store depends on."""
     source_parts = []
@@ -206,6 +237,7 @@ def _cache_key(
         template.text_delimiters if "text" in formats else None,
         *limits,
         rows_per_unit,
+        labels,
         source_parts,
     ]
     described = json.dumps(parts, sort_keys=True)
@@ -219,11 +251,13 @@ class _SourceTokenizer:
         self,
         writer: StoreWriter,
         emit: Emit,
+        labels: bool,
     ) -> None:
         self.reports: list[SourceReport] = []
         self.files: dict[str, int] = {}
         self._writer = writer
         self._emit = emit
+        self._encode_chunk: EncodeChunk = encode_labeled_chunk if labels else encode_chunk
 
     def add(
         self,
@@ -266,17 +300,19 @@ class _SourceTokenizer:
         report.read += len(chunk)
         used: list[Entry] = []
         locations: list[tuple[int, int]] = []
-        for (location, _), entry in zip(chunk, encode_chunk(chunk, context), strict=True):
-            if isinstance(entry, InvalidRow):
-                report.count_dropped(entry.reason, str(location))
-                self._writer.drop(location, entry.reason)
+        for (location, _), item in zip(chunk, self._encode_chunk(chunk, context), strict=True):
+            if isinstance(item, InvalidRow):
+                report.count_dropped(item.reason, str(location))
+                self._writer.drop(location, item.reason)
                 continue
-            report.count_used(entry.rows, entry.ground_truth is not None)
-            report.with_reasoning += entry.has_reasoning
-            report.with_tools += entry.has_tools
-            used.append(entry)
+            entries = (item,) if isinstance(item, Entry) else item
+            report.count_used([row for entry in entries for row in entry.rows], entries[0].ground_truth is not None)
+            report.count_labels([entry.label for entry in entries])
+            report.with_reasoning += any(entry.has_reasoning for entry in entries)
+            report.with_tools += any(entry.has_tools for entry in entries)
+            used += entries
             file_number = self.files.setdefault(location.file, len(self.files))
-            locations.append((file_number, location.line))
+            locations += [(file_number, location.line)] * len(entries)
         if used:
             self._writer.add(used, len(self.reports), locations)
         return [entry.row_hash for entry in used]

@@ -12,6 +12,7 @@ from lowrank_tune.assembly.rl import make_row_check
 from lowrank_tune.config import RecipeConfig
 from lowrank_tune.data import ChatTemplate, load, recipe_heldout_prompts
 from lowrank_tune.data.prompts import load_prompts
+from lowrank_tune.data_report.labels import LabelBalance
 from lowrank_tune.data_report.prompts import report_prompts
 from lowrank_tune.data_report.report import (
     DataIssue,
@@ -28,6 +29,7 @@ from lowrank_tune.model.base import load_tokenizer
 __all__ = [
     "EosStats",
     "Example",
+    "LabelBalance",
     "Lengths",
     "MixturePart",
     "DataReport",
@@ -70,5 +72,6 @@ def inspect_data(
         cache,
         raise_on_invalid=False,
         pairs=recipe.uses_pairs,
+        labels=recipe.uses_labels,
     )
     return report_rows(recipe, splits, template, heldout)

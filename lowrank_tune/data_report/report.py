@@ -8,6 +8,7 @@ from typing import Any
 
 from lowrank_tune.data import Report
 from lowrank_tune.data.stats import PairBalance
+from lowrank_tune.data_report.labels import LabelBalance
 
 
 @dataclass(frozen=True)
@@ -108,7 +109,7 @@ class Example:
 @dataclass(frozen=True)
 class DataReport:
     """The whole report. `faults`: why training must not begin, in sentences; empty if it may. `sides`: only for
-    preferences.
+    preferences. `labels`: only for answers with a label.
 
     If completions are generated, the data do not determine how an answer ends: `ends` is None, and `completions`
     describes what is generated.
@@ -126,6 +127,7 @@ class DataReport:
     faults: tuple[str, ...]
     sides: PairBalance | None = None
     completions: str = ""
+    labels: LabelBalance | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Returns the report as JSON: the keys of `report`, and the other fields beside them."""

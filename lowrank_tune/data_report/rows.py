@@ -19,7 +19,7 @@ from lowrank_tune.data.preference_pairs import EQUAL_ANSWERS
 from lowrank_tune.data.report import EXAMPLES
 from lowrank_tune.data.sampler import row_sampler
 from lowrank_tune.data.stats import contradictory_pairs, pair_balance
-from lowrank_tune.data.token_store import IntArray
+from lowrank_tune.data.token_store import NO_LABEL, IntArray
 from lowrank_tune.data_report.common import (
     LEAKAGE,
     LEAKAGE_NOTE,
@@ -36,6 +36,7 @@ from lowrank_tune.data_report.common import (
     truncate_middle,
     weighted_by,
 )
+from lowrank_tune.data_report.labels import contradictory_labels, label_balance
 from lowrank_tune.data_report.report import (
     DataIssue,
     DataReport,
@@ -49,6 +50,8 @@ MIN_SHOWN_CHARACTERS = 200
 """Characters that are shown of a segment at least, after others used up `SHOWN_CHARACTERS`."""
 MAX_EMPTY_THOUGHT = 32
 """Tokens of an empty thought between a prompt and its answer, at most."""
+LABEL_NOTES = {NO_LABEL: "", 1: ", desirable", 0: ", undesirable"}
+"""What is written behind the location of an example."""
 NO_EOS = "no end token is trained: the model would never learn to stop; the chat template closes no answer with one"
 
 
@@ -84,6 +87,7 @@ def report_rows(
         examples=tuple(_examples(data.documents, template)),
         faults=tuple(faults),
         sides=pair_balance(data.train, stats) if _has_pairs(data.train) else None,
+        labels=label_balance(recipe, data.train, stats) if recipe.uses_labels else None,
     )
 
 
@@ -168,6 +172,8 @@ def _issues(
     issues.append(_duplicates(data))
     if has_pairs:
         issues.append(_contradictory_pairs(data))
+    if data.train.is_labeled:
+        issues.append(_contradictory_labels(data))
     issues.append(_split_overlap(data))
     if heldout:
         issues.append(
@@ -243,6 +249,22 @@ def _contradictory_pairs(data: TokenizedSplits) -> DataIssue:
     )
 
 
+def _contradictory_labels(data: TokenizedSplits) -> DataIssue:
+    """Returns the rows whose conversation occurs with both labels."""
+    count = 0
+    locations: list[str] = []
+    parts = _train_splits(data)
+    for rows, contradictory in zip(parts, contradictory_labels(parts), strict=True):
+        count += len(contradictory)
+        locations += _locations(rows, contradictory)
+    return DataIssue(
+        "contradicting: the same conversation has both labels",
+        count,
+        "kept; together they give no signal",
+        first_few(locations),
+    )
+
+
 def _split_overlap(data: TokenizedSplits) -> DataIssue:
     locations: tuple[str, ...] = ()
     if data.validation is not None and data.report.shared:
@@ -308,7 +330,7 @@ def _examples(rows: TokenizedDataset, template: ChatTemplate) -> list[Example]:
     for unit in example_rows(rows.unit_source_of):
         numbers = rows.rows_of(np.array([unit])).tolist()
         for row, note in zip(numbers, _row_notes(len(numbers), _has_pairs(rows)), strict=True):
-            location = rows.row_location(row) + note
+            location = rows.row_location(row) + note + LABEL_NOTES[int(rows.labels[row])]
             segments = _segments(rows, row, template)
             examples.append(
                 Example(

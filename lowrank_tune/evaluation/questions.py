@@ -285,7 +285,7 @@ def recipe_heldout_questions(
             for source in validation
         ]
         return _join_parts(parts, count)
-    if recipe.algorithm in ("sft", "dpo") and recipe.data.eval_fraction:
+    if recipe.algorithm in ("sft", "dpo", "kto") and recipe.data.eval_fraction:
         return _validation_questions(
             recipe,
             count,
@@ -321,6 +321,7 @@ def _validation_questions(
         recipe.seed,
         ignore_event,
         pairs=recipe.uses_pairs,
+        labels=recipe.uses_labels,
     ).validation
     if rows is None or not rows.units:
         raise UserError("this run has no validation rows: give a data set, for example --dataset rows.jsonl")
@@ -330,7 +331,7 @@ def _validation_questions(
         rows,
         template,
         count,
-        with_reference=not recipe.uses_pairs,
+        with_reference=not (recipe.uses_pairs or recipe.uses_labels),
     )
     return EvalQuestions(questions, "validation rows of the run")
 

@@ -125,9 +125,10 @@ def validate(
     emit: Emit,
 ) -> ValidationResult:
     """Returns the algorithm's metrics on held-out rows, means over all of them, without dropout, and the loss of each
-    pair in the order of the store."""
+    pair, or answer with a label, in the order of the store."""
     stats: Stats = {}
     losses: dict[int, float] = {}
+    algorithm.start_validation(rows)
     batches = validation_batches(
         roles,
         rows,
@@ -143,6 +144,7 @@ def validate(
             pairs = indices[::2] // 2
             losses.update(zip(pairs.tolist(), pair_losses.tolist(), strict=True))
     metrics = algorithm.validation_metrics(to_floats(stats))
+    metrics |= algorithm.derived_metrics(metrics)
     return ValidationResult(metrics, [losses[pair] for pair in sorted(losses)])
 
 

@@ -181,7 +181,7 @@ def _recipe_probes(
         template=template,
         max_prompt_length=max_prompt_length,
     )
-    if recipe.algorithm not in ("sft", "dpo"):
+    if recipe.algorithm not in ("sft", "dpo", "kto"):
         origin = "held-out prompts" if eval_dataset else "training prompts"
         return ProbePrompts(prompts_of(eval_dataset or recipe.data.train[0]), [], origin)
     data = load(
@@ -190,6 +190,7 @@ def _recipe_probes(
         recipe.seed,
         ignore_event,
         pairs=recipe.uses_pairs,
+        labels=recipe.uses_labels,
     )
     store = data.train
     origin = "training rows"

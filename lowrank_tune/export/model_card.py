@@ -28,6 +28,7 @@ TRAINED_ON = {
     "sft": "answers",
     "reward": "preference pairs, as a reward model",
     "dpo": "preference pairs (DPO)",
+    "kto": "answers marked as desirable or undesirable (KTO)",
     "ppo": "rewards (PPO)",
     "grpo": "rewards (GRPO)",
 }

@@ -28,9 +28,11 @@ PHASE_SEPARATOR = ": "
 """Separates the name of a phase from the name of its pass, in a program point."""
 DECODING_PHASES = ("rollout", "held-out answers")
 """Phases that decode: with fewer sequences at once they need less."""
+KL_ESTIMATE = "KL estimate"
 NON_UPDATE_PHASES = (
     *DECODING_PHASES,
     "reference",
+    KL_ESTIMATE,
     "reward model",
     "old and reference",
     "validation",

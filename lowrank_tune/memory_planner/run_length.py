@@ -142,12 +142,18 @@ def _rows_from_settings(recipe: RecipeConfig) -> float | None:
     for source in data.train:
         if source.max_samples is None:
             return None
-        rows += source.max_samples
+        rows += source.max_samples * _answers_per_row(recipe, source)
     if recipe.is_online or data.validation:
         return rows
     if data.eval_rows:
         return max(0.0, rows - data.eval_rows)
     return rows * (1 - data.eval_fraction)
+
+
+def _answers_per_row(recipe: RecipeConfig, source: SourceConfig) -> int:
+    """Returns how many rows are made of a row of a source: with labels, both answers of a pair are rows."""
+    is_pair = source.format == "preference" or source.dataset == "builtin:arithmetic-preferences"
+    return 2 if recipe.uses_labels and is_pair else 1
 
 
 def _has_local_tokenizer(model: str) -> bool:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from lowrank_tune.config import RecipeConfig
 from lowrank_tune.generation.decode_steps import COLUMNS_PER_BUCKET
 from lowrank_tune.memory_planner.gpu_specs import FASTEST, SLOWEST, GpuSpec
-from lowrank_tune.memory_planner.plan_report import DECODING_PHASES, PHASE_SEPARATOR
+from lowrank_tune.memory_planner.plan_report import DECODING_PHASES, KL_ESTIMATE, PHASE_SEPARATOR
 from lowrank_tune.memory_planner.repetitions import num_heldout_rounds, tokens_of_phase, tokens_per_update
 from lowrank_tune.memory_planner.rollouts import DecodingSpec
 from lowrank_tune.memory_planner.roofline import PhaseTime, phase_time
@@ -94,7 +94,7 @@ class RunTimeModel:
             for step in (AVERAGE_STEP, LONGEST_STEP):
                 part = name + PHASE_SEPARATOR + step
                 yield PhaseSpeed(part, self.costs[part].tokens, self._step_time(part, decoding))
-        for name in (OLD_AND_REFERENCE, REWARD_MODEL, REFERENCE):
+        for name in (OLD_AND_REFERENCE, REWARD_MODEL, REFERENCE, KL_ESTIMATE):
             if name in self.costs:
                 yield self._speed(name, self._time_of(name), length)
         yield self._speed(UPDATE, self._update_time(), length)

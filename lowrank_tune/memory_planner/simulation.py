@@ -17,13 +17,15 @@ from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from lowrank_tune.algorithms.base import Algorithm, AlgorithmContext, LossTerm, StepBatch
+from lowrank_tune.algorithms.kl_estimate import rows_of_batch
+from lowrank_tune.algorithms.kto import KTO
 from lowrank_tune.algorithms.ppo import PPO
 from lowrank_tune.algorithms.rollouts import RolloutCollector, RolloutGroups
 from lowrank_tune.assembly import make_algorithm
 from lowrank_tune.assembly.model import add_router_loss, logits_chunk_of
 from lowrank_tune.assembly.reward_model import REWARD_ROLE, score_rows
 from lowrank_tune.assembly.stacks import ROLES_WITH_HEAD, build_stacks
-from lowrank_tune.batch import Batch, PairBatch, RolloutBatch
+from lowrank_tune.batch import Batch, LabeledBatch, PairBatch, RolloutBatch
 from lowrank_tune.config import RecipeConfig
 from lowrank_tune.data import PromptExample
 from lowrank_tune.events import ignore_event
@@ -35,7 +37,7 @@ from lowrank_tune.memory_planner.kernel_counter import KernelCounter, KernelCoun
 from lowrank_tune.memory_planner.meta_model import Layer, meta_base, shared_keys_of, stored_tensors, with_few_layers
 from lowrank_tune.memory_planner.optimizers import planned_optimizer
 from lowrank_tune.memory_planner.plain_steps import plain_steps
-from lowrank_tune.memory_planner.plan_report import PHASE_SEPARATOR
+from lowrank_tune.memory_planner.plan_report import KL_ESTIMATE, PHASE_SEPARATOR
 from lowrank_tune.memory_planner.rollouts import Decoding, DecodingSpec, decode, decode_typical_steps
 from lowrank_tune.memory_planner.sizes import Sizes, batch_of
 from lowrank_tune.memory_planner.skipped_chunks import skip_middle_chunks
@@ -257,6 +259,10 @@ class _SimulatedStage:
         if self.recipe.algorithm == "dpo":
             assert isinstance(batch, PairBatch), "dpo trains on pairs"
             batch.reference_sequence_logps = torch.zeros(rows)
+        if self.recipe.algorithm == "kto":
+            assert isinstance(batch, LabeledBatch), "kto trains on answers with a label"
+            batch.reference_sequence_logps = torch.zeros(rows)
+            batch.kl_estimate = torch.zeros(rows)
         return batch
 
     def _step_batch(self, step: int) -> Batch:
@@ -283,10 +289,10 @@ class _SimulatedStage:
             self.optimizer = planned_optimizer(self.parameters, self.recipe.train, self.spec.device)
 
     def run_offline(self, only_update: bool) -> None:
-        """SFT, reward models and DPO."""
+        """SFT, reward models, DPO and KTO."""
         algorithm = make_algorithm(self.recipe, self.context)
         no_grad_rows = self.sizes.no_grad_rows
-        if self.recipe.algorithm == "dpo" and not only_update:
+        if self.recipe.algorithm in ("dpo", "kto") and not only_update:
             self.tracker.move_to("reference", "before")
             with self.roles.inference_mode():
                 batch = self._device_batch(no_grad_rows)
@@ -294,13 +300,22 @@ class _SimulatedStage:
                 del batch
         self._create_optimizer()
         if not only_update:
+            self.tracker.move_to(KL_ESTIMATE, "before")
+            self._estimate_kl(algorithm)
             self.tracker.move_to("first check", "before")
             micro = self._device_batch(self.sizes.rows)
             algorithm.check(micro, 0)
             self.tracker.move_to("validation", "before")
+            self._estimate_kl(algorithm)
             with self.roles.inference_mode():
                 algorithm.eval_metrics(self._device_batch(no_grad_rows))
-        self._loop(algorithm, algorithm.collect(0), not only_update)
+        step_batch = StepBatch(self._step_batch(0)) if isinstance(algorithm, KTO) else algorithm.collect(0)
+        self._loop(algorithm, step_batch, not only_update)
+
+    def _estimate_kl(self, algorithm: Algorithm[Any]) -> None:
+        """The passes of KTO over mismatched rows, before each update and each validation."""
+        if isinstance(algorithm, KTO) and algorithm.estimates_kl:
+            algorithm.kl_estimator.estimate(rows_of_batch(self._batch(max(2, self.sizes.no_grad_rows))))
 
     def run_online(self, only_update: bool) -> None:
         """GRPO and PPO."""

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from lowrank_tune.assembly import micro_tokens_of
-from lowrank_tune.batch import Batch, PairBatch
+from lowrank_tune.batch import Batch, LabeledBatch, PairBatch
 from lowrank_tune.config import RecipeConfig
 
 DEFAULT_ROWS = 4
@@ -18,7 +18,8 @@ DEFAULT_ROWS = 4
 class Sizes:
     """What the model computes at once: a micro-batch of `units` (rows, pairs, or completions) with `rows_per_unit` rows
     of `length` tokens. The first `prompt_length` tokens are not trained on and are the same in `group` rows.
-    `num_rollouts` completions are collected before an update. Passes without gradients have `no_grad_tokens`."""
+    `num_rollouts` completions are collected before an update. Passes without gradients have `no_grad_tokens`. Rows that
+    are `labeled` are answers with a label."""
 
     units: int
     length: int
@@ -27,6 +28,7 @@ class Sizes:
     group: int = 1
     num_rollouts: int = 0
     no_grad_tokens: int = 4096
+    labeled: bool = False
 
     @property
     def rows(self) -> int:
@@ -62,6 +64,7 @@ def sizes_of(recipe: RecipeConfig, units: int | None = None) -> Sizes:
         length,
         rows_per_unit,
         no_grad_tokens=micro_tokens_of(recipe, length),
+        labeled=recipe.uses_labels,
     )
     if not recipe.is_online:
         return sizes
@@ -98,6 +101,12 @@ def batch_of(rows: int, sizes: Sizes) -> Batch:
     if family > 1:
         first = torch.arange(rows) % family == 0
         batch.shared_prefix = torch.where(first, 0, shared)
+    if sizes.labeled:
+        return LabeledBatch(
+            **batch.tensors(),
+            labels=torch.arange(rows) % 2 == 0,
+            row_indices=torch.arange(rows),
+        )
     if sizes.rows_per_unit > 1:
         return PairBatch(
             **batch.tensors(),

@@ -12,7 +12,7 @@ from lowrank_tune.memory_planner.extrapolation import extrapolate_counts
 from lowrank_tune.memory_planner.kernel_costs import Kernel
 from lowrank_tune.memory_planner.kernel_counter import KernelCounts
 from lowrank_tune.memory_planner.meta_model import layers_of
-from lowrank_tune.memory_planner.plan_report import PHASE_SEPARATOR
+from lowrank_tune.memory_planner.plan_report import KL_ESTIMATE, PHASE_SEPARATOR
 from lowrank_tune.memory_planner.rollouts import TYPICAL_STEPS, DecodingSpec
 from lowrank_tune.memory_planner.simulation import (
     MAX_SIMULATED_PASSES,
@@ -73,7 +73,7 @@ def _pass_costs(spec: SimulationSpec, counts: KernelCounts) -> Iterator[PhaseCos
     yield PhaseCost(UPDATE, sizes.tokens, update_kernels(spec, counts))
     yield PhaseCost(OPTIMIZER, 0, _mean(counts, [OPTIMIZER], _simulated_passes(spec)))
     no_grad_tokens = sizes.no_grad_rows * sizes.length
-    for name in (REFERENCE, REWARD_MODEL, VALIDATION):
+    for name in (REFERENCE, KL_ESTIMATE, REWARD_MODEL, VALIDATION):
         if name in counts:
             yield PhaseCost(name, no_grad_tokens, counts[name])
     if OLD_AND_REFERENCE in counts:

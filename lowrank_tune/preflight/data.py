@@ -19,6 +19,7 @@ from lowrank_tune.data.encode import conversation_of, pair_of
 from lowrank_tune.data.formats import RawRow
 from lowrank_tune.data.head import read_head
 from lowrank_tune.data.hub import HubUnreachable, hub_columns
+from lowrank_tune.data.labeled_rows import labeled_answers
 from lowrank_tune.data.load import to_heldout_prompt
 from lowrank_tune.data.prompts import RowFault, check_rewardable
 from lowrank_tune.data.sources import (
@@ -58,6 +59,7 @@ class DataCheck:
                         _heldout_check(source, recipe),
                         pairs=None,
                         is_strict=False,
+                        labels=False,
                         accepts_text=False,
                     )
                 else:
@@ -70,6 +72,7 @@ class DataCheck:
                         check,
                         recipe.uses_pairs,
                         is_strict,
+                        recipe.uses_labels,
                         accepts_text=recipe.algorithm == "sft",
                     )
             except UserError as error:
@@ -83,16 +86,23 @@ class DataCheck:
         check: RowCheck,
         pairs: bool | None,
         is_strict: bool,
+        labels: bool,
         accepts_text: bool,
     ) -> None:
         if source.dataset not in BUILTIN_DATASETS and is_hub_dataset(source.dataset):
-            self._check_hub(source, pairs, accepts_text)
+            self._check_hub(source, pairs, labels, accepts_text)
             return
         head = read_head(source, recipe.seed)
         self._check_rows(
             source,
             head,
-            format_of(source, head, pairs, accepts_text),
+            format_of(
+                source,
+                head,
+                pairs,
+                labels,
+                accepts_text,
+            ),
             check,
             is_strict,
         )
@@ -135,13 +145,20 @@ class DataCheck:
         self,
         source: SourceConfig,
         pairs: bool | None,
+        labels: bool,
         accepts_text: bool,
     ) -> None:
         """Raises UserError for a data set of the hub that is missing, or lacks columns by its description."""
         columns = self._hub_columns(source)
         if columns is None:
             return
-        format_of(source, ColumnNames(source.dataset, columns), pairs, accepts_text)
+        format_of(
+            source,
+            ColumnNames(source.dataset, columns),
+            pairs,
+            labels,
+            accepts_text,
+        )
         absent = [name for name in source.columns.values() if name not in columns]
         if absent:
             raise UserError(f"{source.dataset}: has no column `{absent[0]}`; it has {_listed(columns)}")
@@ -205,6 +222,13 @@ def _row_check(
             pair_of(row, source, system)
         elif format_name == "text":
             text_of_row(row, source.columns)
+        elif recipe.uses_labels:
+            labeled_answers(
+                row,
+                source,
+                format_name,
+                system,
+            )
         else:
             conversation_of(
                 row,

@@ -1,9 +1,9 @@
 """Which step becomes `final/`: that of the lowest validation loss, or of the highest held-out accuracy.
 
-The loss of validation pairs, of DPO and of reward models, is noisy: one number for each pair, often of few pairs. There
-a step replaces the best one so far, and the best one replaces the last, only if the mean of the paired differences of
-the losses is larger than its standard error. The loss of a row of SFT is a mean over many tokens, and an overfitted
-run gets worse with each epoch: there the lowest loss decides.
+The loss of validation pairs, of DPO and of reward models, and of answers with a label, of KTO, is noisy: one number for
+each, often of few. There a step replaces the best one so far, and the best one replaces the last, only if the mean of
+the paired differences of the losses is larger than its standard error. The loss of a row of SFT is a mean over many
+tokens, and an overfitted run gets worse with each epoch: there the lowest loss decides.
 """
 
 from __future__ import annotations
@@ -99,8 +99,10 @@ def choose_final(
     best: BestCheckpoint,
     last_step: int,
     metric: str,
+    unit: str = "pairs",
 ) -> str:
-    """By validation pairs, makes the last step the best one unless the best one is better by more than noise.
+    """By validation pairs or answers with a label (`unit`), makes the last step the best one unless the best one is
+    better by more than noise.
 
     Returns the sentence about the step of `final/`; empty if the last step is the best one, or if nothing was
     evaluated.
@@ -111,7 +113,7 @@ def choose_final(
     difference = _lead(best.last, last_step)
     if difference is None:
         return f"final/ is the adapter of step {first_step}, which {REASONS[metric]}"
-    figures = f"{abs(difference.mean):.3g} ± {difference.stderr:.2g} over {difference.pairs:,} pairs"
+    figures = f"{abs(difference.mean):.3g} ± {difference.stderr:.2g} over {difference.pairs:,} {unit}"
     if difference.is_positive:
         return (
             f"final/ is the adapter of step {first_step}: its validation loss is lower by {figures} than that of the "
@@ -121,7 +123,7 @@ def choose_final(
     best.best_metrics = best.last["metrics"]
     steps = f"steps {first_step} and {last_step}: final/ is the last step"
     if difference.pairs < MIN_PAIRS:
-        return f"too few pairs to compare the validation loss of {steps}"
+        return f"too few {unit} to compare the validation loss of {steps}"
     return f"validation loss differs by {figures} between {steps}"
 
 

@@ -283,7 +283,13 @@ class Stage:
     def _load_best(self, step: int) -> None:
         """Loads the adapter of the best step, by pairs only if it is better than the last one by more than noise."""
         best = self.state.best
-        message = choose_final(best, step, self.recipe.metric_for_best_model)
+        unit = "answers" if self.recipe.uses_labels else "pairs"
+        message = choose_final(
+            best,
+            step,
+            self.recipe.metric_for_best_model,
+            unit,
+        )
         if best.best_step is not None and best.best_step != step:
             self.checkpointer.load_best(best.best_step, message)
         elif message:

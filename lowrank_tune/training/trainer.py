@@ -139,6 +139,7 @@ class Trainer:
         self.state.step += 1
         self.state.tokens += tokens
         metrics = to_floats(stats)
+        metrics |= self.algorithm.derived_metrics(metrics)
         self._check_update_size(metrics, learning_rate / self.train.learning_rate)
         has_updated = "grad_norm" in metrics
         if has_updated:

@@ -38,6 +38,17 @@ CHARTS: dict[str, tuple[tuple[str, ...], ...]] = {
         ("grad_norm",),
         ("learning_rate",),
     ),
+    "kto": (
+        ("loss",),
+        ("rewards/chosen", "rewards/rejected"),
+        ("rewards/accuracies",),
+        ("kl",),
+        ("logps/chosen", "logps/rejected"),
+        ("rewards/margins",),
+        ("kl_per_token",),
+        ("grad_norm",),
+        ("learning_rate",),
+    ),
     "grpo": (
         ("reward",),
         ("heldout/accuracy",),
@@ -74,6 +85,7 @@ one chart."""
 TITLES = {
     "loss": "loss",
     "kl": "KL to the reference",
+    "kl_per_token": "KL per token",
     "grad_norm": "gradient norm",
     "learning_rate": "learning rate",
     "score_chosen": "score",
@@ -85,6 +97,7 @@ TITLES = {
     "completions/clipped_ratio": "truncated",
     "frac_reward_zero_std": "zero-std groups",
     "logps_per_token/chosen": "log-prob per token",
+    "logps/chosen": "log-prob per answer",
     "heldout/accuracy": "held-out exact, pass@1",
     "kl_coef": "weight of the KL",
     "approx_kl": "KL within a step",
@@ -110,11 +123,14 @@ SIDE_TITLES = {
     "score_chosen": "score",
     "rewards/chosen": "reward",
     "logps_per_token/chosen": "log-prob",
+    "logps/chosen": "log-prob",
 }
 """Short titles of charts of pairs, which also show the last values of both sides."""
 
 DEFAULT_ALGORITHM = "sft"
 """Assumed until the event `run_started` names the algorithm."""
+KL_METRIC = {"kto": "kl_per_token"}
+"""The KL to the reference per token, where it is not `kl`: TRL's KTOTrainer names its estimate so."""
 WITHOUT_REFERENCE = ("reward",)
 """Algorithms that do not compare the model with a reference."""
 PHASES = ("rollout", "reward", "update")
@@ -185,6 +201,19 @@ DESCRIPTIONS_BY_ALGORITHM = {
         "logps/chosen_delta": "log-probability of the chosen answers against the reference, nats per token; far below "
         "0 they are unlearned",
     },
+    "kto": {
+        "loss": "loss per answer, with the weight of its class; without weights it starts at 0.5",
+        "rewards/accuracies": "share of answers that moved from the reference in the direction of their label; none "
+        "counts half",
+        "rewards/chosen": "beta times the log-ratio to the reference, of desirable (chosen) and undesirable (rejected) "
+        "answers; a desirable answer below 0 became less likely",
+        "rewards/margins": "implicit reward of the desirable answers above the undesirable",
+        "logps/chosen": "log-probability of whole answers under the policy, of both classes",
+        "logps/chosen_delta": "log-probability of the desirable answers against the reference, nats per token; far "
+        "below 0 they are unlearned",
+        "kl": "estimate of the KL to the reference from answers to other prompts, nats per answer; never below 0",
+        "kl_per_token": "KL of the policy to its reference, nats per token",
+    },
     "grpo": {
         "reward": "mean reward of the completions, without the KL",
         **_HELDOUT_DESCRIPTIONS,
@@ -219,6 +248,11 @@ PAIR_MARGIN = {"reward": "margin", "dpo": "rewards/margins"}
 
 _HELDOUT = re.compile(r"heldout/(.+)/([^/]+)", re.DOTALL)
 _REWARD_MEAN = re.compile(r"rewards/(.+)/mean", re.DOTALL)
+
+
+def kl_metric(algorithm: str) -> str:
+    """Returns the metric with the KL to the reference per token."""
+    return KL_METRIC.get(algorithm, "kl")
 
 
 def charts_of(algorithm: str) -> tuple[tuple[str, ...], ...]:

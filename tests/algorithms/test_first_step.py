@@ -15,8 +15,9 @@ from torch import Tensor
 
 from lowrank_tune.algorithms.base import AlgorithmContext
 from lowrank_tune.algorithms.dpo import DPO
-from lowrank_tune.batch import Batch, PairBatch
-from lowrank_tune.config import DPOConfig
+from lowrank_tune.algorithms.kto import KTO
+from lowrank_tune.batch import Batch, LabeledBatch, PairBatch
+from lowrank_tune.config import DPOConfig, KTOConfig
 from lowrank_tune.events import Event, LogMessage, is_warning
 from lowrank_tune.model.decoder import Decoder
 from lowrank_tune.model.roles import Roles
@@ -102,4 +103,41 @@ def test_a_first_loss_that_is_not_ln_2_disables_the_fast_paths(shift: float, is_
     algorithm, pairs = dpo_and_pairs(0.1)
     logratios = torch.tensor([shift, 0.0, shift, 0.0])
     algorithm._check_first_loss(logratios, pairs)
+    assert all(path.enabled is not is_wrong for path in algorithm.context.roles.fast_paths)
+
+
+def kto_and_answers(beta: float) -> tuple[KTO, LabeledBatch]:
+    roles = llama_roles(16)
+    rows = make_batch(ROWS)
+    answers = LabeledBatch(rows.input_ids, rows.attention_mask, rows.completion_mask)
+    answers.labels = torch.tensor([True, False, False, False])
+    with roles.inference_mode():
+        answers.reference_sequence_logps = roles.logps("reference", answers).logps.sum(dim=1)
+    context = AlgorithmContext(roles, lambda step: answers)
+    algorithm = KTO(context, KTOConfig(beta=beta), max_length=16, micro_tokens=64)
+    return algorithm, algorithm.collect(0).batch
+
+
+def test_kto_begins_at_one_half_and_its_check_sees_the_log_ratios(monkeypatch: pytest.MonkeyPatch) -> None:
+    algorithm, answers = kto_and_answers(0.1)
+    seen: list[Tensor] = []
+    monkeypatch.setattr(algorithm, "_check_first_loss", lambda logratios, micro: seen.append(logratios))
+    algorithm.check(answers, 0)
+    assert seen[0].shape == (4,) and float(seen[0].abs().max()) < 1e-4
+    answers.token_weights = algorithm.token_weights(answers)
+    (term,) = algorithm.compute_losses(answers)
+    assert float(term.loss.detach()) == pytest.approx(0.5, abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("shift", "kl", "is_wrong"),
+    [(0.001, 0.0, False), (0.3, 0.0, True), (-0.3, 0.0, True), (0.0, 0.3, True), (math.nan, 0.0, True)],
+)
+def test_a_first_loss_of_kto_that_is_not_one_half_disables_the_fast_paths(
+    shift: float, kl: float, is_wrong: bool
+) -> None:
+    """One of four answers is desirable: a shift of all log-ratios by 0.3 changes the mean loss by 0.004."""
+    algorithm, answers = kto_and_answers(0.1)
+    answers.kl_estimate = torch.full((4,), kl)
+    algorithm._check_first_loss(torch.full((4,), shift), answers)
     assert all(path.enabled is not is_wrong for path in algorithm.context.roles.fast_paths)

@@ -356,7 +356,8 @@ def test_problem_of_one_stage_contains_its_name_and_of_all_stages_none(write: Wr
             "  - algorithm: sftt\n"
         )
     ) == [
-        "my.yaml:5: stages.sftt.algorithm: expected one of sft, reward, dpo, ppo, grpo, found 'sftt'; did you mean "
+        "my.yaml:5: stages.sftt.algorithm: expected one of sft, reward, dpo, kto, ppo, grpo, found 'sftt'; did you "
+        "mean "
         "`sft`?",
         "my.yaml:5: stages.sftt.data: is missing",
     ]
@@ -413,7 +414,7 @@ CONFLICTS: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "rows of grpo": (
         chained(SFT, {**GRPO, "train": {"max_steps": 1, "global_batch_size": 4}}),
-        "stages.grpo.train.global_batch_size: does nothing for grpo (it belongs to sft, reward, dpo); there is "
+        "stages.grpo.train.global_batch_size: does nothing for grpo (it belongs to sft, reward, dpo, kto); there is "
         "`train.prompts_per_step`",
     ),
     "a reward model is no reference": (

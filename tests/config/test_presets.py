@@ -58,7 +58,7 @@ def test_preset_has_a_known_base_and_columns_of_its_data_sets(name: str) -> None
 
 
 def test_presets_cover_every_algorithm_of_the_main_bases() -> None:
-    single = {"sft", "reward", "dpo", "grpo", "ppo"}
+    single = {"sft", "reward", "dpo", "kto", "grpo", "ppo"}
     by_base: dict[str, set[str]] = {}
     for name in NAMES:
         base, _, what = name.rpartition("-")
@@ -159,6 +159,7 @@ def chosen_row(stage: Recipe) -> list[str]:
         "sft": [],
         "reward": [("center_rewards_coefficient", stage.reward.center_rewards_coefficient)],
         "dpo": [("beta", stage.dpo.beta), ("sft_coef", stage.dpo.sft_coef or None)],
+        "kto": [("beta", stage.kto.beta)],
         "grpo": [("beta", stage.grpo.beta)],
         "ppo": [
             ("kl_coef", stage.ppo.kl_coef),
@@ -206,7 +207,7 @@ def test_every_row_of_the_page_belongs_to_a_preset() -> None:
 
 @pytest.mark.parametrize("algorithm", sorted(DEFAULT_LEARNING_RATES))
 def test_default_learning_rate_equals_that_of_the_presets(algorithm: str) -> None:
-    online, pairs = algorithm in ("grpo", "ppo"), algorithm in ("reward", "dpo")
+    online, pairs = algorithm in ("grpo", "ppo"), algorithm in ("reward", "dpo", "kto")
     dataset = "builtin:arithmetic-preferences" if pairs else "builtin:arithmetic"
     recipe: dict[str, Any] = {
         "algorithm": algorithm,

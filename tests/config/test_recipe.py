@@ -107,7 +107,7 @@ def test_faulty_recipe_reports_every_problem_at_once(write: Write) -> None:
 
 def test_missing_setting_is_reported_at_the_line_of_its_section(write: Write) -> None:
     assert problems_of_file(write("# a comment\nname: x\ndata:\n  max_length: 64\n")) == [
-        "my.yaml:2: algorithm: is missing: one of sft, reward, dpo, ppo, grpo",
+        "my.yaml:2: algorithm: is missing: one of sft, reward, dpo, kto, ppo, grpo",
         "my.yaml:2: train.max_steps: is missing: give `train.max_steps` or `train.num_train_epochs`",
         "my.yaml:3: data.train: is missing",
     ]
@@ -144,8 +144,8 @@ def test_problem_of_an_inherited_setting_has_the_line_of_the_parent(write: Write
         ("./gone.yaml", "my.yaml:1: extends: gone.yaml: there is no such file"),
         (
             "tiny-sftt",
-            "my.yaml:1: extends: no preset is called 'tiny-sftt'; did you mean `tiny-sft` or `tiny-rlhf`? "
-            "`lowrank-tune presets` lists them",
+            "my.yaml:1: extends: no preset is called 'tiny-sftt'; did you mean `tiny-sft` or `tiny-kto` "
+            "or `tiny-rlhf`? `lowrank-tune presets` lists them",
         ),
         ("3", "my.yaml:1: extends: expected the name of a preset, or a path relative to this file"),
     ],

@@ -17,7 +17,7 @@ from lowrank_tune.errors import ConfigError
 
 HELDOUT = {"eval_dataset": {"dataset": "builtin:arithmetic", "split": "heldout"}}
 OWN = {"name": "./mine.py:brief"}
-ROWS = "(it belongs to sft, reward, dpo)"
+ROWS = "(it belongs to sft, reward, dpo, kto)"
 FULL = "training samples the full distribution"
 
 

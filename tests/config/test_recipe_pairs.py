@@ -118,7 +118,7 @@ RULES: dict[str, tuple[dict[str, Any], str, dict[str, Any]]] = {
     ),
     "reference of a reward": (
         made("reward", reference="base"),
-        "reference: does nothing for reward (it belongs to sft, dpo, grpo, ppo)",
+        "reference: does nothing for reward (it belongs to sft, dpo, kto, grpo, ppo)",
         made("reward"),
     ),
     "messages for a reward": (

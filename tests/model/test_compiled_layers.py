@@ -384,7 +384,7 @@ def gradients_after(name: str, compiled: bool) -> list[Tensor]:
 
 
 @slow
-@pytest.mark.parametrize("name", ["sft", "reward", "dpo", "grpo", "ppo"])
+@pytest.mark.parametrize("name", ["sft", "reward", "dpo", "kto", "grpo", "ppo"])
 def test_algorithms_have_the_same_gradients(backend: Callable[[Backend], None], name: str) -> None:
     plain = gradients_after(name, False)
     assert plain and are_equal(gradients_after(name, True), plain)

@@ -173,6 +173,7 @@ def differs(unbroken: Any, name: str, backward: bool, draws: int) -> list[str]:
                 "rollout_seconds",
                 "reward_seconds",
                 *(("kl",) if name in ("sft", "dpo") else ()),
+                "kl_per_token",
             }
             # KL that costs a pass of its own is of one micro-batch, which may have become a smaller one
             same = then.stats.keys() - other

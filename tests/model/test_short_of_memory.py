@@ -38,7 +38,7 @@ from lowrank_tune.ui.terminal.panes import View
 from lowrank_tune.ui.terminal.render import render
 from lowrank_tune.ui.terminal.text_layout import plain_text
 
-TOKENS_THAT_FIT = {"sft": 120, "reward": 200, "dpo": 200, "grpo": 100, "ppo": 100}
+TOKENS_THAT_FIT = {"sft": 120, "reward": 200, "dpo": 200, "kto": 200, "grpo": 100, "ppo": 100}
 """Tokens of an update that fit: a micro-batch of six does not and is halved, a single unit does."""
 FEW = [pytest.param(name, marks=() if name == "sft" else pytest.mark.slow) for name in TOKENS_THAT_FIT]
 

@@ -157,7 +157,7 @@ def test_of_noise_the_last_step_is_kept_in_most_draws_and_of_progress_the_best()
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("algorithm", ["sft", "dpo", "reward"])
+@pytest.mark.parametrize("algorithm", ["sft", "dpo", "kto", "reward"])
 def test_a_resumed_run_decides_as_the_straight_one(tmp_path: Path, algorithm: str) -> None:
     recipe = small_recipe(algorithm, max_steps=6, save_steps=1, learning_rate=2e-2)
     recipe["evaluate"]["eval_steps"] = 1

@@ -55,7 +55,7 @@ for command in (
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("clock", "algorithms"),
-    [("stands still", ["sft", "dpo", "reward", "grpo", "ppo"]), ("goes back", ["sft", "grpo"])],
+    [("stands still", ["sft", "dpo", "kto", "reward", "grpo", "ppo"]), ("goes back", ["sft", "grpo"])],
 )
 def test_runs_pages_plans_and_checks_work(tmp_path: Path, clock: str, algorithms: list[str]) -> None:
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}

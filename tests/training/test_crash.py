@@ -49,6 +49,7 @@ MOMENTS = [
     slow("sft", 2),
     slow("reward", 3),
     slow("dpo", 4),
+    slow("kto", 7),
     slow("grpo", 5),
     slow("ppo", 6),
 ]
@@ -58,6 +59,7 @@ WRITES = [
     slow("reward", 70),
     slow("dpo", 20),
     slow("dpo", 70),
+    slow("kto", 50),
     slow("grpo", 70),
     slow("ppo", 70),
 ]

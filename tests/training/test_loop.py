@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from algorithm_helpers import INFORMATIVE_REWARDS, FakeCollector, pair_batch, pair_rows
+from algorithm_helpers import INFORMATIVE_REWARDS, FakeCollector, kto_over, labeled_batch, pair_batch, pair_rows
 from models import (
     CPU,
     changed_tensors,
@@ -32,10 +32,11 @@ from torch import Tensor, nn
 from lowrank_tune.algorithms.base import Algorithm, AlgorithmContext, LossTerm, StepBatch
 from lowrank_tune.algorithms.dpo import DPO
 from lowrank_tune.algorithms.grpo import GRPO
+from lowrank_tune.algorithms.kto import KTO
 from lowrank_tune.algorithms.ppo import PPO
 from lowrank_tune.algorithms.reward_model import RewardModeling
 from lowrank_tune.algorithms.rollouts import RolloutGroups
-from lowrank_tune.batch import Batch, PairBatch
+from lowrank_tune.batch import Batch, LabeledBatch, PairBatch
 from lowrank_tune.config import DPOConfig, GRPOConfig, PPOConfig, RewardModelConfig, TrainingConfig
 from lowrank_tune.errors import TrainingError
 from lowrank_tune.events import Event, LogMessage, StepEnd
@@ -484,7 +485,7 @@ def test_every_step_of_grpo_compares_the_sampler_with_its_first_pass() -> None:
 # --- a step is drawn again just so ------------------------------------------------------------------------------------
 
 
-ALGORITHMS = ("sft", "reward", "dpo", "grpo", "ppo")
+ALGORITHMS = ("sft", "reward", "dpo", "kto", "grpo", "ppo")
 
 
 def algorithm_over(name: str, dropout: float, **more: Any) -> tuple[Any, Roles, str]:
@@ -514,6 +515,9 @@ def algorithm_over(name: str, dropout: float, **more: Any) -> tuple[Any, Roles, 
         settings = GRPOConfig(old_logprobs_from="sampler", max_logprob_mismatch=1.0, truncated_completions="penalize")
         return GRPO(AlgorithmContext(roles), settings, collector), roles, "policy"
 
+    if name == "kto":
+        return kto_of(roles), roles, "policy"
+
     def rows(step: int) -> PairBatch:
         batch = pairs_of(step)
         with roles.inference_mode():
@@ -521,6 +525,17 @@ def algorithm_over(name: str, dropout: float, **more: Any) -> tuple[Any, Roles, 
         return batch
 
     return DPO(AlgorithmContext(roles, rows), DPOConfig(sft_coef=0.1)), roles, "policy"
+
+
+def kto_of(roles: Roles) -> KTO:
+    def answers(step: int) -> LabeledBatch:
+        rows, masks = pair_rows(seed=step)
+        batch = labeled_batch(rows, masks, labels=[row % 3 == 0 for row in range(len(rows))])
+        with roles.inference_mode():
+            batch.reference_sequence_logps = roles.logps("reference", batch).logps.sum(dim=1)
+        return batch
+
+    return kto_over(roles, get_batch=answers)
 
 
 def pairs_of(step: int) -> PairBatch:
@@ -562,7 +577,7 @@ def redrawn_step_differs(name: str) -> set[str]:
 @pytest.mark.parametrize("name", ALGORITHMS)
 def test_a_lost_step_is_drawn_again_bit_for_bit(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     assert redrawn_step_differs(name) == set()
-    if name not in ("dpo", "grpo", "ppo"):  # which draw nothing from the global stream
+    if name not in ("dpo", "kto", "grpo", "ppo"):  # which draw nothing from the global stream
         monkeypatch.setattr(train_module, "step_seed", lambda seed, step: int(torch.randint(1 << 40, ())))
         assert redrawn_step_differs(name) != set()
 

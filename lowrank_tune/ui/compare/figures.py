@@ -14,6 +14,7 @@ from lowrank_tune.ui.formatting import number, percent, rate, wall_time
 from lowrank_tune.ui.metrics import (
     POLICY,
     WITHOUT_REFERENCE,
+    kl_metric,
 )
 from lowrank_tune.ui.report.heldout import (
     PASS_PREFIX,
@@ -162,7 +163,7 @@ def _loss(run: ComparedRun) -> str:
 
 
 def _kl(run: ComparedRun) -> str:
-    values = list(run.points("kl").values())
+    values = list(run.points(kl_metric(run.algorithm)).values())
     if not values or run.algorithm in WITHOUT_REFERENCE:
         return ""
     _, last = first_and_last(values)

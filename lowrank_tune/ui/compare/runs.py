@@ -14,7 +14,7 @@ from lowrank_tune.checkpoint.run_format import check_run_format
 from lowrank_tune.config.yaml import dotted, leaves
 from lowrank_tune.errors import UserError
 from lowrank_tune.evaluation import EvalRecord, read_records
-from lowrank_tune.ui.metrics import Point, charts_of
+from lowrank_tune.ui.metrics import Point, charts_of, kl_metric
 from lowrank_tune.ui.report.run_log import (
     ChainLog,
     RunLog,
@@ -46,6 +46,7 @@ ALGORITHM_SPECIFIC_METRICS = ("loss", "eval_loss", "entropy")
 METRIC_FAMILIES = {
     "reward": "pairs",
     "dpo": "pairs",
+    "kto": "labels",
     "grpo": "completions",
     "ppo": "completions",
 }
@@ -195,4 +196,6 @@ def metric_family(
         return algorithm
     if name in ALGORITHM_SPECIFIC_METRICS:
         return METRIC_FAMILIES.get(algorithm, algorithm)
+    if name == "kl" and kl_metric(algorithm) != name:
+        return algorithm
     return ""

@@ -23,6 +23,12 @@ from lowrank_tune.ui.diagnostics.diagnosis import (
     last_quarter,
     short_number,
 )
+from lowrank_tune.ui.diagnostics.labels import (
+    desirable_unlearned,
+    kl_estimate_is_zero,
+    labels_not_separated,
+    one_class,
+)
 from lowrank_tune.ui.diagnostics.pairs import (
     chosen_logps_drop,
     follows_length,
@@ -55,6 +61,10 @@ CHECKS: tuple[Callable[[State], Iterator[Diagnosis]], ...] = (
     rejected_preferred,
     pairs_not_separated,
     heldout_pairs_not_separated,
+    desirable_unlearned,
+    one_class,
+    labels_not_separated,
+    kl_estimate_is_zero,
     loss_not_falling,
     overconfident,
     validation_rising,

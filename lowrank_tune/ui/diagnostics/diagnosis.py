@@ -18,6 +18,7 @@ RECENT_STEPS = 3
 step, in a long run several."""
 KL_SETTINGS = {
     "dpo": "dpo.beta",
+    "kto": "kto.beta",
     "grpo": "grpo.beta",
     "ppo": "ppo.kl_coef",
 }

@@ -36,7 +36,7 @@ MAX_LENGTH_CORRELATION = 0.5
 def chosen_logps_drop(state: State) -> Iterator[Diagnosis]:
     """The collapse of DPO: the margin grows while both sides become less likely."""
     change = recent_mean(state, "logps/chosen_delta")
-    if change < CHOSEN_LOGP_DROP:
+    if state.algorithm != "kto" and change < CHOSEN_LOGP_DROP:
         yield bad(
             f"the chosen answers are unlearned: {short_number(-change)} nats a token less likely than under the "
             "reference: raise dpo.beta, lower train.learning_rate, or set dpo.sft_coef"

@@ -20,7 +20,7 @@ from lowrank_tune.ui.diagnostics.diagnosis import (
     trained_mean,
     warning,
 )
-from lowrank_tune.ui.metrics import PAIR_ACCURACY
+from lowrank_tune.ui.metrics import PAIR_ACCURACY, kl_metric
 from lowrank_tune.ui.reward_vs_accuracy import values_of
 from lowrank_tune.ui.state import State
 
@@ -31,7 +31,7 @@ SMALL_LOSS = 0.01
 """A loss below it does not have to fall."""
 HIGH_PAIR_ACCURACY = 0.9
 """Share of right pairs above which the loss does not have to fall."""
-LEARNS_BY_LOSS = ("sft", "reward", "dpo")
+LEARNS_BY_LOSS = ("sft", "reward", "dpo", "kto")
 EXPLODING_GRADIENT = 10.0
 """Times the usual gradient norm."""
 MAX_OVERFLOWED = 0.05
@@ -54,6 +54,7 @@ MAX_KL = {
     "sft": 5.0,
     "reward": 5.0,
     "dpo": 2.0,
+    "kto": 2.0,
     "grpo": 0.5,
     "ppo": 0.5,
 }
@@ -89,7 +90,8 @@ def loss_not_falling(state: State) -> Iterator[Diagnosis]:
     values = values_of(state, "loss")
     if len(values) < MIN_STEPS or state.algorithm not in LEARNS_BY_LOSS:
         return
-    if state.algorithm in PAIR_ACCURACY and trained_mean(state, PAIR_ACCURACY[state.algorithm]) > HIGH_PAIR_ACCURACY:
+    accuracy = "rewards/accuracies" if state.algorithm == "kto" else PAIR_ACCURACY.get(state.algorithm, "")
+    if trained_mean(state, accuracy) > HIGH_PAIR_ACCURACY:
         return
     first = first_quarter(values)
     last = last_quarter(values)
@@ -117,7 +119,7 @@ def gradient_exploding(state: State) -> Iterator[Diagnosis]:
 
 
 def kl_too_large(state: State) -> Iterator[Diagnosis]:
-    kl = recent_mean(state, "kl")
+    kl = recent_mean(state, kl_metric(state.algorithm))
     limit = MAX_KL.get(state.algorithm, MAX_KL["sft"])
     if kl > limit:
         advice = "lower train.learning_rate or train fewer steps"

@@ -27,6 +27,15 @@ MEASURES = {
 EPOCH_FIGURES = ("rows", "tokens", "trained", "steps")
 SIDE_FIGURES = ("pairs", "chosen", "rejected", "margins", *SIDE_COUNTS)
 """How the sides of the training pairs differ in length, which a model could learn instead of quality."""
+LABEL_FIGURES = (
+    "desirable",
+    "undesirable",
+    "desirable_tokens",
+    "undesirable_tokens",
+    "desirable_weight",
+    "undesirable_weight",
+)
+"""How many training answers have each label, their mean lengths, and the weights of both classes."""
 LENGTH_FIGURES = {
     "median": "median",
     "p95": "95 % up to",
@@ -80,6 +89,7 @@ def data(run_log: RunLog) -> Markup:
     epoch = get_mapping(report, "epoch")
     lengths = get_mapping(report, "lengths")
     sides = get_mapping(report, "sides")
+    labels = get_mapping(report, "labels")
     issues = [_issue(issue) for issue in get_objects(report, "issues")]
     examples = [_example(example) for example in get_objects(report, "examples")]
     return render(
@@ -93,6 +103,7 @@ def data(run_log: RunLog) -> Markup:
         length_svg=_length_svg(lengths),
         sides={name: get_number(sides, name) for name in SIDE_FIGURES},
         side_counts=SIDE_COUNTS,
+        labels={name: get_number(labels, name) for name in LABEL_FIGURES},
         issues=issues,
         examples=examples,
     )

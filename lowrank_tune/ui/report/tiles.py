@@ -15,7 +15,7 @@ from lowrank_tune.ui.formatting import (
     percent,
     rate,
 )
-from lowrank_tune.ui.metrics import WITHOUT_REFERENCE
+from lowrank_tune.ui.metrics import WITHOUT_REFERENCE, kl_metric
 from lowrank_tune.ui.report.heldout import (
     StageStats,
     heldout_by_stage,
@@ -116,6 +116,6 @@ def _training_tiles(run_log: RunLog) -> Iterator[Tile]:
     values = list(run_log.finite_values(name).values())
     if values:
         yield Tile(trend(name, values), f"{name}, mean of the first and last tenth")
-    kl = list(run_log.finite_values("kl").values())
+    kl = list(run_log.finite_values(kl_metric(run_log.algorithm)).values())
     if kl and run_log.algorithm not in WITHOUT_REFERENCE:
         yield Tile(number(first_and_last(kl)[1]), "KL to the reference, mean of the last tenth")

@@ -1,6 +1,7 @@
 """The data report in the terminal: mixture, lengths, unusable rows, the end token, and rows with their loss mask.
 
-For preferences also how the sides differ, and pairs side by side; for online algorithms prompts and their gold answers.
+For preferences also how the sides differ, and pairs side by side; for answers with a label how many have each; for
+online algorithms prompts and their gold answers.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from lowrank_tune.data_report import (
     DataReport,
     EosStats,
     Example,
+    LabelBalance,
     Lengths,
     MixturePart,
 )
@@ -100,6 +102,8 @@ def _sections(data_report: DataReport, plain: bool) -> Iterator[tuple[str, Rende
     yield f"{unit.title()}s", _issues(data_report.issues)
     if data_report.sides is not None:
         yield "Sides", _sides(data_report.sides, plain)
+    if data_report.labels is not None:
+        yield "Labels", _labels(data_report.labels, plain)
     if data_report.ends is not None:
         yield "End token", _eos_line(data_report.ends, unit)
     yield "Steps", _steps(data_report, unit)
@@ -362,6 +366,29 @@ def _sides(sides: PairBalance, plain: bool) -> RenderableType:
     parts: list[RenderableType] = [table, Text(summary, QUIET)]
     if sides.warning:
         parts.append(Text(sides.warning, BAD))
+    return Group(*parts)
+
+
+def _labels(labels: LabelBalance, plain: bool) -> RenderableType:
+    """Returns how many answers have each label, their lengths, and the weights of both classes."""
+    table = _grid("l", "b", "r", "r")
+    counts = {"desirable": labels.desirable, "undesirable": labels.undesirable}
+    for name, count in counts.items():
+        _add_share(
+            table,
+            name,
+            count,
+            max(1, sum(counts.values())),
+            plain,
+        )
+    summary = (
+        f"a desirable answer has {labels.desirable_tokens:,.1f} tokens on average, an undesirable one "
+        f"{labels.undesirable_tokens:,.1f}; their weights in the loss are {labels.desirable_weight:.4g} and "
+        f"{labels.undesirable_weight:.4g}"
+    )
+    parts: list[RenderableType] = [table, Text(summary, QUIET)]
+    if labels.warning:
+        parts.append(Text(labels.warning, BAD))
     return Group(*parts)
 
 
