@@ -57,6 +57,7 @@ EXAMPLE_ROWS: dict[str, Callable[[int], dict[str, Any]]] = {
         "score_chosen": 8.5,
         "score_rejected": 3.0,
     },
+    "roneneldan/TinyStories": lambda n: {"text": f"Once there were {n} pens. They wrote {n} stories."},
     "openai/gsm8k": lambda n: {
         "question": f"Ava has {n} pens and buys one. How many?",
         "answer": f"{n} + 1 = <<{n}+1={n + 1}>>{n + 1}.\n#### {n + 1}",

@@ -94,13 +94,7 @@ def load(
     if raise_on_invalid:
         _check_weighted_sources(data.train, train)
     report = _report(data, full, train, validation)
-    if report.shared:
-        emit(
-            warning(
-                f"{report.shared} validation {report.unit}s are also training {report.unit}s; the validation "
-                "loss will be too low"
-            )
-        )
+    _warn_about_shared_rows(report, emit)
     packed, packing = pack_documents(train, data.max_length, seed)
     return TokenizedSplits(
         packed,
@@ -108,6 +102,16 @@ def load(
         replace(report, packing=packing),
         train,
     )
+
+
+def _warn_about_shared_rows(report: Report, emit: Emit) -> None:
+    if report.shared:
+        emit(
+            warning(
+                f"{report.shared} validation {report.unit}s are also training {report.unit}s; the validation "
+                "loss will be too low"
+            )
+        )
 
 
 def _split(

@@ -141,7 +141,7 @@ def validate(
     for (batch_stats, pair_losses), indices in batches:
         add_stats(stats, batch_stats)
         if pair_losses is not None:
-            pairs = indices[::2] // 2
+            pairs = indices[:: rows.rows_per_unit] // rows.rows_per_unit
             losses.update(zip(pairs.tolist(), pair_losses.tolist(), strict=True))
     metrics = algorithm.validation_metrics(to_floats(stats))
     metrics |= algorithm.derived_metrics(metrics)

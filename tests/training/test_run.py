@@ -336,7 +336,7 @@ def test_wrong_input_gives_one_sentence(case: str, tmp_path: Path, monkeypatch: 
         ("", "rows.jsonl"),
         (GOOD * 3 + "{not json\n" * 3, "line"),
         (GOOD * 3 + '{"prompt": "What?", "completion": ""}\n' * 3, "lines 4, 5, 6"),
-        ('{"text": "just text"}\n' * 3, "text"),
+        ('{"note": "just text"}\n' * 3, "note"),
     ],
 )
 def test_bad_rows_stop_the_run_before_it_trains(tmp_path: Path, text: str, wanted: str) -> None:
