@@ -20,7 +20,7 @@ PAGE = ROOT / "docs" / "models.md"
 sys.path.insert(0, str(ROOT / "tests"))
 MATRIX: Any = importlib.import_module("support_matrix")
 COLUMNS = {
-    "all five algorithms": MATRIX.ALGORITHMS,
+    "all six algorithms": MATRIX.ALGORITHMS,
     "4 bits, rollout, adapters off, rows": ("4 bits", "rollout", "adapters off", "rows"),
     "merge, PEFT": ("merge", "PEFT"),
     "GGUF adapter": ("GGUF adapter",),

@@ -36,8 +36,8 @@ def other_of(name: str, *overrides: str, vram: int = 24 * GIB) -> OtherBits:
 @pytest.mark.parametrize(
     ("name", "bits", "vram"),
     [
-        ("qwen2.5-3b-sft", 4, 24),
-        ("qwen2.5-3b-dpo", 16, 0),
+        pytest.param("qwen2.5-3b-sft", 4, 24, marks=pytest.mark.slow),
+        pytest.param("qwen2.5-3b-dpo", 16, 0, marks=pytest.mark.slow),
         pytest.param("qwen2.5-3b-grpo", 4, 24, marks=pytest.mark.slow),
     ],
 )

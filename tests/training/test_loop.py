@@ -657,6 +657,7 @@ def test_a_learning_rate_too_low_to_learn_gives_one_warning(name: str) -> None:
     assert warned_about_learning(1e-3, name=name) == []
 
 
+@pytest.mark.slow
 def test_a_learning_rate_that_learns_gives_no_warning(monkeypatch: pytest.MonkeyPatch) -> None:
     for rate, schedule in ((1e-2, "constant"), (1e-6, "constant"), (2e-4, "cosine")):
         assert warned_about_learning(rate, schedule) == []
