@@ -29,4 +29,4 @@ def test_an_example_runs(script: Path, tmp_path: Path) -> None:
 
 
 def test_every_algorithm_has_an_example() -> None:
-    assert {path.stem for path in EXAMPLES} >= {"sft", "reward", "dpo", "preference", "rlhf"}
+    assert {path.stem for path in EXAMPLES} >= {"sft", "reward", "dpo", "kto", "preference", "rlhf"}
