@@ -45,6 +45,5 @@ with tempfile.TemporaryDirectory() as folder:
     )
     outcome = run(recipe, out=Path(folder) / "run")
     best = outcome.summary["best"]
-    print(
-        f"{outcome.status}: of the held-out answers {best['rewards/accuracies']:.0%} moved in the direction of their label"
-    )
+    accuracy = best["rewards/accuracies"]
+    print(f"{outcome.status}: {accuracy:.0%} of the held-out answers moved in the direction of their label")
