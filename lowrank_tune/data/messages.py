@@ -100,7 +100,7 @@ def message_of(turn: Any) -> Message:
     calls = _calls_of(turn)
     if calls and role != "assistant":
         raise InvalidRow("tool calls in a turn that is not the assistant's")
-    if calls and (content is None or isinstance(content, str) and not content.strip()):
+    if calls and (not content or (isinstance(content, str) and not content.strip())):
         content = ""
     if content is None:
         raise InvalidRow("a turn has no content")

@@ -92,6 +92,9 @@ def tools_of(row: RawRow, columns: Columns) -> str:
     if "tools" in columns:
         names = (columns["tools"],)
     value = first_present(row, *names)
+    if isinstance(value, str) and "tools" not in columns and not value.lstrip().startswith(("[", "{")):
+        # a column of this name with words is about something else
+        return ""
     if value is None or (isinstance(value, str) and not value.strip()):
         return ""
     tools = json_value(value, TOOLS)
