@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -14,6 +15,8 @@ from lowrank_tune.model.roles import Roles
 
 PAD_ID = 0
 """Ids of padding are not read."""
+MAX_DISTANCE = 64
+"""Rows by which answers are shifted at most, exclusive."""
 CHUNK = 256
 """Rows that are padded to one width at a time."""
 
@@ -32,13 +35,34 @@ def rows_of_batch(batch: Batch) -> list[Row]:
     return rows
 
 
-def mismatched_rows(rows: Sequence[Row], max_length: int) -> list[Row]:
-    """Returns the prompt of each row with the answer of the next one, of the last row with that of the first, cut to
-    `max_length` tokens; none for a single row."""
+def mismatched_rows(
+    rows: Sequence[Row],
+    max_length: int,
+    distance: int = 1,
+) -> list[Row]:
+    """Returns the prompt of each row with the answer of the row `distance` rows later, cut to `max_length` tokens; none
+    for a single row. After the last row follows the first."""
     if len(rows) < 2:
         return []
-    following = [*rows[1:], rows[0]]
+    following = [*rows[distance:], *rows[:distance]]
     return [_join(row, other, max_length) for row, other in zip(rows, following, strict=True)]
+
+
+def distance_of_prompts(rows: Sequence[Row]) -> int:
+    """Returns the smallest distance with which no prompt gets an answer to itself, as rows in the order of the data may
+    have the answers to one prompt side by side; without any, that with the fewest of them."""
+    prompts = [tuple(map(int, row.input_ids[: _prompt_length(row)])) for row in rows]
+    fewest = len(prompts) + 1
+    best = 1
+    for distance in range(1, min(len(prompts), MAX_DISTANCE)):
+        shifted = [*prompts[distance:], *prompts[:distance]]
+        num_equal = sum(prompt == other for prompt, other in zip(prompts, shifted, strict=True))
+        if num_equal < fewest:
+            fewest = num_equal
+            best = distance
+        if not num_equal:
+            break
+    return best
 
 
 def _join(
@@ -67,14 +91,16 @@ class KLEstimator:
     max_length: int
     micro_tokens: int
 
-    def estimate(self, rows: Sequence[Row]) -> float:
+    def estimate(self, rows: Sequence[Row], distance: int = 1) -> float:
         """Returns max(0, mean of log p - log ref) of the mismatched rows of these rows; 0 for a single row."""
-        mismatched = mismatched_rows(rows, self.max_length)
+        mismatched = mismatched_rows(rows, self.max_length, distance)
         total = 0.0
         for start in range(0, len(mismatched), CHUNK):
             batch = collate(mismatched[start : start + CHUNK], PAD_ID)
             total += float((self._logps("policy", batch) - self._logps("reference", batch)).double().sum())
-        return max(0.0, total / max(1, len(mismatched)))
+        mean = total / max(1, len(mismatched))
+        # `max` would return 0 for NaN, and hide it.
+        return mean if math.isnan(mean) else max(0.0, mean)
 
     def _logps(self, role: str, batch: Batch) -> Tensor:
         """Returns the log-probs of the answers under a role, (B, T) on the CPU."""

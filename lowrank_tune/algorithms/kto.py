@@ -13,7 +13,8 @@ without its top adapter; its log-probs of the rows are computed once for the who
 A mismatched row is the prompt of a row with the answer of the next row of the same optimizer step, of the last row with
 that of the first, cut to `data.max_length`. z0 estimates KL(p || ref) in nats an answer. It is computed before the
 update, over the whole step, by policy and reference without gradient (`kl_estimate.py`); a step of one row has z0 = 0.
-Of validation rows z0 is computed in the same way, over all of them in the order of the store. w(y) is
+Of validation rows z0 is computed over all of them in the order of the store, where the answers to one prompt may be
+adjacent: all rows take the answer of the same number of rows later, the first to other prompts. w(y) is
 `desirable_weight` or `undesirable_weight`, and B counts the whole optimizer step: so the split into micro-batches does
 not change the gradient, and a validation loss does not depend on the size of its batches.
 
@@ -35,7 +36,7 @@ import torch
 from torch import Tensor
 
 from lowrank_tune.algorithms.base import Algorithm, AlgorithmContext, LossTerm, StepBatch
-from lowrank_tune.algorithms.kl_estimate import KLEstimator, rows_of_batch
+from lowrank_tune.algorithms.kl_estimate import KLEstimator, distance_of_prompts, rows_of_batch
 from lowrank_tune.algorithms.reference_check import check_reference, fast_path_tolerance, full_vocab_kl_metric
 from lowrank_tune.batch import LabeledBatch, required
 from lowrank_tune.data import TokenizedDataset
@@ -162,7 +163,8 @@ class KTO(Algorithm[LabeledBatch]):
     def start_validation(self, rows: TokenizedDataset) -> None:
         """Computes z0 of the validation rows."""
         if self.estimates_kl:
-            self._validation_kl = self.kl_estimator.estimate([rows[row] for row in range(len(rows))])
+            validation_rows = [rows[row] for row in range(len(rows))]
+            self._validation_kl = self.kl_estimator.estimate(validation_rows, distance_of_prompts(validation_rows))
 
     def eval_metrics(self, micro: LabeledBatch) -> Stats:
         stats, _ = self.evaluate_batch(micro)

@@ -7,6 +7,7 @@ rows of their own.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -26,9 +27,11 @@ from lowrank_tune.data.encode import (
 )
 from lowrank_tune.data.formats import detect_format, value_of
 from lowrank_tune.data.message import has_reasoning, has_tools
+from lowrank_tune.data.messages import check_order, messages_of
 from lowrank_tune.data.preference_pairs import EQUAL_ANSWERS, Messages
 from lowrank_tune.data.report import ANSWER_INCLUDED
 from lowrank_tune.data.row_values import Columns, InvalidRow, RawRow, RawRowOrFault, is_list
+from lowrank_tune.data.scored_responses import has_scored_responses
 from lowrank_tune.data.sources import Chunk
 from lowrank_tune.data.store_writer import Entry, conversation_hash
 from lowrank_tune.data.templates.chat_template import ChatTemplate
@@ -42,6 +45,7 @@ LABEL_COLUMN = "label"
 LABEL_TEXTS = {
     "true": True,
     "1": True,
+    "1.0": True,
     "yes": True,
     "up": True,
     "thumbs up": True,
@@ -49,6 +53,7 @@ LABEL_TEXTS = {
     "desirable": True,
     "false": False,
     "0": False,
+    "0.0": False,
     "no": False,
     "down": False,
     "thumbs down": False,
@@ -59,13 +64,13 @@ LABEL_TEXTS = {
 SKIN_TONES = "\U0001f3fb\U0001f3fc\U0001f3fd\U0001f3fe\U0001f3ff"
 INVALID_LABEL = "the label is neither true nor false (also read: 1 and 0, yes and no, thumbs up and thumbs down)"
 NO_CONVERSATION = "no answer with its prompt: neither `prompt` with `completion`, nor `messages`"
-NO_QUESTION = "the answer is to no question: the turn before it is not the user's"
+NO_QUESTION = "the answer is to no question: the turn before it is neither the user's nor the result of a tool"
 
 
 @dataclass(frozen=True)
 class LabeledAnswer:
-    """A prompt that ends with the user, and an answer to it: one message or more, the first and the last the
-    assistant's. `tools`: as in `Conversation`."""
+    """A prompt that ends with the user or the result of a tool, and an answer to it: one message or more, the first and
+    the last the assistant's. `tools`: as in `Conversation`."""
 
     prompt: Messages
     completion: Messages
@@ -81,7 +86,7 @@ def detect_labeled_format(row: RawRow, columns: Columns) -> str:
     """Returns the format of a row with a label, or of a pair. A label that `columns` maps has precedence over a pair.
     Raises UserError."""
     present = {*columns, *(name for name, value in row.items() if value is not None)}
-    is_pair = {"chosen", "rejected"} <= present
+    is_pair = {"chosen", "rejected"} <= present or has_scored_responses(row, columns)
     if LABEL_COLUMN in columns or (LABEL_COLUMN in present and not is_pair):
         if _conversation_format(row, columns) is None:
             raise UserError(f"the columns {_names(row)} have {NO_CONVERSATION}: name yours with `columns:`")
@@ -143,8 +148,13 @@ def _answer_of(
         system,
     )
     messages = conversation.messages
-    length = len(messages) - _completion_length(raw, source.columns, format_name)
-    if length < 1 or messages[length - 1].role != "user":
+    length = _prompt_length(
+        raw,
+        source.columns,
+        format_name,
+        messages,
+    )
+    if length < 1 or messages[length - 1].role not in ("user", "tool"):
         raise InvalidRow(NO_QUESTION)
     return LabeledAnswer(
         messages[:length],
@@ -154,17 +164,22 @@ def _answer_of(
     )
 
 
-def _completion_length(
+def _prompt_length(
     row: RawRow,
     columns: Columns,
     format_name: str,
+    messages: Messages,
 ) -> int:
-    """Returns how many messages the answer has: those of a completion that is a list of turns, else 1."""
-    if format_name == "prompt_completion":
-        turns = value_of(row, "completion", columns)
-        if is_list(turns):
-            return len(turns)
-    return 1
+    """Returns how many messages precede the answer: those of the prompt if the completion is a list of turns, else all
+    but the last one. Raises InvalidRow."""
+    if format_name != "prompt_completion" or not is_list(value_of(row, "completion", columns)):
+        return len(messages) - 1
+    prompt = value_of(row, "prompt", columns)
+    if not is_list(prompt):
+        return 1 + (messages[0].role == "system")
+    turns = check_order(messages_of(prompt, "prompt"), require_answer=False)
+    is_system_added = messages[0].role == "system" and turns[0].role != "system"
+    return len(turns) + is_system_added
 
 
 def read_label(row: RawRow, columns: Columns) -> bool:
@@ -181,8 +196,10 @@ def read_label(row: RawRow, columns: Columns) -> bool:
 
 def _to_label(value: Any) -> bool | None:
     if isinstance(value, str):
-        words = value.translate(dict.fromkeys(map(ord, SKIN_TONES))).replace("_", " ").replace("-", " ")
-        return LABEL_TEXTS.get(" ".join(words.lower().split()))
+        words = value.translate(dict.fromkeys(map(ord, SKIN_TONES))).lower()
+        # Tables write the numbers of a column with gaps as 1.0 and 0.0. The sign of -1 is no hyphen.
+        words = re.sub(r"(?<=[a-z])[-_](?=[a-z])", " ", words)
+        return LABEL_TEXTS.get(" ".join(words.split()))
     if isinstance(value, bool | int | float) and value in (0, 1):
         return bool(value)
     return None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -79,6 +79,11 @@ def has_scored_responses(row: RawRow, columns: Columns) -> bool:
     if is_list(first_present(row, *_score_columns(columns))):
         return True
     return _score_of(responses[0], columns) is not None
+
+
+def may_have_scored_responses(names: Collection[str], columns: Columns) -> bool:
+    """Returns whether columns of these names may contain responses with scores."""
+    return "responses" in columns or not set(RESPONSE_COLUMNS).isdisjoint(names)
 
 
 def scored_sides(row: RawRow, columns: Columns) -> Sides | None:

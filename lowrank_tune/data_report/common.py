@@ -146,6 +146,7 @@ def mixture_of(
             counts[index] if report.format == "text" else 0,
             report.with_reasoning,
             report.with_tools,
+            max(report.used, report.desirable + report.undesirable),
         )
         parts.append(part)
     return tuple(parts), Epoch(

@@ -17,7 +17,8 @@ class MixturePart:
     drawn.
 
     With preferences a row is a pair, and its tokens are those of both sides. If completions are generated a row is a
-    prompt. Rows of plain text are drawn in `packs`; 0 for others.
+    prompt. Rows of plain text are drawn in `packs`; 0 for others. `answers`: the used rows, with labels both answers of
+    a pair.
     """
 
     name: str
@@ -34,6 +35,7 @@ class MixturePart:
     packs: int = 0
     with_reasoning: int = 0
     with_tools: int = 0
+    answers: int = 0
 
 
 @dataclass(frozen=True)

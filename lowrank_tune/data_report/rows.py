@@ -143,6 +143,7 @@ def _issues(
     truncated = "too long, shortened to whole turns"
     if has_pairs:
         kinds.append(EQUAL_ANSWERS)
+    if has_pairs or data.train.is_labeled:
         truncated = "too long, without the oldest turns of the prompt"
     truncated_locations = first_few(location for source in sources for location in source.truncated_locations)
     num_truncated = sum(source.truncated for source in sources)

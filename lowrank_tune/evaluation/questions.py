@@ -193,8 +193,7 @@ def _document_questions(
     template: ChatTemplate,
     max_length: int,
 ) -> list[EvalQuestion]:
-    """Returns the rows of up to `count` documents of a source, whose losses are measured. Raises UserError without
-    any."""
+    """Returns up to `count` rows of documents of a source, whose losses are measured. Raises UserError without any."""
     drawn = source.model_copy(update={"max_samples": min(count, source.max_samples or count)})
     rows = read_source(drawn, seed)
     report = SourceReport(rows.name, "text")
@@ -207,7 +206,7 @@ def _document_questions(
             questions.append(_document_question(row, len(questions), template))
     if not questions:
         raise UserError(f"{rows.name}: none of its rows contains a text")
-    return questions
+    return questions[:count]
 
 
 def _document_question(
@@ -284,7 +283,11 @@ def recipe_heldout_questions(
             )
             for source in validation
         ]
-        return _join_parts(parts, count)
+        joined = _join_parts(parts, count)
+        if recipe.uses_labels:
+            # An answer with a label need not be a good one.
+            return replace(joined, questions=[replace(question, reference=None) for question in joined.questions])
+        return joined
     if recipe.algorithm in ("sft", "dpo", "kto") and recipe.data.eval_fraction:
         return _validation_questions(
             recipe,

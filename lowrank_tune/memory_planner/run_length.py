@@ -136,11 +136,12 @@ def _length_from_settings(recipe: RecipeConfig) -> RunLength | None:
 
 
 def _rows_from_settings(recipe: RecipeConfig) -> float | None:
-    """Returns the most training rows of an epoch, None if a source has no `max_samples`."""
+    """Returns the most training rows of an epoch; None if a source has no `max_samples`, or contains plain text, whose
+    documents are packed."""
     data = recipe.data
     rows = 0.0
     for source in data.train:
-        if source.max_samples is None:
+        if source.max_samples is None or source.format == "text":
             return None
         rows += source.max_samples * _answers_per_row(recipe, source)
     if recipe.is_online or data.validation:

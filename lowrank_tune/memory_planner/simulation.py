@@ -300,7 +300,8 @@ class _SimulatedStage:
                 del batch
         self._create_optimizer()
         if not only_update:
-            self.tracker.move_to(KL_ESTIMATE, "before")
+            if isinstance(algorithm, KTO) and algorithm.estimates_kl:
+                self.tracker.move_to(KL_ESTIMATE, "before")
             self._estimate_kl(algorithm)
             self.tracker.move_to("first check", "before")
             micro = self._device_batch(self.sizes.rows)

@@ -22,6 +22,7 @@ from lowrank_tune.data.hub import HubUnreachable, hub_columns
 from lowrank_tune.data.labeled_rows import labeled_answers
 from lowrank_tune.data.load import to_heldout_prompt
 from lowrank_tune.data.prompts import RowFault, check_rewardable
+from lowrank_tune.data.scored_responses import may_have_scored_responses
 from lowrank_tune.data.sources import (
     BUILTIN_DATASETS,
     HEAD_ROWS,
@@ -152,13 +153,14 @@ class DataCheck:
         columns = self._hub_columns(source)
         if columns is None:
             return
-        format_of(
-            source,
-            ColumnNames(source.dataset, columns),
-            pairs,
-            labels,
-            accepts_text,
-        )
+        if not ((pairs or labels) and may_have_scored_responses(columns, source.columns)):
+            format_of(
+                source,
+                ColumnNames(source.dataset, columns),
+                pairs,
+                labels,
+                accepts_text,
+            )
         absent = [name for name in source.columns.values() if name not in columns]
         if absent:
             raise UserError(f"{source.dataset}: has no column `{absent[0]}`; it has {_listed(columns)}")

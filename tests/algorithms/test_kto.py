@@ -9,7 +9,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import replace
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import oracles
@@ -38,7 +38,7 @@ from oracles import PlainModel
 from lowrank_tune.algorithms import kl_estimate as kl_module
 from lowrank_tune.algorithms import kto as kto_module
 from lowrank_tune.algorithms.base import AlgorithmContext
-from lowrank_tune.algorithms.kl_estimate import mismatched_rows, rows_of_batch
+from lowrank_tune.algorithms.kl_estimate import KLEstimator, distance_of_prompts, mismatched_rows, rows_of_batch
 from lowrank_tune.algorithms.kto import KTO, STEPS_WITHOUT_KL, class_weights, kto_loss
 from lowrank_tune.batch import LabeledBatch, Row
 from lowrank_tune.config import KTOConfig
@@ -141,6 +141,23 @@ def test_mismatched_rows_by_hand() -> None:
         [False, False, False, True],
     ]
     assert mismatched_rows(rows[:1], 5) == []
+
+
+def test_mismatched_rows_have_the_answers_to_other_prompts() -> None:
+    """Both answers of a pair are neighbors: the answers are shifted by two rows."""
+    rows = [Row([prompt, answer], [False, True]) for prompt, answer in ((1, 10), (1, 11), (2, 20), (2, 21), (3, 30))]
+    assert distance_of_prompts(rows) == 2
+    found = [list(row.input_ids) for row in mismatched_rows(rows, 5, 2)]
+    assert found == [[1, 20], [1, 21], [2, 30], [2, 10], [3, 11]]
+    assert distance_of_prompts([Row([1, answer], [False, True]) for answer in (10, 11, 12)]) == 1
+    assert distance_of_prompts(rows[::2]) == 1
+
+
+def test_a_log_ratio_that_is_no_number_is_not_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
+    estimator = KLEstimator(cast(Any, None), 8, 64)
+    monkeypatch.setattr(KLEstimator, "_logps", lambda self, role, batch: torch.full(batch.input_ids.shape, math.nan))
+    rows = [Row([1, 10], [False, True]), Row([2, 20], [False, True])]
+    assert math.isnan(estimator.estimate(rows))
 
 
 def test_rows_of_a_batch_are_without_padding() -> None:

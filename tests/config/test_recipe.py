@@ -493,6 +493,7 @@ def test_differences_list_what_a_continued_run_cannot_change() -> None:
         "data.train.1.format: was not set, is 'auto'",
         "data.train.1.columns: was not set, is a mapping",
         "data.train.1.ground_truth: was not set, is 'auto'",
+        "data.train.1.score_margin_scale: was not set, is 0.0",
     ]
 
 

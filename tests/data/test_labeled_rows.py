@@ -55,11 +55,66 @@ def test_a_completion_of_several_turns_is_trained_as_a_whole() -> None:
     assert [message.role for message in answer.prompt] == ["system", "user"] and len(answer.completion) == 3
 
 
+CALL = {
+    "role": "assistant",
+    "content": "",
+    "tool_calls": [{"function": {"name": "add", "arguments": {"a": 2}}}],
+}
+RESULT = {"role": "tool", "content": "5"}
+
+
+def test_an_answer_may_follow_the_result_of_a_tool() -> None:
+    source = SourceConfig(dataset="x.jsonl")
+    for row in (
+        {"messages": [ASK, CALL, RESULT, YES], "label": True},
+        {"prompt": [ASK, CALL, RESULT], "completion": [YES], "label": True},
+        {"prompt": [ASK, CALL, RESULT], "completion": A, "label": True},
+    ):
+        (answer,) = labeled_answers(row, source, "unpaired_preference", None)
+        assert [message.role for message in answer.prompt] == ["user", "assistant", "tool"], row
+        assert answer.completion == (Message("assistant", A),)
+
+
+def test_turns_of_a_completion_that_become_one_message_leave_the_prompt_as_it_is() -> None:
+    earlier = [ASK, {"role": "assistant", "content": "Hm."}, ASK]
+    turns = [{"role": "assistant", "content": "I add."}, CALL, RESULT, YES]
+    row = {"prompt": earlier, "completion": turns, "label": True}
+    for system in (None, "Be short."):
+        (answer,) = labeled_answers(row, SourceConfig(dataset="x.jsonl"), "unpaired_preference", system)
+        roles = [message.role for message in answer.prompt if message.role != "system"]
+        assert roles == ["user", "assistant", "user"]
+        assert [message.role for message in answer.completion] == ["assistant", "tool", "assistant"]
+
+
+def test_responses_with_scores_are_pairs() -> None:
+    row = {"prompt": Q, "responses": [A, B], "scores": [5, 1]}
+    assert detect_labeled_format(row, {}) == "preference"
+    good, bad = labeled_answers(row, SourceConfig(dataset="x.jsonl"), "preference", None)
+    assert (good.completion[0].content, good.label) == (A, True)
+    assert (bad.completion[0].content, bad.label) == (B, False)
+
+
 @pytest.mark.parametrize(
     ("values", "expected"),
     [
-        ((True, 1, 1.0, "true", "True", " TRUE ", "1", "yes", "Thumbs-Up", "thumbs up", "\U0001f44d\U0001f3fd"), True),
-        ((False, 0, 0.0, "false", "0", "no", "thumbs_down", "Down", "\U0001f44e", "undesirable"), False),
+        (
+            (
+                True,
+                1,
+                1.0,
+                "true",
+                "True",
+                " TRUE ",
+                "1",
+                "1.0",
+                "yes",
+                "Thumbs-Up",
+                "thumbs up",
+                "\U0001f44d\U0001f3fd",
+            ),
+            True,
+        ),
+        ((False, 0, 0.0, "false", "0", "0.0", "no", "thumbs_down", "Down", "\U0001f44e", "undesirable"), False),
     ],
 )
 def test_labels_are_read(values: tuple[Any, ...], expected: bool) -> None:
@@ -68,7 +123,24 @@ def test_labels_are_read(values: tuple[Any, ...], expected: bool) -> None:
 
 @pytest.mark.parametrize(
     "value",
-    [2, -1, 0.5, float("nan"), float("inf"), "", "maybe", "truee", "1.0", [True], {"value": True}, 10**400, "\ud800"],
+    [
+        2,
+        -1,
+        0.5,
+        float("nan"),
+        float("inf"),
+        "",
+        "maybe",
+        "truee",
+        "-1",
+        "-0",
+        "_1",
+        "1-",
+        [True],
+        {"value": True},
+        10**400,
+        "\ud800",
+    ],
 )
 def test_a_hostile_label_has_a_reason(value: Any) -> None:
     with pytest.raises(InvalidRow) as fault:

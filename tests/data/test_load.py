@@ -198,7 +198,8 @@ def test_truncation_at_every_length(tmp_path: Path, template: str | None) -> Non
     made = ChatTemplate.from_tokenizer(tiny(template))
     turns = [{"role": role, "content": f"{role} {n}"} for n in range(3) for role in ("user", "assistant")]
     conversation = to_conversation({"messages": turns}, "messages", {}).messages
-    whole = [made.encode(conversation[:end]) for end in (2, 4, 6)]
+    encoded = made.encode_all([conversation[:end] for end in (2, 4, 6)])
+    whole = [rows[0] for rows in encoded if not isinstance(rows, InvalidRow)]
     path = write(tmp_path / "a.jsonl", [{"messages": turns}, {"messages": turns[:2]}])
     for length in range(len(whole[0].input_ids), len(whole[2].input_ids) + 2):
         data = loaded(tmp_path, path, template=made, max_length=length, truncation="truncate")

@@ -12,7 +12,7 @@ from test_pairs import TEMPLATE, encoded, turns
 
 from lowrank_tune.batch import Row
 from lowrank_tune.data import InvalidRow, PreferencePair, to_pair
-from lowrank_tune.data.encode import _shorter_prompts
+from lowrank_tune.data.encode import shorter_prompts
 from lowrank_tune.data.message import Message
 from lowrank_tune.data.store_writer import Entry
 
@@ -115,5 +115,5 @@ def test_a_prompt_is_shortened_to_whole_exchanges() -> None:
     """A result stays with its call, and every shorter prompt begins with a question."""
     made = to_pair({"prompt": [ASK, CALL, RESULT, ANSWER, ASK, ANSWER, ASK], "chosen": "b", "rejected": "c"}, {})
     system = Message("system", "s")
-    shorter = list(_shorter_prompts((system, *made.prompt)))
+    shorter = list(shorter_prompts((system, *made.prompt)))
     assert ["".join(message.role[0] for message in prompt) for prompt in shorter] == ["suau", "su"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from lowrank_tune.config import Recipe
+from lowrank_tune.memory_planner.planner import phases_of
 from lowrank_tune.memory_planner.repetitions import tokens_of_phase
 from lowrank_tune.memory_planner.run_length import run_length
 from lowrank_tune.memory_planner.sizes import sizes_of
@@ -25,6 +26,9 @@ def test_estimate_has_the_passes_of_policy_and_reference() -> None:
     assert found["KL estimate"] > 1.8 * found["reference"]
     without = kernels_by_phase("kto.loss_type=apo_zero_unpaired")
     assert "KL estimate" not in without
+    for other in ("tiny-sft", "tiny-dpo"):
+        (spec,) = simulation_specs(Recipe.load(other, "train.micro_batch_size=2", "data.max_length=64"), "cuda")
+        assert "KL estimate" not in [phase.name for phase in phases_of(spec)]
     assert found["validation"] == pytest.approx(without["validation"] + found["KL estimate"], rel=0.05)
 
 

@@ -95,5 +95,5 @@ class Placeholders:
         return ESCAPED.sub(self._unescape, text).translate(self._token_of)
 
     def _unescape(self, match: re.Match[str]) -> str:
-        character = json.loads(f'"{match.group()}"') if match["pair"] else chr(int(match["code"], 16))
+        character = parse_json(f'"{match.group()}"') if match["pair"] else chr(int(match["code"], 16))
         return self._token_of.get(ord(character), match.group())

@@ -195,8 +195,9 @@ def _source_line(part: MixturePart, unit: str) -> Text:
         f"  {part.format}, {part.used:,} of {part.read:,} {unit}s used",
         QUIET,
     )
-    if part.used > part.rows:
-        line.append(f", {part.used - part.rows:,} set aside to validate with", QUIET)
+    num_validation = part.answers - part.rows
+    if num_validation > 0:
+        line.append(f", {num_validation:,} set aside to validate with", QUIET)
     if part.packs:
         line.append(f", in {part.packs:,} packs", QUIET)
     elif unit != "pair":
