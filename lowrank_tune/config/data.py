@@ -93,7 +93,7 @@ class SourceConfig(Settings):
         """Yields the keys, and a split, that this kind of source does not have."""
         if self.format == "text":
             for key in UNUSED_BY_TEXT:
-                if self.is_set(key):
+                if self.is_set(key) and getattr(self, key) != "auto":
                     yield (key,), "does nothing for plain text (`format: text`), which has no answers"
         if self.dataset in BUILT_IN:
             for key in UNUSED_BY_BUILT_IN:
