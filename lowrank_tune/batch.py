@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, Self, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -225,6 +226,20 @@ class RolloutBatch(Batch):
     """(B, T) fp32, of PPO: value before each token, from before the update."""
     returns: Tensor | None = None
     """(B, T) fp32, of PPO: advantage before whitening plus value, the target of the value."""
+
+
+def collate(rows: Sequence[Row], pad_id: int) -> Batch:
+    """Returns the rows padded on the right, (B, T). `attention_mask` marks the padding, so that any id may pad."""
+    shape = (len(rows), max(len(row.input_ids) for row in rows))
+    input_ids = np.full(shape, pad_id, dtype=np.int64)
+    attention_mask = np.zeros(shape, dtype=bool)
+    completion_mask = np.zeros(shape, dtype=bool)
+    for index, row in enumerate(rows):
+        length = len(row.input_ids)
+        input_ids[index, :length] = row.input_ids
+        completion_mask[index, :length] = row.completion_mask
+        attention_mask[index, :length] = True
+    return Batch(torch.from_numpy(input_ids), torch.from_numpy(attention_mask), torch.from_numpy(completion_mask))
 
 
 def copy_to(tensor: Tensor, device: torch.device | str) -> Tensor:

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Generic
+from typing import TYPE_CHECKING, Any, Generic
 
 from torch import Tensor
 
 from lowrank_tune.batch import BatchT
-from lowrank_tune.data import TokenizedDataset
 from lowrank_tune.model.roles import Roles
 from lowrank_tune.stats import Stats
+
+if TYPE_CHECKING:  # an algorithm must run where pydantic is not installed (benchmarks/gpu.py)
+    from lowrank_tune.data import TokenizedDataset
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from lowrank_tune.algorithms.rollouts import map_micro_batches
-from lowrank_tune.batch import Batch, Row
-from lowrank_tune.data import collate
+from lowrank_tune.batch import Batch, Row, collate
 from lowrank_tune.model.roles import Roles
 
 PAD_ID = 0

@@ -39,11 +39,11 @@ from lowrank_tune.algorithms.base import Algorithm, AlgorithmContext, LossTerm, 
 from lowrank_tune.algorithms.kl_estimate import KLEstimator, distance_of_prompts, rows_of_batch
 from lowrank_tune.algorithms.reference_check import check_reference, fast_path_tolerance, full_vocab_kl_metric
 from lowrank_tune.batch import LabeledBatch, required
-from lowrank_tune.data import TokenizedDataset
 from lowrank_tune.stats import Stats, WeightedMean
 
 if TYPE_CHECKING:  # an algorithm must run where pydantic is not installed (benchmarks/gpu.py)
     from lowrank_tune.config import KTOConfig
+    from lowrank_tune.data import TokenizedDataset
 
 FIRST_LOSS = 0.5
 """Unweighted loss of a policy that equals its reference."""

@@ -8,22 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lowrank_tune.batch import Batch, LabeledBatch, PairBatch, Row
+from lowrank_tune.batch import Batch, LabeledBatch, PairBatch, Row, collate
 from lowrank_tune.data.token_store import IntArray, TokenizedDataset
-
-
-def collate(rows: Sequence[Row], pad_id: int) -> Batch:
-    """Returns the rows padded on the right, (B, T). `attention_mask` marks the padding, so that any id may pad."""
-    shape = (len(rows), max(len(row.input_ids) for row in rows))
-    input_ids = np.full(shape, pad_id, dtype=np.int64)
-    attention_mask = np.zeros(shape, dtype=bool)
-    completion_mask = np.zeros(shape, dtype=bool)
-    for index, row in enumerate(rows):
-        length = len(row.input_ids)
-        input_ids[index, :length] = row.input_ids
-        completion_mask[index, :length] = row.completion_mask
-        attention_mask[index, :length] = True
-    return Batch(torch.from_numpy(input_ids), torch.from_numpy(attention_mask), torch.from_numpy(completion_mask))
 
 
 def collate_units(

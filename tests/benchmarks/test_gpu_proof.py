@@ -4,6 +4,7 @@ measures."""
 from __future__ import annotations
 
 import argparse
+import ast
 import dataclasses
 import json
 import math
@@ -693,6 +694,22 @@ def test_settings_of_a_cell_are_printed_in_its_name_alone(gpu: ModuleType, capsy
 
 def machine_packages() -> list[str]:
     return list(module("pack").read_machine())
+
+
+def test_algorithms_import_no_settings_and_no_data() -> None:
+    """Both need pydantic, which the machine does not have."""
+    folder = Path(__file__).parents[2] / "lowrank_tune" / "algorithms"
+    found = []
+    for file in folder.glob("*.py"):
+        # it reads and writes a cache, which the proof does not need
+        if file.name == "reference_logps.py":
+            continue
+        for node in ast.parse(file.read_text()).body:
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith(
+                ("lowrank_tune.config", "lowrank_tune.data")
+            ):
+                found.append(f"{file.name}: {node.module}")
+    assert found == []
 
 
 @slow
