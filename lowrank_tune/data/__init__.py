@@ -6,8 +6,7 @@ A row passes `sources` (with `files` and `hub`), `formats` (with `ground_truth`)
 `collate` pads them. `prompts` reads rows whose answers are generated.
 """
 
-from lowrank_tune.batch import collate
-from lowrank_tune.data.collate import collate_rows, collate_units
+from lowrank_tune.data.collate import collate, collate_rows, collate_units
 from lowrank_tune.data.formats import (
     Conversation,
     InvalidRow,

@@ -11,6 +11,13 @@ from torch import Tensor
 from lowrank_tune.batch import Batch, LabeledBatch, PairBatch, Row, collate
 from lowrank_tune.data.token_store import IntArray, TokenizedDataset
 
+__all__ = [
+    "collate",
+    "collate_rows",
+    "collate_units",
+    "with_labels",
+]
+
 
 def collate_units(
     store: TokenizedDataset,
